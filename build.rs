@@ -1,0 +1,25 @@
+//! Compiles `proto/` with protox, so that no `protoc` need be installed.
+
+use std::path::PathBuf;
+
+use prost::Message as _;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let files: Vec<PathBuf> = ["agent", "artifact", "node", "operation"]
+        .iter()
+        .map(|name| PathBuf::from(format!("proto/marco/bootstrap/v1/{name}.proto")))
+        .collect();
+    println!("cargo:rerun-if-changed=proto/marco");
+
+    let descriptors = protox::compile(&files, ["proto"])?;
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+
+    tonic_prost_build::configure()
+        // Image bytes are passed on without being copied.
+        .bytes(".")
+        // The clients' own `connect` would clash with the RPC of that name; channels are made by the callers anyway.
+        .build_transport(false)
+        .compile_fds(descriptors)?;
+    Ok(())
+}

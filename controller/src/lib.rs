@@ -1,0 +1,4 @@
+//! The server of Marco Bootstrap.
+
+pub mod clock;
+pub mod operation;

@@ -1,0 +1,173 @@
+//! Resource names, ports and names in TLS: what controller, agent and command line must agree on.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Port of the API and of the agents' streams.
+pub const API_PORT: u16 = 1346;
+/// Port of the enrolment listener.
+pub const ENROLL_PORT: u16 = 1347;
+/// The DNS name that every controller certificate carries, and that agents verify whatever address they dial.
+pub const CONTROLLER_TLS_NAME: &str = "controller.marco.internal";
+/// Longest id, in bytes.
+pub const ID_MAX: usize = 128;
+/// Bytes of an artifact's chunk, the unit in which downloads are checked.
+pub const CHUNK_SIZE: u32 = 4 * 1024 * 1024;
+/// Bytes of one message of an upload or download: large enough to be cheap, small enough not to hold up the stream.
+pub const MESSAGE_SIZE: usize = 256 * 1024;
+/// Version of the session protocol (`Hello.protocol_version`).
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// What an id may not be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InvalidName {
+    text: String,
+    wanted: &'static str,
+}
+
+impl fmt::Display for InvalidName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: String = self.text.chars().take(80).collect();
+        write!(f, "{shown:?} is not {}", self.wanted)
+    }
+}
+
+impl std::error::Error for InvalidName {}
+
+fn is_id(text: &str) -> bool {
+    text.len() <= ID_MAX
+        && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+}
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident, $collection:literal, $wanted:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(String);
+
+        impl $name {
+            /// Reads an id or a full resource name.
+            pub fn parse(text: &str) -> Result<Self, InvalidName> {
+                let id = text.strip_prefix(concat!($collection, "/")).unwrap_or(text);
+                if is_id(id) {
+                    Ok(Self(id.to_owned()))
+                } else {
+                    Err(InvalidName { text: text.to_owned(), wanted: $wanted })
+                }
+            }
+
+            /// The bare id.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+
+            /// The full resource name.
+            pub fn name(&self) -> String {
+                format!(concat!($collection, "/{}"), self.0)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidName;
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                Self::parse(text)
+            }
+        }
+    };
+}
+
+id!(
+    /// Id of a node; its name is `nodes/{id}`.
+    NodeId, "nodes",
+    "a node name: nodes/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
+);
+id!(
+    /// Id of an operation, a UUID of version 7; its name is `operations/{id}`.
+    OperationId, "operations",
+    "an operation name: operations/UUID"
+);
+id!(
+    /// Id of an artifact; its name is `artifacts/{id}`.
+    ArtifactId, "artifacts",
+    "an artifact name: artifacts/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
+);
+id!(
+    /// Id of a join token; its name is `joinTokens/{id}`.
+    JoinTokenId, "joinTokens",
+    "a join token name: joinTokens/ID"
+);
+
+/// An execution: an operation on a node. Its name is `operations/{id}/executions/{node id}`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ExecutionId {
+    /// The operation.
+    pub operation: OperationId,
+    /// The node.
+    pub node: NodeId,
+}
+
+impl ExecutionId {
+    /// Reads a full resource name.
+    pub fn parse(text: &str) -> Result<Self, InvalidName> {
+        let invalid =
+            || InvalidName { text: text.to_owned(), wanted: "an execution name: operations/UUID/executions/NODE" };
+        let rest = text.strip_prefix("operations/").ok_or_else(invalid)?;
+        let (operation, node) = rest.split_once("/executions/").ok_or_else(invalid)?;
+        Ok(Self {
+            operation: OperationId::parse(operation).map_err(|_| invalid())?,
+            node: NodeId::parse(node).map_err(|_| invalid())?,
+        })
+    }
+
+    /// The full resource name.
+    pub fn name(&self) -> String {
+        format!("operations/{}/executions/{}", self.operation, self.node)
+    }
+}
+
+impl fmt::Display for ExecutionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "operations/{}/executions/{}", self.operation, self.node)
+    }
+}
+
+impl FromStr for ExecutionId {
+    type Err = InvalidName;
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        Self::parse(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ExecutionId, NodeId};
+
+    #[test]
+    fn an_id_and_its_full_name_are_the_same() {
+        assert_eq!(NodeId::parse("pi-01").unwrap(), NodeId::parse("nodes/pi-01").unwrap());
+        assert_eq!(NodeId::parse("pi-01").unwrap().name(), "nodes/pi-01");
+    }
+
+    #[test]
+    fn what_could_leave_a_path_or_a_line_is_no_id() {
+        for bad in ["", "nodes/", ".", "..", "-x", "a/b", "nodes/nodes/a", "a b", "a\n", "a\0", "é", &"x".repeat(129)]
+        {
+            assert!(NodeId::parse(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn an_execution_is_read_back_from_its_name() {
+        let name = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
+        assert_eq!(ExecutionId::parse(name).unwrap().name(), name);
+        assert!(ExecutionId::parse("operations/x/executions/").is_err());
+        assert!(ExecutionId::parse("pi-01").is_err());
+    }
+}
