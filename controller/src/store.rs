@@ -20,6 +20,7 @@ mod enrolment;
 mod events;
 mod executions;
 mod migrations;
+mod moves;
 mod nodes;
 mod open;
 mod operations;

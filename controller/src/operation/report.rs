@@ -79,12 +79,114 @@ pub enum HelloVerdict {
 
 /// What a report changes.
 pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
-    let _ = (stored, reported, expected);
-    todo!()
+    if matches!(reported.state, ExecutionState::Pending | ExecutionState::Assigned | ExecutionState::Expired) {
+        return ReportVerdict::Refuse("a node does not report this state");
+    }
+    if stored.state.is_final() {
+        return on_late_report(stored, reported, expected);
+    }
+    if stored.state == ExecutionState::Pending || reported.attempt != stored.attempt {
+        return ReportVerdict::Stale;
+    }
+    if reported.sequence == stored.sequence && reported.state == stored.state {
+        return ReportVerdict::Progress;
+    }
+    if reported.sequence <= stored.sequence {
+        return ReportVerdict::Duplicate;
+    }
+    judge(stored, reported, expected)
+}
+
+/// A report on what has ended. Only a node that was given up may still change its end, and only to another end.
+fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
+    let given_up = stored.error_reason.as_deref() == Some(reason::NEVER_RETURNED);
+    match reported.state {
+        state if given_up && state.is_final() => judge(stored, reported, expected),
+        // The acknowledgement of this report is the acceptance of the new system.
+        ExecutionState::Verifying if given_up => match prove(stored, reported, expected) {
+            Ok(()) => ReportVerdict::Duplicate,
+            Err(_) => ReportVerdict::Refuse("what the node runs is not what was asked"),
+        },
+        ExecutionState::Verifying if stored.state != ExecutionState::Succeeded => {
+            ReportVerdict::Refuse("the execution has ended without success")
+        }
+        _ => ReportVerdict::Duplicate,
+    }
+}
+
+fn judge(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
+    match reported.state {
+        ExecutionState::Succeeded => match prove(stored, reported, expected) {
+            Ok(()) => ReportVerdict::Change(ExecutionState::Succeeded, None),
+            Err(error) => ReportVerdict::Change(ExecutionState::Failed, Some(error)),
+        },
+        ExecutionState::Verifying => match prove(stored, reported, expected) {
+            Ok(()) => ReportVerdict::Change(ExecutionState::Verifying, None),
+            Err(error) => ReportVerdict::Reject(error),
+        },
+        state => ReportVerdict::Change(state, reported.error.clone()),
+    }
+}
+
+/// Success is not believed but proved: a new boot id, and for an update what the running system says it is.
+fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Result<(), ExecutionError> {
+    let refuse = |message: String| Err(ExecutionError::new(reason::NOT_VERIFIED, message));
+    if reported.boot_id.is_empty() {
+        return refuse("the report carries no boot id".to_owned());
+    }
+    if reported.boot_id == stored.assign_boot_id {
+        return refuse(format!("the node still runs under boot id {}", stored.assign_boot_id));
+    }
+    let Action::Update(update) = expected.action else { return Ok(()) };
+    if reported.release_execution != expected.execution {
+        return refuse(format!("the running system was installed by {:?}", reported.release_execution));
+    }
+    let (what, wanted, found) = match (&update.image, update.bootcode_for(expected.family)) {
+        (Some(image), _) => ("image", &image.sha256, &reported.release_image),
+        (None, Some(boot)) => ("boot files", &boot.sha256, &reported.release_boot),
+        (None, None) => return Ok(()),
+    };
+    if found == wanted {
+        Ok(())
+    } else {
+        refuse(format!("the node runs the {what} {found:?}, asked for was {wanted:?}"))
+    }
 }
 
 /// What a Hello changes of an active execution, after the Hello's own report of it (if `listed`) was applied.
 pub fn on_hello(stored: &Stored, action: &Action, listed: bool, mode: NodeMode, boot_id: &str) -> HelloVerdict {
-    let _ = (stored, action, listed, mode, boot_id);
-    todo!()
+    let new_boot = boot_id != stored.assign_boot_id;
+    match (stored.state, action, mode) {
+        (ExecutionState::Assigned, ..) if listed => HelloVerdict::Keep,
+        // It was never accepted, so it can be given again, or dropped.
+        (ExecutionState::Assigned, ..) if stored.cancel_requested => {
+            HelloVerdict::Change(ExecutionState::Cancelled, None)
+        }
+        (ExecutionState::Assigned, ..) => HelloVerdict::Change(ExecutionState::Pending, None),
+        // Off and on again is what was asked, whatever became of the journal.
+        (ExecutionState::Rebooting, Action::PowerOff(_), _) if new_boot => {
+            HelloVerdict::Change(ExecutionState::Succeeded, None)
+        }
+        (ExecutionState::Rebooting, Action::PowerOff(_), _) => HelloVerdict::Change(
+            ExecutionState::Failed,
+            Some(ExecutionError::new(
+                reason::STILL_ON,
+                format!("the node was to power off and is still on under boot id {boot_id}"),
+            )),
+        ),
+        (state, ..) if state.is_active() && !listed => HelloVerdict::Change(
+            ExecutionState::Failed,
+            Some(ExecutionError::new(
+                reason::JOURNAL_LOST,
+                "the node accepted the execution and no longer knows of it",
+            )),
+        ),
+        (ExecutionState::Rebooting, Action::Update(_), NodeMode::Installer) => {
+            HelloVerdict::Change(ExecutionState::Running, None)
+        }
+        (ExecutionState::Rebooting, _, NodeMode::Running) if new_boot => {
+            HelloVerdict::Change(ExecutionState::Verifying, None)
+        }
+        _ => HelloVerdict::Keep,
+    }
 }

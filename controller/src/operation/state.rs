@@ -270,7 +270,7 @@ impl ExecutionState {
         self.from_active(Self::Verifying, "verify")
     }
 
-    /// Proved to be done; also of a node that was given up, see `given_up`.
+    /// Proved to be done.
     pub fn succeed(self) -> Result<Self, IllegalTransition> {
         self.from_active(Self::Succeeded, "succeed")
     }
@@ -298,6 +298,32 @@ impl ExecutionState {
         match self {
             Self::Pending => Ok(Self::Expired),
             _ => Err(self.refuse("expire")),
+        }
+    }
+
+    /// A node that was given up returned, and says how it ended. Whether it was given up is told by the error's reason
+    /// (`reason::NEVER_RETURNED`), which the caller has looked at.
+    pub fn return_late(self, end: Self) -> Result<Self, IllegalTransition> {
+        match (self, end) {
+            (Self::Failed, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled) => Ok(end),
+            _ => Err(self.refuse("return late")),
+        }
+    }
+
+    /// The change that leads to `to`, whichever of the named ones it is.
+    pub fn change_to(self, to: Self) -> Result<Self, IllegalTransition> {
+        match to {
+            _ if self == Self::Failed => self.return_late(to),
+            Self::Pending => self.take_back(),
+            Self::Assigned => self.assign(),
+            Self::Running => self.run(),
+            Self::Rebooting => self.arm(),
+            Self::Verifying => self.verify(),
+            Self::Succeeded => self.succeed(),
+            Self::Failed => self.fail(),
+            Self::RolledBack => self.roll_back(),
+            Self::Cancelled => self.cancel(),
+            Self::Expired => self.expire(),
         }
     }
 }
