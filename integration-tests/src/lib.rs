@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The Fleet harness: a real controller, real agents on virtual Pis, real databases and clients.
+
+pub mod postgres;

@@ -21,9 +21,10 @@ impl MigrationName for Tables {
     }
 }
 
+#[allow(elided_lifetimes_in_paths, reason = "the trait spells it so, and its macro takes no other")]
 #[async_trait::async_trait]
 impl MigrationTrait for Tables {
-    async fn up(&self, manager: &SchemaManager<'_>) -> Result<(), DbErr> {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
         let postgres = db.get_database_backend() == DbBackend::Postgres;
         // Ids are sorted by their bytes, whatever the language of the database: pages depend on it.
