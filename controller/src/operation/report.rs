@@ -190,3 +190,115 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, mode: NodeMode, 
         _ => HelloVerdict::Keep,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::Notice;
+    use super::*;
+    use ExecutionState as E;
+
+    const NAME: &str = "operations/o/executions/n";
+
+    fn reboot() -> Action {
+        Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() })
+    }
+
+    fn stored(state: E) -> Stored {
+        Stored {
+            state,
+            attempt: 2,
+            sequence: 3,
+            error_reason: None,
+            assign_boot_id: "old".to_owned(),
+            cancel_requested: false,
+        }
+    }
+
+    fn reported(state: E, attempt: u32, sequence: u64) -> Reported {
+        Reported {
+            attempt,
+            sequence,
+            state,
+            error: None,
+            boot_id: "new".to_owned(),
+            release_execution: String::new(),
+            release_image: String::new(),
+            release_boot: String::new(),
+        }
+    }
+
+    fn verdict(stored: &Stored, reported: &Reported) -> ReportVerdict {
+        on_report(stored, reported, &Expected { execution: NAME, action: &reboot(), family: "pi4" })
+    }
+
+    #[test]
+    fn every_report_in_every_state_leads_to_a_legal_change_or_to_none() {
+        for from in E::ALL.iter().copied() {
+            for to in E::ALL.iter().copied() {
+                for (attempt, sequence) in [(1, 4), (2, 2), (2, 3), (2, 4), (3, 1)] {
+                    let verdict = verdict(&stored(from), &reported(to, attempt, sequence));
+                    let fresh = attempt == 2 && sequence == 4;
+                    match &verdict {
+                        ReportVerdict::Change(end, _) => {
+                            assert!(fresh && from.is_active(), "{from} to {to}");
+                            assert!(*end == from || from.change_to(*end).is_ok(), "{from} to {end}");
+                        }
+                        ReportVerdict::Stale => assert!(!from.is_final() && (attempt != 2 || from == E::Pending)),
+                        ReportVerdict::Progress => assert!(from == to && (attempt, sequence) == (2, 3)),
+                        ReportVerdict::Duplicate => assert!(from.is_final() || sequence <= 3),
+                        ReportVerdict::Refuse(_) => {}
+                        ReportVerdict::Reject(_) => panic!("{from} to {to}: the boot id is a new one"),
+                    }
+                    let from_a_node = !matches!(to, E::Pending | E::Assigned | E::Expired);
+                    assert!(from_a_node || matches!(verdict, ReportVerdict::Refuse(_)), "{to}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_acknowledgement_of_verifying_is_never_given_without_proof() {
+        for from in E::ALL.iter().copied().filter(|state| *state != E::Succeeded) {
+            for given_up in [false, true] {
+                let mut stored = stored(from);
+                stored.error_reason = given_up.then(|| reason::NEVER_RETURNED.to_owned());
+                let lie = Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, 9) };
+                let verdict = verdict(&stored, &lie);
+                let acknowledged = matches!(verdict, ReportVerdict::Change(..) | ReportVerdict::Duplicate);
+                assert!(!acknowledged, "{from}: {verdict:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_node_that_was_given_up_may_still_tell_its_end() {
+        let given_up = Stored { error_reason: Some(reason::NEVER_RETURNED.to_owned()), ..stored(E::Failed) };
+        let done = reported(E::Succeeded, 1, 9);
+        assert_eq!(verdict(&given_up, &done), ReportVerdict::Change(E::Succeeded, None));
+        assert_eq!(verdict(&given_up, &reported(E::Verifying, 2, 9)), ReportVerdict::Duplicate);
+        assert_eq!(verdict(&given_up, &reported(E::Running, 2, 9)), ReportVerdict::Duplicate);
+        let failed = Stored { error_reason: Some("DIGEST_MISMATCH".to_owned()), ..given_up };
+        assert_eq!(verdict(&failed, &done), ReportVerdict::Duplicate);
+    }
+
+    #[test]
+    fn every_hello_in_every_active_state_leads_to_a_legal_change_or_to_none() {
+        let power_off = Action::PowerOff(Notice { delay: Duration::ZERO, message: String::new() });
+        for action in [reboot(), power_off] {
+            for from in E::ALL.iter().copied().filter(|state| state.is_active()) {
+                for listed in [false, true] {
+                    for mode in NodeMode::ALL.iter().copied() {
+                        for boot_id in ["old", "new"] {
+                            match on_hello(&stored(from), &action, listed, mode, boot_id) {
+                                HelloVerdict::Change(to, _) => assert!(from.change_to(to).is_ok(), "{from} to {to}"),
+                                HelloVerdict::Keep => assert!(listed, "{from}: what is not listed is not kept"),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -348,3 +348,103 @@ pub fn deadline_after(state: ExecutionState, action: &Action) -> Option<Duration
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ExecutionState as E;
+    use OperationState as O;
+
+    #[test]
+    fn every_event_in_every_state_of_an_execution_is_a_named_change_or_refused() {
+        const ACTIVE: &[E] = &[E::Assigned, E::Running, E::Rebooting, E::Verifying];
+        type Event = fn(E) -> Result<E, IllegalTransition>;
+        let events: [(Event, E, &[E]); 10] = [
+            (E::assign, E::Assigned, &[E::Pending]),
+            (E::take_back, E::Pending, &[E::Assigned]),
+            (E::run, E::Running, ACTIVE),
+            (E::arm, E::Rebooting, ACTIVE),
+            (E::verify, E::Verifying, ACTIVE),
+            (E::succeed, E::Succeeded, ACTIVE),
+            (E::fail, E::Failed, ACTIVE),
+            (E::roll_back, E::RolledBack, ACTIVE),
+            (E::cancel, E::Cancelled, &[E::Pending, E::Assigned, E::Running, E::Rebooting, E::Verifying]),
+            (E::expire, E::Expired, &[E::Pending]),
+        ];
+        for (event, to, from) in events {
+            for state in E::ALL.iter().copied() {
+                let expected = from.contains(&state);
+                assert_eq!(event(state).ok(), expected.then_some(to), "{state} to {to}");
+                if state != E::Failed {
+                    assert_eq!(state.change_to(to), event(state), "{state} to {to}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_failed_execution_returns_late_and_only_to_an_end_that_a_node_reports() {
+        for state in E::ALL.iter().copied() {
+            for end in E::ALL.iter().copied() {
+                let possible = state == E::Failed && end.is_final() && end != E::Expired;
+                assert_eq!(state.return_late(end).is_ok(), possible, "{state} to {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_event_in_every_state_of_an_operation_is_a_named_change_or_refused() {
+        let one_done = Counts { total: 1, succeeded: 1, ..Counts::default() };
+        let one_left = Counts { total: 1, active: 1, ..Counts::default() };
+        for state in O::ALL.iter().copied() {
+            assert_eq!(state.begin().ok(), (state == O::Scheduled).then_some(O::Running));
+            let open = matches!(state, O::Scheduled | O::Running);
+            assert_eq!(state.pause().ok(), open.then_some(O::Paused));
+            assert_eq!(state.resume(true).ok(), (state == O::Paused).then_some(O::Running));
+            assert_eq!(state.resume(false).ok(), (state == O::Paused).then_some(O::Scheduled));
+            let can_stop = open || state == O::Paused;
+            assert_eq!(state.cancel().ok(), can_stop.then_some(O::Cancelling));
+            let can_end = !matches!(state, O::Succeeded | O::Cancelled);
+            assert_eq!(state.finish(&one_done, false).ok(), can_end.then_some(O::Succeeded));
+            assert!(state.finish(&one_left, true).is_err());
+        }
+    }
+
+    #[test]
+    fn an_operation_succeeds_if_and_only_if_every_execution_did() {
+        let with = |change: fn(&mut Counts)| {
+            let mut counts = Counts { total: 3, succeeded: 2, ..Counts::default() };
+            change(&mut counts);
+            (final_state(&counts, false), final_state(&counts, true))
+        };
+        assert_eq!(with(|counts| counts.succeeded = 3), (Some(O::Succeeded), Some(O::Succeeded)));
+        assert_eq!(with(|counts| counts.failed = 1), (Some(O::Failed), Some(O::Failed)));
+        assert_eq!(with(|counts| counts.rolled_back = 1), (Some(O::Failed), Some(O::Failed)));
+        assert_eq!(with(|counts| counts.cancelled = 1), (Some(O::Failed), Some(O::Cancelled)));
+        assert_eq!(with(|counts| counts.expired = 1), (Some(O::Failed), Some(O::Cancelled)));
+        assert_eq!(with(|counts| counts.pending = 1), (None, None));
+        assert_eq!(with(|counts| counts.active = 1), (None, None));
+    }
+
+    #[test]
+    fn words_are_read_back_as_they_are_written() {
+        for state in E::ALL.iter().copied() {
+            assert_eq!(E::parse(state.as_str()), Some(state));
+            assert!(!(state.is_final() && state.is_active()));
+        }
+        for state in O::ALL.iter().copied() {
+            assert_eq!(O::parse(state.as_str()), Some(state));
+        }
+        assert_eq!(E::parse("running"), None);
+    }
+
+    #[test]
+    fn a_deadline_stands_for_every_state_in_which_a_node_is_awaited_and_counts_the_notice() {
+        let notice = super::super::Notice { delay: Duration::from_secs(7200), message: String::new() };
+        let action = Action::Reboot(notice);
+        for state in E::ALL.iter().copied() {
+            assert_eq!(deadline_after(state, &action).is_some(), state.is_active(), "{state}");
+        }
+        assert_eq!(deadline_after(E::Running, &action), Some(Duration::from_secs(9000)));
+    }
+}

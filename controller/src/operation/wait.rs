@@ -83,3 +83,34 @@ pub fn wait_reason(context: &WaitContext) -> WaitReason {
         WaitReason::Due
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_names_the_first_thing_that_stands_in_the_way() {
+        let due = WaitContext {
+            operation: OperationState::Running,
+            installs_image: false,
+            node: NodeState::Approved,
+            connected: true,
+            mode: NodeMode::Running,
+            busy: false,
+        };
+        assert_eq!(wait_reason(&due), WaitReason::Due);
+        let installing = WaitContext { mode: NodeMode::Installer, ..due };
+        assert_eq!(wait_reason(&installing), WaitReason::NodeInstalling);
+        assert_eq!(wait_reason(&WaitContext { installs_image: true, ..installing }), WaitReason::Due);
+        let busy = WaitContext { busy: true, ..installing };
+        assert_eq!(wait_reason(&busy), WaitReason::NodeBusy);
+        let offline = WaitContext { connected: false, ..busy };
+        assert_eq!(wait_reason(&offline), WaitReason::NodeOffline);
+        let held = WaitContext { node: NodeState::AwaitingApproval, ..offline };
+        assert_eq!(wait_reason(&held), WaitReason::AwaitingApproval);
+        let out = WaitContext { node: NodeState::Quarantined, ..offline };
+        assert_eq!(wait_reason(&out), WaitReason::NodeQuarantined);
+        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..out }), WaitReason::Paused);
+        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Scheduled, ..out }), WaitReason::NotDue);
+    }
+}
