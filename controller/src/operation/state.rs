@@ -235,7 +235,7 @@ impl ExecutionState {
         IllegalTransition { from: self.as_str(), event }
     }
 
-    const fn from_active(self, to: Self, event: &'static str) -> Result<Self, IllegalTransition> {
+    const fn while_active(self, to: Self, event: &'static str) -> Result<Self, IllegalTransition> {
         if self.is_active() { Ok(to) } else { Err(self.refuse(event)) }
     }
 
@@ -257,39 +257,39 @@ impl ExecutionState {
 
     /// The node works on it: accepted, or its installer is at work, perhaps again after a trial that failed.
     pub fn run(self) -> Result<Self, IllegalTransition> {
-        self.from_active(Self::Running, "run")
+        self.while_active(Self::Running, "run")
     }
 
     /// The node passed a point of no return. It may be the first state reported, when those before were lost on the way.
     pub fn arm(self) -> Result<Self, IllegalTransition> {
-        self.from_active(Self::Rebooting, "arm")
+        self.while_active(Self::Rebooting, "arm")
     }
 
     /// The node is back under a new boot id.
     pub fn verify(self) -> Result<Self, IllegalTransition> {
-        self.from_active(Self::Verifying, "verify")
+        self.while_active(Self::Verifying, "verify")
     }
 
     /// Proved to be done.
     pub fn succeed(self) -> Result<Self, IllegalTransition> {
-        self.from_active(Self::Succeeded, "succeed")
+        self.while_active(Self::Succeeded, "succeed")
     }
 
     /// Refused, or went wrong, or was given up.
     pub fn fail(self) -> Result<Self, IllegalTransition> {
-        self.from_active(Self::Failed, "fail")
+        self.while_active(Self::Failed, "fail")
     }
 
     /// The node runs what it ran before.
     pub fn roll_back(self) -> Result<Self, IllegalTransition> {
-        self.from_active(Self::RolledBack, "roll back")
+        self.while_active(Self::RolledBack, "roll back")
     }
 
     /// Stopped before the point of no return; what is not assigned needs no answer of the node.
     pub fn cancel(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Pending => Ok(Self::Cancelled),
-            _ => self.from_active(Self::Cancelled, "cancel"),
+            _ => self.while_active(Self::Cancelled, "cancel"),
         }
     }
 

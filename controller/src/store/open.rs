@@ -29,7 +29,7 @@ const POSTGRES_CONNECTIONS: u32 = 16;
 /// Readers of SQLite: it works on local files, more would only wait for the processor.
 const SQLITE_READERS: u32 = 4;
 /// Says "Marco" to the advisory locks of Postgres.
-const MIGRATION_LOCK: i64 = 0x4d61_7263_6f;
+const MIGRATION_LOCK: i64 = 0x004d_6172_636f;
 
 impl Store {
     /// Opens the database at `url` and brings its tables up to date. `sqlite:///dir/marco.db` is created if it is

@@ -1,5 +1,12 @@
 //! The store on both databases: the same claims, once on SQLite and once on a real Postgres.
 
+#![allow(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "all of it is tests, which clippy sees only in the functions that bear the attribute"
+)]
+
 mod artifacts;
 mod database;
 mod enrolment;
@@ -38,7 +45,8 @@ on_both!(
         a_cancel_is_asked_of_the_node_until_it_answers,
         a_paused_operation_assigns_nothing_until_resumed,
         an_operation_ends_with_its_last_execution,
-        events_are_numbered_without_gaps;
+        events_are_numbered_without_gaps,
+        everything_at_once_neither_locks_up_nor_loses_anything;
     reports:
         a_reboot_succeeds_only_with_a_new_boot_id,
         an_update_is_accepted_only_when_the_release_is_right,

@@ -298,3 +298,74 @@ async fn all_online(f: &Fixture, nodes: &[NodeId]) -> Vec<(NodeId, i64)> {
     }
     sessions
 }
+
+/// Two controllers, operators, reports, Hellos and the clock all at once, on the same rows.
+pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fixture) {
+    let ids: Vec<String> = (0..12).map(|number| format!("pi-{number:02}")).collect();
+    let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut operations = Vec::new();
+    for _ in 0..4 {
+        operations.push(f.create(reboot(), &nodes).await);
+    }
+    let mut tasks = tokio::task::JoinSet::new();
+    for half in [&nodes[..6], &nodes[6..]] {
+        let (store, half) = (f.store.clone(), half.to_vec());
+        let controller = format!("c-{}", half[0]);
+        store.beat(&controller, "host:1346", start()).await.unwrap();
+        tasks.spawn(async move {
+            for round in 1..=8 {
+                let boot = format!("boot-{round}");
+                let mut sessions = Vec::new();
+                for id in &half {
+                    let hello = SessionStart {
+                        controller_id: controller.clone(),
+                        ..hello(&boot, &serial_of(id.as_str()), after(round))
+                    };
+                    let SessionOutcome::Begun { epoch, .. } =
+                        store.begin_session(id, &hello, after(round)).await.unwrap()
+                    else {
+                        panic!()
+                    };
+                    assert!(
+                        store.reconcile(id, epoch, NodeMode::Running, &boot, &[], after(round)).await.unwrap().holder
+                    );
+                    sessions.push((id.clone(), epoch));
+                }
+                for assignment in store.claim(&controller, &sessions, after(round)).await.unwrap() {
+                    let epoch = sessions.iter().find(|(id, _)| *id == assignment.execution.node).unwrap().1;
+                    let done = report(&assignment, 1, ExecutionState::Succeeded, "another boot");
+                    let outcome = store.apply_report(&assignment.execution.node, epoch, &done, after(round)).await;
+                    assert_eq!(outcome.unwrap(), ReportOutcome::Acked);
+                }
+                store.touch(&controller, &half, after(round)).await.unwrap();
+            }
+        });
+    }
+    for seed in 0..2 {
+        let (store, operations, nodes) = (f.store.clone(), operations.clone(), nodes.clone());
+        tasks.spawn(async move {
+            for round in 0..10 {
+                let operation = &operations[(round + seed) % operations.len()];
+                store.pause(operation, "pat", "", after(9)).await.unwrap();
+                store.resume(operation, "pat", after(9)).await.unwrap();
+                store.mark_overdue(after(70)).await.unwrap();
+                store.expire(after(9)).await.unwrap();
+                store.finish_operations(after(9)).await.unwrap();
+                store.end_dead_sessions(after(1)).await.unwrap();
+                store.update_node(&nodes[round], None, Some("x")).await.unwrap();
+                store.cancels_due("c1").await.unwrap();
+            }
+        });
+    }
+    while let Some(done) = tasks.join_next().await {
+        done.unwrap();
+    }
+    for operation in &operations {
+        f.store.request_cancel(operation, "pat", after(99)).await.unwrap();
+        let row = f.store.operation(operation).await.unwrap().unwrap();
+        assert!(row.state.is_final(), "{row:?}");
+        assert_eq!(row.counts.succeeded + row.counts.cancelled, 12);
+        let events = f.store.events(operation, 0, 1000).await.unwrap();
+        assert_eq!(events.last().unwrap().number, row.event_count);
+    }
+}
