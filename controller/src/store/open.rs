@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{
     ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbBackend, SqliteTransactionMode,
@@ -58,6 +59,17 @@ impl Store {
     /// Asks the database for a sign of life.
     pub async fn ping(&self) -> Result<(), StoreError> {
         sql("SELECT 1").one(self.reader()).await.map(|_| ())
+    }
+
+    /// The database's time, by which several controllers agree; `None` on SQLite, which has none of its own.
+    pub async fn database_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
+        if !self.is_postgres() {
+            return Ok(None);
+        }
+        let row = sql("SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT) AS now")
+            .one(self.reader())
+            .await?;
+        row.map(|row| row.time("now")).transpose()
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {

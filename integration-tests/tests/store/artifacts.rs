@@ -43,7 +43,7 @@ pub(crate) async fn what_an_unfinished_operation_needs_is_not_removed(f: Fixture
     assert_eq!((held.id, held.size, held.chunk_sha256), (os.id.clone(), os.size, os.chunk_sha256.clone()));
     assert!(f.store.sweep_blobs().await.unwrap().is_empty());
     f.store.request_cancel(&operation, "pat", after(1)).await.unwrap();
-    assert_eq!(f.store.sweep_blobs().await.unwrap(), [os.sha256.clone()]);
+    assert_eq!(f.store.sweep_blobs().await.unwrap(), std::slice::from_ref(&os.sha256));
     assert!(f.store.artifact_by_sha256(&os.sha256).await.unwrap().is_none());
     let deleted = f.store.delete_artifact(&os.id).await.unwrap();
     assert_eq!(deleted, DeleteArtifactOutcome::Deleted { bytes_unused: Some(digest("newer")) });

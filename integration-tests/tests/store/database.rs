@@ -20,6 +20,7 @@ pub(crate) async fn a_database_is_opened_again_with_everything_in_it(f: Fixture)
     let store = Store::open(&f.url).await.unwrap();
     store.ping().await.unwrap();
     assert_eq!(store.operation(&operation).await.unwrap().unwrap().counts.pending, 1);
+    assert_eq!(store.database_time().await.unwrap().is_some(), f.folder.is_none());
     for bad in ["mysql://x", "sqlite://", "sqlite://:memory:", "postgres", ""] {
         assert!(matches!(Store::open(bad).await, Err(StoreError::Url(_))), "{bad}");
     }

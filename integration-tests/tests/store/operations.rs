@@ -150,7 +150,7 @@ pub(crate) async fn a_held_node_gets_no_work_and_is_told_so(f: Fixture) {
     let execution = ExecutionId { operation, node: id.clone() };
     let row = f.store.quarantine(&id, "smoke", after(1)).await.unwrap().unwrap();
     assert_eq!((row.state, row.state_reason.as_str(), row.connected), (NodeState::Quarantined, "smoke", false));
-    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap(), [id.clone()]);
+    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap(), std::slice::from_ref(&id));
     assert!(f.claim(&[(id.clone(), epoch)], after(1)).await.is_empty());
     assert_eq!(f.execution(&execution).await.wait_reason, Some(WaitReason::NodeQuarantined));
     let again = hello("boot-1", &serial_of("pi-1"), after(2));
@@ -175,7 +175,7 @@ pub(crate) async fn a_scheduled_operation_begins_when_due_and_expires_later(f: F
     assert_eq!(f.execution(&execution).await.wait_reason, Some(WaitReason::NotDue));
     assert!(f.store.begin_due(after(99)).await.unwrap().is_empty());
     assert!(f.claim(&[(id.clone(), epoch)], after(99)).await.is_empty());
-    assert_eq!(f.store.begin_due(after(100)).await.unwrap(), [new.id.clone()]);
+    assert_eq!(f.store.begin_due(after(100)).await.unwrap(), std::slice::from_ref(&new.id));
     assert!(f.store.begin_due(after(100)).await.unwrap().is_empty());
     assert!(f.store.expire(after(199)).await.unwrap().is_empty());
     assert!(f.claim(&[(id.clone(), epoch)], after(200)).await.is_empty(), "its time is over");
@@ -208,7 +208,7 @@ pub(crate) async fn a_cancel_is_asked_of_the_node_until_it_answers(f: Fixture) {
         panic!()
     };
     assert_eq!(row.state, OperationState::Cancelling);
-    assert_eq!(f.store.cancels_due("c1").await.unwrap(), [assignment.execution.clone()]);
+    assert_eq!(f.store.cancels_due("c1").await.unwrap(), std::slice::from_ref(&assignment.execution));
     assert!(f.store.cancels_due("c2").await.unwrap().is_empty());
     let too_late = ReportRow { cancel_refused: true, ..report(&assignment, 1, ExecutionState::Rebooting, "boot-1") };
     assert_eq!(f.report(epoch, &too_late, after(2)).await, ReportOutcome::Acked);

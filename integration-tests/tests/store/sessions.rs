@@ -13,7 +13,7 @@ pub(crate) async fn a_second_session_ends_the_first(f: Fixture) {
     let elsewhere = SessionStart { controller_id: "c2".to_owned(), ..hello("boot-1", &serial_of("pi-1"), after(1)) };
     let second = f.begin(&id, &elsewhere, after(1)).await;
     assert!(second > first);
-    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), first)]).await.unwrap(), [id.clone()]);
+    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), first)]).await.unwrap(), std::slice::from_ref(&id));
     assert!(!f.store.end_session(&id, first, after(2)).await.unwrap(), "a loser must not end the winner's");
     assert!(!f.store.update_system(&id, first, &System::default(), after(2)).await.unwrap());
     let row = f.store.node(&id).await.unwrap().unwrap();
@@ -62,8 +62,8 @@ pub(crate) async fn sessions_of_a_dead_controller_end(f: Fixture) {
     let live = f.store.live_controllers(after(14)).await.unwrap();
     assert_eq!(live.iter().map(|row| row.address.as_str()).collect::<Vec<_>>(), ["10.0.0.1:1346", "10.0.0.3:1346"]);
     assert!(f.store.end_dead_sessions(after(14)).await.unwrap().is_empty());
-    assert_eq!(f.store.end_dead_sessions(after(15)).await.unwrap(), [id.clone()]);
-    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap(), [id.clone()]);
+    assert_eq!(f.store.end_dead_sessions(after(15)).await.unwrap(), std::slice::from_ref(&id));
+    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap(), std::slice::from_ref(&id));
     let elsewhere = SessionStart { controller_id: "c2".to_owned(), ..hello("boot-1", &serial_of("pi-1"), after(16)) };
     f.begin(&id, &elsewhere, after(16)).await;
     f.store.retire("c2", after(17)).await.unwrap();
