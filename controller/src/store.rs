@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use sea_orm::{DatabaseConnection, DbErr};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 mod artifacts;
 mod audit;
@@ -94,6 +94,8 @@ struct Shared {
     writer: DatabaseConnection,
     /// Reads; on Postgres the same pool.
     reader: DatabaseConnection,
+    /// Who may write: on SQLite one, on Postgres as many as have connections.
+    turns: Arc<Semaphore>,
     changes: watch::Sender<u64>,
     /// Holds the lock of an SQLite file as long as the store lives.
     _lock: Option<std::fs::File>,

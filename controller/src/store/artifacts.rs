@@ -129,7 +129,7 @@ impl Store {
         .bind(row.compression.as_str())
         .time(row.push_time)
         .bind(row.creator.as_str())
-        .run(&tx)
+        .run(&*tx)
         .await?;
         sql("INSERT INTO artifacts (id, sha256, kind, purpose, push_time, creator) VALUES (?, ?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO UPDATE SET sha256 = excluded.sha256, kind = excluded.kind, \
@@ -140,14 +140,14 @@ impl Store {
         .bind(row.purpose.as_str())
         .time(row.push_time)
         .bind(row.creator.as_str())
-        .run(&tx)
+        .run(&*tx)
         .await?;
         // A name that became something else is no default any more of what it was.
         sql("DELETE FROM artifact_defaults WHERE artifact = ? AND (kind <> ? OR purpose <> ?)")
             .bind(row.id.as_str())
             .bind(row.kind.as_str())
             .bind(row.purpose.as_str())
-            .run(&tx)
+            .run(&*tx)
             .await?;
         let left = match before {
             Some(sha256) if sha256 != row.sha256 && forget_unneeded(&tx, &sha256).await? => Some(sha256),
@@ -207,13 +207,13 @@ impl Store {
             sql("SELECT DISTINCT operation AS id FROM needs WHERE artifact = ? AND sha256 = ? ORDER BY operation")
                 .bind(id.as_str())
                 .bind(sha256.as_str())
-                .all(&tx)
+                .all(&*tx)
                 .await?;
         if !users.is_empty() {
             let users = users.iter().map(operations::read_id).collect::<Result<_, _>>()?;
             return Ok(DeleteArtifactOutcome::InUse(users));
         }
-        sql("DELETE FROM artifacts WHERE id = ?").bind(id.as_str()).run(&tx).await?;
+        sql("DELETE FROM artifacts WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         let bytes_unused = if forget_unneeded(&tx, &sha256).await? { Some(sha256) } else { None };
         self.commit(tx).await?;
         Ok(DeleteArtifactOutcome::Deleted { bytes_unused })
@@ -228,9 +228,9 @@ impl Store {
              ON CONFLICT (board, kind, purpose) DO UPDATE SET artifact = excluded.artifact")
         .bind(if board.is_empty() { ANY_BOARD } else { board })
         .bind(id.as_str())
-        .run(&tx)
+        .run(&*tx)
         .await?;
-        let row = find(&tx, id).await?;
+        let row = find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row)
     }
@@ -265,7 +265,7 @@ impl Store {
         let mut swept = Vec::new();
         for row in sql("SELECT sha256 FROM blobs WHERE NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.sha256 = \
                         blobs.sha256) AND NOT EXISTS (SELECT 1 FROM needs x WHERE x.sha256 = blobs.sha256)")
-        .all(&tx)
+        .all(&*tx)
         .await?
         {
             let sha256 = row.text("sha256")?;

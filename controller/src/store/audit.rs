@@ -33,7 +33,7 @@ impl Store {
             .bind(row.method.as_str())
             .bind(row.target.as_str())
             .bind(row.result.as_str())
-            .run(&tx)
+            .run(&*tx)
             .await?;
         // Nobody waits for it, so there is no hint.
         tx.commit().await?;

@@ -49,14 +49,14 @@ impl Store {
     /// Stores a certificate (one that is not issued by `enrol`).
     pub async fn insert_certificate(&self, row: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
-        insert(&tx, row).await?;
+        insert(&*tx, row).await?;
         if let Some(node) = &row.node {
             // A renewal may bring a new key; by that of a node that was enrolled anew, nothing changes.
             sql("UPDATE nodes SET key_sha256 = ? WHERE id = ? AND generation = ?")
                 .bind(row.key_sha256.as_str())
                 .bind(node.as_str())
                 .bind(row.generation)
-                .run(&tx)
+                .run(&*tx)
                 .await?;
         }
         self.commit(tx).await
@@ -100,7 +100,7 @@ impl Store {
         let revoked = sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND revoke_time IS NULL")
             .time(now)
             .bind(node.as_str())
-            .run(&tx)
+            .run(&*tx)
             .await?;
         self.commit(tx).await?;
         Ok(revoked)

@@ -82,11 +82,11 @@ impl Store {
         // A session that begins meanwhile waits until its Hello can see what was assigned.
         sql("SELECT id FROM nodes WHERE id IN {each} ORDER BY id {lock}")
             .each(found.iter().map(|id| id.node.as_str()))
-            .all(&tx)
+            .all(&*tx)
             .await?;
-        lock(&tx, found.iter().map(|id| &id.operation)).await?;
+        lock(&*tx, found.iter().map(|id| &id.operation)).await?;
         let mut due = Vec::with_capacity(found.len());
-        for row in &first_due(controller_id, sessions, now).all(&tx).await? {
+        for row in &first_due(controller_id, sessions, now).all(&*tx).await? {
             let id = read_id(row)?;
             if found.contains(&id) {
                 due.push(Due::read(id, row, now)?);
@@ -105,7 +105,7 @@ impl Store {
         .time(now)
         .time(now)
         .json(&rows)
-        .all(&tx)
+        .all(&*tx)
         .await?;
         let mut attempts: BTreeMap<ExecutionId, u32> = BTreeMap::new();
         for row in &taken {
@@ -128,7 +128,7 @@ impl Store {
             });
         }
         for (operation, events) in happened {
-            events::record(&tx, &operation, events, now).await?;
+            events::record(&*tx, &operation, events, now).await?;
         }
         self.commit(tx).await?;
         Ok(assignments)

@@ -29,7 +29,7 @@ impl Store {
         .bind(controller_id)
         .bind(address)
         .time(now)
-        .run(&tx)
+        .run(&*tx)
         .await?;
         tx.commit().await?;
         Ok(())
@@ -71,12 +71,12 @@ impl Store {
              RETURNING id")
             .time(now)
             .time(now - DEAD_AFTER)
-            .all(&tx)
+            .all(&*tx)
             .await?
             .iter()
             .map(nodes::read_id)
             .collect();
-        sql("DELETE FROM controllers WHERE beat_time <= ?").time(now - DEAD_AFTER).run(&tx).await?;
+        sql("DELETE FROM controllers WHERE beat_time <= ?").time(now - DEAD_AFTER).run(&*tx).await?;
         self.commit(tx).await?;
         ended
     }
@@ -88,9 +88,9 @@ impl Store {
              (SELECT id FROM nodes WHERE controller_id = ? ORDER BY id {lock})")
         .time(now)
         .bind(controller_id)
-        .run(&tx)
+        .run(&*tx)
         .await?;
-        sql("DELETE FROM controllers WHERE id = ?").bind(controller_id).run(&tx).await?;
+        sql("DELETE FROM controllers WHERE id = ?").bind(controller_id).run(&*tx).await?;
         self.commit(tx).await
     }
 }

@@ -52,16 +52,16 @@ impl Store {
         }
         let tx = self.begin().await?;
         let mut begun = Vec::with_capacity(due.len());
-        for (id, from) in lock(&tx, &due).await? {
+        for (id, from) in lock(&*tx, &due).await? {
             let Ok(to) = from.begin() else { continue };
             sql("UPDATE operations SET state = ? WHERE id = ? AND state = ?")
                 .bind(to.as_str())
                 .bind(id.as_str())
                 .bind(from.as_str())
-                .run(&tx)
+                .run(&*tx)
                 .await?;
             let event = Happened::to_operation(CONTROLLER, from.as_str(), to.as_str(), "");
-            events::record(&tx, &id, vec![event], now).await?;
+            events::record(&*tx, &id, vec![event], now).await?;
             begun.push(id);
         }
         self.commit(tx).await?;
@@ -88,7 +88,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        lock(&tx, found.iter().map(|(id, _)| &id.operation)).await?;
+        lock(&*tx, found.iter().map(|(id, _)| &id.operation)).await?;
         let mut marked = Vec::with_capacity(found.len());
         for (id, state) in found {
             let changed =
@@ -99,11 +99,11 @@ impl Store {
                 .bind(id.node.as_str())
                 .bind(state.as_str())
                 .time(now)
-                .run(&tx)
+                .run(&*tx)
                 .await?;
             if changed == 1 {
                 let event = Happened::to_node(&id.node, CONTROLLER, state.as_str(), state.as_str(), "overdue");
-                events::record(&tx, &id.operation, vec![event], now).await?;
+                events::record(&*tx, &id.operation, vec![event], now).await?;
                 marked.push(Overdue { execution: id, state });
             }
         }
@@ -146,8 +146,8 @@ impl Store {
         }
         let tx = self.begin().await?;
         let mut finished = Vec::with_capacity(done.len());
-        for (id, _) in lock(&tx, &done).await? {
-            if finish_if_done(&tx, &id, now).await? {
+        for (id, _) in lock(&*tx, &done).await? {
+            if finish_if_done(&*tx, &id, now).await? {
                 finished.push(id);
             }
         }

@@ -55,7 +55,7 @@ impl Store {
                           RETURNING id, uses, max_uses, require_approval, labels")
         .bind(wish.token_sha256.as_str())
         .time(now)
-        .one(&tx)
+        .one(&*tx)
         .await?;
         let Some(token) = usable else { return Ok(EnrolOutcome::Refused) };
         let token_id = token.text("id")?;
@@ -64,7 +64,7 @@ impl Store {
                           WHERE e.token = ? AND e.key_sha256 = ?")
             .bind(token_id.as_str())
             .bind(wish.key_sha256.as_str())
-            .one(&tx)
+            .one(&*tx)
             .await?;
         let admitted = match before {
             // The node has another key by now.
@@ -74,7 +74,7 @@ impl Store {
             None => {
                 let used = sql("UPDATE tokens SET uses = uses + 1 WHERE id = ? AND uses < max_uses")
                     .bind(token_id.as_str())
-                    .run(&tx)
+                    .run(&*tx)
                     .await?;
                 if used == 0 {
                     return Ok(EnrolOutcome::Refused);
@@ -84,7 +84,7 @@ impl Store {
                     .bind(token_id.as_str())
                     .bind(wish.key_sha256.as_str())
                     .bind(admitted.node.as_str())
-                    .run(&tx)
+                    .run(&*tx)
                     .await?;
                 admitted
             }
@@ -96,7 +96,7 @@ impl Store {
             key_sha256: wish.key_sha256.clone(),
             ..certificate
         };
-        certificates::insert(&tx, &certificate).await?;
+        certificates::insert(&*tx, &certificate).await?;
         self.commit(tx).await?;
         let Admitted { node, held, generation } = admitted;
         Ok(EnrolOutcome::Admitted { node, held, generation })

@@ -65,10 +65,7 @@ pub(super) async fn apply(
     if changed == 0 {
         return Ok(false);
     }
-    let reason = match change.error {
-        Some(error) if change.reason.is_empty() => &error.reason,
-        _ => change.reason,
-    };
+    let reason = change.error.map_or(change.reason, |error| &error.reason);
     let event = Happened::to_node(&change.id.node, change.actor, change.from.as_str(), change.to.as_str(), reason);
     events::record(tx, &change.id.operation, vec![event], now).await?;
     if change.to.is_final() {
@@ -167,11 +164,11 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        lock(&tx, &operations).await?;
-        let mut found = which.all(&tx).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
+        lock(&*tx, &operations).await?;
+        let mut found = which.all(&*tx).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
         // Of operations that were not there a moment ago and so are not held: the next round's.
         found.retain(|(id, _)| operations.contains(&id.operation));
-        let changed = end(&tx, &found, &End { to, error, actor: CONTROLLER }, now).await?;
+        let changed = end(&*tx, &found, &End { to, error, actor: CONTROLLER }, now).await?;
         self.commit(tx).await?;
         Ok(changed)
     }

@@ -203,9 +203,9 @@ impl Store {
             .bind(labels.map(super::sql::to_json))
             .bind(display_name.map(str::to_owned))
             .bind(id.as_str())
-            .run(&tx)
+            .run(&*tx)
             .await?;
-        let row = find(&tx, id).await?;
+        let row = find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row)
     }
@@ -213,24 +213,24 @@ impl Store {
     /// Admits a node with the board and the key that it has now; `None`: no such node.
     pub async fn approve(&self, id: &NodeId, now: DateTime<Utc>) -> Result<Option<NodeRow>, StoreError> {
         let tx = self.begin().await?;
-        let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&tx).await?;
-        let Some(row) = (if found.is_some() { find(&tx, id).await? } else { None }) else { return Ok(None) };
+        let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
+        let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else { return Ok(None) };
         let serial = normal_serial(&row.board.serial);
         sql("UPDATE nodes SET state = 'APPROVED', state_reason = '', previous_boot_id = '', \
                  serial = CASE WHEN ? = '' THEN serial ELSE ? END WHERE id = ?")
         .bind(serial.as_str())
         .bind(serial.as_str())
         .bind(id.as_str())
-        .run(&tx)
+        .run(&*tx)
         .await?;
         // The key that the admin approved is the last one; earlier ones may be in other hands.
         sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND generation < ? AND revoke_time IS NULL")
             .time(now)
             .bind(id.as_str())
             .bind(row.generation)
-            .run(&tx)
+            .run(&*tx)
             .await?;
-        let row = find(&tx, id).await?;
+        let row = find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row)
     }
@@ -243,8 +243,8 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<Option<NodeRow>, StoreError> {
         let tx = self.begin().await?;
-        shut_out(&tx, id, reason, now).await?;
-        let row = find(&tx, id).await?;
+        shut_out(&*tx, id, reason, now).await?;
+        let row = find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row)
     }
@@ -258,30 +258,30 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<DeleteNodeOutcome, StoreError> {
         let tx = self.begin().await?;
-        if sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&tx).await?.is_none() {
+        if sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?.is_none() {
             return Ok(DeleteNodeOutcome::NotFound);
         }
         let work = sql("SELECT operation, node, state FROM executions WHERE node = ? AND state IN \
                         ('PENDING', 'ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') ORDER BY operation");
         let found: Vec<(ExecutionId, ExecutionState)> =
-            work.bind(id.as_str()).all(&tx).await?.iter().map(read_found).collect::<Result<_, _>>()?;
+            work.bind(id.as_str()).all(&*tx).await?.iter().map(read_found).collect::<Result<_, _>>()?;
         if !found.is_empty() && !force {
             return Ok(DeleteNodeOutcome::Busy(found.into_iter().map(|(id, _)| id).collect()));
         }
         let operations: Vec<OperationId> = found.iter().map(|(id, _)| id.operation.clone()).collect();
-        lock(&tx, &operations).await?;
+        lock(&*tx, &operations).await?;
         let (waiting, active): (Vec<_>, Vec<_>) =
             found.into_iter().partition(|(_, state)| *state == ExecutionState::Pending);
         let error = Some(ExecutionError::new(reason::NODE_DELETED, format!("{actor} deleted the node")));
         let cancelled = End { to: ExecutionState::Cancelled, error: error.clone(), actor };
-        moves::end(&tx, &waiting, &cancelled, now).await?;
-        moves::end(&tx, &active, &End { to: ExecutionState::Failed, error, actor }, now).await?;
+        moves::end(&*tx, &waiting, &cancelled, now).await?;
+        moves::end(&*tx, &active, &End { to: ExecutionState::Failed, error, actor }, now).await?;
         sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND revoke_time IS NULL")
             .time(now)
             .bind(id.as_str())
-            .run(&tx)
+            .run(&*tx)
             .await?;
-        sql("DELETE FROM nodes WHERE id = ?").bind(id.as_str()).run(&tx).await?;
+        sql("DELETE FROM nodes WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         self.commit(tx).await?;
         Ok(DeleteNodeOutcome::Deleted)
     }

@@ -107,11 +107,11 @@ impl Store {
     /// Stores an operation, its executions and its first event, or finds the one that the same request stored.
     pub async fn create_operation(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<CreateOutcome, StoreError> {
         let tx = self.begin().await?;
-        if !insert(&tx, new, now).await? {
+        if !insert(&*tx, new, now).await? {
             tx.rollback().await?;
             return self.existing(new).await;
         }
-        match insert_needs(&tx, new).await {
+        match insert_needs(&*tx, new).await {
             Ok(()) => {}
             Err(error) if error.is_dangling() => {
                 tx.rollback().await?;
@@ -124,11 +124,11 @@ impl Store {
         .bind(new.id.as_str())
         .time(now)
         .each(new.nodes.iter().map(NodeId::as_str))
-        .run(&tx)
+        .run(&*tx)
         .await?;
         let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
-        events::record(&tx, &new.id, vec![created], now).await?;
-        let row = find(&tx, &new.id).await?;
+        events::record(&*tx, &new.id, vec![created], now).await?;
+        let row = find(&*tx, &new.id).await?;
         self.commit(tx).await?;
         row.map(CreateOutcome::Created).ok_or(StoreError::Unknown { what: "operation", value: new.id.to_string() })
     }

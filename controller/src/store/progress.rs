@@ -58,7 +58,7 @@ impl Store {
         .time(now)
         .time(now)
         .json(&stored)
-        .run(&tx)
+        .run(&*tx)
         .await?;
         self.commit(tx).await
     }

@@ -45,12 +45,12 @@ impl Store {
         let active = sql("SELECT operation, node FROM executions WHERE node = ? \
                           AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
         .bind(node.as_str())
-        .all(&tx)
+        .all(&*tx)
         .await?
         .iter()
         .map(read_id)
         .collect::<Result<Vec<_>, _>>()?;
-        lock(&tx, active.iter().chain(listed.iter().map(|report| &report.execution)).map(|id| &id.operation)).await?;
+        lock(&*tx, active.iter().chain(listed.iter().map(|report| &report.execution)).map(|id| &id.operation)).await?;
         for report in listed {
             let outcome = if &report.execution.node == node {
                 reports::apply(&tx, &holder, report, now).await?

@@ -81,7 +81,7 @@ impl Store {
         }
         let tx = self.begin().await?;
         let Some(holder) = hold_node(&tx, node, epoch).await? else { return Ok(ReportOutcome::NotHolder) };
-        lock(&tx, [&report.execution.operation]).await?;
+        lock(&*tx, [&report.execution.operation]).await?;
         let outcome = apply(&tx, &holder, report, now).await?;
         match outcome {
             // Nothing was written.

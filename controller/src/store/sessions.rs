@@ -60,7 +60,7 @@ impl Store {
         let row = sql("SELECT state, state_reason, serial, boot_id, previous_boot_id, session_time FROM nodes \
                        WHERE id = ? {lock}")
         .bind(node.as_str())
-        .one(&tx)
+        .one(&*tx)
         .await?;
         let Some(row) = row else { return Ok(SessionOutcome::UnknownNode) };
         let mut state = row.word("state", NodeState::parse)?;
@@ -75,7 +75,7 @@ impl Store {
             if row.maybe_time("session_time")?.is_some_and(|begun| start.accept_time <= begun) {
                 return Ok(SessionOutcome::Superseded);
             }
-            shut_out(&tx, node, "two nodes have this identity: an earlier boot of it came back", now).await?;
+            shut_out(&*tx, node, "two nodes have this identity: an earlier boot of it came back", now).await?;
             self.commit(tx).await?;
             return Ok(SessionOutcome::Quarantined);
         }
@@ -103,9 +103,9 @@ impl Store {
         .bind(start.boot_id.as_str())
         .bind(if new_boot { boot_id } else { previous })
         .bind(node.as_str())
-        .run(&tx)
+        .run(&*tx)
         .await?;
-        let found = nodes::find(&tx, node).await?;
+        let found = nodes::find(&*tx, node).await?;
         self.commit(tx).await?;
         Ok(match found {
             Some(row) => SessionOutcome::Begun { epoch: row.session_epoch, node: Box::new(row) },
@@ -122,7 +122,7 @@ impl Store {
         .time(now)
         .bind(node.as_str())
         .bind(epoch)
-        .run(&tx)
+        .run(&*tx)
         .await?;
         self.commit(tx).await?;
         Ok(ended == 1)
@@ -140,7 +140,7 @@ impl Store {
         .time(now)
         .bind(controller_id)
         .each(nodes.iter().map(NodeId::as_str))
-        .run(&tx)
+        .run(&*tx)
         .await?;
         // Not worth a hint: nobody waits for it.
         tx.commit().await?;
@@ -178,7 +178,7 @@ impl Store {
         .time(now)
         .bind(node.as_str())
         .bind(epoch)
-        .run(&tx)
+        .run(&*tx)
         .await?;
         self.commit(tx).await?;
         Ok(changed == 1)

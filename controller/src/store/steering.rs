@@ -7,6 +7,7 @@ use sea_orm::DatabaseTransaction;
 
 use super::events::{self, Happened};
 use super::moves::{self, End, read_found};
+use super::open::Tx;
 use super::operations::{self, lock};
 use super::sql::sql;
 use super::{ExecutionRow, OperationRow, Store, StoreError, executions};
@@ -56,25 +57,25 @@ impl Store {
             .bind(to.as_str())
             .bind(id.as_str())
             .bind(from.as_str())
-            .run(&tx)
+            .run(&*tx)
             .await?;
         let asked = Happened::to_operation(actor, from.as_str(), to.as_str(), "");
-        events::record(&tx, id, vec![asked], now).await?;
+        events::record(&*tx, id, vec![asked], now).await?;
         sql("UPDATE executions SET cancel_requested = TRUE, update_time = ? WHERE operation = ? \
              AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
         .time(now)
         .bind(id.as_str())
-        .run(&tx)
+        .run(&*tx)
         .await?;
         let waiting = sql("SELECT operation, node, state FROM executions WHERE operation = ? AND state = 'PENDING'")
             .bind(id.as_str())
-            .all(&tx)
+            .all(&*tx)
             .await?
             .iter()
             .map(read_found)
             .collect::<Result<Vec<_>, _>>()?;
-        moves::end(&tx, &waiting, &End { to: ExecutionState::Cancelled, error: None, actor }, now).await?;
-        operations::finish_if_done(&tx, id, now).await?;
+        moves::end(&*tx, &waiting, &End { to: ExecutionState::Cancelled, error: None, actor }, now).await?;
+        operations::finish_if_done(&*tx, id, now).await?;
         self.steered(tx, id).await
     }
 
@@ -101,7 +102,7 @@ impl Store {
         let due = sql("SELECT id FROM operations WHERE id = ? AND schedule_time <= ?")
             .bind(id.as_str())
             .time(now)
-            .one(&tx)
+            .one(&*tx)
             .await?
             .is_some();
         let goes_on = matches!(from, OperationState::Scheduled | OperationState::Running);
@@ -121,7 +122,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<AbandonOutcome, StoreError> {
         let Some((tx, _)) = self.hold(&id.operation).await? else { return Ok(AbandonOutcome::NotFound) };
-        let Some(row) = executions::find(&tx, id).await? else { return Ok(AbandonOutcome::NotFound) };
+        let Some(row) = executions::find(&*tx, id).await? else { return Ok(AbandonOutcome::NotFound) };
         if row.state.is_final() {
             return Ok(AbandonOutcome::Final(row));
         }
@@ -130,16 +131,16 @@ impl Store {
         }
         let error = ExecutionError::new(reason::NEVER_RETURNED, format!("given up by {actor}"));
         let end = End { to: ExecutionState::Failed, error: Some(error), actor };
-        moves::end(&tx, &[(id.clone(), row.state)], &end, now).await?;
-        let row = executions::find(&tx, id).await?;
+        moves::end(&*tx, &[(id.clone(), row.state)], &end, now).await?;
+        let row = executions::find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row.map_or(AbandonOutcome::NotFound, AbandonOutcome::Abandoned))
     }
 
     /// Begins a transaction that holds an operation.
-    async fn hold(&self, id: &OperationId) -> Result<Option<(DatabaseTransaction, OperationState)>, StoreError> {
+    async fn hold(&self, id: &OperationId) -> Result<Option<(Tx, OperationState)>, StoreError> {
         let tx = self.begin().await?;
-        Ok(lock(&tx, [id]).await?.pop().map(|(_, state)| (tx, state)))
+        Ok(lock(&*tx, [id]).await?.pop().map(|(_, state)| (tx, state)))
     }
 
     /// The new state, or how to answer where there is none.
@@ -179,8 +180,8 @@ impl Store {
         events::record(tx, id, vec![Happened::to_operation(actor, from.as_str(), to.as_str(), reason)], now).await
     }
 
-    async fn steered(&self, tx: DatabaseTransaction, id: &OperationId) -> Result<SteerOutcome, StoreError> {
-        let row = operations::find(&tx, id).await?;
+    async fn steered(&self, tx: Tx, id: &OperationId) -> Result<SteerOutcome, StoreError> {
+        let row = operations::find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row.map_or(SteerOutcome::NotFound, SteerOutcome::Changed))
     }

@@ -66,9 +66,9 @@ impl Store {
         .bind(new.creator.as_str())
         .bind(new.require_approval)
         .json(&new.labels)
-        .run(&tx)
+        .run(&*tx)
         .await?;
-        let row = find(&tx, &new.id).await?;
+        let row = find(&*tx, &new.id).await?;
         self.commit(tx).await?;
         row.ok_or(StoreError::Unknown { what: "token", value: new.id.to_string() })
     }
@@ -90,8 +90,8 @@ impl Store {
     /// Makes a token useless; `None`: no such token.
     pub async fn revoke_token(&self, id: &JoinTokenId) -> Result<Option<TokenRow>, StoreError> {
         let tx = self.begin().await?;
-        sql("UPDATE tokens SET revoked = TRUE WHERE id = ?").bind(id.as_str()).run(&tx).await?;
-        let row = find(&tx, id).await?;
+        sql("UPDATE tokens SET revoked = TRUE WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
+        let row = find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row)
     }

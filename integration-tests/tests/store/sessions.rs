@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use futures_util::future::join_all;
 use marco_controller::operation::{ExecutionState, NodeState, OperationState, reason};
-use marco_controller::store::{DeleteNodeOutcome, NodeQuery, SessionOutcome, SessionStart, System};
+use marco_controller::store::{DeleteNodeOutcome, NodeQuery, ReportOutcome, SessionOutcome, SessionStart, System};
 use marco_proto::names::ExecutionId;
 
 use crate::support::*;
@@ -69,6 +70,30 @@ pub(crate) async fn sessions_of_a_dead_controller_end(f: Fixture) {
     f.store.retire("c2", after(17)).await.unwrap();
     assert!(!f.store.node(&id).await.unwrap().unwrap().connected);
     assert!(f.store.live_controllers(after(17)).await.unwrap().is_empty());
+}
+
+pub(crate) async fn a_fleet_that_comes_back_at_once_is_served(f: Fixture) {
+    let ids: Vec<String> = (0..200).map(|number| format!("pi-{number:03}")).collect();
+    let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let operation = f.create(reboot(), &nodes).await;
+    let sessions = join_all(nodes.iter().map(|id| f.session(id, "boot-1", start()))).await;
+    let sessions: Vec<_> = nodes.into_iter().zip(sessions).collect();
+    let assignments = f.claim(&sessions, start()).await;
+    assert_eq!(assignments.len(), 200);
+    for (sequence, state) in [(1, ExecutionState::Running), (2, ExecutionState::Rebooting)] {
+        let reports: Vec<_> = assignments.iter().map(|given| report(given, sequence, state, "boot-1")).collect();
+        let outcomes = sessions.iter().zip(&reports).map(|((_, epoch), report)| f.report(*epoch, report, after(1)));
+        assert!(join_all(outcomes).await.iter().all(|outcome| *outcome == ReportOutcome::Acked));
+    }
+    join_all(assignments.iter().map(|assignment| async {
+        let (id, armed) = (&assignment.execution.node, report(assignment, 2, ExecutionState::Rebooting, "boot-1"));
+        let epoch = f.session(id, "boot-2", after(2)).await;
+        assert!(f.reconcile(id, epoch, "boot-2", &[armed], 2).await.holder);
+        let done = report(assignment, 3, ExecutionState::Succeeded, "boot-2");
+        assert_eq!(f.report(epoch, &done, after(3)).await, ReportOutcome::Acked);
+    }))
+    .await;
+    assert_eq!(f.operation_state(&operation).await, OperationState::Succeeded);
 }
 
 pub(crate) async fn nodes_are_found_by_label(f: Fixture) {

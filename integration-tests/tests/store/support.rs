@@ -201,7 +201,7 @@ impl Fixture {
     /// Approved nodes without a session.
     pub(crate) async fn enrolled(&self, ids: &[&str]) -> Vec<NodeId> {
         let token = format!("token-{}", ids[0]);
-        self.token(&token, 100).await;
+        self.token(&token, 1000).await;
         for id in ids {
             let outcome = self.enrol(&token, &format!("key-{id}"), Some(id), &serial_of(id)).await;
             assert_eq!(outcome, EnrolOutcome::Admitted { node: node(id), held: false, generation: 1 });
