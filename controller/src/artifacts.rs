@@ -1,11 +1,19 @@
 //! The bytes of artifacts, by their SHA-256: `DATA/artifacts/sha256/ab/abcdef...`, and uploads in
 //! `DATA/staging/SHA256.part`. What names them is the store's business.
 
+mod check;
+mod upload;
+
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+
+pub use upload::Upload;
 
 /// Largest artifact in bytes, 64 GiB: the largest cards that people put into Pis hold twice that.
 pub const MAX_SIZE: u64 = 64 << 30;
@@ -79,6 +87,14 @@ pub enum ArtifactError {
         /// Bytes announced.
         size: u64,
     },
+    /// Bytes with this SHA-256 are stored, and have another size.
+    #[error("the bytes with this SHA-256 are {stored}, not {announced}")]
+    WrongSize {
+        /// What is stored.
+        stored: u64,
+        /// As announced.
+        announced: u64,
+    },
     /// The bytes are not those that were announced.
     #[error("the bytes have SHA-256 {got}, not {expected}")]
     WrongDigest {
@@ -125,22 +141,18 @@ pub struct StoredBlob {
     pub compression: Compression,
 }
 
-/// The folder of artifacts.
+/// The folder of artifacts. Several controllers may share it: whoever writes an upload holds a lock on its file.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
-    data_dir: PathBuf,
-}
-
-/// One upload: the only writer of its bytes while it lives.
-#[derive(Debug)]
-pub struct Upload {
-    _todo: (),
+    blobs: PathBuf,
+    staging: PathBuf,
 }
 
 /// An open artifact.
 #[derive(Debug, Clone)]
 pub struct BlobReader {
-    _todo: (),
+    file: Arc<File>,
+    size: u64,
 }
 
 impl Artifacts {
@@ -149,7 +161,11 @@ impl Artifacts {
     /// # Errors
     /// When it cannot be made.
     pub fn open(data_dir: &Path) -> Result<Self, ArtifactError> {
-        Ok(Self { data_dir: data_dir.to_owned() })
+        let (blobs, staging) = (data_dir.join("artifacts").join("sha256"), data_dir.join("staging"));
+        for folder in [&blobs, &staging] {
+            fs::create_dir_all(folder).map_err(failed(format!("make the folder {}", folder.display())))?;
+        }
+        Ok(Self { blobs, staging })
     }
 
     /// Begins an upload, or goes on with one that was cut: its offset says from where.
@@ -157,7 +173,11 @@ impl Artifacts {
     /// # Errors
     /// A bad size, no room, or another upload of the same bytes.
     pub async fn begin(&self, sha256: Digest, size: u64) -> Result<Upload, ArtifactError> {
-        todo!("{:?} {sha256} {size}", self.data_dir)
+        if size == 0 || size > MAX_SIZE {
+            return Err(ArtifactError::InvalidSize(size));
+        }
+        let store = self.clone();
+        off_runtime(move || Upload::begin(store, sha256, size)).await
     }
 
     /// Opens stored bytes.
@@ -165,15 +185,28 @@ impl Artifacts {
     /// # Errors
     /// When there are none.
     pub async fn reader(&self, sha256: Digest) -> Result<BlobReader, ArtifactError> {
-        todo!("{sha256}")
+        let path = self.blob(sha256);
+        off_runtime(move || {
+            let (file, size) = open_blob(&path)?.ok_or(ArtifactError::NotFound(sha256))?;
+            Ok(BlobReader { file: Arc::new(file), size })
+        })
+        .await
     }
 
-    /// Removes stored bytes; false when there were none.
+    /// Removes stored bytes; false when there were none. Whoever reads them goes on reading.
     ///
     /// # Errors
     /// When the disk fails.
     pub async fn remove(&self, sha256: Digest) -> Result<bool, ArtifactError> {
-        todo!("{sha256}")
+        let path = self.blob(sha256);
+        off_runtime(move || {
+            let removed = remove_file(&path)?;
+            if removed {
+                sync_folder(&path)?;
+            }
+            Ok(removed)
+        })
+        .await
     }
 
     /// Removes cut uploads that nobody went on with since `older_than`; how many.
@@ -181,43 +214,39 @@ impl Artifacts {
     /// # Errors
     /// When the disk fails.
     pub async fn sweep(&self, older_than: SystemTime) -> Result<u64, ArtifactError> {
-        todo!("{older_than:?}")
+        let staging = self.staging.clone();
+        off_runtime(move || {
+            let action = format!("look through {}", staging.display());
+            let mut removed = 0;
+            for entry in fs::read_dir(&staging).map_err(failed(action.clone()))? {
+                let path = entry.map_err(failed(action.clone()))?.path();
+                // A file that is gone by now was finished in the meantime, and one that is locked is being written.
+                let Ok(file) = File::open(&path) else { continue };
+                let old = file.metadata().and_then(|metadata| metadata.modified()).is_ok_and(|time| time < older_than);
+                if old && file.try_lock().is_ok() && remove_file(&path)? {
+                    removed += 1;
+                }
+            }
+            Ok(removed)
+        })
+        .await
     }
-}
 
-impl Upload {
-    /// Where the next chunk must begin; equal to the size when all bytes are there.
-    pub fn offset(&self) -> u64 {
-        todo!()
+    fn blob(&self, sha256: Digest) -> PathBuf {
+        let name = sha256.to_string();
+        let shard: String = name.chars().take(2).collect();
+        self.blobs.join(shard).join(name)
     }
 
-    /// Adds a chunk.
-    ///
-    /// # Errors
-    /// When it does not begin at the offset or goes past the size. What came before is kept.
-    pub async fn append(&mut self, offset: u64, data: Bytes) -> Result<(), ArtifactError> {
-        todo!("{offset} {}", data.len())
-    }
-
-    /// Checks digest and contents, and stores the bytes. `progress` gets the unpacked bytes so far, now and then, from
-    /// another thread. Bytes that are refused are removed; if they are only incomplete they stay for another try.
-    ///
-    /// # Errors
-    /// Why they are not taken.
-    pub async fn finish(
-        self,
-        content: Content,
-        progress: impl Fn(u64) + Send + 'static,
-    ) -> Result<StoredBlob, ArtifactError> {
-        progress(0);
-        todo!("{content:?}")
+    fn part(&self, sha256: Digest) -> PathBuf {
+        self.staging.join(format!("{sha256}.part"))
     }
 }
 
 impl BlobReader {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        todo!()
+        self.size
     }
 
     /// Bytes from an offset, at most `len`, fewer only at the end; read off the runtime.
@@ -225,8 +254,53 @@ impl BlobReader {
     /// # Errors
     /// When the disk fails.
     pub async fn read_chunk(&self, offset: u64, len: usize) -> Result<Bytes, ArtifactError> {
-        todo!("{offset} {len}")
+        let left = self.size.saturating_sub(offset);
+        let len = usize::try_from(left).unwrap_or(usize::MAX).min(len);
+        let file = Arc::clone(&self.file);
+        off_runtime(move || {
+            let mut data = vec![0; len];
+            file.read_exact_at(&mut data, offset).map_err(failed("read an artifact"))?;
+            Ok(Bytes::from(data))
+        })
+        .await
     }
+}
+
+/// Runs what waits for the disk where it holds up nobody.
+async fn off_runtime<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ArtifactError> + Send + 'static,
+) -> Result<T, ArtifactError> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.unwrap_or_else(|error| Err(failed("finish a task")(io::Error::other(error))))
+}
+
+fn failed(action: impl Into<String>) -> impl FnOnce(io::Error) -> ArtifactError {
+    let action = action.into();
+    move |source| ArtifactError::Io { action, source }
+}
+
+fn open_blob(path: &Path) -> Result<Option<(File, u64)>, ArtifactError> {
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(failed(format!("open {}", path.display())))?,
+    };
+    let size = file.metadata().map_err(failed(format!("open {}", path.display())))?.len();
+    Ok(Some((file, size)))
+}
+
+/// Removes a file; false when there was none.
+fn remove_file(path: &Path) -> Result<bool, ArtifactError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed(format!("remove {}", path.display()))(error)),
+    }
+}
+
+/// Makes a change of a name in a file's folder last.
+fn sync_folder(path: &Path) -> Result<(), ArtifactError> {
+    let folder = path.parent().unwrap_or(path);
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed(format!("sync {}", folder.display())))
 }
 
 impl Digest {
@@ -268,3 +342,6 @@ impl Compression {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
