@@ -48,6 +48,9 @@ pub(super) struct Member {
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
+/// Takes a block of a member's contents, with its offset in the file.
+pub(super) type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), Error> + 'a;
+
 /// A stream that is read once.
 pub(super) struct TarReader<R> {
     source: BufReader<R>,
@@ -113,7 +116,7 @@ impl<R: Read> TarReader<R> {
     }
 
     /// Hands the present member's stored bytes out, each block with its offset in the file.
-    pub(super) fn contents(&mut self, take: &mut dyn FnMut(u64, &[u8]) -> Result<(), Error>) -> Result<(), Error> {
+    pub(super) fn contents(&mut self, take: &mut Take<'_>) -> Result<(), Error> {
         while let Some((mut offset, mut left)) = self.parts.pop() {
             while left > 0 {
                 let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());

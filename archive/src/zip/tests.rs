@@ -224,7 +224,7 @@ fn two_headers_that_differ_are_refused() {
     let name = Item { local_name: b"b".to_vec(), ..item("a", b"x") };
     assert_eq!(reason(zip(&[name])), Reason::HeaderMismatch("the name"));
     let size = Item { local_size: Some(7), ..item("a", b"x") };
-    assert_eq!(reason(zip(&[size.clone()])), Reason::HeaderMismatch("the size"));
+    assert_eq!(reason(zip(std::slice::from_ref(&size))), Reason::HeaderMismatch("the size"));
     let described = Item { descriptor: true, ..size };
     assert_eq!(reason(zip(&[described])), Reason::HeaderMismatch("the data descriptor"));
     let mut unicode = vec![0x75, 0x70, 6, 0, 1, 0, 0, 0, 0, b'b'];

@@ -325,7 +325,7 @@ async fn removed_bytes_are_gone_but_for_those_who_read_them() {
 fn a_digest_is_lower_case_hexadecimal() {
     let text = digest(b"x").to_string();
     assert_eq!(Digest::parse(&text).unwrap(), digest(b"x"));
-    for bad in ["", "../../etc/passwd", &text.to_uppercase(), &text[1..]] {
+    for bad in ["", "../../etc/passwd", &text.to_uppercase(), text.trim_start_matches(|_| true), &text.repeat(2)] {
         assert!(Digest::parse(bad).is_err(), "{bad}");
     }
 }

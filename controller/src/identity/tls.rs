@@ -148,7 +148,7 @@ impl Acceptor {
                 .map_err(TlsError::new)?;
             builder.with_client_cert_verifier(verifier)
         };
-        let mut config = builder.with_cert_resolver(Arc::clone(&presented) as Arc<dyn ResolvesServerCert>);
+        let mut config = builder.with_cert_resolver(presented.clone());
         config.alpn_protocols = vec![b"h2".to_vec()];
         // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
         config.session_storage = Arc::new(NoServerSessionStorage {});

@@ -108,9 +108,14 @@ mod tests {
     #[test]
     fn what_is_no_token_is_refused() {
         let good = JoinToken::mint([7; 32]).unwrap().reveal();
-        for bad in
-            ["", "mj1", "mj1.a.b.c", &good.replacen("mj1", "mj2", 1), &format!("{good}.x"), &good[..good.len() - 1]]
-        {
+        for bad in [
+            "",
+            "mj1",
+            "mj1.a.b.c",
+            &good.replacen("mj1", "mj2", 1),
+            &format!("{good}.x"),
+            good.trim_end_matches(char::is_alphanumeric),
+        ] {
             assert!(JoinToken::parse(bad).is_err(), "{bad}");
         }
     }

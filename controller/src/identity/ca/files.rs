@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::CONTROLLER_TLS_NAME;
@@ -25,8 +26,8 @@ const PUBLIC: u32 = 0o644;
 
 /// The CA with the controller's own certificate.
 pub struct Pki {
-    /// The authority.
-    pub ca: Ca,
+    /// The authority, which does not change while the process runs.
+    pub ca: Arc<Ca>,
     /// True when the CA was minted by this start.
     pub minted: bool,
     certs_dir: PathBuf,
@@ -66,7 +67,7 @@ impl Pki {
             write(&certs_dir.join("admin.key"), &admin_key, SECRET)?;
             write(&certs_dir.join("admin.crt"), &admin.pem, PUBLIC)?;
         }
-        Ok(Self { ca, minted, certs_dir: certs_dir.to_owned(), names, certificate, key })
+        Ok(Self { ca: Arc::new(ca), minted, certs_dir: certs_dir.to_owned(), names, certificate, key })
     }
 
     /// Issues the controller's certificate again when it is due, as [`Pki::open`] does; true when it did.

@@ -17,11 +17,13 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tonic::body::Body;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt as _;
+use tower::{Service as _, ServiceExt as _};
 
 use super::{Acceptor, PeerInfo, incoming, server_builder};
 use crate::clock::{Clock, ManualClock};
@@ -52,7 +54,7 @@ impl House {
         // The server's clock is what is tested: the client's stands at the same time.
         let builder = ClientConfig::builder_with_details(
             Arc::new(default_provider()),
-            Arc::new(super::TlsTime(Arc::clone(&self.clock) as Arc<dyn Clock>)),
+            Arc::new(super::TlsTime(self.clock.clone())),
         );
         let builder = builder.with_safe_default_protocol_versions().unwrap().with_root_certificates(roots);
         let mut config = match identity {
@@ -74,7 +76,7 @@ impl House {
     }
 
     fn api(&self) -> Acceptor {
-        Acceptor::api(&self.pki, Arc::clone(&self.clock) as Arc<dyn Clock>).unwrap()
+        Acceptor::api(&self.pki, self.clock.clone()).unwrap()
     }
 }
 
@@ -169,7 +171,7 @@ async fn a_reloaded_certificate_is_presented_at_once() {
 async fn the_enrolment_listener_sends_the_ca_and_asks_for_nothing() {
     let house = house();
     let (listener, addr) = listener().await;
-    let acceptor = Acceptor::enrolment(&house.pki, Arc::clone(&house.clock) as Arc<dyn Clock>).unwrap();
+    let acceptor = Acceptor::enrolment(&house.pki, house.clock.clone()).unwrap();
     let mut connections = incoming(listener, acceptor);
     let (peer, chain) = meet(addr, &mut connections, house.client(house.user(Role::Admin))).await;
     assert_eq!(peer.certificate, None);
@@ -236,10 +238,14 @@ async fn without_credentials_not_even_health_answers() {
 async fn a_role_that_may_not_call_is_told_which_may() {
     let house = house();
     let (addr, server) = served(&house).await;
-    // The service is not even there: the gate answers first.
-    let channel = channel(addr, house.client(house.user(Role::Viewer))).await;
-    let mut client = marco_proto::v1::node_service_client::NodeServiceClient::new(channel);
-    let status = client.approve_node(marco_proto::v1::ApproveNodeRequest::default()).await.unwrap_err();
+    // Neither is the service there nor a message in the body: the gate answers first.
+    let mut channel = channel(addr, house.client(house.user(Role::Viewer))).await;
+    let request = http::Request::post("http://controller/marco.bootstrap.v1.NodeService/ApproveNode")
+        .header("content-type", "application/grpc")
+        .body(Body::empty())
+        .unwrap();
+    let response = tokio::time::timeout(DEADLINE, channel.ready().await.unwrap().call(request)).await.unwrap().unwrap();
+    let status = Status::from_header_map(response.headers()).unwrap();
     assert_eq!((status.code(), reason(&status).as_str()), (Code::PermissionDenied, "ROLE_NOT_ALLOWED"));
     assert!(status.message().contains("viewer") && status.message().contains("admin"), "{}", status.message());
     server.abort();
