@@ -268,3 +268,60 @@ fn a_node_is_who_its_certificate_says() {
     assert_eq!(caller("no node's id", "node"), None);
     assert_eq!(caller("admin", "root"), None);
 }
+
+/// A frame's type, and its payload.
+async fn frame(stream: &mut TlsStream<TcpStream>) -> io::Result<(u8, Vec<u8>)> {
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).await?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]).try_into().unwrap()];
+    stream.read_exact(&mut payload).await?;
+    Ok((head[3], payload))
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+
+#[tokio::test]
+async fn every_limit_is_announced() {
+    let house = house();
+    let (addr, server) = served(&house).await;
+    let mut stream = connect(addr, house.client(None)).await.unwrap();
+    stream.write_all(PREFACE).await.unwrap();
+    let (kind, payload) = tokio::time::timeout(DEADLINE, frame(&mut stream)).await.unwrap().unwrap();
+    assert_eq!(kind, 4, "the first frame has the settings");
+    let settings: Vec<(u8, u32)> =
+        payload.chunks(6).map(|setting| (setting[1], u32::from_be_bytes(setting[2..].try_into().unwrap()))).collect();
+    // RFC 9113, section 6.5.2.
+    for (id, value) in
+        [(3, super::MAX_CONCURRENT_STREAMS), (4, super::WINDOW), (5, super::MAX_FRAME), (6, super::MAX_HEADER_LIST)]
+    {
+        assert!(settings.contains(&(id, value)), "setting {id} is not {value}: {settings:?}");
+    }
+    server.abort();
+}
+
+#[tokio::test]
+async fn a_flood_of_malformed_requests_ends_the_connection() {
+    let house = house();
+    let (addr, server) = served(&house).await;
+    let mut stream = connect(addr, house.client(None)).await.unwrap();
+    stream.write_all(PREFACE).await.unwrap();
+    let flood = async {
+        for id in (1_u32..20_000).step_by(2) {
+            // HEADERS, complete, with the one field `X: y`, which HTTP/2 forbids; the server has to reset each stream.
+            let mut headers = b"\x00\x00\x05\x01\x05".to_vec();
+            headers.extend(id.to_be_bytes());
+            headers.extend(b"\x00\x01X\x01y");
+            if stream.write_all(&headers).await.is_err() {
+                return;
+            }
+        }
+        // Written faster than the server ends it: the end must come all the same.
+        while let Ok((kind, _)) = frame(&mut stream).await {
+            if kind == 7 {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(DEADLINE, flood).await.expect("the server neither closes nor says GOAWAY");
+    server.abort();
+}
