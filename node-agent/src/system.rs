@@ -11,6 +11,7 @@ use async_trait::async_trait;
 pub mod facts;
 pub mod host;
 pub mod release;
+pub mod rooted;
 pub mod virtual_pi;
 
 pub use facts::{Board, Facts, Layout, SystemFacts};
