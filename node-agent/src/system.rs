@@ -157,6 +157,20 @@ pub struct Erase {
     pub home: bool,
 }
 
+/// What users read when nothing goes down after all.
+pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
+
+/// What users read before the machine goes down.
+pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String {
+    let what = match down {
+        Down::Reboot => "reboots",
+        Down::PowerOff => "powers off",
+    };
+    let when = if delay.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(delay)) };
+    let message = message.trim();
+    if message.is_empty() { format!("This machine {what} {when}.") } else { format!("This machine {what} {when}: {message}") }
+}
+
 /// A machine.
 #[async_trait]
 pub trait System: Send + Sync + 'static {

@@ -1,5 +1,7 @@
 //! Plain facts about a board and what runs on it.
 
+use super::rooted::Rooted;
+
 /// What [`System::facts`](super::System::facts) finds out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -79,4 +81,13 @@ pub enum Layout {
     Single,
     /// A recovery partition with installer sets, and the system's own boot partition.
     Resident,
+}
+
+/// PRETTY_NAME of a root's os-release, unquoted (os-release(5)); none when it has none.
+pub(super) fn pretty_name(root: &Rooted) -> Option<String> {
+    let read = |path| root.read(path).ok().flatten();
+    let text = read("etc/os-release").or_else(|| read("usr/lib/os-release"))?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let value = text.lines().rev().find_map(|line| line.trim().strip_prefix("PRETTY_NAME="))?;
+    Some(value.trim_matches(['"', '\'']).to_owned())
 }
