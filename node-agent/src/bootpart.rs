@@ -93,7 +93,7 @@ impl Prefix {
 
 /// What boots by default; a trial boot takes the other one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Default {
+pub enum DefaultBoot {
     /// The installed system: `boot_partition=4`, on trial 1.
     System,
     /// The installer: `boot_partition=1`, on trial 4.
@@ -236,7 +236,7 @@ impl BootPart {
     }
 
     /// Says what boots by default.
-    pub fn set_boot_partition(&self, default: Default) -> Result<(), BootError> {
+    pub fn set_boot_partition(&self, default: DefaultBoot) -> Result<(), BootError> {
         let _lock = self.lock()?;
         self.write_in_place("autoboot.txt", &render::autoboot_txt(default)?)
     }

@@ -168,7 +168,11 @@ pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String
     };
     let when = if delay.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(delay)) };
     let message = message.trim();
-    if message.is_empty() { format!("This machine {what} {when}.") } else { format!("This machine {what} {when}: {message}") }
+    if message.is_empty() {
+        format!("This machine {what} {when}.")
+    } else {
+        format!("This machine {what} {when}: {message}")
+    }
 }
 
 /// A machine.

@@ -1,8 +1,8 @@
 //! The texts of p1's `config.txt` and `autoboot.txt`, always of the same length, so that a switch is one write in place.
 
-use marco_archive::config_txt::ConfigTxt;
+use marco_archive::config_txt::{Conditions, ConfigTxt};
 
-use super::{BootError, Default, Prefix};
+use super::{BootError, DefaultBoot, Prefix};
 
 /// Length of both files: one sector less one byte, and the firmware reads no more of `autoboot.txt`.
 pub const LENGTH: usize = 511;
@@ -10,19 +10,16 @@ pub const LENGTH: usize = 511;
 const HEAD: &str = "# Marco Bootstrap writes this\n";
 /// The firmware ignores what is behind this many characters of a line.
 const LINE: usize = 98;
-/// Filters that depend on the board's model; of these only one is in force at a time, the last.
-const MODELS: [&str; 14] =
-    ["pi0", "pi0w", "pi02", "pi1", "pi2", "pi3", "pi3+", "pi4", "pi400", "cm4", "cm4s", "pi5", "pi500", "cm5"];
-
 /// The lines that a set's own `config.txt` gives p1's for this board. The firmware reads no `config.txt` under a prefix,
 /// so they are copied. What would reach out of the set (`os_prefix`, `include`) or belongs to other boards is left out;
 /// command line and device tree are always named, since a key that is not would come from the other block.
 pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<String> {
+    let conditions = Conditions { models: vec![family.to_owned()], ..Conditions::default() };
     let mut lines = Vec::new();
     let mut fixed = vec![("cmdline", "cmdline.txt".to_owned())];
     fixed.extend(device_tree.map(|name| ("device_tree", name.to_owned())));
     for setting in ConfigTxt::parse(config).settings() {
-        if !applies(&setting.filters, family) {
+        if !setting.applies(&conditions) {
             continue;
         }
         let (key, value) = (setting.key.as_str(), setting.value.trim());
@@ -48,12 +45,6 @@ pub fn kernels(family: &str) -> &'static [&'static str] {
         "pi5" => &["kernel_2712.img", "kernel8.img"],
         _ => &["kernel8.img", "kernel7l.img", "kernel7.img", "kernel.img"],
     }
-}
-
-fn applies(filters: &[String], family: &str) -> bool {
-    let model = filters.iter().rfind(|filter| MODELS.contains(&filter.as_str()));
-    model.is_none_or(|model| model == family)
-        && filters.iter().all(|filter| filter == "all" || MODELS.contains(&filter.as_str()))
 }
 
 /// p1's `config.txt`: the set that every boot of the installer takes, then the one that a trial boot takes.
@@ -82,10 +73,10 @@ fn push(text: &mut String, lines: &[String]) {
 }
 
 /// `autoboot.txt`.
-pub fn autoboot_txt(default: Default) -> Result<Vec<u8>, BootError> {
+pub fn autoboot_txt(default: DefaultBoot) -> Result<Vec<u8>, BootError> {
     let (partition, other) = match default {
-        Default::System => (4, 1),
-        Default::Installer => (1, 4),
+        DefaultBoot::System => (4, 1),
+        DefaultBoot::Installer => (1, 4),
     };
     pad(format!("[all]\ntryboot_a_b=1\nboot_partition={partition}\n[tryboot]\nboot_partition={other}\n"))
 }
@@ -109,14 +100,14 @@ fn pad(mut text: String) -> Result<Vec<u8>, BootError> {
 #[cfg(test)]
 mod tests {
     use super::{LENGTH, autoboot_txt, config_txt, set_lines};
-    use crate::bootpart::{BootError, Default, Prefix};
+    use crate::bootpart::{BootError, DefaultBoot, Prefix};
 
     #[test]
     fn every_text_has_the_same_length() {
         let lines = set_lines("auto_initramfs=0\ninitramfs i.img followkernel\n", "pi4", Some("a.dtb"));
         for text in [
-            autoboot_txt(Default::System).unwrap(),
-            autoboot_txt(Default::Installer).unwrap(),
+            autoboot_txt(DefaultBoot::System).unwrap(),
+            autoboot_txt(DefaultBoot::Installer).unwrap(),
             config_txt((Prefix::B0, &lines), None).unwrap(),
             config_txt((Prefix::B1, &lines), Some((Prefix::B0, &lines))).unwrap(),
         ] {

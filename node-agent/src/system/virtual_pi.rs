@@ -238,7 +238,8 @@ impl System for VirtualPi {
         let (held, emptied) = (lease.clone(), card.clone());
         let job = tokio::task::spawn_blocking(move || {
             let _held = held;
-            let folders = [Some(&emptied.boot), erase.root.then_some(&emptied.root), erase.home.then_some(&emptied.home)];
+            let folders =
+                [Some(&emptied.boot), erase.root.then_some(&emptied.root), erase.home.then_some(&emptied.home)];
             folders.into_iter().flatten().try_for_each(|folder| tree::empty(folder))
         });
         job.await.map_err(|error| SystemError::Invalid(format!("emptying the card did not end: {error}")))??;

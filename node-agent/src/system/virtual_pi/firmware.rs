@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use marco_archive::config_txt::{Conditions, ConfigTxt};
+use marco_archive::config_txt::{Conditions, ConfigTxt, Setting};
 
 /// The filter name of this board.
 pub const MODEL: &str = "pi4";
@@ -114,8 +114,11 @@ fn try_boot(partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
     }
     let cmdline = read_short(&root.join(format!("{prefix}{}", get("cmdline").unwrap_or("cmdline.txt"))))
         .ok_or_else(|| format!("partition {partition} has no command line"))?;
-    let initramfs: Vec<PathBuf> =
-        config.initramfs(&conditions).into_iter().map(|file| PathBuf::from(format!("{prefix}{file}"))).collect();
+    let loads = |setting: &&Setting| ["initramfs", "ramfsfile"].contains(&setting.key.as_str());
+    let initramfs = config.settings().iter().rev().filter(loads).find(|setting| setting.applies(&conditions));
+    let files = initramfs.and_then(|setting| setting.value.split_whitespace().next()).unwrap_or_default();
+    let files = files.split(',').filter(|file| !file.is_empty());
+    let initramfs: Vec<PathBuf> = files.map(|file| PathBuf::from(format!("{prefix}{file}"))).collect();
     if let Some(missing) = initramfs.iter().find(|file| !root.join(file).is_file()) {
         return Err(format!("partition {partition} has no {}", missing.display()));
     }

@@ -48,11 +48,12 @@ impl VirtualPi {
         // A process killed between a commit and its line left the line to us.
         self.ensure_logged(&self.state())?;
         loop {
-            let woken = match self.state().power {
+            let power = self.state().power;
+            let woken = match power.clone() {
                 Power::Off => self.off(&stop).await?,
-                Power::Booting { tryboot, after } => self.boot(tryboot, after, &stop).await?,
-                Power::On(_) => self.on(&agent, &stop).await?,
-                Power::GoingDown { going, .. } => self.going_down(going, &stop).await?,
+                Power::Booting { tryboot, after } => self.boot(power, tryboot, after, &stop).await?,
+                Power::On(_) => self.on(power, &agent, &stop).await?,
+                Power::GoingDown { going, .. } => self.going_down(power, going, &stop).await?,
             };
             if matches!(woken, Woken::Stopped) {
                 return Ok(());
@@ -76,8 +77,14 @@ impl VirtualPi {
         }
     }
 
-    async fn boot(&self, tryboot: bool, after: After, stop: &CancellationToken) -> Result<Woken, SystemError> {
-        match self.wait(Some(self.options.boot_time), stop).await? {
+    async fn boot(
+        &self,
+        power: Power,
+        tryboot: bool,
+        after: After,
+        stop: &CancellationToken,
+    ) -> Result<Woken, SystemError> {
+        match self.wait(&power, Some(self.options.boot_time), stop).await? {
             Woken::Done => {}
             woken => return Ok(woken),
         }
@@ -88,7 +95,9 @@ impl VirtualPi {
                 Some(reason) => Outcome::Dead(reason),
                 None => Outcome::Booted(boot),
             },
-            Outcome::Booted(boot) if boot.initramfs.is_empty() => Outcome::Dead("the installer has no initramfs".into()),
+            Outcome::Booted(boot) if boot.initramfs.is_empty() => {
+                Outcome::Dead("the installer has no initramfs".into())
+            }
             outcome => outcome,
         };
         match outcome {
@@ -115,7 +124,7 @@ impl VirtualPi {
         Ok(Woken::Done)
     }
 
-    async fn on<F>(self: &Arc<Self>, agent: &F, stop: &CancellationToken) -> Result<Woken, SystemError>
+    async fn on<F>(self: &Arc<Self>, power: Power, agent: &F, stop: &CancellationToken) -> Result<Woken, SystemError>
     where
         F: Fn(Arc<dyn System>) -> BoxFuture<'static, ()> + Send,
     {
@@ -123,7 +132,7 @@ impl VirtualPi {
         let mut running = JoinSet::new();
         running.spawn(agent(Arc::clone(&system)));
         let woken = {
-            let mut down = std::pin::pin!(self.wait(None, stop));
+            let mut down = std::pin::pin!(self.wait(&power, None, stop));
             loop {
                 tokio::select! {
                     // Polled again after the other arm won: `down` outlives the loop.
@@ -150,8 +159,8 @@ impl VirtualPi {
         Ok(woken)
     }
 
-    async fn going_down(&self, going: Going, stop: &CancellationToken) -> Result<Woken, SystemError> {
-        let woken = self.wait(Some(self.options.shutdown_time), stop).await?;
+    async fn going_down(&self, power: Power, going: Going, stop: &CancellationToken) -> Result<Woken, SystemError> {
+        let woken = self.wait(&power, Some(self.options.shutdown_time), stop).await?;
         if matches!(woken, Woken::Done) {
             self.advance(|state| {
                 let power = match going {
@@ -165,9 +174,13 @@ impl VirtualPi {
         Ok(woken)
     }
 
-    /// Waits for the time to pass, for the power state to change, for a power cut, or for the end.
-    async fn wait(&self, time: Option<Duration>, stop: &CancellationToken) -> Result<Woken, SystemError> {
-        let before = self.state().power;
+    /// Waits for the time to pass, for the power state to be another than it was, for a power cut, or for the end.
+    async fn wait(
+        &self,
+        before: &Power,
+        time: Option<Duration>,
+        stop: &CancellationToken,
+    ) -> Result<Woken, SystemError> {
         let mut changed = self.changed.subscribe();
         let end = time.map(|time| Instant::now() + time);
         loop {
@@ -175,7 +188,7 @@ impl VirtualPi {
                 self.cut()?;
                 return Ok(Woken::Cut);
             }
-            if self.state().power != before {
+            if self.state().power != *before {
                 return Ok(Woken::Done);
             }
             let now = Instant::now();

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::firmware::Boot;
 use super::{Board, SystemError};
-use crate::bootpart::{BootPart, Default};
+use crate::bootpart::{BootPart, DefaultBoot};
 use crate::system::rooted::Rooted;
 
 /// The installer set that a fresh card carries, and that its fallback zip holds.
@@ -63,14 +63,15 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board) -> Result<(), SystemE
     let executable = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(&init, executable).map_err(SystemError::io("make executable", init))?;
 
-    let zip = zip(&INSTALLER).map_err(|error| SystemError::Invalid(format!("cannot make the fallback zip: {error}")))?;
+    let zip =
+        zip(&INSTALLER).map_err(|error| SystemError::Invalid(format!("cannot make the fallback zip: {error}")))?;
     let bootpart = BootPart::new(dir.join("recovery"), board);
     let path = bootpart.fallback_zip();
     std::fs::write(&path, &zip).map_err(SystemError::io("write", &path))?;
     let invalid = |error| SystemError::Invalid(format!("cannot lay out the recovery partition: {error}"));
     let prefix = bootpart.stage(&path, &hex::encode(Sha256::digest(&zip))).map_err(invalid)?;
     bootpart.make_default(prefix).map_err(invalid)?;
-    bootpart.set_boot_partition(Default::System).map_err(invalid)
+    bootpart.set_boot_partition(DefaultBoot::System).map_err(invalid)
 }
 
 fn write_all(folder: &Path, files: &[(&str, &str)]) -> Result<(), SystemError> {

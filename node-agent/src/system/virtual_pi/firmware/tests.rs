@@ -13,15 +13,13 @@ impl Card {
     fn new() -> Self {
         let card = Self(TempDir::new().unwrap());
         card.put("p1/autoboot.txt", AUTOBOOT);
-        card.put(
-            "p1/config.txt",
-            "[all]\nos_prefix=b0/\ninitramfs init.img followkernel\n[tryboot]\nos_prefix=b1/\n",
-        );
+        card.put("p1/config.txt", "[all]\nos_prefix=b0/\ninitramfs old.img followkernel\n[tryboot]\nos_prefix=b1/\ninitramfs init.img followkernel\n");
         for set in ["p1/b0", "p1/b1", "p4"] {
             for file in ["kernel8.img", "bcm2711-rpi-4-b.dtb", "cmdline.txt", "init.img", "overlays/README"] {
                 card.put(&format!("{set}/{file}"), set);
             }
         }
+        card.put("p1/b0/old.img", "p1/b0");
         card.put("p4/config.txt", "arm_64bit=1\n");
         card
     }
@@ -159,7 +157,7 @@ fn configuration_never_comes_from_a_prefix() {
 #[test]
 fn filters_of_other_boards_do_not_apply() {
     let card = Card::new();
-    card.put("p4/config.txt", "[pi5]\nkernel=kernel_2712.img\n[none]\nkernel=no.img\n[pi4]\nkernel=mine.img\n");
+    card.put("p4/config.txt", "[pi5]\nkernel=kernel_2712.img\n[none]\nkernel=no.img\n[all]\n[pi4]\nkernel=mine.img\n");
     card.put("p4/mine.img", "kernel");
     assert_eq!(card.booted(false).kernel.to_str(), Some("mine.img"));
 }
