@@ -1,1 +1,5 @@
-//! Placeholder.
+//! The agent of Marco Bootstrap.
+
+mod durable;
+pub mod job;
+pub mod journal;
