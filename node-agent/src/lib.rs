@@ -1,5 +1,11 @@
-//! The agent of Marco Bootstrap.
+//! The agent of Marco Bootstrap: runs on every Raspberry Pi, and installs it.
 
+mod backoff;
+pub mod bootpart;
+pub mod download;
 mod durable;
+pub mod executor;
+pub mod install;
 pub mod job;
 pub mod journal;
+pub mod system;

@@ -1,0 +1,56 @@
+//! Plain facts about a board and what runs on it.
+
+/// What [`System::facts`](super::System::facts) finds out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The hardware.
+    pub board: Board,
+    /// What runs on it.
+    pub system: SystemFacts,
+}
+
+/// The hardware. What could not be found out is empty or zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Board {
+    /// From the device tree, for example `Raspberry Pi 4 Model B Rev 1.4`.
+    pub model: String,
+    /// The revision code, hexadecimal.
+    pub revision: String,
+    /// The serial number, 16 hexadecimal digits.
+    pub serial: String,
+    /// MAC addresses of the wired and wireless interfaces, sorted.
+    pub macs: Vec<String>,
+    /// Memory that the kernel sees, in bytes.
+    pub memory_bytes: u64,
+    /// `pi1` to `pi5`, or empty when unknown.
+    pub family: String,
+}
+
+/// What runs on a board. What could not be found out is empty or zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SystemFacts {
+    /// As `uname -m` prints it.
+    pub kernel_arch: String,
+    /// For which architecture this agent was built.
+    pub userspace_arch: String,
+    /// Memory page size in bytes.
+    pub page_size: u32,
+    /// As `uname -r` prints it.
+    pub kernel_release: String,
+    /// PRETTY_NAME of `/etc/os-release`.
+    pub os: String,
+    /// How the card is laid out.
+    pub layout: Layout,
+}
+
+/// How a card is laid out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// Not known.
+    #[default]
+    Unknown,
+    /// One boot partition, as stock images have it.
+    Single,
+    /// A recovery partition with installer sets, and the system's own boot partition.
+    Resident,
+}
