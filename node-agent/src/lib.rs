@@ -5,6 +5,7 @@ pub mod bootpart;
 pub mod download;
 mod durable;
 pub mod executor;
+pub mod identity;
 pub mod install;
 pub mod job;
 pub mod journal;
