@@ -10,6 +10,7 @@ use chrono::{DateTime, Utc};
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart};
+use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume};
 use crate::journal::{Entry, Journal, JournalError, Progress};
@@ -89,18 +90,6 @@ impl From<DownloadError> for StepError {
             other => Self::Failed(Failure::new(other.reason(), chain(&other))),
         }
     }
-}
-
-/// An error with its causes, for people.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// Does the jobs of one node under one boot.

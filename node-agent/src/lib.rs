@@ -2,6 +2,8 @@
 
 mod backoff;
 pub mod bootpart;
+mod cause;
+pub mod discovery;
 pub mod download;
 mod durable;
 pub mod executor;
@@ -9,4 +11,5 @@ pub mod identity;
 pub mod install;
 pub mod job;
 pub mod journal;
+pub mod session;
 pub mod system;

@@ -9,8 +9,9 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{Executor, ONLY_IMAGES, StepError, WayDown, chain, sentence};
+use super::{Executor, ONLY_IMAGES, StepError, WayDown, sentence};
 use crate::bootpart::{BootError, BootPart, Default, InstallJob, Instruction, Prefix};
+use crate::cause::chain;
 use crate::durable;
 use crate::install::{self, Phase};
 use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update};

@@ -14,9 +14,7 @@ use tonic::{Code, Status};
 use super::time::TlsTime;
 use super::tls::{self, Purpose, Trust};
 use super::token::JoinToken;
-use super::{
-    Board, CA_FILE, CERTIFICATE_FILE, IdentityError, KEY_FILE, PUBLIC_MODE, SECRET_MODE, credentials, read,
-};
+use super::{Board, CA_FILE, CERTIFICATE_FILE, IdentityError, KEY_FILE, PUBLIC_MODE, SECRET_MODE, credentials, read};
 use crate::durable;
 
 /// An answer takes a few writes on the controller.

@@ -21,6 +21,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::IdentityError;
 use super::time::TlsTime;
+use crate::cause::chain;
 
 /// TCP and TLS together; a Pi 1 takes a second for the handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -211,17 +212,6 @@ pub(super) async fn connect(
         })
     };
     purpose.endpoint(endpoint).connect_with_connector(dial).await.map_err(|error| failed(chain(&error)))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, IdentityError> {
