@@ -86,6 +86,9 @@ pub enum Reason {
     /// The name is longer than allowed.
     #[error("the name is longer than {0} bytes")]
     LongName(usize),
+    /// The path has more parts than allowed.
+    #[error("the path has more than {0} parts")]
+    Depth(usize),
     /// The name begins with a slash or a drive letter.
     #[error("the path is absolute")]
     AbsolutePath,
@@ -137,12 +140,15 @@ pub enum Reason {
     /// A hard link to something that this archive did not make as a regular file.
     #[error("the hard link's target is not an earlier regular file of this archive")]
     HardLink,
-    /// A path that leads through a symbolic link of this archive.
-    #[error("the path leads through a symbolic link that the archive made")]
+    /// A path that leads through a symbolic link of this archive that points out of the root.
+    #[error("the path leads through a symbolic link of the archive that points out of it")]
     ThroughLink,
     /// A size that two headers give differently.
     #[error("its headers disagree about the size")]
     SizeMismatch,
+    /// More names to remember than allowed.
+    #[error("its links and folders take more than {0} bytes to remember")]
+    TooManyNames(usize),
     /// An extended header or long name that is too large.
     #[error("its extended header is larger than {0} bytes")]
     LongHeader(u64),

@@ -11,6 +11,7 @@ use async_trait::async_trait;
 pub mod facts;
 pub mod host;
 pub mod release;
+pub mod rooted;
 pub mod virtual_pi;
 
 pub use facts::{Board, Facts, Layout, SystemFacts};
@@ -154,6 +155,24 @@ pub struct Erase {
     pub root: bool,
     /// Home.
     pub home: bool,
+}
+
+/// What users read when nothing goes down after all.
+pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
+
+/// What users read before the machine goes down.
+pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String {
+    let what = match down {
+        Down::Reboot => "reboots",
+        Down::PowerOff => "powers off",
+    };
+    let when = if delay.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(delay)) };
+    let message = message.trim();
+    if message.is_empty() {
+        format!("This machine {what} {when}.")
+    } else {
+        format!("This machine {what} {when}: {message}")
+    }
 }
 
 /// A machine.

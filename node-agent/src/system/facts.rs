@@ -1,5 +1,7 @@
 //! Plain facts about a board and what runs on it.
 
+use super::rooted::Rooted;
+
 /// What [`System::facts`](super::System::facts) finds out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
@@ -24,6 +26,32 @@ pub struct Board {
     pub memory_bytes: u64,
     /// `pi1` to `pi5`, or empty when unknown.
     pub family: String,
+}
+
+impl Board {
+    /// The device tree that the firmware takes for this board; none when the board is not known.
+    pub fn device_tree(&self) -> Option<&'static str> {
+        let model = self.model.as_str();
+        let name = match self.family.as_str() {
+            "pi1" if model.contains("Zero W") => "bcm2708-rpi-zero-w.dtb",
+            "pi1" if model.contains("Zero") => "bcm2708-rpi-zero.dtb",
+            "pi1" if model.contains("Plus") => "bcm2708-rpi-b-plus.dtb",
+            "pi1" => "bcm2708-rpi-b.dtb",
+            "pi2" => "bcm2709-rpi-2-b.dtb",
+            "pi3" if model.contains("Zero 2") => "bcm2710-rpi-zero-2-w.dtb",
+            "pi3" if model.contains("Compute Module") => "bcm2710-rpi-cm3.dtb",
+            "pi3" if model.contains("Plus") => "bcm2710-rpi-3-b-plus.dtb",
+            "pi3" => "bcm2710-rpi-3-b.dtb",
+            "pi4" if model.contains("Compute Module") => "bcm2711-rpi-cm4.dtb",
+            "pi4" if model.contains("400") => "bcm2711-rpi-400.dtb",
+            "pi4" => "bcm2711-rpi-4-b.dtb",
+            "pi5" if model.contains("Compute Module") => "bcm2712-rpi-cm5-cm5io.dtb",
+            "pi5" if model.contains("500") => "bcm2712-rpi-500.dtb",
+            "pi5" => "bcm2712-rpi-5-b.dtb",
+            _ => return None,
+        };
+        Some(name)
+    }
 }
 
 /// What runs on a board. What could not be found out is empty or zero.
@@ -53,4 +81,13 @@ pub enum Layout {
     Single,
     /// A recovery partition with installer sets, and the system's own boot partition.
     Resident,
+}
+
+/// PRETTY_NAME of a root's os-release, unquoted (os-release(5)); none when it has none.
+pub(super) fn pretty_name(root: &Rooted) -> Option<String> {
+    let read = |path| root.read(path).ok().flatten();
+    let text = read("etc/os-release").or_else(|| read("usr/lib/os-release"))?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let value = text.lines().rev().find_map(|line| line.trim().strip_prefix("PRETTY_NAME="))?;
+    Some(value.trim_matches(['"', '\'']).to_owned())
 }
