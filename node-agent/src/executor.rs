@@ -14,7 +14,7 @@ use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume};
 use crate::journal::{Entry, Journal, JournalError, Progress};
-use crate::system::{self, Down, Reboot, System, SystemError};
+use crate::system::{self, Board, Down, Reboot, System, SystemError};
 
 mod update;
 
@@ -98,6 +98,7 @@ pub struct Executor {
     journal: Arc<Journal>,
     downloader: Downloader,
     boot_id: String,
+    board: Board,
     settings: Settings,
 }
 
@@ -115,8 +116,8 @@ impl Executor {
         downloader: Downloader,
         settings: Settings,
     ) -> Result<Self, SystemError> {
-        let boot_id = system.boot_id()?;
-        Ok(Self { system, journal, downloader, boot_id, settings })
+        let (boot_id, board) = (system.boot_id()?, system.facts()?.board);
+        Ok(Self { system, journal, downloader, boot_id, board, settings })
     }
 
     /// Draws the conclusions from the boot itself: what succeeded, failed or was rolled back by it. To be called before
@@ -175,7 +176,7 @@ impl Executor {
     }
 
     fn recovery(&self) -> Option<BootPart> {
-        self.system.card().map(|card| BootPart::new(card.recovery))
+        self.system.card().map(|card| BootPart::new(card.recovery, &self.board))
     }
 
     fn release(&self) -> Release {

@@ -10,15 +10,13 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::{Executor, ONLY_IMAGES, StepError, WayDown, sentence};
-use crate::bootpart::{BootError, BootPart, Default, InstallJob, Instruction, Prefix};
+use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
 use crate::cause::chain;
 use crate::durable;
 use crate::install::{self, Phase};
 use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update};
 use crate::journal::{self, Entry, JournalError, Progress};
 
-/// The agent's folder on p1.
-const RECOVERY_FOLDER: &str = "marco";
 /// How often an installation that has not touched the card yet is tried before the old system is started again.
 const MAX_UNCOMMITTED: u32 = 3;
 
@@ -272,7 +270,7 @@ impl Executor {
             return Ok(());
         }
         let recovery = self.recovery_or_fail()?;
-        off_runtime(move || Ok(recovery.set_boot_partition(Default::System)?)).await?;
+        off_runtime(move || Ok(recovery.set_boot_partition(DefaultBoot::System)?)).await?;
         self.journal.succeed(execution).await?;
         self.tidy_recovery().await;
         Ok(())
@@ -336,7 +334,7 @@ impl Executor {
     }
 
     fn recovery_folder(&self) -> Option<PathBuf> {
-        self.system.card().map(|card| card.recovery.join(RECOVERY_FOLDER))
+        self.recovery().map(|recovery| recovery.marco_dir())
     }
 
     fn downloads(&self) -> PathBuf {
