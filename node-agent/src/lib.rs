@@ -3,6 +3,7 @@
 mod backoff;
 pub mod bootpart;
 mod cause;
+pub mod config;
 pub mod discovery;
 pub mod download;
 mod durable;
@@ -11,5 +12,8 @@ pub mod identity;
 pub mod install;
 pub mod job;
 pub mod journal;
+pub mod notify;
+pub mod run;
 pub mod session;
+pub mod simulate;
 pub mod system;

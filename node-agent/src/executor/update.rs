@@ -265,8 +265,8 @@ impl Executor {
         let execution = entry.execution.as_str();
         self.phase(execution, "waiting for the controller to accept the new system");
         let mut changes = self.journal.changes();
-        let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked)).await;
-        if accepted.is_err() {
+        let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked)).await.is_ok();
+        if !accepted {
             return Ok(());
         }
         let recovery = self.recovery_or_fail()?;

@@ -15,8 +15,9 @@ const FILE_MODE: u32 = 0o600;
 pub struct JoinFile {
     /// Addresses of controllers, host:port.
     pub controllers: Vec<String>,
-    /// Address of the enrolment listener, host:port; empty: the controllers' hosts, port 1347.
-    pub enroll: String,
+    /// Addresses of enrolment listeners, host:port, one or a list; empty: the controllers' hosts, port 1347.
+    #[serde(deserialize_with = "one_or_more")]
+    pub enroll: Vec<String>,
     /// The join token; empty once it has been used.
     pub token: String,
     /// The id that the node asks for; empty: made from its serial number.
@@ -97,6 +98,20 @@ impl JoinFile {
         }
         durable::replace(path, kept.as_bytes(), FILE_MODE).map_err(io("write"))
     }
+}
+
+fn one_or_more<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMore {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match OneOrMore::deserialize(deserializer)? {
+        OneOrMore::One(text) if text.is_empty() => Vec::new(),
+        OneOrMore::One(text) => vec![text],
+        OneOrMore::More(list) => list,
+    })
 }
 
 fn names_token(line: &str) -> bool {
