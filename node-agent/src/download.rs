@@ -196,4 +196,4 @@ impl Downloader {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

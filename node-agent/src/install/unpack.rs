@@ -54,11 +54,12 @@ pub(super) async fn unpack(
         stop: stop.clone(),
         cause: Arc::clone(&cause),
     };
+    let stopped = stop.clone();
     let (sender, blocks) = sync_channel(BLOCKS);
     let decompressing = tokio::task::spawn_blocking(move || decompress(raw, &sender));
     let mut unpacking = tokio::task::spawn_blocking(move || {
         let _lease = lease;
-        marco_archive::unpack_tar(Blocks { blocks, current: Bytes::new(), stop }, &root, &mut |_| {})
+        marco_archive::unpack_tar(Blocks { blocks, current: Bytes::new(), stop: stopped }, &root, &mut |_| {})
     });
     let unpacked = loop {
         tokio::select! {
@@ -69,13 +70,21 @@ pub(super) async fn unpack(
     };
     let ended = |error: tokio::task::JoinError| InstallError::io(format!("unpacking did not end: {error}"));
     let unpacked = unpacked.map_err(ended)?;
+    if unpacked.is_err() {
+        // What is left of the download is of no use any more.
+        stop.cancel();
+    }
     let decompressed = decompressing.await.map_err(ended)?;
-    // A download that broke off explains what the stages behind it saw.
+    // What went wrong first explains what the stages behind it saw.
     if let Some(error) = cause.lock().unwrap_or_else(PoisonError::into_inner).take() {
         return Err(error.into());
     }
-    unpacked.map_err(InstallError::from)?;
-    decompressed.map_err(|error| InstallError::image(format!("the image cannot be decompressed: {error}")))
+    match decompressed {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(InstallError::image(format!("the image cannot be decompressed: {error}")))
+        }
+        _ => Ok(unpacked.map(|_| ())?),
+    }
 }
 
 /// Decompresses by the first bytes, hands blocks on, and reads the rest of the download even when the tarball has ended
