@@ -111,7 +111,11 @@ mod tests {
         all.push("config.txt");
         let files = all
             .iter()
-            .map(|name| ZipFile { name: (*name).to_owned(), size: u64::from(*name != "overlays/README"), sha256: [0; 32] })
+            .map(|name| ZipFile {
+                name: (*name).to_owned(),
+                size: u64::from(*name != "overlays/README"),
+                sha256: [0; 32],
+            })
             .collect();
         ZipSummary { files, config_txt: Some(config.to_owned()), ..ZipSummary::default() }
     }

@@ -87,7 +87,9 @@ fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSumma
                 config.extend_from_slice(block);
             }
             match &mut file {
-                Some(file) => std::io::Write::write_all(file, block).map_err(Error::io(format!("write {:?}", entry.name))),
+                Some(file) => {
+                    std::io::Write::write_all(file, block).map_err(Error::io(format!("write {:?}", entry.name)))
+                }
                 None => Ok(()),
             }
         })?;

@@ -35,7 +35,7 @@ pub enum Denied {
     #[error("this call needs a client certificate that the controller's CA issued")]
     Unauthenticated,
     /// The role may not make this call.
-    #[error("role {role} may not call this method; allowed: {}", roles::names(allowed))]
+    #[error("the role {role} may not call this method; those that may: {}", roles::names(allowed))]
     Forbidden {
         /// The caller's.
         role: Role,
@@ -47,14 +47,23 @@ pub enum Denied {
 impl Caller {
     /// The caller behind a connection; `None` without a certificate or when the certificate names no role.
     pub fn from_peer(peer: &PeerInfo) -> Option<Self> {
-        todo!("{peer:?}")
+        let certificate = peer.certificate.as_deref()?;
+        let role: Role = certificate.role.parse().ok()?;
+        let node = match role {
+            Role::Node => Some(NodeId::parse(&certificate.common_name).ok()?),
+            Role::Viewer | Role::Operator | Role::Publisher | Role::Admin => None,
+        };
+        let name = certificate.common_name.clone();
+        Some(Self { name, role, node, from: peer.addr, serial: certificate.serial.clone() })
     }
 }
 
-/// Whether a caller may call a method, by its path (`/package.Service/Method`). Deny by default.
+/// Whether a caller may call a method, by its path (`/package.Service/Method`). Deny by default. Answers the caller.
 ///
 /// # Errors
 /// Why not.
-pub fn authorize(method_path: &str, caller: Option<&Caller>) -> Result<(), Denied> {
-    todo!("{method_path} {caller:?}")
+pub fn authorize<'a>(method_path: &str, caller: Option<&'a Caller>) -> Result<&'a Caller, Denied> {
+    let caller = caller.ok_or(Denied::Unauthenticated)?;
+    let allowed = roles::allowed(method_path);
+    if allowed.contains(&caller.role) { Ok(caller) } else { Err(Denied::Forbidden { role: caller.role, allowed }) }
 }

@@ -38,8 +38,7 @@ impl Names {
     fn put(&mut self, name: &str, folder: bool, listed: bool) -> Result<(), Reason> {
         // Through both cases, so that letters with several lower-case forms fall together.
         let folded = name.to_uppercase().to_lowercase();
-        let seen =
-            self.0.entry(folded).or_insert_with(|| Seen { spelling: name.to_owned(), folder, listed: false });
+        let seen = self.0.entry(folded).or_insert_with(|| Seen { spelling: name.to_owned(), folder, listed: false });
         if seen.spelling != name || (listed && seen.listed) {
             return Err(Reason::Duplicate);
         }

@@ -172,7 +172,22 @@ fn hostile_names_are_refused_each_with_its_reason() {
         let attributes = if name.ends_with('/') { 0 } else { entry.attributes };
         assert_eq!(reason(zip(&[Item { attributes, ..entry }])), expected, "{name:?}");
     }
-    for name in ["a?", "a*", "a<b", "a>b", "a\"b", "a|b", "ab:c", "a.", "a ", " a", "CON", "nul.txt", "a/Lpt1.x", "KERNEL~1.IMG"] {
+    for name in [
+        "a?",
+        "a*",
+        "a<b",
+        "a>b",
+        "a\"b",
+        "a|b",
+        "ab:c",
+        "a.",
+        "a ",
+        " a",
+        "CON",
+        "nul.txt",
+        "a/Lpt1.x",
+        "KERNEL~1.IMG",
+    ] {
         assert!(matches!(reason(zip(&[item(name, b"x")])), Reason::FatName(_)), "{name:?}");
     }
     assert_eq!(reason(zip(&[item(b"\xff\xfe", b"x")])), Reason::NotUtf8);
@@ -189,7 +204,8 @@ fn names_that_fat_takes_for_one_are_refused() {
 
 #[test]
 fn links_devices_and_labels_are_refused() {
-    for attributes in [0o120_777 << 16, 0o020_666 << 16, 0o060_660 << 16, 0o010_644 << 16, 0o140_755 << 16, 0x08, 0x10] {
+    for attributes in [0o120_777 << 16, 0o020_666 << 16, 0o060_660 << 16, 0o010_644 << 16, 0o140_755 << 16, 0x08, 0x10]
+    {
         assert_eq!(reason(zip(&[Item { attributes, ..item("a", b"/etc") }])), Reason::NotAFile, "{attributes:o}");
     }
     assert_eq!(reason(zip(&[Item { attributes: 0, ..item("a/", b"contents") }])), Reason::NotAFile);
