@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +14,7 @@ use crate::bootpart::BootPart;
 use crate::cause::chain;
 use crate::discovery::{Address, Discovery};
 use crate::download::{Connect, ConnectError, Downloader};
+use crate::durable;
 use crate::executor::{Executor, Settings};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, Purpose, TlsTime, enroll,
@@ -95,7 +97,16 @@ impl Way {
             Some(card) => vec![card.recovery.clone(), card.boot.clone()],
             None => ["boot/firmware", "boot"].iter().map(|folder| system.root().join(folder)).collect(),
         };
-        let found = JoinFile::find(&partitions)?;
+        let last_good = LastGood::read(system);
+        let found = match JoinFile::find(&partitions) {
+            Ok(found) => found,
+            // A torn join file must not cut off a node that has been in before.
+            Err(error) if last_good.is_some() => {
+                tracing::warn!(error = %chain(&error), "join file not usable");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
         let (join_file, join) = found.map_or((None, JoinFile::default()), |(path, file)| (Some(path), file));
 
         let mut controllers = connection.controllers.clone();
@@ -114,6 +125,10 @@ impl Way {
             controllers = parse(&job.controllers)?;
             enroll = if job.enroll.is_empty() { enroll } else { parse(std::slice::from_ref(&job.enroll))? };
         }
+        if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
+            controllers = parse(&last_good.controllers)?;
+            enroll = parse(&last_good.enroll)?;
+        }
         if controllers.is_empty() {
             return Err(RunError::NoController);
         }
@@ -130,6 +145,35 @@ impl Way {
         // A file that somebody put on this very card says more than a default.
         let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
         Ok(Self { controllers, enroll: listeners, token, name, join_file })
+    }
+}
+
+/// The way that an enrolled node took last, beside its identity: for when no file names one any more.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct LastGood {
+    controllers: Vec<String>,
+    enroll: Vec<String>,
+}
+
+impl LastGood {
+    const FILE: &str = "controllers.json";
+
+    fn read(system: &dyn System) -> Option<Self> {
+        let contents = std::fs::read(system.identity_dir().join(Self::FILE)).ok()?;
+        serde_json::from_slice(&contents).ok()
+    }
+
+    fn remember(self, system: &dyn System) {
+        if Self::read(system).is_some_and(|before| before == self) {
+            return;
+        }
+        let path = system.identity_dir().join(Self::FILE);
+        let written = serde_json::to_vec(&self)
+            .map_err(std::io::Error::from)
+            .and_then(|contents| durable::replace(&path, &contents, 0o644));
+        if let Err(error) = written {
+            tracing::warn!(error = %error, "controllers not remembered");
+        }
     }
 }
 
@@ -223,6 +267,8 @@ pub async fn run(
     let journal = Arc::new(Journal::open(&system.state_dir(), &boot_id)?);
     let discovery = Discovery::Fixed(way.controllers.clone());
 
+    LastGood { controllers: discovery.controllers(), enroll: way.enroll.clone() }.remember(system.as_ref());
+
     let settings = Settings {
         node: identity.node().to_owned(),
         controllers: discovery.controllers(),
@@ -274,9 +320,7 @@ fn connect_in_turn(identity: Arc<Identity>, controllers: Vec<String>) -> Connect
         let index = turn.fetch_add(1, Ordering::Relaxed).checked_rem(controllers.len()).unwrap_or(0);
         let address = controllers.get(index).cloned().unwrap_or_default();
         let identity = identity.clone();
-        Box::pin(async move {
-            identity.connect(&address, Purpose::Download).await.map_err(|error| Box::new(error) as ConnectError)
-        })
+        Box::pin(async move { identity.connect(&address, Purpose::Download).await.map_err(ConnectError::from) })
     })
 }
 

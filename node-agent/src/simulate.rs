@@ -55,11 +55,16 @@ impl Simulation {
     pub async fn run(&self, stop: CancellationToken) -> Result<(), SimulateError> {
         let mut pis = JoinSet::new();
         for id in self.ids() {
-            let pi = VirtualPi::open(&self.directory.join(&id), &id, self.options)
-                .map_err(|source| SimulateError::Pi { id: id.clone(), source })?;
+            let (folder, options) = (self.directory.join(&id), self.options);
             let connection = Connection { name: id.clone(), ..self.connection.clone() };
             let stop = stop.clone();
             pis.spawn(async move {
+                let open = {
+                    let id = id.clone();
+                    move || VirtualPi::open(&folder, &id, options)
+                };
+                let opened = tokio::task::spawn_blocking(open).await.map_err(|_| SimulateError::Broken)?;
+                let pi = opened.map_err(|source| SimulateError::Pi { id: id.clone(), source })?;
                 let agent = {
                     let (id, stop) = (id.clone(), stop.clone());
                     move |system: Arc<dyn System>| -> futures_util::future::BoxFuture<'static, ()> {
