@@ -24,6 +24,8 @@ use crate::journal::{Journal, JournalError};
 use crate::session::{self, Session};
 use crate::system::{self, Facts, System, SystemError};
 
+/// How long a power-off waits for the controller to know of it.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// How long the machine may take to go down before the command is given again.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The longest pause before an installation that failed on the way is tried again.
@@ -273,6 +275,7 @@ pub async fn run(
         node: identity.node().to_owned(),
         controllers: discovery.controllers(),
         enroll: way.enroll.first().cloned().unwrap_or_default(),
+        farewell: FAREWELL,
         patience: PATIENCE,
         max_pause: MAX_INSTALL_PAUSE,
         now: {
@@ -363,3 +366,6 @@ fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Nod
         boot_sha256: release.boot_sha256,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -166,6 +166,7 @@ impl Bench {
                 node: "pi-01".into(),
                 controllers: vec!["controller:1346".into()],
                 enroll: "controller:1347".into(),
+                farewell: Duration::ZERO,
                 patience,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
