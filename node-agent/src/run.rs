@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::backoff;
 use crate::bootpart::BootPart;
@@ -59,7 +60,7 @@ pub enum RunError {
     #[error("the journal cannot be used")]
     Journal(#[from] JournalError),
     /// There is no identity.
-    #[error("the node has no identity")]
+    #[error(transparent)]
     Identity(#[from] IdentityError),
     /// The join file cannot be used.
     #[error("the join file cannot be used")]
@@ -292,15 +293,15 @@ pub async fn run(
     let mut parts = JoinSet::new();
     parts.spawn({
         let stop = stop.clone();
-        async move { executor.run(stop).await }
+        async move { executor.run(stop).await }.in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { session.run(stop).await }
+        async move { session.run(stop).await }.in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { identity.keep_fresh(&way.enroll, &stop).await }
+        async move { identity.keep_fresh(&way.enroll, &stop).await }.in_current_span()
     });
     // None of them ends by itself.
     let broken = tokio::select! {

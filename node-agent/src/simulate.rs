@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::cause::chain;
 use crate::run::{self, Connection, OnEnrolled};
@@ -69,11 +70,13 @@ impl Simulation {
                     let (id, stop) = (id.clone(), stop.clone());
                     move |system: Arc<dyn System>| -> futures_util::future::BoxFuture<'static, ()> {
                         let (id, connection, stop) = (id.clone(), connection.clone(), stop.clone());
-                        Box::pin(async move {
+                        let span = tracing::info_span!("pi", node = %id);
+                        let agent = async move {
                             if let Err(error) = run::run(system, connection, say_enrolled(), stop).await {
-                                tracing::error!(node = %id, error = %chain(&error), "agent ended");
+                                tracing::error!(error = %chain(&error), "agent ended");
                             }
-                        })
+                        };
+                        Box::pin(agent.instrument(span))
                     }
                 };
                 pi.power(agent, stop).await.map_err(|source| SimulateError::Pi { id, source })
