@@ -1,5 +1,6 @@
 //! A controller for tests: real TLS, real gRPC, and answers that the test gives.
 
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -9,7 +10,13 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{DateTime, Utc};
 use marco_proto::v1::agent_service_server::{AgentService, AgentServiceServer};
+use marco_proto::v1::artifact_service_server::{ArtifactService, ArtifactServiceServer};
 use marco_proto::v1::enrollment_service_server::{EnrollmentService, EnrollmentServiceServer};
+use marco_proto::v1::{
+    Artifact, Chunk, DeleteArtifactRequest, DeleteArtifactResponse, DownloadArtifactRequest, DownloadArtifactResponse,
+    DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, SetDefaultArtifactRequest,
+    UploadArtifactRequest, UploadArtifactResponse, download_artifact_response,
+};
 use marco_proto::v1::{
     ConnectRequest, ConnectResponse, EnrollRequest, EnrollResponse, RenewCertificateRequest, RenewCertificateResponse,
     Welcome, connect_response,
@@ -116,6 +123,8 @@ struct Shared {
     enrolled: Mutex<Vec<EnrollRequest>>,
     renewed: Mutex<Vec<RenewCertificateRequest>>,
     sessions: mpsc::Sender<TestSession>,
+    /// By digest.
+    artifacts: Mutex<HashMap<String, bytes::Bytes>>,
 }
 
 /// A controller that runs until it is dropped.
@@ -140,6 +149,7 @@ impl Controller {
             enrolled: Mutex::default(),
             renewed: Mutex::default(),
             sessions,
+            artifacts: Mutex::default(),
         });
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = rustls::RootCertStore::empty();
@@ -174,6 +184,7 @@ impl Controller {
             };
             let serve = tonic::transport::Server::builder()
                 .add_service(AgentServiceServer::new(services.clone()))
+                .add_service(ArtifactServiceServer::new(services.clone()))
                 .add_service(EnrollmentServiceServer::new(services))
                 .serve_with_incoming(ReceiverStream::new(incoming));
             let _ = tokio::join!(accept, serve);
@@ -183,6 +194,13 @@ impl Controller {
 
     pub(crate) fn judge(&self, verdict: impl FnMut(&EnrollRequest) -> Result<(), Status> + Send + 'static) {
         *self.shared.verdict.lock().unwrap() = Box::new(verdict);
+    }
+
+    /// Stores an artifact; its digest.
+    pub(crate) fn store(&self, contents: Vec<u8>) -> String {
+        let sha256 = hex::encode(Sha256::digest(&contents));
+        self.shared.artifacts.lock().unwrap().insert(sha256.clone(), contents.into());
+        sha256
     }
 
     pub(crate) fn enrolled(&self) -> Vec<EnrollRequest> {
@@ -240,6 +258,66 @@ impl AgentService for Services {
         let session = TestSession { requests: request.into_inner(), answers };
         self.0.sessions.send(session).await.map_err(|_| Status::unavailable("the test is over"))?;
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+type Stream<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
+
+#[tonic::async_trait]
+impl ArtifactService for Services {
+    type UploadArtifactStream = Stream<UploadArtifactResponse>;
+    type DownloadArtifactStream = Stream<DownloadArtifactResponse>;
+
+    async fn download_artifact(
+        &self,
+        request: Request<DownloadArtifactRequest>,
+    ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
+        use download_artifact_response::Part;
+        const CHUNK: usize = 64 * 1024;
+        let DownloadArtifactRequest { name, offset } = request.into_inner();
+        let sha256 = name.strip_prefix("artifacts/sha256:").unwrap_or(&name).to_owned();
+        let stored = self.0.artifacts.lock().unwrap().get(&sha256).cloned();
+        let contents = stored.ok_or_else(|| Status::not_found("no such artifact"))?;
+        let header = DownloadHeader {
+            size_bytes: contents.len().try_into().unwrap(),
+            sha256,
+            chunk_size: CHUNK.try_into().unwrap(),
+            chunk_sha256: contents.chunks(CHUNK).flat_map(Sha256::digest).collect::<Vec<u8>>().into(),
+        };
+        let offset = usize::try_from(offset).unwrap();
+        let mut parts = vec![Part::Header(header)];
+        for start in (offset..contents.len()).step_by(CHUNK) {
+            let data = contents.slice(start..contents.len().min(start + CHUNK));
+            parts.push(Part::Chunk(Chunk { offset: start.try_into().unwrap(), data }));
+        }
+        let messages: Vec<_> =
+            parts.into_iter().map(|part| Ok(DownloadArtifactResponse { part: Some(part) })).collect();
+        Ok(Response::new(tokio_stream::iter(messages)))
+    }
+
+    async fn upload_artifact(
+        &self,
+        _: Request<Streaming<UploadArtifactRequest>>,
+    ) -> Result<Response<Self::UploadArtifactStream>, Status> {
+        Err(Status::unimplemented("agents do not call it"))
+    }
+    async fn get_artifact(&self, _: Request<GetArtifactRequest>) -> Result<Response<Artifact>, Status> {
+        Err(Status::unimplemented("agents do not call it"))
+    }
+    async fn list_artifacts(
+        &self,
+        _: Request<ListArtifactsRequest>,
+    ) -> Result<Response<ListArtifactsResponse>, Status> {
+        Err(Status::unimplemented("agents do not call it"))
+    }
+    async fn delete_artifact(
+        &self,
+        _: Request<DeleteArtifactRequest>,
+    ) -> Result<Response<DeleteArtifactResponse>, Status> {
+        Err(Status::unimplemented("agents do not call it"))
+    }
+    async fn set_default_artifact(&self, _: Request<SetDefaultArtifactRequest>) -> Result<Response<Artifact>, Status> {
+        Err(Status::unimplemented("agents do not call it"))
     }
 }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, ConnectResponse, Hello, PowerOff, Reboot, Report, Update, assign, connect_request, connect_response,
+    Ack, Assign, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, assign, connect_request,
+    connect_response,
 };
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -172,23 +173,118 @@ async fn a_join_file_on_the_card_is_enough_and_loses_its_token() {
     fleet.end().await;
 }
 
-#[tokio::test]
-async fn an_update_boots_the_installer_which_says_what_it_is_at() {
-    let mut fleet = Fleet::with_token().await;
-    let (mut session, first) = fleet.session().await;
-    let update = Update {
+/// An image with boot files, and an init or none.
+fn image(init: bool) -> Vec<u8> {
+    let mut files = vec![
+        ("boot/firmware/kernel8.img", "kernel of the image", 0o644),
+        ("boot/firmware/cmdline.txt", "root=/dev/mmcblk0p2 rootwait init=/sbin/init", 0o644),
+        ("boot/firmware/config.txt", "arm_64bit=1", 0o644),
+        ("boot/firmware/bcm2711-rpi-4-b.dtb", "device tree of the image", 0o644),
+        ("etc/os-release", "PRETTY_NAME=\"An image\"", 0o644),
+    ];
+    if init {
+        files.push(("sbin/init", "#!/bin/true", 0o755));
+    }
+    let gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let mut tar = tar::Builder::new(gzip);
+    for (path, text, mode) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len().try_into().unwrap());
+        header.set_mode(mode);
+        tar.append_data(&mut header, path, text.as_bytes()).unwrap();
+    }
+    tar.into_inner().unwrap().finish().unwrap()
+}
+
+fn install(sha256: &str) -> assign::Action {
+    assign::Action::Update(Update {
         image: "artifacts/raspios.tar.gz".into(),
-        image_sha256: "a".repeat(64),
+        image_sha256: sha256.into(),
         notice: at_once(),
         ..Update::default()
-    };
-    assign(&session, 1, assign::Action::Update(update)).await;
+    })
+}
+
+#[tokio::test]
+async fn an_update_ends_in_the_new_system_and_leaves_nothing_behind() {
+    let mut fleet = Fleet::with_token().await;
+    let sha256 = fleet.controller.store(image(true));
+    let (mut session, old) = fleet.session().await;
+    assign(&session, 1, install(&sha256)).await;
     let armed = reported(&mut session, WireState::Rebooting).await;
-    let (mut session, second) = fleet.session().await;
-    assert_ne!(first.boot_id, second.boot_id);
-    assert_eq!(second.mode(), marco_proto::v1::NodeMode::Installer);
+
+    let (mut session, installer) = fleet.session().await;
+    assert_eq!(installer.mode(), NodeMode::Installer);
+    assert_ne!(installer.boot_id, old.boot_id);
     let installing = reported(&mut session, WireState::Running).await;
     assert!(installing.sequence > armed.sequence);
-    assert_eq!(fleet.log("reboot").len(), 1);
+    reported(&mut session, WireState::Rebooting).await;
+
+    let (mut session, new) = fleet.session().await;
+    assert_eq!((new.mode(), new.system.as_ref().unwrap().os.as_str()), (NodeMode::Running, "An image"));
+    let verifying = reported(&mut session, WireState::Verifying).await;
+    let release = verifying.release.unwrap();
+    assert_eq!((release.execution, release.image_sha256), (execution(1), sha256));
+    reported(&mut session, WireState::Succeeded).await;
+
+    assert_eq!(fleet.log("reboot").len(), 2, "into the installer, and into the new system");
+    assert_eq!(std::fs::read_to_string(fleet.pi().join("boot/kernel8.img")).unwrap(), "kernel of the image");
+    let autoboot = std::fs::read_to_string(fleet.pi().join("recovery/autoboot.txt")).unwrap();
+    assert!(autoboot.contains("[all]\ntryboot_a_b=1\nboot_partition=4"), "{autoboot}");
+
+    // Whatever happens to it later, it comes back by itself.
+    std::fs::write(fleet.pi().join("power-cut"), "").unwrap();
+    let (_session, again) = fleet.session().await;
+    assert_eq!((again.mode(), again.executions), (NodeMode::Running, vec![]));
+    for left in ["install.json", "node.key", "journal.json"] {
+        assert!(!fleet.pi().join("recovery/marco").join(left).exists(), "{left} is still on the card");
+    }
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn an_image_that_does_not_come_up_fails_after_three_trials_and_the_next_one_is_installed() {
+    let mut fleet = Fleet::with_token().await;
+    let (bad, good) = (fleet.controller.store(image(false)), fleet.controller.store(image(true)));
+    let (mut session, _) = fleet.session().await;
+    assign(&session, 1, install(&bad)).await;
+    reported(&mut session, WireState::Rebooting).await;
+    let mut sequence = 0;
+    for _ in 0..3 {
+        let (opened, hello) = fleet.session().await;
+        session = opened;
+        assert_eq!(hello.mode(), NodeMode::Installer);
+        let installing = reported(&mut session, WireState::Running).await;
+        assert!(installing.sequence > sequence);
+        sequence = reported(&mut session, WireState::Rebooting).await.sequence;
+    }
+    let (mut session, hello) = fleet.session().await;
+    assert_eq!(hello.mode(), NodeMode::Installer);
+    let failed = reported(&mut session, WireState::Failed).await;
+    assert!(failed.sequence > sequence);
+    assert_eq!(failed.error.unwrap().reason, "IMAGE_DID_NOT_COME_UP");
+
+    assign(&session, 2, install(&good)).await;
+    reported(&mut session, WireState::Rebooting).await;
+    let (mut session, hello) = fleet.session().await;
+    assert_eq!(hello.mode(), NodeMode::Running);
+    let done = reported(&mut session, WireState::Succeeded).await;
+    assert_eq!(done.execution, execution(2));
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn an_image_that_the_controller_does_not_have_brings_the_old_system_back_with_the_reason() {
+    let mut fleet = Fleet::with_token().await;
+    let (mut session, old) = fleet.session().await;
+    assign(&session, 1, install(&"a".repeat(64))).await;
+    reported(&mut session, WireState::Rebooting).await;
+    let (_installer, hello) = fleet.session().await;
+    assert_eq!(hello.mode(), NodeMode::Installer);
+    let (mut session, hello) = fleet.session().await;
+    assert_eq!(hello.mode(), NodeMode::Running);
+    assert_eq!(hello.system, old.system);
+    let back = reported(&mut session, WireState::RolledBack).await;
+    assert_eq!(back.error.unwrap().reason, "DOWNLOAD_REFUSED");
     fleet.end().await;
 }
