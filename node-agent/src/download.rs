@@ -110,9 +110,13 @@ pub struct Download {
     pub size_bytes: u64,
     /// The chunks. They end after the last one, when the digest of the whole was right too; or with an error.
     pub chunks: mpsc::Receiver<Result<Bytes, DownloadError>>,
-    /// Ends with this value.
-    _task: AbortOnDropHandle<()>,
+    /// Ends with this value; to be kept while chunks are wanted.
+    pub receiving: Receiving,
 }
+
+/// The task that receives; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Receiving(#[expect(dead_code, reason = "held for its Drop only")] AbortOnDropHandle<()>);
 
 impl Downloader {
     /// With the default policy.
@@ -137,7 +141,8 @@ impl Downloader {
         progress: Progress,
         cancel: &CancellationToken,
     ) -> Result<(), DownloadError> {
-        let Download { size_bytes, mut chunks, _task } = self.start(sha256, Some(path.to_owned()), cancel).await?;
+        let Download { size_bytes, mut chunks, receiving: _receiving } =
+            self.start(sha256, Some(path.to_owned()), cancel).await?;
         let mut file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await?;
         // The task has cut the file back to the chunks that are right.
         let mut done = file.metadata().await?.len();
@@ -183,7 +188,7 @@ impl Downloader {
         let cancel = cancel.clone();
         let task = AbortOnDropHandle::new(tokio::spawn(fetch.run(cancel)));
         match header.await {
-            Ok(Ok(size_bytes)) => Ok(Download { size_bytes, chunks, _task: task }),
+            Ok(Ok(size_bytes)) => Ok(Download { size_bytes, chunks, receiving: Receiving(task) }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(DownloadError::Corrupt("the download ended before it began".into())),
         }
@@ -191,4 +196,4 @@ impl Downloader {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

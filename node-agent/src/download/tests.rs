@@ -24,16 +24,16 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Connect, DownloadError, Downloader, Policy, Progress};
 
-const CHUNK: usize = 64 * 1024;
+pub(crate) const CHUNK: usize = 64 * 1024;
 const MESSAGE: usize = 10_000;
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// What the controller of a test does wrong, by how often it was asked.
-type Fault = Arc<dyn Fn(usize) -> Wrong + Send + Sync>;
+pub(crate) type Fault = Arc<dyn Fn(usize) -> Wrong + Send + Sync>;
 
 #[derive(Clone, Copy)]
-enum Wrong {
+pub(crate) enum Wrong {
     Nothing,
     /// Ends with an error after so many bytes.
     CutAfter(usize),
@@ -54,7 +54,7 @@ enum Wrong {
 }
 
 #[derive(Clone)]
-struct Controller {
+pub(crate) struct Controller {
     bytes: Bytes,
     fault: Fault,
     asked: Arc<Mutex<Vec<(String, u64)>>>,
@@ -164,13 +164,7 @@ impl Bed {
         let sha256 = hex::encode(Sha256::digest(&bytes));
         let controller = Controller { bytes, fault: Arc::new(fault), asked: Arc::default(), sent: Arc::default() };
         let (connect, server) = serve(controller.clone()).await;
-        let policy = Policy {
-            first_pause: Duration::from_millis(1),
-            longest_pause: Duration::from_millis(5),
-            tries: 4,
-            stall: Duration::from_millis(500),
-        };
-        let downloader = Downloader::with_policy(connect, policy);
+        let downloader = Downloader::with_policy(connect, QUICK);
         Self { controller, downloader, sha256, dir: TempDir::new().unwrap(), _server: server }
     }
 
@@ -195,6 +189,20 @@ impl Bed {
         assert!(std::fs::read(self.path()).unwrap() == self.controller.bytes, "the file differs");
     }
 }
+
+/// A downloader of these bytes, and what keeps their controller alive.
+pub(crate) async fn serve_bytes(bytes: Bytes, fault: Fault) -> (Downloader, AbortOnDropHandle<()>) {
+    let controller = Controller { bytes, fault, asked: Arc::default(), sent: Arc::default() };
+    let (connect, server) = serve(controller).await;
+    (Downloader::with_policy(connect, QUICK), server)
+}
+
+const QUICK: Policy = Policy {
+    first_pause: Duration::from_millis(1),
+    longest_pause: Duration::from_millis(5),
+    tries: 4,
+    stall: Duration::from_millis(500),
+};
 
 async fn serve(controller: Controller) -> (Connect, AbortOnDropHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

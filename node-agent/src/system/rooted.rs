@@ -1,17 +1,31 @@
 //! Files of another root: an installed system's, seen from outside. Its links are followed as that system would follow
 //! them, never out of it (`openat2` with `RESOLVE_IN_ROOT`): a root may come from an image that nobody here wrote.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
 
 /// No file that is read whole may be larger.
 const LARGEST: u64 = 16 * 1024 * 1024;
+
+/// What a name in a folder stands for, links not followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A folder.
+    Folder,
+    /// A symbolic link.
+    Link,
+    /// A device, FIFO or socket.
+    Other,
+}
 
 /// A root, held open.
 #[derive(Debug)]
@@ -58,23 +72,66 @@ impl Rooted {
         self.at(path.as_ref(), OFlags::PATH).and_then(|file| file.metadata()).is_ok_and(|found| found.is_dir())
     }
 
-    /// Names in a folder, sorted; none when it is not there.
-    pub fn list(&self, path: impl AsRef<Path>) -> Result<Vec<std::ffi::OsString>> {
+    /// Opens a regular file for reading.
+    pub fn open_file(&self, path: impl AsRef<Path>) -> Result<File> {
+        let file = self.at(path.as_ref(), OFlags::RDONLY | OFlags::NONBLOCK)?;
+        if file.metadata()?.is_file() { Ok(file) } else { Err(Error::new(ErrorKind::InvalidInput, "not a file")) }
+    }
+
+    /// What is in a folder, sorted by name; nothing when it is not there.
+    pub fn list(&self, path: impl AsRef<Path>) -> Result<Vec<(OsString, Kind)>> {
         let folder = match self.at(path.as_ref(), OFlags::DIRECTORY) {
             Ok(folder) => folder,
             Err(error) if absent(&error) => return Ok(Vec::new()),
             Err(error) => return Err(error),
         };
-        let mut names = Vec::new();
+        let mut entries = Vec::new();
         for entry in Dir::read_from(&folder)? {
             let entry = entry?;
-            let name: &OsStr = std::os::unix::ffi::OsStrExt::from_bytes(entry.file_name().to_bytes());
-            if name != "." && name != ".." {
-                names.push(name.to_owned());
+            let name = OsStr::from_bytes(entry.file_name().to_bytes());
+            if name == "." || name == ".." {
+                continue;
+            }
+            let found = rustix::fs::statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            let kind = match FileType::from_raw_mode(found.st_mode) {
+                FileType::RegularFile => Kind::File,
+                FileType::Directory => Kind::Folder,
+                FileType::Symlink => Kind::Link,
+                _ => Kind::Other,
+            };
+            entries.push((name.to_owned(), kind));
+        }
+        entries.sort();
+        Ok(entries)
+    }
+
+    /// Removes everything in a folder, but not the folder.
+    pub fn clear(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        for (name, kind) in self.list(path)? {
+            let inner = path.join(&name);
+            let folder = self.at(path, OFlags::DIRECTORY)?;
+            if kind == Kind::Folder {
+                self.clear(&inner)?;
+                rustix::fs::unlinkat(&folder, &name, AtFlags::REMOVEDIR)?;
+            } else {
+                rustix::fs::unlinkat(&folder, &name, AtFlags::empty())?;
             }
         }
-        names.sort();
-        Ok(names)
+        Ok(())
+    }
+
+    /// Puts a new empty file in place of whatever has that name, to be written into.
+    pub fn create(&self, path: impl AsRef<Path>, mode: u32) -> Result<File> {
+        self.remove(path.as_ref())?;
+        let (folder, name) = self.parent(path.as_ref())?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(mode))?.into())
+    }
+
+    fn parent<'a>(&self, path: &'a Path) -> Result<(File, &'a OsStr)> {
+        let name = path.file_name().ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the path has no name"))?;
+        Ok((self.folder(path.parent().unwrap_or(Path::new("")))?, name))
     }
 
     /// Makes a folder and those above it, and opens it.
@@ -98,9 +155,8 @@ impl Rooted {
     /// Puts a file in place of whatever has that name, a link included.
     pub fn write(&self, path: impl AsRef<Path>, bytes: &[u8], mode: u32) -> Result<()> {
         let path = path.as_ref();
-        let name = path.file_name().ok_or_else(|| Error::new(ErrorKind::InvalidInput, "the path has no name"))?;
-        let folder = self.folder(path.parent().unwrap_or(Path::new("")))?;
-        let mut temporary = std::ffi::OsString::from(".marco-");
+        let (folder, name) = self.parent(path)?;
+        let mut temporary = OsString::from(".marco-");
         temporary.push(name);
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file: File = rustix::fs::openat(&folder, &temporary, flags, Mode::from_raw_mode(0o600))?.into();

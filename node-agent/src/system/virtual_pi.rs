@@ -279,4 +279,4 @@ fn board(id: &str) -> Board {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

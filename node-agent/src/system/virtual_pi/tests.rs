@@ -18,15 +18,15 @@ const SOON: Duration = Duration::from_secs(20);
 const FAST: Options = Options { boot_time: Duration::from_millis(5), shutdown_time: Duration::from_millis(5) };
 
 /// A Pi under power, whose agent hands its `System` over and then does nothing.
-struct Powered {
-    pi: Arc<VirtualPi>,
+pub(crate) struct Powered {
+    pub(crate) pi: Arc<VirtualPi>,
     boots: mpsc::Receiver<Arc<dyn System>>,
     stop: CancellationToken,
     task: JoinHandle<()>,
 }
 
 impl Powered {
-    fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path) -> Self {
         let pi = VirtualPi::open(dir, "pi-01", FAST).unwrap();
         let (sender, boots) = mpsc::channel(16);
         let stop = CancellationToken::new();
@@ -49,16 +49,16 @@ impl Powered {
         Self { pi, boots, stop, task }
     }
 
-    async fn boot(&mut self) -> Arc<dyn System> {
+    pub(crate) async fn boot(&mut self) -> Arc<dyn System> {
         timeout(SOON, self.boots.recv()).await.expect("the Pi boots in time").unwrap()
     }
 
-    async fn kill(self) {
+    pub(crate) async fn kill(self) {
         self.stop.cancel();
         self.task.await.unwrap();
     }
 
-    fn bootpart(&self) -> BootPart {
+    pub(crate) fn bootpart(&self) -> BootPart {
         BootPart::new(self.pi.card().recovery, &self.pi.facts().unwrap().board)
     }
 }
