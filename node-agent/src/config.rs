@@ -114,6 +114,8 @@ pub struct File {
     pub log: Option<String>,
     /// Where the journal is.
     pub state_dir: Option<PathBuf>,
+    /// Where the key and the certificates are.
+    pub identity_dir: Option<PathBuf>,
     /// The program, and its first arguments, that reboots and powers off.
     pub shutdown_command: Option<Vec<String>>,
 }
@@ -220,7 +222,13 @@ mod tests {
             .collect();
         let all: File = toml::from_str(&keys).unwrap();
         assert!(!all.controllers.is_empty() && !all.enroll.is_empty() && all.token_file.is_some());
-        assert!(all.name.is_some() && all.log.is_some() && all.state_dir.is_some() && all.shutdown_command.is_some());
+        assert!(
+            all.name.is_some()
+                && all.log.is_some()
+                && all.state_dir.is_some()
+                && all.identity_dir.is_some()
+                && all.shutdown_command.is_some()
+        );
     }
 
     #[test]

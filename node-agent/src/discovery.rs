@@ -53,7 +53,7 @@ impl FromStr for Address {
             None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
         };
         let port = port.map(|port| port.parse().map_err(|_| invalid())).transpose()?;
-        let host = if host.contains(':') {
+        let host = if host.contains(':') || text.starts_with('[') {
             host.parse::<std::net::Ipv6Addr>().map_err(|_| invalid())?;
             format!("[{host}]")
         } else {

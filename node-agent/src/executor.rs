@@ -34,6 +34,9 @@ pub struct Settings {
     pub controllers: Vec<String>,
     /// Address of the enrolment listener, host:port, for the installer; empty: derived from the controllers.
     pub enroll: String,
+    /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
+    /// waits a fifth of that, for the operators' sake only.
+    pub farewell: Duration,
     /// How long the machine may take to go down before the command is given again.
     pub patience: Duration,
     /// The longest pause before an installation that failed on the way is tried again.
@@ -366,8 +369,9 @@ impl Executor {
             Action::Unknown => "",
         };
         let mut last = None;
+        self.phase(execution, way.phase());
+        self.say_farewell(execution, way).await;
         for command in 1..=MAX_COMMANDS {
-            self.phase(execution, way.phase());
             tracing::info!(execution, ?way, command, "going down");
             let issued = match way {
                 WayDown::Reboot => self.system.reboot(Reboot::Plain, Some(execution), message).await,
@@ -387,6 +391,19 @@ impl Executor {
         let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
         let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
         Err(StepError::Failed(Failure::new(reason, message)))
+    }
+
+    /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.
+    async fn say_farewell(&self, execution: &str, way: WayDown) {
+        let patience = match way {
+            WayDown::PowerOff => self.settings.farewell,
+            WayDown::Reboot | WayDown::TryBoot => self.settings.farewell / 5,
+        };
+        let mut changes = self.journal.changes();
+        let known = changes.wait_for(|entries| entries.get(execution).is_none_or(Entry::is_acked));
+        if tokio::time::timeout(patience, known).await.is_err() {
+            tracing::info!(execution, "controller does not know yet that the machine goes down");
+        }
     }
 
     async fn withdraw(&self, execution: &str) {

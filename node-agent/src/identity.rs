@@ -300,5 +300,11 @@ fn read_needed(path: &Path) -> Result<String, IdentityError> {
     std::fs::read_to_string(path).map_err(IdentityError::io("read", path))
 }
 
+/// The pin of a CA, as tokens carry it.
+#[cfg(test)]
+pub(crate) fn pin_of(ca: &CertificateDer<'_>) -> [u8; 32] {
+    tls::spki_sha256(ca).unwrap()
+}
+
 #[cfg(test)]
 mod tests;

@@ -17,3 +17,5 @@ pub mod run;
 pub mod session;
 pub mod simulate;
 pub mod system;
+#[cfg(test)]
+mod testing;

@@ -1,6 +1,6 @@
 //! `marco-agent`: reads the command line and starts what it names.
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use node_agent::config::{Cli, Command, ConnectionArgs, File};
 use node_agent::notify::{Status, notify};
 use node_agent::run;
 use node_agent::simulate::Simulation;
-use node_agent::system::host::Host;
+use node_agent::system::host::{Host, HostOptions};
 use node_agent::system::virtual_pi::Options;
 use node_agent::system::{Mode, System};
 use tokio::signal::unix::{SignalKind, signal};
@@ -32,7 +32,8 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let file = File::read(cli.config.as_deref())?;
     let filter = file.log(cli.log.as_deref());
     let filter = tracing_subscriber::EnvFilter::try_new(&filter).with_context(|| format!("log filter {filter:?}"))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start a runtime")?;
     let outcome = runtime.block_on(async {
@@ -40,7 +41,11 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         match cli.command {
             Command::Run(args) => agent(&args, &file, Mode::Running, stop).await,
             Command::Install(args) => agent(&args, &file, Mode::Installer, stop).await,
-            Command::Enroll(args) => enroll(&args, &file).await,
+            // Dropping it loses nothing: the key is stored before it is used.
+            Command::Enroll(args) => tokio::select! {
+                () = stop.cancelled() => bail!("interrupted"),
+                enrolled = enroll(&args, &file) => enrolled,
+            },
             Command::Simulate(args) => {
                 let simulation = Simulation {
                     count: args.count,
@@ -76,19 +81,18 @@ fn stop_on_signals() -> anyhow::Result<CancellationToken> {
     Ok(stop)
 }
 
-fn host(file: &File) -> Host {
-    let mut host = Host::default();
-    if let Some(folder) = &file.state_dir {
-        host = host.with_state_dir(folder.clone());
-    }
-    if let Some(command) = &file.shutdown_command {
-        host = host.with_shutdown_command(command.clone());
-    }
-    host
+fn host(file: &File) -> anyhow::Result<Host> {
+    let usual = HostOptions::default();
+    Ok(Host::new(HostOptions {
+        state_dir: file.state_dir.clone().unwrap_or(usual.state_dir),
+        identity_dir: file.identity_dir.clone().unwrap_or(usual.identity_dir),
+        shutdown_command: file.shutdown_command.clone().unwrap_or(usual.shutdown_command),
+        ..usual
+    })?)
 }
 
 async fn agent(args: &ConnectionArgs, file: &File, role: Mode, stop: CancellationToken) -> anyhow::Result<()> {
-    let host = Arc::new(host(file));
+    let host = Arc::new(host(file)?);
     match (role, host.mode()) {
         (Mode::Installer, Mode::Running) => bail!(
             "this machine runs an installed system: `marco-agent install` works only as the program of the installer's \
@@ -104,7 +108,7 @@ async fn agent(args: &ConnectionArgs, file: &File, role: Mode, stop: Cancellatio
 }
 
 async fn enroll(args: &ConnectionArgs, file: &File) -> anyhow::Result<()> {
-    let (node, held) = run::enroll_once(&host(file), &args.resolve(file)?).await?;
+    let (node, held) = run::enroll_once(&host(file)?, &args.resolve(file)?).await?;
     let words = match held {
         None => "was enrolled before",
         Some(false) => "is enrolled",

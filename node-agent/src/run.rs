@@ -5,14 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::backoff;
 use crate::bootpart::BootPart;
 use crate::cause::chain;
 use crate::discovery::{Address, Discovery};
 use crate::download::{Connect, ConnectError, Downloader};
+use crate::durable;
 use crate::executor::{Executor, Settings};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, Purpose, TlsTime, enroll,
@@ -22,6 +25,8 @@ use crate::journal::{Journal, JournalError};
 use crate::session::{self, Session};
 use crate::system::{self, Facts, System, SystemError};
 
+/// How long a power-off waits for the controller to know of it.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// How long the machine may take to go down before the command is given again.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The longest pause before an installation that failed on the way is tried again.
@@ -55,7 +60,7 @@ pub enum RunError {
     #[error("the journal cannot be used")]
     Journal(#[from] JournalError),
     /// There is no identity.
-    #[error("the node has no identity")]
+    #[error(transparent)]
     Identity(#[from] IdentityError),
     /// The join file cannot be used.
     #[error("the join file cannot be used")]
@@ -95,7 +100,16 @@ impl Way {
             Some(card) => vec![card.recovery.clone(), card.boot.clone()],
             None => ["boot/firmware", "boot"].iter().map(|folder| system.root().join(folder)).collect(),
         };
-        let found = JoinFile::find(&partitions)?;
+        let last_good = LastGood::read(system);
+        let found = match JoinFile::find(&partitions) {
+            Ok(found) => found,
+            // A torn join file must not cut off a node that has been in before.
+            Err(error) if last_good.is_some() => {
+                tracing::warn!(error = %chain(&error), "join file not usable");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
         let (join_file, join) = found.map_or((None, JoinFile::default()), |(path, file)| (Some(path), file));
 
         let mut controllers = connection.controllers.clone();
@@ -114,6 +128,10 @@ impl Way {
             controllers = parse(&job.controllers)?;
             enroll = if job.enroll.is_empty() { enroll } else { parse(std::slice::from_ref(&job.enroll))? };
         }
+        if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
+            controllers = parse(&last_good.controllers)?;
+            enroll = parse(&last_good.enroll)?;
+        }
         if controllers.is_empty() {
             return Err(RunError::NoController);
         }
@@ -130,6 +148,35 @@ impl Way {
         // A file that somebody put on this very card says more than a default.
         let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
         Ok(Self { controllers, enroll: listeners, token, name, join_file })
+    }
+}
+
+/// The way that an enrolled node took last, beside its identity: for when no file names one any more.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct LastGood {
+    controllers: Vec<String>,
+    enroll: Vec<String>,
+}
+
+impl LastGood {
+    const FILE: &str = "controllers.json";
+
+    fn read(system: &dyn System) -> Option<Self> {
+        let contents = std::fs::read(system.identity_dir().join(Self::FILE)).ok()?;
+        serde_json::from_slice(&contents).ok()
+    }
+
+    fn remember(self, system: &dyn System) {
+        if Self::read(system).is_some_and(|before| before == self) {
+            return;
+        }
+        let path = system.identity_dir().join(Self::FILE);
+        let written = serde_json::to_vec(&self)
+            .map_err(std::io::Error::from)
+            .and_then(|contents| durable::replace(&path, &contents, 0o644));
+        if let Err(error) = written {
+            tracing::warn!(error = %error, "controllers not remembered");
+        }
     }
 }
 
@@ -223,10 +270,13 @@ pub async fn run(
     let journal = Arc::new(Journal::open(&system.state_dir(), &boot_id)?);
     let discovery = Discovery::Fixed(way.controllers.clone());
 
+    LastGood { controllers: discovery.controllers(), enroll: way.enroll.clone() }.remember(system.as_ref());
+
     let settings = Settings {
         node: identity.node().to_owned(),
         controllers: discovery.controllers(),
         enroll: way.enroll.first().cloned().unwrap_or_default(),
+        farewell: FAREWELL,
         patience: PATIENCE,
         max_pause: MAX_INSTALL_PAUSE,
         now: {
@@ -243,15 +293,15 @@ pub async fn run(
     let mut parts = JoinSet::new();
     parts.spawn({
         let stop = stop.clone();
-        async move { executor.run(stop).await }
+        async move { executor.run(stop).await }.in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { session.run(stop).await }
+        async move { session.run(stop).await }.in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { identity.keep_fresh(&way.enroll, &stop).await }
+        async move { identity.keep_fresh(&way.enroll, &stop).await }.in_current_span()
     });
     // None of them ends by itself.
     let broken = tokio::select! {
@@ -274,9 +324,7 @@ fn connect_in_turn(identity: Arc<Identity>, controllers: Vec<String>) -> Connect
         let index = turn.fetch_add(1, Ordering::Relaxed).checked_rem(controllers.len()).unwrap_or(0);
         let address = controllers.get(index).cloned().unwrap_or_default();
         let identity = identity.clone();
-        Box::pin(async move {
-            identity.connect(&address, Purpose::Download).await.map_err(|error| Box::new(error) as ConnectError)
-        })
+        Box::pin(async move { identity.connect(&address, Purpose::Download).await.map_err(ConnectError::from) })
     })
 }
 
@@ -319,3 +367,6 @@ fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Nod
         boot_sha256: release.boot_sha256,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use crate::cause::chain;
 use crate::run::{self, Connection, OnEnrolled};
@@ -55,20 +56,27 @@ impl Simulation {
     pub async fn run(&self, stop: CancellationToken) -> Result<(), SimulateError> {
         let mut pis = JoinSet::new();
         for id in self.ids() {
-            let pi = VirtualPi::open(&self.directory.join(&id), &id, self.options)
-                .map_err(|source| SimulateError::Pi { id: id.clone(), source })?;
+            let (folder, options) = (self.directory.join(&id), self.options);
             let connection = Connection { name: id.clone(), ..self.connection.clone() };
             let stop = stop.clone();
             pis.spawn(async move {
+                let open = {
+                    let id = id.clone();
+                    move || VirtualPi::open(&folder, &id, options)
+                };
+                let opened = tokio::task::spawn_blocking(open).await.map_err(|_| SimulateError::Broken)?;
+                let pi = opened.map_err(|source| SimulateError::Pi { id: id.clone(), source })?;
                 let agent = {
                     let (id, stop) = (id.clone(), stop.clone());
                     move |system: Arc<dyn System>| -> futures_util::future::BoxFuture<'static, ()> {
                         let (id, connection, stop) = (id.clone(), connection.clone(), stop.clone());
-                        Box::pin(async move {
+                        let span = tracing::info_span!("pi", node = %id);
+                        let agent = async move {
                             if let Err(error) = run::run(system, connection, say_enrolled(), stop).await {
-                                tracing::error!(node = %id, error = %chain(&error), "agent ended");
+                                tracing::error!(error = %chain(&error), "agent ended");
                             }
-                        })
+                        };
+                        Box::pin(agent.instrument(span))
                     }
                 };
                 pi.power(agent, stop).await.map_err(|source| SimulateError::Pi { id, source })

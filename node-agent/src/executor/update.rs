@@ -282,9 +282,8 @@ impl Executor {
         let trials = entry.trials.saturating_add(1);
         let execution = entry.execution.clone();
         let counted = off_runtime(move || {
-            match recovery.read_job()?.filter(|job| job.execution == execution) {
-                Some(job) => recovery.write_job(&InstallJob { trials, ..job })?,
-                None => {}
+            if let Some(job) = recovery.read_job()?.filter(|job| job.execution == execution) {
+                recovery.write_job(&InstallJob { trials, ..job })?;
             }
             Ok(())
         });

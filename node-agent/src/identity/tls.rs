@@ -107,7 +107,7 @@ impl ServerCertVerifier for ControllerVerifier {
         // A node that lay in a drawer knows only that a certain time has passed, and meets a certificate that is newer.
         // The CA signed the beginning of its validity, so that time has passed, too; whether the signature is the CA's
         // is verified below, and an end that has passed counts as before.
-        let began = [&*ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
+        let began = [ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
         let began = began.filter_map(|(from, _)| u64::try_from(from).ok()).max().unwrap_or(0);
         let now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));
         verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
