@@ -187,8 +187,8 @@ impl Work<'_> {
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
 
-        let (part, old, execution) = (self.part.clone(), self.card.root.clone(), self.job.execution.clone());
-        let keep = blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &execution)).await?;
+        let (part, old, job) = (self.part.clone(), self.card.root.clone(), self.job.clone());
+        let keep = blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &job)).await?;
         let target = self.commit(Erase { root: true, home: self.job.discard_home }).await?;
 
         self.phase(Phase::Unpacking);

@@ -7,8 +7,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::plan;
-use crate::bootpart::{self, BootPart};
+use crate::bootpart::{self, BootPart, InstallJob};
 use crate::system::rooted::{Kind, Rooted};
+
+mod ssh;
 
 /// SSH host keys, `ssh_host_*_key` and `.pub`, in this folder (sshd(8)).
 const SSH: &str = "etc/ssh";
@@ -31,11 +33,11 @@ impl Keep {
     pub(super) fn save(
         part: &BootPart,
         old: Option<&Rooted>,
-        execution: &str,
+        job: &InstallJob,
     ) -> std::result::Result<Self, super::InstallError> {
         let path = part.keep_file();
         let saved = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Self>(&bytes).ok());
-        if let Some(saved) = saved.clone().filter(|saved| saved.execution == execution) {
+        if let Some(saved) = saved.clone().filter(|saved| saved.execution == job.execution) {
             return Ok(saved);
         }
         let mut keep =
@@ -55,13 +57,19 @@ impl Keep {
                 .map_err(|error| super::InstallError::io(format!("no random numbers: {error}")))?;
             keep.machine_id = hex::encode(bytes);
         }
-        execution.clone_into(&mut keep.execution);
+        if keep.ssh.is_empty()
+            && let Some((private, public)) = ssh::fresh(&format!("root@{}", plan::host_name(&job.node)))
+        {
+            keep.ssh.insert(ssh::NAME.to_owned(), hex::encode(private));
+            keep.ssh.insert(format!("{}.pub", ssh::NAME), hex::encode(public));
+        }
+        job.execution.clone_into(&mut keep.execution);
         let bytes = serde_json::to_vec(&keep).map_err(|error| super::InstallError::io(error.to_string()))?;
         bootpart::write_whole(&path, &bytes)?;
         Ok(keep)
     }
 
-    /// Puts it into the new root, with the node's name.
+    /// Puts it into the new root, with the node's name. Host keys only where there is an sshd to use them.
     pub(super) fn restore(&self, root: &Rooted, node: &str) -> Result<()> {
         let host = plan::host_name(node);
         root.write("etc/hostname", format!("{host}\n").as_bytes(), 0o644)?;
@@ -69,7 +77,7 @@ impl Keep {
             root.write("etc/hosts", plan::hosts(&String::from_utf8_lossy(&hosts), &host).as_bytes(), 0o644)?;
         }
         root.write("etc/machine-id", format!("{}\n", self.machine_id).as_bytes(), 0o444)?;
-        if self.ssh.is_empty() {
+        if !root.is_dir(SSH) {
             return Ok(());
         }
         for (name, _) in host_keys(root)? {

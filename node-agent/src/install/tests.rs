@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -201,6 +202,19 @@ async fn an_image_becomes_this_nodes_system() {
     // Not confirmed: any further reset brings the installer back.
     system.reboot(Reboot::Plain, None, "").await.unwrap();
     assert_eq!(bed.powered.boot().await.mode(), Mode::Installer);
+    bed.powered.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_host_keys_gets_fresh_ones_and_not_the_images() {
+    let tar = image("boot/firmware", 10, "");
+    let (downloader, _server) = downloader(tar.clone(), |_| Wrong::Nothing).await;
+    let bed = Bed::new().await;
+    fs::remove_file(bed.dir.path().join("root/etc/ssh/ssh_host_ed25519_key")).unwrap();
+    bed.install(&image_job(&tar), &downloader).await.unwrap();
+    let key = bed.dir.path().join("root/etc/ssh/ssh_host_ed25519_key");
+    assert!(bed.read("root/etc/ssh/ssh_host_ed25519_key").starts_with("-----BEGIN OPENSSH PRIVATE KEY-----"));
+    assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
     bed.powered.kill().await;
 }
 
