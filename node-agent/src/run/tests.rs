@@ -1,5 +1,6 @@
 //! Whole agents on virtual Pis, against a controller with real TLS whose answers the test gives.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -286,5 +287,44 @@ async fn an_image_that_the_controller_does_not_have_brings_the_old_system_back_w
     assert_eq!(hello.system, old.system);
     let back = reported(&mut session, WireState::RolledBack).await;
     assert_eq!(back.error.unwrap().reason, "DOWNLOAD_REFUSED");
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn boot_files_alone_are_replaced_with_the_root_left_as_it_is() {
+    let mut fleet = Fleet::with_token().await;
+    let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let options = zip::write::SimpleFileOptions::default();
+    for (name, text) in [
+        ("kernel8.img", "another kernel"),
+        ("cmdline.txt", "root=/dev/mmcblk0p2 rootwait"),
+        ("config.txt", "arm_64bit=1"),
+        ("bcm2711-rpi-4-b.dtb", "another device tree"),
+    ] {
+        zip.start_file(name, options).unwrap();
+        zip.write_all(text.as_bytes()).unwrap();
+    }
+    let sha256 = fleet.controller.store(zip.finish().unwrap().into_inner());
+    let (mut session, old) = fleet.session().await;
+    let mark = fleet.pi().join("root/etc/mark");
+    std::fs::write(&mark, "mine").unwrap();
+    let update = Update {
+        bootcode: "artifacts/boot".into(),
+        bootcode_sha256: sha256.clone(),
+        notice: at_once(),
+        ..Update::default()
+    };
+    assign(&session, 1, assign::Action::Update(update)).await;
+    reported(&mut session, WireState::Rebooting).await;
+    let (mut session, _) = fleet.session().await;
+    reported(&mut session, WireState::Rebooting).await;
+    let (mut session, new) = fleet.session().await;
+    assert_eq!(new.mode(), NodeMode::Running);
+    assert_eq!(new.system.as_ref().unwrap().os, old.system.unwrap().os);
+    let verifying = reported(&mut session, WireState::Verifying).await;
+    assert_eq!(verifying.release.unwrap().boot_sha256, sha256);
+    reported(&mut session, WireState::Succeeded).await;
+    assert_eq!(std::fs::read_to_string(mark).unwrap(), "mine");
+    assert_eq!(std::fs::read_to_string(fleet.pi().join("boot/kernel8.img")).unwrap(), "another kernel");
     fleet.end().await;
 }
