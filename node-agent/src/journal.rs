@@ -13,12 +13,13 @@ use tokio::sync::{Mutex, watch};
 use crate::durable;
 use crate::job::{Action, FORK_LEAP, Failure, Kind, Release, State, WrongState};
 
+mod file;
+
 /// Name of the journal's file in the state directory.
 pub const FILE_NAME: &str = "journal.json";
 
 /// Entries are kept this long after the controller's last acknowledgement, in microseconds.
 const KEEP_MICROS: i64 = 30 * 24 * 60 * 60 * 1_000_000;
-const VERSION: u32 = 1;
 const FILE_MODE: u32 = 0o600;
 
 /// A second assignment while another job is unfinished; the controller never sends one.
@@ -107,12 +108,6 @@ impl Entries {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-struct Document {
-    version: u32,
-    entries: Vec<Entry>,
-}
-
 /// How far the process is with what it is doing now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
@@ -185,7 +180,7 @@ impl Journal {
     /// `journal.json.bad-N`: the controller then says what is to become of the jobs that it held.
     pub fn open(directory: &Path, boot_id: &str) -> Result<Self, JournalError> {
         let path = directory.join(FILE_NAME);
-        let entries = load(&path)?;
+        let entries = file::load(&path)?;
         Ok(Self {
             path,
             boot_id: boot_id.to_owned(),
@@ -416,7 +411,7 @@ impl Journal {
     ) -> Result<Vec<u8>, JournalError> {
         let mut entries = Entries::clone(&self.entries());
         step(entries.get_mut(execution)?, &self.boot_id)?;
-        encode(&self.path, &entries)
+        file::encode(&self.path, &entries)
     }
 
     async fn step(
@@ -438,7 +433,7 @@ impl Journal {
         if entries == *before {
             return Ok(answer);
         }
-        let contents = encode(&self.path, &entries)?;
+        let contents = file::encode(&self.path, &entries)?;
         let path = self.path.clone();
         let written = tokio::task::spawn_blocking(move || durable::replace(&path, &contents, FILE_MODE)).await;
         written
@@ -475,64 +470,8 @@ pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, bo
 
 /// What a journal elsewhere on the card noted against an execution, if it can be read.
 pub fn noted(directory: &Path, execution: &str) -> Option<Failure> {
-    let entries = Entries(read(&directory.join(FILE_NAME)).ok().flatten()?);
+    let entries = Entries(file::read(&directory.join(FILE_NAME)).ok().flatten()?);
     entries.get(execution)?.error.clone()
-}
-
-fn encode(path: &Path, entries: &Entries) -> Result<Vec<u8>, JournalError> {
-    let document = Document { version: VERSION, entries: entries.0.clone() };
-    serde_json::to_vec_pretty(&document).map_err(|error| JournalError::Io {
-        path: path.to_owned(),
-        what: "encoded",
-        source: error.into(),
-    })
-}
-
-/// `None`: there is no such file. Contents that are not a journal are an error of kind `InvalidData`.
-fn read(path: &Path) -> io::Result<Option<Vec<Entry>>> {
-    let contents = match std::fs::read(path) {
-        Ok(contents) => contents,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
-    let invalid = |error: serde_json::Error| io::Error::new(io::ErrorKind::InvalidData, error);
-    let document: Document = serde_json::from_slice(&contents).map_err(invalid)?;
-    if document.version == VERSION {
-        Ok(Some(document.entries))
-    } else {
-        Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has version {}", document.version)))
-    }
-}
-
-fn load(path: &Path) -> Result<Vec<Entry>, JournalError> {
-    let failed = |what, source| JournalError::Io { path: path.to_owned(), what, source };
-    match read(path) {
-        Ok(Some(entries)) => return Ok(entries),
-        Ok(None) => {}
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            let aside = set_aside(path).map_err(|source| failed("set aside", source))?;
-            tracing::error!(error = %error, file = %aside.display(), "journal not readable, set aside");
-        }
-        Err(source) => return Err(failed("read", source)),
-    }
-    // On a file system without atomic renames (FAT) the contents may still be under the other name.
-    let successor = durable::successor(path);
-    match read(&successor) {
-        Ok(entries) => Ok(entries.unwrap_or_default()),
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Vec::new()),
-        Err(source) => Err(failed("read", source)),
-    }
-}
-
-fn set_aside(path: &Path) -> io::Result<PathBuf> {
-    for number in 1..=u32::MAX {
-        let aside = path.with_file_name(format!("{FILE_NAME}.bad-{number}"));
-        if !aside.try_exists()? {
-            std::fs::rename(path, &aside)?;
-            return Ok(aside);
-        }
-    }
-    Err(io::Error::other("too many journals were set aside"))
 }
 
 #[cfg(test)]

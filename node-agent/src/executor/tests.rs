@@ -1,10 +1,8 @@
 //! The executor on a machine that only writes down what it is told, with a real recovery partition.
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use chrono::DateTime;
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +12,10 @@ use crate::download::Downloader;
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
 use crate::journal::{FILE_NAME, Journal};
 use crate::system::virtual_pi::{Options, VirtualPi};
-use crate::system::{Booted, Card, Down, Erase, Facts, Mode, Reboot, Refusal, Release, System, SystemError, Target};
+use crate::system::{Mode, Refusal, Release, System as _};
+use machine::Machine;
+
+mod machine;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
@@ -23,94 +24,6 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const LONG: Duration = Duration::from_secs(3600);
 /// Over soon.
 const SHORT: Duration = Duration::from_millis(30);
-
-/// A machine that stays up whatever it is told.
-struct Machine {
-    dir: PathBuf,
-    boot_id: String,
-    mode: Mode,
-    facts: Facts,
-    release: Option<Release>,
-    refusal: Option<Refusal>,
-    /// What it was told; a command with the state that was in the journal then.
-    told: Mutex<Vec<String>>,
-}
-
-impl Machine {
-    fn tell(&self, what: impl Into<String>) {
-        self.told.lock().unwrap().push(what.into());
-    }
-
-    fn told(&self) -> Vec<String> {
-        self.told.lock().unwrap().clone()
-    }
-
-    /// What a power cut would leave of the job.
-    fn journalled(&self, execution: Option<&str>) -> State {
-        let journal = Journal::open(&self.state_dir(), "reader").unwrap();
-        journal.entries().get(execution.unwrap()).unwrap().state
-    }
-}
-
-#[async_trait]
-impl System for Machine {
-    fn boot_id(&self) -> Result<String, SystemError> {
-        Ok(self.boot_id.clone())
-    }
-    fn facts(&self) -> Result<Facts, SystemError> {
-        Ok(self.facts.clone())
-    }
-    fn mode(&self) -> Mode {
-        self.mode
-    }
-    fn booted(&self) -> Option<Booted> {
-        None
-    }
-    fn card(&self) -> Option<Card> {
-        let part = |name| self.dir.join(name);
-        Some(Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") })
-    }
-    fn root(&self) -> PathBuf {
-        self.dir.join("root")
-    }
-    fn state_dir(&self) -> PathBuf {
-        match self.mode {
-            Mode::Running => self.dir.join("root/var/lib/marco-agent"),
-            Mode::Installer => self.dir.join("recovery/marco"),
-        }
-    }
-    fn identity_dir(&self) -> PathBuf {
-        self.dir.join("agent")
-    }
-    fn release(&self) -> Result<Option<Release>, SystemError> {
-        Ok(self.release.clone())
-    }
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
-        self.tell(format!("announce {down:?} {delay:?} {message}"));
-        Ok(())
-    }
-    async fn withdraw(&self) -> Result<(), SystemError> {
-        self.tell("withdraw");
-        Ok(())
-    }
-    async fn reboot(&self, how: Reboot, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
-        self.tell(format!("reboot {how:?} {:?}", self.journalled(execution)));
-        Ok(())
-    }
-    async fn power_off(&self, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
-        self.tell(format!("power off {:?}", self.journalled(execution)));
-        Ok(())
-    }
-    async fn preflight_update(&self) -> Result<(), Refusal> {
-        self.refusal.clone().map_or(Ok(()), Err)
-    }
-    async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {
-        Err(SystemError::Unsupported("not here"))
-    }
-    async fn finish_target(&self, _target: Target) -> Result<(), SystemError> {
-        Err(SystemError::Unsupported("not here"))
-    }
-}
 
 /// A machine with a card, and what runs on it.
 struct Bench {
