@@ -4,17 +4,19 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, FlockOperation, OFlags};
+use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::system::Board;
 
+mod file;
 pub mod render;
+
+pub(crate) use file::write_whole;
+use file::{read_json, remove_file, sha256_of_card, write_json};
 
 /// The partition could not be read, written, or did not hold what was written.
 #[derive(Debug, thiserror::Error)]
@@ -216,7 +218,7 @@ impl BootPart {
         let synced = File::open(&folder).and_then(|folder| Ok(rustix::fs::syncfs(folder)?));
         synced.map_err(BootError::io("sync", &folder))?;
         self.compare(prefix, &files)?;
-        self.write_json(&record, &Record { sha256: sha256.to_owned(), files })?;
+        write_json(&record, &Record { sha256: sha256.to_owned(), files })?;
         Ok(prefix)
     }
 
@@ -226,25 +228,28 @@ impl BootPart {
         let default = self.default_prefix()?.unwrap_or(prefix);
         let (default_lines, lines) = (self.lines(default)?, self.lines(prefix)?);
         let trial = (prefix != default).then_some((prefix, lines.as_slice()));
-        self.write_in_place("config.txt", &render::config_txt((default, &default_lines), trial)?)
+        file::write_in_place(&self.recovery.join("config.txt"), &render::config_txt((default, &default_lines), trial)?)
     }
 
     /// Makes the set the one that every boot of the installer takes.
     pub fn make_default(&self, prefix: Prefix) -> Result<(), BootError> {
         let _lock = self.lock()?;
-        self.write_in_place("config.txt", &render::config_txt((prefix, &self.lines(prefix)?), None)?)
+        file::write_in_place(
+            &self.recovery.join("config.txt"),
+            &render::config_txt((prefix, &self.lines(prefix)?), None)?,
+        )
     }
 
     /// Says what boots by default.
     pub fn set_boot_partition(&self, default: DefaultBoot) -> Result<(), BootError> {
         let _lock = self.lock()?;
-        self.write_in_place("autoboot.txt", &render::autoboot_txt(default)?)
+        file::write_in_place(&self.recovery.join("autoboot.txt"), &render::autoboot_txt(default)?)
     }
 
     /// Says what the installer is to do. Written as a whole, read back.
     pub fn write_job(&self, job: &InstallJob) -> Result<(), BootError> {
         let _lock = self.lock()?;
-        self.write_json(&self.job_file(), job)
+        write_json(&self.job_file(), job)
     }
 
     /// What the installer is to do; none when nothing, or nothing readable, is there.
@@ -252,10 +257,16 @@ impl BootPart {
         read_json(&self.job_file())
     }
 
-    /// Removes the job.
+    /// Removes the job, and what an installation kept of the old system for the new one.
     pub fn clear_job(&self) -> Result<(), BootError> {
         let _lock = self.lock()?;
+        remove_file(&self.keep_file())?;
         remove_file(&self.job_file())
+    }
+
+    /// Where an installation keeps what outlives it: secrets, so not for longer than the job.
+    pub(crate) fn keep_file(&self) -> PathBuf {
+        self.marco_dir().join("keep.json")
     }
 
     /// Writes `installer-config.txt` as the 2015 system did: `export OS_IMG=NAME`, with no name when there is no image.
@@ -352,36 +363,6 @@ impl BootPart {
         }
         Ok(())
     }
-
-    /// One write over the old contents: the file keeps its sectors, its folder entry and its length.
-    fn write_in_place(&self, name: &str, bytes: &[u8]) -> Result<(), BootError> {
-        let path = self.recovery.join(name);
-        let write = || {
-            let flags = i32::try_from(OFlags::SYNC.bits()).unwrap_or_default();
-            let file = OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags(flags)
-                .open(&path)?;
-            file.write_all_at(bytes, 0)?;
-            // Only a file that somebody else wrote has another length.
-            let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-            if file.metadata()?.len() != length {
-                file.set_len(length)?;
-                file.sync_all()?;
-            }
-            Ok(())
-        };
-        write().map_err(BootError::io("write", &path))?;
-        check_written(path, bytes)
-    }
-
-    fn write_json(&self, path: &Path, value: &impl Serialize) -> Result<(), BootError> {
-        let bytes = serde_json::to_vec_pretty(value).map_err(|error| BootError::io("write", path)(error.into()))?;
-        write_whole(path, &bytes)
-    }
 }
 
 /// The files of a node's identity.
@@ -391,56 +372,6 @@ fn refused(error: marco_archive::Error, path: &Path) -> BootError {
     match error {
         marco_archive::Error::Refused(refused) => BootError::Refused(refused.to_string()),
         marco_archive::Error::Io { source, .. } => BootError::io("unpack", path)(source),
-    }
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, BootError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound) => Ok(None),
-        Err(error) => Err(BootError::io("read", path)(error)),
-    }
-}
-
-/// Writes a file that only its owner reads, to the card, and reads it back. FAT has no atomic rename, so a cut may leave
-/// it torn: readers take a torn file for none.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
-    let write = || {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        std::io::Write::write_all(&mut file, bytes)?;
-        file.sync_all()?;
-        if let Some(folder) = path.parent() {
-            File::open(folder)?.sync_all()?;
-        }
-        Ok(())
-    };
-    write().map_err(BootError::io("write", path))?;
-    check_written(path.to_owned(), bytes)
-}
-
-fn check_written(path: PathBuf, bytes: &[u8]) -> Result<(), BootError> {
-    let found = sha256_of_card(&path).map_err(BootError::io("read back", &path))?;
-    if found == hex::encode(Sha256::digest(bytes)) { Ok(()) } else { Err(BootError::NotWritten { path }) }
-}
-
-fn remove_file(path: &Path) -> Result<(), BootError> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => Err(BootError::io("remove", path)(error)),
-        _ => Ok(()),
-    }
-}
-
-/// The digest of what the card holds, not of what the page cache remembers.
-fn sha256_of_card(path: &Path) -> std::io::Result<String> {
-    let mut file = File::open(path)?;
-    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
-    let (mut digest, mut buffer) = (Sha256::new(), vec![0; 64 * 1024]);
-    loop {
-        let read = file.read(&mut buffer)?;
-        match buffer.get(..read) {
-            Some([]) | None => return Ok(hex::encode(digest.finalize())),
-            Some(bytes) => digest.update(bytes),
-        }
     }
 }
 

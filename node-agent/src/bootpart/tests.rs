@@ -154,8 +154,9 @@ fn a_job_is_read_back_and_a_torn_one_is_none() {
     let whole = fs::read(&path).unwrap();
     fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(card.part.read_job().unwrap(), None);
+    fs::write(card.part.keep_file(), "secret").unwrap();
     card.part.clear_job().unwrap();
-    assert!(!path.exists());
+    assert!(!path.exists() && !card.part.keep_file().exists());
 }
 
 #[test]

@@ -1,3 +1,5 @@
+#![expect(clippy::as_conversions, reason = "sizes of a few megabytes fit every integer type")]
+
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -10,12 +10,11 @@ use super::plan;
 use crate::bootpart::{self, BootPart};
 use crate::system::rooted::{Kind, Rooted};
 
-/// On p1, for a power cut between erasing the old root and finishing the new one.
-const FILE: &str = "keep.json";
 /// SSH host keys, `ssh_host_*_key` and `.pub`, in this folder (sshd(8)).
 const SSH: &str = "etc/ssh";
 
-/// What a node keeps over an installation.
+/// What a node keeps over an installation; on p1, too, for a power cut between erasing the old root and finishing the
+/// new one.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Keep {
     /// The execution that saved it.
@@ -34,7 +33,7 @@ impl Keep {
         old: Option<&Rooted>,
         execution: &str,
     ) -> std::result::Result<Self, super::InstallError> {
-        let path = part.marco_dir().join(FILE);
+        let path = part.keep_file();
         let saved = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Self>(&bytes).ok());
         if let Some(saved) = saved.clone().filter(|saved| saved.execution == execution) {
             return Ok(saved);

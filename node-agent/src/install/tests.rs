@@ -1,3 +1,5 @@
+#![expect(clippy::as_conversions, reason = "sizes of a few megabytes fit every integer type")]
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};

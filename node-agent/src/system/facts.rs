@@ -37,6 +37,8 @@ impl Board {
             "pi1" if model.contains("Zero") => "bcm2708-rpi-zero.dtb",
             "pi1" if model.contains("Plus") => "bcm2708-rpi-b-plus.dtb",
             "pi1" => "bcm2708-rpi-b.dtb",
+            // Version 1.2 has the processor of a Pi 3.
+            "pi2" if model.contains("Rev 1.2") => "bcm2710-rpi-2-b.dtb",
             "pi2" => "bcm2709-rpi-2-b.dtb",
             "pi3" if model.contains("Zero 2") => "bcm2710-rpi-zero-2-w.dtb",
             "pi3" if model.contains("Compute Module") => "bcm2710-rpi-cm3.dtb",

@@ -25,6 +25,9 @@ mod power;
 mod state;
 mod tree;
 
+/// Bytes that must be free for a further installer set.
+const SET_ROOM: u64 = 64 * 1024 * 1024;
+
 /// How fast a virtual Pi is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
@@ -226,7 +229,21 @@ impl System for VirtualPi {
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {
-        Ok(())
+        let recovery = self.card().recovery;
+        let room = rustix::fs::statvfs(&recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
+        match room {
+            Ok(room) if room >= SET_ROOM => Ok(()),
+            Ok(room) => Err(Refusal {
+                reason: "NO_ROOM",
+                message: format!(
+                    "the recovery partition has {room} bytes free, and an installer set may take {SET_ROOM}"
+                ),
+            }),
+            Err(error) => Err(Refusal {
+                reason: "RECOVERY_PARTITION_UNREADABLE",
+                message: format!("the recovery partition cannot be read: {error}"),
+            }),
+        }
     }
 
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {

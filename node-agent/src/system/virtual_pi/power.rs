@@ -128,7 +128,7 @@ impl VirtualPi {
     where
         F: Fn(Arc<dyn System>) -> BoxFuture<'static, ()> + Send,
     {
-        let system: Arc<dyn System> = Arc::clone(self) as Arc<dyn System>;
+        let system: Arc<dyn System> = Arc::<Self>::clone(self);
         let mut running = JoinSet::new();
         running.spawn(agent(Arc::clone(&system)));
         let woken = {
