@@ -39,6 +39,8 @@ pub struct Settings {
     pub farewell: Duration,
     /// How long the machine may take to go down before the command is given again.
     pub patience: Duration,
+    /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
+    pub verdict: Duration,
     /// The longest pause before an installation that failed on the way is tried again.
     pub max_pause: Duration,
     /// The controller's time.

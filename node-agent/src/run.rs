@@ -29,6 +29,9 @@ use crate::system::{self, Facts, System, SystemError};
 const FAREWELL: Duration = Duration::from_secs(5);
 /// How long the machine may take to go down before the command is given again.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
+/// then writes the card again.
+const VERDICT: Duration = Duration::from_secs(30 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
 /// The longest pause between two tries to enrol.
@@ -278,6 +281,7 @@ pub async fn run(
         enroll: way.enroll.first().cloned().unwrap_or_default(),
         farewell: FAREWELL,
         patience: PATIENCE,
+        verdict: VERDICT,
         max_pause: MAX_INSTALL_PAUSE,
         now: {
             let time = identity.time().clone();

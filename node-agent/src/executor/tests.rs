@@ -30,6 +30,7 @@ struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
     patience: Duration,
+    verdict: Duration,
 }
 
 impl Bench {
@@ -46,7 +47,7 @@ impl Bench {
         let told = Mutex::default();
         let boot_id = "boot-a".to_owned();
         let machine = Machine { dir: path, boot_id, mode: Mode::Running, facts, release: None, refusal: None, told };
-        Self { _dir: dir, machine, patience: LONG }
+        Self { _dir: dir, machine, patience: LONG, verdict: LONG }
     }
 
     fn recovery(&self) -> BootPart {
@@ -67,7 +68,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, patience } = self;
+        let Self { _dir, machine, patience, verdict } = self;
         let machine = Arc::new(machine);
         let unreachable =
             Arc::new(|| -> futures_util::future::BoxFuture<'static, _> { Box::pin(std::future::pending()) });
@@ -81,6 +82,7 @@ impl Bench {
                 enroll: "controller:1347".into(),
                 farewell: Duration::ZERO,
                 patience,
+                verdict,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
             },
@@ -96,7 +98,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, patience }
+        Self { _dir, machine, patience, verdict }
     }
 }
 
@@ -380,6 +382,21 @@ async fn the_new_system_becomes_the_default_only_when_the_controller_has_accepte
     let bench = bench.run(&journal, async |_, _| {}).await;
     assert_eq!(bench.recovery().read_job().unwrap(), None);
     assert!(!bench.machine.dir.join("recovery/marco/node.key").exists());
+}
+
+#[tokio::test]
+async fn a_new_system_that_is_not_accepted_gives_the_machine_back_to_the_installer() {
+    let mut bench = on_trial(ONE).await;
+    bench.verdict = SHORT;
+    let journal = bench.journal();
+    let bench = bench
+        .run(&journal, async |_, machine| {
+            while machine.told().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Verifying"]);
 }
 
 #[tokio::test]

@@ -265,9 +265,12 @@ impl Executor {
         let execution = entry.execution.as_str();
         self.phase(execution, "waiting for the controller to accept the new system");
         let mut changes = self.journal.changes();
-        let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked)).await.is_ok();
-        if !accepted {
-            return Ok(());
+        let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked));
+        if tokio::time::timeout(self.settings.verdict, accepted).await.is_err() {
+            // A system that cannot reach its controller, or is not the one asked for, is no better than one that does
+            // not come up. The installer is still the default, and counts the trial.
+            tracing::warn!(execution, "controller has not accepted the new system, back to the installer");
+            return self.go_down(entry, WayDown::Reboot).await;
         }
         let recovery = self.recovery_or_fail()?;
         off_runtime(move || Ok(recovery.set_boot_partition(DefaultBoot::System)?)).await?;
