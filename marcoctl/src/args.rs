@@ -12,7 +12,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
 pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
-pub(crate) use operations::{Create, OperationsCommand, Target, Wait, WhichExecutions};
+pub(crate) use operations::{
+    Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, Target, Wait,
+    WhichExecutions,
+};
 pub(crate) use tokens::{CreateToken, TokensCommand};
 
 /// Installs, updates, reboots and powers off Raspberry Pis, through their controller.
@@ -114,6 +117,8 @@ mod tests {
     #[test]
     fn a_timeout_needs_a_wait() {
         assert!(Cli::try_parse_from(["marcoctl", "operations", "reboot", "--all", "--timeout", "5s"]).is_err());
-        assert!(Cli::try_parse_from(["marcoctl", "operations", "reboot", "--all", "--wait", "--timeout", "5s"]).is_ok());
+        assert!(
+            Cli::try_parse_from(["marcoctl", "operations", "reboot", "--all", "--wait", "--timeout", "5s"]).is_ok()
+        );
     }
 }
