@@ -33,8 +33,12 @@ Examples:
   marcoctl operations update --all --image raspios-lite --wait
   marcoctl operations reboot pi-01 pi-02 --notice 0s
 
-Exit codes: 0 done; 1 failed, refused, not found or overdue; 2 wrong usage; 3 the controller was not reachable;
-4 --timeout passed before the end."
+Exit codes:
+  0  done
+  1  failed, refused, not found or overdue
+  2  wrong usage
+  3  the controller was not reachable
+  4  --timeout passed before the end"
 )]
 pub(crate) struct Cli {
     #[command(flatten)]
@@ -45,6 +49,7 @@ pub(crate) struct Cli {
 
 /// What holds for every command.
 #[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connection and output")]
 pub(crate) struct Global {
     /// Address of the controller's API; without a port: 1346
     #[arg(long, global = true, value_name = "HOST:PORT", env = "MARCO_CONTROLLER", default_value = "localhost:1346")]

@@ -25,6 +25,10 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest answer taken: the first message of a watch names every node of an operation.
 const ANSWER_MAX: usize = 64 * 1024 * 1024;
 
+/// What to do when nobody answers.
+const NOBODY_HINT: &str =
+    "is marco-controller running there? Name another address with --controller HOST:PORT or MARCO_CONTROLLER";
+
 /// An open connection. It comes back by itself when it broke.
 #[derive(Debug, Clone)]
 pub(crate) struct Connection {
@@ -35,7 +39,11 @@ impl Connection {
     /// Connects to the controller that the command line names.
     pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
         let address = with_port(&global.controller);
-        let endpoint = endpoint(&address, global)?;
+        let endpoint = match endpoint(&address, global) {
+            Ok(endpoint) => endpoint,
+            // Where nobody listens, that is the first thing to put right.
+            Err(failure) => return Err(nobody_at(&address).await.unwrap_or(failure)),
+        };
         let attempt = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
         let cause = match attempt {
             Ok(Ok(channel)) => return Ok(Self { channel }),
@@ -48,10 +56,9 @@ impl Connection {
                 global.certs.display()
             )
         } else {
-            "is marco-controller running there? Name another address with --controller HOST:PORT or MARCO_CONTROLLER"
-                .to_owned()
+            NOBODY_HINT.to_owned()
         };
-        Err(Failure::Unreachable { message: format!("no connection to the controller at {address}: {cause}"), hint })
+        Err(Failure::Unreachable { message: no_connection(&address, &cause), hint })
     }
 
     /// Calls about nodes and join tokens.
@@ -75,6 +82,21 @@ pub(crate) fn call<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(CALL_TIMEOUT);
     request
+}
+
+fn no_connection(address: &str, cause: &str) -> String {
+    format!("no connection to the controller at {address}: {cause}")
+}
+
+/// The failure to report when nobody listens at this address; none when somebody does, or when it is no address.
+async fn nobody_at(address: &str) -> Option<Failure> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, tokio::net::TcpStream::connect(address)).await {
+        Ok(Err(error)) if error.kind() != std::io::ErrorKind::InvalidInput => Some(Failure::Unreachable {
+            message: no_connection(address, &error.to_string()),
+            hint: NOBODY_HINT.to_owned(),
+        }),
+        _ => None,
+    }
 }
 
 fn endpoint(address: &str, global: &Global) -> Result<Endpoint, Failure> {

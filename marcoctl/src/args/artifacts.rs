@@ -16,8 +16,8 @@ Examples:
   marcoctl artifacts push installer.zip --kind bootcode --purpose installer
   marcoctl artifacts push build/rootfs.tar.zst --kind image --name kiosk-2030-01
 
-A push under a name that exists points the name at the new bytes. A cut connection is taken up again where it broke;
-so is a push that is simply started again.")]
+A push under a name that exists points the name at the new bytes. A cut connection is taken up again
+where it broke; so is a push that is simply started again.")]
     Push(Push),
     /// List artifacts
     List(ListArtifacts),
@@ -36,7 +36,7 @@ so is a push that is simply started again.")]
         /// Name or id
         artifact: String,
         /// For this board family only (pi1 to pi5); else for every board without a default of its own
-        #[arg(long, value_name = "FAMILY", default_value = "")]
+        #[arg(long, value_name = "FAMILY", default_value = "", hide_default_value = true)]
         board: String,
     },
 }

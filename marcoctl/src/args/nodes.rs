@@ -35,7 +35,7 @@ Examples:
         /// Name or id
         node: String,
         /// Why, for the history
-        #[arg(long, value_name = "TEXT", default_value = "")]
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
     /// Forget a node and revoke its certificate

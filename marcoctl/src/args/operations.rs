@@ -27,8 +27,8 @@ Examples:
   marcoctl operations update --selector room=a1 --image kiosk-2030-01 --discard-home
   marcoctl operations update --all --bootcode kernel-6.12      boot files only
 
-The download comes first, then the notice, then the restart. A node whose new system does not come up goes back to the
-installer by itself and stays reachable.")]
+The download comes first, then the notice, then the restart. A node whose new system does not come
+up goes back to the installer by itself and stays reachable.")]
     Update(CreateUpdate),
     /// List operations, newest first
     List(ListOperations),
@@ -65,7 +65,7 @@ installer by itself and stays reachable.")]
         /// Name or id
         operation: String,
         /// Why, for the history
-        #[arg(long, value_name = "TEXT", default_value = "")]
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
     /// Let a paused operation go on
@@ -108,7 +108,7 @@ pub(crate) struct Create {
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) notice: Option<Duration>,
     /// Shown to logged-in users
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) message: String,
     #[command(flatten)]
     pub(crate) wait: Wait,
@@ -123,7 +123,7 @@ pub(crate) struct CreateUpdate {
     #[arg(long, value_name = "ID")]
     pub(crate) image: Option<String>,
     /// The boot files; by default the board's default
-    #[arg(long, value_name = "ID", default_value = "")]
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     pub(crate) bootcode: String,
     /// Make the home partition anew instead of keeping it
     #[arg(long, requires = "image")]
@@ -181,7 +181,7 @@ pub(crate) struct ListOperations {
     #[arg(long, value_name = "STATE", value_delimiter = ',')]
     pub(crate) state: Vec<OperationStateArg>,
     /// Only those with a part for this node
-    #[arg(long, value_name = "NODE", default_value = "")]
+    #[arg(long, value_name = "NODE", default_value = "", hide_default_value = true)]
     pub(crate) node: String,
     #[command(flatten)]
     pub(crate) paging: Paging,
