@@ -117,7 +117,7 @@ fn endpoint(address: &str, global: &Global) -> Result<Endpoint, Failure> {
         message: format!("the certificates in {} cannot be used: {}", certs.display(), chain(&error)),
         hint: format!("ca.crt, {0}.crt and {0}.key must be PEM, and the key must fit the certificate", global.identity),
     };
-    Ok(Endpoint::from_shared(format!("https://{address}"))
+    Endpoint::from_shared(format!("https://{address}"))
         .map_err(bad_address)?
         .user_agent(concat!("marcoctl/", env!("CARGO_PKG_VERSION")))
         .map_err(bad_address)?
@@ -125,7 +125,7 @@ fn endpoint(address: &str, global: &Global) -> Result<Endpoint, Failure> {
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .tls_config(tls)
-        .map_err(bad_certificates)?)
+        .map_err(bad_certificates)
 }
 
 fn read(certs: &Path, file: &str) -> Result<Vec<u8>, Failure> {

@@ -30,7 +30,8 @@ pub(crate) struct Known {
 }
 
 impl Known {
-    fn take(&mut self, message: &WatchOperationResponse) {
+    /// Takes in what a message says.
+    pub(crate) fn take(&mut self, message: &WatchOperationResponse) {
         if let Some(operation) = &message.operation {
             self.operation = operation.clone();
         }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::{Execution, ExecutionCounts, WatchOperationResponse};
 use tonic::Status;
@@ -16,6 +16,14 @@ use crate::output::{Out, clean, clock_time, enum_word, id};
 
 /// How many nodes are shown at once: with more, those at work are shown and the rest only counted.
 const ROWS: usize = 16;
+/// The line above the nodes.
+const HEADER: &str = "{spinner} {msg} {elapsed}";
+/// A node, without and with bytes to count.
+const ROW: &str = "  {prefix}  {msg}";
+const ROW_BYTES: &str = "  {prefix}  {msg} [{bar:24}] {binary_bytes}/{binary_total_bytes}";
+/// A file, with and without a known total.
+const FILE: &str = "{msg:9} [{bar:32}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+const FILE_COUNT: &str = "{msg:9} {spinner} {binary_bytes}";
 /// How often a bar moves by itself, so that a long step does not look like a hang.
 const TICK: Duration = Duration::from_millis(200);
 
@@ -85,8 +93,11 @@ impl View {
     /// Takes away what changes in place; lines stay.
     pub(crate) fn finish(&mut self) {
         if let Self::Live(live) = self {
-            // What cannot be cleared on a terminal that is gone does not matter.
-            let _ = live.multi.clear();
+            // A bar that is only dropped draws itself once more.
+            for row in live.rows.values() {
+                row.finish_and_clear();
+            }
+            live.header.finish_and_clear();
         }
     }
 }
@@ -153,14 +164,18 @@ pub(crate) struct Live {
 
 impl Default for Live {
     fn default() -> Self {
-        let multi = MultiProgress::new();
-        let header = multi.add(ProgressBar::no_length().with_style(style("{spinner} {msg} {elapsed}")));
-        header.enable_steady_tick(TICK);
-        Self { multi, header, rows: BTreeMap::new() }
+        Self::on(ProgressDrawTarget::stderr())
     }
 }
 
 impl Live {
+    fn on(target: ProgressDrawTarget) -> Self {
+        let multi = MultiProgress::with_draw_target(target);
+        let header = multi.add(ProgressBar::no_length().with_style(style(HEADER)));
+        header.enable_steady_tick(TICK);
+        Self { multi, header, rows: BTreeMap::new() }
+    }
+
     fn update(&mut self, message: &WatchOperationResponse, known: &Known) {
         let operation = &known.operation;
         let counts = operation.counts.unwrap_or_default();
@@ -180,13 +195,11 @@ impl Live {
                 row.set_prefix(format!("{:width$}", clean(&id(&execution.node))));
                 row.set_message(describe(execution));
                 if execution.bytes_total > 0 && execution.state() == State::Running {
-                    row.set_style(
-                        style("  {prefix}  {msg} [{bar:24}] {binary_bytes}/{binary_total_bytes}").progress_chars("=> "),
-                    );
+                    row.set_style(style(ROW_BYTES).progress_chars("=> "));
                     row.set_length(execution.bytes_total);
                     row.set_position(execution.bytes_done);
                 } else {
-                    row.set_style(style("  {prefix}  {msg}"));
+                    row.set_style(style(ROW));
                     row.tick();
                 }
             }
@@ -199,7 +212,7 @@ impl Live {
             return row.clone();
         }
         let before = self.rows.range(..node.to_owned()).next_back().map_or(&self.header, |(_, row)| row);
-        let row = self.multi.insert_after(before, ProgressBar::no_length().with_style(style("  {prefix}  {msg}")));
+        let row = self.multi.insert_after(before, ProgressBar::no_length().with_style(style(ROW)));
         self.rows.insert(node.to_owned(), row.clone());
         row
     }
@@ -228,22 +241,151 @@ pub(crate) fn done_of(counts: &ExecutionCounts) -> String {
 pub(crate) fn byte_bar(what: &str, total: u64) -> ProgressBar {
     // indicatif draws nothing itself where stderr is no terminal.
     let bar = ProgressBar::new(total).with_message(what.to_owned());
-    bar.set_style(
-        style("{msg:9} [{bar:32}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}")
-            .progress_chars("=> "),
-    );
+    bar.set_style(style(FILE).progress_chars("=> "));
     bar
 }
 
 /// Turns a bar into a count of bytes whose total is not known.
 pub(crate) fn count_bytes(bar: &ProgressBar, what: &str, done: u64) {
-    bar.set_style(style("{msg:9} {spinner} {binary_bytes}"));
+    bar.set_style(style(FILE_COUNT));
     bar.unset_length();
     bar.set_message(what.to_owned());
     bar.set_position(done);
 }
 
 fn style(template: &'static str) -> ProgressStyle {
-    // The templates are literals of this file, and a test draws each of them.
+    // The templates are constants of this file, and a test reads each of them.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use indicatif::{ProgressDrawTarget, ProgressStyle, TermLike};
+    use marco_proto::v1::execution::{State, WaitReason};
+    use marco_proto::v1::{Execution, ExecutionCounts, WatchOperationResponse};
+
+    use super::{FILE, FILE_COUNT, HEADER, Live, ROW, ROW_BYTES, ROWS, describe, done_of};
+    use crate::follow::Known;
+
+    /// A terminal that keeps everything that was ever written to it.
+    #[derive(Debug, Clone, Default)]
+    struct Paper(Arc<Mutex<String>>);
+
+    impl TermLike for Paper {
+        fn width(&self) -> u16 {
+            100
+        }
+
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_line(&self, line: &str) -> io::Result<()> {
+            self.write_str(line)
+        }
+
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn show(live: &mut Live, executions: Vec<Execution>) {
+        let message = WatchOperationResponse { executions, ..Default::default() };
+        let mut known = Known::default();
+        known.take(&message);
+        live.update(&message, &known);
+    }
+
+    fn at_work(node: usize) -> Execution {
+        Execution {
+            node: format!("nodes/pi-{node:03}"),
+            state: State::Running.into(),
+            phase: "unpacking".to_owned(),
+            bytes_done: 512 * 1024,
+            bytes_total: 1024 * 1024,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_node_at_work_has_a_line_with_its_phase_and_a_bar() {
+        let paper = Paper::default();
+        let mut live = Live::on(ProgressDrawTarget::term_like(Box::new(paper.clone())));
+        show(&mut live, vec![at_work(7)]);
+        live.multi.clear().unwrap();
+        let written = paper.0.lock().unwrap();
+        assert!(written.contains("pi-007  RUNNING  unpacking [============"), "{written}");
+        assert!(written.contains("512.00 KiB/1.00 MiB"), "{written}");
+    }
+
+    #[test]
+    fn of_many_nodes_only_those_at_work_have_lines_and_not_more_than_fit() {
+        let mut live = Live::on(ProgressDrawTarget::hidden());
+        let mut all: Vec<Execution> = (0..300).map(at_work).collect();
+        for execution in all.iter_mut().skip(5) {
+            execution.state = State::Pending.into();
+        }
+        show(&mut live, all.clone());
+        assert_eq!(live.rows.len(), 5);
+        show(&mut live, (0..300).map(at_work).collect());
+        assert_eq!(live.rows.len(), ROWS);
+        for execution in &mut all {
+            execution.state = State::Succeeded.into();
+        }
+        show(&mut live, all);
+        assert_eq!(live.rows.len(), 0);
+    }
+
+    #[test]
+    fn every_template_can_be_drawn() {
+        for template in [HEADER, ROW, ROW_BYTES, FILE, FILE_COUNT] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+
+    #[test]
+    fn a_state_is_told_with_what_it_waits_for_or_does() {
+        let mut execution = Execution { state: State::Pending.into(), ..Default::default() };
+        execution.wait_reason = WaitReason::NodeOffline.into();
+        assert_eq!(describe(&execution), "PENDING (node offline)");
+        let mut execution = Execution { state: State::Running.into(), ..Default::default() };
+        execution.phase = "unpacking".to_owned();
+        assert_eq!(describe(&execution), "RUNNING  unpacking");
+        execution.overdue = true;
+        assert_eq!(describe(&execution), "RUNNING OVERDUE  unpacking");
+        execution.state = State::Succeeded.into();
+        execution.overdue = false;
+        assert_eq!(describe(&execution), "SUCCEEDED");
+    }
+
+    #[test]
+    fn counts_name_only_what_went_wrong() {
+        let counts = ExecutionCounts { total: 4, succeeded: 2, failed: 1, active: 1, ..Default::default() };
+        assert_eq!(done_of(&counts), "3/4 (1 failed)");
+        assert_eq!(done_of(&ExecutionCounts { total: 1, ..Default::default() }), "0/1");
+    }
 }

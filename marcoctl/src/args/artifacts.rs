@@ -55,6 +55,9 @@ pub(crate) struct Push {
     /// For a bootcode, what it starts; by default the installer
     #[arg(long)]
     pub(crate) purpose: Option<Purpose>,
+    /// How many attempts in a row may break without a byte getting further; the pauses between them grow to 10 s
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = 15)]
+    pub(crate) tries: u32,
 }
 
 /// Flags of `artifacts list`.

@@ -54,7 +54,7 @@ async fn a_push_that_never_gets_further_is_given_up_as_not_reachable() {
     let controller = Controller::start(Facts::default()).await;
     let (_folder, path, _) = file("big.tar", MIB);
     let proxy = Proxy::cutting(controller.address, usize::MAX, 20 * 1024).await;
-    let arguments = ["artifacts", "push", path.to_str().unwrap(), "--kind", "image"];
+    let arguments = ["artifacts", "push", path.to_str().unwrap(), "--kind", "image", "--tries", "3"];
     let run = marcoctl(proxy.address, &controller.certs(), &arguments).await;
     assert_eq!(run.code, 3, "{run:?}");
 }

@@ -25,9 +25,7 @@ use crate::connect::Connection;
 use crate::failure::{Failure, is_cut};
 use crate::progress::{byte_bar, count_bytes};
 
-/// Attempts in a row that bring no byte further before the push is given up.
-const TRIES: u32 = 8;
-/// First and longest pause between two attempts: together they bridge a restart of the controller.
+/// First and longest pause between two attempts: with the default number they bridge a restart of the controller.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 /// Messages that wait to be sent: enough to keep the disk busy, and 1 MiB of memory.
 const WAITING: usize = 4;
@@ -94,10 +92,10 @@ async fn send_until_stored(
             }
         };
         fruitless += 1;
-        if fruitless >= TRIES {
+        if fruitless >= flags.tries {
             return Err(Failure::Unreachable {
                 message: format!(
-                    "the connection broke {TRIES} times in a row at {reached} of {} bytes: {}",
+                    "the connection broke {fruitless} times in a row at {reached} of {} bytes: {}",
                     header.size_bytes,
                     status.message()
                 ),
