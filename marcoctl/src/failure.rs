@@ -130,7 +130,11 @@ fn describe(status: &Status) -> String {
         let _ = write!(text, " ({})", clean(&info.reason));
     }
     if let Some(bad) = status.get_details_bad_request() {
-        for violation in bad.field_violations {
+        // Where one field is wrong, the message has it already.
+        let is_said = |description: &str| !description.is_empty() && status.message().contains(description);
+        let violations = bad.field_violations;
+        let nothing_new = matches!(violations.as_slice(), [one] if is_said(&one.description));
+        for violation in violations.iter().filter(|_| !nothing_new) {
             let _ = write!(text, "\n  {}: {}", clean(&violation.field), clean(&violation.description));
         }
     }
@@ -140,6 +144,10 @@ fn describe(status: &Status) -> String {
 fn hint_for(status: &Status) -> &'static str {
     if status.source().is_some() {
         return "is marco-controller still running? What was asked may have been done; look before you ask again";
+    }
+    // The controller's own advice is closer to the matter.
+    if status.message().contains("marcoctl ") {
+        return "";
     }
     match status.code() {
         Code::Unavailable => "the controller is up but cannot work now; try again in a moment",
@@ -174,6 +182,20 @@ mod tests {
              operation.schedule_time: is in the past\n"
         );
         assert_eq!(failure.exit_code(), 1);
+    }
+
+    #[test]
+    fn the_only_bad_field_is_not_said_twice() {
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("operation.nodes", "is empty");
+        let status = Status::with_error_details(Code::InvalidArgument, "operation.nodes: is empty", details);
+        assert_eq!(Failure::from(status).report(), "error: operation.nodes: is empty\n");
+    }
+
+    #[test]
+    fn the_controllers_own_advice_is_enough() {
+        let report = Failure::from(Status::not_found("no node x; `marcoctl nodes list` shows all")).report();
+        assert!(!report.contains("hint:"), "{report}");
     }
 
     #[test]

@@ -95,7 +95,7 @@ async fn send_until_stored(
         if fruitless >= flags.tries {
             return Err(Failure::Unreachable {
                 message: format!(
-                    "the connection broke {fruitless} times in a row at {reached} of {} bytes: {}",
+                    "{fruitless} attempts in a row got no further than byte {reached} of {}: {}",
                     header.size_bytes,
                     status.message()
                 ),
