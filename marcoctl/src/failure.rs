@@ -98,7 +98,14 @@ impl Failure {
 /// Whether this status says that the connection or the controller went away, rather than that the controller said no.
 /// A status that was made here, and not received, carries what happened as its source.
 pub(crate) fn is_cut(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || status.source().is_some()
+    let was_lost = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || status.source().is_some();
+    was_lost && !is_shut_out(status)
+}
+
+/// Whether the controller refused our certificate. In TLS 1.3 it does so only after we think that we are connected, so
+/// this comes with the first call.
+fn is_shut_out(status: &Status) -> bool {
+    status.source().is_some() && chain(status).contains("received fatal alert")
 }
 
 /// An error and its causes on one line, each cause once: libraries like to repeat their source in their own text.
@@ -118,7 +125,10 @@ pub(crate) fn chain(error: &dyn Error) -> String {
 
 /// Message, reason and bad fields of a status; the fields on lines of their own.
 fn describe(status: &Status) -> String {
-    if is_cut(status) && status.source().is_some() {
+    if is_shut_out(status) {
+        return format!("the controller refused the connection: {}", clean(&chain(status)));
+    }
+    if status.source().is_some() {
         return format!("the connection to the controller broke: {}", clean(&chain(status)));
     }
     let mut text = if status.message().is_empty() {
@@ -142,6 +152,10 @@ fn describe(status: &Status) -> String {
 }
 
 fn hint_for(status: &Status) -> &'static str {
+    if is_shut_out(status) {
+        return "the controller does not take this certificate: it is expired, or of another CA; choose another with \
+                --certs and --identity";
+    }
     if status.source().is_some() {
         return "is marco-controller still running? What was asked may have been done; look before you ask again";
     }

@@ -146,6 +146,14 @@ async fn a_wait_that_runs_out_of_time_ends_4_with_what_is_known() {
 }
 
 #[tokio::test]
+async fn a_wait_that_is_refused_still_prints_what_was_created() {
+    let controller = watched([]).await;
+    let run = controller.run(&[WAIT, &["--output", "json"]].concat()).await;
+    assert_eq!(run.code, 1, "{run:?}");
+    assert_eq!(run.json()["name"], "operations/one");
+}
+
+#[tokio::test]
 async fn a_watch_in_json_is_one_line_per_message() {
     let controller = watched([(vec![running(), running(), succeeded()], Ending::Ok)]).await;
     let run = controller.run(&["operations", "watch", "one", "--output", "json"]).await;

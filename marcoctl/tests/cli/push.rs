@@ -24,7 +24,7 @@ async fn a_pushed_file_arrives_whole_under_its_default_name() {
     let controller = Controller::start(Facts::default()).await;
     let (_folder, path, bytes) = file("kiosk-1.2.tar.zst", MIB + 77);
     let run = controller.run(&["-o", "json", "artifacts", "push", path.to_str().unwrap(), "--kind", "image"]).await;
-    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{run:?}");
     let json = run.json();
     assert_eq!(json["name"], "artifacts/kiosk-1.2");
     assert_eq!(json["kind"], "KIND_IMAGE");

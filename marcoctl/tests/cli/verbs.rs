@@ -124,6 +124,16 @@ async fn a_controller_of_another_ca_is_not_believed() {
 }
 
 #[tokio::test]
+async fn a_certificate_that_the_controller_does_not_take_is_said_to_be_that() {
+    let controller = Controller::start(Facts::default()).await;
+    let others = Certificates::mint();
+    std::fs::copy(controller.certs().join("ca.crt"), others.path().join("ca.crt")).unwrap();
+    let run = marcoctl(controller.address, &others.path(), &["nodes", "list"]).await;
+    assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{run:?}");
+    assert!(run.stderr.contains("does not take this certificate"), "{run:?}");
+}
+
+#[tokio::test]
 async fn a_reader_that_leaves_is_no_error() {
     let controller = Controller::start(nodes(3000)).await;
     let mut child = command(controller.address, &controller.certs(), &["nodes", "list"])

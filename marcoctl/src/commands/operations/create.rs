@@ -110,6 +110,10 @@ async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &
         _ = tokio::signal::ctrl_c() => None,
     };
     view.finish();
+    if out.is_json() && !matches!(followed, Some(Ok(_))) {
+        // What is known must not be lost with the watch: its name leads back to it.
+        out.document(&created, show::operation)?;
+    }
     let Some(followed) = followed else {
         return Err(Failure::Unsuccessful {
             message: format!("interrupted; {} goes on", created.name),
