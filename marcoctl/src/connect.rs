@@ -1,15 +1,15 @@
-//! The connection to the controller: mutual TLS, and what is said when there is none.
+//! The connection to the controller, and what is said when there is none.
 
-use std::error::Error as _;
-use std::path::Path;
+mod dial;
+
 use std::time::Duration;
 
-use marco_proto::names::{API_PORT, CONTROLLER_TLS_NAME};
+use marco_proto::names::API_PORT;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation_service_client::OperationServiceClient;
 use tonic::Request;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, Endpoint};
 
 use crate::args::Global;
 use crate::failure::{Failure, chain};
@@ -39,26 +39,43 @@ impl Connection {
     /// Connects to the controller that the command line names.
     pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
         let address = with_port(&global.controller);
-        let endpoint = match endpoint(&address, global) {
-            Ok(endpoint) => endpoint,
+        let config = match dial::config(global) {
+            Ok(config) => config,
             // Where nobody listens, that is the first thing to put right.
             Err(failure) => return Err(nobody_at(&address).await.unwrap_or(failure)),
         };
-        let attempt = tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await;
-        let cause = match attempt {
+        let endpoint = endpoint(&address)?;
+        let (dial, mut heard) = dial::dialer(address.clone(), config);
+        let connect = async {
+            let channel = endpoint.connect_with_connector(dial).await.map_err(|error| chain(&error))?;
+            // In TLS 1.3 a server says that it does not take a client's certificate only after the client thinks that
+            // it is connected: whether it is shows when the server says something.
+            match heard.wait_for(Option::is_some).await.as_deref() {
+                Ok(Some(Err(refusal))) => Err(refusal.clone()),
+                _ => Ok(channel),
+            }
+        };
+        let cause = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
             Ok(Ok(channel)) => return Ok(Self { channel }),
-            Ok(Err(error)) => chain(error.source().unwrap_or(&error)),
+            Ok(Err(cause)) => cause,
             Err(_) => format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
         };
-        let hint = if cause.contains("certificate") {
-            format!(
-                "the controller there is not the one whose ca.crt is in {}; choose its folder with --certs DIR",
-                global.certs.display()
-            )
+        let (certs, identity) = (global.certs.display(), &global.identity);
+        let message = no_connection(&address, &cause);
+        Err(if cause.contains("received fatal alert") {
+            let hint = format!(
+                "the controller does not take {certs}/{identity}.crt: it is expired, or of another CA; choose another \
+                 with --certs and --identity"
+            );
+            Failure::ShutOut { message, hint }
+        } else if cause.contains("certificate") {
+            let hint = format!(
+                "the controller there is not the one whose ca.crt is in {certs}; choose its folder with --certs DIR"
+            );
+            Failure::Unreachable { message, hint }
         } else {
-            NOBODY_HINT.to_owned()
-        };
-        Err(Failure::Unreachable { message: no_connection(&address, &cause), hint })
+            Failure::Unreachable { message, hint: NOBODY_HINT.to_owned() }
+        })
     }
 
     /// Calls about nodes and join tokens.
@@ -99,43 +116,18 @@ async fn nobody_at(address: &str) -> Option<Failure> {
     }
 }
 
-fn endpoint(address: &str, global: &Global) -> Result<Endpoint, Failure> {
-    let certs = &global.certs;
-    let ca = read(certs, "ca.crt")?;
-    let certificate = read(certs, &format!("{}.crt", global.identity))?;
-    let key = read(certs, &format!("{}.key", global.identity))?;
-    let tls = ClientTlsConfig::new()
-        .domain_name(CONTROLLER_TLS_NAME)
-        .ca_certificate(Certificate::from_pem(ca))
-        .identity(Identity::from_pem(certificate, key))
-        .timeout(CONNECT_TIMEOUT);
+fn endpoint(address: &str) -> Result<Endpoint, Failure> {
     let bad_address = |error: tonic::transport::Error| Failure::Usage {
         message: format!("{address:?} is not an address: {}", chain(&error)),
         hint: "write HOST:PORT, for example controller.local:1346 or [fd00::1]:1346".to_owned(),
     };
-    let bad_certificates = |error: tonic::transport::Error| Failure::Usage {
-        message: format!("the certificates in {} cannot be used: {}", certs.display(), chain(&error)),
-        hint: format!("ca.crt, {0}.crt and {0}.key must be PEM, and the key must fit the certificate", global.identity),
-    };
-    Endpoint::from_shared(format!("https://{address}"))
+    // The dialler speaks TLS; to tonic that is a plain connection.
+    Ok(Endpoint::from_shared(format!("http://{address}"))
         .map_err(bad_address)?
         .user_agent(concat!("marcoctl/", env!("CARGO_PKG_VERSION")))
         .map_err(bad_address)?
-        .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-        .tls_config(tls)
-        .map_err(bad_certificates)
-}
-
-fn read(certs: &Path, file: &str) -> Result<Vec<u8>, Failure> {
-    let path = certs.join(file);
-    std::fs::read(&path).map_err(|error| Failure::Usage {
-        message: format!("cannot read {}: {error}", path.display()),
-        hint: "name the folder that the controller wrote its certificates to with --certs DIR or MARCO_CERTS, and \
-               another certificate in it with --identity NAME"
-            .to_owned(),
-    })
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT))
 }
 
 /// The address with the API's port where none is given.

@@ -25,6 +25,13 @@ pub(crate) enum Failure {
         /// What to do.
         hint: String,
     },
+    /// The controller refused the connection itself: our certificate is none that it takes.
+    ShutOut {
+        /// What was tried.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
     /// The controller said no.
     Refused(Box<Status>),
     /// It was done, and it did not end well.
@@ -68,7 +75,7 @@ impl Failure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             Self::Refused(status) if is_cut(status) => 3,
-            Self::Refused(_) | Self::Unsuccessful { .. } | Self::Local(_) => 1,
+            Self::ShutOut { .. } | Self::Refused(_) | Self::Unsuccessful { .. } | Self::Local(_) => 1,
             Self::Usage { .. } => 2,
             Self::Unreachable { .. } => 3,
             Self::TimedOut { .. } => 4,
@@ -82,6 +89,7 @@ impl Failure {
             Self::Local(error) => (format!("{error:#}"), String::new()),
             Self::Usage { message, hint }
             | Self::Unreachable { message, hint }
+            | Self::ShutOut { message, hint }
             | Self::Unsuccessful { message, hint }
             | Self::TimedOut { message, hint } => (message.clone(), hint.clone()),
         };
@@ -98,14 +106,7 @@ impl Failure {
 /// Whether this status says that the connection or the controller went away, rather than that the controller said no.
 /// A status that was made here, and not received, carries what happened as its source.
 pub(crate) fn is_cut(status: &Status) -> bool {
-    let was_lost = matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || status.source().is_some();
-    was_lost && !is_shut_out(status)
-}
-
-/// Whether the controller refused our certificate. In TLS 1.3 it does so only after we think that we are connected, so
-/// this comes with the first call.
-fn is_shut_out(status: &Status) -> bool {
-    status.source().is_some() && chain(status).contains("received fatal alert")
+    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || status.source().is_some()
 }
 
 /// An error and its causes on one line, each cause once: libraries like to repeat their source in their own text.
@@ -125,9 +126,6 @@ pub(crate) fn chain(error: &dyn Error) -> String {
 
 /// Message, reason and bad fields of a status; the fields on lines of their own.
 fn describe(status: &Status) -> String {
-    if is_shut_out(status) {
-        return format!("the controller refused the connection: {}", clean(&chain(status)));
-    }
     if status.source().is_some() {
         return format!("the connection to the controller broke: {}", clean(&chain(status)));
     }
@@ -152,10 +150,6 @@ fn describe(status: &Status) -> String {
 }
 
 fn hint_for(status: &Status) -> &'static str {
-    if is_shut_out(status) {
-        return "the controller does not take this certificate: it is expired, or of another CA; choose another with \
-                --certs and --identity";
-    }
     if status.source().is_some() {
         return "is marco-controller still running? What was asked may have been done; look before you ask again";
     }

@@ -130,7 +130,21 @@ async fn a_certificate_that_the_controller_does_not_take_is_said_to_be_that() {
     std::fs::copy(controller.certs().join("ca.crt"), others.path().join("ca.crt")).unwrap();
     let run = marcoctl(controller.address, &others.path(), &["nodes", "list"]).await;
     assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{run:?}");
-    assert!(run.stderr.contains("does not take this certificate"), "{run:?}");
+    assert!(run.stderr.contains("does not take "), "{run:?}");
+}
+
+#[tokio::test]
+async fn certificates_that_cannot_be_used_are_named() {
+    let controller = Controller::start(Facts::default()).await;
+    let others = Certificates::mint();
+    let mixed = Certificates::mint();
+    std::fs::copy(others.path().join("admin.key"), mixed.path().join("admin.key")).unwrap();
+    let run = marcoctl(controller.address, &mixed.path(), &["nodes", "list"]).await;
+    assert_eq!(run.code, 2, "{run:?}");
+    assert!(run.stderr.contains("admin.key"), "{run:?}");
+    std::fs::write(mixed.path().join("ca.crt"), "nothing").unwrap();
+    let run = marcoctl(controller.address, &mixed.path(), &["nodes", "list"]).await;
+    assert!(run.code == 2 && run.stderr.contains("ca.crt"), "{run:?}");
 }
 
 #[tokio::test]
