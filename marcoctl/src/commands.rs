@@ -71,7 +71,7 @@ fn label_match(pairs: &[Pair]) -> Option<LabelMatch> {
 fn proto_duration(length: std::time::Duration) -> Result<prost_types::Duration, Failure> {
     prost_types::Duration::try_from(length).map_err(|_| Failure::Usage {
         message: format!("{} is too long", humantime::format_duration(length)),
-        hint: "durations go up to 292 thousand million years".to_owned(),
+        hint: String::new(),
     })
 }
 

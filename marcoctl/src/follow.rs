@@ -111,7 +111,7 @@ pub(crate) async fn follow(
     loop {
         let one = follow_one(connection, name, until, view, out, &mut known, &mut lost);
         let outcome = match until.deadline {
-            // What the stream had still to say is not needed: the operation is read again where it matters.
+            // Dropping the stream is safe: it only reads, and what it said is in `known`.
             Some(deadline) => match timeout_at(deadline, one).await {
                 Ok(outcome) => outcome?,
                 Err(_) => return Ok((known, End::TimedOut)),
