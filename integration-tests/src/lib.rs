@@ -4,6 +4,7 @@
 pub mod certs;
 pub mod client;
 pub mod fleet;
+pub mod hostile;
 pub mod image;
 pub mod process;
 pub mod proxy;
