@@ -46,6 +46,7 @@ pub struct Builder {
     pis: usize,
     boot_time: Duration,
     shutdown_time: Duration,
+    prefix: String,
 }
 
 /// A running fleet; dropping it ends all its processes and removes all its files.
@@ -81,6 +82,7 @@ impl Default for Builder {
             pis: 1,
             boot_time: Duration::from_millis(100),
             shutdown_time: Duration::from_millis(100),
+            prefix: "pi-".to_owned(),
         }
     }
 }
@@ -107,6 +109,12 @@ impl Builder {
     /// How long a Pi takes to go down: long to hit it after the point of no return.
     pub fn shutdown_time(mut self, time: Duration) -> Self {
         self.shutdown_time = time;
+        self
+    }
+
+    /// What the ids of the Pis begin with: `pi-` unless said otherwise.
+    pub fn prefix(mut self, prefix: &str) -> Self {
+        prefix.clone_into(&mut self.prefix);
         self
     }
 
@@ -294,6 +302,7 @@ impl Fleet {
         arguments.push(builder.pis.max(1).to_string());
         for (flag, value) in [
             ("--dir", self.dir.path().join("pis").display().to_string()),
+            ("--prefix", builder.prefix.clone()),
             ("--controller", self.proxy.address().to_string()),
             ("--enroll", self.addresses.enroll.to_string()),
             ("--boot-time", format!("{}ms", builder.boot_time.as_millis())),
