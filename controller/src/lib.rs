@@ -1,4 +1,6 @@
 //! The server of Marco Bootstrap.
 
+pub mod artifacts;
 pub mod clock;
+pub mod identity;
 pub mod operation;
