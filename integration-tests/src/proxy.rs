@@ -204,3 +204,69 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Direction, Proxy};
+    use crate::wait::{seconds, wait_until};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+
+    /// A server that sends a million bytes to everybody, and a proxy before it.
+    async fn proxy() -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let _ = stream.write_all(&vec![7; 1_000_000]).await;
+                    let mut rest = Vec::new();
+                    let _ = stream.read_to_end(&mut rest).await;
+                });
+            }
+        });
+        Proxy::start(target).await.unwrap()
+    }
+
+    /// What arrives until the connection ends or a million bytes are there.
+    async fn received(proxy: &Proxy) -> usize {
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        let (mut count, mut block) = (0, vec![0; 65536]);
+        while count < 1_000_000 {
+            match stream.read(&mut block).await {
+                Ok(0) | Err(_) => break,
+                Ok(read) => count += read,
+            }
+        }
+        count
+    }
+
+    #[tokio::test]
+    async fn each_cut_falls_where_it_was_asked_for_and_takes_one_connection() {
+        let proxy = proxy().await;
+        proxy.cut_after(Direction::Down, [123_457, 600_000]);
+        assert_eq!(received(&proxy).await, 123_457);
+        assert_eq!(received(&proxy).await, 600_000);
+        assert_eq!(received(&proxy).await, 1_000_000);
+        assert_eq!((proxy.cuts_left(Direction::Down), proxy.bytes(Direction::Down)), (0, 1_723_457));
+        assert_eq!(proxy.bytes(Direction::Up), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_held_arrives_when_it_is_released_and_is_lost_when_the_connections_are_dropped() {
+        let proxy = proxy().await;
+        proxy.hold(Direction::Down);
+        let mut held = TcpStream::connect(proxy.address()).await.unwrap();
+        let mut byte = [0];
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(200), held.read(&mut byte)).await.is_err());
+        proxy.drop_connections();
+        wait_until(seconds(5), "the connection is gone", async || {
+            Ok(matches!(held.try_read(&mut [0]), Ok(0)).then_some(()))
+        })
+        .await
+        .unwrap();
+        assert_eq!(proxy.bytes(Direction::Down), 0);
+        proxy.release(Direction::Down);
+        assert_eq!(received(&proxy).await, 1_000_000);
+    }
+}
