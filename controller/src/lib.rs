@@ -1,4 +1,261 @@
-//! The server of Marco Bootstrap.
+//! The server of Marco Bootstrap: stores what operators ask for, and pushes it to the nodes.
+//!
+//! [`Controller::bind`] opens the store, the certificates and the listeners; [`Controller::run`] serves until it is told
+//! to stop, and then drains: streams are told good-bye, calls under way are answered, under a deadline.
 
+pub mod api;
+pub mod artifacts;
 pub mod clock;
+pub mod config;
+pub mod dispatcher;
+pub mod identity;
 pub mod operation;
+pub mod scheduler;
+pub mod sessions;
+pub mod store;
+
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use chrono::{DateTime, Utc};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::artifacts::Artifacts;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::dispatcher::Dispatcher;
+use crate::identity::ca::Pki;
+use crate::identity::gate::GateLayer;
+use crate::identity::tls::{Acceptor, incoming, server_builder};
+use crate::scheduler::Recurring;
+use crate::sessions::{End, Sessions};
+use crate::store::Store;
+
+/// How long streams have to end after they were told to. systemd's unit allows a little more.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How long connections have to close after their streams ended.
+const CLOSE: Duration = Duration::from_secs(5);
+/// Uploads that nobody went on with for this long are removed.
+const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
+/// Every ten minutes.
+const HOUSEKEEPING: &str = "0 */10 * * * *";
+
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let _ = write!(text, ": {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// A controller with open listeners.
+pub struct Controller {
+    context: api::Context,
+    clock: Arc<dyn Clock>,
+    config: Config,
+    api: TcpListener,
+    enrolment: TcpListener,
+    api_acceptor: Acceptor,
+    enrolment_acceptor: Acceptor,
+    pki: Pki,
+}
+
+impl Controller {
+    /// Opens everything that can fail: folders, certificates, store, ports.
+    ///
+    /// # Errors
+    /// What could not be opened, and why.
+    pub async fn bind(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
+        make_private(&config.data_dir)?;
+        let store = Store::open(&config.database_url).await.context("cannot open the database")?;
+        let pki = Pki::open(&config.data_dir, &config.certs, &config.names, clock.now())?;
+        let artifacts = Artifacts::open(&config.data_dir)?;
+        let api = listen(config.listen, "the API").await?;
+        let enrolment = listen(config.enroll_listen, "enrolment").await?;
+        let api_acceptor = Acceptor::api(&pki, Arc::clone(&clock))?;
+        let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?;
+        let context = api::Context {
+            store,
+            sessions: Arc::new(Sessions::default()),
+            artifacts: Arc::new(artifacts),
+            clock: Arc::clone(&clock),
+            controller: Uuid::now_v7().to_string(),
+            addresses: advertised(&config, api.local_addr()?),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            ca: Arc::clone(&pki.ca),
+        };
+        Ok(Self { context, clock, config, api, enrolment, api_acceptor, enrolment_acceptor, pki })
+    }
+
+    /// The addresses, and one line that works: what `serve` prints.
+    pub fn greeting(&self) -> String {
+        let port =
+            |listener: &TcpListener| listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
+        let api_port = self.api.local_addr().map(|address| address.port()).unwrap_or_default();
+        let certs = self.config.certs.display();
+        let mut text = String::new();
+        let _ = writeln!(text, "marco-controller {}", env!("CARGO_PKG_VERSION"));
+        let _ = writeln!(text, "  API and agents   {}", port(&self.api));
+        let _ = writeln!(text, "  enrolment        {}", port(&self.enrolment));
+        let _ = writeln!(text, "  data             {}", self.config.data_dir.display());
+        let minted = if self.pki.minted { " (made just now, for development)" } else { "" };
+        let _ = writeln!(text, "  certificates     {certs}{minted}");
+        let _ = write!(
+            text,
+            "Try: grpcurl -cacert {certs}/ca.crt -cert {certs}/admin.crt -key {certs}/admin.key \
+             localhost:{api_port} marco.bootstrap.v1.NodeService/ListNodes"
+        );
+        text
+    }
+
+    /// The addresses that the API and the enrolment listen on.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn addresses(&self) -> std::io::Result<(SocketAddr, SocketAddr)> {
+        Ok((self.api.local_addr()?, self.enrolment.local_addr()?))
+    }
+
+    /// Serves until `stop`, then drains; true when every stream had ended before the deadline.
+    ///
+    /// # Errors
+    /// When a part that should run for ever ended by itself.
+    pub async fn run(self, stop: CancellationToken) -> anyhow::Result<bool> {
+        let context = self.context;
+        let servers_stop = CancellationToken::new();
+        let mut servers = JoinSet::new();
+        let address = context.addresses.first().cloned().unwrap_or_default();
+        // A controller that gives no sign of life loses its sessions, so the first one comes before them.
+        context.store.beat(&context.controller, &address, context.clock.now()).await?;
+        let mut parts = JoinSet::new();
+        let acceptors = [self.api_acceptor.clone(), self.enrolment_acceptor.clone()];
+
+        let api =
+            server_builder().layer(GateLayer).add_routes(api::routes(&context).await?).serve_with_incoming_shutdown(
+                incoming(self.api, self.api_acceptor),
+                servers_stop.clone().cancelled_owned(),
+            );
+        servers.spawn(async move { api.await.context("the API's server failed") });
+        let enrolment = server_builder().add_routes(api::enrollment_routes(&context)).serve_with_incoming_shutdown(
+            incoming(self.enrolment, self.enrolment_acceptor),
+            servers_stop.clone().cancelled_owned(),
+        );
+        servers.spawn(async move { enrolment.await.context("the enrolment server failed") });
+
+        let dispatcher = Dispatcher::new(
+            context.store.clone(),
+            Arc::clone(&context.sessions),
+            self.clock,
+            context.controller.clone(),
+            address,
+        );
+        parts.spawn(dispatcher.run(context.stop.clone()));
+        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
+        let scheduler_stop = context.stop.clone();
+        parts.spawn(async move {
+            if let Err(error) = scheduler::run(jobs, scheduler_stop).await {
+                tracing::error!(error = chain(&error), "the scheduler failed");
+            }
+        });
+
+        // Whichever comes first; a part that ends by itself stops the rest.
+        let failed = tokio::select! {
+            () = stop.cancelled() => None,
+            ended = servers.join_next() => Some(match ended {
+                Some(Ok(Err(error))) => error,
+                Some(Err(error)) => anyhow::Error::new(error).context("a server panicked"),
+                Some(Ok(Ok(()))) | None => anyhow::anyhow!("a server ended by itself"),
+            }),
+            _ = parts.join_next() => Some(anyhow::anyhow!("the dispatcher or the scheduler ended by itself")),
+        };
+
+        context.sessions.end_all(End::Shutdown);
+        servers_stop.cancel();
+        let drained = context.sessions.drained(DRAIN).await;
+        context.stop.cancel();
+        context.tasks.close();
+        let ended = tokio::time::timeout(CLOSE, async {
+            context.tasks.wait().await;
+            while parts.join_next().await.is_some() {}
+            while servers.join_next().await.is_some() {}
+        });
+        let ended = ended.await.is_ok();
+        if let Err(error) = context.store.retire(&context.controller, context.clock.now()).await {
+            tracing::warn!(error = chain(&error), "the controller could not sign off in the database");
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(drained && ended),
+        }
+    }
+}
+
+/// Removes uploads that nobody went on with and bytes that nothing needs any more, and issues the controller's certificate again before it expires; the
+/// listeners then present the new one without a restart.
+fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2]) -> scheduler::Work {
+    let context = context.clone();
+    let pki = Arc::new(Mutex::new(pki));
+    Arc::new(move || {
+        renew(&mut pki.lock().unwrap_or_else(PoisonError::into_inner), &acceptors, context.clock.now());
+        let context = context.clone();
+        Box::pin(async move {
+            if let Err(error) = api::remove_unneeded(&context).await {
+                tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
+            }
+            match context.artifacts.sweep(SystemTime::now() - STALE_UPLOAD).await {
+                Ok(0) => {}
+                Ok(removed) => tracing::info!(removed, "stale uploads were removed"),
+                Err(error) => tracing::warn!(error = chain(&error), "stale uploads could not be removed"),
+            }
+        })
+    })
+}
+
+fn renew(pki: &mut Pki, acceptors: &[Acceptor], now: DateTime<Utc>) {
+    match pki.refresh(now) {
+        Ok(false) => return,
+        Ok(true) => tracing::info!("the controller's certificate was issued again"),
+        Err(error) => {
+            tracing::error!(error = chain(&error), "the controller's certificate could not be issued again");
+            return;
+        }
+    }
+    for acceptor in acceptors {
+        if let Err(error) = acceptor.reload(pki) {
+            tracing::error!(error = chain(&error), "the controller's new certificate cannot be presented");
+        }
+    }
+}
+
+/// Where agents reach this controller: each `--name` with the API's port; with none, what the agents were given stands.
+fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
+    config.names.iter().map(|name| format!("{name}:{}", api.port())).collect()
+}
+
+async fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "cannot listen on {address} for {what}; is another controller running? choose another address with a flag"
+        )
+    })
+}
+
+fn make_private(dir: &std::path::Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("cannot make the data directory {}", dir.display()))
+}

@@ -1,2 +1,46 @@
-//! Placeholder.
-fn main() {}
+//! `marco-controller`: reads the settings, runs the controller, says how it ended.
+
+use std::io::{IsTerminal as _, Write as _};
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use marco_controller::clock::SystemClock;
+use marco_controller::config::{Cli, Command, Config};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> anyhow::Result<()> {
+    let Command::Serve(args) = Cli::parse().command;
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,marco_controller=info"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    let config = Config::load(args, std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()))?;
+
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?.block_on(
+        async {
+            let stop = CancellationToken::new();
+            let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+            let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+            let on_signal = stop.clone();
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                tracing::info!("stopping: no new calls, streams are told good-bye");
+                on_signal.cancel();
+            });
+
+            let controller = marco_controller::Controller::bind(config, std::sync::Arc::new(SystemClock)).await?;
+            writeln!(std::io::stdout(), "{}", controller.greeting()).context("cannot write to standard output")?;
+            let drained = controller.run(stop).await?;
+            if drained {
+                tracing::info!("stopped; every stream had ended");
+            } else {
+                tracing::warn!("stopped; some streams had to be cut");
+            }
+            Ok(())
+        },
+    )
+}

@@ -4,9 +4,17 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
-use marco_proto::names::{ArtifactId, ExecutionId, NodeId, OperationId};
 use serde::{Deserialize, Serialize};
+
+mod report;
+mod state;
+mod wait;
+
+pub use report::{Expected, HelloVerdict, ReportVerdict, Reported, Stored, on_hello, on_report};
+pub use state::{
+    Counts, ExecutionError, ExecutionState, IllegalTransition, OperationState, deadline_after, final_state, reason,
+};
+pub use wait::{NodeMode, NodeState, WaitContext, WaitReason, wait_reason};
 
 /// How long users are warned when an operation does not say.
 pub const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
@@ -66,4 +74,49 @@ pub enum Target {
     Labels(BTreeMap<String, String>),
     /// Every approved node.
     All,
+}
+
+impl Action {
+    /// The word for it in logs and in the store.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Reboot(_) => "reboot",
+            Self::PowerOff(_) => "power-off",
+            Self::Update(_) => "update",
+        }
+    }
+
+    /// The warning before the node goes down.
+    pub fn notice(&self) -> &Notice {
+        match self {
+            Self::Reboot(notice) | Self::PowerOff(notice) => notice,
+            Self::Update(update) => &update.notice,
+        }
+    }
+
+    /// The image that it installs, if it does.
+    pub fn image(&self) -> Option<&FrozenArtifact> {
+        match self {
+            Self::Update(update) => update.image.as_ref(),
+            Self::Reboot(_) | Self::PowerOff(_) => None,
+        }
+    }
+
+    /// Every artifact that it names, each once.
+    pub fn artifacts(&self) -> Vec<&FrozenArtifact> {
+        let Self::Update(update) = self else { return Vec::new() };
+        let mut all: Vec<&FrozenArtifact> =
+            update.image.iter().chain(&update.bootcode).chain(update.bootcodes.values()).collect();
+        all.sort_by(|a, b| (&a.id, &a.sha256).cmp(&(&b.id, &b.sha256)));
+        all.dedup();
+        all
+    }
+}
+
+impl Update {
+    /// The bootcode for a board family: the one named, else the family's default, else the one for any board, else
+    /// `None` (the fallback that the node keeps).
+    pub fn bootcode_for(&self, family: &str) -> Option<&FrozenArtifact> {
+        self.bootcode.as_ref().or_else(|| self.bootcodes.get(family)).or_else(|| self.bootcodes.get("*"))
+    }
 }

@@ -1,1 +1,17 @@
-//! Placeholder.
+//! The Fleet harness: a real controller and real agents on virtual Pis, as processes that a test can kill, on a network
+//! that it can break, with real databases and clients.
+
+pub mod certs;
+pub mod client;
+pub mod fleet;
+pub mod hostile;
+pub mod image;
+pub mod postgres;
+pub mod process;
+pub mod proxy;
+pub mod tree;
+pub mod upload;
+pub mod wait;
+
+pub use fleet::{Database, Fleet};
+pub use wait::{seconds, wait_until};

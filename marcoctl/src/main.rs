@@ -1,2 +1,31 @@
-//! Placeholder.
-fn main() {}
+//! `marcoctl`: the operator's command line.
+
+mod args;
+mod clock;
+mod commands;
+mod connect;
+mod failure;
+mod follow;
+mod output;
+mod progress;
+
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::args::Cli;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // A wrong command line ends here, with exit code 2.
+    let cli = Cli::parse();
+    match commands::run(cli).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Nothing can be done for somebody who closed stderr.
+            let _ = std::io::stderr().write_all(failure.report().as_bytes());
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

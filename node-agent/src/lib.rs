@@ -1,1 +1,21 @@
-//! Placeholder.
+//! The agent of Marco Bootstrap: runs on every Raspberry Pi, and installs it.
+
+mod backoff;
+pub mod bootpart;
+mod cause;
+pub mod config;
+pub mod discovery;
+pub mod download;
+mod durable;
+pub mod executor;
+pub mod identity;
+pub mod install;
+pub mod job;
+pub mod journal;
+pub mod notify;
+pub mod run;
+pub mod session;
+pub mod simulate;
+pub mod system;
+#[cfg(test)]
+mod testing;

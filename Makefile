@@ -1,0 +1,28 @@
+# One line each: what people run, and what CI runs too.
+.PHONY: help deps build demo test check agent
+SHELL := bash
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+
+help: ## Show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+deps: ## Install what the tests need and is missing: PostgreSQL (apt), and grpcurl, buf, grpcio in .venv (pip)
+	scripts/deps.sh
+
+build: ## Build the three programs, for this machine, with debug checks
+	cargo build --bins
+
+demo: ## Try it: a controller and three virtual Pis, updated with a real root file system [DATABASE_URL=postgres://...]
+	cargo build --bins
+	cargo run --quiet --package integration-tests --bin marco-demo -- $(if $(DATABASE_URL),--database-url '$(DATABASE_URL)')
+
+test: deps ## Everything but the lints: unit tests, the store on both databases, fleets, real clients
+	cargo build --bins
+	cargo test --workspace
+
+check: ## The lints: formatting, clippy, the protos, licences and sources of dependencies
+	scripts/lint.sh
+
+agent: ## A static agent for a Pi: TARGET=aarch64-unknown-linux-gnu | armv7-unknown-linux-gnueabihf | arm-unknown-linux-gnueabi
+	scripts/static-agent.sh $(TARGET)

@@ -1,0 +1,164 @@
+//! Whether a set of boot files can boot. The firmware says nothing when a file is missing: it takes one of another set.
+
+use std::collections::BTreeSet;
+
+use crate::config_txt::{ConfigTxt, initramfs_files};
+use crate::{Reason, Refused, ZipSummary};
+
+/// Kernels that the firmware looks for when `config.txt` names none, over all boards.
+const DEFAULT_KERNELS: [&str; 5] = ["kernel8.img", "kernel_2712.img", "kernel7l.img", "kernel7.img", "kernel.img"];
+
+/// Whether a zip is a set that starts the installer from a folder named by `os_prefix`.
+///
+/// # Errors
+/// The first thing that it lacks.
+pub fn check_installer_set(zip: &ZipSummary) -> Result<(), Refused> {
+    let names = names(zip);
+    let config = common(zip, &names)?;
+    for key in ["os_prefix", "overlay_prefix", "include"] {
+        // The set's lines are copied into the card's own file, where these would lead out of the set's folder.
+        if config.all(key).next().is_some() {
+            return Err(wrong(&format!("an installer's set may not have a line \"{key}\"")));
+        }
+    }
+    for tree in config.all("device_tree") {
+        if !names.contains(&tree.to_lowercase()) {
+            return Err(lacks(&format!("the device tree {tree:?} that config.txt names")));
+        }
+    }
+    // Without both the firmware takes overlays from the root, made for another kernel.
+    for file in ["overlays/README", "overlays/overlay_map.dtb"] {
+        if !names.contains(&file.to_lowercase()) {
+            return Err(lacks(file));
+        }
+    }
+    let mut auto = config.all("auto_initramfs").peekable();
+    if auto.peek().is_none() || auto.any(|value| value != "0") {
+        return Err(wrong("an installer's set needs auto_initramfs=0"));
+    }
+    let initramfs: Vec<&str> = config.settings().iter().flat_map(initramfs_files).collect();
+    if initramfs.is_empty() {
+        return Err(wrong("an installer's set needs an explicit line \"initramfs FILE followkernel\""));
+    }
+    match initramfs.into_iter().find(|file| !names.contains(&file.to_lowercase())) {
+        Some(missing) => Err(lacks(&format!("the initramfs {missing:?} that config.txt names"))),
+        None => Ok(()),
+    }
+}
+
+/// Whether a zip is the boot partition of an operating system.
+///
+/// # Errors
+/// The first thing that it lacks.
+pub fn check_system_set(zip: &ZipSummary) -> Result<(), Refused> {
+    common(zip, &names(zip)).map(drop)
+}
+
+/// What both kinds need: kernel, command line, configuration, a device tree.
+fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refused> {
+    let Some(text) = &zip.config_txt else {
+        let unreadable = names.contains("config.txt");
+        return Err(if unreadable { wrong("it is not UTF-8 text of at most 64 KiB") } else { lacks("config.txt") });
+    };
+    let config = ConfigTxt::parse(text);
+    if let Some(missing) = config.all("kernel").find(|kernel| !names.contains(&kernel.to_lowercase())) {
+        return Err(lacks(&format!("the kernel {missing:?} that config.txt names")));
+    }
+    if config.all("kernel").next().is_none() && !DEFAULT_KERNELS.iter().any(|kernel| names.contains(*kernel)) {
+        return Err(lacks("a kernel (kernel8.img, kernel_2712.img, kernel7l.img, kernel7.img or kernel.img)"));
+    }
+    if !names.contains("cmdline.txt") {
+        return Err(lacks("cmdline.txt"));
+    }
+    if !names.iter().any(|name| name.ends_with(".dtb") && !name.starts_with("overlays/")) {
+        return Err(lacks("a device tree (*.dtb)"));
+    }
+    Ok(config)
+}
+
+/// The names of files that could be what their names say, in lower case: FAT does not tell the cases apart. Of the
+/// overlays' README the firmware only asks whether it is there.
+fn names(zip: &ZipSummary) -> BTreeSet<String> {
+    let present = zip.files.iter().filter(|file| file.size > 0 || file.name == "overlays/README");
+    present.map(|file| file.name.to_lowercase()).collect()
+}
+
+fn lacks(what: &str) -> Refused {
+    Refused::archive(Reason::Lacks(what.to_owned()))
+}
+
+fn wrong(what: &str) -> Refused {
+    Refused::archive(Reason::Config(what.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check_installer_set, check_system_set};
+    use crate::{ZipFile, ZipSummary};
+
+    const CONFIG: &str = "arm_64bit=1\nauto_initramfs=0\ninitramfs initramfs8 followkernel\n";
+    const FILES: [&str; 6] = [
+        "kernel8.img",
+        "cmdline.txt",
+        "bcm2711-rpi-4-b.dtb",
+        "overlays/README",
+        "overlays/overlay_map.dtb",
+        "initramfs8",
+    ];
+
+    fn set(config: &str, files: &[&str]) -> ZipSummary {
+        let mut all = files.to_vec();
+        all.push("config.txt");
+        let files = all
+            .iter()
+            .map(|name| ZipFile {
+                name: (*name).to_owned(),
+                size: u64::from(*name != "overlays/README"),
+                sha256: [0; 32],
+            })
+            .collect();
+        ZipSummary { files, config_txt: Some(config.to_owned()), ..ZipSummary::default() }
+    }
+
+    #[test]
+    fn a_whole_installer_set_is_taken() {
+        check_installer_set(&set(CONFIG, &FILES)).unwrap();
+    }
+
+    #[test]
+    fn an_installer_set_that_lacks_any_file_is_refused_by_name() {
+        for missing in FILES {
+            let rest: Vec<&str> = FILES.into_iter().filter(|file| *file != missing).collect();
+            let refused = check_installer_set(&set(CONFIG, &rest)).unwrap_err().to_string();
+            let named = missing.strip_suffix("bcm2711-rpi-4-b.dtb").map_or(missing, |_| "device tree");
+            assert!(refused.contains(named), "{missing}: {refused}");
+        }
+    }
+
+    #[test]
+    fn an_installer_set_whose_configuration_cannot_work_is_refused() {
+        for (config, why) in [
+            ("initramfs initramfs8 followkernel\n", "auto_initramfs=0"),
+            ("auto_initramfs=1\ninitramfs initramfs8 followkernel\n", "auto_initramfs=0"),
+            ("auto_initramfs=0\n", "initramfs FILE"),
+            ("auto_initramfs=0\ninitramfs gone.img followkernel\n", "gone.img"),
+            (&format!("{CONFIG}kernel=gone.img\n"), "gone.img"),
+            (&format!("{CONFIG}[pi5]\ndevice_tree=gone.dtb\n"), "gone.dtb"),
+            (&format!("{CONFIG}os_prefix=x/\n"), "os_prefix"),
+            (&format!("{CONFIG}include more.txt\n"), "include"),
+        ] {
+            let refused = check_installer_set(&set(config, &FILES)).unwrap_err().to_string();
+            assert!(refused.contains(why), "{config:?}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_system_set_needs_no_initramfs_and_no_overlays() {
+        check_system_set(&set("", &["kernel.img", "cmdline.txt", "bcm2708-rpi-b.dtb"])).unwrap();
+        for missing in ["kernel.img", "cmdline.txt", "bcm2708-rpi-b.dtb"] {
+            let rest: Vec<&str> =
+                ["kernel.img", "cmdline.txt", "bcm2708-rpi-b.dtb"].into_iter().filter(|f| *f != missing).collect();
+            assert!(check_system_set(&set("", &rest)).is_err(), "without {missing}");
+        }
+    }
+}

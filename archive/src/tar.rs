@@ -1,0 +1,104 @@
+//! Root tarballs: one reader of our own for checking and for unpacking, so that what passed the one cannot surprise the
+//! other. It knows ustar, GNU (long names, sparse files) and pax (names, sizes, times, attributes, sparse files).
+
+mod guard;
+mod header;
+mod pax;
+mod reader;
+mod sparse;
+mod unpack;
+
+use std::io::Read;
+use std::path::Path;
+
+use crate::{Error, Reason, Refused};
+use guard::Guard;
+use reader::TarReader;
+use unpack::Root;
+
+/// Most entries. A desktop system has about 300,000 files.
+const MAX_ENTRIES: u64 = 2_000_000;
+/// Most bytes unpacked, holes included: larger than the cards that Pis have.
+const MAX_UNPACKED: u64 = 256 << 30;
+/// How many bytes between two calls of `progress`.
+const PROGRESS_STEP: u64 = 1 << 20;
+
+/// What is in a tarball.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TarSummary {
+    /// Entries.
+    pub entries: u64,
+    /// Bytes of its regular files, holes included.
+    pub unpacked_bytes: u64,
+    /// Owners, device nodes and extended attributes that could not be restored, because this process may not or the
+    /// file system cannot. 0 when only checked. As root on a real file system anything else means a broken system.
+    pub not_restored: u64,
+}
+
+/// Reads a decompressed tarball through to its end and checks every rule. `progress` gets the unpacked bytes so far, now
+/// and then.
+///
+/// # Errors
+/// `Refused` with the first broken rule; `Io` when reading fails.
+pub fn check_tar<R: Read>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+    walk(reader, None, progress)
+}
+
+/// Unpacks a decompressed tarball under `root`, which must exist, by the same rules, never through a link out of it.
+/// Existing files are replaced. Owners and device nodes are restored when running as root. Nothing is synced.
+/// `progress` gets the unpacked bytes so far, now and then.
+///
+/// # Errors
+/// As [`check_tar`]; what was written before stays.
+pub fn unpack_tar<R: Read>(reader: R, root: &Path, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+    walk(reader, Some(Root::open(root)?), progress)
+}
+
+fn walk<R: Read>(reader: R, mut root: Option<Root>, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+    let mut reader = TarReader::new(reader);
+    let mut guard = Guard::default();
+    let mut summary = TarSummary::default();
+    let mut reported = 0;
+    let mut report = |done: u64, last: bool| {
+        if last || done.saturating_sub(reported) >= PROGRESS_STEP {
+            reported = done;
+            progress(done);
+        }
+    };
+    while let Some(member) = reader.next_member()? {
+        let refused = |reason| Refused::entry(&member.path, reason);
+        summary.entries += 1;
+        if summary.entries > MAX_ENTRIES {
+            return Err(Refused::archive(Reason::TooManyEntries(MAX_ENTRIES)).into());
+        }
+        let before = summary.unpacked_bytes;
+        summary.unpacked_bytes = before.saturating_add(member.size);
+        if summary.unpacked_bytes > MAX_UNPACKED {
+            return Err(refused(Reason::TooLarge(MAX_UNPACKED)).into());
+        }
+        let place = guard.admit(&member).map_err(refused)?;
+        match &mut root {
+            None => reader.contents(&mut |offset, _| {
+                report(before.saturating_add(offset), false);
+                Ok(())
+            })?,
+            Some(root) => root.make(&member, &place, &mut reader, &mut |offset| {
+                report(before.saturating_add(offset), false);
+            })?,
+        }
+        report(summary.unpacked_bytes, false);
+    }
+    if summary.entries == 0 {
+        return Err(Refused::archive(Reason::Empty).into());
+    }
+    if let Some(root) = root {
+        summary.not_restored = root.finish()?;
+    }
+    report(summary.unpacked_bytes, true);
+    Ok(summary)
+}
+
+#[cfg(test)]
+mod hostile_tests;
+#[cfg(test)]
+mod unpack_tests;

@@ -1,0 +1,191 @@
+//! Where the members of a tarball may go. Links of the archive are followed here, in the names alone, so that the
+//! unpacker never has to follow one on the disk.
+
+use std::collections::HashMap;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher as _;
+
+use super::header::MAX_PATH;
+use super::reader::{Kind, Member};
+use crate::Reason;
+
+/// Longest part of a path: Linux' NAME_MAX.
+const MAX_PART: usize = 255;
+/// Most parts of a path: the unpacker keeps a folder open for each.
+const MAX_DEPTH: usize = 128;
+/// Most links that one path may lead through: Linux' own limit.
+const MAX_LINKS: usize = 40;
+/// Most names that are remembered, parents without a member of their own included.
+const MAX_KNOWN: usize = 4_000_000;
+/// Most bytes of links, their targets and folders that are remembered, here or by the unpacker.
+const MAX_REMEMBERED: usize = 64 << 20;
+
+/// Where a member goes.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Parts of its path below the root, links of the archive followed; empty: the root itself.
+    pub path: Vec<Vec<u8>>,
+    /// The same for a hard link's target.
+    pub target: Option<Vec<Vec<u8>>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Folder,
+    Symlink,
+    Other,
+}
+
+/// What the archive made so far.
+#[derive(Debug, Default)]
+pub(super) struct Guard {
+    /// By hash of the path, with a key of this run: two million whole paths would be too much to keep.
+    known: HashMap<u64, Known>,
+    hasher: RandomState,
+    symlinks: HashMap<Vec<u8>, Vec<u8>>,
+    remembered: usize,
+}
+
+impl Guard {
+    /// Takes a member, or says which rule it breaks.
+    pub(super) fn admit(&mut self, member: &Member) -> Result<Place, Reason> {
+        let folder = member.kind == Kind::Folder;
+        // A folder that stands where a link to a folder was made is that folder: an overlay packed over a merged /usr.
+        let path = self.resolve(&member.path, folder)?;
+        if path.is_empty() {
+            return if folder { Ok(Place { path, target: None }) } else { Err(Reason::EmptyName) };
+        }
+        let key = self.key(&path);
+        match self.known.get(&key) {
+            Some(Known::Folder) if !folder => return Err(Reason::FileAndFolder),
+            Some(Known::Symlink | Known::Other) if folder => return Err(Reason::FileAndFolder),
+            _ => {}
+        }
+        let (target, known) = match &member.kind {
+            Kind::HardLink(target) => {
+                let target = self.resolve(target, false)?;
+                let known = self.known.get(&self.key(&target)).copied();
+                let known = known.filter(|known| *known != Known::Folder && target != path).ok_or(Reason::HardLink)?;
+                (Some(target), known)
+            }
+            Kind::Symlink(_) => (None, Known::Symlink),
+            Kind::Folder => (None, Known::Folder),
+            _ => (None, Known::Other),
+        };
+        self.forget_symlink(&path);
+        match (&member.kind, &target) {
+            (Kind::Symlink(to), _) => self.remember_symlink(&path, to.clone())?,
+            (_, Some(target)) if known == Known::Symlink => {
+                let to = self.symlinks.get(&joined(target)).cloned().ok_or(Reason::HardLink)?;
+                self.remember_symlink(&path, to)?;
+            }
+            _ => {}
+        }
+        if folder {
+            let attributes: usize = member.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+            self.remember(member.path.len() + attributes)?;
+        }
+        self.know(&path, known)?;
+        Ok(Place { path, target })
+    }
+
+    /// The parts of a path with the archive's links followed; of the last part only when asked.
+    fn resolve(&mut self, path: &[u8], follow_last: bool) -> Result<Vec<Vec<u8>>, Reason> {
+        if path.is_empty() {
+            return Err(Reason::EmptyName);
+        }
+        if path.len() > MAX_PATH {
+            return Err(Reason::LongName(MAX_PATH));
+        }
+        if path.first() == Some(&b'/') {
+            return Err(Reason::AbsolutePath);
+        }
+        // Last part first, so that a link's target can be put in its place.
+        let mut todo: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
+        for part in &todo {
+            if part == b".." {
+                return Err(Reason::ParentPath);
+            }
+            if part.contains(&0) {
+                return Err(Reason::ControlCharacter);
+            }
+            if part.len() > MAX_PART {
+                return Err(Reason::LongName(MAX_PART));
+            }
+        }
+        todo.reverse();
+        let mut done: Vec<Vec<u8>> = Vec::new();
+        let mut links = 0;
+        while let Some(part) = todo.pop() {
+            if part == b".." {
+                // Only a link's target can have one; above the root there is nothing of ours.
+                done.pop().ok_or(Reason::ThroughLink)?;
+                continue;
+            }
+            done.push(part);
+            if done.len() > MAX_DEPTH {
+                return Err(Reason::Depth(MAX_DEPTH));
+            }
+            let last = todo.is_empty();
+            if last && !follow_last {
+                break;
+            }
+            match self.known.get(&self.key(&done)) {
+                Some(Known::Symlink) => {
+                    let target = self.symlinks.get(&joined(&done)).ok_or(Reason::ThroughLink)?;
+                    links += 1;
+                    if target.first() == Some(&b'/') || links > MAX_LINKS {
+                        return Err(Reason::ThroughLink);
+                    }
+                    done.pop();
+                    todo.extend(parts(target).map(<[u8]>::to_vec).collect::<Vec<_>>().into_iter().rev());
+                }
+                Some(Known::Other) if !last => return Err(Reason::FileAndFolder),
+                Some(_) => {}
+                // Parents that have no member of their own are made on the way.
+                None if !last => self.know(&done, Known::Folder)?,
+                None => {}
+            }
+        }
+        Ok(done)
+    }
+
+    fn key(&self, path: &[Vec<u8>]) -> u64 {
+        self.hasher.hash_one(path)
+    }
+
+    fn know(&mut self, path: &[Vec<u8>], known: Known) -> Result<(), Reason> {
+        let key = self.key(path);
+        self.known.insert(key, known);
+        if self.known.len() > MAX_KNOWN { Err(Reason::TooManyEntries(super::MAX_ENTRIES)) } else { Ok(()) }
+    }
+
+    fn remember(&mut self, bytes: usize) -> Result<(), Reason> {
+        self.remembered = self.remembered.saturating_add(bytes);
+        if self.remembered > MAX_REMEMBERED { Err(Reason::TooManyNames(MAX_REMEMBERED)) } else { Ok(()) }
+    }
+
+    fn remember_symlink(&mut self, path: &[Vec<u8>], to: Vec<u8>) -> Result<(), Reason> {
+        let path = joined(path);
+        self.remember(path.len() + to.len())?;
+        self.symlinks.insert(path, to);
+        Ok(())
+    }
+
+    fn forget_symlink(&mut self, path: &[Vec<u8>]) {
+        if self.known.get(&self.key(path)) == Some(&Known::Symlink) {
+            let path = joined(path);
+            let to = self.symlinks.remove(&path).unwrap_or_default();
+            self.remembered = self.remembered.saturating_sub(path.len() + to.len());
+        }
+    }
+}
+
+/// The parts of a path, without empty ones and dots.
+fn parts(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".")
+}
+
+fn joined(path: &[Vec<u8>]) -> Vec<u8> {
+    path.join(&b'/')
+}

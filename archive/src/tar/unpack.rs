@@ -1,0 +1,251 @@
+//! Members on the disk. Every name is reached part by part from the root's descriptor, and no link is ever followed:
+//! the guard has followed the archive's own, and those that were on the disk before are replaced.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags, chmodat, chownat, fchmod,
+    fchown, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat, open, openat, symlinkat, unlinkat, utimensat,
+};
+use rustix::io::Errno;
+
+use super::guard::Place;
+use super::reader::{Kind, Member, TarReader};
+use crate::Error;
+
+const OPEN_FOLDER: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
+/// Of folders that the archive has no member for.
+const FOLDER_MODE: Mode = Mode::from_bits_retain(0o755);
+/// Of files until their contents are written.
+const FILE_MODE: Mode = Mode::from_bits_retain(0o600);
+
+/// The folder that a tarball is unpacked into.
+pub(super) struct Root {
+    root: OwnedFd,
+    /// Open folders on the way to the one used last: neighbours stand together in an archive.
+    stack: Vec<(Vec<u8>, OwnedFd)>,
+    /// Modes and times of folders are set at the end: what is written into them would change the times, and a mode may
+    /// forbid the writing.
+    folders: Vec<(Vec<Vec<u8>>, Attributes)>,
+    privileged: bool,
+    not_restored: u64,
+}
+
+/// What a member says about itself besides its contents.
+struct Attributes {
+    mode: Mode,
+    uid: u64,
+    gid: u64,
+    times: Timestamps,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Attributes {
+    fn of(member: &Member) -> Self {
+        let (seconds, nanos) = member.mtime;
+        let times = Timestamps {
+            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            last_modification: Timespec { tv_sec: seconds, tv_nsec: nanos.into() },
+        };
+        let mode = Mode::from_bits_retain(member.mode);
+        Self { mode, uid: member.uid, gid: member.gid, times, xattrs: member.xattrs.clone() }
+    }
+}
+
+impl Root {
+    pub(super) fn open(path: &Path) -> Result<Self, Error> {
+        let root = open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| Error::io(format!("open {}", path.display()))(errno.into()))?;
+        let privileged = rustix::process::geteuid().is_root();
+        Ok(Self { root, stack: Vec::new(), folders: Vec::new(), privileged, not_restored: 0 })
+    }
+
+    /// Makes a member; `progress` gets the bytes of its contents that are written.
+    pub(super) fn make<R: Read>(
+        &mut self,
+        member: &Member,
+        place: &Place,
+        reader: &mut TarReader<R>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<(), Error> {
+        let shown = member.path.escape_ascii().to_string();
+        let failed = |errno: Errno| Error::io(format!("create \"{shown}\""))(errno.into());
+        if member.kind == Kind::Folder {
+            self.folder(&place.path)?;
+            self.folders.push((place.path.clone(), Attributes::of(member)));
+            return Ok(());
+        }
+        let Some((name, parents)) = place.path.split_last() else {
+            return Err(failed(Errno::INVAL));
+        };
+        let name = OsStr::from_bytes(name);
+        let attributes = Attributes::of(member);
+        match &member.kind {
+            Kind::File => {
+                let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let folder = self.folder(parents)?;
+                let file =
+                    File::from(replacing(folder, name, || openat(folder, name, flags, FILE_MODE)).map_err(failed)?);
+                let written = |err: io::Error| Error::io(format!("write \"{shown}\""))(err);
+                reader.contents(&mut |offset, block| {
+                    file.write_all_at(block, offset).map_err(written)?;
+                    progress(offset);
+                    Ok(())
+                })?;
+                // Ends a sparse file with its last hole; nothing to do for others.
+                file.set_len(member.size).map_err(written)?;
+                self.dress(&file, &attributes)
+                    .map_err(|errno| Error::io(format!("set the attributes of \"{shown}\""))(errno.into()))
+            }
+            Kind::HardLink(_) => {
+                let (to, to_parents) =
+                    place.target.as_deref().and_then(<[_]>::split_last).ok_or_else(|| failed(Errno::INVAL))?;
+                let to_folder = self.folder(to_parents)?.try_clone().map_err(Error::io("open a folder"))?;
+                let to = OsStr::from_bytes(to);
+                let folder = self.folder(parents)?;
+                replacing(folder, name, || linkat(&to_folder, to, folder, name, AtFlags::empty())).map_err(failed)
+            }
+            Kind::Symlink(to) => {
+                let folder = self.folder(parents)?;
+                replacing(folder, name, || symlinkat(OsStr::from_bytes(to), folder, name)).map_err(failed)?;
+                self.dress_by_name(parents, name, &attributes, None).map_err(failed)
+            }
+            Kind::Character(..) | Kind::Block(..) | Kind::Fifo | Kind::Folder => {
+                let (kind, device) = match member.kind {
+                    Kind::Character(major, minor) => (FileType::CharacterDevice, makedev(major, minor)),
+                    Kind::Block(major, minor) => (FileType::BlockDevice, makedev(major, minor)),
+                    _ => (FileType::Fifo, 0),
+                };
+                let folder = self.folder(parents)?;
+                match replacing(folder, name, || mknodat(folder, name, kind, FILE_MODE, device)) {
+                    Err(Errno::PERM) => {
+                        self.not_restored += 1;
+                        Ok(())
+                    }
+                    Err(errno) => Err(failed(errno)),
+                    Ok(()) => self.dress_by_name(parents, name, &attributes, Some(attributes.mode)).map_err(failed),
+                }
+            }
+        }
+    }
+
+    /// Gives the folders their modes, owners and times; how many things could not be restored.
+    pub(super) fn finish(mut self) -> Result<u64, Error> {
+        let mut folders = std::mem::take(&mut self.folders);
+        // Deepest first: a folder that may not be entered any more has nothing below that is still to be done.
+        folders.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
+        for (path, attributes) in &folders {
+            let folder = self.folder(path)?.try_clone().map_err(Error::io("open a folder"))?;
+            self.dress(&folder, attributes).map_err(|errno| {
+                let shown = path.join(&b'/').escape_ascii().to_string();
+                Error::io(format!("set the attributes of \"{shown}\""))(errno.into())
+            })?;
+        }
+        Ok(self.not_restored)
+    }
+
+    /// Opens a folder, and makes what is missing on the way.
+    fn folder(&mut self, path: &[Vec<u8>]) -> Result<&OwnedFd, Error> {
+        let common = self.stack.iter().zip(path).take_while(|((open, _), wanted)| open == *wanted).count();
+        self.stack.truncate(common);
+        for part in path.iter().skip(common) {
+            let parent = self.stack.last().map_or(&self.root, |(_, folder)| folder);
+            let folder = enter(parent, OsStr::from_bytes(part)).map_err(|errno| {
+                Error::io(format!("make the folder \"{}\"", path.join(&b'/').escape_ascii()))(errno.into())
+            })?;
+            self.stack.push((part.clone(), folder));
+        }
+        Ok(self.stack.last().map_or(&self.root, |(_, folder)| folder))
+    }
+
+    /// Sets everything on an open file or folder. The owner comes first: changing it clears setuid and capabilities.
+    fn dress(&mut self, file: &impl AsFd, attributes: &Attributes) -> Result<(), Errno> {
+        if self.privileged {
+            let done = owner(attributes).map(|(uid, gid)| fchown(file, Some(uid), Some(gid)));
+            self.count_owner(done)?;
+        }
+        fchmod(file, attributes.mode)?;
+        for (name, value) in &attributes.xattrs {
+            match fsetxattr(file, OsStr::from_bytes(name), value, XattrFlags::empty()) {
+                Ok(()) => {}
+                Err(Errno::PERM | Errno::NOTSUP | Errno::ACCESS | Errno::INVAL) => self.not_restored += 1,
+                Err(errno) => return Err(errno),
+            }
+        }
+        futimens(file, &attributes.times)
+    }
+
+    /// The same for what cannot be opened: links, devices.
+    fn dress_by_name(
+        &mut self,
+        parents: &[Vec<u8>],
+        name: &OsStr,
+        attributes: &Attributes,
+        mode: Option<Mode>,
+    ) -> Result<(), Errno> {
+        let privileged = self.privileged;
+        let folder = self.folder(parents).map_err(|_| Errno::IO)?;
+        let mut done = None;
+        if privileged {
+            done = Some(
+                owner(attributes)
+                    .map(|(uid, gid)| chownat(folder, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)),
+            );
+        }
+        if let Some(mode) = mode {
+            chmodat(folder, name, mode, AtFlags::empty())?;
+        }
+        utimensat(folder, name, &attributes.times, AtFlags::SYMLINK_NOFOLLOW)?;
+        self.not_restored += u64::try_from(attributes.xattrs.len()).unwrap_or(u64::MAX);
+        done.map_or(Ok(()), |done| self.count_owner(done))
+    }
+
+    /// An owner that cannot be set (a user namespace, a file system without owners) is counted, not fatal.
+    fn count_owner(&mut self, done: Option<Result<(), Errno>>) -> Result<(), Errno> {
+        match done {
+            Some(Ok(())) => Ok(()),
+            None | Some(Err(Errno::PERM | Errno::INVAL | Errno::NOTSUP)) => {
+                self.not_restored += 1;
+                Ok(())
+            }
+            Some(Err(errno)) => Err(errno),
+        }
+    }
+}
+
+/// The owner; `None` when the numbers are none that Linux has. (-1 would mean: do not change.)
+fn owner(attributes: &Attributes) -> Option<(Uid, Gid)> {
+    let valid = |id: u64| u32::try_from(id).ok().filter(|id| *id != u32::MAX);
+    Some((Uid::from_raw(valid(attributes.uid)?), Gid::from_raw(valid(attributes.gid)?)))
+}
+
+fn enter(parent: &OwnedFd, part: &OsStr) -> Result<OwnedFd, Errno> {
+    match openat(parent, part, OPEN_FOLDER, Mode::empty()) {
+        Err(Errno::NOENT) => {}
+        // Something else was there before, perhaps a link: it is replaced.
+        Err(Errno::NOTDIR | Errno::LOOP) => unlinkat(parent, part, AtFlags::empty())?,
+        other => return other,
+    }
+    mkdirat(parent, part, FOLDER_MODE)?;
+    let folder = openat(parent, part, OPEN_FOLDER, Mode::empty())?;
+    // Whatever this process' umask is.
+    fchmod(&folder, FOLDER_MODE)?;
+    Ok(folder)
+}
+
+/// Makes something; what had its name is removed first. Trying before looking saves a call for each of many files.
+fn replacing<T>(folder: &OwnedFd, name: &OsStr, make: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
+    match make() {
+        Err(Errno::EXIST) => {
+            unlinkat(folder, name, AtFlags::empty())?;
+            make()
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,127 @@
+//! The gRPC services: what is asked is read and checked here, answered from the store, and nowhere else becomes proto.
+
+mod agent;
+mod artifact;
+mod convert;
+mod enrollment;
+mod explain;
+mod node;
+mod operation;
+mod page;
+mod status;
+mod watch;
+
+use std::sync::Arc;
+
+use marco_proto::v1::agent_service_server::AgentServiceServer;
+use marco_proto::v1::artifact_service_server::ArtifactServiceServer;
+use marco_proto::v1::enrollment_service_server::EnrollmentServiceServer;
+use marco_proto::v1::node_service_server::NodeServiceServer;
+use marco_proto::v1::operation_service_server::OperationServiceServer;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::service::{Routes, RoutesBuilder};
+
+use crate::artifacts::Artifacts;
+use crate::clock::Clock;
+use crate::identity::Caller;
+use crate::identity::ca::Ca;
+use crate::sessions::Sessions;
+use crate::store::{AuditRow, Store};
+
+pub(crate) use artifact::remove_unneeded;
+pub use status::{ApiError, Violation};
+
+/// Largest message that a caller may send; bodies are small but for artifacts, whose chunks are 256 KiB.
+const MAX_MESSAGE: usize = 1024 * 1024;
+
+macro_rules! limited {
+    ($server:ident, $service:expr) => {
+        $server::new($service).max_decoding_message_size(MAX_MESSAGE)
+    };
+}
+
+/// What every service works with.
+#[derive(Clone)]
+pub struct Context {
+    /// The truth.
+    pub store: Store,
+    /// The live sessions.
+    pub sessions: Arc<Sessions>,
+    /// The stored files.
+    pub artifacts: Arc<Artifacts>,
+    /// Issues certificates.
+    pub ca: Arc<Ca>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// This controller's id, as in the rows of its nodes.
+    pub controller: String,
+    /// Addresses of the live controllers, for agents.
+    pub addresses: Vec<String>,
+    /// The tasks of streams, awaited at the end.
+    pub tasks: TaskTracker,
+    /// Cancelled when the controller stops.
+    pub stop: CancellationToken,
+}
+
+impl Context {
+    /// Records a call that changed something, or was refused.
+    async fn audit<T>(&self, caller: &Caller, method: &str, target: &str, result: &Result<T, ApiError>) {
+        let row = AuditRow {
+            time: self.clock.now(),
+            actor: caller.name.clone(),
+            from: caller.from.to_string(),
+            method: method.to_owned(),
+            target: target.to_owned(),
+            result: match result {
+                Ok(_) => "OK".to_owned(),
+                Err(error) => error.to_string(),
+            },
+        };
+        tracing::info!(actor = row.actor, from = row.from, method, target, result = row.result, "call");
+        if let Err(error) = self.store.record_audit(&row).await {
+            tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
+        }
+    }
+}
+
+/// Who calls: put there by the gate, without which nothing is reached.
+fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, ApiError> {
+    request.extensions().get::<Caller>().cloned().ok_or_else(|| ApiError::Unauthenticated {
+        reason: "NO_CREDENTIALS",
+        message: "the call carries no client certificate".to_owned(),
+    })
+}
+
+/// The services of the API listener, behind the gate: reflection (both versions; older clients speak only the alpha),
+/// health, and ours.
+///
+/// # Errors
+/// When the descriptor set cannot serve reflection.
+pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Error> {
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(marco_proto::DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            // So that clients which work from reflection can show the details of an error.
+            .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
+    };
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+
+    let mut routes = RoutesBuilder::default();
+    routes
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(health)
+        .add_service(limited!(AgentServiceServer, agent::Agent::new(context.clone())))
+        .add_service(limited!(ArtifactServiceServer, artifact::ArtifactsApi::new(context.clone())))
+        .add_service(limited!(NodeServiceServer, node::Nodes::new(context.clone())))
+        .add_service(limited!(OperationServiceServer, operation::Operations::new(context.clone())));
+    Ok(routes.routes())
+}
+
+/// The service of the enrolment listener.
+pub fn enrollment_routes(context: &Context) -> Routes {
+    Routes::new(limited!(EnrollmentServiceServer, enrollment::Enrollments::new(context.clone())))
+}

@@ -1,0 +1,382 @@
+//! `AgentService`: the session of a node.
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{ExecutionId, NodeId, PROTOCOL_VERSION};
+use marco_proto::v1;
+use marco_proto::v1::agent_service_server::AgentService;
+use marco_proto::v1::{connect_request, connect_response};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument as _;
+use uuid::Uuid;
+
+use super::status::ApiError;
+use super::{Context, caller, convert};
+use crate::operation::NodeState;
+use crate::sessions::{Command, End, Handle};
+use crate::store::{ProgressRow, ReportOutcome, SessionOutcome, SessionStart, StoreError};
+
+/// The first message must come this soon.
+const HELLO: Duration = Duration::from_secs(10);
+/// A node that takes nothing for this long is cut.
+const SLOW: Duration = Duration::from_secs(15);
+/// Messages that wait for the connection.
+const QUEUE: usize = 16;
+/// The least time between two progress reports of an execution; also how often they are written.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a node stays away after a good-bye, at least: a restart takes about this long.
+const RETRY_AFTER_STOP: Duration = Duration::from_millis(500);
+/// A node that is not admitted tries again after this long, at least.
+const RETRY_WHEN_REFUSED: Duration = Duration::from_secs(30);
+
+/// The service.
+pub(super) struct Agent {
+    context: Context,
+    progress: mpsc::Sender<ProgressRow>,
+}
+
+type Out = mpsc::Sender<Result<v1::ConnectResponse, Status>>;
+
+impl Agent {
+    pub(super) fn new(context: Context) -> Self {
+        let (progress, receiver) = mpsc::channel(4096);
+        context.tasks.spawn(write_progress(context.clone(), receiver));
+        Self { context, progress }
+    }
+}
+
+/// Writes progress in one statement a second, the newest of each execution. What is lost with the process was a hint.
+async fn write_progress(context: Context, mut receiver: mpsc::Receiver<ProgressRow>) {
+    let mut newest: HashMap<ExecutionId, ProgressRow> = HashMap::new();
+    let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        // A tick between two rows writes what is there; no row is lost by it.
+        tokio::select! {
+            () = context.stop.cancelled() => return,
+            row = receiver.recv() => match row {
+                Some(row) => { newest.insert(row.execution.clone(), row); }
+                None => return,
+            },
+            _ = ticks.tick(), if !newest.is_empty() => {
+                let rows: Vec<ProgressRow> = newest.drain().map(|(_, row)| row).collect();
+                if let Err(error) = context.store.flush_progress(&rows, context.clock.now()).await {
+                    tracing::debug!(error = &*crate::chain(&error), "progress was not written");
+                }
+            }
+        }
+    }
+}
+
+/// A session that has begun.
+struct Session {
+    context: Context,
+    progress: mpsc::Sender<ProgressRow>,
+    node: NodeId,
+    epoch: i64,
+    out: Out,
+}
+
+/// How a session ended.
+enum Ended {
+    /// By the node.
+    ByNode,
+    /// By us, for a reason.
+    ByUs(End),
+    /// It lost its place, or did what it may not.
+    Refused(Status),
+}
+
+impl Session {
+    async fn send(&self, message: connect_response::Message) -> Result<(), Ended> {
+        let message = Ok(v1::ConnectResponse { message: Some(message) });
+        match tokio::time::timeout(SLOW, self.out.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Ended::ByNode),
+            Err(_) => Err(Ended::ByUs(End::SlowReader)),
+        }
+    }
+
+    async fn command(&self, command: Command) -> Result<(), Ended> {
+        let message = match command {
+            Command::Assign(assignment) => connect_response::Message::Assign(convert::assign(&assignment)),
+            Command::Cancel(execution) => {
+                tracing::info!(%execution, "cancel asked of the node");
+                connect_response::Message::Cancel(v1::Cancel { execution: execution.name() })
+            }
+            Command::Ack(execution, sequence) => ack(&execution, sequence),
+        };
+        self.send(message).await
+    }
+
+    async fn report(&self, report: v1::Report) -> Result<(), Ended> {
+        let row = convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?;
+        let outcome = self
+            .context
+            .store
+            .apply_report(&self.node, self.epoch, &row, self.context.clock.now())
+            .await
+            .map_err(store_down)?;
+        match outcome {
+            ReportOutcome::Acked => {
+                tracing::info!(execution = %row.execution, state = row.state.as_str(), sequence = row.sequence, "reported");
+                self.send(ack(&row.execution, row.sequence)).await
+            }
+            ReportOutcome::Progress => {
+                // Full means that the store is slow; the next report brings newer progress.
+                let _ = self.progress.try_send(convert::progress(row));
+                Ok(())
+            }
+            ReportOutcome::Stale(assignment) => self.command(Command::Assign(assignment)).await,
+            ReportOutcome::Unknown => self.send(ack(&row.execution, row.sequence)).await,
+            ReportOutcome::NotHolder => Err(Ended::ByUs(End::Superseded)),
+            ReportOutcome::Refused(reason) => {
+                tracing::warn!(execution = %row.execution, reason, "a report was refused");
+                Ok(())
+            }
+        }
+    }
+
+    async fn run(&self, mut handle: Handle, mut messages: Streaming<v1::ConnectRequest>) -> Ended {
+        loop {
+            // A message that is half read stays in the stream's own buffer; commands and the end stay in their channels.
+            let result = tokio::select! {
+                biased;
+                changed = handle.end.changed() => match *handle.end.borrow() {
+                    Some(end) => Err(Ended::ByUs(end)),
+                    None if changed.is_err() => Err(Ended::ByUs(End::Superseded)),
+                    None => Ok(()),
+                },
+                Some(command) = handle.commands.recv() => self.command(command).await,
+                message = messages.message() => match message {
+                    Ok(Some(v1::ConnectRequest { message: Some(message) })) => match message {
+                        connect_request::Message::Report(report) => self.report(report).await,
+                        connect_request::Message::Status(status) => self.status(status).await,
+                        connect_request::Message::Hello(_) => {
+                            Err(Ended::Refused(ApiError::invalid("hello", "was said already").into()))
+                        }
+                    },
+                    Ok(Some(v1::ConnectRequest { message: None })) => Err(Ended::Refused(
+                        ApiError::invalid("message", "is of a kind that this controller does not know").into(),
+                    )),
+                    Ok(None) | Err(_) => Err(Ended::ByNode),
+                },
+                () = self.out.closed() => Err(Ended::ByNode),
+            };
+            if let Err(ended) = result {
+                return ended;
+            }
+        }
+    }
+
+    async fn status(&self, status: v1::NodeStatus) -> Result<(), Ended> {
+        let Some(system) = status.system else { return Ok(()) };
+        let system = convert::system(system).map_err(|error| Ended::Refused(error.into()))?;
+        let now = self.context.clock.now();
+        match self.context.store.update_system(&self.node, self.epoch, &system, now).await.map_err(store_down)? {
+            true => Ok(()),
+            false => Err(Ended::ByUs(End::Superseded)),
+        }
+    }
+
+    /// Says why it ends, as far as the node still listens.
+    async fn farewell(&self, ended: Ended) {
+        let (status, reason, delay) = match ended {
+            Ended::ByNode => return,
+            Ended::Refused(status) => {
+                tracing::warn!(error = status.message(), "a session was refused");
+                let _ = tokio::time::timeout(Duration::from_secs(1), self.out.send(Err(status))).await;
+                return;
+            }
+            Ended::ByUs(End::Superseded) => {
+                (Status::aborted("the node opened another session"), "superseded", RETRY_WHEN_REFUSED)
+            }
+            Ended::ByUs(End::Barred) => {
+                (Status::permission_denied("the node is not admitted any more"), "not admitted", RETRY_WHEN_REFUSED)
+            }
+            Ended::ByUs(End::SlowReader) => {
+                (Status::aborted("the node does not read what it is sent"), "slow", RETRY_AFTER_STOP)
+            }
+            Ended::ByUs(End::Shutdown) => {
+                (Status::unavailable("the controller is stopping"), "the controller is stopping", RETRY_AFTER_STOP)
+            }
+        };
+        tracing::info!(reason, "session ended by the controller");
+        let goodbye = v1::Goodbye { reason: reason.to_owned(), retry_delay: convert::duration(delay) };
+        let last = Ok(v1::ConnectResponse { message: Some(connect_response::Message::Goodbye(goodbye)) });
+        for message in [last, Err(status)] {
+            if tokio::time::timeout(Duration::from_secs(1), self.out.send(message)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn ack(execution: &ExecutionId, sequence: u64) -> connect_response::Message {
+    connect_response::Message::Ack(v1::Ack { execution: execution.name(), sequence })
+}
+
+/// A report that could not be stored is not acknowledged: the session ends, and the node says it again.
+fn store_down(error: StoreError) -> Ended {
+    Ended::Refused(ApiError::from(error).into())
+}
+
+async fn begin(
+    context: &Context,
+    certificate: &str,
+    node: &NodeId,
+    hello: &v1::Hello,
+    accept_time: DateTime<Utc>,
+) -> Result<(i64, bool, Handle), ApiError> {
+    if hello.protocol_version != PROTOCOL_VERSION {
+        return Err(ApiError::Precondition {
+            reason: "PROTOCOL_VERSION",
+            message: format!(
+                "the agent speaks protocol version {}, this controller {PROTOCOL_VERSION}; update the older one",
+                hello.protocol_version
+            ),
+        });
+    }
+    let known = context.store.certificate(certificate).await?;
+    if !known.is_some_and(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node)) {
+        return Err(ApiError::Unauthenticated {
+            reason: "CERTIFICATE_REVOKED",
+            message: "this certificate was revoked or its node deleted; the node must enrol again with a token"
+                .to_owned(),
+        });
+    }
+    let start = SessionStart {
+        controller_id: context.controller.clone(),
+        accept_time,
+        boot_id: convert::boot_id(&hello.boot_id)?,
+        mode: convert::mode(hello.mode)?,
+        agent_version: convert::text("hello.agent_version", &hello.agent_version)?.to_owned(),
+        board: convert::board(hello.board.clone().unwrap_or_default())?,
+        system: convert::system(hello.system.clone().unwrap_or_default())?,
+    };
+    match context.store.begin_session(node, &start, context.clock.now()).await? {
+        SessionOutcome::Begun { epoch, node: row } => {
+            let handle = context.sessions.open(node, epoch, certificate).ok_or_else(|| ApiError::Aborted {
+                reason: "SESSION_SUPERSEDED",
+                message: "the node opened another session, or the controller is stopping".to_owned(),
+            })?;
+            Ok((epoch, row.state != NodeState::Approved, handle))
+        }
+        SessionOutcome::Quarantined => Err(ApiError::Forbidden {
+            reason: "NODE_QUARANTINED",
+            message: format!("{} is quarantined; an admin can approve it", node.name()),
+        }),
+        SessionOutcome::Superseded => Err(ApiError::Aborted {
+            reason: "SESSION_SUPERSEDED",
+            message: "the node has a newer session from a later boot".to_owned(),
+        }),
+        SessionOutcome::UnknownNode => Err(ApiError::Unauthenticated {
+            reason: "NODE_UNKNOWN",
+            message: format!("there is no {} any more; it must enrol again with a token", node.name()),
+        }),
+    }
+}
+
+async fn session(
+    context: Context,
+    progress: mpsc::Sender<ProgressRow>,
+    node: NodeId,
+    certificate: String,
+    mut messages: Streaming<v1::ConnectRequest>,
+    out: Out,
+) {
+    let accepted = context.clock.now();
+    let first = tokio::time::timeout(HELLO, messages.message()).await;
+    let Ok(Ok(Some(v1::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }))) = first else {
+        let _ = out.try_send(Err(ApiError::invalid("hello", "must be the first message, within 10 s").into()));
+        return;
+    };
+    let (epoch, held, handle) = match begin(&context, &certificate, &node, &hello, accepted).await {
+        Ok(begun) => begun,
+        Err(error) => {
+            tracing::warn!(error = %error, "a node was not let in");
+            let _ = out.try_send(Err(error.into()));
+            return;
+        }
+    };
+    let id = Uuid::now_v7().to_string();
+    tracing::info!(session = id, epoch, boot_id = hello.boot_id, "session begun");
+    let session = Session { context, progress, node, epoch, out };
+    let ended = match session.welcome(&id, held, &hello).await {
+        Ok(()) => session.run(handle, messages).await,
+        Err(ended) => ended,
+    };
+    session.farewell(ended).await;
+    session.context.sessions.close(&session.node, epoch);
+    if let Err(error) = session.context.store.end_session(&session.node, epoch, session.context.clock.now()).await {
+        tracing::warn!(error = &*crate::chain(&error), "the end of a session was not stored");
+    }
+    tracing::info!(session = id, "session ended");
+}
+
+impl Session {
+    /// Welcome, then what the journal of the node has to do with what the store knows.
+    async fn welcome(&self, id: &str, held: bool, hello: &v1::Hello) -> Result<(), Ended> {
+        let welcome = v1::Welcome {
+            session: id.to_owned(),
+            time: Some(convert::timestamp(self.context.clock.now())),
+            progress_interval: convert::duration(PROGRESS_INTERVAL),
+            controllers: self.context.addresses.clone(),
+            held,
+        };
+        self.send(connect_response::Message::Welcome(welcome)).await?;
+        let mut listed = Vec::new();
+        for report in &hello.executions {
+            listed.push(convert::report(report.clone(), &self.node).map_err(|error| Ended::Refused(error.into()))?);
+        }
+        let mode = convert::mode(hello.mode).map_err(|error| Ended::Refused(error.into()))?;
+        let reconciled = self
+            .context
+            .store
+            .reconcile(&self.node, self.epoch, mode, &hello.boot_id, &listed, self.context.clock.now())
+            .await
+            .map_err(store_down)?;
+        if !reconciled.holder {
+            return Err(Ended::ByUs(End::Superseded));
+        }
+        for (execution, reason) in reconciled.refused {
+            tracing::warn!(%execution, reason, "a report was refused");
+        }
+        for (execution, sequence) in reconciled.acks {
+            self.send(ack(&execution, sequence)).await?;
+        }
+        for assignment in reconciled.assigns {
+            self.command(Command::Assign(Box::new(assignment))).await?;
+        }
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Agent {
+    type ConnectStream = Pin<Box<dyn tokio_stream::Stream<Item = Result<v1::ConnectResponse, Status>> + Send>>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<v1::ConnectRequest>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        let caller = caller(&request)?;
+        let Some(node) = caller.node else {
+            return Err(ApiError::Forbidden {
+                reason: "ROLE_NOT_ALLOWED",
+                message: "only a node opens a session".to_owned(),
+            }
+            .into());
+        };
+        let (out, receiver) = mpsc::channel(QUEUE);
+        let span = tracing::info_span!("session", %node);
+        let task = session(self.context.clone(), self.progress.clone(), node, caller.serial, request.into_inner(), out);
+        self.context.tasks.spawn(task.instrument(span));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

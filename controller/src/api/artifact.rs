@@ -1,0 +1,406 @@
+//! `ArtifactService`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use marco_proto::names::{ArtifactId, CHUNK_SIZE, MESSAGE_SIZE};
+use marco_proto::v1;
+use marco_proto::v1::artifact_service_server::ArtifactService;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::status::ApiError;
+use super::{Context, caller, convert, page};
+use crate::artifacts::{ArtifactError, BlobReader, Content, Digest};
+use crate::identity::Caller;
+use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
+
+/// An upload that sends nothing for this long is cut; what came is kept.
+const UPLOAD_IDLE: Duration = Duration::from_secs(60);
+/// How long the end of an upload is waited for when all announced bytes are there.
+const UPLOAD_END: Duration = Duration::from_secs(2);
+/// A download whose reader takes nothing for this long is cut.
+const DOWNLOAD_IDLE: Duration = Duration::from_secs(60);
+/// How often an upload that is being checked says how far it is.
+const CHECK_PROGRESS: Duration = Duration::from_millis(500);
+/// Messages of a download that wait for the connection, 256 KiB each.
+const DOWNLOAD_QUEUE: usize = 4;
+/// Prefix of the name of bytes, whatever name points at them.
+const BY_DIGEST: &str = "artifacts/sha256:";
+
+/// The service.
+pub(super) struct ArtifactsApi {
+    context: Context,
+}
+
+type Answers<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+impl ArtifactsApi {
+    pub(super) fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn find(&self, name: &str) -> Result<ArtifactRow, ApiError> {
+        let row = match name.strip_prefix(BY_DIGEST) {
+            Some(digest) => self.context.store.artifact_by_sha256(digest).await?,
+            None => self.context.store.artifact(&artifact_id("name", name)?).await?,
+        };
+        row.ok_or_else(|| not_found(name))
+    }
+
+    async fn list(&self, request: v1::ListArtifactsRequest) -> Result<v1::ListArtifactsResponse, ApiError> {
+        const LIST: &str = "artifacts";
+        let size = page::size(request.page_size)?;
+        let after = match page::after(LIST, &request.page_token)? {
+            Some(id) => Some(artifact_id("page_token", &id)?),
+            None => None,
+        };
+        let kind = match request.filter.unwrap_or_default().kind {
+            0 => None,
+            kind => Some(convert::kind(kind).ok_or_else(|| ApiError::invalid("filter.kind", "is not a known kind"))?),
+        };
+        let rows = self.context.store.artifacts(after.as_ref(), size + 1, kind).await?;
+        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
+        Ok(v1::ListArtifactsResponse { artifacts: rows.iter().map(convert::artifact).collect(), next_page_token })
+    }
+
+    async fn delete(&self, name: &str) -> Result<v1::DeleteArtifactResponse, ApiError> {
+        let id = artifact_id("name", name)?;
+        match self.context.store.delete_artifact(&id).await? {
+            DeleteArtifactOutcome::Deleted { bytes_unused } => {
+                if let Some(digest) = bytes_unused {
+                    remove(&self.context, &digest).await?;
+                }
+                Ok(v1::DeleteArtifactResponse {})
+            }
+            DeleteArtifactOutcome::InUse(operations) => Err(ApiError::Precondition {
+                reason: "ARTIFACT_IN_USE",
+                message: format!(
+                    "{} is needed by {}; wait for it or cancel it",
+                    id.name(),
+                    operations.iter().map(|id| id.name()).collect::<Vec<_>>().join(", ")
+                ),
+            }),
+            DeleteArtifactOutcome::NotFound => Err(not_found(name)),
+        }
+    }
+
+    async fn set_default(&self, request: &v1::SetDefaultArtifactRequest) -> Result<v1::Artifact, ApiError> {
+        let id = artifact_id("name", &request.name)?;
+        if !matches!(request.board.as_str(), "" | "pi1" | "pi2" | "pi3" | "pi4" | "pi5") {
+            return Err(ApiError::invalid("board", "must be pi1, pi2, pi3, pi4 or pi5, or empty for any board"));
+        }
+        let row = self.context.store.set_default(&id, &request.board).await?;
+        row.map(|row| convert::artifact(&row)).ok_or_else(|| not_found(&request.name))
+    }
+}
+
+fn artifact_id(field: &str, name: &str) -> Result<ArtifactId, ApiError> {
+    ArtifactId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
+}
+
+fn not_found(name: &str) -> ApiError {
+    let shown: String = name.chars().take(160).collect();
+    ApiError::NotFound {
+        reason: "ARTIFACT_NOT_FOUND",
+        message: format!("there is no artifact {shown}; `marcoctl artifacts list` shows those that exist"),
+    }
+}
+
+fn artifact_error(error: ArtifactError) -> ApiError {
+    let message = error.to_string();
+    match error {
+        ArtifactError::InvalidDigest(_) => ApiError::invalid("header.sha256", message),
+        ArtifactError::InvalidSize(_) | ArtifactError::WrongSize { .. } => {
+            ApiError::invalid("header.size_bytes", message)
+        }
+        ArtifactError::NoSpace { .. } => ApiError::Exhausted { reason: "NO_SPACE", message },
+        ArtifactError::Busy => ApiError::Aborted { reason: "UPLOAD_UNDER_WAY", message },
+        ArtifactError::WrongOffset { .. } => ApiError::invalid("chunk.offset", message),
+        ArtifactError::TooLong(_) => ApiError::invalid("chunk.data", message),
+        ArtifactError::Incomplete { .. } => ApiError::Aborted { reason: "UPLOAD_INCOMPLETE", message },
+        ArtifactError::WrongDigest { .. } => ApiError::invalid("header.sha256", message),
+        ArtifactError::Refused(_) | ArtifactError::Format(_) => ApiError::invalid("chunk.data", message),
+        ArtifactError::NotFound(_) => ApiError::NotFound { reason: "ARTIFACT_NOT_FOUND", message },
+        ArtifactError::Io { .. } => {
+            tracing::error!(error = &*crate::chain(&error), "the artifact store failed");
+            ApiError::Internal(message)
+        }
+    }
+}
+
+/// Removes bytes that no name points at any more.
+async fn remove(context: &Context, digest: &str) -> Result<(), ApiError> {
+    let digest = Digest::parse(digest).map_err(artifact_error)?;
+    context.artifacts.remove(digest).await.map_err(artifact_error)?;
+    Ok(())
+}
+
+/// Removes the bytes that only an operation needed which has ended since.
+///
+/// # Errors
+/// The store's or the disk's; what is left is removed the next time.
+pub(crate) async fn remove_unneeded(context: &Context) -> Result<(), ApiError> {
+    for digest in context.store.sweep_blobs().await? {
+        remove(context, &digest).await?;
+    }
+    Ok(())
+}
+
+/// What the first message of an upload says, read and checked.
+struct Header {
+    id: ArtifactId,
+    kind: Kind,
+    purpose: Purpose,
+    content: Content,
+    size: u64,
+    sha256: Digest,
+}
+
+fn header(message: Option<v1::UploadArtifactRequest>) -> Result<Header, ApiError> {
+    let Some(v1::upload_artifact_request::Part::Header(header)) = message.and_then(|message| message.part) else {
+        return Err(ApiError::invalid("header", "must be the first message of an upload"));
+    };
+    let id = artifact_id("header.name", &header.name)?;
+    let sha256 = Digest::parse(&header.sha256).map_err(artifact_error)?;
+    let (kind, purpose, content) = match (convert::kind(header.kind), header.purpose()) {
+        (Some(Kind::Image), v1::artifact::Purpose::Unspecified) => (Kind::Image, Purpose::None, Content::Image),
+        (Some(Kind::Image), _) => {
+            return Err(ApiError::invalid("header.purpose", "is for a bootcode; an image has none"));
+        }
+        (Some(Kind::Bootcode), v1::artifact::Purpose::System) => {
+            (Kind::Bootcode, Purpose::System, Content::SystemBootcode)
+        }
+        (Some(Kind::Bootcode), _) => (Kind::Bootcode, Purpose::Installer, Content::InstallerBootcode),
+        (None, _) => return Err(ApiError::invalid("header.kind", "must be KIND_IMAGE or KIND_BOOTCODE")),
+    };
+    Ok(Header { id, kind, purpose, content, size: header.size_bytes, sha256 })
+}
+
+type UploadAnswers = mpsc::Sender<Result<v1::UploadArtifactResponse, Status>>;
+
+async fn answer(answers: &UploadAnswers, part: v1::upload_artifact_response::Part) {
+    // A caller that is gone is noticed at its next message.
+    let _ = answers.send(Ok(v1::UploadArtifactResponse { part: Some(part) })).await;
+}
+
+async fn next(
+    messages: &mut Streaming<v1::UploadArtifactRequest>,
+) -> Result<Option<v1::UploadArtifactRequest>, ApiError> {
+    match tokio::time::timeout(UPLOAD_IDLE, messages.message()).await {
+        Ok(Ok(message)) => Ok(message),
+        Ok(Err(status)) => Err(ApiError::Aborted {
+            reason: "UPLOAD_CUT",
+            message: format!("the upload was cut: {}; push again to go on", status.message()),
+        }),
+        Err(_) => Err(ApiError::Aborted {
+            reason: "UPLOAD_IDLE",
+            message: "the upload sent nothing for a minute; push again to go on".to_owned(),
+        }),
+    }
+}
+
+async fn upload(
+    context: &Context,
+    caller: &Caller,
+    target: &mut String,
+    messages: &mut Streaming<v1::UploadArtifactRequest>,
+    answers: &UploadAnswers,
+) -> Result<v1::Artifact, ApiError> {
+    let header = header(next(messages).await?)?;
+    *target = header.id.name();
+    let mut upload = context.artifacts.begin(header.sha256, header.size).await.map_err(artifact_error)?;
+    answer(answers, v1::upload_artifact_response::Part::Offset(upload.offset())).await;
+    while upload.offset() < header.size {
+        match next(messages).await?.map(|message| message.part) {
+            Some(Some(v1::upload_artifact_request::Part::Chunk(chunk))) => {
+                match upload.append(chunk.offset, chunk.data).await {
+                    Ok(()) => {}
+                    Err(error @ ArtifactError::TooLong(_)) => {
+                        upload.discard().await.map_err(artifact_error)?;
+                        return Err(artifact_error(error));
+                    }
+                    Err(error) => return Err(artifact_error(error)),
+                }
+            }
+            Some(_) => return Err(ApiError::invalid("part", "must be a chunk after the header")),
+            None => break,
+        }
+    }
+    // One that goes on past its announced size is a mistake or an attack; nothing of it is taken. A caller that leaves
+    // its side open and waits for the answer is not made to wait longer than this.
+    if upload.offset() == header.size
+        && let Ok(more) = tokio::time::timeout(UPLOAD_END, next(messages)).await
+        && more.is_ok_and(|message| message.is_some())
+    {
+        upload.discard().await.map_err(artifact_error)?;
+        return Err(artifact_error(ArtifactError::TooLong(header.size)));
+    }
+
+    let checked = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&checked);
+    let finish = upload.finish(header.content, move |bytes| counter.store(bytes, Ordering::Relaxed));
+    tokio::pin!(finish);
+    let mut ticks = tokio::time::interval(CHECK_PROGRESS);
+    let blob = loop {
+        // A tick only reports; the check goes on where it was.
+        tokio::select! {
+            blob = &mut finish => break blob.map_err(artifact_error)?,
+            _ = ticks.tick() => {
+                let bytes = checked.load(Ordering::Relaxed);
+                answer(answers, v1::upload_artifact_response::Part::CheckedBytes(bytes)).await;
+            }
+        }
+    };
+    let row = ArtifactRow {
+        id: header.id,
+        kind: header.kind,
+        purpose: header.purpose,
+        sha256: blob.sha256.to_string(),
+        size: blob.size,
+        chunk_size: blob.chunk_size,
+        chunk_sha256: blob.chunk_sha256,
+        unpacked_bytes: blob.unpacked_bytes,
+        entries: blob.entries,
+        compression: blob.compression.as_str().to_owned(),
+        push_time: context.clock.now(),
+        creator: caller.name.clone(),
+        default_for: Vec::new(),
+    };
+    if let Some(unused) = context.store.put_artifact(&row).await? {
+        remove(context, &unused).await?;
+    }
+    let stored = context.store.artifact(&row.id).await?.unwrap_or(row);
+    Ok(convert::artifact(&stored))
+}
+
+async fn send_blob(
+    reader: BlobReader,
+    mut offset: u64,
+    answers: mpsc::Sender<Result<v1::DownloadArtifactResponse, Status>>,
+    stop: tokio_util::sync::CancellationToken,
+) {
+    while offset < reader.size() {
+        let message = match reader.read_chunk(offset, MESSAGE_SIZE).await {
+            Ok(data) if data.is_empty() => Err(Status::from(ApiError::Internal("stored bytes are missing".to_owned()))),
+            Ok(data) => Ok(data),
+            Err(error) => Err(Status::from(artifact_error(error))),
+        };
+        let failed = message.is_err();
+        let length = message.as_ref().map_or(0, Bytes::len);
+        let message = message.map(|data| v1::DownloadArtifactResponse {
+            part: Some(v1::download_artifact_response::Part::Chunk(v1::Chunk { offset, data })),
+        });
+        // Dropping the send on cancellation loses one message of a download that ends anyway and is resumed by offset.
+        tokio::select! {
+            () = stop.cancelled() => {
+                let _ = answers.try_send(Err(Status::unavailable("the controller is stopping; resume at the offset reached")));
+                return;
+            }
+            sent = tokio::time::timeout(DOWNLOAD_IDLE, answers.send(message)) => {
+                if !matches!(sent, Ok(Ok(()))) || failed {
+                    return;
+                }
+            }
+        }
+        offset += u64::try_from(length).unwrap_or(u64::MAX);
+    }
+}
+
+#[tonic::async_trait]
+impl ArtifactService for ArtifactsApi {
+    type UploadArtifactStream = Answers<v1::UploadArtifactResponse>;
+
+    async fn upload_artifact(
+        &self,
+        request: Request<Streaming<v1::UploadArtifactRequest>>,
+    ) -> Result<Response<Self::UploadArtifactStream>, Status> {
+        let caller = caller(&request)?;
+        let mut messages = request.into_inner();
+        let (sender, receiver) = mpsc::channel(4);
+        let context = self.context.clone();
+        let stop = context.stop.clone();
+        self.context.tasks.spawn(async move {
+            let mut target = String::new();
+            // Dropped at any point, the bytes that came are kept for another try, and nothing else was changed.
+            let result = tokio::select! {
+                () = stop.cancelled() => Err(ApiError::Aborted {
+                    reason: "STOPPING",
+                    message: "the controller is stopping; push again to go on".to_owned(),
+                }),
+                result = upload(&context, &caller, &mut target, &mut messages, &sender) => result,
+            };
+            context.audit(&caller, "UploadArtifact", &target, &result).await;
+            let last = result.map_err(Status::from).map(|artifact| v1::UploadArtifactResponse {
+                part: Some(v1::upload_artifact_response::Part::Artifact(artifact)),
+            });
+            let _ = sender.send(last).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn get_artifact(&self, request: Request<v1::GetArtifactRequest>) -> Result<Response<v1::Artifact>, Status> {
+        Ok(Response::new(convert::artifact(&self.find(&request.get_ref().name).await?)))
+    }
+
+    async fn list_artifacts(
+        &self,
+        request: Request<v1::ListArtifactsRequest>,
+    ) -> Result<Response<v1::ListArtifactsResponse>, Status> {
+        Ok(Response::new(self.list(request.into_inner()).await?))
+    }
+
+    async fn delete_artifact(
+        &self,
+        request: Request<v1::DeleteArtifactRequest>,
+    ) -> Result<Response<v1::DeleteArtifactResponse>, Status> {
+        let caller = caller(&request)?;
+        let name = request.into_inner().name;
+        let result = self.delete(&name).await;
+        self.context.audit(&caller, "DeleteArtifact", &name, &result).await;
+        Ok(Response::new(result?))
+    }
+
+    async fn set_default_artifact(
+        &self,
+        request: Request<v1::SetDefaultArtifactRequest>,
+    ) -> Result<Response<v1::Artifact>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let result = self.set_default(&request).await;
+        self.context.audit(&caller, "SetDefaultArtifact", &request.name, &result).await;
+        Ok(Response::new(result?))
+    }
+
+    type DownloadArtifactStream = Answers<v1::DownloadArtifactResponse>;
+
+    async fn download_artifact(
+        &self,
+        request: Request<v1::DownloadArtifactRequest>,
+    ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
+        let request = request.into_inner();
+        let row = self.find(&request.name).await?;
+        if request.offset > row.size {
+            let message = format!("{} lies past the end of {} bytes", request.offset, row.size);
+            return Err(ApiError::invalid("offset", message).into());
+        }
+        let digest = Digest::parse(&row.sha256).map_err(artifact_error)?;
+        let reader = self.context.artifacts.reader(digest).await.map_err(artifact_error)?;
+        let (sender, receiver) = mpsc::channel(DOWNLOAD_QUEUE);
+        let header = v1::DownloadHeader {
+            size_bytes: row.size,
+            sha256: row.sha256,
+            chunk_size: if row.chunk_size == 0 { CHUNK_SIZE } else { row.chunk_size },
+            chunk_sha256: row.chunk_sha256.into(),
+        };
+        let first = v1::DownloadArtifactResponse { part: Some(v1::download_artifact_response::Part::Header(header)) };
+        // The channel is empty, so this cannot fail.
+        let _ = sender.try_send(Ok(first));
+        self.context.tasks.spawn(send_blob(reader, request.offset, sender, self.context.stop.clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,86 @@
+//! Between the API's messages and our own types. Reading checks; writing cannot fail.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use chrono::{DateTime, TimeZone as _, Utc};
+
+use super::status::ApiError;
+
+mod agent;
+mod artifact;
+mod node;
+mod operation;
+
+pub(super) use agent::{assign, progress, report};
+pub(super) use artifact::{artifact, kind};
+pub(super) use node::{board, boot_id, join_token, mode, node, node_state, system};
+pub(super) use operation::{action, event, execution, execution_state, operation, operation_state, target};
+
+/// Longest free text, in bytes.
+const TEXT_MAX: usize = 1024;
+/// Longest label key or value, in bytes, as in Kubernetes.
+const LABEL_MAX: usize = 63;
+/// Most labels of a node.
+const LABELS_MAX: usize = 64;
+
+/// Notes a wrong field: its path, and what is wrong with it.
+pub(super) type Bad<'a> = &'a mut dyn FnMut(&str, String);
+
+/// Free text: bounded and without control characters, as it is shown on terminals.
+pub(super) fn text<'a>(field: &str, text: &'a str) -> Result<&'a str, ApiError> {
+    if text.len() > TEXT_MAX {
+        return Err(ApiError::invalid(field, format!("must be at most {TEXT_MAX} bytes")));
+    }
+    if text.chars().any(char::is_control) {
+        return Err(ApiError::invalid(field, "must not contain control characters"));
+    }
+    Ok(text)
+}
+
+pub(super) fn labels(field: &str, labels: HashMap<String, String>) -> Result<BTreeMap<String, String>, ApiError> {
+    if labels.len() > LABELS_MAX {
+        return Err(ApiError::invalid(field, format!("must be at most {LABELS_MAX} labels")));
+    }
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
+    for (key, value) in &labels {
+        if key.is_empty()
+            || key.len() > LABEL_MAX
+            || value.len() > LABEL_MAX
+            || !key.chars().chain(value.chars()).all(allowed)
+        {
+            return Err(ApiError::invalid(
+                field,
+                format!(
+                    "keys and values are at most {LABEL_MAX} letters, digits, dots, underscores, hyphens and slashes, and a key is not empty"
+                ),
+            ));
+        }
+    }
+    Ok(labels.into_iter().collect())
+}
+
+pub(super) fn timestamp(time: DateTime<Utc>) -> prost_types::Timestamp {
+    prost_types::Timestamp {
+        seconds: time.timestamp(),
+        nanos: i32::try_from(time.timestamp_subsec_nanos()).unwrap_or_default(),
+    }
+}
+
+pub(super) fn duration(duration: Duration) -> Option<prost_types::Duration> {
+    prost_types::Duration::try_from(duration).ok()
+}
+
+/// An optional time, to the microsecond, as the store keeps it.
+pub(super) fn time(time: Option<prost_types::Timestamp>, field: &str, bad: Bad<'_>) -> Option<DateTime<Utc>> {
+    let time = time?;
+    let read = u32::try_from(time.nanos)
+        .ok()
+        .and_then(|nanos| Utc.timestamp_opt(time.seconds, nanos / 1000 * 1000).single())
+        // Years that RFC 3339 can write.
+        .filter(|time| (-62_135_596_800..=253_402_300_799).contains(&time.timestamp()));
+    if read.is_none() {
+        bad(field, "is no valid time".to_owned());
+    }
+    read
+}

@@ -1,0 +1,153 @@
+//! Nodes, what they are, and their tokens.
+
+use marco_proto::names::{ExecutionId, JoinTokenId};
+use marco_proto::v1;
+
+use super::{text, timestamp};
+use crate::api::status::ApiError;
+use crate::operation::{NodeMode, NodeState};
+use crate::store::{Board, CardLayout, NodeRow, System, TokenRow};
+
+pub(in crate::api) fn node_state(state: i32) -> Option<NodeState> {
+    Some(match v1::node::State::try_from(state).ok()? {
+        v1::node::State::Unspecified => return None,
+        v1::node::State::Approved => NodeState::Approved,
+        v1::node::State::AwaitingApproval => NodeState::AwaitingApproval,
+        v1::node::State::Quarantined => NodeState::Quarantined,
+    })
+}
+
+pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
+    v1::Node {
+        name: row.id.name(),
+        display_name: row.display_name.clone(),
+        labels: row.labels.clone().into_iter().collect(),
+        state: match row.state {
+            NodeState::Approved => v1::node::State::Approved,
+            NodeState::AwaitingApproval => v1::node::State::AwaitingApproval,
+            NodeState::Quarantined => v1::node::State::Quarantined,
+        }
+        .into(),
+        state_reason: row.state_reason.clone(),
+        connected: row.connected,
+        mode: match row.mode {
+            None => v1::NodeMode::Unspecified,
+            Some(NodeMode::Running) => v1::NodeMode::Running,
+            Some(NodeMode::Installer) => v1::NodeMode::Installer,
+        }
+        .into(),
+        board: Some(v1::Board {
+            model: row.board.model.clone(),
+            revision: row.board.revision.clone(),
+            serial: row.board.serial.clone(),
+            mac_addresses: row.board.mac_addresses.clone(),
+            memory_bytes: row.board.memory_bytes,
+            family: row.board.family.clone(),
+        }),
+        system: Some(v1::System {
+            kernel_arch: row.system.kernel_arch.clone(),
+            userspace_arch: row.system.userspace_arch.clone(),
+            page_size: row.system.page_size,
+            kernel_release: row.system.kernel_release.clone(),
+            os: row.system.os.clone(),
+            layout: match row.system.layout {
+                CardLayout::Unknown => v1::CardLayout::Unspecified,
+                CardLayout::Single => v1::CardLayout::Single,
+                CardLayout::Resident => v1::CardLayout::Resident,
+            }
+            .into(),
+            image_sha256: row.system.image_sha256.clone(),
+            boot_sha256: row.system.boot_sha256.clone(),
+        }),
+        boot_id: row.boot_id.clone(),
+        agent_version: row.agent_version.clone(),
+        create_time: Some(timestamp(row.create_time)),
+        last_seen_time: row.last_seen.map(timestamp),
+        active_execution: row.active_execution.as_ref().map(ExecutionId::name).unwrap_or_default(),
+    }
+}
+
+pub(in crate::api) fn board(board: v1::Board) -> Result<Board, ApiError> {
+    for (field, value) in [
+        ("board.model", &board.model),
+        ("board.revision", &board.revision),
+        ("board.serial", &board.serial),
+        ("board.family", &board.family),
+    ] {
+        text(field, value)?;
+    }
+    if !board.serial.bytes().all(|b| b.is_ascii_alphanumeric()) || board.serial.len() > 64 {
+        return Err(ApiError::invalid("board.serial", "must be at most 64 letters and digits"));
+    }
+    if board.mac_addresses.len() > 32 {
+        return Err(ApiError::invalid("board.mac_addresses", "must be at most 32"));
+    }
+    for address in &board.mac_addresses {
+        text("board.mac_addresses", address)?;
+    }
+    Ok(Board {
+        model: board.model,
+        revision: board.revision,
+        serial: board.serial,
+        mac_addresses: board.mac_addresses,
+        memory_bytes: board.memory_bytes,
+        family: board.family,
+    })
+}
+
+pub(in crate::api) fn system(system: v1::System) -> Result<System, ApiError> {
+    for (field, value) in [
+        ("system.kernel_arch", &system.kernel_arch),
+        ("system.userspace_arch", &system.userspace_arch),
+        ("system.kernel_release", &system.kernel_release),
+        ("system.os", &system.os),
+        ("system.image_sha256", &system.image_sha256),
+        ("system.boot_sha256", &system.boot_sha256),
+    ] {
+        text(field, value)?;
+    }
+    Ok(System {
+        layout: match system.layout() {
+            v1::CardLayout::Unspecified => CardLayout::Unknown,
+            v1::CardLayout::Single => CardLayout::Single,
+            v1::CardLayout::Resident => CardLayout::Resident,
+        },
+        kernel_arch: system.kernel_arch,
+        userspace_arch: system.userspace_arch,
+        page_size: system.page_size,
+        kernel_release: system.kernel_release,
+        os: system.os,
+        image_sha256: system.image_sha256,
+        boot_sha256: system.boot_sha256,
+    })
+}
+
+pub(in crate::api) fn mode(mode: i32) -> Result<NodeMode, ApiError> {
+    match v1::NodeMode::try_from(mode) {
+        Ok(v1::NodeMode::Running) => Ok(NodeMode::Running),
+        Ok(v1::NodeMode::Installer) => Ok(NodeMode::Installer),
+        Ok(v1::NodeMode::Unspecified) | Err(_) => Err(ApiError::invalid("hello.mode", "must be RUNNING or INSTALLER")),
+    }
+}
+
+pub(in crate::api) fn boot_id(boot_id: &str) -> Result<String, ApiError> {
+    if boot_id.is_empty() || boot_id.len() > 64 || !boot_id.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-') {
+        return Err(ApiError::invalid("boot_id", "must be what /proc/sys/kernel/random/boot_id says"));
+    }
+    Ok(boot_id.to_owned())
+}
+
+pub(in crate::api) fn join_token(row: &TokenRow) -> v1::JoinToken {
+    v1::JoinToken {
+        name: JoinTokenId::name(&row.id),
+        token: String::new(),
+        max_uses: row.max_uses,
+        uses: row.uses,
+        expire_time: Some(timestamp(row.expire_time)),
+        create_time: Some(timestamp(row.create_time)),
+        creator: row.creator.clone(),
+        require_approval: row.require_approval,
+        labels: row.labels.clone().into_iter().collect(),
+        revoked: row.revoked,
+    }
+}

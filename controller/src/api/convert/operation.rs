@@ -1,0 +1,285 @@
+//! Operations, executions and events.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use marco_proto::names::{ArtifactId, NodeId};
+use marco_proto::v1;
+
+use super::{Bad, duration, labels, text, timestamp};
+use crate::api::status::ApiError;
+use crate::operation::{
+    Action, DEFAULT_NOTICE, ExecutionState, FrozenArtifact, Notice, OperationState, Target, Update, WaitReason,
+};
+use crate::store::{EventRow, ExecutionRow, OperationRow};
+
+/// The longest notice: what should happen later than that has a `schedule_time`.
+const MAX_NOTICE: Duration = Duration::from_secs(24 * 3600);
+/// Most nodes named in one operation.
+const TARGETS_MAX: usize = 10_000;
+
+fn notice(delay: Option<prost_types::Duration>, message: String, action: &str, bad: Bad<'_>) -> Notice {
+    let delay = match delay {
+        None => DEFAULT_NOTICE,
+        Some(delay) => match Duration::try_from(delay) {
+            Ok(delay) if delay <= MAX_NOTICE => delay,
+            _ => {
+                bad(&format!("operation.{action}.notice"), "must be between 0 and 24 hours".to_owned());
+                DEFAULT_NOTICE
+            }
+        },
+    };
+    let field = format!("operation.{action}.message");
+    if let Err(ApiError::Invalid(violations)) = text(&field, &message) {
+        for violation in violations {
+            bad(&violation.field, violation.description);
+        }
+    }
+    Notice { delay, message }
+}
+
+fn named(name: &str, field: &str, bad: Bad<'_>) -> Option<FrozenArtifact> {
+    if name.is_empty() {
+        return None;
+    }
+    match ArtifactId::parse(name) {
+        Ok(id) => Some(FrozenArtifact { id: id.as_str().to_owned(), sha256: String::new() }),
+        Err(error) => {
+            bad(&format!("operation.update.{field}"), error.to_string());
+            None
+        }
+    }
+}
+
+/// An action, with the artifacts by name, not yet frozen.
+pub(in crate::api) fn action(action: v1::operation::Action, bad: Bad<'_>) -> Option<Action> {
+    Some(match action {
+        v1::operation::Action::Reboot(reboot) => Action::Reboot(notice(reboot.notice, reboot.message, "reboot", bad)),
+        v1::operation::Action::PowerOff(off) => Action::PowerOff(notice(off.notice, off.message, "power_off", bad)),
+        v1::operation::Action::Update(update) => Action::Update(Update {
+            image: named(&update.image, "image", bad),
+            bootcode: named(&update.bootcode, "bootcode", bad),
+            bootcodes: BTreeMap::new(),
+            notice: notice(update.notice, update.message, "update", bad),
+            discard_home: update.preserve.is_some_and(|preserve| preserve.discard_home),
+        }),
+    })
+}
+
+pub(in crate::api) fn target(target: v1::operation::Target, bad: Bad<'_>) -> Option<Target> {
+    match target {
+        v1::operation::Target::Nodes(list) => {
+            if list.nodes.is_empty() {
+                bad("operation.nodes.nodes", "is empty; name at least one node".to_owned());
+            }
+            if list.nodes.len() > TARGETS_MAX {
+                bad("operation.nodes.nodes", format!("names more than {TARGETS_MAX} nodes; use labels"));
+                return None;
+            }
+            let mut ids = Vec::with_capacity(list.nodes.len());
+            for (index, name) in list.nodes.iter().enumerate() {
+                match NodeId::parse(name) {
+                    Ok(id) => ids.push(id.as_str().to_owned()),
+                    Err(error) => bad(&format!("operation.nodes.nodes[{index}]"), error.to_string()),
+                }
+            }
+            Some(Target::Nodes(ids))
+        }
+        v1::operation::Target::Labels(selector) => {
+            if selector.match_labels.is_empty() {
+                let message = "is empty; name at least one label, or use `all` to mean every node";
+                bad("operation.labels.match_labels", message.to_owned());
+            }
+            match labels("operation.labels.match_labels", selector.match_labels) {
+                Ok(labels) => Some(Target::Labels(labels)),
+                Err(error) => {
+                    if let ApiError::Invalid(violations) = error {
+                        for violation in violations {
+                            bad(&violation.field, violation.description);
+                        }
+                    }
+                    None
+                }
+            }
+        }
+        v1::operation::Target::All(v1::AllNodes {}) => Some(Target::All),
+    }
+}
+
+fn artifact_name(frozen: Option<&FrozenArtifact>) -> String {
+    frozen.map(|frozen| format!("artifacts/{}", frozen.id)).unwrap_or_default()
+}
+
+fn digest(frozen: Option<&FrozenArtifact>) -> String {
+    frozen.map(|frozen| frozen.sha256.clone()).unwrap_or_default()
+}
+
+pub(super) fn update(update: &Update, bootcode: Option<&FrozenArtifact>) -> v1::Update {
+    v1::Update {
+        image: artifact_name(update.image.as_ref()),
+        bootcode: artifact_name(bootcode),
+        notice: duration(update.notice.delay),
+        message: update.notice.message.clone(),
+        preserve: Some(v1::Preserve { discard_home: update.discard_home }),
+        image_sha256: digest(update.image.as_ref()),
+        bootcode_sha256: digest(bootcode),
+    }
+}
+
+pub(super) fn reboot(notice: &Notice) -> v1::Reboot {
+    v1::Reboot { notice: duration(notice.delay), message: notice.message.clone() }
+}
+
+pub(super) fn power_off(notice: &Notice) -> v1::PowerOff {
+    v1::PowerOff { notice: duration(notice.delay), message: notice.message.clone() }
+}
+
+fn count(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
+    v1::Operation {
+        name: row.id.name(),
+        action: Some(match &row.action {
+            Action::Reboot(notice) => v1::operation::Action::Reboot(reboot(notice)),
+            Action::PowerOff(notice) => v1::operation::Action::PowerOff(power_off(notice)),
+            Action::Update(asked) => {
+                // Defaults may differ between the boards of one operation; only one for all is shown.
+                let mut defaults = asked.bootcodes.values();
+                let only = defaults.next().filter(|_| defaults.next().is_none());
+                v1::operation::Action::Update(update(asked, asked.bootcode.as_ref().or(only)))
+            }
+        }),
+        target: Some(match &row.target {
+            Target::Nodes(ids) => v1::operation::Target::Nodes(v1::NodeList {
+                nodes: ids.iter().map(|id| format!("nodes/{id}")).collect(),
+            }),
+            Target::Labels(labels) => {
+                v1::operation::Target::Labels(v1::LabelSelector { match_labels: labels.clone().into_iter().collect() })
+            }
+            Target::All => v1::operation::Target::All(v1::AllNodes {}),
+        }),
+        schedule_time: Some(timestamp(row.schedule_time)),
+        expire_time: Some(timestamp(row.expire_time)),
+        state: match row.state {
+            OperationState::Scheduled => v1::operation::State::Scheduled,
+            OperationState::Running => v1::operation::State::Running,
+            OperationState::Paused => v1::operation::State::Paused,
+            OperationState::Cancelling => v1::operation::State::Cancelling,
+            OperationState::Succeeded => v1::operation::State::Succeeded,
+            OperationState::Failed => v1::operation::State::Failed,
+            OperationState::Cancelled => v1::operation::State::Cancelled,
+        }
+        .into(),
+        create_time: Some(timestamp(row.create_time)),
+        schedule: String::new(),
+        fire_time: None,
+        retry_of: row.retry_of.as_ref().map(|id| id.name()).unwrap_or_default(),
+        creator: row.creator.clone(),
+        finish_time: row.finish_time.map(timestamp),
+        counts: Some(v1::ExecutionCounts {
+            total: count(row.counts.total),
+            pending: count(row.counts.pending),
+            active: count(row.counts.active),
+            succeeded: count(row.counts.succeeded),
+            failed: count(row.counts.failed),
+            rolled_back: count(row.counts.rolled_back),
+            cancelled: count(row.counts.cancelled),
+            expired: count(row.counts.expired),
+            overdue: count(row.counts.overdue),
+        }),
+        state_reason: row.state_reason.clone(),
+    }
+}
+
+pub(super) fn state_to_proto(state: ExecutionState) -> v1::execution::State {
+    match state {
+        ExecutionState::Pending => v1::execution::State::Pending,
+        ExecutionState::Assigned => v1::execution::State::Assigned,
+        ExecutionState::Running => v1::execution::State::Running,
+        ExecutionState::Rebooting => v1::execution::State::Rebooting,
+        ExecutionState::Verifying => v1::execution::State::Verifying,
+        ExecutionState::Succeeded => v1::execution::State::Succeeded,
+        ExecutionState::Failed => v1::execution::State::Failed,
+        ExecutionState::RolledBack => v1::execution::State::RolledBack,
+        ExecutionState::Cancelled => v1::execution::State::Cancelled,
+        ExecutionState::Expired => v1::execution::State::Expired,
+    }
+}
+
+pub(in crate::api) fn execution_state(state: i32) -> Option<ExecutionState> {
+    Some(match v1::execution::State::try_from(state).ok()? {
+        v1::execution::State::Unspecified => return None,
+        v1::execution::State::Pending => ExecutionState::Pending,
+        v1::execution::State::Assigned => ExecutionState::Assigned,
+        v1::execution::State::Running => ExecutionState::Running,
+        v1::execution::State::Rebooting => ExecutionState::Rebooting,
+        v1::execution::State::Verifying => ExecutionState::Verifying,
+        v1::execution::State::Succeeded => ExecutionState::Succeeded,
+        v1::execution::State::Failed => ExecutionState::Failed,
+        v1::execution::State::RolledBack => ExecutionState::RolledBack,
+        v1::execution::State::Cancelled => ExecutionState::Cancelled,
+        v1::execution::State::Expired => ExecutionState::Expired,
+    })
+}
+
+pub(in crate::api) fn operation_state(state: i32) -> Option<OperationState> {
+    Some(match v1::operation::State::try_from(state).ok()? {
+        v1::operation::State::Unspecified => return None,
+        v1::operation::State::Scheduled => OperationState::Scheduled,
+        v1::operation::State::Running => OperationState::Running,
+        v1::operation::State::Paused => OperationState::Paused,
+        v1::operation::State::Cancelling => OperationState::Cancelling,
+        v1::operation::State::Succeeded => OperationState::Succeeded,
+        v1::operation::State::Failed => OperationState::Failed,
+        v1::operation::State::Cancelled => OperationState::Cancelled,
+    })
+}
+
+pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
+    let wait = match row.wait_reason {
+        None => v1::execution::WaitReason::Unspecified,
+        Some(WaitReason::NotDue) => v1::execution::WaitReason::NotDue,
+        Some(WaitReason::NodeOffline) => v1::execution::WaitReason::NodeOffline,
+        Some(WaitReason::AwaitingApproval) => v1::execution::WaitReason::AwaitingApproval,
+        Some(WaitReason::Paused) => v1::execution::WaitReason::Paused,
+        Some(WaitReason::NodeBusy) => v1::execution::WaitReason::NodeBusy,
+        Some(WaitReason::NodeInstalling) => v1::execution::WaitReason::NodeInstalling,
+        Some(WaitReason::NodeQuarantined) => v1::execution::WaitReason::NodeQuarantined,
+        Some(WaitReason::Due) => v1::execution::WaitReason::Due,
+    };
+    v1::Execution {
+        name: row.id.name(),
+        node: row.id.node.name(),
+        state: state_to_proto(row.state).into(),
+        wait_reason: wait.into(),
+        phase: row.phase.clone(),
+        bytes_done: row.bytes_done,
+        bytes_total: row.bytes_total,
+        error: row
+            .error
+            .as_ref()
+            .map(|error| v1::ExecutionError { reason: error.reason.clone(), message: error.message.clone() }),
+        attempt: row.attempt,
+        overdue: row.overdue,
+        deadline: row.deadline.map(timestamp),
+        cancel_requested: row.cancel_requested,
+        update_time: Some(timestamp(row.update_time)),
+        assign_time: row.assign_time.map(timestamp),
+        finish_time: row.finish_time.map(timestamp),
+        boot_id: row.boot_id.clone(),
+    }
+}
+
+pub(in crate::api) fn event(row: &EventRow) -> v1::Event {
+    v1::Event {
+        number: row.number,
+        time: Some(timestamp(row.time)),
+        node: row.node.as_ref().map(NodeId::name).unwrap_or_default(),
+        actor: row.actor.clone(),
+        from: row.from.clone(),
+        to: row.to.clone(),
+        reason: row.reason.clone(),
+    }
+}

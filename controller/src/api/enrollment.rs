@@ -1,0 +1,195 @@
+//! `EnrollmentService`: on a listener of its own, for callers without a certificate.
+
+use std::net::{IpAddr, SocketAddr};
+
+use marco_proto::names::NodeId;
+use marco_proto::v1;
+use marco_proto::v1::enrollment_service_server::EnrollmentService;
+use tonic::{Request, Response, Status};
+
+use super::Context;
+use super::convert;
+use super::status::ApiError;
+use crate::identity::ca::{Ca, RequestError};
+use crate::identity::tls::PeerInfo;
+use crate::identity::tokens::JoinToken;
+use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment};
+
+/// Longest signing request or certificate, in bytes: one with a P-256 key has well under 1 KiB.
+const PEM_MAX: usize = 16 * 1024;
+
+/// The service.
+pub(super) struct Enrollments {
+    context: Context,
+}
+
+impl Enrollments {
+    pub(super) fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn enroll(&self, request: v1::EnrollRequest) -> Result<v1::EnrollResponse, ApiError> {
+        pem("certificate_request", &request.certificate_request)?;
+        let wanted_id = match request.node_id.as_str() {
+            "" => None,
+            id => Some(NodeId::parse(id).map_err(|error| ApiError::invalid("node_id", error.to_string()))?),
+        };
+        let board = convert::board(request.board.unwrap_or_default())?;
+        if wanted_id.is_none() && board.serial.is_empty() {
+            return Err(ApiError::invalid("node_id", "is needed, as the board has no serial number to make one from"));
+        }
+        let token = JoinToken::parse(&request.token).map_err(|_| refused())?;
+        let key_sha256 = Ca::key_of_request(&request.certificate_request).map_err(request_error)?;
+        let now = self.context.clock.now();
+        let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board };
+        let ca = &self.context.ca;
+        let mut issued = None;
+        // The certificate is issued inside the transaction that takes the token, for the id that the node gets there.
+        let outcome = self
+            .context
+            .store
+            .enrol(&enrolment, now, |node, generation| {
+                let certificate = ca.issue_node(&request.certificate_request, node, now).ok()?;
+                let row = CertificateRow {
+                    serial: certificate.serial.clone(),
+                    node: Some(node.clone()),
+                    subject: node.as_str().to_owned(),
+                    role: "node".to_owned(),
+                    key_sha256: certificate.key_sha256.clone(),
+                    not_before: certificate.not_before,
+                    not_after: certificate.not_after,
+                    generation,
+                };
+                issued = Some(certificate);
+                Some(row)
+            })
+            .await?;
+        match (outcome, issued) {
+            (EnrolOutcome::Admitted { node, held, .. }, Some(certificate)) => Ok(v1::EnrollResponse {
+                node: node.name(),
+                certificate: certificate.pem,
+                ca_certificate: ca.certificate_pem().to_owned(),
+                held,
+            }),
+            (EnrolOutcome::Admitted { .. } | EnrolOutcome::NotIssued, _) => {
+                Err(ApiError::Internal("no certificate was issued".to_owned()))
+            }
+            (EnrolOutcome::Refused, _) => Err(refused()),
+        }
+    }
+
+    async fn renew(
+        &self,
+        request: v1::RenewCertificateRequest,
+    ) -> Result<(NodeId, v1::RenewCertificateResponse), ApiError> {
+        pem("certificate", &request.certificate)?;
+        pem("certificate_request", &request.certificate_request)?;
+        let now = self.context.clock.now();
+        let ca = &self.context.ca;
+        let proof = ca
+            .verify_renewal(&request.certificate, &request.certificate_request, &request.signature, now)
+            .map_err(request_error)?;
+        let known = self.context.store.certificate(&proof.serial).await?;
+        let Some(old) = known.filter(|known| !known.revoked() && known.certificate.node.as_ref() == Some(&proof.node))
+        else {
+            return Err(ApiError::Unauthenticated {
+                reason: "CERTIFICATE_REVOKED",
+                message: "this certificate was revoked or its node deleted; the node must enrol again with a token"
+                    .to_owned(),
+            });
+        };
+        let issued = ca.issue_node(&request.certificate_request, &proof.node, now).map_err(request_error)?;
+        self.context
+            .store
+            .insert_certificate(&CertificateRow {
+                serial: issued.serial,
+                node: Some(proof.node.clone()),
+                subject: proof.node.as_str().to_owned(),
+                role: "node".to_owned(),
+                key_sha256: issued.key_sha256,
+                not_before: issued.not_before,
+                not_after: issued.not_after,
+                generation: old.certificate.generation,
+            })
+            .await?;
+        let response =
+            v1::RenewCertificateResponse { certificate: issued.pem, ca_certificate: ca.certificate_pem().to_owned() };
+        Ok((proof.node, response))
+    }
+
+    async fn record<T>(&self, method: &str, actor: &str, from: Option<SocketAddr>, result: &Result<T, ApiError>) {
+        let row = AuditRow {
+            time: self.context.clock.now(),
+            actor: actor.to_owned(),
+            from: from.map(|from| from.to_string()).unwrap_or_default(),
+            method: method.to_owned(),
+            target: actor.to_owned(),
+            result: result.as_ref().map_or_else(ToString::to_string, |_| "OK".to_owned()),
+        };
+        tracing::info!(actor = row.actor, from = row.from, method, result = row.result, "call");
+        if let Err(error) = self.context.store.record_audit(&row).await {
+            tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
+        }
+    }
+}
+
+/// One answer for a wrong, an expired, a used and a revoked token, so that nothing can be learnt from it.
+fn refused() -> ApiError {
+    ApiError::Forbidden {
+        reason: "TOKEN_REFUSED",
+        message: "the join token is not valid: it is wrong, expired, used up or revoked; make one with `marcoctl tokens create`"
+            .to_owned(),
+    }
+}
+
+fn request_error(error: RequestError) -> ApiError {
+    let message = error.to_string();
+    match error {
+        RequestError::Request(_) => ApiError::invalid("certificate_request", message),
+        RequestError::Certificate(_) | RequestError::Signature => {
+            ApiError::Unauthenticated { reason: "CERTIFICATE_REFUSED", message }
+        }
+        RequestError::Pki(_) => {
+            tracing::error!(error = &*crate::chain(&error), "a certificate could not be issued");
+            ApiError::Internal("the certificate could not be issued".to_owned())
+        }
+    }
+}
+
+fn pem(field: &str, text: &str) -> Result<(), ApiError> {
+    if text.is_empty() || text.len() > PEM_MAX {
+        return Err(ApiError::invalid(field, format!("must be PEM of at most {PEM_MAX} bytes")));
+    }
+    Ok(())
+}
+
+fn from<T>(request: &Request<T>) -> Option<SocketAddr> {
+    let address = request.extensions().get::<PeerInfo>()?.addr;
+    // A v4 address on a v6 socket is shown as people write it.
+    match address.ip() {
+        IpAddr::V6(ip) => Some(SocketAddr::new(ip.to_canonical(), address.port())),
+        IpAddr::V4(_) => Some(address),
+    }
+}
+
+#[tonic::async_trait]
+impl EnrollmentService for Enrollments {
+    async fn enroll(&self, request: Request<v1::EnrollRequest>) -> Result<Response<v1::EnrollResponse>, Status> {
+        let from = from(&request);
+        let result = self.enroll(request.into_inner()).await;
+        let actor = result.as_ref().map(|response| response.node.clone()).unwrap_or_default();
+        self.record("Enroll", &actor, from, &result).await;
+        Ok(Response::new(result?))
+    }
+
+    async fn renew_certificate(
+        &self,
+        request: Request<v1::RenewCertificateRequest>,
+    ) -> Result<Response<v1::RenewCertificateResponse>, Status> {
+        let from = from(&request);
+        let result = self.renew(request.into_inner()).await;
+        let actor = result.as_ref().map(|(node, _)| node.name()).unwrap_or_default();
+        self.record("RenewCertificate", &actor, from, &result).await;
+        Ok(Response::new(result?.1))
+    }
+}

@@ -1,0 +1,116 @@
+//! Why an execution is where it is, in words.
+
+use marco_proto::v1;
+
+use super::convert;
+use crate::operation::{ExecutionState, WaitReason};
+use crate::store::ExecutionRow;
+
+/// What the row says, as sentences.
+pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
+    let node = row.id.node.name();
+    let operation = row.id.operation.name();
+    let (explanation, suggestions) = match row.state {
+        ExecutionState::Pending => waiting(row.wait_reason, &node, &operation),
+        ExecutionState::Assigned => {
+            (format!("It was sent to {node} (attempt {}), which has not accepted it yet.", row.attempt), vec![])
+        }
+        ExecutionState::Running => {
+            let phase = if row.phase.is_empty() { "at work" } else { row.phase.as_str() };
+            (format!("{node} has accepted it: {phase}.{}", bytes(row)), cancel(row, &operation))
+        }
+        ExecutionState::Rebooting => (
+            format!(
+                "{node} is past the point of no return and is going down, or is down. It is awaited with a new boot id."
+            ),
+            vec![],
+        ),
+        ExecutionState::Verifying => (format!("{node} is back; what it runs is being checked."), vec![]),
+        ExecutionState::Succeeded => ("It is done and was verified.".to_owned(), vec![]),
+        ExecutionState::Failed | ExecutionState::RolledBack | ExecutionState::Cancelled | ExecutionState::Expired => {
+            let why =
+                row.error.as_ref().map(|error| format!(" {}: {}", error.reason, error.message)).unwrap_or_default();
+            (
+                format!("It ended {}.{why}", row.state.as_str()),
+                vec![format!("Try again on the nodes that did not succeed: marcoctl operations retry {operation}")],
+            )
+        }
+    };
+    let mut explanation = explanation;
+    let mut suggestions = suggestions;
+    if row.overdue {
+        explanation.push_str(" Its deadline has passed: the node is late, and is not given up yet.");
+        suggestions.push(format!("Look at the node; to give it up: marcoctl operations abandon {} {node}", operation));
+    }
+    if row.cancel_requested && !row.state.is_final() {
+        explanation.push_str(if row.cancel_refused {
+            " A cancel was asked for and came too late."
+        } else {
+            " A cancel was asked for; the node has not answered yet."
+        });
+    }
+    v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions }
+}
+
+fn bytes(row: &ExecutionRow) -> String {
+    if row.bytes_total == 0 {
+        return String::new();
+    }
+    format!(" {} of {} bytes are done.", row.bytes_done, row.bytes_total)
+}
+
+fn cancel(row: &ExecutionRow, operation: &str) -> Vec<String> {
+    if row.cancel_requested {
+        return vec![];
+    }
+    vec![format!("Stop it while that is still possible: marcoctl operations cancel {operation}")]
+}
+
+fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, Vec<String>) {
+    let cancel = format!("Stop it: marcoctl operations cancel {operation}");
+    match reason {
+        Some(WaitReason::NotDue) => ("It waits for the operation's schedule_time.".to_owned(), vec![cancel]),
+        Some(WaitReason::NodeOffline) => (
+            format!("It waits for {node}, which has no open stream to the controller."),
+            vec![format!("See whether the node has power and network: marcoctl nodes get {node}"), cancel],
+        ),
+        Some(WaitReason::AwaitingApproval) => (
+            format!("It waits until an admin approves {node}."),
+            vec![format!("Approve it: marcoctl nodes approve {node}"), cancel],
+        ),
+        Some(WaitReason::Paused) => (
+            "It waits because the operation is paused.".to_owned(),
+            vec![format!("Let it go on: marcoctl operations resume {operation}"), cancel],
+        ),
+        Some(WaitReason::NodeBusy) => (
+            format!("It waits until {node} has ended another execution."),
+            vec![format!("See which: marcoctl nodes get {node}"), cancel],
+        ),
+        Some(WaitReason::NodeInstalling) => (
+            format!("It waits because {node} is in its installer and takes only an update with an image."),
+            vec![format!("Give it an image: marcoctl operations update {node} --image ID"), cancel],
+        ),
+        Some(WaitReason::NodeQuarantined) => (
+            format!("It waits because {node} is quarantined and gets no work."),
+            vec![format!("Find out why (marcoctl nodes get {node}); then: marcoctl nodes approve {node}"), cancel],
+        ),
+        Some(WaitReason::Due) | None => {
+            ("Nothing stands in the way; it is assigned within a second or so.".to_owned(), vec![])
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::waiting;
+    use crate::operation::WaitReason;
+
+    #[test]
+    fn every_wait_says_what_can_be_done_but_the_one_that_ends_by_itself() {
+        for reason in WaitReason::ALL {
+            let (explanation, suggestions) = waiting(Some(*reason), "nodes/pi-01", "operations/x");
+            assert!(explanation.ends_with('.'));
+            assert_eq!(suggestions.is_empty(), *reason == WaitReason::Due, "{reason:?}");
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! `NodeService`.
+
+use std::collections::BTreeMap;
+
+use chrono::TimeDelta;
+use marco_proto::names::{JoinTokenId, NodeId};
+use marco_proto::v1;
+use marco_proto::v1::node_service_server::NodeService;
+use tonic::{Request, Response, Status};
+
+use super::status::ApiError;
+use super::{Context, caller, convert, page, watch};
+use crate::identity::Caller;
+use crate::identity::roles::Role;
+use crate::identity::tokens::JoinToken;
+use crate::sessions::End;
+use crate::store::{DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, TokenRow};
+
+/// How long a join token works unless it says otherwise: long enough to prepare a card, short enough to forget.
+const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
+/// The longest life of a join token.
+const MAX_TTL: TimeDelta = TimeDelta::days(90);
+/// The most nodes that one token may enrol.
+const MAX_USES: u32 = 10_000;
+
+/// The service.
+pub(super) struct Nodes {
+    context: Context,
+}
+
+impl Nodes {
+    pub(super) fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn find(&self, id: &NodeId) -> Result<NodeRow, ApiError> {
+        self.context.store.node(id).await?.ok_or_else(|| not_found(id))
+    }
+
+    async fn list(&self, request: v1::ListNodesRequest) -> Result<v1::ListNodesResponse, ApiError> {
+        const LIST: &str = "nodes";
+        let size = page::size(request.page_size)?;
+        let after = match page::after(LIST, &request.page_token)? {
+            Some(id) => Some(node_id("page_token", &id)?),
+            None => None,
+        };
+        let query = NodeQuery { after, limit: size + 1, ..query(request.filter)? };
+        let rows = self.context.store.nodes(&query).await?;
+        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
+        Ok(v1::ListNodesResponse { nodes: rows.iter().map(convert::node).collect(), next_page_token })
+    }
+
+    async fn update(&self, request: v1::UpdateNodeRequest) -> Result<NodeRow, ApiError> {
+        let node = request.node.ok_or_else(|| ApiError::invalid("node", "is missing"))?;
+        let id = node_id("node.name", &node.name)?;
+        let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
+        if paths.is_empty() {
+            return Err(ApiError::invalid("update_mask", "must name at least one of labels and display_name"));
+        }
+        let mut labels = None;
+        let mut display_name = None;
+        for path in &paths {
+            match path.as_str() {
+                "labels" => labels = Some(convert::labels("node.labels", node.labels.clone())?),
+                "display_name" => {
+                    display_name = Some(convert::text("node.display_name", &node.display_name)?.to_owned());
+                }
+                other => {
+                    let other: String = other.chars().take(80).collect();
+                    return Err(ApiError::invalid(
+                        "update_mask",
+                        format!("{other:?} cannot be changed; only labels and display_name can"),
+                    ));
+                }
+            }
+        }
+        self.context
+            .store
+            .update_node(&id, labels.as_ref(), display_name.as_deref())
+            .await?
+            .ok_or_else(|| not_found(&id))
+    }
+
+    async fn delete(
+        &self,
+        caller: &Caller,
+        request: &v1::DeleteNodeRequest,
+    ) -> Result<v1::DeleteNodeResponse, ApiError> {
+        let id = node_id("name", &request.name)?;
+        match self.context.store.delete_node(&id, request.force, &caller.name, self.context.clock.now()).await? {
+            DeleteNodeOutcome::Deleted => {
+                self.context.sessions.end(&id, End::Barred);
+                Ok(v1::DeleteNodeResponse {})
+            }
+            DeleteNodeOutcome::Busy(executions) => Err(ApiError::Precondition {
+                reason: "NODE_BUSY",
+                message: format!(
+                    "{} has unfinished work ({}); wait for it, cancel it, or delete with force",
+                    id.name(),
+                    executions.iter().map(|id| id.name()).collect::<Vec<_>>().join(", ")
+                ),
+            }),
+            DeleteNodeOutcome::NotFound => Err(not_found(&id)),
+        }
+    }
+
+    async fn approve(&self, name: &str) -> Result<NodeRow, ApiError> {
+        let id = node_id("name", name)?;
+        self.context.store.approve(&id, self.context.clock.now()).await?.ok_or_else(|| not_found(&id))
+    }
+
+    async fn quarantine(&self, request: &v1::QuarantineNodeRequest) -> Result<NodeRow, ApiError> {
+        let id = node_id("name", &request.name)?;
+        let reason = convert::text("reason", &request.reason)?;
+        let row = self
+            .context
+            .store
+            .quarantine(&id, reason, self.context.clock.now())
+            .await?
+            .ok_or_else(|| not_found(&id))?;
+        self.context.sessions.end(&id, End::Barred);
+        Ok(row)
+    }
+
+    async fn create_token(
+        &self,
+        caller: &Caller,
+        request: v1::CreateJoinTokenRequest,
+    ) -> Result<v1::JoinToken, ApiError> {
+        let now = self.context.clock.now();
+        let max_uses = if request.max_uses == 0 { 1 } else { request.max_uses };
+        if max_uses > MAX_USES {
+            return Err(ApiError::invalid("max_uses", format!("must be at most {MAX_USES}")));
+        }
+        let ttl = match request.ttl {
+            None => DEFAULT_TTL,
+            Some(ttl) => TimeDelta::try_seconds(ttl.seconds)
+                .and_then(|seconds| seconds.checked_add(&TimeDelta::nanoseconds(i64::from(ttl.nanos))))
+                .filter(|ttl| *ttl > TimeDelta::zero() && *ttl <= MAX_TTL)
+                .ok_or_else(|| ApiError::invalid("ttl", "must be more than zero and at most 90 days"))?,
+        };
+        let labels = convert::labels("labels", request.labels)?;
+        let token = JoinToken::mint(self.context.ca.spki_sha256())
+            .map_err(|error| ApiError::Internal(format!("the system gives no random numbers: {error}")))?;
+        let new = NewToken {
+            id: token.id.clone(),
+            secret_sha256: token.secret_sha256(),
+            max_uses,
+            expire_time: now + ttl,
+            require_approval: request.require_approval,
+            labels,
+            creator: caller.name.clone(),
+        };
+        let row = self.context.store.create_token(&new, now).await?;
+        Ok(v1::JoinToken { token: token.reveal(), ..convert::join_token(&row) })
+    }
+
+    async fn list_tokens(&self, request: v1::ListJoinTokensRequest) -> Result<v1::ListJoinTokensResponse, ApiError> {
+        const LIST: &str = "joinTokens";
+        let size = page::size(request.page_size)?;
+        let after = match page::after(LIST, &request.page_token)? {
+            Some(id) => Some(token_id("page_token", &id)?),
+            None => None,
+        };
+        let rows = self.context.store.tokens(after.as_ref(), size + 1).await?;
+        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
+        Ok(v1::ListJoinTokensResponse { join_tokens: rows.iter().map(convert::join_token).collect(), next_page_token })
+    }
+
+    async fn revoke_token(&self, name: &str) -> Result<TokenRow, ApiError> {
+        let id = token_id("name", name)?;
+        self.context.store.revoke_token(&id).await?.ok_or_else(|| ApiError::NotFound {
+            reason: "TOKEN_NOT_FOUND",
+            message: format!("there is no {}; `marcoctl tokens list` shows those that exist", id.name()),
+        })
+    }
+}
+
+fn query(filter: Option<v1::NodeFilter>) -> Result<NodeQuery, ApiError> {
+    let filter = filter.unwrap_or_default();
+    let states = filter
+        .states
+        .iter()
+        .map(|state| {
+            convert::node_state(*state).ok_or_else(|| ApiError::invalid("filter.states", "has an unknown state"))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let labels: BTreeMap<String, String> = match filter.labels {
+        Some(labels) => convert::labels("filter.labels", labels.match_labels)?,
+        None => BTreeMap::new(),
+    };
+    Ok(NodeQuery { after: None, limit: u32::MAX, states, labels, connected: filter.connected })
+}
+
+fn node_id(field: &str, name: &str) -> Result<NodeId, ApiError> {
+    NodeId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
+}
+
+fn token_id(field: &str, name: &str) -> Result<JoinTokenId, ApiError> {
+    JoinTokenId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
+}
+
+fn not_found(id: &NodeId) -> ApiError {
+    ApiError::NotFound {
+        reason: "NODE_NOT_FOUND",
+        message: format!("there is no {}; `marcoctl nodes list` shows those that exist", id.name()),
+    }
+}
+
+#[tonic::async_trait]
+impl NodeService for Nodes {
+    async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Result<Response<v1::Node>, Status> {
+        let caller = caller(&request)?;
+        let id = node_id("name", &request.get_ref().name)?;
+        if caller.role == Role::Node && caller.node.as_ref() != Some(&id) {
+            return Err(
+                ApiError::Forbidden { reason: "NOT_YOURS", message: "a node reads only itself".to_owned() }.into()
+            );
+        }
+        Ok(Response::new(convert::node(&self.find(&id).await?)))
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        Ok(Response::new(self.list(request.into_inner()).await?))
+    }
+
+    async fn update_node(&self, request: Request<v1::UpdateNodeRequest>) -> Result<Response<v1::Node>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let target = request.node.as_ref().map(|node| node.name.clone()).unwrap_or_default();
+        let result = self.update(request).await;
+        self.context.audit(&caller, "UpdateNode", &target, &result).await;
+        Ok(Response::new(convert::node(&result?)))
+    }
+
+    async fn delete_node(
+        &self,
+        request: Request<v1::DeleteNodeRequest>,
+    ) -> Result<Response<v1::DeleteNodeResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let result = self.delete(&caller, &request).await;
+        self.context.audit(&caller, "DeleteNode", &request.name, &result).await;
+        Ok(Response::new(result?))
+    }
+
+    type WatchNodesStream = watch::Stream<v1::WatchNodesResponse>;
+
+    async fn watch_nodes(
+        &self,
+        request: Request<v1::WatchNodesRequest>,
+    ) -> Result<Response<Self::WatchNodesStream>, Status> {
+        let query = query(request.into_inner().filter)?;
+        Ok(Response::new(watch::nodes(self.context.clone(), query)))
+    }
+
+    async fn approve_node(&self, request: Request<v1::ApproveNodeRequest>) -> Result<Response<v1::Node>, Status> {
+        let caller = caller(&request)?;
+        let name = request.into_inner().name;
+        let result = self.approve(&name).await;
+        self.context.audit(&caller, "ApproveNode", &name, &result).await;
+        Ok(Response::new(convert::node(&result?)))
+    }
+
+    async fn quarantine_node(&self, request: Request<v1::QuarantineNodeRequest>) -> Result<Response<v1::Node>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let result = self.quarantine(&request).await;
+        self.context.audit(&caller, "QuarantineNode", &request.name, &result).await;
+        Ok(Response::new(convert::node(&result?)))
+    }
+
+    async fn create_join_token(
+        &self,
+        request: Request<v1::CreateJoinTokenRequest>,
+    ) -> Result<Response<v1::JoinToken>, Status> {
+        let caller = caller(&request)?;
+        let result = self.create_token(&caller, request.into_inner()).await;
+        let target = result.as_ref().map(|token| token.name.clone()).unwrap_or_default();
+        self.context.audit(&caller, "CreateJoinToken", &target, &result).await;
+        Ok(Response::new(result?))
+    }
+
+    async fn list_join_tokens(
+        &self,
+        request: Request<v1::ListJoinTokensRequest>,
+    ) -> Result<Response<v1::ListJoinTokensResponse>, Status> {
+        Ok(Response::new(self.list_tokens(request.into_inner()).await?))
+    }
+
+    async fn revoke_join_token(
+        &self,
+        request: Request<v1::RevokeJoinTokenRequest>,
+    ) -> Result<Response<v1::JoinToken>, Status> {
+        let caller = caller(&request)?;
+        let name = request.into_inner().name;
+        let result = self.revoke_token(&name).await;
+        self.context.audit(&caller, "RevokeJoinToken", &name, &result).await;
+        Ok(Response::new(convert::join_token(&result?)))
+    }
+}

@@ -1,0 +1,366 @@
+//! `OperationService`.
+
+use std::collections::BTreeSet;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{ExecutionId, NodeId, OperationId};
+use marco_proto::v1;
+use marco_proto::v1::operation_service_server::OperationService;
+use tonic::{Request, Response, Status};
+use uuid::Uuid;
+
+use super::status::ApiError;
+use super::{Context, caller, convert, page, watch};
+use crate::identity::Caller;
+use crate::operation::{Action, ExecutionState, OperationState, Target};
+use crate::store::{
+    AbandonOutcome, CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
+};
+
+mod create;
+
+use create::{DEFAULT_LIFETIME, read, request_key};
+
+/// The service.
+pub(super) struct Operations {
+    context: Context,
+}
+
+impl Operations {
+    pub(super) fn new(context: Context) -> Self {
+        Self { context }
+    }
+
+    async fn create(&self, caller: &Caller, request: v1::CreateOperationRequest) -> Result<OperationRow, ApiError> {
+        let now = self.context.clock.now();
+        let asked = read(request, now)?;
+        let nodes = self.resolve(&asked.target).await?;
+        let mut action = asked.action;
+        if let Action::Update(update) = &mut action {
+            self.freeze(update, &nodes.families).await?;
+        }
+        self.store_new(
+            caller,
+            action,
+            asked.target,
+            nodes.ids,
+            asked.schedule_time,
+            asked.expire_time,
+            asked.request,
+            None,
+            now,
+        )
+        .await
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the columns of one row, named where they are read")]
+    async fn store_new(
+        &self,
+        caller: &Caller,
+        action: Action,
+        target: Target,
+        nodes: Vec<NodeId>,
+        schedule_time: DateTime<Utc>,
+        expire_time: DateTime<Utc>,
+        request: Option<RequestKey>,
+        retry_of: Option<OperationId>,
+        now: DateTime<Utc>,
+    ) -> Result<OperationRow, ApiError> {
+        let id =
+            OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
+        let new = NewOperation {
+            id,
+            action,
+            target,
+            nodes,
+            schedule_time,
+            expire_time,
+            creator: caller.name.clone(),
+            request,
+            retry_of,
+        };
+        match self.context.store.create_operation(&new, now).await? {
+            CreateOutcome::Created(row) => {
+                tracing::info!(operation = %row.id, "an operation was stored");
+                Ok(row)
+            }
+            CreateOutcome::Existing(row) => Ok(row),
+            CreateOutcome::ArtifactGone => Err(ApiError::NotFound {
+                reason: "ARTIFACT_NOT_FOUND",
+                message: "an artifact that the operation names was deleted just now".to_owned(),
+            }),
+            CreateOutcome::RequestReused => Err(ApiError::AlreadyExists {
+                reason: "REQUEST_ID_REUSED",
+                message: "request_id was used before for a different operation; choose a new one".to_owned(),
+            }),
+        }
+    }
+
+    async fn retry(&self, caller: &Caller, request: v1::RetryOperationRequest) -> Result<OperationRow, ApiError> {
+        let now = self.context.clock.now();
+        let id = operation_id("name", &request.name)?;
+        let old = self.find(&id).await?;
+        if !old.state.is_final() {
+            return Err(ApiError::Precondition {
+                reason: "NOT_FINISHED",
+                message: format!("{} is {}; only a finished operation can be retried", id.name(), old.state.as_str()),
+            });
+        }
+        let unsuccessful =
+            [ExecutionState::Failed, ExecutionState::RolledBack, ExecutionState::Cancelled, ExecutionState::Expired];
+        let rows = self.context.store.executions(&id, None, u32::MAX, &unsuccessful).await?;
+        let mut nodes: Vec<NodeId> = rows.into_iter().map(|row| row.id.node).collect();
+        let known: BTreeSet<NodeId> =
+            self.context.store.nodes_by_id(&nodes).await?.into_iter().map(|row| row.id).collect();
+        nodes.retain(|node| known.contains(node));
+        if nodes.is_empty() {
+            return Err(ApiError::Precondition {
+                reason: "NOTHING_TO_RETRY",
+                message: format!("every node of {} that still exists succeeded", id.name()),
+            });
+        }
+        let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
+        let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
+        self.store_new(caller, old.action, target, nodes, now, now + DEFAULT_LIFETIME, key, Some(id), now).await
+    }
+
+    async fn find(&self, id: &OperationId) -> Result<OperationRow, ApiError> {
+        self.context.store.operation(id).await?.ok_or_else(|| operation_not_found(id))
+    }
+
+    fn steered(outcome: SteerOutcome, id: &OperationId, what: &str) -> Result<OperationRow, ApiError> {
+        match outcome {
+            SteerOutcome::Changed(row) | SteerOutcome::Unchanged(row) => Ok(row),
+            SteerOutcome::Refused(row) => Err(ApiError::Precondition {
+                reason: "WRONG_STATE",
+                message: format!("{} is {} and cannot be {what}", id.name(), row.state.as_str()),
+            }),
+            SteerOutcome::NotFound => Err(operation_not_found(id)),
+        }
+    }
+
+    async fn list(&self, request: v1::ListOperationsRequest) -> Result<v1::ListOperationsResponse, ApiError> {
+        const LIST: &str = "operations";
+        let size = page::size(request.page_size)?;
+        let filter = request.filter.unwrap_or_default();
+        let after = match page::after(LIST, &request.page_token)? {
+            Some(id) => Some(operation_id("page_token", &id)?),
+            None => None,
+        };
+        let states = filter
+            .states
+            .iter()
+            .map(|state| {
+                convert::operation_state(*state)
+                    .ok_or_else(|| ApiError::invalid("filter.states", "has an unknown state"))
+            })
+            .collect::<Result<Vec<OperationState>, _>>()?;
+        let node = match filter.node.as_str() {
+            "" => None,
+            name => Some(NodeId::parse(name).map_err(|error| ApiError::invalid("filter.node", error.to_string()))?),
+        };
+        let rows = self.context.store.operations(&OperationQuery { after, limit: size + 1, states, node }).await?;
+        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
+        Ok(v1::ListOperationsResponse { operations: rows.iter().map(convert::operation).collect(), next_page_token })
+    }
+
+    async fn list_executions(
+        &self,
+        request: v1::ListExecutionsRequest,
+    ) -> Result<v1::ListExecutionsResponse, ApiError> {
+        const LIST: &str = "executions";
+        let parent = operation_id("parent", &request.parent)?;
+        let size = page::size(request.page_size)?;
+        let after = match page::after(LIST, &request.page_token)? {
+            Some(id) => Some(NodeId::parse(&id).map_err(|error| ApiError::invalid("page_token", error.to_string()))?),
+            None => None,
+        };
+        let states = request
+            .filter
+            .unwrap_or_default()
+            .states
+            .iter()
+            .map(|state| {
+                convert::execution_state(*state)
+                    .ok_or_else(|| ApiError::invalid("filter.states", "has an unknown state"))
+            })
+            .collect::<Result<Vec<ExecutionState>, _>>()?;
+        self.find(&parent).await?;
+        let rows = self.context.store.executions(&parent, after.as_ref(), size + 1, &states).await?;
+        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.node.as_str().to_owned());
+        Ok(v1::ListExecutionsResponse { executions: rows.iter().map(convert::execution).collect(), next_page_token })
+    }
+
+    async fn list_events(&self, request: v1::ListEventsRequest) -> Result<v1::ListEventsResponse, ApiError> {
+        const LIST: &str = "events";
+        let parent = operation_id("parent", &request.parent)?;
+        let size = page::size(request.page_size)?;
+        let after = match page::after(LIST, &request.page_token)? {
+            Some(number) => number.parse().map_err(|_| ApiError::invalid("page_token", "is damaged"))?,
+            None => 0,
+        };
+        self.find(&parent).await?;
+        let rows = self.context.store.events(&parent, after, size + 1).await?;
+        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.number.to_string());
+        Ok(v1::ListEventsResponse { events: rows.iter().map(convert::event).collect(), next_page_token })
+    }
+
+    async fn abandon(&self, caller: &Caller, name: &str) -> Result<crate::store::ExecutionRow, ApiError> {
+        let id = execution_id(name)?;
+        match self.context.store.abandon(&id, &caller.name, self.context.clock.now()).await? {
+            AbandonOutcome::Abandoned(row) => Ok(row),
+            AbandonOutcome::NotOverdue(row) | AbandonOutcome::Final(row) => Err(ApiError::Precondition {
+                reason: "NOT_OVERDUE",
+                message: format!("{id} is {}; only an overdue execution can be abandoned", row.state.as_str()),
+            }),
+            AbandonOutcome::NotFound => Err(execution_not_found(&id)),
+        }
+    }
+}
+
+pub(super) fn operation_id(field: &str, name: &str) -> Result<OperationId, ApiError> {
+    OperationId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
+}
+
+fn execution_id(name: &str) -> Result<ExecutionId, ApiError> {
+    ExecutionId::parse(name).map_err(|error| ApiError::invalid("name", error.to_string()))
+}
+
+pub(super) fn operation_not_found(id: &OperationId) -> ApiError {
+    ApiError::NotFound {
+        reason: "OPERATION_NOT_FOUND",
+        message: format!("there is no {}; `marcoctl operations list` shows those that exist", id.name()),
+    }
+}
+
+fn execution_not_found(id: &ExecutionId) -> ApiError {
+    ApiError::NotFound {
+        reason: "EXECUTION_NOT_FOUND",
+        message: format!("there is no {id}; `marcoctl operations get` shows an operation's executions"),
+    }
+}
+
+#[tonic::async_trait]
+impl OperationService for Operations {
+    async fn create_operation(
+        &self,
+        request: Request<v1::CreateOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        let caller = caller(&request)?;
+        let result = self.create(&caller, request.into_inner()).await;
+        let target = result.as_ref().map(|row| row.id.name()).unwrap_or_default();
+        self.context.audit(&caller, "CreateOperation", &target, &result).await;
+        Ok(Response::new(convert::operation(&result?)))
+    }
+
+    async fn get_operation(
+        &self,
+        request: Request<v1::GetOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        let id = operation_id("name", &request.get_ref().name)?;
+        Ok(Response::new(convert::operation(&self.find(&id).await?)))
+    }
+
+    async fn list_operations(
+        &self,
+        request: Request<v1::ListOperationsRequest>,
+    ) -> Result<Response<v1::ListOperationsResponse>, Status> {
+        Ok(Response::new(self.list(request.into_inner()).await?))
+    }
+
+    async fn cancel_operation(
+        &self,
+        request: Request<v1::CancelOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        let caller = caller(&request)?;
+        let id = operation_id("name", &request.get_ref().name)?;
+        let outcome = self.context.store.request_cancel(&id, &caller.name, self.context.clock.now()).await;
+        let result = outcome.map_err(ApiError::from).and_then(|outcome| Self::steered(outcome, &id, "cancelled"));
+        self.context.audit(&caller, "CancelOperation", &id.name(), &result).await;
+        Ok(Response::new(convert::operation(&result?)))
+    }
+
+    async fn pause_operation(
+        &self,
+        request: Request<v1::PauseOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let id = operation_id("name", &request.name)?;
+        convert::text("reason", &request.reason)?;
+        let outcome = self.context.store.pause(&id, &caller.name, &request.reason, self.context.clock.now()).await;
+        let result = outcome.map_err(ApiError::from).and_then(|outcome| Self::steered(outcome, &id, "paused"));
+        self.context.audit(&caller, "PauseOperation", &id.name(), &result).await;
+        Ok(Response::new(convert::operation(&result?)))
+    }
+
+    async fn resume_operation(
+        &self,
+        request: Request<v1::ResumeOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        let caller = caller(&request)?;
+        let id = operation_id("name", &request.get_ref().name)?;
+        let outcome = self.context.store.resume(&id, &caller.name, self.context.clock.now()).await;
+        let result = outcome.map_err(ApiError::from).and_then(|outcome| Self::steered(outcome, &id, "resumed"));
+        self.context.audit(&caller, "ResumeOperation", &id.name(), &result).await;
+        Ok(Response::new(convert::operation(&result?)))
+    }
+
+    async fn retry_operation(
+        &self,
+        request: Request<v1::RetryOperationRequest>,
+    ) -> Result<Response<v1::Operation>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let target = request.name.clone();
+        let result = self.retry(&caller, request).await;
+        self.context.audit(&caller, "RetryOperation", &target, &result).await;
+        Ok(Response::new(convert::operation(&result?)))
+    }
+
+    async fn list_executions(
+        &self,
+        request: Request<v1::ListExecutionsRequest>,
+    ) -> Result<Response<v1::ListExecutionsResponse>, Status> {
+        Ok(Response::new(self.list_executions(request.into_inner()).await?))
+    }
+
+    async fn explain_execution(
+        &self,
+        request: Request<v1::ExplainExecutionRequest>,
+    ) -> Result<Response<v1::ExplainExecutionResponse>, Status> {
+        let id = execution_id(&request.get_ref().name)?;
+        let row = self.context.store.execution(&id).await.map_err(ApiError::from)?;
+        let row = row.ok_or_else(|| execution_not_found(&id))?;
+        Ok(Response::new(super::explain::explain(&row)))
+    }
+
+    async fn abandon_execution(
+        &self,
+        request: Request<v1::AbandonExecutionRequest>,
+    ) -> Result<Response<v1::Execution>, Status> {
+        let caller = caller(&request)?;
+        let name = request.into_inner().name;
+        let result = self.abandon(&caller, &name).await;
+        self.context.audit(&caller, "AbandonExecution", &name, &result).await;
+        Ok(Response::new(convert::execution(&result?)))
+    }
+
+    type WatchOperationStream = watch::Stream<v1::WatchOperationResponse>;
+
+    async fn watch_operation(
+        &self,
+        request: Request<v1::WatchOperationRequest>,
+    ) -> Result<Response<Self::WatchOperationStream>, Status> {
+        let id = operation_id("name", &request.get_ref().name)?;
+        self.find(&id).await?;
+        Ok(Response::new(watch::operation(self.context.clone(), id)))
+    }
+
+    async fn list_events(
+        &self,
+        request: Request<v1::ListEventsRequest>,
+    ) -> Result<Response<v1::ListEventsResponse>, Status> {
+        Ok(Response::new(self.list_events(request.into_inner()).await?))
+    }
+}

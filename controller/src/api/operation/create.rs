@@ -1,0 +1,259 @@
+//! From a request to what is stored: read and checked, targets resolved, artifacts frozen.
+
+use std::collections::BTreeSet;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::{ArtifactId, NodeId};
+use marco_proto::v1;
+use sha2::{Digest as _, Sha256};
+
+use super::Operations;
+use crate::api::convert;
+use crate::api::status::{ApiError, Violation};
+use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
+use crate::store::{Kind, NodeQuery, Purpose, RequestKey};
+
+/// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
+pub(super) const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
+/// A schedule_time that lies this little in the past is the caller's clock, not a mistake.
+const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
+/// Longest request id, in bytes.
+const REQUEST_ID_MAX: usize = 128;
+
+impl Operations {
+    pub(super) async fn resolve(&self, target: &Target) -> Result<Targets, ApiError> {
+        let store = &self.context.store;
+        let approved = NodeQuery { states: vec![NodeState::Approved], limit: u32::MAX, ..NodeQuery::default() };
+        let rows = match target {
+            Target::Nodes(asked) => {
+                let mut ids = BTreeSet::new();
+                for id in asked {
+                    ids.insert(
+                        NodeId::parse(id)
+                            .map_err(|error| ApiError::invalid("operation.nodes.nodes", error.to_string()))?,
+                    );
+                }
+                let ids: Vec<NodeId> = ids.into_iter().collect();
+                let rows = store.nodes_by_id(&ids).await?;
+                let missing: Vec<String> =
+                    ids.iter().filter(|id| !rows.iter().any(|row| row.id == **id)).map(NodeId::name).collect();
+                if !missing.is_empty() {
+                    return Err(ApiError::NotFound {
+                        reason: "NODE_NOT_FOUND",
+                        message: format!(
+                            "no such node: {}; `marcoctl nodes list` shows those that exist",
+                            missing.join(", ")
+                        ),
+                    });
+                }
+                rows
+            }
+            Target::Labels(labels) => {
+                let query = NodeQuery { labels: labels.clone(), ..approved };
+                store.nodes(&query).await?
+            }
+            Target::All => store.nodes(&approved).await?,
+        };
+        if rows.is_empty() {
+            return Err(ApiError::Precondition {
+                reason: "NO_TARGETS",
+                message: "the target matches no approved node; `marcoctl nodes list` shows nodes and labels".to_owned(),
+            });
+        }
+        Ok(Targets {
+            families: rows.iter().map(|row| row.board.family.clone()).collect(),
+            ids: rows.into_iter().map(|row| row.id).collect(),
+        })
+    }
+
+    /// Replaces names by digests, so that a later push does not change what was asked for.
+    pub(super) async fn freeze(&self, update: &mut Update, families: &BTreeSet<String>) -> Result<(), ApiError> {
+        if let Some(image) = &mut update.image {
+            *image = self.frozen("image", &image.id, Kind::Image, Purpose::None).await?;
+        }
+        let purpose = if update.image.is_some() { Purpose::Installer } else { Purpose::System };
+        if let Some(bootcode) = &mut update.bootcode {
+            *bootcode = self.frozen("bootcode", &bootcode.id, Kind::Bootcode, purpose).await?;
+            return Ok(());
+        }
+        for family in families {
+            let default = self.context.store.default_for(family, Kind::Bootcode, purpose).await?;
+            match default {
+                Some(row) => {
+                    let frozen = FrozenArtifact { id: row.id.as_str().to_owned(), sha256: row.sha256 };
+                    update.bootcodes.insert(family.clone(), frozen);
+                }
+                // With an image, the node's own fallback takes its place.
+                None if update.image.is_some() => {}
+                None => {
+                    let board = if family.is_empty() { "an unknown board" } else { family };
+                    return Err(ApiError::invalid(
+                        "operation.update",
+                        format!(
+                            "names neither an image nor a bootcode, and there is no default bootcode of purpose SYSTEM \
+                             for {board}; name one, or set a default with `marcoctl artifacts default`"
+                        ),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn frozen(&self, field: &str, id: &str, kind: Kind, purpose: Purpose) -> Result<FrozenArtifact, ApiError> {
+        let field = format!("operation.update.{field}");
+        let id = ArtifactId::parse(id).map_err(|error| ApiError::invalid(&field, error.to_string()))?;
+        let row = self.context.store.artifact(&id).await?.ok_or_else(|| ApiError::NotFound {
+            reason: "ARTIFACT_NOT_FOUND",
+            message: format!("{field}: there is no {}; `marcoctl artifacts push` stores one", id.name()),
+        })?;
+        if row.kind != kind || row.purpose != purpose {
+            let (is, needed) = (describe(row.kind, row.purpose), describe(kind, purpose));
+            return Err(ApiError::invalid(field, format!("{} is {is}, but {needed} is needed here", id.name())));
+        }
+        Ok(FrozenArtifact { id: id.as_str().to_owned(), sha256: row.sha256 })
+    }
+}
+
+fn describe(kind: Kind, purpose: Purpose) -> &'static str {
+    match (kind, purpose) {
+        (Kind::Image, _) => "an image",
+        (Kind::Bootcode, Purpose::System) => "a bootcode of purpose SYSTEM",
+        (Kind::Bootcode, _) => "a bootcode of purpose INSTALLER",
+    }
+}
+
+pub(super) struct Targets {
+    pub(super) ids: Vec<NodeId>,
+    pub(super) families: BTreeSet<String>,
+}
+
+pub(super) struct Asked {
+    pub(super) action: Action,
+    pub(super) target: Target,
+    pub(super) schedule_time: DateTime<Utc>,
+    pub(super) expire_time: DateTime<Utc>,
+    pub(super) request: Option<RequestKey>,
+}
+
+/// Reads a request as far as that can be done without the store; lists every wrong field.
+pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Asked, ApiError> {
+    let operation = request
+        .operation
+        .ok_or_else(|| ApiError::invalid("operation", "is missing; it needs an action and a target"))?;
+    let mut wrong = Vec::new();
+    let mut bad = |field: &str, description: String| {
+        wrong.push(Violation { field: field.to_owned(), description });
+    };
+
+    let action = match operation.action {
+        Some(action) => convert::action(action, &mut bad),
+        None => {
+            bad("operation.action", "is missing; set one of reboot, power_off and update".to_owned());
+            None
+        }
+    };
+    let target = match operation.target {
+        Some(target) => convert::target(target, &mut bad),
+        None => {
+            bad("operation.target", "is missing; set one of nodes, labels and all".to_owned());
+            None
+        }
+    };
+    let schedule_time = match convert::time(operation.schedule_time, "operation.schedule_time", &mut bad) {
+        Some(time) if time < now - CLOCK_TOLERANCE => {
+            bad(
+                "operation.schedule_time",
+                format!("{} is in the past; leave it out to begin at once", time.to_rfc3339()),
+            );
+            now
+        }
+        Some(time) => time,
+        None => now,
+    };
+    let expire_time = match convert::time(operation.expire_time, "operation.expire_time", &mut bad) {
+        Some(time) if time <= schedule_time || time <= now => {
+            bad("operation.expire_time", "must be later than now and than schedule_time".to_owned());
+            time
+        }
+        Some(time) => time,
+        None => schedule_time.checked_add_signed(DEFAULT_LIFETIME).unwrap_or(DateTime::<Utc>::MAX_UTC),
+    };
+    if !operation.name.is_empty() {
+        bad("operation.name", "is chosen by the controller; leave it out".to_owned());
+    }
+    if request.request_id.len() > REQUEST_ID_MAX || request.request_id.contains(|c: char| c.is_control()) {
+        bad("request_id", format!("must be at most {REQUEST_ID_MAX} bytes of printable text"));
+    }
+    let (Some(action), Some(target), true) = (action, target, wrong.is_empty()) else {
+        return Err(ApiError::Invalid(wrong));
+    };
+    let body = serde_json::to_vec(&(
+        &action,
+        &target,
+        operation.schedule_time.map(|_| schedule_time),
+        operation.expire_time.map(|_| expire_time),
+    ))
+    .map_err(|error| ApiError::Internal(error.to_string()))?;
+    let request = request_key(&request.request_id, &[b"create", &body])?;
+    Ok(Asked { action, target, schedule_time, expire_time, request })
+}
+
+pub(super) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {
+    if id.len() > REQUEST_ID_MAX {
+        return Err(ApiError::invalid("request_id", format!("must be at most {REQUEST_ID_MAX} bytes")));
+    }
+    let mut hash = Sha256::new();
+    for part in body {
+        hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+        hash.update(part);
+    }
+    Ok((!id.is_empty()).then(|| RequestKey { request_id: id.to_owned(), body_sha256: hex::encode(hash.finalize()) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::read;
+    use chrono::{TimeZone as _, Utc};
+    use marco_proto::v1;
+
+    fn request(labels: &[(&str, &str)]) -> v1::CreateOperationRequest {
+        v1::CreateOperationRequest {
+            operation: Some(v1::Operation {
+                action: Some(v1::operation::Action::Reboot(v1::Reboot::default())),
+                target: Some(v1::operation::Target::Labels(v1::LabelSelector {
+                    match_labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+                })),
+                ..v1::Operation::default()
+            }),
+            request_id: "r".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_same_body_has_the_same_key_whatever_the_order_of_its_labels() {
+        let now = Utc.timestamp_opt(1_800_000_000, 0).unwrap();
+        let later = now + chrono::TimeDelta::hours(1);
+        let one = read(request(&[("a", "1"), ("b", "2"), ("c", "3")]), now).ok().unwrap().request.unwrap();
+        let two = read(request(&[("c", "3"), ("b", "2"), ("a", "1")]), later).ok().unwrap().request.unwrap();
+        let other = read(request(&[("c", "3"), ("b", "2")]), now).ok().unwrap().request.unwrap();
+        assert_eq!(one.body_sha256, two.body_sha256);
+        assert_ne!(one.body_sha256, other.body_sha256);
+    }
+
+    #[test]
+    fn every_wrong_field_is_listed() {
+        let now = Utc.timestamp_opt(1_800_000_000, 0).unwrap();
+        let operation = v1::Operation {
+            schedule_time: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
+            ..v1::Operation::default()
+        };
+        let Err(super::ApiError::Invalid(wrong)) =
+            read(v1::CreateOperationRequest { operation: Some(operation), request_id: String::new() }, now)
+        else {
+            panic!("it was taken")
+        };
+        let fields: Vec<_> = wrong.iter().map(|violation| violation.field.as_str()).collect();
+        assert_eq!(fields, ["operation.action", "operation.target", "operation.schedule_time"]);
+    }
+}

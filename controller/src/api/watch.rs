@@ -1,0 +1,143 @@
+//! Streams that follow the store: a snapshot, then whole changed states, coalesced.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::time::Duration;
+
+use marco_proto::names::{ExecutionId, NodeId, OperationId};
+use marco_proto::v1;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::operation::operation_not_found;
+use super::status::ApiError;
+use super::{Context, convert};
+use crate::store::NodeQuery;
+
+/// A response stream.
+pub(super) type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+/// The least time between two messages of a stream: changes in between are sent together.
+const COALESCE: Duration = Duration::from_millis(100);
+/// The store is looked at this often even when nothing hinted at a change: another controller may have made it.
+const TICK: Duration = Duration::from_secs(1);
+/// A watcher that takes nothing for this long is cut.
+const SLOW: Duration = Duration::from_secs(30);
+
+/// Sends, until the watcher is gone or too slow; false then.
+async fn send<T>(sender: &mpsc::Sender<Result<T, Status>>, message: T) -> bool {
+    matches!(tokio::time::timeout(SLOW, sender.send(Ok(message))).await, Ok(Ok(())))
+}
+
+/// Runs `look` at each change of the store until it says that it is done, or the controller stops.
+fn follow<T, S, F>(context: Context, mut state: S, look: F) -> Stream<T>
+where
+    T: Send + 'static,
+    S: Send + 'static,
+    F: for<'a> Fn(&'a Context, &'a mut S) -> Pin<Box<dyn Future<Output = Result<Look<T>, ApiError>> + Send + 'a>>
+        + Send
+        + Sync
+        + 'static,
+{
+    let (sender, receiver) = mpsc::channel(2);
+    let tasks = context.tasks.clone();
+    tasks.spawn(async move {
+        let mut changes = context.store.subscribe_changes();
+        loop {
+            changes.mark_unchanged();
+            match look(&context, &mut state).await {
+                Ok(Look { message, last }) => {
+                    if let Some(message) = message
+                        && !send(&sender, message).await
+                    {
+                        return;
+                    }
+                    if last {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    let _ = sender.try_send(Err(error.into()));
+                    return;
+                }
+            }
+            // Each arm only wakes; what changed is read from the store.
+            tokio::select! {
+                () = context.stop.cancelled() => {
+                    let _ = sender.try_send(Err(Status::unavailable("the controller is stopping; watch again")));
+                    return;
+                }
+                () = sender.closed() => return,
+                _ = tokio::time::timeout(TICK, changes.changed()) => {}
+            }
+            tokio::time::sleep(COALESCE).await;
+        }
+    });
+    Box::pin(ReceiverStream::new(receiver))
+}
+
+struct Look<T> {
+    message: Option<T>,
+    last: bool,
+}
+
+#[derive(Default)]
+struct Seen {
+    operation: Option<v1::Operation>,
+    executions: BTreeMap<ExecutionId, v1::Execution>,
+}
+
+/// Follows an operation until its final state has been sent.
+pub(super) fn operation(context: Context, id: OperationId) -> Stream<v1::WatchOperationResponse> {
+    follow(context, Seen::default(), move |context, seen| {
+        let id = id.clone();
+        Box::pin(async move {
+            let row = context.store.operation(&id).await?.ok_or_else(|| operation_not_found(&id))?;
+            let operation = convert::operation(&row);
+            let mut changed = Vec::new();
+            for row in context.store.executions(&id, None, u32::MAX, &[]).await? {
+                let execution = convert::execution(&row);
+                if seen.executions.get(&row.id) != Some(&execution) {
+                    seen.executions.insert(row.id, execution.clone());
+                    changed.push(execution);
+                }
+            }
+            let news = !changed.is_empty() || seen.operation.as_ref() != Some(&operation);
+            seen.operation = Some(operation.clone());
+            let message =
+                news.then_some(v1::WatchOperationResponse { operation: Some(operation), executions: changed });
+            Ok(Look { message, last: row.state.is_final() })
+        })
+    })
+}
+
+/// Follows the nodes that a query matches.
+pub(super) fn nodes(context: Context, query: NodeQuery) -> Stream<v1::WatchNodesResponse> {
+    follow(context, None::<BTreeMap<NodeId, v1::Node>>, move |context, seen| {
+        let query = query.clone();
+        Box::pin(async move {
+            let first = seen.is_none();
+            let before = seen.take().unwrap_or_default();
+            let mut now = BTreeMap::new();
+            let mut changed = Vec::new();
+            for row in context.store.nodes(&query).await? {
+                let node = convert::node(&row);
+                // That a node was heard of again is no change worth a message.
+                let differs = before.get(&row.id).is_none_or(|old| {
+                    v1::Node { last_seen_time: None, ..old.clone() }
+                        != v1::Node { last_seen_time: None, ..node.clone() }
+                });
+                if differs {
+                    changed.push(node.clone());
+                }
+                now.insert(row.id, node);
+            }
+            let deleted: Vec<String> = before.keys().filter(|id| !now.contains_key(*id)).map(NodeId::name).collect();
+            let news = first || !changed.is_empty() || !deleted.is_empty();
+            *seen = Some(now);
+            let message = news.then_some(v1::WatchNodesResponse { nodes: changed, deleted });
+            Ok(Look { message, last: false })
+        })
+    })
+}

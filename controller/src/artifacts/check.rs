@@ -1,0 +1,183 @@
+//! One read over an artifact's bytes: digests on one thread, decompression and the archive's rules on another, and a
+//! bounded pipe between them.
+
+use std::fs::File;
+use std::io::{self, Read, Seek as _, SeekFrom};
+use std::os::unix::fs::FileExt as _;
+use std::thread;
+
+use async_compression::tokio::bufread::{GzipDecoder, XzDecoder, ZstdDecoder};
+use async_compression::zstd::DParameter;
+use bytes::Bytes;
+use marco_archive::{Reason, Refused};
+use marco_proto::names::CHUNK_SIZE;
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncBufRead, AsyncRead};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::io::{StreamReader, SyncIoBridge};
+
+use super::{ArtifactError, Compression, Content, Digest, StoredBlob, failed};
+
+/// Bytes of a block in the pipe.
+const BLOCK: usize = 256 << 10;
+/// Blocks in the pipe: 2 MiB.
+const PIPE: usize = 8;
+/// Largest memory that a decompressor may take, because a Pi with little of it must unpack the same bytes: `xz -9` needs
+/// 65 MiB.
+const XZ_MEMORY: u64 = 80 << 20;
+/// Largest window of zstd, as a power of two: 64 MiB. `zstd -19` needs 8 MiB; `--ultra -22` and `--long=27` need more.
+const ZSTD_WINDOW_LOG: u32 = 26;
+
+/// Computes the digests and checks the contents; must run on a blocking thread of the runtime.
+pub(super) fn check(
+    file: &File,
+    expected: Digest,
+    size: u64,
+    content: Content,
+    progress: &impl Fn(u64),
+) -> Result<StoredBlob, ArtifactError> {
+    let (sender, receiver) = mpsc::channel(PIPE);
+    let (digests, checked) = thread::scope(|scope| {
+        let hasher = scope.spawn(move || hash(file, size, &sender));
+        let checked = match content {
+            Content::Image => check_image(receiver, progress),
+            Content::InstallerBootcode | Content::SystemBootcode => {
+                // A zip is read from its end: by itself, beside the pipe.
+                drop(receiver);
+                check_bootcode(file, content)
+            }
+        };
+        (hasher.join(), checked)
+    });
+    let (got, chunk_sha256) =
+        digests.unwrap_or_else(|_| Err(failed("compute a digest")(io::Error::other("the thread panicked"))))?;
+    // First what explains the rest: with other bytes than announced the contents cannot be right.
+    if got != expected {
+        return Err(ArtifactError::WrongDigest { expected, got });
+    }
+    let (compression, entries, unpacked_bytes) = checked?;
+    Ok(StoredBlob { sha256: got, size, chunk_size: CHUNK_SIZE, chunk_sha256, unpacked_bytes, entries, compression })
+}
+
+type Checked = Result<(Compression, u64, u64), ArtifactError>;
+
+/// Reads the file once: the digest of the whole, and those of its chunks. The blocks go down the pipe for as long as
+/// somebody reads them.
+fn hash(file: &File, size: u64, pipe: &mpsc::Sender<io::Result<Bytes>>) -> Result<(Digest, Vec<u8>), ArtifactError> {
+    let (mut whole, mut chunk) = (Sha256::new(), Sha256::new());
+    let mut chunks = Vec::new();
+    let chunk_size = u64::from(CHUNK_SIZE);
+    let mut offset = 0;
+    while offset < size {
+        let left = (size - offset).min(chunk_size - offset % chunk_size);
+        let mut block = vec![0; usize::try_from(left).unwrap_or(usize::MAX).min(BLOCK)];
+        file.read_exact_at(&mut block, offset).map_err(failed("read an upload"))?;
+        whole.update(&block);
+        chunk.update(&block);
+        offset += u64::try_from(block.len()).unwrap_or(u64::MAX);
+        if offset % chunk_size == 0 || offset == size {
+            chunks.extend_from_slice(&chunk.finalize_reset());
+        }
+        // The reader is gone when it has refused the contents; the digest is wanted all the same.
+        let _ = pipe.blocking_send(Ok(block.into()));
+    }
+    Ok((Digest(whole.finalize().into()), chunks))
+}
+
+fn check_image(receiver: mpsc::Receiver<io::Result<Bytes>>, progress: &impl Fn(u64)) -> Checked {
+    let runtime = Handle::current();
+    let mut source = StreamReader::new(ReceiverStream::new(receiver));
+    let start = runtime
+        .block_on(tokio::io::AsyncBufReadExt::fill_buf(&mut source))
+        .map_err(failed("read an upload"))?
+        .get(..8)
+        .map(<[u8]>::to_vec)
+        .unwrap_or_default();
+    let compression = detect(&start)?;
+    let reader = decoder(source, compression);
+    let reader = Explained { inner: SyncIoBridge::new_with_handle(reader, runtime), compression };
+    match marco_archive::check_tar(reader, &mut |done| progress(done)) {
+        Ok(summary) => Ok((compression, summary.entries, summary.unpacked_bytes)),
+        Err(marco_archive::Error::Refused(refused)) => Err(refused.into()),
+        Err(marco_archive::Error::Io { action, source }) => Err(ArtifactError::Io { action, source }),
+    }
+}
+
+fn decoder(
+    source: impl AsyncBufRead + Send + Unpin + 'static,
+    compression: Compression,
+) -> Box<dyn AsyncRead + Send + Unpin> {
+    match compression {
+        Compression::Gzip => {
+            let mut decoder = GzipDecoder::new(source);
+            decoder.multiple_members(true);
+            Box::new(decoder)
+        }
+        Compression::Xz => {
+            let mut decoder = XzDecoder::with_mem_limit(source, XZ_MEMORY);
+            decoder.multiple_members(true);
+            Box::new(decoder)
+        }
+        Compression::Zstd => {
+            let mut decoder = ZstdDecoder::with_params(source, &[DParameter::window_log_max(ZSTD_WINDOW_LOG)]);
+            decoder.multiple_members(true);
+            Box::new(decoder)
+        }
+        Compression::None | Compression::Zip => Box::new(source),
+    }
+}
+
+/// What a tarball is compressed with, by its first bytes.
+fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
+    match start {
+        [0x1f, 0x8b, ..] => Ok(Compression::Gzip),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Ok(Compression::Xz),
+        // A frame, or one of the frames that are skipped, which parallel compressors put first.
+        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Compression::Zstd),
+        [b'P', b'K', 3, 4, ..] => {
+            Err(ArtifactError::Format("this is a zip: an image is a tarball, and a zip a bootcode".to_owned()))
+        }
+        [b'B', b'Z', b'h', ..] => Err(ArtifactError::Format(
+            "this is compressed with bzip2: an image is a tarball, plain or compressed with gzip, xz or zstd"
+                .to_owned(),
+        )),
+        _ => Ok(Compression::None),
+    }
+}
+
+/// The decompressed bytes; an error says that the compressed data is bad, since the disk's errors end the digest first.
+struct Explained<R> {
+    inner: R,
+    compression: Compression,
+}
+
+impl<R: Read> Read for Explained<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::Interrupted => error,
+            _ => {
+                let name = self.compression.as_str();
+                io::Error::new(io::ErrorKind::InvalidData, format!("the {name} stream cannot be read: {error}"))
+            }
+        })
+    }
+}
+
+fn check_bootcode(mut file: &File, content: Content) -> Checked {
+    file.seek(SeekFrom::Start(0)).map_err(failed("read an upload"))?;
+    let summary = match marco_archive::check_zip(file) {
+        Ok(summary) => summary,
+        Err(marco_archive::Error::Refused(refused)) => return Err(refused.into()),
+        Err(marco_archive::Error::Io { action, source }) => return Err(ArtifactError::Io { action, source }),
+    };
+    match content {
+        Content::InstallerBootcode => marco_archive::check_installer_set(&summary)?,
+        Content::SystemBootcode => marco_archive::check_system_set(&summary)?,
+        Content::Image => {
+            return Err(Refused { entry: None, reason: Reason::Damaged("a zip is no image".to_owned()) }.into());
+        }
+    }
+    Ok((Compression::Zip, summary.entries, summary.unpacked_bytes))
+}

@@ -1,0 +1,331 @@
+use std::io::{Cursor, Write as _};
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use async_compression::tokio::write::{GzipEncoder, XzEncoder, ZstdEncoder};
+use bytes::Bytes;
+use marco_archive::Reason;
+use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
+use tokio::io::AsyncWriteExt as _;
+
+use super::{ArtifactError, Artifacts, Compression, Content, Digest, MAX_SIZE, StoredBlob};
+
+/// Bytes that do not pack, the same in every run.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(&mut next).flatten().take(len).collect()
+}
+
+fn tarball(len: usize) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_mode(0o644);
+    header.set_size(len.try_into().unwrap());
+    builder.append_data(&mut header, "etc/noise", &*noise(len)).unwrap();
+    builder.into_inner().unwrap()
+}
+
+fn bootcode(without: &str) -> Vec<u8> {
+    let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, data) in [
+        ("kernel8.img", "kernel"),
+        ("cmdline.txt", "root=/dev/mmcblk0p2"),
+        ("bcm2711-rpi-4-b.dtb", "tree"),
+        ("overlays/README", "x"),
+        ("overlays/overlay_map.dtb", "map"),
+        ("initramfs8", "initramfs"),
+        ("config.txt", "auto_initramfs=0\ninitramfs initramfs8 followkernel\n"),
+    ] {
+        if name != without {
+            writer.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+            writer.write_all(data.as_bytes()).unwrap();
+        }
+    }
+    writer.finish().unwrap().into_inner()
+}
+
+fn digest(data: &[u8]) -> Digest {
+    Digest(Sha256::digest(data).into())
+}
+
+fn size(data: &[u8]) -> u64 {
+    data.len().try_into().unwrap()
+}
+
+async fn push(store: &Artifacts, data: &[u8], content: Content) -> Result<StoredBlob, ArtifactError> {
+    push_as(store, data, digest(data), content).await
+}
+
+async fn push_as(
+    store: &Artifacts,
+    data: &[u8],
+    sha256: Digest,
+    content: Content,
+) -> Result<StoredBlob, ArtifactError> {
+    let mut upload = store.begin(sha256, size(data)).await?;
+    let rest = &data[usize::try_from(upload.offset()).unwrap()..];
+    for part in rest.chunks(256 << 10) {
+        upload.append(upload.offset(), Bytes::copy_from_slice(part)).await?;
+    }
+    upload.finish(content, |_| ()).await
+}
+
+fn fresh() -> (TempDir, Artifacts) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Artifacts::open(dir.path()).unwrap();
+    (dir, store)
+}
+
+/// Files under the data directory.
+fn files(dir: &Path) -> usize {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
+}
+
+async fn compressed(compression: Compression, data: &[u8]) -> Vec<u8> {
+    macro_rules! encode {
+        ($encoder:ty) => {{
+            let mut encoder = <$encoder>::new(Vec::new());
+            encoder.write_all(data).await.unwrap();
+            encoder.shutdown().await.unwrap();
+            encoder.into_inner()
+        }};
+    }
+    match compression {
+        Compression::Gzip => encode!(GzipEncoder<Vec<u8>>),
+        Compression::Xz => encode!(XzEncoder<Vec<u8>>),
+        Compression::Zstd => encode!(ZstdEncoder<Vec<u8>>),
+        Compression::None | Compression::Zip => data.to_vec(),
+    }
+}
+
+#[tokio::test]
+async fn a_stored_image_has_the_digests_of_its_bytes() {
+    let (_dir, store) = fresh();
+    let data = tarball((9 << 20) + 123);
+    let blob = push(&store, &data, Content::Image).await.unwrap();
+    assert_eq!((blob.sha256, blob.size, blob.compression), (digest(&data), size(&data), Compression::None));
+    assert_eq!((blob.entries, blob.unpacked_bytes), (1, (9 << 20) + 123));
+    let chunks: Vec<u8> = data.chunks(4 << 20).flat_map(|chunk| Sha256::digest(chunk).to_vec()).collect();
+    assert_eq!(blob.chunk_sha256, chunks);
+    let reader = store.reader(blob.sha256).await.unwrap();
+    assert_eq!(reader.size(), size(&data));
+    assert_eq!(reader.read_chunk(0, usize::MAX).await.unwrap(), data);
+    assert_eq!(reader.read_chunk(size(&data) - 5, 100).await.unwrap(), data[data.len() - 5..]);
+    assert!(reader.read_chunk(size(&data) + 5, 100).await.unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn every_compression_is_read_through() {
+    let (_dir, store) = fresh();
+    let data = tarball(300_000);
+    for compression in [Compression::None, Compression::Gzip, Compression::Xz, Compression::Zstd] {
+        let packed = compressed(compression, &data).await;
+        let blob = push(&store, &packed, Content::Image).await.unwrap();
+        assert_eq!((blob.compression, blob.unpacked_bytes), (compression, 300_000));
+    }
+    let halves = data.split_at(1000);
+    let members =
+        [compressed(Compression::Gzip, halves.0).await, compressed(Compression::Gzip, halves.1).await].concat();
+    push(&store, &members, Content::Image).await.expect("a file of several gzip members is one stream");
+}
+
+#[tokio::test]
+async fn damaged_streams_are_refused_and_leave_nothing_behind() {
+    let (dir, store) = fresh();
+    let data = tarball(300_000);
+    for compression in [Compression::None, Compression::Gzip, Compression::Xz, Compression::Zstd] {
+        let packed = compressed(compression, &data).await;
+        for cut in [1, 100, packed.len() / 2, packed.len() - 600, packed.len() - 1] {
+            let error = push(&store, &packed[..cut], Content::Image).await.unwrap_err();
+            assert!(matches!(error, ArtifactError::Refused(_)), "{compression:?} cut at {cut}: {error}");
+        }
+        // Zstandard's own checksum is optional, and left out by this encoder.
+        if matches!(compression, Compression::Gzip | Compression::Xz) {
+            let mut broken = packed.clone();
+            broken[packed.len() / 2] ^= 0x10;
+            let error = push(&store, &broken, Content::Image).await.unwrap_err();
+            assert!(matches!(error, ArtifactError::Refused(_)), "{compression:?} broken: {error}");
+        }
+        let error = push(&store, &[&*packed, b"trailing"].concat(), Content::Image).await.unwrap_err();
+        assert!(matches!(error, ArtifactError::Refused(_)), "{compression:?} with a tail: {error}");
+    }
+    assert_eq!(files(dir.path()), 0);
+}
+
+#[tokio::test]
+async fn a_flipped_bit_is_found_by_the_digest() {
+    let (dir, store) = fresh();
+    let mut data = tarball(100_000);
+    let announced = digest(&data);
+    data[50_000] ^= 1;
+    let error = push_as(&store, &data, announced, Content::Image).await.unwrap_err();
+    assert!(matches!(error, ArtifactError::WrongDigest { expected, .. } if expected == announced), "{error}");
+    assert_eq!(files(dir.path()), 0);
+}
+
+#[tokio::test]
+async fn an_endless_upload_is_stopped_at_its_size() {
+    let (_dir, store) = fresh();
+    let data = tarball(10);
+    let mut upload = store.begin(digest(&data), size(&data)).await.unwrap();
+    upload.append(0, Bytes::from(data.clone())).await.unwrap();
+    let error = upload.append(size(&data), Bytes::from_static(b"x")).await.unwrap_err();
+    assert!(matches!(error, ArtifactError::TooLong(_)));
+    for wrong in [0, MAX_SIZE + 1] {
+        assert!(matches!(store.begin(digest(b"x"), wrong).await.unwrap_err(), ArtifactError::InvalidSize(_)));
+    }
+}
+
+#[tokio::test]
+async fn an_upload_goes_on_at_the_byte_where_it_was_cut() {
+    let (dir, store) = fresh();
+    let data = tarball(2000);
+    let mut cuts = 0;
+    let blob = loop {
+        let mut upload = store.begin(digest(&data), size(&data)).await.unwrap();
+        let at = usize::try_from(upload.offset()).unwrap();
+        let part = &data[at..(at + 37).min(data.len())];
+        upload.append(upload.offset(), Bytes::copy_from_slice(part)).await.unwrap();
+        let wrong = upload.append(upload.offset() + 1, Bytes::from_static(b"x")).await.unwrap_err();
+        assert!(matches!(wrong, ArtifactError::WrongOffset { .. }));
+        let incomplete = upload.offset() < size(&data);
+        match upload.finish(Content::Image, |_| ()).await {
+            Err(ArtifactError::Incomplete { .. }) if incomplete => cuts += 1,
+            other => break other.unwrap(),
+        }
+    };
+    assert_eq!(cuts, (data.len() - 1) / 37);
+    assert_eq!(store.reader(blob.sha256).await.unwrap().read_chunk(0, usize::MAX).await.unwrap(), data);
+    assert_eq!(files(dir.path()), 1);
+}
+
+#[tokio::test]
+async fn the_same_bytes_have_one_writer() {
+    let (_dir, store) = fresh();
+    let data = tarball(1000);
+    let first = store.begin(digest(&data), size(&data)).await.unwrap();
+    let second = store.begin(digest(&data), size(&data)).await.unwrap_err();
+    assert!(matches!(second, ArtifactError::Busy));
+    store.begin(digest(b"other"), 5).await.expect("other bytes are another matter");
+    drop(first);
+    push(&store, &data, Content::Image).await.unwrap();
+}
+
+#[tokio::test]
+async fn many_pushes_of_the_same_bytes_end_with_one_file() {
+    let (dir, store) = fresh();
+    let data = tarball(100_000);
+    let pushes = (0..8).map(|_| push(&store, &data, Content::Image));
+    let mut stored = 0;
+    for result in futures_util::future::join_all(pushes).await {
+        match result {
+            Ok(_) => stored += 1,
+            Err(error) => assert!(matches!(error, ArtifactError::Busy), "{error}"),
+        }
+    }
+    assert!(stored >= 1);
+    assert_eq!(files(dir.path()), 1);
+}
+
+#[tokio::test]
+async fn bytes_that_are_stored_are_not_sent_again_but_checked_again() {
+    let (dir, store) = fresh();
+    let data = tarball(1000);
+    let first = push(&store, &data, Content::Image).await.unwrap();
+    let upload = store.begin(digest(&data), size(&data)).await.unwrap();
+    assert_eq!(upload.offset(), size(&data));
+    assert_eq!(upload.finish(Content::Image, |_| ()).await.unwrap(), first);
+    push(&store, &data, Content::SystemBootcode).await.expect_err("a tarball is no bootcode");
+    store.reader(digest(&data)).await.expect("and stays an image");
+    let error = store.begin(digest(&data), size(&data) + 1).await.unwrap_err();
+    assert!(matches!(error, ArtifactError::WrongSize { .. }));
+    // What the disk has damaged is brought back by the next push.
+    let path = store.blob(digest(&data));
+    std::fs::write(&path, vec![0; data.len()]).unwrap();
+    assert!(matches!(push(&store, &data, Content::Image).await.unwrap_err(), ArtifactError::WrongDigest { .. }));
+    push(&store, &data, Content::Image).await.unwrap();
+    assert_eq!(std::fs::read(path).unwrap(), data);
+    assert_eq!(files(dir.path()), 1);
+}
+
+#[tokio::test]
+async fn a_bootcode_must_be_able_to_boot_what_it_is_for() {
+    let (dir, store) = fresh();
+    let blob = push(&store, &bootcode(""), Content::InstallerBootcode).await.unwrap();
+    assert_eq!((blob.compression, blob.entries), (Compression::Zip, 7));
+    push(&store, &bootcode("initramfs8"), Content::SystemBootcode).await.unwrap();
+    for missing in ["kernel8.img", "overlays/README", "config.txt"] {
+        let error = push(&store, &bootcode(missing), Content::InstallerBootcode).await.unwrap_err();
+        assert!(
+            matches!(&error, ArtifactError::Refused(refused) if matches!(refused.reason, Reason::Lacks(_))),
+            "{error}"
+        );
+    }
+    assert_eq!(files(dir.path()), 2);
+}
+
+#[tokio::test]
+async fn files_of_another_kind_are_refused_with_what_they_are() {
+    let (dir, store) = fresh();
+    let error = push(&store, &bootcode(""), Content::Image).await.unwrap_err().to_string();
+    assert!(error.contains("this is a zip"), "{error}");
+    let error = push(&store, b"BZh91AY&SY", Content::Image).await.unwrap_err().to_string();
+    assert!(error.contains("bzip2"), "{error}");
+    push(&store, &tarball(10), Content::InstallerBootcode).await.unwrap_err();
+    push(&store, &noise(10_000), Content::Image).await.unwrap_err();
+    assert_eq!(files(dir.path()), 0);
+}
+
+#[tokio::test]
+async fn streams_that_need_too_much_memory_are_refused() {
+    let (_dir, store) = fresh();
+    // A frame header that asks for a window of 2 GiB: descriptor, window (21 << 3), then an empty last block.
+    let zstd = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 21 << 3, 0x01, 0x00, 0x00];
+    let error = push(&store, &zstd, Content::Image).await.unwrap_err();
+    assert!(matches!(error, ArtifactError::Refused(_)), "{error}");
+}
+
+#[tokio::test]
+async fn stale_uploads_are_swept_and_those_under_way_are_not() {
+    let (dir, store) = fresh();
+    for (data, cut) in [(tarball(1000), true), (tarball(2000), false)] {
+        let mut upload = store.begin(digest(&data), size(&data)).await.unwrap();
+        upload.append(0, Bytes::from_static(&[0; 100])).await.unwrap();
+        if cut {
+            drop(upload);
+            assert_eq!(store.sweep(SystemTime::now() - Duration::from_secs(3600)).await.unwrap(), 0);
+        } else {
+            assert_eq!(store.sweep(SystemTime::now() + Duration::from_secs(3600)).await.unwrap(), 1);
+            assert_eq!(files(dir.path()), 1);
+        }
+    }
+}
+
+#[tokio::test]
+async fn removed_bytes_are_gone_but_for_those_who_read_them() {
+    let (_dir, store) = fresh();
+    let data = tarball(1000);
+    push(&store, &data, Content::Image).await.unwrap();
+    let reader = store.reader(digest(&data)).await.unwrap();
+    assert!(store.remove(digest(&data)).await.unwrap());
+    assert!(!store.remove(digest(&data)).await.unwrap());
+    assert_eq!(reader.read_chunk(0, usize::MAX).await.unwrap(), data);
+    assert!(matches!(store.reader(digest(&data)).await.unwrap_err(), ArtifactError::NotFound(_)));
+}
+
+#[test]
+fn a_digest_is_lower_case_hexadecimal() {
+    let text = digest(b"x").to_string();
+    assert_eq!(Digest::parse(&text).unwrap(), digest(b"x"));
+    for bad in ["", "../../etc/passwd", &text.to_uppercase(), text.trim_start_matches(|_| true), &text.repeat(2)] {
+        assert!(Digest::parse(bad).is_err(), "{bad}");
+    }
+}

@@ -1,0 +1,183 @@
+//! Uploads: bytes in order into a file that only this upload writes, then checked, then moved into place.
+
+use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::check::check;
+use super::{
+    ArtifactError, Artifacts, Content, Digest, StoredBlob, failed, off_runtime, open_blob, remove_file, sync_folder,
+};
+
+/// What an upload leaves free on the disk: the store and the logs live there too.
+const RESERVE: u64 = 256 << 20;
+/// How often the file may be moved away between opening and locking it, which others do once an upload.
+const ATTEMPTS: u32 = 10;
+
+/// One upload: the only writer of its bytes while it lives.
+#[derive(Debug)]
+pub struct Upload {
+    store: Artifacts,
+    sha256: Digest,
+    size: u64,
+    offset: u64,
+    place: Place,
+}
+
+#[derive(Debug)]
+enum Place {
+    /// The bytes are stored already.
+    Stored(Arc<File>),
+    /// In staging. The lock goes with the last use of the file, also by a write that nobody waits for any more.
+    Staged(Arc<File>),
+}
+
+impl Upload {
+    pub(super) fn begin(store: Artifacts, sha256: Digest, size: u64) -> Result<Self, ArtifactError> {
+        let part = store.part(sha256);
+        for _ in 0..ATTEMPTS {
+            if let Some((file, stored)) = open_blob(&store.blob(sha256))? {
+                if stored != size {
+                    return Err(ArtifactError::WrongSize { stored, announced: size });
+                }
+                return Ok(Self { store, sha256, size, offset: size, place: Place::Stored(Arc::new(file)) });
+            }
+            let Some(file) = lock(&part)? else { continue };
+            let mut offset = file.metadata().map_err(failed("look at a cut upload"))?.len();
+            if offset > size {
+                // Announced with another size before: one of the two is a lie, and the digest will tell which.
+                file.set_len(0).map_err(failed("empty a cut upload"))?;
+                offset = 0;
+            }
+            let (needed, free) = (size - offset, free(&part)?);
+            if needed > free {
+                if offset == 0 {
+                    remove_file(&part)?;
+                }
+                return Err(ArtifactError::NoSpace { needed, free });
+            }
+            return Ok(Self { store, sha256, size, offset, place: Place::Staged(Arc::new(file)) });
+        }
+        Err(ArtifactError::Busy)
+    }
+
+    /// Where the next chunk must begin; equal to the size when all bytes are there.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Adds a chunk.
+    ///
+    /// # Errors
+    /// When it does not begin at the offset or goes past the size. What came before is kept.
+    pub async fn append(&mut self, offset: u64, data: Bytes) -> Result<(), ArtifactError> {
+        if offset != self.offset {
+            return Err(ArtifactError::WrongOffset { expected: self.offset, got: offset });
+        }
+        let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
+        if length > self.size - self.offset {
+            return Err(ArtifactError::TooLong(self.size));
+        }
+        // What is stored has its size, so only staged bytes get here with data.
+        let (Place::Staged(file) | Place::Stored(file)) = &self.place;
+        if length > 0 {
+            let file = Arc::clone(file);
+            off_runtime(move || file.write_all_at(&data, offset).map_err(failed("write an upload"))).await?;
+            self.offset += length;
+        }
+        Ok(())
+    }
+
+    /// Removes what came: for an upload that turns out to be a mistake or an attack. Stored bytes stay.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn discard(self) -> Result<(), ArtifactError> {
+        off_runtime(move || match &self.place {
+            Place::Stored(_) => Ok(()),
+            Place::Staged(_) => remove_file(&self.store.part(self.sha256)).map(|_| ()),
+        })
+        .await
+    }
+
+    /// Checks digest and contents, and stores the bytes. `progress` gets the unpacked bytes so far, now and then, from
+    /// another thread. Bytes that are refused are removed; if they are only incomplete they stay for another try.
+    ///
+    /// # Errors
+    /// Why they are not taken.
+    pub async fn finish(
+        self,
+        content: Content,
+        progress: impl Fn(u64) + Send + 'static,
+    ) -> Result<StoredBlob, ArtifactError> {
+        if self.offset < self.size {
+            return Err(ArtifactError::Incomplete { got: self.offset, size: self.size });
+        }
+        off_runtime(move || self.check_and_store(content, progress)).await
+    }
+
+    fn check_and_store(self, content: Content, progress: impl Fn(u64)) -> Result<StoredBlob, ArtifactError> {
+        let (blob, part) = (self.store.blob(self.sha256), self.store.part(self.sha256));
+        match &self.place {
+            Place::Stored(file) => {
+                let checked = check(file, self.sha256, self.size, content, &progress);
+                if let Err(ArtifactError::WrongDigest { .. }) = checked {
+                    // The disk changed what it was given. Without the bytes the next push brings them back.
+                    tracing::error!(artifact = %self.sha256, "stored bytes are damaged and were removed");
+                    remove_file(&blob)?;
+                }
+                checked
+            }
+            Place::Staged(file) => match check(file, self.sha256, self.size, content, &progress) {
+                Ok(stored) => {
+                    move_into_place(file, &part, &blob)?;
+                    Ok(stored)
+                }
+                // Nothing is wrong with the bytes: they stay.
+                Err(error @ ArtifactError::Io { .. }) => Err(error),
+                Err(error) => {
+                    remove_file(&part)?;
+                    Err(error)
+                }
+            },
+        }
+    }
+}
+
+fn move_into_place(file: &File, part: &Path, blob: &Path) -> Result<(), ArtifactError> {
+    let action = || format!("store {}", blob.display());
+    file.sync_all().map_err(failed(action()))?;
+    if let Some(folder) = blob.parent() {
+        fs::create_dir_all(folder).map_err(failed(action()))?;
+        // The shard's own name must last as well.
+        sync_folder(folder)?;
+    }
+    fs::rename(part, blob).map_err(failed(action()))?;
+    sync_folder(blob)?;
+    sync_folder(part)
+}
+
+/// Opens and locks a staged file; `None` when it was moved away in between.
+fn lock(part: &Path) -> Result<Option<File>, ArtifactError> {
+    let action = || format!("open {}", part.display());
+    let file =
+        File::options().read(true).write(true).create(true).truncate(false).open(part).map_err(failed(action()))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(ArtifactError::Busy),
+        Err(TryLockError::Error(error)) => return Err(failed(action())(error)),
+    }
+    let ours = file.metadata().map_err(failed(action()))?;
+    let named = fs::metadata(part);
+    let same = named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino()));
+    Ok(same.then_some(file))
+}
+
+/// Bytes that an upload may still take of the disk.
+fn free(part: &PathBuf) -> Result<u64, ArtifactError> {
+    let disk = rustix::fs::statvfs(part).map_err(|errno| failed("ask how full the disk is")(errno.into()))?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_sub(RESERVE))
+}

@@ -1,0 +1,183 @@
+//! Settings: defaults, then the configuration file, then `MARCO_*` variables, then flags.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+use marco_proto::names::{API_PORT, ENROLL_PORT};
+use serde::Deserialize;
+
+/// The command line of `marco-controller`.
+#[derive(Debug, Parser)]
+#[command(name = "marco-controller", version, about = "The control plane of a fleet of Raspberry Pis", long_about = None)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs of `marco-controller`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the controller until SIGTERM or Ctrl-C.
+    ///
+    /// In an empty folder it just works: an embedded SQLite database, development certificates in ./certs, and one
+    /// line on standard output that shows how to call it. Logs go to standard error (RUST_LOG sets their level).
+    Serve(ServeArgs),
+}
+
+/// Flags and variables of `serve`; what is unset comes from the file or the defaults.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ServeArgs {
+    /// Read settings from this TOML file; unknown keys are refused
+    #[arg(long, env = "MARCO_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Where the database, the artifacts and the CA's key live [default: ./marco-data]
+    #[arg(long, env = "MARCO_DATA_DIR", value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Where the certificates for operators and the controller are [default: ./certs]
+    #[arg(long, env = "MARCO_CERTS", value_name = "DIR")]
+    pub certs: Option<PathBuf>,
+    /// The database: postgres://USER:PASSWORD@HOST/NAME, or sqlite:///PATH; also read from DATABASE_URL
+    /// [default: DATA-DIR/marco.db]
+    #[arg(long, env = "MARCO_DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+    /// Address of the API and of the agents' streams [default: [::]:1346]
+    #[arg(long, env = "MARCO_LISTEN", value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// Address where nodes enrol [default: the API's address, port 1347]
+    #[arg(long, env = "MARCO_ENROLL_LISTEN", value_name = "ADDR")]
+    pub enroll_listen: Option<SocketAddr>,
+    /// Address of the file mirror; accepted, and used once this version serves one
+    #[arg(long, env = "MARCO_MIRROR_LISTEN", value_name = "ADDR")]
+    pub mirror_listen: Option<SocketAddr>,
+    /// Address of the metrics; accepted, and used once this version serves them
+    #[arg(long, env = "MARCO_METRICS_LISTEN", value_name = "ADDR")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// A further host name or address by which operators reach this controller; repeats
+    #[arg(long = "name", env = "MARCO_NAME", value_name = "HOST", value_delimiter = ',')]
+    pub names: Vec<String>,
+}
+
+/// The file's keys, the same as the flags'.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct File {
+    data_dir: Option<PathBuf>,
+    certs: Option<PathBuf>,
+    database_url: Option<String>,
+    listen: Option<SocketAddr>,
+    enroll_listen: Option<SocketAddr>,
+    mirror_listen: Option<SocketAddr>,
+    metrics_listen: Option<SocketAddr>,
+    #[serde(default)]
+    name: Vec<String>,
+}
+
+/// The settings in force.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where the database, the artifacts and the CA's key live.
+    pub data_dir: PathBuf,
+    /// Where certificates are.
+    pub certs: PathBuf,
+    /// Database URL; it may hold a password.
+    pub database_url: String,
+    /// The API's address.
+    pub listen: SocketAddr,
+    /// The enrolment listener's address.
+    pub enroll_listen: SocketAddr,
+    /// Further names in the controller's certificate.
+    pub names: Vec<String>,
+}
+
+impl Config {
+    /// Puts flags, variables, file and defaults together. `database_url` is the plain `DATABASE_URL`, if set.
+    ///
+    /// # Errors
+    /// An unreadable file, a file with an unknown key, or a value of the wrong form.
+    pub fn load(args: ServeArgs, database_url: Option<String>) -> anyhow::Result<Self> {
+        let file = match &args.config {
+            Some(path) => read(path)?,
+            None => File::default(),
+        };
+        let data_dir = args.data_dir.or(file.data_dir).unwrap_or_else(|| "marco-data".into());
+        let listen = args
+            .listen
+            .or(file.listen)
+            .unwrap_or_else(|| SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, API_PORT)));
+        let enroll_listen =
+            args.enroll_listen.or(file.enroll_listen).unwrap_or_else(|| SocketAddr::new(listen.ip(), ENROLL_PORT));
+        let database_url = match args.database_url.or(database_url).or(file.database_url) {
+            Some(url) => url,
+            None => format!("sqlite://{}", data_dir.join("marco.db").display()),
+        };
+        if let Some(unserved) = args.mirror_listen.or(file.mirror_listen) {
+            tracing::info!(address = %unserved, "this version serves no file mirror");
+        }
+        if let Some(unserved) = args.metrics_listen.or(file.metrics_listen) {
+            tracing::info!(address = %unserved, "this version serves no metrics");
+        }
+        Ok(Self {
+            data_dir,
+            certs: args.certs.or(file.certs).unwrap_or_else(|| "certs".into()),
+            database_url,
+            listen,
+            enroll_listen,
+            names: if args.names.is_empty() { file.name } else { args.names },
+        })
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<File> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read the settings in {}", path.display()))?;
+    toml::from_str(&text).with_context(|| format!("{} is not a valid configuration", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Config, ServeArgs};
+
+    fn with_file(text: &str, args: ServeArgs) -> anyhow::Result<Config> {
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), text)?;
+        Config::load(ServeArgs { config: Some(file.path().to_owned()), ..args }, None)
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_the_file_over_the_default() {
+        let args = ServeArgs { listen: Some("127.0.0.1:5".parse().unwrap()), ..ServeArgs::default() };
+        let config = with_file("listen = \"127.0.0.1:4\"\ncerts = \"/c\"", args).unwrap();
+        assert_eq!(config.listen.port(), 5);
+        assert_eq!(config.certs.to_str(), Some("/c"));
+        assert_eq!(config.enroll_listen.to_string(), "127.0.0.1:1347");
+        assert_eq!(config.database_url, "sqlite://marco-data/marco.db");
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = with_file("lisen = \"127.0.0.1:4\"", ServeArgs::default()).unwrap_err();
+        assert!(format!("{error:#}").contains("lisen"), "{error:#}");
+    }
+
+    #[test]
+    fn the_shipped_configuration_is_valid_and_shows_every_key() {
+        let shipped = include_str!("../dist/controller.toml");
+        let all: String = shipped
+            .lines()
+            .map(|line| {
+                line.strip_prefix('#').filter(|rest| rest.contains(" = ") && !rest.starts_with(' ')).unwrap_or(line)
+            })
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let config = with_file(&all, ServeArgs::default()).unwrap();
+        assert_eq!(config.names, ["pi-lab.example.org"]);
+        for key in
+            ["data-dir", "certs", "database-url", "listen", "enroll-listen", "mirror-listen", "metrics-listen", "name"]
+        {
+            assert!(shipped.lines().any(|line| line.starts_with(&format!("#{key} = "))), "{key} is not shown");
+        }
+    }
+}

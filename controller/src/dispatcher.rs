@@ -1,0 +1,168 @@
+//! The one reconciler. It takes no input: each round reads store, sessions and clock, and does what is due. A change of
+//! the store or a tick only wakes it, so a restart, a reconnect and the normal path are the same code.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use marco_proto::names::NodeId;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::sessions::{Command, End, Sessions};
+use crate::store::{Store, StoreError};
+
+/// The longest time between two rounds, before jitter. Times of operations are kept to this precision.
+const TICK: Duration = Duration::from_secs(1);
+/// Changes that come close together are handled in one round.
+const SETTLE: Duration = Duration::from_millis(15);
+/// How often the right of live sessions to be there is checked: quarantine acts within 5 s on every controller.
+const SWEEP: Duration = Duration::from_secs(2);
+/// After this time without an answer from the store, it is said again that it does not answer.
+const COMPLAIN: Duration = Duration::from_secs(60);
+
+/// Does what is due.
+pub struct Dispatcher {
+    store: Store,
+    sessions: Arc<Sessions>,
+    clock: Arc<dyn Clock>,
+    controller: String,
+    address: String,
+}
+
+impl Dispatcher {
+    /// A dispatcher for the sessions of the controller with this id.
+    pub fn new(
+        store: Store,
+        sessions: Arc<Sessions>,
+        clock: Arc<dyn Clock>,
+        controller: String,
+        address: String,
+    ) -> Self {
+        Self { store, sessions, clock, controller, address }
+    }
+
+    /// Rounds until cancelled.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut changes = self.store.subscribe_changes();
+        let mut swept = None::<tokio::time::Instant>;
+        let mut complained = None::<tokio::time::Instant>;
+        loop {
+            changes.mark_unchanged();
+            let sweep = swept.is_none_or(|last| last.elapsed() >= SWEEP);
+            match self.round(sweep).await {
+                Ok(()) => {
+                    if complained.take().is_some() {
+                        tracing::info!("the store answers again");
+                    }
+                    if sweep {
+                        swept = Some(tokio::time::Instant::now());
+                    }
+                }
+                Err(error) if complained.is_none_or(|last| last.elapsed() >= COMPLAIN) => {
+                    tracing::error!(
+                        error = &*crate::chain(&error),
+                        "a dispatch round failed; it is tried again each second"
+                    );
+                    complained = Some(tokio::time::Instant::now());
+                }
+                Err(_) => {}
+            }
+            // Every arm only wakes; dropping the others loses a wake-up at most until the next tick.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(jittered(TICK)) => {}
+                changed = changes.changed(), if complained.is_none() => match changed {
+                    Ok(()) => tokio::time::sleep(SETTLE).await,
+                    Err(_) => return,
+                },
+            }
+        }
+    }
+
+    /// One round. Public so that tests can step through time with a manual clock.
+    ///
+    /// # Errors
+    /// The store's; what was done before it stays done, and the next round goes on.
+    #[tracing::instrument(level = "debug", skip_all, name = "round")]
+    pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
+        let now = self.clock.now();
+        self.store.begin_due(now).await?;
+        self.store.expire(now).await?;
+        self.store.power_off_done(now).await?;
+        for overdue in self.store.mark_overdue(now).await? {
+            tracing::warn!(execution = %overdue.execution, state = overdue.state.as_str(), "an execution is overdue");
+        }
+        for changed in self.store.give_up(now).await? {
+            tracing::warn!(execution = %changed.execution, "an overdue execution was given up");
+        }
+        if sweep {
+            self.sweep(now).await?;
+        }
+        self.assign(now).await?;
+        self.cancel().await?;
+        for operation in self.store.finish_operations(now).await? {
+            tracing::info!(%operation, "an operation ended");
+        }
+        Ok(())
+    }
+
+    async fn assign(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
+        let live: Vec<(NodeId, i64)> = self.sessions.live().into_iter().map(|live| (live.node, live.epoch)).collect();
+        if live.is_empty() {
+            return Ok(());
+        }
+        for assignment in self.store.claim(&self.controller, &live, now).await? {
+            let node = assignment.execution.node.clone();
+            let Some((_, epoch)) = live.iter().find(|(id, _)| *id == node) else { continue };
+            tracing::info!(execution = %assignment.execution, attempt = assignment.attempt, "assigned");
+            // Not sent is not lost: the node's next Hello does not list it, and it is PENDING again.
+            self.sessions.send(&node, *epoch, Command::Assign(Box::new(assignment)));
+        }
+        Ok(())
+    }
+
+    async fn cancel(&self) -> Result<(), StoreError> {
+        let live = self.sessions.live();
+        if live.is_empty() {
+            return Ok(());
+        }
+        for execution in self.store.cancels_due(&self.controller).await? {
+            if let Some(session) = live.iter().find(|session| session.node == execution.node) {
+                self.sessions.send(&session.node, session.epoch, Command::Cancel(execution));
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the sessions of nodes that were quarantined, deleted, or lost their certificate, here or on another
+    /// controller.
+    async fn sweep(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
+        let live = self.sessions.live();
+        let nodes: Vec<NodeId> = live.iter().map(|session| session.node.clone()).collect();
+        self.store.touch(&self.controller, &nodes, now).await?;
+        let epochs: Vec<(NodeId, i64)> = live.iter().map(|session| (session.node.clone(), session.epoch)).collect();
+        for node in self.store.lost_sessions(&self.controller, &epochs).await? {
+            tracing::warn!(%node, "a session is cut: the node is barred, or has another one");
+            self.sessions.end(&node, End::Barred);
+        }
+        let serials: Vec<String> = live.iter().map(|session| session.certificate.clone()).collect();
+        let unacceptable = self.store.unacceptable(&serials).await?;
+        for session in live.iter().filter(|session| unacceptable.contains(&session.certificate)) {
+            tracing::warn!(node = %session.node, "a session is cut: its certificate was revoked");
+            self.sessions.end(&session.node, End::Barred);
+        }
+        self.store.beat(&self.controller, &self.address, now).await?;
+        for node in self.store.end_dead_sessions(now).await? {
+            tracing::warn!(%node, "the session of a controller that died was ended");
+        }
+        Ok(())
+    }
+}
+
+/// Up to a tenth more or less, so that several controllers do not ask in step.
+fn jittered(base: Duration) -> Duration {
+    let mut random = [0u8; 1];
+    // Without randomness there is merely no jitter.
+    let _ = getrandom::fill(&mut random);
+    base.mul_f64(0.9 + 0.2 * f64::from(u8::from_ne_bytes(random)) / 255.0)
+}

@@ -1,0 +1,228 @@
+//! The files of the PKI: the CA's key under the data directory, certificates and their keys where operators take them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{self, Write as _};
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::CONTROLLER_TLS_NAME;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::super::roles::Role;
+use super::{Ca, PkiError};
+
+/// The controller's certificate is issued again when it has this long left.
+const RENEW_BEFORE: TimeDelta = TimeDelta::days(30);
+/// Keys are for the controller's user alone.
+const SECRET: u32 = 0o600;
+const PUBLIC: u32 = 0o644;
+
+/// The CA with the controller's own certificate.
+pub struct Pki {
+    /// The authority, which does not change while the process runs.
+    pub ca: Arc<Ca>,
+    /// True when the CA was minted by this start.
+    pub minted: bool,
+    certs_dir: PathBuf,
+    names: BTreeSet<String>,
+    certificate: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Pki {
+    /// Loads the CA and the controller's certificate, or mints them when there is nothing yet, with a certificate for an
+    /// admin. The controller's certificate is issued again when it lacks a name or has 30 days left.
+    ///
+    /// # Errors
+    /// When only one of the CA's halves is there, or a file is unusable.
+    pub fn open(data_dir: &Path, certs_dir: &Path, names: &[String], now: DateTime<Utc>) -> Result<Self, PkiError> {
+        let key_path = data_dir.join("pki").join("ca.key");
+        let certificate_path = certs_dir.join("ca.crt");
+        let (key_there, certificate_there) = (exists(&key_path)?, exists(&certificate_path)?);
+        let (ca, minted) = match (key_there, certificate_there) {
+            (false, false) => (mint(&key_path, &certificate_path, now)?, true),
+            (true, false) => return Err(PkiError::HalfThere { found: key_path, missing: certificate_path }),
+            (false, true) => return Err(PkiError::HalfThere { found: certificate_path, missing: key_path }),
+            (true, true) => {
+                let ca = Ca::load(&read(&certificate_path)?, &read(&key_path)?)
+                    .map_err(|what| PkiError::Unusable { path: certificate_path, what })?;
+                (ca, false)
+            }
+        };
+        let names = all_names(names);
+        let kept = if minted { None } else { load_controller(&ca, certs_dir, &names, now)? };
+        let (certificate, key) = match kept {
+            Some(kept) => kept,
+            None => issue_controller(&ca, certs_dir, &names, now)?,
+        };
+        if minted {
+            let (admin, admin_key) = ca.issue_user("admin", Role::Admin, now)?;
+            write(&certs_dir.join("admin.key"), &admin_key, SECRET)?;
+            write(&certs_dir.join("admin.crt"), &admin.pem, PUBLIC)?;
+        }
+        Ok(Self { ca: Arc::new(ca), minted, certs_dir: certs_dir.to_owned(), names, certificate, key })
+    }
+
+    /// Issues the controller's certificate again when it is due, as [`Pki::open`] does; true when it did.
+    ///
+    /// # Errors
+    /// When it cannot be issued or written.
+    pub fn refresh(&mut self, now: DateTime<Utc>) -> Result<bool, PkiError> {
+        if serves(&self.ca, &self.certificate, &self.names, now) {
+            return Ok(false);
+        }
+        (self.certificate, self.key) = issue_controller(&self.ca, &self.certs_dir, &self.names, now)?;
+        Ok(true)
+    }
+
+    /// The controller's certificate, DER.
+    pub(crate) fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// The controller's key.
+    pub(crate) fn key(&self) -> PrivateKeyDer<'static> {
+        self.key.clone_key()
+    }
+}
+
+/// What every controller's certificate says besides the names asked for.
+fn all_names(asked: &[String]) -> BTreeSet<String> {
+    let host = gethostname::gethostname().to_string_lossy().to_ascii_lowercase();
+    let mut names: BTreeSet<String> =
+        [CONTROLLER_TLS_NAME, "localhost", "127.0.0.1", "::1"].into_iter().map(str::to_owned).collect();
+    if !host.is_empty() && !host.contains(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '.' | '-')) {
+        names.insert(format!("{}.local", host.split('.').next().unwrap_or(&host)));
+        names.insert(host);
+    }
+    // Addresses have several spellings, names do not differ by case.
+    names.extend(
+        asked.iter().map(|name| {
+            name.parse::<IpAddr>().map_or_else(|_| name.to_ascii_lowercase(), |address| address.to_string())
+        }),
+    );
+    names
+}
+
+fn mint(key_path: &Path, certificate_path: &Path, now: DateTime<Utc>) -> Result<Ca, PkiError> {
+    let (ca, key) = Ca::mint(now)?;
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| PkiError::File { action: "make the folder", path, source }
+    };
+    if let Some(folder) = key_path.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed(folder))?;
+    }
+    if let Some(folder) = certificate_path.parent() {
+        fs::create_dir_all(folder).map_err(failed(folder))?;
+    }
+    write(key_path, &key, SECRET)?;
+    write(certificate_path, ca.certificate_pem(), PUBLIC)?;
+    Ok(ca)
+}
+
+type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
+
+/// The controller's certificate and key from their files; `None` when they are missing, or have to be issued again.
+fn load_controller(
+    ca: &Ca,
+    certs_dir: &Path,
+    names: &BTreeSet<String>,
+    now: DateTime<Utc>,
+) -> Result<Option<Pair>, PkiError> {
+    let (certificate_path, key_path) = (certs_dir.join("controller.crt"), certs_dir.join("controller.key"));
+    if !exists(&certificate_path)? || !exists(&key_path)? {
+        return Ok(None);
+    }
+    let pair = parse(&read(&certificate_path)?, &read(&key_path)?)
+        .map_err(|what| PkiError::Unusable { path: certificate_path, what })?;
+    Ok(Some(pair).filter(|(certificate, key)| serves(ca, certificate, names, now) && belongs(certificate, key)))
+}
+
+fn issue_controller(ca: &Ca, certs_dir: &Path, names: &BTreeSet<String>, now: DateTime<Utc>) -> Result<Pair, PkiError> {
+    let names: Vec<String> = names.iter().cloned().collect();
+    let (issued, key) = ca.issue_controller(&names, now)?;
+    let path = certs_dir.join("controller.crt");
+    // Certificate and key are two files: a crash between them leaves a pair that does not fit, which the next start
+    // replaces.
+    write(&certs_dir.join("controller.key"), &key, SECRET)?;
+    write(&path, &issued.pem, PUBLIC)?;
+    parse(&issued.pem, &key).map_err(|what| PkiError::Unusable { path, what })
+}
+
+fn parse(certificate: &str, key: &str) -> Result<Pair, String> {
+    let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
+        .map_err(|err| format!("no certificate can be read from it ({err})"))?;
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
+        .map_err(|err| format!("no key can be read from the file beside it ({err})"))?;
+    Ok((certificate, key))
+}
+
+/// Whether a certificate is this CA's, has every name, and has long enough to live.
+fn serves(ca: &Ca, certificate: &CertificateDer<'_>, names: &BTreeSet<String>, now: DateTime<Utc>) -> bool {
+    let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
+    let Ok((_, authority)) = X509Certificate::from_der(ca.certificate_der()) else { return false };
+    if parsed.verify_signature(Some(authority.public_key())).is_err() {
+        return false;
+    }
+    if (now + RENEW_BEFORE).timestamp() >= parsed.validity().not_after.timestamp() {
+        return false;
+    }
+    let Ok(Some(alternatives)) = parsed.subject_alternative_name() else { return false };
+    let has: BTreeSet<String> = alternatives.value.general_names.iter().filter_map(text).collect();
+    names.is_subset(&has)
+}
+
+/// Whether a key is the certificate's.
+fn belongs(certificate: &CertificateDer<'_>, key: &PrivateKeyDer<'_>) -> bool {
+    use rcgen::PublicKeyData as _;
+    let key = rcgen::KeyPair::try_from(key);
+    let parsed = X509Certificate::from_der(certificate);
+    matches!((key, parsed), (Ok(key), Ok((_, parsed))) if parsed.public_key().raw == key.subject_public_key_info())
+}
+
+fn text(name: &GeneralName<'_>) -> Option<String> {
+    match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        GeneralName::IPAddress(bytes) => {
+            let v4 = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
+            v4.or_else(|_| <[u8; 16]>::try_from(*bytes).map(IpAddr::from)).ok().map(|address| address.to_string())
+        }
+        _ => None,
+    }
+}
+
+fn exists(path: &Path) -> Result<bool, PkiError> {
+    path.try_exists().map_err(|source| PkiError::File { action: "look for", path: path.to_owned(), source })
+}
+
+fn read(path: &Path) -> Result<String, PkiError> {
+    fs::read_to_string(path).map_err(|source| PkiError::File { action: "read", path: path.to_owned(), source })
+}
+
+/// Writes a file whole or not at all, with its mode from the first moment.
+fn write(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
+    let temporary = path.with_extension("tmp");
+    let attempt = || -> io::Result<()> {
+        match fs::remove_file(&temporary) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
+            _ => {}
+        }
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        match path.parent() {
+            Some(folder) => fs::File::open(folder)?.sync_all(),
+            None => Ok(()),
+        }
+    };
+    attempt().map_err(|source| PkiError::File { action: "write", path: path.to_owned(), source })
+}

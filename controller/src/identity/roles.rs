@@ -1,0 +1,188 @@
+//! Roles, and the one table of who may call what.
+
+use std::fmt;
+use std::str::FromStr;
+
+use Role::{Admin, Node, Operator, Publisher, Viewer};
+
+/// What a caller is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Role {
+    /// Reads everything but secrets.
+    Viewer,
+    /// Also operates nodes.
+    Operator,
+    /// Reads, and writes artifacts.
+    Publisher,
+    /// May everything that a person may.
+    Admin,
+    /// A Pi: its own session and what its work needs.
+    Node,
+}
+
+impl Role {
+    /// The word that stands in certificates.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Viewer => "viewer",
+            Self::Operator => "operator",
+            Self::Publisher => "publisher",
+            Self::Admin => "admin",
+            Self::Node => "node",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Not a role.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no such role; the roles are viewer, operator, publisher, admin and node")]
+pub struct UnknownRole;
+
+impl FromStr for Role {
+    type Err = UnknownRole;
+    fn from_str(text: &str) -> Result<Self, UnknownRole> {
+        [Self::Viewer, Self::Operator, Self::Publisher, Self::Admin, Self::Node]
+            .into_iter()
+            .find(|role| role.as_str() == text)
+            .ok_or(UnknownRole)
+    }
+}
+
+/// Roles as a list for people.
+pub fn names(roles: &[Role]) -> String {
+    if roles.is_empty() {
+        return "none".to_owned();
+    }
+    roles.iter().map(|role| role.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+const ANY: &[Role] = &[Viewer, Operator, Publisher, Admin, Node];
+const PEOPLE: &[Role] = &[Viewer, Operator, Publisher, Admin];
+const OPERATORS: &[Role] = &[Operator, Admin];
+const PUBLISHERS: &[Role] = &[Publisher, Admin];
+const ADMINS: &[Role] = &[Admin];
+
+/// Who may call what. `EnrollmentService` is not here: it has a listener of its own, on which tokens and signatures
+/// count. What is not here nobody may call.
+const TABLE: &[(&str, &[Role])] = &[
+    ("/grpc.health.v1.Health/Check", ANY),
+    ("/grpc.health.v1.Health/List", ANY),
+    ("/grpc.health.v1.Health/Watch", ANY),
+    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ANY),
+    ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", ANY),
+    ("/marco.bootstrap.v1.AgentService/Connect", &[Node]),
+    ("/marco.bootstrap.v1.ArtifactService/DeleteArtifact", PUBLISHERS),
+    ("/marco.bootstrap.v1.ArtifactService/DownloadArtifact", &[Publisher, Admin, Node]),
+    ("/marco.bootstrap.v1.ArtifactService/GetArtifact", ANY),
+    ("/marco.bootstrap.v1.ArtifactService/ListArtifacts", PEOPLE),
+    ("/marco.bootstrap.v1.ArtifactService/SetDefaultArtifact", PUBLISHERS),
+    ("/marco.bootstrap.v1.ArtifactService/UploadArtifact", PUBLISHERS),
+    ("/marco.bootstrap.v1.NodeService/ApproveNode", ADMINS),
+    ("/marco.bootstrap.v1.NodeService/CreateJoinToken", ADMINS),
+    ("/marco.bootstrap.v1.NodeService/DeleteNode", ADMINS),
+    // A node only itself: the handler sees to that.
+    ("/marco.bootstrap.v1.NodeService/GetNode", ANY),
+    ("/marco.bootstrap.v1.NodeService/ListJoinTokens", ADMINS),
+    ("/marco.bootstrap.v1.NodeService/ListNodes", PEOPLE),
+    ("/marco.bootstrap.v1.NodeService/QuarantineNode", OPERATORS),
+    ("/marco.bootstrap.v1.NodeService/RevokeJoinToken", ADMINS),
+    ("/marco.bootstrap.v1.NodeService/UpdateNode", OPERATORS),
+    ("/marco.bootstrap.v1.NodeService/WatchNodes", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/AbandonExecution", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/CancelOperation", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/CreateOperation", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/ExplainExecution", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/GetOperation", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/ListEvents", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/ListExecutions", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/ListOperations", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/PauseOperation", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/ResumeOperation", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/RetryOperation", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/WatchOperation", PEOPLE),
+];
+
+/// Who may call a method, by its path; empty: nobody.
+pub fn allowed(method_path: &str) -> &'static [Role] {
+    TABLE.iter().find(|(path, _)| *path == method_path).map_or(&[], |(_, roles)| roles)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost::Message as _;
+    use prost_types::FileDescriptorSet;
+
+    use super::{Role, TABLE, allowed};
+
+    /// Paths of the API's methods, each with the comment that says who may call it.
+    fn methods() -> Vec<(String, String)> {
+        let set = FileDescriptorSet::decode(marco_proto::DESCRIPTOR_SET).unwrap();
+        let files = set.file.iter().filter(|file| file.package() == "marco.bootstrap.v1");
+        let mut methods = Vec::new();
+        for file in files {
+            for (s, service) in file.service.iter().enumerate() {
+                for (m, method) in service.method.iter().enumerate() {
+                    let path = [6, i32::try_from(s).unwrap(), 2, i32::try_from(m).unwrap()];
+                    let info = file.source_code_info.as_ref();
+                    let comment = info.and_then(|info| info.location.iter().find(|place| place.path == path));
+                    let comment =
+                        comment.map(|place| place.leading_comments().split_whitespace().collect::<Vec<_>>().join(" "));
+                    let path = format!("/marco.bootstrap.v1.{}/{}", service.name(), method.name());
+                    methods.push((path, comment.unwrap_or_default()));
+                }
+            }
+        }
+        methods
+    }
+
+    #[test]
+    fn every_method_of_the_api_has_a_row_and_no_row_is_left_over() {
+        let api: BTreeSet<String> =
+            methods().into_iter().map(|(path, _)| path).filter(|path| !path.contains(".EnrollmentService/")).collect();
+        let rows: BTreeSet<String> =
+            TABLE.iter().map(|(path, _)| (*path).to_owned()).filter(|path| path.contains("marco.bootstrap")).collect();
+        assert_eq!(rows, api);
+        assert_eq!(TABLE.iter().map(|(path, _)| path).collect::<BTreeSet<_>>().len(), TABLE.len());
+    }
+
+    #[test]
+    fn every_row_says_for_every_role_what_the_methods_comment_says() {
+        let mut compared = 0;
+        for (path, comment) in methods() {
+            let Some((_, callers)) = comment.split_once("Callers: ") else { continue };
+            if path.contains(".EnrollmentService/") {
+                continue;
+            }
+            for role in [Role::Viewer, Role::Operator, Role::Publisher, Role::Admin, Role::Node] {
+                let named = callers.split(|c: char| !c.is_alphanumeric()).any(|word| word == role.as_str());
+                assert_eq!(allowed(&path).contains(&role), named, "{path} for {role}: {callers}");
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 5 * TABLE.iter().filter(|(path, _)| path.contains("marco.bootstrap")).count());
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_nobody_may_call() {
+        for path in ["", "/", "/marco.bootstrap.v1.NodeService/Explode", "/marco.bootstrap.v1.EnrollmentService/Enroll"]
+        {
+            assert!(allowed(path).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_role_is_read_back_from_its_word() {
+        for role in [Role::Viewer, Role::Operator, Role::Publisher, Role::Admin, Role::Node] {
+            assert_eq!(role.as_str().parse(), Ok(role));
+        }
+        assert!("root".parse::<Role>().is_err());
+    }
+}

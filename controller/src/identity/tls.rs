@@ -1,0 +1,229 @@
+//! TLS of the listeners: our own acceptor, because tonic's offers neither reload nor a clock, and the HTTP/2 limits.
+
+mod incoming;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use rustls::crypto::ring::{default_provider, sign};
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::time_provider::TimeProvider;
+use rustls::version::TLS13;
+use rustls::{RootCertStore, ServerConfig};
+use sha2::{Digest as _, Sha256};
+use tokio_rustls::TlsAcceptor;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::ca::Pki;
+use crate::clock::Clock;
+pub use incoming::{TlsConn, incoming};
+
+/// Streams per connection: a console with watches and calls needs a dozen, an agent two.
+const MAX_CONCURRENT_STREAMS: u32 = 128;
+/// Bytes that a peer may send ahead, per stream and per connection: enough for a gigabit at 4 ms, and the most that an
+/// idle or hostile peer can make the server hold.
+const WINDOW: u32 = 512 << 10;
+/// Largest frame that is taken, so that a message of 256 KiB is one frame.
+const MAX_FRAME: u32 = 256 << 10;
+/// How often a silent peer is asked whether it lives: well below the time-outs of NAT, and rare enough for 10,000 nodes.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// How long it has to answer: with the interval a dead peer is known after half a minute.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Streams that a peer may reset before they were accepted (CVE-2023-44487, "rapid reset").
+const MAX_PENDING_RESETS: usize = 20;
+/// Streams that a peer may make this side reset with malformed frames; tonic's default is no limit.
+const MAX_LOCAL_RESETS: usize = 64;
+/// Largest list of headers of a request, in bytes: gRPC's metadata is small.
+const MAX_HEADER_LIST: u32 = 16 << 10;
+
+/// A client certificate that the CA issued, verified in the handshake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerCertificate {
+    /// Common name of the subject.
+    pub common_name: String,
+    /// Organizational unit of the subject: the role's word.
+    pub role: String,
+    /// Serial number, lower-case hexadecimal, 32 digits for certificates of this house.
+    pub serial: String,
+    /// SHA-256 of the SubjectPublicKeyInfo, lower-case hexadecimal.
+    pub key_sha256: String,
+}
+
+impl PeerCertificate {
+    /// What a certificate says; `None` when it has no common name or unit.
+    pub fn read(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+        Some(Self {
+            common_name: common_name(&certificate)?.to_owned(),
+            role: role_word(&certificate)?.to_owned(),
+            serial: serial_hex(&certificate),
+            key_sha256: hex::encode(Sha256::digest(certificate.public_key().raw)),
+        })
+    }
+}
+
+/// The subject's only common name.
+pub(super) fn common_name<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a str> {
+    let mut names = certificate.subject().iter_common_name();
+    let name = names.next()?.as_str().ok()?;
+    names.next().is_none().then_some(name)
+}
+
+/// The subject's only organizational unit.
+pub(super) fn role_word<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a str> {
+    let mut units = certificate.subject().iter_organizational_unit();
+    let unit = units.next()?.as_str().ok()?;
+    units.next().is_none().then_some(unit)
+}
+
+/// The serial number, without the zero that DER puts before a high bit.
+pub(super) fn serial_hex(certificate: &X509Certificate<'_>) -> String {
+    let raw = certificate.raw_serial();
+    hex::encode(raw.strip_prefix(&[0]).unwrap_or(raw))
+}
+
+/// Who is at the other end of a connection: the extension that tonic's requests carry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerInfo {
+    /// Its address.
+    pub addr: SocketAddr,
+    /// Its certificate, if it showed one.
+    pub certificate: Option<Arc<PeerCertificate>>,
+}
+
+/// The TLS of one kind of listener. Cheap to clone; [`Acceptor::reload`] changes all clones.
+#[derive(Clone)]
+pub struct Acceptor {
+    tls: TlsAcceptor,
+    presented: Arc<Presented>,
+    with_ca: bool,
+}
+
+/// The certificate cannot be used for TLS.
+#[derive(Debug, thiserror::Error)]
+#[error("the controller's certificate cannot be used for TLS")]
+pub struct TlsError(#[source] Box<dyn std::error::Error + Send + Sync>);
+
+impl TlsError {
+    fn new(source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self(Box::new(source))
+    }
+}
+
+impl Acceptor {
+    /// For the API: a client certificate is optional, and verified when shown.
+    ///
+    /// # Errors
+    /// When the certificate and its key do not fit.
+    pub fn api(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
+        Self::new(pki, clock, false)
+    }
+
+    /// For enrolment: no client certificate; the chain carries the CA, so that a node can compare it with its pin.
+    ///
+    /// # Errors
+    /// When the certificate and its key do not fit.
+    pub fn enrolment(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
+        Self::new(pki, clock, true)
+    }
+
+    fn new(pki: &Pki, clock: Arc<dyn Clock>, enrolment: bool) -> Result<Self, TlsError> {
+        let provider = Arc::new(default_provider());
+        let presented = Arc::new(Presented(RwLock::new(certified(pki, enrolment)?)));
+        let builder = ServerConfig::builder_with_details(Arc::clone(&provider), Arc::new(TlsTime(clock)))
+            .with_protocol_versions(&[&TLS13])
+            .map_err(TlsError::new)?;
+        let builder = if enrolment {
+            builder.with_no_client_auth()
+        } else {
+            let mut roots = RootCertStore::empty();
+            roots.add(pki.ca.certificate_der().clone()).map_err(TlsError::new)?;
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                .allow_unauthenticated()
+                .build()
+                .map_err(TlsError::new)?;
+            builder.with_client_cert_verifier(verifier)
+        };
+        let mut config = builder.with_cert_resolver(presented.clone());
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(Self { tls: TlsAcceptor::from(Arc::new(config)), presented, with_ca: enrolment })
+    }
+
+    /// Presents the controller's present certificate from now on.
+    ///
+    /// # Errors
+    /// When the certificate and its key do not fit; the old one stays.
+    pub fn reload(&self, pki: &Pki) -> Result<(), TlsError> {
+        let certified = certified(pki, self.with_ca)?;
+        *self.presented.0.write().unwrap_or_else(PoisonError::into_inner) = certified;
+        Ok(())
+    }
+}
+
+fn certified(pki: &Pki, with_ca: bool) -> Result<Arc<CertifiedKey>, TlsError> {
+    let mut chain = vec![pki.certificate().clone()];
+    if with_ca {
+        chain.push(pki.ca.certificate_der().clone());
+    }
+    let key = sign::any_supported_type(&pki.key()).map_err(TlsError::new)?;
+    let certified = CertifiedKey::new(chain, key);
+    certified.keys_match().map_err(TlsError::new)?;
+    Ok(Arc::new(certified))
+}
+
+/// The certificate that is presented, whatever name the client asks for: agents dial addresses.
+struct Presented(RwLock<Arc<CertifiedKey>>);
+
+impl fmt::Debug for Presented {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Presented")
+    }
+}
+
+impl ResolvesServerCert for Presented {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+}
+
+/// Our clock, as rustls asks for it.
+struct TlsTime(Arc<dyn Clock>);
+
+impl fmt::Debug for TlsTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TlsTime")
+    }
+}
+
+impl TimeProvider for TlsTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        let seconds = u64::try_from(self.0.now().timestamp()).ok()?;
+        Some(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+    }
+}
+
+/// tonic's server with every HTTP/2 limit set. Connections have no greatest age: sessions last for months.
+pub fn server_builder() -> tonic::transport::Server {
+    tonic::transport::Server::builder()
+        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .http2_adaptive_window(Some(false))
+        .max_frame_size(MAX_FRAME)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
+        .http2_max_header_list_size(MAX_HEADER_LIST)
+        .accept_http1(false)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,450 @@
+//! The states of operations and executions, and the changes between them, each a named method.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::Action;
+
+/// A closed set of words, stored as text and read back from it.
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$word_doc:meta])* $word:ident = $text:literal),+ $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum $name { $($(#[$word_doc])* $word),+ }
+
+        impl $name {
+            /// All of them, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$word),+];
+
+            /// The word as it is stored and shown.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$word => $text),+ }
+            }
+
+            /// The reverse of `as_str`.
+            pub fn parse(text: &str) -> Option<Self> {
+                match text { $($text => Some(Self::$word),)+ _ => None }
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+    };
+}
+pub(super) use words;
+
+words! {
+    /// Where an operation is.
+    OperationState {
+        /// Its time has not come.
+        Scheduled = "SCHEDULED",
+        /// Its executions are assigned or at work.
+        Running = "RUNNING",
+        /// Nothing further is assigned.
+        Paused = "PAUSED",
+        /// A cancel was asked for; some nodes have not answered.
+        Cancelling = "CANCELLING",
+        /// Every execution succeeded.
+        Succeeded = "SUCCEEDED",
+        /// At least one did not, and it was no plain cancellation.
+        Failed = "FAILED",
+        /// Cancelled, none failed or rolled back.
+        Cancelled = "CANCELLED",
+    }
+}
+
+words! {
+    /// Where an execution is.
+    ExecutionState {
+        /// Not assigned.
+        Pending = "PENDING",
+        /// Sent to the node.
+        Assigned = "ASSIGNED",
+        /// Accepted by the node.
+        Running = "RUNNING",
+        /// Past the point of no return.
+        Rebooting = "REBOOTING",
+        /// The node is back and being checked.
+        Verifying = "VERIFYING",
+        /// Done and verified.
+        Succeeded = "SUCCEEDED",
+        /// Not done.
+        Failed = "FAILED",
+        /// Not done; the node runs what it ran before.
+        RolledBack = "ROLLED_BACK",
+        /// Cancelled before the point of no return.
+        Cancelled = "CANCELLED",
+        /// Not begun in time.
+        Expired = "EXPIRED",
+    }
+}
+
+/// Reasons of `ExecutionError` that the controller itself gives.
+pub mod reason {
+    /// The node accepted the execution, and later did not know of it.
+    pub const JOURNAL_LOST: &str = "JOURNAL_LOST";
+    /// The node said that it succeeded, and what it runs says otherwise.
+    pub const NOT_VERIFIED: &str = "NOT_VERIFIED";
+    /// The node was overdue for too long, or was given up by hand; a late true report may still change this.
+    pub const NEVER_RETURNED: &str = "NEVER_RETURNED";
+    /// The node was told to power off and came back under the same boot id.
+    pub const STILL_ON: &str = "STILL_ON";
+    /// The node was removed while it was at work.
+    pub const NODE_DELETED: &str = "NODE_DELETED";
+    /// The operation's expire_time passed before the execution was begun.
+    pub const EXPIRED: &str = "EXPIRED";
+}
+
+/// Why an execution ended as it did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecutionError {
+    /// A stable word, for programs.
+    pub reason: String,
+    /// A sentence, for people.
+    pub message: String,
+}
+
+impl ExecutionError {
+    /// An error of these two parts.
+    pub fn new(reason: &str, message: impl Into<String>) -> Self {
+        Self { reason: reason.to_owned(), message: message.into() }
+    }
+}
+
+/// An event that a state does not know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IllegalTransition {
+    /// The state.
+    pub from: &'static str,
+    /// The event.
+    pub event: &'static str,
+}
+
+impl fmt::Display for IllegalTransition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} is not possible in state {}", self.event, self.from)
+    }
+}
+
+impl std::error::Error for IllegalTransition {}
+
+/// How many executions of an operation are in which state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// All.
+    pub total: u32,
+    /// Not assigned.
+    pub pending: u32,
+    /// Between assignment and the final state.
+    pub active: u32,
+    /// Ended SUCCEEDED.
+    pub succeeded: u32,
+    /// Ended FAILED.
+    pub failed: u32,
+    /// Ended ROLLED_BACK.
+    pub rolled_back: u32,
+    /// Ended CANCELLED.
+    pub cancelled: u32,
+    /// Ended EXPIRED.
+    pub expired: u32,
+    /// Of the active ones, those past a deadline.
+    pub overdue: u32,
+}
+
+/// The final state of an operation with these executions; `None` while one is unfinished.
+pub fn final_state(counts: &Counts, cancel_requested: bool) -> Option<OperationState> {
+    if counts.pending > 0 || counts.active > 0 {
+        None
+    } else if counts.succeeded == counts.total {
+        Some(OperationState::Succeeded)
+    } else if cancel_requested && counts.failed == 0 && counts.rolled_back == 0 {
+        Some(OperationState::Cancelled)
+    } else {
+        Some(OperationState::Failed)
+    }
+}
+
+impl OperationState {
+    /// Whether it never changes again (but for a late true report of a node that was given up).
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+
+    const fn refuse(self, event: &'static str) -> IllegalTransition {
+        IllegalTransition { from: self.as_str(), event }
+    }
+
+    /// Its time has come.
+    pub fn begin(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Scheduled => Ok(Self::Running),
+            _ => Err(self.refuse("begin")),
+        }
+    }
+
+    /// An operator holds it back.
+    pub fn pause(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Scheduled | Self::Running => Ok(Self::Paused),
+            _ => Err(self.refuse("pause")),
+        }
+    }
+
+    /// An operator lets it go on; `due` tells whether its time has come.
+    pub fn resume(self, due: bool) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Paused if due => Ok(Self::Running),
+            Self::Paused => Ok(Self::Scheduled),
+            _ => Err(self.refuse("resume")),
+        }
+    }
+
+    /// An operator asks that it stop.
+    pub fn cancel(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Scheduled | Self::Running | Self::Paused => Ok(Self::Cancelling),
+            _ => Err(self.refuse("cancel")),
+        }
+    }
+
+    /// Every execution has ended, with these counts. A FAILED operation can still become another when a node that was
+    /// given up returns.
+    pub fn finish(self, counts: &Counts, cancel_requested: bool) -> Result<Self, IllegalTransition> {
+        match (self, final_state(counts, cancel_requested)) {
+            (Self::Succeeded | Self::Cancelled, _) | (_, None) => Err(self.refuse("finish")),
+            (_, Some(end)) => Ok(end),
+        }
+    }
+}
+
+impl ExecutionState {
+    /// Whether it never changes again (but for FAILED with `NEVER_RETURNED`).
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled | Self::Expired)
+    }
+
+    /// Whether a node holds it: of these a node has at most one.
+    pub const fn is_active(self) -> bool {
+        matches!(self, Self::Assigned | Self::Running | Self::Rebooting | Self::Verifying)
+    }
+
+    const fn refuse(self, event: &'static str) -> IllegalTransition {
+        IllegalTransition { from: self.as_str(), event }
+    }
+
+    const fn while_active(self, to: Self, event: &'static str) -> Result<Self, IllegalTransition> {
+        if self.is_active() { Ok(to) } else { Err(self.refuse(event)) }
+    }
+
+    /// Given to the node.
+    pub fn assign(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Pending => Ok(Self::Assigned),
+            _ => Err(self.refuse("assign")),
+        }
+    }
+
+    /// The node never got it: a later Hello does not list it.
+    pub fn take_back(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Assigned => Ok(Self::Pending),
+            _ => Err(self.refuse("take back")),
+        }
+    }
+
+    /// The node works on it: accepted, or its installer is at work, perhaps again after a trial that failed.
+    pub fn run(self) -> Result<Self, IllegalTransition> {
+        self.while_active(Self::Running, "run")
+    }
+
+    /// The node passed a point of no return. It may be the first state reported, when those before were lost on the way.
+    pub fn arm(self) -> Result<Self, IllegalTransition> {
+        self.while_active(Self::Rebooting, "arm")
+    }
+
+    /// The node is back under a new boot id.
+    pub fn verify(self) -> Result<Self, IllegalTransition> {
+        self.while_active(Self::Verifying, "verify")
+    }
+
+    /// Proved to be done.
+    pub fn succeed(self) -> Result<Self, IllegalTransition> {
+        self.while_active(Self::Succeeded, "succeed")
+    }
+
+    /// Refused, or went wrong, or was given up.
+    pub fn fail(self) -> Result<Self, IllegalTransition> {
+        self.while_active(Self::Failed, "fail")
+    }
+
+    /// The node runs what it ran before.
+    pub fn roll_back(self) -> Result<Self, IllegalTransition> {
+        self.while_active(Self::RolledBack, "roll back")
+    }
+
+    /// Stopped before the point of no return; what is not assigned needs no answer of the node.
+    pub fn cancel(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Pending => Ok(Self::Cancelled),
+            _ => self.while_active(Self::Cancelled, "cancel"),
+        }
+    }
+
+    /// Not begun in time.
+    pub fn expire(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Pending => Ok(Self::Expired),
+            _ => Err(self.refuse("expire")),
+        }
+    }
+
+    /// A node that was given up returned, and says how it ended. Whether it was given up is told by the error's reason
+    /// (`reason::NEVER_RETURNED`), which the caller has looked at.
+    pub fn return_late(self, end: Self) -> Result<Self, IllegalTransition> {
+        match (self, end) {
+            (Self::Failed, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled) => Ok(end),
+            _ => Err(self.refuse("return late")),
+        }
+    }
+
+    /// The change that leads to `to`, whichever of the named ones it is.
+    pub fn change_to(self, to: Self) -> Result<Self, IllegalTransition> {
+        match to {
+            _ if self == Self::Failed => self.return_late(to),
+            Self::Pending => self.take_back(),
+            Self::Assigned => self.assign(),
+            Self::Running => self.run(),
+            Self::Rebooting => self.arm(),
+            Self::Verifying => self.verify(),
+            Self::Succeeded => self.succeed(),
+            Self::Failed => self.fail(),
+            Self::RolledBack => self.roll_back(),
+            Self::Cancelled => self.cancel(),
+            Self::Expired => self.expire(),
+        }
+    }
+}
+
+/// An assignment is answered at once by a node that has it.
+const ASSIGNED_LIMIT: Duration = Duration::from_secs(60);
+/// A node that is at work reports progress far more often; a Pi that writes to a slow card may be quiet for minutes.
+const RUNNING_LIMIT: Duration = Duration::from_secs(30 * 60);
+/// Shutting down, starting and, for an update, a file system check.
+const REBOOTING_LIMIT: Duration = Duration::from_secs(10 * 60);
+/// From the first report of the new system to its last.
+const VERIFYING_LIMIT: Duration = Duration::from_secs(10 * 60);
+
+/// How long after the last news a node in this state is overdue; `None` where nothing is awaited of it. The notice
+/// counts, since a node that waits for it is in RUNNING and says nothing.
+pub fn deadline_after(state: ExecutionState, action: &Action) -> Option<Duration> {
+    match state {
+        ExecutionState::Assigned => Some(ASSIGNED_LIMIT),
+        ExecutionState::Running => Some(RUNNING_LIMIT.saturating_add(action.notice().delay)),
+        ExecutionState::Rebooting => Some(REBOOTING_LIMIT),
+        ExecutionState::Verifying => Some(VERIFYING_LIMIT),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ExecutionState as E;
+    use OperationState as O;
+
+    #[test]
+    fn every_event_in_every_state_of_an_execution_is_a_named_change_or_refused() {
+        const ACTIVE: &[E] = &[E::Assigned, E::Running, E::Rebooting, E::Verifying];
+        type Event = fn(E) -> Result<E, IllegalTransition>;
+        let events: [(Event, E, &[E]); 10] = [
+            (E::assign, E::Assigned, &[E::Pending]),
+            (E::take_back, E::Pending, &[E::Assigned]),
+            (E::run, E::Running, ACTIVE),
+            (E::arm, E::Rebooting, ACTIVE),
+            (E::verify, E::Verifying, ACTIVE),
+            (E::succeed, E::Succeeded, ACTIVE),
+            (E::fail, E::Failed, ACTIVE),
+            (E::roll_back, E::RolledBack, ACTIVE),
+            (E::cancel, E::Cancelled, &[E::Pending, E::Assigned, E::Running, E::Rebooting, E::Verifying]),
+            (E::expire, E::Expired, &[E::Pending]),
+        ];
+        for (event, to, from) in events {
+            for state in E::ALL.iter().copied() {
+                let expected = from.contains(&state);
+                assert_eq!(event(state).ok(), expected.then_some(to), "{state} to {to}");
+                if state != E::Failed {
+                    assert_eq!(state.change_to(to), event(state), "{state} to {to}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_failed_execution_returns_late_and_only_to_an_end_that_a_node_reports() {
+        for state in E::ALL.iter().copied() {
+            for end in E::ALL.iter().copied() {
+                let possible = state == E::Failed && end.is_final() && end != E::Expired;
+                assert_eq!(state.return_late(end).is_ok(), possible, "{state} to {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_event_in_every_state_of_an_operation_is_a_named_change_or_refused() {
+        let one_done = Counts { total: 1, succeeded: 1, ..Counts::default() };
+        let one_left = Counts { total: 1, active: 1, ..Counts::default() };
+        for state in O::ALL.iter().copied() {
+            assert_eq!(state.begin().ok(), (state == O::Scheduled).then_some(O::Running));
+            let open = matches!(state, O::Scheduled | O::Running);
+            assert_eq!(state.pause().ok(), open.then_some(O::Paused));
+            assert_eq!(state.resume(true).ok(), (state == O::Paused).then_some(O::Running));
+            assert_eq!(state.resume(false).ok(), (state == O::Paused).then_some(O::Scheduled));
+            let can_stop = open || state == O::Paused;
+            assert_eq!(state.cancel().ok(), can_stop.then_some(O::Cancelling));
+            let can_end = !matches!(state, O::Succeeded | O::Cancelled);
+            assert_eq!(state.finish(&one_done, false).ok(), can_end.then_some(O::Succeeded));
+            assert!(state.finish(&one_left, true).is_err());
+        }
+    }
+
+    #[test]
+    fn an_operation_succeeds_if_and_only_if_every_execution_did() {
+        let with = |change: fn(&mut Counts)| {
+            let mut counts = Counts { total: 3, succeeded: 2, ..Counts::default() };
+            change(&mut counts);
+            (final_state(&counts, false), final_state(&counts, true))
+        };
+        assert_eq!(with(|counts| counts.succeeded = 3), (Some(O::Succeeded), Some(O::Succeeded)));
+        assert_eq!(with(|counts| counts.failed = 1), (Some(O::Failed), Some(O::Failed)));
+        assert_eq!(with(|counts| counts.rolled_back = 1), (Some(O::Failed), Some(O::Failed)));
+        assert_eq!(with(|counts| counts.cancelled = 1), (Some(O::Failed), Some(O::Cancelled)));
+        assert_eq!(with(|counts| counts.expired = 1), (Some(O::Failed), Some(O::Cancelled)));
+        assert_eq!(with(|counts| counts.pending = 1), (None, None));
+        assert_eq!(with(|counts| counts.active = 1), (None, None));
+    }
+
+    #[test]
+    fn words_are_read_back_as_they_are_written() {
+        for state in E::ALL.iter().copied() {
+            assert_eq!(E::parse(state.as_str()), Some(state));
+            assert!(!(state.is_final() && state.is_active()));
+        }
+        for state in O::ALL.iter().copied() {
+            assert_eq!(O::parse(state.as_str()), Some(state));
+        }
+        assert_eq!(E::parse("running"), None);
+    }
+
+    #[test]
+    fn a_deadline_stands_for_every_state_in_which_a_node_is_awaited_and_counts_the_notice() {
+        let notice = super::super::Notice { delay: Duration::from_secs(7200), message: String::new() };
+        let action = Action::Reboot(notice);
+        for state in E::ALL.iter().copied() {
+            assert_eq!(deadline_after(state, &action).is_some(), state.is_active(), "{state}");
+        }
+        assert_eq!(deadline_after(E::Running, &action), Some(Duration::from_secs(9000)));
+    }
+}

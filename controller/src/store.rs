@@ -1,0 +1,120 @@
+//! The store: the only truth. One set of statements for SQLite and Postgres; nothing of sea-orm leaves this module.
+//!
+//! On SQLite every write goes through one connection, in transactions that take the write lock at once. On Postgres a
+//! transaction that locks rows locks nodes first, then operations, then executions, each in the order of their ids, so
+//! that two of them never wait for each other.
+
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use sea_orm::{DatabaseConnection, DbErr};
+use tokio::sync::{Semaphore, watch};
+
+mod artifacts;
+mod audit;
+mod certificates;
+mod claims;
+mod controllers;
+mod dispatch;
+mod enrolment;
+mod events;
+mod executions;
+mod migrations;
+mod moves;
+mod nodes;
+mod open;
+mod operations;
+mod progress;
+mod reconcile;
+mod reports;
+mod sessions;
+mod sql;
+mod steering;
+mod tokens;
+
+pub use artifacts::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
+pub use audit::AuditRow;
+pub use certificates::{CertificateRow, StoredCertificate};
+pub use claims::Assignment;
+pub use controllers::ControllerRow;
+pub use dispatch::{Changed, Overdue};
+pub use enrolment::{EnrolOutcome, Enrolment};
+pub use events::EventRow;
+pub use executions::ExecutionRow;
+pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System};
+pub use operations::{CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey};
+pub use progress::ProgressRow;
+pub use reconcile::Reconciled;
+pub use reports::{Release, ReportOutcome, ReportRow};
+pub use sessions::{SessionOutcome, SessionStart};
+pub use steering::{AbandonOutcome, SteerOutcome};
+pub use tokens::{NewToken, TokenRow};
+
+/// What keeps the store from answering.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database cannot be reached, or did not answer in time; trying again later may help.
+    #[error("the database is not available")]
+    Unavailable(#[source] DatabaseError),
+    /// The database answered that the statement cannot be done: a defect of this program or of the database.
+    #[error("the database refused a statement")]
+    Refused(#[source] DatabaseError),
+    /// A stored value is none that this version knows.
+    #[error("the database holds a {what} that this version does not know: {value:?}")]
+    Unknown {
+        /// What it should have been.
+        what: &'static str,
+        /// What it is.
+        value: String,
+    },
+    /// The URL names no database that is supported.
+    #[error("{0:?} is no database URL: sqlite:///path/to/file.db or postgres://user@host/database")]
+    Url(String),
+    /// The file of an SQLite database is held by another controller.
+    #[error("another controller holds the database {0}; several controllers need Postgres")]
+    Locked(std::path::PathBuf),
+    /// The folder of an SQLite database cannot be used.
+    #[error("the database's file cannot be used")]
+    File(#[source] std::io::Error),
+}
+
+/// What the database driver said.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct DatabaseError(DbErr);
+
+/// The database of operations, nodes, artifacts and the rest. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    /// All writes; on SQLite a single connection.
+    writer: DatabaseConnection,
+    /// Reads; on Postgres the same pool.
+    reader: DatabaseConnection,
+    /// Who may write: on SQLite one, on Postgres as many as have connections.
+    turns: Arc<Semaphore>,
+    changes: watch::Sender<u64>,
+    /// Holds the lock of an SQLite file as long as the store lives.
+    _lock: Option<std::fs::File>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Counts up with each write of this process: a hint to look again, with no other meaning.
+    pub fn subscribe_changes(&self) -> watch::Receiver<u64> {
+        self.shared.changes.subscribe()
+    }
+}
+
+/// Microseconds since 1970, as every time is stored.
+fn micros(time: DateTime<Utc>) -> i64 {
+    time.timestamp_micros()
+}

@@ -1,0 +1,336 @@
+//! Artifacts: names on digests, and what is known of the bytes.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{ArtifactId, OperationId};
+
+use sea_orm::{ConnectionTrait, DatabaseTransaction};
+
+use super::operations;
+use super::sql::{Row, signed, sql};
+use super::{Store, StoreError};
+
+/// What an artifact is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// An operating system as a tarball.
+    Image,
+    /// Boot files as a zip.
+    Bootcode,
+}
+
+/// What a bootcode starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Purpose {
+    /// It is no bootcode.
+    None,
+    /// The installer.
+    Installer,
+    /// The installed system.
+    System,
+}
+
+/// A stored artifact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArtifactRow {
+    /// Its id, a movable tag.
+    pub id: ArtifactId,
+    /// What it is.
+    pub kind: Kind,
+    /// What it starts.
+    pub purpose: Purpose,
+    /// SHA-256 of its bytes, lower-case hexadecimal.
+    pub sha256: String,
+    /// In bytes.
+    pub size: u64,
+    /// Bytes of a chunk.
+    pub chunk_size: u32,
+    /// The SHA-256 of each chunk, 32 bytes each, one after the other.
+    pub chunk_sha256: Vec<u8>,
+    /// Size of what is in it, in bytes.
+    pub unpacked_bytes: u64,
+    /// How many entries it has.
+    pub entries: u64,
+    /// `gzip`, `xz`, `zstd`, `zip` or `none`.
+    pub compression: String,
+    /// When the name was last pushed.
+    pub push_time: DateTime<Utc>,
+    /// Who pushed it.
+    pub creator: String,
+    /// Board families of which it is the default; `*`: any. Ignored by `put_artifact`.
+    pub default_for: Vec<String>,
+}
+
+/// What became of removing a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeleteArtifactOutcome {
+    /// The name is gone.
+    Deleted {
+        /// The digest whose bytes nobody needs any more, to be removed by the caller.
+        bytes_unused: Option<String>,
+    },
+    /// Unfinished operations need it: these.
+    InUse(Vec<OperationId>),
+    /// No such name.
+    NotFound,
+}
+
+impl Kind {
+    /// The word that is stored.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Image => "IMAGE",
+            Self::Bootcode => "BOOTCODE",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::Image, Self::Bootcode].into_iter().find(|kind| kind.as_str() == text)
+    }
+}
+
+impl Purpose {
+    /// The word that is stored.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "NONE",
+            Self::Installer => "INSTALLER",
+            Self::System => "SYSTEM",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::None, Self::Installer, Self::System].into_iter().find(|purpose| purpose.as_str() == text)
+    }
+}
+
+/// The default for any board.
+const ANY_BOARD: &str = "*";
+
+impl Store {
+    /// Stores an artifact, or moves its name to other bytes. Returns the digest that nobody needs any more, if the
+    /// name left one behind; its bytes are to be removed by the caller.
+    pub async fn put_artifact(&self, row: &ArtifactRow) -> Result<Option<String>, StoreError> {
+        let tx = self.begin().await?;
+        let before = hold(&tx, &row.id).await?;
+        sql("INSERT INTO blobs (sha256, kind, purpose, size, chunk_size, chunk_sha256, unpacked_bytes, entries, \
+             compression, push_time, creator) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sha256) DO UPDATE \
+             SET kind = excluded.kind, purpose = excluded.purpose, push_time = excluded.push_time, \
+                 creator = excluded.creator")
+        .bind(row.sha256.as_str())
+        .bind(row.kind.as_str())
+        .bind(row.purpose.as_str())
+        .bind(signed(row.size))
+        .bind(i64::from(row.chunk_size))
+        .bind(row.chunk_sha256.clone())
+        .bind(signed(row.unpacked_bytes))
+        .bind(signed(row.entries))
+        .bind(row.compression.as_str())
+        .time(row.push_time)
+        .bind(row.creator.as_str())
+        .run(&*tx)
+        .await?;
+        sql("INSERT INTO artifacts (id, sha256, kind, purpose, push_time, creator) VALUES (?, ?, ?, ?, ?, ?) \
+             ON CONFLICT (id) DO UPDATE SET sha256 = excluded.sha256, kind = excluded.kind, \
+                 purpose = excluded.purpose, push_time = excluded.push_time, creator = excluded.creator")
+        .bind(row.id.as_str())
+        .bind(row.sha256.as_str())
+        .bind(row.kind.as_str())
+        .bind(row.purpose.as_str())
+        .time(row.push_time)
+        .bind(row.creator.as_str())
+        .run(&*tx)
+        .await?;
+        // A name that became something else is no default any more of what it was.
+        sql("DELETE FROM artifact_defaults WHERE artifact = ? AND (kind <> ? OR purpose <> ?)")
+            .bind(row.id.as_str())
+            .bind(row.kind.as_str())
+            .bind(row.purpose.as_str())
+            .run(&*tx)
+            .await?;
+        let left = match before {
+            Some(sha256) if sha256 != row.sha256 && forget_unneeded(&tx, &sha256).await? => Some(sha256),
+            _ => None,
+        };
+        self.commit(tx).await?;
+        Ok(left)
+    }
+
+    /// The artifact of this name.
+    pub async fn artifact(&self, id: &ArtifactId) -> Result<Option<ArtifactRow>, StoreError> {
+        find(self.reader(), id).await
+    }
+
+    /// An artifact with these bytes, also when its name has moved on but an unfinished operation needs it.
+    pub async fn artifact_by_sha256(&self, sha256: &str) -> Result<Option<ArtifactRow>, StoreError> {
+        let named =
+            sql(SELECT).and(" WHERE a.sha256 = ? ORDER BY a.id LIMIT 1").bind(sha256).one(self.reader()).await?;
+        let row = match named {
+            Some(row) => Some(row),
+            None => {
+                sql("SELECT b.*, x.artifact AS id, '' AS boards FROM needs x JOIN blobs b ON b.sha256 = x.sha256 \
+                     WHERE x.sha256 = ? ORDER BY x.artifact LIMIT 1")
+                .bind(sha256)
+                .one(self.reader())
+                .await?
+            }
+        };
+        row.as_ref().map(read).transpose()
+    }
+
+    /// Artifacts, by id.
+    pub async fn artifacts(
+        &self,
+        after: Option<&ArtifactId>,
+        limit: u32,
+        kind: Option<Kind>,
+    ) -> Result<Vec<ArtifactRow>, StoreError> {
+        sql(SELECT)
+            .and(" WHERE a.id > ? AND (? OR a.kind = ?) ORDER BY a.id LIMIT ?")
+            .bind(after.map_or("", ArtifactId::as_str))
+            .bind(kind.is_none())
+            .bind(kind.map_or("", Kind::as_str))
+            .bind(i64::from(limit))
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(read)
+            .collect()
+    }
+
+    /// Removes a name, unless an unfinished operation needs it.
+    pub async fn delete_artifact(&self, id: &ArtifactId) -> Result<DeleteArtifactOutcome, StoreError> {
+        let tx = self.begin().await?;
+        let Some(sha256) = hold(&tx, id).await? else { return Ok(DeleteArtifactOutcome::NotFound) };
+        let users =
+            sql("SELECT DISTINCT operation AS id FROM needs WHERE artifact = ? AND sha256 = ? ORDER BY operation")
+                .bind(id.as_str())
+                .bind(sha256.as_str())
+                .all(&*tx)
+                .await?;
+        if !users.is_empty() {
+            let users = users.iter().map(operations::read_id).collect::<Result<_, _>>()?;
+            return Ok(DeleteArtifactOutcome::InUse(users));
+        }
+        sql("DELETE FROM artifacts WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
+        let bytes_unused = if forget_unneeded(&tx, &sha256).await? { Some(sha256) } else { None };
+        self.commit(tx).await?;
+        Ok(DeleteArtifactOutcome::Deleted { bytes_unused })
+    }
+
+    /// Makes it the default of its kind and purpose for a board family; empty or `*`: for any board. `None`: no such
+    /// artifact.
+    pub async fn set_default(&self, id: &ArtifactId, board: &str) -> Result<Option<ArtifactRow>, StoreError> {
+        let tx = self.begin().await?;
+        sql("INSERT INTO artifact_defaults (board, kind, purpose, artifact) \
+             SELECT ?, kind, purpose, id FROM artifacts WHERE id = ? \
+             ON CONFLICT (board, kind, purpose) DO UPDATE SET artifact = excluded.artifact")
+        .bind(if board.is_empty() { ANY_BOARD } else { board })
+        .bind(id.as_str())
+        .run(&*tx)
+        .await?;
+        let row = find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row)
+    }
+
+    /// The default for a board family, else the one for any board.
+    pub async fn default_for(
+        &self,
+        board: &str,
+        kind: Kind,
+        purpose: Purpose,
+    ) -> Result<Option<ArtifactRow>, StoreError> {
+        let mut all = self.defaults(kind, purpose).await?;
+        Ok(all.remove(board).or_else(|| all.remove(ANY_BOARD)))
+    }
+
+    /// All defaults of a kind and purpose by board family (`*`: any).
+    pub async fn defaults(&self, kind: Kind, purpose: Purpose) -> Result<BTreeMap<String, ArtifactRow>, StoreError> {
+        sql(SELECT_DEFAULTS)
+            .bind(kind.as_str())
+            .bind(purpose.as_str())
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(|row| Ok((row.text("board")?, read(row)?)))
+            .collect()
+    }
+
+    /// Forgets bytes that no name and no unfinished operation needs, and returns their digests; the caller removes the
+    /// files.
+    pub async fn sweep_blobs(&self) -> Result<Vec<String>, StoreError> {
+        let tx = self.begin().await?;
+        let mut swept = Vec::new();
+        for row in sql("SELECT sha256 FROM blobs WHERE NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.sha256 = \
+                        blobs.sha256) AND NOT EXISTS (SELECT 1 FROM needs x WHERE x.sha256 = blobs.sha256)")
+        .all(&*tx)
+        .await?
+        {
+            let sha256 = row.text("sha256")?;
+            if forget_unneeded(&tx, &sha256).await? {
+                swept.push(sha256);
+            }
+        }
+        if !swept.is_empty() {
+            self.commit(tx).await?;
+        }
+        Ok(swept)
+    }
+}
+
+/// The digest of a name, which is held until the transaction ends.
+async fn hold(tx: &DatabaseTransaction, id: &ArtifactId) -> Result<Option<String>, StoreError> {
+    let row = sql("SELECT sha256 FROM artifacts WHERE id = ? {lock}").bind(id.as_str()).one(tx).await?;
+    row.map(|row| row.text("sha256")).transpose()
+}
+
+/// Forgets bytes, if no name and no unfinished operation needs them; tells whether it did.
+async fn forget_unneeded(tx: &DatabaseTransaction, sha256: &str) -> Result<bool, StoreError> {
+    // On Postgres the row is taken first: an operation that is being stored with these bytes holds it until it is
+    // there to be seen by the second statement.
+    sql("SELECT sha256 FROM blobs WHERE sha256 = ? {lock}").bind(sha256).one(tx).await?;
+    let forgotten =
+        sql("DELETE FROM blobs WHERE sha256 = ? AND NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.sha256 = \
+                         blobs.sha256) AND NOT EXISTS (SELECT 1 FROM needs x WHERE x.sha256 = blobs.sha256)")
+        .bind(sha256)
+        .run(tx)
+        .await?;
+    Ok(forgotten == 1)
+}
+
+const SELECT: &str = "SELECT b.size, b.chunk_size, b.chunk_sha256, b.unpacked_bytes, b.entries, b.compression, a.*, \
+    COALESCE((SELECT string_agg(d.board, ',') FROM artifact_defaults d WHERE d.artifact = a.id), '') AS boards \
+    FROM artifacts a JOIN blobs b ON b.sha256 = a.sha256";
+
+const SELECT_DEFAULTS: &str = "SELECT f.board AS board, b.size, b.chunk_size, b.chunk_sha256, b.unpacked_bytes, \
+    b.entries, b.compression, a.*, \
+    COALESCE((SELECT string_agg(d.board, ',') FROM artifact_defaults d WHERE d.artifact = a.id), '') AS boards \
+    FROM artifact_defaults f JOIN artifacts a ON a.id = f.artifact JOIN blobs b ON b.sha256 = a.sha256 \
+    WHERE f.kind = ? AND f.purpose = ?";
+
+async fn find(db: &impl ConnectionTrait, id: &ArtifactId) -> Result<Option<ArtifactRow>, StoreError> {
+    sql(SELECT).and(" WHERE a.id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
+}
+
+fn read(row: &Row) -> Result<ArtifactRow, StoreError> {
+    let mut default_for: Vec<String> =
+        row.text("boards")?.split(',').filter(|board| !board.is_empty()).map(str::to_owned).collect();
+    default_for.sort();
+    Ok(ArtifactRow {
+        id: row.word("id", |id| ArtifactId::parse(id).ok())?,
+        kind: row.word("kind", Kind::parse)?,
+        purpose: row.word("purpose", Purpose::parse)?,
+        sha256: row.text("sha256")?,
+        size: row.number("size")?,
+        chunk_size: row.number("chunk_size")?,
+        chunk_sha256: row.bytes("chunk_sha256")?,
+        unpacked_bytes: row.number("unpacked_bytes")?,
+        entries: row.number("entries")?,
+        compression: row.text("compression")?,
+        push_time: row.time("push_time")?,
+        creator: row.text("creator")?,
+        default_for,
+    })
+}

@@ -1,0 +1,170 @@
+//! What the dispatcher does because time has passed. Each call returns what it changed.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::{ExecutionId, OperationId};
+
+use super::events::{self, CONTROLLER, Happened};
+use super::executions::read_id;
+use super::moves::read_found;
+use super::operations::{self, finish_if_done, lock};
+use super::sql::sql;
+use super::{Store, StoreError};
+use crate::operation::{ExecutionError, ExecutionState, reason};
+
+/// How long a node may be overdue before it is given up.
+const GIVE_UP_AFTER: TimeDelta = TimeDelta::hours(24);
+/// How long a node that was powered off must be silent to be believed off: a node that only lost its stream would be
+/// back within its longest delay.
+const OFF_AFTER: TimeDelta = TimeDelta::seconds(60);
+
+/// An execution whose state the dispatcher changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changed {
+    /// Which.
+    pub execution: ExecutionId,
+    /// Its state before.
+    pub from: ExecutionState,
+    /// Its state now.
+    pub to: ExecutionState,
+}
+
+/// An execution whose node is late.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Overdue {
+    /// Which.
+    pub execution: ExecutionId,
+    /// Its state.
+    pub state: ExecutionState,
+}
+
+impl Store {
+    /// Scheduled operations whose time has come: now RUNNING.
+    pub async fn begin_due(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
+        let due = sql("SELECT id FROM operations WHERE state = 'SCHEDULED' AND schedule_time <= ?")
+            .time(now)
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(operations::read_id)
+            .collect::<Result<Vec<_>, _>>()?;
+        if due.is_empty() {
+            return Ok(due);
+        }
+        let tx = self.begin().await?;
+        let mut begun = Vec::with_capacity(due.len());
+        for (id, from) in lock(&*tx, &due).await? {
+            let Ok(to) = from.begin() else { continue };
+            sql("UPDATE operations SET state = ? WHERE id = ? AND state = ?")
+                .bind(to.as_str())
+                .bind(id.as_str())
+                .bind(from.as_str())
+                .run(&*tx)
+                .await?;
+            let event = Happened::to_operation(CONTROLLER, from.as_str(), to.as_str(), "");
+            events::record(&*tx, &id, vec![event], now).await?;
+            begun.push(id);
+        }
+        self.commit(tx).await?;
+        Ok(begun)
+    }
+
+    /// Executions not begun before their operation's expire_time: now EXPIRED.
+    pub async fn expire(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+        let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state \
+                         FROM operations o JOIN executions e ON e.operation = o.id AND e.state = 'PENDING' \
+                         WHERE o.state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING') AND o.expire_time <= ?")
+        .time(now);
+        let error = ExecutionError::new(reason::EXPIRED, "it was not begun before the operation's expire_time");
+        self.end_found(which, ExecutionState::Expired, Some(error), now).await
+    }
+
+    /// Executions past their deadline: flagged overdue.
+    pub async fn mark_overdue(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
+        let late = sql("SELECT operation, node, state FROM executions WHERE deadline <= ? AND NOT overdue \
+                        AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .time(now);
+        let found = late.clone().all(self.reader()).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
+        if found.is_empty() {
+            return Ok(Vec::new());
+        }
+        let tx = self.begin().await?;
+        lock(&*tx, found.iter().map(|(id, _)| &id.operation)).await?;
+        let mut marked = Vec::with_capacity(found.len());
+        for (id, state) in found {
+            let changed =
+                sql("UPDATE executions SET overdue = TRUE, update_time = ? WHERE operation = ? AND node = ? \
+                               AND state = ? AND deadline <= ? AND NOT overdue")
+                .time(now)
+                .bind(id.operation.as_str())
+                .bind(id.node.as_str())
+                .bind(state.as_str())
+                .time(now)
+                .run(&*tx)
+                .await?;
+            if changed == 1 {
+                let event = Happened::to_node(&id.node, CONTROLLER, state.as_str(), state.as_str(), "overdue");
+                events::record(&*tx, &id.operation, vec![event], now).await?;
+                marked.push(Overdue { execution: id, state });
+            }
+        }
+        self.commit(tx).await?;
+        Ok(marked)
+    }
+
+    /// Executions overdue for 24 hours: now FAILED, `NEVER_RETURNED`.
+    pub async fn give_up(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+        let which = sql("SELECT operation, node, state FROM executions WHERE overdue AND deadline <= ? \
+                         AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .time(now - GIVE_UP_AFTER);
+        let error = ExecutionError::new(reason::NEVER_RETURNED, "nothing was heard of the node for a day");
+        self.end_found(which, ExecutionState::Failed, Some(error), now).await
+    }
+
+    /// Power-offs that were armed and whose node has had no session for 60 s: now SUCCEEDED.
+    pub async fn power_off_done(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+        let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state FROM executions e \
+                         JOIN operations o ON o.id = e.operation JOIN nodes n ON n.id = e.node \
+                         WHERE e.state = 'REBOOTING' AND o.action_kind = 'power-off' AND n.controller_id IS NULL \
+                         AND n.disconnect_time <= ? AND e.update_time <= ?")
+        .time(now - OFF_AFTER)
+        .time(now - OFF_AFTER);
+        self.end_found(which, ExecutionState::Succeeded, None, now).await
+    }
+
+    /// Operations of which every execution has ended: now final.
+    pub async fn finish_operations(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
+        let done = sql("SELECT id FROM operations WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING') \
+                        AND NOT EXISTS (SELECT 1 FROM executions e WHERE e.operation = operations.id AND e.state IN \
+                        ('PENDING', 'ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))")
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(operations::read_id)
+        .collect::<Result<Vec<_>, _>>()?;
+        if done.is_empty() {
+            return Ok(done);
+        }
+        let tx = self.begin().await?;
+        let mut finished = Vec::with_capacity(done.len());
+        for (id, _) in lock(&*tx, &done).await? {
+            if finish_if_done(&*tx, &id, now).await? {
+                finished.push(id);
+            }
+        }
+        self.commit(tx).await?;
+        Ok(finished)
+    }
+
+    /// Executions whose node is to be asked for a cancel by this controller, until it answers.
+    pub async fn cancels_due(&self, controller_id: &str) -> Result<Vec<ExecutionId>, StoreError> {
+        sql("SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
+             WHERE n.controller_id = ? AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') \
+             AND e.cancel_requested AND NOT e.cancel_refused ORDER BY e.node")
+        .bind(controller_id)
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(read_id)
+        .collect()
+    }
+}

@@ -1,0 +1,126 @@
+//! What happened to operations, numbered.
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{NodeId, OperationId};
+
+use sea_orm::ConnectionTrait;
+use serde::Serialize;
+
+use super::sql::{Row, signed, sql};
+use super::{Store, StoreError};
+
+/// Something that happened to an operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EventRow {
+    /// Within the operation, from 1, without gaps.
+    pub number: u64,
+    /// When.
+    pub time: DateTime<Utc>,
+    /// The node that it concerns; `None`: the operation itself.
+    pub node: Option<NodeId>,
+    /// Who or what caused it: `controller`, a node's name or a user.
+    pub actor: String,
+    /// The state before; empty at creation.
+    pub from: String,
+    /// The state after.
+    pub to: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl Store {
+    /// Events of an operation after a number, oldest first.
+    pub async fn events(&self, operation: &OperationId, after: u64, limit: u32) -> Result<Vec<EventRow>, StoreError> {
+        sql("SELECT * FROM events WHERE operation = ? AND number > ? ORDER BY number LIMIT ?")
+            .bind(operation.as_str())
+            .bind(signed(after))
+            .bind(i64::from(limit))
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(read)
+            .collect()
+    }
+}
+
+fn read(row: &Row) -> Result<EventRow, StoreError> {
+    Ok(EventRow {
+        number: row.number("number")?,
+        time: row.time("time")?,
+        node: row.maybe_word("node", |id| NodeId::parse(id).ok())?,
+        actor: row.text("actor")?,
+        from: row.text("from_state")?,
+        to: row.text("to_state")?,
+        reason: row.text("reason")?,
+    })
+}
+
+/// Who is named in the events of what the controller does by itself.
+pub(super) const CONTROLLER: &str = "controller";
+
+/// An event that is to be numbered.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Happened {
+    /// Its place among those that are recorded with it; set by `record`.
+    number: i64,
+    node: Option<String>,
+    actor: String,
+    from_state: &'static str,
+    to_state: &'static str,
+    reason: String,
+}
+
+impl Happened {
+    /// To the operation itself.
+    pub(super) fn to_operation(actor: &str, from: &'static str, to: &'static str, reason: &str) -> Self {
+        Self {
+            number: 0,
+            node: None,
+            actor: actor.to_owned(),
+            from_state: from,
+            to_state: to,
+            reason: reason.to_owned(),
+        }
+    }
+
+    /// To one of its executions.
+    pub(super) fn to_node(node: &NodeId, actor: &str, from: &'static str, to: &'static str, reason: &str) -> Self {
+        Self { node: Some(node.as_str().to_owned()), ..Self::to_operation(actor, from, to, reason) }
+    }
+}
+
+/// Records events in order. Their numbers come from the operation's row, which the transaction thereby holds: numbers
+/// are without gaps, and are committed in their order.
+pub(super) async fn record(
+    tx: &impl ConnectionTrait,
+    operation: &OperationId,
+    mut events: Vec<Happened>,
+    now: DateTime<Utc>,
+) -> Result<(), StoreError> {
+    if events.is_empty() {
+        return Ok(());
+    }
+    let added = i64::try_from(events.len()).unwrap_or(i64::MAX);
+    let row = sql("UPDATE operations SET event_count = event_count + ?, update_time = ? WHERE id = ? \
+                   RETURNING event_count")
+    .bind(added)
+    .time(now)
+    .bind(operation.as_str())
+    .one(tx)
+    .await?;
+    let Some(row) = row else { return Ok(()) };
+    let mut number = row.int("event_count")?.saturating_sub(added);
+    for event in &mut events {
+        number = number.saturating_add(1);
+        event.number = number;
+    }
+    sql("INSERT INTO events (operation, time, number, node, actor, from_state, to_state, reason) \
+         SELECT ?, ?, r.number, r.node, r.actor, r.from_state, r.to_state, r.reason \
+         FROM {rows number BIGINT, node TEXT, actor TEXT, from_state TEXT, to_state TEXT, reason TEXT}")
+    .bind(operation.as_str())
+    .time(now)
+    .json(&events)
+    .run(tx)
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,152 @@
+//! Executions: reading them.
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{ExecutionId, NodeId, OperationId};
+
+use sea_orm::ConnectionTrait;
+
+use super::sql::{Row, sql};
+use super::{Store, StoreError};
+use crate::operation::{
+    ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason, wait_reason,
+};
+
+/// A stored execution.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecutionRow {
+    /// Its id.
+    pub id: ExecutionId,
+    /// Where it is.
+    pub state: ExecutionState,
+    /// What it waits for, when PENDING.
+    pub wait_reason: Option<WaitReason>,
+    /// What the node is doing.
+    pub phase: String,
+    /// Bytes of the phase that are done.
+    pub bytes_done: u64,
+    /// Bytes of the phase in all; 0: unknown.
+    pub bytes_total: u64,
+    /// Why it did not succeed.
+    pub error: Option<ExecutionError>,
+    /// How often it was delivered.
+    pub attempt: u32,
+    /// The last sequence of the node that was committed.
+    pub sequence: u64,
+    /// Past its deadline.
+    pub overdue: bool,
+    /// When it becomes overdue.
+    pub deadline: Option<DateTime<Utc>>,
+    /// A cancel was asked for.
+    pub cancel_requested: bool,
+    /// The node said that it is too late for a cancel.
+    pub cancel_refused: bool,
+    /// When it last changed.
+    pub update_time: DateTime<Utc>,
+    /// When it was last assigned.
+    pub assign_time: Option<DateTime<Utc>>,
+    /// When it ended.
+    pub finish_time: Option<DateTime<Utc>>,
+    /// The node's boot id when it was assigned; empty before.
+    pub assign_boot_id: String,
+    /// The boot id with which the node came back; empty before.
+    pub boot_id: String,
+}
+
+impl Store {
+    /// Executions of an operation, by node.
+    pub async fn executions(
+        &self,
+        operation: &OperationId,
+        after: Option<&NodeId>,
+        limit: u32,
+        states: &[ExecutionState],
+    ) -> Result<Vec<ExecutionRow>, StoreError> {
+        sql(SELECT)
+            .and(" WHERE e.operation = ? AND e.node > ? AND (? OR e.state IN {each}) ORDER BY e.node LIMIT ?")
+            .bind(operation.as_str())
+            .bind(after.map_or("", NodeId::as_str))
+            .bind(states.is_empty())
+            .each(states.iter().map(|state| state.as_str()))
+            .bind(i64::from(limit))
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(read)
+            .collect()
+    }
+
+    /// One execution.
+    pub async fn execution(&self, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
+        find(self.reader(), id).await
+    }
+}
+
+/// One execution, also inside a transaction.
+pub(super) async fn find(db: &impl ConnectionTrait, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
+    sql(SELECT)
+        .and(" WHERE e.operation = ? AND e.node = ?")
+        .bind(id.operation.as_str())
+        .bind(id.node.as_str())
+        .one(db)
+        .await?
+        .as_ref()
+        .map(read)
+        .transpose()
+}
+
+const SELECT: &str = "SELECT e.*, o.state AS operation_state, o.installs_image AS installs_image, \
+    n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
+    EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
+            AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy \
+    FROM executions e JOIN operations o ON o.id = e.operation LEFT JOIN nodes n ON n.id = e.node";
+
+fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
+    let state = row.word("state", ExecutionState::parse)?;
+    Ok(ExecutionRow {
+        id: read_id(row)?,
+        state,
+        wait_reason: if state == ExecutionState::Pending { Some(read_wait_reason(row)?) } else { None },
+        phase: row.text("phase")?,
+        bytes_done: row.number("bytes_done")?,
+        bytes_total: row.number("bytes_total")?,
+        error: match row.maybe_text("error_reason")? {
+            Some(reason) => {
+                Some(ExecutionError { reason, message: row.maybe_text("error_message")?.unwrap_or_default() })
+            }
+            None => None,
+        },
+        attempt: row.number("attempt")?,
+        sequence: row.number("sequence")?,
+        overdue: row.flag("overdue")?,
+        deadline: row.maybe_time("deadline")?,
+        cancel_requested: row.flag("cancel_requested")?,
+        cancel_refused: row.flag("cancel_refused")?,
+        update_time: row.time("update_time")?,
+        assign_time: row.maybe_time("assign_time")?,
+        finish_time: row.maybe_time("finish_time")?,
+        assign_boot_id: row.text("assign_boot_id")?,
+        boot_id: row.text("boot_id")?,
+    })
+}
+
+/// The id from the columns `operation` and `node`.
+pub(super) fn read_id(row: &Row) -> Result<ExecutionId, StoreError> {
+    Ok(ExecutionId {
+        operation: row.word("operation", |id| OperationId::parse(id).ok())?,
+        node: row.word("node", |id| NodeId::parse(id).ok())?,
+    })
+}
+
+fn read_wait_reason(row: &Row) -> Result<WaitReason, StoreError> {
+    let Some(node) = row.maybe_word("node_state", NodeState::parse)? else {
+        return Ok(WaitReason::NodeOffline);
+    };
+    Ok(wait_reason(&WaitContext {
+        operation: row.word("operation_state", OperationState::parse)?,
+        installs_image: row.flag("installs_image")?,
+        node,
+        connected: row.flag("connected")?,
+        mode: row.maybe_word("node_mode", NodeMode::parse)?.unwrap_or(NodeMode::Running),
+        busy: row.flag("busy")?,
+    }))
+}

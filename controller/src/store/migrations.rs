@@ -1,0 +1,218 @@
+//! The tables. Times are microseconds since 1970, UTC; closed sets and JSON are text.
+
+use sea_orm::{ConnectionTrait, DbBackend};
+use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
+
+/// The migrations, oldest first. One that was released is never changed.
+pub(super) struct Migrator;
+
+#[async_trait::async_trait]
+impl MigratorTrait for Migrator {
+    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
+        vec![Box::new(Tables)]
+    }
+}
+
+struct Tables;
+
+impl MigrationName for Tables {
+    fn name(&self) -> &str {
+        "m0001_tables"
+    }
+}
+
+#[allow(elided_lifetimes_in_paths, reason = "the trait spells it so, and its macro takes no other")]
+#[async_trait::async_trait]
+impl MigrationTrait for Tables {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let db = manager.get_connection();
+        let postgres = db.get_database_backend() == DbBackend::Postgres;
+        // Ids are sorted by their bytes, whatever the language of the database: pages depend on it.
+        let (id, bytes, counter) = if postgres {
+            ("TEXT COLLATE \"C\"", "BYTEA", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
+        } else {
+            ("TEXT", "BLOB", "INTEGER PRIMARY KEY")
+        };
+        for statement in TABLES {
+            let text = statement.replace("{ID}", id).replace("{BYTES}", bytes).replace("{COUNTER}", counter);
+            db.execute_unprepared(&text).await?;
+        }
+        Ok(())
+    }
+}
+
+const TABLES: &[&str] = &[
+    "CREATE TABLE controllers (
+        id {ID} PRIMARY KEY,
+        address TEXT NOT NULL,
+        beat_time BIGINT NOT NULL
+    )",
+    "CREATE TABLE nodes (
+        id {ID} PRIMARY KEY,
+        display_name TEXT NOT NULL DEFAULT '',
+        labels TEXT NOT NULL DEFAULT '{}',
+        state TEXT NOT NULL,
+        state_reason TEXT NOT NULL DEFAULT '',
+        serial TEXT NOT NULL DEFAULT '',
+        key_sha256 TEXT NOT NULL,
+        generation BIGINT NOT NULL DEFAULT 1,
+        controller_id TEXT,
+        session_epoch BIGINT NOT NULL DEFAULT 0,
+        session_time BIGINT,
+        disconnect_time BIGINT,
+        mode TEXT,
+        board TEXT NOT NULL DEFAULT '{}',
+        family TEXT NOT NULL DEFAULT '',
+        system TEXT NOT NULL DEFAULT '{}',
+        boot_id TEXT NOT NULL DEFAULT '',
+        previous_boot_id TEXT NOT NULL DEFAULT '',
+        agent_version TEXT NOT NULL DEFAULT '',
+        create_time BIGINT NOT NULL,
+        last_seen BIGINT
+    )",
+    "CREATE INDEX nodes_serial ON nodes (serial)",
+    "CREATE INDEX nodes_key ON nodes (key_sha256)",
+    "CREATE INDEX nodes_controller ON nodes (controller_id)",
+    "CREATE TABLE operations (
+        id {ID} PRIMARY KEY,
+        action TEXT NOT NULL,
+        action_kind TEXT NOT NULL,
+        installs_image BOOLEAN NOT NULL,
+        target TEXT NOT NULL,
+        state TEXT NOT NULL,
+        state_reason TEXT NOT NULL DEFAULT '',
+        cancel_requested BOOLEAN NOT NULL DEFAULT FALSE,
+        schedule_time BIGINT NOT NULL,
+        expire_time BIGINT NOT NULL,
+        creator TEXT NOT NULL,
+        request_id TEXT,
+        request_sha256 TEXT,
+        retry_of TEXT,
+        create_time BIGINT NOT NULL,
+        update_time BIGINT NOT NULL,
+        finish_time BIGINT,
+        event_count BIGINT NOT NULL DEFAULT 0,
+        UNIQUE (creator, request_id)
+    )",
+    "CREATE INDEX operations_unfinished ON operations (state, schedule_time)
+        WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING')",
+    "CREATE TABLE executions (
+        operation {ID} NOT NULL REFERENCES operations (id),
+        node {ID} NOT NULL,
+        state TEXT NOT NULL,
+        attempt BIGINT NOT NULL DEFAULT 0,
+        sequence BIGINT NOT NULL DEFAULT 0,
+        session_epoch BIGINT NOT NULL DEFAULT 0,
+        phase TEXT NOT NULL DEFAULT '',
+        bytes_done BIGINT NOT NULL DEFAULT 0,
+        bytes_total BIGINT NOT NULL DEFAULT 0,
+        error_reason TEXT,
+        error_message TEXT,
+        overdue BOOLEAN NOT NULL DEFAULT FALSE,
+        deadline BIGINT,
+        patience BIGINT NOT NULL DEFAULT 0,
+        cancel_requested BOOLEAN NOT NULL DEFAULT FALSE,
+        cancel_refused BOOLEAN NOT NULL DEFAULT FALSE,
+        assign_boot_id TEXT NOT NULL DEFAULT '',
+        boot_id TEXT NOT NULL DEFAULT '',
+        update_time BIGINT NOT NULL,
+        assign_time BIGINT,
+        finish_time BIGINT,
+        PRIMARY KEY (operation, node)
+    )",
+    // At most one execution of a node is at work.
+    "CREATE UNIQUE INDEX executions_active ON executions (node)
+        WHERE state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')",
+    "CREATE INDEX executions_pending ON executions (node) WHERE state = 'PENDING'",
+    "CREATE INDEX executions_state ON executions (operation, state)",
+    "CREATE INDEX executions_deadline ON executions (deadline) WHERE deadline IS NOT NULL",
+    "CREATE INDEX executions_node ON executions (node, operation)",
+    "CREATE TABLE events (
+        operation {ID} NOT NULL REFERENCES operations (id),
+        number BIGINT NOT NULL,
+        time BIGINT NOT NULL,
+        node TEXT,
+        actor TEXT NOT NULL,
+        from_state TEXT NOT NULL,
+        to_state TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        PRIMARY KEY (operation, number)
+    )",
+    "CREATE TABLE tokens (
+        id {ID} PRIMARY KEY,
+        secret_sha256 TEXT NOT NULL UNIQUE,
+        max_uses BIGINT NOT NULL,
+        uses BIGINT NOT NULL DEFAULT 0,
+        expire_time BIGINT NOT NULL,
+        create_time BIGINT NOT NULL,
+        creator TEXT NOT NULL,
+        require_approval BOOLEAN NOT NULL,
+        labels TEXT NOT NULL,
+        revoked BOOLEAN NOT NULL DEFAULT FALSE
+    )",
+    "CREATE TABLE enrolments (
+        token {ID} NOT NULL REFERENCES tokens (id),
+        key_sha256 TEXT NOT NULL,
+        node {ID} NOT NULL REFERENCES nodes (id) ON DELETE CASCADE,
+        PRIMARY KEY (token, key_sha256)
+    )",
+    "CREATE TABLE certificates (
+        serial TEXT PRIMARY KEY,
+        node TEXT,
+        subject TEXT NOT NULL,
+        role TEXT NOT NULL,
+        key_sha256 TEXT NOT NULL,
+        not_before BIGINT NOT NULL,
+        not_after BIGINT NOT NULL,
+        generation BIGINT NOT NULL,
+        revoke_time BIGINT
+    )",
+    "CREATE INDEX certificates_node ON certificates (node)",
+    "CREATE TABLE blobs (
+        sha256 TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        purpose TEXT NOT NULL,
+        size BIGINT NOT NULL,
+        chunk_size BIGINT NOT NULL,
+        chunk_sha256 {BYTES} NOT NULL,
+        unpacked_bytes BIGINT NOT NULL,
+        entries BIGINT NOT NULL,
+        compression TEXT NOT NULL,
+        push_time BIGINT NOT NULL,
+        creator TEXT NOT NULL
+    )",
+    "CREATE TABLE artifacts (
+        id {ID} PRIMARY KEY,
+        sha256 TEXT NOT NULL REFERENCES blobs (sha256),
+        kind TEXT NOT NULL,
+        purpose TEXT NOT NULL,
+        push_time BIGINT NOT NULL,
+        creator TEXT NOT NULL
+    )",
+    "CREATE INDEX artifacts_sha256 ON artifacts (sha256)",
+    "CREATE TABLE artifact_defaults (
+        board TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        purpose TEXT NOT NULL,
+        artifact {ID} NOT NULL REFERENCES artifacts (id) ON DELETE CASCADE,
+        PRIMARY KEY (board, kind, purpose)
+    )",
+    "CREATE INDEX artifact_defaults_artifact ON artifact_defaults (artifact)",
+    // What unfinished operations need; the rows go when the operation ends.
+    "CREATE TABLE needs (
+        operation {ID} NOT NULL REFERENCES operations (id),
+        artifact {ID} NOT NULL,
+        sha256 TEXT NOT NULL REFERENCES blobs (sha256),
+        PRIMARY KEY (operation, artifact, sha256)
+    )",
+    "CREATE INDEX needs_sha256 ON needs (sha256)",
+    "CREATE TABLE audit (
+        number {COUNTER},
+        time BIGINT NOT NULL,
+        actor TEXT NOT NULL,
+        origin TEXT NOT NULL,
+        method TEXT NOT NULL,
+        target TEXT NOT NULL,
+        result TEXT NOT NULL
+    )",
+];

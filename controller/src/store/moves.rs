@@ -1,0 +1,175 @@
+//! The writes of executions' states: each names the state that it expects, and writes its event with it.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::{ExecutionId, OperationId};
+use sea_orm::ConnectionTrait;
+use serde::Serialize;
+
+use super::dispatch::Changed;
+use super::events::{self, CONTROLLER, Happened};
+use super::executions::read_id;
+use super::operations::{finish_if_done, lock};
+use super::sql::{Row, Sql, sql};
+use super::{Store, StoreError, micros};
+use crate::operation::{Action, ExecutionError, ExecutionState, deadline_after};
+
+/// A change of one execution's state.
+pub(super) struct Move<'a> {
+    pub(super) id: &'a ExecutionId,
+    pub(super) from: ExecutionState,
+    pub(super) to: ExecutionState,
+    pub(super) error: Option<&'a ExecutionError>,
+    pub(super) action: &'a Action,
+    pub(super) actor: &'a str,
+    pub(super) reason: &'a str,
+}
+
+/// When an execution becomes overdue that reaches this state now.
+pub(super) fn deadline(state: ExecutionState, action: &Action, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+    deadline_after(state, action)
+        .map(|limit| TimeDelta::from_std(limit).unwrap_or(TimeDelta::MAX))
+        .and_then(|limit| now.checked_add_signed(limit))
+}
+
+/// The same as a length of time, in microseconds; 0 where nothing is awaited.
+pub(super) fn patience(state: ExecutionState, action: &Action) -> i64 {
+    deadline_after(state, action).map_or(0, |limit| i64::try_from(limit.as_micros()).unwrap_or(i64::MAX / 2))
+}
+
+/// Makes a change, if the execution is still where it is expected, and ends its operation if it was the last; tells
+/// whether it did. The caller holds the operation's row.
+pub(super) async fn apply(
+    tx: &impl ConnectionTrait,
+    change: &Move<'_>,
+    now: DateTime<Utc>,
+) -> Result<bool, StoreError> {
+    if change.from != change.to && change.from.change_to(change.to).is_err() {
+        return Ok(false);
+    }
+    let changed = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, overdue = FALSE, \
+             deadline = ?, patience = ?, update_time = ?, finish_time = ? WHERE operation = ? AND node = ? AND state = ?")
+    .bind(change.to.as_str())
+    .bind(change.error.map(|error| error.reason.clone()))
+    .bind(change.error.map(|error| error.message.clone()))
+    .bind(deadline(change.to, change.action, now).map(micros))
+    .bind(patience(change.to, change.action))
+    .time(now)
+    .bind(change.to.is_final().then(|| micros(now)))
+    .bind(change.id.operation.as_str())
+    .bind(change.id.node.as_str())
+    .bind(change.from.as_str())
+    .run(tx)
+    .await?;
+    if changed == 0 {
+        return Ok(false);
+    }
+    let reason = change.error.map_or(change.reason, |error| &error.reason);
+    let event = Happened::to_node(&change.id.node, change.actor, change.from.as_str(), change.to.as_str(), reason);
+    events::record(tx, &change.id.operation, vec![event], now).await?;
+    if change.to.is_final() {
+        finish_if_done(tx, &change.id.operation, now).await?;
+    }
+    Ok(true)
+}
+
+/// The end of executions for a common reason.
+pub(super) struct End<'a> {
+    pub(super) to: ExecutionState,
+    pub(super) error: Option<ExecutionError>,
+    pub(super) actor: &'a str,
+}
+
+/// A row of `{rows ...}`.
+#[derive(Serialize)]
+struct Key<'a> {
+    operation: &'a str,
+    node: &'a str,
+    state: &'a str,
+}
+
+/// Reads executions from the columns `operation`, `node` and `state`.
+pub(super) fn read_found(row: &Row) -> Result<(ExecutionId, ExecutionState), StoreError> {
+    Ok((read_id(row)?, row.word("state", ExecutionState::parse)?))
+}
+
+/// Ends executions that are still in the state in which they were found, with their events, and the operations of
+/// which they were the last. The caller holds the operations' rows.
+pub(super) async fn end(
+    tx: &impl ConnectionTrait,
+    found: &[(ExecutionId, ExecutionState)],
+    end: &End<'_>,
+    now: DateTime<Utc>,
+) -> Result<Vec<Changed>, StoreError> {
+    let legal: BTreeMap<&ExecutionId, ExecutionState> =
+        found.iter().filter(|(_, from)| from.change_to(end.to).is_ok()).map(|(id, from)| (id, *from)).collect();
+    let keys: Vec<Key<'_>> = legal
+        .iter()
+        .map(|(id, from)| Key { operation: id.operation.as_str(), node: id.node.as_str(), state: from.as_str() })
+        .collect();
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ended = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, overdue = FALSE, \
+             deadline = NULL, update_time = ?, finish_time = ? \
+         FROM {rows operation TEXT, node TEXT, state TEXT} WHERE executions.operation = r.operation \
+             AND executions.node = r.node AND executions.state = r.state \
+         RETURNING executions.operation AS operation, executions.node AS node")
+    .bind(end.to.as_str())
+    .bind(end.error.as_ref().map(|error| error.reason.clone()))
+    .bind(end.error.as_ref().map(|error| error.message.clone()))
+    .time(now)
+    .time(now)
+    .json(&keys)
+    .all(tx)
+    .await?;
+    let mut changed = Vec::with_capacity(ended.len());
+    let mut happened: BTreeMap<OperationId, Vec<Happened>> = BTreeMap::new();
+    let reason = end.error.as_ref().map_or("", |error| error.reason.as_str());
+    for row in &ended {
+        let id = read_id(row)?;
+        let Some(from) = legal.get(&id).copied() else { continue };
+        happened.entry(id.operation.clone()).or_default().push(Happened::to_node(
+            &id.node,
+            end.actor,
+            from.as_str(),
+            end.to.as_str(),
+            reason,
+        ));
+        changed.push(Changed { execution: id, from, to: end.to });
+    }
+    for (operation, events) in happened {
+        events::record(tx, &operation, events, now).await?;
+        finish_if_done(tx, &operation, now).await?;
+    }
+    Ok(changed)
+}
+
+impl Store {
+    /// Ends the executions that `which` finds (columns `operation`, `node`, `state`). It is asked twice: outside a
+    /// transaction, since mostly there is nothing to do, and again when their operations are held.
+    pub(super) async fn end_found(
+        &self,
+        which: Sql,
+        to: ExecutionState,
+        error: Option<ExecutionError>,
+        now: DateTime<Utc>,
+    ) -> Result<Vec<Changed>, StoreError> {
+        let mut operations: Vec<OperationId> = Vec::new();
+        for row in which.clone().all(self.reader()).await? {
+            operations.push(read_id(&row)?.operation);
+        }
+        if operations.is_empty() {
+            return Ok(Vec::new());
+        }
+        let tx = self.begin().await?;
+        lock(&*tx, &operations).await?;
+        let mut found = which.all(&*tx).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
+        // Of operations that were not there a moment ago and so are not held: the next round's.
+        found.retain(|(id, _)| operations.contains(&id.operation));
+        let changed = end(&*tx, &found, &End { to, error, actor: CONTROLLER }, now).await?;
+        self.commit(tx).await?;
+        Ok(changed)
+    }
+}

@@ -1,0 +1,341 @@
+//! Operations: storing and reading them.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{NodeId, OperationId};
+
+use sea_orm::ConnectionTrait;
+
+use super::events::{self, Happened};
+use super::sql::{Row, sql, to_json};
+use super::{Store, StoreError};
+use crate::operation::{Action, Counts, ExecutionState, OperationState, Target, final_state};
+
+/// An operation to be stored.
+#[derive(Debug, Clone)]
+pub struct NewOperation {
+    /// Its id, a fresh UUID of version 7.
+    pub id: OperationId,
+    /// What to do, frozen.
+    pub action: Action,
+    /// On which nodes, as asked for.
+    pub target: Target,
+    /// On which nodes, resolved; each once.
+    pub nodes: Vec<NodeId>,
+    /// When it begins.
+    pub schedule_time: DateTime<Utc>,
+    /// After which nothing of it is begun.
+    pub expire_time: DateTime<Utc>,
+    /// Who asks.
+    pub creator: String,
+    /// By which the same request is known again.
+    pub request: Option<RequestKey>,
+    /// The operation that this one retries.
+    pub retry_of: Option<OperationId>,
+}
+
+/// By which a repeated request is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RequestKey {
+    /// Chosen by the caller.
+    pub request_id: String,
+    /// SHA-256 of the request's body, lower-case hexadecimal.
+    pub body_sha256: String,
+}
+
+/// What became of a request to store an operation.
+#[derive(Debug, Clone)]
+pub enum CreateOutcome {
+    /// It is stored.
+    Created(OperationRow),
+    /// It was stored by an earlier request of the same caller, id and body.
+    Existing(OperationRow),
+    /// The caller used the request id for another body.
+    RequestReused,
+    /// An artifact that it names was removed meanwhile; nothing is stored.
+    ArtifactGone,
+}
+
+/// A stored operation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OperationRow {
+    /// Its id.
+    pub id: OperationId,
+    /// What to do.
+    pub action: Action,
+    /// On which nodes, as asked for.
+    pub target: Target,
+    /// Where it is.
+    pub state: OperationState,
+    /// Why it is paused, if it is and a reason was given; else empty.
+    pub state_reason: String,
+    /// When it begins.
+    pub schedule_time: DateTime<Utc>,
+    /// After which nothing of it is begun.
+    pub expire_time: DateTime<Utc>,
+    /// Who asked for it.
+    pub creator: String,
+    /// The operation that it retries.
+    pub retry_of: Option<OperationId>,
+    /// When it was stored.
+    pub create_time: DateTime<Utc>,
+    /// When it or one of its executions last changed its state.
+    pub update_time: DateTime<Utc>,
+    /// When it ended.
+    pub finish_time: Option<DateTime<Utc>>,
+    /// How many events it has; also the number of the last.
+    pub event_count: u64,
+    /// How many executions are in which state.
+    pub counts: Counts,
+}
+
+/// Which operations to list; what is empty does not restrict.
+#[derive(Debug, Clone, Default)]
+pub struct OperationQuery {
+    /// Only older ones than this.
+    pub after: Option<OperationId>,
+    /// How many at most.
+    pub limit: u32,
+    /// In one of these states.
+    pub states: Vec<OperationState>,
+    /// With an execution on this node.
+    pub node: Option<NodeId>,
+}
+
+impl Store {
+    /// Stores an operation, its executions and its first event, or finds the one that the same request stored.
+    pub async fn create_operation(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<CreateOutcome, StoreError> {
+        let tx = self.begin().await?;
+        if !insert(&*tx, new, now).await? {
+            tx.rollback().await?;
+            return self.existing(new).await;
+        }
+        match insert_needs(&*tx, new).await {
+            Ok(()) => {}
+            Err(error) if error.is_dangling() => {
+                tx.rollback().await?;
+                return Ok(CreateOutcome::ArtifactGone);
+            }
+            Err(error) => return Err(error),
+        }
+        sql("INSERT INTO executions (operation, node, state, update_time) \
+             SELECT ?, value, 'PENDING', CAST(? AS BIGINT) FROM {each} AS nodes")
+        .bind(new.id.as_str())
+        .time(now)
+        .each(new.nodes.iter().map(NodeId::as_str))
+        .run(&*tx)
+        .await?;
+        let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
+        events::record(&*tx, &new.id, vec![created], now).await?;
+        let row = find(&*tx, &new.id).await?;
+        self.commit(tx).await?;
+        row.map(CreateOutcome::Created).ok_or(StoreError::Unknown { what: "operation", value: new.id.to_string() })
+    }
+
+    /// An operation with its counts.
+    pub async fn operation(&self, id: &OperationId) -> Result<Option<OperationRow>, StoreError> {
+        find(self.reader(), id).await
+    }
+
+    /// Operations, newest first.
+    pub async fn operations(&self, query: &OperationQuery) -> Result<Vec<OperationRow>, StoreError> {
+        let rows = sql("SELECT o.* FROM operations o WHERE (? OR o.id < ?) AND (? OR o.state IN {each}) \
+                        AND (? OR EXISTS (SELECT 1 FROM executions e WHERE e.operation = o.id AND e.node = ?)) \
+                        ORDER BY o.id DESC LIMIT ?")
+        .bind(query.after.is_none())
+        .bind(query.after.as_ref().map_or("", OperationId::as_str))
+        .bind(query.states.is_empty())
+        .each(query.states.iter().map(|state| state.as_str()))
+        .bind(query.node.is_none())
+        .bind(query.node.as_ref().map_or("", NodeId::as_str))
+        .bind(i64::from(query.limit))
+        .all(self.reader())
+        .await?;
+        read_all(self.reader(), &rows).await
+    }
+
+    async fn existing(&self, new: &NewOperation) -> Result<CreateOutcome, StoreError> {
+        let Some(request) = &new.request else {
+            return Err(StoreError::Unknown { what: "conflict", value: new.id.to_string() });
+        };
+        let row = sql("SELECT * FROM operations WHERE creator = ? AND request_id = ?")
+            .bind(new.creator.as_str())
+            .bind(request.request_id.as_str())
+            .one(self.reader())
+            .await?;
+        match row {
+            Some(row) if row.maybe_text("request_sha256")?.as_deref() == Some(&request.body_sha256) => {
+                let mut found = read_all(self.reader(), std::slice::from_ref(&row)).await?;
+                found
+                    .pop()
+                    .map(CreateOutcome::Existing)
+                    .ok_or(StoreError::Unknown { what: "operation", value: request.request_id.clone() })
+            }
+            _ => Ok(CreateOutcome::RequestReused),
+        }
+    }
+}
+
+fn first_state(new: &NewOperation, now: DateTime<Utc>) -> OperationState {
+    if new.schedule_time <= now { OperationState::Running } else { OperationState::Scheduled }
+}
+
+/// Inserts the operation's row, unless the same caller has used the request id.
+async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
+    let inserted =
+        sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
+             expire_time, creator, request_id, request_sha256, retry_of, create_time, update_time) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
+        .bind(new.id.as_str())
+        .json(&new.action)
+        .bind(new.action.kind())
+        .bind(new.action.image().is_some())
+        .bind(to_json(&new.target))
+        .bind(first_state(new, now).as_str())
+        .time(new.schedule_time)
+        .time(new.expire_time)
+        .bind(new.creator.as_str())
+        .bind(new.request.as_ref().map(|request| request.request_id.clone()))
+        .bind(new.request.as_ref().map(|request| request.body_sha256.clone()))
+        .bind(new.retry_of.as_ref().map(|id| id.as_str().to_owned()))
+        .time(now)
+        .time(now)
+        .run(tx)
+        .await?;
+    Ok(inserted == 1)
+}
+
+/// Notes the bytes that it needs, which keeps them from being removed until it has ended.
+async fn insert_needs(tx: &impl ConnectionTrait, new: &NewOperation) -> Result<(), StoreError> {
+    let artifacts = new.action.artifacts();
+    if !artifacts.is_empty() {
+        sql(
+            "INSERT INTO needs (operation, artifact, sha256) SELECT ?, r.id, r.sha256 FROM {rows id TEXT, sha256 TEXT}",
+        )
+        .bind(new.id.as_str())
+        .json(&artifacts)
+        .run(tx)
+        .await?;
+    }
+    Ok(())
+}
+
+/// One operation, also inside a transaction.
+pub(super) async fn find(db: &impl ConnectionTrait, id: &OperationId) -> Result<Option<OperationRow>, StoreError> {
+    let rows = sql("SELECT * FROM operations WHERE id = ?").bind(id.as_str()).all(db).await?;
+    Ok(read_all(db, &rows).await?.pop())
+}
+
+/// Locks operations, in the order that every transaction keeps, and returns their states.
+pub(super) async fn lock(
+    tx: &impl ConnectionTrait,
+    ids: impl IntoIterator<Item = &OperationId>,
+) -> Result<Vec<(OperationId, OperationState)>, StoreError> {
+    sql("SELECT id, state FROM operations WHERE id IN {each} ORDER BY id {lock}")
+        .each(ids.into_iter().map(OperationId::as_str))
+        .all(tx)
+        .await?
+        .iter()
+        .map(|row| Ok((read_id(row)?, row.word("state", OperationState::parse)?)))
+        .collect()
+}
+
+/// Gives the operation its final state if all its executions have one; tells whether it did.
+pub(super) async fn finish_if_done(
+    tx: &impl ConnectionTrait,
+    id: &OperationId,
+    now: DateTime<Utc>,
+) -> Result<bool, StoreError> {
+    // Asked first, because counting the executions of a large operation at each report would cost far more.
+    let done = sql("SELECT state, cancel_requested FROM operations WHERE id = ? AND NOT EXISTS \
+                    (SELECT 1 FROM executions e WHERE e.operation = operations.id AND e.state IN \
+                     ('PENDING', 'ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))")
+    .bind(id.as_str())
+    .one(tx)
+    .await?;
+    let Some(row) = done else { return Ok(false) };
+    let from = row.word("state", OperationState::parse)?;
+    let counts = counts(tx, std::slice::from_ref(id)).await?.remove(id).unwrap_or_default();
+    let Some(to) = final_state(&counts, row.flag("cancel_requested")?).filter(|to| *to != from) else {
+        return Ok(false);
+    };
+    if from.finish(&counts, row.flag("cancel_requested")?).is_err() {
+        return Ok(false);
+    }
+    let changed = sql("UPDATE operations SET state = ?, finish_time = ? WHERE id = ? AND state = ?")
+        .bind(to.as_str())
+        .time(now)
+        .bind(id.as_str())
+        .bind(from.as_str())
+        .run(tx)
+        .await?;
+    if changed == 1 {
+        sql("DELETE FROM needs WHERE operation = ?").bind(id.as_str()).run(tx).await?;
+        let finished = Happened::to_operation(events::CONTROLLER, from.as_str(), to.as_str(), "");
+        events::record(tx, id, vec![finished], now).await?;
+    }
+    Ok(changed == 1)
+}
+
+pub(super) fn read_id(row: &Row) -> Result<OperationId, StoreError> {
+    row.word("id", |id| OperationId::parse(id).ok())
+}
+
+async fn counts(db: &impl ConnectionTrait, ids: &[OperationId]) -> Result<BTreeMap<OperationId, Counts>, StoreError> {
+    let rows = sql("SELECT operation AS id, state, COUNT(*) AS number, COUNT(*) FILTER (WHERE overdue) AS late \
+                    FROM executions WHERE operation IN {each} GROUP BY operation, state")
+    .each(ids.iter().map(OperationId::as_str))
+    .all(db)
+    .await?;
+    let mut all: BTreeMap<OperationId, Counts> = BTreeMap::new();
+    for row in &rows {
+        let counts = all.entry(read_id(row)?).or_default();
+        let (number, late): (u32, u32) = (row.number("number")?, row.number("late")?);
+        let state = row.word("state", ExecutionState::parse)?;
+        counts.total = counts.total.saturating_add(number);
+        let place = match state {
+            ExecutionState::Pending => &mut counts.pending,
+            ExecutionState::Succeeded => &mut counts.succeeded,
+            ExecutionState::Failed => &mut counts.failed,
+            ExecutionState::RolledBack => &mut counts.rolled_back,
+            ExecutionState::Cancelled => &mut counts.cancelled,
+            ExecutionState::Expired => &mut counts.expired,
+            ExecutionState::Assigned
+            | ExecutionState::Running
+            | ExecutionState::Rebooting
+            | ExecutionState::Verifying => {
+                counts.overdue = counts.overdue.saturating_add(late);
+                &mut counts.active
+            }
+        };
+        *place = place.saturating_add(number);
+    }
+    Ok(all)
+}
+
+async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<OperationRow>, StoreError> {
+    let ids = rows.iter().map(read_id).collect::<Result<Vec<_>, _>>()?;
+    let mut counts = counts(db, &ids).await?;
+    rows.iter()
+        .zip(ids)
+        .map(|(row, id)| {
+            Ok(OperationRow {
+                action: row.json("action")?,
+                target: row.json("target")?,
+                state: row.word("state", OperationState::parse)?,
+                state_reason: row.text("state_reason")?,
+                schedule_time: row.time("schedule_time")?,
+                expire_time: row.time("expire_time")?,
+                creator: row.text("creator")?,
+                retry_of: row.maybe_word("retry_of", |id| OperationId::parse(id).ok())?,
+                create_time: row.time("create_time")?,
+                update_time: row.time("update_time")?,
+                finish_time: row.maybe_time("finish_time")?,
+                event_count: row.number("event_count")?,
+                counts: counts.remove(&id).unwrap_or_default(),
+                id,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,208 @@
+//! Which controller holds the stream of which node.
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::NodeId;
+
+use sea_orm::ConnectionTrait;
+use serde::Serialize;
+
+use super::sql::sql;
+use super::{Board, NodeRow, Store, StoreError, System, nodes};
+use crate::operation::{NodeMode, NodeState};
+
+/// A Hello, as far as the store needs it.
+#[derive(Debug, Clone)]
+pub struct SessionStart {
+    /// The controller that holds the stream.
+    pub controller_id: String,
+    /// When it accepted the connection.
+    pub accept_time: DateTime<Utc>,
+    /// The node's boot id.
+    pub boot_id: String,
+    /// The role of its agent.
+    pub mode: NodeMode,
+    /// The version of its agent.
+    pub agent_version: String,
+    /// Its hardware.
+    pub board: Board,
+    /// What it runs.
+    pub system: System,
+}
+
+/// What became of a Hello.
+#[derive(Debug, Clone)]
+pub enum SessionOutcome {
+    /// The session is the node's only one. A node whose state is not APPROVED stays connected and gets no work; it may
+    /// have become so just now, because its board has another serial number than it enrolled with.
+    Begun {
+        /// The number of the session, a condition of every write for it.
+        epoch: i64,
+        /// The node, as it is now.
+        node: Box<NodeRow>,
+    },
+    /// The node is shut out, perhaps just now, because two nodes have its identity.
+    Quarantined,
+    /// The connection is older than the node's present session and of an earlier boot: close it.
+    Superseded,
+    /// No such node: it was deleted.
+    UnknownNode,
+}
+
+impl Store {
+    /// Begins a session and thereby ends the node's last one, wherever it was.
+    pub async fn begin_session(
+        &self,
+        node: &NodeId,
+        start: &SessionStart,
+        now: DateTime<Utc>,
+    ) -> Result<SessionOutcome, StoreError> {
+        let tx = self.begin().await?;
+        let row = sql("SELECT state, state_reason, serial, boot_id, previous_boot_id, session_time FROM nodes \
+                       WHERE id = ? {lock}")
+        .bind(node.as_str())
+        .one(&*tx)
+        .await?;
+        let Some(row) = row else { return Ok(SessionOutcome::UnknownNode) };
+        let mut state = row.word("state", NodeState::parse)?;
+        if state == NodeState::Quarantined {
+            return Ok(SessionOutcome::Quarantined);
+        }
+        let (boot_id, previous) = (row.text("boot_id")?, row.text("previous_boot_id")?);
+        let new_boot = start.boot_id != boot_id;
+        if new_boot && !previous.is_empty() && start.boot_id == previous {
+            // A boot never comes back. Either this connection was made before the present boot was known, or two nodes
+            // have this identity.
+            if row.maybe_time("session_time")?.is_some_and(|begun| start.accept_time <= begun) {
+                return Ok(SessionOutcome::Superseded);
+            }
+            shut_out(&*tx, node, "two nodes have this identity: an earlier boot of it came back", now).await?;
+            self.commit(tx).await?;
+            return Ok(SessionOutcome::Quarantined);
+        }
+        let mut reason = row.text("state_reason")?;
+        let (enrolled, serial) = (row.text("serial")?, nodes::normal_serial(&start.board.serial));
+        if state == NodeState::Approved && !serial.is_empty() && !enrolled.is_empty() && serial != enrolled {
+            state = NodeState::AwaitingApproval;
+            reason = format!("its card is in the board {serial}, it was enrolled on {enrolled}");
+        }
+        sql("UPDATE nodes SET session_epoch = session_epoch + 1, controller_id = ?, session_time = ?, last_seen = ?, \
+                 disconnect_time = NULL, mode = ?, board = ?, family = ?, system = ?, agent_version = ?, state = ?, \
+                 state_reason = ?, serial = CASE WHEN serial = '' THEN ? ELSE serial END, boot_id = ?, \
+                 previous_boot_id = ? WHERE id = ?")
+        .bind(start.controller_id.as_str())
+        .time(now)
+        .time(now)
+        .bind(start.mode.as_str())
+        .json(&start.board)
+        .bind(start.board.family.as_str())
+        .json(&start.system)
+        .bind(start.agent_version.as_str())
+        .bind(state.as_str())
+        .bind(reason)
+        .bind(serial)
+        .bind(start.boot_id.as_str())
+        .bind(if new_boot { boot_id } else { previous })
+        .bind(node.as_str())
+        .run(&*tx)
+        .await?;
+        let found = nodes::find(&*tx, node).await?;
+        self.commit(tx).await?;
+        Ok(match found {
+            Some(row) => SessionOutcome::Begun { epoch: row.session_epoch, node: Box::new(row) },
+            None => SessionOutcome::UnknownNode,
+        })
+    }
+
+    /// Ends a session, unless a later one has begun; tells whether it did.
+    pub async fn end_session(&self, node: &NodeId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        let ended = sql("UPDATE nodes SET controller_id = NULL, disconnect_time = ?, last_seen = ? WHERE id = ? \
+                         AND session_epoch = ? AND controller_id IS NOT NULL")
+        .time(now)
+        .time(now)
+        .bind(node.as_str())
+        .bind(epoch)
+        .run(&*tx)
+        .await?;
+        self.commit(tx).await?;
+        Ok(ended == 1)
+    }
+
+    /// Notes that these nodes, whose sessions the controller holds, were heard of.
+    pub async fn touch(&self, controller_id: &str, nodes: &[NodeId], now: DateTime<Utc>) -> Result<(), StoreError> {
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let tx = self.begin().await?;
+        // A row that somebody holds is about to be written anyway, and is not worth waiting for.
+        sql("UPDATE nodes SET last_seen = ? WHERE id IN \
+             (SELECT id FROM nodes WHERE controller_id = ? AND id IN {each} {skip})")
+        .time(now)
+        .bind(controller_id)
+        .each(nodes.iter().map(NodeId::as_str))
+        .run(&*tx)
+        .await?;
+        // Not worth a hint: nobody waits for it.
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// Of these sessions, the nodes whose session is another one by now, or that may have none: to be closed.
+    pub async fn lost_sessions(&self, controller_id: &str, nodes: &[(NodeId, i64)]) -> Result<Vec<NodeId>, StoreError> {
+        let sessions: Vec<Held<'_>> =
+            nodes.iter().map(|(node, epoch)| Held { node: node.as_str(), epoch: *epoch }).collect();
+        sql("SELECT r.node AS id FROM {rows node TEXT, epoch BIGINT} WHERE NOT EXISTS \
+             (SELECT 1 FROM nodes n WHERE n.id = r.node AND n.session_epoch = r.epoch AND n.controller_id = ? \
+              AND n.state <> 'QUARANTINED')")
+        .json(&sessions)
+        .bind(controller_id)
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(nodes::read_id)
+        .collect()
+    }
+
+    /// Stores changed facts of the system of a node; tells whether the session is still the node's.
+    pub async fn update_system(
+        &self,
+        node: &NodeId,
+        epoch: i64,
+        system: &System,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        let changed = sql("UPDATE nodes SET system = ?, last_seen = ? WHERE id = ? AND session_epoch = ? \
+                           AND controller_id IS NOT NULL")
+        .json(system)
+        .time(now)
+        .bind(node.as_str())
+        .bind(epoch)
+        .run(&*tx)
+        .await?;
+        self.commit(tx).await?;
+        Ok(changed == 1)
+    }
+}
+
+#[derive(Serialize)]
+struct Held<'a> {
+    node: &'a str,
+    epoch: i64,
+}
+
+/// Quarantines a node and ends its session; its controller finds that out with `lost_sessions`.
+pub(super) async fn shut_out(
+    tx: &impl ConnectionTrait,
+    node: &NodeId,
+    reason: &str,
+    now: DateTime<Utc>,
+) -> Result<u64, StoreError> {
+    sql("UPDATE nodes SET state = 'QUARANTINED', state_reason = ?, session_epoch = session_epoch + 1, \
+             controller_id = NULL, disconnect_time = ? WHERE id = ?")
+    .bind(reason)
+    .time(now)
+    .bind(node.as_str())
+    .run(tx)
+    .await
+}

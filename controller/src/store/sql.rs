@@ -1,0 +1,286 @@
+//! Statements that both databases take.
+//!
+//! They are written once, with `?` for a value, and with a few words in braces for what the two say differently:
+//!
+//! - `{each}`: a value that is a JSON array of texts, as a table with the column `value`;
+//! - `{rows a BIGINT, b TEXT}`: a value that is a JSON array of objects, as a table `r` with these columns;
+//! - `{lock}`, `{lock e}`, `{skip}`: Postgres locks the rows that a SELECT reads (those of table `e`; those that are
+//!   free), so that what was read still holds when it is written; SQLite has a single writer anyway.
+
+use chrono::{DateTime, Utc};
+use sea_orm::sqlx;
+use sea_orm::{ConnectionTrait, DbBackend, DbErr, QueryResult, RuntimeErr, SqlErr, Statement, Value};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{DatabaseError, StoreError, micros};
+
+impl From<DbErr> for StoreError {
+    fn from(error: DbErr) -> Self {
+        if is_transient(&error) { Self::Unavailable(DatabaseError(error)) } else { Self::Refused(DatabaseError(error)) }
+    }
+}
+
+/// Whether trying again later may help.
+fn is_transient(error: &DbErr) -> bool {
+    match error {
+        DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
+        DbErr::Exec(RuntimeErr::SqlxError(cause)) | DbErr::Query(RuntimeErr::SqlxError(cause)) => {
+            match cause.as_ref() {
+                sqlx::Error::Io(_)
+                | sqlx::Error::Tls(_)
+                | sqlx::Error::Protocol(_)
+                | sqlx::Error::PoolTimedOut
+                | sqlx::Error::PoolClosed
+                | sqlx::Error::WorkerCrashed => true,
+                sqlx::Error::Database(said) => said.code().is_some_and(|code| is_transient_code(&code)),
+                _ => false,
+            }
+        }
+        _ => false,
+    }
+}
+
+/// SQLSTATE classes (appendix A of Postgres' manual): connection, read-only standby, rollback, resources, operator
+/// intervention. SQLite's primary result codes: BUSY, LOCKED, IOERR, FULL (the low byte of an extended code).
+fn is_transient_code(code: &str) -> bool {
+    if code.len() == 5 {
+        ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)) || code == "25006"
+    } else {
+        code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 10 | 13))
+    }
+}
+
+impl StoreError {
+    /// Whether a row with the same unique key exists.
+    pub(super) fn is_duplicate(&self) -> bool {
+        matches!(self.sql(), Some(SqlErr::UniqueConstraintViolation(_)))
+    }
+
+    /// Whether the row names one that does not exist, or is named by one.
+    pub(super) fn is_dangling(&self) -> bool {
+        matches!(self.sql(), Some(SqlErr::ForeignKeyConstraintViolation(_)))
+    }
+
+    fn sql(&self) -> Option<SqlErr> {
+        match self {
+            Self::Unavailable(DatabaseError(error)) | Self::Refused(DatabaseError(error)) => error.sql_err(),
+            _ => None,
+        }
+    }
+}
+
+/// A statement with its values.
+#[derive(Debug, Clone)]
+pub(super) struct Sql {
+    text: String,
+    values: Vec<Value>,
+}
+
+/// Begins a statement.
+pub(super) fn sql(text: &str) -> Sql {
+    Sql { text: text.to_owned(), values: Vec::new() }
+}
+
+impl Sql {
+    /// More text.
+    pub(super) fn and(mut self, text: &str) -> Self {
+        self.text.push_str(text);
+        self
+    }
+
+    /// The next value.
+    pub(super) fn bind(mut self, value: impl Into<Value>) -> Self {
+        self.values.push(value.into());
+        self
+    }
+
+    /// The next value, a time.
+    pub(super) fn time(self, time: DateTime<Utc>) -> Self {
+        self.bind(micros(time))
+    }
+
+    /// The next value, JSON.
+    pub(super) fn json(self, value: &(impl Serialize + ?Sized)) -> Self {
+        self.bind(to_json(value))
+    }
+
+    /// The next value, for `{each}`.
+    pub(super) fn each<T: AsRef<str>>(self, texts: impl IntoIterator<Item = T>) -> Self {
+        let texts: Vec<serde_json::Value> =
+            texts.into_iter().map(|text| serde_json::Value::from(text.as_ref())).collect();
+        self.json(&texts)
+    }
+
+    fn statement(self, backend: DbBackend) -> Statement {
+        Statement::from_sql_and_values(backend, expand(&self.text, backend == DbBackend::Postgres), self.values)
+    }
+
+    /// Runs it; returns how many rows it changed.
+    pub(super) async fn run(self, db: &impl ConnectionTrait) -> Result<u64, StoreError> {
+        Ok(db.execute_raw(self.statement(db.get_database_backend())).await?.rows_affected())
+    }
+
+    /// Runs it; returns the first row.
+    pub(super) async fn one(self, db: &impl ConnectionTrait) -> Result<Option<Row>, StoreError> {
+        Ok(db.query_one_raw(self.statement(db.get_database_backend())).await?.map(Row))
+    }
+
+    /// Runs it; returns every row.
+    pub(super) async fn all(self, db: &impl ConnectionTrait) -> Result<Vec<Row>, StoreError> {
+        let rows = db.query_all_raw(self.statement(db.get_database_backend())).await?;
+        Ok(rows.into_iter().map(Row).collect())
+    }
+}
+
+/// A value as JSON.
+pub(super) fn to_json(value: &(impl Serialize + ?Sized)) -> String {
+    serde_json::to_string(value).expect("what is stored has text keys only, and writing to memory does not fail")
+}
+
+/// Puts in what the database says for the words in braces, and its placeholders.
+fn expand(text: &str, postgres: bool) -> String {
+    let mut out = String::with_capacity(text.len() + 64);
+    let mut values = 0_usize;
+    let mut rest = text;
+    while let Some(at) = rest.find(['?', '{']) {
+        let (before, from) = rest.split_at(at);
+        out.push_str(before);
+        let (word, after) = match from.strip_prefix('{').and_then(|inner| inner.split_once('}')) {
+            Some(found) => found,
+            None => ("?", from.get(1..).unwrap_or_default()),
+        };
+        out.push_str(&spell(word, postgres, &mut values));
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
+    let mut value = || {
+        *values += 1;
+        if postgres { format!("${values}") } else { "?".to_owned() }
+    };
+    let (verb, object) = word.split_once(' ').unwrap_or((word, ""));
+    match (verb, postgres) {
+        ("?", _) => value(),
+        ("each", true) => format!("(SELECT jsonb_array_elements_text(CAST({} AS jsonb)) AS value)", value()),
+        ("each", false) => format!("(SELECT value FROM json_each({}))", value()),
+        ("rows", true) => format!("jsonb_to_recordset(CAST({} AS jsonb)) AS r({object})", value()),
+        ("rows", false) => {
+            let columns: Vec<String> = object
+                .split(',')
+                .filter_map(|column| column.split_whitespace().next())
+                .map(|name| format!("json_extract(value, '$.{name}') AS {name}"))
+                .collect();
+            format!("(SELECT {} FROM json_each({})) AS r", columns.join(", "), value())
+        }
+        ("lock", true) if object.is_empty() => "FOR UPDATE".to_owned(),
+        ("lock", true) => format!("FOR UPDATE OF {object}"),
+        ("skip", true) => "FOR UPDATE SKIP LOCKED".to_owned(),
+        _ => String::new(),
+    }
+}
+
+/// A row of a result, read by the names of its columns.
+pub(super) struct Row(QueryResult);
+
+impl Row {
+    pub(super) fn text(&self, column: &str) -> Result<String, StoreError> {
+        Ok(self.0.try_get("", column)?)
+    }
+
+    pub(super) fn maybe_text(&self, column: &str) -> Result<Option<String>, StoreError> {
+        Ok(self.0.try_get("", column)?)
+    }
+
+    pub(super) fn bytes(&self, column: &str) -> Result<Vec<u8>, StoreError> {
+        Ok(self.0.try_get("", column)?)
+    }
+
+    pub(super) fn int(&self, column: &str) -> Result<i64, StoreError> {
+        Ok(self.0.try_get("", column)?)
+    }
+
+    /// A count or a size; a negative one is none of ours.
+    pub(super) fn number<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, StoreError> {
+        let value = self.int(column)?;
+        T::try_from(value).map_err(|_| StoreError::Unknown { what: column, value: value.to_string() })
+    }
+
+    pub(super) fn flag(&self, column: &str) -> Result<bool, StoreError> {
+        Ok(self.0.try_get("", column)?)
+    }
+
+    pub(super) fn time(&self, column: &'static str) -> Result<DateTime<Utc>, StoreError> {
+        as_time(column, self.int(column)?)
+    }
+
+    pub(super) fn maybe_time(&self, column: &'static str) -> Result<Option<DateTime<Utc>>, StoreError> {
+        let value: Option<i64> = self.0.try_get("", column)?;
+        value.map(|micros| as_time(column, micros)).transpose()
+    }
+
+    pub(super) fn json<T: DeserializeOwned>(&self, column: &'static str) -> Result<T, StoreError> {
+        let text = self.text(column)?;
+        serde_json::from_str(&text).map_err(|_| StoreError::Unknown { what: column, value: text })
+    }
+
+    /// A word of a closed set, or an id.
+    pub(super) fn word<T>(&self, column: &'static str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, StoreError> {
+        let text = self.text(column)?;
+        parse(&text).ok_or(StoreError::Unknown { what: column, value: text })
+    }
+
+    pub(super) fn maybe_word<T>(
+        &self,
+        column: &'static str,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<Option<T>, StoreError> {
+        match self.maybe_text(column)? {
+            None => Ok(None),
+            Some(text) => match parse(&text) {
+                Some(value) => Ok(Some(value)),
+                None => Err(StoreError::Unknown { what: column, value: text }),
+            },
+        }
+    }
+}
+
+fn as_time(column: &'static str, micros: i64) -> Result<DateTime<Utc>, StoreError> {
+    DateTime::from_timestamp_micros(micros)
+        .ok_or_else(|| StoreError::Unknown { what: column, value: micros.to_string() })
+}
+
+/// A number as it is stored; what is too large for the databases' integers (a lie of a node) becomes the largest.
+pub(super) fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::expand;
+
+    #[test]
+    fn postgres_gets_numbered_values_and_locks() {
+        assert_eq!(
+            expand("SELECT 1 FROM a WHERE b = ? AND c IN {each} {lock e}", true),
+            "SELECT 1 FROM a WHERE b = $1 AND c IN (SELECT jsonb_array_elements_text(CAST($2 AS jsonb)) AS value) \
+             FOR UPDATE OF e"
+        );
+        assert_eq!(
+            expand("FROM {rows a BIGINT, b TEXT} WHERE x = ?", true),
+            "FROM jsonb_to_recordset(CAST($1 AS jsonb)) AS r(a BIGINT, b TEXT) WHERE x = $2"
+        );
+    }
+
+    #[test]
+    fn sqlite_gets_json_tables_and_no_locks() {
+        assert_eq!(expand("b = ? AND c IN {each} {lock}", false), "b = ? AND c IN (SELECT value FROM json_each(?)) ");
+        assert_eq!(
+            expand("{rows a BIGINT, b TEXT}", false),
+            "(SELECT json_extract(value, '$.a') AS a, json_extract(value, '$.b') AS b FROM json_each(?)) AS r"
+        );
+    }
+}

@@ -1,0 +1,188 @@
+//! What operators do to an operation: cancel, pause, resume, abandon.
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{ExecutionId, OperationId};
+
+use sea_orm::DatabaseTransaction;
+
+use super::events::{self, Happened};
+use super::moves::{self, End, read_found};
+use super::open::Tx;
+use super::operations::{self, lock};
+use super::sql::sql;
+use super::{ExecutionRow, OperationRow, Store, StoreError, executions};
+use crate::operation::{ExecutionError, ExecutionState, IllegalTransition, OperationState, reason};
+
+/// What became of a cancel, a pause or a resume.
+#[derive(Debug, Clone)]
+pub enum SteerOutcome {
+    /// Done; the operation as it is now.
+    Changed(OperationRow),
+    /// It was so already.
+    Unchanged(OperationRow),
+    /// Not possible in its state.
+    Refused(OperationRow),
+    /// No such operation.
+    NotFound,
+}
+
+/// What became of giving up an execution.
+#[derive(Debug, Clone)]
+pub enum AbandonOutcome {
+    /// It ended FAILED.
+    Abandoned(ExecutionRow),
+    /// Its node is not overdue.
+    NotOverdue(ExecutionRow),
+    /// It had ended.
+    Final(ExecutionRow),
+    /// No such execution.
+    NotFound,
+}
+
+impl Store {
+    /// Asks that an operation stop: what is not assigned ends at once, the rest is asked of the nodes.
+    pub async fn request_cancel(
+        &self,
+        id: &OperationId,
+        actor: &str,
+        now: DateTime<Utc>,
+    ) -> Result<SteerOutcome, StoreError> {
+        let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
+        let so_already = matches!(from, OperationState::Cancelling | OperationState::Cancelled);
+        let to = match self.legal(from.cancel(), so_already, id, &tx).await? {
+            Ok(to) => to,
+            Err(outcome) => return Ok(outcome),
+        };
+        sql("UPDATE operations SET state = ?, cancel_requested = TRUE WHERE id = ? AND state = ?")
+            .bind(to.as_str())
+            .bind(id.as_str())
+            .bind(from.as_str())
+            .run(&*tx)
+            .await?;
+        let asked = Happened::to_operation(actor, from.as_str(), to.as_str(), "");
+        events::record(&*tx, id, vec![asked], now).await?;
+        sql("UPDATE executions SET cancel_requested = TRUE, update_time = ? WHERE operation = ? \
+             AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .time(now)
+        .bind(id.as_str())
+        .run(&*tx)
+        .await?;
+        let waiting = sql("SELECT operation, node, state FROM executions WHERE operation = ? AND state = 'PENDING'")
+            .bind(id.as_str())
+            .all(&*tx)
+            .await?
+            .iter()
+            .map(read_found)
+            .collect::<Result<Vec<_>, _>>()?;
+        moves::end(&*tx, &waiting, &End { to: ExecutionState::Cancelled, error: None, actor }, now).await?;
+        operations::finish_if_done(&*tx, id, now).await?;
+        self.steered(tx, id).await
+    }
+
+    /// Holds back what is not assigned.
+    pub async fn pause(
+        &self,
+        id: &OperationId,
+        actor: &str,
+        reason: &str,
+        now: DateTime<Utc>,
+    ) -> Result<SteerOutcome, StoreError> {
+        let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
+        let to = match self.legal(from.pause(), from == OperationState::Paused, id, &tx).await? {
+            Ok(to) => to,
+            Err(outcome) => return Ok(outcome),
+        };
+        self.set(&tx, id, (from, to), actor, reason, now).await?;
+        self.steered(tx, id).await
+    }
+
+    /// Lets a paused operation go on.
+    pub async fn resume(&self, id: &OperationId, actor: &str, now: DateTime<Utc>) -> Result<SteerOutcome, StoreError> {
+        let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
+        let due = sql("SELECT id FROM operations WHERE id = ? AND schedule_time <= ?")
+            .bind(id.as_str())
+            .time(now)
+            .one(&*tx)
+            .await?
+            .is_some();
+        let goes_on = matches!(from, OperationState::Scheduled | OperationState::Running);
+        let to = match self.legal(from.resume(due), goes_on, id, &tx).await? {
+            Ok(to) => to,
+            Err(outcome) => return Ok(outcome),
+        };
+        self.set(&tx, id, (from, to), actor, "", now).await?;
+        self.steered(tx, id).await
+    }
+
+    /// Gives up an execution whose node is overdue.
+    pub async fn abandon(
+        &self,
+        id: &ExecutionId,
+        actor: &str,
+        now: DateTime<Utc>,
+    ) -> Result<AbandonOutcome, StoreError> {
+        let Some((tx, _)) = self.hold(&id.operation).await? else { return Ok(AbandonOutcome::NotFound) };
+        let Some(row) = executions::find(&*tx, id).await? else { return Ok(AbandonOutcome::NotFound) };
+        if row.state.is_final() {
+            return Ok(AbandonOutcome::Final(row));
+        }
+        if !row.overdue {
+            return Ok(AbandonOutcome::NotOverdue(row));
+        }
+        let error = ExecutionError::new(reason::NEVER_RETURNED, format!("given up by {actor}"));
+        let end = End { to: ExecutionState::Failed, error: Some(error), actor };
+        moves::end(&*tx, &[(id.clone(), row.state)], &end, now).await?;
+        let row = executions::find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row.map_or(AbandonOutcome::NotFound, AbandonOutcome::Abandoned))
+    }
+
+    /// Begins a transaction that holds an operation.
+    async fn hold(&self, id: &OperationId) -> Result<Option<(Tx, OperationState)>, StoreError> {
+        let tx = self.begin().await?;
+        Ok(lock(&*tx, [id]).await?.pop().map(|(_, state)| (tx, state)))
+    }
+
+    /// The new state, or how to answer where there is none.
+    async fn legal(
+        &self,
+        to: Result<OperationState, IllegalTransition>,
+        so_already: bool,
+        id: &OperationId,
+        tx: &DatabaseTransaction,
+    ) -> Result<Result<OperationState, SteerOutcome>, StoreError> {
+        match to {
+            Ok(to) => Ok(Ok(to)),
+            Err(_) => Ok(Err(match operations::find(tx, id).await? {
+                Some(row) if so_already => SteerOutcome::Unchanged(row),
+                Some(row) => SteerOutcome::Refused(row),
+                None => SteerOutcome::NotFound,
+            })),
+        }
+    }
+
+    async fn set(
+        &self,
+        tx: &DatabaseTransaction,
+        id: &OperationId,
+        (from, to): (OperationState, OperationState),
+        actor: &str,
+        reason: &str,
+        now: DateTime<Utc>,
+    ) -> Result<(), StoreError> {
+        sql("UPDATE operations SET state = ?, state_reason = ? WHERE id = ? AND state = ?")
+            .bind(to.as_str())
+            .bind(reason)
+            .bind(id.as_str())
+            .bind(from.as_str())
+            .run(tx)
+            .await?;
+        events::record(tx, id, vec![Happened::to_operation(actor, from.as_str(), to.as_str(), reason)], now).await
+    }
+
+    async fn steered(&self, tx: Tx, id: &OperationId) -> Result<SteerOutcome, StoreError> {
+        let row = operations::find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row.map_or(SteerOutcome::NotFound, SteerOutcome::Changed))
+    }
+}

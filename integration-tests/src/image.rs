@@ -1,0 +1,206 @@
+//! Images and boot files that tests push: made from a folder, small, and real enough for the installer.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Cursor, Write};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use sha2::{Digest as _, Sha256};
+use zip::write::SimpleFileOptions;
+
+use crate::tree::list;
+
+/// How a tarball is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all: `.tar`.
+    None,
+    /// `.tar.gz`.
+    Gzip,
+    /// `.tar.zst`.
+    Zstd,
+}
+
+/// Lays out a root file system that comes up, with `marker` in it so that two of them differ, and with what is easily
+/// lost on the way: links of both kinds, modes, empty folders, names that are not ASCII, an empty and a large file.
+pub fn lay_out_root(root: &Path, marker: &str) -> Result<()> {
+    for folder in [
+        "boot/firmware/overlays",
+        "dev",
+        "etc/ssh",
+        "home",
+        "proc",
+        "root",
+        "sys",
+        "tmp",
+        "usr/bin",
+        "usr/lib/marker",
+        "usr/sbin",
+        "var/lib",
+        "var/log",
+    ] {
+        fs::create_dir_all(root.join(folder))?;
+    }
+    for (path, text) in [
+        ("etc/os-release", format!("PRETTY_NAME=\"Test OS {marker}\"\nID=test\n")),
+        ("etc/hostname", "raspberrypi\n".to_owned()),
+        (
+            "etc/fstab",
+            "PARTUUID=00000000-02 / ext4 defaults 0 1\nPARTUUID=00000000-01 /boot/firmware vfat defaults 0 2\n"
+                .to_owned(),
+        ),
+        ("usr/lib/marker/name", marker.to_owned()),
+        ("usr/lib/marker/empty", String::new()),
+        ("usr/lib/marker/Straße – 東京", "names are bytes\n".to_owned()),
+        (
+            "usr/lib/marker/a-name-that-does-not-fit-into-the-hundred-bytes-that-the-header-of-the-oldest-tar-format-has-for-it",
+            "long\n".to_owned(),
+        ),
+    ] {
+        fs::write(root.join(path), text)?;
+    }
+    let program = format!("#!/bin/sh\necho {marker}\n");
+    for path in ["usr/sbin/init", "usr/bin/tool"] {
+        fs::write(root.join(path), &program)?;
+        fs::set_permissions(root.join(path), fs::Permissions::from_mode(0o755))?;
+    }
+    fs::set_permissions(root.join("usr/bin/tool"), fs::Permissions::from_mode(0o4755))?;
+    fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+    fs::set_permissions(root.join("root"), fs::Permissions::from_mode(0o700))?;
+    symlink("usr/sbin", root.join("sbin"))?;
+    symlink("/usr/lib/marker/name", root.join("etc/absolute-link"))?;
+    symlink("../nowhere", root.join("etc/dangling-link"))?;
+    fs::hard_link(root.join("usr/bin/tool"), root.join("usr/bin/the-same-tool"))?;
+    fs::write(root.join("usr/lib/marker/noise"), noise(marker, 3 * 1024 * 1024 + 17))?;
+    lay_out_boot(&root.join("boot/firmware"), marker)
+}
+
+/// Lays out a system's own boot files for a Pi 4. The virtual Pi's firmware looks for them; nothing executes them.
+pub fn lay_out_boot(boot: &Path, marker: &str) -> Result<()> {
+    fs::create_dir_all(boot.join("overlays"))?;
+    for (name, text) in [
+        ("kernel8.img", format!("kernel of {marker}\n").repeat(100)),
+        ("cmdline.txt", "console=tty1 root=PARTUUID=00000000-02 rootfstype=ext4 rootwait\n".to_owned()),
+        ("config.txt", "arm_64bit=1\n[pi4]\narm_boost=1\n".to_owned()),
+        ("bcm2711-rpi-4-b.dtb", format!("device tree of {marker}\n")),
+        ("overlays/README", "overlays\n".to_owned()),
+        ("overlays/overlay_map.dtb", "map\n".to_owned()),
+    ] {
+        fs::write(boot.join(name), text)?;
+    }
+    Ok(())
+}
+
+/// Bytes that do not compress and differ for each seed.
+pub fn noise(seed: &str, length: usize) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(length + 32);
+    let mut counter = 0_u64;
+    while bytes.len() < length {
+        bytes.extend_from_slice(&Sha256::new().chain_update(seed).chain_update(counter.to_le_bytes()).finalize());
+        counter += 1;
+    }
+    bytes.truncate(length);
+    bytes
+}
+
+/// Packs a folder as a tarball, as `tar -C ROOT -c .` would.
+pub fn pack(root: &Path, to: &Path, compression: Compression) -> Result<PathBuf> {
+    let file = File::create(to).with_context(|| format!("creating {}", to.display()))?;
+    match compression {
+        Compression::None => append(root, file)?.flush()?,
+        Compression::Gzip => {
+            append(root, flate2::write::GzEncoder::new(file, flate2::Compression::fast()))?.finish()?;
+        }
+        Compression::Zstd => {
+            append(root, zstd::Encoder::new(file, 1)?)?.finish()?;
+        }
+    }
+    Ok(to.to_owned())
+}
+
+fn append<W: Write>(root: &Path, to: W) -> Result<W> {
+    let mut tarball = tar::Builder::new(to);
+    tarball.follow_symlinks(false);
+    tarball.append_dir(".", root)?;
+    // Where a file with several names was packed first; its other names become links to that.
+    let mut first_names: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
+    for path in list(root)? {
+        let (full, name) = (root.join(&path), Path::new(".").join(&path));
+        let metadata = fs::symlink_metadata(&full)?;
+        let file = (metadata.dev(), metadata.ino());
+        if let Some(first) = first_names.get(&file) {
+            let mut header = tar::Header::new_gnu();
+            header.set_metadata(&metadata);
+            header.set_entry_type(tar::EntryType::Link);
+            header.set_size(0);
+            tarball.append_link(&mut header, &name, first)?;
+            continue;
+        }
+        if metadata.is_file() && metadata.nlink() > 1 {
+            first_names.insert(file, name.clone());
+        }
+        tarball.append_path_with_name(&full, &name).with_context(|| format!("packing {}", full.display()))?;
+    }
+    Ok(tarball.into_inner()?)
+}
+
+/// Makes an image from `lay_out_root` in the folder `folder`: the source tree is `folder/MARKER`.
+pub fn make_image(folder: &Path, marker: &str, compression: Compression) -> Result<PathBuf> {
+    let root = folder.join(marker);
+    lay_out_root(&root, marker)?;
+    let ending = match compression {
+        Compression::None => "tar",
+        Compression::Gzip => "tar.gz",
+        Compression::Zstd => "tar.zst",
+    };
+    pack(&root, &folder.join(format!("{marker}.{ending}")), compression)
+}
+
+/// The files of an installer's set that the controller and the agent accept.
+pub fn installer_set(marker: &str) -> Vec<(String, Vec<u8>)> {
+    [
+        ("kernel8.img", format!("installer kernel {marker}")),
+        ("initramfs8", format!("installer initramfs {marker}")),
+        ("cmdline.txt", "console=tty1\n".to_owned()),
+        ("config.txt", "arm_64bit=1\nauto_initramfs=0\ninitramfs initramfs8 followkernel\n".to_owned()),
+        ("bcm2711-rpi-4-b.dtb", format!("installer device tree {marker}")),
+        ("overlays/README", "overlays\n".to_owned()),
+        ("overlays/overlay_map.dtb", "map\n".to_owned()),
+    ]
+    .map(|(name, text)| (name.to_owned(), text.into_bytes()))
+    .into()
+}
+
+/// The boot files of a system, for an update without an image.
+pub fn system_set(marker: &str) -> Vec<(String, Vec<u8>)> {
+    [
+        ("kernel8.img", format!("system kernel {marker}")),
+        ("cmdline.txt", "console=tty1 root=/dev/mmcblk0p2 rootwait\n".to_owned()),
+        ("config.txt", "arm_64bit=1\n".to_owned()),
+        ("bcm2711-rpi-4-b.dtb", format!("system device tree {marker}")),
+    ]
+    .map(|(name, text)| (name.to_owned(), text.into_bytes()))
+    .into()
+}
+
+/// Zips files.
+pub fn zip_of(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
+    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, bytes) in files {
+        zip.start_file(name, SimpleFileOptions::default().compression_method(zip::CompressionMethod::Deflated))?;
+        zip.write_all(bytes)?;
+    }
+    Ok(zip.finish()?.into_inner())
+}
+
+/// An installer's boot files as a zip.
+pub fn make_bootcode(marker: &str) -> Result<Vec<u8>> {
+    zip_of(&installer_set(marker))
+}
+
+/// What `sha256sum` prints of these bytes.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex::encode(Sha256::digest(bytes))
+}

@@ -1,0 +1,197 @@
+//! A real Postgres for tests: one server for the whole test process, a database of its own for each test.
+//!
+//! The server ends and its folder goes when the test process ends, however it ends: a shell waits for the end of a pipe
+//! whose other end only this process holds.
+
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context as _, bail, ensure};
+
+/// A running server.
+#[derive(Debug)]
+pub struct Postgres {
+    programs: PathBuf,
+    folder: PathBuf,
+    port: u16,
+    databases: AtomicU32,
+    /// Ends the server when this pipe ends; in an `Option` only so that it can be dropped before it is waited for.
+    janitor: Option<Child>,
+}
+
+/// What the janitor does: `$1` is the folder, the rest is the command that stops the server.
+const JANITOR: &str =
+    r#"trap "" HUP INT TERM; cat > /dev/null; folder=$1; shift; "$@" > /dev/null 2>&1; rm -rf "$folder""#;
+
+impl Postgres {
+    /// The server that all tests of this process share; started by the first that asks.
+    pub fn start() -> anyhow::Result<&'static Self> {
+        static SHARED: OnceLock<Result<Postgres, String>> = OnceLock::new();
+        match SHARED.get_or_init(|| Self::start_own().map_err(|error| format!("{error:#}"))) {
+            Ok(server) => Ok(server),
+            Err(error) => bail!("Postgres did not start: {error}"),
+        }
+    }
+
+    /// A server of one test's own, for what would disturb the others: outages.
+    pub fn start_own() -> anyhow::Result<Self> {
+        let programs = find_programs()?;
+        let folder = tempfile::Builder::new().prefix("marco-postgres-").tempdir()?.keep();
+        if let Some(user) = user()? {
+            std::os::unix::fs::chown(&folder, Some(user.uid), Some(user.gid))?;
+        }
+        let mut server = Self { programs, folder, port: free_port()?, databases: AtomicU32::new(0), janitor: None };
+        server.janitor = Some(server.hire_janitor()?);
+        let data = server.data();
+        run(server
+            .program("initdb")?
+            .args(["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C.UTF-8"])
+            .arg("--pgdata")
+            .arg(&data))?;
+        server.resume()?;
+        Ok(server)
+    }
+
+    /// The URL of a fresh, empty database.
+    pub fn database(&self) -> anyhow::Result<String> {
+        let name = format!("marco_{}", self.databases.fetch_add(1, Ordering::Relaxed));
+        run(self
+            .program("psql")?
+            .args(["--no-psqlrc", "--quiet", "--host=127.0.0.1", "--username=postgres", "--dbname=postgres"])
+            .arg(format!("--port={}", self.port))
+            .arg(format!("--command=CREATE DATABASE {name} TEMPLATE template0")))?;
+        Ok(format!("postgres://postgres@127.0.0.1:{}/{name}", self.port))
+    }
+
+    /// Stops the server at once, as an outage does; connections break.
+    pub fn pause(&self) -> anyhow::Result<()> {
+        run(self.program("pg_ctl")?.args(["stop", "--wait", "--mode=immediate", "--pgdata"]).arg(self.data()))
+    }
+
+    /// Starts the server (again) on the same port with the same databases, and waits until it answers.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        let options = format!(
+            "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200",
+            self.port,
+            self.folder.display()
+        );
+        let log = self.folder.join("log");
+        run(self
+            .program("pg_ctl")?
+            .args(["start", "--wait", "--timeout=60", "--pgdata"])
+            .arg(self.data())
+            .arg("--log")
+            .arg(&log)
+            .arg("--options")
+            .arg(options))
+        .with_context(|| fs::read_to_string(&log).unwrap_or_default())
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.join("data")
+    }
+
+    fn program(&self, name: &str) -> anyhow::Result<Command> {
+        let mut command = as_user(&self.programs.join(name))?;
+        command.current_dir(&self.folder);
+        Ok(command)
+    }
+
+    fn hire_janitor(&self) -> anyhow::Result<Child> {
+        let mut stop = as_user(&self.programs.join("pg_ctl"))?;
+        stop.args(["stop", "--wait", "--mode=immediate", "--pgdata"]).arg(self.data());
+        let mut janitor = command(Path::new("/bin/sh"));
+        janitor.arg("-c").arg(JANITOR).arg("janitor").arg(&self.folder).arg(stop.get_program()).args(stop.get_args());
+        janitor.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(janitor.spawn()?)
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        if let Some(mut janitor) = self.janitor.take() {
+            drop(janitor.stdin.take());
+            // Nothing more can be done about a janitor that failed.
+            let _ = janitor.wait();
+        }
+    }
+}
+
+/// The user that the server runs as.
+struct User {
+    name: &'static str,
+    uid: u32,
+    gid: u32,
+}
+
+/// Postgres refuses to run as root: then it is `postgres`, or `nobody`. `None`: this process is not root.
+fn user() -> anyhow::Result<Option<User>> {
+    if fs::metadata("/proc/self")?.uid() != 0 {
+        return Ok(None);
+    }
+    let passwd = fs::read_to_string("/etc/passwd")?;
+    for name in ["postgres", "nobody"] {
+        let line = passwd.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        let mut fields = line.unwrap_or_default().split(':').skip(1).map(str::parse);
+        if let (Some(Ok(uid)), Some(Ok(gid))) = (fields.next(), fields.next()) {
+            return Ok(Some(User { name, uid, gid }));
+        }
+    }
+    bail!("this process is root, and there is neither a user `postgres` nor `nobody` to run the server as")
+}
+
+fn as_user(program: &Path) -> anyhow::Result<Command> {
+    let Some(user) = user()? else { return Ok(command(program)) };
+    let mut wrapped = command(Path::new("setpriv"));
+    wrapped
+        .arg(format!("--reuid={}", user.uid))
+        .arg(format!("--regid={}", user.gid))
+        .arg("--clear-groups")
+        .arg("--")
+        .arg(program)
+        .env("USER", user.name);
+    Ok(wrapped)
+}
+
+#[allow(clippy::disallowed_methods, reason = "test harness: nothing of the product, and there is no runtime here")]
+fn command(program: &Path) -> Command {
+    Command::new(program)
+}
+
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    let log = tempfile::tempfile()?;
+    // To a file, not to a pipe: the server inherits it and would keep a pipe open for as long as it runs.
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?);
+    let status = command.status().with_context(|| format!("{command:?}"))?;
+    let mut said = String::new();
+    io::Seek::rewind(&mut &log)?;
+    io::Read::read_to_string(&mut &log, &mut said)?;
+    ensure!(status.success(), "{command:?}: {status}: {said}");
+    Ok(())
+}
+
+/// The folder of `initdb` and the rest: the newest version under Debian's, else one of the search path.
+fn find_programs() -> anyhow::Result<PathBuf> {
+    let mut found: Vec<(u32, PathBuf)> = Vec::new();
+    for entry in fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten() {
+        let version = entry.file_name().to_string_lossy().parse().unwrap_or(0);
+        found.push((version, entry.path().join("bin")));
+    }
+    found.sort();
+    let debian = found.into_iter().rev().map(|(_, folder)| folder);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    debian
+        .chain(std::env::split_paths(&path))
+        .find(|folder| folder.join("initdb").is_file())
+        .context("no initdb under /usr/lib/postgresql or in PATH: install Postgres (`make deps`)")
+}
+
+fn free_port() -> io::Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}

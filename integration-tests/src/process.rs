@@ -1,0 +1,182 @@
+//! Child processes: found beside the test, logged to a file, killed without mercy, and never left behind.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use tokio::process::{Child, Command};
+
+/// Finds one of this workspace's programs in the folder that cargo built this test into.
+///
+/// Cargo only names the programs of a test's own package, so the others are looked for beside it.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("where this test is")?;
+    own.ancestors()
+        .skip(1)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("{name} has not been built: run `cargo build --bins` first, or `make test`"))
+}
+
+/// The workspace's root folder.
+pub fn workspace() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).to_owned()
+}
+
+/// Finds a program of other people: in the workspace's `.venv`, else in `PATH`.
+pub fn tool(name: &str) -> Result<PathBuf> {
+    let venv = workspace().join(".venv/bin");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(venv)
+        .chain(std::env::split_paths(&path))
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("{name} is not installed: run `make deps` first, or `make test`"))
+}
+
+/// How to start a process, so that it can be started again.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    program: PathBuf,
+    arguments: Vec<String>,
+    log: PathBuf,
+}
+
+/// A process of ours: its output goes to a file, and it dies with this value and with this test.
+#[derive(Debug)]
+pub struct Process {
+    recipe: Recipe,
+    child: Option<Child>,
+}
+
+impl Recipe {
+    /// A program with its arguments; standard output and error are appended to `log`.
+    pub fn new(program: PathBuf, arguments: impl IntoIterator<Item = impl Into<String>>, log: PathBuf) -> Self {
+        Self { program, arguments: arguments.into_iter().map(Into::into).collect(), log }
+    }
+
+    /// Starts it.
+    pub fn start(self) -> Result<Process> {
+        let mut process = Process { recipe: self, child: None };
+        process.start()?;
+        Ok(process)
+    }
+}
+
+impl Process {
+    /// Starts the process again, with the same arguments.
+    pub fn start(&mut self) -> Result<()> {
+        if self.child.is_some() {
+            bail!("{} already runs", self.recipe.program.display());
+        }
+        let Recipe { program, arguments, log } = &self.recipe;
+        let log = File::options().create(true).append(true).open(log).context("the log of a process")?;
+        // The kernel ends the child when the thread that started it ends, even when this test is killed.
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "--"])
+            .arg(program)
+            .args(arguments)
+            .env_remove("DATABASE_URL")
+            .env_remove("MARCO_DATABASE_URL")
+            .env_remove("MARCO_TOKEN")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        self.child = Some(child);
+        Ok(())
+    }
+
+    /// Kills it (`-9`) and waits until it is gone.
+    pub async fn kill(&mut self) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill().await.with_context(|| format!("killing {}", self.recipe.program.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Asks it to end (SIGTERM) and waits for that.
+    pub async fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let mut child = self.child.take().context("it does not run")?;
+        let pid = child.id().context("it has ended")?;
+        let asked = Command::new("kill").args(["-TERM", &pid.to_string()]).status().await?;
+        if !asked.success() {
+            bail!("kill -TERM {pid} failed");
+        }
+        tokio::time::timeout(limit, child.wait())
+            .await
+            .with_context(|| format!("{} did not end in {limit:?}", self.recipe.program.display()))?
+            .context("waiting for it")
+    }
+
+    /// Fails when the process has ended by itself.
+    pub fn check_alive(&mut self) -> Result<()> {
+        if let Some(child) = &mut self.child
+            && let Some(status) = child.try_wait()?
+        {
+            bail!("{} ended by itself: {status}\n{}", self.recipe.program.display(), self.tail(20));
+        }
+        Ok(())
+    }
+
+    /// The last lines of its output.
+    pub fn tail(&self, lines: usize) -> String {
+        let text = std::fs::read(&self.recipe.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let all: Vec<&str> = text.lines().collect();
+        all.iter().skip(all.len().saturating_sub(lines)).map(|line| format!("    {line}\n")).collect()
+    }
+}
+
+impl Drop for Process {
+    /// Kills it and waits a little, so that nothing writes into folders that are removed next.
+    fn drop(&mut self) {
+        let Some(mut child) = self.child.take() else { return };
+        let _ = child.start_kill();
+        let given_up = Instant::now() + Duration::from_secs(5);
+        while matches!(child.try_wait(), Ok(None)) && Instant::now() < given_up {
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+    }
+}
+
+/// What a program printed and how it ended.
+#[derive(Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Its standard output when it succeeded, else an error that shows everything.
+    pub fn success(self) -> Result<String> {
+        if !self.status.success() {
+            bail!("{}\nstdout: {}\nstderr: {}", self.status, self.stdout, self.stderr);
+        }
+        Ok(self.stdout)
+    }
+}
+
+/// Runs a program to its end, at most for `limit`.
+pub async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Result<Output> {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(limit, command.output())
+        .await
+        .with_context(|| format!("{} {arguments:?} did not end in {limit:?}", program.display()))?
+        .with_context(|| format!("starting {}", program.display()))?;
+    Ok(Output {
+        status: output.status,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}

@@ -1,0 +1,272 @@
+//! A bad network: a TCP proxy that stops, cuts, slows down and counts what passes through it.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// Bytes that are read at once: small, so that a cut falls where it was asked for.
+const BLOCK: usize = 16 * 1024;
+
+/// Which way bytes go through the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the one who dialled: the agents.
+    Up,
+    /// From the one who was dialled: the controller.
+    Down,
+}
+
+/// One direction of all connections.
+#[derive(Debug)]
+struct Lane {
+    /// Whether bytes are forwarded; while false none are even read.
+    open: watch::Sender<bool>,
+    bytes: AtomicU64,
+    /// Bytes a second; 0 is without limit.
+    rate: AtomicU64,
+    /// Each takes a connection down that has carried so many bytes.
+    cuts: Mutex<VecDeque<u64>>,
+}
+
+#[derive(Debug)]
+struct State {
+    target: SocketAddr,
+    up: Lane,
+    down: Lane,
+    /// Replaced each time that all connections are dropped.
+    connections: Mutex<CancellationToken>,
+}
+
+/// A proxy on a port of its own; it ends when it is dropped.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    state: Arc<State>,
+    _stop: DropGuard,
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self {
+            open: watch::Sender::new(true),
+            bytes: AtomicU64::new(0),
+            rate: AtomicU64::new(0),
+            cuts: Mutex::default(),
+        }
+    }
+
+    /// How many more bytes a connection that has carried `carried` may carry before the next cut.
+    fn until_cut(&self, carried: u64) -> Option<u64> {
+        let cuts = self.cuts.lock().unwrap_or_else(PoisonError::into_inner);
+        cuts.front().map(|after| after.saturating_sub(carried))
+    }
+
+    fn take_cut(&self) {
+        self.cuts.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    }
+}
+
+impl Proxy {
+    /// Listens on a free port of the loopback interface and forwards to `target`.
+    pub async fn start(target: SocketAddr) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.context("a port for the proxy")?;
+        let address = listener.local_addr()?;
+        let stop = CancellationToken::new();
+        let state = Arc::new(State {
+            target,
+            up: Lane::new(),
+            down: Lane::new(),
+            connections: Mutex::new(CancellationToken::new()),
+        });
+        tokio::spawn(accept(listener, Arc::clone(&state), stop.clone()));
+        Ok(Self { address, state, _stop: stop.drop_guard() })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    fn lane(&self, direction: Direction) -> &Lane {
+        match direction {
+            Direction::Up => &self.state.up,
+            Direction::Down => &self.state.down,
+        }
+    }
+
+    /// Stops to forward in one direction: bytes stay where they are, connections stay open.
+    pub fn hold(&self, direction: Direction) {
+        self.lane(direction).open.send_replace(false);
+    }
+
+    /// Forwards again.
+    pub fn release(&self, direction: Direction) {
+        self.lane(direction).open.send_replace(true);
+    }
+
+    /// Forwards at most so many bytes a second and connection; 0 is without limit.
+    pub fn throttle(&self, direction: Direction, bytes_per_second: u64) {
+        self.lane(direction).rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Takes connections down: the first that has carried `after[0]` bytes, then the first that has carried
+    /// `after[1]`, and so on.
+    pub fn cut_after(&self, direction: Direction, after: impl IntoIterator<Item = u64>) {
+        self.lane(direction).cuts.lock().unwrap_or_else(PoisonError::into_inner).extend(after);
+    }
+
+    /// How many of the cuts that were asked for have not happened yet.
+    pub fn cuts_left(&self, direction: Direction) -> usize {
+        self.lane(direction).cuts.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// How many bytes were forwarded in this direction, over all connections.
+    pub fn bytes(&self, direction: Direction) -> u64 {
+        self.lane(direction).bytes.load(Ordering::Relaxed)
+    }
+
+    /// Takes all present connections down; what was held back is lost.
+    pub fn drop_connections(&self) {
+        let fresh = CancellationToken::new();
+        let mut present = self.state.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *present, fresh).cancel();
+    }
+}
+
+async fn accept(listener: TcpListener, state: Arc<State>, stop: CancellationToken) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            // Finished connections are collected so that the set does not grow.
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => {
+                let Ok((client, _)) = accepted else { return };
+                let dropped = state.connections.lock().unwrap_or_else(PoisonError::into_inner).child_token();
+                connections.spawn(connection(client, Arc::clone(&state), dropped));
+            }
+        }
+    }
+}
+
+async fn connection(client: TcpStream, state: Arc<State>, dropped: CancellationToken) {
+    // A controller that is down looks to the agent like a connection that is closed at once.
+    let Ok(server) = TcpStream::connect(state.target).await else { return };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
+    let (client_read, client_write) = client.into_split();
+    let (server_read, server_write) = server.into_split();
+    // When one direction ends, the other is dropped too: a cut is a cut.
+    tokio::select! {
+        () = dropped.cancelled() => {}
+        () = forward(client_read, server_write, &state.up) => {}
+        () = forward(server_read, client_write, &state.down) => {}
+    }
+}
+
+async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane) {
+    let mut open = lane.open.subscribe();
+    let mut carried = 0_u64;
+    let mut block = vec![0_u8; BLOCK];
+    loop {
+        if open.wait_for(|open| *open).await.is_err() {
+            return;
+        }
+        let Ok(read) = from.read(&mut block).await else { return };
+        // It may have been closed while this waited for bytes; those are held back then, too.
+        if read == 0 || open.wait_for(|open| *open).await.is_err() {
+            return;
+        }
+        let room = lane.until_cut(carried).unwrap_or(u64::MAX);
+        let taken = usize::try_from(room).unwrap_or(usize::MAX).min(read);
+        let Some(bytes) = block.get(..taken) else { return };
+        if to.write_all(bytes).await.is_err() {
+            return;
+        }
+        let taken_bytes = u64::try_from(taken).unwrap_or(u64::MAX);
+        carried = carried.saturating_add(taken_bytes);
+        lane.bytes.fetch_add(taken_bytes, Ordering::Relaxed);
+        if taken < read || room == taken_bytes {
+            lane.take_cut();
+            return;
+        }
+        if let Some(nanos) = taken_bytes.saturating_mul(1_000_000_000).checked_div(lane.rate.load(Ordering::Relaxed)) {
+            tokio::time::sleep(Duration::from_nanos(nanos)).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Direction, Proxy};
+    use crate::wait::{seconds, wait_until};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
+
+    /// A server that sends a million bytes to everybody, and a proxy before it.
+    async fn proxy() -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let target = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move {
+                    let _ = stream.write_all(&vec![7; 1_000_000]).await;
+                    let mut rest = Vec::new();
+                    let _ = stream.read_to_end(&mut rest).await;
+                });
+            }
+        });
+        Proxy::start(target).await.unwrap()
+    }
+
+    /// What arrives until the connection ends or a million bytes are there.
+    async fn received(proxy: &Proxy) -> usize {
+        let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
+        let (mut count, mut block) = (0, vec![0; 65536]);
+        while count < 1_000_000 {
+            match stream.read(&mut block).await {
+                Ok(0) | Err(_) => break,
+                Ok(read) => count += read,
+            }
+        }
+        count
+    }
+
+    #[tokio::test]
+    async fn each_cut_falls_where_it_was_asked_for_and_takes_one_connection() {
+        let proxy = proxy().await;
+        proxy.cut_after(Direction::Down, [123_457, 600_000]);
+        assert_eq!(received(&proxy).await, 123_457);
+        assert_eq!(received(&proxy).await, 600_000);
+        assert_eq!(received(&proxy).await, 1_000_000);
+        assert_eq!((proxy.cuts_left(Direction::Down), proxy.bytes(Direction::Down)), (0, 1_723_457));
+        assert_eq!(proxy.bytes(Direction::Up), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_held_arrives_when_it_is_released_and_is_lost_when_the_connections_are_dropped() {
+        let proxy = proxy().await;
+        proxy.hold(Direction::Down);
+        let mut held = TcpStream::connect(proxy.address()).await.unwrap();
+        let mut byte = [0];
+        assert!(tokio::time::timeout(std::time::Duration::from_millis(200), held.read(&mut byte)).await.is_err());
+        proxy.drop_connections();
+        wait_until(seconds(5), "the connection is gone", async || {
+            Ok(matches!(held.try_read(&mut [0]), Ok(0)).then_some(()))
+        })
+        .await
+        .unwrap();
+        assert_eq!(proxy.bytes(Direction::Down), 0);
+        proxy.release(Direction::Down);
+        assert_eq!(received(&proxy).await, 1_000_000);
+    }
+}

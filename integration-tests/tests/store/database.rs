@@ -1,0 +1,70 @@
+//! The database itself.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use integration_tests::postgres::Postgres;
+use marco_controller::store::{AuditRow, Store, StoreError};
+
+use crate::support::*;
+
+pub(crate) async fn a_database_is_opened_again_with_everything_in_it(f: Fixture) {
+    let nodes = f.enrolled(&["pi-1"]).await;
+    let operation = f.create(reboot(), &nodes).await;
+    if f.folder.is_some() {
+        let second = Store::open(&f.url).await;
+        assert!(matches!(second, Err(StoreError::Locked(_))), "one process holds the file");
+    }
+    drop(f.store);
+    let store = Store::open(&f.url).await.unwrap();
+    store.ping().await.unwrap();
+    assert_eq!(store.operation(&operation).await.unwrap().unwrap().counts.pending, 1);
+    assert_eq!(store.database_time().await.unwrap().is_some(), f.folder.is_none());
+    for bad in ["mysql://x", "sqlite://", "sqlite://:memory:", "postgres", ""] {
+        assert!(matches!(Store::open(bad).await, Err(StoreError::Url(_))), "{bad}");
+    }
+}
+
+pub(crate) async fn a_call_is_audited(f: Fixture) {
+    let row = AuditRow {
+        time: start(),
+        actor: "pat".to_owned(),
+        from: "127.0.0.1:4000".to_owned(),
+        method: "CreateOperation".to_owned(),
+        target: "operations/x".to_owned(),
+        result: "OK".to_owned(),
+    };
+    f.store.record_audit(&row).await.unwrap();
+    f.store.record_audit(&row).await.unwrap();
+}
+
+pub(crate) async fn a_change_is_hinted(f: Fixture) {
+    let mut hints = f.store.subscribe_changes();
+    hints.mark_unchanged();
+    f.token("t", 1).await;
+    assert!(hints.has_changed().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_controllers_bring_up_one_postgres_database() {
+    let url = tokio::task::spawn_blocking(|| Postgres::start().unwrap().database().unwrap()).await.unwrap();
+    for store in join_all((0..4).map(|_| Store::open(&url))).await {
+        store.unwrap().ping().await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_postgres_is_said_and_survived() {
+    let server = tokio::task::spawn_blocking(|| Postgres::start_own().unwrap()).await.unwrap();
+    let store = Store::open(&server.database().unwrap()).await.unwrap();
+    server.pause().unwrap();
+    let begun = Instant::now();
+    for _ in 0..3 {
+        let error = store.approved_nodes(&BTreeMap::new()).await.unwrap_err();
+        assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "callers are not held up");
+    server.resume().unwrap();
+    assert!(store.approved_nodes(&BTreeMap::new()).await.unwrap().is_empty());
+}

@@ -1,0 +1,89 @@
+//! The store on both databases: the same claims, once on SQLite and once on a real Postgres.
+
+#![allow(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "all of it is tests, which clippy sees only in the functions that bear the attribute"
+)]
+
+mod artifacts;
+mod database;
+mod enrolment;
+mod operations;
+mod reports;
+mod sessions;
+mod support;
+
+/// Runs each claim on both databases.
+macro_rules! on_both {
+    ($($part:ident: $($claim:ident),+;)+) => {
+        mod on_sqlite { $(mod $part { $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $claim() { crate::$part::$claim(crate::support::sqlite().await).await; }
+        )+ })+ }
+        mod on_postgres { $(mod $part { $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $claim() { crate::$part::$claim(crate::support::postgres().await).await; }
+        )+ })+ }
+    };
+}
+
+on_both!(
+    operations:
+        an_operation_is_read_back_as_it_was_stored,
+        the_same_request_makes_one_operation,
+        concurrent_requests_with_one_id_make_one_operation,
+        pages_of_operations_are_newest_first_without_gaps,
+        a_claim_takes_the_first_due_execution_of_each_free_node,
+        a_node_has_one_active_execution_whoever_claims,
+        nothing_is_claimed_for_a_session_that_is_not_held,
+        an_installer_takes_only_an_update_with_an_image,
+        a_held_node_gets_no_work_and_is_told_so,
+        a_scheduled_operation_begins_when_due_and_expires_later,
+        a_cancelled_operation_is_never_assigned,
+        a_cancel_is_asked_of_the_node_until_it_answers,
+        a_paused_operation_assigns_nothing_until_resumed,
+        an_operation_ends_with_its_last_execution,
+        events_are_numbered_without_gaps,
+        everything_at_once_neither_locks_up_nor_loses_anything;
+    reports:
+        a_reboot_succeeds_only_with_a_new_boot_id,
+        an_update_is_accepted_only_when_the_release_is_right,
+        a_report_that_was_stored_is_acknowledged_again_and_changes_nothing,
+        a_report_of_another_delivery_is_answered_by_an_assignment,
+        a_report_under_a_lost_session_changes_nothing,
+        an_assignment_that_never_arrived_is_given_again,
+        an_accepted_execution_that_the_node_forgot_fails,
+        a_hello_after_the_reboot_verifies_and_the_report_ends_it,
+        a_power_off_is_done_when_the_node_stays_away,
+        a_node_that_came_back_on_after_a_power_off_is_told_by_its_boot_id,
+        progress_is_kept_and_holds_off_the_deadline,
+        progress_of_an_earlier_state_is_ignored,
+        an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
+        a_node_that_is_overdue_for_a_day_is_given_up;
+    sessions:
+        a_second_session_ends_the_first,
+        two_nodes_with_one_identity_are_quarantined,
+        a_card_in_another_board_waits_for_approval,
+        sessions_of_a_dead_controller_end,
+        a_fleet_that_comes_back_at_once_is_served,
+        nodes_are_found_by_label,
+        a_node_with_work_is_deleted_only_by_force;
+    enrolment:
+        a_token_is_used_at_most_as_often_as_it_says,
+        concurrent_enrolments_never_use_a_token_too_often,
+        a_lost_answer_to_an_enrolment_costs_no_second_use,
+        a_known_board_with_a_new_key_waits_for_approval,
+        ids_that_are_taken_get_a_suffix,
+        a_revoked_or_expired_token_is_refused,
+        a_certificate_that_was_not_issued_leaves_nothing;
+    artifacts:
+        a_name_moves_to_other_bytes,
+        what_an_unfinished_operation_needs_is_not_removed,
+        defaults_are_by_board_with_one_for_any;
+    database:
+        a_database_is_opened_again_with_everything_in_it,
+        a_call_is_audited,
+        a_change_is_hinted;
+);

@@ -1,0 +1,241 @@
+//! What nodes say, and what becomes of it.
+
+use marco_controller::operation::{ExecutionState, OperationState, reason};
+use marco_controller::store::{AbandonOutcome, Kind, ProgressRow, Purpose, Release, ReportOutcome, ReportRow};
+use marco_proto::names::ExecutionId;
+
+use crate::support::*;
+
+pub(crate) async fn a_reboot_succeeds_only_with_a_new_boot_id(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let lie = report(&assignment, 1, ExecutionState::Succeeded, "boot-1");
+    assert_eq!(f.report(epoch, &lie, after(1)).await, ReportOutcome::Acked);
+    assert!(failed_as(reason::NOT_VERIFIED, &f.execution(&assignment.execution).await));
+    f.create(reboot(), std::slice::from_ref(&id)).await;
+    let assignment = f.claim(&[(id, epoch)], after(2)).await.remove(0);
+    for (sequence, state, boot_id) in [
+        (1, ExecutionState::Running, "boot-1"),
+        (2, ExecutionState::Rebooting, "boot-1"),
+        (3, ExecutionState::Succeeded, "boot-2"),
+    ] {
+        let outcome = f.report(epoch, &report(&assignment, sequence, state, boot_id), after(3)).await;
+        assert_eq!((outcome, f.state(&assignment.execution).await), (ReportOutcome::Acked, state));
+    }
+    let row = f.execution(&assignment.execution).await;
+    assert_eq!((row.boot_id.as_str(), row.finish_time, row.sequence), ("boot-2", Some(after(3)), 3));
+}
+
+pub(crate) async fn an_update_is_accepted_only_when_the_release_is_right(f: Fixture) {
+    f.store.put_artifact(&artifact("os", Kind::Image, Purpose::None)).await.unwrap();
+    f.store.put_artifact(&artifact("boot4", Kind::Bootcode, Purpose::System)).await.unwrap();
+    f.store.put_artifact(&artifact("boot", Kind::Bootcode, Purpose::System)).await.unwrap();
+    let (id, epoch) = f.online("pi-1").await;
+    let sha = |id: &str| if id.is_empty() { String::new() } else { digest(id) };
+    for (action, image, boot) in [(update(Some("os")), "os", ""), (update(None), "", "boot4")] {
+        for (right, named, image, boot) in [
+            (false, false, image, boot),
+            (false, true, "another", "another"),
+            (false, true, "", ""),
+            (true, true, image, boot),
+        ] {
+            f.create(action.clone(), std::slice::from_ref(&id)).await;
+            let assignment = f.claim(&[(id.clone(), epoch)], start()).await.remove(0);
+            let execution = if named { assignment.execution.name() } else { "operations/x/executions/y".to_owned() };
+            let release = Release { execution, image_sha256: sha(image), boot_sha256: sha(boot) };
+            let back =
+                ReportRow { release: Some(release), ..report(&assignment, 1, ExecutionState::Verifying, "boot-2") };
+            let outcome = f.report(epoch, &back, after(1)).await;
+            let row = f.execution(&assignment.execution).await;
+            if right {
+                assert_eq!((outcome, row.state), (ReportOutcome::Acked, ExecutionState::Verifying));
+                let done = ReportRow { sequence: 2, state: ExecutionState::Succeeded, ..back };
+                assert_eq!(f.report(epoch, &done, after(2)).await, ReportOutcome::Acked);
+                assert_eq!(f.state(&assignment.execution).await, ExecutionState::Succeeded);
+            } else {
+                assert!(matches!(outcome, ReportOutcome::Refused(_)), "an acknowledgement would accept the system");
+                assert!(failed_as(reason::NOT_VERIFIED, &row));
+                let again = f.reconcile(&id, epoch, "boot-2", &[back], 3).await;
+                assert_eq!((again.acks.len(), again.refused.len()), (0, 1));
+            }
+        }
+    }
+}
+
+pub(crate) async fn a_report_that_was_stored_is_acknowledged_again_and_changes_nothing(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    let rebooting = report(&assignment, 2, ExecutionState::Rebooting, "boot-1");
+    f.report(epoch, &running, after(1)).await;
+    f.report(epoch, &rebooting, after(2)).await;
+    let before = f.execution(&assignment.execution).await;
+    let events = f.store.operation(&assignment.execution.operation).await.unwrap().unwrap().event_count;
+    assert_eq!(f.report(epoch, &running, after(3)).await, ReportOutcome::Acked);
+    assert_eq!(f.report(epoch, &rebooting, after(3)).await, ReportOutcome::Progress);
+    let again = f.reconcile(&id, epoch, "boot-1", std::slice::from_ref(&rebooting), 4).await;
+    assert_eq!((again.acks, again.holder), (vec![(assignment.execution.clone(), 2)], true));
+    assert_eq!(f.execution(&assignment.execution).await, before);
+    let now = f.store.operation(&assignment.execution.operation).await.unwrap().unwrap().event_count;
+    assert_eq!(events, now);
+}
+
+pub(crate) async fn a_report_of_another_delivery_is_answered_by_an_assignment(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let stale = ReportRow { attempt: 7, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
+    let ReportOutcome::Stale(again) = f.report(epoch, &stale, after(1)).await else { panic!() };
+    assert_eq!((again.attempt, again.known_state, &again.action), (8, ExecutionState::Assigned, &reboot()));
+    let truth = report(&again, 1, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &truth, after(2)).await, ReportOutcome::Acked);
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Running);
+    let nowhere = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
+    let unknown = ReportRow { execution: nowhere, ..truth.clone() };
+    assert_eq!(f.report(epoch, &unknown, after(3)).await, ReportOutcome::Unknown);
+    let elsewhere = ExecutionId { operation: again.execution.operation.clone(), node: node("pi-2") };
+    let foreign = ReportRow { execution: elsewhere, ..truth };
+    let outcome = f.store.apply_report(&id, epoch, &foreign, after(3)).await.unwrap();
+    assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
+}
+
+pub(crate) async fn a_report_under_a_lost_session_changes_nothing(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let later = f.session(&id, "boot-1", after(1)).await;
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &running, after(2)).await, ReportOutcome::NotHolder);
+    assert!(!f.reconcile(&id, epoch, "boot-1", &[], 2).await.holder);
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Assigned);
+    assert_eq!(f.report(later, &running, after(2)).await, ReportOutcome::Acked);
+}
+
+pub(crate) async fn an_assignment_that_never_arrived_is_given_again(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    f.reconcile(&id, epoch, "boot-1", &[], 1).await;
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Assigned, "it was sent in this session");
+    let epoch = f.session(&id, "boot-1", after(2)).await;
+    f.reconcile(&id, epoch, "boot-1", &[], 2).await;
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Pending);
+    let again = f.claim(&[(id.clone(), epoch)], after(3)).await.remove(0);
+    assert_eq!((again.execution, again.attempt), (assignment.execution.clone(), 2));
+    f.store.request_cancel(&assignment.execution.operation, "pat", after(4)).await.unwrap();
+    let epoch = f.session(&id, "boot-1", after(5)).await;
+    f.reconcile(&id, epoch, "boot-1", &[], 5).await;
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Cancelled);
+    assert_eq!(f.operation_state(&assignment.execution.operation).await, OperationState::Cancelled);
+}
+
+pub(crate) async fn an_accepted_execution_that_the_node_forgot_fails(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(1)).await;
+    let epoch = f.session(&id, "boot-2", after(2)).await;
+    f.reconcile(&id, epoch, "boot-2", &[], 2).await;
+    assert!(failed_as(reason::JOURNAL_LOST, &f.execution(&assignment.execution).await));
+    assert_eq!(f.operation_state(&assignment.execution.operation).await, OperationState::Failed);
+}
+
+pub(crate) async fn a_hello_after_the_reboot_verifies_and_the_report_ends_it(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let armed = report(&assignment, 2, ExecutionState::Rebooting, "boot-1");
+    f.report(epoch, &armed, after(1)).await;
+    let same_boot = f.session(&id, "boot-1", after(2)).await;
+    f.reconcile(&id, same_boot, "boot-1", std::slice::from_ref(&armed), 2).await;
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Rebooting, "it has not rebooted yet");
+    let epoch = f.session(&id, "boot-2", after(3)).await;
+    f.reconcile(&id, epoch, "boot-2", std::slice::from_ref(&armed), 3).await;
+    let row = f.execution(&assignment.execution).await;
+    assert_eq!((row.state, row.boot_id.as_str()), (ExecutionState::Verifying, "boot-2"));
+    let done = report(&assignment, 3, ExecutionState::Succeeded, "boot-2");
+    assert_eq!(f.report(epoch, &done, after(4)).await, ReportOutcome::Acked);
+    assert_eq!(f.operation_state(&assignment.execution.operation).await, OperationState::Succeeded);
+}
+
+pub(crate) async fn a_power_off_is_done_when_the_node_stays_away(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(power_off()).await;
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Rebooting, "boot-1"), after(10)).await;
+    assert!(f.store.power_off_done(after(500)).await.unwrap().is_empty(), "its stream is open");
+    f.store.end_session(&id, epoch, after(20)).await.unwrap();
+    assert!(f.store.power_off_done(after(79)).await.unwrap().is_empty());
+    let done = f.store.power_off_done(after(80)).await.unwrap();
+    assert_eq!((done.len(), done[0].to), (1, ExecutionState::Succeeded));
+    assert_eq!(f.operation_state(&assignment.execution.operation).await, OperationState::Succeeded);
+}
+
+pub(crate) async fn a_node_that_came_back_on_after_a_power_off_is_told_by_its_boot_id(f: Fixture) {
+    for (boot_id, end) in [("boot-1", ExecutionState::Failed), ("boot-2", ExecutionState::Succeeded)] {
+        let (id, epoch) = f.online(&format!("pi-{boot_id}")).await;
+        f.create(power_off(), std::slice::from_ref(&id)).await;
+        let assignment = f.claim(&[(id.clone(), epoch)], start()).await.remove(0);
+        let armed = report(&assignment, 1, ExecutionState::Rebooting, "boot-1");
+        f.report(epoch, &armed, after(1)).await;
+        let epoch = f.session(&id, boot_id, after(2)).await;
+        f.reconcile(&id, epoch, boot_id, &[armed], 2).await;
+        assert_eq!(f.state(&assignment.execution).await, end);
+    }
+}
+
+fn progress(id: &ExecutionId, attempt: u32, bytes_done: u64) -> ProgressRow {
+    ProgressRow {
+        execution: id.clone(),
+        attempt,
+        sequence: 1,
+        phase: "downloading".to_owned(),
+        bytes_done,
+        bytes_total: 6_000_000_000,
+        cancel_refused: false,
+    }
+}
+
+pub(crate) async fn progress_is_kept_and_holds_off_the_deadline(f: Fixture) {
+    let (_, epoch, assignment) = f.assigned(reboot()).await;
+    let id = &assignment.execution;
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(0)).await;
+    assert_eq!(f.store.mark_overdue(after(1800)).await.unwrap().len(), 1);
+    f.store.flush_progress(&[progress(id, 1, 5_000_000_000)], after(1900)).await.unwrap();
+    let row = f.execution(id).await;
+    assert_eq!((row.phase.as_str(), row.bytes_done, row.bytes_total), ("downloading", 5_000_000_000, 6_000_000_000));
+    assert_eq!((row.overdue, row.deadline), (false, Some(after(3700))));
+    f.store.flush_progress(&[progress(id, 9, 1)], after(1901)).await.unwrap();
+    assert_eq!(f.execution(id).await.bytes_done, 5_000_000_000, "of another delivery");
+    f.store.flush_progress(&[], after(1902)).await.unwrap();
+}
+
+pub(crate) async fn progress_of_an_earlier_state_is_ignored(f: Fixture) {
+    let (_, epoch, assignment) = f.assigned(reboot()).await;
+    f.report(epoch, &report(&assignment, 2, ExecutionState::Rebooting, "boot-1"), after(1)).await;
+    let before = f.execution(&assignment.execution).await;
+    f.store.flush_progress(&[progress(&assignment.execution, 1, 1)], after(2)).await.unwrap();
+    assert_eq!(f.execution(&assignment.execution).await, before);
+}
+
+pub(crate) async fn an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts(f: Fixture) {
+    let (_, epoch, assignment) = f.assigned(reboot()).await;
+    let (execution, operation) = (&assignment.execution, &assignment.execution.operation);
+    let early = f.store.abandon(execution, "pat", after(30)).await.unwrap();
+    assert!(matches!(early, AbandonOutcome::NotOverdue(_)));
+    assert_eq!(f.store.mark_overdue(after(59)).await.unwrap().len(), 0);
+    assert_eq!(f.store.mark_overdue(after(60)).await.unwrap().len(), 1);
+    assert_eq!(f.store.mark_overdue(after(61)).await.unwrap().len(), 0);
+    assert_eq!(f.store.operation(operation).await.unwrap().unwrap().counts.overdue, 1);
+    let AbandonOutcome::Abandoned(row) = f.store.abandon(execution, "pat", after(70)).await.unwrap() else { panic!() };
+    assert!(failed_as(reason::NEVER_RETURNED, &row));
+    assert_eq!(f.operation_state(operation).await, OperationState::Failed);
+    let again = f.store.abandon(execution, "pat", after(71)).await.unwrap();
+    assert!(matches!(again, AbandonOutcome::Final(_)));
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &running, after(72)).await, ReportOutcome::Acked);
+    assert_eq!(f.state(execution).await, ExecutionState::Failed);
+    let done = report(&assignment, 3, ExecutionState::Succeeded, "boot-2");
+    assert_eq!(f.report(epoch, &done, after(80)).await, ReportOutcome::Acked);
+    let row = f.execution(execution).await;
+    assert_eq!((row.state, row.error), (ExecutionState::Succeeded, None));
+    assert_eq!(f.operation_state(operation).await, OperationState::Succeeded);
+    let lie = report(&assignment, 4, ExecutionState::Failed, "boot-2");
+    assert_eq!(f.report(epoch, &lie, after(81)).await, ReportOutcome::Acked);
+    assert_eq!(f.state(execution).await, ExecutionState::Succeeded, "any other end is for good");
+}
+
+pub(crate) async fn a_node_that_is_overdue_for_a_day_is_given_up(f: Fixture) {
+    let (_, _, assignment) = f.assigned(reboot()).await;
+    f.store.mark_overdue(after(60)).await.unwrap();
+    assert!(f.store.give_up(after(60 + 86_399)).await.unwrap().is_empty());
+    assert_eq!(f.store.give_up(after(60 + 86_400)).await.unwrap().len(), 1);
+    assert!(failed_as(reason::NEVER_RETURNED, &f.execution(&assignment.execution).await));
+    assert_eq!(f.operation_state(&assignment.execution.operation).await, OperationState::Failed);
+}

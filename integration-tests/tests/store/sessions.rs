@@ -1,0 +1,136 @@
+//! Sessions, and the nodes that have them.
+
+use std::collections::BTreeMap;
+
+use futures_util::future::join_all;
+use marco_controller::operation::{ExecutionState, NodeState, OperationState, reason};
+use marco_controller::store::{DeleteNodeOutcome, NodeQuery, ReportOutcome, SessionOutcome, SessionStart, System};
+use marco_proto::names::ExecutionId;
+
+use crate::support::*;
+
+pub(crate) async fn a_second_session_ends_the_first(f: Fixture) {
+    let (id, first) = f.online("pi-1").await;
+    let elsewhere = SessionStart { controller_id: "c2".to_owned(), ..hello("boot-1", &serial_of("pi-1"), after(1)) };
+    let second = f.begin(&id, &elsewhere, after(1)).await;
+    assert!(second > first);
+    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), first)]).await.unwrap(), std::slice::from_ref(&id));
+    assert!(!f.store.end_session(&id, first, after(2)).await.unwrap(), "a loser must not end the winner's");
+    assert!(!f.store.update_system(&id, first, &System::default(), after(2)).await.unwrap());
+    let row = f.store.node(&id).await.unwrap().unwrap();
+    assert_eq!((row.connected, row.controller_id.as_deref(), row.system.os.as_str()), (true, Some("c2"), "Marco OS"));
+    f.store.touch("c1", std::slice::from_ref(&id), after(50)).await.unwrap();
+    assert_eq!(f.store.node(&id).await.unwrap().unwrap().last_seen, Some(after(1)));
+    f.store.touch("c2", std::slice::from_ref(&id), after(50)).await.unwrap();
+    assert_eq!(f.store.node(&id).await.unwrap().unwrap().last_seen, Some(after(50)));
+    assert!(f.store.end_session(&id, second, after(60)).await.unwrap());
+    assert!(!f.store.node(&id).await.unwrap().unwrap().connected);
+    let stranger = hello("boot-1", "x", after(1));
+    let outcome = f.store.begin_session(&node("nobody"), &stranger, after(1)).await.unwrap();
+    assert!(matches!(outcome, SessionOutcome::UnknownNode));
+}
+
+pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
+    let (id, _) = f.online("pi-1").await;
+    let serial = serial_of("pi-1");
+    f.session(&id, "boot-2", after(10)).await;
+    let late = f.store.begin_session(&id, &hello("boot-1", &serial, after(9)), after(11)).await.unwrap();
+    assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second boot");
+    assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
+    let back = f.store.begin_session(&id, &hello("boot-1", &serial, after(12)), after(12)).await.unwrap();
+    assert!(matches!(back, SessionOutcome::Quarantined));
+    let row = f.store.node(&id).await.unwrap().unwrap();
+    assert_eq!((row.state, row.connected), (NodeState::Quarantined, false));
+}
+
+pub(crate) async fn a_card_in_another_board_waits_for_approval(f: Fixture) {
+    let (id, _) = f.online("pi-1").await;
+    let moved = f.store.begin_session(&id, &hello("boot-2", "00000000ffffffff", after(5)), after(5)).await.unwrap();
+    let SessionOutcome::Begun { node: row, .. } = moved else { panic!() };
+    assert_eq!((row.state, row.connected), (NodeState::AwaitingApproval, true));
+    assert!(row.state_reason.contains("00000000ffffffff"), "{}", row.state_reason);
+    f.store.approve(&id, after(6)).await.unwrap().unwrap();
+    let again = f.store.begin_session(&id, &hello("boot-2", "00000000FFFFFFFF", after(7)), after(7)).await.unwrap();
+    let SessionOutcome::Begun { node: row, .. } = again else { panic!() };
+    assert_eq!(row.state, NodeState::Approved, "the approval was for this board");
+}
+
+pub(crate) async fn sessions_of_a_dead_controller_end(f: Fixture) {
+    let (id, epoch) = f.online("pi-1").await;
+    f.store.beat("c1", "10.0.0.1:1346", after(0)).await.unwrap();
+    f.store.beat("c2", "10.0.0.2:1346", after(10)).await.unwrap();
+    f.store.beat("c2", "10.0.0.3:1346", after(12)).await.unwrap();
+    let live = f.store.live_controllers(after(14)).await.unwrap();
+    assert_eq!(live.iter().map(|row| row.address.as_str()).collect::<Vec<_>>(), ["10.0.0.1:1346", "10.0.0.3:1346"]);
+    assert!(f.store.end_dead_sessions(after(14)).await.unwrap().is_empty());
+    assert_eq!(f.store.end_dead_sessions(after(15)).await.unwrap(), std::slice::from_ref(&id));
+    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap(), std::slice::from_ref(&id));
+    let elsewhere = SessionStart { controller_id: "c2".to_owned(), ..hello("boot-1", &serial_of("pi-1"), after(16)) };
+    f.begin(&id, &elsewhere, after(16)).await;
+    f.store.retire("c2", after(17)).await.unwrap();
+    assert!(!f.store.node(&id).await.unwrap().unwrap().connected);
+    assert!(f.store.live_controllers(after(17)).await.unwrap().is_empty());
+}
+
+pub(crate) async fn a_fleet_that_comes_back_at_once_is_served(f: Fixture) {
+    let ids: Vec<String> = (0..200).map(|number| format!("pi-{number:03}")).collect();
+    let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let operation = f.create(reboot(), &nodes).await;
+    let sessions = join_all(nodes.iter().map(|id| f.session(id, "boot-1", start()))).await;
+    let sessions: Vec<_> = nodes.into_iter().zip(sessions).collect();
+    let assignments = f.claim(&sessions, start()).await;
+    assert_eq!(assignments.len(), 200);
+    for (sequence, state) in [(1, ExecutionState::Running), (2, ExecutionState::Rebooting)] {
+        let reports: Vec<_> = assignments.iter().map(|given| report(given, sequence, state, "boot-1")).collect();
+        let outcomes = sessions.iter().zip(&reports).map(|((_, epoch), report)| f.report(*epoch, report, after(1)));
+        assert!(join_all(outcomes).await.iter().all(|outcome| *outcome == ReportOutcome::Acked));
+    }
+    join_all(assignments.iter().map(|assignment| async {
+        let (id, armed) = (&assignment.execution.node, report(assignment, 2, ExecutionState::Rebooting, "boot-1"));
+        let epoch = f.session(id, "boot-2", after(2)).await;
+        assert!(f.reconcile(id, epoch, "boot-2", &[armed], 2).await.holder);
+        let done = report(assignment, 3, ExecutionState::Succeeded, "boot-2");
+        assert_eq!(f.report(epoch, &done, after(3)).await, ReportOutcome::Acked);
+    }))
+    .await;
+    assert_eq!(f.operation_state(&operation).await, OperationState::Succeeded);
+}
+
+pub(crate) async fn nodes_are_found_by_label(f: Fixture) {
+    let nodes = f.enrolled(&["pi-1", "pi-2", "pi-3"]).await;
+    let (blue, red) = (labels(&[("room", "blue")]), labels(&[("room", "red"), ("row.a", "1")]));
+    f.store.update_node(&nodes[0], Some(&red), None).await.unwrap();
+    let named = f.store.update_node(&nodes[1], None, Some("the second")).await.unwrap().unwrap();
+    assert_eq!((named.display_name.as_str(), &named.labels), ("the second", &blue));
+    assert!(f.store.update_node(&node("nobody"), None, Some("x")).await.unwrap().is_none());
+    assert_eq!(f.store.approved_nodes(&BTreeMap::new()).await.unwrap(), nodes);
+    assert_eq!(f.store.approved_nodes(&blue).await.unwrap(), nodes[1..]);
+    assert_eq!(f.store.approved_nodes(&red).await.unwrap(), nodes[..1]);
+    let no_node = labels(&[("room", "red"), ("row.a", "2")]);
+    assert!(f.store.approved_nodes(&no_node).await.unwrap().is_empty());
+    f.store.quarantine(&nodes[2], "x", start()).await.unwrap();
+    assert_eq!(f.store.approved_nodes(&blue).await.unwrap(), nodes[1..2]);
+    f.session(&nodes[1], "boot-1", start()).await;
+    let connected = NodeQuery { limit: 10, connected: true, ..NodeQuery::default() };
+    assert_eq!(f.store.nodes(&connected).await.unwrap().len(), 1);
+    let page = NodeQuery { limit: 1, after: Some(nodes[0].clone()), ..NodeQuery::default() };
+    assert_eq!(f.store.nodes(&page).await.unwrap()[0].id, nodes[1]);
+    let held = NodeQuery { limit: 10, states: vec![NodeState::Quarantined], labels: blue, ..NodeQuery::default() };
+    assert_eq!(f.store.nodes(&held).await.unwrap()[0].id, nodes[2]);
+    assert_eq!(f.store.nodes_by_id(&[nodes[2].clone(), node("x")]).await.unwrap().len(), 1);
+}
+
+pub(crate) async fn a_node_with_work_is_deleted_only_by_force(f: Fixture) {
+    let (id, _, assignment) = f.assigned(reboot()).await;
+    let waiting = ExecutionId { operation: f.create(reboot(), std::slice::from_ref(&id)).await, node: id.clone() };
+    let DeleteNodeOutcome::Busy(work) = f.store.delete_node(&id, false, "pat", after(1)).await.unwrap() else {
+        panic!()
+    };
+    assert_eq!(work.len(), 2);
+    assert_eq!(f.store.delete_node(&id, true, "pat", after(2)).await.unwrap(), DeleteNodeOutcome::Deleted);
+    assert!(failed_as(reason::NODE_DELETED, &f.execution(&assignment.execution).await));
+    assert_eq!(f.state(&waiting).await, ExecutionState::Cancelled);
+    assert_eq!(f.operation_state(&waiting.operation).await, OperationState::Failed, "no cancel was asked for");
+    assert!(f.store.node(&id).await.unwrap().is_none());
+    assert_eq!(f.store.delete_node(&id, true, "pat", after(3)).await.unwrap(), DeleteNodeOutcome::NotFound);
+}

@@ -1,0 +1,287 @@
+//! Making what the claims are about.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use integration_tests::postgres::Postgres;
+use marco_controller::operation::{
+    Action, ExecutionState, FrozenArtifact, NodeMode, Notice, OperationState, Target, Update,
+};
+use marco_controller::store::{
+    ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment, ExecutionRow, Kind,
+    NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, SessionOutcome, SessionStart, Store, System,
+};
+use marco_proto::names::{ArtifactId, ExecutionId, JoinTokenId, NodeId, OperationId};
+
+/// A store on a database of its own.
+pub(crate) struct Fixture {
+    pub(crate) store: Store,
+    pub(crate) url: String,
+    pub(crate) folder: Option<tempfile::TempDir>,
+}
+
+pub(crate) async fn sqlite() -> Fixture {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("sqlite://{}/marco.db", folder.path().display());
+    Fixture { store: Store::open(&url).await.unwrap(), url, folder: Some(folder) }
+}
+
+pub(crate) async fn postgres() -> Fixture {
+    let url = tokio::task::spawn_blocking(|| Postgres::start().unwrap().database().unwrap()).await.unwrap();
+    Fixture { store: Store::open(&url).await.unwrap(), url, folder: None }
+}
+
+pub(crate) fn start() -> DateTime<Utc> {
+    DateTime::from_timestamp(1_800_000_000, 0).unwrap()
+}
+
+pub(crate) fn after(seconds: i64) -> DateTime<Utc> {
+    start() + TimeDelta::seconds(seconds)
+}
+
+pub(crate) fn node(id: &str) -> NodeId {
+    NodeId::parse(id).unwrap()
+}
+
+pub(crate) fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+}
+
+pub(crate) fn reboot() -> Action {
+    Action::Reboot(Notice { delay: Duration::ZERO, message: "hello".to_owned() })
+}
+
+pub(crate) fn power_off() -> Action {
+    Action::PowerOff(Notice { delay: Duration::ZERO, message: String::new() })
+}
+
+fn frozen(id: &str) -> FrozenArtifact {
+    FrozenArtifact { id: id.to_owned(), sha256: digest(id) }
+}
+
+/// A digest that stands for the bytes of this name.
+pub(crate) fn digest(id: &str) -> String {
+    format!("{:0>64}", hex::encode(id))
+}
+
+/// An update with an image; or of the boot files only, with the defaults `boot4` and `boot`.
+pub(crate) fn update(image: Option<&str>) -> Action {
+    let mut bootcodes = BTreeMap::new();
+    if image.is_none() {
+        bootcodes.insert("pi4".to_owned(), frozen("boot4"));
+        bootcodes.insert("*".to_owned(), frozen("boot"));
+    }
+    Action::Update(Update {
+        image: image.map(frozen),
+        bootcode: None,
+        bootcodes,
+        notice: Notice { delay: Duration::ZERO, message: String::new() },
+        discard_home: false,
+    })
+}
+
+pub(crate) fn artifact(id: &str, kind: Kind, purpose: Purpose) -> ArtifactRow {
+    ArtifactRow {
+        id: ArtifactId::parse(id).unwrap(),
+        kind,
+        purpose,
+        sha256: digest(id),
+        size: 5_000_000_000,
+        chunk_size: 4 * 1024 * 1024,
+        chunk_sha256: vec![7; 64],
+        unpacked_bytes: 9,
+        entries: 3,
+        compression: "zstd".to_owned(),
+        push_time: start(),
+        creator: "pat".to_owned(),
+        default_for: Vec::new(),
+    }
+}
+
+pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
+    NewOperation {
+        id: OperationId::parse(&uuid::Uuid::now_v7().to_string()).unwrap(),
+        action,
+        target: Target::Nodes(nodes.iter().map(NodeId::name).collect()),
+        nodes: nodes.to_vec(),
+        schedule_time: start(),
+        expire_time: after(24 * 3600),
+        creator: "pat".to_owned(),
+        request: None,
+        retry_of: None,
+    }
+}
+
+pub(crate) fn board(serial: &str) -> Board {
+    Board {
+        model: "Raspberry Pi 4 Model B Rev 1.4".to_owned(),
+        serial: serial.to_owned(),
+        family: "pi4".to_owned(),
+        memory_bytes: 4 << 30,
+        ..Board::default()
+    }
+}
+
+pub(crate) fn hello(boot_id: &str, serial: &str, accepted: DateTime<Utc>) -> SessionStart {
+    SessionStart {
+        controller_id: "c1".to_owned(),
+        accept_time: accepted,
+        boot_id: boot_id.to_owned(),
+        mode: NodeMode::Running,
+        agent_version: "0.1.0".to_owned(),
+        board: board(serial),
+        system: System { os: "Marco OS".to_owned(), ..System::default() },
+    }
+}
+
+pub(crate) fn serial_of(id: &str) -> String {
+    format!("{:0>16}", hex::encode(id))
+}
+
+pub(crate) fn certificate(serial: &str, id: &NodeId, key: &str, generation: i64) -> CertificateRow {
+    CertificateRow {
+        serial: serial.to_owned(),
+        node: Some(id.clone()),
+        subject: id.to_string(),
+        role: "node".to_owned(),
+        key_sha256: key.to_owned(),
+        not_before: start(),
+        not_after: after(30 * 86400),
+        generation,
+    }
+}
+
+pub(crate) fn report(assignment: &Assignment, sequence: u64, state: ExecutionState, boot_id: &str) -> ReportRow {
+    ReportRow {
+        execution: assignment.execution.clone(),
+        attempt: assignment.attempt,
+        sequence,
+        state,
+        phase: String::new(),
+        bytes_done: 0,
+        bytes_total: 0,
+        error: None,
+        boot_id: boot_id.to_owned(),
+        release: None,
+        cancel_refused: false,
+    }
+}
+
+/// Whether it ended FAILED for this reason, with all that belongs to an end.
+pub(crate) fn failed_as(reason: &str, row: &ExecutionRow) -> bool {
+    row.state == ExecutionState::Failed
+        && row.error.as_ref().is_some_and(|error| error.reason == reason)
+        && row.finish_time.is_some()
+        && row.deadline.is_none()
+}
+
+impl Fixture {
+    pub(crate) async fn token(&self, secret: &str, max_uses: u32) -> NewToken {
+        let token = NewToken {
+            id: JoinTokenId::parse(secret).unwrap(),
+            secret_sha256: secret.to_owned(),
+            max_uses,
+            expire_time: after(1800),
+            require_approval: false,
+            labels: labels(&[("room", "blue")]),
+            creator: "pat".to_owned(),
+        };
+        self.store.create_token(&token, start()).await.unwrap();
+        token
+    }
+
+    pub(crate) async fn enrol(&self, token: &str, key: &str, wanted: Option<&str>, serial: &str) -> EnrolOutcome {
+        let wish = wish(token, key, wanted, serial);
+        let serial = uuid::Uuid::now_v7().simple().to_string();
+        let issue = |id: &NodeId, generation| Some(certificate(&serial, id, key, generation));
+        self.store.enrol(&wish, after(1), issue).await.unwrap()
+    }
+
+    /// Approved nodes without a session.
+    pub(crate) async fn enrolled(&self, ids: &[&str]) -> Vec<NodeId> {
+        let token = format!("token-{}", ids[0]);
+        self.token(&token, 1000).await;
+        for id in ids {
+            let outcome = self.enrol(&token, &format!("key-{id}"), Some(id), &serial_of(id)).await;
+            assert_eq!(outcome, EnrolOutcome::Admitted { node: node(id), held: false, generation: 1 });
+        }
+        ids.iter().map(|id| node(id)).collect()
+    }
+
+    pub(crate) async fn session(&self, id: &NodeId, boot_id: &str, now: DateTime<Utc>) -> i64 {
+        self.begin(id, &hello(boot_id, &serial_of(id.as_str()), now), now).await
+    }
+
+    pub(crate) async fn begin(&self, id: &NodeId, start: &SessionStart, now: DateTime<Utc>) -> i64 {
+        match self.store.begin_session(id, start, now).await.unwrap() {
+            SessionOutcome::Begun { epoch, .. } => epoch,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A node with a session under the boot id `boot-1`.
+    pub(crate) async fn online(&self, id: &str) -> (NodeId, i64) {
+        let id = self.enrolled(&[id]).await.remove(0);
+        let epoch = self.session(&id, "boot-1", start()).await;
+        (id, epoch)
+    }
+
+    pub(crate) async fn create(&self, action: Action, nodes: &[NodeId]) -> OperationId {
+        let new = new_operation(action, nodes);
+        match self.store.create_operation(&new, start()).await.unwrap() {
+            CreateOutcome::Created(row) => assert_eq!(row.counts.pending, u32::try_from(nodes.len()).unwrap()),
+            other => panic!("{other:?}"),
+        }
+        new.id
+    }
+
+    pub(crate) async fn claim(&self, nodes: &[(NodeId, i64)], now: DateTime<Utc>) -> Vec<Assignment> {
+        self.store.claim("c1", nodes, now).await.unwrap()
+    }
+
+    /// The node `pi-1` with a session, and what it was given to do.
+    pub(crate) async fn assigned(&self, action: Action) -> (NodeId, i64, Assignment) {
+        let (id, epoch) = self.online("pi-1").await;
+        self.create(action, std::slice::from_ref(&id)).await;
+        let assignment = self.claim(&[(id.clone(), epoch)], start()).await.remove(0);
+        (id, epoch, assignment)
+    }
+
+    pub(crate) async fn report(&self, epoch: i64, report: &ReportRow, now: DateTime<Utc>) -> ReportOutcome {
+        self.store.apply_report(&report.execution.node, epoch, report, now).await.unwrap()
+    }
+
+    /// A Hello of the running system.
+    pub(crate) async fn reconcile(
+        &self,
+        id: &NodeId,
+        epoch: i64,
+        boot_id: &str,
+        listed: &[ReportRow],
+        at: i64,
+    ) -> Reconciled {
+        self.store.reconcile(id, epoch, NodeMode::Running, boot_id, listed, after(at)).await.unwrap()
+    }
+
+    pub(crate) async fn execution(&self, id: &ExecutionId) -> ExecutionRow {
+        self.store.execution(id).await.unwrap().unwrap()
+    }
+
+    pub(crate) async fn state(&self, id: &ExecutionId) -> ExecutionState {
+        self.execution(id).await.state
+    }
+
+    pub(crate) async fn operation_state(&self, id: &OperationId) -> OperationState {
+        self.store.operation(id).await.unwrap().unwrap().state
+    }
+}
+
+pub(crate) fn wish(token: &str, key: &str, wanted: Option<&str>, serial: &str) -> Enrolment {
+    Enrolment {
+        token_sha256: token.to_owned(),
+        key_sha256: key.to_owned(),
+        wanted_id: wanted.map(node),
+        board: board(serial),
+    }
+}

@@ -1,0 +1,314 @@
+//! Who may know whom, and what else the house keeps in order. When a rule stands in the way of something good, change
+//! the rule here and say why in `docs/decisions/`.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use integration_tests::process::workspace;
+use integration_tests::tree::list;
+
+/// Modules that put the others together, and so know all of them.
+const ROOTS: [&str; 3] = ["main", "lib", "config"];
+
+/// Modules that know nothing of ours, and that every module may use.
+const ANYBODYS: [&str; 4] = ["backoff", "cause", "durable", "notify"];
+
+/// The controller: which module may use which others.
+const CONTROLLER: [(&str, &[&str]); 13] = [
+    ("api", &["identity", "store", "sessions", "artifacts", "operation", "schedule", "clock"]),
+    ("artifacts", &[]),
+    ("clock", &[]),
+    ("discovery", &[]),
+    ("dispatcher", &["store", "sessions", "clock", "operation", "rollout"]),
+    ("identity", &["store", "clock"]),
+    ("mirror", &["identity", "artifacts", "store"]),
+    ("operation", &[]),
+    ("rollout", &[]),
+    ("schedule", &[]),
+    ("scheduler", &["store", "schedule", "clock"]),
+    ("sessions", &["operation", "store"]),
+    ("store", &["operation", "schedule"]),
+];
+
+/// The agent: the same.
+const AGENT: [(&str, &[&str]); 12] = [
+    ("bootpart", &["system"]),
+    ("discovery", &[]),
+    ("download", &[]),
+    ("executor", &["journal", "job", "system", "bootpart", "download", "install"]),
+    ("identity", &["discovery", "system"]),
+    ("install", &["discovery", "identity", "session", "download", "system", "bootpart", "job"]),
+    ("job", &[]),
+    ("journal", &["job"]),
+    (
+        "run",
+        &[
+            "discovery",
+            "identity",
+            "session",
+            "journal",
+            "job",
+            "executor",
+            "system",
+            "download",
+            "config",
+            "install",
+            "bootpart",
+        ],
+    ),
+    ("session", &["discovery", "identity", "journal", "job", "system"]),
+    ("simulate", &["run", "system", "config", "discovery", "identity"]),
+    // The virtual Pi lays its card out with what the agent writes cards with.
+    ("system", &["bootpart"]),
+];
+
+/// Words that must not leave some places: the word, in which package, and where it may stand (a module, or a file).
+const KEPT: [(&str, &str, &[&str]); 7] = [
+    ("marco_proto::v1", "controller", &["api"]),
+    ("marco_proto::v1", "node-agent", &["session", "identity", "download"]),
+    ("sea_orm", "controller", &["store"]),
+    ("tokio::process", "node-agent", &["system", "install/disk.rs"]),
+    ("tokio::process", "controller", &[]),
+    ("std::process::Command", "node-agent", &[]),
+    ("Utc::now", "controller", &["clock"]),
+];
+
+/// Names that say nothing, so that everything ends up in them.
+const EMPTY_NAMES: [&str; 8] = ["common", "core", "helper", "helpers", "misc", "models", "util", "utils"];
+
+/// A source file of a package: its path below `src`, and its code without comments and without its tests.
+struct Source {
+    path: PathBuf,
+    code: String,
+}
+
+impl Source {
+    /// The top-level module that the file belongs to.
+    fn module(&self) -> String {
+        let first = self.path.components().next().map(|part| part.as_os_str().to_string_lossy().into_owned());
+        first.unwrap_or_default().trim_end_matches(".rs").to_owned()
+    }
+}
+
+fn sources(package: &str) -> Result<Vec<Source>> {
+    let folder = workspace().join(package).join("src");
+    let root = fs::read_to_string(folder.join("lib.rs"))?;
+    let (_, for_tests) = split_tests(&root);
+    let mut sources = Vec::new();
+    for path in list(&folder)? {
+        let is_test = path.iter().map(|part| part.to_string_lossy()).any(|part| {
+            let name = part.trim_end_matches(".rs");
+            name == "tests" || for_tests.iter().any(|module| module == name)
+        });
+        if path.extension().is_some_and(|ending| ending == "rs") && !is_test {
+            let (code, _) = split_tests(&fs::read_to_string(folder.join(&path))?);
+            sources.push(Source { path, code });
+        }
+    }
+    Ok(sources)
+}
+
+/// The code without comments and without tests, and the names of the modules that are there for tests only.
+fn split_tests(text: &str) -> (String, Vec<String>) {
+    let (mut code, mut for_tests) = (Vec::new(), Vec::new());
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        if line.trim() != "#[cfg(test)]" {
+            code.push(line.split("//").next().unwrap_or_default());
+            continue;
+        }
+        // A module in a file of its own ends on its line, one written here ends the file.
+        let module = lines.next().and_then(|next| next.trim().strip_suffix(';'));
+        match module.and_then(|declaration| declaration.rsplit(' ').next()) {
+            Some(name) => for_tests.push(name.to_owned()),
+            None => break,
+        }
+    }
+    (code.join("\n"), for_tests)
+}
+
+/// The top-level modules that code names after a prefix such as `crate::`.
+fn named_after(prefix: &str, code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (at, _) in code.match_indices(prefix) {
+        let (before, after) = code.split_at(at);
+        let alone = before.chars().next_back().is_none_or(|last| !last.is_alphanumeric() && last != '_');
+        let rest = after.strip_prefix(prefix).unwrap_or_default();
+        if !alone {
+            continue;
+        }
+        match rest.strip_prefix('{') {
+            Some(group) => found.extend(first_words_of_group(group)),
+            None => found.extend(first_word(rest)),
+        }
+    }
+    found
+}
+
+fn first_word(text: &str) -> Option<String> {
+    let word: String = text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+    // A type of the crate's root is no module.
+    (!word.is_empty() && word.starts_with(char::is_lowercase)).then_some(word)
+}
+
+/// `a, b::c, d::{e, f}}; ...` names a, b and d.
+fn first_words_of_group(group: &str) -> Vec<String> {
+    let (mut depth, mut at_start, mut words) = (1, true, Vec::new());
+    for (at, character) in group.char_indices() {
+        match character {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 1 => at_start = true,
+            _ if character.is_whitespace() => {}
+            _ => {
+                if at_start && depth == 1 {
+                    words.extend(first_word(group.split_at(at).1));
+                }
+                at_start = false;
+            }
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    words
+}
+
+/// Every use of another module that the table does not allow.
+fn forbidden(sources: &[Source], allowed: &[(&str, &[&str])]) -> Vec<String> {
+    let mut found = Vec::new();
+    for source in sources {
+        let own = source.module();
+        if ROOTS.contains(&own.as_str()) {
+            continue;
+        }
+        let may = match allowed.iter().find(|(module, _)| *module == own) {
+            Some((_, may)) => may,
+            None if ANYBODYS.contains(&own.as_str()) => &[].as_slice(),
+            None => {
+                found.push(format!("{}: module {own} is not in the table", source.path.display()));
+                continue;
+            }
+        };
+        for used in named_after("crate::", &source.code) {
+            let is_module = allowed.iter().any(|(module, _)| *module == used) || ROOTS.contains(&used.as_str());
+            if is_module && used != own && !may.contains(&used.as_str()) {
+                found.push(format!("{}: {own} knows {used}", source.path.display()));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn who_may_know_whom_is_held_in_the_controller() -> Result<()> {
+    let sources = sources("controller")?;
+    assert!(sources.len() > 5, "the sources are somewhere else");
+    let found = forbidden(&sources, &CONTROLLER);
+    assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
+#[test]
+fn who_may_know_whom_is_held_in_the_agent() -> Result<()> {
+    let sources = sources("node-agent")?;
+    assert!(sources.len() > 5, "the sources are somewhere else");
+    let found = forbidden(&sources, &AGENT);
+    assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
+#[test]
+fn controller_and_agent_do_not_know_each_other() -> Result<()> {
+    for (package, others) in [
+        ("controller", ["node_agent", "node-agent"].as_slice()),
+        ("node-agent", &["marco_controller", "marco-controller"]),
+        ("marcoctl", &["node-agent", "marco-controller"]),
+        ("archive", &["node-agent", "marco-controller", "marco-proto"]),
+    ] {
+        let manifest = fs::read_to_string(workspace().join(package).join("Cargo.toml"))?;
+        let (_, dependencies) = manifest.split_once("[dependencies]").context("no dependencies")?;
+        for other in others {
+            assert!(!dependencies.contains(other), "{package} depends on {other}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_belongs_to_one_place_stays_there() -> Result<()> {
+    let mut found = Vec::new();
+    for (word, package, places) in KEPT {
+        for source in sources(package)? {
+            let own = source.module();
+            let at_home = places.iter().any(|place| own == *place || source.path == Path::new(place));
+            if !at_home && source.code.contains(word) {
+                found.push(format!("{package}/src/{}: {word}", source.path.display()));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
+#[test]
+fn files_are_short_and_lie_where_their_names_say() -> Result<()> {
+    let root = workspace();
+    let mut found = Vec::new();
+    for package in ["archive", "controller", "integration-tests", "marcoctl", "node-agent", "proto"] {
+        for path in list(&root.join(package))? {
+            if path.extension().is_none_or(|ending| ending != "rs") {
+                continue;
+            }
+            let shown = format!("{package}/{}", path.display());
+            let lines = fs::read_to_string(root.join(package).join(&path))?.lines().count();
+            if lines > 500 {
+                found.push(format!("{shown} has {lines} lines: split it"));
+            }
+            if path.file_name().is_some_and(|name| name == "mod.rs") {
+                found.push(format!("{shown}: name it after its folder, beside it"));
+            }
+            let empty = path
+                .iter()
+                .map(|part| part.to_string_lossy())
+                .find(|part| EMPTY_NAMES.contains(&part.trim_end_matches(".rs")));
+            if let Some(name) = empty {
+                found.push(format!("{shown}: {name} says nothing"));
+            }
+        }
+    }
+    assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
+#[test]
+fn no_package_has_a_name_that_says_nothing() -> Result<()> {
+    let manifest = fs::read_to_string(workspace().join("Cargo.toml"))?;
+    let members = manifest.lines().find(|line| line.starts_with("members")).context("no members")?;
+    for package in members.split('"').skip(1).step_by(2) {
+        let own = fs::read_to_string(workspace().join(package).join("Cargo.toml"))?;
+        let name = own.lines().find_map(|line| line.strip_prefix("name = ")).context("no name")?.trim_matches('"');
+        assert!(!EMPTY_NAMES.iter().any(|empty| name.split('-').any(|part| part == *empty)), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn uses_are_found_however_they_are_written() {
+    let (code, for_tests) = split_tests(
+        "use crate::store::Store;\n#[cfg(test)]\nmod testing;\n\
+         use crate::{clock::Clock, operation::{Action, Update}, Root};\n\
+         // crate::comment::No\nfn f() { crate::api::g(); mycrate::other::h(); }\n\
+         #[cfg(test)]\nmod tests { use crate::tests_only::T; }\n",
+    );
+    assert_eq!(for_tests, ["testing"]);
+    let found: Vec<String> = named_after("crate::", &code).into_iter().collect();
+    assert_eq!(found, ["api", "clock", "operation", "store"]);
+
+    let source = Source { path: PathBuf::from("operation/state.rs"), code: "use crate::store::Store;".to_owned() };
+    assert_eq!(forbidden(&[source], &CONTROLLER), ["operation/state.rs: operation knows store"]);
+    let source = Source { path: PathBuf::from("helpers.rs"), code: String::new() };
+    assert_eq!(forbidden(&[source], &CONTROLLER), ["helpers.rs: module helpers is not in the table"]);
+}

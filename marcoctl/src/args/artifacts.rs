@@ -1,0 +1,89 @@
+//! `marcoctl artifacts`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::Paging;
+
+/// What can be done with artifacts.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ArtifactsCommand {
+    /// Store a file: hash it, send what the controller has not got yet, have it checked
+    #[command(after_help = "\
+Examples:
+  marcoctl artifacts push raspios-lite.tar.xz --kind image
+  marcoctl artifacts push installer.zip --kind bootcode --purpose installer
+  marcoctl artifacts push build/rootfs.tar.zst --kind image --name kiosk-2030-01
+
+A push under a name that exists points the name at the new bytes. A cut connection is taken up again
+where it broke; so is a push that is simply started again.")]
+    Push(Push),
+    /// List artifacts
+    List(ListArtifacts),
+    /// Show everything that is known of an artifact
+    Get {
+        /// Name or id
+        artifact: String,
+    },
+    /// Remove a name, and the bytes when no other name has them
+    Delete {
+        /// Name or id
+        artifact: String,
+    },
+    /// Make an artifact the default of its kind and purpose
+    Default {
+        /// Name or id
+        artifact: String,
+        /// For this board family only (pi1 to pi5); else for every board without a default of its own
+        #[arg(long, value_name = "FAMILY", default_value = "", hide_default_value = true)]
+        board: String,
+    },
+}
+
+/// Arguments of `artifacts push`.
+#[derive(Debug, Args)]
+pub(crate) struct Push {
+    /// A tarball (plain, gzip, xz or zstd) of an operating system, or a zip of boot files
+    pub(crate) file: PathBuf,
+    /// What the file is
+    #[arg(long)]
+    pub(crate) kind: Kind,
+    /// What it shall be called; by default the file's name without .tar, .tar.*, .tgz, .zip or .img*
+    #[arg(long, value_name = "ID")]
+    pub(crate) name: Option<String>,
+    /// For a bootcode, what it starts; by default the installer
+    #[arg(long)]
+    pub(crate) purpose: Option<Purpose>,
+    /// How many attempts in a row may break without a byte getting further; the pauses between them grow to 10 s
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = 15)]
+    pub(crate) tries: u32,
+}
+
+/// Flags of `artifacts list`.
+#[derive(Debug, Args)]
+pub(crate) struct ListArtifacts {
+    /// Only those of this kind
+    #[arg(long)]
+    pub(crate) kind: Option<Kind>,
+    #[command(flatten)]
+    pub(crate) paging: Paging,
+}
+
+/// What an artifact is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
+    /// An operating system as a tarball.
+    Image,
+    /// Boot files as a zip.
+    Bootcode,
+}
+
+/// What a bootcode starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Purpose {
+    /// The pre-boot installer.
+    Installer,
+    /// The installed system.
+    System,
+}

@@ -1,0 +1,215 @@
+//! `marcoctl operations`.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::Paging;
+use super::values::{Pair, duration, instant, pair};
+
+/// What can be done with operations.
+#[derive(Debug, Subcommand)]
+pub(crate) enum OperationsCommand {
+    /// Restart nodes
+    #[command(after_help = "\
+Examples:
+  marcoctl operations reboot pi-01 pi-02
+  marcoctl operations reboot --selector room=a1 --at 2030-01-31T22:00:00+01:00 --message \"New kernel\"
+  marcoctl operations reboot --all --notice 0s --wait --timeout 10m")]
+    Reboot(Create),
+    /// Power nodes off; they come back only when somebody turns them on
+    PowerOff(Create),
+    /// Install an image and start it; or, without --image, only replace the boot files
+    #[command(after_help = "\
+Examples:
+  marcoctl operations update pi-01 --image raspios-lite --wait
+  marcoctl operations update --selector room=a1 --image kiosk-2030-01 --discard-home
+  marcoctl operations update --all --bootcode kernel-6.12      boot files only
+
+The download comes first, then the notice, then the restart. A node whose new system does not come
+up goes back to the installer by itself and stays reachable.")]
+    Update(CreateUpdate),
+    /// List operations, newest first
+    List(ListOperations),
+    /// Show an operation and what became of it on each node
+    Get {
+        /// Name or id
+        operation: String,
+    },
+    /// List what became of an operation on each node
+    Executions {
+        /// Name or id
+        operation: String,
+        /// Only those in this state, for example failed or rolled-back; repeats, or takes a list with commas
+        #[arg(long, value_name = "STATE", value_delimiter = ',')]
+        state: Vec<ExecutionStateArg>,
+        #[command(flatten)]
+        paging: Paging,
+    },
+    /// Show an operation's progress until it has ended
+    Watch {
+        /// Name or id
+        operation: String,
+        /// Stop watching after this time, with exit code 4
+        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        timeout: Option<Duration>,
+    },
+    /// Ask that an operation stop; nodes past the point of no return finish what they do
+    Cancel {
+        /// Name or id
+        operation: String,
+    },
+    /// Hold back every node that has not begun
+    Pause {
+        /// Name or id
+        operation: String,
+        /// Why, for the history
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+        reason: String,
+    },
+    /// Let a paused operation go on
+    Resume {
+        /// Name or id
+        operation: String,
+    },
+    /// Do it again, as a new operation, on the nodes where it did not succeed
+    Retry {
+        /// Name or id of an operation that has ended
+        operation: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Say why a node is where it is, and what can be done
+    Explain(WhichExecutions),
+    /// Give up a node that is overdue: its part ends as failed
+    Abandon(OneExecution),
+    /// List what happened to an operation, in order
+    Events {
+        /// Name or id
+        operation: String,
+        #[command(flatten)]
+        paging: Paging,
+    },
+}
+
+/// What every new operation takes.
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// When the notice starts; by default now
+    #[arg(long, value_name = "RFC3339", value_parser = instant)]
+    pub(crate) at: Option<DateTime<Utc>>,
+    /// After this time nothing is begun any more; by default 24 hours after --at
+    #[arg(long, value_name = "RFC3339", value_parser = instant)]
+    pub(crate) expires: Option<DateTime<Utc>>,
+    /// How long logged-in users are warned before; by default 2m, 0s is at once
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) notice: Option<Duration>,
+    /// Shown to logged-in users
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) message: String,
+    #[command(flatten)]
+    pub(crate) wait: Wait,
+}
+
+/// What an update takes besides.
+#[derive(Debug, Args)]
+pub(crate) struct CreateUpdate {
+    #[command(flatten)]
+    pub(crate) create: Create,
+    /// The image to install; without it only the boot files change
+    #[arg(long, value_name = "ID")]
+    pub(crate) image: Option<String>,
+    /// The boot files; by default the board's default
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    pub(crate) bootcode: String,
+    /// Make the home partition anew instead of keeping it
+    #[arg(long, requires = "image")]
+    pub(crate) discard_home: bool,
+}
+
+/// On which nodes: exactly one of the three.
+#[derive(Debug, Args)]
+#[group(id = "target", required = true, multiple = false)]
+pub(crate) struct Target {
+    /// Names or ids
+    #[arg(value_name = "NODE")]
+    pub(crate) nodes: Vec<String>,
+    /// Every approved node
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// The nodes with this label; repeats, or takes a list with commas: all of them must be there
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
+    pub(crate) selector: Vec<Pair>,
+}
+
+/// Whether to wait for the end.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Wait {
+    /// Show the progress and wait for the end; exit code 1 when a node did not succeed
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Stop waiting after this time, with exit code 4; the operation goes on
+    #[arg(long, value_name = "DURATION", value_parser = duration, requires = "wait")]
+    pub(crate) timeout: Option<Duration>,
+}
+
+/// One execution, or those of an operation that have not succeeded.
+#[derive(Debug, Args)]
+pub(crate) struct WhichExecutions {
+    /// Name or id of the operation, or the full name of an execution
+    pub(crate) operation: String,
+    /// Name or id of the node; without it, every node that has not succeeded
+    pub(crate) node: Option<String>,
+}
+
+/// One execution.
+#[derive(Debug, Args)]
+pub(crate) struct OneExecution {
+    /// Name or id of the operation, or the full name of an execution
+    pub(crate) operation: String,
+    /// Name or id of the node
+    pub(crate) node: Option<String>,
+}
+
+/// Flags of `operations list`.
+#[derive(Debug, Args)]
+pub(crate) struct ListOperations {
+    /// Only those in this state; repeats, or takes a list with commas
+    #[arg(long, value_name = "STATE", value_delimiter = ',')]
+    pub(crate) state: Vec<OperationStateArg>,
+    /// Only those with a part for this node
+    #[arg(long, value_name = "NODE", default_value = "", hide_default_value = true)]
+    pub(crate) node: String,
+    #[command(flatten)]
+    pub(crate) paging: Paging,
+}
+
+/// `Operation.State`, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OperationStateArg {
+    Scheduled,
+    Running,
+    Paused,
+    Cancelling,
+    Succeeded,
+    Failed,
+    Cancelled,
+}
+
+/// `Execution.State`, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExecutionStateArg {
+    Pending,
+    Assigned,
+    Running,
+    Rebooting,
+    Verifying,
+    Succeeded,
+    Failed,
+    RolledBack,
+    Cancelled,
+    Expired,
+}

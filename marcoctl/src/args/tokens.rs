@@ -1,0 +1,43 @@
+//! `marcoctl tokens`.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use super::Paging;
+use super::values::{Pair, duration, pair};
+
+/// What can be done with join tokens.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TokensCommand {
+    /// Make a token with which new Pis join; it is shown this once
+    #[command(after_help = "\
+The token alone goes to stdout, what it allows to stderr:
+  marcoctl tokens create > token && chmod 600 token
+  marcoctl tokens create --max-uses 30 --ttl 8h --label room=a1 --require-approval")]
+    Create(CreateToken),
+    /// List tokens, without their secrets
+    List(Paging),
+    /// Make a token useless
+    Revoke {
+        /// Name or id of the token, as `tokens list` shows it
+        token: String,
+    },
+}
+
+/// Flags of `tokens create`.
+#[derive(Debug, Args)]
+pub(crate) struct CreateToken {
+    /// How many Pis may join with it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = 1)]
+    pub(crate) max_uses: u32,
+    /// How long it works
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "30m")]
+    pub(crate) ttl: Duration,
+    /// Its Pis wait until an admin approves them
+    #[arg(long)]
+    pub(crate) require_approval: bool,
+    /// Label that its Pis get; repeats
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    pub(crate) labels: Vec<Pair>,
+}

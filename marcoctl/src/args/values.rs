@@ -1,0 +1,81 @@
+//! Values on the command line, read into what they mean.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+/// A key with a value: a label, or a part of a selector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Pair {
+    /// Before the first `=`.
+    pub(crate) key: String,
+    /// After it.
+    pub(crate) value: String,
+}
+
+/// What is done to a label.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum LabelEdit {
+    /// `key=value`.
+    Set(Pair),
+    /// `key-`.
+    Remove(String),
+}
+
+/// Reads `key=value`.
+pub(crate) fn pair(text: &str) -> Result<Pair, String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok(Pair { key: key.to_owned(), value: value.to_owned() }),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+/// Reads `key=value` or `key-`.
+pub(crate) fn label_edit(text: &str) -> Result<LabelEdit, String> {
+    match text.strip_suffix('-') {
+        Some(key) if !key.is_empty() && !key.contains('=') => Ok(LabelEdit::Remove(key.to_owned())),
+        _ => pair(text)
+            .map(LabelEdit::Set)
+            .map_err(|_| "expected KEY=VALUE to set a label, or KEY- to remove one".to_owned()),
+    }
+}
+
+/// Reads a length of time such as `90s`, `2m` or `1h 30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("{error}; write for example 0s, 90s, 2m or 1h30m"))
+}
+
+/// Reads an instant as RFC 3339 has it.
+pub(crate) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
+    DateTime::parse_from_rfc3339(text).map(|time| time.with_timezone(&Utc)).map_err(|error| {
+        format!("{error}; write RFC 3339 with an offset, for example 2030-01-31T22:00:00+01:00 or 2030-01-31T21:00:00Z")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LabelEdit, Pair, duration, instant, label_edit, pair};
+
+    #[test]
+    fn a_label_is_set_or_removed() {
+        let set = Pair { key: "room".to_owned(), value: "a-".to_owned() };
+        assert_eq!(label_edit("room=a-"), Ok(LabelEdit::Set(set)));
+        assert_eq!(label_edit("room-"), Ok(LabelEdit::Remove("room".to_owned())));
+        assert!(label_edit("room").is_err());
+        assert!(label_edit("-").is_err());
+        assert!(pair("=x").is_err());
+        assert_eq!(pair("a=b=c").unwrap().value, "b=c");
+    }
+
+    #[test]
+    fn no_notice_at_all_can_be_said() {
+        assert_eq!(duration("0s"), Ok(std::time::Duration::ZERO));
+        assert!(duration("soon").is_err());
+    }
+
+    #[test]
+    fn an_instant_needs_its_offset() {
+        assert_eq!(instant("2030-01-31T22:00:00+01:00"), instant("2030-01-31T21:00:00Z"));
+        assert!(instant("2030-01-31T22:00:00").is_err());
+    }
+}

@@ -1,0 +1,101 @@
+//! What the commands do: one file per noun.
+
+mod artifacts;
+mod nodes;
+mod operations;
+mod tokens;
+
+use std::collections::{HashMap, HashSet};
+
+use anyhow::anyhow;
+use marco_proto::v1::LabelMatch;
+use tonic::Status;
+
+use crate::args::values::Pair;
+use crate::args::{Cli, Command};
+use crate::clock;
+use crate::connect::Connection;
+use crate::failure::Failure;
+use crate::output::Out;
+
+/// Does what the command line says.
+pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
+    let mut out = Out::new(cli.global.output, clock::now());
+    // What can be found wrong here is, before anybody is asked.
+    let command = match cli.command {
+        Command::Artifacts(command) => Command::Artifacts(artifacts::checked(command)?),
+        command => command,
+    };
+    let connection = Connection::open(&cli.global).await?;
+    match command {
+        Command::Tokens(command) => tokens::run(command, &connection, &mut out).await,
+        Command::Nodes(command) => nodes::run(command, &connection, &mut out).await,
+        Command::Artifacts(command) => artifacts::run(command, &connection, &mut out).await,
+        Command::Operations(command) => operations::run(command, &connection, &mut out).await,
+    }
+}
+
+/// Fetches every page of a list. `fetch` gets the token of a page and answers its entries and the token of the next.
+async fn all_pages<T, F, A>(fetch: F) -> Result<Vec<T>, Failure>
+where
+    F: Fn(String) -> A,
+    A: Future<Output = Result<(Vec<T>, String), Status>>,
+{
+    let mut all = Vec::new();
+    let mut seen = HashSet::new();
+    let mut token = String::new();
+    loop {
+        let (page, next) = fetch(token).await?;
+        all.extend(page);
+        if next.is_empty() {
+            return Ok(all);
+        }
+        if !seen.insert(next.clone()) {
+            return Err(Failure::Local(anyhow!("the controller answered the same page of a list twice")));
+        }
+        token = next;
+    }
+}
+
+/// Labels as the API has them.
+fn label_map(pairs: &[Pair]) -> HashMap<String, String> {
+    pairs.iter().map(|pair| (pair.key.clone(), pair.value.clone())).collect()
+}
+
+/// The filter for a selector; none when it is empty.
+fn label_match(pairs: &[Pair]) -> Option<LabelMatch> {
+    (!pairs.is_empty()).then(|| LabelMatch { match_labels: label_map(pairs) })
+}
+
+/// A length of time as the API has it.
+fn proto_duration(length: std::time::Duration) -> Result<prost_types::Duration, Failure> {
+    prost_types::Duration::try_from(length).map_err(|_| Failure::Usage {
+        message: format!("{} is too long", humantime::format_duration(length)),
+        hint: String::new(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Status;
+
+    use super::all_pages;
+
+    #[tokio::test]
+    async fn every_page_is_fetched() {
+        let pages = |token: String| async move {
+            Ok::<_, Status>(match token.as_str() {
+                "" => (vec![1, 2], "b".to_owned()),
+                "b" => (vec![], "c".to_owned()),
+                _ => (vec![3], String::new()),
+            })
+        };
+        assert_eq!(all_pages(pages).await.unwrap(), [1, 2, 3]);
+    }
+
+    #[tokio::test]
+    async fn a_list_that_turns_in_circles_ends() {
+        let pages = |_: String| async { Ok::<_, Status>((vec![1], "again".to_owned())) };
+        assert!(all_pages(pages).await.is_err());
+    }
+}

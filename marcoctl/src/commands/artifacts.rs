@@ -1,0 +1,101 @@
+//! `marcoctl artifacts`.
+
+mod push;
+
+use chrono::{DateTime, Utc};
+use marco_proto::v1::artifact;
+use marco_proto::v1::{
+    Artifact, ArtifactFilter, DeleteArtifactRequest, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse,
+    SetDefaultArtifactRequest,
+};
+
+use super::all_pages;
+use crate::args::{ArtifactsCommand, Kind};
+use crate::connect::{Connection, call};
+use crate::failure::Failure;
+use crate::output::{Out, ago, bytes, clean, enum_word, fields, id, local, table};
+
+/// Finds what is wrong before the controller is asked: a push hashes for minutes before it would be refused.
+pub(super) fn checked(command: ArtifactsCommand) -> Result<ArtifactsCommand, Failure> {
+    if let ArtifactsCommand::Push(flags) = &command {
+        push::check(flags)?;
+    }
+    Ok(command)
+}
+
+pub(super) async fn run(command: ArtifactsCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    match command {
+        ArtifactsCommand::Push(flags) => {
+            let artifact = push::push(&flags, connection).await?;
+            out.document(&artifact, detail)
+        }
+        ArtifactsCommand::List(flags) => {
+            let filter = flags.kind.map(|kind| ArtifactFilter { kind: kind_of(kind).into() });
+            let artifacts = all_pages(async |page_token| {
+                let request = ListArtifactsRequest { page_size: flags.paging.page_size, page_token, filter };
+                let page = connection.artifacts().list_artifacts(call(request)).await?.into_inner();
+                Ok((page.artifacts, page.next_page_token))
+            })
+            .await?;
+            out.document(&ListArtifactsResponse { artifacts, ..Default::default() }, |list, now| {
+                let rows = list.artifacts.iter().map(|artifact| {
+                    vec![
+                        id(&artifact.name),
+                        kind(artifact),
+                        bytes(artifact.size_bytes),
+                        artifact.sha256.chars().take(12).collect(),
+                        artifact.compression.clone(),
+                        ago(artifact.push_time.as_ref(), now),
+                        artifact.creator.clone(),
+                        artifact.default_for.join(","),
+                    ]
+                });
+                table(&["ARTIFACT", "KIND", "SIZE", "SHA256", "COMPRESSION", "PUSHED", "BY", "DEFAULT FOR"], rows)
+            })
+        }
+        ArtifactsCommand::Get { artifact } => {
+            let request = GetArtifactRequest { name: artifact };
+            out.document(&connection.artifacts().get_artifact(call(request)).await?.into_inner(), detail)
+        }
+        ArtifactsCommand::Delete { artifact } => {
+            let request = DeleteArtifactRequest { name: artifact.clone() };
+            let response = connection.artifacts().delete_artifact(call(request)).await?.into_inner();
+            out.document(&response, |_, _| format!("{} is deleted", clean(&artifact)))
+        }
+        ArtifactsCommand::Default { artifact, board } => {
+            let request = SetDefaultArtifactRequest { name: artifact, board };
+            out.document(&connection.artifacts().set_default_artifact(call(request)).await?.into_inner(), detail)
+        }
+    }
+}
+
+fn kind_of(kind: Kind) -> artifact::Kind {
+    match kind {
+        Kind::Image => artifact::Kind::Image,
+        Kind::Bootcode => artifact::Kind::Bootcode,
+    }
+}
+
+fn kind(artifact: &Artifact) -> String {
+    let kind = enum_word(artifact.kind().as_str_name(), "KIND_");
+    match enum_word(artifact.purpose().as_str_name(), "PURPOSE_") {
+        purpose if purpose.is_empty() => kind,
+        purpose => format!("{kind} ({purpose})"),
+    }
+    .to_lowercase()
+}
+
+fn detail(artifact: &Artifact, _now: DateTime<Utc>) -> String {
+    fields(&[
+        ("artifact", artifact.name.clone()),
+        ("kind", kind(artifact)),
+        ("sha256", artifact.sha256.clone()),
+        ("size", bytes(artifact.size_bytes)),
+        ("unpacked", bytes(artifact.unpacked_bytes)),
+        ("entries", artifact.entries.to_string()),
+        ("compression", artifact.compression.clone()),
+        ("pushed", local(artifact.push_time.as_ref())),
+        ("by", artifact.creator.clone()),
+        ("default for", artifact.default_for.join(", ")),
+    ])
+}

@@ -1,0 +1,172 @@
+//! `marcoctl nodes`.
+
+use chrono::{DateTime, Utc};
+use marco_proto::v1::{
+    ApproveNodeRequest, DeleteNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, NodeFilter,
+    QuarantineNodeRequest, UpdateNodeRequest, WatchNodesRequest,
+};
+use prost_types::FieldMask;
+
+use super::{all_pages, label_match};
+use crate::args::values::LabelEdit;
+use crate::args::{Label, NodeSelection, NodesCommand};
+use crate::clock;
+use crate::connect::{Connection, call};
+use crate::failure::Failure;
+use crate::output::{Out, ago, bytes, clean, clock_time, enum_word, fields, id, labels, local, table};
+
+pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    match command {
+        NodesCommand::List(flags) => {
+            let nodes = all_pages(async |page_token| {
+                let request = ListNodesRequest {
+                    page_size: flags.paging.page_size,
+                    page_token,
+                    filter: filter(&flags.selection),
+                };
+                let page = connection.nodes().list_nodes(call(request)).await?.into_inner();
+                Ok((page.nodes, page.next_page_token))
+            })
+            .await?;
+            out.document(&ListNodesResponse { nodes, ..Default::default() }, |list, now| node_table(&list.nodes, now))
+        }
+        NodesCommand::Get { node } => {
+            let request = GetNodeRequest { name: node };
+            out.document(&connection.nodes().get_node(call(request)).await?.into_inner(), detail)
+        }
+        NodesCommand::Watch(selection) => watch(&selection, connection, out).await,
+        NodesCommand::Label(label_args) => label(label_args, connection, out).await,
+        NodesCommand::Approve { nodes } => {
+            let mut approved = Vec::new();
+            for name in nodes {
+                approved.push(connection.nodes().approve_node(call(ApproveNodeRequest { name })).await?.into_inner());
+            }
+            match approved.as_slice() {
+                [node] => out.document(node, detail),
+                nodes if out.is_json() => out.documents("nodes", nodes),
+                nodes => out.line(&node_table(nodes, clock::now())),
+            }
+        }
+        NodesCommand::Quarantine { node, reason } => {
+            let request = QuarantineNodeRequest { name: node, reason };
+            out.document(&connection.nodes().quarantine_node(call(request)).await?.into_inner(), detail)
+        }
+        NodesCommand::Delete { node, force } => {
+            let request = DeleteNodeRequest { name: node.clone(), force };
+            let response = connection.nodes().delete_node(call(request)).await?.into_inner();
+            out.document(&response, |_, _| format!("{} is deleted", clean(&node)))
+        }
+    }
+}
+
+fn filter(selection: &NodeSelection) -> Option<NodeFilter> {
+    let labels = label_match(&selection.selector);
+    let wanted = labels.is_some() || selection.connected;
+    wanted.then(|| NodeFilter { states: Vec::new(), labels, connected: selection.connected })
+}
+
+/// Labels are replaced as a whole by the API, so those that stay are read first.
+async fn label(label: Label, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let mut nodes = connection.nodes();
+    let current = nodes.get_node(call(GetNodeRequest { name: label.node })).await?.into_inner();
+    let mut node = Node { name: current.name, labels: current.labels, ..Default::default() };
+    let mut paths = Vec::new();
+    if !label.edits.is_empty() {
+        paths.push("labels".to_owned());
+    }
+    for edit in label.edits {
+        match edit {
+            LabelEdit::Set(pair) => node.labels.insert(pair.key, pair.value),
+            LabelEdit::Remove(key) => node.labels.remove(&key),
+        };
+    }
+    if let Some(display_name) = label.display_name {
+        paths.push("display_name".to_owned());
+        node.display_name = display_name;
+    }
+    let request = UpdateNodeRequest { node: Some(node), update_mask: Some(FieldMask { paths }) };
+    out.document(&nodes.update_node(call(request)).await?.into_inner(), detail)
+}
+
+async fn watch(selection: &NodeSelection, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let request = WatchNodesRequest { filter: filter(selection) };
+    let mut stream = connection.nodes().watch_nodes(request).await?.into_inner();
+    while let Some(message) = stream.message().await? {
+        if out.is_json() {
+            out.json_line(&message)?;
+        } else {
+            let time = clock_time(clock::now());
+            for node in &message.nodes {
+                let connected = if node.connected { "connected" } else { "not connected" };
+                out.line(&format!("{time}  {}  {}  {connected}", clean(&id(&node.name)), state(node)))?;
+            }
+            for name in &message.deleted {
+                out.line(&format!("{time}  {}  deleted", clean(&id(name))))?;
+            }
+        }
+        if out.is_closed() {
+            return Ok(());
+        }
+    }
+    Err(Failure::Unreachable {
+        message: "the controller ended the stream".to_owned(),
+        hint: "start again in a moment".to_owned(),
+    })
+}
+
+fn node_table(nodes: &[Node], now: DateTime<Utc>) -> String {
+    let rows = nodes.iter().map(|node| {
+        vec![
+            id(&node.name),
+            state(node),
+            if node.connected { "yes" } else { "no" }.to_owned(),
+            mode(node),
+            node.board.as_ref().map(|board| board.model.clone()).unwrap_or_default(),
+            node.system.as_ref().map(|system| system.os.clone()).unwrap_or_default(),
+            ago(node.last_seen_time.as_ref(), now),
+            labels(&node.labels),
+        ]
+    });
+    table(&["NODE", "STATE", "CONNECTED", "MODE", "MODEL", "OS", "LAST SEEN", "LABELS"], rows)
+}
+
+fn state(node: &Node) -> String {
+    enum_word(node.state().as_str_name(), "STATE_")
+}
+
+fn mode(node: &Node) -> String {
+    enum_word(node.mode().as_str_name(), "NODE_MODE_")
+}
+
+fn detail(node: &Node, now: DateTime<Utc>) -> String {
+    let board = node.board.clone().unwrap_or_default();
+    let system = node.system.clone().unwrap_or_default();
+    let connected = if node.connected { "yes".to_owned() } else { "no".to_owned() };
+    let memory = if board.memory_bytes == 0 { String::new() } else { bytes(board.memory_bytes) };
+    fields(&[
+        ("node", node.name.clone()),
+        ("display name", node.display_name.clone()),
+        ("labels", labels(&node.labels)),
+        ("state", state(node)),
+        ("because", node.state_reason.clone()),
+        ("connected", connected),
+        ("last seen", ago(node.last_seen_time.as_ref(), now)),
+        ("at work on", node.active_execution.clone()),
+        ("mode", mode(node)),
+        ("model", board.model),
+        ("family", board.family),
+        ("revision", board.revision),
+        ("serial", board.serial),
+        ("MAC addresses", board.mac_addresses.join(" ")),
+        ("memory", memory),
+        ("os", system.os.clone()),
+        ("kernel", format!("{} {}", system.kernel_release, system.kernel_arch).trim().to_owned()),
+        ("user space", system.userspace_arch.clone()),
+        ("card layout", enum_word(system.layout().as_str_name(), "CARD_LAYOUT_")),
+        ("image", system.image_sha256),
+        ("boot files", system.boot_sha256),
+        ("boot id", node.boot_id.clone()),
+        ("agent", node.agent_version.clone()),
+        ("joined", local(node.create_time.as_ref())),
+    ])
+}

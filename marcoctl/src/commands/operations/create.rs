@@ -1,0 +1,167 @@
+//! New operations, and waiting for their end.
+
+use std::time::Duration;
+
+use marco_proto::v1::operation::{self, Action};
+use marco_proto::v1::{
+    AllNodes, CreateOperationRequest, LabelSelector, NodeList, Operation, PowerOff, Preserve, Reboot,
+    RetryOperationRequest, Update,
+};
+use tokio::time::Instant;
+use tonic::{Response, Status};
+use uuid::Uuid;
+
+use super::super::{label_map, proto_duration};
+use super::show;
+use crate::args::{Create, CreateUpdate, Target, Wait};
+use crate::connect::{Connection, call};
+use crate::failure::{Failure, is_cut};
+use crate::follow::{End, Known, Until, follow};
+use crate::output::{Out, timestamp_of};
+use crate::progress::View;
+
+/// How often a creation is asked for when the connection breaks; its request id keeps it from happening twice.
+const TRIES: u32 = 4;
+/// Pause before the second try; it doubles.
+const PAUSE: Duration = Duration::from_millis(500);
+
+pub(super) async fn reboot(flags: Create, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let notice = flags.notice.map(proto_duration).transpose()?;
+    let message = flags.message.clone();
+    create(Action::Reboot(Reboot { notice, message }), flags, connection, out).await
+}
+
+pub(super) async fn power_off(flags: Create, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let notice = flags.notice.map(proto_duration).transpose()?;
+    let message = flags.message.clone();
+    create(Action::PowerOff(PowerOff { notice, message }), flags, connection, out).await
+}
+
+pub(super) async fn update(flags: CreateUpdate, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let update = Update {
+        image: flags.image.unwrap_or_default(),
+        bootcode: flags.bootcode,
+        notice: flags.create.notice.map(proto_duration).transpose()?,
+        message: flags.create.message.clone(),
+        preserve: flags.discard_home.then_some(Preserve { discard_home: true }),
+        ..Default::default()
+    };
+    create(Action::Update(update), flags.create, connection, out).await
+}
+
+async fn create(action: Action, flags: Create, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let operation = Operation {
+        action: Some(action),
+        target: Some(target(flags.target)),
+        schedule_time: flags.at.map(timestamp_of),
+        expire_time: flags.expires.map(timestamp_of),
+        ..Default::default()
+    };
+    let request = CreateOperationRequest { operation: Some(operation), request_id: Uuid::now_v7().to_string() };
+    let created = insist(async || connection.operations().create_operation(call(request.clone())).await).await?;
+    finish(created, &flags.wait, connection, out).await
+}
+
+pub(super) async fn retry(name: String, wait: &Wait, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let request = RetryOperationRequest { name, request_id: Uuid::now_v7().to_string() };
+    let created = insist(async || connection.operations().retry_operation(call(request.clone())).await).await?;
+    finish(created, wait, connection, out).await
+}
+
+fn target(target: Target) -> operation::Target {
+    if target.all {
+        operation::Target::All(AllNodes {})
+    } else if target.selector.is_empty() {
+        operation::Target::Nodes(NodeList { nodes: target.nodes })
+    } else {
+        operation::Target::Labels(LabelSelector { match_labels: label_map(&target.selector) })
+    }
+}
+
+/// Asks again when the connection broke: the caller's request id makes the second answer the first one's.
+async fn insist<T>(ask: impl AsyncFn() -> Result<Response<T>, Status>) -> Result<T, Failure> {
+    let mut pause = PAUSE;
+    let mut tries = 1;
+    loop {
+        match ask().await {
+            Err(status) if is_cut(&status) && tries < TRIES => {}
+            answer => return Ok(answer?.into_inner()),
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+        tries += 1;
+    }
+}
+
+/// Shows a new operation, or waits for its end when that was asked for.
+async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    if !wait.wait {
+        return out.document(&created, show::operation);
+    }
+    if !out.is_json() {
+        out.line(&created.name)?;
+    }
+    let deadline = wait.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    let mut view = View::for_wait(out);
+    let until = Until { deadline, stuck: true };
+    // Dropping the watch on an interrupt is safe: it only reads.
+    let followed = tokio::select! {
+        followed = follow(connection, &created.name, until, &mut view, out) => Some(followed),
+        _ = tokio::signal::ctrl_c() => None,
+    };
+    view.finish();
+    if out.is_json() && !matches!(followed, Some(Ok(_))) {
+        // What is known must not be lost with the watch: its name leads back to it.
+        out.document(&created, show::operation)?;
+    }
+    let Some(followed) = followed else {
+        return Err(Failure::Unsuccessful {
+            message: format!("interrupted; {} goes on", created.name),
+            hint: format!("marcoctl operations watch {0}, or marcoctl operations cancel {0}", created.name),
+        });
+    };
+    let (mut known, end) = followed?;
+    if known.operation.name.is_empty() {
+        known.operation = created.clone();
+    }
+    out.document(&known.operation, |_, _| show::results(&known))?;
+    verdict(&known, end, &created.name)
+}
+
+/// What following an operation came to.
+pub(super) fn verdict(known: &Known, end: End, name: &str) -> Result<(), Failure> {
+    let state = known.operation.state();
+    let counts = known.operation.counts.unwrap_or_default();
+    match end {
+        End::Ended if state == operation::State::Succeeded => Ok(()),
+        End::Unread => Ok(()),
+        End::Ended => Err(Failure::Unsuccessful {
+            message: format!(
+                "{name} ended {}: {} of {} nodes succeeded",
+                show::operation_state(&known.operation),
+                counts.succeeded,
+                counts.total
+            ),
+            hint: format!("marcoctl operations explain {name}, then marcoctl operations retry {name}"),
+        }),
+        End::Stuck => Err(Failure::Unsuccessful {
+            message: format!(
+                "{name} is not done: {} overdue and no other node at work",
+                overdue(counts.overdue, known)
+            ),
+            hint: format!("marcoctl operations explain {name}; the operation goes on if they come back"),
+        }),
+        End::TimedOut => Err(Failure::TimedOut {
+            message: format!("{name} has not ended within the time-out; it goes on"),
+            hint: format!("marcoctl operations watch {name}"),
+        }),
+    }
+}
+
+fn overdue(counted: i32, known: &Known) -> String {
+    let seen = known.executions.values().filter(|execution| execution.overdue).count();
+    match usize::try_from(counted).unwrap_or_default().max(seen) {
+        1 => "one node is".to_owned(),
+        nodes => format!("{nodes} nodes are"),
+    }
+}

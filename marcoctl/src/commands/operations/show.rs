@@ -1,0 +1,153 @@
+//! Operations, executions and events as text.
+
+use chrono::{DateTime, Utc};
+use marco_proto::v1::operation::{Action, Target};
+use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, Operation};
+
+use crate::follow::Known;
+use crate::output::{ago, bytes, clean, enum_word, fields, id, labels, local, span, table, timestamp};
+use crate::progress::{describe, done_of, is_final};
+
+/// The state of an operation in a word.
+pub(super) fn operation_state(operation: &Operation) -> String {
+    enum_word(operation.state().as_str_name(), "STATE_")
+}
+
+fn execution_state(execution: &Execution) -> String {
+    enum_word(execution.state().as_str_name(), "STATE_")
+}
+
+fn action(operation: &Operation) -> String {
+    match &operation.action {
+        Some(Action::Reboot(_)) => "reboot".to_owned(),
+        Some(Action::PowerOff(_)) => "power-off".to_owned(),
+        Some(Action::Update(update)) if update.image.is_empty() => "update boot files".to_owned(),
+        Some(Action::Update(update)) => format!("update {}", id(&update.image)),
+        None => String::new(),
+    }
+}
+
+/// Operations, a line each.
+pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String {
+    let rows = operations.iter().map(|operation| {
+        vec![
+            id(&operation.name),
+            action(operation),
+            operation_state(operation),
+            done_of(&operation.counts.unwrap_or_default()),
+            ago(operation.create_time.as_ref(), now),
+            operation.creator.clone(),
+        ]
+    });
+    table(&["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
+}
+
+/// One operation.
+pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
+    let (notice, message) = match &operation.action {
+        Some(Action::Reboot(reboot)) => (reboot.notice.as_ref(), reboot.message.clone()),
+        Some(Action::PowerOff(power_off)) => (power_off.notice.as_ref(), power_off.message.clone()),
+        Some(Action::Update(update)) => (update.notice.as_ref(), update.message.clone()),
+        None => (None, String::new()),
+    };
+    let update = match &operation.action {
+        Some(Action::Update(update)) => update.clone(),
+        _ => Default::default(),
+    };
+    let targets = match &operation.target {
+        Some(Target::Nodes(list)) if list.nodes.len() > 8 => format!("{} nodes by name", list.nodes.len()),
+        Some(Target::Nodes(list)) => list.nodes.iter().map(|node| id(node)).collect::<Vec<_>>().join(" "),
+        Some(Target::Labels(selector)) => labels(&selector.match_labels),
+        Some(Target::All(_)) => "all approved nodes".to_owned(),
+        None => String::new(),
+    };
+    let notice = notice.and_then(|notice| std::time::Duration::try_from(*notice).ok()).map(span).unwrap_or_default();
+    let starts = match operation.schedule_time.as_ref() {
+        Some(time) => format!("{} ({})", local(Some(time)), ago(Some(time), now)),
+        None => String::new(),
+    };
+    fields(&[
+        ("operation", operation.name.clone()),
+        ("action", action(operation)),
+        ("image sha256", update.image_sha256),
+        ("bootcode", update.bootcode),
+        ("bootcode sha256", update.bootcode_sha256),
+        ("notice", notice),
+        ("message", message),
+        ("targets", targets),
+        ("state", operation_state(operation)),
+        ("done", done_of(&operation.counts.unwrap_or_default())),
+        ("starts", starts),
+        ("expires", local(operation.expire_time.as_ref())),
+        ("created", local(operation.create_time.as_ref())),
+        ("by", operation.creator.clone()),
+        ("finished", local(operation.finish_time.as_ref())),
+        ("retry of", operation.retry_of.clone()),
+        ("schedule", operation.schedule.clone()),
+    ])
+}
+
+/// Executions, a line each.
+pub(super) fn executions(executions: &[Execution], now: DateTime<Utc>) -> String {
+    let rows = executions.iter().map(|execution| {
+        let percent = execution.bytes_done.saturating_mul(100).checked_div(execution.bytes_total);
+        let progress = match percent {
+            Some(percent) if !is_final(execution.state()) => {
+                format!("{percent} % of {}", bytes(execution.bytes_total))
+            }
+            _ => String::new(),
+        };
+        vec![id(&execution.node), describe(execution), progress, ago(execution.update_time.as_ref(), now)]
+    });
+    table(&["NODE", "STATE", "PROGRESS", "CHANGED"], rows)
+}
+
+/// What became of each node: a line each that ends in its state, and why where it did not succeed.
+pub(super) fn results(known: &Known) -> String {
+    let why = |execution: &Execution| match &execution.error {
+        Some(error) => format!("{}: {}", error.reason, error.message),
+        None if execution.overdue => "overdue".to_owned(),
+        None => String::new(),
+    };
+    let took = |execution: &Execution| {
+        let begun = timestamp(execution.assign_time.as_ref());
+        let ended = timestamp(execution.finish_time.as_ref());
+        begun.zip(ended).and_then(|(begun, ended)| (ended - begun).to_std().ok()).map(span).unwrap_or_default()
+    };
+    let rows = known
+        .executions
+        .values()
+        .map(|execution| vec![id(&execution.node), took(execution), execution_state(execution), why(execution)]);
+    // The last column has no name, so that it takes no room where there is nothing to say.
+    table(&["NODE", "TOOK", "RESULT", ""], rows)
+}
+
+/// Why an execution is where it is.
+pub(super) fn explanation(explained: &ExplainExecutionResponse) -> String {
+    let execution = explained.execution.clone().unwrap_or_default();
+    let mut text =
+        format!("{}  {}\n  {}\n", clean(&id(&execution.node)), describe(&execution), clean(&explained.explanation));
+    for suggestion in &explained.suggestions {
+        text.push_str(&format!("  - {}\n", clean(suggestion)));
+    }
+    text
+}
+
+/// Events, a line each.
+pub(super) fn events(events: &[Event]) -> String {
+    let rows = events.iter().map(|event| {
+        let change = match (event.from.as_str(), event.to.as_str()) {
+            ("", to) => to.to_owned(),
+            (from, to) => format!("{from} -> {to}"),
+        };
+        vec![
+            event.number.to_string(),
+            local(event.time.as_ref()),
+            id(&event.node),
+            change,
+            event.actor.clone(),
+            event.reason.clone(),
+        ]
+    });
+    table(&["#", "TIME", "NODE", "CHANGE", "BY", "REASON"], rows)
+}

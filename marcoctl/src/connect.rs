@@ -1,0 +1,157 @@
+//! The connection to the controller, and what is said when there is none.
+
+mod dial;
+
+use std::time::Duration;
+
+use marco_proto::names::API_PORT;
+use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
+use marco_proto::v1::node_service_client::NodeServiceClient;
+use marco_proto::v1::operation_service_client::OperationServiceClient;
+use tonic::Request;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::args::Global;
+use crate::failure::{Failure, chain};
+
+/// How long to wait for a connection: ample for a network of one house, short for a person.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a call that answers once may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// With calls open, a silent connection is asked after this time whether it lives.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// And is given up after this time without an answer.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest answer taken: the first message of a watch names every node of an operation.
+const ANSWER_MAX: usize = 64 * 1024 * 1024;
+
+/// What to do when nobody answers.
+const NOBODY_HINT: &str =
+    "is marco-controller running there? Name another address with --controller HOST:PORT or MARCO_CONTROLLER";
+
+/// An open connection. It comes back by itself when it broke.
+#[derive(Debug, Clone)]
+pub(crate) struct Connection {
+    channel: Channel,
+}
+
+impl Connection {
+    /// Connects to the controller that the command line names.
+    pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
+        let address = with_port(&global.controller);
+        let config = match dial::config(global) {
+            Ok(config) => config,
+            // Where nobody listens, that is the first thing to put right.
+            Err(failure) => return Err(nobody_at(&address).await.unwrap_or(failure)),
+        };
+        let endpoint = endpoint(&address)?;
+        let (dial, mut heard) = dial::dialer(address.clone(), config);
+        let connect = async {
+            let channel = endpoint.connect_with_connector(dial).await.map_err(|error| chain(&error))?;
+            // In TLS 1.3 a server says that it does not take a client's certificate only after the client thinks that
+            // it is connected: whether it is shows when the server says something.
+            match heard.wait_for(Option::is_some).await.as_deref() {
+                Ok(Some(Err(refusal))) => Err(refusal.clone()),
+                _ => Ok(channel),
+            }
+        };
+        let cause = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
+            Ok(Ok(channel)) => return Ok(Self { channel }),
+            Ok(Err(cause)) => cause,
+            Err(_) => format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
+        };
+        let (certs, identity) = (global.certs.display(), &global.identity);
+        let message = no_connection(&address, &cause);
+        Err(if cause.contains("received fatal alert") {
+            let hint = format!(
+                "the controller does not take {certs}/{identity}.crt: it is expired, or of another CA; choose another \
+                 with --certs and --identity"
+            );
+            Failure::ShutOut { message, hint }
+        } else if cause.contains("certificate") {
+            let hint = format!(
+                "the controller there is not the one whose ca.crt is in {certs}; choose its folder with --certs DIR"
+            );
+            Failure::Unreachable { message, hint }
+        } else {
+            Failure::Unreachable { message, hint: NOBODY_HINT.to_owned() }
+        })
+    }
+
+    /// Calls about nodes and join tokens.
+    pub(crate) fn nodes(&self) -> NodeServiceClient<Channel> {
+        NodeServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
+    }
+
+    /// Calls about artifacts.
+    pub(crate) fn artifacts(&self) -> ArtifactServiceClient<Channel> {
+        ArtifactServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
+    }
+
+    /// Calls about operations.
+    pub(crate) fn operations(&self) -> OperationServiceClient<Channel> {
+        OperationServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
+    }
+}
+
+/// A request that answers once, with its deadline.
+pub(crate) fn call<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(CALL_TIMEOUT);
+    request
+}
+
+fn no_connection(address: &str, cause: &str) -> String {
+    format!("no connection to the controller at {address}: {cause}")
+}
+
+/// The failure to report when nobody listens at this address; none when somebody does, or when it is no address.
+async fn nobody_at(address: &str) -> Option<Failure> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, tokio::net::TcpStream::connect(address)).await {
+        Ok(Err(error)) if error.kind() != std::io::ErrorKind::InvalidInput => Some(Failure::Unreachable {
+            message: no_connection(address, &error.to_string()),
+            hint: NOBODY_HINT.to_owned(),
+        }),
+        _ => None,
+    }
+}
+
+fn endpoint(address: &str) -> Result<Endpoint, Failure> {
+    let bad_address = |error: tonic::transport::Error| Failure::Usage {
+        message: format!("{address:?} is not an address: {}", chain(&error)),
+        hint: "write HOST:PORT, for example controller.local:1346 or [fd00::1]:1346".to_owned(),
+    };
+    // The dialler speaks TLS; to tonic that is a plain connection.
+    Ok(Endpoint::from_shared(format!("http://{address}"))
+        .map_err(bad_address)?
+        .user_agent(concat!("marcoctl/", env!("CARGO_PKG_VERSION")))
+        .map_err(bad_address)?
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT))
+}
+
+/// The address with the API's port where none is given.
+fn with_port(address: &str) -> String {
+    let colons = address.matches(':').count();
+    if colons == 1 || address.contains("]:") {
+        address.to_owned()
+    } else if colons > 1 && !address.starts_with('[') {
+        format!("[{address}]:{API_PORT}")
+    } else {
+        format!("{address}:{API_PORT}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::with_port;
+
+    #[test]
+    fn the_port_may_be_left_out() {
+        assert_eq!(with_port("localhost:9"), "localhost:9");
+        assert_eq!(with_port("marco.local"), "marco.local:1346");
+        assert_eq!(with_port("fd00::1"), "[fd00::1]:1346");
+        assert_eq!(with_port("[fd00::1]"), "[fd00::1]:1346");
+        assert_eq!(with_port("[fd00::1]:9"), "[fd00::1]:9");
+    }
+}

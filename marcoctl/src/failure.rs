@@ -1,0 +1,220 @@
+//! Why a command did not succeed: what is said about it, and with which exit code.
+
+use std::error::Error;
+use std::fmt::Write as _;
+
+use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
+
+use crate::output::clean;
+
+/// Why a command did not succeed.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// What was asked cannot be meant: a file that is not there, an address that is none.
+    Usage {
+        /// What is wrong.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The controller could not be reached, or was lost and did not come back.
+    Unreachable {
+        /// What was tried.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The controller refused the connection itself: our certificate is none that it takes.
+    ShutOut {
+        /// What was tried.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The controller said no.
+    Refused(Box<Status>),
+    /// It was done, and it did not end well.
+    Unsuccessful {
+        /// What did not end well.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// `--timeout` passed before the end.
+    TimedOut {
+        /// What was waited for.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// Something on this machine went wrong.
+    Local(anyhow::Error),
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Local(error)
+    }
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::Local(error.into())
+    }
+}
+
+impl Failure {
+    /// The exit code that scripts rely on.
+    pub(crate) fn exit_code(&self) -> u8 {
+        match self {
+            Self::Refused(status) if is_cut(status) => 3,
+            Self::ShutOut { .. } | Self::Refused(_) | Self::Unsuccessful { .. } | Self::Local(_) => 1,
+            Self::Usage { .. } => 2,
+            Self::Unreachable { .. } => 3,
+            Self::TimedOut { .. } => 4,
+        }
+    }
+
+    /// What is printed on stderr, with a line feed at the end.
+    pub(crate) fn report(&self) -> String {
+        let (message, hint) = match self {
+            Self::Refused(status) => (describe(status), hint_for(status).to_owned()),
+            Self::Local(error) => (format!("{error:#}"), String::new()),
+            Self::Usage { message, hint }
+            | Self::Unreachable { message, hint }
+            | Self::ShutOut { message, hint }
+            | Self::Unsuccessful { message, hint }
+            | Self::TimedOut { message, hint } => (message.clone(), hint.clone()),
+        };
+        let mut text = format!("error: {message}\n");
+        if !hint.is_empty() {
+            text.push_str("hint: ");
+            text.push_str(&hint);
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// Whether this status says that the connection or the controller went away, rather than that the controller said no.
+/// A status that was made here, and not received, carries what happened as its source.
+pub(crate) fn is_cut(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || status.source().is_some()
+}
+
+/// An error and its causes on one line, each cause once: libraries like to repeat their source in their own text.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Message, reason and bad fields of a status; the fields on lines of their own.
+fn describe(status: &Status) -> String {
+    if status.source().is_some() {
+        return format!("the connection to the controller broke: {}", clean(&chain(status)));
+    }
+    let mut text = if status.message().is_empty() {
+        format!("the controller answered {:?} and gave no reason", status.code())
+    } else {
+        clean(status.message())
+    };
+    if let Some(info) = status.get_details_error_info() {
+        let _ = write!(text, " ({})", clean(&info.reason));
+    }
+    if let Some(bad) = status.get_details_bad_request() {
+        // Where one field is wrong, the message has it already.
+        let is_said = |description: &str| !description.is_empty() && status.message().contains(description);
+        let violations = bad.field_violations;
+        let nothing_new = matches!(violations.as_slice(), [one] if is_said(&one.description));
+        for violation in violations.iter().filter(|_| !nothing_new) {
+            let _ = write!(text, "\n  {}: {}", clean(&violation.field), clean(&violation.description));
+        }
+    }
+    text
+}
+
+fn hint_for(status: &Status) -> &'static str {
+    if status.source().is_some() {
+        return "is marco-controller still running? What was asked may have been done; look before you ask again";
+    }
+    // The controller's own advice is closer to the matter.
+    if status.message().contains("marcoctl ") {
+        return "";
+    }
+    match status.code() {
+        Code::Unavailable => "the controller is up but cannot work now; try again in a moment",
+        Code::Unauthenticated => {
+            "choose the folder with your certificate with --certs (or MARCO_CERTS), and the certificate with --identity"
+        }
+        Code::PermissionDenied => "another identity may have the role for this: choose it with --identity NAME",
+        Code::NotFound => "the `list` commands show what there is, for example `marcoctl nodes list`",
+        Code::Unimplemented => "this controller does not know that call; it may be older than this marcoctl",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::{Code, Status};
+    use tonic_types::{ErrorDetails, StatusExt as _};
+
+    use super::Failure;
+
+    #[test]
+    fn every_bad_field_is_on_its_own_line() {
+        let mut details = ErrorDetails::new();
+        details.set_error_info("INVALID_FIELDS", "marco.bootstrap", []);
+        details.add_bad_request_violation("operation.nodes", "is empty");
+        details.add_bad_request_violation("operation.schedule_time", "is in the past");
+        let status = Status::with_error_details(Code::InvalidArgument, "operation.nodes is empty", details);
+        let failure = Failure::from(status);
+        assert_eq!(
+            failure.report(),
+            "error: operation.nodes is empty (INVALID_FIELDS)\n  operation.nodes: is empty\n  \
+             operation.schedule_time: is in the past\n"
+        );
+        assert_eq!(failure.exit_code(), 1);
+    }
+
+    #[test]
+    fn the_only_bad_field_is_not_said_twice() {
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("operation.nodes", "is empty");
+        let status = Status::with_error_details(Code::InvalidArgument, "operation.nodes: is empty", details);
+        assert_eq!(Failure::from(status).report(), "error: operation.nodes: is empty\n");
+    }
+
+    #[test]
+    fn the_controllers_own_advice_is_enough() {
+        let report = Failure::from(Status::not_found("no node x; `marcoctl nodes list` shows all")).report();
+        assert!(!report.contains("hint:"), "{report}");
+    }
+
+    #[test]
+    fn a_controller_that_cannot_work_now_counts_as_not_reachable() {
+        let failure = Failure::from(Status::unavailable("the store does not answer"));
+        assert_eq!(failure.exit_code(), 3);
+    }
+
+    #[test]
+    fn what_the_controller_says_cannot_steer_the_terminal() {
+        let report = Failure::from(Status::not_found("no \u{1b}[31mnode")).report();
+        assert!(!report.contains('\u{1b}'), "{report:?}");
+    }
+}

@@ -1,0 +1,222 @@
+//! What is shown while something is going on: bars on a terminal, lines elsewhere.
+
+mod live;
+
+use std::collections::HashMap;
+use std::io::IsTerminal as _;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use marco_proto::v1::execution::State;
+use marco_proto::v1::{Execution, ExecutionCounts, WatchOperationResponse};
+use tonic::Status;
+
+use crate::clock;
+use crate::failure::Failure;
+use crate::follow::Known;
+use crate::output::{Out, clean, clock_time, enum_word, id};
+use live::Live;
+
+/// A file, with and without a known total.
+const FILE: &str = "{msg:9} [{bar:32}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
+const FILE_COUNT: &str = "{msg:9} {spinner} {binary_bytes}";
+
+/// How an operation is shown while it is followed.
+#[derive(Debug)]
+pub(crate) enum View {
+    /// A line per node that changes in place, on stderr, which is a terminal.
+    Live(Box<Live>),
+    /// A line on stdout for each change.
+    Lines(Lines),
+    /// Each message as JSON on a line of stdout.
+    Json,
+    /// Not at all.
+    Silent,
+}
+
+impl View {
+    /// For `--wait`: where JSON was asked for, stdout is left to the final document.
+    pub(crate) fn for_wait(out: &Out) -> Self {
+        match (std::io::stderr().is_terminal(), out.is_json()) {
+            (true, _) => Self::Live(Box::default()),
+            (false, false) => Self::Lines(Lines::default()),
+            (false, true) => Self::Silent,
+        }
+    }
+
+    /// For `watch`: bars only where they do not stand in for what a program reads.
+    pub(crate) fn for_watch(out: &Out) -> Self {
+        let terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
+        match (out.is_json(), terminal) {
+            (true, _) => Self::Json,
+            (false, true) => Self::Live(Box::default()),
+            (false, false) => Self::Lines(Lines::default()),
+        }
+    }
+
+    /// Whether it writes to stdout.
+    pub(crate) fn is_for_stdout(&self) -> bool {
+        matches!(self, Self::Lines(_) | Self::Json)
+    }
+
+    /// Shows a message, which `known` has already taken in.
+    pub(crate) fn update(
+        &mut self,
+        message: &WatchOperationResponse,
+        known: &Known,
+        out: &mut Out,
+    ) -> Result<(), Failure> {
+        match self {
+            Self::Live(live) => {
+                live.update(message, known);
+                Ok(())
+            }
+            Self::Lines(lines) => lines.update(message, out),
+            Self::Json => out.json_line(message),
+            Self::Silent => Ok(()),
+        }
+    }
+
+    /// Shows that the connection broke and is tried again.
+    pub(crate) fn lost(&mut self, status: &Status) {
+        if let Self::Live(live) = self {
+            live.lost(status);
+        }
+    }
+
+    /// Takes away what changes in place; lines stay.
+    pub(crate) fn finish(&mut self) {
+        if let Self::Live(live) = self {
+            live.finish();
+        }
+    }
+}
+
+/// Lines, one for each change.
+#[derive(Debug, Default)]
+pub(crate) struct Lines {
+    operation: String,
+    nodes: HashMap<String, String>,
+}
+
+impl Lines {
+    fn update(&mut self, message: &WatchOperationResponse, out: &mut Out) -> Result<(), Failure> {
+        let time = clock_time(clock::now());
+        for execution in &message.executions {
+            let text = describe(execution);
+            if self.nodes.get(&execution.node) != Some(&text) {
+                out.line(&format!("{time}  {}  {text}", clean(&id(&execution.node))))?;
+                self.nodes.insert(execution.node.clone(), text);
+            }
+        }
+        if let Some(operation) = &message.operation {
+            let text = enum_word(operation.state().as_str_name(), "STATE_");
+            if self.operation != text {
+                out.line(&format!("{time}  {}  {text}", clean(&operation.name)))?;
+                self.operation = text;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// State of an execution in words, without numbers: it changes only when something happened.
+pub(crate) fn describe(execution: &Execution) -> String {
+    let mut text = enum_word(execution.state().as_str_name(), "STATE_");
+    let waits = enum_word(execution.wait_reason().as_str_name(), "WAIT_REASON_");
+    if execution.state() == State::Pending && !waits.is_empty() {
+        text = format!("{text} ({})", waits.to_lowercase().replace('_', " "));
+    }
+    if execution.overdue {
+        text.push_str(" OVERDUE");
+    }
+    if !execution.phase.is_empty() && !is_final(execution.state()) {
+        text = format!("{text}  {}", clean(&execution.phase));
+    }
+    if let Some(error) = &execution.error {
+        text = format!("{text}  {}: {}", clean(&error.reason), clean(&error.message));
+    }
+    text
+}
+
+/// Whether this state is the last.
+pub(crate) fn is_final(state: State) -> bool {
+    matches!(state, State::Succeeded | State::Failed | State::RolledBack | State::Cancelled | State::Expired)
+}
+
+/// How many nodes are done, and what became of the others.
+pub(crate) fn done_of(counts: &ExecutionCounts) -> String {
+    let done = counts.succeeded + counts.failed + counts.rolled_back + counts.cancelled + counts.expired;
+    let mut text = format!("{done}/{}", counts.total);
+    let bad = [
+        (counts.failed, "failed"),
+        (counts.rolled_back, "rolled back"),
+        (counts.cancelled, "cancelled"),
+        (counts.expired, "expired"),
+        (counts.overdue, "overdue"),
+    ];
+    let bad: Vec<String> =
+        bad.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+    if !bad.is_empty() {
+        text = format!("{text} ({})", bad.join(", "));
+    }
+    text
+}
+
+/// A bar for the bytes of one file; hidden when stderr is no terminal.
+pub(crate) fn byte_bar(what: &str, total: u64) -> ProgressBar {
+    // indicatif draws nothing itself where stderr is no terminal.
+    let bar = ProgressBar::new(total).with_message(what.to_owned());
+    bar.set_style(style(FILE).progress_chars("=> "));
+    bar
+}
+
+/// Turns a bar into a count of bytes whose total is not known.
+pub(crate) fn count_bytes(bar: &ProgressBar, what: &str, done: u64) {
+    bar.set_style(style(FILE_COUNT));
+    bar.unset_length();
+    bar.set_message(what.to_owned());
+    bar.set_position(done);
+}
+
+fn style(template: &'static str) -> ProgressStyle {
+    // The templates are constants of this file, and a test reads each of them.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use indicatif::ProgressStyle;
+    use marco_proto::v1::execution::{State, WaitReason};
+    use marco_proto::v1::{Execution, ExecutionCounts};
+
+    use super::{FILE, FILE_COUNT, describe, done_of};
+
+    #[test]
+    fn every_template_can_be_drawn() {
+        for template in [FILE, FILE_COUNT] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+
+    #[test]
+    fn a_state_is_told_with_what_it_waits_for_or_does() {
+        let mut execution = Execution { state: State::Pending.into(), ..Default::default() };
+        execution.wait_reason = WaitReason::NodeOffline.into();
+        assert_eq!(describe(&execution), "PENDING (node offline)");
+        let mut execution = Execution { state: State::Running.into(), ..Default::default() };
+        execution.phase = "unpacking".to_owned();
+        assert_eq!(describe(&execution), "RUNNING  unpacking");
+        execution.overdue = true;
+        assert_eq!(describe(&execution), "RUNNING OVERDUE  unpacking");
+        execution.state = State::Succeeded.into();
+        execution.overdue = false;
+        assert_eq!(describe(&execution), "SUCCEEDED");
+    }
+
+    #[test]
+    fn counts_name_only_what_went_wrong() {
+        let counts = ExecutionCounts { total: 4, succeeded: 2, failed: 1, active: 1, ..Default::default() };
+        assert_eq!(done_of(&counts), "3/4 (1 failed)");
+        assert_eq!(done_of(&ExecutionCounts { total: 1, ..Default::default() }), "0/1");
+    }
+}

@@ -1,0 +1,15 @@
+//! Runs the real `marcoctl` against a controller made for the test: what it prints, and with which exit code.
+#![allow(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "clippy.toml allows them in tests, but does not see that all of this is one"
+)]
+
+mod certificates;
+mod controller;
+mod operations;
+mod proxy;
+mod push;
+mod running;
+mod verbs;

@@ -1,0 +1,379 @@
+//! The recovery partition (p1) of a card in layout resident: stage an installer set, switch to it, confirm.
+//!
+//! Everything here blocks: call it off the runtime.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use crate::system::Board;
+
+mod file;
+pub mod render;
+
+pub(crate) use file::write_whole;
+use file::{read_json, remove_file, sha256_of_card, write_json};
+
+/// The partition could not be read, written, or did not hold what was written.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file or folder could not be read or written.
+    #[error("cannot {doing} {path}")]
+    Io {
+        /// What was tried, as a verb.
+        doing: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// The set is not one that can be booted.
+    #[error("the boot files are refused: {0}")]
+    Refused(String),
+    /// What was read back is not what was written.
+    #[error("{path} does not hold what was written to it: the card may be failing")]
+    NotWritten {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl BootError {
+    fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { doing, path, source }
+    }
+
+    /// A stable word for programs, for an execution's error.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Io { .. } => "BOOT_PARTITION_IO",
+            Self::Refused(_) => "BOOTCODE_REFUSED",
+            Self::NotWritten { .. } => "BOOT_PARTITION_NOT_WRITTEN",
+        }
+    }
+}
+
+/// A prefix that an installer set lives under on p1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefix {
+    /// `b0/`
+    B0,
+    /// `b1/`
+    B1,
+}
+
+impl Prefix {
+    /// As in `os_prefix=`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::B0 => "b0/",
+            Self::B1 => "b1/",
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::B0 => Self::B1,
+            Self::B1 => Self::B0,
+        }
+    }
+
+    /// Where it says which zip the set came from. Not within the set, which a publisher's zip fills.
+    fn record(self) -> &'static str {
+        match self {
+            Self::B0 => "marco/b0.json",
+            Self::B1 => "marco/b1.json",
+        }
+    }
+}
+
+/// What boots by default; a trial boot takes the other one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DefaultBoot {
+    /// The installed system: `boot_partition=4`, on trial 1.
+    System,
+    /// The installer: `boot_partition=1`, on trial 4.
+    Installer,
+}
+
+/// What the installer is to do: `marco/install.json` on p1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstallJob {
+    /// What to install.
+    pub instruction: Instruction,
+    /// Name of the execution.
+    pub execution: String,
+    /// Its attempt when it was armed.
+    pub attempt: u32,
+    /// The sequence of the last report when it was armed.
+    pub sequence: u64,
+    /// The boot id under which it was accepted.
+    pub boot_id: String,
+    /// Addresses of controllers, host:port, in order.
+    pub controllers: Vec<String>,
+    /// Address of the enrolment listener, host:port; empty: derived from the controllers.
+    #[serde(default)]
+    pub enroll: String,
+    /// The node's id, which is also its host name.
+    pub node: String,
+    /// Make home anew.
+    pub discard_home: bool,
+    /// How many trial boots were armed so far.
+    pub trials: u32,
+    /// Where the installer set of this job is.
+    pub prefix: Prefix,
+}
+
+/// What an installer does to the card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Instruction {
+    /// Erases root and boot partition and installs an image.
+    Install {
+        /// The image's id.
+        image: String,
+        /// Its SHA-256.
+        sha256: String,
+    },
+    /// Replaces the boot partition's files and leaves root alone.
+    BootOnly {
+        /// SHA-256 of the zip.
+        sha256: String,
+    },
+}
+
+/// Which zip a set came from, written last: a set without a record is not whole.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    /// SHA-256 of the zip.
+    sha256: String,
+    /// SHA-256 of each file.
+    files: BTreeMap<String, String>,
+}
+
+/// The recovery partition, mounted.
+#[derive(Debug, Clone)]
+pub struct BootPart {
+    recovery: PathBuf,
+    family: String,
+    device_tree: Option<&'static str>,
+}
+
+impl BootPart {
+    /// The partition that is mounted at `recovery` ([`Card::recovery`](crate::system::Card)) on this board.
+    pub fn new(recovery: impl Into<PathBuf>, board: &Board) -> Self {
+        Self { recovery: recovery.into(), family: board.family.clone(), device_tree: board.device_tree() }
+    }
+
+    /// The installer zip that the node keeps for when no controller has one.
+    pub fn fallback_zip(&self) -> PathBuf {
+        self.recovery.join("marco/fallback.zip")
+    }
+
+    /// The agent's own folder on the partition.
+    pub fn marco_dir(&self) -> PathBuf {
+        self.recovery.join("marco")
+    }
+
+    /// The complete set with this digest, if the card holds one. Reads it all, past the page cache.
+    pub fn holds(&self, sha256: &str) -> Result<Option<Prefix>, BootError> {
+        for prefix in [Prefix::B0, Prefix::B1] {
+            let Some(record) = self.record(prefix)? else { continue };
+            if record.sha256 == sha256 && self.compare(prefix, &record.files).is_ok() {
+                return Ok(Some(prefix));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Unpacks the zip, whose digest is `sha256`, into the set that is not the default, and reads it back past the page
+    /// cache; does nothing when the card holds that set already. The zip is checked before anything is written.
+    pub fn stage(&self, zip: &Path, sha256: &str) -> Result<Prefix, BootError> {
+        let _lock = self.lock()?;
+        if let Some(prefix) = self.holds(sha256)? {
+            return Ok(prefix);
+        }
+        let open = || File::open(zip).map_err(BootError::io("open", zip));
+        let summary = marco_archive::check_zip(open()?).map_err(|error| refused(error, zip))?;
+        marco_archive::check_installer_set(&summary).map_err(|error| BootError::Refused(error.to_string()))?;
+        let files: BTreeMap<String, String> =
+            summary.files.iter().map(|file| (file.name.clone(), hex::encode(file.sha256))).collect();
+        self.check_board(|name| files.contains_key(name), summary.config_txt.as_deref().unwrap_or_default())?;
+
+        let prefix = self.default_prefix()?.map_or(Prefix::B0, Prefix::other);
+        let (folder, record) = (self.recovery.join(prefix.as_str()), self.recovery.join(prefix.record()));
+        remove_file(&record)?;
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(BootError::io("empty", &folder)(error)),
+            _ => std::fs::create_dir_all(&folder).map_err(BootError::io("make", &folder))?,
+        }
+        marco_archive::unpack_zip(open()?, &folder).map_err(|error| refused(error, &folder))?;
+        let synced = File::open(&folder).and_then(|folder| Ok(rustix::fs::syncfs(folder)?));
+        synced.map_err(BootError::io("sync", &folder))?;
+        self.compare(prefix, &files)?;
+        write_json(&record, &Record { sha256: sha256.to_owned(), files })?;
+        Ok(prefix)
+    }
+
+    /// Makes the set the one that a trial boot of the installer takes.
+    pub fn name_for_tryboot(&self, prefix: Prefix) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        let default = self.default_prefix()?.unwrap_or(prefix);
+        let (default_lines, lines) = (self.lines(default)?, self.lines(prefix)?);
+        let trial = (prefix != default).then_some((prefix, lines.as_slice()));
+        file::write_in_place(&self.recovery.join("config.txt"), &render::config_txt((default, &default_lines), trial)?)
+    }
+
+    /// Makes the set the one that every boot of the installer takes.
+    pub fn make_default(&self, prefix: Prefix) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        file::write_in_place(
+            &self.recovery.join("config.txt"),
+            &render::config_txt((prefix, &self.lines(prefix)?), None)?,
+        )
+    }
+
+    /// Says what boots by default.
+    pub fn set_boot_partition(&self, default: DefaultBoot) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        file::write_in_place(&self.recovery.join("autoboot.txt"), &render::autoboot_txt(default)?)
+    }
+
+    /// Says what the installer is to do. Written as a whole, read back.
+    pub fn write_job(&self, job: &InstallJob) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        write_json(&self.job_file(), job)
+    }
+
+    /// What the installer is to do; none when nothing, or nothing readable, is there.
+    pub fn read_job(&self) -> Result<Option<InstallJob>, BootError> {
+        read_json(&self.job_file())
+    }
+
+    /// Removes the job, and what an installation kept of the old system for the new one.
+    pub fn clear_job(&self) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        remove_file(&self.keep_file())?;
+        remove_file(&self.job_file())
+    }
+
+    /// Where an installation keeps what outlives it: secrets, so not for longer than the job.
+    pub(crate) fn keep_file(&self) -> PathBuf {
+        self.marco_dir().join("keep.json")
+    }
+
+    /// Writes `installer-config.txt` as the 2015 system did: `export OS_IMG=NAME`, with no name when there is no image.
+    pub fn write_installer_config(&self, image: Option<&str>) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        let name = image.unwrap_or_default();
+        let name = name.strip_suffix(".tar.gz").unwrap_or(name);
+        write_whole(&self.recovery.join("installer-config.txt"), format!("export OS_IMG={name}\n").as_bytes())
+    }
+
+    /// Copies the node's key and certificates from `identity_dir` to `marco/`, for the installer to use.
+    pub fn stage_identity(&self, identity_dir: &Path) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        for name in IDENTITY {
+            let from = identity_dir.join(name);
+            let bytes = std::fs::read(&from).map_err(BootError::io("read", &from))?;
+            write_whole(&self.marco_dir().join(name), &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Removes them again.
+    pub fn remove_identity(&self) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        IDENTITY.iter().try_for_each(|name| remove_file(&self.marco_dir().join(name)))
+    }
+
+    fn job_file(&self) -> PathBuf {
+        self.recovery.join("marco/install.json")
+    }
+
+    /// Keeps out a thread of ours whose task was given up but which still writes.
+    fn lock(&self) -> Result<File, BootError> {
+        let (folder, path) = (self.marco_dir(), self.marco_dir().join("lock"));
+        std::fs::create_dir_all(&folder).map_err(BootError::io("make", folder))?;
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+        let locked = file.and_then(|file| {
+            rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+            Ok(file)
+        });
+        locked.map_err(BootError::io("lock", path))
+    }
+
+    /// The set that every boot of the installer takes now.
+    fn default_prefix(&self) -> Result<Option<Prefix>, BootError> {
+        let path = self.recovery.join("config.txt");
+        let config = match std::fs::read(&path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(BootError::io("read", path)(error)),
+        };
+        let conditions = marco_archive::config_txt::Conditions::default();
+        let config = marco_archive::config_txt::ConfigTxt::parse(&config);
+        let prefix = config.get("os_prefix", &conditions).map(str::trim);
+        Ok([Prefix::B0, Prefix::B1].into_iter().find(|known| Some(known.as_str()) == prefix))
+    }
+
+    /// What the set's own configuration gives p1's.
+    fn lines(&self, prefix: Prefix) -> Result<Vec<String>, BootError> {
+        let folder = self.recovery.join(prefix.as_str());
+        let path = folder.join("config.txt");
+        let config = std::fs::read(&path).map_err(BootError::io("read", path))?;
+        let config = String::from_utf8_lossy(&config);
+        self.check_board(|name| folder.join(name).is_file(), &config)
+    }
+
+    /// The same, from the text of its configuration; refuses a set that this board cannot boot.
+    fn check_board(&self, has: impl Fn(&str) -> bool, config: &str) -> Result<Vec<String>, BootError> {
+        let lines = render::set_lines(config, &self.family, self.device_tree);
+        let named = |key: &str| lines.iter().rev().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+        let kernel = match named("kernel") {
+            Some(name) => has(name).then_some(name),
+            None => render::kernels(&self.family).iter().copied().find(|name| has(name)),
+        };
+        let kernel = kernel.ok_or_else(|| BootError::Refused("they have no kernel for this board".into()))?.to_owned();
+        if let Some(missing) = named("device_tree").filter(|name| !has(name)) {
+            return Err(BootError::Refused(format!("they have no device tree for this board ({missing})")));
+        }
+        let explicit = format!("kernel={kernel}");
+        Ok(if lines.contains(&explicit) { lines } else { lines.into_iter().chain([explicit]).collect() })
+    }
+
+    fn record(&self, prefix: Prefix) -> Result<Option<Record>, BootError> {
+        read_json(&self.recovery.join(prefix.record()))
+    }
+
+    /// Whether the set holds exactly these contents on the card itself.
+    fn compare(&self, prefix: Prefix, files: &BTreeMap<String, String>) -> Result<(), BootError> {
+        for (name, digest) in files {
+            let path = self.recovery.join(prefix.as_str()).join(name);
+            if sha256_of_card(&path).map_err(BootError::io("read back", &path))? != *digest {
+                return Err(BootError::NotWritten { path });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The files of a node's identity.
+const IDENTITY: [&str; 3] = ["node.key", "node.crt", "ca.crt"];
+
+fn refused(error: marco_archive::Error, path: &Path) -> BootError {
+    match error {
+        marco_archive::Error::Refused(refused) => BootError::Refused(refused.to_string()),
+        marco_archive::Error::Io { source, .. } => BootError::io("unpack", path)(source),
+    }
+}
+
+#[cfg(test)]
+mod tests;

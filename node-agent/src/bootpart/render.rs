@@ -1,0 +1,139 @@
+//! The texts of p1's `config.txt` and `autoboot.txt`, always of the same length, so that a switch is one write in place.
+
+use marco_archive::config_txt::{Conditions, ConfigTxt};
+
+use super::{BootError, DefaultBoot, Prefix};
+
+/// Length of both files: one sector less one byte, and the firmware reads no more of `autoboot.txt`.
+pub const LENGTH: usize = 511;
+/// The file's first line, which tells people who made it.
+const HEAD: &str = "# Marco Bootstrap writes this\n";
+/// The firmware ignores what is behind this many characters of a line.
+const LINE: usize = 98;
+/// The lines that a set's own `config.txt` gives p1's for this board. The firmware reads no `config.txt` under a prefix,
+/// so they are copied. What would reach out of the set (`os_prefix`, `include`) or belongs to other boards is left out;
+/// command line and device tree are always named, since a key that is not would come from the other block.
+pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<String> {
+    let conditions = Conditions { models: vec![family.to_owned()], ..Conditions::default() };
+    let mut lines = Vec::new();
+    let mut fixed = vec![("cmdline", "cmdline.txt".to_owned())];
+    fixed.extend(device_tree.map(|name| ("device_tree", name.to_owned())));
+    for setting in ConfigTxt::parse(config).settings() {
+        if !setting.applies(&conditions) {
+            continue;
+        }
+        let (key, value) = (setting.key.as_str(), setting.value.trim());
+        match key {
+            "os_prefix" | "overlay_prefix" | "include" => {}
+            "initramfs" => lines.push(format!("initramfs {value}")),
+            _ => match fixed.iter_mut().find(|(name, _)| *name == key) {
+                Some((_, named)) if !value.is_empty() => value.clone_into(named),
+                Some(_) => {}
+                None => lines.push(format!("{key}={value}")),
+            },
+        }
+    }
+    lines.extend(fixed.into_iter().map(|(key, value)| format!("{key}={value}")));
+    lines
+}
+
+/// The kernels that the firmware of a board family tries, in order, unless `kernel=` names one.
+pub fn kernels(family: &str) -> &'static [&'static str] {
+    match family {
+        "pi1" => &["kernel.img"],
+        "pi2" => &["kernel7.img", "kernel.img"],
+        "pi5" => &["kernel_2712.img", "kernel8.img"],
+        _ => &["kernel8.img", "kernel7l.img", "kernel7.img", "kernel.img"],
+    }
+}
+
+/// p1's `config.txt`: the set that every boot of the installer takes, then the one that a trial boot takes.
+pub fn config_txt(
+    (default, default_lines): (Prefix, &[String]),
+    trial: Option<(Prefix, &[String])>,
+) -> Result<Vec<u8>, BootError> {
+    let mut text = format!("{HEAD}[all]\nos_prefix={}\n", default.as_str());
+    let trial_lines = trial.map(|(_, lines)| lines).unwrap_or_default();
+    if let Some(long) = default_lines.iter().chain(trial_lines).find(|line| line.len() > LINE) {
+        return Err(BootError::Refused(format!("a line of their config.txt is longer than {LINE} characters: {long}")));
+    }
+    push(&mut text, default_lines);
+    if let Some((prefix, lines)) = trial {
+        text.push_str(&format!("[tryboot]\nos_prefix={}\n", prefix.as_str()));
+        push(&mut text, lines);
+    }
+    pad(text)
+}
+
+fn push(text: &mut String, lines: &[String]) {
+    for line in lines {
+        text.push_str(line);
+        text.push('\n');
+    }
+}
+
+/// `autoboot.txt`.
+pub fn autoboot_txt(default: DefaultBoot) -> Result<Vec<u8>, BootError> {
+    let (partition, other) = match default {
+        DefaultBoot::System => (4, 1),
+        DefaultBoot::Installer => (1, 4),
+    };
+    pad(format!("[all]\ntryboot_a_b=1\nboot_partition={partition}\n[tryboot]\nboot_partition={other}\n"))
+}
+
+/// Pads with comments, which every stage of the firmware skips.
+fn pad(mut text: String) -> Result<Vec<u8>, BootError> {
+    if text.len() > LENGTH {
+        return Err(BootError::Refused(format!(
+            "their configuration does not fit: config.txt of the recovery partition would have {} bytes, and may have {LENGTH}",
+            text.len()
+        )));
+    }
+    while text.len() < LENGTH {
+        let line = (LENGTH - text.len()).min(LINE);
+        text.push_str(&"#".repeat(line - 1));
+        text.push('\n');
+    }
+    Ok(text.into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LENGTH, autoboot_txt, config_txt, set_lines};
+    use crate::bootpart::{BootError, DefaultBoot, Prefix};
+
+    #[test]
+    fn every_text_has_the_same_length() {
+        let lines = set_lines("auto_initramfs=0\ninitramfs i.img followkernel\n", "pi4", Some("a.dtb"));
+        for text in [
+            autoboot_txt(DefaultBoot::System).unwrap(),
+            autoboot_txt(DefaultBoot::Installer).unwrap(),
+            config_txt((Prefix::B0, &lines), None).unwrap(),
+            config_txt((Prefix::B1, &lines), Some((Prefix::B0, &lines))).unwrap(),
+        ] {
+            assert_eq!(text.len(), LENGTH);
+            assert_eq!(text.last(), Some(&b'\n'));
+        }
+    }
+
+    #[test]
+    fn a_configuration_that_does_not_fit_is_refused() {
+        let lines = vec!["#".repeat(90); 3];
+        let refused = config_txt((Prefix::B0, &lines), Some((Prefix::B1, &lines)));
+        assert!(matches!(refused, Err(BootError::Refused(_))));
+    }
+
+    #[test]
+    fn a_set_cannot_reach_out_of_its_prefix_or_its_block() {
+        let config =
+            "os_prefix=../\ninclude x.txt\n[pi5]\nkernel=five.img\n[tryboot]\ngpu_mem=1\n[all]\nauto_initramfs=0\n";
+        let lines = set_lines(config, "pi4", Some("bcm2711-rpi-4-b.dtb"));
+        assert_eq!(lines, ["auto_initramfs=0", "cmdline=cmdline.txt", "device_tree=bcm2711-rpi-4-b.dtb"]);
+    }
+
+    #[test]
+    fn lines_for_this_board_are_copied() {
+        let lines = set_lines("[pi4]\nkernel=four.img\ninitramfs i.img followkernel\n[none]\nx=1\n", "pi4", Some("d"));
+        assert_eq!(lines, ["kernel=four.img", "initramfs i.img followkernel", "cmdline=cmdline.txt", "device_tree=d"]);
+    }
+}

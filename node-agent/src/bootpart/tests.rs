@@ -1,0 +1,181 @@
+use std::fs;
+use std::io::{Cursor, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use super::render::LENGTH;
+use super::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
+use crate::system::Board;
+
+struct Card {
+    dir: TempDir,
+    part: BootPart,
+}
+
+impl Card {
+    fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        let board = Board { family: "pi4".into(), ..Board::default() };
+        Self { part: BootPart::new(dir.path(), &board), dir }
+    }
+
+    /// An installer's zip; its digest.
+    fn zip(&self, name: &str, kernel: &str, without: &str) -> (PathBuf, String) {
+        let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+        for (file, text) in [
+            ("kernel8.img", kernel),
+            ("cmdline.txt", "console=tty1"),
+            ("config.txt", "auto_initramfs=0\ninitramfs i.img followkernel\n"),
+            ("i.img", "initramfs"),
+            ("bcm2711-rpi-4-b.dtb", "device tree"),
+            ("bcm2712-rpi-5-b.dtb", "device tree"),
+            ("overlays/README", "readme"),
+            ("overlays/overlay_map.dtb", "map"),
+        ] {
+            if file != without {
+                zip.start_file(file, zip::write::SimpleFileOptions::default()).unwrap();
+                zip.write_all(text.as_bytes()).unwrap();
+            }
+        }
+        let bytes = zip.finish().unwrap().into_inner();
+        let path = self.dir.path().join(name);
+        fs::write(&path, &bytes).unwrap();
+        (path, hex::encode(Sha256::digest(&bytes)))
+    }
+
+    fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.path().join(name)).unwrap()
+    }
+}
+
+#[test]
+fn a_set_goes_where_the_default_is_not() {
+    let card = Card::new();
+    let (zip, digest) = card.zip("a.zip", "one", "");
+    assert_eq!(card.part.stage(&zip, &digest).unwrap(), Prefix::B0);
+    card.part.make_default(Prefix::B0).unwrap();
+    let (zip, digest) = card.zip("b.zip", "two", "");
+    assert_eq!(card.part.stage(&zip, &digest).unwrap(), Prefix::B1);
+    let (zip, digest) = card.zip("c.zip", "three", "");
+    assert_eq!(card.part.stage(&zip, &digest).unwrap(), Prefix::B1);
+    assert_eq!((card.read("b0/kernel8.img").as_str(), card.read("b1/kernel8.img").as_str()), ("one", "three"));
+}
+
+#[test]
+fn a_set_that_the_card_holds_is_not_written_again() {
+    let card = Card::new();
+    let (zip, digest) = card.zip("a.zip", "one", "");
+    let prefix = card.part.stage(&zip, &digest).unwrap();
+    card.part.make_default(prefix).unwrap();
+    let before = fs::metadata(card.dir.path().join("b0/kernel8.img")).unwrap().ino();
+    fs::remove_file(&zip).unwrap();
+    assert_eq!(card.part.holds(&digest).unwrap(), Some(prefix));
+    assert_eq!(card.part.stage(&zip, &digest).unwrap(), prefix);
+    assert_eq!(fs::metadata(card.dir.path().join("b0/kernel8.img")).unwrap().ino(), before);
+}
+
+#[test]
+fn a_set_that_was_damaged_is_not_trusted() {
+    let card = Card::new();
+    let (zip, digest) = card.zip("a.zip", "one", "");
+    card.part.stage(&zip, &digest).unwrap();
+    fs::write(card.dir.path().join("b0/kernel8.img"), "bad").unwrap();
+    assert_eq!(card.part.holds(&digest).unwrap(), None);
+    card.part.stage(&zip, &digest).unwrap();
+    assert_eq!(card.read("b0/kernel8.img"), "one");
+}
+
+#[test]
+fn a_set_for_another_board_or_without_a_part_is_refused_before_anything_is_written() {
+    for without in ["bcm2711-rpi-4-b.dtb", "kernel8.img", "i.img", "overlays/README", "cmdline.txt"] {
+        let card = Card::new();
+        let (zip, digest) = card.zip("a.zip", "one", without);
+        assert!(matches!(card.part.stage(&zip, &digest), Err(BootError::Refused(_))), "without {without}");
+        assert!(!card.dir.path().join("b0").exists(), "without {without}");
+    }
+}
+
+#[test]
+fn a_switch_is_one_write_of_the_same_length_into_the_same_file() {
+    let card = Card::new();
+    let identity = |name: &str| {
+        let found = fs::metadata(card.dir.path().join(name)).unwrap();
+        (found.ino(), found.len())
+    };
+    card.part.set_boot_partition(DefaultBoot::System).unwrap();
+    let before = identity("autoboot.txt");
+    assert_eq!(before.1, u64::try_from(LENGTH).unwrap());
+    assert!(
+        card.read("autoboot.txt").starts_with("[all]\ntryboot_a_b=1\nboot_partition=4\n[tryboot]\nboot_partition=1\n")
+    );
+    card.part.set_boot_partition(DefaultBoot::Installer).unwrap();
+    assert_eq!(identity("autoboot.txt"), before);
+    assert!(
+        card.read("autoboot.txt").starts_with("[all]\ntryboot_a_b=1\nboot_partition=1\n[tryboot]\nboot_partition=4\n")
+    );
+
+    let (zip, digest) = card.zip("a.zip", "one", "");
+    card.part.stage(&zip, &digest).unwrap();
+    card.part.make_default(Prefix::B0).unwrap();
+    let before = identity("config.txt");
+    let (zip, digest) = card.zip("b.zip", "two", "");
+    let prefix = card.part.stage(&zip, &digest).unwrap();
+    card.part.name_for_tryboot(prefix).unwrap();
+    assert_eq!(identity("config.txt"), before);
+    assert!(card.read("config.txt").contains("[tryboot]\nos_prefix=b1/\n"));
+    card.part.make_default(prefix).unwrap();
+    assert_eq!(identity("config.txt"), before);
+    assert!(card.read("config.txt").contains("[all]\nos_prefix=b1/\n"));
+}
+
+#[test]
+fn a_job_is_read_back_and_a_torn_one_is_none() {
+    let card = Card::new();
+    let job = InstallJob {
+        instruction: Instruction::Install { image: "image".into(), sha256: "00".into() },
+        execution: "operations/x/executions/pi-01".into(),
+        attempt: 1,
+        sequence: 2,
+        boot_id: "b".into(),
+        controllers: vec!["a:1346".into()],
+        enroll: String::new(),
+        node: "pi-01".into(),
+        discard_home: false,
+        trials: 0,
+        prefix: Prefix::B1,
+    };
+    assert_eq!(card.part.read_job().unwrap(), None);
+    card.part.write_job(&job).unwrap();
+    assert_eq!(card.part.read_job().unwrap().as_ref(), Some(&job));
+    let path = card.dir.path().join("marco/install.json");
+    let whole = fs::read(&path).unwrap();
+    fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+    assert_eq!(card.part.read_job().unwrap(), None);
+    fs::write(card.part.keep_file(), "secret").unwrap();
+    card.part.clear_job().unwrap();
+    assert!(!path.exists() && !card.part.keep_file().exists());
+}
+
+#[test]
+fn the_installer_of_2015_finds_its_image() {
+    let card = Card::new();
+    card.part.write_installer_config(Some("ArchLinuxARM-rpi-2-latest.tar.gz")).unwrap();
+    assert_eq!(card.read("installer-config.txt"), "export OS_IMG=ArchLinuxARM-rpi-2-latest\n");
+}
+
+#[test]
+fn an_identity_is_staged_for_its_owner_only_and_removed() {
+    let card = Card::new();
+    let identity = TempDir::new().unwrap();
+    for name in super::IDENTITY {
+        fs::write(identity.path().join(name), name).unwrap();
+    }
+    card.part.stage_identity(identity.path()).unwrap();
+    let key = card.dir.path().join("marco/node.key");
+    assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
+    card.part.remove_identity().unwrap();
+    assert!(!key.exists());
+}

@@ -1,0 +1,17 @@
+//! Errors, told with their causes.
+
+/// An error's message and those of its causes, in one line. A cause whose message the one before it already ends with
+/// is not repeated.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let message = error.to_string();
+        if !text.ends_with(&message) {
+            text.push_str(": ");
+            text.push_str(&message);
+        }
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,199 @@
+//! Downloads of artifacts: resumable at the byte where they stopped, from any controller, each chunk checked before
+//! anything else sees it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tonic::transport::Channel;
+
+use fetch::Fetch;
+
+mod fetch;
+mod header;
+
+/// Verified chunks that wait for whoever writes them, besides the one being received.
+const WAITING: usize = 2;
+
+/// An error of whoever makes connections.
+pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;
+/// Makes a fresh connection to some controller; called once for each try, so that it can take another one each time.
+pub type Connect = Arc<dyn Fn() -> BoxFuture<'static, Result<Channel, ConnectError>> + Send + Sync>;
+/// Told how many bytes are verified, of how many.
+pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
+
+/// A download was given up.
+#[derive(Debug, thiserror::Error)]
+pub enum DownloadError {
+    /// The caller wanted no more of it.
+    #[error("the download was cancelled")]
+    Cancelled,
+    /// The controller has no such artifact, or does not let this node have it.
+    #[error("the controller refuses the download: {0}")]
+    Refused(String),
+    /// What was sent is not what was asked for.
+    #[error("{0}")]
+    Corrupt(String),
+    /// Too many tries in a row without a chunk.
+    #[error("no progress in {tries} tries; the last one: {last}")]
+    GivenUp {
+        /// How many.
+        tries: u32,
+        /// Why the last one failed.
+        last: String,
+    },
+    /// The file could not be written.
+    #[error("cannot write the download")]
+    Io(#[from] std::io::Error),
+}
+
+impl DownloadError {
+    /// A stable word for programs, for an execution's error.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Cancelled => "CANCELLED",
+            Self::Refused(_) => "DOWNLOAD_REFUSED",
+            Self::Corrupt(_) => "DIGEST_MISMATCH",
+            Self::GivenUp { .. } => "DOWNLOAD_FAILED",
+            Self::Io(_) => "DISK_IO",
+        }
+    }
+}
+
+/// When to try again, and when not any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Policy {
+    /// Ceiling of the first pause; doubled with each further try.
+    pub first_pause: std::time::Duration,
+    /// Ceiling of every pause.
+    pub longest_pause: std::time::Duration,
+    /// Given up after so many tries in a row that brought no byte.
+    pub tries: u32,
+    /// A connection on which nothing arrives for so long is given up for another.
+    pub stall: std::time::Duration,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        use std::time::Duration;
+        Self {
+            first_pause: Duration::from_millis(200),
+            longest_pause: Duration::from_secs(15),
+            tries: 20,
+            stall: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Downloads artifacts.
+#[derive(Clone)]
+pub struct Downloader {
+    connect: Connect,
+    policy: Policy,
+}
+
+impl std::fmt::Debug for Downloader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Downloader").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+/// A download whose header is here; its chunks arrive in order, each checked.
+#[derive(Debug)]
+pub struct Download {
+    /// Size of the whole in bytes.
+    pub size_bytes: u64,
+    /// The chunks. They end after the last one, when the digest of the whole was right too; or with an error.
+    pub chunks: mpsc::Receiver<Result<Bytes, DownloadError>>,
+    /// Ends with this value; to be kept while chunks are wanted.
+    pub receiving: Receiving,
+}
+
+/// The task that receives; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Receiving(#[expect(dead_code, reason = "held for its Drop only")] AbortOnDropHandle<()>);
+
+impl Downloader {
+    /// With the default policy.
+    pub fn new(connect: Connect) -> Self {
+        Self::with_policy(connect, Policy::default())
+    }
+
+    /// With a policy.
+    pub fn with_policy(connect: Connect, policy: Policy) -> Self {
+        Self { connect, policy }
+    }
+
+    /// Downloads the bytes with this digest to a file; goes on from what an interrupted try left there, as far as that
+    /// is right. The file is synced. One that turns out to be wrong in the end is removed.
+    ///
+    /// # Errors
+    /// As [`DownloadError`]; except when the whole is corrupt, what is there is kept for the next try.
+    pub async fn to_file(
+        &self,
+        sha256: &str,
+        path: &Path,
+        progress: Progress,
+        cancel: &CancellationToken,
+    ) -> Result<(), DownloadError> {
+        let Download { size_bytes, mut chunks, receiving: _receiving } =
+            self.start(sha256, Some(path.to_owned()), cancel).await?;
+        let mut file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await?;
+        // The task has cut the file back to the chunks that are right.
+        let mut done = file.metadata().await?.len();
+        progress(done, size_bytes);
+        while let Some(chunk) = chunks.recv().await {
+            match chunk {
+                Ok(chunk) => {
+                    file.write_all(&chunk).await?;
+                    done += u64::try_from(chunk.len()).unwrap_or_default();
+                    progress(done, size_bytes);
+                }
+                Err(error) => {
+                    file.flush().await?;
+                    if matches!(error, DownloadError::Corrupt(_)) {
+                        tokio::fs::remove_file(path).await?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        file.flush().await?;
+        file.sync_all().await?;
+        if done == size_bytes { Ok(()) } else { Err(DownloadError::Corrupt("the download ended early".into())) }
+    }
+
+    /// Starts to download the bytes with this digest. Returns with the header; dropping the result ends it.
+    ///
+    /// # Errors
+    /// No header could be had. What goes wrong later arrives among the chunks.
+    pub async fn stream(&self, sha256: &str, cancel: &CancellationToken) -> Result<Download, DownloadError> {
+        self.start(sha256, None, cancel).await
+    }
+
+    async fn start(
+        &self,
+        sha256: &str,
+        existing: Option<PathBuf>,
+        cancel: &CancellationToken,
+    ) -> Result<Download, DownloadError> {
+        let (sender, chunks) = mpsc::channel(WAITING);
+        let (opened, header) = tokio::sync::oneshot::channel();
+        let fetch = Fetch::new(Arc::clone(&self.connect), self.policy, sha256, existing, opened, sender);
+        let cancel = cancel.clone();
+        let task = AbortOnDropHandle::new(tokio::spawn(fetch.run(cancel)));
+        match header.await {
+            Ok(Ok(size_bytes)) => Ok(Download { size_bytes, chunks, receiving: Receiving(task) }),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(DownloadError::Corrupt("the download ended before it began".into())),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,296 @@
+//! The task behind a download: connects, receives, checks, and goes on where it was cut.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use bytes::{Bytes, BytesMut};
+use marco_proto::names::CHUNK_SIZE;
+use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
+use marco_proto::v1::download_artifact_response::Part;
+use marco_proto::v1::{DownloadArtifactRequest, DownloadArtifactResponse};
+use sha2::{Digest, Sha256};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+
+use super::header::Header;
+use super::{Connect, DownloadError, Policy};
+use crate::backoff::full_jitter;
+
+/// A chunk that was wrong so often in a row is wrong at its source.
+const WRONG_CHUNKS: u32 = 3;
+
+/// Why a try ended.
+enum Ended {
+    /// Another one may do better.
+    Retry(String),
+    /// None will.
+    Failed(DownloadError),
+    /// Nobody listens any more.
+    Unwanted,
+}
+
+impl From<DownloadError> for Ended {
+    fn from(error: DownloadError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// A download and how far it is.
+pub(super) struct Fetch {
+    connect: Connect,
+    policy: Policy,
+    sha256: String,
+    /// A file with the beginning, as long as it was not looked at.
+    existing: Option<PathBuf>,
+    opened: Option<oneshot::Sender<Result<u64, DownloadError>>>,
+    chunks: mpsc::Sender<Result<Bytes, DownloadError>>,
+    /// From the first controller that answered; the others must say the same.
+    header: Option<Header>,
+    /// The chunk that is being received.
+    chunk: u64,
+    /// What is here of it, unchecked. A cut connection goes on behind it.
+    partial: BytesMut,
+    /// Over all checked chunks.
+    whole: Sha256,
+    /// How often in a row this chunk was wrong.
+    wrong: u32,
+    /// Whether this try brought anything.
+    advanced: bool,
+}
+
+impl Fetch {
+    pub(super) fn new(
+        connect: Connect,
+        policy: Policy,
+        sha256: &str,
+        existing: Option<PathBuf>,
+        opened: oneshot::Sender<Result<u64, DownloadError>>,
+        chunks: mpsc::Sender<Result<Bytes, DownloadError>>,
+    ) -> Self {
+        Self {
+            connect,
+            policy,
+            sha256: sha256.to_owned(),
+            existing,
+            opened: Some(opened),
+            chunks,
+            header: None,
+            chunk: 0,
+            partial: BytesMut::new(),
+            whole: Sha256::new(),
+            wrong: 0,
+            advanced: false,
+        }
+    }
+
+    /// Until the end, good or bad, which the receiver of the header or of the chunks is told.
+    pub(super) async fn run(mut self, cancel: CancellationToken) {
+        let chunks = self.chunks.clone();
+        let ended = tokio::select! {
+            // Whatever is dropped half done, nothing was handed on that was not checked.
+            ended = self.until_done() => ended,
+            () = cancel.cancelled() => Err(DownloadError::Cancelled),
+            () = chunks.closed() => Ok(()),
+        };
+        if let Err(error) = ended {
+            match self.opened.take() {
+                // A closed channel: nobody wants to know.
+                Some(opened) => drop(opened.send(Err(error))),
+                None => drop(self.chunks.send(Err(error)).await),
+            }
+        }
+    }
+
+    async fn until_done(&mut self) -> Result<(), DownloadError> {
+        let mut tries = 0_u32;
+        loop {
+            self.advanced = false;
+            let last = match self.attempt().await {
+                Ok(()) | Err(Ended::Unwanted) => return Ok(()),
+                Err(Ended::Failed(error)) => return Err(error),
+                Err(Ended::Retry(last)) => last,
+            };
+            tries = if self.advanced { 1 } else { tries + 1 };
+            if tries >= self.policy.tries {
+                return Err(DownloadError::GivenUp { tries, last });
+            }
+            tracing::info!(artifact = %self.sha256, error = %last, tries, "download interrupted; trying again");
+            let ceiling = self.policy.first_pause.saturating_mul(1_u32.checked_shl(tries - 1).unwrap_or(u32::MAX));
+            sleep(full_jitter(ceiling.min(self.policy.longest_pause))).await;
+        }
+    }
+
+    /// One connection.
+    async fn attempt(&mut self) -> Result<(), Ended> {
+        let late = |_| Ended::Retry(format!("nothing arrived for {} s", self.policy.stall.as_secs_f32()));
+        let channel = timeout(self.policy.stall, (self.connect)())
+            .await
+            .map_err(late)?
+            .map_err(|error| Ended::Retry(error.to_string()))?;
+        let offset = self.offset().await;
+        let request = DownloadArtifactRequest { name: format!("artifacts/sha256:{}", self.sha256), offset };
+        let mut client = ArtifactServiceClient::new(channel);
+        let answer = timeout(self.policy.stall, client.download_artifact(request)).await.map_err(late)?;
+        let mut stream = answer.map_err(|status| judge(&status))?.into_inner();
+
+        match self.next(&mut stream).await? {
+            Some(DownloadArtifactResponse { part: Some(Part::Header(sent)) }) => {
+                let header = Header::check(sent, &self.sha256).map_err(DownloadError::Corrupt)?;
+                self.accept(header).await?;
+            }
+            _ => return Err(Ended::Retry("the controller did not begin with a header".into())),
+        }
+        if self.missing() > 0 && self.position() != offset {
+            // What the file holds was less than its length promised; this stream begins behind that.
+            self.advanced = true;
+            return Err(Ended::Retry("the file that was there is not the beginning of this artifact".into()));
+        }
+        while self.missing() > 0 {
+            match self.next(&mut stream).await? {
+                Some(DownloadArtifactResponse { part: Some(Part::Chunk(sent)) }) => {
+                    if sent.offset != self.position() {
+                        return Err(Ended::Retry("bytes arrived out of order".into()));
+                    }
+                    self.take(sent.data).await?;
+                }
+                Some(_) => return Err(Ended::Retry("a message arrived that is no data".into())),
+                None => return Err(Ended::Retry("the controller ended the download early".into())),
+            }
+        }
+        let found = hex::encode(self.whole.clone().finalize());
+        if found == self.sha256 {
+            return Ok(());
+        }
+        Err(DownloadError::Corrupt(format!("the whole has the SHA-256 {found} instead of {}", self.sha256)).into())
+    }
+
+    async fn next(
+        &self,
+        stream: &mut Streaming<DownloadArtifactResponse>,
+    ) -> Result<Option<DownloadArtifactResponse>, Ended> {
+        match timeout(self.policy.stall, stream.message()).await {
+            Ok(Ok(message)) => Ok(message),
+            Ok(Err(status)) => Err(judge(&status)),
+            Err(_) => Err(Ended::Retry(format!("nothing arrived for {} s", self.policy.stall.as_secs_f32()))),
+        }
+    }
+
+    /// Where to go on. Before the first header that is a guess: whole chunks of the usual size that the file has.
+    async fn offset(&self) -> u64 {
+        let Some(existing) = &self.existing else { return self.position() };
+        let length = tokio::fs::metadata(existing).await.map_or(0, |file| file.len());
+        length - length % u64::from(CHUNK_SIZE)
+    }
+
+    /// Bytes that are here, checked or not.
+    fn position(&self) -> u64 {
+        let start = self.header.as_ref().map_or(0, |header| header.start(self.chunk));
+        start + u64::try_from(self.partial.len()).unwrap_or_default()
+    }
+
+    /// Bytes that the present chunk still lacks; 0 at the end of the whole.
+    fn missing(&self) -> usize {
+        let length = self.header.as_ref().map_or(0, |header| header.length(self.chunk));
+        length.saturating_sub(self.partial.len())
+    }
+
+    /// The first header is kept, and tells how much of an existing file is right; every other must equal it.
+    async fn accept(&mut self, header: Header) -> Result<(), Ended> {
+        if let Some(before) = &self.header {
+            let same = *before == header;
+            let differs = || DownloadError::Corrupt("the controllers disagree about the artifact's chunks".into());
+            return if same { Ok(()) } else { Err(differs().into()) };
+        }
+        if let Some(existing) = self.existing.take() {
+            let (known, path) = (header.clone(), existing);
+            let checked = tokio::task::spawn_blocking(move || check_file(&known, &path)).await;
+            let checked = checked.map_err(|error| Ended::Retry(format!("checking the file did not end: {error}")))?;
+            (self.chunk, self.whole) = checked.map_err(DownloadError::Io)?;
+        }
+        if let Some(opened) = self.opened.take()
+            && opened.send(Ok(header.size)).is_err()
+        {
+            return Err(Ended::Unwanted);
+        }
+        self.header = Some(header);
+        Ok(())
+    }
+
+    /// Adds bytes; hands on each chunk that they complete, when it is right.
+    async fn take(&mut self, mut data: Bytes) -> Result<(), Ended> {
+        while !data.is_empty() {
+            let missing = self.missing();
+            if missing == 0 {
+                return Err(Ended::Retry("more bytes arrived than the artifact has".into()));
+            }
+            if self.partial.capacity() < missing {
+                self.partial.reserve(missing);
+            }
+            self.advanced = true;
+            self.partial.extend_from_slice(&data.split_to(missing.min(data.len())));
+            if self.missing() == 0 {
+                self.finish_chunk().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish_chunk(&mut self) -> Result<(), Ended> {
+        let Some(header) = self.header.clone() else { return Ok(()) };
+        let (bytes, chunk, mut whole) = (self.partial.split().freeze(), self.chunk, self.whole.clone());
+        let checked = tokio::task::spawn_blocking(move || {
+            let right = header.matches(chunk, &bytes);
+            if right {
+                whole.update(&bytes);
+            }
+            (right, bytes, whole)
+        });
+        let (right, bytes, whole) =
+            checked.await.map_err(|error| Ended::Retry(format!("checking a chunk did not end: {error}")))?;
+        if !right {
+            self.wrong += 1;
+            self.advanced = false;
+            let message = format!("chunk {chunk} does not have its SHA-256");
+            let give_up = self.wrong >= WRONG_CHUNKS;
+            return Err(if give_up { DownloadError::Corrupt(message).into() } else { Ended::Retry(message) });
+        }
+        self.whole = whole;
+        self.wrong = 0;
+        self.chunk += 1;
+        self.chunks.send(Ok(bytes)).await.map_err(|_| Ended::Unwanted)
+    }
+}
+
+/// Whether another try, perhaps at another controller, can do better.
+fn judge(status: &Status) -> Ended {
+    let said = format!("{:?}: {}", status.code(), status.message());
+    match status.code() {
+        Code::NotFound
+        | Code::PermissionDenied
+        | Code::InvalidArgument
+        | Code::FailedPrecondition
+        | Code::OutOfRange
+        | Code::Unimplemented => Ended::Failed(DownloadError::Refused(said)),
+        _ => Ended::Retry(said),
+    }
+}
+
+/// How many chunks at the beginning of the file are right, and the digest over them; the rest is cut off.
+fn check_file(header: &Header, path: &std::path::Path) -> std::io::Result<(u64, Sha256)> {
+    let (mut chunk, mut whole, mut buffer) = (0, Sha256::new(), Vec::new());
+    let mut file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    loop {
+        let length = header.length(chunk);
+        buffer.clear();
+        let wanted = u64::try_from(length).unwrap_or_default();
+        if length == 0 || (&mut file).take(wanted).read_to_end(&mut buffer)? < length || !header.matches(chunk, &buffer)
+        {
+            file.set_len(header.start(chunk))?;
+            return Ok((chunk, whole));
+        }
+        whole.update(&buffer);
+        chunk += 1;
+    }
+}

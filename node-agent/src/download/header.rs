@@ -1,0 +1,84 @@
+//! What a controller says about an artifact before it sends it.
+
+use bytes::Bytes;
+use marco_proto::v1::DownloadHeader;
+use sha2::{Digest, Sha256};
+
+/// A larger chunk than this is not held in memory for anybody.
+const LARGEST_CHUNK: u64 = 64 * 1024 * 1024;
+
+/// A header that makes sense. The list of digests is taken from an authenticated controller; the digest of the whole is
+/// the one that was asked for, and is checked besides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) size: u64,
+    chunk_size: u64,
+    digests: Bytes,
+}
+
+impl Header {
+    /// Checks what was sent against what was asked for.
+    pub(super) fn check(sent: DownloadHeader, sha256: &str) -> Result<Self, String> {
+        let (size, chunk_size) = (sent.size_bytes, u64::from(sent.chunk_size));
+        if sent.sha256 != sha256 {
+            return Err(format!("the controller sends {} instead of {sha256}", sent.sha256.escape_debug()));
+        }
+        if chunk_size == 0 || chunk_size > LARGEST_CHUNK {
+            return Err(format!("chunks of {chunk_size} bytes are not taken"));
+        }
+        let digests = u64::try_from(sent.chunk_sha256.len()).unwrap_or(u64::MAX);
+        if Some(digests) != size.div_ceil(chunk_size).checked_mul(32) {
+            return Err("the list of the chunks' digests does not fit the size".into());
+        }
+        Ok(Self { size, chunk_size, digests: sent.chunk_sha256 })
+    }
+
+    /// Where the chunk begins.
+    pub(super) fn start(&self, chunk: u64) -> u64 {
+        chunk.saturating_mul(self.chunk_size).min(self.size)
+    }
+
+    /// How long the chunk is; 0 behind the last one.
+    pub(super) fn length(&self, chunk: u64) -> usize {
+        usize::try_from(self.start(chunk.saturating_add(1)) - self.start(chunk)).unwrap_or_default()
+    }
+
+    /// Whether these are the chunk's bytes.
+    pub(super) fn matches(&self, chunk: u64, bytes: &[u8]) -> bool {
+        let from = usize::try_from(chunk).ok().and_then(|chunk| chunk.checked_mul(32));
+        let digest = from.and_then(|from| self.digests.get(from..from.checked_add(32)?));
+        bytes.len() == self.length(chunk) && digest == Some(Sha256::digest(bytes).as_slice())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use marco_proto::v1::DownloadHeader;
+
+    use super::Header;
+
+    fn sent(size: u64, chunk: u32, digests: usize) -> DownloadHeader {
+        let chunk_sha256 = vec![0; digests].into();
+        DownloadHeader { size_bytes: size, sha256: "aa".into(), chunk_size: chunk, chunk_sha256 }
+    }
+
+    #[test]
+    fn the_last_chunk_is_shorter() {
+        let header = Header::check(sent(10, 4, 96), "aa").unwrap();
+        assert_eq!([0, 1, 2, 3].map(|chunk| header.length(chunk)), [4, 4, 2, 0]);
+        assert_eq!(Header::check(sent(0, 4, 0), "aa").unwrap().length(0), 0);
+    }
+
+    #[test]
+    fn a_header_that_makes_no_sense_is_refused() {
+        for (header, asked) in [
+            (sent(10, 4, 96), "bb"),
+            (sent(10, 0, 96), "aa"),
+            (sent(10, u32::MAX, 32), "aa"),
+            (sent(10, 4, 95), "aa"),
+            (sent(u64::MAX, 4, 96), "aa"),
+        ] {
+            assert!(Header::check(header, asked).is_err());
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! A file that is replaced whole, or not at all.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+/// Where the next contents of `path` are written before they take its name.
+pub(crate) fn successor(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    path.with_file_name(name)
+}
+
+/// Replaces the file at `path` by `contents`, with permissions `mode`. When it returns, the new contents are on the
+/// disk; when it fails, or the power does, the old ones are.
+pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
+    let directory = path.parent().ok_or_else(|| io::Error::other("the path has no directory"))?;
+    std::fs::create_dir_all(directory)?;
+    let successor = successor(path);
+    // Left by a crash, perhaps with other permissions.
+    match std::fs::remove_file(&successor) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&successor)?;
+    file.write_all(contents)?;
+    file.sync_all()?;
+    std::fs::rename(&successor, path)?;
+    File::open(directory)?.sync_all()
+}

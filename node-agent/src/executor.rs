@@ -1,0 +1,458 @@
+//! Does the jobs of the journal, one at a time: each step is journalled before it is done.
+//!
+//! What to do next follows from the journal alone ([`job::resume`]), so an agent that was killed goes on by the same
+//! code as one that was not.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tokio_util::sync::CancellationToken;
+
+use crate::bootpart::{BootError, BootPart};
+use crate::cause::chain;
+use crate::download::{DownloadError, Downloader};
+use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume};
+use crate::journal::{Entry, Journal, JournalError, Progress};
+use crate::system::{self, Board, Down, Reboot, System, SystemError};
+
+mod update;
+
+/// How often the command to go down is given before the job fails.
+const MAX_COMMANDS: u32 = 3;
+/// The installer takes only updates with an image.
+pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
+/// The machine was told to restart three times, and did not.
+pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
+
+/// What the executor is told about the node.
+#[derive(Clone)]
+pub struct Settings {
+    /// The node's id.
+    pub node: String,
+    /// Addresses of controllers, host:port, for the installer.
+    pub controllers: Vec<String>,
+    /// Address of the enrolment listener, host:port, for the installer; empty: derived from the controllers.
+    pub enroll: String,
+    /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
+    /// waits a fifth of that, for the operators' sake only.
+    pub farewell: Duration,
+    /// How long the machine may take to go down before the command is given again.
+    pub patience: Duration,
+    /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
+    pub verdict: Duration,
+    /// The longest pause before an installation that failed on the way is tried again.
+    pub max_pause: Duration,
+    /// The controller's time.
+    pub now: Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>,
+}
+
+impl std::fmt::Debug for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Settings").field("node", &self.node).field("controllers", &self.controllers).finish()
+    }
+}
+
+/// A step of a job could not be done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StepError {
+    /// It was called off in time.
+    #[error("the job was cancelled")]
+    Cancelled,
+    /// It cannot be done; final.
+    #[error("{}: {}", .0.reason, .0.message)]
+    Failed(Failure),
+    /// The journal could not be written: nothing more is done until it can.
+    #[error(transparent)]
+    Journal(JournalError),
+}
+
+impl From<JournalError> for StepError {
+    fn from(error: JournalError) -> Self {
+        match error {
+            JournalError::CancelRequested => Self::Cancelled,
+            other => Self::Journal(other),
+        }
+    }
+}
+
+impl From<BootError> for StepError {
+    fn from(error: BootError) -> Self {
+        Self::Failed(Failure::new(error.reason(), chain(&error)))
+    }
+}
+
+impl From<SystemError> for StepError {
+    fn from(error: SystemError) -> Self {
+        Self::Failed(Failure::new("SYSTEM_ERROR", chain(&error)))
+    }
+}
+
+impl From<DownloadError> for StepError {
+    fn from(error: DownloadError) -> Self {
+        match error {
+            DownloadError::Cancelled => Self::Cancelled,
+            other => Self::Failed(Failure::new(other.reason(), chain(&other))),
+        }
+    }
+}
+
+/// Does the jobs of one node under one boot.
+pub struct Executor {
+    system: Arc<dyn System>,
+    journal: Arc<Journal>,
+    downloader: Downloader,
+    boot_id: String,
+    board: Board,
+    settings: Settings,
+}
+
+impl std::fmt::Debug for Executor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Executor").field("boot_id", &self.boot_id).field("settings", &self.settings).finish()
+    }
+}
+
+impl Executor {
+    /// For this machine and this journal, which was opened under the present boot.
+    pub fn new(
+        system: Arc<dyn System>,
+        journal: Arc<Journal>,
+        downloader: Downloader,
+        settings: Settings,
+    ) -> Result<Self, SystemError> {
+        let (boot_id, board) = (system.boot_id()?, system.facts()?.board);
+        Ok(Self { system, journal, downloader, boot_id, board, settings })
+    }
+
+    /// Draws the conclusions from the boot itself: what succeeded, failed or was rolled back by it. To be called before
+    /// the first session, so that its Hello tells the truth.
+    pub async fn settle(&self) -> Result<(), JournalError> {
+        if self.mode() == Mode::Installer {
+            self.adopt().await?;
+        }
+        while let Some(entry) = self.journal.entries().unfinished().cloned() {
+            match self.decide(&entry) {
+                Resume::Succeed | Resume::Fail(_) | Resume::RollBack | Resume::TrialFailed | Resume::Verify => {
+                    self.conclude(&entry).await?;
+                }
+                _ => break,
+            }
+        }
+        if self.mode() == Mode::Running {
+            self.tidy_recovery().await;
+        }
+        Ok(())
+    }
+
+    /// Does what the journal asks for, until `stop`. A job that is interrupted goes on when the agent starts again.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut changes = self.journal.changes();
+        loop {
+            // Dropping the wait loses nothing: the journal keeps what it waits for.
+            let waited = tokio::select! {
+                () = stop.cancelled() => return,
+                waited = changes.wait_for(|entries| entries.unfinished().is_some()) => waited.map(|_| ()),
+            };
+            if waited.is_err() {
+                return;
+            }
+            let Some(entry) = self.journal.entries().unfinished().cloned() else { continue };
+            // Dropping the step is what a kill does, too: whatever it was, the journal says how to go on.
+            let done = tokio::select! {
+                () = stop.cancelled() => return,
+                done = self.advance(&entry) => done,
+            };
+            if let Err(error) = done {
+                tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                }
+            }
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        match self.system.mode() {
+            system::Mode::Running => Mode::Running,
+            system::Mode::Installer => Mode::Installer,
+        }
+    }
+
+    fn recovery(&self) -> Option<BootPart> {
+        self.system.card().map(|card| BootPart::new(card.recovery, &self.board))
+    }
+
+    fn release(&self) -> Release {
+        match self.system.release() {
+            Ok(Some(release)) => Release {
+                execution: release.execution,
+                image_sha256: release.image_sha256,
+                boot_sha256: release.boot_sha256,
+            },
+            Ok(None) => Release::default(),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "release not readable");
+                Release::default()
+            }
+        }
+    }
+
+    fn decide(&self, entry: &Entry) -> Resume {
+        job::resume(Found {
+            kind: entry.action.kind(),
+            state: entry.state,
+            mode: self.mode(),
+            same_boot: entry.boot_id == self.boot_id,
+            release_is_ours: self.release().execution == entry.execution,
+        })
+    }
+
+    /// One stretch of a job: to its end, to the next state, or to the end of this boot.
+    async fn advance(&self, entry: &Entry) -> Result<(), JournalError> {
+        let execution = entry.execution.as_str();
+        let decision = self.decide(entry);
+        tracing::info!(execution, state = ?entry.state, ?decision, "job goes on");
+        let outcome = match decision {
+            Resume::Begin => self.begin(entry).await,
+            Resume::GoDown => self.go_down(entry, Self::way_down(entry)).await,
+            Resume::Install => self.install(entry).await,
+            Resume::TryBoot => self.go_down(entry, WayDown::TryBoot).await,
+            Resume::AwaitVerdict => self.await_verdict(entry).await,
+            Resume::Nothing
+            | Resume::Succeed
+            | Resume::Fail(_)
+            | Resume::RollBack
+            | Resume::TrialFailed
+            | Resume::Verify => self.conclude(entry).await.map_err(StepError::Journal),
+        };
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(StepError::Journal(error)) => Err(error),
+            Err(StepError::Cancelled) => {
+                self.withdraw(execution).await;
+                self.journal.cancelled(execution).await?;
+                tracing::info!(execution, "job cancelled");
+                self.tidy_after(entry).await;
+                Ok(())
+            }
+            Err(StepError::Failed(failure)) => {
+                tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
+                if entry.state == job::State::Accepted {
+                    self.withdraw(execution).await;
+                }
+                self.journal.fail(execution, failure).await?;
+                self.tidy_after(entry).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Journals what the boot itself decided.
+    async fn conclude(&self, entry: &Entry) -> Result<(), JournalError> {
+        let execution = entry.execution.as_str();
+        let decision = self.decide(entry);
+        tracing::info!(execution, state = ?entry.state, ?decision, "job concluded");
+        match decision {
+            Resume::Succeed => self.journal.succeed(execution).await,
+            Resume::Fail(reason) => {
+                self.journal.fail(execution, Failure::new(reason, sentence(reason))).await?;
+                self.tidy_after(entry).await;
+                Ok(())
+            }
+            Resume::RollBack => {
+                self.journal.roll_back(execution, self.why_rolled_back(execution)).await?;
+                self.tidy_after(entry).await;
+                Ok(())
+            }
+            Resume::TrialFailed if entry.trials.saturating_add(1) >= MAX_TRIALS => {
+                let message = format!(
+                    "the new system did not come up, or did not reach the controller, in {MAX_TRIALS} trial boots; \
+                     the node waits in its installer"
+                );
+                self.journal.fail(execution, Failure::new("IMAGE_DID_NOT_COME_UP", message)).await
+            }
+            Resume::TrialFailed => {
+                self.count_trial(entry).await;
+                self.journal.trial_failed(execution).await
+            }
+            Resume::Verify => self.journal.verify(execution, self.release()).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// From the beginning to the point of no return and over it. A cancel ends it at every point before.
+    async fn begin(&self, entry: &Entry) -> Result<(), StepError> {
+        let execution = entry.execution.as_str();
+        let cancel = CancellationToken::new();
+        let watcher = async {
+            let mut changes = self.journal.changes();
+            let asked = changes.wait_for(|entries| entries.get(execution).is_some_and(|entry| entry.cancel_requested));
+            if asked.await.is_ok() {
+                cancel.cancel();
+            }
+            std::future::pending::<()>().await;
+        };
+        // The watcher never ends; the work is not dropped by a cancel, but ends by itself, so that no thread of it
+        // goes on writing.
+        tokio::select! {
+            done = self.begin_until(entry, &cancel) => done,
+            () = watcher => Ok(()),
+        }
+    }
+
+    async fn begin_until(&self, entry: &Entry, cancel: &CancellationToken) -> Result<(), StepError> {
+        let execution = entry.execution.as_str();
+        match (&entry.action, self.mode()) {
+            (Action::Update(update), Mode::Installer) => self.begin_in_installer(entry, update, cancel).await,
+            (Action::Reboot(_) | Action::PowerOff(_), Mode::Installer) => {
+                Err(StepError::Failed(Failure::new(ONLY_IMAGES, sentence(ONLY_IMAGES))))
+            }
+            (Action::Reboot(notice), Mode::Running) => {
+                self.give_notice(execution, Down::Reboot, notice, cancel).await?;
+                self.journal.arm(execution).await?;
+                self.go_down(entry, WayDown::Reboot).await
+            }
+            (Action::PowerOff(notice), Mode::Running) => {
+                self.give_notice(execution, Down::PowerOff, notice, cancel).await?;
+                self.journal.arm(execution).await?;
+                self.go_down(entry, WayDown::PowerOff).await
+            }
+            (Action::Update(update), Mode::Running) => {
+                let prefix = self.prepare_update(execution, update, cancel).await?;
+                self.give_notice(execution, Down::Reboot, &update.notice, cancel).await?;
+                self.hand_over(entry, update, prefix).await?;
+                self.journal.arm(execution).await?;
+                self.go_down(entry, WayDown::TryBoot).await
+            }
+            (Action::Unknown, _) => {
+                Err(StepError::Failed(Failure::new(job::UNKNOWN_ACTION, sentence(job::UNKNOWN_ACTION))))
+            }
+        }
+    }
+
+    /// Warns logged-in users and lets the notice pass, by monotonic time.
+    async fn give_notice(
+        &self,
+        execution: &str,
+        down: Down,
+        notice: &Notice,
+        cancel: &CancellationToken,
+    ) -> Result<(), StepError> {
+        if cancel.is_cancelled() {
+            return Err(StepError::Cancelled);
+        }
+        self.phase(execution, "waiting for the notice to pass");
+        if let Err(error) = self.system.announce(down, notice.delay, &notice.message).await {
+            // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
+            tracing::warn!(execution, error = %chain(&error), "users could not be warned");
+        }
+        tokio::select! {
+            () = cancel.cancelled() => Err(StepError::Cancelled),
+            () = tokio::time::sleep(notice.delay) => Ok(()),
+        }
+    }
+
+    fn way_down(entry: &Entry) -> WayDown {
+        match entry.action.kind() {
+            Kind::Update => WayDown::TryBoot,
+            Kind::PowerOff => WayDown::PowerOff,
+            Kind::Reboot | Kind::Unknown => WayDown::Reboot,
+        }
+    }
+
+    /// Gives the command, and again when the machine is still up after a while. Returns only with an error.
+    async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
+        let execution = entry.execution.as_str();
+        let message = match &entry.action {
+            Action::Reboot(notice) | Action::PowerOff(notice) => notice.message.as_str(),
+            Action::Update(update) => update.notice.message.as_str(),
+            Action::Unknown => "",
+        };
+        let mut last = None;
+        self.phase(execution, way.phase());
+        self.say_farewell(execution, way).await;
+        for command in 1..=MAX_COMMANDS {
+            tracing::info!(execution, ?way, command, "going down");
+            let issued = match way {
+                WayDown::Reboot => self.system.reboot(Reboot::Plain, Some(execution), message).await,
+                WayDown::TryBoot => self.system.reboot(Reboot::TryBoot, Some(execution), message).await,
+                WayDown::PowerOff => self.system.power_off(Some(execution), message).await,
+            };
+            if let Err(error) = issued {
+                tracing::error!(execution, error = %chain(&error), "command to go down failed");
+                last = Some(chain(&error));
+            }
+            tokio::time::sleep(self.settings.patience).await;
+        }
+        let reason = match way {
+            WayDown::PowerOff => job::DID_NOT_POWER_OFF,
+            WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,
+        };
+        let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
+        let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
+        Err(StepError::Failed(Failure::new(reason, message)))
+    }
+
+    /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.
+    async fn say_farewell(&self, execution: &str, way: WayDown) {
+        let patience = match way {
+            WayDown::PowerOff => self.settings.farewell,
+            WayDown::Reboot | WayDown::TryBoot => self.settings.farewell / 5,
+        };
+        let mut changes = self.journal.changes();
+        let known = changes.wait_for(|entries| entries.get(execution).is_none_or(Entry::is_acked));
+        if tokio::time::timeout(patience, known).await.is_err() {
+            tracing::info!(execution, "controller does not know yet that the machine goes down");
+        }
+    }
+
+    async fn withdraw(&self, execution: &str) {
+        if let Err(error) = self.system.withdraw().await {
+            tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");
+        }
+    }
+
+    fn phase(&self, execution: &str, phase: &str) {
+        self.journal.set_progress(Progress {
+            execution: execution.to_owned(),
+            phase: phase.to_owned(),
+            done: 0,
+            total: 0,
+        });
+    }
+}
+
+/// How the machine goes down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum WayDown {
+    Reboot,
+    TryBoot,
+    PowerOff,
+}
+
+impl WayDown {
+    fn phase(self) -> &'static str {
+        match self {
+            Self::Reboot => "restarting",
+            Self::TryBoot => "trial boot",
+            Self::PowerOff => "powering off",
+        }
+    }
+}
+
+/// What a reason means, for people.
+fn sentence(reason: &str) -> &'static str {
+    match reason {
+        job::DID_NOT_POWER_OFF => "the machine was told to power off and is still running under the same boot",
+        job::RELEASE_MISMATCH => "the system that came up is not the one that this execution installed",
+        job::WRONG_MODE => "the journal holds a state that this role of the agent cannot have",
+        job::UNKNOWN_ACTION => "this agent does not know the action",
+        ONLY_IMAGES => "the node is in its installer, which takes only updates with an image",
+        _ => "it cannot be done",
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+//! A machine that only writes down what it is told.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::job::State;
+use crate::journal::Journal;
+use crate::system::{Booted, Card, Down, Erase, Facts, Mode, Reboot, Refusal, Release, System, SystemError, Target};
+
+/// A machine that stays up whatever it is told.
+pub(super) struct Machine {
+    pub(super) dir: PathBuf,
+    pub(super) boot_id: String,
+    pub(super) mode: Mode,
+    pub(super) facts: Facts,
+    pub(super) release: Option<Release>,
+    pub(super) refusal: Option<Refusal>,
+    /// What it was told; a command with the state that was in the journal then.
+    pub(super) told: Mutex<Vec<String>>,
+}
+
+impl Machine {
+    fn tell(&self, what: impl Into<String>) {
+        self.told.lock().unwrap().push(what.into());
+    }
+
+    pub(super) fn told(&self) -> Vec<String> {
+        self.told.lock().unwrap().clone()
+    }
+
+    /// What a power cut would leave of the job.
+    fn journalled(&self, execution: Option<&str>) -> State {
+        let journal = Journal::open(&self.state_dir(), "reader").unwrap();
+        journal.entries().get(execution.unwrap()).unwrap().state
+    }
+}
+
+#[async_trait]
+impl System for Machine {
+    fn boot_id(&self) -> Result<String, SystemError> {
+        Ok(self.boot_id.clone())
+    }
+    fn facts(&self) -> Result<Facts, SystemError> {
+        Ok(self.facts.clone())
+    }
+    fn mode(&self) -> Mode {
+        self.mode
+    }
+    fn booted(&self) -> Option<Booted> {
+        None
+    }
+    fn card(&self) -> Option<Card> {
+        let part = |name| self.dir.join(name);
+        Some(Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") })
+    }
+    fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+    fn state_dir(&self) -> PathBuf {
+        match self.mode {
+            Mode::Running => self.dir.join("root/var/lib/marco-agent"),
+            Mode::Installer => self.dir.join("recovery/marco"),
+        }
+    }
+    fn identity_dir(&self) -> PathBuf {
+        self.dir.join("agent")
+    }
+    fn release(&self) -> Result<Option<Release>, SystemError> {
+        Ok(self.release.clone())
+    }
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+        self.tell(format!("announce {down:?} {delay:?} {message}"));
+        Ok(())
+    }
+    async fn withdraw(&self) -> Result<(), SystemError> {
+        self.tell("withdraw");
+        Ok(())
+    }
+    async fn reboot(&self, how: Reboot, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
+        self.tell(format!("reboot {how:?} {:?}", self.journalled(execution)));
+        Ok(())
+    }
+    async fn power_off(&self, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
+        self.tell(format!("power off {:?}", self.journalled(execution)));
+        Ok(())
+    }
+    async fn preflight_update(&self) -> Result<(), Refusal> {
+        self.refusal.clone().map_or(Ok(()), Err)
+    }
+    async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {
+        Err(SystemError::Unsupported("not here"))
+    }
+    async fn finish_target(&self, _target: Target) -> Result<(), SystemError> {
+        Err(SystemError::Unsupported("not here"))
+    }
+}

@@ -1,0 +1,163 @@
+//! How a node gets its certificate: the first one for a join token, the next ones for the one before.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
+use marco_proto::v1::{EnrollRequest, RenewCertificateRequest};
+use rcgen::{CertificateParams, CertificateSigningRequest, KeyPair, PKCS_ECDSA_P256_SHA256, SigningKey as _};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use tonic::{Code, Status};
+
+use super::time::TlsTime;
+use super::tls::{self, Purpose, Trust};
+use super::token::JoinToken;
+use super::{Board, CA_FILE, CERTIFICATE_FILE, IdentityError, KEY_FILE, PUBLIC_MODE, SECRET_MODE, credentials, read};
+use crate::durable;
+
+/// An answer takes a few writes on the controller.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a node enrols with.
+#[derive(Debug, Clone)]
+pub struct Enrollment {
+    /// Enrolment listeners, host:port, in the order in which they are tried.
+    pub listeners: Vec<String>,
+    /// The token.
+    pub token: JoinToken,
+    /// The id asked for; empty: the controller makes one from the serial number.
+    pub name: String,
+    /// The board.
+    pub board: Board,
+}
+
+/// Makes a key in `directory` unless one is there from an earlier try, exchanges the token for a certificate, and stores
+/// certificate and CA. Tells whether the node is held until an admin approves it.
+pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTime>) -> Result<bool, IdentityError> {
+    let key = key(directory)?;
+    let request = signing_request(&key)?;
+    let pem = request.pem().map_err(|error| IdentityError::invalid("the signing request", error))?;
+    let config = tls::anonymous_config(Trust::Pin(enrollment.token.pin()), time)?;
+    let mut last = IdentityError::Connect { address: String::new(), why: "no address is known".to_owned() };
+    for address in &enrollment.listeners {
+        let channel = match tls::connect(address, config.clone(), Purpose::Session).await {
+            Ok(channel) => channel,
+            Err(error) => {
+                last = error;
+                continue;
+            }
+        };
+        let mut message = tonic::Request::new(EnrollRequest {
+            token: enrollment.token.reveal().to_owned(),
+            certificate_request: pem.clone(),
+            node_id: enrollment.name.clone(),
+            board: Some(enrollment.board.to_wire()),
+        });
+        message.set_timeout(CALL_TIMEOUT);
+        let answer = match EnrollmentServiceClient::new(channel).enroll(message).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => {
+                last = refused(&status);
+                if last.is_retryable() {
+                    continue;
+                }
+                return Err(last);
+            }
+        };
+        check_ca(&answer.ca_certificate, enrollment.token.pin())?;
+        let write = |file: &str, text: &str| {
+            let path = directory.join(file);
+            durable::replace(&path, text.as_bytes(), PUBLIC_MODE).map_err(IdentityError::io("write", &path))
+        };
+        // The certificate comes last: where it is, the node is enrolled.
+        write(CA_FILE, &answer.ca_certificate)?;
+        credentials(directory, answer.certificate.clone(), time)?;
+        write(CERTIFICATE_FILE, &answer.certificate)?;
+        return Ok(answer.held);
+    }
+    Err(last)
+}
+
+/// Exchanges a certificate for a fresh one at the first listener that answers.
+pub(super) async fn renew(
+    listeners: &[String],
+    certificate: &str,
+    key_pem: &str,
+    ca_pem: &str,
+    time: &Arc<TlsTime>,
+) -> Result<String, IdentityError> {
+    let key = KeyPair::from_pem(key_pem).map_err(|error| IdentityError::invalid("the node's key", error))?;
+    let request = signing_request(&key)?;
+    let invalid = |error: rcgen::Error| IdentityError::invalid("the signing request", error);
+    let signature = key.sign(request.der()).map_err(invalid)?;
+    let pem = request.pem().map_err(invalid)?;
+    let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes())
+        .map_err(|error| IdentityError::invalid("the CA's certificate", error))?;
+    let config = tls::anonymous_config(Trust::Ca(ca), time)?;
+    let mut last = IdentityError::Connect { address: String::new(), why: "no address is known".to_owned() };
+    for address in listeners {
+        let channel = match tls::connect(address, config.clone(), Purpose::Session).await {
+            Ok(channel) => channel,
+            Err(error) => {
+                last = error;
+                continue;
+            }
+        };
+        let mut message = tonic::Request::new(RenewCertificateRequest {
+            certificate: certificate.to_owned(),
+            certificate_request: pem.clone(),
+            signature: signature.clone().into(),
+        });
+        message.set_timeout(CALL_TIMEOUT);
+        match EnrollmentServiceClient::new(channel).renew_certificate(message).await {
+            Ok(answer) => return Ok(answer.into_inner().certificate),
+            Err(status) => last = refused(&status),
+        }
+    }
+    Err(last)
+}
+
+fn refused(status: &Status) -> IdentityError {
+    let retryable = matches!(
+        status.code(),
+        Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::Cancelled
+            | Code::Aborted
+            | Code::ResourceExhausted
+            | Code::Unknown
+            | Code::Internal
+    );
+    IdentityError::Refused { message: status.message().to_owned(), retryable }
+}
+
+/// The node's key. It is stored before it is used, so that a try after a cut asks for the same node.
+fn key(directory: &Path) -> Result<KeyPair, IdentityError> {
+    let path = directory.join(KEY_FILE);
+    if let Some(pem) = read(&path)? {
+        return KeyPair::from_pem(&pem).map_err(|error| IdentityError::invalid(path.display().to_string(), error));
+    }
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
+        .map_err(|error| IdentityError::invalid("a new key for the node", error))?;
+    durable::replace(&path, key.serialize_pem().as_bytes(), SECRET_MODE).map_err(IdentityError::io("write", &path))?;
+    Ok(key)
+}
+
+fn signing_request(key: &KeyPair) -> Result<CertificateSigningRequest, IdentityError> {
+    // The controller takes only the public key from it, so it carries no name.
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.serialize_request(key).map_err(|error| IdentityError::invalid("the signing request", error))
+}
+
+fn check_ca(pem: &str, pin: [u8; 32]) -> Result<(), IdentityError> {
+    let ca = CertificateDer::from_pem_slice(pem.as_bytes())
+        .map_err(|error| IdentityError::invalid("the CA's certificate", error))?;
+    if tls::spki_sha256(&ca)? == pin {
+        Ok(())
+    } else {
+        Err(IdentityError::invalid("the CA's certificate", "its key is not the one that the join token names"))
+    }
+}

@@ -1,0 +1,258 @@
+//! TLS towards controllers: version 1.3 only, their name verified under our CA, our certificate shown.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use marco_proto::names::CONTROLLER_TLS_NAME;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::server::WebPkiClientVerifier;
+use rustls::time_provider::TimeProvider;
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use sha2::{Digest as _, Sha256};
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tonic::transport::{Channel, Endpoint};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+
+use super::IdentityError;
+use super::time::TlsTime;
+use crate::cause::chain;
+
+/// TCP and TLS together; a Pi 1 takes a second for the handshake.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a connection is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Small messages: small buffers.
+    Session,
+    /// Image bytes: large frames, read in large pieces.
+    Download,
+}
+
+impl Purpose {
+    fn read_buffer(self) -> usize {
+        match self {
+            Self::Session => 8 * 1024,
+            Self::Download => 256 * 1024,
+        }
+    }
+
+    fn endpoint(self, endpoint: Endpoint) -> Endpoint {
+        match self {
+            Self::Session => endpoint,
+            Self::Download => endpoint
+                .initial_stream_window_size(512 * 1024)
+                .initial_connection_window_size(512 * 1024)
+                .max_frame_size(256 * 1024),
+        }
+    }
+}
+
+/// By what a controller's CA is known.
+#[derive(Debug, Clone)]
+pub(super) enum Trust {
+    /// The stored CA.
+    Ca(CertificateDer<'static>),
+    /// SHA-256 of the CA's SubjectPublicKeyInfo; the controller shows the CA itself.
+    Pin([u8; 32]),
+}
+
+/// Verifies that the other end is a controller of ours.
+#[derive(Debug)]
+struct ControllerVerifier {
+    trust: Trust,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ControllerVerifier {
+    fn ca<'a>(
+        &'a self,
+        end_entity: &'a CertificateDer<'a>,
+        intermediates: &'a [CertificateDer<'a>],
+    ) -> Result<&'a CertificateDer<'a>, Error> {
+        match &self.trust {
+            Trust::Ca(ca) => Ok(ca),
+            Trust::Pin(pin) => intermediates
+                .iter()
+                .chain(std::iter::once(end_entity))
+                .find(|certificate| spki_sha256(certificate).is_ok_and(|found| found == *pin))
+                .ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer)),
+        }
+    }
+}
+
+impl ServerCertVerifier for ControllerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let ca = self.ca(end_entity, intermediates)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(ca.clone().into_owned())?;
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
+            .build()
+            .map_err(|error| Error::General(error.to_string()))?;
+        // A node that lay in a drawer knows only that a certain time has passed, and meets a certificate that is newer.
+        // The CA signed the beginning of its validity, so that time has passed, too; whether the signature is the CA's
+        // is verified below, and an end that has passed counts as before.
+        let began = [ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
+        let began = began.filter_map(|(from, _)| u64::try_from(from).ok()).max().unwrap_or(0);
+        let now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));
+        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn config_builder(
+    trust: Trust,
+    time: &Arc<TlsTime>,
+) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, IdentityError> {
+    let provider = provider();
+    let time: Arc<dyn TimeProvider> = time.clone();
+    let builder = ClientConfig::builder_with_details(provider.clone(), time)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| IdentityError::invalid("the TLS configuration", error))?;
+    let verifier = Arc::new(ControllerVerifier { trust, provider });
+    Ok(builder.dangerous().with_custom_certificate_verifier(verifier))
+}
+
+fn speak_http2(mut config: ClientConfig) -> Arc<ClientConfig> {
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(config)
+}
+
+/// For a node with a certificate.
+pub(super) fn node_config(
+    leaf: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+    ca: CertificateDer<'static>,
+    time: &Arc<TlsTime>,
+) -> Result<Arc<ClientConfig>, IdentityError> {
+    config_builder(Trust::Ca(ca), time)?
+        .with_client_auth_cert(vec![leaf], key)
+        .map(speak_http2)
+        .map_err(|error| IdentityError::invalid("the node's key or certificate", error))
+}
+
+/// For the enrolment listener, which asks for no certificate.
+pub(super) fn anonymous_config(trust: Trust, time: &Arc<TlsTime>) -> Result<Arc<ClientConfig>, IdentityError> {
+    Ok(speak_http2(config_builder(trust, time)?.with_no_client_auth()))
+}
+
+/// Opens an HTTP/2 connection over TLS to `address` (host:port).
+pub(super) async fn connect(
+    address: &str,
+    config: Arc<ClientConfig>,
+    purpose: Purpose,
+) -> Result<Channel, IdentityError> {
+    let failed = |why: String| IdentityError::Connect { address: address.to_owned(), why };
+    // The address is dialled by the connector below; the URI only carries the name for the requests.
+    let endpoint = Endpoint::from_shared(format!("http://{CONTROLLER_TLS_NAME}"))
+        .map_err(|error| failed(error.to_string()))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    let connector = TlsConnector::from(config);
+    let dial = {
+        let address = address.to_owned();
+        tower::service_fn(move |_: http::Uri| {
+            let (connector, address) = (connector.clone(), address.clone());
+            async move {
+                let open = async {
+                    let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
+                    let tcp = TcpStream::connect(&address).await?;
+                    tcp.set_nodelay(true)?;
+                    // rustls asks for 4 KiB at a time.
+                    connector.connect(name, BufReader::with_capacity(purpose.read_buffer(), tcp)).await
+                };
+                match tokio::time::timeout(CONNECT_TIMEOUT, open).await {
+                    Ok(opened) => opened.map(TokioIo::new),
+                    Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut)),
+                }
+            }
+        })
+    };
+    purpose.endpoint(endpoint).connect_with_connector(dial).await.map_err(|error| failed(chain(&error)))
+}
+
+fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, IdentityError> {
+    let (_, parsed) =
+        X509Certificate::from_der(certificate).map_err(|error| IdentityError::invalid("a certificate", error))?;
+    Ok(parsed)
+}
+
+/// SHA-256 of a certificate's SubjectPublicKeyInfo.
+pub(super) fn spki_sha256(certificate: &CertificateDer<'_>) -> Result<[u8; 32], IdentityError> {
+    Ok(Sha256::digest(parse(certificate)?.public_key().raw).into())
+}
+
+/// From when to when a certificate is valid, microseconds since 1970.
+pub(super) fn validity(certificate: &CertificateDer<'_>) -> Result<(i64, i64), IdentityError> {
+    let parsed = parse(certificate)?;
+    let micros = |time: x509_parser::time::ASN1Time| time.timestamp().saturating_mul(1_000_000);
+    Ok((micros(parsed.validity().not_before), micros(parsed.validity().not_after)))
+}
+
+/// The common name of a certificate's subject: the node's id.
+pub(super) fn common_name(certificate: &CertificateDer<'_>) -> Result<String, IdentityError> {
+    let parsed = parse(certificate)?;
+    let name = parsed.subject().iter_common_name().next().and_then(|name| name.as_str().ok().map(str::to_owned));
+    name.ok_or_else(|| IdentityError::invalid("the node's certificate", "it names no node"))
+}
+
+/// Checks that the CA issued the node's certificate. An expired one passes: it is still good for being renewed.
+pub(super) fn check_issued(
+    leaf: &CertificateDer<'_>,
+    ca: &CertificateDer<'static>,
+    time: &Arc<TlsTime>,
+) -> Result<(), IdentityError> {
+    let invalid = |error: &dyn std::fmt::Display| IdentityError::invalid("the node's certificate", error);
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.clone()).map_err(|error| invalid(&error))?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+        .build()
+        .map_err(|error| invalid(&error))?;
+    let (_, not_after) = validity(leaf)?;
+    let now = u64::try_from(time.now_micros().min(not_after)).unwrap_or(0);
+    let now = UnixTime::since_unix_epoch(Duration::from_micros(now));
+    verifier.verify_client_cert(leaf, &[], now).map(|_| ()).map_err(|error| invalid(&error))
+}

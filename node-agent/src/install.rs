@@ -1,0 +1,324 @@
+//! The installer: an image streamed, checked, unpacked into the root and the boot partition, with no temporary file.
+
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use tokio_util::sync::CancellationToken;
+
+use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
+use crate::download::{DownloadError, Downloader};
+use crate::system::rooted::Rooted;
+use crate::system::{Board, Card, Erase, Release, System, SystemError, Target, release};
+use personal::Keep;
+
+mod boot_files;
+mod personal;
+mod plan;
+mod unpack;
+
+/// The agent's state folder within a root.
+const STATE_DIR: &str = "var/lib/marco-agent";
+/// Progress of the stream is told in steps of so many bytes.
+const STEP: u64 = 512 * 1024;
+
+/// What the installer is doing, with bytes done and in all (0 when unknown).
+pub type Progress = Arc<dyn Fn(Phase, u64, u64) + Send + Sync>;
+/// Writes the running execution, in state trial, into the agent's state folder of the new root. Blocking.
+pub type WriteJournal = Arc<dyn Fn(&Path) -> std::io::Result<()> + Send + Sync>;
+
+/// A step of an installation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Phase {
+    /// Waiting for the first checked chunk.
+    Connecting,
+    /// Making the card ready.
+    Partitioning,
+    /// Downloading, checking and unpacking, as one stream; bytes are those of the download.
+    Unpacking,
+    /// Putting boot files where the firmware finds them, and checking them.
+    BootFiles,
+    /// Making the system this node's own.
+    Personalising,
+    /// Writing everything to the card.
+    Syncing,
+}
+
+impl Phase {
+    /// For a report.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Partitioning => "partitioning",
+            Self::Unpacking => "unpacking image",
+            Self::BootFiles => "writing boot files",
+            Self::Personalising => "personalising",
+            Self::Syncing => "syncing",
+        }
+    }
+}
+
+/// An installation failed; the installer stays what boots if the card was touched.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct InstallError {
+    /// A stable word for programs, for example `NOT_A_SYSTEM`.
+    pub reason: &'static str,
+    /// A sentence for people.
+    pub message: String,
+    /// Whether a further try with the same artifact can end otherwise (a cut connection, not a bad image).
+    pub retryable: bool,
+}
+
+impl InstallError {
+    fn io(message: impl Into<String>) -> Self {
+        Self { reason: "DISK_IO", message: message.into(), retryable: true }
+    }
+
+    fn disk(doing: &'static str) -> impl Fn(std::io::Error) -> Self {
+        move |error| {
+            if error.kind() == std::io::ErrorKind::StorageFull {
+                let message = format!("the card has no room: cannot {doing}");
+                return Self { reason: "NO_ROOM", message, retryable: false };
+            }
+            Self::io(format!("cannot {doing}: {error}"))
+        }
+    }
+
+    fn image(message: impl Into<String>) -> Self {
+        Self { reason: "IMAGE_REFUSED", message: message.into(), retryable: false }
+    }
+
+    fn not_a_system(message: impl Into<String>) -> Self {
+        Self { reason: "NOT_A_SYSTEM", message: message.into(), retryable: false }
+    }
+}
+
+/// The sentence and the causes behind it, for people far from the log.
+fn sentence(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+impl From<DownloadError> for InstallError {
+    fn from(error: DownloadError) -> Self {
+        let retryable = matches!(error, DownloadError::GivenUp { .. } | DownloadError::Io(_));
+        Self { reason: error.reason(), message: sentence(&error), retryable }
+    }
+}
+
+impl From<BootError> for InstallError {
+    fn from(error: BootError) -> Self {
+        let retryable = !matches!(error, BootError::Refused(_));
+        Self { reason: error.reason(), message: sentence(&error), retryable }
+    }
+}
+
+impl From<SystemError> for InstallError {
+    fn from(error: SystemError) -> Self {
+        let retryable = !matches!(error, SystemError::Unsupported(_));
+        Self { reason: "SYSTEM_ERROR", message: sentence(&error), retryable }
+    }
+}
+
+impl From<marco_archive::Error> for InstallError {
+    fn from(error: marco_archive::Error) -> Self {
+        match error {
+            marco_archive::Error::Refused(refused) => Self::image(refused.to_string()),
+            marco_archive::Error::Io { action, source } if source.kind() == std::io::ErrorKind::StorageFull => {
+                let message = format!("the card has no room: cannot {action}");
+                Self { reason: "NO_ROOM", message, retryable: false }
+            }
+            error => Self::io(sentence(&error)),
+        }
+    }
+}
+
+/// Does what the job says to the card: first chunk (or whole zip) verified → the job's set and the installer made the
+/// default (step 4 of an update) → file systems → everything unpacked → personalised → on the card. Then a trial boot is
+/// due. `now` is the controller's time, for `/etc/marco-release`. The first report of [`Phase::Partitioning`] comes
+/// before anything of the card is touched.
+///
+/// # Errors
+/// With a reason of its own: `IMAGE_REFUSED` and `BOOTCODE_REFUSED` (the archive breaks a rule), `NOT_A_SYSTEM` (it has
+/// no boot files for this board), `NO_ROOM`, `DISK_IO`, and those of downloads and of the recovery partition.
+pub async fn install(
+    job: &InstallJob,
+    system: &Arc<dyn System>,
+    downloader: &Downloader,
+    journal: WriteJournal,
+    now: DateTime<Utc>,
+    progress: Progress,
+    cancel: &CancellationToken,
+) -> Result<(), InstallError> {
+    let card = system.card().ok_or(SystemError::Unsupported("only a card in layout resident can be installed"))?;
+    let board = system.facts()?.board;
+    let part = BootPart::new(&card.recovery, &board);
+    let work = Work { job, system, downloader, part, card, board, journal, now, progress };
+    match &job.instruction {
+        Instruction::Install { sha256, .. } => work.image(sha256, cancel).await,
+        Instruction::BootOnly { sha256 } => work.boot_only(sha256, cancel).await,
+    }
+}
+
+/// An installation and what it needs.
+struct Work<'a> {
+    job: &'a InstallJob,
+    system: &'a Arc<dyn System>,
+    downloader: &'a Downloader,
+    part: BootPart,
+    card: Card,
+    board: Board,
+    journal: WriteJournal,
+    now: DateTime<Utc>,
+    progress: Progress,
+}
+
+impl Work<'_> {
+    async fn image(&self, sha256: &str, cancel: &CancellationToken) -> Result<(), InstallError> {
+        self.phase(Phase::Connecting);
+        let mut download = self.downloader.stream(sha256, cancel).await?;
+        let first = download.chunks.recv().await.transpose()?;
+
+        let (part, old, job) = (self.part.clone(), self.card.root.clone(), self.job.clone());
+        let keep = blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &job)).await?;
+        let target = self.commit(Erase { root: true, home: self.job.discard_home }).await?;
+
+        self.phase(Phase::Unpacking);
+        let (progress, total, mut told) = (Arc::clone(&self.progress), download.size_bytes, 0);
+        let tell = Box::new(move |done: u64| {
+            if done == total || done >= told + STEP {
+                told = done;
+                progress(Phase::Unpacking, done, total);
+            }
+        });
+        let (root, lease) = (target.root.clone(), target.lease.clone());
+        unpack::unpack(download, first, root, lease, self.system.as_ref(), tell).await?;
+
+        self.phase(Phase::BootFiles);
+        let (fitted, board) = (target.clone(), self.board.clone());
+        blocking(move || {
+            let (root, boot) = open(&fitted)?;
+            let mount = boot_files::move_from(&root, &boot)?;
+            boot_files::check(&boot, &board)?;
+            boot_files::fit(&boot, &fitted)?;
+            let disk = InstallError::disk("rewrite /etc/fstab");
+            let fstab = root.read("etc/fstab").map_err(&disk)?.unwrap_or_default();
+            let fstab = plan::fstab(&String::from_utf8_lossy(&fstab), &fitted, mount);
+            root.write("etc/fstab", fstab.as_bytes(), 0o644).map_err(disk)
+        })
+        .await?;
+
+        self.phase(Phase::Personalising);
+        let release = Release { image_sha256: sha256.to_owned(), ..self.release() };
+        let (personal, node) = (target.clone(), self.job.node.clone());
+        let text = release.render()?;
+        blocking(move || {
+            let root = open(&personal)?.0;
+            keep.restore(&root, &node).map_err(InstallError::disk("make the system this node's own"))?;
+            root.write(release::ROOT_FILE, text.as_bytes(), 0o644).map_err(InstallError::disk("write the release"))
+        })
+        .await?;
+        self.finish(target, release).await
+    }
+
+    async fn boot_only(&self, sha256: &str, cancel: &CancellationToken) -> Result<(), InstallError> {
+        self.phase(Phase::Connecting);
+        let zip = self.part.marco_dir().join("boot.zip");
+        let progress = Arc::clone(&self.progress);
+        let tell: crate::download::Progress = Arc::new(move |done, total| progress(Phase::Connecting, done, total));
+        self.downloader.to_file(sha256, &zip, tell, cancel).await?;
+        let path = zip.clone();
+        blocking(move || {
+            let summary = marco_archive::check_zip(open_zip(&path)?).map_err(bootcode)?;
+            marco_archive::check_system_set(&summary).map_err(|refused| bootcode(refused.into()))
+        })
+        .await?;
+
+        let target = self.commit(Erase { root: false, home: false }).await?;
+        self.phase(Phase::BootFiles);
+        let (fitted, board, path) = (target.clone(), self.board.clone(), zip.clone());
+        blocking(move || {
+            marco_archive::unpack_zip(open_zip(&path)?, &fitted.boot).map_err(bootcode)?;
+            let boot = open(&fitted)?.1;
+            boot_files::check(&boot, &board)?;
+            boot_files::fit(&boot, &fitted)
+        })
+        .await?;
+        let release = Release { boot_sha256: sha256.to_owned(), ..self.release() };
+        self.finish(target, release).await?;
+        blocking(move || std::fs::remove_file(&zip).map_err(InstallError::disk("remove the boot files' zip"))).await
+    }
+
+    /// Step 4: from here on every boot is this installer, which starts over by itself. Then the card may be touched.
+    async fn commit(&self, erase: Erase) -> Result<Target, InstallError> {
+        self.phase(Phase::Partitioning);
+        let (part, prefix) = (self.part.clone(), self.job.prefix);
+        blocking(move || {
+            part.make_default(prefix)?;
+            Ok(part.set_boot_partition(DefaultBoot::Installer)?)
+        })
+        .await?;
+        Ok(self.system.prepare_target(erase).await?)
+    }
+
+    /// The last files, which name this execution, and then everything to the card.
+    async fn finish(&self, target: Target, release: Release) -> Result<(), InstallError> {
+        self.phase(Phase::Syncing);
+        let (named, journal, text) = (target.clone(), Arc::clone(&self.journal), release.render()?);
+        blocking(move || {
+            let (root, boot) = open(&named)?;
+            let disk = InstallError::disk("write what names this installation");
+            boot.write(release::BOOT_FILE, text.as_bytes(), 0o644).map_err(&disk)?;
+            // By its descriptor: a link in the image must not lead the journal out of the root.
+            let folder = root.folder(STATE_DIR).map_err(&disk)?;
+            journal(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd()))).map_err(disk)
+        })
+        .await?;
+        Ok(self.system.finish_target(target).await?)
+    }
+
+    fn release(&self) -> Release {
+        let time = self.now.to_rfc3339_opts(SecondsFormat::Secs, true);
+        Release { execution: self.job.execution.clone(), time, ..Release::default() }
+    }
+
+    fn phase(&self, phase: Phase) {
+        self.system.feed_watchdog();
+        (self.progress)(phase, 0, 0);
+    }
+}
+
+/// Both file systems. The lease is in the target that the caller holds.
+fn open(target: &Target) -> Result<(Rooted, Rooted), InstallError> {
+    let rooted = |path: &Path| Rooted::open(path).map_err(InstallError::disk("open the new file systems"));
+    Ok((rooted(&target.root)?, rooted(&target.boot)?))
+}
+
+fn open_zip(path: &Path) -> Result<std::fs::File, InstallError> {
+    std::fs::File::open(path).map_err(InstallError::disk("open the boot files' zip"))
+}
+
+/// The same error, for boot files.
+fn bootcode(error: marco_archive::Error) -> InstallError {
+    let error = InstallError::from(error);
+    if error.reason == "IMAGE_REFUSED" { InstallError { reason: "BOOTCODE_REFUSED", ..error } } else { error }
+}
+
+/// Work on files, off the runtime.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, InstallError> + Send + 'static,
+) -> Result<T, InstallError> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.map_err(|error| InstallError::io(format!("a step of the installation did not end: {error}")))?
+}
+
+#[cfg(test)]
+mod tests;

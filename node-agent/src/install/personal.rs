@@ -1,0 +1,118 @@
+//! What makes a system this node's own: its host name, and the machine id and SSH host keys that it had before.
+
+use std::collections::BTreeMap;
+use std::io::Result;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::plan;
+use crate::bootpart::{self, BootPart, InstallJob};
+use crate::system::rooted::{Kind, Rooted};
+
+mod ssh;
+
+/// SSH host keys, `ssh_host_*_key` and `.pub`, in this folder (sshd(8)).
+const SSH: &str = "etc/ssh";
+
+/// What a node keeps over an installation; on p1, too, for a power cut between erasing the old root and finishing the
+/// new one.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Keep {
+    /// The execution that saved it.
+    execution: String,
+    /// 32 hexadecimal digits (machine-id(5)); empty: none yet.
+    machine_id: String,
+    /// Host keys by file name, their bytes in hexadecimal.
+    ssh: BTreeMap<String, String>,
+}
+
+impl Keep {
+    /// What this execution saved before; else what the old root has, saved now, before anything touches that. (A root
+    /// that an interrupted try has begun to fill has the image's, which are nobody's.)
+    pub(super) fn save(
+        part: &BootPart,
+        old: Option<&Rooted>,
+        job: &InstallJob,
+    ) -> std::result::Result<Self, super::InstallError> {
+        let path = part.keep_file();
+        let saved = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Self>(&bytes).ok());
+        if let Some(saved) = saved.clone().filter(|saved| saved.execution == job.execution) {
+            return Ok(saved);
+        }
+        let mut keep =
+            old.map(read).transpose().map_err(super::InstallError::disk("read the old root"))?.unwrap_or_default();
+        if let Some(saved) = saved {
+            // After a failed installation the root may have nothing, or only the image's.
+            if keep.machine_id.is_empty() {
+                keep.machine_id = saved.machine_id;
+            }
+            if keep.ssh.is_empty() {
+                keep.ssh = saved.ssh;
+            }
+        }
+        if keep.machine_id.is_empty() {
+            let mut bytes = [0; 16];
+            getrandom::fill(&mut bytes)
+                .map_err(|error| super::InstallError::io(format!("no random numbers: {error}")))?;
+            keep.machine_id = hex::encode(bytes);
+        }
+        if keep.ssh.is_empty()
+            && let Some((private, public)) = ssh::fresh(&format!("root@{}", plan::host_name(&job.node)))
+        {
+            keep.ssh.insert(ssh::NAME.to_owned(), hex::encode(private));
+            keep.ssh.insert(format!("{}.pub", ssh::NAME), hex::encode(public));
+        }
+        job.execution.clone_into(&mut keep.execution);
+        let bytes = serde_json::to_vec(&keep).map_err(|error| super::InstallError::io(error.to_string()))?;
+        bootpart::write_whole(&path, &bytes)?;
+        Ok(keep)
+    }
+
+    /// Puts it into the new root, with the node's name. Host keys only where there is an sshd to use them.
+    pub(super) fn restore(&self, root: &Rooted, node: &str) -> Result<()> {
+        let host = plan::host_name(node);
+        root.write("etc/hostname", format!("{host}\n").as_bytes(), 0o644)?;
+        if let Some(hosts) = root.read("etc/hosts")? {
+            root.write("etc/hosts", plan::hosts(&String::from_utf8_lossy(&hosts), &host).as_bytes(), 0o644)?;
+        }
+        root.write("etc/machine-id", format!("{}\n", self.machine_id).as_bytes(), 0o444)?;
+        if !root.is_dir(SSH) {
+            return Ok(());
+        }
+        for (name, _) in host_keys(root)? {
+            root.remove(Path::new(SSH).join(name))?;
+        }
+        for (name, bytes) in &self.ssh {
+            let mode = if name.ends_with(".pub") { 0o644 } else { 0o600 };
+            root.write(Path::new(SSH).join(name), &hex::decode(bytes).unwrap_or_default(), mode)?;
+        }
+        Ok(())
+    }
+}
+
+fn read(root: &Rooted) -> Result<Keep> {
+    let machine_id = root.read("etc/machine-id")?.unwrap_or_default();
+    let machine_id = String::from_utf8_lossy(&machine_id).trim().to_owned();
+    let good = machine_id.len() == 32 && machine_id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let mut ssh = BTreeMap::new();
+    for (name, bytes) in host_keys(root)? {
+        ssh.insert(name, hex::encode(bytes));
+    }
+    Ok(Keep { execution: String::new(), machine_id: if good { machine_id } else { String::new() }, ssh })
+}
+
+fn host_keys(root: &Rooted) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut keys = Vec::new();
+    for (name, kind) in root.list(SSH)? {
+        let Some(name) = name.to_str().filter(|name| name.starts_with("ssh_host_") && name.contains("_key")) else {
+            continue;
+        };
+        if kind == Kind::File
+            && let Some(bytes) = root.read(Path::new(SSH).join(name))?
+        {
+            keys.push((name.to_owned(), bytes));
+        }
+    }
+    Ok(keys)
+}

@@ -1,0 +1,478 @@
+//! What the node was asked to do and how far it is: written before it is done.
+//!
+//! One JSON file, replaced whole. Every method that changes it returns only after the change is on the disk, and then
+//! tells those who wait on [`Journal::changes`]. Progress is not written: it is only true of the process that makes it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, watch};
+
+use crate::durable;
+use crate::job::{Action, FORK_LEAP, Failure, Kind, Release, State, WrongState};
+
+mod file;
+
+/// Name of the journal's file in the state directory.
+pub const FILE_NAME: &str = "journal.json";
+
+/// Entries are kept this long after the controller's last acknowledgement, in microseconds.
+const KEEP_MICROS: i64 = 30 * 24 * 60 * 60 * 1_000_000;
+const FILE_MODE: u32 = 0o600;
+
+/// A second assignment while another job is unfinished; the controller never sends one.
+pub const NODE_BUSY: &str = "NODE_BUSY";
+
+/// A job as it is journalled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Name of the execution.
+    pub execution: String,
+    /// Under which delivery it is reported; 0: it was cancelled before it was ever assigned.
+    pub attempt: u32,
+    /// Number of the last state change.
+    pub sequence: u64,
+    /// What was asked.
+    pub action: Action,
+    /// Where it is.
+    pub state: State,
+    /// The boot under which that state was journalled.
+    pub boot_id: String,
+    /// Why it did not succeed; of an unfinished job: what stood in the way last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+    /// Trial boots that did not come up.
+    #[serde(default)]
+    pub trials: u32,
+    /// What the new system says it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<Release>,
+    /// Up to this sequence the controller has stored it.
+    #[serde(default)]
+    pub acked: u64,
+    /// When it last said so: the controller's time, microseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acked_at: Option<i64>,
+    /// A cancel arrived in time.
+    #[serde(default)]
+    pub cancel_requested: bool,
+    /// A cancel arrived too late.
+    #[serde(default)]
+    pub cancel_refused: bool,
+}
+
+impl Entry {
+    /// Whether the controller has stored the state that it is in.
+    pub fn is_acked(&self) -> bool {
+        self.acked >= self.sequence
+    }
+
+    fn kind(&self) -> Kind {
+        self.action.kind()
+    }
+
+    fn step(&mut self, to: State, leap: u64, boot_id: &str) {
+        self.state = to;
+        self.sequence = self.sequence.saturating_add(leap);
+        boot_id.clone_into(&mut self.boot_id);
+    }
+}
+
+/// Every job that the journal holds, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Entries(Vec<Entry>);
+
+impl Entries {
+    /// The job of this execution.
+    pub fn get(&self, execution: &str) -> Option<&Entry> {
+        self.0.iter().find(|entry| entry.execution == execution)
+    }
+
+    /// The job that is not over; there is at most one.
+    pub fn unfinished(&self) -> Option<&Entry> {
+        self.0.iter().find(|entry| !entry.state.is_final())
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.0.iter()
+    }
+
+    fn get_mut(&mut self, execution: &str) -> Result<&mut Entry, JournalError> {
+        self.0
+            .iter_mut()
+            .find(|entry| entry.execution == execution)
+            .ok_or_else(|| JournalError::NotFound(execution.to_owned()))
+    }
+}
+
+/// How far the process is with what it is doing now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Of which execution.
+    pub execution: String,
+    /// What it is doing.
+    pub phase: String,
+    /// Bytes that are done.
+    pub done: u64,
+    /// Bytes in all; 0 when unknown.
+    pub total: u64,
+}
+
+/// What an assignment came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accepted {
+    /// It is a new job.
+    New,
+    /// The job was in the journal; its state is reported under the new attempt.
+    Known,
+    /// Another job is unfinished, or the action is not known: journalled as failed.
+    Refused,
+}
+
+/// Why the journal did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The disk.
+    #[error("the journal {path} could not be {what}", path = path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Not in the journal.
+    #[error("{0} is not in the journal")]
+    NotFound(String),
+    /// A delivery that another one has overtaken.
+    #[error("attempt {got} is older than {have}")]
+    Stale {
+        /// The one in the journal.
+        have: u32,
+        /// The one that came.
+        got: u32,
+    },
+    /// It was called off before the point of no return.
+    #[error("the job was cancelled")]
+    CancelRequested,
+    /// It does not follow.
+    #[error(transparent)]
+    WrongState(#[from] WrongState),
+}
+
+/// The journal of one node under one boot.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    boot_id: String,
+    /// Held while a change is being written, so that changes follow one another.
+    writer: Mutex<()>,
+    entries: watch::Sender<Arc<Entries>>,
+    progress: watch::Sender<Progress>,
+}
+
+impl Journal {
+    /// Reads the journal of `directory`, or begins one. A file that cannot be understood is set aside as
+    /// `journal.json.bad-N`: the controller then says what is to become of the jobs that it held.
+    pub fn open(directory: &Path, boot_id: &str) -> Result<Self, JournalError> {
+        let path = directory.join(FILE_NAME);
+        let entries = file::load(&path)?;
+        Ok(Self {
+            path,
+            boot_id: boot_id.to_owned(),
+            writer: Mutex::new(()),
+            entries: watch::Sender::new(Arc::new(Entries(entries))),
+            progress: watch::Sender::new(Progress::default()),
+        })
+    }
+
+    /// The jobs as they are on the disk.
+    pub fn entries(&self) -> Arc<Entries> {
+        self.entries.borrow().clone()
+    }
+
+    /// Tells of every change.
+    pub fn changes(&self) -> watch::Receiver<Arc<Entries>> {
+        self.entries.subscribe()
+    }
+
+    /// Tells of progress.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// Says how far the process is; kept in memory only.
+    pub fn set_progress(&self, progress: Progress) {
+        self.progress.send_if_modified(|now| {
+            let changed = *now != progress;
+            *now = progress;
+            changed
+        });
+    }
+
+    /// Takes an assignment. One that the journal knows is answered from it, and never begun again.
+    pub async fn accept(&self, execution: &str, attempt: u32, action: Action) -> Result<Accepted, JournalError> {
+        self.change(|entries, boot_id| {
+            if let Ok(entry) = entries.get_mut(execution) {
+                if attempt < entry.attempt {
+                    return Err(JournalError::Stale { have: entry.attempt, got: attempt });
+                }
+                entry.attempt = attempt;
+                // Whatever was stored was stored under another attempt.
+                entry.acked = 0;
+                return Ok(Accepted::Known);
+            }
+            let busy = entries.unfinished().map(|other| other.execution.clone());
+            let mut entry = new_entry(execution, attempt, action, State::Accepted, boot_id);
+            let refusal = match (entry.kind(), busy) {
+                (Kind::Unknown, _) => {
+                    Some(Failure::new(crate::job::UNKNOWN_ACTION, "this agent does not know the action"))
+                }
+                (_, Some(other)) => Some(Failure::new(NODE_BUSY, format!("the node is at work on {other}"))),
+                (_, None) => None,
+            };
+            let accepted = if refusal.is_some() { Accepted::Refused } else { Accepted::New };
+            if let Some(failure) = refusal {
+                entry.state = State::Failed;
+                entry.error = Some(failure);
+            }
+            entries.0.push(entry);
+            Ok(accepted)
+        })
+        .await
+    }
+
+    /// Takes up, in the installer, a job that the running system left on the card; one that is known stays as it is.
+    pub async fn adopt(&self, entry: Entry) -> Result<(), JournalError> {
+        self.change(|entries, _| {
+            if entries.get(&entry.execution).is_none() {
+                entries.0.push(entry);
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Notes that a cancel was asked for, or that it came too late. An execution that is not known is journalled as
+    /// cancelled, so that an assignment that arrives later is answered so, and not begun.
+    pub async fn request_cancel(&self, execution: &str) -> Result<(), JournalError> {
+        self.change(|entries, boot_id| {
+            match entries.get_mut(execution) {
+                Ok(entry) if entry.state == State::Accepted => entry.cancel_requested = true,
+                Ok(entry) => entry.cancel_refused = entry.state != State::Cancelled,
+                Err(_) => entries.0.push(new_entry(execution, 0, Action::Unknown, State::Cancelled, boot_id)),
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Notes that the controller has stored what was reported up to `sequence`, at `now` (its time, microseconds since
+    /// 1970), and drops what was settled long before.
+    pub async fn ack(&self, execution: &str, sequence: u64, now: i64) -> Result<(), JournalError> {
+        self.change(|entries, _| {
+            let entry = entries.get_mut(execution)?;
+            entry.acked = entry.acked.max(sequence.min(entry.sequence));
+            entry.acked_at = Some(now);
+            entries.0.retain(|entry| {
+                let settled = entry.state.is_final() && entry.is_acked();
+                !(settled && entry.acked_at.is_some_and(|at| now.saturating_sub(at) > KEEP_MICROS))
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    /// Passes the point of no return, unless a cancel was quicker.
+    pub async fn arm(&self, execution: &str) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            if entry.cancel_requested {
+                return Err(JournalError::CancelRequested);
+            }
+            entry.step(entry.state.arm(entry.kind())?, 1, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The installer begins; unless a cancel was quicker, where the job was given to the installer itself.
+    pub async fn install(&self, execution: &str) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            if entry.state == State::Accepted && entry.cancel_requested {
+                return Err(JournalError::CancelRequested);
+            }
+            let to = entry.state.install(entry.kind())?;
+            // A restarted installer is in the state that it was in.
+            let leap = u64::from(entry.state != State::Installing);
+            entry.step(to, leap, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The card is written, and the new system will be tried.
+    pub async fn try_boot(&self, execution: &str) -> Result<(), JournalError> {
+        self.step(execution, try_boot).await
+    }
+
+    /// The new system did not come up: it is installed again.
+    pub async fn trial_failed(&self, execution: &str) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            let to = entry.state.install(entry.kind())?;
+            entry.trials = entry.trials.saturating_add(1);
+            entry.step(to, FORK_LEAP, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The new system is up, and says what it is.
+    pub async fn verify(&self, execution: &str, release: Release) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            entry.release = Some(release);
+            entry.step(entry.state.verify(entry.kind())?, 1, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Done.
+    pub async fn succeed(&self, execution: &str) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            entry.error = None;
+            entry.step(entry.state.succeed(entry.kind())?, 1, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// It cannot be done.
+    pub async fn fail(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            entry.error = Some(failure);
+            // A trial that ends here was perhaps reported further by the new system.
+            let leap = if entry.state == State::Trial { FORK_LEAP } else { 1 };
+            entry.step(entry.state.fail(entry.kind())?, leap, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The old system is back.
+    pub async fn roll_back(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            entry.error = Some(failure);
+            entry.step(entry.state.roll_back(entry.kind())?, FORK_LEAP, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Called off in time.
+    pub async fn cancelled(&self, execution: &str) -> Result<(), JournalError> {
+        self.step(execution, |entry, boot_id| {
+            entry.error = Some(Failure::new("CANCELLED", "cancelled before the point of no return"));
+            entry.step(entry.state.cancel(entry.kind())?, 1, boot_id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Notes what stands in the way of a job that goes on, for the one who takes it up after the next boot.
+    pub async fn note(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
+        self.step(execution, |entry, _| {
+            entry.error = Some(failure);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The file's contents as they will be once this job is armed: what the installer finds on the card.
+    pub fn for_the_installer(&self, execution: &str) -> Result<Vec<u8>, JournalError> {
+        self.preview(execution, |entry, boot_id| {
+            entry.step(entry.state.arm(entry.kind())?, 1, boot_id);
+            Ok(())
+        })
+    }
+
+    /// The file's contents as they will be once the card is written: what the new system finds in its root.
+    pub fn for_the_new_root(&self, execution: &str) -> Result<Vec<u8>, JournalError> {
+        self.preview(execution, try_boot)
+    }
+
+    fn preview(
+        &self,
+        execution: &str,
+        step: impl FnOnce(&mut Entry, &str) -> Result<(), JournalError>,
+    ) -> Result<Vec<u8>, JournalError> {
+        let mut entries = Entries::clone(&self.entries());
+        step(entries.get_mut(execution)?, &self.boot_id)?;
+        file::encode(&self.path, &entries)
+    }
+
+    async fn step(
+        &self,
+        execution: &str,
+        step: impl FnOnce(&mut Entry, &str) -> Result<(), JournalError>,
+    ) -> Result<(), JournalError> {
+        self.change(|entries, boot_id| step(entries.get_mut(execution)?, boot_id)).await
+    }
+
+    async fn change<T>(
+        &self,
+        change: impl FnOnce(&mut Entries, &str) -> Result<T, JournalError>,
+    ) -> Result<T, JournalError> {
+        let _writer = self.writer.lock().await;
+        let before = self.entries();
+        let mut entries = Entries::clone(&before);
+        let answer = change(&mut entries, &self.boot_id)?;
+        if entries == *before {
+            return Ok(answer);
+        }
+        let contents = file::encode(&self.path, &entries)?;
+        let path = self.path.clone();
+        let written = tokio::task::spawn_blocking(move || durable::replace(&path, &contents, FILE_MODE)).await;
+        written
+            .unwrap_or_else(|_| Err(io::Error::other("the writer did not end")))
+            .map_err(|source| JournalError::Io { path: self.path.clone(), what: "written", source })?;
+        self.entries.send_replace(Arc::new(entries));
+        Ok(answer)
+    }
+}
+
+fn try_boot(entry: &mut Entry, boot_id: &str) -> Result<(), JournalError> {
+    entry.step(entry.state.try_boot(entry.kind())?, 1, boot_id);
+    Ok(())
+}
+
+/// A job as it stands in the journal when it is first heard of.
+pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, boot_id: &str) -> Entry {
+    Entry {
+        execution: execution.to_owned(),
+        attempt,
+        sequence: 1,
+        action,
+        state,
+        boot_id: boot_id.to_owned(),
+        error: None,
+        trials: 0,
+        release: None,
+        acked: 0,
+        acked_at: None,
+        cancel_requested: false,
+        cancel_refused: false,
+    }
+}
+
+/// What a journal elsewhere on the card noted against an execution, if it can be read.
+pub fn noted(directory: &Path, execution: &str) -> Option<Failure> {
+    let entries = Entries(file::read(&directory.join(FILE_NAME)).ok().flatten()?);
+    entries.get(execution)?.error.clone()
+}
+
+#[cfg(test)]
+mod tests;

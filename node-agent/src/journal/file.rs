@@ -1,0 +1,75 @@
+//! The journal's file: JSON, replaced whole.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Entries, Entry, FILE_NAME, JournalError};
+use crate::durable;
+
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Document {
+    version: u32,
+    entries: Vec<Entry>,
+}
+
+/// The file's contents.
+pub(super) fn encode(path: &Path, entries: &Entries) -> Result<Vec<u8>, JournalError> {
+    let document = Document { version: VERSION, entries: entries.0.clone() };
+    serde_json::to_vec_pretty(&document).map_err(|error| JournalError::Io {
+        path: path.to_owned(),
+        what: "encoded",
+        source: error.into(),
+    })
+}
+
+/// `None`: there is no such file. Contents that are not a journal are an error of kind `InvalidData`.
+pub(super) fn read(path: &Path) -> io::Result<Option<Vec<Entry>>> {
+    let contents = match std::fs::read(path) {
+        Ok(contents) => contents,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let invalid = |error: serde_json::Error| io::Error::new(io::ErrorKind::InvalidData, error);
+    let document: Document = serde_json::from_slice(&contents).map_err(invalid)?;
+    if document.version == VERSION {
+        Ok(Some(document.entries))
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has version {}", document.version)))
+    }
+}
+
+/// What was journalled, from wherever a crash left it.
+pub(super) fn load(path: &Path) -> Result<Vec<Entry>, JournalError> {
+    let failed = |what, source| JournalError::Io { path: path.to_owned(), what, source };
+    match read(path) {
+        Ok(Some(entries)) => return Ok(entries),
+        Ok(None) => {}
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            let aside = set_aside(path).map_err(|source| failed("set aside", source))?;
+            tracing::error!(error = %error, file = %aside.display(), "journal not readable, set aside");
+        }
+        Err(source) => return Err(failed("read", source)),
+    }
+    // On a file system without atomic renames (FAT) the contents may still be under the other name.
+    let successor = durable::successor(path);
+    match read(&successor) {
+        Ok(entries) => Ok(entries.unwrap_or_default()),
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Vec::new()),
+        Err(source) => Err(failed("read", source)),
+    }
+}
+
+fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    for number in 1..=u32::MAX {
+        let aside = path.with_file_name(format!("{FILE_NAME}.bad-{number}"));
+        if !aside.try_exists()? {
+            std::fs::rename(path, &aside)?;
+            return Ok(aside);
+        }
+    }
+    Err(io::Error::other("too many journals were set aside"))
+}

@@ -1,0 +1,193 @@
+//! The journal across crashes, deliveries and cancels.
+
+use std::time::Duration;
+
+use super::{Accepted, FILE_NAME, Journal, JournalError, KEEP_MICROS, NODE_BUSY};
+use crate::job::{Action, FORK_LEAP, Failure, Notice, Release, State, UNKNOWN_ACTION, Update};
+
+const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
+const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
+
+fn reboot() -> Action {
+    Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() })
+}
+
+fn update() -> Action {
+    let notice = Notice { delay: Duration::ZERO, message: String::new() };
+    Action::Update(Update { image: None, bootcode: None, notice, discard_home: false })
+}
+
+fn state(journal: &Journal, execution: &str) -> State {
+    journal.entries().get(execution).unwrap().state
+}
+
+#[tokio::test]
+async fn what_was_accepted_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "boot-a").unwrap();
+    assert_eq!(journal.accept(ONE, 1, reboot()).await.unwrap(), Accepted::New);
+    journal.arm(ONE).await.unwrap();
+    drop(journal);
+
+    let journal = Journal::open(dir.path(), "boot-b").unwrap();
+    let entries = journal.entries();
+    let entry = entries.get(ONE).unwrap();
+    assert_eq!((entry.state, entry.sequence, entry.boot_id.as_str()), (State::Armed, 2, "boot-a"));
+}
+
+#[tokio::test]
+async fn a_crash_before_the_rename_leaves_the_old_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    let armed = journal.for_the_installer(ONE);
+    assert!(armed.is_ok());
+    std::fs::write(dir.path().join("journal.json.new"), armed.unwrap()).unwrap();
+    assert_eq!(state(&Journal::open(dir.path(), "a").unwrap(), ONE), State::Accepted);
+
+    std::fs::write(dir.path().join("journal.json.new"), "{\"version\":1,\"ent").unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    assert_eq!(state(&journal, ONE), State::Accepted);
+    // And the leftover stands in nobody's way.
+    journal.arm(ONE).await.unwrap();
+    assert_eq!(state(&Journal::open(dir.path(), "a").unwrap(), ONE), State::Armed);
+}
+
+#[tokio::test]
+async fn a_rename_that_lost_the_name_still_finds_the_contents() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    std::fs::rename(dir.path().join(FILE_NAME), dir.path().join("journal.json.new")).unwrap();
+    assert_eq!(state(&Journal::open(dir.path(), "a").unwrap(), ONE), State::Accepted);
+}
+
+#[tokio::test]
+async fn a_torn_journal_is_set_aside_and_not_fatal() {
+    let dir = tempfile::tempdir().unwrap();
+    for number in 1..=2 {
+        std::fs::write(dir.path().join(FILE_NAME), [0_u8; 40]).unwrap();
+        let journal = Journal::open(dir.path(), "a").unwrap();
+        assert!(journal.entries().iter().next().is_none());
+        assert!(dir.path().join(format!("journal.json.bad-{number}")).exists());
+    }
+}
+
+#[tokio::test]
+async fn a_known_execution_is_answered_under_the_new_attempt_and_not_begun_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 2, reboot()).await.unwrap();
+    journal.arm(ONE).await.unwrap();
+    journal.succeed(ONE).await.unwrap();
+    journal.ack(ONE, 3, 1).await.unwrap();
+
+    assert_eq!(journal.accept(ONE, 3, reboot()).await.unwrap(), Accepted::Known);
+    let entries = journal.entries();
+    let entry = entries.get(ONE).unwrap();
+    assert_eq!((entry.state, entry.attempt, entry.sequence), (State::Succeeded, 3, 3));
+    assert!(!entry.is_acked(), "the controller must hear of it again");
+    assert!(matches!(journal.accept(ONE, 2, reboot()).await, Err(JournalError::Stale { have: 3, got: 2 })));
+}
+
+#[tokio::test]
+async fn a_second_job_and_an_unknown_action_fail_with_their_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    assert_eq!(journal.accept(TWO, 1, Action::Unknown).await.unwrap(), Accepted::Refused);
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    let three = "operations/0198a6e0-0000-7000-8000-000000000003/executions/pi-01";
+    assert_eq!(journal.accept(three, 1, reboot()).await.unwrap(), Accepted::Refused);
+    let entries = journal.entries();
+    let reason = |name| entries.get(name).unwrap().error.clone().unwrap().reason;
+    assert_eq!(reason(TWO), UNKNOWN_ACTION);
+    assert_eq!(reason(three), NODE_BUSY);
+    assert_eq!(entries.unfinished().unwrap().execution, ONE);
+}
+
+#[tokio::test]
+async fn a_cancelled_job_is_never_armed() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    journal.request_cancel(ONE).await.unwrap();
+    assert!(matches!(journal.arm(ONE).await, Err(JournalError::CancelRequested)));
+    journal.cancelled(ONE).await.unwrap();
+    assert_eq!(state(&Journal::open(dir.path(), "a").unwrap(), ONE), State::Cancelled);
+}
+
+#[tokio::test]
+async fn a_cancel_after_the_point_of_no_return_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    journal.arm(ONE).await.unwrap();
+    journal.request_cancel(ONE).await.unwrap();
+    let entries = journal.entries();
+    let entry = entries.get(ONE).unwrap();
+    assert!(entry.cancel_refused && !entry.cancel_requested);
+    assert_eq!(entry.state, State::Armed);
+}
+
+#[tokio::test]
+async fn a_cancel_that_overtakes_its_assignment_wins() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.request_cancel(ONE).await.unwrap();
+    assert_eq!(journal.accept(ONE, 1, reboot()).await.unwrap(), Accepted::Known);
+    assert_eq!(state(&journal, ONE), State::Cancelled);
+}
+
+#[tokio::test]
+async fn what_was_settled_thirty_days_ago_is_dropped_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    journal.arm(ONE).await.unwrap();
+    journal.succeed(ONE).await.unwrap();
+    journal.ack(ONE, 3, 1000).await.unwrap();
+    journal.accept(TWO, 1, reboot()).await.unwrap();
+    journal.ack(TWO, 1, 1000 + KEEP_MICROS).await.unwrap();
+    assert!(journal.entries().get(ONE).is_some());
+    journal.ack(TWO, 1, 1001 + KEEP_MICROS).await.unwrap();
+    assert!(journal.entries().get(ONE).is_none());
+    assert!(journal.entries().get(TWO).is_some(), "an unfinished job was dropped");
+}
+
+#[tokio::test]
+async fn an_update_is_handed_from_system_to_installer_to_system_with_rising_numbers() {
+    let [old, recovery, new] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let running = Journal::open(old.path(), "a").unwrap();
+    running.accept(ONE, 1, update()).await.unwrap();
+    std::fs::write(recovery.path().join(FILE_NAME), running.for_the_installer(ONE).unwrap()).unwrap();
+    running.arm(ONE).await.unwrap();
+
+    let installer = Journal::open(recovery.path(), "b").unwrap();
+    assert_eq!(installer.entries().get(ONE), running.entries().get(ONE));
+    installer.install(ONE).await.unwrap();
+    installer.install(ONE).await.unwrap();
+    std::fs::write(new.path().join(FILE_NAME), installer.for_the_new_root(ONE).unwrap()).unwrap();
+    installer.try_boot(ONE).await.unwrap();
+
+    let trial = Journal::open(new.path(), "c").unwrap();
+    trial.verify(ONE, Release::default()).await.unwrap();
+    trial.succeed(ONE).await.unwrap();
+    assert_eq!(trial.entries().get(ONE).unwrap().sequence, 6);
+
+    // The power failed before the new system was confirmed: the installer is ahead of what that one reported.
+    let installer = Journal::open(recovery.path(), "d").unwrap();
+    installer.trial_failed(ONE).await.unwrap();
+    let entries = installer.entries();
+    let entry = entries.get(ONE).unwrap();
+    assert_eq!((entry.state, entry.trials, entry.sequence), (State::Installing, 1, 4 + FORK_LEAP));
+}
+
+#[tokio::test]
+async fn a_rolled_back_job_is_ahead_of_what_the_installer_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 1, update()).await.unwrap();
+    journal.arm(ONE).await.unwrap();
+    journal.roll_back(ONE, Failure::new("OLD_SYSTEM_CAME_BACK", "it did")).await.unwrap();
+    assert_eq!(journal.entries().get(ONE).unwrap().sequence, 2 + FORK_LEAP);
+}

@@ -1,0 +1,376 @@
+//! One agent on one machine: identity, journal, executor and session, from start to stop.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
+
+use crate::backoff;
+use crate::bootpart::BootPart;
+use crate::cause::chain;
+use crate::discovery::{Address, Discovery};
+use crate::download::{Connect, ConnectError, Downloader};
+use crate::durable;
+use crate::executor::{Executor, Settings};
+use crate::identity::{
+    self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, Purpose, TlsTime, enroll,
+};
+use crate::job;
+use crate::journal::{Journal, JournalError};
+use crate::session::{self, Session};
+use crate::system::{self, Facts, System, SystemError};
+
+/// How long a power-off waits for the controller to know of it.
+const FAREWELL: Duration = Duration::from_secs(5);
+/// How long the machine may take to go down before the command is given again.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
+/// then writes the card again.
+const VERDICT: Duration = Duration::from_secs(30 * 60);
+/// The longest pause before an installation that failed on the way is tried again.
+const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
+/// The longest pause between two tries to enrol.
+const MAX_ENROLL_PAUSE: Duration = Duration::from_secs(15);
+/// How long the parts of an agent may take to end.
+const DRAIN: Duration = Duration::from_secs(4);
+
+/// How an agent finds its controllers and gets in.
+#[derive(Debug, Clone, Default)]
+pub struct Connection {
+    /// Controllers, in the order in which they are tried; empty: those of the join file on the card, or of the job that
+    /// the installer was left.
+    pub controllers: Vec<Address>,
+    /// Enrolment listeners; empty: the controllers' hosts, port 1347.
+    pub enroll: Vec<Address>,
+    /// The join token; none: that of the join file on the card.
+    pub token: Option<JoinToken>,
+    /// The id to ask for; empty: that of the join file, else one that the controller makes from the serial number.
+    pub name: String,
+}
+
+/// An agent cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The machine did not answer.
+    #[error("this machine cannot be asked")]
+    System(#[from] SystemError),
+    /// The journal cannot be read or written.
+    #[error("the journal cannot be used")]
+    Journal(#[from] JournalError),
+    /// There is no identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The join file cannot be used.
+    #[error("the join file cannot be used")]
+    Join(#[from] JoinError),
+    /// An address in the join file makes no sense.
+    #[error("the join file names a wrong address")]
+    Address(#[from] crate::discovery::InvalidAddress),
+    /// A token in the join file makes no sense.
+    #[error("the join file names a wrong token")]
+    Token(#[from] identity::InvalidToken),
+    /// No controller is known.
+    #[error(
+        "no controller is known: give --controller HOST:PORT, or put marco/join.toml on the boot partition of the card"
+    )]
+    NoController,
+    /// A part of the agent ended by itself.
+    #[error("a part of the agent stopped working")]
+    Broken,
+}
+
+/// Told once, when a node has been enrolled: its id, and whether it is held until an admin approves it.
+pub type OnEnrolled = Arc<dyn Fn(&str, bool) + Send + Sync>;
+
+/// What an agent knows of its way to a controller, from every source.
+struct Way {
+    controllers: Vec<Address>,
+    enroll: Vec<String>,
+    token: Option<JoinToken>,
+    name: String,
+    join_file: Option<PathBuf>,
+}
+
+impl Way {
+    fn find(system: &dyn System, board: &system::Board, connection: &Connection) -> Result<Self, RunError> {
+        let card = system.card();
+        let partitions: Vec<PathBuf> = match &card {
+            Some(card) => vec![card.recovery.clone(), card.boot.clone()],
+            None => ["boot/firmware", "boot"].iter().map(|folder| system.root().join(folder)).collect(),
+        };
+        let last_good = LastGood::read(system);
+        let found = match JoinFile::find(&partitions) {
+            Ok(found) => found,
+            // A torn join file must not cut off a node that has been in before.
+            Err(error) if last_good.is_some() => {
+                tracing::warn!(error = %chain(&error), "join file not usable");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (join_file, join) = found.map_or((None, JoinFile::default()), |(path, file)| (Some(path), file));
+
+        let mut controllers = connection.controllers.clone();
+        let mut enroll = connection.enroll.clone();
+        if controllers.is_empty() {
+            controllers = parse(&join.controllers)?;
+        }
+        if enroll.is_empty() {
+            enroll = parse(&join.enroll)?;
+        }
+        if controllers.is_empty()
+            && system.mode() == system::Mode::Installer
+            && let Some(card) = &card
+            && let Ok(Some(job)) = BootPart::new(&card.recovery, board).read_job()
+        {
+            controllers = parse(&job.controllers)?;
+            enroll = if job.enroll.is_empty() { enroll } else { parse(std::slice::from_ref(&job.enroll))? };
+        }
+        if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
+            controllers = parse(&last_good.controllers)?;
+            enroll = parse(&last_good.enroll)?;
+        }
+        if controllers.is_empty() {
+            return Err(RunError::NoController);
+        }
+        let listeners = if enroll.is_empty() {
+            controllers.iter().map(Address::enroll_beside).collect()
+        } else {
+            enroll.iter().map(Address::enroll).collect()
+        };
+        let token = match &connection.token {
+            Some(token) => Some(token.clone()),
+            None if join.token.is_empty() => None,
+            None => Some(JoinToken::parse(&join.token)?),
+        };
+        // A file that somebody put on this very card says more than a default.
+        let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
+        Ok(Self { controllers, enroll: listeners, token, name, join_file })
+    }
+}
+
+/// The way that an enrolled node took last, beside its identity: for when no file names one any more.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct LastGood {
+    controllers: Vec<String>,
+    enroll: Vec<String>,
+}
+
+impl LastGood {
+    const FILE: &str = "controllers.json";
+
+    fn read(system: &dyn System) -> Option<Self> {
+        let contents = std::fs::read(system.identity_dir().join(Self::FILE)).ok()?;
+        serde_json::from_slice(&contents).ok()
+    }
+
+    fn remember(self, system: &dyn System) {
+        if Self::read(system).is_some_and(|before| before == self) {
+            return;
+        }
+        let path = system.identity_dir().join(Self::FILE);
+        let written = serde_json::to_vec(&self)
+            .map_err(std::io::Error::from)
+            .and_then(|contents| durable::replace(&path, &contents, 0o644));
+        if let Err(error) = written {
+            tracing::warn!(error = %error, "controllers not remembered");
+        }
+    }
+}
+
+fn parse(texts: &[String]) -> Result<Vec<Address>, crate::discovery::InvalidAddress> {
+    texts.iter().map(|text| text.parse()).collect()
+}
+
+/// Loads the node's identity, or enrols it once. The last part says whether it was enrolled just now and is held.
+async fn identify(
+    system: &dyn System,
+    facts: &Facts,
+    way: &Way,
+    time: &Arc<TlsTime>,
+) -> Result<(Identity, Option<bool>), RunError> {
+    let directory = system.identity_dir();
+    let (identity, held) = match Identity::load(&directory, time.clone())? {
+        Some(identity) => (identity, None),
+        None => {
+            let token = way.token.clone().ok_or(IdentityError::NoToken)?;
+            let enrollment =
+                Enrollment { listeners: way.enroll.clone(), token, name: way.name.clone(), board: board(facts) };
+            let held = enroll(&directory, &enrollment, time).await?;
+            let identity = Identity::load(&directory, time.clone())?.ok_or(IdentityError::NoToken)?;
+            (identity, Some(held))
+        }
+    };
+    // Also when it was enrolled before: the power may have failed between the two.
+    if let Some(path) = &way.join_file {
+        JoinFile::forget_token(path)?;
+    }
+    Ok((identity, held))
+}
+
+/// Enrols the machine unless it is; the id, and whether it is held (none: it was enrolled before).
+pub async fn enroll_once(system: &dyn System, connection: &Connection) -> Result<(String, Option<bool>), RunError> {
+    let facts = system.facts()?;
+    let way = Way::find(system, &facts.board, connection)?;
+    let (identity, held) = identify(system, &facts, &way, &Arc::new(TlsTime::default())).await?;
+    Ok((identity.node().to_owned(), held))
+}
+
+/// Enrols the machine, however long it takes. Every try reads the join file anew: somebody may just be writing it.
+async fn identify_patiently(
+    system: &dyn System,
+    connection: &Connection,
+    facts: &Facts,
+) -> Result<(Way, Identity, Option<bool>), RunError> {
+    let time = Arc::new(TlsTime::default());
+    let mut failures: u32 = 0;
+    let mut last = String::new();
+    loop {
+        let tried = async {
+            let way = Way::find(system, &facts.board, connection)?;
+            let (identity, held) = identify(system, facts, &way, &time).await?;
+            Ok::<_, RunError>((way, identity, held))
+        };
+        let error = match tried.await {
+            Ok(found) => return Ok(found),
+            Err(error) => chain(&error),
+        };
+        if error != last {
+            tracing::warn!(error = %error, "node cannot be enrolled yet");
+            last = error;
+        }
+        failures = failures.saturating_add(1);
+        let ceiling = Duration::from_millis(500).saturating_mul(1_u32.checked_shl(failures.min(16)).unwrap_or(1));
+        tokio::time::sleep(backoff::full_jitter(ceiling.min(MAX_ENROLL_PAUSE))).await;
+    }
+}
+
+/// Runs an agent on this machine until `stop`.
+pub async fn run(
+    system: Arc<dyn System>,
+    connection: Connection,
+    on_enrolled: OnEnrolled,
+    stop: CancellationToken,
+) -> Result<(), RunError> {
+    let facts = system.facts()?;
+    // Dropping a try to enrol loses nothing: the key is stored before it is used.
+    let identified = tokio::select! {
+        () = stop.cancelled() => return Ok(()),
+        identified = identify_patiently(system.as_ref(), &connection, &facts) => identified,
+    };
+    let (way, identity, held) = identified?;
+    if let Some(held) = held {
+        tracing::info!(node = identity.node(), held, "node enrolled");
+        on_enrolled(identity.node(), held);
+    }
+    let identity = Arc::new(identity);
+    let boot_id = system.boot_id()?;
+    let journal = Arc::new(Journal::open(&system.state_dir(), &boot_id)?);
+    let discovery = Discovery::Fixed(way.controllers.clone());
+
+    LastGood { controllers: discovery.controllers(), enroll: way.enroll.clone() }.remember(system.as_ref());
+
+    let settings = Settings {
+        node: identity.node().to_owned(),
+        controllers: discovery.controllers(),
+        enroll: way.enroll.first().cloned().unwrap_or_default(),
+        farewell: FAREWELL,
+        patience: PATIENCE,
+        verdict: VERDICT,
+        max_pause: MAX_INSTALL_PAUSE,
+        now: {
+            let time = identity.time().clone();
+            Arc::new(move || time.now())
+        },
+    };
+    let downloader = Downloader::new(connect_in_turn(identity.clone(), discovery.controllers()));
+    let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
+    executor.settle().await?;
+    let node = describe(system.as_ref(), &facts, boot_id);
+    let session = Session { discovery, identity: identity.clone(), journal, node };
+
+    let mut parts = JoinSet::new();
+    parts.spawn({
+        let stop = stop.clone();
+        async move { executor.run(stop).await }.in_current_span()
+    });
+    parts.spawn({
+        let stop = stop.clone();
+        async move { session.run(stop).await }.in_current_span()
+    });
+    parts.spawn({
+        let stop = stop.clone();
+        async move { identity.keep_fresh(&way.enroll, &stop).await }.in_current_span()
+    });
+    // None of them ends by itself.
+    let broken = tokio::select! {
+        () = stop.cancelled() => false,
+        _ = parts.join_next() => !stop.is_cancelled(),
+    };
+    if broken {
+        return Err(RunError::Broken);
+    }
+    if tokio::time::timeout(DRAIN, async { while parts.join_next().await.is_some() {} }).await.is_err() {
+        tracing::warn!("agent did not end in time");
+    }
+    Ok(())
+}
+
+/// A fresh connection for each try, to one controller after the other.
+fn connect_in_turn(identity: Arc<Identity>, controllers: Vec<String>) -> Connect {
+    let turn = Arc::new(AtomicUsize::new(0));
+    Arc::new(move || {
+        let index = turn.fetch_add(1, Ordering::Relaxed).checked_rem(controllers.len()).unwrap_or(0);
+        let address = controllers.get(index).cloned().unwrap_or_default();
+        let identity = identity.clone();
+        Box::pin(async move { identity.connect(&address, Purpose::Download).await.map_err(ConnectError::from) })
+    })
+}
+
+fn board(facts: &Facts) -> identity::Board {
+    let board = &facts.board;
+    identity::Board {
+        model: board.model.clone(),
+        revision: board.revision.clone(),
+        serial: board.serial.clone(),
+        macs: board.macs.clone(),
+        memory_bytes: board.memory_bytes,
+        family: board.family.clone(),
+    }
+}
+
+fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Node {
+    let release = system.release().unwrap_or_else(|error| {
+        tracing::warn!(error = %chain(&error), "release not readable");
+        None
+    });
+    let release = release.unwrap_or_default();
+    session::Node {
+        boot_id,
+        mode: match system.mode() {
+            system::Mode::Running => job::Mode::Running,
+            system::Mode::Installer => job::Mode::Installer,
+        },
+        board: board(facts),
+        kernel_arch: facts.system.kernel_arch.clone(),
+        userspace_arch: facts.system.userspace_arch.clone(),
+        page_size: facts.system.page_size,
+        kernel_release: facts.system.kernel_release.clone(),
+        os: facts.system.os.clone(),
+        layout: match facts.system.layout {
+            system::Layout::Unknown => session::Layout::Unknown,
+            system::Layout::Single => session::Layout::Single,
+            system::Layout::Resident => session::Layout::Resident,
+        },
+        image_sha256: release.image_sha256,
+        boot_sha256: release.boot_sha256,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,410 @@
+//! The stream to a controller: says hello from the journal, reports what the journal holds until it is acknowledged,
+//! and puts into the journal what it is told. It does nothing else; a job goes on without it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use marco_proto::v1::agent_service_client::AgentServiceClient;
+use marco_proto::v1::{ConnectRequest, ConnectResponse, Welcome, connect_request, connect_response};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+use crate::backoff;
+use crate::cause::chain;
+use crate::discovery::Discovery;
+use crate::identity::{Board, Identity, Purpose};
+use crate::job::Mode;
+use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
+
+mod wire;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// Longest pause that a controller may ask for.
+const MAX_ASKED_PAUSE: Duration = Duration::from_secs(60 * 60);
+/// From Hello to Welcome.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// A message that cannot be handed to the connection for so long shows that nobody reads at the other end.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// A report that was not acknowledged is sent again after this time.
+const RESEND_AFTER: Duration = Duration::from_secs(30);
+/// How long the end of a session may take at shutdown.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Progress is reported at most this often when the controller does not say.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+const MIN_PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
+/// Messages under way to the connection.
+const OUTBOX: usize = 16;
+
+/// How a card is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Not known.
+    Unknown,
+    /// One boot partition.
+    Single,
+    /// A recovery partition, and the system's own.
+    Resident,
+}
+
+/// What a node says about itself in its Hello.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// The id of this boot.
+    pub boot_id: String,
+    /// In which role the agent runs.
+    pub mode: Mode,
+    /// The hardware.
+    pub board: Board,
+    /// As `uname -m` prints it.
+    pub kernel_arch: String,
+    /// For which architecture this agent was built.
+    pub userspace_arch: String,
+    /// Memory page size in bytes.
+    pub page_size: u32,
+    /// As `uname -r` prints it.
+    pub kernel_release: String,
+    /// PRETTY_NAME of `/etc/os-release`.
+    pub os: String,
+    /// How the card is laid out.
+    pub layout: Layout,
+    /// SHA-256 of the image that runs; empty when not known.
+    pub image_sha256: String,
+    /// SHA-256 of the boot files that run; empty when they are the image's or not known.
+    pub boot_sha256: String,
+}
+
+/// Keeps a session open.
+#[derive(Debug)]
+pub struct Session {
+    /// Where controllers are.
+    pub discovery: Discovery,
+    /// Who the node is.
+    pub identity: Arc<Identity>,
+    /// What it has to do.
+    pub journal: Arc<Journal>,
+    /// What it is.
+    pub node: Node,
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error("no controller can be reached")]
+    Connect(#[source] crate::identity::IdentityError),
+    #[error("no controller is known")]
+    NoController,
+    #[error("the controller ended the session")]
+    Status(#[source] Box<tonic::Status>),
+    #[error("the controller did not say welcome")]
+    NoWelcome,
+    #[error("the controller reads no more")]
+    Stuck,
+    #[error("the journal cannot be written")]
+    Journal(#[from] JournalError),
+}
+
+/// How a session ended.
+struct Ended {
+    /// Whether the controller had said welcome.
+    welcomed: bool,
+    /// How long to stay away at least.
+    stay_away: Duration,
+    /// Why, unless it was asked for.
+    error: Option<SessionError>,
+}
+
+impl Ended {
+    fn before_welcome(error: SessionError) -> Self {
+        Self { welcomed: false, stay_away: Duration::ZERO, error: Some(error) }
+    }
+}
+
+impl Session {
+    /// Keeps one session open until `stop`; then says good-bye.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut failures: u32 = 0;
+        while !stop.is_cancelled() {
+            let mut ended = Ended::before_welcome(SessionError::NoController);
+            for address in self.discovery.controllers() {
+                // Dropping a half-open connection loses nothing: what was to be said is in the journal.
+                ended = tokio::select! {
+                    () = stop.cancelled() => return,
+                    connected = self.identity.connect(&address, Purpose::Session) => match connected {
+                        Ok(channel) => self.talk(&address, channel, &stop).await,
+                        Err(error) => Ended::before_welcome(SessionError::Connect(error)),
+                    },
+                };
+                if ended.welcomed {
+                    break;
+                }
+                if let Some(error) = &ended.error {
+                    tracing::info!(address, error = %chain(error), "controller did not take the session");
+                }
+            }
+            failures = if ended.welcomed { 0 } else { failures.saturating_add(1) };
+            if let Some(error) = ended.error.as_ref().filter(|_| ended.welcomed) {
+                tracing::info!(error = %chain(error), "session lost");
+            }
+            let ceiling = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(failures.min(16)).unwrap_or(u32::MAX));
+            let pause = backoff::full_jitter(ceiling.min(MAX_PAUSE)).max(ended.stay_away.min(MAX_ASKED_PAUSE));
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// One session, from Hello to its end.
+    async fn talk(&self, address: &str, channel: tonic::transport::Channel, stop: &CancellationToken) -> Ended {
+        let (outbox, messages) = mpsc::channel(OUTBOX);
+        let hello = wire::hello(&self.node, &self.journal.entries(), &self.journal.progress().borrow());
+        let hello = ConnectRequest { message: Some(connect_request::Message::Hello(hello)) };
+        if outbox.send(hello).await.is_err() {
+            return Ended::before_welcome(SessionError::Stuck);
+        }
+        let mut client = AgentServiceClient::new(channel);
+        let opening = async {
+            let answers = client.connect(ReceiverStream::new(messages)).await.map_err(SessionError::from)?;
+            let mut answers = answers.into_inner();
+            match answers.message().await.map_err(SessionError::from)?.and_then(|answer| answer.message) {
+                Some(connect_response::Message::Welcome(welcome)) => Ok(Ok((welcome, answers))),
+                Some(connect_response::Message::Goodbye(goodbye)) => Ok(Err(goodbye)),
+                _ => Err(SessionError::NoWelcome),
+            }
+        };
+        let opened = tokio::select! {
+            () = stop.cancelled() => return Ended { welcomed: false, stay_away: Duration::ZERO, error: None },
+            opened = tokio::time::timeout(WELCOME_TIMEOUT, opening) => opened,
+        };
+        let (welcome, answers) = match opened {
+            Ok(Ok(Ok(opened))) => opened,
+            Ok(Ok(Err(goodbye))) => {
+                tracing::info!(address, reason = %goodbye.reason, "controller says good-bye");
+                let stay_away = wire::duration(goodbye.retry_delay.as_ref()).unwrap_or_default();
+                return Ended { welcomed: false, stay_away, error: None };
+            }
+            Ok(Err(error)) => return Ended::before_welcome(error),
+            Err(_) => return Ended::before_welcome(SessionError::NoWelcome),
+        };
+        if let Some(time) = &welcome.time {
+            self.identity.learn_time(wire::micros(time));
+        }
+        tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
+        let mut open = Open::new(self, outbox, &welcome);
+        let (stay_away, error) = match open.serve(answers, stop).await {
+            Ok(stay_away) => (stay_away, None),
+            Err(error) => (Duration::ZERO, Some(error)),
+        };
+        Ended { welcomed: true, stay_away, error }
+    }
+}
+
+impl From<tonic::Status> for SessionError {
+    fn from(status: tonic::Status) -> Self {
+        Self::Status(Box::new(status))
+    }
+}
+
+/// What was last said of an execution in this session.
+#[derive(Clone, PartialEq, Eq)]
+struct Said {
+    attempt: u32,
+    sequence: u64,
+    cancel_refused: bool,
+}
+
+impl Said {
+    fn of(entry: &Entry) -> Self {
+        Self { attempt: entry.attempt, sequence: entry.sequence, cancel_refused: entry.cancel_refused }
+    }
+}
+
+/// An open session.
+struct Open<'a> {
+    session: &'a Session,
+    outbox: mpsc::Sender<ConnectRequest>,
+    progress_interval: Duration,
+    said: HashMap<String, Said>,
+    /// The progress that was last told.
+    told: Progress,
+}
+
+impl<'a> Open<'a> {
+    fn new(session: &'a Session, outbox: mpsc::Sender<ConnectRequest>, welcome: &Welcome) -> Self {
+        let asked = wire::duration(welcome.progress_interval.as_ref()).filter(|interval| !interval.is_zero());
+        Self {
+            session,
+            outbox,
+            progress_interval: asked.unwrap_or(PROGRESS_INTERVAL).max(MIN_PROGRESS_INTERVAL),
+            said: HashMap::new(),
+            told: Progress::default(),
+        }
+    }
+
+    /// Until one side ends it. The answer is how long to stay away.
+    async fn serve(
+        &mut self,
+        mut answers: Streaming<ConnectResponse>,
+        stop: &CancellationToken,
+    ) -> Result<Duration, SessionError> {
+        let journal = self.session.journal.clone();
+        let mut changes = journal.changes();
+        let mut progress = journal.progress();
+        changes.mark_changed();
+        let mut resend = tokio::time::interval_at(Instant::now() + RESEND_AFTER, RESEND_AFTER);
+        let mut may_tell = Instant::now();
+        let mut to_tell = true;
+        loop {
+            // Each arm only waits; what has arrived is handled to its end below, so dropping the others loses nothing.
+            let event = tokio::select! {
+                biased;
+                () = stop.cancelled() => Event::Stop,
+                Ok(()) = changes.changed() => Event::Journal,
+                answer = answers.message() => Event::Answer(Box::new(answer)),
+                Ok(()) = progress.changed(), if !to_tell => Event::Progress,
+                () = tokio::time::sleep_until(may_tell), if to_tell => Event::Tell,
+                _ = resend.tick() => Event::Resend,
+            };
+            match event {
+                Event::Stop => {
+                    self.close(answers).await;
+                    return Ok(Duration::ZERO);
+                }
+                Event::Journal => {
+                    let entries = changes.borrow_and_update().clone();
+                    self.report(&entries).await?;
+                }
+                Event::Answer(answer) => match (*answer)?.and_then(|answer| answer.message) {
+                    Some(connect_response::Message::Goodbye(goodbye)) => {
+                        tracing::info!(reason = %goodbye.reason, "controller says good-bye");
+                        return Ok(wire::duration(goodbye.retry_delay.as_ref()).unwrap_or_default());
+                    }
+                    Some(message) => self.obey(message).await?,
+                    None => return Ok(Duration::ZERO),
+                },
+                Event::Progress => to_tell = true,
+                Event::Tell => {
+                    to_tell = false;
+                    let now = progress.borrow_and_update().clone();
+                    if self.tell(now).await? {
+                        may_tell = Instant::now() + self.progress_interval;
+                    }
+                }
+                Event::Resend => {
+                    self.said.clear();
+                    self.report(&journal.entries()).await?;
+                }
+            }
+        }
+    }
+
+    async fn obey(&self, message: connect_response::Message) -> Result<(), SessionError> {
+        let journal = &self.session.journal;
+        match message {
+            connect_response::Message::Assign(assign) => {
+                let attempt = assign.attempt;
+                let Some((execution, action)) = wire::assignment(assign) else {
+                    tracing::error!("assignment without an execution's name");
+                    return Ok(());
+                };
+                match journal.accept(&execution, attempt, action).await {
+                    Ok(accepted) => tracing::info!(execution, attempt, ?accepted, "assignment"),
+                    Err(error @ JournalError::Stale { .. }) => {
+                        tracing::warn!(execution, attempt, error = %error, "assignment refused");
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            connect_response::Message::Cancel(cancel) => {
+                let Some(execution) = wire::execution(&cancel.execution) else {
+                    tracing::error!("cancellation without an execution's name");
+                    return Ok(());
+                };
+                tracing::info!(execution, "cancel asked for");
+                journal.request_cancel(&execution).await?;
+            }
+            connect_response::Message::Ack(ack) => {
+                let now = self.session.identity.time().now_micros();
+                match journal.ack(&ack.execution, ack.sequence, now).await {
+                    Err(JournalError::NotFound(_)) => {
+                        tracing::warn!(execution = %ack.execution, "acknowledgement of what is not in the journal");
+                    }
+                    other => other?,
+                }
+            }
+            connect_response::Message::Welcome(_) | connect_response::Message::Goodbye(_) => {
+                tracing::warn!("message out of its place");
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports every state that the controller has not acknowledged and has not been told in this session.
+    async fn report(&mut self, entries: &Arc<Entries>) -> Result<(), SessionError> {
+        let progress = self.session.journal.progress().borrow().clone();
+        for entry in entries.iter() {
+            let now = Said::of(entry);
+            let before = self.said.get(&entry.execution);
+            let newly_refused = entry.cancel_refused && before.is_some_and(|before| !before.cancel_refused);
+            if before == Some(&now) || (entry.is_acked() && !newly_refused) {
+                // What was acknowledged counts as said, so that a refusal that comes later is noticed.
+                self.said.entry(entry.execution.clone()).or_insert(now);
+                continue;
+            }
+            self.send(wire::report(entry, &progress, &self.session.node.boot_id)).await?;
+            self.said.insert(entry.execution.clone(), now);
+        }
+        self.said.retain(|execution, _| entries.get(execution).is_some());
+        Ok(())
+    }
+
+    /// Tells progress, if there is any to tell.
+    async fn tell(&mut self, progress: Progress) -> Result<bool, SessionError> {
+        let entries = self.session.journal.entries();
+        let Some(entry) = entries.get(&progress.execution).filter(|entry| !entry.state.is_final()) else {
+            return Ok(false);
+        };
+        if progress == self.told {
+            return Ok(false);
+        }
+        self.send(wire::report(entry, &progress, &self.session.node.boot_id)).await?;
+        self.said.insert(entry.execution.clone(), Said::of(entry));
+        self.told = progress;
+        Ok(true)
+    }
+
+    async fn send(&self, report: marco_proto::v1::Report) -> Result<(), SessionError> {
+        let message = ConnectRequest { message: Some(connect_request::Message::Report(report)) };
+        match tokio::time::timeout(SEND_TIMEOUT, self.outbox.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(SessionError::Stuck),
+        }
+    }
+
+    /// Ends our half of the stream and lets the controller end its own.
+    async fn close(&mut self, mut answers: Streaming<ConnectResponse>) {
+        let (closed, _) = mpsc::channel(1);
+        self.outbox = closed;
+        let rest = async { while let Ok(Some(_)) = answers.message().await {} };
+        if tokio::time::timeout(CLOSE_TIMEOUT, rest).await.is_err() {
+            tracing::debug!("controller did not end the session in time");
+        }
+    }
+}
+
+enum Event {
+    Stop,
+    Journal,
+    Answer(Box<Result<Option<ConnectResponse>, tonic::Status>>),
+    Progress,
+    Tell,
+    Resend,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,227 @@
+//! A session against a controller with real TLS, whose answers the test gives.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use marco_proto::v1::execution::State as WireState;
+use marco_proto::v1::{
+    Ack, Assign, Cancel, Goodbye, Hello, NodeMode, Reboot, Report, assign, connect_request, connect_response,
+};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{Layout, Node, Session};
+use crate::discovery::Discovery;
+use crate::identity::{Board, Enrollment, Identity, JoinToken, TlsTime, enroll};
+use crate::job::{Action, Mode, Notice, State};
+use crate::journal::{Journal, Progress};
+use crate::testing::{Controller, Pki, TestSession};
+
+const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
+
+struct Bench {
+    dir: tempfile::TempDir,
+    controller: Controller,
+    journal: Arc<Journal>,
+    stop: CancellationToken,
+    task: AbortOnDropHandle<()>,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Arc::new(Journal::open(dir.path(), "boot-a").unwrap());
+        Self::with(dir, journal, Vec::new()).await
+    }
+
+    async fn with(dir: tempfile::TempDir, journal: Arc<Journal>, mut before: Vec<String>) -> Self {
+        let controller = Controller::start(Pki::new("2026-01-01T00:00:00Z", "2126-01-01T00:00:00Z")).await;
+        let time = Arc::new(TlsTime::starting_at(0));
+        let enrollment = Enrollment {
+            listeners: vec![controller.address.clone()],
+            token: JoinToken::parse(&controller.pki.token()).unwrap(),
+            name: "pi-01".into(),
+            board: Board::default(),
+        };
+        enroll(dir.path(), &enrollment, &time).await.unwrap();
+        before.push(controller.address.clone());
+        let session = Session {
+            discovery: Discovery::Fixed(before.iter().map(|address| address.parse().unwrap()).collect()),
+            identity: Arc::new(Identity::load(dir.path(), time).unwrap().unwrap()),
+            journal: journal.clone(),
+            node: node(),
+        };
+        let stop = CancellationToken::new();
+        let task = tokio::spawn({
+            let stop = stop.clone();
+            async move { session.run(stop).await }
+        });
+        Self { dir, controller, journal, stop, task: AbortOnDropHandle::new(task) }
+    }
+
+    /// The next session, welcomed, and its Hello.
+    async fn welcomed(&mut self) -> (TestSession, Hello) {
+        let mut session = self.controller.session().await;
+        let Some(connect_request::Message::Hello(hello)) = session.next().await.unwrap().message else {
+            panic!("the first message is no Hello");
+        };
+        session.welcome().await;
+        (session, hello)
+    }
+}
+
+fn node() -> Node {
+    Node {
+        boot_id: "boot-a".into(),
+        mode: Mode::Running,
+        board: Board::default(),
+        kernel_arch: "aarch64".into(),
+        userspace_arch: "arm".into(),
+        page_size: 4096,
+        kernel_release: "6.12".into(),
+        os: "Test".into(),
+        layout: Layout::Resident,
+        image_sha256: String::new(),
+        boot_sha256: String::new(),
+    }
+}
+
+async fn report(session: &mut TestSession) -> Report {
+    match session.next().await.expect("the session ended").message {
+        Some(connect_request::Message::Report(report)) => report,
+        other => panic!("no report but {other:?}"),
+    }
+}
+
+fn assign(attempt: u32) -> connect_response::Message {
+    let notice = Some(prost_types::Duration { seconds: 0, nanos: 0 });
+    connect_response::Message::Assign(Assign {
+        execution: ONE.into(),
+        attempt,
+        action: Some(assign::Action::Reboot(Reboot { notice, message: "hello".into() })),
+        known_state: WireState::Assigned.into(),
+    })
+}
+
+fn ack(sequence: u64) -> connect_response::Message {
+    connect_response::Message::Ack(Ack { execution: ONE.into(), sequence })
+}
+
+async fn until(journal: &Journal, mut is: impl FnMut(&crate::journal::Entry) -> bool) {
+    let mut changes = journal.changes();
+    let there = changes.wait_for(|all| all.get(ONE).is_some_and(&mut is));
+    tokio::time::timeout(Duration::from_secs(10), there).await.expect("it did not come to that").unwrap();
+}
+
+#[tokio::test]
+async fn an_assignment_is_journalled_before_it_is_reported_and_kept_until_acknowledged() {
+    let mut bench = Bench::new().await;
+    let (mut session, hello) = bench.welcomed().await;
+    assert_eq!((hello.boot_id.as_str(), hello.mode()), ("boot-a", NodeMode::Running));
+    assert_eq!(hello.executions, []);
+    session.say(assign(1)).await;
+    let first = report(&mut session).await;
+    assert_eq!((first.execution.as_str(), first.attempt, first.sequence), (ONE, 1, 1));
+    assert_eq!(first.state(), WireState::Running);
+    let stored = Journal::open(bench.dir.path(), "reader").unwrap().entries();
+    let notice = Notice { delay: Duration::ZERO, message: "hello".into() };
+    assert_eq!(stored.get(ONE).unwrap().action, Action::Reboot(notice));
+
+    // The controller dies before it stores the report.
+    drop(session);
+    let (mut session, hello) = bench.welcomed().await;
+    assert_eq!(hello.executions.len(), 1);
+    let again = report(&mut session).await;
+    assert_eq!(again, first);
+    session.say(ack(1)).await;
+    until(&bench.journal, |entry| entry.is_acked()).await;
+    assert!(bench.journal.entries().get(ONE).unwrap().acked_at.unwrap() >= 4_000_000_000_000_000);
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_as_final_is_not_told_again_until_it_is_assigned_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Arc::new(Journal::open(dir.path(), "boot-a").unwrap());
+    let action = Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() });
+    journal.accept(ONE, 1, action).await.unwrap();
+    journal.arm(ONE).await.unwrap();
+    journal.succeed(ONE).await.unwrap();
+    journal.ack(ONE, 3, 1).await.unwrap();
+    let mut bench = Bench::with(dir, journal, Vec::new()).await;
+    let (mut session, hello) = bench.welcomed().await;
+    assert_eq!(hello.executions, []);
+    session.say(assign(2)).await;
+    let report = report(&mut session).await;
+    assert_eq!((report.attempt, report.sequence, report.state()), (2, 3, WireState::Succeeded));
+    assert_eq!(bench.journal.entries().get(ONE).unwrap().state, State::Succeeded);
+}
+
+#[tokio::test]
+async fn progress_is_told_under_the_sequence_of_the_state() {
+    let mut bench = Bench::new().await;
+    let (mut session, _) = bench.welcomed().await;
+    session.say(assign(1)).await;
+    report(&mut session).await;
+    let progress = Progress { execution: ONE.into(), phase: "unpacking image".into(), done: 5, total: 9 };
+    bench.journal.set_progress(progress);
+    let told = report(&mut session).await;
+    assert_eq!((told.sequence, told.phase.as_str(), told.bytes_done, told.bytes_total), (1, "unpacking image", 5, 9));
+}
+
+#[tokio::test]
+async fn a_cancel_reaches_the_journal_and_one_that_is_too_late_is_answered() {
+    let mut bench = Bench::new().await;
+    let (mut session, _) = bench.welcomed().await;
+    session.say(assign(1)).await;
+    report(&mut session).await;
+    bench.journal.arm(ONE).await.unwrap();
+    let armed = report(&mut session).await;
+    assert_eq!((armed.state(), armed.sequence), (WireState::Rebooting, 2));
+    session.say(ack(2)).await;
+    session.say(connect_response::Message::Cancel(Cancel { execution: ONE.into() })).await;
+    let refused = report(&mut session).await;
+    assert!(refused.cancel_refused);
+    assert_eq!((refused.state(), refused.sequence), (WireState::Rebooting, 2));
+}
+
+#[tokio::test]
+async fn an_action_that_the_agent_does_not_know_fails_with_its_reason() {
+    let mut bench = Bench::new().await;
+    let (mut session, _) = bench.welcomed().await;
+    let assign = Assign { execution: ONE.into(), attempt: 1, action: None, known_state: 0 };
+    session.say(connect_response::Message::Assign(assign)).await;
+    let failed = report(&mut session).await;
+    assert_eq!(failed.state(), WireState::Failed);
+    assert_eq!(failed.error.unwrap().reason, "UNKNOWN_ACTION");
+}
+
+#[tokio::test]
+async fn the_next_controller_is_tried_when_one_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Arc::new(Journal::open(dir.path(), "boot-a").unwrap());
+    // Bound and dropped: nobody listens.
+    let nobody = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+    let mut bench = Bench::with(dir, journal, vec![nobody]).await;
+    bench.welcomed().await;
+}
+
+#[tokio::test]
+async fn after_a_goodbye_the_agent_stays_away_as_long_as_it_was_asked_to() {
+    let mut bench = Bench::new().await;
+    let (session, _) = bench.welcomed().await;
+    let began = tokio::time::Instant::now();
+    let retry_delay = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    session.say(connect_response::Message::Goodbye(Goodbye { reason: "restart".into(), retry_delay })).await;
+    bench.welcomed().await;
+    assert!(began.elapsed() >= Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn a_session_that_is_stopped_ends_its_half_of_the_stream() {
+    let mut bench = Bench::new().await;
+    let (mut session, _) = bench.welcomed().await;
+    bench.stop.cancel();
+    assert_eq!(session.next().await, None);
+    drop(session);
+    bench.task.await.unwrap();
+}

@@ -1,0 +1,145 @@
+//! Between the journal's words and those of the API.
+
+use std::time::Duration;
+
+use marco_proto::names::{ExecutionId, PROTOCOL_VERSION};
+use marco_proto::v1::execution::State as WireState;
+use marco_proto::v1::{
+    Assign, CardLayout, ExecutionError, Hello, NodeMode, Release, Report, System, Update as WireUpdate, assign,
+};
+
+use super::{Layout, Node};
+use crate::job::{Action, Artifact, Mode, Notice, State, Update};
+use crate::journal::{Entries, Entry, Progress};
+
+/// How long users are warned when the operation does not say.
+const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
+
+pub(super) fn hello(node: &Node, entries: &Entries, progress: &Progress) -> Hello {
+    let open = entries.iter().filter(|entry| !(entry.state.is_final() && entry.is_acked()));
+    Hello {
+        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol_version: PROTOCOL_VERSION,
+        boot_id: node.boot_id.clone(),
+        mode: match node.mode {
+            Mode::Running => NodeMode::Running,
+            Mode::Installer => NodeMode::Installer,
+        }
+        .into(),
+        board: Some(node.board.to_wire()),
+        system: Some(System {
+            kernel_arch: node.kernel_arch.clone(),
+            userspace_arch: node.userspace_arch.clone(),
+            page_size: node.page_size,
+            kernel_release: node.kernel_release.clone(),
+            os: node.os.clone(),
+            layout: match node.layout {
+                Layout::Unknown => CardLayout::Unspecified,
+                Layout::Single => CardLayout::Single,
+                Layout::Resident => CardLayout::Resident,
+            }
+            .into(),
+            image_sha256: node.image_sha256.clone(),
+            boot_sha256: node.boot_sha256.clone(),
+        }),
+        supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
+        executions: open.map(|entry| report(entry, progress, &node.boot_id)).collect(),
+    }
+}
+
+/// An entry, whole, as it is said under this boot.
+pub(super) fn report(entry: &Entry, progress: &Progress, boot_id: &str) -> Report {
+    let ours = progress.execution == entry.execution && !entry.state.is_final();
+    Report {
+        execution: entry.execution.clone(),
+        attempt: entry.attempt,
+        sequence: entry.sequence,
+        state: state(entry.state).into(),
+        phase: if ours { progress.phase.clone() } else { String::new() },
+        bytes_done: if ours { progress.done } else { 0 },
+        bytes_total: if ours { progress.total } else { 0 },
+        error: entry
+            .error
+            .as_ref()
+            .map(|error| ExecutionError { reason: error.reason.clone(), message: error.message.clone() }),
+        boot_id: boot_id.to_owned(),
+        release: entry.release.as_ref().map(|release| Release {
+            execution: release.execution.clone(),
+            image_sha256: release.image_sha256.clone(),
+            boot_sha256: release.boot_sha256.clone(),
+        }),
+        cancel_refused: entry.cancel_refused,
+    }
+}
+
+fn state(state: State) -> WireState {
+    match state {
+        State::Accepted | State::Installing => WireState::Running,
+        State::Armed | State::Trial => WireState::Rebooting,
+        State::Verifying => WireState::Verifying,
+        State::Succeeded => WireState::Succeeded,
+        State::Failed => WireState::Failed,
+        State::RolledBack => WireState::RolledBack,
+        State::Cancelled => WireState::Cancelled,
+    }
+}
+
+/// The full name of an execution, if it is one.
+pub(super) fn execution(name: &str) -> Option<String> {
+    ExecutionId::parse(name).ok().map(|execution| execution.name())
+}
+
+/// An assignment's execution and action. What this agent does not know, or cannot make sense of, is an unknown action;
+/// without an execution's name there is nothing to answer for.
+pub(super) fn assignment(assign: Assign) -> Option<(String, Action)> {
+    let execution = execution(&assign.execution)?;
+    let action = match assign.action {
+        Some(assign::Action::Reboot(reboot)) => notice(reboot.notice.as_ref(), reboot.message).map(Action::Reboot),
+        Some(assign::Action::PowerOff(off)) => notice(off.notice.as_ref(), off.message).map(Action::PowerOff),
+        Some(assign::Action::Update(update)) => self::update(update).map(Action::Update),
+        None => None,
+    };
+    Some((execution, action.unwrap_or(Action::Unknown)))
+}
+
+fn notice(delay: Option<&prost_types::Duration>, message: String) -> Option<Notice> {
+    let delay = match delay {
+        None => DEFAULT_NOTICE,
+        Some(delay) => duration(Some(delay))?,
+    };
+    Some(Notice { delay, message })
+}
+
+fn update(update: WireUpdate) -> Option<Update> {
+    Some(Update {
+        image: artifact(update.image, update.image_sha256)?,
+        bootcode: artifact(update.bootcode, update.bootcode_sha256)?,
+        notice: notice(update.notice.as_ref(), update.message)?,
+        discard_home: update.preserve.is_some_and(|preserve| preserve.discard_home),
+    })
+}
+
+/// `Some(None)`: none was named. A digest becomes part of a file's name, so it must be one.
+fn artifact(id: String, sha256: String) -> Option<Option<Artifact>> {
+    if sha256.is_empty() {
+        return id.is_empty().then_some(None);
+    }
+    let digest = sha256.len() == 64 && sha256.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+    // The name is written into files that a shell may read.
+    let id = id.strip_prefix("artifacts/").map(str::to_owned).unwrap_or(id);
+    let plain = id.is_empty() || marco_proto::names::ArtifactId::parse(&id).is_ok();
+    (digest && plain).then_some(Some(Artifact { id, sha256 }))
+}
+
+/// A duration that is not negative.
+pub(super) fn duration(duration: Option<&prost_types::Duration>) -> Option<Duration> {
+    let duration = duration?;
+    let seconds = u64::try_from(duration.seconds).ok()?;
+    let nanos = u32::try_from(duration.nanos).ok()?;
+    Some(Duration::from_secs(seconds).saturating_add(Duration::from_nanos(u64::from(nanos))))
+}
+
+/// Microseconds since 1970.
+pub(super) fn micros(time: &prost_types::Timestamp) -> i64 {
+    time.seconds.saturating_mul(1_000_000).saturating_add(i64::from(time.nanos) / 1000)
+}

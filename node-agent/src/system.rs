@@ -1,0 +1,235 @@
+//! What the agent can find out about the machine, and what it can do to it: the one trait between the agent and a
+//! board, because a test can neither reboot a machine nor partition a card.
+
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+pub mod facts;
+pub mod host;
+pub mod release;
+pub mod rooted;
+pub mod virtual_pi;
+
+pub use facts::{Board, Facts, Layout, SystemFacts};
+pub use release::Release;
+
+/// A machine could not be asked or told something.
+#[derive(Debug, thiserror::Error)]
+pub enum SystemError {
+    /// A file or folder could not be read or written.
+    #[error("cannot {doing} {path}")]
+    Io {
+        /// What was tried, as a verb.
+        doing: &'static str,
+        /// On which file or folder.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A program could not be started, failed, or did not end in time.
+    #[error("{program} failed: {message}")]
+    Command {
+        /// The program's path.
+        program: String,
+        /// Exit status and last words, or why it did not start.
+        message: String,
+    },
+    /// What was found makes no sense, for example an unreadable power state.
+    #[error("{0}")]
+    Invalid(String),
+    /// This machine cannot do that.
+    #[error("{0}")]
+    Unsupported(&'static str),
+}
+
+impl SystemError {
+    /// For `map_err` on I/O: says what was tried on what.
+    pub fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { doing, path, source }
+    }
+}
+
+/// In which role the machine was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The installed system runs.
+    Running,
+    /// The pre-boot installer runs.
+    Installer,
+}
+
+/// What the firmware booted, as it says itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Booted {
+    /// Number of the partition that it booted from.
+    pub partition: u32,
+    /// Whether it was a trial boot.
+    pub tryboot: bool,
+}
+
+/// Where the partitions of a card in layout resident are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Card {
+    /// p1: firmware files, installer sets, `marco/`.
+    pub recovery: PathBuf,
+    /// p4: the system's own boot partition.
+    pub boot: PathBuf,
+    /// p2: the system's root.
+    pub root: PathBuf,
+    /// p3: home.
+    pub home: PathBuf,
+}
+
+/// How a machine goes down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Down {
+    /// It comes back.
+    Reboot,
+    /// It stays off.
+    PowerOff,
+}
+
+/// Which way a reboot takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reboot {
+    /// Into the default.
+    Plain,
+    /// Once into what `[tryboot]` names (reboot argument `0 tryboot`); any later reset returns to the default.
+    TryBoot,
+}
+
+/// Why a machine will not be updated. Nothing was written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// A stable word for programs, for example `LAYOUT_NOT_RESIDENT`.
+    pub reason: &'static str,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// Keeps everybody else from the target's file systems until the last clone is dropped. A thread that still writes
+/// after its job was given up (a power cut of a virtual Pi drops only the job) thereby holds up the next job.
+#[derive(Clone)]
+pub struct Lease(#[expect(dead_code, reason = "held for its Drop only")] Arc<dyn Any + Send + Sync>);
+
+impl Lease {
+    /// Wraps whatever must be held.
+    pub fn new(guard: impl Any + Send + Sync) -> Self {
+        Self(Arc::new(guard))
+    }
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lease")
+    }
+}
+
+/// File systems that are ready to be installed into, mounted.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The new root (p2): empty when it was asked to be made anew, else as it was.
+    pub root: PathBuf,
+    /// The system's boot partition (p4), empty.
+    pub boot: PathBuf,
+    /// What `root=` and fstab must call the root, for example `PARTUUID=1a2b3c4d-02`.
+    pub root_device: String,
+    /// What fstab must call the boot partition.
+    pub boot_device: String,
+    /// What fstab must call home.
+    pub home_device: String,
+    /// To be held by whatever writes into the target.
+    pub lease: Lease,
+}
+
+/// What is made anew before an installation; the boot partition always is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Erase {
+    /// The root.
+    pub root: bool,
+    /// Home.
+    pub home: bool,
+}
+
+/// What users read when nothing goes down after all.
+pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
+
+/// What users read before the machine goes down.
+pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String {
+    let what = match down {
+        Down::Reboot => "reboots",
+        Down::PowerOff => "powers off",
+    };
+    let when = if delay.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(delay)) };
+    let message = message.trim();
+    if message.is_empty() {
+        format!("This machine {what} {when}.")
+    } else {
+        format!("This machine {what} {when}: {message}")
+    }
+}
+
+/// A machine.
+#[async_trait]
+pub trait System: Send + Sync + 'static {
+    /// The id of this boot; another boot has another one.
+    fn boot_id(&self) -> Result<String, SystemError>;
+
+    /// What the board is and what runs on it. Reads files: not for a hot path.
+    fn facts(&self) -> Result<Facts, SystemError>;
+
+    /// In which role it was started.
+    fn mode(&self) -> Mode;
+
+    /// What the firmware booted; none when it does not say (not a Raspberry Pi, or an old firmware).
+    fn booted(&self) -> Option<Booted>;
+
+    /// Where the partitions are; none unless the card is in layout resident.
+    fn card(&self) -> Option<Card>;
+
+    /// The root of the installed system, in either mode.
+    fn root(&self) -> PathBuf;
+
+    /// Where the agent keeps its journal: on the root when running, on p1 in the installer.
+    fn state_dir(&self) -> PathBuf;
+
+    /// Where the node's key and certificates are.
+    fn identity_dir(&self) -> PathBuf;
+
+    /// Which installation the system comes from, as `/etc/marco-release` says (and, when only boot files were
+    /// replaced since, the boot partition's `marco-release`); none when no installer of ours was at work.
+    fn release(&self) -> Result<Option<Release>, SystemError> {
+        Release::read(&self.root(), self.card().as_ref().map(|card| card.boot.as_path()))
+    }
+
+    /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that.
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError>;
+
+    /// Tells logged-in users that what was announced does not happen, and takes back a trial boot that was prepared.
+    async fn withdraw(&self) -> Result<(), SystemError>;
+
+    /// Reboots at once. Returns when the command was issued: what follows may not run any more. `execution` is who
+    /// asked, for the log of a virtual Pi.
+    async fn reboot(&self, how: Reboot, execution: Option<&str>, message: &str) -> Result<(), SystemError>;
+
+    /// Powers off at once. Returns when the command was issued.
+    async fn power_off(&self, execution: Option<&str>, message: &str) -> Result<(), SystemError>;
+
+    /// Whether an update can be begun, before anything is written.
+    async fn preflight_update(&self) -> Result<(), Refusal>;
+
+    /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
+    async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError>;
+
+    /// Writes everything to the card and unmounts what [`prepare_target`](Self::prepare_target) mounted.
+    async fn finish_target(&self, target: Target) -> Result<(), SystemError>;
+
+    /// Tells the watchdog that the machine is alive; call it at least every ten seconds during long work.
+    fn feed_watchdog(&self) {}
+}

@@ -1,0 +1,95 @@
+//! Plain facts about a board and what runs on it.
+
+use super::rooted::Rooted;
+
+/// What [`System::facts`](super::System::facts) finds out.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The hardware.
+    pub board: Board,
+    /// What runs on it.
+    pub system: SystemFacts,
+}
+
+/// The hardware. What could not be found out is empty or zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Board {
+    /// From the device tree, for example `Raspberry Pi 4 Model B Rev 1.4`.
+    pub model: String,
+    /// The revision code, hexadecimal.
+    pub revision: String,
+    /// The serial number, 16 hexadecimal digits.
+    pub serial: String,
+    /// MAC addresses of the wired and wireless interfaces, sorted.
+    pub macs: Vec<String>,
+    /// Memory that the kernel sees, in bytes.
+    pub memory_bytes: u64,
+    /// `pi1` to `pi5`, or empty when unknown.
+    pub family: String,
+}
+
+impl Board {
+    /// The device tree that the firmware takes for this board; none when the board is not known.
+    pub fn device_tree(&self) -> Option<&'static str> {
+        let model = self.model.as_str();
+        let name = match self.family.as_str() {
+            "pi1" if model.contains("Zero W") => "bcm2708-rpi-zero-w.dtb",
+            "pi1" if model.contains("Zero") => "bcm2708-rpi-zero.dtb",
+            "pi1" if model.contains("Plus") => "bcm2708-rpi-b-plus.dtb",
+            "pi1" => "bcm2708-rpi-b.dtb",
+            // Version 1.2 has the processor of a Pi 3.
+            "pi2" if model.contains("Rev 1.2") => "bcm2710-rpi-2-b.dtb",
+            "pi2" => "bcm2709-rpi-2-b.dtb",
+            "pi3" if model.contains("Zero 2") => "bcm2710-rpi-zero-2-w.dtb",
+            "pi3" if model.contains("Compute Module") => "bcm2710-rpi-cm3.dtb",
+            "pi3" if model.contains("Plus") => "bcm2710-rpi-3-b-plus.dtb",
+            "pi3" => "bcm2710-rpi-3-b.dtb",
+            "pi4" if model.contains("Compute Module") => "bcm2711-rpi-cm4.dtb",
+            "pi4" if model.contains("400") => "bcm2711-rpi-400.dtb",
+            "pi4" => "bcm2711-rpi-4-b.dtb",
+            "pi5" if model.contains("Compute Module") => "bcm2712-rpi-cm5-cm5io.dtb",
+            "pi5" if model.contains("500") => "bcm2712-rpi-500.dtb",
+            "pi5" => "bcm2712-rpi-5-b.dtb",
+            _ => return None,
+        };
+        Some(name)
+    }
+}
+
+/// What runs on a board. What could not be found out is empty or zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SystemFacts {
+    /// As `uname -m` prints it.
+    pub kernel_arch: String,
+    /// For which architecture this agent was built.
+    pub userspace_arch: String,
+    /// Memory page size in bytes.
+    pub page_size: u32,
+    /// As `uname -r` prints it.
+    pub kernel_release: String,
+    /// PRETTY_NAME of `/etc/os-release`.
+    pub os: String,
+    /// How the card is laid out.
+    pub layout: Layout,
+}
+
+/// How a card is laid out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// Not known.
+    #[default]
+    Unknown,
+    /// One boot partition, as stock images have it.
+    Single,
+    /// A recovery partition with installer sets, and the system's own boot partition.
+    Resident,
+}
+
+/// PRETTY_NAME of a root's os-release, unquoted (os-release(5)); none when it has none.
+pub(super) fn pretty_name(root: &Rooted) -> Option<String> {
+    let read = |path| root.read(path).ok().flatten();
+    let text = read("etc/os-release").or_else(|| read("usr/lib/os-release"))?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let value = text.lines().rev().find_map(|line| line.trim().strip_prefix("PRETTY_NAME="))?;
+    Some(value.trim_matches(['"', '\'']).to_owned())
+}

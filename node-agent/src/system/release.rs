@@ -1,0 +1,74 @@
+//! `/etc/marco-release`: which installation a system comes from.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::SystemError;
+use super::rooted::Rooted;
+
+/// Where the root says what it was installed from, within the root.
+pub const ROOT_FILE: &str = "etc/marco-release";
+/// Where the boot partition says which boot files it got last, within the partition. Replacing only boot files leaves
+/// the root alone, so the root cannot say it.
+pub const BOOT_FILE: &str = "marco-release";
+
+/// Which installation a system comes from; as TOML, the contents of the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Release {
+    /// Name of the execution that installed the system or, last, its boot files.
+    pub execution: String,
+    /// SHA-256 of the image; empty when no image was installed by us.
+    pub image_sha256: String,
+    /// SHA-256 of the boot files that replaced the image's own; empty when they are the image's.
+    pub boot_sha256: String,
+    /// When, RFC 3339, by the controller's time.
+    pub time: String,
+}
+
+impl Release {
+    /// Reads what the root's `etc/marco-release` and the boot partition's `marco-release` say together: the image is
+    /// the root's, the rest is the boot partition's, which every installation writes.
+    pub fn read(root: &Path, boot: Option<&Path>) -> Result<Option<Self>, SystemError> {
+        let root = parse(root, ROOT_FILE)?;
+        let boot = boot.map(|boot| parse(boot, BOOT_FILE)).transpose()?.flatten();
+        Ok(match (root, boot) {
+            (root, None) => root,
+            (None, Some(boot)) => Some(Self { image_sha256: String::new(), ..boot }),
+            (Some(root), Some(boot)) => Some(Self { image_sha256: root.image_sha256, ..boot }),
+        })
+    }
+
+    /// The contents of the file.
+    pub fn render(&self) -> Result<String, SystemError> {
+        toml::to_string(self).map_err(|error| SystemError::Invalid(format!("cannot write the release: {error}")))
+    }
+}
+
+/// What is there but cannot be read as a release (torn, or somebody else's file) says nothing.
+fn parse(root: &Path, file: &str) -> Result<Option<Release>, SystemError> {
+    let bytes =
+        Rooted::open(root).and_then(|root| root.read(file)).map_err(SystemError::io("read", root.join(file)))?;
+    Ok(bytes.and_then(|bytes| toml::from_str(&String::from_utf8_lossy(&bytes)).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BOOT_FILE, ROOT_FILE, Release};
+
+    fn release(execution: &str, image: &str, boot: &str) -> Release {
+        Release { execution: execution.into(), image_sha256: image.into(), boot_sha256: boot.into(), time: "t".into() }
+    }
+
+    #[test]
+    fn boot_files_replaced_later_count_with_the_image_of_the_root() {
+        let (root, boot) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        assert_eq!(Release::read(root.path(), Some(boot.path())).unwrap(), None);
+        std::fs::write(root.path().join(ROOT_FILE), release("one", "image", "").render().unwrap()).unwrap();
+        std::fs::write(boot.path().join(BOOT_FILE), release("two", "", "boot").render().unwrap()).unwrap();
+        let read = Release::read(root.path(), Some(boot.path())).unwrap().unwrap();
+        assert_eq!(read, release("two", "image", "boot"));
+    }
+}

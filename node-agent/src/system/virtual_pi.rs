@@ -1,0 +1,299 @@
+//! A Raspberry Pi 4 B made of a directory, with firmware that obeys the same rules as the real one: for trying the
+//! project without hardware, for load tests, and for every test that must reboot something.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use chrono::{DateTime, SecondsFormat, Utc};
+use rustix::fs::{FlockOperation, flock};
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+
+use super::rooted::Rooted;
+use super::{
+    Board, Booted, Card, Down, Erase, Facts, Layout, Lease, Mode, Reboot, Refusal, System, SystemError, SystemFacts,
+    Target,
+};
+use log::{Event, Line, Log};
+use state::{Going, Power, State, Up};
+
+pub mod firmware;
+pub mod log;
+mod power;
+mod state;
+mod tree;
+
+/// Bytes that must be free for a further installer set.
+const SET_ROOM: u64 = 64 * 1024 * 1024;
+
+/// How fast a virtual Pi is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// From power or reset until the agent runs.
+    pub boot_time: Duration,
+    /// From the command to go down until the machine is down.
+    pub shutdown_time: Duration,
+}
+
+/// A Raspberry Pi 4 B made of a directory.
+#[derive(Debug)]
+pub struct VirtualPi {
+    dir: PathBuf,
+    id: String,
+    options: Options,
+    log: Log,
+    state: Mutex<State>,
+    /// Raised with each change of the power state, for the task that drives this Pi.
+    changed: watch::Sender<u64>,
+    /// Held by whoever writes into the card's file systems.
+    target: Arc<tokio::sync::Mutex<()>>,
+    /// Held for the life of this value: two processes must not drive one Pi.
+    _lock: std::fs::File,
+}
+
+impl VirtualPi {
+    /// Opens the Pi in `dir`, or lays one out there that is about to power on.
+    ///
+    /// # Errors
+    /// The folder cannot be written, its state cannot be read, or another process drives this Pi.
+    pub fn open(dir: &Path, id: &str, options: Options) -> Result<Arc<Self>, SystemError> {
+        std::fs::create_dir_all(dir).map_err(SystemError::io("make", dir))?;
+        let lock = std::fs::File::create(dir.join("lock")).map_err(SystemError::io("make", dir.join("lock")))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|error| SystemError::io("lock (does another process drive this Pi?)", dir)(error.into()))?;
+        let state = match State::load(dir)? {
+            Some(state) => state,
+            None => {
+                tree::lay_out(dir, id, &board(id))?;
+                let state = State::first();
+                state.save(dir)?;
+                state
+            }
+        };
+        Ok(Arc::new(Self {
+            dir: dir.to_owned(),
+            id: id.to_owned(),
+            options,
+            log: Log::new(dir),
+            state: Mutex::new(state),
+            changed: watch::Sender::new(0),
+            target: Arc::default(),
+            _lock: lock,
+        }))
+    }
+
+    /// The node's id, which is its folder's name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The Pi's folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn state(&self) -> State {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Decides under the lock what comes after the present state, commits that, then writes the line that goes with it.
+    fn advance(&self, decide: impl FnOnce(&State) -> Option<State>) -> Result<(), SystemError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(next) = decide(&state) else { return Ok(()) };
+        next.save(&self.dir)?;
+        *state = next;
+        let logged = self.ensure_logged(&state);
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+        logged
+    }
+
+    /// Writes the line of the last thing done, unless it is there.
+    fn ensure_logged(&self, state: &State) -> Result<(), SystemError> {
+        match &state.line {
+            Some(line) => self.log.ensure(line).map_err(SystemError::io("write", self.dir.join("log.jsonl"))),
+            None => Ok(()),
+        }
+    }
+
+    fn up(&self) -> Option<Up> {
+        match self.state().power {
+            Power::On(up) | Power::GoingDown { up, .. } => Some(up),
+            Power::Off | Power::Booting { .. } => None,
+        }
+    }
+
+    /// Goes down, once: a second command finds it going down already.
+    fn go_down(&self, going: Going, event: Event, execution: Option<&str>) -> Result<(), SystemError> {
+        self.advance(|state| match &state.power {
+            Power::On(up) => Some(State {
+                line: Some(Line::new(&up.boot_id, event, execution.unwrap_or_default())),
+                power: Power::GoingDown { up: up.clone(), going },
+                ..state.clone()
+            }),
+            _ => None,
+        })
+    }
+
+    fn wall(&self, text: &str) -> Result<(), SystemError> {
+        let path = self.dir.join("wall.log");
+        let time = DateTime::<Utc>::from(SystemTime::now()).to_rfc3339_opts(SecondsFormat::Micros, true);
+        let append = || {
+            let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&path)?;
+            std::io::Write::write_all(&mut file, format!("{time} {}\n", text.escape_debug()).as_bytes())
+        };
+        append().map_err(SystemError::io("write", &path))
+    }
+
+    fn card(&self) -> Card {
+        let part = |name| self.dir.join(name);
+        Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") }
+    }
+}
+
+#[async_trait]
+impl System for VirtualPi {
+    fn boot_id(&self) -> Result<String, SystemError> {
+        self.up().map(|up| up.boot_id).ok_or(SystemError::Unsupported("the virtual Pi is off"))
+    }
+
+    fn facts(&self) -> Result<Facts, SystemError> {
+        let root = Rooted::open(&self.card().root).map_err(SystemError::io("open", self.card().root))?;
+        let os = match self.mode() {
+            Mode::Installer => "Marco installer".to_owned(),
+            Mode::Running => super::facts::pretty_name(&root).unwrap_or_default(),
+        };
+        let system = SystemFacts {
+            kernel_arch: "aarch64".into(),
+            userspace_arch: "aarch64".into(),
+            page_size: 4096,
+            kernel_release: "6.6.0-virtual".into(),
+            os,
+            layout: Layout::Resident,
+        };
+        Ok(Facts { board: board(&self.id), system })
+    }
+
+    fn mode(&self) -> Mode {
+        match self.up() {
+            Some(up) if up.partition == 1 => Mode::Installer,
+            _ => Mode::Running,
+        }
+    }
+
+    fn booted(&self) -> Option<Booted> {
+        self.up().map(|up| Booted { partition: up.partition, tryboot: up.tryboot })
+    }
+
+    fn card(&self) -> Option<Card> {
+        Some(self.card())
+    }
+
+    fn root(&self) -> PathBuf {
+        self.card().root
+    }
+
+    fn state_dir(&self) -> PathBuf {
+        match self.mode() {
+            Mode::Running => self.card().root.join("var/lib/marco-agent"),
+            Mode::Installer => self.card().recovery.join("marco"),
+        }
+    }
+
+    fn identity_dir(&self) -> PathBuf {
+        self.dir.join("agent")
+    }
+
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+        self.wall(&super::announcement(down, delay, message))
+    }
+
+    async fn withdraw(&self) -> Result<(), SystemError> {
+        self.wall(super::WITHDRAWN)
+    }
+
+    async fn reboot(&self, how: Reboot, execution: Option<&str>, message: &str) -> Result<(), SystemError> {
+        self.wall(&super::announcement(Down::Reboot, Duration::ZERO, message))?;
+        let going = match how {
+            Reboot::Plain => Going::Reboot,
+            Reboot::TryBoot => Going::TryBoot,
+        };
+        self.go_down(going, Event::Reboot, execution)
+    }
+
+    async fn power_off(&self, execution: Option<&str>, message: &str) -> Result<(), SystemError> {
+        self.wall(&super::announcement(Down::PowerOff, Duration::ZERO, message))?;
+        self.go_down(Going::Off, Event::PowerOff, execution)
+    }
+
+    async fn preflight_update(&self) -> Result<(), Refusal> {
+        let recovery = self.card().recovery;
+        let room = rustix::fs::statvfs(&recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
+        match room {
+            Ok(room) if room >= SET_ROOM => Ok(()),
+            Ok(room) => Err(Refusal {
+                reason: "NO_ROOM",
+                message: format!(
+                    "the recovery partition has {room} bytes free, and an installer set may take {SET_ROOM}"
+                ),
+            }),
+            Err(error) => Err(Refusal {
+                reason: "RECOVERY_PARTITION_UNREADABLE",
+                message: format!("the recovery partition cannot be read: {error}"),
+            }),
+        }
+    }
+
+    async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {
+        if self.mode() != Mode::Installer {
+            return Err(SystemError::Unsupported("a card is installed only by the installer, not by what runs on it"));
+        }
+        let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
+        let card = self.card();
+        let (held, emptied) = (lease.clone(), card.clone());
+        let job = tokio::task::spawn_blocking(move || {
+            let _held = held;
+            let folders =
+                [Some(&emptied.boot), erase.root.then_some(&emptied.root), erase.home.then_some(&emptied.home)];
+            folders.into_iter().flatten().try_for_each(|folder| tree::empty(folder))
+        });
+        job.await.map_err(|error| SystemError::Invalid(format!("emptying the card did not end: {error}")))??;
+        let device = |number| format!("PARTUUID={}-{number:02}", tree::disk_id(&self.id));
+        Ok(Target {
+            root: card.root,
+            boot: card.boot,
+            root_device: device(2),
+            boot_device: device(4),
+            home_device: device(3),
+            lease,
+        })
+    }
+
+    async fn finish_target(&self, target: Target) -> Result<(), SystemError> {
+        let job = tokio::task::spawn_blocking(move || {
+            let folder = std::fs::File::open(&target.root).map_err(SystemError::io("open", &target.root))?;
+            rustix::fs::syncfs(&folder).map_err(|error| SystemError::io("sync", &target.root)(error.into()))
+        });
+        job.await.map_err(|error| SystemError::Invalid(format!("syncing the card did not end: {error}")))?
+    }
+}
+
+/// The same board for the same id, whenever it is made.
+fn board(id: &str) -> Board {
+    let digest = hex::encode(Sha256::digest(id.as_bytes()));
+    let tail: String = digest.chars().skip(digest.len() - 8).collect();
+    let mac: Vec<&str> = [(0, 2), (2, 4), (4, 6)].into_iter().filter_map(|(from, to)| digest.get(from..to)).collect();
+    Board {
+        model: "Raspberry Pi 4 Model B Rev 1.4".into(),
+        revision: "c03114".into(),
+        serial: format!("10000000{tail}"),
+        macs: vec![format!("dc:a6:32:{}", mac.join(":"))],
+        memory_bytes: 4 * 1024 * 1024 * 1024,
+        family: "pi4".into(),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

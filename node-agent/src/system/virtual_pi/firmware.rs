@@ -1,0 +1,154 @@
+//! The firmware of a Raspberry Pi 4 B as a pure function over its boot partitions: which partition boots, from which
+//! files, and what it silently mixes. The rules are those of the vendor's documentation of `autoboot.txt`, `config.txt`
+//! and `tryboot` (<https://www.raspberrypi.com/documentation/computers/config_txt.html>). Where the real one would try
+//! other boot devices or guess, this one is dead: a card that only boots by luck should fail in a test.
+
+use std::path::{Path, PathBuf};
+
+use marco_archive::config_txt::{Conditions, ConfigTxt, Setting};
+
+/// The filter name of this board.
+pub const MODEL: &str = "pi4";
+/// The device tree that this board takes unless its configuration names another.
+pub const DEVICE_TREE: &str = "bcm2711-rpi-4-b.dtb";
+/// The kernels that this board tries, in order, unless its configuration names one.
+const KERNELS: [&str; 4] = ["kernel8.img", "kernel7l.img", "kernel7.img", "kernel.img"];
+/// The firmware reads no more of `autoboot.txt` and of a command line.
+const SHORT_FILE: usize = 512;
+/// Where the search for a partition begins: the first FAT of the card.
+const FIRST: u32 = 1;
+
+/// The FAT partitions of the card, mounted.
+#[derive(Debug, Clone, Copy)]
+pub struct Partitions<'a> {
+    /// Number 1.
+    pub recovery: &'a Path,
+    /// Number 4.
+    pub boot: &'a Path,
+}
+
+impl Partitions<'_> {
+    fn get(&self, number: u32) -> Option<&Path> {
+        match number {
+            1 => Some(self.recovery),
+            4 => Some(self.boot),
+            _ => None,
+        }
+    }
+}
+
+/// What the firmware did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// It started a kernel.
+    Booted(Boot),
+    /// It did not, for this reason; the board hangs until its watchdog resets it.
+    Dead(String),
+}
+
+/// A kernel that was started, and with what.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Boot {
+    /// The partition.
+    pub partition: u32,
+    /// Whether the trial flag was set; it is cleared by now.
+    pub tryboot: bool,
+    /// The `os_prefix` in force; empty when there is none or it was ignored.
+    pub prefix: String,
+    /// The kernel's path within the partition.
+    pub kernel: PathBuf,
+    /// The command line, trimmed.
+    pub cmdline: String,
+    /// The initial RAM file systems' paths within the partition.
+    pub initramfs: Vec<PathBuf>,
+    /// What did not come from where the configuration said.
+    pub mixed: Vec<Mixed>,
+}
+
+/// A silent mix of two sets of boot files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mixed {
+    /// Kernel or device tree are missing under the prefix, so everything came from the root.
+    PrefixIgnored,
+    /// The prefix has no `overlays/README`, so the overlays came from the root.
+    OverlaysFromRoot,
+}
+
+/// Boots with the trial flag as the last reset left it. The flag is one-shot: the caller clears it, whatever came out.
+pub fn boot(partitions: Partitions<'_>, tryboot: bool) -> Outcome {
+    match try_boot(partitions, tryboot) {
+        Ok(boot) => Outcome::Booted(boot),
+        Err(reason) => Outcome::Dead(reason),
+    }
+}
+
+fn try_boot(partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
+    let mut conditions = Conditions { models: vec![MODEL.to_owned()], tryboot, boot_partition: None };
+    // Missing, unreadable or torn, it says nothing, and the first FAT boots.
+    let autoboot = ConfigTxt::parse(&read_short(&partitions.recovery.join("autoboot.txt")).unwrap_or_default());
+    let partition = match autoboot.get("boot_partition", &conditions).map(str::trim) {
+        None | Some("" | "0") => FIRST,
+        Some(number) => number.parse().map_err(|_| format!("boot_partition={number:?} is no number"))?,
+    };
+    let root = partitions.get(partition).ok_or_else(|| format!("partition {partition} is not FAT"))?;
+    conditions.boot_partition = Some(partition);
+
+    let whole_partition_trial = autoboot.get("tryboot_a_b", &conditions).map(str::trim) == Some("1");
+    let name = if tryboot && !whole_partition_trial { "tryboot.txt" } else { "config.txt" };
+    let text = std::fs::read(root.join(name)).map_err(|_| format!("partition {partition} has no {name}"))?;
+    let config = ConfigTxt::parse(&String::from_utf8_lossy(&text));
+    let get = |key| config.get(key, &conditions).map(str::trim);
+
+    let mut mixed = Vec::new();
+    let mut prefix = get("os_prefix").unwrap_or_default();
+    if !prefix.is_empty() && (kernel(root, prefix, get).is_none() || !is_file(root, prefix, device_tree(get))) {
+        prefix = "";
+        mixed.push(Mixed::PrefixIgnored);
+    }
+    if !prefix.is_empty() && !is_file(root, prefix, "overlays/README") {
+        mixed.push(Mixed::OverlaysFromRoot);
+    }
+    let kernel = kernel(root, prefix, get).ok_or_else(|| format!("partition {partition} has no kernel"))?;
+    if !is_file(root, prefix, device_tree(get)) {
+        return Err(format!("partition {partition} has no {}", device_tree(get)));
+    }
+    let cmdline = read_short(&root.join(format!("{prefix}{}", get("cmdline").unwrap_or("cmdline.txt"))))
+        .ok_or_else(|| format!("partition {partition} has no command line"))?;
+    let loads = |setting: &&Setting| ["initramfs", "ramfsfile"].contains(&setting.key.as_str());
+    let initramfs = config.settings().iter().rev().filter(loads).find(|setting| setting.applies(&conditions));
+    let files = initramfs.and_then(|setting| setting.value.split_whitespace().next()).unwrap_or_default();
+    let files = files.split(',').filter(|file| !file.is_empty());
+    let initramfs: Vec<PathBuf> = files.map(|file| PathBuf::from(format!("{prefix}{file}"))).collect();
+    if let Some(missing) = initramfs.iter().find(|file| !root.join(file).is_file()) {
+        return Err(format!("partition {partition} has no {}", missing.display()));
+    }
+    let prefix = prefix.to_owned();
+    Ok(Boot { partition, tryboot, prefix, kernel, cmdline: cmdline.trim().to_owned(), initramfs, mixed })
+}
+
+fn device_tree<'a>(get: impl Fn(&'static str) -> Option<&'a str>) -> &'a str {
+    get("device_tree").filter(|name| !name.is_empty()).unwrap_or(DEVICE_TREE)
+}
+
+fn kernel<'a>(root: &Path, prefix: &str, get: impl Fn(&'static str) -> Option<&'a str>) -> Option<PathBuf> {
+    let path = |name: &str| is_file(root, prefix, name).then(|| PathBuf::from(format!("{prefix}{name}")));
+    if let Some(name) = get("kernel").filter(|name| !name.is_empty()) {
+        return path(name);
+    }
+    let skipped = usize::from(get("arm_64bit") == Some("0"));
+    KERNELS.iter().skip(skipped).find_map(|name| path(name))
+}
+
+/// Whether the file is there and has something in it. The prefix is put before the name as it is, as the firmware does.
+fn is_file(root: &Path, prefix: &str, name: &str) -> bool {
+    root.join(format!("{prefix}{name}")).metadata().is_ok_and(|file| file.is_file() && file.len() > 0)
+}
+
+fn read_short(path: &Path) -> Option<String> {
+    let mut bytes = std::fs::read(path).ok()?;
+    bytes.truncate(SHORT_FILE);
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,234 @@
+//! The power of a virtual Pi: what boots, runs and goes down, and when.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use super::firmware::{self, Outcome, Partitions};
+use super::log::{Event, Line};
+use super::state::{After, Going, Power, State, Up};
+use super::{VirtualPi, tree};
+use crate::system::{System, SystemError};
+
+/// How often the trigger files `power-on` and `power-cut` are looked for.
+const POLL: Duration = Duration::from_millis(150);
+/// How long the service manager waits before it starts an agent again that ended by itself.
+const RESTART: Duration = Duration::from_secs(1);
+/// How long an agent may take to end by itself when the simulation ends.
+const GRACE: Duration = Duration::from_secs(5);
+/// After so many boots in a row that did not come up the Pi stays off, as somebody would see to it.
+const DEAD_BOOTS: u32 = 10;
+
+/// Why waiting ended.
+enum Woken {
+    /// The time is over, or the power state has changed.
+    Done,
+    /// The power was cut; the state has changed.
+    Cut,
+    /// The simulation ends.
+    Stopped,
+}
+
+impl VirtualPi {
+    /// Lets the Pi run until `stop`: boots, starts `agent` (again a second after it returned), drops it when the
+    /// machine goes down, and boots again. On `stop` the agent, which should watch the same token, gets five seconds to
+    /// return by itself; the Pi stays as it is, and the next process goes on under the same boot id.
+    ///
+    /// # Errors
+    /// The Pi's folder cannot be read or written.
+    pub async fn power<F>(self: Arc<Self>, agent: F, stop: CancellationToken) -> Result<(), SystemError>
+    where
+        F: Fn(Arc<dyn System>) -> BoxFuture<'static, ()> + Send,
+    {
+        // A process killed between a commit and its line left the line to us.
+        self.ensure_logged(&self.state())?;
+        loop {
+            let power = self.state().power;
+            let woken = match power.clone() {
+                Power::Off => self.off(&stop).await?,
+                Power::Booting { tryboot, after } => self.boot(power, tryboot, after, &stop).await?,
+                Power::On(_) => self.on(power, &agent, &stop).await?,
+                Power::GoingDown { going, .. } => self.going_down(power, going, &stop).await?,
+            };
+            if matches!(woken, Woken::Stopped) {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn off(&self, stop: &CancellationToken) -> Result<Woken, SystemError> {
+        loop {
+            // Nothing is lost when the power of a machine that is off is cut.
+            take(&self.dir.join("power-cut"))?;
+            if take(&self.dir.join("power-on"))? {
+                self.advance(|_| Some(State::first()))?;
+                return Ok(Woken::Done);
+            }
+            tokio::select! {
+                // Dropping a sleep loses nothing.
+                () = sleep(POLL) => {}
+                () = stop.cancelled() => return Ok(Woken::Stopped),
+            }
+        }
+    }
+
+    async fn boot(
+        &self,
+        power: Power,
+        tryboot: bool,
+        after: After,
+        stop: &CancellationToken,
+    ) -> Result<Woken, SystemError> {
+        match self.wait(&power, Some(self.options.boot_time), stop).await? {
+            Woken::Done => {}
+            woken => return Ok(woken),
+        }
+        let card = self.card();
+        let outcome = firmware::boot(Partitions { recovery: &card.recovery, boot: &card.boot }, tryboot);
+        let outcome = match outcome {
+            Outcome::Booted(boot) if boot.partition != 1 => match tree::cannot_come_up(&card.root, &boot, &self.id) {
+                Some(reason) => Outcome::Dead(reason),
+                None => Outcome::Booted(boot),
+            },
+            Outcome::Booted(boot) if boot.initramfs.is_empty() => {
+                Outcome::Dead("the installer has no initramfs".into())
+            }
+            outcome => outcome,
+        };
+        match outcome {
+            Outcome::Booted(boot) => {
+                let up = Up { boot_id: new_boot_id()?, partition: boot.partition, tryboot: boot.tryboot };
+                tracing::info!(node = %self.id, boot_id = %up.boot_id, partition = up.partition, "virtual Pi booted");
+                let mut line = Line::new(&up.boot_id, Event::Boot, "");
+                line.after = after.as_str().to_owned();
+                line.partition = Some(boot.partition);
+                line.tryboot = boot.tryboot;
+                line.mixed = boot.mixed.iter().map(|mixed| format!("{mixed:?}")).collect();
+                self.advance(|_| Some(State { power: Power::On(up), dead: 0, line: Some(line) }))?;
+            }
+            Outcome::Dead(reason) => {
+                tracing::warn!(node = %self.id, error = %reason, "virtual Pi did not come up");
+                self.advance(|state| {
+                    let dead = state.dead + 1;
+                    let again = Power::Booting { tryboot: false, after: After::Watchdog };
+                    let power = if dead < DEAD_BOOTS { again } else { Power::Off };
+                    Some(State { power, dead, line: None })
+                })?;
+            }
+        }
+        Ok(Woken::Done)
+    }
+
+    async fn on<F>(self: &Arc<Self>, power: Power, agent: &F, stop: &CancellationToken) -> Result<Woken, SystemError>
+    where
+        F: Fn(Arc<dyn System>) -> BoxFuture<'static, ()> + Send,
+    {
+        let system: Arc<dyn System> = Arc::<Self>::clone(self);
+        let mut running = JoinSet::new();
+        running.spawn(agent(Arc::clone(&system)));
+        let woken = {
+            let mut down = std::pin::pin!(self.wait(&power, None, stop));
+            loop {
+                tokio::select! {
+                    // Polled again after the other arm won: `down` outlives the loop.
+                    woken = &mut down => break woken?,
+                    // A finished task is all that is lost, and it is not needed any more.
+                    Some(ended) = running.join_next() => {
+                        if let Err(error) = ended {
+                            tracing::error!(node = %self.id, error = %error, "agent of the virtual Pi crashed");
+                        }
+                        let again = agent(Arc::clone(&system));
+                        running.spawn(async move {
+                            sleep(RESTART).await;
+                            again.await;
+                        });
+                    }
+                }
+            }
+        };
+        if matches!(woken, Woken::Stopped) {
+            // Whether it returned or ran out of time: it is dropped below.
+            let _ = tokio::time::timeout(GRACE, running.join_next()).await;
+        }
+        running.shutdown().await;
+        Ok(woken)
+    }
+
+    async fn going_down(&self, power: Power, going: Going, stop: &CancellationToken) -> Result<Woken, SystemError> {
+        let woken = self.wait(&power, Some(self.options.shutdown_time), stop).await?;
+        if matches!(woken, Woken::Done) {
+            self.advance(|state| {
+                let power = match going {
+                    Going::Off => Power::Off,
+                    Going::Reboot => Power::Booting { tryboot: false, after: After::Command },
+                    Going::TryBoot => Power::Booting { tryboot: true, after: After::Command },
+                };
+                Some(State { power, ..state.clone() })
+            })?;
+        }
+        Ok(woken)
+    }
+
+    /// Waits for the time to pass, for the power state to be another than it was, for a power cut, or for the end.
+    async fn wait(
+        &self,
+        before: &Power,
+        time: Option<Duration>,
+        stop: &CancellationToken,
+    ) -> Result<Woken, SystemError> {
+        let mut changed = self.changed.subscribe();
+        let end = time.map(|time| Instant::now() + time);
+        loop {
+            if take(&self.dir.join("power-cut"))? {
+                self.cut()?;
+                return Ok(Woken::Cut);
+            }
+            if self.state().power != *before {
+                return Ok(Woken::Done);
+            }
+            let now = Instant::now();
+            if end.is_some_and(|end| end <= now) {
+                return Ok(Woken::Done);
+            }
+            let poll = now + POLL;
+            tokio::select! {
+                // None of these holds anything that dropping it would lose: each round looks at everything anew.
+                () = sleep_until(end.map_or(poll, |end| end.min(poll))) => {}
+                _ = changed.changed() => {}
+                () = stop.cancelled() => return Ok(Woken::Stopped),
+            }
+        }
+    }
+
+    /// The trial flag lives in a register: it does not outlive the power.
+    fn cut(&self) -> Result<(), SystemError> {
+        self.advance(|state| {
+            let line = match &state.power {
+                Power::On(up) | Power::GoingDown { up, .. } => Some(Line::new(&up.boot_id, Event::PowerCut, "")),
+                Power::Off | Power::Booting { .. } => None,
+            };
+            let power = Power::Booting { tryboot: false, after: After::PowerCut };
+            Some(State { power, dead: state.dead, line })
+        })
+    }
+}
+
+/// Whether the trigger file was there; it is not any more.
+fn take(trigger: &Path) -> Result<bool, SystemError> {
+    match std::fs::remove_file(trigger) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(SystemError::io("remove", trigger)(error)),
+    }
+}
+
+fn new_boot_id() -> Result<String, SystemError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| SystemError::Invalid(format!("no random numbers: {error}")))?;
+    Ok(uuid::Builder::from_random_bytes(bytes).into_uuid().to_string())
+}

