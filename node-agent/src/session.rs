@@ -17,7 +17,7 @@ use crate::backoff;
 use crate::cause::chain;
 use crate::discovery::Discovery;
 use crate::identity::{Board, Identity, Purpose};
-use crate::job::Mode;
+use crate::job::{Kind, Mode, State};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
 
 mod wire;
@@ -108,6 +108,10 @@ enum SessionError {
     Journal(#[from] JournalError),
 }
 
+fn is_powering_off(entry: &Entry) -> bool {
+    entry.state == State::Armed && entry.action.kind() == Kind::PowerOff
+}
+
 /// How a session ended.
 struct Ended {
     /// Whether the controller had said welcome.
@@ -129,6 +133,17 @@ impl Session {
     pub async fn run(&self, stop: CancellationToken) {
         let mut failures: u32 = 0;
         while !stop.is_cancelled() {
+            // A machine on its way to power off must not say Hello again: under the same boot id that would mean that
+            // it stayed on.
+            let mut changes = self.journal.changes();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                waited = changes.wait_for(|entries| !entries.unfinished().is_some_and(is_powering_off)) => {
+                    if waited.is_err() {
+                        return;
+                    }
+                }
+            }
             let mut ended = Ended::before_welcome(SessionError::NoController);
             for address in self.discovery.controllers() {
                 // Dropping a half-open connection loses nothing: what was to be said is in the journal.
