@@ -70,6 +70,7 @@ boots() { grep -c 'Linux version' console || true; }
 
 until_true 240 "the node registers by itself" connected
 first=$(field "['bootId']")
+[ "$(field "['system']['os']")" = "$(. "$image/root/etc/os-release" && echo "$PRETTY_NAME")" ] || fail "the node does not say which system it runs"
 echo "registered: host-1, $(field "['system']['os']"), kernel $(field "['system']['kernelRelease']"), boot id $first"
 [ "$(boots)" = 1 ] || fail "the machine booted $(boots) times, not once"
 
