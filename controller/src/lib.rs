@@ -17,7 +17,7 @@ pub mod store;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
@@ -28,7 +28,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::artifacts::Artifacts;
-use crate::clock::Clock;
+use crate::clock::{AnchoredClock, Clock};
 use crate::config::Config;
 use crate::dispatcher::Dispatcher;
 use crate::identity::ca::Pki;
@@ -42,6 +42,8 @@ use crate::store::Store;
 const DRAIN: Duration = Duration::from_secs(10);
 /// How long connections have to close after their streams ended.
 const CLOSE: Duration = Duration::from_secs(5);
+/// How often the clock is set by the database's: clocks drift by milliseconds in this time.
+const ANCHOR: Duration = Duration::from_secs(5);
 /// Uploads that nobody went on with for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 /// Every ten minutes.
@@ -68,6 +70,7 @@ pub struct Controller {
     api_acceptor: Acceptor,
     enrolment_acceptor: Acceptor,
     pki: Pki,
+    anchored: Option<Arc<AnchoredClock>>,
 }
 
 impl Controller {
@@ -78,6 +81,9 @@ impl Controller {
     pub async fn bind(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         make_private(&config.data_dir)?;
         let store = Store::open(&config.database_url).await.context("cannot open the database")?;
+        // Several controllers on one database agree on its time, whatever their own clocks say.
+        let anchored = store.database_time().await?.map(|time| Arc::new(AnchoredClock::new(time)));
+        let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
         let pki = Pki::open(&config.data_dir, &config.certs, &config.names, clock.now())?;
         let artifacts = Artifacts::open(&config.data_dir)?;
         let api = listen(config.listen, "the API").await?;
@@ -95,7 +101,7 @@ impl Controller {
             stop: CancellationToken::new(),
             ca: Arc::clone(&pki.ca),
         };
-        Ok(Self { context, clock, config, api, enrolment, api_acceptor, enrolment_acceptor, pki })
+        Ok(Self { context, clock, config, api, enrolment, api_acceptor, enrolment_acceptor, pki, anchored })
     }
 
     /// The addresses, and one line that works: what `serve` prints.
@@ -161,6 +167,9 @@ impl Controller {
             address,
         );
         parts.spawn(dispatcher.run(context.stop.clone()));
+        if let Some(anchored) = self.anchored {
+            parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
+        }
         let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
         let scheduler_stop = context.stop.clone();
         parts.spawn(async move {
@@ -197,6 +206,21 @@ impl Controller {
         match failed {
             Some(error) => Err(error),
             None => Ok(drained && ended),
+        }
+    }
+}
+
+/// Asks the database for its time, again and again. While it does not answer, monotonic time goes on from the last.
+async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: CancellationToken) {
+    loop {
+        // Dropping the wait or the question on a stop loses nothing.
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(ANCHOR) => {}
+        }
+        let asked = Instant::now();
+        if let Ok(Some(time)) = store.database_time().await {
+            clock.anchor(time, asked.elapsed());
         }
     }
 }
