@@ -35,7 +35,7 @@ use crate::dispatcher::Dispatcher;
 use crate::identity::ca::Pki;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::{Acceptor, incoming, server_builder};
-use crate::scheduler::Recurring;
+use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
 use crate::store::Store;
 
@@ -163,9 +163,11 @@ impl Controller {
         );
         parts.spawn(dispatcher.run(context.stop.clone()));
         let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
+        let prepare = preparation(&context);
+        let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after);
         let scheduler_stop = context.stop.clone();
         parts.spawn(async move {
-            if let Err(error) = scheduler::run(jobs, scheduler_stop).await {
+            if let Err(error) = scheduler::run(jobs, Some(fires), scheduler_stop).await {
                 tracing::error!(error = chain(&error), "the scheduler failed");
             }
         });
@@ -200,6 +202,20 @@ impl Controller {
             None => Ok(drained && ended),
         }
     }
+}
+
+/// Makes the operations of schedules.
+fn preparation(context: &api::Context) -> Prepare {
+    let context = context.clone();
+    Arc::new(move |schedule, fire_time, begins| {
+        let operation = api::prepare_fire(context.clone(), schedule, fire_time, begins);
+        Box::pin(async move {
+            operation.await.map_err(|error| match error {
+                api::ApiError::Store(error) => Unprepared::Store(error),
+                refused => Unprepared::Refused(refused.to_string()),
+            })
+        })
+    })
 }
 
 /// Removes uploads that nobody went on with and bytes that nothing needs any more, and issues the controller's certificate again before it expires; the

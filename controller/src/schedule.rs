@@ -16,8 +16,10 @@ use chrono_tz::Tz;
 use croner::Cron;
 use croner::parser::{CronParser, Seconds, Year};
 
+mod due;
 mod policy;
 
+pub use due::Due;
 pub use policy::{FireOutcome, MissedFire, Overlap, jitter};
 
 /// No change of a zone's offset moves the clock further than this, and no offset is larger.
