@@ -99,6 +99,11 @@ id!(
     "an artifact name: artifacts/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
 );
 id!(
+    /// Id of a schedule; its name is `schedules/{id}`.
+    ScheduleId, "schedules",
+    "a schedule name: schedules/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
+);
+id!(
     /// Id of a join token; its name is `joinTokens/{id}`.
     JoinTokenId, "joinTokens",
     "a join token name: joinTokens/ID"

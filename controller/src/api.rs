@@ -8,6 +8,7 @@ mod explain;
 mod node;
 mod operation;
 mod page;
+mod schedule;
 mod status;
 mod watch;
 
@@ -18,6 +19,7 @@ use marco_proto::v1::artifact_service_server::ArtifactServiceServer;
 use marco_proto::v1::enrollment_service_server::EnrollmentServiceServer;
 use marco_proto::v1::node_service_server::NodeServiceServer;
 use marco_proto::v1::operation_service_server::OperationServiceServer;
+use marco_proto::v1::schedule_service_server::ScheduleServiceServer;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::{Routes, RoutesBuilder};
@@ -30,6 +32,7 @@ use crate::sessions::Sessions;
 use crate::store::{AuditRow, Store};
 
 pub(crate) use artifact::remove_unneeded;
+pub use schedule::prepare_fire;
 pub use status::{ApiError, Violation};
 
 /// Largest message that a caller may send; bodies are small but for artifacts, whose chunks are 256 KiB.
@@ -117,7 +120,8 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
         .add_service(limited!(AgentServiceServer, agent::Agent::new(context.clone())))
         .add_service(limited!(ArtifactServiceServer, artifact::ArtifactsApi::new(context.clone())))
         .add_service(limited!(NodeServiceServer, node::Nodes::new(context.clone())))
-        .add_service(limited!(OperationServiceServer, operation::Operations::new(context.clone())));
+        .add_service(limited!(OperationServiceServer, operation::Operations::new(context.clone())))
+        .add_service(limited!(ScheduleServiceServer, schedule::Schedules::new(context.clone())));
     Ok(routes.routes())
 }
 

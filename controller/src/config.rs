@@ -2,11 +2,18 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context as _;
+use chrono::TimeDelta;
 use clap::{Args, Parser, Subcommand};
 use marco_proto::names::{API_PORT, ENROLL_PORT};
 use serde::Deserialize;
+
+/// How late an instant of a schedule may be found and still fire.
+const MISSED_AFTER: Duration = Duration::from_secs(300);
+/// More would fire what nobody expects any more.
+const MISSED_AFTER_MAX: TimeDelta = TimeDelta::days(1);
 
 /// The command line of `marco-controller`.
 #[derive(Debug, Parser)]
@@ -55,6 +62,9 @@ pub struct ServeArgs {
     /// Address of the metrics; accepted, and used once this version serves them
     #[arg(long, env = "MARCO_METRICS_LISTEN", value_name = "ADDR")]
     pub metrics_listen: Option<SocketAddr>,
+    /// Instants of schedules that are found later than this are missed [default: 5m]
+    #[arg(long, env = "MARCO_MISSED_AFTER", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub missed_after: Option<Duration>,
     /// A further host name or address by which operators reach this controller; repeats
     #[arg(long = "name", env = "MARCO_NAME", value_name = "HOST", value_delimiter = ',')]
     pub names: Vec<String>,
@@ -71,6 +81,7 @@ struct File {
     enroll_listen: Option<SocketAddr>,
     mirror_listen: Option<SocketAddr>,
     metrics_listen: Option<SocketAddr>,
+    missed_after: Option<String>,
     #[serde(default)]
     name: Vec<String>,
 }
@@ -88,6 +99,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The enrolment listener's address.
     pub enroll_listen: SocketAddr,
+    /// Instants of schedules that are found later than this are missed.
+    pub missed_after: TimeDelta,
     /// Further names in the controller's certificate.
     pub names: Vec<String>,
 }
@@ -119,12 +132,20 @@ impl Config {
         if let Some(unserved) = args.metrics_listen.or(file.metrics_listen) {
             tracing::info!(address = %unserved, "this version serves no metrics");
         }
+        let missed_after = match (args.missed_after, file.missed_after) {
+            (Some(patience), _) => patience,
+            (None, Some(text)) => humantime::parse_duration(&text).context("missed-after is no length of time")?,
+            (None, None) => MISSED_AFTER,
+        };
+        let missed_after = TimeDelta::from_std(missed_after).context("missed-after is too long")?;
+        anyhow::ensure!(missed_after <= MISSED_AFTER_MAX, "missed-after is longer than a day");
         Ok(Self {
             data_dir,
             certs: args.certs.or(file.certs).unwrap_or_else(|| "certs".into()),
             database_url,
             listen,
             enroll_listen,
+            missed_after,
             names: if args.names.is_empty() { file.name } else { args.names },
         })
     }
@@ -174,9 +195,17 @@ mod tests {
             .collect();
         let config = with_file(&all, ServeArgs::default()).unwrap();
         assert_eq!(config.names, ["pi-lab.example.org"]);
-        for key in
-            ["data-dir", "certs", "database-url", "listen", "enroll-listen", "mirror-listen", "metrics-listen", "name"]
-        {
+        for key in [
+            "data-dir",
+            "certs",
+            "database-url",
+            "listen",
+            "enroll-listen",
+            "mirror-listen",
+            "metrics-listen",
+            "missed-after",
+            "name",
+        ] {
             assert!(shipped.lines().any(|line| line.starts_with(&format!("#{key} = "))), "{key} is not shown");
         }
     }

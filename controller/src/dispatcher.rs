@@ -87,6 +87,7 @@ impl Dispatcher {
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
         self.store.begin_due(now).await?;
+        self.store.release_due(now).await?;
         self.store.expire(now).await?;
         self.store.power_off_done(now).await?;
         for overdue in self.store.mark_overdue(now).await? {

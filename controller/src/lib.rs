@@ -10,6 +10,7 @@ pub mod config;
 pub mod dispatcher;
 pub mod identity;
 pub mod operation;
+pub mod schedule;
 pub mod scheduler;
 pub mod sessions;
 pub mod store;
@@ -34,7 +35,7 @@ use crate::dispatcher::Dispatcher;
 use crate::identity::ca::Pki;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::{Acceptor, incoming, server_builder};
-use crate::scheduler::Recurring;
+use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
 use crate::store::Store;
 
@@ -171,9 +172,11 @@ impl Controller {
             parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
         }
         let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
+        let prepare = preparation(&context);
+        let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after);
         let scheduler_stop = context.stop.clone();
         parts.spawn(async move {
-            if let Err(error) = scheduler::run(jobs, scheduler_stop).await {
+            if let Err(error) = scheduler::run(jobs, Some(fires), scheduler_stop).await {
                 tracing::error!(error = chain(&error), "the scheduler failed");
             }
         });
@@ -223,6 +226,20 @@ async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: Cancellati
             clock.anchor(time, asked.elapsed());
         }
     }
+}
+
+/// Makes the operations of schedules.
+fn preparation(context: &api::Context) -> Prepare {
+    let context = context.clone();
+    Arc::new(move |schedule, fire_time, begins| {
+        let operation = api::prepare_fire(context.clone(), schedule, fire_time, begins);
+        Box::pin(async move {
+            operation.await.map_err(|error| match error {
+                api::ApiError::Store(error) => Unprepared::Store(error),
+                refused => Unprepared::Refused(refused.to_string()),
+            })
+        })
+    })
 }
 
 /// Removes uploads that nobody went on with and bytes that nothing needs any more, and issues the controller's certificate again before it expires; the

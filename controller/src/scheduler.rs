@@ -7,6 +7,10 @@ use std::sync::Arc;
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
 use tokio_util::sync::CancellationToken;
 
+mod fires;
+
+pub use fires::{Fires, Prepare, Preparing, Unprepared};
+
 /// What is done each time; it reports its own errors.
 pub type Work = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
@@ -18,16 +22,19 @@ pub struct Recurring {
     pub work: Work,
 }
 
-/// Runs recurring work until cancelled.
+/// Runs recurring work, and the fires of schedules, until cancelled.
 ///
 /// # Errors
 /// When the scheduler cannot start, or an expression is wrong.
-pub async fn run(jobs: Vec<Recurring>, stop: CancellationToken) -> Result<(), JobSchedulerError> {
+pub async fn run(jobs: Vec<Recurring>, fires: Option<Fires>, stop: CancellationToken) -> Result<(), JobSchedulerError> {
     let mut scheduler = JobScheduler::new().await?;
     for job in jobs {
         scheduler.add(Job::new_async(job.cron, move |_, _| (job.work)())?).await?;
     }
     scheduler.start().await?;
+    if let Some(fires) = fires {
+        fires.run(&scheduler, stop.clone()).await;
+    }
     stop.cancelled().await;
     scheduler.shutdown().await
 }
@@ -49,7 +56,7 @@ mod tests {
                 let _ = sender.try_send(());
             })
         });
-        let task = tokio::spawn(run(vec![Recurring { cron: "* * * * * *", work }], stop.clone()));
+        let task = tokio::spawn(run(vec![Recurring { cron: "* * * * * *", work }], None, stop.clone()));
         for _ in 0..2 {
             tokio::time::timeout(Duration::from_secs(10), receiver.recv()).await.expect("it did not recur");
         }
@@ -60,6 +67,6 @@ mod tests {
     #[tokio::test]
     async fn a_wrong_expression_is_an_error() {
         let jobs = vec![Recurring { cron: "never", work: Arc::new(|| Box::pin(async {})) }];
-        assert!(run(jobs, CancellationToken::new()).await.is_err());
+        assert!(run(jobs, None, CancellationToken::new()).await.is_err());
     }
 }

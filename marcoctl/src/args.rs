@@ -3,6 +3,7 @@
 mod artifacts;
 mod nodes;
 mod operations;
+mod schedules;
 mod tokens;
 pub(crate) mod values;
 
@@ -16,6 +17,7 @@ pub(crate) use operations::{
     Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, Target, Wait,
     WhichExecutions,
 };
+pub(crate) use schedules::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, OverlapArg, SchedulesCommand};
 pub(crate) use tokens::{CreateToken, TokensCommand};
 
 /// Installs, updates, reboots and powers off Raspberry Pis, through their controller.
@@ -89,6 +91,9 @@ pub(crate) enum Command {
     /// Reboot, power off and update nodes; see what became of it
     #[command(subcommand, visible_aliases = ["operation", "ops"])]
     Operations(OperationsCommand),
+    /// Operations that recur, by cron and time zone
+    #[command(subcommand, visible_alias = "schedule")]
+    Schedules(SchedulesCommand),
 }
 
 /// How a list is fetched.

@@ -3,6 +3,7 @@
 mod artifacts;
 mod nodes;
 mod operations;
+mod schedules;
 mod tokens;
 
 use std::collections::{HashMap, HashSet};
@@ -32,6 +33,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Nodes(command) => nodes::run(command, &connection, &mut out).await,
         Command::Artifacts(command) => artifacts::run(command, &connection, &mut out).await,
         Command::Operations(command) => operations::run(command, &connection, &mut out).await,
+        Command::Schedules(command) => schedules::run(command, &connection, &mut out).await,
     }
 }
 

@@ -8,6 +8,7 @@ use marco_proto::names::API_PORT;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation_service_client::OperationServiceClient;
+use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
 
@@ -91,6 +92,11 @@ impl Connection {
     /// Calls about operations.
     pub(crate) fn operations(&self) -> OperationServiceClient<Channel> {
         OperationServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
+    }
+
+    /// Calls about schedules.
+    pub(crate) fn schedules(&self) -> ScheduleServiceClient<Channel> {
+        ScheduleServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 }
 

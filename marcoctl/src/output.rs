@@ -32,9 +32,9 @@ macro_rules! printable {
 }
 
 printable! {
-    Artifact DeleteArtifactResponse DeleteNodeResponse Execution ExplainExecutionResponse JoinToken
-    ListArtifactsResponse ListEventsResponse ListExecutionsResponse ListJoinTokensResponse ListNodesResponse
-    ListOperationsResponse Node Operation WatchNodesResponse WatchOperationResponse
+    Artifact DeleteArtifactResponse DeleteNodeResponse DeleteScheduleResponse Execution ExplainExecutionResponse JoinToken
+    ListArtifactsResponse ListEventsResponse ListExecutionsResponse ListFiresResponse ListJoinTokensResponse ListNodesResponse
+    ListOperationsResponse ListSchedulesResponse Node Operation PreviewScheduleResponse Schedule WatchNodesResponse WatchOperationResponse
 }
 
 /// Stdout, in the format that was asked for.

@@ -11,7 +11,13 @@ pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
     let node = row.id.node.name();
     let operation = row.id.operation.name();
     let (explanation, suggestions) = match row.state {
-        ExecutionState::Pending => waiting(row.wait_reason, &node, &operation),
+        ExecutionState::Pending => match row.not_before {
+            Some(time) if row.wait_reason == Some(WaitReason::NotDue) => (
+                format!("It waits for its own time in the schedule's jitter, {}.", time.to_rfc3339()),
+                vec![format!("Stop it: marcoctl operations cancel {operation}")],
+            ),
+            _ => waiting(row.wait_reason, &node, &operation),
+        },
         ExecutionState::Assigned => {
             (format!("It was sent to {node} (attempt {}), which has not accepted it yet.", row.attempt), vec![])
         }

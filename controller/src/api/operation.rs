@@ -19,7 +19,8 @@ use crate::store::{
 
 mod create;
 
-use create::{DEFAULT_LIFETIME, read, request_key};
+use create::DEFAULT_LIFETIME;
+pub(super) use create::{read, request_key};
 
 /// The service.
 pub(super) struct Operations {
@@ -78,8 +79,14 @@ impl Operations {
             creator: caller.name.clone(),
             request,
             retry_of,
+            origin: None,
         };
-        match self.context.store.create_operation(&new, now).await? {
+        self.stored(&new, now).await
+    }
+
+    /// Stores an operation, or finds the one that the same request stored.
+    pub(super) async fn stored(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<OperationRow, ApiError> {
+        match self.context.store.create_operation(new, now).await? {
             CreateOutcome::Created(row) => {
                 tracing::info!(operation = %row.id, "an operation was stored");
                 Ok(row)

@@ -106,6 +106,16 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.OperationService/ResumeOperation", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/RetryOperation", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/WatchOperation", PEOPLE),
+    ("/marco.bootstrap.v1.ScheduleService/CreateSchedule", OPERATORS),
+    ("/marco.bootstrap.v1.ScheduleService/DeleteSchedule", OPERATORS),
+    ("/marco.bootstrap.v1.ScheduleService/GetSchedule", PEOPLE),
+    ("/marco.bootstrap.v1.ScheduleService/ListFires", PEOPLE),
+    ("/marco.bootstrap.v1.ScheduleService/ListSchedules", PEOPLE),
+    ("/marco.bootstrap.v1.ScheduleService/PauseSchedule", OPERATORS),
+    ("/marco.bootstrap.v1.ScheduleService/PreviewSchedule", PEOPLE),
+    ("/marco.bootstrap.v1.ScheduleService/ResumeSchedule", OPERATORS),
+    ("/marco.bootstrap.v1.ScheduleService/RunSchedule", OPERATORS),
+    ("/marco.bootstrap.v1.ScheduleService/UpdateSchedule", OPERATORS),
 ];
 
 /// Who may call a method, by its path; empty: nobody.

@@ -53,6 +53,8 @@ pub struct WaitContext {
     pub operation: OperationState,
     /// Whether the operation installs an image.
     pub installs_image: bool,
+    /// Whether its own time within the operation has not come.
+    pub early: bool,
     /// The node's state.
     pub node: NodeState,
     /// Whether the node has an open stream.
@@ -69,6 +71,8 @@ pub fn wait_reason(context: &WaitContext) -> WaitReason {
         WaitReason::NotDue
     } else if context.operation == OperationState::Paused {
         WaitReason::Paused
+    } else if context.early {
+        WaitReason::NotDue
     } else if context.node == NodeState::Quarantined {
         WaitReason::NodeQuarantined
     } else if context.node == NodeState::AwaitingApproval {
@@ -93,6 +97,7 @@ mod tests {
         let due = WaitContext {
             operation: OperationState::Running,
             installs_image: false,
+            early: false,
             node: NodeState::Approved,
             connected: true,
             mode: NodeMode::Running,
@@ -110,7 +115,9 @@ mod tests {
         assert_eq!(wait_reason(&held), WaitReason::AwaitingApproval);
         let out = WaitContext { node: NodeState::Quarantined, ..offline };
         assert_eq!(wait_reason(&out), WaitReason::NodeQuarantined);
-        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..out }), WaitReason::Paused);
+        let early = WaitContext { early: true, ..out };
+        assert_eq!(wait_reason(&early), WaitReason::NotDue);
+        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..early }), WaitReason::Paused);
         assert_eq!(wait_reason(&WaitContext { operation: OperationState::Scheduled, ..out }), WaitReason::NotDue);
     }
 }

@@ -153,13 +153,14 @@ fn first_due(controller_id: &str, sessions: &[Session<'_>], now: DateTime<Utc>) 
              JOIN executions e ON e.node = n.id AND e.state = 'PENDING' \
              JOIN operations o ON o.id = e.operation \
              WHERE n.controller_id = ? AND n.state = 'APPROVED' AND o.state = 'RUNNING' \
-               AND o.schedule_time <= ? AND o.expire_time > ? \
+               AND o.schedule_time <= ? AND o.expire_time > ? AND e.not_before <= ? \
                AND (n.mode <> 'INSTALLER' OR o.installs_image) \
                AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
                                AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) \
          ) AS due WHERE place = 1 ORDER BY node")
     .json(sessions)
     .bind(controller_id)
+    .time(now)
     .time(now)
     .time(now)
 }

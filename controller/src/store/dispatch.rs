@@ -68,6 +68,23 @@ impl Store {
         Ok(begun)
     }
 
+    /// Executions that were held back until now: they no longer are. Returns how many.
+    pub async fn release_due(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
+        let held = sql("SELECT 1 AS held FROM executions WHERE not_before > 0 AND not_before <= ? LIMIT 1").time(now);
+        if held.one(self.reader()).await?.is_none() {
+            return Ok(0);
+        }
+        let tx = self.begin().await?;
+        // Rows that another transaction holds are left for the next round.
+        let released = sql("UPDATE executions SET not_before = 0 WHERE (operation, node) IN \
+                            (SELECT operation, node FROM executions WHERE not_before > 0 AND not_before <= ? {skip})")
+        .time(now)
+        .run(&*tx)
+        .await?;
+        self.commit(tx).await?;
+        Ok(released)
+    }
+
     /// Executions not begun before their operation's expire_time: now EXPIRED.
     pub async fn expire(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state \

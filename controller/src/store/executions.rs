@@ -20,6 +20,8 @@ pub struct ExecutionRow {
     pub state: ExecutionState,
     /// What it waits for, when PENDING.
     pub wait_reason: Option<WaitReason>,
+    /// Before which it is not assigned, while that lies ahead: its share of a schedule's jitter.
+    pub not_before: Option<DateTime<Utc>>,
     /// What the node is doing.
     pub phase: String,
     /// Bytes of the phase that are done.
@@ -106,6 +108,10 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
         id: read_id(row)?,
         state,
         wait_reason: if state == ExecutionState::Pending { Some(read_wait_reason(row)?) } else { None },
+        not_before: match row.int("not_before")? {
+            0 => None,
+            _ => Some(row.time("not_before")?),
+        },
         phase: row.text("phase")?,
         bytes_done: row.number("bytes_done")?,
         bytes_total: row.number("bytes_total")?,
@@ -144,6 +150,7 @@ fn read_wait_reason(row: &Row) -> Result<WaitReason, StoreError> {
     Ok(wait_reason(&WaitContext {
         operation: row.word("operation_state", OperationState::parse)?,
         installs_image: row.flag("installs_image")?,
+        early: row.int("not_before")? != 0,
         node,
         connected: row.flag("connected")?,
         mode: row.maybe_word("node_mode", NodeMode::parse)?.unwrap_or(NodeMode::Running),

@@ -3,13 +3,15 @@
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
 
+mod m0002_schedules;
+
 /// The migrations, oldest first. One that was released is never changed.
 pub(super) struct Migrator;
 
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Tables)]
+        vec![Box::new(Tables), Box::new(m0002_schedules::Schedules)]
     }
 }
 

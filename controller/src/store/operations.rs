@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use marco_proto::names::{NodeId, OperationId};
+use marco_proto::names::{NodeId, OperationId, ScheduleId};
 
 use sea_orm::ConnectionTrait;
+use serde::Serialize;
 
 use super::events::{self, Happened};
 use super::sql::{Row, sql, to_json};
-use super::{Store, StoreError};
+use super::{Store, StoreError, micros};
 use crate::operation::{Action, Counts, ExecutionState, OperationState, Target, final_state};
 
 /// An operation to be stored.
@@ -33,6 +34,19 @@ pub struct NewOperation {
     pub request: Option<RequestKey>,
     /// The operation that this one retries.
     pub retry_of: Option<OperationId>,
+    /// The schedule that makes it.
+    pub origin: Option<Origin>,
+}
+
+/// Where an operation that nobody asked for singly comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Origin {
+    /// The schedule.
+    pub schedule: ScheduleId,
+    /// The schedule's instant; `None`: somebody let it run besides.
+    pub fire_time: Option<DateTime<Utc>>,
+    /// Before which a node is not given its part; one that is not named begins with the operation.
+    pub starts: BTreeMap<NodeId, DateTime<Utc>>,
 }
 
 /// By which a repeated request is known.
@@ -78,6 +92,10 @@ pub struct OperationRow {
     pub creator: String,
     /// The operation that it retries.
     pub retry_of: Option<OperationId>,
+    /// The schedule that made it.
+    pub schedule: Option<ScheduleId>,
+    /// The schedule's instant that it was made for.
+    pub fire_time: Option<DateTime<Utc>>,
     /// When it was stored.
     pub create_time: DateTime<Utc>,
     /// When it or one of its executions last changed its state.
@@ -107,27 +125,18 @@ impl Store {
     /// Stores an operation, its executions and its first event, or finds the one that the same request stored.
     pub async fn create_operation(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<CreateOutcome, StoreError> {
         let tx = self.begin().await?;
-        if !insert(&*tx, new, now).await? {
-            tx.rollback().await?;
-            return self.existing(new).await;
-        }
-        match insert_needs(&*tx, new).await {
-            Ok(()) => {}
+        match insert_all(&*tx, new, now).await {
+            Ok(true) => {}
+            Ok(false) => {
+                tx.rollback().await?;
+                return self.existing(new).await;
+            }
             Err(error) if error.is_dangling() => {
                 tx.rollback().await?;
                 return Ok(CreateOutcome::ArtifactGone);
             }
             Err(error) => return Err(error),
         }
-        sql("INSERT INTO executions (operation, node, state, update_time) \
-             SELECT ?, value, 'PENDING', CAST(? AS BIGINT) FROM {each} AS nodes")
-        .bind(new.id.as_str())
-        .time(now)
-        .each(new.nodes.iter().map(NodeId::as_str))
-        .run(&*tx)
-        .await?;
-        let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
-        events::record(&*tx, &new.id, vec![created], now).await?;
         let row = find(&*tx, &new.id).await?;
         self.commit(tx).await?;
         row.map(CreateOutcome::Created).ok_or(StoreError::Unknown { what: "operation", value: new.id.to_string() })
@@ -181,12 +190,52 @@ fn first_state(new: &NewOperation, now: DateTime<Utc>) -> OperationState {
     if new.schedule_time <= now { OperationState::Running } else { OperationState::Scheduled }
 }
 
+/// Inserts the operation, what it needs, its executions and its first event, unless the same caller has used the
+/// request id. Fails as a row that names what does not exist when an artifact is gone.
+pub(super) async fn insert_all(
+    tx: &impl ConnectionTrait,
+    new: &NewOperation,
+    now: DateTime<Utc>,
+) -> Result<bool, StoreError> {
+    if !insert(tx, new, now).await? {
+        return Ok(false);
+    }
+    insert_needs(tx, new).await?;
+    let starts = new.origin.as_ref().map(|origin| &origin.starts);
+    let parts: Vec<Part<'_>> = new
+        .nodes
+        .iter()
+        .map(|node| {
+            let start = starts.and_then(|starts| starts.get(node)).filter(|start| **start > now);
+            Part { node: node.as_str(), not_before: start.map_or(0, |start| micros(*start)) }
+        })
+        .collect();
+    sql("INSERT INTO executions (operation, node, state, update_time, not_before) \
+         SELECT ?, r.node, 'PENDING', CAST(? AS BIGINT), r.not_before FROM {rows node TEXT, not_before BIGINT}")
+    .bind(new.id.as_str())
+    .time(now)
+    .json(&parts)
+    .run(tx)
+    .await?;
+    let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
+    events::record(tx, &new.id, vec![created], now).await?;
+    Ok(true)
+}
+
+/// A row of `{rows ...}`.
+#[derive(Serialize)]
+struct Part<'a> {
+    node: &'a str,
+    not_before: i64,
+}
+
 /// Inserts the operation's row, unless the same caller has used the request id.
 async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
-             expire_time, creator, request_id, request_sha256, retry_of, create_time, update_time) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
+             expire_time, creator, request_id, request_sha256, retry_of, schedule, fire_time, \
+             create_time, update_time) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
         .bind(new.id.as_str())
         .json(&new.action)
         .bind(new.action.kind())
@@ -199,6 +248,8 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
         .bind(new.request.as_ref().map(|request| request.request_id.clone()))
         .bind(new.request.as_ref().map(|request| request.body_sha256.clone()))
         .bind(new.retry_of.as_ref().map(|id| id.as_str().to_owned()))
+        .bind(new.origin.as_ref().map(|origin| origin.schedule.as_str().to_owned()))
+        .bind(new.origin.as_ref().and_then(|origin| origin.fire_time).map(micros))
         .time(now)
         .time(now)
         .run(tx)
@@ -329,6 +380,8 @@ async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<Operati
                 expire_time: row.time("expire_time")?,
                 creator: row.text("creator")?,
                 retry_of: row.maybe_word("retry_of", |id| OperationId::parse(id).ok())?,
+                schedule: row.maybe_word("schedule", |id| ScheduleId::parse(id).ok())?,
+                fire_time: row.maybe_time("fire_time")?,
                 create_time: row.time("create_time")?,
                 update_time: row.time("update_time")?,
                 finish_time: row.maybe_time("finish_time")?,

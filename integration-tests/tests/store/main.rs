@@ -12,6 +12,7 @@ mod database;
 mod enrolment;
 mod operations;
 mod reports;
+mod schedules;
 mod sessions;
 mod support;
 
@@ -62,6 +63,15 @@ on_both!(
         progress_of_an_earlier_state_is_ignored,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
         a_node_that_is_overdue_for_a_day_is_given_up;
+    schedules:
+        a_schedule_is_read_back_as_it_was_stored,
+        each_of_500_instants_fires_once_however_many_schedulers_race,
+        instants_that_are_found_too_late_are_each_a_row,
+        a_long_outage_is_summed_up_after_a_thousand_rows,
+        an_unfinished_operation_is_not_overtaken,
+        a_paused_schedule_skips_and_says_so,
+        a_template_that_cannot_be_carried_out_is_a_skip_with_the_reason,
+        a_node_begins_after_its_own_share_of_the_jitter;
     sessions:
         a_second_session_ends_the_first,
         two_nodes_with_one_identity_are_quarantined,

@@ -3,6 +3,9 @@
 mod create;
 mod show;
 
+pub(super) use create::{insist, target};
+pub(super) use show::operation as operation_text;
+
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::{

@@ -138,28 +138,36 @@ fn count(number: u32) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
+pub(super) fn asked_action(action: &Action) -> v1::operation::Action {
+    match action {
+        Action::Reboot(notice) => v1::operation::Action::Reboot(reboot(notice)),
+        Action::PowerOff(notice) => v1::operation::Action::PowerOff(power_off(notice)),
+        Action::Update(asked) => {
+            // Defaults may differ between the boards of one operation; only one for all is shown.
+            let mut defaults = asked.bootcodes.values();
+            let only = defaults.next().filter(|_| defaults.next().is_none());
+            v1::operation::Action::Update(update(asked, asked.bootcode.as_ref().or(only)))
+        }
+    }
+}
+
+pub(super) fn asked_target(target: &Target) -> v1::operation::Target {
+    match target {
+        Target::Nodes(ids) => {
+            v1::operation::Target::Nodes(v1::NodeList { nodes: ids.iter().map(|id| format!("nodes/{id}")).collect() })
+        }
+        Target::Labels(labels) => {
+            v1::operation::Target::Labels(v1::LabelSelector { match_labels: labels.clone().into_iter().collect() })
+        }
+        Target::All => v1::operation::Target::All(v1::AllNodes {}),
+    }
+}
+
 pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
     v1::Operation {
         name: row.id.name(),
-        action: Some(match &row.action {
-            Action::Reboot(notice) => v1::operation::Action::Reboot(reboot(notice)),
-            Action::PowerOff(notice) => v1::operation::Action::PowerOff(power_off(notice)),
-            Action::Update(asked) => {
-                // Defaults may differ between the boards of one operation; only one for all is shown.
-                let mut defaults = asked.bootcodes.values();
-                let only = defaults.next().filter(|_| defaults.next().is_none());
-                v1::operation::Action::Update(update(asked, asked.bootcode.as_ref().or(only)))
-            }
-        }),
-        target: Some(match &row.target {
-            Target::Nodes(ids) => v1::operation::Target::Nodes(v1::NodeList {
-                nodes: ids.iter().map(|id| format!("nodes/{id}")).collect(),
-            }),
-            Target::Labels(labels) => {
-                v1::operation::Target::Labels(v1::LabelSelector { match_labels: labels.clone().into_iter().collect() })
-            }
-            Target::All => v1::operation::Target::All(v1::AllNodes {}),
-        }),
+        action: Some(asked_action(&row.action)),
+        target: Some(asked_target(&row.target)),
         schedule_time: Some(timestamp(row.schedule_time)),
         expire_time: Some(timestamp(row.expire_time)),
         state: match row.state {
@@ -173,8 +181,8 @@ pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
         }
         .into(),
         create_time: Some(timestamp(row.create_time)),
-        schedule: String::new(),
-        fire_time: None,
+        schedule: row.schedule.as_ref().map(|id| id.name()).unwrap_or_default(),
+        fire_time: row.fire_time.map(timestamp),
         retry_of: row.retry_of.as_ref().map(|id| id.name()).unwrap_or_default(),
         creator: row.creator.clone(),
         finish_time: row.finish_time.map(timestamp),

@@ -21,7 +21,7 @@ const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
 const REQUEST_ID_MAX: usize = 128;
 
 impl Operations {
-    pub(super) async fn resolve(&self, target: &Target) -> Result<Targets, ApiError> {
+    pub(in crate::api) async fn resolve(&self, target: &Target) -> Result<Targets, ApiError> {
         let store = &self.context.store;
         let approved = NodeQuery { states: vec![NodeState::Approved], limit: u32::MAX, ..NodeQuery::default() };
         let rows = match target {
@@ -67,7 +67,11 @@ impl Operations {
     }
 
     /// Replaces names by digests, so that a later push does not change what was asked for.
-    pub(super) async fn freeze(&self, update: &mut Update, families: &BTreeSet<String>) -> Result<(), ApiError> {
+    pub(in crate::api) async fn freeze(
+        &self,
+        update: &mut Update,
+        families: &BTreeSet<String>,
+    ) -> Result<(), ApiError> {
         if let Some(image) = &mut update.image {
             *image = self.frozen("image", &image.id, Kind::Image, Purpose::None).await?;
         }
@@ -123,21 +127,21 @@ fn describe(kind: Kind, purpose: Purpose) -> &'static str {
     }
 }
 
-pub(super) struct Targets {
-    pub(super) ids: Vec<NodeId>,
-    pub(super) families: BTreeSet<String>,
+pub(in crate::api) struct Targets {
+    pub(in crate::api) ids: Vec<NodeId>,
+    pub(in crate::api) families: BTreeSet<String>,
 }
 
-pub(super) struct Asked {
-    pub(super) action: Action,
-    pub(super) target: Target,
+pub(in crate::api) struct Asked {
+    pub(in crate::api) action: Action,
+    pub(in crate::api) target: Target,
     pub(super) schedule_time: DateTime<Utc>,
     pub(super) expire_time: DateTime<Utc>,
     pub(super) request: Option<RequestKey>,
 }
 
 /// Reads a request as far as that can be done without the store; lists every wrong field.
-pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Asked, ApiError> {
+pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Asked, ApiError> {
     let operation = request
         .operation
         .ok_or_else(|| ApiError::invalid("operation", "is missing; it needs an action and a target"))?;
@@ -199,7 +203,7 @@ pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> R
     Ok(Asked { action, target, schedule_time, expire_time, request })
 }
 
-pub(super) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {
+pub(in crate::api) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {
     if id.len() > REQUEST_ID_MAX {
         return Err(ApiError::invalid("request_id", format!("must be at most {REQUEST_ID_MAX} bytes")));
     }

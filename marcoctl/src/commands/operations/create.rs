@@ -68,7 +68,7 @@ pub(super) async fn retry(name: String, wait: &Wait, connection: &Connection, ou
     finish(created, wait, connection, out).await
 }
 
-fn target(target: Target) -> operation::Target {
+pub(in crate::commands) fn target(target: Target) -> operation::Target {
     if target.all {
         operation::Target::All(AllNodes {})
     } else if target.selector.is_empty() {
@@ -79,7 +79,7 @@ fn target(target: Target) -> operation::Target {
 }
 
 /// Asks again when the connection broke: the caller's request id makes the second answer the first one's.
-async fn insist<T>(ask: impl AsyncFn() -> Result<Response<T>, Status>) -> Result<T, Failure> {
+pub(in crate::commands) async fn insist<T>(ask: impl AsyncFn() -> Result<Response<T>, Status>) -> Result<T, Failure> {
     let mut pause = PAUSE;
     let mut tries = 1;
     loop {

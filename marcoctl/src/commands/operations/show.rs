@@ -43,7 +43,7 @@ pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String
 }
 
 /// One operation.
-pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
+pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
     let (notice, message) = match &operation.action {
         Some(Action::Reboot(reboot)) => (reboot.notice.as_ref(), reboot.message.clone()),
         Some(Action::PowerOff(power_off)) => (power_off.notice.as_ref(), power_off.message.clone()),
@@ -75,6 +75,7 @@ pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
         ("notice", notice),
         ("message", message),
         ("targets", targets),
+        ("schedule", operation.schedule.clone()),
         ("state", operation_state(operation)),
         ("done", done_of(&operation.counts.unwrap_or_default())),
         ("starts", starts),

@@ -1,0 +1,235 @@
+//! From a request to a schedule that can be stored: every wrong field is listed.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::ScheduleId;
+use marco_proto::v1;
+use uuid::Uuid;
+
+use crate::api::convert;
+use crate::api::operation;
+use crate::api::status::{ApiError, Violation};
+use crate::schedule::{Recurrence, RecurrenceError};
+use crate::store::{ScheduleRow, Template};
+
+/// What is not begun this long after its fire is not begun at all, unless the schedule says otherwise.
+const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Longest jitter.
+const JITTER_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Longest life of a fire's operation.
+const LIFETIME_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+/// Longest expression, in bytes.
+const CRON_MAX: usize = 256;
+/// Fields that can be changed.
+const CHANGEABLE: [&str; 7] = ["cron", "time_zone", "operation", "missed_fire", "overlap", "jitter", "expire_after"];
+
+/// A new schedule.
+pub(super) fn new(
+    request: v1::CreateScheduleRequest,
+    creator: &str,
+    now: DateTime<Utc>,
+) -> Result<ScheduleRow, ApiError> {
+    let asked = request
+        .schedule
+        .ok_or_else(|| ApiError::invalid("schedule", "is missing; it needs a cron and an operation"))?;
+    let mut wrong = Vec::new();
+    let id = match request.schedule_id.as_str() {
+        "" => ScheduleId::parse(&Uuid::now_v7().to_string()),
+        id => ScheduleId::parse(id),
+    };
+    if let Err(error) = &id {
+        wrong.push(violation("schedule_id", error.to_string()));
+    }
+    if !asked.name.is_empty() {
+        wrong.push(violation("schedule.name", "is made of schedule_id; leave it out".to_owned()));
+    }
+    let read = Fields::read(asked, now, &mut wrong);
+    let (Ok(id), Some(fields), true) = (id, read, wrong.is_empty()) else { return Err(ApiError::Invalid(wrong)) };
+    Ok(ScheduleRow {
+        id,
+        cron: fields.recurrence.cron().to_owned(),
+        time_zone: fields.recurrence.zone().name().to_owned(),
+        template: fields.template,
+        missed_fire: fields.missed_fire,
+        overlap: fields.overlap,
+        jitter: fields.jitter,
+        expire_after: fields.expire_after,
+        paused: false,
+        pause_reason: String::new(),
+        creator: creator.to_owned(),
+        create_time: now,
+        update_time: now,
+        revision: 1,
+        next_fire: fields.recurrence.next_after(now),
+        last_fire: None,
+    })
+}
+
+/// The schedule with those fields changed that the paths name.
+pub(super) fn changed(
+    old: &ScheduleRow,
+    asked: v1::Schedule,
+    paths: &[String],
+    now: DateTime<Utc>,
+) -> Result<ScheduleRow, ApiError> {
+    if paths.is_empty() {
+        return Err(ApiError::invalid("update_mask", format!("must name at least one of {}", CHANGEABLE.join(", "))));
+    }
+    let mut merged = convert::schedule(old);
+    for path in paths {
+        match path.as_str() {
+            "cron" => merged.cron.clone_from(&asked.cron),
+            "time_zone" => merged.time_zone.clone_from(&asked.time_zone),
+            "operation" => merged.operation.clone_from(&asked.operation),
+            "missed_fire" => merged.missed_fire = asked.missed_fire,
+            "overlap" => merged.overlap = asked.overlap,
+            "jitter" => merged.jitter = asked.jitter,
+            "expire_after" => merged.expire_after = asked.expire_after,
+            other => {
+                let other: String = other.chars().take(80).collect();
+                let can = CHANGEABLE.join(", ");
+                return Err(ApiError::invalid("update_mask", format!("{other:?} cannot be changed; {can} can")));
+            }
+        }
+    }
+    let mut wrong = Vec::new();
+    let read = Fields::read(merged, now, &mut wrong);
+    let (Some(fields), true) = (read, wrong.is_empty()) else { return Err(ApiError::Invalid(wrong)) };
+    let (cron, time_zone) = (fields.recurrence.cron().to_owned(), fields.recurrence.zone().name().to_owned());
+    let next_fire = if cron == old.cron && time_zone == old.time_zone {
+        old.next_fire
+    } else {
+        // Nothing becomes of an instant twice, even where the clock went back.
+        fields.recurrence.next_after(old.last_fire.map_or(now, |last| last.max(now)))
+    };
+    Ok(ScheduleRow {
+        cron,
+        time_zone,
+        template: fields.template,
+        missed_fire: fields.missed_fire,
+        overlap: fields.overlap,
+        jitter: fields.jitter,
+        expire_after: fields.expire_after,
+        next_fire,
+        ..old.clone()
+    })
+}
+
+/// An expression in its zone; `prefix` goes before the names of the fields.
+pub(super) fn recurrence(prefix: &str, cron: &str, time_zone: &str) -> Result<Recurrence, Vec<Violation>> {
+    if cron.len() > CRON_MAX {
+        return Err(vec![violation(&format!("{prefix}cron"), format!("must be at most {CRON_MAX} bytes"))]);
+    }
+    Recurrence::parse(cron, time_zone).map_err(|error| {
+        let field = match &error {
+            RecurrenceError::Cron { .. } => "cron",
+            RecurrenceError::Zone(_) => "time_zone",
+        };
+        vec![violation(&format!("{prefix}{field}"), error.to_string())]
+    })
+}
+
+struct Fields {
+    recurrence: Recurrence,
+    template: Template,
+    missed_fire: crate::schedule::MissedFire,
+    overlap: crate::schedule::Overlap,
+    jitter: Duration,
+    expire_after: Duration,
+}
+
+impl Fields {
+    fn read(asked: v1::Schedule, now: DateTime<Utc>, wrong: &mut Vec<Violation>) -> Option<Self> {
+        let recurrence = match recurrence("schedule.", &asked.cron, &asked.time_zone) {
+            Ok(recurrence) => {
+                if recurrence.next_after(now).is_none() {
+                    let why = format!("{:?} never fires: no date matches it", asked.cron);
+                    wrong.push(violation("schedule.cron", why));
+                }
+                Some(recurrence)
+            }
+            Err(violations) => {
+                wrong.extend(violations);
+                None
+            }
+        };
+        let template = template(asked.operation, now, wrong);
+        let missed_fire = convert::missed_fire(asked.missed_fire);
+        if missed_fire.is_none() {
+            wrong.push(violation("schedule.missed_fire", "is no policy that is known".to_owned()));
+        }
+        let overlap = convert::overlap(asked.overlap);
+        if overlap.is_none() {
+            wrong.push(violation("schedule.overlap", "is no policy that is known".to_owned()));
+        }
+        let expire_after = length(asked.expire_after, "expire_after", DEFAULT_LIFETIME, LIFETIME_MAX, wrong);
+        if expire_after.is_zero() {
+            wrong.push(violation("schedule.expire_after", "must be longer than nothing".to_owned()));
+        }
+        let jitter = length(asked.jitter, "jitter", Duration::ZERO, JITTER_MAX, wrong);
+        if jitter >= expire_after && !jitter.is_zero() {
+            wrong.push(violation("schedule.jitter", "must be shorter than expire_after".to_owned()));
+        }
+        Some(Self {
+            recurrence: recurrence?,
+            template: template?,
+            missed_fire: missed_fire?,
+            overlap: overlap?,
+            jitter,
+            expire_after,
+        })
+    }
+}
+
+fn template(operation: Option<v1::Operation>, now: DateTime<Utc>, wrong: &mut Vec<Violation>) -> Option<Template> {
+    let Some(operation) = operation else {
+        wrong.push(violation("schedule.operation", "is missing; it needs an action and a target".to_owned()));
+        return None;
+    };
+    for (set, field) in
+        [(operation.schedule_time.is_some(), "schedule_time"), (operation.expire_time.is_some(), "expire_time")]
+    {
+        if set {
+            let why = "is set by each fire; leave it out".to_owned();
+            wrong.push(violation(&format!("schedule.operation.{field}"), why));
+        }
+    }
+    let operation = v1::Operation { schedule_time: None, expire_time: None, ..operation };
+    let request = v1::CreateOperationRequest { operation: Some(operation), request_id: String::new() };
+    match operation::read(request, now) {
+        Ok(asked) => Some(Template { action: asked.action, target: asked.target }),
+        Err(ApiError::Invalid(violations)) => {
+            wrong.extend(
+                violations.into_iter().map(|found| violation(&format!("schedule.{}", found.field), found.description)),
+            );
+            None
+        }
+        Err(error) => {
+            wrong.push(violation("schedule.operation", error.to_string()));
+            None
+        }
+    }
+}
+
+fn length(
+    asked: Option<prost_types::Duration>,
+    field: &str,
+    default: Duration,
+    most: Duration,
+    wrong: &mut Vec<Violation>,
+) -> Duration {
+    match asked.map(Duration::try_from) {
+        None => default,
+        Some(Ok(length)) if length <= most => length,
+        Some(_) => {
+            let why = format!("must be between 0 and {}", humantime::format_duration(most));
+            wrong.push(violation(&format!("schedule.{field}"), why));
+            default
+        }
+    }
+}
+
+fn violation(field: &str, description: String) -> Violation {
+    Violation { field: field.to_owned(), description }
+}

@@ -1,0 +1,90 @@
+//! The instants that have come: which are in time, and which are too late.
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use super::Recurrence;
+
+/// Late instants are counted up to so many; those beyond are only said to be more.
+const COUNTED: u64 = 100_000;
+
+/// Instants that have come, seen from `now`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Due {
+    /// Too late, oldest first.
+    pub late: Vec<DateTime<Utc>>,
+    /// Late ones between the last but one in `late` and the last, left out because there are too many.
+    pub unlisted: u64,
+    /// Whether there are even more than `unlisted` says.
+    pub uncounted: bool,
+    /// In time, oldest first.
+    pub timely: Vec<DateTime<Utc>>,
+    /// The first that is still to come.
+    pub next: Option<DateTime<Utc>>,
+}
+
+impl Recurrence {
+    /// The instants from `first` until `now`. Those older than `patience` are late; at most `listed` of these are
+    /// listed, the oldest and the last one.
+    pub fn due(&self, first: DateTime<Utc>, now: DateTime<Utc>, patience: TimeDelta, listed: usize) -> Due {
+        let limit = now - patience;
+        let mut due = Due::default();
+        let mut last = None;
+        let mut fire = Some(first);
+        while let Some(at) = fire {
+            if at > now {
+                due.next = Some(at);
+                break;
+            }
+            if at >= limit {
+                due.timely.push(at);
+            } else if due.late.len() + 1 < listed {
+                due.late.push(at);
+            } else if due.unlisted >= COUNTED {
+                due.uncounted = true;
+                last = Some(at);
+                fire = self.next_after(limit - TimeDelta::seconds(1));
+                continue;
+            } else {
+                due.unlisted += u64::from(last.is_some());
+                last = Some(at);
+            }
+            fire = self.next_after(at);
+        }
+        due.late.extend(last);
+        due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::{DateTime, TimeDelta, Utc};
+
+    use super::super::Recurrence;
+
+    fn at(seconds: i64) -> DateTime<Utc> {
+        DateTime::from_timestamp(1_800_000_000 + seconds, 0).unwrap()
+    }
+
+    #[test]
+    fn what_is_older_than_patience_is_late() {
+        let minutes = Recurrence::parse("* * * * *", "UTC").unwrap();
+        let due = minutes.due(at(0), at(600), TimeDelta::minutes(5), 1000);
+        assert_eq!(due.late, (0..5).map(|minute| at(60 * minute)).collect::<Vec<_>>());
+        assert_eq!(due.timely, (5..=10).map(|minute| at(60 * minute)).collect::<Vec<_>>());
+        assert_eq!((due.next, due.unlisted, due.uncounted), (Some(at(660)), 0, false));
+    }
+
+    #[test]
+    fn of_very_many_late_ones_the_oldest_and_the_last_are_listed() {
+        let minutes = Recurrence::parse("* * * * *", "UTC").unwrap();
+        let due = minutes.due(at(0), at(6000), TimeDelta::minutes(5), 10);
+        let mut listed: Vec<_> = (0..9).map(|minute| at(60 * minute)).collect();
+        listed.push(at(94 * 60));
+        assert_eq!((due.late, due.unlisted), (listed, 85));
+        assert_eq!(due.timely.len(), 6);
+        let seconds = Recurrence::parse("* * * * * *", "UTC").unwrap();
+        let due = seconds.due(at(0), at(200_000), TimeDelta::seconds(2), 3);
+        assert_eq!((due.late.len(), due.uncounted), (3, true));
+        assert_eq!((due.timely.len(), due.next), (3, Some(at(200_001))));
+    }
+}

@@ -1,0 +1,265 @@
+//! Makes operations at the instants of schedules. The store decides who does: any number of controllers may try.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::ScheduleId;
+use tokio::sync::Notify;
+use tokio_cron_scheduler::{Job, JobScheduler};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::schedule::{FireOutcome, MissedFire, Recurrence};
+use crate::store::{AdvanceOutcome, FireRow, NewOperation, ScheduleRow, Store, StoreError};
+
+/// The longest time between two rounds; a wake-up at an instant makes the next one earlier.
+const TICK: Duration = Duration::from_secs(1);
+/// A wake-up is ordered for instants that are no further away than this.
+const WAKE_AHEAD: TimeDelta = TimeDelta::seconds(60);
+/// Most schedules handled in one round, and most wake-ups ordered.
+const AT_ONCE: u32 = 1000;
+/// Most rows that one catch-up writes.
+const LISTED: usize = 1000;
+/// After this time without an answer from the store, it is said again that it does not answer.
+const COMPLAIN: Duration = Duration::from_secs(60);
+
+/// Why no operation could be prepared.
+#[derive(Debug)]
+pub enum Unprepared {
+    /// The template cannot be carried out now: no node matches, an artifact is gone.
+    Refused(String),
+    /// The store does not answer; it is tried again.
+    Store(StoreError),
+}
+
+/// A future of a fire's operation.
+pub type Preparing = Pin<Box<dyn Future<Output = Result<NewOperation, Unprepared>> + Send>>;
+
+/// Resolves targets and freezes artifacts: makes the operation of a schedule for an instant, begun at a time.
+pub type Prepare = Arc<dyn Fn(ScheduleRow, DateTime<Utc>, DateTime<Utc>) -> Preparing + Send + Sync>;
+
+/// Finds instants that have come, and makes what is due of them.
+pub struct Fires {
+    store: Store,
+    clock: Arc<dyn Clock>,
+    prepare: Prepare,
+    patience: TimeDelta,
+}
+
+/// What is to become of some instants, at once.
+struct Step {
+    rows: Vec<FireRow>,
+    fire: Option<(DateTime<Utc>, String)>,
+    next: Option<DateTime<Utc>>,
+}
+
+impl Fires {
+    /// Instants that are found later than `patience` are missed.
+    pub fn new(store: Store, clock: Arc<dyn Clock>, prepare: Prepare, patience: TimeDelta) -> Self {
+        Self { store, clock, prepare, patience }
+    }
+
+    /// Rounds until cancelled. Each instant that comes soon is a one-shot job of `jobs`, which only wakes.
+    pub(super) async fn run(&self, jobs: &JobScheduler, stop: CancellationToken) {
+        let wake = Arc::new(Notify::new());
+        let mut ordered = BTreeSet::new();
+        let mut complained = None::<tokio::time::Instant>;
+        loop {
+            match self.tick(jobs, &wake, &mut ordered).await {
+                Ok(()) => complained = None,
+                Err(error) if complained.is_none_or(|last| last.elapsed() >= COMPLAIN) => {
+                    tracing::error!(error = &*crate::chain(&error), "a round of the scheduler failed");
+                    complained = Some(tokio::time::Instant::now());
+                }
+                Err(_) => {}
+            }
+            // Every arm only wakes; dropping the others loses a wake-up at most until the next tick.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(TICK) => {}
+                () = wake.notified() => {}
+            }
+        }
+    }
+
+    async fn tick(
+        &self,
+        jobs: &JobScheduler,
+        wake: &Arc<Notify>,
+        ordered: &mut BTreeSet<(DateTime<Utc>, ScheduleId)>,
+    ) -> Result<(), StoreError> {
+        let now = self.now().await?;
+        self.round(now).await?;
+        ordered.retain(|(at, _)| *at > now);
+        for row in self.store.schedules_due(now + WAKE_AHEAD, AT_ONCE).await? {
+            let Some(at) = row.next_fire.filter(|at| *at > now) else { continue };
+            let Ok(until) = (at - now).to_std() else { continue };
+            if !ordered.insert((at, row.id)) {
+                continue;
+            }
+            let wake = Arc::clone(wake);
+            let job = Job::new_one_shot_async(until, move |_, _| {
+                let wake = Arc::clone(&wake);
+                Box::pin(async move { wake.notify_one() })
+            });
+            // Without the wake-up the next tick finds it.
+            let added = match job {
+                Ok(job) => jobs.add(job).await.map(|_| ()),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = added {
+                tracing::debug!(error = &*crate::chain(&error), "a wake-up could not be ordered");
+            }
+        }
+        Ok(())
+    }
+
+    /// The database's time where it has one, so that a controller whose clock is wrong neither misses nor hurries.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn now(&self) -> Result<DateTime<Utc>, StoreError> {
+        Ok(self.store.database_time().await?.unwrap_or_else(|| self.clock.now()))
+    }
+
+    /// One round: decides about every instant until `now`. Public so that tests can step through time.
+    ///
+    /// # Errors
+    /// The store's; what was decided before it stays so, and the next round goes on.
+    #[tracing::instrument(level = "debug", skip_all, name = "fires")]
+    pub async fn round(&self, now: DateTime<Utc>) -> Result<(), StoreError> {
+        let mut failed = Ok(());
+        for schedule in self.store.schedules_due(now, AT_ONCE).await? {
+            match self.decide(schedule, now).await {
+                // The others can wait for the database; for a row that cannot be decided about they must not.
+                Err(error @ StoreError::Unavailable(_)) => return Err(error),
+                Err(error) => failed = failed.and(Err(error)),
+                Ok(()) => {}
+            }
+        }
+        failed
+    }
+
+    async fn decide(&self, mut schedule: ScheduleRow, now: DateTime<Utc>) -> Result<(), StoreError> {
+        let Some(first) = schedule.next_fire else { return Ok(()) };
+        let recurrence = match Recurrence::parse(&schedule.cron, &schedule.time_zone) {
+            Ok(recurrence) => recurrence,
+            Err(error) => {
+                tracing::error!(schedule = %schedule.id, error = &*crate::chain(&error), "a schedule is unreadable");
+                return Ok(());
+            }
+        };
+        for step in self.steps(&schedule, &recurrence, first, now) {
+            let next = step.next;
+            let last = step.fire.as_ref().map(|(at, _)| *at).or(step.rows.last().map(|row| row.fire_time));
+            if !self.take(&schedule, step, now).await? {
+                return Ok(());
+            }
+            schedule.next_fire = next;
+            schedule.last_fire = last.or(schedule.last_fire);
+        }
+        Ok(())
+    }
+
+    /// What is to become of the instants from `first` until `now`.
+    fn steps(
+        &self,
+        schedule: &ScheduleRow,
+        recurrence: &Recurrence,
+        first: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> Vec<Step> {
+        let due = recurrence.due(first, now, self.patience, LISTED);
+        let row = |at: DateTime<Utc>, outcome, reason| record(schedule, at, outcome, reason, now);
+        let mut rows: Vec<FireRow> = due
+            .late
+            .iter()
+            .map(|at| match paused(schedule) {
+                Some(reason) => row(*at, FireOutcome::Skipped, reason),
+                None => row(*at, FireOutcome::Missed, format!("found {} late", span(now - *at))),
+            })
+            .collect();
+        if due.unlisted > 0
+            && let Some(last) = rows.last_mut()
+        {
+            let more = if due.uncounted { "more than " } else { "" };
+            let _ = write!(last.reason, "; so were {more}{} before it that are not listed", due.unlisted);
+        }
+        if let Some(reason) = paused(schedule) {
+            rows.extend(due.timely.iter().map(|at| row(*at, FireOutcome::Skipped, reason.clone())));
+            return vec![Step { rows, fire: None, next: due.next }];
+        }
+        if due.timely.is_empty() {
+            let last = if schedule.missed_fire == MissedFire::Once { rows.pop() } else { None };
+            let fire = last.map(|last| (last.fire_time, format!("made up for: {}", last.reason)));
+            return vec![Step { rows, fire, next: due.next }];
+        }
+        let nexts = due.timely.iter().skip(1).copied().map(Some).chain([due.next]);
+        due.timely
+            .iter()
+            .zip(nexts)
+            .map(|(at, next)| Step { rows: std::mem::take(&mut rows), fire: Some((*at, String::new())), next })
+            .collect()
+    }
+
+    /// Does a step; false when somebody else did.
+    async fn take(&self, schedule: &ScheduleRow, step: Step, now: DateTime<Utc>) -> Result<bool, StoreError> {
+        let Step { mut rows, fire, next } = step;
+        let Some((at, reason)) = fire else {
+            return Ok(self.store.advance(schedule, &rows, None, next, now).await? != AdvanceOutcome::Elsewhere);
+        };
+        let begins = if reason.is_empty() { at } else { now };
+        let refused = match (self.prepare)(schedule.clone(), at, begins).await {
+            Ok(operation) => {
+                let row = record(schedule, at, FireOutcome::Fired, reason, now);
+                match self.store.advance(schedule, &rows, Some((&operation, &row)), next, now).await? {
+                    AdvanceOutcome::Advanced(made) => {
+                        if let Some(operation) = made {
+                            tracing::info!(schedule = %schedule.id, %operation, fire_time = %at, "a schedule fired");
+                        }
+                        return Ok(true);
+                    }
+                    AdvanceOutcome::Overlapped => {
+                        tracing::info!(schedule = %schedule.id, fire_time = %at, "a fire was skipped: overlap");
+                        return Ok(true);
+                    }
+                    AdvanceOutcome::Elsewhere => return Ok(false),
+                    AdvanceOutcome::ArtifactGone => "an artifact of the template was deleted just now".to_owned(),
+                }
+            }
+            Err(Unprepared::Refused(reason)) => reason,
+            Err(Unprepared::Store(error)) => return Err(error),
+        };
+        tracing::warn!(schedule = %schedule.id, fire_time = %at, reason = refused, "a fire was skipped");
+        rows.push(record(schedule, at, FireOutcome::Skipped, refused, now));
+        Ok(self.store.advance(schedule, &rows, None, next, now).await? != AdvanceOutcome::Elsewhere)
+    }
+}
+
+/// Why a schedule fires nothing, if it is paused.
+fn paused(schedule: &ScheduleRow) -> Option<String> {
+    schedule.paused.then(|| match schedule.pause_reason.as_str() {
+        "" => "the schedule was paused".to_owned(),
+        reason => format!("the schedule was paused: {reason}"),
+    })
+}
+
+fn record(
+    schedule: &ScheduleRow,
+    fire_time: DateTime<Utc>,
+    outcome: FireOutcome,
+    reason: String,
+    now: DateTime<Utc>,
+) -> FireRow {
+    FireRow { schedule: schedule.id.clone(), fire_time, outcome, reason, operation: None, record_time: now }
+}
+
+/// A length of time in whole seconds, for people.
+fn span(length: TimeDelta) -> String {
+    humantime::format_duration(Duration::from_secs(u64::try_from(length.num_seconds()).unwrap_or(0))).to_string()
+}

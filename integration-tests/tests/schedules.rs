@@ -1,0 +1,200 @@
+//! Schedules through the API and marcoctl: what is refused, what comes, and what a Pi does of it.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use integration_tests::client::{bad_fields, reason};
+use integration_tests::fleet::{execution_name, reboot};
+use integration_tests::process::{Output, binary, run};
+use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::fire::Outcome;
+use marco_proto::v1::operation::State;
+use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
+use marco_proto::v1::{
+    CreateScheduleRequest, Fire, ListFiresRequest, ListSchedulesRequest, Operation, RunScheduleRequest, Schedule,
+    UpdateScheduleRequest,
+};
+use tonic::Code;
+use tonic::transport::Channel;
+
+fn schedules(fleet: &Fleet) -> Result<ScheduleServiceClient<Channel>> {
+    Ok(ScheduleServiceClient::new(fleet.admin().channel(fleet.addresses().api)?))
+}
+
+async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<Output> {
+    let address = fleet.addresses().api.to_string();
+    let certs = fleet.certs().display().to_string();
+    let mut all = vec!["--controller", &address, "--certs", &certs];
+    all.extend_from_slice(arguments);
+    run(&binary("marcoctl")?, &all, seconds(60)).await
+}
+
+fn nightly(operation: Operation) -> Schedule {
+    Schedule {
+        cron: "0 3 * * *".to_owned(),
+        time_zone: "Europe/Madrid".to_owned(),
+        operation: Some(operation),
+        ..Default::default()
+    }
+}
+
+fn create(id: &str, schedule: Schedule) -> CreateScheduleRequest {
+    CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned() }
+}
+
+async fn fires(fleet: &Fleet, id: &str) -> Result<Vec<Fire>> {
+    let request = ListFiresRequest { parent: id.to_owned(), page_size: 1000, ..Default::default() };
+    Ok(schedules(fleet)?.list_fires(request).await?.into_inner().fires)
+}
+
+#[tokio::test]
+async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let id = fleet.ids().await?.remove(0);
+    let often = Schedule { cron: "* * * * * *".to_owned(), ..nightly(reboot(&[&id], Duration::ZERO)) };
+    let created = schedules(&fleet)?.create_schedule(create("often", often)).await?.into_inner();
+    assert_eq!((created.name.as_str(), created.creator.is_empty()), ("schedules/often", false));
+    let made = wait_until(seconds(60), "two fires", async || {
+        let made: Vec<Fire> =
+            fires(&fleet, "often").await?.into_iter().filter(|fire| !fire.operation.is_empty()).collect();
+        Ok((made.len() >= 2).then_some(made))
+    })
+    .await?;
+    fleet.kill_controller().await?;
+    fleet.start_controller().await?;
+    fleet.controller_is_healthy().await?;
+    wait_until(seconds(60), "it goes on after the restart", async || {
+        Ok((fires(&fleet, "often").await?.iter().filter(|fire| !fire.operation.is_empty()).count() > made.len())
+            .then_some(()))
+    })
+    .await?;
+    let paused = marcoctl(&fleet, &["schedules", "pause", "often", "--reason", "enough"]).await?.success()?;
+    assert!(paused.contains("PAUSED") && paused.contains("enough"), "{paused}");
+    wait_until(seconds(30), "instants of a paused schedule are skipped", async || {
+        Ok(fires(&fleet, "often").await?.first().is_some_and(|fire| fire.reason.ends_with("enough")).then_some(()))
+    })
+    .await?;
+    let mut all = fires(&fleet, "often").await?;
+    all.reverse();
+    for pair in all.windows(2) {
+        let [one, two] = pair else { continue };
+        let apart = two.fire_time.context("no time")?.seconds - one.fire_time.context("no time")?.seconds;
+        assert_eq!(apart, 1, "an instant has no row: {one:?} {two:?}");
+    }
+    for fire in all.iter().filter(|fire| fire.outcome() == Outcome::Fired) {
+        let operation = fleet.ends(&fire.operation, seconds(60), State::Succeeded).await?;
+        assert_eq!((operation.schedule.as_str(), operation.fire_time), ("schedules/often", fire.fire_time));
+        assert_eq!(fleet.pi(&id).reboots(&execution_name(&operation, &id))?, 1);
+    }
+    for fire in all.iter().filter(|fire| fire.outcome() != Outcome::Fired) {
+        assert!(fire.operation.is_empty() && !fire.reason.is_empty(), "{fire:?}");
+    }
+    let run = RunScheduleRequest { name: "schedules/often".to_owned(), request_id: "again".to_owned() };
+    let first = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
+    let again = schedules(&fleet)?.run_schedule(run).await?.into_inner();
+    assert_eq!(first.name, again.name);
+    fleet.ends(&first.name, seconds(60), State::Succeeded).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    // The targets are resolved at each fire, so a node that does not exist yet is none of the errors.
+    let good = nightly(reboot(&["pi-01"], Duration::ZERO));
+    let later = Some(prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 });
+    let long = Some(prost_types::Duration { seconds: 90_000, nanos: 0 });
+    let template = |operation| Schedule { operation: Some(operation), ..good.clone() };
+    let timed = Operation { schedule_time: later, ..reboot(&["pi-01"], Duration::ZERO) };
+    let cases: [(&str, Schedule, &[&str], &str); 9] = [
+        ("no cron", Schedule { cron: String::new(), ..good.clone() }, &["schedule.cron"], "0 fields"),
+        ("a wrong cron", Schedule { cron: "61 * * * *".to_owned(), ..good.clone() }, &["schedule.cron"], "61"),
+        ("never", Schedule { cron: "0 0 30 2 *".to_owned(), ..good.clone() }, &["schedule.cron"], "never fires"),
+        (
+            "an unknown zone",
+            Schedule { time_zone: "Europe/Atlantis".to_owned(), ..good.clone() },
+            &["schedule.time_zone"],
+            "Europe/Atlantis",
+        ),
+        ("no template", Schedule { operation: None, ..good.clone() }, &["schedule.operation"], "missing"),
+        (
+            "an empty template",
+            template(Operation::default()),
+            &["schedule.operation.action", "schedule.operation.target"],
+            "",
+        ),
+        ("a time in the template", template(timed), &["schedule.operation.schedule_time"], "each fire"),
+        ("too much jitter", Schedule { jitter: long, ..good.clone() }, &["schedule.jitter"], "1day"),
+        ("an unknown policy", Schedule { overlap: 9, ..good.clone() }, &["schedule.overlap"], "policy"),
+    ];
+    for (what, schedule, fields, word) in cases {
+        let Err(status) = schedules(&fleet)?.create_schedule(create("bad", schedule)).await else {
+            panic!("{what} was taken")
+        };
+        assert_eq!(status.code(), Code::InvalidArgument, "{what}: {status}");
+        assert_eq!(bad_fields(&status), fields, "{what}");
+        assert!(status.message().contains(word), "{what}: {status}");
+    }
+    let Err(status) = schedules(&fleet)?.create_schedule(create("../x", good.clone())).await else {
+        panic!("a bad id was taken")
+    };
+    assert_eq!(bad_fields(&status), ["schedule_id"]);
+    let stored = schedules(&fleet)?.list_schedules(ListSchedulesRequest::default()).await?.into_inner();
+    assert_eq!(stored.schedules, []);
+
+    schedules(&fleet)?.create_schedule(create("good", good.clone())).await?;
+    let Err(status) = schedules(&fleet)?.create_schedule(create("good", good.clone())).await else {
+        panic!("an id was taken twice")
+    };
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::AlreadyExists, "SCHEDULE_EXISTS"));
+    let changed = Schedule { name: "good".to_owned(), cron: "0 4 * * *".to_owned(), ..Schedule::default() };
+    let update_mask = Some(prost_types::FieldMask { paths: vec!["cron".to_owned()] });
+    let update = UpdateScheduleRequest { schedule: Some(changed), update_mask };
+    let updated = schedules(&fleet)?.update_schedule(update).await?.into_inner();
+    assert_eq!((updated.cron.as_str(), updated.time_zone.as_str()), ("0 4 * * *", "Europe/Madrid"));
+    assert!(updated.operation.is_some_and(|operation| operation.target.is_some()));
+    // No node is named pi-01: the refusal says so.
+    let run = RunScheduleRequest { name: "good".to_owned(), request_id: String::new() };
+    let Err(status) = schedules(&fleet)?.run_schedule(run).await else { panic!("it ran on no node") };
+    assert_eq!(reason(&status), "NODE_NOT_FOUND");
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn marcoctl_shows_the_coming_fires_in_the_zone_and_in_utc() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let asked = ["schedules", "next", "--cron", "0,30 2 * * *", "--zone", "Europe/Madrid"];
+    let gap = [&asked[..], &["--from", "2026-03-28T02:00:00Z", "--count", "3"]].concat();
+    assert_eq!(
+        marcoctl(&fleet, &gap).await?.success()?,
+        "2026-03-29T03:00:00+02:00 2026-03-29T01:00:00Z\n\
+         2026-03-30T02:00:00+02:00 2026-03-30T00:00:00Z\n\
+         2026-03-30T02:30:00+02:00 2026-03-30T00:30:00Z\n"
+    );
+    let overlap = [&asked[..], &["--from", "2026-10-24T22:00:00Z", "--count", "3"]].concat();
+    assert_eq!(
+        marcoctl(&fleet, &overlap).await?.success()?,
+        "2026-10-25T02:00:00+02:00 2026-10-25T00:00:00Z\n\
+         2026-10-25T02:30:00+02:00 2026-10-25T00:30:00Z\n\
+         2026-10-26T02:00:00+01:00 2026-10-26T01:00:00Z\n"
+    );
+    let new = ["schedules", "create", "winter", "--cron", "0 12 24 12 *", "--action", "power-off", "--all"];
+    marcoctl(&fleet, &new).await?.success()?;
+    let stored = ["schedules", "next", "winter", "--from", "2026-01-01T00:00:00+01:00", "--count", "1"];
+    assert_eq!(marcoctl(&fleet, &stored).await?.success()?, "2026-12-24T12:00:00+00:00 2026-12-24T12:00:00Z\n");
+    let listed = marcoctl(&fleet, &["schedules", "list", "-o", "json"]).await?.success()?;
+    let listed: serde_json::Value = serde_json::from_str(&listed)?;
+    assert_eq!(listed["schedules"][0]["name"], "schedules/winter");
+    assert_eq!(listed["schedules"][0]["missedFire"], "MISSED_FIRE_SKIP");
+    for wrong in [["--cron", "never", "--zone", "UTC"], ["--cron", "0 0 * * *", "--zone", "Mars"]] {
+        let refused = marcoctl(&fleet, &[&["schedules", "next"], &wrong[..]].concat()).await?;
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+        assert!(refused.stderr.contains(if wrong[1] == "never" { "cron" } else { "Mars" }), "{refused:?}");
+    }
+    marcoctl(&fleet, &["schedules", "delete", "winter"]).await?.success()?;
+    assert_eq!(marcoctl(&fleet, &["schedules", "get", "winter"]).await?.status.code(), Some(1));
+    fleet.went_well();
+    Ok(())
+}

@@ -1,0 +1,163 @@
+//! `marcoctl schedules`.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::values::{duration, instant};
+use super::{Paging, Target};
+
+/// What can be done with schedules.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SchedulesCommand {
+    /// Make operations recur
+    #[command(after_help = "\
+Examples:
+  marcoctl schedules create nightly --cron \"0 3 * * *\" --zone Europe/Madrid --action reboot --all
+  marcoctl schedules create lab --cron \"30 7 * * MON-FRI\" --zone Europe/Madrid --action update \\
+      --image kiosk --selector room=a1 --jitter 10m --missed-fire once
+
+The fields of a cron are minute, hour, day of month, month and day of week; a sixth, before them,
+is the second. Targets and artifacts are resolved at each fire.")]
+    Create(CreateSchedule),
+    /// List schedules
+    List(Paging),
+    /// Show a schedule
+    Get {
+        /// Name or id
+        schedule: String,
+    },
+    /// Stop a schedule from making operations; its instants are recorded as skipped
+    Pause {
+        /// Name or id
+        schedule: String,
+        /// Why; shown with the schedule and with each instant that is skipped
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+        reason: String,
+    },
+    /// Let a paused schedule go on
+    Resume {
+        /// Name or id
+        schedule: String,
+    },
+    /// Remove a schedule; operations that it made stay
+    Delete {
+        /// Name or id
+        schedule: String,
+    },
+    /// Make its operation now, besides its times
+    RunNow {
+        /// Name or id
+        schedule: String,
+    },
+    /// Show the coming fires, a line each: in the zone, and in UTC
+    #[command(after_help = "\
+Examples:
+  marcoctl schedules next nightly
+  marcoctl schedules next --cron \"0,30 2 * * *\" --zone Europe/Madrid --from 2030-03-30T00:00:00Z --count 5")]
+    Next(Next),
+    /// List what became of its instants, latest first: fired, skipped or missed, and why
+    Fires {
+        /// Name or id
+        schedule: String,
+        /// Only those with this outcome; repeats, or takes a list with commas
+        #[arg(long, value_name = "OUTCOME", value_delimiter = ',')]
+        outcome: Vec<OutcomeArg>,
+        #[command(flatten)]
+        paging: Paging,
+    },
+}
+
+/// Flags of `schedules create`.
+#[derive(Debug, Args)]
+pub(crate) struct CreateSchedule {
+    /// Id of the new schedule
+    #[arg(value_name = "ID")]
+    pub(crate) schedule: String,
+    /// When, as a cron expression
+    #[arg(long, value_name = "CRON")]
+    pub(crate) cron: String,
+    /// Time zone in which it is read
+    #[arg(long, value_name = "ZONE", default_value = "UTC")]
+    pub(crate) zone: String,
+    /// What each fire does
+    #[arg(long, value_name = "ACTION")]
+    pub(crate) action: ActionArg,
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// The image to install, for an update; without it only the boot files change
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    pub(crate) image: String,
+    /// The boot files, for an update; by default the board's default
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    pub(crate) bootcode: String,
+    /// How long logged-in users are warned before; by default 2m, 0s is at once
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) notice: Option<Duration>,
+    /// Shown to logged-in users
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) message: String,
+    /// Each node begins up to this much later, always by the same share
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) jitter: Option<Duration>,
+    /// What has not begun this long after a fire is not begun any more; by default 24h
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) expire_after: Option<Duration>,
+    /// What is done about fires that come too late: skip them, or make up for them once
+    #[arg(long, value_name = "POLICY", default_value = "skip")]
+    pub(crate) missed_fire: MissedFireArg,
+    /// What is done about a fire while an operation of the schedule is unfinished
+    #[arg(long, value_name = "POLICY", default_value = "skip")]
+    pub(crate) overlap: OverlapArg,
+}
+
+/// Flags of `schedules next`.
+#[derive(Debug, Args)]
+pub(crate) struct Next {
+    /// Name or id
+    #[arg(value_name = "ID", required_unless_present = "cron", conflicts_with_all = ["cron", "zone"])]
+    pub(crate) schedule: Option<String>,
+    /// An expression that is not stored
+    #[arg(long, value_name = "CRON")]
+    pub(crate) cron: Option<String>,
+    /// Its time zone; by default UTC
+    #[arg(long, value_name = "ZONE", requires = "cron")]
+    pub(crate) zone: Option<String>,
+    /// Fires later than this; by default now
+    #[arg(long, value_name = "RFC3339", value_parser = instant)]
+    pub(crate) from: Option<DateTime<Utc>>,
+    /// How many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=1000), default_value_t = 10)]
+    pub(crate) count: i32,
+}
+
+/// The action of a schedule, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActionArg {
+    Reboot,
+    PowerOff,
+    Update,
+}
+
+/// `Schedule.MissedFire`, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MissedFireArg {
+    Skip,
+    Once,
+}
+
+/// `Schedule.Overlap`, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OverlapArg {
+    Skip,
+    Queue,
+}
+
+/// `Fire.Outcome`, as it is written on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutcomeArg {
+    Fired,
+    Skipped,
+    Missed,
+}
