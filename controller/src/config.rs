@@ -58,6 +58,10 @@ pub struct ServeArgs {
     /// A further host name or address by which operators reach this controller; repeats
     #[arg(long = "name", env = "MARCO_NAME", value_name = "HOST", value_delimiter = ',')]
     pub names: Vec<String>,
+    /// Whether changes are passed on between controllers by LISTEN and NOTIFY; without, the others see them within a
+    /// second [default: true]
+    #[arg(long, env = "MARCO_NOTIFICATIONS", value_name = "BOOL")]
+    pub notifications: Option<bool>,
 }
 
 /// The file's keys, the same as the flags'.
@@ -73,6 +77,7 @@ struct File {
     metrics_listen: Option<SocketAddr>,
     #[serde(default)]
     name: Vec<String>,
+    notifications: Option<bool>,
 }
 
 /// The settings in force.
@@ -90,6 +95,8 @@ pub struct Config {
     pub enroll_listen: SocketAddr,
     /// Further names in the controller's certificate.
     pub names: Vec<String>,
+    /// Whether changes are passed on between controllers by notifications.
+    pub notifications: bool,
 }
 
 impl Config {
@@ -126,6 +133,7 @@ impl Config {
             listen,
             enroll_listen,
             names: if args.names.is_empty() { file.name } else { args.names },
+            notifications: args.notifications.or(file.notifications).unwrap_or(true),
         })
     }
 }
@@ -174,9 +182,17 @@ mod tests {
             .collect();
         let config = with_file(&all, ServeArgs::default()).unwrap();
         assert_eq!(config.names, ["pi-lab.example.org"]);
-        for key in
-            ["data-dir", "certs", "database-url", "listen", "enroll-listen", "mirror-listen", "metrics-listen", "name"]
-        {
+        for key in [
+            "data-dir",
+            "certs",
+            "database-url",
+            "listen",
+            "enroll-listen",
+            "mirror-listen",
+            "metrics-listen",
+            "name",
+            "notifications",
+        ] {
             assert!(shipped.lines().any(|line| line.starts_with(&format!("#{key} = "))), "{key} is not shown");
         }
     }

@@ -135,7 +135,7 @@ impl Controller {
         let context = self.context;
         let servers_stop = CancellationToken::new();
         let mut servers = JoinSet::new();
-        let address = context.addresses.first().cloned().unwrap_or_default();
+        let address = context.addresses.join(",");
         // A controller that gives no sign of life loses its sessions, so the first one comes before them.
         context.store.beat(&context.controller, &address, context.clock.now()).await?;
         let mut parts = JoinSet::new();
@@ -161,6 +161,9 @@ impl Controller {
             address,
         );
         parts.spawn(dispatcher.run(context.stop.clone()));
+        if self.config.notifications {
+            parts.spawn(context.store.clone().share_changes(context.stop.clone()));
+        }
         let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
         let scheduler_stop = context.stop.clone();
         parts.spawn(async move {
@@ -238,9 +241,14 @@ fn renew(pki: &mut Pki, acceptors: &[Acceptor], now: DateTime<Utc>) {
     }
 }
 
-/// Where agents reach this controller: each `--name` with the API's port; with none, what the agents were given stands.
+/// Where agents reach this controller: each `--name` with the API's port; with none, the address that it listens on when
+/// others can use it. When that says nothing either, what the agents were given stands.
 fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
-    config.names.iter().map(|name| format!("{name}:{}", api.port())).collect()
+    if config.names.is_empty() && !api.ip().is_unspecified() && !api.ip().is_loopback() {
+        return vec![api.to_string()];
+    }
+    let host = |name: &String| if name.contains(':') { format!("[{name}]") } else { name.clone() };
+    config.names.iter().map(|name| format!("{}:{}", host(name), api.port())).collect()
 }
 
 async fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
