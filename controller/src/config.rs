@@ -4,9 +4,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use chrono::TimeDelta;
 use clap::{Args, Parser, Subcommand};
 use marco_proto::names::{API_PORT, ENROLL_PORT};
 use serde::Deserialize;
+
+/// For how many days events are kept unless said otherwise.
+const KEEP_EVENTS_DAYS: u32 = 90;
 
 /// The command line of `marco-controller`.
 #[derive(Debug, Parser)]
@@ -62,6 +66,10 @@ pub struct ServeArgs {
     /// second [default: true]
     #[arg(long, env = "MARCO_NOTIFICATIONS", value_name = "BOOL")]
     pub notifications: Option<bool>,
+    /// For how many days the events of an operation are kept after its end; the operation itself is kept for ever
+    /// [default: 90]
+    #[arg(long, env = "MARCO_KEEP_EVENTS", value_name = "DAYS")]
+    pub keep_events: Option<u32>,
 }
 
 /// The file's keys, the same as the flags'.
@@ -78,6 +86,7 @@ struct File {
     #[serde(default)]
     name: Vec<String>,
     notifications: Option<bool>,
+    keep_events: Option<u32>,
 }
 
 /// The settings in force.
@@ -97,6 +106,8 @@ pub struct Config {
     pub names: Vec<String>,
     /// Whether changes are passed on between controllers by notifications.
     pub notifications: bool,
+    /// For how long the events of an operation are kept after its end.
+    pub keep_events: TimeDelta,
 }
 
 impl Config {
@@ -134,6 +145,7 @@ impl Config {
             enroll_listen,
             names: if args.names.is_empty() { file.name } else { args.names },
             notifications: args.notifications.or(file.notifications).unwrap_or(true),
+            keep_events: TimeDelta::days(i64::from(args.keep_events.or(file.keep_events).unwrap_or(KEEP_EVENTS_DAYS))),
         })
     }
 }
@@ -182,6 +194,7 @@ mod tests {
             .collect();
         let config = with_file(&all, ServeArgs::default()).unwrap();
         assert_eq!(config.names, ["pi-lab.example.org"]);
+        assert_eq!((config.notifications, config.keep_events.num_days()), (true, 90));
         for key in [
             "data-dir",
             "certs",
@@ -192,6 +205,7 @@ mod tests {
             "metrics-listen",
             "name",
             "notifications",
+            "keep-events",
         ] {
             assert!(shipped.lines().any(|line| line.starts_with(&format!("#{key} = "))), "{key} is not shown");
         }

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -164,7 +164,9 @@ impl Controller {
         if self.config.notifications {
             parts.spawn(context.store.clone().share_changes(context.stop.clone()));
         }
-        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
+        let keep_events = self.config.keep_events;
+        let jobs =
+            vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors, keep_events) }];
         let scheduler_stop = context.stop.clone();
         parts.spawn(async move {
             if let Err(error) = scheduler::run(jobs, scheduler_stop).await {
@@ -204,9 +206,9 @@ impl Controller {
     }
 }
 
-/// Removes uploads that nobody went on with and bytes that nothing needs any more, and issues the controller's certificate again before it expires; the
-/// listeners then present the new one without a restart.
-fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2]) -> scheduler::Work {
+/// Removes uploads that nobody went on with, bytes that nothing needs any more and old events, and issues the
+/// controller's certificate again before it expires; the listeners then present the new one without a restart.
+fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2], keep_events: TimeDelta) -> scheduler::Work {
     let context = context.clone();
     let pki = Arc::new(Mutex::new(pki));
     Arc::new(move || {
@@ -215,6 +217,13 @@ fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2]) -> s
         Box::pin(async move {
             if let Err(error) = api::remove_unneeded(&context).await {
                 tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
+            }
+            match context.store.prune_events(context.clock.now() - keep_events).await {
+                Ok(0) => {}
+                Ok(operations) => {
+                    tracing::info!(operations, "the events of operations that ended long ago were removed")
+                }
+                Err(error) => tracing::warn!(error = chain(&error), "old events could not be removed"),
             }
             match context.artifacts.sweep(SystemTime::now() - STALE_UPLOAD).await {
                 Ok(0) => {}

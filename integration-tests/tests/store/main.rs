@@ -10,6 +10,7 @@
 mod artifacts;
 mod database;
 mod enrolment;
+mod history;
 mod operations;
 mod reports;
 mod sessions;
@@ -82,6 +83,9 @@ on_both!(
         a_name_moves_to_other_bytes,
         what_an_unfinished_operation_needs_is_not_removed,
         defaults_are_by_board_with_one_for_any;
+    history:
+        events_of_operations_that_ended_long_ago_are_removed_and_the_operations_kept,
+        races_of_cancel_against_dispatch_and_completion_end_as_the_node_says;
     database:
         a_database_is_opened_again_with_everything_in_it,
         a_call_is_audited,
