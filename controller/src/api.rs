@@ -8,6 +8,7 @@ mod explain;
 mod node;
 mod operation;
 mod page;
+mod peers;
 mod status;
 mod watch;
 

@@ -3,13 +3,18 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use integration_tests::fleet::{Database, execution_name, reboot};
+use integration_tests::fleet::{Database, execution_name, reboot, update};
+use integration_tests::image::{Compression, make_image};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{binary, run};
+use integration_tests::tree::compare_with_source;
+use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
+use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{ListEventsRequest, Operation, QuarantineNodeRequest};
+use marco_proto::v1::{ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest};
 use tonic::Code;
 
 /// How long anything may take to settle: an agent backs off up to a minute.
@@ -147,7 +152,7 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     let begun = Instant::now();
     while begun.elapsed() < seconds(20) {
         let asked = Instant::now();
-        let listed = fleet.nodes().list_nodes(marco_proto::v1::ListNodesRequest::default()).await.unwrap_err();
+        let listed = fleet.nodes().list_nodes(ListNodesRequest::default()).await.unwrap_err();
         assert_eq!(listed.code(), Code::Unavailable, "{listed:?}");
         let reading = asked.elapsed();
         let created = fleet.create(reboot(idle, seconds(1))).await.unwrap_err();
@@ -191,6 +196,28 @@ async fn a_second_controller_on_one_sqlite_file_is_refused_and_told_why() -> Res
     // The lock dies with its holder.
     fleet.kill_controller().await?;
     fleet.start_controller().await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn bytes_that_only_another_controller_has_are_fetched_from_it() -> Result<()> {
+    let mut fleet = shared(3, 2, true).await?;
+    let ids = fleet.ids().await?;
+    let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
+    // The agents' sessions are with the first controller, and the bytes are with the last alone.
+    fleet.talk_to(2)?;
+    let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
+    fleet.succeeds(update(&ids, &image.name, ""), SETTLE).await?;
+    for id in &ids {
+        compare_with_source(&fleet.dir().join("image"), fleet.pi(id).dir())?;
+    }
+    assert!(fleet.controller_log(0)?.contains("bytes were fetched from another controller"));
+    // Who says that it is a controller may do nothing else.
+    let peer = fleet.user("controller")?;
+    let mut nodes = NodeServiceClient::new(peer.channel(fleet.addresses().api)?);
+    let refused = nodes.list_nodes(ListNodesRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
     fleet.went_well();
     Ok(())
 }
