@@ -51,6 +51,7 @@ pub struct Builder {
     prefix: String,
     controllers: usize,
     notifications: bool,
+    shared_folders: bool,
 }
 
 /// A running fleet; dropping it ends all its processes and removes all its files.
@@ -93,6 +94,7 @@ impl Default for Builder {
             prefix: "pi-".to_owned(),
             controllers: 1,
             notifications: true,
+            shared_folders: false,
         }
     }
 }

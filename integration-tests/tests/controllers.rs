@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use integration_tests::fleet::{Database, execution_name, reboot, update};
+use integration_tests::fleet::{Builder, Database, execution_name, is_final, reboot, update};
 use integration_tests::image::{Compression, make_image};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{binary, run};
@@ -20,15 +20,13 @@ use tonic::Code;
 /// How long anything may take to settle: an agent backs off up to a minute.
 const SETTLE: Duration = seconds(150);
 
-async fn shared(controllers: usize, pis: usize, notifications: bool) -> Result<Fleet> {
+async fn on_postgres() -> Result<Builder> {
     let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
-    Fleet::builder()
-        .database(Database::Url(url))
-        .controllers(controllers)
-        .notifications(notifications)
-        .pis(pis)
-        .start()
-        .await
+    Ok(Fleet::builder().database(Database::Url(url)))
+}
+
+async fn shared(controllers: usize, pis: usize, notifications: bool) -> Result<Fleet> {
+    on_postgres().await?.controllers(controllers).notifications(notifications).pis(pis).start().await
 }
 
 /// Each node restarted once for it, and its history says so once.
@@ -218,6 +216,63 @@ async fn bytes_that_only_another_controller_has_are_fetched_from_it() -> Result<
     let mut nodes = NodeServiceClient::new(peer.channel(fleet.addresses().api)?);
     let refused = nodes.list_nodes(ListNodesRequest::default()).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn controllers_that_share_their_folders_share_the_bytes() -> Result<()> {
+    let mut fleet = on_postgres().await?.controllers(2).shared_folders().pis(1).start().await?;
+    let ids = fleet.ids().await?;
+    let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
+    fleet.talk_to(1)?;
+    let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
+    fleet.kill(1).await?;
+    fleet.talk_to(0)?;
+    fleet.succeeds(update(&ids, &image.name, ""), SETTLE).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+/// Cancels that come at any moment of an operation, on two controllers: what is said in the end is what the Pi did.
+#[tokio::test]
+async fn whoever_wins_a_race_against_a_cancel_the_final_state_is_what_the_pi_did() -> Result<()> {
+    const ROUNDS: u64 = 5;
+    let mut fleet = shared(2, 10, true).await?;
+    let ids = fleet.ids().await?;
+    let mut outcomes = [0, 0];
+    for round in 0..ROUNDS {
+        let mut operations = Vec::new();
+        for id in &ids {
+            operations.push((fleet.create(reboot(&[id], Duration::from_millis(400))).await?, id.clone()));
+        }
+        fleet.talk_to(usize::try_from(round % 2)?)?;
+        let cancels = operations.iter().zip(0_u32..).map(|((operation, _), number)| {
+            let fleet = &fleet;
+            async move {
+                // Spread over the notice: the first before anything has begun, the last when all is over.
+                let when = Duration::from_millis(100) * number;
+                tokio::time::timeout(when, std::future::pending::<()>()).await.ok();
+                fleet.cancel(&operation.name).await
+            }
+        });
+        // One that comes after the end is refused, which is right.
+        futures_util::future::join_all(cancels).await;
+        for (operation, id) in &operations {
+            let name = execution_name(operation, id);
+            let (fleet, pi) = (&fleet, fleet.pi(id));
+            let execution = wait_until(SETTLE, &format!("{name} ends"), async || {
+                let execution = fleet.execution(&operation.name, id).await?;
+                Ok(is_final(execution.state()).then_some(execution))
+            })
+            .await?;
+            let restarted = pi.reboots(&name)?;
+            let wanted = if restarted == 1 { State::Succeeded } else { State::Cancelled };
+            assert!(restarted <= 1 && execution.state() == wanted, "{restarted} restarts: {execution:?}");
+            outcomes[restarted] += 1;
+        }
+    }
+    assert!(outcomes.iter().all(|count| *count > 3), "a race that always ends the same is none: {outcomes:?}");
     fleet.went_well();
     Ok(())
 }

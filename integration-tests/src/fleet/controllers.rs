@@ -31,11 +31,18 @@ impl Builder {
         self
     }
 
-    /// Starts the controller with this number. Each has folders of its own.
+    /// Controllers share the folders for data and certificates; each has its own unless said otherwise.
+    pub fn shared_folders(mut self) -> Self {
+        self.shared_folders = true;
+        self
+    }
+
+    /// Starts the controller with this number.
     pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
         let addresses =
             Addresses { api: ports::free()?, enroll: ports::free()?, mirror: ports::free()?, metrics: ports::free()? };
-        let path = |name: &str| dir.join(folder(name, number)).display().to_string();
+        let own = if self.shared_folders { 0 } else { number };
+        let path = |name: &str| dir.join(folder(name, own)).display().to_string();
         let mut arguments = vec!["serve".to_owned()];
         for (flag, value) in [
             ("--data-dir", path("data")),
@@ -61,7 +68,8 @@ impl Builder {
 
     /// Gives a further controller the CA of the first, and starts it.
     pub(super) fn start_further_controller(&self, dir: &Path, number: usize, admin: &Credentials) -> Result<Member> {
-        for (from, name) in [("data/pki", "ca.key"), ("certs", "ca.crt")] {
+        let needed = [("data/pki", "ca.key"), ("certs", "ca.crt")];
+        for (from, name) in needed.into_iter().filter(|_| !self.shared_folders) {
             let (top, below) = from.split_once('/').unwrap_or((from, ""));
             let to = dir.join(folder(top, number)).join(below);
             std::fs::create_dir_all(&to).context("a folder of a further controller")?;
