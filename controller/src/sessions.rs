@@ -187,6 +187,8 @@ impl Sessions {
 #[cfg(test)]
 mod tests {
     use super::{Command, End, QUEUE, Sessions};
+    use crate::operation::{Action, ExecutionState, Notice};
+    use crate::store::Assignment;
     use marco_proto::names::{ExecutionId, NodeId};
 
     fn node() -> NodeId {
@@ -229,6 +231,31 @@ mod tests {
         assert!(sessions.send(&node(), 1, Command::Cancel(execution())));
         assert!(handle.commands.try_recv().is_ok());
         assert!(handle.commands.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_delivery_is_sent_once_in_a_session() {
+        let sessions = Sessions::default();
+        let mut handle = sessions.open(&node(), 1, "a").unwrap();
+        let delivery = |attempt| {
+            let notice = Notice { delay: std::time::Duration::ZERO, message: String::new() };
+            Command::Assign(Box::new(Assignment {
+                execution: execution(),
+                attempt,
+                action: Action::Reboot(notice),
+                family: String::new(),
+                known_state: ExecutionState::Assigned,
+                cancel_requested: false,
+            }))
+        };
+        for attempt in [1, 1, 2, 2] {
+            assert!(sessions.send(&node(), 1, delivery(attempt)));
+        }
+        let mut sent = 0;
+        while handle.commands.try_recv().is_ok() {
+            sent += 1;
+        }
+        assert_eq!(sent, 2);
     }
 
     #[test]

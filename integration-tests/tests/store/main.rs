@@ -68,6 +68,7 @@ on_both!(
         two_nodes_with_one_identity_are_quarantined,
         a_card_in_another_board_waits_for_approval,
         sessions_of_a_dead_controller_end,
+        what_was_assigned_and_not_answered_is_found_by_its_controller,
         a_fleet_that_comes_back_at_once_is_served,
         nodes_are_found_by_label,
         a_node_with_work_is_deleted_only_by_force;
