@@ -8,6 +8,7 @@ mod explain;
 mod node;
 mod operation;
 mod page;
+mod peers;
 mod schedule;
 mod status;
 mod watch;
@@ -29,7 +30,7 @@ use crate::clock::Clock;
 use crate::identity::Caller;
 use crate::identity::ca::Ca;
 use crate::sessions::Sessions;
-use crate::store::{AuditRow, Store};
+use crate::store::{AuditRow, ControllerRow, Store, StoreError};
 
 pub(crate) use artifact::remove_unneeded;
 pub use schedule::prepare_fire;
@@ -59,7 +60,7 @@ pub struct Context {
     pub clock: Arc<dyn Clock>,
     /// This controller's id, as in the rows of its nodes.
     pub controller: String,
-    /// Addresses of the live controllers, for agents.
+    /// Where agents reach this controller.
     pub addresses: Vec<String>,
     /// The tasks of streams, awaited at the end.
     pub tasks: TaskTracker,
@@ -68,6 +69,23 @@ pub struct Context {
 }
 
 impl Context {
+    /// Where agents reach the controllers that live, this one first.
+    async fn live_addresses(&self) -> Vec<String> {
+        let mut addresses = self.addresses.clone();
+        match self.store.live_controllers(self.clock.now()).await {
+            Ok(live) => {
+                for address in live.iter().flat_map(ControllerRow::addresses) {
+                    if !addresses.iter().any(|known| known == address) {
+                        addresses.push(address.to_owned());
+                    }
+                }
+            }
+            // The agent keeps those that it was told before.
+            Err(error) => tracing::debug!(error = &*crate::chain(&error), "the live controllers are not known"),
+        }
+        addresses
+    }
+
     /// Records a call that changed something, or was refused.
     async fn audit<T>(&self, caller: &Caller, method: &str, target: &str, result: &Result<T, ApiError>) {
         let row = AuditRow {
@@ -82,6 +100,10 @@ impl Context {
             },
         };
         tracing::info!(actor = row.actor, from = row.from, method, target, result = row.result, "call");
+        if matches!(result, Err(ApiError::Store(StoreError::Unavailable(_)))) {
+            // Nothing was changed, and the caller would wait a second time for the same answer.
+            return;
+        }
         if let Err(error) = self.store.record_audit(&row).await {
             tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
         }

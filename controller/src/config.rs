@@ -14,6 +14,8 @@ use serde::Deserialize;
 const MISSED_AFTER: Duration = Duration::from_secs(300);
 /// More would fire what nobody expects any more.
 const MISSED_AFTER_MAX: TimeDelta = TimeDelta::days(1);
+/// For how many days events are kept unless said otherwise.
+const KEEP_EVENTS_DAYS: u32 = 90;
 
 /// The command line of `marco-controller`.
 #[derive(Debug, Parser)]
@@ -68,6 +70,14 @@ pub struct ServeArgs {
     /// A further host name or address by which operators reach this controller; repeats
     #[arg(long = "name", env = "MARCO_NAME", value_name = "HOST", value_delimiter = ',')]
     pub names: Vec<String>,
+    /// Whether changes are passed on between controllers by LISTEN and NOTIFY; without, the others see them within a
+    /// second [default: true]
+    #[arg(long, env = "MARCO_NOTIFICATIONS", value_name = "BOOL")]
+    pub notifications: Option<bool>,
+    /// For how many days the events of an operation are kept after its end; the operation itself is kept for ever
+    /// [default: 90]
+    #[arg(long, env = "MARCO_KEEP_EVENTS", value_name = "DAYS")]
+    pub keep_events: Option<u32>,
 }
 
 /// The file's keys, the same as the flags'.
@@ -84,6 +94,8 @@ struct File {
     missed_after: Option<String>,
     #[serde(default)]
     name: Vec<String>,
+    notifications: Option<bool>,
+    keep_events: Option<u32>,
 }
 
 /// The settings in force.
@@ -103,6 +115,10 @@ pub struct Config {
     pub missed_after: TimeDelta,
     /// Further names in the controller's certificate.
     pub names: Vec<String>,
+    /// Whether changes are passed on between controllers by notifications.
+    pub notifications: bool,
+    /// For how long the events of an operation are kept after its end.
+    pub keep_events: TimeDelta,
 }
 
 impl Config {
@@ -147,6 +163,8 @@ impl Config {
             enroll_listen,
             missed_after,
             names: if args.names.is_empty() { file.name } else { args.names },
+            notifications: args.notifications.or(file.notifications).unwrap_or(true),
+            keep_events: TimeDelta::days(i64::from(args.keep_events.or(file.keep_events).unwrap_or(KEEP_EVENTS_DAYS))),
         })
     }
 }
@@ -195,6 +213,7 @@ mod tests {
             .collect();
         let config = with_file(&all, ServeArgs::default()).unwrap();
         assert_eq!(config.names, ["pi-lab.example.org"]);
+        assert_eq!((config.notifications, config.keep_events.num_days()), (true, 90));
         for key in [
             "data-dir",
             "certs",
@@ -205,6 +224,8 @@ mod tests {
             "metrics-listen",
             "missed-after",
             "name",
+            "notifications",
+            "keep-events",
         ] {
             assert!(shipped.lines().any(|line| line.starts_with(&format!("#{key} = "))), "{key} is not shown");
         }

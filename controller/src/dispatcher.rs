@@ -2,12 +2,14 @@
 //! the store or a tick only wakes it, so a restart, a reconnect and the normal path are the same code.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use marco_proto::names::NodeId;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
+use crate::operation::NodeState;
 use crate::sessions::{Command, End, Sessions};
 use crate::store::{Store, StoreError};
 
@@ -17,6 +19,8 @@ const TICK: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(15);
 /// How often the right of live sessions to be there is checked: quarantine acts within 5 s on every controller.
 const SWEEP: Duration = Duration::from_secs(2);
+/// So long after the store was away, no other controller is taken for dead: it could give no sign of life either.
+const GRACE: i64 = 15_000_000;
 /// After this time without an answer from the store, it is said again that it does not answer.
 const COMPLAIN: Duration = Duration::from_secs(60);
 
@@ -27,6 +31,10 @@ pub struct Dispatcher {
     clock: Arc<dyn Clock>,
     controller: String,
     address: String,
+    /// A claim failed, and may be committed all the same.
+    unsure: AtomicBool,
+    /// When a round last failed, in microseconds.
+    failed: AtomicI64,
 }
 
 impl Dispatcher {
@@ -38,7 +46,8 @@ impl Dispatcher {
         controller: String,
         address: String,
     ) -> Self {
-        Self { store, sessions, clock, controller, address }
+        let (unsure, failed) = (AtomicBool::new(false), AtomicI64::new(i64::MIN));
+        Self { store, sessions, clock, controller, address, unsure, failed }
     }
 
     /// Rounds until cancelled.
@@ -49,7 +58,11 @@ impl Dispatcher {
         loop {
             changes.mark_unchanged();
             let sweep = swept.is_none_or(|last| last.elapsed() >= SWEEP);
-            match self.round(sweep).await {
+            let done = self.round(sweep).await;
+            if done.is_err() {
+                self.failed.store(self.clock.now().timestamp_micros(), Ordering::Relaxed);
+            }
+            match done {
                 Ok(()) => {
                     if complained.take().is_some() {
                         tracing::info!("the store answers again");
@@ -112,7 +125,18 @@ impl Dispatcher {
         if live.is_empty() {
             return Ok(());
         }
-        for assignment in self.store.claim(&self.controller, &live, now).await? {
+        if self.unsure.load(Ordering::Relaxed) {
+            for (assignment, epoch) in self.store.unanswered(&self.controller).await? {
+                let node = assignment.execution.node.clone();
+                self.sessions.send(&node, epoch, Command::Assign(Box::new(assignment)));
+            }
+            self.unsure.store(false, Ordering::Relaxed);
+        }
+        let claimed = self.store.claim(&self.controller, &live, now).await;
+        if claimed.is_err() {
+            self.unsure.store(true, Ordering::Relaxed);
+        }
+        for assignment in claimed? {
             let node = assignment.execution.node.clone();
             let Some((_, epoch)) = live.iter().find(|(id, _)| *id == node) else { continue };
             tracing::info!(execution = %assignment.execution, attempt = assignment.attempt, "assigned");
@@ -143,8 +167,9 @@ impl Dispatcher {
         self.store.touch(&self.controller, &nodes, now).await?;
         let epochs: Vec<(NodeId, i64)> = live.iter().map(|session| (session.node.clone(), session.epoch)).collect();
         for node in self.store.lost_sessions(&self.controller, &epochs).await? {
-            tracing::warn!(%node, "a session is cut: the node is barred, or has another one");
-            self.sessions.end(&node, End::Barred);
+            let admitted = self.store.node(&node).await?.is_some_and(|row| row.state != NodeState::Quarantined);
+            tracing::warn!(%node, admitted, "a session is cut: the node is barred, or it is not the node's any more");
+            self.sessions.end(&node, if admitted { End::Lost } else { End::Barred });
         }
         let serials: Vec<String> = live.iter().map(|session| session.certificate.clone()).collect();
         let unacceptable = self.store.unacceptable(&serials).await?;
@@ -153,6 +178,9 @@ impl Dispatcher {
             self.sessions.end(&session.node, End::Barred);
         }
         self.store.beat(&self.controller, &self.address, now).await?;
+        if now.timestamp_micros().saturating_sub(self.failed.load(Ordering::Relaxed)) < GRACE {
+            return Ok(());
+        }
         for node in self.store.end_dead_sessions(now).await? {
             tracing::warn!(%node, "the session of a controller that died was ended");
         }

@@ -51,7 +51,7 @@ impl Caller {
         let role: Role = certificate.role.parse().ok()?;
         let node = match role {
             Role::Node => Some(NodeId::parse(&certificate.common_name).ok()?),
-            Role::Viewer | Role::Operator | Role::Publisher | Role::Admin => None,
+            Role::Viewer | Role::Operator | Role::Publisher | Role::Admin | Role::Controller => None,
         };
         let name = certificate.common_name.clone();
         Some(Self { name, role, node, from: peer.addr, serial: certificate.serial.clone() })

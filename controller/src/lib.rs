@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -142,7 +142,7 @@ impl Controller {
         let context = self.context;
         let servers_stop = CancellationToken::new();
         let mut servers = JoinSet::new();
-        let address = context.addresses.first().cloned().unwrap_or_default();
+        let address = context.addresses.join(",");
         // A controller that gives no sign of life loses its sessions, so the first one comes before them.
         context.store.beat(&context.controller, &address, context.clock.now()).await?;
         let mut parts = JoinSet::new();
@@ -171,7 +171,12 @@ impl Controller {
         if let Some(anchored) = self.anchored {
             parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
         }
-        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors) }];
+        if self.config.notifications {
+            parts.spawn(context.store.clone().share_changes(context.stop.clone()));
+        }
+        let keep_events = self.config.keep_events;
+        let jobs =
+            vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors, keep_events) }];
         let prepare = preparation(&context);
         let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after);
         let scheduler_stop = context.stop.clone();
@@ -242,9 +247,9 @@ fn preparation(context: &api::Context) -> Prepare {
     })
 }
 
-/// Removes uploads that nobody went on with and bytes that nothing needs any more, and issues the controller's certificate again before it expires; the
-/// listeners then present the new one without a restart.
-fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2]) -> scheduler::Work {
+/// Removes uploads that nobody went on with, bytes that nothing needs any more and old events, and issues the
+/// controller's certificate again before it expires; the listeners then present the new one without a restart.
+fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2], keep_events: TimeDelta) -> scheduler::Work {
     let context = context.clone();
     let pki = Arc::new(Mutex::new(pki));
     Arc::new(move || {
@@ -253,6 +258,13 @@ fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2]) -> s
         Box::pin(async move {
             if let Err(error) = api::remove_unneeded(&context).await {
                 tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
+            }
+            match context.store.prune_events(context.clock.now() - keep_events).await {
+                Ok(0) => {}
+                Ok(operations) => {
+                    tracing::info!(operations, "the events of operations that ended long ago were removed")
+                }
+                Err(error) => tracing::warn!(error = chain(&error), "old events could not be removed"),
             }
             match context.artifacts.sweep(SystemTime::now() - STALE_UPLOAD).await {
                 Ok(0) => {}
@@ -279,9 +291,14 @@ fn renew(pki: &mut Pki, acceptors: &[Acceptor], now: DateTime<Utc>) {
     }
 }
 
-/// Where agents reach this controller: each `--name` with the API's port; with none, what the agents were given stands.
+/// Where agents reach this controller: each `--name` with the API's port; with none, the address that it listens on when
+/// others can use it. When that says nothing either, what the agents were given stands.
 fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
-    config.names.iter().map(|name| format!("{name}:{}", api.port())).collect()
+    if config.names.is_empty() && !api.ip().is_unspecified() && !api.ip().is_loopback() {
+        return vec![api.to_string()];
+    }
+    let host = |name: &String| if name.contains(':') { format!("[{name}]") } else { name.clone() };
+    config.names.iter().map(|name| format!("{}:{}", host(name), api.port())).collect()
 }
 
 async fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {

@@ -30,6 +30,8 @@ pub enum Command {
 pub enum End {
     /// The node opened another one.
     Superseded,
+    /// It is another controller's, or was ended because this one gave no sign of life.
+    Lost,
     /// The node was quarantined, deleted, or its certificate revoked.
     Barred,
     /// It does not read what it is sent.
@@ -54,6 +56,8 @@ struct Entry {
     commands: mpsc::Sender<Command>,
     end: watch::Sender<Option<End>>,
     cancels_sent: HashSet<ExecutionId>,
+    /// The delivery that was sent last: a node has one at a time.
+    assigned: Option<(ExecutionId, u32)>,
 }
 
 /// A session as the dispatcher and the sweep see it.
@@ -91,7 +95,14 @@ impl Sessions {
         if entries.get(node).is_some_and(|present| present.epoch > epoch) {
             return None;
         }
-        let entry = Entry { epoch, certificate: certificate.to_owned(), commands, end, cancels_sent: HashSet::new() };
+        let entry = Entry {
+            epoch,
+            certificate: certificate.to_owned(),
+            commands,
+            end,
+            cancels_sent: HashSet::new(),
+            assigned: None,
+        };
         if let Some(older) = entries.insert(node.clone(), entry) {
             older.end.send_replace(Some(End::Superseded));
         }
@@ -121,7 +132,7 @@ impl Sessions {
         }
     }
 
-    /// Queues a command for the session with this epoch. False when there is none; one whose queue is full is cut, and
+    /// Queues a command for the session with this epoch; one that was sent in it before is not sent again. False when there is none; one whose queue is full is cut, and
     /// its next Hello brings the truth.
     pub fn send(&self, node: &NodeId, epoch: i64, command: Command) -> bool {
         let mut entries = self.lock();
@@ -130,6 +141,12 @@ impl Sessions {
             && !entry.cancels_sent.insert(execution.clone())
         {
             return true;
+        }
+        if let Command::Assign(assignment) = &command {
+            let delivery = (assignment.execution.clone(), assignment.attempt);
+            if entry.assigned.replace(delivery.clone()) == Some(delivery) {
+                return true;
+            }
         }
         match entry.commands.try_send(command) {
             Ok(()) => true,
@@ -170,6 +187,8 @@ impl Sessions {
 #[cfg(test)]
 mod tests {
     use super::{Command, End, QUEUE, Sessions};
+    use crate::operation::{Action, ExecutionState, Notice};
+    use crate::store::Assignment;
     use marco_proto::names::{ExecutionId, NodeId};
 
     fn node() -> NodeId {
@@ -212,6 +231,31 @@ mod tests {
         assert!(sessions.send(&node(), 1, Command::Cancel(execution())));
         assert!(handle.commands.try_recv().is_ok());
         assert!(handle.commands.try_recv().is_err());
+    }
+
+    #[test]
+    fn a_delivery_is_sent_once_in_a_session() {
+        let sessions = Sessions::default();
+        let mut handle = sessions.open(&node(), 1, "a").unwrap();
+        let delivery = |attempt| {
+            let notice = Notice { delay: std::time::Duration::ZERO, message: String::new() };
+            Command::Assign(Box::new(Assignment {
+                execution: execution(),
+                attempt,
+                action: Action::Reboot(notice),
+                family: String::new(),
+                known_state: ExecutionState::Assigned,
+                cancel_requested: false,
+            }))
+        };
+        for attempt in [1, 1, 2, 2] {
+            assert!(sessions.send(&node(), 1, delivery(attempt)));
+        }
+        let mut sent = 0;
+        while handle.commands.try_recv().is_ok() {
+            sent += 1;
+        }
+        assert_eq!(sent, 2);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! that two of them never wait for each other.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use chrono::{DateTime, Utc};
 use sea_orm::{DatabaseConnection, DbErr};
@@ -22,6 +23,7 @@ mod executions;
 mod migrations;
 mod moves;
 mod nodes;
+mod notify;
 mod open;
 mod operations;
 mod progress;
@@ -98,7 +100,12 @@ struct Shared {
     reader: DatabaseConnection,
     /// Who may write: on SQLite one, on Postgres as many as have connections.
     turns: Arc<Semaphore>,
+    /// Changes of this process, and of others as far as they are heard of.
     changes: watch::Sender<u64>,
+    /// Changes of this process alone: what others are told.
+    own_changes: watch::Sender<u64>,
+    /// The last writer found no connection: others need not queue to find out.
+    away: AtomicBool,
     /// Holds the lock of an SQLite file as long as the store lives.
     _lock: Option<std::fs::File>,
 }
@@ -110,7 +117,7 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Counts up with each write of this process: a hint to look again, with no other meaning.
+    /// Counts up with each write of this process, and with those of others that are heard of: a hint to look again, with no other meaning.
     pub fn subscribe_changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
     }

@@ -1,6 +1,7 @@
 //! A fleet of a test's own: a controller, virtual Pis in one agent process, and between them a network that can be bad.
 
 mod ask;
+mod controllers;
 mod pi;
 mod ports;
 
@@ -23,6 +24,7 @@ use crate::process::{Process, Recipe, binary};
 use crate::proxy::Proxy;
 use crate::upload::Artifacts;
 use crate::wait::{seconds, wait_until};
+use controllers::Member;
 
 /// How long starting a process may take on a machine that has much else to do.
 const START: Duration = seconds(60);
@@ -47,13 +49,18 @@ pub struct Builder {
     boot_time: Duration,
     shutdown_time: Duration,
     prefix: String,
+    controllers: usize,
+    notifications: bool,
+    shared_folders: bool,
 }
 
 /// A running fleet; dropping it ends all its processes and removes all its files.
 #[derive(Debug)]
 pub struct Fleet {
     addresses: Addresses,
-    controller: Process,
+    controllers: Vec<Member>,
+    /// The number of the controller that this test talks to.
+    spoken_to: usize,
     agents: Option<Process>,
     proxy: Proxy,
     builder: Builder,
@@ -85,6 +92,9 @@ impl Default for Builder {
             boot_time: Duration::from_millis(100),
             shutdown_time: Duration::from_millis(100),
             prefix: "pi-".to_owned(),
+            controllers: 1,
+            notifications: true,
+            shared_folders: false,
         }
     }
 }
@@ -123,28 +133,10 @@ impl Builder {
     /// Starts everything and waits until every Pi is connected.
     pub async fn start(self) -> Result<Fleet> {
         let dir = tempfile::Builder::new().prefix("marco-fleet-").tempdir().context("a folder for the fleet")?;
-        let addresses =
-            Addresses { api: ports::free()?, enroll: ports::free()?, mirror: ports::free()?, metrics: ports::free()? };
-        let path = |name: &str| dir.path().join(name).display().to_string();
-        let mut arguments = vec!["serve".to_owned()];
-        for (flag, value) in [
-            ("--data-dir", path("data")),
-            ("--certs", path("certs")),
-            ("--listen", addresses.api.to_string()),
-            ("--enroll-listen", addresses.enroll.to_string()),
-            ("--mirror-listen", addresses.mirror.to_string()),
-            ("--metrics-listen", addresses.metrics.to_string()),
-        ] {
-            arguments.extend([flag.to_owned(), value]);
-        }
-        if let Database::Url(url) = &self.database {
-            arguments.extend(["--database-url".to_owned(), url.clone()]);
-        }
-        let mut controller =
-            Recipe::new(binary("marco-controller")?, arguments, dir.path().join("controller.log")).start()?;
+        let mut first = self.start_controller(dir.path(), 0)?;
         let certs = dir.path().join("certs");
         let admin = wait_until(START, "the controller writes its certificates", || {
-            let (alive, certs) = (controller.check_alive(), certs.clone());
+            let (alive, certs) = (first.process.check_alive(), certs.clone());
             async move {
                 alive?;
                 // A file that is not there yet, or not whole yet, is looked at again.
@@ -153,11 +145,30 @@ impl Builder {
             }
         })
         .await?;
+        let addresses = first.addresses;
         let proxy = Proxy::start(addresses.api).await?;
         let channel = admin.channel(addresses.api)?;
-        let mut fleet =
-            Fleet { addresses, controller, agents: None, proxy, builder: self, admin, channel, silent: false, dir };
+        first.channel = Some(channel.clone());
+        let mut fleet = Fleet {
+            addresses,
+            controllers: vec![first],
+            spoken_to: 0,
+            agents: None,
+            proxy,
+            builder: self,
+            admin,
+            channel,
+            silent: false,
+            dir,
+        };
         fleet.controller_is_healthy().await?;
+        for number in 1..fleet.builder.controllers {
+            let further = fleet.builder.start_further_controller(fleet.dir.path(), number, &fleet.admin)?;
+            fleet.controllers.push(further);
+            fleet.talk_to(number)?;
+            fleet.controller_is_healthy().await?;
+        }
+        fleet.talk_to(0)?;
         if fleet.builder.pis > 0 {
             fleet.start_agents_with_token().await?;
             fleet.all_connected().await?;
@@ -263,7 +274,7 @@ impl Fleet {
         use tonic_health::pb::health_check_response::ServingStatus;
         use tonic_health::pb::health_client::HealthClient;
         let health = HealthClient::new(self.channel.clone());
-        let controller = &mut self.controller;
+        let controller = &mut self.controllers.get_mut(self.spoken_to).context("the controller")?.process;
         wait_until(START, "the controller is healthy", || {
             let (alive, mut health) = (controller.check_alive(), health.clone());
             async move {
@@ -321,18 +332,18 @@ impl Fleet {
 
     /// Kills the controller (`-9`).
     pub async fn kill_controller(&mut self) -> Result<()> {
-        self.controller.kill().await
+        self.kill(self.spoken_to).await
     }
 
     /// Starts the controller again and waits until it is healthy.
     pub async fn start_controller(&mut self) -> Result<()> {
-        self.controller.start()?;
+        self.controllers.get_mut(self.spoken_to).context("the controller")?.process.start()?;
         self.controller_is_healthy().await
     }
 
     /// Asks the controller to end and waits for that.
     pub async fn terminate_controller(&mut self, limit: Duration) -> Result<std::process::ExitStatus> {
-        self.controller.terminate(limit).await
+        self.controllers.get_mut(self.spoken_to).context("the controller")?.process.terminate(limit).await
     }
 
     /// Kills the agents' process (`-9`): all Pis' agents at once.
@@ -361,7 +372,9 @@ impl Drop for Fleet {
         }
         #[allow(clippy::print_stdout, reason = "for whoever reads a failed test")]
         {
-            println!("--- the controller's last words\n{}", self.controller.tail(60));
+            for controller in &self.controllers {
+                println!("--- the controller's last words\n{}", controller.process.tail(60));
+            }
             if let Some(agents) = &self.agents {
                 println!("--- the agents' last words\n{}", agents.tail(60));
             }

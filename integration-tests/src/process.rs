@@ -100,14 +100,20 @@ impl Process {
         Ok(())
     }
 
+    /// Sends it a signal, by its name without `SIG`.
+    pub async fn signal(&self, name: &str) -> Result<()> {
+        let pid = self.child.as_ref().and_then(Child::id).context("it does not run")?;
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().await?;
+        if !sent.success() {
+            bail!("kill -{name} {pid} failed");
+        }
+        Ok(())
+    }
+
     /// Asks it to end (SIGTERM) and waits for that.
     pub async fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
+        self.signal("TERM").await?;
         let mut child = self.child.take().context("it does not run")?;
-        let pid = child.id().context("it has ended")?;
-        let asked = Command::new("kill").args(["-TERM", &pid.to_string()]).status().await?;
-        if !asked.success() {
-            bail!("kill -TERM {pid} failed");
-        }
         tokio::time::timeout(limit, child.wait())
             .await
             .with_context(|| format!("{} did not end in {limit:?}", self.recipe.program.display()))?

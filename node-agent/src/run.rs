@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 use crate::backoff;
 use crate::bootpart::BootPart;
 use crate::cause::chain;
-use crate::discovery::{Address, Discovery};
+use crate::discovery::{Address, Controllers, Discovery};
 use crate::download::{Connect, ConnectError, Downloader};
 use crate::durable;
 use crate::executor::{Executor, Settings};
@@ -38,6 +38,9 @@ const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
 const MAX_ENROLL_PAUSE: Duration = Duration::from_secs(15);
 /// How long the parts of an agent may take to end.
 const DRAIN: Duration = Duration::from_secs(4);
+
+/// Beside the identity: the controllers that lived when the agent was last connected.
+const LIVE: &str = "live-controllers.json";
 
 /// How an agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default)]
@@ -274,10 +277,11 @@ pub async fn run(
     let discovery = Discovery::Fixed(way.controllers.clone());
 
     LastGood { controllers: discovery.controllers(), enroll: way.enroll.clone() }.remember(system.as_ref());
+    let controllers = Arc::new(Controllers::remembered(discovery, system.identity_dir().join(LIVE)));
 
     let settings = Settings {
         node: identity.node().to_owned(),
-        controllers: discovery.controllers(),
+        controllers: controllers.in_order(),
         enroll: way.enroll.first().cloned().unwrap_or_default(),
         farewell: FAREWELL,
         patience: PATIENCE,
@@ -288,11 +292,11 @@ pub async fn run(
             Arc::new(move || time.now())
         },
     };
-    let downloader = Downloader::new(connect_in_turn(identity.clone(), discovery.controllers()));
+    let downloader = Downloader::new(connect_in_turn(identity.clone(), controllers.clone()));
     let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
     executor.settle().await?;
     let node = describe(system.as_ref(), &facts, boot_id);
-    let session = Session { discovery, identity: identity.clone(), journal, node };
+    let session = Session { controllers, identity: identity.clone(), journal, node };
 
     let mut parts = JoinSet::new();
     parts.spawn({
@@ -322,9 +326,10 @@ pub async fn run(
 }
 
 /// A fresh connection for each try, to one controller after the other.
-fn connect_in_turn(identity: Arc<Identity>, controllers: Vec<String>) -> Connect {
+fn connect_in_turn(identity: Arc<Identity>, controllers: Arc<Controllers>) -> Connect {
     let turn = Arc::new(AtomicUsize::new(0));
     Arc::new(move || {
+        let controllers = controllers.in_order();
         let index = turn.fetch_add(1, Ordering::Relaxed).checked_rem(controllers.len()).unwrap_or(0);
         let address = controllers.get(index).cloned().unwrap_or_default();
         let identity = identity.clone();

@@ -15,7 +15,7 @@ use tonic::Streaming;
 
 use crate::backoff;
 use crate::cause::chain;
-use crate::discovery::Discovery;
+use crate::discovery::Controllers;
 use crate::identity::{Board, Identity, Purpose};
 use crate::job::{Kind, Mode, State};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
@@ -82,7 +82,7 @@ pub struct Node {
 #[derive(Debug)]
 pub struct Session {
     /// Where controllers are.
-    pub discovery: Discovery,
+    pub controllers: Arc<Controllers>,
     /// Who the node is.
     pub identity: Arc<Identity>,
     /// What it has to do.
@@ -145,7 +145,7 @@ impl Session {
                 }
             }
             let mut ended = Ended::before_welcome(SessionError::NoController);
-            for address in self.discovery.controllers() {
+            for address in self.controllers.in_order() {
                 // Dropping a half-open connection loses nothing: what was to be said is in the journal.
                 ended = tokio::select! {
                     () = stop.cancelled() => return,
@@ -209,6 +209,7 @@ impl Session {
         if let Some(time) = &welcome.time {
             self.identity.learn_time(wire::micros(time));
         }
+        self.controllers.learn(&welcome.controllers);
         tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
         let mut open = Open::new(self, outbox, &welcome);
         let (stay_away, error) = match open.serve(answers, stop).await {

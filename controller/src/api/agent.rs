@@ -1,5 +1,7 @@
 //! `AgentService`: the session of a node.
 
+mod unstored;
+
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::time::Duration;
@@ -19,7 +21,8 @@ use super::status::ApiError;
 use super::{Context, caller, convert};
 use crate::operation::NodeState;
 use crate::sessions::{Command, End, Handle};
-use crate::store::{ProgressRow, ReportOutcome, SessionOutcome, SessionStart, StoreError};
+use crate::store::{ProgressRow, ReportOutcome, ReportRow, SessionOutcome, SessionStart, StoreError};
+use unstored::Unstored;
 
 /// The first message must come this soon.
 const HELLO: Duration = Duration::from_secs(10);
@@ -31,6 +34,8 @@ const QUEUE: usize = 16;
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a node stays away after a good-bye, at least: a restart takes about this long.
 const RETRY_AFTER_STOP: Duration = Duration::from_millis(500);
+/// How often the end of a session is stored again while the store is away.
+const END_AGAIN: Duration = Duration::from_secs(1);
 /// A node that is not admitted tries again after this long, at least.
 const RETRY_WHEN_REFUSED: Duration = Duration::from_secs(30);
 
@@ -114,14 +119,49 @@ impl Session {
         self.send(message).await
     }
 
-    async fn report(&self, report: v1::Report) -> Result<(), Ended> {
-        let row = convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?;
-        let outcome = self
-            .context
-            .store
-            .apply_report(&self.node, self.epoch, &row, self.context.clock.now())
-            .await
-            .map_err(store_down)?;
+    async fn report(&self, unstored: &mut Unstored, report: v1::Report) -> Result<(), Ended> {
+        unstored.add(convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?);
+        self.store_what_waits(unstored).await
+    }
+
+    async fn status(&self, unstored: &mut Unstored, status: v1::NodeStatus) -> Result<(), Ended> {
+        let Some(system) = status.system else { return Ok(()) };
+        unstored.set_system(convert::system(system).map_err(|error| Ended::Refused(error.into()))?);
+        self.store_what_waits(unstored).await
+    }
+
+    /// Stores what the node said, oldest first, as far as the store answers; the rest waits.
+    async fn store_what_waits(&self, unstored: &mut Unstored) -> Result<(), Ended> {
+        if unstored.due().is_none_or(|due| due > tokio::time::Instant::now()) {
+            return Ok(());
+        }
+        while let Some(row) = unstored.report().cloned() {
+            let applied = self.context.store.apply_report(&self.node, self.epoch, &row, self.context.clock.now()).await;
+            match applied {
+                Ok(outcome) => {
+                    unstored.report_stored();
+                    self.answer(row, outcome).await?;
+                }
+                Err(StoreError::Unavailable(_)) => {
+                    unstored.later();
+                    return Ok(());
+                }
+                Err(error) => return Err(store_down(error)),
+            }
+        }
+        if let Some(system) = unstored.system() {
+            let now = self.context.clock.now();
+            match self.context.store.update_system(&self.node, self.epoch, system, now).await {
+                Ok(true) => unstored.system_stored(),
+                Ok(false) => return Err(Ended::ByUs(End::Lost)),
+                Err(StoreError::Unavailable(_)) => unstored.later(),
+                Err(error) => return Err(store_down(error)),
+            }
+        }
+        Ok(())
+    }
+
+    async fn answer(&self, row: ReportRow, outcome: ReportOutcome) -> Result<(), Ended> {
         match outcome {
             ReportOutcome::Acked => {
                 tracing::info!(execution = %row.execution, state = row.state.as_str(), sequence = row.sequence, "reported");
@@ -134,7 +174,7 @@ impl Session {
             }
             ReportOutcome::Stale(assignment) => self.command(Command::Assign(assignment)).await,
             ReportOutcome::Unknown => self.send(ack(&row.execution, row.sequence)).await,
-            ReportOutcome::NotHolder => Err(Ended::ByUs(End::Superseded)),
+            ReportOutcome::NotHolder => Err(Ended::ByUs(End::Lost)),
             ReportOutcome::Refused(reason) => {
                 tracing::warn!(execution = %row.execution, reason, "a report was refused");
                 Ok(())
@@ -143,7 +183,9 @@ impl Session {
     }
 
     async fn run(&self, mut handle: Handle, mut messages: Streaming<v1::ConnectRequest>) -> Ended {
+        let mut unstored = Unstored::new();
         loop {
+            let due = unstored.due();
             // A message that is half read stays in the stream's own buffer; commands and the end stay in their channels.
             let result = tokio::select! {
                 biased;
@@ -153,10 +195,11 @@ impl Session {
                     None => Ok(()),
                 },
                 Some(command) = handle.commands.recv() => self.command(command).await,
-                message = messages.message() => match message {
+                () = wait_until(due) => self.store_what_waits(&mut unstored).await,
+                message = messages.message(), if unstored.has_room() => match message {
                     Ok(Some(v1::ConnectRequest { message: Some(message) })) => match message {
-                        connect_request::Message::Report(report) => self.report(report).await,
-                        connect_request::Message::Status(status) => self.status(status).await,
+                        connect_request::Message::Report(report) => self.report(&mut unstored, report).await,
+                        connect_request::Message::Status(status) => self.status(&mut unstored, status).await,
                         connect_request::Message::Hello(_) => {
                             Err(Ended::Refused(ApiError::invalid("hello", "was said already").into()))
                         }
@@ -174,16 +217,6 @@ impl Session {
         }
     }
 
-    async fn status(&self, status: v1::NodeStatus) -> Result<(), Ended> {
-        let Some(system) = status.system else { return Ok(()) };
-        let system = convert::system(system).map_err(|error| Ended::Refused(error.into()))?;
-        let now = self.context.clock.now();
-        match self.context.store.update_system(&self.node, self.epoch, &system, now).await.map_err(store_down)? {
-            true => Ok(()),
-            false => Err(Ended::ByUs(End::Superseded)),
-        }
-    }
-
     /// Says why it ends, as far as the node still listens.
     async fn farewell(&self, ended: Ended) {
         let (status, reason, delay) = match ended {
@@ -195,6 +228,9 @@ impl Session {
             }
             Ended::ByUs(End::Superseded) => {
                 (Status::aborted("the node opened another session"), "superseded", RETRY_WHEN_REFUSED)
+            }
+            Ended::ByUs(End::Lost) => {
+                (Status::aborted("the session is not the node's any more"), "lost", RETRY_AFTER_STOP)
             }
             Ended::ByUs(End::Barred) => {
                 (Status::permission_denied("the node is not admitted any more"), "not admitted", RETRY_WHEN_REFUSED)
@@ -221,7 +257,15 @@ fn ack(execution: &ExecutionId, sequence: u64) -> connect_response::Message {
     connect_response::Message::Ack(v1::Ack { execution: execution.name(), sequence })
 }
 
-/// A report that could not be stored is not acknowledged: the session ends, and the node says it again.
+/// For ever when there is nothing to wait for.
+async fn wait_until(due: Option<tokio::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What could not be stored is not acknowledged: the session ends, and the node says it again.
 fn store_down(error: StoreError) -> Ended {
     Ended::Refused(ApiError::from(error).into())
 }
@@ -313,20 +357,38 @@ async fn session(
     };
     session.farewell(ended).await;
     session.context.sessions.close(&session.node, epoch);
-    if let Err(error) = session.context.store.end_session(&session.node, epoch, session.context.clock.now()).await {
-        tracing::warn!(error = &*crate::chain(&error), "the end of a session was not stored");
-    }
+    session.end().await;
     tracing::info!(session = id, "session ended");
 }
 
 impl Session {
+    /// Stores that it has ended, however long the store is away: a node that is shown as connected for ever would never
+    /// be known to be off.
+    async fn end(&self) {
+        loop {
+            match self.context.store.end_session(&self.node, self.epoch, self.context.clock.now()).await {
+                Ok(_) => return,
+                Err(StoreError::Unavailable(_)) if !self.context.stop.is_cancelled() => {}
+                Err(error) => {
+                    tracing::warn!(error = &*crate::chain(&error), "the end of a session was not stored");
+                    return;
+                }
+            }
+            // Either wakes; the end is tried again or given up.
+            tokio::select! {
+                () = self.context.stop.cancelled() => {}
+                () = tokio::time::sleep(END_AGAIN) => {}
+            }
+        }
+    }
+
     /// Welcome, then what the journal of the node has to do with what the store knows.
     async fn welcome(&self, id: &str, held: bool, hello: &v1::Hello) -> Result<(), Ended> {
         let welcome = v1::Welcome {
             session: id.to_owned(),
             time: Some(convert::timestamp(self.context.clock.now())),
             progress_interval: convert::duration(PROGRESS_INTERVAL),
-            controllers: self.context.addresses.clone(),
+            controllers: self.context.live_addresses().await,
             held,
         };
         self.send(connect_response::Message::Welcome(welcome)).await?;
@@ -342,7 +404,7 @@ impl Session {
             .await
             .map_err(store_down)?;
         if !reconciled.holder {
-            return Err(Ended::ByUs(End::Superseded));
+            return Err(Ended::ByUs(End::Lost));
         }
         for (execution, reason) in reconciled.refused {
             tracing::warn!(%execution, reason, "a report was refused");

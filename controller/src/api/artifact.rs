@@ -14,9 +14,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::ApiError;
-use super::{Context, caller, convert, page};
+use super::{Context, caller, convert, page, peers};
 use crate::artifacts::{ArtifactError, BlobReader, Content, Digest};
 use crate::identity::Caller;
+use crate::identity::roles::Role;
 use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
 
 /// An upload that sends nothing for this long is cut; what came is kept.
@@ -30,7 +31,7 @@ const CHECK_PROGRESS: Duration = Duration::from_millis(500);
 /// Messages of a download that wait for the connection, 256 KiB each.
 const DOWNLOAD_QUEUE: usize = 4;
 /// Prefix of the name of bytes, whatever name points at them.
-const BY_DIGEST: &str = "artifacts/sha256:";
+pub(super) const BY_DIGEST: &str = "artifacts/sha256:";
 
 /// The service.
 pub(super) struct ArtifactsApi {
@@ -111,7 +112,7 @@ fn not_found(name: &str) -> ApiError {
     }
 }
 
-fn artifact_error(error: ArtifactError) -> ApiError {
+pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
     let message = error.to_string();
     match error {
         ArtifactError::InvalidDigest(_) => ApiError::invalid("header.sha256", message),
@@ -382,6 +383,7 @@ impl ArtifactService for ArtifactsApi {
         &self,
         request: Request<v1::DownloadArtifactRequest>,
     ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
+        let asked_by_controller = caller(&request)?.role == Role::Controller;
         let request = request.into_inner();
         let row = self.find(&request.name).await?;
         if request.offset > row.size {
@@ -389,7 +391,15 @@ impl ArtifactService for ArtifactsApi {
             return Err(ApiError::invalid("offset", message).into());
         }
         let digest = Digest::parse(&row.sha256).map_err(artifact_error)?;
-        let reader = self.context.artifacts.reader(digest).await.map_err(artifact_error)?;
+        let reader = match self.context.artifacts.reader(digest).await {
+            // One that asks for a node is answered from what is here, or two that lack it would ask each other for ever.
+            Err(ArtifactError::NotFound(_)) if !asked_by_controller => {
+                peers::fetch(&self.context, &row, digest).await?;
+                self.context.artifacts.reader(digest).await
+            }
+            found => found,
+        };
+        let reader = reader.map_err(artifact_error)?;
         let (sender, receiver) = mpsc::channel(DOWNLOAD_QUEUE);
         let header = v1::DownloadHeader {
             size_bytes: row.size,

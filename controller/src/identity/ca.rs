@@ -26,6 +26,8 @@ const CA_LIFE: TimeDelta = TimeDelta::days(3650);
 const YEAR: TimeDelta = TimeDelta::days(365);
 /// How long a node's certificate is valid; it is renewed at half of it.
 const NODE_LIFE: TimeDelta = TimeDelta::days(30);
+/// For one call of another controller, which may take a while to accept it.
+const PEER_LIFE: TimeDelta = TimeDelta::hours(1);
 /// How far certificates are backdated, for clocks that are behind.
 const BACKDATED: TimeDelta = TimeDelta::hours(24);
 
@@ -213,6 +215,16 @@ impl Ca {
     pub fn issue_user(&self, name: &str, role: Role, now: DateTime<Utc>) -> Result<(Issued, String), PkiError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         Ok((self.issue(client(name, role), &key, YEAR, now)?, key.serialize_pem()))
+    }
+
+    /// A certificate and a new key with which this controller calls another one, for an hour. The second value is the
+    /// key, PEM.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn issue_peer(&self, now: DateTime<Utc>) -> Result<(Issued, String), PkiError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        Ok((self.issue(client(CONTROLLER_TLS_NAME, Role::Controller), &key, PEER_LIFE, now)?, key.serialize_pem()))
     }
 
     /// A certificate and a new key for the controller. The second value is the key, PEM.

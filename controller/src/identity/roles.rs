@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use Role::{Admin, Node, Operator, Publisher, Viewer};
+use Role::{Admin, Controller, Node, Operator, Publisher, Viewer};
 
 /// What a caller is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -18,6 +18,8 @@ pub enum Role {
     Admin,
     /// A Pi: its own session and what its work needs.
     Node,
+    /// Another controller that shares the database: fetches bytes that it lacks.
+    Controller,
 }
 
 impl Role {
@@ -29,6 +31,7 @@ impl Role {
             Self::Publisher => "publisher",
             Self::Admin => "admin",
             Self::Node => "node",
+            Self::Controller => "controller",
         }
     }
 }
@@ -41,13 +44,13 @@ impl fmt::Display for Role {
 
 /// Not a role.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no such role; the roles are viewer, operator, publisher, admin and node")]
+#[error("there is no such role; the roles are viewer, operator, publisher, admin, node and controller")]
 pub struct UnknownRole;
 
 impl FromStr for Role {
     type Err = UnknownRole;
     fn from_str(text: &str) -> Result<Self, UnknownRole> {
-        [Self::Viewer, Self::Operator, Self::Publisher, Self::Admin, Self::Node]
+        [Self::Viewer, Self::Operator, Self::Publisher, Self::Admin, Self::Node, Self::Controller]
             .into_iter()
             .find(|role| role.as_str() == text)
             .ok_or(UnknownRole)
@@ -78,7 +81,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", ANY),
     ("/marco.bootstrap.v1.AgentService/Connect", &[Node]),
     ("/marco.bootstrap.v1.ArtifactService/DeleteArtifact", PUBLISHERS),
-    ("/marco.bootstrap.v1.ArtifactService/DownloadArtifact", &[Publisher, Admin, Node]),
+    ("/marco.bootstrap.v1.ArtifactService/DownloadArtifact", &[Publisher, Admin, Node, Controller]),
     ("/marco.bootstrap.v1.ArtifactService/GetArtifact", ANY),
     ("/marco.bootstrap.v1.ArtifactService/ListArtifacts", PEOPLE),
     ("/marco.bootstrap.v1.ArtifactService/SetDefaultArtifact", PUBLISHERS),
@@ -171,13 +174,13 @@ mod tests {
             if path.contains(".EnrollmentService/") {
                 continue;
             }
-            for role in [Role::Viewer, Role::Operator, Role::Publisher, Role::Admin, Role::Node] {
+            for role in [Role::Viewer, Role::Operator, Role::Publisher, Role::Admin, Role::Node, Role::Controller] {
                 let named = callers.split(|c: char| !c.is_alphanumeric()).any(|word| word == role.as_str());
                 assert_eq!(allowed(&path).contains(&role), named, "{path} for {role}: {callers}");
                 compared += 1;
             }
         }
-        assert_eq!(compared, 5 * TABLE.iter().filter(|(path, _)| path.contains("marco.bootstrap")).count());
+        assert_eq!(compared, 6 * TABLE.iter().filter(|(path, _)| path.contains("marco.bootstrap")).count());
     }
 
     #[test]
@@ -190,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_role_is_read_back_from_its_word() {
-        for role in [Role::Viewer, Role::Operator, Role::Publisher, Role::Admin, Role::Node] {
+        for role in [Role::Viewer, Role::Operator, Role::Publisher, Role::Admin, Role::Node, Role::Controller] {
             assert_eq!(role.as_str().parse(), Ok(role));
         }
         assert!("root".parse::<Role>().is_err());

@@ -1,6 +1,7 @@
-//! TLS of the listeners: our own acceptor, because tonic's offers neither reload nor a clock, and the HTTP/2 limits.
+//! TLS of the listeners, and towards other controllers: our own acceptor, because tonic's offers neither reload nor a clock, and the HTTP/2 limits.
 
 mod incoming;
+mod peer;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -21,6 +22,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::ca::Pki;
 use crate::clock::Clock;
 pub use incoming::{TlsConn, incoming};
+pub use peer::{PeerError, dial};
 
 /// Streams per connection: a console with watches and calls needs a dozen, an agent two.
 const MAX_CONCURRENT_STREAMS: u32 = 128;

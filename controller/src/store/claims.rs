@@ -70,6 +70,31 @@ impl Store {
         Ok(taken)
     }
 
+    /// What was assigned to the present sessions of this controller and not answered, with the sessions' epochs. When a
+    /// claim fails, it may be committed all the same, and then nobody has sent it.
+    pub async fn unanswered(&self, controller_id: &str) -> Result<Vec<(Assignment, i64)>, StoreError> {
+        sql("SELECT e.operation AS operation, e.node AS node, e.attempt AS attempt, o.action AS action, \
+                 n.family AS family, n.session_epoch AS epoch, e.cancel_requested AS cancel_requested \
+             FROM executions e JOIN nodes n ON n.id = e.node JOIN operations o ON o.id = e.operation \
+             WHERE n.controller_id = ? AND e.state = 'ASSIGNED' AND e.session_epoch = n.session_epoch ORDER BY e.node")
+        .bind(controller_id)
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(|row| {
+            let assignment = Assignment {
+                execution: read_id(row)?,
+                attempt: row.number("attempt")?,
+                action: row.json("action")?,
+                family: row.text("family")?,
+                known_state: ExecutionState::Assigned,
+                cancel_requested: row.flag("cancel_requested")?,
+            };
+            Ok((assignment, row.int("epoch")?))
+        })
+        .collect()
+    }
+
     /// Assigns those of these executions that still are the first due ones of their nodes.
     async fn take(
         &self,

@@ -14,10 +14,17 @@ const DEAD_AFTER: TimeDelta = TimeDelta::seconds(15);
 pub struct ControllerRow {
     /// Its id, another one at each start.
     pub id: String,
-    /// Where agents reach it, HOST:PORT.
+    /// Where agents reach it: HOST:PORT, several with commas between.
     pub address: String,
     /// When it last gave a sign of life.
     pub beat_time: DateTime<Utc>,
+}
+
+impl ControllerRow {
+    /// Where agents reach it, each HOST:PORT.
+    pub fn addresses(&self) -> impl Iterator<Item = &str> {
+        self.address.split(',').filter(|address| !address.is_empty())
+    }
 }
 
 impl Store {

@@ -28,7 +28,34 @@ pub struct EventRow {
     pub reason: String,
 }
 
+/// Operations whose events are removed in one transaction.
+const PRUNED_AT_ONCE: i64 = 200;
+
 impl Store {
+    /// Removes the events of operations that ended before a time, and tells of how many operations. The operations
+    /// stay, and so do the numbers: an event that comes late gets the next one.
+    pub async fn prune_events(&self, ended_before: DateTime<Utc>) -> Result<u64, StoreError> {
+        let mut pruned = 0;
+        loop {
+            let old = sql("SELECT id FROM operations WHERE finish_time < ? \
+                           AND EXISTS (SELECT 1 FROM events e WHERE e.operation = operations.id) ORDER BY id LIMIT ?")
+            .time(ended_before)
+            .bind(PRUNED_AT_ONCE)
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(|row| row.text("id"))
+            .collect::<Result<Vec<_>, _>>()?;
+            if old.is_empty() {
+                return Ok(pruned);
+            }
+            let tx = self.begin().await?;
+            sql("DELETE FROM events WHERE operation IN {each}").each(&old).run(&*tx).await?;
+            tx.commit().await?;
+            pruned += u64::try_from(old.len()).unwrap_or(u64::MAX);
+        }
+    }
+
     /// Events of an operation after a number, oldest first.
     pub async fn events(&self, operation: &OperationId, after: u64, limit: u32) -> Result<Vec<EventRow>, StoreError> {
         sql("SELECT * FROM events WHERE operation = ? AND number > ? ORDER BY number LIMIT ?")

@@ -4,6 +4,7 @@ use std::fs::{File, TryLockError};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -21,10 +22,12 @@ use super::{Shared, Store, StoreError};
 
 /// How long a caller waits for a free connection, or for a new one. sqlx's own 30 s would hold up every RPC while the
 /// database is away.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long a write waits for its turn. Separate from the above, because a queue behind a busy database (a whole fleet that
 /// says hello at once) is no outage.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A writer that waits for its turn looks this often whether the database is away: then it waits no longer.
+const QUEUE_LOOK: Duration = Duration::from_millis(250);
 /// How long a statement may take on Postgres: above the longest of ours by far.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long SQLite waits for another process' lock (a backup, for example).
@@ -57,9 +60,19 @@ impl Store {
         } else {
             return Err(StoreError::Url(without_password(url)));
         };
-        let (changes, _) = watch::channel(0);
+        let ((changes, _), (own_changes, _)) = (watch::channel(0), watch::channel(0));
         let turns = Arc::new(Semaphore::new(turns));
-        let store = Self { shared: Arc::new(Shared { writer, reader, turns, changes, _lock: lock }) };
+        let store = Self {
+            shared: Arc::new(Shared {
+                writer,
+                reader,
+                turns,
+                changes,
+                own_changes,
+                away: AtomicBool::new(false),
+                _lock: lock,
+            }),
+        };
         store.migrate().await?;
         Ok(store)
     }
@@ -105,20 +118,39 @@ impl Store {
     /// Begins a transaction that writes; when it is dropped, nothing of it remains. On SQLite it takes the write lock
     /// now, because a read that turned into a write later could fail at once.
     pub(super) async fn begin(&self) -> Result<Tx, StoreError> {
-        let busy = || StoreError::from(DbErr::ConnectionAcquire(ConnAcquireErr::Timeout));
-        let turn = tokio::time::timeout(QUEUE_TIMEOUT, Arc::clone(&self.shared.turns).acquire_owned());
-        let turn = turn.await.map_err(|_| busy())?.map_err(|_| busy())?;
+        let turn = self.turn().await?;
         let options = TransactionOptions {
             sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
             ..TransactionOptions::default()
         };
-        Ok(Tx { tx: self.shared.writer.begin_with_options(options).await?, _turn: turn })
+        let begun = self.shared.writer.begin_with_options(options).await.map_err(StoreError::from);
+        self.shared.away.store(matches!(begun, Err(StoreError::Unavailable(_))), Ordering::Relaxed);
+        Ok(Tx { tx: begun?, _turn: turn })
+    }
+
+    /// Waits for the turn to write.
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, StoreError> {
+        let busy = || StoreError::from(DbErr::ConnectionAcquire(ConnAcquireErr::Timeout));
+        let turn = Arc::clone(&self.shared.turns).acquire_owned();
+        tokio::pin!(turn);
+        let begun = tokio::time::Instant::now();
+        loop {
+            match tokio::time::timeout(QUEUE_LOOK, &mut turn).await {
+                Ok(turn) => return turn.map_err(|_| busy()),
+                Err(_) if self.shared.away.load(Ordering::Relaxed) || begun.elapsed() >= QUEUE_TIMEOUT => {
+                    return Err(busy());
+                }
+                Err(_) => {}
+            }
+        }
     }
 
     /// Commits, and hints that something changed.
     pub(super) async fn commit(&self, tx: Tx) -> Result<(), StoreError> {
         tx.commit().await?;
-        self.shared.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
+        for changes in [&self.shared.own_changes, &self.shared.changes] {
+            changes.send_modify(|changes| *changes = changes.wrapping_add(1));
+        }
         Ok(())
     }
 }

@@ -10,6 +10,7 @@
 mod artifacts;
 mod database;
 mod enrolment;
+mod history;
 mod operations;
 mod reports;
 mod schedules;
@@ -77,6 +78,7 @@ on_both!(
         two_nodes_with_one_identity_are_quarantined,
         a_card_in_another_board_waits_for_approval,
         sessions_of_a_dead_controller_end,
+        what_was_assigned_and_not_answered_is_found_by_its_controller,
         a_fleet_that_comes_back_at_once_is_served,
         nodes_are_found_by_label,
         a_node_with_work_is_deleted_only_by_force;
@@ -92,6 +94,9 @@ on_both!(
         a_name_moves_to_other_bytes,
         what_an_unfinished_operation_needs_is_not_removed,
         defaults_are_by_board_with_one_for_any;
+    history:
+        events_of_operations_that_ended_long_ago_are_removed_and_the_operations_kept,
+        races_of_cancel_against_dispatch_and_completion_end_as_the_node_says;
     database:
         a_database_is_opened_again_with_everything_in_it,
         a_call_is_audited,

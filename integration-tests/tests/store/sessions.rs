@@ -134,3 +134,15 @@ pub(crate) async fn a_node_with_work_is_deleted_only_by_force(f: Fixture) {
     assert!(f.store.node(&id).await.unwrap().is_none());
     assert_eq!(f.store.delete_node(&id, true, "pat", after(3)).await.unwrap(), DeleteNodeOutcome::NotFound);
 }
+
+pub(crate) async fn what_was_assigned_and_not_answered_is_found_by_its_controller(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let found = f.store.unanswered("c1").await.unwrap();
+    assert_eq!(found, [(assignment.clone(), epoch)], "a claim whose outcome was not known is looked up");
+    assert!(f.store.unanswered("c2").await.unwrap().is_empty(), "it is not another controller's");
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    f.report(epoch, &running, after(1)).await;
+    assert!(f.store.unanswered("c1").await.unwrap().is_empty(), "it was answered");
+    f.session(&id, "boot-1", after(2)).await;
+    assert!(f.store.unanswered("c1").await.unwrap().is_empty());
+}

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{Layout, Node, Session};
-use crate::discovery::Discovery;
+use crate::discovery::{Controllers, Discovery};
 use crate::identity::{Board, Enrollment, Identity, JoinToken, TlsTime, enroll};
 use crate::job::{Action, Mode, Notice, State};
 use crate::journal::{Journal, Progress};
@@ -45,8 +45,9 @@ impl Bench {
         };
         enroll(dir.path(), &enrollment, &time).await.unwrap();
         before.push(controller.address.clone());
+        let given = Discovery::Fixed(before.iter().map(|address| address.parse().unwrap()).collect());
         let session = Session {
-            discovery: Discovery::Fixed(before.iter().map(|address| address.parse().unwrap()).collect()),
+            controllers: Arc::new(Controllers::given(given)),
             identity: Arc::new(Identity::load(dir.path(), time).unwrap().unwrap()),
             journal: journal.clone(),
             node: node(),

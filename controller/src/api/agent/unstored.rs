@@ -1,0 +1,141 @@
+//! What a node said and the store could not take yet. It is kept in order, not acknowledged, and tried again until the
+//! store answers; the stream stays open meanwhile.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::store::{ReportRow, System};
+
+/// Reports that wait for one session. A node has few at a time; when so many wait, no more is read from it.
+const MOST: usize = 32;
+/// The store is asked again after this time.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What waits.
+#[derive(Debug)]
+pub(super) struct Unstored {
+    reports: VecDeque<ReportRow>,
+    system: Option<System>,
+    /// Not before this.
+    due: Instant,
+    away: bool,
+}
+
+impl Unstored {
+    pub(super) fn new() -> Self {
+        Self { reports: VecDeque::new(), system: None, due: Instant::now(), away: false }
+    }
+
+    /// Adds a report. One that only brings newer progress of the same state takes the place of the older one.
+    pub(super) fn add(&mut self, report: ReportRow) {
+        let same = |other: &&mut ReportRow| {
+            (&other.execution, other.attempt, other.sequence, other.state, other.cancel_refused)
+                == (&report.execution, report.attempt, report.sequence, report.state, report.cancel_refused)
+        };
+        match self.reports.iter_mut().find(same) {
+            Some(other) => *other = report,
+            None => self.reports.push_back(report),
+        }
+    }
+
+    /// Newer facts of the system replace those that wait.
+    pub(super) fn set_system(&mut self, system: System) {
+        self.system = Some(system);
+    }
+
+    pub(super) fn report(&self) -> Option<&ReportRow> {
+        self.reports.front()
+    }
+
+    pub(super) fn system(&self) -> Option<&System> {
+        self.system.as_ref()
+    }
+
+    /// The oldest report is stored.
+    pub(super) fn report_stored(&mut self) {
+        self.reports.pop_front();
+        self.answered();
+    }
+
+    /// The facts are stored.
+    pub(super) fn system_stored(&mut self) {
+        self.system = None;
+        self.answered();
+    }
+
+    fn answered(&mut self) {
+        if std::mem::take(&mut self.away) {
+            tracing::info!("the store answers again; what the node said meanwhile is stored");
+        }
+    }
+
+    /// The store did not answer.
+    pub(super) fn later(&mut self) {
+        if !std::mem::replace(&mut self.away, true) {
+            tracing::warn!("the store does not answer; what the node says waits");
+        }
+        self.due = Instant::now() + RETRY;
+    }
+
+    /// When to try; `None`: nothing waits.
+    pub(super) fn due(&self) -> Option<Instant> {
+        (!self.reports.is_empty() || self.system.is_some()).then_some(self.due)
+    }
+
+    /// Whether more can be taken from the node.
+    pub(super) fn has_room(&self) -> bool {
+        self.reports.len() < MOST
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MOST, Unstored};
+    use crate::operation::ExecutionState;
+    use crate::store::ReportRow;
+    use marco_proto::names::ExecutionId;
+
+    fn report(sequence: u64, done: u64) -> ReportRow {
+        ReportRow {
+            execution: ExecutionId::parse("operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01").unwrap(),
+            attempt: 1,
+            sequence,
+            state: ExecutionState::Running,
+            phase: String::new(),
+            bytes_done: done,
+            bytes_total: 9,
+            error: None,
+            boot_id: "a".to_owned(),
+            release: None,
+            cancel_refused: false,
+        }
+    }
+
+    #[test]
+    fn states_wait_in_order_and_progress_takes_the_place_of_older_progress() {
+        let mut unstored = Unstored::new();
+        assert!(unstored.due().is_none());
+        unstored.add(report(1, 1));
+        unstored.add(report(2, 1));
+        unstored.add(report(1, 5));
+        assert_eq!(unstored.report().map(|report| (report.sequence, report.bytes_done)), Some((1, 5)));
+        unstored.later();
+        assert!(unstored.due().is_some_and(|due| due > tokio::time::Instant::now()));
+        unstored.report_stored();
+        assert_eq!(unstored.report().map(|report| report.sequence), Some(2));
+        unstored.report_stored();
+        assert!(unstored.due().is_none());
+    }
+
+    #[test]
+    fn what_waits_is_bounded() {
+        let mut unstored = Unstored::new();
+        for sequence in 0..u64::try_from(MOST).unwrap() {
+            assert!(unstored.has_room());
+            unstored.add(report(sequence, 0));
+        }
+        assert!(!unstored.has_room());
+    }
+}

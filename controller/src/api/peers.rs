@@ -1,0 +1,97 @@
+//! Bytes that this controller lacks, fetched from one that has them.
+
+use std::time::Duration;
+
+use marco_proto::v1;
+use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
+use marco_proto::v1::download_artifact_response::Part;
+
+use super::Context;
+use super::artifact::{BY_DIGEST, artifact_error};
+use super::status::ApiError;
+use crate::artifacts::{ArtifactError, Content, Digest};
+use crate::identity::tls::dial;
+use crate::store::{ArtifactRow, ControllerRow, Kind, Purpose};
+
+/// How long a caller waits for bytes that are being fetched; the fetch goes on without it, and it asks again.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// A controller that sends nothing for so long is left.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// Fetches the bytes of an artifact from a live controller that has them; the digest is checked before they are stored.
+///
+/// # Errors
+/// When they are not here yet, or no controller that lives has them.
+pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) -> Result<(), ApiError> {
+    let task = {
+        let (context, row) = (context.clone(), row.clone());
+        async move {
+            let stop = context.stop.clone();
+            // Dropped at any point, the bytes that came are kept for another try.
+            tokio::select! {
+                () = stop.cancelled() => Err(later("the controller is stopping")),
+                fetched = from_anyone(&context, &row, digest) => fetched,
+            }
+        }
+    };
+    let task = context.tasks.spawn(task);
+    match tokio::time::timeout(PATIENCE, task).await {
+        Ok(Ok(fetched)) => fetched,
+        Ok(Err(_)) => Err(ApiError::Internal("fetching bytes from another controller failed".to_owned())),
+        Err(_) => Err(later("the bytes are being fetched from another controller")),
+    }
+}
+
+fn later(why: &str) -> ApiError {
+    ApiError::Aborted { reason: "BYTES_ELSEWHERE", message: format!("{why}; ask again") }
+}
+
+async fn from_anyone(context: &Context, row: &ArtifactRow, digest: Digest) -> Result<(), ApiError> {
+    let live = context.store.live_controllers(context.clock.now()).await?;
+    let others = live.iter().filter(|other| other.id != context.controller);
+    let mut failed = None;
+    for address in others.flat_map(ControllerRow::addresses) {
+        match from_one(context, row, digest, address).await {
+            Ok(()) => {
+                tracing::info!(artifact = %digest, from = address, "bytes were fetched from another controller");
+                return Ok(());
+            }
+            Err(error) => {
+                tracing::info!(artifact = %digest, from = address, error = &*crate::chain(&error), "bytes were not fetched");
+                failed = Some(error);
+            }
+        }
+    }
+    // A controller that has them may only be away: nobody is told that they do not exist.
+    Err(failed.unwrap_or_else(|| later("no live controller has the bytes")))
+}
+
+async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address: &str) -> Result<(), ApiError> {
+    let mut upload = match context.artifacts.begin(digest, row.size).await {
+        Err(ArtifactError::Busy) => return Err(later("the bytes are being fetched already")),
+        begun => begun.map_err(artifact_error)?,
+    };
+    if upload.offset() < row.size {
+        let channel = dial(&context.ca, &context.clock, address).await.map_err(|error| later(&crate::chain(&error)))?;
+        let request = v1::DownloadArtifactRequest { name: format!("{BY_DIGEST}{digest}"), offset: upload.offset() };
+        let refused = |status: tonic::Status| later(&format!("{address} says: {}", status.message()));
+        let mut client = ArtifactServiceClient::new(channel);
+        let mut answers = client.download_artifact(request).await.map_err(refused)?.into_inner();
+        while upload.offset() < row.size {
+            let answer = tokio::time::timeout(IDLE, answers.message());
+            let answer = answer.await.map_err(|_| later("the other controller sends nothing"))?.map_err(refused)?;
+            match answer.and_then(|answer| answer.part) {
+                Some(Part::Header(_)) => {}
+                Some(Part::Chunk(chunk)) => upload.append(chunk.offset, chunk.data).await.map_err(artifact_error)?,
+                None => return Err(later("the other controller ended too early")),
+            }
+        }
+    }
+    let content = match (row.kind, row.purpose) {
+        (Kind::Image, _) => Content::Image,
+        (Kind::Bootcode, Purpose::System) => Content::SystemBootcode,
+        (Kind::Bootcode, _) => Content::InstallerBootcode,
+    };
+    upload.finish(content, |_| {}).await.map_err(|error| later(&crate::chain(&error)))?;
+    Ok(())
+}

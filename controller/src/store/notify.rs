@@ -1,0 +1,76 @@
+//! Changes passed on between the controllers that share a Postgres database: a hint, so that they do not wait for their
+//! next tick. What is lost is found by the tick.
+
+use std::time::Duration;
+
+use sea_orm::sqlx::postgres::PgListener;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::sql::sql;
+use super::{Store, StoreError};
+
+const CHANNEL: &str = "marco_changes";
+/// Changes that come close together are passed on as one.
+const SETTLE: Duration = Duration::from_millis(50);
+/// After this time it is tried again when the database is away.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl Store {
+    /// Passes changes on and hears of those of others, until cancelled. On SQLite there is nobody else.
+    pub async fn share_changes(self, stop: CancellationToken) {
+        if !self.is_postgres() {
+            stop.cancelled().await;
+            return;
+        }
+        let own = Uuid::now_v7().to_string();
+        // Dropping any of them loses hints only.
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.tell(&own) => {}
+            () = self.listen(&own) => {}
+        }
+    }
+
+    async fn tell(&self, own: &str) {
+        let mut changes = self.shared.own_changes.subscribe();
+        while changes.changed().await.is_ok() {
+            if sql("SELECT pg_notify(?, ?)").bind(CHANNEL).bind(own).run(self.reader()).await.is_err() {
+                tracing::debug!("a change was not passed on to other controllers");
+            }
+            tokio::time::sleep(SETTLE).await;
+        }
+    }
+
+    async fn listen(&self, own: &str) {
+        loop {
+            if let Err(error) = self.hear(own).await {
+                tracing::debug!(error = &*crate::chain(&error), "changes of other controllers are not heard of");
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Hears until the connection is lost.
+    async fn hear(&self, own: &str) -> Result<(), StoreError> {
+        let pool = self.shared.reader.get_postgres_connection_pool();
+        let mut listener = PgListener::connect_with(pool).await.map_err(lost)?;
+        listener.listen(CHANNEL).await.map_err(lost)?;
+        // Whatever happened before is not heard of any more.
+        self.hint();
+        while let Some(notification) = listener.try_recv().await.map_err(lost)? {
+            if notification.payload() != own {
+                self.hint();
+            }
+        }
+        Ok(())
+    }
+
+    fn hint(&self) {
+        self.shared.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
+    }
+}
+
+fn lost(error: sea_orm::sqlx::Error) -> StoreError {
+    StoreError::from(sea_orm::DbErr::Conn(sea_orm::RuntimeErr::SqlxError(error.into())))
+}

@@ -1,0 +1,133 @@
+//! Several controllers on one database, and what can be done to each.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use tonic::transport::Channel;
+
+use super::{Addresses, Builder, Database, Fleet, ports};
+use crate::client::Credentials;
+use crate::process::{Process, Recipe, binary};
+
+/// One of the controllers of a fleet.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) process: Process,
+    pub(super) addresses: Addresses,
+    pub(super) channel: Option<Channel>,
+}
+
+impl Builder {
+    /// How many controllers share the database, which then has to be Postgres; one unless said otherwise. Agents are
+    /// given the first one's address, through the proxy, and hear of the others from it.
+    pub fn controllers(mut self, count: usize) -> Self {
+        self.controllers = count;
+        self
+    }
+
+    /// Whether the controllers pass changes on by notifications; they do unless said otherwise.
+    pub fn notifications(mut self, on: bool) -> Self {
+        self.notifications = on;
+        self
+    }
+
+    /// Controllers share the folders for data and certificates; each has its own unless said otherwise.
+    pub fn shared_folders(mut self) -> Self {
+        self.shared_folders = true;
+        self
+    }
+
+    /// Starts the controller with this number.
+    pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
+        let addresses =
+            Addresses { api: ports::free()?, enroll: ports::free()?, mirror: ports::free()?, metrics: ports::free()? };
+        let own = if self.shared_folders { 0 } else { number };
+        let path = |name: &str| dir.join(folder(name, own)).display().to_string();
+        let mut arguments = vec!["serve".to_owned()];
+        for (flag, value) in [
+            ("--data-dir", path("data")),
+            ("--certs", path("certs")),
+            ("--listen", addresses.api.to_string()),
+            ("--enroll-listen", addresses.enroll.to_string()),
+            ("--mirror-listen", addresses.mirror.to_string()),
+            ("--metrics-listen", addresses.metrics.to_string()),
+            ("--notifications", self.notifications.to_string()),
+        ] {
+            arguments.extend([flag.to_owned(), value]);
+        }
+        if self.controllers > 1 {
+            arguments.extend(["--name".to_owned(), addresses.api.ip().to_string()]);
+        }
+        if let Database::Url(url) = &self.database {
+            arguments.extend(["--database-url".to_owned(), url.clone()]);
+        }
+        let log = dir.join(format!("{}.log", folder("controller", number)));
+        let process = Recipe::new(binary("marco-controller")?, arguments, log).start()?;
+        Ok(Member { process, addresses, channel: None })
+    }
+
+    /// Gives a further controller the CA of the first, and starts it.
+    pub(super) fn start_further_controller(&self, dir: &Path, number: usize, admin: &Credentials) -> Result<Member> {
+        let needed = [("data/pki", "ca.key"), ("certs", "ca.crt")];
+        for (from, name) in needed.into_iter().filter(|_| !self.shared_folders) {
+            let (top, below) = from.split_once('/').unwrap_or((from, ""));
+            let to = dir.join(folder(top, number)).join(below);
+            std::fs::create_dir_all(&to).context("a folder of a further controller")?;
+            std::fs::copy(dir.join(from).join(name), to.join(name)).context("copying the CA")?;
+        }
+        let mut member = self.start_controller(dir, number)?;
+        member.channel = Some(admin.channel(member.addresses.api)?);
+        Ok(member)
+    }
+}
+
+/// The folder of the controller with this number: the first's has none in its name.
+fn folder(name: &str, number: usize) -> String {
+    if number == 0 { name.to_owned() } else { format!("{name}-{number}") }
+}
+
+impl Fleet {
+    /// From now on this test talks to the controller with this number, from 0.
+    pub fn talk_to(&mut self, number: usize) -> Result<()> {
+        let member = self.controllers.get(number).context("there is no such controller")?;
+        self.channel = member.channel.clone().context("it was never reached")?;
+        self.addresses = member.addresses;
+        self.spoken_to = number;
+        Ok(())
+    }
+
+    /// What is done to a controller, whichever this test talks to.
+    fn member(&mut self, number: usize) -> Result<&mut Process> {
+        Ok(&mut self.controllers.get_mut(number).context("there is no such controller")?.process)
+    }
+
+    /// Kills one controller (`-9`).
+    pub async fn kill(&mut self, number: usize) -> Result<()> {
+        self.member(number)?.kill().await
+    }
+
+    /// Stops one controller in its tracks (SIGSTOP): it holds its connections and answers nothing.
+    pub async fn freeze(&mut self, number: usize) -> Result<()> {
+        self.member(number)?.signal("STOP").await
+    }
+
+    /// Lets it go on (SIGCONT).
+    pub async fn thaw(&mut self, number: usize) -> Result<()> {
+        self.member(number)?.signal("CONT").await
+    }
+
+    /// The whole log of one controller.
+    pub fn controller_log(&self, number: usize) -> Result<String> {
+        self.log(&format!("{}.log", folder("controller", number)))
+    }
+
+    /// The whole log of the agents.
+    pub fn agents_log(&self) -> Result<String> {
+        self.log("agents.log")
+    }
+
+    fn log(&self, name: &str) -> Result<String> {
+        let text = std::fs::read(self.dir().join(name)).with_context(|| name.to_owned())?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}

@@ -1,0 +1,280 @@
+//! Several controllers on one Postgres, and a Postgres that goes away: nothing is lost, and nothing is done twice.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use integration_tests::fleet::{Builder, Database, execution_name, is_final, reboot, update};
+use integration_tests::image::{Compression, make_image};
+use integration_tests::postgres::Postgres;
+use integration_tests::process::{binary, run};
+use integration_tests::tree::compare_with_source;
+use integration_tests::upload::push;
+use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::artifact::{Kind, Purpose};
+use marco_proto::v1::execution::State;
+use marco_proto::v1::node_service_client::NodeServiceClient;
+use marco_proto::v1::operation::State as OperationState;
+use marco_proto::v1::{ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest};
+use tonic::Code;
+
+/// How long anything may take to settle: an agent backs off up to a minute.
+const SETTLE: Duration = seconds(150);
+
+async fn on_postgres() -> Result<Builder> {
+    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
+    Ok(Fleet::builder().database(Database::Url(url)))
+}
+
+async fn shared(controllers: usize, pis: usize, notifications: bool) -> Result<Fleet> {
+    on_postgres().await?.controllers(controllers).notifications(notifications).pis(pis).start().await
+}
+
+/// Each node restarted once for it, and its history says so once.
+async fn done_once(fleet: &Fleet, operation: &Operation, ids: &[String]) -> Result<()> {
+    fleet.ends(&operation.name, SETTLE, OperationState::Succeeded).await?;
+    let request = ListEventsRequest { parent: operation.name.clone(), page_size: 1000, page_token: String::new() };
+    let events = fleet.operations().list_events(request).await?.into_inner().events;
+    for id in ids {
+        assert_eq!(fleet.pi(id).reboots(&execution_name(operation, id))?, 1, "{id}: {:?}", fleet.pi(id).log()?);
+        let node = format!("nodes/{id}");
+        let ends = events.iter().filter(|event| event.node == node && event.to == "SUCCEEDED").count();
+        assert_eq!(ends, 1, "{id}: {events:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn agents_move_when_their_controller_is_killed_and_their_operation_ends_once() -> Result<()> {
+    let mut fleet = shared(3, 3, true).await?;
+    let ids = fleet.ids().await?;
+    let operation = fleet.create(reboot(&ids, seconds(4))).await?;
+    for id in &ids {
+        fleet.execution_is(&operation.name, id, seconds(30), State::Running).await?;
+    }
+    fleet.kill(0).await?;
+    fleet.talk_to(2)?;
+    done_once(&fleet, &operation, &ids).await?;
+    fleet.all_connected().await?;
+    // The agents that start anew know the way, though they were only given the dead one.
+    fleet.kill_agents().await?;
+    wait_until(SETTLE, "the nodes are away", async || {
+        Ok(fleet.list_nodes().await?.iter().all(|node| !node.connected).then_some(()))
+    })
+    .await?;
+    fleet.start_agents()?;
+    fleet.all_connected().await?;
+    fleet.succeeds(reboot(&ids, Duration::ZERO), SETTLE).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+/// What is asked of one controller is done on a node that another holds.
+async fn reaches_the_other(notifications: bool) -> Result<()> {
+    let mut fleet = shared(2, 1, notifications).await?;
+    let id = fleet.ids().await?.remove(0);
+    fleet.talk_to(1)?;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..5 {
+        let begun = Instant::now();
+        let operation = fleet.create(reboot(&[&id], seconds(600))).await?;
+        let (pi, name) = (fleet.pi(&id), execution_name(&operation, &id));
+        wait_until(seconds(2), "the node has it", async || Ok(pi.journal_names(&name).then_some(()))).await?;
+        slowest = slowest.max(begun.elapsed());
+        fleet.execution_is(&operation.name, &id, seconds(5), State::Running).await?;
+        fleet.cancel(&operation.name).await?;
+        fleet.ends(&operation.name, seconds(10), OperationState::Cancelled).await?;
+        assert_eq!(pi.reboots(&name)?, 0);
+    }
+    let quarantine = QuarantineNodeRequest { name: format!("nodes/{id}"), ..QuarantineNodeRequest::default() };
+    fleet.nodes().quarantine_node(quarantine).await?;
+    wait_until(seconds(10), "its stream is cut", async || {
+        Ok(fleet.controller_log(0)?.contains("a session is cut").then_some(()))
+    })
+    .await?;
+    #[allow(clippy::print_stdout, reason = "a measurement")]
+    {
+        println!("notifications {notifications}: the node had it after {slowest:?} at most");
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_asked_of_one_controller_reaches_a_node_of_another() -> Result<()> {
+    reaches_the_other(true).await
+}
+
+#[tokio::test]
+async fn it_does_so_without_notifications_too() -> Result<()> {
+    reaches_the_other(false).await
+}
+
+#[tokio::test]
+async fn a_controller_that_was_frozen_gives_up_its_sessions_and_does_nothing_twice() -> Result<()> {
+    let mut fleet = shared(2, 2, true).await?;
+    let ids = fleet.ids().await?;
+    let (busy, idle) = (ids[0].clone(), ids[1].clone());
+    let operation = fleet.create(reboot(&[&busy], seconds(3))).await?;
+    fleet.execution_is(&operation.name, &busy, seconds(30), State::Running).await?;
+    fleet.freeze(0).await?;
+    fleet.talk_to(1)?;
+    wait_until(seconds(60), "the other one takes it for dead", async || {
+        Ok(fleet.controller_log(1)?.contains("controller that died").then_some(()))
+    })
+    .await?;
+    // Meanwhile there is work for a node whose stream still leads to the frozen one.
+    let second = fleet.create(reboot(&[&idle], Duration::ZERO)).await?;
+    fleet.thaw(0).await?;
+    done_once(&fleet, &operation, std::slice::from_ref(&busy)).await?;
+    done_once(&fleet, &second, std::slice::from_ref(&idle)).await?;
+    fleet.talk_to(0)?;
+    fleet.succeeds(reboot(&ids, Duration::ZERO), SETTLE).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_nothing_twice() -> Result<()> {
+    let server = tokio::task::spawn_blocking(Postgres::start_own).await??;
+    // Two, of which neither may take the other for dead when it is back first.
+    let database = Database::Url(server.database()?);
+    let mut fleet = Fleet::builder().database(database).controllers(2).pis(20).start().await?;
+    let ids = fleet.ids().await?;
+    let (rebooting, rest) = ids.split_at(8);
+    let (waiting, idle) = rest.split_at(8);
+    let operation = fleet.create(reboot(rebooting, seconds(3))).await?;
+    for id in rebooting {
+        fleet.execution_is(&operation.name, id, seconds(30), State::Running).await?;
+    }
+    // These are on their way when the database goes.
+    let late = fleet.create(reboot(waiting, seconds(40))).await?;
+    server.pause()?;
+    let begun = Instant::now();
+    while begun.elapsed() < seconds(20) {
+        let asked = Instant::now();
+        let listed = fleet.nodes().list_nodes(ListNodesRequest::default()).await.unwrap_err();
+        assert_eq!(listed.code(), Code::Unavailable, "{listed:?}");
+        let reading = asked.elapsed();
+        let created = fleet.create(reboot(idle, seconds(1))).await.unwrap_err();
+        assert_eq!(created.code(), Code::Unavailable, "{created:?}");
+        let writing = asked.elapsed() - reading;
+        assert!(reading < seconds(2) && writing < seconds(2), "callers waited {reading:?} and {writing:?}");
+    }
+    server.resume()?;
+    done_once(&fleet, &operation, rebooting).await?;
+    done_once(&fleet, &late, waiting).await?;
+    let log = fleet.agents_log()?;
+    for id in waiting.iter().chain(idle) {
+        let node = format!("node={id}");
+        let lines = |what: &str| log.lines().filter(|line| line.contains(&node) && line.contains(what)).count();
+        // One at the start; those that restarted had another one after it.
+        let opened = if idle.contains(id) { 1 } else { 2 };
+        assert_eq!(lines("session open"), opened, "{id} lost its stream");
+    }
+    for (operation, ids) in [(&operation, rebooting), (&late, waiting)] {
+        for id in ids {
+            let name = execution_name(operation, id);
+            let given = log.lines().filter(|line| line.contains(&name) && line.contains(" assignment ")).count();
+            assert_eq!(given, 1, "{name} was sent {given} times");
+        }
+    }
+    fleet.succeeds(reboot(&ids, Duration::ZERO), SETTLE).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_second_controller_on_one_sqlite_file_is_refused_and_told_why() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let (data, certs) = (fleet.data().display().to_string(), fleet.certs().display().to_string());
+    let listen = ["--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"];
+    let arguments = [&["serve", "--data-dir", &data, "--certs", &certs], listen.as_slice()].concat();
+    let second = run(&binary("marco-controller")?, &arguments, seconds(30)).await?;
+    assert!(!second.status.success());
+    let said = &second.stderr;
+    assert!(said.contains("another controller holds the database") && said.contains("Postgres"), "{said}");
+    // The lock dies with its holder.
+    fleet.kill_controller().await?;
+    fleet.start_controller().await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn bytes_that_only_another_controller_has_are_fetched_from_it() -> Result<()> {
+    let mut fleet = shared(3, 2, true).await?;
+    let ids = fleet.ids().await?;
+    let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
+    // The agents' sessions are with the first controller, and the bytes are with the last alone.
+    fleet.talk_to(2)?;
+    let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
+    fleet.succeeds(update(&ids, &image.name, ""), SETTLE).await?;
+    for id in &ids {
+        compare_with_source(&fleet.dir().join("image"), fleet.pi(id).dir())?;
+    }
+    assert!(fleet.controller_log(0)?.contains("bytes were fetched from another controller"));
+    // Who says that it is a controller may do nothing else.
+    let peer = fleet.user("controller")?;
+    let mut nodes = NodeServiceClient::new(peer.channel(fleet.addresses().api)?);
+    let refused = nodes.list_nodes(ListNodesRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn controllers_that_share_their_folders_share_the_bytes() -> Result<()> {
+    let mut fleet = on_postgres().await?.controllers(2).shared_folders().pis(1).start().await?;
+    let ids = fleet.ids().await?;
+    let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
+    fleet.talk_to(1)?;
+    let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
+    fleet.kill(1).await?;
+    fleet.talk_to(0)?;
+    fleet.succeeds(update(&ids, &image.name, ""), SETTLE).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+/// Cancels that come at any moment of an operation, on two controllers: what is said in the end is what the Pi did.
+#[tokio::test]
+async fn whoever_wins_a_race_against_a_cancel_the_final_state_is_what_the_pi_did() -> Result<()> {
+    const ROUNDS: u64 = 5;
+    let mut fleet = shared(2, 10, true).await?;
+    let ids = fleet.ids().await?;
+    let mut outcomes = [0, 0];
+    for round in 0..ROUNDS {
+        let mut operations = Vec::new();
+        for id in &ids {
+            operations.push((fleet.create(reboot(&[id], Duration::from_millis(400))).await?, id.clone()));
+        }
+        fleet.talk_to(usize::try_from(round % 2)?)?;
+        let cancels = operations.iter().zip(0_u32..).map(|((operation, _), number)| {
+            let fleet = &fleet;
+            async move {
+                // Spread over the notice: the first before anything has begun, the last when all is over.
+                let when = Duration::from_millis(100) * number;
+                tokio::time::timeout(when, std::future::pending::<()>()).await.ok();
+                fleet.cancel(&operation.name).await
+            }
+        });
+        // One that comes after the end is refused, which is right.
+        futures_util::future::join_all(cancels).await;
+        for (operation, id) in &operations {
+            let name = execution_name(operation, id);
+            let (fleet, pi) = (&fleet, fleet.pi(id));
+            let execution = wait_until(SETTLE, &format!("{name} ends"), async || {
+                let execution = fleet.execution(&operation.name, id).await?;
+                Ok(is_final(execution.state()).then_some(execution))
+            })
+            .await?;
+            let restarted = pi.reboots(&name)?;
+            let wanted = if restarted == 1 { State::Succeeded } else { State::Cancelled };
+            assert!(restarted <= 1 && execution.state() == wanted, "{restarted} restarts: {execution:?}");
+            outcomes[restarted] += 1;
+        }
+    }
+    assert!(outcomes.iter().all(|count| *count > 3), "a race that always ends the same is none: {outcomes:?}");
+    fleet.went_well();
+    Ok(())
+}
