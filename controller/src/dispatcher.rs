@@ -86,6 +86,7 @@ impl Dispatcher {
     #[tracing::instrument(level = "debug", skip_all, name = "round")]
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
+        self.store.watch_from(now);
         self.store.begin_due(now).await?;
         self.store.expire(now).await?;
         self.store.power_off_done(now).await?;
@@ -97,6 +98,9 @@ impl Dispatcher {
         }
         if sweep {
             self.sweep(now).await?;
+        }
+        for (operation, why) in self.store.pause_rollouts(now).await? {
+            tracing::warn!(%operation, why = %why, "an operation paused by itself");
         }
         self.assign(now).await?;
         self.cancel().await?;

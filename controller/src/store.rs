@@ -4,7 +4,7 @@
 //! transaction that locks rows locks nodes first, then operations, then executions, each in the order of their ids, so
 //! that two of them never wait for each other.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use chrono::{DateTime, Utc};
 use sea_orm::{DatabaseConnection, DbErr};
@@ -27,6 +27,8 @@ mod operations;
 mod progress;
 mod reconcile;
 mod reports;
+mod rollouts;
+mod rollouts_table;
 mod sessions;
 mod sql;
 mod steering;
@@ -97,6 +99,8 @@ struct Shared {
     /// Who may write: on SQLite one, on Postgres as many as have connections.
     turns: Arc<Semaphore>,
     changes: watch::Sender<u64>,
+    /// From when on nodes could connect to this process.
+    watched_since: OnceLock<DateTime<Utc>>,
     /// Holds the lock of an SQLite file as long as the store lives.
     _lock: Option<std::fs::File>,
 }

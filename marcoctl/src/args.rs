@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
 pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
 pub(crate) use operations::{
-    Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, Target, Wait,
-    WhichExecutions,
+    Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, RolloutFlags,
+    Target, Wait, WhichExecutions,
 };
 pub(crate) use tokens::{CreateToken, TokensCommand};
 

@@ -1,17 +1,30 @@
 //! Why an execution is where it is, in words.
 
+use chrono::SecondsFormat;
+use marco_proto::names::ExecutionId;
 use marco_proto::v1;
 
 use super::convert;
 use crate::operation::{ExecutionState, WaitReason};
-use crate::store::ExecutionRow;
+use crate::store::{ExecutionRow, OperationRow};
+
+/// So many nodes are named in a sentence; the message has all of them.
+const HOLDERS_SHOWN: usize = 10;
 
 /// What the row says, as sentences.
-pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
+pub(super) fn explain(
+    row: &ExecutionRow,
+    whole: &OperationRow,
+    holders: &[ExecutionId],
+) -> v1::ExplainExecutionResponse {
     let node = row.id.node.name();
     let operation = row.id.operation.name();
     let (explanation, suggestions) = match row.state {
-        ExecutionState::Pending => waiting(row.wait_reason, &node, &operation),
+        ExecutionState::Pending => {
+            let (mut text, suggestions) = waiting(row.wait_reason, &node, &operation);
+            text.push_str(&more(row.wait_reason, whole, holders));
+            (text, suggestions)
+        }
         ExecutionState::Assigned => {
             (format!("It was sent to {node} (attempt {}), which has not accepted it yet.", row.attempt), vec![])
         }
@@ -49,7 +62,33 @@ pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
             " A cancel was asked for; the node has not answered yet."
         });
     }
-    v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions }
+    let holders = holders.iter().map(ExecutionId::name).collect();
+    v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
+}
+
+/// Who or what stands in the way.
+fn more(reason: Option<WaitReason>, whole: &OperationRow, holders: &[ExecutionId]) -> String {
+    match (reason, holders) {
+        (Some(WaitReason::NotDue), _) => {
+            format!(" That is {}.", whole.schedule_time.to_rfc3339_opts(SecondsFormat::Secs, true))
+        }
+        (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
+            format!(" The reason given: {}.", whole.state_reason)
+        }
+        (Some(WaitReason::NoSlot), []) => {
+            " No node holds one; the operation is about to pause, or its first nodes have not succeeded yet.".to_owned()
+        }
+        (Some(WaitReason::NoSlot), _) => {
+            let mut nodes: Vec<&str> = holders.iter().take(HOLDERS_SHOWN).map(|id| id.node.as_str()).collect();
+            let others = format!("and {} others", holders.len().saturating_sub(HOLDERS_SHOWN));
+            if holders.len() > HOLDERS_SHOWN {
+                nodes.push(&others);
+            }
+            format!(" In flight: {}.", nodes.join(", "))
+        }
+        (Some(WaitReason::NodeBusy), [other, ..]) => format!(" It is at work on {}.", other.operation.name()),
+        _ => String::new(),
+    }
 }
 
 fn bytes(row: &ExecutionRow) -> String {
@@ -85,6 +124,10 @@ fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, 
         Some(WaitReason::NodeBusy) => (
             format!("It waits until {node} has ended another execution."),
             vec![format!("See which: marcoctl nodes get {node}"), cancel],
+        ),
+        Some(WaitReason::NoSlot) => (
+            "It waits for a free slot: as many nodes are in flight as the rollout allows at once.".to_owned(),
+            vec![format!("See how far the others are: marcoctl operations get {operation}"), cancel],
         ),
         Some(WaitReason::NodeInstalling) => (
             format!("It waits because {node} is in its installer and takes only an update with an image."),

@@ -12,7 +12,8 @@ use uuid::Uuid;
 use super::status::ApiError;
 use super::{Context, caller, convert, page, watch};
 use crate::identity::Caller;
-use crate::operation::{Action, ExecutionState, OperationState, Target};
+use crate::operation::{Action, ExecutionState, OperationState, Target, WaitReason};
+use crate::rollout::Rollout;
 use crate::store::{
     AbandonOutcome, CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
 };
@@ -48,6 +49,7 @@ impl Operations {
             asked.expire_time,
             asked.request,
             None,
+            asked.rollout,
             now,
         )
         .await
@@ -64,6 +66,7 @@ impl Operations {
         expire_time: DateTime<Utc>,
         request: Option<RequestKey>,
         retry_of: Option<OperationId>,
+        rollout: Option<Rollout>,
         now: DateTime<Utc>,
     ) -> Result<OperationRow, ApiError> {
         let id =
@@ -78,6 +81,7 @@ impl Operations {
             creator: caller.name.clone(),
             request,
             retry_of,
+            rollout,
         };
         match self.context.store.create_operation(&new, now).await? {
             CreateOutcome::Created(row) => {
@@ -121,7 +125,8 @@ impl Operations {
         }
         let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
-        self.store_new(caller, old.action, target, nodes, now, now + DEFAULT_LIFETIME, key, Some(id), now).await
+        self.store_new(caller, old.action, target, nodes, now, now + DEFAULT_LIFETIME, key, Some(id), old.rollout, now)
+            .await
     }
 
     async fn find(&self, id: &OperationId) -> Result<OperationRow, ApiError> {
@@ -332,7 +337,16 @@ impl OperationService for Operations {
         let id = execution_id(&request.get_ref().name)?;
         let row = self.context.store.execution(&id).await.map_err(ApiError::from)?;
         let row = row.ok_or_else(|| execution_not_found(&id))?;
-        Ok(Response::new(super::explain::explain(&row)))
+        let holders = match row.wait_reason {
+            Some(WaitReason::NoSlot) => self.context.store.slot_holders(&id, self.context.clock.now()).await,
+            Some(WaitReason::NodeBusy) => {
+                self.context.store.at_work(&id.node).await.map(|found| found.into_iter().collect())
+            }
+            _ => Ok(Vec::new()),
+        };
+        let holders = holders.map_err(ApiError::from)?;
+        let operation = self.find(&id.operation).await?;
+        Ok(Response::new(super::explain::explain(&row, &operation, &holders)))
     }
 
     async fn abandon_execution(

@@ -41,6 +41,8 @@ words! {
         NodeInstalling = "NODE_INSTALLING",
         /// The end of the quarantine.
         NodeQuarantined = "NODE_QUARANTINED",
+        /// A free slot of the rollout.
+        NoSlot = "NO_SLOT",
         /// Nothing but the next round.
         Due = "DUE",
     }

@@ -5,11 +5,13 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
 use sea_orm::ConnectionTrait;
 
+use super::rollouts::{Gone, group, standing};
 use super::sql::{Row, sql};
 use super::{Store, StoreError};
 use crate::operation::{
     ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason, wait_reason,
 };
+use crate::rollout::Rollout;
 
 /// A stored execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +63,7 @@ impl Store {
         limit: u32,
         states: &[ExecutionState],
     ) -> Result<Vec<ExecutionRow>, StoreError> {
-        sql(SELECT)
+        let rows = sql(SELECT)
             .and(" WHERE e.operation = ? AND e.node > ? AND (? OR e.state IN {each}) ORDER BY e.node LIMIT ?")
             .bind(operation.as_str())
             .bind(after.map_or("", NodeId::as_str))
@@ -69,10 +71,8 @@ impl Store {
             .each(states.iter().map(|state| state.as_str()))
             .bind(i64::from(limit))
             .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
+            .await?;
+        read_all(self.reader(), &rows).await
     }
 
     /// One execution.
@@ -83,22 +83,46 @@ impl Store {
 
 /// One execution, also inside a transaction.
 pub(super) async fn find(db: &impl ConnectionTrait, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
-    sql(SELECT)
+    let row = sql(SELECT)
         .and(" WHERE e.operation = ? AND e.node = ?")
         .bind(id.operation.as_str())
         .bind(id.node.as_str())
         .one(db)
-        .await?
-        .as_ref()
-        .map(read)
-        .transpose()
+        .await?;
+    Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
 const SELECT: &str = "SELECT e.*, o.state AS operation_state, o.installs_image AS installs_image, \
+    o.rollout AS rollout, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
     EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
             AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy \
     FROM executions e JOIN operations o ON o.id = e.operation LEFT JOIN nodes n ON n.id = e.node";
+
+/// Reads executions of one operation.
+async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {
+    let mut all = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let mut known = None;
+    for (row, execution) in rows.iter().zip(&mut all) {
+        if execution.wait_reason != Some(WaitReason::Due) {
+            continue;
+        }
+        let (rollout, standing) = match &known {
+            Some(known) => known,
+            None => match row.maybe_json::<Rollout>("rollout")? {
+                Some(rollout) => {
+                    let standing = standing(db, &execution.id.operation, &rollout, Gone::NOBODY).await?;
+                    known.insert((rollout, standing))
+                }
+                None => break,
+            },
+        };
+        if rollout.choose(standing, &[group(rollout, row)?]).is_empty() {
+            execution.wait_reason = Some(WaitReason::NoSlot);
+        }
+    }
+    Ok(all)
+}
 
 fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
     let state = row.word("state", ExecutionState::parse)?;

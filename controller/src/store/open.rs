@@ -59,7 +59,16 @@ impl Store {
         };
         let (changes, _) = watch::channel(0);
         let turns = Arc::new(Semaphore::new(turns));
-        let store = Self { shared: Arc::new(Shared { writer, reader, turns, changes, _lock: lock }) };
+        let store = Self {
+            shared: Arc::new(Shared {
+                writer,
+                reader,
+                turns,
+                changes,
+                watched_since: std::sync::OnceLock::new(),
+                _lock: lock,
+            }),
+        };
         store.migrate().await?;
         Ok(store)
     }

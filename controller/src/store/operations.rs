@@ -8,9 +8,11 @@ use marco_proto::names::{NodeId, OperationId};
 use sea_orm::ConnectionTrait;
 
 use super::events::{self, Happened};
+use super::rollouts::note_beginning;
 use super::sql::{Row, sql, to_json};
 use super::{Store, StoreError};
 use crate::operation::{Action, Counts, ExecutionState, OperationState, Target, final_state};
+use crate::rollout::Rollout;
 
 /// An operation to be stored.
 #[derive(Debug, Clone)]
@@ -33,6 +35,8 @@ pub struct NewOperation {
     pub request: Option<RequestKey>,
     /// The operation that this one retries.
     pub retry_of: Option<OperationId>,
+    /// How it goes over its nodes; `None`: all at once, and nothing pauses it.
+    pub rollout: Option<Rollout>,
 }
 
 /// By which a repeated request is known.
@@ -88,6 +92,8 @@ pub struct OperationRow {
     pub event_count: u64,
     /// How many executions are in which state.
     pub counts: Counts,
+    /// How it goes over its nodes.
+    pub rollout: Option<Rollout>,
 }
 
 /// Which operations to list; what is empty does not restrict.
@@ -126,6 +132,9 @@ impl Store {
         .each(new.nodes.iter().map(NodeId::as_str))
         .run(&*tx)
         .await?;
+        if first_state(new, now) == OperationState::Running {
+            note_beginning(&*tx, &new.id).await?;
+        }
         let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
         events::record(&*tx, &new.id, vec![created], now).await?;
         let row = find(&*tx, &new.id).await?;
@@ -185,8 +194,8 @@ fn first_state(new: &NewOperation, now: DateTime<Utc>) -> OperationState {
 async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
-             expire_time, creator, request_id, request_sha256, retry_of, create_time, update_time) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
+             expire_time, creator, request_id, request_sha256, retry_of, rollout, create_time, update_time) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
         .bind(new.id.as_str())
         .json(&new.action)
         .bind(new.action.kind())
@@ -199,6 +208,7 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
         .bind(new.request.as_ref().map(|request| request.request_id.clone()))
         .bind(new.request.as_ref().map(|request| request.body_sha256.clone()))
         .bind(new.retry_of.as_ref().map(|id| id.as_str().to_owned()))
+        .bind(new.rollout.as_ref().map(to_json))
         .time(now)
         .time(now)
         .run(tx)
@@ -334,6 +344,7 @@ async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<Operati
                 finish_time: row.maybe_time("finish_time")?,
                 event_count: row.number("event_count")?,
                 counts: counts.remove(&id).unwrap_or_default(),
+                rollout: row.maybe_json("rollout")?,
                 id,
             })
         })

@@ -12,6 +12,7 @@ mod database;
 mod enrolment;
 mod operations;
 mod reports;
+mod rollouts;
 mod sessions;
 mod support;
 
@@ -62,6 +63,21 @@ on_both!(
         progress_of_an_earlier_state_is_ignored,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
         a_node_that_is_overdue_for_a_day_is_given_up;
+    rollouts:
+        a_hundred_nodes_ten_at_once_pause_when_too_many_fail,
+        several_controllers_never_exceed_the_limit,
+        an_overdue_node_holds_no_slot_and_counts_as_failed,
+        a_node_without_a_stream_holds_no_slot,
+        never_more_than_the_limit_of_a_group_at_once,
+        the_rest_waits_for_the_canaries,
+        a_reboot_of_all_nodes_does_not_pause_itself,
+        it_pauses_when_a_third_of_the_targets_vanish,
+        who_was_away_at_the_start_does_not_vanish,
+        nobody_vanished_while_the_controller_was_stopped,
+        nodes_that_were_powered_off_did_not_vanish,
+        without_a_rollout_nothing_pauses,
+        an_operation_without_room_keeps_a_node_from_nothing_else,
+        an_abandoned_node_stays_a_failure;
     sessions:
         a_second_session_ends_the_first,
         two_nodes_with_one_identity_are_quarantined,

@@ -110,6 +110,7 @@ pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
         creator: "pat".to_owned(),
         request: None,
         retry_of: None,
+        rollout: None,
     }
 }
 

@@ -11,6 +11,7 @@ use super::Operations;
 use crate::api::convert;
 use crate::api::status::{ApiError, Violation};
 use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
+use crate::rollout::Rollout;
 use crate::store::{Kind, NodeQuery, Purpose, RequestKey};
 
 /// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
@@ -134,6 +135,7 @@ pub(super) struct Asked {
     pub(super) schedule_time: DateTime<Utc>,
     pub(super) expire_time: DateTime<Utc>,
     pub(super) request: Option<RequestKey>,
+    pub(super) rollout: Option<Rollout>,
 }
 
 /// Reads a request as far as that can be done without the store; lists every wrong field.
@@ -160,6 +162,7 @@ pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> R
             None
         }
     };
+    let rollout = operation.rollout.map(|rollout| convert::rollout(rollout, &mut bad));
     let schedule_time = match convert::time(operation.schedule_time, "operation.schedule_time", &mut bad) {
         Some(time) if time < now - CLOCK_TOLERANCE => {
             bad(
@@ -193,10 +196,11 @@ pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> R
         &target,
         operation.schedule_time.map(|_| schedule_time),
         operation.expire_time.map(|_| expire_time),
+        &rollout,
     ))
     .map_err(|error| ApiError::Internal(error.to_string()))?;
     let request = request_key(&request.request_id, &[b"create", &body])?;
-    Ok(Asked { action, target, schedule_time, expire_time, request })
+    Ok(Asked { action, target, schedule_time, expire_time, request, rollout })
 }
 
 pub(super) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {

@@ -2,7 +2,8 @@
 
 use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
-use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, Operation};
+use marco_proto::v1::rollout::FailureLimit;
+use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, Operation, Rollout};
 
 use crate::follow::Known;
 use crate::output::{ago, bytes, clean, enum_word, fields, id, labels, local, span, table, timestamp};
@@ -42,6 +43,25 @@ pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String
     table(&["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
 }
 
+fn rollout(rollout: &Rollout) -> String {
+    let mut parts = Vec::new();
+    if rollout.max_in_flight > 0 {
+        parts.push(format!("{} at once", rollout.max_in_flight));
+    }
+    if rollout.canary > 0 {
+        parts.push(format!("{} first", rollout.canary));
+    }
+    match rollout.failure_limit {
+        Some(FailureLimit::MaxFailures(nodes)) => parts.push(format!("{nodes} may fail")),
+        Some(FailureLimit::MaxFailuresPercent(percent)) => parts.push(format!("{percent}% may fail")),
+        None => {}
+    }
+    if rollout.max_in_flight_per_group > 0 {
+        parts.push(format!("{} at once of each {}", rollout.max_in_flight_per_group, rollout.group_by));
+    }
+    parts.join(", ")
+}
+
 /// One operation.
 pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
     let (notice, message) = match &operation.action {
@@ -75,7 +95,9 @@ pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
         ("notice", notice),
         ("message", message),
         ("targets", targets),
+        ("rollout", operation.rollout.as_ref().map(rollout).unwrap_or_default()),
         ("state", operation_state(operation)),
+        ("reason", operation.state_reason.clone()),
         ("done", done_of(&operation.counts.unwrap_or_default())),
         ("starts", starts),
         ("expires", local(operation.expire_time.as_ref())),
