@@ -11,6 +11,7 @@ pub mod dispatcher;
 pub mod identity;
 pub mod operation;
 pub mod rollout;
+pub mod schedule;
 pub mod scheduler;
 pub mod sessions;
 pub mod store;

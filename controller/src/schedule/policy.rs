@@ -1,0 +1,96 @@
+//! What becomes of a fire that comes late, or while the one before is still at work; and who waits how long.
+
+use std::fmt;
+
+use chrono::TimeDelta;
+use sha2::{Digest as _, Sha256};
+
+/// What is done about fires that nobody made in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MissedFire {
+    /// They are recorded as missed.
+    Skip,
+    /// The last of them is made up for; the others are recorded as missed.
+    Once,
+}
+
+/// What is done about a fire while the schedule's last operation is unfinished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Overlap {
+    /// It is recorded as skipped.
+    Skip,
+    /// Its operation is made, and each node takes it when it has ended the one before.
+    Queue,
+}
+
+/// What became of an instant at which a schedule was to fire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FireOutcome {
+    /// An operation was made.
+    Fired,
+    /// None was made, on purpose or because it was refused.
+    Skipped,
+    /// None was made, because it was found too late.
+    Missed,
+}
+
+impl MissedFire {
+    /// The word as it is stored and shown.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Skip => "SKIP",
+            Self::Once => "ONCE",
+        }
+    }
+
+    /// The reverse of `as_str`.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Skip, Self::Once].into_iter().find(|word| word.as_str() == text)
+    }
+}
+
+impl Overlap {
+    /// The word as it is stored and shown.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Skip => "SKIP",
+            Self::Queue => "QUEUE",
+        }
+    }
+
+    /// The reverse of `as_str`.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Skip, Self::Queue].into_iter().find(|word| word.as_str() == text)
+    }
+}
+
+impl FireOutcome {
+    /// The word as it is stored and shown.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fired => "FIRED",
+            Self::Skipped => "SKIPPED",
+            Self::Missed => "MISSED",
+        }
+    }
+
+    /// The reverse of `as_str`.
+    pub fn parse(text: &str) -> Option<Self> {
+        [Self::Fired, Self::Skipped, Self::Missed].into_iter().find(|word| word.as_str() == text)
+    }
+}
+
+impl fmt::Display for FireOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// How long after a fire a node begins: the same at each fire, less than `most`, and spread evenly over the nodes.
+pub fn jitter(schedule: &str, node: &str, most: TimeDelta) -> TimeDelta {
+    let milliseconds = u64::try_from(most.num_milliseconds()).unwrap_or(0);
+    let digest = Sha256::new().chain_update(schedule).chain_update([0]).chain_update(node).finalize();
+    let number = digest.iter().take(8).fold(0_u64, |number, byte| (number << 8) | u64::from(*byte));
+    let share = number.checked_rem(milliseconds).unwrap_or(0);
+    TimeDelta::milliseconds(i64::try_from(share).unwrap_or(0))
+}
