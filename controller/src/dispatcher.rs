@@ -87,6 +87,9 @@ impl Dispatcher {
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
         self.store.watch_from(now);
+        for operation in self.store.move_windows(now).await? {
+            tracing::info!(%operation, "a maintenance window opened or closed");
+        }
         self.store.begin_due(now).await?;
         self.store.expire(now).await?;
         self.store.power_off_done(now).await?;

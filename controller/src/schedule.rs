@@ -17,8 +17,10 @@ use croner::Cron;
 use croner::parser::{CronParser, Seconds, Year};
 
 mod policy;
+mod window;
 
 pub use policy::{FireOutcome, MissedFire, Overlap, jitter};
+pub use window::MaintenanceWindow;
 
 /// No change of a zone's offset moves the clock further than this, and no offset is larger.
 const LARGEST_OFFSET: TimeDelta = TimeDelta::hours(16);

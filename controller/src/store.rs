@@ -33,6 +33,7 @@ mod sessions;
 mod sql;
 mod steering;
 mod tokens;
+mod windows;
 
 pub use artifacts::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
 pub use audit::AuditRow;

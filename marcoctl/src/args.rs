@@ -14,7 +14,7 @@ pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
 pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
 pub(crate) use operations::{
     Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, RolloutFlags,
-    Target, Wait, WhichExecutions,
+    Target, Wait, WhichExecutions, WindowFlags,
 };
 pub(crate) use tokens::{CreateToken, TokensCommand};
 

@@ -15,7 +15,9 @@ mod operation;
 pub(super) use agent::{assign, progress, report};
 pub(super) use artifact::{artifact, kind};
 pub(super) use node::{board, boot_id, join_token, mode, node, node_state, system};
-pub(super) use operation::{action, event, execution, execution_state, operation, operation_state, rollout, target};
+pub(super) use operation::{
+    action, event, execution, execution_state, operation, operation_state, rollout, target, window,
+};
 
 /// Longest free text, in bytes.
 const TEXT_MAX: usize = 1024;

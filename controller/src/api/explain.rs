@@ -1,6 +1,6 @@
 //! Why an execution is where it is, in words.
 
-use chrono::SecondsFormat;
+use chrono::{DateTime, SecondsFormat, Utc};
 use marco_proto::names::ExecutionId;
 use marco_proto::v1;
 
@@ -22,7 +22,7 @@ pub(super) fn explain(
     let (explanation, suggestions) = match row.state {
         ExecutionState::Pending => {
             let (mut text, suggestions) = waiting(row.wait_reason, &node, &operation);
-            text.push_str(&more(row.wait_reason, whole, holders));
+            text.push_str(&more(row, whole, holders));
             (text, suggestions)
         }
         ExecutionState::Assigned => {
@@ -66,11 +66,22 @@ pub(super) fn explain(
     v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
 }
 
+fn instant(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
 /// Who or what stands in the way.
-fn more(reason: Option<WaitReason>, whole: &OperationRow, holders: &[ExecutionId]) -> String {
-    match (reason, holders) {
+fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId]) -> String {
+    match (row.wait_reason, holders) {
+        (Some(WaitReason::WindowClosed), _) => match row.next_attempt_time {
+            Some(opens) if opens >= whole.expire_time => {
+                format!(" It opens next at {}, when the operation has expired.", instant(opens))
+            }
+            Some(opens) => format!(" It opens next at {}.", instant(opens)),
+            None => " It never opens again.".to_owned(),
+        },
         (Some(WaitReason::NotDue), _) => {
-            format!(" That is {}.", whole.schedule_time.to_rfc3339_opts(SecondsFormat::Secs, true))
+            format!(" That is {}.", instant(whole.schedule_time))
         }
         (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
             format!(" The reason given: {}.", whole.state_reason)
@@ -124,6 +135,10 @@ fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, 
         Some(WaitReason::NodeBusy) => (
             format!("It waits until {node} has ended another execution."),
             vec![format!("See which: marcoctl nodes get {node}"), cancel],
+        ),
+        Some(WaitReason::WindowClosed) => (
+            "It waits because the operation's maintenance window is closed.".to_owned(),
+            vec![format!("Wait for it; or cancel, and begin without a window: marcoctl operations cancel {operation}")],
         ),
         Some(WaitReason::NoSlot) => (
             "It waits for a free slot: as many nodes are in flight as the rollout allows at once.".to_owned(),

@@ -14,13 +14,14 @@ use super::{Context, caller, convert, page, watch};
 use crate::identity::Caller;
 use crate::operation::{Action, ExecutionState, OperationState, Target, WaitReason};
 use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 use crate::store::{
     AbandonOutcome, CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
 };
 
 mod create;
 
-use create::{DEFAULT_LIFETIME, read, request_key};
+use create::{default_expiry, read, request_key};
 
 /// The service.
 pub(super) struct Operations {
@@ -50,6 +51,7 @@ impl Operations {
             asked.request,
             None,
             asked.rollout,
+            asked.window,
             now,
         )
         .await
@@ -67,6 +69,7 @@ impl Operations {
         request: Option<RequestKey>,
         retry_of: Option<OperationId>,
         rollout: Option<Rollout>,
+        window: Option<MaintenanceWindow>,
         now: DateTime<Utc>,
     ) -> Result<OperationRow, ApiError> {
         let id =
@@ -82,6 +85,7 @@ impl Operations {
             request,
             retry_of,
             rollout,
+            window,
         };
         match self.context.store.create_operation(&new, now).await? {
             CreateOutcome::Created(row) => {
@@ -125,8 +129,20 @@ impl Operations {
         }
         let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
-        self.store_new(caller, old.action, target, nodes, now, now + DEFAULT_LIFETIME, key, Some(id), old.rollout, now)
-            .await
+        self.store_new(
+            caller,
+            old.action,
+            target,
+            nodes,
+            now,
+            default_expiry(old.window.as_ref(), now),
+            key,
+            Some(id),
+            old.rollout,
+            old.window,
+            now,
+        )
+        .await
     }
 
     async fn find(&self, id: &OperationId) -> Result<OperationRow, ApiError> {

@@ -29,6 +29,8 @@ words! {
     WaitReason {
         /// Its time.
         NotDue = "NOT_DUE",
+        /// The next opening of the maintenance window.
+        WindowClosed = "WINDOW_CLOSED",
         /// The node's stream.
         NodeOffline = "NODE_OFFLINE",
         /// An admin's approval of the node.
@@ -63,6 +65,8 @@ pub struct WaitContext {
     pub mode: NodeMode,
     /// Whether it holds another execution.
     pub busy: bool,
+    /// Whether the operation's maintenance window is closed.
+    pub window_closed: bool,
 }
 
 /// What a PENDING execution waits for: first what an operator decided, then what the node lacks.
@@ -71,6 +75,8 @@ pub fn wait_reason(context: &WaitContext) -> WaitReason {
         WaitReason::NotDue
     } else if context.operation == OperationState::Paused {
         WaitReason::Paused
+    } else if context.window_closed {
+        WaitReason::WindowClosed
     } else if context.node == NodeState::Quarantined {
         WaitReason::NodeQuarantined
     } else if context.node == NodeState::AwaitingApproval {
@@ -99,6 +105,7 @@ mod tests {
             connected: true,
             mode: NodeMode::Running,
             busy: false,
+            window_closed: false,
         };
         assert_eq!(wait_reason(&due), WaitReason::Due);
         let installing = WaitContext { mode: NodeMode::Installer, ..due };
@@ -112,7 +119,9 @@ mod tests {
         assert_eq!(wait_reason(&held), WaitReason::AwaitingApproval);
         let out = WaitContext { node: NodeState::Quarantined, ..offline };
         assert_eq!(wait_reason(&out), WaitReason::NodeQuarantined);
-        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..out }), WaitReason::Paused);
+        let closed = WaitContext { window_closed: true, ..out };
+        assert_eq!(wait_reason(&closed), WaitReason::WindowClosed);
+        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..closed }), WaitReason::Paused);
         assert_eq!(wait_reason(&WaitContext { operation: OperationState::Scheduled, ..out }), WaitReason::NotDue);
     }
 }

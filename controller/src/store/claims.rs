@@ -149,7 +149,7 @@ const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
     JOIN executions e ON e.node = n.id AND e.state = 'PENDING' \
     JOIN operations o ON o.id = e.operation \
     WHERE n.controller_id = ? AND n.state = 'APPROVED' AND o.state = 'RUNNING' \
-      AND o.schedule_time <= ? AND o.expire_time > ? \
+      AND o.schedule_time <= ? AND o.expire_time > ? AND o.closed_until IS NULL \
       AND (n.mode <> 'INSTALLER' OR o.installs_image) \
       AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
                       AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))";

@@ -52,6 +52,8 @@ pub struct ExecutionRow {
     pub assign_boot_id: String,
     /// The boot id with which the node came back; empty before.
     pub boot_id: String,
+    /// When it is tried next, where that is known.
+    pub next_attempt_time: Option<DateTime<Utc>>,
 }
 
 impl Store {
@@ -93,11 +95,14 @@ pub(super) async fn find(db: &impl ConnectionTrait, id: &ExecutionId) -> Result<
 }
 
 const SELECT: &str = "SELECT e.*, o.state AS operation_state, o.installs_image AS installs_image, \
-    o.rollout AS rollout, n.labels AS labels, \
+    o.rollout AS rollout, o.closed_until AS closed_until, o.schedule_time AS due_time, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
     EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
             AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy \
     FROM executions e JOIN operations o ON o.id = e.operation LEFT JOIN nodes n ON n.id = e.node";
+
+/// A window that opens no more is closed until then, less what is lost in microseconds.
+const END_OF_TIME: DateTime<Utc> = DateTime::from_timestamp_nanos(i64::MAX);
 
 /// Reads executions of one operation.
 async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {
@@ -126,10 +131,16 @@ async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<Executi
 
 fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
     let state = row.word("state", ExecutionState::parse)?;
+    let wait_reason = if state == ExecutionState::Pending { Some(read_wait_reason(row)?) } else { None };
     Ok(ExecutionRow {
         id: read_id(row)?,
         state,
-        wait_reason: if state == ExecutionState::Pending { Some(read_wait_reason(row)?) } else { None },
+        wait_reason,
+        next_attempt_time: match wait_reason {
+            Some(WaitReason::NotDue) => row.maybe_time("due_time")?,
+            Some(WaitReason::WindowClosed) => row.maybe_time("closed_until")?.filter(|time| *time < END_OF_TIME),
+            _ => None,
+        },
         phase: row.text("phase")?,
         bytes_done: row.number("bytes_done")?,
         bytes_total: row.number("bytes_total")?,
@@ -172,5 +183,6 @@ fn read_wait_reason(row: &Row) -> Result<WaitReason, StoreError> {
         connected: row.flag("connected")?,
         mode: row.maybe_word("node_mode", NodeMode::parse)?.unwrap_or(NodeMode::Running),
         busy: row.flag("busy")?,
+        window_closed: row.maybe_time("closed_until")?.is_some(),
     }))
 }

@@ -13,6 +13,7 @@ use super::sql::{Row, sql, to_json};
 use super::{Store, StoreError};
 use crate::operation::{Action, Counts, ExecutionState, OperationState, Target, final_state};
 use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 
 /// An operation to be stored.
 #[derive(Debug, Clone)]
@@ -37,6 +38,8 @@ pub struct NewOperation {
     pub retry_of: Option<OperationId>,
     /// How it goes over its nodes; `None`: all at once, and nothing pauses it.
     pub rollout: Option<Rollout>,
+    /// When nodes may be begun; `None`: at any time.
+    pub window: Option<MaintenanceWindow>,
 }
 
 /// By which a repeated request is known.
@@ -94,6 +97,8 @@ pub struct OperationRow {
     pub counts: Counts,
     /// How it goes over its nodes.
     pub rollout: Option<Rollout>,
+    /// When nodes may be begun.
+    pub window: Option<MaintenanceWindow>,
 }
 
 /// Which operations to list; what is empty does not restrict.
@@ -194,8 +199,8 @@ fn first_state(new: &NewOperation, now: DateTime<Utc>) -> OperationState {
 async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
-             expire_time, creator, request_id, request_sha256, retry_of, rollout, create_time, update_time) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
+             expire_time, creator, request_id, request_sha256, retry_of, rollout, maintenance_window, closed_until, create_time, update_time) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
         .bind(new.id.as_str())
         .json(&new.action)
         .bind(new.action.kind())
@@ -209,6 +214,8 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
         .bind(new.request.as_ref().map(|request| request.body_sha256.clone()))
         .bind(new.retry_of.as_ref().map(|id| id.as_str().to_owned()))
         .bind(new.rollout.as_ref().map(to_json))
+        .bind(new.window.as_ref().map(to_json))
+        .bind(new.window.as_ref().and_then(|window| window.closed_until(now)).map(super::micros))
         .time(now)
         .time(now)
         .run(tx)
@@ -345,6 +352,7 @@ async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<Operati
                 event_count: row.number("event_count")?,
                 counts: counts.remove(&id).unwrap_or_default(),
                 rollout: row.maybe_json("rollout")?,
+                window: row.maybe_json("maintenance_window")?,
                 id,
             })
         })

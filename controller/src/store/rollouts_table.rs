@@ -26,6 +26,9 @@ const COLUMNS: &[&str] = &[
     "ALTER TABLE operations ADD COLUMN rollout TEXT",
     // How many failures an operator has let pass by resuming.
     "ALTER TABLE operations ADD COLUMN forgiven BIGINT NOT NULL DEFAULT 0",
+    "ALTER TABLE operations ADD COLUMN maintenance_window TEXT",
+    // While the window is closed: until when, as the dispatcher last found it.
+    "ALTER TABLE operations ADD COLUMN closed_until BIGINT",
     // Whether the node had a stream when the operation began or was resumed.
     "ALTER TABLE executions ADD COLUMN present BOOLEAN NOT NULL DEFAULT FALSE",
 ];

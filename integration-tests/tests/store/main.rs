@@ -15,6 +15,7 @@ mod reports;
 mod rollouts;
 mod sessions;
 mod support;
+mod windows;
 
 /// Runs each claim on both databases.
 macro_rules! on_both {
@@ -78,6 +79,10 @@ on_both!(
         without_a_rollout_nothing_pauses,
         an_operation_without_room_keeps_a_node_from_nothing_else,
         an_abandoned_node_stays_a_failure;
+    windows:
+        nothing_is_begun_while_the_window_is_closed,
+        what_was_not_begun_in_a_window_waits_for_the_next,
+        a_window_that_never_opens_promises_nothing;
     sessions:
         a_second_session_ends_the_first,
         two_nodes_with_one_identity_are_quarantined,

@@ -111,6 +111,7 @@ pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
         request: None,
         retry_of: None,
         rollout: None,
+        window: None,
     }
 }
 

@@ -115,6 +115,8 @@ pub(crate) struct Create {
     #[command(flatten)]
     pub(crate) rollout: RolloutFlags,
     #[command(flatten)]
+    pub(crate) window: WindowFlags,
+    #[command(flatten)]
     pub(crate) wait: Wait,
 }
 
@@ -136,6 +138,20 @@ pub(crate) struct RolloutFlags {
     /// How many nodes of one group at once
     #[arg(long, value_name = "K", requires = "group_by", value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) max_per_group: Option<i32>,
+}
+
+/// When nodes may be begun; without these at any time.
+#[derive(Debug, Args)]
+pub(crate) struct WindowFlags {
+    /// Begin nodes only in a maintenance window that opens at these times, for example "0 22 * * 1-5"
+    #[arg(long, value_name = "CRON", requires = "window_duration")]
+    pub(crate) window_cron: Option<String>,
+    /// How long the window stays open
+    #[arg(long, value_name = "DURATION", value_parser = duration, requires = "window_cron")]
+    pub(crate) window_duration: Option<Duration>,
+    /// The window's time zone, for example Europe/Madrid; by default UTC
+    #[arg(long, value_name = "ZONE", requires = "window_cron")]
+    pub(crate) window_zone: Option<String>,
 }
 
 /// What an update takes besides.

@@ -12,10 +12,13 @@ use crate::operation::{
     Action, DEFAULT_NOTICE, ExecutionState, FrozenArtifact, Notice, OperationState, Target, Update, WaitReason,
 };
 use crate::rollout::{Limit, Rollout};
+use crate::schedule::{MaintenanceWindow, RecurrenceError};
 use crate::store::{EventRow, ExecutionRow, OperationRow};
 
 /// The longest notice: what should happen later than that has a `schedule_time`.
 const MAX_NOTICE: Duration = Duration::from_secs(24 * 3600);
+/// The longest window: what is open longer is open always.
+const MAX_WINDOW: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most nodes named in one operation.
 const TARGETS_MAX: usize = 10_000;
 
@@ -192,6 +195,11 @@ pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
         }),
         state_reason: row.state_reason.clone(),
         rollout: row.rollout.as_ref().map(rollout_to_proto),
+        window: row.window.as_ref().map(|window| v1::MaintenanceWindow {
+            cron: window.cron.clone(),
+            duration: duration(window.duration),
+            time_zone: window.time_zone.clone(),
+        }),
     }
 }
 
@@ -227,6 +235,27 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
     }
     let group_by = (!asked.group_by.is_empty()).then_some(asked.group_by);
     Rollout { max_in_flight, canary, max_failures, group_by, max_in_flight_per_group }
+}
+
+/// A maintenance window as it is asked for.
+pub(in crate::api) fn window(asked: v1::MaintenanceWindow, bad: Bad<'_>) -> Option<MaintenanceWindow> {
+    let duration = asked.duration.and_then(|length| Duration::try_from(length).ok());
+    let Some(duration) = duration.filter(|length| !length.is_zero() && *length <= MAX_WINDOW) else {
+        bad("operation.window.duration", "must be more than 0 and at most 366 days".to_owned());
+        return None;
+    };
+    let window = MaintenanceWindow { cron: asked.cron, duration, time_zone: asked.time_zone };
+    match window.check() {
+        Ok(()) => Some(window),
+        Err(error) => {
+            let field = match error {
+                RecurrenceError::Cron { .. } => "operation.window.cron",
+                RecurrenceError::Zone(_) => "operation.window.time_zone",
+            };
+            bad(field, error.to_string());
+            None
+        }
+    }
 }
 
 fn rollout_to_proto(rollout: &Rollout) -> v1::Rollout {
@@ -297,6 +326,7 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
         Some(WaitReason::NodeBusy) => v1::execution::WaitReason::NodeBusy,
         Some(WaitReason::NodeInstalling) => v1::execution::WaitReason::NodeInstalling,
         Some(WaitReason::NodeQuarantined) => v1::execution::WaitReason::NodeQuarantined,
+        Some(WaitReason::WindowClosed) => v1::execution::WaitReason::WindowClosed,
         Some(WaitReason::NoSlot) => v1::execution::WaitReason::NoSlot,
         Some(WaitReason::Due) => v1::execution::WaitReason::Due,
     };
@@ -320,6 +350,7 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
         assign_time: row.assign_time.map(timestamp),
         finish_time: row.finish_time.map(timestamp),
         boot_id: row.boot_id.clone(),
+        next_attempt_time: row.next_attempt_time.map(timestamp),
     }
 }
 

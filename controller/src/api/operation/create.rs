@@ -12,10 +12,11 @@ use crate::api::convert;
 use crate::api::status::{ApiError, Violation};
 use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
 use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 use crate::store::{Kind, NodeQuery, Purpose, RequestKey};
 
 /// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
-pub(super) const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
+const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
 /// A schedule_time that lies this little in the past is the caller's clock, not a mistake.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
 /// Longest request id, in bytes.
@@ -136,6 +137,7 @@ pub(super) struct Asked {
     pub(super) expire_time: DateTime<Utc>,
     pub(super) request: Option<RequestKey>,
     pub(super) rollout: Option<Rollout>,
+    pub(super) window: Option<MaintenanceWindow>,
 }
 
 /// Reads a request as far as that can be done without the store; lists every wrong field.
@@ -163,6 +165,7 @@ pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> R
         }
     };
     let rollout = operation.rollout.map(|rollout| convert::rollout(rollout, &mut bad));
+    let window = operation.window.and_then(|window| convert::window(window, &mut bad));
     let schedule_time = match convert::time(operation.schedule_time, "operation.schedule_time", &mut bad) {
         Some(time) if time < now - CLOCK_TOLERANCE => {
             bad(
@@ -180,7 +183,7 @@ pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> R
             time
         }
         Some(time) => time,
-        None => schedule_time.checked_add_signed(DEFAULT_LIFETIME).unwrap_or(DateTime::<Utc>::MAX_UTC),
+        None => default_expiry(window.as_ref(), schedule_time),
     };
     if !operation.name.is_empty() {
         bad("operation.name", "is chosen by the controller; leave it out".to_owned());
@@ -197,10 +200,17 @@ pub(super) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> R
         operation.schedule_time.map(|_| schedule_time),
         operation.expire_time.map(|_| expire_time),
         &rollout,
+        &window,
     ))
     .map_err(|error| ApiError::Internal(error.to_string()))?;
     let request = request_key(&request.request_id, &[b"create", &body])?;
-    Ok(Asked { action, target, schedule_time, expire_time, request, rollout })
+    Ok(Asked { action, target, schedule_time, expire_time, request, rollout, window })
+}
+
+/// A day after its time; or, where it may begin only in a window, after the first opening.
+pub(super) fn default_expiry(window: Option<&MaintenanceWindow>, schedule_time: DateTime<Utc>) -> DateTime<Utc> {
+    let first = window.and_then(|window| window.closed_until(schedule_time)).unwrap_or(schedule_time);
+    first.checked_add_signed(DEFAULT_LIFETIME).unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 pub(super) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {

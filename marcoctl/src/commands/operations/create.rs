@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use marco_proto::v1::operation::{self, Action};
 use marco_proto::v1::{
-    AllNodes, CreateOperationRequest, LabelSelector, NodeList, Operation, PowerOff, Preserve, Reboot,
-    RetryOperationRequest, Rollout, Update, rollout,
+    AllNodes, CreateOperationRequest, LabelSelector, MaintenanceWindow, NodeList, Operation, PowerOff, Preserve,
+    Reboot, RetryOperationRequest, Rollout, Update, rollout,
 };
 use tokio::time::Instant;
 use tonic::{Response, Status};
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::super::{label_map, proto_duration};
 use super::show;
 use crate::args::values::FailureLimit;
-use crate::args::{Create, CreateUpdate, RolloutFlags, Target, Wait};
+use crate::args::{Create, CreateUpdate, RolloutFlags, Target, Wait, WindowFlags};
 use crate::connect::{Connection, call};
 use crate::failure::{Failure, is_cut};
 use crate::follow::{End, Known, Until, follow};
@@ -57,6 +57,7 @@ async fn create(action: Action, flags: Create, connection: &Connection, out: &mu
         schedule_time: flags.at.map(timestamp_of),
         expire_time: flags.expires.map(timestamp_of),
         rollout: rollout(flags.rollout),
+        window: window(flags.window)?,
         ..Default::default()
     };
     let request = CreateOperationRequest { operation: Some(operation), request_id: Uuid::now_v7().to_string() };
@@ -82,6 +83,12 @@ fn rollout(flags: RolloutFlags) -> Option<Rollout> {
         max_in_flight_per_group: flags.max_per_group.unwrap_or_default(),
     };
     (asked != Rollout::default()).then_some(asked)
+}
+
+fn window(flags: WindowFlags) -> Result<Option<MaintenanceWindow>, Failure> {
+    let Some(cron) = flags.window_cron else { return Ok(None) };
+    let duration = flags.window_duration.map(proto_duration).transpose()?;
+    Ok(Some(MaintenanceWindow { cron, duration, time_zone: flags.window_zone.unwrap_or_default() }))
 }
 
 fn target(target: Target) -> operation::Target {

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
 use marco_proto::v1::rollout::FailureLimit;
-use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, Operation, Rollout};
+use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, MaintenanceWindow, Operation, Rollout};
 
 use crate::follow::Known;
 use crate::output::{ago, bytes, clean, enum_word, fields, id, labels, local, span, table, timestamp};
@@ -62,6 +62,12 @@ fn rollout(rollout: &Rollout) -> String {
     parts.join(", ")
 }
 
+fn window(window: &MaintenanceWindow) -> String {
+    let length = window.duration.and_then(|length| std::time::Duration::try_from(length).ok());
+    let zone = if window.time_zone.is_empty() { "UTC" } else { window.time_zone.as_str() };
+    format!("{} for {}, {zone}", window.cron, length.map(span).unwrap_or_default())
+}
+
 /// One operation.
 pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
     let (notice, message) = match &operation.action {
@@ -96,6 +102,7 @@ pub(super) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
         ("message", message),
         ("targets", targets),
         ("rollout", operation.rollout.as_ref().map(rollout).unwrap_or_default()),
+        ("window", operation.window.as_ref().map(window).unwrap_or_default()),
         ("state", operation_state(operation)),
         ("reason", operation.state_reason.clone()),
         ("done", done_of(&operation.counts.unwrap_or_default())),
