@@ -12,7 +12,8 @@ use marco_proto::v1::execution::WaitReason;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::rollout::FailureLimit;
 use marco_proto::v1::{
-    Event, ExplainExecutionRequest, ListEventsRequest, ResumeOperationRequest, RetryOperationRequest, Rollout,
+    Event, ExplainExecutionRequest, ListEventsRequest, MaintenanceWindow, ResumeOperationRequest,
+    RetryOperationRequest, Rollout,
 };
 
 async fn events(fleet: &Fleet, operation: &str) -> Result<Vec<Event>> {
@@ -97,5 +98,40 @@ async fn nodes_that_cannot_do_it_pause_the_rest_and_a_retry_takes_only_those() -
     let nodes: Vec<String> = executions.iter().map(|execution| execution.node.clone()).collect();
     assert_eq!(nodes, ids.iter().take(3).map(|id| format!("nodes/{id}")).collect::<Vec<_>>());
     fleet.cancel(&retried.name).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_node_waits_for_the_window_and_is_told_when_it_opens() -> Result<()> {
+    let fleet = Fleet::builder().pis(1).start().await?;
+    let ids = fleet.ids().await?;
+    let id = ids.first().context("no Pi")?;
+    let window = |cron: &str| {
+        let duration = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
+        Some(MaintenanceWindow { cron: cron.to_owned(), duration, time_zone: "Europe/Madrid".to_owned() })
+    };
+    let mut yearly = reboot(&ids, seconds(0));
+    // An hour a year: it is closed, but for the unlucky test that runs then.
+    yearly.window = window("0 3 29 7 *");
+    let created = fleet.create(yearly).await?;
+    let execution = fleet.execution(&created.name, id).await?;
+    assert_eq!(execution.wait_reason(), WaitReason::WindowClosed);
+    let opens = execution.next_attempt_time.context("no next attempt")?;
+    let expires = created.expire_time.context("no expiry")?;
+    assert_eq!(expires.seconds - opens.seconds, 24 * 3600, "it lives until after its first window");
+    let request = ExplainExecutionRequest { name: execution.name.clone() };
+    let explained = fleet.operations().explain_execution(request).await?.into_inner();
+    assert!(explained.explanation.contains("opens next at"), "{explained:?}");
+
+    let mut always = reboot(&ids, seconds(0));
+    always.window = window("* * * * *");
+    fleet.succeeds(always, seconds(60)).await?;
+    assert_eq!(fleet.pi(id).reboots(&execution.name)?, 0);
+
+    let mut wrong = reboot(&ids, seconds(0));
+    wrong.window = window("25 o'clock");
+    let refused = fleet.create(wrong).await.err().context("it was taken")?;
+    assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+    assert!(refused.message().contains("operation.window.cron"), "{refused:?}");
     Ok(())
 }

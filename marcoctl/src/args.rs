@@ -76,6 +76,7 @@ pub(crate) enum Format {
 
 /// The nouns.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one, from the command line")]
 pub(crate) enum Command {
     /// Tokens with which new Pis join
     #[command(subcommand, visible_alias = "token")]

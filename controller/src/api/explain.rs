@@ -51,8 +51,14 @@ pub(super) fn explain(
     };
     let mut explanation = explanation;
     let mut suggestions = suggestions;
+    if let Some(deadline) = row.deadline.filter(|_| row.state.is_active() && !row.overdue) {
+        explanation.push_str(&format!(" Without news it is overdue at {}.", instant(deadline)));
+    }
     if row.overdue {
-        explanation.push_str(" Its deadline has passed: the node is late, and is not given up yet.");
+        let since = row.deadline.map(|deadline| format!(" (at {})", instant(deadline))).unwrap_or_default();
+        explanation.push_str(&format!(
+            " Its deadline has passed{since}: the node is late, holds no slot, and is given up a day after."
+        ));
         suggestions.push(format!("Look at the node; to give it up: marcoctl operations abandon {} {node}", operation));
     }
     if row.cancel_requested && !row.state.is_final() {

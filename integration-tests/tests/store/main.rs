@@ -56,6 +56,7 @@ on_both!(
         a_report_of_another_delivery_is_answered_by_an_assignment,
         a_report_under_a_lost_session_changes_nothing,
         an_assignment_that_never_arrived_is_given_again,
+        an_assignment_is_never_taken_back_by_time,
         an_accepted_execution_that_the_node_forgot_fails,
         a_hello_after_the_reboot_verifies_and_the_report_ends_it,
         a_power_off_is_done_when_the_node_stays_away,
