@@ -99,6 +99,10 @@ impl Dispatcher {
     #[tracing::instrument(level = "debug", skip_all, name = "round")]
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
+        self.store.watch_from(now);
+        for operation in self.store.move_windows(now).await? {
+            tracing::info!(%operation, "a maintenance window opened or closed");
+        }
         self.store.begin_due(now).await?;
         self.store.release_due(now).await?;
         self.store.expire(now).await?;
@@ -111,6 +115,9 @@ impl Dispatcher {
         }
         if sweep {
             self.sweep(now).await?;
+        }
+        for (operation, why) in self.store.pause_rollouts(now).await? {
+            tracing::warn!(%operation, why = %why, "an operation paused by itself");
         }
         self.assign(now).await?;
         self.cancel().await?;

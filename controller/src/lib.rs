@@ -10,6 +10,7 @@ pub mod config;
 pub mod dispatcher;
 pub mod identity;
 pub mod operation;
+pub mod rollout;
 pub mod schedule;
 pub mod scheduler;
 pub mod sessions;

@@ -18,9 +18,11 @@ use croner::parser::{CronParser, Seconds, Year};
 
 mod due;
 mod policy;
+mod window;
 
 pub use due::Due;
 pub use policy::{FireOutcome, MissedFire, Overlap, jitter};
+pub use window::MaintenanceWindow;
 
 /// No change of a zone's offset moves the clock further than this, and no offset is larger.
 const LARGEST_OFFSET: TimeDelta = TimeDelta::hours(16);

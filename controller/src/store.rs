@@ -4,8 +4,8 @@
 //! transaction that locks rows locks nodes first, then operations, then executions, each in the order of their ids, so
 //! that two of them never wait for each other.
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use chrono::{DateTime, Utc};
 use sea_orm::{DatabaseConnection, DbErr};
@@ -29,11 +29,14 @@ mod operations;
 mod progress;
 mod reconcile;
 mod reports;
+mod rollouts;
+mod rollouts_table;
 mod schedules;
 mod sessions;
 mod sql;
 mod steering;
 mod tokens;
+mod windows;
 
 pub use artifacts::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
 pub use audit::AuditRow;
@@ -106,6 +109,8 @@ struct Shared {
     own_changes: watch::Sender<u64>,
     /// The last writer found no connection: others need not queue to find out.
     away: AtomicBool,
+    /// From when on nodes could connect to this process.
+    watched_since: OnceLock<DateTime<Utc>>,
     /// Holds the lock of an SQLite file as long as the store lives.
     _lock: Option<std::fs::File>,
 }

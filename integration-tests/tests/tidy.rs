@@ -17,7 +17,7 @@ const ANYBODYS: [&str; 4] = ["backoff", "cause", "durable", "notify"];
 
 /// The controller: which module may use which others.
 const CONTROLLER: [(&str, &[&str]); 13] = [
-    ("api", &["identity", "store", "sessions", "artifacts", "operation", "schedule", "clock"]),
+    ("api", &["identity", "store", "sessions", "artifacts", "operation", "rollout", "schedule", "clock"]),
     ("artifacts", &[]),
     ("clock", &[]),
     ("discovery", &[]),
@@ -29,7 +29,7 @@ const CONTROLLER: [(&str, &[&str]); 13] = [
     ("schedule", &[]),
     ("scheduler", &["store", "schedule", "clock"]),
     ("sessions", &["operation", "store"]),
-    ("store", &["operation", "schedule"]),
+    ("store", &["operation", "rollout", "schedule"]),
 ];
 
 /// The agent: the same.

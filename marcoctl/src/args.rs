@@ -14,8 +14,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
 pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
 pub(crate) use operations::{
-    Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, Target, Wait,
-    WhichExecutions,
+    Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, RolloutFlags,
+    Target, Wait, WhichExecutions, WindowFlags,
 };
 pub(crate) use schedules::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, OverlapArg, SchedulesCommand};
 pub(crate) use tokens::{CreateToken, TokensCommand};
@@ -78,6 +78,7 @@ pub(crate) enum Format {
 
 /// The nouns.
 #[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "there is one, from the command line")]
 pub(crate) enum Command {
     /// Tokens with which new Pis join
     #[command(subcommand, visible_alias = "token")]

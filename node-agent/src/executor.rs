@@ -14,7 +14,7 @@ use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume};
 use crate::journal::{Entry, Journal, JournalError, Progress};
-use crate::system::{self, Board, Down, Reboot, System, SystemError};
+use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
 
 mod update;
 
@@ -362,7 +362,7 @@ impl Executor {
         }
     }
 
-    /// Gives the command, and again when the machine is still up after a while. Returns only with an error.
+    /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
     async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         let message = match &entry.action {
@@ -375,10 +375,16 @@ impl Executor {
         self.say_farewell(execution, way).await;
         for command in 1..=MAX_COMMANDS {
             tracing::info!(execution, ?way, command, "going down");
-            let issued = match way {
-                WayDown::Reboot => self.system.reboot(Reboot::Plain, Some(execution), message).await,
-                WayDown::TryBoot => self.system.reboot(Reboot::TryBoot, Some(execution), message).await,
-                WayDown::PowerOff => self.system.power_off(Some(execution), message).await,
+            let (down, how) = match way {
+                WayDown::Reboot => (Down::Reboot, Reboot::Plain),
+                WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
+                WayDown::PowerOff => (Down::PowerOff, Reboot::Plain),
+            };
+            let issued = match (command, down) {
+                (1, Down::Reboot) => self.system.reboot(how, Some(execution), message).await,
+                (1, Down::PowerOff) => self.system.power_off(Some(execution), message).await,
+                (2, _) => self.system.force(down, how, Force::Services, Some(execution)).await,
+                _ => self.system.force(down, how, Force::Everything, Some(execution)).await,
             };
             if let Err(error) = issued {
                 tracing::error!(execution, error = %chain(&error), "command to go down failed");

@@ -86,6 +86,8 @@ fn host(file: &File) -> anyhow::Result<Host> {
     Ok(Host::new(HostOptions {
         state_dir: file.state_dir.clone().unwrap_or(usual.state_dir),
         identity_dir: file.identity_dir.clone().unwrap_or(usual.identity_dir),
+        // Whoever has a command of their own does not expect systemd to be asked behind it.
+        force_command: if file.shutdown_command.is_some() { Vec::new() } else { usual.force_command },
         shutdown_command: file.shutdown_command.clone().unwrap_or(usual.shutdown_command),
         ..usual
     })?)

@@ -103,6 +103,15 @@ pub enum Reboot {
     TryBoot,
 }
 
+/// What a stronger command does not wait for any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Force {
+    /// Services: they are killed; file systems are unmounted.
+    Services,
+    /// Anything: the data is written and the kernel restarts.
+    Everything,
+}
+
 /// Why a machine will not be updated. Nothing was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -220,6 +229,10 @@ pub trait System: Send + Sync + 'static {
 
     /// Powers off at once. Returns when the command was issued.
     async fn power_off(&self, execution: Option<&str>, message: &str) -> Result<(), SystemError>;
+
+    /// Goes down at once by a stronger command, for a machine that is still up although it was told to. A reboot keeps
+    /// its argument: a trial boot stays one. Returns when the command was issued.
+    async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError>;
 
     /// Whether an update can be begun, before anything is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;

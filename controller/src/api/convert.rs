@@ -16,7 +16,9 @@ mod schedule;
 pub(super) use agent::{assign, progress, report};
 pub(super) use artifact::{artifact, kind};
 pub(super) use node::{board, boot_id, join_token, mode, node, node_state, system};
-pub(super) use operation::{action, event, execution, execution_state, operation, operation_state, target};
+pub(super) use operation::{
+    action, event, execution, execution_state, operation, operation_state, rollout, target, window,
+};
 pub(super) use schedule::{fire, fire_outcome, missed_fire, overlap, schedule};
 
 /// Longest free text, in bytes.

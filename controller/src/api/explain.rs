@@ -1,23 +1,36 @@
 //! Why an execution is where it is, in words.
 
+use chrono::{DateTime, SecondsFormat, Utc};
+use marco_proto::names::ExecutionId;
 use marco_proto::v1;
 
 use super::convert;
 use crate::operation::{ExecutionState, WaitReason};
-use crate::store::ExecutionRow;
+use crate::store::{ExecutionRow, OperationRow};
+
+/// So many nodes are named in a sentence; the message has all of them.
+const HOLDERS_SHOWN: usize = 10;
 
 /// What the row says, as sentences.
-pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
+pub(super) fn explain(
+    row: &ExecutionRow,
+    whole: &OperationRow,
+    holders: &[ExecutionId],
+) -> v1::ExplainExecutionResponse {
     let node = row.id.node.name();
     let operation = row.id.operation.name();
     let (explanation, suggestions) = match row.state {
-        ExecutionState::Pending => match row.not_before {
-            Some(time) if row.wait_reason == Some(WaitReason::NotDue) => (
-                format!("It waits for its own time in the schedule's jitter, {}.", time.to_rfc3339()),
-                vec![format!("Stop it: marcoctl operations cancel {operation}")],
-            ),
-            _ => waiting(row.wait_reason, &node, &operation),
-        },
+        ExecutionState::Pending => {
+            let (mut text, suggestions) = match row.not_before {
+                Some(time) if row.wait_reason == Some(WaitReason::NotDue) => (
+                    format!("It waits for its own time in the schedule's jitter, {}.", time.to_rfc3339()),
+                    vec![format!("Stop it: marcoctl operations cancel {operation}")],
+                ),
+                _ => waiting(row.wait_reason, &node, &operation),
+            };
+            text.push_str(&more(row, whole, holders));
+            (text, suggestions)
+        }
         ExecutionState::Assigned => {
             (format!("It was sent to {node} (attempt {}), which has not accepted it yet.", row.attempt), vec![])
         }
@@ -44,8 +57,14 @@ pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
     };
     let mut explanation = explanation;
     let mut suggestions = suggestions;
+    if let Some(deadline) = row.deadline.filter(|_| row.state.is_active() && !row.overdue) {
+        explanation.push_str(&format!(" Without news it is overdue at {}.", instant(deadline)));
+    }
     if row.overdue {
-        explanation.push_str(" Its deadline has passed: the node is late, and is not given up yet.");
+        let since = row.deadline.map(|deadline| format!(" (at {})", instant(deadline))).unwrap_or_default();
+        explanation.push_str(&format!(
+            " Its deadline has passed{since}: the node is late, holds no slot, and is given up a day after."
+        ));
         suggestions.push(format!("Look at the node; to give it up: marcoctl operations abandon {} {node}", operation));
     }
     if row.cancel_requested && !row.state.is_final() {
@@ -55,7 +74,44 @@ pub(super) fn explain(row: &ExecutionRow) -> v1::ExplainExecutionResponse {
             " A cancel was asked for; the node has not answered yet."
         });
     }
-    v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions }
+    let holders = holders.iter().map(ExecutionId::name).collect();
+    v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
+}
+
+fn instant(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
+/// Who or what stands in the way.
+fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId]) -> String {
+    match (row.wait_reason, holders) {
+        (Some(WaitReason::WindowClosed), _) => match row.next_attempt_time {
+            Some(opens) if opens >= whole.expire_time => {
+                format!(" It opens next at {}, when the operation has expired.", instant(opens))
+            }
+            Some(opens) => format!(" It opens next at {}.", instant(opens)),
+            None => " It never opens again.".to_owned(),
+        },
+        (Some(WaitReason::NotDue), _) => {
+            format!(" That is {}.", instant(whole.schedule_time))
+        }
+        (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
+            format!(" The reason given: {}.", whole.state_reason)
+        }
+        (Some(WaitReason::NoSlot), []) => {
+            " No node holds one; the operation is about to pause, or its first nodes have not succeeded yet.".to_owned()
+        }
+        (Some(WaitReason::NoSlot), _) => {
+            let mut nodes: Vec<&str> = holders.iter().take(HOLDERS_SHOWN).map(|id| id.node.as_str()).collect();
+            let others = format!("and {} others", holders.len().saturating_sub(HOLDERS_SHOWN));
+            if holders.len() > HOLDERS_SHOWN {
+                nodes.push(&others);
+            }
+            format!(" In flight: {}.", nodes.join(", "))
+        }
+        (Some(WaitReason::NodeBusy), [other, ..]) => format!(" It is at work on {}.", other.operation.name()),
+        _ => String::new(),
+    }
 }
 
 fn bytes(row: &ExecutionRow) -> String {
@@ -91,6 +147,14 @@ fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, 
         Some(WaitReason::NodeBusy) => (
             format!("It waits until {node} has ended another execution."),
             vec![format!("See which: marcoctl nodes get {node}"), cancel],
+        ),
+        Some(WaitReason::WindowClosed) => (
+            "It waits because the operation's maintenance window is closed.".to_owned(),
+            vec![format!("Wait for it; or cancel, and begin without a window: marcoctl operations cancel {operation}")],
+        ),
+        Some(WaitReason::NoSlot) => (
+            "It waits for a free slot: as many nodes are in flight as the rollout allows at once.".to_owned(),
+            vec![format!("See how far the others are: marcoctl operations get {operation}"), cancel],
         ),
         Some(WaitReason::NodeInstalling) => (
             format!("It waits because {node} is in its installer and takes only an update with an image."),

@@ -12,14 +12,16 @@ use uuid::Uuid;
 use super::status::ApiError;
 use super::{Context, caller, convert, page, watch};
 use crate::identity::Caller;
-use crate::operation::{Action, ExecutionState, OperationState, Target};
+use crate::operation::{Action, ExecutionState, OperationState, Target, WaitReason};
+use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 use crate::store::{
     AbandonOutcome, CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
 };
 
 mod create;
 
-use create::DEFAULT_LIFETIME;
+use create::default_expiry;
 pub(super) use create::{read, request_key};
 
 /// The service.
@@ -49,6 +51,8 @@ impl Operations {
             asked.expire_time,
             asked.request,
             None,
+            asked.rollout,
+            asked.window,
             now,
         )
         .await
@@ -65,6 +69,8 @@ impl Operations {
         expire_time: DateTime<Utc>,
         request: Option<RequestKey>,
         retry_of: Option<OperationId>,
+        rollout: Option<Rollout>,
+        window: Option<MaintenanceWindow>,
         now: DateTime<Utc>,
     ) -> Result<OperationRow, ApiError> {
         let id =
@@ -80,6 +86,8 @@ impl Operations {
             request,
             retry_of,
             origin: None,
+            rollout,
+            window,
         };
         self.stored(&new, now).await
     }
@@ -128,7 +136,20 @@ impl Operations {
         }
         let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
-        self.store_new(caller, old.action, target, nodes, now, now + DEFAULT_LIFETIME, key, Some(id), now).await
+        self.store_new(
+            caller,
+            old.action,
+            target,
+            nodes,
+            now,
+            default_expiry(old.window.as_ref(), now),
+            key,
+            Some(id),
+            old.rollout,
+            old.window,
+            now,
+        )
+        .await
     }
 
     async fn find(&self, id: &OperationId) -> Result<OperationRow, ApiError> {
@@ -339,7 +360,16 @@ impl OperationService for Operations {
         let id = execution_id(&request.get_ref().name)?;
         let row = self.context.store.execution(&id).await.map_err(ApiError::from)?;
         let row = row.ok_or_else(|| execution_not_found(&id))?;
-        Ok(Response::new(super::explain::explain(&row)))
+        let holders = match row.wait_reason {
+            Some(WaitReason::NoSlot) => self.context.store.slot_holders(&id, self.context.clock.now()).await,
+            Some(WaitReason::NodeBusy) => {
+                self.context.store.at_work(&id.node).await.map(|found| found.into_iter().collect())
+            }
+            _ => Ok(Vec::new()),
+        };
+        let holders = holders.map_err(ApiError::from)?;
+        let operation = self.find(&id.operation).await?;
+        Ok(Response::new(super::explain::explain(&row, &operation, &holders)))
     }
 
     async fn abandon_execution(

@@ -67,6 +67,9 @@ impl Schedules {
             Some(_) if !most.is_zero() => targets.ids.iter().map(|id| (id.clone(), start(id.as_str()))).collect(),
             _ => BTreeMap::new(),
         };
+        // What may begin only in a window has its time from the first opening on.
+        let window = schedule.template.window.as_ref();
+        let opens = window.and_then(|window| window.closed_until(begins)).unwrap_or(begins);
         let id =
             OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
         Ok(NewOperation {
@@ -75,10 +78,12 @@ impl Schedules {
             target: schedule.template.target.clone(),
             nodes: targets.ids,
             schedule_time: begins,
-            expire_time: begins + schedule.expire_after,
+            expire_time: opens + schedule.expire_after,
             creator: creator.to_owned(),
             request,
             retry_of: None,
+            rollout: schedule.template.rollout.clone(),
+            window: schedule.template.window.clone(),
             origin: Some(Origin { schedule: schedule.id.clone(), fire_time, starts }),
         })
     }

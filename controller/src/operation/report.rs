@@ -284,6 +284,53 @@ mod tests {
     }
 
     #[test]
+    fn a_hello_is_concluded_from_as_the_table_says() {
+        use NodeMode::{Installer, Running};
+        let notice = Notice { delay: Duration::ZERO, message: String::new() };
+        let update = Action::Update(crate::operation::Update {
+            image: None,
+            bootcode: None,
+            bootcodes: std::collections::BTreeMap::new(),
+            notice: notice.clone(),
+            discard_home: false,
+        });
+        let off = Action::PowerOff(notice);
+        let lost = Some(reason::JOURNAL_LOST);
+        let cases = [
+            // Given again only when a later Hello does not list it.
+            (E::Assigned, reboot(), true, Running, "old", None),
+            (E::Assigned, reboot(), false, Running, "old", Some((E::Pending, None))),
+            (E::Assigned, reboot(), false, Running, "new", Some((E::Pending, None))),
+            // Accepted, and not listed.
+            (E::Running, reboot(), false, Running, "old", Some((E::Failed, lost))),
+            (E::Rebooting, reboot(), false, Running, "new", Some((E::Failed, lost))),
+            (E::Verifying, update.clone(), false, Running, "new", Some((E::Failed, lost))),
+            (E::Running, reboot(), true, Running, "new", None),
+            // Back from a reboot.
+            (E::Rebooting, reboot(), true, Running, "old", None),
+            (E::Rebooting, reboot(), true, Running, "new", Some((E::Verifying, None))),
+            (E::Rebooting, update.clone(), true, Running, "new", Some((E::Verifying, None))),
+            (E::Rebooting, update, true, Installer, "new", Some((E::Running, None))),
+            // Back from a power-off, whatever is in its journal.
+            (E::Rebooting, off.clone(), true, Running, "old", Some((E::Failed, Some(reason::STILL_ON)))),
+            (E::Rebooting, off.clone(), false, Running, "old", Some((E::Failed, Some(reason::STILL_ON)))),
+            (E::Rebooting, off.clone(), true, Running, "new", Some((E::Succeeded, None))),
+            (E::Rebooting, off, false, Running, "new", Some((E::Succeeded, None))),
+        ];
+        for (from, action, listed, mode, boot_id, expected) in cases {
+            let found = match on_hello(&stored(from), &action, listed, mode, boot_id) {
+                HelloVerdict::Change(to, error) => Some((to, error.map(|error| error.reason))),
+                HelloVerdict::Keep => None,
+            };
+            let expected = expected.map(|(to, why)| (to, why.map(str::to_owned)));
+            assert_eq!(found, expected, "{from}, {}, listed {listed}, boot id {boot_id}", action.kind());
+        }
+        let asked = Stored { cancel_requested: true, ..stored(E::Assigned) };
+        let dropped = on_hello(&asked, &reboot(), false, Running, "old");
+        assert!(matches!(dropped, HelloVerdict::Change(E::Cancelled, None)));
+    }
+
+    #[test]
     fn every_hello_in_every_active_state_leads_to_a_legal_change_or_to_none() {
         let power_off = Action::PowerOff(Notice { delay: Duration::ZERO, message: String::new() });
         for action in [reboot(), power_off] {

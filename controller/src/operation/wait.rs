@@ -29,6 +29,8 @@ words! {
     WaitReason {
         /// Its time.
         NotDue = "NOT_DUE",
+        /// The next opening of the maintenance window.
+        WindowClosed = "WINDOW_CLOSED",
         /// The node's stream.
         NodeOffline = "NODE_OFFLINE",
         /// An admin's approval of the node.
@@ -41,6 +43,8 @@ words! {
         NodeInstalling = "NODE_INSTALLING",
         /// The end of the quarantine.
         NodeQuarantined = "NODE_QUARANTINED",
+        /// A free slot of the rollout.
+        NoSlot = "NO_SLOT",
         /// Nothing but the next round.
         Due = "DUE",
     }
@@ -63,6 +67,8 @@ pub struct WaitContext {
     pub mode: NodeMode,
     /// Whether it holds another execution.
     pub busy: bool,
+    /// Whether the operation's maintenance window is closed.
+    pub window_closed: bool,
 }
 
 /// What a PENDING execution waits for: first what an operator decided, then what the node lacks.
@@ -73,6 +79,8 @@ pub fn wait_reason(context: &WaitContext) -> WaitReason {
         WaitReason::Paused
     } else if context.early {
         WaitReason::NotDue
+    } else if context.window_closed {
+        WaitReason::WindowClosed
     } else if context.node == NodeState::Quarantined {
         WaitReason::NodeQuarantined
     } else if context.node == NodeState::AwaitingApproval {
@@ -102,6 +110,7 @@ mod tests {
             connected: true,
             mode: NodeMode::Running,
             busy: false,
+            window_closed: false,
         };
         assert_eq!(wait_reason(&due), WaitReason::Due);
         let installing = WaitContext { mode: NodeMode::Installer, ..due };
@@ -118,6 +127,9 @@ mod tests {
         let early = WaitContext { early: true, ..out };
         assert_eq!(wait_reason(&early), WaitReason::NotDue);
         assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..early }), WaitReason::Paused);
+        let closed = WaitContext { window_closed: true, ..out };
+        assert_eq!(wait_reason(&closed), WaitReason::WindowClosed);
+        assert_eq!(wait_reason(&WaitContext { operation: OperationState::Paused, ..closed }), WaitReason::Paused);
         assert_eq!(wait_reason(&WaitContext { operation: OperationState::Scheduled, ..out }), WaitReason::NotDue);
     }
 }

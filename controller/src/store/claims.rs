@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
+use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
 use super::moves::{deadline, patience};
 use super::operations::lock;
+use super::rollouts::{self, Gone};
 use super::sql::{Row, sql};
 use super::{Store, StoreError, micros};
 use crate::operation::{Action, ExecutionState};
@@ -45,8 +47,7 @@ impl Store {
         if sessions.is_empty() {
             return Ok(Vec::new());
         }
-        let found: Vec<ExecutionId> = first_due(controller_id, &sessions, now)
-            .all(self.reader())
+        let found: Vec<ExecutionId> = first_due(self.reader(), controller_id, &sessions, self.gone(now), now)
             .await?
             .iter()
             .map(read_id)
@@ -111,7 +112,7 @@ impl Store {
             .await?;
         lock(&*tx, found.iter().map(|id| &id.operation)).await?;
         let mut due = Vec::with_capacity(found.len());
-        for row in &first_due(controller_id, sessions, now).all(&*tx).await? {
+        for row in &first_due(&*tx, controller_id, sessions, self.gone(now), now).await? {
             let id = read_id(row)?;
             if found.contains(&id) {
                 due.push(Due::read(id, row, now)?);
@@ -167,27 +168,51 @@ struct Session<'a> {
     epoch: i64,
 }
 
-/// The first due execution of each of these nodes that is free to take it.
-fn first_due(controller_id: &str, sessions: &[Session<'_>], now: DateTime<Utc>) -> super::sql::Sql {
+/// Executions that are due, of these nodes as far as they are free.
+const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
+    JOIN nodes n ON n.id = r.node AND n.session_epoch = r.epoch \
+    JOIN executions e ON e.node = n.id AND e.state = 'PENDING' \
+    JOIN operations o ON o.id = e.operation \
+    WHERE n.controller_id = ? AND n.state = 'APPROVED' AND o.state = 'RUNNING' \
+      AND o.schedule_time <= ? AND o.expire_time > ? AND e.not_before <= ? AND o.closed_until IS NULL \
+      AND (n.mode <> 'INSTALLER' OR o.installs_image) \
+      AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
+                      AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))";
+
+/// The first due execution of each of these nodes that is free to take it. Those of operations with a rollout are due
+/// only as far as it has room, and then keep the node from nothing else.
+async fn first_due(
+    db: &impl ConnectionTrait,
+    controller_id: &str,
+    sessions: &[Session<'_>],
+    gone: Gone,
+    now: DateTime<Utc>,
+) -> Result<Vec<Row>, StoreError> {
+    let waiting = sql("SELECT e.operation AS operation, e.node AS node, n.labels AS labels, o.rollout AS rollout ")
+        .and(FREE)
+        .and(" AND o.rollout IS NOT NULL ORDER BY o.schedule_time, o.id, e.node")
+        .json(sessions)
+        .bind(controller_id)
+        .time(now)
+        .time(now)
+        .time(now)
+        .all(db)
+        .await?;
+    let admitted = rollouts::admit(db, &waiting, gone).await?;
     sql("SELECT operation, node, epoch, boot_id, family, action FROM ( \
              SELECT e.operation AS operation, e.node AS node, n.session_epoch AS epoch, n.boot_id AS boot_id, \
                     n.family AS family, o.action AS action, \
-                    ROW_NUMBER() OVER (PARTITION BY e.node ORDER BY o.schedule_time, o.id) AS place \
-             FROM {rows node TEXT, epoch BIGINT} \
-             JOIN nodes n ON n.id = r.node AND n.session_epoch = r.epoch \
-             JOIN executions e ON e.node = n.id AND e.state = 'PENDING' \
-             JOIN operations o ON o.id = e.operation \
-             WHERE n.controller_id = ? AND n.state = 'APPROVED' AND o.state = 'RUNNING' \
-               AND o.schedule_time <= ? AND o.expire_time > ? AND e.not_before <= ? \
-               AND (n.mode <> 'INSTALLER' OR o.installs_image) \
-               AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
-                               AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) \
-         ) AS due WHERE place = 1 ORDER BY node")
+                    ROW_NUMBER() OVER (PARTITION BY e.node ORDER BY o.schedule_time, o.id) AS place ")
+    .and(FREE)
+    .and(" AND (o.rollout IS NULL OR e.operation || '/' || e.node IN {each})) AS due WHERE place = 1 ORDER BY node")
     .json(sessions)
     .bind(controller_id)
     .time(now)
     .time(now)
     .time(now)
+    .each(admitted.iter().map(|id| format!("{}/{}", id.operation.as_str(), id.node.as_str())))
+    .all(db)
+    .await
 }
 
 struct Due {

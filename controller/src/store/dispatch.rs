@@ -7,6 +7,7 @@ use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
 use super::moves::read_found;
 use super::operations::{self, finish_if_done, lock};
+use super::rollouts::note_beginning;
 use super::sql::sql;
 use super::{Store, StoreError};
 use crate::operation::{ExecutionError, ExecutionState, reason};
@@ -62,6 +63,7 @@ impl Store {
                 .await?;
             let event = Happened::to_operation(CONTROLLER, from.as_str(), to.as_str(), "");
             events::record(&*tx, &id, vec![event], now).await?;
+            note_beginning(&*tx, &id).await?;
             begun.push(id);
         }
         self.commit(tx).await?;

@@ -5,11 +5,13 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
 use sea_orm::ConnectionTrait;
 
+use super::rollouts::{Gone, group, standing};
 use super::sql::{Row, sql};
 use super::{Store, StoreError};
 use crate::operation::{
     ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason, wait_reason,
 };
+use crate::rollout::Rollout;
 
 /// A stored execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +54,8 @@ pub struct ExecutionRow {
     pub assign_boot_id: String,
     /// The boot id with which the node came back; empty before.
     pub boot_id: String,
+    /// When it is tried next, where that is known.
+    pub next_attempt_time: Option<DateTime<Utc>>,
 }
 
 impl Store {
@@ -63,7 +67,7 @@ impl Store {
         limit: u32,
         states: &[ExecutionState],
     ) -> Result<Vec<ExecutionRow>, StoreError> {
-        sql(SELECT)
+        let rows = sql(SELECT)
             .and(" WHERE e.operation = ? AND e.node > ? AND (? OR e.state IN {each}) ORDER BY e.node LIMIT ?")
             .bind(operation.as_str())
             .bind(after.map_or("", NodeId::as_str))
@@ -71,10 +75,8 @@ impl Store {
             .each(states.iter().map(|state| state.as_str()))
             .bind(i64::from(limit))
             .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
+            .await?;
+        read_all(self.reader(), &rows).await
     }
 
     /// One execution.
@@ -85,29 +87,62 @@ impl Store {
 
 /// One execution, also inside a transaction.
 pub(super) async fn find(db: &impl ConnectionTrait, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
-    sql(SELECT)
+    let row = sql(SELECT)
         .and(" WHERE e.operation = ? AND e.node = ?")
         .bind(id.operation.as_str())
         .bind(id.node.as_str())
         .one(db)
-        .await?
-        .as_ref()
-        .map(read)
-        .transpose()
+        .await?;
+    Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
 const SELECT: &str = "SELECT e.*, o.state AS operation_state, o.installs_image AS installs_image, \
+    o.rollout AS rollout, o.closed_until AS closed_until, o.schedule_time AS due_time, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
     EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
             AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy \
     FROM executions e JOIN operations o ON o.id = e.operation LEFT JOIN nodes n ON n.id = e.node";
 
+/// A window that opens no more is closed until then, less what is lost in microseconds.
+const END_OF_TIME: DateTime<Utc> = DateTime::from_timestamp_nanos(i64::MAX);
+
+/// Reads executions of one operation.
+async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {
+    let mut all = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let mut known = None;
+    for (row, execution) in rows.iter().zip(&mut all) {
+        if execution.wait_reason != Some(WaitReason::Due) {
+            continue;
+        }
+        let (rollout, standing) = match &known {
+            Some(known) => known,
+            None => match row.maybe_json::<Rollout>("rollout")? {
+                Some(rollout) => {
+                    let standing = standing(db, &execution.id.operation, &rollout, Gone::NOBODY).await?;
+                    known.insert((rollout, standing))
+                }
+                None => break,
+            },
+        };
+        if rollout.choose(standing, &[group(rollout, row)?]).is_empty() {
+            execution.wait_reason = Some(WaitReason::NoSlot);
+        }
+    }
+    Ok(all)
+}
+
 fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
     let state = row.word("state", ExecutionState::parse)?;
+    let wait_reason = if state == ExecutionState::Pending { Some(read_wait_reason(row)?) } else { None };
     Ok(ExecutionRow {
         id: read_id(row)?,
         state,
-        wait_reason: if state == ExecutionState::Pending { Some(read_wait_reason(row)?) } else { None },
+        wait_reason,
+        next_attempt_time: match wait_reason {
+            Some(WaitReason::NotDue) => row.maybe_time("due_time")?,
+            Some(WaitReason::WindowClosed) => row.maybe_time("closed_until")?.filter(|time| *time < END_OF_TIME),
+            _ => None,
+        },
         not_before: match row.int("not_before")? {
             0 => None,
             _ => Some(row.time("not_before")?),
@@ -155,5 +190,6 @@ fn read_wait_reason(row: &Row) -> Result<WaitReason, StoreError> {
         connected: row.flag("connected")?,
         mode: row.maybe_word("node_mode", NodeMode::parse)?.unwrap_or(NodeMode::Running),
         busy: row.flag("busy")?,
+        window_closed: row.maybe_time("closed_until")?.is_some(),
     }))
 }

@@ -11,7 +11,7 @@ pub(super) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Tables), Box::new(m0002_schedules::Schedules)]
+        vec![Box::new(Tables), Box::new(m0002_schedules::Schedules), Box::new(super::rollouts_table::Rollouts)]
     }
 }
 

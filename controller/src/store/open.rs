@@ -70,6 +70,7 @@ impl Store {
                 changes,
                 own_changes,
                 away: AtomicBool::new(false),
+                watched_since: std::sync::OnceLock::new(),
                 _lock: lock,
             }),
         };

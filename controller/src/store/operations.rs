@@ -9,9 +9,12 @@ use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
 use super::events::{self, Happened};
+use super::rollouts::note_beginning;
 use super::sql::{Row, sql, to_json};
 use super::{Store, StoreError, micros};
 use crate::operation::{Action, Counts, ExecutionState, OperationState, Target, final_state};
+use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 
 /// An operation to be stored.
 #[derive(Debug, Clone)]
@@ -36,6 +39,10 @@ pub struct NewOperation {
     pub retry_of: Option<OperationId>,
     /// The schedule that makes it.
     pub origin: Option<Origin>,
+    /// How it goes over its nodes; `None`: all at once, and nothing pauses it.
+    pub rollout: Option<Rollout>,
+    /// When nodes may be begun; `None`: at any time.
+    pub window: Option<MaintenanceWindow>,
 }
 
 /// Where an operation that nobody asked for singly comes from.
@@ -106,6 +113,10 @@ pub struct OperationRow {
     pub event_count: u64,
     /// How many executions are in which state.
     pub counts: Counts,
+    /// How it goes over its nodes.
+    pub rollout: Option<Rollout>,
+    /// When nodes may be begun.
+    pub window: Option<MaintenanceWindow>,
 }
 
 /// Which operations to list; what is empty does not restrict.
@@ -217,6 +228,9 @@ pub(super) async fn insert_all(
     .json(&parts)
     .run(tx)
     .await?;
+    if first_state(new, now) == OperationState::Running {
+        note_beginning(tx, &new.id).await?;
+    }
     let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
     events::record(tx, &new.id, vec![created], now).await?;
     Ok(true)
@@ -233,9 +247,9 @@ struct Part<'a> {
 async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
-             expire_time, creator, request_id, request_sha256, retry_of, schedule, fire_time, \
-             create_time, update_time) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
+             expire_time, creator, request_id, request_sha256, retry_of, schedule, fire_time, rollout, \
+             maintenance_window, closed_until, create_time, update_time) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
         .bind(new.id.as_str())
         .json(&new.action)
         .bind(new.action.kind())
@@ -250,6 +264,9 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
         .bind(new.retry_of.as_ref().map(|id| id.as_str().to_owned()))
         .bind(new.origin.as_ref().map(|origin| origin.schedule.as_str().to_owned()))
         .bind(new.origin.as_ref().and_then(|origin| origin.fire_time).map(micros))
+        .bind(new.rollout.as_ref().map(to_json))
+        .bind(new.window.as_ref().map(to_json))
+        .bind(new.window.as_ref().and_then(|window| window.closed_until(now)).map(micros))
         .time(now)
         .time(now)
         .run(tx)
@@ -387,6 +404,8 @@ async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<Operati
                 finish_time: row.maybe_time("finish_time")?,
                 event_count: row.number("event_count")?,
                 counts: counts.remove(&id).unwrap_or_default(),
+                rollout: row.maybe_json("rollout")?,
+                window: row.maybe_json("maintenance_window")?,
                 id,
             })
         })

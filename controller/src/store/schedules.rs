@@ -12,6 +12,8 @@ use super::operations::{NewOperation, insert_all};
 use super::sql::{Row, sql};
 use super::{Store, StoreError, micros};
 use crate::operation::{Action, Target};
+use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 use crate::schedule::{FireOutcome, MissedFire, Overlap};
 
 /// What each fire makes an operation of: names, not yet resolved and frozen.
@@ -21,6 +23,12 @@ pub struct Template {
     pub action: Action,
     /// On which nodes.
     pub target: Target,
+    /// How each operation goes over its nodes.
+    #[serde(default)]
+    pub rollout: Option<Rollout>,
+    /// When nodes may be begun.
+    #[serde(default)]
+    pub window: Option<MaintenanceWindow>,
 }
 
 /// A stored schedule.

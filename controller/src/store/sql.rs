@@ -227,6 +227,10 @@ impl Row {
         serde_json::from_str(&text).map_err(|_| StoreError::Unknown { what: column, value: text })
     }
 
+    pub(super) fn maybe_json<T: DeserializeOwned>(&self, column: &'static str) -> Result<Option<T>, StoreError> {
+        if self.maybe_text(column)?.is_none() { Ok(None) } else { self.json(column).map(Some) }
+    }
+
     /// A word of a closed set, or an id.
     pub(super) fn word<T>(&self, column: &'static str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, StoreError> {
         let text = self.text(column)?;

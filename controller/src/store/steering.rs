@@ -9,6 +9,7 @@ use super::events::{self, Happened};
 use super::moves::{self, End, read_found};
 use super::open::Tx;
 use super::operations::{self, lock};
+use super::rollouts::note_beginning;
 use super::sql::sql;
 use super::{ExecutionRow, OperationRow, Store, StoreError, executions};
 use crate::operation::{ExecutionError, ExecutionState, IllegalTransition, OperationState, reason};
@@ -111,6 +112,7 @@ impl Store {
             Err(outcome) => return Ok(outcome),
         };
         self.set(&tx, id, (from, to), actor, "", now).await?;
+        note_beginning(&*tx, id).await?;
         self.steered(tx, id).await
     }
 

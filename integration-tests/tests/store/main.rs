@@ -13,9 +13,11 @@ mod enrolment;
 mod history;
 mod operations;
 mod reports;
+mod rollouts;
 mod schedules;
 mod sessions;
 mod support;
+mod windows;
 
 /// Runs each claim on both databases.
 macro_rules! on_both {
@@ -56,6 +58,7 @@ on_both!(
         a_report_of_another_delivery_is_answered_by_an_assignment,
         a_report_under_a_lost_session_changes_nothing,
         an_assignment_that_never_arrived_is_given_again,
+        an_assignment_is_never_taken_back_by_time,
         an_accepted_execution_that_the_node_forgot_fails,
         a_hello_after_the_reboot_verifies_and_the_report_ends_it,
         a_power_off_is_done_when_the_node_stays_away,
@@ -73,6 +76,25 @@ on_both!(
         a_paused_schedule_skips_and_says_so,
         a_template_that_cannot_be_carried_out_is_a_skip_with_the_reason,
         a_node_begins_after_its_own_share_of_the_jitter;
+    rollouts:
+        a_hundred_nodes_ten_at_once_pause_when_too_many_fail,
+        several_controllers_never_exceed_the_limit,
+        an_overdue_node_holds_no_slot_and_counts_as_failed,
+        a_node_without_a_stream_holds_no_slot,
+        never_more_than_the_limit_of_a_group_at_once,
+        the_rest_waits_for_the_canaries,
+        a_reboot_of_all_nodes_does_not_pause_itself,
+        it_pauses_when_a_third_of_the_targets_vanish,
+        who_was_away_at_the_start_does_not_vanish,
+        nobody_vanished_while_the_controller_was_stopped,
+        nodes_that_were_powered_off_did_not_vanish,
+        without_a_rollout_nothing_pauses,
+        an_operation_without_room_keeps_a_node_from_nothing_else,
+        an_abandoned_node_stays_a_failure;
+    windows:
+        nothing_is_begun_while_the_window_is_closed,
+        what_was_not_begun_in_a_window_waits_for_the_next,
+        a_window_that_never_opens_promises_nothing;
     sessions:
         a_second_session_ends_the_first,
         two_nodes_with_one_identity_are_quarantined,

@@ -121,6 +121,26 @@ pub(crate) async fn an_assignment_that_never_arrived_is_given_again(f: Fixture) 
     assert_eq!(f.operation_state(&assignment.execution.operation).await, OperationState::Cancelled);
 }
 
+pub(crate) async fn an_assignment_is_never_taken_back_by_time(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    assert!(f.store.mark_overdue(after(59)).await.unwrap().is_empty());
+    assert_eq!(f.store.mark_overdue(after(60)).await.unwrap().len(), 1);
+    for at in [3600, 23 * 3600] {
+        assert!(f.store.give_up(after(at)).await.unwrap().is_empty());
+        assert!(f.claim(&[(id.clone(), epoch)], after(at)).await.is_empty());
+        let row = f.execution(&assignment.execution).await;
+        assert_eq!((row.state, row.overdue), (ExecutionState::Assigned, true));
+    }
+    // The node answers after all.
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(23 * 3600)).await;
+    let row = f.execution(&assignment.execution).await;
+    assert_eq!((row.state, row.overdue), (ExecutionState::Running, false));
+    // Each phase has a deadline of its own: half an hour without news, ten minutes for the restart.
+    assert_eq!(row.deadline, Some(after(23 * 3600 + 1800)));
+    f.report(epoch, &report(&assignment, 2, ExecutionState::Rebooting, "boot-1"), after(23 * 3600 + 1)).await;
+    assert_eq!(f.execution(&assignment.execution).await.deadline, Some(after(23 * 3600 + 601)));
+}
+
 pub(crate) async fn an_accepted_execution_that_the_node_forgot_fails(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(1)).await;

@@ -26,7 +26,7 @@ fn minutely(id: &str) -> ScheduleRow {
         id: ScheduleId::parse(id).unwrap(),
         cron: "* * * * *".to_owned(),
         time_zone: "Europe/Madrid".to_owned(),
-        template: Template { action: reboot(), target: Target::All },
+        template: Template { action: reboot(), target: Target::All, rollout: None, window: None },
         missed_fire: MissedFire::Skip,
         overlap: Overlap::Queue,
         jitter: Duration::ZERO,

@@ -111,6 +111,8 @@ pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
         request: None,
         retry_of: None,
         origin: None,
+        rollout: None,
+        window: None,
     }
 }
 

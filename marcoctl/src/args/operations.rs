@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::Paging;
-use super::values::{Pair, duration, instant, pair};
+use super::values::{FailureLimit, Pair, duration, failure_limit, instant, pair};
 
 /// What can be done with operations.
 #[derive(Debug, Subcommand)]
@@ -16,7 +16,9 @@ pub(crate) enum OperationsCommand {
 Examples:
   marcoctl operations reboot pi-01 pi-02
   marcoctl operations reboot --selector room=a1 --at 2030-01-31T22:00:00+01:00 --message \"New kernel\"
-  marcoctl operations reboot --all --notice 0s --wait --timeout 10m")]
+  marcoctl operations reboot --all --notice 0s --wait --timeout 10m
+  marcoctl operations reboot --all --max-in-flight 10 --canary 1 --max-failures 5%
+  marcoctl operations reboot --all --group-by switch --max-per-group 2")]
     Reboot(Create),
     /// Power nodes off; they come back only when somebody turns them on
     PowerOff(Create),
@@ -111,7 +113,45 @@ pub(crate) struct Create {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) message: String,
     #[command(flatten)]
+    pub(crate) rollout: RolloutFlags,
+    #[command(flatten)]
+    pub(crate) window: WindowFlags,
+    #[command(flatten)]
     pub(crate) wait: Wait,
+}
+
+/// How it goes over the nodes; without any of these all at once, and nothing pauses it.
+#[derive(Debug, Args)]
+pub(crate) struct RolloutFlags {
+    /// How many nodes at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) max_in_flight: Option<i32>,
+    /// So many nodes must succeed before the rest is begun; it pauses when one of them fails
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) canary: Option<i32>,
+    /// Pause when more nodes than this failed or are overdue
+    #[arg(long, value_name = "N|P%", value_parser = failure_limit)]
+    pub(crate) max_failures: Option<FailureLimit>,
+    /// The label whose values make groups, for example switch
+    #[arg(long, value_name = "LABEL", requires = "max_per_group")]
+    pub(crate) group_by: Option<String>,
+    /// How many nodes of one group at once
+    #[arg(long, value_name = "K", requires = "group_by", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) max_per_group: Option<i32>,
+}
+
+/// When nodes may be begun; without these at any time.
+#[derive(Debug, Args)]
+pub(crate) struct WindowFlags {
+    /// Begin nodes only in a maintenance window that opens at these times, for example "0 22 * * 1-5"
+    #[arg(long, value_name = "CRON", requires = "window_duration")]
+    pub(crate) window_cron: Option<String>,
+    /// How long the window stays open
+    #[arg(long, value_name = "DURATION", value_parser = duration, requires = "window_cron")]
+    pub(crate) window_duration: Option<Duration>,
+    /// The window's time zone, for example Europe/Madrid; by default UTC
+    #[arg(long, value_name = "ZONE", requires = "window_cron")]
+    pub(crate) window_zone: Option<String>,
 }
 
 /// What an update takes besides.

@@ -45,6 +45,28 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; write for example 0s, 90s, 2m or 1h30m"))
 }
 
+/// How many nodes may fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FailureLimit {
+    /// So many.
+    Nodes(i32),
+    /// So many in a hundred.
+    Percent(i32),
+}
+
+/// Reads `12` or `10%`.
+pub(crate) fn failure_limit(text: &str) -> Result<FailureLimit, String> {
+    let (number, percent) = match text.strip_suffix('%') {
+        Some(number) => (number, true),
+        None => (text, false),
+    };
+    match number.parse::<i32>() {
+        Ok(number) if percent && (0..=100).contains(&number) => Ok(FailureLimit::Percent(number)),
+        Ok(number) if !percent && number >= 0 => Ok(FailureLimit::Nodes(number)),
+        _ => Err("expected a number of nodes, for example 5, or a percentage, for example 10%".to_owned()),
+    }
+}
+
 /// Reads an instant as RFC 3339 has it.
 pub(crate) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
     DateTime::parse_from_rfc3339(text).map(|time| time.with_timezone(&Utc)).map_err(|error| {
@@ -54,7 +76,16 @@ pub(crate) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{LabelEdit, Pair, duration, instant, label_edit, pair};
+    use super::{FailureLimit, LabelEdit, Pair, duration, failure_limit, instant, label_edit, pair};
+
+    #[test]
+    fn failures_are_limited_by_number_or_percentage() {
+        assert_eq!(failure_limit("0"), Ok(FailureLimit::Nodes(0)));
+        assert_eq!(failure_limit("10%"), Ok(FailureLimit::Percent(10)));
+        for wrong in ["", "%", "-1", "101%", "a"] {
+            assert!(failure_limit(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_label_is_set_or_removed() {

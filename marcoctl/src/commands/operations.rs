@@ -143,19 +143,23 @@ async fn explain(which: WhichExecutions, connection: &Connection, out: &mut Out)
     if let Some(name) = execution_name(&which.operation, which.node.as_deref())? {
         return out.document(&ask(name).await?, |explained, _| show::explanation(explained));
     }
-    let mut explained = Vec::new();
-    for execution in executions(&which.operation, Vec::new(), PAGE_SIZE, connection).await? {
-        if execution.state() != State::Succeeded {
+    let mut open = executions(&which.operation, Vec::new(), PAGE_SIZE, connection).await?;
+    open.retain(|execution| execution.state() != State::Succeeded);
+    if out.is_json() {
+        let mut explained = Vec::new();
+        for execution in open {
             explained.push(ask(execution.name).await?);
         }
-    }
-    if out.is_json() {
         return out.documents("explanations", &explained);
     }
-    if explained.is_empty() {
+    if open.is_empty() {
         return out.line(fields(&[(&which.operation, "every node succeeded".to_owned())]).trim_end());
     }
-    let texts: Vec<String> = explained.iter().map(show::explanation).collect();
+    let mut texts = Vec::new();
+    for alike in show::alike(&open) {
+        let Some(first) = alike.first() else { continue };
+        texts.push(show::explanation_of_all(&alike, &ask(first.name.clone()).await?));
+    }
     out.line(texts.join("\n").trim_end())
 }
 

@@ -2,6 +2,7 @@
 
 use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::{self, Action, Target};
+use marco_proto::v1::rollout::FailureLimit;
 use marco_proto::v1::{Execution, ExecutionCounts, ExecutionError, Operation, WatchOperationResponse};
 use tonic::Status;
 
@@ -74,6 +75,25 @@ async fn a_notice_that_was_not_given_is_not_sent() {
     let Some(Action::PowerOff(power_off)) = &operation.action else { panic!("{operation:?}") };
     assert_eq!(power_off.notice, None);
     assert!(matches!(operation.target, Some(Target::All(_))));
+}
+
+#[tokio::test]
+async fn rollout_and_window_are_sent_only_when_they_are_given() {
+    let controller = Controller::start(Facts::default()).await;
+    assert_eq!(controller.run(&["operations", "reboot", "--all"]).await.code, 0);
+    let flags = ["--max-in-flight", "10", "--canary", "2", "--max-failures", "5%", "--group-by", "switch"];
+    let more = ["--max-per-group", "1", "--window-cron", "0 22 * * *", "--window-duration", "6h"];
+    let run = controller.run(&[&["operations", "reboot", "--all"][..], &flags, &more].concat()).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(controller.run(&["operations", "reboot", "--all", "--group-by", "switch"]).await.code, 2);
+    assert_eq!(controller.run(&["operations", "reboot", "--all", "--max-failures", "many"]).await.code, 2);
+    let facts = controller.facts.lock().unwrap();
+    let [plain, full] = [0, 1].map(|place: usize| facts.created[place].operation.clone().unwrap());
+    assert_eq!((plain.rollout, plain.window), (None, None));
+    let rollout = full.rollout.unwrap();
+    assert_eq!((rollout.max_in_flight, rollout.canary, rollout.max_in_flight_per_group), (10, 2, 1));
+    assert_eq!(rollout.failure_limit, Some(FailureLimit::MaxFailuresPercent(5)));
+    assert_eq!(full.window.unwrap().duration.unwrap().seconds, 6 * 3600);
 }
 
 #[tokio::test]

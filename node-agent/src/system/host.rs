@@ -12,7 +12,7 @@ use tokio::process::Command;
 
 use super::rooted::Rooted;
 use super::{
-    Booted, Card, Down, Erase, Facts, Layout, Mode, Reboot, Refusal, System, SystemError, SystemFacts, Target,
+    Booted, Card, Down, Erase, Facts, Force, Layout, Mode, Reboot, Refusal, System, SystemError, SystemFacts, Target,
 };
 
 mod board;
@@ -39,6 +39,9 @@ pub struct HostOptions {
     pub identity_dir: PathBuf,
     /// The program for shutdown(8) and arguments that go before ours; the program by its absolute path.
     pub shutdown_command: Vec<String>,
+    /// The program for systemctl(1), when shutdown(8) was not enough; empty: the shutdown command once more, which is
+    /// all that is known of a machine with a command of its own.
+    pub force_command: Vec<String>,
 }
 
 impl Default for HostOptions {
@@ -48,6 +51,7 @@ impl Default for HostOptions {
             state_dir: "/var/lib/marco-agent".into(),
             identity_dir: "/var/lib/marco-agent".into(),
             shutdown_command: vec!["/sbin/shutdown".into()],
+            force_command: vec!["/bin/systemctl".into()],
         }
     }
 }
@@ -77,6 +81,25 @@ impl Host {
     async fn shutdown(&self, arguments: &[&str]) -> Result<(), SystemError> {
         let prefix = self.options.shutdown_command.iter().map(String::as_str);
         run(&prefix.chain(arguments.iter().copied()).collect::<Vec<_>>()).await
+    }
+
+    /// Gives a command to reboot, with its argument where systemd looks for it, however it is told to reboot.
+    async fn with_argument(
+        &self,
+        how: Reboot,
+        command: impl Future<Output = Result<(), SystemError>>,
+    ) -> Result<(), SystemError> {
+        let parameter = self.path(REBOOT_PARAM);
+        match how {
+            Reboot::TryBoot => std::fs::write(&parameter, TRYBOOT).map_err(SystemError::io("write", &parameter))?,
+            Reboot::Plain => remove(&parameter)?,
+        }
+        let done = command.await;
+        if done.is_err() {
+            // Whoever reboots next must not find a trial boot prepared.
+            remove(&parameter)?;
+        }
+        done
     }
 
     fn layout(&self) -> Layout {
@@ -149,18 +172,30 @@ impl System for Host {
     }
 
     async fn reboot(&self, how: Reboot, _execution: Option<&str>, message: &str) -> Result<(), SystemError> {
-        let parameter = self.path(REBOOT_PARAM);
-        match how {
-            Reboot::TryBoot => std::fs::write(&parameter, TRYBOOT).map_err(SystemError::io("write", &parameter))?,
-            Reboot::Plain => remove(&parameter)?,
-        }
         let text = super::announcement(Down::Reboot, Duration::ZERO, message);
-        let done = self.shutdown(&[flag(Down::Reboot), "now", &text]).await;
-        if done.is_err() {
-            // Whoever reboots next must not find a trial boot prepared.
-            remove(&parameter)?;
+        self.with_argument(how, self.shutdown(&[flag(Down::Reboot), "now", &text])).await
+    }
+
+    async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
+        if self.options.force_command.is_empty() {
+            return match down {
+                Down::Reboot => self.reboot(how, execution, "").await,
+                Down::PowerOff => self.power_off(execution, "").await,
+            };
         }
-        done
+        let verb = match down {
+            Down::Reboot => "reboot",
+            Down::PowerOff => "poweroff",
+        };
+        let mut command: Vec<&str> = self.options.force_command.iter().map(String::as_str).collect();
+        command.extend([verb, "--force"]);
+        if force == Force::Everything {
+            command.push("--force");
+        }
+        match down {
+            Down::Reboot => self.with_argument(how, run(&command)).await,
+            Down::PowerOff => run(&command).await,
+        }
     }
 
     async fn power_off(&self, _execution: Option<&str>, message: &str) -> Result<(), SystemError> {

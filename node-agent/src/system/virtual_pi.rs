@@ -13,8 +13,8 @@ use tokio::sync::watch;
 
 use super::rooted::Rooted;
 use super::{
-    Board, Booted, Card, Down, Erase, Facts, Layout, Lease, Mode, Reboot, Refusal, System, SystemError, SystemFacts,
-    Target,
+    Board, Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, Reboot, Refusal, System, SystemError,
+    SystemFacts, Target,
 };
 use log::{Event, Line, Log};
 use state::{Going, Power, State, Up};
@@ -125,6 +125,11 @@ impl VirtualPi {
         }
     }
 
+    /// Whether a service that does not end holds an orderly way down up: as long as the file `stuck` is there.
+    fn stuck(&self) -> bool {
+        self.dir.join("stuck").exists()
+    }
+
     /// Goes down, once: a second command finds it going down already.
     fn go_down(&self, going: Going, event: Event, execution: Option<&str>) -> Result<(), SystemError> {
         self.advance(|state| match &state.power {
@@ -220,12 +225,26 @@ impl System for VirtualPi {
             Reboot::Plain => Going::Reboot,
             Reboot::TryBoot => Going::TryBoot,
         };
+        if self.stuck() {
+            return Ok(());
+        }
         self.go_down(going, Event::Reboot, execution)
     }
 
     async fn power_off(&self, execution: Option<&str>, message: &str) -> Result<(), SystemError> {
         self.wall(&super::announcement(Down::PowerOff, Duration::ZERO, message))?;
+        if self.stuck() {
+            return Ok(());
+        }
         self.go_down(Going::Off, Event::PowerOff, execution)
+    }
+
+    async fn force(&self, down: Down, how: Reboot, _force: Force, execution: Option<&str>) -> Result<(), SystemError> {
+        match (down, how) {
+            (Down::PowerOff, _) => self.go_down(Going::Off, Event::PowerOff, execution),
+            (Down::Reboot, Reboot::Plain) => self.go_down(Going::Reboot, Event::Reboot, execution),
+            (Down::Reboot, Reboot::TryBoot) => self.go_down(Going::TryBoot, Event::Reboot, execution),
+        }
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

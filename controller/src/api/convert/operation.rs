@@ -11,10 +11,14 @@ use crate::api::status::ApiError;
 use crate::operation::{
     Action, DEFAULT_NOTICE, ExecutionState, FrozenArtifact, Notice, OperationState, Target, Update, WaitReason,
 };
+use crate::rollout::{Limit, Rollout};
+use crate::schedule::{MaintenanceWindow, RecurrenceError};
 use crate::store::{EventRow, ExecutionRow, OperationRow};
 
 /// The longest notice: what should happen later than that has a `schedule_time`.
 const MAX_NOTICE: Duration = Duration::from_secs(24 * 3600);
+/// The longest window: what is open longer is open always.
+const MAX_WINDOW: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most nodes named in one operation.
 const TARGETS_MAX: usize = 10_000;
 
@@ -198,6 +202,85 @@ pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
             overdue: count(row.counts.overdue),
         }),
         state_reason: row.state_reason.clone(),
+        rollout: row.rollout.as_ref().map(rollout_to_proto),
+        window: row.window.as_ref().map(window_to_proto),
+    }
+}
+
+/// A rollout as it is asked for.
+pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
+    use v1::rollout::FailureLimit;
+    let mut number = |value: i32, field: &str| match u32::try_from(value) {
+        Ok(number) => number,
+        Err(_) => {
+            bad(&format!("operation.rollout.{field}"), "must not be negative".to_owned());
+            0
+        }
+    };
+    let some = |number: u32| (number > 0).then_some(number);
+    let max_in_flight = some(number(asked.max_in_flight, "max_in_flight"));
+    let canary = number(asked.canary, "canary");
+    let max_failures = asked.failure_limit.map(|limit| match limit {
+        FailureLimit::MaxFailures(nodes) => Limit::Number(number(nodes, "max_failures")),
+        FailureLimit::MaxFailuresPercent(percent) => Limit::Percent(number(percent, "max_failures_percent")),
+    });
+    let max_in_flight_per_group = some(number(asked.max_in_flight_per_group, "max_in_flight_per_group"));
+    if matches!(max_failures, Some(Limit::Percent(percent)) if percent > 100) {
+        bad("operation.rollout.max_failures_percent", "must be between 0 and 100".to_owned());
+    }
+    if let Err(ApiError::Invalid(violations)) = text("operation.rollout.group_by", &asked.group_by) {
+        for violation in violations {
+            bad(&violation.field, violation.description);
+        }
+    }
+    if asked.group_by.is_empty() != max_in_flight_per_group.is_none() {
+        let description = "and max_in_flight_per_group need each other: the key of a label, and how many at once";
+        bad("operation.rollout.group_by", description.to_owned());
+    }
+    let group_by = (!asked.group_by.is_empty()).then_some(asked.group_by);
+    Rollout { max_in_flight, canary, max_failures, group_by, max_in_flight_per_group }
+}
+
+/// A maintenance window as it is asked for.
+pub(in crate::api) fn window(asked: v1::MaintenanceWindow, bad: Bad<'_>) -> Option<MaintenanceWindow> {
+    let duration = asked.duration.and_then(|length| Duration::try_from(length).ok());
+    let Some(duration) = duration.filter(|length| !length.is_zero() && *length <= MAX_WINDOW) else {
+        bad("operation.window.duration", "must be more than 0 and at most 366 days".to_owned());
+        return None;
+    };
+    let window = MaintenanceWindow { cron: asked.cron, duration, time_zone: asked.time_zone };
+    match window.check() {
+        Ok(()) => Some(window),
+        Err(error) => {
+            let field = match error {
+                RecurrenceError::Cron { .. } => "operation.window.cron",
+                RecurrenceError::Zone(_) => "operation.window.time_zone",
+            };
+            bad(field, error.to_string());
+            None
+        }
+    }
+}
+
+pub(super) fn window_to_proto(window: &MaintenanceWindow) -> v1::MaintenanceWindow {
+    v1::MaintenanceWindow {
+        cron: window.cron.clone(),
+        duration: duration(window.duration),
+        time_zone: window.time_zone.clone(),
+    }
+}
+
+pub(super) fn rollout_to_proto(rollout: &Rollout) -> v1::Rollout {
+    use v1::rollout::FailureLimit;
+    v1::Rollout {
+        max_in_flight: count(rollout.max_in_flight.unwrap_or_default()),
+        canary: count(rollout.canary),
+        group_by: rollout.group_by.clone().unwrap_or_default(),
+        max_in_flight_per_group: count(rollout.max_in_flight_per_group.unwrap_or_default()),
+        failure_limit: rollout.max_failures.map(|limit| match limit {
+            Limit::Number(nodes) => FailureLimit::MaxFailures(count(nodes)),
+            Limit::Percent(percent) => FailureLimit::MaxFailuresPercent(count(percent)),
+        }),
     }
 }
 
@@ -255,6 +338,8 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
         Some(WaitReason::NodeBusy) => v1::execution::WaitReason::NodeBusy,
         Some(WaitReason::NodeInstalling) => v1::execution::WaitReason::NodeInstalling,
         Some(WaitReason::NodeQuarantined) => v1::execution::WaitReason::NodeQuarantined,
+        Some(WaitReason::WindowClosed) => v1::execution::WaitReason::WindowClosed,
+        Some(WaitReason::NoSlot) => v1::execution::WaitReason::NoSlot,
         Some(WaitReason::Due) => v1::execution::WaitReason::Due,
     };
     v1::Execution {
@@ -277,6 +362,7 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
         assign_time: row.assign_time.map(timestamp),
         finish_time: row.finish_time.map(timestamp),
         boot_id: row.boot_id.clone(),
+        next_attempt_time: row.next_attempt_time.map(timestamp),
     }
 }
 

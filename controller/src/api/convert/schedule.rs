@@ -2,7 +2,7 @@
 
 use marco_proto::v1;
 
-use super::operation::{asked_action, asked_target};
+use super::operation::{asked_action, asked_target, rollout_to_proto, window_to_proto};
 use super::{duration, timestamp};
 use crate::schedule::{FireOutcome, MissedFire, Overlap};
 use crate::store::{FireRow, ScheduleRow};
@@ -15,6 +15,8 @@ pub(in crate::api) fn schedule(row: &ScheduleRow) -> v1::Schedule {
         operation: Some(v1::Operation {
             action: Some(asked_action(&row.template.action)),
             target: Some(asked_target(&row.template.target)),
+            rollout: row.template.rollout.as_ref().map(rollout_to_proto),
+            window: row.template.window.as_ref().map(window_to_proto),
             ..v1::Operation::default()
         }),
         missed_fire: match row.missed_fire {

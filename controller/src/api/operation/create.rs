@@ -11,10 +11,12 @@ use super::Operations;
 use crate::api::convert;
 use crate::api::status::{ApiError, Violation};
 use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
+use crate::rollout::Rollout;
+use crate::schedule::MaintenanceWindow;
 use crate::store::{Kind, NodeQuery, Purpose, RequestKey};
 
 /// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
-pub(super) const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
+const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
 /// A schedule_time that lies this little in the past is the caller's clock, not a mistake.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
 /// Longest request id, in bytes.
@@ -138,6 +140,8 @@ pub(in crate::api) struct Asked {
     pub(super) schedule_time: DateTime<Utc>,
     pub(super) expire_time: DateTime<Utc>,
     pub(super) request: Option<RequestKey>,
+    pub(in crate::api) rollout: Option<Rollout>,
+    pub(in crate::api) window: Option<MaintenanceWindow>,
 }
 
 /// Reads a request as far as that can be done without the store; lists every wrong field.
@@ -164,6 +168,8 @@ pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Ut
             None
         }
     };
+    let rollout = operation.rollout.map(|rollout| convert::rollout(rollout, &mut bad));
+    let window = operation.window.and_then(|window| convert::window(window, &mut bad));
     let schedule_time = match convert::time(operation.schedule_time, "operation.schedule_time", &mut bad) {
         Some(time) if time < now - CLOCK_TOLERANCE => {
             bad(
@@ -181,7 +187,7 @@ pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Ut
             time
         }
         Some(time) => time,
-        None => schedule_time.checked_add_signed(DEFAULT_LIFETIME).unwrap_or(DateTime::<Utc>::MAX_UTC),
+        None => default_expiry(window.as_ref(), schedule_time),
     };
     if !operation.name.is_empty() {
         bad("operation.name", "is chosen by the controller; leave it out".to_owned());
@@ -197,10 +203,18 @@ pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Ut
         &target,
         operation.schedule_time.map(|_| schedule_time),
         operation.expire_time.map(|_| expire_time),
+        &rollout,
+        &window,
     ))
     .map_err(|error| ApiError::Internal(error.to_string()))?;
     let request = request_key(&request.request_id, &[b"create", &body])?;
-    Ok(Asked { action, target, schedule_time, expire_time, request })
+    Ok(Asked { action, target, schedule_time, expire_time, request, rollout, window })
+}
+
+/// A day after its time; or, where it may begin only in a window, after the first opening.
+pub(super) fn default_expiry(window: Option<&MaintenanceWindow>, schedule_time: DateTime<Utc>) -> DateTime<Utc> {
+    let first = window.and_then(|window| window.closed_until(schedule_time)).unwrap_or(schedule_time);
+    first.checked_add_signed(DEFAULT_LIFETIME).unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 pub(in crate::api) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {

@@ -198,7 +198,9 @@ fn template(operation: Option<v1::Operation>, now: DateTime<Utc>, wrong: &mut Ve
     let operation = v1::Operation { schedule_time: None, expire_time: None, ..operation };
     let request = v1::CreateOperationRequest { operation: Some(operation), request_id: String::new() };
     match operation::read(request, now) {
-        Ok(asked) => Some(Template { action: asked.action, target: asked.target }),
+        Ok(asked) => {
+            Some(Template { action: asked.action, target: asked.target, rollout: asked.rollout, window: asked.window })
+        }
         Err(ApiError::Invalid(violations)) => {
             wrong.extend(
                 violations.into_iter().map(|found| violation(&format!("schedule.{}", found.field), found.description)),

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use marco_proto::v1::operation::{self, Action};
 use marco_proto::v1::{
-    AllNodes, CreateOperationRequest, LabelSelector, NodeList, Operation, PowerOff, Preserve, Reboot,
-    RetryOperationRequest, Update,
+    AllNodes, CreateOperationRequest, LabelSelector, MaintenanceWindow, NodeList, Operation, PowerOff, Preserve,
+    Reboot, RetryOperationRequest, Rollout, Update, rollout,
 };
 use tokio::time::Instant;
 use tonic::{Response, Status};
@@ -13,7 +13,8 @@ use uuid::Uuid;
 
 use super::super::{label_map, proto_duration};
 use super::show;
-use crate::args::{Create, CreateUpdate, Target, Wait};
+use crate::args::values::FailureLimit;
+use crate::args::{Create, CreateUpdate, RolloutFlags, Target, Wait, WindowFlags};
 use crate::connect::{Connection, call};
 use crate::failure::{Failure, is_cut};
 use crate::follow::{End, Known, Until, follow};
@@ -55,6 +56,8 @@ async fn create(action: Action, flags: Create, connection: &Connection, out: &mu
         target: Some(target(flags.target)),
         schedule_time: flags.at.map(timestamp_of),
         expire_time: flags.expires.map(timestamp_of),
+        rollout: rollout(flags.rollout),
+        window: window(flags.window)?,
         ..Default::default()
     };
     let request = CreateOperationRequest { operation: Some(operation), request_id: Uuid::now_v7().to_string() };
@@ -66,6 +69,26 @@ pub(super) async fn retry(name: String, wait: &Wait, connection: &Connection, ou
     let request = RetryOperationRequest { name, request_id: Uuid::now_v7().to_string() };
     let created = insist(async || connection.operations().retry_operation(call(request.clone())).await).await?;
     finish(created, wait, connection, out).await
+}
+
+fn rollout(flags: RolloutFlags) -> Option<Rollout> {
+    let asked = Rollout {
+        max_in_flight: flags.max_in_flight.unwrap_or_default(),
+        canary: flags.canary.unwrap_or_default(),
+        failure_limit: flags.max_failures.map(|limit| match limit {
+            FailureLimit::Nodes(nodes) => rollout::FailureLimit::MaxFailures(nodes),
+            FailureLimit::Percent(percent) => rollout::FailureLimit::MaxFailuresPercent(percent),
+        }),
+        group_by: flags.group_by.unwrap_or_default(),
+        max_in_flight_per_group: flags.max_per_group.unwrap_or_default(),
+    };
+    (asked != Rollout::default()).then_some(asked)
+}
+
+fn window(flags: WindowFlags) -> Result<Option<MaintenanceWindow>, Failure> {
+    let Some(cron) = flags.window_cron else { return Ok(None) };
+    let duration = flags.window_duration.map(proto_duration).transpose()?;
+    Ok(Some(MaintenanceWindow { cron, duration, time_zone: flags.window_zone.unwrap_or_default() }))
 }
 
 pub(in crate::commands) fn target(target: Target) -> operation::Target {

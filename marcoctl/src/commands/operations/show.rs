@@ -2,7 +2,8 @@
 
 use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
-use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, Operation};
+use marco_proto::v1::rollout::FailureLimit;
+use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, MaintenanceWindow, Operation, Rollout};
 
 use crate::follow::Known;
 use crate::output::{ago, bytes, clean, enum_word, fields, id, labels, local, span, table, timestamp};
@@ -42,6 +43,31 @@ pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String
     table(&["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
 }
 
+fn rollout(rollout: &Rollout) -> String {
+    let mut parts = Vec::new();
+    if rollout.max_in_flight > 0 {
+        parts.push(format!("{} at once", rollout.max_in_flight));
+    }
+    if rollout.canary > 0 {
+        parts.push(format!("{} first", rollout.canary));
+    }
+    match rollout.failure_limit {
+        Some(FailureLimit::MaxFailures(nodes)) => parts.push(format!("{nodes} may fail")),
+        Some(FailureLimit::MaxFailuresPercent(percent)) => parts.push(format!("{percent}% may fail")),
+        None => {}
+    }
+    if rollout.max_in_flight_per_group > 0 {
+        parts.push(format!("{} at once of each {}", rollout.max_in_flight_per_group, rollout.group_by));
+    }
+    parts.join(", ")
+}
+
+fn window(window: &MaintenanceWindow) -> String {
+    let length = window.duration.and_then(|length| std::time::Duration::try_from(length).ok());
+    let zone = if window.time_zone.is_empty() { "UTC" } else { window.time_zone.as_str() };
+    format!("{} for {}, {zone}", window.cron, length.map(span).unwrap_or_default())
+}
+
 /// One operation.
 pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
     let (notice, message) = match &operation.action {
@@ -76,7 +102,10 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
         ("message", message),
         ("targets", targets),
         ("schedule", operation.schedule.clone()),
+        ("rollout", operation.rollout.as_ref().map(rollout).unwrap_or_default()),
+        ("window", operation.window.as_ref().map(window).unwrap_or_default()),
         ("state", operation_state(operation)),
+        ("reason", operation.state_reason.clone()),
         ("done", done_of(&operation.counts.unwrap_or_default())),
         ("starts", starts),
         ("expires", local(operation.expire_time.as_ref())),
@@ -134,6 +163,39 @@ pub(super) fn explanation(explained: &ExplainExecutionResponse) -> String {
     text
 }
 
+/// So many nodes are named where the same is true of many.
+const NODES_SHOWN: usize = 6;
+
+/// Executions of which the same is to be said, together; in the order in which they are listed.
+pub(super) fn alike(executions: &[Execution]) -> Vec<Vec<&Execution>> {
+    let key = |execution: &Execution| {
+        let reason = execution.error.as_ref().map(|error| error.reason.clone());
+        (execution.state, execution.wait_reason, execution.overdue, execution.cancel_requested, reason)
+    };
+    let mut groups: Vec<Vec<&Execution>> = Vec::new();
+    for execution in executions {
+        match groups.iter_mut().find(|group| group.first().is_some_and(|first| key(first) == key(execution))) {
+            Some(group) => group.push(execution),
+            None => groups.push(vec![execution]),
+        }
+    }
+    groups
+}
+
+/// Why these executions, of which the first was explained, are where they are.
+pub(super) fn explanation_of_all(alike: &[&Execution], first: &ExplainExecutionResponse) -> String {
+    let text = explanation(first);
+    if alike.len() < 2 {
+        return text;
+    }
+    let named: Vec<String> = alike.iter().take(NODES_SHOWN).map(|execution| clean(&id(&execution.node))).collect();
+    let more = match alike.len().saturating_sub(NODES_SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{} nodes: {}{more}; the first of them:\n{text}", alike.len(), named.join(" "))
+}
+
 /// Events, a line each.
 pub(super) fn events(events: &[Event]) -> String {
     let rows = events.iter().map(|event| {
@@ -151,4 +213,36 @@ pub(super) fn events(events: &[Event]) -> String {
         ]
     });
     table(&["#", "TIME", "NODE", "CHANGE", "BY", "REASON"], rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use marco_proto::v1::execution::{State, WaitReason};
+
+    fn pending(node: &str, reason: WaitReason) -> Execution {
+        Execution {
+            node: format!("nodes/{node}"),
+            state: State::Pending.into(),
+            wait_reason: reason.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_true_of_many_nodes_is_said_once() {
+        let mut all: Vec<Execution> =
+            (10..30).map(|number| pending(&format!("pi-{number}"), WaitReason::NoSlot)).collect();
+        all.push(pending("pi-99", WaitReason::NodeOffline));
+        let groups = alike(&all);
+        assert_eq!(groups.iter().map(Vec::len).collect::<Vec<_>>(), [20, 1]);
+        let first = ExplainExecutionResponse {
+            execution: all.first().cloned(),
+            explanation: "It waits.".to_owned(),
+            ..Default::default()
+        };
+        let text = explanation_of_all(&groups[0], &first);
+        assert!(text.starts_with("20 nodes: pi-10 pi-11 pi-12 pi-13 pi-14 pi-15 and 14 more; the first"), "{text}");
+        assert!(explanation_of_all(&groups[1], &first).starts_with("pi-10  "), "{text}");
+    }
 }

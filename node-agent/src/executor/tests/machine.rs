@@ -8,7 +8,9 @@ use async_trait::async_trait;
 
 use crate::job::State;
 use crate::journal::Journal;
-use crate::system::{Booted, Card, Down, Erase, Facts, Mode, Reboot, Refusal, Release, System, SystemError, Target};
+use crate::system::{
+    Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, System, SystemError, Target,
+};
 
 /// A machine that stays up whatever it is told.
 pub(super) struct Machine {
@@ -85,6 +87,10 @@ impl System for Machine {
     }
     async fn power_off(&self, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
         self.tell(format!("power off {:?}", self.journalled(execution)));
+        Ok(())
+    }
+    async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
+        self.tell(format!("force {down:?} {how:?} {force:?} {:?}", self.journalled(execution)));
         Ok(())
     }
     async fn preflight_update(&self) -> Result<(), Refusal> {

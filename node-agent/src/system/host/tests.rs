@@ -6,7 +6,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::{Host, HostOptions};
-use crate::system::{Booted, Down, Layout, Reboot, System};
+use crate::system::{Booted, Down, Force, Layout, Reboot, System};
 
 fn put(root: &Path, path: &str, bytes: impl AsRef<[u8]>) {
     let path = root.join(path);
@@ -24,6 +24,7 @@ fn host(root: &Path) -> Host {
     Host::new(HostOptions {
         sysroot: root.into(),
         shutdown_command: vec!["/bin/sh".into(), program.to_str().unwrap().into()],
+        force_command: Vec::new(),
         ..HostOptions::default()
     })
     .unwrap()
@@ -122,6 +123,31 @@ async fn a_trial_boot_is_prepared_before_the_command_and_forgotten_when_it_fails
     put(root.path(), "bin/shutdown.status", "1");
     assert!(host.reboot(Reboot::TryBoot, None, "").await.is_err());
     assert!(!parameter.exists());
+}
+
+#[tokio::test]
+async fn a_stronger_command_keeps_the_argument_of_the_reboot() {
+    let root = TempDir::new().unwrap();
+    let orderly = host(root.path());
+    let force_command = orderly.options.shutdown_command.clone();
+    let host = Host::new(HostOptions { force_command, ..orderly.options }).unwrap();
+    let parameter = root.path().join("run/systemd/reboot-param");
+    host.reboot(Reboot::TryBoot, None, "").await.unwrap();
+    host.force(Down::Reboot, Reboot::TryBoot, Force::Services, None).await.unwrap();
+    assert_eq!(fs::read_to_string(&parameter).unwrap(), "0 tryboot");
+    assert_eq!(said(root.path())[3..], ["reboot", "--force"]);
+    host.force(Down::Reboot, Reboot::Plain, Force::Everything, None).await.unwrap();
+    assert!(!parameter.exists());
+    host.force(Down::PowerOff, Reboot::Plain, Force::Services, None).await.unwrap();
+    assert_eq!(said(root.path())[5..], ["reboot", "--force", "--force", "poweroff", "--force"]);
+}
+
+#[tokio::test]
+async fn a_machine_with_a_shutdown_command_of_its_own_is_told_by_nothing_else() {
+    let root = TempDir::new().unwrap();
+    let host = host(root.path());
+    host.force(Down::Reboot, Reboot::TryBoot, Force::Everything, None).await.unwrap();
+    assert_eq!(said(root.path())[..2], ["-r", "now"]);
 }
 
 #[tokio::test]

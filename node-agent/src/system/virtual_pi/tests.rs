@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::log::{Event, Line};
 use super::{Options, VirtualPi};
 use crate::bootpart::{BootPart, DefaultBoot};
-use crate::system::{Erase, Mode, Reboot, System};
+use crate::system::{Down, Erase, Force, Mode, Reboot, System};
 
 const SOON: Duration = Duration::from_secs(20);
 const FAST: Options = Options { boot_time: Duration::from_millis(5), shutdown_time: Duration::from_millis(5) };
@@ -107,6 +107,22 @@ async fn a_reboot_changes_the_boot_id_and_is_logged_once() {
         (lines[1].boot_id.as_str(), lines[1].execution.as_str()),
         (first.as_str(), "operations/x/executions/pi-01")
     );
+    powered.kill().await;
+}
+
+#[tokio::test]
+async fn a_pi_that_hangs_on_its_way_down_needs_the_stronger_command_and_keeps_the_argument() {
+    let dir = TempDir::new().unwrap();
+    let mut powered = Powered::new(dir.path());
+    let first = powered.boot().await.boot_id().unwrap();
+    fs::write(powered.pi.dir().join("stuck"), "").unwrap();
+    powered.pi.reboot(Reboot::TryBoot, Some("operations/x/executions/pi-01"), "").await.unwrap();
+    assert_eq!(powered.pi.boot_id().unwrap(), first);
+    assert_eq!(events(dir.path()), [Event::Boot]);
+    let by = Some("operations/x/executions/pi-01");
+    powered.pi.force(Down::Reboot, Reboot::TryBoot, Force::Services, by).await.unwrap();
+    assert_eq!(powered.boot().await.mode(), Mode::Installer);
+    assert_eq!(events(dir.path()), [Event::Boot, Event::Reboot, Event::Boot]);
     powered.kill().await;
 }
 

@@ -1,0 +1,225 @@
+//! Rollouts: where an operation stands, who may go next, and pausing by itself.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::{ExecutionId, NodeId, OperationId};
+use sea_orm::ConnectionTrait;
+
+use super::events::{self, CONTROLLER, Happened};
+use super::executions::read_id;
+use super::operations::{self, lock};
+use super::sql::{Row, Sql, sql};
+use super::{Store, StoreError};
+use crate::rollout::{Pause, Rollout, Standing};
+
+/// How long a node must be without a stream to be believed gone: one that only lost its stream would be back within
+/// its longest delay.
+const GONE_AFTER: TimeDelta = TimeDelta::seconds(60);
+
+/// Which executions of an operation hold a slot; a value: see `Gone`.
+const IN_FLIGHT: &str = "e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') AND NOT e.overdue \
+     AND NOT (e.state IN ('ASSIGNED', 'RUNNING') AND n.id IS NOT NULL AND n.controller_id IS NULL \
+              AND n.disconnect_time IS NOT NULL AND n.disconnect_time <= ?)";
+
+/// A node that lost its stream at this time or before is gone; in microseconds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gone(i64);
+
+impl Gone {
+    /// Nobody is believed gone.
+    pub(super) const NOBODY: Self = Self(i64::MIN);
+}
+
+impl Store {
+    /// Says from when on nodes could connect. What was lost before counts from then, for after a stop of the controller
+    /// all nodes seem to be gone. Only the first call counts.
+    pub fn watch_from(&self, now: DateTime<Utc>) {
+        let _ = self.shared.watched_since.set(now);
+    }
+
+    pub(super) fn gone(&self, now: DateTime<Utc>) -> Gone {
+        let limit = now - GONE_AFTER;
+        let too_early = self.shared.watched_since.get().is_some_and(|since| limit < *since);
+        Gone(if too_early { i64::MIN } else { super::micros(limit) })
+    }
+
+    /// Pauses the running operations whose rollout says so; returns them with the reason.
+    pub async fn pause_rollouts(&self, now: DateTime<Utc>) -> Result<Vec<(OperationId, Pause)>, StoreError> {
+        let mut bad = Vec::new();
+        for row in running().all(self.reader()).await? {
+            let (id, rollout) = (operations::read_id(&row)?, row.json::<Rollout>("rollout")?);
+            if rollout.pause(&standing(self.reader(), &id, &rollout, self.gone(now)).await?).is_some() {
+                bad.push((id, rollout));
+            }
+        }
+        if bad.is_empty() {
+            return Ok(Vec::new());
+        }
+        let tx = self.begin().await?;
+        let mut held: BTreeMap<_, _> = lock(&*tx, bad.iter().map(|(id, _)| id)).await?.into_iter().collect();
+        let mut paused = Vec::new();
+        for (id, rollout) in bad {
+            let Some(from) = held.remove(&id) else { continue };
+            // One that is paused already, by an operator, or has ended.
+            let Ok(to) = from.pause() else { continue };
+            let Some(why) = rollout.pause(&standing(&*tx, &id, &rollout, self.gone(now)).await?) else { continue };
+            let reason = why.to_string();
+            sql("UPDATE operations SET state = ?, state_reason = ? WHERE id = ? AND state = ?")
+                .bind(to.as_str())
+                .bind(reason.as_str())
+                .bind(id.as_str())
+                .bind(from.as_str())
+                .run(&*tx)
+                .await?;
+            let event = Happened::to_operation(CONTROLLER, from.as_str(), to.as_str(), &reason);
+            events::record(&*tx, &id, vec![event], now).await?;
+            paused.push((id, why));
+        }
+        self.commit(tx).await?;
+        Ok(paused)
+    }
+
+    /// The executions that hold the slots for which this one waits: those of its group when the group is full, else
+    /// all in flight.
+    pub async fn slot_holders(&self, id: &ExecutionId, now: DateTime<Utc>) -> Result<Vec<ExecutionId>, StoreError> {
+        let Some(operation) = operations::find(self.reader(), &id.operation).await? else { return Ok(Vec::new()) };
+        let Some(rollout) = operation.rollout else { return Ok(Vec::new()) };
+        let own = sql("SELECT labels FROM nodes WHERE id = ?").bind(id.node.as_str()).one(self.reader()).await?;
+        let own = own.map(|row| group(&rollout, &row)).transpose()?.flatten();
+        let mut all = Vec::new();
+        for row in in_flight(&id.operation, self.gone(now)).all(self.reader()).await? {
+            all.push((read_id(&row)?, group(&rollout, &row)?));
+        }
+        let of_group: Vec<ExecutionId> =
+            all.iter().filter(|(_, group)| group.is_some() && *group == own).map(|(id, _)| id.clone()).collect();
+        let full = rollout
+            .max_in_flight_per_group
+            .is_some_and(|limit| of_group.len() >= usize::try_from(limit).unwrap_or(usize::MAX));
+        Ok(if full { of_group } else { all.into_iter().map(|(id, _)| id).collect() })
+    }
+
+    /// The execution that a node is at work on.
+    pub async fn at_work(&self, node: &NodeId) -> Result<Option<ExecutionId>, StoreError> {
+        sql("SELECT operation, node FROM executions WHERE node = ? \
+             AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .bind(node.as_str())
+        .one(self.reader())
+        .await?
+        .as_ref()
+        .map(read_id)
+        .transpose()
+    }
+}
+
+fn running() -> Sql {
+    sql("SELECT id, rollout FROM operations WHERE state = 'RUNNING' AND rollout IS NOT NULL ORDER BY id")
+}
+
+/// Where an operation stands. It is exact when the caller holds the operation's row: every change of an execution does.
+pub(super) async fn standing(
+    db: &impl ConnectionTrait,
+    id: &OperationId,
+    rollout: &Rollout,
+    gone: Gone,
+) -> Result<Standing, StoreError> {
+    let mut standing = Standing::default();
+    let counted = sql("SELECT COUNT(*) AS total, COUNT(*) FILTER (WHERE state = 'PENDING') AS pending, \
+             COUNT(*) FILTER (WHERE state = 'SUCCEEDED') AS succeeded, \
+             COUNT(*) FILTER (WHERE state IN ('FAILED', 'ROLLED_BACK') OR overdue) AS failures \
+         FROM executions WHERE operation = ?")
+    .bind(id.as_str())
+    .one(db)
+    .await?;
+    if let Some(row) = counted {
+        standing.total = row.number("total")?;
+        standing.pending = row.number("pending")?;
+        standing.succeeded = row.number("succeeded")?;
+        standing.failures = row.number("failures")?;
+    }
+    // Powered off is not vanished, and neither is a node that restarts, for this operation or another.
+    let lost = sql("SELECT o.forgiven AS forgiven, (SELECT COUNT(*) FROM executions e JOIN nodes n ON n.id = e.node \
+             WHERE e.operation = o.id AND e.present AND n.state = 'APPROVED' AND n.controller_id IS NULL \
+             AND n.disconnect_time <= ? AND NOT (o.action_kind = 'power-off' AND e.state = 'SUCCEEDED') \
+             AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node AND NOT b.overdue \
+                             AND b.state IN ('REBOOTING', 'VERIFYING'))) AS vanished \
+         FROM operations o WHERE o.id = ?")
+    .bind(gone.0)
+    .bind(id.as_str())
+    .one(db)
+    .await?;
+    if let Some(row) = lost {
+        standing.forgiven = row.number("forgiven")?;
+        standing.vanished = row.number("vanished")?;
+    }
+    for row in in_flight(id, gone).all(db).await? {
+        standing.in_flight.push(group(rollout, &row)?);
+    }
+    Ok(standing)
+}
+
+fn in_flight(id: &OperationId, gone: Gone) -> Sql {
+    sql("SELECT e.operation AS operation, e.node AS node, n.labels AS labels FROM executions e \
+         LEFT JOIN nodes n ON n.id = e.node WHERE e.operation = ? AND ")
+    .and(IN_FLIGHT)
+    .and(" ORDER BY e.node")
+    .bind(id.as_str())
+    .bind(gone.0)
+}
+
+/// The group of a node, from its column `labels`.
+pub(super) fn group(rollout: &Rollout, row: &Row) -> Result<Option<String>, StoreError> {
+    let Some(key) = &rollout.group_by else { return Ok(None) };
+    if row.maybe_text("labels")?.is_none() {
+        return Ok(None);
+    }
+    let mut labels: BTreeMap<String, String> = row.json("labels")?;
+    Ok(labels.remove(key))
+}
+
+/// Executions with the groups of their nodes.
+type Nodes = Vec<(ExecutionId, Option<String>)>;
+
+/// Of executions that could be assigned (columns `operation`, `node`, `labels`, `rollout`, in the order in which they
+/// are to go), those that may go now.
+pub(super) async fn admit(
+    db: &impl ConnectionTrait,
+    waiting: &[Row],
+    gone: Gone,
+) -> Result<Vec<ExecutionId>, StoreError> {
+    let mut operations: BTreeMap<OperationId, (Rollout, Nodes)> = BTreeMap::new();
+    for row in waiting {
+        let id = read_id(row)?;
+        if !operations.contains_key(&id.operation) {
+            operations.insert(id.operation.clone(), (row.json("rollout")?, Vec::new()));
+        }
+        if let Some((rollout, nodes)) = operations.get_mut(&id.operation) {
+            let group = group(rollout, row)?;
+            nodes.push((id, group));
+        }
+    }
+    let mut admitted = Vec::new();
+    for (id, (rollout, nodes)) in operations {
+        let (ids, groups): (Vec<ExecutionId>, Vec<Option<String>>) = nodes.into_iter().unzip();
+        let chosen = rollout.choose(&standing(db, &id, &rollout, gone).await?, &groups);
+        admitted.extend(chosen.into_iter().filter_map(|place| ids.get(place).cloned()));
+    }
+    Ok(admitted)
+}
+
+/// Notes which targets have a stream as the operation begins or goes on: only those can vanish; and how many have
+/// failed by now: those were seen. The caller holds the operation's row.
+pub(super) async fn note_beginning(tx: &impl ConnectionTrait, id: &OperationId) -> Result<(), StoreError> {
+    sql("UPDATE executions SET present = node IN (SELECT id FROM nodes WHERE controller_id IS NOT NULL) \
+         WHERE operation = ? AND EXISTS (SELECT 1 FROM operations o WHERE o.id = ? AND o.rollout IS NOT NULL)")
+    .bind(id.as_str())
+    .bind(id.as_str())
+    .run(tx)
+    .await?;
+    sql("UPDATE operations SET forgiven = (SELECT COUNT(*) FROM executions e WHERE e.operation = operations.id \
+             AND (e.state IN ('FAILED', 'ROLLED_BACK') OR e.overdue)) WHERE id = ? AND rollout IS NOT NULL")
+    .bind(id.as_str())
+    .run(tx)
+    .await?;
+    Ok(())
+}
