@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test host-test check agent
+.PHONY: help deps build demo test soak host-test check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -20,6 +20,10 @@ demo: ## Try it: a controller and three virtual Pis, updated with a real root fi
 test: deps ## Everything but the lints: unit tests, the store on both databases, fleets, real clients
 	cargo build --bins
 	cargo test --workspace
+
+soak: deps ## Schedules, virtual Pis, three controllers, and random faults for SOAK_SECONDS (600); then everything is checked
+	cargo build --bins
+	SOAK_SECONDS=$(or $(SOAK_SECONDS),600) cargo test --package integration-tests --test soak -- --nocapture
 
 host-test: ## The agent as a systemd service in a virtual machine: it registers, reboots, powers off
 	cargo build --bins

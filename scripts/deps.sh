@@ -13,6 +13,7 @@ fi
 command -v python3 >/dev/null || missing+=(python3)
 # Debian splits ensurepip from python3; other systems have it.
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
+compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || missing+=(libfaketime)
 command -v setpriv >/dev/null || missing+=(util-linux)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "install these first: ${missing[*]}" >&2; exit 1; }

@@ -51,6 +51,7 @@ pub struct Builder {
     prefix: String,
     controllers: usize,
     notifications: bool,
+    own_clocks: bool,
     shared_folders: bool,
 }
 
@@ -94,6 +95,7 @@ impl Default for Builder {
             prefix: "pi-".to_owned(),
             controllers: 1,
             notifications: true,
+            own_clocks: false,
             shared_folders: false,
         }
     }
@@ -226,6 +228,11 @@ impl Fleet {
     /// The operations, as admin.
     pub fn operations(&self) -> OperationServiceClient<Channel> {
         OperationServiceClient::new(self.channel.clone())
+    }
+
+    /// A channel with the admin's certificate.
+    pub fn admin_channel(&self) -> Channel {
+        self.channel.clone()
     }
 
     /// The nodes, as admin.

@@ -69,6 +69,15 @@ impl Postgres {
         Ok(format!("postgres://postgres@127.0.0.1:{}/{name}", self.port))
     }
 
+    /// The rows of a query on one of its databases, as JSON objects.
+    pub fn rows(&self, url: &str, query: &str) -> anyhow::Result<Vec<serde_json::Value>> {
+        let mut psql = self.program("psql")?;
+        psql.args(["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--dbname"]).arg(url);
+        let output = psql.arg(format!("--command=SELECT row_to_json(q) FROM ({query}) q")).output()?;
+        anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
     /// Stops the server at once, as an outage does; connections break.
     pub fn pause(&self) -> anyhow::Result<()> {
         run(self.program("pg_ctl")?.args(["stop", "--wait", "--mode=immediate", "--pgdata"]).arg(self.data()))

@@ -42,6 +42,7 @@ pub fn tool(name: &str) -> Result<PathBuf> {
 pub struct Recipe {
     program: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     log: PathBuf,
 }
 
@@ -55,7 +56,14 @@ pub struct Process {
 impl Recipe {
     /// A program with its arguments; standard output and error are appended to `log`.
     pub fn new(program: PathBuf, arguments: impl IntoIterator<Item = impl Into<String>>, log: PathBuf) -> Self {
-        Self { program, arguments: arguments.into_iter().map(Into::into).collect(), log }
+        let arguments = arguments.into_iter().map(Into::into).collect();
+        Self { program, arguments, environment: Vec::new(), log }
+    }
+
+    /// A variable of its environment.
+    pub fn env(mut self, name: &str, value: impl ToString) -> Self {
+        self.environment.push((name.to_owned(), value.to_string()));
+        self
     }
 
     /// Starts it.
@@ -72,13 +80,14 @@ impl Process {
         if self.child.is_some() {
             bail!("{} already runs", self.recipe.program.display());
         }
-        let Recipe { program, arguments, log } = &self.recipe;
+        let Recipe { program, arguments, environment, log } = &self.recipe;
         let log = File::options().create(true).append(true).open(log).context("the log of a process")?;
         // The kernel ends the child when the thread that started it ends, even when this test is killed.
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(program)
             .args(arguments)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .env_remove("DATABASE_URL")
             .env_remove("MARCO_DATABASE_URL")
             .env_remove("MARCO_TOKEN")

@@ -14,7 +14,7 @@ use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest};
+use marco_proto::v1::{ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest, Rollout};
 use tonic::Code;
 
 /// How long anything may take to settle: an agent backs off up to a minute.
@@ -24,6 +24,9 @@ async fn on_postgres() -> Result<Builder> {
     let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
     Ok(Fleet::builder().database(Database::Url(url)))
 }
+
+/// How long the database is away.
+const OUTAGE: Duration = seconds(60);
 
 async fn shared(controllers: usize, pis: usize, notifications: bool) -> Result<Fleet> {
     on_postgres().await?.controllers(controllers).notifications(notifications).pis(pis).start().await
@@ -142,15 +145,19 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     let ids = fleet.ids().await?;
     let (rebooting, rest) = ids.split_at(8);
     let (waiting, idle) = rest.split_at(8);
-    let operation = fleet.create(reboot(rebooting, seconds(3))).await?;
-    for id in rebooting {
-        fleet.execution_is(&operation.name, id, seconds(30), State::Running).await?;
-    }
+    let four_at_once = Some(Rollout { max_in_flight: 4, ..Rollout::default() });
+    let operation = fleet.create(Operation { rollout: four_at_once, ..reboot(rebooting, seconds(3)) }).await?;
+    wait_until(seconds(30), "the rollout is in its middle", async || {
+        let executions = fleet.executions(&operation.name).await?;
+        let running = executions.iter().filter(|execution| execution.state() == State::Running).count();
+        Ok((running == 4).then_some(()))
+    })
+    .await?;
     // These are on their way when the database goes.
-    let late = fleet.create(reboot(waiting, seconds(40))).await?;
+    let late = fleet.create(reboot(waiting, OUTAGE + seconds(20))).await?;
     server.pause()?;
     let begun = Instant::now();
-    while begun.elapsed() < seconds(20) {
+    while begun.elapsed() < OUTAGE {
         let asked = Instant::now();
         let listed = fleet.nodes().list_nodes(ListNodesRequest::default()).await.unwrap_err();
         assert_eq!(listed.code(), Code::Unavailable, "{listed:?}");

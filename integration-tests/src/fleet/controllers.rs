@@ -1,6 +1,6 @@
 //! Several controllers on one database, and what can be done to each.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use tonic::transport::Channel;
@@ -37,6 +37,12 @@ impl Builder {
         self
     }
 
+    /// Whether each controller has a clock of its own, which [`Fleet::jump_clock`] moves (with libfaketime).
+    pub fn own_clocks(mut self) -> Self {
+        self.own_clocks = true;
+        self
+    }
+
     /// Starts the controller with this number.
     pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
         let addresses =
@@ -62,7 +68,17 @@ impl Builder {
             arguments.extend(["--database-url".to_owned(), url.clone()]);
         }
         let log = dir.join(format!("{}.log", folder("controller", number)));
-        let process = Recipe::new(binary("marco-controller")?, arguments, log).start()?;
+        let mut recipe = Recipe::new(binary("marco-controller")?, arguments, log);
+        if self.own_clocks {
+            let clock = dir.join(format!("{}.clock", folder("controller", number)));
+            std::fs::write(&clock, "+0").context("a controller's clock")?;
+            recipe = recipe
+                .env("LD_PRELOAD", libfaketime()?.display())
+                .env("FAKETIME_TIMESTAMP_FILE", clock.display())
+                .env("FAKETIME_CACHE_DURATION", 1)
+                .env("FAKETIME_DONT_FAKE_MONOTONIC", 1);
+        }
+        let process = recipe.start()?;
         Ok(Member { process, addresses, channel: None })
     }
 
@@ -79,6 +95,14 @@ impl Builder {
         member.channel = Some(admin.channel(member.addresses.api)?);
         Ok(member)
     }
+}
+
+fn libfaketime() -> Result<PathBuf> {
+    let folders = std::fs::read_dir("/usr/lib").context("/usr/lib")?;
+    folders
+        .filter_map(|folder| Some(folder.ok()?.path().join("faketime/libfaketime.so.1")))
+        .find(|library| library.is_file())
+        .context("libfaketime is not installed: run `make deps` first, or `make test`")
 }
 
 /// The folder of the controller with this number: the first's has none in its name.
@@ -104,6 +128,17 @@ impl Fleet {
     /// Kills one controller (`-9`).
     pub async fn kill(&mut self, number: usize) -> Result<()> {
         self.member(number)?.kill().await
+    }
+
+    /// Starts one controller again that was killed; it is healthy some time later.
+    pub fn revive(&mut self, number: usize) -> Result<()> {
+        self.member(number)?.start()
+    }
+
+    /// Puts the clock of one controller's machine so many seconds before or behind the true time.
+    pub fn jump_clock(&self, number: usize, seconds: i64) -> Result<()> {
+        let file = self.dir().join(format!("{}.clock", folder("controller", number)));
+        std::fs::write(file, format!("{seconds:+}")).context("a controller's clock")
     }
 
     /// Stops one controller in its tracks (SIGSTOP): it holds its connections and answers nothing.

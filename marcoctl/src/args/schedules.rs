@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::values::{duration, instant};
-use super::{Paging, Target};
+use super::{Paging, RolloutFlags, Target, WindowFlags};
 
 /// What can be done with schedules.
 #[derive(Debug, Subcommand)]
@@ -20,7 +20,7 @@ Examples:
 
 The fields of a cron are minute, hour, day of month, month and day of week; a sixth, before them,
 is the second. Targets and artifacts are resolved at each fire.")]
-    Create(CreateSchedule),
+    Create(Box<CreateSchedule>),
     /// List schedules
     List(Paging),
     /// Show a schedule
@@ -98,6 +98,10 @@ pub(crate) struct CreateSchedule {
     /// Shown to logged-in users
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) message: String,
+    #[command(flatten)]
+    pub(crate) rollout: RolloutFlags,
+    #[command(flatten)]
+    pub(crate) window: WindowFlags,
     /// Each node begins up to this much later, always by the same share
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) jitter: Option<Duration>,

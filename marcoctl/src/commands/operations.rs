@@ -3,7 +3,7 @@
 mod create;
 mod show;
 
-pub(super) use create::{insist, target};
+pub(super) use create::{insist, rollout, target, window};
 pub(super) use show::operation as operation_text;
 
 use marco_proto::names::{ExecutionId, NodeId, OperationId};

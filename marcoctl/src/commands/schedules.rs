@@ -9,7 +9,7 @@ use marco_proto::v1::{
 };
 use uuid::Uuid;
 
-use super::operations::{insist, operation_text, target};
+use super::operations::{insist, operation_text, rollout, target, window};
 use super::{all_pages, proto_duration};
 use crate::args::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, OverlapArg, SchedulesCommand};
 use crate::connect::{Connection, call};
@@ -19,7 +19,7 @@ use crate::output::{Out, ago, enum_word, fields, id, labels, local, span, table,
 pub(super) async fn run(command: SchedulesCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     match command {
         SchedulesCommand::Create(flags) => {
-            let created = connection.schedules().create_schedule(call(asked(flags)?)).await?.into_inner();
+            let created = connection.schedules().create_schedule(call(asked(*flags)?)).await?.into_inner();
             out.document(&created, detail)
         }
         SchedulesCommand::List(paging) => {
@@ -103,7 +103,13 @@ fn asked(flags: CreateSchedule) -> Result<CreateScheduleRequest, Failure> {
             Action::Update(Update { image, bootcode, notice, message, ..Default::default() })
         }
     };
-    let operation = Operation { action: Some(action), target: Some(target(flags.target)), ..Default::default() };
+    let operation = Operation {
+        action: Some(action),
+        target: Some(target(flags.target)),
+        rollout: rollout(flags.rollout),
+        window: window(flags.window)?,
+        ..Default::default()
+    };
     let schedule = Schedule {
         cron: flags.cron,
         time_zone: flags.zone,

@@ -71,7 +71,7 @@ pub(super) async fn retry(name: String, wait: &Wait, connection: &Connection, ou
     finish(created, wait, connection, out).await
 }
 
-fn rollout(flags: RolloutFlags) -> Option<Rollout> {
+pub(in crate::commands) fn rollout(flags: RolloutFlags) -> Option<Rollout> {
     let asked = Rollout {
         max_in_flight: flags.max_in_flight.unwrap_or_default(),
         canary: flags.canary.unwrap_or_default(),
@@ -85,7 +85,7 @@ fn rollout(flags: RolloutFlags) -> Option<Rollout> {
     (asked != Rollout::default()).then_some(asked)
 }
 
-fn window(flags: WindowFlags) -> Result<Option<MaintenanceWindow>, Failure> {
+pub(in crate::commands) fn window(flags: WindowFlags) -> Result<Option<MaintenanceWindow>, Failure> {
     let Some(cron) = flags.window_cron else { return Ok(None) };
     let duration = flags.window_duration.map(proto_duration).transpose()?;
     Ok(Some(MaintenanceWindow { cron, duration, time_zone: flags.window_zone.unwrap_or_default() }))

@@ -1,0 +1,310 @@
+//! A soak: schedules, virtual Pis, several controllers, and everything that goes wrong in a machine room, at random. A
+//! checker then reads only the database and what each virtual Pi wrote about itself.
+//!
+//! `SOAK_SECONDS` says how long the faults last (default 60), `SOAK_SEED` repeats a run's choices.
+
+#![allow(clippy::print_stdout, reason = "what a run did is worth reading, also when it passed")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use integration_tests::fleet::{Database, reboot};
+use integration_tests::postgres::Postgres;
+use integration_tests::proxy::Direction;
+use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
+use marco_proto::v1::{CreateScheduleRequest, PauseScheduleRequest, Schedule, schedule};
+use serde_json::Value;
+
+const SCHEDULES: usize = 30;
+const PIS: usize = 50;
+const CONTROLLERS: usize = 3;
+/// A run with fewer faults says nothing.
+const FEWEST_FAULTS: usize = 30;
+/// What is frozen for longer than this has lost its sessions.
+const DEAD_AFTER: Duration = seconds(16);
+/// How long everything may take to settle when the faults are over: agents back off up to a minute.
+const SETTLE: Duration = seconds(240);
+
+/// Numbers that look random and are the same for the same seed (Knuth's MMIX generator).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let high = usize::try_from(self.0 >> 33).unwrap_or_default();
+        high % limit.max(1)
+    }
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// How often the schedule with this number fires, in seconds.
+fn period(number: usize) -> u64 {
+    match number % 7 {
+        0 => 5,
+        1 => 6,
+        2 => 10,
+        3 => 12,
+        4 => 15,
+        5 => 20,
+        _ => 30,
+    }
+}
+
+async fn create_schedules(fleet: &Fleet, ids: &[String], dice: &mut Dice) -> Result<()> {
+    let mut client = ScheduleServiceClient::new(fleet.admin_channel());
+    for number in 0..SCHEDULES {
+        let nodes: BTreeSet<&String> = (0..3).filter_map(|_| ids.get(dice.below(ids.len()))).collect();
+        let nodes: Vec<&String> = nodes.into_iter().collect();
+        let request = CreateScheduleRequest {
+            schedule: Some(Schedule {
+                cron: format!("*/{} * * * * *", period(number)),
+                time_zone: "Europe/Madrid".to_owned(),
+                operation: Some(reboot(&nodes, Duration::ZERO)),
+                overlap: schedule::Overlap::Skip.into(),
+                ..Schedule::default()
+            }),
+            schedule_id: format!("soak-{number:02}"),
+        };
+        client.create_schedule(request).await.with_context(|| format!("schedule {number}"))?;
+    }
+    Ok(())
+}
+
+async fn pause_schedules(fleet: &Fleet) -> Result<()> {
+    let mut client = ScheduleServiceClient::new(fleet.admin_channel());
+    for number in 0..SCHEDULES {
+        let request = PauseScheduleRequest { name: format!("schedules/soak-{number:02}"), reason: "over".to_owned() };
+        client.pause_schedule(request).await?;
+    }
+    Ok(())
+}
+
+/// What is broken right now.
+#[derive(Default)]
+struct Broken {
+    dead: BTreeSet<usize>,
+    frozen: BTreeMap<usize, Instant>,
+    database: Option<Instant>,
+    agents: Option<Instant>,
+}
+
+struct Soak<'a> {
+    fleet: Fleet,
+    postgres: &'a Postgres,
+    dice: Dice,
+    broken: Broken,
+    faults: BTreeMap<&'static str, usize>,
+}
+
+impl Soak<'_> {
+    fn count(&mut self, fault: &'static str) {
+        *self.faults.entry(fault).or_default() += 1;
+    }
+
+    /// One fault at random; at least one controller and the means to heal always stay.
+    async fn fault(&mut self) -> Result<()> {
+        let victim = self.dice.below(CONTROLLERS);
+        let alone = self.broken.dead.len() + self.broken.frozen.len() + 1 >= CONTROLLERS;
+        let well = !self.broken.dead.contains(&victim) && !self.broken.frozen.contains_key(&victim);
+        match self.dice.below(10) {
+            0 | 1 if well && !alone => {
+                self.fleet.kill(victim).await?;
+                self.broken.dead.insert(victim);
+                self.count("a controller killed");
+            }
+            2 if well && !alone => {
+                self.fleet.freeze(victim).await?;
+                self.broken.frozen.insert(victim, Instant::now());
+                self.count("a controller frozen");
+            }
+            3 if self.broken.database.is_none() => {
+                self.postgres.pause()?;
+                self.broken.database = Some(Instant::now());
+                self.count("the database stopped");
+            }
+            4 if self.broken.agents.is_none() => {
+                self.fleet.kill_agents().await?;
+                self.broken.agents = Some(Instant::now());
+                self.count("the agents killed");
+            }
+            5 => {
+                let direction = if self.dice.below(2) == 0 { Direction::Up } else { Direction::Down };
+                self.fleet.proxy().cut_after(direction, [u64::try_from(self.dice.below(20_000))?]);
+                self.count("a session cut in the middle");
+            }
+            6 => {
+                let hour = i64::try_from(self.dice.below(7200))? - 3600;
+                self.fleet.jump_clock(victim, hour)?;
+                self.count("a clock jumped");
+            }
+            _ => {
+                self.fleet.proxy().drop_connections();
+                self.count("all sessions cut");
+            }
+        }
+        Ok(())
+    }
+
+    /// Heals what has been broken long enough; all of it when `all`.
+    async fn heal(&mut self, all: bool) -> Result<()> {
+        if self.broken.database.is_some_and(|since| all || since.elapsed() > seconds(3)) {
+            self.postgres.resume()?;
+            self.broken.database = None;
+        }
+        let thawed: Vec<usize> = self
+            .broken
+            .frozen
+            .iter()
+            .filter(|(_, since)| all || since.elapsed() > DEAD_AFTER)
+            .map(|(number, _)| *number)
+            .collect();
+        for number in thawed {
+            self.fleet.thaw(number).await?;
+            self.broken.frozen.remove(&number);
+        }
+        if self.broken.agents.is_some_and(|since| all || since.elapsed() > seconds(2)) {
+            self.fleet.start_agents()?;
+            self.broken.agents = None;
+        }
+        // A controller cannot start while its database is away.
+        if self.broken.database.is_none() && (all || self.dice.below(3) == 0) {
+            for number in std::mem::take(&mut self.broken.dead) {
+                self.fleet.revive(number)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An instant of a schedule, as the database has it.
+fn fires_are_complete(schedules: &[Value], fires: &[Value]) -> Result<usize> {
+    let mut found: BTreeMap<&str, BTreeSet<i64>> = BTreeMap::new();
+    for fire in fires {
+        let outcome = fire["outcome"].as_str().unwrap_or_default();
+        let explained = match outcome {
+            "FIRED" => fire["operation"].is_string(),
+            "SKIPPED" | "MISSED" => !fire["reason"].as_str().unwrap_or_default().is_empty(),
+            _ => false,
+        };
+        ensure!(explained, "a fire without an operation or a reason: {fire}");
+        let time = fire["fire_time"].as_i64().context("a fire without a time")?;
+        found.entry(fire["schedule"].as_str().unwrap_or_default()).or_default().insert(time);
+    }
+    let mut checked = 0;
+    for schedule in schedules {
+        let id = schedule["id"].as_str().context("a schedule without an id")?;
+        let number: usize = id.trim_start_matches("soak-").parse()?;
+        let step = i64::try_from(period(number))? * 1_000_000;
+        let from = schedule["create_time"].as_i64().context("no create_time")?;
+        // What was due in the last moments before the pause may still have been on its way.
+        let until = schedule["update_time"].as_i64().context("no update_time")? - 3_000_000;
+        // Every minute begins anew, as the cron says; all periods divide it.
+        let mut instant = (from / step + 1) * step;
+        while instant < until {
+            let there = found.get(id).is_some_and(|times| times.contains(&instant));
+            ensure!(there, "{id} has neither a fire nor a miss for {instant}");
+            checked += 1;
+            instant += step;
+        }
+    }
+    Ok(checked)
+}
+
+/// What each node's own log says about each execution must be what the database says.
+fn logs_agree(fleet: &Fleet, executions: &[Value]) -> Result<usize> {
+    let mut reboots: BTreeMap<String, usize> = BTreeMap::new();
+    for number in 1..=PIS {
+        for line in fleet.pi(&format!("pi-{number:02}")).log()? {
+            if line.event == "reboot" {
+                *reboots.entry(line.execution.clone()).or_default() += 1;
+            }
+        }
+    }
+    for (execution, count) in &reboots {
+        ensure!(*count == 1, "{execution} was done {count} times");
+    }
+    for execution in executions {
+        let name = format!(
+            "operations/{}/executions/{}",
+            execution["operation"].as_str().unwrap_or_default(),
+            execution["node"].as_str().unwrap_or_default()
+        );
+        let done = reboots.contains_key(&name);
+        let state = execution["state"].as_str().unwrap_or_default();
+        let fits = match state {
+            "SUCCEEDED" => done,
+            // Whoever lost its journal after the reboot cannot say what became of it.
+            "FAILED" => true,
+            "CANCELLED" | "EXPIRED" | "ROLLED_BACK" => !done,
+            _ => false,
+        };
+        ensure!(
+            fits,
+            "{name} ended {state}, but the node's log says: {}",
+            if done { "rebooted" } else { "not rebooted" }
+        );
+    }
+    Ok(reboots.len())
+}
+
+#[tokio::test]
+async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
+    let length = Duration::from_secs(setting("SOAK_SECONDS", 60));
+    let seed = setting("SOAK_SEED", u64::from(std::process::id()));
+    println!("soak: {length:?} of faults, SOAK_SEED={seed}");
+    let postgres = tokio::task::spawn_blocking(Postgres::start_own).await??;
+    let url = postgres.database()?;
+    let builder = Fleet::builder().database(Database::Url(url.clone())).controllers(CONTROLLERS).own_clocks().pis(PIS);
+    let fleet = builder.boot_time(Duration::from_millis(300)).shutdown_time(Duration::from_millis(100)).start().await?;
+    let ids = fleet.ids().await?;
+    let mut dice = Dice(seed);
+    create_schedules(&fleet, &ids, &mut dice).await?;
+
+    let begun = Instant::now();
+    let mut soak = Soak { fleet, postgres: &postgres, dice, broken: Broken::default(), faults: BTreeMap::new() };
+    let mut ticks = tokio::time::interval(Duration::from_millis(900));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while begun.elapsed() < length {
+        ticks.tick().await;
+        soak.fault().await?;
+        soak.heal(false).await?;
+    }
+    soak.heal(true).await?;
+    let faults: usize = soak.faults.values().sum();
+    println!("soak: {faults} faults: {:?}", soak.faults);
+    ensure!(faults >= FEWEST_FAULTS, "only {faults} faults: the run says nothing");
+
+    let mut fleet = soak.fleet;
+    fleet.controller_is_healthy().await?;
+    let behind = "SELECT id FROM schedules WHERE next_fire < (EXTRACT(EPOCH FROM clock_timestamp()) - 1) * 1000000";
+    wait_until(SETTLE, "the schedules have caught up", async || {
+        Ok(postgres.rows(&url, behind)?.is_empty().then_some(()))
+    })
+    .await?;
+    pause_schedules(&fleet).await?;
+    let unfinished = "SELECT id FROM operations WHERE state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED')";
+    wait_until(SETTLE, "every operation has ended", async || {
+        Ok(postgres.rows(&url, unfinished)?.is_empty().then_some(()))
+    })
+    .await?;
+
+    let schedules = postgres.rows(&url, "SELECT id, create_time, update_time FROM schedules")?;
+    let fires = postgres.rows(&url, "SELECT schedule, fire_time, outcome, reason, operation FROM fires")?;
+    let executions = postgres.rows(&url, "SELECT operation, node, state FROM executions")?;
+    ensure!(schedules.len() == SCHEDULES, "{} schedules", schedules.len());
+    let instants = fires_are_complete(&schedules, &fires)?;
+    let reboots = logs_agree(&fleet, &executions)?;
+    let failed = executions.iter().filter(|execution| execution["state"] == "FAILED").count();
+    println!(
+        "soak: {instants} instants explained, {} executions, {reboots} reboots, {failed} failed",
+        executions.len()
+    );
+    ensure!(instants > 0 && reboots > 0, "nothing happened");
+    fleet.went_well();
+    Ok(())
+}
