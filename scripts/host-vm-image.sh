@@ -12,8 +12,9 @@ for program in qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap cpio:cpi
     busybox:busybox-static; do
     command -v "${program%%:*}" >/dev/null || missing+=("${program##*:}")
 done
+# The kernel is looked up below, so the lists are needed even when no program is missing.
+apt-get update -qq
 if [ ${#missing[@]} -gt 0 ]; then
-    apt-get update -qq
     # A newer qemu-utils than Debian's own qemu-system keeps that from being installed: take both from one release.
     version=$(apt-cache madison qemu-system-common | awk 'NR == 1 { print $3 }')
     apt-get install -y -qq --no-install-recommends --allow-downgrades "qemu-utils=$version" "${missing[@]}" >/dev/null
