@@ -7,6 +7,10 @@ use std::str::FromStr;
 pub const API_PORT: u16 = 1346;
 /// Port of the enrolment listener.
 pub const ENROLL_PORT: u16 = 1347;
+/// Port of the file mirror.
+pub const MIRROR_PORT: u16 = 1345;
+/// Port of the metrics, on the loopback interface.
+pub const METRICS_PORT: u16 = 9346;
 /// The DNS name that every controller certificate carries, and that agents verify whatever address they dial.
 pub const CONTROLLER_TLS_NAME: &str = "controller.marco.internal";
 /// Longest id, in bytes.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what `make test` needs and does not find: PostgreSQL, and real gRPC clients in .venv.
+# Installs what `make test` needs and does not find: PostgreSQL, real gRPC clients in .venv, and small programs.
 # An installed PostgreSQL (in PATH or where Debian puts it) and an existing .venv are used as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,7 @@ command -v python3 >/dev/null || missing+=(python3)
 # Debian splits ensurepip from python3; other systems have it.
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || missing+=(libfaketime)
+for program in busybox curl wget; do command -v $program >/dev/null || missing+=($program); done
 command -v setpriv >/dev/null || missing+=(util-linux)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "install these first: ${missing[*]}" >&2; exit 1; }

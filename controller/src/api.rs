@@ -33,6 +33,7 @@ use crate::sessions::Sessions;
 use crate::store::{AuditRow, ControllerRow, Store, StoreError};
 
 pub(crate) use artifact::remove_unneeded;
+pub(crate) use peers::fetcher;
 pub use schedule::prepare_fire;
 pub use status::{ApiError, Violation};
 

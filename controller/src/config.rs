@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use chrono::TimeDelta;
 use clap::{Args, Parser, Subcommand};
-use marco_proto::names::{API_PORT, ENROLL_PORT};
+use marco_proto::names::{API_PORT, ENROLL_PORT, MIRROR_PORT};
 use serde::Deserialize;
 
 /// How late an instant of a schedule may be found and still fire.
@@ -58,7 +58,8 @@ pub struct ServeArgs {
     /// Address where nodes enrol [default: the API's address, port 1347]
     #[arg(long, env = "MARCO_ENROLL_LISTEN", value_name = "ADDR")]
     pub enroll_listen: Option<SocketAddr>,
-    /// Address of the file mirror; accepted, and used once this version serves one
+    /// Address of the file mirror, for installers of the 2015 system [default: the API's address, port 1345, if it is
+    /// free]
     #[arg(long, env = "MARCO_MIRROR_LISTEN", value_name = "ADDR")]
     pub mirror_listen: Option<SocketAddr>,
     /// Address of the metrics; accepted, and used once this version serves them
@@ -111,6 +112,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The enrolment listener's address.
     pub enroll_listen: SocketAddr,
+    /// The file mirror's address.
+    pub mirror_listen: SocketAddr,
+    /// Whether somebody named that address: else the controller runs without a mirror when it is taken.
+    pub mirror_asked_for: bool,
     /// Instants of schedules that are found later than this are missed.
     pub missed_after: TimeDelta,
     /// Further names in the controller's certificate.
@@ -142,9 +147,7 @@ impl Config {
             Some(url) => url,
             None => format!("sqlite://{}", data_dir.join("marco.db").display()),
         };
-        if let Some(unserved) = args.mirror_listen.or(file.mirror_listen) {
-            tracing::info!(address = %unserved, "this version serves no file mirror");
-        }
+        let mirror = args.mirror_listen.or(file.mirror_listen);
         if let Some(unserved) = args.metrics_listen.or(file.metrics_listen) {
             tracing::info!(address = %unserved, "this version serves no metrics");
         }
@@ -161,6 +164,8 @@ impl Config {
             database_url,
             listen,
             enroll_listen,
+            mirror_listen: mirror.unwrap_or_else(|| SocketAddr::new(listen.ip(), MIRROR_PORT)),
+            mirror_asked_for: mirror.is_some(),
             missed_after,
             names: if args.names.is_empty() { file.name } else { args.names },
             notifications: args.notifications.or(file.notifications).unwrap_or(true),
@@ -192,6 +197,7 @@ mod tests {
         assert_eq!(config.listen.port(), 5);
         assert_eq!(config.certs.to_str(), Some("/c"));
         assert_eq!(config.enroll_listen.to_string(), "127.0.0.1:1347");
+        assert_eq!((config.mirror_listen.to_string().as_str(), config.mirror_asked_for), ("127.0.0.1:1345", false));
         assert_eq!(config.database_url, "sqlite://marco-data/marco.db");
     }
 

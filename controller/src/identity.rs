@@ -13,6 +13,8 @@ use marco_proto::names::NodeId;
 use roles::Role;
 use tls::PeerInfo;
 
+use crate::store::{Store, StoreError};
+
 /// Who makes a call, as its certificate says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
@@ -66,4 +68,35 @@ pub fn authorize<'a>(method_path: &str, caller: Option<&'a Caller>) -> Result<&'
     let caller = caller.ok_or(Denied::Unauthenticated)?;
     let allowed = roles::allowed(method_path);
     if allowed.contains(&caller.role) { Ok(caller) } else { Err(Denied::Forbidden { role: caller.role, allowed }) }
+}
+
+/// Whether a caller may read from the file mirror, by its role. Answers the caller.
+///
+/// # Errors
+/// Why not.
+pub fn authorize_mirror(caller: Option<&Caller>) -> Result<&Caller, Denied> {
+    let caller = caller.ok_or(Denied::Unauthenticated)?;
+    let allowed = roles::MIRROR;
+    if allowed.contains(&caller.role) { Ok(caller) } else { Err(Denied::Forbidden { role: caller.role, allowed }) }
+}
+
+/// What the store says of a caller's certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// Nothing against it.
+    Open,
+    /// It was revoked, or its node is quarantined or gone.
+    Barred,
+}
+
+/// Looks a caller's certificate up. Those of nodes are all recorded; those of people only when they were revoked.
+///
+/// # Errors
+/// The store's.
+pub async fn inspect(store: &Store, caller: &Caller) -> Result<Admission, StoreError> {
+    let barred = match &caller.node {
+        Some(_) => !store.unacceptable(std::slice::from_ref(&caller.serial)).await?.is_empty(),
+        None => store.certificate(&caller.serial).await?.is_some_and(|known| known.revoked()),
+    };
+    Ok(if barred { Admission::Barred } else { Admission::Open })
 }

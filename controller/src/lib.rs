@@ -9,6 +9,7 @@ pub mod clock;
 pub mod config;
 pub mod dispatcher;
 pub mod identity;
+pub mod mirror;
 pub mod operation;
 pub mod rollout;
 pub mod schedule;
@@ -36,6 +37,7 @@ use crate::dispatcher::Dispatcher;
 use crate::identity::ca::Pki;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::{Acceptor, incoming, server_builder};
+use crate::mirror::{Mirror, Patience};
 use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
 use crate::store::Store;
@@ -69,8 +71,10 @@ pub struct Controller {
     config: Config,
     api: TcpListener,
     enrolment: TcpListener,
+    mirror: Option<TcpListener>,
     api_acceptor: Acceptor,
     enrolment_acceptor: Acceptor,
+    mirror_acceptor: Acceptor,
     pki: Pki,
     anchored: Option<Arc<AnchoredClock>>,
 }
@@ -90,8 +94,10 @@ impl Controller {
         let artifacts = Artifacts::open(&config.data_dir)?;
         let api = listen(config.listen, "the API").await?;
         let enrolment = listen(config.enroll_listen, "enrolment").await?;
+        let mirror = listen_if_free(config.mirror_listen, config.mirror_asked_for, "the file mirror").await?;
         let api_acceptor = Acceptor::api(&pki, Arc::clone(&clock))?;
         let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?;
+        let mirror_acceptor = Acceptor::mirror(&pki, Arc::clone(&clock))?;
         let context = api::Context {
             store,
             sessions: Arc::new(Sessions::default()),
@@ -103,7 +109,19 @@ impl Controller {
             stop: CancellationToken::new(),
             ca: Arc::clone(&pki.ca),
         };
-        Ok(Self { context, clock, config, api, enrolment, api_acceptor, enrolment_acceptor, pki, anchored })
+        Ok(Self {
+            context,
+            clock,
+            config,
+            api,
+            enrolment,
+            mirror,
+            api_acceptor,
+            enrolment_acceptor,
+            mirror_acceptor,
+            pki,
+            anchored,
+        })
     }
 
     /// The addresses, and one line that works: what `serve` prints.
@@ -116,6 +134,8 @@ impl Controller {
         let _ = writeln!(text, "marco-controller {}", env!("CARGO_PKG_VERSION"));
         let _ = writeln!(text, "  API and agents   {}", port(&self.api));
         let _ = writeln!(text, "  enrolment        {}", port(&self.enrolment));
+        let mirror = self.mirror.as_ref().map_or_else(|| "none: its port is taken".to_owned(), port);
+        let _ = writeln!(text, "  file mirror      {mirror}");
         let _ = writeln!(text, "  data             {}", self.config.data_dir.display());
         let minted = if self.pki.minted { " (made just now, for development)" } else { "" };
         let _ = writeln!(text, "  certificates     {certs}{minted}");
@@ -147,7 +167,7 @@ impl Controller {
         // A controller that gives no sign of life loses its sessions, so the first one comes before them.
         context.store.beat(&context.controller, &address, context.clock.now()).await?;
         let mut parts = JoinSet::new();
-        let acceptors = [self.api_acceptor.clone(), self.enrolment_acceptor.clone()];
+        let acceptors = [self.api_acceptor.clone(), self.enrolment_acceptor.clone(), self.mirror_acceptor.clone()];
 
         let api =
             server_builder().layer(GateLayer).add_routes(api::routes(&context).await?).serve_with_incoming_shutdown(
@@ -160,6 +180,19 @@ impl Controller {
             servers_stop.clone().cancelled_owned(),
         );
         servers.spawn(async move { enrolment.await.context("the enrolment server failed") });
+        if let Some(listener) = self.mirror {
+            let mirror = Mirror {
+                store: context.store.clone(),
+                artifacts: Arc::clone(&context.artifacts),
+                fetch: api::fetcher(&context),
+                patience: Patience::default(),
+            };
+            let serving = mirror.serve(listener, self.mirror_acceptor, servers_stop.clone());
+            servers.spawn(async move {
+                serving.await;
+                Ok(())
+            });
+        }
 
         let dispatcher = Dispatcher::new(
             context.store.clone(),
@@ -250,7 +283,7 @@ fn preparation(context: &api::Context) -> Prepare {
 
 /// Removes uploads that nobody went on with, bytes that nothing needs any more and old events, and issues the
 /// controller's certificate again before it expires; the listeners then present the new one without a restart.
-fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 2], keep_events: TimeDelta) -> scheduler::Work {
+fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 3], keep_events: TimeDelta) -> scheduler::Work {
     let context = context.clone();
     let pki = Arc::new(Mutex::new(pki));
     Arc::new(move || {
@@ -308,6 +341,18 @@ async fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> 
             "cannot listen on {address} for {what}; is another controller running? choose another address with a flag"
         )
     })
+}
+
+/// Listens where somebody asked for it; where nobody did, only if the address is free.
+async fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::Result<Option<TcpListener>> {
+    match listen(address, what).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(error) if asked_for => Err(error),
+        Err(error) => {
+            tracing::warn!(error = format!("{error:#}"), "this controller runs without {what}");
+            Ok(None)
+        }
+    }
 }
 
 fn make_private(dir: &std::path::Path) -> anyhow::Result<()> {

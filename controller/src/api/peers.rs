@@ -1,7 +1,9 @@
 //! Bytes that this controller lacks, fetched from one that has them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use marco_proto::v1;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::download_artifact_response::Part;
@@ -15,6 +17,9 @@ use crate::store::{ArtifactRow, ControllerRow, Kind, Purpose};
 
 /// How long a caller waits for bytes that are being fetched; the fetch goes on without it, and it asks again.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How often bytes are asked for, for who cannot ask again, and the pause in between.
+const TRIES: u32 = 10;
+const PAUSE: Duration = Duration::from_secs(1);
 /// A controller that sends nothing for so long is left.
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -40,6 +45,31 @@ pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) 
         Ok(Err(_)) => Err(ApiError::Internal("fetching bytes from another controller failed".to_owned())),
         Err(_) => Err(later("the bytes are being fetched from another controller")),
     }
+}
+
+/// Fetches the bytes of an artifact; why not, in words.
+type Fetcher = Arc<dyn Fn(ArtifactRow, Digest) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+
+/// Fetches bytes for who cannot ask again, such as an installer that knows only HTTP: it waits, and then it is told why
+/// there are none.
+pub(crate) fn fetcher(context: &Context) -> Fetcher {
+    let context = context.clone();
+    Arc::new(move |row, digest| {
+        let context = context.clone();
+        Box::pin(async move {
+            let mut tries: u32 = 1;
+            loop {
+                match fetch(&context, &row, digest).await {
+                    Ok(()) => return Ok(()),
+                    Err(ApiError::Aborted { .. }) if tries < TRIES && !context.stop.is_cancelled() => {
+                        tries += 1;
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                    Err(error) => return Err(error.to_string()),
+                }
+            }
+        })
+    })
 }
 
 fn later(why: &str) -> ApiError {

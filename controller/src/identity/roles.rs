@@ -71,6 +71,9 @@ const OPERATORS: &[Role] = &[Operator, Admin];
 const PUBLISHERS: &[Role] = &[Publisher, Admin];
 const ADMINS: &[Role] = &[Admin];
 
+/// Who may read from the file mirror.
+pub const MIRROR: &[Role] = ANY;
+
 /// Who may call what. `EnrollmentService` is not here: it has a listener of its own, on which tokens and signatures
 /// count. What is not here nobody may call.
 const TABLE: &[(&str, &[Role])] = &[

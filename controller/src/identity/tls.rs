@@ -13,7 +13,7 @@ use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
-use rustls::version::TLS13;
+use rustls::version::{TLS12, TLS13};
 use rustls::{RootCertStore, ServerConfig};
 use sha2::{Digest as _, Sha256};
 use tokio_rustls::TlsAcceptor;
@@ -105,6 +105,14 @@ pub struct Acceptor {
     with_ca: bool,
 }
 
+/// What an acceptor is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Listener {
+    Api,
+    Enrolment,
+    Mirror,
+}
+
 /// The certificate cannot be used for TLS.
 #[derive(Debug, thiserror::Error)]
 #[error("the controller's certificate cannot be used for TLS")]
@@ -122,7 +130,7 @@ impl Acceptor {
     /// # Errors
     /// When the certificate and its key do not fit.
     pub fn api(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
-        Self::new(pki, clock, false)
+        Self::new(pki, clock, Listener::Api)
     }
 
     /// For enrolment: no client certificate; the chain carries the CA, so that a node can compare it with its pin.
@@ -130,32 +138,41 @@ impl Acceptor {
     /// # Errors
     /// When the certificate and its key do not fit.
     pub fn enrolment(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
-        Self::new(pki, clock, true)
+        Self::new(pki, clock, Listener::Enrolment)
     }
 
-    fn new(pki: &Pki, clock: Arc<dyn Clock>, enrolment: bool) -> Result<Self, TlsError> {
+    /// For the file mirror: a client certificate is required; TLS 1.2 too, and HTTP/1.1, for installers of the 2015
+    /// system.
+    ///
+    /// # Errors
+    /// When the certificate and its key do not fit.
+    pub fn mirror(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
+        Self::new(pki, clock, Listener::Mirror)
+    }
+
+    fn new(pki: &Pki, clock: Arc<dyn Clock>, listener: Listener) -> Result<Self, TlsError> {
         let provider = Arc::new(default_provider());
-        let presented = Arc::new(Presented(RwLock::new(certified(pki, enrolment)?)));
+        let with_ca = listener == Listener::Enrolment;
+        let presented = Arc::new(Presented(RwLock::new(certified(pki, with_ca)?)));
+        let versions: &[_] = if listener == Listener::Mirror { &[&TLS13, &TLS12] } else { &[&TLS13] };
         let builder = ServerConfig::builder_with_details(Arc::clone(&provider), Arc::new(TlsTime(clock)))
-            .with_protocol_versions(&[&TLS13])
+            .with_protocol_versions(versions)
             .map_err(TlsError::new)?;
-        let builder = if enrolment {
+        let builder = if listener == Listener::Enrolment {
             builder.with_no_client_auth()
         } else {
             let mut roots = RootCertStore::empty();
             roots.add(pki.ca.certificate_der().clone()).map_err(TlsError::new)?;
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                .allow_unauthenticated()
-                .build()
-                .map_err(TlsError::new)?;
-            builder.with_client_cert_verifier(verifier)
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            let verifier = if listener == Listener::Mirror { verifier } else { verifier.allow_unauthenticated() };
+            builder.with_client_cert_verifier(verifier.build().map_err(TlsError::new)?)
         };
         let mut config = builder.with_cert_resolver(presented.clone());
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = vec![if listener == Listener::Mirror { b"http/1.1".to_vec() } else { b"h2".to_vec() }];
         // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Self { tls: TlsAcceptor::from(Arc::new(config)), presented, with_ca: enrolment })
+        Ok(Self { tls: TlsAcceptor::from(Arc::new(config)), presented, with_ca })
     }
 
     /// Presents the controller's present certificate from now on.

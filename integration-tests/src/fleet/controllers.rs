@@ -125,6 +125,11 @@ impl Fleet {
         Ok(&mut self.controllers.get_mut(number).context("there is no such controller")?.process)
     }
 
+    /// Where the controller with this number listens.
+    pub fn addresses_of(&self, number: usize) -> Result<Addresses> {
+        Ok(self.controllers.get(number).context("no such controller")?.addresses)
+    }
+
     /// Kills one controller (`-9`).
     pub async fn kill(&mut self, number: usize) -> Result<()> {
         self.member(number)?.kill().await

@@ -1,0 +1,265 @@
+//! The file mirror of the 2015 system: images and boot files over HTTPS, as they were pushed, for who shows a client
+//! certificate. Installers of that time fetch from it with wget.
+
+mod answer;
+mod body;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use futures_util::StreamExt as _;
+use futures_util::future::BoxFuture;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use marco_proto::names::ArtifactId;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_io_timeout::TimeoutStream;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::limit::RequestBodyLimitLayer;
+use tower_http::timeout::TimeoutLayer;
+
+use crate::artifacts::{ArtifactError, Artifacts, BlobReader, Digest};
+use crate::identity::tls::{Acceptor, PeerInfo, TlsConn, incoming};
+use crate::identity::{Admission, Caller, Denied, authorize_mirror, inspect};
+use crate::store::{ArtifactRow, Kind, Store, StoreError};
+use answer::File;
+
+/// Open connections: each costs a few buffers, and a fleet that installs at once opens one for each node.
+const MAX_CONNECTIONS: usize = 4096;
+/// How long an answer may take to begin; bytes may have to come from another controller first.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
+/// Headers of a request: wget sends six.
+const MAX_HEADERS: usize = 64;
+/// Bytes of a request's head, and of an answer that wait for the connection.
+const MAX_BUFFER: usize = 256 << 10;
+/// A request has no body; whoever sends a little all the same is not worth an error.
+const MAX_BODY: usize = 4 << 10;
+/// How long downloads that are under way may go on when the controller stops; they are resumed elsewhere.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// Gets bytes here that this controller lacks; why not, in words.
+pub type Fetch = Arc<dyn Fn(ArtifactRow, Digest) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+
+type Connection = http1::Connection<TokioIo<Pin<Box<TimeoutStream<TlsConn>>>>, TowerToHyperService<Router>>;
+
+/// How patient the mirror is.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// With a connection that sends no whole request.
+    pub head: Duration,
+    /// With one that takes no bytes.
+    pub write: Duration,
+    /// How often it is asked whether a reader may still read.
+    pub recheck: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { head: Duration::from_secs(20), write: Duration::from_secs(60), recheck: Duration::from_secs(3) }
+    }
+}
+
+/// What the mirror works with.
+#[derive(Clone)]
+pub struct Mirror {
+    /// Names and certificates.
+    pub store: Store,
+    /// The bytes.
+    pub artifacts: Arc<Artifacts>,
+    /// For bytes that are elsewhere.
+    pub fetch: Fetch,
+    /// With readers.
+    pub patience: Patience,
+}
+
+/// Why there is no file.
+#[derive(Debug, thiserror::Error)]
+enum Unserved {
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    #[error("this certificate was revoked, or its node is quarantined or gone")]
+    Barred,
+    #[error("{0}")]
+    NotFound(String),
+    #[error("the bytes are not here yet: {0}; ask again")]
+    Elsewhere(String),
+    #[error("the database is not there at the moment; ask again")]
+    Database(#[source] StoreError),
+    #[error("the controller cannot read the file")]
+    Bytes(#[source] ArtifactError),
+}
+
+impl IntoResponse for Unserved {
+    fn into_response(self) -> Response {
+        let (status, retry) = match &self {
+            // The handshake took the certificate, so asking for another one would not help.
+            Self::Denied(_) | Self::Barred => (StatusCode::FORBIDDEN, false),
+            Self::NotFound(_) => (StatusCode::NOT_FOUND, false),
+            Self::Elsewhere(_) | Self::Database(_) => (StatusCode::SERVICE_UNAVAILABLE, true),
+            Self::Bytes(_) => (StatusCode::INTERNAL_SERVER_ERROR, false),
+        };
+        if matches!(self, Self::Database(_) | Self::Bytes(_)) {
+            tracing::error!(error = &*crate::chain(&self), "the mirror could not answer");
+        }
+        let mut response = (status, format!("{self}\n")).into_response();
+        if retry {
+            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("5"));
+        }
+        response
+    }
+}
+
+impl Mirror {
+    /// Serves until `stop`; downloads under way then have a few seconds.
+    pub async fn serve(self, listener: TcpListener, acceptor: Acceptor, stop: CancellationToken) {
+        let router = router(self.clone());
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let graceful = GracefulShutdown::new();
+        let mut connections = JoinSet::new();
+        let mut accepted = incoming(listener, acceptor);
+        loop {
+            // Permit and connection that were not taken are dropped on a stop, which ends them.
+            let next = tokio::select! {
+                () = stop.cancelled() => break,
+                next = async {
+                    let permit = Arc::clone(&room).acquire_owned().await.ok()?;
+                    Some((permit, accepted.next().await?))
+                } => next,
+            };
+            let Some((permit, connection)) = next else { break };
+            let Ok(connection) = connection else { continue };
+            let served = graceful.watch(self.connection(connection, &router));
+            connections.spawn(async move {
+                if let Err(error) = served.await {
+                    tracing::debug!(%error, "a connection of the mirror broke");
+                }
+                drop(permit);
+            });
+            while connections.try_join_next().is_some() {}
+        }
+        drop(accepted);
+        let _ = tokio::time::timeout(GRACE, graceful.shutdown()).await;
+        connections.shutdown().await;
+    }
+
+    fn connection(&self, connection: TlsConn, router: &Router) -> Connection {
+        let service = router.clone().layer(axum::Extension(connection.peer().clone()));
+        let mut stream = TimeoutStream::new(connection);
+        stream.set_write_timeout(Some(self.patience.write));
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(self.patience.head)
+            .max_headers(MAX_HEADERS)
+            .max_buf_size(MAX_BUFFER)
+            .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(service))
+    }
+
+    /// A file for this caller.
+    async fn file(&self, row: ArtifactRow, content_type: &'static str) -> Result<File, Unserved> {
+        let digest = Digest::parse(&row.sha256).map_err(Unserved::Bytes)?;
+        let reader = match self.artifacts.reader(digest).await {
+            Err(ArtifactError::NotFound(_)) => {
+                (self.fetch)(row.clone(), digest).await.map_err(Unserved::Elsewhere)?;
+                self.artifacts.reader(digest).await
+            }
+            found => found,
+        };
+        let reader: BlobReader = reader.map_err(Unserved::Bytes)?;
+        Ok(File { reader, digest, modified: row.push_time.into(), content_type })
+    }
+
+    async fn find(&self, id: &str, kind: Kind) -> Result<Option<ArtifactRow>, Unserved> {
+        // What can be no id names nothing.
+        let Ok(id) = ArtifactId::parse(id) else { return Ok(None) };
+        let row = self.store.artifact(&id).await.map_err(Unserved::Database)?;
+        Ok(row.filter(|row| row.kind == kind))
+    }
+}
+
+fn router(mirror: Mirror) -> Router {
+    Router::new()
+        .route("/tar/{file}", get(image))
+        .route("/bootcode/download/{file}", get(bootcode))
+        .fallback(|| async {
+            Unserved::NotFound("there is /tar/IMAGE.tar.gz and /bootcode/download/BOOTCODE here".to_owned())
+        })
+        .layer(from_fn_with_state(mirror.clone(), gate))
+        .layer(RequestBodyLimitLayer::new(MAX_BODY))
+        .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_TIMEOUT))
+        .layer(CatchPanicLayer::new())
+        .with_state(mirror)
+}
+
+/// Who asks, and whether they may, is decided before anything is looked for.
+async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<PeerInfo>().and_then(Caller::from_peer);
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let response = match admit(&mirror, caller.as_ref()).await {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(unserved) => unserved.into_response(),
+    };
+    let status = response.status().as_u16();
+    tracing::info!(%method, path, status, caller = caller.map(|caller| caller.name), "mirror");
+    response
+}
+
+async fn admit(mirror: &Mirror, caller: Option<&Caller>) -> Result<Caller, Unserved> {
+    let caller = authorize_mirror(caller)?;
+    match inspect(&mirror.store, caller).await.map_err(Unserved::Database)? {
+        Admission::Open => Ok(caller.clone()),
+        Admission::Barred => Err(Unserved::Barred),
+    }
+}
+
+/// An image, under its id and the ending that the 2015 installer puts behind it.
+async fn image(
+    State(mirror): State<Mirror>,
+    axum::Extension(caller): axum::Extension<Caller>,
+    Path(file): Path<String>,
+    request: Request,
+) -> Result<Response, Unserved> {
+    let unknown = |why: &str| Unserved::NotFound(format!("{why}; `marcoctl artifacts list` shows what there is"));
+    let id = file.strip_suffix(".tar.gz").ok_or_else(|| unknown("an image is /tar/ID.tar.gz"))?;
+    let row = mirror.find(id, Kind::Image).await?.ok_or_else(|| unknown("there is no image of this name"))?;
+    if row.compression != "gzip" {
+        return Err(unknown("this image is no gzip tarball: push it as .tar.gz for installers of the 2015 system"));
+    }
+    let file = mirror.file(row, "application/gzip").await?;
+    Ok(file.answer(request.headers(), body::Reader { mirror, caller }))
+}
+
+/// Boot files, under their id, with or without `.zip`.
+async fn bootcode(
+    State(mirror): State<Mirror>,
+    axum::Extension(caller): axum::Extension<Caller>,
+    Path(file): Path<String>,
+    request: Request,
+) -> Result<Response, Unserved> {
+    let mut row = mirror.find(&file, Kind::Bootcode).await?;
+    if let (None, Some(id)) = (&row, file.strip_suffix(".zip")) {
+        row = mirror.find(id, Kind::Bootcode).await?;
+    }
+    let unknown = || "there are no boot files of this name; `marcoctl artifacts list` shows what there is".to_owned();
+    let row = row.ok_or_else(|| Unserved::NotFound(unknown()))?;
+    let file = mirror.file(row, "application/zip").await?;
+    Ok(file.answer(request.headers(), body::Reader { mirror, caller }))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,58 @@
+//! The bytes of an answer, read as the connection takes them.
+
+use std::io;
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures_util::stream::{Stream, try_unfold};
+use marco_proto::names::MESSAGE_SIZE;
+use tokio::time::Instant;
+
+use super::Mirror;
+use crate::artifacts::BlobReader;
+use crate::identity::{Admission, Caller, inspect};
+
+/// Who reads.
+pub(super) struct Reader {
+    pub(super) mirror: Mirror,
+    pub(super) caller: Caller,
+}
+
+struct State {
+    file: BlobReader,
+    left: Range<u64>,
+    reader: Reader,
+    checked: Instant,
+}
+
+/// A part of a file. It ends with an error, and so the connection, when the reader may not read any more.
+pub(super) fn bytes(
+    file: BlobReader,
+    range: Range<u64>,
+    reader: Reader,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+    let state = State { file, left: range, reader, checked: Instant::now() };
+    try_unfold(state, |mut state| async move {
+        if state.left.is_empty() {
+            return Ok(None);
+        }
+        if state.checked.elapsed() >= state.reader.mirror.patience.recheck {
+            state.checked = Instant::now();
+            // While the database is away, who was let in goes on.
+            if let Ok(Admission::Barred) = inspect(&state.reader.mirror.store, &state.reader.caller).await {
+                tracing::warn!(caller = state.reader.caller.name, "a download is cut: its certificate was revoked");
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+        }
+        let length = usize::try_from(state.left.end - state.left.start).unwrap_or(MESSAGE_SIZE).min(MESSAGE_SIZE);
+        let data = state.file.read_chunk(state.left.start, length).await.map_err(|error| {
+            tracing::error!(error = &*crate::chain(&error), "the artifact store failed");
+            io::Error::other(error)
+        })?;
+        if data.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        state.left.start += u64::try_from(data.len()).unwrap_or(u64::MAX);
+        Ok(Some((data, state)))
+    })
+}
