@@ -1,5 +1,5 @@
-//! The firmware of a Raspberry Pi 4 B as a pure function over its boot partitions: which partition boots, from which
-//! files, and what it silently mixes. The rules are those of the vendor's documentation of `autoboot.txt`, `config.txt`
+//! The firmware of a Raspberry Pi as a pure function over its boot partitions: which partition boots, from which files,
+//! and what it silently mixes. The rules are those of the vendor's documentation of `autoboot.txt`, `config.txt`
 //! and `tryboot` (<https://www.raspberrypi.com/documentation/computers/config_txt.html>). Where the real one would try
 //! other boot devices or guess, this one is dead: a card that only boots by luck should fail in a test.
 
@@ -7,12 +7,19 @@ use std::path::{Path, PathBuf};
 
 use marco_archive::config_txt::{Conditions, ConfigTxt, Setting};
 
-/// The filter name of this board.
-pub const MODEL: &str = "pi4";
-/// The device tree that this board takes unless its configuration names another.
-pub const DEVICE_TREE: &str = "bcm2711-rpi-4-b.dtb";
-/// The kernels that this board tries, in order, unless its configuration names one.
-const KERNELS: [&str; 4] = ["kernel8.img", "kernel7l.img", "kernel7.img", "kernel.img"];
+use crate::bootpart::render::kernels;
+
+/// What differs from board to board.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Model {
+    /// Its filter name, and what its kernels are called by.
+    pub family: &'static str,
+    /// The device tree that it takes unless its configuration names another; none for a machine that has its own.
+    pub device_tree: Option<&'static str>,
+}
+
+/// A Raspberry Pi 4 B.
+pub const PI_4: Model = Model { family: "pi4", device_tree: Some("bcm2711-rpi-4-b.dtb") };
 /// The firmware reads no more of `autoboot.txt` and of a command line.
 const SHORT_FILE: usize = 512;
 /// Where the search for a partition begins: the first FAT of the card.
@@ -59,6 +66,8 @@ pub struct Boot {
     pub kernel: PathBuf,
     /// The command line, trimmed.
     pub cmdline: String,
+    /// The device tree's path within the partition, where the board takes one.
+    pub device_tree: Option<PathBuf>,
     /// The initial RAM file systems' paths within the partition.
     pub initramfs: Vec<PathBuf>,
     /// What did not come from where the configuration said.
@@ -75,15 +84,15 @@ pub enum Mixed {
 }
 
 /// Boots with the trial flag as the last reset left it. The flag is one-shot: the caller clears it, whatever came out.
-pub fn boot(partitions: Partitions<'_>, tryboot: bool) -> Outcome {
-    match try_boot(partitions, tryboot) {
+pub fn boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Outcome {
+    match try_boot(model, partitions, tryboot) {
         Ok(boot) => Outcome::Booted(boot),
         Err(reason) => Outcome::Dead(reason),
     }
 }
 
-fn try_boot(partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
-    let mut conditions = Conditions { models: vec![MODEL.to_owned()], tryboot, boot_partition: None };
+fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
+    let mut conditions = Conditions { models: vec![model.family.to_owned()], tryboot, boot_partition: None };
     // Missing, unreadable or torn, it says nothing, and the first FAT boots.
     let autoboot = ConfigTxt::parse(&read_short(&partitions.recovery.join("autoboot.txt")).unwrap_or_default());
     let partition = match autoboot.get("boot_partition", &conditions).map(str::trim) {
@@ -99,18 +108,21 @@ fn try_boot(partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
     let config = ConfigTxt::parse(&String::from_utf8_lossy(&text));
     let get = |key| config.get(key, &conditions).map(str::trim);
 
+    let device_tree = get("device_tree").filter(|name| !name.is_empty()).or(model.device_tree);
+    let has_device_tree = |prefix| device_tree.is_none_or(|name| is_file(root, prefix, name));
+
     let mut mixed = Vec::new();
     let mut prefix = get("os_prefix").unwrap_or_default();
-    if !prefix.is_empty() && (kernel(root, prefix, get).is_none() || !is_file(root, prefix, device_tree(get))) {
+    if !prefix.is_empty() && (kernel(model, root, prefix, get).is_none() || !has_device_tree(prefix)) {
         prefix = "";
         mixed.push(Mixed::PrefixIgnored);
     }
     if !prefix.is_empty() && !is_file(root, prefix, "overlays/README") {
         mixed.push(Mixed::OverlaysFromRoot);
     }
-    let kernel = kernel(root, prefix, get).ok_or_else(|| format!("partition {partition} has no kernel"))?;
-    if !is_file(root, prefix, device_tree(get)) {
-        return Err(format!("partition {partition} has no {}", device_tree(get)));
+    let kernel = kernel(model, root, prefix, get).ok_or_else(|| format!("partition {partition} has no kernel"))?;
+    if let Some(missing) = device_tree.filter(|name| !is_file(root, prefix, name)) {
+        return Err(format!("partition {partition} has no {missing}"));
     }
     let cmdline = read_short(&root.join(format!("{prefix}{}", get("cmdline").unwrap_or("cmdline.txt"))))
         .ok_or_else(|| format!("partition {partition} has no command line"))?;
@@ -122,21 +134,23 @@ fn try_boot(partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
     if let Some(missing) = initramfs.iter().find(|file| !root.join(file).is_file()) {
         return Err(format!("partition {partition} has no {}", missing.display()));
     }
-    let prefix = prefix.to_owned();
-    Ok(Boot { partition, tryboot, prefix, kernel, cmdline: cmdline.trim().to_owned(), initramfs, mixed })
+    let device_tree = device_tree.map(|name| PathBuf::from(format!("{prefix}{name}")));
+    let (prefix, cmdline) = (prefix.to_owned(), cmdline.trim().to_owned());
+    Ok(Boot { partition, tryboot, prefix, kernel, cmdline, device_tree, initramfs, mixed })
 }
 
-fn device_tree<'a>(get: impl Fn(&'static str) -> Option<&'a str>) -> &'a str {
-    get("device_tree").filter(|name| !name.is_empty()).unwrap_or(DEVICE_TREE)
-}
-
-fn kernel<'a>(root: &Path, prefix: &str, get: impl Fn(&'static str) -> Option<&'a str>) -> Option<PathBuf> {
+fn kernel<'a>(
+    model: &Model,
+    root: &Path,
+    prefix: &str,
+    get: impl Fn(&'static str) -> Option<&'a str>,
+) -> Option<PathBuf> {
     let path = |name: &str| is_file(root, prefix, name).then(|| PathBuf::from(format!("{prefix}{name}")));
     if let Some(name) = get("kernel").filter(|name| !name.is_empty()) {
         return path(name);
     }
-    let skipped = usize::from(get("arm_64bit") == Some("0"));
-    KERNELS.iter().skip(skipped).find_map(|name| path(name))
+    let names = kernels(model.family).iter().filter(|name| !(get("arm_64bit") == Some("0") && **name == "kernel8.img"));
+    names.copied().find_map(path)
 }
 
 /// Whether the file is there and has something in it. The prefix is put before the name as it is, as the firmware does.

@@ -89,7 +89,8 @@ impl VirtualPi {
             woken => return Ok(woken),
         }
         let card = self.card();
-        let outcome = firmware::boot(Partitions { recovery: &card.recovery, boot: &card.boot }, tryboot);
+        let partitions = Partitions { recovery: &card.recovery, boot: &card.boot };
+        let outcome = firmware::boot(&firmware::PI_4, partitions, tryboot);
         let outcome = match outcome {
             Outcome::Booted(boot) if boot.partition != 1 => match tree::cannot_come_up(&card.root, &boot, &self.id) {
                 Some(reason) => Outcome::Dead(reason),

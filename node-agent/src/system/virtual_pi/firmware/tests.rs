@@ -2,7 +2,7 @@ use std::fs;
 
 use tempfile::TempDir;
 
-use super::{Boot, Mixed, Outcome, Partitions, boot};
+use super::{Boot, Mixed, Model, Outcome, PI_4, Partitions, boot};
 
 const AUTOBOOT: &str = "[all]\ntryboot_a_b=1\nboot_partition=4\n[tryboot]\nboot_partition=1\n";
 
@@ -35,8 +35,12 @@ impl Card {
     }
 
     fn boot(&self, tryboot: bool) -> Outcome {
+        self.boot_on(&PI_4, tryboot)
+    }
+
+    fn boot_on(&self, model: &Model, tryboot: bool) -> Outcome {
         let (recovery, system) = (self.0.path().join("p1"), self.0.path().join("p4"));
-        boot(Partitions { recovery: &recovery, boot: &system }, tryboot)
+        boot(model, Partitions { recovery: &recovery, boot: &system }, tryboot)
     }
 
     fn booted(&self, tryboot: bool) -> Boot {
@@ -194,4 +198,20 @@ fn a_partition_that_is_not_fat_is_dead() {
     let card = Card::new();
     card.put("p1/autoboot.txt", "boot_partition=2\n");
     assert!(card.dead(false).contains("not FAT"));
+}
+
+#[test]
+fn each_board_takes_its_own_kernel_and_device_tree() {
+    let card = Card::new();
+    let pi3 = Model { family: "pi3", device_tree: Some("bcm2710-rpi-3-b.dtb") };
+    assert!(matches!(card.boot_on(&pi3, false), Outcome::Dead(reason) if reason.contains("bcm2710-rpi-3-b.dtb")));
+    let own = Model { family: "", device_tree: None };
+    let Outcome::Booted(boot) = card.boot_on(&own, true) else { panic!("a machine with a device tree of its own") };
+    assert_eq!((boot.prefix.as_str(), boot.device_tree), ("b1/", None));
+    assert_eq!(card.booted(true).device_tree.unwrap().to_str(), Some("b1/bcm2711-rpi-4-b.dtb"));
+    card.put("p4/kernel.img", "ARMv6");
+    card.put("p4/bcm2708-rpi-zero.dtb", "tree");
+    let zero = Model { family: "pi1", device_tree: Some("bcm2708-rpi-zero.dtb") };
+    let Outcome::Booted(boot) = card.boot_on(&zero, false) else { panic!("a Zero boots its own kernel") };
+    assert_eq!(boot.kernel.to_str(), Some("kernel.img"));
 }
