@@ -3,20 +3,21 @@
 //! Everything here blocks: call it off the runtime.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::system::Board;
 
 mod file;
 pub mod render;
+mod writable;
 
 pub(crate) use file::write_whole;
 use file::{read_json, remove_file, sha256_of_card, write_json};
+pub use writable::Writable;
 
 /// The partition could not be read, written, or did not hold what was written.
 #[derive(Debug, thiserror::Error)]
@@ -290,6 +291,9 @@ impl BootPart {
 
     /// Removes them again.
     pub fn remove_identity(&self) -> Result<(), BootError> {
+        if !IDENTITY.iter().any(|name| self.marco_dir().join(name).exists()) {
+            return Ok(());
+        }
         let _lock = self.lock()?;
         IDENTITY.iter().try_for_each(|name| remove_file(&self.marco_dir().join(name)))
     }
@@ -298,16 +302,18 @@ impl BootPart {
         self.recovery.join("marco/install.json")
     }
 
+    /// Lets files be written to the partition, which a running system has mounted for reading only: every write goes
+    /// through the same door.
+    pub fn open_for_writing(&self) -> Result<Writable, BootError> {
+        self.lock()
+    }
+
     /// Keeps out a thread of ours whose task was given up but which still writes.
-    fn lock(&self) -> Result<File, BootError> {
-        let (folder, path) = (self.marco_dir(), self.marco_dir().join("lock"));
+    fn lock(&self) -> Result<Writable, BootError> {
+        let writable = Writable::open(&self.recovery)?;
+        let folder = self.marco_dir();
         std::fs::create_dir_all(&folder).map_err(BootError::io("make", folder))?;
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
-        let locked = file.and_then(|file| {
-            rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
-            Ok(file)
-        });
-        locked.map_err(BootError::io("lock", path))
+        Ok(writable)
     }
 
     /// The set that every boot of the installer takes now.

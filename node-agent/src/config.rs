@@ -22,6 +22,7 @@ const DEFAULT_LOG: &str = "info";
 #[command(
     name = "marco-agent",
     version,
+    long_version = crate::install::LONG_VERSION,
     after_help = "What is set where: defaults < configuration file < MARCO_* variables < options.\n\n\
                   To let a Pi in: `marcoctl tokens create` on the operator's side, then here\n  \
                   marco-agent enroll --controller HOST --token-file FILE\n  \
@@ -204,6 +205,12 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_program_says_when_it_was_built() {
+        let text = Cli::command().render_long_version();
+        assert!(text.contains("marco-agent was built at 1"), "{text}");
     }
 
     #[test]

@@ -105,6 +105,8 @@ pub struct Executor {
     boot_id: String,
     board: Board,
     settings: Settings,
+    /// Since when an installation has failed for good, and nothing else has come.
+    failed: std::sync::Mutex<Option<tokio::time::Instant>>,
 }
 
 impl std::fmt::Debug for Executor {
@@ -122,7 +124,7 @@ impl Executor {
         settings: Settings,
     ) -> Result<Self, SystemError> {
         let (boot_id, board) = (system.boot_id()?, system.facts()?.board);
-        Ok(Self { system, journal, downloader, boot_id, board, settings })
+        Ok(Self { system, journal, downloader, boot_id, board, settings, failed: std::sync::Mutex::default() })
     }
 
     /// Draws the conclusions from the boot itself: what succeeded, failed or was rolled back by it. To be called before
@@ -152,7 +154,13 @@ impl Executor {
             // Dropping the wait loses nothing: the journal keeps what it waits for.
             let waited = tokio::select! {
                 () = stop.cancelled() => return,
-                waited = changes.wait_for(|entries| entries.unfinished().is_some()) => waited.map(|_| ()),
+                waited = changes.wait_for(|entries| entries.unfinished().is_some()) => Some(waited.map(|_| ())),
+                () = self.patience_is_over() => None,
+            };
+            *self.failed_since() = None;
+            let Some(waited) = waited else {
+                self.give_up().await;
+                continue;
             };
             if waited.is_err() {
                 return;
@@ -170,6 +178,25 @@ impl Executor {
                     () = tokio::time::sleep(Duration::from_secs(1)) => {}
                 }
             }
+        }
+    }
+
+    fn failed_since(&self) -> std::sync::MutexGuard<'_, Option<tokio::time::Instant>> {
+        self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Never, unless an installation has failed and the machine has other plans than to wait.
+    async fn patience_is_over(&self) {
+        let since = *self.failed_since();
+        match (since, self.system.gives_up_after()) {
+            (Some(since), Some(after)) => tokio::time::sleep_until(since + after).await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn give_up(&self) {
+        if let Err(error) = self.system.give_up().await {
+            tracing::error!(error = %chain(&error), "cannot do what is to be done after a failure");
         }
     }
 
@@ -243,6 +270,7 @@ impl Executor {
                     self.withdraw(execution).await;
                 }
                 self.journal.fail(execution, failure).await?;
+                *self.failed_since() = Some(tokio::time::Instant::now());
                 self.tidy_after(entry).await;
                 Ok(())
             }
@@ -271,6 +299,7 @@ impl Executor {
                     "the new system did not come up, or did not reach the controller, in {MAX_TRIALS} trial boots; \
                      the node waits in its installer"
                 );
+                *self.failed_since() = Some(tokio::time::Instant::now());
                 self.journal.fail(execution, Failure::new("IMAGE_DID_NOT_COME_UP", message)).await
             }
             Resume::TrialFailed => {

@@ -13,10 +13,13 @@ use crate::system::rooted::Rooted;
 use crate::system::{Board, Card, Erase, Release, System, SystemError, Target, release};
 use personal::Keep;
 
+mod agent;
 mod boot_files;
 mod personal;
 mod plan;
 mod unpack;
+
+pub use agent::LONG_VERSION;
 
 /// The agent's state folder within a root.
 const STATE_DIR: &str = "var/lib/marco-agent";
@@ -123,6 +126,9 @@ impl From<BootError> for InstallError {
 
 impl From<SystemError> for InstallError {
     fn from(error: SystemError) -> Self {
+        if let SystemError::Refused(refusal) = error {
+            return Self { reason: refusal.reason, message: refusal.message, retryable: false };
+        }
         let retryable = !matches!(error, SystemError::Unsupported(_));
         Self { reason: "SYSTEM_ERROR", message: sentence(&error), retryable }
     }
@@ -219,10 +225,16 @@ impl Work<'_> {
         self.phase(Phase::Personalising);
         let release = Release { image_sha256: sha256.to_owned(), ..self.release() };
         let (personal, node) = (target.clone(), self.job.node.clone());
+        let (program, identity) = (self.system.agent_program(), self.system.identity_dir());
         let text = release.render()?;
         blocking(move || {
             let root = open(&personal)?.0;
             keep.restore(&root, &node).map_err(InstallError::disk("make the system this node's own"))?;
+            if let Some(program) = program {
+                let kept = agent::install(&root, &program).map_err(InstallError::disk("install the agent"))?;
+                tracing::info!(the_images_own = kept, "agent installed");
+                agent::identify(&root, &identity).map_err(InstallError::disk("install the node's identity"))?;
+            }
             root.write(release::ROOT_FILE, text.as_bytes(), 0o644).map_err(InstallError::disk("write the release"))
         })
         .await?;
@@ -259,6 +271,8 @@ impl Work<'_> {
 
     /// Step 4: from here on every boot is this installer, which starts over by itself. Then the card may be touched.
     async fn commit(&self, erase: Erase) -> Result<Target, InstallError> {
+        // While the old system is still what boots.
+        self.system.check_target().await?;
         self.phase(Phase::Partitioning);
         let (part, prefix) = (self.part.clone(), self.job.prefix);
         blocking(move || {

@@ -9,12 +9,16 @@ pub mod download;
 mod durable;
 pub mod executor;
 pub mod identity;
+pub mod init;
 pub mod install;
 pub mod job;
 pub mod journal;
+pub mod logbook;
+pub mod network;
 pub mod notify;
 pub mod run;
 pub mod session;
+pub mod settings;
 pub mod simulate;
 pub mod system;
 #[cfg(test)]

@@ -3,20 +3,39 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Parser as _;
 use node_agent::config::{Cli, Command, ConnectionArgs, File};
+use node_agent::logbook::Logbook;
+use node_agent::network::hook;
 use node_agent::notify::{Status, notify};
-use node_agent::run;
 use node_agent::simulate::Simulation;
+use node_agent::system::System as _;
 use node_agent::system::host::{Host, HostOptions};
+use node_agent::system::installer::Installer;
 use node_agent::system::virtual_pi::Options;
-use node_agent::system::{Mode, System};
+use node_agent::{init, network, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+/// The installer's log, beside its journal on the card.
+const LOG_FILE: &str = "install.log";
+/// How often it is written there, when something was said.
+const KEEP_LOG: Duration = Duration::from_secs(10);
+/// How often the card is looked for.
+const LOOK_FOR_CARD: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
+    if init::is_init() {
+        init::main();
+    }
+    let mut arguments = std::env::args();
+    if arguments.next().is_some_and(|name| name == hook::PROGRAM) {
+        return lease_changed(&arguments.next().unwrap_or_default());
+    }
     let cli = Cli::parse();
     match start(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -32,15 +51,30 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let file = File::read(cli.config.as_deref())?;
     let filter = file.log(cli.log.as_deref());
     let filter = tracing_subscriber::EnvFilter::try_new(&filter).with_context(|| format!("log filter {filter:?}"))?;
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal() && !init::in_initramfs();
+    let logbook = Logbook::default();
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
+    let mut set_log: SetLog = Box::new(|_| {});
+    if matches!(cli.command, Command::Install(_)) {
+        let builder = builder.with_writer(logbook.clone()).with_filter_reloading();
+        let handle = builder.reload_handle();
+        set_log = Box::new(move |filter| {
+            let set = tracing_subscriber::EnvFilter::try_new(filter).map(|filter| handle.reload(filter));
+            if !matches!(set, Ok(Ok(()))) {
+                tracing::warn!(filter, "no filter of the log");
+            }
+        });
+        builder.init();
+    } else {
+        builder.with_writer(std::io::stderr).init();
+    }
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start a runtime")?;
     let outcome = runtime.block_on(async {
         let stop = stop_on_signals()?;
         match cli.command {
-            Command::Run(args) => agent(&args, &file, Mode::Running, stop).await,
-            Command::Install(args) => agent(&args, &file, Mode::Installer, stop).await,
+            Command::Run(args) => agent(&args, &file, stop).await,
+            Command::Install(args) => installer(&args, &file, logbook, set_log, stop).await,
             // Dropping it loses nothing: the key is stored before it is used.
             Command::Enroll(args) => tokio::select! {
                 () = stop.cancelled() => bail!("interrupted"),
@@ -93,20 +127,81 @@ fn host(file: &File) -> anyhow::Result<Host> {
     })?)
 }
 
-async fn agent(args: &ConnectionArgs, file: &File, role: Mode, stop: CancellationToken) -> anyhow::Result<()> {
-    let host = Arc::new(host(file)?);
-    match (role, host.mode()) {
-        (Mode::Installer, Mode::Running) => bail!(
-            "this machine runs an installed system: `marco-agent install` works only as the program of the installer's \
-             own initramfs, because it erases the card"
-        ),
-        (Mode::Running, Mode::Installer) => bail!("this is the installer's system: start `marco-agent install`"),
-        _ => {}
+async fn agent(args: &ConnectionArgs, file: &File, stop: CancellationToken) -> anyhow::Result<()> {
+    if init::in_initramfs() {
+        bail!("this is the installer's system: start `marco-agent install`");
     }
+    let host = Arc::new(host(file)?);
     let connection = args.resolve(file)?;
     notify(Status::Ready);
     run::run(host, connection, Arc::new(|_, _| {}), stop).await?;
     Ok(())
+}
+
+/// Sets what is logged.
+type SetLog = Box<dyn Fn(&str) + Send>;
+
+/// The installer: until the machine restarts, or something is so wrong that the first process has to start it again.
+async fn installer(
+    args: &ConnectionArgs,
+    file: &File,
+    logbook: Logbook,
+    set_log: SetLog,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    if !init::in_initramfs() {
+        bail!(
+            "this machine runs an installed system: `marco-agent install` works only as the program of the installer's \
+             own initramfs, because it erases the card"
+        );
+    }
+    let Some(found) = find_card(&stop).await else { return Ok(()) };
+    logbook.keep_in(&found.state_dir().join(LOG_FILE));
+    let kept = logbook.clone();
+    found.on_going_down(move || kept.write());
+    // Dropped with this function: nothing of it must be kept.
+    let _keeping = AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(KEEP_LOG).await;
+            let logbook = logbook.clone();
+            let _ = tokio::task::spawn_blocking(move || logbook.write()).await;
+        }
+    }));
+    let settings = found.settings()?.clone();
+    if let Some(filter) = &settings.log {
+        set_log(filter);
+    }
+    let _network = AbortOnDropHandle::new(tokio::spawn(network::keep_up(settings.network)));
+    let connection = args.resolve(file)?;
+    run::run(Arc::new(found), connection, Arc::new(|_, _| {}), stop).await?;
+    Ok(())
+}
+
+/// Waits for the card: its driver may still be looking for it.
+async fn find_card(stop: &CancellationToken) -> Option<Installer> {
+    let mut last = String::new();
+    loop {
+        let problem = match Installer::find().await {
+            Ok(Some(found)) => return Some(found),
+            Ok(None) => "no card with a recovery partition yet (FAT, first partition, label RECOVERY)".to_owned(),
+            Err(error) => format!("{:#}", anyhow::Error::from(error)),
+        };
+        if problem != last {
+            tracing::warn!("{problem}");
+            last = problem;
+        }
+        tokio::select! {
+            () = stop.cancelled() => return None,
+            () = tokio::time::sleep(LOOK_FOR_CARD) => {}
+        }
+    }
+}
+
+/// What udhcpc calls: sets the interface up, and ends.
+fn lease_changed(event: &str) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| Ok(runtime.block_on(hook::main(event))?));
+    if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 async fn enroll(args: &ConnectionArgs, file: &File) -> anyhow::Result<()> {

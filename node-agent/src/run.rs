@@ -1,6 +1,6 @@
 //! One agent on one machine: identity, journal, executor and session, from start to stop.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -211,9 +211,27 @@ async fn identify(
     };
     // Also when it was enrolled before: the power may have failed between the two.
     if let Some(path) = &way.join_file {
-        JoinFile::forget_token(path)?;
+        forget_token(system, facts, path)?;
     }
     Ok((identity, held))
+}
+
+/// A running system has the recovery partition mounted for reading only.
+fn forget_token(system: &dyn System, facts: &Facts, path: &Path) -> Result<(), RunError> {
+    let refused = match JoinFile::forget_token(path) {
+        Err(JoinError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem => source,
+        other => return Ok(other?),
+    };
+    let Some(card) = system.card().filter(|card| path.starts_with(&card.recovery)) else {
+        return Err(JoinError::Io { doing: "write", path: path.to_owned(), source: refused }.into());
+    };
+    let opened = BootPart::new(&card.recovery, &facts.board).open_for_writing();
+    let _writable = opened.map_err(|error| JoinError::Io {
+        doing: "write",
+        path: path.to_owned(),
+        source: std::io::Error::other(error),
+    })?;
+    Ok(JoinFile::forget_token(path)?)
 }
 
 /// Enrols the machine unless it is; the id, and whether it is held (none: it was enrolled before).

@@ -8,14 +8,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+pub(crate) mod command;
+mod disk;
 pub mod facts;
 pub mod host;
+pub mod installer;
 pub mod release;
 pub mod rooted;
+mod test_firmware;
 pub mod virtual_pi;
+
+pub(crate) use disk::{make_read_only, make_writable};
 
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
+use rooted::Rooted;
 
 /// A machine could not be asked or told something.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +51,9 @@ pub enum SystemError {
     /// This machine cannot do that.
     #[error("{0}")]
     Unsupported(&'static str),
+    /// It will not be done, for a reason that trying again does not change.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
 }
 
 impl SystemError {
@@ -153,6 +163,10 @@ pub struct Target {
     pub boot_device: String,
     /// What fstab must call home.
     pub home_device: String,
+    /// The root's file system, as mount(8) calls it.
+    pub root_type: String,
+    /// Home's.
+    pub home_type: String,
     /// To be held by whatever writes into the target.
     pub lease: Lease,
 }
@@ -217,6 +231,17 @@ pub trait System: Send + Sync + 'static {
         Release::read(&self.root(), self.card().as_ref().map(|card| card.boot.as_path()))
     }
 
+    /// Whether the card holds a system, whoever installed it: then only somebody who says so may erase it.
+    fn holds_system(&self) -> bool {
+        Rooted::open(&self.root()).is_ok_and(|root| !root.list("").unwrap_or_default().is_empty())
+    }
+
+    /// The agent's own program, where an installation has to put it into the new root together with the node's
+    /// identity; none: it is not on the card, as a virtual Pi's.
+    fn agent_program(&self) -> Option<PathBuf> {
+        None
+    }
+
     /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that.
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError>;
 
@@ -237,11 +262,27 @@ pub trait System: Send + Sync + 'static {
     /// Whether an update can be begun, before anything is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 
+    /// Whether [`prepare_target`](Self::prepare_target) can work on this card. Nothing is written.
+    async fn check_target(&self) -> Result<(), SystemError> {
+        Ok(())
+    }
+
     /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError>;
 
     /// Writes everything to the card and unmounts what [`prepare_target`](Self::prepare_target) mounted.
     async fn finish_target(&self, target: Target) -> Result<(), SystemError>;
+
+    /// How long an installation that failed for good is left as it is before [`give_up`](Self::give_up); none: for ever,
+    /// waiting for the controller.
+    fn gives_up_after(&self) -> Option<Duration> {
+        None
+    }
+
+    /// Does what its owner wants of a machine whose installation failed.
+    async fn give_up(&self) -> Result<(), SystemError> {
+        Ok(())
+    }
 
     /// Tells the watchdog that the machine is alive; call it at least every ten seconds during long work.
     fn feed_watchdog(&self) {}

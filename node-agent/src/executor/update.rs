@@ -99,7 +99,10 @@ impl Executor {
         off_runtime(move || {
             recovery.write_installer_config(image.as_deref())?;
             recovery.stage_identity(&identity)?;
-            write_journal(&folder, &journal)?;
+            {
+                let _writable = recovery.open_for_writing()?;
+                write_journal(&folder, &journal)?;
+            }
             recovery.write_job(&job)?;
             recovery.name_for_tryboot(prefix)?;
             Ok(())
@@ -321,8 +324,11 @@ impl Executor {
             if folder.join("install.json").exists() {
                 recovery.clear_job()?;
             }
+            if recovery.marco_dir().join(journal::FILE_NAME).exists() {
+                let _writable = recovery.open_for_writing()?;
+                remove(&folder.join(journal::FILE_NAME));
+            }
             recovery.remove_identity()?;
-            remove(&folder.join(journal::FILE_NAME));
             if downloads.exists() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }

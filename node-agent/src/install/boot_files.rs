@@ -60,7 +60,7 @@ fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) ->
 pub(super) fn fit(boot: &Rooted, target: &Target) -> std::result::Result<(), InstallError> {
     let read = boot.read("cmdline.txt").map_err(InstallError::disk("read cmdline.txt"))?;
     let text = read.ok_or_else(|| InstallError::not_a_system("the boot files have no cmdline.txt"))?;
-    let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device);
+    let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
     boot.write("cmdline.txt", text.as_bytes(), 0o755).map_err(InstallError::disk("write cmdline.txt"))
 }
 

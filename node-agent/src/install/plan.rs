@@ -48,13 +48,17 @@ fn entries(fstab: &str) -> impl Iterator<Item = (&str, &str)> {
 }
 
 /// The kernel's command line for this card: our root, our root's file system, and no first-boot resizer.
-pub(super) fn cmdline(text: &str, root_device: &str) -> String {
+pub(super) fn cmdline(text: &str, root_device: &str, root_type: &str) -> String {
+    let kind = format!("rootfstype={root_type}");
     let mut words: Vec<String> = text
         .split_whitespace()
         .filter(|word| *word != "resize" && !word.starts_with("root="))
         .filter(|word| !(word.starts_with("init=") && RESIZERS.iter().any(|program| word.contains(program))))
-        .map(|word| if word.starts_with("rootfstype=") { "rootfstype=ext4".to_owned() } else { word.to_owned() })
+        .map(|word| if word.starts_with("rootfstype=") { kind.clone() } else { word.to_owned() })
         .collect();
+    if root_type != "ext4" && !words.contains(&kind) {
+        words.push(kind);
+    }
     words.push(format!("root={root_device}"));
     if !words.iter().any(|word| word == "rootwait") {
         words.push("rootwait".into());
@@ -65,9 +69,9 @@ pub(super) fn cmdline(text: &str, root_device: &str) -> String {
 /// The image's fstab with root, boot and home on this card. Its options are kept; everything else stays as it is.
 pub(super) fn fstab(text: &str, target: &Target, boot: BootMount) -> String {
     let ours = [
-        ("/", target.root_device.as_str(), "ext4", "defaults,noatime", "1"),
+        ("/", target.root_device.as_str(), target.root_type.as_str(), "defaults,noatime", "1"),
         (boot.mount_point(), target.boot_device.as_str(), "vfat", "defaults", "2"),
-        ("/home", target.home_device.as_str(), "ext4", "defaults,noatime,nofail", "2"),
+        ("/home", target.home_device.as_str(), target.home_type.as_str(), "defaults,noatime,nofail", "2"),
     ];
     let mut lines = Vec::new();
     let mut found = Vec::new();
@@ -123,6 +127,8 @@ mod tests {
             root_device: "PARTUUID=00-02".into(),
             boot_device: "PARTUUID=00-04".into(),
             home_device: "PARTUUID=00-03".into(),
+            root_type: "ext4".into(),
+            home_type: "ext4".into(),
             lease: Lease::new(()),
         }
     }
@@ -132,10 +138,19 @@ mod tests {
         let text = "console=tty1 root=PARTUUID=aa-02 rootfstype=btrfs fsck.repair=yes rootwait quiet \
                     init=/usr/lib/raspi-config/init_resize.sh\n";
         assert_eq!(
-            cmdline(text, "PARTUUID=00-02"),
+            cmdline(text, "PARTUUID=00-02", "ext4"),
             "console=tty1 rootfstype=ext4 fsck.repair=yes rootwait quiet root=PARTUUID=00-02\n"
         );
-        assert_eq!(cmdline("init=/sbin/init resize", "/dev/x"), "init=/sbin/init root=/dev/x rootwait\n");
+        assert_eq!(cmdline("init=/sbin/init resize", "/dev/x", "ext4"), "init=/sbin/init root=/dev/x rootwait\n");
+    }
+
+    #[test]
+    fn a_root_that_is_not_ext4_is_named() {
+        assert_eq!(cmdline("quiet", "/dev/x", "f2fs"), "quiet rootfstype=f2fs root=/dev/x rootwait\n");
+        let target = Target { root_type: "f2fs".into(), home_type: "btrfs".into(), ..target() };
+        let fstab = fstab("PARTUUID=aa-02 / ext4 noatime 0 1\n", &target, BootMount::Boot);
+        assert!(fstab.contains("PARTUUID=00-02 / f2fs noatime 0 1\n"), "{fstab}");
+        assert!(fstab.contains("PARTUUID=00-03 /home btrfs "), "{fstab}");
     }
 
     #[test]

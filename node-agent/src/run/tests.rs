@@ -233,7 +233,20 @@ async fn an_update_ends_in_the_new_system_and_leaves_nothing_behind() {
     let autoboot = std::fs::read_to_string(fleet.pi().join("recovery/autoboot.txt")).unwrap();
     assert!(autoboot.contains("[all]\ntryboot_a_b=1\nboot_partition=4"), "{autoboot}");
 
-    // Whatever happens to it later, it comes back by itself.
+    // Whatever happens to it later, it comes back by itself. (Once it has written down that the controller knows.)
+    let journal = fleet.pi().join("root/var/lib/marco-agent/journal.json");
+    let acknowledged = || {
+        let entries: serde_json::Value = serde_json::from_slice(&std::fs::read(&journal).ok()?).ok()?;
+        let entry = entries.get("entries")?.get(0)?;
+        (entry.get("acked")? == entry.get("sequence")?).then_some(())
+    };
+    tokio::time::timeout(Duration::from_secs(10), async {
+        while acknowledged().is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .expect("the acknowledgement is written down");
     std::fs::write(fleet.pi().join("power-cut"), "").unwrap();
     let (_session, again) = fleet.session().await;
     assert_eq!((again.mode(), again.executions), (NodeMode::Running, vec![]));

@@ -1,21 +1,25 @@
 //! The machine that the agent runs on: a Raspberry Pi, or any other Linux host, under systemd.
 //!
-//! It reboots and powers off. It refuses an update: a card gets the layout that makes updates safe from the installer
-//! only, so [`Host::card`] is none and what belongs to the installer is unsupported here.
+//! It reboots and powers off. It is updated when the installer has laid its card out: then [`Host::card`] says where the
+//! partitions are, and the recovery partition is mounted for reading only, but while something is written there. What
+//! belongs to the installer is unsupported here.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::process::Command;
 
 use super::rooted::Rooted;
+use super::test_firmware::TestFirmware;
 use super::{
     Booted, Card, Down, Erase, Facts, Force, Layout, Mode, Reboot, Refusal, System, SystemError, SystemFacts, Target,
 };
 
-mod board;
+pub(super) mod board;
+mod card;
+mod preflight;
+
+use card::FoundCard;
 
 /// No command that only talks to logind takes longer.
 const COMMAND_TIME: Duration = Duration::from_secs(30);
@@ -37,6 +41,8 @@ pub struct HostOptions {
     pub state_dir: PathBuf,
     /// The identity's folder.
     pub identity_dir: PathBuf,
+    /// Where the card's recovery partition is mounted, and its boot partition when nobody has mounted that.
+    pub mounts: PathBuf,
     /// The program for shutdown(8) and arguments that go before ours; the program by its absolute path.
     pub shutdown_command: Vec<String>,
     /// The program for systemctl(1), when shutdown(8) was not enough; empty: the shutdown command once more, which is
@@ -50,6 +56,7 @@ impl Default for HostOptions {
             sysroot: "/".into(),
             state_dir: "/var/lib/marco-agent".into(),
             identity_dir: "/var/lib/marco-agent".into(),
+            mounts: "/run/marco-agent".into(),
             shutdown_command: vec!["/sbin/shutdown".into()],
             force_command: vec!["/bin/systemctl".into()],
         }
@@ -60,6 +67,8 @@ impl Default for HostOptions {
 #[derive(Debug)]
 pub struct Host {
     options: HostOptions,
+    test: Option<TestFirmware>,
+    card: FoundCard,
 }
 
 impl Host {
@@ -71,7 +80,8 @@ impl Host {
         if options.shutdown_command.first().is_none_or(|program| !program.starts_with('/')) {
             return Err(SystemError::Invalid("shutdown_command must begin with the absolute path of a program".into()));
         }
-        Ok(Self { options })
+        let test = TestFirmware::find(&options.sysroot);
+        Ok(Self { options, test, card: FoundCard::default() })
     }
 
     fn path(&self, relative: &str) -> PathBuf {
@@ -94,6 +104,9 @@ impl Host {
             Reboot::TryBoot => std::fs::write(&parameter, TRYBOOT).map_err(SystemError::io("write", &parameter))?,
             Reboot::Plain => remove(&parameter)?,
         }
+        if let Some(test) = &self.test {
+            test.announce(how);
+        }
         let done = command.await;
         if done.is_err() {
             // Whoever reboots next must not find a trial boot prepared.
@@ -103,6 +116,9 @@ impl Host {
     }
 
     fn layout(&self) -> Layout {
+        if self.card().is_some() {
+            return Layout::Resident;
+        }
         let stock = ["boot/firmware/config.txt", "boot/config.txt"];
         if stock.iter().any(|config| self.path(config).is_file()) { Layout::Single } else { Layout::Unknown }
     }
@@ -111,23 +127,16 @@ impl Host {
 #[async_trait]
 impl System for Host {
     fn boot_id(&self) -> Result<String, SystemError> {
-        let path = self.path("proc/sys/kernel/random/boot_id");
-        let text = std::fs::read_to_string(&path).map_err(SystemError::io("read", path))?;
-        Ok(text.trim().to_owned())
+        boot_id(&self.options.sysroot)
     }
 
     fn facts(&self) -> Result<Facts, SystemError> {
-        let uname = rustix::system::uname();
         let root = Rooted::open(&self.options.sysroot).map_err(SystemError::io("open", &self.options.sysroot))?;
-        let system = SystemFacts {
-            kernel_arch: uname.machine().to_string_lossy().into_owned(),
-            userspace_arch: std::env::consts::ARCH.to_owned(),
-            page_size: u32::try_from(rustix::param::page_size()).unwrap_or_default(),
-            kernel_release: uname.release().to_string_lossy().into_owned(),
-            os: super::facts::pretty_name(&root).unwrap_or_default(),
-            layout: self.layout(),
-        };
-        Ok(Facts { board: board::read(&self.options.sysroot), system })
+        let os = super::facts::pretty_name(&root).unwrap_or_default();
+        let system = SystemFacts { os, layout: self.layout(), ..kernel_facts() };
+        let board = board::read(&self.options.sysroot);
+        let board = self.test.as_ref().map_or(board.clone(), |test| test.board(board));
+        Ok(Facts { board, system })
     }
 
     fn mode(&self) -> Mode {
@@ -135,12 +144,12 @@ impl System for Host {
     }
 
     fn booted(&self) -> Option<Booted> {
-        let number = |name| board::cell(&self.path("proc/device-tree/chosen/bootloader").join(name));
-        Some(Booted { partition: number("partition")?, tryboot: number("tryboot")? != 0 })
+        self.test.as_ref().map_or_else(|| board::booted(&self.options.sysroot), |test| Some(test.booted))
     }
 
     fn card(&self) -> Option<Card> {
-        None
+        // Another root than this machine's own is a test's: it has no disk.
+        if self.options.sysroot == Path::new("/") { self.card.get(&self.options.mounts) } else { None }
     }
 
     fn root(&self) -> PathBuf {
@@ -204,9 +213,8 @@ impl System for Host {
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {
-        let message = "this card has one boot partition or none: only a card that the Marco installer has laid out can \
-                       be updated without the risk of losing the node; install it with the installer first";
-        Err(Refusal { reason: "LAYOUT_NOT_RESIDENT", message: message.into() })
+        let board = self.facts().unwrap_or_default().board;
+        preflight::check(&self.options.sysroot, &board, self.card().as_ref(), self.test.is_some())
     }
 
     async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {
@@ -232,27 +240,28 @@ fn remove(path: &Path) -> Result<(), SystemError> {
     }
 }
 
-/// Runs a program by its absolute path, with no shell, no input, and a time-out.
+/// Runs a program that only talks to logind.
 async fn run(command: &[&str]) -> Result<(), SystemError> {
-    let Some((program, arguments)) = command.split_first() else { return Ok(()) };
-    let failed = |message: String| SystemError::Command { program: (*program).to_owned(), message };
-    let child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| failed(error.to_string()))?;
-    let output = tokio::time::timeout(COMMAND_TIME, child.wait_with_output())
-        .await
-        .map_err(|_| failed(format!("no end within {} s", COMMAND_TIME.as_secs())))?
-        .map_err(|error| failed(error.to_string()))?;
-    if output.status.success() {
-        return Ok(());
+    super::command::run(command, COMMAND_TIME).await
+}
+
+/// The kernel's id of this boot.
+pub(super) fn boot_id(sysroot: &Path) -> Result<String, SystemError> {
+    let path = sysroot.join("proc/sys/kernel/random/boot_id");
+    let text = std::fs::read_to_string(&path).map_err(SystemError::io("read", path))?;
+    Ok(text.trim().to_owned())
+}
+
+/// What the kernel says of itself; the rest is empty.
+pub(super) fn kernel_facts() -> SystemFacts {
+    let uname = rustix::system::uname();
+    SystemFacts {
+        kernel_arch: uname.machine().to_string_lossy().into_owned(),
+        userspace_arch: std::env::consts::ARCH.to_owned(),
+        page_size: u32::try_from(rustix::param::page_size()).unwrap_or_default(),
+        kernel_release: uname.release().to_string_lossy().into_owned(),
+        ..SystemFacts::default()
     }
-    let words: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(300).collect();
-    Err(failed(format!("{}: {words}", output.status)))
 }
 
 #[cfg(test)]

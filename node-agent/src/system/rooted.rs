@@ -167,6 +167,13 @@ impl Rooted {
         folder.sync_all()
     }
 
+    /// Puts a symbolic link in place of whatever file or link has that name.
+    pub fn link(&self, path: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
+        self.remove(path.as_ref())?;
+        let (folder, name) = self.parent(path.as_ref())?;
+        Ok(rustix::fs::symlinkat(to.as_ref(), &folder, name)?)
+    }
+
     /// Removes a file or link; nothing happens when it is not there.
     pub fn remove(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();

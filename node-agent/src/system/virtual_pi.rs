@@ -286,6 +286,8 @@ impl System for VirtualPi {
             root_device: device(2),
             boot_device: device(4),
             home_device: device(3),
+            root_type: "ext4".into(),
+            home_type: "ext4".into(),
             lease,
         })
     }

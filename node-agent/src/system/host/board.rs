@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use crate::system::Board;
+use crate::system::{Board, Booted};
 
 /// Reads what there is; what is not there stays empty, for this may be any machine.
-pub(super) fn read(sysroot: &Path) -> Board {
+pub(in crate::system) fn read(sysroot: &Path) -> Board {
     let tree = sysroot.join("proc/device-tree");
     let cpuinfo = std::fs::read_to_string(sysroot.join("proc/cpuinfo")).unwrap_or_default();
     let field = |key: &str| field(&cpuinfo, key);
@@ -20,6 +20,12 @@ pub(super) fn read(sysroot: &Path) -> Board {
         memory_bytes: memory(sysroot),
         family: revision.map(family).unwrap_or_default().to_owned(),
     }
+}
+
+/// What the firmware says it booted; nothing else is to be believed.
+pub(in crate::system) fn booted(sysroot: &Path) -> Option<Booted> {
+    let number = |name| cell(&sysroot.join("proc/device-tree/chosen/bootloader").join(name));
+    Some(Booted { partition: number("partition")?, tryboot: number("tryboot")? != 0 })
 }
 
 /// A property of the device tree that is one big-endian cell.

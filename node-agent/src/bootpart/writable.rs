@@ -1,0 +1,48 @@
+//! The one door for writes to the recovery partition. A running system has it mounted for reading only, since a FAT that
+//! is not written cannot be torn; it is mounted for writing only while this is held.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, StatVfsMountFlags};
+
+use super::BootError;
+use crate::system;
+
+/// Holds the partition open for writing, and others off.
+#[derive(Debug)]
+pub struct Writable {
+    folder: PathBuf,
+    /// It was mounted for reading only, and is again afterwards.
+    closes: bool,
+    _lock: File,
+}
+
+impl Writable {
+    /// Waits for whoever holds it.
+    pub(super) fn open(folder: &Path) -> Result<Self, BootError> {
+        let lock = File::open(folder).and_then(|file| {
+            rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
+            Ok(file)
+        });
+        let lock = lock.map_err(BootError::io("lock", folder))?;
+        let found = rustix::fs::statvfs(folder).map_err(|error| BootError::io("look at", folder)(error.into()))?;
+        let closes = found.f_flag.contains(StatVfsMountFlags::RDONLY);
+        if closes {
+            let opened = system::make_writable(folder);
+            opened.map_err(|error| BootError::io("mount for writing", folder)(std::io::Error::other(error)))?;
+        }
+        Ok(Self { folder: folder.to_owned(), closes, _lock: lock })
+    }
+}
+
+impl Drop for Writable {
+    fn drop(&mut self) {
+        if self.closes
+            && let Err(error) = system::make_read_only(&self.folder)
+        {
+            // Everything was synced where it was written; it only stays open to others.
+            tracing::warn!(error = %crate::cause::chain(&error), "recovery partition stays writable");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! `marco/install.toml` on the recovery partition: what the installer does otherwise than by default. Every key is shown
+//! in `dist/install.toml`.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+pub mod seed2015;
+
+/// Where it is on the recovery partition.
+pub const FILE: &str = "marco/install.toml";
+/// File systems that a root or home may have, and the program that makes each.
+pub const FILE_SYSTEMS: [(&str, &str); 4] =
+    [("ext4", "/sbin/mke2fs"), ("btrfs", "/sbin/mkfs.btrfs"), ("f2fs", "/sbin/mkfs.f2fs"), ("xfs", "/sbin/mkfs.xfs")];
+
+/// The settings of an installer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// The system's boot partition (p4).
+    pub boot: Boot,
+    /// The root (p2).
+    pub root: FileSystem,
+    /// Home (p3).
+    pub home: FileSystem,
+    /// The wired network.
+    pub network: Network,
+    /// What happens when an installation fails.
+    pub failure: Failure,
+    /// What to log: a level or a filter of tracing-subscriber.
+    pub log: Option<String>,
+}
+
+/// The system's boot partition.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Boot {
+    /// Its size.
+    #[serde(deserialize_with = "bytes")]
+    pub size: u64,
+    /// Further options of mkfs.vfat.
+    pub mkfs_options: Vec<String>,
+}
+
+impl Default for Boot {
+    fn default() -> Self {
+        Self { size: 512 << 20, mkfs_options: Vec::new() }
+    }
+}
+
+/// Root or home.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FileSystem {
+    /// Its size; none: two thirds of what is left for the root, but no more than 32 GiB, and the rest for home.
+    #[serde(deserialize_with = "some_bytes")]
+    pub size: Option<u64>,
+    /// Its type, one of [`FILE_SYSTEMS`].
+    #[serde(rename = "type", deserialize_with = "file_system")]
+    pub kind: String,
+    /// Further options of the program that makes it.
+    pub mkfs_options: Vec<String>,
+}
+
+impl Default for FileSystem {
+    fn default() -> Self {
+        Self { size: None, kind: "ext4".into(), mkfs_options: Vec::new() }
+    }
+}
+
+/// The wired network.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Network {
+    /// The interface; none: every wired one that has a carrier.
+    pub interface: Option<String>,
+    /// A fixed address with its prefix length, for example `10.0.0.5/24`; none: DHCP.
+    pub address: Option<String>,
+    /// The router, with a fixed address.
+    pub gateway: Option<IpAddr>,
+    /// Name servers, with a fixed address.
+    pub dns: Vec<IpAddr>,
+}
+
+/// What happens when an installation fails, or the installer itself cannot go on.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Failure {
+    /// What to do then.
+    pub policy: Policy,
+    /// How long the failure stays, for whoever looks at the screen or asks the controller, before it is done.
+    #[serde(deserialize_with = "time")]
+    pub after: Duration,
+}
+
+impl Default for Failure {
+    fn default() -> Self {
+        Self { policy: Policy::Retry, after: Duration::from_secs(60) }
+    }
+}
+
+/// What to do after a failure.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// What may end otherwise is tried again, with growing pauses; else the node waits for its controller.
+    #[default]
+    Retry,
+    /// Restart.
+    Reboot,
+    /// Power off.
+    PowerOff,
+    /// A shell on the console, where the initramfs has one; else as `retry`.
+    Shell,
+}
+
+/// The settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The file cannot be read.
+    #[error("cannot read {FILE}")]
+    Read(#[source] std::io::Error),
+    /// The file says what it may not.
+    #[error("{FILE} is wrong: {0}")]
+    Wrong(String),
+}
+
+impl Settings {
+    /// Reads the file of this recovery partition; the defaults when there is none.
+    pub fn read(recovery: &Path) -> Result<Self, SettingsError> {
+        match std::fs::read_to_string(recovery.join(FILE)) {
+            Ok(text) => toml::from_str(&text).map_err(|error| SettingsError::Wrong(error.to_string())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(SettingsError::Read(error)),
+        }
+    }
+}
+
+/// A number of bytes: `512MiB`, `8GiB`, `1TiB`, `4096KiB`, or plain bytes. `M`, `G` and so on are the same.
+fn size(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let shift = match unit.trim().trim_end_matches("iB").to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Size {
+    Number(u64),
+    Text(String),
+}
+
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    match Size::deserialize(deserializer)? {
+        Size::Number(bytes) => Ok(bytes),
+        Size::Text(text) => {
+            let wrong = || serde::de::Error::custom(format!("{text:?} is no size, such as \"512MiB\" or \"8GiB\""));
+            size(&text).ok_or_else(wrong)
+        }
+    }
+}
+
+fn some_bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    bytes(deserializer).map(Some)
+}
+
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    humantime::parse_duration(&text).map_err(|error| serde::de::Error::custom(format!("{text:?} is no time: {error}")))
+}
+
+fn file_system<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if FILE_SYSTEMS.iter().any(|(name, _)| *name == text) {
+        return Ok(text);
+    }
+    let known: Vec<&str> = FILE_SYSTEMS.iter().map(|(name, _)| *name).collect();
+    Err(serde::de::Error::custom(format!("{text:?} is no file system that the installer makes: {}", known.join(", "))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Policy, Settings, size};
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, expected) in [("512MiB", 512 << 20), ("8GiB", 8 << 30), ("8G", 8 << 30), ("4096", 4096)] {
+            assert_eq!(size(text), Some(expected), "{text}");
+        }
+        for wrong in ["", "MiB", "8 potatoes", "99999999999TiB"] {
+            assert_eq!(size(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_and_values_are_refused() {
+        for wrong in ["sizes = 1", "[root]\ntype = \"ntfs\"", "[failure]\npolicy = \"pray\"", "[boot]\nsize = \"big\""]
+        {
+            assert!(toml::from_str::<Settings>(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_example_in_dist_shows_every_key_and_changes_nothing() {
+        let example = include_str!("../dist/install.toml");
+        assert_eq!(toml::from_str::<Settings>(example).unwrap(), Settings::default());
+        let keys: String = example
+            .lines()
+            .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let all: Settings = toml::from_str(&keys).unwrap();
+        assert_eq!((all.boot.size, all.root.size), (1 << 30, Some(16 << 30)));
+        assert!(all.home.size.is_some() && !all.root.mkfs_options.is_empty() && all.root.kind != "ext4");
+        assert!(!all.boot.mkfs_options.is_empty() && !all.home.mkfs_options.is_empty());
+        assert!(all.network.interface.is_some() && all.network.address.is_some() && all.network.gateway.is_some());
+        assert_eq!((all.network.dns.len(), all.failure.policy), (1, Policy::Reboot));
+        assert!(all.log.is_some() && all.failure.after.as_secs() == 300);
+    }
+}

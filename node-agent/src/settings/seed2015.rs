@@ -1,0 +1,75 @@
+//! `installer-config.txt`, as the 2015 system left it for its installer: lines of a shell script, which are parsed here
+//! and never run.
+
+use std::path::Path;
+
+/// In the root of the recovery partition.
+pub const FILE: &str = "installer-config.txt";
+
+/// What such a file says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seed {
+    /// The image's name, without `.tar.gz`.
+    pub image: Option<String>,
+    /// What was not understood, for a warning: a key, or a whole line.
+    pub unknown: Vec<String>,
+}
+
+impl Seed {
+    /// Reads the file of this recovery partition; one that is not there, or cannot be read, says nothing.
+    pub fn read(recovery: &Path) -> Self {
+        let bytes = std::fs::read(recovery.join(FILE)).unwrap_or_default();
+        Self::parse(&String::from_utf8_lossy(&bytes))
+    }
+
+    /// `export OS_IMG=name`, with or without quotes; comments and empty lines are skipped. A value that a shell would
+    /// expand or run is not taken.
+    pub fn parse(text: &str) -> Self {
+        let mut seed = Self::default();
+        for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
+            let assignment = line.strip_prefix("export").map_or(line, str::trim_start);
+            let Some((key, value)) = assignment.split_once('=') else {
+                seed.unknown.push(line.to_owned());
+                continue;
+            };
+            let value = value.trim().trim_end_matches(';').trim();
+            let value =
+                ['"', '\''].iter().find_map(|quote| value.strip_prefix(*quote)?.strip_suffix(*quote)).unwrap_or(value);
+            let value = value.strip_suffix(".tar.gz").unwrap_or(value);
+            let plain = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+            match key.trim() {
+                "OS_IMG" if value.is_empty() => {}
+                "OS_IMG" if plain => seed.image = Some(value.to_owned()),
+                key => seed.unknown.push(key.to_owned()),
+            }
+        }
+        seed
+    }
+
+    /// The image that the 2015 installer took when its file named none: by the board alone.
+    pub fn default_image(family: &str) -> &'static str {
+        if family == "pi1" { "ArchLinuxARM-rpi-latest" } else { "ArchLinuxARM-rpi-2-latest" }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Seed;
+
+    #[test]
+    fn the_image_is_read_and_what_is_unknown_is_named() {
+        let seed = Seed::parse("# 2015\nexport OS_IMG=ArchLinuxARM-rpi-2-latest\nexport MIRROR=1.2.3.4\nreboot now\n");
+        assert_eq!(seed.image.as_deref(), Some("ArchLinuxARM-rpi-2-latest"));
+        assert_eq!(seed.unknown, ["MIRROR", "reboot now"]);
+        for quoted in ["OS_IMG=\"a.tar.gz\"", "export OS_IMG='a'", "export OS_IMG=a;"] {
+            assert_eq!(Seed::parse(quoted).image.as_deref(), Some("a"), "{quoted}");
+        }
+    }
+
+    #[test]
+    fn nothing_that_a_shell_would_run_becomes_a_name() {
+        for line in ["export OS_IMG=$(reboot)", "OS_IMG=`id`", "OS_IMG=a/../b", "OS_IMG=", "OS_IMG=\"a b\""] {
+            assert_eq!(Seed::parse(line).image, None, "{line}");
+        }
+    }
+}

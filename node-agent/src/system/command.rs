@@ -1,0 +1,60 @@
+//! Programs of the machine: by their absolute paths, with no shell, no input, and a time-out.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::{Child, Command};
+
+use super::SystemError;
+
+/// Characters of a program's last words that are kept.
+const WORDS: usize = 300;
+
+/// Runs a program to its end. What it prints on its standard output is thrown away.
+pub(crate) async fn run(command: &[&str], time: Duration) -> Result<(), SystemError> {
+    let Some((program, arguments)) = command.split_first() else { return Ok(()) };
+    let failed = |message: String| SystemError::Command { program: (*program).to_owned(), message };
+    let child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    let output = tokio::time::timeout(time, child.wait_with_output())
+        .await
+        .map_err(|_| failed(format!("no end within {} s", time.as_secs())))?
+        .map_err(|error| failed(error.to_string()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let words: String = String::from_utf8_lossy(&output.stderr).trim().chars().take(WORDS).collect();
+    Err(failed(format!("{}: {words}", output.status)))
+}
+
+/// Starts a program that goes on until it is dropped.
+pub(crate) fn start(command: &[&str]) -> Result<Child, SystemError> {
+    let Some((program, arguments)) = command.split_first() else {
+        return Err(SystemError::Unsupported("there is no program to start"));
+    };
+    let failed =
+        |error: std::io::Error| SystemError::Command { program: (*program).to_owned(), message: error.to_string() };
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)
+}
+
+/// Runs a program on the console until whoever sits there ends it.
+pub(crate) async fn on_console(command: &[&str]) -> Result<(), SystemError> {
+    let Some((program, arguments)) = command.split_first() else { return Ok(()) };
+    let failed =
+        |error: std::io::Error| SystemError::Command { program: (*program).to_owned(), message: error.to_string() };
+    let mut child = Command::new(program).args(arguments).kill_on_drop(true).spawn().map_err(failed)?;
+    child.wait().await.map(|_| ()).map_err(failed)
+}

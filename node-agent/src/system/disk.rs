@@ -1,0 +1,257 @@
+//! The card as the kernel shows it: its table, its partitions, their file systems, and where they are mounted.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mbrman::{BOOT_INACTIVE, CHS, MBR, MBRPartitionEntry};
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use super::SystemError;
+use super::command::run;
+use crate::settings::{FILE_SYSTEMS, Settings};
+use plan::{Part, Plan, SECTOR, plan};
+
+pub(crate) mod find;
+pub(crate) mod plan;
+
+/// No file system of a card takes longer to make; discarding a large one is slow.
+const MKFS_TIME: Duration = Duration::from_secs(15 * 60);
+/// How much at the beginning of a new partition is emptied, so that nothing there is taken for a file system.
+const WIPE: usize = 1 << 20;
+/// The label of a recovery partition.
+pub(crate) const RECOVERY_LABEL: &str = "RECOVERY";
+
+/// A whole disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Disk {
+    /// Its device.
+    pub(crate) device: PathBuf,
+}
+
+impl Disk {
+    /// The device of a partition: `mmcblk0p1`, but `sda1`.
+    pub(crate) fn partition(&self, number: u32) -> PathBuf {
+        let mut name = self.device.clone().into_os_string();
+        if name.to_string_lossy().ends_with(|last: char| last.is_ascii_digit()) {
+            name.push("p");
+        }
+        name.push(number.to_string());
+        name.into()
+    }
+
+    fn open(&self, write: bool) -> Result<File, SystemError> {
+        let opened = std::fs::OpenOptions::new().read(true).write(write).open(&self.device);
+        opened.map_err(SystemError::io("open", &self.device))
+    }
+
+    /// Sectors of the device, or of the file that stands for one.
+    fn sectors(&self) -> Result<u64, SystemError> {
+        let end = self.open(false)?.seek(SeekFrom::End(0)).map_err(SystemError::io("measure", &self.device))?;
+        Ok(end / SECTOR)
+    }
+
+    /// The table; none when there is none that can be read.
+    fn table(&self) -> Result<Option<MBR>, SystemError> {
+        Ok(MBR::read_from(&mut self.open(false)?, 512).ok())
+    }
+
+    /// The partitions in its table.
+    pub(crate) fn parts(&self) -> Result<Vec<Part>, SystemError> {
+        Ok(self.table()?.as_ref().map(parts).unwrap_or_default())
+    }
+
+    /// What a partition is called that is named by its place in the table: `PARTUUID=1a2b3c4d-02`. It survives a card
+    /// that is plugged in elsewhere.
+    pub(crate) fn partuuid(&self, number: u32) -> Result<String, SystemError> {
+        let table = self.table()?.ok_or_else(|| SystemError::Invalid("the card has no partition table".into()))?;
+        Ok(format!("PARTUUID={:08x}-{number:02x}", u32::from_le_bytes(table.header.disk_signature)))
+    }
+
+    /// What has to become of the table.
+    pub(crate) fn plan(&self, settings: &Settings) -> Result<Plan, SystemError> {
+        Ok(plan(&self.parts()?, self.sectors()?, settings)?)
+    }
+
+    /// Puts the card into layout resident, unless it is; says whether it was not. Partitions that stay where they were
+    /// may be mounted, others may not.
+    pub(crate) fn partition_resident(&self, settings: &Settings) -> Result<bool, SystemError> {
+        let parts = match self.plan(settings)? {
+            Plan::Keep => {
+                self.tell_kernel(&self.parts()?)?;
+                return Ok(false);
+            }
+            Plan::Write(parts) => parts,
+        };
+        let before = self.table()?;
+        let kept = before.as_ref().map(self::parts).unwrap_or_default();
+        let mut device = self.open(true)?;
+        let failed = SystemError::io("partition", &self.device);
+        let write = || -> std::io::Result<()> {
+            for part in parts.iter().filter(|part| !kept.contains(part)) {
+                device.seek(SeekFrom::Start(part.start * SECTOR))?;
+                device.write_all(&vec![0; WIPE])?;
+            }
+            device.sync_all()?;
+            let mut signature = [0; 4];
+            getrandom::fill(&mut signature).map_err(std::io::Error::other)?;
+            if let Some(table) = before.filter(|table| table.header.disk_signature != [0; 4]) {
+                signature = table.header.disk_signature;
+            }
+            let mut table = MBR::new_from(&mut device, 512, signature).map_err(std::io::Error::other)?;
+            for part in &parts {
+                let entry = usize::try_from(part.number).ok().and_then(|number| table.get_mut(number));
+                let number = |sectors: u64| u32::try_from(sectors).map_err(std::io::Error::other);
+                if let Some(entry) = entry {
+                    *entry = MBRPartitionEntry {
+                        boot: BOOT_INACTIVE,
+                        first_chs: CHS::empty(),
+                        sys: part.kind,
+                        last_chs: CHS::empty(),
+                        starting_lba: number(part.start)?,
+                        sectors: number(part.sectors)?,
+                    };
+                }
+            }
+            table.write_into(&mut device).map_err(std::io::Error::other)?;
+            device.sync_all()
+        };
+        write().map_err(failed)?;
+        self.tell_kernel(&parts)?;
+        Ok(true)
+    }
+
+    /// Makes the kernel see these partitions. One that is mounted is never taken away, so it must be where it was.
+    fn tell_kernel(&self, parts: &[Part]) -> Result<(), SystemError> {
+        let Some(name) = find::kernel_name(&self.device) else { return Ok(()) };
+        let device = self.open(true)?;
+        let shown = find::kernel_parts(&name);
+        for old in &shown {
+            let stays = parts
+                .iter()
+                .any(|part| part.number == old.number && part.start == old.start && part.sectors == old.sectors);
+            if !stays {
+                marco_syscalls::delete_partition(&device, old.number)
+                    .map_err(SystemError::io("take the old partitions away from", &self.device))?;
+            }
+        }
+        for part in parts {
+            let seen = shown
+                .iter()
+                .any(|old| part.number == old.number && part.start == old.start && part.sectors == old.sectors);
+            if !seen {
+                marco_syscalls::add_partition(&device, part.number, part.start * SECTOR, part.sectors * SECTOR)
+                    .map_err(SystemError::io("show the kernel the partitions of", &self.device))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The four primary partitions of a table.
+fn parts(table: &MBR) -> Vec<Part> {
+    let used = |(number, entry): (usize, &MBRPartitionEntry)| {
+        let number = u32::try_from(number).ok().filter(|number| *number <= 4 && entry.is_used())?;
+        let (start, sectors) = (entry.starting_lba.into(), entry.sectors.into());
+        Some(Part { number, kind: entry.sys, start, sectors })
+    };
+    table.iter().filter_map(used).collect()
+}
+
+/// Makes a FAT.
+pub(crate) async fn make_fat(device: &Path, label: &str, options: &[String]) -> Result<(), SystemError> {
+    let device = device.to_string_lossy();
+    let mut command = vec!["/sbin/mkfs.vfat", "-F", "32", "-n", label];
+    command.extend(options.iter().map(String::as_str));
+    command.push(&device);
+    run(&command, MKFS_TIME).await
+}
+
+/// Makes a file system of one of the [`FILE_SYSTEMS`], whatever was there.
+pub(crate) async fn make(kind: &str, device: &Path, label: &str, options: &[String]) -> Result<(), SystemError> {
+    let program = FILE_SYSTEMS.iter().find(|(name, _)| *name == kind).map(|(_, program)| *program);
+    let program = program.ok_or(SystemError::Unsupported("the installer does not make that file system"))?;
+    let device = device.to_string_lossy();
+    let mut command = match kind {
+        "ext4" => vec![program, "-t", "ext4", "-F", "-q", "-L", label],
+        "f2fs" => vec![program, "-f", "-l", label],
+        _ => vec![program, "-f", "-L", label],
+    };
+    command.extend(options.iter().map(String::as_str));
+    command.push(&device);
+    run(&command, MKFS_TIME).await
+}
+
+/// The file system on a device, as mount(2) calls it; none when there is none that an installation makes.
+pub(crate) fn file_system(device: &Path) -> Option<&'static str> {
+    /// Where each says what it is: the type, the place, and the bytes there.
+    const MAGIC: [(&str, u64, &[u8]); 6] = [
+        ("ext4", 1024 + 56, &[0x53, 0xef]),
+        ("btrfs", 65536 + 64, b"_BHRfS_M"),
+        ("f2fs", 1024, &[0x10, 0x20, 0xf5, 0xf2]),
+        ("xfs", 0, b"XFSB"),
+        ("vfat", 82, b"FAT32"),
+        ("vfat", 54, b"FAT1"),
+    ];
+    let mut file = File::open(device).ok()?;
+    MAGIC.iter().find_map(|(kind, place, magic)| {
+        let mut bytes = vec![0; magic.len()];
+        file.seek(SeekFrom::Start(*place)).and_then(|_| file.read_exact(&mut bytes)).ok()?;
+        (bytes == *magic).then_some(*kind)
+    })
+}
+
+/// How something is mounted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// For reading only.
+    ReadOnly,
+    /// For writing, too.
+    ReadWrite,
+}
+
+/// Mounts a device, by what its file system says it is. On a FAT only its owner sees anything.
+pub(crate) fn mount(device: &Path, at: &Path, access: Access) -> Result<(), SystemError> {
+    let kind = file_system(device).ok_or_else(|| {
+        SystemError::Invalid(format!("there is no file system that can be mounted on {}", device.display()))
+    })?;
+    std::fs::create_dir_all(at).map_err(SystemError::io("make", at))?;
+    let read_only = if access == Access::ReadOnly { MountFlags::RDONLY } else { MountFlags::empty() };
+    let (flags, data) = match kind {
+        "vfat" => (MountFlags::NOATIME | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c"umask=0077"),
+        _ => (MountFlags::NOATIME, c""),
+    };
+    rustix::mount::mount(device, at, kind, flags | read_only, Some(data))
+        .map_err(|error| SystemError::io("mount", device)(error.into()))
+}
+
+/// Unmounts whatever is there; nothing happens when nothing is.
+pub(crate) fn unmount(at: &Path) -> Result<(), SystemError> {
+    match rustix::mount::unmount(at, UnmountFlags::empty()) {
+        // EINVAL: not a mount point.
+        Ok(()) | Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(()),
+        Err(error) => Err(SystemError::io("unmount", at)(error.into())),
+    }
+}
+
+/// Writes what is mounted there to its device, and lets nobody write to it any more.
+pub(crate) fn make_read_only(at: &Path) -> Result<(), SystemError> {
+    remount(at, Access::ReadOnly)
+}
+
+/// Lets it be written to.
+pub(crate) fn make_writable(at: &Path) -> Result<(), SystemError> {
+    remount(at, Access::ReadWrite)
+}
+
+fn remount(at: &Path, access: Access) -> Result<(), SystemError> {
+    let mut flags = MountFlags::NOATIME | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    if access == Access::ReadOnly {
+        flags |= MountFlags::RDONLY;
+    }
+    rustix::mount::mount_remount(at, flags, c"").map_err(|error| SystemError::io("mount again", at)(error.into()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,207 @@
+//! How a card is divided: four primary partitions in an MBR, in layout resident. Pure.
+//!
+//! On the card p1 (recovery, as it was found) comes first, then p4 (the system's boot partition), p2 (root), p3 (home).
+
+use crate::settings::Settings;
+use crate::system::Refusal;
+
+/// Bytes of a sector; all cards have this.
+pub(crate) const SECTOR: u64 = 512;
+/// Sectors between two borders that a partition may begin at: 4 MiB, what cards erase at once.
+const ALIGN: u64 = 8192;
+/// Sectors of a recovery partition that is made anew: 256 MiB.
+const RECOVERY: u64 = 256 << 11;
+/// A root is not worth making with fewer sectors than 64 MiB.
+const SMALLEST_ROOT: u64 = 64 << 11;
+/// Nor a home with fewer than 8 MiB.
+const SMALLEST_HOME: u64 = 8 << 11;
+/// Sectors that a root has at most by default: 32 GiB.
+const LARGEST_ROOT: u64 = 32 << 21;
+/// An MBR counts sectors in 32 bits.
+const MOST: u64 = 0xffff_ffff;
+
+/// FAT with LBA, as a partition's type in an MBR.
+pub(crate) const FAT: u8 = 0x0c;
+/// Linux.
+const LINUX: u8 = 0x83;
+/// Every type that means FAT.
+const FATS: [u8; 6] = [0x01, 0x04, 0x06, 0x0b, 0x0c, 0x0e];
+/// What stands in the MBR of a card with a GPT.
+const PROTECTIVE: u8 = 0xee;
+
+/// A partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Part {
+    /// From 1.
+    pub(crate) number: u32,
+    /// Its type.
+    pub(crate) kind: u8,
+    /// Its first sector.
+    pub(crate) start: u64,
+    /// How many it has.
+    pub(crate) sectors: u64,
+}
+
+impl Part {
+    fn end(&self) -> u64 {
+        self.start + self.sectors
+    }
+
+    /// Whether it is meant to hold a FAT.
+    pub(crate) fn is_fat(&self) -> bool {
+        FATS.contains(&self.kind)
+    }
+}
+
+/// What becomes of a card's table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// It is in layout resident.
+    Keep,
+    /// These partitions, by number; those that were there before in the same place are kept.
+    Write(Vec<Part>),
+}
+
+/// Whether these partitions are a card in layout resident.
+pub(crate) fn is_resident(parts: &[Part]) -> bool {
+    let get = |number| parts.iter().find(|part| part.number == number);
+    let (Some(p1), Some(p2), Some(p3), Some(p4)) = (get(1), get(2), get(3), get(4)) else { return false };
+    p1.is_fat()
+        && p4.is_fat()
+        && p2.kind == LINUX
+        && p3.kind == LINUX
+        && p1.end() <= p4.start
+        && p4.end() <= p2.start
+        && p2.end() <= p3.start
+}
+
+/// Divides a card of this many sectors that has these partitions.
+///
+/// # Errors
+/// It is too small (`DISK_TOO_SMALL`), or has a GPT (`PARTITION_TABLE_GPT`).
+pub(crate) fn plan(parts: &[Part], sectors: u64, settings: &Settings) -> Result<Plan, Refusal> {
+    if parts.iter().any(|part| part.kind == PROTECTIVE) {
+        let message = "the card has a GPT, with which several boards' firmware cannot try a boot partition; write it \
+                       anew with an MBR (marcoctl card write)";
+        return Err(Refusal { reason: "PARTITION_TABLE_GPT", message: message.into() });
+    }
+    if is_resident(parts) {
+        return Ok(Plan::Keep);
+    }
+    let found = parts.iter().find(|part| part.number == 1 && part.is_fat()).copied();
+    let recovery = found.unwrap_or(Part { number: 1, kind: FAT, start: ALIGN, sectors: RECOVERY });
+    let wanted = |bytes: u64| up(bytes.div_ceil(SECTOR));
+    let boot = Part { number: 4, kind: FAT, start: up(recovery.end()), sectors: wanted(settings.boot.size) };
+    // The border of the last whole step; what is behind it is not used.
+    let end = sectors.min(MOST) / ALIGN * ALIGN;
+    let left = end.saturating_sub(boot.end());
+    let root_sectors = match (settings.root.size, settings.home.size) {
+        (Some(root), _) => wanted(root),
+        (None, Some(home)) => left.saturating_sub(wanted(home)) / ALIGN * ALIGN,
+        (None, None) => (left / 3 * 2).min(LARGEST_ROOT) / ALIGN * ALIGN,
+    };
+    let root = Part { number: 2, kind: LINUX, start: boot.end(), sectors: root_sectors };
+    let left = end.saturating_sub(root.end());
+    let home = Part { number: 3, kind: LINUX, start: root.end(), sectors: settings.home.size.map_or(left, wanted) };
+    if root.sectors < SMALLEST_ROOT || home.sectors < SMALLEST_HOME || home.end() > end {
+        let smallest = settings.root.size.map_or(SMALLEST_ROOT, wanted) + settings.home.size.map_or(ALIGN, wanted);
+        let message = format!(
+            "the card is too small: it has {} MiB, and needs at least {} MiB ({} MiB for boot partitions, the rest for \
+             root and home as set in marco/install.toml)",
+            sectors >> 11,
+            (boot.end() + smallest).div_ceil(1 << 11),
+            boot.end() >> 11,
+        );
+        return Err(Refusal { reason: "DISK_TOO_SMALL", message });
+    }
+    Ok(Plan::Write(vec![recovery, root, home, boot]))
+}
+
+fn up(sector: u64) -> u64 {
+    sector.div_ceil(ALIGN) * ALIGN
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FAT, LINUX, Part, Plan, is_resident, plan};
+    use crate::settings::Settings;
+
+    const MIB: u64 = 2048;
+
+    fn part(number: u32, kind: u8, start: u64, sectors: u64) -> Part {
+        Part { number, kind, start, sectors }
+    }
+
+    fn written(parts: &[Part], sectors: u64, settings: &str) -> Vec<Part> {
+        match plan(parts, sectors, &toml::from_str(settings).unwrap()).unwrap() {
+            Plan::Write(parts) => parts,
+            Plan::Keep => panic!("kept"),
+        }
+    }
+
+    #[test]
+    fn a_card_with_a_recovery_partition_gets_the_other_three_behind_it() {
+        let p1 = part(1, FAT, 8192, 256 * MIB);
+        let parts = written(&[p1], 4096 * MIB, "");
+        assert_eq!(parts[0], p1, "kept as it was found");
+        assert_eq!(parts[3], part(4, FAT, 260 * MIB, 512 * MIB));
+        assert_eq!((parts[1].start, parts[1].kind), (772 * MIB, LINUX));
+        assert_eq!(parts[2].start, parts[1].start + parts[1].sectors);
+        assert_eq!(parts[2].start + parts[2].sectors, 4096 * MIB);
+        let (root, home) = (parts[1].sectors, parts[2].sectors);
+        assert!(root > home && root < 3 * home, "two thirds: {root} {home}");
+        assert!(is_resident(&parts));
+        assert_eq!(plan(&parts, 4096 * MIB, &Settings::default()), Ok(Plan::Keep));
+    }
+
+    #[test]
+    fn a_blank_card_gets_all_four() {
+        let parts = written(&[], 2000 * MIB, "");
+        assert_eq!(parts[0], part(1, FAT, 8192, 256 * MIB));
+        assert!(is_resident(&parts));
+    }
+
+    #[test]
+    fn a_stock_cards_root_gives_way_and_its_boot_partition_stays() {
+        let stock = [part(1, FAT, 16384, 512 * MIB), part(2, LINUX, 16384 + 512 * MIB, 3000 * MIB)];
+        let parts = written(&stock, 4096 * MIB, "");
+        assert_eq!(parts[0], stock[0]);
+        assert!(parts[3].start >= stock[0].end() && is_resident(&parts));
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_settings() {
+        let p1 = part(1, FAT, 8192, 256 * MIB);
+        let parts = written(&[p1], 8192 * MIB, "boot.size = \"256MiB\"\nroot.size = \"1GiB\"\nhome.size = \"2GiB\"");
+        let sectors: Vec<u64> = parts.iter().map(|part| part.sectors / MIB).collect();
+        assert_eq!(sectors, [256, 1024, 2048, 256]);
+        let parts = written(&[p1], 8192 * MIB, "home.size = \"1GiB\"");
+        assert_eq!(parts[2].sectors, 1024 * MIB);
+        assert_eq!(parts[2].end(), 8192 * MIB);
+    }
+
+    #[test]
+    fn a_large_card_leaves_most_to_home() {
+        let parts = written(&[], 512 * 1024 * MIB, "");
+        assert_eq!(parts[1].sectors, 32 * 1024 * MIB);
+        // More sectors than an MBR can count.
+        let parts = written(&[], 1 << 34, "");
+        assert!(parts[2].end() <= u64::from(u32::MAX));
+    }
+
+    #[test]
+    fn a_card_that_is_too_small_is_refused_with_the_size_it_needs() {
+        let p1 = part(1, FAT, 8192, 256 * MIB);
+        let refused = plan(&[p1], 800 * MIB, &Settings::default()).unwrap_err();
+        assert_eq!(refused.reason, "DISK_TOO_SMALL");
+        assert!(refused.message.contains("it has 800 MiB, and needs at least 840 MiB"), "{}", refused.message);
+        let settings = toml::from_str("root.size = \"4GiB\"").unwrap();
+        assert_eq!(plan(&[p1], 4096 * MIB, &settings).unwrap_err().reason, "DISK_TOO_SMALL");
+    }
+
+    #[test]
+    fn a_gpt_is_refused() {
+        let refused = plan(&[part(1, 0xee, 1, 1 << 22)], 4096 * MIB, &Settings::default()).unwrap_err();
+        assert_eq!(refused.reason, "PARTITION_TABLE_GPT");
+    }
+}

@@ -1,0 +1,169 @@
+//! On a plain file, and, where the kernel lets us, on a loop device: real tables, real file systems, real mounts. (FAT is
+//! made there but not mounted: not every kernel that runs these tests has it.)
+
+#![expect(clippy::disallowed_methods, reason = "losetup ends at once")]
+
+use std::fs;
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use super::plan::{FAT, Part, is_resident};
+use super::{Access, Disk, file_system, make, make_fat, mount, unmount};
+use crate::settings::Settings;
+
+const MIB: u64 = 1 << 20;
+
+/// A sparse file of this size.
+fn image(dir: &TempDir, size: u64) -> PathBuf {
+    let path = dir.path().join("card.img");
+    fs::File::create(&path).unwrap().set_len(size).unwrap();
+    path
+}
+
+fn settings() -> Settings {
+    toml::from_str("boot.size = \"64MiB\"").unwrap()
+}
+
+/// A loop device of an image; gone when dropped.
+struct Loop(Disk);
+
+impl Loop {
+    /// None where that is not allowed.
+    fn new(image: &Path) -> Option<Self> {
+        let output = Command::new("/sbin/losetup").args(["-fP", "--show"]).arg(image).output().ok()?;
+        if !output.status.success() {
+            writeln!(std::io::stderr(), "not tried on a loop device: {}", String::from_utf8_lossy(&output.stderr))
+                .unwrap();
+            return None;
+        }
+        let device = String::from_utf8(output.stdout).unwrap().trim().into();
+        Some(Self(Disk { device }))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        for number in 1..=4 {
+            if let Ok(device) = self.0.open(true) {
+                let _ = marco_syscalls::delete_partition(&device, number);
+            }
+        }
+        let _ = Command::new("/sbin/losetup").arg("-d").arg(&self.0.device).status();
+    }
+}
+
+#[test]
+fn a_blank_file_gets_the_four_partitions_and_keeps_them() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk { device: image(&dir, 1024 * MIB) };
+    assert_eq!(disk.parts().unwrap(), []);
+    assert!(disk.partition_resident(&settings()).unwrap());
+    let parts = disk.parts().unwrap();
+    assert!(is_resident(&parts), "{parts:?}");
+    let name = disk.partuuid(2).unwrap();
+    assert!(!disk.partition_resident(&Settings::default()).unwrap(), "kept, whatever the sizes are now");
+    assert_eq!((disk.parts().unwrap(), disk.partuuid(2).unwrap()), (parts, name.clone()));
+    assert!(name.starts_with("PARTUUID=") && name.ends_with("-02") && name.len() == 20, "{name}");
+}
+
+#[test]
+fn a_recovery_partition_stays_as_it_is_byte_for_byte() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk { device: image(&dir, 1024 * MIB) };
+    let blank = disk.partition_resident(&settings()).unwrap();
+    assert!(blank);
+    // Only the first of the four, with something in it, and something behind it that looks like an old file system.
+    let mut file = fs::OpenOptions::new().read(true).write(true).open(&disk.device).unwrap();
+    let mut table = mbrman::MBR::read_from(&mut file, 512).unwrap();
+    let signature = table.header.disk_signature;
+    for number in 2..=4 {
+        table[number] = mbrman::MBRPartitionEntry::empty();
+    }
+    table.write_into(&mut file).unwrap();
+    file.seek(SeekFrom::Start(4 * MIB)).unwrap();
+    file.write_all(b"recovery").unwrap();
+    file.seek(SeekFrom::Start(260 * MIB)).unwrap();
+    file.write_all(b"old file system").unwrap();
+    assert!(disk.partition_resident(&settings()).unwrap());
+    let parts = disk.parts().unwrap();
+    assert_eq!(parts[0], Part { number: 1, kind: FAT, start: 8192, sectors: 256 * 2048 });
+    let bytes = fs::read(&disk.device).unwrap();
+    let at = |mib: usize| &bytes[mib << 20..][..16];
+    assert_eq!((&at(4)[..8], at(260)), (b"recovery".as_slice(), [0; 16].as_slice()));
+    assert_eq!(disk.table().unwrap().unwrap().header.disk_signature, signature);
+}
+
+#[test]
+fn a_file_that_is_too_small_is_refused_and_not_touched() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk { device: image(&dir, 300 * MIB) };
+    let error = disk.partition_resident(&settings()).unwrap_err();
+    assert!(error.to_string().contains("too small"), "{error}");
+    assert!(fs::read(&disk.device).unwrap().iter().all(|byte| *byte == 0));
+}
+
+#[tokio::test]
+async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
+    let dir = TempDir::new().unwrap();
+    let Some(card) = Loop::new(&image(&dir, 1024 * MIB)) else { return };
+    let disk = &card.0;
+    assert!(disk.partition_resident(&settings()).unwrap());
+    make("ext4", &disk.partition(1), "RECOVERY", &[]).await.unwrap();
+    let at = dir.path().join("p1");
+    mount(&disk.partition(1), &at, Access::ReadWrite).unwrap();
+    fs::write(at.join("keep"), "this").unwrap();
+    // As a card that has only its recovery partition.
+    let mut device = disk.open(true).unwrap();
+    let mut table = disk.table().unwrap().unwrap();
+    for number in 2..=4 {
+        table[number] = mbrman::MBRPartitionEntry::empty();
+    }
+    table.write_into(&mut device).unwrap();
+    disk.tell_kernel(&disk.parts().unwrap()).unwrap();
+    assert!(disk.partition(1).exists() && !disk.partition(2).exists());
+
+    assert!(disk.partition_resident(&settings()).unwrap());
+    for (number, kind) in [(2, "ext4"), (3, "ext4")] {
+        assert_eq!(file_system(&disk.partition(number)), None);
+        make(kind, &disk.partition(number), "LABEL", &["-m".into(), "1".into()]).await.unwrap();
+        assert_eq!(file_system(&disk.partition(number)), Some(kind));
+    }
+    if Path::new("/sbin/mkfs.vfat").exists() {
+        make_fat(&disk.partition(4), "BOOT", &[]).await.unwrap();
+        assert_eq!(file_system(&disk.partition(4)), Some("vfat"));
+        assert_eq!(super::find::label(&disk.partition(4)).as_deref(), Some("BOOT"));
+    }
+    let root = dir.path().join("p2");
+    mount(&disk.partition(2), &root, Access::ReadOnly).unwrap();
+    assert!(root.join("lost+found").exists() && fs::write(root.join("x"), "").is_err());
+    assert_eq!(super::find::mounted_at(&disk.partition(2)), Some(root.clone()));
+    unmount(&root).unwrap();
+    unmount(&root).unwrap();
+    assert_eq!(fs::read_to_string(at.join("keep")).unwrap(), "this");
+    unmount(&at).unwrap();
+}
+
+#[tokio::test]
+async fn the_door_of_a_partition_that_is_mounted_for_reading_opens_for_a_write_only() {
+    let dir = TempDir::new().unwrap();
+    let Some(card) = Loop::new(&image(&dir, 1024 * MIB)) else { return };
+    let disk = &card.0;
+    assert!(disk.partition_resident(&settings()).unwrap());
+    make("ext4", &disk.partition(1), "RECOVERY", &[]).await.unwrap();
+    let at = dir.path().join("p1");
+    mount(&disk.partition(1), &at, Access::ReadOnly).unwrap();
+    let part = crate::bootpart::BootPart::new(&at, &crate::system::Board::default());
+    assert!(fs::write(at.join("x"), "").is_err());
+    part.set_boot_partition(crate::bootpart::DefaultBoot::Installer).unwrap();
+    assert!(fs::read_to_string(at.join("autoboot.txt")).unwrap().contains("boot_partition=1"));
+    assert!(fs::write(at.join("x"), "").is_err(), "closed again");
+    {
+        let _open = part.open_for_writing().unwrap();
+        fs::write(at.join("x"), "").unwrap();
+    }
+    assert!(fs::write(at.join("y"), "").is_err());
+    unmount(&at).unwrap();
+}

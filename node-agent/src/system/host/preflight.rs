@@ -1,0 +1,187 @@
+//! Whether an update may be begun: what is known now about everything that it needs. Nothing is written.
+
+use std::path::Path;
+
+use super::board::cell;
+use crate::system::{Board, Card, Refusal};
+
+/// Bytes that must be free on the recovery partition for a further installer set.
+const SET_ROOM: u64 = 64 << 20;
+/// The installer runs in memory, with its set unpacked and an image's window.
+const MEMORY: u64 = 200 << 20;
+/// The boot loader of a Pi 4 reads `autoboot.txt` since 2022-12-01.
+const PI4_LOADER: u32 = 1_669_852_800;
+
+/// Everything, the surest reason first. An emulated board has no firmware that could be asked.
+pub(super) fn check(sysroot: &Path, board: &Board, card: Option<&Card>, emulated: bool) -> Result<(), Refusal> {
+    let Some(card) = card else {
+        return refuse(
+            "LAYOUT_NOT_RESIDENT",
+            "this card has one boot partition or none: only a card that the Marco installer has laid out can be updated \
+             without the risk of losing the node; install it with the installer first"
+                .into(),
+        );
+    };
+    if !emulated {
+        firmware(sysroot, board)?;
+        under_voltage(sysroot)?;
+    }
+    room(&card.recovery)?;
+    if board.memory_bytes < MEMORY {
+        let message = format!(
+            "the board has {} MiB of memory, and the installer needs {} MiB",
+            board.memory_bytes >> 20,
+            MEMORY >> 20
+        );
+        return refuse("NOT_ENOUGH_MEMORY", message);
+    }
+    wired(sysroot)
+}
+
+fn refuse(reason: &'static str, message: String) -> Result<(), Refusal> {
+    Err(Refusal { reason, message })
+}
+
+/// Whether a trial boot can be asked for: by a kernel that passes the reboot's argument on, of a firmware that obeys.
+fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
+    let loader = sysroot.join("proc/device-tree/chosen/bootloader");
+    if cell(&loader.join("partition")).is_none() || cell(&loader.join("tryboot")).is_none() {
+        let message = "the firmware does not say what it booted, so a trial boot could not be told from any other: this \
+                       is no Raspberry Pi, or its firmware is too old";
+        return refuse("FIRMWARE_TOO_OLD", message.into());
+    }
+    // Only the vendor's kernel has it, and only that one passes on the argument of a reboot.
+    if !sysroot.join("dev/vcio").exists() {
+        let message = "the running kernel has no Raspberry Pi firmware interface (/dev/vcio), and so cannot ask for a \
+                       trial boot: use the vendor's kernel (linux-image-rpi, linux-rpi) instead of a generic one";
+        return refuse("TRIAL_BOOT_UNUSABLE", message.into());
+    }
+    match cell(&loader.join("build-timestamp")) {
+        Some(built) if board.family == "pi4" && built < PI4_LOADER => {
+            let message = "the boot loader in the board's EEPROM is older than 2022-12-01, and does not know \
+                           autoboot.txt's sections: run rpi-eeprom-update";
+            refuse("BOOT_LOADER_TOO_OLD", message.into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bit 0 of the firmware's throttling state is "under-voltage now".
+fn under_voltage(sysroot: &Path) -> Result<(), Refusal> {
+    let path = sysroot.join("sys/devices/platform/soc/soc:firmware/get_throttled");
+    let state = std::fs::read_to_string(path).unwrap_or_default();
+    let state = u32::from_str_radix(state.trim().trim_start_matches("0x"), 16).unwrap_or_default();
+    let alarm = |folder: &Path| {
+        let read = |name| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+        read("name").trim() == "rpi_volt" && read("in0_lcrit_alarm").trim() == "1"
+    };
+    let monitors = std::fs::read_dir(sysroot.join("sys/class/hwmon")).into_iter().flatten().flatten();
+    if state & 1 != 0 || monitors.map(|entry| entry.path()).any(|folder| alarm(&folder)) {
+        let message =
+            "the board's power supply is too weak at this moment (under-voltage): writing a card now may ruin it";
+        return refuse("UNDER_VOLTAGE", message.into());
+    }
+    Ok(())
+}
+
+fn room(recovery: &Path) -> Result<(), Refusal> {
+    match rustix::fs::statvfs(recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize)) {
+        Ok(room) if room >= SET_ROOM => Ok(()),
+        Ok(room) => {
+            let message =
+                format!("the recovery partition has {room} bytes free, and an installer set may take {SET_ROOM}");
+            refuse("NO_ROOM", message)
+        }
+        Err(error) => {
+            refuse("RECOVERY_PARTITION_UNREADABLE", format!("the recovery partition cannot be read: {error}"))
+        }
+    }
+}
+
+/// The installer has the drivers and the keys for a wired network only.
+fn wired(sysroot: &Path) -> Result<(), Refusal> {
+    let interfaces = std::fs::read_dir(sysroot.join("sys/class/net")).into_iter().flatten().flatten();
+    let usable = |folder: &Path| {
+        folder.join("device").exists()
+            && !folder.join("wireless").exists()
+            && !folder.join("phy80211").exists()
+            && std::fs::read_to_string(folder.join("carrier")).is_ok_and(|carrier| carrier.trim() == "1")
+    };
+    if interfaces.map(|entry| entry.path()).any(|folder| usable(&folder)) {
+        return Ok(());
+    }
+    let message = "no wired network interface has a carrier, and the installer needs one: plug in a cable";
+    refuse("NO_WIRED_NETWORK", message.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use tempfile::TempDir;
+
+    use super::check;
+    use crate::system::{Board, Card};
+
+    fn put(root: &Path, path: &str, bytes: impl AsRef<[u8]>) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+
+    /// A Pi 4 that may be updated.
+    fn good() -> (TempDir, Board, Card) {
+        let root = TempDir::new().unwrap();
+        let loader = "proc/device-tree/chosen/bootloader";
+        for (name, value) in [("partition", 4_u32), ("tryboot", 0), ("build-timestamp", 1_700_000_000)] {
+            put(root.path(), &format!("{loader}/{name}"), value.to_be_bytes());
+        }
+        put(root.path(), "dev/vcio", "");
+        put(root.path(), "sys/class/net/eth0/device/uevent", "");
+        put(root.path(), "sys/class/net/eth0/carrier", "1\n");
+        put(root.path(), "sys/class/net/wlan0/device/uevent", "");
+        put(root.path(), "sys/class/net/wlan0/wireless/x", "");
+        put(root.path(), "sys/class/net/wlan0/carrier", "1\n");
+        let board = Board { family: "pi4".into(), memory_bytes: 1 << 30, ..Board::default() };
+        let path = root.path().to_owned();
+        (root, board, Card { recovery: path.clone(), boot: path.clone(), root: path.clone(), home: path })
+    }
+
+    #[test]
+    fn a_board_in_order_may_be_updated() {
+        let (root, board, card) = good();
+        assert_eq!(check(root.path(), &board, Some(&card), false), Ok(()));
+    }
+
+    #[test]
+    fn each_fault_has_a_reason_of_its_own() {
+        let reason =
+            |root: &Path, board: &Board, card: Option<&Card>| check(root, board, card, false).unwrap_err().reason;
+        let (root, board, card) = good();
+        assert_eq!(reason(root.path(), &board, None), "LAYOUT_NOT_RESIDENT");
+        let little = Board { memory_bytes: 128 << 20, ..board.clone() };
+        assert_eq!(reason(root.path(), &little, Some(&card)), "NOT_ENOUGH_MEMORY");
+        put(root.path(), "sys/class/net/eth0/carrier", "0\n");
+        assert_eq!(reason(root.path(), &board, Some(&card)), "NO_WIRED_NETWORK", "wireless does not count");
+        put(root.path(), "sys/class/hwmon/hwmon1/name", "rpi_volt\n");
+        put(root.path(), "sys/class/hwmon/hwmon1/in0_lcrit_alarm", "1\n");
+        assert_eq!(reason(root.path(), &board, Some(&card)), "UNDER_VOLTAGE");
+        let old = 1_600_000_000_u32.to_be_bytes();
+        put(root.path(), "proc/device-tree/chosen/bootloader/build-timestamp", old);
+        assert_eq!(reason(root.path(), &board, Some(&card)), "BOOT_LOADER_TOO_OLD");
+        let five = Board { family: "pi5".into(), ..board.clone() };
+        assert_eq!(reason(root.path(), &five, Some(&card)), "UNDER_VOLTAGE", "only a Pi 4 has such an old one");
+        fs::remove_file(root.path().join("dev/vcio")).unwrap();
+        assert_eq!(reason(root.path(), &board, Some(&card)), "TRIAL_BOOT_UNUSABLE");
+        fs::remove_dir_all(root.path().join("proc/device-tree")).unwrap();
+        assert_eq!(reason(root.path(), &board, Some(&card)), "FIRMWARE_TOO_OLD");
+    }
+
+    #[test]
+    fn an_emulated_board_is_not_asked_for_its_firmware() {
+        let (root, board, card) = good();
+        fs::remove_dir_all(root.path().join("proc/device-tree")).unwrap();
+        assert_eq!(check(root.path(), &board, Some(&card), true), Ok(()));
+    }
+}

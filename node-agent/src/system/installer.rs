@@ -1,0 +1,296 @@
+//! A Raspberry Pi whose installer runs: the agent is the only program of an initramfs, and the card is there to be
+//! installed.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use rustix::system::RebootCommand;
+
+use super::disk::{self, Access, Disk, find};
+use super::host::board;
+use super::rooted::Rooted;
+use super::test_firmware::TestFirmware;
+use super::{
+    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, Reboot, Refusal, System, SystemError, SystemFacts,
+    Target,
+};
+use crate::settings::{Policy, Settings, SettingsError};
+
+mod prepare;
+mod watchdog;
+
+use watchdog::Watchdog;
+
+/// Where the card's partitions are mounted.
+const MOUNTS: &str = "/run/marco";
+/// The image of the running program: what an installation puts into the new root.
+const PROGRAM: &str = "/proc/self/exe";
+/// Checking a FAT of 256 MiB takes seconds, on a failing card perhaps more.
+const CHECK_TIME: Duration = Duration::from_secs(120);
+const FSCK_FAT: &str = "/sbin/fsck.vfat";
+/// The bootcode has none unless somebody put one there.
+const SHELL: &str = "/bin/sh";
+
+/// This machine, in its installer.
+pub struct Installer {
+    disk: Disk,
+    card: Card,
+    settings: Settings,
+    wrong: Option<SettingsError>,
+    test: Option<TestFirmware>,
+    /// Held by whoever writes into the target.
+    target: Arc<tokio::sync::Mutex<()>>,
+    watchdog: Watchdog,
+    /// Called right before the machine goes down.
+    last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for Installer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Installer").field("disk", &self.disk).finish_non_exhaustive()
+    }
+}
+
+impl Installer {
+    /// Looks for the card and mounts its recovery partition; none when there is no card with one (yet).
+    ///
+    /// # Errors
+    /// The card is there, but cannot be used.
+    pub async fn find() -> Result<Option<Self>, SystemError> {
+        let test = TestFirmware::find(Path::new("/"));
+        let found = blocking(|| Ok(find::card(&Path::new(MOUNTS).join("look")))).await?;
+        let disk = match found {
+            Some(disk) => disk,
+            None => match test.as_ref().and_then(|test| test.join.as_deref()) {
+                // Nothing is on it that could be lost.
+                Some(join) => match find::disks().into_iter().find(|disk| disk.parts().is_ok_and(|all| all.is_empty()))
+                {
+                    Some(disk) => prepare::blank(disk, join, Path::new(MOUNTS)).await?,
+                    None => return Ok(None),
+                },
+                None => return Ok(None),
+            },
+        };
+        let part = |name| Path::new(MOUNTS).join(name);
+        let card = Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") };
+        let recovery = disk.partition(1);
+        if Path::new(FSCK_FAT).exists() {
+            // Its exit status says what it repaired; what it cannot repair shows when it is mounted.
+            let checked = super::command::run(&[FSCK_FAT, "-a", &recovery.to_string_lossy()], CHECK_TIME).await;
+            tracing::debug!(outcome = ?checked, "recovery partition checked");
+        }
+        let (mounted, at) = (disk.clone(), card.clone());
+        blocking(move || {
+            disk::unmount(&at.recovery)?;
+            disk::mount(&recovery, &at.recovery, Access::ReadWrite)?;
+            // What was installed before, for its keys; a card without one has nothing there.
+            for (number, at) in [(2, &at.root), (4, &at.boot)] {
+                disk::unmount(at)?;
+                std::fs::create_dir_all(at).map_err(SystemError::io("make", at))?;
+                let device = mounted.partition(number);
+                if let Some(kind) = disk::file_system(&device)
+                    && let Err(error) = disk::mount(&device, at, Access::ReadOnly)
+                {
+                    tracing::warn!(kind, error = %crate::cause::chain(&error), "old file system not mounted");
+                }
+            }
+            Ok(())
+        })
+        .await?;
+        let (settings, wrong) = match Settings::read(&card.recovery) {
+            Ok(settings) => (settings, None),
+            Err(error) => (Settings::default(), Some(error)),
+        };
+        Ok(Some(Self {
+            disk,
+            card,
+            settings,
+            wrong,
+            test,
+            target: Arc::default(),
+            watchdog: Watchdog::start(),
+            last_words: Mutex::default(),
+        }))
+    }
+
+    /// The settings on the card.
+    ///
+    /// # Errors
+    /// They are wrong: then nothing may be installed.
+    pub fn settings(&self) -> Result<&Settings, SystemError> {
+        match &self.wrong {
+            Some(error) => Err(SystemError::Invalid(crate::cause::chain(error))),
+            None => Ok(&self.settings),
+        }
+    }
+
+    /// Has this called right before the machine goes down, for what must be on the card by then.
+    pub fn on_going_down(&self, last_words: impl FnOnce() + Send + 'static) {
+        *self.last_words.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last_words));
+    }
+
+    /// Goes down at once: no service is there to be stopped, but the card's file systems are closed first.
+    async fn go_down(&self, down: Down, how: Reboot) -> Result<(), SystemError> {
+        if let Some(last_words) = self.last_words.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            last_words();
+        }
+        let card = self.card.clone();
+        blocking(move || {
+            rustix::fs::sync();
+            for at in [&card.root.join("home"), &card.root, &card.boot, &card.recovery] {
+                // Somebody may still have a file open; then everything is at least written.
+                if let Err(error) = disk::unmount(at).or_else(|_| disk::make_read_only(at)) {
+                    tracing::warn!(error = %crate::cause::chain(&error), "file system not closed");
+                }
+            }
+            rustix::fs::sync();
+            Ok(())
+        })
+        .await?;
+        if let (Some(test), Down::Reboot) = (&self.test, down) {
+            test.announce(how);
+        }
+        let failed = SystemError::io("restart", "/");
+        match (down, how) {
+            (Down::Reboot, Reboot::TryBoot) => marco_syscalls::restart_with(c"0 tryboot").map(|_| ()).map_err(failed),
+            (Down::Reboot, Reboot::Plain) => {
+                rustix::system::reboot(RebootCommand::Restart).map_err(|error| failed(error.into()))
+            }
+            (Down::PowerOff, _) => {
+                rustix::system::reboot(RebootCommand::PowerOff).map_err(|error| failed(error.into()))
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl System for Installer {
+    fn boot_id(&self) -> Result<String, SystemError> {
+        super::host::boot_id(Path::new("/"))
+    }
+
+    fn facts(&self) -> Result<Facts, SystemError> {
+        let found = board::read(Path::new("/"));
+        let board = match &self.test {
+            Some(test) => test.board(found),
+            None => found,
+        };
+        let parts = self.disk.parts()?;
+        let layout = match (disk::plan::is_resident(&parts), parts.is_empty()) {
+            (true, _) => Layout::Resident,
+            (false, false) => Layout::Single,
+            (false, true) => Layout::Unknown,
+        };
+        Ok(Facts { board, system: SystemFacts { os: "Marco installer".into(), layout, ..super::host::kernel_facts() } })
+    }
+
+    fn mode(&self) -> Mode {
+        Mode::Installer
+    }
+
+    fn booted(&self) -> Option<Booted> {
+        self.test.as_ref().map_or_else(|| board::booted(Path::new("/")), |test| Some(test.booted))
+    }
+
+    fn card(&self) -> Option<Card> {
+        Some(self.card.clone())
+    }
+
+    fn root(&self) -> PathBuf {
+        self.card.root.clone()
+    }
+
+    fn state_dir(&self) -> PathBuf {
+        self.card.recovery.join("marco")
+    }
+
+    fn identity_dir(&self) -> PathBuf {
+        self.card.recovery.join("marco")
+    }
+
+    fn holds_system(&self) -> bool {
+        // What cannot be looked into may be somebody's system.
+        let there = disk::file_system(&self.disk.partition(2)).is_some();
+        let entries = Rooted::open(&self.card.root).and_then(|root| root.list("")).unwrap_or_default();
+        let mounted = find::mounted_at(&self.disk.partition(2)).is_some();
+        there && (!mounted || entries.iter().any(|(name, _)| name != "lost+found"))
+    }
+
+    fn agent_program(&self) -> Option<PathBuf> {
+        Some(PROGRAM.into())
+    }
+
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+        tracing::info!("{}", super::announcement(down, delay, message));
+        Ok(())
+    }
+
+    async fn withdraw(&self) -> Result<(), SystemError> {
+        tracing::info!("{}", super::WITHDRAWN);
+        Ok(())
+    }
+
+    async fn reboot(&self, how: Reboot, _execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
+        self.go_down(Down::Reboot, how).await
+    }
+
+    async fn power_off(&self, _execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
+        self.go_down(Down::PowerOff, Reboot::Plain).await
+    }
+
+    async fn force(&self, down: Down, how: Reboot, _force: Force, _execution: Option<&str>) -> Result<(), SystemError> {
+        self.go_down(down, how).await
+    }
+
+    async fn preflight_update(&self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    async fn check_target(&self) -> Result<(), SystemError> {
+        let (disk, settings) = (self.disk.clone(), self.settings.clone());
+        blocking(move || disk.plan(&settings).map(|_| ())).await
+    }
+
+    async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {
+        let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
+        prepare::prepare(&self.disk, &self.card, &self.settings, erase, lease).await
+    }
+
+    async fn finish_target(&self, target: Target) -> Result<(), SystemError> {
+        blocking(move || prepare::finish(&target)).await
+    }
+
+    fn gives_up_after(&self) -> Option<Duration> {
+        let failure = &self.settings.failure;
+        let shell = Path::new(SHELL).exists();
+        match failure.policy {
+            Policy::Retry => None,
+            Policy::Shell if !shell => None,
+            Policy::Reboot | Policy::PowerOff | Policy::Shell => Some(failure.after),
+        }
+    }
+
+    async fn give_up(&self) -> Result<(), SystemError> {
+        tracing::warn!(policy = ?self.settings.failure.policy, "the installation failed");
+        match self.settings.failure.policy {
+            Policy::Retry => Ok(()),
+            Policy::Reboot => self.go_down(Down::Reboot, Reboot::Plain).await,
+            Policy::PowerOff => self.go_down(Down::PowerOff, Reboot::Plain).await,
+            Policy::Shell => super::command::on_console(&[SHELL, "-i"]).await,
+        }
+    }
+
+    fn feed_watchdog(&self) {
+        self.watchdog.feed();
+    }
+}
+
+/// Work on files and devices, off the runtime.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SystemError> + Send + 'static,
+) -> Result<T, SystemError> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.map_err(|error| SystemError::Invalid(format!("work on the card did not end: {error}")))?
+}
