@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test soak host-test check agent
+.PHONY: help deps build demo test soak bench-install host-test check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -24,6 +24,10 @@ test: deps ## Everything but the lints: unit tests, the store on both databases,
 soak: deps ## Schedules, virtual Pis, three controllers, and random faults for SOAK_SECONDS (600); then everything is checked
 	cargo build --bins
 	SOAK_SECONDS=$(or $(SOAK_SECONDS),600) cargo test --package integration-tests --test soak -- --nocapture
+
+bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
+	cargo build --release --bins
+	cargo run --quiet --release --package integration-tests --bin marco-bench-install
 
 host-test: ## The agent as a systemd service in a virtual machine: it registers, reboots, powers off
 	cargo build --bins

@@ -4,12 +4,14 @@
 //! Everything here blocks: call it from a blocking thread. Memory is bounded whatever the archive says.
 
 pub mod boot_set;
+pub mod compression;
 pub mod config_txt;
 mod error;
 mod tar;
 mod zip;
 
 pub use boot_set::{check_installer_set, check_system_set};
+pub use compression::Compression;
 pub use error::{Error, Reason, Refused};
 pub use tar::{TarSummary, check_tar, unpack_tar};
 pub use zip::{ZipFile, ZipSummary, check_zip, unpack_zip};

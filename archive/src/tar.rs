@@ -1,6 +1,7 @@
 //! Root tarballs: one reader of our own for checking and for unpacking, so that what passed the one cannot surprise the
 //! other. It knows ustar, GNU (long names, sparse files) and pax (names, sizes, times, attributes, sparse files).
 
+mod acl;
 mod guard;
 mod header;
 mod pax;
@@ -8,7 +9,7 @@ mod reader;
 mod sparse;
 mod unpack;
 
-use std::io::Read;
+use std::io::BufRead;
 use std::path::Path;
 
 use crate::{Error, Reason, Refused};
@@ -40,7 +41,7 @@ pub struct TarSummary {
 ///
 /// # Errors
 /// `Refused` with the first broken rule; `Io` when reading fails.
-pub fn check_tar<R: Read>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+pub fn check_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
     walk(reader, None, progress)
 }
 
@@ -50,11 +51,11 @@ pub fn check_tar<R: Read>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<Ta
 ///
 /// # Errors
 /// As [`check_tar`]; what was written before stays.
-pub fn unpack_tar<R: Read>(reader: R, root: &Path, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+pub fn unpack_tar<R: BufRead>(reader: R, root: &Path, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
     walk(reader, Some(Root::open(root)?), progress)
 }
 
-fn walk<R: Read>(reader: R, mut root: Option<Root>, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+fn walk<R: BufRead>(reader: R, mut root: Option<Root>, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
     let mut reader = TarReader::new(reader);
     let mut guard = Guard::default();
     let mut summary = TarSummary::default();

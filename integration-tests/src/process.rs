@@ -109,6 +109,11 @@ impl Process {
         Ok(())
     }
 
+    /// Its process id, while it runs.
+    pub fn id(&self) -> Option<u32> {
+        self.child.as_ref().and_then(Child::id)
+    }
+
     /// Sends it a signal, by its name without `SIG`.
     pub async fn signal(&self, name: &str) -> Result<()> {
         let pid = self.child.as_ref().and_then(Child::id).context("it does not run")?;

@@ -17,7 +17,9 @@ mod agent;
 mod boot_files;
 mod personal;
 mod plan;
+mod stream;
 mod unpack;
+mod write_back;
 
 pub use agent::LONG_VERSION;
 
@@ -296,7 +298,9 @@ impl Work<'_> {
             journal(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd()))).map_err(disk)
         })
         .await?;
-        Ok(self.system.finish_target(target).await?)
+        self.system.finish_target(target).await?;
+        tracing::info!(execution = %self.job.execution, "installed");
+        Ok(())
     }
 
     fn release(&self) -> Release {
@@ -306,6 +310,7 @@ impl Work<'_> {
 
     fn phase(&self, phase: Phase) {
         self.system.feed_watchdog();
+        tracing::info!(execution = %self.job.execution, phase = phase.as_str(), "installing");
         (self.progress)(phase, 0, 0);
     }
 }

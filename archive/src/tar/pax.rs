@@ -1,5 +1,6 @@
 //! pax extended headers: lines of `LENGTH KEY=VALUE`.
 
+use super::acl;
 use crate::Reason;
 
 /// What an extended header says about the next member.
@@ -14,6 +15,8 @@ pub(super) struct Extended {
     pub mtime: Option<(i64, u32)>,
     /// Extended attributes: name and value.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// ACLs that cannot be restored.
+    pub lost: u64,
     pub sparse: Option<Sparse>,
 }
 
@@ -30,6 +33,7 @@ pub(super) struct Sparse {
 
 const XATTR: &[u8] = b"SCHILY.xattr.";
 const SPARSE: &[u8] = b"GNU.sparse.";
+const ACL: &[u8] = b"SCHILY.acl.";
 
 impl Extended {
     /// Reads the records of one member's header.
@@ -50,6 +54,8 @@ impl Extended {
             b"uid" => once(&mut self.uid, decimal(value)?),
             b"gid" => once(&mut self.gid, decimal(value)?),
             b"mtime" => once(&mut self.mtime, time(value)?),
+            b"SCHILY.acl.access" => self.take_acl(b"system.posix_acl_access", value),
+            b"SCHILY.acl.default" => self.take_acl(b"system.posix_acl_default", value),
             // Another writer's way to say that the member is sparse, which would change what its data means.
             b"SCHILY.realsize" | b"SUN.holesdata" => Err(Reason::Sparse),
             _ => {
@@ -65,6 +71,19 @@ impl Extended {
                 Ok(())
             }
         }
+    }
+}
+
+impl Extended {
+    fn take_acl(&mut self, name: &[u8], text: &[u8]) -> Result<(), Reason> {
+        // The attribute itself may be there, too.
+        if !self.xattrs.iter().any(|(known, _)| known == name) {
+            match acl::attribute(text) {
+                Some(value) => self.xattrs.push((name.to_vec(), value)),
+                None => self.lost += 1,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -89,7 +108,7 @@ pub(super) fn check_global(data: &[u8]) -> Result<(), Reason> {
     for record in Records(data) {
         let (key, _) = record?;
         let changes = matches!(key, b"path" | b"linkpath" | b"size" | b"SCHILY.realsize" | b"SUN.holesdata");
-        if changes || key.starts_with(SPARSE) || key.starts_with(XATTR) {
+        if changes || key.starts_with(SPARSE) || key.starts_with(XATTR) || key.starts_with(ACL) {
             return Err(Reason::Damaged("a global header changes names, sizes or attributes".to_owned()));
         }
     }

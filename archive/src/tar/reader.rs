@@ -1,6 +1,6 @@
 //! Members of a tar stream, one after another, each header read once and with bounded memory.
 
-use std::io::{BufReader, ErrorKind, Read};
+use std::io::{BufRead, ErrorKind};
 
 use super::header::{BLOCK, Block, Header, MAX_PATH};
 use super::pax::{Extended, check_global};
@@ -11,8 +11,6 @@ use crate::{Error, Reason, Refused};
 const MAX_EXTENDED: u64 = 1 << 20;
 /// Most zeros after the end: tar pads to whole records, the largest of which are about this long.
 const MAX_TAIL: u64 = 16 << 20;
-/// Bytes that are read and handed out at a time.
-const BUFFER: usize = 256 << 10;
 /// The largest size that fits a header's octal digits.
 const MAX_OCTAL: u64 = 0o77_777_777_777;
 
@@ -46,6 +44,8 @@ pub(super) struct Member {
     /// Of the file, holes included.
     pub size: u64,
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// What it says about itself that cannot be restored anywhere.
+    pub lost: u64,
 }
 
 /// Takes a block of a member's contents, with its offset in the file.
@@ -53,8 +53,7 @@ pub(super) type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), Error> + 'a;
 
 /// A stream that is read once.
 pub(super) struct TarReader<R> {
-    source: BufReader<R>,
-    buffer: Vec<u8>,
+    source: R,
     /// Stored parts of the present member that were not handed out, last first.
     parts: Vec<Part>,
     /// Bytes from the end of the present member's data to the next block.
@@ -69,14 +68,9 @@ struct Pending {
     long_link: Option<Vec<u8>>,
 }
 
-impl<R: Read> TarReader<R> {
+impl<R: BufRead> TarReader<R> {
     pub(super) fn new(source: R) -> Self {
-        Self {
-            source: BufReader::with_capacity(BUFFER, source),
-            buffer: vec![0; BUFFER],
-            parts: Vec::new(),
-            padding: 0,
-        }
+        Self { source, parts: Vec::new(), padding: 0 }
     }
 
     /// The next member; `None` when the archive has ended and the stream with it. Contents that were not asked for are
@@ -115,22 +109,23 @@ impl<R: Read> TarReader<R> {
         }
     }
 
-    /// Hands the present member's stored bytes out, each block with its offset in the file.
+    /// Hands the present member's stored bytes out as they lie in the source's buffer, each block with its offset in the
+    /// file.
     pub(super) fn contents(&mut self, take: &mut Take<'_>) -> Result<(), Error> {
         while let Some((mut offset, mut left)) = self.parts.pop() {
             while left > 0 {
-                let wanted = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
-                let block = self.buffer.get_mut(..wanted).unwrap_or_default();
-                fill(&mut self.source, block)?;
-                take(offset, block)?;
-                let done = u64::try_from(wanted).unwrap_or(u64::MAX);
+                let available = available(&mut self.source)?;
+                let count = usize::try_from(left).unwrap_or(usize::MAX).min(available.len());
+                take(offset, available.get(..count).unwrap_or_default())?;
+                self.source.consume(count);
+                let done = u64::try_from(count).unwrap_or(u64::MAX);
                 offset += done;
                 left -= done;
             }
         }
-        let padding = usize::try_from(std::mem::take(&mut self.padding)).unwrap_or_default();
-        let block = self.buffer.get_mut(..padding).unwrap_or_default();
-        fill(&mut self.source, block)
+        let mut padding = [0; BLOCK];
+        let length = usize::try_from(std::mem::take(&mut self.padding)).unwrap_or_default();
+        fill(&mut self.source, padding.get_mut(..length).unwrap_or_default())
     }
 
     fn member(&mut self, block: &Block, header: Header, pending: Pending) -> Result<Member, Error> {
@@ -201,6 +196,7 @@ impl<R: Read> TarReader<R> {
             mtime: extended.mtime.unwrap_or((header.mtime, 0)),
             size,
             xattrs: extended.xattrs,
+            lost: extended.lost,
         })
     }
 
@@ -249,14 +245,15 @@ impl<R: Read> TarReader<R> {
     fn finish(&mut self) -> Result<(), Error> {
         let mut tail: u64 = 0;
         loop {
-            let read = match self.source.read(&mut self.buffer) {
-                Ok(0) => break,
-                Ok(read) => read,
+            let (read, zeros) = match self.source.fill_buf() {
+                Ok([]) => break,
+                Ok(read) => (read.len(), read.iter().all(|&byte| byte == 0)),
                 Err(err) if err.kind() == ErrorKind::Interrupted => continue,
                 Err(err) => return Err(read_error(err)),
             };
+            self.source.consume(read);
             tail += u64::try_from(read).unwrap_or(u64::MAX);
-            if self.buffer.iter().take(read).any(|&byte| byte != 0) || tail > MAX_TAIL {
+            if !zeros || tail > MAX_TAIL {
                 return Err(archive(Reason::Damaged("something follows its end".to_owned())));
             }
         }
@@ -296,7 +293,21 @@ fn put<T>(slot: &mut Option<T>, value: T) -> Result<(), Reason> {
     }
 }
 
-fn fill<R: Read>(source: &mut R, buffer: &mut [u8]) -> Result<(), Error> {
+/// What the source has ready; never empty.
+fn available<R: BufRead>(source: &mut R) -> Result<&[u8], Error> {
+    loop {
+        match source.fill_buf() {
+            Ok([]) => return Err(archive(Reason::Truncated)),
+            // Asked for again: a borrow that is returned from one arm of a loop would last for all of it.
+            Ok(_) => break,
+            Err(err) if err.kind() == ErrorKind::Interrupted => {}
+            Err(err) => return Err(read_error(err)),
+        }
+    }
+    source.fill_buf().map_err(read_error)
+}
+
+fn fill<R: BufRead>(source: &mut R, buffer: &mut [u8]) -> Result<(), Error> {
     source.read_exact(buffer).map_err(read_error)
 }
 

@@ -3,15 +3,16 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, BufRead};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags, chmodat, chownat, fchmod,
-    fchown, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat, open, openat, symlinkat, unlinkat, utimensat,
+    fchown, fsetxattr, futimens, linkat, lsetxattr, makedev, mkdirat, mknodat, open, openat, symlinkat, unlinkat,
+    utimensat,
 };
 use rustix::io::Errno;
 
@@ -67,15 +68,15 @@ impl Root {
     }
 
     /// Makes a member; `progress` gets the bytes of its contents that are written.
-    pub(super) fn make<R: Read>(
+    pub(super) fn make<R: BufRead>(
         &mut self,
         member: &Member,
         place: &Place,
         reader: &mut TarReader<R>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), Error> {
-        let shown = member.path.escape_ascii().to_string();
-        let failed = |errno: Errno| Error::io(format!("create \"{shown}\""))(errno.into());
+        let failed = |errno: Errno| Error::io(format!("create \"{}\"", member.path.escape_ascii()))(errno.into());
+        self.not_restored += member.lost;
         if member.kind == Kind::Folder {
             self.folder(&place.path)?;
             self.folders.push((place.path.clone(), Attributes::of(member)));
@@ -92,16 +93,21 @@ impl Root {
                 let folder = self.folder(parents)?;
                 let file =
                     File::from(replacing(folder, name, || openat(folder, name, flags, FILE_MODE)).map_err(failed)?);
-                let written = |err: io::Error| Error::io(format!("write \"{shown}\""))(err);
+                let shown = || member.path.escape_ascii();
+                let written = |err: io::Error| Error::io(format!("write \"{}\"", shown()))(err);
+                let mut end = 0;
                 reader.contents(&mut |offset, block| {
                     file.write_all_at(block, offset).map_err(written)?;
-                    progress(offset);
+                    end = offset.saturating_add(u64::try_from(block.len()).unwrap_or(u64::MAX));
+                    progress(end);
                     Ok(())
                 })?;
-                // Ends a sparse file with its last hole; nothing to do for others.
-                file.set_len(member.size).map_err(written)?;
+                if end < member.size {
+                    // A sparse file that ends with a hole.
+                    file.set_len(member.size).map_err(written)?;
+                }
                 self.dress(&file, &attributes)
-                    .map_err(|errno| Error::io(format!("set the attributes of \"{shown}\""))(errno.into()))
+                    .map_err(|errno| Error::io(format!("set the attributes of \"{}\"", shown()))(errno.into()))
             }
             Kind::HardLink(_) => {
                 let (to, to_parents) =
@@ -171,13 +177,8 @@ impl Root {
             self.count_owner(done)?;
         }
         fchmod(file, attributes.mode)?;
-        for (name, value) in &attributes.xattrs {
-            match fsetxattr(file, OsStr::from_bytes(name), value, XattrFlags::empty()) {
-                Ok(()) => {}
-                Err(Errno::PERM | Errno::NOTSUP | Errno::ACCESS | Errno::INVAL) => self.not_restored += 1,
-                Err(errno) => return Err(errno),
-            }
-        }
+        self.not_restored +=
+            set_xattrs(&attributes.xattrs, |name, value| fsetxattr(file, name, value, XattrFlags::empty()))?;
         futimens(file, &attributes.times)
     }
 
@@ -201,8 +202,16 @@ impl Root {
         if let Some(mode) = mode {
             chmodat(folder, name, mode, AtFlags::empty())?;
         }
+        let mut refused = 0;
+        if !attributes.xattrs.is_empty() {
+            // There is no call that takes a folder and a name; this path leads to the same place. (proc(5), /proc/pid/fd)
+            let folder = format!("/proc/self/fd/{}", folder.as_raw_fd());
+            refused = set_xattrs(&attributes.xattrs, |attribute, value| {
+                lsetxattr(Path::new(&folder).join(name), attribute, value, XattrFlags::empty())
+            })?;
+        }
         utimensat(folder, name, &attributes.times, AtFlags::SYMLINK_NOFOLLOW)?;
-        self.not_restored += u64::try_from(attributes.xattrs.len()).unwrap_or(u64::MAX);
+        self.not_restored += refused;
         done.map_or(Ok(()), |done| self.count_owner(done))
     }
 
@@ -217,6 +226,19 @@ impl Root {
             Some(Err(errno)) => Err(errno),
         }
     }
+}
+
+/// Sets attributes; how many this process or the file system may not have.
+fn set_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)], set: impl Fn(&OsStr, &[u8]) -> Result<(), Errno>) -> Result<u64, Errno> {
+    let mut refused = 0;
+    for (name, value) in xattrs {
+        match set(OsStr::from_bytes(name), value) {
+            Ok(()) => {}
+            Err(Errno::PERM | Errno::NOTSUP | Errno::ACCESS | Errno::INVAL) => refused += 1,
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(refused)
 }
 
 /// The owner; `None` when the numbers are none that Linux has. (-1 would mean: do not change.)

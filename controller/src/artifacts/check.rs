@@ -9,6 +9,7 @@ use std::thread;
 use async_compression::tokio::bufread::{GzipDecoder, XzDecoder, ZstdDecoder};
 use async_compression::zstd::DParameter;
 use bytes::Bytes;
+use marco_archive::compression::{XZ_MEMORY, ZSTD_WINDOW_LOG};
 use marco_archive::{Reason, Refused};
 use marco_proto::names::CHUNK_SIZE;
 use sha2::{Digest as _, Sha256};
@@ -24,11 +25,6 @@ use super::{ArtifactError, Compression, Content, Digest, StoredBlob, failed};
 const BLOCK: usize = 256 << 10;
 /// Blocks in the pipe: 2 MiB.
 const PIPE: usize = 8;
-/// Largest memory that a decompressor may take, because a Pi with little of it must unpack the same bytes: `xz -9` needs
-/// 65 MiB.
-const XZ_MEMORY: u64 = 80 << 20;
-/// Largest window of zstd, as a power of two: 64 MiB. `zstd -19` needs 8 MiB; `--ultra -22` and `--long=27` need more.
-const ZSTD_WINDOW_LOG: u32 = 26;
 
 /// Computes the digests and checks the contents; must run on a blocking thread of the runtime.
 pub(super) fn check(
@@ -97,11 +93,14 @@ fn check_image(receiver: mpsc::Receiver<io::Result<Bytes>>, progress: &impl Fn(u
         .unwrap_or_default();
     let compression = detect(&start)?;
     let reader = decoder(source, compression);
-    let reader = Explained { inner: SyncIoBridge::new_with_handle(reader, runtime), compression };
-    match marco_archive::check_tar(reader, &mut |done| progress(done)) {
-        Ok(summary) => Ok((compression, summary.entries, summary.unpacked_bytes)),
-        Err(marco_archive::Error::Refused(refused)) => Err(refused.into()),
-        Err(marco_archive::Error::Io { action, source }) => Err(ArtifactError::Io { action, source }),
+    let inner = SyncIoBridge::new_with_handle(reader, runtime);
+    let mut reader = io::BufReader::with_capacity(BLOCK, Explained { inner, compression, window: None });
+    let checked = marco_archive::check_tar(&mut reader, &mut |done| progress(done));
+    match (checked, reader.get_ref().window) {
+        (Ok(summary), _) => Ok((compression, summary.entries, summary.unpacked_bytes)),
+        (Err(_), Some(window)) => Err(ArtifactError::Format(format!("the image is refused: {window}"))),
+        (Err(marco_archive::Error::Refused(refused)), None) => Err(refused.into()),
+        (Err(marco_archive::Error::Io { action, source }), None) => Err(ArtifactError::Io { action, source }),
     }
 }
 
@@ -132,10 +131,6 @@ fn decoder(
 /// What a tarball is compressed with, by its first bytes.
 fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
     match start {
-        [0x1f, 0x8b, ..] => Ok(Compression::Gzip),
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Ok(Compression::Xz),
-        // A frame, or one of the frames that are skipped, which parallel compressors put first.
-        [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Ok(Compression::Zstd),
         [b'P', b'K', 3, 4, ..] => {
             Err(ArtifactError::Format("this is a zip: an image is a tarball, and a zip a bootcode".to_owned()))
         }
@@ -143,7 +138,29 @@ fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
             "this is compressed with bzip2: an image is a tarball, plain or compressed with gzip, xz or zstd"
                 .to_owned(),
         )),
-        _ => Ok(Compression::None),
+        _ => Ok(marco_archive::Compression::detect(start).into()),
+    }
+}
+
+impl Compression {
+    fn stream(self) -> marco_archive::Compression {
+        match self {
+            Self::None | Self::Zip => marco_archive::Compression::None,
+            Self::Gzip => marco_archive::Compression::Gzip,
+            Self::Xz => marco_archive::Compression::Xz,
+            Self::Zstd => marco_archive::Compression::Zstd,
+        }
+    }
+}
+
+impl From<marco_archive::Compression> for Compression {
+    fn from(compression: marco_archive::Compression) -> Self {
+        match compression {
+            marco_archive::Compression::None => Self::None,
+            marco_archive::Compression::Gzip => Self::Gzip,
+            marco_archive::Compression::Xz => Self::Xz,
+            marco_archive::Compression::Zstd => Self::Zstd,
+        }
     }
 }
 
@@ -151,6 +168,8 @@ fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
 struct Explained<R> {
     inner: R,
     compression: Compression,
+    /// What to do about a window that is too large, when one was met.
+    window: Option<&'static str>,
 }
 
 impl<R: Read> Read for Explained<R> {
@@ -159,6 +178,8 @@ impl<R: Read> Read for Explained<R> {
             io::ErrorKind::UnexpectedEof | io::ErrorKind::Interrupted => error,
             _ => {
                 let name = self.compression.as_str();
+                let error = error.to_string();
+                self.window = self.compression.stream().explain_window(&error);
                 io::Error::new(io::ErrorKind::InvalidData, format!("the {name} stream cannot be read: {error}"))
             }
         })

@@ -289,8 +289,40 @@ async fn streams_that_need_too_much_memory_are_refused() {
     let (_dir, store) = fresh();
     // A frame header that asks for a window of 2 GiB: descriptor, window (21 << 3), then an empty last block.
     let zstd = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 21 << 3, 0x01, 0x00, 0x00];
-    let error = push(&store, &zstd, Content::Image).await.unwrap_err();
-    assert!(matches!(error, ArtifactError::Refused(_)), "{error}");
+    let error = push(&store, &zstd, Content::Image).await.unwrap_err().to_string();
+    assert!(error.contains("zstd -19 --long=24"), "{error}");
+}
+
+#[tokio::test]
+async fn a_window_of_16_mib_is_taken_and_a_larger_one_refused_with_the_command_that_helps() {
+    let (_dir, store) = fresh();
+    let data = tarball(1000);
+    let zstd = |window| {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.long_distance_matching(true).unwrap();
+        encoder.window_log(window).unwrap();
+        encoder.write_all(&data).unwrap();
+        encoder.finish().unwrap()
+    };
+    let xz = |dictionary| {
+        let mut options = liblzma::stream::LzmaOptions::new_preset(0).unwrap();
+        options.dict_size(dictionary);
+        let mut filters = liblzma::stream::Filters::new();
+        filters.lzma2(&options);
+        let check = liblzma::stream::Check::Crc64;
+        let stream = liblzma::stream::Stream::new_stream_encoder(&filters, check).unwrap();
+        let mut encoder = liblzma::write::XzEncoder::new_stream(Vec::new(), stream);
+        encoder.write_all(&data).unwrap();
+        encoder.finish().unwrap()
+    };
+    for (fits, too_large, command) in [
+        (zstd(24), zstd(25), "zstd -d --long=31 --stdout IMAGE | zstd -19 --long=24 -o NEW"),
+        (xz(16 << 20), xz(24 << 20), "xz -dc IMAGE | xz --lzma2=dict=16MiB > NEW"),
+    ] {
+        push(&store, &fits, Content::Image).await.unwrap();
+        let error = push(&store, &too_large, Content::Image).await.unwrap_err().to_string();
+        assert!(error.contains("16 MiB") && error.contains(command), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ use marco_proto::v1::download_artifact_response::Part;
 use marco_proto::v1::{DownloadArtifactRequest, DownloadArtifactResponse};
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -37,6 +38,15 @@ impl From<DownloadError> for Ended {
     }
 }
 
+/// A chunk that is looked at on a thread of its own while the next one arrives.
+struct Checking {
+    chunk: u64,
+    task: JoinHandle<Checked>,
+}
+
+/// Whether it is right, its bytes, and the digest over the whole as far as it is right.
+type Checked = (bool, Bytes, Sha256);
+
 /// A download and how far it is.
 pub(super) struct Fetch {
     connect: Connect,
@@ -52,6 +62,8 @@ pub(super) struct Fetch {
     chunk: u64,
     /// What is here of it, unchecked. A cut connection goes on behind it.
     partial: BytesMut,
+    /// The chunk before.
+    checking: Option<Checking>,
     /// Over all checked chunks.
     whole: Sha256,
     /// How often in a row this chunk was wrong.
@@ -79,6 +91,7 @@ impl Fetch {
             header: None,
             chunk: 0,
             partial: BytesMut::new(),
+            checking: None,
             whole: Sha256::new(),
             wrong: 0,
             advanced: false,
@@ -124,6 +137,7 @@ impl Fetch {
 
     /// One connection.
     async fn attempt(&mut self) -> Result<(), Ended> {
+        self.settle().await?;
         let late = |_| Ended::Retry(format!("nothing arrived for {} s", self.policy.stall.as_secs_f32()));
         let channel = timeout(self.policy.stall, (self.connect)())
             .await
@@ -159,6 +173,7 @@ impl Fetch {
                 None => return Err(Ended::Retry("the controller ended the download early".into())),
             }
         }
+        self.settle().await?;
         let found = hex::encode(self.whole.clone().finalize());
         if found == self.sha256 {
             return Ok(());
@@ -166,14 +181,26 @@ impl Fetch {
         Err(DownloadError::Corrupt(format!("the whole has the SHA-256 {found} instead of {}", self.sha256)).into())
     }
 
+    /// The next message; what was checked in the meantime is handed on.
     async fn next(
-        &self,
+        &mut self,
         stream: &mut Streaming<DownloadArtifactResponse>,
     ) -> Result<Option<DownloadArtifactResponse>, Ended> {
-        match timeout(self.policy.stall, stream.message()).await {
-            Ok(Ok(message)) => Ok(message),
-            Ok(Err(status)) => Err(judge(&status)),
-            Err(_) => Err(Ended::Retry(format!("nothing arrived for {} s", self.policy.stall.as_secs_f32()))),
+        loop {
+            tokio::select! {
+                // What has arrived of a message stays in the stream, and what was checked in its task.
+                message = timeout(self.policy.stall, stream.message()) => {
+                    return match message {
+                        Ok(Ok(message)) => Ok(message),
+                        Ok(Err(status)) => Err(judge(&status)),
+                        Err(_) => Err(Ended::Retry(format!(
+                            "nothing arrived for {} s",
+                            self.policy.stall.as_secs_f32()
+                        ))),
+                    };
+                }
+                checked = checked(&mut self.checking) => self.hand_on(checked).await?,
+            }
         }
     }
 
@@ -237,29 +264,58 @@ impl Fetch {
         Ok(())
     }
 
+    /// A chunk is whole: the one before must be right by now.
     async fn finish_chunk(&mut self) -> Result<(), Ended> {
+        self.settle().await?;
         let Some(header) = self.header.clone() else { return Ok(()) };
-        let (bytes, chunk, mut whole) = (self.partial.split().freeze(), self.chunk, self.whole.clone());
-        let checked = tokio::task::spawn_blocking(move || {
+        let (bytes, chunk, mut whole) = (self.partial.split().freeze(), self.chunk, std::mem::take(&mut self.whole));
+        let task = tokio::task::spawn_blocking(move || {
             let right = header.matches(chunk, &bytes);
             if right {
                 whole.update(&bytes);
             }
             (right, bytes, whole)
         });
+        self.checking = Some(Checking { chunk, task });
+        self.chunk += 1;
+        Ok(())
+    }
+
+    /// Waits for the chunk that is being checked, and hands it on.
+    async fn settle(&mut self) -> Result<(), Ended> {
+        if self.checking.is_none() {
+            return Ok(());
+        }
+        let checked = checked(&mut self.checking).await;
+        self.hand_on(checked).await
+    }
+
+    async fn hand_on(&mut self, checked: Result<Checked, JoinError>) -> Result<(), Ended> {
+        let Some(Checking { chunk, .. }) = self.checking.take() else { return Ok(()) };
+        // A thread that panicked took the digest with it.
         let (right, bytes, whole) =
-            checked.await.map_err(|error| Ended::Retry(format!("checking a chunk did not end: {error}")))?;
+            checked.map_err(|error| DownloadError::Io(std::io::Error::other(format!("checking a chunk: {error}"))))?;
+        self.whole = whole;
         if !right {
+            // What came behind it is fetched again.
+            self.chunk = chunk;
+            self.partial.clear();
             self.wrong += 1;
             self.advanced = false;
             let message = format!("chunk {chunk} does not have its SHA-256");
             let give_up = self.wrong >= WRONG_CHUNKS;
             return Err(if give_up { DownloadError::Corrupt(message).into() } else { Ended::Retry(message) });
         }
-        self.whole = whole;
         self.wrong = 0;
-        self.chunk += 1;
         self.chunks.send(Ok(bytes)).await.map_err(|_| Ended::Unwanted)
+    }
+}
+
+/// The outcome of the check that is under way; for ever when there is none.
+async fn checked(checking: &mut Option<Checking>) -> Result<Checked, JoinError> {
+    match checking {
+        Some(checking) => (&mut checking.task).await,
+        None => std::future::pending().await,
     }
 }
 

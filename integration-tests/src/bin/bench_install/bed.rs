@@ -1,0 +1,147 @@
+//! A file system to install into: on tmpfs, or on a loop device held to a card's speed; and what was written to it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use tokio::process::Command;
+use tokio::task::JoinHandle;
+
+/// Where the kernel's older control groups hold a device to a speed: the root group's limit holds for write-back, too.
+const THROTTLE: &str = "/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device";
+/// The newer control groups; the limit is a group's own, and this process and its children go into it.
+const UNIFIED: &str = "/sys/fs/cgroup";
+/// Large enough for everything that the old steps keep beside the tree.
+const SIZE: &str = "4G";
+
+/// Where to install to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// In memory.
+    Tmpfs,
+    /// ext4 on a device that writes so many bytes a second.
+    Card(u64),
+}
+
+/// A mounted, empty file system.
+pub(crate) struct Bed {
+    folder: PathBuf,
+    disk: Option<Disk>,
+}
+
+struct Disk {
+    image: PathBuf,
+    device: String,
+    /// Major and minor number.
+    number: String,
+}
+
+impl Bed {
+    pub(crate) async fn new(dir: &Path, kind: Kind) -> Result<Self> {
+        let folder = dir.join("bed");
+        fs::create_dir_all(&folder)?;
+        let shown = folder.display().to_string();
+        let mut bed = Self { folder, disk: None };
+        let Kind::Card(rate) = kind else {
+            run("mount", &["-t", "tmpfs", "-o", &format!("size={SIZE}"), "tmpfs", &shown]).await?;
+            return Ok(bed);
+        };
+        let image = dir.join("card.img");
+        let path = image.display().to_string();
+        run("truncate", &["-s", SIZE, &path]).await?;
+        run("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", &path]).await?;
+        let device = run("losetup", &["--find", "--show", &path]).await?;
+        let number = fs::read_to_string(format!("/sys/class/block/{}/dev", device.trim_start_matches("/dev/")))?;
+        let disk = bed.disk.insert(Disk { image, device, number: number.trim().to_owned() });
+        run("mount", &[&disk.device, &shown]).await?;
+        run("sync", &["-f", &shown]).await?;
+        limit(&disk.number, Some(rate))?;
+        Ok(bed)
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Bytes that the device was given so far; none on tmpfs.
+    pub(crate) fn written(&self) -> Result<Option<u64>> {
+        let Some(disk) = &self.disk else { return Ok(None) };
+        let text = fs::read_to_string(format!("/sys/dev/block/{}/stat", disk.number))?;
+        // The kernel's documentation, block/stat: the seventh number is sectors written.
+        let sectors: u64 = text.split_whitespace().nth(6).context("no statistics of the device")?.parse()?;
+        Ok(Some(sectors * 512))
+    }
+
+    fn used(folder: &Path) -> Result<u64> {
+        let found = rustix::fs::statvfs(folder)?;
+        Ok((found.f_blocks - found.f_bfree) * found.f_frsize)
+    }
+
+    /// Watches how full it gets.
+    pub(crate) fn watch(&self) -> Result<Peak> {
+        let (folder, before) = (self.folder.clone(), Self::used(&self.folder)?);
+        let (highest, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (seen, ended) = (Arc::clone(&highest), Arc::clone(&stop));
+        let task = tokio::spawn(async move {
+            while !ended.load(Ordering::Relaxed) {
+                let used = Self::used(&folder).unwrap_or(before);
+                seen.fetch_max(used.saturating_sub(before), Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        Ok(Peak { highest, stop, task })
+    }
+
+    pub(crate) async fn remove(self) -> Result<()> {
+        if let Some(disk) = &self.disk {
+            limit(&disk.number, None)?;
+        }
+        run("umount", &[&self.folder.display().to_string()]).await?;
+        if let Some(disk) = &self.disk {
+            run("losetup", &["--detach", &disk.device]).await?;
+            fs::remove_file(&disk.image)?;
+        }
+        Ok(())
+    }
+}
+
+/// How full a bed got.
+pub(crate) struct Peak {
+    highest: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl Peak {
+    pub(crate) async fn end(self) -> Result<u64> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await?;
+        Ok(self.highest.load(Ordering::Relaxed))
+    }
+}
+
+/// Holds a device to a speed, or lets it go.
+fn limit(number: &str, rate: Option<u64>) -> Result<()> {
+    if Path::new(THROTTLE).exists() {
+        return fs::write(THROTTLE, format!("{number} {}", rate.unwrap_or(0))).context("cannot hold the device back");
+    }
+    let group = Path::new(UNIFIED).join("marco-bench");
+    ensure!(Path::new(UNIFIED).join("cgroup.controllers").exists(), "this kernel has no control group for block I/O");
+    fs::write(Path::new(UNIFIED).join("cgroup.subtree_control"), "+io +memory").context("cgroup v2")?;
+    fs::create_dir_all(&group)?;
+    let rate = rate.map_or_else(|| "max".to_owned(), |rate| rate.to_string());
+    fs::write(group.join("io.max"), format!("{number} wbps={rate}")).context("cannot hold the device back")?;
+    fs::write(group.join("cgroup.procs"), std::process::id().to_string()).context("cannot enter the control group")
+}
+
+/// Runs a program; its standard output, trimmed.
+pub(crate) async fn run(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output().await.with_context(|| format!("starting {program}"))?;
+    if !output.status.success() {
+        bail!("{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}

@@ -1,0 +1,118 @@
+//! Write-back at the card's own pace: what is unpacked goes to the card while more arrives, so that little is left for
+//! the sync at the end, and memory is not filled with what the card has yet to take.
+
+use std::fs::File;
+use std::io::Result;
+use std::path::Path;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// The card is told to write after so many bytes.
+const STEP: u64 = 16 << 20;
+/// Most bytes that are unpacked and not written: seconds of a slow card's work.
+const WINDOW: u64 = 64 << 20;
+
+/// Paces whoever writes into one file system.
+pub(super) struct WriteBack {
+    ask: Option<SyncSender<u64>>,
+    asked: u64,
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Bytes that are on the card; the first error.
+    written: Mutex<(u64, Option<std::io::Error>)>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, (u64, Option<std::io::Error>)> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl WriteBack {
+    /// For the file system that holds this folder.
+    pub(super) fn start(folder: &Path) -> Result<Self> {
+        let folder = File::open(folder)?;
+        let shared = Arc::new(Shared::default());
+        let (ask, asked) = sync_channel::<u64>(1);
+        let told = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("write-back".to_owned()).spawn(move || {
+            for bytes in asked {
+                let synced = rustix::fs::syncfs(&folder);
+                let mut written = told.lock();
+                written.0 = bytes;
+                if let Err(errno) = synced {
+                    written.1.get_or_insert(errno.into());
+                }
+                drop(written);
+                told.changed.notify_all();
+            }
+        })?;
+        Ok(Self { ask: Some(ask), asked: 0, shared, thread: Some(thread) })
+    }
+
+    /// So many bytes were unpacked in all. Returns when not too many of them are still on their way to the card.
+    pub(super) fn unpacked(&mut self, bytes: u64) {
+        loop {
+            let due = bytes.saturating_sub(self.asked) >= STEP;
+            if due && self.ask.as_ref().is_some_and(|ask| ask.try_send(bytes).is_ok()) {
+                self.asked = bytes;
+            }
+            let written = self.shared.lock();
+            let before = written.0;
+            // What nobody was asked for would never be written.
+            if bytes.saturating_sub(before) <= WINDOW || self.asked <= before {
+                return;
+            }
+            drop(self.shared.changed.wait_while(written, |written| written.0 == before));
+        }
+    }
+
+    /// Waits for what was asked for; the first error, if there was one.
+    pub(super) fn finish(mut self) -> Result<()> {
+        self.join();
+        let error = self.shared.lock().1.take();
+        error.map_or(Ok(()), Err)
+    }
+
+    fn join(&mut self) {
+        drop(self.ask.take());
+        if let Some(thread) = self.thread.take() {
+            // It does not panic.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for WriteBack {
+    /// The thread holds the file system open, which is unmounted next.
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{STEP, WINDOW, WriteBack};
+
+    #[test]
+    fn nobody_is_further_ahead_of_the_card_than_the_window() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut pace = WriteBack::start(dir.path()).unwrap();
+        for bytes in (0..=4 * WINDOW).step_by(1 << 20) {
+            pace.unpacked(bytes);
+            assert!(bytes - pace.shared.lock().0 <= WINDOW);
+            assert!(bytes - pace.asked < WINDOW);
+        }
+        // A hole may be longer than the window.
+        pace.unpacked(100 * WINDOW);
+        assert_eq!(pace.asked, 100 * WINDOW);
+        pace.unpacked(100 * WINDOW + STEP - 1);
+        pace.finish().unwrap();
+    }
+}
