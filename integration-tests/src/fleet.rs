@@ -53,6 +53,7 @@ pub struct Builder {
     notifications: bool,
     own_clocks: bool,
     shared_folders: bool,
+    missed_after: Option<Duration>,
 }
 
 /// A running fleet; dropping it ends all its processes and removes all its files.
@@ -97,6 +98,7 @@ impl Default for Builder {
             notifications: true,
             own_clocks: false,
             shared_folders: false,
+            missed_after: None,
         }
     }
 }

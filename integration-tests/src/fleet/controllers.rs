@@ -1,6 +1,7 @@
 //! Several controllers on one database, and what can be done to each.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tonic::transport::Channel;
@@ -43,6 +44,12 @@ impl Builder {
         self
     }
 
+    /// How late an instant of a schedule may be found before it is missed; five minutes unless said otherwise.
+    pub fn missed_after(mut self, late: Duration) -> Self {
+        self.missed_after = Some(late);
+        self
+    }
+
     /// Starts the controller with this number.
     pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
         let addresses =
@@ -63,6 +70,9 @@ impl Builder {
         }
         if self.controllers > 1 {
             arguments.extend(["--name".to_owned(), addresses.api.ip().to_string()]);
+        }
+        if let Some(late) = self.missed_after {
+            arguments.extend(["--missed-after".to_owned(), format!("{}ms", late.as_millis())]);
         }
         if let Database::Url(url) = &self.database {
             arguments.extend(["--database-url".to_owned(), url.clone()]);
