@@ -169,7 +169,8 @@ async fn kills_and_a_clock_an_hour_off_neither_lose_nor_double_an_instant() -> R
     race.fleet.kill(0).await?;
     race.pass(INSTANTS + 3).await?;
     race.fleet.kill(3).await?;
-    let next = "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::BIGINT - MIN(next_fire) AS late FROM schedules";
+    let next =
+        "SELECT (EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)::BIGINT - MIN(next_fire) AS late FROM schedules";
     wait_until(seconds(60), "instants are overdue for longer than they may be", async || {
         let late = race.server.rows(&race.url, next)?.first().and_then(|row| number(row, "late"));
         Ok(late.filter(|late| *late > i64::try_from(LATE.as_micros()).unwrap_or(i64::MAX) + 3 * SECOND))

@@ -193,6 +193,17 @@ async fn marcoctl_shows_the_coming_fires_in_the_zone_and_in_utc() -> Result<()> 
         assert_eq!(refused.status.code(), Some(1), "{refused:?}");
         assert!(refused.stderr.contains(if wrong[1] == "never" { "cron" } else { "Mars" }), "{refused:?}");
     }
+    let changes =
+        ["schedules", "update", "winter", "--cron", "0 13 24 12 *", "--message", "Merry Christmas", "-o", "json"];
+    let changed = marcoctl(&fleet, &changes).await?.success()?;
+    let changed: serde_json::Value = serde_json::from_str(&changed)?;
+    let next = marcoctl(&fleet, &["schedules", "next", "winter", "--count", "1"]).await?.success()?;
+    let next = serde_json::json!(next.split_whitespace().last().context("no fire")?);
+    assert_eq!((&changed["cron"], &changed["nextFireTime"]), (&serde_json::json!("0 13 24 12 *"), &next));
+    assert_eq!(changed["operation"]["powerOff"]["message"], "Merry Christmas");
+    assert!(changed["operation"]["all"].is_object() && changed["missedFire"] == "MISSED_FIRE_SKIP", "{changed}");
+    let nothing = marcoctl(&fleet, &["schedules", "update", "winter"]).await?;
+    assert_eq!(nothing.status.code(), Some(2), "{nothing:?}");
     marcoctl(&fleet, &["schedules", "delete", "winter"]).await?.success()?;
     assert_eq!(marcoctl(&fleet, &["schedules", "get", "winter"]).await?.status.code(), Some(1));
     fleet.went_well();

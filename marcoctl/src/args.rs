@@ -17,7 +17,10 @@ pub(crate) use operations::{
     Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, RolloutFlags,
     Target, Wait, WhichExecutions, WindowFlags,
 };
-pub(crate) use schedules::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, OverlapArg, SchedulesCommand};
+pub(crate) use schedules::{
+    ActionArg, CreateSchedule, MissedFireArg, Next, OtherTarget, OutcomeArg, OverlapArg, SchedulesCommand,
+    UpdateSchedule,
+};
 pub(crate) use tokens::{CreateToken, TokensCommand};
 
 /// Installs, updates, reboots and powers off Raspberry Pis, through their controller.

@@ -1,6 +1,7 @@
 //! `ScheduleService`.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{OperationId, ScheduleId};
@@ -23,6 +24,10 @@ mod read;
 const PREVIEW: usize = 10;
 /// Most fires that a preview shows.
 const PREVIEW_MAX: usize = 1000;
+/// How long a change of a schedule waits for the scheduler to decide about an instant that has come.
+const DECIDED_WITHIN: Duration = Duration::from_secs(3);
+/// How often it looks.
+const DECIDED_AGAIN: Duration = Duration::from_millis(50);
 
 /// The service.
 pub(super) struct Schedules {
@@ -109,7 +114,7 @@ impl Schedules {
         let asked = request.schedule.ok_or_else(|| ApiError::invalid("schedule", "is missing"))?;
         let id = schedule_id("schedule.name", &asked.name)?;
         let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let old = self.find(&id).await?;
+        let old = self.find_decided(&id, now).await?;
         let new = read::changed(&old, asked, &paths, now)?;
         if !self.context.store.update_schedule(&new, now).await? {
             return Err(ApiError::Aborted {
@@ -118,6 +123,25 @@ impl Schedules {
             });
         }
         self.find(&id).await
+    }
+
+    /// A schedule of which nothing until `now` is undecided. The scheduler decides within a moment after an instant has
+    /// come; a change of the times in that moment would leave it without a row.
+    async fn find_decided(&self, id: &ScheduleId, now: DateTime<Utc>) -> Result<ScheduleRow, ApiError> {
+        let given_up = tokio::time::Instant::now() + DECIDED_WITHIN;
+        loop {
+            let row = self.find(id).await?;
+            if row.next_fire.is_none_or(|next| next > now) {
+                return Ok(row);
+            }
+            if tokio::time::Instant::now() > given_up {
+                return Err(ApiError::Aborted {
+                    reason: "FIRE_UNDECIDED",
+                    message: format!("{} is firing at this moment; try again in a few seconds", id.name()),
+                });
+            }
+            tokio::time::sleep(DECIDED_AGAIN).await;
+        }
     }
 
     async fn set_paused(&self, name: &str, paused: Option<&str>) -> Result<ScheduleRow, ApiError> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::values::{duration, instant};
+use super::values::{Pair, duration, instant, pair};
 use super::{Paging, RolloutFlags, Target, WindowFlags};
 
 /// What can be done with schedules.
@@ -28,6 +28,15 @@ is the second. Targets and artifacts are resolved at each fire.")]
         /// Name or id
         schedule: String,
     },
+    /// Change a schedule; what no flag names stays as it is
+    #[command(after_help = "\
+Examples:
+  marcoctl schedules update nightly --cron \"30 3 * * *\"
+  marcoctl schedules update lab --image kiosk-2 --max-in-flight 5
+  marcoctl schedules update lab pi-01 pi-02 --no-window
+
+A new cron or zone counts from now. Operations that were made before stay as they are.")]
+    Update(Box<UpdateSchedule>),
     /// Stop a schedule from making operations; its instants are recorded as skipped
     Pause {
         /// Name or id
@@ -114,6 +123,74 @@ pub(crate) struct CreateSchedule {
     /// What is done about a fire while an operation of the schedule is unfinished
     #[arg(long, value_name = "POLICY", default_value = "skip")]
     pub(crate) overlap: OverlapArg,
+}
+
+/// Flags of `schedules update`: each is a change.
+#[derive(Debug, Args)]
+pub(crate) struct UpdateSchedule {
+    /// Name or id
+    #[arg(value_name = "ID")]
+    pub(crate) schedule: String,
+    /// When, as a cron expression
+    #[arg(long, value_name = "CRON")]
+    pub(crate) cron: Option<String>,
+    /// Time zone in which it is read
+    #[arg(long, value_name = "ZONE")]
+    pub(crate) zone: Option<String>,
+    /// What each fire does
+    #[arg(long, value_name = "ACTION")]
+    pub(crate) action: Option<ActionArg>,
+    #[command(flatten)]
+    pub(crate) target: OtherTarget,
+    /// The image to install; empty: only the boot files change
+    #[arg(long, value_name = "ID")]
+    pub(crate) image: Option<String>,
+    /// The boot files, for an update; empty: the board's default
+    #[arg(long, value_name = "ID")]
+    pub(crate) bootcode: Option<String>,
+    /// How long logged-in users are warned before
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) notice: Option<Duration>,
+    /// Shown to logged-in users
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) message: Option<String>,
+    #[command(flatten)]
+    pub(crate) rollout: RolloutFlags,
+    /// All nodes at once again, and nothing pauses it
+    #[arg(long, conflicts_with_all = ["max_in_flight", "canary", "max_failures", "group_by", "max_per_group"])]
+    pub(crate) no_rollout: bool,
+    #[command(flatten)]
+    pub(crate) window: WindowFlags,
+    /// Begin nodes at any time again
+    #[arg(long, conflicts_with_all = ["window_cron", "window_duration", "window_zone"])]
+    pub(crate) no_window: bool,
+    /// Each node begins up to this much later, always by the same share; 0s: at once
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) jitter: Option<Duration>,
+    /// What has not begun this long after a fire is not begun any more
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) expire_after: Option<Duration>,
+    /// What is done about fires that come too late: skip them, or make up for them once
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) missed_fire: Option<MissedFireArg>,
+    /// What is done about a fire while an operation of the schedule is unfinished
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) overlap: Option<OverlapArg>,
+}
+
+/// On which other nodes: at most one of the three.
+#[derive(Debug, Args)]
+#[group(id = "other_target", multiple = false)]
+pub(crate) struct OtherTarget {
+    /// Names or ids, instead of the targets so far
+    #[arg(value_name = "NODE")]
+    pub(crate) nodes: Vec<String>,
+    /// Every approved node
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// The nodes with this label; repeats, or takes a list with commas: all of them must be there
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
+    pub(crate) selector: Vec<Pair>,
 }
 
 /// Flags of `schedules next`.

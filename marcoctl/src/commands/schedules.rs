@@ -16,11 +16,17 @@ use crate::connect::{Connection, call};
 use crate::failure::Failure;
 use crate::output::{Out, ago, enum_word, fields, id, labels, local, span, table, timestamp_of};
 
+mod update;
+
 pub(super) async fn run(command: SchedulesCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     match command {
         SchedulesCommand::Create(flags) => {
             let created = connection.schedules().create_schedule(call(asked(*flags)?)).await?.into_inner();
             out.document(&created, detail)
+        }
+        SchedulesCommand::Update(flags) => {
+            let changed = update::update(*flags, connection).await?;
+            out.document(&changed, detail)
         }
         SchedulesCommand::List(paging) => {
             let schedules = all_pages(async |page_token| {
@@ -114,21 +120,27 @@ fn asked(flags: CreateSchedule) -> Result<CreateScheduleRequest, Failure> {
         cron: flags.cron,
         time_zone: flags.zone,
         operation: Some(operation),
-        missed_fire: match flags.missed_fire {
-            MissedFireArg::Skip => schedule::MissedFire::Skip,
-            MissedFireArg::Once => schedule::MissedFire::Once,
-        }
-        .into(),
-        overlap: match flags.overlap {
-            OverlapArg::Skip => schedule::Overlap::Skip,
-            OverlapArg::Queue => schedule::Overlap::Queue,
-        }
-        .into(),
+        missed_fire: missed_fire_of(flags.missed_fire).into(),
+        overlap: overlap_of(flags.overlap).into(),
         jitter: flags.jitter.map(proto_duration).transpose()?,
         expire_after: flags.expire_after.map(proto_duration).transpose()?,
         ..Default::default()
     };
     Ok(CreateScheduleRequest { schedule: Some(schedule), schedule_id: flags.schedule })
+}
+
+fn missed_fire_of(word: MissedFireArg) -> schedule::MissedFire {
+    match word {
+        MissedFireArg::Skip => schedule::MissedFire::Skip,
+        MissedFireArg::Once => schedule::MissedFire::Once,
+    }
+}
+
+fn overlap_of(word: OverlapArg) -> schedule::Overlap {
+    match word {
+        OverlapArg::Skip => schedule::Overlap::Skip,
+        OverlapArg::Queue => schedule::Overlap::Queue,
+    }
 }
 
 fn outcome_of(word: OutcomeArg) -> fire::Outcome {
