@@ -108,7 +108,8 @@ impl Dispatcher {
         self.store.expire(now).await?;
         self.store.power_off_done(now).await?;
         for overdue in self.store.mark_overdue(now).await? {
-            tracing::warn!(execution = %overdue.execution, state = overdue.state.as_str(), "an execution is overdue");
+            let state = overdue.state.as_str();
+            tracing::warn!(execution = %overdue.execution, state, why = overdue.why, "an execution is overdue");
         }
         for changed in self.store.give_up(now).await? {
             tracing::warn!(execution = %changed.execution, "an overdue execution was given up");

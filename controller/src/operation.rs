@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+mod phase;
 mod report;
 mod state;
 mod wait;
 
+pub use phase::{Phase, deadline_after, deadline_in_all, why_overdue};
 pub use report::{Expected, HelloVerdict, ReportVerdict, Reported, Stored, on_hello, on_report};
-pub use state::{
-    Counts, ExecutionError, ExecutionState, IllegalTransition, OperationState, deadline_after, final_state, reason,
-};
+pub use state::{Counts, ExecutionError, ExecutionState, IllegalTransition, OperationState, final_state, reason};
 pub use wait::{NodeMode, NodeState, WaitContext, WaitReason, wait_reason};
 
 /// How long users are warned when an operation does not say.

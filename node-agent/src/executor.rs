@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
-use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume};
+use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
 use crate::journal::{Entry, Journal, JournalError, Progress};
 use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
 
@@ -37,8 +37,6 @@ pub struct Settings {
     /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
     /// waits a fifth of that, for the operators' sake only.
     pub farewell: Duration,
-    /// How long the machine may take to go down before the command is given again.
-    pub patience: Duration,
     /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
     pub verdict: Duration,
     /// The longest pause before an installation that failed on the way is tried again.
@@ -372,7 +370,7 @@ impl Executor {
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);
         }
-        self.phase(execution, "waiting for the notice to pass");
+        self.phase(execution, phase::NOTICE);
         if let Err(error) = self.system.announce(down, notice.delay, &notice.message).await {
             // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
             tracing::warn!(execution, error = %chain(&error), "users could not be warned");
@@ -400,10 +398,11 @@ impl Executor {
             Action::Unknown => "",
         };
         let mut last = None;
-        self.phase(execution, way.phase());
+        self.phase(execution, way.phase(1));
         self.say_farewell(execution, way).await;
         for command in 1..=MAX_COMMANDS {
             tracing::info!(execution, ?way, command, "going down");
+            self.phase(execution, way.phase(command));
             let (down, how) = match way {
                 WayDown::Reboot => (Down::Reboot, Reboot::Plain),
                 WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
@@ -419,7 +418,7 @@ impl Executor {
                 tracing::error!(execution, error = %chain(&error), "command to go down failed");
                 last = Some(chain(&error));
             }
-            tokio::time::sleep(self.settings.patience).await;
+            tokio::time::sleep(self.system.patience()).await;
         }
         let reason = match way {
             WayDown::PowerOff => job::DID_NOT_POWER_OFF,
@@ -468,11 +467,15 @@ enum WayDown {
 }
 
 impl WayDown {
-    fn phase(self) -> &'static str {
-        match self {
-            Self::Reboot => "restarting",
-            Self::TryBoot => "trial boot",
-            Self::PowerOff => "powering off",
+    /// What is said of the command with this number, from 1.
+    fn phase(self, command: u32) -> &'static str {
+        match (self, command) {
+            (Self::Reboot, 1) => phase::RESTARTING,
+            (Self::Reboot, _) => phase::FORCED_RESTART,
+            (Self::TryBoot, 1) => phase::TRIAL_BOOT,
+            (Self::TryBoot, _) => phase::FORCED_TRIAL_BOOT,
+            (Self::PowerOff, 1) => phase::POWERING_OFF,
+            (Self::PowerOff, _) => phase::FORCED_POWER_OFF,
         }
     }
 }

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
 use crate::download::{DownloadError, Downloader};
+use crate::job::phase;
 use crate::system::rooted::Rooted;
 use crate::system::{Board, Card, Erase, Release, System, SystemError, Target, release};
 use personal::Keep;
@@ -54,12 +55,12 @@ impl Phase {
     /// For a report.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Connecting => "connecting",
-            Self::Partitioning => "partitioning",
-            Self::Unpacking => "unpacking image",
-            Self::BootFiles => "writing boot files",
-            Self::Personalising => "personalising",
-            Self::Syncing => "syncing",
+            Self::Connecting => phase::CONNECTING,
+            Self::Partitioning => phase::PARTITIONING,
+            Self::Unpacking => phase::UNPACKING,
+            Self::BootFiles => phase::WRITING_BOOT_FILES,
+            Self::Personalising => phase::PERSONALISING,
+            Self::Syncing => phase::SYNCING,
         }
     }
 }

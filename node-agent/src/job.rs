@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub mod phase;
+
 /// How often a new system is tried before the installer gives up and waits.
 pub const MAX_TRIALS: u32 = 3;
 

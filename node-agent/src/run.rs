@@ -27,8 +27,6 @@ use crate::system::{self, Facts, System, SystemError};
 
 /// How long a power-off waits for the controller to know of it.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// How long the machine may take to go down before the command is given again.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
 /// then writes the card again.
 const VERDICT: Duration = Duration::from_secs(30 * 60);
@@ -302,7 +300,6 @@ pub async fn run(
         controllers: controllers.in_order(),
         enroll: way.enroll.first().cloned().unwrap_or_default(),
         farewell: FAREWELL,
-        patience: PATIENCE,
         verdict: VERDICT,
         max_pause: MAX_INSTALL_PAUSE,
         now: {

@@ -259,6 +259,11 @@ pub trait System: Send + Sync + 'static {
     /// its argument: a trial boot stays one. Returns when the command was issued.
     async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError>;
 
+    /// How long it may take to go down before a stronger command is given.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(60)
+    }
+
     /// Whether an update can be begun, before anything is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 

@@ -40,7 +40,8 @@ pub(super) fn explain(
         }
         ExecutionState::Rebooting => (
             format!(
-                "{node} is past the point of no return and is going down, or is down. It is awaited with a new boot id."
+                "{node} is past the point of no return and is going down, or is down{}. It is awaited with a new boot id.",
+                if row.phase.is_empty() { String::new() } else { format!(": {}", row.phase) }
             ),
             vec![],
         ),
@@ -61,9 +62,10 @@ pub(super) fn explain(
         explanation.push_str(&format!(" Without news it is overdue at {}.", instant(deadline)));
     }
     if row.overdue {
-        let since = row.deadline.map(|deadline| format!(" (at {})", instant(deadline))).unwrap_or_default();
+        let since = row.deadline.map(|deadline| format!(" since {}", instant(deadline))).unwrap_or_default();
         explanation.push_str(&format!(
-            " Its deadline has passed{since}: the node is late, holds no slot, and is given up a day after."
+            " It is overdue{since}: {}. The node is late, holds no slot, and is given up a day after.",
+            row.overdue_reason
         ));
         suggestions.push(format!("Look at the node; to give it up: marcoctl operations abandon {} {node}", operation));
     }

@@ -1,9 +1,6 @@
 //! The states of operations and executions, and the changes between them, each a named method.
 
 use std::fmt;
-use std::time::Duration;
-
-use super::Action;
 
 /// A closed set of words, stored as text and read back from it.
 macro_rules! words {
@@ -328,27 +325,6 @@ impl ExecutionState {
     }
 }
 
-/// An assignment is answered at once by a node that has it.
-const ASSIGNED_LIMIT: Duration = Duration::from_secs(60);
-/// A node that is at work reports progress far more often; a Pi that writes to a slow card may be quiet for minutes.
-const RUNNING_LIMIT: Duration = Duration::from_secs(30 * 60);
-/// Shutting down, starting and, for an update, a file system check.
-const REBOOTING_LIMIT: Duration = Duration::from_secs(10 * 60);
-/// From the first report of the new system to its last.
-const VERIFYING_LIMIT: Duration = Duration::from_secs(10 * 60);
-
-/// How long after the last news a node in this state is overdue; `None` where nothing is awaited of it. The notice
-/// counts, since a node that waits for it is in RUNNING and says nothing.
-pub fn deadline_after(state: ExecutionState, action: &Action) -> Option<Duration> {
-    match state {
-        ExecutionState::Assigned => Some(ASSIGNED_LIMIT),
-        ExecutionState::Running => Some(RUNNING_LIMIT.saturating_add(action.notice().delay)),
-        ExecutionState::Rebooting => Some(REBOOTING_LIMIT),
-        ExecutionState::Verifying => Some(VERIFYING_LIMIT),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -436,15 +412,5 @@ mod tests {
             assert_eq!(O::parse(state.as_str()), Some(state));
         }
         assert_eq!(E::parse("running"), None);
-    }
-
-    #[test]
-    fn a_deadline_stands_for_every_state_in_which_a_node_is_awaited_and_counts_the_notice() {
-        let notice = super::super::Notice { delay: Duration::from_secs(7200), message: String::new() };
-        let action = Action::Reboot(notice);
-        for state in E::ALL.iter().copied() {
-            assert_eq!(deadline_after(state, &action).is_some(), state.is_active(), "{state}");
-        }
-        assert_eq!(deadline_after(E::Running, &action), Some(Duration::from_secs(9000)));
     }
 }

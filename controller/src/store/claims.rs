@@ -242,7 +242,7 @@ impl Due {
             node: id.node.as_str().to_owned(),
             epoch: row.int("epoch")?,
             boot_id: row.text("boot_id")?,
-            deadline: deadline(ExecutionState::Assigned, &action, now).map(micros),
+            deadline: deadline(ExecutionState::Assigned, "", &action, now).map(micros),
             patience: patience(ExecutionState::Assigned, &action),
         };
         Ok(Self { id, action, family, row })

@@ -4,7 +4,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::{ExecutionId, OperationId};
 
 use super::events::{self, CONTROLLER, Happened};
-use super::executions::read_id;
+use super::executions::{self, read_id};
 use super::moves::read_found;
 use super::operations::{self, finish_if_done, lock};
 use super::rollouts::note_beginning;
@@ -36,6 +36,8 @@ pub struct Overdue {
     pub execution: ExecutionId,
     /// Its state.
     pub state: ExecutionState,
+    /// What it is late with.
+    pub why: String,
 }
 
 impl Store {
@@ -99,17 +101,25 @@ impl Store {
 
     /// Executions past their deadline: flagged overdue.
     pub async fn mark_overdue(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
-        let late = sql("SELECT operation, node, state FROM executions WHERE deadline <= ? AND NOT overdue \
-                        AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        let late = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state, e.phase AS phase, \
+                            e.assign_time AS assign_time, e.deadline AS deadline, o.action AS action \
+                        FROM executions e JOIN operations o ON o.id = e.operation \
+                        WHERE e.deadline <= ? AND NOT e.overdue \
+                        AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
         .time(now);
-        let found = late.clone().all(self.reader()).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
+        let found = late
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(|row| Ok((read_found(row)?, executions::why_overdue(row, "action")?)))
+            .collect::<Result<Vec<_>, StoreError>>()?;
         if found.is_empty() {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        lock(&*tx, found.iter().map(|(id, _)| &id.operation)).await?;
+        lock(&*tx, found.iter().map(|((id, _), _)| &id.operation)).await?;
         let mut marked = Vec::with_capacity(found.len());
-        for (id, state) in found {
+        for ((id, state), why) in found {
             let changed =
                 sql("UPDATE executions SET overdue = TRUE, update_time = ? WHERE operation = ? AND node = ? \
                                AND state = ? AND deadline <= ? AND NOT overdue")
@@ -121,9 +131,10 @@ impl Store {
                 .run(&*tx)
                 .await?;
             if changed == 1 {
-                let event = Happened::to_node(&id.node, CONTROLLER, state.as_str(), state.as_str(), "overdue");
+                let event =
+                    Happened::to_node(&id.node, CONTROLLER, state.as_str(), state.as_str(), &format!("overdue: {why}"));
                 events::record(&*tx, &id.operation, vec![event], now).await?;
-                marked.push(Overdue { execution: id, state });
+                marked.push(Overdue { execution: id, state, why });
             }
         }
         self.commit(tx).await?;

@@ -1,5 +1,7 @@
 //! Executions: reading them.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
@@ -9,7 +11,8 @@ use super::rollouts::{Gone, group, standing};
 use super::sql::{Row, sql};
 use super::{Store, StoreError};
 use crate::operation::{
-    ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason, wait_reason,
+    self, Action, ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason,
+    wait_reason,
 };
 use crate::rollout::Rollout;
 
@@ -38,6 +41,8 @@ pub struct ExecutionRow {
     pub sequence: u64,
     /// Past its deadline.
     pub overdue: bool,
+    /// What it is late with, when it is overdue.
+    pub overdue_reason: String,
     /// When it becomes overdue.
     pub deadline: Option<DateTime<Utc>>,
     /// A cancel was asked for.
@@ -96,7 +101,7 @@ pub(super) async fn find(db: &impl ConnectionTrait, id: &ExecutionId) -> Result<
     Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
-const SELECT: &str = "SELECT e.*, o.state AS operation_state, o.installs_image AS installs_image, \
+const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overdue_action, o.state AS operation_state, o.installs_image AS installs_image, \
     o.rollout AS rollout, o.closed_until AS closed_until, o.schedule_time AS due_time, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
     EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
@@ -159,6 +164,10 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
         attempt: row.number("attempt")?,
         sequence: row.number("sequence")?,
         overdue: row.flag("overdue")?,
+        overdue_reason: match row.flag("overdue")? {
+            true => why_overdue(row, "overdue_action")?,
+            false => String::new(),
+        },
         deadline: row.maybe_time("deadline")?,
         cancel_requested: row.flag("cancel_requested")?,
         cancel_refused: row.flag("cancel_refused")?,
@@ -168,6 +177,16 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
         assign_boot_id: row.text("assign_boot_id")?,
         boot_id: row.text("boot_id")?,
     })
+}
+
+/// What an execution is late with, from the columns `state`, `phase`, `deadline`, `assign_time`, and that of its action.
+pub(super) fn why_overdue(row: &Row, action: &'static str) -> Result<String, StoreError> {
+    let action: Action = row.json(action)?;
+    let spent = match (row.maybe_time("assign_time")?, row.maybe_time("deadline")?) {
+        (Some(assigned), Some(deadline)) => (deadline - assigned).to_std().unwrap_or_default(),
+        _ => Duration::ZERO,
+    };
+    Ok(operation::why_overdue(row.word("state", ExecutionState::parse)?, &row.text("phase")?, &action, spent))
 }
 
 /// The id from the columns `operation` and `node`.

@@ -1,6 +1,7 @@
 //! The writes of executions' states: each names the state that it expects, and writes its event with it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::{ExecutionId, OperationId};
@@ -22,20 +23,33 @@ pub(super) struct Move<'a> {
     pub(super) to: ExecutionState,
     pub(super) error: Option<&'a ExecutionError>,
     pub(super) action: &'a Action,
+    /// What the node says that it does now; empty: it said nothing.
+    pub(super) phase: &'a str,
     pub(super) actor: &'a str,
     pub(super) reason: &'a str,
 }
 
-/// When an execution becomes overdue that reaches this state now.
-pub(super) fn deadline(state: ExecutionState, action: &Action, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
-    deadline_after(state, action)
+/// When an execution becomes overdue that reaches this state and phase now.
+pub(super) fn deadline(
+    state: ExecutionState,
+    phase: &str,
+    action: &Action,
+    now: DateTime<Utc>,
+) -> Option<DateTime<Utc>> {
+    deadline_after(state, phase, action)
         .map(|limit| TimeDelta::from_std(limit).unwrap_or(TimeDelta::MAX))
         .and_then(|limit| now.checked_add_signed(limit))
 }
 
-/// The same as a length of time, in microseconds; 0 where nothing is awaited.
+/// For progress that names no phase that is known: how long the state may take, in microseconds; 0 where nothing is
+/// awaited.
 pub(super) fn patience(state: ExecutionState, action: &Action) -> i64 {
-    deadline_after(state, action).map_or(0, |limit| i64::try_from(limit.as_micros()).unwrap_or(i64::MAX / 2))
+    length(deadline_after(state, "", action).unwrap_or_default())
+}
+
+/// In microseconds.
+pub(super) fn length(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX / 4)
 }
 
 /// Makes a change, if the execution is still where it is expected, and ends its operation if it was the last; tells
@@ -49,11 +63,14 @@ pub(super) async fn apply(
         return Ok(false);
     }
     let changed = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, overdue = FALSE, \
-             deadline = ?, patience = ?, update_time = ?, finish_time = ? WHERE operation = ? AND node = ? AND state = ?")
+             phase = CASE WHEN ? THEN phase ELSE ? END, deadline = ?, patience = ?, update_time = ?, finish_time = ? WHERE operation = ? AND node = ? AND state = ?")
     .bind(change.to.as_str())
     .bind(change.error.map(|error| error.reason.clone()))
     .bind(change.error.map(|error| error.message.clone()))
-    .bind(deadline(change.to, change.action, now).map(micros))
+    // Where it stopped is worth knowing when all is over.
+    .bind(change.to.is_final() && change.phase.is_empty())
+    .bind(change.phase)
+    .bind(deadline(change.to, change.phase, change.action, now).map(micros))
     .bind(patience(change.to, change.action))
     .time(now)
     .bind(change.to.is_final().then(|| micros(now)))

@@ -1,12 +1,21 @@
 //! Progress: coalesced by the caller, written in one statement.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
-use marco_proto::names::ExecutionId;
+use marco_proto::names::{ExecutionId, OperationId};
 
 use serde::Serialize;
 
+use super::moves::length;
+use super::operations;
 use super::sql::{signed, sql};
 use super::{Store, StoreError};
+use crate::operation::{Action, ExecutionState, Phase, deadline_after, deadline_in_all};
+
+/// The time of a known phase is the same in every state in which one is reported.
+const SOME: ExecutionState = ExecutionState::Running;
 
 /// The last progress of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,14 +37,20 @@ pub struct ProgressRow {
 }
 
 impl Store {
-    /// Stores progress, one row for each execution; counts as news of the node, so that it is not overdue.
+    /// Stores progress, one row for each execution. A new phase begins its own time; within one, only a byte that moved is
+    /// a sign of life. What is said again and again without that makes nobody less overdue.
     pub async fn flush_progress(&self, rows: &[ProgressRow], now: DateTime<Utc>) -> Result<(), StoreError> {
         if rows.is_empty() {
             return Ok(());
         }
+        let actions = self.actions(rows).await?;
+        let limit = |limit: Option<Duration>| length(limit.unwrap_or_default());
         let stored: Vec<Stored<'_>> = rows
             .iter()
-            .map(|row| Stored {
+            .filter_map(|row| Some((row, actions.get(&row.execution.operation)?)))
+            .map(|(row, action)| Stored {
+                within: limit(Phase::parse(&row.phase).and_then(|_| deadline_after(SOME, &row.phase, action))),
+                in_all: length(deadline_in_all(action)),
                 operation: row.execution.operation.as_str(),
                 node: row.execution.node.as_str(),
                 attempt: i64::from(row.attempt),
@@ -47,20 +62,35 @@ impl Store {
             })
             .collect();
         let tx = self.begin().await?;
-        sql("UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, overdue = FALSE, \
-                 cancel_refused = cancel_refused OR r.refused = 1, \
-                 deadline = CAST(? AS BIGINT) + patience, update_time = ? \
+        sql("UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, \
+                 cancel_refused = cancel_refused OR r.refused = 1, update_time = ?, \
+                 overdue = overdue AND ((executions.phase = r.phase AND bytes_done = r.done) \
+                                        OR assign_time + r.in_all <= CAST(? AS BIGINT)), \
+                 deadline = CASE WHEN executions.phase = r.phase AND bytes_done = r.done THEN deadline \
+                     WHEN CAST(? AS BIGINT) + CASE WHEN r.within > 0 THEN r.within ELSE patience END \
+                          > assign_time + r.in_all THEN assign_time + r.in_all \
+                     ELSE CAST(? AS BIGINT) + CASE WHEN r.within > 0 THEN r.within ELSE patience END END \
              FROM {rows operation TEXT, node TEXT, attempt BIGINT, sequence BIGINT, phase TEXT, done BIGINT, \
-                   total BIGINT, refused BIGINT} \
+                   total BIGINT, refused BIGINT, within BIGINT, in_all BIGINT} \
              WHERE executions.operation = r.operation AND executions.node = r.node \
                AND executions.attempt = r.attempt AND executions.sequence = r.sequence \
                AND executions.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .time(now)
+        .time(now)
         .time(now)
         .time(now)
         .json(&stored)
         .run(&*tx)
         .await?;
         self.commit(tx).await
+    }
+
+    /// What the operations of these rows do.
+    async fn actions(&self, rows: &[ProgressRow]) -> Result<BTreeMap<OperationId, Action>, StoreError> {
+        let operations: BTreeSet<&str> = rows.iter().map(|row| row.execution.operation.as_str()).collect();
+        let found =
+            sql("SELECT id, action FROM operations WHERE id IN {each}").each(operations).all(self.reader()).await?;
+        found.iter().map(|row| Ok((operations::read_id(row)?, row.json("action")?))).collect()
     }
 }
 
@@ -74,4 +104,7 @@ struct Stored<'a> {
     done: i64,
     total: i64,
     refused: i64,
+    /// How long this phase may take, in microseconds; 0: it is not known.
+    within: i64,
+    in_all: i64,
 }

@@ -97,6 +97,7 @@ async fn settle(
             to,
             error: error.as_ref(),
             action: &found.action,
+            phase: "",
             actor: CONTROLLER,
             reason: "",
         };

@@ -125,6 +125,8 @@ pub(super) async fn hold_node(
 pub(super) struct Found {
     pub(super) stored: Stored,
     pub(super) action: Action,
+    /// What the node said last that it does.
+    pub(super) phase: String,
     /// The session to which it was last delivered.
     pub(super) epoch: i64,
 }
@@ -133,7 +135,7 @@ pub(super) struct Found {
 pub(super) async fn find(tx: &DatabaseTransaction, id: &ExecutionId) -> Result<Option<Found>, StoreError> {
     let row = sql("SELECT e.state AS state, e.attempt AS attempt, e.sequence AS sequence, e.session_epoch AS epoch, \
              e.error_reason AS error_reason, e.assign_boot_id AS assign_boot_id, \
-             e.cancel_requested AS cancel_requested, o.action AS action \
+             e.cancel_requested AS cancel_requested, e.phase AS phase, o.action AS action \
          FROM executions e JOIN operations o ON o.id = e.operation WHERE e.operation = ? AND e.node = ?")
     .bind(id.operation.as_str())
     .bind(id.node.as_str())
@@ -153,6 +155,7 @@ fn read(row: &Row) -> Result<Found, StoreError> {
             cancel_requested: row.flag("cancel_requested")?,
         },
         action: row.json("action")?,
+        phase: row.text("phase")?,
         epoch: row.int("epoch")?,
     })
 }
@@ -226,6 +229,7 @@ async fn change(
         to,
         error,
         action: &found.action,
+        phase: &report.phase,
         actor: &report.execution.node.name(),
         reason: &report.phase,
     };
@@ -233,11 +237,10 @@ async fn change(
         return Ok(false);
     }
     let came_back = !report.boot_id.is_empty() && report.boot_id != found.stored.assign_boot_id;
-    sql("UPDATE executions SET sequence = ?, phase = ?, bytes_done = ?, bytes_total = ?, \
+    sql("UPDATE executions SET sequence = ?, bytes_done = ?, bytes_total = ?, \
              cancel_refused = cancel_refused OR ?, boot_id = CASE WHEN ? THEN ? ELSE boot_id END \
          WHERE operation = ? AND node = ?")
     .bind(signed(report.sequence))
-    .bind(report.phase.as_str())
     .bind(signed(report.bytes_done))
     .bind(signed(report.bytes_total))
     .bind(report.cancel_refused)
@@ -274,7 +277,7 @@ async fn redeliver(
         .bind(holder.epoch)
         .time(now)
         .time(now)
-        .bind(deadline(to, &found.action, now).map(micros))
+        .bind(deadline(to, &found.phase, &found.action, now).map(micros))
         .bind(patience(to, &found.action))
         .bind(holder.boot_id.as_str())
         .bind(report.execution.operation.as_str())

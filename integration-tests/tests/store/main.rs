@@ -64,6 +64,7 @@ on_both!(
         a_power_off_is_done_when_the_node_stays_away,
         a_node_that_came_back_on_after_a_power_off_is_told_by_its_boot_id,
         progress_is_kept_and_holds_off_the_deadline,
+        a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sign_of_life,
         progress_of_an_earlier_state_is_ignored,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
         a_node_that_is_overdue_for_a_day_is_given_up;

@@ -195,11 +195,42 @@ fn progress(id: &ExecutionId, attempt: u32, bytes_done: u64) -> ProgressRow {
         execution: id.clone(),
         attempt,
         sequence: 1,
-        phase: "downloading".to_owned(),
+        phase: "unpacking image".to_owned(),
         bytes_done,
         bytes_total: 6_000_000_000,
         cancel_refused: false,
     }
+}
+
+pub(crate) async fn a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sign_of_life(f: Fixture) {
+    let (_, epoch, assignment) = f.assigned(reboot()).await;
+    let id = &assignment.execution;
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(0)).await;
+    let flush = async |phase: &str, bytes_done: u64, at: i64| {
+        let row = ProgressRow { phase: phase.to_owned(), ..progress(id, 1, bytes_done) };
+        f.store.flush_progress(&[row], after(at)).await.unwrap();
+        let row = f.execution(id).await;
+        (row.overdue, row.deadline.map(|deadline| (deadline - after(0)).num_seconds()))
+    };
+    assert_eq!(flush("partitioning", 0, 10).await, (false, Some(10 + 900)));
+    assert_eq!(flush("partitioning", 0, 500).await, (false, Some(10 + 900)), "said again is no news");
+    assert_eq!(flush("unpacking image", 0, 600).await, (false, Some(1200)));
+    assert_eq!(flush("unpacking image", 7, 1100).await, (false, Some(1700)));
+    assert_eq!(flush("unpacking image", 7, 1600).await, (false, Some(1700)));
+    let marked = f.store.mark_overdue(after(1700)).await.unwrap();
+    assert_eq!(marked.len(), 1);
+    let why = "unpacking image: no byte has moved for 10m";
+    assert_eq!((marked[0].why.as_str(), f.execution(id).await.overdue_reason.as_str()), (why, why));
+    let events = f.store.events(&id.operation, 0, 100).await.unwrap();
+    assert_eq!(events.last().unwrap().reason, format!("overdue: {why}"));
+    assert_eq!(flush("unpacking image", 7, 1800).await, (true, Some(1700)));
+    assert_eq!(flush("unpacking image", 8, 1900).await, (false, Some(2500)), "it lives");
+    assert_eq!(f.execution(id).await.overdue_reason, "");
+    // A day after its assignment it is late, however lively it is.
+    let day = 86_400 + (f.execution(id).await.assign_time.unwrap() - after(0)).num_seconds();
+    assert_eq!(flush("unpacking image", 9, day - 60).await, (false, Some(day)));
+    assert_eq!(f.store.mark_overdue(after(day)).await.unwrap()[0].why, "it is not done 1day after it was assigned");
+    assert_eq!(flush("unpacking image", 10, day + 60).await, (true, Some(day)));
 }
 
 pub(crate) async fn progress_is_kept_and_holds_off_the_deadline(f: Fixture) {
@@ -209,8 +240,11 @@ pub(crate) async fn progress_is_kept_and_holds_off_the_deadline(f: Fixture) {
     assert_eq!(f.store.mark_overdue(after(1800)).await.unwrap().len(), 1);
     f.store.flush_progress(&[progress(id, 1, 5_000_000_000)], after(1900)).await.unwrap();
     let row = f.execution(id).await;
-    assert_eq!((row.phase.as_str(), row.bytes_done, row.bytes_total), ("downloading", 5_000_000_000, 6_000_000_000));
-    assert_eq!((row.overdue, row.deadline), (false, Some(after(3700))));
+    assert_eq!(
+        (row.phase.as_str(), row.bytes_done, row.bytes_total),
+        ("unpacking image", 5_000_000_000, 6_000_000_000)
+    );
+    assert_eq!((row.overdue, row.deadline), (false, Some(after(2500))));
     f.store.flush_progress(&[progress(id, 9, 1)], after(1901)).await.unwrap();
     assert_eq!(f.execution(id).await.bytes_done, 5_000_000_000, "of another delivery");
     f.store.flush_progress(&[], after(1902)).await.unwrap();

@@ -29,7 +29,6 @@ const SHORT: Duration = Duration::from_millis(30);
 struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
-    patience: Duration,
     verdict: Duration,
 }
 
@@ -46,8 +45,9 @@ impl Bench {
         }
         let told = Mutex::default();
         let boot_id = "boot-a".to_owned();
-        let machine = Machine { dir: path, boot_id, mode: Mode::Running, facts, release: None, refusal: None, told };
-        Self { _dir: dir, machine, patience: LONG, verdict: LONG }
+        let mode = Mode::Running;
+        let machine = Machine { dir: path, boot_id, mode, facts, release: None, refusal: None, patience: LONG, told };
+        Self { _dir: dir, machine, verdict: LONG }
     }
 
     fn recovery(&self) -> BootPart {
@@ -68,7 +68,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, patience, verdict } = self;
+        let Self { _dir, machine, verdict } = self;
         let machine = Arc::new(machine);
         let unreachable =
             Arc::new(|| -> futures_util::future::BoxFuture<'static, _> { Box::pin(std::future::pending()) });
@@ -81,7 +81,6 @@ impl Bench {
                 controllers: vec!["controller:1346".into()],
                 enroll: "controller:1347".into(),
                 farewell: Duration::ZERO,
-                patience,
                 verdict,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
@@ -98,7 +97,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, patience, verdict }
+        Self { _dir, machine, verdict }
     }
 }
 
@@ -150,7 +149,7 @@ async fn a_machine_is_told_to_reboot_only_after_the_notice_and_with_armed_on_the
 #[tokio::test]
 async fn a_machine_that_does_not_go_down_is_told_ever_more_strongly_and_then_the_job_failed() {
     let mut bench = Bench::new();
-    bench.patience = SHORT;
+    bench.machine.patience = SHORT;
     let journal = bench.journal();
     journal.accept(ONE, 1, reboot(SHORT)).await.unwrap();
     let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Failed).await).await;
@@ -222,7 +221,7 @@ async fn a_power_off_that_did_not_happen_does_not_happen_later() {
 #[tokio::test]
 async fn the_next_job_is_done_after_the_one_before() {
     let mut bench = Bench::new();
-    bench.patience = SHORT;
+    bench.machine.patience = SHORT;
     let journal = bench.journal();
     journal.accept(ONE, 1, reboot(LONG)).await.unwrap();
     let bench = bench

@@ -15,7 +15,7 @@ use crate::cause::chain;
 use crate::download::DownloadError;
 use crate::durable;
 use crate::install::{self, Phase};
-use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update};
+use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update, phase};
 use crate::journal::{self, Entry, JournalError, Progress};
 
 /// How often an installation that has not touched the card yet is tried before the old system is started again.
@@ -29,7 +29,7 @@ impl Executor {
         update: &Update,
         cancel: &CancellationToken,
     ) -> Result<Prefix, StepError> {
-        self.phase(execution, "checking whether it can be updated");
+        self.phase(execution, phase::CHECKING);
         self.system
             .preflight_update()
             .await
@@ -48,7 +48,7 @@ impl Executor {
     ) -> Result<Prefix, StepError> {
         let recovery = self.recovery_or_fail()?;
         let Some(bootcode) = bootcode else {
-            self.phase(execution, "writing boot files");
+            self.phase(execution, phase::WRITING_BOOT_FILES);
             return off_runtime(move || {
                 let zip = recovery.fallback_zip();
                 let digest = digest_of(&zip).map_err(|error| {
@@ -70,14 +70,14 @@ impl Executor {
             return Ok(prefix);
         }
         let zip = self.downloads().join(format!("{digest}.zip"));
-        let progress = self.bytes_of(execution, "downloading bootcode");
-        self.phase(execution, "downloading bootcode");
+        let progress = self.bytes_of(execution, phase::DOWNLOADING_BOOTCODE);
+        self.phase(execution, phase::DOWNLOADING_BOOTCODE);
         tokio::fs::create_dir_all(self.downloads()).await.map_err(DownloadError::from)?;
         self.downloader.to_file(&digest, &zip, progress, cancel).await?;
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);
         }
-        self.phase(execution, "writing boot files");
+        self.phase(execution, phase::WRITING_BOOT_FILES);
         off_runtime(move || {
             let prefix = recovery.stage(&zip, &digest);
             remove(&zip);
@@ -223,7 +223,7 @@ impl Executor {
                 return Err(StepError::Failed(failure));
             }
             self.journal.note(execution, failure).await?;
-            self.phase(execution, "waiting to try the installation again");
+            self.phase(execution, phase::ANOTHER_TRY);
             tokio::time::sleep(self.pause(tries)).await;
         }
         self.journal.try_boot(execution).await?;
@@ -268,7 +268,7 @@ impl Executor {
     /// In the new system: the controller's acknowledgement is its verdict. Only then the system becomes the default.
     pub(super) async fn await_verdict(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
-        self.phase(execution, "waiting for the controller to accept the new system");
+        self.phase(execution, phase::VERDICT);
         let mut changes = self.journal.changes();
         let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked));
         if tokio::time::timeout(self.settings.verdict, accepted).await.is_err() {

@@ -27,6 +27,8 @@ mod tree;
 
 /// Bytes that must be free for a further installer set.
 const SET_ROOM: u64 = 64 * 1024 * 1024;
+/// How long after it should be down a Pi is told more strongly: it only takes longer when it hangs.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How fast a virtual Pi is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,9 +127,14 @@ impl VirtualPi {
         }
     }
 
-    /// Whether a service that does not end holds an orderly way down up: as long as the file `stuck` is there.
-    fn stuck(&self) -> bool {
-        self.dir.join("stuck").exists()
+    /// Whether something holds a way down up. The file `stuck` says that, and what: a service, if it is empty; with
+    /// `services` also what kills these; with `everything` whatever is tried.
+    fn stuck(&self, force: Option<Force>) -> bool {
+        let Ok(what) = std::fs::read_to_string(self.dir.join("stuck")) else { return false };
+        match (what.trim(), force) {
+            ("everything", _) | (_, None) | ("services", Some(Force::Services)) => true,
+            (_, Some(Force::Services | Force::Everything)) => false,
+        }
     }
 
     /// Goes down, once: a second command finds it going down already.
@@ -225,7 +232,7 @@ impl System for VirtualPi {
             Reboot::Plain => Going::Reboot,
             Reboot::TryBoot => Going::TryBoot,
         };
-        if self.stuck() {
+        if self.stuck(None) {
             return Ok(());
         }
         self.go_down(going, Event::Reboot, execution)
@@ -233,18 +240,25 @@ impl System for VirtualPi {
 
     async fn power_off(&self, execution: Option<&str>, message: &str) -> Result<(), SystemError> {
         self.wall(&super::announcement(Down::PowerOff, Duration::ZERO, message))?;
-        if self.stuck() {
+        if self.stuck(None) {
             return Ok(());
         }
         self.go_down(Going::Off, Event::PowerOff, execution)
     }
 
-    async fn force(&self, down: Down, how: Reboot, _force: Force, execution: Option<&str>) -> Result<(), SystemError> {
+    async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
+        if self.stuck(Some(force)) {
+            return Ok(());
+        }
         match (down, how) {
             (Down::PowerOff, _) => self.go_down(Going::Off, Event::PowerOff, execution),
             (Down::Reboot, Reboot::Plain) => self.go_down(Going::Reboot, Event::Reboot, execution),
             (Down::Reboot, Reboot::TryBoot) => self.go_down(Going::TryBoot, Event::Reboot, execution),
         }
+    }
+
+    fn patience(&self) -> Duration {
+        self.options.shutdown_time + PATIENCE
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

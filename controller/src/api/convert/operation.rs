@@ -356,6 +356,7 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
             .map(|error| v1::ExecutionError { reason: error.reason.clone(), message: error.message.clone() }),
         attempt: row.attempt,
         overdue: row.overdue,
+        overdue_reason: row.overdue_reason.clone(),
         deadline: row.deadline.map(timestamp),
         cancel_requested: row.cancel_requested,
         update_time: Some(timestamp(row.update_time)),

@@ -136,7 +136,7 @@ pub(super) fn executions(executions: &[Execution], now: DateTime<Utc>) -> String
 pub(super) fn results(known: &Known) -> String {
     let why = |execution: &Execution| match &execution.error {
         Some(error) => format!("{}: {}", error.reason, error.message),
-        None if execution.overdue => "overdue".to_owned(),
+        None if execution.overdue => format!("overdue: {}", execution.overdue_reason),
         None => String::new(),
     };
     let took = |execution: &Execution| {

@@ -20,6 +20,7 @@ pub(super) struct Machine {
     pub(super) facts: Facts,
     pub(super) release: Option<Release>,
     pub(super) refusal: Option<Refusal>,
+    pub(super) patience: Duration,
     /// What it was told; a command with the state that was in the journal then.
     pub(super) told: Mutex<Vec<String>>,
 }
@@ -92,6 +93,9 @@ impl System for Machine {
     async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
         self.tell(format!("force {down:?} {how:?} {force:?} {:?}", self.journalled(execution)));
         Ok(())
+    }
+    fn patience(&self) -> Duration {
+        self.patience
     }
     async fn preflight_update(&self) -> Result<(), Refusal> {
         self.refusal.clone().map_or(Ok(()), Err)
