@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use integration_tests::fleet::{Builder, Database, execution_name, is_final, reboot, update};
 use integration_tests::image::{Compression, make_image};
 use integration_tests::postgres::Postgres;
@@ -14,7 +14,11 @@ use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest, Rollout};
+use marco_proto::v1::{
+    ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest, Rollout, WatchNodesRequest,
+    WatchOperationRequest, WatchOperationResponse,
+};
+use tokio::task::JoinHandle;
 use tonic::Code;
 
 /// How long anything may take to settle: an agent backs off up to a minute.
@@ -155,6 +159,7 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     .await?;
     // These are on their way when the database goes.
     let late = fleet.create(reboot(waiting, OUTAGE + seconds(20))).await?;
+    let (watched, watched_nodes) = watch(&fleet, &late).await?;
     server.pause()?;
     let begun = Instant::now();
     while begun.elapsed() < OUTAGE {
@@ -165,11 +170,24 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
         let created = fleet.create(reboot(idle, seconds(1))).await.unwrap_err();
         assert_eq!(created.code(), Code::Unavailable, "{created:?}");
         let writing = asked.elapsed() - reading;
+        let request = WatchOperationRequest { name: late.name.clone() };
+        let refused = fleet.operations().watch_operation(request).await.err().context("a watch began")?;
+        assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+        let watching = asked.elapsed() - reading - writing;
+        assert!(watching < seconds(2), "a watcher waited {watching:?}");
         assert!(reading < seconds(2) && writing < seconds(2), "callers waited {reading:?} and {writing:?}");
     }
     server.resume()?;
     done_once(&fleet, &operation, rebooting).await?;
     done_once(&fleet, &late, waiting).await?;
+    // Who watched saw the outage as silence, and then all of it.
+    let messages = watched.await??;
+    let whole = messages.iter().filter(|message| message.executions.len() == waiting.len()).count();
+    assert!(whole >= 2, "no snapshot after the outage: {}", messages.len());
+    let last = messages.last().and_then(|message| message.operation.clone()).context("nothing was sent")?;
+    assert_eq!(last.state(), OperationState::Succeeded);
+    assert!(!watched_nodes.is_finished(), "the nodes' watcher was cut");
+    watched_nodes.abort();
     let log = fleet.agents_log()?;
     for id in waiting.iter().chain(idle) {
         let node = format!("node={id}");
@@ -188,6 +206,29 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     fleet.succeeds(reboot(&ids, Duration::ZERO), SETTLE).await?;
     fleet.went_well();
     Ok(())
+}
+
+/// Follows an operation to its end, and the nodes for ever.
+async fn watch(
+    fleet: &Fleet,
+    operation: &Operation,
+) -> Result<(JoinHandle<Result<Vec<WatchOperationResponse>>>, JoinHandle<Result<()>>)> {
+    let request = WatchOperationRequest { name: operation.name.clone() };
+    let mut stream = fleet.operations().watch_operation(request).await?.into_inner();
+    let mut messages = vec![stream.message().await?.context("no snapshot")?];
+    let mut nodes = fleet.nodes().watch_nodes(WatchNodesRequest::default()).await?.into_inner();
+    nodes.message().await?.context("no snapshot of the nodes")?;
+    let operation = tokio::spawn(async move {
+        while let Some(message) = stream.message().await? {
+            messages.push(message);
+        }
+        Ok(messages)
+    });
+    let nodes = tokio::spawn(async move {
+        while nodes.message().await?.is_some() {}
+        Ok(())
+    });
+    Ok((operation, nodes))
 }
 
 #[tokio::test]

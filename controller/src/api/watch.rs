@@ -1,4 +1,5 @@
-//! Streams that follow the store: a snapshot, then whole changed states, coalesced.
+//! Streams that follow the store: a snapshot, then whole changed states, coalesced. A store that is away for a while ends
+//! none of them: when it is back, the next message is a snapshot again.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -13,7 +14,7 @@ use tonic::Status;
 use super::operation::operation_not_found;
 use super::status::ApiError;
 use super::{Context, convert};
-use crate::store::NodeQuery;
+use crate::store::{NodeQuery, StoreError};
 
 /// A response stream.
 pub(super) type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
@@ -30,12 +31,13 @@ async fn send<T>(sender: &mpsc::Sender<Result<T, Status>>, message: T) -> bool {
     matches!(tokio::time::timeout(SLOW, sender.send(Ok(message))).await, Ok(Ok(())))
 }
 
-/// Runs `look` at each change of the store until it says that it is done, or the controller stops.
+/// Runs `look` at each change of the store until it says that it is done, or the controller stops. It is told whether all
+/// is to be sent, or what changed.
 fn follow<T, S, F>(context: Context, mut state: S, look: F) -> Stream<T>
 where
     T: Send + 'static,
     S: Send + 'static,
-    F: for<'a> Fn(&'a Context, &'a mut S) -> Pin<Box<dyn Future<Output = Result<Look<T>, ApiError>> + Send + 'a>>
+    F: for<'a> Fn(&'a Context, &'a mut S, bool) -> Pin<Box<dyn Future<Output = Result<Look<T>, ApiError>> + Send + 'a>>
         + Send
         + Sync
         + 'static,
@@ -44,10 +46,12 @@ where
     let tasks = context.tasks.clone();
     tasks.spawn(async move {
         let mut changes = context.store.subscribe_changes();
+        let (mut begun, mut whole) = (false, true);
         loop {
             changes.mark_unchanged();
-            match look(&context, &mut state).await {
+            match look(&context, &mut state, whole).await {
                 Ok(Look { message, last }) => {
+                    (begun, whole) = (true, false);
                     if let Some(message) = message
                         && !send(&sender, message).await
                     {
@@ -57,6 +61,8 @@ where
                         return;
                     }
                 }
+                // Who has seen something keeps its stream; who begins is told at once.
+                Err(ApiError::Store(StoreError::Unavailable(_))) if begun => whole = true,
                 Err(error) => {
                     let _ = sender.try_send(Err(error.into()));
                     return;
@@ -90,7 +96,7 @@ struct Seen {
 
 /// Follows an operation until its final state has been sent.
 pub(super) fn operation(context: Context, id: OperationId) -> Stream<v1::WatchOperationResponse> {
-    follow(context, Seen::default(), move |context, seen| {
+    follow(context, Seen::default(), move |context, seen, whole| {
         let id = id.clone();
         Box::pin(async move {
             let row = context.store.operation(&id).await?.ok_or_else(|| operation_not_found(&id))?;
@@ -98,12 +104,12 @@ pub(super) fn operation(context: Context, id: OperationId) -> Stream<v1::WatchOp
             let mut changed = Vec::new();
             for row in context.store.executions(&id, None, u32::MAX, &[]).await? {
                 let execution = convert::execution(&row);
-                if seen.executions.get(&row.id) != Some(&execution) {
+                if whole || seen.executions.get(&row.id) != Some(&execution) {
                     seen.executions.insert(row.id, execution.clone());
                     changed.push(execution);
                 }
             }
-            let news = !changed.is_empty() || seen.operation.as_ref() != Some(&operation);
+            let news = whole || !changed.is_empty() || seen.operation.as_ref() != Some(&operation);
             seen.operation = Some(operation.clone());
             let message =
                 news.then_some(v1::WatchOperationResponse { operation: Some(operation), executions: changed });
@@ -114,28 +120,26 @@ pub(super) fn operation(context: Context, id: OperationId) -> Stream<v1::WatchOp
 
 /// Follows the nodes that a query matches.
 pub(super) fn nodes(context: Context, query: NodeQuery) -> Stream<v1::WatchNodesResponse> {
-    follow(context, None::<BTreeMap<NodeId, v1::Node>>, move |context, seen| {
+    follow(context, BTreeMap::<NodeId, v1::Node>::new(), move |context, seen, whole| {
         let query = query.clone();
         Box::pin(async move {
-            let first = seen.is_none();
-            let before = seen.take().unwrap_or_default();
             let mut now = BTreeMap::new();
             let mut changed = Vec::new();
             for row in context.store.nodes(&query).await? {
                 let node = convert::node(&row);
                 // That a node was heard of again is no change worth a message.
-                let differs = before.get(&row.id).is_none_or(|old| {
+                let differs = seen.get(&row.id).is_none_or(|old| {
                     v1::Node { last_seen_time: None, ..old.clone() }
                         != v1::Node { last_seen_time: None, ..node.clone() }
                 });
-                if differs {
+                if whole || differs {
                     changed.push(node.clone());
                 }
                 now.insert(row.id, node);
             }
-            let deleted: Vec<String> = before.keys().filter(|id| !now.contains_key(*id)).map(NodeId::name).collect();
-            let news = first || !changed.is_empty() || !deleted.is_empty();
-            *seen = Some(now);
+            let deleted: Vec<String> = seen.keys().filter(|id| !now.contains_key(*id)).map(NodeId::name).collect();
+            let news = whole || !changed.is_empty() || !deleted.is_empty();
+            *seen = now;
             let message = news.then_some(v1::WatchNodesResponse { nodes: changed, deleted });
             Ok(Look { message, last: false })
         })
