@@ -194,6 +194,11 @@ impl BootPart {
         Ok(None)
     }
 
+    /// The set that every boot of the installer takes, if it is there for this board: in the installer, what runs.
+    pub fn present(&self) -> Result<Option<Prefix>, BootError> {
+        Ok(self.default_prefix()?.filter(|prefix| self.lines(*prefix).is_ok()))
+    }
+
     /// Unpacks the zip, whose digest is `sha256`, into the set that is not the default, and reads it back past the page
     /// cache; does nothing when the card holds that set already. The zip is checked before anything is written.
     pub fn stage(&self, zip: &Path, sha256: &str) -> Result<Prefix, BootError> {

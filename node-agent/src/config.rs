@@ -94,6 +94,9 @@ pub struct SimulateArgs {
     /// From the command to go down until the Pi is down
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = humantime::parse_duration)]
     pub shutdown_time: Duration,
+    /// New Pis have only the installer on their cards, and no system: they get the default image of their board
+    #[arg(long)]
+    pub blank: bool,
     /// The way to the controller
     #[command(flatten)]
     pub connection: ConnectionArgs,

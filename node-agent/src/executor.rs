@@ -192,6 +192,12 @@ impl Executor {
         }
     }
 
+    fn keep_failure(&self, execution: &str, failure: &Failure) {
+        if self.mode() == Mode::Installer {
+            self.system.keep_line(&format!("{execution}: {}: {}", failure.reason, failure.message));
+        }
+    }
+
     async fn give_up(&self) {
         if let Err(error) = self.system.give_up().await {
             tracing::error!(error = %chain(&error), "cannot do what is to be done after a failure");
@@ -264,6 +270,7 @@ impl Executor {
             }
             Err(StepError::Failed(failure)) => {
                 tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
+                self.keep_failure(execution, &failure);
                 if entry.state == job::State::Accepted {
                     self.withdraw(execution).await;
                 }
@@ -298,7 +305,9 @@ impl Executor {
                      the node waits in its installer"
                 );
                 *self.failed_since() = Some(tokio::time::Instant::now());
-                self.journal.fail(execution, Failure::new("IMAGE_DID_NOT_COME_UP", message)).await
+                let failure = Failure::new("IMAGE_DID_NOT_COME_UP", message);
+                self.keep_failure(execution, &failure);
+                self.journal.fail(execution, failure).await
             }
             Resume::TrialFailed => {
                 self.count_trial(entry).await;

@@ -12,17 +12,15 @@ use node_agent::logbook::Logbook;
 use node_agent::network::hook;
 use node_agent::notify::{Status, notify};
 use node_agent::simulate::Simulation;
-use node_agent::system::System as _;
 use node_agent::system::host::{Host, HostOptions};
 use node_agent::system::installer::Installer;
 use node_agent::system::virtual_pi::Options;
+use node_agent::system::{LOG_FILE, System as _};
 use node_agent::{init, network, run};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-/// The installer's log, beside its journal on the card.
-const LOG_FILE: &str = "install.log";
 /// How often it is written there, when something was said.
 const KEEP_LOG: Duration = Duration::from_secs(10);
 /// How often the card is looked for.
@@ -85,7 +83,11 @@ fn start(cli: Cli) -> anyhow::Result<()> {
                     count: args.count,
                     directory: args.dir,
                     prefix: args.prefix,
-                    options: Options { boot_time: args.boot_time, shutdown_time: args.shutdown_time },
+                    options: Options {
+                        boot_time: args.boot_time,
+                        shutdown_time: args.shutdown_time,
+                        blank: args.blank,
+                    },
                     connection: args.connection.resolve(&file)?,
                 };
                 Ok(simulation.run(stop).await?)
@@ -156,7 +158,9 @@ async fn installer(
         );
     }
     let Some(found) = find_card(&stop).await else { return Ok(()) };
-    logbook.keep_in(&found.state_dir().join(LOG_FILE));
+    if let Some(card) = found.card() {
+        logbook.keep_in(&card.recovery.join(LOG_FILE));
+    }
     let kept = logbook.clone();
     found.on_going_down(move || kept.write());
     // Dropped with this function: nothing of it must be kept.

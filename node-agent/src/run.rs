@@ -23,6 +23,7 @@ use crate::identity::{
 use crate::job;
 use crate::journal::{Journal, JournalError};
 use crate::session::{self, Session};
+use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
 
 /// How long a power-off waits for the controller to know of it.
@@ -389,7 +390,19 @@ fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Nod
         },
         image_sha256: release.image_sha256,
         boot_sha256: release.boot_sha256,
+        card_is_blank: system.mode() == system::Mode::Installer && !system.holds_system(),
+        image: if system.mode() == system::Mode::Installer { image_of_2015(system) } else { String::new() },
     }
+}
+
+/// What `installer-config.txt` on the card names; what it says else is warned of.
+fn image_of_2015(system: &dyn System) -> String {
+    let Some(card) = system.card() else { return String::new() };
+    let seed = Seed::read(&card.recovery);
+    if !seed.unknown.is_empty() {
+        tracing::warn!(unknown = ?seed.unknown, "installer-config.txt says what this installer does not know");
+    }
+    seed.image.unwrap_or_default()
 }
 
 #[cfg(test)]

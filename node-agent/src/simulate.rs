@@ -117,7 +117,7 @@ mod tests {
     #[test]
     fn ids_are_numbered_in_one_width() {
         let ids = |count| {
-            let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO };
+            let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false };
             let (directory, connection) = (PathBuf::new(), Connection::default());
             Simulation { count, directory, prefix: "pi-".to_owned(), options, connection }.ids()
         };

@@ -180,6 +180,11 @@ pub struct Erase {
     pub home: bool,
 }
 
+/// The installer's log, on the recovery partition.
+pub const LOG_FILE: &str = "marco/install.log";
+/// Bytes of it that are kept.
+const LOG_LENGTH: usize = 128 * 1024;
+
 /// What users read when nothing goes down after all.
 pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
 
@@ -277,6 +282,18 @@ pub trait System: Send + Sync + 'static {
 
     /// Writes everything to the card and unmounts what [`prepare_target`](Self::prepare_target) mounted.
     async fn finish_target(&self, target: Target) -> Result<(), SystemError>;
+
+    /// Keeps a line of the installer's log on the card, for whoever takes the card out. Not for a secret.
+    fn keep_line(&self, line: &str) {
+        let Some(card) = self.card() else { return };
+        let path = card.recovery.join(LOG_FILE);
+        let kept = std::fs::read(&path).unwrap_or_default();
+        let from = kept.len().saturating_sub(LOG_LENGTH);
+        let text = [kept.get(from..).unwrap_or_default(), line.as_bytes(), b"\n"].concat();
+        if let Err(error) = std::fs::write(&path, text) {
+            tracing::warn!(error = %error, "log not kept on the card");
+        }
+    }
 
     /// How long an installation that failed for good is left as it is before [`give_up`](Self::give_up); none: for ever,
     /// waiting for the controller.

@@ -1,5 +1,6 @@
 //! `AgentService`: the session of a node.
 
+mod blank;
 mod unstored;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ use super::{Context, caller, convert};
 use crate::operation::NodeState;
 use crate::sessions::{Command, End, Handle};
 use crate::store::{ProgressRow, ReportOutcome, ReportRow, SessionOutcome, SessionStart, StoreError};
+use blank::Blank;
 use unstored::Unstored;
 
 /// The first message must come this soon.
@@ -85,6 +87,8 @@ struct Session {
     node: NodeId,
     epoch: i64,
     out: Out,
+    /// The node waits in its installer, with a card that has no system.
+    blank: Option<Blank>,
 }
 
 /// How a session ended.
@@ -184,6 +188,8 @@ impl Session {
 
     async fn run(&self, mut handle: Handle, mut messages: Streaming<v1::ConnectRequest>) -> Ended {
         let mut unstored = Unstored::new();
+        let mut looks = tokio::time::interval(blank::EVERY);
+        looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let due = unstored.due();
             // A message that is half read stays in the stream's own buffer; commands and the end stay in their channels.
@@ -196,6 +202,7 @@ impl Session {
                 },
                 Some(command) = handle.commands.recv() => self.command(command).await,
                 () = wait_until(due) => self.store_what_waits(&mut unstored).await,
+                _ = looks.tick(), if self.blank.is_some() => self.look_for_an_image().await,
                 message = messages.message(), if unstored.has_room() => match message {
                     Ok(Some(v1::ConnectRequest { message: Some(message) })) => match message {
                         connect_request::Message::Report(report) => self.report(&mut unstored, report).await,
@@ -350,7 +357,8 @@ async fn session(
     };
     let id = Uuid::now_v7().to_string();
     tracing::info!(session = id, epoch, boot_id = hello.boot_id, "session begun");
-    let session = Session { context, progress, node, epoch, out };
+    let blank = Blank::of(&hello);
+    let session = Session { context, progress, node, epoch, out, blank };
     let ended = match session.welcome(&id, held, &hello).await {
         Ok(()) => session.run(handle, messages).await,
         Err(ended) => ended,
@@ -362,6 +370,16 @@ async fn session(
 }
 
 impl Session {
+    /// A node with a blank card gets an image as soon as there is one for it; without one it waits.
+    async fn look_for_an_image(&self) -> Result<(), Ended> {
+        if let Some(blank) = &self.blank
+            && let Err(error) = blank.install(&self.context, &self.node).await
+        {
+            tracing::warn!(error = %error, "no image was chosen for a blank card");
+        }
+        Ok(())
+    }
+
     /// Stores that it has ended, however long the store is away: a node that is shown as connected for ever would never
     /// be known to be off.
     async fn end(&self) {

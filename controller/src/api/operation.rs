@@ -93,7 +93,11 @@ impl Operations {
     }
 
     /// Stores an operation, or finds the one that the same request stored.
-    pub(super) async fn stored(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<OperationRow, ApiError> {
+    pub(in crate::api) async fn stored(
+        &self,
+        new: &NewOperation,
+        now: DateTime<Utc>,
+    ) -> Result<OperationRow, ApiError> {
         match self.context.store.create_operation(new, now).await? {
             CreateOutcome::Created(row) => {
                 tracing::info!(operation = %row.id, "an operation was stored");

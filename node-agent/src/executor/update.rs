@@ -48,6 +48,12 @@ impl Executor {
     ) -> Result<Prefix, StepError> {
         let recovery = self.recovery_or_fail()?;
         let Some(bootcode) = bootcode else {
+            if self.mode() == Mode::Installer {
+                let present = recovery.clone();
+                if let Some(prefix) = off_runtime(move || Ok(present.present()?)).await? {
+                    return Ok(prefix);
+                }
+            }
             self.phase(execution, phase::WRITING_BOOT_FILES);
             return off_runtime(move || {
                 let zip = recovery.fallback_zip();
@@ -213,6 +219,7 @@ impl Executor {
             tries = tries.saturating_add(1);
             let failure = Failure::new(error.reason, chain(&error));
             tracing::warn!(execution, reason = error.reason, error = %failure.message, tries, "installation failed");
+            self.keep_failure(execution, &failure);
             let touched = touched.load(Ordering::Acquire);
             if !touched && (!error.retryable || tries >= MAX_UNCOMMITTED) {
                 // The old system is whole: it comes back by itself, and says why.

@@ -35,7 +35,11 @@ impl Fleet {
             count: 1,
             directory: dir.path().to_owned(),
             prefix: "pi-".into(),
-            options: Options { boot_time: Duration::from_millis(20), shutdown_time: Duration::from_millis(20) },
+            options: Options {
+                boot_time: Duration::from_millis(20),
+                shutdown_time: Duration::from_millis(20),
+                blank: false,
+            },
             connection: connection(&controller),
         };
         let stop = CancellationToken::new();

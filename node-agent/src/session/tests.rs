@@ -84,6 +84,8 @@ fn node() -> Node {
         layout: Layout::Resident,
         image_sha256: String::new(),
         boot_sha256: String::new(),
+        card_is_blank: false,
+        image: String::new(),
     }
 }
 

@@ -42,6 +42,8 @@ pub(super) fn hello(node: &Node, entries: &Entries, progress: &Progress) -> Hell
             image_sha256: node.image_sha256.clone(),
             boot_sha256: node.boot_sha256.clone(),
         }),
+        card_is_blank: node.card_is_blank,
+        image: node.image.clone(),
         supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
         executions: open.map(|entry| report(entry, progress, &node.boot_id)).collect(),
     }

@@ -45,11 +45,6 @@ impl Seed {
         }
         seed
     }
-
-    /// The image that the 2015 installer took when its file named none: by the board alone.
-    pub fn default_image(family: &str) -> &'static str {
-        if family == "pi1" { "ArchLinuxARM-rpi-latest" } else { "ArchLinuxARM-rpi-2-latest" }
-    }
 }
 
 #[cfg(test)]

@@ -262,6 +262,10 @@ impl System for Installer {
         blocking(move || prepare::finish(&target)).await
     }
 
+    fn keep_line(&self, _line: &str) {
+        // The whole log is kept by whoever started us.
+    }
+
     fn gives_up_after(&self) -> Option<Duration> {
         let failure = &self.settings.failure;
         let shell = Path::new(SHELL).exists();

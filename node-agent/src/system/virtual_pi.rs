@@ -19,6 +19,8 @@ use super::{
 use log::{Event, Line, Log};
 use state::{Going, Power, State, Up};
 
+use crate::settings::Settings;
+
 pub mod firmware;
 pub mod log;
 mod power;
@@ -37,6 +39,8 @@ pub struct Options {
     pub boot_time: Duration,
     /// From the command to go down until the machine is down.
     pub shutdown_time: Duration,
+    /// A new one's card has only the installer on it, and no system.
+    pub blank: bool,
 }
 
 /// A Raspberry Pi 4 B made of a directory.
@@ -68,7 +72,7 @@ impl VirtualPi {
         let state = match State::load(dir)? {
             Some(state) => state,
             None => {
-                tree::lay_out(dir, id, &board(id))?;
+                tree::lay_out(dir, id, &board(id), options.blank)?;
                 let state = State::first();
                 state.save(dir)?;
                 state
@@ -277,6 +281,16 @@ impl System for VirtualPi {
                 message: format!("the recovery partition cannot be read: {error}"),
             }),
         }
+    }
+
+    async fn check_target(&self) -> Result<(), SystemError> {
+        // A card of folders has no size, but in a test that gives it one, in MiB.
+        let size = std::fs::read_to_string(self.dir.join("card-size")).unwrap_or_default();
+        let Ok(mebibytes) = size.trim().parse::<u64>() else { return Ok(()) };
+        let settings = Settings::read(&self.card().recovery);
+        let settings = settings.map_err(|error| SystemError::Invalid(crate::cause::chain(&error)))?;
+        super::disk::plan::plan(&[], mebibytes << 11, &settings)?;
+        Ok(())
     }
 
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {

@@ -45,23 +45,18 @@ const ROOT: [(&str, &str); 4] = [
 const INITS: [&str; 5] = ["sbin/init", "usr/sbin/init", "usr/lib/systemd/systemd", "lib/systemd/systemd", "init"];
 
 /// Lays out a card. Made again from the start when it was interrupted.
-pub(super) fn lay_out(dir: &Path, id: &str, board: &Board) -> Result<(), SystemError> {
-    for part in ["recovery", "boot", "root", "home"] {
+pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, blank: bool) -> Result<(), SystemError> {
+    for part in ["boot", "root", "home"] {
         empty(&dir.join(part))?;
     }
-    for folder in ["recovery/marco", "root/var/lib/marco-agent", "root/boot/firmware", "root/home", "agent"] {
+    for folder in ["recovery/marco", "agent"] {
         let folder = dir.join(folder);
         std::fs::create_dir_all(&folder).map_err(SystemError::io("make", folder))?;
     }
     write_all(&dir.join("recovery"), &FIRMWARE)?;
-    write_all(&dir.join("boot"), &BOOT)?;
-    write_all(&dir.join("root"), &ROOT)?;
-    let cmdline = format!("console=tty1 root=PARTUUID={}-02 rootfstype=ext4 rootwait\n", disk_id(id));
-    write_all(&dir.join("boot"), &[("cmdline.txt", &cmdline)])?;
-    write_all(&dir.join("root"), &[("etc/hostname", &format!("{id}\n")), ("sbin/init", "#!/bin/true\n")])?;
-    let init = dir.join("root/sbin/init");
-    let executable = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(&init, executable).map_err(SystemError::io("make executable", init))?;
+    if !blank {
+        lay_out_system(dir, id)?;
+    }
 
     let zip =
         zip(&INSTALLER).map_err(|error| SystemError::Invalid(format!("cannot make the fallback zip: {error}")))?;
@@ -71,7 +66,23 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board) -> Result<(), SystemE
     let invalid = |error| SystemError::Invalid(format!("cannot lay out the recovery partition: {error}"));
     let prefix = bootpart.stage(&path, &hex::encode(Sha256::digest(&zip))).map_err(invalid)?;
     bootpart.make_default(prefix).map_err(invalid)?;
-    bootpart.set_boot_partition(DefaultBoot::System).map_err(invalid)
+    bootpart.set_boot_partition(if blank { DefaultBoot::Installer } else { DefaultBoot::System }).map_err(invalid)
+}
+
+/// The running system.
+fn lay_out_system(dir: &Path, id: &str) -> Result<(), SystemError> {
+    for folder in ["root/var/lib/marco-agent", "root/boot/firmware", "root/home"] {
+        let folder = dir.join(folder);
+        std::fs::create_dir_all(&folder).map_err(SystemError::io("make", folder))?;
+    }
+    write_all(&dir.join("boot"), &BOOT)?;
+    write_all(&dir.join("root"), &ROOT)?;
+    let cmdline = format!("console=tty1 root=PARTUUID={}-02 rootfstype=ext4 rootwait\n", disk_id(id));
+    write_all(&dir.join("boot"), &[("cmdline.txt", &cmdline)])?;
+    write_all(&dir.join("root"), &[("etc/hostname", &format!("{id}\n")), ("sbin/init", "#!/bin/true\n")])?;
+    let init = dir.join("root/sbin/init");
+    let executable = std::fs::Permissions::from_mode(0o755);
+    std::fs::set_permissions(&init, executable).map_err(SystemError::io("make executable", init))
 }
 
 fn write_all(folder: &Path, files: &[(&str, &str)]) -> Result<(), SystemError> {
