@@ -36,5 +36,5 @@ host-test: ## The agent as a systemd service in a virtual machine: it registers,
 check: ## The lints: formatting, clippy, the protos, licences and sources of dependencies
 	scripts/lint.sh
 
-agent: ## A static agent for a Pi: TARGET=aarch64-unknown-linux-gnu | armv7-unknown-linux-gnueabihf | arm-unknown-linux-gnueabi
+agent: ## A static agent for a Pi: TARGET=aarch64-unknown-linux-gnu | armv7-unknown-linux-gnueabihf | arm-unknown-linux-gnueabi | x86_64-unknown-linux-gnu [PROFILE=quick]
 	scripts/static-agent.sh $(TARGET)

@@ -16,6 +16,11 @@ python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || missing+=(libfaketime)
 for program in busybox curl wget; do command -v $program >/dev/null || missing+=($program); done
 command -v setpriv >/dev/null || missing+=(util-linux)
+# What looks at the cards and images that marcoctl writes.
+command -v mtype >/dev/null || missing+=(mtools)
+[ -x /usr/sbin/fsck.vfat ] || [ -x /sbin/fsck.vfat ] || missing+=(dosfstools)
+[ -x /usr/sbin/sfdisk ] || [ -x /sbin/sfdisk ] || missing+=(fdisk)
+command -v rsync >/dev/null || missing+=(rsync)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "install these first: ${missing[*]}" >&2; exit 1; }
     as_root apt-get update -qq

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Builds a static marco-agent for a Pi: scripts/static-agent.sh TARGET
+# Builds a static marco-agent for a Pi, or for the virtual machines of the tests: scripts/static-agent.sh TARGET
 #
 #   aarch64-unknown-linux-gnu        64-bit systems, Pi 3 and later
 #   armv7-unknown-linux-gnueabihf    32-bit systems, Pi 2 and later
 #   arm-unknown-linux-gnueabi        every Pi, also the first and the Zero. Soft float: Debian's hard-float C library is
 #                                    for ARMv7 and dies on ARMv6
+#   x86_64-unknown-linux-gnu         a PC, or a virtual machine
+#
+# PROFILE=quick builds without link-time optimisation, several times faster, for tests.
 #
 # A Rust toolchain that has the target's standard library is used as it is (`rustup target add TARGET`); otherwise, on
 # Debian, its own Rust compiler builds the standard library from source, once for each target.
@@ -12,10 +15,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 target=${1:-}
+profile=${PROFILE:-release}
 case $target in
     aarch64-unknown-linux-gnu)     gnu=aarch64-linux-gnu   libc=libc6-dev-arm64-cross ;;
     armv7-unknown-linux-gnueabihf) gnu=arm-linux-gnueabihf libc=libc6-dev-armhf-cross ;;
     arm-unknown-linux-gnueabi)     gnu=arm-linux-gnueabi   libc=libc6-dev-armel-cross ;;
+    x86_64-unknown-linux-gnu)      gnu=x86_64-linux-gnu    libc=libc6-dev ;;
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 
@@ -43,8 +48,9 @@ if ! [ -d "$(rustc --print sysroot)/lib/rustlib/$target/lib" ]; then
     std=(-Z "build-std=std,panic_abort")
 fi
 
-"$cargo" build --release --locked --package node-agent --bin marco-agent --target "$target" "${std[@]}"
-agent=target/$target/release/marco-agent
+"$cargo" build --profile "$profile" --locked --package node-agent --bin marco-agent --target "$target" "${std[@]}"
+folder=$profile; [ "$profile" != dev ] || folder=debug
+agent=${CARGO_TARGET_DIR:-target}/$target/$folder/marco-agent
 ls -l "$agent"
 # Whoever copies this to a Pi wants to know before that it needs nothing there.
 if "$gnu-readelf" --program-headers "$agent" | grep -q INTERP; then

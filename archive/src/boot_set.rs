@@ -21,7 +21,7 @@ pub fn check_installer_set(zip: &ZipSummary) -> Result<(), Refused> {
             return Err(wrong(&format!("an installer's set may not have a line \"{key}\"")));
         }
     }
-    for tree in config.all("device_tree") {
+    for tree in config.all("device_tree").filter(|tree| !tree.is_empty()) {
         if !names.contains(&tree.to_lowercase()) {
             return Err(lacks(&format!("the device tree {tree:?} that config.txt names")));
         }
@@ -70,7 +70,9 @@ fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refus
     if !names.contains("cmdline.txt") {
         return Err(lacks("cmdline.txt"));
     }
-    if !names.iter().any(|name| name.ends_with(".dtb") && !name.starts_with("overlays/")) {
+    // An empty `device_tree=` says to the firmware that there is none: a set for machines that are no Pis.
+    let none_meant = config.all("device_tree").any(str::is_empty);
+    if !none_meant && !names.iter().any(|name| name.ends_with(".dtb") && !name.starts_with("overlays/")) {
         return Err(lacks("a device tree (*.dtb)"));
     }
     Ok(config)
@@ -150,6 +152,14 @@ mod tests {
             let refused = check_installer_set(&set(config, &FILES)).unwrap_err().to_string();
             assert!(refused.contains(why), "{config:?}: {refused}");
         }
+    }
+
+    #[test]
+    fn a_set_may_say_that_it_has_no_device_tree() {
+        let files: Vec<&str> = FILES.into_iter().filter(|file| *file != "bcm2711-rpi-4-b.dtb").collect();
+        check_installer_set(&set(&format!("{CONFIG}device_tree=\n"), &files)).unwrap();
+        let later = format!("{CONFIG}device_tree=\n[pi4]\ndevice_tree=gone.dtb\n");
+        assert!(check_installer_set(&set(&later, &files)).unwrap_err().to_string().contains("gone.dtb"));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! What may stand on the command line.
 
 mod artifacts;
+mod bootcode;
+mod card;
+mod image;
 mod nodes;
 mod operations;
 mod schedules;
@@ -12,6 +15,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
+pub(crate) use bootcode::{Arch, Board, BootcodeCommand, BuildBootcode, Packing};
+pub(crate) use card::{CardCommand, WriteCard};
+pub(crate) use image::{ImageCommand, PackImage};
 pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
 pub(crate) use operations::{
     Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, RolloutFlags,
@@ -98,6 +104,15 @@ pub(crate) enum Command {
     /// Operations that recur, by cron and time zone
     #[command(subcommand, visible_alias = "schedule")]
     Schedules(SchedulesCommand),
+    /// Boot files that start the installer, built here
+    #[command(subcommand)]
+    Bootcode(BootcodeCommand),
+    /// Systems packed into images
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Cards that make a new Pi a node
+    #[command(subcommand)]
+    Card(CardCommand),
 }
 
 /// How a list is fetched.

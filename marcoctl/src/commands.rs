@@ -1,6 +1,9 @@
 //! What the commands do: one file per noun.
 
 mod artifacts;
+mod bootcode;
+mod card;
+mod image;
 mod nodes;
 mod operations;
 mod schedules;
@@ -25,6 +28,11 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     // What can be found wrong here is, before anybody is asked.
     let command = match cli.command {
         Command::Artifacts(command) => Command::Artifacts(artifacts::checked(command)?),
+        // What is made on this machine alone needs no controller.
+        Command::Bootcode(command) => return bootcode::run(command, &mut out).await,
+        Command::Image(command) => return image::run(command, &mut out).await,
+        // And this may need none.
+        Command::Card(command) => return card::run(command, &cli.global, &mut out).await,
         command => command,
     };
     let connection = Connection::open(&cli.global).await?;
@@ -34,6 +42,8 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::Artifacts(command) => artifacts::run(command, &connection, &mut out).await,
         Command::Operations(command) => operations::run(command, &connection, &mut out).await,
         Command::Schedules(command) => schedules::run(command, &connection, &mut out).await,
+        // Done above.
+        Command::Bootcode(_) | Command::Card(_) | Command::Image(_) => Ok(()),
     }
 }
 

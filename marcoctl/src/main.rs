@@ -1,11 +1,15 @@
 //! `marcoctl`: the operator's command line.
 
 mod args;
+mod bootcode;
+mod card;
 mod clock;
 mod commands;
+mod compression;
 mod connect;
 mod failure;
 mod follow;
+mod image;
 mod output;
 mod progress;
 

@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use marco_proto::v1;
 use prost_reflect::{DescriptorPool, DynamicMessage, SerializeOptions};
+use serde::Serialize;
 use serde_json::Value;
 
 use crate::args::Format;
@@ -76,6 +77,16 @@ impl Out {
             let text = table(message, self.now);
             self.line(text.trim_end_matches('\n'))
         }
+    }
+
+    /// Writes what was made here, which is no message of the API: as JSON, or what `table` makes of it.
+    pub(crate) fn value<T: Serialize>(&mut self, value: &T, table: impl FnOnce(&T) -> String) -> Result<(), Failure> {
+        let text = if self.is_json() {
+            serde_json::to_string_pretty(value).context("JSON cannot be written")?
+        } else {
+            table(value)
+        };
+        self.line(text.trim_end_matches('\n'))
     }
 
     /// Writes several documents of one kind under one name, as a list answer has it.

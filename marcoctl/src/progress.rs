@@ -170,6 +170,30 @@ pub(crate) fn byte_bar(what: &str, total: u64) -> ProgressBar {
     bar
 }
 
+/// What is being done now, on one line of a terminal; nothing elsewhere. The line goes when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Steps(ProgressBar);
+
+impl Steps {
+    /// Nothing is shown until the first step.
+    pub(crate) fn start() -> Self {
+        let bar = ProgressBar::new_spinner();
+        bar.enable_steady_tick(std::time::Duration::from_millis(100));
+        Self(bar)
+    }
+
+    /// Shows a step.
+    pub(crate) fn now(&self, what: &str) {
+        self.0.set_message(clean(what));
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 /// Turns a bar into a count of bytes whose total is not known.
 pub(crate) fn count_bytes(bar: &ProgressBar, what: &str, done: u64) {
     bar.set_style(style(FILE_COUNT));

@@ -67,6 +67,23 @@ pub(crate) fn failure_limit(text: &str) -> Result<FailureLimit, String> {
     }
 }
 
+/// Reads a size such as `4GiB`, `512M` or `1000000`; K, M, G and T are powers of 1024.
+pub(crate) fn size(text: &str) -> Result<u64, String> {
+    let wrong = || "expected a size, for example 4GiB or 512M".to_owned();
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let shift = match unit.trim_end_matches("iB").trim_end_matches('B') {
+        "" => 0,
+        "K" | "k" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(1 << shift).ok_or_else(wrong)
+}
+
 /// Reads an instant as RFC 3339 has it.
 pub(crate) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
     DateTime::parse_from_rfc3339(text).map(|time| time.with_timezone(&Utc)).map_err(|error| {
@@ -76,7 +93,7 @@ pub(crate) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{FailureLimit, LabelEdit, Pair, duration, failure_limit, instant, label_edit, pair};
+    use super::{FailureLimit, LabelEdit, Pair, duration, failure_limit, instant, label_edit, pair, size};
 
     #[test]
     fn failures_are_limited_by_number_or_percentage() {
@@ -84,6 +101,16 @@ mod tests {
         assert_eq!(failure_limit("10%"), Ok(FailureLimit::Percent(10)));
         for wrong in ["", "%", "-1", "101%", "a"] {
             assert!(failure_limit(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        assert_eq!(size("4GiB"), Ok(4 << 30));
+        assert_eq!(size("512M"), Ok(512 << 20));
+        assert_eq!(size("77"), Ok(77));
+        for wrong in ["", "G", "1x", "99999999999999999999", "99999999T"] {
+            assert!(size(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -6,8 +6,12 @@
     reason = "clippy.toml allows them in tests, but does not see that all of this is one"
 )]
 
+mod bootcode;
+mod card;
 mod certificates;
 mod controller;
+mod image;
+mod made;
 mod operations;
 mod proxy;
 mod push;

@@ -34,6 +34,11 @@ pub(crate) fn command(address: SocketAddr, certs: &Path, arguments: &[&str]) -> 
     command
 }
 
+/// Runs what needs no controller: there is none.
+pub(crate) async fn alone(arguments: &[&str]) -> Run {
+    marcoctl(SocketAddr::from(([127, 0, 0, 1], 9)), Path::new("/nonexistent"), arguments).await
+}
+
 /// Runs it to its end.
 pub(crate) async fn marcoctl(address: SocketAddr, certs: &Path, arguments: &[&str]) -> Run {
     let output = tokio::time::timeout(Duration::from_secs(60), command(address, certs, arguments).output())

@@ -28,6 +28,8 @@ pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<S
             "initramfs" => lines.push(format!("initramfs {value}")),
             _ => match fixed.iter_mut().find(|(name, _)| *name == key) {
                 Some((_, named)) if !value.is_empty() => value.clone_into(named),
+                // An empty `device_tree=` belongs to machines that have none.
+                _ if key == "device_tree" && value.is_empty() => {}
                 Some(_) => {}
                 None => lines.push(format!("{key}={value}")),
             },

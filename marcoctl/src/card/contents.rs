@@ -1,0 +1,235 @@
+//! What stands on p1.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use marco_archive::config_txt::ConfigTxt;
+use serde::Serialize;
+use sha2::{Digest as _, Sha256};
+
+/// Where the first set goes.
+const PREFIX: &str = "b0/";
+/// One sector less one byte: the agent keeps both files at this length, so that each switch is one write in place.
+const LENGTH: usize = 511;
+/// The firmware ignores what is behind this many characters of a line.
+const LINE: usize = 98;
+
+/// The files of p1 by name.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Contents(BTreeMap<String, Vec<u8>>);
+
+/// An installer's set, unpacked.
+#[derive(Debug)]
+pub(crate) struct Set {
+    zip: Vec<u8>,
+    files: BTreeMap<String, Vec<u8>>,
+    digests: BTreeMap<String, String>,
+    config: String,
+}
+
+/// `marco/join.toml`, as the agent reads it.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Join {
+    /// Addresses of controllers; empty: discovery.
+    pub(crate) controllers: Vec<String>,
+    /// Addresses of enrolment listeners.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) enroll: Vec<String>,
+    /// The join token.
+    pub(crate) token: String,
+    /// The id that the node asks for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+}
+
+/// `marco/b0.json`: which zip the set came from, as the agent reads it.
+#[derive(Debug, Serialize)]
+struct Record<'a> {
+    sha256: String,
+    files: &'a BTreeMap<String, String>,
+}
+
+impl Set {
+    /// Reads a zip and checks that it is a set that starts the installer.
+    pub(crate) fn open(zip: Vec<u8>) -> Result<Self> {
+        let summary = marco_archive::check_zip(std::io::Cursor::new(&zip))?;
+        marco_archive::check_installer_set(&summary)?;
+        let folder = tempfile::tempdir().context("cannot make a temporary folder (TMPDIR says where)")?;
+        marco_archive::unpack_zip(std::io::Cursor::new(&zip), folder.path())?;
+        let (mut files, mut digests) = (BTreeMap::new(), BTreeMap::new());
+        for file in &summary.files {
+            let path = folder.path().join(&file.name);
+            let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            files.insert(file.name.clone(), bytes);
+            digests.insert(file.name.clone(), hex::encode(file.sha256));
+        }
+        Ok(Self { zip, files, digests, config: summary.config_txt.unwrap_or_default() })
+    }
+
+    /// Its SHA-256, as a controller names it.
+    pub(crate) fn sha256(&self) -> String {
+        hex::encode(Sha256::digest(&self.zip))
+    }
+
+    /// What keeps a real board from starting with this set alone, in words; `None` when nothing does.
+    fn lacks_firmware(&self, have: &Contents) -> Option<String> {
+        let tree = |start: &str| self.files.keys().any(|name| name.starts_with(start) && name.ends_with(".dtb"));
+        let old = ["bcm2708", "bcm2709", "bcm2710"].into_iter().any(tree);
+        let mut missing: Vec<&str> = Vec::new();
+        if old {
+            missing.extend(["bootcode.bin", "start.elf", "fixup.dat"]);
+        }
+        if tree("bcm2711") {
+            missing.extend(["start4.elf", "fixup4.dat"]);
+        }
+        missing.retain(|name| !have.0.contains_key(*name));
+        (!missing.is_empty()).then(|| missing.join(", "))
+    }
+}
+
+impl Contents {
+    /// The set as the one that every boot of the installer takes, and the firmware: the set's own, or that of a folder.
+    /// The second part says what no real board of some family starts without.
+    pub(crate) fn of(set: &Set, firmware: Option<&Path>) -> Result<(Self, Option<String>)> {
+        let mut contents = Self::default();
+        for (name, bytes) in &set.files {
+            if is_firmware(name) {
+                contents.put(name, bytes.clone());
+            }
+            contents.put(&format!("{PREFIX}{name}"), bytes.clone());
+        }
+        if let Some(folder) = firmware {
+            contents.add_firmware(folder)?;
+        }
+        contents.put("config.txt", config_txt(&set.config)?);
+        contents.put("autoboot.txt", pad("[all]\ntryboot_a_b=1\nboot_partition=1\n[tryboot]\nboot_partition=4\n")?);
+        let record = Record { sha256: set.sha256(), files: &set.digests };
+        contents.put("marco/b0.json", serde_json::to_vec_pretty(&record).context("JSON cannot be written")?);
+        // What the node falls back to when no controller has a bootcode.
+        contents.put("marco/fallback.zip", set.zip.clone());
+        let lacks = set.lacks_firmware(&contents);
+        Ok((contents, lacks))
+    }
+
+    /// Adds the way in.
+    pub(crate) fn join(&mut self, join: &Join) -> Result<()> {
+        let text = toml::to_string(join).context("marco/join.toml cannot be written")?;
+        self.put("marco/join.toml", text.into_bytes());
+        Ok(())
+    }
+
+    /// Adds a file.
+    pub(crate) fn put(&mut self, name: &str, bytes: Vec<u8>) {
+        self.0.insert(name.to_owned(), bytes);
+    }
+
+    /// Adds a file of this machine under another name.
+    pub(crate) fn put_file(&mut self, name: &str, path: &Path) -> Result<()> {
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        self.put(name, bytes);
+        Ok(())
+    }
+
+    /// The files with their names.
+    pub(super) fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.0.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
+    }
+
+    /// All bytes together.
+    pub(super) fn bytes(&self) -> u64 {
+        self.0.values().map(|bytes| u64::try_from(bytes.len()).unwrap_or_default()).sum()
+    }
+
+    fn add_firmware(&mut self, folder: &Path) -> Result<()> {
+        let named = || format!("cannot read {}", folder.display());
+        let mut found = false;
+        for entry in std::fs::read_dir(folder).with_context(named)? {
+            let entry = entry.with_context(named)?;
+            if let Some(name) = entry.file_name().to_str().filter(|name| is_firmware(name)) {
+                self.put_file(name, &entry.path())?;
+                found = true;
+            }
+        }
+        if !found {
+            bail!("there is no firmware (bootcode.bin, start*.elf, fixup*.dat) in {}", folder.display());
+        }
+        Ok(())
+    }
+}
+
+/// Files that the firmware reads from the root of its partition alone.
+fn is_firmware(name: &str) -> bool {
+    name == "bootcode.bin"
+        || name.starts_with("start") && name.ends_with(".elf")
+        || name.starts_with("fixup") && name.ends_with(".dat")
+}
+
+/// p1's `config.txt` for a card of which no agent knows the board yet: the set's lines with their filters, behind the
+/// prefix. The installer writes one for its board.
+fn config_txt(set: &str) -> Result<Vec<u8>> {
+    let mut text = format!("# Marco Bootstrap writes this\n[all]\nos_prefix={PREFIX}\ncmdline=cmdline.txt\n");
+    let mut filters: &[String] = &[];
+    let config = ConfigTxt::parse(set);
+    for setting in config.settings() {
+        if setting.filters != filters {
+            text.push_str("[all]\n");
+            for filter in &setting.filters {
+                text.push_str(&format!("[{filter}]\n"));
+            }
+            filters = &setting.filters;
+        }
+        let separator = if matches!(setting.key.as_str(), "initramfs") { ' ' } else { '=' };
+        text.push_str(&format!("{}{separator}{}\n", setting.key, setting.value));
+    }
+    if !filters.is_empty() {
+        text.push_str("[all]\n");
+    }
+    pad(&text)
+}
+
+/// Pads with comments, which every stage of the firmware skips.
+fn pad(text: &str) -> Result<Vec<u8>> {
+    let mut text = text.to_owned();
+    if text.len() > LENGTH {
+        bail!("the set's config.txt does not fit: it makes {} bytes, and the card's may have {LENGTH}", text.len());
+    }
+    while text.len() < LENGTH {
+        let line = (LENGTH - text.len()).min(LINE);
+        text.push_str(&"#".repeat(line - 1));
+        text.push('\n');
+    }
+    Ok(text.into_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use marco_archive::config_txt::{Conditions, ConfigTxt};
+
+    use super::{LENGTH, config_txt, is_firmware, pad};
+
+    #[test]
+    fn the_cards_configuration_is_the_sets_behind_the_prefix() {
+        let set = "# comment\nauto_initramfs=0\nkernel=kernel8.img\ninitramfs initramfs followkernel\n[pi5]\nkernel=five.img\n";
+        let text = config_txt(set).unwrap();
+        assert_eq!(text.len(), LENGTH);
+        let config = ConfigTxt::parse(std::str::from_utf8(&text).unwrap());
+        let on = |model: &str| Conditions { models: vec![model.to_owned()], ..Conditions::default() };
+        assert_eq!(config.get("os_prefix", &on("pi4")), Some("b0/"));
+        assert_eq!(config.get("kernel", &on("pi4")), Some("kernel8.img"));
+        assert_eq!(config.get("kernel", &on("pi5")), Some("five.img"));
+        assert_eq!(config.get("cmdline", &on("pi5")), Some("cmdline.txt"));
+        assert_eq!(config.initramfs(&on("pi4")), ["initramfs"]);
+    }
+
+    #[test]
+    fn a_configuration_that_the_agent_could_not_switch_is_refused() {
+        assert!(pad(&"x=1\n".repeat(200)).is_err());
+    }
+
+    #[test]
+    fn firmware_is_told_by_its_names() {
+        assert!(["bootcode.bin", "start4.elf", "fixup_cd.dat"].into_iter().all(is_firmware));
+        assert!(!["config.txt", "kernel.img", "overlays/start.elf"].into_iter().any(is_firmware));
+    }
+}

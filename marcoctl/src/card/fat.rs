@@ -1,0 +1,165 @@
+//! The file system of p1, made, filled and read back without mounting anything.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt as _;
+use std::sync::OnceLock;
+
+use anyhow::{Context as _, Result, bail};
+use chrono::{Datelike as _, Timelike as _};
+use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions, format_volume};
+
+use super::contents::Contents;
+use super::folders;
+use crate::clock;
+
+/// Small enough that 256 MiB have the 65,525 clusters that make a FAT a FAT32.
+const CLUSTER: u32 = 2048;
+const LABEL: &[u8; 11] = b"RECOVERY   ";
+/// Bytes between two steps of the progress.
+const BLOCK: usize = 256 << 10;
+
+/// A part of a disk as a disk of its own.
+#[derive(Debug)]
+pub(super) struct Part {
+    disk: File,
+    start: u64,
+    length: u64,
+    at: u64,
+}
+
+impl Part {
+    pub(super) fn of(disk: File, start: u64, length: u64) -> Self {
+        Self { disk, start, length, at: 0 }
+    }
+
+    /// How much of a buffer fits before the end.
+    fn room(&self, wanted: usize) -> usize {
+        usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX).min(wanted)
+    }
+}
+
+impl Read for Part {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let room = self.room(buffer.len());
+        let read = self.disk.read_at(buffer.get_mut(..room).unwrap_or_default(), self.start + self.at)?;
+        self.at += u64::try_from(read).unwrap_or_default();
+        Ok(read)
+    }
+}
+
+impl Write for Part {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let room = self.room(buffer.len());
+        let written = self.disk.write_at(buffer.get(..room).unwrap_or_default(), self.start + self.at)?;
+        self.at += u64::try_from(written).unwrap_or_default();
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Seek for Part {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let at = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.length.checked_add_signed(by),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = at.filter(|at| *at <= self.length).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
+    }
+}
+
+/// The time that files get: when the first card of this run was written.
+#[derive(Debug)]
+struct Now;
+
+impl fatfs::TimeProvider for Now {
+    fn get_current_date(&self) -> fatfs::Date {
+        self.get_current_date_time().date
+    }
+
+    fn get_current_date_time(&self) -> fatfs::DateTime {
+        static NOW: OnceLock<fatfs::DateTime> = OnceLock::new();
+        *NOW.get_or_init(|| {
+            let now = clock::now().with_timezone(&chrono::Local);
+            let small = |number: u32| u16::try_from(number).unwrap_or_default();
+            fatfs::DateTime {
+                date: fatfs::Date {
+                    year: u16::try_from(now.year()).unwrap_or(1980).clamp(1980, 2107),
+                    month: small(now.month()),
+                    day: small(now.day()),
+                },
+                time: fatfs::Time {
+                    hour: small(now.hour()),
+                    min: small(now.minute()),
+                    sec: small(now.second()),
+                    millis: 0,
+                },
+            }
+        })
+    }
+}
+
+static CLOCK: Now = Now;
+
+/// Makes the file system and writes the files.
+pub(super) fn write(mut part: Part, contents: &Contents, progress: &dyn Fn(u64)) -> Result<()> {
+    let mut id = [0; 4];
+    getrandom::fill(&mut id).context("no randomness")?;
+    let options = FormatVolumeOptions::new()
+        .fat_type(FatType::Fat32)
+        .bytes_per_cluster(CLUSTER)
+        .volume_label(*LABEL)
+        .volume_id(u32::from_le_bytes(id));
+    format_volume(&mut part, options).context("cannot make a FAT32")?;
+    part.seek(SeekFrom::Start(0))?;
+    let card = FileSystem::new(&mut part, FsOptions::new().time_provider(&CLOCK))?;
+    if card.fat_type() != FatType::Fat32 {
+        bail!("the file system that was made is no FAT32");
+    }
+    {
+        let root = card.root_dir();
+        for (name, bytes) in contents.files() {
+            for (at, _) in name.match_indices('/') {
+                let (folder, _) = name.split_at(at);
+                root.create_dir(folder).with_context(|| folder.to_owned())?;
+            }
+            let mut file = root.create_file(name).with_context(|| name.to_owned())?;
+            for block in bytes.chunks(BLOCK) {
+                file.write_all(block).with_context(|| name.to_owned())?;
+                progress(u64::try_from(block.len())?);
+            }
+            file.flush().with_context(|| name.to_owned())?;
+        }
+    }
+    // Counting the free clusters also has their number written down.
+    let stats = card.stats()?;
+    card.unmount()?;
+    folders::repair(&mut part, stats.total_clusters() - stats.free_clusters())
+}
+
+/// Reads every file and compares it.
+pub(super) fn verify(part: Part, contents: &Contents, progress: &dyn Fn(u64)) -> Result<()> {
+    let card = FileSystem::new(part, FsOptions::new())?;
+    let root = card.root_dir();
+    let mut buffer = vec![0; BLOCK];
+    for (name, bytes) in contents.files() {
+        let mut file = root.open_file(name).with_context(|| name.to_owned())?;
+        for block in bytes.chunks(BLOCK) {
+            let found = buffer.get_mut(..block.len()).unwrap_or_default();
+            file.read_exact(found).with_context(|| name.to_owned())?;
+            if found != block {
+                bail!("{name} differs");
+            }
+            progress(u64::try_from(block.len())?);
+        }
+        if file.read(&mut buffer)? != 0 {
+            bail!("{name} is longer than it was written");
+        }
+    }
+    Ok(())
+}

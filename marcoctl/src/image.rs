@@ -1,0 +1,71 @@
+//! Packing a system's root into a tarball.
+
+mod compress;
+mod excludes;
+mod tarball;
+mod walk;
+
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use crate::args::PackImage;
+use crate::progress::{byte_bar, count_bytes};
+use compress::Compressor;
+use excludes::Excludes;
+use tarball::Tarball;
+use walk::Walk;
+
+/// What was packed, as `--output json` has it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Packed {
+    /// The tarball.
+    pub(crate) file: String,
+    /// Its size in bytes.
+    pub(crate) size: u64,
+    /// How many files, folders, links and so on are in it.
+    pub(crate) entries: u64,
+    /// Bytes of its files, holes included.
+    pub(crate) unpacked_bytes: u64,
+    /// What was left out and is in no list of things to leave out: sockets, other file systems.
+    pub(crate) skipped: Vec<String>,
+}
+
+/// Packs, and gives the tarball its name only when it is whole.
+pub(crate) fn pack(flags: &PackImage) -> Result<Packed> {
+    let named = || format!("cannot write {}", flags.file.display());
+    let excludes = Excludes::new(&flags.exclude, !flags.no_default_excludes, !flags.keep_identity)?;
+    let folder = flags.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let file = tempfile::NamedTempFile::new_in(folder).with_context(named)?;
+    let own = file.as_file().metadata().with_context(named)?;
+    let out = file.as_file().try_clone().with_context(named)?;
+    let compressor = Compressor::for_name(&flags.file, out, flags.level)?;
+
+    let bar = byte_bar("packing", 0);
+    count_bytes(&bar, "packing", 0);
+    let mut walk = Walk {
+        root: &flags.source,
+        excludes: &excludes,
+        tarball: Tarball::new(compressor),
+        own: (own.dev(), own.ino()),
+        cross: flags.cross_file_systems,
+        links: Default::default(),
+        entries: 0,
+        bytes: 0,
+        skipped: Vec::new(),
+        progress: &|done| bar.set_position(done),
+    };
+    walk.run()?;
+    let Walk { tarball, entries, bytes, skipped, .. } = walk;
+    tarball.finish().and_then(Compressor::finish).with_context(named)?;
+    bar.finish_and_clear();
+    // It may hold what others may not read.
+    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o600)).with_context(named)?;
+    file.as_file().sync_all().with_context(named)?;
+    let size = file.as_file().metadata().with_context(named)?.len();
+    file.persist(&flags.file).with_context(named)?;
+    Ok(Packed { file: flags.file.display().to_string(), size, entries, unpacked_bytes: bytes, skipped })
+}

@@ -1,0 +1,154 @@
+//! Cards, written as image files and looked at with other people's tools.
+
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use crate::controller::{Controller, Facts};
+use crate::made::{self, AMD64, elf, write};
+use crate::running::alone;
+
+async fn set(folder: &Path) -> PathBuf {
+    let (root, agent, zip) = (folder.join("root"), folder.join("agent"), folder.join("set.zip"));
+    made::kernel(&root);
+    made::programs(&root);
+    write(folder, "agent", &elf(AMD64, ""));
+    let path = |path: &Path| path.to_str().unwrap().to_owned();
+    let arguments = ["bootcode", "build", "--root", &path(&root), "--agent", &path(&agent), "-o", &path(&zip)];
+    let run = alone(&arguments).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    zip
+}
+
+/// A program's output; it must succeed.
+async fn tool(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output().await.unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// p1 in a file of its own, for tools that know no offsets.
+fn first_partition(card: &Path) -> PathBuf {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::File::open(card).unwrap();
+    let mut bytes = vec![0; 256 << 20];
+    file.read_exact_at(&mut bytes, 4 << 20).unwrap();
+    let part = card.with_extension("p1");
+    std::fs::write(&part, bytes).unwrap();
+    part
+}
+
+#[tokio::test]
+async fn a_card_starts_the_installer_and_joins() {
+    let folder = TempDir::new().unwrap();
+    let zip = set(folder.path()).await;
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    write(folder.path(), "token", b"mj1.a.b.c\n");
+    write(folder.path(), "install.toml", b"[boot]\nsize = \"64MiB\"\n");
+    write(folder.path(), "firmware/start4.elf", b"firmware");
+    let card = path("card.img");
+    let arguments = [
+        "card",
+        "write",
+        &card,
+        "--bootcode",
+        zip.to_str().unwrap(),
+        "--token-file",
+        &path("token"),
+        "--size",
+        "1GiB",
+        "--join",
+        "lab.example:1346",
+        "--node-name",
+        "pi-07",
+        "--install-config",
+        &path("install.toml"),
+        "--ssh",
+        "--firmware",
+        &path("firmware"),
+    ];
+    let run = alone(&arguments).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    assert!(run.stdout.contains("is written and verified"), "{run:?}");
+
+    let table = tool("/usr/sbin/sfdisk", &["-l", &card]).await;
+    let line = table.lines().find(|line| line.contains("card.img1")).unwrap();
+    assert_eq!(line.split_whitespace().skip(1).take(5).collect::<Vec<_>>(), ["*", "8192", "532479", "524288", "256M"]);
+    assert!(!table.contains("card.img2"), "{table}");
+    let part = first_partition(Path::new(&card));
+    tool("/usr/sbin/fsck.vfat", &["-n", part.to_str().unwrap()]).await;
+    let image = format!("{card}@@4M");
+    let text = async |name: &str| tool("mtype", &["-i", &image, &format!("::{name}")]).await;
+    assert!(text("config.txt").await.contains("os_prefix=b0/\ncmdline=cmdline.txt\nauto_initramfs=0\n"));
+    let autoboot = text("autoboot.txt").await;
+    assert!(
+        autoboot.starts_with("[all]\ntryboot_a_b=1\nboot_partition=1\n[tryboot]\nboot_partition=4\n"),
+        "{autoboot}"
+    );
+    assert_eq!(autoboot.len(), 511);
+    let join = text("marco/join.toml").await;
+    assert_eq!(join, "controllers = [\"lab.example:1346\"]\ntoken = \"mj1.a.b.c\"\nname = \"pi-07\"\n");
+    assert_eq!(text("marco/install.toml").await, "[boot]\nsize = \"64MiB\"\n");
+    assert_eq!((text("start4.elf").await, text("ssh").await), ("firmware".to_owned(), String::new()));
+    let listing = tool("mdir", &["-i", &image, "::"]).await;
+    assert!(listing.contains("Volume in drive : is RECOVERY") && !listing.contains("1980-01-01"), "{listing}");
+    tool("mcopy", &["-i", &image, "::b0/initramfs", &path("initramfs")]).await;
+    let mut whole = zip::ZipArchive::new(std::fs::File::open(&zip).unwrap()).unwrap();
+    let mut wanted = Vec::new();
+    std::io::Read::read_to_end(&mut whole.by_name("initramfs").unwrap(), &mut wanted).unwrap();
+    assert!(std::fs::read(path("initramfs")).unwrap() == wanted, "the initramfs differs");
+
+    let again = alone(&arguments).await;
+    assert!(again.code == 2 && again.stderr.contains("card.img exists"), "{again:?}");
+}
+
+#[tokio::test]
+async fn several_cards_share_one_token_with_as_many_uses() {
+    let controller = Controller::start(Facts::default()).await;
+    let folder = TempDir::new().unwrap();
+    let zip = set(folder.path()).await;
+    let card = folder.path().join("card.img");
+    let arguments = [
+        "-o",
+        "json",
+        "card",
+        "write",
+        card.to_str().unwrap(),
+        "--bootcode",
+        zip.to_str().unwrap(),
+        "--count",
+        "2",
+        "--size",
+        "512M",
+        "--label",
+        "room=a1",
+    ];
+    let run = controller.run(&arguments).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(run.json()["token"], "joinTokens/t1");
+    assert_eq!(run.json()["controllers"], serde_json::json!([]), "the loopback is of no use to a Pi");
+    for number in 1..=2 {
+        let image = format!("{}@@4M", folder.path().join(format!("card-{number}.img")).display());
+        let join = tool("mtype", &["-i", &image, "::marco/join.toml"]).await;
+        assert_eq!(join, "controllers = []\ntoken = \"the-secret\"\n");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_set_or_no_disk_is_refused() {
+    let folder = TempDir::new().unwrap();
+    write(folder.path(), "bad.zip", b"no zip");
+    write(folder.path(), "token", b"t");
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let write = async |target: &str| {
+        alone(&["card", "write", target, "--bootcode", &path("bad.zip"), "--token-file", &path("token"), "--yes"]).await
+    };
+    let run = write(&path("card.img")).await;
+    assert!(run.code == 1 && run.stderr.contains("cannot be put on a card"), "{run:?}");
+    assert!(!folder.path().join("card.img").exists());
+    let run = write("/dev/null").await;
+    assert!(run.code == 1 && run.stderr.contains("neither a disk nor a file"), "{run:?}");
+    let run = write("/dev/nothing-there").await;
+    assert!(run.code == 1 && run.stderr.contains("cannot look at"), "{run:?}");
+}
