@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use tonic::transport::Channel;
 
 pub use ask::{execution_name, is_final, poweroff, reboot, update};
+pub use controllers::libfaketime;
 pub use pi::{Pi, PiEvent};
 
 use crate::client::Credentials;

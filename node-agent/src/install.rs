@@ -212,12 +212,14 @@ impl Work<'_> {
         unpack::unpack(download, first, root, lease, self.system.as_ref(), tell).await?;
 
         self.phase(Phase::BootFiles);
-        let (fitted, board) = (target.clone(), self.board.clone());
+        let (fitted, board, recovery) = (target.clone(), self.board.clone(), self.card.recovery.clone());
         blocking(move || {
             let (root, boot) = open(&fitted)?;
             let mount = boot_files::move_from(&root, &boot)?;
             boot_files::check(&boot, &board)?;
             boot_files::fit(&boot, &fitted)?;
+            let given = boot_files::give_on(&recovery, &boot).map_err(InstallError::disk("copy the files given"))?;
+            tracing::info!(?given, "files for the first boot");
             let disk = InstallError::disk("rewrite /etc/fstab");
             let fstab = root.read("etc/fstab").map_err(&disk)?.unwrap_or_default();
             let fstab = plan::fstab(&String::from_utf8_lossy(&fstab), &fitted, mount);

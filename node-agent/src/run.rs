@@ -262,6 +262,9 @@ async fn identify_patiently(
         };
         if error != last {
             tracing::warn!(error = %error, "node cannot be enrolled yet");
+            if system.mode() == system::Mode::Installer {
+                system.keep_line(&format!("node cannot be enrolled yet: {error}"));
+            }
             last = error;
         }
         failures = failures.saturating_add(1);

@@ -107,7 +107,8 @@ impl Builder {
     }
 }
 
-fn libfaketime() -> Result<PathBuf> {
+/// The library that gives a process a clock of its own.
+pub fn libfaketime() -> Result<PathBuf> {
     let folders = std::fs::read_dir("/usr/lib").context("/usr/lib")?;
     folders
         .filter_map(|folder| Some(folder.ok()?.path().join("faketime/libfaketime.so.1")))

@@ -67,6 +67,11 @@ impl Rooted {
             .is_ok_and(|found| found.is_file() && found.len() > 0 && (!executable || found.mode() & 0o111 != 0))
     }
 
+    /// Whether a regular file is there, even an empty one.
+    pub fn is_there(&self, path: impl AsRef<Path>) -> bool {
+        self.at(path.as_ref(), OFlags::PATH).and_then(|file| file.metadata()).is_ok_and(|found| found.is_file())
+    }
+
     /// Whether a folder is there.
     pub fn is_dir(&self, path: impl AsRef<Path>) -> bool {
         self.at(path.as_ref(), OFlags::PATH).and_then(|file| file.metadata()).is_ok_and(|found| found.is_dir())
