@@ -15,8 +15,10 @@ use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
 use crate::journal::{Entry, Journal, JournalError, Progress};
 use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
+use way_down::WayDown;
 
 mod update;
+mod way_down;
 
 /// How often the command to go down is given before the job fails.
 const MAX_COMMANDS: u32 = 3;
@@ -464,28 +466,6 @@ impl Executor {
             done: 0,
             total: 0,
         });
-    }
-}
-
-/// How the machine goes down.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum WayDown {
-    Reboot,
-    TryBoot,
-    PowerOff,
-}
-
-impl WayDown {
-    /// What is said of the command with this number, from 1.
-    fn phase(self, command: u32) -> &'static str {
-        match (self, command) {
-            (Self::Reboot, 1) => phase::RESTARTING,
-            (Self::Reboot, _) => phase::FORCED_RESTART,
-            (Self::TryBoot, 1) => phase::TRIAL_BOOT,
-            (Self::TryBoot, _) => phase::FORCED_TRIAL_BOOT,
-            (Self::PowerOff, 1) => phase::POWERING_OFF,
-            (Self::PowerOff, _) => phase::FORCED_POWER_OFF,
-        }
     }
 }
 
