@@ -99,6 +99,42 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
 }
 
 #[tokio::test]
+async fn changes_at_any_moment_neither_lose_nor_stop_an_instant() -> Result<()> {
+    const CHANGES: i64 = 60;
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let often = Schedule { cron: "* * * * * *".to_owned(), ..nightly(reboot(&["pi-01"], Duration::ZERO)) };
+    schedules(&fleet)?.create_schedule(create("busy", often)).await?;
+    let mut client = schedules(&fleet)?;
+    for number in 0..CHANGES {
+        // Times and no times, by turns; the instants stay the same.
+        let path = if number % 3 == 0 { "cron" } else { "jitter" };
+        let changed = Schedule {
+            name: "busy".to_owned(),
+            cron: if number % 2 == 0 { "0-59 * * * * *" } else { "* * * * * *" }.to_owned(),
+            jitter: Some(prost_types::Duration { seconds: number, nanos: 0 }),
+            ..Schedule::default()
+        };
+        let update_mask = Some(prost_types::FieldMask { paths: vec![path.to_owned()] });
+        client.update_schedule(UpdateScheduleRequest { schedule: Some(changed), update_mask }).await?;
+        tokio::time::timeout(Duration::from_millis(71), std::future::pending::<()>()).await.ok();
+    }
+    let last = fires(&fleet, "busy").await?.first().and_then(|fire| fire.fire_time).context("no fire")?;
+    wait_until(seconds(20), "it goes on", async || {
+        Ok(fires(&fleet, "busy")
+            .await?
+            .first()
+            .filter(|fire| fire.fire_time.is_some_and(|time| time.seconds > last.seconds))
+            .map(|_| ()))
+    })
+    .await?;
+    let times: Vec<i64> =
+        fires(&fleet, "busy").await?.iter().filter_map(|fire| fire.fire_time).map(|t| t.seconds).collect();
+    assert!(times.windows(2).all(|pair| pair.first().zip(pair.last()).is_some_and(|(a, b)| a - b == 1)), "{times:?}");
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
 async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     // The targets are resolved at each fire, so a node that does not exist yet is none of the errors.

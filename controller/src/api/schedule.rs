@@ -26,6 +26,8 @@ const PREVIEW: usize = 10;
 const PREVIEW_MAX: usize = 1000;
 /// How long a change of a schedule waits for the scheduler to decide about an instant that has come.
 const DECIDED_WITHIN: Duration = Duration::from_secs(3);
+/// How often a change is tried again when a fire came between.
+const CHANGE_TRIES: u32 = 5;
 /// How often it looks.
 const DECIDED_AGAIN: Duration = Duration::from_millis(50);
 
@@ -110,19 +112,28 @@ impl Schedules {
     }
 
     async fn update(&self, request: v1::UpdateScheduleRequest) -> Result<ScheduleRow, ApiError> {
-        let now = self.context.clock.now();
+        let mut now = self.context.clock.now();
         let asked = request.schedule.ok_or_else(|| ApiError::invalid("schedule", "is missing"))?;
         let id = schedule_id("schedule.name", &asked.name)?;
         let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let old = self.find_decided(&id, now).await?;
-        let new = read::changed(&old, asked, &paths, now)?;
-        if !self.context.store.update_schedule(&new, now).await? {
-            return Err(ApiError::Aborted {
-                reason: "CHANGED_MEANWHILE",
-                message: format!("{} was changed by somebody else just now; look at it and try again", id.name()),
-            });
+        let mut old = self.find_decided(&id, now).await?;
+        for _ in 0..CHANGE_TRIES {
+            let new = read::changed(&old, asked.clone(), &paths, now)?;
+            if self.context.store.update_schedule(&new, now).await? {
+                return self.find(&id).await;
+            }
+            let revision = old.revision;
+            // A fire is no reason to ask the caller again.
+            now = self.context.clock.now();
+            old = self.find_decided(&id, now).await?;
+            if old.revision != revision {
+                break;
+            }
         }
-        self.find(&id).await
+        Err(ApiError::Aborted {
+            reason: "CHANGED_MEANWHILE",
+            message: format!("{} was changed by somebody else just now; look at it and try again", id.name()),
+        })
     }
 
     /// A schedule of which nothing until `now` is undecided. The scheduler decides within a moment after an instant has

@@ -159,7 +159,7 @@ impl Store {
         let tx = self.begin().await?;
         let changed = sql("UPDATE schedules SET cron = ?, time_zone = ?, template = ?, missed_fire = ?, overlap = ?, \
              jitter = ?, expire_after = ?, next_fire = ?, update_time = ?, revision = revision + 1 \
-             WHERE id = ? AND revision = ?")
+             WHERE id = ? AND revision = ? AND COALESCE(last_fire, -1) = ?")
         .bind(row.cron.as_str())
         .bind(row.time_zone.as_str())
         .json(&row.template)
@@ -171,6 +171,8 @@ impl Store {
         .time(now)
         .bind(row.id.as_str())
         .bind(row.revision)
+        // What the scheduler decided meanwhile must not be due again.
+        .bind(row.last_fire.map_or(-1, micros))
         .run(&*tx)
         .await?;
         self.commit(tx).await?;

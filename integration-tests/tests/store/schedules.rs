@@ -203,6 +203,22 @@ pub(crate) async fn an_unfinished_operation_is_not_overtaken(f: Fixture) {
     assert_eq!(outcomes(&f.store, &queue.id).await, fired);
 }
 
+pub(crate) async fn a_change_that_saw_less_than_the_scheduler_decided_is_refused(f: Fixture) {
+    let seen = minutely("changed");
+    f.store.create_schedule(&seen).await.unwrap();
+    let fires = scheduler(&f.store, start(), preparing(&[], 0));
+    fires.round(after(1)).await.unwrap();
+    let stale = ScheduleRow { jitter: Duration::from_secs(60), ..seen.clone() };
+    assert!(!f.store.update_schedule(&stale, after(2)).await.unwrap(), "its next instant has been decided about");
+    let now = f.store.schedule(&seen.id).await.unwrap().unwrap();
+    assert_eq!(now.next_fire, Some(after(60)));
+    let fresh = ScheduleRow { jitter: Duration::from_secs(60), ..now };
+    assert!(f.store.update_schedule(&fresh, after(3)).await.unwrap());
+    fires.round(after(61)).await.unwrap();
+    let fired = [(0, FireOutcome::Fired), (60, FireOutcome::Fired)];
+    assert_eq!(outcomes(&f.store, &seen.id).await, fired);
+}
+
 pub(crate) async fn a_paused_schedule_skips_and_says_so(f: Fixture) {
     let new = minutely("paused");
     f.store.create_schedule(&new).await.unwrap();
