@@ -13,6 +13,7 @@ use crate::system::Board;
 
 mod file;
 pub mod render;
+mod stock;
 mod writable;
 
 pub(crate) use file::write_whole;
@@ -231,6 +232,9 @@ impl BootPart {
     /// Makes the set the one that a trial boot of the installer takes.
     pub fn name_for_tryboot(&self, prefix: Prefix) -> Result<(), BootError> {
         let _lock = self.lock()?;
+        if self.is_stock() {
+            return stock::name_for_tryboot(&self.recovery, &render::config_txt((prefix, &self.lines(prefix)?), None)?);
+        }
         let default = self.default_prefix()?.unwrap_or(prefix);
         let (default_lines, lines) = (self.lines(default)?, self.lines(prefix)?);
         let trial = (prefix != default).then_some((prefix, lines.as_slice()));
@@ -240,6 +244,9 @@ impl BootPart {
     /// Makes the set the one that every boot of the installer takes.
     pub fn make_default(&self, prefix: Prefix) -> Result<(), BootError> {
         let _lock = self.lock()?;
+        if self.is_stock() {
+            stock::set_config_aside(&self.recovery)?;
+        }
         file::write_in_place(
             &self.recovery.join("config.txt"),
             &render::config_txt((prefix, &self.lines(prefix)?), None)?,
@@ -266,8 +273,14 @@ impl BootPart {
     /// Removes the job, and what an installation kept of the old system for the new one.
     pub fn clear_job(&self) -> Result<(), BootError> {
         let _lock = self.lock()?;
+        stock::withdraw_tryboot(&self.recovery, self.is_stock())?;
         remove_file(&self.keep_file())?;
         remove_file(&self.job_file())
+    }
+
+    /// Whether this is the only boot partition of a stock card: its `config.txt` is somebody else's.
+    pub fn is_stock(&self) -> bool {
+        std::fs::read(self.recovery.join("config.txt")).is_ok_and(|text| !text.starts_with(render::HEAD.as_bytes()))
     }
 
     /// Where an installation keeps what outlives it: secrets, so not for longer than the job.

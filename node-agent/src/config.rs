@@ -95,8 +95,11 @@ pub struct SimulateArgs {
     #[arg(long, value_name = "TIME", default_value = "200ms", value_parser = humantime::parse_duration)]
     pub shutdown_time: Duration,
     /// New Pis have only the installer on their cards, and no system: they get the default image of their board
-    #[arg(long)]
+    #[arg(long, conflicts_with = "stock")]
     pub blank: bool,
+    /// New Pis have cards as a stock image has them, with one boot partition: their first update lays them out anew
+    #[arg(long)]
+    pub stock: bool,
     /// The way to the controller
     #[command(flatten)]
     pub connection: ConnectionArgs,

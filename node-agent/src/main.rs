@@ -87,6 +87,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
                         boot_time: args.boot_time,
                         shutdown_time: args.shutdown_time,
                         blank: args.blank,
+                        stock: args.stock,
                     },
                     connection: args.connection.resolve(&file)?,
                 };

@@ -117,7 +117,8 @@ mod tests {
     #[test]
     fn ids_are_numbered_in_one_width() {
         let ids = |count| {
-            let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false };
+            let options =
+                Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false, stock: false };
             let (directory, connection) = (PathBuf::new(), Connection::default());
             Simulation { count, directory, prefix: "pi-".to_owned(), options, connection }.ids()
         };

@@ -44,6 +44,15 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<O
     }
 }
 
+/// A file's bytes; none when it is not there.
+pub(super) fn read_whole(path: &Path) -> Result<Option<Vec<u8>>, BootError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(BootError::io("read", path)(error)),
+    }
+}
+
 /// Writes a file that only its owner reads, to the card, and reads it back. FAT has no atomic rename, so a cut may leave
 /// it torn: readers take a torn file for none.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), BootError> {

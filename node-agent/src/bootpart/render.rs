@@ -7,7 +7,7 @@ use super::{BootError, DefaultBoot, Prefix};
 /// Length of both files: one sector less one byte, and the firmware reads no more of `autoboot.txt`.
 pub const LENGTH: usize = 511;
 /// The file's first line, which tells people who made it.
-const HEAD: &str = "# Marco Bootstrap writes this\n";
+pub(super) const HEAD: &str = "# Marco Bootstrap writes this\n";
 /// The firmware ignores what is behind this many characters of a line.
 const LINE: usize = 98;
 /// The lines that a set's own `config.txt` gives p1's for this board. The firmware reads no `config.txt` under a prefix,

@@ -35,7 +35,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false };
+        let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false, stock: false };
         let path = dir.path().join("pi-01");
         let pi = VirtualPi::open(&path, "pi-01", options).unwrap();
         let facts = pi.facts().unwrap();

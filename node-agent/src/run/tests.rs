@@ -39,6 +39,7 @@ impl Fleet {
                 boot_time: Duration::from_millis(20),
                 shutdown_time: Duration::from_millis(20),
                 blank: false,
+                stock: false,
             },
             connection: connection(&controller),
         };

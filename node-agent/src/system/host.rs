@@ -118,7 +118,7 @@ impl Host {
     }
 
     fn layout(&self) -> Layout {
-        if self.card().is_some() {
+        if self.card().is_some_and(|card| card.recovery != card.boot) {
             return Layout::Resident;
         }
         let stock = ["boot/firmware/config.txt", "boot/config.txt"];
@@ -216,7 +216,9 @@ impl System for Host {
 
     async fn preflight_update(&self) -> Result<(), Refusal> {
         let board = self.facts().unwrap_or_default().board;
-        preflight::check(&self.options.sysroot, &board, self.card().as_ref(), self.test.is_some())
+        let card = self.card();
+        let stock = card.as_ref().filter(|card| card.recovery == card.boot).map(|_| card::can_be_laid_out());
+        preflight::check(&self.options.sysroot, &board, card.as_ref(), stock, self.test.is_some())
     }
 
     async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {

@@ -19,6 +19,7 @@ use super::{
 use log::{Event, Line, Log};
 use state::{Going, Power, State, Up};
 
+use crate::bootpart::BootPart;
 use crate::settings::Settings;
 
 pub mod firmware;
@@ -41,6 +42,8 @@ pub struct Options {
     pub shutdown_time: Duration,
     /// A new one's card has only the installer on it, and no system.
     pub blank: bool,
+    /// A new one's card is a stock image's, in layout single.
+    pub stock: bool,
 }
 
 /// A Raspberry Pi 4 B made of a directory.
@@ -72,7 +75,7 @@ impl VirtualPi {
         let state = match State::load(dir)? {
             Some(state) => state,
             None => {
-                tree::lay_out(dir, id, &board(id), options.blank)?;
+                tree::lay_out(dir, id, &board(id), options)?;
                 let state = State::first();
                 state.save(dir)?;
                 state
@@ -163,6 +166,10 @@ impl VirtualPi {
         append().map_err(SystemError::io("write", &path))
     }
 
+    fn is_stock(&self) -> bool {
+        BootPart::new(self.card().recovery, &board(&self.id)).is_stock()
+    }
+
     fn card(&self) -> Card {
         let part = |name| self.dir.join(name);
         Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") }
@@ -187,14 +194,14 @@ impl System for VirtualPi {
             page_size: 4096,
             kernel_release: "6.6.0-virtual".into(),
             os,
-            layout: Layout::Resident,
+            layout: if self.is_stock() { Layout::Single } else { Layout::Resident },
         };
         Ok(Facts { board: board(&self.id), system })
     }
 
     fn mode(&self) -> Mode {
         match self.up() {
-            Some(up) if up.partition == 1 => Mode::Installer,
+            Some(up) if up.installer.unwrap_or(up.partition == 1) => Mode::Installer,
             _ => Mode::Running,
         }
     }

@@ -3,24 +3,43 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use crate::system::disk::{self, Access, find};
-use crate::system::{Card, SystemError};
+use crate::settings::Settings;
+use crate::system::disk::plan::Part;
+use crate::system::disk::{self, Access, Disk, find};
+use crate::system::{Card, Refusal, SystemError};
 
-/// The card, once it was found. A machine without one is asked again each time: it costs two reads.
+/// A stock card: a FAT that is its system's boot partition, a root, and nothing else that could be lost.
+fn stock(disk: &Disk, parts: &[Part]) -> Option<Card> {
+    let numbers: Vec<u32> = parts.iter().map(|part| part.number).collect();
+    if numbers != [1, 2] || !parts.iter().any(|part| part.number == 1 && part.is_fat()) {
+        return None;
+    }
+    let first = disk.partition(1);
+    let boot = find::mounted_at(&first)
+        .filter(|at| disk::file_system(&first) == Some("vfat") && at.join("config.txt").is_file())?;
+    Some(Card { recovery: boot.clone(), boot, root: "/".into(), home: "/home".into() })
+}
+
+/// The card, once it was found, and why it was not, to be said once. A machine without one is asked again each time: it costs two reads.
 #[derive(Debug, Default)]
-pub(super) struct FoundCard(Mutex<Option<Card>>);
+pub(super) struct FoundCard(Mutex<(Option<Card>, String)>);
 
 impl FoundCard {
     /// Where the partitions are; `mounts` is a folder for those that nobody else mounts.
     pub(super) fn get(&self, mounts: &Path) -> Option<Card> {
         let mut found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if found.is_none() {
-            *found = look(mounts).unwrap_or_else(|error| {
-                tracing::warn!(error = %crate::cause::chain(&error), "card not usable");
+        let (card, problem) = &mut *found;
+        if card.is_none() {
+            *card = look(mounts).unwrap_or_else(|error| {
+                let error = crate::cause::chain(&error);
+                if error != *problem {
+                    tracing::warn!(error, "card not usable");
+                    *problem = error;
+                }
                 None
             });
         }
-        found.clone()
+        card.clone()
     }
 }
 
@@ -28,8 +47,8 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
     let Some(disk) = find::disk_of_root() else { return Ok(None) };
     let parts = disk.parts()?;
     let recovery = disk.partition(1);
-    if !disk::plan::is_resident(&parts) || find::label(&recovery).as_deref() != Some(disk::RECOVERY_LABEL) {
-        return Ok(None);
+    if !disk::plan::is_resident(&parts) {
+        return Ok(stock(&disk, &parts));
     }
     let at = mounts.join("recovery");
     let mounted = match find::mounted_at(&recovery) {
@@ -39,6 +58,13 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
             at
         }
     };
+    if find::label(&recovery).as_deref() != Some(disk::RECOVERY_LABEL) && !mounted.join("marco").is_dir() {
+        // Four partitions of somebody else's.
+        if mounted == mounts.join("recovery") {
+            disk::unmount(&mounted)?;
+        }
+        return Ok(None);
+    }
     let boot = match find::mounted_at(&disk.partition(4)) {
         Some(somewhere) => somewhere,
         None => {
@@ -48,4 +74,14 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
         }
     };
     Ok(Some(Card { recovery: mounted, boot, root: "/".into(), home: "/home".into() }))
+}
+
+/// Whether the disk of the root can be put into layout resident.
+pub(super) fn can_be_laid_out() -> Result<(), Refusal> {
+    let planned = find::disk_of_root().map(|disk| disk.plan(&Settings::default()));
+    match planned {
+        Some(Err(SystemError::Refused(refusal))) => Err(refusal),
+        Some(Err(error)) => Err(Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) }),
+        Some(Ok(_)) | None => Ok(()),
+    }
 }

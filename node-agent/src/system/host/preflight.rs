@@ -12,19 +12,28 @@ const MEMORY: u64 = 200 << 20;
 /// The boot loader of a Pi 4 reads `autoboot.txt` since 2022-12-01.
 const PI4_LOADER: u32 = 1_669_852_800;
 
-/// Everything, the surest reason first. An emulated board has no firmware that could be asked.
-pub(super) fn check(sysroot: &Path, board: &Board, card: Option<&Card>, emulated: bool) -> Result<(), Refusal> {
+/// Everything, the surest reason first. `stock`: whether a stock card can be laid out anew. An emulated board has no firmware that could be asked.
+pub(super) fn check(
+    sysroot: &Path,
+    board: &Board,
+    card: Option<&Card>,
+    stock: Option<Result<(), Refusal>>,
+    emulated: bool,
+) -> Result<(), Refusal> {
     let Some(card) = card else {
         return refuse(
             "LAYOUT_NOT_RESIDENT",
-            "this card has one boot partition or none: only a card that the Marco installer has laid out can be updated \
-             without the risk of losing the node; install it with the installer first"
+            "the root of this machine is neither on a card that the Marco installer has laid out nor on a stock one (a \
+             mounted FAT boot partition and a root, nothing else): install it with a card of `marcoctl card write`"
                 .into(),
         );
     };
     if !emulated {
         firmware(sysroot, board)?;
         under_voltage(sysroot)?;
+    }
+    if let Some(plan) = stock {
+        plan?;
     }
     room(&card.recovery)?;
     if board.memory_bytes < MEMORY {
@@ -151,13 +160,13 @@ mod tests {
     #[test]
     fn a_board_in_order_may_be_updated() {
         let (root, board, card) = good();
-        assert_eq!(check(root.path(), &board, Some(&card), false), Ok(()));
+        assert_eq!(check(root.path(), &board, Some(&card), None, false), Ok(()));
     }
 
     #[test]
     fn each_fault_has_a_reason_of_its_own() {
         let reason =
-            |root: &Path, board: &Board, card: Option<&Card>| check(root, board, card, false).unwrap_err().reason;
+            |root: &Path, board: &Board, card: Option<&Card>| check(root, board, card, None, false).unwrap_err().reason;
         let (root, board, card) = good();
         assert_eq!(reason(root.path(), &board, None), "LAYOUT_NOT_RESIDENT");
         let little = Board { memory_bytes: 128 << 20, ..board.clone() };
@@ -182,6 +191,6 @@ mod tests {
     fn an_emulated_board_is_not_asked_for_its_firmware() {
         let (root, board, card) = good();
         fs::remove_dir_all(root.path().join("proc/device-tree")).unwrap();
-        assert_eq!(check(root.path(), &board, Some(&card), true), Ok(()));
+        assert_eq!(check(root.path(), &board, Some(&card), None, true), Ok(()));
     }
 }

@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::firmware::{self, Outcome, Partitions};
+use super::firmware::{self, Boot, Outcome, Partitions};
 use super::log::{Event, Line};
 use super::state::{After, Going, Power, State, Up};
 use super::{VirtualPi, tree};
@@ -92,7 +92,7 @@ impl VirtualPi {
         let partitions = Partitions { recovery: &card.recovery, boot: &card.boot };
         let outcome = firmware::boot(&firmware::PI_4, partitions, tryboot);
         let outcome = match outcome {
-            Outcome::Booted(boot) if boot.partition != 1 => match tree::cannot_come_up(&card.root, &boot, &self.id) {
+            Outcome::Booted(boot) if !is_installer(&boot) => match tree::cannot_come_up(&card.root, &boot, &self.id) {
                 Some(reason) => Outcome::Dead(reason),
                 None => Outcome::Booted(boot),
             },
@@ -103,7 +103,12 @@ impl VirtualPi {
         };
         match outcome {
             Outcome::Booted(boot) => {
-                let up = Up { boot_id: new_boot_id()?, partition: boot.partition, tryboot: boot.tryboot };
+                let up = Up {
+                    boot_id: new_boot_id()?,
+                    partition: boot.partition,
+                    tryboot: boot.tryboot,
+                    installer: Some(is_installer(&boot)),
+                };
                 tracing::info!(node = %self.id, boot_id = %up.boot_id, partition = up.partition, "virtual Pi booted");
                 let mut line = Line::new(&up.boot_id, Event::Boot, "");
                 line.after = after.as_str().to_owned();
@@ -217,6 +222,11 @@ impl VirtualPi {
             Some(State { power, dead: state.dead, line })
         })
     }
+}
+
+/// An installer's set lies under a prefix of the first partition; there is a stock card's system in its root.
+fn is_installer(boot: &Boot) -> bool {
+    boot.partition == 1 && !boot.prefix.is_empty()
 }
 
 /// Whether the trigger file was there; it is not any more.

@@ -53,6 +53,9 @@ pub(super) struct Up {
     pub(super) partition: u32,
     /// Whether it was a trial.
     pub(super) tryboot: bool,
+    /// Whether it is an installer; none, in a state of an older version: the first partition has nothing else.
+    #[serde(default)]
+    pub(super) installer: Option<bool>,
 }
 
 /// Where a machine that goes down goes.

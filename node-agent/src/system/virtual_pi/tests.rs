@@ -15,8 +15,12 @@ use crate::bootpart::{BootPart, DefaultBoot};
 use crate::system::{Down, Erase, Force, Mode, Reboot, System};
 
 const SOON: Duration = Duration::from_secs(20);
-const FAST: Options =
-    Options { boot_time: Duration::from_millis(5), shutdown_time: Duration::from_millis(5), blank: false };
+const FAST: Options = Options {
+    boot_time: Duration::from_millis(5),
+    shutdown_time: Duration::from_millis(5),
+    blank: false,
+    stock: false,
+};
 
 /// A Pi under power, whose agent hands its `System` over and then does nothing.
 pub(crate) struct Powered {

@@ -8,7 +8,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::firmware::Boot;
-use super::{Board, SystemError};
+use super::{Board, Options, SystemError};
 use crate::bootpart::{BootPart, DefaultBoot};
 use crate::system::rooted::Rooted;
 
@@ -45,7 +45,7 @@ const ROOT: [(&str, &str); 4] = [
 const INITS: [&str; 5] = ["sbin/init", "usr/sbin/init", "usr/lib/systemd/systemd", "lib/systemd/systemd", "init"];
 
 /// Lays out a card. Made again from the start when it was interrupted.
-pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, blank: bool) -> Result<(), SystemError> {
+pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, options: Options) -> Result<(), SystemError> {
     for part in ["boot", "root", "home"] {
         empty(&dir.join(part))?;
     }
@@ -54,8 +54,11 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, blank: bool) -> Resul
         std::fs::create_dir_all(&folder).map_err(SystemError::io("make", folder))?;
     }
     write_all(&dir.join("recovery"), &FIRMWARE)?;
-    if !blank {
-        lay_out_system(dir, id)?;
+    if options.stock {
+        return lay_out_system(dir, "recovery", id);
+    }
+    if !options.blank {
+        lay_out_system(dir, "boot", id)?;
     }
 
     let zip =
@@ -66,19 +69,21 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, blank: bool) -> Resul
     let invalid = |error| SystemError::Invalid(format!("cannot lay out the recovery partition: {error}"));
     let prefix = bootpart.stage(&path, &hex::encode(Sha256::digest(&zip))).map_err(invalid)?;
     bootpart.make_default(prefix).map_err(invalid)?;
-    bootpart.set_boot_partition(if blank { DefaultBoot::Installer } else { DefaultBoot::System }).map_err(invalid)
+    bootpart
+        .set_boot_partition(if options.blank { DefaultBoot::Installer } else { DefaultBoot::System })
+        .map_err(invalid)
 }
 
-/// The running system.
-fn lay_out_system(dir: &Path, id: &str) -> Result<(), SystemError> {
+/// The running system, with its boot files in this partition.
+fn lay_out_system(dir: &Path, boot: &str, id: &str) -> Result<(), SystemError> {
     for folder in ["root/var/lib/marco-agent", "root/boot/firmware", "root/home"] {
         let folder = dir.join(folder);
         std::fs::create_dir_all(&folder).map_err(SystemError::io("make", folder))?;
     }
-    write_all(&dir.join("boot"), &BOOT)?;
+    write_all(&dir.join(boot), &BOOT)?;
     write_all(&dir.join("root"), &ROOT)?;
     let cmdline = format!("console=tty1 root=PARTUUID={}-02 rootfstype=ext4 rootwait\n", disk_id(id));
-    write_all(&dir.join("boot"), &[("cmdline.txt", &cmdline)])?;
+    write_all(&dir.join(boot), &[("cmdline.txt", &cmdline)])?;
     write_all(&dir.join("root"), &[("etc/hostname", &format!("{id}\n")), ("sbin/init", "#!/bin/true\n")])?;
     let init = dir.join("root/sbin/init");
     let executable = std::fs::Permissions::from_mode(0o755);
