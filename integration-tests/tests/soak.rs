@@ -22,6 +22,16 @@ const PIS: usize = 50;
 const CONTROLLERS: usize = 3;
 /// A run with fewer faults says nothing.
 const FEWEST_FAULTS: usize = 30;
+/// The kinds that a run has to have had, each: the first faults are these in turn, the rest is at random.
+const KINDS: [(&str, usize); 7] = [
+    ("a controller killed", 0),
+    ("a controller frozen", 2),
+    ("the database stopped", 3),
+    ("the agents killed", 4),
+    ("a session cut in the middle", 5),
+    ("a clock jumped", 6),
+    ("all sessions cut", 7),
+];
 /// What is frozen for longer than this has lost its sessions.
 const DEAD_AFTER: Duration = seconds(16);
 /// How long everything may take to settle when the faults are over: agents back off up to a minute.
@@ -111,7 +121,9 @@ impl Soak<'_> {
         let victim = self.dice.below(CONTROLLERS);
         let alone = self.broken.dead.len() + self.broken.frozen.len() + 1 >= CONTROLLERS;
         let well = !self.broken.dead.contains(&victim) && !self.broken.frozen.contains_key(&victim);
-        match self.dice.below(10) {
+        let missing = KINDS.iter().find(|(kind, _)| !self.faults.contains_key(kind)).map(|(_, number)| *number);
+        let any = self.dice.below(10);
+        match missing.unwrap_or(any) {
             0 | 1 if well && !alone => {
                 self.fleet.kill(victim).await?;
                 self.broken.dead.insert(victim);
@@ -182,7 +194,12 @@ impl Soak<'_> {
 }
 
 /// An instant of a schedule, as the database has it.
-fn fires_are_complete(schedules: &[Value], fires: &[Value]) -> Result<usize> {
+fn fires_are_complete(schedules: &[Value], fires: &[Value], operations: &[Value]) -> Result<usize> {
+    let named: BTreeSet<&str> = fires.iter().filter_map(|fire| fire["operation"].as_str()).collect();
+    let made: BTreeSet<&str> = operations.iter().filter_map(|operation| operation["id"].as_str()).collect();
+    ensure!(named == made, "fires name {} operations, and there are {}", named.len(), made.len());
+    let fired = fires.iter().filter(|fire| fire["outcome"] == "FIRED").count();
+    ensure!(fired == made.len(), "{fired} fires made {} operations", made.len());
     let mut found: BTreeMap<&str, BTreeSet<i64>> = BTreeMap::new();
     for fire in fires {
         let outcome = fire["outcome"].as_str().unwrap_or_default();
@@ -238,9 +255,7 @@ fn logs_agree(fleet: &Fleet, executions: &[Value]) -> Result<usize> {
         let state = execution["state"].as_str().unwrap_or_default();
         let fits = match state {
             "SUCCEEDED" => done,
-            // Whoever lost its journal after the reboot cannot say what became of it.
-            "FAILED" => true,
-            "CANCELLED" | "EXPIRED" | "ROLLED_BACK" => !done,
+            "FAILED" | "CANCELLED" | "EXPIRED" | "ROLLED_BACK" => !done,
             _ => false,
         };
         ensure!(
@@ -278,6 +293,8 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
     let faults: usize = soak.faults.values().sum();
     println!("soak: {faults} faults: {:?}", soak.faults);
     ensure!(faults >= FEWEST_FAULTS, "only {faults} faults: the run says nothing");
+    let missing = KINDS.iter().find(|(kind, _)| !soak.faults.contains_key(kind));
+    ensure!(missing.is_none(), "{missing:?} never happened");
 
     let mut fleet = soak.fleet;
     fleet.controller_is_healthy().await?;
@@ -295,13 +312,15 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
 
     let schedules = postgres.rows(&url, "SELECT id, create_time, update_time FROM schedules")?;
     let fires = postgres.rows(&url, "SELECT schedule, fire_time, outcome, reason, operation FROM fires")?;
+    let operations = postgres.rows(&url, "SELECT id FROM operations")?;
     let executions = postgres.rows(&url, "SELECT operation, node, state FROM executions")?;
     ensure!(schedules.len() == SCHEDULES, "{} schedules", schedules.len());
-    let instants = fires_are_complete(&schedules, &fires)?;
+    let instants = fires_are_complete(&schedules, &fires, &operations)?;
     let reboots = logs_agree(&fleet, &executions)?;
     let failed = executions.iter().filter(|execution| execution["state"] == "FAILED").count();
     println!(
-        "soak: {instants} instants explained, {} executions, {reboots} reboots, {failed} failed",
+        "soak: {instants} instants explained, {} operations, {} executions, {reboots} reboots, {failed} failed",
+        operations.len(),
         executions.len()
     );
     ensure!(instants > 0 && reboots > 0, "nothing happened");

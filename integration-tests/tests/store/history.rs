@@ -33,7 +33,7 @@ pub(crate) async fn events_of_operations_that_ended_long_ago_are_removed_and_the
 
 /// Nodes that race at the same time, and how often each does.
 const RACERS: usize = 20;
-const ROUNDS: usize = 25;
+const ROUNDS: usize = 50;
 
 /// Gives others a turn, so often that it is another order each time.
 async fn dawdle(random: &mut u64, most: u64) {
