@@ -238,6 +238,8 @@ async fn marcoctl_shows_the_coming_fires_in_the_zone_and_in_utc() -> Result<()> 
     assert_eq!((&changed["cron"], &changed["nextFireTime"]), (&serde_json::json!("0 13 24 12 *"), &next));
     assert_eq!(changed["operation"]["powerOff"]["message"], "Merry Christmas");
     assert!(changed["operation"]["all"].is_object() && changed["missedFire"] == "MISSED_FIRE_SKIP", "{changed}");
+    let shown = marcoctl(&fleet, &["schedules", "get", "winter"]).await?.success()?;
+    assert!(shown.contains("0 13 24 12 *") && shown.contains("Merry Christmas"), "{shown}");
     let nothing = marcoctl(&fleet, &["schedules", "update", "winter"]).await?;
     assert_eq!(nothing.status.code(), Some(2), "{nothing:?}");
     marcoctl(&fleet, &["schedules", "delete", "winter"]).await?.success()?;

@@ -6,6 +6,7 @@ use marco_proto::v1;
 
 use super::convert;
 use crate::operation::{ExecutionState, WaitReason};
+use crate::rollout::Rollout;
 use crate::store::{ExecutionRow, OperationRow};
 
 /// So many nodes are named in a sentence; the message has all of them.
@@ -28,6 +29,11 @@ pub(super) fn explain(
                 ),
                 _ => waiting(row.wait_reason, &node, &operation),
             };
+            if row.wait_reason == Some(WaitReason::NoSlot)
+                && let Some(rollout) = &whole.rollout
+            {
+                text = slot(rollout, whole.counts.succeeded, holders.len());
+            }
             text.push_str(&more(row, whole, holders));
             (text, suggestions)
         }
@@ -116,6 +122,28 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId]) -> St
     }
 }
 
+/// Which limit it waits for, when `held` slots of that limit are taken.
+fn slot(rollout: &Rollout, succeeded: u32, held: usize) -> String {
+    let held = u32::try_from(held).unwrap_or(u32::MAX);
+    if succeeded < rollout.canary {
+        return format!(
+            "It waits for a slot: {} nodes, the canary, must succeed before the rest begins.",
+            rollout.canary
+        );
+    }
+    let all_taken = rollout.max_in_flight.is_some_and(|limit| held >= limit);
+    if let (Some(label), Some(limit)) = (&rollout.group_by, rollout.max_in_flight_per_group)
+        && held >= limit
+        && !all_taken
+    {
+        return format!("It waits for a free slot of its group: at most {limit} with the same {label} at once.");
+    }
+    match rollout.max_in_flight {
+        Some(limit) => format!("It waits for a free slot: at most {limit} nodes at once."),
+        None => "It waits for a free slot.".to_owned(),
+    }
+}
+
 fn bytes(row: &ExecutionRow) -> String {
     if row.bytes_total == 0 {
         return String::new();
@@ -174,8 +202,24 @@ fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, 
 
 #[cfg(test)]
 mod tests {
-    use super::waiting;
+    use super::{slot, waiting};
     use crate::operation::WaitReason;
+    use crate::rollout::Rollout;
+
+    #[test]
+    fn who_waits_for_a_slot_is_told_which_limit_is_reached() {
+        let rollout = Rollout {
+            max_in_flight: Some(5),
+            canary: 1,
+            group_by: Some("switch".to_owned()),
+            max_in_flight_per_group: Some(2),
+            ..Rollout::default()
+        };
+        assert!(slot(&rollout, 0, 1).contains("1 nodes, the canary"));
+        assert!(slot(&rollout, 1, 2).contains("at most 2 with the same switch"));
+        assert!(slot(&rollout, 1, 5).contains("at most 5 nodes"));
+        assert!(slot(&Rollout { max_in_flight: Some(2), ..rollout }, 1, 2).contains("at most 2 nodes"));
+    }
 
     #[test]
     fn every_wait_says_what_can_be_done_but_the_one_that_ends_by_itself() {

@@ -74,6 +74,7 @@ on_both!(
         instants_that_are_found_too_late_are_each_a_row,
         a_long_outage_is_summed_up_after_a_thousand_rows,
         an_unfinished_operation_is_not_overtaken,
+        what_queues_is_done_one_after_another_in_the_order_of_its_instants,
         a_change_that_saw_less_than_the_scheduler_decided_is_refused,
         a_paused_schedule_skips_and_says_so,
         a_template_that_cannot_be_carried_out_is_a_skip_with_the_reason,

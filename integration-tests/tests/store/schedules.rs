@@ -8,13 +8,13 @@ use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::future::join_all;
 use integration_tests::{seconds, wait_until};
 use marco_controller::clock::ManualClock;
-use marco_controller::operation::{OperationState, Target, WaitReason};
+use marco_controller::operation::{ExecutionState, OperationState, Target, WaitReason};
 use marco_controller::schedule::{FireOutcome, MissedFire, Overlap};
 use marco_controller::scheduler::{Fires, Prepare, Unprepared};
 use marco_controller::store::{
     FireQuery, FireRow, NewOperation, OperationQuery, OperationRow, Origin, ScheduleRow, Store, Template,
 };
-use marco_proto::names::{ExecutionId, NodeId, ScheduleId};
+use marco_proto::names::{ExecutionId, NodeId, OperationId, ScheduleId};
 
 use crate::support::*;
 
@@ -201,6 +201,33 @@ pub(crate) async fn an_unfinished_operation_is_not_overtaken(f: Fixture) {
     fires.round(after(121)).await.unwrap();
     let fired = [(0, FireOutcome::Fired), (60, FireOutcome::Fired), (120, FireOutcome::Fired)];
     assert_eq!(outcomes(&f.store, &queue.id).await, fired);
+}
+
+pub(crate) async fn what_queues_is_done_one_after_another_in_the_order_of_its_instants(f: Fixture) {
+    let nodes = f.enrolled(&["pi-1"]).await;
+    let queue = minutely("queue");
+    f.store.create_schedule(&queue).await.unwrap();
+    scheduler(&f.store, start(), preparing(&nodes, 0)).round(after(121)).await.unwrap();
+    let order: Vec<OperationId> =
+        fires_of(&f.store, &queue.id).await.into_iter().map(|fire| fire.operation.unwrap()).collect();
+    assert_eq!(order.len(), 3);
+    let epoch = f.session(&nodes[0], "boot-0", after(122)).await;
+    let sessions = [(nodes[0].clone(), epoch)];
+    for (place, operation) in order.iter().enumerate() {
+        let claimed = f.claim(&sessions, after(122)).await;
+        let ids: Vec<&OperationId> = claimed.iter().map(|assignment| &assignment.execution.operation).collect();
+        assert_eq!(ids, [operation]);
+        // While it is at work, the rest waits for it.
+        assert!(f.claim(&sessions, after(122)).await.is_empty());
+        if let Some(next) = order.get(place + 1) {
+            let waiting = ExecutionId { operation: next.clone(), node: nodes[0].clone() };
+            assert_eq!(f.execution(&waiting).await.wait_reason, Some(WaitReason::NodeBusy));
+        }
+        let boot_id = format!("boot-{}", place + 1);
+        f.report(epoch, &report(&claimed[0], 1, ExecutionState::Rebooting, "boot-0"), after(123)).await;
+        f.report(epoch, &report(&claimed[0], 2, ExecutionState::Succeeded, &boot_id), after(124)).await;
+        assert_eq!(f.operation_state(operation).await, OperationState::Succeeded);
+    }
 }
 
 pub(crate) async fn a_change_that_saw_less_than_the_scheduler_decided_is_refused(f: Fixture) {

@@ -4,7 +4,7 @@ mod create;
 mod show;
 
 pub(super) use create::{insist, rollout, target, window};
-pub(super) use show::operation as operation_text;
+pub(super) use show::{manner, operation as operation_text};
 
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use marco_proto::v1::execution::State;

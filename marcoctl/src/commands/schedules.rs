@@ -9,7 +9,7 @@ use marco_proto::v1::{
 };
 use uuid::Uuid;
 
-use super::operations::{insist, operation_text, rollout, target, window};
+use super::operations::{insist, manner, operation_text, rollout, target, window};
 use super::{all_pages, proto_duration};
 use crate::args::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, OverlapArg, SchedulesCommand};
 use crate::connect::{Connection, call};
@@ -204,12 +204,17 @@ fn detail(schedule: &Schedule, now: DateTime<Utc>) -> String {
         Some(time) => format!("{} ({})", local(Some(time)), ago(Some(time), now)),
         None => String::new(),
     };
+    let manner = manner(&schedule.operation.clone().unwrap_or_default());
     fields(&[
         ("schedule", schedule.name.clone()),
         ("cron", schedule.cron.clone()),
         ("zone", schedule.time_zone.clone()),
         ("action", action(schedule)),
         ("targets", targets(schedule)),
+        ("notice", manner.notice),
+        ("message", manner.message),
+        ("rollout", manner.rollout),
+        ("window", manner.window),
         ("state", state(schedule)),
         ("paused because", schedule.pause_reason.clone()),
         ("next fire", next),

@@ -68,14 +68,33 @@ fn window(window: &MaintenanceWindow) -> String {
     format!("{} for {}, {zone}", window.cron, length.map(span).unwrap_or_default())
 }
 
-/// One operation.
-pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
+/// How an operation warns, and how it goes over its nodes: what a template has of it, too.
+pub(in crate::commands) struct Manner {
+    pub(in crate::commands) notice: String,
+    pub(in crate::commands) message: String,
+    pub(in crate::commands) rollout: String,
+    pub(in crate::commands) window: String,
+}
+
+/// How an operation, or one that a schedule makes, is to be done.
+pub(in crate::commands) fn manner(operation: &Operation) -> Manner {
     let (notice, message) = match &operation.action {
         Some(Action::Reboot(reboot)) => (reboot.notice.as_ref(), reboot.message.clone()),
         Some(Action::PowerOff(power_off)) => (power_off.notice.as_ref(), power_off.message.clone()),
         Some(Action::Update(update)) => (update.notice.as_ref(), update.message.clone()),
         None => (None, String::new()),
     };
+    Manner {
+        notice: notice.and_then(|notice| std::time::Duration::try_from(*notice).ok()).map(span).unwrap_or_default(),
+        message,
+        rollout: operation.rollout.as_ref().map(rollout).unwrap_or_default(),
+        window: operation.window.as_ref().map(window).unwrap_or_default(),
+    }
+}
+
+/// One operation.
+pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
+    let manner = manner(operation);
     let update = match &operation.action {
         Some(Action::Update(update)) => update.clone(),
         _ => Default::default(),
@@ -87,7 +106,6 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
         Some(Target::All(_)) => "all approved nodes".to_owned(),
         None => String::new(),
     };
-    let notice = notice.and_then(|notice| std::time::Duration::try_from(*notice).ok()).map(span).unwrap_or_default();
     let starts = match operation.schedule_time.as_ref() {
         Some(time) => format!("{} ({})", local(Some(time)), ago(Some(time), now)),
         None => String::new(),
@@ -98,12 +116,12 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
         ("image sha256", update.image_sha256),
         ("bootcode", update.bootcode),
         ("bootcode sha256", update.bootcode_sha256),
-        ("notice", notice),
-        ("message", message),
+        ("notice", manner.notice),
+        ("message", manner.message),
         ("targets", targets),
         ("schedule", operation.schedule.clone()),
-        ("rollout", operation.rollout.as_ref().map(rollout).unwrap_or_default()),
-        ("window", operation.window.as_ref().map(window).unwrap_or_default()),
+        ("rollout", manner.rollout),
+        ("window", manner.window),
         ("state", operation_state(operation)),
         ("reason", operation.state_reason.clone()),
         ("done", done_of(&operation.counts.unwrap_or_default())),
@@ -113,7 +131,6 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
         ("by", operation.creator.clone()),
         ("finished", local(operation.finish_time.as_ref())),
         ("retry of", operation.retry_of.clone()),
-        ("schedule", operation.schedule.clone()),
     ])
 }
 
