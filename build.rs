@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files: Vec<PathBuf> = ["agent", "artifact", "node", "operation", "schedule"]
+    let files: Vec<PathBuf> = ["access", "agent", "artifact", "node", "operation", "schedule"]
         .iter()
         .map(|name| PathBuf::from(format!("proto/marco/bootstrap/v1/{name}.proto")))
         .collect();

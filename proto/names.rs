@@ -113,6 +113,22 @@ id!(
     "a join token name: joinTokens/ID"
 );
 
+id!(
+    /// Id of a user; its name is `users/{id}`.
+    UserId, "users",
+    "a user name: users/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
+);
+id!(
+    /// Id of an API token; its name is `apiTokens/{id}`.
+    ApiTokenId, "apiTokens",
+    "an API token name: apiTokens/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
+);
+id!(
+    /// Serial number of a certificate, hexadecimal; its name is `certificates/{serial}`.
+    CertificateId, "certificates",
+    "a certificate name: certificates/SERIAL"
+);
+
 /// An execution: an operation on a node. Its name is `operations/{id}/executions/{node id}`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ExecutionId {

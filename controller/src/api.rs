@@ -1,5 +1,6 @@
 //! The gRPC services: what is asked is read and checked here, answered from the store, and nowhere else becomes proto.
 
+mod access;
 mod agent;
 mod artifact;
 mod convert;
@@ -10,11 +11,13 @@ mod operation;
 mod page;
 mod peers;
 mod schedule;
+mod scope;
 mod status;
 mod watch;
 
 use std::sync::Arc;
 
+use marco_proto::v1::access_service_server::AccessServiceServer;
 use marco_proto::v1::agent_service_server::AgentServiceServer;
 use marco_proto::v1::artifact_service_server::ArtifactServiceServer;
 use marco_proto::v1::enrollment_service_server::EnrollmentServiceServer;
@@ -27,10 +30,13 @@ use tonic::service::{Routes, RoutesBuilder};
 
 use crate::artifacts::Artifacts;
 use crate::clock::Clock;
-use crate::identity::Caller;
+use crate::identity::access::Access;
 use crate::identity::ca::Ca;
+use crate::identity::gate::code_word;
+use crate::identity::record::OK;
+use crate::identity::{Caller, shown};
 use crate::sessions::Sessions;
-use crate::store::{AuditRow, ControllerRow, Store, StoreError};
+use crate::store::{AuditRow, ControllerRow, Store};
 
 pub(crate) use artifact::remove_unneeded;
 pub(crate) use peers::fetcher;
@@ -51,6 +57,8 @@ macro_rules! limited {
 pub struct Context {
     /// The truth.
     pub store: Store,
+    /// Who is let in.
+    pub access: Arc<Access>,
     /// The live sessions.
     pub sessions: Arc<Sessions>,
     /// The stored files.
@@ -89,25 +97,18 @@ impl Context {
 
     /// Records a call that changed something, or was refused.
     async fn audit<T>(&self, caller: &Caller, method: &str, target: &str, result: &Result<T, ApiError>) {
+        caller.leave_recording();
         let row = AuditRow {
             time: self.clock.now(),
             actor: caller.name.clone(),
-            from: caller.from.to_string(),
+            credential: caller.credential(),
+            from: shown(caller.from).to_string(),
             method: method.to_owned(),
             target: target.to_owned(),
-            result: match result {
-                Ok(_) => "OK".to_owned(),
-                Err(error) => error.to_string(),
-            },
+            result: result.as_ref().map_or_else(|error| code_word(error.code()), |_| OK).to_owned(),
+            message: result.as_ref().map_or_else(ToString::to_string, |_| String::new()),
         };
-        tracing::info!(actor = row.actor, from = row.from, method, target, result = row.result, "call");
-        if matches!(result, Err(ApiError::Store(StoreError::Unavailable(_)))) {
-            // Nothing was changed, and the caller would wait a second time for the same answer.
-            return;
-        }
-        if let Err(error) = self.store.record_audit(&row).await {
-            tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
-        }
+        self.access.recorder().record(row, Some(caller.from.ip())).await;
     }
 }
 
@@ -140,6 +141,7 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
         .add_service(health)
+        .add_service(limited!(AccessServiceServer, access::Doors::new(context.clone())))
         .add_service(limited!(AgentServiceServer, agent::Agent::new(context.clone())))
         .add_service(limited!(ArtifactServiceServer, artifact::ArtifactsApi::new(context.clone())))
         .add_service(limited!(NodeServiceServer, node::Nodes::new(context.clone())))

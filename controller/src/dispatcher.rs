@@ -106,6 +106,9 @@ impl Dispatcher {
         self.store.begin_due(now).await?;
         self.store.release_due(now).await?;
         self.store.expire(now).await?;
+        for changed in self.store.cancel_outside_scope(now).await? {
+            tracing::warn!(execution = %changed.execution, "a node does not lie any more within the scope of its operation");
+        }
         self.store.power_off_done(now).await?;
         for overdue in self.store.mark_overdue(now).await? {
             let state = overdue.state.as_str();

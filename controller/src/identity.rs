@@ -1,41 +1,110 @@
 //! Who calls, and what they may do.
 
+pub mod access;
+pub mod api_tokens;
 pub mod ca;
 pub mod gate;
+pub mod rate;
+pub mod record;
 pub mod roles;
 pub mod tls;
 pub mod tokens;
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use marco_proto::names::NodeId;
+use marco_proto::names::{ApiTokenId, NodeId};
+use tokio_util::sync::CancellationToken;
 
+use crate::store::{Scope, Store, StoreError};
 use roles::Role;
 use tls::PeerInfo;
 
-use crate::store::{Store, StoreError};
-
-/// Who makes a call, as its certificate says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Who makes a call, as its certificate or its API token says.
+#[derive(Debug, Clone)]
 pub struct Caller {
-    /// The certificate's common name: a user, or a node's id.
+    /// A user, a node's id, or the name of an API token.
     pub name: String,
-    /// The certificate's organizational unit.
+    /// What it is.
     pub role: Role,
     /// The node, when the role is [`Role::Node`].
     pub node: Option<NodeId>,
     /// Where the call comes from.
     pub from: SocketAddr,
-    /// The certificate's serial number, lower-case hexadecimal.
+    /// The certificate's serial number, lower-case hexadecimal; empty with an API token.
     pub serial: String,
+    /// The API token that was shown instead of a certificate.
+    pub api_token: Option<ApiTokenId>,
+    /// What becomes of it while the call is open.
+    pub pass: Arc<Pass>,
+}
+
+/// What may change while a call is open, and what is noted about it.
+#[derive(Debug)]
+pub struct Pass {
+    scope: Mutex<Scope>,
+    cut: CancellationToken,
+    why: OnceLock<Denied>,
+    recorded: AtomicBool,
+    target: Mutex<String>,
+}
+
+impl Pass {
+    /// For a caller that is limited to these nodes.
+    fn new(scope: Scope) -> Self {
+        Self {
+            scope: Mutex::new(scope),
+            cut: CancellationToken::new(),
+            why: OnceLock::new(),
+            recorded: AtomicBool::new(false),
+            target: Mutex::new(String::new()),
+        }
+    }
+
+    fn limit(&self, scope: Scope) {
+        *self.scope.lock().unwrap_or_else(PoisonError::into_inner) = scope;
+    }
+
+    /// Ends the call; false when it was ended before.
+    fn cut(&self, why: Denied) -> bool {
+        let first = self.why.set(why).is_ok();
+        self.cut.cancel();
+        first
+    }
+
+    fn token(&self) -> CancellationToken {
+        self.cut.clone()
+    }
+
+    fn why(&self) -> Denied {
+        self.why.get().cloned().unwrap_or(Denied::Revoked)
+    }
+
+    fn is_recorded(&self) -> bool {
+        self.recorded.load(Ordering::Relaxed)
+    }
+
+    fn target(&self) -> String {
+        self.target.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// Why a call may not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// No certificate that the CA issued, or one that names no role.
-    #[error("this call needs a client certificate that the controller's CA issued")]
+    #[error("this call needs a client certificate that the controller's CA issued, or an API token")]
     Unauthenticated,
+    /// An API token that is wrong, expired or revoked; which one is not told.
+    #[error("the API token is not valid: it is wrong, expired or revoked")]
+    BadToken,
+    /// A certificate that was revoked, or whose user or node is gone.
+    #[error("this certificate was revoked or has expired")]
+    Revoked,
+    /// A node that is shut out.
+    #[error("the node is quarantined; an admin can approve it")]
+    Quarantined,
     /// The role may not make this call.
     #[error("the role {role} may not call this method; those that may: {}", roles::names(allowed))]
     Forbidden {
@@ -44,6 +113,9 @@ pub enum Denied {
         /// Those that may.
         allowed: &'static [Role],
     },
+    /// Nobody can be looked up.
+    #[error("the controller's database does not answer; try again")]
+    Unavailable,
 }
 
 impl Caller {
@@ -55,9 +127,41 @@ impl Caller {
             Role::Node => Some(NodeId::parse(&certificate.common_name).ok()?),
             Role::Viewer | Role::Operator | Role::Publisher | Role::Admin | Role::Controller => None,
         };
-        let name = certificate.common_name.clone();
-        Some(Self { name, role, node, from: peer.addr, serial: certificate.serial.clone() })
+        Some(Self {
+            name: certificate.common_name.clone(),
+            role,
+            node,
+            from: peer.addr,
+            serial: certificate.serial.clone(),
+            api_token: None,
+            pass: Arc::new(Pass::new(Scope::everything())),
+        })
     }
+
+    /// The nodes that it is limited to, now.
+    pub fn scope(&self) -> Scope {
+        self.pass.scope.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What it showed, by name.
+    pub fn credential(&self) -> String {
+        self.api_token.as_ref().map_or_else(|| format!("certificates/{}", self.serial), ApiTokenId::name)
+    }
+
+    /// Notes on what the call is made, for the audit.
+    pub fn note_target(&self, target: &str) {
+        target.clone_into(&mut self.pass.target.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Says that whoever handles the call records it.
+    pub fn leave_recording(&self) {
+        self.pass.recorded.store(true, Ordering::Relaxed);
+    }
+}
+
+/// An address as people write it: a v4 address on a v6 socket is a v4 address.
+pub fn shown(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Whether a caller may call a method, by its path (`/package.Service/Method`). Deny by default. Answers the caller.
@@ -89,14 +193,15 @@ pub enum Admission {
     Barred,
 }
 
-/// Looks a caller's certificate up. Those of nodes are all recorded; those of people only when they were revoked.
+/// Looks a caller's certificate up. Those of nodes are all recorded; those of people once they were seen by the API.
 ///
 /// # Errors
 /// The store's.
 pub async fn inspect(store: &Store, caller: &Caller) -> Result<Admission, StoreError> {
-    let barred = match &caller.node {
-        Some(_) => !store.unacceptable(std::slice::from_ref(&caller.serial)).await?.is_empty(),
-        None => store.certificate(&caller.serial).await?.is_some_and(|known| known.revoked()),
+    let standing = store.standings(std::slice::from_ref(&caller.serial)).await?.pop();
+    let barred = match standing {
+        Some(standing) => standing.revoked || standing.quarantined,
+        None => caller.node.is_some(),
     };
     Ok(if barred { Admission::Barred } else { Admission::Open })
 }

@@ -19,12 +19,13 @@ pub mod store;
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::TimeDelta;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -34,6 +35,7 @@ use crate::artifacts::Artifacts;
 use crate::clock::{AnchoredClock, Clock};
 use crate::config::Config;
 use crate::dispatcher::Dispatcher;
+use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::{Acceptor, incoming, server_builder};
@@ -52,6 +54,8 @@ const ANCHOR: Duration = Duration::from_secs(5);
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 /// Every ten minutes.
 const HOUSEKEEPING: &str = "0 */10 * * * *";
+/// How often the files of the controller's certificate are looked at.
+const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(5);
 
 /// An error with its causes, in one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
@@ -99,6 +103,7 @@ impl Controller {
         let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?;
         let mirror_acceptor = Acceptor::mirror(&pki, Arc::clone(&clock))?;
         let context = api::Context {
+            access: Access::new(store.clone(), Arc::clone(&clock)),
             store,
             sessions: Arc::new(Sessions::default()),
             artifacts: Arc::new(artifacts),
@@ -169,8 +174,10 @@ impl Controller {
         let mut parts = JoinSet::new();
         let acceptors = [self.api_acceptor.clone(), self.enrolment_acceptor.clone(), self.mirror_acceptor.clone()];
 
-        let api =
-            server_builder().layer(GateLayer).add_routes(api::routes(&context).await?).serve_with_incoming_shutdown(
+        let api = server_builder()
+            .layer(GateLayer::new(Arc::clone(&context.access)))
+            .add_routes(api::routes(&context).await?)
+            .serve_with_incoming_shutdown(
                 incoming(self.api, self.api_acceptor),
                 servers_stop.clone().cancelled_owned(),
             );
@@ -202,6 +209,7 @@ impl Controller {
             address,
         );
         parts.spawn(dispatcher.run(context.stop.clone()));
+        parts.spawn(Arc::clone(&context.access).watch(context.stop.clone()));
         if let Some(anchored) = self.anchored {
             parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
         }
@@ -209,8 +217,9 @@ impl Controller {
             parts.spawn(context.store.clone().share_changes(context.stop.clone()));
         }
         let keep_events = self.config.keep_events;
-        let jobs =
-            vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, self.pki, acceptors, keep_events) }];
+        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events) }];
+        let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+        parts.spawn(keep_certificate(self.pki, acceptors, Arc::clone(&context.clock), hangup, context.stop.clone()));
         let prepare = preparation(&context);
         let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after);
         let scheduler_stop = context.stop.clone();
@@ -281,13 +290,64 @@ fn preparation(context: &api::Context) -> Prepare {
     })
 }
 
-/// Removes uploads that nobody went on with, bytes that nothing needs any more and old events, and issues the
-/// controller's certificate again before it expires; the listeners then present the new one without a restart.
-fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 3], keep_events: TimeDelta) -> scheduler::Work {
+/// Presents the controller's certificate as its files have it, without a restart: they are looked at every few seconds,
+/// and at once on SIGHUP. It is issued again before it expires.
+async fn keep_certificate(
+    mut pki: Pki,
+    acceptors: [Acceptor; 3],
+    clock: Arc<dyn Clock>,
+    mut hangup: Signal,
+    stop: CancellationToken,
+) {
+    let mut written = pki.written();
+    loop {
+        // Every arm only wakes: what is to be done is read from the files and the clock.
+        let asked = tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(LOOK_AT_CERTIFICATE) => false,
+            Some(()) = hangup.recv() => true,
+        };
+        let now_written = pki.written();
+        if asked || now_written != written {
+            match pki.reload(clock.now()) {
+                Ok(true) => {
+                    tracing::info!(
+                        "the controller's certificate was changed, and the new one is presented from now on"
+                    );
+                    present(&pki, &acceptors);
+                }
+                Ok(false) if asked => tracing::info!("the controller's certificate is the one that is presented"),
+                Ok(false) => {}
+                Err(error) => tracing::error!(error = chain(&error), "the controller's new certificate is not used"),
+            }
+            written = now_written;
+        }
+        match pki.refresh(clock.now()) {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::info!("the controller's certificate was issued again");
+                present(&pki, &acceptors);
+                written = pki.written();
+            }
+            Err(error) => {
+                tracing::error!(error = chain(&error), "the controller's certificate could not be issued again");
+            }
+        }
+    }
+}
+
+fn present(pki: &Pki, acceptors: &[Acceptor]) {
+    for acceptor in acceptors {
+        if let Err(error) = acceptor.reload(pki) {
+            tracing::error!(error = chain(&error), "the controller's new certificate cannot be presented");
+        }
+    }
+}
+
+/// Removes uploads that nobody went on with, bytes that nothing needs any more and old events.
+fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Work {
     let context = context.clone();
-    let pki = Arc::new(Mutex::new(pki));
     Arc::new(move || {
-        renew(&mut pki.lock().unwrap_or_else(PoisonError::into_inner), &acceptors, context.clock.now());
         let context = context.clone();
         Box::pin(async move {
             if let Err(error) = api::remove_unneeded(&context).await {
@@ -307,22 +367,6 @@ fn housekeeping(context: &api::Context, pki: Pki, acceptors: [Acceptor; 3], keep
             }
         })
     })
-}
-
-fn renew(pki: &mut Pki, acceptors: &[Acceptor], now: DateTime<Utc>) {
-    match pki.refresh(now) {
-        Ok(false) => return,
-        Ok(true) => tracing::info!("the controller's certificate was issued again"),
-        Err(error) => {
-            tracing::error!(error = chain(&error), "the controller's certificate could not be issued again");
-            return;
-        }
-    }
-    for acceptor in acceptors {
-        if let Err(error) = acceptor.reload(pki) {
-            tracing::error!(error = chain(&error), "the controller's new certificate cannot be presented");
-        }
-    }
 }
 
 /// Where agents reach this controller: each `--name` with the API's port; with none, the address that it listens on when

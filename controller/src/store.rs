@@ -11,6 +11,7 @@ use chrono::{DateTime, Utc};
 use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::{Semaphore, watch};
 
+mod api_tokens;
 mod artifacts;
 mod audit;
 mod certificates;
@@ -27,35 +28,42 @@ mod notify;
 mod open;
 mod operations;
 mod progress;
+mod reach;
 mod reconcile;
 mod reports;
 mod rollouts;
 mod rollouts_table;
 mod schedules;
+mod scope;
 mod sessions;
 mod sql;
 mod steering;
 mod tokens;
+mod users;
 mod windows;
 
+pub use api_tokens::ApiTokenRow;
 pub use artifacts::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
-pub use audit::AuditRow;
-pub use certificates::{CertificateRow, StoredCertificate};
+pub use audit::{AuditQuery, AuditRow};
+pub use certificates::{CertificateQuery, CertificateRow, Standing, StoredCertificate};
 pub use claims::Assignment;
 pub use controllers::ControllerRow;
 pub use dispatch::{Changed, Overdue};
 pub use enrolment::{EnrolOutcome, Enrolment};
 pub use events::EventRow;
 pub use executions::ExecutionRow;
-pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System};
+pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome};
 pub use operations::{CreateOutcome, NewOperation, OperationQuery, OperationRow, Origin, RequestKey};
 pub use progress::ProgressRow;
+pub use reach::Reach;
 pub use reconcile::Reconciled;
 pub use reports::{Release, ReportOutcome, ReportRow};
 pub use schedules::{AdvanceOutcome, FireQuery, FireRow, ScheduleRow, Template};
+pub use scope::Scope;
 pub use sessions::{SessionOutcome, SessionStart};
 pub use steering::{AbandonOutcome, SteerOutcome};
-pub use tokens::{NewToken, TokenRow};
+pub use tokens::{NewToken, Stranded, TokenRow};
+pub use users::{CreateUserOutcome, UserRow};
 
 /// What keeps the store from answering.
 #[derive(Debug, thiserror::Error)]

@@ -9,6 +9,7 @@ pub mod image;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
+pub mod raw;
 pub mod tree;
 pub mod upload;
 pub mod wait;

@@ -78,6 +78,14 @@ impl Postgres {
         String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
+    /// Runs a statement by hand in the database at `url`; what the database says when it refuses it.
+    pub fn by_hand(&self, url: &str, statement: &str) -> anyhow::Result<Result<(), String>> {
+        let mut psql = self.program("psql")?;
+        let output = psql.args(["--no-psqlrc", "--quiet", "--dbname", url, "--command", statement]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok(if output.status.success() { Ok(()) } else { Err(said) })
+    }
+
     /// Stops the server at once, as an outage does; connections break.
     pub fn pause(&self) -> anyhow::Result<()> {
         run(self.program("pg_ctl")?.args(["stop", "--wait", "--mode=immediate", "--pgdata"]).arg(self.data()))

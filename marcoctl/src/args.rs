@@ -1,5 +1,6 @@
 //! What may stand on the command line.
 
+mod access;
 mod artifacts;
 mod bootcode;
 mod card;
@@ -14,6 +15,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use access::{
+    ApiTokensCommand, AuditCommand, CertsCommand, CreateApiToken, CreateUser, ListAudit, UpdateUser, UsersCommand,
+};
 pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
 pub(crate) use bootcode::{Arch, Board, BootcodeCommand, BuildBootcode, Packing};
 pub(crate) use card::{CardCommand, WriteCard};
@@ -71,6 +75,9 @@ pub(crate) struct Global {
     /// Who you are: NAME.crt and NAME.key in the --certs folder
     #[arg(long, global = true, value_name = "NAME", env = "MARCO_IDENTITY", default_value = "admin")]
     pub(crate) identity: String,
+    /// File with an API token, to be shown instead of a certificate; MARCO_API_TOKEN may hold the token itself
+    #[arg(long, global = true, value_name = "FILE", env = "MARCO_API_TOKEN_FILE")]
+    pub(crate) api_token_file: Option<PathBuf>,
     /// How to print what was asked for; json is the API's messages in protobuf's JSON mapping
     #[arg(long, short, global = true, value_name = "FORMAT", env = "MARCO_OUTPUT", default_value = "table")]
     pub(crate) output: Format,
@@ -113,6 +120,18 @@ pub(crate) enum Command {
     /// Cards that make a new Pi a node
     #[command(subcommand)]
     Card(CardCommand),
+    /// People and services with certificates, and what they may do
+    #[command(subcommand, visible_alias = "user")]
+    Users(UsersCommand),
+    /// Secrets that services show instead of certificates
+    #[command(subcommand, visible_alias = "api-token")]
+    ApiTokens(ApiTokensCommand),
+    /// The certificates of users and nodes
+    #[command(subcommand, visible_alias = "cert")]
+    Certs(CertsCommand),
+    /// Who did what, and what was refused
+    #[command(subcommand)]
+    Audit(AuditCommand),
 }
 
 /// How a list is fetched.

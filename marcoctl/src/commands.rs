@@ -1,5 +1,6 @@
 //! What the commands do: one file per noun.
 
+mod access;
 mod artifacts;
 mod bootcode;
 mod card;
@@ -8,6 +9,7 @@ mod nodes;
 mod operations;
 mod schedules;
 mod tokens;
+mod users;
 
 use std::collections::{HashMap, HashSet};
 
@@ -36,12 +38,17 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         command => command,
     };
     let connection = Connection::open(&cli.global).await?;
+    let certs = cli.global.certs;
     match command {
         Command::Tokens(command) => tokens::run(command, &connection, &mut out).await,
         Command::Nodes(command) => nodes::run(command, &connection, &mut out).await,
         Command::Artifacts(command) => artifacts::run(command, &connection, &mut out).await,
         Command::Operations(command) => operations::run(command, &connection, &mut out).await,
         Command::Schedules(command) => schedules::run(command, &connection, &mut out).await,
+        Command::Users(command) => users::run(command, &certs, &connection, &mut out).await,
+        Command::ApiTokens(command) => access::api_tokens(command, &connection, &mut out).await,
+        Command::Certs(command) => access::certs(command, &connection, &mut out).await,
+        Command::Audit(command) => access::audit(command, &connection, &mut out).await,
         // Done above.
         Command::Bootcode(_) | Command::Card(_) | Command::Image(_) => Ok(()),
     }

@@ -5,12 +5,16 @@ mod dial;
 use std::time::Duration;
 
 use marco_proto::names::API_PORT;
+use marco_proto::v1::access_service_client::AccessServiceClient;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation_service_client::OperationServiceClient;
 use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
-use tonic::Request;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 
 use crate::args::Global;
 use crate::failure::{Failure, chain};
@@ -26,6 +30,8 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest answer taken: the first message of a watch names every node of an operation.
 const ANSWER_MAX: usize = 64 * 1024 * 1024;
 
+/// The variable that holds an API token. It is no flag: what stands on a command line everybody on the machine can read.
+const API_TOKEN: &str = "MARCO_API_TOKEN";
 /// What to do when nobody answers.
 const NOBODY_HINT: &str =
     "is marco-controller running there? Name another address with --controller HOST:PORT or MARCO_CONTROLLER";
@@ -33,14 +39,58 @@ const NOBODY_HINT: &str =
 /// An open connection. It comes back by itself when it broke.
 #[derive(Debug, Clone)]
 pub(crate) struct Connection {
-    channel: Channel,
+    channel: Dialled,
+}
+
+/// A channel that shows the API token, if there is one.
+pub(crate) type Dialled = InterceptedService<Channel, Credential>;
+
+/// What is shown with each call besides the certificate.
+#[derive(Clone, Default)]
+pub(crate) struct Credential(Option<MetadataValue<Ascii>>);
+
+impl std::fmt::Debug for Credential {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Credential")
+    }
+}
+
+impl Interceptor for Credential {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(shown) = &self.0 {
+            request.metadata_mut().insert("authorization", shown.clone());
+        }
+        Ok(request)
+    }
+}
+
+/// The API token of the command line or the environment; none: the certificate counts.
+fn credential(global: &Global) -> Result<Credential, Failure> {
+    let text = match &global.api_token_file {
+        Some(path) => std::fs::read_to_string(path).map_err(|error| Failure::Usage {
+            message: format!("cannot read the API token in {}: {error}", path.display()),
+            hint: "`marcoctl api-tokens create` makes one".to_owned(),
+        })?,
+        None => std::env::var(API_TOKEN).unwrap_or_default(),
+    };
+    let text = text.trim();
+    if text.is_empty() {
+        return Ok(Credential::default());
+    }
+    let mut shown: MetadataValue<Ascii> = format!("Bearer {text}").parse().map_err(|_| Failure::Usage {
+        message: "the API token has characters that none has".to_owned(),
+        hint: "`marcoctl api-tokens create` makes one".to_owned(),
+    })?;
+    shown.set_sensitive(true);
+    Ok(Credential(Some(shown)))
 }
 
 impl Connection {
     /// Connects to the controller that the command line names.
     pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
         let address = with_port(&global.controller);
-        let config = match dial::config(global) {
+        let credential = credential(global)?;
+        let config = match dial::config(global, credential.0.is_none()) {
             Ok(config) => config,
             // Where nobody listens, that is the first thing to put right.
             Err(failure) => return Err(nobody_at(&address).await.unwrap_or(failure)),
@@ -57,7 +107,7 @@ impl Connection {
             }
         };
         let cause = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
-            Ok(Ok(channel)) => return Ok(Self { channel }),
+            Ok(Ok(channel)) => return Ok(Self { channel: InterceptedService::new(channel, credential) }),
             Ok(Err(cause)) => cause,
             Err(_) => format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
         };
@@ -79,23 +129,28 @@ impl Connection {
         })
     }
 
+    /// Calls about users, API tokens, certificates and the audit.
+    pub(crate) fn access(&self) -> AccessServiceClient<Dialled> {
+        AccessServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
+    }
+
     /// Calls about nodes and join tokens.
-    pub(crate) fn nodes(&self) -> NodeServiceClient<Channel> {
+    pub(crate) fn nodes(&self) -> NodeServiceClient<Dialled> {
         NodeServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
     /// Calls about artifacts.
-    pub(crate) fn artifacts(&self) -> ArtifactServiceClient<Channel> {
+    pub(crate) fn artifacts(&self) -> ArtifactServiceClient<Dialled> {
         ArtifactServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
     /// Calls about operations.
-    pub(crate) fn operations(&self) -> OperationServiceClient<Channel> {
+    pub(crate) fn operations(&self) -> OperationServiceClient<Dialled> {
         OperationServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
     /// Calls about schedules.
-    pub(crate) fn schedules(&self) -> ScheduleServiceClient<Channel> {
+    pub(crate) fn schedules(&self) -> ScheduleServiceClient<Dialled> {
         ScheduleServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 }

@@ -160,7 +160,8 @@ fn hint_for(status: &Status) -> &'static str {
     match status.code() {
         Code::Unavailable => "the controller is up but cannot work now; try again in a moment",
         Code::Unauthenticated => {
-            "choose the folder with your certificate with --certs (or MARCO_CERTS), and the certificate with --identity"
+            "choose the folder with your certificate with --certs (or MARCO_CERTS) and the certificate with --identity, or \
+             show an API token with --api-token-file"
         }
         Code::PermissionDenied => "another identity may have the role for this: choose it with --identity NAME",
         Code::NotFound => "the `list` commands show what there is, for example `marcoctl nodes list`",

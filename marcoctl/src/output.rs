@@ -33,9 +33,9 @@ macro_rules! printable {
 }
 
 printable! {
-    Artifact DeleteArtifactResponse DeleteNodeResponse DeleteScheduleResponse Execution ExplainExecutionResponse JoinToken
-    ListArtifactsResponse ListEventsResponse ListExecutionsResponse ListFiresResponse ListJoinTokensResponse ListNodesResponse
-    ListOperationsResponse ListSchedulesResponse Node Operation PreviewScheduleResponse Schedule WatchNodesResponse WatchOperationResponse
+    ApiToken Artifact Certificate DeleteArtifactResponse DeleteNodeResponse DeleteScheduleResponse Execution ExplainExecutionResponse JoinToken
+    ListApiTokensResponse ListArtifactsResponse ListAuditEventsResponse ListCertificatesResponse ListEventsResponse ListExecutionsResponse ListFiresResponse ListJoinTokensResponse ListNodesResponse
+    ListOperationsResponse ListSchedulesResponse ListUsersResponse Node Operation PreviewScheduleResponse Schedule User WatchNodesResponse WatchOperationResponse
 }
 
 /// Stdout, in the format that was asked for.

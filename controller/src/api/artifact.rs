@@ -321,6 +321,8 @@ impl ArtifactService for ArtifactsApi {
         request: Request<Streaming<v1::UploadArtifactRequest>>,
     ) -> Result<Response<Self::UploadArtifactStream>, Status> {
         let caller = caller(&request)?;
+        // It is recorded when it has ended.
+        caller.leave_recording();
         let mut messages = request.into_inner();
         let (sender, receiver) = mpsc::channel(4);
         let context = self.context.clone();

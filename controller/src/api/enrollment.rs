@@ -1,6 +1,7 @@
 //! `EnrollmentService`: on a listener of its own, for callers without a certificate.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use marco_proto::names::NodeId;
 use marco_proto::v1;
@@ -11,6 +12,10 @@ use super::Context;
 use super::convert;
 use super::status::ApiError;
 use crate::identity::ca::{Ca, RequestError};
+use crate::identity::gate::code_word;
+use crate::identity::rate::{Rate, source};
+use crate::identity::record::OK;
+use crate::identity::shown;
 use crate::identity::tls::PeerInfo;
 use crate::identity::tokens::JoinToken;
 use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment};
@@ -18,17 +23,40 @@ use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment};
 /// Longest signing request or certificate, in bytes: one with a P-256 key has well under 1 KiB.
 const PEM_MAX: usize = 16 * 1024;
 
+/// Calls from one address that let nobody in: a room of Pis with a wrong token may all try, and then once a second.
+const REFUSED_BURST: u32 = 100;
+const REFUSED_EVERY: Duration = Duration::from_secs(1);
+
 /// The service.
 pub(super) struct Enrollments {
     context: Context,
+    refused: Rate<IpAddr>,
 }
 
 impl Enrollments {
     pub(super) fn new(context: Context) -> Self {
-        Self { context }
+        Self { context, refused: Rate::new(REFUSED_BURST, REFUSED_EVERY) }
     }
 
-    async fn enroll(&self, request: v1::EnrollRequest) -> Result<v1::EnrollResponse, ApiError> {
+    /// Refuses an address that was refused too often, before anything costs more.
+    fn admit(&self, address: IpAddr) -> Result<(), ApiError> {
+        if self.refused.has(&source(address), self.context.clock.now()) {
+            return Ok(());
+        }
+        Err(ApiError::Exhausted {
+            reason: "TOO_MANY_TRIES",
+            message: "too many calls from this address were refused; try again later".to_owned(),
+        })
+    }
+
+    /// Notes a call that was refused.
+    fn count<T>(&self, address: IpAddr, result: &Result<T, ApiError>) {
+        if matches!(result, Err(error) if !matches!(error, ApiError::Store(_) | ApiError::Internal(_))) {
+            self.refused.take(source(address), self.context.clock.now());
+        }
+    }
+
+    async fn enroll(&self, request: v1::EnrollRequest, address: IpAddr) -> Result<v1::EnrollResponse, ApiError> {
         pem("certificate_request", &request.certificate_request)?;
         let wanted_id = match request.node_id.as_str() {
             "" => None,
@@ -41,7 +69,7 @@ impl Enrollments {
         let token = JoinToken::parse(&request.token).map_err(|_| refused())?;
         let key_sha256 = Ca::key_of_request(&request.certificate_request).map_err(request_error)?;
         let now = self.context.clock.now();
-        let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board };
+        let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board, address };
         let ca = &self.context.ca;
         let mut issued = None;
         // The certificate is issued inside the transaction that takes the token, for the id that the node gets there.
@@ -92,53 +120,57 @@ impl Enrollments {
         let known = self.context.store.certificate(&proof.serial).await?;
         let Some(old) = known.filter(|known| !known.revoked() && known.certificate.node.as_ref() == Some(&proof.node))
         else {
-            return Err(ApiError::Unauthenticated {
-                reason: "CERTIFICATE_REVOKED",
-                message: "this certificate was revoked or its node deleted; the node must enrol again with a token"
-                    .to_owned(),
-            });
+            return Err(revoked());
         };
         let issued = ca.issue_node(&request.certificate_request, &proof.node, now).map_err(request_error)?;
-        self.context
-            .store
-            .insert_certificate(&CertificateRow {
-                serial: issued.serial,
-                node: Some(proof.node.clone()),
-                subject: proof.node.as_str().to_owned(),
-                role: "node".to_owned(),
-                key_sha256: issued.key_sha256,
-                not_before: issued.not_before,
-                not_after: issued.not_after,
-                generation: old.certificate.generation,
-            })
-            .await?;
+        let row = CertificateRow {
+            serial: issued.serial,
+            node: Some(proof.node.clone()),
+            subject: proof.node.as_str().to_owned(),
+            role: "node".to_owned(),
+            key_sha256: issued.key_sha256,
+            not_before: issued.not_before,
+            not_after: issued.not_after,
+            generation: old.certificate.generation,
+        };
+        if !self.context.store.renew_certificate(&proof.serial, &row).await? {
+            return Err(revoked());
+        }
         let response =
             v1::RenewCertificateResponse { certificate: issued.pem, ca_certificate: ca.certificate_pem().to_owned() };
         Ok((proof.node, response))
     }
 
-    async fn record<T>(&self, method: &str, actor: &str, from: Option<SocketAddr>, result: &Result<T, ApiError>) {
+    async fn record<T>(&self, method: &str, actor: &str, from: SocketAddr, result: &Result<T, ApiError>) {
         let row = AuditRow {
             time: self.context.clock.now(),
             actor: actor.to_owned(),
-            from: from.map(|from| from.to_string()).unwrap_or_default(),
+            credential: String::new(),
+            from: from.to_string(),
             method: method.to_owned(),
             target: actor.to_owned(),
-            result: result.as_ref().map_or_else(ToString::to_string, |_| "OK".to_owned()),
+            result: result.as_ref().map_or_else(|error| code_word(error.code()), |_| OK).to_owned(),
+            message: result.as_ref().map_or_else(ToString::to_string, |_| String::new()),
         };
-        tracing::info!(actor = row.actor, from = row.from, method, result = row.result, "call");
-        if let Err(error) = self.context.store.record_audit(&row).await {
-            tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
-        }
+        self.context.access.recorder().record(row, Some(from.ip())).await;
     }
 }
 
-/// One answer for a wrong, an expired, a used and a revoked token, so that nothing can be learnt from it.
+/// One answer for a wrong, an expired, a used and a revoked token, and one that is not for this board, id or network, so that nothing can be learnt from it.
 fn refused() -> ApiError {
     ApiError::Forbidden {
         reason: "TOKEN_REFUSED",
-        message: "the join token is not valid: it is wrong, expired, used up or revoked; make one with `marcoctl tokens create`"
-            .to_owned(),
+        message:
+            "the join token is not valid: it is wrong, expired, used up, revoked, or not for this node or network; \
+                  make one with `marcoctl tokens create`"
+                .to_owned(),
+    }
+}
+
+fn revoked() -> ApiError {
+    ApiError::Unauthenticated {
+        reason: "CERTIFICATE_REVOKED",
+        message: "this certificate was revoked or its node deleted; the node must enrol again with a token".to_owned(),
     }
 }
 
@@ -163,20 +195,20 @@ fn pem(field: &str, text: &str) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn from<T>(request: &Request<T>) -> Option<SocketAddr> {
-    let address = request.extensions().get::<PeerInfo>()?.addr;
-    // A v4 address on a v6 socket is shown as people write it.
-    match address.ip() {
-        IpAddr::V6(ip) => Some(SocketAddr::new(ip.to_canonical(), address.port())),
-        IpAddr::V4(_) => Some(address),
-    }
+fn from<T>(request: &Request<T>) -> Result<SocketAddr, ApiError> {
+    let peer = request.extensions().get::<PeerInfo>();
+    peer.map(|peer| shown(peer.addr)).ok_or_else(|| ApiError::Internal("the caller has no address".to_owned()))
 }
 
 #[tonic::async_trait]
 impl EnrollmentService for Enrollments {
     async fn enroll(&self, request: Request<v1::EnrollRequest>) -> Result<Response<v1::EnrollResponse>, Status> {
-        let from = from(&request);
-        let result = self.enroll(request.into_inner()).await;
+        let from = from(&request)?;
+        let result = match self.admit(from.ip()) {
+            Ok(()) => self.enroll(request.into_inner(), from.ip()).await,
+            Err(error) => Err(error),
+        };
+        self.count(from.ip(), &result);
         let actor = result.as_ref().map(|response| response.node.clone()).unwrap_or_default();
         self.record("Enroll", &actor, from, &result).await;
         Ok(Response::new(result?))
@@ -186,8 +218,12 @@ impl EnrollmentService for Enrollments {
         &self,
         request: Request<v1::RenewCertificateRequest>,
     ) -> Result<Response<v1::RenewCertificateResponse>, Status> {
-        let from = from(&request);
-        let result = self.renew(request.into_inner()).await;
+        let from = from(&request)?;
+        let result = match self.admit(from.ip()) {
+            Ok(()) => self.renew(request.into_inner()).await,
+            Err(error) => Err(error),
+        };
+        self.count(from.ip(), &result);
         let actor = result.as_ref().map(|(node, _)| node.name()).unwrap_or_default();
         self.record("RenewCertificate", &actor, from, &result).await;
         Ok(Response::new(result?.1))

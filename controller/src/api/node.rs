@@ -14,7 +14,7 @@ use crate::identity::Caller;
 use crate::identity::roles::Role;
 use crate::identity::tokens::JoinToken;
 use crate::sessions::End;
-use crate::store::{DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, TokenRow};
+use crate::store::{DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, Scope, UpdateNodeOutcome};
 
 /// How long a join token works unless it says otherwise: long enough to prepare a card, short enough to forget.
 const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
@@ -33,24 +33,24 @@ impl Nodes {
         Self { context }
     }
 
-    async fn find(&self, id: &NodeId) -> Result<NodeRow, ApiError> {
-        self.context.store.node(id).await?.ok_or_else(|| not_found(id))
+    async fn find(&self, caller: &Caller, id: &NodeId) -> Result<NodeRow, ApiError> {
+        self.context.node_for(caller, id).await?.ok_or_else(|| not_found(id))
     }
 
-    async fn list(&self, request: v1::ListNodesRequest) -> Result<v1::ListNodesResponse, ApiError> {
+    async fn list(&self, caller: &Caller, request: v1::ListNodesRequest) -> Result<v1::ListNodesResponse, ApiError> {
         const LIST: &str = "nodes";
         let size = page::size(request.page_size)?;
         let after = match page::after(LIST, &request.page_token)? {
             Some(id) => Some(node_id("page_token", &id)?),
             None => None,
         };
-        let query = NodeQuery { after, limit: size + 1, ..query(request.filter)? };
+        let query = NodeQuery { after, limit: size + 1, scope: caller.scope(), ..query(request.filter)? };
         let rows = self.context.store.nodes(&query).await?;
         let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
         Ok(v1::ListNodesResponse { nodes: rows.iter().map(convert::node).collect(), next_page_token })
     }
 
-    async fn update(&self, request: v1::UpdateNodeRequest) -> Result<NodeRow, ApiError> {
+    async fn update(&self, caller: &Caller, request: v1::UpdateNodeRequest) -> Result<NodeRow, ApiError> {
         let node = request.node.ok_or_else(|| ApiError::invalid("node", "is missing"))?;
         let id = node_id("node.name", &node.name)?;
         let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
@@ -74,11 +74,41 @@ impl Nodes {
                 }
             }
         }
-        self.context
+        let before = self.find(caller, &id).await?.labels;
+        if let Some(labels) = &labels
+            && caller.role != Role::Admin
+        {
+            self.may_relabel(&before, labels).await?;
+        }
+        let updated = self
+            .context
             .store
-            .update_node(&id, labels.as_ref(), display_name.as_deref())
-            .await?
-            .ok_or_else(|| not_found(&id))
+            .update_node(&id, labels.as_ref().map(|_| &before), labels.as_ref(), display_name.as_deref())
+            .await?;
+        match updated {
+            UpdateNodeOutcome::Updated(row) => Ok(*row),
+            UpdateNodeOutcome::ChangedMeanwhile => Err(ApiError::Aborted {
+                reason: "CHANGED_MEANWHILE",
+                message: format!("the labels of {} were changed by somebody else just now; try again", id.name()),
+            }),
+            UpdateNodeOutcome::NotFound => Err(not_found(&id)),
+        }
+    }
+
+    /// Who is limited by labels must not be able to move a node in or out.
+    async fn may_relabel(
+        &self,
+        before: &BTreeMap<String, String>,
+        after: &BTreeMap<String, String>,
+    ) -> Result<(), ApiError> {
+        let reserved = self.context.store.scope_keys().await?;
+        match reserved.iter().find(|key| before.get(*key) != after.get(*key)) {
+            None => Ok(()),
+            Some(key) => Err(ApiError::Forbidden {
+                reason: "LABEL_RESERVED",
+                message: format!("the label {key} says who may operate a node; only an admin changes it"),
+            }),
+        }
     }
 
     async fn delete(
@@ -109,9 +139,10 @@ impl Nodes {
         self.context.store.approve(&id, self.context.clock.now()).await?.ok_or_else(|| not_found(&id))
     }
 
-    async fn quarantine(&self, request: &v1::QuarantineNodeRequest) -> Result<NodeRow, ApiError> {
+    async fn quarantine(&self, caller: &Caller, request: &v1::QuarantineNodeRequest) -> Result<NodeRow, ApiError> {
         let id = node_id("name", &request.name)?;
         let reason = convert::text("reason", &request.reason)?;
+        self.find(caller, &id).await?;
         let row = self
             .context
             .store
@@ -132,13 +163,8 @@ impl Nodes {
         if max_uses > MAX_USES {
             return Err(ApiError::invalid("max_uses", format!("must be at most {MAX_USES}")));
         }
-        let ttl = match request.ttl {
-            None => DEFAULT_TTL,
-            Some(ttl) => TimeDelta::try_seconds(ttl.seconds)
-                .and_then(|seconds| seconds.checked_add(&TimeDelta::nanoseconds(i64::from(ttl.nanos))))
-                .filter(|ttl| *ttl > TimeDelta::zero() && *ttl <= MAX_TTL)
-                .ok_or_else(|| ApiError::invalid("ttl", "must be more than zero and at most 90 days"))?,
-        };
+        let ttl = convert::ttl("ttl", request.ttl, DEFAULT_TTL, MAX_TTL)?;
+        let limits = convert::token_limits(request.cidrs, request.serials, request.nodes)?;
         let labels = convert::labels("labels", request.labels)?;
         let token = JoinToken::mint(self.context.ca.spki_sha256())
             .map_err(|error| ApiError::Internal(format!("the system gives no random numbers: {error}")))?;
@@ -150,6 +176,9 @@ impl Nodes {
             require_approval: request.require_approval,
             labels,
             creator: caller.name.clone(),
+            cidrs: limits.cidrs,
+            serials: limits.serials,
+            nodes: limits.nodes,
         };
         let row = self.context.store.create_token(&new, now).await?;
         Ok(v1::JoinToken { token: token.reveal(), ..convert::join_token(&row) })
@@ -167,12 +196,16 @@ impl Nodes {
         Ok(v1::ListJoinTokensResponse { join_tokens: rows.iter().map(convert::join_token).collect(), next_page_token })
     }
 
-    async fn revoke_token(&self, name: &str) -> Result<TokenRow, ApiError> {
+    async fn revoke_token(&self, name: &str) -> Result<v1::JoinToken, ApiError> {
         let id = token_id("name", name)?;
-        self.context.store.revoke_token(&id).await?.ok_or_else(|| ApiError::NotFound {
+        let revoked = self.context.store.revoke_token(&id).await?;
+        let (row, stranded) = revoked.ok_or_else(|| ApiError::NotFound {
             reason: "TOKEN_NOT_FOUND",
             message: format!("there is no {}; `marcoctl tokens list` shows those that exist", id.name()),
-        })
+        })?;
+        let nodes = stranded.nodes.iter().map(NodeId::name);
+        let stranded = nodes.chain(stranded.serials.iter().map(|serial| format!("serial {serial}"))).collect();
+        Ok(v1::JoinToken { stranded, ..convert::join_token(&row) })
     }
 }
 
@@ -189,7 +222,14 @@ fn query(filter: Option<v1::NodeFilter>) -> Result<NodeQuery, ApiError> {
         Some(labels) => convert::labels("filter.labels", labels.match_labels)?,
         None => BTreeMap::new(),
     };
-    Ok(NodeQuery { after: None, limit: u32::MAX, states, labels, connected: filter.connected })
+    Ok(NodeQuery {
+        after: None,
+        limit: u32::MAX,
+        states,
+        labels,
+        connected: filter.connected,
+        scope: Scope::everything(),
+    })
 }
 
 fn node_id(field: &str, name: &str) -> Result<NodeId, ApiError> {
@@ -217,21 +257,22 @@ impl NodeService for Nodes {
                 ApiError::Forbidden { reason: "NOT_YOURS", message: "a node reads only itself".to_owned() }.into()
             );
         }
-        Ok(Response::new(convert::node(&self.find(&id).await?)))
+        Ok(Response::new(convert::node(&self.find(&caller, &id).await?)))
     }
 
     async fn list_nodes(
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        Ok(Response::new(self.list(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.list(&caller, request.into_inner()).await?))
     }
 
     async fn update_node(&self, request: Request<v1::UpdateNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = request.node.as_ref().map(|node| node.name.clone()).unwrap_or_default();
-        let result = self.update(request).await;
+        let result = self.update(&caller, request).await;
         self.context.audit(&caller, "UpdateNode", &target, &result).await;
         Ok(Response::new(convert::node(&result?)))
     }
@@ -253,8 +294,9 @@ impl NodeService for Nodes {
         &self,
         request: Request<v1::WatchNodesRequest>,
     ) -> Result<Response<Self::WatchNodesStream>, Status> {
+        let caller = caller(&request)?;
         let query = query(request.into_inner().filter)?;
-        Ok(Response::new(watch::nodes(self.context.clone(), query)))
+        Ok(Response::new(watch::nodes(self.context.clone(), caller, query)))
     }
 
     async fn approve_node(&self, request: Request<v1::ApproveNodeRequest>) -> Result<Response<v1::Node>, Status> {
@@ -268,7 +310,7 @@ impl NodeService for Nodes {
     async fn quarantine_node(&self, request: Request<v1::QuarantineNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        let result = self.quarantine(&request).await;
+        let result = self.quarantine(&caller, &request).await;
         self.context.audit(&caller, "QuarantineNode", &request.name, &result).await;
         Ok(Response::new(convert::node(&result?)))
     }
@@ -299,6 +341,6 @@ impl NodeService for Nodes {
         let name = request.into_inner().name;
         let result = self.revoke_token(&name).await;
         self.context.audit(&caller, "RevokeJoinToken", &name, &result).await;
-        Ok(Response::new(convert::join_token(&result?)))
+        Ok(Response::new(result?))
     }
 }

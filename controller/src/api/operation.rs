@@ -37,7 +37,7 @@ impl Operations {
     async fn create(&self, caller: &Caller, request: v1::CreateOperationRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let asked = read(request, now)?;
-        let nodes = self.resolve(&asked.target).await?;
+        let nodes = self.resolve(&asked.target, &caller.scope()).await?;
         let mut action = asked.action;
         if let Action::Update(update) = &mut action {
             self.freeze(update, &nodes.families).await?;
@@ -88,6 +88,7 @@ impl Operations {
             origin: None,
             rollout,
             window,
+            scope: caller.scope(),
         };
         self.stored(&new, now).await
     }
@@ -118,6 +119,7 @@ impl Operations {
     async fn retry(&self, caller: &Caller, request: v1::RetryOperationRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let id = operation_id("name", &request.name)?;
+        self.context.may_steer(caller, &id).await?;
         let old = self.find(&id).await?;
         if !old.state.is_final() {
             return Err(ApiError::Precondition {
@@ -171,7 +173,11 @@ impl Operations {
         }
     }
 
-    async fn list(&self, request: v1::ListOperationsRequest) -> Result<v1::ListOperationsResponse, ApiError> {
+    async fn list(
+        &self,
+        caller: &Caller,
+        request: v1::ListOperationsRequest,
+    ) -> Result<v1::ListOperationsResponse, ApiError> {
         const LIST: &str = "operations";
         let size = page::size(request.page_size)?;
         let filter = request.filter.unwrap_or_default();
@@ -191,13 +197,17 @@ impl Operations {
             "" => None,
             name => Some(NodeId::parse(name).map_err(|error| ApiError::invalid("filter.node", error.to_string()))?),
         };
-        let rows = self.context.store.operations(&OperationQuery { after, limit: size + 1, states, node }).await?;
-        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
+        let scope = caller.scope();
+        let query = OperationQuery { after, limit: size + 1, states, node, scope: scope.clone() };
+        let rows = self.context.store.operations(&query).await?;
+        let (mut rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
+        self.context.limit(&scope, &mut rows).await?;
         Ok(v1::ListOperationsResponse { operations: rows.iter().map(convert::operation).collect(), next_page_token })
     }
 
     async fn list_executions(
         &self,
+        caller: &Caller,
         request: v1::ListExecutionsRequest,
     ) -> Result<v1::ListExecutionsResponse, ApiError> {
         const LIST: &str = "executions";
@@ -217,13 +227,18 @@ impl Operations {
                     .ok_or_else(|| ApiError::invalid("filter.states", "has an unknown state"))
             })
             .collect::<Result<Vec<ExecutionState>, _>>()?;
-        self.find(&parent).await?;
-        let rows = self.context.store.executions(&parent, after.as_ref(), size + 1, &states).await?;
+        self.context.operation_for(caller, &parent).await?;
+        let scope = caller.scope();
+        let rows = self.context.store.executions_within(&scope, &parent, after.as_ref(), size + 1, &states).await?;
         let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.node.as_str().to_owned());
         Ok(v1::ListExecutionsResponse { executions: rows.iter().map(convert::execution).collect(), next_page_token })
     }
 
-    async fn list_events(&self, request: v1::ListEventsRequest) -> Result<v1::ListEventsResponse, ApiError> {
+    async fn list_events(
+        &self,
+        caller: &Caller,
+        request: v1::ListEventsRequest,
+    ) -> Result<v1::ListEventsResponse, ApiError> {
         const LIST: &str = "events";
         let parent = operation_id("parent", &request.parent)?;
         let size = page::size(request.page_size)?;
@@ -231,14 +246,15 @@ impl Operations {
             Some(number) => number.parse().map_err(|_| ApiError::invalid("page_token", "is damaged"))?,
             None => 0,
         };
-        self.find(&parent).await?;
-        let rows = self.context.store.events(&parent, after, size + 1).await?;
+        self.context.operation_for(caller, &parent).await?;
+        let rows = self.context.store.events_within(&caller.scope(), &parent, after, size + 1).await?;
         let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.number.to_string());
         Ok(v1::ListEventsResponse { events: rows.iter().map(convert::event).collect(), next_page_token })
     }
 
     async fn abandon(&self, caller: &Caller, name: &str) -> Result<crate::store::ExecutionRow, ApiError> {
         let id = execution_id(name)?;
+        self.context.may_steer(caller, &id.operation).await?;
         match self.context.store.abandon(&id, &caller.name, self.context.clock.now()).await? {
             AbandonOutcome::Abandoned(row) => Ok(row),
             AbandonOutcome::NotOverdue(row) | AbandonOutcome::Final(row) => Err(ApiError::Precondition {
@@ -289,15 +305,17 @@ impl OperationService for Operations {
         &self,
         request: Request<v1::GetOperationRequest>,
     ) -> Result<Response<v1::Operation>, Status> {
+        let caller = caller(&request)?;
         let id = operation_id("name", &request.get_ref().name)?;
-        Ok(Response::new(convert::operation(&self.find(&id).await?)))
+        Ok(Response::new(convert::operation(&self.context.operation_for(&caller, &id).await?)))
     }
 
     async fn list_operations(
         &self,
         request: Request<v1::ListOperationsRequest>,
     ) -> Result<Response<v1::ListOperationsResponse>, Status> {
-        Ok(Response::new(self.list(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.list(&caller, request.into_inner()).await?))
     }
 
     async fn cancel_operation(
@@ -306,6 +324,7 @@ impl OperationService for Operations {
     ) -> Result<Response<v1::Operation>, Status> {
         let caller = caller(&request)?;
         let id = operation_id("name", &request.get_ref().name)?;
+        self.context.may_steer(&caller, &id).await?;
         let outcome = self.context.store.request_cancel(&id, &caller.name, self.context.clock.now()).await;
         let result = outcome.map_err(ApiError::from).and_then(|outcome| Self::steered(outcome, &id, "cancelled"));
         self.context.audit(&caller, "CancelOperation", &id.name(), &result).await;
@@ -320,6 +339,7 @@ impl OperationService for Operations {
         let request = request.into_inner();
         let id = operation_id("name", &request.name)?;
         convert::text("reason", &request.reason)?;
+        self.context.may_steer(&caller, &id).await?;
         let outcome = self.context.store.pause(&id, &caller.name, &request.reason, self.context.clock.now()).await;
         let result = outcome.map_err(ApiError::from).and_then(|outcome| Self::steered(outcome, &id, "paused"));
         self.context.audit(&caller, "PauseOperation", &id.name(), &result).await;
@@ -332,6 +352,7 @@ impl OperationService for Operations {
     ) -> Result<Response<v1::Operation>, Status> {
         let caller = caller(&request)?;
         let id = operation_id("name", &request.get_ref().name)?;
+        self.context.may_steer(&caller, &id).await?;
         let outcome = self.context.store.resume(&id, &caller.name, self.context.clock.now()).await;
         let result = outcome.map_err(ApiError::from).and_then(|outcome| Self::steered(outcome, &id, "resumed"));
         self.context.audit(&caller, "ResumeOperation", &id.name(), &result).await;
@@ -354,14 +375,20 @@ impl OperationService for Operations {
         &self,
         request: Request<v1::ListExecutionsRequest>,
     ) -> Result<Response<v1::ListExecutionsResponse>, Status> {
-        Ok(Response::new(self.list_executions(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.list_executions(&caller, request.into_inner()).await?))
     }
 
     async fn explain_execution(
         &self,
         request: Request<v1::ExplainExecutionRequest>,
     ) -> Result<Response<v1::ExplainExecutionResponse>, Status> {
+        let caller = caller(&request)?;
         let id = execution_id(&request.get_ref().name)?;
+        let scope = caller.scope();
+        if !scope.is_everything() {
+            self.context.node_for(&caller, &id.node).await?;
+        }
         let row = self.context.store.execution(&id).await.map_err(ApiError::from)?;
         let row = row.ok_or_else(|| execution_not_found(&id))?;
         let holders = match row.wait_reason {
@@ -371,8 +398,12 @@ impl OperationService for Operations {
             }
             _ => Ok(Vec::new()),
         };
-        let holders = holders.map_err(ApiError::from)?;
-        let operation = self.find(&id.operation).await?;
+        let mut holders = holders.map_err(ApiError::from)?;
+        if !scope.is_everything() {
+            let visible = self.context.store.ids_within(&scope).await.map_err(ApiError::from)?;
+            holders.retain(|holder| visible.contains(&holder.node));
+        }
+        let operation = self.context.operation_within(&scope, &id.operation).await?;
         Ok(Response::new(super::explain::explain(&row, &operation, &holders)))
     }
 
@@ -393,15 +424,17 @@ impl OperationService for Operations {
         &self,
         request: Request<v1::WatchOperationRequest>,
     ) -> Result<Response<Self::WatchOperationStream>, Status> {
+        let caller = caller(&request)?;
         let id = operation_id("name", &request.get_ref().name)?;
-        self.find(&id).await?;
-        Ok(Response::new(watch::operation(self.context.clone(), id)))
+        self.context.operation_for(&caller, &id).await?;
+        Ok(Response::new(watch::operation(self.context.clone(), caller, id)))
     }
 
     async fn list_events(
         &self,
         request: Request<v1::ListEventsRequest>,
     ) -> Result<Response<v1::ListEventsResponse>, Status> {
-        Ok(Response::new(self.list_events(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.list_events(&caller, request.into_inner()).await?))
     }
 }

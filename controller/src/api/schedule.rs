@@ -1,7 +1,6 @@
 //! `ScheduleService`.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{OperationId, ScheduleId};
@@ -11,25 +10,21 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::operation::{Operations, request_key};
+use super::scope::outside;
 use super::status::ApiError;
 use super::{Context, caller, convert, page};
 use crate::identity::Caller;
-use crate::operation::Action;
+use crate::operation::{Action, Target};
 use crate::schedule::{Recurrence, jitter};
-use crate::store::{FireQuery, NewOperation, OperationRow, Origin, RequestKey, ScheduleRow};
+use crate::store::{FireQuery, NewOperation, OperationRow, Origin, RequestKey, ScheduleRow, Scope};
 
+mod change;
 mod read;
 
 /// Fires that a preview shows unless it says how many.
 const PREVIEW: usize = 10;
 /// Most fires that a preview shows.
 const PREVIEW_MAX: usize = 1000;
-/// How long a change of a schedule waits for the scheduler to decide about an instant that has come.
-const DECIDED_WITHIN: Duration = Duration::from_secs(3);
-/// How often a change is tried again when a fire came between.
-const CHANGE_TRIES: u32 = 5;
-/// How often it looks.
-const DECIDED_AGAIN: Duration = Duration::from_millis(50);
 
 /// The service.
 pub(super) struct Schedules {
@@ -46,7 +41,8 @@ pub async fn prepare_fire(
     fire_time: DateTime<Utc>,
     begins: DateTime<Utc>,
 ) -> Result<NewOperation, ApiError> {
-    Schedules::new(context).prepare(&schedule, Some(fire_time), begins, &schedule.creator, None).await
+    let scope = schedule.scope.clone();
+    Schedules::new(context).prepare(&schedule, Some(fire_time), begins, &schedule.creator, scope, None).await
 }
 
 impl Schedules {
@@ -60,10 +56,11 @@ impl Schedules {
         fire_time: Option<DateTime<Utc>>,
         begins: DateTime<Utc>,
         creator: &str,
+        scope: Scope,
         request: Option<RequestKey>,
     ) -> Result<NewOperation, ApiError> {
         let operations = Operations::new(self.context.clone());
-        let targets = operations.resolve(&schedule.template.target).await?;
+        let targets = operations.resolve(&schedule.template.target, &scope).await?;
         let mut action = schedule.template.action.clone();
         if let Action::Update(update) = &mut action {
             operations.freeze(update, &targets.families).await?;
@@ -91,6 +88,7 @@ impl Schedules {
             retry_of: None,
             rollout: schedule.template.rollout.clone(),
             window: schedule.template.window.clone(),
+            scope,
             origin: Some(Origin { schedule: schedule.id.clone(), fire_time, starts }),
         })
     }
@@ -101,7 +99,8 @@ impl Schedules {
 
     async fn create(&self, caller: &Caller, request: v1::CreateScheduleRequest) -> Result<ScheduleRow, ApiError> {
         let now = self.context.clock.now();
-        let row = read::new(request, &caller.name, now)?;
+        let row = ScheduleRow { scope: caller.scope(), ..read::new(request, &caller.name, now)? };
+        self.stays_within(caller, &row).await?;
         if !self.context.store.create_schedule(&row).await? {
             return Err(ApiError::AlreadyExists {
                 reason: "SCHEDULE_EXISTS",
@@ -111,55 +110,41 @@ impl Schedules {
         self.find(&row.id).await
     }
 
-    async fn update(&self, request: v1::UpdateScheduleRequest) -> Result<ScheduleRow, ApiError> {
-        let mut now = self.context.clock.now();
-        let asked = request.schedule.ok_or_else(|| ApiError::invalid("schedule", "is missing"))?;
-        let id = schedule_id("schedule.name", &asked.name)?;
-        let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
-        let mut old = self.find_decided(&id, now).await?;
-        for _ in 0..CHANGE_TRIES {
-            let new = read::changed(&old, asked.clone(), &paths, now)?;
-            if self.context.store.update_schedule(&new, now).await? {
-                return self.find(&id).await;
+    /// Refuses a list of nodes with one outside, as creating an operation does. What labels match is limited at each fire.
+    async fn stays_within(&self, caller: &Caller, row: &ScheduleRow) -> Result<(), ApiError> {
+        let scope = caller.scope();
+        match &row.template.target {
+            Target::Nodes(names) if !scope.is_everything() => {
+                if self.context.are_within(&scope, names).await? {
+                    Ok(())
+                } else {
+                    Err(outside(&scope))
+                }
             }
-            let revision = old.revision;
-            // A fire is no reason to ask the caller again.
-            now = self.context.clock.now();
-            old = self.find_decided(&id, now).await?;
-            if old.revision != revision {
-                break;
-            }
-        }
-        Err(ApiError::Aborted {
-            reason: "CHANGED_MEANWHILE",
-            message: format!("{} was changed by somebody else just now; look at it and try again", id.name()),
-        })
-    }
-
-    /// A schedule of which nothing until `now` is undecided. The scheduler decides within a moment after an instant has
-    /// come; a change of the times in that moment would leave it without a row.
-    async fn find_decided(&self, id: &ScheduleId, now: DateTime<Utc>) -> Result<ScheduleRow, ApiError> {
-        let given_up = tokio::time::Instant::now() + DECIDED_WITHIN;
-        loop {
-            let row = self.find(id).await?;
-            if row.next_fire.is_none_or(|next| next > now) {
-                return Ok(row);
-            }
-            if tokio::time::Instant::now() > given_up {
-                return Err(ApiError::Aborted {
-                    reason: "FIRE_UNDECIDED",
-                    message: format!("{} is firing at this moment; try again in a few seconds", id.name()),
-                });
-            }
-            tokio::time::sleep(DECIDED_AGAIN).await;
+            _ => Ok(()),
         }
     }
 
-    async fn set_paused(&self, name: &str, paused: Option<&str>) -> Result<ScheduleRow, ApiError> {
+    async fn to_steer(&self, caller: &Caller, id: &ScheduleId) -> Result<ScheduleRow, ApiError> {
+        self.context.schedule_to_steer(caller, id).await?.ok_or_else(|| not_found(id))
+    }
+
+    async fn to_read(&self, caller: &Caller, id: &ScheduleId) -> Result<ScheduleRow, ApiError> {
+        caller.note_target(&id.name());
+        let scope = caller.scope();
+        let visible = match self.context.store.schedule(id).await? {
+            Some(row) => self.context.visible_schedule(&scope, row).await?,
+            None => None,
+        };
+        visible.ok_or_else(|| if scope.is_everything() { not_found(id) } else { outside(&scope) })
+    }
+
+    async fn set_paused(&self, caller: &Caller, name: &str, paused: Option<&str>) -> Result<ScheduleRow, ApiError> {
         let id = schedule_id("name", name)?;
         if let Some(reason) = paused {
             convert::text("reason", reason)?;
         }
+        self.to_steer(caller, &id).await?;
         self.context
             .store
             .set_schedule_paused(&id, paused, self.context.clock.now())
@@ -167,8 +152,9 @@ impl Schedules {
             .ok_or_else(|| not_found(&id))
     }
 
-    async fn delete(&self, name: &str) -> Result<v1::DeleteScheduleResponse, ApiError> {
+    async fn delete(&self, caller: &Caller, name: &str) -> Result<v1::DeleteScheduleResponse, ApiError> {
         let id = schedule_id("name", name)?;
+        self.to_steer(caller, &id).await?;
         match self.context.store.delete_schedule(&id).await? {
             true => Ok(v1::DeleteScheduleResponse {}),
             false => Err(not_found(&id)),
@@ -178,25 +164,56 @@ impl Schedules {
     async fn run(&self, caller: &Caller, request: v1::RunScheduleRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let id = schedule_id("name", &request.name)?;
-        let schedule = self.find(&id).await?;
+        let schedule = self.to_steer(caller, &id).await?;
+        let scope = schedule.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
         let key = request_key(&request.request_id, &[b"run", id.as_str().as_bytes()])?;
-        let new = self.prepare(&schedule, None, now, &caller.name, key).await?;
+        let new = self.prepare(&schedule, None, now, &caller.name, scope, key).await?;
         Operations::new(self.context.clone()).stored(&new, now).await
     }
 
-    async fn list(&self, request: v1::ListSchedulesRequest) -> Result<v1::ListSchedulesResponse, ApiError> {
+    async fn list(
+        &self,
+        caller: &Caller,
+        request: v1::ListSchedulesRequest,
+    ) -> Result<v1::ListSchedulesResponse, ApiError> {
         const LIST: &str = "schedules";
         let size = page::size(request.page_size)?;
         let after = match page::after(LIST, &request.page_token)? {
             Some(id) => Some(schedule_id("page_token", &id)?),
             None => None,
         };
-        let rows = self.context.store.schedules(after.as_ref(), size + 1).await?;
+        let rows = self.visible(&caller.scope(), after, size + 1).await?;
         let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
         Ok(v1::ListSchedulesResponse { schedules: rows.iter().map(convert::schedule).collect(), next_page_token })
     }
 
-    async fn list_fires(&self, request: v1::ListFiresRequest) -> Result<v1::ListFiresResponse, ApiError> {
+    /// Schedules by id, as many as asked for of those that may be seen.
+    async fn visible(
+        &self,
+        scope: &Scope,
+        mut after: Option<ScheduleId>,
+        limit: u32,
+    ) -> Result<Vec<ScheduleRow>, ApiError> {
+        let limit_reached = |rows: &Vec<ScheduleRow>| rows.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
+        let mut rows = Vec::new();
+        loop {
+            let page = self.context.store.schedules(after.as_ref(), limit).await?;
+            let Some(last) = page.last().map(|row| row.id.clone()) else { return Ok(rows) };
+            for row in page {
+                rows.extend(self.context.visible_schedule(scope, row).await?);
+                if limit_reached(&rows) {
+                    return Ok(rows);
+                }
+            }
+            after = Some(last);
+        }
+    }
+
+    async fn list_fires(
+        &self,
+        caller: &Caller,
+        request: v1::ListFiresRequest,
+    ) -> Result<v1::ListFiresResponse, ApiError> {
         const LIST: &str = "fires";
         let parent = schedule_id("parent", &request.parent)?;
         let size = page::size(request.page_size)?;
@@ -218,17 +235,21 @@ impl Schedules {
                     .ok_or_else(|| ApiError::invalid("filter.outcomes", "has an unknown outcome"))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        self.find(&parent).await?;
+        self.to_read(caller, &parent).await?;
         let rows = self.context.store.fires(&parent, &FireQuery { before, limit: size + 1, outcomes }).await?;
         let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.fire_time.timestamp_micros().to_string());
         Ok(v1::ListFiresResponse { fires: rows.iter().map(convert::fire).collect(), next_page_token })
     }
 
-    async fn preview(&self, request: v1::PreviewScheduleRequest) -> Result<v1::PreviewScheduleResponse, ApiError> {
+    async fn preview(
+        &self,
+        caller: &Caller,
+        request: v1::PreviewScheduleRequest,
+    ) -> Result<v1::PreviewScheduleResponse, ApiError> {
         let recurrence = match request.name.as_str() {
             "" => read::recurrence("", &request.cron, &request.time_zone).map_err(ApiError::Invalid)?,
             name if request.cron.is_empty() && request.time_zone.is_empty() => {
-                let row = self.find(&schedule_id("name", name)?).await?;
+                let row = self.to_read(caller, &schedule_id("name", name)?).await?;
                 Recurrence::parse(&row.cron, &row.time_zone).map_err(|error| ApiError::Internal(error.to_string()))?
             }
             _ => return Err(ApiError::invalid("cron", "stands beside a name; give one of the two")),
@@ -280,15 +301,17 @@ impl ScheduleService for Schedules {
     }
 
     async fn get_schedule(&self, request: Request<v1::GetScheduleRequest>) -> Result<Response<v1::Schedule>, Status> {
+        let caller = caller(&request)?;
         let id = schedule_id("name", &request.get_ref().name)?;
-        Ok(Response::new(convert::schedule(&self.find(&id).await?)))
+        Ok(Response::new(convert::schedule(&self.to_read(&caller, &id).await?)))
     }
 
     async fn list_schedules(
         &self,
         request: Request<v1::ListSchedulesRequest>,
     ) -> Result<Response<v1::ListSchedulesResponse>, Status> {
-        Ok(Response::new(self.list(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.list(&caller, request.into_inner()).await?))
     }
 
     async fn update_schedule(
@@ -298,7 +321,7 @@ impl ScheduleService for Schedules {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = request.schedule.as_ref().map(|schedule| schedule.name.clone()).unwrap_or_default();
-        let result = self.update(request).await;
+        let result = self.update(&caller, request).await;
         self.context.audit(&caller, "UpdateSchedule", &target, &result).await;
         Ok(Response::new(convert::schedule(&result?)))
     }
@@ -309,7 +332,7 @@ impl ScheduleService for Schedules {
     ) -> Result<Response<v1::DeleteScheduleResponse>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
-        let result = self.delete(&name).await;
+        let result = self.delete(&caller, &name).await;
         self.context.audit(&caller, "DeleteSchedule", &name, &result).await;
         Ok(Response::new(result?))
     }
@@ -320,7 +343,7 @@ impl ScheduleService for Schedules {
     ) -> Result<Response<v1::Schedule>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        let result = self.set_paused(&request.name, Some(&request.reason)).await;
+        let result = self.set_paused(&caller, &request.name, Some(&request.reason)).await;
         self.context.audit(&caller, "PauseSchedule", &request.name, &result).await;
         Ok(Response::new(convert::schedule(&result?)))
     }
@@ -331,7 +354,7 @@ impl ScheduleService for Schedules {
     ) -> Result<Response<v1::Schedule>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
-        let result = self.set_paused(&name, None).await;
+        let result = self.set_paused(&caller, &name, None).await;
         self.context.audit(&caller, "ResumeSchedule", &name, &result).await;
         Ok(Response::new(convert::schedule(&result?)))
     }
@@ -349,13 +372,15 @@ impl ScheduleService for Schedules {
         &self,
         request: Request<v1::PreviewScheduleRequest>,
     ) -> Result<Response<v1::PreviewScheduleResponse>, Status> {
-        Ok(Response::new(self.preview(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.preview(&caller, request.into_inner()).await?))
     }
 
     async fn list_fires(
         &self,
         request: Request<v1::ListFiresRequest>,
     ) -> Result<Response<v1::ListFiresResponse>, Status> {
-        Ok(Response::new(self.list_fires(request.into_inner()).await?))
+        let caller = caller(&request)?;
+        Ok(Response::new(self.list_fires(&caller, request.into_inner()).await?))
     }
 }

@@ -92,6 +92,22 @@ fn summary(violations: &[Violation]) -> String {
 }
 
 impl ApiError {
+    /// The gRPC code that it becomes.
+    pub(crate) fn code(&self) -> Code {
+        match self {
+            Self::Invalid(_) => Code::InvalidArgument,
+            Self::NotFound { .. } => Code::NotFound,
+            Self::Precondition { .. } => Code::FailedPrecondition,
+            Self::AlreadyExists { .. } => Code::AlreadyExists,
+            Self::Aborted { .. } => Code::Aborted,
+            Self::Unauthenticated { .. } => Code::Unauthenticated,
+            Self::Forbidden { .. } => Code::PermissionDenied,
+            Self::Exhausted { .. } => Code::ResourceExhausted,
+            Self::Store(_) => Code::Unavailable,
+            Self::Internal(_) => Code::Internal,
+        }
+    }
+
     /// One wrong field.
     pub(crate) fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
         Self::Invalid(vec![Violation { field: field.into(), description: description.into() }])
@@ -101,29 +117,30 @@ impl ApiError {
 impl From<ApiError> for Status {
     fn from(error: ApiError) -> Self {
         let message = error.to_string();
-        let (code, reason) = match &error {
+        let code = error.code();
+        let reason = match &error {
             ApiError::Invalid(violations) => {
                 let mut details = ErrorDetails::new();
                 details.set_error_info("INVALID_FIELD", DOMAIN, []);
                 for violation in violations {
                     details.add_bad_request_violation(&violation.field, &violation.description);
                 }
-                return Self::with_error_details(Code::InvalidArgument, message, details);
+                return Self::with_error_details(code, message, details);
             }
-            ApiError::NotFound { reason, .. } => (Code::NotFound, *reason),
-            ApiError::Precondition { reason, .. } => (Code::FailedPrecondition, *reason),
-            ApiError::AlreadyExists { reason, .. } => (Code::AlreadyExists, *reason),
-            ApiError::Aborted { reason, .. } => (Code::Aborted, *reason),
-            ApiError::Unauthenticated { reason, .. } => (Code::Unauthenticated, *reason),
-            ApiError::Forbidden { reason, .. } => (Code::PermissionDenied, *reason),
-            ApiError::Exhausted { reason, .. } => (Code::ResourceExhausted, *reason),
+            ApiError::NotFound { reason, .. }
+            | ApiError::Precondition { reason, .. }
+            | ApiError::AlreadyExists { reason, .. }
+            | ApiError::Aborted { reason, .. }
+            | ApiError::Unauthenticated { reason, .. }
+            | ApiError::Forbidden { reason, .. }
+            | ApiError::Exhausted { reason, .. } => *reason,
             ApiError::Store(cause) => {
                 tracing::error!(error = &*crate::chain(cause), "a call failed in the store");
-                (Code::Unavailable, "STORE_UNAVAILABLE")
+                "STORE_UNAVAILABLE"
             }
             ApiError::Internal(_) => {
                 tracing::error!(error = message, "a call failed");
-                (Code::Internal, "INTERNAL")
+                "INTERNAL"
             }
         };
         Self::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, []))

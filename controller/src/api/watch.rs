@@ -11,9 +11,9 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::operation::operation_not_found;
 use super::status::ApiError;
 use super::{Context, convert};
+use crate::identity::Caller;
 use crate::store::{NodeQuery, StoreError};
 
 /// A response stream.
@@ -95,14 +95,16 @@ struct Seen {
 }
 
 /// Follows an operation until its final state has been sent.
-pub(super) fn operation(context: Context, id: OperationId) -> Stream<v1::WatchOperationResponse> {
+pub(super) fn operation(context: Context, caller: Caller, id: OperationId) -> Stream<v1::WatchOperationResponse> {
     follow(context, Seen::default(), move |context, seen, whole| {
         let id = id.clone();
+        // What the caller may see can change while it watches.
+        let scope = caller.scope();
         Box::pin(async move {
-            let row = context.store.operation(&id).await?.ok_or_else(|| operation_not_found(&id))?;
+            let row = context.operation_within(&scope, &id).await?;
             let operation = convert::operation(&row);
             let mut changed = Vec::new();
-            for row in context.store.executions(&id, None, u32::MAX, &[]).await? {
+            for row in context.store.executions_within(&scope, &id, None, u32::MAX, &[]).await? {
                 let execution = convert::execution(&row);
                 if whole || seen.executions.get(&row.id) != Some(&execution) {
                     seen.executions.insert(row.id, execution.clone());
@@ -119,9 +121,9 @@ pub(super) fn operation(context: Context, id: OperationId) -> Stream<v1::WatchOp
 }
 
 /// Follows the nodes that a query matches.
-pub(super) fn nodes(context: Context, query: NodeQuery) -> Stream<v1::WatchNodesResponse> {
+pub(super) fn nodes(context: Context, caller: Caller, query: NodeQuery) -> Stream<v1::WatchNodesResponse> {
     follow(context, BTreeMap::<NodeId, v1::Node>::new(), move |context, seen, whole| {
-        let query = query.clone();
+        let query = NodeQuery { scope: caller.scope(), ..query.clone() };
         Box::pin(async move {
             let mut now = BTreeMap::new();
             let mut changed = Vec::new();

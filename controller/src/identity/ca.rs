@@ -208,6 +208,23 @@ impl Ca {
         Ok(self.issue(client(node.as_str(), Role::Node), &key, NODE_LIFE, now)?)
     }
 
+    /// A certificate for a person or a service that keeps its own key. Of the request only the public key is used.
+    ///
+    /// # Errors
+    /// When the request is unusable.
+    pub fn certify_user(
+        &self,
+        csr_pem: &str,
+        name: &str,
+        role: Role,
+        life: TimeDelta,
+        now: DateTime<Utc>,
+    ) -> Result<Issued, RequestError> {
+        let spki = request::public_key(&request_der(csr_pem)?)?;
+        let key = SubjectPublicKeyInfo::from_der(&spki).map_err(PkiError::from)?;
+        Ok(self.issue(client(name, role), &key, life, now)?)
+    }
+
     /// A certificate and a new key for a person or a service, for a year. The second value is the key, PEM.
     ///
     /// # Errors

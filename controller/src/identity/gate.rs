@@ -1,67 +1,153 @@
-//! The gate before every call: who calls and whether they may is decided before a byte of the body is read.
+//! The gate before every call: who calls and whether they may is decided before a byte of the body is read, and what an
+//! open call sends or gets ends when it is not so any more.
 
 use std::collections::HashMap;
-use std::future::{Ready, ready};
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use futures_util::future::Either;
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use super::access::{Access, Entered, Refused};
+use super::record::OK;
+use super::roles;
 use super::tls::PeerInfo;
-use super::{Caller, Denied, authorize};
+use super::{Caller, Denied, Pass};
+use crate::store::AuditRow;
 
 /// Domain of every reason that the controller gives.
 const DOMAIN: &str = "marco.bootstrap";
 
 /// Puts [`Caller`] into the extensions of requests that may pass, and answers the rest.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct GateLayer;
+#[derive(Clone)]
+pub struct GateLayer(Arc<Access>);
+
+impl GateLayer {
+    /// A gate that asks `access`.
+    pub fn new(access: Arc<Access>) -> Self {
+        Self(access)
+    }
+}
 
 impl<S> tower::Layer<S> for GateLayer {
     type Service = Gate<S>;
     fn layer(&self, inner: S) -> Gate<S> {
-        Gate { inner }
+        Gate { inner, access: Arc::clone(&self.0) }
     }
 }
 
 /// A service behind the gate.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Gate<S> {
     inner: S,
+    access: Arc<Access>,
 }
 
-impl<S, B> tower::Service<http::Request<B>> for Gate<S>
+impl<S> tower::Service<http::Request<Body>> for Gate<S>
 where
-    S: tower::Service<http::Request<B>, Response = http::Response<Body>>,
+    S: tower::Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
+    S::Future: Send,
 {
     type Response = http::Response<Body>;
-    type Error = S::Error;
-    type Future = Either<Ready<Result<Self::Response, S::Error>>, S::Future>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, mut request: http::Request<B>) -> Self::Future {
-        let caller = request.extensions().get::<PeerInfo>().and_then(Caller::from_peer);
-        match authorize(request.uri().path(), caller.as_ref()) {
-            Ok(caller) => {
-                let caller = caller.clone();
-                request.extensions_mut().insert(caller);
-                Either::Right(self.inner.call(request))
-            }
-            Err(denied) => {
-                let method = request.uri().path();
-                match &caller {
-                    Some(caller) => tracing::info!(method, caller = caller.name, error = %denied, "call refused"),
-                    // Whoever can reach the port can do this as often as he likes.
-                    None => tracing::debug!(method, error = %denied, "call refused"),
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        // The one that is ready is used; its clone is made ready for the next call.
+        let next = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, next);
+        let access = Arc::clone(&self.access);
+        Box::pin(async move {
+            let method = request.uri().path().to_owned();
+            let peer = request.extensions().get::<PeerInfo>().cloned();
+            // What is not even text is no token, and not nothing either.
+            let authorization = request
+                .headers()
+                .get(http::header::AUTHORIZATION)
+                .map(|value| value.to_str().unwrap_or_default().to_owned());
+            let caller = match access.admit(&method, peer.as_ref(), authorization.as_deref()).await {
+                Ok(caller) => caller,
+                Err(Refused { denied, caller }) => {
+                    let status = status(&denied);
+                    let mut row = row(&access, caller.as_ref(), &method, status.code(), status.message());
+                    if let Some(peer) = &peer {
+                        row.from = super::shown(peer.addr).to_string();
+                    }
+                    access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await;
+                    return Ok(status.into_http());
                 }
-                Either::Left(ready(Ok(status(&denied).into_http())))
+            };
+            request.extensions_mut().insert(caller.clone());
+            if roles::is_session(&method) {
+                // The sweep of sessions checks these, and says good-bye.
+                return inner.call(request).await;
             }
-        }
+            let entered = access.enter_call(&method, caller.clone());
+            let request = request.map(|body| Body::new(Cuttable::new(body, &caller.pass, None)));
+            let response = inner.call(request).await?;
+            record(&access, &caller, &method, Status::from_header_map(response.headers())).await;
+            Ok(response.map(|body| Body::new(Cuttable::new(body, &caller.pass, Some(entered)))))
+        })
+    }
+}
+
+fn row(access: &Access, caller: Option<&Caller>, method: &str, code: Code, message: &str) -> AuditRow {
+    AuditRow {
+        time: access.now(),
+        actor: caller.map(|caller| caller.name.clone()).unwrap_or_default(),
+        credential: caller.map(Caller::credential).unwrap_or_default(),
+        from: caller.map(|caller| super::shown(caller.from).to_string()).unwrap_or_default(),
+        method: roles::short(method).to_owned(),
+        target: caller.map(|caller| caller.pass.target()).unwrap_or_default(),
+        result: code_word(code).to_owned(),
+        message: if code == Code::Ok { String::new() } else { message.to_owned() },
+    }
+}
+
+/// Records a call that its handler has not recorded: one that changes something, or that was refused. An answer without
+/// a status in its headers was given, or has begun.
+async fn record(access: &Access, caller: &Caller, method: &str, status: Option<Status>) {
+    let code = status.as_ref().map_or(Code::Ok, Status::code);
+    let refused = matches!(code, Code::PermissionDenied | Code::Unauthenticated);
+    if caller.pass.is_recorded() || !(refused || roles::changes_something(method)) {
+        return;
+    }
+    let message = status.as_ref().map(Status::message).unwrap_or_default();
+    access.recorder().record(row(access, Some(caller), method, code, message), Some(caller.from.ip())).await;
+}
+
+/// A gRPC status code as it is spelt in the audit.
+pub fn code_word(code: Code) -> &'static str {
+    match code {
+        Code::Ok => OK,
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
 
@@ -69,8 +155,59 @@ where
 fn status(denied: &Denied) -> Status {
     let (code, reason) = match denied {
         Denied::Unauthenticated => (Code::Unauthenticated, "NO_CREDENTIALS"),
+        Denied::BadToken => (Code::Unauthenticated, "API_TOKEN_REFUSED"),
+        Denied::Revoked => (Code::Unauthenticated, "CERTIFICATE_REVOKED"),
+        Denied::Quarantined => (Code::PermissionDenied, "NODE_QUARANTINED"),
         Denied::Forbidden { .. } => (Code::PermissionDenied, "ROLE_NOT_ALLOWED"),
+        Denied::Unavailable => (Code::Unavailable, "STORE_UNAVAILABLE"),
     };
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
     Status::with_error_details(code, denied.to_string(), details)
+}
+
+/// A body that ends when its call is cut: an answer with the reason, a request with an error.
+struct Cuttable {
+    inner: Body,
+    pass: Arc<Pass>,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// An answer's place among the open calls; a request has none.
+    entered: Option<Entered>,
+    ended: bool,
+}
+
+impl Cuttable {
+    fn new(inner: Body, pass: &Arc<Pass>, entered: Option<Entered>) -> Self {
+        let cut = Box::pin(pass.token().cancelled_owned());
+        Self { inner, pass: Arc::clone(pass), cut, entered, ended: false }
+    }
+}
+
+impl http_body::Body for Cuttable {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if self.cut.as_mut().poll(cx).is_pending() {
+            return Pin::new(&mut self.inner).poll_frame(cx);
+        }
+        self.ended = true;
+        self.inner = Body::empty();
+        let status = status(&self.pass.why());
+        if self.entered.is_none() {
+            return Poll::Ready(Some(Err(status)));
+        }
+        let mut trailers = http::HeaderMap::new();
+        Poll::Ready(Some(status.add_header(&mut trailers).map(|()| Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ended || self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
 }

@@ -82,6 +82,16 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/grpc.health.v1.Health/Watch", ANY),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ANY),
     ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", ANY),
+    ("/marco.bootstrap.v1.AccessService/CreateApiToken", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/CreateUser", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/ListApiTokens", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/ListAuditEvents", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/ListCertificates", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/ListUsers", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/RevokeApiToken", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/RevokeCertificate", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/RevokeUser", ADMINS),
+    ("/marco.bootstrap.v1.AccessService/UpdateUser", ADMINS),
     ("/marco.bootstrap.v1.AgentService/Connect", &[Node]),
     ("/marco.bootstrap.v1.ArtifactService/DeleteArtifact", PUBLISHERS),
     ("/marco.bootstrap.v1.ArtifactService/DownloadArtifact", &[Publisher, Admin, Node, Controller]),
@@ -123,6 +133,29 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.ScheduleService/RunSchedule", OPERATORS),
     ("/marco.bootstrap.v1.ScheduleService/UpdateSchedule", OPERATORS),
 ];
+
+/// What a method's name begins with when it only reads. Everything else counts as a change.
+const READS: [&str; 6] = ["Get", "List", "Watch", "Explain", "Preview", "Download"];
+/// The API's own methods, whose names need no package.
+const OURS: &str = "/marco.bootstrap.v1.";
+
+/// Whether a call of a method is recorded even when it is allowed.
+pub fn changes_something(method_path: &str) -> bool {
+    let name = method_path.rsplit('/').next().unwrap_or_default();
+    method_path.starts_with(OURS) && !is_session(method_path) && !READS.iter().any(|verb| name.starts_with(verb))
+}
+
+/// Whether it is the session of a node, which is swept by itself.
+pub fn is_session(method_path: &str) -> bool {
+    method_path == "/marco.bootstrap.v1.AgentService/Connect"
+}
+
+/// A method's name as it stands in the audit.
+pub fn short(method_path: &str) -> &str {
+    let name =
+        if method_path.starts_with(OURS) { method_path.rsplit('/').next() } else { method_path.strip_prefix('/') };
+    name.unwrap_or(method_path)
+}
 
 /// Who may call a method, by its path; empty: nobody.
 pub fn allowed(method_path: &str) -> &'static [Role] {
@@ -184,6 +217,17 @@ mod tests {
             }
         }
         assert_eq!(compared, 6 * TABLE.iter().filter(|(path, _)| path.contains("marco.bootstrap")).count());
+    }
+
+    #[test]
+    fn what_changes_something_is_told_by_its_name() {
+        for (name, changes) in [("GetNode", false), ("ListNodes", false), ("ApproveNode", true), ("RunSchedule", true)]
+        {
+            assert_eq!(super::changes_something(&format!("/marco.bootstrap.v1.X/{name}")), changes, "{name}");
+        }
+        assert!(!super::changes_something("/grpc.health.v1.Health/Check"));
+        assert_eq!(super::short("/marco.bootstrap.v1.NodeService/GetNode"), "GetNode");
+        assert_eq!(super::short("/grpc.health.v1.Health/Check"), "grpc.health.v1.Health/Check");
     }
 
     #[test]

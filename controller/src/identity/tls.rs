@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use rustls::crypto::ring::{default_provider, sign};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, WebPkiClientVerifier};
@@ -53,6 +54,10 @@ pub struct PeerCertificate {
     pub serial: String,
     /// SHA-256 of the SubjectPublicKeyInfo, lower-case hexadecimal.
     pub key_sha256: String,
+    /// From when it is valid.
+    pub not_before: DateTime<Utc>,
+    /// Until when it is valid.
+    pub not_after: DateTime<Utc>,
 }
 
 impl PeerCertificate {
@@ -64,6 +69,8 @@ impl PeerCertificate {
             role: role_word(&certificate)?.to_owned(),
             serial: serial_hex(&certificate),
             key_sha256: hex::encode(Sha256::digest(certificate.public_key().raw)),
+            not_before: DateTime::from_timestamp(certificate.validity().not_before.timestamp(), 0)?,
+            not_after: DateTime::from_timestamp(certificate.validity().not_after.timestamp(), 0)?,
         })
     }
 }

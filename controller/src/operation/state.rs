@@ -87,6 +87,8 @@ pub mod reason {
     pub const NOT_VERIFIED: &str = "NOT_VERIFIED";
     /// The node was overdue for too long, or was given up by hand; a late true report may still change this.
     pub const NEVER_RETURNED: &str = "NEVER_RETURNED";
+    /// When it was due, the node's labels were not any more those to which whoever asked for it is limited.
+    pub const OUTSIDE_SCOPE: &str = "OUTSIDE_SCOPE";
     /// The node was told to power off and came back under the same boot id.
     pub const STILL_ON: &str = "STILL_ON";
     /// The node was removed while it was at work.

@@ -5,8 +5,9 @@ use marco_proto::names::NodeId;
 
 use sea_orm::ConnectionTrait;
 
-use super::sql::sql;
-use super::{Store, StoreError, nodes};
+use super::sql::{Row, sql};
+use super::{Scope, Store, StoreError, nodes};
+use crate::operation::NodeState;
 
 /// A certificate to be stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,40 +46,127 @@ impl StoredCertificate {
     }
 }
 
+/// Which certificates to list; what is empty does not restrict.
+#[derive(Debug, Clone, Default)]
+pub struct CertificateQuery {
+    /// Only those after this serial number in the list.
+    pub after: Option<String>,
+    /// How many at most.
+    pub limit: u32,
+    /// Of this user or node.
+    pub subject: String,
+    /// Neither revoked nor expired then.
+    pub valid_at: Option<DateTime<Utc>>,
+}
+
+/// What is known of a certificate's owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// The certificate's serial number.
+    pub serial: String,
+    /// Until when it is valid.
+    pub not_after: DateTime<Utc>,
+    /// It was revoked, or its user shut out, or its node deleted.
+    pub revoked: bool,
+    /// It is a quarantined node's.
+    pub quarantined: bool,
+    /// The user's present role; `None`: it is no user's.
+    pub role: Option<String>,
+    /// The nodes that the user is limited to.
+    pub scope: Scope,
+}
+
 impl Store {
     /// Stores a certificate (one that is not issued by `enrol`).
     pub async fn insert_certificate(&self, row: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         insert(&*tx, row).await?;
-        if let Some(node) = &row.node {
-            // A renewal may bring a new key; by that of a node that was enrolled anew, nothing changes.
-            sql("UPDATE nodes SET key_sha256 = ? WHERE id = ? AND generation = ?")
-                .bind(row.key_sha256.as_str())
-                .bind(node.as_str())
-                .bind(row.generation)
-                .run(&*tx)
-                .await?;
-        }
+        note_key(&*tx, row).await?;
         self.commit(tx).await
     }
 
     /// The certificate with this serial number.
     pub async fn certificate(&self, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
-        let row = sql("SELECT * FROM certificates WHERE serial = ?").bind(serial).one(self.reader()).await?;
-        let Some(row) = row else { return Ok(None) };
-        Ok(Some(StoredCertificate {
-            certificate: CertificateRow {
+        find(self.reader(), serial).await
+    }
+
+    /// Certificates, newest first.
+    pub async fn certificates(&self, query: &CertificateQuery) -> Result<Vec<StoredCertificate>, StoreError> {
+        let after = query.after.as_deref();
+        sql("SELECT * FROM certificates WHERE (? OR (not_before, serial) < \
+                 (SELECT not_before, serial FROM certificates WHERE serial = ?)) \
+             AND (? OR subject = ?) AND (? OR (revoke_time IS NULL AND not_after > ?)) \
+             ORDER BY not_before DESC, serial DESC LIMIT ?")
+        .bind(after.is_none())
+        .bind(after.unwrap_or_default())
+        .bind(query.subject.is_empty())
+        .bind(query.subject.as_str())
+        .bind(query.valid_at.is_none())
+        .bind(query.valid_at.map_or(0, super::micros))
+        .bind(i64::from(query.limit))
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(read)
+        .collect()
+    }
+
+    /// Makes a certificate useless; `None`: no such certificate.
+    pub async fn revoke_certificate(
+        &self,
+        serial: &str,
+        now: DateTime<Utc>,
+    ) -> Result<Option<StoredCertificate>, StoreError> {
+        let tx = self.begin().await?;
+        sql("UPDATE certificates SET revoke_time = COALESCE(revoke_time, ?) WHERE serial = ?")
+            .time(now)
+            .bind(serial)
+            .run(&*tx)
+            .await?;
+        let row = find(&*tx, serial).await?;
+        self.commit(tx).await?;
+        Ok(row)
+    }
+
+    /// Stores the certificate that takes the place of a node's old one, unless that one was revoked; false then.
+    pub async fn renew_certificate(&self, old: &str, row: &CertificateRow) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        // Held, so that a revocation comes before or after, and then finds the new one.
+        let good = sql("SELECT serial FROM certificates WHERE serial = ? AND revoke_time IS NULL {lock}");
+        if good.bind(old).one(&*tx).await?.is_none() {
+            return Ok(false);
+        }
+        insert(&*tx, row).await?;
+        note_key(&*tx, row).await?;
+        self.commit(tx).await?;
+        Ok(true)
+    }
+
+    /// What is known of the owners of certificates; those that are not stored are left out.
+    pub async fn standings(&self, serials: &[String]) -> Result<Vec<Standing>, StoreError> {
+        sql(
+            "SELECT c.serial AS serial, c.not_after AS not_after, c.revoke_time AS revoke_time, n.state AS node_state, \
+                 c.node AS node, n.id AS present, u.role AS role, u.selector AS selector, u.revoke_time AS shut_out \
+             FROM certificates c LEFT JOIN nodes n ON n.id = c.node \
+             LEFT JOIN users u ON u.id = c.subject AND c.node IS NULL WHERE c.serial IN {each}",
+        )
+        .each(serials)
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(|row| {
+            Ok(Standing {
                 serial: row.text("serial")?,
-                node: row.maybe_word("node", |id| NodeId::parse(id).ok())?,
-                subject: row.text("subject")?,
-                role: row.text("role")?,
-                key_sha256: row.text("key_sha256")?,
-                not_before: row.time("not_before")?,
                 not_after: row.time("not_after")?,
-                generation: row.int("generation")?,
-            },
-            revoke_time: row.maybe_time("revoke_time")?,
-        }))
+                revoked: row.maybe_time("revoke_time")?.is_some()
+                    || row.maybe_time("shut_out")?.is_some()
+                    || (row.maybe_text("node")?.is_some() && row.maybe_text("present")?.is_none()),
+                quarantined: row.maybe_word("node_state", NodeState::parse)? == Some(NodeState::Quarantined),
+                role: row.maybe_text("role")?,
+                scope: row.maybe_json("selector")?.unwrap_or_default(),
+            })
+        })
+        .collect()
     }
 
     /// Of these serial numbers, those that are unknown or revoked, or whose node is quarantined or gone.
@@ -113,10 +201,52 @@ impl Store {
     }
 }
 
+async fn find(db: &impl ConnectionTrait, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
+    sql("SELECT * FROM certificates WHERE serial = ?").bind(serial).one(db).await?.as_ref().map(read).transpose()
+}
+
+fn read(row: &Row) -> Result<StoredCertificate, StoreError> {
+    Ok(StoredCertificate {
+        certificate: CertificateRow {
+            serial: row.text("serial")?,
+            node: row.maybe_word("node", |id| NodeId::parse(id).ok())?,
+            subject: row.text("subject")?,
+            role: row.text("role")?,
+            key_sha256: row.text("key_sha256")?,
+            not_before: row.time("not_before")?,
+            not_after: row.time("not_after")?,
+            generation: row.int("generation")?,
+        },
+        revoke_time: row.maybe_time("revoke_time")?,
+    })
+}
+
+/// A renewal may bring a new key; by that of a node that was enrolled anew, nothing changes.
+async fn note_key(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(), StoreError> {
+    let Some(node) = &row.node else { return Ok(()) };
+    sql("UPDATE nodes SET key_sha256 = ? WHERE id = ? AND generation = ?")
+        .bind(row.key_sha256.as_str())
+        .bind(node.as_str())
+        .bind(row.generation)
+        .run(tx)
+        .await?;
+    Ok(())
+}
+
+/// Stores a certificate unless it is stored, in a transaction.
+pub(super) async fn insert_if_new(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(), StoreError> {
+    put(tx, row, " ON CONFLICT (serial) DO NOTHING").await
+}
+
 /// Stores a certificate, in a transaction.
 pub(super) async fn insert(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(), StoreError> {
+    put(tx, row, "").await
+}
+
+async fn put(tx: &impl ConnectionTrait, row: &CertificateRow, conflict: &str) -> Result<(), StoreError> {
     sql("INSERT INTO certificates (serial, node, subject, role, key_sha256, not_before, not_after, generation) \
          VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
+    .and(conflict)
     .bind(row.serial.as_str())
     .bind(row.node.as_ref().map(|node| node.as_str().to_owned()))
     .bind(row.subject.as_str())

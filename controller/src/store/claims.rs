@@ -175,7 +175,7 @@ const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
     JOIN operations o ON o.id = e.operation \
     WHERE n.controller_id = ? AND n.state = 'APPROVED' AND o.state = 'RUNNING' \
       AND o.schedule_time <= ? AND o.expire_time > ? AND e.not_before <= ? AND o.closed_until IS NULL \
-      AND (n.mode <> 'INSTALLER' OR o.installs_image) \
+      AND (n.mode <> 'INSTALLER' OR o.installs_image) AND {within n.labels o.scope} \
       AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
                       AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))";
 

@@ -1,13 +1,16 @@
 //! How a node comes to be: a token's use, the node and its certificate are one transaction.
 
+use std::net::IpAddr;
+
 use chrono::{DateTime, Utc};
+use ipnet::IpNet;
 use marco_proto::names::{ID_MAX, NodeId};
 
 use sea_orm::{ConnectionTrait, DatabaseTransaction};
 
 use super::nodes::{self, normal_serial};
 use super::sql::{Row, sql};
-use super::{Board, CertificateRow, Store, StoreError, certificates};
+use super::{Board, CertificateRow, Store, StoreError, certificates, tokens};
 use crate::operation::NodeState;
 
 /// A wish to enrol.
@@ -21,6 +24,8 @@ pub struct Enrolment {
     pub wanted_id: Option<NodeId>,
     /// The board, with its serial number.
     pub board: Board,
+    /// From where it is asked.
+    pub address: IpAddr,
 }
 
 /// What became of it.
@@ -35,7 +40,7 @@ pub enum EnrolOutcome {
         /// Its generation of keys.
         generation: i64,
     },
-    /// The token is wrong, used up, expired or revoked; which one is not told.
+    /// The token is wrong, used up, expired, revoked, or not for this board, id or network; which one is not told.
     Refused,
     /// `issue` made no certificate; nothing is stored.
     NotIssued,
@@ -52,13 +57,17 @@ impl Store {
     ) -> Result<EnrolOutcome, StoreError> {
         let tx = self.begin().await?;
         let usable = sql("UPDATE tokens SET uses = uses WHERE secret_sha256 = ? AND NOT revoked AND expire_time > ? \
-                          RETURNING id, uses, max_uses, require_approval, labels")
+                          RETURNING id, uses, max_uses, require_approval, labels, cidrs, serials, nodes")
         .bind(wish.token_sha256.as_str())
         .time(now)
         .one(&*tx)
         .await?;
         let Some(token) = usable else { return Ok(EnrolOutcome::Refused) };
         let token_id = token.text("id")?;
+        let limits = Limits::read(&token)?;
+        if !limits.allow(wish) {
+            return Ok(EnrolOutcome::Refused);
+        }
         let before =
             sql("SELECT e.node AS id, n.key_sha256 AS present FROM enrolments e JOIN nodes n ON n.id = e.node \
                           WHERE e.token = ? AND e.key_sha256 = ?")
@@ -79,7 +88,9 @@ impl Store {
                 if used == 0 {
                     return Ok(EnrolOutcome::Refused);
                 }
-                let admitted = admit(&tx, wish, &token, now).await?;
+                let Some(admitted) = admit(&tx, wish, &token, &limits, now).await? else {
+                    return Ok(EnrolOutcome::Refused);
+                };
                 sql("INSERT INTO enrolments (token, key_sha256, node) VALUES (?, ?, ?)")
                     .bind(token_id.as_str())
                     .bind(wish.key_sha256.as_str())
@@ -103,6 +114,41 @@ impl Store {
     }
 }
 
+/// For whom a token is.
+struct Limits {
+    cidrs: Vec<IpNet>,
+    serials: Vec<String>,
+    nodes: Vec<NodeId>,
+}
+
+impl Limits {
+    fn read(token: &Row) -> Result<Self, StoreError> {
+        let cidrs: Vec<String> = token.json("cidrs")?;
+        let unknown = |cidr: &String| StoreError::Unknown { what: "network", value: cidr.clone() };
+        Ok(Self {
+            cidrs: cidrs.iter().map(|cidr| cidr.parse().map_err(|_| unknown(cidr))).collect::<Result<_, _>>()?,
+            serials: token.json("serials")?,
+            nodes: tokens::ids(token)?,
+        })
+    }
+
+    fn allow(&self, wish: &Enrolment) -> bool {
+        let (address, serial) = (wish.address.to_canonical(), normal_serial(&wish.board.serial));
+        (self.cidrs.is_empty() || self.cidrs.iter().any(|cidr| cidr.contains(&address)))
+            && (self.serials.is_empty() || self.serials.contains(&serial))
+    }
+
+    /// Whether a node may have this id.
+    fn allow_id(&self, id: &str) -> bool {
+        self.nodes.is_empty() || self.nodes.iter().any(|node| node.as_str() == id)
+    }
+
+    /// Whether it was made for this very board or node, so that a new key is no surprise.
+    fn name(&self, serial: &str, id: &NodeId) -> bool {
+        self.serials.iter().any(|named| named == serial) || self.nodes.contains(id)
+    }
+}
+
 struct Admitted {
     node: NodeId,
     held: bool,
@@ -115,35 +161,37 @@ async fn known(tx: &DatabaseTransaction, id: &NodeId) -> Result<Admitted, StoreE
     Ok(Admitted { node: row.id, held: row.state != NodeState::Approved, generation: row.generation })
 }
 
-/// Finds the node by its key or its board, or makes one.
+/// Finds the node by its key or its board, or makes one; `None`: the token is not for it.
 async fn admit(
     tx: &DatabaseTransaction,
     wish: &Enrolment,
     token: &Row,
+    limits: &Limits,
     now: DateTime<Utc>,
-) -> Result<Admitted, StoreError> {
+) -> Result<Option<Admitted>, StoreError> {
     let serial = normal_serial(&wish.board.serial);
     let by_key = sql("SELECT id FROM nodes WHERE key_sha256 = ?").bind(wish.key_sha256.as_str()).one(tx).await?;
     if let Some(row) = by_key {
-        return known(tx, &nodes::read_id(&row)?).await;
+        let id = nodes::read_id(&row)?;
+        return if limits.allow_id(id.as_str()) { known(tx, &id).await.map(Some) } else { Ok(None) };
     }
     if !serial.is_empty() {
         let by_serial = sql("SELECT id FROM nodes WHERE serial = ? ORDER BY id LIMIT 1").bind(serial.as_str()).one(tx);
         if let Some(row) = by_serial.await? {
             let id = nodes::read_id(&row)?;
-            // Serial numbers are public: whoever names one is believed only by an admin.
-            sql("UPDATE nodes SET key_sha256 = ?, generation = generation + 1, \
-                     state_reason = CASE WHEN state = 'QUARANTINED' THEN state_reason ELSE ? END, \
-                     state = CASE WHEN state = 'QUARANTINED' THEN state ELSE 'AWAITING_APPROVAL' END WHERE id = ?")
-            .bind(wish.key_sha256.as_str())
-            .bind("its board enrolled again with another key")
-            .bind(id.as_str())
-            .run(tx)
-            .await?;
-            return known(tx, &id).await;
+            if !limits.allow_id(id.as_str()) {
+                return Ok(None);
+            }
+            renew_key(tx, wish, &id, limits.name(&serial, &id) && !token.flag("require_approval")?, now).await?;
+            return known(tx, &id).await.map(Some);
         }
     }
-    let id = free_id(tx, &wanted_id(wish, &serial)).await?;
+    let wanted = wanted_id(wish, &serial);
+    let id = free_id(tx, &wanted).await?;
+    // Another board has the id, and the token is for no other.
+    if !limits.allow_id(id.as_str()) {
+        return Ok(None);
+    }
     let held = token.flag("require_approval")?;
     let (state, reason) = if held {
         (NodeState::AwaitingApproval, "its join token asks for an admin's approval")
@@ -163,7 +211,38 @@ async fn admit(
     .time(now)
     .run(tx)
     .await?;
-    Ok(Admitted { node: id, held, generation: 1 })
+    Ok(Some(Admitted { node: id, held, generation: 1 }))
+}
+
+/// Gives a known board a new key. Serial numbers are public: whoever names one is believed only by an admin, who has
+/// made the token for this board, or approves the node later.
+async fn renew_key(
+    tx: &DatabaseTransaction,
+    wish: &Enrolment,
+    id: &NodeId,
+    expected: bool,
+    now: DateTime<Utc>,
+) -> Result<(), StoreError> {
+    sql("UPDATE nodes SET key_sha256 = ?, generation = generation + 1 WHERE id = ?")
+        .bind(wish.key_sha256.as_str())
+        .bind(id.as_str())
+        .run(tx)
+        .await?;
+    if expected {
+        // Whoever has an earlier key is not the node any more.
+        sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND revoke_time IS NULL")
+            .time(now)
+            .bind(id.as_str())
+            .run(tx)
+            .await?;
+    } else {
+        sql("UPDATE nodes SET state = 'AWAITING_APPROVAL', state_reason = ? WHERE id = ? AND state <> 'QUARANTINED'")
+            .bind("its board enrolled again with another key")
+            .bind(id.as_str())
+            .run(tx)
+            .await?;
+    }
+    Ok(())
 }
 
 /// The id before a suffix: the one asked for, else by the serial number, else by the key.

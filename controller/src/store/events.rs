@@ -7,7 +7,7 @@ use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
 use super::sql::{Row, signed, sql};
-use super::{Store, StoreError};
+use super::{Scope, Store, StoreError};
 
 /// Something that happened to an operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,15 +58,29 @@ impl Store {
 
     /// Events of an operation after a number, oldest first.
     pub async fn events(&self, operation: &OperationId, after: u64, limit: u32) -> Result<Vec<EventRow>, StoreError> {
-        sql("SELECT * FROM events WHERE operation = ? AND number > ? ORDER BY number LIMIT ?")
-            .bind(operation.as_str())
-            .bind(signed(after))
-            .bind(i64::from(limit))
-            .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
+        self.events_within(&Scope::everything(), operation, after, limit).await
+    }
+
+    /// Events of an operation after a number, oldest first: its own, and those of nodes within a scope.
+    pub async fn events_within(
+        &self,
+        scope: &Scope,
+        operation: &OperationId,
+        after: u64,
+        limit: u32,
+    ) -> Result<Vec<EventRow>, StoreError> {
+        sql("SELECT * FROM events WHERE operation = ? AND number > ? AND (? OR node IS NULL OR EXISTS \
+                 (SELECT 1 FROM nodes n WHERE n.id = events.node AND {within n.labels})) ORDER BY number LIMIT ?")
+        .bind(operation.as_str())
+        .bind(signed(after))
+        .bind(scope.is_everything())
+        .json(scope)
+        .bind(i64::from(limit))
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(read)
+        .collect()
     }
 }
 

@@ -9,7 +9,7 @@ use sea_orm::ConnectionTrait;
 
 use super::rollouts::{Gone, group, standing};
 use super::sql::{Row, sql};
-use super::{Store, StoreError};
+use super::{Scope, Store, StoreError};
 use crate::operation::{
     self, Action, ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason,
     wait_reason,
@@ -72,12 +72,29 @@ impl Store {
         limit: u32,
         states: &[ExecutionState],
     ) -> Result<Vec<ExecutionRow>, StoreError> {
+        self.executions_within(&Scope::everything(), operation, after, limit, states).await
+    }
+
+    /// Executions of an operation on nodes within a scope, by node.
+    pub async fn executions_within(
+        &self,
+        scope: &Scope,
+        operation: &OperationId,
+        after: Option<&NodeId>,
+        limit: u32,
+        states: &[ExecutionState],
+    ) -> Result<Vec<ExecutionRow>, StoreError> {
         let rows = sql(SELECT)
-            .and(" WHERE e.operation = ? AND e.node > ? AND (? OR e.state IN {each}) ORDER BY e.node LIMIT ?")
+            .and(
+                " WHERE e.operation = ? AND e.node > ? AND (? OR e.state IN {each}) AND (? OR {within n.labels}) \
+                 ORDER BY e.node LIMIT ?",
+            )
             .bind(operation.as_str())
             .bind(after.map_or("", NodeId::as_str))
             .bind(states.is_empty())
             .each(states.iter().map(|state| state.as_str()))
+            .bind(scope.is_everything())
+            .json(scope)
             .bind(i64::from(limit))
             .all(self.reader())
             .await?;

@@ -4,6 +4,7 @@ use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
 
 mod m0002_schedules;
+mod m0010_access;
 
 /// The migrations, oldest first. One that was released is never changed.
 pub(super) struct Migrator;
@@ -11,7 +12,12 @@ pub(super) struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Tables), Box::new(m0002_schedules::Schedules), Box::new(super::rollouts_table::Rollouts)]
+        vec![
+            Box::new(Tables),
+            Box::new(m0002_schedules::Schedules),
+            Box::new(super::rollouts_table::Rollouts),
+            Box::new(m0010_access::Access),
+        ]
     }
 }
 

@@ -12,7 +12,7 @@ use super::moves::{self, End, read_found};
 use super::operations::lock;
 use super::sessions::shut_out;
 use super::sql::{Row, Sql, sql};
-use super::{Store, StoreError};
+use super::{Scope, Store, StoreError};
 use crate::operation::{ExecutionError, ExecutionState, NodeMode, NodeState, reason};
 
 /// Facts of the hardware.
@@ -120,6 +120,8 @@ pub struct NodeQuery {
     pub labels: BTreeMap<String, String>,
     /// Only connected ones.
     pub connected: bool,
+    /// Only those within it.
+    pub scope: Scope,
 }
 
 /// What became of forgetting a node.
@@ -129,6 +131,17 @@ pub enum DeleteNodeOutcome {
     Deleted,
     /// It has unfinished work, and force was not asked for.
     Busy(Vec<ExecutionId>),
+    /// No such node.
+    NotFound,
+}
+
+/// What became of changing a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UpdateNodeOutcome {
+    /// The node as it is now.
+    Updated(Box<NodeRow>),
+    /// Its labels are not any more what they were; nothing is changed.
+    ChangedMeanwhile,
     /// No such node.
     NotFound,
 }
@@ -147,7 +160,7 @@ impl Store {
             .bind(query.states.is_empty())
             .each(query.states.iter().map(|state| state.as_str()))
             .bind(!query.connected);
-        self.with_labels(which, &query.labels)
+        Self::with_labels(Self::with_labels(which, &query.labels), query.scope.labels())
             .and(" ORDER BY n.id LIMIT ?")
             .bind(i64::from(query.limit))
             .all(self.reader())
@@ -172,42 +185,39 @@ impl Store {
     /// The ids of the approved nodes with all of these labels; no labels: of all approved nodes.
     pub async fn approved_nodes(&self, labels: &BTreeMap<String, String>) -> Result<Vec<NodeId>, StoreError> {
         let which = sql("SELECT n.id AS id FROM nodes n WHERE n.state = 'APPROVED'");
-        self.with_labels(which, labels).and(" ORDER BY n.id").all(self.reader()).await?.iter().map(read_id).collect()
+        Self::with_labels(which, labels).and(" ORDER BY n.id").all(self.reader()).await?.iter().map(read_id).collect()
     }
 
     /// Restricts a selection of `n` to nodes that carry these labels.
-    fn with_labels(&self, which: Sql, labels: &BTreeMap<String, String>) -> Sql {
-        if labels.is_empty() {
-            which
-        } else if self.is_postgres() {
-            which.and(" AND CAST(n.labels AS jsonb) @> CAST(? AS jsonb)").json(labels)
-        } else {
-            which
-                .and(
-                    " AND NOT EXISTS (SELECT 1 FROM json_each(?) wanted WHERE NOT EXISTS \
-                     (SELECT 1 FROM json_each(n.labels) has WHERE has.key = wanted.key AND has.value = wanted.value))",
-                )
-                .json(labels)
-        }
+    fn with_labels(which: Sql, labels: &BTreeMap<String, String>) -> Sql {
+        if labels.is_empty() { which } else { which.and(" AND {within n.labels}").json(labels) }
     }
 
-    /// Changes labels, display name, or both; `None`: no such node.
+    /// Changes labels, display name, or both, and only while the labels are as they were, if `before` says so.
     pub async fn update_node(
         &self,
         id: &NodeId,
+        before: Option<&BTreeMap<String, String>>,
         labels: Option<&BTreeMap<String, String>>,
         display_name: Option<&str>,
-    ) -> Result<Option<NodeRow>, StoreError> {
+    ) -> Result<UpdateNodeOutcome, StoreError> {
         let tx = self.begin().await?;
-        sql("UPDATE nodes SET labels = COALESCE(?, labels), display_name = COALESCE(?, display_name) WHERE id = ?")
-            .bind(labels.map(super::sql::to_json))
-            .bind(display_name.map(str::to_owned))
-            .bind(id.as_str())
-            .run(&*tx)
-            .await?;
+        let changed = sql("UPDATE nodes SET labels = COALESCE(?, labels), display_name = COALESCE(?, display_name) \
+             WHERE id = ? AND (? OR labels = ?)")
+        .bind(labels.map(super::sql::to_json))
+        .bind(display_name.map(str::to_owned))
+        .bind(id.as_str())
+        .bind(before.is_none())
+        .bind(before.map(super::sql::to_json))
+        .run(&*tx)
+        .await?;
         let row = find(&*tx, id).await?;
         self.commit(tx).await?;
-        Ok(row)
+        Ok(match row {
+            Some(row) if changed == 1 => UpdateNodeOutcome::Updated(Box::new(row)),
+            Some(_) => UpdateNodeOutcome::ChangedMeanwhile,
+            None => UpdateNodeOutcome::NotFound,
+        })
     }
 
     /// Admits a node with the board and the key that it has now; `None`: no such node.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::events::{self, Happened};
 use super::rollouts::note_beginning;
 use super::sql::{Row, sql, to_json};
-use super::{Store, StoreError, micros};
+use super::{Scope, Store, StoreError, micros};
 use crate::operation::{Action, Counts, ExecutionState, OperationState, Target, final_state};
 use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
@@ -43,6 +43,8 @@ pub struct NewOperation {
     pub rollout: Option<Rollout>,
     /// When nodes may be begun; `None`: at any time.
     pub window: Option<MaintenanceWindow>,
+    /// The nodes that whoever asks is limited to; looked at again when a node is given its part.
+    pub scope: Scope,
 }
 
 /// Where an operation that nobody asked for singly comes from.
@@ -130,6 +132,8 @@ pub struct OperationQuery {
     pub states: Vec<OperationState>,
     /// With an execution on this node.
     pub node: Option<NodeId>,
+    /// With an execution on a node within it.
+    pub scope: Scope,
 }
 
 impl Store {
@@ -162,6 +166,8 @@ impl Store {
     pub async fn operations(&self, query: &OperationQuery) -> Result<Vec<OperationRow>, StoreError> {
         let rows = sql("SELECT o.* FROM operations o WHERE (? OR o.id < ?) AND (? OR o.state IN {each}) \
                         AND (? OR EXISTS (SELECT 1 FROM executions e WHERE e.operation = o.id AND e.node = ?)) \
+                        AND (? OR EXISTS (SELECT 1 FROM executions e JOIN nodes n ON n.id = e.node \
+                                          WHERE e.operation = o.id AND {within n.labels})) \
                         ORDER BY o.id DESC LIMIT ?")
         .bind(query.after.is_none())
         .bind(query.after.as_ref().map_or("", OperationId::as_str))
@@ -169,10 +175,21 @@ impl Store {
         .each(query.states.iter().map(|state| state.as_str()))
         .bind(query.node.is_none())
         .bind(query.node.as_ref().map_or("", NodeId::as_str))
+        .bind(query.scope.is_everything())
+        .json(&query.scope)
         .bind(i64::from(query.limit))
         .all(self.reader())
         .await?;
         read_all(self.reader(), &rows).await
+    }
+
+    /// How many executions of operations are in which state, of those on nodes within a scope.
+    pub async fn counts_within(
+        &self,
+        ids: &[OperationId],
+        scope: &Scope,
+    ) -> Result<BTreeMap<OperationId, Counts>, StoreError> {
+        counts(self.reader(), ids, scope).await
     }
 
     async fn existing(&self, new: &NewOperation) -> Result<CreateOutcome, StoreError> {
@@ -248,8 +265,8 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
              expire_time, creator, request_id, request_sha256, retry_of, schedule, fire_time, rollout, \
-             maintenance_window, closed_until, create_time, update_time) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
+             maintenance_window, closed_until, scope, create_time, update_time) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (creator, request_id) DO NOTHING")
         .bind(new.id.as_str())
         .json(&new.action)
         .bind(new.action.kind())
@@ -267,6 +284,7 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
         .bind(new.rollout.as_ref().map(to_json))
         .bind(new.window.as_ref().map(to_json))
         .bind(new.window.as_ref().and_then(|window| window.closed_until(now)).map(micros))
+        .json(&new.scope)
         .time(now)
         .time(now)
         .run(tx)
@@ -324,7 +342,7 @@ pub(super) async fn finish_if_done(
     .await?;
     let Some(row) = done else { return Ok(false) };
     let from = row.word("state", OperationState::parse)?;
-    let counts = counts(tx, std::slice::from_ref(id)).await?.remove(id).unwrap_or_default();
+    let counts = counts(tx, std::slice::from_ref(id), &Scope::everything()).await?.remove(id).unwrap_or_default();
     let Some(to) = final_state(&counts, row.flag("cancel_requested")?).filter(|to| *to != from) else {
         return Ok(false);
     };
@@ -350,10 +368,18 @@ pub(super) fn read_id(row: &Row) -> Result<OperationId, StoreError> {
     row.word("id", |id| OperationId::parse(id).ok())
 }
 
-async fn counts(db: &impl ConnectionTrait, ids: &[OperationId]) -> Result<BTreeMap<OperationId, Counts>, StoreError> {
+async fn counts(
+    db: &impl ConnectionTrait,
+    ids: &[OperationId],
+    scope: &Scope,
+) -> Result<BTreeMap<OperationId, Counts>, StoreError> {
     let rows = sql("SELECT operation AS id, state, COUNT(*) AS number, COUNT(*) FILTER (WHERE overdue) AS late \
-                    FROM executions WHERE operation IN {each} GROUP BY operation, state")
+                    FROM executions WHERE operation IN {each} AND (? OR EXISTS \
+                        (SELECT 1 FROM nodes n WHERE n.id = executions.node AND {within n.labels})) \
+                    GROUP BY operation, state")
     .each(ids.iter().map(OperationId::as_str))
+    .bind(scope.is_everything())
+    .json(scope)
     .all(db)
     .await?;
     let mut all: BTreeMap<OperationId, Counts> = BTreeMap::new();
@@ -384,7 +410,7 @@ async fn counts(db: &impl ConnectionTrait, ids: &[OperationId]) -> Result<BTreeM
 
 async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<OperationRow>, StoreError> {
     let ids = rows.iter().map(read_id).collect::<Result<Vec<_>, _>>()?;
-    let mut counts = counts(db, &ids).await?;
+    let mut counts = counts(db, &ids, &Scope::everything()).await?;
     rows.iter()
         .zip(ids)
         .map(|(row, id)| {

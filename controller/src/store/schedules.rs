@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::operations::{NewOperation, insert_all};
 use super::sql::{Row, sql};
-use super::{Store, StoreError, micros};
+use super::{Scope, Store, StoreError, micros};
 use crate::operation::{Action, Target};
 use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
@@ -56,6 +56,8 @@ pub struct ScheduleRow {
     pub pause_reason: String,
     /// Who made it.
     pub creator: String,
+    /// The nodes that whoever made or changed it is limited to.
+    pub scope: Scope,
     /// When it was stored.
     pub create_time: DateTime<Utc>,
     /// When it was last changed, paused or resumed.
@@ -114,8 +116,8 @@ impl Store {
     pub async fn create_schedule(&self, new: &ScheduleRow) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let inserted = sql("INSERT INTO schedules (id, cron, time_zone, template, missed_fire, overlap, jitter, \
-             expire_after, paused, pause_reason, creator, create_time, update_time, next_fire) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING")
+             expire_after, paused, pause_reason, creator, scope, create_time, update_time, next_fire) \
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING")
         .bind(new.id.as_str())
         .bind(new.cron.as_str())
         .bind(new.time_zone.as_str())
@@ -127,6 +129,7 @@ impl Store {
         .bind(new.paused)
         .bind(new.pause_reason.as_str())
         .bind(new.creator.as_str())
+        .json(&new.scope)
         .time(new.create_time)
         .time(new.update_time)
         .bind(new.next_fire.map(micros))
@@ -158,7 +161,7 @@ impl Store {
     pub async fn update_schedule(&self, row: &ScheduleRow, now: DateTime<Utc>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let changed = sql("UPDATE schedules SET cron = ?, time_zone = ?, template = ?, missed_fire = ?, overlap = ?, \
-             jitter = ?, expire_after = ?, next_fire = ?, update_time = ?, revision = revision + 1 \
+             jitter = ?, expire_after = ?, scope = ?, next_fire = ?, update_time = ?, revision = revision + 1 \
              WHERE id = ? AND revision = ? AND COALESCE(last_fire, -1) = ?")
         .bind(row.cron.as_str())
         .bind(row.time_zone.as_str())
@@ -167,6 +170,7 @@ impl Store {
         .bind(row.overlap.as_str())
         .bind(duration_micros(row.jitter))
         .bind(duration_micros(row.expire_after))
+        .json(&row.scope)
         .bind(row.next_fire.map(micros))
         .time(now)
         .bind(row.id.as_str())
@@ -353,6 +357,7 @@ fn read(row: &Row) -> Result<ScheduleRow, StoreError> {
         paused: row.flag("paused")?,
         pause_reason: row.text("pause_reason")?,
         creator: row.text("creator")?,
+        scope: row.json("scope")?,
         create_time: row.time("create_time")?,
         update_time: row.time("update_time")?,
         revision: row.int("revision")?,

@@ -4,6 +4,7 @@
 //!
 //! - `{each}`: a value that is a JSON array of texts, as a table with the column `value`;
 //! - `{rows a BIGINT, b TEXT}`: a value that is a JSON array of objects, as a table `r` with these columns;
+//! - `{within n.labels}`, `{within n.labels o.scope}`: whether labels hold every one of a value, or of a column;
 //! - `{lock}`, `{lock e}`, `{skip}`: Postgres locks the rows that a SELECT reads (those of table `e`; those that are
 //!   free), so that what was read still holds when it is written; SQLite has a single writer anyway.
 
@@ -176,6 +177,18 @@ fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
                 .collect();
             format!("(SELECT {} FROM json_each({})) AS r", columns.join(", "), value())
         }
+        ("within", _) => {
+            let (labels, scope) = object.split_once(' ').unwrap_or((object, ""));
+            let scope = if scope.is_empty() { value() } else { scope.to_owned() };
+            if postgres {
+                format!("CAST({labels} AS jsonb) @> CAST({scope} AS jsonb)")
+            } else {
+                format!(
+                    "NOT EXISTS (SELECT 1 FROM json_each({scope}) wanted WHERE NOT EXISTS \
+                     (SELECT 1 FROM json_each({labels}) has WHERE has.key = wanted.key AND has.value = wanted.value))"
+                )
+            }
+        }
         ("lock", true) if object.is_empty() => "FOR UPDATE".to_owned(),
         ("lock", true) => format!("FOR UPDATE OF {object}"),
         ("skip", true) => "FOR UPDATE SKIP LOCKED".to_owned(),
@@ -277,6 +290,17 @@ mod tests {
             expand("FROM {rows a BIGINT, b TEXT} WHERE x = ?", true),
             "FROM jsonb_to_recordset(CAST($1 AS jsonb)) AS r(a BIGINT, b TEXT) WHERE x = $2"
         );
+    }
+
+    #[test]
+    fn labels_are_compared_with_a_value_or_a_column() {
+        assert_eq!(
+            expand("x = ? AND {within n.labels}", true),
+            "x = $1 AND CAST(n.labels AS jsonb) @> CAST($2 AS jsonb)"
+        );
+        assert_eq!(expand("{within n.labels o.s}", true), "CAST(n.labels AS jsonb) @> CAST(o.s AS jsonb)");
+        assert!(expand("{within n.labels}", false).contains("json_each(?) wanted"));
+        assert!(expand("{within n.labels o.s}", false).contains("json_each(o.s) wanted"));
     }
 
     #[test]

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use marco_proto::names::JoinTokenId;
+use marco_proto::names::{JoinTokenId, NodeId};
 
 use sea_orm::ConnectionTrait;
 
 use super::sql::{Row, sql};
-use super::{Store, StoreError};
+use super::{Store, StoreError, nodes};
+use crate::operation::NodeState;
 
 /// A token to be stored.
 #[derive(Debug, Clone)]
@@ -27,6 +28,12 @@ pub struct NewToken {
     pub labels: BTreeMap<String, String>,
     /// Who made it.
     pub creator: String,
+    /// Networks from which it may be used; none: any.
+    pub cidrs: Vec<String>,
+    /// Serial numbers of boards that it may enrol, as they are compared; none: any.
+    pub serials: Vec<String>,
+    /// Ids that its nodes may take; none: any.
+    pub nodes: Vec<NodeId>,
 }
 
 /// A stored token.
@@ -50,6 +57,12 @@ pub struct TokenRow {
     pub labels: BTreeMap<String, String>,
     /// It was revoked.
     pub revoked: bool,
+    /// Networks from which it may be used; none: any.
+    pub cidrs: Vec<String>,
+    /// Serial numbers of boards that it may enrol, as they are compared; none: any.
+    pub serials: Vec<String>,
+    /// Ids that its nodes may take; none: any.
+    pub nodes: Vec<NodeId>,
 }
 
 impl Store {
@@ -57,7 +70,7 @@ impl Store {
     pub async fn create_token(&self, new: &NewToken, now: DateTime<Utc>) -> Result<TokenRow, StoreError> {
         let tx = self.begin().await?;
         sql("INSERT INTO tokens (id, secret_sha256, max_uses, expire_time, create_time, creator, require_approval, \
-             labels) VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
+             labels, cidrs, serials, nodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
         .bind(new.id.as_str())
         .bind(new.secret_sha256.as_str())
         .bind(i64::from(new.max_uses))
@@ -66,6 +79,9 @@ impl Store {
         .bind(new.creator.as_str())
         .bind(new.require_approval)
         .json(&new.labels)
+        .json(&new.cidrs)
+        .json(&new.serials)
+        .json(&new.nodes.iter().map(NodeId::as_str).collect::<Vec<_>>())
         .run(&*tx)
         .await?;
         let row = find(&*tx, &new.id).await?;
@@ -87,14 +103,48 @@ impl Store {
         .collect()
     }
 
-    /// Makes a token useless; `None`: no such token.
-    pub async fn revoke_token(&self, id: &JoinTokenId) -> Result<Option<TokenRow>, StoreError> {
+    /// Makes a token useless, and tells who is left without a way in; `None`: no such token.
+    pub async fn revoke_token(&self, id: &JoinTokenId) -> Result<Option<(TokenRow, Stranded)>, StoreError> {
         let tx = self.begin().await?;
         sql("UPDATE tokens SET revoked = TRUE WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
-        let row = find(&*tx, id).await?;
+        let Some(row) = find(&*tx, id).await? else { return Ok(None) };
+        let enrolled = sql("SELECT n.id AS id, n.serial AS serial, n.state AS state, n.session_time AS session_time \
+                            FROM enrolments e JOIN nodes n ON n.id = e.node WHERE e.token = ? ORDER BY n.id")
+        .bind(id.as_str())
+        .all(&*tx)
+        .await?;
         self.commit(tx).await?;
-        Ok(row)
+        let mut stranded = Stranded { serials: row.serials.clone(), nodes: row.nodes.clone() };
+        for node in &enrolled {
+            let (id, serial) = (nodes::read_id(node)?, node.text("serial")?);
+            stranded.serials.retain(|named| *named != serial);
+            let settled = node.maybe_time("session_time")?.is_some()
+                && node.word("state", NodeState::parse)? == NodeState::Approved;
+            stranded.nodes.retain(|named| *named != id);
+            if !settled {
+                stranded.nodes.push(id);
+            }
+        }
+        stranded.nodes.sort_unstable();
+        Ok(Some((row, stranded)))
     }
+}
+
+/// Who a revoked token leaves without a way in.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stranded {
+    /// Boards that it names and that have not enrolled with it.
+    pub serials: Vec<String>,
+    /// Nodes that it names and that have not enrolled with it, and those that have and never connected or are not
+    /// approved.
+    pub nodes: Vec<NodeId>,
+}
+
+/// The ids that a token's nodes may take.
+pub(super) fn ids(row: &Row) -> Result<Vec<NodeId>, StoreError> {
+    let ids: Vec<String> = row.json("nodes")?;
+    let unknown = |id: &String| StoreError::Unknown { what: "node id", value: id.clone() };
+    ids.iter().map(|id| NodeId::parse(id).map_err(|_| unknown(id))).collect()
 }
 
 async fn find(db: &impl ConnectionTrait, id: &JoinTokenId) -> Result<Option<TokenRow>, StoreError> {
@@ -112,5 +162,8 @@ fn read(row: &Row) -> Result<TokenRow, StoreError> {
         require_approval: row.flag("require_approval")?,
         labels: row.json("labels")?,
         revoked: row.flag("revoked")?,
+        cidrs: row.json("cidrs")?,
+        serials: row.json("serials")?,
+        nodes: ids(row)?,
     })
 }

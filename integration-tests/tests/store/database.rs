@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use integration_tests::postgres::Postgres;
-use marco_controller::store::{AuditRow, Store, StoreError};
+use marco_controller::store::{AuditQuery, AuditRow, Store, StoreError};
 
 use crate::support::*;
 
@@ -30,13 +30,42 @@ pub(crate) async fn a_call_is_audited(f: Fixture) {
     let row = AuditRow {
         time: start(),
         actor: "pat".to_owned(),
+        credential: "certificates/0a".to_owned(),
         from: "127.0.0.1:4000".to_owned(),
         method: "CreateOperation".to_owned(),
         target: "operations/x".to_owned(),
         result: "OK".to_owned(),
+        message: String::new(),
     };
     f.store.record_audit(&row).await.unwrap();
-    f.store.record_audit(&row).await.unwrap();
+    let refused = AuditRow {
+        time: after(5),
+        actor: "kim".to_owned(),
+        result: "PERMISSION_DENIED".to_owned(),
+        message: "no".to_owned(),
+        ..row.clone()
+    };
+    f.store.record_audit(&refused).await.unwrap();
+    let all = f.store.audit(&AuditQuery { limit: 10, ..AuditQuery::default() }).await.unwrap();
+    assert_eq!(all.iter().map(|(_, row)| row.clone()).collect::<Vec<_>>(), [refused.clone(), row.clone()]);
+    let older = AuditQuery { limit: 10, before: Some(all[0].0), ..AuditQuery::default() };
+    assert_eq!(f.store.audit(&older).await.unwrap(), all[1..]);
+    for (query, found) in [
+        (AuditQuery { actor: "kim".to_owned(), ..AuditQuery::default() }, 1),
+        (AuditQuery { method: "CreateOperation".to_owned(), ..AuditQuery::default() }, 2),
+        (AuditQuery { target: "operations/y".to_owned(), ..AuditQuery::default() }, 0),
+        (AuditQuery { since: Some(after(5)), ..AuditQuery::default() }, 1),
+        (AuditQuery { refused: true, ..AuditQuery::default() }, 1),
+    ] {
+        let query = AuditQuery { limit: 10, ..query };
+        assert_eq!(f.store.audit(&query).await.unwrap().len(), found, "{query:?}");
+    }
+
+    // Neither this program nor somebody with the database's password changes it by mistake.
+    let statements = ["UPDATE audit SET actor = 'nobody'", "DELETE FROM audit"];
+    let answers = f.by_hand(&statements).await;
+    assert!(answers.iter().all(|answer| answer.as_ref().is_err_and(|why| why.contains("only grows"))), "{answers:?}");
+    assert_eq!(f.store.audit(&AuditQuery { limit: 10, ..AuditQuery::default() }).await.unwrap(), all);
 }
 
 pub(crate) async fn a_change_is_hinted(f: Fixture) {

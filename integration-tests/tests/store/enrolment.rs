@@ -87,7 +87,7 @@ pub(crate) async fn ids_that_are_taken_get_a_suffix(f: Fixture) {
 pub(crate) async fn a_revoked_or_expired_token_is_refused(f: Fixture) {
     let token = f.token("t", 5).await;
     f.token("u", 5).await;
-    assert!(f.store.revoke_token(&token.id).await.unwrap().unwrap().revoked);
+    assert!(f.store.revoke_token(&token.id).await.unwrap().unwrap().0.revoked);
     assert_eq!(f.enrol("t", "key", None, "1").await, EnrolOutcome::Refused);
     assert!(f.store.revoke_token(&JoinTokenId::parse("nope").unwrap()).await.unwrap().is_none());
     let late = f.store.enrol(&wish("u", "key", None, "1"), after(1800), |_, _| panic!("nothing is issued")).await;

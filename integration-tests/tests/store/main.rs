@@ -7,6 +7,7 @@
     reason = "all of it is tests, which clippy sees only in the functions that bear the attribute"
 )]
 
+mod access;
 mod artifacts;
 mod database;
 mod enrolment;
@@ -119,6 +120,11 @@ on_both!(
         a_name_moves_to_other_bytes,
         what_an_unfinished_operation_needs_is_not_removed,
         defaults_are_by_board_with_one_for_any;
+    access:
+        a_user_is_what_the_store_says_until_it_is_shut_out,
+        a_revoked_certificate_is_not_renewed,
+        an_api_token_works_until_it_expires_or_is_revoked,
+        a_node_outside_the_scope_is_neither_shown_nor_given_its_part;
     history:
         events_of_operations_that_ended_long_ago_are_removed_and_the_operations_kept,
         races_of_cancel_against_dispatch_and_completion_end_as_the_node_says;

@@ -352,7 +352,7 @@ pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fi
                 store.expire(after(9)).await.unwrap();
                 store.finish_operations(after(9)).await.unwrap();
                 store.end_dead_sessions(after(1)).await.unwrap();
-                store.update_node(&nodes[round], None, Some("x")).await.unwrap();
+                store.update_node(&nodes[round], None, None, Some("x")).await.unwrap();
                 store.cancels_due("c1").await.unwrap();
             }
         });

@@ -177,7 +177,7 @@ pub(crate) async fn never_more_than_the_limit_of_a_group_at_once(f: Fixture) {
     let fleet = Fleet::start(f, 12, reboot(), None).await;
     for (number, (id, _)) in fleet.sessions.iter().enumerate() {
         let switch = if number < 8 { "a" } else { "b" };
-        fleet.f.store.update_node(id, Some(&labels(&[("switch", switch)])), None).await.unwrap();
+        fleet.f.store.update_node(id, None, Some(&labels(&[("switch", switch)])), None).await.unwrap();
     }
     fleet.f.store.request_cancel(&fleet.operation, "pat", start()).await.unwrap();
     let nodes: Vec<NodeId> = fleet.sessions.iter().map(|(id, _)| id.clone()).collect();

@@ -12,7 +12,7 @@ use marco_controller::operation::{ExecutionState, OperationState, Target, WaitRe
 use marco_controller::schedule::{FireOutcome, MissedFire, Overlap};
 use marco_controller::scheduler::{Fires, Prepare, Unprepared};
 use marco_controller::store::{
-    FireQuery, FireRow, NewOperation, OperationQuery, OperationRow, Origin, ScheduleRow, Store, Template,
+    FireQuery, FireRow, NewOperation, OperationQuery, OperationRow, Origin, ScheduleRow, Scope, Store, Template,
 };
 use marco_proto::names::{ExecutionId, NodeId, OperationId, ScheduleId};
 
@@ -34,6 +34,7 @@ fn minutely(id: &str) -> ScheduleRow {
         paused: false,
         pause_reason: String::new(),
         creator: "pat".to_owned(),
+        scope: Scope::everything(),
         create_time: after(-30),
         update_time: after(-30),
         revision: 1,

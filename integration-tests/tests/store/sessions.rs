@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use futures_util::future::join_all;
 use marco_controller::operation::{ExecutionState, NodeState, OperationState, reason};
-use marco_controller::store::{DeleteNodeOutcome, NodeQuery, ReportOutcome, SessionOutcome, SessionStart, System};
+use marco_controller::store::{
+    DeleteNodeOutcome, NodeQuery, ReportOutcome, SessionOutcome, SessionStart, System, UpdateNodeOutcome,
+};
 use marco_proto::names::ExecutionId;
 
 use crate::support::*;
@@ -99,10 +101,16 @@ pub(crate) async fn a_fleet_that_comes_back_at_once_is_served(f: Fixture) {
 pub(crate) async fn nodes_are_found_by_label(f: Fixture) {
     let nodes = f.enrolled(&["pi-1", "pi-2", "pi-3"]).await;
     let (blue, red) = (labels(&[("room", "blue")]), labels(&[("room", "red"), ("row.a", "1")]));
-    f.store.update_node(&nodes[0], Some(&red), None).await.unwrap();
-    let named = f.store.update_node(&nodes[1], None, Some("the second")).await.unwrap().unwrap();
+    f.store.update_node(&nodes[0], None, Some(&red), None).await.unwrap();
+    let named = match f.store.update_node(&nodes[1], None, None, Some("the second")).await.unwrap() {
+        UpdateNodeOutcome::Updated(row) => row,
+        other => panic!("{other:?}"),
+    };
+    let late = f.store.update_node(&nodes[0], Some(&labels(&[("room", "blue")])), Some(&red), None).await.unwrap();
+    assert_eq!(late, UpdateNodeOutcome::ChangedMeanwhile);
     assert_eq!((named.display_name.as_str(), &named.labels), ("the second", &blue));
-    assert!(f.store.update_node(&node("nobody"), None, Some("x")).await.unwrap().is_none());
+    let nobody = f.store.update_node(&node("nobody"), None, None, Some("x")).await.unwrap();
+    assert_eq!(nobody, UpdateNodeOutcome::NotFound);
     assert_eq!(f.store.approved_nodes(&BTreeMap::new()).await.unwrap(), nodes);
     assert_eq!(f.store.approved_nodes(&blue).await.unwrap(), nodes[1..]);
     assert_eq!(f.store.approved_nodes(&red).await.unwrap(), nodes[..1]);

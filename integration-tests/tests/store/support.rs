@@ -10,7 +10,8 @@ use marco_controller::operation::{
 };
 use marco_controller::store::{
     ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment, ExecutionRow, Kind,
-    NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, SessionOutcome, SessionStart, Store, System,
+    NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, Scope, SessionOutcome, SessionStart, Store,
+    System,
 };
 use marco_proto::names::{ArtifactId, ExecutionId, JoinTokenId, NodeId, OperationId};
 
@@ -113,6 +114,7 @@ pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
         origin: None,
         rollout: None,
         window: None,
+        scope: Scope::everything(),
     }
 }
 
@@ -180,6 +182,23 @@ pub(crate) fn failed_as(reason: &str, row: &ExecutionRow) -> bool {
 }
 
 impl Fixture {
+    /// Runs statements by hand, as somebody with the database's password or file could; what the database says to each.
+    #[allow(clippy::disallowed_methods, reason = "a test that plays somebody with the file")]
+    pub(crate) async fn by_hand(&self, statements: &[&str]) -> Vec<Result<(), String>> {
+        let (url, statements) = (self.url.clone(), statements.iter().map(|&text| text.to_owned()).collect::<Vec<_>>());
+        let run = move |statement: String| match url.strip_prefix("sqlite://") {
+            Some(file) => {
+                let script =
+                    "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2]); c.commit()";
+                let arguments = ["-c", script, file, &statement];
+                let output = std::process::Command::new("python3").args(arguments).output().unwrap();
+                if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
+            }
+            None => Postgres::start().unwrap().by_hand(&url, &statement).unwrap(),
+        };
+        tokio::task::spawn_blocking(move || statements.into_iter().map(run).collect()).await.unwrap()
+    }
+
     pub(crate) async fn token(&self, secret: &str, max_uses: u32) -> NewToken {
         let token = NewToken {
             id: JoinTokenId::parse(secret).unwrap(),
@@ -189,6 +208,9 @@ impl Fixture {
             require_approval: false,
             labels: labels(&[("room", "blue")]),
             creator: "pat".to_owned(),
+            cidrs: Vec::new(),
+            serials: Vec::new(),
+            nodes: Vec::new(),
         };
         self.store.create_token(&token, start()).await.unwrap();
         token
@@ -286,5 +308,6 @@ pub(crate) fn wish(token: &str, key: &str, wanted: Option<&str>, serial: &str) -
         key_sha256: key.to_owned(),
         wanted_id: wanted.map(node),
         board: board(serial),
+        address: std::net::IpAddr::from([192, 168, 7, 9]),
     }
 }

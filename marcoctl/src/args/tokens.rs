@@ -18,7 +18,7 @@ The token alone goes to stdout, what it allows to stderr:
     Create(CreateToken),
     /// List tokens, without their secrets
     List(Paging),
-    /// Make a token useless
+    /// Make a token useless; names the nodes that are left without a way in
     Revoke {
         /// Name or id of the token, as `tokens list` shows it
         token: String,
@@ -40,4 +40,13 @@ pub(crate) struct CreateToken {
     /// Label that its Pis get; repeats
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
     pub(crate) labels: Vec<Pair>,
+    /// Only Pis with an address in this network, as the controller sees it; repeats
+    #[arg(long = "cidr", value_name = "NETWORK")]
+    pub(crate) cidrs: Vec<String>,
+    /// Only the board with this serial number; repeats. A known board with a new key then needs no approval
+    #[arg(long = "serial", value_name = "SERIAL")]
+    pub(crate) serials: Vec<String>,
+    /// Only for a node with this id; repeats. A known board with a new key then needs no approval
+    #[arg(long = "node", value_name = "ID")]
+    pub(crate) nodes: Vec<String>,
 }

@@ -212,6 +212,7 @@ async fn mint(connection: &Connection, flags: &WriteCard) -> Result<JoinToken, F
         ttl: Some(proto_duration(flags.ttl)?),
         require_approval: flags.require_approval,
         labels: label_map(&flags.labels),
+        ..Default::default()
     };
     Ok(connection.nodes().create_join_token(call(request)).await?.into_inner())
 }

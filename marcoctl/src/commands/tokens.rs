@@ -11,7 +11,7 @@ use super::{all_pages, label_map, proto_duration};
 use crate::args::{CreateToken, TokensCommand};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, fields, id, labels, local, table, timestamp};
+use crate::output::{Out, ago, clean, fields, id, labels, local, table, timestamp};
 
 pub(super) async fn run(command: TokensCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     match command {
@@ -41,7 +41,12 @@ pub(super) async fn run(command: TokensCommand, connection: &Connection, out: &m
         TokensCommand::Revoke { token } => {
             let request = RevokeJoinTokenRequest { name: token };
             let token = connection.nodes().revoke_join_token(call(request)).await?.into_inner();
-            out.document(&token, detail)
+            out.document(&token, detail)?;
+            if !out.is_json() {
+                // It is revoked; that stderr is closed does not undo it.
+                let _ = std::io::stderr().write_all(left_out(&token).as_bytes());
+            }
+            Ok(())
         }
     }
 }
@@ -52,6 +57,9 @@ async fn create(flags: CreateToken, connection: &Connection, out: &mut Out) -> R
         ttl: Some(proto_duration(flags.ttl)?),
         require_approval: flags.require_approval,
         labels: label_map(&flags.labels),
+        cidrs: flags.cidrs,
+        serials: flags.serials,
+        nodes: flags.nodes,
     };
     let token = connection.nodes().create_join_token(call(request)).await?.into_inner();
     // stdout has the token alone, so that it can go to a file or a variable; people are told the rest on stderr.
@@ -87,6 +95,23 @@ fn state(token: &JoinToken, now: DateTime<Utc>) -> String {
     .to_owned()
 }
 
+/// Who cannot join any more.
+fn left_out(token: &JoinToken) -> String {
+    let mut text = String::new();
+    if !token.stranded.is_empty() {
+        let names: Vec<String> = token.stranded.iter().map(|name| clean(name)).collect();
+        let names = names.join(", ");
+        text.push_str(&format!("warning: left without a way in, or not approved yet: {names}\n"));
+    }
+    let unused = token.max_uses.saturating_sub(token.uses);
+    if unused > 0 {
+        text.push_str(&format!(
+            "warning: cards that were written with it and have not joined ({unused} could) need another token\n"
+        ));
+    }
+    text
+}
+
 fn detail(token: &JoinToken, now: DateTime<Utc>) -> String {
     fields(&[
         ("token", token.name.clone()),
@@ -96,5 +121,8 @@ fn detail(token: &JoinToken, now: DateTime<Utc>) -> String {
         ("created", local(token.create_time.as_ref())),
         ("creator", token.creator.clone()),
         ("labels", labels(&token.labels)),
+        ("networks", token.cidrs.join(" ")),
+        ("serials", token.serials.join(" ")),
+        ("nodes", token.nodes.join(" ")),
     ])
 }

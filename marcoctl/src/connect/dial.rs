@@ -27,7 +27,10 @@ use crate::failure::Failure;
 pub(super) type Heard = Option<Result<(), String>>;
 
 /// Who we are and whom we trust, read from the folder of certificates.
-pub(super) fn config(global: &Global) -> Result<ClientConfig, Failure> {
+///
+/// # Errors
+/// What is missing or unusable. Without `certificate` none is shown.
+pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig, Failure> {
     let unusable = |what: String, error: &dyn std::fmt::Display| Failure::Usage {
         message: format!("cannot use {what}: {error}"),
         hint: "name the folder that the controller wrote its certificates to with --certs DIR or MARCO_CERTS, and \
@@ -49,16 +52,22 @@ pub(super) fn config(global: &Global) -> Result<ClientConfig, Failure> {
     for certificate in certificates(&ca)? {
         roots.add(certificate).map_err(|error| unusable(shown(&ca), &error))?;
     }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| Failure::Local(error.into()))?
+        .with_root_certificates(roots);
+    if !certificate {
+        let mut config = builder.with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        return Ok(config);
+    }
     let leaf_path = certs.join(format!("{}.crt", global.identity));
     let leaf = certificates(&leaf_path)?;
     let key_path = certs.join(format!("{}.key", global.identity));
     let key = PrivateKeyDer::from_pem_file(&key_path).map_err(|error| unusable(shown(&key_path), &error))?;
 
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| Failure::Local(error.into()))?
-        .with_root_certificates(roots)
+    let mut config = builder
         .with_client_auth_cert(leaf, key)
         .map_err(|error| unusable(format!("{} with {}", leaf_path.display(), key_path.display()), &error))?;
     config.alpn_protocols = vec![b"h2".to_vec()];

@@ -13,7 +13,7 @@ use crate::api::Context;
 use crate::api::operation::{Operations, request_key};
 use crate::api::status::ApiError;
 use crate::operation::{Action, FrozenArtifact, NodeState, Notice, OperationState, Target, Update};
-use crate::store::{Kind, NewOperation, OperationQuery, Purpose, StoreError};
+use crate::store::{Kind, NewOperation, OperationQuery, Purpose, Scope, StoreError};
 
 /// How often an image is looked for: somebody may push one, or make it the default, while nodes wait for it.
 pub(super) const EVERY: Duration = Duration::from_secs(5);
@@ -85,6 +85,8 @@ impl Blank {
             rollout: None,
             window: None,
             origin: None,
+            // The controller itself asks.
+            scope: Scope::everything(),
         };
         let row = operations.stored(&new, now).await?;
         if row.id == id {

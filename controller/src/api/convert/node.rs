@@ -1,12 +1,18 @@
 //! Nodes, what they are, and their tokens.
 
-use marco_proto::names::{ExecutionId, JoinTokenId};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use marco_proto::names::{ExecutionId, JoinTokenId, NodeId};
 use marco_proto::v1;
 
 use super::{text, timestamp};
 use crate::api::status::ApiError;
 use crate::operation::{NodeMode, NodeState};
 use crate::store::{Board, CardLayout, NodeRow, System, TokenRow};
+
+/// Most networks, boards or ids that a join token names: a big school.
+const TOKEN_LIMITS_MAX: usize = 1000;
 
 pub(in crate::api) fn node_state(state: i32) -> Option<NodeState> {
     Some(match v1::node::State::try_from(state).ok()? {
@@ -137,6 +143,43 @@ pub(in crate::api) fn boot_id(boot_id: &str) -> Result<String, ApiError> {
     Ok(boot_id.to_owned())
 }
 
+/// For whom a join token is.
+pub(in crate::api) struct TokenLimits {
+    pub(in crate::api) cidrs: Vec<String>,
+    pub(in crate::api) serials: Vec<String>,
+    pub(in crate::api) nodes: Vec<NodeId>,
+}
+
+pub(in crate::api) fn token_limits(
+    cidrs: Vec<String>,
+    serials: Vec<String>,
+    nodes: Vec<String>,
+) -> Result<TokenLimits, ApiError> {
+    for (field, many) in [("cidrs", cidrs.len()), ("serials", serials.len()), ("nodes", nodes.len())] {
+        if many > TOKEN_LIMITS_MAX {
+            return Err(ApiError::invalid(field, format!("must be at most {TOKEN_LIMITS_MAX}")));
+        }
+    }
+    let cidr = |text: &String| {
+        let single = text.parse::<IpAddr>().map(IpNet::from);
+        let network = text.parse::<IpNet>().or(single).map(|network| network.trunc().to_string());
+        network
+            .map_err(|_| ApiError::invalid("cidrs", format!("{text:?} is no network; write for example 10.0.7.0/24")))
+    };
+    let serial = |text: String| {
+        if text.is_empty() || text.len() > 64 || !text.bytes().all(|b| b.is_ascii_alphanumeric()) {
+            return Err(ApiError::invalid("serials", "must be letters and digits, at most 64"));
+        }
+        Ok(text.to_ascii_lowercase())
+    };
+    let node = |text: &String| NodeId::parse(text).map_err(|error| ApiError::invalid("nodes", error.to_string()));
+    Ok(TokenLimits {
+        cidrs: cidrs.iter().map(cidr).collect::<Result<_, _>>()?,
+        serials: serials.into_iter().map(serial).collect::<Result<_, _>>()?,
+        nodes: nodes.iter().map(node).collect::<Result<_, _>>()?,
+    })
+}
+
 pub(in crate::api) fn join_token(row: &TokenRow) -> v1::JoinToken {
     v1::JoinToken {
         name: JoinTokenId::name(&row.id),
@@ -149,5 +192,9 @@ pub(in crate::api) fn join_token(row: &TokenRow) -> v1::JoinToken {
         require_approval: row.require_approval,
         labels: row.labels.clone().into_iter().collect(),
         revoked: row.revoked,
+        cidrs: row.cidrs.clone(),
+        serials: row.serials.clone(),
+        nodes: row.nodes.iter().map(NodeId::name).collect(),
+        stranded: Vec::new(),
     }
 }

@@ -9,11 +9,12 @@ use sha2::{Digest as _, Sha256};
 
 use super::Operations;
 use crate::api::convert;
+use crate::api::scope::outside;
 use crate::api::status::{ApiError, Violation};
 use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
 use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
-use crate::store::{Kind, NodeQuery, Purpose, RequestKey};
+use crate::store::{Kind, NodeQuery, Purpose, RequestKey, Scope};
 
 /// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
 const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
@@ -23,9 +24,14 @@ const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
 const REQUEST_ID_MAX: usize = 128;
 
 impl Operations {
-    pub(in crate::api) async fn resolve(&self, target: &Target) -> Result<Targets, ApiError> {
+    pub(in crate::api) async fn resolve(&self, target: &Target, scope: &Scope) -> Result<Targets, ApiError> {
         let store = &self.context.store;
-        let approved = NodeQuery { states: vec![NodeState::Approved], limit: u32::MAX, ..NodeQuery::default() };
+        let approved = NodeQuery {
+            states: vec![NodeState::Approved],
+            limit: u32::MAX,
+            scope: scope.clone(),
+            ..NodeQuery::default()
+        };
         let rows = match target {
             Target::Nodes(asked) => {
                 let mut ids = BTreeSet::new();
@@ -39,6 +45,10 @@ impl Operations {
                 let rows = store.nodes_by_id(&ids).await?;
                 let missing: Vec<String> =
                     ids.iter().filter(|id| !rows.iter().any(|row| row.id == **id)).map(NodeId::name).collect();
+                let limited = !scope.is_everything();
+                if limited && (!missing.is_empty() || !rows.iter().all(|row| scope.covers(&row.labels))) {
+                    return Err(outside(scope));
+                }
                 if !missing.is_empty() {
                     return Err(ApiError::NotFound {
                         reason: "NODE_NOT_FOUND",

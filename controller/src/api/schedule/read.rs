@@ -11,7 +11,7 @@ use crate::api::convert;
 use crate::api::operation;
 use crate::api::status::{ApiError, Violation};
 use crate::schedule::{Recurrence, RecurrenceError};
-use crate::store::{ScheduleRow, Template};
+use crate::store::{ScheduleRow, Scope, Template};
 
 /// What is not begun this long after its fire is not begun at all, unless the schedule says otherwise.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -58,6 +58,7 @@ pub(super) fn new(
         paused: false,
         pause_reason: String::new(),
         creator: creator.to_owned(),
+        scope: Scope::everything(),
         create_time: now,
         update_time: now,
         revision: 1,

@@ -82,6 +82,43 @@ impl Pki {
         Ok(true)
     }
 
+    /// Takes the controller's certificate and key from their files when they are others than the present ones; true when
+    /// it did. Half a pair, as while the two are being written, is no error; it is looked at again.
+    ///
+    /// # Errors
+    /// When the files hold something else than a certificate of this CA with every name and long enough to live.
+    pub fn reload(&mut self, now: DateTime<Utc>) -> Result<bool, PkiError> {
+        let (certificate_path, key_path) =
+            (self.certs_dir.join("controller.crt"), self.certs_dir.join("controller.key"));
+        if !exists(&certificate_path)? || !exists(&key_path)? {
+            return Ok(false);
+        }
+        let unusable = |what: String| PkiError::Unusable { path: certificate_path.clone(), what };
+        let (certificate, key) = parse(&read(&certificate_path)?, &read(&key_path)?).map_err(&unusable)?;
+        if certificate == self.certificate {
+            return Ok(false);
+        }
+        if !belongs(&certificate, &key) {
+            return Ok(false);
+        }
+        if !serves(&self.ca, &certificate, &self.names, now) {
+            let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
+            return Err(unusable(format!(
+                "it is not issued by the CA in ca.crt, or has less than 30 days left, or lacks one of the names {}; the \
+                 one before is still presented",
+                names.join(", ")
+            )));
+        }
+        (self.certificate, self.key) = (certificate, key);
+        Ok(true)
+    }
+
+    /// When the files of the controller's certificate were last written, as far as the system tells.
+    pub fn written(&self) -> [Option<std::time::SystemTime>; 2] {
+        ["controller.crt", "controller.key"]
+            .map(|name| fs::metadata(self.certs_dir.join(name)).and_then(|file| file.modified()).ok())
+    }
+
     /// The controller's certificate, DER.
     pub(crate) fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate

@@ -1,0 +1,74 @@
+//! Changing a schedule while it may fire.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::ScheduleId;
+use marco_proto::v1;
+
+use super::super::scope::outside;
+use super::super::status::ApiError;
+use super::{Schedules, read, schedule_id};
+use crate::identity::Caller;
+use crate::store::ScheduleRow;
+
+/// How long a change of a schedule waits for the scheduler to decide about an instant that has come.
+const DECIDED_WITHIN: Duration = Duration::from_secs(3);
+/// How often it looks.
+const DECIDED_AGAIN: Duration = Duration::from_millis(50);
+/// How often a change is tried again when a fire came between.
+const CHANGE_TRIES: u32 = 5;
+
+impl Schedules {
+    pub(super) async fn update(
+        &self,
+        caller: &Caller,
+        request: v1::UpdateScheduleRequest,
+    ) -> Result<ScheduleRow, ApiError> {
+        let mut now = self.context.clock.now();
+        let asked = request.schedule.ok_or_else(|| ApiError::invalid("schedule", "is missing"))?;
+        let id = schedule_id("schedule.name", &asked.name)?;
+        let paths = request.update_mask.map(|mask| mask.paths).unwrap_or_default();
+        self.to_steer(caller, &id).await?;
+        let mut old = self.find_decided(&id, now).await?;
+        for _ in 0..CHANGE_TRIES {
+            let mut new = read::changed(&old, asked.clone(), &paths, now)?;
+            // It reaches nothing that either who made it or who changes it may not.
+            new.scope = old.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
+            self.stays_within(caller, &new).await?;
+            if self.context.store.update_schedule(&new, now).await? {
+                return self.find(&id).await;
+            }
+            let revision = old.revision;
+            // A fire is no reason to ask the caller again.
+            now = self.context.clock.now();
+            old = self.find_decided(&id, now).await?;
+            if old.revision != revision {
+                break;
+            }
+        }
+        Err(ApiError::Aborted {
+            reason: "CHANGED_MEANWHILE",
+            message: format!("{} was changed by somebody else just now; look at it and try again", id.name()),
+        })
+    }
+
+    /// A schedule of which nothing until `now` is undecided. The scheduler decides within a moment after an instant has
+    /// come; a change of the times in that moment would leave it without a row.
+    async fn find_decided(&self, id: &ScheduleId, now: DateTime<Utc>) -> Result<ScheduleRow, ApiError> {
+        let given_up = tokio::time::Instant::now() + DECIDED_WITHIN;
+        loop {
+            let row = self.find(id).await?;
+            if row.next_fire.is_none_or(|next| next > now) {
+                return Ok(row);
+            }
+            if tokio::time::Instant::now() > given_up {
+                return Err(ApiError::Aborted {
+                    reason: "FIRE_UNDECIDED",
+                    message: format!("{} is firing at this moment; try again in a few seconds", id.name()),
+                });
+            }
+            tokio::time::sleep(DECIDED_AGAIN).await;
+        }
+    }
+}

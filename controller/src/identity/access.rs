@@ -1,0 +1,281 @@
+//! Who is let in now: certificates and API tokens are looked up in the store before every call, and again every few
+//! seconds for calls that are open, so that what an admin changes acts on live streams of every controller.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{ApiTokenId, UserId};
+use tokio_util::sync::CancellationToken;
+
+use super::api_tokens::ApiSecret;
+use super::record::Recorder;
+use super::roles::{self, Role};
+use super::tls::{PeerCertificate, PeerInfo};
+use super::{Caller, Denied, Pass, authorize};
+use crate::clock::Clock;
+use crate::store::{ApiTokenRow, CertificateRow, Scope, Standing, Store, StoreError, UserRow};
+
+/// How often open calls are checked: a change acts within 5 s, whatever one round takes.
+const EVERY: Duration = Duration::from_secs(2);
+/// The methods that answer when the store does not; they tell nothing that is stored.
+const STORELESS: [&str; 2] = ["/grpc.health.", "/grpc.reflection."];
+
+/// Decides who is let in.
+pub struct Access {
+    store: Store,
+    clock: Arc<dyn Clock>,
+    recorder: Recorder,
+    open: Mutex<HashMap<u64, Open>>,
+    next: AtomicU64,
+}
+
+/// A call that is open.
+struct Open {
+    method: String,
+    caller: Caller,
+}
+
+/// A call that was not let in: why, and whose it was as far as that is known.
+pub(super) struct Refused {
+    pub(super) denied: Denied,
+    pub(super) caller: Option<Caller>,
+}
+
+impl From<StoreError> for Denied {
+    fn from(error: StoreError) -> Self {
+        tracing::debug!(error = &*crate::chain(&error), "a caller could not be looked up");
+        Self::Unavailable
+    }
+}
+
+impl Access {
+    /// Access as this store has it.
+    pub fn new(store: Store, clock: Arc<dyn Clock>) -> Arc<Self> {
+        let recorder = Recorder::new(store.clone());
+        Arc::new(Self { store, clock, recorder, open: Mutex::new(HashMap::new()), next: AtomicU64::new(0) })
+    }
+
+    /// Where calls are recorded.
+    pub fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
+    /// The time.
+    pub(super) fn now(&self) -> DateTime<Utc> {
+        self.clock.now()
+    }
+
+    /// Who makes a call, if it may be made. A token counts before a certificate.
+    pub(super) async fn admit(
+        &self,
+        method: &str,
+        peer: Option<&PeerInfo>,
+        authorization: Option<&str>,
+    ) -> Result<Caller, Refused> {
+        let nobody = |denied| Refused { denied, caller: None };
+        let peer = peer.ok_or_else(|| nobody(Denied::Unauthenticated))?;
+        let caller = match (authorization, peer.certificate.as_deref()) {
+            (Some(text), _) => self.by_token(text, peer).await.map_err(nobody)?,
+            (None, Some(certificate)) => {
+                let caller = Caller::from_peer(peer).ok_or_else(|| nobody(Denied::Unauthenticated))?;
+                if roles::is_session(method) && caller.role == Role::Node {
+                    // A session is looked up when it begins and then swept, and is told more than a refusal says.
+                    return Ok(caller);
+                }
+                match self.by_certificate(method, caller.clone(), certificate).await {
+                    Ok(caller) => caller,
+                    Err(denied) => return Err(Refused { denied, caller: Some(caller) }),
+                }
+            }
+            (None, None) => return Err(nobody(Denied::Unauthenticated)),
+        };
+        match authorize(method, Some(&caller)) {
+            Ok(_) => Ok(caller),
+            Err(denied) => Err(Refused { denied, caller: Some(caller) }),
+        }
+    }
+
+    async fn by_token(&self, text: &str, peer: &PeerInfo) -> Result<Caller, Denied> {
+        let secret = ApiSecret::from_metadata(text).ok_or(Denied::BadToken)?;
+        let row = self.store.api_token_of(&secret.sha256()).await?;
+        let row = row.filter(|row| row.works(self.clock.now())).ok_or(Denied::BadToken)?;
+        Ok(Caller {
+            name: row.id.name(),
+            role: person(&row.role).ok_or(Denied::BadToken)?,
+            node: None,
+            from: peer.addr,
+            serial: String::new(),
+            api_token: Some(row.id),
+            pass: Arc::new(Pass::new(row.scope)),
+        })
+    }
+
+    async fn by_certificate(
+        &self,
+        method: &str,
+        mut caller: Caller,
+        certificate: &PeerCertificate,
+    ) -> Result<Caller, Denied> {
+        let mut found = self.standing(&certificate.serial).await;
+        if matches!(found, Ok(None)) && !matches!(caller.role, Role::Node | Role::Controller) {
+            // Made on the first start, or by hand with the CA's key.
+            self.enter(&caller, certificate).await?;
+            found = self.standing(&certificate.serial).await;
+        }
+        let standing = match found {
+            Ok(standing) => standing,
+            Err(_) if STORELESS.iter().any(|service| method.starts_with(service)) => return Ok(caller),
+            Err(error) => return Err(error.into()),
+        };
+        match standing {
+            Some(standing) => {
+                caller.role = check(&standing, caller.role, self.clock.now())?;
+                caller.pass = Arc::new(Pass::new(standing.scope));
+                Ok(caller)
+            }
+            // Other controllers make a certificate for each connection, and store none.
+            None if caller.role == Role::Controller => Ok(caller),
+            None => {
+                // What the role may not, it is told whoever it is.
+                authorize(method, Some(&caller))?;
+                Err(Denied::Revoked)
+            }
+        }
+    }
+
+    async fn standing(&self, serial: &str) -> Result<Option<Standing>, StoreError> {
+        Ok(self.store.standings(&[serial.to_owned()]).await?.pop())
+    }
+
+    async fn enter(&self, caller: &Caller, certificate: &PeerCertificate) -> Result<(), Denied> {
+        let id = UserId::parse(&caller.name).map_err(|_| Denied::Unauthenticated)?;
+        let user = UserRow {
+            id,
+            role: caller.role.as_str().to_owned(),
+            scope: Scope::everything(),
+            create_time: self.clock.now(),
+            creator: "the CA's key".to_owned(),
+            revoke_time: None,
+        };
+        let row = CertificateRow {
+            serial: certificate.serial.clone(),
+            node: None,
+            subject: caller.name.clone(),
+            role: caller.role.as_str().to_owned(),
+            key_sha256: certificate.key_sha256.clone(),
+            not_before: certificate.not_before,
+            not_after: certificate.not_after,
+            generation: 0,
+        };
+        tracing::info!(user = caller.name, serial = certificate.serial, "a certificate was seen for the first time");
+        Ok(self.store.enter_certificate(&user, &row).await?)
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Open>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes an open call, until what it answers is dropped.
+    pub(super) fn enter_call(self: &Arc<Self>, method: &str, caller: Caller) -> Entered {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.open().insert(id, Open { method: method.to_owned(), caller });
+        Entered { access: Arc::clone(self), id }
+    }
+
+    /// Checks open calls again and again, until cancelled.
+    pub async fn watch(self: Arc<Self>, stop: CancellationToken) {
+        loop {
+            // Dropping the wait loses nothing.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(EVERY) => {}
+            }
+            if let Err(error) = self.round().await {
+                // Those that are in stay in while nobody can be asked.
+                tracing::debug!(error = &*crate::chain(&error), "open calls could not be checked");
+            }
+        }
+    }
+
+    /// Cuts the calls of those that are not let in any more, and limits the rest to what they may see now.
+    async fn round(&self) -> Result<(), StoreError> {
+        let (mut serials, mut tokens) = (Vec::new(), Vec::new());
+        for call in self.open().values() {
+            match &call.caller.api_token {
+                Some(token) => tokens.push(token.clone()),
+                None => serials.push(call.caller.serial.clone()),
+            }
+        }
+        serials.sort_unstable();
+        serials.dedup();
+        tokens.sort_unstable();
+        tokens.dedup();
+        if serials.is_empty() && tokens.is_empty() {
+            return Ok(());
+        }
+        let now = self.clock.now();
+        let standings: HashMap<String, Standing> =
+            self.store.standings(&serials).await?.into_iter().map(|found| (found.serial.clone(), found)).collect();
+        let known: HashMap<ApiTokenId, ApiTokenRow> =
+            self.store.api_tokens_by_id(&tokens).await?.into_iter().map(|row| (row.id.clone(), row)).collect();
+        for call in self.open().values() {
+            let caller = &call.caller;
+            let (role, scope) = match (&caller.api_token, standings.get(&caller.serial)) {
+                (Some(token), _) => match known.get(token).filter(|row| row.works(now)) {
+                    Some(row) => (person(&row.role).ok_or(Denied::BadToken), row.scope.clone()),
+                    None => (Err(Denied::BadToken), Scope::everything()),
+                },
+                (None, Some(standing)) => (check(standing, caller.role, now), standing.scope.clone()),
+                // One that is not stored yet or never is, like another controller's.
+                (None, None) => continue,
+            };
+            let may = role.and_then(|role| {
+                let caller = Caller { role, ..caller.clone() };
+                authorize(&call.method, Some(&caller)).map(|_| ())
+            });
+            match may {
+                Ok(()) => caller.pass.limit(scope),
+                Err(denied) => {
+                    if caller.pass.cut(denied) {
+                        tracing::info!(caller = caller.name, method = call.method, "an open call was cut");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The role in which a certificate is let in.
+fn check(standing: &Standing, written: Role, now: DateTime<Utc>) -> Result<Role, Denied> {
+    if standing.revoked || standing.not_after <= now {
+        return Err(Denied::Revoked);
+    }
+    if standing.quarantined {
+        return Err(Denied::Quarantined);
+    }
+    match &standing.role {
+        Some(role) => person(role).ok_or(Denied::Revoked),
+        None => Ok(written),
+    }
+}
+
+/// The role of a user or an API token.
+fn person(word: &str) -> Option<Role> {
+    word.parse().ok().filter(|role| !matches!(role, Role::Node | Role::Controller))
+}
+
+/// An open call's place among those that are checked.
+pub(super) struct Entered {
+    access: Arc<Access>,
+    id: u64,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.access.open().remove(&self.id);
+    }
+}

@@ -1,0 +1,90 @@
+//! How often something may be done: so many at once, then one each interval, for each key.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+/// Most keys that are remembered. When all of them are in debt, new keys are refused: somebody has very many addresses.
+const KEYS_MAX: usize = 20_000;
+
+/// A limit with a memory for each key.
+#[derive(Debug)]
+pub struct Rate<K> {
+    burst: i64,
+    interval: i64,
+    /// When the key will have nothing to pay back any more, microseconds since 1970.
+    free_at: Mutex<HashMap<K, i64>>,
+}
+
+impl<K: Eq + Hash> Rate<K> {
+    /// `burst` at once, and one more each `interval`.
+    pub fn new(burst: u32, interval: Duration) -> Self {
+        let interval = i64::try_from(interval.as_micros()).unwrap_or(i64::MAX);
+        Self { burst: i64::from(burst), interval, free_at: Mutex::new(HashMap::new()) }
+    }
+
+    /// Takes one, if there is one left.
+    pub fn take(&self, key: K, now: DateTime<Utc>) -> bool {
+        let now = now.timestamp_micros();
+        let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if free_at.len() >= KEYS_MAX && !free_at.contains_key(&key) {
+            free_at.retain(|_, at| *at > now);
+            if free_at.len() >= KEYS_MAX {
+                return false;
+            }
+        }
+        let at = free_at.entry(key).or_insert(now);
+        let after = (*at).max(now).saturating_add(self.interval);
+        let taken = after.saturating_sub(now) <= self.interval.saturating_mul(self.burst);
+        if taken {
+            *at = after;
+        }
+        taken
+    }
+
+    /// Whether there is one left.
+    pub fn has(&self, key: &K, now: DateTime<Utc>) -> bool {
+        let now = now.timestamp_micros();
+        let free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = free_at.get(key).copied().unwrap_or(now).max(now);
+        at.saturating_add(self.interval).saturating_sub(now) <= self.interval.saturating_mul(self.burst)
+    }
+}
+
+/// The address that a limit counts by: of IPv6 the network of 64 bits, which one machine may have whole.
+pub fn source(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64))),
+        v4 => v4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Rate, source};
+    use chrono::{DateTime, TimeDelta};
+    use std::time::Duration;
+
+    #[test]
+    fn a_burst_then_one_each_interval_for_each_key() {
+        let rate = Rate::new(3, Duration::from_secs(10));
+        let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        assert!((0..3).all(|_| rate.take("a", now)));
+        assert!(!rate.take("a", now) && !rate.has(&"a", now) && rate.take("b", now));
+        let later = now + TimeDelta::seconds(10);
+        assert!(rate.has(&"a", later) && rate.take("a", later) && !rate.take("a", later));
+        assert!((0..3).all(|_| rate.take("a", now + TimeDelta::hours(1))));
+    }
+
+    #[test]
+    fn one_machine_is_one_source() {
+        let (one, two) = ("2001:db8::1".parse().unwrap(), "2001:db8::ffff:2".parse().unwrap());
+        assert_eq!(source(one), source(two));
+        assert_ne!(source(one), source("2001:db8:0:1::1".parse().unwrap()));
+        assert_eq!(source("::ffff:10.0.0.1".parse().unwrap()), "10.0.0.1".parse::<std::net::IpAddr>().unwrap());
+    }
+}

@@ -1,0 +1,100 @@
+//! What goes into the audit: every call that changes something, and every one that is refused, as far as a flood of
+//! refused ones does not fill the disk.
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::rate::{Rate, source};
+use crate::store::{AuditRow, Store};
+
+/// Refused calls of nobody known, from one address: a wrong script shows, a scanner does not fill pages.
+const UNKNOWN_BURST: u32 = 20;
+const UNKNOWN_EVERY: Duration = Duration::from_secs(10);
+/// The same, from all addresses together: at most 9 MB a day, whoever attacks from wherever.
+const ALL_UNKNOWN_BURST: u32 = 500;
+const ALL_UNKNOWN_EVERY: Duration = Duration::from_secs(2);
+/// Refused calls of one caller that is known: far more than a person or a healthy service makes.
+const KNOWN_BURST: u32 = 1000;
+const KNOWN_EVERY: Duration = Duration::from_secs(1);
+/// Longest text of a column, in bytes: callers choose some of it.
+const TEXT_MAX: usize = 512;
+/// The result of a call that was done.
+pub const OK: &str = "OK";
+
+/// Appends to the audit.
+#[derive(Debug)]
+pub struct Recorder {
+    store: Store,
+    unknown: Rate<IpAddr>,
+    all_unknown: Rate<()>,
+    known: Rate<String>,
+    left_out: AtomicU64,
+}
+
+impl Recorder {
+    /// A recorder that writes to this store.
+    pub fn new(store: Store) -> Self {
+        Self {
+            store,
+            unknown: Rate::new(UNKNOWN_BURST, UNKNOWN_EVERY),
+            all_unknown: Rate::new(ALL_UNKNOWN_BURST, ALL_UNKNOWN_EVERY),
+            known: Rate::new(KNOWN_BURST, KNOWN_EVERY),
+            left_out: AtomicU64::new(0),
+        }
+    }
+
+    /// Appends a call. Of refused ones only so many are written; the next that is written says how many were not.
+    pub async fn record(&self, mut row: AuditRow, address: Option<IpAddr>) {
+        for text in [&mut row.actor, &mut row.method, &mut row.target, &mut row.message] {
+            shorten(text);
+        }
+        if row.result == "UNAVAILABLE" {
+            // Nothing was changed, and the caller would wait a second time for the same answer.
+            return;
+        }
+        if row.result != OK {
+            let allowed = match address.map(source) {
+                Some(address) if row.actor.is_empty() => {
+                    self.unknown.take(address, row.time) && self.all_unknown.take((), row.time)
+                }
+                _ => self.known.take(row.actor.clone(), row.time),
+            };
+            if !allowed {
+                self.left_out.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+            let left_out = self.left_out.swap(0, Ordering::Relaxed);
+            if left_out > 0 {
+                row.message = format!("{} ({left_out} other refused calls were not recorded)", row.message);
+            }
+        }
+        let AuditRow { actor, from, method, target, result, .. } = &row;
+        tracing::info!(actor, from, method, target, result, "call");
+        if let Err(error) = self.store.record_audit(&row).await {
+            tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
+        }
+    }
+}
+
+fn shorten(text: &mut String) {
+    if text.len() > TEXT_MAX {
+        let end = (0..=TEXT_MAX).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(end);
+    }
+    if text.chars().any(char::is_control) {
+        *text = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{TEXT_MAX, shorten};
+
+    #[test]
+    fn what_a_caller_sends_is_bounded_and_harmless() {
+        let mut text = format!("a\n\u{1b}[31m{}", "é".repeat(TEXT_MAX));
+        shorten(&mut text);
+        assert!(text.len() <= TEXT_MAX + 6 && !text.contains(char::is_control), "{text}");
+    }
+}

@@ -1,0 +1,119 @@
+//! API tokens: what services show instead of certificates.
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::ApiTokenId;
+
+use sea_orm::ConnectionTrait;
+
+use super::sql::{Row, sql};
+use super::{Scope, Store, StoreError};
+
+/// An API token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiTokenRow {
+    /// Its id.
+    pub id: ApiTokenId,
+    /// `viewer`, `operator`, `publisher` or `admin`.
+    pub role: String,
+    /// The nodes that it is limited to.
+    pub scope: Scope,
+    /// When it stops working.
+    pub expire_time: DateTime<Utc>,
+    /// When it was made.
+    pub create_time: DateTime<Utc>,
+    /// Who made it.
+    pub creator: String,
+    /// When it was revoked.
+    pub revoke_time: Option<DateTime<Utc>>,
+}
+
+impl ApiTokenRow {
+    /// Whether it still works.
+    pub fn works(&self, now: DateTime<Utc>) -> bool {
+        self.revoke_time.is_none() && now < self.expire_time
+    }
+}
+
+impl Store {
+    /// Stores a token under the SHA-256 of its secret; false when its id is taken.
+    pub async fn create_api_token(&self, row: &ApiTokenRow, secret_sha256: &str) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        let inserted =
+            sql("INSERT INTO api_tokens (id, secret_sha256, role, selector, expire_time, create_time, creator) \
+             VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING")
+            .bind(row.id.as_str())
+            .bind(secret_sha256)
+            .bind(row.role.as_str())
+            .json(&row.scope)
+            .time(row.expire_time)
+            .time(row.create_time)
+            .bind(row.creator.as_str())
+            .run(&*tx)
+            .await?;
+        self.commit(tx).await?;
+        Ok(inserted == 1)
+    }
+
+    /// Tokens, by id.
+    pub async fn api_tokens(&self, after: Option<&ApiTokenId>, limit: u32) -> Result<Vec<ApiTokenRow>, StoreError> {
+        sql("SELECT * FROM api_tokens WHERE id > ? ORDER BY id LIMIT ?")
+            .bind(after.map_or("", ApiTokenId::as_str))
+            .bind(i64::from(limit))
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(read)
+            .collect()
+    }
+
+    /// The token with this secret, by the secret's SHA-256.
+    pub async fn api_token_of(&self, secret_sha256: &str) -> Result<Option<ApiTokenRow>, StoreError> {
+        let row =
+            sql("SELECT * FROM api_tokens WHERE secret_sha256 = ?").bind(secret_sha256).one(self.reader()).await?;
+        row.as_ref().map(read).transpose()
+    }
+
+    /// Those of these tokens that exist.
+    pub async fn api_tokens_by_id(&self, ids: &[ApiTokenId]) -> Result<Vec<ApiTokenRow>, StoreError> {
+        sql("SELECT * FROM api_tokens WHERE id IN {each}")
+            .each(ids.iter().map(ApiTokenId::as_str))
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(read)
+            .collect()
+    }
+
+    /// Makes a token useless; `None`: no such token.
+    pub async fn revoke_api_token(
+        &self,
+        id: &ApiTokenId,
+        now: DateTime<Utc>,
+    ) -> Result<Option<ApiTokenRow>, StoreError> {
+        let tx = self.begin().await?;
+        sql("UPDATE api_tokens SET revoke_time = COALESCE(revoke_time, ?) WHERE id = ?")
+            .time(now)
+            .bind(id.as_str())
+            .run(&*tx)
+            .await?;
+        let row = find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row)
+    }
+}
+
+async fn find(db: &impl ConnectionTrait, id: &ApiTokenId) -> Result<Option<ApiTokenRow>, StoreError> {
+    sql("SELECT * FROM api_tokens WHERE id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
+}
+
+fn read(row: &Row) -> Result<ApiTokenRow, StoreError> {
+    Ok(ApiTokenRow {
+        id: row.word("id", |id| ApiTokenId::parse(id).ok())?,
+        role: row.text("role")?,
+        scope: row.json("selector")?,
+        expire_time: row.time("expire_time")?,
+        create_time: row.time("create_time")?,
+        creator: row.text("creator")?,
+        revoke_time: row.maybe_time("revoke_time")?,
+    })
+}

@@ -1,0 +1,168 @@
+//! Users: what the people and services behind certificates may do.
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::UserId;
+
+use sea_orm::ConnectionTrait;
+
+use super::sql::{Row, sql};
+use super::{CertificateRow, Scope, Store, StoreError, certificates};
+
+/// A user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UserRow {
+    /// Its id, which is the common name of its certificates.
+    pub id: UserId,
+    /// `viewer`, `operator`, `publisher` or `admin`.
+    pub role: String,
+    /// The nodes that it is limited to.
+    pub scope: Scope,
+    /// When it was made.
+    pub create_time: DateTime<Utc>,
+    /// Who made it.
+    pub creator: String,
+    /// When it was shut out.
+    pub revoke_time: Option<DateTime<Utc>>,
+}
+
+/// What became of making a user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CreateUserOutcome {
+    /// It is there, and the certificate is stored.
+    Created(UserRow),
+    /// There is one of that name that may something else.
+    Differs(UserRow),
+}
+
+impl Store {
+    /// Stores a user and its certificate. One that is there with the same role and scope gets a further certificate; one
+    /// that was shut out is let in again.
+    pub async fn create_user(
+        &self,
+        user: &UserRow,
+        certificate: &CertificateRow,
+    ) -> Result<CreateUserOutcome, StoreError> {
+        let tx = self.begin().await?;
+        let changed = sql("INSERT INTO users (id, role, selector, create_time, creator) VALUES (?, ?, ?, ?, ?) \
+             ON CONFLICT (id) DO UPDATE SET role = excluded.role, selector = excluded.selector, \
+                 create_time = excluded.create_time, creator = excluded.creator, revoke_time = NULL \
+             WHERE users.revoke_time IS NOT NULL")
+        .bind(user.id.as_str())
+        .bind(user.role.as_str())
+        .json(&user.scope)
+        .time(user.create_time)
+        .bind(user.creator.as_str())
+        .run(&*tx)
+        .await?;
+        let found = find(&*tx, &user.id).await?;
+        let stored = found.ok_or_else(|| StoreError::Unknown { what: "user", value: user.id.to_string() })?;
+        if changed == 0 && (stored.role != user.role || stored.scope != user.scope) {
+            return Ok(CreateUserOutcome::Differs(stored));
+        }
+        certificates::insert(&*tx, certificate).await?;
+        self.commit(tx).await?;
+        Ok(CreateUserOutcome::Created(stored))
+    }
+
+    /// Notes a certificate that the CA issued before anybody noted it, and its user, as far as they are not known.
+    pub async fn enter_certificate(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
+        let tx = self.begin().await?;
+        sql("INSERT INTO users (id, role, selector, create_time, creator) VALUES (?, ?, ?, ?, ?) \
+             ON CONFLICT (id) DO NOTHING")
+        .bind(user.id.as_str())
+        .bind(user.role.as_str())
+        .json(&user.scope)
+        .time(user.create_time)
+        .bind(user.creator.as_str())
+        .run(&*tx)
+        .await?;
+        certificates::insert_if_new(&*tx, certificate).await?;
+        tx.commit().await
+    }
+
+    /// Users, by id.
+    pub async fn users(&self, after: Option<&UserId>, limit: u32) -> Result<Vec<UserRow>, StoreError> {
+        sql("SELECT * FROM users WHERE id > ? ORDER BY id LIMIT ?")
+            .bind(after.map_or("", UserId::as_str))
+            .bind(i64::from(limit))
+            .all(self.reader())
+            .await?
+            .iter()
+            .map(read)
+            .collect()
+    }
+
+    /// Changes what a user may; `None`: no such user, or it is shut out.
+    pub async fn update_user(
+        &self,
+        id: &UserId,
+        role: Option<&str>,
+        scope: Option<&Scope>,
+    ) -> Result<Option<UserRow>, StoreError> {
+        let tx = self.begin().await?;
+        let changed = sql("UPDATE users SET role = COALESCE(?, role), selector = COALESCE(?, selector) \
+                           WHERE id = ? AND revoke_time IS NULL")
+        .bind(role.map(str::to_owned))
+        .bind(scope.map(super::sql::to_json))
+        .bind(id.as_str())
+        .run(&*tx)
+        .await?;
+        let row = find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row.filter(|_| changed == 1))
+    }
+
+    /// One user.
+    pub async fn user(&self, id: &UserId) -> Result<Option<UserRow>, StoreError> {
+        find(self.reader(), id).await
+    }
+
+    /// Shuts a user out, with its certificates; `None`: no such user.
+    pub async fn revoke_user(&self, id: &UserId, now: DateTime<Utc>) -> Result<Option<UserRow>, StoreError> {
+        let tx = self.begin().await?;
+        sql("UPDATE users SET revoke_time = COALESCE(revoke_time, ?) WHERE id = ?")
+            .time(now)
+            .bind(id.as_str())
+            .run(&*tx)
+            .await?;
+        sql("UPDATE certificates SET revoke_time = ? WHERE subject = ? AND node IS NULL AND revoke_time IS NULL")
+            .time(now)
+            .bind(id.as_str())
+            .run(&*tx)
+            .await?;
+        let row = find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row)
+    }
+
+    /// The keys of labels that limit somebody: users, API tokens, and the operations and schedules that they made.
+    pub async fn scope_keys(&self) -> Result<std::collections::BTreeSet<String>, StoreError> {
+        let rows = sql("SELECT selector FROM users WHERE revoke_time IS NULL \
+             UNION SELECT selector FROM api_tokens WHERE revoke_time IS NULL \
+             UNION SELECT scope FROM schedules \
+             UNION SELECT scope FROM operations WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING')")
+        .all(self.reader())
+        .await?;
+        let mut keys = std::collections::BTreeSet::new();
+        for row in &rows {
+            let scope: Scope = row.json("selector")?;
+            keys.extend(scope.labels().keys().cloned());
+        }
+        Ok(keys)
+    }
+}
+
+async fn find(db: &impl ConnectionTrait, id: &UserId) -> Result<Option<UserRow>, StoreError> {
+    sql("SELECT * FROM users WHERE id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
+}
+
+fn read(row: &Row) -> Result<UserRow, StoreError> {
+    Ok(UserRow {
+        id: row.word("id", |id| UserId::parse(id).ok())?,
+        role: row.text("role")?,
+        scope: row.json("selector")?,
+        create_time: row.time("create_time")?,
+        creator: row.text("creator")?,
+        revoke_time: row.maybe_time("revoke_time")?,
+    })
+}

@@ -1,0 +1,66 @@
+//! Calls of any method by its path, with whatever bytes and credentials: what a client of another house could send.
+
+use std::time::Duration;
+
+use bytes::{Buf as _, BufMut as _, Bytes};
+use tonic::client::Grpc;
+use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
+use tonic::transport::Channel;
+use tonic::{Request, Status};
+
+/// Longest wait for the first answer of a method.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Messages as they are.
+#[derive(Debug, Clone, Copy, Default)]
+struct RawCodec;
+
+impl Codec for RawCodec {
+    type Encode = Bytes;
+    type Decode = Bytes;
+    type Encoder = Self;
+    type Decoder = Self;
+    fn encoder(&mut self) -> Self {
+        *self
+    }
+    fn decoder(&mut self) -> Self {
+        *self
+    }
+}
+
+impl Encoder for RawCodec {
+    type Item = Bytes;
+    type Error = Status;
+    fn encode(&mut self, message: Bytes, to: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        to.put(message);
+        Ok(())
+    }
+}
+
+impl Decoder for RawCodec {
+    type Item = Bytes;
+    type Error = Status;
+    fn decode(&mut self, from: &mut DecodeBuf<'_>) -> Result<Option<Bytes>, Status> {
+        Ok(Some(from.copy_to_bytes(from.remaining())))
+    }
+}
+
+/// Calls a method (`/package.Service/Method`), whatever its kind, and answers its first message; empty: it ended with none.
+///
+/// # Errors
+/// The status with which it was refused.
+pub async fn call(channel: &Channel, path: &str, message: Vec<u8>, bearer: Option<&str>) -> Result<Bytes, Status> {
+    let mut request = Request::new(tokio_stream::once(Bytes::from(message)));
+    if let Some(token) = bearer {
+        let shown = format!("Bearer {token}").parse().map_err(|_| Status::internal("no metadata"))?;
+        request.metadata_mut().insert("authorization", shown);
+    }
+    let path = path.parse().map_err(|_| Status::internal("no path"))?;
+    let first = async {
+        let mut grpc = Grpc::new(channel.clone());
+        grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let mut answers = grpc.streaming(request, path, RawCodec).await?.into_inner();
+        Ok(answers.message().await?.unwrap_or_default())
+    };
+    tokio::time::timeout(PATIENCE, first).await.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")))
+}

@@ -1,0 +1,16 @@
+//! Who gets in, what they may do there, and how fast they are out again: a real controller over TLS.
+
+#![allow(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "all of it is tests, which clippy sees only in the functions that bear the attribute"
+)]
+
+mod audit;
+mod doors;
+mod live;
+mod scene;
+mod table;
+mod tokens;
+mod walk;

@@ -1,0 +1,123 @@
+//! Users, API tokens, scopes and certificates.
+
+use marco_controller::operation::{ExecutionState, OperationState};
+use marco_controller::store::{
+    ApiTokenRow, CertificateQuery, CertificateRow, CreateUserOutcome, NewOperation, OperationQuery, Reach, Scope,
+    UserRow,
+};
+use marco_proto::names::{ApiTokenId, ExecutionId, UserId};
+
+use crate::support::*;
+
+fn blue() -> Scope {
+    Scope::new(labels(&[("room", "blue")]))
+}
+
+fn user(id: &str, role: &str, scope: Scope) -> UserRow {
+    let id = UserId::parse(id).unwrap();
+    UserRow { id, role: role.to_owned(), scope, create_time: start(), creator: "pat".to_owned(), revoke_time: None }
+}
+
+fn certificate_of(user: &UserRow, serial: &str) -> CertificateRow {
+    let subject = user.id.to_string();
+    CertificateRow { node: None, role: user.role.clone(), subject, ..certificate(serial, &node("x"), "key", 0) }
+}
+
+pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixture) {
+    let kim = user("kim", "operator", blue());
+    let created = f.store.create_user(&kim, &certificate_of(&kim, "0a")).await.unwrap();
+    assert_eq!(created, CreateUserOutcome::Created(kim.clone()));
+    let other = user("kim", "admin", Scope::everything());
+    let refused = f.store.create_user(&other, &certificate_of(&other, "0b")).await.unwrap();
+    assert_eq!(refused, CreateUserOutcome::Differs(kim.clone()));
+    assert!(f.store.certificate("0b").await.unwrap().is_none(), "a certificate of a user that was refused is stored");
+    // A second certificate of the same user; one that was made by hand says what it likes.
+    f.store.create_user(&kim, &certificate_of(&kim, "0c")).await.unwrap();
+    f.store.enter_certificate(&other, &certificate_of(&other, "0d")).await.unwrap();
+    let serials = ["0a", "0c", "0d", "0e"].map(str::to_owned);
+    let found = f.store.standings(&serials).await.unwrap();
+    assert_eq!(found.len(), 3);
+    assert!(found.iter().all(|one| one.role.as_deref() == Some("operator") && one.scope == blue() && !one.revoked));
+    assert!(f.store.scope_keys().await.unwrap().contains("room"));
+
+    let changed = f.store.update_user(&kim.id, Some("viewer"), Some(&Scope::everything())).await.unwrap().unwrap();
+    assert_eq!((changed.role.as_str(), changed.scope.is_everything()), ("viewer", true));
+    assert!(!f.store.scope_keys().await.unwrap().contains("room"));
+    assert_eq!(f.store.revoke_user(&kim.id, after(5)).await.unwrap().unwrap().revoke_time, Some(after(5)));
+    assert!(f.store.standings(&serials).await.unwrap().iter().all(|one| one.revoked));
+    assert_eq!(f.store.update_user(&kim.id, Some("admin"), None).await.unwrap(), None);
+    // One who comes back gets a new certificate; the old ones stay useless.
+    f.store.create_user(&other, &certificate_of(&other, "0f")).await.unwrap();
+    let now = f.store.standings(&["0a".to_owned(), "0f".to_owned()]).await.unwrap();
+    assert!(now.iter().all(|one| one.revoked == (one.serial == "0a")), "{now:?}");
+    let valid =
+        CertificateQuery { subject: "kim".to_owned(), valid_at: Some(after(6)), limit: 9, ..Default::default() };
+    assert_eq!(f.store.certificates(&valid).await.unwrap().len(), 1);
+    assert_eq!(f.store.users(None, 9).await.unwrap().len(), 1);
+}
+
+pub(crate) async fn a_revoked_certificate_is_not_renewed(f: Fixture) {
+    let id = f.enrolled(&["pi-1"]).await.remove(0);
+    f.store.insert_certificate(&certificate("0a", &id, "key-pi-1", 1)).await.unwrap();
+    assert!(f.store.renew_certificate("0a", &certificate("0b", &id, "key-2", 1)).await.unwrap());
+    assert_eq!(f.store.node_of_key("key-2").await.unwrap(), Some(id.clone()));
+    f.store.revoke_certificate("0b", after(1)).await.unwrap().unwrap();
+    assert!(!f.store.renew_certificate("0b", &certificate("0c", &id, "key-3", 1)).await.unwrap());
+    assert!(f.store.certificate("0c").await.unwrap().is_none());
+    assert!(f.store.revoke_certificate("nope", after(1)).await.unwrap().is_none());
+}
+
+pub(crate) async fn an_api_token_works_until_it_expires_or_is_revoked(f: Fixture) {
+    let id = ApiTokenId::parse("script").unwrap();
+    let row = ApiTokenRow {
+        id: id.clone(),
+        role: "viewer".to_owned(),
+        scope: blue(),
+        expire_time: after(100),
+        create_time: start(),
+        creator: "pat".to_owned(),
+        revoke_time: None,
+    };
+    assert!(f.store.create_api_token(&row, "hash").await.unwrap());
+    assert!(!f.store.create_api_token(&row, "other").await.unwrap(), "an id was given twice");
+    let found = f.store.api_token_of("hash").await.unwrap().unwrap();
+    assert_eq!((found.works(after(99)), found.works(after(100)), &found), (true, false, &row));
+    assert_eq!(f.store.api_token_of("wrong").await.unwrap(), None);
+    assert!(!f.store.revoke_api_token(&id, after(1)).await.unwrap().unwrap().works(after(1)));
+    assert!(!f.store.create_api_token(&row, "again").await.unwrap(), "the id of a revoked one was given again");
+}
+
+pub(crate) async fn a_node_outside_the_scope_is_neither_shown_nor_given_its_part(f: Fixture) {
+    let nodes = f.enrolled(&["pi-1", "pi-2"]).await;
+    let mut sessions = Vec::new();
+    for id in &nodes {
+        sessions.push((id.clone(), f.session(id, "boot-1", start()).await));
+    }
+    let new = NewOperation { scope: blue(), ..new_operation(reboot(), &nodes) };
+    f.store.create_operation(&new, start()).await.unwrap();
+    assert_eq!(f.store.reach(&new.id, &blue()).await.unwrap(), Reach::All);
+    let red = labels(&[("room", "red")]);
+    f.store.update_node(&nodes[1], None, Some(&red), None).await.unwrap();
+    assert_eq!(f.store.reach(&new.id, &blue()).await.unwrap(), Reach::Some);
+    assert_eq!(f.store.reach(&new.id, &Scope::new(labels(&[("room", "x")]))).await.unwrap(), Reach::Nothing);
+    let seen = f.store.executions_within(&blue(), &new.id, None, 9, &[]).await.unwrap();
+    assert_eq!(seen.iter().map(|row| row.id.node.clone()).collect::<Vec<_>>(), nodes[..1]);
+    let query = OperationQuery { limit: 9, scope: blue(), ..OperationQuery::default() };
+    assert_eq!(f.store.operations(&query).await.unwrap().len(), 1);
+    let counts = f.store.counts_within(std::slice::from_ref(&new.id), &blue()).await.unwrap();
+    assert_eq!(counts[&new.id].total, 1);
+
+    let given = f.claim(&sessions, after(1)).await;
+    assert_eq!(given.iter().map(|one| one.execution.node.clone()).collect::<Vec<_>>(), nodes[..1]);
+    let outside = ExecutionId { operation: new.id.clone(), node: nodes[1].clone() };
+    assert_eq!(f.state(&outside).await, ExecutionState::Pending);
+    assert_eq!(f.store.cancel_outside_scope(after(1)).await.unwrap().len(), 1);
+    let row = f.execution(&outside).await;
+    assert_eq!((row.state, row.error.unwrap().reason.as_str()), (ExecutionState::Cancelled, "OUTSIDE_SCOPE"));
+    assert_eq!(f.store.events_within(&blue(), &new.id, 0, 99).await.unwrap().len(), 2, "made, and assigned to pi-1");
+    assert_eq!(f.operation_state(&new.id).await, OperationState::Running);
+    // Nobody's scope limits what has none.
+    let free = f.create(reboot(), &nodes[1..]).await;
+    assert!(f.store.cancel_outside_scope(after(2)).await.unwrap().is_empty());
+    assert_eq!(f.claim(&sessions[1..], after(2)).await[0].execution.operation, free);
+}

@@ -1,0 +1,210 @@
+//! `marcoctl api-tokens`, `certs` and `audit`.
+
+use std::collections::HashMap;
+use std::io::Write as _;
+
+use chrono::{DateTime, Utc};
+use marco_proto::v1::{
+    ApiToken, AuditEvent, AuditFilter, Certificate, CertificateFilter, CreateApiTokenRequest, ListApiTokensRequest,
+    ListApiTokensResponse, ListAuditEventsRequest, ListAuditEventsResponse, ListCertificatesRequest,
+    ListCertificatesResponse, RevokeApiTokenRequest, RevokeCertificateRequest, Role,
+};
+use prost_types::Timestamp;
+
+use super::{all_pages, label_map, proto_duration};
+use crate::args::{ApiTokensCommand, AuditCommand, CertsCommand, CreateApiToken, ListAudit};
+use crate::connect::{Connection, call};
+use crate::failure::Failure;
+use crate::output::{Out, ago, enum_word, fields, id, labels, local, table, timestamp, timestamp_of};
+
+pub(super) async fn api_tokens(
+    command: ApiTokensCommand,
+    connection: &Connection,
+    out: &mut Out,
+) -> Result<(), Failure> {
+    match command {
+        ApiTokensCommand::Create(flags) => create_api_token(flags, connection, out).await,
+        ApiTokensCommand::List(paging) => {
+            let api_tokens = all_pages(async |page_token| {
+                let request = ListApiTokensRequest { page_size: paging.page_size, page_token };
+                let page = connection.access().list_api_tokens(call(request)).await?.into_inner();
+                Ok((page.api_tokens, page.next_page_token))
+            })
+            .await?;
+            out.document(&ListApiTokensResponse { api_tokens, ..Default::default() }, |list, now| {
+                let rows = list.api_tokens.iter().map(|token| {
+                    let state = state(token.revoke_time.as_ref(), token.expire_time.as_ref(), now);
+                    let expires = ago(token.expire_time.as_ref(), now);
+                    vec![
+                        id(&token.name),
+                        role(token.role()),
+                        nodes(&token.selector),
+                        state,
+                        expires,
+                        token.creator.clone(),
+                    ]
+                });
+                table(&["API TOKEN", "ROLE", "NODES", "STATE", "EXPIRES", "CREATOR"], rows)
+            })
+        }
+        ApiTokensCommand::Revoke { token } => {
+            let request = RevokeApiTokenRequest { name: token };
+            let token = connection.access().revoke_api_token(call(request)).await?.into_inner();
+            out.document(&token, |token: &ApiToken, now| {
+                fields(&[
+                    ("API token", token.name.clone()),
+                    ("state", state(token.revoke_time.as_ref(), token.expire_time.as_ref(), now)),
+                    ("role", role(token.role())),
+                    ("nodes", nodes(&token.selector)),
+                ])
+            })
+        }
+    }
+}
+
+async fn create_api_token(flags: CreateApiToken, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let asked =
+        ApiToken { role: Role::from(flags.role).into(), selector: label_map(&flags.selector), ..ApiToken::default() };
+    let request = CreateApiTokenRequest {
+        api_token: Some(asked),
+        api_token_id: flags.name,
+        ttl: Some(proto_duration(flags.ttl)?),
+    };
+    let token = connection.access().create_api_token(call(request)).await?.into_inner();
+    out.document(&token, |token, _| token.token.clone())?;
+    if !out.is_json() {
+        let text = format!(
+            "This token ({}) is {} on {} until {}. It is not shown again.\n",
+            id(&token.name),
+            role(token.role()).to_lowercase(),
+            nodes(&token.selector),
+            local(token.expire_time.as_ref())
+        );
+        // The token is out; that stderr is closed does not undo it.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+    Ok(())
+}
+
+pub(super) async fn certs(command: CertsCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    match command {
+        CertsCommand::List(flags) => {
+            let filter = CertificateFilter { subject: flags.subject, valid: flags.valid };
+            let certificates = all_pages(async |page_token| {
+                let filter = Some(filter.clone());
+                let request = ListCertificatesRequest { page_size: flags.paging.page_size, page_token, filter };
+                let page = connection.access().list_certificates(call(request)).await?.into_inner();
+                Ok((page.certificates, page.next_page_token))
+            })
+            .await?;
+            out.document(&ListCertificatesResponse { certificates, ..Default::default() }, |list, now| {
+                let rows = list.certificates.iter().map(|certificate| {
+                    vec![
+                        id(&certificate.name),
+                        certificate.subject.clone(),
+                        role(certificate.role()),
+                        state(certificate.revoke_time.as_ref(), certificate.expire_time.as_ref(), now),
+                        ago(certificate.expire_time.as_ref(), now),
+                    ]
+                });
+                table(&["SERIAL", "SUBJECT", "ROLE", "STATE", "EXPIRES"], rows)
+            })
+        }
+        CertsCommand::Revoke { certificate } => {
+            let request = RevokeCertificateRequest { name: certificate };
+            let certificate = connection.access().revoke_certificate(call(request)).await?.into_inner();
+            out.document(&certificate, |certificate: &Certificate, now| {
+                fields(&[
+                    ("certificate", certificate.name.clone()),
+                    ("subject", certificate.subject.clone()),
+                    ("role", role(certificate.role())),
+                    ("state", state(certificate.revoke_time.as_ref(), certificate.expire_time.as_ref(), now)),
+                    ("expires", local(certificate.expire_time.as_ref())),
+                ])
+            })
+        }
+    }
+}
+
+pub(super) async fn audit(command: AuditCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let AuditCommand::List(flags) = command;
+    let mut audit_events = match flags.limit {
+        Some(most) => some_events(&flags, most, connection).await?,
+        None => {
+            all_pages(async |page_token| {
+                let page = page(&flags, page_token, connection).await?;
+                Ok((page.audit_events, page.next_page_token))
+            })
+            .await?
+        }
+    };
+    audit_events.truncate(flags.limit.unwrap_or(usize::MAX));
+    out.document(&ListAuditEventsResponse { audit_events, ..Default::default() }, |list, _| {
+        let rows = list.audit_events.iter().map(|event: &AuditEvent| {
+            let result = if event.message.is_empty() {
+                event.code.clone()
+            } else {
+                format!("{}: {}", event.code, event.message)
+            };
+            vec![
+                local(event.time.as_ref()),
+                event.caller.clone(),
+                event.address.clone(),
+                event.method.clone(),
+                event.resource.clone(),
+                result,
+            ]
+        });
+        table(&["TIME", "CALLER", "ADDRESS", "METHOD", "RESOURCE", "RESULT"], rows)
+    })
+}
+
+async fn page(
+    flags: &ListAudit,
+    page_token: String,
+    connection: &Connection,
+) -> Result<ListAuditEventsResponse, tonic::Status> {
+    let filter = AuditFilter {
+        caller: flags.caller.clone(),
+        method: flags.method.clone(),
+        resource: flags.resource.clone(),
+        since: flags.since.map(timestamp_of),
+        refused: flags.refused,
+    };
+    let request = ListAuditEventsRequest { page_size: flags.paging.page_size, page_token, filter: Some(filter) };
+    Ok(connection.access().list_audit_events(call(request)).await?.into_inner())
+}
+
+/// Pages until there are as many as asked for.
+async fn some_events(flags: &ListAudit, most: usize, connection: &Connection) -> Result<Vec<AuditEvent>, Failure> {
+    let (mut events, mut page_token) = (Vec::new(), String::new());
+    loop {
+        let page = page(flags, page_token, connection).await?;
+        events.extend(page.audit_events);
+        page_token = page.next_page_token;
+        if events.len() >= most || page_token.is_empty() {
+            return Ok(events);
+        }
+    }
+}
+
+pub(super) fn role(role: Role) -> String {
+    enum_word(role.as_str_name(), "ROLE_")
+}
+
+/// The nodes that somebody is limited to.
+pub(super) fn nodes(selector: &HashMap<String, String>) -> String {
+    if selector.is_empty() { "all nodes".to_owned() } else { labels(selector) }
+}
+
+pub(super) fn state(revoked: Option<&Timestamp>, expires: Option<&Timestamp>, now: DateTime<Utc>) -> String {
+    let expired = timestamp(expires).is_some_and(|time| time <= now);
+    if revoked.is_some() {
+        "REVOKED"
+    } else if expired {
+        "EXPIRED"
+    } else {
+        "VALID"
+    }
+    .to_owned()
+}
