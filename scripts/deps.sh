@@ -14,7 +14,7 @@ command -v python3 >/dev/null || missing+=(python3)
 # Debian splits ensurepip from python3; other systems have it.
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || missing+=(libfaketime)
-for program in busybox curl wget; do command -v $program >/dev/null || missing+=($program); done
+for program in busybox curl ip wget; do command -v $program >/dev/null || missing+=("${program/#ip/iproute2}"); done
 command -v setpriv >/dev/null || missing+=(util-linux)
 # What looks at the cards and images that marcoctl writes.
 command -v mtype >/dev/null || missing+=(mtools)

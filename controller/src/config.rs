@@ -10,6 +10,8 @@ use clap::{Args, Parser, Subcommand};
 use marco_proto::names::{API_PORT, ENROLL_PORT, MIRROR_PORT};
 use serde::Deserialize;
 
+use crate::discovery::Ways;
+
 /// How late an instant of a schedule may be found and still fire.
 const MISSED_AFTER: Duration = Duration::from_secs(300);
 /// More would fire what nobody expects any more.
@@ -65,6 +67,10 @@ pub struct ServeArgs {
     /// Address of the metrics; accepted, and used once this version serves them
     #[arg(long, env = "MARCO_METRICS_LISTEN", value_name = "ADDR")]
     pub metrics_listen: Option<SocketAddr>,
+    /// How the controller lets itself be found: mdns, marcopolo, both with a comma between them, or off
+    /// [default: mdns,marcopolo unless the API listens on the loopback interface]
+    #[arg(long, env = "MARCO_DISCOVERY", value_name = "WAYS")]
+    pub discovery: Option<Ways>,
     /// Instants of schedules that are found later than this are missed [default: 5m]
     #[arg(long, env = "MARCO_MISSED_AFTER", value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub missed_after: Option<Duration>,
@@ -92,6 +98,7 @@ struct File {
     enroll_listen: Option<SocketAddr>,
     mirror_listen: Option<SocketAddr>,
     metrics_listen: Option<SocketAddr>,
+    discovery: Option<String>,
     missed_after: Option<String>,
     #[serde(default)]
     name: Vec<String>,
@@ -116,6 +123,8 @@ pub struct Config {
     pub mirror_listen: SocketAddr,
     /// Whether somebody named that address: else the controller runs without a mirror when it is taken.
     pub mirror_asked_for: bool,
+    /// How the controller lets itself be found.
+    pub discovery: Ways,
     /// Instants of schedules that are found later than this are missed.
     pub missed_after: TimeDelta,
     /// Further names in the controller's certificate.
@@ -151,6 +160,13 @@ impl Config {
         if let Some(unserved) = args.metrics_listen.or(file.metrics_listen) {
             tracing::info!(address = %unserved, "this version serves no metrics");
         }
+        let discovery = match (args.discovery, file.discovery) {
+            (Some(ways), _) => ways,
+            (None, Some(text)) => text.parse().context("discovery")?,
+            // Nobody else could reach it.
+            (None, None) if listen.ip().is_loopback() => Ways::OFF,
+            (None, None) => Ways::ALL,
+        };
         let missed_after = match (args.missed_after, file.missed_after) {
             (Some(patience), _) => patience,
             (None, Some(text)) => humantime::parse_duration(&text).context("missed-after is no length of time")?,
@@ -166,6 +182,7 @@ impl Config {
             enroll_listen,
             mirror_listen: mirror.unwrap_or_else(|| SocketAddr::new(listen.ip(), MIRROR_PORT)),
             mirror_asked_for: mirror.is_some(),
+            discovery,
             missed_after,
             names: if args.names.is_empty() { file.name } else { args.names },
             notifications: args.notifications.or(file.notifications).unwrap_or(true),
@@ -228,6 +245,7 @@ mod tests {
             "enroll-listen",
             "mirror-listen",
             "metrics-listen",
+            "discovery",
             "missed-after",
             "name",
             "notifications",

@@ -7,6 +7,7 @@ pub mod api;
 pub mod artifacts;
 pub mod clock;
 pub mod config;
+pub mod discovery;
 pub mod dispatcher;
 pub mod identity;
 pub mod mirror;
@@ -34,6 +35,7 @@ use uuid::Uuid;
 use crate::artifacts::Artifacts;
 use crate::clock::{AnchoredClock, Clock};
 use crate::config::Config;
+use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
 use crate::identity::access::Access;
 use crate::identity::ca::Pki;
@@ -174,6 +176,15 @@ impl Controller {
         let mut parts = JoinSet::new();
         let acceptors = [self.api_acceptor.clone(), self.enrolment_acceptor.clone(), self.mirror_acceptor.clone()];
 
+        let announced = Announced {
+            ways: self.config.discovery,
+            listen: self.config.listen.ip(),
+            api: self.api.local_addr()?.port(),
+            enroll: self.enrolment.local_addr()?.port(),
+            mirror: self.mirror.as_ref().and_then(|mirror| mirror.local_addr().ok()).map(|address| address.port()),
+            ca: self.pki.ca.spki_sha256(),
+            controller: context.controller.clone(),
+        };
         let api = server_builder()
             .layer(GateLayer::new(Arc::clone(&context.access)))
             .add_routes(api::routes(&context).await?)
@@ -201,6 +212,7 @@ impl Controller {
             });
         }
 
+        parts.spawn(discovery::run(announced, context.stop.clone()));
         let dispatcher = Dispatcher::new(
             context.store.clone(),
             Arc::clone(&context.sessions),

@@ -6,6 +6,7 @@ pub mod client;
 pub mod fleet;
 pub mod hostile;
 pub mod image;
+pub mod netlab;
 pub mod postgres;
 pub mod process;
 pub mod proxy;

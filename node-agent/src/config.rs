@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::discovery::Address;
 use crate::identity::JoinToken;
-use crate::run::Connection;
+use crate::run::{Asking, Connection};
 
 /// Read when no other file is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/marco/agent.toml";
@@ -25,7 +25,7 @@ const DEFAULT_LOG: &str = "info";
     long_version = crate::install::LONG_VERSION,
     after_help = "What is set where: defaults < configuration file < MARCO_* variables < options.\n\n\
                   To let a Pi in: `marcoctl tokens create` on the operator's side, then here\n  \
-                  marco-agent enroll --controller HOST --token-file FILE\n  \
+                  marco-agent enroll --token-file FILE       (--controller HOST: a certain one)\n  \
                   systemctl enable --now marco-agent\n\
                   or put the token into marco/join.toml on the card's boot partition.\n\n\
                   To try it without a Pi:\n  \
@@ -52,19 +52,38 @@ pub enum Command {
     Install(ConnectionArgs),
     /// Exchange a join token for this machine's identity, print the node's id, and end
     Enroll(ConnectionArgs),
+    /// Ask the network for controllers, print their addresses, one a line and without a port, and end
+    ///
+    /// Asks by mDNS (the service _marco-bootstrap._tcp) and by MarcoPolo, the protocol of the 2015 system (UDP 1337,
+    /// groups 224.0.0.112 and 224.0.0.113), on every interface. It takes two seconds when somebody answers, and six when
+    /// nobody does; then it exits with 1. Nobody who answers is trusted for that: `run`, `enroll` and `install`, which
+    /// ask in the same way when no controller is named, go on only with one of the CA that the node knows.
+    Discover(DiscoverArgs),
     /// Run virtual Pis, each in a folder of its own, in this one process, until it is told to stop (SIGTERM)
     Simulate(SimulateArgs),
+}
+
+/// What is printed of what is found.
+#[derive(Debug, Args)]
+pub struct DiscoverArgs {
+    /// Print the address that answers first, and do not wait for others
+    #[arg(long)]
+    pub first: bool,
 }
 
 /// How the agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConnectionArgs {
-    /// A controller's API; repeat it for several, tried in this order [port: 1346]
+    /// A controller's API; repeat it for several, tried in this order [port: 1346] [default: those of marco/join.toml on
+    /// the card, and those that worked before; then who answers by mDNS or MarcoPolo]
     #[arg(long = "controller", env = "MARCO_CONTROLLER", value_name = "HOST:PORT", value_delimiter = ',')]
     pub controllers: Vec<Address>,
     /// An enrolment listener; repeat it for several [default: the controllers' hosts, port 1347]
     #[arg(long, env = "MARCO_ENROLL", value_name = "HOST:PORT", value_delimiter = ',')]
     pub enroll: Vec<Address>,
+    /// A controller to try when none is named and none is found; repeat it for several [port: 1346]
+    #[arg(long, env = "MARCO_FALLBACK", value_name = "HOST:PORT", value_delimiter = ',')]
+    pub fallback: Vec<Address>,
     /// File with a join token; it is only read. MARCO_TOKEN may hold the token itself
     #[arg(long, env = "MARCO_TOKEN_FILE", value_name = "FILE")]
     pub token_file: Option<PathBuf>,
@@ -113,6 +132,8 @@ pub struct File {
     pub controllers: Vec<String>,
     /// Enrolment listeners.
     pub enroll: Vec<String>,
+    /// Controllers for when none is named and none is found.
+    pub fallback: Vec<String>,
     /// File with a join token.
     pub token_file: Option<PathBuf>,
     /// The id to ask for.
@@ -178,11 +199,13 @@ impl ConnectionArgs {
         if !name.is_empty() {
             marco_proto::names::NodeId::parse(&name)?;
         }
+        let fallback = addresses(&self.fallback, "fallback", &file.fallback)?;
         Ok(Connection {
             controllers: addresses(&self.controllers, "controllers", &file.controllers)?,
             enroll: addresses(&self.enroll, "enroll", &file.enroll)?,
             token,
             name,
+            search: Some(Asking { fallback, ..Asking::default() }),
         })
     }
 }
@@ -235,6 +258,7 @@ mod tests {
             .collect();
         let all: File = toml::from_str(&keys).unwrap();
         assert!(!all.controllers.is_empty() && !all.enroll.is_empty() && all.token_file.is_some());
+        assert!(!all.fallback.is_empty());
         assert!(
             all.name.is_some()
                 && all.log.is_some()

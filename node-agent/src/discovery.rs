@@ -1,95 +1,85 @@
-//! Where controllers are.
+//! Where controllers are: named, remembered, or found by asking the network. What is found is a hint: an agent goes on
+//! only with who proves to be of the CA that it knows, so a wrong answer costs time and nothing else.
 
-use std::fmt;
+mod address;
+mod marcopolo;
+mod mdns;
+mod search;
+
 use std::path::PathBuf;
-use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use marco_proto::names::{API_PORT, ENROLL_PORT};
-
-/// Where a controller listens: a host name or IP address, and perhaps a port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Address {
-    host: String,
-    port: Option<u16>,
-}
-
-/// Not an address.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is not an address: it must read HOST, HOST:PORT or [IPV6]:PORT")]
-pub struct InvalidAddress {
-    text: String,
-}
-
-impl Address {
-    /// `host:port` of the API, with its usual port when none was given.
-    pub fn api(&self) -> String {
-        self.with_port(API_PORT)
-    }
-
-    /// `host:port` of an enrolment listener that was named itself.
-    pub fn enroll(&self) -> String {
-        self.with_port(ENROLL_PORT)
-    }
-
-    /// `host:port` of the enrolment listener beside this API.
-    pub fn enroll_beside(&self) -> String {
-        format!("{}:{ENROLL_PORT}", self.host)
-    }
-
-    fn with_port(&self, usual: u16) -> String {
-        format!("{}:{}", self.host, self.port.unwrap_or(usual))
-    }
-}
-
-impl FromStr for Address {
-    type Err = InvalidAddress;
-
-    fn from_str(text: &str) -> Result<Self, InvalidAddress> {
-        let invalid = || InvalidAddress { text: text.chars().take(80).collect() };
-        let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-            Some((host, "")) => (host, None),
-            Some((host, port)) => (host, Some(port.strip_prefix(':').ok_or_else(invalid)?)),
-            // More than one colon and no brackets: an IPv6 address without a port.
-            None if text.matches(':').count() > 1 => (text, None),
-            None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
-        };
-        let port = port.map(|port| port.parse().map_err(|_| invalid())).transpose()?;
-        let host = if host.contains(':') || text.starts_with('[') {
-            host.parse::<std::net::Ipv6Addr>().map_err(|_| invalid())?;
-            format!("[{host}]")
-        } else {
-            let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
-            if host.is_empty() || !host.bytes().all(plain) {
-                return Err(invalid());
-            }
-            host.to_owned()
-        };
-        Ok(Self { host, port })
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.port {
-            Some(port) => write!(f, "{}:{port}", self.host),
-            None => f.write_str(&self.host),
-        }
-    }
-}
+pub use address::{Address, InvalidAddress};
+pub use search::{CaHint, Found, Searcher, first, survey};
 
 /// How controllers are found.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Discovery {
     /// They were named.
     Fixed(Vec<Address>),
+    /// Some may be known, and the network is asked for others.
+    Search(Search),
+}
+
+/// What is known, and who asks for more.
+#[derive(Debug)]
+pub struct Search {
+    known: Vec<Address>,
+    fallback: Vec<Address>,
+    searcher: Arc<Searcher>,
+    /// The searcher's last answer that was taken from here.
+    seen: AtomicU64,
+}
+
+impl Search {
+    /// `known` ones are tried before those that are found, `fallback` ones after them.
+    pub fn new(known: Vec<Address>, fallback: Vec<Address>, searcher: Arc<Searcher>) -> Self {
+        Self { known, fallback, searcher, seen: AtomicU64::new(0) }
+    }
 }
 
 impl Discovery {
-    /// Addresses of APIs, host:port, in the order in which they are to be tried.
-    pub fn controllers(&self) -> Vec<String> {
-        match self {
-            Self::Fixed(addresses) => addresses.iter().map(Address::api).collect(),
+    /// APIs that need not be looked for, host:port, in the order in which they are to be tried.
+    pub fn known(&self) -> Vec<String> {
+        let (Self::Fixed(known) | Self::Search(Search { known, .. })) = self;
+        known.iter().map(Address::api).collect()
+    }
+
+    /// APIs that were found, and after them the fallback, host:port.
+    fn hints(&self) -> Vec<String> {
+        let Self::Search(search) = self else { return Vec::new() };
+        let found = search.searcher.latest();
+        let found = found.iter().flat_map(Found::apis);
+        found.chain(search.fallback.iter().map(Address::api)).collect()
+    }
+
+    /// Enrolment listeners beside what was found, and beside the fallback, host:port.
+    pub fn listeners(&self) -> Vec<String> {
+        let Self::Search(search) = self else { return Vec::new() };
+        let found = search.searcher.latest();
+        let found = found.iter().flat_map(Found::listeners);
+        found.chain(search.fallback.iter().map(Address::enroll_beside)).collect()
+    }
+
+    /// Whether the network may be asked.
+    pub fn searches(&self) -> bool {
+        matches!(self, Self::Search(_))
+    }
+
+    /// Asks the network, or takes what somebody else of this process was told since this was asked last. It takes a few
+    /// seconds. Whoever says to be of another CA is left out.
+    pub async fn look(&self, ca: &CaHint) {
+        if let Self::Search(search) = self {
+            let seen = search.searcher.look(search.seen.load(Ordering::Relaxed), ca).await;
+            search.seen.store(seen, Ordering::Relaxed);
+        }
+    }
+
+    /// What was found last proved to be a controller.
+    pub fn worked(&self) {
+        if let Self::Search(search) = self {
+            search.searcher.worked();
         }
     }
 }
@@ -122,18 +112,33 @@ impl Controllers {
 
     /// Addresses of APIs, host:port, in the order in which they are to be tried.
     pub fn in_order(&self) -> Vec<String> {
-        let mut all = self.given.controllers();
-        for address in self.lock().iter() {
-            if !all.contains(address) {
-                all.push(address.clone());
-            }
-        }
-        all
+        unique(self.given.known().into_iter().chain(self.lock().clone()).chain(self.given.hints()))
     }
 
-    /// A controller says which ones live. None at all says nothing: it does not know what it is called itself.
-    pub fn learn(&self, live: &[String]) {
-        let live = usable(live);
+    /// Addresses of enrolment listeners, host:port: those that were named, then those beside controllers.
+    pub fn listeners(&self, named: &[String]) -> Vec<String> {
+        let beside = |api: String| api.parse::<Address>().ok().map(|api| api.enroll_beside());
+        let told: Vec<String> = self.lock().iter().cloned().filter_map(beside).collect();
+        unique(named.iter().cloned().chain(told).chain(self.given.listeners()))
+    }
+
+    /// Asks the network for controllers, when that is how they are found.
+    pub async fn look_again(&self, ca: &CaHint) {
+        self.given.look(ca).await;
+    }
+
+    /// The controller at `address` says which ones live. None at all says nothing: it does not know what it is called
+    /// itself. When it was found, it is remembered as well, so that after a restart nobody has to be asked.
+    pub fn learn(&self, address: &str, live: &[String]) {
+        self.given.worked();
+        let mut live = usable(live);
+        if live.is_empty() {
+            live.clone_from(&self.lock());
+        }
+        if self.given.searches() && !live.iter().any(|known| known == address) {
+            live.insert(0, address.to_owned());
+            live.truncate(MOST_TOLD);
+        }
         if live.is_empty() || *self.lock() == live {
             return;
         }
@@ -152,6 +157,17 @@ impl Controllers {
     }
 }
 
+/// Each once, where it came first.
+fn unique(addresses: impl Iterator<Item = String>) -> Vec<String> {
+    let mut all: Vec<String> = Vec::new();
+    for address in addresses {
+        if !all.contains(&address) {
+            all.push(address);
+        }
+    }
+    all
+}
+
 /// Those that are addresses, as host:port.
 fn usable(texts: &[String]) -> Vec<String> {
     let addresses = texts.iter().filter_map(|text| text.parse::<Address>().ok());
@@ -160,7 +176,28 @@ fn usable(texts: &[String]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Address, Controllers, Discovery};
+    use std::sync::Arc;
+
+    use super::{Controllers, Discovery, Search, Searcher};
+
+    #[test]
+    fn what_is_found_comes_after_what_is_known_and_is_remembered_when_it_worked() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("live.json");
+        let controllers = |searcher| {
+            let (known, fallback) = (vec!["known".parse().unwrap()], vec!["last:9".parse().unwrap()]);
+            let search = Search::new(known, fallback, Arc::new(searcher));
+            Controllers::remembered(Discovery::Search(search), file.clone())
+        };
+        let found = controllers(Searcher::with(vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]));
+        assert_eq!(found.in_order(), ["known:1346", "10.0.0.1:1", "[fd00::1]:1", "last:9"]);
+        assert_eq!(found.listeners(&["named:3".to_owned()]), ["named:3", "10.0.0.1:2", "[fd00::1]:2", "last:1347"]);
+        found.learn("[fd00::1]:1", &[]);
+        assert_eq!(found.in_order(), ["known:1346", "[fd00::1]:1", "10.0.0.1:1", "last:9"]);
+        let later = controllers(Searcher::default());
+        assert_eq!(later.in_order(), ["known:1346", "[fd00::1]:1", "last:9"]);
+        assert_eq!(later.listeners(&[]), ["[fd00::1]:1347", "last:1347"]);
+    }
 
     #[test]
     fn the_given_controllers_come_first_and_the_told_ones_are_remembered() {
@@ -170,32 +207,14 @@ mod tests {
         let file = folder.path().join("live.json");
         let controllers = Controllers::remembered(given(), file.clone());
         assert_eq!(controllers.in_order(), ["a:1346", "b:1"]);
-        controllers.learn(&texts(&["c:2", "b:1", "no address", "d"]));
+        controllers.learn("b:1", &texts(&["c:2", "b:1", "no address", "d"]));
         assert_eq!(controllers.in_order(), ["a:1346", "b:1", "c:2", "d:1346"]);
-        controllers.learn(&[]);
+        controllers.learn("b:1", &[]);
         let again = Controllers::remembered(given(), file.clone());
         assert_eq!(again.in_order(), ["a:1346", "b:1", "c:2", "d:1346"]);
-        again.learn(&texts(&["e:3"]));
+        again.learn("b:1", &texts(&["e:3"]));
         assert_eq!(Controllers::remembered(given(), file.clone()).in_order(), ["a:1346", "b:1", "e:3"]);
         std::fs::write(&file, "{").unwrap();
         assert_eq!(Controllers::remembered(given(), file).in_order(), ["a:1346", "b:1"]);
-    }
-
-    #[test]
-    fn an_address_gets_the_usual_ports() {
-        let address = |text: &str| text.parse::<Address>().unwrap();
-        assert_eq!(address("pi.local").api(), "pi.local:1346");
-        assert_eq!(address("10.0.0.1:99").api(), "10.0.0.1:99");
-        assert_eq!(address("10.0.0.1:99").enroll_beside(), "10.0.0.1:1347");
-        assert_eq!(address("10.0.0.1:99").enroll(), "10.0.0.1:99");
-        assert_eq!(address("fe80::1").api(), "[fe80::1]:1346");
-        assert_eq!(address("[fe80::1]:7").enroll_beside(), "[fe80::1]:1347");
-    }
-
-    #[test]
-    fn what_is_no_address_is_refused() {
-        for text in ["", ":1346", "host:", "host:x", "host:70000", "[::1", "[x]:1", "https://host", "a b", "h/x:1"] {
-            assert!(text.parse::<Address>().is_err(), "{text:?}");
-        }
     }
 }

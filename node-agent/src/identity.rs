@@ -10,6 +10,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
+use crate::discovery::CaHint;
 use crate::durable;
 
 mod enroll;
@@ -135,6 +136,7 @@ struct Credentials {
     certificate_pem: String,
     leaf: CertificateDer<'static>,
     tls: Arc<ClientConfig>,
+    ca: CaHint,
     /// Validity, microseconds since 1970.
     not_before: i64,
     not_after: i64,
@@ -176,6 +178,11 @@ impl Identity {
         &self.time
     }
 
+    /// By what answers of controllers of the same CA are known.
+    pub fn ca(&self) -> CaHint {
+        self.credentials.read().unwrap_or_else(PoisonError::into_inner).ca.clone()
+    }
+
     /// Takes the time that an authenticated controller told, microseconds since 1970, and remembers it for the next
     /// boot.
     pub fn learn_time(&self, told: i64) {
@@ -214,8 +221,8 @@ impl Identity {
         })
     }
 
-    /// Keeps the certificate fresh until `stop`. `listeners` are the enrolment listeners, host:port, in order.
-    pub async fn keep_fresh(&self, listeners: &[String], stop: &CancellationToken) {
+    /// Keeps the certificate fresh until `stop`. `listeners` tells the enrolment listeners, host:port, in order.
+    pub async fn keep_fresh(&self, listeners: impl Fn() -> Vec<String>, stop: &CancellationToken) {
         /// Long waits are cut up: a suspended machine's monotonic clock may have stood still.
         const LOOK_AGAIN: Duration = Duration::from_secs(60 * 60);
         /// The longest pause between two tries.
@@ -234,7 +241,7 @@ impl Identity {
                 due = due.min(self.renewal_in());
                 continue;
             }
-            match self.renew(listeners).await {
+            match self.renew(&listeners()).await {
                 Ok(()) => {
                     tries = 0;
                     tracing::info!(node = %self.node, "certificate renewed");
@@ -284,8 +291,9 @@ fn credentials(directory: &Path, certificate_pem: String, time: &Arc<TlsTime>) -
     time.advance(not_before);
     time.advance(tls::validity(&ca)?.0);
     tls::check_issued(&leaf, &ca, time)?;
+    let hint = CaHint::of(&tls::spki_sha256(&ca)?);
     let tls = tls::node_config(leaf.clone(), key, ca, time)?;
-    Ok(Credentials { certificate_pem, leaf, tls, not_before, not_after })
+    Ok(Credentials { certificate_pem, leaf, tls, ca: hint, not_before, not_after })
 }
 
 fn read(path: &Path) -> Result<Option<String>, IdentityError> {

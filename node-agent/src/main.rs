@@ -1,5 +1,6 @@
 //! `marco-agent`: reads the command line and starts what it names.
 
+use std::collections::BTreeSet;
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Parser as _;
 use node_agent::config::{Cli, Command, ConnectionArgs, File};
+use node_agent::discovery;
 use node_agent::logbook::Logbook;
 use node_agent::network::hook;
 use node_agent::notify::{Status, notify};
@@ -77,6 +79,10 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Enroll(args) => tokio::select! {
                 () = stop.cancelled() => bail!("interrupted"),
                 enrolled = enroll(&args, &file) => enrolled,
+            },
+            Command::Discover(args) => tokio::select! {
+                () = stop.cancelled() => bail!("interrupted"),
+                discovered = discover(args.first) => discovered,
             },
             Command::Simulate(args) => {
                 let simulation = Simulation {
@@ -207,6 +213,24 @@ fn lease_changed(event: &str) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| Ok(runtime.block_on(hook::main(event))?));
     if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Prints who is found. The addresses stand alone: scripts read them.
+async fn discover(first: bool) -> anyhow::Result<()> {
+    let found = if first { discovery::first().await.into_iter().collect() } else { discovery::survey().await };
+    let mut printed = BTreeSet::new();
+    for address in found.iter().filter_map(discovery::Found::address) {
+        if printed.insert(address) {
+            writeln!(std::io::stdout().lock(), "{address}").context("cannot write to standard output")?;
+        }
+    }
+    if printed.is_empty() {
+        bail!(
+            "no controller answered, by mDNS or MarcoPolo: is one on this network, with --discovery on, and may \
+             multicast pass to it (UDP 5353, UDP 1337)?"
+        );
+    }
+    Ok(())
 }
 
 async fn enroll(args: &ConnectionArgs, file: &File) -> anyhow::Result<()> {

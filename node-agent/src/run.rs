@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 use crate::backoff;
 use crate::bootpart::BootPart;
 use crate::cause::chain;
-use crate::discovery::{Address, Controllers, Discovery};
+use crate::discovery::{Address, Controllers, Discovery, Search, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
 use crate::durable;
 use crate::executor::{Executor, Settings};
@@ -53,6 +53,17 @@ pub struct Connection {
     pub token: Option<JoinToken>,
     /// The id to ask for; empty: that of the join file, else one that the controller makes from the serial number.
     pub name: String,
+    /// Whether, when no controllers were named, the network is asked for some; none: it is not.
+    pub search: Option<Asking>,
+}
+
+/// How the network is asked for controllers.
+#[derive(Debug, Clone, Default)]
+pub struct Asking {
+    /// Asks for all agents of this process.
+    pub searcher: Arc<Searcher>,
+    /// Controllers to be tried when nobody else was found.
+    pub fallback: Vec<Address>,
 }
 
 /// An agent cannot run.
@@ -78,7 +89,8 @@ pub enum RunError {
     Token(#[from] identity::InvalidToken),
     /// No controller is known.
     #[error(
-        "no controller is known: give --controller HOST:PORT, or put marco/join.toml on the boot partition of the card"
+        "no controller is known, and none was found on the network: give --controller HOST:PORT, or put \
+         marco/join.toml on the boot partition of the card"
     )]
     NoController,
     /// A part of the agent ended by itself.
@@ -91,7 +103,7 @@ pub type OnEnrolled = Arc<dyn Fn(&str, bool) + Send + Sync>;
 
 /// What an agent knows of its way to a controller, from every source.
 struct Way {
-    controllers: Vec<Address>,
+    discovery: Discovery,
     enroll: Vec<String>,
     token: Option<JoinToken>,
     name: String,
@@ -137,9 +149,14 @@ impl Way {
             controllers = parse(&last_good.controllers)?;
             enroll = parse(&last_good.enroll)?;
         }
-        if controllers.is_empty() {
-            return Err(RunError::NoController);
-        }
+        let discovery = match &connection.search {
+            Some(asking) if connection.controllers.is_empty() => {
+                let (fallback, searcher) = (asking.fallback.clone(), Arc::clone(&asking.searcher));
+                Discovery::Search(Search::new(controllers.clone(), fallback, searcher))
+            }
+            _ if controllers.is_empty() => return Err(RunError::NoController),
+            _ => Discovery::Fixed(controllers.clone()),
+        };
         let listeners = if enroll.is_empty() {
             controllers.iter().map(Address::enroll_beside).collect()
         } else {
@@ -152,7 +169,7 @@ impl Way {
         };
         // A file that somebody put on this very card says more than a default.
         let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
-        Ok(Self { controllers, enroll: listeners, token, name, join_file })
+        Ok(Self { discovery, enroll: listeners, token, name, join_file })
     }
 }
 
@@ -200,10 +217,7 @@ async fn identify(
     let (identity, held) = match Identity::load(&directory, time.clone())? {
         Some(identity) => (identity, None),
         None => {
-            let token = way.token.clone().ok_or(IdentityError::NoToken)?;
-            let enrollment =
-                Enrollment { listeners: way.enroll.clone(), token, name: way.name.clone(), board: board(facts) };
-            let held = enroll(&directory, &enrollment, time).await?;
+            let held = enroll_somewhere(&directory, facts, way, time).await?;
             let identity = Identity::load(&directory, time.clone())?.ok_or(IdentityError::NoToken)?;
             (identity, Some(held))
         }
@@ -231,6 +245,40 @@ fn forget_token(system: &dyn System, facts: &Facts, path: &Path) -> Result<(), R
         source: std::io::Error::other(error),
     })?;
     Ok(JoinFile::forget_token(path)?)
+}
+
+/// Enrols the node where the way leads, and where that fails, at a controller that is found. Nobody has to be trusted
+/// for that: the token says of which CA the right one is.
+async fn enroll_somewhere(directory: &Path, facts: &Facts, way: &Way, time: &Arc<TlsTime>) -> Result<bool, RunError> {
+    let token = way.token.clone().ok_or(IdentityError::NoToken)?;
+    let ca = token.ca();
+    let mut enrollment =
+        Enrollment { listeners: way.enroll.clone(), token, name: way.name.clone(), board: board(facts) };
+    let mut outcome = Err(RunError::NoController);
+    // As they are, then with who was found quickly, then with everybody who answers.
+    for look in [false, true, true] {
+        if look {
+            if !way.discovery.searches() {
+                return outcome;
+            }
+            way.discovery.look(&ca).await;
+            enrollment.listeners = way.discovery.listeners();
+        }
+        if enrollment.listeners.is_empty() {
+            if look {
+                break;
+            }
+            continue;
+        }
+        match enroll(directory, &enrollment, time).await {
+            Err(error) if error.is_retryable() => outcome = Err(error.into()),
+            other => {
+                way.discovery.worked();
+                return Ok(other?);
+            }
+        }
+    }
+    outcome
 }
 
 /// Enrols the machine unless it is; the id, and whether it is held (none: it was enrolled before).
@@ -294,15 +342,21 @@ pub async fn run(
     let identity = Arc::new(identity);
     let boot_id = system.boot_id()?;
     let journal = Arc::new(Journal::open(&system.state_dir(), &boot_id)?);
-    let discovery = Discovery::Fixed(way.controllers.clone());
-
-    LastGood { controllers: discovery.controllers(), enroll: way.enroll.clone() }.remember(system.as_ref());
-    let controllers = Arc::new(Controllers::remembered(discovery, system.identity_dir().join(LIVE)));
+    // Those that are found are remembered when they have proved to be controllers.
+    let known = way.discovery.known();
+    if !known.is_empty() {
+        LastGood { controllers: known, enroll: way.enroll.clone() }.remember(system.as_ref());
+    }
+    let controllers = Arc::new(Controllers::remembered(way.discovery, system.identity_dir().join(LIVE)));
+    let listeners = {
+        let (controllers, named) = (controllers.clone(), way.enroll);
+        move || controllers.listeners(&named)
+    };
 
     let settings = Settings {
         node: identity.node().to_owned(),
         controllers: controllers.in_order(),
-        enroll: way.enroll.first().cloned().unwrap_or_default(),
+        enroll: listeners().first().cloned().unwrap_or_default(),
         farewell: FAREWELL,
         verdict: VERDICT,
         max_pause: MAX_INSTALL_PAUSE,
@@ -328,7 +382,7 @@ pub async fn run(
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { identity.keep_fresh(&way.enroll, &stop).await }.in_current_span()
+        async move { identity.keep_fresh(listeners, &stop).await }.in_current_span()
     });
     // None of them ends by itself.
     let broken = tokio::select! {

@@ -24,6 +24,8 @@ mod wire;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// When no controller took the session so often, the network is asked for others.
+const SEARCH_AFTER: u32 = 2;
 /// Longest pause that a controller may ask for.
 const MAX_ASKED_PAUSE: Duration = Duration::from_secs(60 * 60);
 /// From Hello to Welcome.
@@ -166,6 +168,15 @@ impl Session {
                 }
             }
             failures = if ended.welcomed { 0 } else { failures.saturating_add(1) };
+            // A controller that only restarts is back before the second try.
+            if failures >= SEARCH_AFTER || self.controllers.in_order().is_empty() {
+                let ca = self.identity.ca();
+                // Dropping the question loses nothing: it is asked again.
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = self.controllers.look_again(&ca) => {}
+                }
+            }
             if let Some(error) = ended.error.as_ref().filter(|_| ended.welcomed) {
                 tracing::info!(error = %chain(error), "session lost");
             }
@@ -213,7 +224,7 @@ impl Session {
         if let Some(time) = &welcome.time {
             self.identity.learn_time(wire::micros(time));
         }
-        self.controllers.learn(&welcome.controllers);
+        self.controllers.learn(address, &welcome.controllers);
         tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
         let mut open = Open::new(self, outbox, &welcome);
         let (stay_away, error) = match open.serve(answers, stop).await {

@@ -5,6 +5,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use marco_proto::names::JoinTokenId;
 
+use crate::discovery::CaHint;
+
 /// A join token. What it holds is a secret: it is neither printed nor logged.
 #[derive(Clone)]
 pub struct JoinToken {
@@ -39,6 +41,11 @@ impl JoinToken {
     /// The whole text, secret included.
     pub(super) fn reveal(&self) -> &str {
         &self.text
+    }
+
+    /// By what answers of controllers of that CA are known.
+    pub fn ca(&self) -> CaHint {
+        CaHint::of(&self.pin)
     }
 
     /// SHA-256 of the SubjectPublicKeyInfo of the CA that made it.

@@ -57,6 +57,7 @@ impl Fleet {
             enroll: vec![controller.address.parse().unwrap()],
             token: Some(JoinToken::parse(&controller.pki.token()).unwrap()),
             name: String::new(),
+            search: None,
         })
         .await
     }

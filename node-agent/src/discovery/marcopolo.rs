@@ -1,0 +1,134 @@
+//! Asks by the MarcoPolo protocol of the 2015 system: a question in JSON to a multicast group. Who answers gives only its
+//! address, so its ports are the usual ones.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use if_addrs::IfAddr;
+use marco_proto::names::{API_PORT, ENROLL_PORT};
+use serde_json::Value;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::UdpSocket;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::search::Found;
+
+const PORT: u16 = 1337;
+/// The second one is asked when nobody answers on the first.
+const GROUPS: [Ipv4Addr; 2] = [Ipv4Addr::new(224, 0, 0, 112), Ipv4Addr::new(224, 0, 0, 113)];
+const QUESTION: &[u8] = br#"{"Command": "Request-For", "Params": "marcobootstrap"}"#;
+/// Routers that a question may pass.
+const HOPS: u32 = 2;
+const ROUNDS: usize = 3;
+const ROUND: Duration = Duration::from_secs(1);
+/// What is longer than this is no answer.
+const LONGEST: usize = 1024;
+
+/// Asks three times, a second apart, one group after the other, and passes on who answers. It ends with the first round
+/// that had an answer, unless it is to be thorough.
+pub(super) async fn ask(answers: &mpsc::Sender<Found>, thorough: bool) -> io::Result<()> {
+    let sockets = sockets()?;
+    let answered = Arc::new(AtomicBool::new(false));
+    // Ended when this is dropped.
+    let mut ears = JoinSet::new();
+    for socket in &sockets {
+        ears.spawn(listen(Arc::clone(socket), answers.clone(), Arc::clone(&answered)));
+    }
+    for group in GROUPS {
+        for _ in 0..ROUNDS {
+            let mut sent = Err(io::ErrorKind::NotConnected.into());
+            for socket in &sockets {
+                // One interface that is going down does not matter while there are others.
+                sent = sent.or(socket.send_to(QUESTION, (group, PORT)).await.map(|_| ()));
+            }
+            sent?;
+            tokio::time::sleep(ROUND).await;
+            if answered.load(Ordering::Relaxed) && !thorough {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One for each address of this machine, so that the question goes out everywhere and the answer comes back there.
+fn sockets() -> io::Result<Vec<Arc<UdpSocket>>> {
+    let interfaces = if_addrs::get_if_addrs()?;
+    let addresses: BTreeSet<Ipv4Addr> = interfaces
+        .iter()
+        .filter(|interface| interface.is_oper_up())
+        .filter_map(|interface| match &interface.addr {
+            IfAddr::V4(v4) => Some(v4.ip),
+            IfAddr::V6(_) => None,
+        })
+        .collect();
+    let mut sockets = Vec::new();
+    let mut failed = io::Error::new(io::ErrorKind::NetworkDown, "no interface has an address of IPv4");
+    for address in addresses {
+        match open(address) {
+            Ok(socket) => sockets.push(Arc::new(socket)),
+            Err(error) => failed = error,
+        }
+    }
+    if sockets.is_empty() { Err(failed) } else { Ok(sockets) }
+}
+
+fn open(address: Ipv4Addr) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_multicast_if_v4(&address)?;
+    socket.set_multicast_ttl_v4(HOPS)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::V4(SocketAddrV4::new(address, 0)).into())?;
+    UdpSocket::from_std(socket.into())
+}
+
+async fn listen(socket: Arc<UdpSocket>, answers: mpsc::Sender<Found>, answered: Arc<AtomicBool>) {
+    let mut datagram = [0; LONGEST + 1];
+    loop {
+        let (length, from) = match socket.recv_from(&mut datagram).await {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::debug!(%error, "MarcoPolo");
+                return;
+            }
+        };
+        let IpAddr::V4(ip) = from.ip() else { continue };
+        let is_answer = datagram.get(..length).is_some_and(|datagram| length <= LONGEST && is_yes(datagram));
+        if !is_answer || ip.is_unspecified() || ip.is_multicast() {
+            continue;
+        }
+        answered.store(true, Ordering::Relaxed);
+        let name = format!("marcopolo {ip}");
+        let found = Found { addresses: vec![IpAddr::V4(ip)], api: API_PORT, enroll: ENROLL_PORT, ca: None, name };
+        if answers.send(found).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whether it says that the service is here.
+fn is_yes(datagram: &[u8]) -> bool {
+    let answer: Option<Value> = serde_json::from_slice(datagram).ok();
+    answer.and_then(|answer| answer.get("Command")?.as_str().map(|word| word == "OK")).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{QUESTION, is_yes};
+
+    #[test]
+    fn only_ok_is_an_answer() {
+        assert!(is_yes(br#"{"Command":"OK","Params":{}}"#));
+        assert!(is_yes(b" {\"Params\": null,\n\"Command\": \"OK\"}"));
+        for other in [r#"{"Command":"Polo","Params":{}}"#, r#"{"Command":1}"#, r#""OK""#, "OK", "", "{", "[]"] {
+            assert!(!is_yes(other.as_bytes()), "{other}");
+        }
+        // Our own question, which comes back on a machine that is a member of the group.
+        assert!(!is_yes(QUESTION));
+    }
+}
