@@ -31,6 +31,8 @@ use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::timeout::TimeoutLayer;
 
 use crate::artifacts::{ArtifactError, Artifacts, BlobReader, Digest};
+use crate::identity::access::Access;
+use crate::identity::gate::record_refused_file;
 use crate::identity::tls::{Acceptor, PeerInfo, TlsConn, incoming};
 use crate::identity::{Admission, Caller, Denied, authorize_mirror, inspect};
 use crate::store::{ArtifactRow, Kind, Store, StoreError};
@@ -76,6 +78,8 @@ impl Default for Patience {
 pub struct Mirror {
     /// Names and certificates.
     pub store: Store,
+    /// Where refusals are recorded.
+    pub access: Arc<Access>,
     /// The bytes.
     pub artifacts: Arc<Artifacts>,
     /// For bytes that are elsewhere.
@@ -204,7 +208,9 @@ fn router(mirror: Mirror) -> Router {
 
 /// Who asks, and whether they may, is decided before anything is looked for.
 async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) -> Response {
-    let caller = request.extensions().get::<PeerInfo>().and_then(Caller::from_peer);
+    let peer = request.extensions().get::<PeerInfo>().cloned();
+    // Only a certificate counts here: the handshake asks for one, and installers of 2015 have nothing else.
+    let caller = peer.as_ref().and_then(Caller::from_peer);
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     let response = match admit(&mirror, caller.as_ref()).await {
@@ -212,7 +218,13 @@ async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) ->
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
-        Err(unserved) => unserved.into_response(),
+        Err(unserved) => {
+            if matches!(unserved, Unserved::Denied(_) | Unserved::Barred) {
+                let why = unserved.to_string();
+                record_refused_file(&mirror.access, caller.as_ref(), peer.as_ref(), &path, &why).await;
+            }
+            unserved.into_response()
+        }
     };
     let status = response.status().as_u16();
     tracing::info!(%method, path, status, caller = caller.map(|caller| caller.name), "mirror");

@@ -12,8 +12,11 @@ use integration_tests::process::{Output, run, tool};
 use integration_tests::proxy::{Direction, Proxy};
 use integration_tests::upload::{header, push, upload};
 use integration_tests::{Fleet, seconds, wait_until};
-use marco_proto::v1::QuarantineNodeRequest;
+use marco_proto::v1::access_service_client::AccessServiceClient;
 use marco_proto::v1::artifact::{Kind, Purpose};
+use marco_proto::v1::{
+    ApiToken, AuditFilter, CreateApiTokenRequest, ListAuditEventsRequest, QuarantineNodeRequest, Role,
+};
 
 /// How long one program may take.
 const LIMIT: std::time::Duration = seconds(60);
@@ -257,6 +260,18 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
         fs::write(path("key"), key)?;
         Ok(Keys { certificate: path("crt"), key: path("key"), ca: ca.clone() })
     };
+    // A token stands in for none.
+    let request = CreateApiTokenRequest {
+        api_token: Some(ApiToken { role: Role::Admin.into(), ..ApiToken::default() }),
+        api_token_id: "service".to_owned(),
+        ttl: None,
+    };
+    let mut access = AccessServiceClient::new(fleet.admin_channel());
+    let token = access.create_api_token(request).await?.into_inner().token;
+    let bearer = format!("Authorization: Bearer {token}");
+    let by_token = ["--silent", "--show-error", "--cacert", &ca, "--header", &bearer, &address];
+    let by_token = run(&tool("curl")?, &by_token, LIMIT).await?;
+    assert!(!by_token.status.success() && by_token.stdout.is_empty(), "{by_token:?}");
     let stranger = written("stranger", integration_tests::certs::stranger(&fleet.admin().ca, "pi-01", "node")?)?;
     assert!(stranger.curl(&[], &address, &body).await.is_err());
 
@@ -291,6 +306,14 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
     assert!(cut.is_err(), "the download went on to its end");
     assert_eq!(node.curl(&[], &address, &body).await?, 403);
     assert!(fs::read_to_string(&body)?.contains("quarantined"), "{}", fs::read_to_string(&body)?);
+
+    // Who was refused is in the audit.
+    let filter = AuditFilter { method: "FileMirror".to_owned(), ..AuditFilter::default() };
+    let request = ListAuditEventsRequest { filter: Some(filter), ..ListAuditEventsRequest::default() };
+    let refused = access.list_audit_events(request).await?.into_inner().audit_events;
+    let refused: Vec<_> = refused.iter().map(|event| (event.caller.as_str(), event.code.as_str())).collect();
+    let denied = "PERMISSION_DENIED";
+    assert_eq!(refused, [("pi-01", denied), ("pi-99", denied), ("", denied)]);
     fleet.went_well();
     Ok(())
 }

@@ -22,6 +22,9 @@ use super::tls::PeerInfo;
 use super::{Caller, Denied, Pass};
 use crate::store::AuditRow;
 
+/// What the audit has as method for a file of the mirror.
+pub const FILE_MIRROR: &str = "FileMirror";
+
 /// Domain of every reason that the controller gives.
 const DOMAIN: &str = "marco.bootstrap";
 
@@ -114,6 +117,22 @@ fn row(access: &Access, caller: Option<&Caller>, method: &str, code: Code, messa
         result: code_word(code).to_owned(),
         message: if code == Code::Ok { String::new() } else { message.to_owned() },
     }
+}
+
+/// Records a file that the mirror did not give out.
+pub async fn record_refused_file(
+    access: &Access,
+    caller: Option<&Caller>,
+    peer: Option<&PeerInfo>,
+    path: &str,
+    why: &str,
+) {
+    let mut row = row(access, caller, FILE_MIRROR, Code::PermissionDenied, why);
+    path.clone_into(&mut row.target);
+    if let Some(peer) = peer {
+        row.from = super::shown(peer.addr).to_string();
+    }
+    access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await;
 }
 
 /// Records a call that its handler has not recorded: one that changes something, or that was refused. An answer without

@@ -14,7 +14,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Mirror, Patience};
 use crate::artifacts::Artifacts;
-use crate::clock::{Clock as _, SystemClock};
+use crate::clock::{Clock, SystemClock};
+use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::roles::Role;
 use crate::identity::tls::Acceptor;
@@ -33,7 +34,7 @@ struct House {
 
 async fn house(head: Duration) -> House {
     let dir = tempfile::tempdir().unwrap();
-    let clock = Arc::new(SystemClock);
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let pki = Pki::open(dir.path(), &dir.path().join("certs"), &[], clock.now()).unwrap();
     let (issued, key) = pki.ca.issue_user("reader", Role::Viewer, clock.now()).unwrap();
     let mut roots = RootCertStore::empty();
@@ -49,8 +50,10 @@ async fn house(head: Duration) -> House {
         .unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let store = Store::open(&format!("sqlite://{}", dir.path().join("marco.db").display())).await.unwrap();
     let mirror = Mirror {
-        store: Store::open(&format!("sqlite://{}", dir.path().join("marco.db").display())).await.unwrap(),
+        store: store.clone(),
+        access: Access::new(store, Arc::clone(&clock)),
         artifacts: Arc::new(Artifacts::open(dir.path()).unwrap()),
         fetch: Arc::new(|_, _| Box::pin(async { Err("there is no other controller".to_owned()) })),
         patience: Patience { head, ..Patience::default() },

@@ -10,7 +10,9 @@
 mod audit;
 mod doors;
 mod live;
+mod renewal;
 mod scene;
+mod schedules;
 mod table;
 mod tokens;
 mod walk;
