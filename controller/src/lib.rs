@@ -25,7 +25,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use chrono::TimeDelta;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -40,7 +40,7 @@ use crate::dispatcher::Dispatcher;
 use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::gate::GateLayer;
-use crate::identity::tls::{Acceptor, incoming, server_builder};
+use crate::identity::tls::{Acceptor, enrolment_builder, incoming, server_builder};
 use crate::mirror::{Mirror, Patience};
 use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
@@ -54,6 +54,9 @@ const CLOSE: Duration = Duration::from_secs(5);
 const ANCHOR: Duration = Duration::from_secs(5);
 /// Uploads that nobody went on with for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
+/// Connections that may wait to be accepted: a fleet that comes back at once; what does not fit tries again only a second
+/// later. The system's `net.core.somaxconn` (4096) limits it too.
+const BACKLOG: u32 = 4096;
 /// Every ten minutes.
 const HOUSEKEEPING: &str = "0 */10 * * * *";
 /// How often the files of the controller's certificate are looked at.
@@ -98,9 +101,9 @@ impl Controller {
         let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
         let pki = Pki::open(&config.data_dir, &config.certs, &config.names, clock.now())?;
         let artifacts = Artifacts::open(&config.data_dir)?;
-        let api = listen(config.listen, "the API").await?;
-        let enrolment = listen(config.enroll_listen, "enrolment").await?;
-        let mirror = listen_if_free(config.mirror_listen, config.mirror_asked_for, "the file mirror").await?;
+        let api = listen(config.listen, "the API")?;
+        let enrolment = listen(config.enroll_listen, "enrolment")?;
+        let mirror = listen_if_free(config.mirror_listen, config.mirror_asked_for, "the file mirror")?;
         let api_acceptor = Acceptor::api(&pki, Arc::clone(&clock))?;
         let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?;
         let mirror_acceptor = Acceptor::mirror(&pki, Arc::clone(&clock))?;
@@ -193,7 +196,7 @@ impl Controller {
                 servers_stop.clone().cancelled_owned(),
             );
         servers.spawn(async move { api.await.context("the API's server failed") });
-        let enrolment = server_builder().add_routes(api::enrollment_routes(&context)).serve_with_incoming_shutdown(
+        let enrolment = enrolment_builder().add_routes(api::enrollment_routes(&context)).serve_with_incoming_shutdown(
             incoming(self.enrolment, self.enrolment_acceptor),
             servers_stop.clone().cancelled_owned(),
         );
@@ -201,6 +204,7 @@ impl Controller {
         if let Some(listener) = self.mirror {
             let mirror = Mirror {
                 store: context.store.clone(),
+                access: Arc::clone(&context.access),
                 artifacts: Arc::clone(&context.artifacts),
                 fetch: api::fetcher(&context),
                 patience: Patience::default(),
@@ -391,8 +395,14 @@ fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
     config.names.iter().map(|name| format!("{}:{}", host(name), api.port())).collect()
 }
 
-async fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| {
+fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    let open = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    open().with_context(|| {
         format!(
             "cannot listen on {address} for {what}; is another controller running? choose another address with a flag"
         )
@@ -400,8 +410,8 @@ async fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> 
 }
 
 /// Listens where somebody asked for it; where nobody did, only if the address is free.
-async fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::Result<Option<TcpListener>> {
-    match listen(address, what).await {
+fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::Result<Option<TcpListener>> {
+    match listen(address, what) {
         Ok(listener) => Ok(Some(listener)),
         Err(error) if asked_for => Err(error),
         Err(error) => {

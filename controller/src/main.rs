@@ -22,10 +22,19 @@ fn main() -> ExitCode {
     }
 }
 
+/// Every stream is an open file, and shells grant few of them by default: as many as the system lets this process have.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // Refused by a system call filter, for example; then whoever wrote the filter has set the limit too.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
 fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,marco_controller=info"));
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    raise_open_files();
     let config = Config::load(args, std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()))?;
 
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?.block_on(

@@ -60,7 +60,7 @@ pub use reconcile::Reconciled;
 pub use reports::{Release, ReportOutcome, ReportRow};
 pub use schedules::{AdvanceOutcome, FireQuery, FireRow, ScheduleRow, Template};
 pub use scope::Scope;
-pub use sessions::{SessionOutcome, SessionStart};
+pub use sessions::{CLONED, SessionOutcome, SessionStart};
 pub use steering::{AbandonOutcome, SteerOutcome};
 pub use tokens::{NewToken, Stranded, TokenRow};
 pub use users::{CreateUserOutcome, UserRow};

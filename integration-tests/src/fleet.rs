@@ -2,10 +2,12 @@
 
 mod ask;
 mod controllers;
+mod copies;
 mod pi;
 mod ports;
 
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +20,7 @@ use tonic::transport::Channel;
 
 pub use ask::{execution_name, is_final, poweroff, reboot, update};
 pub use controllers::libfaketime;
+pub use copies::Copied;
 pub use pi::{Pi, PiEvent};
 
 use crate::client::Credentials;
@@ -55,6 +58,7 @@ pub struct Builder {
     own_clocks: bool,
     shared_folders: bool,
     missed_after: Option<Duration>,
+    log: String,
 }
 
 /// A running fleet; dropping it ends all its processes and removes all its files.
@@ -100,6 +104,7 @@ impl Default for Builder {
             own_clocks: false,
             shared_folders: false,
             missed_after: None,
+            log: String::new(),
         }
     }
 }
@@ -108,6 +113,12 @@ impl Builder {
     /// The database; SQLite unless said otherwise.
     pub fn database(mut self, database: Database) -> Self {
         self.database = database;
+        self
+    }
+
+    /// What controllers and agents write into their logs: a level, for example.
+    pub fn logs(mut self, filter: &str) -> Self {
+        filter.clone_into(&mut self.log);
         self
     }
 
@@ -315,7 +326,10 @@ impl Fleet {
     async fn start_agents_with_token(&mut self) -> Result<()> {
         let uses = u32::try_from(self.builder.pis)?;
         let file = self.dir.path().join("join-token");
-        std::fs::write(&file, self.token(uses).await?)?;
+        let token = self.token(uses).await?;
+        let mut options = std::fs::File::options();
+        let mut private = options.create(true).truncate(true).write(true).mode(0o600).open(&file)?;
+        std::io::Write::write_all(&mut private, token.as_bytes())?;
         self.start_new_agents(&["--token-file".to_owned(), file.display().to_string()])
     }
 
@@ -336,6 +350,7 @@ impl Fleet {
         }
         arguments.extend_from_slice(joining);
         let recipe = Recipe::new(binary("marco-agent")?, arguments, self.dir.path().join("agents.log"));
+        let recipe = builder.logging(recipe);
         self.agents = Some(recipe.start()?);
         Ok(())
     }

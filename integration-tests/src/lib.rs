@@ -3,7 +3,9 @@
 
 pub mod certs;
 pub mod client;
+pub mod dynamic;
 pub mod fleet;
+pub mod frames;
 pub mod hostile;
 pub mod image;
 pub mod netlab;

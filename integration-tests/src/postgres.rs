@@ -114,6 +114,13 @@ impl Postgres {
         self.folder.join("data")
     }
 
+    /// Everything in a database, as `pg_dump` writes it.
+    pub fn dump(&self, url: &str) -> anyhow::Result<Vec<u8>> {
+        let dump = self.program("pg_dump")?.args(["--dbname", url]).output().context("pg_dump")?;
+        ensure!(dump.status.success(), "pg_dump: {}", String::from_utf8_lossy(&dump.stderr));
+        Ok(dump.stdout)
+    }
+
     fn program(&self, name: &str) -> anyhow::Result<Command> {
         let mut command = as_user(&self.programs.join(name))?;
         command.current_dir(&self.folder);

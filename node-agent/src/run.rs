@@ -422,6 +422,16 @@ fn board(facts: &Facts) -> identity::Board {
     }
 }
 
+/// Something that no other start of an agent has.
+fn instance() -> String {
+    let mut bytes = [0; 16];
+    // Without randomness there are no keys and no TLS either; the boot id then tells as much as it can.
+    if getrandom::fill(&mut bytes).is_err() {
+        return String::new();
+    }
+    hex::encode(bytes)
+}
+
 fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Node {
     let release = system.release().unwrap_or_else(|error| {
         tracing::warn!(error = %chain(&error), "release not readable");
@@ -430,6 +440,7 @@ fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Nod
     let release = release.unwrap_or_default();
     session::Node {
         boot_id,
+        instance: instance(),
         mode: match system.mode() {
             system::Mode::Running => job::Mode::Running,
             system::Mode::Installer => job::Mode::Installer,

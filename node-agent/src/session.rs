@@ -58,6 +58,8 @@ pub enum Layout {
 pub struct Node {
     /// The id of this boot.
     pub boot_id: String,
+    /// Of this start of the agent: random.
+    pub instance: String,
     /// In which role the agent runs.
     pub mode: Mode,
     /// The hardware.

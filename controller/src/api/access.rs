@@ -49,7 +49,11 @@ impl Doors {
         let query = CertificateQuery {
             after: page::after(LIST, &request.page_token)?,
             limit: size + 1,
-            subject: filter.subject.rsplit('/').next().unwrap_or_default().to_owned(),
+            subject: convert::text("filter.subject", &filter.subject)?
+                .rsplit('/')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
             valid_at: filter.valid.then(|| self.context.clock.now()),
         };
         let rows = self.context.store.certificates(&query).await?;
@@ -250,9 +254,9 @@ impl Doors {
         let query = AuditQuery {
             before,
             limit: size + 1,
-            actor: filter.caller,
-            method: filter.method.rsplit('/').next().unwrap_or_default().to_owned(),
-            target: filter.resource,
+            actor: convert::text("filter.caller", &filter.caller)?.to_owned(),
+            method: convert::text("filter.method", &filter.method)?.rsplit('/').next().unwrap_or_default().to_owned(),
+            target: convert::text("filter.resource", &filter.resource)?.to_owned(),
             since: since(filter.since)?,
             refused: filter.refused,
         };

@@ -1,18 +1,21 @@
 //! `AgentService`: the session of a node.
 
 mod blank;
+mod hello;
+mod quota;
 mod unstored;
 
 use std::collections::HashMap;
 use std::pin::Pin;
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
-use marco_proto::names::{ExecutionId, NodeId, PROTOCOL_VERSION};
+use chrono::TimeDelta;
+use marco_proto::names::{ExecutionId, NodeId};
 use marco_proto::v1;
 use marco_proto::v1::agent_service_server::AgentService;
 use marco_proto::v1::{connect_request, connect_response};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
@@ -20,10 +23,12 @@ use uuid::Uuid;
 
 use super::status::ApiError;
 use super::{Context, caller, convert};
-use crate::operation::NodeState;
+use crate::identity::tls::PeerInfo;
 use crate::sessions::{Command, End, Handle};
-use crate::store::{ProgressRow, ReportOutcome, ReportRow, SessionOutcome, SessionStart, StoreError};
+use crate::store::{ProgressRow, ReportOutcome, ReportRow, StoreError};
 use blank::Blank;
+use hello::{Peer, begin};
+use quota::Quota;
 use unstored::Unstored;
 
 /// The first message must come this soon.
@@ -40,6 +45,12 @@ const RETRY_AFTER_STOP: Duration = Duration::from_millis(500);
 const END_AGAIN: Duration = Duration::from_secs(1);
 /// A node that is not admitted tries again after this long, at least.
 const RETRY_WHEN_REFUSED: Duration = Duration::from_secs(30);
+/// A node whose session was superseded is gone, or there are two of it: the sooner the other one says so, the sooner both
+/// are shut out.
+const RETRY_WHEN_SUPERSEDED: Duration = Duration::from_secs(5);
+
+/// Progress that waits to be written: one row for each of many nodes at once. What does not fit is left out.
+const PROGRESS_QUEUE: usize = 4096;
 
 /// The service.
 pub(super) struct Agent {
@@ -51,7 +62,7 @@ type Out = mpsc::Sender<Result<v1::ConnectResponse, Status>>;
 
 impl Agent {
     pub(super) fn new(context: Context) -> Self {
-        let (progress, receiver) = mpsc::channel(4096);
+        let (progress, receiver) = mpsc::channel(PROGRESS_QUEUE);
         context.tasks.spawn(write_progress(context.clone(), receiver));
         Self { context, progress }
     }
@@ -136,7 +147,7 @@ impl Session {
 
     /// Stores what the node said, oldest first, as far as the store answers; the rest waits.
     async fn store_what_waits(&self, unstored: &mut Unstored) -> Result<(), Ended> {
-        if unstored.due().is_none_or(|due| due > tokio::time::Instant::now()) {
+        if unstored.due().is_none_or(|due| due > Instant::now()) {
             return Ok(());
         }
         while let Some(row) = unstored.report().cloned() {
@@ -190,6 +201,7 @@ impl Session {
         let mut unstored = Unstored::new();
         let mut looks = tokio::time::interval(blank::EVERY);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut quota = Quota::new(Instant::now());
         loop {
             let due = unstored.due();
             // A message that is half read stays in the stream's own buffer; commands and the end stay in their channels.
@@ -203,10 +215,20 @@ impl Session {
                 Some(command) = handle.commands.recv() => self.command(command).await,
                 () = wait_until(due) => self.store_what_waits(&mut unstored).await,
                 _ = looks.tick(), if self.blank.is_some() => self.look_for_an_image().await,
-                message = messages.message(), if unstored.has_room() => match message {
+                () = tokio::time::sleep_until(quota.room_at()), if !quota.has_room() => {
+                    quota.refill(Instant::now());
+                    Ok(())
+                }
+                message = messages.message(), if unstored.has_room() && quota.has_room() => match message {
                     Ok(Some(v1::ConnectRequest { message: Some(message) })) => match message {
-                        connect_request::Message::Report(report) => self.report(&mut unstored, report).await,
-                        connect_request::Message::Status(status) => self.status(&mut unstored, status).await,
+                        connect_request::Message::Report(report) => {
+                            quota.spend(Instant::now());
+                            self.report(&mut unstored, report).await
+                        }
+                        connect_request::Message::Status(status) => {
+                            quota.spend(Instant::now());
+                            self.status(&mut unstored, status).await
+                        }
                         connect_request::Message::Hello(_) => {
                             Err(Ended::Refused(ApiError::invalid("hello", "was said already").into()))
                         }
@@ -234,7 +256,7 @@ impl Session {
                 return;
             }
             Ended::ByUs(End::Superseded) => {
-                (Status::aborted("the node opened another session"), "superseded", RETRY_WHEN_REFUSED)
+                (Status::aborted("the node opened another session"), "superseded", RETRY_WHEN_SUPERSEDED)
             }
             Ended::ByUs(End::Lost) => {
                 (Status::aborted("the session is not the node's any more"), "lost", RETRY_AFTER_STOP)
@@ -265,7 +287,7 @@ fn ack(execution: &ExecutionId, sequence: u64) -> connect_response::Message {
 }
 
 /// For ever when there is nothing to wait for.
-async fn wait_until(due: Option<tokio::time::Instant>) {
+async fn wait_until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,
@@ -277,77 +299,22 @@ fn store_down(error: StoreError) -> Ended {
     Ended::Refused(ApiError::from(error).into())
 }
 
-async fn begin(
-    context: &Context,
-    certificate: &str,
-    node: &NodeId,
-    hello: &v1::Hello,
-    accept_time: DateTime<Utc>,
-) -> Result<(i64, bool, Handle), ApiError> {
-    if hello.protocol_version != PROTOCOL_VERSION {
-        return Err(ApiError::Precondition {
-            reason: "PROTOCOL_VERSION",
-            message: format!(
-                "the agent speaks protocol version {}, this controller {PROTOCOL_VERSION}; update the older one",
-                hello.protocol_version
-            ),
-        });
-    }
-    let known = context.store.certificate(certificate).await?;
-    if !known.is_some_and(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node)) {
-        return Err(ApiError::Unauthenticated {
-            reason: "CERTIFICATE_REVOKED",
-            message: "this certificate was revoked or its node deleted; the node must enrol again with a token"
-                .to_owned(),
-        });
-    }
-    let start = SessionStart {
-        controller_id: context.controller.clone(),
-        accept_time,
-        boot_id: convert::boot_id(&hello.boot_id)?,
-        mode: convert::mode(hello.mode)?,
-        agent_version: convert::text("hello.agent_version", &hello.agent_version)?.to_owned(),
-        board: convert::board(hello.board.clone().unwrap_or_default())?,
-        system: convert::system(hello.system.clone().unwrap_or_default())?,
-    };
-    match context.store.begin_session(node, &start, context.clock.now()).await? {
-        SessionOutcome::Begun { epoch, node: row } => {
-            let handle = context.sessions.open(node, epoch, certificate).ok_or_else(|| ApiError::Aborted {
-                reason: "SESSION_SUPERSEDED",
-                message: "the node opened another session, or the controller is stopping".to_owned(),
-            })?;
-            Ok((epoch, row.state != NodeState::Approved, handle))
-        }
-        SessionOutcome::Quarantined => Err(ApiError::Forbidden {
-            reason: "NODE_QUARANTINED",
-            message: format!("{} is quarantined; an admin can approve it", node.name()),
-        }),
-        SessionOutcome::Superseded => Err(ApiError::Aborted {
-            reason: "SESSION_SUPERSEDED",
-            message: "the node has a newer session from a later boot".to_owned(),
-        }),
-        SessionOutcome::UnknownNode => Err(ApiError::Unauthenticated {
-            reason: "NODE_UNKNOWN",
-            message: format!("there is no {} any more; it must enrol again with a token", node.name()),
-        }),
-    }
-}
-
 async fn session(
     context: Context,
     progress: mpsc::Sender<ProgressRow>,
     node: NodeId,
-    certificate: String,
+    peer: Peer,
     mut messages: Streaming<v1::ConnectRequest>,
     out: Out,
 ) {
-    let accepted = context.clock.now();
+    // A controller that stood still takes up what came meanwhile: the connection counts, not when it was read.
+    let accepted = context.clock.now() - TimeDelta::from_std(peer.accepted.elapsed()).unwrap_or_default();
     let first = tokio::time::timeout(HELLO, messages.message()).await;
     let Ok(Ok(Some(v1::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }))) = first else {
         let _ = out.try_send(Err(ApiError::invalid("hello", "must be the first message, within 10 s").into()));
         return;
     };
-    let (epoch, held, handle) = match begin(&context, &certificate, &node, &hello, accepted).await {
+    let (epoch, held, handle) = match begin(&context, &peer, &node, &hello, accepted).await {
         Ok(begun) => begun,
         Err(error) => {
             tracing::warn!(error = %error, "a node was not let in");
@@ -446,6 +413,7 @@ impl AgentService for Agent {
         request: Request<Streaming<v1::ConnectRequest>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
         let caller = caller(&request)?;
+        let accepted = request.extensions().get::<PeerInfo>().map_or_else(Instant::now, PeerInfo::accept_session);
         let Some(node) = caller.node else {
             return Err(ApiError::Forbidden {
                 reason: "ROLE_NOT_ALLOWED",
@@ -453,9 +421,10 @@ impl AgentService for Agent {
             }
             .into());
         };
+        let peer = Peer { from: caller.from, certificate: caller.serial, accepted };
         let (out, receiver) = mpsc::channel(QUEUE);
         let span = tracing::info_span!("session", %node);
-        let task = session(self.context.clone(), self.progress.clone(), node, caller.serial, request.into_inner(), out);
+        let task = session(self.context.clone(), self.progress.clone(), node, peer, request.into_inner(), out);
         self.context.tasks.spawn(task.instrument(span));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

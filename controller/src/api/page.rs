@@ -33,6 +33,7 @@ pub(super) fn after(list: &str, token: &str) -> Result<Option<String>, ApiError>
         .ok()
         .and_then(|bytes| String::from_utf8(bytes).ok())
         .and_then(|text| text.strip_prefix(list)?.strip_prefix(':').map(str::to_owned))
+        .filter(|key| !key.chars().any(char::is_control))
         .map(Some)
         .ok_or_else(|| ApiError::invalid("page_token", "is not one that this list gave out; leave it empty to begin"))
 }

@@ -8,6 +8,11 @@ use crate::store::StoreError;
 /// Domain of every `google.rpc.ErrorInfo` that the controller sends.
 pub(crate) const DOMAIN: &str = "marco.bootstrap";
 
+/// Longest message, in characters: it travels in a header.
+const TEXT_MAX: usize = 500;
+/// Most wrong fields that are named: they travel in a header too, of which clients take 8 KiB.
+const VIOLATIONS_MAX: usize = 20;
+
 /// A field that is wrong, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
@@ -114,16 +119,27 @@ impl ApiError {
     }
 }
 
+/// What a caller sent may be in what is said about it: short, and nothing that a terminal or a database takes for more than
+/// text.
+pub(super) fn short(text: &str) -> String {
+    let mut kept: String =
+        text.chars().take(TEXT_MAX).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+    if kept.len() < text.len() {
+        kept.push('…');
+    }
+    kept
+}
+
 impl From<ApiError> for Status {
     fn from(error: ApiError) -> Self {
-        let message = error.to_string();
+        let message = short(&error.to_string());
         let code = error.code();
         let reason = match &error {
             ApiError::Invalid(violations) => {
                 let mut details = ErrorDetails::new();
                 details.set_error_info("INVALID_FIELD", DOMAIN, []);
-                for violation in violations {
-                    details.add_bad_request_violation(&violation.field, &violation.description);
+                for violation in violations.iter().take(VIOLATIONS_MAX) {
+                    details.add_bad_request_violation(short(&violation.field), short(&violation.description));
                 }
                 return Self::with_error_details(code, message, details);
             }
@@ -144,5 +160,23 @@ impl From<ApiError> for Status {
             }
         };
         Self::with_error_details(code, message, ErrorDetails::with_error_info(reason, DOMAIN, []))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ApiError, TEXT_MAX, VIOLATIONS_MAX, Violation};
+    use tonic::Status;
+    use tonic_types::StatusExt as _;
+
+    #[test]
+    fn what_a_caller_sent_is_cut_before_it_is_sent_back() {
+        let violation = |_| Violation { field: "é".repeat(TEXT_MAX + 1), description: "a\u{1b}[2J\0b".to_owned() };
+        let status = Status::from(ApiError::Invalid((0..1000).map(violation).collect()));
+        assert!(status.message().chars().count() <= TEXT_MAX + 1, "{}", status.message());
+        let named = status.get_details_bad_request().unwrap().field_violations;
+        assert_eq!(named.len(), VIOLATIONS_MAX);
+        assert_eq!(named[0].description, "a [2J b");
+        assert!(named[0].field.ends_with('…'));
     }
 }

@@ -1,10 +1,13 @@
 //! TLS of the listeners, and towards other controllers: our own acceptor, because tonic's offers neither reload nor a clock, and the HTTP/2 limits.
 
+mod connection;
+mod frames;
 mod incoming;
 mod peer;
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -17,12 +20,13 @@ use rustls::time_provider::TimeProvider;
 use rustls::version::{TLS12, TLS13};
 use rustls::{RootCertStore, ServerConfig};
 use sha2::{Digest as _, Sha256};
-use tokio_rustls::TlsAcceptor;
+use tokio::time::Instant;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::ca::Pki;
 use crate::clock::Clock;
-pub use incoming::{TlsConn, incoming};
+pub use connection::TlsConn;
+pub use incoming::incoming;
 pub use peer::{PeerError, dial};
 
 /// Streams per connection: a console with watches and calls needs a dozen, an agent two.
@@ -42,6 +46,14 @@ const MAX_PENDING_RESETS: usize = 20;
 const MAX_LOCAL_RESETS: usize = 64;
 /// Largest list of headers of a request, in bytes: gRPC's metadata is small.
 const MAX_HEADER_LIST: u32 = 16 << 10;
+
+/// A call whose answer has not begun by then is given up: a request that never comes whole would be kept for ever. Only
+/// fetching a large artifact from another controller takes minutes.
+const CALL_TIMEOUT: Duration = Duration::from_secs(600);
+/// A node enrols within seconds, so a connection for it ends, and calls under way have so long to end.
+const ENROLMENT_AGE: Duration = Duration::from_secs(60);
+/// See [`ENROLMENT_AGE`].
+const ENROLMENT_GRACE: Duration = Duration::from_secs(10);
 
 /// A client certificate that the CA issued, verified in the handshake.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,18 +108,46 @@ pub(super) fn serial_hex(certificate: &X509Certificate<'_>) -> String {
 }
 
 /// Who is at the other end of a connection: the extension that tonic's requests carry.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct PeerInfo {
     /// Its address.
     pub addr: SocketAddr,
     /// Its certificate, if it showed one.
     pub certificate: Option<Arc<PeerCertificate>>,
+    /// The connection itself.
+    pub connection: Arc<Connection>,
+}
+
+/// A connection, whoever is at its other end.
+#[derive(Debug)]
+pub struct Connection {
+    accepted: Instant,
+    had_a_session: AtomicBool,
+}
+
+impl Default for Connection {
+    /// One that is accepted now.
+    fn default() -> Self {
+        Self { accepted: Instant::now(), had_a_session: AtomicBool::new(false) }
+    }
+}
+
+impl PeerInfo {
+    /// Since when the peer of a session is there: since its connection was accepted, or since now, when the connection
+    /// had a session before.
+    pub fn accept_session(&self) -> Instant {
+        if self.connection.had_a_session.swap(true, Ordering::Relaxed) {
+            Instant::now()
+        } else {
+            self.connection.accepted
+        }
+    }
 }
 
 /// The TLS of one kind of listener. Cheap to clone; [`Acceptor::reload`] changes all clones.
 #[derive(Clone)]
 pub struct Acceptor {
-    tls: TlsAcceptor,
+    tls: Arc<ServerConfig>,
     presented: Arc<Presented>,
     with_ca: bool,
 }
@@ -179,7 +219,7 @@ impl Acceptor {
         // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Self { tls: TlsAcceptor::from(Arc::new(config)), presented, with_ca })
+        Ok(Self { tls: Arc::new(config), presented, with_ca })
     }
 
     /// Presents the controller's present certificate from now on.
@@ -235,6 +275,11 @@ impl TimeProvider for TlsTime {
     }
 }
 
+/// The server for enrolment: as [`server_builder`]'s, but connections end, since whoever can reach the port can hold them.
+pub fn enrolment_builder() -> tonic::transport::Server {
+    server_builder().max_connection_age(ENROLMENT_AGE).max_connection_age_grace(ENROLMENT_GRACE)
+}
+
 /// tonic's server with every HTTP/2 limit set. Connections have no greatest age: sessions last for months.
 pub fn server_builder() -> tonic::transport::Server {
     tonic::transport::Server::builder()
@@ -248,6 +293,7 @@ pub fn server_builder() -> tonic::transport::Server {
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
         .http2_max_header_list_size(MAX_HEADER_LIST)
+        .timeout(CALL_TIMEOUT)
         .accept_http1(false)
 }
 

@@ -5,6 +5,7 @@ use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorT
 
 mod m0002_schedules;
 mod m0010_access;
+mod m0020_instances;
 
 /// The migrations, oldest first. One that was released is never changed.
 pub(super) struct Migrator;
@@ -17,6 +18,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0002_schedules::Schedules),
             Box::new(super::rollouts_table::Rollouts),
             Box::new(m0010_access::Access),
+            Box::new(m0020_instances::Instances),
         ]
     }
 }

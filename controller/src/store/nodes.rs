@@ -226,7 +226,7 @@ impl Store {
         let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
         let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else { return Ok(None) };
         let serial = normal_serial(&row.board.serial);
-        sql("UPDATE nodes SET state = 'APPROVED', state_reason = '', previous_boot_id = '', \
+        sql("UPDATE nodes SET state = 'APPROVED', state_reason = '', previous_boot_id = '', previous_instance = '', \
                  serial = CASE WHEN ? = '' THEN serial ELSE ? END WHERE id = ?")
         .bind(serial.as_str())
         .bind(serial.as_str())

@@ -253,6 +253,10 @@ async fn change(
     Ok(true)
 }
 
+/// Most deliveries of an execution that a node can bring about: each is an event, and a node that is led by somebody else
+/// must not fill the database with them. An honest one needs one for each session that was lost in the wrong moment.
+const MAX_ATTEMPT: u32 = 1000;
+
 /// Raises the attempt above the node's, so that its next report is of a delivery that is known.
 async fn redeliver(
     tx: &DatabaseTransaction,
@@ -262,6 +266,9 @@ async fn redeliver(
     now: DateTime<Utc>,
 ) -> Result<ReportOutcome, StoreError> {
     let from = found.stored.state;
+    if found.stored.attempt >= MAX_ATTEMPT {
+        return Ok(ReportOutcome::Refused(format!("it was delivered {MAX_ATTEMPT} times")));
+    }
     let to = if from == ExecutionState::Pending { ExecutionState::Assigned } else { from };
     let attempt = found.stored.attempt.max(report.attempt).saturating_add(1);
     let fresh = from == ExecutionState::Pending;

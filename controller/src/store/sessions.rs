@@ -17,6 +17,8 @@ pub struct SessionStart {
     pub controller_id: String,
     /// When it accepted the connection.
     pub accept_time: DateTime<Utc>,
+    /// Which start of the agent this is; empty: it does not say.
+    pub instance: String,
     /// The node's boot id.
     pub boot_id: String,
     /// The role of its agent.
@@ -29,6 +31,9 @@ pub struct SessionStart {
     pub system: System,
 }
 
+/// Why a node is shut out whose identity somebody else has too.
+pub const CLONED: &str = "two nodes have this identity: one that was superseded by the other came back";
+
 /// What became of a Hello.
 #[derive(Debug, Clone)]
 pub enum SessionOutcome {
@@ -39,9 +44,13 @@ pub enum SessionOutcome {
         epoch: i64,
         /// The node, as it is now.
         node: Box<NodeRow>,
+        /// It was approved until now, and waits for an admin because its card is in another board.
+        moved: bool,
     },
-    /// The node is shut out, perhaps just now, because two nodes have its identity.
+    /// The node was shut out before.
     Quarantined,
+    /// The node is shut out from now on, because two nodes have its identity.
+    Cloned,
     /// The connection is older than the node's present session and of an earlier boot: close it.
     Superseded,
     /// No such node: it was deleted.
@@ -57,8 +66,8 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<SessionOutcome, StoreError> {
         let tx = self.begin().await?;
-        let row = sql("SELECT state, state_reason, serial, boot_id, previous_boot_id, session_time FROM nodes \
-                       WHERE id = ? {lock}")
+        let row = sql("SELECT state, state_reason, serial, boot_id, previous_boot_id, instance, previous_instance, \
+                       session_time FROM nodes WHERE id = ? {lock}")
         .bind(node.as_str())
         .one(&*tx)
         .await?;
@@ -69,26 +78,32 @@ impl Store {
         }
         let (boot_id, previous) = (row.text("boot_id")?, row.text("previous_boot_id")?);
         let new_boot = start.boot_id != boot_id;
-        if new_boot && !previous.is_empty() && start.boot_id == previous {
-            // A boot never comes back. Either this connection was made before the present boot was known, or two nodes
-            // have this identity.
+        let (instance, previous_instance) = (row.text("instance")?, row.text("previous_instance")?);
+        let new_instance = start.instance != instance;
+        let came_back = |new: bool, present: &str, before: &str| new && !before.is_empty() && present == before;
+        if came_back(new_boot, &start.boot_id, &previous)
+            || came_back(new_instance, &start.instance, &previous_instance)
+        {
+            // Neither a boot nor a start of an agent comes back. Either this connection was made before the present one
+            // was known, or two nodes have this identity.
             if row.maybe_time("session_time")?.is_some_and(|begun| start.accept_time <= begun) {
                 return Ok(SessionOutcome::Superseded);
             }
-            shut_out(&*tx, node, "two nodes have this identity: an earlier boot of it came back", now).await?;
+            shut_out(&*tx, node, CLONED, now).await?;
             self.commit(tx).await?;
-            return Ok(SessionOutcome::Quarantined);
+            return Ok(SessionOutcome::Cloned);
         }
         let mut reason = row.text("state_reason")?;
         let (enrolled, serial) = (row.text("serial")?, nodes::normal_serial(&start.board.serial));
-        if state == NodeState::Approved && !serial.is_empty() && !enrolled.is_empty() && serial != enrolled {
+        let moved = state == NodeState::Approved && !serial.is_empty() && !enrolled.is_empty() && serial != enrolled;
+        if moved {
             state = NodeState::AwaitingApproval;
             reason = format!("its card is in the board {serial}, it was enrolled on {enrolled}");
         }
         sql("UPDATE nodes SET session_epoch = session_epoch + 1, controller_id = ?, session_time = ?, last_seen = ?, \
                  disconnect_time = NULL, mode = ?, board = ?, family = ?, system = ?, agent_version = ?, state = ?, \
                  state_reason = ?, serial = CASE WHEN serial = '' THEN ? ELSE serial END, boot_id = ?, \
-                 previous_boot_id = ? WHERE id = ?")
+                 previous_boot_id = ?, instance = ?, previous_instance = ? WHERE id = ?")
         .bind(start.controller_id.as_str())
         .time(now)
         .time(now)
@@ -102,13 +117,15 @@ impl Store {
         .bind(serial)
         .bind(start.boot_id.as_str())
         .bind(if new_boot { boot_id } else { previous })
+        .bind(start.instance.as_str())
+        .bind(if new_instance { instance } else { previous_instance })
         .bind(node.as_str())
         .run(&*tx)
         .await?;
         let found = nodes::find(&*tx, node).await?;
         self.commit(tx).await?;
         Ok(match found {
-            Some(row) => SessionOutcome::Begun { epoch: row.session_epoch, node: Box::new(row) },
+            Some(row) => SessionOutcome::Begun { epoch: row.session_epoch, node: Box::new(row), moved },
             None => SessionOutcome::UnknownNode,
         })
     }

@@ -50,6 +50,11 @@ impl Builder {
         self
     }
 
+    /// A process that logs what was asked for.
+    pub(super) fn logging(&self, recipe: Recipe) -> Recipe {
+        if self.log.is_empty() { recipe } else { recipe.env("RUST_LOG", &self.log).env("MARCO_LOG", &self.log) }
+    }
+
     /// Starts the controller with this number.
     pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
         let addresses =
@@ -88,7 +93,7 @@ impl Builder {
                 .env("FAKETIME_CACHE_DURATION", 1)
                 .env("FAKETIME_DONT_FAKE_MONOTONIC", 1);
         }
-        let process = recipe.start()?;
+        let process = self.logging(recipe).start()?;
         Ok(Member { process, addresses, channel: None })
     }
 
@@ -165,6 +170,20 @@ impl Fleet {
     /// Lets it go on (SIGCONT).
     pub async fn thaw(&mut self, number: usize) -> Result<()> {
         self.member(number)?.signal("CONT").await
+    }
+
+    /// The process id of one controller.
+    pub fn controller_pid(&self, number: usize) -> Result<u32> {
+        let member = self.controllers.get(number).context("there is no such controller")?;
+        member.process.id().context("it does not run")
+    }
+
+    /// Bytes of memory of one controller, by the name of the line in `/proc/PID/status`: `VmRSS`, `VmHWM`.
+    pub fn memory(&self, number: usize, which: &str) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.controller_pid(number)?))?;
+        let line = status.lines().find_map(|line| line.strip_prefix(which)?.strip_prefix(':'));
+        let kilobytes: u64 = line.context("no such line")?.trim().trim_end_matches(" kB").parse()?;
+        Ok(kilobytes * 1024)
     }
 
     /// The whole log of one controller.

@@ -14,12 +14,29 @@ struct Entry {
     /// Unix mode, with the kind of file.
     mode: u32,
     flags: u16,
+    method: u16,
+    /// Instead of what fits the data.
+    checksum: Option<u32>,
+    /// Unpacked, in both headers, instead of the data's.
+    size: Option<u32>,
+    /// Extra fields in the central directory.
+    extra: Vec<u8>,
     data: Vec<u8>,
 }
 
 impl Entry {
     fn file(name: impl AsRef<[u8]>, data: &[u8]) -> Self {
-        Self { name: name.as_ref().to_vec(), local_name: None, mode: 0o100_644, flags: 0, data: data.to_vec() }
+        Self {
+            name: name.as_ref().to_vec(),
+            local_name: None,
+            mode: 0o100_644,
+            flags: 0,
+            method: 0,
+            checksum: None,
+            size: None,
+            extra: Vec::new(),
+            data: data.to_vec(),
+        }
     }
 }
 
@@ -55,12 +72,70 @@ pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let mut many = installer_set("many");
     many.extend((0..5000).map(|number| (format!("overlays/{number}.dtbo"), Vec::new())));
     zips.push(("zip: too many entries", zip_of(&many)?));
+    zips.extend(lies()?);
+    zips.extend(hidden(&good)?);
     Ok(zips)
+}
+
+fn lies() -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let file = |name: &str| Entry::file(name, b"0123456789");
+    let unicode_path = [&[0x75, 0x70, 12, 0, 1, 0, 0, 0, 0][..], b"../evil"].concat();
+    Ok(vec![
+        // The shape of CVE-2025-29787: a link, and a file through it.
+        ("zip: a file through a link", {
+            let mut entries = set();
+            entries.push(Entry { mode: 0o120_777, ..Entry::file("out", b"../../../tmp") });
+            entries.push(Entry::file("out/evil", b"x"));
+            write(&entries)?
+        }),
+        ("zip: a pipe", with(Entry { mode: 0o010_644, ..file("pipe") })?),
+        ("zip: a character device", with(Entry { mode: 0o020_666, ..Entry::file("null", b"") })?),
+        ("zip: a socket", with(Entry { mode: 0o140_755, ..Entry::file("socket", b"") })?),
+        ("zip: a name twice", with(file("config.txt"))?),
+        ("zip: two folders that differ in case only", with(file("OVERLAYS/x.dtbo"))?),
+        ("zip: an empty part in a path", with(file("overlays//x"))?),
+        ("zip: a dot in a path", with(file("overlays/./x"))?),
+        ("zip: a short name of FAT", with(file("KERNEL~1.IMG"))?),
+        ("zip: a name that ends with a blank", with(file("evil "))?),
+        ("zip: a drive", with(file("c:/evil"))?),
+        ("zip: a name that is no UTF-8", with(Entry { flags: 1 << 11, ..Entry::file(b"\xff\xfe", b"x") })?),
+        ("zip: deeper than FAT is used", with(file(&format!("{}x", "d/".repeat(20))))?),
+        ("zip: a second name in an extra field", with(Entry { extra: unicode_path, ..file("goodie") })?),
+        ("zip: sizes of 64 bits", with(Entry { extra: vec![1, 0, 8, 0, 9, 0, 0, 0, 0, 0, 0, 0], ..file("large") })?),
+        ("zip: a wrong checksum", with(Entry { checksum: Some(7), ..file("flipped") })?),
+        ("zip: a wrong size", with(Entry { size: Some(7), ..file("short") })?),
+        ("zip: unpacks to more than a partition", with(Entry { size: Some(u32::MAX - 1), method: 8, ..file("huge") })?),
+        ("zip: an unknown method", with(Entry { method: 14, ..file("lzma") })?),
+    ])
+}
+
+/// Bytes that one reader sees and another does not.
+fn hidden(good: &[u8]) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    let end = good.len() - 22;
+    let mut disks = good.to_vec();
+    disks.get_mut(end + 4..end + 6).unwrap_or_default().copy_from_slice(&[1, 0]);
+    let mut fewer = good.to_vec();
+    for at in [end + 8, end + 10] {
+        if let Some(count) = fewer.get_mut(at) {
+            *count -= 1;
+        }
+    }
+    Ok(vec![
+        ("zip: something before it", [b"#!/bin/sh\n", good].concat()),
+        ("zip: something behind it", [good, b"more"].concat()),
+        ("zip: a second zip behind it", [good, good].concat()),
+        ("zip: one of several parts", disks),
+        ("zip: fewer entries than its directory has", fewer),
+    ])
+}
+
+fn set() -> Vec<Entry> {
+    installer_set("hostile").iter().map(|(name, data)| Entry::file(name, data)).collect()
 }
 
 /// An installer's set and this.
 fn with(bad: Entry) -> Result<Vec<u8>> {
-    let mut entries: Vec<Entry> = installer_set("hostile").iter().map(|(name, data)| Entry::file(name, data)).collect();
+    let mut entries = set();
     entries.push(bad);
     write(&entries)
 }
@@ -72,35 +147,38 @@ fn write(entries: &[Entry]) -> Result<Vec<u8>> {
         let offset = u32::try_from(zip.len())?;
         let mut checksum = flate2::Crc::new();
         checksum.update(&entry.data);
-        let size = u32::try_from(entry.data.len())?;
+        let checksum = entry.checksum.unwrap_or(checksum.sum());
+        let packed = u32::try_from(entry.data.len())?;
+        let size = entry.size.unwrap_or(packed);
         // Version needed, flags, method (stored), time, date, checksum, both sizes.
-        let common = |name: &[u8]| -> Result<Vec<u8>> {
+        let common = |name: &[u8], extra: usize| -> Result<Vec<u8>> {
             let mut fields = Vec::new();
-            for short in [20, entry.flags, 0, 0, 0x21] {
+            for short in [20, entry.flags, entry.method, 0, 0x21] {
                 fields.extend(u16::to_le_bytes(short));
             }
-            for long in [checksum.sum(), size, size] {
+            for long in [checksum, packed, size] {
                 fields.extend(long.to_le_bytes());
             }
             fields.extend(u16::try_from(name.len())?.to_le_bytes());
-            fields.extend([0, 0]);
+            fields.extend(u16::try_from(extra)?.to_le_bytes());
             Ok(fields)
         };
         let local_name = entry.local_name.as_ref().unwrap_or(&entry.name);
         zip.extend(b"PK\x03\x04");
-        zip.extend(common(local_name)?);
+        zip.extend(common(local_name, 0)?);
         zip.extend(local_name);
         zip.extend(&entry.data);
 
         directory.extend(b"PK\x01\x02");
         // Made by Unix, so that the upper half of the external attributes is a mode.
         directory.extend([30, 3]);
-        directory.extend(common(&entry.name)?);
+        directory.extend(common(&entry.name, entry.extra.len())?);
         // Comment length, disk, internal attributes.
         directory.extend([0; 6]);
         directory.extend((entry.mode << 16).to_le_bytes());
         directory.extend(offset.to_le_bytes());
         directory.extend(&entry.name);
+        directory.extend(&entry.extra);
     }
     let count = u16::try_from(entries.len())?.to_le_bytes();
     let (offset, size) = (u32::try_from(zip.len())?, u32::try_from(directory.len())?);

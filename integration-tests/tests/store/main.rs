@@ -102,6 +102,7 @@ on_both!(
     sessions:
         a_second_session_ends_the_first,
         two_nodes_with_one_identity_are_quarantined,
+        two_agents_of_one_boot_are_told_apart_by_their_starts,
         a_card_in_another_board_waits_for_approval,
         sessions_of_a_dead_controller_end,
         what_was_assigned_and_not_answered_is_found_by_its_controller,

@@ -40,9 +40,34 @@ pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
     assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second boot");
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
     let back = f.store.begin_session(&id, &hello("boot-1", &serial, after(12)), after(12)).await.unwrap();
-    assert!(matches!(back, SessionOutcome::Quarantined));
+    assert!(matches!(back, SessionOutcome::Cloned));
+    let again = f.store.begin_session(&id, &hello("boot-2", &serial, after(13)), after(13)).await.unwrap();
+    assert!(matches!(again, SessionOutcome::Quarantined));
     let row = f.store.node(&id).await.unwrap().unwrap();
     assert_eq!((row.state, row.connected), (NodeState::Quarantined, false));
+}
+
+pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fixture) {
+    let (id, _) = f.online("pi-1").await;
+    let start = |instance: &str, second| SessionStart {
+        instance: instance.to_owned(),
+        ..hello("boot-1", &serial_of("pi-1"), after(second))
+    };
+    // An agent that is started a hundred times, and one that loses its stream again and again, is one.
+    for number in 0..100 {
+        f.begin(&id, &start(&number.to_string(), number), after(number)).await;
+        f.begin(&id, &start(&number.to_string(), number), after(number)).await;
+    }
+    f.begin(&id, &start("a", 200), after(200)).await;
+    f.begin(&id, &start("b", 201), after(201)).await;
+    let late = f.store.begin_session(&id, &start("a", 200), after(202)).await.unwrap();
+    assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second start");
+    let back = f.store.begin_session(&id, &start("a", 203), after(203)).await.unwrap();
+    assert!(matches!(back, SessionOutcome::Cloned));
+    // An admin who has found the other one lets this one in.
+    f.store.approve(&id, after(204)).await.unwrap().unwrap();
+    f.begin(&id, &start("a", 205), after(205)).await;
+    f.begin(&id, &start("a", 206), after(206)).await;
 }
 
 pub(crate) async fn a_card_in_another_board_waits_for_approval(f: Fixture) {

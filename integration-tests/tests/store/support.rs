@@ -133,6 +133,7 @@ pub(crate) fn hello(boot_id: &str, serial: &str, accepted: DateTime<Utc>) -> Ses
         controller_id: "c1".to_owned(),
         accept_time: accepted,
         boot_id: boot_id.to_owned(),
+        instance: String::new(),
         mode: NodeMode::Running,
         agent_version: "0.1.0".to_owned(),
         board: board(serial),

@@ -73,6 +73,7 @@ impl Bench {
 
 fn node() -> Node {
     Node {
+        instance: "1".to_owned(),
         boot_id: "boot-a".into(),
         mode: Mode::Running,
         board: Board::default(),

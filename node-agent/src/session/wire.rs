@@ -21,6 +21,7 @@ pub(super) fn hello(node: &Node, entries: &Entries, progress: &Progress) -> Hell
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         protocol_version: PROTOCOL_VERSION,
         boot_id: node.boot_id.clone(),
+        instance: node.instance.clone(),
         mode: match node.mode {
             Mode::Running => NodeMode::Running,
             Mode::Installer => NodeMode::Installer,

@@ -231,6 +231,9 @@ pub(in crate::api) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<Req
     if id.len() > REQUEST_ID_MAX {
         return Err(ApiError::invalid("request_id", format!("must be at most {REQUEST_ID_MAX} bytes")));
     }
+    if id.chars().any(char::is_control) {
+        return Err(ApiError::invalid("request_id", "must not contain control characters"));
+    }
     let mut hash = Sha256::new();
     for part in body {
         hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());

@@ -2,89 +2,52 @@
 
 use std::future::Future as _;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use futures_util::Stream;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use rustls::ServerConfig;
+use rustls::server::Acceptor as Hello;
+use std::net::SocketAddr;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{Sleep, sleep, timeout};
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
-use tonic::transport::server::Connected;
+use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout_at};
+use tokio_rustls::LazyConfigAcceptor;
 
-use super::{Acceptor, PeerCertificate, PeerInfo};
+use super::connection::TlsConn;
+use super::{Acceptor, Connection, PeerCertificate, PeerInfo};
 
-/// How long a handshake may take.
+/// How long a handshake may take: a Pi 1 on a bad radio needs seconds.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most handshakes at a time; further connections wait in the kernel's queue.
-const MAX_HANDSHAKES: usize = 256;
+/// Most handshakes at a time: 12 KiB each. Further connections wait in the kernel's queue.
+pub(super) const MAX_HANDSHAKES: usize = 1024;
+/// More handshakes at a time than this are a crowd, until none is left of them: a fleet that comes back at once, or
+/// somebody who opens connections and says nothing. A crowd is waited for less long.
+pub(super) const CROWD: usize = 256;
+/// How long a connection in a crowd may take for its first words, which cost it nothing.
+const HELLO_IN_A_CROWD: Duration = Duration::from_millis(1500);
+/// How long a handshake in a crowd may take: those that come back at once all wait for this machine's arithmetic.
+const HANDSHAKE_IN_A_CROWD: Duration = Duration::from_secs(5);
 /// How long to wait when the system has no room for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// An open connection.
-pub struct TlsConn {
-    stream: TlsStream<TcpStream>,
-    info: PeerInfo,
-}
-
-impl TlsConn {
-    /// Who is at the other end.
-    pub fn peer(&self) -> &PeerInfo {
-        &self.info
-    }
-}
-
-impl Connected for TlsConn {
-    type ConnectInfo = PeerInfo;
-    fn connect_info(&self) -> PeerInfo {
-        self.info.clone()
-    }
-}
-
-impl AsyncRead for TlsConn {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for TlsConn {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, data)
-    }
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        data: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, data)
-    }
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
 
 /// Accepts connections and shakes hands, many at a time: what `serve_with_incoming_shutdown` wants. Dropping the stream
 /// stops accepting, and drops unfinished handshakes.
 pub fn incoming(listener: TcpListener, acceptor: Acceptor) -> impl Stream<Item = io::Result<TlsConn>> + Send + Unpin {
-    Incoming { listener, tls: acceptor.tls, handshakes: JoinSet::new(), pause: None }
+    let (crowd, _) = watch::channel(false);
+    Incoming { listener, tls: acceptor.tls, handshakes: JoinSet::new(), crowd, pause: None }
 }
 
 struct Incoming {
     listener: TcpListener,
-    tls: TlsAcceptor,
+    tls: Arc<ServerConfig>,
     /// Tasks of their own, so that public-key arithmetic runs on all cores and never holds up the accept loop.
     handshakes: JoinSet<io::Result<TlsConn>>,
+    /// Whether there is a crowd.
+    crowd: watch::Sender<bool>,
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -94,7 +57,12 @@ impl Stream for Incoming {
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
         loop {
-            match this.handshakes.poll_join_next(cx) {
+            let ended = this.handshakes.poll_join_next(cx);
+            this.crowd.send_if_modified(|crowd| {
+                let now = this.handshakes.len() > CROWD || (*crowd && !this.handshakes.is_empty());
+                std::mem::replace(crowd, now) != now
+            });
+            match ended {
                 Poll::Ready(Some(Ok(Ok(conn)))) => return Poll::Ready(Some(Ok(conn))),
                 Poll::Ready(Some(Ok(Err(error)))) => {
                     // Scanners do this all day.
@@ -117,7 +85,8 @@ impl Stream for Incoming {
             }
             match ready!(this.listener.poll_accept(cx)) {
                 Ok((stream, addr)) => {
-                    this.handshakes.spawn(shake_hands(this.tls.clone(), stream, addr));
+                    let crowd = this.crowd.subscribe();
+                    this.handshakes.spawn(shake_hands(Arc::clone(&this.tls), stream, addr, crowd));
                 }
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
@@ -129,13 +98,47 @@ impl Stream for Incoming {
     }
 }
 
-async fn shake_hands(tls: TlsAcceptor, stream: TcpStream, addr: SocketAddr) -> io::Result<TlsConn> {
+async fn shake_hands(
+    tls: Arc<ServerConfig>,
+    stream: TcpStream,
+    addr: SocketAddr,
+    mut crowd: watch::Receiver<bool>,
+) -> io::Result<TlsConn> {
+    let begun = Instant::now();
+    let connection = Arc::new(Connection::default());
     // Commands are small and wanted at once.
     stream.set_nodelay(true)?;
-    let stream = timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await??;
+    let hello = LazyConfigAcceptor::new(Hello::default(), stream);
+    let hello = patiently(begun, HELLO_IN_A_CROWD, &mut crowd, hello).await?;
+    let only_http2 = !tls.alpn_protocols.iter().any(|protocol| protocol == b"http/1.1");
+    let stream = patiently(begun, HANDSHAKE_IN_A_CROWD, &mut crowd, hello.into_stream(tls)).await?;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first()).and_then(PeerCertificate::read);
-    Ok(TlsConn { info: PeerInfo { addr, certificate: certificate.map(Arc::new) }, stream })
+    let http2 = only_http2 || session.alpn_protocol() == Some(b"h2");
+    Ok(TlsConn::new(stream, PeerInfo { addr, certificate: certificate.map(Arc::new), connection }, http2))
+}
+
+/// Waits for a part of a handshake; in a crowd less long.
+async fn patiently<T>(
+    begun: Instant,
+    in_a_crowd: Duration,
+    crowd: &mut watch::Receiver<bool>,
+    part: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    let impatience = async {
+        sleep_until(begun + in_a_crowd).await;
+        if crowd.wait_for(|crowd| *crowd).await.is_err() {
+            // Nobody accepts any more, and this task is about to be dropped.
+            std::future::pending::<()>().await;
+        }
+    };
+    let part = timeout_at(begun + HANDSHAKE_TIMEOUT, part);
+    // Either way the connection is dropped with the part that did not end.
+    tokio::select! {
+        biased;
+        done = part => done?,
+        () = impatience => Err(io::ErrorKind::TimedOut.into()),
+    }
 }
 
 /// Whether accepting failed because that connection is already gone, not because the system is short of something.

@@ -25,6 +25,7 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt as _;
 use tower::{Service as _, ServiceExt as _};
 
+use super::incoming::{CROWD, MAX_HANDSHAKES};
 use super::{Acceptor, PeerInfo, incoming, server_builder};
 use crate::clock::{Clock, ManualClock};
 use crate::identity::access::Access;
@@ -193,6 +194,79 @@ async fn silent_connections_hold_up_nobody() {
     assert_eq!(peer.certificate, None);
 }
 
+/// Silent connections, and how long until each of them was closed.
+async fn how_long_until_closed(addr: SocketAddr, count: usize) -> Vec<Duration> {
+    let mut silent = Vec::new();
+    for _ in 0..count {
+        silent.push(TcpStream::connect(addr).await.unwrap());
+    }
+    let begun = std::time::Instant::now();
+    let ends = silent.into_iter().map(|mut tcp| async move {
+        assert_eq!(tcp.read(&mut [0; 1]).await.unwrap_or_default(), 0);
+        begun.elapsed()
+    });
+    futures_util::future::join_all(ends).await
+}
+
+/// Ten seconds, on a machine that has much else to do.
+const TEN_SECONDS: std::ops::Range<Duration> = Duration::from_millis(9_900)..Duration::from_secs(15);
+
+#[tokio::test]
+async fn a_handshake_that_does_not_end_is_cut_after_ten_seconds() {
+    let house = house();
+    let (listener, addr) = listener().await;
+    let mut connections = incoming(listener, house.api());
+    let server = tokio::spawn(async move { connections.next().await.is_some() });
+    // Half a handshake is none: the client's first words, and then nothing.
+    let mut half = TcpStream::connect(addr).await.unwrap();
+    half.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc").await.unwrap();
+    for waited in how_long_until_closed(addr, 3).await {
+        assert!(TEN_SECONDS.contains(&waited), "{waited:?}");
+    }
+    assert!(tokio::time::timeout(Duration::from_secs(2), half.read(&mut [0; 1])).await.is_ok());
+    assert!(!server.is_finished());
+}
+
+#[tokio::test]
+async fn a_crowd_that_says_nothing_is_sent_away_within_two_seconds() {
+    let house = house();
+    let (listener, addr) = listener().await;
+    let mut connections = incoming(listener, house.api());
+    let server = tokio::spawn(async move { connections.next().await.is_some() });
+    let waits = how_long_until_closed(addr, CROWD + 50).await;
+    assert!(waits.iter().all(|waited| *waited < Duration::from_secs(3)), "{:?}", waits.iter().max());
+    assert!(!server.is_finished());
+}
+
+#[tokio::test]
+async fn more_half_open_handshakes_than_there_may_be_delay_an_honest_one_by_seconds_at_most() {
+    let house = house();
+    let (listener, addr) = listener().await;
+    let mut connections = incoming(listener, house.api());
+    let mut silent = Vec::new();
+    for _ in 0..MAX_HANDSHAKES + 100 {
+        silent.push(TcpStream::connect(addr).await.unwrap());
+        // Lets the server accept what has come so far, so that the kernel's queue never is the limit.
+        assert!(futures_util::poll!(connections.next()).is_pending());
+    }
+    let begun = std::time::Instant::now();
+    meet(addr, &mut connections, house.client(None)).await;
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+}
+
+#[tokio::test]
+async fn a_connection_without_a_first_frame_ends_after_ten_seconds() {
+    let house = house();
+    let (addr, server) = served(&house).await;
+    let mut stream = connect(addr, house.client(None)).await.unwrap();
+    stream.write_all(&PREFACE[..24]).await.unwrap();
+    let begun = std::time::Instant::now();
+    let mut read = Vec::new();
+    let _ = stream.read_to_end(&mut read).await;
+    assert!(TEN_SECONDS.contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    server.abort();
+}
+
 /// A server with health behind the gate, as `serve` builds it.
 async fn served(house: &House) -> (SocketAddr, tokio::task::JoinHandle<()>) {
     let (listener, addr) = listener().await;
@@ -270,6 +344,7 @@ fn a_node_is_who_its_certificate_says() {
             not_before: DateTime::UNIX_EPOCH,
             not_after: DateTime::UNIX_EPOCH,
         })),
+        connection: Arc::default(),
     };
     let caller = |name, role| crate::identity::Caller::from_peer(&peer(name, role));
     assert_eq!(caller("pi-01", "node").unwrap().node, Some(NodeId::parse("pi-01").unwrap()));

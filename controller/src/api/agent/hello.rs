@@ -1,0 +1,127 @@
+//! Whether a node is let in that says hello: once, from one place, in the board that it is known in.
+
+use std::net::SocketAddr;
+
+use chrono::{DateTime, Utc};
+use marco_proto::names::{NodeId, PROTOCOL_VERSION};
+use marco_proto::v1;
+use tokio::time::Instant;
+
+use crate::api::status::ApiError;
+use crate::api::{Context, convert};
+use crate::identity::record::OK;
+use crate::identity::shown;
+use crate::operation::NodeState;
+use crate::sessions::Handle;
+use crate::store::{AuditRow, CLONED, SessionOutcome, SessionStart};
+
+/// Longest instance of an agent, in bytes: ours has 32.
+const INSTANCE_MAX: usize = 64;
+/// Most executions in a Hello: a node has one at a time, and few that wait for an acknowledgement.
+const EXECUTIONS_MAX: usize = 256;
+
+/// Who opens a session.
+pub(super) struct Peer {
+    pub(super) from: SocketAddr,
+    /// Serial number of its certificate.
+    pub(super) certificate: String,
+    /// When its connection was accepted; when it had a session before, when it asked for another.
+    pub(super) accepted: Instant,
+}
+
+fn quarantined(node: &NodeId) -> ApiError {
+    ApiError::Forbidden {
+        reason: "NODE_QUARANTINED",
+        message: format!("{} is quarantined; an admin can approve it", node.name()),
+    }
+}
+
+/// Which start of its agent says hello.
+fn instance(text: &str) -> Result<String, ApiError> {
+    if text.len() > INSTANCE_MAX {
+        return Err(ApiError::invalid("hello.instance", format!("must be at most {INSTANCE_MAX} bytes")));
+    }
+    Ok(convert::text("hello.instance", text)?.to_owned())
+}
+
+/// Records what the controller did to a node by itself.
+async fn noted(context: &Context, node: &NodeId, from: SocketAddr, what: &str, why: &str) {
+    tracing::warn!(%node, %from, what, why, "a node was shut out or held");
+    let row = AuditRow {
+        time: context.clock.now(),
+        actor: "controller".to_owned(),
+        credential: String::new(),
+        from: shown(from).to_string(),
+        method: what.to_owned(),
+        target: node.name(),
+        result: OK.to_owned(),
+        message: why.to_owned(),
+    };
+    context.access.recorder().record(row, Some(from.ip())).await;
+}
+
+/// Begins a session in the store and in the registry: its epoch, whether the node is held, and its handle.
+pub(super) async fn begin(
+    context: &Context,
+    peer: &Peer,
+    node: &NodeId,
+    hello: &v1::Hello,
+    accept_time: DateTime<Utc>,
+) -> Result<(i64, bool, Handle), ApiError> {
+    if hello.executions.len() > EXECUTIONS_MAX {
+        let message = format!("must be at most {EXECUTIONS_MAX}: those that were not acknowledged");
+        return Err(ApiError::invalid("hello.executions", message));
+    }
+    if hello.protocol_version != PROTOCOL_VERSION {
+        return Err(ApiError::Precondition {
+            reason: "PROTOCOL_VERSION",
+            message: format!(
+                "the agent speaks protocol version {}, this controller {PROTOCOL_VERSION}; update the older one",
+                hello.protocol_version
+            ),
+        });
+    }
+    let known = context.store.certificate(&peer.certificate).await?;
+    if !known.is_some_and(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node)) {
+        return Err(ApiError::Unauthenticated {
+            reason: "CERTIFICATE_REVOKED",
+            message: "this certificate was revoked or its node deleted; the node must enrol again with a token"
+                .to_owned(),
+        });
+    }
+    let start = SessionStart {
+        controller_id: context.controller.clone(),
+        accept_time,
+        boot_id: convert::boot_id(&hello.boot_id)?,
+        instance: instance(&hello.instance)?,
+        mode: convert::mode(hello.mode)?,
+        agent_version: convert::text("hello.agent_version", &hello.agent_version)?.to_owned(),
+        board: convert::board(hello.board.clone().unwrap_or_default())?,
+        system: convert::system(hello.system.clone().unwrap_or_default())?,
+    };
+    match context.store.begin_session(node, &start, context.clock.now()).await? {
+        SessionOutcome::Begun { epoch, node: row, moved } => {
+            if moved {
+                noted(context, node, peer.from, "HOLD", &row.state_reason).await;
+            }
+            let handle = context.sessions.open(node, epoch, &peer.certificate).ok_or_else(|| ApiError::Aborted {
+                reason: "SESSION_SUPERSEDED",
+                message: "the node opened another session, or the controller is stopping".to_owned(),
+            })?;
+            Ok((epoch, row.state != NodeState::Approved, handle))
+        }
+        SessionOutcome::Cloned => {
+            noted(context, node, peer.from, "QUARANTINE", CLONED).await;
+            Err(quarantined(node))
+        }
+        SessionOutcome::Quarantined => Err(quarantined(node)),
+        SessionOutcome::Superseded => Err(ApiError::Aborted {
+            reason: "SESSION_SUPERSEDED",
+            message: "the node has a newer session from a later boot".to_owned(),
+        }),
+        SessionOutcome::UnknownNode => Err(ApiError::Unauthenticated {
+            reason: "NODE_UNKNOWN",
+            message: format!("there is no {} any more; it must enrol again with a token", node.name()),
+        }),
+    }
+}

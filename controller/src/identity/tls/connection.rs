@@ -1,0 +1,138 @@
+//! An open connection: TLS, who is at the other end, and what frames pass.
+
+use std::future::Future as _;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
+use tokio_rustls::server::TlsStream;
+use tonic::transport::server::Connected;
+
+use super::PeerInfo;
+use super::frames::{ENHANCE_YOUR_CALM, Flood, Frames};
+
+/// How long a peer may take from the handshake to its first frame, which it sends unasked.
+const FIRST_FRAME: Duration = Duration::from_secs(10);
+
+/// An open connection.
+pub struct TlsConn {
+    stream: TlsStream<TcpStream>,
+    info: PeerInfo,
+    /// None: it speaks HTTP/1.1.
+    http2: Option<Watched>,
+}
+
+/// What is watched over on a connection that speaks HTTP/2.
+struct Watched {
+    frames: Frames,
+    /// Until the first frame.
+    first: Option<Pin<Box<Sleep>>>,
+    flood: Option<Flood>,
+}
+
+impl TlsConn {
+    pub(super) fn new(stream: TlsStream<TcpStream>, info: PeerInfo, http2: bool) -> Self {
+        let watched =
+            || Watched { frames: Frames::new(Instant::now()), first: Some(Box::pin(sleep(FIRST_FRAME))), flood: None };
+        Self { stream, info, http2: http2.then(watched) }
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> &PeerInfo {
+        &self.info
+    }
+
+    /// The connection ends when a flood was seen; the peer is told why, if that can be done at once.
+    fn end_if_flooded(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        let Some(watched) = &mut self.http2 else { return Ok(()) };
+        let Some(Flood(what)) = watched.flood else { return Ok(()) };
+        if watched.frames.may_send() {
+            let _ = Pin::new(&mut self.stream).poll_write(cx, &ENHANCE_YOUR_CALM);
+            let _ = Pin::new(&mut self.stream).poll_flush(cx);
+        }
+        let peer = self.info.certificate.as_ref().map_or("", |certificate| certificate.common_name.as_str());
+        tracing::warn!(from = %self.info.addr, peer, what, "a connection was closed: too many");
+        Err(io::Error::other("too many frames of a kind"))
+    }
+}
+
+impl Connected for TlsConn {
+    type ConnectInfo = PeerInfo;
+    fn connect_info(&self) -> PeerInfo {
+        self.info.clone()
+    }
+}
+
+impl AsyncRead for TlsConn {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        this.end_if_flooded(cx)?;
+        let before = buf.filled().len();
+        let read = Pin::new(&mut this.stream).poll_read(cx, buf);
+        let Some(watched) = &mut this.http2 else { return read };
+        if read.is_pending() {
+            if let Some(first) = &mut watched.first
+                && first.as_mut().poll(cx).is_ready()
+            {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            return Poll::Pending;
+        }
+        let bytes = buf.filled().get(before..).unwrap_or_default();
+        if let Err(flood) = watched.frames.received(bytes, Instant::now()) {
+            watched.flood = Some(flood);
+        }
+        if watched.frames.begun() {
+            watched.first = None;
+        }
+        this.end_if_flooded(cx)?;
+        read
+    }
+}
+
+impl TlsConn {
+    fn wrote(&mut self, written: Poll<io::Result<usize>>, bytes: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        if let (Poll::Ready(Ok(count)), Some(watched)) = (&written, &mut self.http2) {
+            let mut left = *count;
+            for slice in bytes {
+                let part = slice.get(..left.min(slice.len())).unwrap_or_default();
+                left -= part.len();
+                // The next read ends the connection.
+                if let Err(flood) = watched.frames.sent(part) {
+                    watched.flood = Some(flood);
+                }
+            }
+        }
+        written
+    }
+}
+
+impl AsyncWrite for TlsConn {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.stream).poll_write(cx, data);
+        this.wrote(written, &[IoSlice::new(data)])
+    }
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.stream).poll_write_vectored(cx, data);
+        this.wrote(written, data)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

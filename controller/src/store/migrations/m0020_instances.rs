@@ -1,0 +1,24 @@
+//! Which start of an agent opened the present session of a node, and which the one before.
+
+use sea_orm::ConnectionTrait as _;
+use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
+
+pub(super) struct Instances;
+
+impl MigrationName for Instances {
+    fn name(&self) -> &str {
+        "m0020_instances"
+    }
+}
+
+#[allow(elided_lifetimes_in_paths, reason = "the trait spells it so, and its macro takes no other")]
+#[async_trait::async_trait]
+impl MigrationTrait for Instances {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let db = manager.get_connection();
+        for column in ["instance", "previous_instance"] {
+            db.execute_unprepared(&format!("ALTER TABLE nodes ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")).await?;
+        }
+        Ok(())
+    }
+}

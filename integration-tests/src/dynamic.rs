@@ -1,0 +1,93 @@
+//! Calls that are made of the descriptor set alone, so that an RPC which is new tomorrow is called too.
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use prost::Message as _;
+use prost_reflect::{
+    DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, MethodDescriptor, Value,
+};
+use tonic::Status;
+use tonic::transport::Channel;
+
+use crate::raw;
+
+/// Messages in messages are followed so deep: a schedule's template has an operation, that an action, that a message.
+const DEPTH: usize = 6;
+
+/// The API's descriptors.
+pub fn pool() -> Result<DescriptorPool> {
+    DescriptorPool::decode(marco_proto::DESCRIPTOR_SET).context("the descriptor set")
+}
+
+/// Every method of the API.
+pub fn methods(pool: &DescriptorPool) -> Vec<MethodDescriptor> {
+    let ours = pool.services().filter(|service| service.package_name() == "marco.bootstrap.v1");
+    ours.flat_map(|service| service.methods().collect::<Vec<_>>()).collect()
+}
+
+/// A place for a text in a message: the fields that lead to it.
+pub type Place = Vec<FieldDescriptor>;
+
+/// Every place for a text in a message, in lists and maps too.
+pub fn texts(message: &MessageDescriptor) -> Vec<Place> {
+    let mut found = Vec::new();
+    collect(message, &mut Vec::new(), &mut found);
+    found
+}
+
+fn collect(message: &MessageDescriptor, path: &mut Place, found: &mut Vec<Place>) {
+    if path.len() >= DEPTH {
+        return;
+    }
+    for field in message.fields() {
+        path.push(field.clone());
+        match field.kind() {
+            Kind::String => found.push(path.clone()),
+            Kind::Message(_) if field.is_map() => found.push(path.clone()),
+            Kind::Message(inner) if path.iter().filter(|above| above.kind() == field.kind()).count() == 1 => {
+                collect(&inner, path, found);
+            }
+            _ => {}
+        }
+        path.pop();
+    }
+}
+
+/// The dotted names of the fields of a place.
+pub fn shown(place: &Place) -> String {
+    place.iter().map(FieldDescriptor::name).collect::<Vec<_>>().join(".")
+}
+
+/// Puts a text in its place; messages on the way come to be. A map of texts gets it as key and as value.
+pub fn put(message: &mut DynamicMessage, place: &[FieldDescriptor], text: &str) {
+    let Some((field, rest)) = place.split_first() else { return };
+    if field.is_map() {
+        let entry = field.kind().as_message().map(|entry| (entry.map_entry_key_field(), entry.map_entry_value_field()));
+        if let Some((key, value)) = entry
+            && (key.kind(), value.kind()) == (Kind::String, Kind::String)
+        {
+            let map = [(MapKey::String(text.to_owned()), Value::String(text.to_owned()))];
+            message.set_field(field, Value::Map(map.into()));
+        }
+        return;
+    }
+    let value = match field.kind() {
+        Kind::Message(inner) => {
+            let present = message.get_field(field).as_message().filter(|_| message.has_field(field)).cloned();
+            let mut inner = present.unwrap_or_else(|| DynamicMessage::new(inner));
+            put(&mut inner, rest, text);
+            Value::Message(inner)
+        }
+        _ => Value::String(text.to_owned()),
+    };
+    message.set_field(field, if field.is_list() { Value::List(vec![value]) } else { value });
+}
+
+/// Calls a method with one message, and answers its first message, or what it was refused with.
+///
+/// # Errors
+/// The status with which it was refused.
+pub async fn call(channel: &Channel, method: &MethodDescriptor, message: &DynamicMessage) -> Result<Bytes, Status> {
+    let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
+    raw::call(channel, &path, message.encode_to_vec(), None).await
+}

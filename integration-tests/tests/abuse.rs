@@ -1,0 +1,238 @@
+//! Somebody who can reach the ports, with or without a certificate, and means harm: he is cut off, costs little, and
+//! honest nodes get in meanwhile.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use futures_util::future::{join_all, try_join_all};
+use integration_tests::certs::NodeKey;
+use integration_tests::client::Credentials;
+use integration_tests::fleet::Addresses;
+use integration_tests::frames::{END_HEADERS, END_STREAM, Ended, Raw, call, field, frame, kind};
+use integration_tests::{Fleet, seconds};
+use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
+use marco_proto::v1::{Board, EnrollRequest, ListNodesRequest};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tonic::Code;
+
+/// Within this time whoever floods is cut off.
+const CUT: Duration = seconds(2);
+/// Streams that are opened, or opened and reset.
+const STREAMS: u32 = 5000;
+/// Connections that never end their handshake.
+const HALF_OPEN: usize = 1000;
+/// An honest node is let in within this time, on a machine that has much else to do.
+const HONEST: Duration = seconds(10);
+/// What all of it may cost the controller at its worst: buffers of connections, and what the allocator keeps.
+const MEMORY: u64 = 48 << 20;
+
+/// Makes the blocks that one attack sends.
+type Attack = fn(&str) -> Box<dyn FnMut() -> Vec<u8> + Send>;
+
+fn open(stream: u32, path: &str) -> Vec<u8> {
+    frame(kind::HEADERS, END_HEADERS, stream, &call(path))
+}
+
+/// A block for each hundred streams, then nothing.
+fn streams(path: &str, each: fn(u32, &str) -> Vec<u8>) -> Box<dyn FnMut() -> Vec<u8> + Send> {
+    let (path, mut next) = (path.to_owned(), 0);
+    Box::new(move || {
+        let from = next;
+        next = (next + 100).min(STREAMS);
+        (from..next).flat_map(|number| each(2 * number + 1, &path)).collect()
+    })
+}
+
+/// A beginning, then the same block for ever.
+fn endless(beginning: Vec<u8>, block: &[u8]) -> Box<dyn FnMut() -> Vec<u8> + Send> {
+    let (mut beginning, block) = (Some(beginning), block.repeat(100));
+    Box::new(move || beginning.take().unwrap_or_else(|| block.clone()))
+}
+
+const ATTACKS: [(&str, Attack); 9] = [
+    ("5,000 streams that never end", |path| streams(path, open)),
+    ("rapid reset", |path| {
+        streams(path, |stream, path| {
+            [open(stream, path), frame(kind::RST_STREAM, 0, stream, &8_u32.to_be_bytes())].concat()
+        })
+    }),
+    ("malformed requests", |path| {
+        streams(path, |stream, path| {
+            let headers = [call(path), field("connection", "x")].concat();
+            frame(kind::HEADERS, END_HEADERS | END_STREAM, stream, &headers)
+        })
+    }),
+    ("CONTINUATION without end", |path| {
+        let more = frame(kind::CONTINUATION, 0, 1, &field("x-more", &"x".repeat(1000)));
+        endless(frame(kind::HEADERS, 0, 1, &call(path)), &more)
+    }),
+    ("empty CONTINUATION", |path| {
+        endless(frame(kind::HEADERS, 0, 1, &call(path)), &frame(kind::CONTINUATION, 0, 1, &[]))
+    }),
+    ("empty DATA", |path| endless(open(1, path), &frame(kind::DATA, 0, 1, &[]))),
+    ("SETTINGS", |_| endless(frame(kind::PING, 0, 0, &[0; 8]), &frame(kind::SETTINGS, 0, 0, &[]))),
+    ("PING", |_| endless(frame(kind::SETTINGS, 0, 0, &[]), &frame(kind::PING, 0, 0, &[0; 8]))),
+    ("PRIORITY", |_| endless(frame(kind::SETTINGS, 0, 0, &[]), &frame(kind::PRIORITY, 0, 1, &[0, 0, 0, 3, 1]))),
+];
+
+/// A listener as somebody reaches it.
+struct Door {
+    what: &'static str,
+    address: SocketAddr,
+    who: Credentials,
+    /// A method that is there.
+    path: &'static str,
+}
+
+fn doors(fleet: &Fleet) -> Result<Vec<Door>> {
+    let nobody = fleet.admin().anonymous();
+    let (api, enroll) = (fleet.addresses().api, fleet.addresses().enroll);
+    Ok(vec![
+        Door { what: "API, nobody", address: api, who: nobody.clone(), path: "/grpc.health.v1.Health/Check" },
+        Door {
+            what: "API, a viewer",
+            address: api,
+            who: fleet.user("viewer")?,
+            path: "/marco.bootstrap.v1.NodeService/ListNodes",
+        },
+        Door { what: "enrolment", address: enroll, who: nobody, path: "/marco.bootstrap.v1.EnrollmentService/Enroll" },
+    ])
+}
+
+/// Enrols a node made by hand.
+async fn enrol(fleet: &Fleet, token: &str, id: &str) -> Result<Duration> {
+    let begun = Instant::now();
+    let key = NodeKey::generate()?;
+    let mut client = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
+    let request = EnrollRequest {
+        token: token.to_owned(),
+        certificate_request: key.request(&key)?.pem,
+        node_id: id.to_owned(),
+        board: Some(Board::default()),
+    };
+    let answer = tokio::time::timeout(HONEST, client.enroll(request)).await.context("an honest node was kept out")?;
+    assert_eq!(answer?.into_inner().node, format!("nodes/{id}"));
+    Ok(begun.elapsed())
+}
+
+async fn attack(door: &Door, name: &str, attack: Attack) -> Result<Ended> {
+    let raw = Raw::connect(door.address, &door.who).await?;
+    raw.flood(seconds(20), attack(door.path)).await.with_context(|| format!("{}: {name}", door.what))
+}
+
+#[tokio::test]
+async fn whoever_floods_is_cut_off_within_two_seconds_and_honest_nodes_get_in_meanwhile() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let rounds = 3;
+    let token = fleet.token(rounds).await?;
+    // What a first connection of each kind costs once is no growth.
+    enrol(&fleet, &fleet.token(1).await?, "first").await?;
+    let before = fleet.memory(0, "VmRSS")?;
+    let doors = doors(&fleet)?;
+    for round in 0..rounds {
+        let attacks = doors.iter().flat_map(|door| {
+            ATTACKS.map(|(name, make)| async move {
+                let ended = attack(door, name, make).await?;
+                anyhow::ensure!(ended.after < CUT, "{}: {name}: {ended:?}", door.what);
+                anyhow::Ok(())
+            })
+        });
+        let id = format!("honest-{round}");
+        let (attacked, honest) = tokio::join!(try_join_all(attacks), enrol(&fleet, &token, &id));
+        attacked?;
+        honest?;
+    }
+    let (after, worst) = (fleet.memory(0, "VmRSS")?, fleet.memory(0, "VmHWM")?);
+    assert!(worst < before + MEMORY, "{before} bytes before, {worst} at the worst, {after} after");
+    fleet.went_well();
+    Ok(())
+}
+
+/// Opens a connection and says nothing, or half of something, until the other side ends it.
+async fn half_open(address: SocketAddr, words: &[u8]) -> Result<Duration> {
+    let begun = Instant::now();
+    let mut tcp = TcpStream::connect(address).await?;
+    tcp.write_all(words).await?;
+    // An answer would be an alert.
+    while tcp.read(&mut [0; 64]).await.is_ok_and(|read| read > 0) {}
+    Ok(begun.elapsed())
+}
+
+#[tokio::test]
+async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    raise_open_files();
+    let token = fleet.token(3).await?;
+    enrol(&fleet, &fleet.token(1).await?, "first").await?;
+    let before = fleet.memory(0, "VmRSS")?;
+    let Addresses { api, enroll, mirror, .. } = fleet.addresses();
+    let addresses = [api, enroll, mirror];
+    for (number, address) in addresses.into_iter().enumerate() {
+        // A record of 512 bytes is announced, and five come.
+        let words: [&[u8]; 2] = [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03"];
+        let crowd = words.into_iter().cycle().take(HALF_OPEN).map(|words| half_open(address, words));
+        let id = format!("honest-{number}");
+        let mut nodes = fleet.nodes();
+        let (crowd, honest, listed) =
+            tokio::join!(join_all(crowd), enrol(&fleet, &token, &id), nodes.list_nodes(ListNodesRequest::default()));
+        honest?;
+        listed?;
+        for ended in crowd {
+            // Connecting a thousand takes its time as well.
+            assert!(ended? < CUT + seconds(1), "a half-open handshake was kept");
+        }
+    }
+    let worst = fleet.memory(0, "VmHWM")?;
+    assert!(worst < before + MEMORY, "{before} bytes before, {worst} at the worst");
+    fleet.went_well();
+    Ok(())
+}
+
+/// Two thousand connections have more ends than shells grant files.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+#[tokio::test]
+async fn what_is_too_large_is_refused_and_the_connection_of_a_client_that_asks_on_stays() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let token = "x".repeat(1 << 20);
+    let mut enrollment = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
+    let large = EnrollRequest { token, ..EnrollRequest::default() };
+    let status = enrollment.enroll(large).await.err().context("a message of more than 1 MiB was read")?;
+    assert!(matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted), "{status:?}");
+    let mut request = tonic::Request::new(ListNodesRequest::default());
+    request.metadata_mut().insert("x-large", "x".repeat(20_000).parse()?);
+    let status = fleet.nodes().list_nodes(request).await.err().context("20 kB of headers were read")?;
+    assert!(!matches!(status.code(), Code::Ok | Code::Internal), "{status:?}");
+    fleet.nodes().list_nodes(ListNodesRequest::default()).await?;
+
+    for door in doors(&fleet)? {
+        // Larger than the frames that were announced: FRAME_SIZE_ERROR.
+        let large = endless(open(1, door.path), &frame(kind::DATA, 0, 1, &vec![0; 300_000])[..]);
+        let ended = Raw::connect(door.address, &door.who).await?.flood(seconds(20), large).await?;
+        assert_eq!(ended.goaway, Some(6), "{}: {ended:?}", door.what);
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_client_that_calls_a_lot_is_no_flood() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let channel = fleet.user("viewer")?.channel(fleet.addresses().api)?;
+    for _ in 0..10 {
+        let calls = (0..200).map(|_| {
+            let mut nodes = marco_proto::v1::node_service_client::NodeServiceClient::new(channel.clone());
+            async move { nodes.list_nodes(ListNodesRequest::default()).await }
+        });
+        try_join_all(calls).await?;
+    }
+    assert!(!fleet.controller_log(0)?.contains("a connection was closed: too many"));
+    fleet.went_well();
+    Ok(())
+}

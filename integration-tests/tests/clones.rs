@@ -1,0 +1,120 @@
+//! Two nodes with one identity, a card that was moved into another board, and nodes that only look as if.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use integration_tests::fleet::{Builder, execution_name, reboot};
+use integration_tests::postgres::Postgres;
+use integration_tests::{Database, Fleet, seconds, wait_until};
+use marco_proto::v1::{ApproveNodeRequest, node};
+
+/// A node that was superseded comes back after five seconds at the earliest.
+const NOTICED: Duration = seconds(60);
+
+async fn on_postgres() -> Result<Builder> {
+    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
+    Ok(Fleet::builder().database(Database::Url(url)).controllers(2))
+}
+
+async fn state_is(fleet: &Fleet, id: &str, wanted: node::State) -> Result<marco_proto::v1::Node> {
+    wait_until(NOTICED, &format!("{id} is {}", wanted.as_str_name()), async || {
+        let node = fleet.node(id).await?;
+        Ok((node.state() == wanted).then_some(node))
+    })
+    .await
+}
+
+/// Both agents of one identity are shut out, and nobody obeys what is asked of the node.
+async fn both_are_shut_out(mut fleet: Fleet, controller_of_the_copy: usize, other_boot: bool) -> Result<()> {
+    let id = fleet.ids().await?.remove(0);
+    let copied = fleet.copy_card(&id, "pi-", controller_of_the_copy).await?;
+    if other_boot {
+        copied.pi.cut_power()?;
+    }
+    let node = state_is(&fleet, &id, node::State::Quarantined).await?;
+    assert!(node.state_reason.contains("two nodes have this identity"), "{}", node.state_reason);
+    // Whichever controller held the other's stream has cut it.
+    wait_until(seconds(10), "no stream of it is left", async || Ok((!fleet.node(&id).await?.connected).then_some(())))
+        .await?;
+    let logs = (0..=controller_of_the_copy).map(|number| fleet.controller_log(number)).collect::<Result<String>>()?;
+    let begun = logs.matches("session begun").count();
+    // The first, the copy's one or two, and none after the return: that was the second reconnect.
+    assert!(begun <= if other_boot { 4 } else { 2 }, "{begun} sessions were begun");
+    assert!(logs.contains("a node was shut out or held"), "it is not in the log");
+
+    // An operation that was asked for all nodes leaves it alone; one for it is refused or waits.
+    let boots = (fleet.pi(&id).boots()?, copied.pi.boots()?);
+    if let Ok(operation) = fleet.create(reboot(&[&id], Duration::ZERO)).await {
+        let name = execution_name(&operation, &id);
+        assert_eq!((fleet.pi(&id).reboots(&name)?, copied.pi.reboots(&name)?), (0, 0));
+    }
+    assert_eq!((fleet.pi(&id).boots()?, copied.pi.boots()?), boots, "somebody obeyed");
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_copied_card_shuts_both_nodes_out_within_two_reconnects() -> Result<()> {
+    both_are_shut_out(Fleet::builder().pis(1).start().await?, 0, false).await
+}
+
+#[tokio::test]
+async fn a_copy_that_booted_by_itself_is_noticed_too() -> Result<()> {
+    both_are_shut_out(Fleet::builder().pis(1).start().await?, 0, true).await
+}
+
+#[tokio::test]
+async fn a_copy_at_another_controller_is_noticed_too() -> Result<()> {
+    both_are_shut_out(on_postgres().await?.pis(1).start().await?, 1, true).await
+}
+
+/// A card in another board waits for one approval, and is let in by it.
+async fn waits_for_one_approval(mut fleet: Fleet, controller: usize) -> Result<()> {
+    let id = fleet.ids().await?.remove(0);
+    fleet.kill_agents().await?;
+    let moved = fleet.copy_card(&id, "spare-", controller).await?;
+    moved.pi.cut_power()?;
+    let node = state_is(&fleet, &id, node::State::AwaitingApproval).await?;
+    assert!(node.state_reason.contains("its card is in the board"), "{}", node.state_reason);
+    wait_until(NOTICED, "it is connected and waits", async || Ok(fleet.node(&id).await?.connected.then_some(())))
+        .await?;
+    fleet.nodes().approve_node(ApproveNodeRequest { name: format!("nodes/{id}") }).await?;
+    let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
+    fleet.ends(&operation.name, seconds(60), marco_proto::v1::operation::State::Succeeded).await?;
+    assert_eq!(moved.pi.reboots(&execution_name(&operation, &id))?, 1);
+    // It stays let in, in its new board.
+    assert_eq!(fleet.node(&id).await?.state(), node::State::Approved);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_card_moved_to_a_spare_board_waits_for_one_approval() -> Result<()> {
+    waits_for_one_approval(Fleet::builder().pis(1).start().await?, 0).await
+}
+
+#[tokio::test]
+async fn it_does_so_at_another_controller_too() -> Result<()> {
+    waits_for_one_approval(on_postgres().await?.pis(1).start().await?, 1).await
+}
+
+#[tokio::test]
+async fn a_node_that_merely_reboots_a_hundred_times_is_let_in_each_time() -> Result<()> {
+    let fast = Duration::from_millis(1);
+    let mut fleet = Fleet::builder().pis(1).boot_time(fast).start().await?;
+    let id = fleet.ids().await?.remove(0);
+    for boot in 1..=100 {
+        fleet.pi(&id).cut_power()?;
+        wait_until(seconds(60), "it is there again, under its new boot id", async || {
+            let log = fleet.pi(&id).log()?;
+            let boots: Vec<_> = log.iter().filter(|line| line.event == "boot").collect();
+            let node = fleet.node(&id).await?;
+            assert_eq!(node.state(), node::State::Approved, "after {boot} reboots: {}", node.state_reason);
+            let there = boots.len() > boot && boots.last().is_some_and(|last| last.boot_id == node.boot_id);
+            Ok((there && node.connected).then_some(()))
+        })
+        .await?;
+    }
+    fleet.went_well();
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! After everything that a fleet does: no key and no token is where somebody else could read it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use integration_tests::fleet::{reboot, update};
+use integration_tests::image::{Compression, make_image};
+use integration_tests::postgres::Postgres;
+use integration_tests::process::{binary, run};
+use integration_tests::tree::list;
+use integration_tests::upload::push;
+use integration_tests::{Database, Fleet, raw, seconds};
+use marco_proto::v1::access_service_client::AccessServiceClient;
+use marco_proto::v1::artifact::{Kind, Purpose};
+use marco_proto::v1::{ApiToken, CreateApiTokenRequest, CreateJoinTokenRequest, Role};
+use rustls::pki_types::PrivateKeyDer;
+use rustls::pki_types::pem::PemObject as _;
+
+/// What must be found nowhere, by what it is of.
+type Secrets = BTreeMap<String, Vec<Vec<u8>>>;
+
+/// Every form in which a private key could be written down by accident. The first bytes of a key's DER say what kind it is
+/// and are the same for all; what is secret comes after them.
+fn forms_of_key(pem: &str) -> Result<Vec<Vec<u8>>> {
+    let der = PrivateKeyDer::from_pem_slice(pem.as_bytes())?;
+    let scalar = der.secret_der().get(36..68).context("a PKCS#8 key of P-256")?.to_vec();
+    let text = pem.lines().nth(2).filter(|line| line.len() > 20).context("a second line of the key's text")?;
+    let numbers = format!("{scalar:?}");
+    Ok(vec![text.into(), hex::encode(&scalar).into(), numbers.trim_matches(['[', ']']).into(), scalar])
+}
+
+fn forms_of_token(token: &str) -> Result<Vec<Vec<u8>>> {
+    let secret = token.split('.').nth(2).context("a token's secret")?;
+    Ok(vec![token.into(), secret.into()])
+}
+
+/// The keys below a folder: whatever has a private key in it.
+fn keys(folder: &Path) -> Result<Secrets> {
+    let mut secrets = Secrets::new();
+    for path in files(folder)? {
+        let text = fs::read(&path)?;
+        let Ok(text) = String::from_utf8(text) else { continue };
+        if text.contains("BEGIN PRIVATE KEY") {
+            secrets.insert(path.display().to_string(), forms_of_key(&text)?);
+        }
+    }
+    Ok(secrets)
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let all = list(folder)?.into_iter().map(|path| folder.join(path));
+    Ok(all.filter(|path| path.symlink_metadata().is_ok_and(|found| found.is_file())).collect())
+}
+
+/// Which secrets are in these bytes.
+fn found(secrets: &Secrets, bytes: &[u8]) -> Vec<String> {
+    let has = |form: &Vec<u8>| bytes.windows(form.len()).any(|window| window == form.as_slice());
+    secrets.iter().filter(|(_, forms)| forms.iter().any(has)).map(|(name, _)| name.clone()).collect()
+}
+
+/// Whether others than its owner can get at a file: it is readable, and so are the folders above it.
+fn others_can_read(path: &Path, top: &Path) -> Result<bool> {
+    let mode = |path: &Path| anyhow::Ok(fs::metadata(path)?.permissions().mode());
+    let mut open = mode(path)? & 0o044 != 0;
+    for folder in path.ancestors().skip(1).take_while(|folder| *folder != top) {
+        open &= mode(folder)? & 0o011 != 0;
+    }
+    Ok(open)
+}
+
+fn dump(database: &Database, fleet: &Fleet) -> Result<Vec<u8>> {
+    match database {
+        Database::Sqlite => {
+            let data = files(&fleet.data())?
+                .into_iter()
+                .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().contains("db")));
+            let bytes = data.map(fs::read).collect::<std::io::Result<Vec<_>>>()?;
+            Ok(bytes.concat())
+        }
+        Database::Url(url) => Postgres::start()?.dump(url),
+    }
+}
+
+/// The command lines of all processes.
+fn command_lines() -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        // Those that end meanwhile are gone.
+        all.extend(fs::read(entry?.path().join("cmdline")).unwrap_or_default());
+        all.push(b'\n');
+    }
+    Ok(all)
+}
+
+/// Uses an API token, once well and once wrong, which is audited.
+async fn list_nodes_by(fleet: &Fleet, api_token: &str) -> Result<()> {
+    let channel = fleet.admin().anonymous().channel(fleet.addresses().api)?;
+    let list = "/marco.bootstrap.v1.NodeService/ListNodes";
+    raw::call(&channel, list, Vec::new(), Some(api_token)).await?;
+    let create = "/marco.bootstrap.v1.OperationService/CreateOperation";
+    let refused = raw::call(&channel, create, Vec::new(), Some(api_token)).await;
+    ensure!(refused.is_err(), "a viewer creates operations");
+    Ok(())
+}
+
+async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
+    let mut fleet = Fleet::builder().database(database.clone()).pis(2).logs("debug").start().await?;
+    let ids = fleet.ids().await?;
+    let image = make_image(fleet.dir(), "secrets", Compression::Zstd)?;
+    let image = push(&mut fleet.artifacts(), "secrets", Kind::Image, Purpose::Unspecified, &image).await?;
+    fleet.succeeds(update(&ids, &image.name, ""), seconds(180)).await?;
+    fleet.succeeds(reboot(&ids, Duration::ZERO), seconds(60)).await?;
+
+    let (api, certs) = (format!("localhost:{}", fleet.addresses().api.port()), fleet.certs().display().to_string());
+    let user = ["--controller", &api, "--certs", &certs, "users", "create", "kim", "--role", "operator"];
+    run(&binary("marcoctl")?, &user, seconds(60)).await?.success()?;
+
+    let mut secrets = keys(fleet.dir())?;
+    for kind in ["data/pki/ca.key", "certs/admin.key", "certs/kim.key", "certs/controller.key", "node.key"] {
+        assert!(secrets.keys().any(|name| name.ends_with(kind)), "no {kind} among {:?}", secrets.keys());
+    }
+    let joined = fs::read_to_string(fleet.dir().join("join-token"))?;
+    secrets.insert("the nodes' join token".to_owned(), forms_of_token(joined.trim())?);
+    let request = CreateApiTokenRequest {
+        api_token: Some(ApiToken { role: Role::Viewer.into(), ..ApiToken::default() }),
+        api_token_id: "service".to_owned(),
+        ttl: None,
+    };
+    let api_token = AccessServiceClient::new(fleet.admin_channel()).create_api_token(request).await?.into_inner().token;
+    list_nodes_by(&fleet, &api_token).await?;
+    let secret = api_token.split('.').nth(1).context("a token's secret")?.as_bytes().to_vec();
+    secrets.insert("an API token".to_owned(), vec![secret]);
+    let unused = fleet.nodes().create_join_token(CreateJoinTokenRequest::default()).await?.into_inner();
+    secrets.insert("an unused join token".to_owned(), forms_of_token(&unused.token)?);
+
+    let commands = command_lines()?;
+    assert!(found(&[("the controller".to_owned(), vec![b"--data-dir".to_vec()])].into(), &commands).len() == 1);
+    assert_eq!(found(&secrets, &commands), [""; 0], "in the process list");
+    let dump = dump(&database, &fleet)?;
+    let known = [("the nodes".to_owned(), ids.iter().map(|id| id.clone().into_bytes()).collect())].into();
+    assert_eq!(found(&known, &dump).len(), 1, "the dump is empty");
+    assert_eq!(found(&secrets, &dump), [""; 0], "in the database");
+    for path in files(fleet.dir())? {
+        let (bytes, name) = (fs::read(&path)?, path.display().to_string());
+        let found = found(&secrets, &bytes);
+        if name.ends_with(".log") || name.ends_with(".jsonl") {
+            assert!(found.is_empty(), "{name} has {found:?}");
+        }
+        if !found.is_empty() {
+            let mode = fs::metadata(&path)?.permissions().mode();
+            assert!(!others_can_read(&path, fleet.dir())?, "{name} (mode {mode:o}) has {found:?}");
+            assert_eq!(mode & 0o077, 0, "{name} has {found:?}");
+        }
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn no_secret_is_in_a_log_a_database_the_process_list_or_a_file_for_all() -> Result<()> {
+    nobody_else_can_read_a_secret(Database::Sqlite).await
+}
+
+#[tokio::test]
+async fn none_is_on_postgres_either() -> Result<()> {
+    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
+    nobody_else_can_read_a_secret(Database::Url(url)).await
+}
