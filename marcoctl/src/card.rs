@@ -15,10 +15,10 @@ use anyhow::{Context as _, Result, bail};
 use mbrman::{BOOT_ACTIVE, CHS, MBR, MBRPartitionEntry};
 use rustix::fs::{Advice, OFlags, fadvise};
 
+use crate::part::Part;
 use crate::progress::byte_bar;
 pub(crate) use contents::{Contents, Join, Set};
-pub(crate) use device::{Target, inspect};
-use fat::Part;
+pub(crate) use device::{Target, inspect, mounted_at};
 
 const SECTOR: u64 = 512;
 /// Where p1 begins: cards erase in blocks of up to 4 MiB.

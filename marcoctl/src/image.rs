@@ -1,7 +1,11 @@
 //! Packing a system's root into a tarball.
 
+mod boot;
 mod compress;
 mod excludes;
+mod mounted;
+mod source;
+mod table;
 mod tarball;
 mod walk;
 
@@ -15,6 +19,7 @@ use crate::args::PackImage;
 use crate::progress::{byte_bar, count_bytes};
 use compress::Compressor;
 use excludes::Excludes;
+use source::Source;
 use tarball::Tarball;
 use walk::Walk;
 
@@ -30,12 +35,17 @@ pub(crate) struct Packed {
     pub(crate) entries: u64,
     /// Bytes of its files, holes included.
     pub(crate) unpacked_bytes: u64,
-    /// What was left out and is in no list of things to leave out: sockets, other file systems.
+    /// What was left out and is in no list of things to leave out: sockets, other file systems and partitions.
     pub(crate) skipped: Vec<String>,
 }
 
 /// Packs, and gives the tarball its name only when it is whole.
-pub(crate) fn pack(flags: &PackImage) -> Result<Packed> {
+pub(crate) async fn pack(flags: PackImage) -> Result<Packed> {
+    let mut source = Source::open(&flags.source).await?;
+    tokio::task::spawn_blocking(move || pack_source(&flags, &mut source)).await.context("packing was given up")?
+}
+
+fn pack_source(flags: &PackImage, source: &mut Source) -> Result<Packed> {
     let named = || format!("cannot write {}", flags.file.display());
     let excludes = Excludes::new(&flags.exclude, !flags.no_default_excludes, !flags.keep_identity)?;
     let folder = flags.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -47,7 +57,9 @@ pub(crate) fn pack(flags: &PackImage) -> Result<Packed> {
     let bar = byte_bar("packing", 0);
     count_bytes(&bar, "packing", 0);
     let mut walk = Walk {
-        root: &flags.source,
+        root: &source.root,
+        shown: &source.shown,
+        boot: source.boot.as_ref(),
         excludes: &excludes,
         tarball: Tarball::new(compressor),
         own: (own.dev(), own.ino()),
@@ -55,7 +67,7 @@ pub(crate) fn pack(flags: &PackImage) -> Result<Packed> {
         links: Default::default(),
         entries: 0,
         bytes: 0,
-        skipped: Vec::new(),
+        skipped: std::mem::take(&mut source.left_out),
         progress: &|done| bar.set_position(done),
     };
     walk.run()?;

@@ -11,6 +11,7 @@ mod failure;
 mod follow;
 mod image;
 mod output;
+mod part;
 mod progress;
 
 use std::io::Write as _;

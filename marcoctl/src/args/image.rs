@@ -12,8 +12,13 @@ pub(crate) enum ImageCommand {
     /// Pack a system's root into a tarball that can be pushed as an image
     #[command(after_help = "\
 Examples:
+  sudo marcoctl image pack /dev/sdX -o kiosk-2030-01.tar.zst
+  sudo marcoctl image pack raspios.img -o raspios.tar.zst
   sudo marcoctl image pack /mnt/card -o kiosk-2030-01.tar.zst
   marcoctl image pack build/rootfs -o rootfs.tar.xz --exclude '*.pyc' --exclude /var/cache/apt/archives
+
+Of a device, a partition or an image file the root is mounted for reading, where nobody else sees it; the boot
+partition that its fstab names is packed in its place. Nothing is written to it; other partitions are named and left out.
 
 Kept: owners, modes, times, extended attributes, capabilities, hard links, device nodes, holes. What is in other
 file systems is left out, but for boot and boot/firmware. Left out as well: what is in /proc, /sys, /dev, /run and
@@ -27,7 +32,7 @@ The ending of FILE says how it is compressed: .tar, .tar.gz, .tar.xz or .tar.zst
 /// Flags of `image pack`.
 #[derive(Debug, Args)]
 pub(crate) struct PackImage {
-    /// The root: a folder, or where a card is mounted
+    /// The root: a folder, where a card is mounted, a device such as /dev/sdX, a partition, or an image file of one
     pub(crate) source: PathBuf,
     /// The tarball to write
     #[arg(short = 'o', long = "file", value_name = "FILE")]

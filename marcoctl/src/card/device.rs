@@ -90,7 +90,7 @@ fn refuse_when_used(folder: &Path, number: (u32, u32)) -> Result<()> {
 
 /// Where a device is mounted, by the kernel's list (proc(5)): by its number, or, for file systems that have numbers of
 /// their own such as btrfs, by the name that it was mounted by.
-fn mounted_at(mounts: &str, number: (u32, u32), is_source: impl Fn(&str) -> bool) -> Option<String> {
+pub(crate) fn mounted_at(mounts: &str, number: (u32, u32), is_source: impl Fn(&str) -> bool) -> Option<String> {
     let text = format!("{}:{}", number.0, number.1);
     mounts.lines().find_map(|line| {
         let (first, last) = line.split_once(" - ")?;

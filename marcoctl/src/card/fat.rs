@@ -1,8 +1,6 @@
 //! The file system of p1, made, filled and read back without mounting anything.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt as _;
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::OnceLock;
 
 use anyhow::{Context as _, Result, bail};
@@ -12,66 +10,13 @@ use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions, format_volume};
 use super::contents::Contents;
 use super::folders;
 use crate::clock;
+use crate::part::Part;
 
 /// Small enough that 256 MiB have the 65,525 clusters that make a FAT a FAT32.
 const CLUSTER: u32 = 2048;
 const LABEL: &[u8; 11] = b"RECOVERY   ";
 /// Bytes between two steps of the progress.
 const BLOCK: usize = 256 << 10;
-
-/// A part of a disk as a disk of its own.
-#[derive(Debug)]
-pub(super) struct Part {
-    disk: File,
-    start: u64,
-    length: u64,
-    at: u64,
-}
-
-impl Part {
-    pub(super) fn of(disk: File, start: u64, length: u64) -> Self {
-        Self { disk, start, length, at: 0 }
-    }
-
-    /// How much of a buffer fits before the end.
-    fn room(&self, wanted: usize) -> usize {
-        usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX).min(wanted)
-    }
-}
-
-impl Read for Part {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let room = self.room(buffer.len());
-        let read = self.disk.read_at(buffer.get_mut(..room).unwrap_or_default(), self.start + self.at)?;
-        self.at += u64::try_from(read).unwrap_or_default();
-        Ok(read)
-    }
-}
-
-impl Write for Part {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let room = self.room(buffer.len());
-        let written = self.disk.write_at(buffer.get(..room).unwrap_or_default(), self.start + self.at)?;
-        self.at += u64::try_from(written).unwrap_or_default();
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Seek for Part {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let at = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::End(by) => self.length.checked_add_signed(by),
-            SeekFrom::Current(by) => self.at.checked_add_signed(by),
-        };
-        self.at = at.filter(|at| *at <= self.length).ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.at)
-    }
-}
 
 /// The time that files get: when the first card of this run was written.
 #[derive(Debug)]

@@ -1,7 +1,5 @@
 //! `marcoctl image`.
 
-use anyhow::Context as _;
-
 use crate::args::ImageCommand;
 use crate::failure::Failure;
 use crate::image::{self, Packed};
@@ -10,7 +8,7 @@ use crate::output::{Out, bytes, clean, fields};
 /// Needs no controller.
 pub(super) async fn run(command: ImageCommand, out: &mut Out) -> Result<(), Failure> {
     let ImageCommand::Pack(flags) = command;
-    let packed = tokio::task::spawn_blocking(move || image::pack(&flags)).await.context("packing was given up")??;
+    let packed = image::pack(flags).await?;
     out.value(&packed, text)
 }
 

@@ -8,11 +8,12 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use rustix::fs::{OFlags, SeekFrom, lgetxattr, llistxattr, major, minor, seek};
 use rustix::io::Errno;
 use tar::EntryType;
 
+use super::boot::Boot;
 use super::excludes::Excludes;
 use super::tarball::{Entry, Tarball};
 
@@ -27,7 +28,12 @@ const MAX_XATTR: usize = 64 << 10;
 
 /// A walk over a root.
 pub(super) struct Walk<'a, W> {
+    /// Where it is read.
     pub(super) root: &'a Path,
+    /// What it is called in messages.
+    pub(super) shown: &'a Path,
+    /// What stands in the place of one of its folders.
+    pub(super) boot: Option<&'a Boot>,
     pub(super) excludes: &'a Excludes,
     pub(super) tarball: Tarball<W>,
     /// The tarball itself, which may lie in what is packed.
@@ -44,18 +50,19 @@ pub(super) struct Walk<'a, W> {
 impl<W: Write> Walk<'_, W> {
     /// Packs everything.
     pub(super) fn run(&mut self) -> Result<()> {
-        let facts = fs::metadata(self.root).with_context(|| format!("cannot read {}", self.root.display()))?;
-        if !facts.is_dir() {
-            bail!("{} is no folder: mount the card and name where", self.root.display());
-        }
+        let facts = fs::metadata(self.root).with_context(|| format!("cannot read {}", self.shown.display()))?;
         self.folder(Path::new(""), &facts)
     }
 
     fn folder(&mut self, path: &Path, facts: &Metadata) -> Result<()> {
         let place = self.root.join(path);
         let entry = self.entry(path, &place, facts)?;
-        self.bare(&entry, EntryType::Directory, &place)?;
-        let unreadable = || format!("cannot read {}", place.display());
+        self.bare(&entry, EntryType::Directory, path)?;
+        if let Some(boot) = self.boot.filter(|boot| boot.at == path) {
+            return boot.pack(self);
+        }
+        let named = self.shown.join(path);
+        let unreadable = || format!("cannot read {}", named.display());
         let mut names = Vec::<OsString>::new();
         for name in fs::read_dir(&place).with_context(unreadable)? {
             names.push(name.with_context(unreadable)?.file_name());
@@ -67,7 +74,7 @@ impl<W: Write> Walk<'_, W> {
                 continue;
             }
             let place = self.root.join(&path);
-            let below = fs::symlink_metadata(&place).with_context(|| format!("cannot read {}", place.display()))?;
+            let below = fs::symlink_metadata(&place).with_context(|| self.unreadable(&path))?;
             if !below.is_dir() {
                 self.other(&path, &place, &below)?;
             } else if below.dev() == facts.dev() || self.cross || BOOT.iter().any(|boot| path == Path::new(boot)) {
@@ -75,7 +82,7 @@ impl<W: Write> Walk<'_, W> {
             } else {
                 // What is mounted there is left out; that there is a place to mount it is not.
                 let entry = self.entry(&path, &place, &below)?;
-                self.bare(&entry, EntryType::Directory, &place)?;
+                self.bare(&entry, EntryType::Directory, &path)?;
                 self.skipped.push(format!("{}: another file system", shown(&path)));
             }
         }
@@ -97,28 +104,29 @@ impl<W: Write> Walk<'_, W> {
             if let Some(first) = self.links.get(&key) {
                 entry.link.clone_from(first);
                 entry.xattrs.clear();
-                return self.bare(&entry, EntryType::Link, place);
+                return self.bare(&entry, EntryType::Link, path);
             }
             self.links.insert(key, entry.path.clone());
         }
         if kind.is_symlink() {
-            let target = fs::read_link(place).with_context(|| format!("cannot read {}", place.display()))?;
+            let target = fs::read_link(place).with_context(|| self.unreadable(path))?;
             entry.link = target.into_os_string().into_vec();
-            return self.bare(&entry, EntryType::Symlink, place);
+            return self.bare(&entry, EntryType::Symlink, path);
         }
         if kind.is_char_device() || kind.is_block_device() {
             entry.device = (major(facts.rdev()), minor(facts.rdev()));
             let kind = if kind.is_char_device() { EntryType::Char } else { EntryType::Block };
-            return self.bare(&entry, kind, place);
+            return self.bare(&entry, kind, path);
         }
         if kind.is_fifo() {
-            return self.bare(&entry, EntryType::Fifo, place);
+            return self.bare(&entry, EntryType::Fifo, path);
         }
-        self.file(&entry, place, facts)
+        self.file(&entry, path, place, facts)
     }
 
-    fn file(&mut self, entry: &Entry, place: &Path, facts: &Metadata) -> Result<()> {
-        let named = || format!("cannot read {}", place.display());
+    fn file(&mut self, entry: &Entry, path: &Path, place: &Path, facts: &Metadata) -> Result<()> {
+        let shown = self.shown.join(path);
+        let named = || format!("cannot read {}", shown.display());
         let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or_default();
         let file = OpenOptions::new().read(true).custom_flags(flags).open(place).with_context(named)?;
         let size = facts.len();
@@ -129,18 +137,23 @@ impl<W: Write> Walk<'_, W> {
         let mut data = Data { file: &file, parts: parts.as_deref().unwrap_or(&whole), number: 0, done: 0 };
         self.tarball
             .file(entry, size, parts.as_deref(), &mut data)
-            .with_context(|| format!("cannot pack {}", place.display()))?;
+            .with_context(|| format!("cannot pack {}", shown.display()))?;
         self.count(size);
         Ok(())
     }
 
-    fn bare(&mut self, entry: &Entry, kind: EntryType, place: &Path) -> Result<()> {
-        self.tarball.bare(entry, kind).with_context(|| format!("cannot pack {}", place.display()))?;
+    fn bare(&mut self, entry: &Entry, kind: EntryType, path: &Path) -> Result<()> {
+        self.tarball.bare(entry, kind).with_context(|| format!("cannot pack {}", self.shown.join(path).display()))?;
         self.count(0);
         Ok(())
     }
 
-    fn count(&mut self, bytes: u64) {
+    fn unreadable(&self, path: &Path) -> String {
+        format!("cannot read {}", self.shown.join(path).display())
+    }
+
+    /// One more entry, with this many bytes.
+    pub(super) fn count(&mut self, bytes: u64) {
         self.entries += 1;
         self.bytes += bytes;
         (self.progress)(self.bytes);
@@ -152,7 +165,8 @@ impl<W: Write> Walk<'_, W> {
         if facts.is_dir() && !path.as_os_str().is_empty() {
             name.push(b'/');
         }
-        let xattrs = xattrs(place).with_context(|| format!("cannot read the attributes of {}", place.display()))?;
+        let xattrs = xattrs(place)
+            .with_context(|| format!("cannot read the attributes of {}", self.shown.join(path).display()))?;
         Ok(Entry {
             path: name,
             link: Vec::new(),

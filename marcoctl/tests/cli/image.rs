@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use tokio::process::Command;
 
 use crate::made::write;
-use crate::running::{Run, alone};
+use crate::running::{Run, alone, as_nobody};
 
 /// A gigabyte of which 8 KiB are stored.
 const HOLLOW: u64 = 1 << 30;
@@ -133,18 +133,20 @@ async fn a_name_that_says_no_compression_is_refused() {
 
 #[tokio::test]
 async fn what_may_not_be_read_is_named_and_nothing_is_left_behind() {
-    if rustix::process::geteuid().is_root() {
-        // Root may read all; a folder that is a file is as unreadable to everybody.
-        let folder = TempDir::new().unwrap();
-        std::fs::write(folder.path().join("root"), "no folder").unwrap();
-        let run = pack(&folder, "a.tar", &[]).await;
-        assert!(run.code == 1 && run.stderr.contains("root is no folder"), "{run:?}");
-        return;
-    }
     let folder = made_up();
     let secret = folder.path().join("root/usr/bin/sudo");
     std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o000)).unwrap();
-    let run = pack(&folder, "a.tar", &[]).await;
+    // Root may read all, and so may not be who packs.
+    let run = if rustix::process::geteuid().is_root() {
+        for path in [folder.path().to_owned(), folder.path().join("root/etc")] {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+        }
+        let (root, file) = (folder.path().join("root"), folder.path().join("a.tar"));
+        let arguments = ["image", "pack", root.to_str().unwrap(), "-o", file.to_str().unwrap()];
+        as_nobody(folder.path(), &arguments).await
+    } else {
+        pack(&folder, "a.tar", &[]).await
+    };
     assert!(run.code == 1 && run.stderr.contains("usr/bin/sudo: Permission denied"), "{run:?}");
     assert!(!folder.path().join("a.tar").exists());
 }

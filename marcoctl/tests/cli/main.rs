@@ -10,6 +10,7 @@ mod bootcode;
 mod card;
 mod certificates;
 mod controller;
+mod devices;
 mod image;
 mod made;
 mod operations;

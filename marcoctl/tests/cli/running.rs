@@ -39,9 +39,34 @@ pub(crate) async fn alone(arguments: &[&str]) -> Run {
     marcoctl(SocketAddr::from(([127, 0, 0, 1], 9)), Path::new("/nonexistent"), arguments).await
 }
 
+/// Runs what needs no controller as a user who may nothing; this process must be root. The program is copied to a folder
+/// where that user may run it.
+pub(crate) async fn as_nobody(folder: &Path, arguments: &[&str]) -> Run {
+    let program = folder.join("marcoctl");
+    std::fs::copy(env!("CARGO_BIN_EXE_marcoctl"), &program).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]).arg(program).args(arguments);
+    command.stdin(Stdio::null()).kill_on_drop(true).current_dir(folder);
+    ended(command, arguments).await
+}
+
+/// Runs what needs no controller at a terminal, where somebody waits for each first text and then types the second. All
+/// that is shown is in `stdout`.
+pub(crate) async fn at_terminal(conversation: &[(&str, &str)], arguments: &[&str]) -> Run {
+    let mut command = Command::new("python3");
+    command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/terminal.py"));
+    command.arg(serde_json::to_string(conversation).unwrap()).arg(env!("CARGO_BIN_EXE_marcoctl")).args(arguments);
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    ended(command, arguments).await
+}
+
 /// Runs it to its end.
 pub(crate) async fn marcoctl(address: SocketAddr, certs: &Path, arguments: &[&str]) -> Run {
-    let output = tokio::time::timeout(Duration::from_secs(60), command(address, certs, arguments).output())
+    ended(command(address, certs, arguments), arguments).await
+}
+
+async fn ended(mut command: Command, arguments: &[&str]) -> Run {
+    let output = tokio::time::timeout(Duration::from_secs(60), command.output())
         .await
         .unwrap_or_else(|_| panic!("{arguments:?} did not end"))
         .unwrap();

@@ -1,0 +1,164 @@
+//! A system's boot partition: found by its fstab, and read without mounting it.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use chrono::NaiveDate;
+use fatfs::{Dir, FsOptions};
+use tar::EntryType;
+
+use super::table::{FileSystem, Partition};
+use super::tarball::Entry;
+use super::walk::Walk;
+use crate::part::Part;
+
+/// What the kernel shows of a FAT by default.
+const MODE: u32 = 0o755;
+
+/// A boot partition and its place in the system.
+#[derive(Debug)]
+pub(super) struct Boot {
+    disk: File,
+    start: u64,
+    length: u64,
+    /// The folder of the root that it stands in the place of.
+    pub(super) at: PathBuf,
+    /// Which partition it is.
+    pub(super) number: Option<u32>,
+    shown: String,
+}
+
+impl Boot {
+    pub(super) fn new(disk: &File, partition: &Partition, at: &str, shown: String) -> Result<Self> {
+        let Partition { number, start, length, .. } = *partition;
+        Ok(Self { disk: disk.try_clone()?, start, length, at: PathBuf::from(at), number, shown })
+    }
+
+    /// Packs what is in it, below its place.
+    pub(super) fn pack<W: Write>(&self, walk: &mut Walk<'_, W>) -> Result<()> {
+        let part = Part::of(self.disk.try_clone()?, self.start, self.length);
+        let fat =
+            fatfs::FileSystem::new(part, FsOptions::new()).with_context(|| format!("cannot read {}", self.shown))?;
+        self.folder(walk, &fat.root_dir(), &self.at)
+    }
+
+    fn folder<W: Write>(&self, walk: &mut Walk<'_, W>, folder: &Dir<'_, Part>, path: &Path) -> Result<()> {
+        let named = |path: &Path| {
+            let below = path.strip_prefix(&self.at).unwrap_or(path);
+            format!("cannot read {}/{}", self.shown, below.display())
+        };
+        let mut entries = folder.iter().collect::<Result<Vec<_>, _>>().with_context(|| named(path))?;
+        entries.sort_by_key(fatfs::DirEntry::file_name);
+        for entry in entries {
+            let name = entry.file_name();
+            let path = path.join(&name);
+            if matches!(name.as_str(), "." | "..") || walk.excludes.has(&path) {
+                continue;
+            }
+            if name.contains('/') || name.is_empty() {
+                bail!("{}: it has a name that no system could have", named(&path));
+            }
+            let header = Entry {
+                path: format!("./{}{}", path.display(), if entry.is_dir() { "/" } else { "" }).into_bytes(),
+                mode: MODE,
+                mtime: (seconds(entry.modified()), 0),
+                ..Entry::default()
+            };
+            if entry.is_dir() {
+                walk.tarball.bare(&header, EntryType::Directory).with_context(|| named(&path))?;
+                walk.count(0);
+                self.folder(walk, &entry.to_dir(), &path)?;
+            } else {
+                let size = entry.len();
+                walk.tarball.file(&header, size, None, &mut entry.to_file()).with_context(|| named(&path))?;
+                walk.count(size);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A FAT's time says no zone.
+fn seconds(time: fatfs::DateTime) -> i64 {
+    let (date, time) = (time.date, time.time);
+    NaiveDate::from_ymd_opt(i32::from(date.year), u32::from(date.month), u32::from(date.day))
+        .and_then(|date| date.and_hms_opt(u32::from(time.hour), u32::from(time.min), u32::from(time.sec)))
+        .map_or(0, |time| time.and_utc().timestamp())
+}
+
+/// Where an fstab mounts the boot partition.
+#[derive(Debug)]
+pub(super) struct Named<'a> {
+    /// The folder, without the first slash.
+    pub(super) at: String,
+    /// Which one of those there are; none: it is named in a way that says nothing here.
+    pub(super) partition: Option<&'a Partition>,
+}
+
+/// The line of an fstab (fstab(5)) for a FAT at `/boot/firmware` or `/boot`.
+pub(super) fn fstab_boot<'a>(fstab: &str, fats: &[&'a Partition]) -> Option<Named<'a>> {
+    fstab.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let (source, at, kind) = (words.next()?, words.next()?, words.next()?);
+        let at = at.strip_prefix('/').filter(|at| matches!(*at, "boot" | "boot/firmware"))?;
+        if source.starts_with('#') || !matches!(kind, "vfat" | "msdos" | "auto") {
+            return None;
+        }
+        let partition = fats.iter().copied().find(|fat| is_named(fat, source));
+        Some(Named { at: at.to_owned(), partition })
+    })
+}
+
+fn is_named(fat: &Partition, source: &str) -> bool {
+    let FileSystem::Fat { label, id } = &fat.file_system else { return false };
+    match source.split_once('=') {
+        Some(("PARTUUID", uuid)) => uuid.trim_matches('"').eq_ignore_ascii_case(&fat.uuid),
+        Some(("LABEL", text)) => text.trim_matches('"') == label,
+        Some(("UUID", text)) => {
+            text.trim_matches('"').eq_ignore_ascii_case(&format!("{:04x}-{:04x}", id >> 16, id & 0xffff))
+        }
+        Some(_) => false,
+        // `/dev/mmcblk0p1` and `/dev/sda1`.
+        None => {
+            let name = source.trim_end_matches(|last: char| last.is_ascii_digit());
+            let number = source.strip_prefix(name).and_then(|number| number.parse().ok());
+            source.starts_with("/dev/") && number.is_some() && number == fat.number
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::table::{FileSystem, Partition};
+    use super::fstab_boot;
+
+    fn fat(number: u32, label: &str, id: u32) -> Partition {
+        let file_system = FileSystem::Fat { label: label.to_owned(), id };
+        Partition { number: Some(number), uuid: format!("0a1b2c3d-{number:02x}"), start: 0, length: 0, file_system }
+    }
+
+    #[test]
+    fn the_boot_partition_is_the_one_that_the_system_mounts() {
+        let (recovery, boot) = (fat(1, "RECOVERY", 1), fat(4, "bootfs", 0xABCD_0102));
+        let fats = [&recovery, &boot];
+        for (line, number, at) in [
+            ("PARTUUID=0a1b2c3d-04 /boot/firmware vfat defaults 0 2", Some(4), "boot/firmware"),
+            ("PARTUUID=0A1B2C3D-01\t/boot\tvfat", Some(1), "boot"),
+            ("LABEL=bootfs /boot/firmware auto", Some(4), "boot/firmware"),
+            ("UUID=ABCD-0102 /boot vfat", Some(4), "boot"),
+            ("/dev/mmcblk0p1 /boot vfat", Some(1), "boot"),
+            ("/dev/sda4 /boot vfat", Some(4), "boot"),
+            ("PARTUUID=ffffffff-01 /boot vfat", None, "boot"),
+        ] {
+            let fstab = format!("proc /proc proc defaults 0 0\n# LABEL=x /boot vfat\n{line}\nLABEL=data /data vfat\n");
+            let named = fstab_boot(&fstab, &fats).unwrap();
+            assert_eq!((named.partition.and_then(|fat| fat.number), named.at.as_str()), (number, at), "{line}");
+        }
+        for none in ["", "LABEL=bootfs /mnt vfat", "LABEL=boot /boot ext4", "#LABEL=bootfs /boot vfat", "LABEL=bootfs"]
+        {
+            assert!(fstab_boot(none, &fats).is_none(), "{none}");
+        }
+    }
+}

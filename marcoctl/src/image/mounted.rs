@@ -1,0 +1,149 @@
+//! A partition, mounted for reading where nobody else sees it: it has no place in the tree of folders, and it is gone
+//! when this process is, however it ends.
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use rustix::fs::{major, minor};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+};
+use tokio::process::Command;
+
+use super::table::{FileSystem, Partition};
+use crate::card::mounted_at;
+
+/// `losetup` answers at once.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A partition of a disk or of a file.
+pub(super) struct Place<'a> {
+    pub(super) path: &'a Path,
+    pub(super) disk: &'a File,
+    pub(super) partition: &'a Partition,
+}
+
+/// Unmounted when it is dropped.
+#[derive(Debug)]
+pub(super) struct Mounted(OwnedFd);
+
+impl AsFd for Mounted {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for Mounted {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Mounted {
+    pub(super) async fn new(place: &Place<'_>) -> Result<Self> {
+        let kind = match place.partition.file_system {
+            FileSystem::Ext { dirty: true } => bail!(
+                "it was not unmounted properly, and reading it as it is would miss what its journal holds: let \
+                 `e2fsck -p` put it in order first"
+            ),
+            FileSystem::Ext { dirty: false } => "ext4",
+            FileSystem::Other(name) => name,
+            FileSystem::Fat { .. } | FileSystem::Unknown => bail!("it has no file system of a root"),
+        };
+        if let Some(device) = device_of(place)? {
+            return mount(&device, kind).map(Self);
+        }
+        let device = attach(place).await?;
+        let mounted = mount(&device, kind);
+        // While it is mounted it stays; then nothing is left of it.
+        let detached = losetup(&["--detach".to_owned(), device.display().to_string()]).await;
+        let mounted = mounted?;
+        detached?;
+        Ok(Self(mounted))
+    }
+}
+
+/// The kernel's own device of the partition, when it has one.
+fn device_of(place: &Place<'_>) -> Result<Option<PathBuf>> {
+    let facts = place.disk.metadata()?;
+    if !facts.file_type().is_block_device() {
+        return Ok(None);
+    }
+    let number = (major(facts.rdev()), minor(facts.rdev()));
+    let Some(wanted) = place.partition.number else {
+        refuse_when_mounted(place.path, number)?;
+        return Ok(Some(place.path.to_owned()));
+    };
+    let disk = PathBuf::from(format!("/sys/dev/block/{}:{}", number.0, number.1));
+    for entry in fs::read_dir(&disk).with_context(|| format!("cannot read {}", disk.display()))? {
+        let folder = entry?.path();
+        let word = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default().trim().to_owned();
+        if word("partition") == wanted.to_string() {
+            let device = Path::new("/dev").join(folder.file_name().unwrap_or_default());
+            let numbers = word("dev");
+            let (major, minor) = numbers.split_once(':').unwrap_or_default();
+            refuse_when_mounted(&device, (major.parse().unwrap_or(u32::MAX), minor.parse().unwrap_or(u32::MAX)))?;
+            return Ok(Some(device));
+        }
+    }
+    Ok(None)
+}
+
+/// What somebody writes to while it is read would be packed half.
+fn refuse_when_mounted(device: &Path, number: (u32, u32)) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    if let Some(at) = mounted_at(&mounts, number, |source| Path::new(source) == device) {
+        bail!("{} is mounted at {at}: unmount it, or pack that folder", device.display());
+    }
+    Ok(())
+}
+
+fn mount(device: &Path, kind: &str) -> Result<OwnedFd> {
+    let mounted = || -> rustix::io::Result<OwnedFd> {
+        let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(context.as_fd(), "source", device)?;
+        fsconfig_set_flag(context.as_fd(), "ro")?;
+        fsconfig_create(context.as_fd())?;
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    };
+    mounted().map_err(|errno| match errno {
+        Errno::PERM => anyhow::anyhow!("mounting a {kind} needs root: run this with sudo"),
+        Errno::NODEV => anyhow::anyhow!("this machine's kernel knows no {kind}"),
+        errno => anyhow::Error::from(errno).context(format!("cannot mount the {kind} on {}", device.display())),
+    })
+}
+
+/// Makes a device of a part of a file or of a disk.
+async fn attach(place: &Place<'_>) -> Result<PathBuf> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("mounting it needs root: run this with sudo");
+    }
+    let Partition { start, length, .. } = place.partition;
+    let arguments =
+        ["--find", "--show", "--read-only", "--offset", &start.to_string(), "--sizelimit", &length.to_string()];
+    let mut arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
+    arguments.extend(["--".to_owned(), place.path.display().to_string()]);
+    Ok(PathBuf::from(losetup(&arguments).await?.trim()))
+}
+
+async fn losetup(arguments: &[String]) -> Result<String> {
+    // Where it is on every Linux, whatever sudo left of PATH.
+    let path = ["/usr/sbin/losetup", "/sbin/losetup", "/usr/bin/losetup", "/bin/losetup"];
+    let program = path.into_iter().find(|path| Path::new(path).exists()).unwrap_or("losetup");
+    let running = Command::new(program).args(arguments).kill_on_drop(true).output();
+    let output = tokio::time::timeout(PATIENCE, running).await.context("losetup does not answer")?;
+    let output = output.context("losetup (of util-linux) cannot be run")?;
+    if !output.status.success() {
+        bail!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
