@@ -34,6 +34,16 @@ impl Compression {
         }
     }
 
+    /// The word for it in the API and in messages.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Zstd => "zstd",
+        }
+    }
+
     /// What to do about a stream whose decoder says this, when that is a window that is too large; a whole sentence
     /// with the command that compresses it again.
     pub fn explain_window(self, error: &str) -> Option<&'static str> {

@@ -7,6 +7,7 @@ pub mod boot_set;
 pub mod compression;
 pub mod config_txt;
 mod error;
+pub mod switch;
 mod tar;
 mod zip;
 

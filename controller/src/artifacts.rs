@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
+use marco_archive::Compression;
 
 pub use upload::Upload;
 
@@ -33,17 +34,11 @@ pub enum Content {
     SystemBootcode,
 }
 
-/// How an artifact is compressed.
+/// How an artifact is packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
-    /// Not at all: a plain tar.
-    None,
-    /// gzip.
-    Gzip,
-    /// xz.
-    Xz,
-    /// Zstandard.
-    Zstd,
+pub enum Packing {
+    /// A tarball, and how it is compressed.
+    Tar(Compression),
     /// A zip.
     Zip,
 }
@@ -137,8 +132,8 @@ pub struct StoredBlob {
     pub unpacked_bytes: u64,
     /// Entries of the archive.
     pub entries: u64,
-    /// How it is compressed.
-    pub compression: Compression,
+    /// How it is packed.
+    pub packing: Packing,
 }
 
 /// The folder of artifacts. Several controllers may share it: whoever writes an upload holds a lock on its file.
@@ -330,14 +325,11 @@ impl std::fmt::Display for Digest {
     }
 }
 
-impl Compression {
+impl Packing {
     /// The word in the API.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::None => "none",
-            Self::Gzip => "gzip",
-            Self::Xz => "xz",
-            Self::Zstd => "zstd",
+            Self::Tar(compression) => compression.as_str(),
             Self::Zip => "zip",
         }
     }

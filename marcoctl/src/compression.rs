@@ -3,39 +3,15 @@
 use std::io::{self, BufRead, Read};
 
 use anyhow::Context as _;
+use marco_archive::Compression;
 
 /// The largest window of zstd that is taken, as a power of two: 128 MiB, more than any packer of Debian's uses.
 const WINDOW_LOG_MAX: u32 = 27;
 
-/// What a stream is compressed with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Compression {
-    /// Not at all.
-    Plain,
-    /// gzip.
-    Gzip,
-    /// xz.
-    Xz,
-    /// zstd.
-    Zstd,
-}
-
-impl Compression {
-    /// By the first bytes of a stream.
-    pub(crate) fn of(start: &[u8]) -> Self {
-        match start {
-            [0x1f, 0x8b, ..] => Self::Gzip,
-            [0xfd, b'7', b'z', b'X', b'Z', ..] => Self::Xz,
-            [0x28, 0xb5, 0x2f, 0xfd, ..] => Self::Zstd,
-            _ => Self::Plain,
-        }
-    }
-}
-
 /// Reads a stream uncompressed, whatever it is compressed with.
 pub(crate) fn decoder<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    Ok(match Compression::of(stream.fill_buf()?) {
-        Compression::Plain => Box::new(stream),
+    Ok(match Compression::detect(stream.fill_buf()?) {
+        Compression::None => Box::new(stream),
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
         Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(stream)),
         Compression::Zstd => {
@@ -48,7 +24,7 @@ pub(crate) fn decoder<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn R
 
 /// The bytes uncompressed.
 pub(crate) fn decoded(bytes: Vec<u8>) -> anyhow::Result<Vec<u8>> {
-    if Compression::of(&bytes) == Compression::Plain {
+    if Compression::detect(&bytes) == Compression::None {
         return Ok(bytes);
     }
     let mut plain = Vec::with_capacity(bytes.len().saturating_mul(3));
@@ -62,7 +38,9 @@ pub(crate) fn decoded(bytes: Vec<u8>) -> anyhow::Result<Vec<u8>> {
 mod tests {
     use std::io::Write as _;
 
-    use super::{Compression, decoded};
+    use marco_archive::Compression;
+
+    use super::decoded;
 
     #[test]
     fn every_compression_is_told_and_undone() {
@@ -72,12 +50,12 @@ mod tests {
         let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
         xz.write_all(&text).unwrap();
         for (bytes, compression) in [
-            (text.clone(), Compression::Plain),
+            (text.clone(), Compression::None),
             (gzip.finish().unwrap(), Compression::Gzip),
             (xz.finish().unwrap(), Compression::Xz),
             (zstd::encode_all(text.as_slice(), 1).unwrap(), Compression::Zstd),
         ] {
-            assert_eq!(Compression::of(&bytes), compression);
+            assert_eq!(Compression::detect(&bytes), compression);
             assert_eq!(decoded(bytes).unwrap(), text, "{compression:?}");
         }
     }

@@ -256,7 +256,7 @@ impl BootPart {
     /// Says what boots by default.
     pub fn set_boot_partition(&self, default: DefaultBoot) -> Result<(), BootError> {
         let _lock = self.lock()?;
-        file::write_in_place(&self.recovery.join("autoboot.txt"), &render::autoboot_txt(default)?)
+        file::write_in_place(&self.recovery.join("autoboot.txt"), &render::autoboot_txt(default))
     }
 
     /// Says what the installer is to do. Written as a whole, read back.

@@ -267,7 +267,7 @@ async fn upload(
         chunk_sha256: blob.chunk_sha256,
         unpacked_bytes: blob.unpacked_bytes,
         entries: blob.entries,
-        compression: blob.compression.as_str().to_owned(),
+        compression: blob.packing.as_str().to_owned(),
         push_time: context.clock.now(),
         creator: caller.name.clone(),
         default_for: Vec::new(),

@@ -10,7 +10,7 @@ use async_compression::tokio::bufread::{GzipDecoder, XzDecoder, ZstdDecoder};
 use async_compression::zstd::DParameter;
 use bytes::Bytes;
 use marco_archive::compression::{XZ_MEMORY, ZSTD_WINDOW_LOG};
-use marco_archive::{Reason, Refused};
+use marco_archive::{Compression, Reason, Refused};
 use marco_proto::names::CHUNK_SIZE;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufRead, AsyncRead};
@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
-use super::{ArtifactError, Compression, Content, Digest, StoredBlob, failed};
+use super::{ArtifactError, Content, Digest, Packing, StoredBlob, failed};
 
 /// Bytes of a block in the pipe.
 const BLOCK: usize = 256 << 10;
@@ -53,11 +53,11 @@ pub(super) fn check(
     if got != expected {
         return Err(ArtifactError::WrongDigest { expected, got });
     }
-    let (compression, entries, unpacked_bytes) = checked?;
-    Ok(StoredBlob { sha256: got, size, chunk_size: CHUNK_SIZE, chunk_sha256, unpacked_bytes, entries, compression })
+    let (packing, entries, unpacked_bytes) = checked?;
+    Ok(StoredBlob { sha256: got, size, chunk_size: CHUNK_SIZE, chunk_sha256, unpacked_bytes, entries, packing })
 }
 
-type Checked = Result<(Compression, u64, u64), ArtifactError>;
+type Checked = Result<(Packing, u64, u64), ArtifactError>;
 
 /// Reads the file once: the digest of the whole, and those of its chunks. The blocks go down the pipe for as long as
 /// somebody reads them.
@@ -97,7 +97,7 @@ fn check_image(receiver: mpsc::Receiver<io::Result<Bytes>>, progress: &impl Fn(u
     let mut reader = io::BufReader::with_capacity(BLOCK, Explained { inner, compression, window: None });
     let checked = marco_archive::check_tar(&mut reader, &mut |done| progress(done));
     match (checked, reader.get_ref().window) {
-        (Ok(summary), _) => Ok((compression, summary.entries, summary.unpacked_bytes)),
+        (Ok(summary), _) => Ok((Packing::Tar(compression), summary.entries, summary.unpacked_bytes)),
         (Err(_), Some(window)) => Err(ArtifactError::Format(format!("the image is refused: {window}"))),
         (Err(marco_archive::Error::Refused(refused)), None) => Err(refused.into()),
         (Err(marco_archive::Error::Io { action, source }), None) => Err(ArtifactError::Io { action, source }),
@@ -124,7 +124,7 @@ fn decoder(
             decoder.multiple_members(true);
             Box::new(decoder)
         }
-        Compression::None | Compression::Zip => Box::new(source),
+        Compression::None => Box::new(source),
     }
 }
 
@@ -138,29 +138,7 @@ fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
             "this is compressed with bzip2: an image is a tarball, plain or compressed with gzip, xz or zstd"
                 .to_owned(),
         )),
-        _ => Ok(marco_archive::Compression::detect(start).into()),
-    }
-}
-
-impl Compression {
-    fn stream(self) -> marco_archive::Compression {
-        match self {
-            Self::None | Self::Zip => marco_archive::Compression::None,
-            Self::Gzip => marco_archive::Compression::Gzip,
-            Self::Xz => marco_archive::Compression::Xz,
-            Self::Zstd => marco_archive::Compression::Zstd,
-        }
-    }
-}
-
-impl From<marco_archive::Compression> for Compression {
-    fn from(compression: marco_archive::Compression) -> Self {
-        match compression {
-            marco_archive::Compression::None => Self::None,
-            marco_archive::Compression::Gzip => Self::Gzip,
-            marco_archive::Compression::Xz => Self::Xz,
-            marco_archive::Compression::Zstd => Self::Zstd,
-        }
+        _ => Ok(Compression::detect(start)),
     }
 }
 
@@ -179,7 +157,7 @@ impl<R: Read> Read for Explained<R> {
             _ => {
                 let name = self.compression.as_str();
                 let error = error.to_string();
-                self.window = self.compression.stream().explain_window(&error);
+                self.window = self.compression.explain_window(&error);
                 io::Error::new(io::ErrorKind::InvalidData, format!("the {name} stream cannot be read: {error}"))
             }
         })
@@ -200,5 +178,5 @@ fn check_bootcode(mut file: &File, content: Content) -> Checked {
             return Err(Refused { entry: None, reason: Reason::Damaged("a zip is no image".to_owned()) }.into());
         }
     }
-    Ok((Compression::Zip, summary.entries, summary.unpacked_bytes))
+    Ok((Packing::Zip, summary.entries, summary.unpacked_bytes))
 }

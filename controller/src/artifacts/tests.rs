@@ -4,12 +4,12 @@ use std::time::{Duration, SystemTime};
 
 use async_compression::tokio::write::{GzipEncoder, XzEncoder, ZstdEncoder};
 use bytes::Bytes;
-use marco_archive::Reason;
+use marco_archive::{Compression, Reason};
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt as _;
 
-use super::{ArtifactError, Artifacts, Compression, Content, Digest, MAX_SIZE, StoredBlob};
+use super::{ArtifactError, Artifacts, Content, Digest, MAX_SIZE, Packing, StoredBlob};
 
 /// Bytes that do not pack, the same in every run.
 fn noise(len: usize) -> Vec<u8> {
@@ -102,7 +102,7 @@ async fn compressed(compression: Compression, data: &[u8]) -> Vec<u8> {
         Compression::Gzip => encode!(GzipEncoder<Vec<u8>>),
         Compression::Xz => encode!(XzEncoder<Vec<u8>>),
         Compression::Zstd => encode!(ZstdEncoder<Vec<u8>>),
-        Compression::None | Compression::Zip => data.to_vec(),
+        Compression::None => data.to_vec(),
     }
 }
 
@@ -111,7 +111,7 @@ async fn a_stored_image_has_the_digests_of_its_bytes() {
     let (_dir, store) = fresh();
     let data = tarball((9 << 20) + 123);
     let blob = push(&store, &data, Content::Image).await.unwrap();
-    assert_eq!((blob.sha256, blob.size, blob.compression), (digest(&data), size(&data), Compression::None));
+    assert_eq!((blob.sha256, blob.size, blob.packing), (digest(&data), size(&data), Packing::Tar(Compression::None)));
     assert_eq!((blob.entries, blob.unpacked_bytes), (1, (9 << 20) + 123));
     let chunks: Vec<u8> = data.chunks(4 << 20).flat_map(|chunk| Sha256::digest(chunk).to_vec()).collect();
     assert_eq!(blob.chunk_sha256, chunks);
@@ -129,7 +129,7 @@ async fn every_compression_is_read_through() {
     for compression in [Compression::None, Compression::Gzip, Compression::Xz, Compression::Zstd] {
         let packed = compressed(compression, &data).await;
         let blob = push(&store, &packed, Content::Image).await.unwrap();
-        assert_eq!((blob.compression, blob.unpacked_bytes), (compression, 300_000));
+        assert_eq!((blob.packing, blob.unpacked_bytes), (Packing::Tar(compression), 300_000));
     }
     let halves = data.split_at(1000);
     let members =
@@ -260,7 +260,7 @@ async fn bytes_that_are_stored_are_not_sent_again_but_checked_again() {
 async fn a_bootcode_must_be_able_to_boot_what_it_is_for() {
     let (dir, store) = fresh();
     let blob = push(&store, &bootcode(""), Content::InstallerBootcode).await.unwrap();
-    assert_eq!((blob.compression, blob.entries), (Compression::Zip, 7));
+    assert_eq!((blob.packing, blob.entries), (Packing::Zip, 7));
     push(&store, &bootcode("initramfs8"), Content::SystemBootcode).await.unwrap();
     for missing in ["kernel8.img", "overlays/README", "config.txt"] {
         let error = push(&store, &bootcode(missing), Content::InstallerBootcode).await.unwrap_err();

@@ -5,15 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
 use marco_archive::config_txt::ConfigTxt;
+use marco_archive::switch::{self, HEAD};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
 /// Where the first set goes.
 const PREFIX: &str = "b0/";
-/// One sector less one byte: the agent keeps both files at this length, so that each switch is one write in place.
-const LENGTH: usize = 511;
-/// The firmware ignores what is behind this many characters of a line.
-const LINE: usize = 98;
 
 /// The files of p1 by name.
 #[derive(Debug, Clone, Default)]
@@ -103,7 +100,7 @@ impl Contents {
             contents.add_firmware(folder)?;
         }
         contents.put("config.txt", config_txt(&set.config)?);
-        contents.put("autoboot.txt", pad("[all]\ntryboot_a_b=1\nboot_partition=1\n[tryboot]\nboot_partition=4\n")?);
+        contents.put("autoboot.txt", switch::autoboot_txt(switch::INSTALLER, switch::SYSTEM));
         let record = Record { sha256: set.sha256(), files: &set.digests };
         contents.put("marco/b0.json", serde_json::to_vec_pretty(&record).context("JSON cannot be written")?);
         // What the node falls back to when no controller has a bootcode.
@@ -168,7 +165,7 @@ fn is_firmware(name: &str) -> bool {
 /// p1's `config.txt` for a card of which no agent knows the board yet: the set's lines with their filters, behind the
 /// prefix. The installer writes one for its board.
 fn config_txt(set: &str) -> Result<Vec<u8>> {
-    let mut text = format!("# Marco Bootstrap writes this\n[all]\nos_prefix={PREFIX}\ncmdline=cmdline.txt\n");
+    let mut text = format!("{HEAD}[all]\nos_prefix={PREFIX}\ncmdline=cmdline.txt\n");
     let mut filters: &[String] = &[];
     let config = ConfigTxt::parse(set);
     for setting in config.settings() {
@@ -185,28 +182,16 @@ fn config_txt(set: &str) -> Result<Vec<u8>> {
     if !filters.is_empty() {
         text.push_str("[all]\n");
     }
-    pad(&text)
-}
-
-/// Pads with comments, which every stage of the firmware skips.
-fn pad(text: &str) -> Result<Vec<u8>> {
-    let mut text = text.to_owned();
-    if text.len() > LENGTH {
-        bail!("the set's config.txt does not fit: it makes {} bytes, and the card's may have {LENGTH}", text.len());
-    }
-    while text.len() < LENGTH {
-        let line = (LENGTH - text.len()).min(LINE);
-        text.push_str(&"#".repeat(line - 1));
-        text.push('\n');
-    }
-    Ok(text.into_bytes())
+    switch::pad(text).context("the set's config.txt does not fit")
 }
 
 #[cfg(test)]
 mod tests {
     use marco_archive::config_txt::{Conditions, ConfigTxt};
 
-    use super::{LENGTH, config_txt, is_firmware, pad};
+    use marco_archive::switch::LENGTH;
+
+    use super::{config_txt, is_firmware};
 
     #[test]
     fn the_cards_configuration_is_the_sets_behind_the_prefix() {
@@ -224,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_configuration_that_the_agent_could_not_switch_is_refused() {
-        assert!(pad(&"x=1\n".repeat(200)).is_err());
+        assert!(config_txt(&"x=1\n".repeat(200)).is_err());
     }
 
     #[test]

@@ -6,8 +6,9 @@ use tempfile::TempDir;
 use tokio::process::Command;
 
 use crate::controller::{Controller, Facts};
+use crate::devices::may_mount;
 use crate::made::{self, AMD64, elf, write};
-use crate::running::alone;
+use crate::running::{alone, at_terminal};
 
 async fn set(folder: &Path) -> PathBuf {
     let (root, agent, zip) = (folder.join("root"), folder.join("agent"), folder.join("set.zip"));
@@ -151,4 +152,78 @@ async fn what_is_no_set_or_no_disk_is_refused() {
     assert!(run.code == 1 && run.stderr.contains("neither a disk nor a file"), "{run:?}");
     let run = write("/dev/nothing-there").await;
     assert!(run.code == 1 && run.stderr.contains("cannot look at"), "{run:?}");
+}
+
+/// A file as a device; detached when it is dropped.
+struct Loop(String);
+
+impl Loop {
+    async fn new(file: &Path) -> Self {
+        std::fs::File::create(file).unwrap().set_len(512 << 20).unwrap();
+        Self(tool("/usr/sbin/losetup", &["--find", "--show", file.to_str().unwrap()]).await.trim().to_owned())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        #[expect(clippy::disallowed_methods, reason = "what is dropped cannot wait for a runtime; it answers at once")]
+        let mut losetup = std::process::Command::new("/usr/sbin/losetup");
+        let _ = losetup.args(["--detach", &self.0]).status();
+    }
+}
+
+#[tokio::test]
+async fn a_device_is_written_only_after_yes_was_typed() {
+    if !may_mount("a_device_is_written_only_after_yes_was_typed") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let zip = set(folder.path()).await;
+    write(folder.path(), "token", b"mj1.a.b.c\n");
+    let (token, file) = (folder.path().join("token"), folder.path().join("device"));
+    let device = Loop::new(&file).await;
+    let mut arguments = vec!["card", "write", &device.0, "--bootcode", zip.to_str().unwrap()];
+    arguments.extend(["--token-file", token.to_str().unwrap()]);
+    let holds_a_card = || {
+        let mut start = [0; 512];
+        std::io::Read::read_exact(&mut std::fs::File::open(&file).unwrap(), &mut start).unwrap();
+        start[510..] == [0x55, 0xaa]
+    };
+
+    let run = alone(&arguments).await;
+    assert!(run.code == 2 && run.stderr.contains("everything on it would be lost"), "{run:?}");
+    for answer in ["no", "y", "YES", ""] {
+        let run = at_terminal(&[("Write \"yes\" to go on: ", answer)], &arguments).await;
+        assert!(run.code == 1 && run.stdout.contains("nothing was written"), "{answer}: {run:?}");
+        assert!(run.stdout.contains(&format!("{}: ", device.0)) && run.stdout.contains("512.00 MiB"), "{run:?}");
+    }
+    assert!(!holds_a_card());
+    let run = at_terminal(&[("Write \"yes\" to go on: ", "yes")], &arguments).await;
+    assert!(run.code == 0 && run.stdout.contains(&format!("{} is written and verified", device.0)), "{run:?}");
+    assert!(holds_a_card());
+}
+
+#[tokio::test]
+async fn between_two_cards_the_next_one_is_asked_for() {
+    if !may_mount("between_two_cards_the_next_one_is_asked_for") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let zip = set(folder.path()).await;
+    write(folder.path(), "token", b"mj1.a.b.c\n");
+    let token = folder.path().join("token");
+    let device = Loop::new(&folder.path().join("device")).await;
+    let mut arguments = vec!["card", "write", &device.0, "--bootcode", zip.to_str().unwrap(), "--count", "2"];
+    arguments.extend(["--token-file", token.to_str().unwrap(), "--node-name", "pi"]);
+    let run = alone(&arguments).await;
+    assert!(run.code == 2 && run.stderr.contains("need a terminal"), "{run:?}");
+    let go_on = "Write \"yes\" to go on: ";
+    let next = format!("Put the next card into {} (2 of 2) and press Enter: ", device.0);
+    let run = at_terminal(&[(go_on, "yes"), (&next, ""), (go_on, "yes")], &arguments).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(run.stdout.matches("is written and verified").count(), 2, "{run:?}");
+    let join = tool("mtype", &["-i", &format!("{}@@4M", device.0), "::marco/join.toml"]).await;
+    assert!(join.contains("name = \"pi-2\""), "{join}");
+    let run = at_terminal(&[(go_on, "yes"), (&next, ""), (go_on, "no")], &arguments).await;
+    assert!(run.code == 1 && run.stdout.matches("is written and verified").count() == 1, "{run:?}");
 }

@@ -1,15 +1,12 @@
 //! The texts of p1's `config.txt` and `autoboot.txt`, always of the same length, so that a switch is one write in place.
 
 use marco_archive::config_txt::{Conditions, ConfigTxt};
+use marco_archive::switch::{self, INSTALLER, LINE, SYSTEM};
 
 use super::{BootError, DefaultBoot, Prefix};
 
-/// Length of both files: one sector less one byte, and the firmware reads no more of `autoboot.txt`.
-pub const LENGTH: usize = 511;
-/// The file's first line, which tells people who made it.
-pub(super) const HEAD: &str = "# Marco Bootstrap writes this\n";
-/// The firmware ignores what is behind this many characters of a line.
-const LINE: usize = 98;
+pub(super) use marco_archive::switch::HEAD;
+
 /// The lines that a set's own `config.txt` gives p1's for this board. The firmware reads no `config.txt` under a prefix,
 /// so they are copied. What would reach out of the set (`os_prefix`, `include`) or belongs to other boards is left out;
 /// command line and device tree are always named, since a key that is not would come from the other block.
@@ -64,7 +61,7 @@ pub fn config_txt(
         text.push_str(&format!("[tryboot]\nos_prefix={}\n", prefix.as_str()));
         push(&mut text, lines);
     }
-    pad(text)
+    switch::pad(text).map_err(|error| BootError::Refused(format!("their configuration does not fit: {error}")))
 }
 
 fn push(text: &mut String, lines: &[String]) {
@@ -75,41 +72,26 @@ fn push(text: &mut String, lines: &[String]) {
 }
 
 /// `autoboot.txt`.
-pub fn autoboot_txt(default: DefaultBoot) -> Result<Vec<u8>, BootError> {
-    let (partition, other) = match default {
-        DefaultBoot::System => (4, 1),
-        DefaultBoot::Installer => (1, 4),
-    };
-    pad(format!("[all]\ntryboot_a_b=1\nboot_partition={partition}\n[tryboot]\nboot_partition={other}\n"))
-}
-
-/// Pads with comments, which every stage of the firmware skips.
-fn pad(mut text: String) -> Result<Vec<u8>, BootError> {
-    if text.len() > LENGTH {
-        return Err(BootError::Refused(format!(
-            "their configuration does not fit: config.txt of the recovery partition would have {} bytes, and may have {LENGTH}",
-            text.len()
-        )));
+pub fn autoboot_txt(default: DefaultBoot) -> Vec<u8> {
+    match default {
+        DefaultBoot::System => switch::autoboot_txt(SYSTEM, INSTALLER),
+        DefaultBoot::Installer => switch::autoboot_txt(INSTALLER, SYSTEM),
     }
-    while text.len() < LENGTH {
-        let line = (LENGTH - text.len()).min(LINE);
-        text.push_str(&"#".repeat(line - 1));
-        text.push('\n');
-    }
-    Ok(text.into_bytes())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{LENGTH, autoboot_txt, config_txt, set_lines};
+    use marco_archive::switch::LENGTH;
+
+    use super::{autoboot_txt, config_txt, set_lines};
     use crate::bootpart::{BootError, DefaultBoot, Prefix};
 
     #[test]
     fn every_text_has_the_same_length() {
         let lines = set_lines("auto_initramfs=0\ninitramfs i.img followkernel\n", "pi4", Some("a.dtb"));
         for text in [
-            autoboot_txt(DefaultBoot::System).unwrap(),
-            autoboot_txt(DefaultBoot::Installer).unwrap(),
+            autoboot_txt(DefaultBoot::System),
+            autoboot_txt(DefaultBoot::Installer),
             config_txt((Prefix::B0, &lines), None).unwrap(),
             config_txt((Prefix::B1, &lines), Some((Prefix::B0, &lines))).unwrap(),
         ] {

@@ -3,10 +3,10 @@ use std::io::{Cursor, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 
+use marco_archive::switch::LENGTH;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::render::LENGTH;
 use super::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
 use crate::system::Board;
 
