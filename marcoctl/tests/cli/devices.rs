@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::io::Write as _;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -94,13 +95,21 @@ impl Disk {
         tool("tar", &["-xOf".as_ref(), self.tarball().as_os_str(), name.as_ref()]).await
     }
 
-    /// Nothing of the disk is mounted, and no device is made of it.
+    /// Nothing of the disk is mounted, and soon no device is made of it: whoever looks at a device holds it for a moment.
     async fn is_let_go(&self) {
         let path = self.path();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(path.to_str().unwrap()), "{mounts}");
-        let devices = tool("/usr/sbin/losetup", &["--list", "--noheadings", "--output", "BACK-FILE"]).await;
-        assert!(!devices.contains(path.to_str().unwrap()), "{devices}");
+        let free = async {
+            loop {
+                let devices = tool("/usr/sbin/losetup", &["--list", "--noheadings", "--output", "BACK-FILE"]).await;
+                if !devices.contains(path.to_str().unwrap()) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), free).await.expect("a device of it stays");
     }
 }
 
