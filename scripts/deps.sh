@@ -24,6 +24,11 @@ command -v mtype >/dev/null || missing+=(mtools)
 command -v rsync >/dev/null || missing+=(rsync)
 command -v strace >/dev/null || missing+=(strace)
 command -v systemd-analyze >/dev/null || missing+=(systemd)
+command -v setfattr >/dev/null || missing+=(attr)
+command -v setfacl >/dev/null || missing+=(acl)
+command -v setcap >/dev/null || compgen -G '/usr/sbin/setcap' >/dev/null || missing+=(libcap2-bin)
+command -v mkfs.ext4 >/dev/null || compgen -G '/usr/sbin/mkfs.ext4' >/dev/null || missing+=(e2fsprogs)
+command -v zstd >/dev/null || missing+=(zstd)
 if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || { echo "install these first: ${missing[*]}" >&2; exit 1; }
     as_root apt-get update -qq

@@ -26,6 +26,17 @@ impl Error {
     }
 }
 
+/// What a failed read of the stream means: a decompressor says with these kinds that its input is not whole.
+pub(crate) fn read_error(err: io::Error) -> Error {
+    match err.kind() {
+        io::ErrorKind::UnexpectedEof => Refused::archive(Reason::Truncated).into(),
+        io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
+            Refused::archive(Reason::Damaged(err.to_string())).into()
+        }
+        _ => Error::io("read the archive")(err),
+    }
+}
+
 /// The rule that an archive breaks, and by which entry.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {

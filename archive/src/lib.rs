@@ -6,6 +6,7 @@
 pub mod boot_set;
 pub mod compression;
 pub mod config_txt;
+pub mod disk;
 mod error;
 pub mod switch;
 mod tar;
@@ -13,6 +14,7 @@ mod zip;
 
 pub use boot_set::{check_installer_set, check_system_set};
 pub use compression::Compression;
+pub use disk::check_image;
 pub use error::{Error, Reason, Refused};
 pub use tar::{TarSummary, check_tar, unpack_tar};
 pub use zip::{ZipFile, ZipSummary, check_zip, unpack_zip};

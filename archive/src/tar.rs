@@ -34,6 +34,13 @@ pub struct TarSummary {
     /// Owners, device nodes and extended attributes that could not be restored, because this process may not or the
     /// file system cannot. 0 when only checked. As root on a real file system anything else means a broken system.
     pub not_restored: u64,
+    /// Whether it is no tarball but a whole-disk image, whose entries are its partitions.
+    pub disk: bool,
+}
+
+/// Whether this sector is the header of a member.
+pub(crate) fn is_header(sector: &[u8]) -> bool {
+    sector.try_into().is_ok_and(|block| header::Header::parse(block).is_ok())
 }
 
 /// Reads a decompressed tarball through to its end and checks every rule. `progress` gets the unpacked bytes so far, now

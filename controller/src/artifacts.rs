@@ -26,7 +26,7 @@ pub struct Digest([u8; 32]);
 /// What an artifact is meant to be, and so which checks it must pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
-    /// An operating system as a tarball, plain or compressed with gzip, xz or zstd.
+    /// An operating system as a tarball or a whole-disk image, plain or compressed with gzip, xz or zstd.
     Image,
     /// Boot files as a zip that start the installer.
     InstallerBootcode,
@@ -39,6 +39,8 @@ pub enum Content {
 pub enum Packing {
     /// A tarball, and how it is compressed.
     Tar(Compression),
+    /// A whole-disk image, whose entries are its partitions, and how it is compressed.
+    Disk(Compression),
     /// A zip.
     Zip,
 }
@@ -330,6 +332,10 @@ impl Packing {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tar(compression) => compression.as_str(),
+            Self::Disk(Compression::None) => "none disk",
+            Self::Disk(Compression::Gzip) => "gzip disk",
+            Self::Disk(Compression::Xz) => "xz disk",
+            Self::Disk(Compression::Zstd) => "zstd disk",
             Self::Zip => "zip",
         }
     }

@@ -376,6 +376,11 @@ impl Fleet {
         self.agents.as_mut().context("there are no agents")?.kill().await
     }
 
+    /// The process id of the agents' process, while it runs.
+    pub fn agents_id(&self) -> Option<u32> {
+        self.agents.as_ref().and_then(Process::id)
+    }
+
     /// Starts the agents' process again.
     pub fn start_agents(&mut self) -> Result<()> {
         self.agents.as_mut().context("there are no agents")?.start()

@@ -17,7 +17,7 @@ pub const PERSONALISED: [&str; 9] = [
     "etc/marco",
     "etc/marco-release",
     "etc/ssh",
-    "usr/local/bin/marco-agent",
+    "usr/bin/marco-agent",
     "var/lib/marco-agent",
 ];
 

@@ -13,11 +13,13 @@ use crate::job::phase;
 use crate::system::rooted::Rooted;
 use crate::system::{Board, Card, Erase, Release, System, SystemError, Target, release};
 use personal::Keep;
+use unpack::Destination;
 
 mod agent;
 mod boot_files;
 mod personal;
 mod plan;
+mod raw;
 mod stream;
 mod unpack;
 mod write_back;
@@ -28,6 +30,9 @@ pub use agent::LONG_VERSION;
 const STATE_DIR: &str = "var/lib/marco-agent";
 /// Progress of the stream is told in steps of so many bytes.
 const STEP: u64 = 512 * 1024;
+/// Why a whole-disk image is refused where there is no disk.
+const NO_PARTITIONS: &str =
+    "the image is a whole disk's, and this node's card is made of folders: push a tarball of its root instead";
 
 /// What the installer is doing, with bytes done and in all (0 when unknown).
 pub type Progress = Arc<dyn Fn(Phase, u64, u64) + Send + Sync>;
@@ -196,9 +201,14 @@ impl Work<'_> {
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
 
+        let disk = first.as_deref().is_some_and(stream::is_disk);
+        if disk && !self.system.takes_disk_images() {
+            return Err(SystemError::Unsupported(NO_PARTITIONS).into());
+        }
+
         let (part, old, job) = (self.part.clone(), self.card.root.clone(), self.job.clone());
         let keep = blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &job)).await?;
-        let target = self.commit(Erase { root: true, home: self.job.discard_home }).await?;
+        let mut target = self.commit(Erase { root: true, home: self.job.discard_home }).await?;
 
         self.phase(Phase::Unpacking);
         let (progress, total, mut told) = (Arc::clone(&self.progress), download.size_bytes, 0);
@@ -208,14 +218,21 @@ impl Work<'_> {
                 progress(Phase::Unpacking, done, total);
             }
         });
-        let (root, lease) = (target.root.clone(), target.lease.clone());
-        unpack::unpack(download, first, root, lease, self.system.as_ref(), tell).await?;
+        let into = match disk {
+            true => Destination::Partitions(self.system.raw_target(&target).await?),
+            false => Destination::Folder(target.root.clone()),
+        };
+        unpack::unpack(download, first, into, target.lease.clone(), self.system.as_ref(), tell).await?;
+        if disk {
+            self.system.mount_raw(&target).await?;
+            "ext4".clone_into(&mut target.root_type);
+        }
 
         self.phase(Phase::BootFiles);
         let (fitted, board, recovery) = (target.clone(), self.board.clone(), self.card.recovery.clone());
         blocking(move || {
             let (root, boot) = open(&fitted)?;
-            let mount = boot_files::move_from(&root, &boot)?;
+            let mount = if disk { boot_files::mounted(&root)? } else { boot_files::move_from(&root, &boot)? };
             boot_files::check(&boot, &board)?;
             boot_files::fit(&boot, &fitted)?;
             let given = boot_files::give_on(&recovery, &boot).map_err(InstallError::disk("copy the files given"))?;

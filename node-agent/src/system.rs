@@ -171,6 +171,15 @@ pub struct Target {
     pub lease: Lease,
 }
 
+/// The partitions of a card, not mounted, for an image that brings its file systems with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawTarget {
+    /// The device of the system's boot partition (p4).
+    pub boot: PathBuf,
+    /// The device of the root (p2).
+    pub root: PathBuf,
+}
+
 /// What is made anew before an installation; the boot partition always is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Erase {
@@ -279,6 +288,21 @@ pub trait System: Send + Sync + 'static {
 
     /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError>;
+
+    /// Whether the card has partitions that the file systems of a whole-disk image can be written to.
+    fn takes_disk_images(&self) -> bool {
+        false
+    }
+
+    /// Unmounts root and boot partition of a target, so that file systems can be written to them.
+    async fn raw_target(&self, _target: &Target) -> Result<RawTarget, SystemError> {
+        Err(SystemError::Unsupported("this card has no partitions"))
+    }
+
+    /// Checks the file systems that were written, lets the root grow to its partition, and mounts both again.
+    async fn mount_raw(&self, _target: &Target) -> Result<(), SystemError> {
+        Err(SystemError::Unsupported("this card has no partitions"))
+    }
 
     /// Writes everything to the card and unmounts what [`prepare_target`](Self::prepare_target) mounted.
     async fn finish_target(&self, target: Target) -> Result<(), SystemError>;

@@ -5,6 +5,7 @@ use std::io::{BufRead, ErrorKind};
 use super::header::{BLOCK, Block, Header, MAX_PATH};
 use super::pax::{Extended, check_global};
 use super::sparse::{Map, Part, TextMap};
+use crate::error::read_error;
 use crate::{Error, Reason, Refused};
 
 /// Largest extended header: extended attributes are at most 64 KiB each, and files have few.
@@ -309,15 +310,6 @@ fn available<R: BufRead>(source: &mut R) -> Result<&[u8], Error> {
 
 fn fill<R: BufRead>(source: &mut R, buffer: &mut [u8]) -> Result<(), Error> {
     source.read_exact(buffer).map_err(read_error)
-}
-
-/// A decompressor says with these kinds that its input is not whole.
-fn read_error(err: std::io::Error) -> Error {
-    match err.kind() {
-        ErrorKind::UnexpectedEof => archive(Reason::Truncated),
-        ErrorKind::InvalidData | ErrorKind::InvalidInput => archive(Reason::Damaged(err.to_string())),
-        _ => Error::io("read the archive")(err),
-    }
 }
 
 fn archive(reason: Reason) -> Error {

@@ -95,9 +95,12 @@ fn check_image(receiver: mpsc::Receiver<io::Result<Bytes>>, progress: &impl Fn(u
     let reader = decoder(source, compression);
     let inner = SyncIoBridge::new_with_handle(reader, runtime);
     let mut reader = io::BufReader::with_capacity(BLOCK, Explained { inner, compression, window: None });
-    let checked = marco_archive::check_tar(&mut reader, &mut |done| progress(done));
+    let checked = marco_archive::check_image(&mut reader, &mut |done| progress(done));
     match (checked, reader.get_ref().window) {
-        (Ok(summary), _) => Ok((Packing::Tar(compression), summary.entries, summary.unpacked_bytes)),
+        (Ok(summary), _) => {
+            let packing = if summary.disk { Packing::Disk(compression) } else { Packing::Tar(compression) };
+            Ok((packing, summary.entries, summary.unpacked_bytes))
+        }
         (Err(_), Some(window)) => Err(ArtifactError::Format(format!("the image is refused: {window}"))),
         (Err(marco_archive::Error::Refused(refused)), None) => Err(refused.into()),
         (Err(marco_archive::Error::Io { action, source }), None) => Err(ArtifactError::Io { action, source }),
@@ -131,9 +134,9 @@ fn decoder(
 /// What a tarball is compressed with, by its first bytes.
 fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
     match start {
-        [b'P', b'K', 3, 4, ..] => {
-            Err(ArtifactError::Format("this is a zip: an image is a tarball, and a zip a bootcode".to_owned()))
-        }
+        [b'P', b'K', 3, 4, ..] => Err(ArtifactError::Format(
+            "this is a zip: an image is a tarball or a disk image, and a zip a bootcode".to_owned(),
+        )),
         [b'B', b'Z', b'h', ..] => Err(ArtifactError::Format(
             "this is compressed with bzip2: an image is a tarball, plain or compressed with gzip, xz or zstd"
                 .to_owned(),

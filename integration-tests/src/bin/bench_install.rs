@@ -8,12 +8,13 @@ mod bed;
 mod rootfs;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bed::{Bed, Kind};
+use chrono::{DateTime, Utc};
 use integration_tests::fleet::update;
 use integration_tests::process::{Process, Recipe, binary};
 use integration_tests::upload::push;
@@ -133,8 +134,9 @@ async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
     Ok(Cost { wall: *wall, cpu: user + system, written, peak_disk: peak.end().await?, memory: 0 })
 }
 
-/// A virtual Pi whose card is the bed, updated by the real agent: from its installer's first connection for the image to
-/// the end of the sync.
+/// A virtual Pi whose card is the bed, updated by the real agent. The wall time is what its log says, from the installer's
+/// connection for the image to the end of the sync; everything else is counted for the whole update, with the installer's
+/// own boot files and the reboot into it.
 async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<Cost> {
     let (log, token) = (fleet.dir().join(format!("{prefix}agent.log")), fleet.dir().join("token"));
     fs::write(&token, fleet.token(1).await?)?;
@@ -157,13 +159,12 @@ async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<
     })
     .await?;
     let pid = agent.id().context("the agent is gone")?;
+    let (cpu, written, peak) = (cpu(pid)?, bed.written()?, bed.watch()?);
     let operation = fleet.create(update(&[id], image, "")).await?;
-    wait_for(&log, "phase=\"connecting\"").await?;
-    let (began, cpu, written, peak) = (Instant::now(), cpu(pid)?, bed.written()?, bed.watch()?);
-    wait_for(&log, "installed execution").await?;
-    let wall = began.elapsed().as_secs_f64();
+    let began = said_at(&log, "phase=\"connecting\"").await?;
+    let ended = said_at(&log, "installed execution").await?;
     let cost = Cost {
-        wall,
+        wall: (ended - began).as_seconds_f64(),
         cpu: self::cpu(pid)? - cpu,
         written: bed.written()?.zip(written).map(|(after, before)| after - before),
         peak_disk: peak.end().await?,
@@ -174,14 +175,16 @@ async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<
     Ok(cost)
 }
 
-/// Until the agent has said something.
-async fn wait_for(log: &PathBuf, words: &str) -> Result<()> {
-    wait_until(LIMIT, &format!("the agent says {words}"), async || {
+/// When the agent said something; it is waited for.
+async fn said_at(log: &Path, words: &str) -> Result<DateTime<Utc>> {
+    let line = wait_until(LIMIT, &format!("the agent says {words}"), async || {
         let text = tokio::fs::read_to_string(log).await?;
         ensure!(!text.contains("installation failed"), "{text}");
-        Ok(text.contains(words).then_some(()))
+        Ok(text.lines().find(|line| line.contains(words)).map(str::to_owned))
     })
-    .await
+    .await?;
+    let time = line.split_whitespace().next().context("a line without a time")?;
+    Ok(DateTime::parse_from_rfc3339(time)?.to_utc())
 }
 
 /// Seconds of processor time of a process, its own and the kernel's for it (proc(5): utime and stime).

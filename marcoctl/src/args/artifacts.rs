@@ -44,7 +44,7 @@ where it broke; so is a push that is simply started again.")]
 /// Arguments of `artifacts push`.
 #[derive(Debug, Args)]
 pub(crate) struct Push {
-    /// A tarball (plain, gzip, xz or zstd) of an operating system, or a zip of boot files
+    /// A tarball or a whole-disk image (plain, gzip, xz or zstd) of an operating system, or a zip of boot files
     pub(crate) file: PathBuf,
     /// What the file is
     #[arg(long)]
@@ -73,7 +73,7 @@ pub(crate) struct ListArtifacts {
 /// What an artifact is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
-    /// An operating system as a tarball.
+    /// An operating system as a tarball or a whole-disk image.
     Image,
     /// Boot files as a zip.
     Bootcode,

@@ -34,6 +34,12 @@ pub(super) fn move_from(root: &Rooted, boot: &Rooted) -> std::result::Result<Boo
     Ok(mount)
 }
 
+/// Where a system mounts the boot partition that came with its disk image.
+pub(super) fn mounted(root: &Rooted) -> std::result::Result<BootMount, InstallError> {
+    let fstab = root.read("etc/fstab").map_err(InstallError::disk("read /etc/fstab of the image"))?.unwrap_or_default();
+    Ok(plan::boot_mount(&String::from_utf8_lossy(&fstab)).unwrap_or(BootMount::Firmware))
+}
+
 fn bootable(root: &Rooted, folder: &Path) -> bool {
     let families = ["pi1", "pi2", "pi5", ""];
     let mut names = families.into_iter().flat_map(kernels).copied().chain(["config.txt"]);

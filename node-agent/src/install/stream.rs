@@ -43,24 +43,35 @@ pub(super) fn decompress(mut raw: Chunks, sender: &Sender) -> Result<()> {
 
 fn decompress_all(raw: &mut Chunks, sender: &Sender) -> Result<()> {
     let compression = Compression::detect(raw.fill_buf()?);
-    let outcome = match compression {
-        Compression::Gzip => sender.pump(flate2::bufread::MultiGzDecoder::new(raw)),
-        Compression::Xz => {
-            let flags = liblzma::stream::CONCATENATED;
-            let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags).map_err(Error::other)?;
-            sender.pump(liblzma::bufread::XzDecoder::new_stream(raw, stream))
-        }
-        Compression::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::with_buffer(raw)?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-            sender.pump(decoder)
-        }
-        Compression::None => sender.pump(raw),
-    };
+    let outcome = decoder(compression, raw).and_then(|decoder| sender.pump(decoder));
     outcome.map_err(|error| match compression.explain_window(&error.to_string()) {
         Some(window) => Error::new(ErrorKind::InvalidData, window),
         None => error,
     })
+}
+
+fn decoder<'a>(compression: Compression, raw: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
+    Ok(match compression {
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
+        Compression::Xz => {
+            let flags = liblzma::stream::CONCATENATED;
+            let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags).map_err(Error::other)?;
+            Box::new(liblzma::bufread::XzDecoder::new_stream(raw, stream))
+        }
+        Compression::Zstd => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(raw)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+            Box::new(decoder)
+        }
+        Compression::None => Box::new(raw),
+    })
+}
+
+/// Whether the image that begins with these bytes, compressed or not, is a whole disk's and no tarball.
+pub(super) fn is_disk(first: &[u8]) -> bool {
+    let mut sector = [0; 512];
+    let read = decoder(Compression::detect(first), first).and_then(|mut decoder| decoder.read_exact(&mut sector));
+    read.is_ok() && marco_archive::disk::is_disk(&sector)
 }
 
 /// A block, filled as far as `length`.

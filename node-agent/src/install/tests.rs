@@ -373,3 +373,21 @@ async fn a_link_in_an_image_leads_nothing_out_of_the_root() {
     assert_eq!(fs::read_dir(outside.join("lib/marco-agent")).unwrap().count(), 0);
     bed.powered.kill().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_whole_disk_is_refused_by_a_card_of_folders_before_anything_is_touched() {
+    let mut disk = vec![0; 2 << 20];
+    disk[446 + 4] = 0x83;
+    disk[446 + 9..446 + 14].copy_from_slice(&[8, 0, 0, 0, 8]);
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    for bytes in [disk.clone(), gzip(&disk), zstd::encode_all(disk.as_slice(), 1).unwrap()] {
+        let (downloader, _server) = downloader(bytes.clone(), |_| Wrong::Nothing).await;
+        let mut bed = Bed::new().await;
+        let error = bed.install(&image_job(&bytes), &downloader).await.unwrap_err();
+        assert!(!error.retryable && error.message.contains("push a tarball"), "{error}");
+        assert!(bed.has("root/old"));
+        bed.installer.reboot(Reboot::Plain, None, "").await.unwrap();
+        assert_eq!(bed.powered.boot().await.mode(), Mode::Running);
+        bed.powered.kill().await;
+    }
+}

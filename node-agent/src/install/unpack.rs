@@ -9,21 +9,29 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
-use super::InstallError;
 use super::stream::{Cause, Chunks, Progress, decompress, pipe};
 use super::write_back::WriteBack;
+use super::{InstallError, raw};
 use crate::download::Download;
-use crate::system::{Lease, System};
+use crate::system::{Lease, RawTarget, System};
 
 /// Well under the ten seconds that the watchdog allows.
 const FEED: Duration = Duration::from_secs(4);
 
-/// Unpacks a tarball into `root`. When the caller gives up (drops this), the threads stop at their next read; the lease
+/// Where an image goes.
+pub(super) enum Destination {
+    /// A tarball, into this folder.
+    Folder(PathBuf),
+    /// A whole-disk image, into these partitions.
+    Partitions(RawTarget),
+}
+
+/// Unpacks an image. When the caller gives up (drops this), the threads stop at their next read; the lease
 /// is held until they did.
 pub(super) async fn unpack(
     download: Download,
     first: Option<Bytes>,
-    root: PathBuf,
+    into: Destination,
     lease: Lease,
     system: &dyn System,
     progress: Progress,
@@ -37,11 +45,17 @@ pub(super) async fn unpack(
     let decompressing = tokio::task::spawn_blocking(move || decompress(raw, &sender));
     let mut unpacking = tokio::task::spawn_blocking(move || {
         let _lease = lease;
+        let root = match into {
+            Destination::Folder(root) => root,
+            Destination::Partitions(target) => return raw::write(blocks, &target),
+        };
         let disk = |error| InstallError::disk("write to the card")(error);
-        let mut write_back = WriteBack::start(&root).map_err(disk)?;
+        let mut write_back = WriteBack::of_folder(&root).map_err(disk)?;
         let summary = marco_archive::unpack_tar(blocks, &root, &mut |bytes| write_back.unpacked(bytes))?;
-        write_back.finish().map_err(disk)?;
-        Ok(summary)
+        if summary.not_restored > 0 {
+            tracing::warn!(count = summary.not_restored, "owners, devices or attributes of the image not restored");
+        }
+        write_back.finish().map_err(disk)
     });
     let unpacked = loop {
         tokio::select! {
@@ -65,10 +79,6 @@ pub(super) async fn unpack(
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(InstallError::image(format!("the image cannot be decompressed: {error}")))
         }
-        _ => unpacked.map(|summary| {
-            if summary.not_restored > 0 {
-                tracing::warn!(count = summary.not_restored, "owners, devices or attributes of the image not restored");
-            }
-        }),
+        _ => unpacked,
     }
 }

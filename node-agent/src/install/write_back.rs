@@ -36,18 +36,23 @@ impl Shared {
 
 impl WriteBack {
     /// For the file system that holds this folder.
-    pub(super) fn start(folder: &Path) -> Result<Self> {
+    pub(super) fn of_folder(folder: &Path) -> Result<Self> {
         let folder = File::open(folder)?;
+        Self::start(move || Ok(rustix::fs::syncfs(&folder)?))
+    }
+
+    /// For what `sync` writes to the card.
+    pub(super) fn start(sync: impl Fn() -> Result<()> + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let (ask, asked) = sync_channel::<u64>(1);
         let told = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("write-back".to_owned()).spawn(move || {
             for bytes in asked {
-                let synced = rustix::fs::syncfs(&folder);
+                let synced = sync();
                 let mut written = told.lock();
                 written.0 = bytes;
-                if let Err(errno) = synced {
-                    written.1.get_or_insert(errno.into());
+                if let Err(error) = synced {
+                    written.1.get_or_insert(error);
                 }
                 drop(written);
                 told.changed.notify_all();
@@ -103,7 +108,7 @@ mod tests {
     #[test]
     fn nobody_is_further_ahead_of_the_card_than_the_window() {
         let dir = tempfile::tempdir().unwrap();
-        let mut pace = WriteBack::start(dir.path()).unwrap();
+        let mut pace = WriteBack::of_folder(dir.path()).unwrap();
         for bytes in (0..=4 * WINDOW).step_by(1 << 20) {
             pace.unpacked(bytes);
             assert!(bytes - pace.shared.lock().0 <= WINDOW);

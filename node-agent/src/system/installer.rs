@@ -13,12 +13,13 @@ use super::host::board;
 use super::rooted::Rooted;
 use super::test_firmware::TestFirmware;
 use super::{
-    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, Reboot, Refusal, System, SystemError, SystemFacts,
-    Target,
+    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, RawTarget, Reboot, Refusal, System, SystemError,
+    SystemFacts, Target,
 };
 use crate::settings::{Policy, Settings, SettingsError};
 
 mod prepare;
+mod raw;
 mod watchdog;
 
 use watchdog::Watchdog;
@@ -256,6 +257,18 @@ impl System for Installer {
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {
         let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
         prepare::prepare(&self.disk, &self.card, &self.settings, erase, lease).await
+    }
+
+    fn takes_disk_images(&self) -> bool {
+        true
+    }
+
+    async fn raw_target(&self, target: &Target) -> Result<RawTarget, SystemError> {
+        raw::open(&self.disk, target).await
+    }
+
+    async fn mount_raw(&self, target: &Target) -> Result<(), SystemError> {
+        raw::mount(&self.disk, &self.card, target).await
     }
 
     async fn finish_target(&self, target: Target) -> Result<(), SystemError> {

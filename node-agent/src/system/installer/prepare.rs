@@ -80,7 +80,7 @@ async fn appear(device: &Path) -> Result<(), SystemError> {
 }
 
 /// Whether an installation that made this home was interrupted. One that cannot be mounted is somebody's, and kept.
-fn is_unfinished(home: &Path, at: &Path) -> bool {
+pub(super) fn is_unfinished(home: &Path, at: &Path) -> bool {
     if disk::mount(home, at, Access::ReadOnly).is_err() {
         return false;
     }

@@ -1,0 +1,232 @@
+//! Whole-disk images, as a stream: the partition table is read off the front, and then each partition goes by once.
+
+mod table;
+
+use std::io::{BufRead, Cursor, ErrorKind, Read as _};
+
+use crate::{Error, Reason, Refused, TarSummary, check_tar};
+pub use table::Partition;
+use table::{FRONT, read_table};
+
+/// Size of a sector.
+pub(crate) const SECTOR: usize = 512;
+/// Largest image: larger than the cards that Pis have.
+const MAX_DISK: u64 = 256 << 30;
+/// How many bytes between two calls of `progress`.
+const PROGRESS_STEP: u64 = 1 << 20;
+/// Where ext2, ext3 and ext4 have their magic number (kernel documentation, filesystems/ext4, "Super Block").
+const EXT_MAGIC: (usize, [u8; 2]) = (1080, [0x53, 0xef]);
+
+/// What the file system of a partition is, by its first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileSystem {
+    /// FAT of any width.
+    Fat,
+    /// ext2, ext3 or ext4.
+    Ext,
+    /// Something else, or nothing.
+    Other,
+}
+
+/// Takes the contents of partitions.
+pub trait Partitions {
+    /// A partition begins; false: nobody wants it.
+    ///
+    /// # Errors
+    /// It is wanted and cannot be had, for example because it is too large.
+    fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error>;
+
+    /// Bytes of the partition that was begun last, in order.
+    ///
+    /// # Errors
+    /// They cannot be kept.
+    fn take(&mut self, offset: u64, block: &[u8]) -> Result<(), Error>;
+}
+
+/// What is on a disk image.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskSummary {
+    /// Partitions of its table.
+    pub partitions: u64,
+    /// Bytes of the whole.
+    pub bytes: u64,
+}
+
+/// Whether a stream that begins with these bytes is a disk image and no tarball; a whole sector is needed to tell.
+pub fn is_disk(start: &[u8]) -> bool {
+    table::is_boot_record(start)
+}
+
+/// Reads a decompressed disk image through to its end, and hands its partitions on. `progress` gets the bytes so far,
+/// now and then.
+///
+/// # Errors
+/// `Refused` when its table makes no sense or the stream ends before the last partition does; `Io` when reading fails;
+/// and what `partitions` says.
+pub fn read_disk<R: BufRead>(
+    reader: R,
+    partitions: &mut dyn Partitions,
+    progress: &mut dyn FnMut(u64),
+) -> Result<DiskSummary, Error> {
+    let mut stream = Stream { reader, at: 0, reported: 0, progress };
+    let front = stream.front()?;
+    let table = read_table(&front)?;
+    for partition in &table {
+        stream.skip_to(partition.start)?;
+        stream.partition(partition, partitions)?;
+    }
+    stream.rest()?;
+    let bytes = stream.at;
+    (stream.progress)(bytes);
+    Ok(DiskSummary { partitions: u64::try_from(table.len()).unwrap_or(u64::MAX), bytes })
+}
+
+/// Reads an image, a decompressed tarball or disk image, through to its end and checks every rule; entries are members, or
+/// partitions. `progress` gets the unpacked bytes so far, now and then.
+///
+/// # Errors
+/// As [`check_tar`] and [`read_disk`].
+pub fn check_image<R: BufRead>(mut reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+    let mut start = Vec::with_capacity(SECTOR);
+    (&mut reader).take(512).read_to_end(&mut start).map_err(crate::error::read_error)?;
+    let disk = is_disk(&start);
+    let whole = Cursor::new(start).chain(reader);
+    if !disk {
+        return check_tar(whole, progress);
+    }
+    let read = read_disk(whole, &mut Nobody, progress)?;
+    Ok(TarSummary { entries: read.partitions, unpacked_bytes: read.bytes, disk: true, ..TarSummary::default() })
+}
+
+/// Wants no partition.
+struct Nobody;
+
+impl Partitions for Nobody {
+    fn begin(&mut self, _: &Partition, _: FileSystem) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    fn take(&mut self, _: u64, _: &[u8]) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+struct Stream<'a, R> {
+    reader: R,
+    at: u64,
+    reported: u64,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<R: BufRead> Stream<'_, R> {
+    /// The bytes that may hold the table. No partition of a disk that anybody makes begins within them.
+    fn front(&mut self) -> Result<Vec<u8>, Error> {
+        let mut front = Vec::with_capacity(FRONT);
+        while front.len() < FRONT {
+            let missing = FRONT - front.len();
+            let ready = self.ready()?;
+            if ready.is_empty() {
+                return Err(Refused::archive(Reason::Truncated).into());
+            }
+            let part = ready.get(..missing.min(ready.len())).unwrap_or_default();
+            front.extend_from_slice(part);
+            let count = part.len();
+            self.consume(count)?;
+        }
+        Ok(front)
+    }
+
+    fn skip_to(&mut self, start: u64) -> Result<(), Error> {
+        while self.at < start {
+            let left = usize::try_from(start - self.at).unwrap_or(usize::MAX);
+            let count = self.ready()?.len().min(left);
+            if count == 0 {
+                return Err(Refused::archive(Reason::Truncated).into());
+            }
+            self.consume(count)?;
+        }
+        Ok(())
+    }
+
+    fn partition(&mut self, partition: &Partition, to: &mut dyn Partitions) -> Result<(), Error> {
+        let end = partition.start + partition.length;
+        // Enough of it to see what it holds.
+        let mut first = Vec::new();
+        while first.len() < EXT_MAGIC.0 + 2 && self.at < end {
+            let left = usize::try_from(end - self.at).unwrap_or(usize::MAX);
+            let ready = self.ready()?;
+            if ready.is_empty() {
+                return Err(Refused::archive(Reason::Truncated).into());
+            }
+            let part = ready.get(..left.min(ready.len()).min(SECTOR * 8)).unwrap_or_default();
+            first.extend_from_slice(part);
+            let count = part.len();
+            self.consume(count)?;
+        }
+        if !to.begin(partition, file_system(&first))? {
+            return self.skip_to(end);
+        }
+        to.take(0, &first)?;
+        while self.at < end {
+            let (offset, left) = (self.at - partition.start, usize::try_from(end - self.at).unwrap_or(usize::MAX));
+            let ready = self.ready()?;
+            let block = ready.get(..left.min(ready.len())).unwrap_or_default();
+            if block.is_empty() {
+                return Err(Refused::archive(Reason::Truncated).into());
+            }
+            to.take(offset, block)?;
+            let count = block.len();
+            self.consume(count)?;
+        }
+        Ok(())
+    }
+
+    /// What follows the last partition: a second table, or nothing.
+    fn rest(&mut self) -> Result<(), Error> {
+        loop {
+            let count = self.ready()?.len();
+            if count == 0 {
+                return Ok(());
+            }
+            self.consume(count)?;
+        }
+    }
+
+    fn ready(&mut self) -> Result<&[u8], Error> {
+        loop {
+            match self.reader.fill_buf() {
+                Ok(_) => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(crate::error::read_error(error)),
+            }
+        }
+        self.reader.fill_buf().map_err(crate::error::read_error)
+    }
+
+    fn consume(&mut self, count: usize) -> Result<(), Error> {
+        self.reader.consume(count);
+        self.at += u64::try_from(count).unwrap_or(u64::MAX);
+        if self.at > MAX_DISK {
+            return Err(Refused::archive(Reason::TooLarge(MAX_DISK)).into());
+        }
+        if self.at - self.reported >= PROGRESS_STEP {
+            self.reported = self.at;
+            (self.progress)(self.at);
+        }
+        Ok(())
+    }
+}
+
+fn file_system(first: &[u8]) -> FileSystem {
+    let at = |offset: usize, length: usize| first.get(offset..offset + length).unwrap_or_default();
+    if at(EXT_MAGIC.0, 2) == EXT_MAGIC.1 {
+        FileSystem::Ext
+    } else if at(510, 2) == [0x55, 0xaa] && (at(54, 3) == b"FAT" || at(82, 3) == b"FAT") {
+        FileSystem::Fat
+    } else {
+        FileSystem::Other
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,117 @@
+use super::{FileSystem, Partition, Partitions, check_image, is_disk, read_disk};
+use crate::{Error, Reason};
+
+const MIB: usize = 1 << 20;
+
+/// A disk of 8 MiB: a FAT of 2 MiB at 1 MiB, an ext4 of 4 MiB at 4 MiB, and what `change` does to it.
+fn disk(change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let mut disk: Vec<u8> = (0..8 * MIB).map(|at| u8::try_from(at / 4096 % 251).unwrap()).collect();
+    disk[..MIB].fill(0);
+    for (number, kind, start, length) in [(0, 0x0c, MIB, 2 * MIB), (1, 0x83, 4 * MIB, 4 * MIB)] {
+        let entry = &mut disk[446 + number * 16..][..16];
+        entry[4] = kind;
+        entry[8..12].copy_from_slice(&u32::try_from(start / 512).unwrap().to_le_bytes());
+        entry[12..16].copy_from_slice(&u32::try_from(length / 512).unwrap().to_le_bytes());
+    }
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk[MIB + 82..][..5].copy_from_slice(b"FAT32");
+    disk[MIB + 510..][..2].copy_from_slice(&[0x55, 0xaa]);
+    disk[4 * MIB + 1080..][..2].copy_from_slice(&[0x53, 0xef]);
+    change(&mut disk);
+    disk
+}
+
+/// The same with a GPT, as an image of today has it.
+fn gpt(disk: &mut [u8]) {
+    disk[446..510].fill(0);
+    disk[446 + 4] = 0xee;
+    disk[446 + 8] = 1;
+    disk[446 + 12] = 0xff;
+    disk[512..520].copy_from_slice(b"EFI PART");
+    disk[512 + 72] = 2;
+    disk[512 + 80] = 128;
+    disk[512 + 84] = 128;
+    for (number, start, length) in [(0, MIB, 2 * MIB), (1, 4 * MIB, 4 * MIB)] {
+        let entry = &mut disk[1024 + number * 128..][..128];
+        entry[..16].fill(7);
+        entry[32..40].copy_from_slice(&u64::try_from(start / 512).unwrap().to_le_bytes());
+        entry[40..48].copy_from_slice(&u64::try_from((start + length) / 512 - 1).unwrap().to_le_bytes());
+    }
+}
+
+#[derive(Default)]
+struct Kept(Vec<(Partition, FileSystem, Vec<u8>)>);
+
+impl Partitions for Kept {
+    fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error> {
+        self.0.push((*partition, file_system, Vec::new()));
+        Ok(true)
+    }
+
+    fn take(&mut self, offset: u64, block: &[u8]) -> Result<(), Error> {
+        let bytes = &mut self.0.last_mut().unwrap().2;
+        assert_eq!(offset, u64::try_from(bytes.len()).unwrap());
+        bytes.extend_from_slice(block);
+        Ok(())
+    }
+}
+
+#[test]
+fn the_partitions_of_either_table_arrive_whole() {
+    for disk in [disk(|_| ()), disk(gpt)] {
+        assert!(is_disk(&disk[..512]));
+        for buffer in [512, 4096 + 7, MIB] {
+            let mut kept = Kept::default();
+            let reader = std::io::BufReader::with_capacity(buffer, &*disk);
+            let summary = read_disk(reader, &mut kept, &mut |_| ()).unwrap();
+            assert_eq!((summary.partitions, summary.bytes), (2, 8 << 20));
+            let kinds: Vec<_> = kept.0.iter().map(|(partition, kind, _)| (partition.number, *kind)).collect();
+            assert_eq!(kinds, [(1, FileSystem::Fat), (2, FileSystem::Ext)]);
+            assert!(kept.0[0].2 == disk[MIB..3 * MIB] && kept.0[1].2 == disk[4 * MIB..]);
+        }
+    }
+}
+
+#[test]
+fn a_table_that_makes_no_sense_is_refused() {
+    let overlap = |disk: &mut [u8]| disk[446 + 16 + 8..][..4].copy_from_slice(&2050_u32.to_le_bytes());
+    let over_the_table = |disk: &mut [u8]| disk[446 + 8..][..4].copy_from_slice(&1_u32.to_le_bytes());
+    let no_gpt = |disk: &mut [u8]| {
+        gpt(disk);
+        disk[512] = b'e';
+    };
+    let backwards = |disk: &mut [u8]| {
+        gpt(disk);
+        disk[1024 + 40..][..8].fill(0);
+    };
+    for disk in [disk(overlap), disk(over_the_table), disk(no_gpt), disk(backwards)] {
+        let error = check_image(&*disk, &mut |_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Refused(refused) if matches!(refused.reason, Reason::Damaged(_))), "{error}");
+    }
+}
+
+#[test]
+fn an_image_that_ends_early_is_refused_wherever_it_ends() {
+    let disk = disk(|_| ());
+    for length in [600, 20_000, MIB, MIB + 1000, 3 * MIB, 4 * MIB + 10, 8 * MIB - 1] {
+        let error = check_image(&disk[..length], &mut |_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Refused(refused) if refused.reason == Reason::Truncated), "{length}: {error}");
+    }
+}
+
+#[test]
+fn a_tarball_is_no_disk_even_when_it_has_the_signature() {
+    let mut header = tar::Header::new_gnu();
+    header.set_path("boot").unwrap();
+    header.set_size(0);
+    header.set_entry_type(tar::EntryType::Directory);
+    let bytes = header.as_mut_bytes();
+    bytes[510..].copy_from_slice(&[0x55, 0xaa]);
+    bytes[450] = 0x83;
+    header.set_cksum();
+    let whole = [&header.as_bytes()[..], &[0; 1024]].concat();
+    assert!(!is_disk(&whole[..512]));
+    assert_eq!(check_image(&*whole, &mut |_| ()).unwrap().entries, 1);
+    let read = check_image(&*disk(|_| ()), &mut |_| ()).unwrap();
+    assert_eq!((read.entries, read.unpacked_bytes, read.disk), (2, 8 << 20, true));
+}

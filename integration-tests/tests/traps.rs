@@ -1,0 +1,181 @@
+//! Images that are hard to install: a tree with everything that is easily lost on the way, compared by rsync on a real
+//! ext4, and one that wants the largest window that is taken.
+
+#[path = "traps/tree.rs"]
+mod tree;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use integration_tests::fleet::update;
+use integration_tests::image::{lay_out_root, noise};
+use integration_tests::process::{binary, run, tool};
+use integration_tests::tree::PERSONALISED;
+use integration_tests::upload::push;
+use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::artifact::{Kind, Purpose};
+
+/// How long one step may take on a machine that has much else to do.
+const LIMIT: Duration = seconds(300);
+
+/// A mounted ext4 of a test's own.
+struct Ext4 {
+    folder: PathBuf,
+}
+
+impl Ext4 {
+    async fn mount(folder: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&folder)?;
+        let (image, shown) = (folder.with_extension("ext4"), folder.display().to_string());
+        // Sparse: it takes as much of this machine's disk as is written.
+        fs::File::create(&image)?.set_len(4 << 30)?;
+        let image = image.display().to_string();
+        command("mkfs.ext4", &["-q", "-F", &image]).await?;
+        command("mount", &["-o", "loop,acl,user_xattr", &image, &shown]).await?;
+        Ok(Self { folder })
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        // Whoever still has a file open there keeps it until they end.
+        let unmounted = rustix::mount::unmount(&self.folder, rustix::mount::UnmountFlags::DETACH);
+        assert!(unmounted.is_ok(), "{} stays mounted", self.folder.display());
+    }
+}
+
+async fn command(program: &str, arguments: &[&str]) -> Result<String> {
+    run(&tool(program)?, arguments, LIMIT).await?.success().with_context(|| format!("{program} {arguments:?}"))
+}
+
+/// A Pi whose card is an ext4, and its id.
+async fn pi_on_ext4(fleet: &mut Fleet) -> Result<(Ext4, String)> {
+    let card = Ext4::mount(fleet.dir().join("pis")).await?;
+    let token = fleet.dir().join("token");
+    fs::write(&token, fleet.token(1).await?)?;
+    fleet.start_new_agents(&["--token-file".to_owned(), token.display().to_string()])?;
+    let id = wait_until(seconds(60), "the Pi is connected", async || {
+        let node = fleet.list_nodes().await?.into_iter().find(|node| node.connected);
+        Ok(node.map(|node| node.name.trim_start_matches("nodes/").to_owned()))
+    })
+    .await?;
+    Ok((card, id))
+}
+
+/// Said plainly: what is not tested must not look as if it were.
+#[allow(clippy::print_stdout, reason = "for whoever reads the tests' output")]
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        println!("NOT TESTED: only root may mount file systems and make devices; run this test as root");
+    }
+    root
+}
+
+/// What rsync would have to change to make the installed root the same as the source; a line for each path.
+async fn differences(source: &Path, installed: &Path) -> Result<Vec<String>> {
+    let (source, installed) = (format!("{}/", source.display()), format!("{}/", installed.display()));
+    let compare = ["-naXAHc", "--numeric-ids", "--delete", "--exclude=/lost+found", "--out-format=%i %n"];
+    let said = command("rsync", &[&compare[..], &[&source, &installed]].concat()).await?;
+    Ok(said.lines().map(str::to_owned).collect())
+}
+
+/// Whether section and path of a line are the installer's own doing: files that are the node's own, the folders that they
+/// are in, and the boot files, which are on a partition of their own.
+fn is_personal(line: &str) -> bool {
+    let Some((what, path)) = line.split_once(' ') else { return false };
+    let path = Path::new(path.trim_start());
+    let own = PERSONALISED.iter().any(|own| path.starts_with(own)) || path.starts_with("boot/firmware");
+    // `.d..t......` is a folder whose time is another one, because something was put into it.
+    own || (what == ".d..t......" && PERSONALISED.iter().any(|own| Path::new(own).parent() == Some(path)))
+}
+
+#[tokio::test]
+async fn a_tree_with_traps_arrives_as_it_was() -> Result<()> {
+    if !is_root() {
+        return Ok(());
+    }
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let (card, id) = pi_on_ext4(&mut fleet).await?;
+    let bed = Ext4::mount(fleet.dir().join("bed")).await?;
+    let source = bed.folder.join("source");
+    lay_out_root(&source, "traps")?;
+    tree::lay(&source).await?;
+
+    let tarball = fleet.dir().join("traps.tar.zst");
+    let (from, to) = (source.display().to_string(), tarball.display().to_string());
+    run(&binary("marcoctl")?, &["image", "pack", &from, "-o", &to], LIMIT).await?.success()?;
+    let image = push(&mut fleet.artifacts(), "traps", Kind::Image, Purpose::Unspecified, &tarball).await?;
+    fleet.succeeds(update(&[&id], &image.name, ""), LIMIT).await?;
+
+    let root = card.folder.join(&id).join("root");
+    let differs: Vec<String> =
+        differences(&source, &root).await?.into_iter().filter(|line| !is_personal(line)).collect();
+    assert!(differs.is_empty(), "rsync finds {} differences:\n{}", differs.len(), differs.join("\n"));
+    let sparse = fs::metadata(root.join(tree::SPARSE))?;
+    assert_eq!(sparse.len(), 1 << 30);
+    assert!(sparse.blocks() * 512 < 2 << 20, "the sparse gigabyte takes {} blocks", sparse.blocks());
+
+    // The comparison would have found each of these.
+    let damages: [(&[&str], &str); 4] = [
+        (&["setfattr", "-n", "user.note", "-v", "other"], "usr/traps/attributes"),
+        (&["chown", "--no-dereference", "1:1"], "usr/traps/dangling"),
+        (&["setfacl", "-m", "user:4711:rwx"], "usr/traps/acl"),
+        (&["touch", "--date=1969-01-01T00:00:00Z"], "usr/traps/before-1970"),
+    ];
+    for (damage, found) in damages {
+        let path = root.join(found).display().to_string();
+        let (program, arguments) = damage.split_first().context("a program")?;
+        command(program, &[arguments, &[path.as_str()]].concat()).await?;
+        let differs = differences(&source, &root).await?;
+        assert!(differs.iter().any(|line| line.ends_with(found)), "{damage:?} is not seen in {differs:?}");
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_large_image_with_the_largest_window_is_installed_in_64_mib_of_memory() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let ids = fleet.ids().await?;
+    let source = fleet.dir().join("large");
+    lay_out_root(&source, "large")?;
+    // Three copies of bytes that do not pack, as far apart as the window reaches.
+    let bytes = noise("large", 15 << 20);
+    for copy in 0..8 {
+        fs::write(
+            source.join(format!("usr/lib/marker/copy-{copy}")),
+            if copy < 3 { &bytes[..] } else { &bytes[copy..] },
+        )?;
+    }
+    let tarball = fleet.dir().join("large.tar.zst");
+    let file = fs::File::create(&tarball)?;
+    let mut encoder = zstd::Encoder::new(file, 3)?;
+    encoder.long_distance_matching(true)?;
+    encoder.window_log(24)?;
+    let mut packed = tar::Builder::new(encoder);
+    packed.follow_symlinks(false);
+    packed.append_dir_all(".", &source)?;
+    packed.into_inner()?.finish()?;
+    let image = push(&mut fleet.artifacts(), "large", Kind::Image, Purpose::Unspecified, &tarball).await?;
+    fleet.succeeds(update(&ids, &image.name, ""), LIMIT).await?;
+
+    let status = fs::read_to_string(format!("/proc/{}/status", fleet.agents_id().context("no agent")?))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no highest memory")?;
+    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    ensure!(kibibytes < 64 << 10, "the agent took {} MiB", kibibytes >> 10);
+    // And it was an installation that needed its window.
+    ensure!(fs::metadata(&tarball)?.len() < 40 << 20, "the window was not used");
+    fleet.went_well();
+    Ok(())
+}
+
+/// A name of any bytes.
+pub(crate) fn name(bytes: &[u8]) -> &Path {
+    Path::new(OsStr::from_bytes(bytes))
+}
