@@ -27,5 +27,8 @@ pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()>
     file.write_all(contents)?;
     file.sync_all()?;
     std::fs::rename(&successor, path)?;
+    // On FAT a rename over a file leaves the entry with the old start, whose clusters are free by now, until the renamed
+    // file's own metadata are written: the directory alone is not enough.
+    file.sync_all()?;
     File::open(directory)?.sync_all()
 }
