@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test soak bench-install host-test fuzz check agent
+.PHONY: help deps build demo test soak bench-install host-test fuzz e2e powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -35,6 +35,12 @@ host-test: ## The agent as a systemd service in a virtual machine: it registers,
 
 fuzz: ## Readers of archives, config.txt, crons and join files, fed with changed examples for FUZZ_SECONDS (60) each
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --package integration-tests --test fuzz -- --nocapture
+
+e2e: ## Under QEMU, with a real kernel: an empty card installs itself, is updated, survives a broken image [ARCH=amd64|arm64] [BOARD=raspi3b|raspi0]
+	scripts/e2e.sh boot $(or $(BOARD),$(ARCH),amd64)
+
+powercut: ## The same machine, its power cut while it is updated: at 30 random moments and at each phase [CUTS=3] [SEED=1] [ARCH=arm64]
+	CUTS=$(CUTS) $(if $(SEED),SEED=$(SEED)) scripts/e2e.sh powercut $(or $(BOARD),$(ARCH),amd64)
 
 check: ## The lints: formatting, clippy, the protos, licences and sources of dependencies
 	scripts/lint.sh

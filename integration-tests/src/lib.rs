@@ -8,6 +8,7 @@ pub mod fleet;
 pub mod frames;
 pub mod hostile;
 pub mod image;
+pub mod machine;
 pub mod netlab;
 pub mod postgres;
 pub mod process;

@@ -134,6 +134,14 @@ impl Process {
             .context("waiting for it")
     }
 
+    /// Waits until it ends by itself. Dropping the wait leaves it running.
+    pub async fn ended(&mut self) -> Result<ExitStatus> {
+        let child = self.child.as_mut().context("it does not run")?;
+        let status = child.wait().await.context("waiting for it")?;
+        self.child = None;
+        Ok(status)
+    }
+
     /// Fails when the process has ended by itself.
     pub fn check_alive(&mut self) -> Result<()> {
         if let Some(child) = &mut self.child

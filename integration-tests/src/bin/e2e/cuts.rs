@@ -1,0 +1,268 @@
+//! The power of a machine that is being updated is cut, again and again; each time the same card must come back as the
+//! old system, the installer, which then finishes by itself, or the new system.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use integration_tests::machine::lab::{Watch, text};
+use integration_tests::machine::manifest::Manifest;
+use integration_tests::machine::rig::{Options, Rig, START};
+use integration_tests::machine::system::Kind;
+use integration_tests::machine::{Firmware, Power, Start};
+use moment::{Moment, Phases, Random, UPDATE};
+use node_agent::system::virtual_pi::firmware::{Boot, Outcome, Partitions, boot};
+
+mod moment;
+
+/// Random moments, when nothing else is asked for; the boundary of each phase comes on top.
+const RANDOM: usize = 30;
+/// How many updates may pass without the controller hearing of a state that passes fast.
+const TRIES: usize = 5;
+const IMAGES: [&str; 2] = ["first", "second"];
+/// One more than a card holds, so that every update has one to write.
+const SETS: [&str; 3] = ["installer-1", "installer-2", "installer-3"];
+
+/// What is known of a card: which sets and systems there are to be on it.
+struct Known {
+    sets: Vec<Manifest>,
+    systems: Vec<Manifest>,
+}
+
+pub(crate) async fn cut(options: Options, dir: &Path) -> Result<()> {
+    let seed = match std::env::var("SEED") {
+        Ok(text) => text.parse().context("SEED is no number")?,
+        Err(_) => std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs(),
+    };
+    let asked = std::env::var("CUTS").ok().filter(|text| !text.is_empty());
+    let asked: Option<usize> = asked.map(|text| text.parse()).transpose().context("CUTS is no number")?;
+    println!("seed {seed} (SEED={seed} draws the same moments again)");
+    let mut random = Random(seed);
+
+    let mut play = Play::set_up(options, dir).await?;
+    let mut power = play.first_installation().await?;
+
+    let begun = Instant::now();
+    let mut moments = play.undisturbed(&mut power).await?;
+    let length = begun.elapsed();
+    let names: Vec<String> = moments.iter().map(ToString::to_string).collect();
+    println!("an update without a cut took {} s, in {} phases: {}", length.as_secs(), names.len(), names.join(", "));
+
+    for _ in 0..asked.unwrap_or(RANDOM) {
+        moments.push(Moment::After(length.mul_f64(random.fraction())));
+    }
+    if let Some(count) = asked {
+        random.shuffle(&mut moments);
+        moments.truncate(count);
+    }
+    println!("\ncut  {:58} {:12} {:32} ended", "power cut at", "came back as", "whole on the card");
+    let mut outcomes = Vec::new();
+    for (number, moment) in moments.iter().enumerate() {
+        let (after, outcome) =
+            play.cut_once(power, moment).await.with_context(|| format!("cut {}: {moment:?}", number + 1))?;
+        println!("{:>3}  {outcome}", number + 1);
+        power = after;
+        outcomes.push(outcome);
+    }
+    play.rig.power_off(power, &play.node).await?;
+    let found = play.check_boot_files().await?;
+    ensure!(found.system.as_deref() == Some(play.runs.name), "in the end the card holds {found}");
+    play.rig.machine.card().check_ext4(2).await?;
+    play.rig.machine.card().check_ext4(3).await?;
+    println!(
+        "\n{} cuts, seed {seed}: each time the machine came back whole, and ended what it had begun",
+        outcomes.len()
+    );
+    Ok(())
+}
+
+/// An image that was pushed.
+struct Image {
+    name: &'static str,
+    sha256: String,
+}
+
+/// The machine and what it runs.
+struct Play {
+    rig: Rig,
+    known: Known,
+    node: String,
+    /// What it runs.
+    runs: Image,
+    /// What it does not run.
+    other: Image,
+    /// The set that the firmware takes for the installer.
+    default_set: &'static str,
+    /// The set that was written last: the idle one, perhaps in pieces.
+    last_set: &'static str,
+}
+
+impl Play {
+    async fn set_up(options: Options, dir: &Path) -> Result<Self> {
+        let rig = Rig::start(options, dir).await?;
+        let [first_set, more @ ..] = SETS;
+        for name in more {
+            let zip = rig.build_bootcode(name).await?;
+            rig.push(&zip, "bootcode").await?;
+        }
+        let [runs, other] = IMAGES;
+        let runs = Image { name: runs, sha256: rig.push_image(Kind::Good, runs).await? };
+        let other = Image { name: other, sha256: rig.push_image(Kind::Good, other).await? };
+        rig.lab.ask(&["artifacts", "default", runs.name]).await?;
+        let sets = SETS.iter().map(|name| Manifest::of_zip(name, &rig.folder(&format!("{name}.zip"))));
+        let system = |name| {
+            let folder = rig.tree(name).join("boot/firmware");
+            Manifest::of_folder(name, &folder).map(Manifest::without_own)
+        };
+        let known =
+            Known { sets: sets.collect::<Result<_>>()?, systems: vec![system(runs.name)?, system(other.name)?] };
+        Ok(Self { rig, known, node: String::new(), runs, other, default_set: first_set, last_set: first_set })
+    }
+
+    async fn first_installation(&mut self) -> Result<Power> {
+        let mut power = self.rig.machine.power_on();
+        let operation = self
+            .rig
+            .until(&mut power, START, "the controller makes an operation for the new node", async || {
+                let operations = self.rig.lab.ask(&["operations", "list"]).await?;
+                Ok(text(&operations, "operations.0.name").ok().map(str::to_owned))
+            })
+            .await?;
+        let execution = self.rig.ended(&mut power, &operation, UPDATE).await?;
+        ensure!(text(&execution, "state")? == "STATE_SUCCEEDED", "the first installation: {execution}");
+        self.node = text(&execution, "node")?.trim_start_matches("nodes/").to_owned();
+        Ok(power)
+    }
+
+    /// Begins an update to the other image by a set that the card does not hold.
+    async fn begin(&mut self) -> Result<(String, Watch)> {
+        let held = [self.default_set, self.last_set];
+        let set = SETS.into_iter().find(|set| !held.contains(set)).context("the card holds every set")?;
+        self.last_set = set;
+        let image = self.other.name;
+        let arguments = ["operations", "update", &self.node, "--image", image, "--bootcode", set, "--notice", "0s"];
+        let operation = text(&self.rig.lab.ask(&arguments).await?, "name")?.to_owned();
+        let watch = self.rig.lab.watch(&operation)?;
+        Ok((operation, watch))
+    }
+
+    /// The update that was begun last has succeeded.
+    fn updated(&mut self) {
+        std::mem::swap(&mut self.runs, &mut self.other);
+        self.default_set = self.last_set;
+    }
+
+    /// An update to its end: every moment at which something of it begins.
+    async fn undisturbed(&mut self, power: &mut Power) -> Result<Vec<Moment>> {
+        let starts = self.rig.machine.starts().len();
+        let (operation, watch) = self.begin().await?;
+        let moments = Phases::boundaries(watch, &self.rig.machine, starts).await?;
+        let execution = self.rig.ended(power, &operation, UPDATE).await?;
+        ensure!(text(&execution, "state")? == "STATE_SUCCEEDED", "without a cut it ended so: {execution}");
+        self.updated();
+        Ok(moments)
+    }
+
+    /// One cut, and what became of it: the machine, running again, and the line of the table.
+    async fn cut_once(&mut self, mut power: Power, moment: &Moment) -> Result<(Power, String)> {
+        let mut tries = 0;
+        let (operation, begun_with, at) = loop {
+            let begun_with = self.rig.machine.starts().len();
+            let (operation, watch) = self.begin().await?;
+            if let Some(at) = moment.reach(watch, &self.rig.machine, begun_with).await? {
+                break (operation, begun_with, at);
+            }
+            let execution = self.rig.ended(&mut power, &operation, UPDATE).await?;
+            ensure!(text(&execution, "state")? == "STATE_SUCCEEDED", "without a cut it ended so: {execution}");
+            self.updated();
+            tries += 1;
+            ensure!(tries < TRIES, "the controller never heard of it in {tries} updates");
+        };
+        power.cut().await?;
+        let starts = self.rig.machine.starts();
+        let running = starts.get(begun_with..).and_then(<[Start]>::last).map_or("old system", describe);
+        let found = self.check_boot_files().await?;
+
+        let mut power = self.rig.machine.power_on();
+        let machine = &self.rig.machine;
+        let again = self.rig.until(&mut power, START, "it starts again", async || {
+            Ok(machine.starts().get(starts.len()).map(|start| start.outcome.clone()))
+        });
+        let again = again.await?;
+        let partition = if found.system.is_some() { 4 } else { 1 };
+        ensure!(
+            matches!(&again, Outcome::Booted(boot) if boot.partition == partition && !boot.tryboot),
+            "after the cut it did not boot from partition {partition}: {again:?}"
+        );
+        let execution = self.rig.ended(&mut power, &operation, UPDATE).await?;
+        let state = text(&execution, "state")?.trim_start_matches("STATE_").to_owned();
+        let came_back = match &found.system {
+            None => "installer",
+            Some(name) if name == self.runs.name => "old system",
+            Some(_) => "new system",
+        };
+        match state.as_str() {
+            "SUCCEEDED" => self.updated(),
+            "ROLLED_BACK" if came_back == "old system" => {}
+            _ => bail!("it came back as {came_back} and ended {state}: {execution}\n{}", self.rig.tail()),
+        }
+        let node = self.rig.connected(&mut power, &self.node, "NODE_MODE_RUNNING").await?;
+        let (runs, wanted) = (text(&node, "system.imageSha256")?, &self.runs.sha256);
+        ensure!(runs == wanted, "it ended {state}, and runs {runs}, not {wanted}");
+        let (at, files) = (format!("{at} ({running})"), found.to_string());
+        Ok((power, format!("{at:58} {came_back:12} {files:32} {state}")))
+    }
+
+    /// From outside, with the power off: what the firmware boots next is one whole set, bit for bit.
+    async fn check_boot_files(&self) -> Result<Found> {
+        let Firmware { outcome, recovery, boot: system, unreadable } = self.rig.machine.firmware(false).await?;
+        let Outcome::Booted(found) = outcome else { bail!("nothing boots: {outcome:?}") };
+        // The installer's set is whole at any time, also when the system boots by default.
+        let nowhere = Path::new("/nonexistent");
+        std::fs::remove_file(recovery.join("autoboot.txt")).context("p1 has no autoboot.txt")?;
+        let partitions = Partitions { recovery: &recovery, boot: nowhere };
+        let installer = match boot(&self.rig.board().model(), partitions, false) {
+            Outcome::Booted(installer) => installer,
+            Outcome::Dead(reason) => bail!("the installer does not boot: {reason}"),
+        };
+        ensure!(installer.mixed.is_empty() && found.mixed.is_empty(), "sets are mixed: {installer:?}, {found:?}");
+        let set = Manifest::of_folder("p1's set", &recovery.join(&installer.prefix))?;
+        let set = set.which(&self.known.sets)?.to_owned();
+        if found.partition == 1 {
+            return Ok(Found { set, system: None, unreadable });
+        }
+        let boot_files = Manifest::of_folder("p4", &system)?.without_own();
+        Ok(Found { set, system: Some(boot_files.which(&self.known.systems)?.to_owned()), unreadable })
+    }
+}
+
+/// What is whole on a card.
+struct Found {
+    /// The installer's set.
+    set: String,
+    /// The system's boot files; none when the installer is what boots.
+    system: Option<String>,
+    /// Other files, which a power cut has torn.
+    unreadable: Vec<String>,
+}
+
+impl std::fmt::Display for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let torn =
+            if self.unreadable.is_empty() { String::new() } else { format!("; torn {}", self.unreadable.join(", ")) };
+        match &self.system {
+            None => write!(f, "p1 {}{torn}", self.set),
+            Some(system) => write!(f, "p1 {}, p4 {system}{torn}", self.set),
+        }
+    }
+}
+
+/// What runs in the starts of an update.
+fn describe(start: &Start) -> &'static str {
+    match &start.outcome {
+        Outcome::Booted(Boot { partition: 1, .. }) => "installer",
+        Outcome::Booted(Boot { tryboot: true, .. }) => "new system",
+        Outcome::Booted(_) => "old system",
+        Outcome::Dead(_) => "dead",
+    }
+}

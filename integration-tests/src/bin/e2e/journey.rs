@@ -1,0 +1,177 @@
+//! From a card with nothing but the installer to a system, to another, to one that does not come up, and back.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, ensure};
+use integration_tests::machine::lab::{ADDRESS, field, text};
+use integration_tests::machine::rig::{Options, Rig, START};
+use integration_tests::machine::system::Kind;
+use integration_tests::machine::{End, Power};
+use integration_tests::tree::{compare_with_source, list};
+use integration_tests::wait::seconds;
+use node_agent::system::virtual_pi::firmware::Outcome;
+
+/// How long an installation with all its boots may take on an emulated processor that it shares with others.
+const UPDATE: std::time::Duration = seconds(600);
+
+/// What every update must leave as it is.
+#[derive(Debug, PartialEq, Eq)]
+struct Own {
+    machine_id: Vec<u8>,
+    host_keys: Vec<(String, Vec<u8>)>,
+    home: Vec<(String, Vec<u8>)>,
+}
+
+pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
+    let begun = Instant::now();
+    let step = |what: &str| println!("\n== {:4} s  {what}", begun.elapsed().as_secs());
+
+    step("a controller, three images, and a card with nothing but the installer");
+    let rig = Rig::start(options, dir).await?;
+    let first = rig.push_image(Kind::Good, "first").await?;
+    let second = rig.push_image(Kind::Good, "second").await?;
+    rig.push_image(Kind::Panics, "broken").await?;
+    rig.lab.ask(&["artifacts", "default", "first"]).await?;
+    let table: Vec<bool> =
+        (1..=4).map(|number| Ok(rig.machine.card().partition(number)?.is_some())).collect::<Result<_>>()?;
+    ensure!(table == [true, false, false, false], "the card has other partitions than p1: {table:?}");
+    let fresh = rig.folder("fresh");
+    rig.machine.card().copy_fat(1, &fresh).await?.context("the card has no recovery partition")?;
+    let join = std::fs::read_to_string(fresh.join("marco/join.toml")).context("the card has no join file")?;
+    ensure!(!join.contains(ADDRESS), "the join file says where the controller is: {join}");
+
+    step("power on: it finds the controller, enrols, and installs what the controller has for it");
+    let mut power = rig.machine.power_on();
+    let node = rig
+        .until(&mut power, START, "a node registers by itself", async || {
+            let nodes = rig.lab.ask(&["nodes", "list"]).await?;
+            Ok(field(&nodes, "nodes.0.name").and_then(|_| text(&nodes, "nodes.0.name")).ok().map(str::to_owned))
+        })
+        .await?;
+    println!("{node} registered");
+    let operation = rig
+        .until(&mut power, START, "the controller makes an operation for it", async || {
+            let operations = rig.lab.ask(&["operations", "list"]).await?;
+            Ok(text(&operations, "operations.0.name").ok().map(str::to_owned))
+        })
+        .await?;
+    arrives(&rig, &mut power, &node, &operation, &first).await?;
+    let node = node.strip_prefix("nodes/").context("its name")?.to_owned();
+
+    step("power off, and a look at the card from outside");
+    rig.power_off(power, &node).await?;
+    let before = look(&rig, "first").await?;
+    println!(
+        "machine-id {}, {} host keys, {} files at home",
+        String::from_utf8_lossy(&before.machine_id).trim(),
+        before.host_keys.len(),
+        before.home.len()
+    );
+
+    step("an update to the second image");
+    let mut power = rig.machine.power_on();
+    rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
+    let operation = update(&rig, &node, "second").await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second).await?;
+    rig.power_off(power, &node).await?;
+    let after = look(&rig, "second").await?;
+    ensure!(after == before, "the update did not preserve what is the node's own");
+    println!("home, host keys and machine-id are the same, byte for byte");
+
+    step("an image that does not come up");
+    let mut power = rig.machine.power_on();
+    rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
+    let starts = rig.machine.starts().len();
+    let operation = update(&rig, &node, "broken").await?;
+    let execution = rig.ended(&mut power, &operation, UPDATE).await?;
+    let state = text(&execution, "state")?;
+    ensure!(state == "STATE_FAILED", "the execution ended {state}: {execution}");
+    println!("{operation} ended {state}: {}", text(&execution, "error.message")?);
+    rig.connected(&mut power, &node, "NODE_MODE_INSTALLER").await?;
+    let history = rig.machine.starts();
+    let trials = history.iter().skip(starts).filter(|start| {
+        let of_system = matches!(&start.outcome, Outcome::Booted(boot) if boot.partition == 4 && boot.tryboot);
+        of_system && start.end == Some(End::Reset)
+    });
+    let trials = trials.count();
+    ensure!(trials == 3, "the broken system was tried {trials} times, not three times");
+    println!("it was tried {trials} times; the installer is back, and connected");
+
+    step("an update to the previous image, from the installer");
+    let operation = update(&rig, &node, "second").await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second).await?;
+    rig.power_off(power, &node).await?;
+    let after = look(&rig, "second").await?;
+    ensure!(after == before, "the way back did not preserve what is the node's own");
+    println!("home, host keys and machine-id are the same, byte for byte");
+
+    let starts = rig.machine.starts();
+    println!("\n{} starts in {} s: every operation ended as it should", starts.len(), begun.elapsed().as_secs());
+    Ok(())
+}
+
+/// Asks for an update without notice; answers with the operation's name.
+async fn update(rig: &Rig, node: &str, image: &str) -> Result<String> {
+    let operation = rig.lab.ask(&["operations", "update", node, "--image", image, "--notice", "0s"]).await?;
+    Ok(text(&operation, "name")?.to_owned())
+}
+
+/// The operation succeeds, and the controller says that the node runs that image.
+async fn arrives(rig: &Rig, power: &mut Power, node: &str, operation: &str, sha256: &str) -> Result<()> {
+    let execution = rig.ended(power, operation, UPDATE).await?;
+    let (state, of) = (text(&execution, "state")?, text(&execution, "node")?);
+    ensure!(
+        state == "STATE_SUCCEEDED" && of == node,
+        "the execution on {of} ended {state}: {execution}\n{}",
+        rig.tail()
+    );
+    let found = rig.connected(power, node, "NODE_MODE_RUNNING").await?;
+    let (runs, layout) = (text(&found, "system.imageSha256")?, text(&found, "system.layout")?);
+    ensure!(runs == sha256, "the node runs {runs}, not {sha256}");
+    ensure!(layout == "CARD_LAYOUT_RESIDENT", "the card is laid out as {layout}");
+    println!("{operation} ended {state}: {node} runs {}", text(&found, "system.os")?);
+    Ok(())
+}
+
+/// Reads the card from outside: the file systems are whole, the root and the boot partition are those of the image, the
+/// firmware boots the system by default. Answers with what is the node's own.
+async fn look(rig: &Rig, image: &str) -> Result<Own> {
+    let card = rig.machine.card();
+    for (number, fat) in [(1, true), (2, false), (3, false), (4, true)] {
+        let partition = card.partition(number)?.with_context(|| format!("the card has no partition {number}"))?;
+        ensure!(partition.is_fat() == fat, "partition {number} is of type {:x}", partition.kind);
+    }
+    card.check_ext4(2).await?;
+    card.check_ext4(3).await?;
+    let firmware = rig.machine.firmware(false).await?;
+    let system = matches!(&firmware.outcome, Outcome::Booted(boot) if boot.partition == 4);
+    ensure!(
+        system && firmware.unreadable.is_empty(),
+        "by default boots {:?}, unreadable are {:?}",
+        firmware.outcome,
+        firmware.unreadable
+    );
+
+    let seen = rig.folder("seen");
+    let (root, boot, home) = (seen.join("root"), seen.join("boot"), rig.folder("seen-home"));
+    card.copy_ext4(2, "/", &root).await?;
+    card.copy_fat(4, &boot).await?;
+    card.copy_ext4(3, "/pi", &home).await?;
+    std::fs::remove_dir(root.join("lost+found")).context("every ext4 has one")?;
+    let same = compare_with_source(&rig.tree(image), &seen)?;
+    println!("root and boot partition hold the {same} files and folders of image {image}");
+
+    let host_keys =
+        files(&root.join("etc/ssh"))?.into_iter().filter(|(name, _)| name.starts_with("ssh_host_")).collect();
+    let own = Own { machine_id: std::fs::read(root.join("etc/machine-id"))?, host_keys, home: files(&home)? };
+    ensure!(own.machine_id.len() == 33, "the machine-id is {:?}", String::from_utf8_lossy(&own.machine_id));
+    ensure!(own.host_keys.len() >= 2 && !own.home.is_empty(), "host keys or home are missing: {own:?}");
+    Ok(own)
+}
+
+/// Every file below a folder, with its bytes.
+fn files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let paths = list(folder)?.into_iter().filter(|path| folder.join(path).is_file());
+    paths.map(|path| Ok((path.display().to_string(), std::fs::read(folder.join(&path))?))).collect()
+}

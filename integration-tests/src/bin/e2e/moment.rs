@@ -1,0 +1,168 @@
+//! When the power is cut: at random moments, and as soon as a phase begins.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use integration_tests::machine::Machine;
+use integration_tests::machine::lab::{Watch, text};
+use integration_tests::wait::seconds;
+use serde_json::Value;
+
+/// How long an update with all its boots may take on an emulated processor that it shares with others.
+pub(super) const UPDATE: Duration = seconds(600);
+/// How often the console is looked at: the shortest phases take some hundred milliseconds.
+const LOOK: Duration = Duration::from_millis(20);
+/// States in which the machine does nothing yet, or nothing any more.
+const NOT_THE_MACHINES: [&str; 3] = ["PENDING", "ASSIGNED", "SUCCEEDED"];
+/// What the installer logs at the beginning of each phase, up to the phase's name.
+const INSTALLING: (&str, &str) = (": installing execution=", "phase=\"");
+
+/// When the power is cut.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Moment {
+    /// As soon as the controller knows of this state or phase.
+    Heard(String),
+    /// As soon as the installer says on its console that it begins this phase.
+    Said(String),
+    /// So long after the operation was created.
+    After(Duration),
+}
+
+impl std::fmt::Display for Moment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Heard(phase) | Self::Said(phase) => write!(f, "{phase}"),
+            Self::After(time) => write!(f, "{:.1} s", time.as_secs_f64()),
+        }
+    }
+}
+
+/// The phases that were heard of, in order. One that comes again, as writing boot files does, gets a number.
+#[derive(Debug, Default)]
+pub(super) struct Phases(Vec<String>);
+
+impl Phases {
+    fn hear(&mut self, phase: &str) {
+        let is_same = |known: &String| known.split(" (").next() == Some(phase);
+        if phase.is_empty() || self.0.last().is_some_and(is_same) {
+            return;
+        }
+        let before = self.0.iter().filter(|known| is_same(known)).count();
+        self.0.push(if before == 0 { phase.to_owned() } else { format!("{phase} ({})", before + 1) });
+    }
+
+    fn last(&self) -> &str {
+        self.0.last().map(String::as_str).unwrap_or_default()
+    }
+
+    /// Every moment at which something begins, from the beginning of an update that nothing disturbs to before its end:
+    /// what the controller hears, and what it does not hear of because it passes too fast.
+    pub(super) async fn boundaries(mut watch: Watch, machine: &Machine, begun_with: usize) -> Result<Vec<Moment>> {
+        let mut heard = Self::default();
+        while let Some(message) = watch.next().await? {
+            heard.hear(&phase(&message));
+        }
+        let said = said(machine, begun_with)?;
+        let not_heard = said.0.into_iter().filter(|phase| !heard.0.contains(phase)).map(Moment::Said);
+        let heard = heard.0.iter().filter(|phase| !NOT_THE_MACHINES.contains(&phase.as_str()));
+        let heard = heard.cloned().map(Moment::Heard);
+        Ok(heard.chain(not_heard).collect())
+    }
+}
+
+impl Moment {
+    /// Waits for it; says what was known then, or nothing when the update has ended and the controller never heard of the
+    /// phase: states that pass faster than they are told are passed over. `begun_with` is how often the machine had been
+    /// started when the update began.
+    pub(super) async fn reach(&self, mut watch: Watch, machine: &Machine, begun_with: usize) -> Result<Option<String>> {
+        let begun = Instant::now();
+        let mut phases = Phases::default();
+        loop {
+            let limit = match self {
+                Self::Heard(_) => UPDATE.saturating_sub(begun.elapsed()),
+                Self::Said(_) => LOOK,
+                Self::After(time) => time.saturating_sub(begun.elapsed()),
+            };
+            // A message that is half read when the time is over is not needed any more, or not at all.
+            let message = match self {
+                Self::Said(wanted) => {
+                    tokio::time::sleep(limit).await;
+                    if said(machine, begun_with)?.0.contains(wanted) {
+                        return Ok(Some(format!("start of {wanted}")));
+                    }
+                    if begun.elapsed() < UPDATE {
+                        continue;
+                    }
+                    None
+                }
+                _ => match tokio::time::timeout(limit, watch.next()).await {
+                    Ok(message) => message?,
+                    Err(_) => None,
+                },
+            };
+            if let Some(message) = &message {
+                phases.hear(&phase(message));
+            }
+            match (self, message) {
+                (Self::Heard(wanted), Some(_)) if phases.last() == wanted => {
+                    return Ok(Some(format!("start of {wanted}")));
+                }
+                (_, Some(_)) => {}
+                // Faster than the one that was measured: the cut comes after the end.
+                (Self::After(_), None) => {
+                    return Ok(Some(format!("{:.1} s, {}", begun.elapsed().as_secs_f64(), phases.last())));
+                }
+                (Self::Heard(_), None) if begun.elapsed() < UPDATE => return Ok(None),
+                (_, None) => bail!("the moment did not come: {phases:?}"),
+            }
+        }
+    }
+}
+
+/// What the installer has said that it began, in the starts from this one on.
+fn said(machine: &Machine, from: usize) -> Result<Phases> {
+    let mut phases = Phases::default();
+    for start in machine.starts().iter().skip(from) {
+        let console = std::fs::read(&start.console)?;
+        for line in String::from_utf8_lossy(&console).lines().filter(|line| line.contains(INSTALLING.0)) {
+            // Whoever writes it has begun a line that it may not have ended.
+            let phase = line.split_once(INSTALLING.1).and_then(|(_, rest)| rest.split_once('"'));
+            phases.hear(phase.map(|(phase, _)| phase).unwrap_or_default());
+        }
+    }
+    Ok(phases)
+}
+
+/// State and phase of the only execution.
+fn phase(message: &Value) -> String {
+    let get = |name: &str| text(message, &format!("executions.0.{name}")).unwrap_or_default().to_owned();
+    let (state, phase) = (get("state").trim_start_matches("STATE_").to_owned(), get("phase"));
+    if phase.is_empty() || state != "RUNNING" { state } else { phase }
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014): enough to draw moments that can be drawn again.
+#[derive(Debug)]
+pub(super) struct Random(pub(super) u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    /// From 0 up to 1.
+    pub(super) fn fraction(&mut self) -> f64 {
+        f64::from(u32::try_from(self.next() >> 32).unwrap_or_default()) / (f64::from(u32::MAX) + 1.0)
+    }
+
+    pub(super) fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            let other =
+                usize::try_from(self.next() % (u64::try_from(last).unwrap_or_default() + 1)).unwrap_or_default();
+            items.swap(last, other);
+        }
+    }
+}

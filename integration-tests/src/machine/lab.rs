@@ -1,0 +1,169 @@
+//! What stands around an emulated machine: a network of its own with DHCP, and a controller on the usual ports. All of it
+//! is in this process's network namespace, which must be a fresh one: nothing of it is seen on the host.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+
+use crate::process::{Output, Process, Recipe, binary, run, tool};
+use crate::wait::{seconds, wait_until};
+
+/// The controller's address, as machines see it.
+pub const ADDRESS: &str = "10.77.0.1";
+/// The interface that QEMU takes.
+pub const TAP: &str = "tap0";
+/// How long a call of marcoctl may take that does not wait for a machine.
+const CALL: Duration = seconds(120);
+
+/// Commands of ip(8) that make the network. The second end of the pair keeps the bridge up while no machine runs, and
+/// without snooping every multicast reaches everybody.
+const NETWORK: [&str; 9] = [
+    "link set lo up",
+    "link add br0 type bridge mcast_snooping 0",
+    "link add keep0 type veth peer name keep1",
+    "link set keep1 up",
+    "link set keep0 master br0 up",
+    "addr add 10.77.0.1/24 dev br0",
+    "link set br0 up",
+    "tuntap add tap0 mode tap",
+    "link set tap0 master br0 up",
+];
+
+/// The network and the controller.
+#[derive(Debug)]
+pub struct Lab {
+    dir: PathBuf,
+    controller: Process,
+    _dhcp: Process,
+}
+
+/// `marcoctl operations watch`: the operation and its executions as they change.
+#[derive(Debug)]
+pub struct Watch {
+    lines: Lines<BufReader<ChildStdout>>,
+    /// Killed on drop.
+    _child: Child,
+}
+
+impl Lab {
+    /// Makes the network and starts the controller, with everything it keeps below `dir`.
+    pub async fn start(dir: &Path) -> Result<Self> {
+        let ip = tool("ip")?;
+        let interfaces = run(&ip, &["-o", "link"], CALL).await?.success()?;
+        ensure!(interfaces.lines().count() == 1, "this must run in a network namespace of its own: use make");
+        for command in NETWORK {
+            let words: Vec<&str> = command.split(' ').collect();
+            run(&ip, &words, CALL).await?.success().with_context(|| format!("ip {command}"))?;
+        }
+        let settings = dir.join("udhcpd.conf");
+        let leases = dir.join("leases");
+        std::fs::write(&leases, "")?;
+        std::fs::write(
+            &settings,
+            format!(
+                "interface br0\nstart 10.77.0.10\nend 10.77.0.99\nlease_file {}\noption subnet 255.255.255.0\n\
+                 option router {ADDRESS}\noption lease 3600\n",
+                leases.display()
+            ),
+        )?;
+        let arguments = ["udhcpd".to_owned(), "-f".to_owned(), settings.display().to_string()];
+        let dhcp = Recipe::new(tool("busybox")?, arguments, dir.join("dhcp.log")).start()?;
+        let controller = start_controller(dir)?;
+        let mut lab = Self { dir: dir.to_owned(), controller, _dhcp: dhcp };
+        let key = lab.certs().join("admin.key");
+        wait_until(seconds(60), "the controller answers", || {
+            let (alive, has_key) = (lab.controller.check_alive(), key.exists());
+            async move {
+                alive?;
+                let api: SocketAddr = ([127, 0, 0, 1], marco_proto::names::API_PORT).into();
+                let listens = tokio::net::TcpStream::connect(api).await.is_ok();
+                Ok((listens && has_key).then_some(()))
+            }
+        })
+        .await?;
+        Ok(lab)
+    }
+
+    /// The folder with the operator's certificates.
+    pub fn certs(&self) -> PathBuf {
+        self.dir.join("certs")
+    }
+
+    /// The controller's last words.
+    pub fn controller_says(&self) -> String {
+        self.controller.tail(30)
+    }
+
+    fn marcoctl(&self, arguments: &[&str]) -> Vec<String> {
+        let certs = self.certs().display().to_string();
+        let own = ["--certs", &certs, "--output", "json"];
+        own.iter().chain(arguments).map(|word| (*word).to_owned()).collect()
+    }
+
+    /// Calls marcoctl as admin, with JSON as output.
+    pub async fn call(&self, arguments: &[&str], limit: Duration) -> Result<Output> {
+        let arguments = self.marcoctl(arguments);
+        let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        run(&binary("marcoctl")?, &words, limit).await
+    }
+
+    /// The same, for one that must succeed: its document.
+    pub async fn ask(&self, arguments: &[&str]) -> Result<Value> {
+        let called = format!("marcoctl {}", arguments.join(" "));
+        let text = self.call(arguments, CALL).await?.success().with_context(|| called.clone())?;
+        serde_json::from_str(&text).with_context(|| format!("{called} printed {text:?}"))
+    }
+
+    /// Follows an operation.
+    pub fn watch(&self, operation: &str) -> Result<Watch> {
+        let mut child = Command::new(binary("marcoctl")?)
+            .args(self.marcoctl(&["operations", "watch", operation]))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting marcoctl")?;
+        let stdout = child.stdout.take().context("its output")?;
+        Ok(Watch { lines: BufReader::new(stdout).lines(), _child: child })
+    }
+}
+
+impl Watch {
+    /// The next message; none when the operation has ended and was told.
+    pub async fn next(&mut self) -> Result<Option<Value>> {
+        let Some(line) = self.lines.next_line().await.context("reading what marcoctl prints")? else { return Ok(None) };
+        Ok(Some(serde_json::from_str(&line).with_context(|| format!("marcoctl printed {line:?}"))?))
+    }
+}
+
+fn start_controller(dir: &Path) -> Result<Process> {
+    let (data, certs) = (dir.join("data").display().to_string(), dir.join("certs").display().to_string());
+    let arguments = ["serve", "--data-dir", &data, "--certs", &certs];
+    Recipe::new(binary("marco-controller")?, arguments, dir.join("controller.log")).start()
+}
+
+/// A field of a document, by its path of names and positions separated by dots.
+pub fn field<'a>(document: &'a Value, path: &str) -> Result<&'a Value> {
+    let mut at = document;
+    for name in path.split('.') {
+        let found = match name.parse::<usize>() {
+            Ok(position) => at.get(position),
+            Err(_) => at.get(name),
+        };
+        let Some(found) = found else { bail!("there is no {path} in {document}") };
+        at = found;
+    }
+    Ok(at)
+}
+
+/// The same, as text.
+pub fn text<'a>(document: &'a Value, path: &str) -> Result<&'a str> {
+    field(document, path)?.as_str().with_context(|| format!("{path} is no text in {document}"))
+}

@@ -1,0 +1,117 @@
+//! Whose boot files a FAT partition holds: the digests of every file, compared with those of the sets that were pushed.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use crate::image::sha256;
+use crate::tree::list;
+
+/// What the installer writes for each card.
+const FITTED: [&str; 1] = ["cmdline.txt"];
+/// What the installer adds: the name of what it installed.
+const ADDED: [&str; 1] = ["marco-release"];
+
+/// The files of a set, by their path, with their SHA-256.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    /// What the set is called.
+    pub name: String,
+    files: BTreeMap<String, String>,
+}
+
+impl Manifest {
+    /// Of an installer's zip.
+    pub fn of_zip(name: &str, zip: &Path) -> Result<Self> {
+        let mut archive = zip::ZipArchive::new(File::open(zip).with_context(|| format!("opening {}", zip.display()))?)?;
+        let mut files = BTreeMap::new();
+        for index in 0..archive.len() {
+            let mut entry = archive.by_index(index)?;
+            if entry.is_file() {
+                let mut bytes = Vec::new();
+                entry.read_to_end(&mut bytes)?;
+                files.insert(entry.name()?.to_lowercase(), sha256(&bytes));
+            }
+        }
+        Ok(Self { name: name.to_owned(), files })
+    }
+
+    /// Of the files in a folder. FAT does not tell the cases of letters apart.
+    pub fn of_folder(name: &str, folder: &Path) -> Result<Self> {
+        let mut files = BTreeMap::new();
+        for path in list(folder)? {
+            if folder.join(&path).is_file() {
+                files.insert(path.to_string_lossy().to_lowercase(), sha256(&std::fs::read(folder.join(&path))?));
+            }
+        }
+        Ok(Self { name: name.to_owned(), files })
+    }
+
+    /// A system's own boot files without what is each card's own.
+    pub fn without_own(mut self) -> Self {
+        self.files.retain(|name, _| !FITTED.contains(&name.as_str()) && !ADDED.contains(&name.as_str()));
+        self
+    }
+
+    /// What is missing, other, or too much against the set that this ought to be.
+    pub fn differs_from(&self, wanted: &Self) -> Vec<String> {
+        let lacking = wanted.files.iter().filter_map(|(name, digest)| match self.files.get(name) {
+            None => Some(format!("{name} is missing")),
+            Some(found) if found != digest => Some(format!("{name} is another")),
+            Some(_) => None,
+        });
+        let more = self.files.keys().filter(|name| !wanted.files.contains_key(*name));
+        lacking.chain(more.map(|name| format!("{name} is too much"))).collect()
+    }
+
+    /// Which of the sets this is, exactly; the error says how it differs from each.
+    ///
+    /// # Errors
+    /// It is none of them.
+    pub fn which<'a>(&self, sets: &'a [Self]) -> Result<&'a str> {
+        let found = sets.iter().find(|set| self.differs_from(set).is_empty());
+        let told = || {
+            let each = sets.iter().map(|set| format!("not {}: {}", set.name, self.differs_from(set).join(", ")));
+            format!("{} holds no whole set: {}", self.name, each.collect::<Vec<_>>().join("; "))
+        };
+        found.map(|set| set.name.as_str()).with_context(told)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Manifest;
+    use std::fs;
+
+    #[test]
+    fn a_set_is_told_from_its_neighbours_and_from_mixes() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = |name: &str, files: &[(&str, &str)]| {
+            let folder = dir.path().join(name);
+            fs::create_dir_all(&folder).unwrap();
+            for (file, text) in files {
+                fs::write(folder.join(file), text).unwrap();
+            }
+            Manifest::of_folder(name, &folder).unwrap()
+        };
+        let sets = [
+            set("one", &[("kernel.img", "1"), ("initramfs", "1"), ("cmdline.txt", "1")]).without_own(),
+            set("two", &[("kernel.img", "2"), ("initramfs", "2"), ("cmdline.txt", "2")]).without_own(),
+        ];
+        let fitted =
+            set("fitted", &[("KERNEL.IMG", "2"), ("initramfs", "2"), ("cmdline.txt", "x"), ("marco-release", "")]);
+        assert_eq!(fitted.without_own().which(&sets).unwrap(), "two");
+        for (files, why) in [
+            ([("kernel.img", "1"), ("initramfs", "2")].as_slice(), "initramfs is another"),
+            (&[("kernel.img", "1")], "initramfs is missing"),
+            (&[("kernel.img", "1"), ("initramfs", "1"), ("old.dtb", "0")], "old.dtb is too much"),
+        ] {
+            let error = set(&format!("mix of {}", files.len()), files).which(&sets).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+            fs::remove_dir_all(dir.path().join(format!("mix of {}", files.len()))).unwrap();
+        }
+    }
+}
