@@ -1,0 +1,107 @@
+//! Tarballs that the controller never checked, as one that was taken over would give them.
+
+use std::fs;
+
+use anyhow::{Context as _, Result};
+use integration_tests::Fleet;
+use integration_tests::fleet::update;
+use integration_tests::image::{lay_out_root, noise};
+use marco_controller::store::{ArtifactRow, Store};
+use marco_proto::names::ArtifactId;
+use marco_proto::v1::execution::State;
+use marco_proto::v1::operation::State as OperationState;
+use marco_proto::v1::{Artifact, NodeMode};
+use sha2::{Digest as _, Sha256};
+
+use super::{INSTALL, MIB, blob, card_log, image};
+
+/// Gives artifacts other bytes than were pushed, with digests that are right.
+async fn smuggle(fleet: &mut Fleet, images: &[(&Artifact, &[u8])]) -> Result<()> {
+    fleet.kill_controller().await?;
+    let store = Store::open(&format!("sqlite://{}", fleet.data().join("marco.db").display())).await?;
+    for (pushed, bytes) in images {
+        let sha256 = hex::encode(Sha256::digest(bytes));
+        let place = blob(fleet, &Artifact { sha256: sha256.clone(), ..(*pushed).clone() })?;
+        fs::create_dir_all(place.parent().context("a folder")?)?;
+        fs::write(place, bytes)?;
+        let row = store.artifact(&ArtifactId::parse(&pushed.name)?).await?.context("the artifact")?;
+        let chunks = bytes.chunks(usize::try_from(row.chunk_size)?);
+        let chunk_sha256 = chunks.flat_map(|chunk| Sha256::digest(chunk).to_vec()).collect();
+        let size = u64::try_from(bytes.len())?;
+        store.put_artifact(&ArtifactRow { sha256, size, chunk_sha256, ..row }).await?;
+    }
+    // The file's lock goes with it.
+    drop(store);
+    fleet.start_controller().await
+}
+
+/// A tarball with one entry more than a system has.
+fn tarball(
+    fleet: &Fleet,
+    name: &str,
+    add: impl FnOnce(&mut tar::Builder<&mut Vec<u8>>) -> Result<()>,
+) -> Result<Vec<u8>> {
+    let root = fleet.dir().join(format!("{name}-tree"));
+    lay_out_root(&root, name)?;
+    let mut bytes = Vec::new();
+    let mut packed = tar::Builder::new(&mut bytes);
+    packed.follow_symlinks(false);
+    packed.append_dir_all(".", &root)?;
+    add(&mut packed)?;
+    packed.finish()?;
+    drop(packed);
+    Ok(bytes)
+}
+
+/// An entry whose name the tar crate would not write.
+fn append_as(packed: &mut tar::Builder<&mut Vec<u8>>, name: &str, text: &[u8]) -> Result<()> {
+    let mut header = tar::Header::new_gnu();
+    header.as_mut_bytes().get_mut(..name.len()).context("a short name")?.copy_from_slice(name.as_bytes());
+    header.set_size(u64::try_from(text.len())?);
+    header.set_mode(0o644);
+    header.set_cksum();
+    Ok(packed.append(&header, text)?)
+}
+
+#[tokio::test]
+async fn a_truncated_and_a_hostile_tarball_that_the_controller_never_checked_are_refused_by_the_node() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(3).start().await?;
+    let whole = tarball(&fleet, "whole", |packed| append_as(packed, "usr/lib/marker/last", &noise("x", MIB)))?;
+    let climbs = tarball(&fleet, "climbs", |packed| append_as(packed, "../../escaped", b"out"))?;
+    let through = tarball(&fleet, "through", |packed| {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Symlink);
+        header.set_size(0);
+        packed.append_link(&mut header, "usr/lib/marker/out", fleet.dir())?;
+        append_as(packed, "usr/lib/marker/out/escaped", b"out")
+    })?;
+    let half = whole.len() - MIB / 2;
+    let cases =
+        [("pi-01", &whole[..half], "cut-off"), ("pi-02", &climbs[..], "climbs"), ("pi-03", &through[..], "through")];
+    let mut pushed = Vec::new();
+    for (_, _, name) in cases {
+        pushed.push(image(&fleet, name).await?);
+    }
+    let images: Vec<(&Artifact, &[u8])> =
+        pushed.iter().zip(cases).map(|(image, (_, bytes, _))| (image, bytes)).collect();
+    smuggle(&mut fleet, &images).await?;
+    let mut operations = Vec::new();
+    for (image, (pi, ..)) in pushed.iter().zip(cases) {
+        operations.push((pi, fleet.create(update(&[pi], &image.name, "")).await?));
+    }
+    for (pi, operation) in &operations {
+        fleet.ends(&operation.name, INSTALL, OperationState::Failed).await?;
+        let execution = fleet.execution(&operation.name, pi).await?;
+        let error = execution.error.clone().unwrap_or_default();
+        assert_eq!((execution.state(), error.reason.as_str()), (State::Failed, "IMAGE_REFUSED"), "{pi}: {error:?}");
+        let log = card_log(&fleet.pi(pi))?;
+        assert!(log.contains("IMAGE_REFUSED") && log.contains(&operation.name), "{pi}: {log}");
+        assert_eq!(fleet.node(pi).await?.mode(), NodeMode::Installer, "{pi}");
+        assert!(!fleet.pi(pi).path("escaped").exists() && !fleet.dir().join("pis/escaped").exists(), "{pi}");
+    }
+    assert!(!fleet.dir().join("escaped").exists());
+    // And the way back is another image.
+    let good = image(&fleet, "good").await?;
+    fleet.succeeds(update(&["pi-01", "pi-02", "pi-03"], &good.name, ""), INSTALL).await?;
+    Ok(())
+}
