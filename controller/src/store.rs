@@ -52,7 +52,7 @@ pub use dispatch::{Changed, Overdue};
 pub use enrolment::{EnrolOutcome, Enrolment};
 pub use events::EventRow;
 pub use executions::ExecutionRow;
-pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome};
+pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome, UpdateRefusal};
 pub use operations::{CreateOutcome, NewOperation, OperationQuery, OperationRow, Origin, RequestKey};
 pub use progress::ProgressRow;
 pub use reach::Reach;

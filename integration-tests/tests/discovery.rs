@@ -159,6 +159,7 @@ async fn each_way_alone_leads_to_the_controller() -> Result<()> {
         let lab = Lab::new(2)?;
         let controller = Controller::start(&lab, 1, folder.path(), &["--discovery", ways]).await?;
         assert_eq!(found(&lab, 2).await?, ["10.77.0.1"], "{ways}");
+        assert_eq!(found(&lab, 1).await?, ["10.77.0.1"], "{ways}: on the controller's own machine");
         assert_eq!(discover(&lab, 2, &["--first"]).await?.success()?, "10.77.0.1\n", "{ways}");
         let token = controller.token(&lab).await?;
         let enrolled = enroll(&lab, 2, folder.path(), "pi-enrolled", &token).await?.success()?;

@@ -1,11 +1,11 @@
 //! One agent on one machine: identity, journal, executor and session, from start to stop.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
@@ -13,9 +13,8 @@ use tracing::Instrument as _;
 use crate::backoff;
 use crate::bootpart::BootPart;
 use crate::cause::chain;
-use crate::discovery::{Address, Controllers, Discovery, Search, Searcher};
+use crate::discovery::{Address, Controllers, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
-use crate::durable;
 use crate::executor::{Executor, Settings};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, Purpose, TlsTime, enroll,
@@ -25,6 +24,10 @@ use crate::journal::{Journal, JournalError};
 use crate::session::{self, Session};
 use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
+
+mod way;
+
+use way::{LastGood, Way};
 
 /// How long a power-off waits for the controller to know of it.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -40,6 +43,9 @@ const DRAIN: Duration = Duration::from_secs(4);
 
 /// Beside the identity: the controllers that lived when the agent was last connected.
 const LIVE: &str = "live-controllers.json";
+
+/// How often the node looks whether it could be updated: cables are pulled, and power supplies become weak.
+const LOOK_AGAIN: Duration = Duration::from_secs(5 * 60);
 
 /// How an agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default)]
@@ -100,111 +106,6 @@ pub enum RunError {
 
 /// Told once, when a node has been enrolled: its id, and whether it is held until an admin approves it.
 pub type OnEnrolled = Arc<dyn Fn(&str, bool) + Send + Sync>;
-
-/// What an agent knows of its way to a controller, from every source.
-struct Way {
-    discovery: Discovery,
-    enroll: Vec<String>,
-    token: Option<JoinToken>,
-    name: String,
-    join_file: Option<PathBuf>,
-}
-
-impl Way {
-    fn find(system: &dyn System, board: &system::Board, connection: &Connection) -> Result<Self, RunError> {
-        let card = system.card();
-        let partitions: Vec<PathBuf> = match &card {
-            Some(card) => vec![card.recovery.clone(), card.boot.clone()],
-            None => ["boot/firmware", "boot"].iter().map(|folder| system.root().join(folder)).collect(),
-        };
-        let last_good = LastGood::read(system);
-        let found = match JoinFile::find(&partitions) {
-            Ok(found) => found,
-            // A torn join file must not cut off a node that has been in before.
-            Err(error) if last_good.is_some() => {
-                tracing::warn!(error = %chain(&error), "join file not usable");
-                None
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let (join_file, join) = found.map_or((None, JoinFile::default()), |(path, file)| (Some(path), file));
-
-        let mut controllers = connection.controllers.clone();
-        let mut enroll = connection.enroll.clone();
-        if controllers.is_empty() {
-            controllers = parse(&join.controllers)?;
-        }
-        if enroll.is_empty() {
-            enroll = parse(&join.enroll)?;
-        }
-        if controllers.is_empty()
-            && system.mode() == system::Mode::Installer
-            && let Some(card) = &card
-            && let Ok(Some(job)) = BootPart::new(&card.recovery, board).read_job()
-        {
-            controllers = parse(&job.controllers)?;
-            enroll = if job.enroll.is_empty() { enroll } else { parse(std::slice::from_ref(&job.enroll))? };
-        }
-        if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
-            controllers = parse(&last_good.controllers)?;
-            enroll = parse(&last_good.enroll)?;
-        }
-        let discovery = match &connection.search {
-            Some(asking) if connection.controllers.is_empty() => {
-                let (fallback, searcher) = (asking.fallback.clone(), Arc::clone(&asking.searcher));
-                Discovery::Search(Search::new(controllers.clone(), fallback, searcher))
-            }
-            _ if controllers.is_empty() => return Err(RunError::NoController),
-            _ => Discovery::Fixed(controllers.clone()),
-        };
-        let listeners = if enroll.is_empty() {
-            controllers.iter().map(Address::enroll_beside).collect()
-        } else {
-            enroll.iter().map(Address::enroll).collect()
-        };
-        let token = match &connection.token {
-            Some(token) => Some(token.clone()),
-            None if join.token.is_empty() => None,
-            None => Some(JoinToken::parse(&join.token)?),
-        };
-        // A file that somebody put on this very card says more than a default.
-        let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
-        Ok(Self { discovery, enroll: listeners, token, name, join_file })
-    }
-}
-
-/// The way that an enrolled node took last, beside its identity: for when no file names one any more.
-#[derive(PartialEq, Eq, Serialize, Deserialize)]
-struct LastGood {
-    controllers: Vec<String>,
-    enroll: Vec<String>,
-}
-
-impl LastGood {
-    const FILE: &str = "controllers.json";
-
-    fn read(system: &dyn System) -> Option<Self> {
-        let contents = std::fs::read(system.identity_dir().join(Self::FILE)).ok()?;
-        serde_json::from_slice(&contents).ok()
-    }
-
-    fn remember(self, system: &dyn System) {
-        if Self::read(system).is_some_and(|before| before == self) {
-            return;
-        }
-        let path = system.identity_dir().join(Self::FILE);
-        let written = serde_json::to_vec(&self)
-            .map_err(std::io::Error::from)
-            .and_then(|contents| durable::replace(&path, &contents, 0o644));
-        if let Err(error) = written {
-            tracing::warn!(error = %error, "controllers not remembered");
-        }
-    }
-}
-
-fn parse(texts: &[String]) -> Result<Vec<Address>, crate::discovery::InvalidAddress> {
-    texts.iter().map(|text| text.parse()).collect()
-}
 
 /// Loads the node's identity, or enrols it once. The last part says whether it was enrolled just now and is held.
 async fn identify(
@@ -321,6 +222,25 @@ async fn identify_patiently(
     }
 }
 
+/// Looks from time to time whether the node could be updated, until `stop`.
+async fn keep_looking(system: &dyn System, refusal: &watch::Sender<Option<system::Refusal>>, stop: &CancellationToken) {
+    loop {
+        // A look changes nothing, so dropping one loses nothing.
+        let now = tokio::select! {
+            () = stop.cancelled() => return,
+            now = async {
+                tokio::time::sleep(LOOK_AGAIN).await;
+                system.preflight_update().await.err()
+            } => now,
+        };
+        refusal.send_if_modified(|told| {
+            let changed = *told != now;
+            *told = now;
+            changed
+        });
+    }
+}
+
 /// Runs an agent on this machine until `stop`.
 pub async fn run(
     system: Arc<dyn System>,
@@ -369,7 +289,8 @@ pub async fn run(
     let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
     executor.settle().await?;
     let node = describe(system.as_ref(), &facts, boot_id);
-    let session = Session { controllers, identity: identity.clone(), journal, node };
+    let (refusal, refused) = watch::channel(system.preflight_update().await.err());
+    let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused };
 
     let mut parts = JoinSet::new();
     parts.spawn({
@@ -383,6 +304,10 @@ pub async fn run(
     parts.spawn({
         let stop = stop.clone();
         async move { identity.keep_fresh(listeners, &stop).await }.in_current_span()
+    });
+    parts.spawn({
+        let stop = stop.clone();
+        async move { keep_looking(system.as_ref(), &refusal, &stop).await }.in_current_span()
     });
     // None of them ends by itself.
     let broken = tokio::select! {

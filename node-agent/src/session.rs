@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::v1::agent_service_client::AgentServiceClient;
-use marco_proto::v1::{ConnectRequest, ConnectResponse, Welcome, connect_request, connect_response};
-use tokio::sync::mpsc;
+use marco_proto::v1::{ConnectRequest, ConnectResponse, NodeStatus, Welcome, connect_request, connect_response};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +19,7 @@ use crate::discovery::Controllers;
 use crate::identity::{Board, Identity, Purpose};
 use crate::job::{Kind, Mode, State};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
+use crate::system::Refusal;
 
 mod wire;
 
@@ -97,6 +98,8 @@ pub struct Session {
     pub journal: Arc<Journal>,
     /// What it is.
     pub node: Node,
+    /// Why it would refuse an update now, if it would.
+    pub refusal: watch::Receiver<Option<Refusal>>,
 }
 
 /// Why a session ended.
@@ -194,7 +197,10 @@ impl Session {
     /// One session, from Hello to its end.
     async fn talk(&self, address: &str, channel: tonic::transport::Channel, stop: &CancellationToken) -> Ended {
         let (outbox, messages) = mpsc::channel(OUTBOX);
-        let hello = wire::hello(&self.node, &self.journal.entries(), &self.journal.progress().borrow());
+        let mut refusal = self.refusal.clone();
+        let refused = refusal.borrow_and_update().clone();
+        let hello =
+            wire::hello(&self.node, refused.as_ref(), &self.journal.entries(), &self.journal.progress().borrow());
         let hello = ConnectRequest { message: Some(connect_request::Message::Hello(hello)) };
         if outbox.send(hello).await.is_err() {
             return Ended::before_welcome(SessionError::Stuck);
@@ -228,7 +234,7 @@ impl Session {
         }
         self.controllers.learn(address, &welcome.controllers);
         tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
-        let mut open = Open::new(self, outbox, &welcome);
+        let mut open = Open::new(self, outbox, refusal, &welcome);
         let (stay_away, error) = match open.serve(answers, stop).await {
             Ok(stay_away) => (stay_away, None),
             Err(error) => (Duration::ZERO, Some(error)),
@@ -261,6 +267,8 @@ impl Said {
 struct Open<'a> {
     session: &'a Session,
     outbox: mpsc::Sender<ConnectRequest>,
+    /// As it was told last, or newer.
+    refusal: watch::Receiver<Option<Refusal>>,
     progress_interval: Duration,
     said: HashMap<String, Said>,
     /// The progress that was last told.
@@ -268,11 +276,17 @@ struct Open<'a> {
 }
 
 impl<'a> Open<'a> {
-    fn new(session: &'a Session, outbox: mpsc::Sender<ConnectRequest>, welcome: &Welcome) -> Self {
+    fn new(
+        session: &'a Session,
+        outbox: mpsc::Sender<ConnectRequest>,
+        refusal: watch::Receiver<Option<Refusal>>,
+        welcome: &Welcome,
+    ) -> Self {
         let asked = wire::duration(welcome.progress_interval.as_ref()).filter(|interval| !interval.is_zero());
         Self {
             session,
             outbox,
+            refusal,
             progress_interval: asked.unwrap_or(PROGRESS_INTERVAL).max(MIN_PROGRESS_INTERVAL),
             said: HashMap::new(),
             told: Progress::default(),
@@ -300,6 +314,7 @@ impl<'a> Open<'a> {
                 Ok(()) = changes.changed() => Event::Journal,
                 answer = answers.message() => Event::Answer(Box::new(answer)),
                 Ok(()) = progress.changed(), if !to_tell => Event::Progress,
+                Ok(()) = self.refusal.changed() => Event::Facts,
                 () = tokio::time::sleep_until(may_tell), if to_tell => Event::Tell,
                 _ = resend.tick() => Event::Resend,
             };
@@ -321,6 +336,11 @@ impl<'a> Open<'a> {
                     None => return Ok(Duration::ZERO),
                 },
                 Event::Progress => to_tell = true,
+                Event::Facts => {
+                    let refused = self.refusal.borrow_and_update().clone();
+                    let system = Some(wire::system(&self.session.node, refused.as_ref()));
+                    self.send(connect_request::Message::Status(NodeStatus { system })).await?;
+                }
                 Event::Tell => {
                     to_tell = false;
                     let now = progress.borrow_and_update().clone();
@@ -389,7 +409,8 @@ impl<'a> Open<'a> {
                 self.said.entry(entry.execution.clone()).or_insert(now);
                 continue;
             }
-            self.send(wire::report(entry, &progress, &self.session.node.boot_id)).await?;
+            let report = wire::report(entry, &progress, &self.session.node.boot_id);
+            self.send(connect_request::Message::Report(report)).await?;
             self.said.insert(entry.execution.clone(), now);
         }
         self.said.retain(|execution, _| entries.get(execution).is_some());
@@ -405,14 +426,15 @@ impl<'a> Open<'a> {
         if progress == self.told {
             return Ok(false);
         }
-        self.send(wire::report(entry, &progress, &self.session.node.boot_id)).await?;
+        let report = wire::report(entry, &progress, &self.session.node.boot_id);
+        self.send(connect_request::Message::Report(report)).await?;
         self.said.insert(entry.execution.clone(), Said::of(entry));
         self.told = progress;
         Ok(true)
     }
 
-    async fn send(&self, report: marco_proto::v1::Report) -> Result<(), SessionError> {
-        let message = ConnectRequest { message: Some(connect_request::Message::Report(report)) };
+    async fn send(&self, message: connect_request::Message) -> Result<(), SessionError> {
+        let message = ConnectRequest { message: Some(message) };
         match tokio::time::timeout(SEND_TIMEOUT, self.outbox.send(message)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(SessionError::Stuck),
@@ -435,6 +457,7 @@ enum Event {
     Journal,
     Answer(Box<Result<Option<ConnectResponse>, tonic::Status>>),
     Progress,
+    Facts,
     Tell,
     Resend,
 }

@@ -19,6 +19,7 @@ use crate::store::{
     AbandonOutcome, CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
 };
 
+mod check;
 mod create;
 
 use create::default_expiry;
@@ -299,6 +300,14 @@ impl OperationService for Operations {
         let target = result.as_ref().map(|row| row.id.name()).unwrap_or_default();
         self.context.audit(&caller, "CreateOperation", &target, &result).await;
         Ok(Response::new(convert::operation(&result?)))
+    }
+
+    async fn check_operation(
+        &self,
+        request: Request<v1::CheckOperationRequest>,
+    ) -> Result<Response<v1::CheckOperationResponse>, Status> {
+        let caller = caller(&request)?;
+        Ok(Response::new(self.check(&caller, request.into_inner()).await?))
     }
 
     async fn get_operation(

@@ -112,6 +112,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.NodeService/WatchNodes", PEOPLE),
     ("/marco.bootstrap.v1.OperationService/AbandonExecution", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/CancelOperation", OPERATORS),
+    ("/marco.bootstrap.v1.OperationService/CheckOperation", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/CreateOperation", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/ExplainExecution", PEOPLE),
     ("/marco.bootstrap.v1.OperationService/GetOperation", PEOPLE),

@@ -53,6 +53,17 @@ pub struct System {
     pub image_sha256: String,
     /// SHA-256 of the boot files; empty: unknown.
     pub boot_sha256: String,
+    /// Why it would refuse an update.
+    pub update_refusal: Option<UpdateRefusal>,
+}
+
+/// Why a node would refuse an update.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdateRefusal {
+    /// A stable word for programs.
+    pub reason: String,
+    /// A sentence for people.
+    pub message: String,
 }
 
 /// How a card is laid out.

@@ -167,6 +167,8 @@ pub(crate) const TABLE: &[Row] = &[
     ("NodeService/WatchNodes", "vopa", Filtered, empty),
     ("OperationService/AbandonExecution", "oa", All, execution),
     ("OperationService/CancelOperation", "oa", All, operation),
+    // Its request begins with the same field.
+    ("OperationService/CheckOperation", "oa", All, create_operation),
     ("OperationService/CreateOperation", "oa", All, create_operation),
     ("OperationService/ExplainExecution", "vopa", Any, execution),
     ("OperationService/GetOperation", "vopa", Any, operation),

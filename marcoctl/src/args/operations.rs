@@ -118,6 +118,10 @@ pub(crate) struct Create {
     pub(crate) window: WindowFlags,
     #[command(flatten)]
     pub(crate) wait: Wait,
+    /// Create nothing: say for each node whether it would be begun at once, would wait, or would refuse it; exit code 1
+    /// when one would refuse
+    #[arg(long, conflicts_with = "wait")]
+    pub(crate) dry_run: bool,
 }
 
 /// How it goes over the nodes; without any of these all at once, and nothing pauses it.

@@ -165,6 +165,10 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
         ("card layout", enum_word(system.layout().as_str_name(), "CARD_LAYOUT_")),
         ("image", system.image_sha256),
         ("boot files", system.boot_sha256),
+        (
+            "no update",
+            system.update_refusal.map(|refusal| format!("{}: {}", refusal.reason, refusal.message)).unwrap_or_default(),
+        ),
         ("boot id", node.boot_id.clone()),
         ("agent", node.agent_version.clone()),
         ("joined", local(node.create_time.as_ref())),

@@ -198,6 +198,28 @@ impl OperationService for Service {
         Ok(Response::new(operation))
     }
 
+    /// A node whose name ends in `-bad` would refuse.
+    async fn check_operation(
+        &self,
+        request: Request<CheckOperationRequest>,
+    ) -> Result<Response<CheckOperationResponse>, Status> {
+        let Some(operation::Target::Nodes(target)) = request.into_inner().operation.unwrap().target else {
+            return Err(Status::invalid_argument("nodes are to be named"));
+        };
+        let checks = target.nodes.into_iter().map(|node| {
+            let bad = node.ends_with("-bad");
+            let verdict = if bad { operation_check::Verdict::Refused } else { operation_check::Verdict::Ready };
+            let (reason, message) = if bad { ("NOT_WIRED", "the cable is out") } else { ("", "") };
+            OperationCheck {
+                node: format!("nodes/{node}"),
+                verdict: verdict.into(),
+                reason: reason.to_owned(),
+                message: message.to_owned(),
+            }
+        });
+        Ok(Response::new(CheckOperationResponse { checks: checks.collect() }))
+    }
+
     type WatchOperationStream = Answers<WatchOperationResponse>;
 
     async fn watch_operation(

@@ -48,6 +48,23 @@ fn succeeded() -> WatchOperationResponse {
 }
 
 #[tokio::test]
+async fn a_dry_run_creates_nothing_and_fails_when_a_node_would_refuse() {
+    let controller = Controller::start(Facts::default()).await;
+    let line = ["operations", "update", "--image", "kiosk", "--dry-run"];
+    let run = controller.run(&[&line[..], &["pi-01"]].concat()).await;
+    assert!(run.code == 0 && run.stdout.contains("READY"), "{run:?}");
+    let run = controller.run(&[&line[..], &["pi-01", "pi-bad"]].concat()).await;
+    assert!(run.code == 1 && run.stderr.contains("1 of 2 nodes would be refused"), "{run:?}");
+    assert!(run.stdout.contains("NOT_WIRED") && run.stdout.contains("the cable is out"), "{run:?}");
+    let run = controller.run(&[&line[..], &["pi-bad", "-o", "json"]].concat()).await;
+    assert_eq!(run.code, 1, "{run:?}");
+    assert_eq!(run.json()["checks"][0]["verdict"], "VERDICT_REFUSED");
+    assert!(controller.facts.lock().unwrap().created.is_empty());
+    let run = controller.run(&[&line[..], &["pi-01", "--wait"]].concat()).await;
+    assert_eq!(run.code, 2, "{run:?}");
+}
+
+#[tokio::test]
 async fn what_is_asked_for_is_what_the_command_line_says() {
     let controller = Controller::start(Facts::default()).await;
     let line = ["operations", "update", "--selector", "room=a1,role=kiosk", "--image", "kiosk", "--notice", "1m"];

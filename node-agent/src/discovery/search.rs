@@ -107,7 +107,13 @@ pub async fn survey() -> Vec<Found> {
         }
     };
     tokio::join!(asking, listening);
-    answers.0
+    let mut found = answers.0;
+    // A controller of this very machine is heard here as well; that address means nothing to others.
+    let elsewhere = |found: &Found| found.address().is_some_and(|ip| !ip.is_loopback());
+    if found.iter().any(elsewhere) {
+        found.retain(elsewhere);
+    }
+    found
 }
 
 /// Asks both ways at once, until somebody answers.

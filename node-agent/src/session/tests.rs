@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, Cancel, Goodbye, Hello, NodeMode, Reboot, Report, assign, connect_request, connect_response,
+    Ack, Assign, Cancel, CardLayout, Goodbye, Hello, NodeMode, Reboot, Report, assign, connect_request,
+    connect_response,
 };
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -15,6 +17,7 @@ use crate::discovery::{Controllers, Discovery};
 use crate::identity::{Board, Enrollment, Identity, JoinToken, TlsTime, enroll};
 use crate::job::{Action, Mode, Notice, State};
 use crate::journal::{Journal, Progress};
+use crate::system::Refusal;
 use crate::testing::{Controller, Pki, TestSession};
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
@@ -23,6 +26,7 @@ struct Bench {
     dir: tempfile::TempDir,
     controller: Controller,
     journal: Arc<Journal>,
+    refusal: watch::Sender<Option<Refusal>>,
     stop: CancellationToken,
     task: AbortOnDropHandle<()>,
 }
@@ -46,18 +50,20 @@ impl Bench {
         enroll(dir.path(), &enrollment, &time).await.unwrap();
         before.push(controller.address.clone());
         let given = Discovery::Fixed(before.iter().map(|address| address.parse().unwrap()).collect());
+        let (refusal, refused) = watch::channel(None);
         let session = Session {
             controllers: Arc::new(Controllers::given(given)),
             identity: Arc::new(Identity::load(dir.path(), time).unwrap().unwrap()),
             journal: journal.clone(),
             node: node(),
+            refusal: refused,
         };
         let stop = CancellationToken::new();
         let task = tokio::spawn({
             let stop = stop.clone();
             async move { session.run(stop).await }
         });
-        Self { dir, controller, journal, stop, task: AbortOnDropHandle::new(task) }
+        Self { dir, controller, journal, refusal, stop, task: AbortOnDropHandle::new(task) }
     }
 
     /// The next session, welcomed, and its Hello.
@@ -115,6 +121,24 @@ async fn until(journal: &Journal, mut is: impl FnMut(&crate::journal::Entry) -> 
     let mut changes = journal.changes();
     let there = changes.wait_for(|all| all.get(ONE).is_some_and(&mut is));
     tokio::time::timeout(Duration::from_secs(10), there).await.expect("it did not come to that").unwrap();
+}
+
+#[tokio::test]
+async fn whether_it_could_be_updated_is_said_in_hello_and_when_it_changes() {
+    let mut bench = Bench::new().await;
+    let (mut session, hello) = bench.welcomed().await;
+    assert_eq!(hello.system.unwrap().update_refusal, None);
+    let refusal = |message: &str| Some(Refusal { reason: "NOT_WIRED", message: message.into() });
+    bench.refusal.send_replace(refusal("the cable is out"));
+    let Some(connect_request::Message::Status(status)) = session.next().await.unwrap().message else {
+        panic!("a change is not told");
+    };
+    let told = status.system.unwrap();
+    assert_eq!((told.kernel_release.as_str(), told.layout()), ("6.12", CardLayout::Resident), "the facts are whole");
+    assert_eq!(told.update_refusal.unwrap().message, "the cable is out");
+    drop(session);
+    let (_session, hello) = bench.welcomed().await;
+    assert_eq!(hello.system.unwrap().update_refusal.unwrap().reason, "NOT_WIRED");
 }
 
 #[tokio::test]

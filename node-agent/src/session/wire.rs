@@ -5,17 +5,19 @@ use std::time::Duration;
 use marco_proto::names::{ExecutionId, PROTOCOL_VERSION};
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Assign, CardLayout, ExecutionError, Hello, NodeMode, Release, Report, System, Update as WireUpdate, assign,
+    Assign, CardLayout, ExecutionError, Hello, NodeMode, Release, Report, System, Update as WireUpdate, UpdateRefusal,
+    assign,
 };
 
 use super::{Layout, Node};
 use crate::job::{Action, Artifact, Mode, Notice, State, Update};
 use crate::journal::{Entries, Entry, Progress};
+use crate::system::Refusal;
 
 /// How long users are warned when the operation does not say.
 const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
 
-pub(super) fn hello(node: &Node, entries: &Entries, progress: &Progress) -> Hello {
+pub(super) fn hello(node: &Node, refusal: Option<&Refusal>, entries: &Entries, progress: &Progress) -> Hello {
     let open = entries.iter().filter(|entry| !(entry.state.is_final() && entry.is_acked()));
     Hello {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -28,25 +30,32 @@ pub(super) fn hello(node: &Node, entries: &Entries, progress: &Progress) -> Hell
         }
         .into(),
         board: Some(node.board.to_wire()),
-        system: Some(System {
-            kernel_arch: node.kernel_arch.clone(),
-            userspace_arch: node.userspace_arch.clone(),
-            page_size: node.page_size,
-            kernel_release: node.kernel_release.clone(),
-            os: node.os.clone(),
-            layout: match node.layout {
-                Layout::Unknown => CardLayout::Unspecified,
-                Layout::Single => CardLayout::Single,
-                Layout::Resident => CardLayout::Resident,
-            }
-            .into(),
-            image_sha256: node.image_sha256.clone(),
-            boot_sha256: node.boot_sha256.clone(),
-        }),
+        system: Some(system(node, refusal)),
         card_is_blank: node.card_is_blank,
         image: node.image.clone(),
         supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
         executions: open.map(|entry| report(entry, progress, &node.boot_id)).collect(),
+    }
+}
+
+/// What the node runs, and whether it could be updated.
+pub(super) fn system(node: &Node, refusal: Option<&Refusal>) -> System {
+    System {
+        kernel_arch: node.kernel_arch.clone(),
+        userspace_arch: node.userspace_arch.clone(),
+        page_size: node.page_size,
+        kernel_release: node.kernel_release.clone(),
+        os: node.os.clone(),
+        layout: match node.layout {
+            Layout::Unknown => CardLayout::Unspecified,
+            Layout::Single => CardLayout::Single,
+            Layout::Resident => CardLayout::Resident,
+        }
+        .into(),
+        image_sha256: node.image_sha256.clone(),
+        boot_sha256: node.boot_sha256.clone(),
+        update_refusal: refusal
+            .map(|refusal| UpdateRefusal { reason: refusal.reason.to_owned(), message: refusal.message.clone() }),
     }
 }
 

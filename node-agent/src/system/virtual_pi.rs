@@ -273,6 +273,11 @@ impl System for VirtualPi {
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {
+        // The file says that its power supply is too weak.
+        if self.dir.join("under-voltage").exists() {
+            let message = "the board's power supply is too weak at this moment (under-voltage)".to_owned();
+            return Err(Refusal { reason: "UNDER_VOLTAGE", message });
+        }
         let recovery = self.card().recovery;
         let room = rustix::fs::statvfs(&recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
         match room {

@@ -9,7 +9,7 @@ use marco_proto::v1;
 use super::{text, timestamp};
 use crate::api::status::ApiError;
 use crate::operation::{NodeMode, NodeState};
-use crate::store::{Board, CardLayout, NodeRow, System, TokenRow};
+use crate::store::{Board, CardLayout, NodeRow, System, TokenRow, UpdateRefusal};
 
 /// Most networks, boards or ids that a join token names: a big school.
 const TOKEN_LIMITS_MAX: usize = 1000;
@@ -64,6 +64,11 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
             .into(),
             image_sha256: row.system.image_sha256.clone(),
             boot_sha256: row.system.boot_sha256.clone(),
+            update_refusal: row
+                .system
+                .update_refusal
+                .as_ref()
+                .map(|refusal| v1::UpdateRefusal { reason: refusal.reason.clone(), message: refusal.message.clone() }),
         }),
         boot_id: row.boot_id.clone(),
         agent_version: row.agent_version.clone(),
@@ -112,6 +117,9 @@ pub(in crate::api) fn system(system: v1::System) -> Result<System, ApiError> {
     ] {
         text(field, value)?;
     }
+    let refusal = system.update_refusal.clone().unwrap_or_default();
+    text("system.update_refusal.reason", &refusal.reason)?;
+    text("system.update_refusal.message", &refusal.message)?;
     Ok(System {
         layout: match system.layout() {
             v1::CardLayout::Unspecified => CardLayout::Unknown,
@@ -125,6 +133,9 @@ pub(in crate::api) fn system(system: v1::System) -> Result<System, ApiError> {
         os: system.os,
         image_sha256: system.image_sha256,
         boot_sha256: system.boot_sha256,
+        update_refusal: system
+            .update_refusal
+            .map(|refusal| UpdateRefusal { reason: refusal.reason, message: refusal.message }),
     })
 }
 

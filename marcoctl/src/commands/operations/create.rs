@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use marco_proto::v1::operation::{self, Action};
+use marco_proto::v1::operation_check::Verdict;
 use marco_proto::v1::{
-    AllNodes, CreateOperationRequest, LabelSelector, MaintenanceWindow, NodeList, Operation, PowerOff, Preserve,
-    Reboot, RetryOperationRequest, Rollout, Update, rollout,
+    AllNodes, CheckOperationRequest, CreateOperationRequest, LabelSelector, MaintenanceWindow, NodeList, Operation,
+    PowerOff, Preserve, Reboot, RetryOperationRequest, Rollout, Update, rollout,
 };
 use tokio::time::Instant;
 use tonic::{Response, Status};
@@ -60,9 +61,31 @@ async fn create(action: Action, flags: Create, connection: &Connection, out: &mu
         window: window(flags.window)?,
         ..Default::default()
     };
+    if flags.dry_run {
+        return check(operation, connection, out).await;
+    }
     let request = CreateOperationRequest { operation: Some(operation), request_id: Uuid::now_v7().to_string() };
     let created = insist(async || connection.operations().create_operation(call(request.clone())).await).await?;
     finish(created, &flags.wait, connection, out).await
+}
+
+/// What would become of it, by what the nodes last said of themselves.
+async fn check(operation: Operation, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let request = CheckOperationRequest { operation: Some(operation) };
+    let found = connection.operations().check_operation(call(request)).await?.into_inner();
+    out.document(&found, |found, _| show::checks(&found.checks))?;
+    let refused = found.checks.iter().filter(|check| check.verdict() == Verdict::Refused).count();
+    if refused == 0 {
+        return Ok(());
+    }
+    Err(Failure::Unsuccessful {
+        message: format!("{refused} of {} would be refused", nodes(found.checks.len())),
+        hint: "nothing was created".to_owned(),
+    })
+}
+
+fn nodes(count: usize) -> String {
+    if count == 1 { "1 node".to_owned() } else { format!("{count} nodes") }
 }
 
 pub(super) async fn retry(name: String, wait: &Wait, connection: &Connection, out: &mut Out) -> Result<(), Failure> {

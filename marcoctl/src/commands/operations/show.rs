@@ -3,7 +3,9 @@
 use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
 use marco_proto::v1::rollout::FailureLimit;
-use marco_proto::v1::{Event, Execution, ExplainExecutionResponse, MaintenanceWindow, Operation, Rollout};
+use marco_proto::v1::{
+    Event, Execution, ExplainExecutionResponse, MaintenanceWindow, Operation, OperationCheck, Rollout,
+};
 
 use crate::follow::Known;
 use crate::output::{ago, bytes, clean, enum_word, fields, id, labels, local, span, table, timestamp};
@@ -41,6 +43,15 @@ pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String
         ]
     });
     table(&["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
+}
+
+/// What would become of an operation, a line for each node.
+pub(super) fn checks(checks: &[OperationCheck]) -> String {
+    let rows = checks.iter().map(|check| {
+        let verdict = enum_word(check.verdict().as_str_name(), "VERDICT_");
+        vec![id(&check.node), verdict, check.reason.clone(), clean(&check.message)]
+    });
+    table(&["NODE", "WOULD BE", "REASON", "WHY"], rows)
 }
 
 fn rollout(rollout: &Rollout) -> String {

@@ -1,0 +1,124 @@
+//! The way to a controller: what the operator said, what the card says, and what worked before.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Connection, RunError};
+use crate::bootpart::BootPart;
+use crate::cause::chain;
+use crate::discovery::{Address, Discovery, InvalidAddress, Search};
+use crate::durable;
+use crate::identity::{JoinFile, JoinToken};
+use crate::system::{self, System};
+
+/// What an agent knows of its way to a controller, from every source.
+pub(super) struct Way {
+    /// Where controllers are.
+    pub(super) discovery: Discovery,
+    /// Enrolment listeners that need not be looked for, host:port.
+    pub(super) enroll: Vec<String>,
+    /// The join token, if there is one.
+    pub(super) token: Option<JoinToken>,
+    /// The id to ask for.
+    pub(super) name: String,
+    /// The join file that was found.
+    pub(super) join_file: Option<PathBuf>,
+}
+
+impl Way {
+    pub(super) fn find(system: &dyn System, board: &system::Board, connection: &Connection) -> Result<Self, RunError> {
+        let card = system.card();
+        let partitions: Vec<PathBuf> = match &card {
+            Some(card) => vec![card.recovery.clone(), card.boot.clone()],
+            None => ["boot/firmware", "boot"].iter().map(|folder| system.root().join(folder)).collect(),
+        };
+        let last_good = LastGood::read(system);
+        let found = match JoinFile::find(&partitions) {
+            Ok(found) => found,
+            // A torn join file must not cut off a node that has been in before.
+            Err(error) if last_good.is_some() => {
+                tracing::warn!(error = %chain(&error), "join file not usable");
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (join_file, join) = found.map_or((None, JoinFile::default()), |(path, file)| (Some(path), file));
+
+        let mut controllers = connection.controllers.clone();
+        let mut enroll = connection.enroll.clone();
+        if controllers.is_empty() {
+            controllers = parse(&join.controllers)?;
+        }
+        if enroll.is_empty() {
+            enroll = parse(&join.enroll)?;
+        }
+        if controllers.is_empty()
+            && system.mode() == system::Mode::Installer
+            && let Some(card) = &card
+            && let Ok(Some(job)) = BootPart::new(&card.recovery, board).read_job()
+        {
+            controllers = parse(&job.controllers)?;
+            enroll = if job.enroll.is_empty() { enroll } else { parse(std::slice::from_ref(&job.enroll))? };
+        }
+        if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
+            controllers = parse(&last_good.controllers)?;
+            enroll = parse(&last_good.enroll)?;
+        }
+        let discovery = match &connection.search {
+            Some(asking) if connection.controllers.is_empty() => {
+                let (fallback, searcher) = (asking.fallback.clone(), Arc::clone(&asking.searcher));
+                Discovery::Search(Search::new(controllers.clone(), fallback, searcher))
+            }
+            _ if controllers.is_empty() => return Err(RunError::NoController),
+            _ => Discovery::Fixed(controllers.clone()),
+        };
+        let listeners = if enroll.is_empty() {
+            controllers.iter().map(Address::enroll_beside).collect()
+        } else {
+            enroll.iter().map(Address::enroll).collect()
+        };
+        let token = match &connection.token {
+            Some(token) => Some(token.clone()),
+            None if join.token.is_empty() => None,
+            None => Some(JoinToken::parse(&join.token)?),
+        };
+        // A file that somebody put on this very card says more than a default.
+        let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
+        Ok(Self { discovery, enroll: listeners, token, name, join_file })
+    }
+}
+
+/// The way that an enrolled node took last, beside its identity: for when no file names one any more.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LastGood {
+    pub(super) controllers: Vec<String>,
+    pub(super) enroll: Vec<String>,
+}
+
+impl LastGood {
+    const FILE: &str = "controllers.json";
+
+    fn read(system: &dyn System) -> Option<Self> {
+        let contents = std::fs::read(system.identity_dir().join(Self::FILE)).ok()?;
+        serde_json::from_slice(&contents).ok()
+    }
+
+    pub(super) fn remember(self, system: &dyn System) {
+        if Self::read(system).is_some_and(|before| before == self) {
+            return;
+        }
+        let path = system.identity_dir().join(Self::FILE);
+        let written = serde_json::to_vec(&self)
+            .map_err(std::io::Error::from)
+            .and_then(|contents| durable::replace(&path, &contents, 0o644));
+        if let Err(error) = written {
+            tracing::warn!(error = %error, "controllers not remembered");
+        }
+    }
+}
+
+fn parse(texts: &[String]) -> Result<Vec<Address>, InvalidAddress> {
+    texts.iter().map(|text| text.parse()).collect()
+}
