@@ -26,7 +26,7 @@ const IDLE: Duration = Duration::from_secs(30);
 /// Fetches the bytes of an artifact from a live controller that has them; the digest is checked before they are stored.
 ///
 /// # Errors
-/// When they are not here yet, or no controller that lives has them.
+/// When they are not here yet, or no controller that lives has them; for good where there is only this one.
 pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) -> Result<(), ApiError> {
     let task = {
         let (context, row) = (context.clone(), row.clone());
@@ -91,6 +91,11 @@ async fn from_anyone(context: &Context, row: &ArtifactRow, digest: Digest) -> Re
                 failed = Some(error);
             }
         }
+    }
+    if failed.is_none() && !context.store.is_shared() {
+        let message =
+            format!("the bytes of {} are gone from the controller's disk; push the file again", row.id.name());
+        return Err(ApiError::NotFound { reason: "BYTES_MISSING", message });
     }
     // A controller that has them may only be away: nobody is told that they do not exist.
     Err(failed.unwrap_or_else(|| later("no live controller has the bytes")))

@@ -108,6 +108,11 @@ impl Store {
         self.commit(tx).await
     }
 
+    /// Whether several controllers may share it.
+    pub fn is_shared(&self) -> bool {
+        self.is_postgres()
+    }
+
     pub(super) fn is_postgres(&self) -> bool {
         self.shared.writer.get_database_backend() == DbBackend::Postgres
     }
