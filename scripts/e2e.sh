@@ -16,7 +16,7 @@ esac
 
 case $qemu in qemu-system-x86) emulator=qemu-system-x86_64 ;; *) emulator=qemu-system-aarch64 ;; esac
 missing=()
-for program in "$emulator:$qemu" busybox:busybox-static mcopy:mtools depmod:kmod cpio:cpio debugfs:e2fsprogs ip:iproute2 \
+for program in "$emulator:$qemu" busybox:busybox-static mcopy:mtools mkfs.vfat:dosfstools depmod:kmod cpio:cpio debugfs:e2fsprogs ip:iproute2 \
     unshare:util-linux; do
     command -v "${program%%:*}" >/dev/null || missing+=("${program##*:}")
 done

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 pub mod board;
 pub mod card;
+pub mod disk_image;
 pub mod lab;
 pub mod manifest;
 pub mod rig;

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::board::Board;
 use super::card::Card;
+use super::disk_image;
 use super::lab::{Lab, TAP, text};
 use super::system::{self, Kind, Pieces};
 use super::{Machine, Power};
@@ -104,6 +105,13 @@ impl Rig {
         let pieces = Pieces { board: self.options.board, debian: self.options.debian.clone() };
         let tarball = system::make(&pieces, kind, name, &self.dir.join("images")).await?;
         self.push(&tarball, "image").await
+    }
+
+    /// Makes an image of a whole disk and pushes it, as [`push_image`](Self::push_image) does.
+    pub async fn push_disk_image(&self, name: &str) -> Result<String> {
+        let pieces = Pieces { board: self.options.board, debian: self.options.debian.clone() };
+        system::make(&pieces, Kind::Good, name, &self.dir.join("images")).await?;
+        self.push(&disk_image::make(&self.tree(name)).await?, "image").await
     }
 
     /// Pushes a file; answers with its SHA-256.

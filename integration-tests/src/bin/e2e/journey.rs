@@ -106,6 +106,17 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     ensure!(after == before, "the way back did not preserve what is the node's own");
     println!("home, host keys and machine-id are the same, byte for byte");
 
+    step("an update to an image of a whole disk");
+    let mut power = rig.machine.power_on();
+    rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
+    let third = rig.push_disk_image("third").await?;
+    let operation = update(&rig, &node, "third").await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third).await?;
+    rig.power_off(power, &node).await?;
+    let after = look(&rig, "third").await?;
+    ensure!(after == before, "the disk image did not preserve what is the node's own");
+    println!("home, host keys and machine-id are the same, byte for byte");
+
     let starts = rig.machine.starts();
     println!("\n{} starts in {} s: every operation ended as it should", starts.len(), begun.elapsed().as_secs());
     Ok(())

@@ -1,0 +1,78 @@
+//! A whole-disk image, as publishers of systems give them away: a partition table, a FAT with the boot files, an ext4 with
+//! the root; compressed.
+
+use std::fs::{self, File};
+use std::io::{self, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{run, tool};
+use crate::wait::seconds;
+
+/// Of an MBR.
+const SECTOR: u64 = 512;
+const MIB: u64 = 1024 * 1024;
+/// What the boot files of a test need, and what FAT32 needs to be one with clusters of a sector.
+const BOOT: u64 = 64 * MIB;
+/// Less than the card has for its root, so that the root has to grow.
+const ROOT: u64 = 96 * MIB;
+/// How long one step may take on a machine that has much else to do.
+const LIMIT: std::time::Duration = seconds(180);
+
+/// Makes the image of a tree whose boot files are in `boot/firmware`: `TREE.img.zst` beside it.
+pub async fn make(tree: &Path) -> Result<PathBuf> {
+    let work = tempfile::tempdir()?;
+    let (fat, ext4) = (work.path().join("boot"), work.path().join("root"));
+    File::create(&fat)?.set_len(BOOT)?;
+    command("mkfs.vfat", &["-F", "32", "-s", "1", &shown(&fat)]).await?;
+    let mut files: Vec<String> =
+        fs::read_dir(tree.join("boot/firmware"))?.map(|entry| Ok(shown(&entry?.path()))).collect::<Result<_>>()?;
+    files.sort();
+    let fat_shown = shown(&fat);
+    let mut copy = vec!["-s", "-i", fat_shown.as_str()];
+    copy.extend(files.iter().map(String::as_str));
+    copy.push("::");
+    command("mcopy", &copy).await?;
+
+    // Where the FAT is mounted there is only an empty folder.
+    let rest = work.path().join("tree");
+    command("cp", &["-a", &shown(tree), &shown(&rest)]).await?;
+    fs::remove_dir_all(rest.join("boot/firmware"))?;
+    fs::create_dir(rest.join("boot/firmware"))?;
+    File::create(&ext4)?.set_len(ROOT)?;
+    command("mke2fs", &["-q", "-F", "-t", "ext4", "-d", &shown(&rest), &shown(&ext4)]).await?;
+
+    let disk = work.path().join("disk");
+    let mut whole = File::create(&disk)?;
+    whole.write_all(&table()?)?;
+    for (file_system, offset) in [(&fat, MIB), (&ext4, MIB + BOOT)] {
+        whole.seek(SeekFrom::Start(offset))?;
+        io::copy(&mut File::open(file_system)?, &mut whole)?;
+    }
+    let to = tree.with_extension("img.zst");
+    zstd::stream::copy_encode(File::open(&disk)?, File::create(&to)?, 1).context("compressing the image")?;
+    Ok(to)
+}
+
+/// The MBR: a FAT32 that boots and a Linux partition.
+fn table() -> Result<[u8; 512]> {
+    let mut mbr = [0; 512];
+    for (place, kind, start, length) in [(446, 0x0c, MIB, BOOT), (462, 0x83, MIB + BOOT, ROOT)] {
+        let entry: &mut [u8] = mbr.get_mut(place..place + 16).context("an entry")?;
+        let (start, length) = (u32::try_from(start / SECTOR)?, u32::try_from(length / SECTOR)?);
+        entry.copy_from_slice(
+            &[&[0, 0, 0, 0, kind, 0, 0, 0], &start.to_le_bytes()[..], &length.to_le_bytes()[..]].concat(),
+        );
+    }
+    mbr.get_mut(510..).context("the end")?.copy_from_slice(&[0x55, 0xaa]);
+    Ok(mbr)
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+async fn command(program: &str, arguments: &[&str]) -> Result<()> {
+    run(&tool(program)?, arguments, LIMIT).await?.success().with_context(|| program.to_owned()).map(drop)
+}
