@@ -6,7 +6,8 @@ use anyhow::Result;
 use integration_tests::fleet::{Builder, execution_name, reboot};
 use integration_tests::postgres::Postgres;
 use integration_tests::{Database, Fleet, seconds, wait_until};
-use marco_proto::v1::{ApproveNodeRequest, node};
+use marco_proto::v1::access_service_client::AccessServiceClient;
+use marco_proto::v1::{ApproveNodeRequest, AuditFilter, ListAuditEventsRequest, node};
 
 /// A node that was superseded comes back after five seconds at the earliest.
 const NOTICED: Duration = seconds(60);
@@ -22,6 +23,16 @@ async fn state_is(fleet: &Fleet, id: &str, wanted: node::State) -> Result<marco_
         Ok((node.state() == wanted).then_some(node))
     })
     .await
+}
+
+/// What the controller did to a node by itself is in the audit, once.
+async fn is_audited(fleet: &Fleet, id: &str, what: &str) -> Result<()> {
+    let filter = AuditFilter { method: what.to_owned(), resource: format!("nodes/{id}"), ..AuditFilter::default() };
+    let request = ListAuditEventsRequest { filter: Some(filter), ..ListAuditEventsRequest::default() };
+    let events = AccessServiceClient::new(fleet.admin_channel()).list_audit_events(request).await?.into_inner();
+    let callers: Vec<&str> = events.audit_events.iter().map(|event| event.caller.as_str()).collect();
+    assert_eq!(callers, ["controller"], "{what} of {id}");
+    Ok(())
 }
 
 /// Both agents of one identity are shut out, and nobody obeys what is asked of the node.
@@ -41,6 +52,7 @@ async fn both_are_shut_out(mut fleet: Fleet, controller_of_the_copy: usize, othe
     // The first, the copy's one or two, and none after the return: that was the second reconnect.
     assert!(begun <= if other_boot { 4 } else { 2 }, "{begun} sessions were begun");
     assert!(logs.contains("a node was shut out or held"), "it is not in the log");
+    is_audited(&fleet, &id, "QUARANTINE").await?;
 
     // An operation that was asked for all nodes leaves it alone; one for it is refused or waits.
     let boots = (fleet.pi(&id).boots()?, copied.pi.boots()?);
@@ -78,6 +90,7 @@ async fn waits_for_one_approval(mut fleet: Fleet, controller: usize) -> Result<(
     assert!(node.state_reason.contains("its card is in the board"), "{}", node.state_reason);
     wait_until(NOTICED, "it is connected and waits", async || Ok(fleet.node(&id).await?.connected.then_some(())))
         .await?;
+    is_audited(&fleet, &id, "HOLD").await?;
     fleet.nodes().approve_node(ApproveNodeRequest { name: format!("nodes/{id}") }).await?;
     let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     fleet.ends(&operation.name, seconds(60), marco_proto::v1::operation::State::Succeeded).await?;

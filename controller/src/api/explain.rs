@@ -12,11 +12,12 @@ use crate::store::{ExecutionRow, OperationRow};
 /// So many nodes are named in a sentence; the message has all of them.
 const HOLDERS_SHOWN: usize = 10;
 
-/// What the row says, as sentences.
+/// What the row says, as sentences. `held` counts also those in the way that the caller may not see.
 pub(super) fn explain(
     row: &ExecutionRow,
     whole: &OperationRow,
     holders: &[ExecutionId],
+    held: usize,
 ) -> v1::ExplainExecutionResponse {
     let node = row.id.node.name();
     let operation = row.id.operation.name();
@@ -32,9 +33,9 @@ pub(super) fn explain(
             if row.wait_reason == Some(WaitReason::NoSlot)
                 && let Some(rollout) = &whole.rollout
             {
-                text = slot(rollout, whole.counts.succeeded, holders.len());
+                text = slot(rollout, whole.counts.succeeded, held);
             }
-            text.push_str(&more(row, whole, holders));
+            text.push_str(&more(row, whole, holders, held));
             (text, suggestions)
         }
         ExecutionState::Assigned => {
@@ -91,7 +92,7 @@ fn instant(time: DateTime<Utc>) -> String {
 }
 
 /// Who or what stands in the way.
-fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId]) -> String {
+fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held: usize) -> String {
     match (row.wait_reason, holders) {
         (Some(WaitReason::WindowClosed), _) => match row.next_attempt_time {
             Some(opens) if opens >= whole.expire_time => {
@@ -106,6 +107,7 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId]) -> St
         (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
             format!(" The reason given: {}.", whole.state_reason)
         }
+        (Some(WaitReason::NoSlot), []) if held > 0 => " Nodes that you may not see are in flight.".to_owned(),
         (Some(WaitReason::NoSlot), []) => {
             " No node holds one; the operation is about to pause, or its first nodes have not succeeded yet.".to_owned()
         }

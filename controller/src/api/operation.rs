@@ -408,12 +408,13 @@ impl OperationService for Operations {
             _ => Ok(Vec::new()),
         };
         let mut holders = holders.map_err(ApiError::from)?;
+        let held = holders.len();
         if !scope.is_everything() {
             let visible = self.context.store.ids_within(&scope).await.map_err(ApiError::from)?;
             holders.retain(|holder| visible.contains(&holder.node));
         }
         let operation = self.context.operation_within(&scope, &id.operation).await?;
-        Ok(Response::new(super::explain::explain(&row, &operation, &holders)))
+        Ok(Response::new(super::explain::explain(&row, &operation, &holders, held)))
     }
 
     async fn abandon_execution(

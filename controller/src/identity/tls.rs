@@ -55,6 +55,21 @@ const ENROLMENT_AGE: Duration = Duration::from_secs(60);
 /// See [`ENROLMENT_AGE`].
 const ENROLMENT_GRACE: Duration = Duration::from_secs(10);
 
+/// How long a listener waits for whoever is connected.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    ask: Duration,
+    answer: Duration,
+    call: Duration,
+    /// Of a connection, with the time that it then has to end; none: it has no end.
+    age: Option<(Duration, Duration)>,
+}
+
+/// Of the API's listener: sessions last for months.
+const API: Patience = Patience { ask: KEEPALIVE_INTERVAL, answer: KEEPALIVE_TIMEOUT, call: CALL_TIMEOUT, age: None };
+/// Of the listener for enrolment: whoever can reach the port can hold connections.
+const ENROLMENT: Patience = Patience { age: Some((ENROLMENT_AGE, ENROLMENT_GRACE)), ..API };
+
 /// A client certificate that the CA issued, verified in the handshake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerCertificate {
@@ -275,26 +290,34 @@ impl TimeProvider for TlsTime {
     }
 }
 
-/// The server for enrolment: as [`server_builder`]'s, but connections end, since whoever can reach the port can hold them.
+/// The server for enrolment: as [`server_builder`]'s, but connections end.
 pub fn enrolment_builder() -> tonic::transport::Server {
-    server_builder().max_connection_age(ENROLMENT_AGE).max_connection_age_grace(ENROLMENT_GRACE)
+    builder(ENROLMENT)
 }
 
-/// tonic's server with every HTTP/2 limit set. Connections have no greatest age: sessions last for months.
+/// tonic's server with every HTTP/2 limit set.
 pub fn server_builder() -> tonic::transport::Server {
-    tonic::transport::Server::builder()
+    builder(API)
+}
+
+fn builder(patience: Patience) -> tonic::transport::Server {
+    let server = tonic::transport::Server::builder()
         .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
         .http2_adaptive_window(Some(false))
         .max_frame_size(MAX_FRAME)
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_keepalive_interval(Some(patience.ask))
+        .http2_keepalive_timeout(Some(patience.answer))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .http2_max_local_error_reset_streams(Some(MAX_LOCAL_RESETS))
         .http2_max_header_list_size(MAX_HEADER_LIST)
-        .timeout(CALL_TIMEOUT)
-        .accept_http1(false)
+        .timeout(patience.call)
+        .accept_http1(false);
+    match patience.age {
+        Some((age, grace)) => server.max_connection_age(age).max_connection_age_grace(grace),
+        None => server,
+    }
 }
 
 #[cfg(test)]

@@ -95,6 +95,26 @@ pub(crate) async fn a_report_of_another_delivery_is_answered_by_an_assignment(f:
     assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
 }
 
+pub(crate) async fn a_node_brings_about_a_thousand_deliveries_of_an_execution_at_most(f: Fixture) {
+    let (_, epoch, assignment) = f.assigned(reboot()).await;
+    let events = |f: &Fixture| {
+        let (store, id) = (f.store.clone(), assignment.execution.operation.clone());
+        async move { store.operation(&id).await.unwrap().unwrap().event_count }
+    };
+    let stale = |attempt| ReportRow { attempt, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
+    let ReportOutcome::Stale(last) = f.report(epoch, &stale(999), after(1)).await else { panic!() };
+    assert_eq!(last.attempt, 1000);
+    let before = events(&f).await;
+    for attempt in [1001, 2000, u32::MAX] {
+        let outcome = f.report(epoch, &stale(attempt), after(2)).await;
+        assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
+    }
+    assert_eq!(events(&f).await, before);
+    // The truth about the last one is still taken.
+    let truth = report(&last, 1, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &truth, after(3)).await, ReportOutcome::Acked);
+}
+
 pub(crate) async fn a_report_under_a_lost_session_changes_nothing(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     let later = f.session(&id, "boot-1", after(1)).await;

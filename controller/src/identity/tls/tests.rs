@@ -25,6 +25,8 @@ use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt as _;
 use tower::{Service as _, ServiceExt as _};
 
+mod limits;
+
 use super::incoming::{CROWD, MAX_HANDSHAKES};
 use super::{Acceptor, PeerInfo, incoming, server_builder};
 use crate::clock::{Clock, ManualClock};
@@ -269,12 +271,16 @@ async fn a_connection_without_a_first_frame_ends_after_ten_seconds() {
 
 /// A server with health behind the gate, as `serve` builds it.
 async fn served(house: &House) -> (SocketAddr, tokio::task::JoinHandle<()>) {
+    served_by(house, server_builder()).await
+}
+
+async fn served_by(house: &House, server: tonic::transport::Server) -> (SocketAddr, tokio::task::JoinHandle<()>) {
     let (listener, addr) = listener().await;
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let url = format!("sqlite://{}", house._dir.path().join("gate.db").display());
     let access = Access::new(Store::open(&url).await.unwrap(), house.clock.clone());
-    let router = server_builder().layer(GateLayer::new(access)).add_service(health);
+    let router = { server }.layer(GateLayer::new(access)).add_service(health);
     let connections = incoming(listener, house.api());
     let task = tokio::spawn(async move { router.serve_with_incoming(connections).await.unwrap() });
     (addr, task)

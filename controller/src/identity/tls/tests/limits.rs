@@ -1,0 +1,77 @@
+//! Who is connected and does nothing, seen frame by frame: the waits are short here, and the constants are longer.
+
+use std::time::{Duration, Instant};
+
+use tokio::io::AsyncWriteExt as _;
+use tokio_rustls::client::TlsStream;
+
+use super::super::{API, CALL_TIMEOUT, ENROLMENT, ENROLMENT_AGE, Patience, builder};
+use super::{DEADLINE, PREFACE, connect, frame, house, served_by};
+use crate::identity::roles::Role;
+
+const PING: u8 = 6;
+const SHORT: Duration = Duration::from_millis(300);
+
+/// The frames that come until the other side closes.
+async fn frames(stream: &mut TlsStream<tokio::net::TcpStream>) -> Vec<u8> {
+    let mut kinds = Vec::new();
+    let until_closed = async {
+        while let Ok((kind, _)) = frame(stream).await {
+            kinds.push(kind);
+        }
+    };
+    tokio::time::timeout(DEADLINE, until_closed).await.expect("it is not closed");
+    kinds
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_say_that_it_lives_is_let_go() {
+    let house = house();
+    let (addr, server) = served_by(&house, builder(Patience { ask: SHORT, answer: SHORT, ..API })).await;
+    let mut stream = connect(addr, house.client(None)).await.unwrap();
+    let begun = Instant::now();
+    stream.write_all(PREFACE).await.unwrap();
+    let kinds = frames(&mut stream).await;
+    assert!(kinds.contains(&PING), "{kinds:?}");
+    assert!(begun.elapsed() >= 2 * SHORT, "{:?}", begun.elapsed());
+    server.abort();
+}
+
+#[tokio::test]
+async fn a_connection_for_enrolment_ends_and_one_of_the_api_does_not() {
+    let house = house();
+    let ages = Patience { age: Some((SHORT, SHORT)), ..ENROLMENT };
+    let (addr, server) = served_by(&house, builder(ages)).await;
+    let mut stream = connect(addr, house.client(None)).await.unwrap();
+    stream.write_all(PREFACE).await.unwrap();
+    let begun = Instant::now();
+    frames(&mut stream).await;
+    // Long before it would be asked whether it lives.
+    assert!((SHORT / 2..API.ask / 2).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    server.abort();
+    assert_eq!((ENROLMENT.age.map(|(age, _)| age), API.age), (Some(ENROLMENT_AGE), None));
+}
+
+#[tokio::test]
+async fn a_request_that_never_comes_whole_is_answered_in_the_end() {
+    let house = house();
+    let (addr, server) = served_by(&house, builder(Patience { call: SHORT, ..API })).await;
+    let mut stream = connect(addr, house.client(house.user(Role::Viewer))).await.unwrap();
+    stream.write_all(PREFACE).await.unwrap();
+    // HEADERS of a call of health, complete; its message does not come.
+    let path = b"/grpc.health.v1.Health/Check";
+    let mut block = vec![0x83, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
+    block.extend(path);
+    block.extend([0x0f, 0x10, 16]);
+    block.extend(b"application/grpc");
+    let mut headers = u32::try_from(block.len()).unwrap().to_be_bytes()[1..].to_vec();
+    headers.extend([1, 4, 0, 0, 0, 1]);
+    headers.extend(block);
+    let begun = Instant::now();
+    stream.write_all(&headers).await.unwrap();
+    let answered = async { while frame(&mut stream).await.unwrap().0 != 1 {} };
+    tokio::time::timeout(DEADLINE, answered).await.expect("it is not answered");
+    assert!(begun.elapsed() >= SHORT, "{:?}", begun.elapsed());
+    server.abort();
+    assert_eq!((API.call, ENROLMENT.call), (CALL_TIMEOUT, CALL_TIMEOUT));
+}
