@@ -326,6 +326,8 @@ async fn a_network_that_comes_up_later_is_asked_then() -> Result<()> {
     })
     .await?;
     pi.check_alive()?;
+    let asked = |log: &Path| -> Result<bool> { Ok(fs::read_to_string(log)?.contains("the network was asked")) };
+    assert!(!asked(&log)?, "time is lost in asking a network that is down");
     lab.plug(1)?;
     lab.plug(2)?;
     controller.is_connected(&lab, "pi-01").await

@@ -170,6 +170,10 @@ impl Searcher {
 
     /// Asks, unless somebody else did after `seen`; answers the number of the search whose answers are there now.
     pub(super) async fn look(&self, seen: u64, ca: &CaHint) -> u64 {
+        // Nobody can answer: whoever waits for the network tries again before a search would end.
+        if !is_connected() {
+            return seen;
+        }
         let _asking = self.asking.lock().await;
         let thorough = {
             let state = self.lock();
@@ -208,6 +212,16 @@ impl Searcher {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether this machine has an address by which others could reach it. Where that cannot be told, it may.
+fn is_connected() -> bool {
+    let reaches = |interface: &if_addrs::Interface| {
+        // Every interface that is up gives itself one of IPv6, long before it is of use.
+        let given_to_itself = interface.addr.ip().is_ipv6() && interface.is_link_local();
+        interface.is_oper_up() && !interface.is_loopback() && !given_to_itself
+    };
+    if_addrs::get_if_addrs().map_or(true, |interfaces| interfaces.iter().any(reaches))
 }
 
 /// mDNS, then MarcoPolo if nobody answered or if all are to be heard. Who says to be of our CA comes first, who says to
