@@ -265,6 +265,15 @@ impl BootPart {
         write_json(&self.job_file(), job)
     }
 
+    /// Says in this execution's job, if that is there, how many trial boots failed. Only a digit changes, so this is done in
+    /// place: a cut leaves the old number or the new one, never no job.
+    pub fn count_trial(&self, execution: &str, trials: u32) -> Result<(), BootError> {
+        let _lock = self.lock()?;
+        let Some(job) = self.read_job()?.filter(|job| job.execution == execution) else { return Ok(()) };
+        let job = InstallJob { trials, ..job };
+        file::write_in_place(&self.job_file(), &file::json(&self.job_file(), &job)?)
+    }
+
     /// What the installer is to do; none when nothing, or nothing readable, is there.
     pub fn read_job(&self) -> Result<Option<InstallJob>, BootError> {
         read_json(&self.job_file())

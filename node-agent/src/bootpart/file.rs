@@ -31,8 +31,12 @@ pub(super) fn write_in_place(path: &Path, bytes: &[u8]) -> Result<(), BootError>
 }
 
 pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), BootError> {
-    let bytes = serde_json::to_vec_pretty(value).map_err(|error| BootError::io("write", path)(error.into()))?;
-    write_whole(path, &bytes)
+    write_whole(path, &json(path, value)?)
+}
+
+/// What [`write_json`] writes to the file.
+pub(super) fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, BootError> {
+    serde_json::to_vec_pretty(value).map_err(|error| BootError::io("write", path)(error.into()))
 }
 
 /// What a file says; none when it is not there or torn.

@@ -151,7 +151,14 @@ fn a_job_is_read_back_and_a_torn_one_is_none() {
     card.part.write_job(&job).unwrap();
     assert_eq!(card.part.read_job().unwrap().as_ref(), Some(&job));
     let path = card.dir.path().join("marco/install.json");
+    let before = fs::read(&path).unwrap();
+    card.part.count_trial("operations/y/executions/pi-01", 7).unwrap();
+    assert_eq!(fs::read(&path).unwrap(), before);
+    card.part.count_trial(&job.execution, 2).unwrap();
+    assert_eq!(card.part.read_job().unwrap(), Some(InstallJob { trials: 2, ..job }));
     let whole = fs::read(&path).unwrap();
+    let changed = before.iter().zip(&whole).filter(|(before, after)| before != after).count();
+    assert_eq!((whole.len(), changed), (before.len(), 1));
     fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(card.part.read_job().unwrap(), None);
     fs::write(card.part.keep_file(), "secret").unwrap();

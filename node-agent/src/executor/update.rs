@@ -294,14 +294,8 @@ impl Executor {
     /// Tells the installer's file, too, that a trial failed: its journal lies on a file system that may tear it.
     pub(super) async fn count_trial(&self, entry: &Entry) {
         let Some(recovery) = self.recovery() else { return };
-        let trials = entry.trials.saturating_add(1);
-        let execution = entry.execution.clone();
-        let counted = off_runtime(move || {
-            if let Some(job) = recovery.read_job()?.filter(|job| job.execution == execution) {
-                recovery.write_job(&InstallJob { trials, ..job })?;
-            }
-            Ok(())
-        });
+        let (execution, trials) = (entry.execution.clone(), entry.trials.saturating_add(1));
+        let counted = off_runtime(move || Ok(recovery.count_trial(&execution, trials)?));
         if let Err(error) = counted.await {
             tracing::warn!(execution = %entry.execution, error = %chain(&error), "trial not counted on the card");
         }
