@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test soak bench-install host-test fuzz e2e powercut check agent
+.PHONY: help deps build demo test soak bench-install host-test fuzz e2e failures powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -38,6 +38,9 @@ fuzz: ## Readers of archives, config.txt, crons and join files, fed with changed
 
 e2e: ## Under QEMU, with a real kernel: an empty card installs itself, is updated, survives a broken image [ARCH=amd64|arm64] [BOARD=raspi3b|raspi0]
 	scripts/e2e.sh boot $(or $(BOARD),$(ARCH),amd64)
+
+failures: ## The same machine, an image that cannot be installed, each policy of install.toml, and a network without anybody [ARCH=arm64]
+	scripts/e2e.sh failures $(or $(BOARD),$(ARCH),amd64)
 
 powercut: ## The same machine, its power cut while it is updated: at 30 random moments and at each phase [CUTS=3] [SEED=1] [ARCH=arm64]
 	CUTS=$(CUTS) $(if $(SEED),SEED=$(SEED)) scripts/e2e.sh powercut $(or $(BOARD),$(ARCH),amd64)

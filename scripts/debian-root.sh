@@ -21,6 +21,8 @@ package=$(apt-cache "${options[@]}" depends "$kernel" | awk '/Depends: linux-ima
 packages=("${package:-$kernel}" busybox-static dosfstools e2fsprogs libblkid1 libc6 libcom-err2 libext2fs2 libss2 libuuid1)
 (cd "$dir/debs" && apt-get "${options[@]}" download -qq "${packages[@]}")
 for file in "$dir"/debs/*.deb; do dpkg -x "$file" "$dir/root"; done
+# For an initramfs with a shell.
+ln -s busybox "$dir/root/bin/sh"
 version=$(ls "$dir/root/lib/modules")
 depmod -b "$dir/root" "$version"
 rm -rf "$dir/apt" "$dir/debs" "$dir"/root/usr/share/{doc,man,locale,lintian}

@@ -1,8 +1,10 @@
-//! `make e2e` and `make powercut`: whole machines under QEMU, with a real kernel and the real installer.
+//! `make e2e`, `make failures` and `make powercut`: whole machines under QEMU, with a real kernel and the real installer.
 #![allow(clippy::print_stdout, reason = "what it prints is the point of it")]
 
 #[path = "e2e/cuts.rs"]
 mod cuts;
+#[path = "e2e/failures.rs"]
+mod failures;
 #[path = "e2e/journey.rs"]
 mod journey;
 
@@ -14,7 +16,7 @@ use integration_tests::machine::board::Board;
 use integration_tests::machine::rig::Options;
 use tokio::signal::unix::{SignalKind, signal};
 
-const USAGE: &str = "usage: marco-e2e boot|powercut BOARD DEBIAN-ROOT AGENT, in a network namespace of its own; the scripts in \
+const USAGE: &str = "usage: marco-e2e boot|failures|powercut BOARD DEBIAN-ROOT AGENT, in a network namespace of its own; the scripts in \
                      scripts/ know how; for powercut CUTS=N and SEED=N in the environment";
 
 #[tokio::main]
@@ -47,6 +49,7 @@ async fn play() -> Result<()> {
     let kept = std::env::var_os("KEEP").map(PathBuf::from);
     let played = match what.as_str() {
         "boot" => journey::travel(options, dir.path()).await,
+        "failures" => failures::fail(options, dir.path()).await,
         "powercut" => cuts::cut(options, dir.path()).await,
         _ => bail!("{USAGE}"),
     };

@@ -95,6 +95,14 @@ impl Lab {
         self.dir.join("certs")
     }
 
+    /// Puts the machine's network cable in, or pulls it out at the far end: the machine hears nobody then.
+    pub async fn plug(&self, plugged: bool) -> Result<()> {
+        let words =
+            if plugged { ["link", "set", TAP, "master", "br0"].as_slice() } else { &["link", "set", TAP, "nomaster"] };
+        run(&tool("ip")?, words, CALL).await?.success()?;
+        Ok(())
+    }
+
     /// The controller's last words.
     pub fn controller_says(&self) -> String {
         self.controller.tail(30)

@@ -54,14 +54,15 @@ impl Rig {
         let card = dir.join("card.img");
         let machine = Machine::new(options.board, Card::new(&card), TAP, &dir.join("machine"))?;
         let rig = Self { lab, machine, options, dir: dir.to_owned() };
-        let zip = rig.build_bootcode("installer-1").await?;
-        rig.write_card(&zip, &card).await?;
+        let zip = rig.build_bootcode("installer-1", &[]).await?;
+        rig.write_card(&zip, "").await?;
         rig.push(&zip, "bootcode").await?;
         Ok(rig)
     }
 
-    /// An installer's set as a zip; the name goes into its command line, so that no two are the same.
-    pub async fn build_bootcode(&self, name: &str) -> Result<PathBuf> {
+    /// An installer's set as a zip, with these further options of `bootcode build`; the name goes into its command line,
+    /// so that no two are the same.
+    pub async fn build_bootcode(&self, name: &str, options: &[&str]) -> Result<PathBuf> {
         let zip = self.dir.join(format!("{name}.zip"));
         let cmdline = format!("console={} rdinit=/init panic=10 marco.set={name}", self.options.board.console());
         let (debian, agent) = (self.options.debian.display().to_string(), self.options.agent.display().to_string());
@@ -82,14 +83,19 @@ impl Rig {
             "-o",
             &file,
         ];
+        let arguments = [&arguments, options].concat();
         run(&binary("marcoctl")?, &arguments, BUILD).await?.success().context("marcoctl bootcode build")?;
         Ok(zip)
     }
 
-    /// A card as an operator makes it: the recovery partition, and nothing behind it.
-    async fn write_card(&self, zip: &Path, card: &Path) -> Result<()> {
-        let settings = self.dir.join("install.toml");
-        std::fs::write(&settings, SETTINGS)?;
+    /// A card as an operator makes it, in place of the one that the machine had: the recovery partition, and nothing
+    /// behind it. To the usual settings of the installer these are added.
+    pub async fn write_card(&self, zip: &Path, more: &str) -> Result<()> {
+        let (settings, card) = (self.dir.join("install.toml"), self.machine.card().path());
+        std::fs::write(&settings, format!("{SETTINGS}{more}"))?;
+        if card.exists() {
+            std::fs::remove_file(card).context("removing the card")?;
+        }
         let (zip, card) = (zip.display().to_string(), card.display().to_string());
         let settings = settings.display().to_string();
         // The address of a controller on this machine is none for others: the card's join file has none, and the node looks

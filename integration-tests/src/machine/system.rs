@@ -36,6 +36,8 @@ pub enum Kind {
     Good,
     /// Its root has no init: the kernel panics, and restarts after a second.
     Panics,
+    /// It has no boot files: the installer refuses it when it is unpacked.
+    NoSystem,
 }
 
 /// Where the pieces come from.
@@ -101,6 +103,9 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
     fs::write(root.join("usr/lib/noise/bytes"), noise(name, 12 * 1024 * 1024))?;
     if kind == Kind::Good {
         symlink("../bin/busybox", root.join("sbin/init"))?;
+    }
+    if kind == Kind::NoSystem {
+        return Ok(());
     }
     lay_out_boot(pieces, &root.join("boot/firmware")).await
 }

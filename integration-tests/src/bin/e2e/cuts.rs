@@ -17,7 +17,7 @@ mod moment;
 
 /// Random moments, when nothing else is asked for; the boundary of each phase comes on top.
 const RANDOM: usize = 30;
-/// How many updates may pass without the controller hearing of a state that passes fast.
+/// How many updates may end before the moment of the cut came.
 const TRIES: usize = 5;
 const IMAGES: [&str; 2] = ["first", "second"];
 /// One more than a card holds, so that every update has one to write.
@@ -102,7 +102,7 @@ impl Play {
         let rig = Rig::start(options, dir).await?;
         let [first_set, more @ ..] = SETS;
         for name in more {
-            let zip = rig.build_bootcode(name).await?;
+            let zip = rig.build_bootcode(name, &[]).await?;
             rig.push(&zip, "bootcode").await?;
         }
         let [runs, other] = IMAGES;
@@ -165,7 +165,7 @@ impl Play {
 
     /// One cut, and what became of it: the machine, running again, and the line of the table.
     async fn cut_once(&mut self, mut power: Power, moment: &Moment) -> Result<(Power, String)> {
-        let mut tries = 0;
+        let (mut moment, mut tries) = (moment.clone(), 0);
         let (operation, begun_with, at) = loop {
             let begun_with = self.rig.machine.starts().len();
             let (operation, watch) = self.begin().await?;
@@ -175,8 +175,8 @@ impl Play {
             let execution = self.rig.ended(&mut power, &operation, UPDATE).await?;
             ensure!(text(&execution, "state")? == "STATE_SUCCEEDED", "without a cut it ended so: {execution}");
             self.updated();
-            tries += 1;
-            ensure!(tries < TRIES, "the controller never heard of it in {tries} updates");
+            (moment, tries) = (moment.sooner(), tries + 1);
+            ensure!(tries < TRIES, "{tries} updates ended before it came");
         };
         power.cut().await?;
         let starts = self.rig.machine.starts();

@@ -71,9 +71,17 @@ impl Phases {
 }
 
 impl Moment {
-    /// Waits for it; says what was known then, or nothing when the update has ended and the controller never heard of the
-    /// phase: states that pass faster than they are told are passed over. `begun_with` is how often the machine had been
-    /// started when the update began.
+    /// The same, for a machine that is faster than when it was measured.
+    pub(super) fn sooner(self) -> Self {
+        match self {
+            Self::After(time) => Self::After(time / 2),
+            Self::Heard(_) | Self::Said(_) => self,
+        }
+    }
+
+    /// Waits for it; says what was known then, or nothing when the update has ended before: it was faster, or the
+    /// controller never heard of the phase, as states that pass faster than they are told are passed over. `begun_with` is
+    /// how often the machine had been started when the update began.
     pub(super) async fn reach(&self, mut watch: Watch, machine: &Machine, begun_with: usize) -> Result<Option<String>> {
         let begun = Instant::now();
         let mut phases = Phases::default();
@@ -108,11 +116,10 @@ impl Moment {
                     return Ok(Some(format!("start of {wanted}")));
                 }
                 (_, Some(_)) => {}
-                // Faster than the one that was measured: the cut comes after the end.
-                (Self::After(_), None) => {
+                (Self::After(time), None) if begun.elapsed() >= *time => {
                     return Ok(Some(format!("{:.1} s, {}", begun.elapsed().as_secs_f64(), phases.last())));
                 }
-                (Self::Heard(_), None) if begun.elapsed() < UPDATE => return Ok(None),
+                (_, None) if begun.elapsed() < UPDATE => return Ok(None),
                 (_, None) => bail!("the moment did not come: {phases:?}"),
             }
         }
