@@ -136,7 +136,7 @@ const TABLE: &[(&str, &[Role])] = &[
 ];
 
 /// What a method's name begins with when it only reads. Everything else counts as a change.
-const READS: [&str; 6] = ["Get", "List", "Watch", "Explain", "Preview", "Download"];
+const READS: [&str; 7] = ["Get", "List", "Watch", "Explain", "Preview", "Check", "Download"];
 /// The API's own methods, whose names need no package.
 const OURS: &str = "/marco.bootstrap.v1.";
 
@@ -222,7 +222,8 @@ mod tests {
 
     #[test]
     fn what_changes_something_is_told_by_its_name() {
-        for (name, changes) in [("GetNode", false), ("ListNodes", false), ("ApproveNode", true), ("RunSchedule", true)]
+        for (name, changes) in
+            [("GetNode", false), ("CheckOperation", false), ("ApproveNode", true), ("RunSchedule", true)]
         {
             assert_eq!(super::changes_something(&format!("/marco.bootstrap.v1.X/{name}")), changes, "{name}");
         }
