@@ -10,6 +10,7 @@ use integration_tests::machine::manifest::Manifest;
 use integration_tests::machine::rig::{Options, Rig, START};
 use integration_tests::machine::system::Kind;
 use integration_tests::machine::{Firmware, Power, Start};
+use integration_tests::wait::seconds;
 use moment::{Moment, Phases, Random, UPDATE};
 use node_agent::system::virtual_pi::firmware::{Boot, Outcome, Partitions, boot};
 
@@ -17,8 +18,9 @@ mod moment;
 
 /// Random moments, when nothing else is asked for; the boundary of each phase comes on top.
 const RANDOM: usize = 30;
-/// How many updates may end before the moment of the cut came.
-const TRIES: usize = 5;
+/// How many updates may end before the moment of the cut came; then it is another one, early in the next.
+const TRIES: usize = 4;
+const EARLY: std::time::Duration = seconds(4);
 const IMAGES: [&str; 2] = ["first", "second"];
 /// One more than a card holds, so that every update has one to write.
 const SETS: [&str; 3] = ["installer-1", "installer-2", "installer-3"];
@@ -93,8 +95,8 @@ struct Play {
     other: Image,
     /// The set that the firmware takes for the installer.
     default_set: &'static str,
-    /// The set that was written last: the idle one, perhaps in pieces.
-    last_set: &'static str,
+    /// The other set on the card, perhaps in pieces.
+    idle_set: &'static str,
 }
 
 impl Play {
@@ -116,7 +118,7 @@ impl Play {
         };
         let known =
             Known { sets: sets.collect::<Result<_>>()?, systems: vec![system(runs.name)?, system(other.name)?] };
-        Ok(Self { rig, known, node: String::new(), runs, other, default_set: first_set, last_set: first_set })
+        Ok(Self { rig, known, node: String::new(), runs, other, default_set: first_set, idle_set: first_set })
     }
 
     async fn first_installation(&mut self) -> Result<Power> {
@@ -136,9 +138,9 @@ impl Play {
 
     /// Begins an update to the other image by a set that the card does not hold.
     async fn begin(&mut self) -> Result<(String, Watch)> {
-        let held = [self.default_set, self.last_set];
+        let held = [self.default_set, self.idle_set];
         let set = SETS.into_iter().find(|set| !held.contains(set)).context("the card holds every set")?;
-        self.last_set = set;
+        self.idle_set = set;
         let image = self.other.name;
         let arguments = ["operations", "update", &self.node, "--image", image, "--bootcode", set, "--notice", "0s"];
         let operation = text(&self.rig.lab.ask(&arguments).await?, "name")?.to_owned();
@@ -149,7 +151,7 @@ impl Play {
     /// The update that was begun last has succeeded.
     fn updated(&mut self) {
         std::mem::swap(&mut self.runs, &mut self.other);
-        self.default_set = self.last_set;
+        std::mem::swap(&mut self.default_set, &mut self.idle_set);
     }
 
     /// An update to its end: every moment at which something of it begins.
@@ -175,8 +177,9 @@ impl Play {
             let execution = self.rig.ended(&mut power, &operation, UPDATE).await?;
             ensure!(text(&execution, "state")? == "STATE_SUCCEEDED", "without a cut it ended so: {execution}");
             self.updated();
-            (moment, tries) = (moment.sooner(), tries + 1);
-            ensure!(tries < TRIES, "{tries} updates ended before it came");
+            tries += 1;
+            moment = if tries < TRIES { moment.sooner() } else { Moment::After(EARLY) };
+            ensure!(tries <= TRIES, "{tries} updates ended before it came");
         };
         power.cut().await?;
         let starts = self.rig.machine.starts();
