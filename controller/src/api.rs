@@ -8,6 +8,7 @@ mod enrollment;
 mod explain;
 mod node;
 mod operation;
+mod outbox;
 mod page;
 mod peers;
 mod schedule;

@@ -429,3 +429,20 @@ fn make_private(dir: &std::path::Path) -> anyhow::Result<()> {
         .create(dir)
         .with_context(|| format!("cannot make the data directory {}", dir.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+    use std::time::Duration;
+
+    /// More than the 128 that wait at a listener that asks for nothing.
+    const CROWD: usize = 300;
+
+    #[tokio::test]
+    async fn a_crowd_waits_at_the_door_though_nobody_opens() {
+        let listener = super::listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
+        let address = listener.local_addr().unwrap();
+        let connect = |_| TcpStream::connect_timeout(&address, Duration::from_secs(10)).unwrap();
+        assert_eq!((0..CROWD).map(connect).collect::<Vec<_>>().len(), CROWD);
+    }
+}

@@ -65,11 +65,18 @@ pub struct Patience {
     pub write: Duration,
     /// How often it is asked whether a reader may still read.
     pub recheck: Duration,
+    /// So many connections at once; others wait until one ends.
+    pub crowd: usize,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self { head: Duration::from_secs(20), write: Duration::from_secs(60), recheck: Duration::from_secs(3) }
+        Self {
+            head: Duration::from_secs(20),
+            write: Duration::from_secs(60),
+            recheck: Duration::from_secs(3),
+            crowd: MAX_CONNECTIONS,
+        }
     }
 }
 
@@ -129,7 +136,7 @@ impl Mirror {
     /// Serves until `stop`; downloads under way then have a few seconds.
     pub async fn serve(self, listener: TcpListener, acceptor: Acceptor, stop: CancellationToken) {
         let router = router(self.clone());
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let room = Arc::new(Semaphore::new(self.patience.crowd));
         let graceful = GracefulShutdown::new();
         let mut connections = JoinSet::new();
         let mut accepted = incoming(listener, acceptor);

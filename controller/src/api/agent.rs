@@ -21,6 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
+use super::outbox::{self, Unsent};
 use super::status::ApiError;
 use super::{Context, caller, convert};
 use crate::identity::tls::PeerInfo;
@@ -115,11 +116,10 @@ enum Ended {
 impl Session {
     async fn send(&self, message: connect_response::Message) -> Result<(), Ended> {
         let message = Ok(v1::ConnectResponse { message: Some(message) });
-        match tokio::time::timeout(SLOW, self.out.send(message)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(Ended::ByNode),
-            Err(_) => Err(Ended::ByUs(End::SlowReader)),
-        }
+        outbox::send(&self.out, message, SLOW).await.map_err(|unsent| match unsent {
+            Unsent::Gone => Ended::ByNode,
+            Unsent::Slow => Ended::ByUs(End::SlowReader),
+        })
     }
 
     async fn command(&self, command: Command) -> Result<(), Ended> {
@@ -184,7 +184,7 @@ impl Session {
             }
             ReportOutcome::Progress => {
                 // Full means that the store is slow; the next report brings newer progress.
-                let _ = self.progress.try_send(convert::progress(row));
+                outbox::offer(&self.progress, convert::progress(row));
                 Ok(())
             }
             ReportOutcome::Stale(assignment) => self.command(Command::Assign(assignment)).await,

@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::status::ApiError;
-use super::{Context, convert};
+use super::{Context, convert, outbox};
 use crate::identity::Caller;
 use crate::store::{NodeQuery, StoreError};
 
@@ -25,11 +25,6 @@ const COALESCE: Duration = Duration::from_millis(100);
 const TICK: Duration = Duration::from_secs(1);
 /// A watcher that takes nothing for this long is cut.
 const SLOW: Duration = Duration::from_secs(30);
-
-/// Sends, until the watcher is gone or too slow; false then.
-async fn send<T>(sender: &mpsc::Sender<Result<T, Status>>, message: T) -> bool {
-    matches!(tokio::time::timeout(SLOW, sender.send(Ok(message))).await, Ok(Ok(())))
-}
 
 /// Runs `look` at each change of the store until it says that it is done, or the controller stops. It is told whether all
 /// is to be sent, or what changed.
@@ -53,7 +48,7 @@ where
                 Ok(Look { message, last }) => {
                     (begun, whole) = (true, false);
                     if let Some(message) = message
-                        && !send(&sender, message).await
+                        && outbox::send(&sender, Ok(message), SLOW).await.is_err()
                     {
                         return;
                     }

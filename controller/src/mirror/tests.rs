@@ -33,6 +33,10 @@ struct House {
 }
 
 async fn house(head: Duration) -> House {
+    house_with(Patience { head, ..Patience::default() }).await
+}
+
+async fn house_with(patience: Patience) -> House {
     let dir = tempfile::tempdir().unwrap();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let pki = Pki::open(dir.path(), &dir.path().join("certs"), &[], clock.now()).unwrap();
@@ -56,7 +60,7 @@ async fn house(head: Duration) -> House {
         access: Access::new(store, Arc::clone(&clock)),
         artifacts: Arc::new(Artifacts::open(dir.path()).unwrap()),
         fetch: Arc::new(|_, _| Box::pin(async { Err("there is no other controller".to_owned()) })),
-        patience: Patience { head, ..Patience::default() },
+        patience,
     };
     let stop = CancellationToken::new();
     let serving = tokio::spawn(mirror.serve(listener, Acceptor::mirror(&pki, clock).unwrap(), stop.clone()));
@@ -115,5 +119,27 @@ async fn a_request_that_is_too_large_is_refused() {
         let head = String::from_utf8_lossy(head.get(..read).unwrap()).into_owned();
         assert!(head.is_empty() || head.starts_with(&format!("HTTP/1.1 {status}")), "{head}");
     }
+    house.ends().await;
+}
+
+#[tokio::test]
+async fn a_connection_too_many_waits_until_another_one_ends() {
+    let house = house_with(Patience { crowd: 1, ..Patience::default() }).await;
+    let mut first = house.connect().await;
+    first.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    let mut head = [0; 12];
+    tokio::time::timeout(DEADLINE, first.read_exact(&mut head)).await.unwrap().unwrap();
+    assert_eq!(&head, b"HTTP/1.1 404");
+    // It may wait as early as in its handshake.
+    let mut second = Box::pin(async {
+        let mut second = house.connect().await;
+        second.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+        rest(&mut second).await
+    });
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut second).await;
+    assert!(early.is_err(), "it was answered though the other one is open: {early:?}");
+    drop(first);
+    assert!((&mut second).await.starts_with("HTTP/1.1 404"));
+    drop(second);
     house.ends().await;
 }
