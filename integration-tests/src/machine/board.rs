@@ -98,11 +98,20 @@ impl Board {
                 "vfat",
                 "nls_cp437",
                 "nls_ascii",
+                "crc32c_generic",
                 "ext4",
             ],
-            Self::Raspi0 => {
-                &["bcm2835", "mmc_block", "cdc_ether", "rndis_host", "vfat", "nls_cp437", "nls_ascii", "ext4"]
-            }
+            Self::Raspi0 => &[
+                "bcm2835",
+                "mmc_block",
+                "cdc_ether",
+                "rndis_host",
+                "vfat",
+                "nls_cp437",
+                "nls_ascii",
+                "crc32c_generic",
+                "ext4",
+            ],
         }
     }
 

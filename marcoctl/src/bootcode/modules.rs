@@ -67,14 +67,16 @@ impl Modules {
         Ok(load.order)
     }
 
-    /// Modules that answer to another name, such as `crc32c`: their file names begin with it.
+    /// Modules that answer to another name, such as `crc32c` or, as newer kernels have it, `crypto_crc32c`: their file names
+    /// begin with it.
     fn aliased(&self, alias: &str) -> Result<Vec<String>> {
+        let plain = alias.strip_prefix("crypto_").unwrap_or(alias);
         let mut found = Vec::new();
         for name in
-            self.files.range(alias.to_owned()..).map(|(name, _)| name).take_while(|name| name.starts_with(alias))
+            self.files.range(plain.to_owned()..).map(|(name, _)| name).take_while(|name| name.starts_with(plain))
         {
             let (info, _) = self.load(name)?;
-            if info.aliases.iter().any(|other| *other == alias || *other == format!("crypto_{alias}")) {
+            if info.aliases.iter().any(|other| *other == plain || *other == format!("crypto_{plain}")) {
                 found.push(name.clone());
             }
         }
