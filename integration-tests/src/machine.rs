@@ -29,6 +29,10 @@ const TRYBOOT: &str = "marco-test-firmware: tryboot";
 const REBOOT: &str = "marco-test-firmware: reboot";
 /// The kernel's last word when it powers off.
 const POWER_DOWN: &str = "reboot: Power down";
+/// The kernel's last word where QEMU's board has nothing that could restart it.
+const HALTED: &str = "Reboot failed -- System halted";
+/// How often the console is looked at for that.
+const LOOK: Duration = Duration::from_secs(1);
 /// After so many starts in a row that found nothing to boot somebody would look.
 const DEAD_STARTS: usize = 3;
 
@@ -198,6 +202,10 @@ impl Machine {
                 qemu.kill().await?;
                 Ok(End::PowerCut)
             }
+            () = halted(console) => {
+                qemu.kill().await?;
+                Ok(end(&String::from_utf8_lossy(&std::fs::read(console)?)))
+            }
             status = qemu.ended() => {
                 let status = status?;
                 ensure!(status.success(), "QEMU ended with {status}\n{}", qemu.tail(20));
@@ -218,6 +226,13 @@ impl Machine {
         }
         std::fs::write(&joined, bytes)?;
         Ok(Some(joined))
+    }
+}
+
+/// Waits until the kernel has nothing left to do and cannot say so by ending QEMU.
+async fn halted(console: &Path) {
+    while !std::fs::read(console).is_ok_and(|said| String::from_utf8_lossy(&said).contains(HALTED)) {
+        tokio::time::sleep(LOOK).await;
     }
 }
 
