@@ -73,7 +73,9 @@ pub(crate) fn kernel(root: &Path) {
         b"kernel/drivers/virtio/virtio_pci.ko\nkernel/net/packet/af_packet.ko\n",
     );
     module(root, "fs/ext4/ext4.ko.xz", "depends=jbd2,mbcache softdep=pre:+crc32c alias=fs-ext4");
-    module(root, "fs/jbd2/jbd2.ko", "depends=");
+    // As newer kernels have it: the name of an algorithm, not of a file.
+    module(root, "fs/jbd2/jbd2.ko", "depends= softdep=pre:+crypto-sha256");
+    module(root, "crypto/sha256_generic.ko", "alias=crypto-sha256 depends=");
     module(root, "fs/mbcache.ko.zst", "depends=");
     module(root, "crypto/crc32c_generic.ko", "alias=crypto-crc32c depends=");
     module(root, "fs/fat/vfat.ko", "depends=fat");
