@@ -190,8 +190,11 @@ async fn traced(fleet: &Fleet, id: &str, operation: Operation) -> Result<String>
         ),
     )?;
     let strace = ["-f", "-qq", "-s", "4096", "-e", "trace=execve", "-o"].map(str::to_owned).into_iter();
-    let agent = [trace.clone(), binary("marco-agent")?, "run".into(), "--config".into(), config];
-    let arguments = strace.chain(agent.map(|path| path.display().to_string()));
+    // A strace that is killed lets go of what it traces, so the agent asks to end with it.
+    let until = [tool("setpriv")?, "--pdeathsig".into(), "KILL".into()];
+    let agent = [binary("marco-agent")?, "run".into(), "--config".into(), config];
+    let arguments =
+        strace.chain([trace.clone()].into_iter().chain(until).chain(agent).map(|path| path.display().to_string()));
     let mut agent = Recipe::new(tool("strace")?, arguments, dir.join("log")).start()?;
     wait_until(seconds(60), "the traced agent is connected", async || {
         Ok(fleet.node(id).await.is_ok_and(|node| node.connected).then_some(()))
@@ -203,6 +206,10 @@ async fn traced(fleet: &Fleet, id: &str, operation: Operation) -> Result<String>
     })
     .await?;
     agent.kill().await?;
+    wait_until(seconds(30), "the agent has ended as well", async || {
+        Ok((!fleet.node(id).await?.connected).then_some(()))
+    })
+    .await?;
     Ok(std::fs::read_to_string(&trace)?)
 }
 
@@ -219,8 +226,10 @@ async fn an_agent_runs_no_shell_whatever_the_message_says() -> Result<()> {
     for trace in [traces.0, traces.1] {
         let started = trace.lines().filter_map(|line| line.split("execve(\"").nth(1)?.split('"').next());
         let programs: BTreeSet<&str> = started.collect();
-        let known =
-            |program: &str| program.ends_with("/marco-agent") || ["/bin/true", "/usr/bin/wall"].contains(&program);
+        let ours = ["/marco-agent", "/setpriv"];
+        let known = |program: &str| {
+            ours.iter().any(|name| program.ends_with(name)) || ["/bin/true", "/usr/bin/wall"].contains(&program)
+        };
         assert!(programs.iter().all(|program| known(program)), "the agent ran {programs:?}");
         assert!(trace.contains(message), "the message did not arrive as part of one argument:\n{trace}");
     }
