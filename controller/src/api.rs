@@ -33,6 +33,7 @@ use crate::artifacts::Artifacts;
 use crate::clock::Clock;
 use crate::identity::access::Access;
 use crate::identity::ca::Ca;
+use crate::identity::calls::MAX_MESSAGE;
 use crate::identity::gate::code_word;
 use crate::identity::record::OK;
 use crate::identity::{Caller, shown};
@@ -43,9 +44,6 @@ pub(crate) use artifact::remove_unneeded;
 pub(crate) use peers::fetcher;
 pub use schedule::prepare_fire;
 pub use status::{ApiError, Violation};
-
-/// Largest message that a caller may send; bodies are small but for artifacts, whose chunks are 256 KiB.
-const MAX_MESSAGE: usize = 1024 * 1024;
 
 macro_rules! limited {
     ($server:ident, $service:expr) => {

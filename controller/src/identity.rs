@@ -3,6 +3,7 @@
 pub mod access;
 pub mod api_tokens;
 pub mod ca;
+pub mod calls;
 pub mod gate;
 pub mod rate;
 pub mod record;

@@ -39,6 +39,7 @@ use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
 use crate::identity::access::Access;
 use crate::identity::ca::Pki;
+use crate::identity::calls::CallsLayer;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::{Acceptor, enrolment_builder, incoming, server_builder};
 use crate::mirror::{Mirror, Patience};
@@ -46,7 +47,8 @@ use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
 use crate::store::Store;
 
-/// How long streams have to end after they were told to. systemd's unit allows a little more.
+/// How long streams have to end after they were told to, and calls that change something. systemd's unit allows a little
+/// more.
 const DRAIN: Duration = Duration::from_secs(10);
 /// How long connections have to close after their streams ended.
 const CLOSE: Duration = Duration::from_secs(5);
@@ -188,18 +190,23 @@ impl Controller {
             ca: self.pki.ca.spki_sha256(),
             controller: context.controller.clone(),
         };
+        // Calls that change something, whoever still waits for them.
+        let calls = TaskTracker::new();
         let api = server_builder()
-            .layer(GateLayer::new(Arc::clone(&context.access)))
+            .layer(GateLayer::new(Arc::clone(&context.access), calls.clone()))
             .add_routes(api::routes(&context).await?)
             .serve_with_incoming_shutdown(
                 incoming(self.api, self.api_acceptor),
                 servers_stop.clone().cancelled_owned(),
             );
         servers.spawn(async move { api.await.context("the API's server failed") });
-        let enrolment = enrolment_builder().add_routes(api::enrollment_routes(&context)).serve_with_incoming_shutdown(
-            incoming(self.enrolment, self.enrolment_acceptor),
-            servers_stop.clone().cancelled_owned(),
-        );
+        let enrolment = enrolment_builder()
+            .layer(CallsLayer::new(calls.clone()))
+            .add_routes(api::enrollment_routes(&context))
+            .serve_with_incoming_shutdown(
+                incoming(self.enrolment, self.enrolment_acceptor),
+                servers_stop.clone().cancelled_owned(),
+            );
         servers.spawn(async move { enrolment.await.context("the enrolment server failed") });
         if let Some(listener) = self.mirror {
             let mirror = Mirror {
@@ -258,10 +265,14 @@ impl Controller {
 
         context.sessions.end_all(End::Shutdown);
         servers_stop.cancel();
-        let drained = context.sessions.drained(DRAIN).await;
+        calls.close();
+        let (drained, finished) =
+            tokio::join!(context.sessions.drained(DRAIN), tokio::time::timeout(DRAIN, calls.wait()));
         context.stop.cancel();
         context.tasks.close();
         let ended = tokio::time::timeout(CLOSE, async {
+            // One that came in on a connection that was open is there, too.
+            calls.wait().await;
             context.tasks.wait().await;
             while parts.join_next().await.is_some() {}
             while servers.join_next().await.is_some() {}
@@ -272,7 +283,7 @@ impl Controller {
         }
         match failed {
             Some(error) => Err(error),
-            None => Ok(drained && ended),
+            None => Ok(drained && finished.is_ok() && ended),
         }
     }
 }

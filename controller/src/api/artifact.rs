@@ -205,13 +205,14 @@ async fn next(
     }
 }
 
-async fn upload(
+/// Takes the bytes and checks them; no name points at them yet.
+async fn receive(
     context: &Context,
     caller: &Caller,
     target: &mut String,
     messages: &mut Streaming<v1::UploadArtifactRequest>,
     answers: &UploadAnswers,
-) -> Result<v1::Artifact, ApiError> {
+) -> Result<ArtifactRow, ApiError> {
     let header = header(next(messages).await?)?;
     *target = header.id.name();
     let mut upload = context.artifacts.begin(header.sha256, header.size).await.map_err(artifact_error)?;
@@ -257,7 +258,7 @@ async fn upload(
             }
         }
     };
-    let row = ArtifactRow {
+    Ok(ArtifactRow {
         id: header.id,
         kind: header.kind,
         purpose: header.purpose,
@@ -271,7 +272,11 @@ async fn upload(
         push_time: context.clock.now(),
         creator: caller.name.clone(),
         default_for: Vec::new(),
-    };
+    })
+}
+
+/// Makes a name point at the bytes that came.
+async fn keep(context: &Context, row: ArtifactRow) -> Result<v1::Artifact, ApiError> {
     if let Some(unused) = context.store.put_artifact(&row).await? {
         remove(context, &unused).await?;
     }
@@ -330,12 +335,17 @@ impl ArtifactService for ArtifactsApi {
         self.context.tasks.spawn(async move {
             let mut target = String::new();
             // Dropped at any point, the bytes that came are kept for another try, and nothing else was changed.
-            let result = tokio::select! {
+            let received = tokio::select! {
                 () = stop.cancelled() => Err(ApiError::Aborted {
                     reason: "STOPPING",
                     message: "the controller is stopping; push again to go on".to_owned(),
                 }),
-                result = upload(&context, &caller, &mut target, &mut messages, &sender) => result,
+                received = receive(&context, &caller, &mut target, &mut messages, &sender) => received,
+            };
+            // From here on nothing stops it: the name points at the bytes, and the record says so.
+            let result = match received {
+                Ok(row) => keep(&context, row).await,
+                Err(error) => Err(error),
             };
             context.audit(&caller, "UploadArtifact", &target, &result).await;
             let last = result.map_err(Status::from).map(|artifact| v1::UploadArtifactResponse {

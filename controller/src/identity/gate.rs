@@ -11,11 +11,13 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use tokio_util::sync::WaitForCancellationFutureOwned;
+use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::access::{Access, Entered, Refused};
+use super::calls::{Calls, whole};
 use super::record::OK;
 use super::roles;
 use super::tls::PeerInfo;
@@ -26,23 +28,26 @@ use crate::store::AuditRow;
 pub const FILE_MIRROR: &str = "FileMirror";
 
 /// Domain of every reason that the controller gives.
-const DOMAIN: &str = "marco.bootstrap";
+pub(super) const DOMAIN: &str = "marco.bootstrap";
 
 /// Puts [`Caller`] into the extensions of requests that may pass, and answers the rest.
 #[derive(Clone)]
-pub struct GateLayer(Arc<Access>);
+pub struct GateLayer {
+    access: Arc<Access>,
+    calls: Calls,
+}
 
 impl GateLayer {
-    /// A gate that asks `access`.
-    pub fn new(access: Arc<Access>) -> Self {
-        Self(access)
+    /// A gate that asks `access`. Calls that change something are tasks of the server.
+    pub fn new(access: Arc<Access>, tasks: TaskTracker) -> Self {
+        Self { access, calls: Calls::new(tasks) }
     }
 }
 
 impl<S> tower::Layer<S> for GateLayer {
     type Service = Gate<S>;
     fn layer(&self, inner: S) -> Gate<S> {
-        Gate { inner, access: Arc::clone(&self.0) }
+        Gate { inner, access: Arc::clone(&self.access), calls: self.calls.clone() }
     }
 }
 
@@ -51,13 +56,14 @@ impl<S> tower::Layer<S> for GateLayer {
 pub struct Gate<S> {
     inner: S,
     access: Arc<Access>,
+    calls: Calls,
 }
 
 impl<S> tower::Service<http::Request<Body>> for Gate<S>
 where
     S: tower::Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
     S: Clone + Send + 'static,
-    S::Future: Send,
+    S::Future: Send + 'static,
 {
     type Response = http::Response<Body>;
     type Error = Infallible;
@@ -71,7 +77,7 @@ where
         // The one that is ready is used; its clone is made ready for the next call.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
-        let access = Arc::clone(&self.access);
+        let (access, calls) = (Arc::clone(&self.access), self.calls.clone());
         Box::pin(async move {
             let method = request.uri().path().to_owned();
             let peer = request.extensions().get::<PeerInfo>().cloned();
@@ -88,7 +94,10 @@ where
                     if let Some(peer) = &peer {
                         row.from = super::shown(peer.addr).to_string();
                     }
-                    access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await;
+                    // Whoever leaves is recorded all the same; how many, the recorder bounds.
+                    calls
+                        .note(async move { access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await })
+                        .await;
                     return Ok(status.into_http());
                 }
             };
@@ -97,13 +106,45 @@ where
                 // The sweep of sessions checks these, and says good-bye.
                 return inner.call(request).await;
             }
+            let pass = Arc::clone(&caller.pass);
             let entered = access.enter_call(&method, caller.clone());
-            let request = request.map(|body| Body::new(Cuttable::new(body, &caller.pass, None)));
-            let response = inner.call(request).await?;
-            record(&access, &caller, &method, Status::from_header_map(response.headers())).await;
-            Ok(response.map(|body| Body::new(Cuttable::new(body, &caller.pass, Some(entered)))))
+            let request = request.map(|body| Body::new(Cuttable::new(body, &pass, None)));
+            let response = if roles::runs_to_its_end(&method) {
+                match whole(request).await {
+                    Ok(request) => {
+                        let work = async move {
+                            let response = inner.call(request).await.unwrap_or_else(|never| match never {});
+                            if let Some(row) = unrecorded(&access, &caller, &method, &response) {
+                                access.recorder().record(row, Some(caller.from.ip())).await;
+                            }
+                            response
+                        };
+                        calls.finish(work).await
+                    }
+                    Err(status) => noted(&calls, access, &caller, &method, status.into_http()).await,
+                }
+            } else {
+                let response = inner.call(request).await?;
+                noted(&calls, access, &caller, &method, response).await
+            };
+            Ok(response.map(|body| Body::new(Cuttable::new(body, &pass, Some(entered)))))
         })
     }
+}
+
+/// The answer, recorded whether or not somebody waits for it.
+async fn noted(
+    calls: &Calls,
+    access: Arc<Access>,
+    caller: &Caller,
+    method: &str,
+    response: http::Response<Body>,
+) -> http::Response<Body> {
+    if let Some(row) = unrecorded(&access, caller, method, &response) {
+        let address = caller.from.ip();
+        calls.note(async move { access.recorder().record(row, Some(address)).await }).await;
+    }
+    response
 }
 
 fn row(access: &Access, caller: Option<&Caller>, method: &str, code: Code, message: &str) -> AuditRow {
@@ -135,16 +176,17 @@ pub async fn record_refused_file(
     access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await;
 }
 
-/// Records a call that its handler has not recorded: one that changes something, or that was refused. An answer without
-/// a status in its headers was given, or has begun.
-async fn record(access: &Access, caller: &Caller, method: &str, status: Option<Status>) {
+/// The record of a call that its handler has not recorded: one that changes something, or that was refused. An answer
+/// without a status in its headers was given, or has begun.
+fn unrecorded(access: &Access, caller: &Caller, method: &str, response: &http::Response<Body>) -> Option<AuditRow> {
+    let status = Status::from_header_map(response.headers());
     let code = status.as_ref().map_or(Code::Ok, Status::code);
     let refused = matches!(code, Code::PermissionDenied | Code::Unauthenticated);
     if caller.pass.is_recorded() || !(refused || roles::changes_something(method)) {
-        return;
+        return None;
     }
     let message = status.as_ref().map(Status::message).unwrap_or_default();
-    access.recorder().record(row(access, Some(caller), method, code, message), Some(caller.from.ip())).await;
+    Some(row(access, Some(caller), method, code, message))
 }
 
 /// A gRPC status code as it is spelt in the audit.

@@ -146,6 +146,12 @@ pub fn changes_something(method_path: &str) -> bool {
     method_path.starts_with(OURS) && !is_session(method_path) && !READS.iter().any(|verb| name.starts_with(verb))
 }
 
+/// Whether it is a task of its own, which its caller's leaving does not end. An upload is none: it lives on what its caller
+/// sends, its handler keeps and records what came of it, and nothing is changed before that.
+pub fn runs_to_its_end(method_path: &str) -> bool {
+    changes_something(method_path) && method_path != "/marco.bootstrap.v1.ArtifactService/UploadArtifact"
+}
+
 /// Whether it is the session of a node, which is swept by itself.
 pub fn is_session(method_path: &str) -> bool {
     method_path == "/marco.bootstrap.v1.AgentService/Connect"

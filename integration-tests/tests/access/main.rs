@@ -9,6 +9,7 @@
 
 mod audit;
 mod doors;
+mod leaving;
 mod live;
 mod renewal;
 mod scene;

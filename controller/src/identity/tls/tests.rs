@@ -17,6 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_util::task::TaskTracker;
 use tonic::body::Body;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -280,7 +281,7 @@ async fn served_by(house: &House, server: tonic::transport::Server) -> (SocketAd
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let url = format!("sqlite://{}", house._dir.path().join("gate.db").display());
     let access = Access::new(Store::open(&url).await.unwrap(), house.clock.clone());
-    let router = { server }.layer(GateLayer::new(access)).add_service(health);
+    let router = { server }.layer(GateLayer::new(access, TaskTracker::new())).add_service(health);
     let connections = incoming(listener, house.api());
     let task = tokio::spawn(async move { router.serve_with_incoming(connections).await.unwrap() });
     (addr, task)

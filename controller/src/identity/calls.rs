@@ -1,0 +1,141 @@
+//! Calls that run to their end, whether or not their caller waits for it: HTTP/2 drops the work of a stream that is reset,
+//! and of a connection that closes, and what a call has changed by then must not go without its record.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+use tonic::Status;
+use tonic::body::Body;
+use tonic_types::{ErrorDetails, StatusExt as _};
+
+use super::gate::DOMAIN;
+
+/// Largest message that a caller may send; bodies are small but for artifacts, whose chunks are 256 KiB.
+pub const MAX_MESSAGE: usize = 1024 * 1024;
+/// What gRPC puts before a message: a flag and its length.
+const MESSAGE_HEAD: usize = 5;
+/// So many calls are at work at once; others wait, and those that wait are dropped with their callers. Without a bound
+/// whoever asks and leaves, again and again, would fill the memory. The database has a dozen connections to write.
+const ROOM: usize = 256;
+
+/// Where such calls run: tasks that the server awaits at its end.
+#[derive(Debug, Clone)]
+pub struct Calls {
+    tasks: TaskTracker,
+    room: Arc<Semaphore>,
+}
+
+impl Calls {
+    /// Calls of one listener, as tasks of the server.
+    pub fn new(tasks: TaskTracker) -> Self {
+        Self { tasks, room: Arc::new(Semaphore::new(ROOM)) }
+    }
+
+    /// Does it as a task of its own. Dropping the wait for room loses nothing, because nothing has begun; dropping the wait
+    /// for the answer loses the answer alone.
+    pub(super) async fn finish(
+        &self,
+        work: impl Future<Output = http::Response<Body>> + Send + 'static,
+    ) -> http::Response<Body> {
+        let Ok(room) = Arc::clone(&self.room).acquire_owned().await else { return failed().into_http() };
+        let task = self.tasks.spawn(async move {
+            let _room = room;
+            work.await
+        });
+        task.await.unwrap_or_else(|error| {
+            tracing::error!(error = &*crate::chain(&error), "a call ended before its time");
+            failed().into_http()
+        })
+    }
+
+    /// Does something short that is bounded otherwise, as a task of its own.
+    pub(super) async fn note(&self, work: impl Future<Output = ()> + Send + 'static) {
+        if let Err(error) = self.tasks.spawn(work).await {
+            tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
+        }
+    }
+}
+
+fn failed() -> Status {
+    let details = ErrorDetails::with_error_info("INTERNAL", DOMAIN, []);
+    Status::with_error_details(tonic::Code::Internal, "the call failed within the controller", details)
+}
+
+/// The request with all of its one message, so that what is half said begins nothing and takes no room.
+///
+/// # Errors
+/// What is to be answered: the message is too large, or did not come.
+pub(super) async fn whole(request: http::Request<Body>) -> Result<http::Request<Body>, Status> {
+    let (parts, body) = request.into_parts();
+    let bytes = match Limited::new(body, MAX_MESSAGE + MESSAGE_HEAD).collect().await {
+        Ok(collected) => collected.to_bytes(),
+        Err(error) if error.is::<LengthLimitError>() => {
+            return Err(Status::out_of_range(format!("a message may have {MAX_MESSAGE} bytes, and this one has more")));
+        }
+        Err(error) => {
+            let status = error.downcast::<Status>().map(|status| *status);
+            return Err(status.unwrap_or_else(|_| Status::cancelled("the request ended before its message did")));
+        }
+    };
+    Ok(http::Request::from_parts(parts, Body::new(Full::new(bytes))))
+}
+
+/// Lets every call of a listener run to its end.
+#[derive(Clone)]
+pub struct CallsLayer(Calls);
+
+impl CallsLayer {
+    /// As tasks of the server.
+    pub fn new(tasks: TaskTracker) -> Self {
+        Self(Calls::new(tasks))
+    }
+}
+
+impl<S> tower::Layer<S> for CallsLayer {
+    type Service = Finished<S>;
+    fn layer(&self, inner: S) -> Finished<S> {
+        Finished { inner, calls: self.0.clone() }
+    }
+}
+
+/// A service whose calls run to their end.
+#[derive(Clone)]
+pub struct Finished<S> {
+    inner: S,
+    calls: Calls,
+}
+
+impl<S> tower::Service<http::Request<Body>> for Finished<S>
+where
+    S: tower::Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        // The one that is ready is used; its clone is made ready for the next call.
+        let next = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, next);
+        let calls = self.calls.clone();
+        Box::pin(async move {
+            let request = match whole(request).await {
+                Ok(request) => request,
+                Err(status) => return Ok(status.into_http()),
+            };
+            Ok(calls.finish(async move { inner.call(request).await.unwrap_or_else(|never| match never {}) }).await)
+        })
+    }
+}
