@@ -63,7 +63,7 @@ pub use scope::Scope;
 pub use sessions::{CLONED, SessionOutcome, SessionStart};
 pub use steering::{AbandonOutcome, SteerOutcome};
 pub use tokens::{NewToken, Stranded, TokenRow};
-pub use users::{CreateUserOutcome, UserRow};
+pub use users::{CreateUserOutcome, UpdateUserOutcome, UserRow};
 
 /// What keeps the store from answering.
 #[derive(Debug, thiserror::Error)]

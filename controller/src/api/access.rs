@@ -15,7 +15,8 @@ use crate::identity::api_tokens::ApiSecret;
 use crate::identity::ca::RequestError;
 use crate::identity::roles::Role;
 use crate::store::{
-    ApiTokenRow, AuditQuery, CertificateQuery, CertificateRow, CreateUserOutcome, Scope, StoredCertificate, UserRow,
+    ApiTokenRow, AuditQuery, CertificateQuery, CertificateRow, CreateUserOutcome, Scope, StoredCertificate,
+    UpdateUserOutcome, UserRow,
 };
 
 /// How long a user's certificate is valid unless the caller says otherwise.
@@ -171,11 +172,17 @@ impl Doors {
         };
         let selector = selector.unwrap_or_else(|| before.scope.labels().clone().into_iter().collect());
         let scope = scope("user.selector", selector, role_then)?;
-        let row = self.context.store.update_user(&id, role.map(Role::as_str), Some(&scope)).await?;
-        row.map(|row| convert::user(&row)).ok_or_else(|| ApiError::Precondition {
-            reason: "USER_REVOKED",
-            message: format!("{} is shut out; `marcoctl users create {id}` lets it in again", id.name()),
-        })
+        match self.context.store.update_user(&before, role_then.as_str(), &scope).await? {
+            UpdateUserOutcome::Updated(row) => Ok(convert::user(&row)),
+            UpdateUserOutcome::ChangedMeanwhile => Err(ApiError::Aborted {
+                reason: "CHANGED_MEANWHILE",
+                message: format!("{} was changed by somebody else just now; look at it and try again", id.name()),
+            }),
+            UpdateUserOutcome::Revoked => Err(ApiError::Precondition {
+                reason: "USER_REVOKED",
+                message: format!("{} is shut out; `marcoctl users create {id}` lets it in again", id.name()),
+            }),
+        }
     }
 
     async fn revoke_user(&self, caller: &Caller, name: &str) -> Result<v1::User, ApiError> {

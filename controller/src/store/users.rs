@@ -25,6 +25,17 @@ pub struct UserRow {
     pub revoke_time: Option<DateTime<Utc>>,
 }
 
+/// What became of changing a user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum UpdateUserOutcome {
+    /// The user as it is now.
+    Updated(UserRow),
+    /// It may not any more what it might before; nothing is changed.
+    ChangedMeanwhile,
+    /// It is shut out.
+    Revoked,
+}
+
 /// What became of making a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CreateUserOutcome {
@@ -92,24 +103,31 @@ impl Store {
             .collect()
     }
 
-    /// Changes what a user may; `None`: no such user, or it is shut out.
+    /// Changes what a user may, and only while it may what it might `before`: role and scope are allowed together or not
+    /// at all.
     pub async fn update_user(
         &self,
-        id: &UserId,
-        role: Option<&str>,
-        scope: Option<&Scope>,
-    ) -> Result<Option<UserRow>, StoreError> {
+        before: &UserRow,
+        role: &str,
+        scope: &Scope,
+    ) -> Result<UpdateUserOutcome, StoreError> {
         let tx = self.begin().await?;
-        let changed = sql("UPDATE users SET role = COALESCE(?, role), selector = COALESCE(?, selector) \
-                           WHERE id = ? AND revoke_time IS NULL")
-        .bind(role.map(str::to_owned))
-        .bind(scope.map(super::sql::to_json))
-        .bind(id.as_str())
+        let changed = sql("UPDATE users SET role = ?, selector = ? \
+                           WHERE id = ? AND revoke_time IS NULL AND role = ? AND selector = ?")
+        .bind(role)
+        .json(scope)
+        .bind(before.id.as_str())
+        .bind(before.role.as_str())
+        .json(&before.scope)
         .run(&*tx)
         .await?;
-        let row = find(&*tx, id).await?;
+        let row = find(&*tx, &before.id).await?;
         self.commit(tx).await?;
-        Ok(row.filter(|_| changed == 1))
+        Ok(match row {
+            Some(row) if changed == 1 => UpdateUserOutcome::Updated(row),
+            Some(row) if row.revoke_time.is_some() => UpdateUserOutcome::Revoked,
+            _ => UpdateUserOutcome::ChangedMeanwhile,
+        })
     }
 
     /// One user.

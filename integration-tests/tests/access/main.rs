@@ -16,4 +16,5 @@ mod scene;
 mod schedules;
 mod table;
 mod tokens;
+mod users;
 mod walk;

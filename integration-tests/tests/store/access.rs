@@ -3,7 +3,7 @@
 use marco_controller::operation::{ExecutionState, OperationState};
 use marco_controller::store::{
     ApiTokenRow, CertificateQuery, CertificateRow, CreateUserOutcome, NewOperation, OperationQuery, Reach, Scope,
-    UserRow,
+    UpdateUserOutcome, UserRow,
 };
 use marco_proto::names::{ApiTokenId, ExecutionId, UserId};
 
@@ -40,12 +40,18 @@ pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixtur
     assert!(found.iter().all(|one| one.role.as_deref() == Some("operator") && one.scope == blue() && !one.revoked));
     assert!(f.store.scope_keys().await.unwrap().contains("room"));
 
-    let changed = f.store.update_user(&kim.id, Some("viewer"), Some(&Scope::everything())).await.unwrap().unwrap();
-    assert_eq!((changed.role.as_str(), changed.scope.is_everything()), ("viewer", true));
+    let everything = Scope::everything();
+    let changed = f.store.update_user(&kim, "viewer", &everything).await.unwrap();
+    let viewer = user("kim", "viewer", everything.clone());
+    assert_eq!(changed, UpdateUserOutcome::Updated(viewer.clone()));
+    // Whoever saw it as it was before would make something that nobody decided.
+    let late = f.store.update_user(&kim, "operator", &Scope::new(labels(&[("room", "red")]))).await.unwrap();
+    assert_eq!(late, UpdateUserOutcome::ChangedMeanwhile);
+    assert_eq!(f.store.user(&kim.id).await.unwrap(), Some(viewer.clone()));
     assert!(!f.store.scope_keys().await.unwrap().contains("room"));
     assert_eq!(f.store.revoke_user(&kim.id, after(5)).await.unwrap().unwrap().revoke_time, Some(after(5)));
     assert!(f.store.standings(&serials).await.unwrap().iter().all(|one| one.revoked));
-    assert_eq!(f.store.update_user(&kim.id, Some("admin"), None).await.unwrap(), None);
+    assert_eq!(f.store.update_user(&viewer, "admin", &everything).await.unwrap(), UpdateUserOutcome::Revoked);
     // One who comes back gets a new certificate; the old ones stay useless.
     f.store.create_user(&other, &certificate_of(&other, "0f")).await.unwrap();
     let now = f.store.standings(&["0a".to_owned(), "0f".to_owned()]).await.unwrap();
