@@ -199,6 +199,12 @@ impl Operations {
             name => Some(NodeId::parse(name).map_err(|error| ApiError::invalid("filter.node", error.to_string()))?),
         };
         let scope = caller.scope();
+        if let Some(node) = &node
+            && !scope.is_everything()
+        {
+            // Those that lie half outside are seen, but not that it is this node with which they do.
+            self.context.node_for(caller, node).await?;
+        }
         let query = OperationQuery { after, limit: size + 1, states, node, scope: scope.clone() };
         let rows = self.context.store.operations(&query).await?;
         let (mut rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());

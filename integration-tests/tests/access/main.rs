@@ -9,6 +9,7 @@
 
 mod audit;
 mod doors;
+mod filters;
 mod leaving;
 mod live;
 mod renewal;

@@ -89,7 +89,10 @@ pub(crate) struct Scene {
 
 impl Scene {
     pub(crate) async fn set() -> Result<Self> {
-        let fleet = Fleet::builder().pis(0).start().await?;
+        Self::of(Fleet::builder().pis(0).start().await?).await
+    }
+
+    pub(crate) async fn of(fleet: Fleet) -> Result<Self> {
         let node = node(&fleet, "in-1", "in").await?;
         self::node(&fleet, "in-2", "in").await?;
         self::node(&fleet, "out-1", "out").await?;
