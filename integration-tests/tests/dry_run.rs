@@ -4,15 +4,21 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use integration_tests::certs::NodeKey;
 use integration_tests::fleet::{reboot, update};
 use integration_tests::image::{Compression, make_image};
 use integration_tests::process::{binary, run};
 use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
+use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
+use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::operation_check::Verdict;
-use marco_proto::v1::{CheckOperationRequest, ListOperationsRequest, Operation, OperationCheck};
+use marco_proto::v1::{
+    Board, CheckOperationRequest, CreateJoinTokenRequest, EnrollRequest, ListOperationsRequest, Operation,
+    OperationCheck, QuarantineNodeRequest,
+};
 use tonic::{Code, Status};
 
 async fn check(fleet: &Fleet, operation: Operation) -> Result<Vec<OperationCheck>, Status> {
@@ -69,6 +75,77 @@ async fn what_a_node_would_refuse_is_told_before_it_is_asked_to() -> Result<()> 
         Ok(told.iter().all(|check| check.verdict() == Verdict::Waits && check.reason == "NODE_OFFLINE").then_some(()))
     })
     .await?;
+    fleet.went_well();
+    Ok(())
+}
+
+/// A node that never connects.
+async fn absent(fleet: &Fleet, id: &str, require_approval: bool) -> Result<()> {
+    let request = CreateJoinTokenRequest { require_approval, ..CreateJoinTokenRequest::default() };
+    let token = fleet.nodes().create_join_token(request).await?.into_inner().token;
+    let key = NodeKey::generate()?;
+    let channel = fleet.admin().anonymous().channel(fleet.addresses().enroll)?;
+    let request = EnrollRequest {
+        token,
+        certificate_request: key.request(&key)?.pem,
+        node_id: id.to_owned(),
+        board: Some(Board::default()),
+    };
+    EnrollmentServiceClient::new(channel).enroll(request).await?;
+    Ok(())
+}
+
+/// Asked before, the answer is what the execution then waits for.
+async fn waits_for(fleet: &Fleet, id: &str, reason: &str) -> Result<()> {
+    let asked = check(fleet, reboot(&[id], Duration::ZERO)).await?;
+    let [asked] = asked.as_slice() else { anyhow::bail!("{asked:?}") };
+    assert_eq!((asked.verdict(), asked.reason.as_str()), (Verdict::Waits, reason), "{id}: {asked:?}");
+    assert!(asked.message.contains(id), "{asked:?}");
+    let created = fleet.create(reboot(&[id], Duration::ZERO)).await?;
+    let waits = fleet.execution(&created.name, id).await?;
+    assert_eq!(waits.wait_reason().as_str_name(), format!("WAIT_REASON_{reason}"), "{id}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dry_run_says_what_the_operation_then_waits_for() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let busy = fleet.ids().await?.remove(0);
+    absent(&fleet, "away", false).await?;
+    absent(&fleet, "held", true).await?;
+    absent(&fleet, "out", false).await?;
+    let quarantine = QuarantineNodeRequest { name: "nodes/out".to_owned(), reason: "smoke".to_owned() };
+    fleet.nodes().quarantine_node(quarantine).await?;
+    let work = fleet.create(reboot(&[&busy], seconds(600))).await?;
+    fleet.execution_is(&work.name, &busy, seconds(60), State::Running).await?;
+    for (id, reason) in [
+        ("away", "NODE_OFFLINE"),
+        ("held", "AWAITING_APPROVAL"),
+        ("out", "NODE_QUARANTINED"),
+        (busy.as_str(), "NODE_BUSY"),
+    ] {
+        waits_for(&fleet, id, reason).await?;
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_installer_that_waits_for_an_image_would_not_reboot() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let token = fleet.dir().join("token");
+    fs::write(&token, fleet.token(1).await?)?;
+    fleet.start_new_agents(&["--token-file".to_owned(), token.display().to_string(), "--blank".to_owned()])?;
+    let id = wait_until(seconds(60), "the installer is connected", async || {
+        let node = fleet.list_nodes().await?.into_iter().find(|node| node.connected);
+        Ok(node.map(|node| node.name.trim_start_matches("nodes/").to_owned()))
+    })
+    .await?;
+    waits_for(&fleet, &id, "NODE_INSTALLING").await?;
+    let file = make_image(fleet.dir(), "next", Compression::Gzip)?;
+    push(&mut fleet.artifacts(), "next", Kind::Image, Purpose::Unspecified, &file).await?;
+    let told = check(&fleet, update(&[&id], "next", "")).await?;
+    assert!(told.iter().all(|check| check.verdict() == Verdict::Ready), "{told:?}");
     fleet.went_well();
     Ok(())
 }

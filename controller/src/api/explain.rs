@@ -160,7 +160,8 @@ fn cancel(row: &ExecutionRow, operation: &str) -> Vec<String> {
     vec![format!("Stop it while that is still possible: marcoctl operations cancel {operation}")]
 }
 
-fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, Vec<String>) {
+/// What an execution on a node waits for, and what can be done about it.
+pub(super) fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, Vec<String>) {
     let cancel = format!("Stop it: marcoctl operations cancel {operation}");
     match reason {
         Some(WaitReason::NotDue) => ("It waits for the operation's schedule_time.".to_owned(), vec![cancel]),

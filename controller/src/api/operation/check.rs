@@ -4,9 +4,10 @@ use marco_proto::v1;
 use marco_proto::v1::operation_check::Verdict;
 
 use super::{Operations, read};
+use crate::api::explain::waiting;
 use crate::api::status::ApiError;
 use crate::identity::Caller;
-use crate::operation::{Action, NodeState};
+use crate::operation::{Action, NodeMode, OperationState, WaitContext, WaitReason, wait_reason};
 use crate::store::NodeRow;
 
 impl Operations {
@@ -25,32 +26,42 @@ impl Operations {
         }
         let mut rows = self.context.store.nodes_by_id(&nodes.ids).await?;
         rows.sort_by(|one, other| one.id.as_str().cmp(other.id.as_str()));
-        let is_update = matches!(action, Action::Update(_));
-        Ok(v1::CheckOperationResponse { checks: rows.iter().map(|row| check_of(row, is_update)).collect() })
+        Ok(v1::CheckOperationResponse { checks: rows.iter().map(|row| check_of(row, &action)).collect() })
     }
 }
 
-/// The worst that stands in the way of one node.
-fn check_of(row: &NodeRow, is_update: bool) -> v1::OperationCheck {
-    let refusal = row.system.update_refusal.as_ref().filter(|_| is_update);
-    let (verdict, reason, message) = if let Some(refusal) = refusal {
-        (Verdict::Refused, refusal.reason.clone(), refusal.message.clone())
-    } else if row.state == NodeState::AwaitingApproval {
-        let message = "it is not admitted yet: `marcoctl nodes approve` admits it".to_owned();
-        (Verdict::Waits, "AWAITING_APPROVAL".to_owned(), message)
-    } else if row.state == NodeState::Quarantined {
-        let message = "it is shut out until it is approved: `marcoctl nodes approve` admits it again".to_owned();
-        (Verdict::Waits, "QUARANTINED".to_owned(), message)
-    } else if !row.connected {
-        let message = match row.last_seen {
-            Some(time) => format!("it has no open stream; it was last heard of at {}", time.to_rfc3339()),
-            None => "it was never heard of".to_owned(),
-        };
-        (Verdict::Waits, "NODE_OFFLINE".to_owned(), message)
-    } else if let Some(execution) = &row.active_execution {
-        (Verdict::Waits, "NODE_BUSY".to_owned(), format!("it is at work on {}", execution.name()))
-    } else {
-        (Verdict::Ready, String::new(), String::new())
+/// What stands in the way of one node: that it would refuse, else what its execution would wait for when it is due.
+fn check_of(row: &NodeRow, action: &Action) -> v1::OperationCheck {
+    let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
+    let (verdict, reason, message) = match (refusal, lacks(row, action)) {
+        (Some(refusal), _) => (Verdict::Refused, refusal.reason.clone(), refusal.message.clone()),
+        (None, WaitReason::Due) => (Verdict::Ready, String::new(), String::new()),
+        (None, reason) => (Verdict::Waits, reason.as_str().to_owned(), sentence(row, reason)),
     };
     v1::OperationCheck { node: row.id.name(), verdict: verdict.into(), reason, message }
+}
+
+/// What an execution on this node would wait for. The time and the window are the operation's own, and whoever asks has
+/// them at hand; they would hide what the nodes lack.
+fn lacks(row: &NodeRow, action: &Action) -> WaitReason {
+    wait_reason(&WaitContext {
+        operation: OperationState::Running,
+        installs_image: action.image().is_some(),
+        early: false,
+        node: row.state,
+        connected: row.connected,
+        mode: row.mode.unwrap_or(NodeMode::Running),
+        busy: row.active_execution.is_some(),
+        window_closed: false,
+    })
+}
+
+fn sentence(row: &NodeRow, reason: WaitReason) -> String {
+    let (text, _) = waiting(Some(reason), &row.id.name(), "");
+    match (reason, row.last_seen, &row.active_execution) {
+        (WaitReason::NodeOffline, Some(time), _) => format!("{text} It was last heard of at {}.", time.to_rfc3339()),
+        (WaitReason::NodeOffline, None, _) => format!("{text} It was never heard of."),
+        (WaitReason::NodeBusy, _, Some(execution)) => format!("{text} It is at work on {}.", execution.name()),
+        _ => text,
+    }
 }
