@@ -75,7 +75,8 @@ impl Store {
         Ok(CreateUserOutcome::Created(stored))
     }
 
-    /// Notes a certificate that the CA issued before anybody noted it, and its user, as far as they are not known.
+    /// Notes a certificate that the CA issued before anybody noted it, and its user, as far as they are not known. One of a
+    /// user that is shut out is revoked with its others: it does not come back to life with a user of that name.
     pub async fn enter_certificate(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         sql("INSERT INTO users (id, role, selector, create_time, creator) VALUES (?, ?, ?, ?, ?) \
@@ -87,7 +88,16 @@ impl Store {
         .bind(user.creator.as_str())
         .run(&*tx)
         .await?;
+        // Held, so that whoever shuts the user out comes before, and is seen here, or after, and then finds the certificate.
+        let user = sql("SELECT revoke_time FROM users WHERE id = ? {lock}").bind(user.id.as_str()).one(&*tx).await?;
         certificates::insert_if_new(&*tx, certificate).await?;
+        if let Some(shut_out) = user.map(|row| row.maybe_time("revoke_time")).transpose()?.flatten() {
+            sql("UPDATE certificates SET revoke_time = ? WHERE serial = ? AND node IS NULL AND revoke_time IS NULL")
+                .time(shut_out)
+                .bind(certificate.serial.as_str())
+                .run(&*tx)
+                .await?;
+        }
         tx.commit().await
     }
 

@@ -52,10 +52,14 @@ pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixtur
     assert_eq!(f.store.revoke_user(&kim.id, after(5)).await.unwrap().unwrap().revoke_time, Some(after(5)));
     assert!(f.store.standings(&serials).await.unwrap().iter().all(|one| one.revoked));
     assert_eq!(f.store.update_user(&viewer, "admin", &everything).await.unwrap(), UpdateUserOutcome::Revoked);
+    // One that is seen for the first time now is as useless as the others, for good.
+    f.store.enter_certificate(&other, &certificate_of(&other, "0e")).await.unwrap();
+    assert_eq!(f.store.certificate("0e").await.unwrap().unwrap().revoke_time, Some(after(5)));
     // One who comes back gets a new certificate; the old ones stay useless.
     f.store.create_user(&other, &certificate_of(&other, "0f")).await.unwrap();
-    let now = f.store.standings(&["0a".to_owned(), "0f".to_owned()]).await.unwrap();
-    assert!(now.iter().all(|one| one.revoked == (one.serial == "0a")), "{now:?}");
+    let now = f.store.standings(&["0a", "0e", "0f"].map(str::to_owned)).await.unwrap();
+    assert_eq!(now.len(), 3);
+    assert!(now.iter().all(|one| one.revoked == (one.serial != "0f")), "{now:?}");
     let valid =
         CertificateQuery { subject: "kim".to_owned(), valid_at: Some(after(6)), limit: 9, ..Default::default() };
     assert_eq!(f.store.certificates(&valid).await.unwrap().len(), 1);
@@ -71,6 +75,20 @@ pub(crate) async fn a_revoked_certificate_is_not_renewed(f: Fixture) {
     assert!(!f.store.renew_certificate("0b", &certificate("0c", &id, "key-3", 1)).await.unwrap());
     assert!(f.store.certificate("0c").await.unwrap().is_none());
     assert!(f.store.revoke_certificate("nope", after(1)).await.unwrap().is_none());
+}
+
+pub(crate) async fn a_certificate_that_is_seen_while_its_user_is_shut_out_is_out_with_it(f: Fixture) {
+    for round in 0..20 {
+        let kim = user(&format!("kim-{round}"), "operator", blue());
+        f.store.create_user(&kim, &certificate_of(&kim, &format!("a{round}"))).await.unwrap();
+        let seen = format!("b{round}");
+        let by_hand = certificate_of(&kim, &seen);
+        let (entered, revoked) =
+            tokio::join!(f.store.enter_certificate(&kim, &by_hand), f.store.revoke_user(&kim.id, after(1)));
+        entered.unwrap();
+        revoked.unwrap().unwrap();
+        assert_eq!(f.store.certificate(&seen).await.unwrap().unwrap().revoke_time, Some(after(1)), "round {round}");
+    }
 }
 
 pub(crate) async fn an_api_token_works_until_it_expires_or_is_revoked(f: Fixture) {

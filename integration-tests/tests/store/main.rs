@@ -125,6 +125,7 @@ on_both!(
     access:
         a_user_is_what_the_store_says_until_it_is_shut_out,
         a_revoked_certificate_is_not_renewed,
+        a_certificate_that_is_seen_while_its_user_is_shut_out_is_out_with_it,
         an_api_token_works_until_it_expires_or_is_revoked,
         a_node_outside_the_scope_is_neither_shown_nor_given_its_part;
     history:
