@@ -10,6 +10,7 @@ pub mod record;
 pub mod roles;
 pub mod tls;
 pub mod tokens;
+pub mod upkeep;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::Context as _;
 use chrono::TimeDelta;
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -42,6 +42,7 @@ use crate::identity::ca::Pki;
 use crate::identity::calls::CallsLayer;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::{Acceptor, enrolment_builder, incoming, server_builder};
+use crate::identity::upkeep::Upkeep;
 use crate::mirror::{Mirror, Patience};
 use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
@@ -61,8 +62,6 @@ const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 const BACKLOG: u32 = 4096;
 /// Every ten minutes.
 const HOUSEKEEPING: &str = "0 */10 * * * *";
-/// How often the files of the controller's certificate are looked at.
-const LOOK_AT_CERTIFICATE: Duration = Duration::from_secs(5);
 
 /// An error with its causes, in one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
@@ -242,7 +241,8 @@ impl Controller {
         let keep_events = self.config.keep_events;
         let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events) }];
         let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
-        parts.spawn(keep_certificate(self.pki, acceptors, Arc::clone(&context.clock), hangup, context.stop.clone()));
+        let upkeep = Upkeep::new(self.pki, acceptors);
+        parts.spawn(upkeep.run(Arc::clone(&context.clock), hangup, context.stop.clone()));
         let prepare = preparation(&context);
         let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after);
         let scheduler_stop = context.stop.clone();
@@ -315,60 +315,6 @@ fn preparation(context: &api::Context) -> Prepare {
             })
         })
     })
-}
-
-/// Presents the controller's certificate as its files have it, without a restart: they are looked at every few seconds,
-/// and at once on SIGHUP. It is issued again before it expires.
-async fn keep_certificate(
-    mut pki: Pki,
-    acceptors: [Acceptor; 3],
-    clock: Arc<dyn Clock>,
-    mut hangup: Signal,
-    stop: CancellationToken,
-) {
-    let mut written = pki.written();
-    loop {
-        // Every arm only wakes: what is to be done is read from the files and the clock.
-        let asked = tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(LOOK_AT_CERTIFICATE) => false,
-            Some(()) = hangup.recv() => true,
-        };
-        let now_written = pki.written();
-        if asked || now_written != written {
-            match pki.reload(clock.now()) {
-                Ok(true) => {
-                    tracing::info!(
-                        "the controller's certificate was changed, and the new one is presented from now on"
-                    );
-                    present(&pki, &acceptors);
-                }
-                Ok(false) if asked => tracing::info!("the controller's certificate is the one that is presented"),
-                Ok(false) => {}
-                Err(error) => tracing::error!(error = chain(&error), "the controller's new certificate is not used"),
-            }
-            written = now_written;
-        }
-        match pki.refresh(clock.now()) {
-            Ok(false) => {}
-            Ok(true) => {
-                tracing::info!("the controller's certificate was issued again");
-                present(&pki, &acceptors);
-                written = pki.written();
-            }
-            Err(error) => {
-                tracing::error!(error = chain(&error), "the controller's certificate could not be issued again");
-            }
-        }
-    }
-}
-
-fn present(pki: &Pki, acceptors: &[Acceptor]) {
-    for acceptor in acceptors {
-        if let Err(error) = acceptor.reload(pki) {
-            tracing::error!(error = chain(&error), "the controller's new certificate cannot be presented");
-        }
-    }
 }
 
 /// Removes uploads that nobody went on with, bytes that nothing needs any more and old events.
