@@ -128,9 +128,17 @@ impl Store {
         Ok(row)
     }
 
-    /// Stores the certificate that takes the place of a node's old one, unless that one was revoked; false then.
+    /// Stores the certificate that takes the place of a node's old one, unless that one was revoked or the node is gone;
+    /// false then.
     pub async fn renew_certificate(&self, old: &str, row: &CertificateRow) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // The node first, as in every transaction: whoever approves or deletes it holds it, and then revokes.
+        if let Some(node) = &row.node {
+            let there = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(node.as_str()).one(&*tx).await?;
+            if there.is_none() {
+                return Ok(false);
+            }
+        }
         // Held, so that a revocation comes before or after, and then finds the new one.
         let good = sql("SELECT serial FROM certificates WHERE serial = ? AND revoke_time IS NULL {lock}");
         if good.bind(old).one(&*tx).await?.is_none() {

@@ -2,8 +2,8 @@
 
 use marco_controller::operation::{ExecutionState, OperationState};
 use marco_controller::store::{
-    ApiTokenRow, CertificateQuery, CertificateRow, CreateUserOutcome, NewOperation, OperationQuery, Reach, Scope,
-    UpdateUserOutcome, UserRow,
+    ApiTokenRow, CertificateQuery, CertificateRow, CreateUserOutcome, DeleteNodeOutcome, NewOperation, OperationQuery,
+    Reach, Scope, UpdateUserOutcome, UserRow,
 };
 use marco_proto::names::{ApiTokenId, ExecutionId, UserId};
 
@@ -88,6 +88,31 @@ pub(crate) async fn a_certificate_that_is_seen_while_its_user_is_shut_out_is_out
         entered.unwrap();
         revoked.unwrap().unwrap();
         assert_eq!(f.store.certificate(&seen).await.unwrap().unwrap().revoke_time, Some(after(1)), "round {round}");
+    }
+}
+
+pub(crate) async fn renewals_and_the_deletion_of_a_node_wait_for_each_other(f: Fixture) {
+    let names: Vec<String> = (0..20).map(|number| format!("pi-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    for id in f.enrolled(&names).await {
+        let key = format!("key-{id}");
+        let row = |serial: &str| certificate(&format!("{serial}-{id}"), &id, &key, 1);
+        let (old, one, other) = (row("old"), row("one"), row("other"));
+        f.store.insert_certificate(&old).await.unwrap();
+        let (renewed, again, shut_out, deleted) = tokio::join!(
+            f.store.renew_certificate(&old.serial, &one),
+            f.store.renew_certificate(&old.serial, &other),
+            f.store.quarantine(&id, "smoke", after(1)),
+            f.store.delete_node(&id, false, "pat", after(2)),
+        );
+        // Before the deletion or not at all; and nobody is told that the database is not there.
+        let stored =
+            [f.store.certificate(&one.serial).await.unwrap(), f.store.certificate(&other.serial).await.unwrap()];
+        assert_eq!([renewed.unwrap(), again.unwrap()], stored.clone().map(|stored| stored.is_some()), "{id}");
+        shut_out.unwrap();
+        assert_eq!(deleted.unwrap(), DeleteNodeOutcome::Deleted, "{id}");
+        assert!(stored.iter().flatten().all(|stored| stored.revoked()), "{id}: {stored:?}");
+        assert!(!f.store.renew_certificate(&old.serial, &row("late")).await.unwrap(), "{id}");
     }
 }
 

@@ -126,6 +126,7 @@ on_both!(
         a_user_is_what_the_store_says_until_it_is_shut_out,
         a_revoked_certificate_is_not_renewed,
         a_certificate_that_is_seen_while_its_user_is_shut_out_is_out_with_it,
+        renewals_and_the_deletion_of_a_node_wait_for_each_other,
         an_api_token_works_until_it_expires_or_is_revoked,
         a_node_outside_the_scope_is_neither_shown_nor_given_its_part;
     history:
