@@ -67,10 +67,20 @@ impl Interceptor for Credential {
 /// The API token of the command line or the environment; none: the certificate counts.
 fn credential(global: &Global) -> Result<Credential, Failure> {
     let text = match &global.api_token_file {
-        Some(path) => std::fs::read_to_string(path).map_err(|error| Failure::Usage {
-            message: format!("cannot read the API token in {}: {error}", path.display()),
-            hint: "`marcoctl api-tokens create` makes one".to_owned(),
-        })?,
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|error| Failure::Usage {
+                message: format!("cannot read the API token in {}: {error}", path.display()),
+                hint: "`marcoctl api-tokens create` makes one".to_owned(),
+            })?;
+            // Whoever names a file wants to be what is in it, and not whoever the certificate says.
+            if text.trim().is_empty() {
+                return Err(Failure::Usage {
+                    message: format!("there is no API token in {}: the file is empty", path.display()),
+                    hint: "`marcoctl api-tokens create` makes one".to_owned(),
+                });
+            }
+            text
+        }
         None => std::env::var(API_TOKEN).unwrap_or_default(),
     };
     let text = text.trim();

@@ -85,6 +85,9 @@ impl Doors {
         if id.as_str().eq_ignore_ascii_case("controller") {
             return Err(ApiError::invalid("user_id", "is what the controller's own events are signed with"));
         }
+        if id.as_str().eq_ignore_ascii_case("ca") {
+            return Err(ApiError::invalid("user_id", "would have its certificate in the file of the CA's, ca.crt"));
+        }
         let role = convert::person_role("user.role", asked.role)?;
         let scope = scope("user.selector", asked.selector, role)?;
         let ttl = convert::ttl("ttl", request.ttl, CERTIFICATE_TTL, CERTIFICATE_TTL_MAX)?;

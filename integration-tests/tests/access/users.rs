@@ -1,14 +1,15 @@
-//! What a user may, changed by several at once.
+//! What a user may, changed by several at once, and names that no user can have.
 
 use anyhow::{Context as _, Result};
 use integration_tests::client::{bad_fields, reason};
 use integration_tests::postgres::Postgres;
+use integration_tests::process::{binary, run};
 use integration_tests::{Database, Fleet, seconds, wait_until};
-use marco_proto::v1::{ListUsersRequest, Role, UpdateUserRequest, User};
+use marco_proto::v1::{CreateUserRequest, ListUsersRequest, Role, UpdateUserRequest, User};
 use prost_types::FieldMask;
 use tonic::Code;
 
-use crate::scene::{access, room, user};
+use crate::scene::{access, api_token, room, user};
 
 /// Changes a user as another controller would, and commits only when the advisory lock 7 is let go.
 const OTHER: &str = "BEGIN; UPDATE users SET role = 'admin' WHERE id = 'kim'; \
@@ -60,6 +61,46 @@ async fn two_who_change_a_user_at_once_make_nothing_that_neither_decided() -> Re
     // Whoever looks again is told why not.
     let refused = access(&fleet).update_user(again).await.unwrap_err();
     assert_eq!(bad_fields(&refused), ["user.selector"]);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_user_has_the_name_of_the_cas_file_and_no_token_is_an_empty_file() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    for name in ["ca", "CA"] {
+        let request = CreateUserRequest {
+            user: Some(User { role: Role::Viewer.into(), ..User::default() }),
+            user_id: name.to_owned(),
+            certificate_request: "not looked at".to_owned(),
+            ttl: None,
+        };
+        let refused = access(&fleet).create_user(request).await.unwrap_err();
+        assert_eq!((refused.code(), bad_fields(&refused)), (Code::InvalidArgument, vec!["user_id".to_owned()]));
+    }
+    let address = format!("localhost:{}", fleet.addresses().api.port());
+    let certs = fleet.certs().display().to_string();
+    let marcoctl = async |arguments: &[&str]| {
+        let all = [&["--controller", &address, "--certs", &certs], arguments].concat();
+        run(&binary("marcoctl")?, &all, seconds(60)).await
+    };
+    let ca = std::fs::read(fleet.certs().join("ca.crt"))?;
+    let refused = marcoctl(&["users", "create", "ca", "--role", "viewer"]).await?;
+    assert!(refused.status.code() == Some(2) && refused.stderr.contains("ca.crt"), "{refused:?}");
+    assert_eq!(std::fs::read(fleet.certs().join("ca.crt"))?, ca);
+    assert!(!fleet.certs().join("ca.key").exists());
+
+    // Nobody becomes the admin of the folder because the file of a viewer's token is empty.
+    let file = fleet.dir().join("token");
+    let named = file.display().to_string();
+    let list = ["--api-token-file", &named, "users", "list"];
+    for nothing in ["", "\n"] {
+        std::fs::write(&file, nothing)?;
+        let refused = marcoctl(&list).await?;
+        assert!(refused.status.code() == Some(2) && refused.stderr.contains("the file is empty"), "{refused:?}");
+    }
+    std::fs::write(&file, api_token(&fleet, "script", Role::Admin, None).await?)?;
+    marcoctl(&list).await?.success()?;
     fleet.went_well();
     Ok(())
 }

@@ -68,6 +68,12 @@ async fn create(flags: CreateUser, certs: &Path, connection: &Connection, out: &
         message: format!("{error}"),
         hint: "the name is also that of the files".to_owned(),
     })?;
+    if name.as_str().eq_ignore_ascii_case("ca") {
+        return Err(Failure::Usage {
+            message: "ca.crt is the file of the CA's certificate, so that no user can be named ca".to_owned(),
+            hint: "choose another name".to_owned(),
+        });
+    }
     let folder = flags.out.as_deref().unwrap_or(certs);
     fs::DirBuilder::new()
         .recursive(true)
