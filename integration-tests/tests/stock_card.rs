@@ -87,6 +87,7 @@ async fn an_update_that_cannot_be_done_leaves_it_as_it_was() -> Result<()> {
     let pi = fleet.pi("pi-01");
     let misleading = "[all]\ntryboot_a_b=1\n[tryboot]\nboot_partition=3\n";
     fs::write(pi.path("recovery/autoboot.txt"), misleading)?;
+    fs::write(pi.path("recovery/tryboot.txt"), "# somebody tries a kernel\nkernel=trial.img\n")?;
     fs::write(pi.path("card-size"), "500\n")?;
     let before = first_partition(&pi)?;
     let operation = fleet.create(update(&["pi-01"], "first", "")).await?;

@@ -11,11 +11,12 @@ use super::{BootError, render, write_whole};
 const TRYBOOT: &str = "tryboot.txt";
 const AUTOBOOT: &str = "autoboot.txt";
 /// Where somebody else's files wait.
+const TRYBOOT_ASIDE: &str = "marco/tryboot.stock";
 const AUTOBOOT_ASIDE: &str = "marco/autoboot.stock";
 const CONFIG_ASIDE: &str = "marco/config.stock";
 
 /// Makes a trial boot start this configuration. An `autoboot.txt` under which a trial boot would look elsewhere is set
-/// aside first; one by which the card boots from another partition is refused.
+/// aside first, and so is somebody else's `tryboot.txt`; a card that boots from another partition is refused.
 pub(super) fn name_for_tryboot(boot: &Path, config: &[u8]) -> Result<(), BootError> {
     if let Some(text) = read_whole(&boot.join(AUTOBOOT))? {
         let autoboot = ConfigTxt::parse(&String::from_utf8_lossy(&text));
@@ -31,7 +32,21 @@ pub(super) fn name_for_tryboot(boot: &Path, config: &[u8]) -> Result<(), BootErr
             remove_file(&boot.join(AUTOBOOT))?;
         }
     }
+    if let Some(text) = read_whole(&boot.join(TRYBOOT))?.filter(|text| !is_ours(text)) {
+        // What is aside is theirs, and what is not stays if it was not written to its end. Otherwise a cut while ours was
+        // written has left something in its place that is nobody's.
+        let aside = read_whole(&boot.join(TRYBOOT_ASIDE))?;
+        if aside.is_none_or(|aside| text.starts_with(&aside)) {
+            write_whole(&boot.join(TRYBOOT_ASIDE), &text)?;
+        }
+    }
     write_whole(&boot.join(TRYBOOT), config)
+}
+
+/// Whether a `tryboot.txt` is the agent's, or the beginning of one that a cut has left.
+fn is_ours(text: &[u8]) -> bool {
+    let head = render::HEAD.as_bytes();
+    text.starts_with(head) || head.starts_with(text)
 }
 
 /// Keeps the system's own configuration for people, before the installer's takes its place.
@@ -44,15 +59,16 @@ pub(super) fn set_config_aside(boot: &Path) -> Result<(), BootError> {
 
 /// Takes the trial boot back; on a card that is still stock, everything is as it was.
 pub(super) fn withdraw_tryboot(boot: &Path, still_stock: bool) -> Result<(), BootError> {
-    let ours = read_whole(&boot.join(TRYBOOT))?.is_some_and(|text| text.starts_with(render::HEAD.as_bytes()));
-    if ours {
+    if read_whole(&boot.join(TRYBOOT))?.is_some_and(|text| is_ours(&text)) {
         remove_file(&boot.join(TRYBOOT))?;
     }
-    if let Some(text) = read_whole(&boot.join(AUTOBOOT_ASIDE))? {
-        if still_stock {
-            write_whole(&boot.join(AUTOBOOT), &text)?;
+    for (name, aside) in [(TRYBOOT, TRYBOOT_ASIDE), (AUTOBOOT, AUTOBOOT_ASIDE)] {
+        if let Some(text) = read_whole(&boot.join(aside))? {
+            if still_stock {
+                write_whole(&boot.join(name), &text)?;
+            }
+            remove_file(&boot.join(aside))?;
         }
-        remove_file(&boot.join(AUTOBOOT_ASIDE))?;
     }
     Ok(())
 }
@@ -63,6 +79,52 @@ mod tests {
 
     use super::{name_for_tryboot, withdraw_tryboot};
     use crate::bootpart::render::HEAD;
+
+    /// A card with somebody's `tryboot.txt`.
+    fn card(text: &str) -> tempfile::TempDir {
+        let boot = tempfile::tempdir().unwrap();
+        fs::create_dir(boot.path().join("marco")).unwrap();
+        fs::write(boot.path().join("tryboot.txt"), text).unwrap();
+        boot
+    }
+
+    #[test]
+    fn somebody_elses_tryboot_is_set_aside_and_comes_back() {
+        let theirs = "arm_64bit=1\nos_prefix=new/\n";
+        let boot = card(theirs);
+        let read = |name: &str| fs::read_to_string(boot.path().join(name)).ok();
+        let ours = format!("{HEAD}os_prefix=b0/\n");
+        // Once more, as after a cut.
+        for _ in 0..2 {
+            name_for_tryboot(boot.path(), ours.as_bytes()).unwrap();
+            assert_eq!(read("tryboot.txt").as_deref(), Some(ours.as_str()));
+            assert_eq!(read("marco/tryboot.stock").as_deref(), Some(theirs));
+        }
+        withdraw_tryboot(boot.path(), true).unwrap();
+        assert_eq!((read("tryboot.txt").as_deref(), read("marco/tryboot.stock")), (Some(theirs), None));
+        withdraw_tryboot(boot.path(), true).unwrap();
+        assert_eq!(read("tryboot.txt").as_deref(), Some(theirs));
+
+        // On a card that is ours now it would start nothing that is there any more.
+        name_for_tryboot(boot.path(), ours.as_bytes()).unwrap();
+        withdraw_tryboot(boot.path(), false).unwrap();
+        assert_eq!((read("tryboot.txt"), read("marco/tryboot.stock")), (None, None));
+    }
+
+    #[test]
+    fn what_a_cut_left_of_either_file_is_not_taken_for_the_whole() {
+        let theirs = "arm_64bit=1\nos_prefix=new/\n";
+        let ours = format!("{HEAD}os_prefix=b0/\n");
+        // While theirs was set aside; while ours was written over it: nothing yet, a part, or what the sectors held before.
+        let (torn, garbage) = (HEAD.get(..5).unwrap(), "\0\0\0\0");
+        for (aside, tryboot) in [("arm_64", theirs), (theirs, ""), (theirs, torn), (theirs, garbage)] {
+            let boot = card(tryboot);
+            fs::write(boot.path().join("marco/tryboot.stock"), aside).unwrap();
+            name_for_tryboot(boot.path(), ours.as_bytes()).unwrap();
+            withdraw_tryboot(boot.path(), true).unwrap();
+            assert_eq!(fs::read_to_string(boot.path().join("tryboot.txt")).unwrap(), theirs, "{tryboot:?}");
+        }
+    }
 
     #[test]
     fn an_autoboot_that_would_mislead_the_trial_is_set_aside_and_comes_back() {
