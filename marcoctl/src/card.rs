@@ -18,7 +18,7 @@ use rustix::fs::{Advice, OFlags, fadvise};
 use crate::part::Part;
 use crate::progress::byte_bar;
 pub(crate) use contents::{Contents, Join, Set};
-pub(crate) use device::{Target, inspect, mounted_at};
+pub(crate) use device::{Target, device_number, inspect, mounted_at, partitions, word};
 
 const SECTOR: u64 = 512;
 /// Where p1 begins: cards erase in blocks of up to 4 MiB.

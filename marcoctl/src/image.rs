@@ -2,6 +2,7 @@
 
 mod boot;
 mod compress;
+mod device;
 mod excludes;
 mod mounted;
 mod source;

@@ -19,6 +19,8 @@ Examples:
 
 Of a device, a partition or an image file the root is mounted for reading, where nobody else sees it; the boot
 partition that its fstab names is packed in its place. Nothing is written to it; other partitions are named and left out.
+What somebody has mounted is refused, because what was written there may not be on it yet: unmount it, or name the folder
+where the system is mounted, with its boot partition below it.
 
 Kept: owners, modes, times, extended attributes, capabilities, hard links, device nodes, holes. What is in other
 file systems is left out, but for boot and boot/firmware. Left out as well: what is in /proc, /sys, /dev, /run and

@@ -62,7 +62,8 @@ pub(crate) fn inspect(path: &Path) -> Result<Target> {
     Ok(Target::Device { description: describe(path, &folder, &partitions) })
 }
 
-fn partitions(folder: &Path) -> Vec<PathBuf> {
+/// The folders of a disk's partitions in sysfs, in the order of their names.
+pub(crate) fn partitions(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
     let mut partitions: Vec<PathBuf> = entries.filter(|path| path.join("partition").exists()).collect();
     partitions.sort();
@@ -106,14 +107,15 @@ fn number_of(path: &str) -> Option<(u32, u32)> {
     Some((major(facts.rdev()), minor(facts.rdev())))
 }
 
-fn device_number(file: &Path) -> (u32, u32) {
+/// The number in a file `dev` of sysfs.
+pub(crate) fn device_number(file: &Path) -> (u32, u32) {
     let text = word(file);
     let (major, minor) = text.split_once(':').unwrap_or_default();
     (major.parse().unwrap_or(u32::MAX), minor.parse().unwrap_or(u32::MAX))
 }
 
 /// The text of a file of sysfs, without blanks around it; nothing when there is none.
-fn word(file: &Path) -> String {
+pub(crate) fn word(file: &Path) -> String {
     fs::read_to_string(file).map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 

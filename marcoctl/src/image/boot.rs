@@ -31,9 +31,10 @@ pub(super) struct Boot {
 }
 
 impl Boot {
-    pub(super) fn new(disk: &File, partition: &Partition, at: &str, shown: String) -> Result<Self> {
-        let Partition { number, start, length, .. } = *partition;
-        Ok(Self { disk: disk.try_clone()?, start, length, at: PathBuf::from(at), number, shown })
+    /// The partition begins at byte `start` of `disk`.
+    pub(super) fn new(disk: File, start: u64, partition: &Partition, at: &str, shown: String) -> Self {
+        let Partition { number, length, .. } = *partition;
+        Self { disk, start, length, at: PathBuf::from(at), number, shown }
     }
 
     /// Packs what is in it, below its place.

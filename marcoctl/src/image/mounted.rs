@@ -1,32 +1,22 @@
 //! A partition, mounted for reading where nobody else sees it: it has no place in the tree of folders, and it is gone
 //! when this process is, however it ends.
 
-use std::fs::{self, File};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use rustix::fs::{major, minor};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
 };
 use tokio::process::Command;
 
+use super::device::{Place, device_of};
 use super::table::{FileSystem, Partition};
-use crate::card::mounted_at;
 
 /// `losetup` answers at once.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A partition of a disk or of a file.
-pub(super) struct Place<'a> {
-    pub(super) path: &'a Path,
-    pub(super) disk: &'a File,
-    pub(super) partition: &'a Partition,
-}
 
 /// Unmounted when it is dropped.
 #[derive(Debug)]
@@ -46,6 +36,8 @@ impl AsRawFd for Mounted {
 
 impl Mounted {
     pub(super) async fn new(place: &Place<'_>) -> Result<Self> {
+        // Before what is on it is judged: of a file system that is mounted, the first bytes say little.
+        let own = device_of(place)?;
         let kind = match place.partition.file_system {
             FileSystem::Ext { dirty: true } => bail!(
                 "it was not unmounted properly, and reading it as it is would miss what its journal holds: let \
@@ -55,7 +47,7 @@ impl Mounted {
             FileSystem::Other(name) => name,
             FileSystem::Fat { .. } | FileSystem::Unknown => bail!("it has no file system of a root"),
         };
-        if let Some(device) = device_of(place)? {
+        if let Some(device) = own {
             return mount(&device, kind).map(Self);
         }
         let device = attach(place).await?;
@@ -66,41 +58,6 @@ impl Mounted {
         detached?;
         Ok(Self(mounted))
     }
-}
-
-/// The kernel's own device of the partition, when it has one.
-fn device_of(place: &Place<'_>) -> Result<Option<PathBuf>> {
-    let facts = place.disk.metadata()?;
-    if !facts.file_type().is_block_device() {
-        return Ok(None);
-    }
-    let number = (major(facts.rdev()), minor(facts.rdev()));
-    let Some(wanted) = place.partition.number else {
-        refuse_when_mounted(place.path, number)?;
-        return Ok(Some(place.path.to_owned()));
-    };
-    let disk = PathBuf::from(format!("/sys/dev/block/{}:{}", number.0, number.1));
-    for entry in fs::read_dir(&disk).with_context(|| format!("cannot read {}", disk.display()))? {
-        let folder = entry?.path();
-        let word = |name: &str| fs::read_to_string(folder.join(name)).unwrap_or_default().trim().to_owned();
-        if word("partition") == wanted.to_string() {
-            let device = Path::new("/dev").join(folder.file_name().unwrap_or_default());
-            let numbers = word("dev");
-            let (major, minor) = numbers.split_once(':').unwrap_or_default();
-            refuse_when_mounted(&device, (major.parse().unwrap_or(u32::MAX), minor.parse().unwrap_or(u32::MAX)))?;
-            return Ok(Some(device));
-        }
-    }
-    Ok(None)
-}
-
-/// What somebody writes to while it is read would be packed half.
-fn refuse_when_mounted(device: &Path, number: (u32, u32)) -> Result<()> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
-    if let Some(at) = mounted_at(&mounts, number, |source| Path::new(source) == device) {
-        bail!("{} is mounted at {at}: unmount it, or pack that folder", device.display());
-    }
-    Ok(())
 }
 
 fn mount(device: &Path, kind: &str) -> Result<OwnedFd> {

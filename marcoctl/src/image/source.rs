@@ -9,7 +9,8 @@ use anyhow::{Context as _, Result, bail};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, openat2, statat};
 
 use super::boot::{Boot, fstab_boot};
-use super::mounted::{Mounted, Place};
+use super::device::{Place, device_of};
+use super::mounted::Mounted;
 use super::table::{FileSystem, Partition, partitions};
 
 /// Where a boot partition is mounted when the system's fstab does not say it.
@@ -99,7 +100,16 @@ fn boot(path: &Path, disk: &File, partitions: &[Partition], root: &Mounted) -> R
     let Some(at) = named.map(|named| named.at).filter(|at| is_folder(root, at)).or_else(usual) else {
         return Ok((None, vec![format!("{}: the system has no folder boot for it", partition.shown(path))]));
     };
-    let boot = Boot::new(disk, partition, &at, partition.shown(path))?;
+    let shown = partition.shown(path);
+    // By its own device where it has one: what whoever mounted it wrote went through that one's cache, not the disk's.
+    let own = device_of(&Place { path, disk, partition }).with_context(|| format!("cannot read {shown}"))?;
+    let boot = match own {
+        Some(device) => {
+            let own = File::open(&device).with_context(|| format!("cannot read {}", device.display()))?;
+            Boot::new(own, 0, partition, &at, shown)
+        }
+        None => Boot::new(disk.try_clone()?, partition.start, partition, &at, shown),
+    };
     Ok((Some(boot), Vec::new()))
 }
 

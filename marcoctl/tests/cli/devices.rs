@@ -113,6 +113,53 @@ impl Disk {
     }
 }
 
+/// A part of a disk, mounted for writing by somebody; unmounted when it is dropped.
+struct Mounted {
+    folder: TempDir,
+}
+
+impl Mounted {
+    async fn new(disk: &Disk, start: u64, size: u64) -> Self {
+        let options = format!("loop,offset={},sizelimit={}", start * MIB, size * MIB);
+        Self::at(disk.path().to_str().unwrap(), &options).await
+    }
+
+    async fn at(device: &str, options: &str) -> Self {
+        let folder = TempDir::new().unwrap();
+        tool("mount", &["-o", options, device, folder.path().to_str().unwrap()]).await;
+        Self { folder }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let unmounted = rustix::mount::unmount(self.folder.path(), rustix::mount::UnmountFlags::DETACH);
+        assert!(unmounted.is_ok() || std::thread::panicking(), "{} stays mounted", self.folder.path().display());
+    }
+}
+
+/// A device of a file, with devices of its partitions; let go when it is dropped.
+struct Loop(String);
+
+impl Loop {
+    async fn new(file: &str) -> Self {
+        let device = Self(tool("/usr/sbin/losetup", &["--find", "--show", file]).await.trim().to_owned());
+        tool("partx", &["--update", &device.0]).await;
+        device
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // The kernel keeps the partitions of a device that is let go before them.
+        for (program, what) in [("partx", "--delete"), ("/usr/sbin/losetup", "--detach")] {
+            #[expect(clippy::disallowed_methods, reason = "what is dropped cannot wait for a runtime")]
+            let done = std::process::Command::new(program).args([what, &self.0]).status();
+            assert!(done.is_ok_and(|done| done.success()) || std::thread::panicking(), "{} stays", self.0);
+        }
+    }
+}
+
 /// A system's root whose fstab mounts the boot partition so.
 fn system(folder: &Path, fstab: &str) -> PathBuf {
     let root = folder.join("root");
@@ -183,14 +230,44 @@ async fn a_card_of_our_layout_gives_the_systems_boot_partition_and_not_the_insta
     assert_eq!(disk.read("./boot/firmware/config.txt").await, "kernel=kernel8.img\n");
     assert!(!disk.list().await.iter().any(|name| name.contains("photo") || name.contains("autoboot")));
 
-    // The same of a device.
-    let device = tool("/usr/sbin/losetup", &["--find", "--show", &card]).await.trim().to_owned();
-    let packed = disk.pack(&device).await;
-    let detached = Command::new("/usr/sbin/losetup").args(["--detach", &device]).status().await.unwrap();
-    assert!(detached.success());
+    // The same of a device, unless somebody has the system mounted.
+    let device = Loop::new(&card).await;
+    assert!(Path::new(&format!("{}p4", device.0)).exists());
+    let packed = disk.pack(&device.0).await;
+    let mounted = Mounted::at(&format!("{}p2", device.0), "defaults").await;
+    let refused = disk.pack(&device.0).await;
+    drop(mounted);
+    drop(device);
     assert_eq!(packed.code, 0, "{packed:?}");
+    assert!(refused.code == 1 && refused.stderr.contains("p2 is mounted at"), "{refused:?}");
     assert_eq!(disk.read("./etc/hostname").await, "kiosk\n");
     assert_eq!(disk.read("./boot/firmware/config.txt").await, "kernel=kernel8.img\n");
+    disk.is_let_go().await;
+}
+
+#[tokio::test]
+async fn what_somebody_has_mounted_is_not_read_past_them() {
+    if !may_mount("what_somebody_has_mounted_is_not_read_past_them") {
+        return;
+    }
+    let disk = Disk::new("start=1MiB, size=16MiB, type=c\nstart=20MiB, size=40MiB, type=83\n").await;
+    disk.fat(1, 16, "bootfs", &[("config.txt", "arm_64bit=1\n")]).await;
+    let root = system(disk.folder.path(), "PARTUUID=0a1b2c3d-01 /boot/firmware vfat defaults 0 2\n");
+    disk.ext4(20, 40, &root).await;
+    // The end of the boot partition, where nothing is: something that this kernel mounts, which may know no FAT.
+    disk.ext4(13, 4, &root.join("home")).await;
+    let card = disk.path().display().to_string();
+    for (start, size, named) in [(20, 40, "p2"), (13, 4, "p1")] {
+        let mounted = Mounted::new(&disk, start, size).await;
+        let at = format!("is mounted at {}", mounted.folder.path().display());
+        let run = disk.pack(&card).await;
+        assert!(run.code == 1 && run.stderr.contains(&at) && run.stderr.contains(named), "{named}: {run:?}");
+        assert!(!disk.tarball().exists(), "{named}");
+        drop(mounted);
+        disk.is_let_go().await;
+    }
+    assert_eq!(disk.pack(&card).await.code, 0);
+    assert_eq!(disk.read("./boot/firmware/config.txt").await, "arm_64bit=1\n");
     disk.is_let_go().await;
 }
 
