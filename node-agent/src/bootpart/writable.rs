@@ -2,12 +2,19 @@
 //! is not written cannot be torn; it is mounted for writing only while this is held.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, StatVfsMountFlags};
 
 use super::BootError;
-use crate::system;
+use crate::system::{self, SystemError};
+
+/// A program that another thread starts has, until it is there, whatever file we have open for writing, and as long the
+/// partition cannot be closed: that often, and with that pause, it is tried.
+const TRIES: u32 = 40;
+const PAUSE: Duration = Duration::from_millis(25);
 
 /// Holds the partition open for writing, and others off.
 #[derive(Debug)]
@@ -39,10 +46,27 @@ impl Writable {
 impl Drop for Writable {
     fn drop(&mut self) {
         if self.closes
-            && let Err(error) = system::make_read_only(&self.folder)
+            && let Err(error) = close(&self.folder)
         {
             // Everything was synced where it was written; it only stays open to others.
             tracing::warn!(error = %crate::cause::chain(&error), "recovery partition stays writable");
+        }
+    }
+}
+
+fn close(folder: &Path) -> Result<(), SystemError> {
+    let mut tries = 1;
+    loop {
+        match system::make_read_only(folder) {
+            Err(SystemError::Io { source, .. }) if source.kind() == ErrorKind::ResourceBusy && tries < TRIES => {
+                tries += 1;
+                #[expect(
+                    clippy::disallowed_methods,
+                    reason = "the kernel tells nobody when it is free; all here blocks"
+                )]
+                std::thread::sleep(PAUSE);
+            }
+            done => return done,
         }
     }
 }

@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -52,6 +53,23 @@ impl Drop for Loop {
             }
         }
         let _ = Command::new("/sbin/losetup").arg("-d").arg(&self.0.device).status();
+    }
+}
+
+/// A folder where something is mounted; unmounted when dropped, also by a test that fails.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(device: &Path, at: PathBuf, access: Access) -> Self {
+        mount(device, &at, access).unwrap();
+        Self(at)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // What the test unmounted itself is there no more.
+        let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
     }
 }
 
@@ -112,8 +130,8 @@ async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
     let disk = &card.0;
     assert!(disk.partition_resident(&settings()).unwrap());
     make("ext4", &disk.partition(1), "RECOVERY", &[]).await.unwrap();
-    let at = dir.path().join("p1");
-    mount(&disk.partition(1), &at, Access::ReadWrite).unwrap();
+    let mounted = Mounted::new(&disk.partition(1), dir.path().join("p1"), Access::ReadWrite);
+    let at = &mounted.0;
     fs::write(at.join("keep"), "this").unwrap();
     // As a card that has only its recovery partition.
     let mut device = disk.open(true).unwrap();
@@ -136,14 +154,14 @@ async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
         assert_eq!(file_system(&disk.partition(4)), Some("vfat"));
         assert_eq!(super::find::label(&disk.partition(4)).as_deref(), Some("BOOT"));
     }
-    let root = dir.path().join("p2");
-    mount(&disk.partition(2), &root, Access::ReadOnly).unwrap();
+    let also_mounted = Mounted::new(&disk.partition(2), dir.path().join("p2"), Access::ReadOnly);
+    let root = &also_mounted.0;
     assert!(root.join("lost+found").exists() && fs::write(root.join("x"), "").is_err());
     assert_eq!(super::find::mounted_at(&disk.partition(2)), Some(root.clone()));
-    unmount(&root).unwrap();
-    unmount(&root).unwrap();
+    unmount(root).unwrap();
+    unmount(root).unwrap();
     assert_eq!(fs::read_to_string(at.join("keep")).unwrap(), "this");
-    unmount(&at).unwrap();
+    unmount(at).unwrap();
 }
 
 #[tokio::test]
@@ -153,9 +171,9 @@ async fn the_door_of_a_partition_that_is_mounted_for_reading_opens_for_a_write_o
     let disk = &card.0;
     assert!(disk.partition_resident(&settings()).unwrap());
     make("ext4", &disk.partition(1), "RECOVERY", &[]).await.unwrap();
-    let at = dir.path().join("p1");
-    mount(&disk.partition(1), &at, Access::ReadOnly).unwrap();
-    let part = crate::bootpart::BootPart::new(&at, &crate::system::Board::default());
+    let mounted = Mounted::new(&disk.partition(1), dir.path().join("p1"), Access::ReadOnly);
+    let at = &mounted.0;
+    let part = crate::bootpart::BootPart::new(at, &crate::system::Board::default());
     assert!(fs::write(at.join("x"), "").is_err());
     part.set_boot_partition(crate::bootpart::DefaultBoot::Installer).unwrap();
     assert!(fs::read_to_string(at.join("autoboot.txt")).unwrap().contains("boot_partition=1"));
@@ -165,5 +183,18 @@ async fn the_door_of_a_partition_that_is_mounted_for_reading_opens_for_a_write_o
         fs::write(at.join("x"), "").unwrap();
     }
     assert!(fs::write(at.join("y"), "").is_err());
-    unmount(&at).unwrap();
+
+    // As a program that is being started: it has what is open, until it is there.
+    let open = part.open_for_writing().unwrap();
+    let child = fs::File::create(at.join("z")).unwrap();
+    let (closing, closed) = std::sync::mpsc::channel();
+    let closes = std::thread::spawn(move || {
+        drop(open);
+        closing.send(()).unwrap();
+    });
+    assert!(closed.recv_timeout(Duration::from_millis(200)).is_err(), "it was closed, or given up");
+    drop(child);
+    closes.join().unwrap();
+    assert!(fs::write(at.join("y"), "").is_err(), "it stays open");
+    unmount(at).unwrap();
 }
