@@ -9,6 +9,7 @@ pub mod frames;
 pub mod hostile;
 pub mod image;
 pub mod machine;
+pub mod mount;
 pub mod netlab;
 pub mod postgres;
 pub mod process;

@@ -12,7 +12,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use integration_tests::fleet::{Pi, update};
 use integration_tests::image::{Compression, lay_out_root, make_image, noise, pack};
-use integration_tests::process::{Recipe, binary, run, tool};
+use integration_tests::mount::Mount;
+use integration_tests::process::{Recipe, binary};
 use integration_tests::proxy::Direction;
 use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
@@ -132,14 +133,10 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
 async fn a_card_that_fills_up_half_way_fails_with_the_reason_and_takes_a_smaller_image() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let root = fleet.pi("pi-01").path("root");
-    fs::create_dir_all(&root)?;
-    let mounted =
-        run(&tool("mount")?, &["-t", "tmpfs", "-o", "size=24m", "card", &root.display().to_string()], seconds(10))
-            .await;
-    if mounted.and_then(|output| output.success()).is_err() {
+    let Ok(_mount) = Mount::tmpfs(root, "24m").await else {
         not_tested("only root may give a file system a size");
         return Ok(());
-    }
+    };
     let large =
         other_image(&fleet, "large", |root| Ok(fs::write(root.join("usr/lib/marker/large"), noise("x", 30 * MIB))?))
             .await?;
@@ -150,20 +147,14 @@ async fn a_card_that_fills_up_half_way_fails_with_the_reason_and_takes_a_smaller
     wait_until(INSTALL, "the node is there", async || Ok(fleet.node("pi-01").await.ok().filter(|node| node.connected)))
         .await?;
     let operation = fleet.create(update(&["pi-01"], &large.name, "")).await?;
-    let outcome = async {
-        fleet.ends(&operation.name, INSTALL, OperationState::Failed).await?;
-        let execution = fleet.execution(&operation.name, "pi-01").await?;
-        let error = execution.error.clone().unwrap_or_default();
-        assert_eq!((execution.state(), error.reason.as_str()), (State::Failed, "NO_ROOM"), "{error:?}");
-        let log = card_log(&fleet.pi("pi-01"))?;
-        assert!(log.contains("NO_ROOM") && log.contains(&operation.name), "{log}");
-        fleet.succeeds(update(&["pi-01"], &small.name, ""), INSTALL).await
-    };
-    let outcome = outcome.await;
-    let ended = fleet.kill_agents().await;
-    run(&tool("umount")?, &["-l", &root.display().to_string()], seconds(10)).await?.success()?;
-    ended?;
-    outcome.map(|_| ())
+    fleet.ends(&operation.name, INSTALL, OperationState::Failed).await?;
+    let execution = fleet.execution(&operation.name, "pi-01").await?;
+    let error = execution.error.clone().unwrap_or_default();
+    assert_eq!((execution.state(), error.reason.as_str()), (State::Failed, "NO_ROOM"), "{error:?}");
+    let log = card_log(&fleet.pi("pi-01"))?;
+    assert!(log.contains("NO_ROOM") && log.contains(&operation.name), "{log}");
+    fleet.succeeds(update(&["pi-01"], &small.name, ""), INSTALL).await?;
+    fleet.kill_agents().await
 }
 
 #[tokio::test]

@@ -8,12 +8,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::fleet::update;
 use integration_tests::image::{lay_out_root, noise};
+use integration_tests::mount::Mount;
 use integration_tests::process::{binary, run, tool};
 use integration_tests::tree::PERSONALISED;
 use integration_tests::upload::push;
@@ -22,40 +23,16 @@ use marco_proto::v1::artifact::{Kind, Purpose};
 
 /// How long one step may take on a machine that has much else to do.
 const LIMIT: Duration = seconds(300);
-
-/// A mounted ext4 of a test's own.
-struct Ext4 {
-    folder: PathBuf,
-}
-
-impl Ext4 {
-    async fn mount(folder: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&folder)?;
-        let (image, shown) = (folder.with_extension("ext4"), folder.display().to_string());
-        // Sparse: it takes as much of this machine's disk as is written.
-        fs::File::create(&image)?.set_len(4 << 30)?;
-        let image = image.display().to_string();
-        command("mkfs.ext4", &["-q", "-F", &image]).await?;
-        command("mount", &["-o", "loop,acl,user_xattr", &image, &shown]).await?;
-        Ok(Self { folder })
-    }
-}
-
-impl Drop for Ext4 {
-    fn drop(&mut self) {
-        // Whoever still has a file open there keeps it until they end.
-        let unmounted = rustix::mount::unmount(&self.folder, rustix::mount::UnmountFlags::DETACH);
-        assert!(unmounted.is_ok(), "{} stays mounted", self.folder.display());
-    }
-}
+/// The size of an ext4, in bytes.
+const CARD: u64 = 4 << 30;
 
 async fn command(program: &str, arguments: &[&str]) -> Result<String> {
     run(&tool(program)?, arguments, LIMIT).await?.success().with_context(|| format!("{program} {arguments:?}"))
 }
 
 /// A Pi whose card is an ext4, and its id.
-async fn pi_on_ext4(fleet: &mut Fleet) -> Result<(Ext4, String)> {
-    let card = Ext4::mount(fleet.dir().join("pis")).await?;
+async fn pi_on_ext4(fleet: &mut Fleet) -> Result<(Mount, String)> {
+    let card = Mount::ext4(fleet.dir().join("pis"), CARD).await?;
     let token = fleet.dir().join("token");
     fs::write(&token, fleet.token(1).await?)?;
     fleet.start_new_agents(&["--token-file".to_owned(), token.display().to_string()])?;
@@ -102,8 +79,8 @@ async fn a_tree_with_traps_arrives_as_it_was() -> Result<()> {
     }
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let (card, id) = pi_on_ext4(&mut fleet).await?;
-    let bed = Ext4::mount(fleet.dir().join("bed")).await?;
-    let source = bed.folder.join("source");
+    let bed = Mount::ext4(fleet.dir().join("bed"), CARD).await?;
+    let source = bed.folder().join("source");
     lay_out_root(&source, "traps")?;
     tree::lay(&source).await?;
 
@@ -113,7 +90,7 @@ async fn a_tree_with_traps_arrives_as_it_was() -> Result<()> {
     let image = push(&mut fleet.artifacts(), "traps", Kind::Image, Purpose::Unspecified, &tarball).await?;
     fleet.succeeds(update(&[&id], &image.name, ""), LIMIT).await?;
 
-    let root = card.folder.join(&id).join("root");
+    let root = card.folder().join(&id).join("root");
     let differs: Vec<String> =
         differences(&source, &root).await?.into_iter().filter(|line| !is_personal(line)).collect();
     assert!(differs.is_empty(), "rsync finds {} differences:\n{}", differs.len(), differs.join("\n"));
