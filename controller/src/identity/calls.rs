@@ -139,3 +139,40 @@ where
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::FutureExt as _;
+    use tokio::sync::watch;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_asks_and_leaves_again_and_again_has_no_more_at_work_than_there_is_room_for() {
+        let calls = Calls::new(TaskTracker::new());
+        let (let_go, held) = watch::channel(false);
+        let done = Arc::new(AtomicUsize::new(0));
+        for _ in 0..2 * ROOM {
+            let (mut held, done) = (held.clone(), Arc::clone(&done));
+            let call = calls.finish(async move {
+                held.wait_for(|go| *go).await.unwrap();
+                done.fetch_add(1, Ordering::Relaxed);
+                http::Response::new(Body::empty())
+            });
+            // Dropped before it is answered.
+            assert!(call.now_or_never().is_none());
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(calls.tasks.len(), ROOM);
+        let_go.send(true).unwrap();
+        calls.tasks.close();
+        calls.tasks.wait().await;
+        // Those that had begun are done all the same.
+        assert_eq!(done.load(Ordering::Relaxed), ROOM);
+        let answered = calls.finish(async { http::Response::new(Body::empty()) }).await;
+        assert!(answered.headers().is_empty(), "there is room again");
+        assert!(calls.finish(async { panic!("a handler that does") }).await.headers().contains_key("grpc-status"));
+    }
+}
