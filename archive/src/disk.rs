@@ -5,8 +5,8 @@ mod table;
 use std::io::{BufRead, Cursor, ErrorKind, Read as _};
 
 use crate::{Error, Reason, Refused, TarSummary, check_tar};
-pub use table::Partition;
-use table::{FRONT, read_table};
+use table::read_table;
+pub use table::{FRONT, Partition};
 
 /// Size of a sector.
 pub(crate) const SECTOR: usize = 512;
@@ -55,6 +55,15 @@ pub struct DiskSummary {
 /// Whether a stream that begins with these bytes is a disk image and no tarball; a whole sector is needed to tell.
 pub fn is_disk(start: &[u8]) -> bool {
     table::is_boot_record(start)
+}
+
+/// The partitions in the table of a disk image that begins with these bytes, in the order in which they lie on it;
+/// [`FRONT`] bytes are needed.
+///
+/// # Errors
+/// `Refused` when the table makes no sense.
+pub fn partitions(front: &[u8]) -> Result<Vec<Partition>, Error> {
+    read_table(front)
 }
 
 /// Reads a decompressed disk image through to its end, and hands its partitions on. `progress` gets the bytes so far,

@@ -62,6 +62,9 @@ pub struct Update {
     pub notice: Notice,
     /// Make the home partition anew.
     pub discard_home: bool,
+    /// Write the image, a whole disk's, to the whole card as it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub raw: bool,
 }
 
 /// On which nodes, as it was asked for (the nodes themselves are frozen beside it).

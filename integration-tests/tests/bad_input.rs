@@ -6,11 +6,14 @@ use anyhow::{Context as _, Result};
 use integration_tests::certs::stranger;
 use integration_tests::client::{Credentials, bad_fields, reason};
 use integration_tests::fleet::{reboot, update};
+use integration_tests::image::{Compression, lay_out_root, pack};
+use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds};
 use marco_proto::v1::operation::{Action, Target};
 use marco_proto::v1::operation_service_client::OperationServiceClient;
 use marco_proto::v1::{
-    AllNodes, CreateOperationRequest, GetOperationRequest, ListOperationsRequest, NodeList, Operation, Reboot,
+    AllNodes, CreateOperationRequest, GetOperationRequest, ListOperationsRequest, NodeList, Operation, Reboot, Update,
+    artifact,
 };
 use tonic::{Code, Status};
 
@@ -171,5 +174,47 @@ async fn an_operation_that_does_not_exist_is_not_found_and_a_name_that_is_none_i
         assert_eq!(status.code(), code, "{name:?}: {status:?}");
         assert_ne!(reason(&status), "", "{name:?}: no reason for programs");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn only_the_image_of_a_whole_disk_is_written_raw() -> Result<()> {
+    let fleet = Fleet::builder().pis(1).start().await?;
+    let id = fleet.ids().await?.remove(0);
+    let raw = |image: &str| {
+        let Operation { action: Some(Action::Update(asked)), target, .. } = update(&[&id], image, "") else {
+            unreachable!("an update is one")
+        };
+        Operation { action: Some(Action::Update(Update { raw: true, ..asked })), target, ..Operation::default() }
+    };
+    let root = fleet.dir().join("root");
+    lay_out_root(&root, "tarball")?;
+    let tarball = pack(&root, &fleet.dir().join("tarball.tar.gz"), Compression::Gzip)?;
+    // A table with one partition of 4 MiB, and nothing in it.
+    let mut disk = vec![0; 5 << 20];
+    disk.splice(446..462, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 32, 0, 0]);
+    disk.splice(510..512, [0x55, 0xaa]);
+    let image = fleet.dir().join("disk.img");
+    std::fs::write(&image, disk)?;
+    for (name, file) in [("tarball", &tarball), ("disk", &image)] {
+        push(&mut fleet.artifacts(), name, artifact::Kind::Image, artifact::Purpose::Unspecified, file).await?;
+    }
+    for (image, words) in [("", "needs an image"), ("tarball", "is a tarball of a root")] {
+        let refused = fleet.create(raw(image)).await.err().context("it was taken")?;
+        assert_eq!(
+            (refused.code(), bad_fields(&refused)),
+            (Code::InvalidArgument, vec!["operation.update.raw".into()])
+        );
+        assert!(refused.message().contains(words), "{refused:?}");
+    }
+    nothing_is_stored(&fleet).await?;
+    let taken = fleet.create(raw("disk")).await?;
+    let Some(Action::Update(asked)) = &taken.action else { anyhow::bail!("{taken:?}") };
+    assert!(asked.raw);
+    // The virtual Pi's card has no partitions: its installer leaves it as it is, and says so.
+    fleet.ends(&taken.name, seconds(120), marco_proto::v1::operation::State::Failed).await?;
+    let execution = fleet.execution(&taken.name, &id).await?;
+    let message = execution.error.context("it failed without a reason")?.message;
+    assert!(message.contains("card is made of folders"), "{message}");
     Ok(())
 }

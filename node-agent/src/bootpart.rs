@@ -143,6 +143,9 @@ pub enum Instruction {
         image: String,
         /// Its SHA-256.
         sha256: String,
+        /// Writes it, a whole disk's, to the whole card as it is.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        raw: bool,
     },
     /// Replaces the boot partition's files and leaves root alone.
     BootOnly {

@@ -251,7 +251,7 @@ impl Executor {
             Resume::Begin => self.begin(entry).await,
             Resume::GoDown => self.go_down(entry, Self::way_down(entry)).await,
             Resume::Install => self.install(entry).await,
-            Resume::TryBoot => self.go_down(entry, WayDown::TryBoot).await,
+            Resume::TryBoot => self.go_down(entry, Self::into_new_system(entry)).await,
             Resume::AwaitVerdict => self.await_verdict(entry).await,
             Resume::Nothing
             | Resume::Succeed

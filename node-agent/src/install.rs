@@ -4,14 +4,17 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
-use crate::download::{DownloadError, Downloader};
+use crate::download::{Download, DownloadError, Downloader};
 use crate::job::phase;
 use crate::system::rooted::Rooted;
-use crate::system::{Board, Card, Erase, Release, System, SystemError, Target, release};
+use crate::system::{
+    Board, Card, Erase, Lease, NO_PARTITIONS, Ready, Release, Room, System, SystemError, Target, release,
+};
 use personal::Keep;
 use unpack::Destination;
 
@@ -22,6 +25,7 @@ mod plan;
 mod raw;
 mod stream;
 mod unpack;
+mod whole;
 mod write_back;
 
 pub use agent::LONG_VERSION;
@@ -30,9 +34,6 @@ pub use agent::LONG_VERSION;
 const STATE_DIR: &str = "var/lib/marco-agent";
 /// Progress of the stream is told in steps of so many bytes.
 const STEP: u64 = 512 * 1024;
-/// Why a whole-disk image is refused where there is no disk.
-const NO_PARTITIONS: &str =
-    "the image is a whole disk's, and this node's card is made of folders: push a tarball of its root instead";
 
 /// What the installer is doing, with bytes done and in all (0 when unknown).
 pub type Progress = Arc<dyn Fn(Phase, u64, u64) + Send + Sync>;
@@ -68,6 +69,15 @@ impl Phase {
             Self::Syncing => phase::SYNCING,
         }
     }
+}
+
+/// What has to boot after an installation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// The new system.
+    System,
+    /// The installer, which then begins again: it has made room for itself.
+    Installer,
 }
 
 /// An installation failed; the installer stays what boots if the card was touched.
@@ -156,7 +166,7 @@ impl From<marco_archive::Error> for InstallError {
 }
 
 /// Does what the job says to the card: first chunk (or whole zip) verified → the job's set and the installer made the
-/// default (step 4 of an update) → file systems → everything unpacked → personalised → on the card. Then a trial boot is
+/// default (step 4 of an update) → file systems → everything unpacked → personalised → on the card. Then a restart is
 /// due. `now` is the controller's time, for `/etc/marco-release`. The first report of [`Phase::Partitioning`] comes
 /// before anything of the card is touched.
 ///
@@ -171,13 +181,14 @@ pub async fn install(
     now: DateTime<Utc>,
     progress: Progress,
     cancel: &CancellationToken,
-) -> Result<(), InstallError> {
+) -> Result<Next, InstallError> {
     let card = system.card().ok_or(SystemError::Unsupported("only a card in layout resident can be installed"))?;
     let board = system.facts()?.board;
     let part = BootPart::new(&card.recovery, &board);
     let work = Work { job, system, downloader, part, card, board, journal, now, progress };
     match &job.instruction {
-        Instruction::Install { sha256, .. } => work.image(sha256, cancel).await,
+        Instruction::Install { sha256, raw: false, .. } => work.image(sha256, cancel).await,
+        Instruction::Install { sha256, raw: true, .. } => work.whole(sha256, cancel).await,
         Instruction::BootOnly { sha256 } => work.boot_only(sha256, cancel).await,
     }
 }
@@ -196,33 +207,28 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    async fn image(&self, sha256: &str, cancel: &CancellationToken) -> Result<(), InstallError> {
+    async fn image(&self, sha256: &str, cancel: &CancellationToken) -> Result<Next, InstallError> {
         self.phase(Phase::Connecting);
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
 
-        let disk = first.as_deref().is_some_and(stream::is_disk);
+        let disk = first.as_deref().is_some_and(|first| marco_archive::disk::is_disk(&stream::front(first)));
         if disk && !self.system.takes_disk_images() {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
         }
 
-        let (part, old, job) = (self.part.clone(), self.card.root.clone(), self.job.clone());
-        let keep = blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &job)).await?;
-        let mut target = self.commit(Erase { root: true, home: self.job.discard_home }).await?;
+        let keep = self.keep().await?;
+        if self.commit(Room::Resident).await? == Ready::AfterRestart {
+            return Ok(Next::Installer);
+        }
+        let erase = Erase { root: true, home: self.job.discard_home };
+        let mut target = self.system.prepare_target(erase).await?;
 
-        self.phase(Phase::Unpacking);
-        let (progress, total, mut told) = (Arc::clone(&self.progress), download.size_bytes, 0);
-        let tell = Box::new(move |done: u64| {
-            if done == total || done >= told + STEP {
-                told = done;
-                progress(Phase::Unpacking, done, total);
-            }
-        });
         let into = match disk {
             true => Destination::Partitions(self.system.raw_target(&target).await?),
             false => Destination::Folder(target.root.clone()),
         };
-        unpack::unpack(download, first, into, target.lease.clone(), self.system.as_ref(), tell).await?;
+        self.unpack(download, first, into, target.lease.clone()).await?;
         if disk {
             self.system.mount_raw(&target).await?;
             "ext4".clone_into(&mut target.root_type);
@@ -244,8 +250,41 @@ impl Work<'_> {
         })
         .await?;
 
-        self.phase(Phase::Personalising);
         let release = Release { image_sha256: sha256.to_owned(), ..self.release() };
+        self.personalise(&target, keep, &release).await?;
+        self.name(&target, &release).await?;
+        self.system.finish_target(target).await?;
+        self.installed(Next::System)
+    }
+
+    /// What is the node's own, saved before anything touches the old system.
+    async fn keep(&self) -> Result<Keep, InstallError> {
+        let (part, old, job) = (self.part.clone(), self.card.root.clone(), self.job.clone());
+        blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &job)).await
+    }
+
+    /// The stream, with its progress told.
+    async fn unpack(
+        &self,
+        download: Download,
+        first: Option<Bytes>,
+        into: Destination,
+        lease: Lease,
+    ) -> Result<Option<whole::Written>, InstallError> {
+        self.phase(Phase::Unpacking);
+        let (progress, total, mut told) = (Arc::clone(&self.progress), download.size_bytes, 0);
+        let tell = Box::new(move |done: u64| {
+            if done == total || done >= told + STEP {
+                told = done;
+                progress(Phase::Unpacking, done, total);
+            }
+        });
+        unpack::unpack(download, first, into, lease, self.system.as_ref(), tell).await
+    }
+
+    /// Makes the new system this node's own.
+    async fn personalise(&self, target: &Target, keep: Keep, release: &Release) -> Result<(), InstallError> {
+        self.phase(Phase::Personalising);
         let (personal, node) = (target.clone(), self.job.node.clone());
         let (program, identity) = (self.system.agent_program(), self.system.identity_dir());
         let text = release.render()?;
@@ -259,11 +298,10 @@ impl Work<'_> {
             }
             root.write(release::ROOT_FILE, text.as_bytes(), 0o644).map_err(InstallError::disk("write the release"))
         })
-        .await?;
-        self.finish(target, release).await
+        .await
     }
 
-    async fn boot_only(&self, sha256: &str, cancel: &CancellationToken) -> Result<(), InstallError> {
+    async fn boot_only(&self, sha256: &str, cancel: &CancellationToken) -> Result<Next, InstallError> {
         self.phase(Phase::Connecting);
         let zip = self.part.marco_dir().join("boot.zip");
         let progress = Arc::clone(&self.progress);
@@ -276,7 +314,10 @@ impl Work<'_> {
         })
         .await?;
 
-        let target = self.commit(Erase { root: false, home: false }).await?;
+        if self.commit(Room::Resident).await? == Ready::AfterRestart {
+            return Ok(Next::Installer);
+        }
+        let target = self.system.prepare_target(Erase { root: false, home: false }).await?;
         self.phase(Phase::BootFiles);
         let (fitted, board, path) = (target.clone(), self.board.clone(), zip.clone());
         blocking(move || {
@@ -287,14 +328,17 @@ impl Work<'_> {
         })
         .await?;
         let release = Release { boot_sha256: sha256.to_owned(), ..self.release() };
-        self.finish(target, release).await?;
-        blocking(move || std::fs::remove_file(&zip).map_err(InstallError::disk("remove the boot files' zip"))).await
+        self.name(&target, &release).await?;
+        self.system.finish_target(target).await?;
+        blocking(move || std::fs::remove_file(&zip).map_err(InstallError::disk("remove the boot files' zip"))).await?;
+        self.installed(Next::System)
     }
 
-    /// Step 4: from here on every boot is this installer, which starts over by itself. Then the card may be touched.
-    async fn commit(&self, erase: Erase) -> Result<Target, InstallError> {
+    /// Step 4: from here on every boot is this installer, which starts over by itself. Then the card may be touched, at
+    /// once or after a restart.
+    async fn commit(&self, room: Room) -> Result<Ready, InstallError> {
         // While the old system is still what boots.
-        self.system.check_target().await?;
+        let ready = self.system.check_target(room).await?;
         self.phase(Phase::Partitioning);
         let (part, prefix) = (self.part.clone(), self.job.prefix);
         blocking(move || {
@@ -302,11 +346,15 @@ impl Work<'_> {
             Ok(part.set_boot_partition(DefaultBoot::Installer)?)
         })
         .await?;
-        Ok(self.system.prepare_target(erase).await?)
+        if ready == Ready::AfterRestart {
+            tracing::info!(execution = %self.job.execution, "the recovery partition moves, and the installer begins again");
+            self.system.move_recovery(room).await?;
+        }
+        Ok(ready)
     }
 
-    /// The last files, which name this execution, and then everything to the card.
-    async fn finish(&self, target: Target, release: Release) -> Result<(), InstallError> {
+    /// The last files, which name this execution.
+    async fn name(&self, target: &Target, release: &Release) -> Result<(), InstallError> {
         self.phase(Phase::Syncing);
         let (named, journal, text) = (target.clone(), Arc::clone(&self.journal), release.render()?);
         blocking(move || {
@@ -317,10 +365,12 @@ impl Work<'_> {
             let folder = root.folder(STATE_DIR).map_err(&disk)?;
             journal(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd()))).map_err(disk)
         })
-        .await?;
-        self.system.finish_target(target).await?;
+        .await
+    }
+
+    fn installed(&self, next: Next) -> Result<Next, InstallError> {
         tracing::info!(execution = %self.job.execution, "installed");
-        Ok(())
+        Ok(next)
     }
 
     fn release(&self) -> Release {

@@ -44,6 +44,9 @@ pub struct Update {
     pub notice: Notice,
     /// Make the home partition anew.
     pub discard_home: bool,
+    /// Write the image, a whole disk's, to the whole card as it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub raw: bool,
 }
 
 /// What the running system says it is (`/etc/marco-release`).
@@ -96,6 +99,11 @@ impl Action {
             Self::Update(_) => Kind::Update,
             Self::Unknown => Kind::Unknown,
         }
+    }
+
+    /// Whether it writes an image to the whole card as it is.
+    pub fn is_raw(&self) -> bool {
+        matches!(self, Self::Update(update) if update.raw)
     }
 }
 

@@ -180,6 +180,44 @@ pub struct RawTarget {
     pub root: PathBuf,
 }
 
+/// A card that an image is written to as it is: nothing is left on it but the recovery partition, behind the image.
+#[derive(Debug)]
+pub struct WholeCard {
+    /// The device of the card.
+    pub device: PathBuf,
+    /// Where the recovery partition begins, in bytes: the image must end before it.
+    pub limit: u64,
+    /// To be held by whoever writes to the card.
+    pub lease: Lease,
+}
+
+/// A stretch of the card, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stretch {
+    /// Where it begins.
+    pub start: u64,
+    /// How long it is.
+    pub length: u64,
+}
+
+/// What a card must have room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// The partitions of layout resident, the recovery partition before all others.
+    Resident,
+    /// An image of so many bytes, from the card's beginning, and the recovery partition behind it.
+    Whole(u64),
+}
+
+/// Whether the card can be worked on at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// It can.
+    Now,
+    /// The recovery partition has to lie elsewhere first: [`System::move_recovery`], and a restart.
+    AfterRestart,
+}
+
 /// What is made anew before an installation; the boot partition always is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Erase {
@@ -193,6 +231,10 @@ pub struct Erase {
 pub const LOG_FILE: &str = "marco/install.log";
 /// Bytes of it that are kept.
 const LOG_LENGTH: usize = 128 * 1024;
+
+/// Why a whole-disk image is refused where there is no disk.
+pub(crate) const NO_PARTITIONS: &str =
+    "the image is a whole disk's, and this node's card is made of folders: push a tarball of its root instead";
 
 /// What users read when nothing goes down after all.
 pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
@@ -281,9 +323,19 @@ pub trait System: Send + Sync + 'static {
     /// Whether an update can be begun, before anything is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 
-    /// Whether [`prepare_target`](Self::prepare_target) can work on this card. Nothing is written.
-    async fn check_target(&self) -> Result<(), SystemError> {
-        Ok(())
+    /// Whether [`prepare_target`](Self::prepare_target), or [`whole_card`](Self::whole_card), can work on this card. Nothing
+    /// is written.
+    async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
+        match room {
+            Room::Resident => Ok(Ready::Now),
+            Room::Whole(_) => Err(SystemError::Unsupported(NO_PARTITIONS)),
+        }
+    }
+
+    /// Has the recovery partition moved when the machine restarts next, so that there is this room. Everything else on the
+    /// card is lost then.
+    async fn move_recovery(&self, _room: Room) -> Result<(), SystemError> {
+        Err(SystemError::Unsupported(NO_PARTITIONS))
     }
 
     /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
@@ -296,12 +348,30 @@ pub trait System: Send + Sync + 'static {
 
     /// Unmounts root and boot partition of a target, so that file systems can be written to them.
     async fn raw_target(&self, _target: &Target) -> Result<RawTarget, SystemError> {
-        Err(SystemError::Unsupported("this card has no partitions"))
+        Err(SystemError::Unsupported(NO_PARTITIONS))
     }
 
     /// Checks the file systems that were written, lets the root grow to its partition, and mounts both again.
     async fn mount_raw(&self, _target: &Target) -> Result<(), SystemError> {
-        Err(SystemError::Unsupported("this card has no partitions"))
+        Err(SystemError::Unsupported(NO_PARTITIONS))
+    }
+
+    /// Takes every partition but the recovery partition off the card, so that an image can be written before that.
+    /// Installer only.
+    async fn whole_card(&self) -> Result<WholeCard, SystemError> {
+        Err(SystemError::Unsupported(NO_PARTITIONS))
+    }
+
+    /// Mounts the boot partition and the root of an image that was written to the whole card, which the card's table does
+    /// not know yet.
+    async fn mount_whole(&self, _boot: Stretch, _root: Stretch, _lease: Lease) -> Result<Target, SystemError> {
+        Err(SystemError::Unsupported(NO_PARTITIONS))
+    }
+
+    /// Writes everything to the card, unmounts it, and then writes the image's first sector, with its table: from then on
+    /// the image is what boots.
+    async fn finish_whole(&self, _target: Target, _first: [u8; 512]) -> Result<(), SystemError> {
+        Err(SystemError::Unsupported(NO_PARTITIONS))
     }
 
     /// Writes everything to the card and unmounts what [`prepare_target`](Self::prepare_target) mounted.

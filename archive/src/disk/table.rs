@@ -6,7 +6,7 @@ use crate::{Error, Reason, Refused};
 
 /// What is read before the first partition: 1 MiB, where every tool of this century begins; the entries of a GPT are in
 /// the first 17 KiB.
-pub(super) const FRONT: usize = 34 * SECTOR;
+pub const FRONT: usize = 34 * SECTOR;
 /// Type of the one entry that a disk with a GPT has in its boot record.
 const PROTECTIVE: u8 = 0xee;
 /// Types of partitions that hold further tables.

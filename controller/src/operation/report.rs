@@ -293,6 +293,7 @@ mod tests {
             bootcodes: std::collections::BTreeMap::new(),
             notice: notice.clone(),
             discard_home: false,
+            raw: false,
         });
         let off = Action::PowerOff(notice);
         let lost = Some(reason::JOURNAL_LOST);

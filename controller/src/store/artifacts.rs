@@ -52,7 +52,7 @@ pub struct ArtifactRow {
     pub unpacked_bytes: u64,
     /// How many entries it has.
     pub entries: u64,
-    /// `gzip`, `xz`, `zstd`, `zip` or `none`.
+    /// `gzip`, `xz`, `zstd`, `zip` or `none`, with ` disk` behind it when it is the image of a whole disk.
     pub compression: String,
     /// When the name was last pushed.
     pub push_time: DateTime<Utc>,
@@ -60,6 +60,13 @@ pub struct ArtifactRow {
     pub creator: String,
     /// Board families of which it is the default; `*`: any. Ignored by `put_artifact`.
     pub default_for: Vec<String>,
+}
+
+impl ArtifactRow {
+    /// Whether it is the image of a whole disk, and no tarball.
+    pub fn is_disk(&self) -> bool {
+        self.compression.ends_with(" disk")
+    }
 }
 
 /// What became of removing a name.

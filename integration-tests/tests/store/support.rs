@@ -79,6 +79,7 @@ pub(crate) fn update(image: Option<&str>) -> Action {
         bootcodes,
         notice: Notice { delay: Duration::ZERO, message: String::new() },
         discard_home: false,
+        raw: false,
     })
 }
 

@@ -172,6 +172,10 @@ pub(crate) struct CreateUpdate {
     /// Make the home partition anew instead of keeping it
     #[arg(long, requires = "image")]
     pub(crate) discard_home: bool,
+    /// Write the image of a whole disk to the whole card as it is; everything on the card is lost, home and the installer
+    /// too, and there is no way back without hands if the new system does not come up
+    #[arg(long, requires = "image")]
+    pub(crate) raw: bool,
 }
 
 /// On which nodes: exactly one of the three.

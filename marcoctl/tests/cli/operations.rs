@@ -78,9 +78,23 @@ async fn what_is_asked_for_is_what_the_command_line_says() {
     let operation = request.operation.as_ref().unwrap();
     let Some(Action::Update(update)) = &operation.action else { panic!("{operation:?}") };
     assert_eq!((update.image.as_str(), update.message.as_str()), ("kiosk", "soon"));
-    assert!(update.preserve.unwrap().discard_home);
+    assert!(update.preserve.unwrap().discard_home && !update.raw);
     let Some(Target::Labels(selector)) = &operation.target else { panic!("{operation:?}") };
     assert_eq!(selector.match_labels.len(), 2);
+}
+
+#[tokio::test]
+async fn an_image_is_written_raw_only_when_that_is_asked() {
+    let controller = Controller::start(Facts::default()).await;
+    let run = controller.run(&["operations", "update", "pi-01", "--raw"]).await;
+    assert_eq!(run.code, 2, "only with an image: {run:?}");
+    let run = controller.run(&["operations", "update", "pi-01", "--image", "kiosk", "--raw"]).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    let facts = controller.facts.lock().unwrap();
+    let Some(Action::Update(update)) = &facts.created[0].operation.as_ref().unwrap().action else {
+        panic!("no update")
+    };
+    assert!(update.raw && update.preserve.is_none());
 }
 
 #[tokio::test]

@@ -135,7 +135,7 @@ fn a_switch_is_one_write_of_the_same_length_into_the_same_file() {
 fn a_job_is_read_back_and_a_torn_one_is_none() {
     let card = Card::new();
     let job = InstallJob {
-        instruction: Instruction::Install { image: "image".into(), sha256: "00".into() },
+        instruction: Instruction::Install { image: "image".into(), sha256: "00".into(), raw: false },
         execution: "operations/x/executions/pi-01".into(),
         attempt: 1,
         sequence: 2,

@@ -111,7 +111,13 @@ fn reboot(delay: Duration) -> Action {
 
 fn update(delay: Duration) -> Action {
     let image = Artifact { id: "raspios.tar.gz".into(), sha256: "a".repeat(64) };
-    Action::Update(Update { image: Some(image), bootcode: None, notice: notice(delay), discard_home: false })
+    Action::Update(Update {
+        image: Some(image),
+        bootcode: None,
+        notice: notice(delay),
+        discard_home: false,
+        raw: false,
+    })
 }
 
 async fn reaches(journal: &Arc<Journal>, execution: &str, state: State) {
@@ -269,7 +275,10 @@ async fn an_update_leaves_the_installer_all_it_needs_before_it_is_armed() {
     let bench = armed_update().await;
     assert_eq!(bench.machine.told(), ["announce Reboot 30ms maintenance", "reboot TryBoot Armed"]);
     let job = bench.recovery().read_job().unwrap().unwrap();
-    assert_eq!(job.instruction, Instruction::Install { image: "raspios.tar.gz".into(), sha256: "a".repeat(64) });
+    assert_eq!(
+        job.instruction,
+        Instruction::Install { image: "raspios.tar.gz".into(), sha256: "a".repeat(64), raw: false }
+    );
     assert_eq!((job.execution.as_str(), job.attempt, job.sequence), (ONE, 7, 2));
     assert_eq!(job.controllers, ["controller:1346"]);
     let recovery = bench.machine.dir.join("recovery");

@@ -14,7 +14,7 @@ use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction,
 use crate::cause::chain;
 use crate::download::DownloadError;
 use crate::durable;
-use crate::install::{self, Phase};
+use crate::install::{self, Next, Phase};
 use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update, phase};
 use crate::journal::{self, Entry, JournalError, Progress};
 
@@ -124,7 +124,10 @@ impl Executor {
         sequence: u64,
     ) -> Result<InstallJob, StepError> {
         let instruction = match (&update.image, &update.bootcode) {
-            (Some(image), _) => Instruction::Install { image: image.id.clone(), sha256: image.sha256.clone() },
+            (Some(image), _) => {
+                let (image, sha256) = (image.id.clone(), image.sha256.clone());
+                Instruction::Install { image, sha256, raw: update.raw }
+            }
             (None, Some(bootcode)) => Instruction::BootOnly { sha256: bootcode.sha256.clone() },
             (None, None) => {
                 let message = "neither an image nor boot files were named";
@@ -185,12 +188,12 @@ impl Executor {
                 return Ok(());
             }
         };
-        let (image, bootcode) = match job.instruction {
-            Instruction::Install { image, sha256 } => (Some(Artifact { id: image, sha256 }), None),
-            Instruction::BootOnly { sha256 } => (None, Some(Artifact { id: String::new(), sha256 })),
+        let (image, bootcode, raw) = match job.instruction {
+            Instruction::Install { image, sha256, raw } => (Some(Artifact { id: image, sha256 }), None, raw),
+            Instruction::BootOnly { sha256 } => (None, Some(Artifact { id: String::new(), sha256 }), false),
         };
         let notice = Notice { delay: Duration::ZERO, message: String::new() };
-        let action = Action::Update(Update { image, bootcode, notice, discard_home: job.discard_home });
+        let action = Action::Update(Update { image, bootcode, notice, discard_home: job.discard_home, raw });
         let mut entry = journal::new_entry(&job.execution, job.attempt, action, State::Armed, &job.boot_id);
         entry.sequence = job.sequence;
         entry.trials = job.trials;
@@ -211,9 +214,9 @@ impl Executor {
         // A boot that was no trial is a boot by default: then the installer has been made the default before.
         let touched = Arc::new(AtomicBool::new(self.system.booted().is_some_and(|booted| !booted.tryboot)));
         let mut tries: u32 = 0;
-        loop {
+        let next = loop {
             let error = match self.install_once(execution, &job, &touched).await {
-                Ok(()) => break,
+                Ok(next) => break next,
                 Err(error) => error,
             };
             tries = tries.saturating_add(1);
@@ -232,9 +235,17 @@ impl Executor {
             self.journal.note(execution, failure).await?;
             self.phase(execution, phase::ANOTHER_TRY);
             tokio::time::sleep(self.pause(tries)).await;
+        };
+        if next == Next::Installer {
+            return self.go_down(entry, WayDown::Reboot).await;
         }
         self.journal.try_boot(execution).await?;
-        self.go_down(entry, WayDown::TryBoot).await
+        self.go_down(entry, Self::into_new_system(entry)).await
+    }
+
+    /// How the installer restarts into what it has installed. Of a raw image every boot is the new system.
+    pub(super) fn into_new_system(entry: &Entry) -> WayDown {
+        if entry.action.is_raw() { WayDown::Reboot } else { WayDown::TryBoot }
     }
 
     async fn install_once(
@@ -242,7 +253,7 @@ impl Executor {
         execution: &str,
         job: &InstallJob,
         touched: &Arc<AtomicBool>,
-    ) -> Result<(), install::InstallError> {
+    ) -> Result<Next, install::InstallError> {
         let progress: install::Progress = {
             let (journal, execution, touched) = (self.journal.clone(), execution.to_owned(), touched.clone());
             Arc::new(move |phase: Phase, done, total| {
@@ -278,14 +289,19 @@ impl Executor {
         self.phase(execution, phase::VERDICT);
         let mut changes = self.journal.changes();
         let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked));
-        if tokio::time::timeout(self.settings.verdict, accepted).await.is_err() {
+        // A raw image is what boots in any case.
+        let patience = if entry.action.is_raw() { Duration::MAX } else { self.settings.verdict };
+        if tokio::time::timeout(patience, accepted).await.is_err() {
             // A system that cannot reach its controller, or is not the one asked for, is no better than one that does
             // not come up. The installer is still the default, and counts the trial.
             tracing::warn!(execution, "controller has not accepted the new system, back to the installer");
             return self.go_down(entry, WayDown::Reboot).await;
         }
-        let recovery = self.recovery_or_fail()?;
-        off_runtime(move || Ok(recovery.set_boot_partition(DefaultBoot::System)?)).await?;
+        // A raw image is what boots already, and has no installer beside it.
+        if !entry.action.is_raw() {
+            let recovery = self.recovery_or_fail()?;
+            off_runtime(move || Ok(recovery.set_boot_partition(DefaultBoot::System)?)).await?;
+        }
         self.journal.succeed(execution).await?;
         self.tidy_recovery().await;
         Ok(())

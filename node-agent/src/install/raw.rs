@@ -97,7 +97,7 @@ pub(super) fn write(from: impl BufRead, target: &RawTarget) -> Result<(), Instal
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs::{self, File};
     use std::os::unix::fs::MetadataExt as _;
 
@@ -107,7 +107,7 @@ mod tests {
     const MIB: usize = 1 << 20;
 
     /// A FAT of 1 MiB at 1 MiB and an ext4 of 4 MiB at 2 MiB, most of it zeros.
-    fn disk() -> Vec<u8> {
+    pub(in crate::install) fn disk() -> Vec<u8> {
         let mut disk = vec![0; 6 * MIB];
         for (number, kind, start, length) in [(0, 0x0c, MIB, MIB), (1, 0x83, 2 * MIB, 4 * MIB)] {
             let entry = &mut disk[446 + number * 16..][..16];

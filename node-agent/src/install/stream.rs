@@ -67,11 +67,14 @@ fn decoder<'a>(compression: Compression, raw: impl BufRead + 'a) -> Result<Box<d
     })
 }
 
-/// Whether the image that begins with these bytes, compressed or not, is a whole disk's and no tarball.
-pub(super) fn is_disk(first: &[u8]) -> bool {
-    let mut sector = [0; 512];
-    let read = decoder(Compression::detect(first), first).and_then(|mut decoder| decoder.read_exact(&mut sector));
-    read.is_ok() && marco_archive::disk::is_disk(&sector)
+/// What an image begins with, compressed or not, as far as a disk's table may reach.
+pub(super) fn front(first: &[u8]) -> Vec<u8> {
+    let mut front = Vec::new();
+    if let Ok(decoder) = decoder(Compression::detect(first), first) {
+        // What can be read of it is there, also when more cannot.
+        let _ = decoder.take(u64::try_from(marco_archive::disk::FRONT).unwrap_or_default()).read_to_end(&mut front);
+    }
+    front
 }
 
 /// A block, filled as far as `length`.

@@ -156,7 +156,11 @@ fn digest(bytes: &[u8]) -> String {
 }
 
 fn image_job(bytes: &[u8]) -> InstallJob {
-    job(Instruction::Install { image: "image".into(), sha256: digest(bytes) })
+    job(Instruction::Install { image: "image".into(), sha256: digest(bytes), raw: false })
+}
+
+fn raw_job(bytes: &[u8]) -> InstallJob {
+    job(Instruction::Install { image: "image".into(), sha256: digest(bytes), raw: true })
 }
 
 async fn downloader(
@@ -383,11 +387,26 @@ async fn a_whole_disk_is_refused_by_a_card_of_folders_before_anything_is_touched
     for bytes in [disk.clone(), gzip(&disk), zstd::encode_all(disk.as_slice(), 1).unwrap()] {
         let (downloader, _server) = downloader(bytes.clone(), |_| Wrong::Nothing).await;
         let mut bed = Bed::new().await;
-        let error = bed.install(&image_job(&bytes), &downloader).await.unwrap_err();
-        assert!(!error.retryable && error.message.contains("push a tarball"), "{error}");
+        for job in [image_job(&bytes), raw_job(&bytes)] {
+            let error = bed.install(&job, &downloader).await.unwrap_err();
+            assert!(!error.retryable && error.message.contains("push a tarball"), "{error}");
+        }
         assert!(bed.has("root/old"));
         bed.installer.reboot(Reboot::Plain, None, "").await.unwrap();
         assert_eq!(bed.powered.boot().await.mode(), Mode::Running);
         bed.powered.kill().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tarball_is_not_written_to_a_whole_card() {
+    let bytes = image("boot/firmware", 10, "");
+    let (downloader, _server) = downloader(bytes.clone(), |_| Wrong::Nothing).await;
+    let mut bed = Bed::new().await;
+    let error = bed.install(&raw_job(&bytes), &downloader).await.unwrap_err();
+    assert!(error.reason == "IMAGE_REFUSED" && error.message.contains("no image of a whole disk"), "{error}");
+    assert!(bed.has("root/old"));
+    bed.installer.reboot(Reboot::Plain, None, "").await.unwrap();
+    assert_eq!(bed.powered.boot().await.mode(), Mode::Running);
+    bed.powered.kill().await;
 }

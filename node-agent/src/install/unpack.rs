@@ -10,6 +10,7 @@ use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::stream::{Cause, Chunks, Progress, decompress, pipe};
+use super::whole::{self, Place, Written};
 use super::write_back::WriteBack;
 use super::{InstallError, raw};
 use crate::download::Download;
@@ -24,6 +25,8 @@ pub(super) enum Destination {
     Folder(PathBuf),
     /// A whole-disk image, into these partitions.
     Partitions(RawTarget),
+    /// A whole-disk image, onto the card as it is.
+    Card(Place),
 }
 
 /// Unpacks an image. When the caller gives up (drops this), the threads stop at their next read; the lease
@@ -35,7 +38,7 @@ pub(super) async fn unpack(
     lease: Lease,
     system: &dyn System,
     progress: Progress,
-) -> Result<(), InstallError> {
+) -> Result<Option<Written>, InstallError> {
     let Download { size_bytes, chunks, receiving: _receiving } = download;
     let stop = CancellationToken::new();
     let _stop = stop.clone().drop_guard();
@@ -47,7 +50,8 @@ pub(super) async fn unpack(
         let _lease = lease;
         let root = match into {
             Destination::Folder(root) => root,
-            Destination::Partitions(target) => return raw::write(blocks, &target),
+            Destination::Partitions(target) => return raw::write(blocks, &target).map(|()| None),
+            Destination::Card(card) => return whole::write(blocks, &card).map(Some),
         };
         let disk = |error| InstallError::disk("write to the card")(error);
         let mut write_back = WriteBack::of_folder(&root).map_err(disk)?;
@@ -55,7 +59,7 @@ pub(super) async fn unpack(
         if summary.not_restored > 0 {
             tracing::warn!(count = summary.not_restored, "owners, devices or attributes of the image not restored");
         }
-        write_back.finish().map_err(disk)
+        write_back.finish().map_err(disk).map(|()| None)
     });
     let unpacked = loop {
         tokio::select! {

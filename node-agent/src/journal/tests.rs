@@ -14,7 +14,7 @@ fn reboot() -> Action {
 
 fn update() -> Action {
     let notice = Notice { delay: Duration::ZERO, message: String::new() };
-    Action::Update(Update { image: None, bootcode: None, notice, discard_home: false })
+    Action::Update(Update { image: None, bootcode: None, notice, discard_home: false, raw: false })
 }
 
 fn state(journal: &Journal, execution: &str) -> State {

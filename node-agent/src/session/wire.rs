@@ -128,6 +128,7 @@ fn update(update: WireUpdate) -> Option<Update> {
         bootcode: artifact(update.bootcode, update.bootcode_sha256)?,
         notice: notice(update.notice.as_ref(), update.message)?,
         discard_home: update.preserve.is_some_and(|preserve| preserve.discard_home),
+        raw: update.raw,
     })
 }
 

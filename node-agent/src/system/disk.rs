@@ -1,15 +1,16 @@
 //! The card as the kernel shows it: its table, its partitions, their file systems, and where they are mounted.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mbrman::{BOOT_INACTIVE, CHS, MBR, MBRPartitionEntry};
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use super::SystemError;
 use super::command::run;
+use super::{Stretch, SystemError};
 use crate::settings::{FILE_SYSTEMS, Settings};
 use plan::{Part, Plan, SECTOR, plan};
 
@@ -74,6 +75,11 @@ impl Disk {
         Ok(plan(&self.parts()?, self.sectors()?, settings)?)
     }
 
+    /// Where the recovery partition has to lie when an image of so many bytes is written before it; none: where it is.
+    pub(crate) fn behind(&self, image: u64) -> Result<Option<Part>, SystemError> {
+        Ok(plan::behind(&self.parts()?, self.sectors()?, image)?)
+    }
+
     /// Puts the card into layout resident, unless it is; says whether it was not. Partitions that stay where they were
     /// may be mounted, others may not.
     pub(crate) fn partition_resident(&self, settings: &Settings) -> Result<bool, SystemError> {
@@ -83,24 +89,94 @@ impl Disk {
                 return Ok(false);
             }
             Plan::Write(parts) => parts,
+            Plan::Move(_) => return Err(SystemError::Invalid("the recovery partition has to be moved first".into())),
         };
-        let before = self.table()?;
-        let kept = before.as_ref().map(self::parts).unwrap_or_default();
-        let mut device = self.open(true)?;
-        let failed = SystemError::io("partition", &self.device);
-        let write = || -> std::io::Result<()> {
-            for part in parts.iter().filter(|part| !kept.contains(part)) {
-                device.seek(SeekFrom::Start(part.start * SECTOR))?;
-                device.write_all(&vec![0; WIPE])?;
+        self.write_table(&parts)?;
+        self.tell_kernel(&parts)?;
+        Ok(true)
+    }
+
+    /// Leaves nothing on the card but its recovery partition, which is answered. Others may not be mounted.
+    pub(crate) fn keep_recovery(&self) -> Result<Part, SystemError> {
+        let found = self.parts()?.into_iter().find(|part| part.number == 1);
+        let recovery = found.ok_or_else(|| SystemError::Invalid("the card has no recovery partition".into()))?;
+        self.write_table(&[recovery])?;
+        self.tell_kernel(&[recovery])?;
+        Ok(recovery)
+    }
+
+    /// Copies the recovery partition to where it has to lie, reads it back past the page cache, and only then says so in
+    /// the table, which then has nothing else. It may not be mounted for writing. The kernel learns of it when it restarts.
+    pub(crate) fn move_recovery(&self, to: Part) -> Result<(), SystemError> {
+        let failed = || SystemError::io("move the recovery partition of", &self.device);
+        let from = File::open(self.partition(1)).map_err(failed())?;
+        let device = self.open(true)?;
+        let start = to.start * SECTOR;
+        let (mut read, mut written) = (vec![0; WIPE], vec![0; WIPE]);
+        for at in (0..to.sectors * SECTOR).step_by(WIPE) {
+            let count = fill(&from, &mut read, at).map_err(failed())?;
+            device.write_all_at(read.get(..count).unwrap_or_default(), start + at).map_err(failed())?;
+        }
+        device.sync_all().map_err(failed())?;
+        let (length, advice) = (std::num::NonZero::new(to.sectors * SECTOR), rustix::fs::Advice::DontNeed);
+        rustix::fs::fadvise(&device, start, length, advice).map_err(|error| failed()(error.into()))?;
+        for at in (0..to.sectors * SECTOR).step_by(WIPE) {
+            let count = fill(&from, &mut read, at).map_err(failed())?;
+            device.read_exact_at(written.get_mut(..count).unwrap_or_default(), start + at).map_err(failed())?;
+            if read.get(..count) != written.get(..count) {
+                let message = "what was written is not what is read back: the card may be failing";
+                return Err(failed()(std::io::Error::other(message)));
             }
-            device.sync_all()?;
+        }
+        self.put_table(&[to])
+    }
+
+    /// Makes the kernel know boot partition and root of an image that lies on the card without a table, as partitions 4
+    /// and 2.
+    pub(crate) fn show(&self, boot: Stretch, root: Stretch) -> Result<(), SystemError> {
+        let part = |number, stretch: Stretch| {
+            let (start, sectors) = (stretch.start / SECTOR, stretch.length / SECTOR);
+            Part { number, kind: 0, start, sectors }
+        };
+        let mut parts = self.parts()?;
+        parts.retain(|part| part.number == 1);
+        parts.extend([part(2, root), part(4, boot)]);
+        self.tell_kernel(&parts)
+    }
+
+    /// Writes the first sector of an image, and makes sure that the card has it.
+    pub(crate) fn write_first(&self, sector: &[u8; 512]) -> Result<(), SystemError> {
+        let failed = || SystemError::io("write the partition table of", &self.device);
+        let device = self.open(true)?;
+        device.write_all_at(sector, 0).and_then(|()| device.sync_all()).map_err(failed())
+    }
+
+    /// Empties the beginning of partitions that are new, and then writes the table.
+    fn write_table(&self, parts: &[Part]) -> Result<(), SystemError> {
+        let kept = self.parts()?;
+        let device = self.open(true)?;
+        let wipe = || {
+            for part in parts.iter().filter(|part| !kept.contains(part)) {
+                device.write_all_at(&vec![0; WIPE], part.start * SECTOR)?;
+            }
+            device.sync_all()
+        };
+        wipe().map_err(SystemError::io("partition", &self.device))?;
+        self.put_table(parts)
+    }
+
+    /// Writes the table; a card that had one keeps its signature.
+    fn put_table(&self, parts: &[Part]) -> Result<(), SystemError> {
+        let before = self.table()?;
+        let mut device = self.open(true)?;
+        let write = || -> std::io::Result<()> {
             let mut signature = [0; 4];
             getrandom::fill(&mut signature).map_err(std::io::Error::other)?;
             if let Some(table) = before.filter(|table| table.header.disk_signature != [0; 4]) {
                 signature = table.header.disk_signature;
             }
             let mut table = MBR::new_from(&mut device, 512, signature).map_err(std::io::Error::other)?;
-            for part in &parts {
+            for part in parts {
                 let entry = usize::try_from(part.number).ok().and_then(|number| table.get_mut(number));
                 let number = |sectors: u64| u32::try_from(sectors).map_err(std::io::Error::other);
                 if let Some(entry) = entry {
@@ -117,9 +193,7 @@ impl Disk {
             table.write_into(&mut device).map_err(std::io::Error::other)?;
             device.sync_all()
         };
-        write().map_err(failed)?;
-        self.tell_kernel(&parts)?;
-        Ok(true)
+        write().map_err(SystemError::io("partition", &self.device))
     }
 
     /// Makes the kernel see these partitions. One that is mounted is never taken away, so it must be where it was.
@@ -147,6 +221,18 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// Reads a whole buffer, or up to the end.
+fn fill(from: &File, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match from.read_at(rest, at + u64::try_from(filled).unwrap_or_default())? {
+            0 => break,
+            count => filled += count,
+        }
+    }
+    Ok(filled)
 }
 
 /// The four primary partitions of a table.

@@ -8,19 +8,21 @@ use std::time::Duration;
 use async_trait::async_trait;
 use rustix::system::RebootCommand;
 
+use super::disk::plan::{Part, Plan};
 use super::disk::{self, Access, Disk, find};
 use super::host::board;
 use super::rooted::Rooted;
 use super::test_firmware::TestFirmware;
 use super::{
-    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, RawTarget, Reboot, Refusal, System, SystemError,
-    SystemFacts, Target,
+    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, RawTarget, Ready, Reboot, Refusal, Room, Stretch,
+    System, SystemError, SystemFacts, Target, WholeCard,
 };
 use crate::settings::{Policy, Settings, SettingsError};
 
 mod prepare;
 mod raw;
 mod watchdog;
+mod whole;
 
 use watchdog::Watchdog;
 
@@ -46,6 +48,8 @@ pub struct Installer {
     watchdog: Watchdog,
     /// Called right before the machine goes down.
     last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+    /// Where the recovery partition is to lie after the next restart.
+    move_to: Mutex<Option<Part>>,
 }
 
 impl std::fmt::Debug for Installer {
@@ -113,6 +117,7 @@ impl Installer {
             target: Arc::default(),
             watchdog: Watchdog::start(),
             last_words: Mutex::default(),
+            move_to: Mutex::default(),
         }))
     }
 
@@ -132,12 +137,26 @@ impl Installer {
         *self.last_words.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last_words));
     }
 
+    /// Where the recovery partition has to lie for this; none: where it is.
+    async fn recovery_in_the_way_of(&self, room: Room) -> Result<Option<Part>, SystemError> {
+        let (disk, settings) = (self.disk.clone(), self.settings.clone());
+        blocking(move || match room {
+            Room::Whole(image) => disk.behind(image),
+            Room::Resident => match disk.plan(&settings)? {
+                Plan::Move(to) => Ok(Some(to)),
+                Plan::Keep | Plan::Write(_) => Ok(None),
+            },
+        })
+        .await
+    }
+
     /// Goes down at once: no service is there to be stopped, but the card's file systems are closed first.
     async fn go_down(&self, down: Down, how: Reboot) -> Result<(), SystemError> {
         if let Some(last_words) = self.last_words.lock().unwrap_or_else(PoisonError::into_inner).take() {
             last_words();
         }
-        let card = self.card.clone();
+        let (card, disk) = (self.card.clone(), self.disk.clone());
+        let move_to = self.move_to.lock().unwrap_or_else(PoisonError::into_inner).take();
         blocking(move || {
             rustix::fs::sync();
             for at in [&card.root.join("home"), &card.root, &card.boot, &card.recovery] {
@@ -147,7 +166,8 @@ impl Installer {
                 }
             }
             rustix::fs::sync();
-            Ok(())
+            // Now that nobody writes to it any more.
+            move_to.map_or(Ok(()), |to| disk.move_recovery(to))
         })
         .await?;
         if let (Some(test), Down::Reboot) = (&self.test, down) {
@@ -249,9 +269,15 @@ impl System for Installer {
         Ok(())
     }
 
-    async fn check_target(&self) -> Result<(), SystemError> {
-        let (disk, settings) = (self.disk.clone(), self.settings.clone());
-        blocking(move || disk.plan(&settings).map(|_| ())).await
+    async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
+        let moves = self.recovery_in_the_way_of(room).await?.is_some();
+        Ok(if moves { Ready::AfterRestart } else { Ready::Now })
+    }
+
+    async fn move_recovery(&self, room: Room) -> Result<(), SystemError> {
+        let to = self.recovery_in_the_way_of(room).await?;
+        *self.move_to.lock().unwrap_or_else(PoisonError::into_inner) = to;
+        Ok(())
     }
 
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {
@@ -269,6 +295,25 @@ impl System for Installer {
 
     async fn mount_raw(&self, target: &Target) -> Result<(), SystemError> {
         raw::mount(&self.disk, &self.card, target).await
+    }
+
+    async fn whole_card(&self) -> Result<WholeCard, SystemError> {
+        let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
+        let (disk, card) = (self.disk.clone(), self.card.clone());
+        blocking(move || whole::open(&disk, &card, lease)).await
+    }
+
+    async fn mount_whole(&self, boot: Stretch, root: Stretch, lease: Lease) -> Result<Target, SystemError> {
+        whole::mount(&self.disk, &self.card, boot, root, lease).await
+    }
+
+    async fn finish_whole(&self, target: Target, first: [u8; 512]) -> Result<(), SystemError> {
+        let disk = self.disk.clone();
+        blocking(move || {
+            prepare::finish(&target)?;
+            disk.write_first(&first)
+        })
+        .await
     }
 
     async fn finish_target(&self, target: Target) -> Result<(), SystemError> {

@@ -13,8 +13,8 @@ use tokio::sync::watch;
 
 use super::rooted::Rooted;
 use super::{
-    Board, Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, Reboot, Refusal, System, SystemError,
-    SystemFacts, Target,
+    Board, Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, NO_PARTITIONS, Ready, Reboot, Refusal, Room,
+    System, SystemError, SystemFacts, Target,
 };
 use log::{Event, Line, Log};
 use state::{Going, Power, State, Up};
@@ -295,14 +295,17 @@ impl System for VirtualPi {
         }
     }
 
-    async fn check_target(&self) -> Result<(), SystemError> {
+    async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
+        if room != Room::Resident {
+            return Err(SystemError::Unsupported(NO_PARTITIONS));
+        }
         // A card of folders has no size, but in a test that gives it one, in MiB.
         let size = std::fs::read_to_string(self.dir.join("card-size")).unwrap_or_default();
-        let Ok(mebibytes) = size.trim().parse::<u64>() else { return Ok(()) };
+        let Ok(mebibytes) = size.trim().parse::<u64>() else { return Ok(Ready::Now) };
         let settings = Settings::read(&self.card().recovery);
         let settings = settings.map_err(|error| SystemError::Invalid(crate::cause::chain(&error)))?;
         super::disk::plan::plan(&[], mebibytes << 11, &settings)?;
-        Ok(())
+        Ok(Ready::Now)
     }
 
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {

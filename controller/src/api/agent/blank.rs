@@ -64,6 +64,7 @@ impl Blank {
             bootcodes: BTreeMap::new(),
             notice: Notice { delay: Duration::ZERO, message: String::new() },
             discard_home: false,
+            raw: false,
         };
         let operations = Operations::new(context.clone());
         operations.freeze(&mut update, &BTreeSet::from([self.family.clone()])).await?;

@@ -60,13 +60,19 @@ pub(in crate::api) fn action(action: v1::operation::Action, bad: Bad<'_>) -> Opt
     Some(match action {
         v1::operation::Action::Reboot(reboot) => Action::Reboot(notice(reboot.notice, reboot.message, "reboot", bad)),
         v1::operation::Action::PowerOff(off) => Action::PowerOff(notice(off.notice, off.message, "power_off", bad)),
-        v1::operation::Action::Update(update) => Action::Update(Update {
-            image: named(&update.image, "image", bad),
-            bootcode: named(&update.bootcode, "bootcode", bad),
-            bootcodes: BTreeMap::new(),
-            notice: notice(update.notice, update.message, "update", bad),
-            discard_home: update.preserve.is_some_and(|preserve| preserve.discard_home),
-        }),
+        v1::operation::Action::Update(update) => {
+            if update.raw && update.image.is_empty() {
+                bad("operation.update.raw", "needs an image, that of a whole disk".to_owned());
+            }
+            Action::Update(Update {
+                image: named(&update.image, "image", bad),
+                bootcode: named(&update.bootcode, "bootcode", bad),
+                bootcodes: BTreeMap::new(),
+                notice: notice(update.notice, update.message, "update", bad),
+                discard_home: update.preserve.is_some_and(|preserve| preserve.discard_home),
+                raw: update.raw,
+            })
+        }
     })
 }
 
@@ -127,6 +133,7 @@ pub(super) fn update(update: &Update, bootcode: Option<&FrozenArtifact>) -> v1::
         preserve: Some(v1::Preserve { discard_home: update.discard_home }),
         image_sha256: digest(update.image.as_ref()),
         bootcode_sha256: digest(bootcode),
+        raw: update.raw,
     }
 }
 

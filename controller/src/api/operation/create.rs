@@ -14,7 +14,7 @@ use crate::api::status::{ApiError, Violation};
 use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
 use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
-use crate::store::{Kind, NodeQuery, Purpose, RequestKey, Scope};
+use crate::store::{ArtifactRow, Kind, NodeQuery, Purpose, RequestKey, Scope};
 
 /// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
 const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
@@ -85,19 +85,27 @@ impl Operations {
         families: &BTreeSet<String>,
     ) -> Result<(), ApiError> {
         if let Some(image) = &mut update.image {
-            *image = self.frozen("image", &image.id, Kind::Image, Purpose::None).await?;
+            let row = self.artifact("image", &image.id, Kind::Image, Purpose::None).await?;
+            if update.raw && !row.is_disk() {
+                let message = format!(
+                    "{} is a tarball of a root; to be written raw it must be the image of a whole disk (.img, .img.xz, \
+                     .img.zst)",
+                    row.id.name()
+                );
+                return Err(ApiError::invalid("operation.update.raw", message));
+            }
+            *image = frozen(row);
         }
         let purpose = if update.image.is_some() { Purpose::Installer } else { Purpose::System };
         if let Some(bootcode) = &mut update.bootcode {
-            *bootcode = self.frozen("bootcode", &bootcode.id, Kind::Bootcode, purpose).await?;
+            *bootcode = frozen(self.artifact("bootcode", &bootcode.id, Kind::Bootcode, purpose).await?);
             return Ok(());
         }
         for family in families {
             let default = self.context.store.default_for(family, Kind::Bootcode, purpose).await?;
             match default {
                 Some(row) => {
-                    let frozen = FrozenArtifact { id: row.id.as_str().to_owned(), sha256: row.sha256 };
-                    update.bootcodes.insert(family.clone(), frozen);
+                    update.bootcodes.insert(family.clone(), frozen(row));
                 }
                 // With an image, the node's own fallback takes its place.
                 None if update.image.is_some() => {}
@@ -116,7 +124,7 @@ impl Operations {
         Ok(())
     }
 
-    async fn frozen(&self, field: &str, id: &str, kind: Kind, purpose: Purpose) -> Result<FrozenArtifact, ApiError> {
+    async fn artifact(&self, field: &str, id: &str, kind: Kind, purpose: Purpose) -> Result<ArtifactRow, ApiError> {
         let field = format!("operation.update.{field}");
         let id = ArtifactId::parse(id).map_err(|error| ApiError::invalid(&field, error.to_string()))?;
         let row = self.context.store.artifact(&id).await?.ok_or_else(|| ApiError::NotFound {
@@ -127,8 +135,12 @@ impl Operations {
             let (is, needed) = (describe(row.kind, row.purpose), describe(kind, purpose));
             return Err(ApiError::invalid(field, format!("{} is {is}, but {needed} is needed here", id.name())));
         }
-        Ok(FrozenArtifact { id: id.as_str().to_owned(), sha256: row.sha256 })
+        Ok(row)
     }
+}
+
+fn frozen(row: ArtifactRow) -> FrozenArtifact {
+    FrozenArtifact { id: row.id.as_str().to_owned(), sha256: row.sha256 }
 }
 
 fn describe(kind: Kind, purpose: Purpose) -> &'static str {

@@ -15,6 +15,15 @@ use node_agent::system::virtual_pi::firmware::Outcome;
 /// How long an installation with all its boots may take on an emulated processor that it shares with others.
 const UPDATE: std::time::Duration = seconds(600);
 
+/// How the card is divided after an installation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    /// By the installer.
+    Resident,
+    /// By the image: a FAT and a root.
+    Single,
+}
+
 /// What every update must leave as it is.
 #[derive(Debug, PartialEq, Eq)]
 struct Own {
@@ -56,12 +65,12 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
             Ok(text(&operations, "operations.0.name").ok().map(str::to_owned))
         })
         .await?;
-    arrives(&rig, &mut power, &node, &operation, &first).await?;
+    arrives(&rig, &mut power, &node, &operation, &first, Layout::Resident).await?;
     let node = node.strip_prefix("nodes/").context("its name")?.to_owned();
 
     step("power off, and a look at the card from outside");
     rig.power_off(power, &node).await?;
-    let before = look(&rig, "first").await?;
+    let before = look(&rig, "first", Layout::Resident).await?;
     println!(
         "machine-id {}, {} host keys, {} files at home",
         String::from_utf8_lossy(&before.machine_id).trim(),
@@ -72,10 +81,10 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     step("an update to the second image");
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
-    let operation = update(&rig, &node, "second").await?;
-    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second).await?;
+    let operation = update(&rig, &node, "second", &[]).await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second, Layout::Resident).await?;
     rig.power_off(power, &node).await?;
-    let after = look(&rig, "second").await?;
+    let after = look(&rig, "second", Layout::Resident).await?;
     ensure!(after == before, "the update did not preserve what is the node's own");
     println!("home, host keys and machine-id are the same, byte for byte");
 
@@ -83,7 +92,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
     let starts = rig.machine.starts().len();
-    let operation = update(&rig, &node, "broken").await?;
+    let operation = update(&rig, &node, "broken", &[]).await?;
     let execution = rig.ended(&mut power, &operation, UPDATE).await?;
     let state = text(&execution, "state")?;
     ensure!(state == "STATE_FAILED", "the execution ended {state}: {execution}");
@@ -99,10 +108,10 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     println!("it was tried {trials} times; the installer is back, and connected");
 
     step("an update to the previous image, from the installer");
-    let operation = update(&rig, &node, "second").await?;
-    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second).await?;
+    let operation = update(&rig, &node, "second", &[]).await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second, Layout::Resident).await?;
     rig.power_off(power, &node).await?;
-    let after = look(&rig, "second").await?;
+    let after = look(&rig, "second", Layout::Resident).await?;
     ensure!(after == before, "the way back did not preserve what is the node's own");
     println!("home, host keys and machine-id are the same, byte for byte");
 
@@ -110,12 +119,31 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
     let third = rig.push_disk_image("third").await?;
-    let operation = update(&rig, &node, "third").await?;
-    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third).await?;
+    let operation = update(&rig, &node, "third", &[]).await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third, Layout::Resident).await?;
     rig.power_off(power, &node).await?;
-    let after = look(&rig, "third").await?;
+    let after = look(&rig, "third", Layout::Resident).await?;
     ensure!(after == before, "the disk image did not preserve what is the node's own");
     println!("home, host keys and machine-id are the same, byte for byte");
+
+    step("the same image written raw to the whole card");
+    let mut power = rig.machine.power_on();
+    rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
+    let operation = update(&rig, &node, "third", &["--raw"]).await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third, Layout::Single).await?;
+    rig.power_off(power, &node).await?;
+    let after = look(&rig, "third", Layout::Single).await?;
+    ensure!(after.machine_id == before.machine_id && after.host_keys == before.host_keys, "the node is another one");
+    println!("the card is the image's; host keys and machine-id are the same");
+
+    step("and an update of that to the second image, in layout resident again");
+    let mut power = rig.machine.power_on();
+    rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
+    let operation = update(&rig, &node, "second", &[]).await?;
+    arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second, Layout::Resident).await?;
+    rig.power_off(power, &node).await?;
+    let again = look(&rig, "second", Layout::Resident).await?;
+    ensure!(again.machine_id == before.machine_id && again.host_keys == before.host_keys, "the node is another one");
 
     let starts = rig.machine.starts();
     println!("\n{} starts in {} s: every operation ended as it should", starts.len(), begun.elapsed().as_secs());
@@ -123,13 +151,21 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
 }
 
 /// Asks for an update without notice; answers with the operation's name.
-async fn update(rig: &Rig, node: &str, image: &str) -> Result<String> {
-    let operation = rig.lab.ask(&["operations", "update", node, "--image", image, "--notice", "0s"]).await?;
+async fn update(rig: &Rig, node: &str, image: &str, more: &[&str]) -> Result<String> {
+    let arguments = ["operations", "update", node, "--image", image, "--notice", "0s"];
+    let operation = rig.lab.ask(&[&arguments, more].concat()).await?;
     Ok(text(&operation, "name")?.to_owned())
 }
 
 /// The operation succeeds, and the controller says that the node runs that image.
-async fn arrives(rig: &Rig, power: &mut Power, node: &str, operation: &str, sha256: &str) -> Result<()> {
+async fn arrives(
+    rig: &Rig,
+    power: &mut Power,
+    node: &str,
+    operation: &str,
+    sha256: &str,
+    layout: Layout,
+) -> Result<()> {
     let execution = rig.ended(power, operation, UPDATE).await?;
     let (state, of) = (text(&execution, "state")?, text(&execution, "node")?);
     ensure!(
@@ -138,25 +174,34 @@ async fn arrives(rig: &Rig, power: &mut Power, node: &str, operation: &str, sha2
         rig.tail()
     );
     let found = rig.connected(power, node, "NODE_MODE_RUNNING").await?;
-    let (runs, layout) = (text(&found, "system.imageSha256")?, text(&found, "system.layout")?);
+    let (runs, laid_out) = (text(&found, "system.imageSha256")?, text(&found, "system.layout")?);
     ensure!(runs == sha256, "the node runs {runs}, not {sha256}");
-    ensure!(layout == "CARD_LAYOUT_RESIDENT", "the card is laid out as {layout}");
+    let wanted = match layout {
+        Layout::Resident => "CARD_LAYOUT_RESIDENT",
+        Layout::Single => "CARD_LAYOUT_SINGLE",
+    };
+    ensure!(laid_out == wanted, "the card is laid out as {laid_out}");
     println!("{operation} ended {state}: {node} runs {}", text(&found, "system.os")?);
     Ok(())
 }
 
 /// Reads the card from outside: the file systems are whole, the root and the boot partition are those of the image, the
 /// firmware boots the system by default. Answers with what is the node's own.
-async fn look(rig: &Rig, image: &str) -> Result<Own> {
+async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
     let card = rig.machine.card();
-    for (number, fat) in [(1, true), (2, false), (3, false), (4, true)] {
-        let partition = card.partition(number)?.with_context(|| format!("the card has no partition {number}"))?;
-        ensure!(partition.is_fat() == fat, "partition {number} is of type {:x}", partition.kind);
+    let (table, boot_number): ([Option<bool>; 4], u32) = match layout {
+        Layout::Resident => ([Some(true), Some(false), Some(false), Some(true)], 4),
+        Layout::Single => ([Some(true), Some(false), None, None], 1),
+    };
+    for (number, fat) in (1..).zip(table) {
+        let is = card.partition(number)?.map(|partition| partition.is_fat());
+        ensure!(is == fat, "partition {number} is {is:?} a FAT, not {fat:?}");
+        if fat == Some(false) {
+            card.check_ext4(number).await?;
+        }
     }
-    card.check_ext4(2).await?;
-    card.check_ext4(3).await?;
     let firmware = rig.machine.firmware(false).await?;
-    let system = matches!(&firmware.outcome, Outcome::Booted(boot) if boot.partition == 4);
+    let system = matches!(&firmware.outcome, Outcome::Booted(boot) if boot.partition == boot_number);
     ensure!(
         system && firmware.unreadable.is_empty(),
         "by default boots {:?}, unreadable are {:?}",
@@ -167,8 +212,18 @@ async fn look(rig: &Rig, image: &str) -> Result<Own> {
     let seen = rig.folder("seen");
     let (root, boot, home) = (seen.join("root"), seen.join("boot"), rig.folder("seen-home"));
     card.copy_ext4(2, "/", &root).await?;
-    card.copy_fat(4, &boot).await?;
-    card.copy_ext4(3, "/pi", &home).await?;
+    card.copy_fat(boot_number, &boot).await?;
+    match layout {
+        Layout::Resident => card.copy_ext4(3, "/pi", &home).await?,
+        Layout::Single => {
+            card.copy_ext4(2, "/home/pi", &home).await?;
+            std::fs::remove_dir_all(root.join("home/pi")).context("its home is on its root")?;
+            let (tree, own) = (rig.tree(image), ["etc/fstab", "boot/firmware/cmdline.txt"]);
+            for (own, found) in own.into_iter().zip([root.join("etc/fstab"), boot.join("cmdline.txt")]) {
+                ensure!(std::fs::read(tree.join(own))? == std::fs::read(found)?, "{own} is not the image's");
+            }
+        }
+    }
     std::fs::remove_dir(root.join("lost+found")).context("every ext4 has one")?;
     let same = compare_with_source(&rig.tree(image), &seen)?;
     println!("root and boot partition hold the {same} files and folders of image {image}");

@@ -46,6 +46,7 @@ pub(super) async fn update(flags: CreateUpdate, connection: &Connection, out: &m
         notice: flags.create.notice.map(proto_duration).transpose()?,
         message: flags.create.message.clone(),
         preserve: flags.discard_home.then_some(Preserve { discard_home: true }),
+        raw: flags.raw,
         ..Default::default()
     };
     create(Action::Update(update), flags.create, connection, out).await

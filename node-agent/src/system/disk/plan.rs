@@ -60,6 +60,8 @@ pub(crate) enum Plan {
     Keep,
     /// These partitions, by number; those that were there before in the same place are kept.
     Write(Vec<Part>),
+    /// Nothing yet: the recovery partition has to lie here first.
+    Move(Part),
 }
 
 /// Whether these partitions are a card in layout resident.
@@ -90,6 +92,16 @@ pub(crate) fn plan(parts: &[Part], sectors: u64, settings: &Settings) -> Result<
     }
     let found = parts.iter().find(|part| part.number == 1 && part.is_fat()).copied();
     let recovery = found.unwrap_or(Part { number: 1, kind: FAT, start: ALIGN, sectors: RECOVERY });
+    // Where an image that was to be written to the whole card has left it.
+    let front = Part { start: ALIGN, ..recovery };
+    match divide(recovery, sectors, settings) {
+        Err(_) if front.end() <= recovery.start && divide(front, sectors, settings).is_ok() => Ok(Plan::Move(front)),
+        divided => Ok(Plan::Write(divided?)),
+    }
+}
+
+/// The partitions on a card with this one for recovery.
+fn divide(recovery: Part, sectors: u64, settings: &Settings) -> Result<Vec<Part>, Refusal> {
     let wanted = |bytes: u64| up(bytes.div_ceil(SECTOR));
     let boot = Part { number: 4, kind: FAT, start: up(recovery.end()), sectors: wanted(settings.boot.size) };
     // The border of the last whole step; what is behind it is not used.
@@ -114,7 +126,37 @@ pub(crate) fn plan(parts: &[Part], sectors: u64, settings: &Settings) -> Result<
         );
         return Err(Refusal { reason: "DISK_TOO_SMALL", message });
     }
-    Ok(Plan::Write(vec![recovery, root, home, boot]))
+    Ok(vec![recovery, root, home, boot])
+}
+
+/// Where the recovery partition of a card has to lie when an image of so many bytes is written from its beginning on; none:
+/// where it is.
+///
+/// # Errors
+/// There is no recovery partition, or the card is too small for both (`DISK_TOO_SMALL`).
+pub(crate) fn behind(parts: &[Part], sectors: u64, image: u64) -> Result<Option<Part>, Refusal> {
+    let image = up(image.div_ceil(SECTOR));
+    let Some(recovery) = parts.iter().find(|part| part.number == 1 && part.is_fat()).copied() else {
+        let message = "the card has no recovery partition in an MBR".into();
+        return Err(Refusal { reason: "NO_RECOVERY_PARTITION", message });
+    };
+    if recovery.start >= image {
+        return Ok(None);
+    }
+    let start = sectors.min(MOST).saturating_sub(recovery.sectors) / ALIGN * ALIGN;
+    let needed = image.max(recovery.end());
+    if start < needed {
+        let message = format!(
+            "the card is too small: it has {} MiB, and needs {} MiB to take this image as it is ({} MiB, and behind it {} \
+             MiB for the installer until the image is complete)",
+            sectors >> 11,
+            (needed + recovery.sectors).div_ceil(1 << 11),
+            image >> 11,
+            recovery.sectors >> 11,
+        );
+        return Err(Refusal { reason: "DISK_TOO_SMALL", message });
+    }
+    Ok(Some(Part { start, ..recovery }))
 }
 
 fn up(sector: u64) -> u64 {
@@ -123,7 +165,7 @@ fn up(sector: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{FAT, LINUX, Part, Plan, is_resident, plan};
+    use super::{FAT, LINUX, Part, Plan, behind, is_resident, plan};
     use crate::settings::Settings;
 
     const MIB: u64 = 2048;
@@ -135,7 +177,7 @@ mod tests {
     fn written(parts: &[Part], sectors: u64, settings: &str) -> Vec<Part> {
         match plan(parts, sectors, &toml::from_str(settings).unwrap()).unwrap() {
             Plan::Write(parts) => parts,
-            Plan::Keep => panic!("kept"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -197,6 +239,31 @@ mod tests {
         assert!(refused.message.contains("it has 800 MiB, and needs at least 840 MiB"), "{}", refused.message);
         let settings = toml::from_str("root.size = \"4GiB\"").unwrap();
         assert_eq!(plan(&[p1], 4096 * MIB, &settings).unwrap_err().reason, "DISK_TOO_SMALL");
+    }
+
+    #[test]
+    fn before_an_image_is_written_the_recovery_partition_lies_behind_it() {
+        let p1 = part(1, FAT, 8192, 256 * MIB);
+        let moved = behind(&[p1], 4097 * MIB, 2000 << 20).unwrap().unwrap();
+        assert_eq!(moved, part(1, FAT, 3840 * MIB, 256 * MIB), "at the card's end, aligned");
+        assert_eq!(behind(&[moved], 4097 * MIB, 2000 << 20), Ok(None), "it lies there already");
+        assert_eq!(behind(&[moved], 4097 * MIB, 3840 << 20), Ok(None));
+        let refused = behind(&[p1], 4097 * MIB, (3840 << 20) + 1).unwrap_err();
+        assert_eq!(refused.reason, "DISK_TOO_SMALL");
+        assert!(refused.message.contains("it has 4097 MiB, and needs 4100 MiB"), "{}", refused.message);
+        // It must not be written over itself, however small the image is.
+        assert_eq!(behind(&[p1], 400 * MIB, 8 << 20).unwrap_err().reason, "DISK_TOO_SMALL");
+        assert_eq!(behind(&[], 4096 * MIB, 8 << 20).unwrap_err().reason, "NO_RECOVERY_PARTITION");
+    }
+
+    #[test]
+    fn a_recovery_partition_at_the_end_comes_back_to_the_front() {
+        let front = part(1, FAT, 8192, 256 * MIB);
+        let end = part(1, FAT, 3840 * MIB, 256 * MIB);
+        assert_eq!(plan(&[end], 4096 * MIB, &Settings::default()), Ok(Plan::Move(front)));
+        // Where it has room behind it, it stays.
+        let middle = part(1, FAT, 1024 * MIB, 256 * MIB);
+        assert_eq!(written(&[middle], 4096 * MIB, "")[0], middle);
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::plan::{FAT, Part, is_resident};
-use super::{Access, Disk, file_system, make, make_fat, mount, unmount};
+use super::plan::{FAT, Part, Plan, is_resident};
+use super::{Access, Disk, Stretch, file_system, make, make_fat, mount, unmount};
 use crate::settings::Settings;
 
 const MIB: u64 = 1 << 20;
@@ -197,4 +197,57 @@ async fn the_door_of_a_partition_that_is_mounted_for_reading_opens_for_a_write_o
     closes.join().unwrap();
     assert!(fs::write(at.join("y"), "").is_err(), "it stays open");
     unmount(at).unwrap();
+}
+
+#[tokio::test]
+async fn a_recovery_partition_goes_behind_an_image_and_comes_back() {
+    let dir = TempDir::new().unwrap();
+    let Some(card) = Loop::new(&image(&dir, 1024 * MIB)) else { return };
+    let disk = &card.0;
+    assert!(disk.partition_resident(&settings()).unwrap());
+    let noise: Vec<u8> =
+        (0..64 * MIB).flat_map(|at| u32::try_from(at % 65521 * 65537).unwrap().to_le_bytes()).collect();
+    fs::OpenOptions::new().write(true).open(disk.partition(1)).unwrap().write_all(&noise).unwrap();
+    let front = disk.parts().unwrap()[0];
+
+    let end = disk.behind(500 * MIB).unwrap().unwrap();
+    disk.move_recovery(end).unwrap();
+    assert_eq!(disk.parts().unwrap(), [end], "nothing else is in the table");
+    // As the kernel sees it after a restart.
+    disk.tell_kernel(&disk.parts().unwrap()).unwrap();
+    assert!(fs::read(disk.partition(1)).unwrap() == noise && !disk.partition(2).exists());
+    assert_eq!(disk.behind(500 * MIB).unwrap(), None);
+
+    // What an image brings is shown at its places, and is not in the table.
+    let (boot, root) = (Stretch { start: MIB, length: 8 * MIB }, Stretch { start: 9 * MIB, length: 32 * MIB });
+    disk.show(boot, root).unwrap();
+    let size = |number| fs::File::open(disk.partition(number)).unwrap().seek(SeekFrom::End(0)).unwrap();
+    assert_eq!((size(4), size(2)), (boot.length, root.length));
+    assert_eq!(disk.keep_recovery().unwrap(), end);
+    assert!(!disk.partition(4).exists() && !disk.partition(2).exists());
+
+    let Plan::Move(to) = disk.plan(&settings()).unwrap() else { panic!("it fits behind the end") };
+    assert_eq!(to, front);
+    assert!(disk.partition_resident(&settings()).is_err());
+    disk.move_recovery(to).unwrap();
+    disk.tell_kernel(&disk.parts().unwrap()).unwrap();
+    assert!(disk.partition_resident(&settings()).unwrap());
+    assert!(fs::read(disk.partition(1)).unwrap() == noise);
+    assert!(is_resident(&disk.parts().unwrap()));
+}
+
+#[test]
+fn the_first_sector_of_an_image_is_its_table() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk { device: image(&dir, 1024 * MIB) };
+    assert!(disk.partition_resident(&settings()).unwrap());
+    let other = Disk { device: dir.path().join("other") };
+    fs::File::create(&other.device).unwrap().set_len(2048 * MIB).unwrap();
+    assert!(other.partition_resident(&settings()).unwrap());
+    let first = fs::read(&other.device).unwrap()[..512].try_into().unwrap();
+    disk.write_first(&first).unwrap();
+    assert_eq!(
+        (disk.parts().unwrap(), disk.partuuid(2).unwrap()),
+        (other.parts().unwrap(), other.partuuid(2).unwrap())
+    );
 }

@@ -68,7 +68,7 @@ pub(super) async fn prepare(
     .await
 }
 
-async fn appear(device: &Path) -> Result<(), SystemError> {
+pub(super) async fn appear(device: &Path) -> Result<(), SystemError> {
     let begun = Instant::now();
     while !device.exists() {
         if begun.elapsed() > PATIENCE {
