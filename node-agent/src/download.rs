@@ -18,7 +18,7 @@ mod fetch;
 mod header;
 
 /// Verified chunks that wait for whoever writes them, besides the one being received.
-const WAITING: usize = 2;
+const WAITING: usize = 1;
 
 /// An error of whoever makes connections.
 pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;

@@ -13,8 +13,8 @@ use crate::wait::seconds;
 /// Of an MBR.
 const SECTOR: u64 = 512;
 const MIB: u64 = 1024 * 1024;
-/// What the boot files of a test need, and what FAT32 needs to be one with clusters of a sector.
-const BOOT: u64 = 64 * MIB;
+/// Less than the card has for boot files, and enough for an installer beside them when the card is the image's.
+const BOOT: u64 = 120 * MIB;
 /// Less than the card has for its root, so that the root has to grow.
 const ROOT: u64 = 96 * MIB;
 /// How long one step may take on a machine that has much else to do.

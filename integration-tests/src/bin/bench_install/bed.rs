@@ -17,6 +17,12 @@ const UNIFIED: &str = "/sys/fs/cgroup";
 /// Large enough for everything that the old steps keep beside the tree.
 const SIZE: &str = "4G";
 
+/// How much the kernel lets lie in memory before it writes it back, and before it makes writers wait: its defaults of 10 and
+/// 20 % (kernel documentation, admin-guide/sysctl/vm, `dirty_background_ratio` and `dirty_ratio`), of what a Pi with 1 GiB
+/// has to spare. With the memory of a large machine, what is removed soon would never reach the card.
+const PI_MEMORY: [(&str, &str, u64); 2] =
+    [("dirty_background_bytes", "dirty_background_ratio", 90 << 20), ("dirty_bytes", "dirty_ratio", 180 << 20)];
+
 /// Where to install to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -32,7 +38,34 @@ pub(crate) struct Bed {
     disk: Option<Disk>,
 }
 
+/// The kernel's write-back as on a Pi; as before when dropped.
+struct WriteBack(Vec<(PathBuf, String)>);
+
+impl WriteBack {
+    fn of_a_pi() -> Result<Self> {
+        let mut before = Self(Vec::new());
+        for (bytes, ratio, limit) in PI_MEMORY {
+            let [bytes, ratio] = [bytes, ratio].map(|name| Path::new("/proc/sys/vm").join(name));
+            // Of the two only one counts; the other is 0.
+            let counts = if fs::read_to_string(&bytes)?.trim() == "0" { ratio } else { bytes.clone() };
+            before.0.push((counts.clone(), fs::read_to_string(&counts)?));
+            fs::write(&bytes, limit.to_string()).context("cannot hold write-back as on a Pi")?;
+        }
+        Ok(before)
+    }
+}
+
+impl Drop for WriteBack {
+    fn drop(&mut self) {
+        for (path, value) in &self.0 {
+            // There is nobody to tell, and nothing else to be done.
+            let _ = fs::write(path, value);
+        }
+    }
+}
+
 struct Disk {
+    _write_back: WriteBack,
     image: PathBuf,
     device: String,
     /// Major and minor number.
@@ -55,7 +88,12 @@ impl Bed {
         run("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", &path]).await?;
         let device = run("losetup", &["--find", "--show", &path]).await?;
         let number = fs::read_to_string(format!("/sys/class/block/{}/dev", device.trim_start_matches("/dev/")))?;
-        let disk = bed.disk.insert(Disk { image, device, number: number.trim().to_owned() });
+        let disk = bed.disk.insert(Disk {
+            _write_back: WriteBack::of_a_pi()?,
+            image,
+            device,
+            number: number.trim().to_owned(),
+        });
         run("mount", &[&disk.device, &shown]).await?;
         run("sync", &["-f", &shown]).await?;
         limit(&disk.number, Some(rate))?;

@@ -139,7 +139,8 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     step("and an update of that to the second image, in layout resident again");
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
-    let operation = update(&rig, &node, "second", &[]).await?;
+    // Such a card has no installer of its own.
+    let operation = update(&rig, &node, "second", &["--bootcode", "installer-1"]).await?;
     arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second, Layout::Resident).await?;
     rig.power_off(power, &node).await?;
     let again = look(&rig, "second", Layout::Resident).await?;
