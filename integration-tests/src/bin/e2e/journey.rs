@@ -15,6 +15,9 @@ use node_agent::system::virtual_pi::firmware::Outcome;
 /// How long an installation with all its boots may take on an emulated processor that it shares with others.
 const UPDATE: std::time::Duration = seconds(600);
 
+/// How often a console is looked at for words that are followed by a cut.
+const LOOK: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// How the card is divided after an installation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
@@ -126,10 +129,12 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     ensure!(after == before, "the disk image did not preserve what is the node's own");
     println!("home, host keys and machine-id are the same, byte for byte");
 
-    step("the same image written raw to the whole card");
+    step("the same image written raw to the whole card, with the power cut twice");
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
     let operation = update(&rig, &node, "third", &["--raw"]).await?;
+    power = cut_when(&rig, power, "the recovery partition moves").await?;
+    power = cut_when(&rig, power, "phase=\"unpacking image\"").await?;
     arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third, Layout::Single).await?;
     rig.power_off(power, &node).await?;
     let after = look(&rig, "third", Layout::Single).await?;
@@ -149,6 +154,27 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let starts = rig.machine.starts();
     println!("\n{} starts in {} s: every operation ended as it should", starts.len(), begun.elapsed().as_secs());
     Ok(())
+}
+
+/// Cuts the power as soon as the machine's console says this. The installer is what boots then; it is started.
+async fn cut_when(rig: &Rig, mut power: Power, words: &str) -> Result<Power> {
+    let begun = Instant::now();
+    loop {
+        power.check().await.map_err(|error| error.context(rig.tail()))?;
+        let console = rig.machine.starts().last().map(|start| start.console.clone());
+        let said = console.map(std::fs::read).transpose()?.unwrap_or_default();
+        if String::from_utf8_lossy(&said).contains(words) {
+            break;
+        }
+        ensure!(begun.elapsed() < UPDATE, "waited {UPDATE:?} in vain: {words}\n{}", rig.tail());
+        tokio::time::sleep(LOOK).await;
+    }
+    power.cut().await?;
+    let firmware = rig.machine.firmware(false).await?;
+    let installer = matches!(&firmware.outcome, Outcome::Booted(boot) if boot.partition == 1);
+    ensure!(installer, "after a cut at {words:?} boots {:?}", firmware.outcome);
+    println!("cut when it said {words:?}: the installer is what boots");
+    Ok(rig.machine.power_on())
 }
 
 /// Asks for an update without notice; answers with the operation's name.
