@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use integration_tests::fleet::{reboot, update};
-use integration_tests::image::{Compression, make_image};
+use integration_tests::fleet::{execution_name, reboot, update};
+use integration_tests::image::{Compression, lay_out_root, make_image, pack};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{binary, run};
 use integration_tests::tree::list;
@@ -16,7 +16,8 @@ use integration_tests::upload::push;
 use integration_tests::{Database, Fleet, raw, seconds};
 use marco_proto::v1::access_service_client::AccessServiceClient;
 use marco_proto::v1::artifact::{Kind, Purpose};
-use marco_proto::v1::{ApiToken, CreateApiTokenRequest, CreateJoinTokenRequest, Role};
+use marco_proto::v1::operation::State as OperationState;
+use marco_proto::v1::{ApiToken, CreateApiTokenRequest, CreateJoinTokenRequest, GetExecutionLogRequest, Role};
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject as _;
 
@@ -107,6 +108,21 @@ async fn list_nodes_by(fleet: &Fleet, api_token: &str) -> Result<()> {
     Ok(())
 }
 
+/// Has an installation fail on a node, and reads what the node logged of it.
+async fn fails(fleet: &Fleet, id: &str) -> Result<String> {
+    let root = fleet.dir().join("not-a-system");
+    lay_out_root(&root, "not-a-system")?;
+    fs::remove_dir_all(root.join("boot"))?;
+    let file = pack(&root, &fleet.dir().join("not-a-system.tar"), Compression::None)?;
+    let image = push(&mut fleet.artifacts(), "not-a-system", Kind::Image, Purpose::Unspecified, &file).await?;
+    let operation = fleet.create(update(&[id], &image.name, "")).await?;
+    fleet.ends(&operation.name, seconds(180), OperationState::Failed).await?;
+    let request = GetExecutionLogRequest { name: execution_name(&operation, id) };
+    let log = fleet.operations().get_execution_log(request).await?.into_inner().log;
+    ensure!(log.contains("NOT_A_SYSTEM"), "the log does not tell of it: {log}");
+    Ok(log)
+}
+
 async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     let mut fleet = Fleet::builder().database(database.clone()).pis(2).logs("debug").start().await?;
     let ids = fleet.ids().await?;
@@ -114,6 +130,7 @@ async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     let image = push(&mut fleet.artifacts(), "secrets", Kind::Image, Purpose::Unspecified, &image).await?;
     fleet.succeeds(update(&ids, &image.name, ""), seconds(180)).await?;
     fleet.succeeds(reboot(&ids, Duration::ZERO), seconds(60)).await?;
+    let logged = fails(&fleet, ids.first().context("a node")?).await?;
 
     let (api, certs) = (format!("localhost:{}", fleet.addresses().api.port()), fleet.certs().display().to_string());
     let user = ["--controller", &api, "--certs", &certs, "users", "create", "kim", "--role", "operator"];
@@ -140,6 +157,7 @@ async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     let commands = command_lines()?;
     assert!(found(&[("the controller".to_owned(), vec![b"--data-dir".to_vec()])].into(), &commands).len() == 1);
     assert_eq!(found(&secrets, &commands), [""; 0], "in the process list");
+    assert_eq!(found(&secrets, logged.as_bytes()), [""; 0], "in what a node logged");
     let dump = dump(&database, &fleet)?;
     let known = [("the nodes".to_owned(), ids.iter().map(|id| id.clone().into_bytes()).collect())].into();
     assert_eq!(found(&known, &dump).len(), 1, "the dump is empty");

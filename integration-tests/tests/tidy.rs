@@ -43,7 +43,7 @@ const AGENT: [(&str, &[&str]); 15] = [
     ("install", &["discovery", "identity", "session", "download", "system", "bootpart", "job"]),
     ("job", &[]),
     ("journal", &["job"]),
-    ("logbook", &["bootpart"]),
+    ("logbook", &["bootpart", "system"]),
     ("network", &["system"]),
     (
         "run",

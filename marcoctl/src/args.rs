@@ -24,8 +24,8 @@ pub(crate) use card::{CardCommand, WriteCard};
 pub(crate) use image::{ImageCommand, PackImage};
 pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
 pub(crate) use operations::{
-    Create, CreateUpdate, ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, RolloutFlags,
-    Target, Wait, WhichExecutions, WindowFlags,
+    Create, CreateUpdate, ExecutionStateArg, ListOperations, OneExecution, OperationStateArg, OperationsCommand,
+    RolloutFlags, Target, Wait, WhichExecutions, WindowFlags,
 };
 pub(crate) use schedules::{
     ActionArg, CreateSchedule, MissedFireArg, Next, OtherTarget, OutcomeArg, OverlapArg, SchedulesCommand,

@@ -33,7 +33,7 @@ macro_rules! printable {
 }
 
 printable! {
-    ApiToken Artifact Certificate CheckOperationResponse DeleteArtifactResponse DeleteNodeResponse DeleteScheduleResponse Execution ExplainExecutionResponse JoinToken
+    ApiToken Artifact Certificate CheckOperationResponse DeleteArtifactResponse DeleteNodeResponse DeleteScheduleResponse Execution ExecutionLog ExplainExecutionResponse JoinToken
     ListApiTokensResponse ListArtifactsResponse ListAuditEventsResponse ListCertificatesResponse ListEventsResponse ListExecutionsResponse ListFiresResponse ListJoinTokensResponse ListNodesResponse
     ListOperationsResponse ListSchedulesResponse ListUsersResponse Node Operation PreviewScheduleResponse Schedule User WatchNodesResponse WatchOperationResponse
 }

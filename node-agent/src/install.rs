@@ -381,6 +381,7 @@ impl Work<'_> {
     fn phase(&self, phase: Phase) {
         self.system.feed_watchdog();
         tracing::info!(execution = %self.job.execution, phase = phase.as_str(), "installing");
+        self.system.keep_line(&format!("{}: {}", self.job.execution, phase.as_str()));
         (self.progress)(phase, 0, 0);
     }
 }

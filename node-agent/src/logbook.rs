@@ -1,5 +1,5 @@
-//! The installer's log: on the console, and, once there is a card, its last part in a file there. A node that was never
-//! online has nothing else to tell why.
+//! The agent's log: on the console, its last part in memory, and the installer's, once there is a card, in a file there. A
+//! node that was never online has nothing else to tell why.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -9,11 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::bootpart::write_whole;
+use crate::system::STARTED_AGAIN;
 
 /// Bytes that are kept.
 const KEPT: usize = 128 * 1024;
-/// Between what an earlier boot left and what this one says.
-const MARK: &[u8] = b"--- started again ---\n";
 
 /// Everything said so far, as far as it is kept. Clones share it.
 #[derive(Debug, Clone, Default)]
@@ -36,13 +35,18 @@ impl Logbook {
         let mut book = self.book();
         let mut before = std::fs::read(file).unwrap_or_default();
         if !before.is_empty() {
-            before.extend_from_slice(MARK);
+            before.extend_from_slice(STARTED_AGAIN.as_bytes());
         }
         for byte in before.into_iter().rev() {
             book.last.push_front(byte);
         }
         book.file = Some(file.to_owned());
         book.bound();
+    }
+
+    /// What is kept of it.
+    pub fn last(&self) -> Vec<u8> {
+        self.book().last.make_contiguous().to_vec()
     }
 
     /// Writes it to its file, if something was said since the last time.
@@ -112,6 +116,7 @@ mod tests {
         writeln!(first, "before there is a card").unwrap();
         first.keep_in(&file);
         first.write();
+        assert_eq!(first.last(), b"before there is a card\n");
         let mut second = Logbook::default();
         second.keep_in(&file);
         writeln!(second, "second boot").unwrap();

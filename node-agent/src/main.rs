@@ -55,7 +55,10 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let logbook = Logbook::default();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
     let mut set_log: SetLog = Box::new(|_| {});
-    if matches!(cli.command, Command::Install(_)) {
+    if matches!(cli.command, Command::Run(_)) {
+        // Its last part goes to the controller when a job fails.
+        builder.with_writer(logbook.clone()).init();
+    } else if matches!(cli.command, Command::Install(_)) {
         let builder = builder.with_writer(logbook.clone()).with_filter_reloading();
         let handle = builder.reload_handle();
         set_log = Box::new(move |filter| {
@@ -73,7 +76,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
     let outcome = runtime.block_on(async {
         let stop = stop_on_signals()?;
         match cli.command {
-            Command::Run(args) => agent(&args, &file, stop).await,
+            Command::Run(args) => agent(&args, &file, logbook, stop).await,
             Command::Install(args) => installer(&args, &file, logbook, set_log, stop).await,
             // Dropping it loses nothing: the key is stored before it is used.
             Command::Enroll(args) => tokio::select! {
@@ -136,11 +139,12 @@ fn host(file: &File) -> anyhow::Result<Host> {
     })?)
 }
 
-async fn agent(args: &ConnectionArgs, file: &File, stop: CancellationToken) -> anyhow::Result<()> {
+async fn agent(args: &ConnectionArgs, file: &File, logbook: Logbook, stop: CancellationToken) -> anyhow::Result<()> {
     if init::in_initramfs() {
         bail!("this is the installer's system: start `marco-agent install`");
     }
     let host = Arc::new(host(file)?);
+    host.log_is_from(move || logbook.last());
     let connection = args.resolve(file)?;
     notify(Status::Ready);
     run::run(host, connection, Arc::new(|_, _| {}), stop).await?;
@@ -170,6 +174,8 @@ async fn installer(
     }
     let kept = logbook.clone();
     found.on_going_down(move || kept.write());
+    let kept = logbook.clone();
+    found.log_is_from(move || kept.last());
     // Dropped with this function: nothing of it must be kept.
     let _keeping = AbortOnDropHandle::new(tokio::spawn(async move {
         loop {

@@ -290,7 +290,11 @@ pub async fn run(
     executor.settle().await?;
     let node = describe(system.as_ref(), &facts, boot_id);
     let (refusal, refused) = watch::channel(system.preflight_update().await.err());
-    let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused };
+    let log = session::KeptLog::new({
+        let system = system.clone();
+        move || system.kept_log()
+    });
+    let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log };
 
     let mut parts = JoinSet::new();
     parts.spawn({

@@ -21,7 +21,10 @@ use crate::job::{Kind, Mode, State};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
 use crate::system::Refusal;
 
+mod log;
 mod wire;
+
+pub use log::KeptLog;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
@@ -100,6 +103,8 @@ pub struct Session {
     pub node: Node,
     /// Why it would refuse an update now, if it would.
     pub refusal: watch::Receiver<Option<Refusal>>,
+    /// What goes with the report of a job that did not succeed.
+    pub log: KeptLog,
 }
 
 /// Why a session ended.
@@ -199,8 +204,9 @@ impl Session {
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let mut refusal = self.refusal.clone();
         let refused = refusal.borrow_and_update().clone();
-        let hello =
-            wire::hello(&self.node, refused.as_ref(), &self.journal.entries(), &self.journal.progress().borrow());
+        let entries = self.journal.entries();
+        let mut hello = wire::hello(&self.node, refused.as_ref(), &entries, &self.journal.progress().borrow());
+        self.add_logs(&entries, &mut hello.executions).await;
         let hello = ConnectRequest { message: Some(connect_request::Message::Hello(hello)) };
         if outbox.send(hello).await.is_err() {
             return Ended::before_welcome(SessionError::Stuck);
@@ -409,7 +415,8 @@ impl<'a> Open<'a> {
                 self.said.entry(entry.execution.clone()).or_insert(now);
                 continue;
             }
-            let report = wire::report(entry, &progress, &self.session.node.boot_id);
+            let mut report = wire::report(entry, &progress, &self.session.node.boot_id);
+            self.session.add_log(entry, &mut report).await;
             self.send(connect_request::Message::Report(report)).await?;
             self.said.insert(entry.execution.clone(), now);
         }

@@ -3,7 +3,7 @@
 
 use std::any::Any;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -227,6 +227,32 @@ pub struct Erase {
     pub home: bool,
 }
 
+/// Between what an earlier start left in a log and what a later one says.
+pub const STARTED_AGAIN: &str = "--- started again ---\n";
+
+/// Where a machine finds what its own agent logged; nothing until somebody says.
+#[derive(Default)]
+pub struct OwnLog(OnceLock<Box<dyn Fn() -> Vec<u8> + Send + Sync>>);
+
+impl OwnLog {
+    /// Takes it from here from now on.
+    pub fn is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
+        // The first one stays: there is one log.
+        let _ = self.0.set(Box::new(read));
+    }
+
+    /// What it says now.
+    pub fn read(&self) -> Vec<u8> {
+        self.0.get().map(|read| read()).unwrap_or_default()
+    }
+}
+
+impl std::fmt::Debug for OwnLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OwnLog")
+    }
+}
+
 /// The installer's log, on the recovery partition.
 pub const LOG_FILE: &str = "marco/install.log";
 /// Bytes of it that are kept.
@@ -387,6 +413,12 @@ pub trait System: Send + Sync + 'static {
         if let Err(error) = std::fs::write(&path, text) {
             tracing::warn!(error = %error, "log not kept on the card");
         }
+    }
+
+    /// What is logged of what happened to this machine, oldest first: by its installer, and by this agent. Reads a file:
+    /// not for a hot path.
+    fn kept_log(&self) -> Vec<u8> {
+        self.card().map(|card| std::fs::read(card.recovery.join(LOG_FILE)).unwrap_or_default()).unwrap_or_default()
     }
 
     /// How long an installation that failed for good is left as it is before [`give_up`](Self::give_up); none: for ever,

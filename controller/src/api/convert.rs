@@ -19,7 +19,7 @@ pub(super) use agent::{assign, progress, report};
 pub(super) use artifact::{artifact, kind};
 pub(super) use node::{board, boot_id, join_token, mode, node, node_state, system, token_limits};
 pub(super) use operation::{
-    action, event, execution, execution_state, operation, operation_state, rollout, target, window,
+    action, event, execution, execution_log, execution_state, operation, operation_state, rollout, target, window,
 };
 pub(super) use schedule::{fire, fire_outcome, missed_fire, overlap, schedule};
 

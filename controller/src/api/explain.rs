@@ -87,6 +87,11 @@ pub(super) fn explain(
     v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
 }
 
+/// Where more is said of an end that was not a success.
+pub(super) fn read_log(id: &ExecutionId) -> String {
+    format!("Read what the node logged: marcoctl operations log {} {}", id.operation.name(), id.node.name())
+}
+
 fn instant(time: DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::Secs, true)
 }

@@ -259,6 +259,28 @@ impl Operations {
         Ok(v1::ListEventsResponse { events: rows.iter().map(convert::event).collect(), next_page_token })
     }
 
+    /// An execution that the caller may see.
+    async fn find_execution(&self, caller: &Caller, id: &ExecutionId) -> Result<crate::store::ExecutionRow, ApiError> {
+        if !caller.scope().is_everything() {
+            self.context.node_for(caller, &id.node).await?;
+        }
+        self.context.store.execution(id).await?.ok_or_else(|| execution_not_found(id))
+    }
+
+    async fn log(&self, caller: &Caller, name: &str) -> Result<v1::ExecutionLog, ApiError> {
+        let id = execution_id(name)?;
+        let state = self.find_execution(caller, &id).await?.state;
+        let found = self.context.store.execution_log(&id).await?;
+        found.map(|row| convert::execution_log(&id, row)).ok_or_else(|| ApiError::NotFound {
+            reason: "NO_LOG",
+            message: format!(
+                "there is no log of {id}, which is {}: a node sends one when it ends FAILED or ROLLED_BACK, if it has one, \
+                 and it is removed together with the operation's events",
+                state.as_str()
+            ),
+        })
+    }
+
     async fn abandon(&self, caller: &Caller, name: &str) -> Result<crate::store::ExecutionRow, ApiError> {
         let id = execution_id(name)?;
         self.context.may_steer(caller, &id.operation).await?;
@@ -401,11 +423,7 @@ impl OperationService for Operations {
         let caller = caller(&request)?;
         let id = execution_id(&request.get_ref().name)?;
         let scope = caller.scope();
-        if !scope.is_everything() {
-            self.context.node_for(&caller, &id.node).await?;
-        }
-        let row = self.context.store.execution(&id).await.map_err(ApiError::from)?;
-        let row = row.ok_or_else(|| execution_not_found(&id))?;
+        let row = self.find_execution(&caller, &id).await?;
         let holders = match row.wait_reason {
             Some(WaitReason::NoSlot) => self.context.store.slot_holders(&id, self.context.clock.now()).await,
             Some(WaitReason::NodeBusy) => {
@@ -420,7 +438,19 @@ impl OperationService for Operations {
             holders.retain(|holder| visible.contains(&holder.node));
         }
         let operation = self.context.operation_within(&scope, &id.operation).await?;
-        Ok(Response::new(super::explain::explain(&row, &operation, &holders, held)))
+        let mut explained = super::explain::explain(&row, &operation, &holders, held);
+        if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
+            explained.suggestions.insert(0, super::explain::read_log(&id));
+        }
+        Ok(Response::new(explained))
+    }
+
+    async fn get_execution_log(
+        &self,
+        request: Request<v1::GetExecutionLogRequest>,
+    ) -> Result<Response<v1::ExecutionLog>, Status> {
+        let caller = caller(&request)?;
+        Ok(Response::new(self.log(&caller, &request.get_ref().name).await?))
     }
 
     async fn abandon_execution(

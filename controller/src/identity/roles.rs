@@ -115,6 +115,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.OperationService/CheckOperation", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/CreateOperation", OPERATORS),
     ("/marco.bootstrap.v1.OperationService/ExplainExecution", PEOPLE),
+    ("/marco.bootstrap.v1.OperationService/GetExecutionLog", PEOPLE),
     ("/marco.bootstrap.v1.OperationService/GetOperation", PEOPLE),
     ("/marco.bootstrap.v1.OperationService/ListEvents", PEOPLE),
     ("/marco.bootstrap.v1.OperationService/ListExecutions", PEOPLE),

@@ -32,13 +32,15 @@ pub struct EventRow {
 const PRUNED_AT_ONCE: i64 = 200;
 
 impl Store {
-    /// Removes the events of operations that ended before a time, and tells of how many operations. The operations
-    /// stay, and so do the numbers: an event that comes late gets the next one.
+    /// Removes the events, and what nodes logged, of operations that ended before a time, and tells of how many
+    /// operations. The operations stay, and so do the numbers: an event that comes late gets the next one.
     pub async fn prune_events(&self, ended_before: DateTime<Utc>) -> Result<u64, StoreError> {
         let mut pruned = 0;
         loop {
             let old = sql("SELECT id FROM operations WHERE finish_time < ? \
-                           AND EXISTS (SELECT 1 FROM events e WHERE e.operation = operations.id) ORDER BY id LIMIT ?")
+                           AND (EXISTS (SELECT 1 FROM events e WHERE e.operation = operations.id) \
+                                OR EXISTS (SELECT 1 FROM execution_logs l WHERE l.operation = operations.id)) \
+                           ORDER BY id LIMIT ?")
             .time(ended_before)
             .bind(PRUNED_AT_ONCE)
             .all(self.reader())
@@ -50,7 +52,9 @@ impl Store {
                 return Ok(pruned);
             }
             let tx = self.begin().await?;
-            sql("DELETE FROM events WHERE operation IN {each}").each(&old).run(&*tx).await?;
+            for table in ["events", "execution_logs"] {
+                sql(&format!("DELETE FROM {table} WHERE operation IN {{each}}")).each(&old).run(&*tx).await?;
+            }
             tx.commit().await?;
             pruned += u64::try_from(old.len()).unwrap_or(u64::MAX);
         }

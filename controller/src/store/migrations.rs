@@ -6,6 +6,7 @@ use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorT
 mod m0002_schedules;
 mod m0010_access;
 mod m0020_instances;
+mod m0030_execution_logs;
 
 /// The migrations, oldest first. One that was released is never changed.
 pub(super) struct Migrator;
@@ -19,6 +20,7 @@ impl MigratorTrait for Migrator {
             Box::new(super::rollouts_table::Rollouts),
             Box::new(m0010_access::Access),
             Box::new(m0020_instances::Instances),
+            Box::new(m0030_execution_logs::ExecutionLogs),
         ]
     }
 }

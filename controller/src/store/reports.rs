@@ -6,10 +6,11 @@ use marco_proto::names::{ExecutionId, NodeId};
 use sea_orm::DatabaseTransaction;
 
 use super::events::{self, CONTROLLER, Happened};
+use super::logs;
 use super::moves::{self, Move, deadline, patience};
 use super::operations::lock;
 use super::sql::{Row, signed, sql};
-use super::{Assignment, Store, StoreError, micros};
+use super::{Assignment, SentLog, Store, StoreError, micros};
 use crate::operation::{Action, ExecutionError, ExecutionState, Expected, ReportVerdict, Reported, Stored, on_report};
 
 /// A report of a node.
@@ -37,6 +38,8 @@ pub struct ReportRow {
     pub release: Option<Release>,
     /// It was too late for a cancel.
     pub cancel_refused: bool,
+    /// What the node logged of it, where it did not succeed.
+    pub log: SentLog,
 }
 
 /// What a running system says it is.
@@ -175,6 +178,9 @@ pub(super) async fn apply(
             if !change(tx, report, &found, to, error.as_ref(), now).await? {
                 return Ok(ReportOutcome::Refused(format!("it is {} and cannot become {to}", found.stored.state)));
             }
+            if tells_why(to) {
+                logs::keep(tx, &report.execution, &report.log, now).await?;
+            }
             Ok(ReportOutcome::Acked)
         }
         ReportVerdict::Reject(error) => {
@@ -185,12 +191,21 @@ pub(super) async fn apply(
             if report.cancel_refused {
                 refuse_cancel(tx, &report.execution).await?;
             }
+            // The Hello that said it first may have had no room for it.
+            if tells_why(report.state) && report.state == found.stored.state {
+                logs::keep(tx, &report.execution, &report.log, now).await?;
+            }
             Ok(ReportOutcome::Acked)
         }
         ReportVerdict::Progress => Ok(ReportOutcome::Progress),
         ReportVerdict::Stale => redeliver(tx, holder, report, found, now).await,
         ReportVerdict::Refuse(why) => Ok(ReportOutcome::Refused(why.to_owned())),
     }
+}
+
+/// Whether an end in this state is one of which the node's log is kept.
+fn tells_why(state: ExecutionState) -> bool {
+    matches!(state, ExecutionState::Failed | ExecutionState::RolledBack)
 }
 
 fn reported(report: &ReportRow) -> Reported {

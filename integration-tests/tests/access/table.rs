@@ -171,6 +171,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("OperationService/CheckOperation", "oa", All, create_operation),
     ("OperationService/CreateOperation", "oa", All, create_operation),
     ("OperationService/ExplainExecution", "vopa", Any, execution),
+    ("OperationService/GetExecutionLog", "vopa", Any, execution),
     ("OperationService/GetOperation", "vopa", Any, operation),
     ("OperationService/ListEvents", "vopa", Any, operation),
     ("OperationService/ListExecutions", "vopa", Any, operation),

@@ -68,6 +68,7 @@ on_both!(
         progress_is_kept_and_holds_off_the_deadline,
         a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sign_of_life,
         progress_of_an_earlier_state_is_ignored,
+        what_a_node_logged_is_kept_once_and_only_of_what_did_not_succeed,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
         a_node_that_is_overdue_for_a_day_is_given_up;
     schedules:

@@ -1,7 +1,7 @@
 //! What nodes say, and what becomes of it.
 
 use marco_controller::operation::{ExecutionState, OperationState, reason};
-use marco_controller::store::{AbandonOutcome, Kind, ProgressRow, Purpose, Release, ReportOutcome, ReportRow};
+use marco_controller::store::{AbandonOutcome, Kind, ProgressRow, Purpose, Release, ReportOutcome, ReportRow, SentLog};
 use marco_proto::names::ExecutionId;
 
 use crate::support::*;
@@ -303,6 +303,50 @@ pub(crate) async fn an_overdue_execution_can_be_abandoned_and_a_late_truth_still
     let lie = report(&assignment, 4, ExecutionState::Failed, "boot-2");
     assert_eq!(f.report(epoch, &lie, after(81)).await, ReportOutcome::Acked);
     assert_eq!(f.state(execution).await, ExecutionState::Succeeded, "any other end is for good");
+}
+
+pub(crate) async fn what_a_node_logged_is_kept_once_and_only_of_what_did_not_succeed(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let execution = &assignment.execution;
+    let said = |lines: &str| SentLog { lines: lines.to_owned(), cut: true };
+    let with =
+        |sequence, state, lines: &str| ReportRow { log: said(lines), ..report(&assignment, sequence, state, "boot-1") };
+    assert_eq!(f.report(epoch, &with(1, ExecutionState::Running, "at work\n"), after(1)).await, ReportOutcome::Acked);
+    assert_eq!(f.store.execution_log(execution).await.unwrap(), None);
+    // A Hello without it, then the report with it, twice, and another one.
+    let silent = report(&assignment, 2, ExecutionState::Failed, "boot-1");
+    let hello = f.reconcile(&id, epoch, "boot-1", std::slice::from_ref(&silent), 2).await;
+    assert_eq!(hello.acks, [(execution.clone(), 2)]);
+    assert!(!f.store.has_log(execution).await.unwrap());
+    let failed = with(2, ExecutionState::Failed, "no room\n\u{e4}\n");
+    for (at, report) in [(3, &failed), (4, &failed), (5, &with(2, ExecutionState::Failed, "other\n"))] {
+        assert_eq!(f.report(epoch, report, after(at)).await, ReportOutcome::Acked);
+    }
+    let kept = f.store.execution_log(execution).await.unwrap().unwrap();
+    assert_eq!((kept.sent, kept.time), (failed.log.clone(), after(3)));
+    assert!(f.store.has_log(execution).await.unwrap());
+    let events = f.store.events(&execution.operation, 0, 100).await.unwrap();
+    assert_eq!(events.iter().filter(|event| event.to == "FAILED" && event.node.is_some()).count(), 1);
+
+    // It goes with the events, also when it came after they had gone.
+    f.store.finish_operations(after(6)).await.unwrap();
+    assert_eq!(f.store.prune_events(after(7)).await.unwrap(), 1);
+    assert_eq!(f.store.execution_log(execution).await.unwrap(), None);
+    assert_eq!(f.report(epoch, &failed, after(8)).await, ReportOutcome::Acked);
+    assert!(f.store.has_log(execution).await.unwrap());
+    assert_eq!(f.store.prune_events(after(7)).await.unwrap(), 1);
+    assert!(!f.store.has_log(execution).await.unwrap());
+
+    // Of a success nothing is kept, whatever is said later.
+    f.create(reboot(), std::slice::from_ref(&id)).await;
+    let assignment = f.claim(&[(id, epoch)], after(9)).await.remove(0);
+    let done = ReportRow { log: said("x\n"), ..report(&assignment, 1, ExecutionState::Succeeded, "boot-2") };
+    let late = ReportRow { sequence: 2, state: ExecutionState::Failed, ..done.clone() };
+    for report in [&done, &late] {
+        assert_eq!(f.report(epoch, report, after(10)).await, ReportOutcome::Acked);
+    }
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Succeeded);
+    assert!(!f.store.has_log(&assignment.execution).await.unwrap());
 }
 
 pub(crate) async fn a_node_that_is_overdue_for_a_day_is_given_up(f: Fixture) {

@@ -10,8 +10,8 @@ use marco_controller::operation::{
 };
 use marco_controller::store::{
     ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment, ExecutionRow, Kind,
-    NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, Scope, SessionOutcome, SessionStart, Store,
-    System,
+    NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, Scope, SentLog, SessionOutcome,
+    SessionStart, Store, System,
 };
 use marco_proto::names::{ArtifactId, ExecutionId, JoinTokenId, NodeId, OperationId};
 
@@ -172,6 +172,7 @@ pub(crate) fn report(assignment: &Assignment, sequence: u64, state: ExecutionSta
         boot_id: boot_id.to_owned(),
         release: None,
         cancel_refused: false,
+        log: SentLog::default(),
     }
 }
 

@@ -84,6 +84,8 @@ up goes back to the installer by itself and stays reachable.")]
     },
     /// Say why a node is where it is, and what can be done
     Explain(WhichExecutions),
+    /// Show what a node logged of its part, when that ended failed or rolled back: the installer's lines above all
+    Log(OneExecution),
     /// Give up a node that is overdue: its part ends as failed
     Abandon(OneExecution),
     /// List what happened to an operation, in order

@@ -10,14 +10,16 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::{
     AbandonExecutionRequest, CancelOperationRequest, Execution, ExecutionFilter, ExplainExecutionRequest,
-    GetOperationRequest, ListEventsRequest, ListEventsResponse, ListExecutionsRequest, ListExecutionsResponse,
-    ListOperationsRequest, ListOperationsResponse, OperationFilter, PauseOperationRequest, ResumeOperationRequest,
-    operation,
+    GetExecutionLogRequest, GetOperationRequest, ListEventsRequest, ListEventsResponse, ListExecutionsRequest,
+    ListExecutionsResponse, ListOperationsRequest, ListOperationsResponse, OperationFilter, PauseOperationRequest,
+    ResumeOperationRequest, operation,
 };
 use tokio::time::Instant;
 
 use super::all_pages;
-use crate::args::{ExecutionStateArg, ListOperations, OperationStateArg, OperationsCommand, WhichExecutions};
+use crate::args::{
+    ExecutionStateArg, ListOperations, OneExecution, OperationStateArg, OperationsCommand, WhichExecutions,
+};
 use crate::clock;
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
@@ -65,11 +67,14 @@ pub(super) async fn run(command: OperationsCommand, connection: &Connection, out
             out.document(&connection.operations().resume_operation(call(request)).await?.into_inner(), show::operation)
         }
         OperationsCommand::Explain(which) => explain(which, connection, out).await,
+        OperationsCommand::Log(one) => {
+            let name = one_execution(&one, "what one of its nodes logged is shown", "log")?;
+            let request = GetExecutionLogRequest { name };
+            let log = connection.operations().get_execution_log(call(request)).await?.into_inner();
+            out.document(&log, |log, _| show::log(log))
+        }
         OperationsCommand::Abandon(one) => {
-            let name = execution_name(&one.operation, one.node.as_deref())?.ok_or_else(|| Failure::Usage {
-                message: format!("{} is an operation; which of its nodes shall be given up?", one.operation),
-                hint: "marcoctl operations abandon OPERATION NODE".to_owned(),
-            })?;
+            let name = one_execution(&one, "one of its nodes is given up", "abandon")?;
             let request = AbandonExecutionRequest { name };
             let execution = connection.operations().abandon_execution(call(request)).await?.into_inner();
             out.document(&execution, |execution, now| show::executions(std::slice::from_ref(execution), now))
@@ -161,6 +166,14 @@ async fn explain(which: WhichExecutions, connection: &Connection, out: &mut Out)
         texts.push(show::explanation_of_all(&alike, &ask(first.name.clone()).await?));
     }
     out.line(texts.join("\n").trim_end())
+}
+
+/// The name of the one execution that a command is about.
+fn one_execution(one: &OneExecution, what: &str, command: &str) -> Result<String, Failure> {
+    execution_name(&one.operation, one.node.as_deref())?.ok_or_else(|| Failure::Usage {
+        message: format!("{} is an operation, and {what}: which?", one.operation),
+        hint: format!("marcoctl operations {command} OPERATION NODE"),
+    })
 }
 
 /// The name of the execution that an operation and a node, or a full name, mean; none for an operation alone.

@@ -249,6 +249,15 @@ impl OperationService for Service {
         abandon_execution(AbandonExecutionRequest) -> Execution;
         list_events(ListEventsRequest) -> ListEventsResponse;
     }
+
+    /// A node that would like to steer the terminal of whoever reads its words.
+    async fn get_execution_log(
+        &self,
+        request: Request<GetExecutionLogRequest>,
+    ) -> Result<Response<ExecutionLog>, Status> {
+        let log = "first\n\u{1b}[2Jsecond\n".to_owned();
+        Ok(Response::new(ExecutionLog { name: request.into_inner().name, log, time: None, cut: true }))
+    }
 }
 
 #[tonic::async_trait]

@@ -48,6 +48,18 @@ fn succeeded() -> WatchOperationResponse {
 }
 
 #[tokio::test]
+async fn what_a_node_logged_is_printed_line_by_line_and_steers_no_terminal() {
+    let controller = Controller::start(Facts::default()).await;
+    let line = ["operations", "log", "0198a6e0-0000-7000-8000-000000000001", "pi-01"];
+    let run = controller.run(&line).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(run.stdout, "(older lines were left out)\nfirst\n\\u{1b}[2Jsecond\n");
+    let run = controller.run(&[&line[..], &["-o", "json"]].concat()).await;
+    assert_eq!(run.json()["log"], "first\n\u{1b}[2Jsecond\n");
+    assert_eq!(run.json()["cut"], true);
+}
+
+#[tokio::test]
 async fn a_dry_run_creates_nothing_and_fails_when_a_node_would_refuse() {
     let controller = Controller::start(Facts::default()).await;
     let line = ["operations", "update", "--image", "kiosk", "--dry-run"];

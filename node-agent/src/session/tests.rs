@@ -12,15 +12,18 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Layout, Node, Session};
+use super::{KeptLog, Layout, Node, Session};
 use crate::discovery::{Controllers, Discovery};
 use crate::identity::{Board, Enrollment, Identity, JoinToken, TlsTime, enroll};
-use crate::job::{Action, Mode, Notice, State};
+use crate::job::{Action, Failure, Mode, Notice, State};
 use crate::journal::{Journal, Progress};
 use crate::system::Refusal;
 use crate::testing::{Controller, Pki, TestSession};
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
+
+/// What the machine has logged.
+const LOG: &str = "network up\noperations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01 fails\n";
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -57,6 +60,7 @@ impl Bench {
             journal: journal.clone(),
             node: node(),
             refusal: refused,
+            log: KeptLog::new(|| LOG.into()),
         };
         let stop = CancellationToken::new();
         let task = tokio::spawn({
@@ -252,4 +256,26 @@ async fn a_session_that_is_stopped_ends_its_half_of_the_stream() {
     assert_eq!(session.next().await, None);
     drop(session);
     bench.task.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_logged_of_a_job_goes_with_its_failure_and_again_until_it_is_heard() {
+    let mut bench = Bench::new().await;
+    let (mut session, _) = bench.welcomed().await;
+    session.say(assign(1)).await;
+    let running = report(&mut session).await;
+    assert_eq!((running.state(), running.log.as_str()), (WireState::Running, ""), "nothing has failed");
+    let failure = Failure::new("NO_ROOM", "the card has no room");
+    bench.journal.note(ONE, failure.clone()).await.unwrap();
+    bench.journal.fail(ONE, failure).await.unwrap();
+    let failed = report(&mut session).await;
+    assert_eq!((failed.state(), failed.log.as_str(), failed.log_cut), (WireState::Failed, LOG, false));
+
+    // The controller was away before it could store it.
+    drop(session);
+    let (mut session, hello) = bench.welcomed().await;
+    assert_eq!(hello.executions.iter().map(|report| report.log.as_str()).collect::<Vec<_>>(), [LOG]);
+    assert_eq!(report(&mut session).await, failed);
+    session.say(ack(failed.sequence)).await;
+    until(&bench.journal, |entry| entry.is_acked()).await;
 }

@@ -81,6 +81,8 @@ pub(super) fn report(entry: &Entry, progress: &Progress, boot_id: &str) -> Repor
             boot_sha256: release.boot_sha256.clone(),
         }),
         cancel_refused: entry.cancel_refused,
+        log: String::new(),
+        log_cut: false,
     }
 }
 

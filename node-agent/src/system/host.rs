@@ -12,7 +12,8 @@ use async_trait::async_trait;
 use super::rooted::Rooted;
 use super::test_firmware::TestFirmware;
 use super::{
-    Booted, Card, Down, Erase, Facts, Force, Layout, Mode, Reboot, Refusal, System, SystemError, SystemFacts, Target,
+    Booted, Card, Down, Erase, Facts, Force, LOG_FILE, Layout, Mode, OwnLog, Reboot, Refusal, STARTED_AGAIN, System,
+    SystemError, SystemFacts, Target,
 };
 
 pub(super) mod board;
@@ -69,6 +70,7 @@ pub struct Host {
     options: HostOptions,
     test: Option<TestFirmware>,
     card: FoundCard,
+    log: OwnLog,
 }
 
 impl Host {
@@ -81,7 +83,12 @@ impl Host {
             return Err(SystemError::Invalid("shutdown_command must begin with the absolute path of a program".into()));
         }
         let test = TestFirmware::find(&options.sysroot);
-        Ok(Self { options, test, card: FoundCard::default() })
+        Ok(Self { options, test, card: FoundCard::default(), log: OwnLog::default() })
+    }
+
+    /// Says where the log of this agent is.
+    pub fn log_is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
+        self.log.is_from(read);
     }
 
     fn path(&self, relative: &str) -> PathBuf {
@@ -212,6 +219,11 @@ impl System for Host {
     async fn power_off(&self, _execution: Option<&str>, message: &str) -> Result<(), SystemError> {
         let text = super::announcement(Down::PowerOff, Duration::ZERO, message);
         self.shutdown(&[flag(Down::PowerOff), "now", &text]).await
+    }
+
+    fn kept_log(&self) -> Vec<u8> {
+        let of_installer = self.card().map(|card| std::fs::read(card.recovery.join(LOG_FILE)).unwrap_or_default());
+        [of_installer.unwrap_or_default(), STARTED_AGAIN.into(), self.log.read()].concat()
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

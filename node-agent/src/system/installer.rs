@@ -14,8 +14,8 @@ use super::host::board;
 use super::rooted::Rooted;
 use super::test_firmware::TestFirmware;
 use super::{
-    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, RawTarget, Ready, Reboot, Refusal, Room, Stretch,
-    System, SystemError, SystemFacts, Target, WholeCard,
+    Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, OwnLog, RawTarget, Ready, Reboot, Refusal, Room,
+    Stretch, System, SystemError, SystemFacts, Target, WholeCard,
 };
 use crate::settings::{Policy, Settings, SettingsError};
 
@@ -50,6 +50,7 @@ pub struct Installer {
     last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
     /// Where the recovery partition is to lie after the next restart.
     move_to: Mutex<Option<Part>>,
+    log: OwnLog,
 }
 
 impl std::fmt::Debug for Installer {
@@ -118,6 +119,7 @@ impl Installer {
             watchdog: Watchdog::start(),
             last_words: Mutex::default(),
             move_to: Mutex::default(),
+            log: OwnLog::default(),
         }))
     }
 
@@ -148,6 +150,11 @@ impl Installer {
             },
         })
         .await
+    }
+
+    /// Says where the log is that is kept on the card.
+    pub fn log_is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
+        self.log.is_from(read);
     }
 
     /// Goes down at once: no service is there to be stopped, but the card's file systems are closed first.
@@ -322,6 +329,11 @@ impl System for Installer {
 
     fn keep_line(&self, _line: &str) {
         // The whole log is kept by whoever started us.
+    }
+
+    fn kept_log(&self) -> Vec<u8> {
+        // It begins with what the card had.
+        self.log.read()
     }
 
     fn gives_up_after(&self) -> Option<Duration> {

@@ -35,6 +35,11 @@ impl Unstored {
                 == (&report.execution, report.attempt, report.sequence, report.state, report.cancel_refused)
         };
         match self.reports.iter_mut().find(same) {
+            // What it logged is not said with every report.
+            Some(other) if report.log.lines.is_empty() => {
+                let log = std::mem::take(&mut other.log);
+                *other = ReportRow { log, ..report };
+            }
             Some(other) => *other = report,
             None => self.reports.push_back(report),
         }
@@ -94,7 +99,7 @@ impl Unstored {
 mod tests {
     use super::{MOST, Unstored};
     use crate::operation::ExecutionState;
-    use crate::store::ReportRow;
+    use crate::store::{ReportRow, SentLog};
     use marco_proto::names::ExecutionId;
 
     fn report(sequence: u64, done: u64) -> ReportRow {
@@ -110,6 +115,7 @@ mod tests {
             boot_id: "a".to_owned(),
             release: None,
             cancel_refused: false,
+            log: SentLog::default(),
         }
     }
 

@@ -1,13 +1,13 @@
 //! What goes over a session.
 
-use marco_proto::names::{ExecutionId, NodeId};
+use marco_proto::names::{ExecutionId, LOG_MAX, NodeId};
 use marco_proto::v1;
 
 use super::operation::{execution_state, power_off, reboot, state_to_proto, update};
 use super::{TEXT_MAX, boot_id, text};
 use crate::api::status::ApiError;
 use crate::operation::{Action, ExecutionError};
-use crate::store::{Assignment, ProgressRow, Release, ReportRow};
+use crate::store::{Assignment, ProgressRow, Release, ReportRow, SentLog};
 
 /// A report of this node: of another's executions it says nothing.
 pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<ReportRow, ApiError> {
@@ -53,7 +53,28 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
         boot_id: boot_id(&report.boot_id)?,
         release,
         cancel_refused: report.cancel_refused,
+        log: log(&report.log, report.log_cut),
     })
+}
+
+/// A node's log as it is kept: no longer than its limit, in whole lines, and with nothing in it that steers a terminal.
+fn log(text: &str, cut: bool) -> SentLog {
+    let lines = newest(text, LOG_MAX);
+    let clean = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
+    SentLog { lines: lines.chars().map(clean).collect(), cut: cut || lines.len() < text.len() }
+}
+
+/// The last so many bytes of a text, in whole lines; of a line that is longer than that, nothing.
+fn newest(text: &str, most: usize) -> &str {
+    let Some(excess) = text.len().checked_sub(most).filter(|excess| *excess > 0) else { return text };
+    // A line that begins right there is whole.
+    let before = text.as_bytes().get(..excess).unwrap_or_default();
+    let rest = text.as_bytes().get(excess..).unwrap_or_default();
+    let skipped = match before.last() {
+        Some(b'\n') => 0,
+        _ => rest.iter().position(|byte| *byte == b'\n').map_or(rest.len(), |at| at + 1),
+    };
+    text.get(excess + skipped..).unwrap_or_default()
 }
 
 pub(in crate::api) fn progress(row: ReportRow) -> ProgressRow {
@@ -78,5 +99,27 @@ pub(in crate::api) fn assign(assignment: &Assignment) -> v1::Assign {
             Action::Update(asked) => v1::assign::Action::Update(update(asked, asked.bootcode_for(&assignment.family))),
         }),
         known_state: state_to_proto(assignment.known_state).into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LOG_MAX, log};
+
+    #[test]
+    fn what_is_kept_of_a_log_is_whole_lines_that_steer_nothing() {
+        let kept = log("one\n\u{1b}[2Jtwo\tthree\0\r\n\u{9b}four\n", false);
+        assert_eq!((kept.lines.as_str(), kept.cut), ("one\n [2Jtwo three  \n four\n", false));
+        assert!(log("", true).lines.is_empty());
+
+        let line = "äöü und mehr\n";
+        let long = line.repeat(LOG_MAX / line.len() + 10);
+        let kept = log(&long, false);
+        assert!(kept.cut && kept.lines.len() <= LOG_MAX && kept.lines.len() > LOG_MAX - 2 * line.len());
+        assert!(kept.lines.lines().all(|kept| kept == line.trim_end()));
+        let exact = "x".repeat(LOG_MAX - 1) + "\n";
+        assert_eq!(log(&exact, false).lines, exact);
+        assert_eq!(log(&format!("older\n{exact}"), false).lines, exact);
+        assert_eq!(log(&"x".repeat(LOG_MAX + 1), false).lines, "");
     }
 }

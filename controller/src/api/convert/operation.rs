@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use marco_proto::names::{ArtifactId, NodeId};
+use marco_proto::names::{ArtifactId, ExecutionId, NodeId};
 use marco_proto::v1;
 
 use super::{Bad, duration, labels, text, timestamp};
@@ -13,7 +13,7 @@ use crate::operation::{
 };
 use crate::rollout::{Limit, Rollout};
 use crate::schedule::{MaintenanceWindow, RecurrenceError};
-use crate::store::{EventRow, ExecutionRow, OperationRow};
+use crate::store::{EventRow, ExecutionRow, LogRow, OperationRow};
 
 /// The longest notice: what should happen later than that has a `schedule_time`.
 const MAX_NOTICE: Duration = Duration::from_secs(24 * 3600);
@@ -384,4 +384,8 @@ pub(in crate::api) fn event(row: &EventRow) -> v1::Event {
         to: row.to.clone(),
         reason: row.reason.clone(),
     }
+}
+
+pub(in crate::api) fn execution_log(id: &ExecutionId, row: LogRow) -> v1::ExecutionLog {
+    v1::ExecutionLog { name: id.name(), log: row.sent.lines, time: Some(timestamp(row.time)), cut: row.sent.cut }
 }

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
 use marco_proto::v1::rollout::FailureLimit;
 use marco_proto::v1::{
-    Event, Execution, ExplainExecutionResponse, MaintenanceWindow, Operation, OperationCheck, Rollout,
+    Event, Execution, ExecutionLog, ExplainExecutionResponse, MaintenanceWindow, Operation, OperationCheck, Rollout,
 };
 
 use crate::follow::Known;
@@ -222,6 +222,12 @@ pub(super) fn explanation_of_all(alike: &[&Execution], first: &ExplainExecutionR
         more => format!(" and {more} more"),
     };
     format!("{} nodes: {}{more}; the first of them:\n{text}", alike.len(), named.join(" "))
+}
+
+/// What a node logged, line by line.
+pub(super) fn log(log: &ExecutionLog) -> String {
+    let head = if log.cut { "(older lines were left out)\n" } else { "" };
+    log.log.lines().fold(head.to_owned(), |text, line| text + &clean(line) + "\n")
 }
 
 /// Events, a line each.
