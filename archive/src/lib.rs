@@ -8,6 +8,7 @@ pub mod compression;
 pub mod config_txt;
 pub mod disk;
 mod error;
+pub mod first_boot;
 pub mod switch;
 mod tar;
 mod zip;

@@ -246,6 +246,7 @@ mod tests {
                 family: String::new(),
                 known_state: ExecutionState::Assigned,
                 cancel_requested: false,
+                labels: std::collections::BTreeMap::new(),
             }))
         };
         for attempt in [1, 1, 2, 2] {

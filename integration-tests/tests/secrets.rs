@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{ApiToken, CreateApiTokenRequest, CreateJoinTokenRequest, GetExecutionLogRequest, Role};
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject as _;
+
+/// What a user of the installed systems logs in with.
+const PASSWORD: &str = "correct-horse-battery-staple";
 
 /// What must be found nowhere, by what it is of.
 type Secrets = BTreeMap<String, Vec<Vec<u8>>>;
@@ -126,6 +130,13 @@ async fn fails(fleet: &Fleet, id: &str) -> Result<String> {
 async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     let mut fleet = Fleet::builder().database(database.clone()).pis(2).logs("debug").start().await?;
     let ids = fleet.ids().await?;
+    for id in &ids {
+        let folder = fleet.pi(id).path("recovery/marco/first-boot");
+        fs::create_dir(&folder)?;
+        let mut options = fs::File::options();
+        let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(folder.join("user-data"))?;
+        file.write_all(format!("#cloud-config\npassword: {PASSWORD}\n").as_bytes())?;
+    }
     let image = make_image(fleet.dir(), "secrets", Compression::Zstd)?;
     let image = push(&mut fleet.artifacts(), "secrets", Kind::Image, Purpose::Unspecified, &image).await?;
     fleet.succeeds(update(&ids, &image.name, ""), seconds(180)).await?;
@@ -142,6 +153,7 @@ async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     }
     let joined = fs::read_to_string(fleet.dir().join("join-token"))?;
     secrets.insert("the nodes' join token".to_owned(), forms_of_token(joined.trim())?);
+    secrets.insert("a password for the first boot".to_owned(), vec![PASSWORD.into()]);
     let request = CreateApiTokenRequest {
         api_token: Some(ApiToken { role: Role::Viewer.into(), ..ApiToken::default() }),
         api_token_id: "service".to_owned(),

@@ -3,6 +3,7 @@
 mod contents;
 mod device;
 mod fat;
+mod first_boot;
 mod folders;
 
 use std::fs::{File, OpenOptions};

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
-use crate::job::{self, Action, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
+use crate::job::{self, Action, Failure, Found, Kind, Labels, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
 use crate::journal::{Entry, Journal, JournalError, Progress};
 use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
 use way_down::WayDown;
@@ -45,6 +46,8 @@ pub struct Settings {
     pub max_pause: Duration,
     /// The controller's time.
     pub now: Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>,
+    /// The node's labels, once a controller has said them.
+    pub labels: watch::Receiver<Option<Labels>>,
 }
 
 impl std::fmt::Debug for Settings {
@@ -308,6 +311,7 @@ impl Executor {
                 );
                 *self.failed_since() = Some(tokio::time::Instant::now());
                 let failure = Failure::new("IMAGE_DID_NOT_COME_UP", message);
+                tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
                 self.keep_failure(execution, &failure);
                 self.journal.fail(execution, failure).await
             }

@@ -6,20 +6,24 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
 use crate::download::{Download, DownloadError, Downloader};
-use crate::job::phase;
+use crate::job::{Labels, phase};
 use crate::system::rooted::Rooted;
 use crate::system::{
     Board, Card, Erase, Lease, NO_PARTITIONS, Ready, Release, Room, System, SystemError, Target, release,
 };
+use first_boot::give_on;
 use personal::Keep;
 use unpack::Destination;
 
 mod agent;
 mod boot_files;
+mod cloud_init;
+mod first_boot;
 mod personal;
 mod plan;
 mod raw;
@@ -39,6 +43,19 @@ const STEP: u64 = 512 * 1024;
 pub type Progress = Arc<dyn Fn(Phase, u64, u64) + Send + Sync>;
 /// Writes the running execution, in state trial, into the agent's state folder of the new root. Blocking.
 pub type WriteJournal = Arc<dyn Fn(&Path) -> std::io::Result<()> + Send + Sync>;
+
+/// What an installation is told, and whom it tells.
+#[derive(Clone)]
+pub struct Context {
+    /// Writes the journal of the new root.
+    pub journal: WriteJournal,
+    /// The controller's time, for `/etc/marco-release`.
+    pub now: DateTime<Utc>,
+    /// Told how far it is. The first report of [`Phase::Partitioning`] comes before anything of the card is touched.
+    pub progress: Progress,
+    /// The node's labels, once a controller has said them.
+    pub labels: watch::Receiver<Option<Labels>>,
+}
 
 /// A step of an installation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -167,8 +184,7 @@ impl From<marco_archive::Error> for InstallError {
 
 /// Does what the job says to the card: first chunk (or whole zip) verified → the job's set and the installer made the
 /// default (step 4 of an update) → file systems → everything unpacked → personalised → on the card. Then a restart is
-/// due. `now` is the controller's time, for `/etc/marco-release`. The first report of [`Phase::Partitioning`] comes
-/// before anything of the card is touched.
+/// due.
 ///
 /// # Errors
 /// With a reason of its own: `IMAGE_REFUSED` and `BOOTCODE_REFUSED` (the archive breaks a rule), `NOT_A_SYSTEM` (it has
@@ -177,15 +193,13 @@ pub async fn install(
     job: &InstallJob,
     system: &Arc<dyn System>,
     downloader: &Downloader,
-    journal: WriteJournal,
-    now: DateTime<Utc>,
-    progress: Progress,
+    context: Context,
     cancel: &CancellationToken,
 ) -> Result<Next, InstallError> {
     let card = system.card().ok_or(SystemError::Unsupported("only a card in layout resident can be installed"))?;
     let board = system.facts()?.board;
     let part = BootPart::new(&card.recovery, &board);
-    let work = Work { job, system, downloader, part, card, board, journal, now, progress };
+    let work = Work { job, system, downloader, part, card, board, context };
     match &job.instruction {
         Instruction::Install { sha256, raw: false, .. } => work.image(sha256, cancel).await,
         Instruction::Install { sha256, raw: true, .. } => work.whole(sha256, cancel).await,
@@ -201,9 +215,7 @@ struct Work<'a> {
     part: BootPart,
     card: Card,
     board: Board,
-    journal: WriteJournal,
-    now: DateTime<Utc>,
-    progress: Progress,
+    context: Context,
 }
 
 impl Work<'_> {
@@ -217,6 +229,7 @@ impl Work<'_> {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
         }
 
+        self.labels_are_known().await?;
         let keep = self.keep().await?;
         if self.commit(Room::Resident).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
@@ -235,14 +248,20 @@ impl Work<'_> {
         }
 
         self.phase(Phase::BootFiles);
-        let (fitted, board, recovery) = (target.clone(), self.board.clone(), self.card.recovery.clone());
+        let given = self.given().await?;
+        if !disk {
+            self.label_boot(&target, &given, None).await?;
+        }
+        let (fitted, board, node) = (target.clone(), self.board.clone(), self.job.node.clone());
         blocking(move || {
             let (root, boot) = open(&fitted)?;
-            let mount = if disk { boot_files::mounted(&root)? } else { boot_files::move_from(&root, &boot)? };
+            let mount = if disk { boot_files::mounted(&root)? } else { boot_files::find(&root)? };
+            if !disk {
+                boot_files::move_from(&root, mount, &boot)?;
+            }
             boot_files::check(&boot, &board)?;
             boot_files::fit(&boot, &fitted)?;
-            let given = boot_files::give_on(&recovery, &boot).map_err(InstallError::disk("copy the files given"))?;
-            tracing::info!(?given, "files for the first boot");
+            give_on(&given, &root, &boot, &node)?;
             let disk = InstallError::disk("rewrite /etc/fstab");
             let fstab = root.read("etc/fstab").map_err(&disk)?.unwrap_or_default();
             let fstab = plan::fstab(&String::from_utf8_lossy(&fstab), &fitted, mount);
@@ -272,7 +291,7 @@ impl Work<'_> {
         lease: Lease,
     ) -> Result<Option<whole::Written>, InstallError> {
         self.phase(Phase::Unpacking);
-        let (progress, total, mut told) = (Arc::clone(&self.progress), download.size_bytes, 0);
+        let (progress, total, mut told) = (Arc::clone(&self.context.progress), download.size_bytes, 0);
         let tell = Box::new(move |done: u64| {
             if done == total || done >= told + STEP {
                 told = done;
@@ -304,27 +323,33 @@ impl Work<'_> {
     async fn boot_only(&self, sha256: &str, cancel: &CancellationToken) -> Result<Next, InstallError> {
         self.phase(Phase::Connecting);
         let zip = self.part.marco_dir().join("boot.zip");
-        let progress = Arc::clone(&self.progress);
+        let progress = Arc::clone(&self.context.progress);
         let tell: crate::download::Progress = Arc::new(move |done, total| progress(Phase::Connecting, done, total));
         self.downloader.to_file(sha256, &zip, tell, cancel).await?;
         let path = zip.clone();
-        blocking(move || {
+        let brings_data = blocking(move || {
             let summary = marco_archive::check_zip(open_zip(&path)?).map_err(bootcode)?;
-            marco_archive::check_system_set(&summary).map_err(|refused| bootcode(refused.into()))
+            marco_archive::check_system_set(&summary).map_err(|refused| bootcode(refused.into()))?;
+            Ok(summary.files.iter().any(|file| file.name == cloud_init::USER_DATA))
         })
         .await?;
 
+        self.labels_are_known().await?;
         if self.commit(Room::Resident).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
         let target = self.system.prepare_target(Erase { root: false, home: false }).await?;
         self.phase(Phase::BootFiles);
-        let (fitted, board, path) = (target.clone(), self.board.clone(), zip.clone());
+        // It would take itself to be on another machine without what it found there when it first came up.
+        let given = self.given().await?.of_cloud_init();
+        self.label_boot(&target, &given, Some(brings_data)).await?;
+        let (fitted, board, path, node) = (target.clone(), self.board.clone(), zip.clone(), self.job.node.clone());
         blocking(move || {
             marco_archive::unpack_zip(open_zip(&path)?, &fitted.boot).map_err(bootcode)?;
-            let boot = open(&fitted)?.1;
+            let (root, boot) = open(&fitted)?;
             boot_files::check(&boot, &board)?;
-            boot_files::fit(&boot, &fitted)
+            boot_files::fit(&boot, &fitted)?;
+            if cloud_init::is_there(&root) { give_on(&given, &root, &boot, &node) } else { Ok(()) }
         })
         .await?;
         let release = Release { boot_sha256: sha256.to_owned(), ..self.release() };
@@ -356,7 +381,7 @@ impl Work<'_> {
     /// The last files, which name this execution.
     async fn name(&self, target: &Target, release: &Release) -> Result<(), InstallError> {
         self.phase(Phase::Syncing);
-        let (named, journal, text) = (target.clone(), Arc::clone(&self.journal), release.render()?);
+        let (named, journal, text) = (target.clone(), Arc::clone(&self.context.journal), release.render()?);
         blocking(move || {
             let (root, boot) = open(&named)?;
             let disk = InstallError::disk("write what names this installation");
@@ -374,7 +399,7 @@ impl Work<'_> {
     }
 
     fn release(&self) -> Release {
-        let time = self.now.to_rfc3339_opts(SecondsFormat::Secs, true);
+        let time = self.context.now.to_rfc3339_opts(SecondsFormat::Secs, true);
         Release { execution: self.job.execution.clone(), time, ..Release::default() }
     }
 
@@ -382,7 +407,7 @@ impl Work<'_> {
         self.system.feed_watchdog();
         tracing::info!(execution = %self.job.execution, phase = phase.as_str(), "installing");
         self.system.keep_line(&format!("{}: {}", self.job.execution, phase.as_str()));
-        (self.progress)(phase, 0, 0);
+        (self.context.progress)(phase, 0, 0);
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a node's part of an operation is, which states it has, and what an agent that starts does with a job it finds.
 //! Pure: no clock, no disk, no wire.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,9 @@ pub const MAX_TRIALS: u32 = 3;
 /// installer after ARMED, the new system and the installer after a trial boot. The one that comes back later must be
 /// ahead of whatever the other one may have reported.
 pub const FORK_LEAP: u64 = 100;
+
+/// A node's labels, by their keys.
+pub type Labels = BTreeMap<String, String>;
 
 /// An artifact as the operation froze it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -273,6 +273,7 @@ pub async fn run(
         move || controllers.listeners(&named)
     };
 
+    let (labels, known) = watch::channel(None);
     let settings = Settings {
         node: identity.node().to_owned(),
         controllers: controllers.in_order(),
@@ -284,6 +285,7 @@ pub async fn run(
             let time = identity.time().clone();
             Arc::new(move || time.now())
         },
+        labels: known,
     };
     let downloader = Downloader::new(connect_in_turn(identity.clone(), controllers.clone()));
     let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
@@ -294,7 +296,7 @@ pub async fn run(
         let system = system.clone();
         move || system.kept_log()
     });
-    let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log };
+    let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log, labels };
 
     let mut parts = JoinSet::new();
     parts.spawn({

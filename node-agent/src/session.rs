@@ -17,7 +17,7 @@ use crate::backoff;
 use crate::cause::chain;
 use crate::discovery::Controllers;
 use crate::identity::{Board, Identity, Purpose};
-use crate::job::{Kind, Mode, State};
+use crate::job::{Kind, Labels, Mode, State};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
 use crate::system::Refusal;
 
@@ -105,6 +105,8 @@ pub struct Session {
     pub refusal: watch::Receiver<Option<Refusal>>,
     /// What goes with the report of a job that did not succeed.
     pub log: KeptLog,
+    /// Told the node's labels whenever a controller says them; none before the first one has.
+    pub labels: watch::Sender<Option<Labels>>,
 }
 
 /// Why a session ended.
@@ -239,6 +241,7 @@ impl Session {
             self.identity.learn_time(wire::micros(time));
         }
         self.controllers.learn(address, &welcome.controllers);
+        self.labels.send_replace(Some(welcome.labels.clone().into_iter().collect()));
         tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
         let mut open = Open::new(self, outbox, refusal, &welcome);
         let (stay_away, error) = match open.serve(answers, stop).await {
@@ -365,8 +368,10 @@ impl<'a> Open<'a> {
     async fn obey(&self, message: connect_response::Message) -> Result<(), SessionError> {
         let journal = &self.session.journal;
         match message {
-            connect_response::Message::Assign(assign) => {
+            connect_response::Message::Assign(mut assign) => {
                 let attempt = assign.attempt;
+                let labels = std::mem::take(&mut assign.labels);
+                self.session.labels.send_replace(Some(labels.into_iter().collect()));
                 let Some((execution, action)) = wire::assignment(assign) else {
                     tracing::error!("assignment without an execution's name");
                     return Ok(());

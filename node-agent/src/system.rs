@@ -367,6 +367,12 @@ pub trait System: Send + Sync + 'static {
     /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError>;
 
+    /// Makes the boot partition of a target anew, empty and mounted again, under this label of at most 11 bytes, for what
+    /// looks for it by that. A card of folders has no labels.
+    async fn label_boot(&self, _target: &Target, _label: &str) -> Result<(), SystemError> {
+        Ok(())
+    }
+
     /// Whether the card has partitions that the file systems of a whole-disk image can be written to.
     fn takes_disk_images(&self) -> bool {
         false

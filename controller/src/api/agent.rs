@@ -5,7 +5,7 @@ mod hello;
 mod quota;
 mod unstored;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use crate::identity::tls::PeerInfo;
 use crate::sessions::{Command, End, Handle};
 use crate::store::{ProgressRow, ReportOutcome, ReportRow, StoreError};
 use blank::Blank;
-use hello::{Peer, begin};
+use hello::{Begun, Peer, begin};
 use quota::Quota;
 use unstored::Unstored;
 
@@ -314,7 +314,7 @@ async fn session(
         let _ = out.try_send(Err(ApiError::invalid("hello", "must be the first message, within 10 s").into()));
         return;
     };
-    let (epoch, held, handle) = match begin(&context, &peer, &node, &hello, accepted).await {
+    let Begun { epoch, held, labels, handle } = match begin(&context, &peer, &node, &hello, accepted).await {
         Ok(begun) => begun,
         Err(error) => {
             tracing::warn!(error = %error, "a node was not let in");
@@ -326,7 +326,7 @@ async fn session(
     tracing::info!(session = id, epoch, boot_id = hello.boot_id, "session begun");
     let blank = Blank::of(&hello);
     let session = Session { context, progress, node, epoch, out, blank };
-    let ended = match session.welcome(&id, held, &hello).await {
+    let ended = match session.welcome(&id, held, labels, &hello).await {
         Ok(()) => session.run(handle, messages).await,
         Err(ended) => ended,
     };
@@ -368,13 +368,20 @@ impl Session {
     }
 
     /// Welcome, then what the journal of the node has to do with what the store knows.
-    async fn welcome(&self, id: &str, held: bool, hello: &v1::Hello) -> Result<(), Ended> {
+    async fn welcome(
+        &self,
+        id: &str,
+        held: bool,
+        labels: BTreeMap<String, String>,
+        hello: &v1::Hello,
+    ) -> Result<(), Ended> {
         let welcome = v1::Welcome {
             session: id.to_owned(),
             time: Some(convert::timestamp(self.context.clock.now())),
             progress_interval: convert::duration(PROGRESS_INTERVAL),
             controllers: self.context.live_addresses().await,
             held,
+            labels: labels.into_iter().collect(),
         };
         self.send(connect_response::Message::Welcome(welcome)).await?;
         let mut listed = Vec::new();

@@ -32,6 +32,8 @@ pub struct Assignment {
     pub known_state: ExecutionState,
     /// Whether a cancel was asked for meanwhile.
     pub cancel_requested: bool,
+    /// The node's labels.
+    pub labels: BTreeMap<String, String>,
 }
 
 impl Store {
@@ -75,7 +77,8 @@ impl Store {
     /// claim fails, it may be committed all the same, and then nobody has sent it.
     pub async fn unanswered(&self, controller_id: &str) -> Result<Vec<(Assignment, i64)>, StoreError> {
         sql("SELECT e.operation AS operation, e.node AS node, e.attempt AS attempt, o.action AS action, \
-                 n.family AS family, n.session_epoch AS epoch, e.cancel_requested AS cancel_requested \
+                 n.family AS family, n.labels AS labels, n.session_epoch AS epoch, \
+                 e.cancel_requested AS cancel_requested \
              FROM executions e JOIN nodes n ON n.id = e.node JOIN operations o ON o.id = e.operation \
              WHERE n.controller_id = ? AND e.state = 'ASSIGNED' AND e.session_epoch = n.session_epoch ORDER BY e.node")
         .bind(controller_id)
@@ -90,6 +93,7 @@ impl Store {
                 family: row.text("family")?,
                 known_state: ExecutionState::Assigned,
                 cancel_requested: row.flag("cancel_requested")?,
+                labels: row.json("labels")?,
             };
             Ok((assignment, row.int("epoch")?))
         })
@@ -151,6 +155,7 @@ impl Store {
                 family: due.family,
                 known_state: ExecutionState::Assigned,
                 cancel_requested: false,
+                labels: due.labels,
             });
         }
         for (operation, events) in happened {
@@ -199,9 +204,9 @@ async fn first_due(
         .all(db)
         .await?;
     let admitted = rollouts::admit(db, &waiting, gone).await?;
-    sql("SELECT operation, node, epoch, boot_id, family, action FROM ( \
+    sql("SELECT operation, node, epoch, boot_id, family, labels, action FROM ( \
              SELECT e.operation AS operation, e.node AS node, n.session_epoch AS epoch, n.boot_id AS boot_id, \
-                    n.family AS family, o.action AS action, \
+                    n.family AS family, n.labels AS labels, o.action AS action, \
                     ROW_NUMBER() OVER (PARTITION BY e.node ORDER BY o.schedule_time, o.id) AS place ")
     .and(FREE)
     .and(" AND (o.rollout IS NULL OR e.operation || '/' || e.node IN {each})) AS due WHERE place = 1 ORDER BY node")
@@ -219,6 +224,7 @@ struct Due {
     id: ExecutionId,
     action: Action,
     family: String,
+    labels: BTreeMap<String, String>,
     row: DueRow,
 }
 
@@ -236,7 +242,7 @@ struct DueRow {
 impl Due {
     fn read(id: ExecutionId, row: &Row, now: DateTime<Utc>) -> Result<Self, StoreError> {
         let action: Action = row.json("action")?;
-        let family = row.text("family")?;
+        let (family, labels) = (row.text("family")?, row.json("labels")?);
         let row = DueRow {
             operation: id.operation.as_str().to_owned(),
             node: id.node.as_str().to_owned(),
@@ -245,6 +251,6 @@ impl Due {
             deadline: deadline(ExecutionState::Assigned, "", &action, now).map(micros),
             patience: patience(ExecutionState::Assigned, &action),
         };
-        Ok(Self { id, action, family, row })
+        Ok(Self { id, action, family, labels, row })
     }
 }

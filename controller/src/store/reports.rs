@@ -1,5 +1,7 @@
 //! Reports of nodes.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId};
 
@@ -100,6 +102,7 @@ pub(super) struct Holder {
     epoch: i64,
     boot_id: String,
     family: String,
+    labels: BTreeMap<String, String>,
 }
 
 impl Holder {
@@ -115,13 +118,17 @@ pub(super) async fn hold_node(
     node: &NodeId,
     epoch: i64,
 ) -> Result<Option<Holder>, StoreError> {
-    let row = sql("SELECT boot_id, family FROM nodes WHERE id = ? AND session_epoch = ? \
+    let row = sql("SELECT boot_id, family, labels FROM nodes WHERE id = ? AND session_epoch = ? \
                    AND controller_id IS NOT NULL {lock}")
     .bind(node.as_str())
     .bind(epoch)
     .one(tx)
     .await?;
-    row.map(|row| Ok(Holder { epoch, boot_id: row.text("boot_id")?, family: row.text("family")? })).transpose()
+    row.map(|row| {
+        let (boot_id, family) = (row.text("boot_id")?, row.text("family")?);
+        Ok(Holder { epoch, boot_id, family, labels: row.json("labels")? })
+    })
+    .transpose()
 }
 
 /// An execution with what a decision needs.
@@ -320,5 +327,6 @@ async fn redeliver(
         known_state: to,
         cancel_requested: found.stored.cancel_requested,
         action: found.action,
+        labels: holder.labels.clone(),
     })))
 }

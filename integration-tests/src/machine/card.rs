@@ -116,6 +116,22 @@ impl Card {
         Ok(sector.ends_with(&[0x55, 0xaa]) && matches!(sector.first(), Some(0xeb | 0xe9)))
     }
 
+    /// The label of a FAT32 partition, which must be the same in its boot sector and in its root folder.
+    pub async fn label(&self, number: u32) -> Result<String> {
+        let partition = self.partition(number)?.with_context(|| format!("the card has no partition {number}"))?;
+        let mut file = std::fs::File::open(&self.path)?;
+        // The place of the label in a FAT32's boot sector (Microsoft's FAT32 File System Specification, 3.3).
+        file.seek(SeekFrom::Start(partition.offset + 71))?;
+        let mut in_sector = [0_u8; 11];
+        file.read_exact(&mut in_sector)?;
+        let in_sector = String::from_utf8_lossy(&in_sector).trim_end().to_owned();
+        let image = format!("{}@@{}", self.path.display(), partition.offset);
+        let told = run(&tool("mlabel")?, &["-s", "-i", &image, "::"], LIMIT).await?.success()?;
+        let in_folder = told.trim().trim_start_matches("Volume label is ").trim();
+        ensure!(in_folder.eq_ignore_ascii_case(&in_sector), "the labels are {in_sector:?} and {told:?}");
+        Ok(in_sector)
+    }
+
     /// Copies a folder of an ext4 partition, with owners and modes, into a folder, which is made anew.
     pub async fn copy_ext4(&self, number: u32, from: &str, to: &Path) -> Result<()> {
         if to.exists() {

@@ -26,6 +26,9 @@ const INITTAB: &str = "::sysinit:/etc/rc\n::respawn:/etc/agent\n::shutdown:/bin/
 /// The agent's output goes to the console, where the harness keeps it.
 const AGENT: &str = "#!/bin/sh\nexec /usr/bin/marco-agent run </dev/null >/dev/console 2>&1\n";
 
+/// The label by which that of [`Kind::CloudInit`] looks for its data: what images of Ubuntu for the Pi have.
+pub const CLOUD_INIT_LABEL: &str = "system-boot";
+
 /// How long packing a few files may take on a machine that has much else to do.
 const PACK: std::time::Duration = seconds(120);
 
@@ -34,6 +37,8 @@ const PACK: std::time::Duration = seconds(120);
 pub enum Kind {
     /// It comes up.
     Good,
+    /// It comes up, and has the configuration of a cloud-init, with data for it beside its boot files.
+    CloudInit,
     /// Its root has no init: the kernel panics, and restarts after a second.
     Panics,
     /// It has no boot files: the installer refuses it when it is unpacked.
@@ -101,11 +106,18 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
     }
     // Some bytes that do not compress, so that the stream is seen to run.
     fs::write(root.join("usr/lib/noise/bytes"), noise(name, 12 * 1024 * 1024))?;
-    if kind == Kind::Good {
+    if matches!(kind, Kind::Good | Kind::CloudInit) {
         symlink("../bin/busybox", root.join("sbin/init"))?;
     }
     if kind == Kind::NoSystem {
         return Ok(());
+    }
+    if kind == Kind::CloudInit {
+        fs::create_dir_all(root.join("etc/cloud/cloud.cfg.d"))?;
+        let configuration = format!("datasource:\n  NoCloud:\n    fs_label: {CLOUD_INIT_LABEL}\n");
+        fs::write(root.join("etc/cloud/cloud.cfg.d/99-label.cfg"), configuration)?;
+        fs::write(root.join("boot/firmware/user-data"), "#cloud-config\n")?;
+        fs::write(root.join("boot/firmware/meta-data"), "instance-id: a-test\n")?;
     }
     lay_out_boot(pieces, &root.join("boot/firmware")).await
 }

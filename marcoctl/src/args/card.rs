@@ -75,6 +75,10 @@ pub(crate) struct WriteCard {
     /// Have the SSH server switched on, by an empty file `ssh` as Raspberry Pi OS reads it
     #[arg(long)]
     pub(crate) ssh: bool,
+    /// Folder with files for the first boot of every installed system: user-data, network-config, meta-data, userconf.txt,
+    /// ssh, ssh.txt, custom.toml; those in its folders KEY=VALUE are for nodes with that label
+    #[arg(long, value_name = "DIR")]
+    pub(crate) first_boot: Option<PathBuf>,
     /// Do not ask: what is on the device, or the file that exists, is lost
     #[arg(long)]
     pub(crate) yes: bool,

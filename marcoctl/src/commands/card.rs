@@ -162,6 +162,9 @@ fn extras(contents: &mut Contents, flags: &WriteCard) -> Result<(), Failure> {
     if flags.ssh {
         contents.put("ssh", Vec::new());
     }
+    if let Some(folder) = &flags.first_boot {
+        contents.first_boot(folder)?;
+    }
     Ok(())
 }
 

@@ -105,6 +105,34 @@ async fn a_card_starts_the_installer_and_joins() {
 }
 
 #[tokio::test]
+async fn files_for_the_first_boot_go_onto_the_card_as_they_are() {
+    let folder = TempDir::new().unwrap();
+    let zip = set(folder.path()).await;
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    write(folder.path(), "token", b"mj1.a.b.c\n");
+    write(folder.path(), "given/userconf.txt", b"pi:hash");
+    write(folder.path(), "given/room=a1/user-data", b"#cloud-config\n");
+    let (card, token, given) = (path("card.img"), path("token"), path("given"));
+    let mut arguments = vec!["card", "write", &card, "--bootcode", zip.to_str().unwrap(), "--token-file", &token];
+    arguments.extend(["--size", "512MiB", "--first-boot", &given]);
+    let run = alone(&arguments).await;
+    assert_eq!(run.code, 0, "{run:?}");
+    let image = format!("{card}@@4M");
+    let text = async |name: &str| tool("mtype", &["-i", &image, &format!("::marco/first-boot/{name}")]).await;
+    assert_eq!(
+        (text("userconf.txt").await.as_str(), text("room=a1/user-data").await.as_str()),
+        ("pi:hash", "#cloud-config\n")
+    );
+    tool("/usr/sbin/fsck.vfat", &["-n", first_partition(Path::new(&card)).to_str().unwrap()]).await;
+
+    write(folder.path(), "given/room=a1/user.data", b"");
+    std::fs::remove_file(&card).unwrap();
+    let run = alone(&arguments).await;
+    assert!(run.code == 1 && run.stderr.contains("known are custom.toml, meta-data"), "{run:?}");
+    assert!(!Path::new(&card).exists(), "a card was written all the same");
+}
+
+#[tokio::test]
 async fn several_cards_share_one_token_with_as_many_uses() {
     let controller = Controller::start(Facts::default()).await;
     let folder = TempDir::new().unwrap();

@@ -84,6 +84,7 @@ impl Bench {
                 verdict,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
+                labels: tokio::sync::watch::channel(None).1,
             },
         )
         .unwrap();

@@ -273,8 +273,13 @@ impl Executor {
         };
         // Nothing cancels an installation but the end of the process.
         let never = CancellationToken::new();
-        let now = (self.settings.now)();
-        install::install(job, &self.system, &self.downloader, write, now, progress, &never).await
+        let context = install::Context {
+            journal: write,
+            now: (self.settings.now)(),
+            progress,
+            labels: self.settings.labels.clone(),
+        };
+        install::install(job, &self.system, &self.downloader, context, &never).await
     }
 
     /// Full jitter, doubling from a second.

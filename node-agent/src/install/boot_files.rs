@@ -11,27 +11,26 @@ use crate::bootpart::render::kernels;
 use crate::system::rooted::{Kind, Rooted};
 use crate::system::{Board, Target};
 
-/// Files of the first boot: users and SSH of Raspberry Pi OS, and the data of cloud-init.
-const FIRST_BOOT: [&str; 6] = ["userconf.txt", "ssh", "ssh.txt", "user-data", "network-config", "meta-data"];
-/// On the recovery partition: files for the system's boot partition.
-const GIVEN: &str = "marco/boot";
 /// No boot partition has folders within folders deeper than this.
 const DEPTH: usize = 16;
 
-/// Moves what the image mounts as vfat to the boot partition; says where that was.
-pub(super) fn move_from(root: &Rooted, boot: &Rooted) -> std::result::Result<BootMount, InstallError> {
+/// Where the image's boot files are: in what it mounts as vfat.
+pub(super) fn find(root: &Rooted) -> std::result::Result<BootMount, InstallError> {
     let fstab = root.read("etc/fstab").map_err(InstallError::disk("read /etc/fstab of the image"))?.unwrap_or_default();
     let named = plan::boot_mount(&String::from_utf8_lossy(&fstab)).filter(|mount| bootable(root, mount.path()));
     let mount =
         named.or_else(|| [BootMount::Firmware, BootMount::Boot].into_iter().find(|mount| bootable(root, mount.path())));
-    let mount = mount.ok_or_else(|| {
+    mount.ok_or_else(|| {
         InstallError::not_a_system(
             "the image has no boot files: neither /boot/firmware nor /boot has a config.txt or a kernel",
         )
-    })?;
+    })
+}
+
+/// Moves them to the boot partition.
+pub(super) fn move_from(root: &Rooted, mount: BootMount, boot: &Rooted) -> std::result::Result<(), InstallError> {
     copy(root, mount.path(), boot, Path::new(""), DEPTH).map_err(InstallError::disk("copy the image's boot files"))?;
-    root.clear(mount.path()).map_err(InstallError::disk("empty the image's boot folder"))?;
-    Ok(mount)
+    root.clear(mount.path()).map_err(InstallError::disk("empty the image's boot folder"))
 }
 
 /// Where a system mounts the boot partition that came with its disk image.
@@ -66,25 +65,6 @@ fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) ->
     Ok(())
 }
 
-/// Gives on what somebody put on the recovery partition for the system's first boot: everything in `marco/boot/`, and
-/// the files of that kind in its root. They stay there, for the next installation.
-pub(super) fn give_on(recovery: &Path, boot: &Rooted) -> Result<Vec<String>> {
-    let recovery = Rooted::open(recovery)?;
-    let mut given = Vec::new();
-    for name in FIRST_BOOT.into_iter().filter(|name| recovery.is_there(name)) {
-        boot.write(name, &recovery.read(name)?.unwrap_or_default(), 0o755)?;
-        given.push(name.to_owned());
-    }
-    for (name, kind) in recovery.list(GIVEN)? {
-        if kind == Kind::File {
-            let bytes = recovery.read(Path::new(GIVEN).join(&name))?.unwrap_or_default();
-            boot.write(Path::new(&name), &bytes, 0o755)?;
-            given.push(name.to_string_lossy().into_owned());
-        }
-    }
-    Ok(given)
-}
-
 /// Makes the command line name this card's root.
 pub(super) fn fit(boot: &Rooted, target: &Target) -> std::result::Result<(), InstallError> {
     let read = boot.read("cmdline.txt").map_err(InstallError::disk("read cmdline.txt"))?;
@@ -116,37 +96,5 @@ pub(super) fn check(boot: &Rooted, board: &Board) -> std::result::Result<(), Ins
     match get("device_tree").or(board.device_tree()) {
         Some(name) if !has(name) => Err(lacks(&format!("device tree for this board ({name})"))),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::give_on;
-    use crate::system::rooted::Rooted;
-
-    #[test]
-    fn what_is_for_the_first_boot_is_given_on_and_stays() {
-        let (recovery, boot) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        fs::create_dir_all(recovery.path().join("marco/boot/folder")).unwrap();
-        for (name, text) in [
-            ("userconf.txt", "pi:hash"),
-            ("ssh", ""),
-            ("config.txt", "ours"),
-            ("marco/boot/custom.toml", "c"),
-            ("marco/boot/ssh", "s"),
-        ] {
-            fs::write(recovery.path().join(name), text).unwrap();
-        }
-        fs::write(boot.path().join("userconf.txt"), "the image's").unwrap();
-        let given = give_on(recovery.path(), &Rooted::open(boot.path()).unwrap()).unwrap();
-        assert_eq!(given, ["userconf.txt", "ssh", "custom.toml", "ssh"]);
-        let read = |name: &str| fs::read_to_string(boot.path().join(name)).unwrap();
-        assert_eq!(
-            (read("userconf.txt").as_str(), read("custom.toml").as_str(), read("ssh").as_str()),
-            ("pi:hash", "c", "s")
-        );
-        assert!(!boot.path().join("config.txt").exists() && recovery.path().join("userconf.txt").exists());
     }
 }

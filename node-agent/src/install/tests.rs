@@ -11,13 +11,15 @@ use bytes::Bytes;
 use chrono::DateTime;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::{InstallError, Phase, Progress, WriteJournal, install};
+use super::{Context, InstallError, Phase, Progress, WriteJournal, install};
 use crate::bootpart::{InstallJob, Instruction, Prefix};
 use crate::download::Downloader;
 use crate::download::tests::{CHUNK, Wrong, serve_bytes};
+use crate::job::Labels;
 use crate::system::virtual_pi::tests::Powered;
 use crate::system::{Booted, Mode, Reboot, Release, System};
 
@@ -85,6 +87,7 @@ struct Bed {
     dir: TempDir,
     powered: Powered,
     installer: Arc<dyn System>,
+    labels: watch::Sender<Option<Labels>>,
 }
 
 impl Bed {
@@ -104,7 +107,7 @@ impl Bed {
         powered.pi.reboot(Reboot::TryBoot, None, "").await.unwrap();
         let installer = powered.boot().await;
         assert_eq!(installer.mode(), Mode::Installer);
-        Self { dir, powered, installer }
+        Self { dir, powered, installer, labels: watch::Sender::new(None) }
     }
 
     fn read(&self, path: &str) -> String {
@@ -122,7 +125,8 @@ impl Bed {
         let journal: WriteJournal = Arc::new(|folder: &Path| fs::write(folder.join("journal.json"), "trial"));
         let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
         let never = CancellationToken::new();
-        timeout(SOON, install(job, &self.installer, downloader, journal, now, progress, &never)).await.unwrap()?;
+        let context = Context { journal, now, progress, labels: self.labels.subscribe() };
+        timeout(SOON, install(job, &self.installer, downloader, context, &never)).await.unwrap()?;
         let mut phases = phases.lock().unwrap().clone();
         phases.dedup();
         Ok(phases)
@@ -219,6 +223,31 @@ async fn a_node_without_host_keys_gets_fresh_ones_and_not_the_images() {
     let key = bed.dir.path().join("root/etc/ssh/ssh_host_ed25519_key");
     assert!(bed.read("root/etc/ssh/ssh_host_ed25519_key").starts_with("-----BEGIN OPENSSH PRIVATE KEY-----"));
     assert_eq!(fs::metadata(key).unwrap().permissions().mode() & 0o777, 0o600);
+    bed.powered.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_card_with_files_for_labels_is_not_touched_before_the_nodes_labels_are_known() {
+    let tar = image("boot/firmware", 10, "");
+    let (downloader, _server) = downloader(tar.clone(), |_| Wrong::Nothing).await;
+    let bed = Bed::new().await;
+    for (folder, text) in [("", "everybody's"), ("room=a1", "of room a1"), ("room=a2", "of room a2")] {
+        let folder = bed.dir.path().join("recovery/marco/first-boot").join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("user-data"), text).unwrap();
+    }
+    let job = image_job(&tar);
+    let (installed, ()) = tokio::join!(bed.install(&job, &downloader), async {
+        // One is the installation's own, the other one waits.
+        while bed.labels.receiver_count() < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert!(bed.has("root/old") && bed.read("boot/kernel8.img") != "new kernel");
+        bed.labels.send_replace(Some(Labels::from([("room".to_owned(), "a2".to_owned())])));
+    });
+    installed.unwrap();
+    assert_eq!(bed.read("boot/user-data"), "of room a2");
+    assert!(!bed.has("boot/meta-data"), "there is no cloud-init that would read it");
     bed.powered.kill().await;
 }
 

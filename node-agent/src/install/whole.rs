@@ -10,6 +10,7 @@ use marco_archive::disk::{FileSystem, Partition, Partitions, is_disk, partitions
 use rustix::fs::FallocateFlags;
 use tokio_util::sync::CancellationToken;
 
+use super::first_boot::give_on;
 use super::unpack::Destination;
 use super::write_back::WriteBack;
 use super::{InstallError, Next, Phase, Work, blocking, boot_files, open, stream};
@@ -56,6 +57,7 @@ impl Work<'_> {
         }
         let bytes = partitions(&front)?.iter().map(|partition| partition.start + partition.length).max();
 
+        self.labels_are_known().await?;
         let keep = self.keep().await?;
         if self.commit(Room::Whole(bytes.unwrap_or_default())).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
@@ -67,13 +69,12 @@ impl Work<'_> {
 
         let target = self.system.mount_whole(written.boot, written.root, card.lease).await?;
         self.phase(Phase::BootFiles);
-        let (mounted, board, recovery) = (target.clone(), self.board.clone(), self.card.recovery.clone());
+        let given = self.given().await?;
+        let (mounted, board, node) = (target.clone(), self.board.clone(), self.job.node.clone());
         blocking(move || {
-            let boot = open(&mounted)?.1;
+            let (root, boot) = open(&mounted)?;
             boot_files::check(&boot, &board)?;
-            let given = boot_files::give_on(&recovery, &boot).map_err(InstallError::disk("copy the files given"))?;
-            tracing::info!(?given, "files for the first boot");
-            Ok(())
+            give_on(&given, &root, &boot, &node)
         })
         .await?;
         let release = Release { image_sha256: sha256.to_owned(), ..self.release() };

@@ -93,7 +93,7 @@ fn execution(number: u32) -> String {
 }
 
 async fn assign(session: &TestSession, number: u32, action: assign::Action) {
-    let assign = Assign { execution: execution(number), attempt: 1, action: Some(action), known_state: 0 };
+    let assign = Assign { execution: execution(number), attempt: 1, action: Some(action), ..Assign::default() };
     session.say(connect_response::Message::Assign(assign)).await;
 }
 

@@ -15,7 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{KeptLog, Layout, Node, Session};
 use crate::discovery::{Controllers, Discovery};
 use crate::identity::{Board, Enrollment, Identity, JoinToken, TlsTime, enroll};
-use crate::job::{Action, Failure, Mode, Notice, State};
+use crate::job::{Action, Failure, Labels, Mode, Notice, State};
 use crate::journal::{Journal, Progress};
 use crate::system::Refusal;
 use crate::testing::{Controller, Pki, TestSession};
@@ -30,6 +30,7 @@ struct Bench {
     controller: Controller,
     journal: Arc<Journal>,
     refusal: watch::Sender<Option<Refusal>>,
+    labels: watch::Receiver<Option<Labels>>,
     stop: CancellationToken,
     task: AbortOnDropHandle<()>,
 }
@@ -54,6 +55,7 @@ impl Bench {
         before.push(controller.address.clone());
         let given = Discovery::Fixed(before.iter().map(|address| address.parse().unwrap()).collect());
         let (refusal, refused) = watch::channel(None);
+        let (labels, known) = watch::channel(None);
         let session = Session {
             controllers: Arc::new(Controllers::given(given)),
             identity: Arc::new(Identity::load(dir.path(), time).unwrap().unwrap()),
@@ -61,13 +63,14 @@ impl Bench {
             node: node(),
             refusal: refused,
             log: KeptLog::new(|| LOG.into()),
+            labels,
         };
         let stop = CancellationToken::new();
         let task = tokio::spawn({
             let stop = stop.clone();
             async move { session.run(stop).await }
         });
-        Self { dir, controller, journal, refusal, stop, task: AbortOnDropHandle::new(task) }
+        Self { dir, controller, journal, refusal, labels: known, stop, task: AbortOnDropHandle::new(task) }
     }
 
     /// The next session, welcomed, and its Hello.
@@ -114,6 +117,7 @@ fn assign(attempt: u32) -> connect_response::Message {
         attempt,
         action: Some(assign::Action::Reboot(Reboot { notice, message: "hello".into() })),
         known_state: WireState::Assigned.into(),
+        labels: std::collections::HashMap::from([("room".to_owned(), format!("a{attempt}"))]),
     })
 }
 
@@ -220,7 +224,7 @@ async fn a_cancel_reaches_the_journal_and_one_that_is_too_late_is_answered() {
 async fn an_action_that_the_agent_does_not_know_fails_with_its_reason() {
     let mut bench = Bench::new().await;
     let (mut session, _) = bench.welcomed().await;
-    let assign = Assign { execution: ONE.into(), attempt: 1, action: None, known_state: 0 };
+    let assign = Assign { execution: ONE.into(), attempt: 1, ..Assign::default() };
     session.say(connect_response::Message::Assign(assign)).await;
     let failed = report(&mut session).await;
     assert_eq!(failed.state(), WireState::Failed);
@@ -278,4 +282,19 @@ async fn what_was_logged_of_a_job_goes_with_its_failure_and_again_until_it_is_he
     assert_eq!(report(&mut session).await, failed);
     session.say(ack(failed.sequence)).await;
     until(&bench.journal, |entry| entry.is_acked()).await;
+}
+
+#[tokio::test]
+async fn the_labels_are_those_that_a_controller_said_last() {
+    let mut bench = Bench::new().await;
+    assert_eq!(*bench.labels.borrow(), None, "nobody has said any");
+    let (mut session, _) = bench.welcomed().await;
+    let said = async |labels: &mut watch::Receiver<Option<Labels>>, wanted: Option<Labels>| {
+        let there = labels.wait_for(|labels| *labels == wanted);
+        tokio::time::timeout(Duration::from_secs(10), there).await.expect("other labels").unwrap();
+    };
+    said(&mut bench.labels, Some(Labels::new())).await;
+    session.say(assign(1)).await;
+    report(&mut session).await;
+    said(&mut bench.labels, Some(Labels::from([("room".to_owned(), "a1".to_owned())]))).await;
 }

@@ -292,6 +292,10 @@ impl System for Installer {
         prepare::prepare(&self.disk, &self.card, &self.settings, erase, lease).await
     }
 
+    async fn label_boot(&self, target: &Target, label: &str) -> Result<(), SystemError> {
+        prepare::label_boot(&self.disk.partition(4), target, label, &self.settings.boot.mkfs_options).await
+    }
+
     fn takes_disk_images(&self) -> bool {
         true
     }

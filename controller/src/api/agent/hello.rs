@@ -1,5 +1,6 @@
 //! Whether a node is let in that says hello: once, from one place, in the board that it is known in.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use chrono::{DateTime, Utc};
@@ -60,14 +61,26 @@ async fn noted(context: &Context, node: &NodeId, from: SocketAddr, what: &str, w
     context.access.recorder().record(row, Some(from.ip())).await;
 }
 
-/// Begins a session in the store and in the registry: its epoch, whether the node is held, and its handle.
+/// A session that has begun in the store and in the registry.
+pub(super) struct Begun {
+    /// Its number.
+    pub(super) epoch: i64,
+    /// Whether the node is held.
+    pub(super) held: bool,
+    /// The node's labels.
+    pub(super) labels: BTreeMap<String, String>,
+    /// Its place in the registry.
+    pub(super) handle: Handle,
+}
+
+/// Begins a session in the store and in the registry.
 pub(super) async fn begin(
     context: &Context,
     peer: &Peer,
     node: &NodeId,
     hello: &v1::Hello,
     accept_time: DateTime<Utc>,
-) -> Result<(i64, bool, Handle), ApiError> {
+) -> Result<Begun, ApiError> {
     if hello.executions.len() > EXECUTIONS_MAX {
         let message = format!("must be at most {EXECUTIONS_MAX}: those that were not acknowledged");
         return Err(ApiError::invalid("hello.executions", message));
@@ -108,7 +121,7 @@ pub(super) async fn begin(
                 reason: "SESSION_SUPERSEDED",
                 message: "the node opened another session, or the controller is stopping".to_owned(),
             })?;
-            Ok((epoch, row.state != NodeState::Approved, handle))
+            Ok(Begun { epoch, held: row.state != NodeState::Approved, labels: row.labels, handle })
         }
         SessionOutcome::Cloned => {
             noted(context, node, peer.from, "QUARANTINE", CLONED).await;

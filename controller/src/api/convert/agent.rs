@@ -99,6 +99,7 @@ pub(in crate::api) fn assign(assignment: &Assignment) -> v1::Assign {
             Action::Update(asked) => v1::assign::Action::Update(update(asked, asked.bootcode_for(&assignment.family))),
         }),
         known_state: state_to_proto(assignment.known_state).into(),
+        labels: assignment.labels.clone().into_iter().collect(),
     }
 }
 

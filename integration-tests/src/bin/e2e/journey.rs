@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::machine::lab::{ADDRESS, field, text};
 use integration_tests::machine::rig::{Options, Rig, START};
-use integration_tests::machine::system::Kind;
+use integration_tests::machine::system::{CLOUD_INIT_LABEL, Kind};
 use integration_tests::machine::{End, Power};
 use integration_tests::tree::{compare_with_source, list};
 use integration_tests::wait::seconds;
@@ -42,7 +42,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     step("a controller, three images, and a card with nothing but the installer");
     let rig = Rig::start(options, dir).await?;
     let first = rig.push_image(Kind::Good, "first").await?;
-    let second = rig.push_image(Kind::Good, "second").await?;
+    let second = rig.push_image(Kind::CloudInit, "second").await?;
     rig.push_image(Kind::Panics, "broken").await?;
     rig.lab.ask(&["artifacts", "default", "first"]).await?;
     let table: Vec<bool> =
@@ -74,6 +74,8 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     step("power off, and a look at the card from outside");
     rig.power_off(power, &node).await?;
     let before = look(&rig, "first", Layout::Resident).await?;
+    let label = rig.machine.card().label(4).await?;
+    ensure!(label == "BOOT", "the boot partition's label is {label}, though nobody looks for it");
     println!(
         "machine-id {}, {} host keys, {} files at home",
         String::from_utf8_lossy(&before.machine_id).trim(),
@@ -89,6 +91,9 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     rig.power_off(power, &node).await?;
     let after = look(&rig, "second", Layout::Resident).await?;
     ensure!(after == before, "the update did not preserve what is the node's own");
+    let label = rig.machine.card().label(4).await?;
+    ensure!(label == CLOUD_INIT_LABEL, "the boot partition's label is {label}, which cloud-init does not look for");
+    println!("cloud-init of the second image finds its data by the label {label}");
     println!("home, host keys and machine-id are the same, byte for byte");
 
     step("an image that does not come up");
@@ -101,6 +106,10 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     ensure!(state == "STATE_FAILED", "the execution ended {state}: {execution}");
     println!("{operation} ended {state}: {}", text(&execution, "error.message")?);
     rig.connected(&mut power, &node, "NODE_MODE_INSTALLER").await?;
+    let log = rig.lab.ask(&["operations", "log", &operation, &node]).await?;
+    let log = text(&log, "log")?;
+    ensure!(log.contains("IMAGE_DID_NOT_COME_UP") && log.contains("unpacking"), "the installer's log is\n{log}");
+    println!("of the installer's log the controller has {} lines", log.lines().count());
     let history = rig.machine.starts();
     let trials = history.iter().skip(starts).filter(|start| {
         let of_system = matches!(&start.outcome, Outcome::Booted(boot) if boot.partition == 4 && boot.tryboot);

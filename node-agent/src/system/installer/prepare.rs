@@ -68,6 +68,21 @@ pub(super) async fn prepare(
     .await
 }
 
+/// Makes the boot partition, on which nothing is yet, anew under this label. (The owner's options come after it, and a
+/// label among them counts.)
+pub(super) async fn label_boot(
+    device: &Path,
+    target: &Target,
+    label: &str,
+    options: &[String],
+) -> Result<(), SystemError> {
+    let at = target.boot.clone();
+    blocking(move || disk::unmount(&at)).await?;
+    disk::make_fat(device, label, options).await?;
+    let (device, at) = (device.to_owned(), target.boot.clone());
+    blocking(move || disk::mount(&device, &at, Access::ReadWrite)).await
+}
+
 pub(super) async fn appear(device: &Path) -> Result<(), SystemError> {
     let begun = Instant::now();
     while !device.exists() {
