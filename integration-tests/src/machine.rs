@@ -29,8 +29,10 @@ const TRYBOOT: &str = "marco-test-firmware: tryboot";
 const REBOOT: &str = "marco-test-firmware: reboot";
 /// The kernel's last word when it powers off.
 const POWER_DOWN: &str = "reboot: Power down";
+/// The same where QEMU's board has nothing that could do it, in older kernels and newer ones.
+const NOT_OFF: [&str; 2] = ["reboot: System halted", "reboot: Power off not available: System halted instead"];
 /// The kernel's last word where QEMU's board has nothing that could restart it.
-const HALTED: &str = "Reboot failed -- System halted";
+const NOT_RESTARTED: &str = "Reboot failed -- System halted";
 /// How often the console is looked at for that.
 const LOOK: Duration = Duration::from_secs(1);
 /// After so many starts in a row that found nothing to boot somebody would look.
@@ -101,6 +103,11 @@ impl Machine {
     pub fn new(board: Board, card: Card, tap: &str, dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         Ok(Self { board, card, dir: dir.to_owned(), tap: tap.to_owned(), starts: Arc::default() })
+    }
+
+    /// What it is.
+    pub fn board(&self) -> Board {
+        self.board
     }
 
     /// Its card. To be read only while the machine is off.
@@ -231,14 +238,18 @@ impl Machine {
 
 /// Waits until the kernel has nothing left to do and cannot say so by ending QEMU.
 async fn halted(console: &Path) {
-    while !std::fs::read(console).is_ok_and(|said| String::from_utf8_lossy(&said).contains(HALTED)) {
+    let halted = |said: Vec<u8>| {
+        let said = String::from_utf8_lossy(&said);
+        NOT_OFF.iter().chain([&NOT_RESTARTED]).any(|word| said.contains(word))
+    };
+    while !std::fs::read(console).is_ok_and(halted) {
         tokio::time::sleep(LOOK).await;
     }
 }
 
 /// How a run ended, by the last words of its console.
 fn end(console: &str) -> End {
-    if console.contains(POWER_DOWN) {
+    if NOT_OFF.iter().chain([&POWER_DOWN]).any(|word| console.contains(word)) {
         return End::PowerOff;
     }
     match (console.rfind(TRYBOOT), console.rfind(REBOOT)) {
@@ -285,6 +296,9 @@ mod tests {
             ("marco-test-firmware: tryboot\nmarco-test-firmware: reboot\nreboot: Restarting system\n", End::Reset),
             ("Kernel panic - not syncing\nRebooting in 1 seconds..\n", End::Reset),
             ("[ 9.9] reboot: Power down\n", End::PowerOff),
+            ("[ 9.9] reboot: System halted\n", End::PowerOff),
+            ("[ 9.9] reboot: Power off not available: System halted instead\n", End::PowerOff),
+            ("marco-test-firmware: tryboot\n[ 9.9] Reboot failed -- System halted\n", End::TrialBoot),
         ] {
             assert_eq!(end(console), wanted, "{console}");
         }

@@ -1,6 +1,7 @@
 //! The machines that QEMU plays: what they are called, what they boot, and their command lines.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use node_agent::system::virtual_pi::firmware::Model;
@@ -92,6 +93,8 @@ impl Board {
                 "sdhci-iproc",
                 "bcm2835",
                 "mmc_block",
+                // The USB host waits for this one, though no table of the kernel says that it needs it.
+                "phy_generic",
                 "dwc2",
                 "cdc_ether",
                 "rndis_host",
@@ -123,11 +126,39 @@ impl Board {
             Self::Raspi3b => {
                 "marco.test_serial=00000000e2e00001 marco.test_board=pi3 initcall_blacklist=bcm2835_wdt_driver_init"
             }
-            // QEMU's power manager is not the one that this driver expects, and the kernel would stop there.
+            // The same; and it is not the one that the driver of its power domains expects: the kernel would stop there.
             Self::Raspi0 => {
-                "marco.test_serial=00000000e2e00001 marco.test_board=pi1 initcall_blacklist=bcm2835_power_driver_init"
+                "marco.test_serial=00000000e2e00001 marco.test_board=pi1 \
+                 initcall_blacklist=bcm2835_wdt_driver_init,bcm2835_power_driver_init"
             }
         }
+    }
+
+    /// How large its card is, and the settings of the installer on it: file systems on a small card are made and checked
+    /// faster.
+    pub fn card(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Amd64 | Self::Arm64 => ("2GiB", "[boot]\nsize = \"128MiB\"\n[root]\nsize = \"512MiB\"\n"),
+            // QEMU takes powers of two for an SD card. It erases one sector by sector, and nothing else of the machine goes
+            // on meanwhile: the network's connections would break.
+            Self::Raspi3b | Self::Raspi0 => (
+                "1GiB",
+                "[boot]\nsize = \"128MiB\"\n\
+                 [root]\nsize = \"256MiB\"\nmkfs_options = [\"-E\", \"nodiscard\"]\n\
+                 [home]\nmkfs_options = [\"-E\", \"nodiscard\"]\n",
+            ),
+        }
+    }
+
+    /// How long to wait on this board for what may take `limit` on a PC: each access to an emulated SD card and USB adapter
+    /// costs QEMU far more than one to a virtio device.
+    pub fn patience(self, limit: Duration) -> Duration {
+        limit
+            * match self {
+                Self::Amd64 | Self::Arm64 => 1,
+                Self::Raspi3b => 3,
+                Self::Raspi0 => 3,
+            }
     }
 
     /// What `marcoctl bootcode build --board` calls it.

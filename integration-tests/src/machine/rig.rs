@@ -15,13 +15,9 @@ use super::{Machine, Power};
 use crate::process::{binary, run};
 use crate::wait::seconds;
 
-/// How large the card is: file systems on a small one are made and checked faster.
-const CARD_SIZE: &str = "2GiB";
-/// Settings of the installer, for the same reason.
-const SETTINGS: &str = "[boot]\nsize = \"128MiB\"\n[root]\nsize = \"512MiB\"\n";
 /// How long building a set or writing a card may take.
 const BUILD: Duration = seconds(300);
-/// How long a start may take on an emulated processor that it shares with others.
+/// How long a start may take on an emulated PC that shares its processors with others; [`Rig`] gives other boards more.
 pub const START: Duration = seconds(240);
 
 /// Where the pieces come from.
@@ -92,7 +88,8 @@ impl Rig {
     /// behind it. To the usual settings of the installer these are added.
     pub async fn write_card(&self, zip: &Path, more: &str) -> Result<()> {
         let (settings, card) = (self.dir.join("install.toml"), self.machine.card().path());
-        std::fs::write(&settings, format!("{SETTINGS}{more}"))?;
+        let (size, usual) = self.board().card();
+        std::fs::write(&settings, format!("{usual}{more}"))?;
         if card.exists() {
             std::fs::remove_file(card).context("removing the card")?;
         }
@@ -100,8 +97,7 @@ impl Rig {
         let settings = settings.display().to_string();
         // The address of a controller on this machine is none for others: the card's join file has none, and the node looks
         // for its controller by itself.
-        let arguments =
-            ["card", "write", &card, "--bootcode", &zip, "--size", CARD_SIZE, "--install-config", &settings];
+        let arguments = ["card", "write", &card, "--bootcode", &zip, "--size", size, "--install-config", &settings];
         self.lab.call(&arguments, BUILD).await?.success().context("marcoctl card write")?;
         Ok(())
     }
@@ -141,12 +137,12 @@ impl Rig {
         self.dir.join(name)
     }
 
-    /// Waits while the machine runs; when the machine ends by itself, or time runs out, its console is in the error.
+    /// Waits while the machine runs, with the board's patience; when the machine ends by itself, or time runs out, its console is in the error.
     pub async fn until<T, F>(&self, power: &mut Power, limit: Duration, what: &str, mut condition: F) -> Result<T>
     where
         F: AsyncFnMut() -> Result<Option<T>>,
     {
-        let begun = Instant::now();
+        let (begun, limit) = (Instant::now(), self.board().patience(limit));
         loop {
             let found = match power.check().await {
                 Ok(()) => condition().await,
@@ -171,9 +167,9 @@ impl Rig {
         .await
     }
 
-    /// Waits until an operation has ended, and answers with its only execution.
+    /// Waits until an operation has ended, with the board's patience, and answers with its only execution.
     pub async fn ended(&self, power: &mut Power, operation: &str, limit: Duration) -> Result<Value> {
-        let begun = Instant::now();
+        let (begun, limit) = (Instant::now(), self.board().patience(limit));
         let mut watch = self.lab.watch(operation)?;
         loop {
             // A message that was read by half is only lost when the wait is over for good.
@@ -207,7 +203,12 @@ impl Rig {
     /// Powers the machine off by an operation and waits until it is off.
     pub async fn power_off(&self, power: Power, node: &str) -> Result<()> {
         self.lab.ask(&["operations", "power-off", node, "--notice", "0s"]).await?;
-        power.off(START).await.map_err(|error| error.context(self.tail()))
+        self.off(power).await
+    }
+
+    /// Waits until the machine has powered itself off.
+    pub async fn off(&self, power: Power) -> Result<()> {
+        power.off(self.board().patience(START)).await.map_err(|error| error.context(self.tail()))
     }
 
     /// The console's last words.

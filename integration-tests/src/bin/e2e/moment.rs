@@ -83,11 +83,11 @@ impl Moment {
     /// controller never heard of the phase, as states that pass faster than they are told are passed over. `begun_with` is
     /// how often the machine had been started when the update began.
     pub(super) async fn reach(&self, mut watch: Watch, machine: &Machine, begun_with: usize) -> Result<Option<String>> {
-        let begun = Instant::now();
+        let (begun, update) = (Instant::now(), machine.board().patience(UPDATE));
         let mut phases = Phases::default();
         loop {
             let limit = match self {
-                Self::Heard(_) => UPDATE.saturating_sub(begun.elapsed()),
+                Self::Heard(_) => update.saturating_sub(begun.elapsed()),
                 Self::Said(_) => LOOK,
                 Self::After(time) => time.saturating_sub(begun.elapsed()),
             };
@@ -98,7 +98,7 @@ impl Moment {
                     if said(machine, begun_with)?.0.contains(wanted) {
                         return Ok(Some(format!("start of {wanted}")));
                     }
-                    if begun.elapsed() < UPDATE {
+                    if begun.elapsed() < update {
                         continue;
                     }
                     None
@@ -119,7 +119,7 @@ impl Moment {
                 (Self::After(time), None) if begun.elapsed() >= *time => {
                     return Ok(Some(format!("{:.1} s, {}", begun.elapsed().as_secs_f64(), phases.last())));
                 }
-                (_, None) if begun.elapsed() < UPDATE => return Ok(None),
+                (_, None) if begun.elapsed() < update => return Ok(None),
                 (_, None) => bail!("the moment did not come: {phases:?}"),
             }
         }
