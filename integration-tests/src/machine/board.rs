@@ -150,6 +150,27 @@ impl Board {
         }
     }
 
+    /// How many bytes of an image do not compress, so that the stream is seen to run: the emulated USB adapters carry some
+    /// 200 KB a second.
+    pub fn ballast(self) -> usize {
+        match self {
+            Self::Amd64 | Self::Arm64 => 12 * 1024 * 1024,
+            Self::Raspi3b | Self::Raspi0 => 1024 * 1024,
+        }
+    }
+
+    /// What QEMU does not play of the real board, and what happens instead: no run shows it.
+    pub fn not_shown(self) -> &'static str {
+        match self {
+            Self::Amd64 | Self::Arm64 => "it is no Raspberry Pi, and has none of its devices",
+            Self::Raspi3b | Self::Raspi0 => {
+                "the watchdog (QEMU resets the board when it is armed, so that its driver is left out), and with it the \
+                 board's own restart and power-off: the kernel halts, and the test does the rest; the board's own network \
+                 chip: QEMU has an adapter on USB"
+            }
+        }
+    }
+
     /// How long to wait on this board for what may take `limit` on a PC: each access to an emulated SD card and USB adapter
     /// costs QEMU far more than one to a virtio device.
     pub fn patience(self, limit: Duration) -> Duration {

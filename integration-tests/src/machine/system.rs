@@ -105,7 +105,7 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         fs::set_permissions(root.join(path), fs::Permissions::from_mode(0o755))?;
     }
     // Some bytes that do not compress, so that the stream is seen to run.
-    fs::write(root.join("usr/lib/noise/bytes"), noise(name, 12 * 1024 * 1024))?;
+    fs::write(root.join("usr/lib/noise/bytes"), noise(name, pieces.board.ballast()))?;
     if matches!(kind, Kind::Good | Kind::CloudInit) {
         symlink("../bin/busybox", root.join("sbin/init"))?;
     }

@@ -162,6 +162,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
 
     let starts = rig.machine.starts();
     println!("\n{} starts in {} s: every operation ended as it should", starts.len(), begun.elapsed().as_secs());
+    println!("not shown on {}: {}", rig.board().name(), rig.board().not_shown());
     Ok(())
 }
 
