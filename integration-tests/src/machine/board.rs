@@ -75,6 +75,17 @@ impl Board {
         }
     }
 
+    /// The device trees in a system's boot partition, by the names that the vendor's firmware has for them.
+    pub fn device_trees(self) -> &'static [&'static str] {
+        match self {
+            Self::Amd64 | Self::Arm64 => &[],
+            Self::Raspi3b => &["bcm2710-rpi-3-b.dtb"],
+            // An image is for all boards of a family, and the test interface only says the family: the agent asks for its
+            // first board's.
+            Self::Raspi0 => &["bcm2708-rpi-zero.dtb", "bcm2708-rpi-b.dtb"],
+        }
+    }
+
     /// The serial console.
     pub fn console(self) -> &'static str {
         match self {

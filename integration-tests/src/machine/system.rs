@@ -130,7 +130,7 @@ async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
     let cmdline = format!("console={} root=PARTUUID=00000000-02 rootfstype=ext4 rootwait panic=1\n", board.console());
     fs::write(boot.join("cmdline.txt"), cmdline)?;
     fs::write(boot.join("overlays/README"), "no overlays\n")?;
-    if let Some(tree) = board.model().device_tree {
+    for tree in board.device_trees() {
         fs::copy(device_tree(&pieces.debian, tree)?, boot.join(tree))?;
     }
     let work = tempfile::tempdir()?;
@@ -146,12 +146,8 @@ fn kernel(debian: &Path) -> Result<PathBuf> {
 
 /// The device tree for a board, which Debian's kernel calls by the name that Linux has for it.
 fn device_tree(debian: &Path, firmware_name: &str) -> Result<PathBuf> {
-    let name = match firmware_name {
-        "bcm2710-rpi-3-b.dtb" => "bcm2837-rpi-3-b.dtb",
-        "bcm2708-rpi-zero.dtb" => "bcm2835-rpi-zero.dtb",
-        other => other,
-    };
-    let found = crate::tree::list(&debian.join("usr/lib"))?.into_iter().find(|path| path.ends_with(name));
+    let name = firmware_name.replace("bcm2710-", "bcm2837-").replace("bcm2708-", "bcm2835-");
+    let found = crate::tree::list(&debian.join("usr/lib"))?.into_iter().find(|path| path.ends_with(&name));
     Ok(debian.join("usr/lib").join(found.with_context(|| format!("Debian's kernel has no {name}"))?))
 }
 
