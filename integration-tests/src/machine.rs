@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use node_agent::system::virtual_pi::firmware::{self, Boot, Outcome, Partitions};
@@ -33,6 +33,9 @@ const POWER_DOWN: &str = "reboot: Power down";
 const NOT_OFF: [&str; 2] = ["reboot: System halted", "reboot: Power off not available: System halted instead"];
 /// The kernel's last word where QEMU's board has nothing that could restart it.
 const NOT_RESTARTED: &str = "Reboot failed -- System halted";
+/// For so long the console may be silent after the agent's word, on a PC: then the kernel hangs on its way down, and a
+/// board's watchdog would reset it.
+const GOING_DOWN: Duration = Duration::from_secs(30);
 /// How often the console is looked at for that.
 const LOOK: Duration = Duration::from_secs(1);
 /// After so many starts in a row that found nothing to boot somebody would look.
@@ -47,6 +50,8 @@ pub struct Start {
     pub console: PathBuf,
     /// How it ended; none while it runs.
     pub end: Option<End>,
+    /// Its kernel hung on its way down, where a board's watchdog would have reset it, and the harness did that.
+    pub hung: bool,
 }
 
 /// How a run of the machine ended.
@@ -155,7 +160,7 @@ impl Machine {
             let number = self.starts.borrow().len();
             let console = self.dir.join(format!("console-{number:02}"));
             std::fs::write(&console, "")?;
-            let start = Start { outcome: outcome.clone(), console: console.clone(), end: None };
+            let start = Start { outcome: outcome.clone(), console: console.clone(), end: None, hung: false };
             self.starts.send_modify(|starts| starts.push(start));
             let end = match outcome {
                 Outcome::Booted(found) => {
@@ -209,6 +214,15 @@ impl Machine {
                 qemu.kill().await?;
                 Ok(End::PowerCut)
             }
+            () = hung(console, self.board) => {
+                self.starts.send_modify(|starts| {
+                    if let Some(start) = starts.last_mut() {
+                        start.hung = true;
+                    }
+                });
+                qemu.kill().await?;
+                Ok(end(&String::from_utf8_lossy(&std::fs::read(console)?)))
+            }
             () = halted(console) => {
                 qemu.kill().await?;
                 Ok(end(&String::from_utf8_lossy(&std::fs::read(console)?)))
@@ -243,6 +257,26 @@ async fn halted(console: &Path) {
         NOT_OFF.iter().chain([&NOT_RESTARTED]).any(|word| said.contains(word))
     };
     while !std::fs::read(console).is_ok_and(halted) {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Waits until a kernel has hung on its way down: on a board without a watchdog it would for ever. Others reset themselves.
+async fn hung(console: &Path, board: Board) {
+    if board.has_watchdog() {
+        return std::future::pending().await;
+    }
+    let (mut known, mut since) = (0, Instant::now());
+    loop {
+        let said = std::fs::read(console).unwrap_or_default();
+        if said.len() != known {
+            (known, since) = (said.len(), Instant::now());
+        }
+        let said = String::from_utf8_lossy(&said);
+        let goes_down = said.contains(TRYBOOT) || said.contains(REBOOT);
+        if goes_down && since.elapsed() > board.patience(GOING_DOWN) {
+            return;
+        }
         tokio::time::sleep(LOOK).await;
     }
 }

@@ -170,6 +170,11 @@ impl Board {
         }
     }
 
+    /// Whether something resets it when its kernel hangs, or the harness need not: QEMU's own machines have no such trouble.
+    pub fn has_watchdog(self) -> bool {
+        matches!(self, Self::Amd64 | Self::Arm64)
+    }
+
     /// What QEMU does not play of the real board, and what happens instead: no run shows it.
     pub fn not_shown(self) -> &'static str {
         match self {
