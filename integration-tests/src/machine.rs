@@ -272,13 +272,16 @@ async fn hung(console: &Path, board: Board) {
         if said.len() != known {
             (known, since) = (said.len(), Instant::now());
         }
-        let said = String::from_utf8_lossy(&said);
-        let goes_down = said.contains(TRYBOOT) || said.contains(REBOOT);
-        if goes_down && since.elapsed() > board.patience(GOING_DOWN) {
+        if hangs(&String::from_utf8_lossy(&said), since.elapsed(), board.patience(GOING_DOWN)) {
             return;
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Whether a kernel that was told to restart has been silent for too long.
+fn hangs(console: &str, silent: Duration, patience: Duration) -> bool {
+    silent > patience && (console.contains(TRYBOOT) || console.contains(REBOOT))
 }
 
 /// How a run ended, by the last words of its console.
@@ -321,7 +324,20 @@ impl Power {
 
 #[cfg(test)]
 mod tests {
-    use super::{End, end};
+    use super::{End, GOING_DOWN, end, hangs};
+
+    #[test]
+    fn only_a_machine_that_was_told_to_restart_and_is_silent_hangs() {
+        let (short, long) = (GOING_DOWN / 2, GOING_DOWN * 2);
+        for (said, silent, wanted) in [
+            ("marco-test-firmware: tryboot\n", long, true),
+            ("marco-test-firmware: reboot\n", long, true),
+            ("marco-test-firmware: tryboot\n", short, false),
+            ("[ 61.0] unpacking\n", long, false),
+        ] {
+            assert_eq!(hangs(said, silent, GOING_DOWN), wanted, "{said}");
+        }
+    }
 
     #[test]
     fn the_last_word_of_the_agent_says_which_boot_comes_next() {

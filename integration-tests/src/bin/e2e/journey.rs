@@ -163,7 +163,10 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let starts = rig.machine.starts();
     println!("\n{} starts in {} s: every operation ended as it should", starts.len(), begun.elapsed().as_secs());
     for (number, start) in (1_u32..).zip(&starts).filter(|(_, start)| start.hung) {
-        println!("start {number} hung on its way down ({:?}) and was reset by the test: QEMU has no watchdog", start.end);
+        println!(
+            "start {number} hung on its way down ({:?}) and was reset by the test: QEMU has no watchdog",
+            start.end
+        );
     }
     println!("not shown on {}: {}", rig.board().name(), rig.board().not_shown());
     Ok(())
