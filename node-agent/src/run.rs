@@ -165,10 +165,8 @@ async fn enroll_somewhere(directory: &Path, facts: &Facts, way: &Way, time: &Arc
             way.discovery.look(&ca).await;
             enrollment.listeners = way.discovery.listeners();
         }
+        // An answer may be lost on the way: who asked in vain asks once more.
         if enrollment.listeners.is_empty() {
-            if look {
-                break;
-            }
             continue;
         }
         match enroll(directory, &enrollment, time).await {
