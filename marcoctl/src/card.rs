@@ -6,10 +6,10 @@ mod fat;
 mod first_boot;
 mod folders;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail};
@@ -46,6 +46,8 @@ pub(crate) fn write(path: &Path, target: &Target, file_size: u64, contents: &Con
     };
     let mut disk = options.open(path).with_context(named)?;
     if matches!(target, Target::File { .. }) {
+        // A file that was there keeps its mode when it is opened.
+        disk.set_permissions(Permissions::from_mode(0o600)).with_context(named)?;
         disk.set_len(file_size).with_context(named)?;
     }
     let size = disk.seek(SeekFrom::End(0)).with_context(named)?;
