@@ -25,9 +25,12 @@ use marco_proto::v1::enrollment_service_server::EnrollmentServiceServer;
 use marco_proto::v1::node_service_server::NodeServiceServer;
 use marco_proto::v1::operation_service_server::OperationServiceServer;
 use marco_proto::v1::schedule_service_server::ScheduleServiceServer;
+use tokio::sync::watch as channel;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::service::{Routes, RoutesBuilder};
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use crate::artifacts::Artifacts;
 use crate::clock::Clock;
@@ -41,7 +44,7 @@ use crate::sessions::Sessions;
 use crate::store::{AuditRow, ControllerRow, Store};
 
 pub(crate) use artifact::remove_unneeded;
-pub(crate) use peers::fetcher;
+pub(crate) use peers::{fetcher, others_serve};
 pub use schedule::prepare_fire;
 pub use status::{ApiError, Violation};
 
@@ -70,6 +73,8 @@ pub struct Context {
     pub controller: String,
     /// Where agents reach this controller.
     pub addresses: Vec<String>,
+    /// Whether this controller does its work: what the health service says.
+    pub serving: channel::Receiver<bool>,
     /// The tasks of streams, awaited at the end.
     pub tasks: TaskTracker,
     /// Cancelled when the controller stops.
@@ -133,7 +138,8 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let (reporter, health) = tonic_health::server::health_reporter();
-    reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+    reporter.set_service_status("", ServingStatus::Serving).await;
+    context.tasks.spawn(report_health(reporter, context.serving.clone(), context.stop.clone()));
 
     let mut routes = RoutesBuilder::default();
     routes
@@ -147,6 +153,21 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
         .add_service(limited!(OperationServiceServer, operation::Operations::new(context.clone())))
         .add_service(limited!(ScheduleServiceServer, schedule::Schedules::new(context.clone())));
     Ok(routes.routes())
+}
+
+/// Says in the health service what the watchdog says, until cancelled.
+async fn report_health(reporter: HealthReporter, mut serving: channel::Receiver<bool>, stop: CancellationToken) {
+    loop {
+        let status = if *serving.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        reporter.set_service_status("", status).await;
+        // Dropping the wait on a stop loses nothing.
+        tokio::select! {
+            () = stop.cancelled() => return,
+            changed = serving.changed() => if changed.is_err() {
+                return;
+            }
+        }
+    }
 }
 
 /// The service of the enrolment listener.

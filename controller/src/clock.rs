@@ -22,6 +22,37 @@ impl Clock for SystemClock {
     }
 }
 
+/// An answer that takes longer is refused: its time may be wrong by half of that.
+pub const MAX_ROUND_TRIP: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// What a shared clock said, and when it was asked and answered on this machine's monotonic clock.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// What it said.
+    pub time: DateTime<Utc>,
+    /// When it was asked.
+    pub asked: Instant,
+    /// When the answer came.
+    pub answered: Instant,
+}
+
+impl Sample {
+    /// The sample with the shortest round trip, if that is short enough. One answer that was long on its way would make
+    /// this clock wrong by half of that, and this controller would take healthy ones for dead.
+    pub fn best(samples: impl IntoIterator<Item = Self>) -> Option<Self> {
+        samples.into_iter().min_by_key(Self::round_trip).filter(|best| best.round_trip() <= MAX_ROUND_TRIP)
+    }
+
+    fn round_trip(&self) -> std::time::Duration {
+        self.answered.saturating_duration_since(self.asked)
+    }
+
+    /// The time when the answer came, if it was made half-way.
+    fn middle(&self) -> DateTime<Utc> {
+        self.time + Duration::from_std(self.round_trip() / 2).unwrap_or_default()
+    }
+}
+
 /// Monotonic time, anchored to a clock that several machines share: the database's. A controller whose own clock is an
 /// hour off, or jumps, decides the same as its neighbours.
 #[derive(Debug)]
@@ -31,15 +62,16 @@ pub struct AnchoredClock {
 }
 
 impl AnchoredClock {
-    /// A clock that shows `time` now.
-    pub fn new(time: DateTime<Utc>) -> Self {
-        Self { start: Instant::now(), at_start: Mutex::new(time) }
+    /// A clock that shows what the sample says.
+    pub fn new(sample: Sample) -> Self {
+        let clock = Self { start: Instant::now(), at_start: Mutex::new(sample.time) };
+        clock.anchor(sample);
+        clock
     }
 
-    /// Sets the clock by an answer of the shared one: what it said, and how long the question and the answer took.
-    pub fn anchor(&self, time: DateTime<Utc>, round_trip: std::time::Duration) {
-        // The answer was made about half-way.
-        let now = time + Duration::from_std(round_trip / 2).unwrap_or_default();
+    /// Sets the clock by an answer of the shared one.
+    pub fn anchor(&self, sample: Sample) {
+        let now = sample.middle() + Duration::from_std(sample.answered.elapsed()).unwrap_or_default();
         *self.at_start.lock().unwrap_or_else(PoisonError::into_inner) = now - self.elapsed();
     }
 
@@ -79,16 +111,33 @@ impl Clock for ManualClock {
 
 #[cfg(test)]
 mod tests {
-    use super::{AnchoredClock, Clock as _};
+    use super::{AnchoredClock, Clock as _, Sample};
+    use std::time::Instant;
+
     use chrono::{Duration, TimeZone as _, Utc};
+
+    fn sample(time: chrono::DateTime<Utc>, round_trip: std::time::Duration) -> Sample {
+        let answered = Instant::now();
+        Sample { time, asked: answered - round_trip, answered }
+    }
 
     #[test]
     fn an_anchored_clock_follows_the_shared_one_back_and_forth() {
         let shared = Utc.timestamp_opt(1_800_000_000, 0).unwrap();
-        let clock = AnchoredClock::new(shared + Duration::hours(1));
+        let clock = AnchoredClock::new(sample(shared + Duration::hours(1), std::time::Duration::ZERO));
         assert!(clock.now() >= shared + Duration::hours(1));
-        clock.anchor(shared, std::time::Duration::from_secs(2));
+        clock.anchor(sample(shared, std::time::Duration::from_secs(2)));
         let now = clock.now();
         assert!(now >= shared + Duration::seconds(1) && now < shared + Duration::minutes(1), "{now}");
+    }
+
+    #[test]
+    fn a_slow_answer_sets_no_clock_and_the_fastest_of_several_does() {
+        let shared = Utc.timestamp_opt(1_800_000_000, 0).unwrap();
+        let millis = std::time::Duration::from_millis;
+        assert!(Sample::best([sample(shared, millis(50_000)), sample(shared, millis(501))]).is_none());
+        let samples = [300, 20, 400]
+            .map(|took| sample(shared + Duration::milliseconds(took), millis(u64::try_from(took).unwrap())));
+        assert_eq!(Sample::best(samples).unwrap().time, shared + Duration::milliseconds(20));
     }
 }

@@ -12,6 +12,7 @@ use crate::clock::Clock;
 use crate::operation::NodeState;
 use crate::sessions::{Command, End, Sessions};
 use crate::store::{Store, StoreError};
+use crate::watchdog::Pulses;
 
 /// The longest time between two rounds, before jitter. Times of operations are kept to this precision.
 const TICK: Duration = Duration::from_secs(1);
@@ -35,6 +36,8 @@ pub struct Dispatcher {
     unsure: AtomicBool,
     /// When a round last failed, in microseconds.
     failed: AtomicI64,
+    /// What the watchdog sees of it.
+    pulses: Pulses,
 }
 
 impl Dispatcher {
@@ -47,7 +50,13 @@ impl Dispatcher {
         address: String,
     ) -> Self {
         let (unsure, failed) = (AtomicBool::new(false), AtomicI64::new(i64::MIN));
-        Self { store, sessions, clock, controller, address, unsure, failed }
+        Self { store, sessions, clock, controller, address, unsure, failed, pulses: Pulses::default() }
+    }
+
+    /// Lets a watchdog see its rounds.
+    #[must_use]
+    pub fn watched(self, pulses: Pulses) -> Self {
+        Self { pulses, ..self }
     }
 
     /// Rounds until cancelled.
@@ -59,6 +68,7 @@ impl Dispatcher {
             changes.mark_unchanged();
             let sweep = swept.is_none_or(|last| last.elapsed() >= SWEEP);
             let done = self.round(sweep).await;
+            self.pulses.dispatcher.beat(&done);
             if done.is_err() {
                 self.failed.store(self.clock.now().timestamp_micros(), Ordering::Relaxed);
             }
@@ -188,7 +198,9 @@ impl Dispatcher {
             tracing::warn!(node = %session.node, "a session is cut: its certificate was revoked");
             self.sessions.end(&session.node, End::Barred);
         }
-        self.store.beat(&self.controller, &self.address, now).await?;
+        let beat = self.store.beat(&self.controller, &self.address, now).await;
+        self.pulses.beat.beat(&beat);
+        beat?;
         if now.timestamp_micros().saturating_sub(self.failed.load(Ordering::Relaxed)) < GRACE {
             return Ok(());
         }

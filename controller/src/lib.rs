@@ -17,9 +17,13 @@ pub mod schedule;
 pub mod scheduler;
 pub mod sessions;
 pub mod store;
+pub mod watchdog;
 
 use std::fmt::Write as _;
+use std::fs::Permissions;
 use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -27,13 +31,14 @@ use anyhow::Context as _;
 use chrono::TimeDelta;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::artifacts::Artifacts;
-use crate::clock::{AnchoredClock, Clock};
+use crate::clock::{AnchoredClock, Clock, Sample};
 use crate::config::Config;
 use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
@@ -47,6 +52,7 @@ use crate::mirror::{Mirror, Patience};
 use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
 use crate::store::Store;
+use crate::watchdog::{Pulses, Watchdog};
 
 /// How long streams have to end after they were told to, and calls that change something. systemd's unit allows a little
 /// more.
@@ -55,6 +61,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 const CLOSE: Duration = Duration::from_secs(5);
 /// How often the clock is set by the database's: clocks drift by milliseconds in this time.
 const ANCHOR: Duration = Duration::from_secs(5);
+/// How often it is asked in a row for that.
+const SAMPLES: usize = 3;
 /// Uploads that nobody went on with for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 /// Connections that may wait to be accepted: a fleet that comes back at once; what does not fit tries again only a second
@@ -87,6 +95,7 @@ pub struct Controller {
     mirror_acceptor: Acceptor,
     pki: Pki,
     anchored: Option<Arc<AnchoredClock>>,
+    serving: watch::Sender<bool>,
 }
 
 impl Controller {
@@ -96,9 +105,12 @@ impl Controller {
     /// What could not be opened, and why.
     pub async fn bind(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         make_private(&config.data_dir)?;
+        for folder in ["artifacts", "staging", "pki"] {
+            keep_private(&config.data_dir.join(folder));
+        }
         let store = Store::open(&config.database_url).await.context("cannot open the database")?;
         // Several controllers on one database agree on its time, whatever their own clocks say.
-        let anchored = store.database_time().await?.map(|time| Arc::new(AnchoredClock::new(time)));
+        let anchored = ask_time(&store).await?.map(|sample| Arc::new(AnchoredClock::new(sample)));
         let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
         let pki = Pki::open(&config.data_dir, &config.certs, &config.names, clock.now())?;
         let artifacts = Artifacts::open(&config.data_dir)?;
@@ -108,7 +120,9 @@ impl Controller {
         let api_acceptor = Acceptor::api(&pki, Arc::clone(&clock))?;
         let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?;
         let mirror_acceptor = Acceptor::mirror(&pki, Arc::clone(&clock))?;
+        let (serving, seen) = watch::channel(true);
         let context = api::Context {
+            serving: seen,
             access: Access::new(store.clone(), Arc::clone(&clock)),
             store,
             sessions: Arc::new(Sessions::default()),
@@ -132,6 +146,7 @@ impl Controller {
             mirror_acceptor,
             pki,
             anchored,
+            serving,
         })
     }
 
@@ -230,7 +245,16 @@ impl Controller {
             context.controller.clone(),
             address,
         );
-        parts.spawn(dispatcher.run(context.stop.clone()));
+        let pulses = Pulses::default();
+        parts.spawn(dispatcher.watched(pulses.clone()).run(context.stop.clone()));
+        let watchdog = Watchdog {
+            store: context.store.clone(),
+            sessions: Arc::clone(&context.sessions),
+            pulses: pulses.clone(),
+            serving: self.serving,
+            others: api::others_serve(&context),
+        };
+        parts.spawn(watchdog.run(context.stop.clone()));
         parts.spawn(Arc::clone(&context.access).watch(context.stop.clone()));
         if let Some(anchored) = self.anchored {
             parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
@@ -244,7 +268,8 @@ impl Controller {
         let upkeep = Upkeep::new(self.pki, acceptors);
         parts.spawn(upkeep.run(Arc::clone(&context.clock), hangup, context.stop.clone()));
         let prepare = preparation(&context);
-        let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after);
+        let fires = Fires::new(context.store.clone(), Arc::clone(&context.clock), prepare, self.config.missed_after)
+            .watched(pulses.scheduler);
         let scheduler_stop = context.stop.clone();
         parts.spawn(async move {
             if let Err(error) = scheduler::run(jobs, Some(fires), scheduler_stop).await {
@@ -288,7 +313,8 @@ impl Controller {
     }
 }
 
-/// Asks the database for its time, again and again. While it does not answer, monotonic time goes on from the last.
+/// Asks the database for its time, again and again. While it does not answer in time, monotonic time goes on from the
+/// last answer that did.
 async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: CancellationToken) {
     loop {
         // Dropping the wait or the question on a stop loses nothing.
@@ -296,10 +322,33 @@ async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: Cancellati
             () = stop.cancelled() => return,
             () = tokio::time::sleep(ANCHOR) => {}
         }
-        let asked = Instant::now();
-        if let Ok(Some(time)) = store.database_time().await {
-            clock.anchor(time, asked.elapsed());
+        match ask_time(&store).await {
+            Ok(Some(sample)) => clock.anchor(sample),
+            Ok(None) => return,
+            Err(error) => tracing::debug!(error = format!("{error:#}"), "the clock was not set"),
         }
+    }
+}
+
+/// The database's time, as the best of several answers says; `None` where it has none of its own.
+async fn ask_time(store: &Store) -> anyhow::Result<Option<Sample>> {
+    let mut samples = Vec::new();
+    let mut failed = None;
+    for _ in 0..SAMPLES {
+        let asked = Instant::now();
+        match store.database_time().await {
+            Ok(Some(time)) => samples.push(Sample { time, asked, answered: Instant::now() }),
+            Ok(None) => return Ok(None),
+            Err(error) => failed = Some(error),
+        }
+    }
+    match (Sample::best(samples), failed) {
+        (Some(best), _) => Ok(Some(best)),
+        (None, Some(error)) => Err(error).context("cannot ask the database for its time"),
+        (None, None) => anyhow::bail!(
+            "the database takes more than {} ms to say what time it is, {SAMPLES} times in a row",
+            clock::MAX_ROUND_TRIP.as_millis()
+        ),
     }
 }
 
@@ -378,13 +427,28 @@ fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::R
     }
 }
 
-fn make_private(dir: &std::path::Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::DirBuilderExt as _;
+fn make_private(dir: &Path) -> anyhow::Result<()> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(dir)
         .with_context(|| format!("cannot make the data directory {}", dir.display()))
+}
+
+/// Takes the rights of group and others from a file or folder of an earlier start, if it exists.
+pub(crate) fn keep_private(path: &Path) {
+    let Ok(found) = std::fs::metadata(path) else { return };
+    let mode = found.permissions().mode();
+    if mode & 0o077 == 0 {
+        return;
+    }
+    let path_shown = path.display();
+    match std::fs::set_permissions(path, Permissions::from_mode(mode & 0o700)) {
+        Ok(()) => tracing::info!(path = %path_shown, "other users of this machine could read it: mode mended"),
+        Err(error) => {
+            tracing::warn!(path = %path_shown, error = chain(&error), "other users of this machine can read it")
+        }
+    }
 }
 
 #[cfg(test)]

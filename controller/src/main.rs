@@ -35,6 +35,8 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     raise_open_files();
+    // Database, artifacts and staged uploads are nobody else's; what others may read (certificates) says so itself.
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     let config = Config::load(args, std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()))?;
 
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?.block_on(

@@ -38,6 +38,8 @@ pub enum End {
     SlowReader,
     /// The controller stops.
     Shutdown,
+    /// This controller does no work: another one may.
+    Away,
 }
 
 /// The session's own end of the registry's entry.
@@ -76,6 +78,8 @@ pub struct Live {
 pub struct Sessions {
     entries: Mutex<HashMap<NodeId, Entry>>,
     stopping: Mutex<bool>,
+    /// This controller does no work, so nobody is let in.
+    away: Mutex<bool>,
 }
 
 impl Sessions {
@@ -89,7 +93,7 @@ impl Sessions {
         let (commands, receiver) = mpsc::channel(QUEUE);
         let (end, end_receiver) = watch::channel(None);
         let mut entries = self.lock();
-        if *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) {
+        if self.is_away() || *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) {
             return None;
         }
         if entries.get(node).is_some_and(|present| present.epoch > epoch) {
@@ -129,6 +133,23 @@ impl Sessions {
         *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
         for entry in self.lock().values() {
             entry.end.send_replace(Some(why));
+        }
+    }
+
+    /// Whether nodes are sent to other controllers.
+    pub fn is_away(&self) -> bool {
+        *self.away.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells every session to end and lets none in, or lets them in again.
+    pub fn send_away(&self, away: bool) {
+        // Held while it changes, so that none is entered in between.
+        let entries = self.lock();
+        *self.away.lock().unwrap_or_else(PoisonError::into_inner) = away;
+        if away {
+            for entry in entries.values() {
+                entry.end.send_replace(Some(End::Away));
+            }
         }
     }
 

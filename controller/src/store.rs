@@ -8,7 +8,6 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use chrono::{DateTime, Utc};
-use sea_orm::{DatabaseConnection, DbErr};
 use tokio::sync::{Semaphore, watch};
 
 mod api_tokens;
@@ -16,11 +15,14 @@ mod artifacts;
 mod audit;
 mod certificates;
 mod claims;
+mod connection;
 mod controllers;
+pub mod deadline;
 mod dispatch;
 mod enrolment;
 mod events;
 mod executions;
+mod fault;
 mod logs;
 mod migrations;
 mod moves;
@@ -28,6 +30,7 @@ mod nodes;
 mod notify;
 mod open;
 mod operations;
+mod postgres;
 mod progress;
 mod reach;
 mod reconcile;
@@ -41,6 +44,7 @@ mod sql;
 mod steering;
 mod tokens;
 mod users;
+mod vitals;
 mod windows;
 
 pub use api_tokens::ApiTokenRow;
@@ -53,6 +57,7 @@ pub use dispatch::{Changed, Overdue};
 pub use enrolment::{EnrolOutcome, Enrolment};
 pub use events::EventRow;
 pub use executions::ExecutionRow;
+pub use fault::{DatabaseError, Fault};
 pub use logs::{LogRow, SentLog};
 pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome, UpdateRefusal};
 pub use operations::{CreateOutcome, NewOperation, OperationQuery, OperationRow, Origin, RequestKey};
@@ -90,15 +95,18 @@ pub enum StoreError {
     /// The file of an SQLite database is held by another controller.
     #[error("another controller holds the database {0}; several controllers need Postgres")]
     Locked(std::path::PathBuf),
+    /// A pooler is between, and does not do as it is.
+    #[error("the database at {place} cannot be used: {why}")]
+    Pooler {
+        /// Host, port and database.
+        place: String,
+        /// What to do.
+        why: String,
+    },
     /// The folder of an SQLite database cannot be used.
     #[error("the database's file cannot be used")]
     File(#[source] std::io::Error),
 }
-
-/// What the database driver said.
-#[derive(Debug, thiserror::Error)]
-#[error(transparent)]
-pub struct DatabaseError(DbErr);
 
 /// The database of operations, nodes, artifacts and the rest. Cheap to clone.
 #[derive(Clone)]
@@ -108,9 +116,9 @@ pub struct Store {
 
 struct Shared {
     /// All writes; on SQLite a single connection.
-    writer: DatabaseConnection,
+    writer: connection::Pool,
     /// Reads; on Postgres the same pool.
-    reader: DatabaseConnection,
+    reader: connection::Pool,
     /// Who may write: on SQLite one, on Postgres as many as have connections.
     turns: Arc<Semaphore>,
     /// Changes of this process, and of others as far as they are heard of.

@@ -16,20 +16,21 @@ const ROOTS: [&str; 3] = ["main", "lib", "config"];
 const ANYBODYS: [&str; 5] = ["backoff", "cause", "durable", "notify", "settings"];
 
 /// The controller: which module may use which others.
-const CONTROLLER: [(&str, &[&str]); 13] = [
-    ("api", &["identity", "store", "sessions", "artifacts", "operation", "rollout", "schedule", "clock"]),
+const CONTROLLER: [(&str, &[&str]); 14] = [
+    ("api", &["identity", "store", "sessions", "artifacts", "operation", "rollout", "schedule", "clock", "watchdog"]),
     ("artifacts", &[]),
     ("clock", &[]),
     ("discovery", &[]),
-    ("dispatcher", &["store", "sessions", "clock", "operation", "rollout"]),
+    ("dispatcher", &["store", "sessions", "clock", "operation", "rollout", "watchdog"]),
     ("identity", &["store", "clock"]),
     ("mirror", &["identity", "artifacts", "store"]),
     ("operation", &[]),
     ("rollout", &[]),
     ("schedule", &[]),
-    ("scheduler", &["store", "schedule", "clock"]),
+    ("scheduler", &["store", "schedule", "clock", "watchdog"]),
     ("sessions", &["operation", "store"]),
     ("store", &["operation", "rollout", "schedule"]),
+    ("watchdog", &["store", "sessions"]),
 ];
 
 /// The agent: the same.

@@ -270,6 +270,7 @@ impl Session {
             Ended::ByUs(End::Shutdown) => {
                 (Status::unavailable("the controller is stopping"), "the controller is stopping", RETRY_AFTER_STOP)
             }
+            Ended::ByUs(End::Away) => (away(), "the controller does no work at present", RETRY_AFTER_STOP),
         };
         tracing::info!(reason, "session ended by the controller");
         let goodbye = v1::Goodbye { reason: reason.to_owned(), retry_delay: convert::duration(delay) };
@@ -284,6 +285,11 @@ impl Session {
 
 fn ack(execution: &ExecutionId, sequence: u64) -> connect_response::Message {
     connect_response::Message::Ack(v1::Ack { execution: execution.name(), sequence })
+}
+
+/// Another controller may do better.
+fn away() -> Status {
+    Status::unavailable("the controller does no work at present")
 }
 
 /// For ever when there is nothing to wait for.
@@ -307,6 +313,10 @@ async fn session(
     mut messages: Streaming<v1::ConnectRequest>,
     out: Out,
 ) {
+    if context.sessions.is_away() {
+        let _ = out.try_send(Err(away()));
+        return;
+    }
     // A controller that stood still takes up what came meanwhile: the connection counts, not when it was read.
     let accepted = context.clock.now() - TimeDelta::from_std(peer.accepted.elapsed()).unwrap_or_default();
     let first = tokio::time::timeout(HELLO, messages.message()).await;

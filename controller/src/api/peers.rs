@@ -1,12 +1,15 @@
 //! Bytes that this controller lacks, fetched from one that has them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use marco_proto::v1;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::download_artifact_response::Part;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 use super::Context;
 use super::artifact::{BY_DIGEST, artifact_error};
@@ -14,6 +17,7 @@ use super::status::ApiError;
 use crate::artifacts::{ArtifactError, Content, Digest};
 use crate::identity::tls::dial;
 use crate::store::{ArtifactRow, ControllerRow, Kind, Purpose};
+use crate::watchdog::Others;
 
 /// How long a caller waits for bytes that are being fetched; the fetch goes on without it, and it asks again.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -22,6 +26,9 @@ const TRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_secs(1);
 /// A controller that sends nothing for so long is left.
 const IDLE: Duration = Duration::from_secs(30);
+/// How often the addresses of other controllers are read, and how long one of them has to say how it is.
+const LOOK: Duration = Duration::from_secs(5);
+const HEALTH: Duration = Duration::from_secs(2);
 
 /// Fetches the bytes of an artifact from a live controller that has them; the digest is checked before they are stored.
 ///
@@ -70,6 +77,41 @@ pub(crate) fn fetcher(context: &Context) -> Fetcher {
             }
         })
     })
+}
+
+/// Asks the health services of the other controllers that were alive when the database last answered.
+pub(crate) fn others_serve(context: &Context) -> Others {
+    let (context, known) = (context.clone(), Arc::new(Mutex::new(Vec::new())));
+    let seen = Arc::clone(&known);
+    let (store, clock, own) = (context.store.clone(), Arc::clone(&context.clock), context.controller.clone());
+    let stop = context.stop.clone();
+    context.tasks.spawn(async move {
+        loop {
+            if let Ok(live) = store.live_controllers(clock.now()).await {
+                let others = live.iter().filter(|other| other.id != own).flat_map(ControllerRow::addresses);
+                *seen.lock().unwrap_or_else(PoisonError::into_inner) = others.map(str::to_owned).collect();
+            }
+            // Dropping the wait on a stop loses nothing.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    });
+    Arc::new(move || {
+        let addresses: Vec<String> = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let context = context.clone();
+        Box::pin(async move {
+            let asked = addresses.iter().map(|address| tokio::time::timeout(HEALTH, serves(&context, address)));
+            futures_util::future::join_all(asked).await.into_iter().any(|answer| answer.unwrap_or(false))
+        })
+    })
+}
+
+async fn serves(context: &Context, address: &str) -> bool {
+    let Ok(channel) = dial(&context.ca, &context.clock, address).await else { return false };
+    let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
+    answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving)
 }
 
 fn later(why: &str) -> ApiError {

@@ -15,6 +15,7 @@ use tonic::body::Body;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::gate::DOMAIN;
+use crate::store::deadline;
 
 /// Largest message that a caller may send; bodies are small but for artifacts, whose chunks are 256 KiB.
 pub const MAX_MESSAGE: usize = 1024 * 1024;
@@ -44,10 +45,10 @@ impl Calls {
         work: impl Future<Output = http::Response<Body>> + Send + 'static,
     ) -> http::Response<Body> {
         let Ok(room) = Arc::clone(&self.room).acquire_owned().await else { return failed().into_http() };
-        let task = self.tasks.spawn(async move {
+        let task = self.tasks.spawn(deadline::carried(async move {
             let _room = room;
             work.await
-        });
+        }));
         task.await.unwrap_or_else(|error| {
             tracing::error!(error = &*crate::chain(&error), "a call ended before its time");
             failed().into_http()
@@ -56,7 +57,7 @@ impl Calls {
 
     /// Does something short that is bounded otherwise, as a task of its own.
     pub(super) async fn note(&self, work: impl Future<Output = ()> + Send + 'static) {
-        if let Err(error) = self.tasks.spawn(work).await {
+        if let Err(error) = self.tasks.spawn(deadline::carried(work)).await {
             tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
         }
     }
@@ -130,13 +131,13 @@ where
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let calls = self.calls.clone();
-        Box::pin(async move {
+        Box::pin(deadline::of_caller(async move {
             let request = match whole(request).await {
                 Ok(request) => request,
                 Err(status) => return Ok(status.into_http()),
             };
             Ok(calls.finish(async move { inner.call(request).await.unwrap_or_else(|never| match never {}) }).await)
-        })
+        }))
     }
 }
 

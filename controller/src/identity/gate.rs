@@ -22,7 +22,7 @@ use super::record::OK;
 use super::roles;
 use super::tls::PeerInfo;
 use super::{Caller, Denied, Pass};
-use crate::store::AuditRow;
+use crate::store::{AuditRow, deadline};
 
 /// What the audit has as method for a file of the mirror.
 pub const FILE_MIRROR: &str = "FileMirror";
@@ -78,7 +78,7 @@ where
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let (access, calls) = (Arc::clone(&self.access), self.calls.clone());
-        Box::pin(async move {
+        Box::pin(deadline::of_caller(async move {
             let method = request.uri().path().to_owned();
             let peer = request.extensions().get::<PeerInfo>().cloned();
             // What is not even text is no token, and not nothing either.
@@ -128,7 +128,7 @@ where
                 noted(&calls, access, &caller, &method, response).await
             };
             Ok(response.map(|body| Body::new(Cuttable::new(body, &pass, Some(entered)))))
-        })
+        }))
     }
 }
 

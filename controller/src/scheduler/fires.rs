@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::Clock;
 use crate::schedule::{FireOutcome, MissedFire, Recurrence};
 use crate::store::{AdvanceOutcome, FireRow, NewOperation, ScheduleRow, Store, StoreError};
+use crate::watchdog::Pulse;
 
 /// The longest time between two rounds; a wake-up at an instant makes the next one earlier.
 const TICK: Duration = Duration::from_secs(1);
@@ -49,6 +50,7 @@ pub struct Fires {
     clock: Arc<dyn Clock>,
     prepare: Prepare,
     patience: TimeDelta,
+    pulse: Pulse,
 }
 
 /// What is to become of some instants, at once.
@@ -61,7 +63,13 @@ struct Step {
 impl Fires {
     /// Instants that are found later than `patience` are missed.
     pub fn new(store: Store, clock: Arc<dyn Clock>, prepare: Prepare, patience: TimeDelta) -> Self {
-        Self { store, clock, prepare, patience }
+        Self { store, clock, prepare, patience, pulse: Pulse::new("scheduler") }
+    }
+
+    /// Lets a watchdog see its rounds.
+    #[must_use]
+    pub fn watched(self, pulse: Pulse) -> Self {
+        Self { pulse, ..self }
     }
 
     /// Rounds until cancelled. Each instant that comes soon is a one-shot job of `jobs`, which only wakes.
@@ -70,7 +78,9 @@ impl Fires {
         let mut ordered = BTreeSet::new();
         let mut complained = None::<tokio::time::Instant>;
         loop {
-            match self.tick(jobs, &wake, &mut ordered).await {
+            let done = self.tick(jobs, &wake, &mut ordered).await;
+            self.pulse.beat(&done);
+            match done {
                 Ok(()) => complained = None,
                 Err(error) if complained.is_none_or(|last| last.elapsed() >= COMPLAIN) => {
                     tracing::error!(error = &*crate::chain(&error), "a round of the scheduler failed");

@@ -3,8 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::ApiTokenId;
 
-use sea_orm::ConnectionTrait;
-
+use super::connection::Connection;
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError};
 
@@ -102,7 +101,7 @@ impl Store {
     }
 }
 
-async fn find(db: &impl ConnectionTrait, id: &ApiTokenId) -> Result<Option<ApiTokenRow>, StoreError> {
+async fn find(db: &impl Connection, id: &ApiTokenId) -> Result<Option<ApiTokenRow>, StoreError> {
     sql("SELECT * FROM api_tokens WHERE id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
 }
 

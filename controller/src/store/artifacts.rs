@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ArtifactId, OperationId};
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction};
-
+use super::connection::{Connection, Transaction};
 use super::operations;
 use super::sql::{Row, signed, sql};
 use super::{Store, StoreError};
@@ -288,13 +287,13 @@ impl Store {
 }
 
 /// The digest of a name, which is held until the transaction ends.
-async fn hold(tx: &DatabaseTransaction, id: &ArtifactId) -> Result<Option<String>, StoreError> {
+async fn hold(tx: &Transaction, id: &ArtifactId) -> Result<Option<String>, StoreError> {
     let row = sql("SELECT sha256 FROM artifacts WHERE id = ? {lock}").bind(id.as_str()).one(tx).await?;
     row.map(|row| row.text("sha256")).transpose()
 }
 
 /// Forgets bytes, if no name and no unfinished operation needs them; tells whether it did.
-async fn forget_unneeded(tx: &DatabaseTransaction, sha256: &str) -> Result<bool, StoreError> {
+async fn forget_unneeded(tx: &Transaction, sha256: &str) -> Result<bool, StoreError> {
     // On Postgres the row is taken first: an operation that is being stored with these bytes holds it until it is
     // there to be seen by the second statement.
     sql("SELECT sha256 FROM blobs WHERE sha256 = ? {lock}").bind(sha256).one(tx).await?;
@@ -317,7 +316,7 @@ const SELECT_DEFAULTS: &str = "SELECT f.board AS board, b.size, b.chunk_size, b.
     FROM artifact_defaults f JOIN artifacts a ON a.id = f.artifact JOIN blobs b ON b.sha256 = a.sha256 \
     WHERE f.kind = ? AND f.purpose = ?";
 
-async fn find(db: &impl ConnectionTrait, id: &ArtifactId) -> Result<Option<ArtifactRow>, StoreError> {
+async fn find(db: &impl Connection, id: &ArtifactId) -> Result<Option<ArtifactRow>, StoreError> {
     sql(SELECT).and(" WHERE a.id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
 }
 

@@ -3,8 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::NodeId;
 
-use sea_orm::ConnectionTrait;
-
+use super::connection::Connection;
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError, nodes};
 use crate::operation::NodeState;
@@ -209,7 +208,7 @@ impl Store {
     }
 }
 
-async fn find(db: &impl ConnectionTrait, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
+async fn find(db: &impl Connection, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
     sql("SELECT * FROM certificates WHERE serial = ?").bind(serial).one(db).await?.as_ref().map(read).transpose()
 }
 
@@ -230,7 +229,7 @@ fn read(row: &Row) -> Result<StoredCertificate, StoreError> {
 }
 
 /// A renewal may bring a new key; by that of a node that was enrolled anew, nothing changes.
-async fn note_key(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(), StoreError> {
+async fn note_key(tx: &impl Connection, row: &CertificateRow) -> Result<(), StoreError> {
     let Some(node) = &row.node else { return Ok(()) };
     sql("UPDATE nodes SET key_sha256 = ? WHERE id = ? AND generation = ?")
         .bind(row.key_sha256.as_str())
@@ -242,16 +241,16 @@ async fn note_key(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(),
 }
 
 /// Stores a certificate unless it is stored, in a transaction.
-pub(super) async fn insert_if_new(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(), StoreError> {
+pub(super) async fn insert_if_new(tx: &impl Connection, row: &CertificateRow) -> Result<(), StoreError> {
     put(tx, row, " ON CONFLICT (serial) DO NOTHING").await
 }
 
 /// Stores a certificate, in a transaction.
-pub(super) async fn insert(tx: &impl ConnectionTrait, row: &CertificateRow) -> Result<(), StoreError> {
+pub(super) async fn insert(tx: &impl Connection, row: &CertificateRow) -> Result<(), StoreError> {
     put(tx, row, "").await
 }
 
-async fn put(tx: &impl ConnectionTrait, row: &CertificateRow, conflict: &str) -> Result<(), StoreError> {
+async fn put(tx: &impl Connection, row: &CertificateRow, conflict: &str) -> Result<(), StoreError> {
     sql("INSERT INTO certificates (serial, node, subject, role, key_sha256, not_before, not_after, generation) \
          VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
     .and(conflict)

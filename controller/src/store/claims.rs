@@ -1,19 +1,17 @@
 //! Giving executions to nodes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
-
-use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
+use super::connection::Connection;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
 use super::moves::{deadline, patience};
-use super::operations::lock;
 use super::rollouts::{self, Gone};
-use super::sql::{Row, sql};
+use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError, micros};
 use crate::operation::{Action, ExecutionState};
 
@@ -36,6 +34,9 @@ pub struct Assignment {
     pub labels: BTreeMap<String, String>,
 }
 
+/// How long a claim waits for rows that another transaction holds.
+const LOCK_MILLIS: u32 = 500;
+
 impl Store {
     /// Assigns to each of these nodes, whose sessions this controller holds, its first due execution if it is free.
     pub async fn claim(
@@ -57,20 +58,45 @@ impl Store {
         if found.is_empty() {
             return Ok(Vec::new());
         }
-        match self.take(controller_id, &sessions, &found, now).await {
+        // Rows that another transaction holds are left for a second look, so that one controller that stands still
+        // within a transaction keeps nobody else's nodes from their work.
+        let mut taken = Vec::new();
+        let left = self.take_each(controller_id, &sessions, &found, Locks::Free, now, &mut taken).await?;
+        if !left.is_empty() {
+            match self.take_each(controller_id, &sessions, &left, Locks::Wait, now, &mut taken).await {
+                Err(error) if error.is_contention() => {
+                    tracing::debug!("executions are locked; the next round asks again")
+                }
+                done => done.map(|_| ())?,
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Takes these at once, or one by one when one of the nodes was given other work meanwhile, which spoils the
+    /// statement for all of them. Returns those that were locked.
+    async fn take_each(
+        &self,
+        controller_id: &str,
+        sessions: &[Session<'_>],
+        found: &[ExecutionId],
+        locks: Locks,
+        now: DateTime<Utc>,
+        taken: &mut Vec<Assignment>,
+    ) -> Result<Vec<ExecutionId>, StoreError> {
+        match self.take(controller_id, sessions, found, locks, now, taken).await {
             Err(error) if error.is_duplicate() => {}
             done => return done,
         }
-        // One of the nodes was given other work meanwhile, which spoilt the statement for all of them.
-        let mut taken = Vec::new();
+        let mut locked = Vec::new();
         for id in found {
-            match self.take(controller_id, &sessions, std::slice::from_ref(&id), now).await {
-                Ok(assignments) => taken.extend(assignments),
+            match self.take(controller_id, sessions, std::slice::from_ref(id), locks, now, taken).await {
+                Ok(left) => locked.extend(left),
                 Err(error) if error.is_duplicate() => {}
                 Err(error) => return Err(error),
             }
         }
-        Ok(taken)
+        Ok(locked)
     }
 
     /// What was assigned to the present sessions of this controller and not answered, with the sessions' epochs. When a
@@ -100,33 +126,44 @@ impl Store {
         .collect()
     }
 
-    /// Assigns those of these executions that still are the first due ones of their nodes.
+    /// Assigns those of these executions that still are the first due ones of their nodes, and returns those that are
+    /// locked.
     async fn take(
         &self,
         controller_id: &str,
         sessions: &[Session<'_>],
         found: &[ExecutionId],
+        locks: Locks,
         now: DateTime<Utc>,
-    ) -> Result<Vec<Assignment>, StoreError> {
+        taken: &mut Vec<Assignment>,
+    ) -> Result<Vec<ExecutionId>, StoreError> {
         let tx = self.begin().await?;
         // A session that begins meanwhile waits until its Hello can see what was assigned.
-        sql("SELECT id FROM nodes WHERE id IN {each} ORDER BY id {lock}")
-            .each(found.iter().map(|id| id.node.as_str()))
-            .all(&*tx)
-            .await?;
-        lock(&*tx, found.iter().map(|id| &id.operation)).await?;
+        let nodes = locks
+            .of("SELECT id FROM nodes WHERE id IN {each} ORDER BY id ")
+            .each(found.iter().map(|id| id.node.as_str()));
+        let operations = locks
+            .of("SELECT id FROM operations WHERE id IN {each} ORDER BY id ")
+            .each(found.iter().map(|id| id.operation.as_str()));
+        if locks == Locks::Wait && self.is_postgres() {
+            sql(&format!("SET LOCAL lock_timeout = {LOCK_MILLIS}")).run(&*tx).await?;
+        }
+        let (nodes, operations) = (ids(&nodes.all(&*tx).await?)?, ids(&operations.all(&*tx).await?)?);
+        let (found, locked): (Vec<&ExecutionId>, Vec<&ExecutionId>) =
+            found.iter().partition(|id| nodes.contains(id.node.as_str()) && operations.contains(id.operation.as_str()));
+        let locked: Vec<ExecutionId> = locked.into_iter().cloned().collect();
         let mut due = Vec::with_capacity(found.len());
         for row in &first_due(&*tx, controller_id, sessions, self.gone(now), now).await? {
             let id = read_id(row)?;
-            if found.contains(&id) {
+            if found.contains(&&id) {
                 due.push(Due::read(id, row, now)?);
             }
         }
         if due.is_empty() {
-            return Ok(Vec::new());
+            return Ok(locked);
         }
         let rows: Vec<&DueRow> = due.iter().map(|due| &due.row).collect();
-        let taken = sql("UPDATE executions SET state = 'ASSIGNED', attempt = attempt + 1, sequence = 0, phase = '', \
+        let changed = sql("UPDATE executions SET state = 'ASSIGNED', attempt = attempt + 1, sequence = 0, phase = '', \
                  bytes_done = 0, bytes_total = 0, overdue = FALSE, session_epoch = r.epoch, \
                  assign_boot_id = r.boot_id, boot_id = '', deadline = r.deadline, patience = r.patience, assign_time = ?, update_time = ? \
              FROM {rows operation TEXT, node TEXT, epoch BIGINT, boot_id TEXT, deadline BIGINT, patience BIGINT} \
@@ -138,7 +175,7 @@ impl Store {
         .all(&*tx)
         .await?;
         let mut attempts: BTreeMap<ExecutionId, u32> = BTreeMap::new();
-        for row in &taken {
+        for row in &changed {
             attempts.insert(read_id(row)?, row.number("attempt")?);
         }
         let mut happened: BTreeMap<OperationId, Vec<Happened>> = BTreeMap::new();
@@ -162,8 +199,31 @@ impl Store {
             events::record(&*tx, &operation, events, now).await?;
         }
         self.commit(tx).await?;
-        Ok(assignments)
+        taken.extend(assignments);
+        Ok(locked)
     }
+}
+
+/// What becomes of rows that another transaction holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Locks {
+    /// They are left out.
+    Free,
+    /// They are waited for, not for long.
+    Wait,
+}
+
+impl Locks {
+    fn of(self, select: &str) -> Sql {
+        sql(select).and(match self {
+            Self::Free => "{skip}",
+            Self::Wait => "{lock}",
+        })
+    }
+}
+
+fn ids(rows: &[Row]) -> Result<BTreeSet<String>, StoreError> {
+    rows.iter().map(|row| row.text("id")).collect()
 }
 
 /// A session that a controller holds.
@@ -187,7 +247,7 @@ const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
 /// The first due execution of each of these nodes that is free to take it. Those of operations with a rollout are due
 /// only as far as it has room, and then keep the node from nothing else.
 async fn first_due(
-    db: &impl ConnectionTrait,
+    db: &impl Connection,
     controller_id: &str,
     sessions: &[Session<'_>],
     gone: Gone,

@@ -6,8 +6,7 @@ use chrono::{DateTime, Utc};
 use ipnet::IpNet;
 use marco_proto::names::{ID_MAX, NodeId};
 
-use sea_orm::{ConnectionTrait, DatabaseTransaction};
-
+use super::connection::{Connection, Transaction};
 use super::nodes::{self, normal_serial};
 use super::sql::{Row, sql};
 use super::{Board, CertificateRow, Store, StoreError, certificates, tokens};
@@ -155,7 +154,7 @@ struct Admitted {
     generation: i64,
 }
 
-async fn known(tx: &DatabaseTransaction, id: &NodeId) -> Result<Admitted, StoreError> {
+async fn known(tx: &Transaction, id: &NodeId) -> Result<Admitted, StoreError> {
     let row = nodes::find(tx, id).await?;
     let row = row.ok_or_else(|| StoreError::Unknown { what: "node", value: id.to_string() })?;
     Ok(Admitted { node: row.id, held: row.state != NodeState::Approved, generation: row.generation })
@@ -163,7 +162,7 @@ async fn known(tx: &DatabaseTransaction, id: &NodeId) -> Result<Admitted, StoreE
 
 /// Finds the node by its key or its board, or makes one; `None`: the token is not for it.
 async fn admit(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     wish: &Enrolment,
     token: &Row,
     limits: &Limits,
@@ -217,7 +216,7 @@ async fn admit(
 /// Gives a known board a new key. Serial numbers are public: whoever names one is believed only by an admin, who has
 /// made the token for this board, or approves the node later.
 async fn renew_key(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     wish: &Enrolment,
     id: &NodeId,
     expected: bool,
@@ -256,7 +255,7 @@ fn wanted_id(wish: &Enrolment, serial: &str) -> String {
     format!("pi-{}", last.collect::<String>())
 }
 
-async fn free_id(tx: &impl ConnectionTrait, wanted: &str) -> Result<NodeId, StoreError> {
+async fn free_id(tx: &impl Connection, wanted: &str) -> Result<NodeId, StoreError> {
     let invalid = |_| StoreError::Unknown { what: "node id", value: wanted.to_owned() };
     for number in 1_u32.. {
         let id = if number == 1 {

@@ -3,9 +3,9 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::{NodeId, OperationId};
 
-use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
+use super::connection::Connection;
 use super::sql::{Row, signed, sql};
 use super::{Scope, Store, StoreError};
 
@@ -137,7 +137,7 @@ impl Happened {
 /// Records events in order. Their numbers come from the operation's row, which the transaction thereby holds: numbers
 /// are without gaps, and are committed in their order.
 pub(super) async fn record(
-    tx: &impl ConnectionTrait,
+    tx: &impl Connection,
     operation: &OperationId,
     mut events: Vec<Happened>,
     now: DateTime<Utc>,

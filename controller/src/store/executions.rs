@@ -5,8 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
-use sea_orm::ConnectionTrait;
-
+use super::connection::Connection;
 use super::rollouts::{Gone, group, standing};
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError};
@@ -108,7 +107,7 @@ impl Store {
 }
 
 /// One execution, also inside a transaction.
-pub(super) async fn find(db: &impl ConnectionTrait, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
+pub(super) async fn find(db: &impl Connection, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
     let row = sql(SELECT)
         .and(" WHERE e.operation = ? AND e.node = ?")
         .bind(id.operation.as_str())
@@ -129,7 +128,7 @@ const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overd
 const END_OF_TIME: DateTime<Utc> = DateTime::from_timestamp_nanos(i64::MAX);
 
 /// Reads executions of one operation.
-async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {
+async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {
     let mut all = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
     let mut known = None;
     for (row, execution) in rows.iter().zip(&mut all) {

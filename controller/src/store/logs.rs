@@ -3,8 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::ExecutionId;
 
-use sea_orm::DatabaseTransaction;
-
+use super::connection::Transaction;
 use super::sql::sql;
 use super::{Store, StoreError};
 
@@ -55,7 +54,7 @@ impl Store {
 /// Keeps what a node logged of an execution. What is there stays: a node says the same again until it is heard, and must
 /// not be able to change later what somebody has read.
 pub(super) async fn keep(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     id: &ExecutionId,
     log: &SentLog,
     now: DateTime<Utc>,

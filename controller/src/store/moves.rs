@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::{ExecutionId, OperationId};
-use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
+use super::connection::Connection;
 use super::dispatch::Changed;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
@@ -54,11 +54,7 @@ pub(super) fn length(time: Duration) -> i64 {
 
 /// Makes a change, if the execution is still where it is expected, and ends its operation if it was the last; tells
 /// whether it did. The caller holds the operation's row.
-pub(super) async fn apply(
-    tx: &impl ConnectionTrait,
-    change: &Move<'_>,
-    now: DateTime<Utc>,
-) -> Result<bool, StoreError> {
+pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime<Utc>) -> Result<bool, StoreError> {
     if change.from != change.to && change.from.change_to(change.to).is_err() {
         return Ok(false);
     }
@@ -114,7 +110,7 @@ pub(super) fn read_found(row: &Row) -> Result<(ExecutionId, ExecutionState), Sto
 /// Ends executions that are still in the state in which they were found, with their events, and the operations of
 /// which they were the last. The caller holds the operations' rows.
 pub(super) async fn end(
-    tx: &impl ConnectionTrait,
+    tx: &impl Connection,
     found: &[(ExecutionId, ExecutionState)],
     end: &End<'_>,
     now: DateTime<Utc>,

@@ -6,8 +6,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use serde::{Deserialize, Serialize};
 
-use sea_orm::ConnectionTrait;
-
+use super::connection::Connection;
 use super::moves::{self, End, read_found};
 use super::operations::lock;
 use super::sessions::shut_out;
@@ -312,7 +311,7 @@ const SELECT: &str = "SELECT n.*, (SELECT e.operation FROM executions e WHERE e.
     AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS active FROM nodes n";
 
 /// One node, also inside a transaction.
-pub(super) async fn find(db: &impl ConnectionTrait, id: &NodeId) -> Result<Option<NodeRow>, StoreError> {
+pub(super) async fn find(db: &impl Connection, id: &NodeId) -> Result<Option<NodeRow>, StoreError> {
     sql(SELECT).and(" WHERE n.id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
 }
 

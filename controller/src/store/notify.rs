@@ -17,9 +17,10 @@ const SETTLE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(1);
 
 impl Store {
-    /// Passes changes on and hears of those of others, until cancelled. On SQLite there is nobody else.
+    /// Passes changes on and hears of those of others, until cancelled. On SQLite there is nobody else; a pooler that gives
+    /// each transaction another server carries no notifications.
     pub async fn share_changes(self, stop: CancellationToken) {
-        if !self.is_postgres() {
+        if !self.is_postgres() || self.reader().is_behind_pooler() {
             stop.cancelled().await;
             return;
         }
@@ -53,7 +54,9 @@ impl Store {
 
     /// Hears until the connection is lost.
     async fn hear(&self, own: &str) -> Result<(), StoreError> {
-        let pool = self.shared.reader.get_postgres_connection_pool();
+        let reader = self.reader();
+        let lost = |error| StoreError::of_driver(&error, &reader.place);
+        let Some(pool) = reader.as_postgres() else { return Ok(()) };
         let mut listener = PgListener::connect_with(pool).await.map_err(lost)?;
         listener.listen(CHANNEL).await.map_err(lost)?;
         // Whatever happened before is not heard of any more.
@@ -69,8 +72,4 @@ impl Store {
     fn hint(&self) {
         self.shared.changes.send_modify(|changes| *changes = changes.wrapping_add(1));
     }
-}
-
-fn lost(error: sea_orm::sqlx::Error) -> StoreError {
-    StoreError::from(sea_orm::DbErr::Conn(sea_orm::RuntimeErr::SqlxError(error.into())))
 }

@@ -2,44 +2,52 @@
 
 use std::fs::{File, TryLockError};
 use std::ops::Deref;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use sea_orm::sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sea_orm::sqlx::{self, ConnectOptions as _};
 use sea_orm::{
-    ConnAcquireErr, ConnectOptions, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr,
-    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+    ConnectionTrait as _, DatabaseConnection, SqliteTransactionMode, SqlxPostgresConnector, SqlxSqliteConnector,
+    TransactionOptions, TransactionTrait as _,
 };
 use sea_orm_migration::MigratorTrait as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::connection::{Connection as _, Pool, Transaction};
 use super::migrations::Migrator;
 use super::sql::sql;
-use super::{Shared, Store, StoreError};
+use super::vitals::Vitals;
+use super::{Shared, Store, StoreError, postgres};
 
 /// How long a caller waits for a free connection, or for a new one. sqlx's own 30 s would hold up every RPC while the
 /// database is away.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long a write waits for its turn. Separate from the above, because a queue behind a busy database (a whole fleet that
 /// says hello at once) is no outage.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A writer that waits for its turn looks this often whether the database is away: then it waits no longer.
 const QUEUE_LOOK: Duration = Duration::from_millis(250);
-/// How long a statement may take on Postgres: above the longest of ours by far.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long SQLite waits for another process' lock (a backup, for example).
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections to Postgres of one controller; its default limit is 100 for all.
-const POSTGRES_CONNECTIONS: u32 = 16;
-/// Of these, for writes; the rest is left to reads, which never wait for a lock.
+/// How long SQLite waits for a lock: another process' (a backup, for example), or that of a connection of ours that was
+/// closed while its last statement was still at work. Shorter than a caller waits.
+const BUSY_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Of the connections to Postgres, those for writes; the rest is left to reads, which never wait for a lock.
 const POSTGRES_WRITERS: usize = 12;
 /// Readers of SQLite: it works on local files, more would only wait for the processor.
 const SQLITE_READERS: u32 = 4;
 /// Says "Marco" to the advisory locks of Postgres.
 const MIGRATION_LOCK: i64 = 0x004d_6172_636f;
+/// Migrations, and the wait for those of another controller, take longer than other statements.
+const MIGRATION_LIMITS: &str = "SET LOCAL statement_timeout = '10min'; SET LOCAL lock_timeout = '10min'; \
+     SET LOCAL idle_in_transaction_session_timeout = '1min'";
+/// sea-orm names its statements. Behind a pooler these would stay on a server that others of its clients get next.
+const FORGET_STATEMENTS: &str = "DO $$ DECLARE statement text; BEGIN \
+     FOR statement IN SELECT name FROM pg_prepared_statements WHERE name LIKE 'sqlx\\_s\\_%' LOOP \
+         EXECUTE format('DEALLOCATE %I', statement); END LOOP; END $$";
 
 impl Store {
     /// Opens the database at `url` and brings its tables up to date. `sqlite:///dir/marco.db` is created if it is
@@ -53,9 +61,7 @@ impl Store {
             let (writer, reader, lock) = open_sqlite(Path::new(path)).await?;
             (writer, reader, Some(lock), 1)
         } else if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-            let mut options = connect_options(url, POSTGRES_CONNECTIONS);
-            options.statement_timeout(STATEMENT_TIMEOUT).set_application_name("marco-controller");
-            let pool = Database::connect(options).await?;
+            let pool = postgres::open(url).await?;
             (pool.clone(), pool, None, POSTGRES_WRITERS)
         } else {
             return Err(StoreError::Url(without_password(url)));
@@ -95,17 +101,31 @@ impl Store {
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {
-        let tx = self.begin().await?;
+        // The migrator works on connections of sea-orm only. A failure ends the store that is being opened, and with it
+        // its connections.
+        let pooler = self.shared.writer.is_behind_pooler();
+        let tx = match (self.shared.writer.as_postgres(), self.shared.writer.as_sqlite()) {
+            (Some(pool), _) => begin(SqlxPostgresConnector::from_sqlx_postgres_pool(pool.clone())).await?,
+            (None, Some(pool)) => begin(SqlxSqliteConnector::from_sqlx_sqlite_pool(pool.clone())).await?,
+            (None, None) => return Ok(()),
+        };
         if self.is_postgres() {
+            tx.execute_unprepared(MIGRATION_LIMITS).await?;
             // Several controllers may start at once; the migrator itself takes no lock.
-            sql("SELECT pg_advisory_xact_lock(?)").bind(MIGRATION_LOCK).one(&*tx).await?;
+            tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
         }
-        Migrator::up(&*tx, None).await?;
+        if pooler {
+            tx.execute_unprepared(FORGET_STATEMENTS).await?;
+        }
+        Migrator::up(&tx, None).await?;
+        if pooler {
+            tx.execute_unprepared(FORGET_STATEMENTS).await?;
+        }
         if !self.is_postgres() {
             // The file's lock says that nobody else is alive, so the sessions of earlier processes can be ended.
-            sql("DELETE FROM controllers").run(&*tx).await?;
+            tx.execute_unprepared("DELETE FROM controllers").await?;
         }
-        self.commit(tx).await
+        Ok(tx.commit().await?)
     }
 
     /// Whether several controllers may share it.
@@ -114,38 +134,40 @@ impl Store {
     }
 
     pub(super) fn is_postgres(&self) -> bool {
-        self.shared.writer.get_database_backend() == DbBackend::Postgres
+        self.shared.writer.is_postgres()
     }
 
-    pub(super) fn reader(&self) -> &DatabaseConnection {
+    pub(super) fn reader(&self) -> &Pool {
         &self.shared.reader
     }
 
-    /// Begins a transaction that writes; when it is dropped, nothing of it remains. On SQLite it takes the write lock
-    /// now, because a read that turned into a write later could fail at once.
+    /// Why writes fail at present, if they do: for the health service.
+    pub fn ailment(&self) -> Option<String> {
+        self.shared.writer.vitals.ailment()
+    }
+
+    /// Begins a transaction that writes; when it is dropped, nothing of it remains.
     pub(super) async fn begin(&self) -> Result<Tx, StoreError> {
         let turn = self.turn().await?;
-        let options = TransactionOptions {
-            sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
-            ..TransactionOptions::default()
-        };
-        let begun = self.shared.writer.begin_with_options(options).await.map_err(StoreError::from);
+        let begun = self.shared.writer.begin(Some(turn)).await;
         self.shared.away.store(matches!(begun, Err(StoreError::Unavailable(_))), Ordering::Relaxed);
-        Ok(Tx { tx: begun?, _turn: turn })
+        Ok(Tx { tx: begun? })
     }
 
     /// Waits for the turn to write.
     async fn turn(&self) -> Result<OwnedSemaphorePermit, StoreError> {
-        let busy = || StoreError::from(DbErr::ConnectionAcquire(ConnAcquireErr::Timeout));
+        let busy = || StoreError::busy(&self.shared.writer.place);
         let turn = Arc::clone(&self.shared.turns).acquire_owned();
         tokio::pin!(turn);
         let begun = tokio::time::Instant::now();
         loop {
             match tokio::time::timeout(QUEUE_LOOK, &mut turn).await {
                 Ok(turn) => return turn.map_err(|_| busy()),
-                Err(_) if self.shared.away.load(Ordering::Relaxed) || begun.elapsed() >= QUEUE_TIMEOUT => {
+                // Whoever holds a turn waits in vain: the others need not queue to find out.
+                Err(_) if self.shared.away.load(Ordering::Relaxed) || self.shared.writer.vitals.is_silent() => {
                     return Err(busy());
                 }
+                Err(_) if begun.elapsed() >= QUEUE_TIMEOUT => return Err(busy()),
                 Err(_) => {}
             }
         }
@@ -161,17 +183,15 @@ impl Store {
     }
 }
 
-/// A transaction that writes, with its turn at it.
+/// A transaction that writes. Its connection has the turn to write with it.
 pub(super) struct Tx {
-    tx: DatabaseTransaction,
-    /// Given back after the transaction's connection: fields are dropped in their order.
-    _turn: OwnedSemaphorePermit,
+    tx: Transaction,
 }
 
 impl Deref for Tx {
-    type Target = DatabaseTransaction;
+    type Target = Transaction;
 
-    fn deref(&self) -> &DatabaseTransaction {
+    fn deref(&self) -> &Transaction {
         &self.tx
     }
 }
@@ -179,42 +199,47 @@ impl Deref for Tx {
 impl Tx {
     /// Commits without a hint: for what nobody waits for.
     pub(super) async fn commit(self) -> Result<(), StoreError> {
-        Ok(self.tx.commit().await?)
+        self.tx.commit().await
     }
 
     /// Ends it with nothing done, now rather than some time after it is dropped.
     pub(super) async fn rollback(self) -> Result<(), StoreError> {
-        Ok(self.tx.rollback().await?)
+        self.tx.rollback().await
     }
 }
 
-fn connect_options(url: impl Into<String>, connections: u32) -> ConnectOptions {
-    let mut options = ConnectOptions::new(url.into());
-    options
-        .max_connections(connections)
-        .connect_timeout(CONNECT_TIMEOUT)
-        .acquire_timeout(CONNECT_TIMEOUT)
-        .sqlx_logging(false);
-    options
+/// Begins the transaction of the migrations.
+async fn begin(database: DatabaseConnection) -> Result<sea_orm::DatabaseTransaction, StoreError> {
+    let options = TransactionOptions {
+        sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+        ..TransactionOptions::default()
+    };
+    Ok(database.begin_with_options(options).await?)
 }
 
-async fn open_sqlite(path: &Path) -> Result<(DatabaseConnection, DatabaseConnection, File), StoreError> {
+async fn open_sqlite(path: &Path) -> Result<(Pool, Pool, File), StoreError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder).map_err(StoreError::File)?;
     }
     let lock = lock_file(path)?;
-    let file = path.to_owned();
-    let mut options = connect_options("sqlite://", 1);
-    // A connection that is closed would be opened again with the same settings, but there is no reason to.
-    options.idle_timeout(None::<Duration>).max_lifetime(None::<Duration>);
-    let for_writer = file.clone();
-    options.map_sqlx_sqlite_opts(move |_| sqlite_options(&for_writer));
-    let writer = Database::connect(options).await?;
-
-    let mut options = connect_options("sqlite://", SQLITE_READERS);
-    options.map_sqlx_sqlite_opts(move |_| sqlite_options(&file).pragma("query_only", "ON"));
-    let reader = Database::connect(options).await?;
-    Ok((writer, reader, lock))
+    // SQLite gives the files beside it the mode of the database.
+    File::options().create(true).append(true).mode(0o600).open(path).map_err(StoreError::File)?;
+    for ending in ["", "-wal", "-shm", ".lock"] {
+        crate::keep_private(&beside(path, ending));
+    }
+    let place: Arc<str> = Arc::from(path.display().to_string());
+    let failed = |error: sqlx::Error| StoreError::of_driver(&error, &place);
+    let pool = |connections: u32| {
+        // A connection that is closed would be opened again with the same settings, but there is no reason to.
+        let options = SqlitePoolOptions::new().idle_timeout(None).max_lifetime(None);
+        options.max_connections(connections).acquire_timeout(CONNECT_TIMEOUT)
+    };
+    let writer = pool(1).connect_with(sqlite_options(path)).await.map_err(failed)?;
+    let reader_options = sqlite_options(path).pragma("query_only", "ON");
+    let reader = pool(SQLITE_READERS).connect_with(reader_options).await.map_err(failed)?;
+    let vitals: Arc<Vitals> = Arc::default();
+    let writer = Pool::sqlite(writer, Arc::clone(&place), Arc::clone(&vitals));
+    Ok((writer, Pool::sqlite(reader, place, vitals), lock))
 }
 
 fn sqlite_options(file: &Path) -> SqliteConnectOptions {
@@ -226,14 +251,21 @@ fn sqlite_options(file: &Path) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
+        .disable_statement_logging()
+}
+
+/// A file beside the database's.
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
 }
 
 /// Takes the lock beside the database's file; it dies with the process.
 fn lock_file(path: &Path) -> Result<File, StoreError> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let file =
-        File::options().create(true).truncate(false).write(true).open(PathBuf::from(name)).map_err(StoreError::File)?;
+    let mut options = File::options();
+    options.create(true).truncate(false).write(true).mode(0o600);
+    let file = options.open(beside(path, ".lock")).map_err(StoreError::File)?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StoreError::Locked(path.to_owned())),

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{NodeId, OperationId, ScheduleId};
 
-use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
+use super::connection::Connection;
 use super::events::{self, Happened};
 use super::rollouts::note_beginning;
 use super::sql::{Row, sql, to_json};
@@ -221,7 +221,7 @@ fn first_state(new: &NewOperation, now: DateTime<Utc>) -> OperationState {
 /// Inserts the operation, what it needs, its executions and its first event, unless the same caller has used the
 /// request id. Fails as a row that names what does not exist when an artifact is gone.
 pub(super) async fn insert_all(
-    tx: &impl ConnectionTrait,
+    tx: &impl Connection,
     new: &NewOperation,
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
@@ -261,7 +261,7 @@ struct Part<'a> {
 }
 
 /// Inserts the operation's row, unless the same caller has used the request id.
-async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
+async fn insert(tx: &impl Connection, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
              expire_time, creator, request_id, request_sha256, retry_of, schedule, fire_time, rollout, \
@@ -293,7 +293,7 @@ async fn insert(tx: &impl ConnectionTrait, new: &NewOperation, now: DateTime<Utc
 }
 
 /// Notes the bytes that it needs, which keeps them from being removed until it has ended.
-async fn insert_needs(tx: &impl ConnectionTrait, new: &NewOperation) -> Result<(), StoreError> {
+async fn insert_needs(tx: &impl Connection, new: &NewOperation) -> Result<(), StoreError> {
     let artifacts = new.action.artifacts();
     if !artifacts.is_empty() {
         sql(
@@ -308,14 +308,14 @@ async fn insert_needs(tx: &impl ConnectionTrait, new: &NewOperation) -> Result<(
 }
 
 /// One operation, also inside a transaction.
-pub(super) async fn find(db: &impl ConnectionTrait, id: &OperationId) -> Result<Option<OperationRow>, StoreError> {
+pub(super) async fn find(db: &impl Connection, id: &OperationId) -> Result<Option<OperationRow>, StoreError> {
     let rows = sql("SELECT * FROM operations WHERE id = ?").bind(id.as_str()).all(db).await?;
     Ok(read_all(db, &rows).await?.pop())
 }
 
 /// Locks operations, in the order that every transaction keeps, and returns their states.
 pub(super) async fn lock(
-    tx: &impl ConnectionTrait,
+    tx: &impl Connection,
     ids: impl IntoIterator<Item = &OperationId>,
 ) -> Result<Vec<(OperationId, OperationState)>, StoreError> {
     sql("SELECT id, state FROM operations WHERE id IN {each} ORDER BY id {lock}")
@@ -329,7 +329,7 @@ pub(super) async fn lock(
 
 /// Gives the operation its final state if all its executions have one; tells whether it did.
 pub(super) async fn finish_if_done(
-    tx: &impl ConnectionTrait,
+    tx: &impl Connection,
     id: &OperationId,
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
@@ -369,7 +369,7 @@ pub(super) fn read_id(row: &Row) -> Result<OperationId, StoreError> {
 }
 
 async fn counts(
-    db: &impl ConnectionTrait,
+    db: &impl Connection,
     ids: &[OperationId],
     scope: &Scope,
 ) -> Result<BTreeMap<OperationId, Counts>, StoreError> {
@@ -408,7 +408,7 @@ async fn counts(
     Ok(all)
 }
 
-async fn read_all(db: &impl ConnectionTrait, rows: &[Row]) -> Result<Vec<OperationRow>, StoreError> {
+async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<OperationRow>, StoreError> {
     let ids = rows.iter().map(read_id).collect::<Result<Vec<_>, _>>()?;
     let mut counts = counts(db, &ids, &Scope::everything()).await?;
     rows.iter()

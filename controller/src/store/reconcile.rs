@@ -3,8 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId};
 
-use sea_orm::DatabaseTransaction;
-
+use super::connection::Transaction;
 use super::events::CONTROLLER;
 use super::executions::read_id;
 use super::moves::{self, Move};
@@ -77,7 +76,7 @@ impl Store {
 
 /// Draws the conclusion of a Hello for an execution that was active before it.
 async fn settle(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     holder: &Holder,
     id: &ExecutionId,
     listed: bool,

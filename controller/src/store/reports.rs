@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId};
 
-use sea_orm::DatabaseTransaction;
-
+use super::connection::Transaction;
 use super::events::{self, CONTROLLER, Happened};
 use super::logs;
 use super::moves::{self, Move, deadline, patience};
@@ -113,11 +112,7 @@ impl Holder {
 }
 
 /// Locks a node, if the session still is its own.
-pub(super) async fn hold_node(
-    tx: &DatabaseTransaction,
-    node: &NodeId,
-    epoch: i64,
-) -> Result<Option<Holder>, StoreError> {
+pub(super) async fn hold_node(tx: &Transaction, node: &NodeId, epoch: i64) -> Result<Option<Holder>, StoreError> {
     let row = sql("SELECT boot_id, family, labels FROM nodes WHERE id = ? AND session_epoch = ? \
                    AND controller_id IS NOT NULL {lock}")
     .bind(node.as_str())
@@ -142,7 +137,7 @@ pub(super) struct Found {
 }
 
 /// Reads what a decision needs; the caller holds the operation's row.
-pub(super) async fn find(tx: &DatabaseTransaction, id: &ExecutionId) -> Result<Option<Found>, StoreError> {
+pub(super) async fn find(tx: &Transaction, id: &ExecutionId) -> Result<Option<Found>, StoreError> {
     let row = sql("SELECT e.state AS state, e.attempt AS attempt, e.sequence AS sequence, e.session_epoch AS epoch, \
              e.error_reason AS error_reason, e.assign_boot_id AS assign_boot_id, \
              e.cancel_requested AS cancel_requested, e.phase AS phase, o.action AS action \
@@ -172,7 +167,7 @@ fn read(row: &Row) -> Result<Found, StoreError> {
 
 /// Decides about a report, and stores the decision; the caller holds the rows of the node and of the operation.
 pub(super) async fn apply(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     holder: &Holder,
     report: &ReportRow,
     now: DateTime<Utc>,
@@ -229,7 +224,7 @@ fn reported(report: &ReportRow) -> Reported {
     }
 }
 
-async fn refuse_cancel(tx: &DatabaseTransaction, id: &ExecutionId) -> Result<u64, StoreError> {
+async fn refuse_cancel(tx: &Transaction, id: &ExecutionId) -> Result<u64, StoreError> {
     sql("UPDATE executions SET cancel_refused = TRUE WHERE operation = ? AND node = ?")
         .bind(id.operation.as_str())
         .bind(id.node.as_str())
@@ -238,7 +233,7 @@ async fn refuse_cancel(tx: &DatabaseTransaction, id: &ExecutionId) -> Result<u64
 }
 
 async fn change(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     report: &ReportRow,
     found: &Found,
     to: ExecutionState,
@@ -281,7 +276,7 @@ const MAX_ATTEMPT: u32 = 1000;
 
 /// Raises the attempt above the node's, so that its next report is of a delivery that is known.
 async fn redeliver(
-    tx: &DatabaseTransaction,
+    tx: &Transaction,
     holder: &Holder,
     report: &ReportRow,
     found: Found,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
-use sea_orm::ConnectionTrait;
 
+use super::connection::Connection;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
 use super::operations::{self, lock};
@@ -118,7 +118,7 @@ fn running() -> Sql {
 
 /// Where an operation stands. It is exact when the caller holds the operation's row: every change of an execution does.
 pub(super) async fn standing(
-    db: &impl ConnectionTrait,
+    db: &impl Connection,
     id: &OperationId,
     rollout: &Rollout,
     gone: Gone,
@@ -182,11 +182,7 @@ type Nodes = Vec<(ExecutionId, Option<String>)>;
 
 /// Of executions that could be assigned (columns `operation`, `node`, `labels`, `rollout`, in the order in which they
 /// are to go), those that may go now.
-pub(super) async fn admit(
-    db: &impl ConnectionTrait,
-    waiting: &[Row],
-    gone: Gone,
-) -> Result<Vec<ExecutionId>, StoreError> {
+pub(super) async fn admit(db: &impl Connection, waiting: &[Row], gone: Gone) -> Result<Vec<ExecutionId>, StoreError> {
     let mut operations: BTreeMap<OperationId, (Rollout, Nodes)> = BTreeMap::new();
     for row in waiting {
         let id = read_id(row)?;
@@ -209,7 +205,7 @@ pub(super) async fn admit(
 
 /// Notes which targets have a stream as the operation begins or goes on: only those can vanish; and how many have
 /// failed by now: those were seen. The caller holds the operation's row.
-pub(super) async fn note_beginning(tx: &impl ConnectionTrait, id: &OperationId) -> Result<(), StoreError> {
+pub(super) async fn note_beginning(tx: &impl Connection, id: &OperationId) -> Result<(), StoreError> {
     sql("UPDATE executions SET present = node IN (SELECT id FROM nodes WHERE controller_id IS NOT NULL) \
          WHERE operation = ? AND EXISTS (SELECT 1 FROM operations o WHERE o.id = ? AND o.rollout IS NOT NULL)")
     .bind(id.as_str())

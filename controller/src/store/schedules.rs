@@ -5,9 +5,9 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{OperationId, ScheduleId};
 
-use sea_orm::ConnectionTrait;
 use serde::{Deserialize, Serialize};
 
+use super::connection::Connection;
 use super::operations::{NewOperation, insert_all};
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError, micros};
@@ -295,7 +295,7 @@ impl Store {
     }
 }
 
-async fn unfinished(tx: &impl ConnectionTrait, id: &ScheduleId) -> Result<Option<String>, StoreError> {
+async fn unfinished(tx: &impl Connection, id: &ScheduleId) -> Result<Option<String>, StoreError> {
     sql("SELECT id FROM operations WHERE schedule = ? AND state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING') \
          ORDER BY id DESC LIMIT 1")
     .bind(id.as_str())
@@ -316,7 +316,7 @@ struct Recorded<'a> {
     record_time: i64,
 }
 
-async fn insert_fires(tx: &impl ConnectionTrait, rows: &[FireRow]) -> Result<(), StoreError> {
+async fn insert_fires(tx: &impl Connection, rows: &[FireRow]) -> Result<(), StoreError> {
     if rows.is_empty() {
         return Ok(());
     }

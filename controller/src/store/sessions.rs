@@ -3,9 +3,9 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::NodeId;
 
-use sea_orm::ConnectionTrait;
 use serde::Serialize;
 
+use super::connection::Connection;
 use super::sql::sql;
 use super::{Board, NodeRow, Store, StoreError, System, nodes};
 use crate::operation::{NodeMode, NodeState};
@@ -210,7 +210,7 @@ struct Held<'a> {
 
 /// Quarantines a node and ends its session; its controller finds that out with `lost_sessions`.
 pub(super) async fn shut_out(
-    tx: &impl ConnectionTrait,
+    tx: &impl Connection,
     node: &NodeId,
     reason: &str,
     now: DateTime<Utc>,

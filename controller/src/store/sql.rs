@@ -9,67 +9,12 @@
 //!   free), so that what was read still holds when it is written; SQLite has a single writer anyway.
 
 use chrono::{DateTime, Utc};
-use sea_orm::sqlx;
-use sea_orm::{ConnectionTrait, DbBackend, DbErr, QueryResult, RuntimeErr, SqlErr, Statement, Value};
+use sea_orm::{QueryResult, Value};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{DatabaseError, StoreError, micros};
-
-impl From<DbErr> for StoreError {
-    fn from(error: DbErr) -> Self {
-        if is_transient(&error) { Self::Unavailable(DatabaseError(error)) } else { Self::Refused(DatabaseError(error)) }
-    }
-}
-
-/// Whether trying again later may help.
-fn is_transient(error: &DbErr) -> bool {
-    match error {
-        DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => true,
-        DbErr::Exec(RuntimeErr::SqlxError(cause)) | DbErr::Query(RuntimeErr::SqlxError(cause)) => {
-            match cause.as_ref() {
-                sqlx::Error::Io(_)
-                | sqlx::Error::Tls(_)
-                | sqlx::Error::Protocol(_)
-                | sqlx::Error::PoolTimedOut
-                | sqlx::Error::PoolClosed
-                | sqlx::Error::WorkerCrashed => true,
-                sqlx::Error::Database(said) => said.code().is_some_and(|code| is_transient_code(&code)),
-                _ => false,
-            }
-        }
-        _ => false,
-    }
-}
-
-/// SQLSTATE classes (appendix A of Postgres' manual): connection, read-only standby, rollback, resources, operator
-/// intervention. SQLite's primary result codes: BUSY, LOCKED, IOERR, FULL (the low byte of an extended code).
-fn is_transient_code(code: &str) -> bool {
-    if code.len() == 5 {
-        ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)) || code == "25006"
-    } else {
-        code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6 | 10 | 13))
-    }
-}
-
-impl StoreError {
-    /// Whether a row with the same unique key exists.
-    pub(super) fn is_duplicate(&self) -> bool {
-        matches!(self.sql(), Some(SqlErr::UniqueConstraintViolation(_)))
-    }
-
-    /// Whether the row names one that does not exist, or is named by one.
-    pub(super) fn is_dangling(&self) -> bool {
-        matches!(self.sql(), Some(SqlErr::ForeignKeyConstraintViolation(_)))
-    }
-
-    fn sql(&self) -> Option<SqlErr> {
-        match self {
-            Self::Unavailable(DatabaseError(error)) | Self::Refused(DatabaseError(error)) => error.sql_err(),
-            _ => None,
-        }
-    }
-}
+use super::connection::{Connection, Want};
+use super::{StoreError, micros};
 
 /// A statement with its values.
 #[derive(Debug, Clone)]
@@ -113,24 +58,21 @@ impl Sql {
         self.json(&texts)
     }
 
-    fn statement(self, backend: DbBackend) -> Statement {
-        Statement::from_sql_and_values(backend, expand(&self.text, backend == DbBackend::Postgres), self.values)
-    }
-
     /// Runs it; returns how many rows it changed.
-    pub(super) async fn run(self, db: &impl ConnectionTrait) -> Result<u64, StoreError> {
-        Ok(db.execute_raw(self.statement(db.get_database_backend())).await?.rows_affected())
+    pub(super) async fn run(self, db: &impl Connection) -> Result<u64, StoreError> {
+        Ok(db.ask(expand(&self.text, db.is_postgres()), self.values, Want::Changes).await?.changed)
     }
 
     /// Runs it; returns the first row.
-    pub(super) async fn one(self, db: &impl ConnectionTrait) -> Result<Option<Row>, StoreError> {
-        Ok(db.query_one_raw(self.statement(db.get_database_backend())).await?.map(Row))
+    pub(super) async fn one(self, db: &impl Connection) -> Result<Option<Row>, StoreError> {
+        let answer = db.ask(expand(&self.text, db.is_postgres()), self.values, Want::First).await?;
+        Ok(answer.rows.into_iter().next().map(Row))
     }
 
     /// Runs it; returns every row.
-    pub(super) async fn all(self, db: &impl ConnectionTrait) -> Result<Vec<Row>, StoreError> {
-        let rows = db.query_all_raw(self.statement(db.get_database_backend())).await?;
-        Ok(rows.into_iter().map(Row).collect())
+    pub(super) async fn all(self, db: &impl Connection) -> Result<Vec<Row>, StoreError> {
+        let answer = db.ask(expand(&self.text, db.is_postgres()), self.values, Want::All).await?;
+        Ok(answer.rows.into_iter().map(Row).collect())
     }
 }
 

@@ -3,8 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, OperationId};
 
-use sea_orm::DatabaseTransaction;
-
+use super::connection::Transaction;
 use super::events::{self, Happened};
 use super::moves::{self, End, read_found};
 use super::open::Tx;
@@ -151,7 +150,7 @@ impl Store {
         to: Result<OperationState, IllegalTransition>,
         so_already: bool,
         id: &OperationId,
-        tx: &DatabaseTransaction,
+        tx: &Transaction,
     ) -> Result<Result<OperationState, SteerOutcome>, StoreError> {
         match to {
             Ok(to) => Ok(Ok(to)),
@@ -165,7 +164,7 @@ impl Store {
 
     async fn set(
         &self,
-        tx: &DatabaseTransaction,
+        tx: &Transaction,
         id: &OperationId,
         (from, to): (OperationState, OperationState),
         actor: &str,

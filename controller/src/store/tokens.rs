@@ -5,8 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{JoinTokenId, NodeId};
 
-use sea_orm::ConnectionTrait;
-
+use super::connection::Connection;
 use super::sql::{Row, sql};
 use super::{Store, StoreError, nodes};
 use crate::operation::NodeState;
@@ -147,7 +146,7 @@ pub(super) fn ids(row: &Row) -> Result<Vec<NodeId>, StoreError> {
     ids.iter().map(|id| NodeId::parse(id).map_err(|_| unknown(id))).collect()
 }
 
-async fn find(db: &impl ConnectionTrait, id: &JoinTokenId) -> Result<Option<TokenRow>, StoreError> {
+async fn find(db: &impl Connection, id: &JoinTokenId) -> Result<Option<TokenRow>, StoreError> {
     sql("SELECT * FROM tokens WHERE id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
 }
 

@@ -3,8 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::UserId;
 
-use sea_orm::ConnectionTrait;
-
+use super::connection::Connection;
 use super::sql::{Row, sql};
 use super::{CertificateRow, Scope, Store, StoreError, certificates};
 
@@ -180,7 +179,7 @@ impl Store {
     }
 }
 
-async fn find(db: &impl ConnectionTrait, id: &UserId) -> Result<Option<UserRow>, StoreError> {
+async fn find(db: &impl Connection, id: &UserId) -> Result<Option<UserRow>, StoreError> {
     sql("SELECT * FROM users WHERE id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
 }
 

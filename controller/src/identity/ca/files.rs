@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -157,8 +157,10 @@ fn mint(key_path: &Path, certificate_path: &Path, now: DateTime<Utc>) -> Result<
     if let Some(folder) = key_path.parent() {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed(folder))?;
     }
-    if let Some(folder) = certificate_path.parent() {
+    if let Some(folder) = certificate_path.parent().filter(|folder| !folder.is_dir()) {
         fs::create_dir_all(folder).map_err(failed(folder))?;
+        // Certificates are for everybody; keys have modes of their own.
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).map_err(failed(folder))?;
     }
     write(key_path, &key, SECRET)?;
     write(certificate_path, ca.certificate_pem(), PUBLIC)?;
@@ -253,6 +255,8 @@ fn write(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
             _ => {}
         }
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
+        // The process' umask would keep from others what is meant for them.
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;

@@ -1,0 +1,385 @@
+//! Connections, and transactions on them.
+//!
+//! One rule holds: a connection goes back to its pool only when it is known to be clean, which is after an answer to
+//! its last statement and outside of a transaction. All others are closed, so that the database rolls back for sure. sqlx's own
+//! transactions count their depth on the client's side; after a failed COMMIT on a full disk that count was wrong, and
+//! later transactions were savepoints within nothing, acknowledged and never stored.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use sea_orm::QueryResult;
+use sea_orm::sea_query::{Value, Values};
+use sea_orm::sqlx::pool::PoolConnection;
+use sea_orm::sqlx::{
+    self, AssertSqlSafe, Database, Executor, PgConnection, PgPool, Postgres, Sqlite, SqliteConnection, SqlitePool,
+};
+use sea_query_sqlx::SqlxValues;
+use tokio::sync::{Mutex, OwnedSemaphorePermit};
+
+use super::vitals::Vitals;
+use super::{StoreError, deadline};
+
+const COMMIT: &str = "COMMIT";
+/// How long a connection may take to roll back and go back to its pool; longer, and it is closed.
+const GIVE_BACK: Duration = Duration::from_secs(2);
+
+/// What is wanted of a statement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Want {
+    /// How many rows it changed.
+    Changes,
+    /// The first row.
+    First,
+    /// Every row.
+    All,
+}
+
+/// The answer to a statement.
+#[derive(Default)]
+pub(super) struct Answer {
+    pub(super) changed: u64,
+    pub(super) rows: Vec<QueryResult>,
+}
+
+/// Where statements run: in a transaction, or each on any connection.
+pub(super) trait Connection: Sync {
+    /// Whether it is Postgres; otherwise it is SQLite.
+    fn is_postgres(&self) -> bool;
+
+    /// Runs a statement with its values.
+    fn ask(
+        &self,
+        text: String,
+        values: Vec<Value>,
+        want: Want,
+    ) -> impl Future<Output = Result<Answer, StoreError>> + Send;
+}
+
+/// Connections to the database.
+#[derive(Clone)]
+pub(super) struct Pool {
+    kind: Kind,
+    /// The database's file or address, for errors.
+    pub(super) place: Arc<str>,
+    pub(super) vitals: Arc<Vitals>,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Sqlite(SqlitePool),
+    Postgres {
+        pool: PgPool,
+        /// Behind a pooler that gives each transaction another server: a statement outside of one might be prepared
+        /// on one server and run on the next, and a name given to it meets those of other clients.
+        pooler: bool,
+    },
+}
+
+impl Pool {
+    pub(super) fn sqlite(pool: SqlitePool, place: Arc<str>, vitals: Arc<Vitals>) -> Self {
+        Self { kind: Kind::Sqlite(pool), place, vitals }
+    }
+
+    pub(super) fn postgres(pool: PgPool, pooler: bool, place: Arc<str>) -> Self {
+        Self { kind: Kind::Postgres { pool, pooler }, place, vitals: Arc::default() }
+    }
+
+    /// Postgres' pool, for notifications and migrations.
+    pub(super) fn as_postgres(&self) -> Option<&PgPool> {
+        match &self.kind {
+            Kind::Postgres { pool, .. } => Some(pool),
+            Kind::Sqlite(_) => None,
+        }
+    }
+
+    /// SQLite's pool, for migrations.
+    pub(super) fn as_sqlite(&self) -> Option<&SqlitePool> {
+        match &self.kind {
+            Kind::Sqlite(pool) => Some(pool),
+            Kind::Postgres { .. } => None,
+        }
+    }
+
+    /// Whether transactions meet another server each time.
+    pub(super) fn is_behind_pooler(&self) -> bool {
+        matches!(self.kind, Kind::Postgres { pooler: true, .. })
+    }
+
+    /// Begins a transaction. On SQLite it takes the write lock now, because a read that turned into a write later could
+    /// fail at once; a raw BEGIN fails within another transaction, and its connection is closed.
+    pub(super) async fn begin(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Transaction, StoreError> {
+        let mut lease = self.lease(turn).await?;
+        lease.control(if lease.is_postgres() { "BEGIN" } else { "BEGIN IMMEDIATE" }, State::InTransaction).await?;
+        Ok(Transaction { postgres: lease.is_postgres(), lease: Mutex::new(lease), failed: AtomicBool::new(false) })
+    }
+
+    async fn lease(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Lease, StoreError> {
+        let (begun, asked) = (Instant::now(), self.vitals.asked());
+        // Dropping the wait for a connection closes the one that was tested, and keeps no place in the pool.
+        let acquired = tokio::time::timeout(deadline::next(), async {
+            Ok(match &self.kind {
+                Kind::Sqlite(pool) => Line::Sqlite(pool.acquire().await?),
+                Kind::Postgres { pool, .. } => Line::Postgres(pool.acquire().await?),
+            })
+        });
+        let error = match acquired.await {
+            Ok(Ok(line)) => {
+                asked.answered();
+                let (place, vitals) = (Arc::clone(&self.place), Arc::clone(&self.vitals));
+                let named = !self.is_behind_pooler();
+                return Ok(Lease { line: Some(line), state: State::Clean, named, place, vitals, turn });
+            }
+            Ok(Err(error)) => StoreError::of_driver(&error, &self.place),
+            Err(_) => StoreError::silent(&self.place, begun.elapsed()),
+        };
+        deadline::in_vain(begun.elapsed());
+        if turn.is_some() {
+            self.vitals.write_failed(&error);
+        }
+        Err(error)
+    }
+}
+
+impl Connection for Pool {
+    fn is_postgres(&self) -> bool {
+        matches!(self.kind, Kind::Postgres { .. })
+    }
+
+    async fn ask(&self, text: String, values: Vec<Value>, want: Want) -> Result<Answer, StoreError> {
+        if self.is_behind_pooler() {
+            let transaction = self.begin(None).await?;
+            let answer = transaction.ask(text, values, want).await?;
+            transaction.commit().await?;
+            return Ok(answer);
+        }
+        self.lease(None).await?.ask(text, values, want).await
+    }
+}
+
+/// A transaction. When it is dropped, nothing of it remains.
+pub(super) struct Transaction {
+    postgres: bool,
+    lease: Mutex<Lease>,
+    /// A statement failed. Postgres would answer ROLLBACK to its COMMIT, and call it success; SQLite rolls back by
+    /// itself after some errors.
+    failed: AtomicBool,
+}
+
+impl Transaction {
+    pub(super) async fn commit(self) -> Result<(), StoreError> {
+        if self.failed.load(Ordering::Relaxed) {
+            self.rollback().await?;
+            return Err(StoreError::aborted());
+        }
+        self.lease.into_inner().control(COMMIT, State::Clean).await
+    }
+
+    pub(super) async fn rollback(self) -> Result<(), StoreError> {
+        self.lease.into_inner().control("ROLLBACK", State::Clean).await
+    }
+}
+
+impl Connection for Transaction {
+    fn is_postgres(&self) -> bool {
+        self.postgres
+    }
+
+    async fn ask(&self, text: String, values: Vec<Value>, want: Want) -> Result<Answer, StoreError> {
+        let answer = self.lease.lock().await.ask(text, values, want).await;
+        if answer.is_err() {
+            self.failed.store(true, Ordering::Relaxed);
+        }
+        answer
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Outside of a transaction, and every statement was answered.
+    Clean,
+    /// Within a transaction, and every statement was answered.
+    InTransaction,
+    /// An answer is outstanding, or something failed: it is closed.
+    Unsure,
+}
+
+enum Line {
+    Sqlite(PoolConnection<Sqlite>),
+    Postgres(PoolConnection<Postgres>),
+}
+
+type Step<'a, T> = Pin<Box<dyn Future<Output = Result<T, sqlx::Error>> + Send + 'a>>;
+
+/// A connection that is out of its pool.
+struct Lease {
+    line: Option<Line>,
+    state: State,
+    /// Whether Postgres keeps statements by name.
+    named: bool,
+    place: Arc<str>,
+    vitals: Arc<Vitals>,
+    /// The turn to write, given back after the connection.
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Lease {
+    fn is_postgres(&self) -> bool {
+        matches!(self.line, Some(Line::Postgres(_)))
+    }
+
+    async fn ask(&mut self, text: String, values: Vec<Value>, want: Want) -> Result<Answer, StoreError> {
+        let named = self.named;
+        let before = self.state;
+        self.step(before, |line| match line {
+            Line::Sqlite(line) => Box::pin(on_sqlite(line, text, values, want)),
+            Line::Postgres(line) => Box::pin(on_postgres(line, text, values, want, named)),
+        })
+        .await
+    }
+
+    /// BEGIN, COMMIT or ROLLBACK. When it fails, nothing is known of the connection, and it is closed.
+    async fn control(&mut self, word: &'static str, after: State) -> Result<(), StoreError> {
+        let done = self
+            .step(after, |line| match line {
+                Line::Sqlite(line) => Box::pin(async move { line.execute(word).await.map(|_| ()) }),
+                Line::Postgres(line) => Box::pin(async move { line.execute(word).await.map(|_| ()) }),
+            })
+            .await;
+        match &done {
+            Err(_) => self.state = State::Unsure,
+            Ok(()) if word == COMMIT && self.turn.is_some() => self.vitals.wrote(),
+            Ok(()) => {}
+        }
+        done
+    }
+
+    /// One question and its answer, under a deadline. Dropped in the middle, it leaves the connection to be closed.
+    async fn step<T>(
+        &mut self,
+        after: State,
+        question: impl for<'a> FnOnce(&'a mut Line) -> Step<'a, T> + Send,
+    ) -> Result<T, StoreError> {
+        let before = std::mem::replace(&mut self.state, State::Unsure);
+        let Some(line) = self.line.as_mut().filter(|_| before != State::Unsure) else {
+            return Err(StoreError::aborted());
+        };
+        let (begun, asked) = (Instant::now(), self.vitals.asked());
+        let error = match tokio::time::timeout(deadline::next(), question(line)).await {
+            Ok(Ok(answer)) => {
+                asked.answered();
+                self.state = after;
+                return Ok(answer);
+            }
+            Ok(Err(error)) => {
+                let keeps = matches!(error, sqlx::Error::Database(_));
+                let error = StoreError::of_driver(&error, &self.place);
+                if keeps && error.fault().is_none() {
+                    asked.answered();
+                    self.state = before;
+                }
+                error
+            }
+            Err(_) => StoreError::silent(&self.place, begun.elapsed()),
+        };
+        deadline::in_vain(begun.elapsed());
+        if self.turn.is_some() {
+            self.vitals.write_failed(&error);
+        }
+        Err(error)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let (Some(line), state) = (self.line.take(), self.state) else { return };
+        let turn = self.turn.take();
+        let runtime = tokio::runtime::Handle::try_current();
+        let (Ok(runtime), State::Clean | State::InTransaction) = (runtime, state) else {
+            line.close();
+            return;
+        };
+        // The pool asks the connection for a sign of life, without a deadline of its own. Dropping that closes it.
+        runtime.spawn(async move {
+            let given_back = async {
+                match line {
+                    Line::Sqlite(line) => give_back(line, state).await,
+                    Line::Postgres(line) => give_back(line, state).await,
+                }
+            };
+            if tokio::time::timeout(GIVE_BACK, given_back).await.is_err() {
+                tracing::debug!("a connection to the database was closed: it did not answer");
+            }
+            drop(turn);
+        });
+    }
+}
+
+async fn give_back<DB: Database>(line: PoolConnection<DB>, state: State)
+where
+    for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+{
+    let mut line = Closing(Some(line));
+    let Some(connection) = line.0.as_mut() else { return };
+    if state == State::InTransaction && (&mut **connection).execute("ROLLBACK").await.is_err() {
+        return;
+    }
+    if let Some(mut connection) = line.0.take() {
+        connection.return_to_pool().await;
+    }
+}
+
+/// Closes its connection when it is dropped with it.
+struct Closing<DB: Database>(Option<PoolConnection<DB>>);
+
+impl<DB: Database> Drop for Closing<DB> {
+    fn drop(&mut self) {
+        drop(self.0.take().map(PoolConnection::detach));
+    }
+}
+
+impl Line {
+    /// Ends it without a word to the database, which rolls back. The pool opens another one.
+    fn close(self) {
+        match self {
+            Self::Sqlite(line) => drop(line.detach()),
+            Self::Postgres(line) => drop(line.detach()),
+        }
+    }
+}
+
+async fn on_sqlite(
+    line: &mut SqliteConnection,
+    text: String,
+    values: Vec<Value>,
+    want: Want,
+) -> Result<Answer, sqlx::Error> {
+    let query = sqlx::query_with(AssertSqlSafe(text), SqlxValues(Values(values)));
+    Ok(match want {
+        Want::Changes => Answer { changed: query.execute(line).await?.rows_affected(), rows: Vec::new() },
+        Want::First => {
+            Answer { changed: 0, rows: query.fetch_optional(line).await?.map(Into::into).into_iter().collect() }
+        }
+        Want::All => Answer { changed: 0, rows: query.fetch_all(line).await?.into_iter().map(Into::into).collect() },
+    })
+}
+
+async fn on_postgres(
+    line: &mut PgConnection,
+    text: String,
+    values: Vec<Value>,
+    want: Want,
+    named: bool,
+) -> Result<Answer, sqlx::Error> {
+    let query = sqlx::query_with(AssertSqlSafe(text), SqlxValues(Values(values))).persistent(named);
+    Ok(match want {
+        Want::Changes => Answer { changed: query.execute(line).await?.rows_affected(), rows: Vec::new() },
+        Want::First => {
+            Answer { changed: 0, rows: query.fetch_optional(line).await?.map(Into::into).into_iter().collect() }
+        }
+        Want::All => Answer { changed: 0, rows: query.fetch_all(line).await?.into_iter().map(Into::into).collect() },
+    })
+}

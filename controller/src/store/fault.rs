@@ -1,0 +1,235 @@
+//! Errors of the database: which of them may pass, and which are the disk's.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sea_orm::sqlx;
+use sea_orm::sqlx::error::ErrorKind;
+use sea_orm::{DbErr, RuntimeErr};
+
+use super::StoreError;
+
+/// A failure of the disk below the database. It heals by an operator's hand, not by another try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// No room is left.
+    DiskFull,
+    /// The file, its file system or the server takes no writes.
+    ReadOnly,
+    /// A read, write or fsync failed.
+    Io,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::DiskFull => "disk full",
+            Self::ReadOnly => "read-only",
+            Self::Io => "I/O error",
+        })
+    }
+}
+
+/// What the database or its driver said.
+#[derive(Debug)]
+pub struct DatabaseError {
+    said: String,
+    /// The disk's failure, if it is one, and where: the database's file, or the server's address.
+    fault: Option<(Fault, Arc<str>)>,
+    /// SQLSTATE of Postgres, or SQLite's (extended) result code.
+    code: Option<String>,
+    violation: Option<Violation>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Violation {
+    Unique,
+    ForeignKey,
+}
+
+impl std::fmt::Display for DatabaseError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.fault {
+            Some((fault, place)) => write!(f, "{fault}: {place}: {}", self.said),
+            None => f.write_str(&self.said),
+        }
+    }
+}
+
+impl Error for DatabaseError {}
+
+impl DatabaseError {
+    /// The failure of the disk, if it is one.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault.as_ref().map(|(fault, _)| *fault)
+    }
+
+    fn said(said: String) -> Self {
+        Self { said, fault: None, code: None, violation: None }
+    }
+}
+
+impl StoreError {
+    /// An error of the driver, of the database at `place`.
+    pub(super) fn of_driver(error: &sqlx::Error, place: &Arc<str>) -> Self {
+        let sqlx::Error::Database(answer) = error else {
+            let mut said = DatabaseError::said(crate::chain(error));
+            if matches!(error, sqlx::Error::PoolTimedOut) {
+                said.said = format!("no connection to {place} in time");
+            }
+            return if is_of_connection(error) { Self::Unavailable(said) } else { Self::Refused(said) };
+        };
+        let code = answer.code().map(|code| code.into_owned());
+        let fault = code.as_deref().and_then(fault_of_code).map(|fault| (fault, Arc::clone(place)));
+        let transient = fault.is_some() || code.as_deref().is_some_and(is_transient_code);
+        let violation = match answer.kind() {
+            ErrorKind::UniqueViolation => Some(Violation::Unique),
+            ErrorKind::ForeignKeyViolation => Some(Violation::ForeignKey),
+            _ => None,
+        };
+        let said = match &code {
+            Some(code) => format!("{} (code {code})", answer.message()),
+            None => answer.message().to_owned(),
+        };
+        let error = DatabaseError { said, fault, code, violation };
+        if transient { Self::Unavailable(error) } else { Self::Refused(error) }
+    }
+
+    /// No answer came in time.
+    pub(super) fn silent(place: &str, waited: Duration) -> Self {
+        Self::Unavailable(DatabaseError::said(format!("{place} did not answer within {} ms", waited.as_millis())))
+    }
+
+    /// The turn to write did not come in time.
+    pub(super) fn busy(place: &str) -> Self {
+        Self::Unavailable(DatabaseError::said(format!("{place} is busy: the turn to write did not come in time")))
+    }
+
+    /// A transaction in which a statement failed cannot be committed.
+    pub(super) fn aborted() -> Self {
+        Self::Refused(DatabaseError::said("a statement of the transaction failed, so it was rolled back".to_owned()))
+    }
+
+    /// Whether a row with the same unique key exists.
+    pub(super) fn is_duplicate(&self) -> bool {
+        self.database().is_some_and(|error| error.violation == Some(Violation::Unique))
+    }
+
+    /// Whether the row names one that does not exist, or is named by one.
+    pub(super) fn is_dangling(&self) -> bool {
+        self.database().is_some_and(|error| error.violation == Some(Violation::ForeignKey))
+    }
+
+    /// Whether other transactions were in the way: a lock that did not come free in time, a deadlock, a serialization
+    /// failure.
+    pub fn is_contention(&self) -> bool {
+        self.code().is_some_and(|code| code == "55P03" || (code.len() == 5 && code.starts_with("40")))
+    }
+
+    /// SQLSTATE of Postgres, or SQLite's (extended) result code.
+    pub(super) fn code(&self) -> Option<&str> {
+        self.database().and_then(|error| error.code.as_deref())
+    }
+
+    /// The failure of the disk, if it is one.
+    pub fn fault(&self) -> Option<Fault> {
+        self.database().and_then(DatabaseError::fault)
+    }
+
+    fn database(&self) -> Option<&DatabaseError> {
+        match self {
+            Self::Unavailable(error) | Self::Refused(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// Errors of migrations and of reading columns, which go through sea-orm.
+impl From<DbErr> for StoreError {
+    fn from(error: DbErr) -> Self {
+        match &error {
+            DbErr::Conn(RuntimeErr::SqlxError(cause))
+            | DbErr::Exec(RuntimeErr::SqlxError(cause))
+            | DbErr::Query(RuntimeErr::SqlxError(cause)) => Self::of_driver(cause, &Arc::from("the database")),
+            DbErr::ConnectionAcquire(_) | DbErr::Conn(_) => Self::Unavailable(DatabaseError::said(error.to_string())),
+            _ => Self::Refused(DatabaseError::said(error.to_string())),
+        }
+    }
+}
+
+/// Whether the connection failed, rather than the statement.
+fn is_of_connection(error: &sqlx::Error) -> bool {
+    matches!(
+        error,
+        sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed
+    )
+}
+
+/// SQLSTATE (appendix A of Postgres' manual), or SQLite's result codes, of which the low byte of an extended one is the
+/// primary: READONLY 8, IOERR 10, FULL 13, CANTOPEN 14.
+fn fault_of_code(code: &str) -> Option<Fault> {
+    match code {
+        "53100" => return Some(Fault::DiskFull),
+        "25006" => return Some(Fault::ReadOnly),
+        "58030" => return Some(Fault::Io),
+        _ if code.len() == 5 => return None,
+        _ => {}
+    }
+    match code.parse::<u32>().ok()? & 0xff {
+        8 => Some(Fault::ReadOnly),
+        10 | 14 => Some(Fault::Io),
+        13 => Some(Fault::DiskFull),
+        _ => None,
+    }
+}
+
+/// Whether trying again later may help. SQLSTATE classes: connection, rollback, resources, operator intervention;
+/// 55P03 is a lock that did not come free in time, 25P03 a transaction that stood idle too long. SQLite: BUSY 5, LOCKED 6.
+fn is_transient_code(code: &str) -> bool {
+    if code.len() == 5 {
+        ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)) || matches!(code, "55P03" | "25P03")
+    } else {
+        code.parse::<u32>().is_ok_and(|code| matches!(code & 0xff, 5 | 6))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Fault, fault_of_code, is_transient_code};
+
+    #[test]
+    fn faults_of_the_disk_are_told_from_other_errors() {
+        for (code, fault) in [
+            ("13", Some(Fault::DiskFull)),
+            ("53100", Some(Fault::DiskFull)),
+            ("8", Some(Fault::ReadOnly)),
+            ("1032", Some(Fault::ReadOnly)),
+            ("25006", Some(Fault::ReadOnly)),
+            ("778", Some(Fault::Io)),
+            ("1034", Some(Fault::Io)),
+            ("58030", Some(Fault::Io)),
+            ("5", None),
+            ("2067", None),
+            ("23505", None),
+            ("40P01", None),
+        ] {
+            assert_eq!(fault_of_code(code), fault, "{code}");
+        }
+    }
+
+    #[test]
+    fn locks_and_outages_pass_and_constraints_do_not() {
+        for code in ["5", "517", "40001", "40P01", "55P03", "57P01", "08006", "53300"] {
+            assert!(is_transient_code(code), "{code}");
+        }
+        for code in ["1555", "2067", "23505", "42601", "22P02"] {
+            assert!(!is_transient_code(code), "{code}");
+        }
+    }
+}

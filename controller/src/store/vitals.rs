@@ -1,0 +1,106 @@
+//! Signs of life of the database: when it last answered, and whether it takes writes.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::StoreError;
+
+/// So long without any answer though something was asked, the database is silent.
+const SILENT: Duration = Duration::from_millis(1500);
+/// After a failure of the disk, small writes may succeed while others fail: it counts as healed when none failed for
+/// so long.
+const QUIET: Duration = Duration::from_secs(5);
+
+/// When the database last answered, whether an answer is waited for, and how writes ended.
+pub(super) struct Vitals {
+    begun: Instant,
+    waiting: AtomicUsize,
+    last_millis: AtomicU64,
+    writes: Mutex<Writes>,
+}
+
+#[derive(Default)]
+struct Writes {
+    wrote: Option<Instant>,
+    failed: Option<Failed>,
+}
+
+struct Failed {
+    at: Instant,
+    why: String,
+    disk: bool,
+}
+
+impl Default for Vitals {
+    fn default() -> Self {
+        Self {
+            begun: Instant::now(),
+            waiting: AtomicUsize::new(0),
+            last_millis: AtomicU64::new(0),
+            writes: Mutex::default(),
+        }
+    }
+}
+
+impl Vitals {
+    fn now(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether no answer came for a while though something was asked.
+    pub(super) fn is_silent(&self) -> bool {
+        let last = self.last_millis.load(Ordering::Relaxed);
+        self.waiting.load(Ordering::Relaxed) > 0 && u128::from(self.now().saturating_sub(last)) >= SILENT.as_millis()
+    }
+
+    /// Something is asked, until the result is dropped.
+    pub(super) fn asked(self: &Arc<Self>) -> Asked {
+        if self.waiting.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.last_millis.store(self.now(), Ordering::Relaxed);
+        }
+        Asked(Arc::clone(self))
+    }
+
+    /// A write was committed.
+    pub(super) fn wrote(&self) {
+        self.writes.lock().unwrap_or_else(PoisonError::into_inner).wrote = Some(Instant::now());
+    }
+
+    /// A write failed. What the statement or another transaction is to blame for does not count.
+    pub(super) fn write_failed(&self, error: &StoreError) {
+        if error.is_contention() || !matches!(error, StoreError::Unavailable(_)) {
+            return;
+        }
+        let failed = Failed { at: Instant::now(), why: crate::chain(error), disk: error.fault().is_some() };
+        self.writes.lock().unwrap_or_else(PoisonError::into_inner).failed = Some(failed);
+    }
+
+    /// Why writes fail at present, if they do.
+    pub(super) fn ailment(&self) -> Option<String> {
+        if self.is_silent() {
+            return Some("the database does not answer".to_owned());
+        }
+        let writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = writes.failed.as_ref()?;
+        let healed =
+            writes.wrote.is_some_and(|wrote| wrote > failed.at) && (!failed.disk || failed.at.elapsed() >= QUIET);
+        (!healed).then(|| failed.why.clone())
+    }
+}
+
+/// A question that is under way.
+pub(super) struct Asked(Arc<Vitals>);
+
+impl Asked {
+    /// The answer came.
+    pub(super) fn answered(&self) {
+        self.0.last_millis.store(self.0.now(), Ordering::Relaxed);
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,284 @@
+//! Notices when this controller does no work: a loop that stands still, beats that fail, writes that fail. It says so in
+//! the log and in the health service, and sends the nodes to another controller when that helps them.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::sessions::Sessions;
+use crate::store::Store;
+
+/// A loop without a completed round for so long has failed. After the same time other controllers take this one for
+/// dead and end its sessions.
+const STILL: Duration = Duration::from_secs(15);
+/// How often it looks.
+const LOOK: Duration = Duration::from_millis(500);
+/// How often it asks whether another controller serves, while this one does not.
+const ASK: Duration = Duration::from_secs(5);
+
+/// When rounds of a loop ended.
+#[derive(Debug, Clone, Copy)]
+struct Rounds {
+    /// Successfully or not.
+    ended: Instant,
+    /// Successfully.
+    done: Instant,
+}
+
+/// A loop's own hand on its rounds.
+#[derive(Debug, Clone)]
+pub struct Pulse {
+    name: &'static str,
+    rounds: Arc<Mutex<Rounds>>,
+}
+
+impl Pulse {
+    /// The pulse of the loop with this name, which begins now.
+    pub fn new(name: &'static str) -> Self {
+        let now = Instant::now();
+        Self { name, rounds: Arc::new(Mutex::new(Rounds { ended: now, done: now })) }
+    }
+
+    /// A round ended.
+    pub fn beat<T, E>(&self, round: &Result<T, E>) {
+        self.beat_at(Instant::now(), round.is_ok());
+    }
+
+    fn beat_at(&self, now: Instant, done: bool) {
+        let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        rounds.ended = now;
+        if done {
+            rounds.done = now;
+        }
+    }
+
+    fn rounds(&self) -> Rounds {
+        *self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The loops without which a controller does no work.
+#[derive(Debug, Clone)]
+pub struct Pulses {
+    /// Assigns what is due.
+    pub dispatcher: Pulse,
+    /// Signs of life of this controller in the store.
+    pub beat: Pulse,
+    /// Fires schedules.
+    pub scheduler: Pulse,
+}
+
+impl Default for Pulses {
+    fn default() -> Self {
+        Self { dispatcher: Pulse::new("dispatcher"), beat: Pulse::new("beat"), scheduler: Pulse::new("scheduler") }
+    }
+}
+
+/// How this controller is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Condition {
+    Well,
+    /// Rounds end with errors: the database is away, perhaps for this controller only.
+    Failing(&'static str),
+    /// A round does not even end.
+    Still(&'static str),
+}
+
+impl Pulses {
+    fn condition(&self, now: Instant) -> Condition {
+        let pulses = [&self.dispatcher, &self.beat, &self.scheduler];
+        let late = |at: Instant| now.saturating_duration_since(at) >= STILL;
+        if let Some(pulse) = pulses.iter().find(|pulse| late(pulse.rounds().ended)) {
+            return Condition::Still(pulse.name);
+        }
+        match pulses.iter().find(|pulse| late(pulse.rounds().done)) {
+            Some(pulse) => Condition::Failing(pulse.name),
+            None => Condition::Well,
+        }
+    }
+}
+
+/// Whether another controller serves.
+pub type Others = Arc<dyn Fn() -> BoxFuture<'static, bool> + Send + Sync>;
+
+/// Watches over the loops of a controller.
+pub struct Watchdog {
+    /// What tells whether writes fail.
+    pub store: Store,
+    /// Whose nodes are sent away.
+    pub sessions: Arc<Sessions>,
+    /// What is watched.
+    pub pulses: Pulses,
+    /// What the health service says.
+    pub serving: watch::Sender<bool>,
+    /// Asked while rounds fail: when every controller waits for the database, nodes stay where they are.
+    pub others: Others,
+}
+
+/// What was seen last.
+#[derive(Debug)]
+struct Seen {
+    condition: Condition,
+    ails: bool,
+    asked: Option<Instant>,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { condition: Condition::Well, ails: false, asked: None }
+    }
+}
+
+impl Watchdog {
+    /// Looks until cancelled.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut seen = Seen::default();
+        loop {
+            // Dropping the wait or the look on a stop loses nothing.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.look(&mut seen, Instant::now()) => {}
+            }
+        }
+    }
+
+    async fn look(&self, seen: &mut Seen, now: Instant) {
+        let condition = self.pulses.condition(now);
+        let ailment = self.store.ailment();
+        report(seen.condition, condition);
+        match (&ailment, seen.ails) {
+            (Some(why), false) => tracing::error!(error = why.as_str(), "writes fail"),
+            (None, true) => tracing::info!("writes succeed again"),
+            _ => {}
+        }
+        (seen.condition, seen.ails) = (condition, ailment.is_some());
+        self.serving.send_if_modified(|serving| {
+            let well = condition == Condition::Well && ailment.is_none();
+            std::mem::replace(serving, well) != well
+        });
+        let away = match condition {
+            Condition::Well => false,
+            Condition::Still(_) => true,
+            Condition::Failing(_) if self.sessions.is_away() => true,
+            Condition::Failing(_) if seen.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= ASK) => {
+                seen.asked = Some(now);
+                (self.others)().await
+            }
+            Condition::Failing(_) => false,
+        };
+        if away != self.sessions.is_away() {
+            let nodes = self.sessions.live().len();
+            self.sessions.send_away(away);
+            if away {
+                tracing::error!(nodes, "nodes are sent to other controllers");
+            } else {
+                tracing::info!("nodes are let in again");
+            }
+        }
+    }
+}
+
+fn report(was: Condition, condition: Condition) {
+    if was == condition {
+        return;
+    }
+    match condition {
+        Condition::Well => tracing::info!("all loops complete their rounds again"),
+        Condition::Failing(part) => tracing::error!(part, "no round succeeded for 15 s"),
+        Condition::Still(part) => tracing::error!(part, "no round ended for 15 s: it stands still"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sessions::{End, Handle};
+    use marco_proto::names::NodeId;
+
+    #[test]
+    fn a_loop_that_stands_still_is_told_from_one_that_fails() {
+        let pulses = Pulses::default();
+        let after = |seconds| Instant::now() + Duration::from_secs(seconds);
+        assert_eq!(pulses.condition(after(14)), Condition::Well);
+        pulses.dispatcher.beat_at(after(14), true);
+        pulses.beat.beat_at(after(14), false);
+        pulses.scheduler.beat_at(after(14), true);
+        assert_eq!(pulses.condition(after(16)), Condition::Failing("beat"));
+        assert_eq!(pulses.condition(after(30)), Condition::Still("dispatcher"));
+        for pulse in [&pulses.dispatcher, &pulses.beat, &pulses.scheduler] {
+            pulse.beat_at(after(30), true);
+        }
+        assert_eq!(pulses.condition(after(31)), Condition::Well);
+    }
+
+    struct Bench {
+        watchdog: Watchdog,
+        seen: Seen,
+        begun: Instant,
+        serving: watch::Receiver<bool>,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Bench {
+        async fn new(serves: bool) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let store = Store::open(&format!("sqlite://{}/marco.db", folder.path().display())).await.unwrap();
+            let (sender, serving) = watch::channel(true);
+            let others: Others = Arc::new(move || Box::pin(std::future::ready(serves)));
+            let (pulses, sessions) = (Pulses::default(), Arc::default());
+            let watchdog = Watchdog { store, sessions, pulses, serving: sender, others };
+            Self { watchdog, seen: Seen::default(), begun: Instant::now(), serving, _folder: folder }
+        }
+
+        /// Looks once, so many seconds after the start, at loops whose rounds just ended as said, or did not end.
+        async fn look(&mut self, seconds: u64, round: Option<bool>) {
+            let (pulses, now) = (&self.watchdog.pulses, self.begun + Duration::from_secs(seconds));
+            for pulse in [&pulses.dispatcher, &pulses.beat, &pulses.scheduler] {
+                if let Some(done) = round {
+                    pulse.beat_at(now, done);
+                }
+            }
+            self.watchdog.look(&mut self.seen, now).await;
+        }
+
+        fn session(&self, epoch: i64) -> Option<Handle> {
+            self.watchdog.sessions.open(&NodeId::parse("pi-1").unwrap(), epoch, "0a")
+        }
+    }
+
+    #[tokio::test]
+    async fn nodes_of_a_controller_that_stands_still_are_sent_away_and_let_in_again() {
+        let mut bench = Bench::new(false).await;
+        let handle = bench.session(1).unwrap();
+        bench.look(10, None).await;
+        assert!(handle.end.borrow().is_none() && *bench.serving.borrow());
+        bench.look(16, None).await;
+        assert_eq!(*handle.end.borrow(), Some(End::Away));
+        assert!(!*bench.serving.borrow());
+        assert!(bench.session(2).is_none(), "none is let in meanwhile");
+        bench.look(17, Some(true)).await;
+        assert!(*bench.serving.borrow());
+        assert!(bench.session(3).is_some());
+    }
+
+    #[tokio::test]
+    async fn nodes_stay_while_no_controller_reaches_the_database() {
+        for (serves, end) in [(false, None), (true, Some(End::Away))] {
+            let mut bench = Bench::new(serves).await;
+            let handle = bench.session(1).unwrap();
+            for seconds in [5, 10, 16, 22, 30] {
+                bench.look(seconds, Some(false)).await;
+            }
+            assert_eq!(*handle.end.borrow(), end, "another serves: {serves}");
+            assert!(!*bench.serving.borrow());
+        }
+    }
+}
