@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use chrono::{DateTime, Duration, Utc};
 
+use crate::calendar::{delta, earlier, later};
+
 /// Where `now` comes from.
 pub trait Clock: Send + Sync + 'static {
     /// The time, UTC.
@@ -49,7 +51,7 @@ impl Sample {
 
     /// The time when the answer came, if it was made half-way.
     fn middle(&self) -> DateTime<Utc> {
-        self.time + Duration::from_std(self.round_trip() / 2).unwrap_or_default()
+        later(self.time, delta(self.round_trip() / 2))
     }
 }
 
@@ -71,18 +73,18 @@ impl AnchoredClock {
 
     /// Sets the clock by an answer of the shared one.
     pub fn anchor(&self, sample: Sample) {
-        let now = sample.middle() + Duration::from_std(sample.answered.elapsed()).unwrap_or_default();
-        *self.at_start.lock().unwrap_or_else(PoisonError::into_inner) = now - self.elapsed();
+        let now = later(sample.middle(), delta(sample.answered.elapsed()));
+        *self.at_start.lock().unwrap_or_else(PoisonError::into_inner) = earlier(now, self.elapsed());
     }
 
     fn elapsed(&self) -> Duration {
-        Duration::from_std(self.start.elapsed()).unwrap_or(Duration::MAX)
+        delta(self.start.elapsed())
     }
 }
 
 impl Clock for AnchoredClock {
     fn now(&self) -> DateTime<Utc> {
-        *self.at_start.lock().unwrap_or_else(PoisonError::into_inner) + self.elapsed()
+        later(*self.at_start.lock().unwrap_or_else(PoisonError::into_inner), self.elapsed())
     }
 }
 
@@ -99,7 +101,7 @@ impl ManualClock {
     /// Moves the clock on, or back.
     pub fn advance(&self, by: Duration) {
         let mut now = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        *now += by;
+        *now = later(*now, by);
     }
 }
 

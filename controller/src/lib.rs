@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod artifacts;
+pub mod calendar;
 pub mod clock;
 pub mod config;
 pub mod discovery;
@@ -375,7 +376,7 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Wo
             if let Err(error) = api::remove_unneeded(&context).await {
                 tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
             }
-            match context.store.prune_events(context.clock.now() - keep_events).await {
+            match context.store.prune_events(calendar::earlier(context.clock.now(), keep_events)).await {
                 Ok(0) => {}
                 Ok(operations) => {
                     tracing::info!(operations, "the events of operations that ended long ago were removed")

@@ -10,6 +10,8 @@ use std::sync::{Arc, OnceLock};
 use chrono::{DateTime, Utc};
 use tokio::sync::{Semaphore, watch};
 
+use crate::calendar;
+
 mod api_tokens;
 mod artifacts;
 mod audit;
@@ -146,7 +148,7 @@ impl Store {
     }
 }
 
-/// Microseconds since 1970, as every time is stored.
+/// Microseconds since 1970, as every time is stored. Nothing beyond the year 9999 is.
 fn micros(time: DateTime<Utc>) -> i64 {
-    time.timestamp_micros()
+    calendar::bounded(time).timestamp_micros()
 }

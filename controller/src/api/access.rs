@@ -214,7 +214,7 @@ impl Doors {
             id,
             role: role.as_str().to_owned(),
             scope,
-            expire_time: now + ttl,
+            expire_time: crate::calendar::later(now, ttl),
             create_time: now,
             creator: caller.name.clone(),
             revoke_time: None,

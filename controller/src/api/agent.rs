@@ -9,7 +9,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::time::Duration;
 
-use chrono::TimeDelta;
 use marco_proto::names::{ExecutionId, NodeId};
 use marco_proto::v1;
 use marco_proto::v1::agent_service_server::AgentService;
@@ -318,7 +317,7 @@ async fn session(
         return;
     }
     // A controller that stood still takes up what came meanwhile: the connection counts, not when it was read.
-    let accepted = context.clock.now() - TimeDelta::from_std(peer.accepted.elapsed()).unwrap_or_default();
+    let accepted = crate::calendar::earlier(context.clock.now(), crate::calendar::delta(peer.accepted.elapsed()));
     let first = tokio::time::timeout(HELLO, messages.message()).await;
     let Ok(Ok(Some(v1::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }))) = first else {
         let _ = out.try_send(Err(ApiError::invalid("hello", "must be the first message, within 10 s").into()));

@@ -66,7 +66,9 @@ pub(super) fn labels(field: &str, labels: HashMap<String, String>) -> Result<BTr
     Ok(labels.into_iter().collect())
 }
 
+/// Nothing beyond the year 9999 leaves the API: the type ends there, and clients fail on more.
 pub(super) fn timestamp(time: DateTime<Utc>) -> prost_types::Timestamp {
+    let time = crate::calendar::bounded(time);
     prost_types::Timestamp {
         seconds: time.timestamp(),
         nanos: i32::try_from(time.timestamp_subsec_nanos()).unwrap_or_default(),

@@ -172,7 +172,7 @@ impl Nodes {
             id: token.id.clone(),
             secret_sha256: token.secret_sha256(),
             max_uses,
-            expire_time: now + ttl,
+            expire_time: crate::calendar::later(now, ttl),
             require_approval: request.require_approval,
             labels,
             creator: caller.name.clone(),

@@ -18,6 +18,7 @@ use sha2::{Digest as _, Sha256};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::roles::Role;
+use crate::calendar::{earlier, later};
 pub use files::Pki;
 
 /// How long the CA's certificate is valid: longer than the cards that carry it live.
@@ -136,7 +137,7 @@ impl Ca {
         let tag: String = text.chars().rev().take(8).collect();
         params.distinguished_name.push(DnType::CommonName, format!("Marco Bootstrap CA {tag}"));
         params.serial_number = Some(serial);
-        valid(&mut params, now - BACKDATED, now + CA_LIFE)?;
+        valid(&mut params, earlier(now, BACKDATED), later(now, CA_LIFE))?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate = params.self_signed(&key)?;
@@ -281,7 +282,7 @@ impl Ca {
     ) -> Result<Issued, PkiError> {
         let (serial_number, serial) = random_serial()?;
         // Certificates count whole seconds: the record must say the same.
-        let (not_before, not_after) = (whole_seconds(now - BACKDATED)?, whole_seconds(now + life)?);
+        let (not_before, not_after) = (whole_seconds(earlier(now, BACKDATED))?, whole_seconds(later(now, life))?);
         params.serial_number = Some(serial_number);
         valid(&mut params, not_before, not_after)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

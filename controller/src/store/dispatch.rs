@@ -145,7 +145,7 @@ impl Store {
     pub async fn give_up(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
         let which = sql("SELECT operation, node, state FROM executions WHERE overdue AND deadline <= ? \
                          AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
-        .time(now - GIVE_UP_AFTER);
+        .time(crate::calendar::earlier(now, GIVE_UP_AFTER));
         let error = ExecutionError::new(reason::NEVER_RETURNED, "nothing was heard of the node for a day");
         self.end_found(which, ExecutionState::Failed, Some(error), now).await
     }
@@ -156,8 +156,8 @@ impl Store {
                          JOIN operations o ON o.id = e.operation JOIN nodes n ON n.id = e.node \
                          WHERE e.state = 'REBOOTING' AND o.action_kind = 'power-off' AND n.controller_id IS NULL \
                          AND n.disconnect_time <= ? AND e.update_time <= ?")
-        .time(now - OFF_AFTER)
-        .time(now - OFF_AFTER);
+        .time(crate::calendar::earlier(now, OFF_AFTER))
+        .time(crate::calendar::earlier(now, OFF_AFTER));
         self.end_found(which, ExecutionState::Succeeded, None, now).await
     }
 

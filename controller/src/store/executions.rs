@@ -9,6 +9,7 @@ use super::connection::Connection;
 use super::rollouts::{Gone, group, standing};
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError};
+use crate::calendar::END_OF_TIME;
 use crate::operation::{
     self, Action, ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitContext, WaitReason,
     wait_reason,
@@ -123,9 +124,6 @@ const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overd
     EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
             AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy \
     FROM executions e JOIN operations o ON o.id = e.operation LEFT JOIN nodes n ON n.id = e.node";
-
-/// A window that opens no more is closed until then, less what is lost in microseconds.
-const END_OF_TIME: DateTime<Utc> = DateTime::from_timestamp_nanos(i64::MAX);
 
 /// Reads executions of one operation.
 async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {

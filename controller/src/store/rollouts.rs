@@ -39,7 +39,7 @@ impl Store {
     }
 
     pub(super) fn gone(&self, now: DateTime<Utc>) -> Gone {
-        let limit = now - GONE_AFTER;
+        let limit = crate::calendar::earlier(now, GONE_AFTER);
         let too_early = self.shared.watched_since.get().is_some_and(|since| limit < *since);
         Gone(if too_early { i64::MIN } else { super::micros(limit) })
     }

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 
 use super::connection::{Connection, Want};
 use super::{StoreError, micros};
+use crate::calendar;
 
 /// A statement with its values.
 #[derive(Debug, Clone)]
@@ -208,7 +209,9 @@ impl Row {
 }
 
 fn as_time(column: &'static str, micros: i64) -> Result<DateTime<Utc>, StoreError> {
+    // Releases before stored a window that never opens as the end of chrono's calendar.
     DateTime::from_timestamp_micros(micros)
+        .map(calendar::bounded)
         .ok_or_else(|| StoreError::Unknown { what: column, value: micros.to_string() })
 }
 

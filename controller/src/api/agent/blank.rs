@@ -79,7 +79,7 @@ impl Blank {
             target: Target::Nodes(vec![node.as_str().to_owned()]),
             nodes: vec![node.clone()],
             schedule_time: now,
-            expire_time: now + LIFETIME,
+            expire_time: crate::calendar::later(now, LIFETIME),
             creator: format!("{CREATOR}/{node}"),
             request: request_key(&request, &body)?,
             retry_of: None,

@@ -211,7 +211,7 @@ fn serves(ca: &Ca, certificate: &CertificateDer<'_>, names: &BTreeSet<String>, n
     if parsed.verify_signature(Some(authority.public_key())).is_err() {
         return false;
     }
-    if (now + RENEW_BEFORE).timestamp() >= parsed.validity().not_after.timestamp() {
+    if crate::calendar::later(now, RENEW_BEFORE).timestamp() >= parsed.validity().not_after.timestamp() {
         return false;
     }
     let Ok(Some(alternatives)) = parsed.subject_alternative_name() else { return false };
