@@ -109,6 +109,7 @@ impl Controller {
         for folder in ["artifacts", "staging", "pki"] {
             keep_private(&config.data_dir.join(folder));
         }
+        tracing::info!(tzdata = %schedule::Tzdata::of_process(), "time zones");
         let store = Store::open(&config.database_url).await.context("cannot open the database")?;
         // Several controllers on one database agree on its time, whatever their own clocks say.
         let anchored = ask_time(&store).await?.map(|sample| Arc::new(AnchoredClock::new(sample)));
@@ -166,6 +167,7 @@ impl Controller {
         let _ = writeln!(text, "  data             {}", self.config.data_dir.display());
         let minted = if self.pki.minted { " (made just now, for development)" } else { "" };
         let _ = writeln!(text, "  certificates     {certs}{minted}");
+        let _ = writeln!(text, "  time zones       {}", schedule::Tzdata::of_process());
         let _ = write!(
             text,
             "Try: grpcurl -cacert {certs}/ca.crt -cert {certs}/admin.crt -key {certs}/admin.key \

@@ -8,21 +8,28 @@
 //! - Any other fires once for each local time: at the first of two, and once at the end of a gap for everything that
 //!   the gap left out.
 
-use std::fmt;
-use std::str::FromStr;
+#![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
-use chrono::{DateTime, NaiveDateTime, Offset as _, SubsecRound as _, TimeDelta, TimeZone as _, Utc};
-use chrono_tz::Tz;
+use std::fmt;
+
+use chrono::{DateTime, FixedOffset, NaiveDateTime, SubsecRound as _, TimeDelta, Utc};
 use croner::Cron;
 use croner::parser::{CronParser, Seconds, Year};
 
+use crate::calendar;
+use syntax::Expression;
+
 mod due;
 mod policy;
+mod syntax;
 mod window;
+mod words;
+mod zone;
 
 pub use due::Due;
-pub use policy::{FireOutcome, MissedFire, Overlap, jitter};
+pub use policy::{FireOutcome, MissedFire, Overlap, jitter, operation_uuid};
 pub use window::MaintenanceWindow;
+pub use zone::{Tzdata, Zone};
 
 /// No change of a zone's offset moves the clock further than this, and no offset is larger.
 const LARGEST_OFFSET: TimeDelta = TimeDelta::hours(16);
@@ -41,16 +48,20 @@ pub enum RecurrenceError {
         why: String,
     },
     /// The zone.
-    #[error("{0:?} is not a time zone of the IANA database; an example is Europe/Madrid")]
+    #[error("{name:?} is not a time zone of the IANA database; {advice}", name = .0, advice = zone::advice(.0))]
     Zone(String),
+    /// The expression can be read, and no date matches it.
+    #[error("{0:?} never fires: no date matches it")]
+    Never(String),
 }
 
 /// A cron expression in a time zone.
 #[derive(Debug, Clone)]
 pub struct Recurrence {
     cron: Cron,
+    expression: Expression,
     text: String,
-    zone: Tz,
+    zone: Zone,
     follows_elapsed_time: bool,
 }
 
@@ -60,17 +71,6 @@ impl fmt::Display for Recurrence {
     }
 }
 
-/// The IANA time zone of this name; the empty name is UTC.
-///
-/// # Errors
-/// When there is none.
-pub fn zone(name: &str) -> Result<Tz, RecurrenceError> {
-    if name.is_empty() {
-        return Ok(Tz::UTC);
-    }
-    Tz::from_str(name).map_err(|_| RecurrenceError::Zone(name.to_owned()))
-}
-
 impl Recurrence {
     /// Reads an expression of 5 fields (minute, hour, day of month, month, day of week) or 6 (seconds first), and a
     /// zone; the empty zone is UTC.
@@ -78,24 +78,32 @@ impl Recurrence {
     /// # Errors
     /// When one of them is none.
     pub fn parse(cron: &str, zone_name: &str) -> Result<Self, RecurrenceError> {
-        let zone = zone(zone_name)?;
+        let zone = Zone::parse(zone_name)?;
         let refused = |why: String| RecurrenceError::Cron { cron: cron.to_owned(), why };
+        let expression = Expression::parse(cron).map_err(refused)?;
         let fields: Vec<&str> = cron.split_whitespace().collect();
-        let hour = match fields.as_slice() {
-            [_, hour, _, _, _] | [_, _, hour, _, _, _] => *hour,
-            other => {
-                return Err(refused(format!(
-                    "it has {} field{}; it needs 5 (minute, hour, day of month, month, day of week), or 6 with the \
-                     seconds first",
-                    other.len(),
-                    if other.len() == 1 { "" } else { "s" },
-                )));
-            }
-        };
+        let hour = fields.iter().rev().nth(3).copied().unwrap_or_default();
         let text = fields.join(" ");
-        let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
-        let cron = parser.parse(&text).map_err(|error| refused(error.to_string()))?;
-        Ok(Self { cron, follows_elapsed_time: hour.starts_with('*'), text, zone })
+        let parser = CronParser::builder()
+            .seconds(Seconds::Required)
+            .year(Year::Disallowed)
+            .dom_and_dow(expression.both_days)
+            .build();
+        let cron = parser.parse(&expression.spelled_out()).map_err(|error| refused(error.to_string()))?;
+        Ok(Self { cron, expression, follows_elapsed_time: hour.starts_with('*'), text, zone })
+    }
+
+    /// The first fire later than `after`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn must_fire(&self, after: DateTime<Utc>) -> Result<DateTime<Utc>, RecurrenceError> {
+        self.next_after(after).ok_or_else(|| RecurrenceError::Never(self.text.clone()))
+    }
+
+    /// What the expression means, in words: `at 03:00, on Monday`.
+    pub fn words(&self) -> String {
+        self.expression.to_string()
     }
 
     /// The expression, its fields apart by one space.
@@ -104,19 +112,22 @@ impl Recurrence {
     }
 
     /// The zone.
-    pub fn zone(&self) -> Tz {
-        self.zone
+    pub fn zone(&self) -> &Zone {
+        &self.zone
     }
 
     /// An instant as the zone's wall clock shows it.
-    pub fn local(&self, instant: DateTime<Utc>) -> DateTime<Tz> {
-        instant.with_timezone(&self.zone)
+    pub fn local(&self, instant: DateTime<Utc>) -> DateTime<FixedOffset> {
+        self.zone.local(instant)
     }
 
-    /// The first fire later than `after`; `None` when there is none.
+    /// The first fire later than `after`; `None` when there is none up to the end of the calendar. Fires are at whole
+    /// seconds.
     pub fn next_after(&self, after: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        let after = after.trunc_subsecs(0);
-        if self.follows_elapsed_time { self.next_instant(after) } else { self.next_local_time(after) }
+        let whole = calendar::bounded(after).trunc_subsecs(0);
+        let found = if self.follows_elapsed_time { self.next_instant(whole) } else { self.next_local_time(whole) };
+        // Who walks over fires relies on it that each is later than the one before.
+        found.filter(|fire| *fire > after && *fire <= calendar::END_OF_TIME)
     }
 
     /// The fires later than `after`, earliest first.
@@ -159,11 +170,17 @@ impl Recurrence {
 
     /// When the wall clock shows this: the first time, or the end of the gap that leaves it out.
     fn instant_of(&self, local: NaiveDateTime) -> Option<DateTime<Utc>> {
-        if let Some(first) = self.zone.from_local_datetime(&local).earliest() {
-            return Some(first.with_timezone(&Utc));
-        }
         let before = local.and_utc().checked_sub_signed(LARGEST_OFFSET)?;
         let after = local.and_utc().checked_add_signed(LARGEST_OFFSET)?;
+        // The offsets before and after are those of any change near by; between two changes there is a day.
+        let shown_with = |offset: TimeDelta| {
+            let instant = local.and_utc().checked_sub_signed(offset)?;
+            (self.offset(instant) == offset).then_some(instant)
+        };
+        let candidates = [self.offset(before), self.offset(local.and_utc()), self.offset(after)];
+        if let Some(first) = candidates.into_iter().filter_map(shown_with).min() {
+            return Some(first);
+        }
         first_in(before, after, |instant| self.wall_clock(instant).is_some_and(|shown| shown > local))
     }
 
@@ -187,8 +204,7 @@ impl Recurrence {
     }
 
     fn offset(&self, instant: DateTime<Utc>) -> TimeDelta {
-        let offset = self.zone.offset_from_utc_datetime(&instant.naive_utc());
-        TimeDelta::seconds(i64::from(offset.fix().local_minus_utc()))
+        self.zone.offset(instant)
     }
 }
 
@@ -199,11 +215,14 @@ fn first_in(
     mut after: DateTime<Utc>,
     holds: impl Fn(DateTime<Utc>) -> bool,
 ) -> Option<DateTime<Utc>> {
-    while after - before > TimeDelta::seconds(1) {
-        let middle = before.checked_add_signed(TimeDelta::seconds((after - before).num_seconds() / 2))?;
+    loop {
+        let apart = after.signed_duration_since(before);
+        if apart <= TimeDelta::seconds(1) {
+            return Some(after);
+        }
+        let middle = before.checked_add_signed(TimeDelta::seconds(apart.num_seconds().checked_div(2)?))?;
         if holds(middle) { after = middle } else { before = middle }
     }
-    Some(after)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Owns tokio-cron-scheduler. It wakes work that recurs; what is due is always read from the store.
 
+#![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
+
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;

@@ -72,7 +72,11 @@ impl Race {
                 overlap: schedule::Overlap::Queue.into(),
                 ..Schedule::default()
             };
-            let request = CreateScheduleRequest { schedule: Some(schedule), schedule_id: format!("race-{number:02}") };
+            let request = CreateScheduleRequest {
+                schedule: Some(schedule),
+                schedule_id: format!("race-{number:02}"),
+                validate_only: false,
+            };
             client.create_schedule(request).await.with_context(|| format!("schedule {number}"))?;
         }
         let latest = "SELECT MAX(create_time) AS latest FROM schedules";

@@ -7,12 +7,13 @@ use integration_tests::client::{bad_fields, reason};
 use integration_tests::fleet::{execution_name, reboot};
 use integration_tests::process::{Output, binary, run};
 use integration_tests::{Fleet, seconds, wait_until};
+use marco_controller::schedule::operation_uuid;
 use marco_proto::v1::fire::Outcome;
 use marco_proto::v1::operation::State;
 use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
 use marco_proto::v1::{
-    CreateScheduleRequest, Fire, ListFiresRequest, ListSchedulesRequest, Operation, RunScheduleRequest, Schedule,
-    UpdateScheduleRequest,
+    CreateScheduleRequest, Fire, ListFiresRequest, ListSchedulesRequest, MaintenanceWindow, Operation,
+    RunScheduleRequest, Schedule, UpdateScheduleRequest,
 };
 use tonic::Code;
 use tonic::transport::Channel;
@@ -39,7 +40,7 @@ fn nightly(operation: Operation) -> Schedule {
 }
 
 fn create(id: &str, schedule: Schedule) -> CreateScheduleRequest {
-    CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned() }
+    CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned(), validate_only: false }
 }
 
 async fn fires(fleet: &Fleet, id: &str) -> Result<Vec<Fire>> {
@@ -84,6 +85,12 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
     for fire in all.iter().filter(|fire| fire.outcome() == Outcome::Fired) {
         let operation = fleet.ends(&fire.operation, seconds(60), State::Succeeded).await?;
         assert_eq!((operation.schedule.as_str(), operation.fire_time), ("schedules/often", fire.fire_time));
+        let time = |time: Option<prost_types::Timestamp>| {
+            let time = time.context("no time")?;
+            chrono::DateTime::from_timestamp(time.seconds, u32::try_from(time.nanos)?).context("no time")
+        };
+        let derived = operation_uuid("often", time(created.create_time)?, time(fire.fire_time)?);
+        assert_eq!(operation.name, format!("operations/{derived}"));
         assert_eq!(fleet.pi(&id).reboots(&execution_name(&operation, &id))?, 1);
     }
     for fire in all.iter().filter(|fire| fire.outcome() != Outcome::Fired) {
@@ -115,7 +122,9 @@ async fn changes_at_any_moment_neither_lose_nor_stop_an_instant() -> Result<()> 
             ..Schedule::default()
         };
         let update_mask = Some(prost_types::FieldMask { paths: vec![path.to_owned()] });
-        client.update_schedule(UpdateScheduleRequest { schedule: Some(changed), update_mask }).await?;
+        client
+            .update_schedule(UpdateScheduleRequest { schedule: Some(changed), update_mask, validate_only: false })
+            .await?;
         tokio::time::timeout(Duration::from_millis(71), std::future::pending::<()>()).await.ok();
     }
     let last = fires(&fleet, "busy").await?.first().and_then(|fire| fire.fire_time).context("no fire")?;
@@ -143,7 +152,23 @@ async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() ->
     let long = Some(prost_types::Duration { seconds: 90_000, nanos: 0 });
     let template = |operation| Schedule { operation: Some(operation), ..good.clone() };
     let timed = Operation { schedule_time: later, ..reboot(&["pi-01"], Duration::ZERO) };
-    let cases: [(&str, Schedule, &[&str], &str); 9] = [
+    let window = |cron: &str, zone: &str| {
+        let duration = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
+        let window = MaintenanceWindow { cron: cron.to_owned(), duration, time_zone: zone.to_owned() };
+        template(Operation { window: Some(window), ..reboot(&["pi-01"], Duration::ZERO) })
+    };
+    let cron = |cron: &str| Schedule { cron: cron.to_owned(), ..good.clone() };
+    let zone = |zone: &str| Schedule { time_zone: zone.to_owned(), ..good.clone() };
+    let cases: [(&str, Schedule, &[&str], &str); 18] = [
+        ("a window that never opens", window("0 22 30 2 *", ""), &["schedule.operation.window.cron"], "never fires"),
+        ("a window nowhere", window("0 22 * * *", "utc"), &["schedule.operation.window.time_zone"], "mean UTC?"),
+        ("a cron of AWS", cron("45 12 * * TUE,THU *"), &["schedule.cron"], "TUE is a day of the week"),
+        ("a space in a list", cron("0 3 * * 1, 3"), &["schedule.cron"], "is empty"),
+        ("an L alone", cron("0 2 * * L"), &["schedule.cron"], "last Friday"),
+        ("a small letter", zone("europe/madrid"), &["schedule.time_zone"], "did you mean Europe/Madrid?"),
+        ("an abbreviation", zone("CEST"), &["schedule.time_zone"], "Europe/Madrid"),
+        ("an offset", zone("+03:00"), &["schedule.time_zone"], "Etc/GMT-3"),
+        ("a word and an offset", zone("UTC+2"), &["schedule.time_zone"], "Etc/GMT-2"),
         ("no cron", Schedule { cron: String::new(), ..good.clone() }, &["schedule.cron"], "0 fields"),
         ("a wrong cron", Schedule { cron: "61 * * * *".to_owned(), ..good.clone() }, &["schedule.cron"], "61"),
         ("never", Schedule { cron: "0 0 30 2 *".to_owned(), ..good.clone() }, &["schedule.cron"], "never fires"),
@@ -186,7 +211,7 @@ async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() ->
     assert_eq!((status.code(), reason(&status).as_str()), (Code::AlreadyExists, "SCHEDULE_EXISTS"));
     let changed = Schedule { name: "good".to_owned(), cron: "0 4 * * *".to_owned(), ..Schedule::default() };
     let update_mask = Some(prost_types::FieldMask { paths: vec!["cron".to_owned()] });
-    let update = UpdateScheduleRequest { schedule: Some(changed), update_mask };
+    let update = UpdateScheduleRequest { schedule: Some(changed), update_mask, validate_only: false };
     let updated = schedules(&fleet)?.update_schedule(update).await?.into_inner();
     assert_eq!((updated.cron.as_str(), updated.time_zone.as_str()), ("0 4 * * *", "Europe/Madrid"));
     assert!(updated.operation.is_some_and(|operation| operation.target.is_some()));
@@ -244,6 +269,104 @@ async fn marcoctl_shows_the_coming_fires_in_the_zone_and_in_utc() -> Result<()> 
     assert_eq!(nothing.status.code(), Some(2), "{nothing:?}");
     marcoctl(&fleet, &["schedules", "delete", "winter"]).await?.success()?;
     assert_eq!(marcoctl(&fleet, &["schedules", "get", "winter"]).await?.status.code(), Some(1));
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_is_rarely_meant_is_asked_for_and_nothing_is_stored_before() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let id = fleet.ids().await?.remove(0);
+    let create = ["schedules", "create", "odd", "--cron", "0 3 * * *", "--action"];
+    let cases: [(&[&str], &str); 5] = [
+        (&["reboot", "pi-nobody"], "nodes/pi-nobody"),
+        (&["reboot", "--selector", "room=attic"], "no node has the label room=attic"),
+        (&["update", "--image", "nothing", &id], "artifacts/nothing"),
+        (&["reboot", "--all", "--group-by", "swich", "--max-per-group", "1"], "swich"),
+        (&["update", "--image", "nothing", "pi-nobody"], "nodes/pi-nobody"),
+    ];
+    for (flags, said) in cases {
+        let refused = marcoctl(&fleet, &[&create[..], flags].concat()).await?;
+        assert_eq!(refused.status.code(), Some(1), "{flags:?}: {refused:?}");
+        assert!(refused.stderr.contains(said) && refused.stderr.contains("--force"), "{flags:?}: {refused:?}");
+        assert_eq!(marcoctl(&fleet, &["schedules", "get", "odd"]).await?.status.code(), Some(1), "it was stored");
+    }
+    let both = marcoctl(&fleet, &[&create[..], &["update", "--image", "nothing", "pi-nobody"]].concat()).await?;
+    assert!(both.stderr.contains("artifacts/nothing"), "all that is missing is said: {both:?}");
+    let often = ["schedules", "create", "often", "--cron", "* * * * * *", "--action", "reboot", &id];
+    let refused = marcoctl(&fleet, &often).await?;
+    assert!(refused.status.code() == Some(1) && refused.stderr.contains("every second"), "{refused:?}");
+
+    // Without doubts nobody is asked; with --force it is done, and said all the same.
+    let sound = ["schedules", "create", "sound", "--cron", "0 3 29 2 *", "--zone", "Europe/Madrid", "--action"];
+    let window = ["reboot", &id, "--window-cron", "0 2 * * 7L", "--window-duration", "4h"];
+    let made = marcoctl(&fleet, &[&sound[..], &window].concat()).await?.success()?;
+    assert!(made.contains("at 03:00, on day 29 of the month, in February"), "{made}");
+    let changes = ["schedules", "update", "sound", "pi-nobody"];
+    assert_eq!(marcoctl(&fleet, &changes).await?.status.code(), Some(1));
+    let forced = marcoctl(&fleet, &[&changes[..], &["--force"]].concat()).await?;
+    assert!(forced.status.success() && forced.stderr.contains("warning: ") && forced.stdout.contains("pi-nobody"));
+
+    // The window has the schedule's zone, and follows it.
+    let zone = async || -> Result<String> {
+        let stored = schedules(&fleet)?.list_schedules(ListSchedulesRequest::default()).await?.into_inner();
+        let operation = stored.schedules.into_iter().next().and_then(|schedule| schedule.operation);
+        Ok(operation.and_then(|operation| operation.window).context("no window")?.time_zone)
+    };
+    assert_eq!(zone().await?, "Europe/Madrid");
+    marcoctl(&fleet, &["schedules", "update", "sound", "--zone", "Asia/Tokyo", "--force"]).await?.success()?;
+    assert_eq!(zone().await?, "Asia/Tokyo");
+
+    // The list says what became of the last instant.
+    let mut often = often.to_vec();
+    often.push("--force");
+    marcoctl(&fleet, &often).await?.success()?;
+    wait_until(seconds(60), "the list shows an operation of the last instant", async || {
+        let listed = marcoctl(&fleet, &["schedules", "list"]).await?.success()?;
+        Ok((listed.contains("LAST") && listed.contains("FIRED, ")).then_some(()))
+    })
+    .await?;
+    marcoctl(&fleet, &["schedules", "delete", "often"]).await?.success()?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_cron_is_said_in_words_and_one_that_never_fires_is_an_error() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let from = ["--from", "2026-11-29T12:00:00Z", "--count", "2"];
+    for (cron, words, fires) in [
+        ("0 2 * * 7L", "on the last Sunday of the month", ["2026-12-27T02:00:00Z", "2027-01-31T02:00:00Z"]),
+        (
+            "0 2 * * 1,7L",
+            "on Monday and the last Sunday of the month",
+            ["2026-11-30T02:00:00Z", "2026-12-07T02:00:00Z"],
+        ),
+        (
+            "0 3 */2 * 1",
+            "on the days 1, 3 and so on to 31 of the month, if that is Monday",
+            ["2026-12-07T03:00:00Z", "2026-12-21T03:00:00Z"],
+        ),
+    ] {
+        let next = marcoctl(&fleet, &[&["schedules", "next", "--cron", cron], &from[..]].concat()).await?;
+        assert!(next.stderr.contains(words) && next.stderr.contains("time zones: 20"), "{cron}: {next:?}");
+        let utc: Vec<&str> = next.stdout.lines().filter_map(|line| line.split(' ').nth(1)).collect();
+        assert_eq!(utc, fires, "{cron}: {next:?}");
+    }
+    for zone in [["America/Vancouver", "10"], ["America/Edmonton", "09"], ["Africa/Casablanca", "03"]] {
+        let [name, hour] = zone;
+        let asked = ["schedules", "next", "--cron", "0 3 1 12 *", "--zone", name, "--from", "2026-11-29T12:00:00Z"];
+        let next = marcoctl(&fleet, &asked).await?.success()?;
+        assert!(next.contains(&format!(" 2026-12-01T{hour}:00:00Z")), "{name}: {next}");
+    }
+    for never in ["0 0 30 2 *", "0 22 30 2 *", "0 0 31 4,6 *"] {
+        let refused = marcoctl(&fleet, &["schedules", "next", "--cron", never]).await?;
+        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""), "{never}: {refused:?}");
+        assert!(refused.stderr.contains("never fires"), "{never}: {refused:?}");
+        let window = ["operations", "reboot", "--all", "--window-cron", never, "--window-duration", "1h"];
+        let refused = marcoctl(&fleet, &window).await?;
+        assert!(!refused.status.success() && refused.stderr.contains("never fires"), "{never}: {refused:?}");
+    }
     fleet.went_well();
     Ok(())
 }

@@ -79,6 +79,7 @@ async fn create_schedules(fleet: &Fleet, ids: &[String], dice: &mut Dice) -> Res
                 ..Schedule::default()
             }),
             schedule_id: format!("soak-{number:02}"),
+            validate_only: false,
         };
         client.create_schedule(request).await.with_context(|| format!("schedule {number}"))?;
     }

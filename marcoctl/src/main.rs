@@ -1,6 +1,7 @@
 //! `marcoctl`: the operator's command line.
 
 mod args;
+mod ask;
 mod bootcode;
 mod card;
 mod clock;

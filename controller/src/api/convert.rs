@@ -21,7 +21,7 @@ pub(super) use node::{board, boot_id, join_token, mode, node, node_state, system
 pub(super) use operation::{
     action, event, execution, execution_log, execution_state, operation, operation_state, rollout, target, window,
 };
-pub(super) use schedule::{fire, fire_outcome, missed_fire, overlap, schedule};
+pub(super) use schedule::{fire, fire_outcome, last_fire, missed_fire, overlap, schedule};
 
 /// Longest free text, in bytes.
 const TEXT_MAX: usize = 1024;

@@ -23,7 +23,7 @@ mod check;
 mod create;
 
 use create::default_expiry;
-pub(super) use create::{read, request_key};
+pub(super) use create::{must_open, read, request_key};
 
 /// The service.
 pub(super) struct Operations {
@@ -141,6 +141,7 @@ impl Operations {
                 message: format!("every node of {} that still exists succeeded", id.name()),
             });
         }
+        must_open(old.window.as_ref(), now)?;
         let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
         self.store_new(

@@ -9,22 +9,20 @@ use marco_proto::v1::schedule_service_server::ScheduleService;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
-use super::operation::{Operations, request_key};
+use super::operation::{Operations, must_open, request_key};
 use super::scope::outside;
 use super::status::ApiError;
-use super::{Context, caller, convert, page};
+use super::{Context, caller, convert};
+use crate::calendar::{delta, later};
 use crate::identity::Caller;
 use crate::operation::{Action, Target};
-use crate::schedule::{Recurrence, jitter};
-use crate::store::{FireQuery, NewOperation, OperationRow, Origin, RequestKey, ScheduleRow, Scope};
+use crate::schedule::{Recurrence, RecurrenceError, jitter, operation_uuid};
+use crate::store::{NewOperation, OperationRow, Origin, RequestKey, ScheduleRow, Scope};
 
 mod change;
+mod doubts;
+mod list;
 mod read;
-
-/// Fires that a preview shows unless it says how many.
-const PREVIEW: usize = 10;
-/// Most fires that a preview shows.
-const PREVIEW_MAX: usize = 1000;
 
 /// The service.
 pub(super) struct Schedules {
@@ -59,30 +57,35 @@ impl Schedules {
         scope: Scope,
         request: Option<RequestKey>,
     ) -> Result<NewOperation, ApiError> {
+        let window = schedule.template.window.as_ref();
+        must_open(window, begins)?;
         let operations = Operations::new(self.context.clone());
         let targets = operations.resolve(&schedule.template.target, &scope).await?;
         let mut action = schedule.template.action.clone();
         if let Action::Update(update) = &mut action {
             operations.freeze(update, &targets.families).await?;
         }
-        let most = chrono::TimeDelta::from_std(schedule.jitter).unwrap_or_default();
-        let start = |node: &str| begins + jitter(schedule.id.as_str(), node, most);
+        let most = delta(schedule.jitter);
+        let start = |node: &str| later(begins, jitter(schedule.id.as_str(), node, most));
         let starts = match fire_time {
             Some(_) if !most.is_zero() => targets.ids.iter().map(|id| (id.clone(), start(id.as_str()))).collect(),
             _ => BTreeMap::new(),
         };
         // What may begin only in a window has its time from the first opening on.
-        let window = schedule.template.window.as_ref();
         let opens = window.and_then(|window| window.closed_until(begins)).unwrap_or(begins);
-        let id =
-            OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
+        let id = match fire_time {
+            // The same again when a database that lost it makes it once more.
+            Some(instant) => operation_uuid(schedule.id.as_str(), schedule.create_time, instant),
+            None => Uuid::now_v7(),
+        };
+        let id = OperationId::parse(&id.to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
         Ok(NewOperation {
             id,
             action,
             target: schedule.template.target.clone(),
             nodes: targets.ids,
             schedule_time: begins,
-            expire_time: opens + schedule.expire_after,
+            expire_time: later(opens, delta(schedule.expire_after)),
             creator: creator.to_owned(),
             request,
             retry_of: None,
@@ -97,17 +100,32 @@ impl Schedules {
         self.context.store.schedule(id).await?.ok_or_else(|| not_found(id))
     }
 
-    async fn create(&self, caller: &Caller, request: v1::CreateScheduleRequest) -> Result<ScheduleRow, ApiError> {
+    async fn create(&self, caller: &Caller, request: v1::CreateScheduleRequest) -> Result<v1::Schedule, ApiError> {
         let now = self.context.clock.now();
+        let validate_only = request.validate_only;
         let row = ScheduleRow { scope: caller.scope(), ..read::new(request, &caller.name, now)? };
         self.stays_within(caller, &row).await?;
-        if !self.context.store.create_schedule(&row).await? {
-            return Err(ApiError::AlreadyExists {
-                reason: "SCHEDULE_EXISTS",
-                message: format!("there is {} already; `marcoctl schedules get {}` shows it", row.id.name(), row.id),
-            });
+        let exists = || ApiError::AlreadyExists {
+            reason: "SCHEDULE_EXISTS",
+            message: format!("there is {} already; `marcoctl schedules get {}` shows it", row.id.name(), row.id),
+        };
+        let doubts = self.doubts(&row, now).await?;
+        if validate_only {
+            return match self.context.store.schedule(&row.id).await? {
+                Some(_) => Err(exists()),
+                None => Ok(not_stored(&row, doubts)),
+            };
         }
-        self.find(&row.id).await
+        if !self.context.store.create_schedule(&row).await? {
+            return Err(exists());
+        }
+        Ok(v1::Schedule { doubts, ..convert::schedule(&self.find(&row.id).await?) })
+    }
+
+    /// The schedule with what became of its last instant.
+    async fn shown(&self, row: &ScheduleRow) -> Result<v1::Schedule, ApiError> {
+        let last = self.context.store.last_fires(std::slice::from_ref(&row.id)).await?;
+        Ok(v1::Schedule { last_fire: last.get(&row.id).map(convert::last_fire), ..convert::schedule(row) })
     }
 
     /// Refuses a list of nodes with one outside, as creating an operation does. What labels match is limited at each fire.
@@ -139,17 +157,24 @@ impl Schedules {
         visible.ok_or_else(|| if scope.is_everything() { not_found(id) } else { outside(&scope) })
     }
 
-    async fn set_paused(&self, caller: &Caller, name: &str, paused: Option<&str>) -> Result<ScheduleRow, ApiError> {
+    async fn pause(&self, caller: &Caller, name: &str, reason: &str) -> Result<ScheduleRow, ApiError> {
         let id = schedule_id("name", name)?;
-        if let Some(reason) = paused {
-            convert::text("reason", reason)?;
-        }
+        convert::text("reason", reason)?;
         self.to_steer(caller, &id).await?;
-        self.context
-            .store
-            .set_schedule_paused(&id, paused, self.context.clock.now())
-            .await?
-            .ok_or_else(|| not_found(&id))
+        let paused = self.context.store.pause_schedule(&id, reason, self.context.clock.now()).await?;
+        paused.ok_or_else(|| not_found(&id))
+    }
+
+    /// Also of one that the controller paused because its next instant could not be told: that is looked for again.
+    async fn resume(&self, caller: &Caller, name: &str) -> Result<ScheduleRow, ApiError> {
+        let now = self.context.clock.now();
+        let id = schedule_id("name", name)?;
+        let row = self.to_steer(caller, &id).await?;
+        let next = match row.next_fire {
+            Some(_) => None,
+            None => Some(next_of(&row, now)?),
+        };
+        self.context.store.resume_schedule(&id, next, now).await?.ok_or_else(|| not_found(&id))
     }
 
     async fn delete(&self, caller: &Caller, name: &str) -> Result<v1::DeleteScheduleResponse, ApiError> {
@@ -170,114 +195,33 @@ impl Schedules {
         let new = self.prepare(&schedule, None, now, &caller.name, scope, key).await?;
         Operations::new(self.context.clone()).stored(&new, now).await
     }
-
-    async fn list(
-        &self,
-        caller: &Caller,
-        request: v1::ListSchedulesRequest,
-    ) -> Result<v1::ListSchedulesResponse, ApiError> {
-        const LIST: &str = "schedules";
-        let size = page::size(request.page_size)?;
-        let after = match page::after(LIST, &request.page_token)? {
-            Some(id) => Some(schedule_id("page_token", &id)?),
-            None => None,
-        };
-        let rows = self.visible(&caller.scope(), after, size + 1).await?;
-        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.id.as_str().to_owned());
-        Ok(v1::ListSchedulesResponse { schedules: rows.iter().map(convert::schedule).collect(), next_page_token })
-    }
-
-    /// Schedules by id, as many as asked for of those that may be seen.
-    async fn visible(
-        &self,
-        scope: &Scope,
-        mut after: Option<ScheduleId>,
-        limit: u32,
-    ) -> Result<Vec<ScheduleRow>, ApiError> {
-        let limit_reached = |rows: &Vec<ScheduleRow>| rows.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
-        let mut rows = Vec::new();
-        loop {
-            let page = self.context.store.schedules(after.as_ref(), limit).await?;
-            let Some(last) = page.last().map(|row| row.id.clone()) else { return Ok(rows) };
-            for row in page {
-                rows.extend(self.context.visible_schedule(scope, row).await?);
-                if limit_reached(&rows) {
-                    return Ok(rows);
-                }
-            }
-            after = Some(last);
-        }
-    }
-
-    async fn list_fires(
-        &self,
-        caller: &Caller,
-        request: v1::ListFiresRequest,
-    ) -> Result<v1::ListFiresResponse, ApiError> {
-        const LIST: &str = "fires";
-        let parent = schedule_id("parent", &request.parent)?;
-        let size = page::size(request.page_size)?;
-        let damaged = || ApiError::invalid("page_token", "is damaged");
-        let before = match page::after(LIST, &request.page_token)? {
-            Some(micros) => {
-                let micros = micros.parse().map_err(|_| damaged())?;
-                Some(DateTime::from_timestamp_micros(micros).ok_or_else(damaged)?)
-            }
-            None => None,
-        };
-        let outcomes = request
-            .filter
-            .unwrap_or_default()
-            .outcomes
-            .iter()
-            .map(|outcome| {
-                convert::fire_outcome(*outcome)
-                    .ok_or_else(|| ApiError::invalid("filter.outcomes", "has an unknown outcome"))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        self.to_read(caller, &parent).await?;
-        let rows = self.context.store.fires(&parent, &FireQuery { before, limit: size + 1, outcomes }).await?;
-        let (rows, next_page_token) = page::cut(rows, size, LIST, |row| row.fire_time.timestamp_micros().to_string());
-        Ok(v1::ListFiresResponse { fires: rows.iter().map(convert::fire).collect(), next_page_token })
-    }
-
-    async fn preview(
-        &self,
-        caller: &Caller,
-        request: v1::PreviewScheduleRequest,
-    ) -> Result<v1::PreviewScheduleResponse, ApiError> {
-        let recurrence = match request.name.as_str() {
-            "" => read::recurrence("", &request.cron, &request.time_zone).map_err(ApiError::Invalid)?,
-            name if request.cron.is_empty() && request.time_zone.is_empty() => {
-                let row = self.to_read(caller, &schedule_id("name", name)?).await?;
-                Recurrence::parse(&row.cron, &row.time_zone).map_err(|error| ApiError::Internal(error.to_string()))?
-            }
-            _ => return Err(ApiError::invalid("cron", "stands beside a name; give one of the two")),
-        };
-        let count = match usize::try_from(request.count) {
-            Ok(0) => PREVIEW,
-            Ok(count) => count.min(PREVIEW_MAX),
-            Err(_) => return Err(ApiError::invalid("count", "must not be negative")),
-        };
-        let from = match request.from {
-            None => self.context.clock.now(),
-            Some(from) => {
-                let mut wrong = None;
-                let read = convert::time(Some(from), "from", &mut |_, why| wrong = Some(why));
-                read.ok_or_else(|| ApiError::invalid("from", wrong.unwrap_or_default()))?
-            }
-        };
-        let fires = recurrence.fires_after(from).take(count).map(|fire| v1::ComingFire {
-            fire_time: Some(convert::timestamp(fire)),
-            local_time: recurrence.local(fire).to_rfc3339(),
-            utc_time: fire.to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
-        });
-        Ok(v1::PreviewScheduleResponse { fires: fires.collect() })
-    }
 }
 
 fn schedule_id(field: &str, name: &str) -> Result<ScheduleId, ApiError> {
     ScheduleId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
+}
+
+/// What would be stored; nothing is.
+fn not_stored(row: &ScheduleRow, doubts: Vec<String>) -> v1::Schedule {
+    v1::Schedule { doubts, create_time: None, update_time: None, ..convert::schedule(row) }
+}
+
+/// The next instant of a schedule that has none.
+fn next_of(row: &ScheduleRow, now: DateTime<Utc>) -> Result<DateTime<Utc>, ApiError> {
+    let after = row.last_fire.map_or(now, |last| last.max(now));
+    let recurrence = Recurrence::parse(&row.cron, &row.time_zone);
+    recurrence.and_then(|recurrence| recurrence.must_fire(after)).map_err(|error| unreadable(row, &error))
+}
+
+fn unreadable(row: &ScheduleRow, error: &RecurrenceError) -> ApiError {
+    ApiError::Precondition {
+        reason: "SCHEDULE_UNREADABLE",
+        message: format!(
+            "{} cannot fire: {error}; `marcoctl schedules update {}` gives it another",
+            row.id.name(),
+            row.id
+        ),
+    }
 }
 
 fn not_found(id: &ScheduleId) -> ApiError {
@@ -294,16 +238,20 @@ impl ScheduleService for Schedules {
         request: Request<v1::CreateScheduleRequest>,
     ) -> Result<Response<v1::Schedule>, Status> {
         let caller = caller(&request)?;
+        let validate_only = request.get_ref().validate_only;
         let result = self.create(&caller, request.into_inner()).await;
-        let target = result.as_ref().map(|row| row.id.name()).unwrap_or_default();
-        self.context.audit(&caller, "CreateSchedule", &target, &result).await;
-        Ok(Response::new(convert::schedule(&result?)))
+        let target = result.as_ref().map(|schedule| schedule.name.clone()).unwrap_or_default();
+        if !validate_only {
+            self.context.audit(&caller, "CreateSchedule", &target, &result).await;
+        }
+        Ok(Response::new(result?))
     }
 
     async fn get_schedule(&self, request: Request<v1::GetScheduleRequest>) -> Result<Response<v1::Schedule>, Status> {
         let caller = caller(&request)?;
         let id = schedule_id("name", &request.get_ref().name)?;
-        Ok(Response::new(convert::schedule(&self.to_read(&caller, &id).await?)))
+        let row = self.to_read(&caller, &id).await?;
+        Ok(Response::new(self.shown(&row).await?))
     }
 
     async fn list_schedules(
@@ -321,9 +269,12 @@ impl ScheduleService for Schedules {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = request.schedule.as_ref().map(|schedule| schedule.name.clone()).unwrap_or_default();
+        let validate_only = request.validate_only;
         let result = self.update(&caller, request).await;
-        self.context.audit(&caller, "UpdateSchedule", &target, &result).await;
-        Ok(Response::new(convert::schedule(&result?)))
+        if !validate_only {
+            self.context.audit(&caller, "UpdateSchedule", &target, &result).await;
+        }
+        Ok(Response::new(result?))
     }
 
     async fn delete_schedule(
@@ -343,7 +294,7 @@ impl ScheduleService for Schedules {
     ) -> Result<Response<v1::Schedule>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        let result = self.set_paused(&caller, &request.name, Some(&request.reason)).await;
+        let result = self.pause(&caller, &request.name, &request.reason).await;
         self.context.audit(&caller, "PauseSchedule", &request.name, &result).await;
         Ok(Response::new(convert::schedule(&result?)))
     }
@@ -354,7 +305,7 @@ impl ScheduleService for Schedules {
     ) -> Result<Response<v1::Schedule>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
-        let result = self.set_paused(&caller, &name, None).await;
+        let result = self.resume(&caller, &name).await;
         self.context.audit(&caller, "ResumeSchedule", &name, &result).await;
         Ok(Response::new(convert::schedule(&result?)))
     }

@@ -1,11 +1,14 @@
 //! The instants that have come: which are in time, and which are too late.
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, SubsecRound as _, TimeDelta, Utc};
 
-use super::Recurrence;
+use super::{Recurrence, first_in};
+use crate::calendar::earlier;
 
 /// Late instants are counted up to so many; those beyond are only said to be more.
 const COUNTED: u64 = 100_000;
+/// So many instants in time are taken at once; the others are due at the next look.
+const TIMELY: usize = 1000;
 
 /// Instants that have come, seen from `now`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -18,40 +21,53 @@ pub struct Due {
     pub uncounted: bool,
     /// In time, oldest first.
     pub timely: Vec<DateTime<Utc>>,
-    /// The first that is still to come.
+    /// The first of which nothing has become: it is still to come, or `timely` is full.
     pub next: Option<DateTime<Utc>>,
 }
 
 impl Recurrence {
     /// The instants from `first` until `now`. Those older than `patience` are late; at most `listed` of these are
-    /// listed, the oldest and the last one.
+    /// listed, the oldest and the last one. Each step of the walk is later than the one before, and there are little more
+    /// than `listed + COUNTED + TIMELY` of them.
     pub fn due(&self, first: DateTime<Utc>, now: DateTime<Utc>, patience: TimeDelta, listed: usize) -> Due {
-        let limit = now - patience;
+        let limit = earlier(now, patience);
         let mut due = Due::default();
         let mut last = None;
-        let mut fire = Some(first);
-        while let Some(at) = fire {
-            if at > now {
+        let mut at = first;
+        loop {
+            if at > now || due.timely.len() >= TIMELY {
                 due.next = Some(at);
                 break;
             }
+            let mut from = at;
             if at >= limit {
                 due.timely.push(at);
-            } else if due.late.len() + 1 < listed {
+            } else if due.late.len().saturating_add(1) < listed {
                 due.late.push(at);
-            } else if due.unlisted >= COUNTED {
-                due.uncounted = true;
+            } else if due.unlisted < COUNTED {
+                due.unlisted = due.unlisted.saturating_add(u64::from(last.is_some()));
                 last = Some(at);
-                fire = self.next_after(limit - TimeDelta::seconds(1));
-                continue;
             } else {
-                due.unlisted += u64::from(last.is_some());
-                last = Some(at);
+                due.uncounted = true;
+                from = self.last_before(limit, at);
+                last = Some(from);
             }
-            fire = self.next_after(at);
+            match self.next_after(from) {
+                Some(next) if next > at => at = next,
+                _ => break,
+            }
         }
         due.late.extend(last);
         due
+    }
+
+    /// The last instant before `limit`, seen from `known`, which is one before it too.
+    fn last_before(&self, limit: DateTime<Utc>, known: DateTime<Utc>) -> DateTime<Utc> {
+        let is_last = |at: DateTime<Utc>| self.next_after(at).is_none_or(|next| next >= limit);
+        if is_last(known) {
+            return known;
+        }
+        first_in(known, limit.trunc_subsecs(0), is_last).unwrap_or(known)
     }
 }
 

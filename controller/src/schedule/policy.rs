@@ -2,8 +2,9 @@
 
 use std::fmt;
 
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 use sha2::{Digest as _, Sha256};
+use uuid::{Builder, Uuid};
 
 /// What is done about fires that nobody made in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -93,4 +94,27 @@ pub fn jitter(schedule: &str, node: &str, most: TimeDelta) -> TimeDelta {
     let number = digest.iter().take(8).fold(0_u64, |number, byte| (number << 8) | u64::from(*byte));
     let share = number.checked_rem(milliseconds).unwrap_or(0);
     TimeDelta::milliseconds(i64::try_from(share).unwrap_or(0))
+}
+
+/// The id of the operation that a schedule makes for an instant: a UUID of version 7 whose time is the instant, and whose
+/// other bits follow from the schedule and the instant. A controller that makes the operation again, because the first
+/// was lost with the database's last commits, makes it under the same id, by which the nodes' journals know what they
+/// did of it.
+///
+/// A schedule is told from another one of the same name, made after the first was deleted, by when it was made.
+pub fn operation_uuid(schedule: &str, made: DateTime<Utc>, instant: DateTime<Utc>) -> Uuid {
+    let digest = Sha256::new()
+        .chain_update(b"operation of a schedule")
+        .chain_update([0])
+        .chain_update(schedule)
+        .chain_update([0])
+        .chain_update(made.timestamp_micros().to_be_bytes())
+        .chain_update(instant.timestamp_micros().to_be_bytes())
+        .finalize();
+    let mut bits = [0; 10];
+    for (bit, byte) in bits.iter_mut().zip(&digest) {
+        *bit = *byte;
+    }
+    let milliseconds = u64::try_from(instant.timestamp_millis()).unwrap_or(0);
+    Builder::from_unix_timestamp_millis(milliseconds, &bits).into_uuid()
 }

@@ -1,8 +1,9 @@
 use chrono::{DateTime, TimeDelta, TimeZone as _, Utc};
 
-use super::{Recurrence, RecurrenceError, jitter};
+use super::{Recurrence, RecurrenceError, jitter, operation_uuid};
 
 mod oracle;
+mod random;
 
 fn utc(text: &str) -> DateTime<Utc> {
     DateTime::parse_from_rfc3339(text).unwrap().with_timezone(&Utc)
@@ -80,6 +81,66 @@ fn rare_fires_are_found_and_those_that_never_come_are_not_waited_for() {
     for cron in ["0 0 30 2 *", "0 * 31 2,4 *"] {
         assert_eq!(Recurrence::parse(cron, "Europe/Madrid").unwrap().next_after(utc("2026-01-01T00:00:00Z")), None);
     }
+}
+
+#[test]
+fn days_are_those_that_cron_documents() {
+    // crontab(5) of vixie and cronie: a field that begins with a star does not restrict, so both must match.
+    assert_eq!(
+        fires("0 3 */2 * 1", "UTC", "2026-11-29T00:00:00Z", 3),
+        ["2026-12-07T03:00:00+00:00", "2026-12-21T03:00:00+00:00", "2027-01-11T03:00:00+00:00"]
+    );
+    assert_eq!(
+        fires("0 3 1,15 * 1", "UTC", "2026-11-29T00:00:00Z", 3),
+        ["2026-11-30T03:00:00+00:00", "2026-12-01T03:00:00+00:00", "2026-12-07T03:00:00+00:00"]
+    );
+    assert_eq!(
+        fires("0 2 * * 7L", "UTC", "2026-11-29T12:00:00Z", 2),
+        ["2026-12-27T02:00:00+00:00", "2027-01-31T02:00:00+00:00"]
+    );
+    assert_eq!(
+        fires("0 2 * * 1,7L", "UTC", "2026-12-20T12:00:00Z", 3),
+        ["2026-12-21T02:00:00+00:00", "2026-12-27T02:00:00+00:00", "2026-12-28T02:00:00+00:00"]
+    );
+    assert_eq!(
+        fires("0 2 * * SUN", "UTC", "2026-11-29T12:00:00Z", 1),
+        fires("0 2 * * 7", "UTC", "2026-11-29T12:00:00Z", 1)
+    );
+}
+
+#[test]
+fn a_cron_that_never_fires_says_so_within_a_moment() {
+    let began = std::time::Instant::now();
+    // The last: the fifth Monday is never among the first two days; each day until the end of the calendar is tried.
+    for cron in ["0 0 30 2 *", "0 22 30 2 *", "* * * 31 11 *", "0 0 */31 2 1#5"] {
+        let recurrence = Recurrence::parse(cron, "Europe/Madrid").unwrap();
+        assert_eq!(recurrence.must_fire(utc("2026-11-29T00:00:00Z")), Err(RecurrenceError::Never(cron.to_owned())));
+    }
+    assert!(began.elapsed() < std::time::Duration::from_secs(20), "{:?}", began.elapsed());
+    let daily = Recurrence::parse("0 0 * * *", "Europe/Madrid").unwrap();
+    for end in [super::calendar::END_OF_TIME, DateTime::<Utc>::MAX_UTC] {
+        assert_eq!(daily.next_after(end), None);
+    }
+    assert!(daily.next_after(DateTime::<Utc>::MIN_UTC).is_some());
+}
+
+#[test]
+fn an_operations_id_follows_from_schedule_and_instant() {
+    let (made, instant) = (utc("2026-11-29T12:00:00.123456Z"), utc("2026-12-01T03:00:00Z"));
+    let id = operation_uuid("nightly", made, instant);
+    assert_eq!(id, operation_uuid("nightly", made, instant));
+    assert_eq!((id.get_version_num(), id.get_variant()), (7, uuid::Variant::RFC4122));
+    let (seconds, nanos) = id.get_timestamp().unwrap().to_unix();
+    assert_eq!((i64::try_from(seconds).unwrap(), nanos), (instant.timestamp(), 0));
+    assert!(marco_proto::names::OperationId::parse(&id.to_string()).is_ok());
+    for other in [
+        operation_uuid("weekly", made, instant),
+        operation_uuid("nightly", made + TimeDelta::microseconds(1), instant),
+        operation_uuid("nightly", made, instant + TimeDelta::microseconds(1)),
+    ] {
+        assert_ne!(id, other);
+    }
+    assert!(id < operation_uuid("nightly", made, instant + TimeDelta::seconds(1)), "ids of later instants are greater");
 }
 
 #[test]

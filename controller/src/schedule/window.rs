@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::{Recurrence, RecurrenceError};
+use crate::calendar::{self, END_OF_TIME};
 
 /// A window that opens by a cron expression in a time zone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,25 +20,20 @@ pub struct MaintenanceWindow {
 }
 
 impl MaintenanceWindow {
-    /// Whether it can be read.
+    /// Whether it can be read, and opens after `now`.
     ///
     /// # Errors
-    /// When the expression or the zone is none.
-    pub fn check(&self) -> Result<(), RecurrenceError> {
-        Recurrence::parse(&self.cron, &self.time_zone).map(|_| ())
+    /// When the expression or the zone is none, or no date matches it.
+    pub fn check(&self, now: DateTime<Utc>) -> Result<(), RecurrenceError> {
+        Recurrence::parse(&self.cron, &self.time_zone)?.must_fire(now).map(|_| ())
     }
 
-    /// Until when it is closed; `None` while it is open. A window that never opens again is closed until the end of
-    /// time. The instant at which it opens is inside, the one at which it closes is not.
+    /// Until when it is closed; `None` while it is open. A window that never opens again, or cannot be read, is closed
+    /// until [`END_OF_TIME`]. The instant at which it opens is inside, the one at which it closes is not.
     pub fn closed_until(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
-        let duration = TimeDelta::from_std(self.duration).unwrap_or(TimeDelta::MAX);
-        let earliest = now.checked_sub_signed(duration).unwrap_or(DateTime::<Utc>::MIN_UTC);
+        let earliest = calendar::earlier(now, calendar::delta(self.duration));
         let opens = Recurrence::parse(&self.cron, &self.time_zone).ok().and_then(|cron| cron.next_after(earliest));
-        match opens {
-            Some(opens) if opens <= now => None,
-            Some(opens) => Some(opens),
-            None => Some(DateTime::<Utc>::MAX_UTC),
-        }
+        Some(opens.unwrap_or(END_OF_TIME)).filter(|opens| *opens > now)
     }
 }
 
@@ -85,11 +81,25 @@ mod tests {
     }
 
     #[test]
-    fn one_that_never_opens_says_so() {
-        assert!(
-            window("0 0 30 2 *", 1, "").closed_until(at("2030-01-15T00:00:00Z")).unwrap() > at("2100-01-01T00:00:00Z")
-        );
-        assert!(window("nonsense", 1, "").check().is_err());
-        assert!(window("0 0 * * *", 1, "Nowhere/Land").check().is_err());
+    fn window_that_never_opens_is_refused() {
+        let now = at("2030-01-15T00:00:00Z");
+        for never in ["0 0 30 2 *", "0 22 30 2 *", "0 0 31 4,6,9,11 *", "0 0 31 2 ?"] {
+            let window = window(never, 1, "Europe/Madrid");
+            assert_eq!(window.check(now), Err(RecurrenceError::Never(never.to_owned())));
+            assert_eq!(window.closed_until(now), Some(END_OF_TIME), "one that is stored already");
+        }
+        assert_eq!(window("0 2 * * 7L", 1, "").check(now), Ok(()));
+        assert_eq!(window("0 2 * * 7L", 1, "").closed_until(now), Some(at("2030-01-27T02:00:00Z")));
+        assert!(matches!(window("nonsense", 1, "").check(now), Err(RecurrenceError::Cron { .. })));
+        assert!(matches!(window("0 0 * * *", 1, "Nowhere/Land").check(now), Err(RecurrenceError::Zone(_))));
+        assert_eq!(window("nonsense", 1, "").closed_until(now), Some(END_OF_TIME));
+    }
+
+    #[test]
+    fn the_ends_of_time_are_no_trouble() {
+        let window = MaintenanceWindow { duration: Duration::MAX, ..window("0 0 * * *", 1, "America/Vancouver") };
+        for now in [END_OF_TIME, DateTime::<Utc>::MAX_UTC, DateTime::<Utc>::MIN_UTC, calendar::START_OF_TIME] {
+            assert!(window.closed_until(now).is_none_or(|opens| opens <= END_OF_TIME), "{now}");
+        }
     }
 }

@@ -1,21 +1,28 @@
 //! Makes operations at the instants of schedules. The store decides who does: any number of controllers may try.
+//!
+//! A schedule about which nothing can be decided is its own trouble: the instant is recorded with what went wrong, a
+//! panic included, and after a few in a row the schedule is paused. The other schedules, and the process, go on.
 
+use std::any::Any;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use futures_util::FutureExt as _;
 use marco_proto::names::ScheduleId;
 use tokio::sync::Notify;
 use tokio_cron_scheduler::{Job, JobScheduler};
 use tokio_util::sync::CancellationToken;
 
+use crate::calendar::later;
 use crate::clock::Clock;
 use crate::schedule::{FireOutcome, MissedFire, Recurrence};
-use crate::store::{AdvanceOutcome, FireRow, NewOperation, ScheduleRow, Store, StoreError};
+use crate::store::{AdvanceOutcome, FailedFire, FireRow, NewOperation, ScheduleRow, Store, StoreError};
 use crate::watchdog::Pulse;
 
 /// The longest time between two rounds; a wake-up at an instant makes the next one earlier.
@@ -24,6 +31,10 @@ const TICK: Duration = Duration::from_secs(1);
 const WAKE_AHEAD: TimeDelta = TimeDelta::seconds(60);
 /// Most schedules handled in one round, and most wake-ups ordered.
 const AT_ONCE: u32 = 1000;
+/// After so many instants in a row that failed, a schedule is paused.
+const FAILURES: u32 = 3;
+/// Longest text of a failure that is kept, in characters.
+const FAILURE_TEXT: usize = 500;
 /// Most rows that one catch-up writes.
 const LISTED: usize = 1000;
 /// After this time without an answer from the store, it is said again that it does not answer.
@@ -77,7 +88,11 @@ impl Fires {
         let wake = Arc::new(Notify::new());
         let mut ordered = BTreeSet::new();
         let mut complained = None::<tokio::time::Instant>;
+        let mut aimed = false;
         loop {
+            if !aimed {
+                aimed = self.aim().await.is_ok();
+            }
             let done = self.tick(jobs, &wake, &mut ordered).await;
             self.pulse.beat(&done);
             match done {
@@ -106,9 +121,9 @@ impl Fires {
         let now = self.now().await?;
         self.round(now).await?;
         ordered.retain(|(at, _)| *at > now);
-        for row in self.store.schedules_due(now + WAKE_AHEAD, AT_ONCE).await? {
+        for row in self.store.schedules_due(later(now, WAKE_AHEAD), AT_ONCE).await? {
             let Some(at) = row.next_fire.filter(|at| *at > now) else { continue };
-            let Ok(until) = (at - now).to_std() else { continue };
+            let Ok(until) = at.signed_duration_since(now).to_std() else { continue };
             if !ordered.insert((at, row.id)) {
                 continue;
             }
@@ -145,14 +160,69 @@ impl Fires {
     pub async fn round(&self, now: DateTime<Utc>) -> Result<(), StoreError> {
         let mut failed = Ok(());
         for schedule in self.store.schedules_due(now, AT_ONCE).await? {
-            match self.decide(schedule, now).await {
+            let id = schedule.id.clone();
+            let decided = match AssertUnwindSafe(self.decide(schedule, now)).catch_unwind().await {
+                Ok(Ok(())) => continue,
                 // The others can wait for the database; for a row that cannot be decided about they must not.
-                Err(error @ StoreError::Unavailable(_)) => return Err(error),
-                Err(error) => failed = failed.and(Err(error)),
-                Ok(()) => {}
-            }
+                Ok(Err(error @ StoreError::Unavailable(_))) => return Err(error),
+                Ok(Err(error)) => self.failed(&id, &crate::chain(&error), now).await.and(Err(error)),
+                Err(panic) => self.failed(&id, &format!("a defect: {}", said(&*panic)), now).await,
+            };
+            failed = failed.and(decided);
         }
         failed
+    }
+
+    /// Records that the first undecided instant of a schedule failed.
+    async fn failed(&self, id: &ScheduleId, why: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
+        let why: String = why.chars().take(FAILURE_TEXT).collect();
+        tracing::error!(schedule = %id, why, "a schedule failed");
+        // What was decided before it failed stays so.
+        let Some(seen) = self.store.schedule(id).await? else { return Ok(()) };
+        let Some(at) = seen.next_fire.filter(|at| *at <= now) else { return Ok(()) };
+        let next = std::panic::catch_unwind(|| {
+            Recurrence::parse(&seen.cron, &seen.time_zone).ok().and_then(|recurrence| recurrence.next_after(at))
+        });
+        let count = seen.failures.saturating_add(1);
+        let pause = match next {
+            Ok(Some(_)) if count < FAILURES => None,
+            Ok(Some(_)) => Some(format!("it failed {count} times in a row, last: {why}")),
+            Ok(None) | Err(_) => Some(format!("its next instant cannot be told: {why}")),
+        };
+        if let Some(reason) = &pause {
+            tracing::error!(schedule = %id, reason, "a schedule is paused because it failed");
+        }
+        let row = record(&seen, at, FireOutcome::Skipped, format!("it failed: {why}"), now);
+        let failed = FailedFire { row, next: next.ok().flatten(), pause };
+        self.store.fail_fire(&seen, &failed, now).await.map(|_| ())
+    }
+
+    /// Sets the coming instant of every schedule anew. Another release may read an expression otherwise, and another
+    /// version of the zones may have other rules, than the one that stored it.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn aim(&self) -> Result<(), StoreError> {
+        let now = self.now().await?;
+        let mut last = None;
+        loop {
+            let page = self.store.schedules(last.as_ref(), AT_ONCE).await?;
+            let Some(end) = page.last().map(|row| row.id.clone()) else { return Ok(()) };
+            for schedule in page {
+                let Some(stored) = schedule.next_fire.filter(|stored| *stored > now) else { continue };
+                let after = schedule.last_fire.map_or(now, |last| last.max(now));
+                let next = std::panic::catch_unwind(|| {
+                    Recurrence::parse(&schedule.cron, &schedule.time_zone)
+                        .map(|recurrence| recurrence.next_after(after))
+                });
+                // One that cannot be read is heard of when its instant comes.
+                let Ok(Ok(Some(next))) = next else { continue };
+                if next != stored && self.store.move_next_fire(&schedule, Some(next)).await? {
+                    tracing::warn!(schedule = %schedule.id, %stored, %next, "the coming instant of a schedule moved");
+                }
+            }
+            last = Some(end);
+        }
     }
 
     async fn decide(&self, mut schedule: ScheduleRow, now: DateTime<Utc>) -> Result<(), StoreError> {
@@ -160,11 +230,11 @@ impl Fires {
         let recurrence = match Recurrence::parse(&schedule.cron, &schedule.time_zone) {
             Ok(recurrence) => recurrence,
             Err(error) => {
-                tracing::error!(schedule = %schedule.id, error = &*crate::chain(&error), "a schedule is unreadable");
-                return Ok(());
+                let why = format!("{error}; `marcoctl schedules update` gives it another");
+                return self.failed(&schedule.id, &why, now).await;
             }
         };
-        for step in self.steps(&schedule, &recurrence, first, now) {
+        for step in steps(&schedule, &recurrence, first, now, self.patience) {
             let next = step.next;
             let last = step.fire.as_ref().map(|(at, _)| *at).or(step.rows.last().map(|row| row.fire_time));
             if !self.take(&schedule, step, now).await? {
@@ -174,47 +244,6 @@ impl Fires {
             schedule.last_fire = last.or(schedule.last_fire);
         }
         Ok(())
-    }
-
-    /// What is to become of the instants from `first` until `now`.
-    fn steps(
-        &self,
-        schedule: &ScheduleRow,
-        recurrence: &Recurrence,
-        first: DateTime<Utc>,
-        now: DateTime<Utc>,
-    ) -> Vec<Step> {
-        let due = recurrence.due(first, now, self.patience, LISTED);
-        let row = |at: DateTime<Utc>, outcome, reason| record(schedule, at, outcome, reason, now);
-        let mut rows: Vec<FireRow> = due
-            .late
-            .iter()
-            .map(|at| match paused(schedule) {
-                Some(reason) => row(*at, FireOutcome::Skipped, reason),
-                None => row(*at, FireOutcome::Missed, format!("found {} late", span(now - *at))),
-            })
-            .collect();
-        if due.unlisted > 0
-            && let Some(last) = rows.last_mut()
-        {
-            let more = if due.uncounted { "more than " } else { "" };
-            let _ = write!(last.reason, "; so were {more}{} before it that are not listed", due.unlisted);
-        }
-        if let Some(reason) = paused(schedule) {
-            rows.extend(due.timely.iter().map(|at| row(*at, FireOutcome::Skipped, reason.clone())));
-            return vec![Step { rows, fire: None, next: due.next }];
-        }
-        if due.timely.is_empty() {
-            let last = if schedule.missed_fire == MissedFire::Once { rows.pop() } else { None };
-            let fire = last.map(|last| (last.fire_time, format!("made up for: {}", last.reason)));
-            return vec![Step { rows, fire, next: due.next }];
-        }
-        let nexts = due.timely.iter().skip(1).copied().map(Some).chain([due.next]);
-        due.timely
-            .iter()
-            .zip(nexts)
-            .map(|(at, next)| Step { rows: std::mem::take(&mut rows), fire: Some((*at, String::new())), next })
-            .collect()
     }
 
     /// Does a step; false when somebody else did.
@@ -251,6 +280,53 @@ impl Fires {
     }
 }
 
+/// What is to become of the instants from `first` until `now`.
+fn steps(
+    schedule: &ScheduleRow,
+    recurrence: &Recurrence,
+    first: DateTime<Utc>,
+    now: DateTime<Utc>,
+    patience: TimeDelta,
+) -> Vec<Step> {
+    let due = recurrence.due(first, now, patience, LISTED);
+    let row = |at: DateTime<Utc>, outcome, reason| record(schedule, at, outcome, reason, now);
+    let mut rows: Vec<FireRow> = due
+        .late
+        .iter()
+        .map(|at| match paused(schedule) {
+            Some(reason) => row(*at, FireOutcome::Skipped, reason),
+            None => row(*at, FireOutcome::Missed, format!("found {} late", span(now.signed_duration_since(*at)))),
+        })
+        .collect();
+    if due.unlisted > 0
+        && let Some(last) = rows.last_mut()
+    {
+        let more = if due.uncounted { "more than " } else { "" };
+        let _ = write!(last.reason, "; so were {more}{} before it that are not listed", due.unlisted);
+    }
+    if let Some(reason) = paused(schedule) {
+        rows.extend(due.timely.iter().map(|at| row(*at, FireOutcome::Skipped, reason.clone())));
+        return vec![Step { rows, fire: None, next: due.next }];
+    }
+    if due.timely.is_empty() {
+        let last = if schedule.missed_fire == MissedFire::Once { rows.pop() } else { None };
+        let fire = last.map(|last| (last.fire_time, format!("made up for: {}", last.reason)));
+        return vec![Step { rows, fire, next: due.next }];
+    }
+    let nexts = due.timely.iter().skip(1).copied().map(Some).chain([due.next]);
+    due.timely
+        .iter()
+        .zip(nexts)
+        .map(|(at, next)| Step { rows: std::mem::take(&mut rows), fire: Some((*at, String::new())), next })
+        .collect()
+}
+
+/// What a panic said.
+fn said(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it said nothing")
+}
+
 /// Why a schedule fires nothing, if it is paused.
 fn paused(schedule: &ScheduleRow) -> Option<String> {
     schedule.paused.then(|| match schedule.pause_reason.as_str() {
@@ -273,3 +349,6 @@ fn record(
 fn span(length: TimeDelta) -> String {
     humantime::format_duration(Duration::from_secs(u64::try_from(length.num_seconds()).unwrap_or(0))).to_string()
 }
+
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,7 @@ use crate::schedule::MaintenanceWindow;
 /// An operation to be stored.
 #[derive(Debug, Clone)]
 pub struct NewOperation {
-    /// Its id, a fresh UUID of version 7.
+    /// Its id, a UUID of version 7: a fresh one, or a schedule's for an instant.
     pub id: OperationId,
     /// What to do, frozen.
     pub action: Action,
@@ -124,7 +124,7 @@ pub struct OperationRow {
 /// Which operations to list; what is empty does not restrict.
 #[derive(Debug, Clone, Default)]
 pub struct OperationQuery {
-    /// Only older ones than this.
+    /// Only those made before this one.
     pub after: Option<OperationId>,
     /// How many at most.
     pub limit: u32,
@@ -164,11 +164,14 @@ impl Store {
 
     /// Operations, newest first.
     pub async fn operations(&self, query: &OperationQuery) -> Result<Vec<OperationRow>, StoreError> {
-        let rows = sql("SELECT o.* FROM operations o WHERE (? OR o.id < ?) AND (? OR o.state IN {each}) \
+        // Ids do not tell which is newer: a schedule's has the time of its instant.
+        let rows = sql("SELECT o.* FROM operations o WHERE (? OR (o.create_time, o.id) < \
+                            (SELECT l.create_time, l.id FROM operations l WHERE l.id = ?)) \
+                        AND (? OR o.state IN {each}) \
                         AND (? OR EXISTS (SELECT 1 FROM executions e WHERE e.operation = o.id AND e.node = ?)) \
                         AND (? OR EXISTS (SELECT 1 FROM executions e JOIN nodes n ON n.id = e.node \
                                           WHERE e.operation = o.id AND {within n.labels})) \
-                        ORDER BY o.id DESC LIMIT ?")
+                        ORDER BY o.create_time DESC, o.id DESC LIMIT ?")
         .bind(query.after.is_none())
         .bind(query.after.as_ref().map_or("", OperationId::as_str))
         .bind(query.states.is_empty())

@@ -1,20 +1,16 @@
-//! Schedules, and what became of their instants.
+//! Schedules: storing, reading and changing them.
 
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use marco_proto::names::{OperationId, ScheduleId};
-
+use marco_proto::names::ScheduleId;
 use serde::{Deserialize, Serialize};
 
-use super::connection::Connection;
-use super::operations::{NewOperation, insert_all};
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError, micros};
 use crate::operation::{Action, Target};
 use crate::rollout::Rollout;
-use crate::schedule::MaintenanceWindow;
-use crate::schedule::{FireOutcome, MissedFire, Overlap};
+use crate::schedule::{MaintenanceWindow, MissedFire, Overlap};
 
 /// What each fire makes an operation of: names, not yet resolved and frozen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,47 +64,10 @@ pub struct ScheduleRow {
     pub next_fire: Option<DateTime<Utc>>,
     /// The last of which something has.
     pub last_fire: Option<DateTime<Utc>>,
-}
-
-/// What became of an instant of a schedule.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FireRow {
-    /// The schedule.
-    pub schedule: ScheduleId,
-    /// The instant.
-    pub fire_time: DateTime<Utc>,
-    /// What became of it.
-    pub outcome: FireOutcome,
-    /// Why.
-    pub reason: String,
-    /// The operation that was made.
-    pub operation: Option<OperationId>,
-    /// When it was decided.
-    pub record_time: DateTime<Utc>,
-}
-
-/// Which fires to list; what is empty does not restrict.
-#[derive(Debug, Clone, Default)]
-pub struct FireQuery {
-    /// Only earlier ones than this.
-    pub before: Option<DateTime<Utc>>,
-    /// How many at most.
-    pub limit: u32,
-    /// With one of these outcomes.
-    pub outcomes: Vec<FireOutcome>,
-}
-
-/// What became of deciding about instants.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum AdvanceOutcome {
-    /// Decided, as asked; with the operation that was made, if one was.
-    Advanced(Option<OperationId>),
-    /// Decided; the operation was not made, because an earlier one is unfinished.
-    Overlapped,
-    /// Nothing was done: another controller was first, or the schedule was changed.
-    Elsewhere,
-    /// Nothing was done: an artifact that the operation names was removed meanwhile.
-    ArtifactGone,
+    /// How many instants in a row failed until the last one.
+    pub failures: u32,
+    /// Why the last one failed; empty: it did not.
+    pub failure: String,
 }
 
 impl Store {
@@ -145,16 +104,14 @@ impl Store {
         row.as_ref().map(read).transpose()
     }
 
-    /// Schedules by id.
+    /// Schedules by id. One whose row this version cannot read is left out.
     pub async fn schedules(&self, after: Option<&ScheduleId>, limit: u32) -> Result<Vec<ScheduleRow>, StoreError> {
-        sql("SELECT * FROM schedules WHERE id > ? ORDER BY id LIMIT ?")
+        let rows = sql("SELECT * FROM schedules WHERE id > ? ORDER BY id LIMIT ?")
             .bind(after.map_or("", ScheduleId::as_str))
             .bind(i64::from(limit))
             .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
+            .await?;
+        Ok(readable(&rows))
     }
 
     /// Changes what recurs and when, unless the schedule has changed since it was read; false when it has.
@@ -183,21 +140,42 @@ impl Store {
         Ok(changed == 1)
     }
 
-    /// Pauses a schedule, with a reason, or lets it go on; the schedule as it is now.
-    pub async fn set_schedule_paused(
+    /// Pauses a schedule, with a reason; the schedule as it is now.
+    pub async fn pause_schedule(
         &self,
         id: &ScheduleId,
-        paused: Option<&str>,
+        reason: &str,
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
         sql("UPDATE schedules SET paused = ?, pause_reason = ?, update_time = ?, revision = revision + 1 WHERE id = ?")
-            .bind(paused.is_some())
-            .bind(paused.unwrap_or_default())
+            .bind(true)
+            .bind(reason)
             .time(now)
             .bind(id.as_str())
             .run(&*tx)
             .await?;
+        self.commit(tx).await?;
+        self.schedule(id).await
+    }
+
+    /// Lets a schedule go on, and forgets that it failed; the schedule as it is now. `next` is its next instant if it has
+    /// none, because it could not be told.
+    pub async fn resume_schedule(
+        &self,
+        id: &ScheduleId,
+        next: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> Result<Option<ScheduleRow>, StoreError> {
+        let tx = self.begin().await?;
+        sql("UPDATE schedules SET paused = ?, pause_reason = '', failures = 0, failure = '', \
+             next_fire = COALESCE(next_fire, CAST(? AS BIGINT)), update_time = ?, revision = revision + 1 WHERE id = ?")
+        .bind(false)
+        .bind(next.map(micros))
+        .time(now)
+        .bind(id.as_str())
+        .run(&*tx)
+        .await?;
         self.commit(tx).await?;
         self.schedule(id).await
     }
@@ -209,139 +187,23 @@ impl Store {
         self.commit(tx).await?;
         Ok(deleted == 1)
     }
-
-    /// Schedules with an instant that has come, or that comes until then.
-    pub async fn schedules_due(&self, until: DateTime<Utc>, limit: u32) -> Result<Vec<ScheduleRow>, StoreError> {
-        sql("SELECT * FROM schedules WHERE next_fire <= ? ORDER BY next_fire, id LIMIT ?")
-            .time(until)
-            .bind(i64::from(limit))
-            .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
-    }
-
-    /// Decides about the instants of a schedule from `seen.next_fire` until before `next`, in one transaction: `rows`
-    /// are recorded, and `fire` makes an operation for its instant, unless one of the schedule is unfinished and it
-    /// does not queue. Only one caller ever gets to decide about an instant.
-    pub async fn advance(
-        &self,
-        seen: &ScheduleRow,
-        rows: &[FireRow],
-        fire: Option<(&NewOperation, &FireRow)>,
-        next: Option<DateTime<Utc>>,
-        now: DateTime<Utc>,
-    ) -> Result<AdvanceOutcome, StoreError> {
-        let last = rows.iter().chain(fire.map(|(_, row)| row)).map(|row| row.fire_time).max();
-        let tx = self.begin().await?;
-        let moved = sql("UPDATE schedules SET next_fire = ?, last_fire = ? \
-                         WHERE id = ? AND revision = ? AND next_fire = ?")
-        .bind(next.map(micros))
-        .bind(last.or(seen.last_fire).map(micros))
-        .bind(seen.id.as_str())
-        .bind(seen.revision)
-        .bind(seen.next_fire.map(micros))
-        .run(&*tx)
-        .await?;
-        if moved == 0 {
-            tx.rollback().await?;
-            return Ok(AdvanceOutcome::Elsewhere);
-        }
-        insert_fires(&*tx, rows).await?;
-        let mut outcome = AdvanceOutcome::Advanced(None);
-        if let Some((operation, row)) = fire {
-            let unfinished = match seen.overlap {
-                Overlap::Skip => unfinished(&*tx, &seen.id).await?,
-                Overlap::Queue => None,
-            };
-            if let Some(earlier) = unfinished {
-                let reason = format!("operations/{earlier} of this schedule has not ended");
-                let skipped = FireRow { outcome: FireOutcome::Skipped, reason, operation: None, ..row.clone() };
-                insert_fires(&*tx, &[skipped]).await?;
-                outcome = AdvanceOutcome::Overlapped;
-            } else {
-                match insert_all(&*tx, operation, now).await {
-                    Ok(_) => {}
-                    Err(error) if error.is_dangling() => {
-                        tx.rollback().await?;
-                        return Ok(AdvanceOutcome::ArtifactGone);
-                    }
-                    Err(error) => return Err(error),
-                }
-                let fired = FireRow { operation: Some(operation.id.clone()), ..row.clone() };
-                insert_fires(&*tx, &[fired]).await?;
-                outcome = AdvanceOutcome::Advanced(Some(operation.id.clone()));
-            }
-        }
-        self.commit(tx).await?;
-        Ok(outcome)
-    }
-
-    /// What became of the instants of a schedule, latest first.
-    pub async fn fires(&self, schedule: &ScheduleId, query: &FireQuery) -> Result<Vec<FireRow>, StoreError> {
-        sql("SELECT * FROM fires WHERE schedule = ? AND fire_time < ? AND (? OR outcome IN {each}) \
-             ORDER BY fire_time DESC LIMIT ?")
-        .bind(schedule.as_str())
-        .bind(query.before.map_or(i64::MAX, micros))
-        .bind(query.outcomes.is_empty())
-        .each(query.outcomes.iter().map(|outcome| outcome.as_str()))
-        .bind(i64::from(query.limit))
-        .all(self.reader())
-        .await?
-        .iter()
-        .map(read_fire)
-        .collect()
-    }
-}
-
-async fn unfinished(tx: &impl Connection, id: &ScheduleId) -> Result<Option<String>, StoreError> {
-    sql("SELECT id FROM operations WHERE schedule = ? AND state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING') \
-         ORDER BY id DESC LIMIT 1")
-    .bind(id.as_str())
-    .one(tx)
-    .await?
-    .map(|row| row.text("id"))
-    .transpose()
-}
-
-/// A row of `{rows ...}`.
-#[derive(Serialize)]
-struct Recorded<'a> {
-    schedule: &'a str,
-    fire_time: i64,
-    outcome: &'static str,
-    reason: &'a str,
-    operation: Option<&'a str>,
-    record_time: i64,
-}
-
-async fn insert_fires(tx: &impl Connection, rows: &[FireRow]) -> Result<(), StoreError> {
-    if rows.is_empty() {
-        return Ok(());
-    }
-    let rows: Vec<Recorded<'_>> = rows
-        .iter()
-        .map(|row| Recorded {
-            schedule: row.schedule.as_str(),
-            fire_time: micros(row.fire_time),
-            outcome: row.outcome.as_str(),
-            reason: &row.reason,
-            operation: row.operation.as_ref().map(OperationId::as_str),
-            record_time: micros(row.record_time),
-        })
-        .collect();
-    sql("INSERT INTO fires (schedule, fire_time, outcome, reason, operation, record_time) \
-         SELECT r.schedule, r.fire_time, r.outcome, r.reason, r.operation, r.record_time FROM \
-         {rows schedule TEXT, fire_time BIGINT, outcome TEXT, reason TEXT, operation TEXT, record_time BIGINT}")
-    .json(&rows)
-    .run(tx)
-    .await?;
-    Ok(())
 }
 
 fn duration_micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// Those of the rows that this version can read: the others, of a newer one perhaps, hold up nothing.
+pub(super) fn readable(rows: &[Row]) -> Vec<ScheduleRow> {
+    let read = |row: &Row| match read(row) {
+        Ok(schedule) => Some(schedule),
+        Err(error) => {
+            let schedule = row.text("id").unwrap_or_default();
+            tracing::warn!(schedule, error = crate::chain(&error), "a schedule cannot be read");
+            None
+        }
+    };
+    rows.iter().filter_map(read).collect()
 }
 
 fn read(row: &Row) -> Result<ScheduleRow, StoreError> {
@@ -363,16 +225,7 @@ fn read(row: &Row) -> Result<ScheduleRow, StoreError> {
         revision: row.int("revision")?,
         next_fire: row.maybe_time("next_fire")?,
         last_fire: row.maybe_time("last_fire")?,
-    })
-}
-
-fn read_fire(row: &Row) -> Result<FireRow, StoreError> {
-    Ok(FireRow {
-        schedule: row.word("schedule", |id| ScheduleId::parse(id).ok())?,
-        fire_time: row.time("fire_time")?,
-        outcome: row.word("outcome", FireOutcome::parse)?,
-        reason: row.text("reason")?,
-        operation: row.maybe_word("operation", |id| OperationId::parse(id).ok())?,
-        record_time: row.time("record_time")?,
+        failures: row.number("failures")?,
+        failure: row.text("failure")?,
     })
 }

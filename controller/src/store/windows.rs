@@ -3,8 +3,9 @@
 use chrono::{DateTime, Utc};
 use marco_proto::names::OperationId;
 
-use super::sql::sql;
+use super::sql::{Row, sql};
 use super::{Store, StoreError, micros, operations};
+use crate::calendar;
 use crate::schedule::MaintenanceWindow;
 
 impl Store {
@@ -17,10 +18,15 @@ impl Store {
         .await?;
         let mut changed = Vec::new();
         for row in &rows {
-            let window: MaintenanceWindow = row.json("maintenance_window")?;
-            let closed_until = window.closed_until(now);
-            if closed_until.map(micros) != row.maybe_time("closed_until")?.map(micros) {
-                changed.push((operations::read_id(row)?, closed_until));
+            let id = operations::read_id(row)?;
+            let stored = row.maybe_time("closed_until")?;
+            // Nothing becomes of one that never opens, and to look through the whole calendar for it takes a moment.
+            if stored.is_some_and(|time| time >= calendar::END_OF_TIME) {
+                continue;
+            }
+            let closed_until = closed_until(&id, row, now);
+            if closed_until.map(micros) != stored.map(micros) {
+                changed.push((id, closed_until));
             }
         }
         if changed.is_empty() {
@@ -37,5 +43,25 @@ impl Store {
         }
         self.commit(tx).await?;
         Ok(changed.into_iter().map(|(id, _)| id).collect())
+    }
+}
+
+/// Until when the window of an operation is closed. One that cannot be read, or whose dates cannot be told, is that
+/// operation's trouble alone: it stays closed.
+fn closed_until(id: &OperationId, row: &Row, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+    let found = row
+        .json("maintenance_window")
+        .map(|window: MaintenanceWindow| std::panic::catch_unwind(|| window.closed_until(now)).map_err(|_| window));
+    match found {
+        Ok(Ok(closed_until)) => closed_until,
+        Ok(Err(window)) => {
+            tracing::error!(operation = %id, ?window, "the dates of a maintenance window cannot be told; it stays closed");
+            Some(calendar::END_OF_TIME)
+        }
+        Err(error) => {
+            let error = crate::chain(&error);
+            tracing::error!(operation = %id, error, "a maintenance window cannot be read; it stays closed");
+            Some(calendar::END_OF_TIME)
+        }
     }
 }

@@ -111,7 +111,8 @@ impl Scene {
                 operation: Some(reboot(nodes, std::time::Duration::ZERO)),
                 ..Schedule::default()
             };
-            let request = CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned() };
+            let request =
+                CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned(), validate_only: false };
             let created = ScheduleServiceClient::new(self.fleet.admin_channel()).create_schedule(request).await;
             if let Err(status) = created
                 && status.code() != tonic::Code::AlreadyExists

@@ -23,7 +23,7 @@ fn often(id: &str, operation: Operation) -> CreateScheduleRequest {
         overlap: Overlap::Queue.into(),
         ..Schedule::default()
     };
-    CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned() }
+    CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned(), validate_only: false }
 }
 
 /// Waits for a fire that was decided after those that were there before.

@@ -113,13 +113,13 @@ fn create_schedule(target: Target, _: &[String; 3]) -> Vec<u8> {
         operation: Some(operation),
         ..Schedule::default()
     };
-    CreateScheduleRequest { schedule: Some(schedule), schedule_id: String::new() }.encode_to_vec()
+    CreateScheduleRequest { schedule: Some(schedule), schedule_id: String::new(), validate_only: false }.encode_to_vec()
 }
 
 fn update_schedule(target: Target, _: &[String; 3]) -> Vec<u8> {
     let schedule = Schedule { name: target.schedule(), cron: "0 0 2 1 *".to_owned(), ..Schedule::default() };
     let update_mask = Some(FieldMask { paths: vec!["cron".to_owned()] });
-    UpdateScheduleRequest { schedule: Some(schedule), update_mask }.encode_to_vec()
+    UpdateScheduleRequest { schedule: Some(schedule), update_mask, validate_only: false }.encode_to_vec()
 }
 
 fn preview_schedule(target: Target, _: &[String; 3]) -> Vec<u8> {

@@ -11,6 +11,7 @@ mod access;
 mod artifacts;
 mod database;
 mod enrolment;
+mod fires;
 mod history;
 mod operations;
 mod reports;
@@ -82,6 +83,15 @@ on_both!(
         a_paused_schedule_skips_and_says_so,
         a_template_that_cannot_be_carried_out_is_a_skip_with_the_reason,
         a_node_begins_after_its_own_share_of_the_jitter;
+    fires:
+        panic_of_one_schedule_pauses_it_and_stops_no_other,
+        failures_that_do_not_follow_each_other_pause_nothing,
+        unreadable_schedule_is_paused_with_the_reason,
+        row_that_nobody_can_read_holds_up_no_other,
+        window_that_never_opens_stops_no_round,
+        lost_instant_makes_the_same_operation_again,
+        coming_instants_follow_new_rules,
+        operations_are_listed_by_when_they_were_made;
     rollouts:
         a_hundred_nodes_ten_at_once_pause_when_too_many_fail,
         several_controllers_never_exceed_the_limit,

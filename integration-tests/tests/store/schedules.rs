@@ -21,7 +21,7 @@ use crate::support::*;
 const PATIENCE: TimeDelta = TimeDelta::minutes(5);
 
 /// Each minute, the first instant being `start()`.
-fn minutely(id: &str) -> ScheduleRow {
+pub(crate) fn minutely(id: &str) -> ScheduleRow {
     ScheduleRow {
         id: ScheduleId::parse(id).unwrap(),
         cron: "* * * * *".to_owned(),
@@ -40,11 +40,13 @@ fn minutely(id: &str) -> ScheduleRow {
         revision: 1,
         next_fire: Some(start()),
         last_fire: None,
+        failures: 0,
+        failure: String::new(),
     }
 }
 
 /// Makes operations for these nodes; each node waits the given seconds more than the one before.
-fn preparing(nodes: &[NodeId], apart: i64) -> Prepare {
+pub(crate) fn preparing(nodes: &[NodeId], apart: i64) -> Prepare {
     let nodes = nodes.to_vec();
     Arc::new(move |schedule: ScheduleRow, fire_time, begins| {
         let starts =
@@ -61,23 +63,23 @@ fn preparing(nodes: &[NodeId], apart: i64) -> Prepare {
     })
 }
 
-fn scheduler(store: &Store, clock: DateTime<Utc>, prepare: Prepare) -> Fires {
+pub(crate) fn scheduler(store: &Store, clock: DateTime<Utc>, prepare: Prepare) -> Fires {
     Fires::new(store.clone(), Arc::new(ManualClock::new(clock)), prepare, PATIENCE)
 }
 
-async fn fires_of(store: &Store, id: &ScheduleId) -> Vec<FireRow> {
+pub(crate) async fn fires_of(store: &Store, id: &ScheduleId) -> Vec<FireRow> {
     let query = FireQuery { limit: 100_000, ..FireQuery::default() };
     let mut rows = store.fires(id, &query).await.unwrap();
     rows.reverse();
     rows
 }
 
-async fn outcomes(store: &Store, id: &ScheduleId) -> Vec<(i64, FireOutcome)> {
+pub(crate) async fn outcomes(store: &Store, id: &ScheduleId) -> Vec<(i64, FireOutcome)> {
     let rows = fires_of(store, id).await;
     rows.into_iter().map(|row| ((row.fire_time - start()).num_seconds(), row.outcome)).collect()
 }
 
-async fn operations(store: &Store) -> Vec<OperationRow> {
+pub(crate) async fn operations(store: &Store) -> Vec<OperationRow> {
     let mut all = store.operations(&OperationQuery { limit: 100_000, ..OperationQuery::default() }).await.unwrap();
     all.sort_by_key(|row| row.fire_time);
     all
@@ -91,17 +93,17 @@ pub(crate) async fn a_schedule_is_read_back_as_it_was_stored(f: Fixture) {
     let changed = ScheduleRow { jitter: Duration::from_secs(60), next_fire: None, ..new.clone() };
     assert!(f.store.update_schedule(&changed, after(1)).await.unwrap());
     assert!(!f.store.update_schedule(&changed, after(2)).await.unwrap(), "it has changed since");
-    let paused = f.store.set_schedule_paused(&new.id, Some("exam"), after(3)).await.unwrap().unwrap();
+    let paused = f.store.pause_schedule(&new.id, "exam", after(3)).await.unwrap().unwrap();
     assert_eq!((paused.paused, paused.pause_reason.as_str(), paused.update_time), (true, "exam", after(3)));
     assert_eq!((paused.jitter, paused.next_fire), (Duration::from_secs(60), None));
-    assert!(!f.store.set_schedule_paused(&new.id, None, after(4)).await.unwrap().unwrap().paused);
+    assert!(!f.store.resume_schedule(&new.id, None, after(4)).await.unwrap().unwrap().paused);
     f.store.create_schedule(&minutely("a-first")).await.unwrap();
     let ids: Vec<String> =
         f.store.schedules(None, 10).await.unwrap().into_iter().map(|row| row.id.to_string()).collect();
     assert_eq!(ids, ["a-first", "nightly"]);
     assert!(f.store.delete_schedule(&new.id).await.unwrap());
     assert!(!f.store.delete_schedule(&new.id).await.unwrap());
-    assert!(f.store.set_schedule_paused(&new.id, None, after(4)).await.unwrap().is_none());
+    assert!(f.store.resume_schedule(&new.id, None, after(4)).await.unwrap().is_none());
 }
 
 pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race(f: Fixture) {
@@ -250,7 +252,7 @@ pub(crate) async fn a_change_that_saw_less_than_the_scheduler_decided_is_refused
 pub(crate) async fn a_paused_schedule_skips_and_says_so(f: Fixture) {
     let new = minutely("paused");
     f.store.create_schedule(&new).await.unwrap();
-    f.store.set_schedule_paused(&new.id, Some("exam week"), after(-1)).await.unwrap();
+    f.store.pause_schedule(&new.id, "exam week", after(-1)).await.unwrap();
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(601)).await.unwrap();
     let rows = fires_of(&f.store, &new.id).await;
@@ -259,7 +261,7 @@ pub(crate) async fn a_paused_schedule_skips_and_says_so(f: Fixture) {
         assert_eq!(row.outcome, FireOutcome::Skipped);
         assert!(row.reason.starts_with("the schedule was paused: exam week"), "{}", row.reason);
     }
-    f.store.set_schedule_paused(&new.id, None, after(602)).await.unwrap();
+    f.store.resume_schedule(&new.id, None, after(602)).await.unwrap();
     fires.round(after(661)).await.unwrap();
     assert_eq!(outcomes(&f.store, &new.id).await[11], (660, FireOutcome::Fired));
     assert_eq!(operations(&f.store).await.len(), 1);

@@ -7,6 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::values::{Pair, duration, instant, pair};
 use super::{Paging, RolloutFlags, Target, WindowFlags};
+use crate::ask::Force;
 
 /// What can be done with schedules.
 #[derive(Debug, Subcommand)]
@@ -19,7 +20,8 @@ Examples:
       --image kiosk --selector room=a1 --jitter 10m --missed-fire once
 
 The fields of a cron are minute, hour, day of month, month and day of week; a sixth, before them,
-is the second. Targets and artifacts are resolved at each fire.")]
+is the second. \"schedules next\" says in words what a cron means. Targets and artifacts are resolved
+at each fire. A window's zone is --zone unless --window-zone says otherwise.")]
     Create(Box<CreateSchedule>),
     /// List schedules
     List(Paging),
@@ -123,6 +125,8 @@ pub(crate) struct CreateSchedule {
     /// What is done about a fire while an operation of the schedule is unfinished
     #[arg(long, value_name = "POLICY", default_value = "skip")]
     pub(crate) overlap: OverlapArg,
+    #[command(flatten)]
+    pub(crate) force: Force,
 }
 
 /// Flags of `schedules update`: each is a change.
@@ -176,6 +180,8 @@ pub(crate) struct UpdateSchedule {
     /// What is done about a fire while an operation of the schedule is unfinished
     #[arg(long, value_name = "POLICY")]
     pub(crate) overlap: Option<OverlapArg>,
+    #[command(flatten)]
+    pub(crate) force: Force,
 }
 
 /// On which other nodes: at most one of the three.

@@ -1,7 +1,7 @@
 //! `marcoctl schedules`.
 
 use chrono::{DateTime, Utc};
-use marco_proto::v1::operation::{Action, Target};
+use marco_proto::v1::operation::{self, Action, Target};
 use marco_proto::v1::{
     CreateScheduleRequest, DeleteScheduleRequest, Fire, FireFilter, GetScheduleRequest, ListFiresRequest,
     ListFiresResponse, ListSchedulesRequest, ListSchedulesResponse, Operation, PauseScheduleRequest, PowerOff,
@@ -12,16 +12,18 @@ use uuid::Uuid;
 use super::operations::{insist, manner, operation_text, rollout, target, window};
 use super::{all_pages, proto_duration};
 use crate::args::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, OverlapArg, SchedulesCommand};
+use crate::ask::{Force, say, unless_forced};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, enum_word, fields, id, labels, local, span, table, timestamp_of};
+use crate::output::{Out, ago, clean, enum_word, fields, id, labels, local, span, table, timestamp_of};
 
 mod update;
 
 pub(super) async fn run(command: SchedulesCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     match command {
         SchedulesCommand::Create(flags) => {
-            let created = connection.schedules().create_schedule(call(asked(*flags)?)).await?.into_inner();
+            let force = flags.force;
+            let created = create(asked(*flags)?, force, connection).await?;
             out.document(&created, detail)
         }
         SchedulesCommand::Update(flags) => {
@@ -77,6 +79,18 @@ pub(super) async fn run(command: SchedulesCommand, connection: &Connection, out:
     }
 }
 
+/// Asks the controller first what it thinks of it, and the operator if that is not meant.
+async fn create(request: CreateScheduleRequest, force: Force, connection: &Connection) -> Result<Schedule, Failure> {
+    let trial = CreateScheduleRequest { validate_only: true, ..request.clone() };
+    let checked = connection.schedules().create_schedule(call(trial)).await?.into_inner();
+    if checked.create_time.is_some() {
+        // A controller of an earlier release knows no trial.
+        return Ok(checked);
+    }
+    unless_forced(&checked.doubts, force)?;
+    Ok(connection.schedules().create_schedule(call(request)).await?.into_inner())
+}
+
 async fn next(flags: Next, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     let request = PreviewScheduleRequest {
         name: flags.schedule.unwrap_or_default(),
@@ -86,6 +100,11 @@ async fn next(flags: Next, connection: &Connection, out: &mut Out) -> Result<(),
         count: flags.count,
     };
     let preview = connection.schedules().preview_schedule(call(request)).await?.into_inner();
+    // Not among the fires, of which programs read a line each.
+    if !out.is_json() && !preview.cron_in_words.is_empty() {
+        let (words, zone, version) = (&preview.cron_in_words, &preview.time_zone, &preview.tzdata_version);
+        say(&format!("{}, by the clocks of {}; time zones: {}\n", clean(words), clean(zone), clean(version)));
+    }
     out.document(&preview, |preview, _| {
         preview.fires.iter().map(|fire| format!("{} {}\n", fire.local_time, fire.utc_time)).collect()
     })
@@ -126,7 +145,7 @@ fn asked(flags: CreateSchedule) -> Result<CreateScheduleRequest, Failure> {
         expire_after: flags.expire_after.map(proto_duration).transpose()?,
         ..Default::default()
     };
-    Ok(CreateScheduleRequest { schedule: Some(schedule), schedule_id: flags.schedule })
+    Ok(CreateScheduleRequest { schedule: Some(schedule), schedule_id: flags.schedule, validate_only: false })
 }
 
 fn missed_fire_of(word: MissedFireArg) -> schedule::MissedFire {
@@ -194,9 +213,20 @@ fn rows(schedules: &[Schedule], now: DateTime<Utc>) -> String {
             targets(schedule),
             state(schedule),
             ago(schedule.next_fire_time.as_ref(), now),
+            schedule.last_fire.as_ref().map(|fire| last_outcome(fire, now)).unwrap_or_default(),
         ]
     });
-    table(&["SCHEDULE", "CRON", "ZONE", "ACTION", "TARGETS", "STATE", "NEXT"], rows)
+    table(&["SCHEDULE", "CRON", "ZONE", "ACTION", "TARGETS", "STATE", "NEXT", "LAST"], rows)
+}
+
+/// What became of an instant, where its operation is, and when it was: `FIRED, RUNNING 3m ago`.
+fn last_outcome(fire: &Fire, now: DateTime<Utc>) -> String {
+    let outcome = enum_word(fire.outcome().as_str_name(), "OUTCOME_");
+    let state = match fire.operation_state() {
+        operation::State::Unspecified => String::new(),
+        state => format!(", {}", enum_word(state.as_str_name(), "STATE_")),
+    };
+    format!("{outcome}{state} {}", ago(fire.fire_time.as_ref(), now))
 }
 
 fn detail(schedule: &Schedule, now: DateTime<Utc>) -> String {
@@ -205,9 +235,15 @@ fn detail(schedule: &Schedule, now: DateTime<Utc>) -> String {
         None => String::new(),
     };
     let manner = manner(&schedule.operation.clone().unwrap_or_default());
+    let last = match &schedule.last_fire {
+        Some(fire) if fire.reason.is_empty() => last_outcome(fire, now),
+        Some(fire) => format!("{}: {}", last_outcome(fire, now), fire.reason),
+        None => String::new(),
+    };
     fields(&[
         ("schedule", schedule.name.clone()),
         ("cron", schedule.cron.clone()),
+        ("in words", schedule.cron_in_words.clone()),
         ("zone", schedule.time_zone.clone()),
         ("action", action(schedule)),
         ("targets", targets(schedule)),
@@ -219,6 +255,8 @@ fn detail(schedule: &Schedule, now: DateTime<Utc>) -> String {
         ("paused because", schedule.pause_reason.clone()),
         ("next fire", next),
         ("last fire", local(schedule.last_fire_time.as_ref())),
+        ("last outcome", last),
+        ("failed because", schedule.failure.clone()),
         ("missed fires", enum_word(schedule.missed_fire().as_str_name(), "MISSED_FIRE_").to_lowercase()),
         ("overlap", enum_word(schedule.overlap().as_str_name(), "OVERLAP_").to_lowercase()),
         ("jitter", length(schedule.jitter.as_ref())),

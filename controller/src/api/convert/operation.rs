@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use marco_proto::names::{ArtifactId, ExecutionId, NodeId};
 use marco_proto::v1;
 
@@ -181,16 +182,7 @@ pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
         target: Some(asked_target(&row.target)),
         schedule_time: Some(timestamp(row.schedule_time)),
         expire_time: Some(timestamp(row.expire_time)),
-        state: match row.state {
-            OperationState::Scheduled => v1::operation::State::Scheduled,
-            OperationState::Running => v1::operation::State::Running,
-            OperationState::Paused => v1::operation::State::Paused,
-            OperationState::Cancelling => v1::operation::State::Cancelling,
-            OperationState::Succeeded => v1::operation::State::Succeeded,
-            OperationState::Failed => v1::operation::State::Failed,
-            OperationState::Cancelled => v1::operation::State::Cancelled,
-        }
-        .into(),
+        state: operation_state_to_proto(row.state).into(),
         create_time: Some(timestamp(row.create_time)),
         schedule: row.schedule.as_ref().map(|id| id.name()).unwrap_or_default(),
         fire_time: row.fire_time.map(timestamp),
@@ -249,18 +241,22 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
 }
 
 /// A maintenance window as it is asked for.
-pub(in crate::api) fn window(asked: v1::MaintenanceWindow, bad: Bad<'_>) -> Option<MaintenanceWindow> {
+pub(in crate::api) fn window(
+    asked: v1::MaintenanceWindow,
+    now: DateTime<Utc>,
+    bad: Bad<'_>,
+) -> Option<MaintenanceWindow> {
     let duration = asked.duration.and_then(|length| Duration::try_from(length).ok());
     let Some(duration) = duration.filter(|length| !length.is_zero() && *length <= MAX_WINDOW) else {
         bad("operation.window.duration", "must be more than 0 and at most 366 days".to_owned());
         return None;
     };
     let window = MaintenanceWindow { cron: asked.cron, duration, time_zone: asked.time_zone };
-    match window.check() {
+    match window.check(now) {
         Ok(()) => Some(window),
         Err(error) => {
             let field = match error {
-                RecurrenceError::Cron { .. } => "operation.window.cron",
+                RecurrenceError::Cron { .. } | RecurrenceError::Never(_) => "operation.window.cron",
                 RecurrenceError::Zone(_) => "operation.window.time_zone",
             };
             bad(field, error.to_string());
@@ -273,7 +269,8 @@ pub(super) fn window_to_proto(window: &MaintenanceWindow) -> v1::MaintenanceWind
     v1::MaintenanceWindow {
         cron: window.cron.clone(),
         duration: duration(window.duration),
-        time_zone: window.time_zone.clone(),
+        // The empty zone is UTC; said, because in a schedule's template the empty one is the schedule's.
+        time_zone: if window.time_zone.is_empty() { "UTC".to_owned() } else { window.time_zone.clone() },
     }
 }
 
@@ -288,6 +285,18 @@ pub(super) fn rollout_to_proto(rollout: &Rollout) -> v1::Rollout {
             Limit::Number(nodes) => FailureLimit::MaxFailures(count(nodes)),
             Limit::Percent(percent) => FailureLimit::MaxFailuresPercent(count(percent)),
         }),
+    }
+}
+
+pub(super) fn operation_state_to_proto(state: OperationState) -> v1::operation::State {
+    match state {
+        OperationState::Scheduled => v1::operation::State::Scheduled,
+        OperationState::Running => v1::operation::State::Running,
+        OperationState::Paused => v1::operation::State::Paused,
+        OperationState::Cancelling => v1::operation::State::Cancelling,
+        OperationState::Succeeded => v1::operation::State::Succeeded,
+        OperationState::Failed => v1::operation::State::Failed,
+        OperationState::Cancelled => v1::operation::State::Cancelled,
     }
 }
 

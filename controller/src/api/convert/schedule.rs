@@ -2,10 +2,10 @@
 
 use marco_proto::v1;
 
-use super::operation::{asked_action, asked_target, rollout_to_proto, window_to_proto};
+use super::operation::{asked_action, asked_target, operation_state_to_proto, rollout_to_proto, window_to_proto};
 use super::{duration, timestamp};
-use crate::schedule::{FireOutcome, MissedFire, Overlap};
-use crate::store::{FireRow, ScheduleRow};
+use crate::schedule::{FireOutcome, MissedFire, Overlap, Recurrence};
+use crate::store::{FireRow, LastFire, ScheduleRow};
 
 pub(in crate::api) fn schedule(row: &ScheduleRow) -> v1::Schedule {
     v1::Schedule {
@@ -38,7 +38,17 @@ pub(in crate::api) fn schedule(row: &ScheduleRow) -> v1::Schedule {
         expire_after: duration(row.expire_after),
         creator: row.creator.clone(),
         update_time: Some(timestamp(row.update_time)),
+        cron_in_words: Recurrence::parse(&row.cron, &row.time_zone).map(|cron| cron.words()).unwrap_or_default(),
+        doubts: Vec::new(),
+        last_fire: None,
+        failure: row.failure.clone(),
     }
+}
+
+/// The last instant, with where its operation is.
+pub(in crate::api) fn last_fire(last: &LastFire) -> v1::Fire {
+    let operation_state = last.operation_state.map(operation_state_to_proto).unwrap_or_default().into();
+    v1::Fire { operation_state, ..fire(&last.row) }
 }
 
 /// The policy; unset means skip.
@@ -79,5 +89,6 @@ pub(in crate::api) fn fire(row: &FireRow) -> v1::Fire {
         reason: row.reason.clone(),
         operation: row.operation.as_ref().map(|id| id.name()).unwrap_or_default(),
         record_time: Some(timestamp(row.record_time)),
+        operation_state: v1::operation::State::Unspecified.into(),
     }
 }

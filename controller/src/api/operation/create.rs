@@ -11,6 +11,7 @@ use super::Operations;
 use crate::api::convert;
 use crate::api::scope::outside;
 use crate::api::status::{ApiError, Violation};
+use crate::calendar::{earlier, later};
 use crate::operation::{Action, FrozenArtifact, NodeState, Target, Update};
 use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
@@ -191,9 +192,9 @@ pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Ut
         }
     };
     let rollout = operation.rollout.map(|rollout| convert::rollout(rollout, &mut bad));
-    let window = operation.window.and_then(|window| convert::window(window, &mut bad));
+    let window = operation.window.and_then(|window| convert::window(window, now, &mut bad));
     let schedule_time = match convert::time(operation.schedule_time, "operation.schedule_time", &mut bad) {
-        Some(time) if time < now - CLOCK_TOLERANCE => {
+        Some(time) if time < earlier(now, CLOCK_TOLERANCE) => {
             bad(
                 "operation.schedule_time",
                 format!("{} is in the past; leave it out to begin at once", time.to_rfc3339()),
@@ -236,7 +237,15 @@ pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Ut
 /// A day after its time; or, where it may begin only in a window, after the first opening.
 pub(super) fn default_expiry(window: Option<&MaintenanceWindow>, schedule_time: DateTime<Utc>) -> DateTime<Utc> {
     let first = window.and_then(|window| window.closed_until(schedule_time)).unwrap_or(schedule_time);
-    first.checked_add_signed(DEFAULT_LIFETIME).unwrap_or(DateTime::<Utc>::MAX_UTC)
+    later(first, DEFAULT_LIFETIME)
+}
+
+/// Refuses what would wait for a window that never opens; releases before stored such windows.
+pub(in crate::api) fn must_open(window: Option<&MaintenanceWindow>, now: DateTime<Utc>) -> Result<(), ApiError> {
+    window.map_or(Ok(()), |window| window.check(now)).map_err(|error| ApiError::Precondition {
+        reason: "WINDOW_NEVER_OPENS",
+        message: format!("its maintenance window never opens: {error}"),
+    })
 }
 
 pub(in crate::api) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<RequestKey>, ApiError> {

@@ -8,7 +8,7 @@ use marco_proto::v1;
 
 use super::super::scope::outside;
 use super::super::status::ApiError;
-use super::{Schedules, read, schedule_id};
+use super::{Schedules, not_stored, read, schedule_id};
 use crate::identity::Caller;
 use crate::store::ScheduleRow;
 
@@ -24,7 +24,7 @@ impl Schedules {
         &self,
         caller: &Caller,
         request: v1::UpdateScheduleRequest,
-    ) -> Result<ScheduleRow, ApiError> {
+    ) -> Result<v1::Schedule, ApiError> {
         let mut now = self.context.clock.now();
         let asked = request.schedule.ok_or_else(|| ApiError::invalid("schedule", "is missing"))?;
         let id = schedule_id("schedule.name", &asked.name)?;
@@ -36,8 +36,12 @@ impl Schedules {
             // It reaches nothing that either who made it or who changes it may not.
             new.scope = old.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
             self.stays_within(caller, &new).await?;
+            let doubts = self.doubts(&new, now).await?;
+            if request.validate_only {
+                return Ok(not_stored(&new, doubts));
+            }
             if self.context.store.update_schedule(&new, now).await? {
-                return self.find(&id).await;
+                return Ok(v1::Schedule { doubts, ..self.shown(&self.find(&id).await?).await? });
             }
             let revision = old.revision;
             // A fire is no reason to ask the caller again.

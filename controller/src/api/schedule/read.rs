@@ -64,6 +64,8 @@ pub(super) fn new(
         revision: 1,
         next_fire: fields.recurrence.next_after(now),
         last_fire: None,
+        failures: 0,
+        failure: String::new(),
     })
 }
 
@@ -93,6 +95,13 @@ pub(super) fn changed(
                 return Err(ApiError::invalid("update_mask", format!("{other:?} cannot be changed; {can} can")));
             }
         }
+    }
+    // A window that followed the schedule's zone goes on to.
+    if let Some(window) = merged.operation.as_mut().and_then(|operation| operation.window.as_mut())
+        && !paths.iter().any(|path| path == "operation")
+        && window.time_zone == old.time_zone
+    {
+        window.time_zone.clone_from(&merged.time_zone);
     }
     let mut wrong = Vec::new();
     let read = Fields::read(merged, now, &mut wrong);
@@ -124,7 +133,7 @@ pub(super) fn recurrence(prefix: &str, cron: &str, time_zone: &str) -> Result<Re
     }
     Recurrence::parse(cron, time_zone).map_err(|error| {
         let field = match &error {
-            RecurrenceError::Cron { .. } => "cron",
+            RecurrenceError::Cron { .. } | RecurrenceError::Never(_) => "cron",
             RecurrenceError::Zone(_) => "time_zone",
         };
         vec![violation(&format!("{prefix}{field}"), error.to_string())]
@@ -144,9 +153,8 @@ impl Fields {
     fn read(asked: v1::Schedule, now: DateTime<Utc>, wrong: &mut Vec<Violation>) -> Option<Self> {
         let recurrence = match recurrence("schedule.", &asked.cron, &asked.time_zone) {
             Ok(recurrence) => {
-                if recurrence.next_after(now).is_none() {
-                    let why = format!("{:?} never fires: no date matches it", asked.cron);
-                    wrong.push(violation("schedule.cron", why));
+                if let Err(never) = recurrence.must_fire(now) {
+                    wrong.push(violation("schedule.cron", never.to_string()));
                 }
                 Some(recurrence)
             }
@@ -155,7 +163,8 @@ impl Fields {
                 None
             }
         };
-        let template = template(asked.operation, now, wrong);
+        let zone = recurrence.as_ref().map(|recurrence| recurrence.zone().name());
+        let template = template(asked.operation, zone, now, wrong);
         let missed_fire = convert::missed_fire(asked.missed_fire);
         if missed_fire.is_none() {
             wrong.push(violation("schedule.missed_fire", "is no policy that is known".to_owned()));
@@ -183,8 +192,14 @@ impl Fields {
     }
 }
 
-fn template(operation: Option<v1::Operation>, now: DateTime<Utc>, wrong: &mut Vec<Violation>) -> Option<Template> {
-    let Some(operation) = operation else {
+/// `zone`: the schedule's, which is its window's by default.
+fn template(
+    operation: Option<v1::Operation>,
+    zone: Option<&str>,
+    now: DateTime<Utc>,
+    wrong: &mut Vec<Violation>,
+) -> Option<Template> {
+    let Some(mut operation) = operation else {
         wrong.push(violation("schedule.operation", "is missing; it needs an action and a target".to_owned()));
         return None;
     };
@@ -195,6 +210,9 @@ fn template(operation: Option<v1::Operation>, now: DateTime<Utc>, wrong: &mut Ve
             let why = "is set by each fire; leave it out".to_owned();
             wrong.push(violation(&format!("schedule.operation.{field}"), why));
         }
+    }
+    if let Some(window) = operation.window.as_mut().filter(|window| window.time_zone.is_empty()) {
+        window.time_zone = zone.unwrap_or_default().to_owned();
     }
     let operation = v1::Operation { schedule_time: None, expire_time: None, ..operation };
     let request = v1::CreateOperationRequest { operation: Some(operation), request_id: String::new() };

@@ -11,6 +11,7 @@ use super::super::operations::{rollout, target, window};
 use super::super::proto_duration;
 use super::{missed_fire_of, overlap_of};
 use crate::args::{ActionArg, OtherTarget, Target, UpdateSchedule};
+use crate::ask::unless_forced;
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
 
@@ -22,7 +23,15 @@ pub(super) async fn update(flags: UpdateSchedule, connection: &Connection) -> Re
     } else {
         None
     };
+    let force = flags.force;
     let request = asked(flags, template)?;
+    let trial = UpdateScheduleRequest { validate_only: true, ..request.clone() };
+    let checked = connection.schedules().update_schedule(call(trial)).await?.into_inner();
+    if checked.create_time.is_some() {
+        // A controller of an earlier release knows no trial.
+        return Ok(checked);
+    }
+    unless_forced(&checked.doubts, force)?;
     Ok(connection.schedules().update_schedule(call(request)).await?.into_inner())
 }
 
@@ -88,7 +97,8 @@ fn asked(flags: UpdateSchedule, template: Option<Operation>) -> Result<UpdateSch
             hint: "marcoctl schedules update ID --cron CRON (see: marcoctl schedules update --help)".to_owned(),
         });
     }
-    Ok(UpdateScheduleRequest { schedule: Some(new), update_mask: Some(FieldMask { paths }) })
+    let update_mask = Some(FieldMask { paths });
+    Ok(UpdateScheduleRequest { schedule: Some(new), update_mask, validate_only: false })
 }
 
 /// The template with what the flags change.
