@@ -22,6 +22,9 @@ const SETTLE: Duration = Duration::from_millis(15);
 const SWEEP: Duration = Duration::from_secs(2);
 /// So long after the store was away, no other controller is taken for dead: it could give no sign of life either.
 const GRACE: i64 = 15_000_000;
+/// A controller whose rounds were further apart, in microseconds, did not listen in between: it stood still, was not
+/// there, or its store was away.
+const DEAF: i64 = 15_000_000;
 /// After this time without an answer from the store, it is said again that it does not answer.
 const COMPLAIN: Duration = Duration::from_secs(60);
 
@@ -38,6 +41,10 @@ pub struct Dispatcher {
     failed: AtomicI64,
     /// What the watchdog sees of it.
     pulses: Pulses,
+    /// When the last round began, in microseconds.
+    heard: AtomicI64,
+    /// From when on there was a round at least every `DEAF`, in microseconds.
+    listening: AtomicI64,
 }
 
 impl Dispatcher {
@@ -50,7 +57,9 @@ impl Dispatcher {
         address: String,
     ) -> Self {
         let (unsure, failed) = (AtomicBool::new(false), AtomicI64::new(i64::MIN));
-        Self { store, sessions, clock, controller, address, unsure, failed, pulses: Pulses::default() }
+        let (heard, listening) = (AtomicI64::new(i64::MIN), AtomicI64::new(i64::MAX));
+        let pulses = Pulses::default();
+        Self { store, sessions, clock, controller, address, unsure, failed, pulses, heard, listening }
     }
 
     /// Lets a watchdog see its rounds.
@@ -69,16 +78,19 @@ impl Dispatcher {
             let sweep = swept.is_none_or(|last| last.elapsed() >= SWEEP);
             let done = self.round(sweep).await;
             self.pulses.dispatcher.beat(&done);
-            if done.is_err() {
+            let away = matches!(done, Err(StoreError::Unavailable(_)));
+            if away {
                 self.failed.store(self.clock.now().timestamp_micros(), Ordering::Relaxed);
+                // What nodes said meanwhile was not stored.
+                self.heard.store(i64::MIN, Ordering::Relaxed);
+            }
+            if sweep && !away {
+                swept = Some(tokio::time::Instant::now());
             }
             match done {
                 Ok(()) => {
                     if complained.take().is_some() {
                         tracing::info!("the store answers again");
-                    }
-                    if sweep {
-                        swept = Some(tokio::time::Instant::now());
                     }
                 }
                 Err(error) if complained.is_none_or(|last| last.elapsed() >= COMPLAIN) => {
@@ -94,7 +106,7 @@ impl Dispatcher {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(jittered(TICK)) => {}
-                changed = changes.changed(), if complained.is_none() => match changed {
+                changed = changes.changed(), if !away => match changed {
                     Ok(()) => tokio::time::sleep(SETTLE).await,
                     Err(_) => return,
                 },
@@ -105,44 +117,59 @@ impl Dispatcher {
     /// One round. Public so that tests can step through time with a manual clock.
     ///
     /// # Errors
-    /// The store's; what was done before it stays done, and the next round goes on.
+    /// The store's first; what was done stays done, and the next round goes on. Only a store that is away ends a round
+    /// early: what one step cannot do must not keep the others from being done.
     #[tracing::instrument(level = "debug", skip_all, name = "round")]
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
+        let listening = self.listen(now);
         self.store.watch_from(now);
-        for operation in self.store.move_windows(now).await? {
+        let mut failed = None;
+        for operation in kept(self.store.move_windows(now).await, &mut failed)? {
             tracing::info!(%operation, "a maintenance window opened or closed");
         }
-        self.store.begin_due(now).await?;
-        self.store.release_due(now).await?;
-        self.store.expire(now).await?;
-        for changed in self.store.cancel_outside_scope(now).await? {
+        kept(self.store.begin_due(now).await, &mut failed)?;
+        kept(self.store.release_due(now).await, &mut failed)?;
+        kept(self.store.expire(now).await, &mut failed)?;
+        for changed in kept(self.store.cancel_outside_scope(now).await, &mut failed)? {
             tracing::warn!(execution = %changed.execution, "a node does not lie any more within the scope of its operation");
         }
-        self.store.power_off_done(now).await?;
-        for overdue in self.store.mark_overdue(now).await? {
+        kept(self.store.power_off_done(listening, now).await, &mut failed)?;
+        for overdue in kept(self.store.mark_overdue(now).await, &mut failed)? {
             let state = overdue.state.as_str();
             tracing::warn!(execution = %overdue.execution, state, why = overdue.why, "an execution is overdue");
         }
-        for changed in self.store.give_up(now).await? {
+        for changed in kept(self.store.give_up(now).await, &mut failed)? {
             tracing::warn!(execution = %changed.execution, "an overdue execution was given up");
         }
         if sweep {
-            self.sweep(now).await?;
+            kept(self.sweep(now).await, &mut failed)?;
         }
-        for (operation, why) in self.store.pause_rollouts(now).await? {
+        for (operation, why) in kept(self.store.pause_rollouts(now).await, &mut failed)? {
             tracing::warn!(%operation, why = %why, "an operation paused by itself");
         }
-        self.assign(now).await?;
-        self.cancel().await?;
-        for operation in self.store.finish_operations(now).await? {
+        kept(self.assign(now).await, &mut failed)?;
+        kept(self.cancel().await, &mut failed)?;
+        for operation in kept(self.store.finish_operations(now).await, &mut failed)? {
             tracing::info!(%operation, "an operation ended");
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Notes that this controller listens now; since when it has done so without a break.
+    fn listen(&self, now: chrono::DateTime<chrono::Utc>) -> chrono::DateTime<chrono::Utc> {
+        let micros = now.timestamp_micros();
+        let before = self.heard.swap(micros, Ordering::Relaxed);
+        // A clock that went back proves nothing either.
+        if before > micros || micros.saturating_sub(before) > DEAF {
+            self.listening.store(micros, Ordering::Relaxed);
+        }
+        chrono::DateTime::from_timestamp_micros(self.listening.load(Ordering::Relaxed)).unwrap_or(now)
     }
 
     async fn assign(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
-        let live: Vec<(NodeId, i64)> = self.sessions.live().into_iter().map(|live| (live.node, live.epoch)).collect();
+        let ready = self.sessions.live().into_iter().filter(|live| live.ready);
+        let live: Vec<(NodeId, i64)> = ready.map(|live| (live.node, live.epoch)).collect();
         if live.is_empty() {
             return Ok(());
         }
@@ -177,6 +204,11 @@ impl Dispatcher {
                 self.sessions.send(&session.node, session.epoch, Command::Cancel(execution));
             }
         }
+        for execution in self.store.queries_due(&self.controller).await? {
+            if let Some(session) = live.iter().find(|session| session.node == execution.node && session.ready) {
+                self.sessions.send(&session.node, session.epoch, Command::Query(execution));
+            }
+        }
         Ok(())
     }
 
@@ -187,16 +219,20 @@ impl Dispatcher {
         let nodes: Vec<NodeId> = live.iter().map(|session| session.node.clone()).collect();
         self.store.touch(&self.controller, &nodes, now).await?;
         let epochs: Vec<(NodeId, i64)> = live.iter().map(|session| (session.node.clone(), session.epoch)).collect();
-        for node in self.store.lost_sessions(&self.controller, &epochs).await? {
+        for (node, epoch) in self.store.lost_sessions(&self.controller, &epochs).await? {
             let admitted = self.store.node(&node).await?.is_some_and(|row| row.state != NodeState::Quarantined);
             tracing::warn!(%node, admitted, "a session is cut: the node is barred, or it is not the node's any more");
-            self.sessions.end(&node, if admitted { End::Lost } else { End::Barred });
+            // The picture is old by now: the node may have a newer session.
+            self.sessions.end_one(&node, epoch, if admitted { End::Lost } else { End::Barred });
         }
         let serials: Vec<String> = live.iter().map(|session| session.certificate.clone()).collect();
         let unacceptable = self.store.unacceptable(&serials).await?;
         for session in live.iter().filter(|session| unacceptable.contains(&session.certificate)) {
             tracing::warn!(node = %session.node, "a session is cut: its certificate was revoked");
-            self.sessions.end(&session.node, End::Barred);
+            self.sessions.end_one(&session.node, session.epoch, End::Barred);
+        }
+        for changed in self.store.cancel_orphans(now).await? {
+            tracing::warn!(execution = %changed.execution, "an execution was cancelled: its node is deleted");
         }
         let beat = self.store.beat(&self.controller, &self.address, now).await;
         self.pulses.beat.beat(&beat);
@@ -208,6 +244,20 @@ impl Dispatcher {
             tracing::warn!(%node, "the session of a controller that died was ended");
         }
         Ok(())
+    }
+}
+
+/// What a step did; nothing where it failed, for a reason that is kept if it is the first. A store that is away ends the
+/// round.
+fn kept<T: Default>(done: Result<T, StoreError>, failed: &mut Option<StoreError>) -> Result<T, StoreError> {
+    match done {
+        Ok(done) => Ok(done),
+        Err(error @ StoreError::Unavailable(_)) => Err(error),
+        Err(error) => {
+            tracing::debug!(error = &*crate::chain(&error), "a step of a round failed");
+            failed.get_or_insert(error);
+            Ok(T::default())
+        }
     }
 }
 

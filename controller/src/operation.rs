@@ -6,13 +6,17 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+mod conflict;
 mod phase;
 mod report;
 mod state;
 mod wait;
 
+pub use conflict::{Conflict, Decision};
 pub use phase::{Phase, deadline_after, deadline_in_all, why_overdue};
-pub use report::{Expected, HelloVerdict, ReportVerdict, Reported, Stored, on_hello, on_report};
+pub use report::{
+    Expected, Greeting, HelloVerdict, MAX_ATTEMPT, ReportVerdict, Reported, Stored, on_hello, on_not_held, on_report,
+};
 pub use state::{Counts, ExecutionError, ExecutionState, IllegalTransition, OperationState, final_state, reason};
 pub use wait::{NodeMode, NodeState, WaitContext, WaitReason, wait_reason};
 

@@ -13,6 +13,8 @@ use crate::store::Assignment;
 /// Commands that may wait for one session. A node has one execution at a time, so a queue this long means that it does
 /// not read: it is cut, not buffered.
 const QUEUE: usize = 64;
+/// A node is asked where its execution is at most this often.
+const ASK_AGAIN: Duration = Duration::from_secs(30);
 
 /// What a session is told.
 #[derive(Debug, Clone)]
@@ -23,6 +25,8 @@ pub enum Command {
     Cancel(ExecutionId),
     /// A report up to this sequence is committed.
     Ack(ExecutionId, u64),
+    /// Say where this is.
+    Query(ExecutionId),
 }
 
 /// Why a session ends.
@@ -60,6 +64,12 @@ struct Entry {
     cancels_sent: HashSet<ExecutionId>,
     /// The delivery that was sent last: a node has one at a time.
     assigned: Option<(ExecutionId, u32)>,
+    /// Its Hello is dealt with: work that is given to it now cannot cross with what it lists.
+    ready: bool,
+    /// It answers queries.
+    answers: bool,
+    /// When it was last asked.
+    asked: Option<tokio::time::Instant>,
 }
 
 /// A session as the dispatcher and the sweep see it.
@@ -71,6 +81,8 @@ pub struct Live {
     pub epoch: i64,
     /// Serial number of the certificate that opened it.
     pub certificate: String,
+    /// Its Hello is dealt with, and it may be given work.
+    pub ready: bool,
 }
 
 /// The registry.
@@ -106,6 +118,9 @@ impl Sessions {
             end,
             cancels_sent: HashSet::new(),
             assigned: None,
+            ready: false,
+            answers: false,
+            asked: None,
         };
         if let Some(older) = entries.insert(node.clone(), entry) {
             older.end.send_replace(Some(End::Superseded));
@@ -121,7 +136,22 @@ impl Sessions {
         }
     }
 
-    /// Tells a session to end; the session then removes itself.
+    /// Its Hello is dealt with; `answers` tells whether it answers queries.
+    pub fn set_ready(&self, node: &NodeId, epoch: i64, answers: bool) {
+        if let Some(entry) = self.lock().get_mut(node).filter(|entry| entry.epoch == epoch) {
+            entry.ready = true;
+            entry.answers = answers;
+        }
+    }
+
+    /// Tells a session to end, unless a newer one has taken its place.
+    pub fn end_one(&self, node: &NodeId, epoch: i64, why: End) {
+        if let Some(entry) = self.lock().get(node).filter(|entry| entry.epoch == epoch) {
+            entry.end.send_replace(Some(why));
+        }
+    }
+
+    /// Tells whatever session a node has to end; the session then removes itself.
     pub fn end(&self, node: &NodeId, why: End) {
         if let Some(entry) = self.lock().get(node) {
             entry.end.send_replace(Some(why));
@@ -169,6 +199,13 @@ impl Sessions {
                 return true;
             }
         }
+        if let Command::Query(_) = &command {
+            let now = tokio::time::Instant::now();
+            if !entry.answers || entry.asked.is_some_and(|asked| now.duration_since(asked) < ASK_AGAIN) {
+                return true;
+            }
+            entry.asked = Some(now);
+        }
         match entry.commands.try_send(command) {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -188,6 +225,7 @@ impl Sessions {
                 node: node.clone(),
                 epoch: entry.epoch,
                 certificate: entry.certificate.clone(),
+                ready: entry.ready,
             })
             .collect()
     }

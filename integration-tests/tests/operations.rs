@@ -62,6 +62,30 @@ async fn a_powered_off_pi_stays_off_until_its_button_is_pressed() -> Result<()> 
 }
 
 #[tokio::test]
+async fn a_power_off_whose_stream_breaks_while_the_shutdown_hangs_is_not_believed_before_its_last_words() -> Result<()>
+{
+    let (fleet, id) = one_pi().await?;
+    let pi = fleet.pi(&id);
+    std::fs::write(pi.path("hang"), "agent")?;
+    let operation = fleet.create(poweroff(&[&id])).await?;
+    wait_until(seconds(30), "the Pi goes down", async || {
+        Ok(pi.log()?.last().is_some_and(|line| line.event == "power-off").then_some(()))
+    })
+    .await?;
+    let connected = async || Ok(fleet.node(&id).await?.connected.then_some(()));
+    wait_until(seconds(30), "the Pi is connected while it goes down", connected).await?;
+    fleet.proxy().drop_connections();
+    let gone = async || Ok((!fleet.node(&id).await?.connected).then_some(()));
+    wait_until(seconds(30), "the stream is broken", gone).await?;
+    wait_until(seconds(30), "the Pi connects again on its way down", connected).await?;
+    assert_eq!(fleet.execution(&operation.name, &id).await?.state(), State::Rebooting);
+    std::fs::remove_file(pi.path("hang"))?;
+    fleet.ends(&operation.name, seconds(120), OperationState::Succeeded).await?;
+    assert_eq!(pi.boots()?, 1, "it came back by itself");
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_scheduled_operation_waits_for_its_time_and_says_so() -> Result<()> {
     let (fleet, id) = one_pi().await?;
     let mut operation = reboot(&[&id], Duration::ZERO);

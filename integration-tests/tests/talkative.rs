@@ -5,13 +5,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use integration_tests::certs::NodeKey;
 use integration_tests::client::{Credentials, bad_fields};
-use integration_tests::{Fleet, seconds};
-use marco_proto::names::PROTOCOL_VERSION;
+use integration_tests::fleet::{Database, reboot};
+use integration_tests::postgres::Postgres;
+use integration_tests::{Fleet, seconds, wait_until};
+use marco_controller::operation::ExecutionState;
+use marco_controller::store::{ReportOutcome, ReportRow, SentLog, Store};
+use marco_proto::names::{ExecutionId, PROTOCOL_VERSION};
 use marco_proto::v1::agent_service_client::AgentServiceClient;
 use marco_proto::v1::connect_request::Message;
 use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
+use marco_proto::v1::node_service_client::NodeServiceClient;
+use marco_proto::v1::resolve_node_request::Decision;
 use marco_proto::v1::{
-    Board, ConnectRequest, ConnectResponse, EnrollRequest, Hello, NodeMode, Report, connect_response, execution,
+    Assign, Board, ConnectRequest, ConnectResponse, EnrollRequest, ExplainExecutionRequest, Hello, NodeMode, Report,
+    ResolveNodeRequest, connect_response, execution, operation,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -141,6 +148,122 @@ async fn a_node_that_talks_without_end_is_heard_so_often_a_second() -> Result<()
     }
     // The last twenty are read in the third second at the earliest.
     assert!(begun.elapsed() > Duration::from_secs(2), "{reports} reports were read within {:?}", begun.elapsed());
+    fleet.went_well();
+    Ok(())
+}
+
+impl Session {
+    /// Opens it, and waits for the next assignment.
+    async fn assignment(&mut self) -> Result<Assign> {
+        let next = async {
+            loop {
+                match self.hears.message().await?.context("the stream ended")?.message {
+                    Some(connect_response::Message::Assign(assign)) => return Ok(assign),
+                    _ => continue,
+                }
+            }
+        };
+        tokio::time::timeout(seconds(30), next).await.context("no assignment")?
+    }
+
+    /// The next acknowledgement: of which execution, up to which sequence.
+    async fn acknowledged(&mut self) -> Result<(String, u64)> {
+        let next = async {
+            loop {
+                match self.hears.message().await?.context("the stream ended")?.message {
+                    Some(connect_response::Message::Ack(ack)) => return Ok((ack.execution, ack.sequence)),
+                    _ => continue,
+                }
+            }
+        };
+        tokio::time::timeout(seconds(10), next).await.context("no acknowledgement")?
+    }
+}
+
+#[tokio::test]
+async fn report_whose_commit_was_stored_unanswered_is_acknowledged_once() -> Result<()> {
+    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
+    let mut fleet = Fleet::builder().database(Database::Url(url.clone())).pis(0).start().await?;
+    let node = Node::enrol(&fleet).await?;
+    let mut session = node.session(&fleet).await?;
+    session.say(Message::Hello(hello())).await?;
+    fleet.create(reboot(&["talkative"], Duration::ZERO)).await?;
+    let assign = session.assignment().await?;
+    // What the controller does with the report, but that its session never hears that it is stored.
+    let store = Store::open(&url).await?;
+    let execution = ExecutionId::parse(&assign.execution)?;
+    let epoch = store.node(&execution.node).await?.context("no node")?.session_epoch;
+    let stored = ReportRow {
+        execution: execution.clone(),
+        attempt: assign.attempt,
+        sequence: 1,
+        state: ExecutionState::Running,
+        phase: String::new(),
+        bytes_done: 0,
+        bytes_total: 0,
+        error: None,
+        boot_id: hello().boot_id,
+        accept_boot_id: String::new(),
+        release: None,
+        cancel_refused: false,
+        log: SentLog::default(),
+    };
+    let now = store.execution(&execution).await?.context("no execution")?.update_time;
+    assert_eq!(store.apply_report(&execution.node, epoch, &stored, now).await?, ReportOutcome::Acked);
+    // The node says it again, and is further by now.
+    let said = |done| Report {
+        execution: assign.execution.clone(),
+        attempt: assign.attempt,
+        phase: "unpacking image".to_owned(),
+        bytes_done: done,
+        ..report(1)
+    };
+    session.say(Message::Report(said(1))).await?;
+    assert_eq!(session.acknowledged().await?, (assign.execution.clone(), 1));
+    // From now on it is progress, and the next acknowledgement is that of another report.
+    session.say(Message::Report(said(2))).await?;
+    session.say(Message::Report(report(1))).await?;
+    assert_eq!(session.acknowledged().await?.0, report(1).execution);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn node_with_an_absurd_attempt_keeps_nobody_from_work() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let other = fleet.ids().await?.remove(0);
+    let node = Node::enrol(&fleet).await?;
+    let mut session = node.session(&fleet).await?;
+    session.say(Message::Hello(hello())).await?;
+    let operation = fleet.create(reboot(&["talkative"], Duration::ZERO)).await?;
+    let assign = session.assignment().await?;
+    let absurd = Report { execution: assign.execution.clone(), attempt: u32::MAX, ..report(1) };
+    session.say(Message::Report(absurd)).await?;
+    wait_until(seconds(30), "the conflict is shown", async || {
+        Ok((fleet.node("talkative").await?.conflicts.len() == 1).then_some(()))
+    })
+    .await?;
+    // Its next Hello does not list it: it would be given again.
+    drop(session);
+    let session = node.session(&fleet).await?;
+    session
+        .say(Message::Hello(Hello { boot_id: "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c12".to_owned(), ..hello() }))
+        .await?;
+    fleet.succeeds(reboot(&[&other], Duration::ZERO), seconds(60)).await?;
+    let explained = fleet.operations().explain_execution(ExplainExecutionRequest { name: assign.execution.clone() });
+    let explained = explained.await?.into_inner();
+    assert!(explained.explanation.contains("attempt 4294967295"), "{explained:?}");
+    assert!(explained.suggestions.iter().any(|what| what.contains("marcoctl nodes resolve nodes/talkative")));
+    let abandon = ResolveNodeRequest { name: "talkative".to_owned(), decision: Decision::Abandon.into() };
+    let resolved = NodeServiceClient::new(fleet.admin_channel()).resolve_node(abandon.clone()).await?.into_inner();
+    assert!(resolved.conflicts.is_empty(), "{resolved:?}");
+    fleet.ends(&operation.name, seconds(30), operation::State::Failed).await?;
+    let error = fleet.execution(&operation.name, "talkative").await?.error.context("no error")?;
+    assert_eq!(error.reason, "CONFLICT_ABANDONED");
+    let again =
+        NodeServiceClient::new(fleet.admin_channel()).resolve_node(abandon).await.err().context("no conflict")?;
+    assert_eq!(again.code(), Code::FailedPrecondition);
+    drop(session);
     fleet.went_well();
     Ok(())
 }

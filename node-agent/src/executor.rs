@@ -423,6 +423,8 @@ impl Executor {
                 WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
                 WayDown::PowerOff => (Down::PowerOff, Reboot::Plain),
             };
+            // Before the command: the agent may be told to end before the command returns.
+            self.journal.set_powering_off(way == WayDown::PowerOff);
             let issued = match (command, down) {
                 (1, Down::Reboot) => self.system.reboot(how, Some(execution), message).await,
                 (1, Down::PowerOff) => self.system.power_off(Some(execution), message).await,
@@ -430,11 +432,13 @@ impl Executor {
                 _ => self.system.force(down, how, Force::Everything, Some(execution)).await,
             };
             if let Err(error) = issued {
+                self.journal.set_powering_off(false);
                 tracing::error!(execution, error = %chain(&error), "command to go down failed");
                 last = Some(chain(&error));
             }
             tokio::time::sleep(self.system.patience()).await;
         }
+        self.journal.set_powering_off(false);
         let reason = match way {
             WayDown::PowerOff => job::DID_NOT_POWER_OFF,
             WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,

@@ -6,6 +6,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
@@ -22,9 +23,6 @@ pub const FILE_NAME: &str = "journal.json";
 const KEEP_MICROS: i64 = 30 * 24 * 60 * 60 * 1_000_000;
 const FILE_MODE: u32 = 0o600;
 
-/// A second assignment while another job is unfinished; the controller never sends one.
-pub const NODE_BUSY: &str = "NODE_BUSY";
-
 /// A job as it is journalled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
@@ -40,6 +38,10 @@ pub struct Entry {
     pub state: State,
     /// The boot under which that state was journalled.
     pub boot_id: String,
+    /// The boot under which it was accepted; empty in an entry of an older agent. It goes with the entry to the installer
+    /// and into the new root.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub accept_boot_id: String,
     /// Why it did not succeed; of an unfinished job: what stood in the way last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
@@ -128,7 +130,7 @@ pub enum Accepted {
     New,
     /// The job was in the journal; its state is reported under the new attempt.
     Known,
-    /// Another job is unfinished, or the action is not known: journalled as failed.
+    /// The action is not known: journalled as failed.
     Refused,
 }
 
@@ -148,6 +150,9 @@ pub enum JournalError {
     /// Not in the journal.
     #[error("{0} is not in the journal")]
     NotFound(String),
+    /// Another job is unfinished. A controller sends none then, unless its store has lost that job.
+    #[error("the node is at work on {0}")]
+    Busy(String),
     /// A delivery that another one has overtaken.
     #[error("attempt {got} is older than {have}")]
     Stale {
@@ -173,6 +178,8 @@ pub struct Journal {
     writer: Mutex<()>,
     entries: watch::Sender<Arc<Entries>>,
     progress: watch::Sender<Progress>,
+    /// The command to power off was given under this boot.
+    powering_off: AtomicBool,
 }
 
 impl Journal {
@@ -187,6 +194,7 @@ impl Journal {
             writer: Mutex::new(()),
             entries: watch::Sender::new(Arc::new(Entries(entries))),
             progress: watch::Sender::new(Progress::default()),
+            powering_off: AtomicBool::new(false),
         })
     }
 
@@ -203,6 +211,19 @@ impl Journal {
     /// Tells of progress.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    /// Says whether the machine was told to power off; kept in memory only, as another process does not know what became
+    /// of the command.
+    pub fn set_powering_off(&self, told: bool) {
+        self.powering_off.store(told, Ordering::Release);
+    }
+
+    /// The execution by which the machine was told to power off and goes down.
+    pub fn powering_off(&self) -> Option<String> {
+        let entries = self.entries();
+        let entry = entries.unfinished().filter(|_| self.powering_off.load(Ordering::Acquire))?;
+        (entry.state == State::Armed && entry.kind() == Kind::PowerOff).then(|| entry.execution.clone())
     }
 
     /// Says how far the process is; kept in memory only.
@@ -228,18 +249,16 @@ impl Journal {
             }
             let busy = entries.unfinished().map(|other| other.execution.clone());
             let mut entry = new_entry(execution, attempt, action, State::Accepted, boot_id);
-            let refusal = match (entry.kind(), busy) {
+            let accepted = match (entry.kind(), busy) {
                 (Kind::Unknown, _) => {
-                    Some(Failure::new(crate::job::UNKNOWN_ACTION, "this agent does not know the action"))
+                    entry.state = State::Failed;
+                    entry.error = Some(Failure::new(crate::job::UNKNOWN_ACTION, "this agent does not know the action"));
+                    Accepted::Refused
                 }
-                (_, Some(other)) => Some(Failure::new(NODE_BUSY, format!("the node is at work on {other}"))),
-                (_, None) => None,
+                // Nothing is wrong with it: it is not journalled, and can be given again.
+                (_, Some(other)) => return Err(JournalError::Busy(other)),
+                (_, None) => Accepted::New,
             };
-            let accepted = if refusal.is_some() { Accepted::Refused } else { Accepted::New };
-            if let Some(failure) = refusal {
-                entry.state = State::Failed;
-                entry.error = Some(failure);
-            }
             entries.0.push(entry);
             Ok(accepted)
         })
@@ -458,6 +477,7 @@ pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, bo
         action,
         state,
         boot_id: boot_id.to_owned(),
+        accept_boot_id: boot_id.to_owned(),
         error: None,
         trials: 0,
         release: None,

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::v1::agent_service_client::AgentServiceClient;
-use marco_proto::v1::{ConnectRequest, ConnectResponse, NodeStatus, Welcome, connect_request, connect_response};
+use marco_proto::v1::{
+    ConnectRequest, ConnectResponse, Leaving, NodeStatus, NotHeld, Report, Welcome, connect_request, connect_response,
+};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,7 +19,7 @@ use crate::backoff;
 use crate::cause::chain;
 use crate::discovery::Controllers;
 use crate::identity::{Board, Identity, Purpose};
-use crate::job::{Kind, Labels, Mode, State};
+use crate::job::{Labels, Mode};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
 use crate::system::Refusal;
 
@@ -126,10 +128,6 @@ enum SessionError {
     Journal(#[from] JournalError),
 }
 
-fn is_powering_off(entry: &Entry) -> bool {
-    entry.state == State::Armed && entry.action.kind() == Kind::PowerOff
-}
-
 /// How a session ended.
 struct Ended {
     /// Whether the controller had said welcome.
@@ -151,17 +149,6 @@ impl Session {
     pub async fn run(&self, stop: CancellationToken) {
         let mut failures: u32 = 0;
         while !stop.is_cancelled() {
-            // A machine on its way to power off must not say Hello again: under the same boot id that would mean that
-            // it stayed on.
-            let mut changes = self.journal.changes();
-            tokio::select! {
-                () = stop.cancelled() => return,
-                waited = changes.wait_for(|entries| !entries.unfinished().is_some_and(is_powering_off)) => {
-                    if waited.is_err() {
-                        return;
-                    }
-                }
-            }
             let mut ended = Ended::before_welcome(SessionError::NoController);
             for address in self.controllers.in_order() {
                 // Dropping a half-open connection loses nothing: what was to be said is in the journal.
@@ -329,6 +316,7 @@ impl<'a> Open<'a> {
             };
             match event {
                 Event::Stop => {
+                    self.leave().await?;
                     self.close(answers).await;
                     return Ok(Duration::ZERO);
                 }
@@ -365,7 +353,35 @@ impl<'a> Open<'a> {
         }
     }
 
-    async fn obey(&self, message: connect_response::Message) -> Result<(), SessionError> {
+    /// The last words of an agent that ends because its machine powers off: the controller believes that it is off only
+    /// when it has heard them.
+    async fn leave(&mut self) -> Result<(), SessionError> {
+        let Some(execution) = self.session.journal.powering_off() else { return Ok(()) };
+        self.report(&self.session.journal.entries()).await?;
+        self.send(connect_request::Message::Leaving(Leaving { execution })).await
+    }
+
+    /// Says where an execution is, whether that was acknowledged or not.
+    async fn answer(&mut self, execution: &str) -> Result<(), SessionError> {
+        let entries = self.session.journal.entries();
+        let Some(entry) = entries.get(execution) else {
+            let not_held = NotHeld { execution: execution.to_owned(), busy_with: None };
+            return self.send(connect_request::Message::NotHeld(not_held)).await;
+        };
+        let report = self.whole(entry).await;
+        self.send(connect_request::Message::Report(report)).await?;
+        self.said.insert(execution.to_owned(), Said::of(entry));
+        Ok(())
+    }
+
+    async fn whole(&self, entry: &Entry) -> Report {
+        let progress = self.session.journal.progress().borrow().clone();
+        let mut report = wire::report(entry, &progress, &self.session.node.boot_id);
+        self.session.add_log(entry, &mut report).await;
+        report
+    }
+
+    async fn obey(&mut self, message: connect_response::Message) -> Result<(), SessionError> {
         let journal = &self.session.journal;
         match message {
             connect_response::Message::Assign(mut assign) => {
@@ -378,8 +394,20 @@ impl<'a> Open<'a> {
                 };
                 match journal.accept(&execution, attempt, action).await {
                     Ok(accepted) => tracing::info!(execution, attempt, ?accepted, "assignment"),
+                    // The controller has lost later deliveries: it is told what the node knows.
                     Err(error @ JournalError::Stale { .. }) => {
                         tracing::warn!(execution, attempt, error = %error, "assignment refused");
+                        self.answer(&execution).await?;
+                    }
+                    Err(JournalError::Busy(other)) => {
+                        tracing::warn!(execution, attempt, other, "assignment refused: the node is at work");
+                        let entries = journal.entries();
+                        let busy_with = match entries.get(&other) {
+                            Some(entry) => Some(self.whole(entry).await),
+                            None => None,
+                        };
+                        let not_held = NotHeld { execution, busy_with };
+                        self.send(connect_request::Message::NotHeld(not_held)).await?;
                     }
                     Err(error) => return Err(error.into()),
                 }
@@ -391,6 +419,13 @@ impl<'a> Open<'a> {
                 };
                 tracing::info!(execution, "cancel asked for");
                 journal.request_cancel(&execution).await?;
+            }
+            connect_response::Message::Query(query) => {
+                let Some(execution) = wire::execution(&query.execution) else {
+                    tracing::error!("query without an execution's name");
+                    return Ok(());
+                };
+                self.answer(&execution).await?;
             }
             connect_response::Message::Ack(ack) => {
                 let now = self.session.identity.time().now_micros();
@@ -410,7 +445,6 @@ impl<'a> Open<'a> {
 
     /// Reports every state that the controller has not acknowledged and has not been told in this session.
     async fn report(&mut self, entries: &Arc<Entries>) -> Result<(), SessionError> {
-        let progress = self.session.journal.progress().borrow().clone();
         for entry in entries.iter() {
             let now = Said::of(entry);
             let before = self.said.get(&entry.execution);
@@ -420,8 +454,7 @@ impl<'a> Open<'a> {
                 self.said.entry(entry.execution.clone()).or_insert(now);
                 continue;
             }
-            let mut report = wire::report(entry, &progress, &self.session.node.boot_id);
-            self.session.add_log(entry, &mut report).await;
+            let report = self.whole(entry).await;
             self.send(connect_request::Message::Report(report)).await?;
             self.said.insert(entry.execution.clone(), now);
         }

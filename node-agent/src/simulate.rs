@@ -67,9 +67,11 @@ impl Simulation {
                 let opened = tokio::task::spawn_blocking(open).await.map_err(|_| SimulateError::Broken)?;
                 let pi = opened.map_err(|source| SimulateError::Pi { id: id.clone(), source })?;
                 let agent = {
-                    let (id, stop) = (id.clone(), stop.clone());
-                    move |system: Arc<dyn System>| -> futures_util::future::BoxFuture<'static, ()> {
-                        let (id, connection, stop) = (id.clone(), connection.clone(), stop.clone());
+                    let id = id.clone();
+                    move |system: Arc<dyn System>,
+                          stop: CancellationToken|
+                          -> futures_util::future::BoxFuture<'static, ()> {
+                        let (id, connection) = (id.clone(), connection.clone());
                         let span = tracing::info_span!("pi", node = %id);
                         let agent = async move {
                             if let Err(error) = run::run(system, connection, say_enrolled(), stop).await {

@@ -1,5 +1,6 @@
 //! `AgentService`: the session of a node.
 
+mod acked;
 mod blank;
 mod hello;
 mod quota;
@@ -7,6 +8,7 @@ mod unstored;
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use marco_proto::names::{ExecutionId, NodeId};
@@ -24,8 +26,10 @@ use super::outbox::{self, Unsent};
 use super::status::ApiError;
 use super::{Context, caller, convert};
 use crate::identity::tls::PeerInfo;
+use crate::operation::Greeting;
 use crate::sessions::{Command, End, Handle};
-use crate::store::{ProgressRow, ReportOutcome, ReportRow, StoreError};
+use crate::store::{Hello, ProgressRow, ReportOutcome, ReportRow, StoreError};
+use acked::Acked;
 use blank::Blank;
 use hello::{Begun, Peer, begin};
 use quota::Quota;
@@ -100,6 +104,10 @@ struct Session {
     out: Out,
     /// The node waits in its installer, with a card that has no system.
     blank: Option<Blank>,
+    /// What was acknowledged in this session: attempt and sequence.
+    acked: Acked,
+    /// The power-off with which its agent ends, once it has said so.
+    leaving: OnceLock<ExecutionId>,
 }
 
 /// How a session ended.
@@ -121,6 +129,12 @@ impl Session {
         })
     }
 
+    /// Acknowledges a sequence.
+    async fn ack(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> Result<(), Ended> {
+        self.acked.add(execution, attempt, sequence);
+        self.send(ack(execution, sequence)).await
+    }
+
     async fn command(&self, command: Command) -> Result<(), Ended> {
         let message = match command {
             Command::Assign(assignment) => connect_response::Message::Assign(convert::assign(&assignment)),
@@ -129,6 +143,10 @@ impl Session {
                 connect_response::Message::Cancel(v1::Cancel { execution: execution.name() })
             }
             Command::Ack(execution, sequence) => ack(&execution, sequence),
+            Command::Query(execution) => {
+                tracing::info!(%execution, "the node is asked what became of it");
+                connect_response::Message::Query(v1::Query { execution: execution.name() })
+            }
         };
         self.send(message).await
     }
@@ -179,9 +197,13 @@ impl Session {
         match outcome {
             ReportOutcome::Acked => {
                 tracing::info!(execution = %row.execution, state = row.state.as_str(), sequence = row.sequence, "reported");
-                self.send(ack(&row.execution, row.sequence)).await
+                self.ack(&row.execution, row.attempt, row.sequence).await
             }
             ReportOutcome::Progress => {
+                // It was stored by a commit whose answer was lost, or in another session.
+                if !self.acked.has(&row.execution, row.attempt, row.sequence) {
+                    self.ack(&row.execution, row.attempt, row.sequence).await?;
+                }
                 // Full means that the store is slow; the next report brings newer progress.
                 outbox::offer(&self.progress, convert::progress(row));
                 Ok(())
@@ -189,6 +211,13 @@ impl Session {
             ReportOutcome::Stale(assignment) => self.command(Command::Assign(assignment)).await,
             ReportOutcome::Unknown => self.send(ack(&row.execution, row.sequence)).await,
             ReportOutcome::NotHolder => Err(Ended::ByUs(End::Lost)),
+            ReportOutcome::Conflict { acknowledge, why } => {
+                tracing::warn!(execution = %row.execution, why, "a report is in conflict with what is stored");
+                match acknowledge {
+                    true => self.ack(&row.execution, row.attempt, row.sequence).await,
+                    false => Ok(()),
+                }
+            }
             ReportOutcome::Refused(reason) => {
                 tracing::warn!(execution = %row.execution, reason, "a report was refused");
                 Ok(())
@@ -227,6 +256,14 @@ impl Session {
                         connect_request::Message::Status(status) => {
                             quota.spend(Instant::now());
                             self.status(&mut unstored, status).await
+                        }
+                        connect_request::Message::Leaving(leaving) => {
+                            quota.spend(Instant::now());
+                            self.leave(&leaving)
+                        }
+                        connect_request::Message::NotHeld(not_held) => {
+                            quota.spend(Instant::now());
+                            self.not_held(not_held).await
                         }
                         connect_request::Message::Hello(_) => {
                             Err(Ended::Refused(ApiError::invalid("hello", "was said already").into()))
@@ -334,7 +371,8 @@ async fn session(
     let id = Uuid::now_v7().to_string();
     tracing::info!(session = id, epoch, boot_id = hello.boot_id, "session begun");
     let blank = Blank::of(&hello);
-    let session = Session { context, progress, node, epoch, out, blank };
+    let (acked, leaving) = (Acked::default(), OnceLock::new());
+    let session = Session { context, progress, node, epoch, out, blank, acked, leaving };
     let ended = match session.welcome(&id, held, labels, &hello).await {
         Ok(()) => session.run(handle, messages).await,
         Err(ended) => ended,
@@ -360,7 +398,7 @@ impl Session {
     /// be known to be off.
     async fn end(&self) {
         loop {
-            match self.context.store.end_session(&self.node, self.epoch, self.context.clock.now()).await {
+            match self.store_end().await {
                 Ok(_) => return,
                 Err(StoreError::Unavailable(_)) if !self.context.stop.is_cancelled() => {}
                 Err(error) => {
@@ -374,6 +412,53 @@ impl Session {
                 () = tokio::time::sleep(END_AGAIN) => {}
             }
         }
+    }
+
+    /// Its last words first: they count only under the session in which they were said.
+    async fn store_end(&self) -> Result<bool, StoreError> {
+        let now = self.context.clock.now();
+        if let Some(execution) = self.leaving.get()
+            && self.context.store.say_goodbye(execution, self.epoch, now).await?
+        {
+            tracing::info!(%execution, "the node powers off");
+        }
+        self.context.store.end_session(&self.node, self.epoch, now).await
+    }
+
+    /// Notes that the agent ends because its machine powers off.
+    fn leave(&self, leaving: &v1::Leaving) -> Result<(), Ended> {
+        let execution = self.own("leaving.execution", &leaving.execution)?;
+        // Said twice, the first one counts.
+        let _ = self.leaving.set(execution);
+        Ok(())
+    }
+
+    /// Stores that the node does not hold an execution.
+    async fn not_held(&self, answer: v1::NotHeld) -> Result<(), Ended> {
+        let execution = self.own("not_held.execution", &answer.execution)?;
+        let busy_with = match answer.busy_with {
+            None => None,
+            Some(report) => Some(convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?),
+        };
+        let now = self.context.clock.now();
+        tracing::warn!(%execution, busy = busy_with.is_some(), "the node does not hold an execution");
+        match self.context.store.not_held(&execution, busy_with.as_ref(), self.epoch, now).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Ended::ByUs(End::Lost)),
+            // It is asked again.
+            Err(StoreError::Unavailable(_)) => Ok(()),
+            Err(error) => Err(store_down(error)),
+        }
+    }
+
+    /// An execution of this node, by its name.
+    fn own(&self, field: &str, name: &str) -> Result<ExecutionId, Ended> {
+        let execution = ExecutionId::parse(name)
+            .map_err(|error| Ended::Refused(ApiError::invalid(field, error.to_string()).into()))?;
+        if execution.node != self.node {
+            return Err(Ended::Refused(ApiError::invalid(field, "is not an execution of this node").into()));
+        }
+        Ok(execution)
     }
 
     /// Welcome, then what the journal of the node has to do with what the store knows.
@@ -398,23 +483,26 @@ impl Session {
             listed.push(convert::report(report.clone(), &self.node).map_err(|error| Ended::Refused(error.into()))?);
         }
         let mode = convert::mode(hello.mode).map_err(|error| Ended::Refused(error.into()))?;
-        let reconciled = self
-            .context
-            .store
-            .reconcile(&self.node, self.epoch, mode, &hello.boot_id, &listed, self.context.clock.now())
-            .await
-            .map_err(store_down)?;
+        let greeting = Greeting { mode, boot_id: &hello.boot_id, answers_queries: hello.answers_queries };
+        let said = Hello { greeting, listed: &listed };
+        let now = self.context.clock.now();
+        let reconciled = self.context.store.reconcile(&self.node, self.epoch, said, now).await.map_err(store_down)?;
         if !reconciled.holder {
             return Err(Ended::ByUs(End::Lost));
         }
+        self.context.sessions.set_ready(&self.node, self.epoch, hello.answers_queries);
         for (execution, reason) in reconciled.refused {
             tracing::warn!(%execution, reason, "a report was refused");
         }
         for (execution, sequence) in reconciled.acks {
-            self.send(ack(&execution, sequence)).await?;
+            let attempt = listed.iter().find(|report| report.execution == execution).map_or(0, |report| report.attempt);
+            self.ack(&execution, attempt, sequence).await?;
         }
         for assignment in reconciled.assigns {
             self.command(Command::Assign(Box::new(assignment))).await?;
+        }
+        for execution in reconciled.queries {
+            self.command(Command::Query(execution)).await?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use marco_proto::v1;
 use super::convert;
 use crate::operation::{ExecutionState, WaitReason};
 use crate::rollout::Rollout;
-use crate::store::{ExecutionRow, OperationRow};
+use crate::store::{ConflictRow, ExecutionRow, OperationRow};
 
 /// So many nodes are named in a sentence; the message has all of them.
 const HOLDERS_SHOWN: usize = 10;
@@ -18,6 +18,7 @@ pub(super) fn explain(
     whole: &OperationRow,
     holders: &[ExecutionId],
     held: usize,
+    conflict: Option<&ConflictRow>,
 ) -> v1::ExplainExecutionResponse {
     let node = row.id.node.name();
     let operation = row.id.operation.name();
@@ -82,6 +83,12 @@ pub(super) fn explain(
         } else {
             " A cancel was asked for; the node has not answered yet."
         });
+    }
+    if let Some(conflict) = conflict {
+        explanation.push_str(&format!(" It is in conflict since {}: {}.", instant(conflict.time), conflict.sentence()));
+        suggestions.push(format!(
+            "Decide who is right: marcoctl nodes resolve {node} --accept takes what the node says, --abandon gives it up"
+        ));
     }
     let holders = holders.iter().map(ExecutionId::name).collect();
     v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
@@ -185,6 +192,15 @@ pub(super) fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -
         Some(WaitReason::NodeBusy) => (
             format!("It waits until {node} has ended another execution."),
             vec![format!("See which: marcoctl nodes get {node}"), cancel],
+        ),
+        Some(WaitReason::NodeConflict) => (
+            format!("It waits because {node} says something that the controller cannot take."),
+            vec![
+                format!(
+                    "See what (marcoctl nodes get {node}); then: marcoctl nodes resolve {node} --accept or --abandon"
+                ),
+                cancel,
+            ],
         ),
         Some(WaitReason::WindowClosed) => (
             "It waits because the operation's maintenance window is closed.".to_owned(),

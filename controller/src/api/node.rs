@@ -13,8 +13,9 @@ use super::{Context, caller, convert, page, watch};
 use crate::identity::Caller;
 use crate::identity::roles::Role;
 use crate::identity::tokens::JoinToken;
+use crate::operation::Decision;
 use crate::sessions::End;
-use crate::store::{DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, Scope, UpdateNodeOutcome};
+use crate::store::{DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, ResolveOutcome, Scope, UpdateNodeOutcome};
 
 /// How long a join token works unless it says otherwise: long enough to prepare a card, short enough to forget.
 const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
@@ -151,6 +152,33 @@ impl Nodes {
             .ok_or_else(|| not_found(&id))?;
         self.context.sessions.end(&id, End::Barred);
         Ok(row)
+    }
+
+    async fn resolve(&self, caller: &Caller, request: &v1::ResolveNodeRequest) -> Result<NodeRow, ApiError> {
+        use v1::resolve_node_request::Decision as Asked;
+        let id = node_id("name", &request.name)?;
+        let decision = match Asked::try_from(request.decision) {
+            Ok(Asked::Accept) => Decision::Accept,
+            Ok(Asked::Abandon) => Decision::Abandon,
+            Ok(Asked::Unspecified) | Err(_) => {
+                return Err(ApiError::invalid("decision", "must be DECISION_ACCEPT or DECISION_ABANDON"));
+            }
+        };
+        self.find(caller, &id).await?;
+        match self.context.store.resolve(&id, decision, &caller.name, self.context.clock.now()).await? {
+            ResolveOutcome::Resolved(conflicts) => {
+                for conflict in conflicts {
+                    let said = conflict.sentence();
+                    tracing::info!(execution = %conflict.execution, ?decision, said, "a conflict was decided");
+                }
+                self.find(caller, &id).await
+            }
+            ResolveOutcome::NoConflict => Err(ApiError::Precondition {
+                reason: "NO_CONFLICT",
+                message: format!("{} and the controller agree; there is nothing to resolve", id.name()),
+            }),
+            ResolveOutcome::NotFound => Err(not_found(&id)),
+        }
     }
 
     async fn create_token(
@@ -312,6 +340,14 @@ impl NodeService for Nodes {
         let request = request.into_inner();
         let result = self.quarantine(&caller, &request).await;
         self.context.audit(&caller, "QuarantineNode", &request.name, &result).await;
+        Ok(Response::new(convert::node(&result?)))
+    }
+
+    async fn resolve_node(&self, request: Request<v1::ResolveNodeRequest>) -> Result<Response<v1::Node>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let result = self.resolve(&caller, &request).await;
+        self.context.audit(&caller, "ResolveNode", &request.name, &result).await;
         Ok(Response::new(convert::node(&result?)))
     }
 

@@ -439,7 +439,8 @@ impl OperationService for Operations {
             holders.retain(|holder| visible.contains(&holder.node));
         }
         let operation = self.context.operation_within(&scope, &id.operation).await?;
-        let mut explained = super::explain::explain(&row, &operation, &holders, held);
+        let conflict = self.context.store.conflict(&id).await.map_err(ApiError::from)?;
+        let mut explained = super::explain::explain(&row, &operation, &holders, held, conflict.as_ref());
         if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
             explained.suggestions.insert(0, super::explain::read_log(&id));
         }

@@ -107,6 +107,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.NodeService/ListJoinTokens", ADMINS),
     ("/marco.bootstrap.v1.NodeService/ListNodes", PEOPLE),
     ("/marco.bootstrap.v1.NodeService/QuarantineNode", OPERATORS),
+    ("/marco.bootstrap.v1.NodeService/ResolveNode", OPERATORS),
     ("/marco.bootstrap.v1.NodeService/RevokeJoinToken", ADMINS),
     ("/marco.bootstrap.v1.NodeService/UpdateNode", OPERATORS),
     ("/marco.bootstrap.v1.NodeService/WatchNodes", PEOPLE),

@@ -1,6 +1,11 @@
 //! What a report or a Hello of a node changes: decisions only, the store applies them.
 
-use super::{Action, ExecutionError, ExecutionState, NodeMode, reason};
+use super::{Action, Conflict, ExecutionError, ExecutionState, NodeMode, reason};
+
+/// How far ahead of the store a node is believed: a fail-over or an old backup loses deliveries, not thousands of them.
+const MAX_AHEAD: u32 = 1_000;
+/// The highest attempt that is ever given out or taken from a node.
+pub const MAX_ATTEMPT: u32 = 1_000_000;
 
 /// What the controller has stored of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub struct Reported {
     pub error: Option<ExecutionError>,
     /// The boot id under which it is said.
     pub boot_id: String,
+    /// The boot id under which the node accepted the execution; empty: the agent does not say.
+    pub accept_boot_id: String,
     /// The execution that the running system says it was installed by; empty: none.
     pub release_execution: String,
     /// The digest of the image that it says it was installed from.
@@ -60,10 +67,14 @@ pub enum ReportVerdict {
     Reject(ExecutionError),
     /// Nothing new; acknowledge again.
     Duplicate,
-    /// Only progress.
+    /// This state change is stored; what is left is progress.
     Progress,
-    /// The report is of another delivery: answer with an Assign, under a new attempt.
+    /// The report is of an earlier delivery: answer with an Assign, under a new attempt.
     Stale,
+    /// The node knows a later delivery than the store: store its attempt and this state, and acknowledge.
+    Adopt(ExecutionState, Option<ExecutionError>),
+    /// It can neither be taken nor proved wrong: it is kept for an operator.
+    Conflict(Conflict),
     /// Neither stored nor acknowledged.
     Refuse(&'static str),
 }
@@ -73,6 +84,8 @@ pub enum ReportVerdict {
 pub enum HelloVerdict {
     /// Nothing.
     Keep,
+    /// Ask the node what became of it.
+    Ask,
     /// Store this state.
     Change(ExecutionState, Option<ExecutionError>),
 }
@@ -85,11 +98,21 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
     if stored.state.is_final() {
         return on_late_report(stored, reported, expected);
     }
+    if reported.attempt > stored.attempt {
+        return on_later_delivery(stored, reported, expected);
+    }
     if stored.state == ExecutionState::Pending || reported.attempt != stored.attempt {
         return ReportVerdict::Stale;
     }
     if reported.sequence == stored.sequence && reported.state == stored.state {
-        return ReportVerdict::Progress;
+        return match reported.state {
+            // The acknowledgement is the verdict, and a Hello may have stored this state without proof.
+            ExecutionState::Verifying if prove(stored, reported, expected).is_err() => {
+                ReportVerdict::Refuse("what the node runs is not what was asked")
+            }
+            ExecutionState::Verifying => ReportVerdict::Duplicate,
+            _ => ReportVerdict::Progress,
+        };
     }
     if reported.sequence <= stored.sequence {
         return ReportVerdict::Duplicate;
@@ -97,9 +120,27 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
     judge(stored, reported, expected)
 }
 
+/// A report of a delivery that the store does not know: it lost the latest ones (a fail-over, a backup), or the node lies.
+/// What is taken is bounded by what was sent, and nothing fails because the store forgot.
+fn on_later_delivery(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
+    let ahead = reported.attempt.saturating_sub(stored.attempt);
+    if ahead > MAX_AHEAD || reported.attempt > MAX_ATTEMPT {
+        return ReportVerdict::Conflict(Conflict::Ahead);
+    }
+    match reported.state {
+        ExecutionState::Succeeded | ExecutionState::Verifying => match prove(stored, reported, expected) {
+            Ok(()) => ReportVerdict::Adopt(reported.state, None),
+            Err(_) => ReportVerdict::Conflict(Conflict::Unproved),
+        },
+        state => ReportVerdict::Adopt(state, reported.error.clone()),
+    }
+}
+
 /// A report on what has ended. Only a node that was given up may still change its end, and only to another end.
 fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     let given_up = stored.error_reason.as_deref() == Some(reason::NEVER_RETURNED);
+    // This state change was judged before, and perhaps not believed; attempt 0 is a cancel of what the node never had.
+    let judged = reported.attempt == 0 || (reported.attempt == stored.attempt && reported.sequence <= stored.sequence);
     match reported.state {
         state if given_up && state.is_final() => judge(stored, reported, expected),
         // The acknowledgement of this report is the acceptance of the new system.
@@ -110,6 +151,15 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
         ExecutionState::Verifying if stored.state != ExecutionState::Succeeded => {
             ReportVerdict::Refuse("the execution has ended without success")
         }
+        // It was believed to be off, and speaks under the boot that was to end.
+        ExecutionState::Rebooting
+            if stored.state == ExecutionState::Succeeded
+                && matches!(expected.action, Action::PowerOff(_))
+                && reported.boot_id == stored.assign_boot_id =>
+        {
+            ReportVerdict::Conflict(Conflict::Ended)
+        }
+        state if state.is_final() && state != stored.state && !judged => ReportVerdict::Conflict(Conflict::Ended),
         _ => ReportVerdict::Duplicate,
     }
 }
@@ -134,8 +184,17 @@ fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Resul
     if reported.boot_id.is_empty() {
         return refuse("the report carries no boot id".to_owned());
     }
-    if reported.boot_id == stored.assign_boot_id {
-        return refuse(format!("the node still runs under boot id {}", stored.assign_boot_id));
+    // An execution that was done before it was assigned again has the same boot id as the assignment: the node's own
+    // record of when it accepted it tells the two apart.
+    let before = match reported.accept_boot_id.as_str() {
+        "" => stored.assign_boot_id.as_str(),
+        accepted => accepted,
+    };
+    if before.is_empty() {
+        return refuse("it is not known under which boot id the node accepted it".to_owned());
+    }
+    if reported.boot_id == before {
+        return refuse(format!("the node still runs under boot id {before}"));
     }
     let Action::Update(update) = expected.action else { return Ok(()) };
     if reported.release_execution != expected.execution {
@@ -153,10 +212,22 @@ fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Resul
     }
 }
 
+/// Who says Hello.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Greeting<'a> {
+    /// The role of its agent.
+    pub mode: NodeMode,
+    /// Its boot id.
+    pub boot_id: &'a str,
+    /// It can be asked about an execution that it does not list.
+    pub answers_queries: bool,
+}
+
 /// What a Hello changes of an active execution, after the Hello's own report of it (if `listed`) was applied.
-pub fn on_hello(stored: &Stored, action: &Action, listed: bool, mode: NodeMode, boot_id: &str) -> HelloVerdict {
+pub fn on_hello(stored: &Stored, action: &Action, listed: bool, greeting: Greeting<'_>) -> HelloVerdict {
+    let boot_id = greeting.boot_id;
     let new_boot = boot_id != stored.assign_boot_id;
-    match (stored.state, action, mode) {
+    match (stored.state, action, greeting.mode) {
         (ExecutionState::Assigned, ..) if listed => HelloVerdict::Keep,
         // It was never accepted, so it can be given again, or dropped.
         (ExecutionState::Assigned, ..) if stored.cancel_requested => {
@@ -167,6 +238,8 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, mode: NodeMode, 
         (ExecutionState::Rebooting, Action::PowerOff(_), _) if new_boot => {
             HelloVerdict::Change(ExecutionState::Succeeded, None)
         }
+        // Its stream broke on its way down: it stays connected until it is killed.
+        (ExecutionState::Rebooting, Action::PowerOff(_), _) if listed => HelloVerdict::Keep,
         (ExecutionState::Rebooting, Action::PowerOff(_), _) => HelloVerdict::Change(
             ExecutionState::Failed,
             Some(ExecutionError::new(
@@ -174,13 +247,11 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, mode: NodeMode, 
                 format!("the node was to power off and is still on under boot id {boot_id}"),
             )),
         ),
-        (state, ..) if state.is_active() && !listed => HelloVerdict::Change(
-            ExecutionState::Failed,
-            Some(ExecutionError::new(
-                reason::JOURNAL_LOST,
-                "the node accepted the execution and no longer knows of it",
-            )),
-        ),
+        // A journal lists what is not settled: the node lost it, or it was settled and the store lost that.
+        (state, ..) if state.is_active() && !listed && greeting.answers_queries => HelloVerdict::Ask,
+        (state, ..) if state.is_active() && !listed => {
+            HelloVerdict::Change(ExecutionState::Failed, Some(journal_lost()))
+        }
         (ExecutionState::Rebooting, Action::Update(_), NodeMode::Installer) => {
             HelloVerdict::Change(ExecutionState::Running, None)
         }
@@ -191,162 +262,19 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, mode: NodeMode, 
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::super::Notice;
-    use super::*;
-    use ExecutionState as E;
-
-    const NAME: &str = "operations/o/executions/n";
-
-    fn reboot() -> Action {
-        Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() })
-    }
-
-    fn stored(state: E) -> Stored {
-        Stored {
-            state,
-            attempt: 2,
-            sequence: 3,
-            error_reason: None,
-            assign_boot_id: "old".to_owned(),
-            cancel_requested: false,
-        }
-    }
-
-    fn reported(state: E, attempt: u32, sequence: u64) -> Reported {
-        Reported {
-            attempt,
-            sequence,
-            state,
-            error: None,
-            boot_id: "new".to_owned(),
-            release_execution: String::new(),
-            release_image: String::new(),
-            release_boot: String::new(),
-        }
-    }
-
-    fn verdict(stored: &Stored, reported: &Reported) -> ReportVerdict {
-        on_report(stored, reported, &Expected { execution: NAME, action: &reboot(), family: "pi4" })
-    }
-
-    #[test]
-    fn every_report_in_every_state_leads_to_a_legal_change_or_to_none() {
-        for from in E::ALL.iter().copied() {
-            for to in E::ALL.iter().copied() {
-                for (attempt, sequence) in [(1, 4), (2, 2), (2, 3), (2, 4), (3, 1)] {
-                    let verdict = verdict(&stored(from), &reported(to, attempt, sequence));
-                    let fresh = attempt == 2 && sequence == 4;
-                    match &verdict {
-                        ReportVerdict::Change(end, _) => {
-                            assert!(fresh && from.is_active(), "{from} to {to}");
-                            assert!(*end == from || from.change_to(*end).is_ok(), "{from} to {end}");
-                        }
-                        ReportVerdict::Stale => assert!(!from.is_final() && (attempt != 2 || from == E::Pending)),
-                        ReportVerdict::Progress => assert!(from == to && (attempt, sequence) == (2, 3)),
-                        ReportVerdict::Duplicate => assert!(from.is_final() || sequence <= 3),
-                        ReportVerdict::Refuse(_) => {}
-                        ReportVerdict::Reject(_) => panic!("{from} to {to}: the boot id is a new one"),
-                    }
-                    let from_a_node = !matches!(to, E::Pending | E::Assigned | E::Expired);
-                    assert!(from_a_node || matches!(verdict, ReportVerdict::Refuse(_)), "{to}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn an_acknowledgement_of_verifying_is_never_given_without_proof() {
-        for from in E::ALL.iter().copied().filter(|state| *state != E::Succeeded) {
-            for given_up in [false, true] {
-                let mut stored = stored(from);
-                stored.error_reason = given_up.then(|| reason::NEVER_RETURNED.to_owned());
-                let lie = Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, 9) };
-                let verdict = verdict(&stored, &lie);
-                let acknowledged = matches!(verdict, ReportVerdict::Change(..) | ReportVerdict::Duplicate);
-                assert!(!acknowledged, "{from}: {verdict:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_node_that_was_given_up_may_still_tell_its_end() {
-        let given_up = Stored { error_reason: Some(reason::NEVER_RETURNED.to_owned()), ..stored(E::Failed) };
-        let done = reported(E::Succeeded, 1, 9);
-        assert_eq!(verdict(&given_up, &done), ReportVerdict::Change(E::Succeeded, None));
-        assert_eq!(verdict(&given_up, &reported(E::Verifying, 2, 9)), ReportVerdict::Duplicate);
-        assert_eq!(verdict(&given_up, &reported(E::Running, 2, 9)), ReportVerdict::Duplicate);
-        let failed = Stored { error_reason: Some("DIGEST_MISMATCH".to_owned()), ..given_up };
-        assert_eq!(verdict(&failed, &done), ReportVerdict::Duplicate);
-    }
-
-    #[test]
-    fn a_hello_is_concluded_from_as_the_table_says() {
-        use NodeMode::{Installer, Running};
-        let notice = Notice { delay: Duration::ZERO, message: String::new() };
-        let update = Action::Update(crate::operation::Update {
-            image: None,
-            bootcode: None,
-            bootcodes: std::collections::BTreeMap::new(),
-            notice: notice.clone(),
-            discard_home: false,
-            raw: false,
-        });
-        let off = Action::PowerOff(notice);
-        let lost = Some(reason::JOURNAL_LOST);
-        let cases = [
-            // Given again only when a later Hello does not list it.
-            (E::Assigned, reboot(), true, Running, "old", None),
-            (E::Assigned, reboot(), false, Running, "old", Some((E::Pending, None))),
-            (E::Assigned, reboot(), false, Running, "new", Some((E::Pending, None))),
-            // Accepted, and not listed.
-            (E::Running, reboot(), false, Running, "old", Some((E::Failed, lost))),
-            (E::Rebooting, reboot(), false, Running, "new", Some((E::Failed, lost))),
-            (E::Verifying, update.clone(), false, Running, "new", Some((E::Failed, lost))),
-            (E::Running, reboot(), true, Running, "new", None),
-            // Back from a reboot.
-            (E::Rebooting, reboot(), true, Running, "old", None),
-            (E::Rebooting, reboot(), true, Running, "new", Some((E::Verifying, None))),
-            (E::Rebooting, update.clone(), true, Running, "new", Some((E::Verifying, None))),
-            (E::Rebooting, update, true, Installer, "new", Some((E::Running, None))),
-            // Back from a power-off, whatever is in its journal.
-            (E::Rebooting, off.clone(), true, Running, "old", Some((E::Failed, Some(reason::STILL_ON)))),
-            (E::Rebooting, off.clone(), false, Running, "old", Some((E::Failed, Some(reason::STILL_ON)))),
-            (E::Rebooting, off.clone(), true, Running, "new", Some((E::Succeeded, None))),
-            (E::Rebooting, off, false, Running, "new", Some((E::Succeeded, None))),
-        ];
-        for (from, action, listed, mode, boot_id, expected) in cases {
-            let found = match on_hello(&stored(from), &action, listed, mode, boot_id) {
-                HelloVerdict::Change(to, error) => Some((to, error.map(|error| error.reason))),
-                HelloVerdict::Keep => None,
-            };
-            let expected = expected.map(|(to, why)| (to, why.map(str::to_owned)));
-            assert_eq!(found, expected, "{from}, {}, listed {listed}, boot id {boot_id}", action.kind());
-        }
-        let asked = Stored { cancel_requested: true, ..stored(E::Assigned) };
-        let dropped = on_hello(&asked, &reboot(), false, Running, "old");
-        assert!(matches!(dropped, HelloVerdict::Change(E::Cancelled, None)));
-    }
-
-    #[test]
-    fn every_hello_in_every_active_state_leads_to_a_legal_change_or_to_none() {
-        let power_off = Action::PowerOff(Notice { delay: Duration::ZERO, message: String::new() });
-        for action in [reboot(), power_off] {
-            for from in E::ALL.iter().copied().filter(|state| state.is_active()) {
-                for listed in [false, true] {
-                    for mode in NodeMode::ALL.iter().copied() {
-                        for boot_id in ["old", "new"] {
-                            match on_hello(&stored(from), &action, listed, mode, boot_id) {
-                                HelloVerdict::Change(to, _) => assert!(from.change_to(to).is_ok(), "{from} to {to}"),
-                                HelloVerdict::Keep => assert!(listed, "{from}: what is not listed is not kept"),
-                            }
-                        }
-                    }
-                }
-            }
-        }
+/// What a node's answer that its journal does not hold an execution changes, if anything.
+pub fn on_not_held(stored: &Stored) -> Option<(ExecutionState, Option<ExecutionError>)> {
+    match stored.state {
+        ExecutionState::Assigned if stored.cancel_requested => Some((ExecutionState::Cancelled, None)),
+        ExecutionState::Assigned => Some((ExecutionState::Pending, None)),
+        state if state.is_active() => Some((ExecutionState::Failed, Some(journal_lost()))),
+        _ => None,
     }
 }
+
+fn journal_lost() -> ExecutionError {
+    ExecutionError::new(reason::JOURNAL_LOST, "the node accepted the execution and no longer knows of it")
+}
+
+#[cfg(test)]
+mod tests;

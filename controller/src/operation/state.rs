@@ -95,6 +95,10 @@ pub mod reason {
     pub const NODE_DELETED: &str = "NODE_DELETED";
     /// The operation's expire_time passed before the execution was begun.
     pub const EXPIRED: &str = "EXPIRED";
+    /// It could not be given to its node because of what is stored of it.
+    pub const NOT_ASSIGNABLE: &str = "NOT_ASSIGNABLE";
+    /// An operator gave it up because the node and the controller disagreed about it.
+    pub const CONFLICT_ABANDONED: &str = "CONFLICT_ABANDONED";
 }
 
 /// Why an execution ended as it did.
@@ -300,6 +304,23 @@ impl ExecutionState {
         }
     }
 
+    /// The node has a later delivery than the store, which had lost it.
+    pub fn adopt(self, to: Self) -> Result<Self, IllegalTransition> {
+        match (self, to) {
+            (_, Self::Pending | Self::Assigned | Self::Expired) => Err(self.refuse("adopt")),
+            (Self::Pending, _) => Ok(to),
+            _ => self.while_active(to, "adopt"),
+        }
+    }
+
+    /// It can never be given to its node, or an operator gives it up unassigned.
+    pub fn break_off(self) -> Result<Self, IllegalTransition> {
+        match self {
+            Self::Pending => Ok(Self::Failed),
+            _ => self.fail(),
+        }
+    }
+
     /// A node that was given up returned, and says how it ended. Whether it was given up is told by the error's reason
     /// (`reason::NEVER_RETURNED`), which the caller has looked at.
     pub fn return_late(self, end: Self) -> Result<Self, IllegalTransition> {
@@ -366,6 +387,21 @@ mod tests {
             for end in E::ALL.iter().copied() {
                 let possible = state == E::Failed && end.is_final() && end != E::Expired;
                 assert_eq!(state.return_late(end).is_ok(), possible, "{state} to {end}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_ended_is_neither_adopted_nor_broken_off() {
+        for state in E::ALL.iter().copied() {
+            assert_eq!(state.break_off().ok(), (!state.is_final()).then_some(E::Failed), "{state}");
+            for to in E::ALL.iter().copied() {
+                let said_by_a_node = !matches!(to, E::Pending | E::Assigned | E::Expired);
+                assert_eq!(
+                    state.adopt(to).ok(),
+                    (said_by_a_node && !state.is_final()).then_some(to),
+                    "{state} to {to}"
+                );
             }
         }
     }

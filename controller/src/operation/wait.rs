@@ -43,6 +43,8 @@ words! {
         NodeInstalling = "NODE_INSTALLING",
         /// The end of the quarantine.
         NodeQuarantined = "NODE_QUARANTINED",
+        /// An operator's word on what the node says and the controller cannot take.
+        NodeConflict = "NODE_CONFLICT",
         /// A free slot of the rollout.
         NoSlot = "NO_SLOT",
         /// Nothing but the next round.
@@ -67,6 +69,8 @@ pub struct WaitContext {
     pub mode: NodeMode,
     /// Whether it holds another execution.
     pub busy: bool,
+    /// Whether it says something that the controller cannot take.
+    pub conflict: bool,
     /// Whether the operation's maintenance window is closed.
     pub window_closed: bool,
 }
@@ -89,6 +93,8 @@ pub fn wait_reason(context: &WaitContext) -> WaitReason {
         WaitReason::NodeOffline
     } else if context.busy {
         WaitReason::NodeBusy
+    } else if context.conflict {
+        WaitReason::NodeConflict
     } else if context.mode == NodeMode::Installer && !context.installs_image {
         WaitReason::NodeInstalling
     } else {
@@ -110,13 +116,16 @@ mod tests {
             connected: true,
             mode: NodeMode::Running,
             busy: false,
+            conflict: false,
             window_closed: false,
         };
         assert_eq!(wait_reason(&due), WaitReason::Due);
         let installing = WaitContext { mode: NodeMode::Installer, ..due };
         assert_eq!(wait_reason(&installing), WaitReason::NodeInstalling);
         assert_eq!(wait_reason(&WaitContext { installs_image: true, ..installing }), WaitReason::Due);
-        let busy = WaitContext { busy: true, ..installing };
+        let torn = WaitContext { conflict: true, ..installing };
+        assert_eq!(wait_reason(&torn), WaitReason::NodeConflict);
+        let busy = WaitContext { busy: true, ..torn };
         assert_eq!(wait_reason(&busy), WaitReason::NodeBusy);
         let offline = WaitContext { connected: false, ..busy };
         assert_eq!(wait_reason(&offline), WaitReason::NodeOffline);

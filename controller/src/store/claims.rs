@@ -13,7 +13,7 @@ use super::moves::{deadline, patience};
 use super::rollouts::{self, Gone};
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError, micros};
-use crate::operation::{Action, ExecutionState};
+use crate::operation::{Action, ExecutionState, MAX_ATTEMPT};
 
 /// A delivery of an execution to its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,8 +73,8 @@ impl Store {
         Ok(taken)
     }
 
-    /// Takes these at once, or one by one when one of the nodes was given other work meanwhile, which spoils the
-    /// statement for all of them. Returns those that were locked.
+    /// Takes these at once, or one by one when one of them spoils the statement for all: its node was given other work
+    /// meanwhile, or its record is broken. Returns those that were locked.
     async fn take_each(
         &self,
         controller_id: &str,
@@ -85,7 +85,7 @@ impl Store {
         taken: &mut Vec<Assignment>,
     ) -> Result<Vec<ExecutionId>, StoreError> {
         match self.take(controller_id, sessions, found, locks, now, taken).await {
-            Err(error) if error.is_duplicate() => {}
+            Err(StoreError::Refused(_) | StoreError::Unknown { .. }) => {}
             done => return done,
         }
         let mut locked = Vec::new();
@@ -93,10 +93,21 @@ impl Store {
             match self.take(controller_id, sessions, std::slice::from_ref(id), locks, now, taken).await {
                 Ok(left) => locked.extend(left),
                 Err(error) if error.is_duplicate() => {}
+                Err(error @ (StoreError::Refused(_) | StoreError::Unknown { .. })) => {
+                    self.not_assignable(id, &error, now).await?;
+                }
                 Err(error) => return Err(error),
             }
         }
         Ok(locked)
+    }
+
+    /// Ends an execution that can never be assigned, so that it stands in nobody's way.
+    async fn not_assignable(&self, id: &ExecutionId, error: &StoreError, now: DateTime<Utc>) -> Result<(), StoreError> {
+        let why = crate::chain(error);
+        tracing::error!(execution = %id, error = why, "an execution cannot be assigned");
+        self.break_off(id, format!("it cannot be assigned: {why}"), now).await?;
+        Ok(())
     }
 
     /// What was assigned to the present sessions of this controller and not answered, with the sessions' epochs. When a
@@ -112,8 +123,9 @@ impl Store {
         .await?
         .iter()
         .map(|row| {
+            let execution = read_id(row)?;
             let assignment = Assignment {
-                execution: read_id(row)?,
+                execution,
                 attempt: row.number("attempt")?,
                 action: row.json("action")?,
                 family: row.text("family")?,
@@ -153,13 +165,21 @@ impl Store {
             found.iter().partition(|id| nodes.contains(id.node.as_str()) && operations.contains(id.operation.as_str()));
         let locked: Vec<ExecutionId> = locked.into_iter().cloned().collect();
         let mut due = Vec::with_capacity(found.len());
+        let mut broken = Vec::new();
         for row in &first_due(&*tx, controller_id, sessions, self.gone(now), now).await? {
             let id = read_id(row)?;
             if found.contains(&&id) {
-                due.push(Due::read(id, row, now)?);
+                match Due::read(id.clone(), row, now) {
+                    Ok(read) => due.push(read),
+                    Err(error) => broken.push((id, error)),
+                }
             }
         }
         if due.is_empty() {
+            tx.rollback().await?;
+            for (id, error) in broken {
+                self.not_assignable(&id, &error, now).await?;
+            }
             return Ok(locked);
         }
         let rows: Vec<&DueRow> = due.iter().map(|due| &due.row).collect();
@@ -200,6 +220,12 @@ impl Store {
         }
         self.commit(tx).await?;
         taken.extend(assignments);
+        for (id, error) in broken {
+            // What was assigned is committed, and must be sent: the next round tries this again.
+            if let Err(error) = self.not_assignable(&id, &error, now).await {
+                tracing::warn!(execution = %id, error = &*crate::chain(&error), "an execution was not ended");
+            }
+        }
         Ok(locked)
     }
 }
@@ -241,6 +267,7 @@ const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
     WHERE n.controller_id = ? AND n.state = 'APPROVED' AND o.state = 'RUNNING' \
       AND o.schedule_time <= ? AND o.expire_time > ? AND e.not_before <= ? AND o.closed_until IS NULL \
       AND (n.mode <> 'INSTALLER' OR o.installs_image) AND {within n.labels o.scope} \
+      AND NOT EXISTS (SELECT 1 FROM conflicts c WHERE c.node = n.id AND c.holds) \
       AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
                       AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))";
 
@@ -264,8 +291,8 @@ async fn first_due(
         .all(db)
         .await?;
     let admitted = rollouts::admit(db, &waiting, gone).await?;
-    sql("SELECT operation, node, epoch, boot_id, family, labels, action FROM ( \
-             SELECT e.operation AS operation, e.node AS node, n.session_epoch AS epoch, n.boot_id AS boot_id, \
+    sql("SELECT operation, node, epoch, boot_id, family, labels, action, attempt FROM ( \
+             SELECT e.attempt AS attempt, e.operation AS operation, e.node AS node, n.session_epoch AS epoch, n.boot_id AS boot_id, \
                     n.family AS family, n.labels AS labels, o.action AS action, \
                     ROW_NUMBER() OVER (PARTITION BY e.node ORDER BY o.schedule_time, o.id) AS place ")
     .and(FREE)
@@ -301,6 +328,10 @@ struct DueRow {
 
 impl Due {
     fn read(id: ExecutionId, row: &Row, now: DateTime<Utc>) -> Result<Self, StoreError> {
+        let attempt = row.int("attempt")?;
+        if !(0..i64::from(MAX_ATTEMPT)).contains(&attempt) {
+            return Err(StoreError::Unknown { what: "attempt", value: attempt.to_string() });
+        }
         let action: Action = row.json("action")?;
         let (family, labels) = (row.text("family")?, row.json("labels")?);
         let row = DueRow {

@@ -111,7 +111,10 @@ impl Store {
             .all(self.reader())
             .await?
             .iter()
-            .map(|row| Ok((read_found(row)?, executions::why_overdue(row, "action")?)))
+            .map(|row| {
+                let why = executions::why_overdue(row, "action").unwrap_or_else(|error| error.to_string());
+                Ok((read_found(row)?, why))
+            })
             .collect::<Result<Vec<_>, StoreError>>()?;
         if found.is_empty() {
             return Ok(Vec::new());
@@ -150,15 +153,31 @@ impl Store {
         self.end_found(which, ExecutionState::Failed, Some(error), now).await
     }
 
-    /// Power-offs that were armed and whose node has had no session for 60 s: now SUCCEEDED.
-    pub async fn power_off_done(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+    /// Power-offs whose agent ended with these last words and has had no session since, for 60 s in which a controller
+    /// listened (since `listening`): now SUCCEEDED. A stream that only broke proves nothing.
+    pub async fn power_off_done(
+        &self,
+        listening: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> Result<Vec<Changed>, StoreError> {
+        if listening > crate::calendar::earlier(now, OFF_AFTER) {
+            return Ok(Vec::new());
+        }
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state FROM executions e \
                          JOIN operations o ON o.id = e.operation JOIN nodes n ON n.id = e.node \
                          WHERE e.state = 'REBOOTING' AND o.action_kind = 'power-off' AND n.controller_id IS NULL \
-                         AND n.disconnect_time <= ? AND e.update_time <= ?")
+                         AND e.goodbye_epoch = n.session_epoch AND e.goodbye_time <= ? AND n.disconnect_time <= ?")
         .time(crate::calendar::earlier(now, OFF_AFTER))
         .time(crate::calendar::earlier(now, OFF_AFTER));
         self.end_found(which, ExecutionState::Succeeded, None, now).await
+    }
+
+    /// Executions that wait for a node that was deleted while they were created: now CANCELLED.
+    pub async fn cancel_orphans(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+        let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state FROM executions e \
+                         WHERE e.state = 'PENDING' AND NOT EXISTS (SELECT 1 FROM nodes n WHERE n.id = e.node)");
+        let error = ExecutionError::new(reason::NODE_DELETED, "the node was deleted while the operation was created");
+        self.end_found(which, ExecutionState::Cancelled, Some(error), now).await
     }
 
     /// Operations of which every execution has ended: now final.
@@ -189,7 +208,24 @@ impl Store {
     pub async fn cancels_due(&self, controller_id: &str) -> Result<Vec<ExecutionId>, StoreError> {
         sql("SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
              WHERE n.controller_id = ? AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') \
-             AND e.cancel_requested AND NOT e.cancel_refused ORDER BY e.node")
+             AND e.cancel_requested AND NOT e.cancel_refused \
+             UNION SELECT c.operation AS operation, c.node AS node FROM conflicts c JOIN nodes n ON n.id = c.node \
+             WHERE n.controller_id = ? AND c.resolution = 'ABANDONED' AND c.holds ORDER BY node")
+        .bind(controller_id)
+        .bind(controller_id)
+        .all(self.reader())
+        .await?
+        .iter()
+        .map(read_id)
+        .collect()
+    }
+
+    /// Executions of this controller's nodes that are overdue: the nodes are asked what became of them. The store may have
+    /// lost what they said.
+    pub async fn queries_due(&self, controller_id: &str) -> Result<Vec<ExecutionId>, StoreError> {
+        sql("SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
+             WHERE n.controller_id = ? AND e.overdue AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') \
+             ORDER BY e.node")
         .bind(controller_id)
         .all(self.reader())
         .await?

@@ -52,7 +52,7 @@ impl Store {
                 return Ok(pruned);
             }
             let tx = self.begin().await?;
-            for table in ["events", "execution_logs"] {
+            for table in ["events", "execution_logs", "conflicts"] {
                 sql(&format!("DELETE FROM {table} WHERE operation IN {{each}}")).each(&old).run(&*tx).await?;
             }
             tx.commit().await?;

@@ -122,7 +122,8 @@ const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overd
     o.rollout AS rollout, o.closed_until AS closed_until, o.schedule_time AS due_time, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
     EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node \
-            AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy \
+            AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS busy, \
+    EXISTS (SELECT 1 FROM conflicts c WHERE c.node = e.node AND c.holds) AS conflict \
     FROM executions e JOIN operations o ON o.id = e.operation LEFT JOIN nodes n ON n.id = e.node";
 
 /// Reads executions of one operation.
@@ -179,7 +180,8 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
         sequence: row.number("sequence")?,
         overdue: row.flag("overdue")?,
         overdue_reason: match row.flag("overdue")? {
-            true => why_overdue(row, "overdue_action")?,
+            // One record that cannot be read must not hide the others.
+            true => why_overdue(row, "overdue_action").unwrap_or_else(|error| error.to_string()),
             false => String::new(),
         },
         deadline: row.maybe_time("deadline")?,
@@ -223,6 +225,7 @@ fn read_wait_reason(row: &Row) -> Result<WaitReason, StoreError> {
         connected: row.flag("connected")?,
         mode: row.maybe_word("node_mode", NodeMode::parse)?.unwrap_or(NodeMode::Running),
         busy: row.flag("busy")?,
+        conflict: row.flag("conflict")?,
         window_closed: row.maybe_time("closed_until")?.is_some(),
     }))
 }

@@ -7,6 +7,7 @@ mod m0002_schedules;
 mod m0010_access;
 mod m0020_instances;
 mod m0030_execution_logs;
+mod m0045_truth;
 mod m0055_schedule_failures;
 
 /// The migrations, oldest first. One that was released is never changed.
@@ -22,6 +23,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0010_access::Access),
             Box::new(m0020_instances::Instances),
             Box::new(m0030_execution_logs::ExecutionLogs),
+            Box::new(m0045_truth::Truth),
             Box::new(m0055_schedule_failures::ScheduleFailures),
         ]
     }

@@ -14,7 +14,7 @@ use super::executions::read_id;
 use super::operations::{finish_if_done, lock};
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError, micros};
-use crate::operation::{Action, ExecutionError, ExecutionState, deadline_after};
+use crate::operation::{Action, ExecutionError, ExecutionState, deadline_after, reason};
 
 /// A change of one execution's state.
 pub(super) struct Move<'a> {
@@ -27,6 +27,15 @@ pub(super) struct Move<'a> {
     pub(super) phase: &'a str,
     pub(super) actor: &'a str,
     pub(super) reason: &'a str,
+    /// The attempt that the node knows, when it is ahead of the store.
+    pub(super) adopts: Option<u32>,
+}
+
+impl Move<'_> {
+    fn is_legal(&self) -> bool {
+        let to = if self.adopts.is_some() { self.from.adopt(self.to) } else { self.from.change_to(self.to) };
+        self.from == self.to || to.is_ok()
+    }
 }
 
 /// When an execution becomes overdue that reaches this state and phase now.
@@ -55,21 +64,33 @@ pub(super) fn length(time: Duration) -> i64 {
 /// Makes a change, if the execution is still where it is expected, and ends its operation if it was the last; tells
 /// whether it did. The caller holds the operation's row.
 pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime<Utc>) -> Result<bool, StoreError> {
-    if change.from != change.to && change.from.change_to(change.to).is_err() {
+    if !change.is_legal() {
         return Ok(false);
     }
-    let changed = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, overdue = FALSE, \
-             phase = CASE WHEN ? THEN phase ELSE ? END, deadline = ?, patience = ?, update_time = ?, finish_time = ? WHERE operation = ? AND node = ? AND state = ?")
+    // Said again, even under another number, a state is no sign of life and no event.
+    let again = change.from == change.to && change.error.is_none() && change.adopts.is_none();
+    let changed = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, \
+             overdue = overdue AND ? AND phase = ?, \
+             deadline = CASE WHEN ? AND phase = ? THEN deadline ELSE CAST(? AS BIGINT) END, \
+             phase = CASE WHEN ? THEN phase ELSE ? END, patience = ?, update_time = ?, finish_time = ?, \
+             attempt = COALESCE(?, attempt), assign_time = COALESCE(assign_time, ?) \
+         WHERE operation = ? AND node = ? AND state = ?")
     .bind(change.to.as_str())
     .bind(change.error.map(|error| error.reason.clone()))
     .bind(change.error.map(|error| error.message.clone()))
+    .bind(again)
+    .bind(change.phase)
+    .bind(again)
+    .bind(change.phase)
+    .bind(deadline(change.to, change.phase, change.action, now).map(micros))
     // Where it stopped is worth knowing when all is over.
     .bind(change.to.is_final() && change.phase.is_empty())
     .bind(change.phase)
-    .bind(deadline(change.to, change.phase, change.action, now).map(micros))
     .bind(patience(change.to, change.action))
     .time(now)
     .bind(change.to.is_final().then(|| micros(now)))
+    .bind(change.adopts.map(i64::from))
+    .bind(change.adopts.map(|_| micros(now)))
     .bind(change.id.operation.as_str())
     .bind(change.id.node.as_str())
     .bind(change.from.as_str())
@@ -77,6 +98,9 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     .await?;
     if changed == 0 {
         return Ok(false);
+    }
+    if again {
+        return Ok(true);
     }
     let reason = change.error.map_or(change.reason, |error| &error.reason);
     let event = Happened::to_node(&change.id.node, change.actor, change.from.as_str(), change.to.as_str(), reason);
@@ -115,8 +139,12 @@ pub(super) async fn end(
     end: &End<'_>,
     now: DateTime<Utc>,
 ) -> Result<Vec<Changed>, StoreError> {
+    let is_legal = |from: ExecutionState| match end.to {
+        ExecutionState::Failed => !from.is_final() && from.break_off().is_ok(),
+        to => from.change_to(to).is_ok(),
+    };
     let legal: BTreeMap<&ExecutionId, ExecutionState> =
-        found.iter().filter(|(_, from)| from.change_to(end.to).is_ok()).map(|(id, from)| (id, *from)).collect();
+        found.iter().filter(|(_, from)| is_legal(*from)).map(|(id, from)| (id, *from)).collect();
     let keys: Vec<Key<'_>> = legal
         .iter()
         .map(|(id, from)| Key { operation: id.operation.as_str(), node: id.node.as_str(), state: from.as_str() })
@@ -160,6 +188,21 @@ pub(super) async fn end(
 }
 
 impl Store {
+    /// Ends one execution FAILED, for what is wrong with its record or its delivery; tells whether it did.
+    pub(super) async fn break_off(
+        &self,
+        id: &ExecutionId,
+        why: String,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
+        let error = Some(ExecutionError::new(reason::NOT_ASSIGNABLE, why));
+        let which = sql("SELECT operation, node, state FROM executions WHERE operation = ? AND node = ? \
+                         AND state IN ('PENDING', 'ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .bind(id.operation.as_str())
+        .bind(id.node.as_str());
+        Ok(!self.end_found(which, ExecutionState::Failed, error, now).await?.is_empty())
+    }
+
     /// Ends the executions that `which` finds (columns `operation`, `node`, `state`). It is asked twice: outside a
     /// transaction, since mostly there is nothing to do, and again when their operations are held.
     pub(super) async fn end_found(

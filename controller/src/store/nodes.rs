@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use serde::{Deserialize, Serialize};
 
+use super::conflicts::{self, ConflictRow};
 use super::connection::Connection;
 use super::moves::{self, End, read_found};
 use super::operations::lock;
@@ -115,6 +116,8 @@ pub struct NodeRow {
     pub controller_id: Option<String>,
     /// How often it got a new key; certificates of an earlier generation are revoked at its approval.
     pub generation: i64,
+    /// What it says of executions and is not taken, oldest first.
+    pub conflicts: Vec<ConflictRow>,
 }
 
 /// Which nodes to list; what is empty does not restrict.
@@ -170,26 +173,22 @@ impl Store {
             .bind(query.states.is_empty())
             .each(query.states.iter().map(|state| state.as_str()))
             .bind(!query.connected);
-        Self::with_labels(Self::with_labels(which, &query.labels), query.scope.labels())
+        let rows = Self::with_labels(Self::with_labels(which, &query.labels), query.scope.labels())
             .and(" ORDER BY n.id LIMIT ?")
             .bind(i64::from(query.limit))
             .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
+            .await?;
+        read_all(self.reader(), &rows).await
     }
 
     /// Those of these nodes that exist, by id.
     pub async fn nodes_by_id(&self, ids: &[NodeId]) -> Result<Vec<NodeRow>, StoreError> {
-        sql(SELECT)
+        let rows = sql(SELECT)
             .and(" WHERE n.id IN {each} ORDER BY n.id")
             .each(ids.iter().map(NodeId::as_str))
             .all(self.reader())
-            .await?
-            .iter()
-            .map(read)
-            .collect()
+            .await?;
+        read_all(self.reader(), &rows).await
     }
 
     /// The ids of the approved nodes with all of these labels; no labels: of all approved nodes.
@@ -301,6 +300,7 @@ impl Store {
             .bind(id.as_str())
             .run(&*tx)
             .await?;
+        sql("DELETE FROM conflicts WHERE node = ?").bind(id.as_str()).run(&*tx).await?;
         sql("DELETE FROM nodes WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         self.commit(tx).await?;
         Ok(DeleteNodeOutcome::Deleted)
@@ -308,11 +308,35 @@ impl Store {
 }
 
 const SELECT: &str = "SELECT n.*, (SELECT e.operation FROM executions e WHERE e.node = n.id \
-    AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS active FROM nodes n";
+    AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS active, \
+    EXISTS (SELECT 1 FROM conflicts c WHERE c.node = n.id AND c.resolution = '') AS torn FROM nodes n";
 
 /// One node, also inside a transaction.
 pub(super) async fn find(db: &impl Connection, id: &NodeId) -> Result<Option<NodeRow>, StoreError> {
-    sql(SELECT).and(" WHERE n.id = ?").bind(id.as_str()).one(db).await?.as_ref().map(read).transpose()
+    let row = sql(SELECT).and(" WHERE n.id = ?").bind(id.as_str()).one(db).await?;
+    Ok(read_all(db, row.as_slice()).await?.pop())
+}
+
+/// Reads nodes, with what they say and is not taken.
+async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<NodeRow>, StoreError> {
+    let mut nodes = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let torn: Vec<NodeId> = nodes
+        .iter()
+        .zip(rows)
+        .filter_map(|(node, row)| match row.flag("torn") {
+            Ok(false) => None,
+            Ok(true) => Some(Ok(node.id.clone())),
+            Err(error) => Some(Err(error)),
+        })
+        .collect::<Result<_, _>>()?;
+    if torn.is_empty() {
+        return Ok(nodes);
+    }
+    let mut found = conflicts::of_nodes(db, &torn).await?;
+    for node in &mut nodes {
+        node.conflicts = found.remove(&node.id).unwrap_or_default();
+    }
+    Ok(nodes)
 }
 
 /// The id from the column `id`.
@@ -347,6 +371,7 @@ fn read(row: &Row) -> Result<NodeRow, StoreError> {
         session_epoch: row.int("session_epoch")?,
         controller_id,
         generation: row.int("generation")?,
+        conflicts: Vec::new(),
         id,
     })
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId};
 
+use super::conflicts::{self, is_at_work};
 use super::connection::Transaction;
 use super::events::{self, CONTROLLER, Happened};
 use super::logs;
@@ -12,7 +13,9 @@ use super::moves::{self, Move, deadline, patience};
 use super::operations::lock;
 use super::sql::{Row, signed, sql};
 use super::{Assignment, SentLog, Store, StoreError, micros};
-use crate::operation::{Action, ExecutionError, ExecutionState, Expected, ReportVerdict, Reported, Stored, on_report};
+use crate::operation::{
+    Action, Conflict, ExecutionError, ExecutionState, Expected, MAX_ATTEMPT, ReportVerdict, Reported, Stored, on_report,
+};
 
 /// A report of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub struct ReportRow {
     pub error: Option<ExecutionError>,
     /// The boot id under which it is said.
     pub boot_id: String,
+    /// The boot id under which the node accepted it; empty: the agent does not say.
+    pub accept_boot_id: String,
     /// What the running system says it is.
     pub release: Option<Release>,
     /// It was too late for a cancel.
@@ -59,12 +64,20 @@ pub struct Release {
 pub enum ReportOutcome {
     /// It is stored, now or before: acknowledge its sequence.
     Acked,
-    /// It only carries progress: keep it for `flush_progress`.
+    /// Its state is stored, perhaps by a commit whose answer was lost; what is new is progress: keep that for
+    /// `flush_progress`, and acknowledge the sequence unless that was done in this session.
     Progress,
     /// It is of another delivery: answer with this one.
     Stale(Box<Assignment>),
-    /// There is no such execution of this node: acknowledge, so that the node forgets it.
+    /// There is no such execution of this node: acknowledge, so that the node forgets it. It is kept as a conflict.
     Unknown,
+    /// It was kept for an operator to decide about.
+    Conflict {
+        /// Whether to acknowledge it.
+        acknowledge: bool,
+        /// Why it was not taken.
+        why: String,
+    },
     /// The session is not the node's any more: end it.
     NotHolder,
     /// Not accepted and not to be acknowledged; the text says why.
@@ -87,11 +100,7 @@ impl Store {
         let Some(holder) = hold_node(&tx, node, epoch).await? else { return Ok(ReportOutcome::NotHolder) };
         lock(&*tx, [&report.execution.operation]).await?;
         let outcome = apply(&tx, &holder, report, now).await?;
-        match outcome {
-            // Nothing was written.
-            ReportOutcome::Progress | ReportOutcome::Unknown => {}
-            _ => self.commit(tx).await?,
-        }
+        self.commit(tx).await?;
         Ok(outcome)
     }
 }
@@ -134,14 +143,23 @@ pub(super) struct Found {
     pub(super) phase: String,
     /// The session to which it was last delivered.
     pub(super) epoch: i64,
+    bytes: (u64, u64),
+    cancel_refused: bool,
+    /// State changes that the node brought about.
+    changes: u32,
+    /// It is in conflict: what was decided about that, empty while nothing was.
+    conflict: Option<String>,
 }
 
 /// Reads what a decision needs; the caller holds the operation's row.
 pub(super) async fn find(tx: &Transaction, id: &ExecutionId) -> Result<Option<Found>, StoreError> {
     let row = sql("SELECT e.state AS state, e.attempt AS attempt, e.sequence AS sequence, e.session_epoch AS epoch, \
              e.error_reason AS error_reason, e.assign_boot_id AS assign_boot_id, \
-             e.cancel_requested AS cancel_requested, e.phase AS phase, o.action AS action \
-         FROM executions e JOIN operations o ON o.id = e.operation WHERE e.operation = ? AND e.node = ?")
+             e.cancel_requested AS cancel_requested, e.phase AS phase, e.bytes_done AS bytes_done, \
+             e.bytes_total AS bytes_total, e.cancel_refused AS cancel_refused, e.changes AS changes, \
+             c.resolution AS conflict, o.action AS action \
+         FROM executions e JOIN operations o ON o.id = e.operation \
+             LEFT JOIN conflicts c ON c.node = e.node AND c.operation = e.operation WHERE e.operation = ? AND e.node = ?")
     .bind(id.operation.as_str())
     .bind(id.node.as_str())
     .one(tx)
@@ -162,6 +180,10 @@ fn read(row: &Row) -> Result<Found, StoreError> {
         action: row.json("action")?,
         phase: row.text("phase")?,
         epoch: row.int("epoch")?,
+        bytes: (row.number("bytes_done")?, row.number("bytes_total")?),
+        cancel_refused: row.flag("cancel_refused")?,
+        changes: row.number("changes")?,
+        conflict: row.maybe_text("conflict")?,
     })
 }
 
@@ -172,12 +194,33 @@ pub(super) async fn apply(
     report: &ReportRow,
     now: DateTime<Utc>,
 ) -> Result<ReportOutcome, StoreError> {
-    let Some(found) = find(tx, &report.execution).await? else { return Ok(ReportOutcome::Unknown) };
+    let Some(found) = find(tx, &report.execution).await? else {
+        conflicts::note(tx, report, Conflict::Unknown, None, now).await?;
+        return Ok(ReportOutcome::Unknown);
+    };
     let name = report.execution.name();
     let expected = Expected { execution: &name, action: &found.action, family: &holder.family };
-    match on_report(&found.stored, &reported(report), &expected) {
+    let verdict = match on_report(&found.stored, &reported(report), &expected) {
+        // The index allows one active execution of a node: what the store has given it meanwhile is taken back first.
+        ReportVerdict::Adopt(to, _)
+            if to.is_active() && !found.stored.state.is_active() && is_at_work(tx, &report.execution.node).await? =>
+        {
+            ReportVerdict::Conflict(Conflict::Busy)
+        }
+        verdict => verdict,
+    };
+    if found.conflict.is_some() && !matches!(verdict, ReportVerdict::Conflict(_) | ReportVerdict::Refuse(_)) {
+        // What it said before of what has ended stays shown, unless it agrees now.
+        if !found.stored.state.is_final() || found.stored.state == report.state {
+            conflicts::forget(tx, &report.execution).await?;
+        }
+    }
+    match verdict {
+        ReportVerdict::Change(..) | ReportVerdict::Adopt(..) | ReportVerdict::Stale if found.changes >= MAX_CHANGES => {
+            Ok(ReportOutcome::Refused(format!("the node has changed its state or its delivery {MAX_CHANGES} times")))
+        }
         ReportVerdict::Change(to, error) => {
-            if !change(tx, report, &found, to, error.as_ref(), now).await? {
+            if !change(tx, holder, report, &found, to, error.as_ref(), now).await? {
                 return Ok(ReportOutcome::Refused(format!("it is {} and cannot become {to}", found.stored.state)));
             }
             if tells_why(to) {
@@ -185,22 +228,44 @@ pub(super) async fn apply(
             }
             Ok(ReportOutcome::Acked)
         }
+        ReportVerdict::Adopt(to, error) => {
+            change(tx, holder, report, &found, to, error.as_ref(), now).await?;
+            if tells_why(to) {
+                logs::keep(tx, &report.execution, &report.log, now).await?;
+            }
+            Ok(ReportOutcome::Acked)
+        }
         ReportVerdict::Reject(error) => {
-            change(tx, report, &found, ExecutionState::Failed, Some(&error), now).await?;
+            change(tx, holder, report, &found, ExecutionState::Failed, Some(&error), now).await?;
             Ok(ReportOutcome::Refused(error.message))
         }
         ReportVerdict::Duplicate => {
-            if report.cancel_refused {
-                refuse_cancel(tx, &report.execution).await?;
-            }
+            refuse_cancel(tx, report, &found).await?;
             // The Hello that said it first may have had no room for it.
             if tells_why(report.state) && report.state == found.stored.state {
                 logs::keep(tx, &report.execution, &report.log, now).await?;
             }
             Ok(ReportOutcome::Acked)
         }
-        ReportVerdict::Progress => Ok(ReportOutcome::Progress),
+        ReportVerdict::Progress => {
+            // Progress waits in memory, and the newest takes the place of older: a refusal must not be lost with it.
+            refuse_cancel(tx, report, &found).await?;
+            let same = (report.phase.as_str(), report.bytes_done, report.bytes_total)
+                == (found.phase.as_str(), found.bytes.0, found.bytes.1);
+            Ok(if same { ReportOutcome::Acked } else { ReportOutcome::Progress })
+        }
         ReportVerdict::Stale => redeliver(tx, holder, report, found, now).await,
+        // An operator took what the node says: it may have its acknowledgement.
+        ReportVerdict::Conflict(_) | ReportVerdict::Refuse(_) if found.conflict.as_deref() == Some("ACCEPTED") => {
+            Ok(ReportOutcome::Acked)
+        }
+        ReportVerdict::Conflict(conflict) => {
+            conflicts::note(tx, report, conflict, Some(found.stored.state), now).await?;
+            // What an operator gave up is settled with its end.
+            let given_up = found.conflict.as_deref() == Some("ABANDONED") && report.state.is_final();
+            let why = conflict.sentence(report.state.as_str(), report.attempt, Some(found.stored.state));
+            Ok(ReportOutcome::Conflict { acknowledge: conflict.is_acknowledged() || given_up, why })
+        }
         ReportVerdict::Refuse(why) => Ok(ReportOutcome::Refused(why.to_owned())),
     }
 }
@@ -218,28 +283,40 @@ fn reported(report: &ReportRow) -> Reported {
         state: report.state,
         error: report.error.clone(),
         boot_id: report.boot_id.clone(),
+        accept_boot_id: report.accept_boot_id.clone(),
         release_execution: release.execution,
         release_image: release.image_sha256,
         release_boot: release.boot_sha256,
     }
 }
 
-async fn refuse_cancel(tx: &Transaction, id: &ExecutionId) -> Result<u64, StoreError> {
-    sql("UPDATE executions SET cancel_refused = TRUE WHERE operation = ? AND node = ?")
-        .bind(id.operation.as_str())
-        .bind(id.node.as_str())
-        .run(tx)
-        .await
+/// Stores that it is too late for a cancel, if that is news.
+async fn refuse_cancel(tx: &Transaction, report: &ReportRow, found: &Found) -> Result<(), StoreError> {
+    if report.cancel_refused && !found.cancel_refused {
+        sql("UPDATE executions SET cancel_refused = TRUE WHERE operation = ? AND node = ?")
+            .bind(report.execution.operation.as_str())
+            .bind(report.execution.node.as_str())
+            .run(tx)
+            .await?;
+    }
+    Ok(())
 }
+
+/// Most changes of an execution's state or delivery that its node can bring about: each is an event, and a node that is
+/// led by somebody else must not fill the database with them. An honest one needs a few dozen.
+pub(super) const MAX_CHANGES: u32 = 1000;
 
 async fn change(
     tx: &Transaction,
+    holder: &Holder,
     report: &ReportRow,
     found: &Found,
     to: ExecutionState,
     error: Option<&ExecutionError>,
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
+    let adopts = (report.attempt > found.stored.attempt && !found.stored.state.is_final()).then_some(report.attempt);
+    let adopted = adopts.map(|attempt| format!("taken from the node, which was given it {attempt} times"));
     let changed = Move {
         id: &report.execution,
         from: found.stored.state,
@@ -248,14 +325,17 @@ async fn change(
         action: &found.action,
         phase: &report.phase,
         actor: &report.execution.node.name(),
-        reason: &report.phase,
+        reason: adopted.as_deref().unwrap_or(&report.phase),
+        adopts,
     };
     if !moves::apply(tx, &changed, now).await? {
         return Ok(false);
     }
     let came_back = !report.boot_id.is_empty() && report.boot_id != found.stored.assign_boot_id;
-    sql("UPDATE executions SET sequence = ?, bytes_done = ?, bytes_total = ?, \
-             cancel_refused = cancel_refused OR ?, boot_id = CASE WHEN ? THEN ? ELSE boot_id END \
+    sql("UPDATE executions SET sequence = ?, bytes_done = ?, bytes_total = ?, changes = changes + 1, \
+             cancel_refused = cancel_refused OR ?, boot_id = CASE WHEN ? THEN ? ELSE boot_id END, \
+             session_epoch = CASE WHEN ? THEN CAST(? AS BIGINT) ELSE session_epoch END, \
+             assign_boot_id = CASE WHEN assign_boot_id = '' THEN ? ELSE assign_boot_id END \
          WHERE operation = ? AND node = ?")
     .bind(signed(report.sequence))
     .bind(signed(report.bytes_done))
@@ -263,16 +343,15 @@ async fn change(
     .bind(report.cancel_refused)
     .bind(came_back)
     .bind(report.boot_id.as_str())
+    .bind(adopts.is_some())
+    .bind(holder.epoch)
+    .bind(report.accept_boot_id.as_str())
     .bind(report.execution.operation.as_str())
     .bind(report.execution.node.as_str())
     .run(tx)
     .await?;
     Ok(true)
 }
-
-/// Most deliveries of an execution that a node can bring about: each is an event, and a node that is led by somebody else
-/// must not fill the database with them. An honest one needs one for each session that was lost in the wrong moment.
-const MAX_ATTEMPT: u32 = 1000;
 
 /// Raises the attempt above the node's, so that its next report is of a delivery that is known.
 async fn redeliver(
@@ -283,15 +362,14 @@ async fn redeliver(
     now: DateTime<Utc>,
 ) -> Result<ReportOutcome, StoreError> {
     let from = found.stored.state;
-    if found.stored.attempt >= MAX_ATTEMPT {
+    let Some(attempt) = found.stored.attempt.checked_add(1).filter(|attempt| *attempt <= MAX_ATTEMPT) else {
         return Ok(ReportOutcome::Refused(format!("it was delivered {MAX_ATTEMPT} times")));
-    }
+    };
     let to = if from == ExecutionState::Pending { ExecutionState::Assigned } else { from };
-    let attempt = found.stored.attempt.max(report.attempt).saturating_add(1);
     let fresh = from == ExecutionState::Pending;
     let changed =
         sql("UPDATE executions SET state = ?, attempt = ?, session_epoch = ?, update_time = ?, assign_time = ?, \
-             deadline = ?, patience = ?, overdue = FALSE, \
+             deadline = ?, patience = ?, overdue = FALSE, changes = changes + 1, \
              assign_boot_id = CASE WHEN assign_boot_id = '' THEN ? ELSE assign_boot_id END \
          WHERE operation = ? AND node = ? AND state = ? AND (NOT ? OR NOT EXISTS \
              (SELECT 1 FROM executions b WHERE b.node = executions.node \

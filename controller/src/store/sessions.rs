@@ -1,14 +1,17 @@
 //! Which controller holds the stream of which node.
 
 use chrono::{DateTime, Utc};
-use marco_proto::names::NodeId;
+use marco_proto::names::{ExecutionId, NodeId};
 
 use serde::Serialize;
 
 use super::connection::Connection;
+use super::events::{self, Happened};
+use super::operations::lock;
+use super::reports::hold_node;
 use super::sql::sql;
 use super::{Board, NodeRow, Store, StoreError, System, nodes};
-use crate::operation::{NodeMode, NodeState};
+use crate::operation::{ExecutionState, NodeMode, NodeState};
 
 /// A Hello, as far as the store needs it.
 #[derive(Debug, Clone)]
@@ -145,6 +148,34 @@ impl Store {
         Ok(ended == 1)
     }
 
+    /// Stores the last words of an agent that ends because its machine powers off, under the session in which they were
+    /// said; tells whether they were about such a power-off.
+    pub async fn say_goodbye(&self, id: &ExecutionId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        if hold_node(&tx, &id.node, epoch).await?.is_none() {
+            return Ok(false);
+        }
+        lock(&*tx, [&id.operation]).await?;
+        let noted = sql("UPDATE executions SET goodbye_epoch = ?, goodbye_time = ? WHERE operation = ? AND node = ? \
+                         AND state = 'REBOOTING' AND goodbye_epoch <> ? AND EXISTS \
+                             (SELECT 1 FROM operations o WHERE o.id = executions.operation AND o.action_kind = 'power-off')")
+        .bind(epoch)
+        .time(now)
+        .bind(id.operation.as_str())
+        .bind(id.node.as_str())
+        .bind(epoch)
+        .run(&*tx)
+        .await?;
+        if noted == 1 {
+            let rebooting = ExecutionState::Rebooting.as_str();
+            let why = "the agent ends with the power-off";
+            let event = Happened::to_node(&id.node, &id.node.name(), rebooting, rebooting, why);
+            events::record(&*tx, &id.operation, vec![event], now).await?;
+        }
+        self.commit(tx).await?;
+        Ok(noted == 1)
+    }
+
     /// Notes that these nodes, whose sessions the controller holds, were heard of.
     pub async fn touch(&self, controller_id: &str, nodes: &[NodeId], now: DateTime<Utc>) -> Result<(), StoreError> {
         if nodes.is_empty() {
@@ -164,11 +195,15 @@ impl Store {
         Ok(())
     }
 
-    /// Of these sessions, the nodes whose session is another one by now, or that may have none: to be closed.
-    pub async fn lost_sessions(&self, controller_id: &str, nodes: &[(NodeId, i64)]) -> Result<Vec<NodeId>, StoreError> {
+    /// Of these sessions, those that are not their node's any more, or that may not be: to be closed.
+    pub async fn lost_sessions(
+        &self,
+        controller_id: &str,
+        nodes: &[(NodeId, i64)],
+    ) -> Result<Vec<(NodeId, i64)>, StoreError> {
         let sessions: Vec<Held<'_>> =
             nodes.iter().map(|(node, epoch)| Held { node: node.as_str(), epoch: *epoch }).collect();
-        sql("SELECT r.node AS id FROM {rows node TEXT, epoch BIGINT} WHERE NOT EXISTS \
+        sql("SELECT r.node AS id, r.epoch AS epoch FROM {rows node TEXT, epoch BIGINT} WHERE NOT EXISTS \
              (SELECT 1 FROM nodes n WHERE n.id = r.node AND n.session_epoch = r.epoch AND n.controller_id = ? \
               AND n.state <> 'QUARANTINED')")
         .json(&sessions)
@@ -176,7 +211,7 @@ impl Store {
         .all(self.reader())
         .await?
         .iter()
-        .map(nodes::read_id)
+        .map(|row| Ok((nodes::read_id(row)?, row.int("epoch")?)))
         .collect()
     }
 

@@ -83,6 +83,11 @@ fn quarantine(target: Target, _: &[String; 3]) -> Vec<u8> {
     named(target.node().replace("in-1", "in-2"))
 }
 
+fn resolve_node(target: Target, _: &[String; 3]) -> Vec<u8> {
+    let decision = resolve_node_request::Decision::Accept.into();
+    ResolveNodeRequest { name: target.node(), decision }.encode_to_vec()
+}
+
 fn operation(target: Target, operations: &[String; 3]) -> Vec<u8> {
     named(target.operation(operations))
 }
@@ -162,6 +167,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("NodeService/ListJoinTokens", "a", Free, empty),
     ("NodeService/ListNodes", "vopa", Filtered, empty),
     ("NodeService/QuarantineNode", "oa", All, quarantine),
+    ("NodeService/ResolveNode", "oa", All, resolve_node),
     ("NodeService/RevokeJoinToken", "a", Free, nobody),
     ("NodeService/UpdateNode", "oa", All, update_node),
     ("NodeService/WatchNodes", "vopa", Filtered, empty),

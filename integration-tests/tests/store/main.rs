@@ -9,11 +9,13 @@
 
 mod access;
 mod artifacts;
+mod conflicts;
 mod database;
 mod enrolment;
 mod fires;
 mod history;
 mod operations;
+mod power_off;
 mod reports;
 mod rollouts;
 mod schedules;
@@ -64,14 +66,30 @@ on_both!(
         an_assignment_is_never_taken_back_by_time,
         an_accepted_execution_that_the_node_forgot_fails,
         a_hello_after_the_reboot_verifies_and_the_report_ends_it,
-        a_power_off_is_done_when_the_node_stays_away,
-        a_node_that_came_back_on_after_a_power_off_is_told_by_its_boot_id,
         progress_is_kept_and_holds_off_the_deadline,
         a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sign_of_life,
         progress_of_an_earlier_state_is_ignored,
         what_a_node_logged_is_kept_once_and_only_of_what_did_not_succeed,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
         a_node_that_is_overdue_for_a_day_is_given_up;
+    power_off:
+        goodbye_and_sixty_silent_seconds_prove_it,
+        broken_stream_proves_nothing,
+        returning_node_is_told_by_its_boot_id,
+        contradiction_of_an_end_is_kept_and_shown;
+    conflicts:
+        later_delivery_is_taken_as_the_node_says,
+        lost_assignment_that_was_done_succeeds,
+        settled_execution_that_the_store_lost_is_asked_for,
+        absurd_attempt_is_held_for_an_operator,
+        abandoned_conflict_ends_failed_and_is_cancelled,
+        unknown_execution_is_shown_and_keeps_a_busy_node_free,
+        refused_assignment_waits_for_what_the_node_is_at,
+        conflicts_of_a_node_are_bounded,
+        broken_record_fails_alone,
+        repeated_state_writes_no_event,
+        late_cancel_is_kept_when_it_comes_as_progress,
+        execution_of_a_deleted_node_ends_at_once;
     schedules:
         a_schedule_is_read_back_as_it_was_stored,
         each_of_500_instants_fires_once_however_many_schedulers_race,

@@ -150,7 +150,9 @@ pub(crate) async fn a_held_node_gets_no_work_and_is_told_so(f: Fixture) {
     let execution = ExecutionId { operation, node: id.clone() };
     let row = f.store.quarantine(&id, "smoke", after(1)).await.unwrap().unwrap();
     assert_eq!((row.state, row.state_reason.as_str(), row.connected), (NodeState::Quarantined, "smoke", false));
-    assert_eq!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap(), std::slice::from_ref(&id));
+    let session = (id.clone(), epoch);
+    let lost = f.store.lost_sessions("c1", std::slice::from_ref(&session)).await.unwrap();
+    assert_eq!(lost, std::slice::from_ref(&session));
     assert!(f.claim(&[(id.clone(), epoch)], after(1)).await.is_empty());
     assert_eq!(f.execution(&execution).await.wait_reason, Some(WaitReason::NodeQuarantined));
     let again = hello("boot-1", &serial_of("pi-1"), after(2));
@@ -326,9 +328,7 @@ pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fi
                     else {
                         panic!()
                     };
-                    assert!(
-                        store.reconcile(id, epoch, NodeMode::Running, &boot, &[], after(round)).await.unwrap().holder
-                    );
+                    assert!(store.reconcile(id, epoch, said(&boot), after(round)).await.unwrap().holder);
                     sessions.push((id.clone(), epoch));
                 }
                 for assignment in store.claim(&controller, &sessions, after(round)).await.unwrap() {

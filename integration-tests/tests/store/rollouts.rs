@@ -57,6 +57,14 @@ impl Fleet {
         self.say(assignment, 1, ExecutionState::Failed, at).await;
     }
 
+    /// The last words of agents whose power-off this is.
+    async fn say_goodbye(&self, numbers: std::ops::Range<usize>, at: i64) {
+        for (id, epoch) in &self.sessions[numbers] {
+            let execution = ExecutionId { operation: self.operation.clone(), node: id.clone() };
+            assert!(self.f.store.say_goodbye(&execution, *epoch, after(at)).await.unwrap());
+        }
+    }
+
     async fn disconnect(&mut self, numbers: std::ops::Range<usize>, at: i64) {
         for (id, epoch) in self.sessions.drain(numbers).collect::<Vec<_>>() {
             assert!(self.f.store.end_session(&id, epoch, after(at)).await.unwrap());
@@ -286,8 +294,9 @@ pub(crate) async fn nodes_that_were_powered_off_did_not_vanish(f: Fixture) {
     for assignment in fleet.round(0).await {
         fleet.say(&assignment, 1, ExecutionState::Rebooting, 1).await;
     }
+    fleet.say_goodbye(0..3, 2).await;
     fleet.disconnect(0..3, 2).await;
-    assert_eq!(fleet.f.store.power_off_done(after(62)).await.unwrap().len(), 3);
+    assert_eq!(fleet.f.store.power_off_done(start(), after(62)).await.unwrap().len(), 3);
     assert!(fleet.f.store.pause_rollouts(after(100)).await.unwrap().is_empty());
     assert_eq!(fleet.round(100).await.len(), 3);
 }

@@ -6,10 +6,10 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use integration_tests::postgres::Postgres;
 use marco_controller::operation::{
-    Action, ExecutionState, FrozenArtifact, NodeMode, Notice, OperationState, Target, Update,
+    Action, ExecutionState, FrozenArtifact, Greeting, NodeMode, Notice, OperationState, Target, Update,
 };
 use marco_controller::store::{
-    ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment, ExecutionRow, Kind,
+    ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment, ExecutionRow, Hello, Kind,
     NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, Scope, SentLog, SessionOutcome,
     SessionStart, Store, System,
 };
@@ -170,6 +170,7 @@ pub(crate) fn report(assignment: &Assignment, sequence: u64, state: ExecutionSta
         bytes_total: 0,
         error: None,
         boot_id: boot_id.to_owned(),
+        accept_boot_id: String::new(),
         release: None,
         cancel_refused: false,
         log: SentLog::default(),
@@ -182,6 +183,11 @@ pub(crate) fn failed_as(reason: &str, row: &ExecutionRow) -> bool {
         && row.error.as_ref().is_some_and(|error| error.reason == reason)
         && row.finish_time.is_some()
         && row.deadline.is_none()
+}
+
+/// An empty Hello of the running system of an agent of today's protocol.
+pub(crate) fn said(boot_id: &str) -> Hello<'_> {
+    Hello { greeting: Greeting { mode: NodeMode::Running, boot_id, answers_queries: false }, listed: &[] }
 }
 
 impl Fixture {
@@ -289,7 +295,21 @@ impl Fixture {
         listed: &[ReportRow],
         at: i64,
     ) -> Reconciled {
-        self.store.reconcile(id, epoch, NodeMode::Running, boot_id, listed, after(at)).await.unwrap()
+        self.hello(id, epoch, boot_id, listed, false, at).await
+    }
+
+    /// A Hello of the running system, whose agent answers queries or does not.
+    pub(crate) async fn hello(
+        &self,
+        id: &NodeId,
+        epoch: i64,
+        boot_id: &str,
+        listed: &[ReportRow],
+        answers_queries: bool,
+        at: i64,
+    ) -> Reconciled {
+        let said = Hello { greeting: Greeting { mode: NodeMode::Running, boot_id, answers_queries }, listed };
+        self.store.reconcile(id, epoch, said, after(at)).await.unwrap()
     }
 
     pub(crate) async fn execution(&self, id: &ExecutionId) -> ExecutionRow {

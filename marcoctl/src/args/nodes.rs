@@ -38,6 +38,13 @@ Examples:
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
+    /// Decide about what a node says and the controller cannot take (`nodes get` shows it)
+    #[command(after_help = "\
+A node and the controller can disagree after the database was restored, or lost its last seconds.
+Examples:
+  marcoctl nodes resolve pi-01 --accept             the node is right
+  marcoctl nodes resolve pi-01 --abandon            give up what it speaks of, and cancel it where that is possible")]
+    Resolve(Resolve),
     /// Forget a node and revoke its certificate
     Delete {
         /// Name or id
@@ -46,6 +53,20 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+}
+
+/// Arguments of `nodes resolve`.
+#[derive(Debug, Args)]
+#[group(id = "decision", required = true, multiple = false, args = ["accept", "abandon"])]
+pub(crate) struct Resolve {
+    /// Name or id
+    pub(crate) node: String,
+    /// Take what the node says, without proof; what ended other than FAILED stays as it is
+    #[arg(long)]
+    pub(crate) accept: bool,
+    /// End what is unfinished FAILED, and have the node cancel what it still does
+    #[arg(long)]
+    pub(crate) abandon: bool,
 }
 
 /// Flags of `nodes list`.

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use marco_proto::v1::{
     ApproveNodeRequest, DeleteNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, NodeFilter,
-    QuarantineNodeRequest, UpdateNodeRequest, WatchNodesRequest,
+    QuarantineNodeRequest, ResolveNodeRequest, UpdateNodeRequest, WatchNodesRequest, resolve_node_request::Decision,
 };
 use prost_types::FieldMask;
 
@@ -50,6 +50,11 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
         NodesCommand::Quarantine { node, reason } => {
             let request = QuarantineNodeRequest { name: node, reason };
             out.document(&connection.nodes().quarantine_node(call(request)).await?.into_inner(), detail)
+        }
+        NodesCommand::Resolve(resolve) => {
+            let decision = if resolve.accept { Decision::Accept } else { Decision::Abandon };
+            let request = ResolveNodeRequest { name: resolve.node, decision: decision.into() };
+            out.document(&connection.nodes().resolve_node(call(request)).await?.into_inner(), detail)
         }
         NodesCommand::Delete { node, force } => {
             let request = DeleteNodeRequest { name: node.clone(), force };
@@ -118,7 +123,7 @@ fn node_table(nodes: &[Node], now: DateTime<Utc>) -> String {
     let rows = nodes.iter().map(|node| {
         vec![
             id(&node.name),
-            state(node),
+            state_with_conflict(node),
             if node.connected { "yes" } else { "no" }.to_owned(),
             mode(node),
             node.board.as_ref().map(|board| board.model.clone()).unwrap_or_default(),
@@ -134,6 +139,12 @@ fn state(node: &Node) -> String {
     enum_word(node.state().as_str_name(), "STATE_")
 }
 
+/// The state, and whether an operator has to decide something (`nodes get` shows what).
+fn state_with_conflict(node: &Node) -> String {
+    let state = state(node);
+    if node.conflicts.is_empty() { state } else { format!("{state}, CONFLICT") }
+}
+
 fn mode(node: &Node) -> String {
     enum_word(node.mode().as_str_name(), "NODE_MODE_")
 }
@@ -142,8 +153,13 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
     let board = node.board.clone().unwrap_or_default();
     let system = node.system.clone().unwrap_or_default();
     let connected = if node.connected { "yes".to_owned() } else { "no".to_owned() };
+    let conflicts: Vec<(&str, String)> = node
+        .conflicts
+        .iter()
+        .map(|conflict| ("conflict", format!("{}: {}", conflict.execution, conflict.explanation)))
+        .collect();
     let memory = if board.memory_bytes == 0 { String::new() } else { bytes(board.memory_bytes) };
-    fields(&[
+    let mut shown = vec![
         ("node", node.name.clone()),
         ("display name", node.display_name.clone()),
         ("labels", labels(&node.labels)),
@@ -172,5 +188,7 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
         ("boot id", node.boot_id.clone()),
         ("agent", node.agent_version.clone()),
         ("joined", local(node.create_time.as_ref())),
-    ])
+    ];
+    shown.extend(conflicts);
+    fields(&shown)
 }

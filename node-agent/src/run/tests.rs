@@ -158,6 +158,60 @@ async fn a_virtual_pi_that_was_powered_off_says_so_when_it_is_switched_on() {
     fleet.end().await;
 }
 
+/// What the agent says until its stream ends: states, and last words.
+async fn last_words(session: &mut TestSession) -> Vec<String> {
+    let mut said = Vec::new();
+    while let Some(message) = session.next().await {
+        match message.message {
+            Some(connect_request::Message::Report(report)) => {
+                ack(session, &report).await;
+                said.push(report.state().as_str_name().to_owned());
+            }
+            Some(connect_request::Message::Leaving(leaving)) => said.push(format!("leaving {}", leaving.execution)),
+            other => panic!("{other:?}"),
+        }
+    }
+    said
+}
+
+#[tokio::test]
+async fn only_an_agent_that_ends_with_its_power_off_says_goodbye() {
+    let mut fleet = Fleet::with_token().await;
+    let (mut session, _) = fleet.session().await;
+    assign(&session, 1, assign::Action::Reboot(Reboot { notice: at_once(), message: String::new() })).await;
+    let said = last_words(&mut session).await;
+    assert!(!said.iter().any(|word| word.starts_with("leaving")), "{said:?}");
+    let (mut session, _) = fleet.session().await;
+    reported(&mut session, WireState::Succeeded).await;
+    assign(&session, 2, assign::Action::PowerOff(PowerOff { notice: at_once(), message: String::new() })).await;
+    let said = last_words(&mut session).await;
+    assert_eq!(said.last(), Some(&format!("leaving {}", execution(2))), "{said:?}");
+    assert!(said.iter().any(|word| word == "STATE_REBOOTING"));
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn a_machine_that_hangs_on_its_way_off_stays_connected_until_its_agent_is_ended() {
+    let mut fleet = Fleet::with_token().await;
+    let (mut session, first) = fleet.session().await;
+    let hang = fleet.pi().join("hang");
+    std::fs::write(&hang, "agent").unwrap();
+    assign(&session, 1, assign::Action::PowerOff(PowerOff { notice: at_once(), message: String::new() })).await;
+    reported(&mut session, WireState::Rebooting).await;
+    while fleet.log("power-off").is_empty() {
+        tokio::task::yield_now().await;
+    }
+    // The stream breaks; the agent comes back and lists what it is at.
+    drop(session);
+    let (mut session, again) = fleet.session().await;
+    assert_eq!(again.boot_id, first.boot_id);
+    assert_eq!(again.executions.first().unwrap().state(), WireState::Rebooting);
+    std::fs::remove_file(&hang).unwrap();
+    let said = last_words(&mut session).await;
+    assert_eq!(said.last(), Some(&format!("leaving {}", execution(1))), "{said:?}");
+    fleet.end().await;
+}
+
 #[tokio::test]
 async fn a_join_file_on_the_card_is_enough_and_loses_its_token() {
     let mut fleet = Fleet::start(|_| Connection::default()).await;

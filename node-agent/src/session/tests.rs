@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, Cancel, CardLayout, Goodbye, Hello, NodeMode, Reboot, Report, assign, connect_request,
+    Ack, Assign, Cancel, CardLayout, Goodbye, Hello, NodeMode, NotHeld, Query, Reboot, Report, assign, connect_request,
     connect_response,
 };
 use tokio::sync::watch;
@@ -297,4 +297,52 @@ async fn the_labels_are_those_that_a_controller_said_last() {
     session.say(assign(1)).await;
     report(&mut session).await;
     said(&mut bench.labels, Some(Labels::from([("room".to_owned(), "a1".to_owned())]))).await;
+}
+
+async fn not_held(session: &mut TestSession) -> NotHeld {
+    match session.next().await.expect("the session ended").message {
+        Some(connect_request::Message::NotHeld(answer)) => answer,
+        other => panic!("no answer but {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn query_is_answered_from_the_journal_and_changes_nothing() {
+    const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
+    let mut bench = Bench::new().await;
+    let (mut session, hello) = bench.welcomed().await;
+    assert!(hello.answers_queries);
+    let query = |execution: &str| connect_response::Message::Query(Query { execution: execution.to_owned() });
+    session.say(query(ONE)).await;
+    let answer = not_held(&mut session).await;
+    assert_eq!((answer.execution.as_str(), answer.busy_with), (ONE, None));
+    assert!(bench.journal.entries().get(ONE).is_none());
+    // What was acknowledged is said again.
+    session.say(assign(3)).await;
+    let running = report(&mut session).await;
+    assert_eq!(running.accept_boot_id, "boot-a");
+    bench.journal.fail(ONE, Failure::new("X", "y")).await.unwrap();
+    let failed = report(&mut session).await;
+    bench.journal.ack(ONE, failed.sequence, 1).await.unwrap();
+    session.say(query(ONE)).await;
+    assert_eq!(report(&mut session).await.state(), WireState::Failed);
+    // An assignment that the controller numbers lower is answered with what the node knows.
+    session.say(assign(2)).await;
+    let answer = report(&mut session).await;
+    assert_eq!((answer.attempt, answer.state()), (3, WireState::Failed));
+    // A node that is at work takes nothing else, and says at what.
+    bench
+        .journal
+        .accept(TWO, 1, Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() }))
+        .await
+        .unwrap();
+    assert_eq!(report(&mut session).await.execution, TWO);
+    let three = "operations/0198a6e0-0000-7000-8000-000000000003/executions/pi-01";
+    let connect_response::Message::Assign(mut other) = assign(1) else { panic!() };
+    other.execution = three.to_owned();
+    session.say(connect_response::Message::Assign(other)).await;
+    let answer = not_held(&mut session).await;
+    assert_eq!(answer.execution, three);
+    assert_eq!(answer.busy_with.map(|at| (at.execution, at.attempt)), Some((TWO.to_owned(), 1)));
+    assert!(bench.journal.entries().get(three).is_none());
 }

@@ -34,6 +34,7 @@ pub(super) fn hello(node: &Node, refusal: Option<&Refusal>, entries: &Entries, p
         card_is_blank: node.card_is_blank,
         image: node.image.clone(),
         supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
+        answers_queries: true,
         executions: open.map(|entry| report(entry, progress, &node.boot_id)).collect(),
     }
 }
@@ -81,6 +82,7 @@ pub(super) fn report(entry: &Entry, progress: &Progress, boot_id: &str) -> Repor
             boot_sha256: release.boot_sha256.clone(),
         }),
         cancel_refused: entry.cancel_refused,
+        accept_boot_id: entry.accept_boot_id.clone(),
         log: String::new(),
         log_cut: false,
     }

@@ -113,6 +113,7 @@ mod tests {
             bytes_total: 9,
             error: None,
             boot_id: "a".to_owned(),
+            accept_boot_id: String::new(),
             release: None,
             cancel_refused: false,
             log: SentLog::default(),

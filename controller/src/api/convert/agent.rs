@@ -9,6 +9,11 @@ use crate::api::status::ApiError;
 use crate::operation::{Action, ExecutionError};
 use crate::store::{Assignment, ProgressRow, Release, ReportRow, SentLog};
 
+/// Highest sequence of a report. It rises by one with each state, and by a hundred where two systems of a card fork.
+const SEQUENCE_MAX: u64 = 1_000_000_000;
+/// More bytes than any card has: what a node says beyond is cut, and no sum of two overflows.
+const BYTES_MAX: u64 = 1 << 60;
+
 /// A report of this node: of another's executions it says nothing.
 pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<ReportRow, ApiError> {
     let execution = ExecutionId::parse(&report.execution)
@@ -22,6 +27,9 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
     let state = execution_state(report.state)
         .ok_or_else(|| ApiError::invalid("report.state", "is not a state that this controller knows"))?;
     text("report.phase", &report.phase)?;
+    if report.sequence > SEQUENCE_MAX {
+        return Err(ApiError::invalid("report.sequence", format!("must be at most {SEQUENCE_MAX}")));
+    }
     let error = report.error.map(|error| {
         let clean = |text: String, max: usize| -> String {
             text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(max).collect()
@@ -47,10 +55,11 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
         sequence: report.sequence,
         state,
         phase: report.phase,
-        bytes_done: report.bytes_done,
-        bytes_total: report.bytes_total,
+        bytes_done: report.bytes_done.min(BYTES_MAX),
+        bytes_total: report.bytes_total.min(BYTES_MAX),
         error,
         boot_id: boot_id(&report.boot_id)?,
+        accept_boot_id: boot_id(&report.accept_boot_id)?,
         release,
         cancel_refused: report.cancel_refused,
         log: log(&report.log, report.log_cut),

@@ -75,6 +75,7 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
         create_time: Some(timestamp(row.create_time)),
         last_seen_time: row.last_seen.map(timestamp),
         active_execution: row.active_execution.as_ref().map(ExecutionId::name).unwrap_or_default(),
+        conflicts: row.conflicts.iter().map(super::operation::conflict).collect(),
     }
 }
 

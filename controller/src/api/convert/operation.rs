@@ -10,11 +10,12 @@ use marco_proto::v1;
 use super::{Bad, duration, labels, text, timestamp};
 use crate::api::status::ApiError;
 use crate::operation::{
-    Action, DEFAULT_NOTICE, ExecutionState, FrozenArtifact, Notice, OperationState, Target, Update, WaitReason,
+    Action, Conflict, DEFAULT_NOTICE, ExecutionState, FrozenArtifact, Notice, OperationState, Target, Update,
+    WaitReason,
 };
 use crate::rollout::{Limit, Rollout};
 use crate::schedule::{MaintenanceWindow, RecurrenceError};
-use crate::store::{EventRow, ExecutionRow, LogRow, OperationRow};
+use crate::store::{ConflictRow, EventRow, ExecutionRow, LogRow, OperationRow};
 
 /// The longest notice: what should happen later than that has a `schedule_time`.
 const MAX_NOTICE: Duration = Duration::from_secs(24 * 3600);
@@ -352,6 +353,7 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
         Some(WaitReason::AwaitingApproval) => v1::execution::WaitReason::AwaitingApproval,
         Some(WaitReason::Paused) => v1::execution::WaitReason::Paused,
         Some(WaitReason::NodeBusy) => v1::execution::WaitReason::NodeBusy,
+        Some(WaitReason::NodeConflict) => v1::execution::WaitReason::NodeConflict,
         Some(WaitReason::NodeInstalling) => v1::execution::WaitReason::NodeInstalling,
         Some(WaitReason::NodeQuarantined) => v1::execution::WaitReason::NodeQuarantined,
         Some(WaitReason::WindowClosed) => v1::execution::WaitReason::WindowClosed,
@@ -380,6 +382,30 @@ pub(in crate::api) fn execution(row: &ExecutionRow) -> v1::Execution {
         finish_time: row.finish_time.map(timestamp),
         boot_id: row.boot_id.clone(),
         next_attempt_time: row.next_attempt_time.map(timestamp),
+    }
+}
+
+pub(in crate::api) fn conflict(row: &ConflictRow) -> v1::Conflict {
+    v1::Conflict {
+        execution: row.execution.name(),
+        kind: match row.kind {
+            Conflict::Unknown => v1::conflict::Kind::Unknown,
+            Conflict::Ahead => v1::conflict::Kind::Ahead,
+            Conflict::Unproved => v1::conflict::Kind::Unproved,
+            Conflict::Ended => v1::conflict::Kind::Ended,
+            Conflict::Busy => v1::conflict::Kind::Busy,
+        }
+        .into(),
+        reported_state: state_to_proto(row.reported).into(),
+        known_state: row.known.map_or(v1::execution::State::Unspecified, state_to_proto).into(),
+        attempt: row.attempt,
+        error: row
+            .error
+            .as_ref()
+            .map(|error| v1::ExecutionError { reason: error.reason.clone(), message: error.message.clone() }),
+        explanation: row.sentence(),
+        time: Some(timestamp(row.time)),
+        holds_node: row.holds,
     }
 }
 

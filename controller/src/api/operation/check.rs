@@ -52,6 +52,7 @@ fn lacks(row: &NodeRow, action: &Action) -> WaitReason {
         connected: row.connected,
         mode: row.mode.unwrap_or(NodeMode::Running),
         busy: row.active_execution.is_some(),
+        conflict: row.conflicts.iter().any(|conflict| conflict.holds),
         window_closed: false,
     })
 }

@@ -19,7 +19,7 @@ use crate::system::{System, SystemError};
 const POLL: Duration = Duration::from_millis(150);
 /// How long the service manager waits before it starts an agent again that ended by itself.
 const RESTART: Duration = Duration::from_secs(1);
-/// How long an agent may take to end by itself when the simulation ends.
+/// How long an agent may take to end by itself when the simulation ends, or the machine goes down.
 const GRACE: Duration = Duration::from_secs(5);
 /// After so many boots in a row that did not come up the Pi stays off, as somebody would see to it.
 const DEAD_BOOTS: u32 = 10;
@@ -36,14 +36,18 @@ enum Woken {
 
 impl VirtualPi {
     /// Lets the Pi run until `stop`: boots, starts `agent` (again a second after it returned), drops it when the
-    /// machine goes down, and boots again. On `stop` the agent, which should watch the same token, gets five seconds to
-    /// return by itself; the Pi stays as it is, and the next process goes on under the same boot id.
+    /// machine goes down, and boots again. The agent's token is its SIGTERM: it is cancelled when the machine goes down and
+    /// on `stop`, and the agent gets five seconds to return by itself. On `stop` the Pi stays as it is, and the next
+    /// process goes on under the same boot id.
+    ///
+    /// The file `hang` holds a machine that goes down: with `agent` in it before the agent is told to end, else after
+    /// that, until the file is gone or the power is cut.
     ///
     /// # Errors
     /// The Pi's folder cannot be read or written.
     pub async fn power<F>(self: Arc<Self>, agent: F, stop: CancellationToken) -> Result<(), SystemError>
     where
-        F: Fn(Arc<dyn System>) -> BoxFuture<'static, ()> + Send,
+        F: Fn(Arc<dyn System>, CancellationToken) -> BoxFuture<'static, ()> + Send,
     {
         // A process killed between a commit and its line left the line to us.
         self.ensure_logged(&self.state())?;
@@ -132,11 +136,12 @@ impl VirtualPi {
 
     async fn on<F>(self: &Arc<Self>, power: Power, agent: &F, stop: &CancellationToken) -> Result<Woken, SystemError>
     where
-        F: Fn(Arc<dyn System>) -> BoxFuture<'static, ()> + Send,
+        F: Fn(Arc<dyn System>, CancellationToken) -> BoxFuture<'static, ()> + Send,
     {
         let system: Arc<dyn System> = Arc::<Self>::clone(self);
+        let terminate = stop.child_token();
         let mut running = JoinSet::new();
-        running.spawn(agent(Arc::clone(&system)));
+        running.spawn(agent(Arc::clone(&system), terminate.clone()));
         let woken = {
             let mut down = std::pin::pin!(self.wait(&power, None, stop));
             loop {
@@ -148,7 +153,7 @@ impl VirtualPi {
                         if let Err(error) = ended {
                             tracing::error!(node = %self.id, error = %error, "agent of the virtual Pi crashed");
                         }
-                        let again = agent(Arc::clone(&system));
+                        let again = agent(Arc::clone(&system), terminate.clone());
                         running.spawn(async move {
                             sleep(RESTART).await;
                             again.await;
@@ -157,15 +162,61 @@ impl VirtualPi {
                 }
             }
         };
-        if matches!(woken, Woken::Stopped) {
-            // Whether it returned or ran out of time: it is dropped below.
-            let _ = tokio::time::timeout(GRACE, running.join_next()).await;
-        }
+        let now = self.state().power;
+        let woken = match woken {
+            Woken::Done if matches!(now, Power::GoingDown { .. }) => {
+                self.end_agent(&now, &mut running, &terminate, stop).await?
+            }
+            Woken::Stopped => {
+                // Whether it returned or ran out of time: it is dropped below.
+                let _ = tokio::time::timeout(GRACE, running.join_next()).await;
+                woken
+            }
+            Woken::Done | Woken::Cut => woken,
+        };
         running.shutdown().await;
         Ok(woken)
     }
 
+    /// Tells the agent to end, as a machine that goes down tells all its services.
+    async fn end_agent(
+        &self,
+        going_down: &Power,
+        running: &mut JoinSet<()>,
+        terminate: &CancellationToken,
+        stop: &CancellationToken,
+    ) -> Result<Woken, SystemError> {
+        match self.hang(going_down, true, stop).await? {
+            Woken::Done => {}
+            woken => return Ok(woken),
+        }
+        terminate.cancel();
+        tokio::select! {
+            // It is dropped by the caller, whether it has returned or not.
+            _ = running.join_next() => Ok(Woken::Done),
+            woken = self.wait(going_down, Some(GRACE), stop) => woken,
+        }
+    }
+
+    /// Waits while the file `hang` holds the machine: with or without its agent.
+    async fn hang(&self, going_down: &Power, with_agent: bool, stop: &CancellationToken) -> Result<Woken, SystemError> {
+        loop {
+            let held = std::fs::read_to_string(self.dir.join("hang"));
+            if !held.is_ok_and(|what| (what.trim() == "agent") == with_agent) {
+                return Ok(Woken::Done);
+            }
+            match self.wait(going_down, Some(POLL), stop).await? {
+                Woken::Done if self.state().power == *going_down => {}
+                woken => return Ok(woken),
+            }
+        }
+    }
+
     async fn going_down(&self, power: Power, going: Going, stop: &CancellationToken) -> Result<Woken, SystemError> {
+        match self.hang(&power, false, stop).await? {
+            Woken::Done => {}
+            woken => return Ok(woken),
+        }
         let woken = self.wait(&power, Some(self.options.shutdown_time), stop).await?;
         if matches!(woken, Woken::Done) {
             self.advance(|state| {

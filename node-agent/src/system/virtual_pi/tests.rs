@@ -37,11 +37,13 @@ impl Powered {
         let stop = CancellationToken::new();
         let (driven, stopped) = (Arc::clone(&pi), stop.clone());
         let task = tokio::spawn(async move {
-            let agent = move |system: Arc<dyn System>| -> futures_util::future::BoxFuture<'static, ()> {
+            let agent = move |system: Arc<dyn System>,
+                              terminate: CancellationToken|
+                  -> futures_util::future::BoxFuture<'static, ()> {
                 let sender = sender.clone();
                 Box::pin(async move {
                     sender.send(system).await.unwrap();
-                    std::future::pending::<()>().await;
+                    terminate.cancelled().await;
                 })
             };
             // The agent of these tests never returns by itself: do not wait for it.

@@ -1,0 +1,97 @@
+//! When a node is believed to be off.
+
+use marco_controller::operation::{ExecutionError, ExecutionState, OperationState, reason};
+use marco_controller::store::{ReportOutcome, ReportRow};
+
+use crate::support::*;
+
+pub(crate) async fn goodbye_and_sixty_silent_seconds_prove_it(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(power_off()).await;
+    let execution = &assignment.execution;
+    assert!(!f.store.say_goodbye(execution, epoch, after(5)).await.unwrap(), "it has not armed the power-off");
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Rebooting, "boot-1"), after(10)).await;
+    assert!(!f.store.say_goodbye(execution, epoch - 1, after(15)).await.unwrap(), "under another session");
+    assert!(f.store.say_goodbye(execution, epoch, after(19)).await.unwrap());
+    assert!(f.store.power_off_done(start(), after(500)).await.unwrap().is_empty(), "its stream is open");
+    f.store.end_session(&id, epoch, after(20)).await.unwrap();
+    assert!(f.store.power_off_done(start(), after(79)).await.unwrap().is_empty());
+    // A controller that was away does not know whether the node would have come back.
+    assert!(f.store.power_off_done(after(450), after(500)).await.unwrap().is_empty());
+    let done = f.store.power_off_done(after(20), after(80)).await.unwrap();
+    assert_eq!((done.len(), done[0].to), (1, ExecutionState::Succeeded));
+    assert_eq!(f.operation_state(&execution.operation).await, OperationState::Succeeded);
+    let events = f.store.events(&execution.operation, 0, 100).await.unwrap();
+    assert!(events.iter().any(|event| event.reason == "the agent ends with the power-off"), "{events:?}");
+}
+
+pub(crate) async fn broken_stream_proves_nothing(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(power_off()).await;
+    let armed = report(&assignment, 1, ExecutionState::Rebooting, "boot-1");
+    f.report(epoch, &armed, after(10)).await;
+    f.store.end_session(&id, epoch, after(20)).await.unwrap();
+    assert!(f.store.power_off_done(start(), after(500)).await.unwrap().is_empty(), "it only broke");
+    // It connects again while the shutdown hangs; a goodbye of the session before would be void by now.
+    let epoch = f.session(&id, "boot-1", after(501)).await;
+    f.hello(&id, epoch, "boot-1", std::slice::from_ref(&armed), true, 501).await;
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Rebooting, "it is on its way down");
+    assert!(f.store.say_goodbye(&assignment.execution, epoch, after(502)).await.unwrap());
+    f.store.end_session(&id, epoch, after(502)).await.unwrap();
+    let later = f.session(&id, "boot-1", after(503)).await;
+    f.store.end_session(&id, later, after(504)).await.unwrap();
+    assert!(f.store.power_off_done(start(), after(9000)).await.unwrap().is_empty(), "it was heard of since");
+    assert_eq!(f.store.mark_overdue(after(9000)).await.unwrap().len(), 1);
+}
+
+pub(crate) async fn returning_node_is_told_by_its_boot_id(f: Fixture) {
+    for (boot_id, listed, end) in [
+        ("boot-1", false, ExecutionState::Failed),
+        ("boot-1", true, ExecutionState::Rebooting),
+        ("boot-2", false, ExecutionState::Succeeded),
+        ("boot-2", true, ExecutionState::Succeeded),
+    ] {
+        let (id, epoch) = f.online(&format!("pi-{boot_id}-{listed}")).await;
+        f.create(power_off(), std::slice::from_ref(&id)).await;
+        let assignment = f.claim(&[(id.clone(), epoch)], start()).await.remove(0);
+        let armed = report(&assignment, 1, ExecutionState::Rebooting, "boot-1");
+        f.report(epoch, &armed, after(1)).await;
+        let epoch = f.session(&id, boot_id, after(2)).await;
+        let listed = if listed { vec![armed] } else { Vec::new() };
+        f.hello(&id, epoch, boot_id, &listed, true, 2).await;
+        assert_eq!(f.state(&assignment.execution).await, end, "{boot_id} {listed:?}");
+    }
+}
+
+pub(crate) async fn contradiction_of_an_end_is_kept_and_shown(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(power_off()).await;
+    let execution = &assignment.execution;
+    f.report(epoch, &report(&assignment, 2, ExecutionState::Rebooting, "boot-1"), after(1)).await;
+    f.store.say_goodbye(execution, epoch, after(2)).await.unwrap();
+    f.store.end_session(&id, epoch, after(2)).await.unwrap();
+    assert_eq!(f.store.power_off_done(start(), after(62)).await.unwrap().len(), 1);
+    // It was not off: its agent was started again.
+    let epoch = f.session(&id, "boot-1", after(100)).await;
+    let error = Some(ExecutionError::new("POWER_OFF_DID_NOT_HAPPEN", "still running"));
+    let still_on = ReportRow { error, ..report(&assignment, 3, ExecutionState::Failed, "boot-1") };
+    let events = |f: &Fixture| {
+        let (store, id) = (f.store.clone(), execution.operation.clone());
+        async move { store.events(&id, 0, 100).await.unwrap() }
+    };
+    let before = events(&f).await.len();
+    for at in [101, 102] {
+        let hello = f.hello(&id, epoch, "boot-1", std::slice::from_ref(&still_on), true, at).await;
+        assert_eq!(hello.acks, [(execution.clone(), 3)], "it need not be said again");
+        let outcome = f.report(epoch, &still_on, after(at)).await;
+        assert!(matches!(outcome, ReportOutcome::Conflict { acknowledge: true, .. }), "{outcome:?}");
+    }
+    assert_eq!(f.state(execution).await, ExecutionState::Succeeded, "an end is for good");
+    let after_it = events(&f).await;
+    assert_eq!(after_it.len(), before + 1, "it is an event once");
+    assert!(after_it.last().unwrap().reason.contains("POWER_OFF_DID_NOT_HAPPEN"), "{after_it:?}");
+    let shown = f.store.node(&id).await.unwrap().unwrap().conflicts;
+    assert_eq!((shown.len(), shown[0].holds), (1, false), "{shown:?}");
+    assert!(f.store.conflict(execution).await.unwrap().is_some());
+    // It keeps the node from nothing.
+    f.create(reboot(), std::slice::from_ref(&id)).await;
+    assert_eq!(f.claim(&[(id, epoch)], after(103)).await.len(), 1);
+    assert_eq!(reason::STILL_ON, "STILL_ON");
+}
