@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test soak bench-install host-test fuzz e2e failures powercut check agent
+.PHONY: help deps build demo test flaky soak bench-install host-test fuzz e2e failures powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -17,9 +17,14 @@ demo: ## Try it: a controller and three virtual Pis, updated with a real root fi
 	cargo build --bins
 	cargo run --quiet --package integration-tests --bin marco-demo -- $(if $(DATABASE_URL),--database-url '$(DATABASE_URL)')
 
-test: deps ## Everything but the lints: unit tests, the store on both databases, fleets, real clients
+test: deps ## Everything but the lints: unit tests, the store on both databases, fleets, real clients; what failed is repeated at the end
 	cargo build --bins
-	cargo test --workspace
+	scripts/test.sh
+
+flaky: deps ## Fleet tests FLEETS (10) times and the suite SUITES (3) times while stress holds every core [ONLY='race soak']
+	scripts/deps.sh stress
+	cargo build --bins
+	FLEETS=$(or $(FLEETS),10) SUITES=$(or $(SUITES),3) ONLY='$(ONLY)' scripts/flaky.sh
 
 soak: deps ## Schedules, virtual Pis, three controllers, and random faults for SOAK_SECONDS (600); then everything is checked
 	cargo build --bins

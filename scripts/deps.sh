@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what `make test` and `make check` need and do not find: PostgreSQL, small programs, and in .venv real
 # gRPC clients and the linters of protos and dependencies.
+# Arguments are further programs that a target needs: `deps.sh stress`.
 # An installed PostgreSQL (in PATH or where Debian puts it) and an existing .venv are used as they are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +17,7 @@ command -v python3 >/dev/null || missing+=(python3)
 python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || missing+=(libfaketime)
 for program in busybox curl ip wget; do command -v $program >/dev/null || missing+=("${program/#ip/iproute2}"); done
+for program in "$@"; do command -v "$program" >/dev/null || missing+=("$program"); done
 command -v setpriv >/dev/null || missing+=(util-linux)
 # What looks at the cards and images that marcoctl writes.
 command -v mtype >/dev/null || missing+=(mtools)

@@ -78,6 +78,32 @@ impl Postgres {
         String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
+    /// The rows of several queries, all of one moment: while a fleet goes on, what one query found has moved on before the
+    /// next one looks.
+    pub fn snapshot<const N: usize>(
+        &self,
+        url: &str,
+        queries: [&str; N],
+    ) -> anyhow::Result<[Vec<serde_json::Value>; N]> {
+        let mut psql = self.program("psql")?;
+        psql.args(["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1", "--dbname"])
+            .arg(url);
+        // A transaction at this level sees the database as it was when its first query began.
+        psql.arg("--command=BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
+        for (number, query) in queries.iter().enumerate() {
+            psql.arg(format!("--command=SELECT {number} || ' ' || row_to_json(q)::text FROM ({query}) q"));
+        }
+        let output = psql.arg("--command=COMMIT").output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut found: [Vec<serde_json::Value>; N] = std::array::from_fn(|_| Vec::new());
+        for line in String::from_utf8(output.stdout)?.lines() {
+            let (number, row) = line.split_once(' ').with_context(|| format!("no row: {line:?}"))?;
+            let rows = found.get_mut(number.parse::<usize>()?).with_context(|| format!("no query: {line:?}"))?;
+            rows.push(serde_json::from_str(row)?);
+        }
+        Ok(found)
+    }
+
     /// Runs a statement by hand in the database at `url`; what the database says when it refuses it.
     pub fn by_hand(&self, url: &str, statement: &str) -> anyhow::Result<Result<(), String>> {
         let mut psql = self.program("psql")?;

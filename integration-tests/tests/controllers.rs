@@ -150,7 +150,8 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     let (rebooting, rest) = ids.split_at(8);
     let (waiting, idle) = rest.split_at(8);
     let four_at_once = Some(Rollout { max_in_flight: 4, ..Rollout::default() });
-    let operation = fleet.create(Operation { rollout: four_at_once, ..reboot(rebooting, seconds(3)) }).await?;
+    let operation = fleet.create(Operation { rollout: four_at_once, ..reboot(rebooting, seconds(8)) }).await?;
+    // The notice is long enough that all four are seen in it at once.
     wait_until(seconds(30), "the rollout is in its middle", async || {
         let executions = fleet.executions(&operation.name).await?;
         let running = executions.iter().filter(|execution| execution.state() == State::Running).count();

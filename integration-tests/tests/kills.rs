@@ -83,7 +83,7 @@ async fn agent_killed_before_an_assignment_reaches_it() -> Result<()> {
 #[tokio::test]
 async fn agent_killed_after_it_acknowledged_an_assignment() -> Result<()> {
     let (mut fleet, id) = one_pi().await?;
-    let operation = fleet.create(reboot(&[&id], seconds(3))).await?;
+    let operation = fleet.create(reboot(&[&id], seconds(8))).await?;
     fleet.execution_is(&operation.name, &id, seconds(30), State::Running).await?;
     fleet.kill_agents().await?;
     assert_eq!(fleet.pi(&id).reboots(&execution_name(&operation, &id))?, 0, "it was killed too late for this test");
@@ -119,7 +119,7 @@ async fn agent_killed_while_it_downloads() -> Result<()> {
 
 #[tokio::test]
 async fn agent_killed_after_the_point_of_no_return() -> Result<()> {
-    let mut fleet = Fleet::builder().pis(1).shutdown_time(seconds(3)).start().await?;
+    let mut fleet = Fleet::builder().pis(1).shutdown_time(seconds(6)).start().await?;
     let id = fleet.ids().await?.remove(0);
     let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     let (pi, name) = (fleet.pi(&id), execution_name(&operation, &id));

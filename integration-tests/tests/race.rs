@@ -98,8 +98,14 @@ impl Race {
     /// What became of the first so many instants of each schedule: exactly one row each, and for each that fired
     /// exactly one operation; there is no other operation.
     fn decided(&self, instants: i64) -> Result<Vec<Row>> {
+        // The schedules go on firing meanwhile: a fire between two reads would be an operation without a row.
+        let queries = [
+            "SELECT schedule, fire_time, outcome, reason, operation FROM fires",
+            "SELECT id, schedule, fire_time FROM operations",
+        ];
+        let [fires, made] = self.server.snapshot(&self.url, queries)?;
         let mut rows: BTreeMap<(String, i64), Vec<Row>> = BTreeMap::new();
-        for row in self.server.rows(&self.url, "SELECT schedule, fire_time, outcome, reason, operation FROM fires")? {
+        for row in fires {
             let decided = Row {
                 outcome: text(&row, "outcome").to_owned(),
                 reason: text(&row, "reason").to_owned(),
@@ -108,7 +114,7 @@ impl Race {
             rows.entry(instant(&row)?).or_default().push(decided);
         }
         let mut operations: BTreeMap<(String, i64), Vec<String>> = BTreeMap::new();
-        for row in self.server.rows(&self.url, "SELECT id, schedule, fire_time FROM operations")? {
+        for row in made {
             operations.entry(instant(&row)?).or_default().push(text(&row, "id").to_owned());
         }
         for (instant, made) in &operations {
@@ -186,7 +192,12 @@ async fn kills_and_a_clock_an_hour_off_neither_lose_nor_double_an_instant() -> R
     let missed: Vec<&Row> = all.iter().filter(|row| row.outcome == "MISSED").collect();
     println!("race with an outage: {} instants, {} of them missed", all.len(), missed.len());
     assert!(missed.len() >= SCHEDULES, "each schedule missed some");
-    assert!(missed.iter().all(|row| row.reason.starts_with("found 1") && row.reason.contains("s late")), "{missed:?}");
+    // A machine that has much else to do revives a controller later than another.
+    let at_least_ten_seconds = |row: &&Row| {
+        let late = row.reason.strip_prefix("found ").and_then(|reason| reason.strip_suffix("s late"));
+        late.is_some_and(|late| late.len() >= 2)
+    };
+    assert!(missed.iter().all(at_least_ten_seconds), "{missed:?}");
     assert!(all.iter().all(|row| row.outcome == "FIRED" || row.outcome == "MISSED"), "{all:?}");
     race.fleet.went_well();
     Ok(())

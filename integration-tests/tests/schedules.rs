@@ -127,7 +127,10 @@ async fn changes_at_any_moment_neither_lose_nor_stop_an_instant() -> Result<()> 
             .await?;
         tokio::time::timeout(Duration::from_millis(71), std::future::pending::<()>()).await.ok();
     }
-    let last = fires(&fleet, "busy").await?.first().and_then(|fire| fire.fire_time).context("no fire")?;
+    let last = wait_until(seconds(20), "it fires", async || {
+        Ok(fires(&fleet, "busy").await?.first().and_then(|fire| fire.fire_time))
+    })
+    .await?;
     wait_until(seconds(20), "it goes on", async || {
         Ok(fires(&fleet, "busy")
             .await?

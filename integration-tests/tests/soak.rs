@@ -311,10 +311,14 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
     })
     .await?;
 
-    let schedules = postgres.rows(&url, "SELECT id, create_time, update_time FROM schedules")?;
-    let fires = postgres.rows(&url, "SELECT schedule, fire_time, outcome, reason, operation FROM fires")?;
-    let operations = postgres.rows(&url, "SELECT id FROM operations")?;
-    let executions = postgres.rows(&url, "SELECT operation, node, state FROM executions")?;
+    // The instants of paused schedules go on getting their rows.
+    let queries = [
+        "SELECT id, create_time, update_time FROM schedules",
+        "SELECT schedule, fire_time, outcome, reason, operation FROM fires",
+        "SELECT id FROM operations",
+        "SELECT operation, node, state FROM executions",
+    ];
+    let [schedules, fires, operations, executions] = postgres.snapshot(&url, queries)?;
     ensure!(schedules.len() == SCHEDULES, "{} schedules", schedules.len());
     let instants = fires_are_complete(&schedules, &fires, &operations)?;
     let reboots = logs_agree(&fleet, &executions)?;
