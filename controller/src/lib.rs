@@ -73,11 +73,15 @@ const BACKLOG: u32 = 4096;
 const HOUSEKEEPING: &str = "0 */10 * * * *";
 
 /// An error with its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        let _ = write!(text, ": {cause}");
+        // Libraries like to repeat their source in their own text.
+        let said = cause.to_string();
+        if !text.ends_with(&said) {
+            let _ = write!(text, ": {said}");
+        }
         source = cause.source();
     }
     text

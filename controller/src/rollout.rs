@@ -20,7 +20,8 @@ pub struct Rollout {
     pub canary: u32,
     /// How many may fail before it pauses; `None`: any number.
     pub max_failures: Option<Limit>,
-    /// The label whose values make groups.
+    /// The label whose values make groups. The nodes without it are one group of their own, bounded like the others: a
+    /// label that is misspelt must not lift the bound.
     pub group_by: Option<String>,
     /// How many nodes of one group at once; `None`: all.
     pub max_in_flight_per_group: Option<u32>,
@@ -61,7 +62,7 @@ pub struct Standing {
     pub forgiven: u32,
     /// Targets that were there at the start and lost their streams, without a restart to explain it.
     pub vanished: u32,
-    /// The group of each node that holds a slot; `None`: it is in no group.
+    /// The group of each node that holds a slot; `None`: the one of the nodes without the label.
     pub in_flight: Vec<Option<String>>,
 }
 
@@ -117,17 +118,17 @@ impl Rollout {
             return Vec::new();
         }
         let mut room = self.room(standing);
-        let mut groups: BTreeMap<&str, u32> = BTreeMap::new();
-        for group in standing.in_flight.iter().flatten() {
-            *groups.entry(group).or_default() += 1;
+        let mut groups: BTreeMap<Option<&str>, u32> = BTreeMap::new();
+        for group in &standing.in_flight {
+            *groups.entry(group.as_deref()).or_default() += 1;
         }
         let mut chosen = Vec::new();
         for (place, group) in waiting.iter().enumerate() {
             if room == 0 {
                 break;
             }
-            if let (Some(group), Some(limit)) = (group, self.max_in_flight_per_group) {
-                let held = groups.entry(group).or_default();
+            if let Some(limit) = self.max_in_flight_per_group {
+                let held = groups.entry(group.as_deref()).or_default();
                 if *held >= limit {
                     continue;
                 }
@@ -181,9 +182,19 @@ mod tests {
         let rollout = Rollout { group_by: group("switch"), max_in_flight_per_group: Some(2), ..Rollout::default() };
         let now = Standing { in_flight: vec![group("a"), None], ..standing(0) };
         let waiting = [group("a"), group("a"), group("b"), None, group("b"), group("b"), None];
-        assert_eq!(rollout.choose(&now, &waiting), [0, 2, 3, 4, 6]);
+        assert_eq!(rollout.choose(&now, &waiting), [0, 2, 3, 4]);
         let tight = Rollout { max_in_flight: Some(4), ..rollout };
         assert_eq!(tight.choose(&now, &waiting), [0, 2]);
+    }
+
+    #[test]
+    fn nodes_without_the_label_are_one_bounded_group() {
+        let misspelt = Rollout { group_by: group("swich"), max_in_flight_per_group: Some(2), ..Rollout::default() };
+        assert_eq!(misspelt.choose(&standing(0), &vec![None; 95]), [0, 1]);
+        assert_eq!(misspelt.choose(&standing(1), &vec![None; 95]), [0]);
+        assert!(misspelt.choose(&standing(2), &vec![None; 95]).is_empty());
+        // A label whose value is empty is a group, too, and another one.
+        assert_eq!(misspelt.choose(&standing(2), &[None, group(""), group("")]), [1, 2]);
     }
 
     #[test]

@@ -35,6 +35,8 @@ mod notify;
 mod open;
 mod operations;
 mod postgres;
+mod powered_off;
+mod probe;
 mod progress;
 mod reach;
 mod reconcile;
@@ -67,6 +69,7 @@ pub use fires::{AdvanceOutcome, FailedFire, FireQuery, FireRow, LastFire};
 pub use logs::{LogRow, SentLog};
 pub use nodes::{Board, CardLayout, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome, UpdateRefusal};
 pub use operations::{CreateOutcome, NewOperation, OperationQuery, OperationRow, Origin, RequestKey};
+pub use powered_off::PoweredOff;
 pub use progress::ProgressRow;
 pub use reach::Reach;
 pub use reconcile::{Hello, Reconciled};
@@ -98,6 +101,14 @@ pub enum StoreError {
     /// The URL names no database that is supported.
     #[error("{0:?} is no database URL: sqlite:///path/to/file.db or postgres://user@host/database")]
     Url(String),
+    /// Postgres refused the first connection, or did not answer.
+    #[error("Postgres at {place}: {why}")]
+    Postgres {
+        /// Host and port, or the socket.
+        place: String,
+        /// Why, once.
+        why: String,
+    },
     /// The file of an SQLite database is held by another controller.
     #[error("another controller holds the database {0}; several controllers need Postgres")]
     Locked(std::path::PathBuf),

@@ -13,12 +13,13 @@ use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::execution::State;
-use marco_proto::v1::operation::State as OperationState;
+use marco_proto::v1::operation::{State as OperationState, Target};
 use marco_proto::v1::operation_check::Verdict;
 use marco_proto::v1::{
-    Board, CheckOperationRequest, CreateJoinTokenRequest, EnrollRequest, ListOperationsRequest, Operation,
-    OperationCheck, QuarantineNodeRequest,
+    AllNodes, Board, CheckOperationRequest, CreateJoinTokenRequest, EnrollRequest, ListOperationsRequest, Node,
+    Operation, OperationCheck, QuarantineNodeRequest, Rollout, SetDefaultArtifactRequest, UpdateNodeRequest,
 };
+use prost_types::FieldMask;
 use tonic::{Code, Status};
 
 async fn check(fleet: &Fleet, operation: Operation) -> Result<Vec<OperationCheck>, Status> {
@@ -126,6 +127,103 @@ async fn a_dry_run_says_what_the_operation_then_waits_for() -> Result<()> {
     ] {
         waits_for(&fleet, id, reason).await?;
     }
+    fleet.went_well();
+    Ok(())
+}
+
+/// The reasons of the warnings, each with whether a client should ask.
+async fn warnings(fleet: &Fleet, operation: Operation) -> Result<Vec<(String, bool, String)>> {
+    let request = CheckOperationRequest { operation: Some(operation) };
+    let warnings = fleet.operations().check_operation(request).await?.into_inner().warnings;
+    Ok(warnings.into_iter().map(|warning| (warning.reason, warning.ask, warning.message)).collect())
+}
+
+#[tokio::test]
+async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    absent(&fleet, "a", false).await?;
+    absent(&fleet, "b", false).await?;
+    absent(&fleet, "out", false).await?;
+    let labelled = Node { name: "nodes/a".into(), labels: [("switch".into(), "1".into())].into(), ..Node::default() };
+    let update_mask = Some(FieldMask { paths: vec!["labels".to_owned()] });
+    fleet.nodes().update_node(UpdateNodeRequest { node: Some(labelled), update_mask }).await?;
+    let quarantine = QuarantineNodeRequest { name: "nodes/out".to_owned(), reason: "smoke".to_owned() };
+    fleet.nodes().quarantine_node(quarantine).await?;
+
+    let plain = reboot(&["a", "b"], Duration::ZERO);
+    assert_eq!(warnings(&fleet, plain.clone()).await?, []);
+    let told = warnings(&fleet, reboot(&["a", "out"], Duration::ZERO)).await?;
+    assert!(
+        matches!(&told[..], [(reason, true, said)] if reason == "NODE_QUARANTINED" && said.ends_with(": out")),
+        "{told:?}"
+    );
+    // An operation for all leaves a quarantined node alone.
+    let all = Operation { target: Some(Target::All(AllNodes {})), ..plain.clone() };
+    assert_eq!(warnings(&fleet, all.clone()).await?, []);
+
+    let grouped = |label: &str| Operation {
+        rollout: Some(Rollout { group_by: label.to_owned(), max_in_flight_per_group: 1, ..Rollout::default() }),
+        ..all.clone()
+    };
+    let told = warnings(&fleet, grouped("switch")).await?;
+    assert!(matches!(&told[..], [(reason, false, said)] if reason == "NO_GROUP" && said.ends_with(": b")), "{told:?}");
+    let told = warnings(&fleet, grouped("swich")).await?;
+    assert!(
+        matches!(&told[..], [(_, _, said)] if said.contains("label swich") && said.ends_with(": a, b")),
+        "{told:?}"
+    );
+
+    let years = |years: u64| {
+        let time = std::time::SystemTime::now() + seconds(years * 366 * 24 * 3600);
+        Operation { schedule_time: Some(time.into()), ..plain.clone() }
+    };
+    assert_eq!(warnings(&fleet, years(9)).await?, []);
+    let told = warnings(&fleet, years(11)).await?;
+    assert!(matches!(&told[..], [(reason, true, _)] if reason == "FAR_AHEAD"), "{told:?}");
+
+    // The command line shows and asks the same.
+    let certs = fleet.certs().display().to_string();
+    let api = fleet.addresses().api.to_string();
+    let line = ["--controller", &api, "--certs", &certs];
+    let marcoctl = async |rest: &[&str]| run(&binary("marcoctl")?, &[&line[..], rest].concat(), seconds(30)).await;
+    let dry = ["operations", "reboot", "--all", "--group-by", "swich", "--max-per-group", "1", "--dry-run"];
+    let printed = marcoctl(&dry).await?.success()?;
+    assert!(printed.contains("warning: without the label swich") && printed.contains("one group"), "{printed}");
+    for doubtful in [&["out"][..], &["a", "--at", "2099-01-01T00:00:00Z"]] {
+        let asked = [&["operations", "reboot"], doubtful].concat();
+        let refused = marcoctl(&asked).await?;
+        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
+        assert!(refused.stderr.contains("--force"), "{refused:?}");
+        marcoctl(&[&asked[..], &["--force"]].concat()).await?.success()?;
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn artifact_in_use_is_deleted_only_by_force() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let ids = fleet.ids().await?;
+    for name in ["plain", "default", "running"] {
+        let file = make_image(fleet.dir(), name, Compression::Gzip)?;
+        push(&mut fleet.artifacts(), name, Kind::Image, Purpose::Unspecified, &file).await?;
+    }
+    let request = SetDefaultArtifactRequest { name: "default".to_owned(), board: String::new() };
+    fleet.artifacts().set_default_artifact(request).await?;
+    fleet.succeeds(update(&ids, "running", ""), seconds(120)).await?;
+    let certs = fleet.certs().display().to_string();
+    let api = fleet.addresses().api.to_string();
+    let line = ["--controller", &api, "--certs", &certs, "artifacts", "delete"];
+    let delete = async |rest: &[&str]| run(&binary("marcoctl")?, &[&line[..], rest].concat(), seconds(30)).await;
+    for (name, said) in [("default", "is the default for every board"), ("running", "is what pi-01 runs")] {
+        let refused = delete(&["plain", name]).await?;
+        assert_eq!((refused.status.code(), refused.stdout.as_str()), (Some(1), ""), "{refused:?}");
+        assert!(refused.stderr.contains(said) && refused.stderr.contains("--force"), "{refused:?}");
+    }
+    delete(&["plain"]).await?.success()?;
+    let partly = delete(&["default", "typo", "running", "--force"]).await?;
+    assert_eq!((partly.status.code(), partly.stdout.as_str()), (Some(1), "default  deleted\nrunning  deleted\n"));
+    assert!(partly.stderr.contains("typo  not deleted: "), "{partly:?}");
     fleet.went_well();
     Ok(())
 }

@@ -7,7 +7,7 @@ use integration_tests::fleet::{execution_name, poweroff, reboot};
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::execution::{State, WaitReason};
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{CreateOperationRequest, ListOperationsRequest};
+use marco_proto::v1::{CheckOperationRequest, CreateOperationRequest, ExplainExecutionRequest, ListOperationsRequest};
 use tonic::Code;
 
 /// An instant that long after now.
@@ -52,10 +52,30 @@ async fn a_powered_off_pi_stays_off_until_its_button_is_pressed() -> Result<()> 
     fleet.ends(&operation.name, seconds(120), OperationState::Succeeded).await?;
     assert_eq!(pi.count("power-off", &execution_name(&operation, &id))?, 1);
     assert_eq!(pi.boots()?, 1, "it came back by itself");
-    assert!(!fleet.node(&id).await?.connected);
+    let off = fleet.node(&id).await?;
+    assert_eq!((off.connected, off.powered_off_by), (false, operation.name.clone()));
+    // What waits for it says why it is away, and so does the check before it is created.
+    let waits = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
+    fleet
+        .execution_becomes(&waits.name, &id, seconds(10), "waiting for the node", |execution| {
+            execution.wait_reason() == WaitReason::NodeOffline
+        })
+        .await?;
+    let request = ExplainExecutionRequest { name: execution_name(&waits, &id) };
+    let explained = fleet.operations().explain_execution(request).await?.into_inner().explanation;
+    let request = CheckOperationRequest { operation: Some(reboot(&[&id], Duration::ZERO)) };
+    let checked = fleet.operations().check_operation(request).await?.into_inner().checks.remove(0).message;
+    for said in [explained, checked] {
+        assert!(said.contains(&format!("powered off on purpose by {}", operation.name)), "{said}");
+    }
+    fleet.cancel(&waits.name).await?;
 
     pi.power_on()?;
-    wait_until(seconds(30), "the Pi is back", async || Ok(fleet.node(&id).await?.connected.then_some(()))).await?;
+    let back = wait_until(seconds(30), "the Pi is back", async || {
+        Ok(Some(fleet.node(&id).await?).filter(|node| node.connected))
+    })
+    .await?;
+    assert_eq!(back.powered_off_by, "");
     assert_eq!(pi.boots()?, 2);
     assert!(!pi.path("power-on").exists(), "the button is stuck");
     Ok(())
@@ -89,7 +109,8 @@ async fn a_power_off_whose_stream_breaks_while_the_shutdown_hangs_is_not_believe
 async fn a_scheduled_operation_waits_for_its_time_and_says_so() -> Result<()> {
     let (fleet, id) = one_pi().await?;
     let mut operation = reboot(&[&id], Duration::ZERO);
-    let due = after(seconds(4));
+    // Ample for the two calls that follow, also on a machine that has much else to do.
+    let due = after(seconds(8));
     operation.schedule_time = Some(due);
     let created = fleet.create(operation).await?;
     assert_eq!(created.state(), OperationState::Scheduled);
@@ -110,7 +131,8 @@ async fn what_a_node_missed_expires_and_is_never_done_later() -> Result<()> {
     wait_until(seconds(30), "the node is offline", async || Ok((!fleet.node(&id).await?.connected).then_some(())))
         .await?;
     let mut operation = reboot(&[&id], Duration::ZERO);
-    operation.expire_time = Some(after(seconds(3)));
+    // Long enough that it is seen to wait before it expires.
+    operation.expire_time = Some(after(seconds(8)));
     let created = fleet.create(operation).await?;
     fleet
         .execution_becomes(&created.name, &id, seconds(10), "waiting for the node", |execution| {

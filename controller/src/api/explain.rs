@@ -7,7 +7,7 @@ use marco_proto::v1;
 use super::convert;
 use crate::operation::{ExecutionState, WaitReason};
 use crate::rollout::Rollout;
-use crate::store::{ConflictRow, ExecutionRow, OperationRow};
+use crate::store::{ConflictRow, ExecutionRow, OperationRow, PoweredOff};
 
 /// So many nodes are named in a sentence; the message has all of them.
 const HOLDERS_SHOWN: usize = 10;
@@ -94,6 +94,15 @@ pub(super) fn explain(
     v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
 }
 
+/// Why a node is away that was sent away. The blank before it parts it from the sentence before.
+pub(super) fn powered_off(off: &PoweredOff) -> String {
+    format!(
+        " It was powered off on purpose by {}, at {}: it comes back when somebody turns it on.",
+        off.operation.name(),
+        instant(off.time)
+    )
+}
+
 /// Where more is said of an end that was not a success.
 pub(super) fn read_log(id: &ExecutionId) -> String {
     format!("Read what the node logged: marcoctl operations log {} {}", id.operation.name(), id.node.name())
@@ -150,7 +159,9 @@ fn slot(rollout: &Rollout, succeeded: u32, held: usize) -> String {
         && held >= limit
         && !all_taken
     {
-        return format!("It waits for a free slot of its group: at most {limit} with the same {label} at once.");
+        return format!(
+            "It waits for a free slot of its group: at most {limit} with the same {label} at once, or without that label."
+        );
     }
     match rollout.max_in_flight {
         Some(limit) => format!("It waits for a free slot: at most {limit} nodes at once."),

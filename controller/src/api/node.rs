@@ -285,7 +285,12 @@ impl NodeService for Nodes {
                 ApiError::Forbidden { reason: "NOT_YOURS", message: "a node reads only itself".to_owned() }.into()
             );
         }
-        Ok(Response::new(convert::node(&self.find(&caller, &id).await?)))
+        let mut node = convert::node(&self.find(&caller, &id).await?);
+        if !node.connected && caller.role != Role::Node {
+            let off = self.context.store.powered_off(std::slice::from_ref(&id)).await.map_err(ApiError::from)?;
+            node.powered_off_by = off.get(&id).map(|off| off.operation.name()).unwrap_or_default();
+        }
+        Ok(Response::new(node))
     }
 
     async fn list_nodes(

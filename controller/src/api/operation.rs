@@ -441,6 +441,12 @@ impl OperationService for Operations {
         let operation = self.context.operation_within(&scope, &id.operation).await?;
         let conflict = self.context.store.conflict(&id).await.map_err(ApiError::from)?;
         let mut explained = super::explain::explain(&row, &operation, &holders, held, conflict.as_ref());
+        if row.wait_reason == Some(WaitReason::NodeOffline) {
+            let off = self.context.store.powered_off(std::slice::from_ref(&id.node)).await.map_err(ApiError::from)?;
+            if let Some(off) = off.get(&id.node) {
+                explained.explanation.push_str(&super::explain::powered_off(off));
+            }
+        }
         if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
             explained.suggestions.insert(0, super::explain::read_log(&id));
         }

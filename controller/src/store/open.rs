@@ -280,6 +280,8 @@ fn without_password(url: &str) -> String {
             let (head, tail) = (url.get(..scheme).unwrap_or_default(), url.get(at..).unwrap_or_default());
             format!("{head}://...{tail}")
         }
-        _ => url.to_owned(),
+        (Some(_), _) => url.to_owned(),
+        // The other form of Postgres (`host=... password=...`), or a slip of the pen: a secret may stand anywhere in it.
+        (None, _) => "...".to_owned(),
     }
 }

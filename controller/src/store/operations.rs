@@ -93,6 +93,9 @@ pub struct OperationRow {
     pub state: OperationState,
     /// Why it is paused, if it is and a reason was given; else empty.
     pub state_reason: String,
+    /// Who paused it, if it is paused: a user, or `controller` when its rollout did. Empty for one that was paused before
+    /// this was kept.
+    pub paused_by: String,
     /// When it begins.
     pub schedule_time: DateTime<Utc>,
     /// After which nothing of it is begun.
@@ -422,6 +425,7 @@ async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<OperationRow
                 target: row.json("target")?,
                 state: row.word("state", OperationState::parse)?,
                 state_reason: row.text("state_reason")?,
+                paused_by: row.text("paused_by")?,
                 schedule_time: row.time("schedule_time")?,
                 expire_time: row.time("expire_time")?,
                 creator: row.text("creator")?,

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use sea_orm::sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sea_orm::sqlx::{self, Connection as _, Executor as _, PgConnection, Row as _};
 
-use super::StoreError;
 use super::connection::Pool;
 use super::open::CONNECT_TIMEOUT;
 use super::sql::sql;
+use super::{StoreError, probe};
 
 /// Connections to Postgres of one controller; its default limit is 100 for all.
 const CONNECTIONS: u32 = 16;
@@ -50,6 +50,7 @@ pub(super) async fn open(url: &str) -> Result<Pool, StoreError> {
     let failed = |error: sqlx::Error| StoreError::of_driver(&error, &place);
     let options: PgConnectOptions = url.parse().map_err(failed)?;
     let mut options = options.application_name("marco-controller").extra_float_digits(None);
+    probe::once(&options).await?;
     if pooler {
         options = options.statement_cache_capacity(0);
     } else {

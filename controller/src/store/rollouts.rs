@@ -65,9 +65,10 @@ impl Store {
             let Ok(to) = from.pause() else { continue };
             let Some(why) = rollout.pause(&standing(&*tx, &id, &rollout, self.gone(now)).await?) else { continue };
             let reason = why.to_string();
-            sql("UPDATE operations SET state = ?, state_reason = ? WHERE id = ? AND state = ?")
+            sql("UPDATE operations SET state = ?, state_reason = ?, paused_by = ? WHERE id = ? AND state = ?")
                 .bind(to.as_str())
                 .bind(reason.as_str())
+                .bind(CONTROLLER)
                 .bind(id.as_str())
                 .bind(from.as_str())
                 .run(&*tx)
@@ -92,7 +93,7 @@ impl Store {
             all.push((read_id(&row)?, group(&rollout, &row)?));
         }
         let of_group: Vec<ExecutionId> =
-            all.iter().filter(|(_, group)| group.is_some() && *group == own).map(|(id, _)| id.clone()).collect();
+            all.iter().filter(|(_, group)| *group == own).map(|(id, _)| id.clone()).collect();
         let full = rollout
             .max_in_flight_per_group
             .is_some_and(|limit| of_group.len() >= usize::try_from(limit).unwrap_or(usize::MAX));

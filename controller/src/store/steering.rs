@@ -171,9 +171,11 @@ impl Store {
         reason: &str,
         now: DateTime<Utc>,
     ) -> Result<(), StoreError> {
-        sql("UPDATE operations SET state = ?, state_reason = ? WHERE id = ? AND state = ?")
+        let paused_by = if to == OperationState::Paused { actor } else { "" };
+        sql("UPDATE operations SET state = ?, state_reason = ?, paused_by = ? WHERE id = ? AND state = ?")
             .bind(to.as_str())
             .bind(reason)
+            .bind(paused_by)
             .bind(id.as_str())
             .bind(from.as_str())
             .run(tx)

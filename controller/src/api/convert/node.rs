@@ -76,6 +76,7 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
         last_seen_time: row.last_seen.map(timestamp),
         active_execution: row.active_execution.as_ref().map(ExecutionId::name).unwrap_or_default(),
         conflicts: row.conflicts.iter().map(super::operation::conflict).collect(),
+        powered_off_by: String::new(),
     }
 }
 

@@ -202,6 +202,7 @@ pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
             overdue: count(row.counts.overdue),
         }),
         state_reason: row.state_reason.clone(),
+        paused_by: row.paused_by.clone(),
         rollout: row.rollout.as_ref().map(rollout_to_proto),
         window: row.window.as_ref().map(window_to_proto),
     }

@@ -1,14 +1,22 @@
 //! What would become of an operation, by what its nodes last said of themselves.
 
+use chrono::{DateTime, Months, Utc};
+use marco_proto::names::NodeId;
 use marco_proto::v1;
 use marco_proto::v1::operation_check::Verdict;
 
 use super::{Operations, read};
-use crate::api::explain::waiting;
+use crate::api::explain::{powered_off, waiting};
 use crate::api::status::ApiError;
 use crate::identity::Caller;
-use crate::operation::{Action, NodeMode, OperationState, WaitContext, WaitReason, wait_reason};
-use crate::store::NodeRow;
+use crate::operation::{Action, NodeMode, NodeState, OperationState, WaitContext, WaitReason, wait_reason};
+use crate::rollout::Rollout;
+use crate::store::{NodeRow, PoweredOff};
+
+/// An operation that begins later than this is asked about.
+const FAR_AHEAD: Months = Months::new(120);
+/// Nodes named in a sentence; the rest is counted.
+const NODES_SHOWN: usize = 10;
 
 impl Operations {
     /// Everything that a creation does, but storing it.
@@ -18,7 +26,8 @@ impl Operations {
         request: v1::CheckOperationRequest,
     ) -> Result<v1::CheckOperationResponse, ApiError> {
         let request = v1::CreateOperationRequest { operation: request.operation, request_id: String::new() };
-        let asked = read(request, self.context.clock.now())?;
+        let now = self.context.clock.now();
+        let asked = read(request, now)?;
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
         let mut action = asked.action;
         if let Action::Update(update) = &mut action {
@@ -26,17 +35,66 @@ impl Operations {
         }
         let mut rows = self.context.store.nodes_by_id(&nodes.ids).await?;
         rows.sort_by(|one, other| one.id.as_str().cmp(other.id.as_str()));
-        Ok(v1::CheckOperationResponse { checks: rows.iter().map(|row| check_of(row, &action)).collect() })
+        let away: Vec<NodeId> = rows.iter().filter(|row| !row.connected).map(|row| row.id.clone()).collect();
+        let off = self.context.store.powered_off(&away).await?;
+        let checks = rows.iter().map(|row| check_of(row, &action, off.get(&row.id))).collect();
+        let mut warnings = Vec::new();
+        warnings.extend(far_ahead(asked.schedule_time, now));
+        warnings.extend(quarantined(&rows));
+        warnings.extend(asked.rollout.and_then(|rollout| without_group(&rollout, &rows)));
+        Ok(v1::CheckOperationResponse { checks, warnings })
+    }
+}
+
+/// A year that was mistyped, rather than a plan.
+fn far_ahead(schedule_time: DateTime<Utc>, now: DateTime<Utc>) -> Option<v1::OperationWarning> {
+    let limit = now.checked_add_months(FAR_AHEAD)?;
+    (schedule_time > limit).then(|| v1::OperationWarning {
+        reason: "FAR_AHEAD".to_owned(),
+        message: format!("it would begin more than ten years from now, at {}", schedule_time.to_rfc3339()),
+        ask: true,
+    })
+}
+
+fn quarantined(rows: &[NodeRow]) -> Option<v1::OperationWarning> {
+    let nodes = named(rows.iter().filter(|row| row.state == NodeState::Quarantined))?;
+    Some(v1::OperationWarning {
+        reason: "NODE_QUARANTINED".to_owned(),
+        message: format!("quarantined, and would wait until it is approved again or the operation expires: {nodes}"),
+        ask: true,
+    })
+}
+
+/// Nodes without the label that makes the groups. They count as one group, which is safe and rarely what was meant.
+fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWarning> {
+    let label = rollout.group_by.as_ref()?;
+    let limit = rollout.max_in_flight_per_group?;
+    let nodes = named(rows.iter().filter(|row| !row.labels.contains_key(label)))?;
+    Some(v1::OperationWarning {
+        reason: "NO_GROUP".to_owned(),
+        message: format!("without the label {label}, and so one group of which {limit} go at once: {nodes}"),
+        ask: false,
+    })
+}
+
+/// The first of these nodes, and how many more there are; `None`: there is none.
+fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
+    let ids: Vec<&str> = rows.map(|row| row.id.as_str()).collect();
+    let shown = ids.iter().take(NODES_SHOWN).copied().collect::<Vec<_>>().join(", ");
+    match ids.len().saturating_sub(NODES_SHOWN) {
+        _ if ids.is_empty() => None,
+        0 => Some(shown),
+        more => Some(format!("{shown} and {more} more")),
     }
 }
 
 /// What stands in the way of one node: that it would refuse, else what its execution would wait for when it is due.
-fn check_of(row: &NodeRow, action: &Action) -> v1::OperationCheck {
+fn check_of(row: &NodeRow, action: &Action, off: Option<&PoweredOff>) -> v1::OperationCheck {
     let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
     let (verdict, reason, message) = match (refusal, lacks(row, action)) {
         (Some(refusal), _) => (Verdict::Refused, refusal.reason.clone(), refusal.message.clone()),
         (None, WaitReason::Due) => (Verdict::Ready, String::new(), String::new()),
-        (None, reason) => (Verdict::Waits, reason.as_str().to_owned(), sentence(row, reason)),
+        (None, reason) => (Verdict::Waits, reason.as_str().to_owned(), sentence(row, reason, off)),
     };
     v1::OperationCheck { node: row.id.name(), verdict: verdict.into(), reason, message }
 }
@@ -57,8 +115,11 @@ fn lacks(row: &NodeRow, action: &Action) -> WaitReason {
     })
 }
 
-fn sentence(row: &NodeRow, reason: WaitReason) -> String {
+fn sentence(row: &NodeRow, reason: WaitReason, off: Option<&PoweredOff>) -> String {
     let (text, _) = waiting(Some(reason), &row.id.name(), "");
+    if let (WaitReason::NodeOffline, Some(off)) = (reason, off) {
+        return format!("{text}{}", powered_off(off));
+    }
     match (reason, row.last_seen, &row.active_execution) {
         (WaitReason::NodeOffline, Some(time), _) => format!("{text} It was last heard of at {}.", time.to_rfc3339()),
         (WaitReason::NodeOffline, None, _) => format!("{text} It was never heard of."),
