@@ -2,6 +2,7 @@
 //! both ends of a connection must share.
 
 pub mod names;
+pub mod secrets;
 
 /// Messages, clients and servers of package `marco.bootstrap.v1`. Their documentation is that of the `.proto` files.
 #[allow(missing_docs, clippy::all, clippy::as_conversions, unused_qualifications, unreachable_pub)]

@@ -151,7 +151,7 @@ async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
     fleet.nodes().quarantine_node(quarantine).await?;
 
     let plain = reboot(&["a", "b"], Duration::ZERO);
-    assert_eq!(warnings(&fleet, plain.clone()).await?, []);
+    assert!(warnings(&fleet, plain.clone()).await?.is_empty());
     let told = warnings(&fleet, reboot(&["a", "out"], Duration::ZERO)).await?;
     assert!(
         matches!(&told[..], [(reason, true, said)] if reason == "NODE_QUARANTINED" && said.ends_with(": out")),
@@ -159,7 +159,7 @@ async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
     );
     // An operation for all leaves a quarantined node alone.
     let all = Operation { target: Some(Target::All(AllNodes {})), ..plain.clone() };
-    assert_eq!(warnings(&fleet, all.clone()).await?, []);
+    assert!(warnings(&fleet, all.clone()).await?.is_empty());
 
     let grouped = |label: &str| Operation {
         rollout: Some(Rollout { group_by: label.to_owned(), max_in_flight_per_group: 1, ..Rollout::default() }),
@@ -177,7 +177,7 @@ async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
         let time = std::time::SystemTime::now() + seconds(years * 366 * 24 * 3600);
         Operation { schedule_time: Some(time.into()), ..plain.clone() }
     };
-    assert_eq!(warnings(&fleet, years(9)).await?, []);
+    assert!(warnings(&fleet, years(9)).await?.is_empty());
     let told = warnings(&fleet, years(11)).await?;
     assert!(matches!(&told[..], [(reason, true, _)] if reason == "FAR_AHEAD"), "{told:?}");
 

@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result};
 use integration_tests::certs::NodeKey;
 use integration_tests::client::Credentials;
+use integration_tests::process::{Output, binary, run};
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::{
@@ -188,5 +189,65 @@ async fn a_node_renews_its_certificate_with_its_old_key_and_nobody_else_can() ->
     assert_eq!(itself.name, name);
     let all = nodes.list_nodes(marco_proto::v1::ListNodesRequest::default()).await;
     assert_eq!(all.err().map(|status| status.code()), Some(Code::PermissionDenied));
+    Ok(())
+}
+
+/// Runs an agent that cannot get in until it ends by itself.
+async fn ends(fleet: &Fleet, arguments: &[&str]) -> Result<Output> {
+    let config = fleet.dir().join("agent.toml");
+    // `enroll` is for the machine itself: it must not find an identity here, nor leave one.
+    let own = fleet.dir().join("own");
+    std::fs::create_dir_all(&own)?;
+    std::fs::write(&config, format!("identity_dir = {own:?}\nstate_dir = {own:?}\n"))?;
+    let config = config.display().to_string();
+    let ended = run(&binary("marco-agent")?, &[&["--config", &config], arguments].concat(), seconds(60)).await?;
+    assert_eq!(ended.status.code(), Some(1), "{ended:?}");
+    Ok(ended)
+}
+
+#[tokio::test]
+async fn agent_that_can_never_get_in_ends_and_says_why() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let mut other = Fleet::builder().pis(0).start().await?;
+    fleet.kill_agents().await?;
+    let file = |name: &str, text: &str| -> Result<String> {
+        let path = fleet.dir().join(name);
+        std::fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    let (ours, foreign) = (file("ours", &fleet.token(9).await?)?, file("foreign", &other.token(9).await?)?);
+    let (api, enroll) = (fleet.addresses().api.to_string(), fleet.addresses().enroll.to_string());
+    let way = ["--controller", &api, "--enroll", &enroll];
+    let simulate = async |name: &str, rest: &[&str]| {
+        let dir = fleet.dir().join(name).display().to_string();
+        ends(&fleet, &[&["simulate", "--count", "2", "--dir", &dir], &way[..], rest].concat()).await
+    };
+    // A token of another controller.
+    let ended = simulate("p1", &["--token-file", &foreign]).await?;
+    assert!(ended.stderr.contains("another controller than the one that made the join token"), "{ended:?}");
+    // A card of another controller: the Pi of the one fleet at the other one, which it is told by name.
+    let dir = fleet.dir().join("pis").display().to_string();
+    let there = other.addresses().api.to_string();
+    let ended = ends(&fleet, &["simulate", "--count", "1", "--dir", &dir, "--controller", &there]).await?;
+    assert!(ended.stderr.contains("another controller than the one where this node was enrolled"), "{ended:?}");
+    // A name that is none, and one that leads out of the folder.
+    let ended = simulate("p2", &["--token-file", &ours, "--prefix", "../out-"]).await?;
+    assert!(ended.stderr.contains("--prefix \"../out-\""), "{ended:?}");
+    assert!(!fleet.dir().join("out-01").exists(), "it left its folder");
+    let ended = ends(&fleet, &[&["enroll", "--name", "bad name", "--token-file", &ours], &way[..]].concat()).await?;
+    assert!(ended.stderr.contains("bad name"), "{ended:?}");
+    // A file that holds no token.
+    let certificate = fleet.certs().join("ca.crt").display().to_string();
+    let ended = simulate("p3", &["--token-file", &certificate]).await?;
+    assert!(ended.stderr.contains("ca.crt is not a join token: it holds a certificate"), "{ended:?}");
+    // Each port for the other.
+    let mirror = fleet.addresses().mirror.to_string();
+    for (listener, said) in [(&api, "no enrolment listener"), (&mirror, "file mirror")] {
+        let wrong = ["enroll", "--controller", &api, "--enroll", listener, "--token-file", &ours];
+        let ended = ends(&fleet, &wrong).await?;
+        assert!(ended.stderr.contains(said), "{ended:?}");
+    }
+    fleet.went_well();
+    other.went_well();
     Ok(())
 }

@@ -4,8 +4,9 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
+use marco_proto::secrets;
 use serde::Deserialize;
 
 use crate::discovery::Address;
@@ -15,6 +16,8 @@ use crate::run::{Asking, Connection};
 /// Read when no other file is named, if it is there.
 const DEFAULT_FILE: &str = "/etc/marco/agent.toml";
 const DEFAULT_LOG: &str = "info";
+/// What helps whoever has no join token.
+const MAKE_ONE: &str = "`marcoctl tokens create` prints one";
 
 /// The agent of Marco Bootstrap: runs on every Raspberry Pi of a fleet, does what its controller asks (reboot, power
 /// off, update), and installs the Pi when it is started as its installer.
@@ -211,18 +214,23 @@ impl ConnectionArgs {
 }
 
 fn read_token(path: &Path) -> anyhow::Result<String> {
-    std::fs::read_to_string(path).with_context(|| format!("cannot read the token file {}", path.display()))
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read the token file {}", path.display()))?;
+    token(&bytes, &path.display().to_string())
+}
+
+fn token(bytes: &[u8], place: &str) -> anyhow::Result<String> {
+    let wrong = |holds: &str| anyhow::anyhow!("{place} is not a join token: it holds {holds}. {MAKE_ONE}");
+    let text = secrets::join_token(bytes).map_err(wrong)?;
+    JoinToken::parse(&text).map_err(|_| wrong("a join token with a slip of the pen"))?;
+    Ok(text)
 }
 
 fn read_standard_input() -> anyhow::Result<String> {
     /// A token is not longer.
     const LIMIT: u64 = 4096;
-    let mut text = String::new();
-    std::io::stdin().take(LIMIT).read_to_string(&mut text).context("cannot read a token from standard input")?;
-    if text.trim().is_empty() {
-        bail!("there is no token on standard input");
-    }
-    Ok(text)
+    let mut bytes = Vec::new();
+    std::io::stdin().take(LIMIT).read_to_end(&mut bytes).context("cannot read a token from standard input")?;
+    token(&bytes, "standard input")
 }
 
 #[cfg(test)]
@@ -266,6 +274,22 @@ mod tests {
                 && all.identity_dir.is_some()
                 && all.shutdown_command.is_some()
         );
+    }
+
+    #[test]
+    fn token_file_that_is_none_is_named_with_what_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        for (text, holds) in [
+            ("", "it holds nothing"),
+            ("-----BEGIN CERTIFICATE-----\nabc\n", "it holds a certificate"),
+            ("mj1.a.b.hunter2", "a slip of the pen"),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let error = super::read_token(&path).unwrap_err().to_string();
+            assert!(error.contains(path.to_str().unwrap()) && error.contains(holds), "{error}");
+            assert!(error.contains("marcoctl tokens create") && !error.contains("hunter2"), "{error}");
+        }
     }
 
     #[test]

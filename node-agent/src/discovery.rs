@@ -122,6 +122,11 @@ impl Controllers {
         unique(named.iter().cloned().chain(told).chain(self.given.listeners()))
     }
 
+    /// Whether an operator named them, so that nobody else is asked.
+    pub fn are_named(&self) -> bool {
+        !self.given.searches()
+    }
+
     /// Asks the network for controllers, when that is how they are found.
     pub async fn look_again(&self, ca: &CaHint) {
         self.given.look(ca).await;

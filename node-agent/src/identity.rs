@@ -94,6 +94,8 @@ pub enum IdentityError {
         address: String,
         /// Why, with causes.
         why: String,
+        /// True when somebody answered and proved to be of another CA.
+        foreign: bool,
     },
     /// The controller said no.
     #[error("the controller refuses: {message}")]
@@ -102,6 +104,8 @@ pub enum IdentityError {
         message: String,
         /// Whether asking again may help.
         retryable: bool,
+        /// Whether the wish itself is wrong, for example the name: nothing but another wish helps.
+        permanent: bool,
     },
     /// There is nothing to enrol with.
     #[error(
@@ -119,6 +123,15 @@ impl IdentityError {
     fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { doing, path, source }
+    }
+
+    /// Whether no time and no network heals it: the node asks for what cannot be, or at a controller of another CA.
+    pub fn is_permanent(&self) -> bool {
+        match self {
+            Self::Connect { foreign, .. } => *foreign,
+            Self::Refused { permanent, .. } => *permanent,
+            Self::Io { .. } | Self::Invalid { .. } | Self::NoToken => false,
+        }
     }
 
     /// Whether the same thing, tried again, may go well.

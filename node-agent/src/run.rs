@@ -99,6 +99,9 @@ pub enum RunError {
          marco/join.toml on the boot partition of the card"
     )]
     NoController,
+    /// What the controllers say, and no time heals.
+    #[error("this cannot go well, however often it is tried")]
+    Permanent(#[source] IdentityError),
     /// A part of the agent ended by itself.
     #[error("a part of the agent stopped working")]
     Broken,
@@ -205,6 +208,13 @@ async fn identify_patiently(
         };
         let error = match tried.await {
             Ok(found) => return Ok(found),
+            // Somebody is to see it. Nobody looks at an installer's exit code, and an operator may just be putting
+            // things right at the controller.
+            Err(RunError::Identity(error))
+                if system.mode() == system::Mode::Running && is_final(&error, connection) =>
+            {
+                return Err(RunError::Permanent(error));
+            }
             Err(error) => chain(&error),
         };
         if error != last {
@@ -218,6 +228,12 @@ async fn identify_patiently(
         let ceiling = Duration::from_millis(500).saturating_mul(1_u32.checked_shl(failures.min(16)).unwrap_or(1));
         tokio::time::sleep(backoff::full_jitter(ceiling.min(MAX_ENROLL_PAUSE))).await;
     }
+}
+
+/// Whether it is no use to try again. Where controllers are looked for, a foreign one says nothing of those to come.
+fn is_final(error: &IdentityError, connection: &Connection) -> bool {
+    let searches = connection.search.is_some() && connection.controllers.is_empty();
+    error.is_permanent() && !(searches && matches!(error, IdentityError::Connect { .. }))
 }
 
 /// Looks from time to time whether the node could be updated, until `stop`.
@@ -296,10 +312,15 @@ pub async fn run(
     });
     let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log, labels };
 
-    let mut parts = JoinSet::new();
+    // What ends a part by itself, if it has a reason.
+    let mut parts: JoinSet<Option<IdentityError>> = JoinSet::new();
     parts.spawn({
         let stop = stop.clone();
-        async move { executor.run(stop).await }.in_current_span()
+        async move {
+            executor.run(stop).await;
+            None
+        }
+        .in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
@@ -307,19 +328,29 @@ pub async fn run(
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { identity.keep_fresh(listeners, &stop).await }.in_current_span()
+        async move {
+            identity.keep_fresh(listeners, &stop).await;
+            None
+        }
+        .in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { keep_looking(system.as_ref(), &refusal, &stop).await }.in_current_span()
+        async move {
+            keep_looking(system.as_ref(), &refusal, &stop).await;
+            None
+        }
+        .in_current_span()
     });
-    // None of them ends by itself.
-    let broken = tokio::select! {
-        () = stop.cancelled() => false,
-        _ = parts.join_next() => !stop.is_cancelled(),
+    // None of them ends by itself but the session, which may find that it is no use.
+    let ended = tokio::select! {
+        () = stop.cancelled() => None,
+        ended = parts.join_next() => (!stop.is_cancelled()).then_some(ended),
     };
-    if broken {
-        return Err(RunError::Broken);
+    match ended {
+        None => {}
+        Some(Some(Ok(Some(error)))) => return Err(RunError::Permanent(error)),
+        Some(_) => return Err(RunError::Broken),
     }
     if tokio::time::timeout(DRAIN, async { while parts.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!("agent did not end in time");

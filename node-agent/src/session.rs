@@ -18,7 +18,7 @@ use tonic::Streaming;
 use crate::backoff;
 use crate::cause::chain;
 use crate::discovery::Controllers;
-use crate::identity::{Board, Identity, Purpose};
+use crate::identity::{Board, Identity, IdentityError, Purpose};
 use crate::job::{Labels, Mode};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
 use crate::system::Refusal;
@@ -115,11 +115,13 @@ pub struct Session {
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
     #[error("no controller can be reached")]
-    Connect(#[source] crate::identity::IdentityError),
+    Connect(#[source] IdentityError),
     #[error("no controller is known")]
     NoController,
     #[error("the controller ended the session")]
     Status(#[source] Box<tonic::Status>),
+    #[error("this is not its API (port 1346, unless its --listen differs), but perhaps its enrolment listener")]
+    WrongPort,
     #[error("the controller did not say welcome")]
     NoWelcome,
     #[error("the controller reads no more")]
@@ -145,15 +147,18 @@ impl Ended {
 }
 
 impl Session {
-    /// Keeps one session open until `stop`; then says good-bye.
-    pub async fn run(&self, stop: CancellationToken) {
+    /// Keeps one session open until `stop`; then says good-bye. An error: every controller that was named is of another CA
+    /// than the node, none has ever said welcome, and nothing is left to be done.
+    pub async fn run(&self, stop: CancellationToken) -> Option<IdentityError> {
         let mut failures: u32 = 0;
+        let mut ever_welcomed = false;
         while !stop.is_cancelled() {
             let mut ended = Ended::before_welcome(SessionError::NoController);
+            let mut all_foreign = true;
             for address in self.controllers.in_order() {
                 // Dropping a half-open connection loses nothing: what was to be said is in the journal.
                 ended = tokio::select! {
-                    () = stop.cancelled() => return,
+                    () = stop.cancelled() => return None,
                     connected = self.identity.connect(&address, Purpose::Session) => match connected {
                         Ok(channel) => self.talk(&address, channel, &stop).await,
                         Err(error) => Ended::before_welcome(SessionError::Connect(error)),
@@ -162,9 +167,20 @@ impl Session {
                 if ended.welcomed {
                     break;
                 }
+                all_foreign &= matches!(&ended.error, Some(SessionError::Connect(error)) if error.is_permanent());
                 if let Some(error) = &ended.error {
                     tracing::info!(address, error = %chain(error), "controller did not take the session");
                 }
+            }
+            ever_welcomed |= ended.welcomed;
+            // A node with work goes on: it may be a new system that has to give up, or an installer that writes.
+            let may_end = !ever_welcomed && self.node.mode == Mode::Running && self.controllers.are_named();
+            if may_end
+                && all_foreign
+                && self.journal.entries().unfinished().is_none()
+                && let Some(SessionError::Connect(error)) = ended.error
+            {
+                return Some(error);
             }
             failures = if ended.welcomed { 0 } else { failures.saturating_add(1) };
             // A controller that only restarts is back before the second try.
@@ -172,7 +188,7 @@ impl Session {
                 let ca = self.identity.ca();
                 // Dropping the question loses nothing: it is asked again.
                 tokio::select! {
-                    () = stop.cancelled() => return,
+                    () = stop.cancelled() => return None,
                     () = self.controllers.look_again(&ca) => {}
                 }
             }
@@ -182,10 +198,11 @@ impl Session {
             let ceiling = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(failures.min(16)).unwrap_or(u32::MAX));
             let pause = backoff::full_jitter(ceiling.min(MAX_PAUSE)).max(ended.stay_away.min(MAX_ASKED_PAUSE));
             tokio::select! {
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => return None,
                 () = tokio::time::sleep(pause) => {}
             }
         }
+        None
     }
 
     /// One session, from Hello to its end.
@@ -241,6 +258,9 @@ impl Session {
 
 impl From<tonic::Status> for SessionError {
     fn from(status: tonic::Status) -> Self {
+        if status.code() == tonic::Code::Unimplemented {
+            return Self::WrongPort;
+        }
         Self::Status(Box::new(status))
     }
 }

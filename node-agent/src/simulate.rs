@@ -1,10 +1,13 @@
 //! `marco-agent simulate`: virtual Pis in one process, through the same code as the real agent. For trying things out
 //! without hardware, and for load tests.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use marco_proto::names::NodeId;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
@@ -40,6 +43,24 @@ pub enum SimulateError {
         /// Why.
         source: SystemError,
     },
+    /// The ids that come of the prefix are none.
+    #[error("--prefix {prefix:?} makes the id {id:?}: {why}")]
+    Prefix {
+        /// As it was given.
+        prefix: String,
+        /// The first id.
+        id: String,
+        /// Why it is none.
+        why: String,
+    },
+    /// No Pi's agent can go on.
+    #[error("no virtual Pi can get in; {id}")]
+    Refused {
+        /// One of them.
+        id: String,
+        /// Why.
+        source: run::RunError,
+    },
     /// A Pi's task ended badly.
     #[error("a virtual Pi stopped working")]
     Broken,
@@ -52,13 +73,29 @@ impl Simulation {
         (1..=self.count).map(|number| format!("{}{number:0width$}", self.prefix)).collect()
     }
 
+    /// Each id is a folder's name, so it must be an id before it is one.
+    fn check_prefix(&self) -> Result<(), SimulateError> {
+        for id in self.ids() {
+            let why = match NodeId::parse(&id) {
+                Ok(parsed) if parsed.as_str() == id => continue,
+                Ok(_) => "it is a name, not an id; leave nodes/ out".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            return Err(SimulateError::Prefix { prefix: self.prefix.clone(), id, why });
+        }
+        Ok(())
+    }
+
     /// Runs the Pis until `stop`.
     pub async fn run(&self, stop: CancellationToken) -> Result<(), SimulateError> {
+        self.check_prefix()?;
         let mut pis = JoinSet::new();
+        let count = usize::try_from(self.count).unwrap_or(usize::MAX).max(1);
+        let (refused, mut refusals) = mpsc::channel(count);
         for id in self.ids() {
             let (folder, options) = (self.directory.join(&id), self.options);
             let connection = Connection { name: id.clone(), ..self.connection.clone() };
-            let stop = stop.clone();
+            let (stop, refused) = (stop.clone(), refused.clone());
             pis.spawn(async move {
                 let open = {
                     let id = id.clone();
@@ -71,11 +108,15 @@ impl Simulation {
                     move |system: Arc<dyn System>,
                           stop: CancellationToken|
                           -> futures_util::future::BoxFuture<'static, ()> {
-                        let (id, connection) = (id.clone(), connection.clone());
+                        let (id, connection, refused) = (id.clone(), connection.clone(), refused.clone());
                         let span = tracing::info_span!("pi", node = %id);
                         let agent = async move {
                             if let Err(error) = run::run(system, connection, say_enrolled(), stop).await {
                                 tracing::error!(error = %chain(&error), "agent ended");
+                                if matches!(error, run::RunError::Permanent(_)) {
+                                    // Full: the others have said as much.
+                                    let _ = refused.try_send((id, error));
+                                }
                             }
                         };
                         Box::pin(agent.instrument(span))
@@ -84,9 +125,24 @@ impl Simulation {
                 pi.power(agent, stop).await.map_err(|source| SimulateError::Pi { id, source })
             });
         }
+        drop(refused);
         let mut outcome = Ok(());
-        while let Some(ended) = pis.join_next().await {
-            let ended = ended.unwrap_or(Err(SimulateError::Broken));
+        let mut out: BTreeSet<String> = BTreeSet::new();
+        loop {
+            // Both only wait; what one of them brought is handled below.
+            let ended = tokio::select! {
+                Some((id, source)) = refusals.recv() => {
+                    out.insert(id.clone());
+                    if out.len() < count {
+                        continue;
+                    }
+                    Err(SimulateError::Refused { id, source })
+                }
+                ended = pis.join_next() => match ended {
+                    Some(ended) => ended.unwrap_or(Err(SimulateError::Broken)),
+                    None => break,
+                },
+            };
             if let Err(error) = ended {
                 // The others go on to their end first.
                 tracing::error!(error = %chain(&error), "virtual Pi ended");
@@ -116,14 +172,26 @@ mod tests {
     use crate::run::Connection;
     use crate::system::virtual_pi::Options;
 
+    fn simulation(count: u32, prefix: &str) -> Simulation {
+        let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false, stock: false };
+        let (directory, connection) = (PathBuf::new(), Connection::default());
+        Simulation { count, directory, prefix: prefix.to_owned(), options, connection }
+    }
+
+    #[test]
+    fn prefix_stays_below_its_folder() {
+        for bad in ["../", "a/../../b", "/etc/", "nodes/pi-", "pi 1", ".", "-", "p\u{ef}-", &"x".repeat(62)] {
+            let error = simulation(2, bad).check_prefix().unwrap_err();
+            assert!(error.to_string().contains("--prefix"), "{bad}: {error}");
+        }
+        for good in ["", "pi-", "lab.a_1-"] {
+            assert!(simulation(200, good).check_prefix().is_ok(), "{good}");
+        }
+    }
+
     #[test]
     fn ids_are_numbered_in_one_width() {
-        let ids = |count| {
-            let options =
-                Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false, stock: false };
-            let (directory, connection) = (PathBuf::new(), Connection::default());
-            Simulation { count, directory, prefix: "pi-".to_owned(), options, connection }.ids()
-        };
+        let ids = |count| simulation(count, "pi-").ids();
         assert_eq!(ids(2), ["pi-01", "pi-02"]);
         assert_eq!(ids(200).first().unwrap(), "pi-001");
         assert_eq!(ids(200).last().unwrap(), "pi-200");

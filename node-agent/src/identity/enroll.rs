@@ -40,12 +40,15 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
     let request = signing_request(&key)?;
     let pem = request.pem().map_err(|error| IdentityError::invalid("the signing request", error))?;
     let config = tls::anonymous_config(Trust::Pin(enrollment.token.pin()), time)?;
-    let mut last = IdentityError::Connect { address: String::new(), why: "no address is known".to_owned() };
+    let mut last: Option<IdentityError> = None;
     for address in &enrollment.listeners {
         let channel = match tls::connect(address, config.clone(), Purpose::Session).await {
             Ok(channel) => channel,
             Err(error) => {
-                last = error;
+                // One that is merely away may be the right one: that counts more than one of another CA.
+                if last.as_ref().is_none_or(IdentityError::is_permanent) || !error.is_permanent() {
+                    last = Some(error);
+                }
                 continue;
             }
         };
@@ -59,11 +62,12 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
         let answer = match EnrollmentServiceClient::new(channel).enroll(message).await {
             Ok(answer) => answer.into_inner(),
             Err(status) => {
-                last = refused(&status);
-                if last.is_retryable() {
+                let error = refused(&status);
+                if error.is_retryable() {
+                    last = Some(error);
                     continue;
                 }
-                return Err(last);
+                return Err(error);
             }
         };
         check_ca(&answer.ca_certificate, enrollment.token.pin())?;
@@ -77,7 +81,11 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
         write(CERTIFICATE_FILE, &answer.certificate)?;
         return Ok(answer.held);
     }
-    Err(last)
+    Err(last.unwrap_or_else(no_address))
+}
+
+fn no_address() -> IdentityError {
+    IdentityError::Connect { address: String::new(), why: "no address is known".to_owned(), foreign: false }
 }
 
 /// Exchanges a certificate for a fresh one at the first listener that answers.
@@ -96,7 +104,7 @@ pub(super) async fn renew(
     let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes())
         .map_err(|error| IdentityError::invalid("the CA's certificate", error))?;
     let config = tls::anonymous_config(Trust::Ca(ca), time)?;
-    let mut last = IdentityError::Connect { address: String::new(), why: "no address is known".to_owned() };
+    let mut last = no_address();
     for address in listeners {
         let channel = match tls::connect(address, config.clone(), Purpose::Session).await {
             Ok(channel) => channel,
@@ -130,7 +138,14 @@ fn refused(status: &Status) -> IdentityError {
             | Code::Unknown
             | Code::Internal
     );
-    IdentityError::Refused { message: status.message().to_owned(), retryable }
+    let permanent = matches!(status.code(), Code::InvalidArgument | Code::AlreadyExists);
+    let mut message = status.message().to_owned();
+    if status.code() == Code::Unimplemented {
+        message =
+            "this is not its enrolment listener, which has a port of its own (1347 unless --enroll-listen differs)"
+                .to_owned();
+    }
+    IdentityError::Refused { message, retryable, permanent }
 }
 
 /// The node's key. It is stored before it is used, so that a try after a cut asks for the same node.

@@ -1,6 +1,6 @@
 //! TLS towards controllers: version 1.3 only, their name verified under our CA, our certificate shown.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -11,7 +11,10 @@ use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::time_provider::TimeProvider;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError, RootCertStore,
+    SignatureScheme,
+};
 use sha2::{Digest as _, Sha256};
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
@@ -65,6 +68,47 @@ pub(super) enum Trust {
     Pin([u8; 32]),
 }
 
+/// Why the other end is not a controller of ours, as an operator has to know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+enum Foreign {
+    #[error(
+        "it is another controller than the one that made the join token: take a token of this one (`marcoctl tokens \
+         create`), or name the other with --controller"
+    )]
+    Token,
+    #[error(
+        "it is another controller than the one where this node was enrolled: name that one with --controller, or remove \
+         the node's identity to enrol it here"
+    )]
+    Identity,
+    #[error(
+        "it shows no CA, so it is no enrolment listener (port 1347, unless the controller's --enroll-listen differs)"
+    )]
+    NoCa,
+    #[error(
+        "it speaks no gRPC: it is a controller's file mirror (port 1345), or none; the API is on port 1346 and enrolment on \
+         1347, unless the controller's --listen and --enroll-listen differ"
+    )]
+    NoGrpc,
+}
+
+impl From<Foreign> for Error {
+    fn from(foreign: Foreign) -> Self {
+        Self::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(foreign))))
+    }
+}
+
+impl Foreign {
+    /// What the verifier said, if it was that which ended a handshake.
+    fn ended(error: &std::io::Error) -> Option<Self> {
+        match error.get_ref()?.downcast_ref()? {
+            Error::InvalidCertificate(CertificateError::Other(other)) => other.0.downcast_ref().copied(),
+            Error::AlertReceived(AlertDescription::NoApplicationProtocol) => Some(Self::NoGrpc),
+            _ => None,
+        }
+    }
+}
+
 /// Verifies that the other end is a controller of ours.
 #[derive(Debug)]
 struct ControllerVerifier {
@@ -84,7 +128,7 @@ impl ControllerVerifier {
                 .iter()
                 .chain(std::iter::once(end_entity))
                 .find(|certificate| spki_sha256(certificate).is_ok_and(|found| found == *pin))
-                .ok_or(Error::InvalidCertificate(CertificateError::UnknownIssuer)),
+                .ok_or_else(|| if intermediates.is_empty() { Foreign::NoCa } else { Foreign::Token }.into()),
         }
     }
 }
@@ -110,7 +154,15 @@ impl ServerCertVerifier for ControllerVerifier {
         let began = [ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
         let began = began.filter_map(|(from, _)| u64::try_from(from).ok()).max().unwrap_or(0);
         let now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));
-        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now).map_err(|error| {
+            // CAs of controllers may bear one name: then it is the signature that does not fit.
+            match error {
+                Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+                    Foreign::Identity.into()
+                }
+                error => error,
+            }
+        })
     }
 
     fn verify_tls12_signature(
@@ -183,7 +235,14 @@ pub(super) async fn connect(
     config: Arc<ClientConfig>,
     purpose: Purpose,
 ) -> Result<Channel, IdentityError> {
-    let failed = |why: String| IdentityError::Connect { address: address.to_owned(), why };
+    // What the transport's error keeps of the handshake's is only its text.
+    let ended: Arc<OnceLock<Foreign>> = Arc::default();
+    let failed = |why: String| {
+        let why = ended.get().map_or(why, ToString::to_string);
+        // Without a CA it may be the right controller, on another port.
+        let foreign = matches!(ended.get(), Some(Foreign::Token | Foreign::Identity));
+        IdentityError::Connect { address: address.to_owned(), why, foreign }
+    };
     // The address is dialled by the connector below; the URI only carries the name for the requests.
     let endpoint = Endpoint::from_shared(format!("http://{CONTROLLER_TLS_NAME}"))
         .map_err(|error| failed(error.to_string()))?
@@ -193,9 +252,9 @@ pub(super) async fn connect(
         .keep_alive_while_idle(true);
     let connector = TlsConnector::from(config);
     let dial = {
-        let address = address.to_owned();
+        let (address, ended) = (address.to_owned(), Arc::clone(&ended));
         tower::service_fn(move |_: http::Uri| {
-            let (connector, address) = (connector.clone(), address.clone());
+            let (connector, address, ended) = (connector.clone(), address.clone(), Arc::clone(&ended));
             async move {
                 let open = async {
                     let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
@@ -205,7 +264,11 @@ pub(super) async fn connect(
                     connector.connect(name, BufReader::with_capacity(purpose.read_buffer(), tcp)).await
                 };
                 match tokio::time::timeout(CONNECT_TIMEOUT, open).await {
-                    Ok(opened) => opened.map(TokioIo::new),
+                    Ok(opened) => opened.map(TokioIo::new).inspect_err(|error| {
+                        if let Some(foreign) = Foreign::ended(error) {
+                            let _ = ended.set(foreign);
+                        }
+                    }),
                     Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut)),
                 }
             }
