@@ -22,7 +22,7 @@ pub(crate) use artifacts::{ArtifactsCommand, Kind, Purpose, Push};
 pub(crate) use bootcode::{Arch, Board, BootcodeCommand, BuildBootcode, Packing};
 pub(crate) use card::{CardCommand, WriteCard};
 pub(crate) use image::{ImageCommand, PackImage};
-pub(crate) use nodes::{Label, NodeSelection, NodesCommand};
+pub(crate) use nodes::{Label, NodeSelection, Nodes, NodesCommand};
 pub(crate) use operations::{
     Create, CreateUpdate, ExecutionStateArg, ListOperations, OneExecution, OperationStateArg, OperationsCommand,
     RolloutFlags, Target, Wait, WhichExecutions, WindowFlags,

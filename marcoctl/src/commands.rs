@@ -8,6 +8,7 @@ mod image;
 mod nodes;
 mod operations;
 mod schedules;
+mod several;
 mod tokens;
 mod users;
 

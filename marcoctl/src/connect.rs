@@ -5,6 +5,7 @@ mod dial;
 use std::time::Duration;
 
 use marco_proto::names::API_PORT;
+use marco_proto::secrets;
 use marco_proto::v1::access_service_client::AccessServiceClient;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
@@ -68,10 +69,21 @@ impl Interceptor for Credential {
 fn credential(global: &Global) -> Result<Credential, Failure> {
     let text = match &global.api_token_file {
         Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(|error| Failure::Usage {
+            let hint = || "`marcoctl api-tokens create` makes one".to_owned();
+            let bytes = std::fs::read(path).map_err(|error| Failure::Usage {
                 message: format!("cannot read the API token in {}: {error}", path.display()),
-                hint: "`marcoctl api-tokens create` makes one".to_owned(),
+                hint: hint(),
             })?;
+            let text = secrets::text(&bytes).unwrap_or_default();
+            let holds = match secrets::join_token(&bytes) {
+                Ok(_) => Some("a join token, which lets nodes in"),
+                Err(holds) if text.contains(char::is_whitespace) || !text.is_ascii() => Some(holds),
+                Err(_) => None,
+            };
+            if let Some(holds) = holds {
+                let message = format!("{} is not an API token: it holds {holds}", path.display());
+                return Err(Failure::Usage { message, hint: hint() });
+            }
             // Whoever names a file wants to be what is in it, and not whoever the certificate says.
             if text.trim().is_empty() {
                 return Err(Failure::Usage {
@@ -123,7 +135,18 @@ impl Connection {
         };
         let (certs, identity) = (global.certs.display(), &global.identity);
         let message = no_connection(&address, &cause);
-        Err(if cause.contains("received fatal alert") {
+        Err(if cause.contains("NoApplicationProtocol") {
+            let hint = format!(
+                "that is a controller's file mirror, or something else that speaks no gRPC; the API is on port {API_PORT}, \
+                 unless the controller's --listen differs"
+            );
+            Failure::Unreachable { message, hint }
+        } else if cause.contains("InvalidContentType") {
+            let hint = format!(
+                "what listens there speaks no TLS; the controller's API is on port {API_PORT}, unless its --listen differs"
+            );
+            Failure::Unreachable { message, hint }
+        } else if cause.contains("received fatal alert") {
             let hint = format!(
                 "the controller does not take {certs}/{identity}.crt: it is expired, or of another CA; choose another \
                  with --certs and --identity"

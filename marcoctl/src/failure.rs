@@ -82,21 +82,38 @@ impl Failure {
         }
     }
 
+    /// What went wrong, without advice. The bad fields of a refusal are on lines of their own.
+    pub(crate) fn message(&self) -> String {
+        match self {
+            Self::Refused(status) => describe(status),
+            Self::Local(error) => format!("{error:#}"),
+            Self::Usage { message, .. }
+            | Self::Unreachable { message, .. }
+            | Self::ShutOut { message, .. }
+            | Self::Unsuccessful { message, .. }
+            | Self::TimedOut { message, .. } => message.clone(),
+        }
+    }
+
+    fn hint(&self) -> &str {
+        match self {
+            Self::Refused(status) => hint_for(status),
+            Self::Local(_) => "",
+            Self::Usage { hint, .. }
+            | Self::Unreachable { hint, .. }
+            | Self::ShutOut { hint, .. }
+            | Self::Unsuccessful { hint, .. }
+            | Self::TimedOut { hint, .. } => hint,
+        }
+    }
+
     /// What is printed on stderr, with a line feed at the end.
     pub(crate) fn report(&self) -> String {
-        let (message, hint) = match self {
-            Self::Refused(status) => (describe(status), hint_for(status).to_owned()),
-            Self::Local(error) => (format!("{error:#}"), String::new()),
-            Self::Usage { message, hint }
-            | Self::Unreachable { message, hint }
-            | Self::ShutOut { message, hint }
-            | Self::Unsuccessful { message, hint }
-            | Self::TimedOut { message, hint } => (message.clone(), hint.clone()),
-        };
+        let (message, hint) = (self.message(), self.hint());
         let mut text = format!("error: {message}\n");
         if !hint.is_empty() {
             text.push_str("hint: ");
-            text.push_str(&hint);
+            text.push_str(hint);
             text.push('\n');
         }
         text
@@ -165,7 +182,10 @@ fn hint_for(status: &Status) -> &'static str {
         }
         Code::PermissionDenied => "another identity may have the role for this: choose it with --identity NAME",
         Code::NotFound => "the `list` commands show what there is, for example `marcoctl nodes list`",
-        Code::Unimplemented => "this controller does not know that call; it may be older than this marcoctl",
+        Code::Unimplemented => {
+            "this is not the API's port (1346, unless the controller's --listen differs) but perhaps that of enrolment (1347); \
+             or the controller is older than this marcoctl"
+        }
         _ => "",
     }
 }

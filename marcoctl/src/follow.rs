@@ -1,5 +1,7 @@
 //! Follows an operation to its end, over broken connections.
 
+mod standstill;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -13,12 +15,16 @@ use crate::failure::{Failure, is_cut};
 use crate::output::Out;
 use crate::progress::View;
 
+pub(crate) use standstill::summary;
+
 /// How long the controller may be gone: enough for it to be restarted, or its machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// First and longest pause between two attempts to come back.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// The controller ends the stream after the final state; one that does not is not waited for.
 const GRACE: Duration = Duration::from_secs(5);
+/// Who is named where the controller did something by itself.
+const CONTROLLER: &str = "controller";
 
 /// What is known of an operation.
 #[derive(Debug, Default)]
@@ -44,6 +50,22 @@ impl Known {
     pub(crate) fn has_ended(&self) -> bool {
         use operation::State;
         matches!(self.operation.state(), State::Succeeded | State::Failed | State::Cancelled)
+    }
+
+    /// Whether the rollout paused it, and the nodes that were at work by then are done or overdue. One that an operator
+    /// paused is waited for: who paused it means to let it go on.
+    fn has_paused_itself(&self) -> bool {
+        self.operation.state() == operation::State::Paused
+            && self.operation.paused_by == CONTROLLER
+            && self.executions.values().all(|execution| execution.overdue || !is_active(execution.state()))
+    }
+
+    /// Why it stopped being worth to wait, if it did.
+    fn stop(&self) -> Option<End> {
+        if self.has_paused_itself() {
+            return Some(End::Paused);
+        }
+        self.is_stuck().then_some(End::Stuck)
     }
 
     /// Whether a node is overdue and no other is at work or about to be: who waits now waits for hands.
@@ -80,7 +102,7 @@ fn will_move(execution: &Execution) -> bool {
 pub(crate) struct Until {
     /// At this instant, ended or not.
     pub(crate) deadline: Option<Instant>,
-    /// Also when a node is overdue and nothing else is at work.
+    /// Also when only an operator can make it go on: a node is overdue and nothing else is at work, or it paused by itself.
     pub(crate) stuck: bool,
 }
 
@@ -91,6 +113,8 @@ pub(crate) enum End {
     Ended,
     /// Only overdue nodes are left.
     Stuck,
+    /// Its rollout paused it.
+    Paused,
     /// The deadline has passed.
     TimedOut,
     /// Nobody reads what is shown.
@@ -108,8 +132,9 @@ pub(crate) async fn follow(
     let mut known = Known::default();
     let mut lost: Option<Instant> = None;
     let mut pause = PAUSES.0;
+    let mut told = None;
     loop {
-        let one = follow_one(connection, name, until, view, out, &mut known, &mut lost);
+        let one = follow_one(connection, name, until, view, out, &mut known, &mut lost, &mut told);
         let outcome = match until.deadline {
             // Dropping the stream is safe: it only reads, and what it said is in `known`.
             Some(deadline) => match timeout_at(deadline, one).await {
@@ -152,7 +177,8 @@ enum Outcome {
     Cut(Status),
 }
 
-/// Follows one stream until it ends or breaks.
+/// Follows one stream until it ends or breaks. `told` is what was last said of what it waits for.
+#[allow(clippy::too_many_arguments, reason = "what outlives a stream, and what shows it")]
 async fn follow_one(
     connection: &Connection,
     name: &str,
@@ -161,6 +187,7 @@ async fn follow_one(
     out: &mut Out,
     known: &mut Known,
     lost: &mut Option<Instant>,
+    told: &mut Option<String>,
 ) -> Result<Outcome, Failure> {
     let request = WatchOperationRequest { name: name.to_owned() };
     let mut stream = match connection.operations().watch_operation(request).await {
@@ -185,8 +212,18 @@ async fn follow_one(
                 if out.is_closed() && view.is_for_stdout() && !until.stuck {
                     return Ok(Outcome::End(End::Unread));
                 }
-                if until.stuck && !known.has_ended() && known.is_stuck() {
-                    return Ok(Outcome::End(End::Stuck));
+                if until.stuck
+                    && !known.has_ended()
+                    && let Some(end) = known.stop()
+                {
+                    return Ok(Outcome::End(end));
+                }
+                if until.stuck && !known.has_ended() && standstill::stands_still(known) {
+                    let text = summary(known, connection).await;
+                    if told.as_ref() != Some(&text) {
+                        view.waits(&text, out)?;
+                        *told = Some(text);
+                    }
                 }
             }
             // A stream that broke after the final state has said all.
@@ -209,7 +246,7 @@ mod tests {
     use marco_proto::v1::Execution;
     use marco_proto::v1::execution::{State, WaitReason};
 
-    use super::Known;
+    use super::{End, Known};
 
     fn known(executions: &[(State, bool, WaitReason)]) -> Known {
         let mut known = Known::default();
@@ -230,6 +267,25 @@ mod tests {
         assert!(!known(&[(State::Rebooting, true, none), (State::Pending, false, WaitReason::NoSlot)]).is_stuck());
         assert!(known(&[(State::Rebooting, true, none), (State::Succeeded, false, none)]).is_stuck());
         assert!(known(&[(State::Rebooting, true, none), (State::Pending, false, WaitReason::NodeOffline)]).is_stuck());
+    }
+
+    #[test]
+    fn operation_that_paused_by_itself_is_waited_for_until_its_nodes_are_done() {
+        let none = WaitReason::Unspecified;
+        let paused = |by: &str, executions: &[(State, bool, WaitReason)]| {
+            let mut known = known(executions);
+            known.operation.state = marco_proto::v1::operation::State::Paused.into();
+            known.operation.paused_by = by.to_owned();
+            known.stop()
+        };
+        let waits = (State::Pending, false, WaitReason::Paused);
+        assert_eq!(paused("controller", &[(State::Failed, false, none), waits]), Some(End::Paused));
+        // The dispatcher has not told yet for what it waits now.
+        let due = (State::Pending, false, WaitReason::NoSlot);
+        assert_eq!(paused("controller", &[(State::Failed, false, none), due]), Some(End::Paused));
+        assert_eq!(paused("controller", &[(State::Failed, false, none), (State::Running, false, none), waits]), None);
+        assert_eq!(paused("controller", &[(State::Rebooting, true, none), waits]), Some(End::Paused));
+        assert_eq!(paused("users/kim", &[(State::Failed, false, none), waits]), None);
     }
 
     #[test]

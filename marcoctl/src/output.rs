@@ -15,7 +15,8 @@ use crate::args::Format;
 use crate::failure::Failure;
 
 pub(crate) use text::{
-    ago, bytes, clean, clock_time, enum_word, fields, id, labels, local, span, table, timestamp, timestamp_of,
+    ago, bytes, clean, clock_time, enum_word, fields, id, in_local_time, labels, listing, local, span, table,
+    timestamp, timestamp_of,
 };
 
 /// A message of the API that can be printed as JSON.

@@ -76,6 +76,18 @@ impl View {
         }
     }
 
+    /// Shows what an operation waits for of which no node is at work.
+    pub(crate) fn waits(&mut self, text: &str, out: &mut Out) -> Result<(), Failure> {
+        match self {
+            Self::Live(live) => {
+                live.waits(text);
+                Ok(())
+            }
+            Self::Lines(_) => out.line(&format!("{}  {text}", clock_time(clock::now()))),
+            Self::Json | Self::Silent => Ok(()),
+        }
+    }
+
     /// Shows that the connection broke and is tried again.
     pub(crate) fn lost(&mut self, status: &Status) {
         if let Self::Live(live) = self {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::Paging;
+use crate::ask::Force;
 
 /// What can be done with artifacts.
 #[derive(Debug, Subcommand)]
@@ -28,8 +29,11 @@ where it broke; so is a push that is simply started again.")]
     },
     /// Remove a name, and the bytes when no other name has them
     Delete {
-        /// Name or id
-        artifact: String,
+        /// Names or ids
+        #[arg(required = true)]
+        artifacts: Vec<String>,
+        #[command(flatten)]
+        force: Force,
     },
     /// Make an artifact the default of its kind and purpose
     Default {

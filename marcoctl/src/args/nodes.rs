@@ -22,18 +22,19 @@ pub(crate) enum NodesCommand {
 Examples:
   marcoctl nodes label pi-01 room=a1 role=kiosk     sets two labels
   marcoctl nodes label pi-01 role-                  removes one
+  marcoctl nodes label pi-01 pi-02 room=a1          sets one on two nodes
+  marcoctl nodes label --selector room=a1 floor=1   sets one on all that have another
   marcoctl nodes label pi-01 --display-name \"Left of the door\"")]
     Label(Label),
-    /// Admit nodes that are held or quarantined
+    /// Admit nodes that are held or quarantined; --all and --selector take only those that are held
     Approve {
-        /// Names or ids
-        #[arg(required = true)]
-        nodes: Vec<String>,
+        #[command(flatten)]
+        nodes: Nodes,
     },
-    /// Cut a node's stream and give it no more work
+    /// Cut nodes' streams and give them no more work
     Quarantine {
-        /// Name or id
-        node: String,
+        #[command(flatten)]
+        nodes: Nodes,
         /// Why, for the history
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
@@ -45,10 +46,10 @@ Examples:
   marcoctl nodes resolve pi-01 --accept             the node is right
   marcoctl nodes resolve pi-01 --abandon            give up what it speaks of, and cancel it where that is possible")]
     Resolve(Resolve),
-    /// Forget a node and revoke its certificate
+    /// Forget nodes and revoke their certificates
     Delete {
-        /// Name or id
-        node: String,
+        #[command(flatten)]
+        nodes: Nodes,
         /// Also end its unfinished work: what waits is cancelled, the rest fails
         #[arg(long)]
         force: bool,
@@ -89,15 +90,119 @@ pub(crate) struct NodeSelection {
     pub(crate) connected: bool,
 }
 
+/// Nodes that are changed: exactly one of the three.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Nodes {
+    /// Names or ids
+    #[arg(value_name = "NODE")]
+    pub(crate) nodes: Vec<String>,
+    /// Every node
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// The nodes with this label; repeats, or takes a list with commas: all of them must be there
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
+    pub(crate) selector: Vec<Pair>,
+}
+
 /// Arguments of `nodes label`.
 #[derive(Debug, Args)]
 pub(crate) struct Label {
-    /// Name or id
-    pub(crate) node: String,
-    /// KEY=VALUE to set a label, KEY- to remove one
-    #[arg(value_name = "KEY=VALUE|KEY-", value_parser = label_edit, required_unless_present = "display_name")]
-    pub(crate) edits: Vec<LabelEdit>,
+    /// Names or ids, then KEY=VALUE to set a label, KEY- to remove one
+    #[arg(value_name = "NODE|KEY=VALUE|KEY-")]
+    pub(crate) words: Vec<String>,
+    /// Every node
+    #[arg(long, conflicts_with = "selector")]
+    pub(crate) all: bool,
+    /// The nodes with this label; repeats, or takes a list with commas: all of them must be there
+    #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
+    pub(crate) selector: Vec<Pair>,
     /// A name for people
     #[arg(long, value_name = "TEXT")]
     pub(crate) display_name: Option<String>,
+}
+
+impl Label {
+    /// Nodes and edits, told apart. A word with `=` is an edit, and so is one that ends with `-`, unless it stands where
+    /// a node must: first, without --all and --selector.
+    ///
+    /// # Errors
+    /// What is missing or too much, as a sentence.
+    pub(crate) fn read(self) -> Result<(Nodes, Vec<LabelEdit>), String> {
+        let by_name = !self.all && self.selector.is_empty();
+        let mut nodes = Vec::new();
+        let mut edits = Vec::new();
+        for (place, word) in self.words.into_iter().enumerate() {
+            let must_be_node = by_name && place == 0 && !word.contains('=');
+            let is_edit = word.contains('=') || (word.ends_with('-') && !word.starts_with("nodes/"));
+            if is_edit && !must_be_node {
+                edits.push(label_edit(&word)?);
+            } else if by_name {
+                nodes.push(word);
+            } else {
+                return Err(format!("{word:?} is neither KEY=VALUE nor KEY-; name nodes, or give --all or --selector"));
+            }
+        }
+        if by_name && nodes.is_empty() {
+            return Err("no node is named; name some, or give --all or --selector KEY=VALUE".to_owned());
+        }
+        if edits.is_empty() && self.display_name.is_none() {
+            return Err("nothing is to be changed; give KEY=VALUE, KEY- or --display-name TEXT".to_owned());
+        }
+        Ok((Nodes { nodes, all: self.all, selector: self.selector }, edits))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::{Label, Nodes, NodesCommand};
+    use crate::args::{Cli, Command};
+
+    fn label(words: &[&str]) -> Label {
+        let line = ["marcoctl", "nodes", "label"].iter().chain(words);
+        let Command::Nodes(NodesCommand::Label(label)) = Cli::try_parse_from(line).unwrap().command else {
+            panic!("not nodes label")
+        };
+        label
+    }
+
+    #[test]
+    fn nodes_and_labels_are_told_apart() {
+        let (Nodes { nodes, .. }, edits) = label(&["pi-01", "pi-02", "room=a1", "role-"]).read().unwrap();
+        assert_eq!((nodes, edits.len()), (vec!["pi-01".to_owned(), "pi-02".to_owned()], 2));
+        // An id may end with a dash; the first word is a node's.
+        let (Nodes { nodes, .. }, edits) = label(&["pi-", "nodes/b-", "role-"]).read().unwrap();
+        assert_eq!((nodes, edits.len()), (vec!["pi-".to_owned(), "nodes/b-".to_owned()], 1));
+        let (all, edits) = label(&["--all", "role-", "a=b"]).read().unwrap();
+        assert!(all.all && all.nodes.is_empty() && edits.len() == 2);
+    }
+
+    #[test]
+    fn label_without_nodes_or_edits_is_explained() {
+        for (words, said) in [
+            (&["room=a1"][..], "no node is named"),
+            (&["pi-01"], "nothing is to be changed"),
+            (&["pi-01", "--selector", "a=b", "c=d"], "neither KEY=VALUE nor KEY-"),
+            (&["--all"], "nothing is to be changed"),
+            (&["pi-01", "=x"], "no label before"),
+        ] {
+            let error = label(words).read().unwrap_err();
+            assert!(error.contains(said), "{words:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn several_nodes_are_named_in_one_way_only() {
+        for command in ["approve", "quarantine", "delete"] {
+            let parse = |rest: &[&str]| Cli::try_parse_from(["marcoctl", "nodes", command].iter().chain(rest)).is_ok();
+            for good in [&["a", "b"][..], &["--all"], &["--selector", "room=a1"]] {
+                assert!(parse(good), "{command} {good:?}");
+            }
+            for bad in [&[][..], &["a", "--all"], &["--all", "--selector", "room=a1"], &["a", "--selector", "x=y"]] {
+                assert!(!parse(bad), "{command} {bad:?}");
+            }
+        }
+    }
 }

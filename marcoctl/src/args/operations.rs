@@ -7,6 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::Paging;
 use super::values::{FailureLimit, Pair, duration, failure_limit, instant, pair};
+use crate::ask::Force;
 
 /// What can be done with operations.
 #[derive(Debug, Subcommand)]
@@ -81,6 +82,8 @@ up goes back to the installer by itself and stays reachable.")]
         operation: String,
         #[command(flatten)]
         wait: Wait,
+        #[command(flatten)]
+        force: Force,
     },
     /// Say why a node is where it is, and what can be done
     Explain(WhichExecutions),
@@ -124,6 +127,8 @@ pub(crate) struct Create {
     /// when one would refuse
     #[arg(long, conflicts_with = "wait")]
     pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) force: Force,
 }
 
 /// How it goes over the nodes; without any of these all at once, and nothing pauses it.
@@ -138,7 +143,7 @@ pub(crate) struct RolloutFlags {
     /// Pause when more nodes than this failed or are overdue
     #[arg(long, value_name = "N|P%", value_parser = failure_limit)]
     pub(crate) max_failures: Option<FailureLimit>,
-    /// The label whose values make groups, for example switch
+    /// The label whose values make groups, for example switch; the nodes without it are one group
     #[arg(long, value_name = "LABEL", requires = "max_per_group")]
     pub(crate) group_by: Option<String>,
     /// How many nodes of one group at once

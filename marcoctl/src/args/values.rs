@@ -22,21 +22,32 @@ pub(crate) enum LabelEdit {
     Remove(String),
 }
 
-/// Reads `key=value`.
+/// Reads `key=value`. What looks like another language of selectors is explained, not taken for an odd key.
 pub(crate) fn pair(text: &str) -> Result<Pair, String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok(Pair { key: key.to_owned(), value: value.to_owned() }),
-        _ => Err("expected KEY=VALUE".to_owned()),
+    const EXAMPLE: &str = "write KEY=VALUE, for example room=a1; a comma separates several, which must all be there";
+    let Some((key, value)) = text.split_once('=') else {
+        let words = text.split_whitespace().count();
+        return Err(match text.trim() {
+            "" => format!("it is empty; {EXAMPLE}"),
+            "all" | "*" => "every node is --all".to_owned(),
+            _ if words > 1 => format!("{text:?} has no \"=\", and only equality is known; {EXAMPLE}"),
+            _ => format!("{text:?} has no \"=\"; {EXAMPLE}"),
+        });
+    };
+    if key.is_empty() {
+        return Err(format!("there is no label before the \"=\" of {text:?}; {EXAMPLE}"));
     }
+    if key.ends_with(['!', '~', '<', '>', ':']) || value.starts_with(['=', '~']) {
+        return Err(format!("only equality is known, written with one \"=\": {text:?} is something else; {EXAMPLE}"));
+    }
+    Ok(Pair { key: key.to_owned(), value: value.to_owned() })
 }
 
 /// Reads `key=value` or `key-`.
 pub(crate) fn label_edit(text: &str) -> Result<LabelEdit, String> {
     match text.strip_suffix('-') {
         Some(key) if !key.is_empty() && !key.contains('=') => Ok(LabelEdit::Remove(key.to_owned())),
-        _ => pair(text)
-            .map(LabelEdit::Set)
-            .map_err(|_| "expected KEY=VALUE to set a label, or KEY- to remove one".to_owned()),
+        _ => pair(text).map(LabelEdit::Set).map_err(|error| format!("{error}; KEY- removes a label")),
     }
 }
 
@@ -123,6 +134,26 @@ mod tests {
         assert!(label_edit("-").is_err());
         assert!(pair("=x").is_err());
         assert_eq!(pair("a=b=c").unwrap().value, "b=c");
+    }
+
+    #[test]
+    fn selector_that_is_not_key_value_is_explained() {
+        for (text, said) in [
+            ("room", "\"room\" has no \"=\"; write KEY=VALUE"),
+            ("", "it is empty"),
+            ("all", "--all"),
+            ("room in (a,b)", "only equality"),
+            ("room==a1", "only equality"),
+            ("room!=a1", "only equality"),
+            ("room=~a.*", "only equality"),
+            ("=a1", "no label before"),
+        ] {
+            let error = pair(text).unwrap_err();
+            assert!(error.contains(said), "{text:?}: {error}");
+        }
+        // A value may hold what it likes after its first character.
+        assert_eq!(pair("url=http://a?b=c").unwrap().value, "http://a?b=c");
+        assert_eq!(pair("empty=").unwrap().value, "");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{all_pages, label_map, proto_duration};
 use crate::args::{ApiTokensCommand, AuditCommand, CertsCommand, CreateApiToken, ListAudit};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, enum_word, fields, id, labels, local, table, timestamp, timestamp_of};
+use crate::output::{Out, ago, enum_word, fields, id, labels, listing, local, timestamp, timestamp_of};
 
 pub(super) async fn api_tokens(
     command: ApiTokensCommand,
@@ -44,7 +44,7 @@ pub(super) async fn api_tokens(
                         token.creator.clone(),
                     ]
                 });
-                table(&["API TOKEN", "ROLE", "NODES", "STATE", "EXPIRES", "CREATOR"], rows)
+                listing("no API tokens", &["API TOKEN", "ROLE", "NODES", "STATE", "EXPIRES", "CREATOR"], rows)
             })
         }
         ApiTokensCommand::Revoke { token } => {
@@ -107,7 +107,7 @@ pub(super) async fn certs(command: CertsCommand, connection: &Connection, out: &
                         ago(certificate.expire_time.as_ref(), now),
                     ]
                 });
-                table(&["SERIAL", "SUBJECT", "ROLE", "STATE", "EXPIRES"], rows)
+                listing("no certificates", &["SERIAL", "SUBJECT", "ROLE", "STATE", "EXPIRES"], rows)
             })
         }
         CertsCommand::Revoke { certificate } => {
@@ -155,7 +155,7 @@ pub(super) async fn audit(command: AuditCommand, connection: &Connection, out: &
                 result,
             ]
         });
-        table(&["TIME", "CALLER", "ADDRESS", "METHOD", "RESOURCE", "RESULT"], rows)
+        listing("no events", &["TIME", "CALLER", "ADDRESS", "METHOD", "RESOURCE", "RESULT"], rows)
     })
 }
 

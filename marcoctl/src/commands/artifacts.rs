@@ -1,5 +1,6 @@
 //! `marcoctl artifacts`.
 
+mod doubts;
 mod push;
 
 use chrono::{DateTime, Utc};
@@ -10,10 +11,12 @@ use marco_proto::v1::{
 };
 
 use super::all_pages;
+use super::several::{self, Names};
 use crate::args::{ArtifactsCommand, Kind};
+use crate::ask;
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, bytes, clean, enum_word, fields, id, local, table};
+use crate::output::{Out, ago, bytes, clean, enum_word, fields, id, listing, local};
 
 /// Finds what is wrong before the controller is asked: a push hashes for minutes before it would be refused.
 pub(super) fn checked(command: ArtifactsCommand) -> Result<ArtifactsCommand, Failure> {
@@ -50,17 +53,28 @@ pub(super) async fn run(command: ArtifactsCommand, connection: &Connection, out:
                         artifact.default_for.join(","),
                     ]
                 });
-                table(&["ARTIFACT", "KIND", "SIZE", "SHA256", "COMPRESSION", "PUSHED", "BY", "DEFAULT FOR"], rows)
+                listing(
+                    "no artifacts",
+                    &["ARTIFACT", "KIND", "SIZE", "SHA256", "COMPRESSION", "PUSHED", "BY", "DEFAULT FOR"],
+                    rows,
+                )
             })
         }
         ArtifactsCommand::Get { artifact } => {
             let request = GetArtifactRequest { name: artifact };
             out.document(&connection.artifacts().get_artifact(call(request)).await?.into_inner(), detail)
         }
-        ArtifactsCommand::Delete { artifact } => {
-            let request = DeleteArtifactRequest { name: artifact.clone() };
-            let response = connection.artifacts().delete_artifact(call(request)).await?.into_inner();
-            out.document(&response, |_, _| format!("{} is deleted", clean(&artifact)))
+        ArtifactsCommand::Delete { artifacts, force } => {
+            if !force.force {
+                ask::unless_forced(&doubts::about_deleting(&artifacts, connection).await?, force)?;
+            }
+            let one = artifacts.first().map(|name| clean(name)).unwrap_or_default();
+            let detail = move |_: &_, _| format!("{one} is deleted");
+            let show = several::Show { field: None, done: "deleted", detail };
+            several::each(&Names::Given(artifacts), show, out, async |name| {
+                Ok(connection.artifacts().delete_artifact(call(DeleteArtifactRequest { name })).await?.into_inner())
+            })
+            .await
         }
         ArtifactsCommand::Default { artifact, board } => {
             let request = SetDefaultArtifactRequest { name: artifact, board };

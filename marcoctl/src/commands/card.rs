@@ -1,9 +1,10 @@
 //! `marcoctl card`.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
+use marco_proto::secrets;
 use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::download_artifact_response::Part;
 use marco_proto::v1::{
@@ -14,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{all_pages, label_map, proto_duration};
 use crate::args::{Board, CardCommand, Global, WriteCard};
+use crate::ask::{read_line, say};
 use crate::card::{self, Contents, Join, Set, Target};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
@@ -60,8 +62,12 @@ pub(super) async fn run(command: CardCommand, global: &Global, out: &mut Out) ->
     confirm(&first, &first_target, flags.yes)?;
     let (token, made) = match &flags.token_file {
         Some(path) => {
-            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-            (text.trim().to_owned(), None)
+            let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let token = secrets::join_token(&bytes).map_err(|holds| Failure::Usage {
+                message: format!("{} is not a join token: it holds {holds}", path.display()),
+                hint: "`marcoctl tokens create` prints one".to_owned(),
+            })?;
+            (token, None)
         }
         None => {
             let made = mint(connected(&mut connection, global).await?, &flags).await?;
@@ -266,16 +272,4 @@ fn next_card(path: &Path, number: u32, flags: &WriteCard) -> Result<Target, Fail
             Err(error) => say(&format!("{error:#}\n")),
         }
     }
-}
-
-/// A line with its end; empty at the end of input.
-fn read_line() -> Result<String, Failure> {
-    let mut line = String::new();
-    std::io::stdin().read_line(&mut line)?;
-    Ok(line)
-}
-
-fn say(text: &str) {
-    // That nobody reads stderr is no reason to stop.
-    let _ = std::io::stderr().write_all(text.as_bytes());
 }

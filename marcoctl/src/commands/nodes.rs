@@ -1,19 +1,24 @@
 //! `marcoctl nodes`.
 
 use chrono::{DateTime, Utc};
+use marco_proto::v1::node::State;
 use marco_proto::v1::{
     ApproveNodeRequest, DeleteNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, NodeFilter,
     QuarantineNodeRequest, ResolveNodeRequest, UpdateNodeRequest, WatchNodesRequest, resolve_node_request::Decision,
 };
 use prost_types::FieldMask;
 
+use super::several::{self, Names};
 use super::{all_pages, label_match};
 use crate::args::values::LabelEdit;
-use crate::args::{Label, NodeSelection, NodesCommand};
+use crate::args::{Label, NodeSelection, Nodes, NodesCommand};
 use crate::clock;
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, bytes, clean, clock_time, enum_word, fields, id, labels, local, table};
+use crate::output::{Out, ago, bytes, clean, clock_time, enum_word, fields, id, labels, listing, local};
+
+/// A page of nodes where all of them are wanted.
+const PAGE_SIZE: i32 = 500;
 
 pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     match command {
@@ -37,31 +42,69 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
         NodesCommand::Watch(selection) => watch(&selection, connection, out).await,
         NodesCommand::Label(label_args) => label(label_args, connection, out).await,
         NodesCommand::Approve { nodes } => {
-            let mut approved = Vec::new();
-            for name in nodes {
-                approved.push(connection.nodes().approve_node(call(ApproveNodeRequest { name })).await?.into_inner());
-            }
-            match approved.as_slice() {
-                [node] => out.document(node, detail),
-                nodes if out.is_json() => out.documents("nodes", nodes),
-                nodes => out.line(&node_table(nodes, clock::now())),
-            }
+            // A quarantined node was shut out for a reason: only its name lets it in again.
+            let names = chosen(&nodes, &[State::AwaitingApproval], connection).await?;
+            several::each(&names, show("approved"), out, async |name| {
+                Ok(connection.nodes().approve_node(call(ApproveNodeRequest { name })).await?.into_inner())
+            })
+            .await
         }
-        NodesCommand::Quarantine { node, reason } => {
-            let request = QuarantineNodeRequest { name: node, reason };
-            out.document(&connection.nodes().quarantine_node(call(request)).await?.into_inner(), detail)
+        NodesCommand::Quarantine { nodes, reason } => {
+            let names = chosen(&nodes, &[State::Approved, State::AwaitingApproval], connection).await?;
+            several::each(&names, show("quarantined"), out, async |name| {
+                let request = QuarantineNodeRequest { name, reason: reason.clone() };
+                Ok(connection.nodes().quarantine_node(call(request)).await?.into_inner())
+            })
+            .await
         }
         NodesCommand::Resolve(resolve) => {
             let decision = if resolve.accept { Decision::Accept } else { Decision::Abandon };
             let request = ResolveNodeRequest { name: resolve.node, decision: decision.into() };
             out.document(&connection.nodes().resolve_node(call(request)).await?.into_inner(), detail)
         }
-        NodesCommand::Delete { node, force } => {
-            let request = DeleteNodeRequest { name: node.clone(), force };
-            let response = connection.nodes().delete_node(call(request)).await?.into_inner();
-            out.document(&response, |_, _| format!("{} is deleted", clean(&node)))
+        NodesCommand::Delete { nodes, force } => {
+            let names = chosen(&nodes, &[], connection).await?;
+            let one = names.all().first().map(|name| clean(name)).unwrap_or_default();
+            let detail = move |_: &_, _| format!("{one} is deleted");
+            let show = several::Show { field: None, done: "deleted", detail };
+            several::each(&names, show, out, async |name| {
+                let request = DeleteNodeRequest { name, force };
+                Ok(connection.nodes().delete_node(call(request)).await?.into_inner())
+            })
+            .await
         }
     }
+}
+
+/// How a change of several nodes is shown.
+fn show(done: &'static str) -> several::Show<fn(&Node, DateTime<Utc>) -> String> {
+    several::Show { field: Some("nodes"), done, detail }
+}
+
+/// The names of the nodes that a command changes. Those that --all or --selector match must be in one of the states, if
+/// there are any.
+///
+/// # Errors
+/// No node matches.
+async fn chosen(nodes: &Nodes, states: &[State], connection: &Connection) -> Result<Names, Failure> {
+    if !nodes.nodes.is_empty() {
+        return Ok(Names::Given(nodes.nodes.clone()));
+    }
+    let states: Vec<i32> = states.iter().map(|state| (*state).into()).collect();
+    let filter = Some(NodeFilter { states, labels: label_match(&nodes.selector), connected: false });
+    let found = all_pages(async |page_token| {
+        let request = ListNodesRequest { page_size: PAGE_SIZE, page_token, filter: filter.clone() };
+        let page = connection.nodes().list_nodes(call(request)).await?.into_inner();
+        Ok((page.nodes, page.next_page_token))
+    })
+    .await?;
+    if found.is_empty() {
+        return Err(Failure::Unsuccessful {
+            message: "no node matches; nothing was changed".to_owned(),
+            hint: "`marcoctl nodes list` shows nodes, their states and labels".to_owned(),
+        });
+    }
+    Ok(Names::Found(found.into_iter().map(|node| node.name).collect()))
 }
 
 fn filter(selection: &NodeSelection) -> Option<NodeFilter> {
@@ -70,27 +113,45 @@ fn filter(selection: &NodeSelection) -> Option<NodeFilter> {
     wanted.then(|| NodeFilter { states: Vec::new(), labels, connected: selection.connected })
 }
 
-/// Labels are replaced as a whole by the API, so those that stay are read first.
 async fn label(label: Label, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+    let display_name = label.display_name.clone();
+    let (nodes, edits) = label.read().map_err(|message| Failure::Usage {
+        message,
+        hint: "marcoctl nodes label NODE... KEY=VALUE... KEY-...".to_owned(),
+    })?;
+    let names = chosen(&nodes, &[], connection).await?;
+    several::each(&names, show("labelled"), out, async |name| {
+        relabel(name, &edits, display_name.as_ref(), connection).await
+    })
+    .await
+}
+
+/// Labels are replaced as a whole by the API, so those that stay are read first.
+async fn relabel(
+    name: String,
+    edits: &[LabelEdit],
+    display_name: Option<&String>,
+    connection: &Connection,
+) -> Result<Node, Failure> {
     let mut nodes = connection.nodes();
-    let current = nodes.get_node(call(GetNodeRequest { name: label.node })).await?.into_inner();
+    let current = nodes.get_node(call(GetNodeRequest { name })).await?.into_inner();
     let mut node = Node { name: current.name, labels: current.labels, ..Default::default() };
     let mut paths = Vec::new();
-    if !label.edits.is_empty() {
+    if !edits.is_empty() {
         paths.push("labels".to_owned());
     }
-    for edit in label.edits {
-        match edit {
+    for edit in edits {
+        match edit.clone() {
             LabelEdit::Set(pair) => node.labels.insert(pair.key, pair.value),
             LabelEdit::Remove(key) => node.labels.remove(&key),
         };
     }
-    if let Some(display_name) = label.display_name {
+    if let Some(display_name) = display_name {
         paths.push("display_name".to_owned());
-        node.display_name = display_name;
+        node.display_name = display_name.clone();
     }
     let request = UpdateNodeRequest { node: Some(node), update_mask: Some(FieldMask { paths }) };
-    out.document(&nodes.update_node(call(request)).await?.into_inner(), detail)
+    Ok(nodes.update_node(call(request)).await?.into_inner())
 }
 
 async fn watch(selection: &NodeSelection, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
@@ -132,7 +193,7 @@ fn node_table(nodes: &[Node], now: DateTime<Utc>) -> String {
             labels(&node.labels),
         ]
     });
-    table(&["NODE", "STATE", "CONNECTED", "MODE", "MODEL", "OS", "LAST SEEN", "LABELS"], rows)
+    listing("no nodes", &["NODE", "STATE", "CONNECTED", "MODE", "MODEL", "OS", "LAST SEEN", "LABELS"], rows)
 }
 
 fn state(node: &Node) -> String {

@@ -35,7 +35,9 @@ pub(super) async fn run(command: OperationsCommand, connection: &Connection, out
         OperationsCommand::Reboot(flags) => create::reboot(flags, connection, out).await,
         OperationsCommand::PowerOff(flags) => create::power_off(flags, connection, out).await,
         OperationsCommand::Update(flags) => create::update(flags, connection, out).await,
-        OperationsCommand::Retry { operation, wait } => create::retry(operation, &wait, connection, out).await,
+        OperationsCommand::Retry { operation, wait, force } => {
+            create::retry(operation, &wait, force, connection, out).await
+        }
         OperationsCommand::List(flags) => list(flags, connection, out).await,
         OperationsCommand::Get { operation } => {
             let request = GetOperationRequest { name: operation.clone() };
@@ -136,7 +138,7 @@ async fn watch(
     if !out.is_json() && end == End::Ended {
         out.line(&show::results(&known))?;
     }
-    create::verdict(&known, end, operation)
+    create::verdict(&known, end, operation, connection).await
 }
 
 /// Explains one execution, or each that has not succeeded.

@@ -15,7 +15,7 @@ use crate::args::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, Ov
 use crate::ask::{Force, say, unless_forced};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, clean, enum_word, fields, id, labels, local, span, table, timestamp_of};
+use crate::output::{Out, ago, clean, enum_word, fields, id, labels, listing, local, span, timestamp_of};
 
 mod update;
 
@@ -216,7 +216,7 @@ fn rows(schedules: &[Schedule], now: DateTime<Utc>) -> String {
             schedule.last_fire.as_ref().map(|fire| last_outcome(fire, now)).unwrap_or_default(),
         ]
     });
-    table(&["SCHEDULE", "CRON", "ZONE", "ACTION", "TARGETS", "STATE", "NEXT", "LAST"], rows)
+    listing("no schedules", &["SCHEDULE", "CRON", "ZONE", "ACTION", "TARGETS", "STATE", "NEXT", "LAST"], rows)
 }
 
 /// What became of an instant, where its operation is, and when it was: `FIRED, RUNNING 3m ago`.
@@ -274,5 +274,5 @@ fn fires_text(fires: &[Fire]) -> String {
             fire.reason.clone(),
         ]
     });
-    table(&["FIRE", "OUTCOME", "OPERATION", "WHY"], rows)
+    listing("no fires", &["FIRE", "OUTCOME", "OPERATION", "WHY"], rows)
 }

@@ -11,7 +11,7 @@ use super::{all_pages, label_map, proto_duration};
 use crate::args::{CreateToken, TokensCommand};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, clean, fields, id, labels, local, table, timestamp};
+use crate::output::{Out, ago, clean, fields, id, labels, listing, local, timestamp};
 
 pub(super) async fn run(command: TokensCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     match command {
@@ -35,7 +35,7 @@ pub(super) async fn run(command: TokensCommand, connection: &Connection, out: &m
                         labels(&token.labels),
                     ]
                 });
-                table(&["TOKEN", "STATE", "USES", "EXPIRES", "APPROVAL", "CREATOR", "LABELS"], rows)
+                listing("no join tokens", &["TOKEN", "STATE", "USES", "EXPIRES", "APPROVAL", "CREATOR", "LABELS"], rows)
             })
         }
         TokensCommand::Revoke { token } => {

@@ -19,7 +19,7 @@ use super::{all_pages, label_map, proto_duration};
 use crate::args::{CreateUser, UpdateUser, UsersCommand};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, fields, id, local, table};
+use crate::output::{Out, fields, id, listing, local};
 
 /// Keys are for their owner alone.
 const SECRET: u32 = 0o600;
@@ -51,7 +51,7 @@ pub(super) async fn run(
                         user.creator.clone(),
                     ]
                 });
-                table(&["USER", "ROLE", "NODES", "STATE", "CREATED", "CREATOR"], rows)
+                listing("no users", &["USER", "ROLE", "NODES", "STATE", "CREATED", "CREATOR"], rows)
             })
         }
         UsersCommand::Update(flags) => update(flags, connection, out).await,

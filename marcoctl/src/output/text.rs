@@ -23,6 +23,12 @@ pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>
     table.trim_fmt()
 }
 
+/// A table, or a line that says that it is empty: a header alone looks like an answer that was cut off.
+pub(crate) fn listing(nothing: &str, header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut rows = rows.into_iter().peekable();
+    if rows.peek().is_none() { nothing.to_owned() } else { table(header, rows) }
+}
+
 /// Names and values, a line each; what is empty is left out.
 pub(crate) fn fields(fields: &[(&str, String)]) -> String {
     let shown = || fields.iter().filter(|(_, value)| !value.is_empty());
@@ -82,6 +88,19 @@ pub(crate) fn local(time: Option<&Timestamp>) -> String {
         .unwrap_or_default()
 }
 
+/// A sentence of the controller's with its instants, which are RFC 3339, as [`local`] writes them: one screen, one zone.
+pub(crate) fn in_local_time(text: &str) -> String {
+    let word = |word: &str| {
+        let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        let bare = bare.trim_start_matches(|c: char| !c.is_ascii_digit());
+        match DateTime::parse_from_rfc3339(bare) {
+            Ok(time) => word.replace(bare, &local(Some(&timestamp_of(time.with_timezone(&Utc))))),
+            Err(_) => word.to_owned(),
+        }
+    };
+    text.split_inclusive(' ').map(word).collect()
+}
+
 /// Local time of day, for lines that are read as they come.
 pub(crate) fn clock_time(now: DateTime<Utc>) -> String {
     now.with_timezone(&Local).format("%H:%M:%S").to_string()
@@ -116,12 +135,18 @@ mod tests {
 
     use chrono::DateTime;
 
-    use super::{ago, clean, fields, span, table, timestamp_of};
+    use super::{ago, clean, fields, in_local_time, listing, local, span, table, timestamp_of};
 
     #[test]
     fn a_table_is_plain_lines_without_blanks_at_the_end() {
         let text = table(&["NODE", "STATE"], [vec!["pi-01".to_owned(), "SUCCEEDED".to_owned()]]);
         assert_eq!(text, "NODE    STATE\npi-01   SUCCEEDED");
+    }
+
+    #[test]
+    fn empty_list_says_so() {
+        assert_eq!(listing("no nodes", &["NODE"], []), "no nodes");
+        assert_eq!(listing("no nodes", &["NODE"], [vec!["a".to_owned()]]), "NODE\na");
     }
 
     #[test]
@@ -139,6 +164,18 @@ mod tests {
         assert_eq!(ago(Some(&at(7200)), now), "in 2 h");
         assert_eq!(ago(None, now), "");
         assert_eq!(span(Duration::from_secs(86_400 * 3)), "3 days");
+    }
+
+    #[test]
+    fn instants_in_sentences_are_in_the_zone_of_the_lists() {
+        let shown = local(Some(&timestamp_of(DateTime::from_timestamp(1_900_000_000, 0).unwrap())));
+        for time in ["2030-03-17T17:46:40Z", "2030-03-17T17:46:40+00:00", "2030-03-17T18:46:40.000+01:00"] {
+            assert_eq!(in_local_time(&format!("It opens at {time}.")), format!("It opens at {shown}."));
+            assert_eq!(in_local_time(&format!("({time}) and {time}")), format!("({shown}) and {shown}"));
+        }
+        for plain in ["", "2030-03-17", "Wait 2m 8s, pi-01: 17:46", "a  b\nc"] {
+            assert_eq!(in_local_time(plain), plain);
+        }
     }
 
     #[test]

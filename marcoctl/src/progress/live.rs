@@ -44,6 +44,11 @@ impl Live {
         Self { multi, header, rows: BTreeMap::new() }
     }
 
+    /// Shows what an operation waits for of which no node is at work.
+    pub(super) fn waits(&self, text: &str) {
+        self.header.set_message(format!("waits: {text}"));
+    }
+
     /// Shows that the connection broke and is tried again.
     pub(super) fn lost(&self, status: &Status) {
         self.header.set_message(format!("connection lost, trying again ({})", clean(status.message())));

@@ -105,6 +105,20 @@ struct Service {
     facts: Arc<Mutex<Facts>>,
 }
 
+impl Service {
+    /// Changes the state of a node that exists.
+    fn set_state(&self, name: &str, state: node::State) -> Result<Response<Node>, Status> {
+        let mut facts = self.facts.lock().unwrap();
+        let found = facts.nodes.iter_mut().find(|node| node.name.ends_with(name));
+        let Some(node) = found else {
+            let details = ErrorDetails::with_error_info("NODE_NOT_FOUND", "marco.bootstrap", []);
+            return Err(Status::with_error_details(tonic::Code::NotFound, format!("there is no node {name}"), details));
+        };
+        node.state = state.into();
+        Ok(Response::new(node.clone()))
+    }
+}
+
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// RPCs that no test needs.
@@ -129,11 +143,14 @@ macro_rules! unneeded {
 impl NodeService for Service {
     async fn list_nodes(&self, request: Request<ListNodesRequest>) -> Result<Response<ListNodesResponse>, Status> {
         let request = request.into_inner();
-        let facts = self.facts.lock().unwrap();
+        let states = request.filter.unwrap_or_default().states;
+        let all = self.facts.lock().unwrap().nodes.clone();
+        let nodes: Vec<Node> =
+            all.into_iter().filter(|node| states.is_empty() || states.contains(&node.state)).collect();
         let from: usize = request.page_token.parse().unwrap_or(0);
-        let to = facts.nodes.len().min(from + usize::try_from(request.page_size).unwrap());
-        let next_page_token = if to < facts.nodes.len() { to.to_string() } else { String::new() };
-        Ok(Response::new(ListNodesResponse { nodes: facts.nodes[from..to].to_vec(), next_page_token }))
+        let to = nodes.len().min(from + usize::try_from(request.page_size).unwrap());
+        let next_page_token = if to < nodes.len() { to.to_string() } else { String::new() };
+        Ok(Response::new(ListNodesResponse { nodes: nodes[from..to].to_vec(), next_page_token }))
     }
 
     async fn get_node(&self, request: Request<GetNodeRequest>) -> Result<Response<Node>, Status> {
@@ -166,11 +183,24 @@ impl NodeService for Service {
 
     type WatchNodesStream = Answers<WatchNodesResponse>;
 
+    async fn approve_node(&self, request: Request<ApproveNodeRequest>) -> Result<Response<Node>, Status> {
+        self.set_state(&request.into_inner().name, node::State::Approved)
+    }
+
+    async fn quarantine_node(&self, request: Request<QuarantineNodeRequest>) -> Result<Response<Node>, Status> {
+        self.set_state(&request.into_inner().name, node::State::Quarantined)
+    }
+
+    async fn delete_node(&self, request: Request<DeleteNodeRequest>) -> Result<Response<DeleteNodeResponse>, Status> {
+        let name = request.into_inner().name;
+        self.set_state(&name, node::State::Unspecified)?;
+        self.facts.lock().unwrap().nodes.retain(|node| !node.name.ends_with(&name));
+        Ok(Response::new(DeleteNodeResponse {}))
+    }
+
     unneeded! {
-        delete_node(DeleteNodeRequest) -> DeleteNodeResponse;
         watch_nodes(WatchNodesRequest) -> Self::WatchNodesStream;
-        approve_node(ApproveNodeRequest) -> Node;
-        quarantine_node(QuarantineNodeRequest) -> Node;
+        resolve_node(ResolveNodeRequest) -> Node;
         list_join_tokens(ListJoinTokensRequest) -> ListJoinTokensResponse;
         revoke_join_token(RevokeJoinTokenRequest) -> JoinToken;
     }
@@ -198,7 +228,7 @@ impl OperationService for Service {
         Ok(Response::new(operation))
     }
 
-    /// A node whose name ends in `-bad` would refuse.
+    /// A node whose name ends in `-bad` would refuse; one that ends in `-out` is quarantined, `-alone` in no group.
     async fn check_operation(
         &self,
         request: Request<CheckOperationRequest>,
@@ -217,7 +247,17 @@ impl OperationService for Service {
                 message: message.to_owned(),
             }
         });
-        Ok(Response::new(CheckOperationResponse { checks: checks.collect() }))
+        let checks: Vec<OperationCheck> = checks.collect();
+        let warning =
+            |reason: &str, ask| OperationWarning { reason: reason.to_owned(), message: reason.to_owned(), ask };
+        let mut warnings = Vec::new();
+        if checks.iter().any(|check| check.node.ends_with("-out")) {
+            warnings.push(warning("NODE_QUARANTINED", true));
+        }
+        if checks.iter().any(|check| check.node.ends_with("-alone")) {
+            warnings.push(warning("NO_GROUP", false));
+        }
+        Ok(Response::new(CheckOperationResponse { checks, warnings }))
     }
 
     type WatchOperationStream = Answers<WatchOperationResponse>;

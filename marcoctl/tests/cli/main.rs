@@ -18,3 +18,4 @@ mod proxy;
 mod push;
 mod running;
 mod verbs;
+mod words;

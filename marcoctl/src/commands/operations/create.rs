@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::{self, Action};
 use marco_proto::v1::operation_check::Verdict;
 use marco_proto::v1::{
@@ -16,10 +17,11 @@ use super::super::{label_map, proto_duration};
 use super::show;
 use crate::args::values::FailureLimit;
 use crate::args::{Create, CreateUpdate, RolloutFlags, Target, Wait, WindowFlags};
+use crate::ask::{self, Force, say};
 use crate::connect::{Connection, call};
 use crate::failure::{Failure, is_cut};
-use crate::follow::{End, Known, Until, follow};
-use crate::output::{Out, timestamp_of};
+use crate::follow::{End, Known, Until, follow, summary};
+use crate::output::{Out, clean, in_local_time, timestamp_of};
 use crate::progress::View;
 
 /// How often a creation is asked for when the connection breaks; its request id keeps it from happening twice.
@@ -65,6 +67,9 @@ async fn create(action: Action, flags: Create, connection: &Connection, out: &mu
     if flags.dry_run {
         return check(operation, connection, out).await;
     }
+    if !flags.force.force {
+        ask::unless_forced(&doubts(operation.clone(), connection).await, flags.force)?;
+    }
     let request = CreateOperationRequest { operation: Some(operation), request_id: Uuid::now_v7().to_string() };
     let created = insist(async || connection.operations().create_operation(call(request.clone())).await).await?;
     finish(created, &flags.wait, connection, out).await
@@ -74,7 +79,7 @@ async fn create(action: Action, flags: Create, connection: &Connection, out: &mu
 async fn check(operation: Operation, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     let request = CheckOperationRequest { operation: Some(operation) };
     let found = connection.operations().check_operation(call(request)).await?.into_inner();
-    out.document(&found, |found, _| show::checks(&found.checks))?;
+    out.document(&found, |found, _| show::checks(found))?;
     let refused = found.checks.iter().filter(|check| check.verdict() == Verdict::Refused).count();
     if refused == 0 {
         return Ok(());
@@ -85,11 +90,42 @@ async fn check(operation: Operation, connection: &Connection, out: &mut Out) -> 
     })
 }
 
+/// What the controller would ask about before it creates this. What needs no answer is only said. What it refuses is no
+/// doubt: the creation says that, with its reason.
+async fn doubts(operation: Operation, connection: &Connection) -> Vec<String> {
+    let request = CheckOperationRequest { operation: Some(operation) };
+    let Ok(found) = connection.operations().check_operation(call(request)).await else { return Vec::new() };
+    let (doubts, said): (Vec<_>, Vec<_>) = found.into_inner().warnings.into_iter().partition(|warning| warning.ask);
+    for warning in said {
+        say(&format!("note: {}\n", clean(&in_local_time(&warning.message))));
+    }
+    doubts.into_iter().map(|warning| in_local_time(&warning.message)).collect()
+}
+
 fn nodes(count: usize) -> String {
     if count == 1 { "1 node".to_owned() } else { format!("{count} nodes") }
 }
 
-pub(super) async fn retry(name: String, wait: &Wait, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
+pub(super) async fn retry(
+    name: String,
+    wait: &Wait,
+    force: Force,
+    connection: &Connection,
+    out: &mut Out,
+) -> Result<(), Failure> {
+    if !force.force {
+        let again: Vec<String> = super::executions(&name, Vec::new(), super::PAGE_SIZE, connection)
+            .await?
+            .into_iter()
+            .filter(|execution| execution.state() != State::Succeeded)
+            .map(|execution| execution.node)
+            .collect();
+        // Only the nodes are in doubt. A node that is gone, and what else a retry refuses, the retry itself says.
+        let action = Some(Action::Reboot(Reboot::default()));
+        let target = Some(operation::Target::Nodes(NodeList { nodes: again }));
+        let operation = Operation { action, target, ..Default::default() };
+        ask::unless_forced(&doubts(operation, connection).await, force)?;
+    }
     let request = RetryOperationRequest { name, request_id: Uuid::now_v7().to_string() };
     let created = insist(async || connection.operations().retry_operation(call(request.clone())).await).await?;
     finish(created, wait, connection, out).await
@@ -172,12 +208,16 @@ async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &
         known.operation = created.clone();
     }
     out.document(&known.operation, |_, _| show::results(&known))?;
-    verdict(&known, end, &created.name)
+    verdict(&known, end, &created.name, connection).await
 }
 
 /// What following an operation came to.
-pub(super) fn verdict(known: &Known, end: End, name: &str) -> Result<(), Failure> {
+pub(super) async fn verdict(known: &Known, end: End, name: &str, connection: &Connection) -> Result<(), Failure> {
     let state = known.operation.state();
+    let paused = state == operation::State::Paused;
+    let reason = clean(&known.operation.state_reason);
+    let steer =
+        || format!("marcoctl operations resume {name} lets it go on, marcoctl operations cancel {name} ends it");
     let counts = known.operation.counts.unwrap_or_default();
     match end {
         End::Ended if state == operation::State::Succeeded => Ok(()),
@@ -198,11 +238,26 @@ pub(super) fn verdict(known: &Known, end: End, name: &str) -> Result<(), Failure
             ),
             hint: format!("marcoctl operations explain {name}; the operation goes on if they come back"),
         }),
+        End::Paused => Err(Failure::Unsuccessful {
+            message: format!("{name} paused by itself: {reason} ({})", summary(known, connection).await),
+            hint: steer(),
+        }),
+        End::TimedOut if paused => Err(Failure::TimedOut {
+            message: format!("{name} has not ended within the time-out: it is paused{}", because(&reason)),
+            hint: steer(),
+        }),
         End::TimedOut => Err(Failure::TimedOut {
-            message: format!("{name} has not ended within the time-out; it goes on"),
+            message: format!(
+                "{name} has not ended within the time-out; it goes on: {}",
+                summary(known, connection).await
+            ),
             hint: format!("marcoctl operations watch {name}"),
         }),
     }
+}
+
+fn because(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
 }
 
 fn overdue(counted: i32, known: &Known) -> String {

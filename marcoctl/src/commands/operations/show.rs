@@ -4,11 +4,14 @@ use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
 use marco_proto::v1::rollout::FailureLimit;
 use marco_proto::v1::{
-    Event, Execution, ExecutionLog, ExplainExecutionResponse, MaintenanceWindow, Operation, OperationCheck, Rollout,
+    CheckOperationResponse, Event, Execution, ExecutionLog, ExplainExecutionResponse, MaintenanceWindow, Operation,
+    Rollout,
 };
 
 use crate::follow::Known;
-use crate::output::{ago, bytes, clean, enum_word, fields, id, labels, local, span, table, timestamp};
+use crate::output::{
+    ago, bytes, clean, enum_word, fields, id, in_local_time, labels, listing, local, span, table, timestamp,
+};
 use crate::progress::{describe, done_of, is_final};
 
 /// The state of an operation in a word.
@@ -42,16 +45,20 @@ pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String
             operation.creator.clone(),
         ]
     });
-    table(&["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
+    listing("no operations", &["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
 }
 
-/// What would become of an operation, a line for each node.
-pub(super) fn checks(checks: &[OperationCheck]) -> String {
-    let rows = checks.iter().map(|check| {
+/// What would become of an operation: a line for each node, then what looks like a mistake.
+pub(super) fn checks(found: &CheckOperationResponse) -> String {
+    let rows = found.checks.iter().map(|check| {
         let verdict = enum_word(check.verdict().as_str_name(), "VERDICT_");
-        vec![id(&check.node), verdict, check.reason.clone(), clean(&check.message)]
+        vec![id(&check.node), verdict, check.reason.clone(), in_local_time(&check.message)]
     });
-    table(&["NODE", "WOULD BE", "REASON", "WHY"], rows)
+    let mut text = table(&["NODE", "WOULD BE", "REASON", "WHY"], rows);
+    for warning in &found.warnings {
+        text.push_str(&format!("\nwarning: {}", clean(&in_local_time(&warning.message))));
+    }
+    text
 }
 
 fn rollout(rollout: &Rollout) -> String {
@@ -134,7 +141,7 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
         ("rollout", manner.rollout),
         ("window", manner.window),
         ("state", operation_state(operation)),
-        ("reason", operation.state_reason.clone()),
+        ("reason", in_local_time(&operation.state_reason)),
         ("done", done_of(&operation.counts.unwrap_or_default())),
         ("starts", starts),
         ("expires", local(operation.expire_time.as_ref())),
@@ -157,7 +164,7 @@ pub(super) fn executions(executions: &[Execution], now: DateTime<Utc>) -> String
         };
         vec![id(&execution.node), describe(execution), progress, ago(execution.update_time.as_ref(), now)]
     });
-    table(&["NODE", "STATE", "PROGRESS", "CHANGED"], rows)
+    listing("no executions", &["NODE", "STATE", "PROGRESS", "CHANGED"], rows)
 }
 
 /// What became of each node: a line each that ends in its state, and why where it did not succeed.
@@ -183,10 +190,14 @@ pub(super) fn results(known: &Known) -> String {
 /// Why an execution is where it is.
 pub(super) fn explanation(explained: &ExplainExecutionResponse) -> String {
     let execution = explained.execution.clone().unwrap_or_default();
-    let mut text =
-        format!("{}  {}\n  {}\n", clean(&id(&execution.node)), describe(&execution), clean(&explained.explanation));
+    let mut text = format!(
+        "{}  {}\n  {}\n",
+        clean(&id(&execution.node)),
+        describe(&execution),
+        clean(&in_local_time(&explained.explanation))
+    );
     for suggestion in &explained.suggestions {
-        text.push_str(&format!("  - {}\n", clean(suggestion)));
+        text.push_str(&format!("  - {}\n", clean(&in_local_time(suggestion))));
     }
     text
 }
@@ -243,10 +254,10 @@ pub(super) fn events(events: &[Event]) -> String {
             id(&event.node),
             change,
             event.actor.clone(),
-            event.reason.clone(),
+            in_local_time(&event.reason),
         ]
     });
-    table(&["#", "TIME", "NODE", "CHANGE", "BY", "REASON"], rows)
+    listing("no events", &["#", "TIME", "NODE", "CHANGE", "BY", "REASON"], rows)
 }
 
 #[cfg(test)]
