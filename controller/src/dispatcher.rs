@@ -247,12 +247,12 @@ impl Dispatcher {
     }
 }
 
-/// What a step did; nothing where it failed, for a reason that is kept if it is the first. A store that is away ends the
-/// round.
+/// What a step did; nothing where it failed, for a reason that is kept if it is the first: other transactions' locks, for
+/// example. A store that is away ends the round.
 fn kept<T: Default>(done: Result<T, StoreError>, failed: &mut Option<StoreError>) -> Result<T, StoreError> {
     match done {
         Ok(done) => Ok(done),
-        Err(error @ StoreError::Unavailable(_)) => Err(error),
+        Err(error @ StoreError::Unavailable(_)) if !error.is_contention() => Err(error),
         Err(error) => {
             tracing::debug!(error = &*crate::chain(&error), "a step of a round failed");
             failed.get_or_insert(error);

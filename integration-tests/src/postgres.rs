@@ -5,12 +5,13 @@
 
 use std::fs;
 use std::io;
-use std::net::TcpListener;
-use std::os::unix::fs::MetadataExt as _;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
@@ -67,6 +68,55 @@ impl Postgres {
             .arg(format!("--port={}", self.port))
             .arg(format!("--command=CREATE DATABASE {name} TEMPLATE template0")))?;
         Ok(format!("postgres://postgres@127.0.0.1:{}/{name}", self.port))
+    }
+
+    /// The URL of a fresh, empty database whose tables are in a folder of their own: the log stays where it is.
+    pub fn database_in(&self, folder: &Path) -> anyhow::Result<String> {
+        let number = self.databases.fetch_add(1, Ordering::Relaxed);
+        let (name, tables) = (format!("marco_{number}"), folder.join("tables"));
+        fs::create_dir(&tables)?;
+        if let Some(user) = user()? {
+            std::os::unix::fs::chown(&tables, Some(user.uid), Some(user.gid))?;
+            // The folders above may be this user's alone.
+            for above in tables.ancestors().skip(1).filter(|above| above.starts_with(std::env::temp_dir())) {
+                let open = fs::metadata(above)?.permissions().mode() | 0o011;
+                fs::set_permissions(above, fs::Permissions::from_mode(open))?;
+            }
+        }
+        let url = |database: &str| format!("postgres://postgres@127.0.0.1:{}/{database}", self.port);
+        for statement in [
+            format!("CREATE TABLESPACE {name} LOCATION '{}'", tables.display()),
+            format!("CREATE DATABASE {name} TEMPLATE template0 TABLESPACE {name}"),
+        ] {
+            self.by_hand(&url("postgres"), &statement)?.map_err(anyhow::Error::msg)?;
+        }
+        Ok(url(&name))
+    }
+
+    /// A PgBouncer before this server, in transaction mode; `None` where it is not installed.
+    pub fn pooler(&self) -> anyhow::Result<Option<Pooler>> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
+        let mut programs = folders.map(|folder| folder.join("pgbouncer"));
+        let Some(program) = programs.find(|program| program.is_file()) else {
+            return Ok(None);
+        };
+        let (port, folder) = (free_port()?, tempfile::Builder::new().prefix("marco-pgbouncer-").tempdir()?);
+        if let Some(user) = user()? {
+            std::os::unix::fs::chown(folder.path(), Some(user.uid), Some(user.gid))?;
+        }
+        let settings = folder.path().join("pgbouncer.ini");
+        let text = format!(
+            "[databases]\n* = host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n\
+             unix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 5\n",
+            self.port
+        );
+        // With this kind of authentication the server's user is named here.
+        let text = text.replace(&format!("port={}", self.port), &format!("port={} user=postgres", self.port));
+        fs::write(&settings, text)?;
+        let mut pooler = Pooler { program, settings, port, child: None, _folder: folder };
+        pooler.restart()?;
+        Ok(Some(pooler))
     }
 
     /// The rows of a query on one of its databases, as JSON objects.
@@ -160,6 +210,53 @@ impl Postgres {
         janitor.arg("-c").arg(JANITOR).arg("janitor").arg(&self.folder).arg(stop.get_program()).args(stop.get_args());
         janitor.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         Ok(janitor.spawn()?)
+    }
+}
+
+/// A running PgBouncer; it ends when it is dropped.
+#[derive(Debug)]
+pub struct Pooler {
+    program: PathBuf,
+    settings: PathBuf,
+    port: u16,
+    child: Option<Child>,
+    _folder: tempfile::TempDir,
+}
+
+impl Pooler {
+    /// The URL of a database of its server, through the pooler.
+    pub fn url(&self, direct: &str) -> String {
+        let database = direct.rsplit('/').next().unwrap_or_default();
+        format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// Lets it connect to the server anew.
+    pub fn restart(&mut self) -> anyhow::Result<()> {
+        self.end();
+        let mut command = as_user(&self.program)?;
+        command.arg("-q").arg(&self.settings).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        self.child = Some(command.spawn().context("pgbouncer")?);
+        for _ in 0..200 {
+            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bail!("pgbouncer does not listen")
+    }
+
+    fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // One that has ended already is awaited all the same.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Pooler {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

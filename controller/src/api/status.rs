@@ -85,11 +85,21 @@ pub enum ApiError {
         message: String,
     },
     /// The database does not answer.
-    #[error("the controller's database does not answer; try again")]
+    #[error("{}", not_stored(.0))]
     Store(#[from] StoreError),
     /// A fault of ours, or of the machine.
     #[error("{0}")]
     Internal(String),
+}
+
+/// What a caller is told of an error of the database: the failure of a disk by its name, because another try does not heal it.
+fn not_stored(error: &StoreError) -> String {
+    match error {
+        StoreError::Unavailable(cause) if cause.fault().is_some() => {
+            format!("the controller's database takes no writes: {cause}")
+        }
+        _ => "the controller's database does not answer; try again".to_owned(),
+    }
 }
 
 fn summary(violations: &[Violation]) -> String {

@@ -10,6 +10,7 @@
 mod access;
 mod artifacts;
 mod conflicts;
+mod connections;
 mod database;
 mod enrolment;
 mod fires;
@@ -20,7 +21,9 @@ mod reports;
 mod rollouts;
 mod schedules;
 mod sessions;
+mod storage;
 mod support;
+mod trap;
 mod windows;
 
 /// Runs each claim on both databases.

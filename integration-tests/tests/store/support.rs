@@ -159,6 +159,22 @@ pub(crate) fn certificate(serial: &str, id: &NodeId, key: &str, generation: i64)
     }
 }
 
+/// A join token that is not stored yet.
+pub(crate) fn token(secret: &str) -> NewToken {
+    NewToken {
+        id: JoinTokenId::parse(secret).unwrap(),
+        secret_sha256: secret.to_owned(),
+        max_uses: 1,
+        expire_time: after(1800),
+        require_approval: false,
+        labels: labels(&[("room", "blue")]),
+        creator: "pat".to_owned(),
+        cidrs: Vec::new(),
+        serials: Vec::new(),
+        nodes: Vec::new(),
+    }
+}
+
 pub(crate) fn report(assignment: &Assignment, sequence: u64, state: ExecutionState, boot_id: &str) -> ReportRow {
     ReportRow {
         execution: assignment.execution.clone(),
@@ -209,18 +225,7 @@ impl Fixture {
     }
 
     pub(crate) async fn token(&self, secret: &str, max_uses: u32) -> NewToken {
-        let token = NewToken {
-            id: JoinTokenId::parse(secret).unwrap(),
-            secret_sha256: secret.to_owned(),
-            max_uses,
-            expire_time: after(1800),
-            require_approval: false,
-            labels: labels(&[("room", "blue")]),
-            creator: "pat".to_owned(),
-            cidrs: Vec::new(),
-            serials: Vec::new(),
-            nodes: Vec::new(),
-        };
+        let token = NewToken { max_uses, ..token(secret) };
         self.store.create_token(&token, start()).await.unwrap();
         token
     }

@@ -1,0 +1,181 @@
+//! Connections that fail in the middle of something, and poolers.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use integration_tests::postgres::Postgres;
+use integration_tests::proxy::{Direction, Proxy};
+use integration_tests::{seconds, wait_until};
+use marco_controller::store::{Store, StoreError, deadline};
+
+use crate::support::*;
+use crate::trap::{Snap, Trap};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_whose_answer_was_lost_is_stored_and_costs_nothing_else() {
+    let f = postgres().await;
+    let trap = Trap::lay(&f.url, "COMMIT", Snap::Cut).await;
+    let through = Store::open(&trap.url(&f.url)).await.unwrap();
+    let cut = Fixture { store: through, url: f.url.clone(), folder: None };
+    trap.set(3);
+    let mut uncertain = Vec::new();
+    while trap.left() > 0 {
+        let new = token(&format!("cut-{}", trap.left()));
+        let error = cut.store.create_token(&new, start()).await.unwrap_err();
+        assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+        uncertain.push(new);
+    }
+    // What is acknowledged afterwards is there for everybody.
+    for number in 0..20 {
+        let new = token(&format!("after-{number}"));
+        cut.store.create_token(&new, start()).await.unwrap();
+        uncertain.push(new);
+    }
+    let stored = f.store.tokens(None, 100).await.unwrap();
+    for new in uncertain {
+        assert!(stored.iter().any(|row| row.id == new.id), "{} is lost", new.id.name());
+    }
+    assert!(cut.store.ailment().is_none(), "writes succeed again");
+    let open =
+        "SELECT pid FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND datname = current_database()";
+    let url = f.url.clone();
+    let left = tokio::task::spawn_blocking(move || Postgres::start().unwrap().rows(&url, open).unwrap()).await.unwrap();
+    assert!(left.is_empty(), "transactions were left open: {left:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_controller_that_froze_within_a_transaction_holds_nobody_up() {
+    let f = postgres().await;
+    let trap = Trap::lay(&f.url, "FOR UPDATE SKIP LOCKED", Snap::Freeze).await;
+    let frozen = Store::open(&trap.url(&f.url)).await.unwrap();
+    let nodes = f.enrolled(&["pi-1", "pi-2"]).await;
+    let mut sessions = Vec::new();
+    for id in &nodes {
+        sessions.push((id.clone(), f.session(id, "boot-1", start()).await));
+    }
+    f.create(reboot(), &nodes[..1]).await;
+    trap.set(1);
+    let claiming = {
+        let (store, sessions) = (frozen.clone(), sessions.clone());
+        tokio::spawn(async move { store.claim("c1", &sessions, start()).await })
+    };
+    wait_until(seconds(10), "it froze", async || Ok((trap.left() == 0).then_some(()))).await.unwrap();
+    // The row of the first node is held now.
+    tokio::time::timeout(seconds(10), async { while locked(&f).await == 0 {} }).await.unwrap();
+    let second = f.create(reboot(), &nodes[1..]).await;
+    let begun = Instant::now();
+    let claimed = f.store.claim("c1", &sessions, start()).await.unwrap();
+    assert!(begun.elapsed() < seconds(3), "a round stood still for {:?}", begun.elapsed());
+    assert!(claimed.iter().any(|one| one.execution.operation == second), "the other node has work at once");
+    // The frozen one loses its rows, and the first node gets its work well within a beat or two.
+    wait_until(seconds(8), "the first node has work", async || {
+        let now = f.store.claim("c1", &sessions, start()).await?;
+        let had = claimed.iter().chain(&now).any(|one| one.execution.node == nodes[0]);
+        Ok(had.then_some(()))
+    })
+    .await
+    .unwrap();
+    let lost = claiming.await.unwrap();
+    assert!(matches!(lost, Err(StoreError::Unavailable(_))), "{lost:?}");
+}
+
+/// How many sessions of the database stand within a transaction.
+async fn locked(f: &Fixture) -> usize {
+    let url = f.url.clone();
+    let query = "SELECT pid FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()";
+    tokio::task::spawn_blocking(move || Postgres::start().unwrap().rows(&url, query).unwrap().len()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_are_answered_though_no_statement_is() {
+    let f = postgres().await;
+    let target = f.url.split('@').nth(1).unwrap().split('/').next().unwrap().parse().unwrap();
+    let proxy = Proxy::start(target).await.unwrap();
+    let url = f.url.replace(&target.to_string(), &proxy.address().to_string());
+    let store = Store::open(&url).await.unwrap();
+    // Connections that are there already, and in the midst of a statement.
+    let all = BTreeMap::new();
+    join_all((0..8).map(|_| store.approved_nodes(&all))).await;
+    proxy.hold(Direction::Down);
+    let begun = Instant::now();
+    let reads =
+        (0..20).map(|_| deadline::of_caller(async { store.approved_nodes(&BTreeMap::new()).await.map(|_| ()) }));
+    let new: Vec<_> = (0..20).map(|number| token(&format!("held-{number}"))).collect();
+    let writes =
+        new.iter().map(|new| deadline::of_caller(async { store.create_token(new, start()).await.map(|_| ()) }));
+    let (reads, writes) = tokio::join!(join_all(reads), join_all(writes));
+    for answer in reads.into_iter().chain(writes) {
+        assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
+    }
+    assert!(begun.elapsed() < Duration::from_millis(2500), "callers waited {:?}", begun.elapsed());
+    assert!(store.ailment().is_some());
+    // Some of it was only late, and none of the connections is asked again.
+    proxy.release(Direction::Down);
+    wait_until(seconds(10), "it answers again", async || {
+        Ok(store.create_token(&token("again"), start()).await.is_ok().then_some(()))
+    })
+    .await
+    .unwrap();
+    join_all((0..20).map(|_| async { store.approved_nodes(&BTreeMap::new()).await.unwrap() })).await;
+    assert!(store.ailment().is_none());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_name() {
+    let server = tokio::task::spawn_blocking(|| Postgres::start_own().unwrap()).await.unwrap();
+    let direct = server.database().unwrap();
+    let Some(mut pooler) = server.pooler().unwrap() else {
+        assert!(std::env::var_os("CI").is_none(), "pgbouncer is not installed: run `make deps`");
+        return;
+    };
+    let url = pooler.url(&direct);
+    let asked = format!("{url}?pgbouncer=true");
+    let refused = Store::open(&url).await.unwrap_err();
+    assert!(matches!(&refused, StoreError::Pooler { why, .. } if why.contains("PgBouncer")), "{refused:?}");
+    let unset = Store::open(&asked).await.unwrap_err().to_string();
+    let statements: Vec<&str> = unset.lines().filter(|line| line.contains("ALTER ROLE")).collect();
+    assert!(statements.len() >= 3 && unset.contains("idle_in_transaction_session_timeout"), "{unset}");
+    server.by_hand(&direct, &statements.concat()).unwrap().unwrap();
+    pooler.restart().unwrap();
+
+    let stores = join_all((0..2).map(|_| Store::open(&asked))).await;
+    let stores: Vec<Store> = stores.into_iter().map(Result::unwrap).collect();
+    let f = Fixture { store: stores[0].clone(), url: direct.clone(), folder: None };
+    let nodes = f.enrolled(&["pi-1", "pi-2", "pi-3", "pi-4"]).await;
+    let tasks = (0..40).map(|number| {
+        let (store, nodes) = (stores[number % 2].clone(), nodes.clone());
+        async move {
+            store.create_operation(&new_operation(reboot(), &nodes), start()).await.unwrap();
+            store.approved_nodes(&BTreeMap::new()).await.unwrap();
+            store.begin_due(start()).await.unwrap();
+        }
+    });
+    join_all(tasks).await;
+    let query = "SELECT name FROM pg_prepared_statements";
+    for _ in 0..5 {
+        assert!(server.rows(&url, query).unwrap().is_empty(), "names stay on servers that others get next");
+    }
+    // Who opens it directly meanwhile sees the same.
+    let other = Store::open(&direct).await.unwrap();
+    assert_eq!(other.approved_nodes(&BTreeMap::new()).await.unwrap().len(), 4);
+}
+
+#[tokio::test]
+async fn a_database_that_others_could_read_is_private_from_the_next_start() {
+    let f = sqlite().await;
+    f.token("t", 1).await;
+    let folder = f.folder.unwrap();
+    drop(f.store);
+    let path = |name: &str| folder.path().join(name);
+    for name in ["marco.db", "marco.db.lock"] {
+        std::fs::set_permissions(path(name), std::fs::Permissions::from_mode(0o664)).unwrap();
+    }
+    let store = Store::open(&f.url).await.unwrap();
+    store.create_token(&token("u"), start()).await.unwrap();
+    for name in ["marco.db", "marco.db.lock", "marco.db-wal", "marco.db-shm"] {
+        let mode = std::fs::metadata(path(name)).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{name}");
+    }
+}

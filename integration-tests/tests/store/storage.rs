@@ -1,0 +1,298 @@
+//! A database whose disk is full, takes no writes or fails, under load: nothing that was acknowledged is lost, it says
+//! what is wrong, and it serves again by itself.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use integration_tests::mount::Mount;
+use integration_tests::postgres::Postgres;
+use integration_tests::{seconds, wait_until};
+use marco_controller::store::{AuditQuery, AuditRow, Fault, Store, StoreError};
+
+use crate::support::*;
+
+/// Room for the database, some of which the test takes away.
+const ROOM: &str = "24m";
+const WRITERS: u64 = 4;
+
+/// What was written at the same time as the disk failed.
+struct Load {
+    store: Store,
+    acknowledged: Mutex<BTreeSet<String>>,
+    next: AtomicU64,
+    faults: Mutex<Vec<(Fault, String)>>,
+    stop: AtomicBool,
+}
+
+impl Load {
+    fn new(store: Store) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            acknowledged: Mutex::default(),
+            next: AtomicU64::new(0),
+            faults: Mutex::default(),
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    fn start(self: &Arc<Self>) -> Vec<tokio::task::JoinHandle<()>> {
+        let write = |load: Arc<Self>| async move {
+            while !load.stop.load(Ordering::SeqCst) {
+                load.write().await;
+            }
+        };
+        (0..WRITERS).map(|_| tokio::spawn(write(Arc::clone(self)))).collect()
+    }
+
+    async fn write(&self) {
+        let number = self.next.fetch_add(1, Ordering::SeqCst);
+        // Large and small ones: on a disk that is nearly full the small ones still succeed.
+        let message = "x".repeat(if number % 3 == 0 { 20_000 } else { 10 });
+        let row = AuditRow {
+            time: start(),
+            actor: format!("writer-{number}"),
+            credential: String::new(),
+            from: String::new(),
+            method: "CreateUser".to_owned(),
+            target: String::new(),
+            result: "OK".to_owned(),
+            message,
+        };
+        match self.store.record_audit(&row).await {
+            Ok(_) => {
+                self.acknowledged.lock().unwrap().insert(row.actor);
+            }
+            Err(error) => {
+                assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+                if let Some(fault) = error.fault() {
+                    let said = std::error::Error::source(&error).unwrap().to_string();
+                    self.faults.lock().unwrap().push((fault, said));
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.acknowledged.lock().unwrap().len()
+    }
+
+    /// Waits until writes fail with this fault, which names the place, and the store says so.
+    async fn fails(&self, fault: Fault, place: &str) {
+        wait_until(seconds(30), &format!("writes fail: {fault}"), async || {
+            let faults = std::mem::take(&mut *self.faults.lock().unwrap());
+            let found = faults.iter().find(|(found, _)| *found == fault);
+            assert!(
+                found.is_none_or(|(_, said)| said.contains(&fault.to_string()) && said.contains(place)),
+                "{found:?}"
+            );
+            Ok(found.map(|_| ()))
+        })
+        .await
+        .unwrap();
+        assert!(self.store.ailment().is_some());
+    }
+
+    /// Waits until writes succeed again by themselves, and the store says so.
+    async fn heals(&self) {
+        let before = self.count();
+        wait_until(seconds(30), "it serves again", async || {
+            Ok((self.count() > before + 20 && self.store.ailment().is_none()).then_some(()))
+        })
+        .await
+        .unwrap();
+    }
+
+    /// Everything that was acknowledged is there for who opens the database.
+    async fn nothing_is_lost(&self, store: &Store) {
+        let query = AuditQuery { limit: u32::MAX / 2, ..AuditQuery::default() };
+        let stored: BTreeSet<String> =
+            store.audit(&query).await.unwrap().into_iter().map(|(_, row)| row.actor).collect();
+        let acknowledged = self.acknowledged.lock().unwrap();
+        let lost: Vec<&String> = acknowledged.difference(&stored).collect();
+        assert!(lost.is_empty(), "{} of {} are lost: {lost:?}", lost.len(), acknowledged.len());
+    }
+}
+
+/// Takes what room is left, at once.
+fn fill(folder: &Path) {
+    let mut file = fs::File::create(folder.join("ballast")).unwrap();
+    let block = vec![1; 4096];
+    while std::io::Write::write_all(&mut file, &block).is_ok() {}
+}
+
+fn empty(folder: &Path) {
+    fs::remove_file(folder.join("ballast")).unwrap();
+}
+
+/// A tmpfs, if this process may mount one.
+async fn small_disk(folder: &Path) -> Option<Mount> {
+    let mounted = Mount::tmpfs(folder.join("disk"), ROOM).await.ok();
+    assert!(mounted.is_some() || !rustix::process::geteuid().is_root(), "root can mount a tmpfs");
+    mounted
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(disk) = small_disk(folder.path()).await else { return };
+    let file = disk.folder().join("marco.db").display().to_string();
+    let url = format!("sqlite://{file}");
+    let load = Load::new(Store::open(&url).await.unwrap());
+    let writers = load.start();
+    for _ in 0..3 {
+        load.heals().await;
+        fill(disk.folder());
+        load.fails(Fault::DiskFull, &file).await;
+        empty(disk.folder());
+    }
+    load.heals().await;
+    load.stop.store(true, Ordering::SeqCst);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    load.nothing_is_lost(&load.store).await;
+    // Also for the next process, which sees what is on the disk only.
+    let copy = folder.path().join("copy");
+    fs::create_dir(&copy).unwrap();
+    for ending in ["", "-wal"] {
+        fs::copy(format!("{file}{ending}"), copy.join(format!("marco.db{ending}"))).unwrap();
+    }
+    let next = Store::open(&format!("sqlite://{}/marco.db", copy.display())).await.unwrap();
+    load.nothing_is_lost(&next).await;
+}
+
+/// Compiled and preloaded into a process of its own: while a file exists, what it names fails on the database's files.
+const FAILING: &str = r#"
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+static int fails(int fd, const char *what, int error) {
+    char link[64], path[4096], asked[16] = "";
+    const char *fault = getenv("MARCO_FAULT_FILE");
+    int file = fault ? syscall(SYS_openat, AT_FDCWD, fault, O_RDONLY) : -1;
+    if (file < 0) return 0;
+    syscall(SYS_read, file, asked, sizeof asked - 1);
+    syscall(SYS_close, file);
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return 0;
+    path[length] = 0;
+    if (strcmp(asked, what) != 0 || !strstr(path, "marco.db")) return 0;
+    errno = error;
+    return 1;
+}
+int fsync(int fd) { return fails(fd, "fsync", EIO) ? -1 : (int)syscall(SYS_fsync, fd); }
+int fdatasync(int fd) { return fails(fd, "fsync", EIO) ? -1 : (int)syscall(SYS_fdatasync, fd); }
+ssize_t write(int fd, const void *from, size_t count) {
+    return fails(fd, "write", EROFS) ? -1 : syscall(SYS_write, fd, from, count);
+}
+ssize_t pwrite64(int fd, const void *from, size_t count, off_t at) {
+    return fails(fd, "write", EROFS) ? -1 : syscall(SYS_pwrite64, fd, from, count, at);
+}
+ssize_t pwrite(int fd, const void *from, size_t count, off_t at) { return pwrite64(fd, from, count, at); }
+"#;
+
+#[allow(clippy::disallowed_methods, reason = "the test runs itself once more, under a library that fails")]
+fn command(program: &Path) -> Command {
+    Command::new(program)
+}
+
+#[tokio::test]
+async fn sqlite_whose_fsync_or_writes_fail_loses_nothing_that_was_acknowledged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, library) = (folder.path().join("fault.c"), folder.path().join("fault.so"));
+    fs::write(&source, FAILING).unwrap();
+    let built = command(Path::new("cc")).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().unwrap();
+    assert!(built.success(), "the library cannot be compiled");
+    let fault = folder.path().join("fault");
+    let run = move || -> ExitStatus {
+        command(&std::env::current_exe().unwrap())
+            .args(["--exact", "storage::under_failing_system_calls", "--ignored", "--nocapture"])
+            .env("LD_PRELOAD", &library)
+            .env("MARCO_FAULT_FILE", &fault)
+            .status()
+            .unwrap()
+    };
+    assert!(tokio::task::spawn_blocking(run).await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "runs in a process of its own, by the test above"]
+async fn under_failing_system_calls() {
+    let fault = std::env::var("MARCO_FAULT_FILE").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("marco.db").display().to_string();
+    let load = Load::new(Store::open(&format!("sqlite://{file}")).await.unwrap());
+    let writers = load.start();
+    for what in ["fsync", "write", "fsync"] {
+        load.heals().await;
+        fs::write(&fault, what).unwrap();
+        load.fails(Fault::Io, &file).await;
+        fs::remove_file(&fault).unwrap();
+    }
+    load.heals().await;
+    load.stop.store(true, Ordering::SeqCst);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    load.nothing_is_lost(&load.store).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_acknowledged() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = tokio::task::spawn_blocking(|| Postgres::start_own().unwrap()).await.unwrap();
+    let disk = small_disk(folder.path()).await;
+    let url = match &disk {
+        // Its own log stays on the large disk: a server that cannot write that ends.
+        Some(disk) => server.database_in(disk.folder()).unwrap(),
+        None => server.database().unwrap(),
+    };
+    let place = url.split('@').nth(1).unwrap().to_owned();
+    let load = Load::new(Store::open(&url).await.unwrap());
+    let writers = load.start();
+    for _ in 0..2 {
+        load.heals().await;
+        if let Some(disk) = &disk {
+            fill(disk.folder());
+            load.fails(Fault::DiskFull, &place).await;
+            empty(disk.folder());
+            load.heals().await;
+        }
+        let set = |value: &str| {
+            let set = format!("ALTER SYSTEM SET default_transaction_read_only = {value}");
+            for statement in [set.as_str(), "SELECT pg_reload_conf()"] {
+                server.by_hand(&url, statement).unwrap().unwrap();
+            }
+        };
+        set("on");
+        load.fails(Fault::ReadOnly, &place).await;
+        set("off");
+        load.heals().await;
+        server.pause().unwrap();
+        tokio::time::timeout(seconds(30), async {
+            while load.store.ailment().is_none() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .unwrap();
+        server.resume().unwrap();
+    }
+    load.heals().await;
+    load.stop.store(true, Ordering::SeqCst);
+    for writer in writers {
+        writer.await.unwrap();
+    }
+    load.nothing_is_lost(&load.store).await;
+}

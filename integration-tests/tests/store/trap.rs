@@ -1,0 +1,100 @@
+//! A way to Postgres that fails at a chosen statement.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+/// How long the server has for what it was sent before the way is cut.
+const AT_WORK: Duration = Duration::from_millis(200);
+
+/// What happens to a connection on which the word was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Snap {
+    /// The server gets the statement, and its answer is lost with the connection.
+    Cut,
+    /// The server gets the statement and what follows it at once, and then hears nothing more: as if the controller froze,
+    /// or its host were gone.
+    Freeze,
+}
+
+/// A proxy to a Postgres.
+pub(crate) struct Trap {
+    address: SocketAddr,
+    left: Arc<AtomicUsize>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Trap {
+    /// A way to the server of `url` that snaps at `word`, as often as it is set to.
+    pub(crate) async fn lay(url: &str, word: &'static str, snap: Snap) -> Self {
+        let target: SocketAddr = url.split('@').nth(1).unwrap().split('/').next().unwrap().parse().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, left) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+        let counter = Arc::clone(&left);
+        let task = tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                let server = TcpStream::connect(target).await.unwrap();
+                tokio::spawn(pass(client, server, word, snap, Arc::clone(&counter)));
+            }
+        });
+        Self { address, left, task }
+    }
+
+    /// The URL of the same database by this way.
+    pub(crate) fn url(&self, url: &str) -> String {
+        let (user, rest) = url.split_once('@').unwrap();
+        format!("{user}@{}/{}", self.address, rest.split_once('/').unwrap().1)
+    }
+
+    pub(crate) fn set(&self, times: usize) {
+        self.left.store(times, Ordering::SeqCst);
+    }
+
+    pub(crate) fn left(&self) -> usize {
+        self.left.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Trap {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Snap, left: Arc<AtomicUsize>) {
+    let (mut from_client, mut to_client) = client.into_split();
+    let (mut from_server, mut to_server) = server.into_split();
+    let down = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
+    let mut block = vec![0; 64 * 1024];
+    let mut seen = false;
+    while let Ok(count @ 1..) = from_client.read(&mut block).await {
+        let sent = &block[..count];
+        let take = |left: usize| left.checked_sub(1);
+        let snaps = sent.windows(word.len()).any(|part| part == word.as_bytes())
+            && left.try_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
+        if snap == Snap::Cut && snaps {
+            // The answer stays behind.
+            down.abort();
+        }
+        if to_server.write_all(sent).await.is_err() {
+            break;
+        }
+        match snap {
+            Snap::Cut if snaps => {
+                tokio::time::sleep(AT_WORK).await;
+                break;
+            }
+            // A statement is prepared first; what runs it comes next.
+            Snap::Freeze if seen => {
+                down.abort();
+                std::future::pending::<()>().await;
+            }
+            _ => seen |= snaps,
+        }
+    }
+    down.abort();
+}
