@@ -1,5 +1,6 @@
 //! Cards, written as image files and looked at with other people's tools.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
@@ -102,6 +103,12 @@ async fn a_card_starts_the_installer_and_joins() {
 
     let again = alone(&arguments).await;
     assert!(again.code == 2 && again.stderr.contains("card.img exists"), "{again:?}");
+
+    // A file that others could read holds a token now.
+    std::fs::set_permissions(&card, std::fs::Permissions::from_mode(0o664)).unwrap();
+    let over = alone(&[arguments.as_slice(), &["--yes"]].concat()).await;
+    assert_eq!(over.code, 0, "{over:?}");
+    assert_eq!(std::fs::metadata(&card).unwrap().permissions().mode() & 0o777, 0o600);
 }
 
 #[tokio::test]
