@@ -11,6 +11,7 @@ use marco_proto::names::{API_PORT, ENROLL_PORT, MIRROR_PORT};
 use serde::Deserialize;
 
 use crate::discovery::Ways;
+use crate::identity::ca::Ca;
 
 /// How late an instant of a schedule may be found and still fire.
 const MISSED_AFTER: Duration = Duration::from_secs(300);
@@ -47,8 +48,9 @@ pub struct ServeArgs {
     /// Where the database, the artifacts and the CA's key live [default: ./marco-data]
     #[arg(long, env = "MARCO_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
-    /// Where the certificates for operators and the controller are [default: ./certs]
-    #[arg(long, env = "MARCO_CERTS", value_name = "DIR")]
+    /// Where the certificates for operators and the controller are, also read from MARCO_CERTS unless that folder holds
+    /// an operator's certificates of another controller [default: ./certs]
+    #[arg(long, value_name = "DIR")]
     pub certs: Option<PathBuf>,
     /// The database: postgres://USER:PASSWORD@HOST/NAME, or sqlite:///PATH; also read from DATABASE_URL
     /// [default: DATA-DIR/marco.db]
@@ -85,6 +87,23 @@ pub struct ServeArgs {
     /// [default: 90]
     #[arg(long, env = "MARCO_KEEP_EVENTS", value_name = "DAYS")]
     pub keep_events: Option<u32>,
+}
+
+/// Variables that are not this program's alone.
+#[derive(Debug, Clone, Default)]
+pub struct Shared {
+    /// `DATABASE_URL`.
+    pub database_url: Option<String>,
+    /// `MARCO_CERTS`, which names an operator's folder for `marcoctl`.
+    pub certs: Option<PathBuf>,
+}
+
+impl Shared {
+    /// As the process has them; an empty one is unset.
+    pub fn of_process() -> Self {
+        let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        Self { database_url: variable("DATABASE_URL"), certs: variable("MARCO_CERTS").map(PathBuf::from) }
+    }
 }
 
 /// The file's keys, the same as the flags'.
@@ -136,11 +155,11 @@ pub struct Config {
 }
 
 impl Config {
-    /// Puts flags, variables, file and defaults together. `database_url` is the plain `DATABASE_URL`, if set.
+    /// Puts flags, variables, file and defaults together.
     ///
     /// # Errors
     /// An unreadable file, a file with an unknown key, or a value of the wrong form.
-    pub fn load(args: ServeArgs, database_url: Option<String>) -> anyhow::Result<Self> {
+    pub fn load(args: ServeArgs, shared: Shared) -> anyhow::Result<Self> {
         let file = match &args.config {
             Some(path) => read(path)?,
             None => File::default(),
@@ -152,7 +171,7 @@ impl Config {
             .unwrap_or_else(|| SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, API_PORT)));
         let enroll_listen =
             args.enroll_listen.or(file.enroll_listen).unwrap_or_else(|| SocketAddr::new(listen.ip(), ENROLL_PORT));
-        let database_url = match args.database_url.or(database_url).or(file.database_url) {
+        let database_url = match args.database_url.or(shared.database_url).or(file.database_url) {
             Some(url) => url,
             None => format!("sqlite://{}", data_dir.join("marco.db").display()),
         };
@@ -174,9 +193,20 @@ impl Config {
         };
         let missed_after = TimeDelta::from_std(missed_after).context("missed-after is too long")?;
         anyhow::ensure!(missed_after <= MISSED_AFTER_MAX, "missed-after is longer than a day");
+        let own = |certs: &PathBuf| {
+            let own = !is_operators(certs, &data_dir);
+            if !own {
+                tracing::warn!(
+                    folder = %certs.display(),
+                    "MARCO_CERTS holds an operator's certificates of another controller: this one does not use it"
+                );
+            }
+            own
+        };
+        let certs = args.certs.or_else(|| shared.certs.filter(own)).or(file.certs);
         Ok(Self {
+            certs: certs.unwrap_or_else(|| "certs".into()),
             data_dir,
-            certs: args.certs.or(file.certs).unwrap_or_else(|| "certs".into()),
             database_url,
             listen,
             enroll_listen,
@@ -191,6 +221,15 @@ impl Config {
     }
 }
 
+/// Whether a folder holds what an operator was given: the CA's certificate, but neither a controller's key nor the
+/// certificate of the CA whose key is in the data directory.
+fn is_operators(certs: &Path, data_dir: &Path) -> bool {
+    let Ok(ca) = std::fs::read_to_string(certs.join("ca.crt")) else { return false };
+    let own_ca =
+        std::fs::read_to_string(data_dir.join("pki").join("ca.key")).is_ok_and(|key| Ca::load(&ca, &key).is_ok());
+    !own_ca && !certs.join("controller.key").exists()
+}
+
 fn read(path: &Path) -> anyhow::Result<File> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read the settings in {}", path.display()))?;
@@ -199,12 +238,49 @@ fn read(path: &Path) -> anyhow::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Config, ServeArgs};
+    use super::{Config, ServeArgs, Shared};
+    use crate::identity::ca::Pki;
 
     fn with_file(text: &str, args: ServeArgs) -> anyhow::Result<Config> {
         let file = tempfile::NamedTempFile::new()?;
         std::fs::write(file.path(), text)?;
-        Config::load(ServeArgs { config: Some(file.path().to_owned()), ..args }, None)
+        Config::load(ServeArgs { config: Some(file.path().to_owned()), ..args }, Shared::default())
+    }
+
+    /// The certificates' folder with `MARCO_CERTS` set and these further settings.
+    fn certs(variable: &std::path::Path, data_dir: &std::path::Path, flag: Option<&str>) -> std::path::PathBuf {
+        let args =
+            ServeArgs { data_dir: Some(data_dir.to_owned()), certs: flag.map(Into::into), ..ServeArgs::default() };
+        Config::load(args, Shared { certs: Some(variable.to_owned()), ..Shared::default() }).unwrap().certs
+    }
+
+    #[test]
+    fn operators_certificates_are_not_taken_for_the_controllers() {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, own, theirs) = (dir.path().join("data"), dir.path().join("own"), dir.path().join("theirs"));
+        let now = chrono::DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        // An empty folder, and one that is not there yet, become the controller's own.
+        assert_eq!(certs(&own, &data, None), own);
+        Pki::open(&data, &own, &[], now).unwrap();
+        assert_eq!(certs(&own, &data, None), own);
+        // Also when only its CA is left in there.
+        std::fs::remove_file(own.join("controller.key")).unwrap();
+        assert_eq!(certs(&own, &data, None), own);
+
+        std::fs::create_dir(&theirs).unwrap();
+        let (elsewhere, given) = (dir.path().join("elsewhere"), dir.path().join("given"));
+        Pki::open(&elsewhere, &given, &[], now).unwrap();
+        for name in ["ca.crt", "admin.crt", "admin.key"] {
+            std::fs::copy(given.join(name), theirs.join(name)).unwrap();
+        }
+        for data in [&data, &dir.path().join("fresh")] {
+            assert_eq!(certs(&theirs, data, None).to_str(), Some("certs"));
+            assert_eq!(certs(&theirs, data, Some("/flag")).to_str(), Some("/flag"));
+            // Named by hand it is used, and refused with advice that costs nobody a CA.
+            assert_eq!(certs(&own, data, Some(theirs.to_str().unwrap())), theirs);
+        }
+        let refused = Pki::open(&dir.path().join("fresh"), &theirs, &[], now).map(|_| ()).unwrap_err().to_string();
+        assert!(refused.contains("--certs") && !refused.contains("remove"), "{refused}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Parser as _;
 use marco_controller::clock::SystemClock;
-use marco_controller::config::{Cli, Command, Config, ServeArgs};
+use marco_controller::config::{Cli, Command, Config, ServeArgs, Shared};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -37,7 +37,7 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
     raise_open_files();
     // Database, artifacts and staged uploads are nobody else's; what others may read (certificates) says so itself.
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
-    let config = Config::load(args, std::env::var("DATABASE_URL").ok().filter(|url| !url.is_empty()))?;
+    let config = Config::load(args, Shared::of_process())?;
 
     tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start the runtime")?.block_on(
         async {

@@ -37,7 +37,8 @@ const BACKDATED: TimeDelta = TimeDelta::hours(24);
 pub enum PkiError {
     /// Only one half of the CA is there.
     #[error(
-        "found {found} but not {missing}: a CA needs both; restore the missing one, or remove the other to mint a new CA, which every node must then join anew"
+        "found {found} but not {missing}: a CA needs both. Restore the missing one from a backup; if the certificates \
+         are somebody else's, name a folder for this controller's own with --certs DIR"
     )]
     HalfThere {
         /// The half that exists.
@@ -153,7 +154,7 @@ impl Ca {
     }
 
     /// Loads an authority; the error says what is wrong.
-    fn load(certificate_pem: &str, key_pem: &str) -> Result<Self, String> {
+    pub(crate) fn load(certificate_pem: &str, key_pem: &str) -> Result<Self, String> {
         let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|err| format!("no certificate can be read from it ({err})"))?;
         let key = KeyPair::from_pem(key_pem).map_err(|err| format!("no key can be read ({err})"))?;
