@@ -4,6 +4,7 @@ mod access;
 mod agent;
 mod artifact;
 mod convert;
+pub(crate) mod downloads;
 mod enrollment;
 mod explain;
 mod node;
@@ -44,9 +45,13 @@ use crate::sessions::Sessions;
 use crate::store::{AuditRow, ControllerRow, Store};
 
 pub(crate) use artifact::remove_unneeded;
+pub use downloads::Downloads;
 pub(crate) use peers::{fetcher, others_serve};
 pub use schedule::prepare_fire;
 pub use status::{ApiError, Violation};
+
+/// Largest message to reflection, whose requests are names.
+const REFLECTION_MESSAGE: usize = 16 << 10;
 
 macro_rules! limited {
     ($server:ident, $service:expr) => {
@@ -65,6 +70,8 @@ pub struct Context {
     pub sessions: Arc<Sessions>,
     /// The stored files.
     pub artifacts: Arc<Artifacts>,
+    /// Downloads under way.
+    pub downloads: Downloads,
     /// Issues certificates.
     pub ca: Arc<Ca>,
     /// The time.
@@ -143,8 +150,8 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
 
     let mut routes = RoutesBuilder::default();
     routes
-        .add_service(reflection().build_v1()?)
-        .add_service(reflection().build_v1alpha()?)
+        .add_service(reflection().build_v1()?.max_decoding_message_size(REFLECTION_MESSAGE))
+        .add_service(reflection().build_v1alpha()?.max_decoding_message_size(REFLECTION_MESSAGE))
         .add_service(health)
         .add_service(limited!(AccessServiceServer, access::Doors::new(context.clone())))
         .add_service(limited!(AgentServiceServer, agent::Agent::new(context.clone())))

@@ -3,8 +3,10 @@
 pub mod access;
 pub mod api_tokens;
 pub mod ca;
+pub mod callers;
 pub mod calls;
 pub mod gate;
+pub mod peer_log;
 pub mod rate;
 pub mod record;
 pub mod roles;
@@ -19,7 +21,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use marco_proto::names::{ApiTokenId, NodeId};
 use tokio_util::sync::CancellationToken;
 
-use crate::store::{Scope, Store, StoreError};
+use crate::store::Scope;
 use roles::Role;
 use tls::PeerInfo;
 
@@ -174,36 +176,4 @@ pub fn authorize<'a>(method_path: &str, caller: Option<&'a Caller>) -> Result<&'
     let caller = caller.ok_or(Denied::Unauthenticated)?;
     let allowed = roles::allowed(method_path);
     if allowed.contains(&caller.role) { Ok(caller) } else { Err(Denied::Forbidden { role: caller.role, allowed }) }
-}
-
-/// Whether a caller may read from the file mirror, by its role. Answers the caller.
-///
-/// # Errors
-/// Why not.
-pub fn authorize_mirror(caller: Option<&Caller>) -> Result<&Caller, Denied> {
-    let caller = caller.ok_or(Denied::Unauthenticated)?;
-    let allowed = roles::MIRROR;
-    if allowed.contains(&caller.role) { Ok(caller) } else { Err(Denied::Forbidden { role: caller.role, allowed }) }
-}
-
-/// What the store says of a caller's certificate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Admission {
-    /// Nothing against it.
-    Open,
-    /// It was revoked, or its node is quarantined or gone.
-    Barred,
-}
-
-/// Looks a caller's certificate up. Those of nodes are all recorded; those of people once they were seen by the API.
-///
-/// # Errors
-/// The store's.
-pub async fn inspect(store: &Store, caller: &Caller) -> Result<Admission, StoreError> {
-    let standing = store.standings(std::slice::from_ref(&caller.serial)).await?.pop();
-    let barred = match standing {
-        Some(standing) => standing.revoked || standing.quarantined,
-        None => caller.node.is_some(),
-    };
-    Ok(if barred { Admission::Barred } else { Admission::Open })
 }

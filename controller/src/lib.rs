@@ -3,6 +3,8 @@
 //! [`Controller::bind`] opens the store, the certificates and the listeners; [`Controller::run`] serves until it is told
 //! to stop, and then drains: streams are told good-bye, calls under way are answered, under a deadline.
 
+#[cfg(test)]
+mod account;
 pub mod api;
 pub mod artifacts;
 pub mod calendar;
@@ -47,6 +49,8 @@ use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::calls::CallsLayer;
 use crate::identity::gate::GateLayer;
+use crate::identity::tls::places::{Limits, STRANGER_MESSAGE, mirror_places};
+use crate::identity::tls::streams::StreamsLayer;
 use crate::identity::tls::{Acceptor, enrolment_builder, incoming, server_builder};
 use crate::identity::upkeep::Upkeep;
 use crate::mirror::{Mirror, Patience};
@@ -123,16 +127,20 @@ impl Controller {
         let api = listen(config.listen, "the API")?;
         let enrolment = listen(config.enroll_listen, "enrolment")?;
         let mirror = listen_if_free(config.mirror_listen, config.mirror_asked_for, "the file mirror")?;
-        let api_acceptor = Acceptor::api(&pki, Arc::clone(&clock))?;
-        let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?;
-        let mirror_acceptor = Acceptor::mirror(&pki, Arc::clone(&clock))?;
+        let access = Access::new(store.clone(), Arc::clone(&clock));
+        let limits = Limits::of_files(open_files());
+        let api_acceptor = Acceptor::api(&pki, Arc::clone(&clock))?.guarded(limits, Some(access.look()));
+        let enrolment_acceptor = Acceptor::enrolment(&pki, Arc::clone(&clock))?.guarded(limits, None);
+        let mirror_acceptor =
+            Acceptor::mirror(&pki, Arc::clone(&clock))?.guarded(Limits::of_mirror(open_files()), Some(access.look()));
         let (serving, seen) = watch::channel(true);
         let context = api::Context {
             serving: seen,
-            access: Access::new(store.clone(), Arc::clone(&clock)),
+            access,
             store,
             sessions: Arc::new(Sessions::default()),
             artifacts: Arc::new(artifacts),
+            downloads: api::Downloads::new(open_files()),
             clock: Arc::clone(&clock),
             controller: Uuid::now_v7().to_string(),
             addresses: advertised(&config, api.local_addr()?),
@@ -214,6 +222,7 @@ impl Controller {
         // Calls that change something, whoever still waits for them.
         let calls = TaskTracker::new();
         let api = server_builder()
+            .layer(StreamsLayer)
             .layer(GateLayer::new(Arc::clone(&context.access), calls.clone()))
             .add_routes(api::routes(&context).await?)
             .serve_with_incoming_shutdown(
@@ -222,7 +231,7 @@ impl Controller {
             );
         servers.spawn(async move { api.await.context("the API's server failed") });
         let enrolment = enrolment_builder()
-            .layer(CallsLayer::new(calls.clone()))
+            .layer(CallsLayer::new(calls.clone(), STRANGER_MESSAGE))
             .add_routes(api::enrollment_routes(&context))
             .serve_with_incoming_shutdown(
                 incoming(self.enrolment, self.enrolment_acceptor),
@@ -235,7 +244,7 @@ impl Controller {
                 access: Arc::clone(&context.access),
                 artifacts: Arc::clone(&context.artifacts),
                 fetch: api::fetcher(&context),
-                patience: Patience::default(),
+                patience: Patience { crowd: mirror_places(open_files()), ..Patience::default() },
             };
             let serving = mirror.serve(listener, self.mirror_acceptor, servers_stop.clone());
             servers.spawn(async move {
@@ -432,6 +441,13 @@ fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::R
             Ok(None)
         }
     }
+}
+
+/// How many files the system lets this process have open.
+fn open_files() -> usize {
+    use rustix::process::{Resource, getrlimit};
+    // `None`: no limit.
+    getrlimit(Resource::Nofile).current.and_then(|files| usize::try_from(files).ok()).unwrap_or(1 << 20)
 }
 
 fn make_private(dir: &Path) -> anyhow::Result<()> {

@@ -33,19 +33,19 @@ use tower_http::timeout::TimeoutLayer;
 use crate::artifacts::{ArtifactError, Artifacts, BlobReader, Digest};
 use crate::identity::access::Access;
 use crate::identity::gate::record_refused_file;
+use crate::identity::peer_log::{cut, of_peer};
+use crate::identity::tls::places::MIRROR_PLACES;
 use crate::identity::tls::{Acceptor, PeerInfo, TlsConn, incoming};
-use crate::identity::{Admission, Caller, Denied, authorize_mirror, inspect};
-use crate::store::{ArtifactRow, Kind, Store, StoreError};
+use crate::identity::{Caller, Denied};
+use crate::store::{Allowance, ArtifactRow, Kind, Store, StoreError};
 use answer::File;
 
-/// Open connections: each costs a few buffers, and a fleet that installs at once opens one for each node.
-const MAX_CONNECTIONS: usize = 4096;
 /// How long an answer may take to begin; bytes may have to come from another controller first.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 /// Headers of a request: wget sends six.
 const MAX_HEADERS: usize = 64;
 /// Bytes of a request's head, and of an answer that wait for the connection.
-const MAX_BUFFER: usize = 256 << 10;
+const MAX_BUFFER: usize = 64 << 10;
 /// A request has no body; whoever sends a little all the same is not worth an error.
 const MAX_BODY: usize = 4 << 10;
 /// How long downloads that are under way may go on when the controller stops; they are resumed elsewhere.
@@ -65,7 +65,7 @@ pub struct Patience {
     pub write: Duration,
     /// How often it is asked whether a reader may still read.
     pub recheck: Duration,
-    /// So many connections at once; others wait until one ends.
+    /// So many connections with a credential that was accepted at once; others wait until one ends.
     pub crowd: usize,
 }
 
@@ -75,7 +75,7 @@ impl Default for Patience {
             head: Duration::from_secs(20),
             write: Duration::from_secs(60),
             recheck: Duration::from_secs(3),
-            crowd: MAX_CONNECTIONS,
+            crowd: MIRROR_PLACES,
         }
     }
 }
@@ -100,8 +100,13 @@ pub struct Mirror {
 enum Unserved {
     #[error(transparent)]
     Denied(#[from] Denied),
-    #[error("this certificate was revoked, or its node is quarantined or gone")]
-    Barred,
+    #[error("the node is held: an admin approves it")]
+    Held,
+    #[error(
+        "nothing that this node does names these bytes; `marcoctl artifacts open NAME --mirror` lets every approved node \
+         fetch them"
+    )]
+    NotAsked,
     #[error("{0}")]
     NotFound(String),
     #[error("the bytes are not here yet: {0}; ask again")]
@@ -115,8 +120,9 @@ enum Unserved {
 impl IntoResponse for Unserved {
     fn into_response(self) -> Response {
         let (status, retry) = match &self {
+            Self::Denied(Denied::Unavailable) => (StatusCode::SERVICE_UNAVAILABLE, true),
             // The handshake took the certificate, so asking for another one would not help.
-            Self::Denied(_) | Self::Barred => (StatusCode::FORBIDDEN, false),
+            Self::Denied(_) | Self::Held | Self::NotAsked => (StatusCode::FORBIDDEN, false),
             Self::NotFound(_) => (StatusCode::NOT_FOUND, false),
             Self::Elsewhere(_) | Self::Database(_) => (StatusCode::SERVICE_UNAVAILABLE, true),
             Self::Bytes(_) => (StatusCode::INTERNAL_SERVER_ERROR, false),
@@ -125,6 +131,10 @@ impl IntoResponse for Unserved {
             tracing::error!(error = &*crate::chain(&self), "the mirror could not answer");
         }
         let mut response = (status, format!("{self}\n")).into_response();
+        if status == StatusCode::FORBIDDEN {
+            // A refused connection is closed: it would be another one's place.
+            response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
+        }
         if retry {
             response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("5"));
         }
@@ -141,22 +151,25 @@ impl Mirror {
         let mut connections = JoinSet::new();
         let mut accepted = incoming(listener, acceptor);
         loop {
-            // Permit and connection that were not taken are dropped on a stop, which ends them.
+            // A connection that was not taken is dropped on a stop, which ends it.
             let next = tokio::select! {
                 () = stop.cancelled() => break,
-                next = async {
-                    let permit = Arc::clone(&room).acquire_owned().await.ok()?;
-                    Some((permit, accepted.next().await?))
-                } => next,
+                next = accepted.next() => next,
             };
-            let Some((permit, connection)) = next else { break };
+            let Some(connection) = next else { break };
             let Ok(connection) = connection else { continue };
+            // Those that are refused take no place, and the listener lets few of them wait for their answer.
+            let room = connection.peer().connection.is_accepted().then(|| Arc::clone(&room));
             let served = graceful.watch(self.connection(connection, &router));
             connections.spawn(async move {
+                // Dropped with its task on a stop.
+                let _place = match room {
+                    Some(room) => room.acquire_owned().await.ok(),
+                    None => None,
+                };
                 if let Err(error) = served.await {
                     tracing::debug!(%error, "a connection of the mirror broke");
                 }
-                drop(permit);
             });
             while connections.try_join_next().is_some() {}
         }
@@ -177,8 +190,26 @@ impl Mirror {
             .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(service))
     }
 
+    /// Whether a caller gets these bytes: people as their role says, a node what it is asked to fetch or what was opened.
+    async fn check(&self, caller: &Caller, row: &ArtifactRow) -> Result<(), Unserved> {
+        let Some(node) = &caller.node else { return Ok(()) };
+        match self.store.node_may_have(node, &row.sha256).await.map_err(Unserved::Database)? {
+            Allowance::NotApproved => Err(Unserved::Held),
+            Allowance::Granted => Ok(()),
+            Allowance::NotAsked if row.open_to_mirror => Ok(()),
+            Allowance::NotAsked => Err(Unserved::NotAsked),
+        }
+    }
+
     /// A file for this caller.
-    async fn file(&self, row: ArtifactRow, content_type: &'static str) -> Result<File, Unserved> {
+    async fn file(&self, asked: &Asked, row: ArtifactRow, content_type: &'static str) -> Result<File, Unserved> {
+        if let Err(refused) = self.check(&asked.caller, &row).await {
+            if matches!(refused, Unserved::Held | Unserved::NotAsked) {
+                let (why, path) = (refused.to_string(), row.id.name());
+                record_refused_file(&self.access, Some(&asked.caller), Some(&asked.peer), &path, &why).await;
+            }
+            return Err(refused);
+        }
         let digest = Digest::parse(&row.sha256).map_err(Unserved::Bytes)?;
         let reader = match self.artifacts.reader(digest).await {
             Err(ArtifactError::NotFound(_)) => {
@@ -199,6 +230,13 @@ impl Mirror {
     }
 }
 
+/// Who asks for a file.
+#[derive(Clone)]
+struct Asked {
+    caller: Caller,
+    peer: PeerInfo,
+}
+
 fn router(mirror: Mirror) -> Router {
     Router::new()
         .route("/tar/{file}", get(image))
@@ -213,43 +251,45 @@ fn router(mirror: Mirror) -> Router {
         .with_state(mirror)
 }
 
-/// Who asks, and whether they may, is decided before anything is looked for.
+/// Who asks, and whether they may, is decided before anything is looked for, by the table that the API asks.
 async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<PeerInfo>().cloned();
-    // Only a certificate counts here: the handshake asks for one, and installers of 2015 have nothing else.
-    let caller = peer.as_ref().and_then(Caller::from_peer);
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
-    let response = match admit(&mirror, caller.as_ref()).await {
+    let (response, name) = match mirror.access.admit_file(peer.as_ref()).await {
         Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
+            if let Some(peer) = &peer {
+                peer.connection.accept(caller.role, &caller.name);
+            }
+            let name = caller.name.clone();
+            // Without a peer nobody is admitted.
+            if let Some(peer) = peer.clone() {
+                request.extensions_mut().insert(Asked { caller, peer });
+            }
+            (next.run(request).await, Some(name))
         }
-        Err(unserved) => {
-            if matches!(unserved, Unserved::Denied(_) | Unserved::Barred) {
-                let why = unserved.to_string();
+        Err((denied, caller)) => {
+            if denied != Denied::Unavailable {
+                let why = denied.to_string();
                 record_refused_file(&mirror.access, caller.as_ref(), peer.as_ref(), &path, &why).await;
             }
-            unserved.into_response()
+            (Unserved::from(denied).into_response(), None)
         }
     };
     let status = response.status().as_u16();
-    tracing::info!(%method, path, status, caller = caller.map(|caller| caller.name), "mirror");
-    response
-}
-
-async fn admit(mirror: &Mirror, caller: Option<&Caller>) -> Result<Caller, Unserved> {
-    let caller = authorize_mirror(caller)?;
-    match inspect(&mirror.store, caller).await.map_err(Unserved::Database)? {
-        Admission::Open => Ok(caller.clone()),
-        Admission::Barred => Err(Unserved::Barred),
+    let caller = name.as_deref().unwrap_or_default();
+    match (&name, &peer) {
+        (Some(name), _) => of_peer!(info, name.as_str(), %method, path = %cut(&path), status, caller, "mirror"),
+        (None, Some(peer)) => of_peer!(info, peer.addr, %method, path = %cut(&path), status, "mirror"),
+        (None, None) => {}
     }
+    response
 }
 
 /// An image, under its id and the ending that the 2015 installer puts behind it.
 async fn image(
     State(mirror): State<Mirror>,
-    axum::Extension(caller): axum::Extension<Caller>,
+    axum::Extension(asked): axum::Extension<Asked>,
     Path(file): Path<String>,
     request: Request,
 ) -> Result<Response, Unserved> {
@@ -259,14 +299,14 @@ async fn image(
     if row.compression != "gzip" {
         return Err(unknown("this image is no gzip tarball: push it as .tar.gz for installers of the 2015 system"));
     }
-    let file = mirror.file(row, "application/gzip").await?;
-    Ok(file.answer(request.headers(), body::Reader { mirror, caller }))
+    let file = mirror.file(&asked, row.clone(), "application/gzip").await?;
+    Ok(file.answer(request.headers(), body::Reader { mirror, asked, row }))
 }
 
 /// Boot files, under their id, with or without `.zip`.
 async fn bootcode(
     State(mirror): State<Mirror>,
-    axum::Extension(caller): axum::Extension<Caller>,
+    axum::Extension(asked): axum::Extension<Asked>,
     Path(file): Path<String>,
     request: Request,
 ) -> Result<Response, Unserved> {
@@ -276,8 +316,8 @@ async fn bootcode(
     }
     let unknown = || "there are no boot files of this name; `marcoctl artifacts list` shows what there is".to_owned();
     let row = row.ok_or_else(|| Unserved::NotFound(unknown()))?;
-    let file = mirror.file(row, "application/zip").await?;
-    Ok(file.answer(request.headers(), body::Reader { mirror, caller }))
+    let file = mirror.file(&asked, row.clone(), "application/zip").await?;
+    Ok(file.answer(request.headers(), body::Reader { mirror, asked, row }))
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ mod vitals;
 mod windows;
 
 pub use api_tokens::ApiTokenRow;
-pub use artifacts::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
+pub use artifacts::{Allowance, ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
 pub use audit::{AuditQuery, AuditRow};
 pub use certificates::{CertificateQuery, CertificateRow, Standing, StoredCertificate};
 pub use claims::Assignment;

@@ -14,8 +14,8 @@ use marco_proto::v1::artifact_service_server::{ArtifactService, ArtifactServiceS
 use marco_proto::v1::enrollment_service_server::{EnrollmentService, EnrollmentServiceServer};
 use marco_proto::v1::{
     Artifact, Chunk, DeleteArtifactRequest, DeleteArtifactResponse, DownloadArtifactRequest, DownloadArtifactResponse,
-    DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, SetDefaultArtifactRequest,
-    UploadArtifactRequest, UploadArtifactResponse, download_artifact_response,
+    DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, OpenArtifactRequest,
+    SetDefaultArtifactRequest, UploadArtifactRequest, UploadArtifactResponse, download_artifact_response,
 };
 use marco_proto::v1::{
     ConnectRequest, ConnectResponse, EnrollRequest, EnrollResponse, RenewCertificateRequest, RenewCertificateResponse,
@@ -314,6 +314,9 @@ impl ArtifactService for Services {
         &self,
         _: Request<DeleteArtifactRequest>,
     ) -> Result<Response<DeleteArtifactResponse>, Status> {
+        Err(Status::unimplemented("agents do not call it"))
+    }
+    async fn open_artifact(&self, _: Request<OpenArtifactRequest>) -> Result<Response<Artifact>, Status> {
         Err(Status::unimplemented("agents do not call it"))
     }
     async fn set_default_artifact(&self, _: Request<SetDefaultArtifactRequest>) -> Result<Response<Artifact>, Status> {

@@ -8,7 +8,7 @@ mod unstored;
 
 use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use marco_proto::names::{ExecutionId, NodeId};
@@ -25,6 +25,7 @@ use uuid::Uuid;
 use super::outbox::{self, Unsent};
 use super::status::ApiError;
 use super::{Context, caller, convert};
+use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::tls::PeerInfo;
 use crate::operation::Greeting;
 use crate::sessions::{Command, End, Handle};
@@ -196,7 +197,8 @@ impl Session {
     async fn answer(&self, row: ReportRow, outcome: ReportOutcome) -> Result<(), Ended> {
         match outcome {
             ReportOutcome::Acked => {
-                tracing::info!(execution = %row.execution, state = row.state.as_str(), sequence = row.sequence, "reported");
+                let (execution, state) = (&row.execution, row.state.as_str());
+                of_peer!(info, &self.node, %execution, state, sequence = row.sequence, "reported");
                 self.ack(&row.execution, row.attempt, row.sequence).await
             }
             ReportOutcome::Progress => {
@@ -212,14 +214,15 @@ impl Session {
             ReportOutcome::Unknown => self.send(ack(&row.execution, row.sequence)).await,
             ReportOutcome::NotHolder => Err(Ended::ByUs(End::Lost)),
             ReportOutcome::Conflict { acknowledge, why } => {
-                tracing::warn!(execution = %row.execution, why, "a report is in conflict with what is stored");
+                let execution = &row.execution;
+                of_peer!(warn, &self.node, %execution, why = %cut(&why), "a report is in conflict with what is stored");
                 match acknowledge {
                     true => self.ack(&row.execution, row.attempt, row.sequence).await,
                     false => Ok(()),
                 }
             }
             ReportOutcome::Refused(reason) => {
-                tracing::warn!(execution = %row.execution, reason, "a report was refused");
+                of_peer!(warn, &self.node, execution = %row.execution, reason = %cut(&reason), "a report was refused");
                 Ok(())
             }
         }
@@ -287,7 +290,7 @@ impl Session {
         let (status, reason, delay) = match ended {
             Ended::ByNode => return,
             Ended::Refused(status) => {
-                tracing::warn!(error = status.message(), "a session was refused");
+                of_peer!(warn, &self.node, error = %cut(status.message()), "a session was refused");
                 let _ = tokio::time::timeout(Duration::from_secs(1), self.out.send(Err(status))).await;
                 return;
             }
@@ -308,7 +311,7 @@ impl Session {
             }
             Ended::ByUs(End::Away) => (away(), "the controller does no work at present", RETRY_AFTER_STOP),
         };
-        tracing::info!(reason, "session ended by the controller");
+        of_peer!(info, &self.node, reason, "session ended by the controller");
         let goodbye = v1::Goodbye { reason: reason.to_owned(), retry_delay: convert::duration(delay) };
         let last = Ok(v1::ConnectResponse { message: Some(connect_response::Message::Goodbye(goodbye)) });
         for message in [last, Err(status)] {
@@ -363,13 +366,18 @@ async fn session(
     let Begun { epoch, held, labels, handle } = match begin(&context, &peer, &node, &hello, accepted).await {
         Ok(begun) => begun,
         Err(error) => {
-            tracing::warn!(error = %error, "a node was not let in");
+            of_peer!(warn, &node, error = %cut(&error.to_string()), "a node was not let in");
+            if let (Some(connection), ApiError::Forbidden { .. } | ApiError::Unauthenticated { .. }) =
+                (&peer.connection, &error)
+            {
+                connection.refuse();
+            }
             let _ = out.try_send(Err(error.into()));
             return;
         }
     };
     let id = Uuid::now_v7().to_string();
-    tracing::info!(session = id, epoch, boot_id = hello.boot_id, "session begun");
+    of_peer!(info, &node, session = id, epoch, boot_id = %cut(&hello.boot_id), "session begun");
     let blank = Blank::of(&hello);
     let (acked, leaving) = (Acked::default(), OnceLock::new());
     let session = Session { context, progress, node, epoch, out, blank, acked, leaving };
@@ -380,7 +388,7 @@ async fn session(
     session.farewell(ended).await;
     session.context.sessions.close(&session.node, epoch);
     session.end().await;
-    tracing::info!(session = id, "session ended");
+    of_peer!(info, &session.node, session = id, "session ended");
 }
 
 impl Session {
@@ -389,7 +397,7 @@ impl Session {
         if let Some(blank) = &self.blank
             && let Err(error) = blank.install(&self.context, &self.node).await
         {
-            tracing::warn!(error = %error, "no image was chosen for a blank card");
+            of_peer!(warn, &self.node, error = %cut(&error.to_string()), "no image was chosen for a blank card");
         }
         Ok(())
     }
@@ -420,7 +428,7 @@ impl Session {
         if let Some(execution) = self.leaving.get()
             && self.context.store.say_goodbye(execution, self.epoch, now).await?
         {
-            tracing::info!(%execution, "the node powers off");
+            of_peer!(info, &self.node, %execution, "the node powers off");
         }
         self.context.store.end_session(&self.node, self.epoch, now).await
     }
@@ -441,7 +449,7 @@ impl Session {
             Some(report) => Some(convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?),
         };
         let now = self.context.clock.now();
-        tracing::warn!(%execution, busy = busy_with.is_some(), "the node does not hold an execution");
+        of_peer!(warn, &self.node, %execution, busy = busy_with.is_some(), "the node does not hold an execution");
         match self.context.store.not_held(&execution, busy_with.as_ref(), self.epoch, now).await {
             Ok(true) => Ok(()),
             Ok(false) => Err(Ended::ByUs(End::Lost)),
@@ -492,7 +500,7 @@ impl Session {
         }
         self.context.sessions.set_ready(&self.node, self.epoch, hello.answers_queries);
         for (execution, reason) in reconciled.refused {
-            tracing::warn!(%execution, reason, "a report was refused");
+            of_peer!(warn, &self.node, %execution, reason = %cut(&reason), "a report was refused");
         }
         for (execution, sequence) in reconciled.acks {
             let attempt = listed.iter().find(|report| report.execution == execution).map_or(0, |report| report.attempt);
@@ -525,7 +533,8 @@ impl AgentService for Agent {
             }
             .into());
         };
-        let peer = Peer { from: caller.from, certificate: caller.serial, accepted };
+        let connection = request.extensions().get::<PeerInfo>().map(|peer| Arc::clone(&peer.connection));
+        let peer = Peer { from: caller.from, certificate: caller.serial, connection, accepted };
         let (out, receiver) = mpsc::channel(QUEUE);
         let span = tracing::info_span!("session", %node);
         let task = session(self.context.clone(), self.progress.clone(), node, peer, request.into_inner(), out);

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
-use marco_proto::names::{ArtifactId, CHUNK_SIZE, MESSAGE_SIZE};
+use marco_proto::names::{ArtifactId, CHUNK_SIZE};
 use marco_proto::v1;
 use marco_proto::v1::artifact_service_server::ArtifactService;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::downloads::{DOWNLOAD_QUEUE, Sending, check_node, send_blob};
 use super::status::ApiError;
 use super::{Context, caller, convert, page, peers};
-use crate::artifacts::{ArtifactError, BlobReader, Content, Digest};
+use crate::artifacts::{ArtifactError, Content, Digest};
 use crate::identity::Caller;
 use crate::identity::roles::Role;
 use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
@@ -24,12 +24,8 @@ use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
 const UPLOAD_IDLE: Duration = Duration::from_secs(60);
 /// How long the end of an upload is waited for when all announced bytes are there.
 const UPLOAD_END: Duration = Duration::from_secs(2);
-/// A download whose reader takes nothing for this long is cut.
-const DOWNLOAD_IDLE: Duration = Duration::from_secs(60);
 /// How often an upload that is being checked says how far it is.
 const CHECK_PROGRESS: Duration = Duration::from_millis(500);
-/// Messages of a download that wait for the connection, 256 KiB each.
-const DOWNLOAD_QUEUE: usize = 4;
 /// Prefix of the name of bytes, whatever name points at them.
 pub(super) const BY_DIGEST: &str = "artifacts/sha256:";
 
@@ -88,6 +84,12 @@ impl ArtifactsApi {
             }),
             DeleteArtifactOutcome::NotFound => Err(not_found(name)),
         }
+    }
+
+    async fn open(&self, request: &v1::OpenArtifactRequest) -> Result<v1::Artifact, ApiError> {
+        let id = artifact_id("name", &request.name)?;
+        let row = self.context.store.open_artifact(&id, request.open_to_mirror).await?;
+        row.map(|row| convert::artifact(&row)).ok_or_else(|| not_found(&request.name))
     }
 
     async fn set_default(&self, request: &v1::SetDefaultArtifactRequest) -> Result<v1::Artifact, ApiError> {
@@ -272,6 +274,7 @@ async fn receive(
         push_time: context.clock.now(),
         creator: caller.name.clone(),
         default_for: Vec::new(),
+        open_to_mirror: false,
     })
 }
 
@@ -282,39 +285,6 @@ async fn keep(context: &Context, row: ArtifactRow) -> Result<v1::Artifact, ApiEr
     }
     let stored = context.store.artifact(&row.id).await?.unwrap_or(row);
     Ok(convert::artifact(&stored))
-}
-
-async fn send_blob(
-    reader: BlobReader,
-    mut offset: u64,
-    answers: mpsc::Sender<Result<v1::DownloadArtifactResponse, Status>>,
-    stop: tokio_util::sync::CancellationToken,
-) {
-    while offset < reader.size() {
-        let message = match reader.read_chunk(offset, MESSAGE_SIZE).await {
-            Ok(data) if data.is_empty() => Err(Status::from(ApiError::Internal("stored bytes are missing".to_owned()))),
-            Ok(data) => Ok(data),
-            Err(error) => Err(Status::from(artifact_error(error))),
-        };
-        let failed = message.is_err();
-        let length = message.as_ref().map_or(0, Bytes::len);
-        let message = message.map(|data| v1::DownloadArtifactResponse {
-            part: Some(v1::download_artifact_response::Part::Chunk(v1::Chunk { offset, data })),
-        });
-        // Dropping the send on cancellation loses one message of a download that ends anyway and is resumed by offset.
-        tokio::select! {
-            () = stop.cancelled() => {
-                let _ = answers.try_send(Err(Status::unavailable("the controller is stopping; resume at the offset reached")));
-                return;
-            }
-            sent = tokio::time::timeout(DOWNLOAD_IDLE, answers.send(message)) => {
-                if !matches!(sent, Ok(Ok(()))) || failed {
-                    return;
-                }
-            }
-        }
-        offset += u64::try_from(length).unwrap_or(u64::MAX);
-    }
 }
 
 #[tonic::async_trait]
@@ -389,15 +359,28 @@ impl ArtifactService for ArtifactsApi {
         Ok(Response::new(result?))
     }
 
+    async fn open_artifact(&self, request: Request<v1::OpenArtifactRequest>) -> Result<Response<v1::Artifact>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let result = self.open(&request).await;
+        self.context.audit(&caller, "OpenArtifact", &request.name, &result).await;
+        Ok(Response::new(result?))
+    }
+
     type DownloadArtifactStream = Answers<v1::DownloadArtifactResponse>;
 
     async fn download_artifact(
         &self,
         request: Request<v1::DownloadArtifactRequest>,
     ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
-        let asked_by_controller = caller(&request)?.role == Role::Controller;
+        let caller = caller(&request)?;
+        let asked_by_controller = caller.role == Role::Controller;
         let request = request.into_inner();
         let row = self.find(&request.name).await?;
+        if let Some(node) = &caller.node {
+            check_node(&self.context, node, &row.sha256).await?;
+        }
+        let underway = self.context.downloads.begin(&caller).await?;
         if request.offset > row.size {
             let message = format!("{} lies past the end of {} bytes", request.offset, row.size);
             return Err(ApiError::invalid("offset", message).into());
@@ -413,6 +396,7 @@ impl ArtifactService for ArtifactsApi {
         };
         let reader = reader.map_err(artifact_error)?;
         let (sender, receiver) = mpsc::channel(DOWNLOAD_QUEUE);
+        let node = caller.node.map(|node| (node, row.sha256.clone()));
         let header = v1::DownloadHeader {
             size_bytes: row.size,
             sha256: row.sha256,
@@ -422,7 +406,9 @@ impl ArtifactService for ArtifactsApi {
         let first = v1::DownloadArtifactResponse { part: Some(v1::download_artifact_response::Part::Header(header)) };
         // The channel is empty, so this cannot fail.
         let _ = sender.try_send(Ok(first));
-        self.context.tasks.spawn(send_blob(reader, request.offset, sender, self.context.stop.clone()));
+        let context = self.context.clone();
+        let sending = Sending { context, reader, node, answers: sender, underway };
+        self.context.tasks.spawn(send_blob(sending, request.offset));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 }

@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::identity::peer_log::of_peer;
 use crate::store::StoreError;
 
 /// Domain of every `google.rpc.ErrorInfo` that the controller sends.
@@ -10,6 +11,8 @@ pub(crate) const DOMAIN: &str = "marco.bootstrap";
 
 /// Longest message, in characters: it travels in a header.
 const TEXT_MAX: usize = 500;
+/// Whom lines about failed calls are about: whoever makes them fail, together they are rated.
+const FAILED: &str = "failed calls";
 /// Most wrong fields that are named: they travel in a header too, of which clients take 8 KiB.
 const VIOLATIONS_MAX: usize = 20;
 
@@ -161,11 +164,11 @@ impl From<ApiError> for Status {
             | ApiError::Forbidden { reason, .. }
             | ApiError::Exhausted { reason, .. } => *reason,
             ApiError::Store(cause) => {
-                tracing::error!(error = &*crate::chain(cause), "a call failed in the store");
+                of_peer!(error, FAILED, error = &*crate::chain(cause), "a call failed in the store");
                 "STORE_UNAVAILABLE"
             }
             ApiError::Internal(_) => {
-                tracing::error!(error = message, "a call failed");
+                of_peer!(error, FAILED, error = message, "a call failed");
                 "INTERNAL"
             }
         };

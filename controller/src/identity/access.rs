@@ -11,9 +11,11 @@ use marco_proto::names::{ApiTokenId, UserId};
 use tokio_util::sync::CancellationToken;
 
 use super::api_tokens::ApiSecret;
+use super::callers::{Callers, OpenCall};
+use super::peer_log::{cut, of_peer};
 use super::record::Recorder;
 use super::roles::{self, Role};
-use super::tls::{PeerCertificate, PeerInfo};
+use super::tls::{Look, PeerCertificate, PeerInfo};
 use super::{Caller, Denied, Pass, authorize};
 use crate::clock::Clock;
 use crate::store::{ApiTokenRow, CertificateRow, Scope, Standing, Store, StoreError, UserRow};
@@ -30,6 +32,7 @@ pub struct Access {
     recorder: Recorder,
     open: Mutex<HashMap<u64, Open>>,
     next: AtomicU64,
+    callers: Callers,
 }
 
 /// A call that is open.
@@ -55,7 +58,14 @@ impl Access {
     /// Access as this store has it.
     pub fn new(store: Store, clock: Arc<dyn Clock>) -> Arc<Self> {
         let recorder = Recorder::new(store.clone());
-        Arc::new(Self { store, clock, recorder, open: Mutex::new(HashMap::new()), next: AtomicU64::new(0) })
+        Arc::new(Self {
+            store,
+            clock,
+            recorder,
+            open: Mutex::default(),
+            next: AtomicU64::new(0),
+            callers: Callers::default(),
+        })
     }
 
     /// Where calls are recorded.
@@ -96,6 +106,41 @@ impl Access {
             Ok(_) => Ok(caller),
             Err(denied) => Err(Refused { denied, caller: Some(caller) }),
         }
+    }
+
+    /// Who asks the file mirror for a file, if they may. Only a certificate counts: the handshake asks for one, and
+    /// installers of 2015 have nothing else.
+    ///
+    /// # Errors
+    /// Why not, and whose request it was as far as that is known.
+    pub async fn admit_file(&self, peer: Option<&PeerInfo>) -> Result<Caller, (Denied, Option<Caller>)> {
+        self.admit(roles::DOWNLOAD, peer, None).await.map_err(|Refused { denied, caller }| (denied, caller))
+    }
+
+    /// Looks certificates up when connections are accepted, so that one which is let in is no stranger's from its first
+    /// call on.
+    pub fn look(self: &Arc<Self>) -> Look {
+        let access = Arc::clone(self);
+        Arc::new(move |peer| {
+            let access = Arc::clone(&access);
+            Box::pin(async move {
+                if let Some((role, name)) = access.known(&peer).await {
+                    peer.connection.accept(role, &name);
+                }
+            })
+        })
+    }
+
+    /// Who a certificate's owner is, when nothing is against it.
+    async fn known(&self, peer: &PeerInfo) -> Option<(Role, String)> {
+        let caller = Caller::from_peer(peer)?;
+        let role = match self.standing(&caller.serial).await.ok()? {
+            Some(standing) => check(&standing, caller.role, self.clock.now()).ok()?,
+            // Those of people are stored with their first call, those of other controllers never.
+            None if caller.role == Role::Node => return None,
+            None => caller.role,
+        };
+        Some((role, caller.name))
     }
 
     async fn by_token(&self, text: &str, peer: &PeerInfo) -> Result<Caller, Denied> {
@@ -170,7 +215,8 @@ impl Access {
             not_after: certificate.not_after,
             generation: 0,
         };
-        tracing::info!(user = caller.name, serial = certificate.serial, "a certificate was seen for the first time");
+        let (name, serial) = (caller.name.as_str(), &certificate.serial);
+        of_peer!(info, name, user = %cut(name), serial, "a certificate was seen for the first time");
         Ok(self.store.enter_certificate(&user, &row).await?)
     }
 
@@ -178,11 +224,12 @@ impl Access {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes an open call, until what it answers is dropped.
-    pub(super) fn enter_call(self: &Arc<Self>, method: &str, caller: Caller) -> Entered {
+    /// Notes an open call, until what it answers is dropped; `None`: its caller has too many open.
+    pub(super) async fn enter_call(self: &Arc<Self>, method: &str, caller: Caller) -> Option<Entered> {
+        let call = self.callers.begin(&caller).await?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.open().insert(id, Open { method: method.to_owned(), caller });
-        Entered { access: Arc::clone(self), id }
+        Some(Entered { access: Arc::clone(self), id, call })
     }
 
     /// Checks open calls again and again, until cancelled.
@@ -240,7 +287,8 @@ impl Access {
                 Ok(()) => caller.pass.limit(scope),
                 Err(denied) => {
                     if caller.pass.cut(denied) {
-                        tracing::info!(caller = caller.name, method = call.method, "an open call was cut");
+                        let name = caller.name.as_str();
+                        of_peer!(info, name, caller = %cut(name), method = call.method, "an open call was cut");
                     }
                 }
             }
@@ -272,6 +320,7 @@ fn person(word: &str) -> Option<Role> {
 pub(super) struct Entered {
     access: Arc<Access>,
     id: u64,
+    pub(super) call: OpenCall,
 }
 
 impl Drop for Entered {

@@ -72,12 +72,12 @@ fn failed() -> Status {
 ///
 /// # Errors
 /// What is to be answered: the message is too large, or did not come.
-pub(super) async fn whole(request: http::Request<Body>) -> Result<http::Request<Body>, Status> {
+pub(super) async fn whole(request: http::Request<Body>, most: usize) -> Result<http::Request<Body>, Status> {
     let (parts, body) = request.into_parts();
-    let bytes = match Limited::new(body, MAX_MESSAGE + MESSAGE_HEAD).collect().await {
+    let bytes = match Limited::new(body, most + MESSAGE_HEAD).collect().await {
         Ok(collected) => collected.to_bytes(),
         Err(error) if error.is::<LengthLimitError>() => {
-            return Err(Status::out_of_range(format!("a message may have {MAX_MESSAGE} bytes, and this one has more")));
+            return Err(Status::out_of_range(format!("a message may have {most} bytes, and this one has more")));
         }
         Err(error) => {
             let status = error.downcast::<Status>().map(|status| *status);
@@ -89,19 +89,22 @@ pub(super) async fn whole(request: http::Request<Body>) -> Result<http::Request<
 
 /// Lets every call of a listener run to its end.
 #[derive(Clone)]
-pub struct CallsLayer(Calls);
+pub struct CallsLayer {
+    calls: Calls,
+    most: usize,
+}
 
 impl CallsLayer {
-    /// As tasks of the server.
-    pub fn new(tasks: TaskTracker) -> Self {
-        Self(Calls::new(tasks))
+    /// As tasks of the server, for messages of at most `most` bytes.
+    pub fn new(tasks: TaskTracker, most: usize) -> Self {
+        Self { calls: Calls::new(tasks), most }
     }
 }
 
 impl<S> tower::Layer<S> for CallsLayer {
     type Service = Finished<S>;
     fn layer(&self, inner: S) -> Finished<S> {
-        Finished { inner, calls: self.0.clone() }
+        Finished { inner, calls: self.calls.clone(), most: self.most }
     }
 }
 
@@ -110,6 +113,7 @@ impl<S> tower::Layer<S> for CallsLayer {
 pub struct Finished<S> {
     inner: S,
     calls: Calls,
+    most: usize,
 }
 
 impl<S> tower::Service<http::Request<Body>> for Finished<S>
@@ -130,9 +134,9 @@ where
         // The one that is ready is used; its clone is made ready for the next call.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
-        let calls = self.calls.clone();
+        let (calls, most) = (self.calls.clone(), self.most);
         Box::pin(deadline::of_caller(async move {
-            let request = match whole(request).await {
+            let request = match whole(request, most).await {
                 Ok(request) => request,
                 Err(status) => return Ok(status.into_http()),
             };

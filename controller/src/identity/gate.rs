@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::access::{Access, Entered, Refused};
-use super::calls::{Calls, whole};
+use super::calls::{Calls, MAX_MESSAGE, whole};
 use super::record::OK;
 use super::roles;
 use super::tls::PeerInfo;
@@ -89,6 +89,9 @@ where
             let caller = match access.admit(&method, peer.as_ref(), authorization.as_deref()).await {
                 Ok(caller) => caller,
                 Err(Refused { denied, caller }) => {
+                    if let Some(peer) = &peer {
+                        close_if_useless(peer, &denied);
+                    }
                     let status = status(&denied);
                     let mut row = row(&access, caller.as_ref(), &method, status.code(), status.message());
                     if let Some(peer) = &peer {
@@ -103,32 +106,55 @@ where
             };
             request.extensions_mut().insert(caller.clone());
             if roles::is_session(&method) {
-                // The sweep of sessions checks these, and says good-bye.
+                // The session's first message decides, its sweep checks it afterwards, and says good-bye.
                 return inner.call(request).await;
             }
+            if let Some(peer) = &peer {
+                peer.connection.accept(caller.role, &caller.name);
+            }
             let pass = Arc::clone(&caller.pass);
-            let entered = access.enter_call(&method, caller.clone());
+            let Some(entered) = access.enter_call(&method, caller.clone()).await else {
+                return Ok(noted(&calls, access, &caller, &method, too_many().into_http()).await);
+            };
             let request = request.map(|body| Body::new(Cuttable::new(body, &pass, None)));
-            let response = if roles::runs_to_its_end(&method) {
-                match whole(request).await {
-                    Ok(request) => {
-                        let work = async move {
-                            let response = inner.call(request).await.unwrap_or_else(|never| match never {});
-                            if let Some(row) = unrecorded(&access, &caller, &method, &response) {
-                                access.recorder().record(row, Some(caller.from.ip())).await;
-                            }
-                            response
-                        };
-                        calls.finish(work).await
-                    }
-                    Err(status) => noted(&calls, access, &caller, &method, status.into_http()).await,
-                }
+            let request = if roles::is_streamed(&method) {
+                Ok(request)
             } else {
-                let response = inner.call(request).await?;
-                noted(&calls, access, &caller, &method, response).await
+                let _receiving = entered.call.receiving().await;
+                whole(request, MAX_MESSAGE).await
+            };
+            let response = match request {
+                Err(status) => noted(&calls, access, &caller, &method, status.into_http()).await,
+                Ok(request) if roles::runs_to_its_end(&method) => {
+                    let work = async move {
+                        let response = inner.call(request).await.unwrap_or_else(|never| match never {});
+                        if let Some(row) = unrecorded(&access, &caller, &method, &response) {
+                            access.recorder().record(row, Some(caller.from.ip())).await;
+                        }
+                        response
+                    };
+                    calls.finish(work).await
+                }
+                Ok(request) => {
+                    let response = inner.call(request).await?;
+                    noted(&calls, access, &caller, &method, response).await
+                }
             };
             Ok(response.map(|body| Body::new(Cuttable::new(body, &pass, Some(entered)))))
         }))
+    }
+}
+
+/// Closes a connection whose credential was refused. One on which another was accepted stays: somebody may pass on the
+/// calls of several.
+fn close_if_useless(peer: &PeerInfo, denied: &Denied) {
+    let useless = match denied {
+        Denied::Revoked | Denied::Quarantined => true,
+        Denied::Unauthenticated | Denied::BadToken => !peer.connection.is_accepted(),
+        Denied::Forbidden { .. } | Denied::Unavailable => false,
+    };
+    if useless {
+        peer.connection.refuse();
     }
 }
 
@@ -224,6 +250,13 @@ fn status(denied: &Denied) -> Status {
     };
     let details = ErrorDetails::with_error_info(reason, DOMAIN, HashMap::<String, String>::new());
     Status::with_error_details(code, denied.to_string(), details)
+}
+
+/// The answer to a caller that has too many calls open.
+fn too_many() -> Status {
+    let details = ErrorDetails::with_error_info("TOO_MANY_CALLS", DOMAIN, HashMap::<String, String>::new());
+    let message = "this caller has as many calls open as it may have; end some of them";
+    Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
 /// A body that ends when its call is cut: an answer with the reason, a request with an error.

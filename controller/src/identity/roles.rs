@@ -71,8 +71,8 @@ const OPERATORS: &[Role] = &[Operator, Admin];
 const PUBLISHERS: &[Role] = &[Publisher, Admin];
 const ADMINS: &[Role] = &[Admin];
 
-/// Who may read from the file mirror.
-pub const MIRROR: &[Role] = ANY;
+/// Fetching bytes: by a call, and by a request to the file mirror.
+pub const DOWNLOAD: &str = "/marco.bootstrap.v1.ArtifactService/DownloadArtifact";
 
 /// Who may call what. `EnrollmentService` is not here: it has a listener of its own, on which tokens and signatures
 /// count. What is not here nobody may call.
@@ -94,9 +94,10 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.AccessService/UpdateUser", ADMINS),
     ("/marco.bootstrap.v1.AgentService/Connect", &[Node]),
     ("/marco.bootstrap.v1.ArtifactService/DeleteArtifact", PUBLISHERS),
-    ("/marco.bootstrap.v1.ArtifactService/DownloadArtifact", &[Publisher, Admin, Node, Controller]),
+    (DOWNLOAD, &[Publisher, Admin, Node, Controller]),
     ("/marco.bootstrap.v1.ArtifactService/GetArtifact", ANY),
     ("/marco.bootstrap.v1.ArtifactService/ListArtifacts", PEOPLE),
+    ("/marco.bootstrap.v1.ArtifactService/OpenArtifact", PUBLISHERS),
     ("/marco.bootstrap.v1.ArtifactService/SetDefaultArtifact", PUBLISHERS),
     ("/marco.bootstrap.v1.ArtifactService/UploadArtifact", PUBLISHERS),
     ("/marco.bootstrap.v1.NodeService/ApproveNode", ADMINS),
@@ -152,6 +153,13 @@ pub fn changes_something(method_path: &str) -> bool {
 /// sends, its handler keeps and records what came of it, and nothing is changed before that.
 pub fn runs_to_its_end(method_path: &str) -> bool {
     changes_something(method_path) && method_path != "/marco.bootstrap.v1.ArtifactService/UploadArtifact"
+}
+
+/// Whether its caller sends more than one message.
+pub fn is_streamed(method_path: &str) -> bool {
+    is_session(method_path)
+        || method_path == "/marco.bootstrap.v1.ArtifactService/UploadArtifact"
+        || method_path.starts_with("/grpc.reflection.")
 }
 
 /// Whether it is the session of a node, which is swept by itself.

@@ -2,12 +2,14 @@
 
 mod connection;
 mod frames;
-mod incoming;
+mod guard;
+pub(crate) mod incoming;
 mod peer;
+pub mod places;
+pub mod streams;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -26,11 +28,14 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::ca::Pki;
 use crate::clock::Clock;
 pub use connection::TlsConn;
+use guard::Guard;
+pub use guard::{Connection, Look};
 pub use incoming::incoming;
 pub use peer::{PeerError, dial};
+use places::{Limits, Places, STRANGER_STREAMS};
 
 /// Streams per connection: a console with watches and calls needs a dozen, an agent two.
-const MAX_CONCURRENT_STREAMS: u32 = 128;
+pub(crate) const MAX_CONCURRENT_STREAMS: u32 = 128;
 /// Bytes that a peer may send ahead, per stream and per connection: enough for a gigabit at 4 ms, and the most that an
 /// idle or hostile peer can make the server hold.
 const WINDOW: u32 = 512 << 10;
@@ -50,12 +55,19 @@ const MAX_HEADER_LIST: u32 = 16 << 10;
 /// A call whose answer has not begun by then is given up: a request that never comes whole would be kept for ever. Only
 /// fetching a large artifact from another controller takes minutes.
 const CALL_TIMEOUT: Duration = Duration::from_secs(600);
-/// A node enrols within seconds, so a connection for it ends, and calls under way have so long to end.
-const ENROLMENT_AGE: Duration = Duration::from_secs(60);
+/// A call for enrolment is given up after this time. Nobody on that listener ever shows a credential that is accepted.
+const ENROLMENT_CALL: Duration = Duration::from_secs(10);
+/// A node enrols within seconds, so a connection for it ends, and calls under way have so long to end: together
+/// [`places::STRANGER_AGE`].
+const ENROLMENT_AGE: Duration = Duration::from_secs(8);
 /// See [`ENROLMENT_AGE`].
-const ENROLMENT_GRACE: Duration = Duration::from_secs(10);
+const ENROLMENT_GRACE: Duration = Duration::from_secs(2);
+/// Bytes that a peer may send ahead for enrolment, per stream and per connection: the least that HTTP/2 allows.
+const ENROLMENT_WINDOW: u32 = 65_535;
+/// Largest frame for enrolment: the least that HTTP/2 allows.
+const ENROLMENT_FRAME: u32 = 16 << 10;
 
-/// How long a listener waits for whoever is connected.
+/// How long a listener waits for whoever is connected, and what it takes from them.
 #[derive(Debug, Clone, Copy)]
 struct Patience {
     ask: Duration,
@@ -63,12 +75,30 @@ struct Patience {
     call: Duration,
     /// Of a connection, with the time that it then has to end; none: it has no end.
     age: Option<(Duration, Duration)>,
+    streams: u32,
+    window: u32,
+    frame: u32,
 }
 
 /// Of the API's listener: sessions last for months.
-const API: Patience = Patience { ask: KEEPALIVE_INTERVAL, answer: KEEPALIVE_TIMEOUT, call: CALL_TIMEOUT, age: None };
+const API: Patience = Patience {
+    ask: KEEPALIVE_INTERVAL,
+    answer: KEEPALIVE_TIMEOUT,
+    call: CALL_TIMEOUT,
+    age: None,
+    streams: MAX_CONCURRENT_STREAMS,
+    window: WINDOW,
+    frame: MAX_FRAME,
+};
 /// Of the listener for enrolment: whoever can reach the port can hold connections.
-const ENROLMENT: Patience = Patience { age: Some((ENROLMENT_AGE, ENROLMENT_GRACE)), ..API };
+const ENROLMENT: Patience = Patience {
+    call: ENROLMENT_CALL,
+    age: Some((ENROLMENT_AGE, ENROLMENT_GRACE)),
+    streams: STRANGER_STREAMS,
+    window: ENROLMENT_WINDOW,
+    frame: ENROLMENT_FRAME,
+    ..API
+};
 
 /// A client certificate that the CA issued, verified in the handshake.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,29 +163,11 @@ pub struct PeerInfo {
     pub connection: Arc<Connection>,
 }
 
-/// A connection, whoever is at its other end.
-#[derive(Debug)]
-pub struct Connection {
-    accepted: Instant,
-    had_a_session: AtomicBool,
-}
-
-impl Default for Connection {
-    /// One that is accepted now.
-    fn default() -> Self {
-        Self { accepted: Instant::now(), had_a_session: AtomicBool::new(false) }
-    }
-}
-
 impl PeerInfo {
     /// Since when the peer of a session is there: since its connection was accepted, or since now, when the connection
     /// had a session before.
     pub fn accept_session(&self) -> Instant {
-        if self.connection.had_a_session.swap(true, Ordering::Relaxed) {
-            Instant::now()
-        } else {
-            self.connection.accepted
-        }
+        if self.connection.begin_session() { Instant::now() } else { self.connection.accepted() }
     }
 }
 
@@ -165,6 +177,7 @@ pub struct Acceptor {
     tls: Arc<ServerConfig>,
     presented: Arc<Presented>,
     with_ca: bool,
+    guard: Guard,
 }
 
 /// What an acceptor is for.
@@ -234,7 +247,14 @@ impl Acceptor {
         // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
-        Ok(Self { tls: Arc::new(config), presented, with_ca })
+        let guard = Guard { places: Places::new(Limits::of_files(usize::MAX)), look: None };
+        Ok(Self { tls: Arc::new(config), presented, with_ca, guard })
+    }
+
+    /// Limits the connections of this listener, and looks certificates up before the first call.
+    pub fn guarded(mut self, limits: Limits, look: Option<Look>) -> Self {
+        self.guard = Guard { places: Places::new(limits), look };
+        self
     }
 
     /// Presents the controller's present certificate from now on.
@@ -302,11 +322,11 @@ pub fn server_builder() -> tonic::transport::Server {
 
 fn builder(patience: Patience) -> tonic::transport::Server {
     let server = tonic::transport::Server::builder()
-        .max_concurrent_streams(MAX_CONCURRENT_STREAMS)
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .max_concurrent_streams(patience.streams)
+        .initial_stream_window_size(patience.window)
+        .initial_connection_window_size(patience.window)
         .http2_adaptive_window(Some(false))
-        .max_frame_size(MAX_FRAME)
+        .max_frame_size(patience.frame)
         .http2_keepalive_interval(Some(patience.ask))
         .http2_keepalive_timeout(Some(patience.answer))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))

@@ -8,14 +8,28 @@ use futures_util::stream::{Stream, try_unfold};
 use marco_proto::names::MESSAGE_SIZE;
 use tokio::time::Instant;
 
-use super::Mirror;
+use super::{Asked, Mirror, Unserved};
 use crate::artifacts::BlobReader;
-use crate::identity::{Admission, Caller, inspect};
+use crate::identity::Denied;
+use crate::identity::peer_log::of_peer;
+use crate::store::ArtifactRow;
 
 /// Who reads.
 pub(super) struct Reader {
     pub(super) mirror: Mirror,
-    pub(super) caller: Caller,
+    pub(super) asked: Asked,
+    pub(super) row: ArtifactRow,
+}
+
+impl Reader {
+    /// Whether it may still read. While the database is away, who was let in goes on.
+    async fn may_go_on(&self) -> bool {
+        let refused = match self.mirror.access.admit_file(Some(&self.asked.peer)).await {
+            Ok(caller) => self.mirror.check(&caller, &self.row).await.err(),
+            Err((denied, _)) => Some(denied.into()),
+        };
+        matches!(refused, None | Some(Unserved::Denied(Denied::Unavailable) | Unserved::Database(_)))
+    }
 }
 
 struct State {
@@ -38,9 +52,9 @@ pub(super) fn bytes(
         }
         if state.checked.elapsed() >= state.reader.mirror.patience.recheck {
             state.checked = Instant::now();
-            // While the database is away, who was let in goes on.
-            if let Ok(Admission::Barred) = inspect(&state.reader.mirror.store, &state.reader.caller).await {
-                tracing::warn!(caller = state.reader.caller.name, "a download is cut: its certificate was revoked");
+            if !state.reader.may_go_on().await {
+                let caller = state.reader.asked.caller.name.as_str();
+                of_peer!(warn, caller, caller, "a download is cut: its reader may not have it any more");
                 return Err(io::ErrorKind::PermissionDenied.into());
             }
         }

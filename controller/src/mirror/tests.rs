@@ -19,6 +19,7 @@ use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::roles::Role;
 use crate::identity::tls::Acceptor;
+use crate::identity::tls::places::Limits;
 use crate::store::Store;
 
 /// Longest wait for anything: only a failure takes it.
@@ -40,7 +41,7 @@ async fn house_with(patience: Patience) -> House {
     let dir = tempfile::tempdir().unwrap();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let pki = Pki::open(dir.path(), &dir.path().join("certs"), &[], clock.now()).unwrap();
-    let (issued, key) = pki.ca.issue_user("reader", Role::Viewer, clock.now()).unwrap();
+    let (issued, key) = pki.ca.issue_user("reader", Role::Publisher, clock.now()).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(pki.ca.certificate_der().clone()).unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -55,15 +56,17 @@ async fn house_with(patience: Patience) -> House {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let store = Store::open(&format!("sqlite://{}", dir.path().join("marco.db").display())).await.unwrap();
+    let access = Access::new(store.clone(), Arc::clone(&clock));
     let mirror = Mirror {
-        store: store.clone(),
-        access: Access::new(store, Arc::clone(&clock)),
+        store,
+        access: Arc::clone(&access),
         artifacts: Arc::new(Artifacts::open(dir.path()).unwrap()),
         fetch: Arc::new(|_, _| Box::pin(async { Err("there is no other controller".to_owned()) })),
         patience,
     };
     let stop = CancellationToken::new();
-    let serving = tokio::spawn(mirror.serve(listener, Acceptor::mirror(&pki, clock).unwrap(), stop.clone()));
+    let acceptor = Acceptor::mirror(&pki, clock).unwrap().guarded(Limits::of_files(1024), Some(access.look()));
+    let serving = tokio::spawn(mirror.serve(listener, acceptor, stop.clone()));
     House { dir, tls: TlsConnector::from(Arc::new(config)), address, stop, serving }
 }
 

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
-use marco_proto::names::{ArtifactId, OperationId};
+use marco_proto::names::{ArtifactId, NodeId, OperationId};
 
 use super::connection::{Connection, Transaction};
 use super::operations;
 use super::sql::{Row, signed, sql};
 use super::{Store, StoreError};
+use crate::operation::NodeState;
 
 /// What an artifact is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -59,6 +60,8 @@ pub struct ArtifactRow {
     pub creator: String,
     /// Board families of which it is the default; `*`: any. Ignored by `put_artifact`.
     pub default_for: Vec<String>,
+    /// Every approved node may fetch it from the file mirror by its name. Ignored by `put_artifact`.
+    pub open_to_mirror: bool,
 }
 
 impl ArtifactRow {
@@ -66,6 +69,17 @@ impl ArtifactRow {
     pub fn is_disk(&self) -> bool {
         self.compression.ends_with(" disk")
     }
+}
+
+/// What a node gets of some bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allowance {
+    /// Its work names them, or they are its board's default.
+    Granted,
+    /// Nothing that it does names them.
+    NotAsked,
+    /// The node is held, quarantined or gone.
+    NotApproved,
 }
 
 /// What became of removing a name.
@@ -139,6 +153,7 @@ impl Store {
         .await?;
         sql("INSERT INTO artifacts (id, sha256, kind, purpose, push_time, creator) VALUES (?, ?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO UPDATE SET sha256 = excluded.sha256, kind = excluded.kind, \
+                 open_to_mirror = artifacts.open_to_mirror AND artifacts.kind = excluded.kind, \
                  purpose = excluded.purpose, push_time = excluded.push_time, creator = excluded.creator")
         .bind(row.id.as_str())
         .bind(row.sha256.as_str())
@@ -175,7 +190,7 @@ impl Store {
         let row = match named {
             Some(row) => Some(row),
             None => {
-                sql("SELECT b.*, x.artifact AS id, '' AS boards FROM needs x JOIN blobs b ON b.sha256 = x.sha256 \
+                sql("SELECT b.*, x.artifact AS id, '' AS boards, FALSE AS open_to_mirror FROM needs x JOIN blobs b ON b.sha256 = x.sha256 \
                      WHERE x.sha256 = ? ORDER BY x.artifact LIMIT 1")
                 .bind(sha256)
                 .one(self.reader())
@@ -239,6 +254,37 @@ impl Store {
         let row = find(&*tx, id).await?;
         self.commit(tx).await?;
         Ok(row)
+    }
+
+    /// Opens a name to the file mirror, or closes it again. `None`: no such artifact.
+    pub async fn open_artifact(&self, id: &ArtifactId, open: bool) -> Result<Option<ArtifactRow>, StoreError> {
+        let tx = self.begin().await?;
+        sql("UPDATE artifacts SET open_to_mirror = ? WHERE id = ?").bind(open).bind(id.as_str()).run(&*tx).await?;
+        let row = find(&*tx, id).await?;
+        self.commit(tx).await?;
+        Ok(row)
+    }
+
+    /// Why a node gets the bytes of a digest or not.
+    pub async fn node_may_have(&self, node: &NodeId, sha256: &str) -> Result<Allowance, StoreError> {
+        let row = sql("SELECT n.state AS state, \
+                 EXISTS (SELECT 1 FROM executions e JOIN needs x ON x.operation = e.operation WHERE e.node = n.id \
+                     AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') AND x.sha256 = ?) AS work, \
+                 EXISTS (SELECT 1 FROM artifact_defaults d JOIN artifacts a ON a.id = d.artifact WHERE a.sha256 = ? \
+                     AND (d.board = n.family OR d.board = ? AND NOT EXISTS (SELECT 1 FROM artifact_defaults o \
+                         WHERE o.board = n.family AND o.kind = d.kind AND o.purpose = d.purpose))) AS usual \
+             FROM nodes n WHERE n.id = ?")
+        .bind(sha256)
+        .bind(sha256)
+        .bind(ANY_BOARD)
+        .bind(node.as_str())
+        .one(self.reader())
+        .await?;
+        let Some(row) = row else { return Ok(Allowance::NotApproved) };
+        if row.word("state", NodeState::parse)? != NodeState::Approved {
+            return Ok(Allowance::NotApproved);
+        }
+        Ok(if row.flag("work")? || row.flag("usual")? { Allowance::Granted } else { Allowance::NotAsked })
     }
 
     /// The default for a board family, else the one for any board.
@@ -338,5 +384,6 @@ fn read(row: &Row) -> Result<ArtifactRow, StoreError> {
         push_time: row.time("push_time")?,
         creator: row.text("creator")?,
         default_for,
+        open_to_mirror: row.flag("open_to_mirror")?,
     })
 }

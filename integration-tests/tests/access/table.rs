@@ -155,6 +155,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("ArtifactService/DownloadArtifact", "pan", Free, nobody),
     ("ArtifactService/GetArtifact", "vopan", Free, nobody),
     ("ArtifactService/ListArtifacts", "vopa", Free, empty),
+    ("ArtifactService/OpenArtifact", "pa", Free, nobody),
     ("ArtifactService/SetDefaultArtifact", "pa", Free, nobody),
     ("ArtifactService/UploadArtifact", "pa", Free, empty),
     // The enrolment has a listener of its own; on this one nobody may.

@@ -98,6 +98,7 @@ pub(crate) fn artifact(id: &str, kind: Kind, purpose: Purpose) -> ArtifactRow {
         push_time: start(),
         creator: "pat".to_owned(),
         default_for: Vec::new(),
+        open_to_mirror: false,
     }
 }
 

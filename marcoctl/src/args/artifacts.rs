@@ -35,6 +35,22 @@ where it broke; so is a push that is simply started again.")]
         #[command(flatten)]
         force: Force,
     },
+    /// Let every approved node fetch an artifact by its name, whatever its work is
+    Open {
+        /// Name or id
+        artifact: String,
+        /// From the file mirror, as installers of the 2015 system do
+        #[arg(long, required = true)]
+        mirror: bool,
+    },
+    /// Give an artifact only to nodes whose work or board it is for, as before it was opened
+    Close {
+        /// Name or id
+        artifact: String,
+        /// On the file mirror
+        #[arg(long, required = true)]
+        mirror: bool,
+    },
     /// Make an artifact the default of its kind and purpose
     Default {
         /// Name or id

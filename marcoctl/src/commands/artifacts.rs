@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::v1::artifact;
 use marco_proto::v1::{
     Artifact, ArtifactFilter, DeleteArtifactRequest, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse,
-    SetDefaultArtifactRequest,
+    OpenArtifactRequest, SetDefaultArtifactRequest,
 };
 
 use super::all_pages;
@@ -76,11 +76,18 @@ pub(super) async fn run(command: ArtifactsCommand, connection: &Connection, out:
             })
             .await
         }
+        ArtifactsCommand::Open { artifact, mirror } => open(connection, out, artifact, mirror).await,
+        ArtifactsCommand::Close { artifact, mirror } => open(connection, out, artifact, !mirror).await,
         ArtifactsCommand::Default { artifact, board } => {
             let request = SetDefaultArtifactRequest { name: artifact, board };
             out.document(&connection.artifacts().set_default_artifact(call(request)).await?.into_inner(), detail)
         }
     }
+}
+
+async fn open(connection: &Connection, out: &mut Out, artifact: String, open: bool) -> Result<(), Failure> {
+    let request = OpenArtifactRequest { name: artifact, open_to_mirror: open };
+    out.document(&connection.artifacts().open_artifact(call(request)).await?.into_inner(), detail)
 }
 
 fn kind_of(kind: Kind) -> artifact::Kind {
@@ -111,5 +118,6 @@ fn detail(artifact: &Artifact, _now: DateTime<Utc>) -> String {
         ("pushed", local(artifact.push_time.as_ref())),
         ("by", artifact.creator.clone()),
         ("default for", artifact.default_for.join(", ")),
+        ("open to", if artifact.open_to_mirror { "the file mirror" } else { "" }.to_owned()),
     ])
 }

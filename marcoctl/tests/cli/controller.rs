@@ -328,6 +328,7 @@ impl ArtifactService for Service {
         get_artifact(GetArtifactRequest) -> Artifact;
         list_artifacts(ListArtifactsRequest) -> ListArtifactsResponse;
         delete_artifact(DeleteArtifactRequest) -> DeleteArtifactResponse;
+        open_artifact(OpenArtifactRequest) -> Artifact;
         set_default_artifact(SetDefaultArtifactRequest) -> Artifact;
         download_artifact(DownloadArtifactRequest) -> Self::DownloadArtifactStream;
     }

@@ -12,8 +12,8 @@ use marco_proto::v1::artifact_service_server::{ArtifactService, ArtifactServiceS
 use marco_proto::v1::download_artifact_response::Part;
 use marco_proto::v1::{
     Artifact, Chunk, DeleteArtifactRequest, DeleteArtifactResponse, DownloadArtifactRequest, DownloadArtifactResponse,
-    DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, SetDefaultArtifactRequest,
-    UploadArtifactRequest, UploadArtifactResponse,
+    DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, OpenArtifactRequest,
+    SetDefaultArtifactRequest, UploadArtifactRequest, UploadArtifactResponse,
 };
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -145,6 +145,9 @@ impl ArtifactService for Controller {
         &self,
         _: Request<DeleteArtifactRequest>,
     ) -> Result<Response<DeleteArtifactResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+    async fn open_artifact(&self, _: Request<OpenArtifactRequest>) -> Result<Response<Artifact>, Status> {
         Err(Status::unimplemented(""))
     }
     async fn set_default_artifact(&self, _: Request<SetDefaultArtifactRequest>) -> Result<Response<Artifact>, Status> {

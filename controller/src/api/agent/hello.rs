@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{NodeId, PROTOCOL_VERSION};
@@ -10,8 +11,11 @@ use tokio::time::Instant;
 
 use crate::api::status::ApiError;
 use crate::api::{Context, convert};
+use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::record::OK;
+use crate::identity::roles::Role;
 use crate::identity::shown;
+use crate::identity::tls::Connection;
 use crate::operation::NodeState;
 use crate::sessions::Handle;
 use crate::store::{AuditRow, CLONED, SessionOutcome, SessionStart};
@@ -26,6 +30,8 @@ pub(super) struct Peer {
     pub(super) from: SocketAddr,
     /// Serial number of its certificate.
     pub(super) certificate: String,
+    /// Its connection, when the listener made one.
+    pub(super) connection: Option<Arc<Connection>>,
     /// When its connection was accepted; when it had a session before, when it asked for another.
     pub(super) accepted: Instant,
 }
@@ -47,7 +53,7 @@ fn instance(text: &str) -> Result<String, ApiError> {
 
 /// Records what the controller did to a node by itself.
 async fn noted(context: &Context, node: &NodeId, from: SocketAddr, what: &str, why: &str) {
-    tracing::warn!(%node, %from, what, why, "a node was shut out or held");
+    of_peer!(warn, node, %node, %from, what, why = %cut(why), "a node was shut out or held");
     let row = AuditRow {
         time: context.clock.now(),
         actor: "controller".to_owned(),
@@ -114,6 +120,9 @@ pub(super) async fn begin(
     };
     match context.store.begin_session(node, &start, context.clock.now()).await? {
         SessionOutcome::Begun { epoch, node: row, moved } => {
+            if let Some(connection) = &peer.connection {
+                connection.accept(Role::Node, node.as_str());
+            }
             if moved {
                 noted(context, node, peer.from, "HOLD", &row.state_reason).await;
             }

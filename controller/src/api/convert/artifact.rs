@@ -36,5 +36,6 @@ pub(in crate::api) fn artifact(row: &ArtifactRow) -> v1::Artifact {
         push_time: Some(timestamp(row.push_time)),
         creator: row.creator.clone(),
         default_for: row.default_for.clone(),
+        open_to_mirror: row.open_to_mirror,
     }
 }

@@ -10,10 +10,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 use tokio_rustls::server::TlsStream;
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::transport::server::Connected;
 
 use super::PeerInfo;
 use super::frames::{ENHANCE_YOUR_CALM, Flood, Frames};
+use super::places::{LAST_WORDS, STRANGER_AGE};
+use crate::identity::peer_log::{cut, of_peer};
 
 /// How long a peer may take from the handshake to its first frame, which it sends unasked.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
@@ -22,8 +25,17 @@ const FIRST_FRAME: Duration = Duration::from_secs(10);
 pub struct TlsConn {
     stream: TlsStream<TcpStream>,
     info: PeerInfo,
-    /// None: it speaks HTTP/1.1.
+    /// `None`: it speaks HTTP/1.1.
     http2: Option<Watched>,
+    life: Life,
+}
+
+/// How long the connection lives.
+struct Life {
+    gives_way: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// `None`: a credential was accepted, so nothing ends it.
+    end: Option<Pin<Box<Sleep>>>,
+    refused: bool,
 }
 
 /// What is watched over on a connection that speaks HTTP/2.
@@ -38,7 +50,33 @@ impl TlsConn {
     pub(super) fn new(stream: TlsStream<TcpStream>, info: PeerInfo, http2: bool) -> Self {
         let watched =
             || Watched { frames: Frames::new(Instant::now()), first: Some(Box::pin(sleep(FIRST_FRAME))), flood: None };
-        Self { stream, info, http2: http2.then(watched) }
+        let life = Life {
+            gives_way: Box::pin(info.connection.place.gives_way()),
+            end: Some(Box::pin(sleep(STRANGER_AGE))),
+            refused: false,
+        };
+        Self { stream, info, http2: http2.then(watched), life }
+    }
+
+    /// The connection ends when its place is given to another one, when no credential was accepted in time, and soon after
+    /// one was refused. Asked before reads and writes: a peer that reads nothing keeps HTTP/2 from reading.
+    fn end_if_over(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.life.gives_way.as_mut().poll(cx).is_ready() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        let place = &self.info.connection.place;
+        if !self.life.refused && place.is_refused() {
+            self.life.refused = true;
+            self.life.end = Some(Box::pin(sleep(LAST_WORDS)));
+        }
+        if let Some(end) = &mut self.life.end {
+            if !self.life.refused && place.is_accepted() {
+                self.life.end = None;
+            } else if end.as_mut().poll(cx).is_ready() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(())
     }
 
     /// Who is at the other end.
@@ -55,7 +93,8 @@ impl TlsConn {
             let _ = Pin::new(&mut self.stream).poll_flush(cx);
         }
         let peer = self.info.certificate.as_ref().map_or("", |certificate| certificate.common_name.as_str());
-        tracing::warn!(from = %self.info.addr, peer, what, "a connection was closed: too many");
+        let from = self.info.addr;
+        of_peer!(warn, from, %from, peer = %cut(peer), what, "a connection was closed: too many");
         Err(io::Error::other("too many frames of a kind"))
     }
 }
@@ -71,6 +110,7 @@ impl AsyncRead for TlsConn {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         this.end_if_flooded(cx)?;
+        this.end_if_over(cx)?;
         let before = buf.filled().len();
         let read = Pin::new(&mut this.stream).poll_read(cx, buf);
         let Some(watched) = &mut this.http2 else { return read };
@@ -114,6 +154,7 @@ impl TlsConn {
 impl AsyncWrite for TlsConn {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        this.end_if_over(cx)?;
         let written = Pin::new(&mut this.stream).poll_write(cx, data);
         this.wrote(written, &[IoSlice::new(data)])
     }
@@ -123,14 +164,17 @@ impl AsyncWrite for TlsConn {
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        this.end_if_over(cx)?;
         let written = Pin::new(&mut this.stream).poll_write_vectored(cx, data);
         this.wrote(written, data)
     }
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
     }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        this.end_if_over(cx)?;
+        Pin::new(&mut this.stream).poll_flush(cx)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)

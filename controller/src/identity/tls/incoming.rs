@@ -18,12 +18,14 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout_at};
 use tokio_rustls::LazyConfigAcceptor;
 
 use super::connection::TlsConn;
+use super::guard::Guard;
+use super::places::Limits;
 use super::{Acceptor, Connection, PeerCertificate, PeerInfo};
 
 /// How long a handshake may take: a Pi 1 on a bad radio needs seconds.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most handshakes at a time: 12 KiB each. Further connections wait in the kernel's queue.
-pub(super) const MAX_HANDSHAKES: usize = 1024;
+pub(crate) const MAX_HANDSHAKES: usize = 1024;
 /// More handshakes at a time than this are a crowd, until none is left of them: a fleet that comes back at once, or
 /// somebody who opens connections and says nothing. A crowd is waited for less long.
 pub(super) const CROWD: usize = 256;
@@ -38,17 +40,31 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// stops accepting, and drops unfinished handshakes.
 pub fn incoming(listener: TcpListener, acceptor: Acceptor) -> impl Stream<Item = io::Result<TlsConn>> + Send + Unpin {
     let (crowd, _) = watch::channel(false);
-    Incoming { listener, tls: acceptor.tls, handshakes: JoinSet::new(), crowd, pause: None }
+    let limits = acceptor.guard.places.limits();
+    Incoming {
+        listener,
+        tls: acceptor.tls,
+        guard: acceptor.guard,
+        limits,
+        handshakes: JoinSet::new(),
+        crowd,
+        pause: None,
+        short: false,
+    }
 }
 
 struct Incoming {
     listener: TcpListener,
     tls: Arc<ServerConfig>,
+    guard: Guard,
+    limits: Limits,
     /// Tasks of their own, so that public-key arithmetic runs on all cores and never holds up the accept loop.
     handshakes: JoinSet<io::Result<TlsConn>>,
     /// Whether there is a crowd.
     crowd: watch::Sender<bool>,
     pause: Option<Pin<Box<Sleep>>>,
+    /// Whether the system had no room at the last try: said once.
+    short: bool,
 }
 
 impl Stream for Incoming {
@@ -59,7 +75,8 @@ impl Stream for Incoming {
         loop {
             let ended = this.handshakes.poll_join_next(cx);
             this.crowd.send_if_modified(|crowd| {
-                let now = this.handshakes.len() > CROWD || (*crowd && !this.handshakes.is_empty());
+                let now = this.handshakes.len() > CROWD.min(this.limits.handshakes / 4)
+                    || (*crowd && !this.handshakes.is_empty());
                 std::mem::replace(crowd, now) != now
             });
             match ended {
@@ -80,17 +97,20 @@ impl Stream for Incoming {
                 ready!(pause.as_mut().poll(cx));
                 this.pause = None;
             }
-            if this.handshakes.len() >= MAX_HANDSHAKES {
+            if this.handshakes.len() >= this.limits.handshakes {
                 return Poll::Pending;
             }
             match ready!(this.listener.poll_accept(cx)) {
                 Ok((stream, addr)) => {
+                    this.short = false;
                     let crowd = this.crowd.subscribe();
-                    this.handshakes.spawn(shake_hands(Arc::clone(&this.tls), stream, addr, crowd));
+                    this.handshakes.spawn(shake_hands(Arc::clone(&this.tls), this.guard.clone(), stream, addr, crowd));
                 }
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept connections");
+                    if !std::mem::replace(&mut this.short, true) {
+                        tracing::warn!(%error, "cannot accept connections");
+                    }
                     this.pause = Some(Box::pin(sleep(ACCEPT_PAUSE)));
                 }
             }
@@ -100,12 +120,12 @@ impl Stream for Incoming {
 
 async fn shake_hands(
     tls: Arc<ServerConfig>,
+    guard: Guard,
     stream: TcpStream,
     addr: SocketAddr,
     mut crowd: watch::Receiver<bool>,
 ) -> io::Result<TlsConn> {
     let begun = Instant::now();
-    let connection = Arc::new(Connection::default());
     // Commands are small and wanted at once.
     stream.set_nodelay(true)?;
     let hello = LazyConfigAcceptor::new(Hello::default(), stream);
@@ -115,7 +135,10 @@ async fn shake_hands(
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first()).and_then(PeerCertificate::read);
     let http2 = only_http2 || session.alpn_protocol() == Some(b"h2");
-    Ok(TlsConn::new(stream, PeerInfo { addr, certificate: certificate.map(Arc::new), connection }, http2))
+    let connection = Arc::new(Connection::new(begun, guard.places.enter(addr.ip())));
+    let peer = PeerInfo { addr, certificate: certificate.map(Arc::new), connection };
+    guard.look_at(&peer).await;
+    Ok(TlsConn::new(stream, peer, http2))
 }
 
 /// Waits for a part of a handshake; in a crowd less long.

@@ -29,6 +29,7 @@ use tower::{Service as _, ServiceExt as _};
 mod limits;
 
 use super::incoming::{CROWD, MAX_HANDSHAKES};
+use super::streams::StreamsLayer;
 use super::{Acceptor, PeerInfo, incoming, server_builder};
 use crate::clock::{Clock, ManualClock};
 use crate::identity::access::Access;
@@ -281,7 +282,7 @@ async fn served_by(house: &House, server: tonic::transport::Server) -> (SocketAd
     reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
     let url = format!("sqlite://{}", house._dir.path().join("gate.db").display());
     let access = Access::new(Store::open(&url).await.unwrap(), house.clock.clone());
-    let router = { server }.layer(GateLayer::new(access, TaskTracker::new())).add_service(health);
+    let router = { server }.layer(StreamsLayer).layer(GateLayer::new(access, TaskTracker::new())).add_service(health);
     let connections = incoming(listener, house.api());
     let task = tokio::spawn(async move { router.serve_with_incoming(connections).await.unwrap() });
     (addr, task)
