@@ -26,9 +26,28 @@ pub fn stranger(ca: &str, user: &str, role: &str) -> Result<Credentials> {
     sign(&issuer, ca, user, role)
 }
 
-fn sign(issuer: &Issuer<'_, KeyPair>, ca: &str, user: &str, role: &str) -> Result<Credentials> {
-    let key = KeyPair::generate()?;
+/// A certificate of the controller's CA that expired years ago.
+pub fn expired(ca_certificate: &Path, ca_key: &Path, user: &str, role: &str) -> Result<Credentials> {
+    let ca = std::fs::read_to_string(ca_certificate).context("the CA's certificate")?;
+    let key = std::fs::read_to_string(ca_key).context("the CA's key")?;
+    let issuer = Issuer::from_ca_cert_pem(&ca, KeyPair::from_pem(&key)?)?;
     let mut params = CertificateParams::default();
+    (params.not_before, params.not_after) = (rcgen::date_time_ymd(2020, 1, 1), rcgen::date_time_ymd(2021, 1, 1));
+    sign_with(params, &issuer, &ca, user, role)
+}
+
+fn sign(issuer: &Issuer<'_, KeyPair>, ca: &str, user: &str, role: &str) -> Result<Credentials> {
+    sign_with(CertificateParams::default(), issuer, ca, user, role)
+}
+
+fn sign_with(
+    mut params: CertificateParams,
+    issuer: &Issuer<'_, KeyPair>,
+    ca: &str,
+    user: &str,
+    role: &str,
+) -> Result<Credentials> {
+    let key = KeyPair::generate()?;
     params.distinguished_name.remove(DnType::CommonName);
     params.distinguished_name.push(DnType::CommonName, user);
     params.distinguished_name.push(DnType::OrganizationalUnitName, role);

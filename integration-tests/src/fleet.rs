@@ -58,6 +58,7 @@ pub struct Builder {
     own_clocks: bool,
     shared_folders: bool,
     missed_after: Option<Duration>,
+    open_files: Option<usize>,
     log: String,
 }
 
@@ -104,6 +105,7 @@ impl Default for Builder {
             own_clocks: false,
             shared_folders: false,
             missed_after: None,
+            open_files: None,
             log: String::new(),
         }
     }

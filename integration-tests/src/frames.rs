@@ -77,6 +77,29 @@ fn number(block: &mut Vec<u8>, value: usize) {
     block.push(u8::try_from(rest).unwrap_or_default());
 }
 
+/// A TLS connection with these credentials, on which this protocol is spoken.
+///
+/// # Errors
+/// The listener refuses it, or is not there.
+pub async fn tls(address: SocketAddr, who: &Credentials, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(who.ca.as_bytes())?)?;
+    let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots);
+    let mut config = match &who.identity {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => builder.with_client_auth_cert(
+            vec![CertificateDer::from_pem_slice(certificate.as_bytes())?],
+            PrivateKeyDer::from_pem_slice(key.as_bytes())?,
+        )?,
+    };
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let tcp = TcpStream::connect(address).await?;
+    let name = ServerName::try_from(CONTROLLER_TLS_NAME)?;
+    Ok(TlsConnector::from(Arc::new(config)).connect(name, tcp).await?)
+}
+
 /// A connection with its preface and settings sent.
 #[derive(Debug)]
 pub struct Raw {
@@ -97,25 +120,40 @@ pub struct Ended {
 impl Raw {
     /// Connects with these credentials.
     pub async fn connect(address: SocketAddr, who: &Credentials) -> Result<Self> {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(who.ca.as_bytes())?)?;
-        let builder = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots);
-        let mut config = match &who.identity {
-            None => builder.with_no_client_auth(),
-            Some((certificate, key)) => builder.with_client_auth_cert(
-                vec![CertificateDer::from_pem_slice(certificate.as_bytes())?],
-                PrivateKeyDer::from_pem_slice(key.as_bytes())?,
-            )?,
-        };
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let tcp = TcpStream::connect(address).await?;
-        let name = ServerName::try_from(CONTROLLER_TLS_NAME)?;
-        let mut stream = TlsConnector::from(Arc::new(config)).connect(name, tcp).await?;
+        let mut stream = tls(address, who, b"h2").await?;
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
         stream.write_all(&frame(kind::SETTINGS, 0, 0, &[])).await?;
         Ok(Self { stream })
+    }
+
+    /// Opens so many calls whose messages never come, and answers the codes with which they were reset within `limit`, and
+    /// how long the connection lived if it ended by then.
+    ///
+    /// # Errors
+    /// The frames could not be sent.
+    pub async fn open_calls(mut self, path: &str, calls: u32, limit: Duration) -> Result<(Vec<u32>, Option<Duration>)> {
+        let begun = Instant::now();
+        let opened: Vec<u8> =
+            (0..calls).flat_map(|number| frame(kind::HEADERS, END_HEADERS, 2 * number + 1, &call(path))).collect();
+        self.stream.write_all(&opened).await?;
+        let mut resets = Vec::new();
+        let reading = async {
+            let mut head = [0; 9];
+            while self.stream.read_exact(&mut head).await.is_ok() {
+                let [a, b, c, kind, ..] = head;
+                let mut payload = vec![0; usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap_or_default()];
+                if self.stream.read_exact(&mut payload).await.is_err() {
+                    break;
+                }
+                if kind == kind::RST_STREAM
+                    && let Ok(code) = <[u8; 4]>::try_from(payload.as_slice())
+                {
+                    resets.push(u32::from_be_bytes(code));
+                }
+            }
+        };
+        let ended = tokio::time::timeout(limit, reading).await.is_ok();
+        Ok((resets, ended.then(|| begun.elapsed())))
     }
 
     /// Sends the blocks that `next` makes until the peer ends the connection, and reads what it answers.

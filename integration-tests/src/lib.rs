@@ -6,6 +6,7 @@ pub mod client;
 pub mod dynamic;
 pub mod fleet;
 pub mod frames;
+pub mod greedy;
 pub mod hostile;
 pub mod image;
 pub mod machine;

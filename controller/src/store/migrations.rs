@@ -9,8 +9,8 @@ mod m0020_instances;
 mod m0030_execution_logs;
 mod m0045_truth;
 mod m0055_schedule_failures;
-mod m0075_paused_by;
 mod m0060_open_artifacts;
+mod m0075_paused_by;
 
 /// The migrations, oldest first. One that was released is never changed.
 pub(super) struct Migrator;
@@ -27,8 +27,8 @@ impl MigratorTrait for Migrator {
             Box::new(m0030_execution_logs::ExecutionLogs),
             Box::new(m0045_truth::Truth),
             Box::new(m0055_schedule_failures::ScheduleFailures),
-            Box::new(m0075_paused_by::PausedBy),
             Box::new(m0060_open_artifacts::OpenArtifacts),
+            Box::new(m0075_paused_by::PausedBy),
         ]
     }
 }

@@ -8,7 +8,7 @@ use tonic::transport::Channel;
 
 use super::{Addresses, Builder, Database, Fleet, ports};
 use crate::client::Credentials;
-use crate::process::{Process, Recipe, binary};
+use crate::process::{Process, Recipe, binary, tool};
 
 /// One of the controllers of a fleet.
 #[derive(Debug)]
@@ -29,6 +29,12 @@ impl Builder {
     /// Whether the controllers pass changes on by notifications; they do unless said otherwise.
     pub fn notifications(mut self, on: bool) -> Self {
         self.notifications = on;
+        self
+    }
+
+    /// How many files the system lets a controller have open; as many as this test may unless said otherwise.
+    pub fn open_files(mut self, files: usize) -> Self {
+        self.open_files = Some(files);
         self
     }
 
@@ -83,7 +89,12 @@ impl Builder {
             arguments.extend(["--database-url".to_owned(), url.clone()]);
         }
         let log = dir.join(format!("{}.log", folder("controller", number)));
-        let mut recipe = Recipe::new(binary("marco-controller")?, arguments, log);
+        let mut program = binary("marco-controller")?;
+        if let Some(files) = self.open_files {
+            arguments.splice(0..0, [format!("--nofile={files}:{files}"), program.display().to_string()]);
+            program = tool("prlimit")?;
+        }
+        let mut recipe = Recipe::new(program, arguments, log);
         if self.own_clocks {
             let clock = dir.join(format!("{}.clock", folder("controller", number)));
             std::fs::write(&clock, "+0").context("a controller's clock")?;
@@ -184,6 +195,11 @@ impl Fleet {
         let line = status.lines().find_map(|line| line.strip_prefix(which)?.strip_prefix(':'));
         let kilobytes: u64 = line.context("no such line")?.trim().trim_end_matches(" kB").parse()?;
         Ok(kilobytes * 1024)
+    }
+
+    /// How many files one controller has open.
+    pub fn files(&self, number: usize) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.controller_pid(number)?))?.count())
     }
 
     /// The whole log of one controller.

@@ -1,6 +1,9 @@
 //! Somebody who can reach the ports, with or without a certificate, and means harm: he is cut off, costs little, and
 //! honest nodes get in meanwhile.
 
+mod doors;
+mod quotas;
+
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,135 @@
+//! A peer that takes all that the protocol lets it take: it opens connections and calls, sends what it may, leaves every
+//! message half sent, and reads no answer.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+use bytes::Bytes;
+use futures_util::future::join_all;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+
+use crate::client::Credentials;
+use crate::frames::tls;
+
+/// Bytes of a message of which the last one is never sent: the most that the API takes.
+const HALF: usize = 1 << 20;
+/// How long a connection is held before another one takes its place, unless it was ended sooner.
+const HELD: Duration = Duration::from_secs(15);
+/// Pause after a connection that was refused: without it a test measures its own handshakes.
+const REFUSED: Duration = Duration::from_millis(100);
+
+/// A call: its path, and its message; `None`: a message of [`HALF`] bytes that never comes whole.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// `/package.Service/Method`.
+    pub path: &'static str,
+    /// The request.
+    pub message: Option<Vec<u8>>,
+}
+
+/// Somebody who calls a listener.
+#[derive(Debug, Clone)]
+pub struct Greedy {
+    /// The listener.
+    pub address: SocketAddr,
+    /// Certificate and key.
+    pub who: Credentials,
+    /// Connections at a time.
+    pub connections: usize,
+}
+
+impl Greedy {
+    /// Holds as many calls of HTTP/2 on each connection as it may, until then.
+    pub async fn call(&self, calls: &[Call], streams: usize, until: Instant) {
+        join_all((0..self.connections).map(|_| async {
+            while Instant::now() < until {
+                let held = self.hold_calls(calls, streams, until.min(Instant::now() + HELD)).await;
+                if held.is_err() {
+                    sleep_until((Instant::now() + REFUSED).min(until)).await;
+                }
+            }
+        }))
+        .await;
+    }
+
+    async fn hold_calls(&self, calls: &[Call], streams: usize, until: Instant) -> Result<()> {
+        let stream = timeout_at(until, tls(self.address, &self.who, b"h2")).await??;
+        let mut client = h2::client::Builder::new();
+        client.initial_window_size(65_535).max_send_buffer_size(64 << 10);
+        let (send, connection) = timeout_at(until, client.handshake::<_, Bytes>(stream)).await??;
+        let opened = join_all((0..streams).map(|number| {
+            let (send, call) = (send.clone(), calls.get(number % calls.len().max(1)).cloned());
+            async move {
+                let Some(call) = call else { return };
+                // Refused, it leaves the others to themselves.
+                let _ = hold_call(send, call).await;
+                std::future::pending::<()>().await;
+            }
+        }));
+        tokio::select! {
+            _ = opened => {}
+            ended = connection => ended?,
+            () = sleep_until(until) => {}
+        }
+        Ok(())
+    }
+
+    /// Asks for files over HTTP/1.1, again and again on each connection, and reads the first bytes of each answer only.
+    pub async fn fetch(&self, path: &str, until: Instant) {
+        join_all((0..self.connections).map(|_| async {
+            while Instant::now() < until {
+                let held = self.hold_fetch(path, until.min(Instant::now() + HELD)).await;
+                if held.is_err() {
+                    sleep_until((Instant::now() + REFUSED).min(until)).await;
+                }
+            }
+        }))
+        .await;
+    }
+
+    async fn hold_fetch(&self, path: &str, until: Instant) -> Result<()> {
+        let mut stream = timeout_at(until, tls(self.address, &self.who, b"http/1.1")).await??;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: mirror\r\n\r\n");
+        let mut first = [0; 1024];
+        loop {
+            timeout_at(until, stream.write_all(request.as_bytes())).await??;
+            let read = timeout_at(until, stream.read(&mut first)).await??;
+            anyhow::ensure!(read > 0, "closed");
+            if first.starts_with(b"HTTP/1.1 200") {
+                // The rest stays with the server.
+                sleep_until(until).await;
+                return Ok(());
+            }
+        }
+    }
+}
+
+async fn hold_call(send: h2::client::SendRequest<Bytes>, call: Call) -> Result<()> {
+    let mut send = timeout(HELD, send.ready()).await??;
+    let request = http::Request::post(format!("http://controller{}", call.path))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())?;
+    let whole = call.message.is_some();
+    let (answer, mut body) = send.send_request(request, false)?;
+    let length = u32::try_from(call.message.as_ref().map_or(HALF, Vec::len))?.to_be_bytes();
+    let mut head = vec![0];
+    head.extend(length);
+    head.extend(call.message.unwrap_or_default());
+    body.send_data(Bytes::from(head), whole)?;
+    let mut left = if whole { 0 } else { HALF - 1 };
+    while left > 0 {
+        body.reserve_capacity(left.min(64 << 10));
+        let Some(room) = std::future::poll_fn(|cx| body.poll_capacity(cx)).await else { break };
+        let size = room?.min(left);
+        body.send_data(Bytes::from(vec![0; size]), false)?;
+        left -= size;
+    }
+    // Answered, its bytes are not read.
+    let answer = answer.await?;
+    std::future::pending::<()>().await;
+    drop(answer);
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! What each listener grants to whom, one sentence after the other; `quotas` plays all of it at once.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use futures_util::future::join_all;
+use integration_tests::client::{Credentials, reason};
+use integration_tests::frames::{Raw, tls};
+use integration_tests::image::{Compression, lay_out_root, noise, pack};
+use integration_tests::raw;
+use integration_tests::upload::push;
+use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::access_service_client::AccessServiceClient;
+use marco_proto::v1::artifact::{Kind, Purpose};
+use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
+use marco_proto::v1::node_service_client::NodeServiceClient;
+use marco_proto::v1::{
+    ApiToken, CreateApiTokenRequest, DownloadArtifactRequest, DownloadArtifactResponse, ListNodesRequest,
+    OpenArtifactRequest, QuarantineNodeRequest, Role, SetDefaultArtifactRequest,
+};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tonic::{Code, Status, Streaming};
+
+use crate::quotas::enrol;
+
+const ENROLL: &str = "/marco.bootstrap.v1.EnrollmentService/Enroll";
+const LIST_NODES: &str = "/marco.bootstrap.v1.NodeService/ListNodes";
+/// `REFUSED_STREAM` (RFC 9113, section 7).
+const REFUSED_STREAM: u32 = 7;
+/// Ten seconds, on a machine that has much else to do.
+const TEN_SECONDS: std::ops::Range<Duration> = seconds(9)..seconds(14);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_beyond_four_are_refused_and_the_rest_ends_after_ten_seconds() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let nobody = fleet.admin().anonymous();
+    let (api, enroll) = (fleet.addresses().api, fleet.addresses().enroll);
+    let viewer = fleet.user("viewer")?;
+    let held = async |address, who: &Credentials, path, calls| {
+        Raw::connect(address, who).await?.open_calls(path, calls, seconds(15)).await
+    };
+    let (enrolling, calling, admitted) = tokio::join!(
+        held(enroll, &nobody, ENROLL, 10),
+        held(api, &nobody, LIST_NODES, 0),
+        // Its messages never come either, and it may.
+        held(api, &viewer, LIST_NODES, 20),
+    );
+    let (resets, ended) = enrolling?;
+    assert_eq!(resets.iter().filter(|code| **code == REFUSED_STREAM).count(), 6, "{resets:?}");
+    assert!(ended.is_some_and(|after| TEN_SECONDS.contains(&after)), "{ended:?}");
+    let (_, ended) = calling?;
+    assert!(ended.is_some_and(|after| TEN_SECONDS.contains(&after)), "{ended:?}");
+    assert_eq!(admitted?, (Vec::new(), None));
+    // 64 KiB a call.
+    let large = vec![0x0a; 100_000];
+    let status = raw::call(&nobody.channel(enroll)?, ENROLL, large, None).await.err().context("it was read")?;
+    assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
+    fleet.went_well();
+    Ok(())
+}
+
+/// Holds connections without a credential; one that is ended is made again.
+async fn crowd(address: SocketAddr, who: &Credentials, count: usize) {
+    join_all((0..count).map(|_| async {
+        loop {
+            if let Ok(mut stream) = tls(address, who, b"h2").await {
+                // Enough for HTTP/2, and then nothing.
+                let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+                while stream.read(&mut [0; 1024]).await.is_ok_and(|read| read > 0) {}
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }))
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).open_files(512).start().await?;
+    super::raise_open_files();
+    let request = CreateApiTokenRequest {
+        api_token: Some(ApiToken { role: Role::Viewer.into(), ..ApiToken::default() }),
+        api_token_id: "service".to_owned(),
+        ttl: None,
+    };
+    let token = AccessServiceClient::new(fleet.admin_channel()).create_api_token(request).await?.into_inner().token;
+    let nobody = fleet.admin().anonymous();
+    let (api, enroll) = (fleet.addresses().api, fleet.addresses().enroll);
+    let honest = async {
+        wait_until(seconds(20), "there is a crowd", async || Ok((fleet.files(0)? > 80).then_some(()))).await?;
+        for number in 0..10 {
+            let mut nodes = NodeServiceClient::new(fleet.admin().channel(api)?);
+            nodes.list_nodes(ListNodesRequest::default()).await.context("the admin was kept out")?;
+            // One that is a stranger until its first call was answered.
+            raw::call(&nobody.channel(api)?, LIST_NODES, Vec::new(), Some(&token)).await.context("the service")?;
+            enrol(&fleet, &format!("pi-{number}"), false).await.context("a node was kept out")?;
+            assert!(fleet.files(0)? < 512 / 10 * 9, "{} files are open", fleet.files(0)?);
+        }
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        done = tokio::time::timeout(seconds(60), honest) => done.context("they are answered too late")??,
+        _ = async { tokio::join!(crowd(api, &nobody, 300), crowd(enroll, &nobody, 300)) } => {}
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+/// The answer of the mirror, and whether it closed the connection.
+async fn ask_mirror(fleet: &Fleet, who: &Credentials, path: &str) -> Result<String> {
+    let mut stream = tls(fleet.addresses().mirror, who, b"http/1.1").await?;
+    stream.write_all(format!("HEAD {path} HTTP/1.1\r\nHost: mirror\r\n\r\n").as_bytes()).await?;
+    let mut answer = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        // What closes does so at once; who is served may ask on.
+        match tokio::time::timeout(seconds(5), stream.read(&mut part)).await {
+            Ok(Ok(0) | Err(_)) => return Ok(format!("{} closed", String::from_utf8_lossy(&answer))),
+            Ok(Ok(read)) => answer.extend(part.get(..read).unwrap_or_default()),
+            Err(_) => return Ok(String::from_utf8_lossy(&answer).into_owned()),
+        }
+    }
+}
+
+async fn download(fleet: &Fleet, who: &Credentials, name: &str) -> Result<Streaming<DownloadArtifactResponse>, Status> {
+    let channel = who.channel(fleet.addresses().api).map_err(|error| Status::internal(error.to_string()))?;
+    let request = DownloadArtifactRequest { name: name.to_owned(), offset: 0 };
+    Ok(ArtifactServiceClient::new(channel).download_artifact(request).await?.into_inner())
+}
+
+async fn image(fleet: &Fleet, name: &str) -> Result<()> {
+    let root = fleet.dir().join(name);
+    lay_out_root(&root, name)?;
+    std::fs::write(root.join("usr/lib/marker/more-noise"), noise(name, 8 << 20))?;
+    let file = pack(&root, &fleet.dir().join(format!("{name}.tar.gz")), Compression::Gzip)?;
+    push(&mut fleet.artifacts(), name, Kind::Image, Purpose::Unspecified, &file).await?;
+    Ok(())
+}
+
+async fn refusal(fleet: &Fleet, who: &Credentials, name: &str) -> String {
+    download(fleet, who, name).await.err().map_or_else(|| "served".to_owned(), |status| reason(&status))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn node_gets_the_bytes_that_are_meant_for_it() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    image(&fleet, "usual").await?;
+    image(&fleet, "secret").await?;
+    image(&fleet, "open").await?;
+    let usual = SetDefaultArtifactRequest { name: "usual".to_owned(), board: String::new() };
+    fleet.artifacts().set_default_artifact(usual).await?;
+    let open = OpenArtifactRequest { name: "open".to_owned(), open_to_mirror: true };
+    fleet.artifacts().open_artifact(open.clone()).await?;
+    let (node, held) = (enrol(&fleet, "node", false).await?, enrol(&fleet, "held", true).await?);
+    let quarantined = enrol(&fleet, "barred", false).await?;
+    let request = QuarantineNodeRequest { name: "nodes/barred".to_owned(), reason: "a test".to_owned() };
+    fleet.nodes().quarantine_node(request).await?;
+
+    for (name, by_call, by_mirror) in
+        [("usual", "served", "200"), ("secret", "ARTIFACT_NOT_ASKED", "403"), ("open", "ARTIFACT_NOT_ASKED", "200")]
+    {
+        let path = format!("/tar/{name}.tar.gz");
+        assert_eq!(refusal(&fleet, &node, name).await, by_call, "{name}");
+        let answer = ask_mirror(&fleet, &node, &path).await?;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {by_mirror}")), "{name}: {answer}");
+        assert_eq!(answer.ends_with(" closed"), by_mirror == "403", "{name}: {answer}");
+        for (who, why) in [(&held, "NODE_NOT_APPROVED"), (&quarantined, "NODE_QUARANTINED")] {
+            assert_eq!(refusal(&fleet, who, name).await, why, "{name}");
+            let answer = ask_mirror(&fleet, who, &path).await?;
+            assert!(answer.starts_with("HTTP/1.1 403") && answer.ends_with(" closed"), "{name}: {answer}");
+        }
+    }
+    // By its digest, too, and after it was closed again.
+    let digest = integration_tests::image::sha256(&std::fs::read(fleet.dir().join("secret.tar.gz"))?);
+    assert_eq!(refusal(&fleet, &node, &format!("artifacts/sha256:{digest}")).await, "ARTIFACT_NOT_ASKED");
+    fleet.artifacts().open_artifact(OpenArtifactRequest { open_to_mirror: false, ..open }).await?;
+    assert!(ask_mirror(&fleet, &node, "/tar/open.tar.gz").await?.starts_with("HTTP/1.1 403"));
+    // The mirror asks the table of the API: a viewer may not download.
+    let viewer = fleet.user("viewer")?;
+    assert_eq!(refusal(&fleet, &viewer, "usual").await, "ROLE_NOT_ALLOWED");
+    assert!(ask_mirror(&fleet, &viewer, "/tar/usual.tar.gz").await?.starts_with("HTTP/1.1 403"));
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_node_has_four_downloads_and_takes_none_of_another() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    image(&fleet, "usual").await?;
+    let usual = SetDefaultArtifactRequest { name: "usual".to_owned(), board: String::new() };
+    fleet.artifacts().set_default_artifact(usual).await?;
+    let (greedy, other) = (enrol(&fleet, "greedy", false).await?, enrol(&fleet, "other", false).await?);
+    let mut unread = Vec::new();
+    for _ in 0..4 {
+        unread.push(download(&fleet, &greedy, "usual").await?);
+    }
+    let status = download(&fleet, &greedy, "usual").await.err().context("a fifth download began")?;
+    // An agent asks again for that.
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::ResourceExhausted, "TOO_MANY_DOWNLOADS"));
+    let mut whole = download(&fleet, &other, "usual").await?;
+    while whole.message().await?.is_some() {}
+    unread.pop();
+    wait_until(seconds(20), "its place is free again", async || Ok(download(&fleet, &greedy, "usual").await.ok()))
+        .await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refused_peer_writes_short_lines_and_few() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let stranger = integration_tests::certs::issue(
+        &fleet.certs().join("ca.crt"),
+        &fleet.data().join("pki/ca.key"),
+        "made-up",
+        "node",
+    )?;
+    let before = fleet.controller_log(0)?.len();
+    let path = format!("/tar/{}", "x".repeat(60_000));
+    let begun = Instant::now();
+    let mut asked = 0;
+    while asked < 300 && begun.elapsed() < seconds(20) {
+        let answer = ask_mirror(&fleet, &stranger, &path).await?;
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.ends_with(" closed"), "{answer}");
+        asked += 1;
+    }
+    let log = fleet.controller_log(0)?;
+    let written = log.get(before..).unwrap_or_default();
+    let lines = written.lines().filter(|line| line.contains("/tar/xxx")).count();
+    assert!((1..=asked).contains(&lines), "{lines} lines of {asked} requests");
+    assert!(
+        written.lines().all(|line| line.len() < 1000),
+        "{}",
+        written.lines().map(str::len).max().unwrap_or_default()
+    );
+    assert!(lines < 150 || begun.elapsed() > seconds(10), "{lines} lines in {:?}", begun.elapsed());
+    fleet.went_well();
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! The account of the doors in `docs/security.md`, played: each kind of peer at each listener takes what it can get, and
+//! what the controller pays stays under the written bounds while an admin is answered.
+
+use std::io::Write as _;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use integration_tests::certs::NodeKey;
+use integration_tests::client::Credentials;
+use integration_tests::greedy::{Call, Greedy};
+use integration_tests::image::{Compression, lay_out_root, noise, pack};
+use integration_tests::upload::push;
+use integration_tests::{Fleet, seconds};
+use marco_proto::v1::artifact::{Kind, Purpose};
+use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
+use marco_proto::v1::node_service_client::NodeServiceClient;
+use marco_proto::v1::{
+    Board, CreateJoinTokenRequest, DeleteNodeRequest, DownloadArtifactRequest, EnrollRequest, ListNodesRequest,
+    QuarantineNodeRequest, SetDefaultArtifactRequest, WatchNodesRequest,
+};
+use prost::Message as _;
+use tokio::time::{Instant, sleep};
+
+/// Files that the system lets the controller have open here.
+const FILES: usize = 2048;
+/// Connections that each peer holds at a time: more than any peer is given.
+const CONNECTIONS: usize = 200;
+/// Calls that it tries to open on each.
+const STREAMS: usize = 160;
+/// What one kind of peer may make the controller hold, in bytes of memory: `docs/security.md`, "All together".
+const MEMORY: u64 = 384 << 20;
+/// Bytes of log, and of the data folder, that one kind of peer may fill in the time of a test.
+const LOG: u64 = 2 << 20;
+const DISK: u64 = 8 << 20;
+/// An admin's call on a new connection is answered within this time.
+const ANSWER: Duration = seconds(1);
+/// On a machine whose two processors belong to the attackers as well, this many in a hundred may take longer.
+const LATE: usize = 10;
+
+/// For how long each peer is greedy.
+fn greedy_for() -> Duration {
+    std::env::var("QUOTA_SECONDS").ok().and_then(|text| text.parse().ok()).map_or(seconds(3), Duration::from_secs)
+}
+
+/// Enrols a node by hand.
+pub(crate) async fn enrol(fleet: &Fleet, id: &str, require_approval: bool) -> Result<Credentials> {
+    let request = CreateJoinTokenRequest { require_approval, ..CreateJoinTokenRequest::default() };
+    let token = fleet.nodes().create_join_token(request).await?.into_inner().token;
+    let key = NodeKey::generate()?;
+    let channel = fleet.admin().anonymous().channel(fleet.addresses().enroll)?;
+    let request = EnrollRequest {
+        token,
+        certificate_request: key.request(&key)?.pem,
+        node_id: id.to_owned(),
+        board: Some(Board::default()),
+    };
+    let enrolled = EnrollmentServiceClient::new(channel).enroll(request).await?.into_inner();
+    Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, key.pem())) })
+}
+
+/// Every kind of peer, by name.
+async fn peers(fleet: &Fleet) -> Result<Vec<(&'static str, Credentials)>> {
+    let (ca, key) = (fleet.certs().join("ca.crt"), fleet.data().join("pki/ca.key"));
+    let deleted = enrol(fleet, "deleted", false).await?;
+    let name = "nodes/deleted".to_owned();
+    fleet.nodes().delete_node(DeleteNodeRequest { name, ..DeleteNodeRequest::default() }).await?;
+    let quarantined = enrol(fleet, "quarantined", false).await?;
+    let request = QuarantineNodeRequest { name: "nodes/quarantined".to_owned(), reason: "a test".to_owned() };
+    fleet.nodes().quarantine_node(request).await?;
+    Ok(vec![
+        ("nobody", fleet.admin().anonymous()),
+        ("expired", integration_tests::certs::expired(&ca, &key, "test-viewer", "viewer")?),
+        ("revoked", deleted),
+        ("held", enrol(fleet, "held", true).await?),
+        ("quarantined", quarantined),
+        ("node", enrol(fleet, "greedy", false).await?),
+        ("viewer", fleet.user("viewer")?),
+    ])
+}
+
+fn calls() -> Vec<Call> {
+    let download = DownloadArtifactRequest { name: "artifacts/os".to_owned(), offset: 0 }.encode_to_vec();
+    let call = |path, message| Call { path, message };
+    vec![
+        call("/marco.bootstrap.v1.ArtifactService/DownloadArtifact", Some(download)),
+        call("/marco.bootstrap.v1.NodeService/GetNode", None),
+        call("/marco.bootstrap.v1.NodeService/ListNodes", Some(ListNodesRequest::default().encode_to_vec())),
+        call("/marco.bootstrap.v1.NodeService/WatchNodes", Some(WatchNodesRequest::default().encode_to_vec())),
+        call("/marco.bootstrap.v1.AgentService/Connect", None),
+        call("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", None),
+    ]
+}
+
+/// Bytes of the files in a folder; one that goes meanwhile has none.
+fn size(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(data) if data.is_dir() => size(&entry.path()),
+            Ok(data) => data.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
+/// What the controller paid at the worst.
+#[derive(Debug, Default)]
+struct Paid {
+    memory: u64,
+    files: usize,
+    answers: Vec<Duration>,
+}
+
+/// Measures, and calls as the admin on a connection of its own each time, until then.
+async fn watch(fleet: &Fleet, before: u64, until: Instant) -> Result<Paid> {
+    let mut paid = Paid::default();
+    while Instant::now() < until {
+        let begun = Instant::now();
+        let mut nodes = NodeServiceClient::new(fleet.admin().channel(fleet.addresses().api)?);
+        let answer = tokio::time::timeout(seconds(10), nodes.list_nodes(ListNodesRequest::default())).await;
+        answer.context("the admin was shut out")?.context("the admin was refused")?;
+        paid.answers.push(begun.elapsed());
+        paid.memory = paid.memory.max(fleet.memory(0, "VmRSS")?.saturating_sub(before));
+        paid.files = paid.files.max(fleet.files(0)?);
+        sleep(Duration::from_millis(50)).await;
+    }
+    Ok(paid)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_kind_of_peer_costs_each_listener_a_bounded_sum() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).open_files(FILES).start().await?;
+    super::raise_open_files();
+    let root = fleet.dir().join("root");
+    lay_out_root(&root, "os")?;
+    std::fs::write(root.join("usr/lib/marker/more-noise"), noise("more", 16 << 20))?;
+    let file = pack(&root, &fleet.dir().join("os.tar.gz"), Compression::Gzip)?;
+    push(&mut fleet.artifacts(), "os", Kind::Image, Purpose::Unspecified, &file).await?;
+    let usual = SetDefaultArtifactRequest { name: "artifacts/os".to_owned(), board: String::new() };
+    fleet.artifacts().set_default_artifact(usual).await?;
+    let peers = peers(&fleet).await?;
+    let long = format!("/tar/{}", "x".repeat(60_000));
+    let enrolment = [Call { path: "/marco.bootstrap.v1.EnrollmentService/Enroll", message: None }];
+    let before = fleet.memory(0, "VmRSS")?;
+    let addresses = fleet.addresses();
+    let mut account = String::new();
+    for (peer, who) in &peers {
+        for (listener, address) in
+            [("API", addresses.api), ("enrolment", addresses.enroll), ("mirror", addresses.mirror)]
+        {
+            let (log, disk) = (fleet.controller_log(0)?.len(), size(&fleet.data()));
+            let until = Instant::now() + greedy_for();
+            let greedy = Greedy { address, who: who.clone(), connections: CONNECTIONS };
+            let attack = async {
+                match listener {
+                    "API" => greedy.call(&calls(), STREAMS, until).await,
+                    "enrolment" => greedy.call(&enrolment, STREAMS, until).await,
+                    _ if *peer == "node" => greedy.fetch("/tar/os.tar.gz", until).await,
+                    _ => greedy.fetch(&long, until).await,
+                }
+            };
+            let ((), paid) = tokio::join!(attack, watch(&fleet, before, until));
+            let paid = paid.with_context(|| format!("{listener}, {peer}"))?;
+            let log = u64::try_from(fleet.controller_log(0)?.len() - log)?;
+            let disk = size(&fleet.data()).saturating_sub(disk);
+            let late = paid.answers.iter().filter(|answer| **answer > ANSWER).count();
+            let worst = paid.answers.iter().max().copied().unwrap_or_default();
+            let row = format!(
+                "{listener}, {peer}: {} MiB, {} files, {} kB of log, {} kB of disk, {} admin's calls, {late} late, the \
+                 slowest {worst:?}\n",
+                paid.memory >> 20,
+                paid.files,
+                log >> 10,
+                disk >> 10,
+                paid.answers.len(),
+            );
+            // For whoever runs it for longer.
+            let _ = write!(std::io::stderr(), "{row}");
+            account.push_str(&row);
+            assert!(paid.memory < MEMORY, "{account}");
+            assert!(paid.files < FILES / 10 * 9, "{account}");
+            assert!(log < LOG && disk < DISK, "{account}");
+            assert!(late * 100 <= paid.answers.len() * LATE, "{account}");
+        }
+    }
+    let longest = fleet.controller_log(0)?.lines().map(str::len).max().unwrap_or_default();
+    assert!(longest < 2000, "a line of {longest} bytes");
+    fleet.went_well();
+    Ok(())
+}
