@@ -6,6 +6,7 @@ mod copies;
 mod pi;
 mod ports;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -59,6 +60,8 @@ pub struct Builder {
     shared_folders: bool,
     missed_after: Option<Duration>,
     open_files: Option<usize>,
+    /// Controllers that reach the database by a URL of their own.
+    own_urls: BTreeMap<usize, String>,
     log: String,
 }
 
@@ -106,6 +109,7 @@ impl Default for Builder {
             shared_folders: false,
             missed_after: None,
             open_files: None,
+            own_urls: BTreeMap::new(),
             log: String::new(),
         }
     }

@@ -1,12 +1,15 @@
 //! Several controllers on one Postgres, and a Postgres that goes away: nothing is lost, and nothing is done twice.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use integration_tests::fleet::{Builder, Database, execution_name, is_final, reboot, update};
 use integration_tests::image::{Compression, make_image};
+use integration_tests::mount::Mount;
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{binary, run};
+use integration_tests::proxy::{Direction, Proxy};
 use integration_tests::tree::compare_with_source;
 use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
@@ -20,6 +23,9 @@ use marco_proto::v1::{
 };
 use tokio::task::JoinHandle;
 use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 /// How long anything may take to settle: an agent backs off up to a minute.
 const SETTLE: Duration = seconds(150);
@@ -230,6 +236,103 @@ async fn watch(
         Ok(())
     });
     Ok((operation, nodes))
+}
+
+async fn health(fleet: &Fleet, number: usize) -> Result<ServingStatus> {
+    let channel = fleet.admin().channel(fleet.addresses_of(number)?.api)?;
+    Ok(HealthClient::new(channel).check(HealthCheckRequest::default()).await?.into_inner().status())
+}
+
+#[tokio::test]
+async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
+    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
+    let target = url.split(['@', '/']).nth(3).context("an address in the URL")?.to_owned();
+    let way = Proxy::start(target.parse()?).await?;
+    let own = url.replace(&target, &way.address().to_string());
+    let mut fleet =
+        Fleet::builder().database(Database::Url(url)).database_of(0, &own).controllers(2).pis(2).start().await?;
+    let ids = fleet.ids().await?;
+    way.hold(Direction::Down);
+    fleet.talk_to(1)?;
+    wait_until(seconds(60), "the nodes are with the other controller", async || {
+        Ok((fleet.controller_log(1)?.matches("session begun").count() >= ids.len()).then_some(()))
+    })
+    .await?;
+    assert_eq!(health(&fleet, 0).await?, ServingStatus::NotServing);
+    assert_eq!(health(&fleet, 1).await?, ServingStatus::Serving);
+    assert!(fleet.controller_log(0)?.contains("nodes are sent to other controllers"));
+    fleet.succeeds(reboot(&ids, Duration::ZERO), SETTLE).await?;
+    way.release(Direction::Down);
+    wait_until(seconds(30), "it serves again", async || {
+        Ok((health(&fleet, 0).await? == ServingStatus::Serving).then_some(()))
+    })
+    .await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_disk_is_said_by_its_name_and_no_operation_is_lost() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let Ok(disk) = Mount::tmpfs(folder.path().join("disk"), "40m").await else {
+        assert!(!rustix::process::geteuid().is_root(), "root can mount a tmpfs");
+        return Ok(());
+    };
+    let file = disk.folder().join("marco.db").display().to_string();
+    let mut fleet = Fleet::builder().database(Database::Url(format!("sqlite://{file}"))).pis(1).start().await?;
+    let ids = fleet.ids().await?;
+    let mut acknowledged = Vec::new();
+    for _ in 0..2 {
+        let ballast = disk.folder().join("ballast");
+        let mut filling = std::fs::File::create(&ballast)?;
+        while std::io::Write::write_all(&mut filling, &[1; 4096]).is_ok() {}
+        // What fits into room that the database had before is still stored.
+        let refused = wait_until(seconds(60), "an operation does not fit", async || {
+            match fleet.create(reboot(&ids, seconds(3600))).await {
+                Ok(operation) => acknowledged.push(operation.name),
+                Err(status) => return Ok(Some(status)),
+            }
+            Ok(None)
+        })
+        .await?;
+        assert_eq!(refused.code(), Code::Unavailable);
+        assert!(refused.message().contains("disk full") && refused.message().contains(&file), "{refused:?}");
+        wait_until(seconds(5), "the health service says so", async || {
+            Ok((health(&fleet, 0).await? == ServingStatus::NotServing).then_some(()))
+        })
+        .await?;
+        std::fs::remove_file(&ballast)?;
+        fleet.controller_is_healthy().await?;
+        for _ in 0..5 {
+            acknowledged.push(fleet.create(reboot(&ids, seconds(3600))).await?.name);
+        }
+    }
+    fleet.kill_controller().await?;
+    fleet.start_controller().await?;
+    for name in acknowledged {
+        fleet.operation(&name).await.with_context(|| format!("{name} was acknowledged and is lost"))?;
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_others_could_read_is_private_from_the_next_start() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    fleet.kill_controller().await?;
+    let names = ["marco.db", "artifacts", "staging"];
+    for name in names {
+        std::fs::set_permissions(fleet.data().join(name), std::fs::Permissions::from_mode(0o755))?;
+    }
+    fleet.start_controller().await?;
+    for name in names {
+        let mode = std::fs::metadata(fleet.data().join(name))?.permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{name} has mode {mode:o}");
+    }
+    // Certificates are for everybody, whatever the controller's umask.
+    assert_eq!(std::fs::metadata(fleet.certs().join("ca.crt"))?.permissions().mode() & 0o777, 0o644);
+    fleet.went_well();
+    Ok(())
 }
 
 #[tokio::test]

@@ -26,6 +26,12 @@ impl Builder {
         self
     }
 
+    /// The controller with this number reaches the database by a URL of its own: through a proxy, for example.
+    pub fn database_of(mut self, number: usize, url: &str) -> Self {
+        self.own_urls.insert(number, url.to_owned());
+        self
+    }
+
     /// Whether the controllers pass changes on by notifications; they do unless said otherwise.
     pub fn notifications(mut self, on: bool) -> Self {
         self.notifications = on;
@@ -85,8 +91,11 @@ impl Builder {
         if let Some(late) = self.missed_after {
             arguments.extend(["--missed-after".to_owned(), format!("{}ms", late.as_millis())]);
         }
-        if let Database::Url(url) = &self.database {
-            arguments.extend(["--database-url".to_owned(), url.clone()]);
+        match (self.own_urls.get(&number), &self.database) {
+            (Some(url), _) | (None, Database::Url(url)) => {
+                arguments.extend(["--database-url".to_owned(), url.clone()]);
+            }
+            (None, Database::Sqlite) => {}
         }
         let log = dir.join(format!("{}.log", folder("controller", number)));
         let mut program = binary("marco-controller")?;
