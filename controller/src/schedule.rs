@@ -36,6 +36,9 @@ const LARGEST_OFFSET: TimeDelta = TimeDelta::hours(16);
 /// Two changes of a zone's offset are never closer than this.
 const OFFSETS_HOLD: TimeDelta = TimeDelta::days(1);
 
+/// Longest part of what somebody wrote that an error shows, in characters.
+const SHOWN: usize = 80;
+
 /// Why a recurrence is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RecurrenceError {
@@ -79,7 +82,7 @@ impl Recurrence {
     /// When one of them is none.
     pub fn parse(cron: &str, zone_name: &str) -> Result<Self, RecurrenceError> {
         let zone = Zone::parse(zone_name)?;
-        let refused = |why: String| RecurrenceError::Cron { cron: cron.to_owned(), why };
+        let refused = |why: String| RecurrenceError::Cron { cron: shortened(cron), why };
         let expression = Expression::parse(cron).map_err(refused)?;
         let fields: Vec<&str> = cron.split_whitespace().collect();
         let hour = fields.iter().rev().nth(3).copied().unwrap_or_default();
@@ -206,6 +209,16 @@ impl Recurrence {
     fn offset(&self, instant: DateTime<Utc>) -> TimeDelta {
         self.zone.offset(instant)
     }
+}
+
+/// As much of what somebody wrote as belongs in an error.
+fn shortened(text: &str) -> String {
+    let mut characters = text.chars();
+    let mut start: String = characters.by_ref().take(SHOWN).collect();
+    if characters.next().is_some() {
+        start.push_str("...");
+    }
+    start
 }
 
 /// The first second after `before`, and not after `after`, of which `holds`: it does of `after`, and of everything

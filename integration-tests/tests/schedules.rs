@@ -322,7 +322,8 @@ async fn what_is_rarely_meant_is_asked_for_and_nothing_is_stored_before() -> Res
 
     // The list says what became of the last instant.
     let mut often = often.to_vec();
-    often.push("--force");
+    // Every instant makes an operation, so that the last one has.
+    often.extend(["--overlap", "queue", "--notice", "0s", "--force"]);
     marcoctl(&fleet, &often).await?.success()?;
     wait_until(seconds(60), "the list shows an operation of the last instant", async || {
         let listed = marcoctl(&fleet, &["schedules", "list"]).await?.success()?;

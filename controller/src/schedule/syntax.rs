@@ -30,6 +30,9 @@ const NICKNAMES: [(&str, &str); 6] = [
     ("@hourly", "0 * * * *"),
 ];
 
+/// Longest expression, in bytes.
+const LONGEST: usize = 256;
+
 /// An item of a field's list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Item {
@@ -287,6 +290,9 @@ impl Expression {
     /// # Errors
     /// What is wrong with it, and what would be right.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
+        if text.len() > LONGEST {
+            return Err(format!("it must be at most {LONGEST} bytes"));
+        }
         let fields: Vec<&str> = text.split_whitespace().collect();
         let (seconds, [minutes, hours, days, months, weekdays]) = match fields.as_slice() {
             [minutes, hours, days, months, weekdays] => ("0", [*minutes, *hours, *days, *months, *weekdays]),
@@ -353,6 +359,13 @@ mod tests {
         ] {
             let spelled_out = Expression::parse(text).map(|expression| expression.spelled_out());
             assert_eq!(spelled_out.as_deref(), Ok(spelled), "{text}");
+        }
+    }
+
+    #[test]
+    fn endless_expression_is_refused() {
+        for text in [format!("0 3 * * {}1", "1,".repeat(1 << 19)), "* ".repeat(1 << 19)] {
+            assert_eq!(Expression::parse(&text), Err("it must be at most 256 bytes".to_owned()));
         }
     }
 

@@ -13,7 +13,7 @@ use chrono::{DateTime, FixedOffset, Offset as _, TimeDelta, Utc};
 use jiff::Timestamp;
 use jiff::tz::{TimeZone, TimeZoneDatabase};
 
-use super::RecurrenceError;
+use super::{RecurrenceError, shortened};
 
 mod advice;
 
@@ -38,7 +38,7 @@ impl Zone {
     /// When there is none.
     pub fn parse(name: &str) -> Result<Self, RecurrenceError> {
         let name = if name.is_empty() { "UTC" } else { name };
-        Tzdata::of_process().zone(name).ok_or_else(|| RecurrenceError::Zone(name.to_owned()))
+        Tzdata::of_process().zone(name).ok_or_else(|| RecurrenceError::Zone(shortened(name)))
     }
 
     /// The name of the zone.

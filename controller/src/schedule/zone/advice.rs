@@ -59,8 +59,16 @@ const ODD_OFFSETS: [(i32, &str); 11] = [
 /// A name is taken for a misspelt one up to this many wrong letters, for each so many that are right.
 const LETTERS_FOR_A_MISTAKE: usize = 4;
 
+/// Longer names than any that exists are compared with none: the time that takes grows with the length.
+const LONGEST: usize = 64;
+/// What is said when nothing is near.
+const GENERAL: &str = "a zone is named by a place, for example Europe/Madrid; `timedatectl list-timezones` lists them";
+
 /// What to write instead of a name that is none.
 pub(in crate::schedule) fn advice(asked: &str) -> String {
+    if asked.len() > LONGEST {
+        return GENERAL.to_owned();
+    }
     let data = Tzdata::of_process();
     let tidied = asked.trim().replace(' ', "_");
     if let Some(name) = data.names.iter().find(|name| name.eq_ignore_ascii_case(&tidied)) {
@@ -74,7 +82,7 @@ pub(in crate::schedule) fn advice(asked: &str) -> String {
     }
     match nearest(data, &tidied) {
         Some(name) => format!("did you mean {name}?"),
-        None => "a zone is named by a place, for example Europe/Madrid; `timedatectl list-timezones` lists them".into(),
+        None => GENERAL.to_owned(),
     }
 }
 
