@@ -128,7 +128,7 @@ impl IntoResponse for Unserved {
             Self::Bytes(_) => (StatusCode::INTERNAL_SERVER_ERROR, false),
         };
         if matches!(self, Self::Database(_) | Self::Bytes(_)) {
-            tracing::error!(error = &*crate::chain(&self), "the mirror could not answer");
+            of_peer!(error, "the mirror", error = &*crate::chain(&self), "the mirror could not answer");
         }
         let mut response = (status, format!("{self}\n")).into_response();
         if status == StatusCode::FORBIDDEN {

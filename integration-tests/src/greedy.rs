@@ -8,7 +8,7 @@ use anyhow::Result;
 use bytes::Bytes;
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::client::Credentials;
 use crate::frames::tls;
@@ -17,8 +17,10 @@ use crate::frames::tls;
 const HALF: usize = 1 << 20;
 /// How long a connection is held before another one takes its place, unless it was ended sooner.
 const HELD: Duration = Duration::from_secs(15);
-/// Pause after a connection that was refused: without it a test measures its own handshakes.
-const REFUSED: Duration = Duration::from_millis(100);
+/// Pause after a connection that was refused or gave way, and between the first ones of a peer: without it a test measures
+/// its own handshakes.
+const REFUSED: Duration = Duration::from_secs(1);
+const NEXT: Duration = Duration::from_millis(5);
 
 /// A call: its path, and its message; `None`: a message of [`HALF`] bytes that never comes whole.
 #[derive(Debug, Clone)]
@@ -43,7 +45,8 @@ pub struct Greedy {
 impl Greedy {
     /// Holds as many calls of HTTP/2 on each connection as it may, until then.
     pub async fn call(&self, calls: &[Call], streams: usize, until: Instant) {
-        join_all((0..self.connections).map(|_| async {
+        join_all((0..self.connections).map(|number| async move {
+            sleep(NEXT * u32::try_from(number).unwrap_or_default()).await;
             while Instant::now() < until {
                 let held = self.hold_calls(calls, streams, until.min(Instant::now() + HELD)).await;
                 if held.is_err() {
@@ -78,7 +81,8 @@ impl Greedy {
 
     /// Asks for files over HTTP/1.1, again and again on each connection, and reads the first bytes of each answer only.
     pub async fn fetch(&self, path: &str, until: Instant) {
-        join_all((0..self.connections).map(|_| async {
+        join_all((0..self.connections).map(|number| async move {
+            sleep(NEXT * u32::try_from(number).unwrap_or_default()).await;
             while Instant::now() < until {
                 let held = self.hold_fetch(path, until.min(Instant::now() + HELD)).await;
                 if held.is_err() {

@@ -326,8 +326,8 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
     let refused: Vec<_> = refused.iter().map(|event| (event.caller.as_str(), event.code.as_str())).collect();
     let denied = "PERMISSION_DENIED";
     let unauthenticated = ("", denied);
-    let roles = [("viewer", denied), ("operator", denied)];
-    assert_eq!(refused, [("pi-01", denied), ("pi-99", denied), unauthenticated, roles[1], roles[0]]);
+    let roles = [("test-operator", denied), ("test-viewer", denied)];
+    assert_eq!(refused, [("pi-01", denied), ("pi-99", denied), unauthenticated, roles[0], roles[1]]);
     fleet.went_well();
     Ok(())
 }

@@ -17,6 +17,7 @@ use super::status::ApiError;
 use super::{Context, caller, convert, page, peers};
 use crate::artifacts::{ArtifactError, Content, Digest};
 use crate::identity::Caller;
+use crate::identity::peer_log::of_peer;
 use crate::identity::roles::Role;
 use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
 
@@ -130,7 +131,7 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
         ArtifactError::Refused(_) | ArtifactError::Format(_) => ApiError::invalid("chunk.data", message),
         ArtifactError::NotFound(_) => ApiError::NotFound { reason: "ARTIFACT_NOT_FOUND", message },
         ArtifactError::Io { .. } => {
-            tracing::error!(error = &*crate::chain(&error), "the artifact store failed");
+            of_peer!(error, "the artifact store", error = &*crate::chain(&error), "the artifact store failed");
             ApiError::Internal(message)
         }
     }

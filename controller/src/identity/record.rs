@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::peer_log::{cut, may_log, of_peer};
+use super::peer_log::{Peer, cut, may_log, of_peer};
 use super::rate::{Rate, source};
 use crate::store::{AuditRow, Store};
 
@@ -71,8 +71,11 @@ impl Recorder {
             }
         }
         let AuditRow { actor, from, method, target, result, .. } = &row;
-        // Refused calls are bounded above; whoever is known has a bound for those that were done.
-        if result != OK || may_log(actor.as_str()) {
+        let peer = match address {
+            Some(address) if actor.is_empty() => Peer::Address(source(address)),
+            _ => Peer::from(actor.as_str()),
+        };
+        if may_log(peer) {
             let (actor, method, target) = (cut(actor), cut(method), cut(target));
             tracing::info!(%actor, from, %method, %target, result, "call");
         }

@@ -60,6 +60,11 @@ async fn calls_beyond_four_are_refused_and_the_rest_ends_after_ten_seconds() -> 
     Ok(())
 }
 
+/// Connections that a crowd holds at each listener, and its pause before it makes one again that gave way. A connection then
+/// lives for a second and a half, and an enrolment takes a fraction of that.
+const CROWD: usize = 300;
+const AGAIN: Duration = seconds(2);
+
 /// Holds connections without a credential; one that is ended is made again.
 async fn crowd(address: SocketAddr, who: &Credentials, count: usize) {
     join_all((0..count).map(|_| async {
@@ -69,7 +74,7 @@ async fn crowd(address: SocketAddr, who: &Credentials, count: usize) {
                 let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
                 while stream.read(&mut [0; 1024]).await.is_ok_and(|read| read > 0) {}
             }
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(AGAIN).await;
         }
     }))
     .await;
@@ -77,7 +82,7 @@ async fn crowd(address: SocketAddr, who: &Credentials, count: usize) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
-    let mut fleet = Fleet::builder().pis(0).open_files(512).start().await?;
+    let mut fleet = Fleet::builder().pis(0).open_files(4096).start().await?;
     super::raise_open_files();
     let request = CreateApiTokenRequest {
         api_token: Some(ApiToken { role: Role::Viewer.into(), ..ApiToken::default() }),
@@ -88,20 +93,22 @@ async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
     let nobody = fleet.admin().anonymous();
     let (api, enroll) = (fleet.addresses().api, fleet.addresses().enroll);
     let honest = async {
-        wait_until(seconds(20), "there is a crowd", async || Ok((fleet.files(0)? > 80).then_some(()))).await?;
+        wait_until(seconds(20), "there is a crowd", async || Ok((fleet.files(0)? > 250).then_some(()))).await?;
         for number in 0..10 {
             let mut nodes = NodeServiceClient::new(fleet.admin().channel(api)?);
             nodes.list_nodes(ListNodesRequest::default()).await.context("the admin was kept out")?;
             // One that is a stranger until its first call was answered.
             raw::call(&nobody.channel(api)?, LIST_NODES, Vec::new(), Some(&token)).await.context("the service")?;
             enrol(&fleet, &format!("pi-{number}"), false).await.context("a node was kept out")?;
-            assert!(fleet.files(0)? < 512 / 10 * 9, "{} files are open", fleet.files(0)?);
+            // 128 of one address at each listener, those that shake hands, and the controller's own.
+            let files = fleet.files(0)?;
+            assert!(files < 500, "{files} files are open");
         }
         anyhow::Ok(())
     };
     tokio::select! {
         done = tokio::time::timeout(seconds(60), honest) => done.context("they are answered too late")??,
-        _ = async { tokio::join!(crowd(api, &nobody, 300), crowd(enroll, &nobody, 300)) } => {}
+        _ = async { tokio::join!(crowd(api, &nobody, CROWD), crowd(enroll, &nobody, CROWD)) } => {}
     }
     fleet.went_well();
     Ok(())
@@ -227,14 +234,15 @@ async fn refused_peer_writes_short_lines_and_few() -> Result<()> {
     }
     let log = fleet.controller_log(0)?;
     let written = log.get(before..).unwrap_or_default();
-    let lines = written.lines().filter(|line| line.contains("/tar/xxx")).count();
-    assert!((1..=asked).contains(&lines), "{lines} lines of {asked} requests");
+    let lines = written.lines().filter(|line| line.contains("path=/tar/xxx")).count();
+    // Fifty at once, then one each two seconds.
+    let most = 51 + usize::try_from(begun.elapsed().as_secs() / 2)?;
+    assert!((1..=asked.min(most)).contains(&lines), "{lines} lines of {asked} requests in {:?}", begun.elapsed());
     assert!(
         written.lines().all(|line| line.len() < 1000),
         "{}",
         written.lines().map(str::len).max().unwrap_or_default()
     );
-    assert!(lines < 150 || begun.elapsed() > seconds(10), "{lines} lines in {:?}", begun.elapsed());
     fleet.went_well();
     Ok(())
 }

@@ -32,7 +32,7 @@ const STREAMS: usize = 160;
 const MEMORY: u64 = 384 << 20;
 /// Bytes of log, and of the data folder, that one kind of peer may fill in the time of a test.
 const LOG: u64 = 2 << 20;
-const DISK: u64 = 8 << 20;
+const DISK: u64 = 16 << 20;
 /// An admin's call on a new connection is answered within this time.
 const ANSWER: Duration = seconds(1);
 /// On a machine whose two processors belong to the attackers as well, this many in a hundred may take longer.

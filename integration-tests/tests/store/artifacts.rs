@@ -1,7 +1,7 @@
 //! Artifacts and their bytes.
 
-use marco_controller::store::{ArtifactRow, CreateOutcome, DeleteArtifactOutcome, Kind, Purpose};
-use marco_proto::names::ArtifactId;
+use marco_controller::store::{Allowance, ArtifactRow, CreateOutcome, DeleteArtifactOutcome, Kind, Purpose};
+use marco_proto::names::{ArtifactId, NodeId};
 
 use crate::support::*;
 
@@ -69,4 +69,52 @@ pub(crate) async fn defaults_are_by_board_with_one_for_any(f: Fixture) {
     assert!(f.store.set_default(&id("nope"), "pi4").await.unwrap().is_none());
     f.store.delete_artifact(&id("any")).await.unwrap();
     assert!(of("pi4").await.unwrap().is_none());
+}
+
+pub(crate) async fn node_gets_the_bytes_of_its_work_and_its_defaults(f: Fixture) {
+    for name in ["os", "usual", "own"] {
+        f.store.put_artifact(&artifact(name, Kind::Image, Purpose::None)).await.unwrap();
+    }
+    let (node, epoch) = f.online("pi-1").await;
+    let (other, _) = f.online("pi-2").await;
+    let may = async |node: &NodeId, name: &str| f.store.node_may_have(node, &digest(name)).await.unwrap();
+    f.create(update(Some("os")), std::slice::from_ref(&node)).await;
+    assert_eq!(may(&node, "os").await, Allowance::NotAsked, "what waits is not given to it yet");
+    assert_eq!(f.claim(&[(node.clone(), epoch)], after(1)).await.len(), 1);
+    assert_eq!(may(&node, "os").await, Allowance::Granted);
+    assert_eq!(may(&other, "os").await, Allowance::NotAsked);
+
+    f.store.set_default(&id("usual"), "").await.unwrap();
+    assert_eq!(may(&other, "usual").await, Allowance::Granted);
+    // Its board has a default of its own now.
+    f.store.set_default(&id("own"), "pi4").await.unwrap();
+    assert_eq!((may(&other, "usual").await, may(&other, "own").await), (Allowance::NotAsked, Allowance::Granted));
+    f.store.set_default(&id("os"), "pi5").await.unwrap();
+    assert_eq!(may(&other, "os").await, Allowance::NotAsked, "of another board");
+
+    for outcome in f.by_hand(&["UPDATE nodes SET state = 'AWAITING_APPROVAL' WHERE id = 'pi-1'"]).await {
+        outcome.unwrap();
+    }
+    let nobody = NodeId::parse("nobody").unwrap();
+    assert_eq!(may(&node, "os").await, Allowance::NotApproved);
+    assert_eq!(may(&nobody, "own").await, Allowance::NotApproved);
+}
+
+pub(crate) async fn opened_name_stays_open_until_it_becomes_something_else(f: Fixture) {
+    let os = artifact("os", Kind::Image, Purpose::None);
+    f.store.put_artifact(&os).await.unwrap();
+    let is_open = async || f.store.artifact(&os.id).await.unwrap().unwrap().open_to_mirror;
+    assert!(!is_open().await);
+    assert!(f.store.open_artifact(&os.id, true).await.unwrap().unwrap().open_to_mirror);
+    f.store.put_artifact(&ArtifactRow { sha256: digest("newer"), ..os.clone() }).await.unwrap();
+    assert!(is_open().await, "the name was opened, not the bytes");
+    f.store.open_artifact(&os.id, false).await.unwrap();
+    assert!(!is_open().await);
+    f.store.open_artifact(&os.id, true).await.unwrap();
+    f.store
+        .put_artifact(&ArtifactRow { id: id("os"), ..artifact("boot", Kind::Bootcode, Purpose::Installer) })
+        .await
+        .unwrap();
+    assert!(!is_open().await);
+    assert!(f.store.open_artifact(&id("nope"), true).await.unwrap().is_none());
 }

@@ -153,7 +153,9 @@ on_both!(
     artifacts:
         a_name_moves_to_other_bytes,
         what_an_unfinished_operation_needs_is_not_removed,
-        defaults_are_by_board_with_one_for_any;
+        defaults_are_by_board_with_one_for_any,
+        node_gets_the_bytes_of_its_work_and_its_defaults,
+        opened_name_stays_open_until_it_becomes_something_else;
     access:
         a_user_is_what_the_store_says_until_it_is_shut_out,
         a_revoked_certificate_is_not_renewed,

@@ -86,9 +86,9 @@ async fn a_request_that_never_comes_whole_is_answered_in_the_end() {
 async fn strangers_connection_ends_and_an_accepted_one_stays() {
     let house = house();
     let (addr, server) = served(&house).await;
+    let begun = Instant::now();
     let mut stranger = connect(addr, house.client(None)).await.unwrap();
     let mut viewer = connect(addr, house.client(house.user(Role::Viewer))).await.unwrap();
-    let begun = Instant::now();
     stranger.write_all(PREFACE).await.unwrap();
     viewer.write_all(&[PREFACE, &health_call()].concat()).await.unwrap();
     frames(&mut stranger).await;
