@@ -2,6 +2,7 @@
 //! both ends of a connection must share.
 
 pub mod names;
+pub mod reasons;
 pub mod secrets;
 
 /// Messages, clients and servers of package `marco.bootstrap.v1`. Their documentation is that of the `.proto` files.

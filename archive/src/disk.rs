@@ -4,7 +4,9 @@ mod table;
 
 use std::io::{BufRead, Cursor, ErrorKind, Read as _};
 
-use crate::{Error, Reason, Refused, TarSummary, check_tar};
+use crate::facts::Facts;
+use crate::tar::{examine_tar, is_header};
+use crate::{Error, Reason, Refused, TarSummary, foreign};
 use table::read_table;
 pub use table::{FRONT, Partition};
 
@@ -50,6 +52,8 @@ pub struct DiskSummary {
     pub partitions: u64,
     /// Bytes of the whole.
     pub bytes: u64,
+    /// Whether its table has a partition of logical partitions, which are not read.
+    pub extended: bool,
 }
 
 /// Whether a stream that begins with these bytes is a disk image and no tarball; a whole sector is needed to tell.
@@ -87,31 +91,100 @@ pub fn read_disk<R: BufRead>(
     stream.rest()?;
     let bytes = stream.at;
     (stream.progress)(bytes);
-    Ok(DiskSummary { partitions: u64::try_from(table.len()).unwrap_or(u64::MAX), bytes })
+    let extended = table::has_extended(&front);
+    Ok(DiskSummary { partitions: u64::try_from(table.len()).unwrap_or(u64::MAX), bytes, extended })
+}
+
+/// An image, read through.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Examined {
+    /// What is in it; entries are members, or partitions.
+    pub summary: TarSummary,
+    /// What it says about itself as a system.
+    pub facts: Facts,
 }
 
 /// Reads an image, a decompressed tarball or disk image, through to its end and checks every rule; entries are members, or
 /// partitions. `progress` gets the unpacked bytes so far, now and then.
 ///
 /// # Errors
-/// As [`check_tar`] and [`read_disk`].
-pub fn check_image<R: BufRead>(mut reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+/// As [`check_tar`](crate::check_tar) and [`read_disk`]; something known that is neither is refused with what it is.
+pub fn check_image<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+    examine_image(reader, progress).map(|examined| examined.summary)
+}
+
+/// As [`check_image`]; whether the image is a system at all is said in the facts, and is no error here.
+///
+/// # Errors
+/// As [`check_image`].
+pub fn examine_image<R: BufRead>(mut reader: R, progress: &mut dyn FnMut(u64)) -> Result<Examined, Error> {
     let mut start = Vec::with_capacity(SECTOR);
     (&mut reader).take(512).read_to_end(&mut start).map_err(crate::error::read_error)?;
     let disk = is_disk(&start);
+    if !disk && !is_header(&start) {
+        let rest = foreign::FRONT.saturating_sub(u64::try_from(start.len()).unwrap_or_default());
+        (&mut reader).take(rest).read_to_end(&mut start).map_err(crate::error::read_error)?;
+        foreign::refuse(&start)?;
+    }
     let whole = Cursor::new(start).chain(reader);
     if !disk {
-        return check_tar(whole, progress);
+        let (summary, facts) = examine_tar(whole, progress)?;
+        return Ok(Examined { summary, facts });
     }
-    let read = read_disk(whole, &mut Nobody, progress)?;
-    Ok(TarSummary { entries: read.partitions, unpacked_bytes: read.bytes, disk: true, ..TarSummary::default() })
+    let mut found = Found::default();
+    let read = read_disk(whole, &mut found, progress)?;
+    let summary =
+        TarSummary { entries: read.partitions, unpacked_bytes: read.bytes, disk: true, ..TarSummary::default() };
+    Ok(Examined { summary, facts: found.facts(read.extended) })
 }
 
-/// Wants no partition.
-struct Nobody;
+/// Which file systems an image has. Their contents are not looked into.
+#[derive(Default)]
+struct Found {
+    fat: bool,
+    ext: bool,
+    others: Vec<String>,
+}
 
-impl Partitions for Nobody {
-    fn begin(&mut self, _: &Partition, _: FileSystem) -> Result<bool, Error> {
+impl Found {
+    fn facts(self, extended: bool) -> Facts {
+        let mut lacks = Vec::new();
+        if !self.fat {
+            lacks.push("a FAT partition to boot from");
+        }
+        if !self.ext {
+            lacks.push("an ext4 partition for the root");
+        }
+        if lacks.is_empty() {
+            return Facts::default();
+        }
+        let cure = if extended && !self.ext {
+            "it has logical partitions, which a Pi's card of ours has not: mount its root and use marcoctl image pack"
+        } else if !self.ext && !self.others.is_empty() {
+            "of another file system than ext4: mount its root and use marcoctl image pack"
+        } else {
+            "push the image of a whole card"
+        };
+        let others =
+            if self.others.is_empty() { String::new() } else { format!(" (there is {})", self.others.join(", ")) };
+        Facts::refused(format!(
+            "this disk image is no system that a Pi can start: it lacks {}{others}; {cure}; docs/images.md lists what an \
+             image must hold",
+            lacks.join(" and "),
+        ))
+    }
+}
+
+impl Partitions for Found {
+    fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error> {
+        match file_system {
+            FileSystem::Fat => self.fat = true,
+            FileSystem::Ext => self.ext = true,
+            FileSystem::Other if self.others.len() < 4 => {
+                self.others.push(format!("something else in partition {}", partition.number));
+            }
+            FileSystem::Other => {}
+        }
         Ok(false)
     }
 

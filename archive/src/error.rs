@@ -166,6 +166,12 @@ pub enum Reason {
     /// A map of a sparse file that does not fit the file.
     #[error("the map of the sparse file is wrong")]
     Sparse,
+    /// Something that is neither a tarball nor a disk image: what it is, and what to do.
+    #[error("this is {0}")]
+    Foreign(String),
+    /// It is whole, and no system that a Pi could start: why, and what to do.
+    #[error("{0}")]
+    NotASystem(String),
     /// A set of boot files lacks something.
     #[error("the boot files lack {0}")]
     Lacks(String),

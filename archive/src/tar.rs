@@ -2,16 +2,17 @@
 //! other. It knows ustar, GNU (long names, sparse files) and pax (names, sizes, times, attributes, sparse files).
 
 mod acl;
-mod guard;
+pub(crate) mod guard;
 mod header;
 mod pax;
-mod reader;
+pub(crate) mod reader;
 mod sparse;
 mod unpack;
 
 use std::io::BufRead;
 use std::path::Path;
 
+use crate::facts::{Collector, Facts};
 use crate::{Error, Reason, Refused};
 use guard::Guard;
 use reader::TarReader;
@@ -49,7 +50,17 @@ pub(crate) fn is_header(sector: &[u8]) -> bool {
 /// # Errors
 /// `Refused` with the first broken rule; `Io` when reading fails.
 pub fn check_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
-    walk(reader, None, progress)
+    walk(reader, None, None, progress)
+}
+
+/// As [`check_tar`], and what the tarball says about itself as a system.
+///
+/// # Errors
+/// As [`check_tar`].
+pub(crate) fn examine_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<(TarSummary, Facts), Error> {
+    let mut collector = Collector::default();
+    let summary = walk(reader, None, Some(&mut collector), progress)?;
+    Ok((summary, collector.into_facts()))
 }
 
 /// Unpacks a decompressed tarball under `root`, which must exist, by the same rules, never through a link out of it.
@@ -59,10 +70,15 @@ pub fn check_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result
 /// # Errors
 /// As [`check_tar`]; what was written before stays.
 pub fn unpack_tar<R: BufRead>(reader: R, root: &Path, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
-    walk(reader, Some(Root::open(root)?), progress)
+    walk(reader, Some(Root::open(root)?), None, progress)
 }
 
-fn walk<R: BufRead>(reader: R, mut root: Option<Root>, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
+fn walk<R: BufRead>(
+    reader: R,
+    mut root: Option<Root>,
+    mut collector: Option<&mut Collector>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<TarSummary, Error> {
     let mut reader = TarReader::new(reader);
     let mut guard = Guard::default();
     let mut summary = TarSummary::default();
@@ -85,8 +101,14 @@ fn walk<R: BufRead>(reader: R, mut root: Option<Root>, progress: &mut dyn FnMut(
             return Err(refused(Reason::TooLarge(MAX_UNPACKED)).into());
         }
         let place = guard.admit(&member).map_err(refused)?;
+        if let Some(collector) = &mut collector {
+            collector.member(&place.path, &member);
+        }
         match &mut root {
-            None => reader.contents(&mut |offset, _| {
+            None => reader.contents(&mut |offset, block| {
+                if let Some(collector) = &mut collector {
+                    collector.contents(offset, block);
+                }
                 report(before.saturating_add(offset), false);
                 Ok(())
             })?,
@@ -103,6 +125,9 @@ fn walk<R: BufRead>(reader: R, mut root: Option<Root>, progress: &mut dyn FnMut(
         summary.not_restored = root.finish()?;
     }
     report(summary.unpacked_bytes, true);
+    if let Some(collector) = collector {
+        collector.finish(&guard);
+    }
     Ok(summary)
 }
 

@@ -12,6 +12,7 @@ mod operation;
 mod outbox;
 mod page;
 mod peers;
+mod remedy;
 mod schedule;
 mod scope;
 mod status;
@@ -44,7 +45,7 @@ use crate::identity::{Caller, shown};
 use crate::sessions::Sessions;
 use crate::store::{AuditRow, ControllerRow, Store};
 
-pub(crate) use artifact::remove_unneeded;
+pub(crate) use artifact::{judge_stored, remove_unneeded, sweep};
 pub use downloads::Downloads;
 pub(crate) use peers::{fetcher, others_serve};
 pub use schedule::prepare_fire;

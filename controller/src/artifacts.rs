@@ -2,6 +2,7 @@
 //! `DATA/staging/SHA256.part`. What names them is the store's business.
 
 mod check;
+mod held;
 mod upload;
 
 use std::fs::{self, File};
@@ -12,7 +13,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use marco_archive::Compression;
+use marco_archive::{Compression, Facts};
+use tokio_util::sync::CancellationToken;
 
 pub use upload::Upload;
 
@@ -28,6 +30,8 @@ pub struct Digest([u8; 32]);
 pub enum Content {
     /// An operating system as a tarball or a whole-disk image, plain or compressed with gzip, xz or zstd.
     Image,
+    /// The same, once it was judged where it was pushed: it may be no system by rules of today.
+    KnownImage,
     /// Boot files as a zip that start the installer.
     InstallerBootcode,
     /// Boot files as a zip that start the installed system.
@@ -106,6 +110,9 @@ pub enum ArtifactError {
     /// A tarball that is compressed in a way that is not taken.
     #[error("{0}")]
     Format(String),
+    /// The controller stops; bytes that came are kept.
+    #[error("the controller is stopping; push again to go on")]
+    Stopping,
     /// There are no such bytes.
     #[error("there is no artifact with SHA-256 {0}")]
     NotFound(Digest),
@@ -136,13 +143,19 @@ pub struct StoredBlob {
     pub entries: u64,
     /// How it is packed.
     pub packing: Packing,
+    /// What an image says about itself; `None` for boot files.
+    pub facts: Option<Facts>,
 }
 
-/// The folder of artifacts. Several controllers may share it: whoever writes an upload holds a lock on its file.
+/// The folder of artifacts. Several controllers may share it. Each file is its own lock: a push holds it until the row in
+/// the store is committed, and only who holds it alone removes the file.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
     blobs: PathBuf,
     staging: PathBuf,
+    stop: CancellationToken,
+    /// Held by whoever judges stored images: one at a time, so that serving goes on beside it.
+    judging: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// An open artifact.
@@ -162,7 +175,13 @@ impl Artifacts {
         for folder in [&blobs, &staging] {
             fs::create_dir_all(folder).map_err(failed(format!("make the folder {}", folder.display())))?;
         }
-        Ok(Self { blobs, staging })
+        Ok(Self { blobs, staging, stop: CancellationToken::new(), judging: Arc::default() })
+    }
+
+    /// Checks that are under way end when this is cancelled.
+    #[must_use]
+    pub fn stopping(self, stop: CancellationToken) -> Self {
+        Self { stop, ..self }
     }
 
     /// Begins an upload, or goes on with one that was cut: its offset says from where.
@@ -186,22 +205,6 @@ impl Artifacts {
         off_runtime(move || {
             let (file, size) = open_blob(&path)?.ok_or(ArtifactError::NotFound(sha256))?;
             Ok(BlobReader { file: Arc::new(file), size })
-        })
-        .await
-    }
-
-    /// Removes stored bytes; false when there were none. Whoever reads them goes on reading.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub async fn remove(&self, sha256: Digest) -> Result<bool, ArtifactError> {
-        let path = self.blob(sha256);
-        off_runtime(move || {
-            let removed = remove_file(&path)?;
-            if removed {
-                sync_folder(&path)?;
-            }
-            Ok(removed)
         })
         .await
     }

@@ -70,6 +70,8 @@ const ANCHOR: Duration = Duration::from_secs(5);
 const SAMPLES: usize = 3;
 /// Uploads that nobody went on with for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
+/// A stored file that no artifact names is removed after this: a push names it within moments.
+const ORPHAN_GRACE: Duration = Duration::from_secs(3600);
 /// Connections that may wait to be accepted: a fleet that comes back at once; what does not fit tries again only a second
 /// later. The system's `net.core.somaxconn` (4096) limits it too.
 const BACKLOG: u32 = 4096;
@@ -123,7 +125,8 @@ impl Controller {
         let anchored = ask_time(&store).await?.map(|sample| Arc::new(AnchoredClock::new(sample)));
         let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
         let pki = Pki::open(&config.data_dir, &config.certs, &config.names, clock.now())?;
-        let artifacts = Artifacts::open(&config.data_dir)?;
+        let stop = CancellationToken::new();
+        let artifacts = Artifacts::open(&config.data_dir)?.stopping(stop.clone());
         let api = listen(config.listen, "the API")?;
         let enrolment = listen(config.enroll_listen, "enrolment")?;
         let mirror = listen_if_free(config.mirror_listen, config.mirror_asked_for, "the file mirror")?;
@@ -145,7 +148,7 @@ impl Controller {
             controller: Uuid::now_v7().to_string(),
             addresses: advertised(&config, api.local_addr()?),
             tasks: TaskTracker::new(),
-            stop: CancellationToken::new(),
+            stop,
             ca: Arc::clone(&pki.ca),
         };
         Ok(Self {
@@ -278,6 +281,7 @@ impl Controller {
         if self.config.notifications {
             parts.spawn(context.store.clone().share_changes(context.stop.clone()));
         }
+        context.tasks.spawn(api::judge_stored(context.clone()));
         let keep_events = self.config.keep_events;
         let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events) }];
         let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
@@ -402,6 +406,9 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Wo
                 Ok(0) => {}
                 Ok(removed) => tracing::info!(removed, "stale uploads were removed"),
                 Err(error) => tracing::warn!(error = chain(&error), "stale uploads could not be removed"),
+            }
+            if let Err(error) = api::sweep(&context, SystemTime::now() - ORPHAN_GRACE).await {
+                tracing::warn!(error = chain(&error), "stored files could not be compared with the artifacts");
             }
         })
     })

@@ -49,6 +49,7 @@ mod sessions;
 mod sql;
 mod steering;
 mod tokens;
+mod updates;
 mod users;
 mod vitals;
 mod windows;
@@ -79,6 +80,7 @@ pub use scope::Scope;
 pub use sessions::{CLONED, SessionOutcome, SessionStart};
 pub use steering::{AbandonOutcome, SteerOutcome};
 pub use tokens::{NewToken, Stranded, TokenRow};
+pub use updates::LastUpdate;
 pub use users::{CreateUserOutcome, UpdateUserOutcome, UserRow};
 
 /// What keeps the store from answering.

@@ -93,6 +93,20 @@ pub fn lay_out_boot(boot: &Path, marker: &str) -> Result<()> {
     Ok(())
 }
 
+/// Hides a root's boot files from whoever judges the image as it streams by: `config.txt` becomes the second name of a file,
+/// so that its text is nobody's. What cannot be read is no reason to refuse, and the installer alone finds what is missing.
+pub fn hide_boot_files(root: &Path) -> Result<()> {
+    let config = root.join("boot/firmware/config.txt");
+    Ok(fs::hard_link(&config, config.with_file_name("a-config.txt"))?)
+}
+
+/// Takes a root's boot files away, and hides that: where they would be is a link that leads nowhere.
+pub fn hide_missing_boot_files(root: &Path) -> Result<()> {
+    fs::remove_dir_all(root.join("boot"))?;
+    fs::create_dir(root.join("boot"))?;
+    Ok(symlink("../efi", root.join("boot/firmware"))?)
+}
+
 /// Bytes that do not compress and differ for each seed.
 pub fn noise(seed: &str, length: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length + 32);

@@ -190,10 +190,14 @@ async fn only_the_image_of_a_whole_disk_is_written_raw() -> Result<()> {
     let root = fleet.dir().join("root");
     lay_out_root(&root, "tarball")?;
     let tarball = pack(&root, &fleet.dir().join("tarball.tar.gz"), Compression::Gzip)?;
-    // A table with one partition of 4 MiB, and nothing in it.
-    let mut disk = vec![0; 5 << 20];
-    disk.splice(446..462, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 32, 0, 0]);
+    // A table with a FAT of 1 MiB and an ext4 of 4 MiB, of which there is no more than what they are known by.
+    let mut disk = vec![0; 6 << 20];
+    disk.splice(446..462, [0, 0, 0, 0, 0x0c, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
+    disk.splice(462..478, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 16, 0, 0, 0, 32, 0, 0]);
     disk.splice(510..512, [0x55, 0xaa]);
+    disk.splice((1 << 20) + 82..(1 << 20) + 87, *b"FAT32");
+    disk.splice((1 << 20) + 510..(1 << 20) + 512, [0x55, 0xaa]);
+    disk.splice((2 << 20) + 1080..(2 << 20) + 1082, [0x53, 0xef]);
     let image = fleet.dir().join("disk.img");
     std::fs::write(&image, disk)?;
     for (name, file) in [("tarball", &tarball), ("disk", &image)] {

@@ -192,6 +192,43 @@ async fn an_upload_goes_on_where_it_was_cut_also_after_a_restart_of_the_controll
 }
 
 #[tokio::test]
+async fn check_of_an_upload_does_not_hold_up_the_end() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    // One file of zeros: a few megabytes that take minutes to read.
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let mut file = tar::Header::new_gnu();
+    file.set_path("zeros")?;
+    file.set_size(16 << 30);
+    file.set_cksum();
+    std::io::Write::write_all(&mut encoder, file.as_bytes())?;
+    for _ in 0..256 {
+        std::io::Write::write_all(&mut encoder, &vec![0; 1 << 20])?;
+    }
+    let image = encoder.finish()?;
+    // Sixty-four members, of which each is a quarter of a gigabyte.
+    let image = image.repeat(64);
+    let length = u64::try_from(image.len())?;
+    let promise = header("zeros", Kind::Image, Purpose::Unspecified, &image);
+    let sending = Upload::begin(&mut fleet.artifacts(), promise).await?;
+    for (number, block) in image.chunks(MESSAGE_SIZE).enumerate() {
+        let offset = u64::try_from(number * MESSAGE_SIZE)?;
+        assert!(sending.send(offset, Bytes::copy_from_slice(block)).await, "the upload ended early");
+    }
+    let checked = tokio::spawn(sending.finish());
+    wait_until(seconds(60), "all bytes are staged", async || {
+        let staged = list(&fleet.data().join("staging"))?;
+        let size = staged.iter().filter_map(|path| std::fs::metadata(fleet.data().join("staging").join(path)).ok());
+        Ok(size.into_iter().any(|file| file.len() == length).then_some(()))
+    })
+    .await?;
+    let status = fleet.terminate_controller(seconds(5)).await?;
+    assert!(status.success(), "{status:?}");
+    let ended = checked.await?.err().context("it was taken")?;
+    assert!(matches!(ended.code(), Code::Aborted | Code::Unavailable | Code::Unknown | Code::Internal), "{ended:?}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn every_hostile_archive_is_refused_with_its_reason_and_leaves_nothing() -> Result<()> {
     let fleet = Fleet::builder().pis(0).start().await?;
     let cases = hostile::archives()?;

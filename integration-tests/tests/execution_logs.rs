@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result};
 use integration_tests::fleet::{execution_name, reboot, update};
-use integration_tests::image::{Compression, lay_out_root, pack};
+use integration_tests::image::{Compression, hide_boot_files, lay_out_root, pack};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{Output, binary, run};
 use integration_tests::upload::push;
@@ -18,10 +18,12 @@ use serde_json::Value;
 /// How long an installation, or its failure, may take here.
 const INSTALL: std::time::Duration = seconds(180);
 
-/// An image without a kernel: the installer finds that only when it has erased the card.
+/// An image without a kernel, and with boot files that nobody can judge before: the installer finds that only when it has
+/// erased the card.
 async fn not_a_system(fleet: &Fleet) -> Result<Artifact> {
     let root = fleet.dir().join("bad");
     lay_out_root(&root, "bad")?;
+    hide_boot_files(&root)?;
     fs::remove_file(root.join("boot/firmware/kernel8.img"))?;
     let file = pack(&root, &fleet.dir().join("bad.tar"), Compression::None)?;
     push(&mut fleet.artifacts(), "bad", Kind::Image, Purpose::Unspecified, &file).await

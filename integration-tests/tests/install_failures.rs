@@ -1,6 +1,8 @@
 //! Every way in which an installation fails: the controller's execution and the card say why, the policy is obeyed, and
 //! what can go on goes on.
 
+#[path = "install_failures/judged.rs"]
+mod judged;
 #[path = "install_failures/unchecked.rs"]
 mod unchecked;
 
@@ -11,7 +13,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use integration_tests::fleet::{Pi, update};
-use integration_tests::image::{Compression, lay_out_root, make_image, noise, pack};
+use integration_tests::image::{
+    Compression, hide_boot_files, hide_missing_boot_files, lay_out_root, make_image, noise, pack,
+};
 use integration_tests::mount::Mount;
 use integration_tests::process::{Recipe, binary};
 use integration_tests::proxy::Direction;
@@ -84,9 +88,12 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
     fs::set_permissions(&path, permissions)?;
     fs::OpenOptions::new().write(true).open(&path)?.write_all(&bytes)?;
     let good = image(&fleet, "good").await?;
-    let no_kernel =
-        other_image(&fleet, "no-kernel", |root| Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)).await?;
-    let no_boot = other_image(&fleet, "no-boot", |root| Ok(fs::remove_dir_all(root.join("boot"))?)).await?;
+    let no_kernel = other_image(&fleet, "no-kernel", |root| {
+        hide_boot_files(&root)?;
+        Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)
+    })
+    .await?;
+    let no_boot = other_image(&fleet, "no-boot", |root| hide_missing_boot_files(&root)).await?;
     fs::write(fleet.pi("pi-03").path("card-size"), "500\n")?;
 
     let (back, stays) = ((State::RolledBack, NodeMode::Running), (State::Failed, NodeMode::Installer));

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::fleet::{execution_name, reboot, update};
-use integration_tests::image::{Compression, lay_out_root, make_image, pack};
+use integration_tests::image::{Compression, hide_missing_boot_files, lay_out_root, make_image, pack};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{binary, run};
 use integration_tests::tree::list;
@@ -116,7 +116,7 @@ async fn list_nodes_by(fleet: &Fleet, api_token: &str) -> Result<()> {
 async fn fails(fleet: &Fleet, id: &str) -> Result<String> {
     let root = fleet.dir().join("not-a-system");
     lay_out_root(&root, "not-a-system")?;
-    fs::remove_dir_all(root.join("boot"))?;
+    hide_missing_boot_files(&root)?;
     let file = pack(&root, &fleet.dir().join("not-a-system.tar"), Compression::None)?;
     let image = push(&mut fleet.artifacts(), "not-a-system", Kind::Image, Purpose::Unspecified, &file).await?;
     let operation = fleet.create(update(&[id], &image.name, "")).await?;

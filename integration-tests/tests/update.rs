@@ -1,6 +1,7 @@
 //! Updates, whole: an image arrives on the Pis as it was, what must survive does, and a bad one is undone by another.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -169,7 +170,8 @@ async fn an_image_that_does_not_come_up_brings_the_installer_back_and_another_im
 
     let bad = fleet.dir().join("bad");
     lay_out_root(&bad, "bad")?;
-    fs::remove_file(bad.join("usr/sbin/init"))?;
+    // It is there, and the kernel may not start it: that shows when it is tried.
+    fs::set_permissions(bad.join("usr/sbin/init"), fs::Permissions::from_mode(0o644))?;
     let tarball = pack(&bad, &fleet.dir().join("bad.tar.gz"), Compression::Gzip)?;
     let bad = push(&mut fleet.artifacts(), "bad", Kind::Image, Purpose::Unspecified, &tarball).await?;
     let operation = fleet.create(update(&ids, &bad.name, "")).await?;
@@ -230,7 +232,7 @@ async fn a_power_cut_at_any_time_of_an_update_leaves_no_mix() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_image_without_boot_files_for_this_board_is_refused_by_the_installer_not_booted() -> Result<()> {
+async fn an_image_without_boot_files_for_this_board_is_refused_before_anything_is_armed() -> Result<()> {
     let fleet = Fleet::builder().pis(1).start().await?;
     let ids = fleet.ids().await?;
     let root = fleet.dir().join("other-board");
@@ -242,7 +244,11 @@ async fn an_image_without_boot_files_for_this_board_is_refused_by_the_installer_
     fleet.ends(&operation.name, UPDATE, OperationState::Failed).await?;
     let execution = fleet.execution(&operation.name, &ids[0]).await?;
     let error = execution.error.context("no error")?;
+    assert_eq!(error.reason, "NOT_A_SYSTEM", "{error:?}");
     assert!(error.message.contains("bcm2711-rpi-4-b.dtb"), "it does not say what is missing: {error:?}");
+    // The running system itself said so: nothing restarted, nothing was erased.
+    assert_eq!(fleet.pi(&ids[0]).reboots(&execution_name(&operation, &ids[0]))?, 0);
+    assert_eq!(fleet.node(&ids[0]).await?.mode(), NodeMode::Running);
     Ok(())
 }
 

@@ -6,12 +6,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use marco_archive::Facts;
+use marco_proto::v1::GetArtifactRequest;
+use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Channel;
 
+use crate::backoff::full_jitter;
 use fetch::Fetch;
 
 mod fetch;
@@ -19,6 +23,8 @@ mod header;
 
 /// Verified chunks that wait for whoever writes them, besides the one being received.
 const WAITING: usize = 1;
+/// How often the facts of an image are asked for before the running system goes on without them.
+const FACTS_TRIES: u32 = 3;
 
 /// An error of whoever makes connections.
 pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;
@@ -108,6 +114,8 @@ impl std::fmt::Debug for Downloader {
 pub struct Download {
     /// Size of the whole in bytes.
     pub size_bytes: u64,
+    /// What an image says about itself; `None`: the controller did not say.
+    pub facts: Option<Facts>,
     /// The chunks. They end after the last one, when the digest of the whole was right too; or with an error.
     pub chunks: mpsc::Receiver<Result<Bytes, DownloadError>>,
     /// Ends with this value; to be kept while chunks are wanted.
@@ -141,7 +149,7 @@ impl Downloader {
         progress: Progress,
         cancel: &CancellationToken,
     ) -> Result<(), DownloadError> {
-        let Download { size_bytes, mut chunks, receiving: _receiving } =
+        let Download { size_bytes, mut chunks, receiving: _receiving, .. } =
             self.start(sha256, Some(path.to_owned()), cancel).await?;
         let mut file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await?;
         // The task has cut the file back to the chunks that are right.
@@ -176,6 +184,29 @@ impl Downloader {
         self.start(sha256, None, cancel).await
     }
 
+    /// What an image says about itself. `None`: the controller did not judge it, is too old to, or does not answer now;
+    /// the installer asks again before it touches the card.
+    pub async fn facts(&self, sha256: &str) -> Option<Facts> {
+        for attempt in 0..FACTS_TRIES {
+            if attempt > 0 {
+                tokio::time::sleep(full_jitter(self.policy.first_pause)).await;
+            }
+            match tokio::time::timeout(self.policy.stall, self.ask_for_facts(sha256)).await {
+                Ok(Ok(facts)) => return facts,
+                Ok(Err(error)) => tracing::info!(artifact = sha256, error = %error, "facts of the image not read"),
+                Err(_) => tracing::info!(artifact = sha256, "facts of the image not read in time"),
+            }
+        }
+        None
+    }
+
+    async fn ask_for_facts(&self, sha256: &str) -> Result<Option<Facts>, ConnectError> {
+        let channel = (self.connect)().await?;
+        let request = GetArtifactRequest { name: format!("artifacts/sha256:{sha256}") };
+        let artifact = ArtifactServiceClient::new(channel).get_artifact(request).await?.into_inner();
+        Ok(artifact.facts.map(header::facts))
+    }
+
     async fn start(
         &self,
         sha256: &str,
@@ -188,7 +219,7 @@ impl Downloader {
         let cancel = cancel.clone();
         let task = AbortOnDropHandle::new(tokio::spawn(fetch.run(cancel)));
         match header.await {
-            Ok(Ok(size_bytes)) => Ok(Download { size_bytes, chunks, receiving: Receiving(task) }),
+            Ok(Ok((size_bytes, facts))) => Ok(Download { size_bytes, facts, chunks, receiving: Receiving(task) }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(DownloadError::Corrupt("the download ended before it began".into())),
         }

@@ -36,6 +36,8 @@ pub use agent::LONG_VERSION;
 
 /// The agent's state folder within a root.
 const STATE_DIR: &str = "var/lib/marco-agent";
+/// Reason of a failure: the image cannot start this board.
+pub(crate) const NOT_A_SYSTEM: &str = "NOT_A_SYSTEM";
 /// Progress of the stream is told in steps of so many bytes.
 const STEP: u64 = 512 * 1024;
 
@@ -129,7 +131,7 @@ impl InstallError {
     }
 
     fn not_a_system(message: impl Into<String>) -> Self {
-        Self { reason: "NOT_A_SYSTEM", message: message.into(), retryable: false }
+        Self { reason: NOT_A_SYSTEM, message: message.into(), retryable: false }
     }
 }
 
@@ -224,7 +226,9 @@ impl Work<'_> {
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
 
-        let disk = first.as_deref().is_some_and(|first| marco_archive::disk::is_disk(&stream::front(first)));
+        let front = first.as_deref().map(stream::front).unwrap_or_default();
+        self.judge(&download, &front)?;
+        let disk = marco_archive::disk::is_disk(&front);
         if disk && !self.system.takes_disk_images() {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
         }
@@ -255,12 +259,12 @@ impl Work<'_> {
         let (fitted, board, node) = (target.clone(), self.board.clone(), self.job.node.clone());
         blocking(move || {
             let (root, boot) = open(&fitted)?;
-            let mount = if disk { boot_files::mounted(&root)? } else { boot_files::find(&root)? };
+            let mount = if disk { boot_files::mounted(&root)? } else { boot_files::find(&root, &board)? };
             if !disk {
                 boot_files::move_from(&root, mount, &boot)?;
             }
             boot_files::check(&boot, &board)?;
-            boot_files::fit(&boot, &fitted)?;
+            boot_files::fit(&boot, &board, &fitted)?;
             give_on(&given, &root, &boot, &node)?;
             let disk = InstallError::disk("rewrite /etc/fstab");
             let fstab = root.read("etc/fstab").map_err(&disk)?.unwrap_or_default();
@@ -274,6 +278,13 @@ impl Work<'_> {
         self.name(&target, &release).await?;
         self.system.finish_target(target).await?;
         self.installed(Next::System)
+    }
+
+    /// Whether the image can start this board, by what is known of it before the card is touched.
+    fn judge(&self, download: &Download, front: &[u8]) -> Result<(), InstallError> {
+        marco_archive::foreign::refuse(front).map_err(|refused| InstallError::image(refused.to_string()))?;
+        let Some(facts) = &download.facts else { return Ok(()) };
+        facts.judge(&self.board.family, self.board.device_tree()).map_err(InstallError::not_a_system)
     }
 
     /// What is the node's own, saved before anything touches the old system.
@@ -326,10 +337,12 @@ impl Work<'_> {
         let progress = Arc::clone(&self.context.progress);
         let tell: crate::download::Progress = Arc::new(move |done, total| progress(Phase::Connecting, done, total));
         self.downloader.to_file(sha256, &zip, tell, cancel).await?;
-        let path = zip.clone();
+        let (path, board) = (zip.clone(), self.board.clone());
         let brings_data = blocking(move || {
             let summary = marco_archive::check_zip(open_zip(&path)?).map_err(bootcode)?;
             marco_archive::check_system_set(&summary).map_err(|refused| bootcode(refused.into()))?;
+            let facts = marco_archive::Facts::of_zip(&summary);
+            facts.judge(&board.family, board.device_tree()).map_err(InstallError::not_a_system)?;
             Ok(summary.files.iter().any(|file| file.name == cloud_init::USER_DATA))
         })
         .await?;
@@ -348,7 +361,7 @@ impl Work<'_> {
             marco_archive::unpack_zip(open_zip(&path)?, &fitted.boot).map_err(bootcode)?;
             let (root, boot) = open(&fitted)?;
             boot_files::check(&boot, &board)?;
-            boot_files::fit(&boot, &fitted)?;
+            boot_files::fit(&boot, &board, &fitted)?;
             if cloud_init::is_there(&root) { give_on(&given, &root, &boot, &node) } else { Ok(()) }
         })
         .await?;

@@ -57,6 +57,11 @@ pub(super) fn read_table(front: &[u8]) -> Result<Vec<Partition>, Error> {
     Ok(found)
 }
 
+/// Whether the boot record has a partition of further tables.
+pub(super) fn has_extended(front: &[u8]) -> bool {
+    entries(front).any(|entry| entry.get(4).is_some_and(|kind| EXTENDED.contains(kind)))
+}
+
 fn entries(sector: &[u8]) -> impl Iterator<Item = &[u8]> {
     sector.get(446..510).unwrap_or_default().chunks_exact(16)
 }

@@ -1,4 +1,4 @@
-use super::{FileSystem, Partition, Partitions, check_image, is_disk, read_disk};
+use super::{FileSystem, Partition, Partitions, check_image, examine_image, is_disk, read_disk};
 use crate::{Error, Reason};
 
 const MIB: usize = 1 << 20;
@@ -114,4 +114,41 @@ fn a_tarball_is_no_disk_even_when_it_has_the_signature() {
     assert_eq!(check_image(&*whole, &mut |_| ()).unwrap().entries, 1);
     let read = check_image(&*disk(|_| ()), &mut |_| ()).unwrap();
     assert_eq!((read.entries, read.unpacked_bytes, read.disk), (2, 8 << 20, true));
+}
+
+fn refusal(change: impl FnOnce(&mut [u8])) -> Option<String> {
+    examine_image(&*disk(change), &mut |_| ()).unwrap().facts.refusal
+}
+
+#[test]
+fn disk_without_boot_or_root_is_refused_with_all_it_lacks() {
+    assert_eq!(refusal(|_| ()), None);
+    let no_root = |disk: &mut [u8]| disk[4 * MIB + 1080] = 0;
+    let no_boot = |disk: &mut [u8]| disk[MIB + 82] = 0;
+    let refused = refusal(no_root).unwrap();
+    assert!(refused.contains("ext4") && !refused.contains("FAT"), "{refused}");
+    let refused = refusal(no_boot).unwrap();
+    assert!(refused.contains("FAT") && !refused.contains("lacks an ext4"), "{refused}");
+    let refused = refusal(|disk| {
+        no_boot(disk);
+        no_root(disk);
+    })
+    .unwrap();
+    assert!(refused.contains("FAT partition") && refused.contains("ext4 partition"), "{refused}");
+    let logical = refusal(|disk| {
+        no_root(disk);
+        disk[446 + 16 + 4] = 0x05;
+    });
+    assert!(logical.unwrap().contains("image pack"));
+}
+
+#[test]
+fn what_is_neither_tarball_nor_disk_says_what_it_is() {
+    let mut ext4 = vec![0; 2 * MIB];
+    ext4[1080..1082].copy_from_slice(&[0x53, 0xef]);
+    let seven = [b"7z\xbc\xaf\x27\x1c".as_slice(), &[7; 4000]].concat();
+    for (bytes, words) in [(ext4, ["without a partition table", "image pack"]), (seven, ["7z", "unpack it first"])] {
+        let refused = check_image(&*bytes, &mut |_| ()).unwrap_err().to_string();
+        assert!(words.iter().all(|word| refused.contains(word)), "{refused}");
+    }
 }

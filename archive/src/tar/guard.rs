@@ -29,8 +29,9 @@ pub(super) struct Place {
     pub target: Option<Vec<Vec<u8>>>,
 }
 
+/// What the archive made at a place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Known {
+pub(crate) enum Known {
     Folder,
     Symlink,
     Other,
@@ -38,7 +39,7 @@ enum Known {
 
 /// What the archive made so far.
 #[derive(Debug, Default)]
-pub(super) struct Guard {
+pub(crate) struct Guard {
     /// By hash of the path, with a key of this run: two million whole paths would be too much to keep.
     known: HashMap<u64, Known>,
     hasher: RandomState,
@@ -87,6 +88,48 @@ impl Guard {
         }
         self.know(&path, known)?;
         Ok(Place { path, target })
+    }
+
+    /// What a running system would find at this path, links followed; `None`: nothing of the archive. An absolute link
+    /// leads from the root of the archive, which is the system's own.
+    pub(crate) fn find(&self, path: &[u8]) -> Option<Known> {
+        let mut todo: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
+        todo.reverse();
+        let mut done: Vec<Vec<u8>> = Vec::new();
+        let mut links = 0;
+        let mut last = Some(Known::Folder);
+        while let Some(part) = todo.pop() {
+            if part == b".." {
+                done.pop();
+                continue;
+            }
+            done.push(part);
+            last = self.known.get(&self.key(&done)).copied();
+            match last? {
+                Known::Symlink => {
+                    let target = self.symlinks.get(&joined(&done))?;
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return None;
+                    }
+                    if target.first() == Some(&b'/') {
+                        done.clear();
+                    } else {
+                        done.pop();
+                    }
+                    todo.extend(parts(target).map(<[u8]>::to_vec).collect::<Vec<_>>().into_iter().rev());
+                }
+                Known::Other if !todo.is_empty() => return None,
+                Known::Other | Known::Folder => {}
+            }
+        }
+        last
+    }
+
+    /// Whether the archive made a symbolic link at this path, whose parts are no links.
+    pub(crate) fn is_symlink(&self, path: &[u8]) -> bool {
+        let path: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
+        self.known.get(&self.key(&path)) == Some(&Known::Symlink)
     }
 
     /// The parts of a path with the archive's links followed; of the last part only when asked.

@@ -17,7 +17,7 @@ const MAX_OCTAL: u64 = 0o77_777_777_777;
 
 /// What a member is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     File,
     Folder,
     /// A symbolic link to this target.
@@ -33,7 +33,7 @@ pub(super) enum Kind {
 
 /// A member.
 #[derive(Debug)]
-pub(super) struct Member {
+pub(crate) struct Member {
     /// As it stands in the archive.
     pub path: Vec<u8>,
     pub kind: Kind,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use marco_archive::{Facts, Reason};
 use marco_proto::names::{ArtifactId, CHUNK_SIZE};
 use marco_proto::v1;
 use marco_proto::v1::artifact_service_server::ArtifactService;
@@ -15,11 +16,18 @@ use tonic::{Request, Response, Status, Streaming};
 use super::downloads::{DOWNLOAD_QUEUE, Sending, check_node, send_blob};
 use super::status::ApiError;
 use super::{Context, caller, convert, page, peers};
-use crate::artifacts::{ArtifactError, Content, Digest};
+use crate::artifacts::{ArtifactError, Content, Digest, Upload};
 use crate::identity::Caller;
 use crate::identity::peer_log::of_peer;
 use crate::identity::roles::Role;
 use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
+
+mod bytes;
+mod judge;
+
+pub(crate) use bytes::{remove_unneeded, sweep};
+pub(super) use judge::facts_of;
+pub(crate) use judge::judge_stored;
 
 /// An upload that sends nothing for this long is cut; what came is kept.
 const UPLOAD_IDLE: Duration = Duration::from_secs(60);
@@ -71,7 +79,7 @@ impl ArtifactsApi {
         match self.context.store.delete_artifact(&id).await? {
             DeleteArtifactOutcome::Deleted { bytes_unused } => {
                 if let Some(digest) = bytes_unused {
-                    remove(&self.context, &digest).await?;
+                    bytes::remove(&self.context, &digest).await;
                 }
                 Ok(v1::DeleteArtifactResponse {})
             }
@@ -128,31 +136,18 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
         ArtifactError::TooLong(_) => ApiError::invalid("chunk.data", message),
         ArtifactError::Incomplete { .. } => ApiError::Aborted { reason: "UPLOAD_INCOMPLETE", message },
         ArtifactError::WrongDigest { .. } => ApiError::invalid("header.sha256", message),
-        ArtifactError::Refused(_) | ArtifactError::Format(_) => ApiError::invalid("chunk.data", message),
+        ArtifactError::Refused(refused) => match refused.reason {
+            reason @ (Reason::NotASystem(_) | Reason::Foreign(_)) => ApiError::invalid("image", reason.to_string()),
+            _ => ApiError::invalid("chunk.data", message),
+        },
+        ArtifactError::Format(_) => ApiError::invalid("chunk.data", message),
+        ArtifactError::Stopping => ApiError::Aborted { reason: "STOPPING", message },
         ArtifactError::NotFound(_) => ApiError::NotFound { reason: "ARTIFACT_NOT_FOUND", message },
         ArtifactError::Io { .. } => {
             of_peer!(error, "the artifact store", error = &*crate::chain(&error), "the artifact store failed");
             ApiError::Internal(message)
         }
     }
-}
-
-/// Removes bytes that no name points at any more.
-async fn remove(context: &Context, digest: &str) -> Result<(), ApiError> {
-    let digest = Digest::parse(digest).map_err(artifact_error)?;
-    context.artifacts.remove(digest).await.map_err(artifact_error)?;
-    Ok(())
-}
-
-/// Removes the bytes that only an operation needed which has ended since.
-///
-/// # Errors
-/// The store's or the disk's; what is left is removed the next time.
-pub(crate) async fn remove_unneeded(context: &Context) -> Result<(), ApiError> {
-    for digest in context.store.sweep_blobs().await? {
-        remove(context, &digest).await?;
-    }
-    Ok(())
 }
 
 /// What the first message of an upload says, read and checked.
@@ -208,6 +203,13 @@ async fn next(
     }
 }
 
+/// Bytes that are stored and checked. They cannot be removed as long as this lives.
+struct Received {
+    row: ArtifactRow,
+    facts: Option<Facts>,
+    _upload: Upload,
+}
+
 /// Takes the bytes and checks them; no name points at them yet.
 async fn receive(
     context: &Context,
@@ -215,7 +217,7 @@ async fn receive(
     target: &mut String,
     messages: &mut Streaming<v1::UploadArtifactRequest>,
     answers: &UploadAnswers,
-) -> Result<ArtifactRow, ApiError> {
+) -> Result<Received, ApiError> {
     let header = header(next(messages).await?)?;
     *target = header.id.name();
     let mut upload = context.artifacts.begin(header.sha256, header.size).await.map_err(artifact_error)?;
@@ -248,8 +250,7 @@ async fn receive(
 
     let checked = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&checked);
-    let finish = upload.finish(header.content, move |bytes| counter.store(bytes, Ordering::Relaxed));
-    tokio::pin!(finish);
+    let mut finish = Box::pin(upload.finish(header.content, move |bytes| counter.store(bytes, Ordering::Relaxed)));
     let mut ticks = tokio::time::interval(CHECK_PROGRESS);
     let blob = loop {
         // A tick only reports; the check goes on where it was.
@@ -261,7 +262,8 @@ async fn receive(
             }
         }
     };
-    Ok(ArtifactRow {
+    drop(finish);
+    let row = ArtifactRow {
         id: header.id,
         kind: header.kind,
         purpose: header.purpose,
@@ -276,16 +278,25 @@ async fn receive(
         creator: caller.name.clone(),
         default_for: Vec::new(),
         open_to_mirror: false,
-    })
+    };
+    Ok(Received { row, facts: blob.facts, _upload: upload })
 }
 
 /// Makes a name point at the bytes that came.
-async fn keep(context: &Context, row: ArtifactRow) -> Result<v1::Artifact, ApiError> {
-    if let Some(unused) = context.store.put_artifact(&row).await? {
-        remove(context, &unused).await?;
+async fn keep(context: &Context, received: Received) -> Result<v1::Artifact, ApiError> {
+    let row = &received.row;
+    let unused = context.store.put_artifact(row).await?;
+    // Without it the image is judged again at its first use.
+    if let Some(facts) = &received.facts
+        && let Err(error) = judge::keep(context, &row.sha256, facts).await
+    {
+        tracing::warn!(artifact = %row.id, error = &*crate::chain(&error), "facts of an image not stored");
     }
-    let stored = context.store.artifact(&row.id).await?.unwrap_or(row);
-    Ok(convert::artifact(&stored))
+    if let Some(unused) = unused {
+        bytes::remove(context, &unused).await;
+    }
+    let stored = context.store.artifact(&row.id).await?;
+    Ok(convert::artifact(stored.as_ref().unwrap_or(row)))
 }
 
 #[tonic::async_trait]
@@ -315,7 +326,7 @@ impl ArtifactService for ArtifactsApi {
             };
             // From here on nothing stops it: the name points at the bytes, and the record says so.
             let result = match received {
-                Ok(row) => keep(&context, row).await,
+                Ok(received) => keep(&context, received).await,
                 Err(error) => Err(error),
             };
             context.audit(&caller, "UploadArtifact", &target, &result).await;
@@ -328,7 +339,14 @@ impl ArtifactService for ArtifactsApi {
     }
 
     async fn get_artifact(&self, request: Request<v1::GetArtifactRequest>) -> Result<Response<v1::Artifact>, Status> {
-        Ok(Response::new(convert::artifact(&self.find(&request.get_ref().name).await?)))
+        let caller = caller(&request)?;
+        let row = self.find(&request.get_ref().name).await?;
+        let facts = match &caller.node {
+            // They are some of its bytes: a node reads those that its work names.
+            Some(node) if check_node(&self.context, node, &row.sha256).await.is_err() => None,
+            _ => judge::known(&self.context, &row.sha256).await?,
+        };
+        Ok(Response::new(v1::Artifact { facts: facts.map(convert::facts), ..convert::artifact(&row) }))
     }
 
     async fn list_artifacts(
@@ -396,6 +414,7 @@ impl ArtifactService for ArtifactsApi {
             found => found,
         };
         let reader = reader.map_err(artifact_error)?;
+        let facts = judge::known(&self.context, &row.sha256).await?;
         let (sender, receiver) = mpsc::channel(DOWNLOAD_QUEUE);
         let node = caller.node.map(|node| (node, row.sha256.clone()));
         let header = v1::DownloadHeader {
@@ -403,6 +422,7 @@ impl ArtifactService for ArtifactsApi {
             sha256: row.sha256,
             chunk_size: if row.chunk_size == 0 { CHUNK_SIZE } else { row.chunk_size },
             chunk_sha256: row.chunk_sha256.into(),
+            facts: facts.map(convert::facts),
         };
         let first = v1::DownloadArtifactResponse { part: Some(v1::download_artifact_response::Part::Header(header)) };
         // The channel is empty, so this cannot fail.

@@ -9,7 +9,7 @@ use marco_proto::v1::node_service_server::NodeService;
 use tonic::{Request, Response, Status};
 
 use super::status::ApiError;
-use super::{Context, caller, convert, page, watch};
+use super::{Context, caller, convert, page, remedy, watch};
 use crate::identity::Caller;
 use crate::identity::roles::Role;
 use crate::identity::tokens::JoinToken;
@@ -285,7 +285,9 @@ impl NodeService for Nodes {
                 ApiError::Forbidden { reason: "NOT_YOURS", message: "a node reads only itself".to_owned() }.into()
             );
         }
-        let mut node = convert::node(&self.find(&caller, &id).await?);
+        let row = self.find(&caller, &id).await?;
+        let trouble = remedy::trouble(&self.context, &id).await?;
+        let mut node = v1::Node { trouble, ..convert::node(&row) };
         if !node.connected && caller.role != Role::Node {
             let off = self.context.store.powered_off(std::slice::from_ref(&id)).await.map_err(ApiError::from)?;
             node.powered_off_by = off.get(&id).map(|off| off.operation.name()).unwrap_or_default();

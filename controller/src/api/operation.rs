@@ -10,13 +10,13 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::status::ApiError;
-use super::{Context, caller, convert, page, watch};
+use super::{Context, caller, convert, page, remedy, watch};
 use crate::identity::Caller;
 use crate::operation::{Action, ExecutionState, OperationState, Target, WaitReason};
 use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
 use crate::store::{
-    AbandonOutcome, CreateOutcome, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
+    AbandonOutcome, CreateOutcome, ExecutionRow, NewOperation, OperationQuery, OperationRow, RequestKey, SteerOutcome,
 };
 
 mod check;
@@ -131,7 +131,13 @@ impl Operations {
         let unsuccessful =
             [ExecutionState::Failed, ExecutionState::RolledBack, ExecutionState::Cancelled, ExecutionState::Expired];
         let rows = self.context.store.executions(&id, None, u32::MAX, &unsuccessful).await?;
-        let mut nodes: Vec<NodeId> = rows.into_iter().map(|row| row.id.node).collect();
+        let hopeless = |row: &ExecutionRow| remedy::is_hopeless(row.state, row.error.as_ref(), &old.action);
+        if let Some(first) = rows.first()
+            && rows.iter().all(hopeless)
+        {
+            return Err(self.no_retry(first, rows.len(), &old.action).await?);
+        }
+        let mut nodes: Vec<NodeId> = rows.into_iter().filter(|row| !hopeless(row)).map(|row| row.id.node).collect();
         let known: BTreeSet<NodeId> =
             self.context.store.nodes_by_id(&nodes).await?.into_iter().map(|row| row.id).collect();
         nodes.retain(|node| known.contains(node));
@@ -158,6 +164,20 @@ impl Operations {
             now,
         )
         .await
+    }
+
+    /// Why an update whose failures another try cannot heal is not tried again.
+    async fn no_retry(&self, first: &ExecutionRow, count: usize, action: &Action) -> Result<ApiError, ApiError> {
+        let why = first.error.as_ref().map(|error| format!("{}: {}", error.reason, error.message)).unwrap_or_default();
+        let others = if count > 1 { format!(" (and {} more nodes)", count - 1) } else { String::new() };
+        let remedy = remedy::put_back(&self.context, &first.id.node, action).await?;
+        Ok(ApiError::Precondition {
+            reason: "RETRY_CANNOT_HELP",
+            message: format!(
+                "{}{others} failed with {why}; another try with the same image ends the same way. {remedy}",
+                first.id.node.name()
+            ),
+        })
     }
 
     async fn find(&self, id: &OperationId) -> Result<OperationRow, ApiError> {
@@ -261,7 +281,7 @@ impl Operations {
     }
 
     /// An execution that the caller may see.
-    async fn find_execution(&self, caller: &Caller, id: &ExecutionId) -> Result<crate::store::ExecutionRow, ApiError> {
+    async fn find_execution(&self, caller: &Caller, id: &ExecutionId) -> Result<ExecutionRow, ApiError> {
         if !caller.scope().is_everything() {
             self.context.node_for(caller, &id.node).await?;
         }
@@ -282,7 +302,7 @@ impl Operations {
         })
     }
 
-    async fn abandon(&self, caller: &Caller, name: &str) -> Result<crate::store::ExecutionRow, ApiError> {
+    async fn abandon(&self, caller: &Caller, name: &str) -> Result<ExecutionRow, ApiError> {
         let id = execution_id(name)?;
         self.context.may_steer(caller, &id.operation).await?;
         match self.context.store.abandon(&id, &caller.name, self.context.clock.now()).await? {
@@ -446,6 +466,15 @@ impl OperationService for Operations {
             if let Some(off) = off.get(&id.node) {
                 explained.explanation.push_str(&super::explain::powered_off(off));
             }
+        }
+        if remedy::is_hopeless(row.state, row.error.as_ref(), &operation.action) {
+            explained.explanation.push_str(" Another try with the same image ends the same way.");
+            explained.suggestions = match row.state {
+                ExecutionState::RolledBack => {
+                    vec!["It runs the system that it ran before; nothing to put back.".to_owned()]
+                }
+                _ => vec![remedy::put_back(&self.context, &id.node, &operation.action).await?],
+            };
         }
         if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
             explained.suggestions.insert(0, super::explain::read_log(&id));

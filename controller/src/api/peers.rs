@@ -165,7 +165,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
         }
     }
     let content = match (row.kind, row.purpose) {
-        (Kind::Image, _) => Content::Image,
+        (Kind::Image, _) => Content::KnownImage,
         (Kind::Bootcode, Purpose::System) => Content::SystemBootcode,
         (Kind::Bootcode, _) => Content::InstallerBootcode,
     };

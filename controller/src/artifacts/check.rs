@@ -10,7 +10,7 @@ use async_compression::tokio::bufread::{GzipDecoder, XzDecoder, ZstdDecoder};
 use async_compression::zstd::DParameter;
 use bytes::Bytes;
 use marco_archive::compression::{XZ_MEMORY, ZSTD_WINDOW_LOG};
-use marco_archive::{Compression, Reason, Refused};
+use marco_archive::{Compression, Examined, Facts, Reason, Refused};
 use marco_proto::names::CHUNK_SIZE;
 use sha2::{Digest as _, Sha256};
 use tokio::io::{AsyncBufRead, AsyncRead};
@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::io::{StreamReader, SyncIoBridge};
+use tokio_util::sync::CancellationToken;
 
 use super::{ArtifactError, Content, Digest, Packing, StoredBlob, failed};
 
@@ -32,41 +33,57 @@ pub(super) fn check(
     expected: Digest,
     size: u64,
     content: Content,
+    stop: &CancellationToken,
     progress: &impl Fn(u64),
 ) -> Result<StoredBlob, ArtifactError> {
     let (sender, receiver) = mpsc::channel(PIPE);
     let (digests, checked) = thread::scope(|scope| {
-        let hasher = scope.spawn(move || hash(file, size, &sender));
+        let hasher = scope.spawn(move || hash(file, size, &sender, stop));
         let checked = match content {
-            Content::Image => check_image(receiver, progress),
+            Content::Image | Content::KnownImage => check_image(receiver, stop, progress),
             Content::InstallerBootcode | Content::SystemBootcode => {
                 // A zip is read from its end: by itself, beside the pipe.
                 drop(receiver);
-                check_bootcode(file, content)
+                check_bootcode(file, content, stop)
             }
         };
         (hasher.join(), checked)
     });
     let (got, chunk_sha256) =
         digests.unwrap_or_else(|_| Err(failed("compute a digest")(io::Error::other("the thread panicked"))))?;
+    if stop.is_cancelled() {
+        return Err(ArtifactError::Stopping);
+    }
     // First what explains the rest: with other bytes than announced the contents cannot be right.
     if got != expected {
         return Err(ArtifactError::WrongDigest { expected, got });
     }
-    let (packing, entries, unpacked_bytes) = checked?;
-    Ok(StoredBlob { sha256: got, size, chunk_size: CHUNK_SIZE, chunk_sha256, unpacked_bytes, entries, packing })
+    let (packing, entries, unpacked_bytes, facts) = checked?;
+    let refusal = facts.as_ref().and_then(|facts| facts.refusal.clone()).filter(|_| content == Content::Image);
+    if let Some(refusal) = refusal {
+        return Err(Refused { entry: None, reason: Reason::NotASystem(refusal) }.into());
+    }
+    Ok(StoredBlob { sha256: got, size, chunk_size: CHUNK_SIZE, chunk_sha256, unpacked_bytes, entries, packing, facts })
 }
 
-type Checked = Result<(Packing, u64, u64), ArtifactError>;
+type Checked = Result<(Packing, u64, u64, Option<Facts>), ArtifactError>;
 
 /// Reads the file once: the digest of the whole, and those of its chunks. The blocks go down the pipe for as long as
 /// somebody reads them.
-fn hash(file: &File, size: u64, pipe: &mpsc::Sender<io::Result<Bytes>>) -> Result<(Digest, Vec<u8>), ArtifactError> {
+fn hash(
+    file: &File,
+    size: u64,
+    pipe: &mpsc::Sender<io::Result<Bytes>>,
+    stop: &CancellationToken,
+) -> Result<(Digest, Vec<u8>), ArtifactError> {
     let (mut whole, mut chunk) = (Sha256::new(), Sha256::new());
     let mut chunks = Vec::new();
     let chunk_size = u64::from(CHUNK_SIZE);
     let mut offset = 0;
     while offset < size {
+        if stop.is_cancelled() {
+            return Err(ArtifactError::Stopping);
+        }
         let left = (size - offset).min(chunk_size - offset % chunk_size);
         let mut block = vec![0; usize::try_from(left).unwrap_or(usize::MAX).min(BLOCK)];
         file.read_exact_at(&mut block, offset).map_err(failed("read an upload"))?;
@@ -82,7 +99,11 @@ fn hash(file: &File, size: u64, pipe: &mpsc::Sender<io::Result<Bytes>>) -> Resul
     Ok((Digest(whole.finalize().into()), chunks))
 }
 
-fn check_image(receiver: mpsc::Receiver<io::Result<Bytes>>, progress: &impl Fn(u64)) -> Checked {
+fn check_image(
+    receiver: mpsc::Receiver<io::Result<Bytes>>,
+    stop: &CancellationToken,
+    progress: &impl Fn(u64),
+) -> Checked {
     let runtime = Handle::current();
     let mut source = StreamReader::new(ReceiverStream::new(receiver));
     let start = runtime
@@ -91,15 +112,15 @@ fn check_image(receiver: mpsc::Receiver<io::Result<Bytes>>, progress: &impl Fn(u
         .get(..8)
         .map(<[u8]>::to_vec)
         .unwrap_or_default();
-    let compression = detect(&start)?;
+    let compression = Compression::detect(&start);
     let reader = decoder(source, compression);
-    let inner = SyncIoBridge::new_with_handle(reader, runtime);
+    let inner = Stoppable { inner: SyncIoBridge::new_with_handle(reader, runtime), stop };
     let mut reader = io::BufReader::with_capacity(BLOCK, Explained { inner, compression, window: None });
-    let checked = marco_archive::check_image(&mut reader, &mut |done| progress(done));
+    let checked = marco_archive::examine_image(&mut reader, &mut |done| progress(done));
     match (checked, reader.get_ref().window) {
-        (Ok(summary), _) => {
+        (Ok(Examined { summary, facts }), _) => {
             let packing = if summary.disk { Packing::Disk(compression) } else { Packing::Tar(compression) };
-            Ok((packing, summary.entries, summary.unpacked_bytes))
+            Ok((packing, summary.entries, summary.unpacked_bytes, Some(facts)))
         }
         (Err(_), Some(window)) => Err(ArtifactError::Format(format!("the image is refused: {window}"))),
         (Err(marco_archive::Error::Refused(refused)), None) => Err(refused.into()),
@@ -131,17 +152,24 @@ fn decoder(
     }
 }
 
-/// What a tarball is compressed with, by its first bytes.
-fn detect(start: &[u8]) -> Result<Compression, ArtifactError> {
-    match start {
-        [b'P', b'K', 3, 4, ..] => Err(ArtifactError::Format(
-            "this is a zip: an image is a tarball or a disk image, and a zip a bootcode".to_owned(),
-        )),
-        [b'B', b'Z', b'h', ..] => Err(ArtifactError::Format(
-            "this is compressed with bzip2: an image is a tarball, plain or compressed with gzip, xz or zstd"
-                .to_owned(),
-        )),
-        _ => Ok(Compression::detect(start)),
+/// Reads until the controller stops, also where a little input becomes much output.
+struct Stoppable<'a, R> {
+    inner: R,
+    stop: &'a CancellationToken,
+}
+
+impl<R: Read> Read for Stoppable<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.stop.is_cancelled() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.inner.read(buffer)
+    }
+}
+
+impl<R: io::Seek> io::Seek for Stoppable<'_, R> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.inner.seek(to)
     }
 }
 
@@ -167,9 +195,9 @@ impl<R: Read> Read for Explained<R> {
     }
 }
 
-fn check_bootcode(mut file: &File, content: Content) -> Checked {
+fn check_bootcode(mut file: &File, content: Content, stop: &CancellationToken) -> Checked {
     file.seek(SeekFrom::Start(0)).map_err(failed("read an upload"))?;
-    let summary = match marco_archive::check_zip(file) {
+    let summary = match marco_archive::check_zip(Stoppable { inner: file, stop }) {
         Ok(summary) => summary,
         Err(marco_archive::Error::Refused(refused)) => return Err(refused.into()),
         Err(marco_archive::Error::Io { action, source }) => return Err(ArtifactError::Io { action, source }),
@@ -177,9 +205,9 @@ fn check_bootcode(mut file: &File, content: Content) -> Checked {
     match content {
         Content::InstallerBootcode => marco_archive::check_installer_set(&summary)?,
         Content::SystemBootcode => marco_archive::check_system_set(&summary)?,
-        Content::Image => {
+        Content::Image | Content::KnownImage => {
             return Err(Refused { entry: None, reason: Reason::Damaged("a zip is no image".to_owned()) }.into());
         }
     }
-    Ok((Packing::Zip, summary.entries, summary.unpacked_bytes))
+    Ok((Packing::Zip, summary.entries, summary.unpacked_bytes, None))
 }

@@ -23,12 +23,33 @@ fn noise(len: usize) -> Vec<u8> {
     std::iter::repeat_with(&mut next).flatten().take(len).collect()
 }
 
+/// What a system needs, besides noise.
+const SYSTEM: [(&str, &str); 5] = [
+    ("sbin/init", "#!"),
+    ("boot/firmware/config.txt", "#\n"),
+    ("boot/firmware/cmdline.txt", "root=x"),
+    ("boot/firmware/kernel8.img", "kernel"),
+    ("boot/firmware/bcm2711-rpi-4-b.dtb", "tree"),
+];
+/// Bytes of those.
+const SYSTEM_BYTES: u64 = 20;
+
 fn tarball(len: usize) -> Vec<u8> {
+    tarball_of(len, &SYSTEM)
+}
+
+fn tarball_of(len: usize, files: &[(&str, &str)]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
-    let mut header = tar::Header::new_gnu();
-    header.set_mode(0o644);
-    header.set_size(len.try_into().unwrap());
-    builder.append_data(&mut header, "etc/noise", &*noise(len)).unwrap();
+    let mut append = |name: &str, bytes: &[u8]| {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_size(bytes.len().try_into().unwrap());
+        builder.append_data(&mut header, name, bytes).unwrap();
+    };
+    append("etc/noise", &noise(len));
+    for (name, text) in files {
+        append(name, text.as_bytes());
+    }
     builder.into_inner().unwrap()
 }
 
@@ -112,7 +133,8 @@ async fn a_stored_image_has_the_digests_of_its_bytes() {
     let data = tarball((9 << 20) + 123);
     let blob = push(&store, &data, Content::Image).await.unwrap();
     assert_eq!((blob.sha256, blob.size, blob.packing), (digest(&data), size(&data), Packing::Tar(Compression::None)));
-    assert_eq!((blob.entries, blob.unpacked_bytes), (1, (9 << 20) + 123));
+    assert_eq!((blob.entries, blob.unpacked_bytes), (6, (9 << 20) + 123 + SYSTEM_BYTES));
+    assert_eq!(blob.facts.unwrap().refusal, None);
     let chunks: Vec<u8> = data.chunks(4 << 20).flat_map(|chunk| Sha256::digest(chunk).to_vec()).collect();
     assert_eq!(blob.chunk_sha256, chunks);
     let reader = store.reader(blob.sha256).await.unwrap();
@@ -129,7 +151,7 @@ async fn every_compression_is_read_through() {
     for compression in [Compression::None, Compression::Gzip, Compression::Xz, Compression::Zstd] {
         let packed = compressed(compression, &data).await;
         let blob = push(&store, &packed, Content::Image).await.unwrap();
-        assert_eq!((blob.packing, blob.unpacked_bytes), (Packing::Tar(compression), 300_000));
+        assert_eq!((blob.packing, blob.unpacked_bytes), (Packing::Tar(compression), 300_000 + SYSTEM_BYTES));
     }
     let halves = data.split_at(1000);
     let members =
@@ -243,6 +265,7 @@ async fn bytes_that_are_stored_are_not_sent_again_but_checked_again() {
     let upload = store.begin(digest(&data), size(&data)).await.unwrap();
     assert_eq!(upload.offset(), size(&data));
     assert_eq!(upload.finish(Content::Image, |_| ()).await.unwrap(), first);
+    drop(upload);
     push(&store, &data, Content::SystemBootcode).await.expect_err("a tarball is no bootcode");
     store.reader(digest(&data)).await.expect("and stays an image");
     let error = store.begin(digest(&data), size(&data) + 1).await.unwrap_err();
@@ -351,6 +374,105 @@ async fn removed_bytes_are_gone_but_for_those_who_read_them() {
     assert!(!store.remove(digest(&data)).await.unwrap());
     assert_eq!(reader.read_chunk(0, usize::MAX).await.unwrap(), data);
     assert!(matches!(store.reader(digest(&data)).await.unwrap_err(), ArtifactError::NotFound(_)));
+}
+
+#[tokio::test]
+async fn image_that_is_no_system_is_refused_and_leaves_nothing() {
+    let (dir, store) = fresh();
+    let data = tarball_of(1000, &SYSTEM[..3]);
+    let error = push(&store, &data, Content::Image).await.unwrap_err().to_string();
+    assert!(error.contains("a kernel") && error.contains("device tree"), "{error}");
+    assert_eq!(files(dir.path()), 0);
+    // One that was taken in former times is copied from another controller, and judged when it is used.
+    push(&store, &data, Content::KnownImage).await.unwrap();
+    assert!(store.judge(digest(&data)).await.unwrap().refusal.unwrap().contains("a kernel"));
+    assert!(matches!(store.judge(digest(b"x")).await.unwrap_err(), ArtifactError::NotFound(_)));
+}
+
+#[tokio::test]
+async fn bytes_that_a_push_relies_on_are_not_removed() {
+    let (_dir, store) = fresh();
+    let data = tarball(1000);
+    let sha256 = digest(&data);
+    let mut staged = store.begin(sha256, size(&data)).await.unwrap();
+    staged.append(0, Bytes::from(data.clone())).await.unwrap();
+    staged.finish(Content::Image, |_| ()).await.unwrap();
+    // Stored, and its row is not committed yet.
+    assert!(!store.remove(sha256).await.unwrap());
+    drop(staged);
+    let (one, two) = (store.begin(sha256, size(&data)).await.unwrap(), store.begin(sha256, size(&data)).await.unwrap());
+    assert!(!store.remove(sha256).await.unwrap());
+    drop((one, two));
+    assert!(!store.remove_if(sha256, async { Ok::<_, ArtifactError>(false) }).await.unwrap(), "it is needed");
+    assert!(store.remove(sha256).await.unwrap());
+    let begun = store.begin(sha256, size(&data)).await.unwrap();
+    assert_eq!(begun.offset(), 0, "a push that comes after wants the bytes again");
+}
+
+#[tokio::test]
+async fn push_and_removal_never_end_with_a_push_without_bytes() {
+    let (_dir, store) = fresh();
+    let data = tarball(50_000);
+    let sha256 = digest(&data);
+    for _ in 0..30 {
+        let pushed = async {
+            let mut upload = store.begin(sha256, size(&data)).await?;
+            let at = usize::try_from(upload.offset()).unwrap();
+            upload.append(upload.offset(), Bytes::copy_from_slice(&data[at..])).await?;
+            upload.finish(Content::Image, |_| ()).await?;
+            // The row is committed now: the bytes must be there.
+            Ok::<_, ArtifactError>(store.reader(sha256).await.map(|_| ()))
+        };
+        let removed = async {
+            for _ in 0..20 {
+                store.remove(sha256).await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        };
+        match tokio::join!(pushed, removed).0 {
+            Ok(there) => there.unwrap(),
+            Err(error) => assert!(matches!(error, ArtifactError::Busy), "{error}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn check_under_way_ends_when_the_controller_stops() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let store = Artifacts::open(dir.path()).unwrap().stopping(stop.clone());
+    // A few bytes that unpack to many: reading them all would take minutes.
+    let mut encoder = GzipEncoder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_path("zeros").unwrap();
+    header.set_size(8 << 30);
+    header.set_cksum();
+    encoder.write_all(header.as_bytes()).await.unwrap();
+    for _ in 0..64 {
+        encoder.write_all(&vec![0; 1 << 20]).await.unwrap();
+    }
+    encoder.shutdown().await.unwrap();
+    let data = encoder.into_inner();
+    let mut upload = store.begin(digest(&data), size(&data)).await.unwrap();
+    upload.append(0, Bytes::from(data.clone())).await.unwrap();
+    let stopping = stop.clone();
+    let begun = std::time::Instant::now();
+    let checked = upload.finish(Content::Image, move |_| stopping.cancel()).await;
+    assert!(matches!(checked, Err(ArtifactError::Stopping)), "{checked:?}");
+    assert!(begun.elapsed() < Duration::from_secs(5));
+    drop(upload);
+    assert_eq!(store.begin(digest(&data), size(&data)).await.unwrap().offset(), size(&data), "what came is kept");
+}
+
+#[tokio::test]
+async fn stored_files_are_listed_with_their_age() {
+    let (dir, store) = fresh();
+    let data = tarball(10);
+    push(&store, &data, Content::Image).await.unwrap();
+    std::fs::write(dir.path().join("artifacts/sha256/stray"), "nobody's").unwrap();
+    let found = store.stored().await.unwrap();
+    assert_eq!(found.keys().copied().collect::<Vec<_>>(), [digest(&data)]);
+    assert!(found.values().all(|time| *time <= SystemTime::now() + Duration::from_secs(1)));
 }
 
 #[test]

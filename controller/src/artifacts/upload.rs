@@ -1,13 +1,14 @@
 //! Uploads: bytes in order into a file that only this upload writes, then checked, then moved into place.
 
 use std::fs::{self, File, TryLockError};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
 use super::check::check;
+use super::held::is_named;
 use super::{
     ArtifactError, Artifacts, Content, Digest, StoredBlob, failed, off_runtime, open_blob, remove_file, sync_folder,
 };
@@ -17,7 +18,8 @@ const RESERVE: u64 = 256 << 20;
 /// How often the file may be moved away between opening and locking it, which others do once an upload.
 const ATTEMPTS: u32 = 10;
 
-/// One upload: the only writer of its bytes while it lives.
+/// One upload: the only writer of its bytes while it lives. Bytes that it stored, or found stored, are not removed before it
+/// is dropped.
 #[derive(Debug)]
 pub struct Upload {
     store: Artifacts,
@@ -29,7 +31,7 @@ pub struct Upload {
 
 #[derive(Debug)]
 enum Place {
-    /// The bytes are stored already.
+    /// The bytes are stored already. The lock is shared with other pushes of the same bytes.
     Stored(Arc<File>),
     /// In staging. The lock goes with the last use of the file, also by a write that nobody waits for any more.
     Staged(Arc<File>),
@@ -40,6 +42,13 @@ impl Upload {
         let part = store.part(sha256);
         for _ in 0..ATTEMPTS {
             if let Some((file, stored)) = open_blob(&store.blob(sha256))? {
+                // Held alone by a push that has just stored it, or by whoever removes it: either is over in a moment.
+                if file.try_lock_shared().is_err() {
+                    return Err(ArtifactError::Busy);
+                }
+                if !is_named(&file, &store.blob(sha256))? {
+                    continue;
+                }
                 if stored != size {
                     return Err(ArtifactError::WrongSize { stored, announced: size });
                 }
@@ -103,46 +112,72 @@ impl Upload {
         .await
     }
 
-    /// Checks digest and contents, and stores the bytes. `progress` gets the unpacked bytes so far, now and then, from
-    /// another thread. Bytes that are refused are removed; if they are only incomplete they stay for another try.
+    /// Checks digest and contents, and stores the bytes, which stay held until this is dropped: the row in the store comes
+    /// first. `progress` gets the unpacked bytes so far, now and then, from another thread. Bytes that are refused are
+    /// removed; if they are only incomplete they stay for another try.
     ///
     /// # Errors
     /// Why they are not taken.
     pub async fn finish(
-        self,
+        &self,
         content: Content,
         progress: impl Fn(u64) + Send + 'static,
     ) -> Result<StoredBlob, ArtifactError> {
         if self.offset < self.size {
             return Err(ArtifactError::Incomplete { got: self.offset, size: self.size });
         }
-        off_runtime(move || self.check_and_store(content, progress)).await
-    }
-
-    fn check_and_store(self, content: Content, progress: impl Fn(u64)) -> Result<StoredBlob, ArtifactError> {
-        let (blob, part) = (self.store.blob(self.sha256), self.store.part(self.sha256));
+        let (store, sha256, size) = (self.store.clone(), self.sha256, self.size);
+        // The thread holds the file, too: a caller that goes away does not let go of it.
         match &self.place {
             Place::Stored(file) => {
-                let checked = check(file, self.sha256, self.size, content, &progress);
-                if let Err(ArtifactError::WrongDigest { .. }) = checked {
-                    // The disk changed what it was given. Without the bytes the next push brings them back.
-                    tracing::error!(artifact = %self.sha256, "stored bytes are damaged and were removed");
-                    remove_file(&blob)?;
-                }
-                checked
+                let file = Arc::clone(file);
+                off_runtime(move || check_stored(&store, &file, sha256, size, content, &progress)).await
             }
-            Place::Staged(file) => match check(file, self.sha256, self.size, content, &progress) {
-                Ok(stored) => {
-                    move_into_place(file, &part, &blob)?;
-                    Ok(stored)
-                }
-                // Nothing is wrong with the bytes: they stay.
-                Err(error @ ArtifactError::Io { .. }) => Err(error),
-                Err(error) => {
-                    remove_file(&part)?;
-                    Err(error)
-                }
-            },
+            Place::Staged(file) => {
+                let file = Arc::clone(file);
+                off_runtime(move || check_staged(&store, &file, sha256, size, content, &progress)).await
+            }
+        }
+    }
+}
+
+fn check_stored(
+    store: &Artifacts,
+    file: &File,
+    sha256: Digest,
+    size: u64,
+    content: Content,
+    progress: &impl Fn(u64),
+) -> Result<StoredBlob, ArtifactError> {
+    let checked = check(file, sha256, size, content, &store.stop, progress);
+    let blob = store.blob(sha256);
+    if matches!(checked, Err(ArtifactError::WrongDigest { .. })) && is_named(file, &blob)? {
+        // The disk changed what it was given. Without the bytes the next push brings them back.
+        tracing::error!(artifact = %sha256, "stored bytes are damaged and were removed");
+        remove_file(&blob)?;
+    }
+    checked
+}
+
+fn check_staged(
+    store: &Artifacts,
+    file: &File,
+    sha256: Digest,
+    size: u64,
+    content: Content,
+    progress: &impl Fn(u64),
+) -> Result<StoredBlob, ArtifactError> {
+    let (blob, part) = (store.blob(sha256), store.part(sha256));
+    match check(file, sha256, size, content, &store.stop, progress) {
+        Ok(stored) => {
+            move_into_place(file, &part, &blob)?;
+            Ok(stored)
+        }
+        // Nothing is wrong with the bytes: they stay.
+        Err(error @ (ArtifactError::Io { .. } | ArtifactError::Stopping)) => Err(error),
+        Err(error) => {
+            remove_file(&part)?;
+            Err(error)
         }
     }
 }
@@ -170,10 +205,7 @@ fn lock(part: &Path) -> Result<Option<File>, ArtifactError> {
         Err(TryLockError::WouldBlock) => return Err(ArtifactError::Busy),
         Err(TryLockError::Error(error)) => return Err(failed(action())(error)),
     }
-    let ours = file.metadata().map_err(failed(action()))?;
-    let named = fs::metadata(part);
-    let same = named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino()));
-    Ok(same.then_some(file))
+    Ok(is_named(&file, part)?.then_some(file))
 }
 
 /// Bytes that an upload may still take of the disk.

@@ -1,6 +1,6 @@
 //! Artifacts: names on digests, and what is known of the bytes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ArtifactId, NodeId, OperationId};
@@ -308,6 +308,40 @@ impl Store {
             .iter()
             .map(|row| Ok((row.text("board")?, read(row)?)))
             .collect()
+    }
+
+    /// Whether any name or unfinished operation needs these bytes; those of an upload that is not stored yet nobody does.
+    pub async fn needs_bytes(&self, sha256: &str) -> Result<bool, StoreError> {
+        Ok(sql("SELECT sha256 FROM blobs WHERE sha256 = ?").bind(sha256).one(self.reader()).await?.is_some())
+    }
+
+    /// The digests of all bytes that are needed.
+    pub async fn digests(&self) -> Result<BTreeSet<String>, StoreError> {
+        let rows = sql("SELECT sha256 FROM blobs").all(self.reader()).await?;
+        rows.iter().map(|row| row.text("sha256")).collect()
+    }
+
+    /// What an image says about itself, as JSON; `None`: it was not judged yet.
+    pub async fn facts(&self, sha256: &str) -> Result<Option<String>, StoreError> {
+        let row = sql("SELECT facts FROM blobs WHERE sha256 = ?").bind(sha256).one(self.reader()).await?;
+        Ok(row.map(|row| row.maybe_text("facts")).transpose()?.flatten())
+    }
+
+    /// Keeps what an image says about itself; false when its bytes are gone.
+    pub async fn put_facts(&self, sha256: &str, facts: &str) -> Result<bool, StoreError> {
+        let tx = self.begin().await?;
+        let changed = sql("UPDATE blobs SET facts = ? WHERE sha256 = ?").bind(facts).bind(sha256).run(&*tx).await? == 1;
+        self.commit(tx).await?;
+        Ok(changed)
+    }
+
+    /// The digests of images that were not judged yet.
+    pub async fn unjudged_images(&self) -> Result<Vec<String>, StoreError> {
+        let rows = sql("SELECT sha256 FROM blobs WHERE kind = ? AND facts IS NULL ORDER BY push_time DESC")
+            .bind(Kind::Image.as_str())
+            .all(self.reader())
+            .await?;
+        rows.iter().map(|row| row.text("sha256")).collect()
     }
 
     /// Forgets bytes that no name and no unfinished operation needs, and returns their digests; the caller removes the

@@ -10,6 +10,7 @@ mod m0030_execution_logs;
 mod m0045_truth;
 mod m0055_schedule_failures;
 mod m0060_open_artifacts;
+mod m0070_image_facts;
 mod m0075_paused_by;
 
 /// The migrations, oldest first. One that was released is never changed.
@@ -28,6 +29,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0045_truth::Truth),
             Box::new(m0055_schedule_failures::ScheduleFailures),
             Box::new(m0060_open_artifacts::OpenArtifacts),
+            Box::new(m0070_image_facts::ImageFacts),
             Box::new(m0075_paused_by::PausedBy),
         ]
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::board::Board;
-use crate::image::{Compression, noise, pack};
+use crate::image::{Compression, hide_missing_boot_files, noise, pack};
 use crate::process::{run, tool};
 use crate::wait::seconds;
 
@@ -39,9 +39,9 @@ pub enum Kind {
     Good,
     /// It comes up, and has the configuration of a cloud-init, with data for it beside its boot files.
     CloudInit,
-    /// Its root has no init: the kernel panics, and restarts after a second.
+    /// Its init ends at once: the kernel panics, and restarts after a second.
     Panics,
-    /// It has no boot files: the installer refuses it when it is unpacked.
+    /// It has no boot files, which nobody can know before it is unpacked: then the installer refuses it.
     NoSystem,
 }
 
@@ -106,11 +106,14 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
     }
     // Some bytes that do not compress, so that the stream is seen to run.
     fs::write(root.join("usr/lib/noise/bytes"), noise(name, pieces.board.ballast()))?;
-    if matches!(kind, Kind::Good | Kind::CloudInit) {
+    if kind == Kind::Panics {
+        fs::write(root.join("sbin/init"), "#!/bin/sh\nexit 1\n")?;
+        fs::set_permissions(root.join("sbin/init"), fs::Permissions::from_mode(0o755))?;
+    } else {
         symlink("../bin/busybox", root.join("sbin/init"))?;
     }
     if kind == Kind::NoSystem {
-        return Ok(());
+        return hide_missing_boot_files(root);
     }
     if kind == Kind::CloudInit {
         fs::create_dir_all(root.join("etc/cloud/cloud.cfg.d"))?;

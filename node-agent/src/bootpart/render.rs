@@ -5,6 +5,7 @@ use marco_archive::switch::{self, INSTALLER, LINE, SYSTEM};
 
 use super::{BootError, DefaultBoot, Prefix};
 
+pub use marco_archive::firmware::kernels;
 pub(super) use marco_archive::switch::HEAD;
 
 /// The lines that a set's own `config.txt` gives p1's for this board. The firmware reads no `config.txt` under a prefix,
@@ -34,16 +35,6 @@ pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<S
     }
     lines.extend(fixed.into_iter().map(|(key, value)| format!("{key}={value}")));
     lines
-}
-
-/// The kernels that the firmware of a board family tries, in order, unless `kernel=` names one.
-pub fn kernels(family: &str) -> &'static [&'static str] {
-    match family {
-        "pi1" => &["kernel.img"],
-        "pi2" => &["kernel7.img", "kernel.img"],
-        "pi5" => &["kernel_2712.img", "kernel8.img"],
-        _ => &["kernel8.img", "kernel7l.img", "kernel7.img", "kernel.img"],
-    }
 }
 
 /// p1's `config.txt`: the set that every boot of the installer takes, then the one that a trial boot takes.

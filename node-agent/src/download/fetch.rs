@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use bytes::{Bytes, BytesMut};
+use marco_archive::Facts;
 use marco_proto::names::CHUNK_SIZE;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::download_artifact_response::Part;
@@ -15,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
-use super::header::Header;
+use super::header::{Header, facts};
 use super::{Connect, DownloadError, Policy};
 use crate::backoff::full_jitter;
 
@@ -38,6 +39,9 @@ impl From<DownloadError> for Ended {
     }
 }
 
+/// What the first header says: the size, and what an image says about itself.
+pub(super) type Opened = (u64, Option<Facts>);
+
 /// A chunk that is looked at on a thread of its own while the next one arrives.
 struct Checking {
     chunk: u64,
@@ -54,7 +58,7 @@ pub(super) struct Fetch {
     sha256: String,
     /// A file with the beginning, as long as it was not looked at.
     existing: Option<PathBuf>,
-    opened: Option<oneshot::Sender<Result<u64, DownloadError>>>,
+    opened: Option<oneshot::Sender<Result<Opened, DownloadError>>>,
     chunks: mpsc::Sender<Result<Bytes, DownloadError>>,
     /// From the first controller that answered; the others must say the same.
     header: Option<Header>,
@@ -78,7 +82,7 @@ impl Fetch {
         policy: Policy,
         sha256: &str,
         existing: Option<PathBuf>,
-        opened: oneshot::Sender<Result<u64, DownloadError>>,
+        opened: oneshot::Sender<Result<Opened, DownloadError>>,
         chunks: mpsc::Sender<Result<Bytes, DownloadError>>,
     ) -> Self {
         Self {
@@ -150,9 +154,10 @@ impl Fetch {
         let mut stream = answer.map_err(|status| judge(&status))?.into_inner();
 
         match self.next(&mut stream).await? {
-            Some(DownloadArtifactResponse { part: Some(Part::Header(sent)) }) => {
+            Some(DownloadArtifactResponse { part: Some(Part::Header(mut sent)) }) => {
+                let said = sent.facts.take().map(facts);
                 let header = Header::check(sent, &self.sha256).map_err(DownloadError::Corrupt)?;
-                self.accept(header).await?;
+                self.accept(header, said).await?;
             }
             _ => return Err(Ended::Retry("the controller did not begin with a header".into())),
         }
@@ -224,7 +229,7 @@ impl Fetch {
     }
 
     /// The first header is kept, and tells how much of an existing file is right; every other must equal it.
-    async fn accept(&mut self, header: Header) -> Result<(), Ended> {
+    async fn accept(&mut self, header: Header, facts: Option<Facts>) -> Result<(), Ended> {
         if let Some(before) = &self.header {
             let same = *before == header;
             let differs = || DownloadError::Corrupt("the controllers disagree about the artifact's chunks".into());
@@ -237,7 +242,7 @@ impl Fetch {
             (self.chunk, self.whole) = checked.map_err(DownloadError::Io)?;
         }
         if let Some(opened) = self.opened.take()
-            && opened.send(Ok(header.size)).is_err()
+            && opened.send(Ok((header.size, facts))).is_err()
         {
             return Err(Ended::Unwanted);
         }

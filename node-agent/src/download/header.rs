@@ -1,11 +1,19 @@
 //! What a controller says about an artifact before it sends it.
 
 use bytes::Bytes;
-use marco_proto::v1::DownloadHeader;
+use marco_archive::Facts;
+use marco_proto::v1::{DownloadHeader, ImageFacts};
 use sha2::{Digest, Sha256};
 
 /// A larger chunk than this is not held in memory for anybody.
 const LARGEST_CHUNK: u64 = 64 * 1024 * 1024;
+
+/// What the controller says about an image.
+pub(super) fn facts(sent: ImageFacts) -> Facts {
+    let ImageFacts { refusal, boot_files, texts } = sent;
+    let refusal = (!refusal.is_empty()).then_some(refusal);
+    Facts { refusal, boot_files: boot_files.into_iter().collect(), texts: texts.into_iter().collect() }
+}
 
 /// A header that makes sense. The list of digests is taken from an authenticated controller; the digest of the whole is
 /// the one that was asked for, and is checked besides.
@@ -59,7 +67,7 @@ mod tests {
 
     fn sent(size: u64, chunk: u32, digests: usize) -> DownloadHeader {
         let chunk_sha256 = vec![0; digests].into();
-        DownloadHeader { size_bytes: size, sha256: "aa".into(), chunk_size: chunk, chunk_sha256 }
+        DownloadHeader { size_bytes: size, sha256: "aa".into(), chunk_size: chunk, chunk_sha256, facts: None }
     }
 
     #[test]

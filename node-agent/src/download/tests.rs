@@ -12,7 +12,7 @@ use marco_proto::v1::artifact_service_server::{ArtifactService, ArtifactServiceS
 use marco_proto::v1::download_artifact_response::Part;
 use marco_proto::v1::{
     Artifact, Chunk, DeleteArtifactRequest, DeleteArtifactResponse, DownloadArtifactRequest, DownloadArtifactResponse,
-    DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, OpenArtifactRequest,
+    DownloadHeader, GetArtifactRequest, ImageFacts, ListArtifactsRequest, ListArtifactsResponse, OpenArtifactRequest,
     SetDefaultArtifactRequest, UploadArtifactRequest, UploadArtifactResponse,
 };
 use sha2::{Digest, Sha256};
@@ -61,6 +61,7 @@ pub(crate) struct Controller {
     fault: Fault,
     asked: Arc<Mutex<Vec<(String, u64)>>>,
     sent: Arc<AtomicU64>,
+    facts: Option<ImageFacts>,
 }
 
 impl Controller {
@@ -71,6 +72,7 @@ impl Controller {
             sha256: hex::encode(Sha256::digest(&self.bytes)),
             chunk_size: CHUNK as u32,
             chunk_sha256: digests.into(),
+            facts: self.facts.clone(),
         }
     }
 }
@@ -167,7 +169,8 @@ impl Bed {
     async fn new(size: usize, fault: impl Fn(usize) -> Wrong + Send + Sync + 'static) -> Self {
         let bytes: Bytes = (0..size).map(|at| (at * 7 + at / 251) as u8).collect::<Vec<_>>().into();
         let sha256 = hex::encode(Sha256::digest(&bytes));
-        let controller = Controller { bytes, fault: Arc::new(fault), asked: Arc::default(), sent: Arc::default() };
+        let controller =
+            Controller { bytes, fault: Arc::new(fault), asked: Arc::default(), sent: Arc::default(), facts: None };
         let (connect, server) = serve(controller.clone()).await;
         let downloader = Downloader::with_policy(connect, QUICK);
         Self { controller, downloader, sha256, dir: TempDir::new().unwrap(), _server: server }
@@ -197,7 +200,16 @@ impl Bed {
 
 /// A downloader of these bytes, and what keeps their controller alive.
 pub(crate) async fn serve_bytes(bytes: Bytes, fault: Fault) -> (Downloader, AbortOnDropHandle<()>) {
-    let controller = Controller { bytes, fault, asked: Arc::default(), sent: Arc::default() };
+    serve_judged(bytes, fault, None).await
+}
+
+/// The same, of an image of which the controller says this.
+pub(crate) async fn serve_judged(
+    bytes: Bytes,
+    fault: Fault,
+    facts: Option<ImageFacts>,
+) -> (Downloader, AbortOnDropHandle<()>) {
+    let controller = Controller { bytes, fault, asked: Arc::default(), sent: Arc::default(), facts };
     let (connect, server) = serve(controller).await;
     (Downloader::with_policy(connect, QUICK), server)
 }

@@ -74,12 +74,12 @@ impl Work<'_> {
         given: &Given,
         bring: Option<bool>,
     ) -> std::result::Result<(), InstallError> {
-        let (at, has) = (target.clone(), given.has(USER_DATA));
+        let (at, board, has) = (target.clone(), self.board.clone(), given.has(USER_DATA));
         let label = blocking(move || {
             let root = open(&at)?.0;
             let brought = match bring {
                 Some(brought) => brought,
-                None => root.is_there(boot_files::find(&root)?.path().join(USER_DATA)),
+                None => root.is_there(Path::new(boot_files::find(&root, &board)?.folder()).join(USER_DATA)),
             };
             if !has && !brought {
                 return Ok(None);

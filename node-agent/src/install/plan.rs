@@ -1,51 +1,12 @@
 //! What an installation changes in an image's own texts, so that they fit the card. Pure.
 
-use std::path::Path;
+pub(super) use marco_archive::firmware::BootMount;
 
 use crate::system::Target;
 
 /// Programs that images name as `init=` for their first boot only, to grow the root over the rest of the card: behind
 /// our root there is another partition.
 const RESIZERS: [&str; 2] = ["init_resize", "raspberrypi-sys-mods/firstboot"];
-
-/// Where a system mounts the boot partition.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum BootMount {
-    /// Debian since 12.
-    Firmware,
-    /// Arch Linux ARM, and Raspberry Pi OS before.
-    Boot,
-}
-
-impl BootMount {
-    /// Within the root.
-    pub(super) fn path(self) -> &'static Path {
-        Path::new(match self {
-            Self::Firmware => "boot/firmware",
-            Self::Boot => "boot",
-        })
-    }
-
-    fn mount_point(self) -> &'static str {
-        match self {
-            Self::Firmware => "/boot/firmware",
-            Self::Boot => "/boot",
-        }
-    }
-}
-
-/// The mount point of the vfat that the image's fstab names, when it names one.
-pub(super) fn boot_mount(fstab: &str) -> Option<BootMount> {
-    let vfat = |mount: BootMount| entries(fstab).any(|(point, kind)| point == mount.mount_point() && kind == "vfat");
-    [BootMount::Firmware, BootMount::Boot].into_iter().find(|mount| vfat(*mount))
-}
-
-fn entries(fstab: &str) -> impl Iterator<Item = (&str, &str)> {
-    fstab.lines().filter(|line| !line.trim_start().starts_with('#')).filter_map(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        Some((words.next()?, words.next()?))
-    })
-}
 
 /// The kernel's command line for this card: our root, our root's file system, and no first-boot resizer.
 pub(super) fn cmdline(text: &str, root_device: &str, root_type: &str) -> String {
@@ -117,7 +78,7 @@ pub(super) fn host_name(node: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{BootMount, boot_mount, cmdline, fstab, hosts};
+    use super::{BootMount, cmdline, fstab, hosts};
     use crate::system::{Lease, Target};
 
     fn target() -> Target {
@@ -157,7 +118,7 @@ mod tests {
     fn fstab_keeps_what_is_not_ours() {
         let text = "# static\nproc /proc proc defaults 0 0\nPARTUUID=aa-01 /boot/firmware vfat umask=0077 0 2\n\
                     PARTUUID=aa-02 / btrfs noatime 0 1\nLABEL=DATA /srv ext4 nofail 0 2\n";
-        assert_eq!(boot_mount(text), Some(BootMount::Firmware));
+        assert_eq!(BootMount::of_fstab(text), Some(BootMount::Firmware));
         assert_eq!(
             fstab(text, &target(), BootMount::Firmware),
             "# static\nproc /proc proc defaults 0 0\nPARTUUID=00-04 /boot/firmware vfat umask=0077 0 2\n\
@@ -168,7 +129,7 @@ mod tests {
 
     #[test]
     fn an_empty_fstab_gets_all_three() {
-        assert_eq!(boot_mount("#/dev/x /boot vfat\n"), None);
+        assert_eq!(BootMount::of_fstab("#/dev/x /boot vfat\n"), None);
         assert_eq!(fstab("", &target(), BootMount::Boot).lines().count(), 3);
     }
 

@@ -39,7 +39,7 @@ pub(super) async fn unpack(
     system: &dyn System,
     progress: Progress,
 ) -> Result<Option<Written>, InstallError> {
-    let Download { size_bytes, chunks, receiving: _receiving } = download;
+    let Download { size_bytes, chunks, receiving: _receiving, .. } = download;
     let stop = CancellationToken::new();
     let _stop = stop.clone().drop_guard();
     let cause = Cause::default();

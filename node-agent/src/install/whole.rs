@@ -55,6 +55,7 @@ impl Work<'_> {
         if !is_disk(&front) {
             return Err(InstallError::image("it was to be written as it is, but is no image of a whole disk"));
         }
+        self.judge(&download, &front)?;
         let bytes = partitions(&front)?.iter().map(|partition| partition.start + partition.length).max();
 
         self.labels_are_known().await?;

@@ -31,28 +31,7 @@ pub struct Board {
 impl Board {
     /// The device tree that the firmware takes for this board; none when the board is not known.
     pub fn device_tree(&self) -> Option<&'static str> {
-        let model = self.model.as_str();
-        let name = match self.family.as_str() {
-            "pi1" if model.contains("Zero W") => "bcm2708-rpi-zero-w.dtb",
-            "pi1" if model.contains("Zero") => "bcm2708-rpi-zero.dtb",
-            "pi1" if model.contains("Plus") => "bcm2708-rpi-b-plus.dtb",
-            "pi1" => "bcm2708-rpi-b.dtb",
-            // Version 1.2 has the processor of a Pi 3.
-            "pi2" if model.contains("Rev 1.2") => "bcm2710-rpi-2-b.dtb",
-            "pi2" => "bcm2709-rpi-2-b.dtb",
-            "pi3" if model.contains("Zero 2") => "bcm2710-rpi-zero-2-w.dtb",
-            "pi3" if model.contains("Compute Module") => "bcm2710-rpi-cm3.dtb",
-            "pi3" if model.contains("Plus") => "bcm2710-rpi-3-b-plus.dtb",
-            "pi3" => "bcm2710-rpi-3-b.dtb",
-            "pi4" if model.contains("Compute Module") => "bcm2711-rpi-cm4.dtb",
-            "pi4" if model.contains("400") => "bcm2711-rpi-400.dtb",
-            "pi4" => "bcm2711-rpi-4-b.dtb",
-            "pi5" if model.contains("Compute Module") => "bcm2712-rpi-cm5-cm5io.dtb",
-            "pi5" if model.contains("500") => "bcm2712-rpi-500.dtb",
-            "pi5" => "bcm2712-rpi-5-b.dtb",
-            _ => return None,
-        };
-        Some(name)
+        marco_archive::firmware::device_tree(&self.family, &self.model)
     }
 }
 

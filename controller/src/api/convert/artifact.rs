@@ -1,5 +1,6 @@
 //! Artifacts.
 
+use marco_archive::Facts;
 use marco_proto::v1;
 
 use super::timestamp;
@@ -37,5 +38,14 @@ pub(in crate::api) fn artifact(row: &ArtifactRow) -> v1::Artifact {
         creator: row.creator.clone(),
         default_for: row.default_for.clone(),
         open_to_mirror: row.open_to_mirror,
+        facts: None,
+    }
+}
+
+pub(in crate::api) fn facts(facts: Facts) -> v1::ImageFacts {
+    v1::ImageFacts {
+        refusal: facts.refusal.unwrap_or_default(),
+        boot_files: facts.boot_files.into_iter().collect(),
+        texts: facts.texts.into_iter().collect(),
     }
 }

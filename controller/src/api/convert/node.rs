@@ -77,6 +77,7 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
         active_execution: row.active_execution.as_ref().map(ExecutionId::name).unwrap_or_default(),
         conflicts: row.conflicts.iter().map(super::operation::conflict).collect(),
         powered_off_by: String::new(),
+        trouble: String::new(),
     }
 }
 

@@ -1,6 +1,8 @@
 //! What would become of an operation, by what its nodes last said of themselves.
 
 use chrono::{DateTime, Months, Utc};
+use marco_archive::Facts;
+use marco_archive::firmware::device_tree;
 use marco_proto::names::NodeId;
 use marco_proto::v1;
 use marco_proto::v1::operation_check::Verdict;
@@ -30,14 +32,15 @@ impl Operations {
         let asked = read(request, now)?;
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
         let mut action = asked.action;
-        if let Action::Update(update) = &mut action {
-            self.freeze(update, &nodes.families).await?;
-        }
+        let facts = match &mut action {
+            Action::Update(update) => self.freeze(update, &nodes.families).await?,
+            Action::Reboot(_) | Action::PowerOff(_) => None,
+        };
         let mut rows = self.context.store.nodes_by_id(&nodes.ids).await?;
         rows.sort_by(|one, other| one.id.as_str().cmp(other.id.as_str()));
         let away: Vec<NodeId> = rows.iter().filter(|row| !row.connected).map(|row| row.id.clone()).collect();
         let off = self.context.store.powered_off(&away).await?;
-        let checks = rows.iter().map(|row| check_of(row, &action, off.get(&row.id))).collect();
+        let checks = rows.iter().map(|row| check_of(row, &action, facts.as_ref(), off.get(&row.id))).collect();
         let mut warnings = Vec::new();
         warnings.extend(far_ahead(asked.schedule_time, now));
         warnings.extend(quarantined(&rows));
@@ -89,10 +92,16 @@ fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
 }
 
 /// What stands in the way of one node: that it would refuse, else what its execution would wait for when it is due.
-fn check_of(row: &NodeRow, action: &Action, off: Option<&PoweredOff>) -> v1::OperationCheck {
+fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&PoweredOff>) -> v1::OperationCheck {
     let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
+    let refusal = refusal.map(|refusal| (refusal.reason.clone(), refusal.message.clone()));
+    let refusal = refusal.or_else(|| {
+        let tree = device_tree(&row.board.family, &row.board.model);
+        let judged = facts?.judge(&row.board.family, tree);
+        Some(("NOT_A_SYSTEM".to_owned(), judged.err()?))
+    });
     let (verdict, reason, message) = match (refusal, lacks(row, action)) {
-        (Some(refusal), _) => (Verdict::Refused, refusal.reason.clone(), refusal.message.clone()),
+        (Some((reason, message)), _) => (Verdict::Refused, reason, message),
         (None, WaitReason::Due) => (Verdict::Ready, String::new(), String::new()),
         (None, reason) => (Verdict::Waits, reason.as_str().to_owned(), sentence(row, reason, off)),
     };

@@ -3,11 +3,13 @@
 use std::collections::BTreeSet;
 
 use chrono::{DateTime, TimeDelta, Utc};
+use marco_archive::Facts;
 use marco_proto::names::{ArtifactId, NodeId};
 use marco_proto::v1;
 use sha2::{Digest as _, Sha256};
 
 use super::Operations;
+use crate::api::artifact::facts_of;
 use crate::api::convert;
 use crate::api::scope::outside;
 use crate::api::status::{ApiError, Violation};
@@ -79,12 +81,14 @@ impl Operations {
         })
     }
 
-    /// Replaces names by digests, so that a later push does not change what was asked for.
+    /// Replaces names by digests, so that a later push does not change what was asked for. An image that no board can start
+    /// is refused. The facts by which the image is judged for one board; `None`: no image, or nothing is known of it.
     pub(in crate::api) async fn freeze(
         &self,
         update: &mut Update,
         families: &BTreeSet<String>,
-    ) -> Result<(), ApiError> {
+    ) -> Result<Option<Facts>, ApiError> {
+        let mut facts = None;
         if let Some(image) = &mut update.image {
             let row = self.artifact("image", &image.id, Kind::Image, Purpose::None).await?;
             if update.raw && !row.is_disk() {
@@ -95,12 +99,13 @@ impl Operations {
                 );
                 return Err(ApiError::invalid("operation.update.raw", message));
             }
+            facts = self.judged(&row).await?;
             *image = frozen(row);
         }
         let purpose = if update.image.is_some() { Purpose::Installer } else { Purpose::System };
         if let Some(bootcode) = &mut update.bootcode {
             *bootcode = frozen(self.artifact("bootcode", &bootcode.id, Kind::Bootcode, purpose).await?);
-            return Ok(());
+            return Ok(facts);
         }
         for family in families {
             let default = self.context.store.default_for(family, Kind::Bootcode, purpose).await?;
@@ -122,7 +127,17 @@ impl Operations {
                 }
             }
         }
-        Ok(())
+        Ok(facts)
+    }
+
+    /// An image's facts, unless they say that no board can start it.
+    async fn judged(&self, row: &ArtifactRow) -> Result<Option<Facts>, ApiError> {
+        let facts = facts_of(&self.context, row).await?;
+        if let Some(refusal) = facts.as_ref().and_then(|facts| facts.refusal.as_ref()) {
+            let message = format!("{} cannot be installed: {refusal}; push another image", row.id.name());
+            return Err(ApiError::Precondition { reason: "NOT_A_SYSTEM", message });
+        }
+        Ok(facts)
     }
 
     async fn artifact(&self, field: &str, id: &str, kind: Kind, purpose: Purpose) -> Result<ArtifactRow, ApiError> {

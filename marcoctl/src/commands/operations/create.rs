@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use marco_proto::reasons::{Healing, healing};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::{self, Action};
 use marco_proto::v1::operation_check::Verdict;
@@ -211,6 +212,12 @@ async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &
     verdict(&known, end, &created.name, connection).await
 }
 
+/// Whether any node failed of something that another try can heal; true as long as nothing is known.
+fn retry_can_help(known: &Known) -> bool {
+    let mut errors = known.executions.values().filter_map(|execution| execution.error.as_ref()).peekable();
+    errors.peek().is_none() || errors.any(|error| healing(&error.reason) != Healing::AnotherImage)
+}
+
 /// What following an operation came to.
 pub(super) async fn verdict(known: &Known, end: End, name: &str, connection: &Connection) -> Result<(), Failure> {
     let state = known.operation.state();
@@ -229,7 +236,11 @@ pub(super) async fn verdict(known: &Known, end: End, name: &str, connection: &Co
                 counts.succeeded,
                 counts.total
             ),
-            hint: format!("marcoctl operations explain {name}, then marcoctl operations retry {name}"),
+            hint: if retry_can_help(known) {
+                format!("marcoctl operations explain {name}, then marcoctl operations retry {name}")
+            } else {
+                format!("marcoctl operations explain {name} NODE says which image to put back")
+            },
         }),
         End::Stuck => Err(Failure::Unsuccessful {
             message: format!(

@@ -1,0 +1,119 @@
+//! What an image says about itself as a system, worked out while it streams by: what every board would miss, and the
+//! boot files by which one board is judged. Push, creation, dry run, agent and installer judge by the same value.
+
+mod collect;
+mod system;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::ZipSummary;
+use crate::firmware::{BootFiles, FAMILIES, Selection, Tree, select};
+
+pub(crate) use collect::Collector;
+
+/// The kernels' first processes, and the programs that images put in their place.
+pub const INITS: [&str; 7] =
+    ["sbin/init", "usr/sbin/init", "lib/systemd/systemd", "usr/lib/systemd/systemd", "etc/init", "bin/init", "init"];
+
+/// An image, judged.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Facts {
+    /// Why no board can run it, with the cure; `None`: nothing is known against it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<String>,
+    /// Names of its boot files in lower case, relative to the boot partition, overlays left out. Empty: not known.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub boot_files: BTreeSet<String>,
+    /// The text of `config.txt` and of what it includes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub texts: BTreeMap<String, String>,
+}
+
+/// FAT does not tell upper from lower case.
+impl BootFiles for Facts {
+    fn has(&self, name: &str) -> bool {
+        self.boot_files.contains(&name.to_lowercase())
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        self.texts.get(&name.to_lowercase()).cloned()
+    }
+}
+
+impl Facts {
+    /// Nothing but a reason against it.
+    pub fn refused(refusal: impl Into<String>) -> Self {
+        Self { refusal: Some(refusal.into()), ..Self::default() }
+    }
+
+    /// Of boot files in a zip.
+    pub fn of_zip(zip: &ZipSummary) -> Self {
+        let files = zip.files.iter().filter(|file| file.size > 0);
+        Self {
+            refusal: None,
+            boot_files: files.map(|file| file.name.to_lowercase()).collect(),
+            texts: zip.config_txt.iter().map(|text| ("config.txt".to_owned(), text.clone())).collect(),
+        }
+    }
+
+    /// Whether a board of this family can start it; `device_tree`: the one that the board takes, when it is known.
+    ///
+    /// # Errors
+    /// All that is missing, in one sentence.
+    pub fn judge(&self, family: &str, device_tree: Option<&str>) -> Result<(), String> {
+        if let Some(refusal) = &self.refusal {
+            return Err(refusal.clone());
+        }
+        if self.boot_files.is_empty() || family.is_empty() {
+            return Ok(());
+        }
+        let lacks = select(self, family, device_tree.map_or(Tree::Unknown, Tree::Named), false).lacks;
+        if lacks.is_empty() {
+            return Ok(());
+        }
+        Err(format!("the image cannot start this board ({family}): it lacks {}", listed(&lacks)))
+    }
+}
+
+/// What the best of all boards would take of these files.
+fn best(files: &dyn BootFiles, names: &BTreeSet<String>) -> Selection {
+    let trees = names.iter().filter_map(|name| {
+        let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
+        (file.ends_with(".dtb") && !folder.split('/').any(|part| part == "overlays")).then_some(file)
+    });
+    let named = trees.flat_map(|tree| families(tree).into_iter().map(move |family| (family, Tree::Named(tree))));
+    let every = FAMILIES.into_iter().map(|family| (family, Tree::Missing));
+    let selections = named.chain(every).map(|(family, tree)| select(files, family, tree, false));
+    selections.min_by_key(|selection| selection.lacks.len()).unwrap_or_default()
+}
+
+/// The boards that take a device tree, by the processor in its name; one whose name says nothing may be anybody's.
+fn families(tree: &str) -> Vec<&'static str> {
+    let known: &[(&str, &[&'static str])] = &[
+        ("bcm2708", &["pi1"]),
+        ("bcm2835", &["pi1"]),
+        ("bcm2709", &["pi2"]),
+        ("bcm2836", &["pi2"]),
+        ("bcm2710-rpi-2", &["pi2"]),
+        ("bcm2710", &["pi3"]),
+        ("bcm2837", &["pi3", "pi2"]),
+        ("bcm2711", &["pi4"]),
+        ("bcm2712", &["pi5"]),
+    ];
+    let found = known.iter().find(|(start, _)| tree.starts_with(start));
+    found.map_or_else(|| FAMILIES.to_vec(), |(_, families)| families.to_vec())
+}
+
+/// `a`, `a and b`, `a, b and c`.
+fn listed(items: &[String]) -> String {
+    match items {
+        [] => String::new(),
+        [one] => one.clone(),
+        [rest @ .., last] => format!("{} and {last}", rest.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,214 @@
+//! Facts of a tarball, gathered member by member. Memory is bounded: names of boot files, a few small texts.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Facts;
+use super::system::{Found, Inside};
+use crate::disk::is_disk;
+use crate::firmware::BootMount;
+use crate::tar::guard::{Guard, Known};
+use crate::tar::reader::{Kind, Member};
+
+/// Longest text that is kept; the firmware reads no more of `config.txt`.
+const MAX_TEXT: u64 = 64 << 10;
+/// Most texts, and most names of boot files. A full set has about 500 files, most of them overlays.
+const MAX_TEXTS: usize = 64;
+const MAX_NAMES: usize = 4000;
+/// So many bytes tell whether a file is the image of a disk.
+const SECTOR: usize = 512;
+/// Files that lie deeper below the boot folder are nobody's kernel.
+const MAX_DEPTH: usize = 4;
+/// What the root of every system has; found deeper, it shows where the root is.
+const LANDMARKS: [&[&str]; 6] = [
+    &["sbin", "init"],
+    &["lib", "systemd", "systemd"],
+    &["etc", "os-release"],
+    &["etc", "fstab"],
+    &["etc", "passwd"],
+    &["bin", "sh"],
+];
+/// Endings of files that hold disks or roots, inside a tarball that is no system.
+const DISKS: [&str; 5] = [".img", ".wic", ".sdimg", ".rpi-sdimg", ".sdcard"];
+/// Names that end so and are something else: boot files.
+const NO_DISKS: [&str; 5] = ["kernel", "initr", "initramfs", "ramfs", "u-boot"];
+
+/// Gathers.
+#[derive(Debug, Default)]
+pub(crate) struct Collector {
+    /// Files of each boot folder, and those that are links.
+    names: [BTreeSet<String>; 2],
+    links: Vec<(usize, String, Vec<u8>)>,
+    texts: [BTreeMap<String, String>; 2],
+    fstab: Option<String>,
+    inside: Inside,
+    /// Too much for this memory: then the boot files are not known.
+    overflow: bool,
+    /// The present member: where its text goes, and its first bytes.
+    wanted: Wanted,
+    start: Vec<u8>,
+    name: String,
+    facts: Facts,
+}
+
+#[derive(Debug, Default)]
+enum Wanted {
+    #[default]
+    Nothing,
+    /// The first sector.
+    Start,
+    /// All of a text of a boot folder.
+    Text(usize, String),
+    Fstab,
+}
+
+impl Collector {
+    /// A member begins; the contents of the one before have gone by.
+    pub(crate) fn member(&mut self, path: &[Vec<u8>], member: &Member) {
+        self.settle();
+        let parts: Vec<String> = path.iter().map(|part| String::from_utf8_lossy(part).into_owned()).collect();
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        let Some((first, rest)) = parts.split_first() else { return };
+        self.inside.top(first, rest.is_empty() && member.kind != Kind::Folder);
+        self.landmark(&parts);
+        let file = member.kind == Kind::File;
+        if file && member.size > 0 {
+            self.inside.file(&parts.join("/"), DISKS.iter().any(|ending| holds(first_of(&parts), ending)));
+        }
+        if let Some((folder, name)) = boot_file(&parts) {
+            self.boot_member(folder, name, path, member);
+        } else if parts.as_slice() == ["etc", "fstab"] && file && member.size <= MAX_TEXT {
+            self.wanted = Wanted::Fstab;
+        } else if file && member.size >= SECTOR_SIZE {
+            self.wanted = Wanted::Start;
+            self.name = parts.join("/");
+        }
+    }
+
+    /// Contents of the present member.
+    pub(crate) fn contents(&mut self, offset: u64, block: &[u8]) {
+        let limit = match self.wanted {
+            Wanted::Nothing => return,
+            Wanted::Start => SECTOR,
+            Wanted::Text(..) | Wanted::Fstab => usize::try_from(MAX_TEXT).unwrap_or(usize::MAX),
+        };
+        // A hole is nothing that a text or a boot record has.
+        if offset == u64::try_from(self.start.len()).unwrap_or(u64::MAX) && self.start.len() < limit {
+            let room = limit - self.start.len();
+            self.start.extend_from_slice(block.get(..room.min(block.len())).unwrap_or_default());
+        }
+    }
+
+    /// The archive has ended: `guard` knows everything that is in it.
+    pub(crate) fn finish(&mut self, guard: &Guard) {
+        self.settle();
+        for (folder, name, path) in std::mem::take(&mut self.links) {
+            if guard.find(&path) == Some(Known::Other)
+                && let Some(names) = self.names.get_mut(folder)
+            {
+                names.insert(name);
+            }
+        }
+        // Boot folders that are links are read by nobody here.
+        let linked = BootMount::ALL.iter().any(|mount| guard.is_symlink(mount.folder().as_bytes()));
+        let found = Found {
+            names: std::mem::take(&mut self.names),
+            texts: std::mem::take(&mut self.texts),
+            fstab: self.fstab.take().unwrap_or_default(),
+            known: !self.overflow && !linked,
+        };
+        self.facts = found.judge(&self.inside, guard);
+    }
+
+    pub(crate) fn into_facts(self) -> Facts {
+        self.facts
+    }
+
+    fn boot_member(&mut self, folder: usize, name: String, path: &[Vec<u8>], member: &Member) {
+        let Some(names) = self.names.get_mut(folder) else { return };
+        names.remove(&name);
+        match member.kind {
+            Kind::File => {
+                if name.ends_with(".txt") && member.size <= MAX_TEXT {
+                    self.wanted = Wanted::Text(folder, name.clone());
+                }
+                if member.size > 0 {
+                    names.insert(name);
+                }
+            }
+            Kind::Symlink(_) | Kind::HardLink(_) => {
+                if name == "config.txt" {
+                    // Its text went by somewhere else.
+                    self.overflow = true;
+                }
+                self.links.push((folder, name, path.join(&b'/')));
+            }
+            _ => {}
+        }
+        let count = self.links.len() + self.names.iter().map(BTreeSet::len).sum::<usize>();
+        if count > MAX_NAMES || self.texts.iter().map(BTreeMap::len).sum::<usize>() > MAX_TEXTS {
+            self.overflow = true;
+            self.names = Default::default();
+            self.links.clear();
+        }
+    }
+
+    /// Keeps what was wanted of the member that went by.
+    fn settle(&mut self) {
+        let start = std::mem::take(&mut self.start);
+        match std::mem::take(&mut self.wanted) {
+            Wanted::Nothing => {}
+            Wanted::Start => {
+                if is_disk(&start) {
+                    self.inside.disk(&self.name);
+                }
+            }
+            // The firmware reads bytes: what is no UTF-8 is in comments.
+            Wanted::Text(folder, name) => {
+                if let Some(texts) = self.texts.get_mut(folder) {
+                    texts.insert(name, String::from_utf8_lossy(&start).into_owned());
+                }
+            }
+            Wanted::Fstab => self.fstab = Some(String::from_utf8_lossy(&start).into_owned()),
+        }
+    }
+
+    fn landmark(&mut self, parts: &[&str]) {
+        for landmark in LANDMARKS {
+            let Some(base) = parts.strip_suffix(landmark) else { continue };
+            // `usr/sbin/init` is a landmark of the root itself.
+            let base = base.strip_suffix(&["usr"]).unwrap_or(base);
+            if !base.is_empty() {
+                self.inside.root(&base.join("/"));
+            }
+        }
+    }
+}
+
+/// As a size of a member.
+const SECTOR_SIZE: u64 = 512;
+
+/// The folder that a boot file lies in, and its name there, in lower case.
+fn boot_file(parts: &[&str]) -> Option<(usize, String)> {
+    let (folder, rest) = match parts {
+        ["boot", "firmware", rest @ ..] => (0, rest),
+        ["boot", rest @ ..] => (1, rest),
+        _ => return None,
+    };
+    let overlays = rest.iter().rev().skip(1).any(|part| part.eq_ignore_ascii_case("overlays"));
+    let wanted = !rest.is_empty() && rest.len() <= MAX_DEPTH && !overlays;
+    wanted.then(|| (folder, rest.join("/").to_lowercase()))
+}
+
+fn first_of<'a>(parts: &[&'a str]) -> &'a str {
+    parts.last().copied().unwrap_or_default()
+}
+
+/// Whether a name ends so, perhaps with a compression behind it.
+fn holds(name: &str, ending: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    if NO_DISKS.iter().any(|start| name.starts_with(start)) {
+        return false;
+    }
+    let plain = [".gz", ".xz", ".zst", ".bz2", ".zip"].iter().find_map(|packed| name.strip_suffix(packed));
+    plain.unwrap_or(&name).ends_with(ending)
+}

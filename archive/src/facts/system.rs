@@ -1,0 +1,178 @@
+//! The judgement over a tarball: whether what was found is a system that a Pi can start. Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Facts, INITS, best, listed};
+use crate::firmware::{BootFiles, BootMount};
+use crate::tar::guard::{Guard, Known};
+
+/// Where a reader finds the whole list.
+const LIST: &str = "docs/images.md lists what an image must hold";
+
+/// What a tarball holds that may be something else than a root.
+#[derive(Debug, Default)]
+pub(super) struct Inside {
+    /// Names at the top, as long as there are few, and the files among them.
+    top: BTreeSet<String>,
+    files: BTreeSet<String>,
+    more: bool,
+    /// Where a root lies deeper in it: the shortest path.
+    root: Option<String>,
+    /// An image of a disk, by its contents or, else, by its name.
+    disk: Option<String>,
+    named_disk: Option<String>,
+    /// A tarball in the tarball.
+    tarball: Option<String>,
+}
+
+impl Inside {
+    pub(super) fn top(&mut self, name: &str, file: bool) {
+        if self.top.len() < 64 {
+            self.top.insert(name.to_owned());
+            if file {
+                self.files.insert(name.to_owned());
+            }
+        } else if !self.top.contains(name) {
+            self.more = true;
+        }
+    }
+
+    pub(super) fn root(&mut self, base: &str) {
+        let depth = |path: &str| path.split('/').count();
+        if self.root.as_ref().is_none_or(|known| depth(base) < depth(known)) {
+            self.root = Some(base.to_owned());
+        }
+    }
+
+    pub(super) fn file(&mut self, path: &str, named_disk: bool) {
+        if named_disk {
+            self.named_disk.get_or_insert_with(|| path.to_owned());
+        }
+        let lower = path.to_ascii_lowercase();
+        if [".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"].iter().any(|ending| lower.ends_with(ending)) {
+            self.tarball.get_or_insert_with(|| path.to_owned());
+        }
+    }
+
+    pub(super) fn disk(&mut self, path: &str) {
+        self.disk.get_or_insert_with(|| path.to_owned());
+    }
+
+    /// What it is instead of a root, with the cure; `None`: it looks like nothing else.
+    fn other(&self) -> Option<String> {
+        // A root whose init is missing is a root all the same, whatever else lies in it.
+        if ["etc", "usr", "sbin", "boot"].iter().any(|folder| self.top.contains(*folder)) {
+            return None;
+        }
+        let file = |name: &str| self.files.contains(name);
+        if file("oci-layout") || file("manifest.json") {
+            return Some(
+                "it is the output of docker save: use docker export (docker export $(docker create NAME) > root.tar), of a \
+                 container that has a kernel and boot files too"
+                    .to_owned(),
+            );
+        }
+        if let Some(base) = &self.root {
+            let whole = self.top.len() == 1 && !self.more;
+            let place = if whole { "everything is below" } else { "the root of a system is below" };
+            return Some(format!("{place} {base}/: pack with -C {base} . (tar -C {base} -cf root.tar .)"));
+        }
+        if let Some(disk) = self.disk.as_ref().or(self.named_disk.as_ref()) {
+            return Some(format!("it holds the image of a disk: push that ({disk})"));
+        }
+        self.tarball.as_ref().map(|path| format!("it holds another tarball: push that ({path})"))
+    }
+}
+
+/// The files of one boot folder.
+struct Folder<'a> {
+    names: &'a BTreeSet<String>,
+    texts: &'a BTreeMap<String, String>,
+}
+
+impl BootFiles for Folder<'_> {
+    fn has(&self, name: &str) -> bool {
+        self.names.contains(&name.to_lowercase())
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        self.texts.get(&name.to_lowercase()).cloned()
+    }
+}
+
+/// What was found in the boot folders, in the order of [`BootMount::ALL`].
+pub(super) struct Found {
+    pub(super) names: [BTreeSet<String>; 2],
+    pub(super) texts: [BTreeMap<String, String>; 2],
+    pub(super) fstab: String,
+    /// Whether all of it was read.
+    pub(super) known: bool,
+}
+
+impl Found {
+    pub(super) fn judge(self, inside: &Inside, guard: &Guard) -> Facts {
+        let mut lacks = Vec::new();
+        let folders = BootMount::ALL.into_iter().zip(self.names.iter().zip(&self.texts));
+        let folders = folders.map(|(mount, (names, texts))| (mount, Folder { names, texts }));
+        let folders: Vec<(BootMount, Folder<'_>)> = folders.collect();
+        let whole = |folder: &Folder<'_>| best(folder, folder.names).lacks.is_empty();
+        let chosen = BootMount::choose(&self.fstab, &folders, whole).map(|(_, folder)| folder);
+        let selection = chosen.map(|folder| best(folder, folder.names));
+
+        let file = |path: &str| guard.find(path.as_bytes()) == Some(Known::Other);
+        let cmdline = chosen.zip(selection.as_ref()).and_then(|(folder, found)| folder.text(&found.cmdline));
+        let named = cmdline.as_deref().unwrap_or_default().split_whitespace();
+        let named = named.rev().find_map(|word| word.strip_prefix("init=")).is_some_and(file);
+        if !named && !INITS.iter().any(|init| file(init)) {
+            // Anything that is no root lacks everything: what it is instead helps more than a list.
+            if let Some(other) = inside.other() {
+                return Facts::refused(format!("this is no system that a Pi can start: {other}; {LIST}"));
+            }
+            lacks.push("an init (sbin/init, lib/systemd/systemd, or what init= names)".to_owned());
+        }
+        if self.known {
+            match &selection {
+                Some(selection) => lacks.extend(selection.lacks.iter().cloned()),
+                None => {
+                    // Without a config.txt or a kernel there is no folder to look into: each file counts wherever it is.
+                    let any =
+                        |wanted: &dyn Fn(&str) -> bool| folders.iter().any(|(_, f)| f.names.iter().any(|n| wanted(n)));
+                    lacks.extend(["a kernel (kernel8.img or the like)", "config.txt"].map(str::to_owned));
+                    if !any(&|name| name == "cmdline.txt") {
+                        lacks.push("cmdline.txt".to_owned());
+                    }
+                    if !any(&|name| name.ends_with(".dtb")) {
+                        lacks.push("a device tree (bcm27*.dtb)".to_owned());
+                    }
+                }
+            }
+        }
+        if !lacks.is_empty() {
+            return Facts::refused(format!(
+                "this is no system that a Pi can start: it lacks {}; boot files were looked for in {} and {}, as the firmware \
+                 does; {LIST}",
+                listed(&lacks),
+                BootMount::Firmware.mount_point(),
+                BootMount::Boot.mount_point(),
+            ));
+        }
+        match chosen.filter(|_| self.known) {
+            Some(folder) => Facts { refusal: None, boot_files: folder.names.clone(), texts: read_texts(folder) },
+            None => Facts::default(),
+        }
+    }
+}
+
+/// `config.txt` and what it includes; other texts may hold what is nobody's business.
+fn read_texts(folder: &Folder<'_>) -> BTreeMap<String, String> {
+    let mut kept = BTreeMap::new();
+    let mut todo = vec!["config.txt".to_owned()];
+    while let Some(name) = todo.pop() {
+        let Some(text) = folder.text(&name) else { continue };
+        let included = text.lines().filter_map(|line| line.trim().strip_prefix("include"));
+        let included = included.filter(|rest| rest.starts_with([' ', '\t'])).map(|name| name.trim().to_lowercase());
+        todo.extend(included.filter(|name| !kept.contains_key(name)).collect::<Vec<_>>());
+        kept.insert(name, text);
+    }
+    kept
+}

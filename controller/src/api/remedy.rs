@@ -1,0 +1,55 @@
+//! What helps after an update that another try cannot heal.
+
+use marco_proto::names::NodeId;
+use marco_proto::reasons::{Healing, healing};
+
+use super::Context;
+use super::status::ApiError;
+use crate::operation::{Action, ExecutionError, ExecutionState};
+
+/// Whether another try with the same image ends the same way.
+pub(super) fn is_hopeless(state: ExecutionState, error: Option<&ExecutionError>, action: &Action) -> bool {
+    let failed = matches!(state, ExecutionState::Failed | ExecutionState::RolledBack);
+    let image = action.image().is_some();
+    failed && image && error.is_some_and(|error| healing(&error.reason) == Healing::AnotherImage)
+}
+
+/// Which image to put on a node instead of the one that failed, as a command.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn put_back(context: &Context, node: &NodeId, action: &Action) -> Result<String, ApiError> {
+    let failed = action.image().map(|image| image.sha256.as_str()).unwrap_or_default();
+    let before = match context.store.image_before(node, failed).await? {
+        // Under the name that these bytes have today.
+        Some(image) => context.store.artifact_by_sha256(&image.sha256).await?,
+        None => None,
+    };
+    Ok(match before {
+        Some(row) => format!(
+            "Put back {}, which it ran before: marcoctl operations update {node} --image {}",
+            row.id.as_str(),
+            row.id.as_str()
+        ),
+        None => format!("Put another image on it: marcoctl operations update {node} --image ID"),
+    })
+}
+
+/// What a node's last update failed of, and what to do; empty when there is nothing to say.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn trouble(context: &Context, node: &NodeId) -> Result<String, ApiError> {
+    let Some(last) = context.store.last_update(node).await? else { return Ok(String::new()) };
+    if !is_hopeless(last.state, last.error.as_ref(), &last.action) {
+        return Ok(String::new());
+    }
+    let image = last.action.image().map(|image| image.id.clone()).unwrap_or_default();
+    let why = last.error.map(|error| format!("{}: {}", error.reason, error.message)).unwrap_or_default();
+    let then = if last.state == ExecutionState::RolledBack {
+        "It runs the system that it ran before.".to_owned()
+    } else {
+        format!("{}.", put_back(context, node, &last.action).await?)
+    };
+    Ok(format!("The update to {image} failed with {why}. Another try with the same image ends the same way. {then}"))
+}

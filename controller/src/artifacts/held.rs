@@ -1,0 +1,124 @@
+//! Stored bytes that nobody needs any more, judged again from the bytes themselves, and what lies in the folder.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use marco_archive::Facts;
+
+use super::check::check;
+use super::{ArtifactError, Artifacts, Content, Digest, failed, off_runtime, open_blob, remove_file, sync_folder};
+
+impl Artifacts {
+    /// Removes stored bytes; false when there were none, or when a push holds them. Whoever reads them goes on reading.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn remove(&self, sha256: Digest) -> Result<bool, ArtifactError> {
+        self.remove_if(sha256, async { Ok(true) }).await
+    }
+
+    /// Removes stored bytes when nothing needs them, which is asked while they are held: no push can begin to rely on them
+    /// in between. False when they stay. A push that holds them decides by its row; what it leaves the sweep takes.
+    ///
+    /// # Errors
+    /// When the disk fails, or the question does.
+    pub async fn remove_if<E: From<ArtifactError>>(
+        &self,
+        sha256: Digest,
+        unneeded: impl Future<Output = Result<bool, E>>,
+    ) -> Result<bool, E> {
+        let path = self.blob(sha256);
+        let Some(held) = off_runtime(move || hold(&path)).await? else { return Ok(false) };
+        if !unneeded.await? {
+            return Ok(false);
+        }
+        let path = self.blob(sha256);
+        let removed = off_runtime(move || {
+            let removed = remove_file(&path)?;
+            sync_folder(&path)?;
+            drop(held);
+            Ok(removed)
+        });
+        Ok(removed.await?)
+    }
+
+    /// The stored files, with the time at which each got there.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub async fn stored(&self) -> Result<BTreeMap<Digest, SystemTime>, ArtifactError> {
+        let blobs = self.blobs.clone();
+        off_runtime(move || {
+            let action = || format!("look through {}", blobs.display());
+            let mut found = BTreeMap::new();
+            for shard in fs::read_dir(&blobs).map_err(failed(action()))? {
+                let shard = shard.map_err(failed(action()))?.path();
+                // A shard that went, or a file in its place, is nobody's artifact.
+                for entry in fs::read_dir(shard).into_iter().flatten() {
+                    let entry = entry.map_err(failed(action()))?;
+                    let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::parse(name).ok()) else {
+                        continue;
+                    };
+                    if let Ok(facts) = entry.metadata() {
+                        found.insert(digest, changed(&facts));
+                    }
+                }
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// What stored bytes say about themselves as a system. One image at a time: it reads all of it.
+    ///
+    /// # Errors
+    /// `NotFound` when the bytes are not here, `Stopping`, and the disk's. An archive that is refused has facts that say so.
+    pub async fn judge(&self, sha256: Digest) -> Result<Facts, ArtifactError> {
+        let _turn = self.judging.lock().await;
+        let (path, stop) = (self.blob(sha256), self.stop.clone());
+        off_runtime(move || {
+            let (file, size) = open_blob(&path)?.ok_or(ArtifactError::NotFound(sha256))?;
+            match check(&file, sha256, size, Content::KnownImage, &stop, &|_| ()) {
+                Ok(blob) => Ok(blob.facts.unwrap_or_default()),
+                Err(error @ (ArtifactError::Refused(_) | ArtifactError::Format(_))) => {
+                    Ok(Facts::refused(error.to_string()))
+                }
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+}
+
+/// Takes the lock of a stored file for itself; `None`: there is none, or somebody has it.
+fn hold(path: &Path) -> Result<Option<File>, ArtifactError> {
+    let action = || format!("open {}", path.display());
+    let file = match File::options().read(true).write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(failed(action()))?,
+    };
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        Err(TryLockError::Error(error)) => return Err(failed(action())(error)),
+    }
+    Ok(is_named(&file, path)?.then_some(file))
+}
+
+/// Whether the file that was opened is still the one of this name.
+pub(super) fn is_named(file: &File, path: &Path) -> Result<bool, ArtifactError> {
+    let ours = file.metadata().map_err(failed(format!("look at {}", path.display())))?;
+    let named = fs::metadata(path);
+    Ok(named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
+}
+
+/// A rename changes the inode's time, and writing the file's own: the later one.
+fn changed(facts: &fs::Metadata) -> SystemTime {
+    let inode = u64::try_from(facts.ctime()).unwrap_or_default();
+    let inode = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(inode)).unwrap_or(SystemTime::UNIX_EPOCH);
+    facts.modified().unwrap_or(inode).max(inode)
+}

@@ -1,0 +1,106 @@
+//! The reasons with which an agent's execution fails, a closed set, and what heals each. Programs match on the words; the
+//! controller offers a retry by what heals them.
+
+/// What has to happen before another try can end otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Healing {
+    /// Nothing: networks, cards and power come and go.
+    AnotherTry,
+    /// Something at the node or at the controller, by hand; then another try.
+    ByHand,
+    /// The same image ends the same way on the same node, however often it is tried.
+    AnotherImage,
+}
+
+use Healing::{AnotherImage, AnotherTry, ByHand};
+
+/// Every reason that an agent gives.
+pub const REASONS: &[(&str, Healing)] = &[
+    ("AGENT_BUG", AnotherTry),
+    ("BOOT_LOADER_TOO_OLD", ByHand),
+    ("BOOT_PARTITION_IO", AnotherTry),
+    ("BOOT_PARTITION_NOT_WRITTEN", AnotherTry),
+    ("BOOTCODE_REFUSED", ByHand),
+    ("CANCELLED", AnotherTry),
+    ("CARD_UNREADABLE", ByHand),
+    ("DIGEST_MISMATCH", ByHand),
+    ("DISK_IO", AnotherTry),
+    ("DISK_TOO_SMALL", ByHand),
+    ("DOWNLOAD_FAILED", AnotherTry),
+    ("DOWNLOAD_REFUSED", ByHand),
+    ("FIRMWARE_TOO_OLD", ByHand),
+    ("IMAGE_DID_NOT_COME_UP", AnotherImage),
+    ("IMAGE_REFUSED", AnotherImage),
+    ("INSTALL_JOB_LOST", AnotherTry),
+    ("INSTALLER_TAKES_ONLY_IMAGES", AnotherTry),
+    ("LABELS_UNKNOWN", AnotherTry),
+    ("LAYOUT_NOT_RESIDENT", ByHand),
+    ("NO_BOOTCODE", ByHand),
+    ("NO_RECOVERY_PARTITION", ByHand),
+    ("NO_ROOM", AnotherImage),
+    ("NO_WIRED_NETWORK", ByHand),
+    ("NODE_BUSY", AnotherTry),
+    ("NOT_A_SYSTEM", AnotherImage),
+    ("NOT_ENOUGH_MEMORY", ByHand),
+    ("NOT_WIRED", ByHand),
+    ("OLD_SYSTEM_CAME_BACK", AnotherTry),
+    ("PARTITION_TABLE_GPT", ByHand),
+    ("POWER_OFF_DID_NOT_HAPPEN", AnotherTry),
+    ("REBOOT_DID_NOT_HAPPEN", AnotherTry),
+    ("RECOVERY_PARTITION_UNREADABLE", ByHand),
+    ("RELEASE_MISMATCH", AnotherImage),
+    ("SYSTEM_ERROR", AnotherTry),
+    ("TRIAL_BOOT_UNUSABLE", ByHand),
+    ("UNDER_VOLTAGE", ByHand),
+    ("UNKNOWN_ACTION", ByHand),
+    ("WRONG_MODE", AnotherTry),
+];
+
+/// What heals a failure. A reason that is not in the set is of a newer agent: another try does no harm.
+pub fn healing(reason: &str) -> Healing {
+    REASONS.iter().find(|(known, _)| *known == reason).map_or(AnotherTry, |(_, healing)| *healing)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+
+    use super::{Healing, REASONS, healing};
+
+    /// Literals of the agent that look like a reason.
+    fn literals(folder: &Path, found: &mut BTreeSet<String>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                literals(&path, found);
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let code = text.split("#[cfg(test)]").next().unwrap();
+                let word = |text: &&str| {
+                    text.contains('_') && text.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c.is_ascii_digit())
+                };
+                found.extend(code.split('"').skip(1).step_by(2).filter(word).map(str::to_owned));
+            }
+        }
+    }
+
+    #[test]
+    fn every_reason_that_the_agent_gives_is_in_the_set() {
+        let mut found = BTreeSet::new();
+        literals(&Path::new(env!("CARGO_MANIFEST_DIR")).join("node-agent/src"), &mut found);
+        let others = ["MARCO_", "CARGO_", "RUST_", "NOTIFY_"];
+        found.retain(|word| !others.iter().any(|other| word.starts_with(other)));
+        assert!(found.contains("NOT_A_SYSTEM") && found.len() > 20, "{found:?}");
+        let known: BTreeSet<String> = REASONS.iter().map(|(reason, _)| (*reason).to_owned()).collect();
+        let unknown: Vec<_> = found.difference(&known).collect();
+        assert!(unknown.is_empty(), "not in the set, so nobody knows what heals them: {unknown:?}");
+    }
+
+    #[test]
+    fn a_bad_image_stays_bad_and_a_cut_connection_does_not() {
+        assert_eq!(healing("NOT_A_SYSTEM"), Healing::AnotherImage);
+        assert_eq!(healing("DOWNLOAD_FAILED"), Healing::AnotherTry);
+        assert_eq!(healing("SOMETHING_NEW"), Healing::AnotherTry);
+    }
+}
