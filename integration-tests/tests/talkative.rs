@@ -250,8 +250,8 @@ async fn node_with_an_absurd_attempt_keeps_nobody_from_work() -> Result<()> {
         .say(Message::Hello(Hello { boot_id: "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c12".to_owned(), ..hello() }))
         .await?;
     fleet.succeeds(reboot(&[&other], Duration::ZERO), seconds(60)).await?;
-    let explained = fleet.operations().explain_execution(ExplainExecutionRequest { name: assign.execution.clone() });
-    let explained = explained.await?.into_inner();
+    let request = ExplainExecutionRequest { name: assign.execution.clone() };
+    let explained = fleet.operations().explain_execution(request).await?.into_inner();
     assert!(explained.explanation.contains("attempt 4294967295"), "{explained:?}");
     assert!(explained.suggestions.iter().any(|what| what.contains("marcoctl nodes resolve nodes/talkative")));
     let abandon = ResolveNodeRequest { name: "talkative".to_owned(), decision: Decision::Abandon.into() };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use marco_proto::v1::agent_service_client::AgentServiceClient;
 use marco_proto::v1::{
-    ConnectRequest, ConnectResponse, Leaving, NodeStatus, NotHeld, Report, Welcome, connect_request, connect_response,
+    ConnectRequest, ConnectResponse, NodeStatus, NotHeld, Welcome, connect_request, connect_response,
 };
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -23,6 +23,7 @@ use crate::job::{Labels, Mode};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
 use crate::system::Refusal;
 
+mod answers;
 mod log;
 mod wire;
 
@@ -373,34 +374,6 @@ impl<'a> Open<'a> {
         }
     }
 
-    /// The last words of an agent that ends because its machine powers off: the controller believes that it is off only
-    /// when it has heard them.
-    async fn leave(&mut self) -> Result<(), SessionError> {
-        let Some(execution) = self.session.journal.powering_off() else { return Ok(()) };
-        self.report(&self.session.journal.entries()).await?;
-        self.send(connect_request::Message::Leaving(Leaving { execution })).await
-    }
-
-    /// Says where an execution is, whether that was acknowledged or not.
-    async fn answer(&mut self, execution: &str) -> Result<(), SessionError> {
-        let entries = self.session.journal.entries();
-        let Some(entry) = entries.get(execution) else {
-            let not_held = NotHeld { execution: execution.to_owned(), busy_with: None };
-            return self.send(connect_request::Message::NotHeld(not_held)).await;
-        };
-        let report = self.whole(entry).await;
-        self.send(connect_request::Message::Report(report)).await?;
-        self.said.insert(execution.to_owned(), Said::of(entry));
-        Ok(())
-    }
-
-    async fn whole(&self, entry: &Entry) -> Report {
-        let progress = self.session.journal.progress().borrow().clone();
-        let mut report = wire::report(entry, &progress, &self.session.node.boot_id);
-        self.session.add_log(entry, &mut report).await;
-        report
-    }
-
     async fn obey(&mut self, message: connect_response::Message) -> Result<(), SessionError> {
         let journal = &self.session.journal;
         match message {
@@ -503,16 +476,6 @@ impl<'a> Open<'a> {
         match tokio::time::timeout(SEND_TIMEOUT, self.outbox.send(message)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(SessionError::Stuck),
-        }
-    }
-
-    /// Ends our half of the stream and lets the controller end its own.
-    async fn close(&mut self, mut answers: Streaming<ConnectResponse>) {
-        let (closed, _) = mpsc::channel(1);
-        self.outbox = closed;
-        let rest = async { while let Ok(Some(_)) = answers.message().await {} };
-        if tokio::time::timeout(CLOSE_TIMEOUT, rest).await.is_err() {
-            tracing::debug!("controller did not end the session in time");
         }
     }
 }

@@ -168,7 +168,7 @@ async fn last_words(session: &mut TestSession) -> Vec<String> {
                 said.push(report.state().as_str_name().to_owned());
             }
             Some(connect_request::Message::Leaving(leaving)) => said.push(format!("leaving {}", leaving.execution)),
-            other => panic!("{other:?}"),
+            _ => {}
         }
     }
     said

@@ -1,0 +1,80 @@
+//! How a session ends, and what a node says besides its reports: its last words, and what it does not hold.
+
+use marco_proto::names::ExecutionId;
+use marco_proto::v1;
+
+use super::{END_AGAIN, Ended, Session, store_down};
+use crate::api::convert;
+use crate::api::status::ApiError;
+use crate::identity::peer_log::of_peer;
+use crate::sessions::End;
+use crate::store::StoreError;
+
+impl Session {
+    /// Stores that it has ended, however long the store is away: a node that is shown as connected for ever would never
+    /// be known to be off.
+    pub(super) async fn end(&self) {
+        loop {
+            match self.store_end().await {
+                Ok(_) => return,
+                Err(StoreError::Unavailable(_)) if !self.context.stop.is_cancelled() => {}
+                Err(error) => {
+                    tracing::warn!(error = &*crate::chain(&error), "the end of a session was not stored");
+                    return;
+                }
+            }
+            // Either wakes; the end is tried again or given up.
+            tokio::select! {
+                () = self.context.stop.cancelled() => {}
+                () = tokio::time::sleep(END_AGAIN) => {}
+            }
+        }
+    }
+
+    /// Its last words first: they count only under the session in which they were said.
+    async fn store_end(&self) -> Result<bool, StoreError> {
+        let now = self.context.clock.now();
+        if let Some(execution) = self.leaving.get()
+            && self.context.store.say_goodbye(execution, self.epoch, now).await?
+        {
+            of_peer!(info, &self.node, %execution, "the node powers off");
+        }
+        self.context.store.end_session(&self.node, self.epoch, now).await
+    }
+
+    /// Notes that the agent ends because its machine powers off.
+    pub(super) fn leave(&self, leaving: &v1::Leaving) -> Result<(), Ended> {
+        let execution = self.own("leaving.execution", &leaving.execution)?;
+        // Said twice, the first one counts.
+        let _ = self.leaving.set(execution);
+        Ok(())
+    }
+
+    /// Stores that the node does not hold an execution.
+    pub(super) async fn not_held(&self, answer: v1::NotHeld) -> Result<(), Ended> {
+        let execution = self.own("not_held.execution", &answer.execution)?;
+        let busy_with = match answer.busy_with {
+            None => None,
+            Some(report) => Some(convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?),
+        };
+        let now = self.context.clock.now();
+        of_peer!(warn, &self.node, %execution, busy = busy_with.is_some(), "the node does not hold an execution");
+        match self.context.store.not_held(&execution, busy_with.as_ref(), self.epoch, now).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Ended::ByUs(End::Lost)),
+            // It is asked again.
+            Err(StoreError::Unavailable(_)) => Ok(()),
+            Err(error) => Err(store_down(error)),
+        }
+    }
+
+    /// An execution of this node, by its name.
+    fn own(&self, field: &str, name: &str) -> Result<ExecutionId, Ended> {
+        let execution = ExecutionId::parse(name)
+            .map_err(|error| Ended::Refused(ApiError::invalid(field, error.to_string()).into()))?;
+        if execution.node != self.node {
+            return Err(Ended::Refused(ApiError::invalid(field, "is not an execution of this node").into()));
+        }
+        Ok(execution)
+    }
+}

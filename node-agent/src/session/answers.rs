@@ -1,0 +1,48 @@
+//! What an agent says without a change of its journal: answers, and its last words.
+
+use marco_proto::v1::{ConnectResponse, Leaving, NotHeld, Report, connect_request};
+use tokio::sync::mpsc;
+use tonic::Streaming;
+
+use super::{CLOSE_TIMEOUT, Open, Said, SessionError, wire};
+use crate::journal::Entry;
+
+impl Open<'_> {
+    /// The last words of an agent that ends because its machine powers off: the controller believes that it is off only
+    /// when it has heard them.
+    pub(super) async fn leave(&mut self) -> Result<(), SessionError> {
+        let Some(execution) = self.session.journal.powering_off() else { return Ok(()) };
+        self.report(&self.session.journal.entries()).await?;
+        self.send(connect_request::Message::Leaving(Leaving { execution })).await
+    }
+
+    /// Says where an execution is, whether that was acknowledged or not.
+    pub(super) async fn answer(&mut self, execution: &str) -> Result<(), SessionError> {
+        let entries = self.session.journal.entries();
+        let Some(entry) = entries.get(execution) else {
+            let not_held = NotHeld { execution: execution.to_owned(), busy_with: None };
+            return self.send(connect_request::Message::NotHeld(not_held)).await;
+        };
+        let report = self.whole(entry).await;
+        self.send(connect_request::Message::Report(report)).await?;
+        self.said.insert(execution.to_owned(), Said::of(entry));
+        Ok(())
+    }
+
+    pub(super) async fn whole(&self, entry: &Entry) -> Report {
+        let progress = self.session.journal.progress().borrow().clone();
+        let mut report = wire::report(entry, &progress, &self.session.node.boot_id);
+        self.session.add_log(entry, &mut report).await;
+        report
+    }
+
+    /// Ends our half of the stream and lets the controller end its own.
+    pub(super) async fn close(&mut self, mut answers: Streaming<ConnectResponse>) {
+        let (closed, _) = mpsc::channel(1);
+        self.outbox = closed;
+        let rest = async { while let Ok(Some(_)) = answers.message().await {} };
+        if tokio::time::timeout(CLOSE_TIMEOUT, rest).await.is_err() {
+            tracing::debug!("controller did not end the session in time");
+        }
+    }
+}
