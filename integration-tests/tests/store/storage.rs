@@ -17,8 +17,10 @@ use marco_controller::store::{AuditQuery, AuditRow, Fault, Store, StoreError};
 use crate::support::*;
 
 /// Room for the database, some of which the test takes away.
-const ROOM: &str = "24m";
+const ROOM: &str = "64m";
 const WRITERS: u64 = 4;
+/// Each writer rests so long after a write, so that the load alone does not fill the disk.
+const REST: Duration = Duration::from_millis(15);
 
 /// What was written at the same time as the disk failed.
 struct Load {
@@ -52,7 +54,7 @@ impl Load {
     async fn write(&self) {
         let number = self.next.fetch_add(1, Ordering::SeqCst);
         // Large and small ones: on a disk that is nearly full the small ones still succeed.
-        let message = "x".repeat(if number % 3 == 0 { 20_000 } else { 10 });
+        let message = "x".repeat(if number % 3 == 0 { 8_000 } else { 10 });
         let row = AuditRow {
             time: start(),
             actor: format!("writer-{number}"),
@@ -73,9 +75,9 @@ impl Load {
                     let said = std::error::Error::source(&error).unwrap().to_string();
                     self.faults.lock().unwrap().push((fault, said));
                 }
-                tokio::time::sleep(Duration::from_millis(5)).await;
             }
         }
+        tokio::time::sleep(REST).await;
     }
 
     fn count(&self) -> usize {
@@ -280,13 +282,9 @@ async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_ack
         set("off");
         load.heals().await;
         server.pause().unwrap();
-        tokio::time::timeout(seconds(30), async {
-            while load.store.ailment().is_none() {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await
-        .unwrap();
+        wait_until(seconds(30), "writes fail", async || Ok(load.store.ailment().is_some().then_some(())))
+            .await
+            .unwrap();
         server.resume().unwrap();
     }
     load.heals().await;
