@@ -2,10 +2,11 @@
 //!
 //! On SQLite every write goes through one connection, in transactions that take the write lock at once. On Postgres a
 //! transaction that locks rows locks nodes first, then operations, then executions, each in the order of their ids, so
-//! that two of them never wait for each other.
+//! that two of them never wait for each other: `order` has all of it, and debug builds refuse a statement that breaks it.
+//! What the database ends all the same for the sake of another transaction is done again (`Store::again`).
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{Semaphore, watch};
@@ -34,6 +35,7 @@ mod nodes;
 mod notify;
 mod open;
 mod operations;
+mod order;
 mod postgres;
 mod powered_off;
 mod probe;
@@ -46,6 +48,7 @@ mod rollouts_table;
 mod schedules;
 mod scope;
 mod sessions;
+mod silence;
 mod sql;
 mod steering;
 mod tokens;
@@ -56,7 +59,7 @@ mod windows;
 
 pub use api_tokens::ApiTokenRow;
 pub use artifacts::{Allowance, ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
-pub use audit::{AuditQuery, AuditRow};
+pub use audit::{AuditQuery, AuditRow, Record, recorded};
 pub use certificates::{CertificateQuery, CertificateRow, Standing, StoredCertificate};
 pub use claims::Assignment;
 pub use conflicts::{ConflictRow, ResolveOutcome};
@@ -78,6 +81,7 @@ pub use reports::{Release, ReportOutcome, ReportRow};
 pub use schedules::{ScheduleRow, Template};
 pub use scope::Scope;
 pub use sessions::{CLONED, SessionOutcome, SessionStart};
+pub use silence::Backlog;
 pub use steering::{AbandonOutcome, SteerOutcome};
 pub use tokens::{NewToken, Stranded, TokenRow};
 pub use updates::LastUpdate;
@@ -146,8 +150,8 @@ struct Shared {
     own_changes: watch::Sender<u64>,
     /// The last writer found no connection: others need not queue to find out.
     away: AtomicBool,
-    /// From when on nodes could connect to this process.
-    watched_since: OnceLock<DateTime<Utc>>,
+    /// Whether silence means something.
+    watch: silence::Watch,
     /// Holds the lock of an SQLite file as long as the store lives.
     _lock: Option<std::fs::File>,
 }

@@ -45,6 +45,15 @@ impl Store {
         nodes: &[(NodeId, i64)],
         now: DateTime<Utc>,
     ) -> Result<Vec<Assignment>, StoreError> {
+        self.again(|| self.claim_once(controller_id, nodes, now)).await
+    }
+
+    async fn claim_once(
+        &self,
+        controller_id: &str,
+        nodes: &[(NodeId, i64)],
+        now: DateTime<Utc>,
+    ) -> Result<Vec<Assignment>, StoreError> {
         let sessions: Vec<Session<'_>> =
             nodes.iter().map(|(node, epoch)| Session { node: node.as_str(), epoch: *epoch }).collect();
         if sessions.is_empty() {

@@ -20,6 +20,7 @@ use sea_orm::sqlx::{
 use sea_query_sqlx::SqlxValues;
 use tokio::sync::{Mutex, OwnedSemaphorePermit};
 
+use super::order::Held;
 use super::vitals::Vitals;
 use super::{StoreError, deadline};
 
@@ -114,7 +115,12 @@ impl Pool {
     pub(super) async fn begin(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Transaction, StoreError> {
         let mut lease = self.lease(turn).await?;
         lease.control(if lease.is_postgres() { "BEGIN" } else { "BEGIN IMMEDIATE" }, State::InTransaction).await?;
-        Ok(Transaction { postgres: lease.is_postgres(), lease: Mutex::new(lease), failed: AtomicBool::new(false) })
+        Ok(Transaction {
+            postgres: lease.is_postgres(),
+            lease: Mutex::new(lease),
+            held: std::sync::Mutex::default(),
+            failed: AtomicBool::new(false),
+        })
     }
 
     async fn lease(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Lease, StoreError> {
@@ -164,12 +170,23 @@ impl Connection for Pool {
 pub(super) struct Transaction {
     postgres: bool,
     lease: Mutex<Lease>,
+    /// What it has locked.
+    held: std::sync::Mutex<Held>,
     /// A statement failed. Postgres would answer ROLLBACK to its COMMIT, and call it success; SQLite rolls back by
     /// itself after some errors.
     failed: AtomicBool,
 }
 
 impl Transaction {
+    /// Checks in debug builds that a statement takes its locks in the order that all transactions keep.
+    fn keeps_order(&self, text: &str) -> Result<(), StoreError> {
+        if !cfg!(debug_assertions) || !self.postgres {
+            return Ok(());
+        }
+        let mut held = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        held.take(text).map_err(StoreError::out_of_order)
+    }
+
     pub(super) async fn commit(self) -> Result<(), StoreError> {
         if self.failed.load(Ordering::Relaxed) {
             self.rollback().await?;
@@ -189,7 +206,10 @@ impl Connection for Transaction {
     }
 
     async fn ask(&self, text: String, values: Vec<Value>, want: Want) -> Result<Answer, StoreError> {
-        let answer = self.lease.lock().await.ask(text, values, want).await;
+        let answer = match self.keeps_order(&text) {
+            Ok(()) => self.lease.lock().await.ask(text, values, want).await,
+            Err(error) => Err(error),
+        };
         if answer.is_err() {
             self.failed.store(true, Ordering::Relaxed);
         }

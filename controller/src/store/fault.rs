@@ -111,6 +111,17 @@ impl StoreError {
         Self::Refused(DatabaseError::said("a statement of the transaction failed, so it was rolled back".to_owned()))
     }
 
+    /// A statement breaks the order of locks: a defect of this program.
+    pub(super) fn out_of_order(why: String) -> Self {
+        Self::Refused(DatabaseError::said(why))
+    }
+
+    /// Whether the database ended the transaction for the sake of another one: a serialization failure or a deadlock.
+    /// Nothing of it was done, and the same again may well succeed.
+    pub(super) fn is_conflict(&self) -> bool {
+        self.code().is_some_and(|code| matches!(code, "40001" | "40P01"))
+    }
+
     /// Whether a row with the same unique key exists.
     pub(super) fn is_duplicate(&self) -> bool {
         self.database().is_some_and(|error| error.violation == Some(Violation::Unique))

@@ -22,7 +22,7 @@ use super::connection::{Connection as _, Pool, Transaction};
 use super::migrations::Migrator;
 use super::sql::sql;
 use super::vitals::Vitals;
-use super::{Shared, Store, StoreError, postgres};
+use super::{Shared, Store, StoreError, audit, postgres};
 
 /// How long a caller waits for a free connection, or for a new one. sqlx's own 30 s would hold up every RPC while the
 /// database is away.
@@ -39,6 +39,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_millis(1500);
 const POSTGRES_WRITERS: usize = 12;
 /// Readers of SQLite: it works on local files, more would only wait for the processor.
 const SQLITE_READERS: u32 = 4;
+/// Pauses before a transaction that the database ended for another one's sake is done again: 10, 30 and 90 ms, each up to
+/// half as long or longer, so that the two do not meet again. A caller is answered within 2 s.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LAST_PAUSE: Duration = Duration::from_millis(90);
 /// Says "Marco" to the advisory locks of Postgres.
 const MIGRATION_LOCK: i64 = 0x004d_6172_636f;
 /// Migrations, and the wait for those of another controller, take longer than other statements.
@@ -76,7 +80,7 @@ impl Store {
                 changes,
                 own_changes,
                 away: AtomicBool::new(false),
-                watched_since: std::sync::OnceLock::new(),
+                watch: super::silence::Watch::default(),
                 _lock: lock,
             }),
         };
@@ -173,9 +177,39 @@ impl Store {
         }
     }
 
-    /// Commits, and hints that something changed.
+    /// Does what is one transaction, and does it again if the database ended that for the sake of another one.
+    pub(super) async fn again<T, F>(&self, transaction: impl Fn() -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match transaction().await {
+                Err(error) if error.is_conflict() && pause <= LAST_PAUSE => {
+                    tracing::debug!(error = &*crate::chain(&error), "a transaction is done again");
+                    tokio::time::sleep(jittered(pause)).await;
+                    pause *= 3;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    /// Commits if something was written. What was not done must not be recorded as done.
+    pub(super) async fn commit_if(&self, wrote: bool, tx: Tx) -> Result<(), StoreError> {
+        if wrote { self.commit(tx).await } else { tx.rollback().await }
+    }
+
+    /// Commits, with the record of the call that asked for it, and hints that something changed.
     pub(super) async fn commit(&self, tx: Tx) -> Result<(), StoreError> {
+        let record = audit::due();
+        if let Some(record) = &record {
+            audit::insert(&*tx, &record.row()).await?;
+        }
         tx.commit().await?;
+        if let Some(record) = record {
+            record.note_stored();
+        }
         for changes in [&self.shared.own_changes, &self.shared.changes] {
             changes.send_modify(|changes| *changes = changes.wrapping_add(1));
         }
@@ -206,6 +240,14 @@ impl Tx {
     pub(super) async fn rollback(self) -> Result<(), StoreError> {
         self.tx.rollback().await
     }
+}
+
+/// Up to half more or less.
+fn jittered(pause: Duration) -> Duration {
+    let mut random = [0u8; 1];
+    // Without randomness there is merely no jitter.
+    let _ = getrandom::fill(&mut random);
+    pause.mul_f64(0.5 + f64::from(u8::from_ne_bytes(random)) / 255.0)
 }
 
 /// Begins the transaction of the migrations.

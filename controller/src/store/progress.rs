@@ -40,6 +40,10 @@ impl Store {
     /// Stores progress, one row for each execution. A new phase begins its own time; within one, only a byte that moved is
     /// a sign of life. What is said again and again without that makes nobody less overdue.
     pub async fn flush_progress(&self, rows: &[ProgressRow], now: DateTime<Utc>) -> Result<(), StoreError> {
+        self.again(|| self.flush_progress_once(rows, now)).await
+    }
+
+    async fn flush_progress_once(&self, rows: &[ProgressRow], now: DateTime<Utc>) -> Result<(), StoreError> {
         if rows.is_empty() {
             return Ok(());
         }
@@ -62,8 +66,13 @@ impl Store {
             })
             .collect();
         let tx = self.begin().await?;
+        // Held like by everybody who writes executions. Without it this statement takes their rows in an order of its own,
+        // and a cancel that takes them in another waits for it while it waits for the cancel.
+        operations::lock(&*tx, actions.keys()).await?;
         sql("UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, \
                  cancel_refused = cancel_refused OR r.refused = 1, update_time = ?, \
+                 forgiven_time = CASE WHEN overdue AND ((executions.phase = r.phase AND bytes_done = r.done) \
+                     OR assign_time + r.in_all <= CAST(? AS BIGINT)) THEN forgiven_time END, \
                  overdue = overdue AND ((executions.phase = r.phase AND bytes_done = r.done) \
                                         OR assign_time + r.in_all <= CAST(? AS BIGINT)), \
                  deadline = CASE WHEN executions.phase = r.phase AND bytes_done = r.done THEN deadline \
@@ -75,6 +84,7 @@ impl Store {
              WHERE executions.operation = r.operation AND executions.node = r.node \
                AND executions.attempt = r.attempt AND executions.sequence = r.sequence \
                AND executions.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        .time(now)
         .time(now)
         .time(now)
         .time(now)

@@ -47,6 +47,18 @@ impl Store {
         Hello { greeting, listed }: Hello<'_>,
         now: DateTime<Utc>,
     ) -> Result<Reconciled, StoreError> {
+        self.again(|| self.reconcile_once(node, epoch, mode, boot_id, listed, now)).await
+    }
+
+    async fn reconcile_once(
+        &self,
+        node: &NodeId,
+        epoch: i64,
+        mode: NodeMode,
+        boot_id: &str,
+        listed: &[ReportRow],
+        now: DateTime<Utc>,
+    ) -> Result<Reconciled, StoreError> {
         let mut answer = Reconciled::default();
         let tx = self.begin().await?;
         let Some(holder) = hold_node(&tx, node, epoch).await? else { return Ok(answer) };

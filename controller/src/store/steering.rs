@@ -47,6 +47,15 @@ impl Store {
         actor: &str,
         now: DateTime<Utc>,
     ) -> Result<SteerOutcome, StoreError> {
+        self.again(|| self.request_cancel_once(id, actor, now)).await
+    }
+
+    async fn request_cancel_once(
+        &self,
+        id: &OperationId,
+        actor: &str,
+        now: DateTime<Utc>,
+    ) -> Result<SteerOutcome, StoreError> {
         let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
         let so_already = matches!(from, OperationState::Cancelling | OperationState::Cancelled);
         let to = match self.legal(from.cancel(), so_already, id, &tx).await? {
@@ -87,6 +96,16 @@ impl Store {
         reason: &str,
         now: DateTime<Utc>,
     ) -> Result<SteerOutcome, StoreError> {
+        self.again(|| self.pause_once(id, actor, reason, now)).await
+    }
+
+    async fn pause_once(
+        &self,
+        id: &OperationId,
+        actor: &str,
+        reason: &str,
+        now: DateTime<Utc>,
+    ) -> Result<SteerOutcome, StoreError> {
         let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
         let to = match self.legal(from.pause(), from == OperationState::Paused, id, &tx).await? {
             Ok(to) => to,
@@ -98,6 +117,10 @@ impl Store {
 
     /// Lets a paused operation go on.
     pub async fn resume(&self, id: &OperationId, actor: &str, now: DateTime<Utc>) -> Result<SteerOutcome, StoreError> {
+        self.again(|| self.resume_once(id, actor, now)).await
+    }
+
+    async fn resume_once(&self, id: &OperationId, actor: &str, now: DateTime<Utc>) -> Result<SteerOutcome, StoreError> {
         let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
         let due = sql("SELECT id FROM operations WHERE id = ? AND schedule_time <= ?")
             .bind(id.as_str())
@@ -111,12 +134,21 @@ impl Store {
             Err(outcome) => return Ok(outcome),
         };
         self.set(&tx, id, (from, to), actor, "", now).await?;
-        note_beginning(&*tx, id).await?;
+        note_beginning(&*tx, id, now).await?;
         self.steered(tx, id).await
     }
 
     /// Gives up an execution whose node is overdue.
     pub async fn abandon(
+        &self,
+        id: &ExecutionId,
+        actor: &str,
+        now: DateTime<Utc>,
+    ) -> Result<AbandonOutcome, StoreError> {
+        self.again(|| self.abandon_once(id, actor, now)).await
+    }
+
+    async fn abandon_once(
         &self,
         id: &ExecutionId,
         actor: &str,

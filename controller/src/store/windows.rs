@@ -12,6 +12,10 @@ impl Store {
     /// Opens and closes the windows of operations that are not finished; returns those that changed. A claim relies on
     /// what was found here last.
     pub async fn move_windows(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
+        self.again(|| self.move_windows_once(now)).await
+    }
+
+    async fn move_windows_once(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
         let rows = sql("SELECT id, maintenance_window, closed_until FROM operations \
                         WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED') AND maintenance_window IS NOT NULL")
         .all(self.reader())
