@@ -2,7 +2,7 @@
 //! the store or a tick only wakes it, so a restart, a reconnect and the normal path are the same code.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use marco_proto::names::NodeId;
@@ -20,11 +20,6 @@ const TICK: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(15);
 /// How often the right of live sessions to be there is checked: quarantine acts within 5 s on every controller.
 const SWEEP: Duration = Duration::from_secs(2);
-/// So long after the store was away, no other controller is taken for dead: it could give no sign of life either.
-const GRACE: i64 = 15_000_000;
-/// A controller whose rounds were further apart, in microseconds, did not listen in between: it stood still, was not
-/// there, or its store was away.
-const DEAF: i64 = 15_000_000;
 /// After this time without an answer from the store, it is said again that it does not answer.
 const COMPLAIN: Duration = Duration::from_secs(60);
 
@@ -37,14 +32,8 @@ pub struct Dispatcher {
     address: String,
     /// A claim failed, and may be committed all the same.
     unsure: AtomicBool,
-    /// When a round last failed, in microseconds.
-    failed: AtomicI64,
     /// What the watchdog sees of it.
     pulses: Pulses,
-    /// When the last round began, in microseconds.
-    heard: AtomicI64,
-    /// From when on there was a round at least every `DEAF`, in microseconds.
-    listening: AtomicI64,
 }
 
 impl Dispatcher {
@@ -56,10 +45,7 @@ impl Dispatcher {
         controller: String,
         address: String,
     ) -> Self {
-        let (unsure, failed) = (AtomicBool::new(false), AtomicI64::new(i64::MIN));
-        let (heard, listening) = (AtomicI64::new(i64::MIN), AtomicI64::new(i64::MAX));
-        let pulses = Pulses::default();
-        Self { store, sessions, clock, controller, address, unsure, failed, pulses, heard, listening }
+        Self { store, sessions, clock, controller, address, unsure: AtomicBool::new(false), pulses: Pulses::default() }
     }
 
     /// Lets a watchdog see its rounds.
@@ -80,9 +66,8 @@ impl Dispatcher {
             self.pulses.dispatcher.beat(&done);
             let away = matches!(done, Err(StoreError::Unavailable(_)));
             if away {
-                self.failed.store(self.clock.now().timestamp_micros(), Ordering::Relaxed);
-                // What nodes said meanwhile was not stored.
-                self.heard.store(i64::MIN, Ordering::Relaxed);
+                // Neither could nodes be heard nor other controllers give a sign of life.
+                self.store.interrupt_watch();
             }
             if sweep && !away {
                 swept = Some(tokio::time::Instant::now());
@@ -122,8 +107,7 @@ impl Dispatcher {
     #[tracing::instrument(level = "debug", skip_all, name = "round")]
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
-        let listening = self.listen(now);
-        self.store.watch_from(now);
+        let listening = self.store.keep_watch(now);
         let mut failed = None;
         for operation in kept(self.store.move_windows(now).await, &mut failed)? {
             tracing::info!(%operation, "a maintenance window opened or closed");
@@ -154,17 +138,6 @@ impl Dispatcher {
             tracing::info!(%operation, "an operation ended");
         }
         failed.map_or(Ok(()), Err)
-    }
-
-    /// Notes that this controller listens now; since when it has done so without a break.
-    fn listen(&self, now: chrono::DateTime<chrono::Utc>) -> chrono::DateTime<chrono::Utc> {
-        let micros = now.timestamp_micros();
-        let before = self.heard.swap(micros, Ordering::Relaxed);
-        // A clock that went back proves nothing either.
-        if before > micros || micros.saturating_sub(before) > DEAF {
-            self.listening.store(micros, Ordering::Relaxed);
-        }
-        chrono::DateTime::from_timestamp_micros(self.listening.load(Ordering::Relaxed)).unwrap_or(now)
     }
 
     async fn assign(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
@@ -237,9 +210,6 @@ impl Dispatcher {
         let beat = self.store.beat(&self.controller, &self.address, now).await;
         self.pulses.beat.beat(&beat);
         beat?;
-        if now.timestamp_micros().saturating_sub(self.failed.load(Ordering::Relaxed)) < GRACE {
-            return Ok(());
-        }
         for node in self.store.end_dead_sessions(now).await? {
             tracing::warn!(%node, "the session of a controller that died was ended");
         }

@@ -83,8 +83,9 @@ async fn a_late_node_is_explained_on_one_screen_given_up_and_its_late_truth_stil
     assert_eq!((early.code(), reason(&early).as_str()), (Code::FailedPrecondition, "NOT_OVERDUE"));
     fleet.kill_agents().await?;
     fleet.jump_clock(0, 3600)?;
+    // After a jump of the clock, as after a suspend, nodes get the time to come back first.
     let late =
-        fleet.execution_becomes(&created.name, &id, seconds(30), "overdue", |execution| execution.overdue).await?;
+        fleet.execution_becomes(&created.name, &id, seconds(120), "overdue", |execution| execution.overdue).await?;
     assert_eq!(late.state(), State::Running);
     assert_eq!(late.overdue_reason, "waiting for the notice to pass: that takes longer than 2m 8s");
     let explained = marcoctl(&fleet, &["operations", "explain", &created.name]).await?.success()?;

@@ -91,6 +91,10 @@ async fn write_progress(context: Context, mut receiver: mpsc::Receiver<ProgressR
                 let rows: Vec<ProgressRow> = newest.drain().map(|(_, row)| row).collect();
                 if let Err(error) = context.store.flush_progress(&rows, context.clock.now()).await {
                     tracing::debug!(error = &*crate::chain(&error), "progress was not written");
+                    // It holds off deadlines: what nothing newer replaced is written with the next.
+                    for row in rows {
+                        newest.entry(row.execution.clone()).or_insert(row);
+                    }
                 }
             }
         }
@@ -177,7 +181,7 @@ impl Session {
                     self.answer(row, outcome).await?;
                 }
                 Err(StoreError::Unavailable(_)) => {
-                    unstored.later();
+                    unstored.later(|| self.context.store.backlog());
                     return Ok(());
                 }
                 Err(error) => return Err(store_down(error)),
@@ -188,7 +192,7 @@ impl Session {
             match self.context.store.update_system(&self.node, self.epoch, system, now).await {
                 Ok(true) => unstored.system_stored(),
                 Ok(false) => return Err(Ended::ByUs(End::Lost)),
-                Err(StoreError::Unavailable(_)) => unstored.later(),
+                Err(StoreError::Unavailable(_)) => unstored.later(|| self.context.store.backlog()),
                 Err(error) => return Err(store_down(error)),
             }
         }

@@ -8,6 +8,7 @@ use super::executions::{self, read_id};
 use super::moves::read_found;
 use super::operations::{self, finish_if_done, lock};
 use super::rollouts::note_beginning;
+use super::silence::Silent;
 use super::sql::sql;
 use super::{Store, StoreError};
 use crate::operation::{ExecutionError, ExecutionState, reason};
@@ -43,6 +44,10 @@ pub struct Overdue {
 impl Store {
     /// Scheduled operations whose time has come: now RUNNING.
     pub async fn begin_due(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
+        self.again(|| self.begin_due_once(now)).await
+    }
+
+    async fn begin_due_once(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
         let due = sql("SELECT id FROM operations WHERE state = 'SCHEDULED' AND schedule_time <= ?")
             .time(now)
             .all(self.reader())
@@ -65,7 +70,7 @@ impl Store {
                 .await?;
             let event = Happened::to_operation(CONTROLLER, from.as_str(), to.as_str(), "");
             events::record(&*tx, &id, vec![event], now).await?;
-            note_beginning(&*tx, &id).await?;
+            note_beginning(&*tx, &id, now).await?;
             begun.push(id);
         }
         self.commit(tx).await?;
@@ -74,12 +79,16 @@ impl Store {
 
     /// Executions that were held back until now: they no longer are. Returns how many.
     pub async fn release_due(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
+        self.again(|| self.release_due_once(now)).await
+    }
+
+    async fn release_due_once(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
         let held = sql("SELECT 1 AS held FROM executions WHERE not_before > 0 AND not_before <= ? LIMIT 1").time(now);
         if held.one(self.reader()).await?.is_none() {
             return Ok(0);
         }
         let tx = self.begin().await?;
-        // Rows that another transaction holds are left for the next round.
+        // Rows that another transaction holds are left for the next round. It waits for nobody, so it needs no operation.
         let released = sql("UPDATE executions SET not_before = 0 WHERE (operation, node) IN \
                             (SELECT operation, node FROM executions WHERE not_before > 0 AND not_before <= ? {skip})")
         .time(now)
@@ -101,6 +110,13 @@ impl Store {
 
     /// Executions past their deadline: flagged overdue.
     pub async fn mark_overdue(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
+        self.again(|| self.mark_overdue_once(now)).await
+    }
+
+    async fn mark_overdue_once(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
+        if !self.may_judge(Silent::Node, now) {
+            return Ok(Vec::new());
+        }
         let late = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state, e.phase AS phase, \
                             e.assign_time AS assign_time, e.deadline AS deadline, o.action AS action \
                         FROM executions e JOIN operations o ON o.id = e.operation \
@@ -124,8 +140,9 @@ impl Store {
         let mut marked = Vec::with_capacity(found.len());
         for ((id, state), why) in found {
             let changed =
-                sql("UPDATE executions SET overdue = TRUE, update_time = ? WHERE operation = ? AND node = ? \
-                               AND state = ? AND deadline <= ? AND NOT overdue")
+                sql("UPDATE executions SET overdue = TRUE, overdue_time = ?, update_time = ? WHERE operation = ? \
+                     AND node = ? AND state = ? AND deadline <= ? AND NOT overdue")
+                .time(now)
                 .time(now)
                 .bind(id.operation.as_str())
                 .bind(id.node.as_str())
@@ -146,8 +163,12 @@ impl Store {
 
     /// Executions overdue for 24 hours: now FAILED, `NEVER_RETURNED`.
     pub async fn give_up(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
-        let which = sql("SELECT operation, node, state FROM executions WHERE overdue AND deadline <= ? \
-                         AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
+        if !self.may_judge(Silent::Node, now) {
+            return Ok(Vec::new());
+        }
+        // From when it was found overdue, not from its deadline: after a long outage a node has its day from then on.
+        let which = sql("SELECT operation, node, state FROM executions WHERE overdue \
+                         AND COALESCE(overdue_time, deadline) <= ? AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
         .time(crate::calendar::earlier(now, GIVE_UP_AFTER));
         let error = ExecutionError::new(reason::NEVER_RETURNED, "nothing was heard of the node for a day");
         self.end_found(which, ExecutionState::Failed, Some(error), now).await
@@ -160,7 +181,7 @@ impl Store {
         listening: DateTime<Utc>,
         now: DateTime<Utc>,
     ) -> Result<Vec<Changed>, StoreError> {
-        if listening > crate::calendar::earlier(now, OFF_AFTER) {
+        if !self.may_judge(Silent::Node, now) || listening > crate::calendar::earlier(now, OFF_AFTER) {
             return Ok(Vec::new());
         }
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state FROM executions e \
@@ -182,6 +203,10 @@ impl Store {
 
     /// Operations of which every execution has ended: now final.
     pub async fn finish_operations(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
+        self.again(|| self.finish_operations_once(now)).await
+    }
+
+    async fn finish_operations_once(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
         let done = sql("SELECT id FROM operations WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING') \
                         AND NOT EXISTS (SELECT 1 FROM executions e WHERE e.operation = operations.id AND e.state IN \
                         ('PENDING', 'ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))")

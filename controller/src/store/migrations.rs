@@ -8,6 +8,7 @@ mod m0010_access;
 mod m0020_instances;
 mod m0030_execution_logs;
 mod m0045_truth;
+mod m0050_overdue;
 mod m0055_schedule_failures;
 mod m0060_open_artifacts;
 mod m0070_image_facts;
@@ -27,6 +28,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0020_instances::Instances),
             Box::new(m0030_execution_logs::ExecutionLogs),
             Box::new(m0045_truth::Truth),
+            Box::new(m0050_overdue::Overdue),
             Box::new(m0055_schedule_failures::ScheduleFailures),
             Box::new(m0060_open_artifacts::OpenArtifacts),
             Box::new(m0070_image_facts::ImageFacts),

@@ -71,6 +71,7 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     let again = change.from == change.to && change.error.is_none() && change.adopts.is_none();
     let changed = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, \
              overdue = overdue AND ? AND phase = ?, \
+             forgiven_time = CASE WHEN ? OR (? AND phase = ?) THEN forgiven_time END, \
              deadline = CASE WHEN ? AND phase = ? THEN deadline ELSE CAST(? AS BIGINT) END, \
              phase = CASE WHEN ? THEN phase ELSE ? END, patience = ?, update_time = ?, finish_time = ?, \
              attempt = COALESCE(?, attempt), assign_time = COALESCE(assign_time, ?) \
@@ -78,6 +79,10 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     .bind(change.to.as_str())
     .bind(change.error.map(|error| error.reason.clone()))
     .bind(change.error.map(|error| error.message.clone()))
+    .bind(again)
+    .bind(change.phase)
+    // A node that was overdue and is at work again can fail once more, which nobody has let pass.
+    .bind(change.to.is_final())
     .bind(again)
     .bind(change.phase)
     .bind(again)
@@ -206,6 +211,16 @@ impl Store {
     /// Ends the executions that `which` finds (columns `operation`, `node`, `state`). It is asked twice: outside a
     /// transaction, since mostly there is nothing to do, and again when their operations are held.
     pub(super) async fn end_found(
+        &self,
+        which: Sql,
+        to: ExecutionState,
+        error: Option<ExecutionError>,
+        now: DateTime<Utc>,
+    ) -> Result<Vec<Changed>, StoreError> {
+        self.again(|| self.end_found_once(which.clone(), to, error.clone(), now)).await
+    }
+
+    async fn end_found_once(
         &self,
         which: Sql,
         to: ExecutionState,

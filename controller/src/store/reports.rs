@@ -93,6 +93,16 @@ impl Store {
         report: &ReportRow,
         now: DateTime<Utc>,
     ) -> Result<ReportOutcome, StoreError> {
+        self.again(|| self.apply_report_once(node, epoch, report, now)).await
+    }
+
+    async fn apply_report_once(
+        &self,
+        node: &NodeId,
+        epoch: i64,
+        report: &ReportRow,
+        now: DateTime<Utc>,
+    ) -> Result<ReportOutcome, StoreError> {
         if &report.execution.node != node {
             return Ok(ReportOutcome::Refused("it is about another node".to_owned()));
         }
@@ -369,7 +379,7 @@ async fn redeliver(
     let fresh = from == ExecutionState::Pending;
     let changed =
         sql("UPDATE executions SET state = ?, attempt = ?, session_epoch = ?, update_time = ?, assign_time = ?, \
-             deadline = ?, patience = ?, overdue = FALSE, changes = changes + 1, \
+             deadline = ?, patience = ?, overdue = FALSE, forgiven_time = NULL, changes = changes + 1, \
              assign_boot_id = CASE WHEN assign_boot_id = '' THEN ? ELSE assign_boot_id END \
          WHERE operation = ? AND node = ? AND state = ? AND (NOT ? OR NOT EXISTS \
              (SELECT 1 FROM executions b WHERE b.node = executions.node \

@@ -9,6 +9,7 @@ use super::connection::Connection;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
 use super::operations::{self, lock};
+use super::silence::Silent;
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError};
 use crate::rollout::{Pause, Rollout, Standing};
@@ -32,20 +33,19 @@ impl Gone {
 }
 
 impl Store {
-    /// Says from when on nodes could connect. What was lost before counts from then, for after a stop of the controller
-    /// all nodes seem to be gone. Only the first call counts.
-    pub fn watch_from(&self, now: DateTime<Utc>) {
-        let _ = self.shared.watched_since.set(now);
-    }
-
     pub(super) fn gone(&self, now: DateTime<Utc>) -> Gone {
-        let limit = crate::calendar::earlier(now, GONE_AFTER);
-        let too_early = self.shared.watched_since.get().is_some_and(|since| limit < *since);
-        Gone(if too_early { i64::MIN } else { super::micros(limit) })
+        if !self.may_judge(Silent::Node, now) {
+            return Gone::NOBODY;
+        }
+        Gone(super::micros(crate::calendar::earlier(now, GONE_AFTER)))
     }
 
     /// Pauses the running operations whose rollout says so; returns them with the reason.
     pub async fn pause_rollouts(&self, now: DateTime<Utc>) -> Result<Vec<(OperationId, Pause)>, StoreError> {
+        self.again(|| self.pause_rollouts_once(now)).await
+    }
+
+    async fn pause_rollouts_once(&self, now: DateTime<Utc>) -> Result<Vec<(OperationId, Pause)>, StoreError> {
         let mut bad = Vec::new();
         for row in running().all(self.reader()).await? {
             let (id, rollout) = (operations::read_id(&row)?, row.json::<Rollout>("rollout")?);
@@ -127,7 +127,9 @@ pub(super) async fn standing(
     let mut standing = Standing::default();
     let counted = sql("SELECT COUNT(*) AS total, COUNT(*) FILTER (WHERE state = 'PENDING') AS pending, \
              COUNT(*) FILTER (WHERE state = 'SUCCEEDED') AS succeeded, \
-             COUNT(*) FILTER (WHERE state IN ('FAILED', 'ROLLED_BACK') OR overdue) AS failures \
+             COUNT(*) FILTER (WHERE state IN ('FAILED', 'ROLLED_BACK') OR overdue) AS failures, \
+             COUNT(*) FILTER (WHERE (state IN ('FAILED', 'ROLLED_BACK') OR overdue) \
+                              AND forgiven_time IS NOT NULL) AS forgiven \
          FROM executions WHERE operation = ?")
     .bind(id.as_str())
     .one(db)
@@ -137,9 +139,10 @@ pub(super) async fn standing(
         standing.pending = row.number("pending")?;
         standing.succeeded = row.number("succeeded")?;
         standing.failures = row.number("failures")?;
+        standing.forgiven = row.number("forgiven")?;
     }
     // Powered off is not vanished, and neither is a node that restarts, for this operation or another.
-    let lost = sql("SELECT o.forgiven AS forgiven, (SELECT COUNT(*) FROM executions e JOIN nodes n ON n.id = e.node \
+    let lost = sql("SELECT (SELECT COUNT(*) FROM executions e JOIN nodes n ON n.id = e.node \
              WHERE e.operation = o.id AND e.present AND n.state = 'APPROVED' AND n.controller_id IS NULL \
              AND n.disconnect_time <= ? AND NOT (o.action_kind = 'power-off' AND e.state = 'SUCCEEDED') \
              AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = e.node AND NOT b.overdue \
@@ -150,7 +153,6 @@ pub(super) async fn standing(
     .one(db)
     .await?;
     if let Some(row) = lost {
-        standing.forgiven = row.number("forgiven")?;
         standing.vanished = row.number("vanished")?;
     }
     for row in in_flight(id, gone).all(db).await? {
@@ -204,17 +206,25 @@ pub(super) async fn admit(db: &impl Connection, waiting: &[Row], gone: Gone) -> 
     Ok(admitted)
 }
 
-/// Notes which targets have a stream as the operation begins or goes on: only those can vanish; and how many have
-/// failed by now: those were seen. The caller holds the operation's row.
-pub(super) async fn note_beginning(tx: &impl Connection, id: &OperationId) -> Result<(), StoreError> {
+/// Notes which targets have a stream as the operation begins or goes on: only those can vanish; and which have failed by
+/// now: those were seen. The caller holds the operation's row.
+///
+/// What was forgiven stands with each execution and not as a number beside them: a node that was overdue and succeeds after
+/// all takes its forgiven failure with it, and leaves no room for the failure of another.
+pub(super) async fn note_beginning(
+    tx: &impl Connection,
+    id: &OperationId,
+    now: DateTime<Utc>,
+) -> Result<(), StoreError> {
     sql("UPDATE executions SET present = node IN (SELECT id FROM nodes WHERE controller_id IS NOT NULL) \
          WHERE operation = ? AND EXISTS (SELECT 1 FROM operations o WHERE o.id = ? AND o.rollout IS NOT NULL)")
     .bind(id.as_str())
     .bind(id.as_str())
     .run(tx)
     .await?;
-    sql("UPDATE operations SET forgiven = (SELECT COUNT(*) FROM executions e WHERE e.operation = operations.id \
-             AND (e.state IN ('FAILED', 'ROLLED_BACK') OR e.overdue)) WHERE id = ? AND rollout IS NOT NULL")
+    sql("UPDATE executions SET forgiven_time = ? WHERE operation = ? AND forgiven_time IS NULL \
+         AND (state IN ('FAILED', 'ROLLED_BACK') OR overdue)")
+    .time(now)
     .bind(id.as_str())
     .run(tx)
     .await?;

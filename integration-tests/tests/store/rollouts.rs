@@ -284,9 +284,9 @@ pub(crate) async fn who_was_away_at_the_start_does_not_vanish(f: Fixture) {
 pub(crate) async fn nobody_vanished_while_the_controller_was_stopped(f: Fixture) {
     let fleet = Fleet::start(f, 6, reboot(), Some(at_once(1))).await;
     fleet.f.store.retire("c1", after(1)).await.unwrap();
-    fleet.f.store.watch_from(after(1000));
-    assert!(fleet.f.store.pause_rollouts(after(1059)).await.unwrap().is_empty());
-    assert_eq!(fleet.f.store.pause_rollouts(after(1060)).await.unwrap().len(), 1);
+    fleet.f.store.keep_watch(after(1000));
+    assert!(fleet.f.store.pause_rollouts(after(1074)).await.unwrap().is_empty());
+    assert_eq!(fleet.f.store.pause_rollouts(after(1075)).await.unwrap().len(), 1);
 }
 
 pub(crate) async fn nodes_that_were_powered_off_did_not_vanish(f: Fixture) {
@@ -335,4 +335,50 @@ pub(crate) async fn an_abandoned_node_stays_a_failure(f: Fixture) {
     assert_eq!(row.error.unwrap().reason, reason::NEVER_RETURNED);
     assert_eq!(fleet.round(64).await.len(), 1, "it was let pass already");
     assert_eq!(fleet.state().await.0, OperationState::Running);
+}
+
+/// Seven nodes of which none may fail; the first is overdue, and an operator let that pass.
+async fn one_was_let_pass(f: Fixture) -> (Fleet, Assignment, Assignment) {
+    let rollout = Rollout { max_failures: Some(Limit::Number(0)), ..at_once(1) };
+    let fleet = Fleet::start(f, 7, reboot(), Some(rollout)).await;
+    let late = fleet.round(0).await.remove(0);
+    assert!(fleet.round(61).await.is_empty());
+    assert_eq!(fleet.state().await.0, OperationState::Paused);
+    fleet.resume(62).await;
+    let next = fleet.round(63).await.remove(0);
+    (fleet, late, next)
+}
+
+pub(crate) async fn a_forgiven_node_that_succeeds_leaves_no_room_for_failures(f: Fixture) {
+    let (fleet, late, next) = one_was_let_pass(f).await;
+    fleet.succeeds(&late, 64).await;
+    fleet.fails(&next, 65).await;
+    assert!(fleet.round(66).await.is_empty(), "a node failed, and none may");
+    let (state, why) = fleet.state().await;
+    assert_eq!((state, why.as_str()), (OperationState::Paused, "max_failures passed: 1 failed or overdue, 0 may be"));
+    // What is let pass at a second resume is that failure alone.
+    fleet.resume(67).await;
+    let third = fleet.round(68).await.remove(0);
+    fleet.fails(&third, 69).await;
+    assert!(fleet.round(70).await.is_empty());
+    assert_eq!(fleet.state().await.0, OperationState::Paused);
+}
+
+pub(crate) async fn a_forgiven_node_that_fails_in_the_end_is_not_counted_twice(f: Fixture) {
+    let (fleet, late, next) = one_was_let_pass(f).await;
+    fleet.fails(&late, 64).await;
+    fleet.succeeds(&next, 65).await;
+    assert_eq!(fleet.round(66).await.len(), 1, "an operator let it pass");
+    assert_eq!(fleet.state().await.0, OperationState::Running);
+}
+
+pub(crate) async fn a_forgiven_node_that_is_at_work_again_can_fail_again(f: Fixture) {
+    let (fleet, late, next) = one_was_let_pass(f).await;
+    fleet.say(&late, 1, ExecutionState::Running, 64).await;
+    fleet.succeeds(&next, 65).await;
+    // Not in time to take a slot from it: one at once.
+    assert!(fleet.round(66).await.is_empty());
+    fleet.say(&late, 2, ExecutionState::Failed, 67).await;
+    assert!(fleet.round(68).await.is_empty());
+    assert_eq!(fleet.state().await.0, OperationState::Paused);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::store::{ReportRow, System};
+use crate::store::{Backlog, ReportRow, System};
 
 /// Reports that wait for one session. A node has few at a time; when so many wait, no more is read from it.
 const MOST: usize = 32;
@@ -20,12 +20,13 @@ pub(super) struct Unstored {
     system: Option<System>,
     /// Not before this.
     due: Instant,
-    away: bool,
+    /// The store did not answer, and knows that something waits.
+    away: Option<Backlog>,
 }
 
 impl Unstored {
     pub(super) fn new() -> Self {
-        Self { reports: VecDeque::new(), system: None, due: Instant::now(), away: false }
+        Self { reports: VecDeque::new(), system: None, due: Instant::now(), away: None }
     }
 
     /// Adds a report. One that only brings newer progress of the same state takes the place of the older one.
@@ -71,16 +72,17 @@ impl Unstored {
     }
 
     fn answered(&mut self) {
-        if std::mem::take(&mut self.away) {
+        if self.reports.is_empty() && self.away.take().is_some() {
             tracing::info!("the store answers again; what the node said meanwhile is stored");
         }
     }
 
-    /// The store did not answer.
-    pub(super) fn later(&mut self) {
-        if !std::mem::replace(&mut self.away, true) {
+    /// The store did not answer; `backlog` tells it that something waits.
+    pub(super) fn later(&mut self, backlog: impl FnOnce() -> Backlog) {
+        self.away.get_or_insert_with(|| {
             tracing::warn!("the store does not answer; what the node says waits");
-        }
+            backlog()
+        });
         self.due = Instant::now() + RETRY;
     }
 
@@ -99,7 +101,7 @@ impl Unstored {
 mod tests {
     use super::{MOST, Unstored};
     use crate::operation::ExecutionState;
-    use crate::store::{ReportRow, SentLog};
+    use crate::store::{Backlog, ReportRow, SentLog};
     use marco_proto::names::ExecutionId;
 
     fn report(sequence: u64, done: u64) -> ReportRow {
@@ -128,7 +130,7 @@ mod tests {
         unstored.add(report(2, 1));
         unstored.add(report(1, 5));
         assert_eq!(unstored.report().map(|report| (report.sequence, report.bytes_done)), Some((1, 5)));
-        unstored.later();
+        unstored.later(Backlog::default);
         assert!(unstored.due().is_some_and(|due| due > tokio::time::Instant::now()));
         unstored.report_stored();
         assert_eq!(unstored.report().map(|report| report.sequence), Some(2));
