@@ -3,11 +3,18 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
-use integration_tests::fleet::{execution_name, poweroff, reboot};
+use integration_tests::client::reason;
+use integration_tests::fleet::{execution_name, poweroff, reboot, update};
+use integration_tests::image::{Compression, make_image};
+use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
+use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::{State, WaitReason};
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{CheckOperationRequest, CreateOperationRequest, ExplainExecutionRequest, ListOperationsRequest};
+use marco_proto::v1::{
+    CheckOperationRequest, CreateOperationRequest, DeleteArtifactRequest, DeleteNodeRequest, ExplainExecutionRequest,
+    ListOperationsRequest, Operation, RetryOperationRequest,
+};
 use tonic::Code;
 
 /// An instant that long after now.
@@ -223,6 +230,56 @@ async fn the_same_request_twice_is_one_operation() -> Result<()> {
     let all = fleet.operations().list_operations(ListOperationsRequest::default()).await?.into_inner().operations;
     assert_eq!(all.iter().map(|operation| operation.name.as_str()).collect::<Vec<_>>(), [first.name.as_str()]);
     assert_eq!(fleet.pi(&id).reboots(&execution_name(&first, &id))?, 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_repeated_request_gets_the_first_result_whatever_went_since() -> Result<()> {
+    let (mut fleet, id) = one_pi().await?;
+    let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
+    let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
+    let ends = SystemTime::now() + seconds(4);
+    let request = |operation: Operation, request_id: &str| CreateOperationRequest {
+        operation: Some(operation),
+        request_id: request_id.to_owned(),
+    };
+    // Its times pass.
+    let short = request(Operation { expire_time: Some(ends.into()), ..reboot(&[&id], seconds(600)) }, "short");
+    let first = fleet.operations().create_operation(short.clone()).await?.into_inner();
+    // Its image goes; an operation that never begins needs it no longer when it is cancelled.
+    let later = Operation { schedule_time: Some(after(seconds(3600))), ..update(&[&id], &image.name, "") };
+    let installs = request(later, "installs");
+    let second = fleet.operations().create_operation(installs.clone()).await?.into_inner();
+    fleet.cancel(&second.name).await?;
+    fleet.artifacts().delete_artifact(DeleteArtifactRequest { name: image.name.clone() }).await?;
+    // A retry of what was retried, and has a node no more.
+    let retry = RetryOperationRequest { name: second.name.clone(), request_id: "retry".to_owned() };
+    let refused = fleet.operations().retry_operation(retry.clone()).await.err().context("its image is gone")?;
+    assert_eq!(refused.code(), Code::NotFound, "{refused:?}");
+    fleet.cancel(&first.name).await?;
+    fleet.ends(&first.name, seconds(30), OperationState::Cancelled).await?;
+    let retry = RetryOperationRequest { name: first.name.clone(), ..retry };
+    let third = fleet.operations().retry_operation(retry.clone()).await?.into_inner();
+    fleet.succeeds(reboot(&[&id], Duration::ZERO), seconds(60)).await.ok();
+    fleet.kill_agents().await?;
+    fleet.nodes().delete_node(DeleteNodeRequest { name: id.clone(), force: true }).await?;
+
+    wait_until(seconds(20), "its time is over", async || Ok((SystemTime::now() > ends).then_some(()))).await?;
+    for (request, made) in [(&short, &first), (&installs, &second)] {
+        let again = fleet.operations().create_operation(request.clone()).await?.into_inner();
+        assert_eq!(again.name, made.name);
+    }
+    assert_eq!(fleet.operations().retry_operation(retry).await?.into_inner().name, third.name);
+    // Another body stays a conflict, and the same body under another id is looked at again.
+    let other = request(reboot(&[&id], seconds(1)), "short");
+    let status = fleet.operations().create_operation(other).await.err().context("another body was taken")?;
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::AlreadyExists, "REQUEST_ID_REUSED"));
+    for (request, code) in [(short, Code::InvalidArgument), (installs, Code::NotFound)] {
+        let anew = CreateOperationRequest { request_id: "another".to_owned(), ..request };
+        let status = fleet.operations().create_operation(anew).await.err().context("it was taken")?;
+        assert_eq!(status.code(), code, "{status:?}");
+    }
+    fleet.went_well();
     Ok(())
 }
 

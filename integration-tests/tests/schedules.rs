@@ -12,8 +12,8 @@ use marco_proto::v1::fire::Outcome;
 use marco_proto::v1::operation::State;
 use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
 use marco_proto::v1::{
-    CreateScheduleRequest, Fire, ListFiresRequest, ListSchedulesRequest, MaintenanceWindow, Operation,
-    RunScheduleRequest, Schedule, UpdateScheduleRequest,
+    CreateScheduleRequest, DeleteScheduleRequest, Fire, ListFiresRequest, ListSchedulesRequest, MaintenanceWindow,
+    Operation, RunScheduleRequest, Schedule, UpdateScheduleRequest,
 };
 use tonic::Code;
 use tonic::transport::Channel;
@@ -98,9 +98,16 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
     }
     let run = RunScheduleRequest { name: "schedules/often".to_owned(), request_id: "again".to_owned() };
     let first = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
-    let again = schedules(&fleet)?.run_schedule(run).await?.into_inner();
+    let again = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
     assert_eq!(first.name, again.name);
     fleet.ends(&first.name, seconds(60), State::Succeeded).await?;
+    // Also when the schedule is gone.
+    schedules(&fleet)?.delete_schedule(DeleteScheduleRequest { name: run.name.clone() }).await?;
+    let late = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
+    assert_eq!((late.state(), late.name), (State::Succeeded, first.name));
+    let fresh = RunScheduleRequest { request_id: "another".to_owned(), ..run };
+    let Err(status) = schedules(&fleet)?.run_schedule(fresh).await else { panic!("a schedule that is gone ran") };
+    assert_eq!(reason(&status), "SCHEDULE_NOT_FOUND");
     fleet.went_well();
     Ok(())
 }

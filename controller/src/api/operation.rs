@@ -23,6 +23,7 @@ mod check;
 mod create;
 
 use create::default_expiry;
+use create::written;
 pub(super) use create::{must_open, read, request_key};
 
 /// The service.
@@ -37,7 +38,11 @@ impl Operations {
 
     async fn create(&self, caller: &Caller, request: v1::CreateOperationRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
-        let asked = read(request, now)?;
+        let written = written(request, now)?;
+        if let Some(row) = self.asked_before(caller, written.request.as_ref()).await? {
+            return Ok(row);
+        }
+        let asked = written.at(now)?;
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
         let mut action = asked.action;
         if let Action::Update(update) = &mut action {
@@ -76,6 +81,9 @@ impl Operations {
     ) -> Result<OperationRow, ApiError> {
         let id =
             OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
+        if retry_of.is_none() {
+            caller.note_target(&id.name());
+        }
         let new = NewOperation {
             id,
             action,
@@ -110,16 +118,33 @@ impl Operations {
                 reason: "ARTIFACT_NOT_FOUND",
                 message: "an artifact that the operation names was deleted just now".to_owned(),
             }),
-            CreateOutcome::RequestReused => Err(ApiError::AlreadyExists {
-                reason: "REQUEST_ID_REUSED",
-                message: "request_id was used before for a different operation; choose a new one".to_owned(),
-            }),
+            CreateOutcome::RequestReused => Err(reused()),
+        }
+    }
+
+    /// The operation that an earlier request of the caller with this key made. Every call that takes a `request_id` asks
+    /// this first: times that have passed and names that are gone since must not hide the first result.
+    pub(in crate::api) async fn asked_before(
+        &self,
+        caller: &Caller,
+        key: Option<&RequestKey>,
+    ) -> Result<Option<OperationRow>, ApiError> {
+        let Some(key) = key else { return Ok(None) };
+        match self.context.store.requested(&caller.name, key).await? {
+            None => Ok(None),
+            // The caller's scope may be narrower by now.
+            Some(CreateOutcome::Existing(row)) => self.context.operation_for(caller, &row.id).await.map(Some),
+            Some(_) => Err(reused()),
         }
     }
 
     async fn retry(&self, caller: &Caller, request: v1::RetryOperationRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let id = operation_id("name", &request.name)?;
+        let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
+        if let Some(row) = self.asked_before(caller, key.as_ref()).await? {
+            return Ok(row);
+        }
         self.context.may_steer(caller, &id).await?;
         let old = self.find(&id).await?;
         if !old.state.is_final() {
@@ -148,7 +173,6 @@ impl Operations {
             });
         }
         must_open(old.window.as_ref(), now)?;
-        let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
         self.store_new(
             caller,
@@ -313,6 +337,13 @@ impl Operations {
             }),
             AbandonOutcome::NotFound => Err(execution_not_found(&id)),
         }
+    }
+}
+
+fn reused() -> ApiError {
+    ApiError::AlreadyExists {
+        reason: "REQUEST_ID_REUSED",
+        message: "request_id was used before for a different operation; choose a new one".to_owned(),
     }
 }
 

@@ -116,6 +116,7 @@ impl Schedules {
                 None => Ok(not_stored(&row, doubts)),
             };
         }
+        caller.note_target(&row.id.name());
         if !self.context.store.create_schedule(&row).await? {
             return Err(exists());
         }
@@ -189,11 +190,15 @@ impl Schedules {
     async fn run(&self, caller: &Caller, request: v1::RunScheduleRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let id = schedule_id("name", &request.name)?;
+        let operations = Operations::new(self.context.clone());
+        let key = request_key(&request.request_id, &[b"run", id.as_str().as_bytes()])?;
+        if let Some(row) = operations.asked_before(caller, key.as_ref()).await? {
+            return Ok(row);
+        }
         let schedule = self.to_steer(caller, &id).await?;
         let scope = schedule.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
-        let key = request_key(&request.request_id, &[b"run", id.as_str().as_bytes()])?;
         let new = self.prepare(&schedule, None, now, &caller.name, scope, key).await?;
-        Operations::new(self.context.clone()).stored(&new, now).await
+        operations.stored(&new, now).await
     }
 }
 

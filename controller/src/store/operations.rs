@@ -142,6 +142,10 @@ pub struct OperationQuery {
 impl Store {
     /// Stores an operation, its executions and its first event, or finds the one that the same request stored.
     pub async fn create_operation(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<CreateOutcome, StoreError> {
+        self.again(|| self.create_operation_once(new, now)).await
+    }
+
+    async fn create_operation_once(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<CreateOutcome, StoreError> {
         let tx = self.begin().await?;
         match insert_all(&*tx, new, now).await {
             Ok(true) => {}
@@ -198,25 +202,26 @@ impl Store {
         counts(self.reader(), ids, scope).await
     }
 
+    /// What an earlier request of the same caller with this id came to; `None`: there was none.
+    pub async fn requested(&self, creator: &str, key: &RequestKey) -> Result<Option<CreateOutcome>, StoreError> {
+        let row = sql("SELECT * FROM operations WHERE creator = ? AND request_id = ?")
+            .bind(creator)
+            .bind(key.request_id.as_str())
+            .one(self.reader())
+            .await?;
+        let Some(row) = row else { return Ok(None) };
+        if row.maybe_text("request_sha256")?.as_deref() != Some(&key.body_sha256) {
+            return Ok(Some(CreateOutcome::RequestReused));
+        }
+        let found = read_all(self.reader(), std::slice::from_ref(&row)).await?.pop();
+        Ok(found.map(CreateOutcome::Existing))
+    }
+
     async fn existing(&self, new: &NewOperation) -> Result<CreateOutcome, StoreError> {
         let Some(request) = &new.request else {
             return Err(StoreError::Unknown { what: "conflict", value: new.id.to_string() });
         };
-        let row = sql("SELECT * FROM operations WHERE creator = ? AND request_id = ?")
-            .bind(new.creator.as_str())
-            .bind(request.request_id.as_str())
-            .one(self.reader())
-            .await?;
-        match row {
-            Some(row) if row.maybe_text("request_sha256")?.as_deref() == Some(&request.body_sha256) => {
-                let mut found = read_all(self.reader(), std::slice::from_ref(&row)).await?;
-                found
-                    .pop()
-                    .map(CreateOutcome::Existing)
-                    .ok_or(StoreError::Unknown { what: "operation", value: request.request_id.clone() })
-            }
-            _ => Ok(CreateOutcome::RequestReused),
-        }
+        Ok(self.requested(&new.creator, request).await?.unwrap_or(CreateOutcome::RequestReused))
     }
 }
 
@@ -252,7 +257,7 @@ pub(super) async fn insert_all(
     .run(tx)
     .await?;
     if first_state(new, now) == OperationState::Running {
-        note_beginning(tx, &new.id).await?;
+        note_beginning(tx, &new.id, now).await?;
     }
     let created = Happened::to_operation(&new.creator, "", first_state(new, now).as_str(), "");
     events::record(tx, &new.id, vec![created], now).await?;

@@ -44,7 +44,7 @@ struct Listening {
 
 impl Listening {
     fn watched(self, now: DateTime<Utc>) -> Self {
-        let went_on = self.last.is_some_and(|last| now >= last && now - last <= STOOD_STILL);
+        let went_on = self.last.is_some_and(|last| now >= last && now.signed_duration_since(last) <= STOOD_STILL);
         let since = if went_on && !self.interrupted { self.since } else { Some(now) };
         Self { since, last: Some(now), interrupted: false }
     }
@@ -54,7 +54,7 @@ impl Listening {
             Silent::Node => NODES_COME_BACK,
             Silent::Controller => CONTROLLERS_COME_BACK,
         };
-        !self.interrupted && self.since.is_none_or(|since| now - since >= time)
+        !self.interrupted && self.since.is_none_or(|since| now.signed_duration_since(since) >= time)
     }
 }
 

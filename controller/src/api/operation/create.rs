@@ -182,8 +182,26 @@ pub(in crate::api) struct Asked {
     pub(in crate::api) window: Option<MaintenanceWindow>,
 }
 
-/// Reads a request as far as that can be done without the store; lists every wrong field.
+/// A request as it was written: its times were not compared with the present yet, so it reads the same whenever it comes.
+pub(super) struct Written {
+    action: Option<Action>,
+    target: Option<Target>,
+    schedule_time: Option<DateTime<Utc>>,
+    expire_time: Option<DateTime<Utc>>,
+    rollout: Option<Rollout>,
+    window: Option<MaintenanceWindow>,
+    /// `None`: the caller chose no id, or the request is wrong.
+    pub(super) request: Option<RequestKey>,
+    wrong: Vec<Violation>,
+}
+
+/// Reads a request as far as that can be done without the store and the clock; lists every wrong field.
 pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Asked, ApiError> {
+    written(request, now)?.at(now)
+}
+
+/// Reads what does not depend on the time at which the request comes; `now` is for windows that never open after it.
+pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Written, ApiError> {
     let operation = request
         .operation
         .ok_or_else(|| ApiError::invalid("operation", "is missing; it needs an action and a target"))?;
@@ -208,45 +226,58 @@ pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Ut
     };
     let rollout = operation.rollout.map(|rollout| convert::rollout(rollout, &mut bad));
     let window = operation.window.and_then(|window| convert::window(window, now, &mut bad));
-    let schedule_time = match convert::time(operation.schedule_time, "operation.schedule_time", &mut bad) {
-        Some(time) if time < earlier(now, CLOCK_TOLERANCE) => {
-            bad(
-                "operation.schedule_time",
-                format!("{} is in the past; leave it out to begin at once", time.to_rfc3339()),
-            );
-            now
-        }
-        Some(time) => time,
-        None => now,
-    };
-    let expire_time = match convert::time(operation.expire_time, "operation.expire_time", &mut bad) {
-        Some(time) if time <= schedule_time || time <= now => {
-            bad("operation.expire_time", "must be later than now and than schedule_time".to_owned());
-            time
-        }
-        Some(time) => time,
-        None => default_expiry(window.as_ref(), schedule_time),
-    };
+    let schedule_time = convert::time(operation.schedule_time, "operation.schedule_time", &mut bad);
+    let expire_time = convert::time(operation.expire_time, "operation.expire_time", &mut bad);
     if !operation.name.is_empty() {
         bad("operation.name", "is chosen by the controller; leave it out".to_owned());
     }
     if request.request_id.len() > REQUEST_ID_MAX || request.request_id.contains(|c: char| c.is_control()) {
         bad("request_id", format!("must be at most {REQUEST_ID_MAX} bytes of printable text"));
     }
-    let (Some(action), Some(target), true) = (action, target, wrong.is_empty()) else {
-        return Err(ApiError::Invalid(wrong));
+    let request = match (&action, &target) {
+        (Some(action), Some(target)) if wrong.is_empty() => {
+            let body = serde_json::to_vec(&(action, target, schedule_time, expire_time, &rollout, &window))
+                .map_err(|error| ApiError::Internal(error.to_string()))?;
+            request_key(&request.request_id, &[b"create", &body])?
+        }
+        _ => None,
     };
-    let body = serde_json::to_vec(&(
-        &action,
-        &target,
-        operation.schedule_time.map(|_| schedule_time),
-        operation.expire_time.map(|_| expire_time),
-        &rollout,
-        &window,
-    ))
-    .map_err(|error| ApiError::Internal(error.to_string()))?;
-    let request = request_key(&request.request_id, &[b"create", &body])?;
-    Ok(Asked { action, target, schedule_time, expire_time, request, rollout, window })
+    Ok(Written { action, target, schedule_time, expire_time, rollout, window, request, wrong })
+}
+
+impl Written {
+    /// What is asked for by a request that comes now.
+    pub(super) fn at(self, now: DateTime<Utc>) -> Result<Asked, ApiError> {
+        let Self { action, target, rollout, window, request, mut wrong, .. } = self;
+        let mut bad = |field: &str, description: String| {
+            wrong.push(Violation { field: field.to_owned(), description });
+        };
+        let schedule_time = match self.schedule_time {
+            Some(time) if time < earlier(now, CLOCK_TOLERANCE) => {
+                bad(
+                    "operation.schedule_time",
+                    format!("{} is in the past; leave it out to begin at once", time.to_rfc3339()),
+                );
+                now
+            }
+            Some(time) => time,
+            None => now,
+        };
+        let expire_time = match self.expire_time {
+            Some(time) if time <= schedule_time || time <= now => {
+                bad("operation.expire_time", "must be later than now and than schedule_time".to_owned());
+                time
+            }
+            Some(time) => time,
+            None => default_expiry(window.as_ref(), schedule_time),
+        };
+        match (action, target, wrong.is_empty()) {
+            (Some(action), Some(target), true) => {
+                Ok(Asked { action, target, schedule_time, expire_time, request, rollout, window })
+            }
+            _ => Err(ApiError::Invalid(wrong)),
+        }
+    }
 }
 
 /// A day after its time; or, where it may begin only in a window, after the first opening.
