@@ -40,10 +40,10 @@ use crate::identity::access::Access;
 use crate::identity::ca::Ca;
 use crate::identity::calls::MAX_MESSAGE;
 use crate::identity::gate::code_word;
-use crate::identity::record::OK;
+use crate::identity::record::{self, OK};
 use crate::identity::{Caller, shown};
 use crate::sessions::Sessions;
-use crate::store::{AuditRow, ControllerRow, Store};
+use crate::store::{AuditRow, ControllerRow, Record, Store};
 
 pub(crate) use artifact::{judge_stored, remove_unneeded, sweep};
 pub use downloads::Downloads;
@@ -107,19 +107,37 @@ impl Context {
         addresses
     }
 
-    /// Records a call that changed something, or was refused.
-    async fn audit<T>(&self, caller: &Caller, method: &str, target: &str, result: &Result<T, ApiError>) {
-        caller.leave_recording();
-        let row = AuditRow {
+    /// The record of a call that is stored with what the call changes.
+    fn record(&self, caller: &Caller, method: &str, target: &str) -> Arc<Record> {
+        let record = Record::new(record::cleaned(self.row(caller, method, target)));
+        caller.record_with_change(Arc::clone(&record));
+        record
+    }
+
+    fn row(&self, caller: &Caller, method: &str, target: &str) -> AuditRow {
+        AuditRow {
             time: self.clock.now(),
             actor: caller.name.clone(),
             credential: caller.credential(),
             from: shown(caller.from).to_string(),
             method: method.to_owned(),
             target: target.to_owned(),
-            result: result.as_ref().map_or_else(|error| code_word(error.code()), |_| OK).to_owned(),
-            message: result.as_ref().map_or_else(ToString::to_string, |_| String::new()),
-        };
+            result: OK.to_owned(),
+            message: String::new(),
+        }
+    }
+
+    /// Records a call that was refused, or changed nothing. One that changed something is recorded with its change.
+    async fn audit<T>(&self, caller: &Caller, method: &str, target: &str, result: &Result<T, ApiError>) {
+        if let Some(row) = caller.recorded_with_change() {
+            return record::log(&row, Some(caller.from.ip()));
+        }
+        caller.leave_recording();
+        let mut row = self.row(caller, method, target);
+        if let Err(error) = result {
+            code_word(error.code()).clone_into(&mut row.result);
+            row.message = error.to_string();
+        }
         self.access.recorder().record(row, Some(caller.from.ip())).await;
     }
 }

@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use marco_proto::names::{ApiTokenId, NodeId};
 use tokio_util::sync::CancellationToken;
 
-use crate::store::Scope;
+use crate::store::{AuditRow, Record, Scope};
 use roles::Role;
 use tls::PeerInfo;
 
@@ -51,6 +51,7 @@ pub struct Pass {
     cut: CancellationToken,
     why: OnceLock<Denied>,
     recorded: AtomicBool,
+    record: OnceLock<Arc<Record>>,
     target: Mutex<String>,
 }
 
@@ -62,6 +63,7 @@ impl Pass {
             cut: CancellationToken::new(),
             why: OnceLock::new(),
             recorded: AtomicBool::new(false),
+            record: OnceLock::new(),
             target: Mutex::new(String::new()),
         }
     }
@@ -86,7 +88,7 @@ impl Pass {
     }
 
     fn is_recorded(&self) -> bool {
-        self.recorded.load(Ordering::Relaxed)
+        self.recorded.load(Ordering::Relaxed) || self.record.get().is_some_and(|record| record.is_stored())
     }
 
     fn target(&self) -> String {
@@ -155,6 +157,20 @@ impl Caller {
     /// Notes on what the call is made, for the audit.
     pub fn note_target(&self, target: &str) {
         target.clone_into(&mut self.pass.target.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(record) = self.pass.record.get() {
+            record.edit(|row| record::set_target(row, target));
+        }
+    }
+
+    /// Says with which record the call's change is stored.
+    pub fn record_with_change(&self, record: Arc<Record>) {
+        // One call has one record; the first counts.
+        let _ = self.pass.record.set(record);
+    }
+
+    /// The call's row in the audit, if it was stored with what the call changed.
+    pub fn recorded_with_change(&self) -> Option<AuditRow> {
+        self.pass.record.get().filter(|record| record.is_stored()).map(|record| record.row())
     }
 
     /// Says that whoever handles the call records it.

@@ -330,6 +330,7 @@ impl AccessService for Doors {
     ) -> Result<Response<v1::Certificate>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
+        caller.note_target(&name);
         let result = self.revoke_certificate(&caller, &name).await;
         self.context.audit(&caller, "RevokeCertificate", &name, &result).await;
         Ok(Response::new(convert::certificate(&result?)))
@@ -339,6 +340,7 @@ impl AccessService for Doors {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = format!("users/{}", request.user_id);
+        caller.note_target(&target);
         let result = self.create_user(&caller, request).await;
         self.context.audit(&caller, "CreateUser", &target, &result).await;
         Ok(Response::new(result?))
@@ -355,6 +357,7 @@ impl AccessService for Doors {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = request.user.as_ref().map(|user| user.name.clone()).unwrap_or_default();
+        caller.note_target(&target);
         let result = self.update_user(&caller, request).await;
         self.context.audit(&caller, "UpdateUser", &target, &result).await;
         Ok(Response::new(result?))
@@ -363,6 +366,7 @@ impl AccessService for Doors {
     async fn revoke_user(&self, request: Request<v1::RevokeUserRequest>) -> Result<Response<v1::User>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
+        caller.note_target(&name);
         let result = self.revoke_user(&caller, &name).await;
         self.context.audit(&caller, "RevokeUser", &name, &result).await;
         Ok(Response::new(result?))
@@ -375,6 +379,7 @@ impl AccessService for Doors {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = format!("apiTokens/{}", request.api_token_id);
+        caller.note_target(&target);
         let result = self.create_api_token(&caller, request).await;
         self.context.audit(&caller, "CreateApiToken", &target, &result).await;
         Ok(Response::new(result?))
@@ -393,6 +398,7 @@ impl AccessService for Doors {
     ) -> Result<Response<v1::ApiToken>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
+        caller.note_target(&name);
         let result = self.revoke_api_token(&caller, &name).await;
         self.context.audit(&caller, "RevokeApiToken", &name, &result).await;
         Ok(Response::new(result?))

@@ -20,7 +20,7 @@ use crate::artifacts::{ArtifactError, Content, Digest, Upload};
 use crate::identity::Caller;
 use crate::identity::peer_log::of_peer;
 use crate::identity::roles::Role;
-use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose};
+use crate::store::{ArtifactRow, DeleteArtifactOutcome, Kind, Purpose, recorded};
 
 mod bytes;
 mod judge;
@@ -326,7 +326,9 @@ impl ArtifactService for ArtifactsApi {
             };
             // From here on nothing stops it: the name points at the bytes, and the record says so.
             let result = match received {
-                Ok(received) => keep(&context, received).await,
+                Ok(received) => {
+                    recorded(context.record(&caller, "UploadArtifact", &target), keep(&context, received)).await
+                }
                 Err(error) => Err(error),
             };
             context.audit(&caller, "UploadArtifact", &target, &result).await;
@@ -362,6 +364,7 @@ impl ArtifactService for ArtifactsApi {
     ) -> Result<Response<v1::DeleteArtifactResponse>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
+        caller.note_target(&name);
         let result = self.delete(&name).await;
         self.context.audit(&caller, "DeleteArtifact", &name, &result).await;
         Ok(Response::new(result?))
@@ -373,6 +376,7 @@ impl ArtifactService for ArtifactsApi {
     ) -> Result<Response<v1::Artifact>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
+        caller.note_target(&request.name);
         let result = self.set_default(&request).await;
         self.context.audit(&caller, "SetDefaultArtifact", &request.name, &result).await;
         Ok(Response::new(result?))

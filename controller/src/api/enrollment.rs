@@ -1,6 +1,7 @@
 //! `EnrollmentService`: on a listener of its own, for callers without a certificate.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::names::NodeId;
@@ -14,11 +15,11 @@ use super::status::ApiError;
 use crate::identity::ca::{Ca, RequestError};
 use crate::identity::gate::code_word;
 use crate::identity::rate::{Rate, source};
-use crate::identity::record::OK;
+use crate::identity::record::{self, OK};
 use crate::identity::shown;
 use crate::identity::tls::PeerInfo;
 use crate::identity::tokens::JoinToken;
-use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment};
+use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment, Record, recorded};
 
 /// Longest signing request or certificate, in bytes: one with a P-256 key has well under 1 KiB.
 const PEM_MAX: usize = 16 * 1024;
@@ -56,7 +57,12 @@ impl Enrollments {
         }
     }
 
-    async fn enroll(&self, request: v1::EnrollRequest, address: IpAddr) -> Result<v1::EnrollResponse, ApiError> {
+    async fn enroll(
+        &self,
+        request: v1::EnrollRequest,
+        address: IpAddr,
+        record: &Record,
+    ) -> Result<v1::EnrollResponse, ApiError> {
         pem("certificate_request", &request.certificate_request)?;
         let wanted_id = match request.node_id.as_str() {
             "" => None,
@@ -77,6 +83,7 @@ impl Enrollments {
             .context
             .store
             .enrol(&enrolment, now, |node, generation| {
+                by(record, node);
                 let certificate = ca.issue_node(&request.certificate_request, node, now).ok()?;
                 let row = CertificateRow {
                     serial: certificate.serial.clone(),
@@ -109,6 +116,7 @@ impl Enrollments {
     async fn renew(
         &self,
         request: v1::RenewCertificateRequest,
+        record: &Record,
     ) -> Result<(NodeId, v1::RenewCertificateResponse), ApiError> {
         pem("certificate", &request.certificate)?;
         pem("certificate_request", &request.certificate_request)?;
@@ -133,6 +141,7 @@ impl Enrollments {
             not_after: issued.not_after,
             generation: old.certificate.generation,
         };
+        by(record, &proof.node);
         if !self.context.store.renew_certificate(&proof.serial, &row).await? {
             return Err(revoked());
         }
@@ -141,19 +150,42 @@ impl Enrollments {
         Ok((proof.node, response))
     }
 
-    async fn record<T>(&self, method: &str, actor: &str, from: SocketAddr, result: &Result<T, ApiError>) {
-        let row = AuditRow {
+    /// The row of a call as it is if the call succeeds; who made it is seen on the way.
+    fn row(&self, method: &str, from: SocketAddr) -> Arc<Record> {
+        Record::new(AuditRow {
             time: self.context.clock.now(),
-            actor: actor.to_owned(),
+            actor: String::new(),
             credential: String::new(),
             from: from.to_string(),
             method: method.to_owned(),
-            target: actor.to_owned(),
-            result: result.as_ref().map_or_else(|error| code_word(error.code()), |_| OK).to_owned(),
-            message: result.as_ref().map_or_else(ToString::to_string, |_| String::new()),
-        };
+            target: String::new(),
+            result: OK.to_owned(),
+            message: String::new(),
+        })
+    }
+
+    /// Records a call that changed nothing. One that did is recorded with its change.
+    async fn record<T>(&self, record: &Record, actor: &str, from: SocketAddr, result: &Result<T, ApiError>) {
+        let mut row = record.row();
+        if record.is_stored() {
+            return record::log(&row, Some(from.ip()));
+        }
+        actor.clone_into(&mut row.actor);
+        actor.clone_into(&mut row.target);
+        if let Err(error) = result {
+            code_word(error.code()).clone_into(&mut row.result);
+            row.message = error.to_string();
+        }
         self.context.access.recorder().record(row, Some(from.ip())).await;
     }
+}
+
+/// Notes which node calls, and on whom it is therefore called.
+fn by(record: &Record, node: &NodeId) {
+    record.edit(|row| {
+        row.actor = node.name();
+        row.target = node.name();
+    });
 }
 
 /// One answer for a wrong, an expired, a used and a revoked token, and one that is not for this board, id or network, so that nothing can be learnt from it.
@@ -204,13 +236,14 @@ fn from<T>(request: &Request<T>) -> Result<SocketAddr, ApiError> {
 impl EnrollmentService for Enrollments {
     async fn enroll(&self, request: Request<v1::EnrollRequest>) -> Result<Response<v1::EnrollResponse>, Status> {
         let from = from(&request)?;
+        let record = self.row("Enroll", from);
         let result = match self.admit(from.ip()) {
-            Ok(()) => self.enroll(request.into_inner(), from.ip()).await,
+            Ok(()) => recorded(Arc::clone(&record), self.enroll(request.into_inner(), from.ip(), &record)).await,
             Err(error) => Err(error),
         };
         self.count(from.ip(), &result);
         let actor = result.as_ref().map(|response| response.node.clone()).unwrap_or_default();
-        self.record("Enroll", &actor, from, &result).await;
+        self.record(&record, &actor, from, &result).await;
         Ok(Response::new(result?))
     }
 
@@ -219,13 +252,14 @@ impl EnrollmentService for Enrollments {
         request: Request<v1::RenewCertificateRequest>,
     ) -> Result<Response<v1::RenewCertificateResponse>, Status> {
         let from = from(&request)?;
+        let record = self.row("RenewCertificate", from);
         let result = match self.admit(from.ip()) {
-            Ok(()) => self.renew(request.into_inner()).await,
+            Ok(()) => recorded(Arc::clone(&record), self.renew(request.into_inner(), &record)).await,
             Err(error) => Err(error),
         };
         self.count(from.ip(), &result);
         let actor = result.as_ref().map(|(node, _)| node.name()).unwrap_or_default();
-        self.record("RenewCertificate", &actor, from, &result).await;
+        self.record(&record, &actor, from, &result).await;
         Ok(Response::new(result?.1))
     }
 }

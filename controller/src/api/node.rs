@@ -208,6 +208,7 @@ impl Nodes {
             serials: limits.serials,
             nodes: limits.nodes,
         };
+        caller.note_target(&new.id.name());
         let row = self.context.store.create_token(&new, now).await?;
         Ok(v1::JoinToken { token: token.reveal(), ..convert::join_token(&row) })
     }
@@ -307,6 +308,7 @@ impl NodeService for Nodes {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let target = request.node.as_ref().map(|node| node.name.clone()).unwrap_or_default();
+        caller.note_target(&target);
         let result = self.update(&caller, request).await;
         self.context.audit(&caller, "UpdateNode", &target, &result).await;
         Ok(Response::new(convert::node(&result?)))
@@ -318,6 +320,7 @@ impl NodeService for Nodes {
     ) -> Result<Response<v1::DeleteNodeResponse>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
+        caller.note_target(&request.name);
         let result = self.delete(&caller, &request).await;
         self.context.audit(&caller, "DeleteNode", &request.name, &result).await;
         Ok(Response::new(result?))
@@ -337,6 +340,7 @@ impl NodeService for Nodes {
     async fn approve_node(&self, request: Request<v1::ApproveNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
+        caller.note_target(&name);
         let result = self.approve(&name).await;
         self.context.audit(&caller, "ApproveNode", &name, &result).await;
         Ok(Response::new(convert::node(&result?)))
@@ -345,6 +349,7 @@ impl NodeService for Nodes {
     async fn quarantine_node(&self, request: Request<v1::QuarantineNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
+        caller.note_target(&request.name);
         let result = self.quarantine(&caller, &request).await;
         self.context.audit(&caller, "QuarantineNode", &request.name, &result).await;
         Ok(Response::new(convert::node(&result?)))
@@ -382,6 +387,7 @@ impl NodeService for Nodes {
     ) -> Result<Response<v1::JoinToken>, Status> {
         let caller = caller(&request)?;
         let name = request.into_inner().name;
+        caller.note_target(&name);
         let result = self.revoke_token(&name).await;
         self.context.audit(&caller, "RevokeJoinToken", &name, &result).await;
         Ok(Response::new(result?))

@@ -18,11 +18,11 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::access::{Access, Entered, Refused};
 use super::calls::{Calls, MAX_MESSAGE, whole};
-use super::record::OK;
+use super::record::{self, OK};
 use super::roles;
 use super::tls::PeerInfo;
 use super::{Caller, Denied, Pass};
-use crate::store::{AuditRow, deadline};
+use crate::store::{AuditRow, Record, deadline, recorded};
 
 /// What the audit has as method for a file of the mirror.
 pub const FILE_MIRROR: &str = "FileMirror";
@@ -127,7 +127,11 @@ where
                 Err(status) => noted(&calls, access, &caller, &method, status.into_http()).await,
                 Ok(request) if roles::runs_to_its_end(&method) => {
                     let work = async move {
-                        let response = inner.call(request).await.unwrap_or_else(|never| match never {});
+                        // What it changes is committed together with this.
+                        let stored = Record::new(record::cleaned(row(&access, Some(&caller), &method, Code::Ok, "")));
+                        caller.record_with_change(Arc::clone(&stored));
+                        let response = recorded(stored, inner.call(request)).await;
+                        let response = response.unwrap_or_else(|never| match never {});
                         if let Some(row) = unrecorded(&access, &caller, &method, &response) {
                             access.recorder().record(row, Some(caller.from.ip())).await;
                         }

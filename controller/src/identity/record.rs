@@ -46,10 +46,8 @@ impl Recorder {
     }
 
     /// Appends a call. Of refused ones only so many are written; the next that is written says how many were not.
-    pub async fn record(&self, mut row: AuditRow, address: Option<IpAddr>) {
-        for text in [&mut row.actor, &mut row.method, &mut row.target, &mut row.message] {
-            shorten(text);
-        }
+    pub async fn record(&self, row: AuditRow, address: Option<IpAddr>) {
+        let mut row = cleaned(row);
         if row.result == "UNAVAILABLE" {
             // Nothing was changed, and the caller would wait a second time for the same answer.
             return;
@@ -70,19 +68,38 @@ impl Recorder {
                 row.message = format!("{} ({left_out} other refused calls were not recorded)", row.message);
             }
         }
-        let AuditRow { actor, from, method, target, result, .. } = &row;
-        let peer = match address {
-            Some(address) if actor.is_empty() => Peer::Address(source(address)),
-            _ => Peer::from(actor.as_str()),
-        };
-        if may_log(peer) {
-            let (actor, method, target) = (cut(actor), cut(method), cut(target));
-            tracing::info!(%actor, from, %method, %target, result, "call");
-        }
+        log(&row, address);
         if let Err(error) = self.store.record_audit(&row).await {
             of_peer!(error, row.actor.as_str(), error = &*crate::chain(&error), "a call could not be recorded");
         }
     }
+}
+
+/// Logs a call.
+pub fn log(row: &AuditRow, address: Option<IpAddr>) {
+    let AuditRow { actor, from, method, target, result, .. } = row;
+    let peer = match address {
+        Some(address) if actor.is_empty() => Peer::Address(source(address)),
+        _ => Peer::from(actor.as_str()),
+    };
+    if may_log(peer) {
+        let (actor, method, target) = (cut(actor), cut(method), cut(target));
+        tracing::info!(%actor, from, %method, %target, result, "call");
+    }
+}
+
+/// A row with texts that are bounded and harmless.
+pub fn cleaned(mut row: AuditRow) -> AuditRow {
+    for text in [&mut row.actor, &mut row.method, &mut row.target, &mut row.message] {
+        shorten(text);
+    }
+    row
+}
+
+/// Says on what a call is made.
+pub fn set_target(row: &mut AuditRow, target: &str) {
+    target.clone_into(&mut row.target);
+    shorten(&mut row.target);
 }
 
 fn shorten(text: &mut String) {

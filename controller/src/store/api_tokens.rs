@@ -49,7 +49,7 @@ impl Store {
             .bind(row.creator.as_str())
             .run(&*tx)
             .await?;
-        self.commit(tx).await?;
+        self.commit_if(inserted == 1, tx).await?;
         Ok(inserted == 1)
     }
 
@@ -96,7 +96,7 @@ impl Store {
             .run(&*tx)
             .await?;
         let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
+        self.commit_if(row.is_some(), tx).await?;
         Ok(row)
     }
 }

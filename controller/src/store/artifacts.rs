@@ -252,7 +252,7 @@ impl Store {
         .run(&*tx)
         .await?;
         let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
+        self.commit_if(row.is_some(), tx).await?;
         Ok(row)
     }
 

@@ -1,7 +1,16 @@
 //! Who asked what: append-only. There is no statement here that changes or removes a row, and the database refuses one.
+//!
+//! A change and its row are one transaction: the call that asks for the change carries its record with it as a value of its
+//! task, and the commit takes it along. So neither a connection that breaks nor a process that ends leaves a change without
+//! a row. Refused and failing calls change nothing; their rows are written by themselves.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use chrono::{DateTime, Utc};
 
+use super::connection::Connection;
 use super::sql::{Row, signed, sql};
 use super::{Store, StoreError, micros};
 
@@ -45,22 +54,92 @@ pub struct AuditQuery {
     pub refused: bool,
 }
 
+tokio::task_local! {
+    /// The record of what this task was asked for.
+    static RECORD: Arc<Record>;
+}
+
+/// The row of a call that is being carried out; the first transaction that the call commits appends it.
+#[derive(Debug)]
+pub struct Record {
+    row: Mutex<AuditRow>,
+    stored: AtomicBool,
+}
+
+impl Record {
+    /// The row as it is if the call succeeds.
+    pub fn new(row: AuditRow) -> Arc<Self> {
+        Arc::new(Self { row: Mutex::new(row), stored: AtomicBool::new(false) })
+    }
+
+    /// Changes the row, as long as it is not stored.
+    pub fn edit(&self, edit: impl FnOnce(&mut AuditRow)) {
+        edit(&mut self.lock());
+    }
+
+    /// The row.
+    pub fn row(&self) -> AuditRow {
+        self.lock().clone()
+    }
+
+    /// Whether it was committed together with a change.
+    pub fn is_stored(&self) -> bool {
+        self.stored.load(Ordering::Acquire)
+    }
+
+    pub(super) fn note_stored(&self) {
+        self.stored.store(true, Ordering::Release);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AuditRow> {
+        self.row.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Does `work`; the first change that it commits is recorded with `record`.
+pub async fn recorded<F: Future>(record: Arc<Record>, work: F) -> F::Output {
+    RECORD.scope(record, work).await
+}
+
+/// Notes what the controller does by itself in a transaction that this task commits; without a record nothing is noted.
+pub(super) fn note(method: &str, message: &str) {
+    let _ = RECORD.try_with(|record| {
+        record.edit(|row| {
+            method.clone_into(&mut row.method);
+            message.clone_into(&mut row.message);
+        });
+    });
+}
+
+/// The record that the transaction which this task commits has to take along. One without a method is of a call that
+/// did nothing worth a row so far.
+pub(super) fn due() -> Option<Arc<Record>> {
+    let record = RECORD.try_with(Arc::clone).ok()?;
+    (!record.is_stored() && !record.lock().method.is_empty()).then_some(record)
+}
+
+/// Appends a row.
+pub(super) async fn insert(tx: &impl Connection, row: &AuditRow) -> Result<(), StoreError> {
+    sql("INSERT INTO audit (time, actor, credential, origin, method, target, result, message) \
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
+    .time(row.time)
+    .bind(row.actor.as_str())
+    .bind(row.credential.as_str())
+    .bind(row.from.as_str())
+    .bind(row.method.as_str())
+    .bind(row.target.as_str())
+    .bind(row.result.as_str())
+    .bind(row.message.as_str())
+    .run(tx)
+    .await?;
+    Ok(())
+}
+
 impl Store {
-    /// Appends a call.
+    /// Appends a call that changed nothing.
     pub async fn record_audit(&self, row: &AuditRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
-        sql("INSERT INTO audit (time, actor, credential, origin, method, target, result, message) \
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
-        .time(row.time)
-        .bind(row.actor.as_str())
-        .bind(row.credential.as_str())
-        .bind(row.from.as_str())
-        .bind(row.method.as_str())
-        .bind(row.target.as_str())
-        .bind(row.result.as_str())
-        .bind(row.message.as_str())
-        .run(&*tx)
-        .await?;
+        insert(&*tx, row).await?;
         // Nobody waits for it, so there is no hint.
         tx.commit().await
     }

@@ -123,7 +123,7 @@ impl Store {
             .run(&*tx)
             .await?;
         let row = find(&*tx, serial).await?;
-        self.commit(tx).await?;
+        self.commit_if(row.is_some(), tx).await?;
         Ok(row)
     }
 

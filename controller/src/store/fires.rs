@@ -99,6 +99,17 @@ impl Store {
         next: Option<DateTime<Utc>>,
         now: DateTime<Utc>,
     ) -> Result<AdvanceOutcome, StoreError> {
+        self.again(|| self.advance_once(seen, rows, fire, next, now)).await
+    }
+
+    async fn advance_once(
+        &self,
+        seen: &ScheduleRow,
+        rows: &[FireRow],
+        fire: Option<(&NewOperation, &FireRow)>,
+        next: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> Result<AdvanceOutcome, StoreError> {
         let last = rows.iter().chain(fire.map(|(_, row)| row)).map(|row| row.fire_time).max();
         let tx = self.begin().await?;
         let moved = sql("UPDATE schedules SET next_fire = ?, last_fire = ?, failures = 0, failure = '' \

@@ -210,6 +210,16 @@ impl Store {
         labels: Option<&BTreeMap<String, String>>,
         display_name: Option<&str>,
     ) -> Result<UpdateNodeOutcome, StoreError> {
+        self.again(|| self.update_node_once(id, before, labels, display_name)).await
+    }
+
+    async fn update_node_once(
+        &self,
+        id: &NodeId,
+        before: Option<&BTreeMap<String, String>>,
+        labels: Option<&BTreeMap<String, String>>,
+        display_name: Option<&str>,
+    ) -> Result<UpdateNodeOutcome, StoreError> {
         let tx = self.begin().await?;
         let changed = sql("UPDATE nodes SET labels = COALESCE(?, labels), display_name = COALESCE(?, display_name) \
              WHERE id = ? AND (? OR labels = ?)")
@@ -221,7 +231,7 @@ impl Store {
         .run(&*tx)
         .await?;
         let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
+        self.commit_if(changed == 1, tx).await?;
         Ok(match row {
             Some(row) if changed == 1 => UpdateNodeOutcome::Updated(Box::new(row)),
             Some(_) => UpdateNodeOutcome::ChangedMeanwhile,
@@ -231,6 +241,10 @@ impl Store {
 
     /// Admits a node with the board and the key that it has now; `None`: no such node.
     pub async fn approve(&self, id: &NodeId, now: DateTime<Utc>) -> Result<Option<NodeRow>, StoreError> {
+        self.again(|| self.approve_once(id, now)).await
+    }
+
+    async fn approve_once(&self, id: &NodeId, now: DateTime<Utc>) -> Result<Option<NodeRow>, StoreError> {
         let tx = self.begin().await?;
         let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
         let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else { return Ok(None) };
@@ -261,15 +275,34 @@ impl Store {
         reason: &str,
         now: DateTime<Utc>,
     ) -> Result<Option<NodeRow>, StoreError> {
+        self.again(|| self.quarantine_once(id, reason, now)).await
+    }
+
+    async fn quarantine_once(
+        &self,
+        id: &NodeId,
+        reason: &str,
+        now: DateTime<Utc>,
+    ) -> Result<Option<NodeRow>, StoreError> {
         let tx = self.begin().await?;
         shut_out(&*tx, id, reason, now).await?;
         let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
+        self.commit_if(row.is_some(), tx).await?;
         Ok(row)
     }
 
     /// Forgets a node; with `force` what waits is cancelled and what is at work fails.
     pub async fn delete_node(
+        &self,
+        id: &NodeId,
+        force: bool,
+        actor: &str,
+        now: DateTime<Utc>,
+    ) -> Result<DeleteNodeOutcome, StoreError> {
+        self.again(|| self.delete_node_once(id, force, actor, now)).await
+    }
+
+    async fn delete_node_once(
         &self,
         id: &NodeId,
         force: bool,

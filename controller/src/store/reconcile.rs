@@ -47,16 +47,14 @@ impl Store {
         Hello { greeting, listed }: Hello<'_>,
         now: DateTime<Utc>,
     ) -> Result<Reconciled, StoreError> {
-        self.again(|| self.reconcile_once(node, epoch, mode, boot_id, listed, now)).await
+        self.again(|| self.reconcile_once(node, epoch, Hello { greeting, listed }, now)).await
     }
 
     async fn reconcile_once(
         &self,
         node: &NodeId,
         epoch: i64,
-        mode: NodeMode,
-        boot_id: &str,
-        listed: &[ReportRow],
+        Hello { greeting, listed }: Hello<'_>,
         now: DateTime<Utc>,
     ) -> Result<Reconciled, StoreError> {
         let mut answer = Reconciled::default();

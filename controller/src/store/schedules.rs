@@ -94,7 +94,7 @@ impl Store {
         .bind(new.next_fire.map(micros))
         .run(&*tx)
         .await?;
-        self.commit(tx).await?;
+        self.commit_if(inserted == 1, tx).await?;
         Ok(inserted == 1)
     }
 
@@ -136,7 +136,7 @@ impl Store {
         .bind(row.last_fire.map_or(-1, micros))
         .run(&*tx)
         .await?;
-        self.commit(tx).await?;
+        self.commit_if(changed == 1, tx).await?;
         Ok(changed == 1)
     }
 
@@ -148,14 +148,16 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
-        sql("UPDATE schedules SET paused = ?, pause_reason = ?, update_time = ?, revision = revision + 1 WHERE id = ?")
-            .bind(true)
-            .bind(reason)
-            .time(now)
-            .bind(id.as_str())
-            .run(&*tx)
-            .await?;
-        self.commit(tx).await?;
+        let changed = sql(
+            "UPDATE schedules SET paused = ?, pause_reason = ?, update_time = ?, revision = revision + 1 WHERE id = ?",
+        )
+        .bind(true)
+        .bind(reason)
+        .time(now)
+        .bind(id.as_str())
+        .run(&*tx)
+        .await?;
+        self.commit_if(changed == 1, tx).await?;
         self.schedule(id).await
     }
 
@@ -168,7 +170,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
-        sql("UPDATE schedules SET paused = ?, pause_reason = '', failures = 0, failure = '', \
+        let changed = sql("UPDATE schedules SET paused = ?, pause_reason = '', failures = 0, failure = '', \
              next_fire = COALESCE(next_fire, CAST(? AS BIGINT)), update_time = ?, revision = revision + 1 WHERE id = ?")
         .bind(false)
         .bind(next.map(micros))
@@ -176,7 +178,7 @@ impl Store {
         .bind(id.as_str())
         .run(&*tx)
         .await?;
-        self.commit(tx).await?;
+        self.commit_if(changed == 1, tx).await?;
         self.schedule(id).await
     }
 
@@ -184,7 +186,7 @@ impl Store {
     pub async fn delete_schedule(&self, id: &ScheduleId) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let deleted = sql("DELETE FROM schedules WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
-        self.commit(tx).await?;
+        self.commit_if(deleted == 1, tx).await?;
         Ok(deleted == 1)
     }
 }

@@ -10,7 +10,7 @@ use super::events::{self, Happened};
 use super::operations::lock;
 use super::reports::hold_node;
 use super::sql::sql;
-use super::{Board, NodeRow, Store, StoreError, System, nodes};
+use super::{Board, NodeRow, Store, StoreError, System, audit, nodes};
 use crate::operation::{ExecutionState, NodeMode, NodeState};
 
 /// A Hello, as far as the store needs it.
@@ -68,6 +68,15 @@ impl Store {
         start: &SessionStart,
         now: DateTime<Utc>,
     ) -> Result<SessionOutcome, StoreError> {
+        self.again(|| self.begin_session_once(node, start, now)).await
+    }
+
+    async fn begin_session_once(
+        &self,
+        node: &NodeId,
+        start: &SessionStart,
+        now: DateTime<Utc>,
+    ) -> Result<SessionOutcome, StoreError> {
         let tx = self.begin().await?;
         let row = sql("SELECT state, state_reason, serial, boot_id, previous_boot_id, instance, previous_instance, \
                        session_time FROM nodes WHERE id = ? {lock}")
@@ -93,6 +102,7 @@ impl Store {
                 return Ok(SessionOutcome::Superseded);
             }
             shut_out(&*tx, node, CLONED, now).await?;
+            audit::note("QUARANTINE", CLONED);
             self.commit(tx).await?;
             return Ok(SessionOutcome::Cloned);
         }
@@ -102,6 +112,7 @@ impl Store {
         if moved {
             state = NodeState::AwaitingApproval;
             reason = format!("its card is in the board {serial}, it was enrolled on {enrolled}");
+            audit::note("HOLD", &reason);
         }
         sql("UPDATE nodes SET session_epoch = session_epoch + 1, controller_id = ?, session_time = ?, last_seen = ?, \
                  disconnect_time = NULL, mode = ?, board = ?, family = ?, system = ?, agent_version = ?, state = ?, \
@@ -135,6 +146,10 @@ impl Store {
 
     /// Ends a session, unless a later one has begun; tells whether it did.
     pub async fn end_session(&self, node: &NodeId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
+        self.again(|| self.end_session_once(node, epoch, now)).await
+    }
+
+    async fn end_session_once(&self, node: &NodeId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let ended = sql("UPDATE nodes SET controller_id = NULL, disconnect_time = ?, last_seen = ? WHERE id = ? \
                          AND session_epoch = ? AND controller_id IS NOT NULL")

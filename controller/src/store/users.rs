@@ -131,7 +131,7 @@ impl Store {
         .run(&*tx)
         .await?;
         let row = find(&*tx, &before.id).await?;
-        self.commit(tx).await?;
+        self.commit_if(changed == 1, tx).await?;
         Ok(match row {
             Some(row) if changed == 1 => UpdateUserOutcome::Updated(row),
             Some(row) if row.revoke_time.is_some() => UpdateUserOutcome::Revoked,
@@ -158,7 +158,7 @@ impl Store {
             .run(&*tx)
             .await?;
         let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
+        self.commit_if(row.is_some(), tx).await?;
         Ok(row)
     }
 

@@ -1,6 +1,7 @@
 //! Callers that go away before they are answered.
 
 use std::future::Future;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::certs::NodeKey;
@@ -19,7 +20,8 @@ use tonic::transport::Channel;
 
 use crate::scene::{later, node, wish};
 
-/// A database whose audit nobody can write to while it is held: what a call changed is committed, its record waits.
+/// A database whose audit nobody can write to while it is held: what a call changes waits for its record before it is
+/// committed.
 struct Ledger {
     server: &'static Postgres,
     url: String,
@@ -28,6 +30,9 @@ struct Ledger {
 /// Who holds the audit.
 const HOLDERS: &str = "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database \
      WHERE d.datname = current_database() AND relation = 'audit'::regclass AND mode = 'ExclusiveLock' AND granted";
+/// Who waits for it.
+const WAITERS: &str = "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database \
+     WHERE d.datname = current_database() AND relation = 'audit'::regclass AND NOT granted";
 
 impl Ledger {
     async fn new() -> Result<Self> {
@@ -48,6 +53,11 @@ impl Ledger {
     fn release(&self) -> Result<()> {
         let release = format!("SELECT pg_terminate_backend(pid) FROM ({HOLDERS}) held");
         self.server.by_hand(&self.url, &release)?.map_err(anyhow::Error::msg)
+    }
+
+    async fn release_after(&self, event: impl Future<Output = Result<()>>) -> Result<()> {
+        event.await?;
+        self.release()
     }
 
     /// The texts of a query's column `found`, sorted.
@@ -75,21 +85,34 @@ impl Ledger {
         self.texts("SELECT method || ' ' || target AS found FROM audit WHERE result = 'OK'")
     }
 
-    /// Lets a call go on until what it makes is there, and then does away with it, and with whatever it holds.
-    async fn leave<T>(&self, what: &str, call: impl Future<Output = T> + Send + 'static) -> Result<()>
+    /// Lets a call go on until it waits for its record, does away with it, and with whatever it holds, and lets go of the
+    /// audit once `noticed`.
+    async fn leave<T>(
+        &self,
+        what: &str,
+        call: impl Future<Output = T> + Send + 'static,
+        noticed: impl Future<Output = Result<()>>,
+    ) -> Result<()>
     where
         T: Send + 'static,
     {
         let before = self.made()?.len();
+        self.hold().await?;
         let calling = tokio::spawn(call);
-        wait_until(seconds(20), &format!("{what} is made"), async || {
+        wait_until(seconds(20), &format!("{what} waits for its record"), async || {
             ensure!(!calling.is_finished(), "{what}: it was answered before it was recorded");
-            Ok((self.made()?.len() > before).then_some(()))
+            Ok((!self.server.rows(&self.url, WAITERS)?.is_empty()).then_some(()))
         })
         .await?;
         calling.abort();
         ensure!(calling.await.is_err_and(|error| error.is_cancelled()), "{what}: it was answered");
-        Ok(())
+        ensure!(self.made()?.len() == before, "{what}: it is there, and its record is not");
+        noticed.await?;
+        self.release()?;
+        wait_until(seconds(20), &format!("{what} is made and recorded"), async || {
+            Ok((self.made()?.len() > before && self.made()? == self.recorded()?).then_some(()))
+        })
+        .await
     }
 }
 
@@ -121,40 +144,41 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
     let leaves = connected(fleet.admin(), &fleet).await?;
     let mut enrollment = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
     assert_eq!(ledger.made()?, ledger.recorded()?);
+    let before = ledger.made()?.len();
+    // By then the controller has read that they left.
+    let noticed = async || {
+        for _ in 0..3 {
+            NodeServiceClient::new(stays.clone()).list_nodes(ListNodesRequest::default()).await?;
+        }
+        Ok(())
+    };
 
-    ledger.hold().await?;
     // Its stream is reset.
-    ledger.leave("a join token", create_join_token(stays.clone())).await?;
+    ledger.leave("a join token", create_join_token(stays.clone()), noticed()).await?;
     let mut operations = OperationServiceClient::new(stays.clone());
     let create = CreateOperationRequest { operation: Some(later(&["pi-1"])), request_id: String::new() };
-    ledger.leave("an operation", async move { operations.create_operation(create).await }).await?;
+    ledger.leave("an operation", async move { operations.create_operation(create).await }, noticed()).await?;
     // Its connection is closed.
-    ledger.leave("a join token on a connection of its own", create_join_token(leaves)).await?;
-    // Its time is up.
-    let api_token = ApiToken { role: Role::Viewer.into(), ..ApiToken::default() };
-    let create = CreateApiTokenRequest { api_token: Some(api_token), api_token_id: "late".to_owned(), ttl: None };
-    let mut create = Request::new(create);
-    create.set_timeout(seconds(2));
-    let late = AccessServiceClient::new(stays.clone()).create_api_token(create).await;
-    late.err().context("it was answered in time")?;
+    ledger.leave("a join token on a connection of its own", create_join_token(leaves), noticed()).await?;
     // And one without a certificate.
     let key = NodeKey::generate()?;
     let enroll = wish(&token, &key, "pi-2", "")?;
-    ledger.leave("a node", async move { enrollment.enroll(enroll).await }).await?;
-
-    let made = ledger.made()?;
-    assert_eq!(made.len(), ledger.recorded()?.len() + 5, "{made:?}");
-    // The controller has read that they left.
-    for _ in 0..3 {
-        NodeServiceClient::new(stays.clone()).list_nodes(ListNodesRequest::default()).await?;
-    }
+    ledger.leave("a node", async move { enrollment.enroll(enroll).await }, noticed()).await?;
+    // Its time is up.
+    ledger.hold().await?;
+    let api_token = ApiToken { role: Role::Viewer.into(), ..ApiToken::default() };
+    let create = CreateApiTokenRequest { api_token: Some(api_token), api_token_id: "late".to_owned(), ttl: None };
+    let mut create = Request::new(create);
+    create.set_timeout(Duration::from_millis(700));
+    let late = AccessServiceClient::new(stays.clone()).create_api_token(create).await;
+    late.err().context("it was answered in time")?;
+    noticed().await?;
     ledger.release()?;
-    let recorded = wait_until(seconds(20), "all of it is recorded", async || {
-        let recorded = ledger.recorded()?;
-        Ok((recorded.len() >= made.len()).then_some(recorded))
+    let made = wait_until(seconds(20), "all of it is made and recorded", async || {
+        let made = ledger.made()?;
+        Ok((made.len() == before + 5 && made == ledger.recorded()?).then_some(made))
     });
-    let recorded = recorded.await.with_context(|| format!("made {made:?}, recorded {:?}", ledger.recorded()))?;
-    assert_eq!(recorded, made);
+    made.await.with_context(|| format!("made {:?}, recorded {:?}", ledger.made(), ledger.recorded()))?;
     fleet.went_well();
     Ok(())
 }
@@ -164,24 +188,22 @@ async fn a_controller_that_stops_ends_what_callers_left_behind() -> Result<()> {
     let ledger = Ledger::new().await?;
     let mut fleet = Fleet::builder().pis(0).database(Database::Url(ledger.url.clone())).start().await?;
     let leaves = connected(fleet.admin(), &fleet).await?;
-    ledger.hold().await?;
-    ledger.leave("a join token", create_join_token(leaves)).await?;
     let api = fleet.addresses().api;
     let ends = async {
         let status = fleet.terminate_controller(seconds(30)).await?;
         ensure!(status.success(), "{status}");
         Ok(())
     };
-    let lets_go = async {
-        // Nobody is served any more, and still it waits.
-        wait_until(seconds(20), "the controller listens no longer", async || {
+    // Nobody is served any more, and still it waits.
+    let stops = async {
+        let listens_no_longer = wait_until(seconds(20), "the controller listens no longer", async || {
             let connected = tokio::net::TcpStream::connect(api).await;
             Ok(connected.is_err().then_some(()))
-        })
-        .await?;
-        ledger.release()
+        });
+        tokio::try_join!(ends, ledger.release_after(listens_no_longer))?;
+        Ok(())
     };
-    tokio::try_join!(ends, lets_go)?;
+    ledger.leave("a join token", create_join_token(leaves), stops).await?;
     assert_eq!((ledger.made()?.len(), ledger.recorded()?), (1, ledger.made()?));
     fleet.went_well();
     Ok(())

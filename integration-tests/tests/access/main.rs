@@ -12,6 +12,7 @@ mod doors;
 mod filters;
 mod leaving;
 mod live;
+mod recorded;
 mod renewal;
 mod scene;
 mod schedules;

@@ -15,12 +15,15 @@ mod database;
 mod enrolment;
 mod fires;
 mod history;
+mod locks;
 mod operations;
 mod power_off;
+mod recorded;
 mod reports;
 mod rollouts;
 mod schedules;
 mod sessions;
+mod silence;
 mod storage;
 mod support;
 mod trap;
@@ -127,7 +130,15 @@ on_both!(
         nodes_that_were_powered_off_did_not_vanish,
         without_a_rollout_nothing_pauses,
         an_operation_without_room_keeps_a_node_from_nothing_else,
-        an_abandoned_node_stays_a_failure;
+        an_abandoned_node_stays_a_failure,
+        a_forgiven_node_that_succeeds_leaves_no_room_for_failures,
+        a_forgiven_node_that_fails_in_the_end_is_not_counted_twice,
+        a_forgiven_node_that_is_at_work_again_can_fail_again;
+    silence:
+        nobody_is_judged_in_the_first_round_after_an_outage,
+        a_node_has_its_day_from_when_it_was_found_overdue,
+        nobody_is_judged_while_a_report_waits,
+        other_controllers_get_the_time_to_beat_again;
     windows:
         nothing_is_begun_while_the_window_is_closed,
         what_was_not_begun_in_a_window_waits_for_the_next,
@@ -166,6 +177,12 @@ on_both!(
     history:
         events_of_operations_that_ended_long_ago_are_removed_and_the_operations_kept,
         races_of_cancel_against_dispatch_and_completion_end_as_the_node_says;
+    locks:
+        progress_cancels_and_resumes_of_one_operation_wait_for_each_other;
+    recorded:
+        a_change_that_cannot_be_recorded_is_not_made,
+        what_was_not_done_is_not_recorded_as_done,
+        what_the_controller_does_by_itself_is_recorded_with_it;
     database:
         a_database_is_opened_again_with_everything_in_it,
         a_call_is_audited,

@@ -18,7 +18,7 @@ use crate::identity::shown;
 use crate::identity::tls::Connection;
 use crate::operation::NodeState;
 use crate::sessions::Handle;
-use crate::store::{AuditRow, CLONED, SessionOutcome, SessionStart};
+use crate::store::{AuditRow, Record, SessionOutcome, SessionStart, recorded};
 
 /// Longest instance of an agent, in bytes: ours has 32.
 const INSTANCE_MAX: usize = 64;
@@ -51,20 +51,18 @@ fn instance(text: &str) -> Result<String, ApiError> {
     Ok(convert::text("hello.instance", text)?.to_owned())
 }
 
-/// Records what the controller did to a node by itself.
-async fn noted(context: &Context, node: &NodeId, from: SocketAddr, what: &str, why: &str) {
-    of_peer!(warn, node, %node, %from, what, why = %cut(why), "a node was shut out or held");
-    let row = AuditRow {
+/// The record of what the controller does to a node by itself; the store says in it what that is.
+fn record(context: &Context, node: &NodeId, from: SocketAddr) -> Arc<Record> {
+    Record::new(AuditRow {
         time: context.clock.now(),
         actor: "controller".to_owned(),
         credential: String::new(),
         from: shown(from).to_string(),
-        method: what.to_owned(),
+        method: String::new(),
         target: node.name(),
         result: OK.to_owned(),
-        message: why.to_owned(),
-    };
-    context.access.recorder().record(row, Some(from.ip())).await;
+        message: String::new(),
+    })
 }
 
 /// A session that has begun in the store and in the registry.
@@ -118,13 +116,17 @@ pub(super) async fn begin(
         board: convert::board(hello.board.clone().unwrap_or_default())?,
         system: convert::system(hello.system.clone().unwrap_or_default())?,
     };
-    match context.store.begin_session(node, &start, context.clock.now()).await? {
-        SessionOutcome::Begun { epoch, node: row, moved } => {
+    let record = record(context, node, peer.from);
+    let begun = recorded(Arc::clone(&record), context.store.begin_session(node, &start, context.clock.now())).await?;
+    if record.is_stored() {
+        let row = record.row();
+        let (what, why) = (row.method, row.message);
+        of_peer!(warn, node, %node, from = %peer.from, what, why = %cut(&why), "a node was shut out or held");
+    }
+    match begun {
+        SessionOutcome::Begun { epoch, node: row, .. } => {
             if let Some(connection) = &peer.connection {
                 connection.accept(Role::Node, node.as_str());
-            }
-            if moved {
-                noted(context, node, peer.from, "HOLD", &row.state_reason).await;
             }
             let handle = context.sessions.open(node, epoch, &peer.certificate).ok_or_else(|| ApiError::Aborted {
                 reason: "SESSION_SUPERSEDED",
@@ -132,11 +134,7 @@ pub(super) async fn begin(
             })?;
             Ok(Begun { epoch, held: row.state != NodeState::Approved, labels: row.labels, handle })
         }
-        SessionOutcome::Cloned => {
-            noted(context, node, peer.from, "QUARANTINE", CLONED).await;
-            Err(quarantined(node))
-        }
-        SessionOutcome::Quarantined => Err(quarantined(node)),
+        SessionOutcome::Cloned | SessionOutcome::Quarantined => Err(quarantined(node)),
         SessionOutcome::Superseded => Err(ApiError::Aborted {
             reason: "SESSION_SUPERSEDED",
             message: "the node has a newer session from a later boot".to_owned(),
