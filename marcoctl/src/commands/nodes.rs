@@ -15,7 +15,7 @@ use crate::args::{Label, NodeSelection, Nodes, NodesCommand};
 use crate::clock;
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, bytes, clean, clock_time, enum_word, fields, id, labels, listing, local};
+use crate::output::{Out, ago, bytes, clean, clock_time, enum_word, fields, id, in_local_time, labels, listing, local};
 
 /// A page of nodes where all of them are wanted.
 const PAGE_SIZE: i32 = 500;
@@ -225,7 +225,7 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
         ("display name", node.display_name.clone()),
         ("labels", labels(&node.labels)),
         ("state", state(node)),
-        ("because", node.state_reason.clone()),
+        ("because", in_local_time(&node.state_reason)),
         ("connected", connected),
         ("last seen", ago(node.last_seen_time.as_ref(), now)),
         ("at work on", node.active_execution.clone()),

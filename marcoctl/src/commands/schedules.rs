@@ -15,7 +15,9 @@ use crate::args::{ActionArg, CreateSchedule, MissedFireArg, Next, OutcomeArg, Ov
 use crate::ask::{Force, say, unless_forced};
 use crate::connect::{Connection, call};
 use crate::failure::Failure;
-use crate::output::{Out, ago, clean, enum_word, fields, id, labels, listing, local, span, timestamp_of};
+use crate::output::{
+    Out, ago, clean, enum_word, fields, id, in_local_time, labels, listing, local, span, timestamp_of,
+};
 
 mod update;
 
@@ -271,7 +273,7 @@ fn fires_text(fires: &[Fire]) -> String {
             local(fire.fire_time.as_ref()),
             enum_word(fire.outcome().as_str_name(), "OUTCOME_"),
             id(&fire.operation),
-            fire.reason.clone(),
+            in_local_time(&fire.reason),
         ]
     });
     listing("no fires", &["FIRE", "OUTCOME", "OPERATION", "WHY"], rows)
