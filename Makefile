@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky soak bench-install host-test fuzz e2e failures powercut check agent
+.PHONY: help deps build demo test quotas flaky mutants soak bench-install host-test fuzz e2e failures powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -29,6 +29,10 @@ flaky: deps ## Fleet tests FLEETS (10) times and the suite SUITES (3) times whil
 quotas: deps ## Each kind of peer at each listener, greedy for QUOTA_SECONDS (30): memory, files, disk, log, an admin's calls
 	cargo build --bins
 	QUOTA_SECONDS=$(or $(QUOTA_SECONDS),30) cargo test --package integration-tests --test abuse quotas -- --nocapture
+
+mutants: ## Mutants of the pure modules (states, rollouts, schedules, jobs, roles) that no test notices [MUTANTS='--file src/rollout.rs']
+	cargo mutants --version >/dev/null 2>&1 || cargo install --locked cargo-mutants
+	scripts/mutants.sh $(MUTANTS)
 
 soak: deps ## Schedules, virtual Pis, three controllers, and random faults for SOAK_SECONDS (600); then everything is checked
 	cargo build --bins

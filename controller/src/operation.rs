@@ -127,3 +127,54 @@ impl Update {
         self.bootcode.as_ref().or_else(|| self.bootcodes.get(family)).or_else(|| self.bootcodes.get("*"))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn artifact(id: &str) -> FrozenArtifact {
+        FrozenArtifact { id: id.to_owned(), sha256: format!("digest of {id}") }
+    }
+
+    fn notice(seconds: u64) -> Notice {
+        Notice { delay: Duration::from_secs(seconds), message: String::new() }
+    }
+
+    fn update() -> Update {
+        let bootcodes = [("pi4", artifact("for-pi4")), ("pi3", artifact("image")), ("*", artifact("for-any"))];
+        Update {
+            image: Some(artifact("image")),
+            bootcode: None,
+            bootcodes: bootcodes.map(|(family, artifact)| (family.to_owned(), artifact)).into(),
+            notice: notice(3),
+            discard_home: false,
+            raw: false,
+        }
+    }
+
+    #[test]
+    fn action_has_its_word_notice_and_image() {
+        let all = [Action::Reboot(notice(1)), Action::PowerOff(notice(2)), Action::Update(update())];
+        assert_eq!(all.each_ref().map(Action::kind), ["reboot", "power-off", "update"]);
+        assert_eq!(all.each_ref().map(|action| action.notice().delay.as_secs()), [1, 2, 3]);
+        assert_eq!(all.each_ref().map(Action::image), [None, None, Some(&artifact("image"))]);
+    }
+
+    #[test]
+    fn artifacts_are_named_once_each() {
+        let ids = |action: &Action| action.artifacts().iter().map(|found| found.id.clone()).collect::<Vec<_>>();
+        assert_eq!(ids(&Action::Update(update())), ["for-any", "for-pi4", "image"]);
+        assert_eq!(ids(&Action::Update(Update { bootcode: Some(artifact("named")), ..update() })).len(), 4);
+        assert!(ids(&Action::Reboot(notice(1))).is_empty());
+    }
+
+    #[test]
+    fn bootcode_is_the_named_else_the_familys_else_any_boards() {
+        let id = |update: &Update, family| update.bootcode_for(family).map(|found| found.id.clone());
+        assert_eq!(id(&update(), "pi4").as_deref(), Some("for-pi4"));
+        assert_eq!(id(&update(), "pi5").as_deref(), Some("for-any"));
+        assert_eq!(id(&Update { bootcodes: BTreeMap::new(), ..update() }, "pi4"), None);
+        let named = Update { bootcode: Some(artifact("named")), ..update() };
+        assert_eq!(id(&named, "pi4").as_deref(), Some("named"));
+    }
+}

@@ -85,6 +85,8 @@ mod tests {
         for conflict in [Conflict::Ahead, Conflict::Unproved, Conflict::Busy] {
             assert!(!conflict.is_acknowledged());
         }
+        // Nothing waits for a verdict on these, and a node that is not acknowledged says them for ever.
+        assert!(Conflict::Unknown.is_acknowledged() && Conflict::Ended.is_acknowledged());
         assert!(Conflict::Ahead.sentence("RUNNING", 7, None).contains("under attempt 7"));
     }
 }

@@ -1,8 +1,10 @@
 //! Every state against every step, and against every way in which an agent can find it.
 
+use std::time::Duration;
+
 use super::{
-    DID_NOT_POWER_OFF, Found, Kind, Mode, RELEASE_MISMATCH, Resume, State, UNKNOWN_ACTION, WRONG_MODE, WrongState,
-    resume,
+    Action, DID_NOT_POWER_OFF, Found, Kind, Mode, Notice, RELEASE_MISMATCH, Resume, State, UNKNOWN_ACTION, Update,
+    WRONG_MODE, WrongState, resume,
 };
 
 const KINDS: [Kind; 4] = [Kind::Reboot, Kind::PowerOff, Kind::Update, Kind::Unknown];
@@ -123,4 +125,13 @@ fn nothing_goes_down_again_after_the_boot_id_changed() {
             }
         }
     }
+}
+
+#[test]
+fn only_a_raw_update_writes_the_whole_card() {
+    let notice = Notice { delay: Duration::ZERO, message: String::new() };
+    let update =
+        |raw| Action::Update(Update { image: None, bootcode: None, notice: notice.clone(), discard_home: false, raw });
+    assert!(update(true).is_raw() && !update(false).is_raw());
+    assert!(!Action::Reboot(notice.clone()).is_raw() && !Action::Unknown.is_raw());
 }
