@@ -79,8 +79,9 @@ impl Store {
     /// Stores a certificate (one that is not issued by `enrol`).
     pub async fn insert_certificate(&self, row: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
-        insert(&*tx, row).await?;
+        // The node first, as in every transaction.
         note_key(&*tx, row).await?;
+        insert(&*tx, row).await?;
         self.commit(tx).await
     }
 

@@ -4,7 +4,7 @@
 //! 2. `nodes`;
 //! 3. `operations`;
 //! 4. `executions`, each only under its operation's row, so that no two transactions ever want the same ones;
-//! 5. `artifact_defaults`, then `blobs`, `certificates`, `controllers`.
+//! 5. `blobs`, then `artifact_defaults`, `certificates`, `controllers`.
 //!
 //! Several rows of one table are taken in the order of their ids. A row that is held is left out (`SKIP LOCKED`) where
 //! the next round does as well; who never waits may take rows in any order. A table that a transaction holds rows of
@@ -23,8 +23,8 @@ const ORDER: [&str; 11] = [
     NODES,
     OPERATIONS,
     EXECUTIONS,
-    "artifact_defaults",
     "blobs",
+    "artifact_defaults",
     "certificates",
     "controllers",
 ];
