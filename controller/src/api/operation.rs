@@ -156,10 +156,8 @@ impl Operations {
             [ExecutionState::Failed, ExecutionState::RolledBack, ExecutionState::Cancelled, ExecutionState::Expired];
         let rows = self.context.store.executions(&id, None, u32::MAX, &unsuccessful).await?;
         let hopeless = |row: &ExecutionRow| remedy::is_hopeless(row.state, row.error.as_ref(), &old.action);
-        if let Some(first) = rows.first()
-            && rows.iter().all(hopeless)
-        {
-            return Err(self.no_retry(first, rows.len(), &old.action).await?);
+        if let Some(first) = rows.first().filter(|_| rows.iter().all(hopeless)) {
+            return Err(remedy::no_retry(&self.context, first, rows.len(), &old.action).await?);
         }
         let mut nodes: Vec<NodeId> = rows.into_iter().filter(|row| !hopeless(row)).map(|row| row.id.node).collect();
         let known: BTreeSet<NodeId> =
@@ -187,20 +185,6 @@ impl Operations {
             now,
         )
         .await
-    }
-
-    /// Why an update whose failures another try cannot heal is not tried again.
-    async fn no_retry(&self, first: &ExecutionRow, count: usize, action: &Action) -> Result<ApiError, ApiError> {
-        let why = first.error.as_ref().map(|error| format!("{}: {}", error.reason, error.message)).unwrap_or_default();
-        let others = if count > 1 { format!(" (and {} more nodes)", count - 1) } else { String::new() };
-        let remedy = remedy::put_back(&self.context, &first.id.node, action).await?;
-        Ok(ApiError::Precondition {
-            reason: "RETRY_CANNOT_HELP",
-            message: format!(
-                "{}{others} failed with {why}; another try with the same image ends the same way. {remedy}",
-                first.id.node.name()
-            ),
-        })
     }
 
     async fn find(&self, id: &OperationId) -> Result<OperationRow, ApiError> {
@@ -412,15 +396,7 @@ impl OperationService for Operations {
                 explained.explanation.push_str(&super::explain::powered_off(off));
             }
         }
-        if remedy::is_hopeless(row.state, row.error.as_ref(), &operation.action) {
-            explained.explanation.push_str(" Another try with the same image ends the same way.");
-            explained.suggestions = match row.state {
-                ExecutionState::RolledBack => {
-                    vec!["It runs the system that it ran before; nothing to put back.".to_owned()]
-                }
-                _ => vec![remedy::put_back(&self.context, &id.node, &operation.action).await?],
-            };
-        }
+        remedy::amend(&self.context, &row, &operation.action, &mut explained).await?;
         if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
             explained.suggestions.insert(0, super::explain::read_log(&id));
         }

@@ -2,10 +2,12 @@
 
 use marco_proto::names::NodeId;
 use marco_proto::reasons::{Healing, healing};
+use marco_proto::v1;
 
 use super::Context;
 use super::status::ApiError;
 use crate::operation::{Action, ExecutionError, ExecutionState};
+use crate::store::ExecutionRow;
 
 /// Whether another try with the same image ends the same way.
 pub(super) fn is_hopeless(state: ExecutionState, error: Option<&ExecutionError>, action: &Action) -> bool {
@@ -52,4 +54,47 @@ pub(super) async fn trouble(context: &Context, node: &NodeId) -> Result<String, 
         format!("{}.", put_back(context, node, &last.action).await?)
     };
     Ok(format!("The update to {image} failed with {why}. Another try with the same image ends the same way. {then}"))
+}
+
+/// Why an update whose failures another try cannot heal is not tried again. `count`: of all nodes on which it failed.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn no_retry(
+    context: &Context,
+    first: &ExecutionRow,
+    count: usize,
+    action: &Action,
+) -> Result<ApiError, ApiError> {
+    let why = first.error.as_ref().map(|error| format!("{}: {}", error.reason, error.message)).unwrap_or_default();
+    let others = if count > 1 { format!(" (and {} more nodes)", count - 1) } else { String::new() };
+    let remedy = put_back(context, &first.id.node, action).await?;
+    Ok(ApiError::Precondition {
+        reason: "RETRY_CANNOT_HELP",
+        message: format!(
+            "{}{others} failed with {why}; another try with the same image ends the same way. {remedy}",
+            first.id.node.name()
+        ),
+    })
+}
+
+/// Puts what helps in place of a retry that cannot.
+///
+/// # Errors
+/// The store's.
+pub(super) async fn amend(
+    context: &Context,
+    row: &ExecutionRow,
+    action: &Action,
+    explained: &mut v1::ExplainExecutionResponse,
+) -> Result<(), ApiError> {
+    if !is_hopeless(row.state, row.error.as_ref(), action) {
+        return Ok(());
+    }
+    explained.explanation.push_str(" Another try with the same image ends the same way.");
+    explained.suggestions = match row.state {
+        ExecutionState::RolledBack => vec!["It runs the system that it ran before; nothing to put back.".to_owned()],
+        _ => vec![put_back(context, &row.id.node, action).await?],
+    };
+    Ok(())
 }

@@ -1,0 +1,85 @@
+//! What is known of an image before the card is touched, and boot files below a prefix.
+
+use std::sync::Arc;
+
+use marco_proto::v1::ImageFacts;
+
+use super::{Bed, downloader, image, image_job};
+use crate::download::tests::{Wrong, serve_judged};
+use crate::system::{Mode, Reboot, System as _};
+
+fn facts(refusal: &str, files: &[&str]) -> Option<ImageFacts> {
+    Some(ImageFacts {
+        refusal: refusal.to_owned(),
+        boot_files: files.iter().map(|file| (*file).to_owned()).collect(),
+        texts: [("config.txt".to_owned(), "arm_64bit=1\n".to_owned())].into(),
+    })
+}
+
+/// The controller's judgement alone: the image itself is good, so nothing else can refuse it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn image_that_is_known_not_to_start_this_board_touches_nothing() {
+    let pi3 = ["kernel8.img", "config.txt", "cmdline.txt", "bcm2710-rpi-3-b.dtb"];
+    for (said, word) in [(facts("it has no init", &[]), "no init"), (facts("", &pi3), "bcm2711-rpi-4-b.dtb")] {
+        let tar = image("boot/firmware", 10, "");
+        let (downloader, _server) = serve_judged(tar.clone().into(), Arc::new(|_| Wrong::Nothing), said).await;
+        let mut bed = Bed::new().await;
+        let error = bed.install(&image_job(&tar), &downloader).await.unwrap_err();
+        assert_eq!((error.reason, error.retryable), ("NOT_A_SYSTEM", false));
+        assert!(error.message.contains(word), "{error}");
+        assert!(bed.has("root/old"), "the card was touched");
+        bed.installer.reboot(Reboot::Plain, None, "").await.unwrap();
+        assert_eq!(bed.powered.boot().await.mode(), Mode::Running, "the old system is back");
+        bed.powered.kill().await;
+    }
+    let tar = image("boot/firmware", 10, "");
+    let good = facts("", &["kernel8.img", "config.txt", "cmdline.txt", "bcm2711-rpi-4-b.dtb"]);
+    let (downloader, _server) = serve_judged(tar.clone().into(), Arc::new(|_| Wrong::Nothing), good).await;
+    let bed = Bed::new().await;
+    bed.install(&image_job(&tar), &downloader).await.unwrap();
+    bed.powered.kill().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_neither_tarball_nor_disk_touches_nothing() {
+    let seven = [b"7z\xbc\xaf\x27\x1c".as_slice(), &[7; 4000]].concat();
+    let (downloader, _server) = downloader(seven.clone(), |_| Wrong::Nothing).await;
+    let bed = Bed::new().await;
+    let error = bed.install(&image_job(&seven), &downloader).await.unwrap_err();
+    assert!(error.reason == "IMAGE_REFUSED" && error.message.contains("unpack it first"), "{error}");
+    assert!(bed.has("root/old"), "the card was touched");
+    bed.powered.kill().await;
+}
+
+/// As Ubuntu lays its boot partition out: everything below a prefix, and another one for trial boots of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn system_below_os_prefix_comes_up_on_trial_and_afterwards() {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (name, text) in [
+        ("usr/sbin/init", "#!/bin/sh\n"),
+        ("etc/fstab", "LABEL=writable / ext4 defaults 0 1\nLABEL=system-boot /boot/firmware vfat defaults 0 1\n"),
+        (
+            "boot/firmware/config.txt",
+            "[all]\nos_prefix=current/\n[tryboot]\nos_prefix=new/\n[all]\narm_64bit=1\nkernel=vmlinuz\n\
+             cmdline=cmdline.txt\ninitramfs initrd.img followkernel\n[pi4]\nmax_framebuffers=2",
+        ),
+        ("boot/firmware/current/vmlinuz", "kernel"),
+        ("boot/firmware/current/initrd.img", "initrd"),
+        ("boot/firmware/current/cmdline.txt", "console=tty1 root=LABEL=writable rootwait fixrtc\n"),
+        ("boot/firmware/current/bcm2711-rpi-4-b.dtb", "tree"),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o755);
+        tar.append_data(&mut header, name, text.as_bytes()).unwrap();
+    }
+    let tar = tar.into_inner().unwrap();
+    let (downloader, _server) = downloader(tar.clone(), |_| Wrong::Nothing).await;
+    let mut bed = Bed::new().await;
+    bed.install(&image_job(&tar), &downloader).await.unwrap();
+    let cmdline = bed.read("boot/current/cmdline.txt");
+    assert!(cmdline.contains("root=PARTUUID=") && !cmdline.contains("writable"), "{cmdline}");
+    assert!(!bed.has("boot/cmdline.txt"));
+    assert_eq!(bed.trial().await.mode(), Mode::Running);
+    bed.powered.kill().await;
+}
