@@ -385,6 +385,7 @@ impl ArtifactService for ArtifactsApi {
     async fn open_artifact(&self, request: Request<v1::OpenArtifactRequest>) -> Result<Response<v1::Artifact>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
+        caller.note_target(&request.name);
         let result = self.open(&request).await;
         self.context.audit(&caller, "OpenArtifact", &request.name, &result).await;
         Ok(Response::new(result?))

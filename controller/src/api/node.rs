@@ -358,6 +358,7 @@ impl NodeService for Nodes {
     async fn resolve_node(&self, request: Request<v1::ResolveNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
+        caller.note_target(&request.name);
         let result = self.resolve(&caller, &request).await;
         self.context.audit(&caller, "ResolveNode", &request.name, &result).await;
         Ok(Response::new(convert::node(&result?)))

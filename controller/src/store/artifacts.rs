@@ -261,7 +261,7 @@ impl Store {
         let tx = self.begin().await?;
         sql("UPDATE artifacts SET open_to_mirror = ? WHERE id = ?").bind(open).bind(id.as_str()).run(&*tx).await?;
         let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
+        self.commit_if(row.is_some(), tx).await?;
         Ok(row)
     }
 

@@ -139,6 +139,14 @@ impl Walk {
         self.admin::<Node>("NodeService/QuarantineNode", quarantine).await?;
         let approve = named(&name);
         self.admin::<Node>("NodeService/ApproveNode", approve).await?;
+        // The node knows something that the store does not.
+        self.by_hand(
+            "INSERT INTO conflicts (node, operation, kind, attempt, sequence, state, boot_id, holds, time) VALUES \
+                 ('in-2', '0198a6e0-0000-7000-8000-000000000001', 'UNKNOWN', 1, 1, 'RUNNING', '', TRUE, 1)",
+        )?;
+        let decision = resolve_node_request::Decision::Abandon.into();
+        let resolve = ResolveNodeRequest { name: name.clone(), decision };
+        self.admin::<Node>("NodeService/ResolveNode", resolve).await?;
         let delete = DeleteNodeRequest { name, ..DeleteNodeRequest::default() };
         self.admin::<DeleteNodeResponse>("NodeService/DeleteNode", delete).await?;
         let create = CreateJoinTokenRequest { max_uses: 3, ..CreateJoinTokenRequest::default() };
@@ -216,6 +224,8 @@ impl Walk {
         let default = SetDefaultArtifactRequest { name: name.clone(), ..SetDefaultArtifactRequest::default() };
         self.admin::<Artifact>("ArtifactService/SetDefaultArtifact", default).await?;
         self.by_hand("DELETE FROM artifact_defaults")?;
+        let open = OpenArtifactRequest { name: name.clone(), open_to_mirror: true };
+        self.admin::<Artifact>("ArtifactService/OpenArtifact", open).await?;
         let delete = named(&name);
         self.admin::<DeleteArtifactResponse>("ArtifactService/DeleteArtifact", delete).await?;
         Ok(())
