@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::durable;
 use crate::system::Board;
 
 mod file;
@@ -308,9 +309,12 @@ impl BootPart {
         write_whole(&self.recovery.join("installer-config.txt"), format!("export OS_IMG={name}\n").as_bytes())
     }
 
-    /// Copies the node's key and certificates from `identity_dir` to `marco/`, for the installer to use.
+    /// Copies the node's key and certificates from `identity_dir` to `marco/`, for the installer to use. On a stock card
+    /// every user of the machine can read them there: not before the machine goes down.
     pub fn stage_identity(&self, identity_dir: &Path) -> Result<(), BootError> {
         let _lock = self.lock()?;
+        // A renewal that ends just now must not leave the key of one certificate beside another.
+        let _held = durable::hold(identity_dir).map_err(BootError::io("lock", identity_dir))?;
         for name in IDENTITY {
             let from = identity_dir.join(name);
             let bytes = std::fs::read(&from).map_err(BootError::io("read", &from))?;

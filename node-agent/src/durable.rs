@@ -12,6 +12,20 @@ pub(crate) fn successor(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Gives a file another name in its directory, over what had it. When it returns, that is on the disk.
+pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    let directory = to.parent().ok_or_else(|| io::Error::other("the path has no directory"))?;
+    std::fs::rename(from, to)?;
+    File::open(directory)?.sync_all()
+}
+
+/// Holds a directory until the file is dropped, and waits for whoever else does.
+pub(crate) fn hold(directory: &Path) -> io::Result<File> {
+    let file = File::open(directory)?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
+    Ok(file)
+}
+
 /// Replaces the file at `path` by `contents`, with permissions `mode`. When it returns, the new contents are on the
 /// disk; when it fails, or the power does, the old ones are.
 pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {

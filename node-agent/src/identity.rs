@@ -1,13 +1,12 @@
 //! Who the node is: a key that is made here and never leaves, a certificate for it, and the CA that both sides trust.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use rustls::ClientConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::Notify;
 use tonic::transport::Channel;
 
 use crate::discovery::CaHint;
@@ -15,12 +14,17 @@ use crate::durable;
 
 mod enroll;
 mod join;
+mod keys;
+mod renewal;
 mod time;
 mod tls;
 mod token;
+mod watched;
 
 pub use enroll::{Enrollment, enroll};
 pub use join::{JoinError, JoinFile};
+use keys::Pair;
+pub use renewal::KeyPolicy;
 pub use time::TlsTime;
 pub use tls::Purpose;
 pub use token::{InvalidToken, JoinToken};
@@ -144,9 +148,9 @@ impl IdentityError {
     }
 }
 
-/// The present certificate and what is made of it.
+/// A certificate and what is made of it.
 struct Credentials {
-    certificate_pem: String,
+    pair: Pair,
     leaf: CertificateDer<'static>,
     tls: Arc<ClientConfig>,
     ca: CaHint,
@@ -155,12 +159,21 @@ struct Credentials {
     not_after: i64,
 }
 
+/// What the node shows now, and what it can show instead.
+struct Held {
+    present: Credentials,
+    /// The pair before or after, until the next one was used.
+    other: Option<Credentials>,
+}
+
 /// The identity of an enrolled node.
 pub struct Identity {
     directory: PathBuf,
     node: String,
     time: Arc<TlsTime>,
-    credentials: RwLock<Credentials>,
+    held: RwLock<Held>,
+    /// Told when a certificate was refused because of the time.
+    out_of_date: Arc<Notify>,
 }
 
 impl std::fmt::Debug for Identity {
@@ -172,13 +185,25 @@ impl std::fmt::Debug for Identity {
 impl Identity {
     /// Reads the identity in `directory`; none when the node has not been enrolled.
     pub fn load(directory: &Path, time: Arc<TlsTime>) -> Result<Option<Self>, IdentityError> {
-        let Some(certificate) = read(&directory.join(CERTIFICATE_FILE))? else { return Ok(None) };
-        let credentials = credentials(directory, certificate, &time)?;
-        let node = tls::common_name(&credentials.leaf)?;
-        if let Some(told) = read(&directory.join(TIME_FILE))?.and_then(|text| text.trim().parse().ok()) {
-            time.advance(told);
+        let mut usable = Vec::new();
+        for pair in keys::pairs(directory)? {
+            let is_next = pair.is_next;
+            match credentials(directory, pair, &time) {
+                Ok(found) => usable.push(found),
+                Err(error) if is_next => tracing::warn!(error = %error, "next certificate not usable"),
+                Err(error) if usable.is_empty() => return Err(error),
+                Err(error) => tracing::warn!(error = %error, "certificate before the next one not usable"),
+            }
         }
-        Ok(Some(Self { directory: directory.to_owned(), node, time, credentials: RwLock::new(credentials) }))
+        let mut usable = usable.into_iter();
+        let Some(present) = usable.next() else { return Ok(None) };
+        let node = tls::common_name(&present.leaf)?;
+        if let Some(told) = read(&directory.join(TIME_FILE))?.and_then(|text| text.trim().parse::<i64>().ok()) {
+            time.advance(told.min(present.not_after));
+        }
+        let held = RwLock::new(Held { present, other: usable.next() });
+        let out_of_date = Arc::new(Notify::new());
+        Ok(Some(Self { directory: directory.to_owned(), node, time, held, out_of_date }))
     }
 
     /// The node's id, as its certificate says.
@@ -191,18 +216,30 @@ impl Identity {
         &self.time
     }
 
-    /// By what answers of controllers of the same CA are known.
-    pub fn ca(&self) -> CaHint {
-        self.credentials.read().unwrap_or_else(PoisonError::into_inner).ca.clone()
+    fn held(&self) -> RwLockReadGuard<'_, Held> {
+        self.held.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the time that an authenticated controller told, microseconds since 1970, and remembers it for the next
-    /// boot.
+    fn held_mut(&self) -> RwLockWriteGuard<'_, Held> {
+        self.held.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// By what answers of controllers of the same CA are known.
+    pub fn ca(&self) -> CaHint {
+        self.held().present.ca.clone()
+    }
+
+    /// Takes the time that a controller told which took our certificate, microseconds since 1970, and remembers it for the
+    /// next boot. By that controller's clock the certificate is valid, so that no other time is believed.
     pub fn learn_time(&self, told: i64) {
-        self.time.advance(told);
+        let told = {
+            let held = self.held();
+            told.clamp(held.present.not_before, held.present.not_after)
+        };
+        self.time.set(told);
         let path = self.directory.join(TIME_FILE);
         let remembered: Option<i64> = read(&path).ok().flatten().and_then(|text| text.trim().parse().ok());
-        if remembered.is_none_or(|before| told.saturating_sub(before) > REMEMBER_EVERY_MICROS) {
+        if remembered.is_none_or(|before| told.saturating_sub(before).abs() > REMEMBER_EVERY_MICROS) {
             let written = durable::replace(&path, format!("{told}\n").as_bytes(), PUBLIC_MODE);
             if let Err(error) = written {
                 tracing::warn!(error = %error, "time not remembered");
@@ -213,100 +250,28 @@ impl Identity {
     /// Opens a connection to the controller at `address` (host:port), whose certificate must name
     /// `controller.marco.internal` under the stored CA, whatever address that is.
     pub async fn connect(&self, address: &str, purpose: Purpose) -> Result<Channel, IdentityError> {
-        let tls = self.credentials.read().unwrap_or_else(PoisonError::into_inner).tls.clone();
-        tls::connect(address, tls, purpose).await
-    }
-
-    /// When the certificate should be renewed, from now: at half its life, spread over a tenth of it.
-    fn renewal_in(&self) -> Duration {
-        let (from, to) = {
-            let credentials = self.credentials.read().unwrap_or_else(PoisonError::into_inner);
-            (credentials.not_before, credentials.not_after)
-        };
-        let life = to.saturating_sub(from);
-        let due = from.saturating_add(life / 2);
-        let wait = u64::try_from(due.saturating_sub(self.time.now_micros())).unwrap_or(0);
-        let spread = u64::try_from(life / 10).unwrap_or(0);
-        Duration::from_micros(wait).saturating_add(if wait == 0 {
-            Duration::ZERO
-        } else {
-            crate::backoff::full_jitter(Duration::from_micros(spread))
-        })
-    }
-
-    /// Keeps the certificate fresh until `stop`. `listeners` tells the enrolment listeners, host:port, in order.
-    pub async fn keep_fresh(&self, listeners: impl Fn() -> Vec<String>, stop: &CancellationToken) {
-        /// Long waits are cut up: a suspended machine's monotonic clock may have stood still.
-        const LOOK_AGAIN: Duration = Duration::from_secs(60 * 60);
-        /// The longest pause between two tries.
-        const MAX_PAUSE: Duration = Duration::from_secs(60 * 60);
-        let mut tries: u32 = 0;
-        let mut due = self.renewal_in();
-        loop {
-            let slice = due.min(LOOK_AGAIN);
-            tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(slice) => {}
-            }
-            due = due.saturating_sub(slice);
-            if !due.is_zero() {
-                // The controller may have told a later time since.
-                due = due.min(self.renewal_in());
-                continue;
-            }
-            match self.renew(&listeners()).await {
-                Ok(()) => {
-                    tries = 0;
-                    tracing::info!(node = %self.node, "certificate renewed");
-                    due = self.renewal_in().max(Duration::from_secs(1));
-                }
-                Err(error) => {
-                    tries = tries.saturating_add(1);
-                    let ceiling = Duration::from_secs(5).saturating_mul(1_u32.checked_shl(tries.min(16)).unwrap_or(1));
-                    due = crate::backoff::full_jitter(ceiling.min(MAX_PAUSE)).max(Duration::from_secs(1));
-                    tracing::warn!(node = %self.node, error = %error, "certificate not renewed");
-                }
-            }
-        }
-    }
-
-    /// Renews the certificate at the first listener that answers.
-    pub async fn renew(&self, listeners: &[String]) -> Result<(), IdentityError> {
-        let certificate = self.credentials.read().unwrap_or_else(PoisonError::into_inner).certificate_pem.clone();
-        let key = read_needed(&self.directory.join(KEY_FILE))?;
-        let ca = read_needed(&self.directory.join(CA_FILE))?;
-        let fresh = enroll::renew(listeners, &certificate, &key, &ca, &self.time).await?;
-        // It must be for the same key, from the same CA and for the same node before it takes the old one's place.
-        let credentials = credentials(&self.directory, fresh.clone(), &self.time)?;
-        let node = tls::common_name(&credentials.leaf)?;
-        if node != self.node {
-            return Err(IdentityError::invalid("the new certificate", format!("it is for the node {node}")));
-        }
-        let path = self.directory.join(CERTIFICATE_FILE);
-        durable::replace(&path, fresh.as_bytes(), PUBLIC_MODE).map_err(IdentityError::io("write", &path))?;
-        *self.credentials.write().unwrap_or_else(PoisonError::into_inner) = credentials;
-        Ok(())
+        let tls = self.held().present.tls.clone();
+        tls::connect(address, tls, purpose, &self.out_of_date).await
     }
 }
 
-/// Checks a certificate against key and CA in `directory`, and makes what connections need of them.
-fn credentials(directory: &Path, certificate_pem: String, time: &Arc<TlsTime>) -> Result<Credentials, IdentityError> {
+/// Checks a certificate against its key and the CA in `directory`, and makes what connections need of them.
+fn credentials(directory: &Path, pair: Pair, time: &Arc<TlsTime>) -> Result<Credentials, IdentityError> {
     let ca_pem = read_needed(&directory.join(CA_FILE))?;
-    let key_pem = read_needed(&directory.join(KEY_FILE))?;
     let invalid = |what: &str| {
         let what = directory.join(what).display().to_string();
         move |error: rustls::pki_types::pem::Error| IdentityError::invalid(what, error)
     };
-    let leaf = CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(invalid(CERTIFICATE_FILE))?;
+    let leaf = CertificateDer::from_pem_slice(pair.certificate.as_bytes()).map_err(invalid(CERTIFICATE_FILE))?;
     let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(invalid(CA_FILE))?;
-    let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(invalid(KEY_FILE))?;
+    let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).map_err(invalid(KEY_FILE))?;
     let (not_before, not_after) = tls::validity(&leaf)?;
     time.advance(not_before);
     time.advance(tls::validity(&ca)?.0);
     tls::check_issued(&leaf, &ca, time)?;
     let hint = CaHint::of(&tls::spki_sha256(&ca)?);
     let tls = tls::node_config(leaf.clone(), key, ca, time)?;
-    Ok(Credentials { certificate_pem, leaf, tls, ca: hint, not_before, not_after })
+    Ok(Credentials { pair, leaf, tls, ca: hint, not_before, not_after })
 }
 
 fn read(path: &Path) -> Result<Option<String>, IdentityError> {

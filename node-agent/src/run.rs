@@ -17,7 +17,7 @@ use crate::discovery::{Address, Controllers, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
 use crate::executor::{Executor, Settings};
 use crate::identity::{
-    self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, Purpose, TlsTime, enroll,
+    self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll,
 };
 use crate::job;
 use crate::journal::{Journal, JournalError};
@@ -328,8 +328,12 @@ pub async fn run(
     });
     parts.spawn({
         let stop = stop.clone();
+        let policy = match system.mode() {
+            system::Mode::Running => KeyPolicy::Rotate,
+            system::Mode::Installer => KeyPolicy::Keep,
+        };
         async move {
-            identity.keep_fresh(listeners, &stop).await;
+            identity.keep_fresh(listeners, policy, &stop).await;
             None
         }
         .in_current_span()

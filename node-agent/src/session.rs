@@ -171,6 +171,9 @@ impl Session {
                 all_foreign &= matches!(&ended.error, Some(SessionError::Connect(error)) if error.is_permanent());
                 if let Some(error) = &ended.error {
                     tracing::info!(address, error = %chain(error), "controller did not take the session");
+                    if matches!(error, SessionError::Status(status) if status.code() == tonic::Code::Unauthenticated) {
+                        self.identity.not_known();
+                    }
                 }
             }
             ever_welcomed |= ended.welcomed;
@@ -242,6 +245,7 @@ impl Session {
             Ok(Err(error)) => return Ended::before_welcome(error),
             Err(_) => return Ended::before_welcome(SessionError::NoWelcome),
         };
+        self.identity.accepted();
         if let Some(time) = &welcome.time {
             self.identity.learn_time(wire::micros(time));
         }

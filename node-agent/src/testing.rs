@@ -68,7 +68,7 @@ impl TestSession {
 
 /// A CA and a certificate for the controller under it.
 pub(crate) struct Pki {
-    ca: CertifiedIssuer<'static, KeyPair>,
+    ca: Arc<CertifiedIssuer<'static, KeyPair>>,
     pub(crate) valid: (DateTime<Utc>, DateTime<Utc>),
 }
 
@@ -78,7 +78,13 @@ impl Pki {
         let mut params = params(valid);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, "test CA");
-        Self { ca: CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap(), valid }
+        let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        Self { ca: Arc::new(ca), valid }
+    }
+
+    /// The same CA, which certifies for another time.
+    pub(crate) fn at(&self, from: &str, to: &str) -> Self {
+        Self { ca: Arc::clone(&self.ca), valid: (from.parse().unwrap(), to.parse().unwrap()) }
     }
 
     pub(crate) fn pem(&self) -> String {
@@ -96,7 +102,7 @@ impl Pki {
         let mut params = params(self.valid);
         params.subject_alt_names = vec![rcgen::SanType::DnsName(name.try_into().unwrap())];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        let certificate = params.signed_by(&key, &self.ca).unwrap();
+        let certificate = params.signed_by(&key, &*self.ca).unwrap();
         (certificate.der().clone(), PrivateKeyDer::try_from(key.serialize_der()).unwrap())
     }
 
@@ -105,7 +111,7 @@ impl Pki {
         let mut params = params(self.valid);
         params.distinguished_name.push(DnType::CommonName, node);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        params.signed_by(&request.public_key, &self.ca).unwrap().pem()
+        params.signed_by(&request.public_key, &*self.ca).unwrap().pem()
     }
 }
 

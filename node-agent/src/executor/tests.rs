@@ -330,6 +330,24 @@ async fn the_old_system_says_what_the_installer_could_not_do() {
 }
 
 #[tokio::test]
+async fn the_key_is_not_on_the_card_while_the_notice_passes() {
+    let bench = Bench::new();
+    let journal = bench.journal();
+    let folder = bench.machine.dir.join("recovery/marco");
+    let on_card = || ["node.key", "node.crt", "next.key"].into_iter().find(|name| folder.join(name).exists());
+    journal.accept(ONE, 1, update(LONG)).await.unwrap();
+    bench
+        .run(&journal, async |journal, _| {
+            phase(journal, "waiting for the notice to pass").await;
+            assert_eq!(on_card(), None, "every user of a stock card's system can read it there");
+            journal.request_cancel(ONE).await.unwrap();
+            reaches(journal, ONE, State::Cancelled).await;
+        })
+        .await;
+    assert_eq!(on_card(), None);
+}
+
+#[tokio::test]
 async fn an_update_that_is_cancelled_during_its_notice_leaves_no_job_on_the_card() {
     let bench = Bench::new();
     let journal = bench.journal();

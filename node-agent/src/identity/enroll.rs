@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::{EnrollRequest, RenewCertificateRequest};
-use rcgen::{CertificateParams, CertificateSigningRequest, KeyPair, PKCS_ECDSA_P256_SHA256, SigningKey as _};
+use rcgen::{CertificateParams, CertificateSigningRequest, KeyPair, SigningKey as _};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use tonic::{Code, Status};
 
+use super::keys::{self, Pair};
 use super::time::TlsTime;
-use super::tls::{self, Purpose, Trust};
+use super::tls::{self, Purpose, Trust, Validity};
 use super::token::JoinToken;
-use super::{Board, CA_FILE, CERTIFICATE_FILE, IdentityError, KEY_FILE, PUBLIC_MODE, SECRET_MODE, credentials, read};
+use super::{Board, CA_FILE, CERTIFICATE_FILE, IdentityError, PUBLIC_MODE, credentials};
 use crate::durable;
 
 /// An answer takes a few writes on the controller.
@@ -36,13 +37,13 @@ pub struct Enrollment {
 /// Makes a key in `directory` unless one is there from an earlier try, exchanges the token for a certificate, and stores
 /// certificate and CA. Tells whether the node is held until an admin approves it.
 pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTime>) -> Result<bool, IdentityError> {
-    let key = key(directory)?;
+    let key = keys::first_key(directory)?;
     let request = signing_request(&key)?;
     let pem = request.pem().map_err(|error| IdentityError::invalid("the signing request", error))?;
-    let config = tls::anonymous_config(Trust::Pin(enrollment.token.pin()), time)?;
+    let config = tls::anonymous_config(Trust::Pin(enrollment.token.pin()), Validity::Needed, time)?;
     let mut last: Option<IdentityError> = None;
     for address in &enrollment.listeners {
-        let channel = match tls::connect(address, config.clone(), Purpose::Session).await {
+        let channel = match tls::connect(address, config.clone(), Purpose::Session, &Arc::default()).await {
             Ok(channel) => channel,
             Err(error) => {
                 // One that is merely away may be the right one: that counts more than one of another CA.
@@ -77,7 +78,8 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
         };
         // The certificate comes last: where it is, the node is enrolled.
         write(CA_FILE, &answer.ca_certificate)?;
-        credentials(directory, answer.certificate.clone(), time)?;
+        let pair = Pair { key: key.serialize_pem(), certificate: answer.certificate.clone(), is_next: false };
+        credentials(directory, pair, time)?;
         write(CERTIFICATE_FILE, &answer.certificate)?;
         return Ok(answer.held);
     }
@@ -88,25 +90,26 @@ fn no_address() -> IdentityError {
     IdentityError::Connect { address: String::new(), why: "no address is known".to_owned(), foreign: false }
 }
 
-/// Exchanges a certificate for a fresh one at the first listener that answers.
+/// Exchanges a certificate for a fresh one of another key, or of the same, at the first listener that answers.
 pub(super) async fn renew(
     listeners: &[String],
-    certificate: &str,
-    key_pem: &str,
+    pair: &Pair,
+    new_key_pem: &str,
     ca_pem: &str,
     time: &Arc<TlsTime>,
 ) -> Result<String, IdentityError> {
-    let key = KeyPair::from_pem(key_pem).map_err(|error| IdentityError::invalid("the node's key", error))?;
-    let request = signing_request(&key)?;
+    let read = |pem: &str| KeyPair::from_pem(pem).map_err(|error| IdentityError::invalid("the node's key", error));
+    let (key, new_key) = (read(&pair.key)?, read(new_key_pem)?);
+    let request = signing_request(&new_key)?;
     let invalid = |error: rcgen::Error| IdentityError::invalid("the signing request", error);
     let signature = key.sign(request.der()).map_err(invalid)?;
     let pem = request.pem().map_err(invalid)?;
     let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes())
         .map_err(|error| IdentityError::invalid("the CA's certificate", error))?;
-    let config = tls::anonymous_config(Trust::Ca(ca), time)?;
+    let config = tls::anonymous_config(Trust::Ca(ca), Validity::AtAnyTime, time)?;
     let mut last = no_address();
     for address in listeners {
-        let channel = match tls::connect(address, config.clone(), Purpose::Session).await {
+        let channel = match tls::connect(address, config.clone(), Purpose::Session, &Arc::default()).await {
             Ok(channel) => channel,
             Err(error) => {
                 last = error;
@@ -114,7 +117,7 @@ pub(super) async fn renew(
             }
         };
         let mut message = tonic::Request::new(RenewCertificateRequest {
-            certificate: certificate.to_owned(),
+            certificate: pair.certificate.clone(),
             certificate_request: pem.clone(),
             signature: signature.clone().into(),
         });
@@ -146,18 +149,6 @@ fn refused(status: &Status) -> IdentityError {
                 .to_owned();
     }
     IdentityError::Refused { message, retryable, permanent }
-}
-
-/// The node's key. It is stored before it is used, so that a try after a cut asks for the same node.
-fn key(directory: &Path) -> Result<KeyPair, IdentityError> {
-    let path = directory.join(KEY_FILE);
-    if let Some(pem) = read(&path)? {
-        return KeyPair::from_pem(&pem).map_err(|error| IdentityError::invalid(path.display().to_string(), error));
-    }
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
-        .map_err(|error| IdentityError::invalid("a new key for the node", error))?;
-    durable::replace(&path, key.serialize_pem().as_bytes(), SECRET_MODE).map_err(IdentityError::io("write", &path))?;
-    Ok(key)
 }
 
 fn signing_request(key: &KeyPair) -> Result<CertificateSigningRequest, IdentityError> {

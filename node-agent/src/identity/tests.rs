@@ -7,12 +7,16 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use marco_proto::v1::ConnectRequest;
+use marco_proto::v1::agent_service_client::AgentServiceClient;
 use rcgen::{CertificateSigningRequestParams, KeyPair, PublicKeyData as _};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateSigningRequestDer, alg_id};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{Board, Enrollment, Identity, IdentityError, JoinFile, JoinToken, Purpose, TlsTime, enroll};
+use super::{Board, Enrollment, Identity, IdentityError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll};
 use crate::testing::{Controller, Pki, digest};
 
 const FROM: &str = "2026-01-01T00:00:00Z";
@@ -122,7 +126,7 @@ async fn a_renewal_is_signed_by_the_old_key_and_takes_the_place_of_the_old_certi
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     let identity = enrolled(dir.path(), &controller).await;
     let old = std::fs::read_to_string(dir.path().join("node.crt")).unwrap();
-    identity.renew(std::slice::from_ref(&controller.address)).await.unwrap();
+    identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Keep).await.unwrap();
     let renewed = controller.renewed();
     assert_eq!(renewed[0].certificate, old);
     let request = CertificateSigningRequestDer::from_pem_slice(renewed[0].certificate_request.as_bytes()).unwrap();
@@ -135,6 +139,86 @@ async fn a_renewal_is_signed_by_the_old_key_and_takes_the_place_of_the_old_certi
     assert!(verified, "the signature does not fit");
     assert_ne!(std::fs::read_to_string(dir.path().join("node.crt")).unwrap(), old);
     identity.connect(&controller.address, Purpose::Session).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_node_whose_time_is_wrong_renews_all_the_same_and_learns_the_time() {
+    for wrong in ["2040-01-01T00:00:00Z", "1970-01-02T00:00:00Z", "2025-06-01T00:00:00Z"] {
+        let dir = tempfile::tempdir().unwrap();
+        let controller = Controller::start(Pki::new(FROM, TO)).await;
+        let identity = enrolled(dir.path(), &controller).await;
+        identity.time().set(micros(wrong));
+        if wrong.starts_with("2040") {
+            let refused = identity.connect(&controller.address, Purpose::Session).await;
+            assert!(matches!(refused, Err(IdentityError::Connect { .. })), "{refused:?}");
+        }
+        identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Rotate).await.unwrap();
+        identity.connect(&controller.address, Purpose::Session).await.unwrap();
+        let time = identity.time().now_micros();
+        assert!((micros(FROM)..micros(TO)).contains(&time), "{wrong}: {time}");
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_refused_as_expired_is_renewed_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let controller = Controller::start(Pki::new(FROM, TO)).await;
+    enrolled(dir.path(), &controller).await;
+    // The same CA 200 days later: it takes the node's certificate for an expired one.
+    let later = Controller::start(controller.pki.at("2026-07-20T00:00:00Z", "2026-08-20T00:00:00Z")).await;
+    let identity = Arc::new(Identity::load(dir.path(), time()).unwrap().unwrap());
+    assert!(identity.time().now_micros() < micros("2026-01-02T00:00:00Z"), "it thinks that its certificate is new");
+    let (stop, kept) = (CancellationToken::new(), Arc::clone(&identity));
+    let (stopped, address) = (stop.clone(), later.address.clone());
+    let keeping = tokio::spawn(async move {
+        kept.keep_fresh(|| vec![address.clone()], KeyPolicy::Rotate, &stopped).await;
+    });
+    let hello = async || {
+        let channel = identity.connect(&later.address, Purpose::Session).await.unwrap();
+        let (_requests, stream) = tokio::sync::mpsc::channel::<ConnectRequest>(1);
+        AgentServiceClient::new(channel).connect(ReceiverStream::new(stream)).await.map(|_| ())
+    };
+    let refused = hello().await.unwrap_err();
+    tokio::time::timeout(Duration::from_secs(20), async {
+        while hello().await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("it did not come back: {refused}"));
+    assert_eq!(later.renewed().len(), 1);
+    stop.cancel();
+    keeping.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_renewal_has_a_new_key_and_the_one_before_is_kept_until_it_was_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let controller = Controller::start(Pki::new(FROM, TO)).await;
+    let identity = enrolled(dir.path(), &controller).await;
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).ok();
+    let first = (read("node.key").unwrap(), read("node.crt").unwrap());
+    identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Rotate).await.unwrap();
+    assert_eq!((read("node.key"), read("node.crt")), (Some(first.0.clone()), Some(first.1.clone())));
+    let next = read("next.key").unwrap();
+    assert_ne!(next, first.0);
+    assert_eq!(std::fs::metadata(dir.path().join("next.key")).unwrap().permissions().mode() & 0o777, 0o600);
+    // An agent that starts now shows the next one, and the first to a controller that does not know that.
+    let identity = Identity::load(dir.path(), time()).unwrap().unwrap();
+    let shown = |identity: &Identity| identity.held().present.pair.key.clone();
+    assert_eq!(shown(&identity), next);
+    identity.not_known();
+    assert_eq!(shown(&identity), first.0);
+    identity.accepted();
+    assert_eq!(read("node.key").unwrap(), first.0, "it was the first that was accepted");
+    identity.not_known();
+    identity.accepted();
+    assert_eq!((read("node.key").unwrap(), read("next.key"), read("next.crt")), (next.clone(), None, None));
+    identity.not_known();
+    assert_eq!(shown(&identity), next);
+    // The next renewal has a key of its own again.
+    identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Rotate).await.unwrap();
+    assert_ne!(read("next.key").unwrap(), next);
 }
 
 #[tokio::test]
@@ -151,14 +235,32 @@ async fn the_time_that_a_controller_told_is_known_after_the_next_boot() {
     let dir = tempfile::tempdir().unwrap();
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     let identity = enrolled(dir.path(), &controller).await;
-    let told = 4_000_000_000_000_000;
+    let told = micros("2026-01-20T00:00:00Z");
     identity.learn_time(told);
     let after = Identity::load(dir.path(), time()).unwrap().unwrap();
     assert!(after.time().now_micros() >= told);
 }
 
+fn micros(time: &str) -> i64 {
+    chrono::DateTime::parse_from_rfc3339(time).unwrap().timestamp_micros()
+}
+
+#[tokio::test]
+async fn a_time_that_the_certificate_does_not_bear_out_is_not_believed() {
+    let dir = tempfile::tempdir().unwrap();
+    let controller = Controller::start(Pki::new(FROM, TO)).await;
+    let identity = enrolled(dir.path(), &controller).await;
+    identity.learn_time(micros("2040-01-01T00:00:00Z"));
+    let time = identity.time().now_micros();
+    assert!((micros(TO)..micros("2026-02-01T00:00:00Z")).contains(&time), "{time}");
+    // A later one corrects it, also backwards.
+    identity.learn_time(micros("2026-01-05T00:00:00Z"));
+    let time = identity.time().now_micros();
+    assert!((micros("2026-01-05T00:00:00Z")..micros("2026-01-06T00:00:00Z")).contains(&time), "{time}");
+}
+
 #[test]
-fn time_only_grows() {
+fn what_is_known_to_have_passed_moves_time_forwards_only() {
     let time = TlsTime::starting_at(1000);
     time.advance(5_000_000);
     time.advance(10);

@@ -11,12 +11,14 @@ use rustls::time_provider::TimeProvider;
 /// Seconds since 1970 at which this agent was built.
 const BUILD_SECONDS: &str = env!("MARCO_BUILD_SECONDS");
 
-/// The latest of: when this agent was built, when its certificates began to be valid, what an authenticated controller
-/// last said; and the time that went by since then. Never the system's clock.
+/// What an authenticated controller said last, as far as certificates bear it out, or the latest of when this agent was
+/// built and when its certificates began to be valid; and the time that went by since then. Never the system's clock.
 #[derive(Debug)]
 pub struct TlsTime {
     began: Instant,
-    /// The time at `began`, microseconds since 1970; it only grows.
+    /// It is never earlier than this, microseconds since 1970.
+    least: i64,
+    /// The time at `began`, microseconds since 1970.
     floor: Mutex<i64>,
 }
 
@@ -29,7 +31,7 @@ impl Default for TlsTime {
 impl TlsTime {
     /// A time that begins at `floor`, microseconds since 1970.
     pub fn starting_at(floor: i64) -> Self {
-        Self { began: Instant::now(), floor: Mutex::new(floor) }
+        Self { began: Instant::now(), least: floor, floor: Mutex::new(floor) }
     }
 
     /// Takes a time that is known to have come, microseconds since 1970; an earlier one changes nothing.
@@ -37,6 +39,12 @@ impl TlsTime {
         let elapsed = self.elapsed();
         let mut floor = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
         *floor = (*floor).max(known.saturating_sub(elapsed));
+    }
+
+    /// Takes the time that is now, microseconds since 1970, also when it is earlier than what was taken for it.
+    pub fn set(&self, now: i64) {
+        let elapsed = self.elapsed();
+        *self.floor.lock().unwrap_or_else(PoisonError::into_inner) = now.max(self.least).saturating_sub(elapsed);
     }
 
     /// Microseconds since 1970.

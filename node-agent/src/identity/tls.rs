@@ -18,12 +18,14 @@ use rustls::{
 use sha2::{Digest as _, Sha256};
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::IdentityError;
 use super::time::TlsTime;
+use super::watched::{self, Watched};
 use crate::cause::chain;
 
 /// TCP and TLS together; a Pi 1 takes a second for the handshake.
@@ -109,10 +111,21 @@ impl Foreign {
     }
 }
 
+/// How a controller's certificate is judged by the time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Validity {
+    /// One that has expired is refused.
+    Needed,
+    /// Whatever the time is: for a renewal, whose answer proves itself by the CA's signature over our key, and by which a
+    /// node learns the time whose own is wrong.
+    AtAnyTime,
+}
+
 /// Verifies that the other end is a controller of ours.
 #[derive(Debug)]
 struct ControllerVerifier {
     trust: Trust,
+    validity: Validity,
     provider: Arc<CryptoProvider>,
 }
 
@@ -153,7 +166,13 @@ impl ServerCertVerifier for ControllerVerifier {
         // is verified below, and an end that has passed counts as before.
         let began = [ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
         let began = began.filter_map(|(from, _)| u64::try_from(from).ok()).max().unwrap_or(0);
-        let now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));
+        let mut now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));
+        if self.validity == Validity::AtAnyTime
+            && let Ok((_, end)) = validity(end_entity)
+            && let Ok(end) = u64::try_from(end)
+        {
+            now = now.min(UnixTime::since_unix_epoch(Duration::from_micros(end)));
+        }
         verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now).map_err(|error| {
             // CAs of controllers may bear one name: then it is the signature that does not fit.
             match error {
@@ -195,6 +214,7 @@ fn provider() -> Arc<CryptoProvider> {
 
 fn config_builder(
     trust: Trust,
+    validity: Validity,
     time: &Arc<TlsTime>,
 ) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, IdentityError> {
     let provider = provider();
@@ -202,7 +222,7 @@ fn config_builder(
     let builder = ClientConfig::builder_with_details(provider.clone(), time)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| IdentityError::invalid("the TLS configuration", error))?;
-    let verifier = Arc::new(ControllerVerifier { trust, provider });
+    let verifier = Arc::new(ControllerVerifier { trust, validity, provider });
     Ok(builder.dangerous().with_custom_certificate_verifier(verifier))
 }
 
@@ -218,22 +238,28 @@ pub(super) fn node_config(
     ca: CertificateDer<'static>,
     time: &Arc<TlsTime>,
 ) -> Result<Arc<ClientConfig>, IdentityError> {
-    config_builder(Trust::Ca(ca), time)?
+    config_builder(Trust::Ca(ca), Validity::Needed, time)?
         .with_client_auth_cert(vec![leaf], key)
         .map(speak_http2)
         .map_err(|error| IdentityError::invalid("the node's key or certificate", error))
 }
 
 /// For the enrolment listener, which asks for no certificate.
-pub(super) fn anonymous_config(trust: Trust, time: &Arc<TlsTime>) -> Result<Arc<ClientConfig>, IdentityError> {
-    Ok(speak_http2(config_builder(trust, time)?.with_no_client_auth()))
+pub(super) fn anonymous_config(
+    trust: Trust,
+    validity: Validity,
+    time: &Arc<TlsTime>,
+) -> Result<Arc<ClientConfig>, IdentityError> {
+    Ok(speak_http2(config_builder(trust, validity, time)?.with_no_client_auth()))
 }
 
-/// Opens an HTTP/2 connection over TLS to `address` (host:port).
+/// Opens an HTTP/2 connection over TLS to `address` (host:port). `out_of_date` is told when either side takes the other's
+/// certificate for one that is not valid at this time.
 pub(super) async fn connect(
     address: &str,
     config: Arc<ClientConfig>,
     purpose: Purpose,
+    out_of_date: &Arc<Notify>,
 ) -> Result<Channel, IdentityError> {
     // What the transport's error keeps of the handshake's is only its text.
     let ended: Arc<OnceLock<Foreign>> = Arc::default();
@@ -252,9 +278,10 @@ pub(super) async fn connect(
         .keep_alive_while_idle(true);
     let connector = TlsConnector::from(config);
     let dial = {
-        let (address, ended) = (address.to_owned(), Arc::clone(&ended));
+        let (address, ended, out_of_date) = (address.to_owned(), Arc::clone(&ended), Arc::clone(out_of_date));
         tower::service_fn(move |_: http::Uri| {
-            let (connector, address, ended) = (connector.clone(), address.clone(), Arc::clone(&ended));
+            let (connector, address) = (connector.clone(), address.clone());
+            let (ended, out_of_date) = (Arc::clone(&ended), Arc::clone(&out_of_date));
             async move {
                 let open = async {
                     let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
@@ -264,11 +291,14 @@ pub(super) async fn connect(
                     connector.connect(name, BufReader::with_capacity(purpose.read_buffer(), tcp)).await
                 };
                 match tokio::time::timeout(CONNECT_TIMEOUT, open).await {
-                    Ok(opened) => opened.map(TokioIo::new).inspect_err(|error| {
-                        if let Some(foreign) = Foreign::ended(error) {
+                    Ok(Ok(stream)) => Ok(TokioIo::new(Watched::new(stream, out_of_date))),
+                    Ok(Err(error)) => {
+                        if let Some(foreign) = Foreign::ended(&error) {
                             let _ = ended.set(foreign);
                         }
-                    }),
+                        watched::note(&error, &out_of_date);
+                        Err(error)
+                    }
                     Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut)),
                 }
             }
@@ -281,6 +311,11 @@ fn parse<'a>(certificate: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>,
     let (_, parsed) =
         X509Certificate::from_der(certificate).map_err(|error| IdentityError::invalid("a certificate", error))?;
     Ok(parsed)
+}
+
+/// A certificate's SubjectPublicKeyInfo, DER.
+pub(super) fn spki(certificate: &CertificateDer<'_>) -> Result<Vec<u8>, IdentityError> {
+    Ok(parse(certificate)?.public_key().raw.to_vec())
 }
 
 /// SHA-256 of a certificate's SubjectPublicKeyInfo.
