@@ -5,6 +5,7 @@ pub mod api_tokens;
 pub mod ca;
 pub mod callers;
 pub mod calls;
+pub mod expiry;
 pub mod gate;
 pub mod peer_log;
 pub mod rate;
@@ -28,7 +29,7 @@ use tls::PeerInfo;
 /// Who makes a call, as its certificate or its API token says.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// A user, a node's id, or the name of an API token.
+    /// A user, or the name of a node or of an API token.
     pub name: String,
     /// What it is.
     pub role: Role,
@@ -111,6 +112,9 @@ pub enum Denied {
     /// A node that is shut out.
     #[error("the node is quarantined; an admin can approve it")]
     Quarantined,
+    /// A node's key that is not in service: its fingerprint.
+    #[error("this key of the node waits for an admin's approval; its fingerprint is {0}")]
+    KeyHeld(String),
     /// The role may not make this call.
     #[error("the role {role} may not call this method; those that may: {}", roles::names(allowed))]
     Forbidden {
@@ -134,7 +138,8 @@ impl Caller {
             Role::Viewer | Role::Operator | Role::Publisher | Role::Admin | Role::Controller => None,
         };
         Some(Self {
-            name: certificate.common_name.clone(),
+            // As the audit has it: nobody else is called so.
+            name: node.as_ref().map_or_else(|| certificate.common_name.clone(), NodeId::name),
             role,
             node,
             from: peer.addr,

@@ -48,6 +48,7 @@ use crate::dispatcher::Dispatcher;
 use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::calls::CallsLayer;
+use crate::identity::expiry::Warnings;
 use crate::identity::gate::GateLayer;
 use crate::identity::tls::places::{Limits, STRANGER_MESSAGE, mirror_places};
 use crate::identity::tls::streams::StreamsLayer;
@@ -386,12 +387,23 @@ fn preparation(context: &api::Context) -> Prepare {
     })
 }
 
-/// Removes uploads that nobody went on with, bytes that nothing needs any more and old events.
+/// Removes uploads that nobody went on with, bytes that nothing needs any more, old events and certificates, and warns of
+/// what expires.
 fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Work {
     let context = context.clone();
+    let warnings = Arc::new(Warnings::default());
     Arc::new(move || {
-        let context = context.clone();
+        let (context, warnings) = (context.clone(), Arc::clone(&warnings));
         Box::pin(async move {
+            let (now, recorder) = (context.clock.now(), context.access.recorder());
+            if let Err(error) = warnings.look(&context.store, recorder, &context.ca, now).await {
+                tracing::warn!(error = chain(&error), "what expires soon is not known");
+            }
+            match context.store.prune_certificates(now).await {
+                Ok(0) => {}
+                Ok(certificates) => tracing::info!(certificates, "certificates that expired long ago were removed"),
+                Err(error) => tracing::warn!(error = chain(&error), "old certificates could not be removed"),
+            }
             if let Err(error) = api::remove_unneeded(&context).await {
                 tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
             }

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, SigningKey as _};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, PublicKeyData as _, SigningKey as _};
+use sha2::{Digest as _, Sha256};
 
 use crate::client::Credentials;
 
@@ -85,6 +86,11 @@ impl NodeKey {
     pub fn request(&self, signer: &Self) -> Result<SigningRequest> {
         let request = CertificateParams::default().serialize_request(&self.0)?;
         Ok(SigningRequest { pem: request.pem()?, signature: signer.0.sign(request.der())? })
+    }
+
+    /// SHA-256 of its SubjectPublicKeyInfo, lower-case hexadecimal: its fingerprint.
+    pub fn fingerprint(&self) -> String {
+        hex::encode(Sha256::digest(self.0.subject_public_key_info()))
     }
 
     /// The key, PEM.

@@ -114,7 +114,10 @@ async fn waits_for_one_approval(mut fleet: Fleet, controller: usize) -> Result<(
     wait_until(NOTICED, "it is connected and waits", async || Ok(fleet.node(&id).await?.connected.then_some(())))
         .await?;
     is_audited(&fleet, &id, "HOLD").await?;
-    fleet.nodes().approve_node(ApproveNodeRequest { name: format!("nodes/{id}") }).await?;
+    fleet
+        .nodes()
+        .approve_node(ApproveNodeRequest { name: format!("nodes/{id}"), ..ApproveNodeRequest::default() })
+        .await?;
     let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     fleet.ends(&operation.name, seconds(60), operation::State::Succeeded).await?;
     assert_eq!(moved.pi.reboots(&execution_name(&operation, &id))?, 1);

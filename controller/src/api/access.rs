@@ -119,6 +119,8 @@ impl Doors {
             not_before: issued.not_before,
             not_after: issued.not_after,
             generation: 0,
+            pem: String::new(),
+            given_for: String::new(),
         };
         match self.context.store.create_user(&user, &row).await? {
             CreateUserOutcome::Created(user) => Ok(v1::User {
@@ -126,6 +128,7 @@ impl Doors {
                 ca_certificate: ca.certificate_pem().to_owned(),
                 ..convert::user(&user)
             }),
+            CreateUserOutcome::NameTaken(why) => Err(ApiError::AlreadyExists { reason: "NAME_TAKEN", message: why }),
             CreateUserOutcome::Differs(user) => Err(ApiError::AlreadyExists {
                 reason: "USER_EXISTS",
                 message: format!(

@@ -5,6 +5,7 @@ mod blank;
 mod ending;
 mod hello;
 mod quota;
+mod refused;
 mod unstored;
 
 use std::collections::{BTreeMap, HashMap};
@@ -33,8 +34,10 @@ use crate::sessions::{Command, End, Handle};
 use crate::store::{Hello, ProgressRow, ReportOutcome, ReportRow, StoreError};
 use acked::Acked;
 use blank::Blank;
+pub(super) use hello::key_held;
 use hello::{Begun, Peer, begin};
 use quota::Quota;
+use refused::Refused;
 use unstored::Unstored;
 
 /// The first message must come this soon.
@@ -62,6 +65,7 @@ const PROGRESS_QUEUE: usize = 4096;
 pub(super) struct Agent {
     context: Context,
     progress: mpsc::Sender<ProgressRow>,
+    refused: Arc<Refused>,
 }
 
 type Out = mpsc::Sender<Result<v1::ConnectResponse, Status>>;
@@ -70,7 +74,7 @@ impl Agent {
     pub(super) fn new(context: Context) -> Self {
         let (progress, receiver) = mpsc::channel(PROGRESS_QUEUE);
         context.tasks.spawn(write_progress(context.clone(), receiver));
-        Self { context, progress }
+        Self { context, progress, refused: Arc::new(Refused::new()) }
     }
 }
 
@@ -114,6 +118,9 @@ struct Session {
     acked: Acked,
     /// The power-off with which its agent ends, once it has said so.
     leaving: OnceLock<ExecutionId>,
+    /// The node waits for approval. What it says of executions is neither stored nor acknowledged: it may be another
+    /// machine than the one that did them. Its approval ends the session.
+    held: bool,
 }
 
 /// How a session ended.
@@ -158,6 +165,9 @@ impl Session {
     }
 
     async fn report(&self, unstored: &mut Unstored, report: v1::Report) -> Result<(), Ended> {
+        if self.held {
+            return Ok(());
+        }
         unstored.add(convert::report(report, &self.node).map_err(|error| Ended::Refused(error.into()))?);
         self.store_what_waits(unstored).await
     }
@@ -352,6 +362,7 @@ fn store_down(error: StoreError) -> Ended {
 async fn session(
     context: Context,
     progress: mpsc::Sender<ProgressRow>,
+    refused: Arc<Refused>,
     node: NodeId,
     peer: Peer,
     mut messages: Streaming<v1::ConnectRequest>,
@@ -371,7 +382,7 @@ async fn session(
     let Begun { epoch, held, labels, handle } = match begin(&context, &peer, &node, &hello, accepted).await {
         Ok(begun) => begun,
         Err(error) => {
-            of_peer!(warn, &node, error = %cut(&error.to_string()), "a node was not let in");
+            refused.note(&context, &node, &peer, &error).await;
             if let (Some(connection), ApiError::Forbidden { .. } | ApiError::Unauthenticated { .. }) =
                 (&peer.connection, &error)
             {
@@ -385,8 +396,8 @@ async fn session(
     of_peer!(info, &node, session = id, epoch, boot_id = %cut(&hello.boot_id), "session begun");
     let blank = Blank::of(&hello);
     let (acked, leaving) = (Acked::default(), OnceLock::new());
-    let session = Session { context, progress, node, epoch, out, blank, acked, leaving };
-    let ended = match session.welcome(&id, held, labels, &hello).await {
+    let session = Session { context, progress, node, epoch, out, blank, held, acked, leaving };
+    let ended = match session.welcome(&id, labels, &hello).await {
         Ok(()) => session.run(handle, messages).await,
         Err(ended) => ended,
     };
@@ -408,22 +419,19 @@ impl Session {
     }
 
     /// Welcome, then what the journal of the node has to do with what the store knows.
-    async fn welcome(
-        &self,
-        id: &str,
-        held: bool,
-        labels: BTreeMap<String, String>,
-        hello: &v1::Hello,
-    ) -> Result<(), Ended> {
+    async fn welcome(&self, id: &str, labels: BTreeMap<String, String>, hello: &v1::Hello) -> Result<(), Ended> {
         let welcome = v1::Welcome {
             session: id.to_owned(),
             time: Some(convert::timestamp(self.context.clock.now())),
             progress_interval: convert::duration(PROGRESS_INTERVAL),
             controllers: self.context.live_addresses().await,
-            held,
+            held: self.held,
             labels: labels.into_iter().collect(),
         };
         self.send(connect_response::Message::Welcome(welcome)).await?;
+        if self.held {
+            return Ok(());
+        }
         let mut listed = Vec::new();
         for report in &hello.executions {
             listed.push(convert::report(report.clone(), &self.node).map_err(|error| Ended::Refused(error.into()))?);
@@ -475,7 +483,8 @@ impl AgentService for Agent {
         let peer = Peer { from: caller.from, certificate: caller.serial, connection, accepted };
         let (out, receiver) = mpsc::channel(QUEUE);
         let span = tracing::info_span!("session", %node);
-        let task = session(self.context.clone(), self.progress.clone(), node, peer, request.into_inner(), out);
+        let (context, progress, refused) = (self.context.clone(), self.progress.clone(), Arc::clone(&self.refused));
+        let task = session(context, progress, refused, node, peer, request.into_inner(), out);
         self.context.tasks.spawn(task.instrument(span));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

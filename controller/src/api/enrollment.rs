@@ -4,22 +4,24 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::SecondsFormat;
 use marco_proto::names::NodeId;
 use marco_proto::v1;
 use marco_proto::v1::enrollment_service_server::EnrollmentService;
 use tonic::{Request, Response, Status};
 
 use super::Context;
+use super::agent::key_held;
 use super::convert;
 use super::status::ApiError;
-use crate::identity::ca::{Ca, RequestError};
+use crate::identity::ca::{Ca, Issued, RequestError};
 use crate::identity::gate::code_word;
 use crate::identity::rate::{Rate, source};
 use crate::identity::record::{self, OK};
 use crate::identity::shown;
 use crate::identity::tls::PeerInfo;
 use crate::identity::tokens::JoinToken;
-use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment, Record, recorded};
+use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment, Record, RenewOutcome, Renewal, recorded};
 
 /// Longest signing request or certificate, in bytes: one with a P-256 key has well under 1 KiB.
 const PEM_MAX: usize = 16 * 1024;
@@ -62,17 +64,25 @@ impl Enrollments {
         request: v1::EnrollRequest,
         address: IpAddr,
         record: &Record,
+        asked: &mut Asked,
     ) -> Result<v1::EnrollResponse, ApiError> {
         pem("certificate_request", &request.certificate_request)?;
         let wanted_id = match request.node_id.as_str() {
             "" => None,
             id => Some(NodeId::parse(id).map_err(|error| ApiError::invalid("node_id", error.to_string()))?),
         };
+        asked.target = wanted_id.as_ref().map(NodeId::name).unwrap_or_default();
         let board = convert::board(request.board.unwrap_or_default())?;
+        asked.serial.clone_from(&board.serial);
         if wanted_id.is_none() && board.serial.is_empty() {
             return Err(ApiError::invalid("node_id", "is needed, as the board has no serial number to make one from"));
         }
-        let token = JoinToken::parse(&request.token).map_err(|_| refused())?;
+        let token = JoinToken::parse(&request.token).map_err(|_| {
+            asked.why = "this is not a join token".to_owned();
+            refused()
+        })?;
+        asked.token = token.id.name();
+        record.edit(|row| row.credential.clone_from(&asked.token));
         let key_sha256 = Ca::key_of_request(&request.certificate_request).map_err(request_error)?;
         let now = self.context.clock.now();
         let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board, address };
@@ -85,39 +95,34 @@ impl Enrollments {
             .enrol(&enrolment, now, |node, generation| {
                 by(record, node);
                 let certificate = ca.issue_node(&request.certificate_request, node, now).ok()?;
-                let row = CertificateRow {
-                    serial: certificate.serial.clone(),
-                    node: Some(node.clone()),
-                    subject: node.as_str().to_owned(),
-                    role: "node".to_owned(),
-                    key_sha256: certificate.key_sha256.clone(),
-                    not_before: certificate.not_before,
-                    not_after: certificate.not_after,
-                    generation,
-                };
-                issued = Some(certificate);
-                Some(row)
+                issued = Some(certificate.pem.clone());
+                Some(row(certificate, node, generation))
             })
             .await?;
-        match (outcome, issued) {
-            (EnrolOutcome::Admitted { node, held, .. }, Some(certificate)) => Ok(v1::EnrollResponse {
-                node: node.name(),
-                certificate: certificate.pem,
-                ca_certificate: ca.certificate_pem().to_owned(),
-                held,
-            }),
-            (EnrolOutcome::Admitted { .. } | EnrolOutcome::NotIssued, _) => {
-                Err(ApiError::Internal("no certificate was issued".to_owned()))
+        let (node, held, certificate) = match outcome {
+            EnrolOutcome::Admitted { node, held, again: Some(pem), .. } => {
+                self.refused.take(source(address), now);
+                asked.silent = true;
+                (node, held, Some(pem))
             }
-            (EnrolOutcome::Refused, _) => Err(refused()),
-        }
+            EnrolOutcome::Admitted { node, held, .. } => (node, held, issued),
+            EnrolOutcome::NotIssued => return Err(ApiError::Internal("no certificate was issued".to_owned())),
+            EnrolOutcome::Refused(refusal) => {
+                asked.why = refusal.why;
+                return Err(refused());
+            }
+        };
+        let certificate = certificate.ok_or_else(|| ApiError::Internal("no certificate was issued".to_owned()))?;
+        Ok(v1::EnrollResponse { node: node.name(), certificate, ca_certificate: ca.certificate_pem().to_owned(), held })
     }
 
     async fn renew(
         &self,
         request: v1::RenewCertificateRequest,
         record: &Record,
-    ) -> Result<(NodeId, v1::RenewCertificateResponse), ApiError> {
+        from: SocketAddr,
+        asked: &mut Asked,
+    ) -> Result<v1::RenewCertificateResponse, ApiError> {
         pem("certificate", &request.certificate)?;
         pem("certificate_request", &request.certificate_request)?;
         let now = self.context.clock.now();
@@ -125,29 +130,53 @@ impl Enrollments {
         let proof = ca
             .verify_renewal(&request.certificate, &request.certificate_request, &request.signature, now)
             .map_err(request_error)?;
-        let known = self.context.store.certificate(&proof.serial).await?;
-        let Some(old) = known.filter(|known| !known.revoked() && known.certificate.node.as_ref() == Some(&proof.node))
-        else {
-            return Err(revoked());
+        asked.target = proof.node.name();
+        let wish = Renewal {
+            node: proof.node.clone(),
+            serial: proof.serial,
+            key_sha256: proof.key_sha256,
+            new_key_sha256: Ca::key_of_request(&request.certificate_request).map_err(request_error)?,
+            origin: from.ip().to_string(),
         };
-        let issued = ca.issue_node(&request.certificate_request, &proof.node, now).map_err(request_error)?;
-        let row = CertificateRow {
-            serial: issued.serial,
-            node: Some(proof.node.clone()),
-            subject: proof.node.as_str().to_owned(),
-            role: "node".to_owned(),
-            key_sha256: issued.key_sha256,
-            not_before: issued.not_before,
-            not_after: issued.not_after,
-            generation: old.certificate.generation,
+        by(record, &wish.node);
+        let mut issued = None;
+        let renewed = self.context.store.renew_certificate(&wish, now, |generation| {
+            let certificate = ca.issue_node(&request.certificate_request, &wish.node, now).ok()?;
+            issued = Some(certificate.pem.clone());
+            Some(row(certificate, &wish.node, generation))
+        });
+        let certificate = match renewed.await? {
+            RenewOutcome::Renewed => issued,
+            RenewOutcome::Again(pem) => {
+                // Nothing is written for it, and so it is limited and not recorded.
+                self.refused.take(source(from.ip()), now);
+                asked.silent = true;
+                Some(pem)
+            }
+            RenewOutcome::NotIssued => None,
+            RenewOutcome::Revoked => return Err(revoked()),
+            RenewOutcome::Quarantined => {
+                return Err(ApiError::Forbidden {
+                    reason: "NODE_QUARANTINED",
+                    message: format!("{} is quarantined; an admin can approve it", wish.node.name()),
+                });
+            }
+            RenewOutcome::Held { .. } => {
+                return Err(key_held(&wish.node, &wish.key_sha256));
+            }
+            RenewOutcome::TooSoon { again } => {
+                return Err(ApiError::Exhausted {
+                    reason: "RENEWED_RECENTLY",
+                    message: format!(
+                        "{} was renewed less than an hour ago; it may be again at {}",
+                        wish.node.name(),
+                        again.to_rfc3339_opts(SecondsFormat::Secs, true)
+                    ),
+                });
+            }
         };
-        by(record, &proof.node);
-        if !self.context.store.renew_certificate(&proof.serial, &row).await? {
-            return Err(revoked());
-        }
-        let response =
-            v1::RenewCertificateResponse { certificate: issued.pem, ca_certificate: ca.certificate_pem().to_owned() };
-        Ok((proof.node, response))
+        let certificate = certificate.ok_or_else(|| ApiError::Internal("no certificate was issued".to_owned()))?;
+        Ok(v1::RenewCertificateResponse { certificate, ca_certificate: ca.certificate_pem().to_owned() })
     }
 
     /// The row of a call as it is if the call succeeds; who made it is seen on the way.
@@ -165,16 +194,27 @@ impl Enrollments {
     }
 
     /// Records a call that changed nothing. One that did is recorded with its change.
-    async fn record<T>(&self, record: &Record, actor: &str, from: SocketAddr, result: &Result<T, ApiError>) {
+    async fn record<T>(
+        &self,
+        record: &Record,
+        actor: &str,
+        from: SocketAddr,
+        asked: Asked,
+        result: &Result<T, ApiError>,
+    ) {
         let mut row = record.row();
         if record.is_stored() {
             return record::log(&row, Some(from.ip()));
         }
+        if asked.silent {
+            return;
+        }
         actor.clone_into(&mut row.actor);
-        actor.clone_into(&mut row.target);
+        row.target = if actor.is_empty() { asked.target.clone() } else { actor.to_owned() };
+        row.credential.clone_from(&asked.token);
         if let Err(error) = result {
             code_word(error.code()).clone_into(&mut row.result);
-            row.message = error.to_string();
+            row.message = asked.message(error.to_string());
         }
         self.context.access.recorder().record(row, Some(from.ip())).await;
     }
@@ -188,13 +228,54 @@ fn by(record: &Record, node: &NodeId) {
     });
 }
 
+/// What a caller asked for, and what became of it: for the admin, who is told more than the caller.
+#[derive(Debug, Default)]
+struct Asked {
+    /// `joinTokens/ID`, as the token says.
+    token: String,
+    /// `nodes/ID`: the id asked for, or the node of the certificate that was shown.
+    target: String,
+    /// The board's serial number.
+    serial: String,
+    /// The true reason of a refusal; empty: the answer says it.
+    why: String,
+    /// There is nothing to record.
+    silent: bool,
+}
+
+impl Asked {
+    fn message(&self, said: String) -> String {
+        let why = if self.why.is_empty() { &said } else { &self.why };
+        if why.is_empty() || self.serial.is_empty() {
+            return why.to_owned();
+        }
+        format!("{why} (serial number {})", self.serial)
+    }
+}
+
+/// A node's certificate as it is stored.
+fn row(issued: Issued, node: &NodeId, generation: i64) -> CertificateRow {
+    CertificateRow {
+        serial: issued.serial,
+        node: Some(node.clone()),
+        subject: node.as_str().to_owned(),
+        role: "node".to_owned(),
+        key_sha256: issued.key_sha256,
+        not_before: issued.not_before,
+        not_after: issued.not_after,
+        generation,
+        pem: issued.pem,
+        given_for: String::new(),
+    }
+}
+
 /// One answer for a wrong, an expired, a used and a revoked token, and one that is not for this board, id or network, so that nothing can be learnt from it.
 fn refused() -> ApiError {
     ApiError::Forbidden {
         reason: "TOKEN_REFUSED",
         message:
             "the join token is not valid: it is wrong, expired, used up, revoked, or not for this node or network; \
-                  make one with `marcoctl tokens create`"
+                  make one with `marcoctl tokens create` (the audit says which of these it was)"
                 .to_owned(),
     }
 }
@@ -236,14 +317,17 @@ fn from<T>(request: &Request<T>) -> Result<SocketAddr, ApiError> {
 impl EnrollmentService for Enrollments {
     async fn enroll(&self, request: Request<v1::EnrollRequest>) -> Result<Response<v1::EnrollResponse>, Status> {
         let from = from(&request)?;
-        let record = self.row("Enroll", from);
+        let (record, mut asked) = (self.row("Enroll", from), Asked::default());
         let result = match self.admit(from.ip()) {
-            Ok(()) => recorded(Arc::clone(&record), self.enroll(request.into_inner(), from.ip(), &record)).await,
+            Ok(()) => {
+                let work = self.enroll(request.into_inner(), from.ip(), &record, &mut asked);
+                recorded(Arc::clone(&record), work).await
+            }
             Err(error) => Err(error),
         };
         self.count(from.ip(), &result);
         let actor = result.as_ref().map(|response| response.node.clone()).unwrap_or_default();
-        self.record(&record, &actor, from, &result).await;
+        self.record(&record, &actor, from, asked, &result).await;
         Ok(Response::new(result?))
     }
 
@@ -252,14 +336,17 @@ impl EnrollmentService for Enrollments {
         request: Request<v1::RenewCertificateRequest>,
     ) -> Result<Response<v1::RenewCertificateResponse>, Status> {
         let from = from(&request)?;
-        let record = self.row("RenewCertificate", from);
+        let (record, mut asked) = (self.row("RenewCertificate", from), Asked::default());
         let result = match self.admit(from.ip()) {
-            Ok(()) => recorded(Arc::clone(&record), self.renew(request.into_inner(), &record)).await,
+            Ok(()) => {
+                let work = self.renew(request.into_inner(), &record, from, &mut asked);
+                recorded(Arc::clone(&record), work).await
+            }
             Err(error) => Err(error),
         };
         self.count(from.ip(), &result);
-        let actor = result.as_ref().map(|(node, _)| node.name()).unwrap_or_default();
-        self.record(&record, &actor, from, &result).await;
-        Ok(Response::new(result?.1))
+        let actor = if result.is_ok() { asked.target.clone() } else { String::new() };
+        self.record(&record, &actor, from, asked, &result).await;
+        Ok(Response::new(result?))
     }
 }

@@ -15,7 +15,9 @@ use crate::identity::roles::Role;
 use crate::identity::tokens::JoinToken;
 use crate::operation::Decision;
 use crate::sessions::End;
-use crate::store::{DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, ResolveOutcome, Scope, UpdateNodeOutcome};
+use crate::store::{
+    ApproveOutcome, DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, ResolveOutcome, Scope, UpdateNodeOutcome,
+};
 
 /// How long a join token works unless it says otherwise: long enough to prepare a card, short enough to forget.
 const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
@@ -23,6 +25,8 @@ const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
 const MAX_TTL: TimeDelta = TimeDelta::days(90);
 /// The most nodes that one token may enrol.
 const MAX_USES: u32 = 10_000;
+/// Hexadecimal digits of a SHA-256.
+const FINGERPRINT_LENGTH: usize = 64;
 
 /// The service.
 pub(super) struct Nodes {
@@ -135,9 +139,49 @@ impl Nodes {
         }
     }
 
-    async fn approve(&self, name: &str) -> Result<NodeRow, ApiError> {
-        let id = node_id("name", name)?;
-        self.context.store.approve(&id, self.context.clock.now()).await?.ok_or_else(|| not_found(&id))
+    async fn approve(&self, request: &v1::ApproveNodeRequest) -> Result<NodeRow, ApiError> {
+        let id = node_id("name", &request.name)?;
+        let fingerprint = match request.fingerprint.as_str() {
+            "" => None,
+            text => Some(fingerprint(text)?),
+        };
+        let before = self.context.store.node(&id).await?;
+        let precondition = |reason, message| Err(ApiError::Precondition { reason, message });
+        match self.context.store.approve(&id, fingerprint.as_deref(), self.context.clock.now()).await? {
+            ApproveOutcome::Approved(row) => {
+                if before.is_some_and(|before| before.session_epoch != row.session_epoch) {
+                    self.context.sessions.end(&id, End::Lost);
+                }
+                Ok(*row)
+            }
+            ApproveOutcome::Choose(waiting) if waiting.is_empty() => precondition(
+                "NO_KEY_WAITS",
+                format!(
+                    "the key of {} was shut out, and none waits; the node must enrol again with a token",
+                    id.name()
+                ),
+            ),
+            ApproveOutcome::Choose(waiting) => precondition(
+                "FINGERPRINT_NEEDED",
+                format!(
+                    "more than one key of {} may be meant; name the fingerprint of one that waits: {}",
+                    id.name(),
+                    waiting.join(", ")
+                ),
+            ),
+            ApproveOutcome::NoSuchKey(waiting) if waiting.is_empty() => {
+                precondition("NO_SUCH_KEY", format!("no key of {} waits for approval", id.name()))
+            }
+            ApproveOutcome::NoSuchKey(waiting) => precondition(
+                "NO_SUCH_KEY",
+                format!(
+                    "no key of {} with this fingerprint waits for approval; these do: {}",
+                    id.name(),
+                    waiting.join(", ")
+                ),
+            ),
+            ApproveOutcome::NotFound => Err(not_found(&id)),
+        }
     }
 
     async fn quarantine(&self, caller: &Caller, request: &v1::QuarantineNodeRequest) -> Result<NodeRow, ApiError> {
@@ -265,6 +309,20 @@ fn node_id(field: &str, name: &str) -> Result<NodeId, ApiError> {
     NodeId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
 }
 
+/// A key's fingerprint as it is stored; blanks and colons in it do not matter.
+fn fingerprint(text: &str) -> Result<String, ApiError> {
+    let bare: String = text.chars().filter(|c| !c.is_whitespace() && *c != ':').collect();
+    if bare.len() != FINGERPRINT_LENGTH || !bare.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Err(ApiError::invalid("fingerprint", "must be 64 hexadecimal digits: `marcoctl nodes get` shows it"));
+    }
+    Ok(bare.to_ascii_lowercase())
+}
+
+/// A node's full name, for the audit: it may have been named by its bare id. What names no node is kept as it is.
+fn target(name: &str) -> String {
+    NodeId::parse(name).map_or_else(|_| name.to_owned(), |id| id.name())
+}
+
 fn token_id(field: &str, name: &str) -> Result<JoinTokenId, ApiError> {
     JoinTokenId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
 }
@@ -307,7 +365,7 @@ impl NodeService for Nodes {
     async fn update_node(&self, request: Request<v1::UpdateNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        let target = request.node.as_ref().map(|node| node.name.clone()).unwrap_or_default();
+        let target = request.node.as_ref().map(|node| target(&node.name)).unwrap_or_default();
         caller.note_target(&target);
         let result = self.update(&caller, request).await;
         self.context.audit(&caller, "UpdateNode", &target, &result).await;
@@ -320,9 +378,9 @@ impl NodeService for Nodes {
     ) -> Result<Response<v1::DeleteNodeResponse>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        caller.note_target(&request.name);
+        caller.note_target(&target(&request.name));
         let result = self.delete(&caller, &request).await;
-        self.context.audit(&caller, "DeleteNode", &request.name, &result).await;
+        self.context.audit(&caller, "DeleteNode", &target(&request.name), &result).await;
         Ok(Response::new(result?))
     }
 
@@ -339,19 +397,19 @@ impl NodeService for Nodes {
 
     async fn approve_node(&self, request: Request<v1::ApproveNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
-        let name = request.into_inner().name;
-        caller.note_target(&name);
-        let result = self.approve(&name).await;
-        self.context.audit(&caller, "ApproveNode", &name, &result).await;
+        let request = request.into_inner();
+        caller.note_target(&target(&request.name));
+        let result = self.approve(&request).await;
+        self.context.audit(&caller, "ApproveNode", &target(&request.name), &result).await;
         Ok(Response::new(convert::node(&result?)))
     }
 
     async fn quarantine_node(&self, request: Request<v1::QuarantineNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        caller.note_target(&request.name);
+        caller.note_target(&target(&request.name));
         let result = self.quarantine(&caller, &request).await;
-        self.context.audit(&caller, "QuarantineNode", &request.name, &result).await;
+        self.context.audit(&caller, "QuarantineNode", &target(&request.name), &result).await;
         Ok(Response::new(convert::node(&result?)))
     }
 
@@ -390,7 +448,9 @@ impl NodeService for Nodes {
         let name = request.into_inner().name;
         caller.note_target(&name);
         let result = self.revoke_token(&name).await;
-        self.context.audit(&caller, "RevokeJoinToken", &name, &result).await;
+        self.context
+            .audit(&caller, "RevokeJoinToken", &JoinTokenId::parse(&name).map_or(name, |id| id.name()), &result)
+            .await;
         Ok(Response::new(result?))
     }
 }

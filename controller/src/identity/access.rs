@@ -177,6 +177,9 @@ impl Access {
         };
         match standing {
             Some(standing) => {
+                if standing.held {
+                    return Err(Denied::KeyHeld(certificate.key_sha256.clone()));
+                }
                 caller.role = check(&standing, caller.role, self.clock.now())?;
                 caller.pass = Arc::new(Pass::new(standing.scope));
                 Ok(caller)
@@ -214,6 +217,8 @@ impl Access {
             not_before: certificate.not_before,
             not_after: certificate.not_after,
             generation: 0,
+            pem: String::new(),
+            given_for: String::new(),
         };
         let (name, serial) = (caller.name.as_str(), &certificate.serial);
         of_peer!(info, name, user = %cut(name), serial, "a certificate was seen for the first time");
@@ -297,9 +302,10 @@ impl Access {
     }
 }
 
-/// The role in which a certificate is let in.
+/// The role in which a certificate is let in. What was begun under a key ends well when a renewal put another in service,
+/// and is cut when an operator did.
 fn check(standing: &Standing, written: Role, now: DateTime<Utc>) -> Result<Role, Denied> {
-    if standing.revoked || standing.not_after <= now {
+    if standing.revoked || standing.not_after <= now || standing.replaced {
         return Err(Denied::Revoked);
     }
     if standing.quarantined {

@@ -185,6 +185,12 @@ impl Ca {
         &self.certificate
     }
 
+    /// Until when the CA's certificate is valid.
+    pub fn expire_time(&self) -> Option<DateTime<Utc>> {
+        let (_, certificate) = X509Certificate::from_der(&self.certificate).ok()?;
+        DateTime::from_timestamp(certificate.validity().not_after.timestamp(), 0)
+    }
+
     /// SHA-256 of the CA's SubjectPublicKeyInfo: the pin in join tokens.
     pub fn spki_sha256(&self) -> [u8; 32] {
         self.spki_sha256

@@ -249,6 +249,7 @@ fn status(denied: &Denied) -> Status {
         Denied::BadToken => (Code::Unauthenticated, "API_TOKEN_REFUSED"),
         Denied::Revoked => (Code::Unauthenticated, "CERTIFICATE_REVOKED"),
         Denied::Quarantined => (Code::PermissionDenied, "NODE_QUARANTINED"),
+        Denied::KeyHeld(_) => (Code::PermissionDenied, "KEY_AWAITS_APPROVAL"),
         Denied::Forbidden { .. } => (Code::PermissionDenied, "ROLE_NOT_ALLOWED"),
         Denied::Unavailable => (Code::Unavailable, "STORE_UNAVAILABLE"),
     };

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::names::NodeId;
 
 use super::connection::Connection;
+use super::keys::{self, KeyState};
 use super::sql::{Row, sql};
 use super::{Scope, Store, StoreError, nodes};
 use crate::operation::NodeState;
@@ -27,6 +28,10 @@ pub struct CertificateRow {
     pub not_after: DateTime<Utc>,
     /// The node's generation of keys; 0 where there is no node.
     pub generation: i64,
+    /// PEM, where the same request may be answered again; else empty.
+    pub pem: String,
+    /// For what it was given: `certificates/SERIAL` or `joinTokens/ID`; empty: not kept.
+    pub given_for: String,
 }
 
 /// A certificate as it is stored.
@@ -69,6 +74,10 @@ pub struct Standing {
     pub revoked: bool,
     /// It is a quarantined node's.
     pub quarantined: bool,
+    /// It is a node's, and its key is not in service: an operator has to approve it first.
+    pub held: bool,
+    /// An operator approved another key in place of this one.
+    pub replaced: bool,
     /// The user's present role; `None`: it is no user's.
     pub role: Option<String>,
     /// The nodes that the user is limited to.
@@ -79,8 +88,6 @@ impl Store {
     /// Stores a certificate (one that is not issued by `enrol`).
     pub async fn insert_certificate(&self, row: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
-        // The node first, as in every transaction.
-        note_key(&*tx, row).await?;
         insert(&*tx, row).await?;
         self.commit(tx).await
     }
@@ -111,13 +118,20 @@ impl Store {
         .collect()
     }
 
-    /// Makes a certificate useless; `None`: no such certificate.
+    /// Makes a certificate useless, and with a node's the key that it certifies; `None`: no such certificate.
     pub async fn revoke_certificate(
         &self,
         serial: &str,
         now: DateTime<Utc>,
     ) -> Result<Option<StoredCertificate>, StoreError> {
         let tx = self.begin().await?;
+        let Some(found) = find(&*tx, serial).await? else { return Ok(None) };
+        if let Some(node) = &found.certificate.node
+            && sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(node.as_str()).one(&*tx).await?.is_some()
+        {
+            // Otherwise the key would only have to be renewed by another of its certificates.
+            keys::shut_out(&*tx, node, &found.certificate.key_sha256, now).await?;
+        }
         sql("UPDATE certificates SET revoke_time = COALESCE(revoke_time, ?) WHERE serial = ?")
             .time(now)
             .bind(serial)
@@ -128,34 +142,15 @@ impl Store {
         Ok(row)
     }
 
-    /// Stores the certificate that takes the place of a node's old one, unless that one was revoked or the node is gone;
-    /// false then.
-    pub async fn renew_certificate(&self, old: &str, row: &CertificateRow) -> Result<bool, StoreError> {
-        let tx = self.begin().await?;
-        // The node first, as in every transaction: whoever approves or deletes it holds it, and then revokes.
-        if let Some(node) = &row.node {
-            let there = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(node.as_str()).one(&*tx).await?;
-            if there.is_none() {
-                return Ok(false);
-            }
-        }
-        // Held, so that a revocation comes before or after, and then finds the new one.
-        let good = sql("SELECT serial FROM certificates WHERE serial = ? AND revoke_time IS NULL {lock}");
-        if good.bind(old).one(&*tx).await?.is_none() {
-            return Ok(false);
-        }
-        insert(&*tx, row).await?;
-        note_key(&*tx, row).await?;
-        self.commit(tx).await?;
-        Ok(true)
-    }
-
     /// What is known of the owners of certificates; those that are not stored are left out.
     pub async fn standings(&self, serials: &[String]) -> Result<Vec<Standing>, StoreError> {
         sql(
             "SELECT c.serial AS serial, c.not_after AS not_after, c.revoke_time AS revoke_time, n.state AS node_state, \
-                 c.node AS node, n.id AS present, u.role AS role, u.selector AS selector, u.revoke_time AS shut_out \
+                 c.node AS node, n.id AS present, u.role AS role, u.selector AS selector, u.revoke_time AS shut_out, \
+                 n.key_sha256 AS node_key, c.key_sha256 AS key_sha256, k.state AS key_state, \
+                 n.generation AS node_generation, c.generation AS generation \
              FROM certificates c LEFT JOIN nodes n ON n.id = c.node \
+             LEFT JOIN node_keys k ON k.node = c.node AND k.key_sha256 = c.key_sha256 \
              LEFT JOIN users u ON u.id = c.subject AND c.node IS NULL WHERE c.serial IN {each}",
         )
         .each(serials)
@@ -163,7 +158,14 @@ impl Store {
         .await?
         .iter()
         .map(|row| {
+            let serves = row.maybe_text("node_key")?.as_deref() == Some(row.text("key_sha256")?.as_str())
+                || row.maybe_text("key_state")?.as_deref() == Some(KeyState::Next.as_str());
+            let is_nodes = row.maybe_text("node")?.is_some();
             Ok(Standing {
+                held: is_nodes && !serves,
+                replaced: row
+                    .maybe_int("node_generation")?
+                    .is_some_and(|now| row.int("generation").is_ok_and(|of| of < now)),
                 serial: row.text("serial")?,
                 not_after: row.time("not_after")?,
                 revoked: row.maybe_time("revoke_time")?.is_some()
@@ -209,11 +211,12 @@ impl Store {
     }
 }
 
-async fn find(db: &impl Connection, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
+/// A certificate by its serial number, also in a transaction.
+pub(super) async fn find(db: &impl Connection, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
     sql("SELECT * FROM certificates WHERE serial = ?").bind(serial).one(db).await?.as_ref().map(read).transpose()
 }
 
-fn read(row: &Row) -> Result<StoredCertificate, StoreError> {
+pub(super) fn read(row: &Row) -> Result<StoredCertificate, StoreError> {
     Ok(StoredCertificate {
         certificate: CertificateRow {
             serial: row.text("serial")?,
@@ -224,21 +227,11 @@ fn read(row: &Row) -> Result<StoredCertificate, StoreError> {
             not_before: row.time("not_before")?,
             not_after: row.time("not_after")?,
             generation: row.int("generation")?,
+            pem: row.text("pem")?,
+            given_for: row.text("given_for")?,
         },
         revoke_time: row.maybe_time("revoke_time")?,
     })
-}
-
-/// A renewal may bring a new key; by that of a node that was enrolled anew, nothing changes.
-async fn note_key(tx: &impl Connection, row: &CertificateRow) -> Result<(), StoreError> {
-    let Some(node) = &row.node else { return Ok(()) };
-    sql("UPDATE nodes SET key_sha256 = ? WHERE id = ? AND generation = ?")
-        .bind(row.key_sha256.as_str())
-        .bind(node.as_str())
-        .bind(row.generation)
-        .run(tx)
-        .await?;
-    Ok(())
 }
 
 /// Stores a certificate unless it is stored, in a transaction.
@@ -252,8 +245,8 @@ pub(super) async fn insert(tx: &impl Connection, row: &CertificateRow) -> Result
 }
 
 async fn put(tx: &impl Connection, row: &CertificateRow, conflict: &str) -> Result<(), StoreError> {
-    sql("INSERT INTO certificates (serial, node, subject, role, key_sha256, not_before, not_after, generation) \
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
+    sql("INSERT INTO certificates (serial, node, subject, role, key_sha256, not_before, not_after, generation, pem, \
+             given_for) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
     .and(conflict)
     .bind(row.serial.as_str())
     .bind(row.node.as_ref().map(|node| node.as_str().to_owned()))
@@ -263,6 +256,8 @@ async fn put(tx: &impl Connection, row: &CertificateRow, conflict: &str) -> Resu
     .time(row.not_before)
     .time(row.not_after)
     .bind(row.generation)
+    .bind(row.pem.as_str())
+    .bind(row.given_for.as_str())
     .run(tx)
     .await?;
     Ok(())

@@ -4,12 +4,14 @@ use std::net::IpAddr;
 
 use chrono::{DateTime, Utc};
 use ipnet::IpNet;
-use marco_proto::names::{ID_MAX, NodeId};
+use marco_proto::names::{ID_MAX, JoinTokenId, NodeId};
 
 use super::connection::{Connection, Transaction};
+use super::keys::{self, CAME_BACK, KeyState, NEW_KEY, Shown};
+use super::names::{self, Claim};
 use super::nodes::{self, normal_serial};
 use super::sql::{Row, sql};
-use super::{Board, CertificateRow, Store, StoreError, certificates, tokens};
+use super::{Board, CertificateRow, Store, StoreError, approval, certificates, renewals, tokens};
 use crate::operation::NodeState;
 
 /// A wish to enrol.
@@ -34,15 +36,26 @@ pub enum EnrolOutcome {
     Admitted {
         /// Its id.
         node: NodeId,
-        /// It waits for an admin.
+        /// It, or its key, waits for an admin.
         held: bool,
         /// Its generation of keys.
         generation: i64,
+        /// The same request was answered with this certificate before, PEM.
+        again: Option<String>,
     },
-    /// The token is wrong, used up, expired, revoked, or not for this board, id or network; which one is not told.
-    Refused,
+    /// It is not let in. The caller is not told why.
+    Refused(EnrolRefusal),
     /// `issue` made no certificate; nothing is stored.
     NotIssued,
+}
+
+/// Why nobody was enrolled: for the audit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnrolRefusal {
+    /// The token, when there is one with this secret.
+    pub token: Option<JoinTokenId>,
+    /// The reason, for people.
+    pub why: String,
 }
 
 impl Store {
@@ -55,61 +68,73 @@ impl Store {
         issue: impl FnOnce(&NodeId, i64) -> Option<CertificateRow> + Send,
     ) -> Result<EnrolOutcome, StoreError> {
         let tx = self.begin().await?;
-        let usable = sql("UPDATE tokens SET uses = uses WHERE secret_sha256 = ? AND NOT revoked AND expire_time > ? \
-                          RETURNING id, uses, max_uses, require_approval, labels, cidrs, serials, nodes")
-        .bind(wish.token_sha256.as_str())
-        .time(now)
-        .one(&*tx)
-        .await?;
-        let Some(token) = usable else { return Ok(EnrolOutcome::Refused) };
-        let token_id = token.text("id")?;
+        // Written to be held: two that use it at once come one after the other.
+        let token = sql("UPDATE tokens SET uses = uses WHERE secret_sha256 = ? \
+                         RETURNING id, uses, max_uses, expire_time, revoked, require_approval, labels, cidrs, serials, nodes")
+            .bind(wish.token_sha256.as_str())
+            .one(&*tx)
+            .await?;
+        let refused = |token: Option<&JoinTokenId>, why: &str| {
+            Ok(EnrolOutcome::Refused(EnrolRefusal { token: token.cloned(), why: why.to_owned() }))
+        };
+        let Some(token) = token else { return refused(None, "no join token has this secret") };
+        let token_id = token.word("id", |id| JoinTokenId::parse(id).ok())?;
         let limits = Limits::read(&token)?;
-        if !limits.allow(wish) {
-            return Ok(EnrolOutcome::Refused);
+        let wrong = if token.flag("revoked")? {
+            Some("the join token was revoked")
+        } else if token.time("expire_time")? <= now {
+            Some("the join token has expired")
+        } else {
+            limits.wrong(wish)
+        };
+        if let Some(why) = wrong {
+            return refused(Some(&token_id), why);
         }
-        let before =
-            sql("SELECT e.node AS id, n.key_sha256 AS present FROM enrolments e JOIN nodes n ON n.id = e.node \
-                          WHERE e.token = ? AND e.key_sha256 = ?")
+        let before = sql("SELECT node AS id FROM enrolments WHERE token = ? AND key_sha256 = ?")
             .bind(token_id.as_str())
             .bind(wish.key_sha256.as_str())
             .one(&*tx)
             .await?;
-        let admitted = match before {
-            // The node has another key by now.
-            Some(row) if row.text("present")? != wish.key_sha256 => return Ok(EnrolOutcome::Refused),
-            // The answer to the first request was lost on the way.
-            Some(row) => known(&tx, &nodes::read_id(&row)?).await?,
-            None => {
-                let used = sql("UPDATE tokens SET uses = uses + 1 WHERE id = ? AND uses < max_uses")
-                    .bind(token_id.as_str())
-                    .run(&*tx)
-                    .await?;
-                if used == 0 {
-                    return Ok(EnrolOutcome::Refused);
-                }
-                let Some(admitted) = admit(&tx, wish, &token, &limits, now).await? else {
-                    return Ok(EnrolOutcome::Refused);
-                };
-                sql("INSERT INTO enrolments (token, key_sha256, node) VALUES (?, ?, ?)")
-                    .bind(token_id.as_str())
-                    .bind(wish.key_sha256.as_str())
-                    .bind(admitted.node.as_str())
-                    .run(&*tx)
-                    .await?;
-                admitted
+        if before.is_none() {
+            let used = sql("UPDATE tokens SET uses = uses + 1 WHERE id = ? AND uses < max_uses")
+                .bind(token_id.as_str())
+                .run(&*tx)
+                .await?;
+            if used == 0 {
+                return refused(Some(&token_id), "the join token is used up");
             }
+        }
+        // A token is held before the nodes, by everybody who needs both.
+        let admitted = match admit(&tx, wish, &token, &limits, now).await? {
+            Ok(admitted) => admitted,
+            Err(why) => return refused(Some(&token_id), &why),
         };
-        let Some(certificate) = issue(&admitted.node, admitted.generation) else { return Ok(EnrolOutcome::NotIssued) };
-        let certificate = CertificateRow {
-            node: Some(admitted.node.clone()),
-            generation: admitted.generation,
-            key_sha256: wish.key_sha256.clone(),
-            ..certificate
-        };
-        certificates::insert(&*tx, &certificate).await?;
-        self.commit(tx).await?;
+        if before.is_none() {
+            sql("INSERT INTO enrolments (token, key_sha256, node) VALUES (?, ?, ?)")
+                .bind(token_id.as_str())
+                .bind(wish.key_sha256.as_str())
+                .bind(admitted.node.as_str())
+                .run(&*tx)
+                .await?;
+        }
         let Admitted { node, held, generation } = admitted;
-        Ok(EnrolOutcome::Admitted { node, held, generation })
+        // The answer to the first request was lost on the way.
+        let given_for = token_id.name();
+        let again = renewals::answer(&*tx, &node, &given_for, &wish.key_sha256, now).await?;
+        if again.is_none() {
+            let Some(certificate) = issue(&node, generation) else { return Ok(EnrolOutcome::NotIssued) };
+            let certificate = CertificateRow {
+                node: Some(node.clone()),
+                generation,
+                key_sha256: wish.key_sha256.clone(),
+                given_for,
+                ..certificate
+            };
+            certificates::insert(&*tx, &certificate).await?;
+            renewals::keep_newest(&*tx, &node).await?;
+            self.commit(tx).await?;
+        }
+        Ok(EnrolOutcome::Admitted { node, held, generation, again })
     }
 }
 
@@ -131,10 +156,16 @@ impl Limits {
         })
     }
 
-    fn allow(&self, wish: &Enrolment) -> bool {
+    /// Why the token is not for this board or network.
+    fn wrong(&self, wish: &Enrolment) -> Option<&'static str> {
         let (address, serial) = (wish.address.to_canonical(), normal_serial(&wish.board.serial));
-        (self.cidrs.is_empty() || self.cidrs.iter().any(|cidr| cidr.contains(&address)))
-            && (self.serials.is_empty() || self.serials.contains(&serial))
+        if !self.cidrs.is_empty() && !self.cidrs.iter().any(|cidr| cidr.contains(&address)) {
+            return Some("the join token is not for this network");
+        }
+        if !self.serials.is_empty() && !self.serials.contains(&serial) {
+            return Some("the join token is not for a board with this serial number");
+        }
+        None
     }
 
     /// Whether a node may have this id.
@@ -148,6 +179,7 @@ impl Limits {
     }
 }
 
+/// The node that somebody was admitted as.
 struct Admitted {
     node: NodeId,
     held: bool,
@@ -155,44 +187,65 @@ struct Admitted {
 }
 
 async fn known(tx: &Transaction, id: &NodeId) -> Result<Admitted, StoreError> {
-    let row = nodes::find(tx, id).await?;
-    let row = row.ok_or_else(|| StoreError::Unknown { what: "node", value: id.to_string() })?;
+    let row = nodes::find(tx, id).await?.ok_or_else(|| StoreError::Unknown { what: "node", value: id.to_string() })?;
     Ok(Admitted { node: row.id, held: row.state != NodeState::Approved, generation: row.generation })
 }
 
-/// Finds the node by its key or its board, or makes one; `None`: the token is not for it.
+/// Why somebody is not admitted.
+type Why = String;
+
+const ANOTHER_NODE: &str = "the join token is for other nodes";
+
+/// Finds the node by its key, its board or its name, or makes one.
 async fn admit(
     tx: &Transaction,
     wish: &Enrolment,
     token: &Row,
     limits: &Limits,
     now: DateTime<Utc>,
-) -> Result<Option<Admitted>, StoreError> {
+) -> Result<Result<Admitted, Why>, StoreError> {
     let serial = normal_serial(&wish.board.serial);
-    let by_key = sql("SELECT id FROM nodes WHERE key_sha256 = ?").bind(wish.key_sha256.as_str()).one(tx).await?;
-    if let Some(row) = by_key {
-        let id = nodes::read_id(&row)?;
-        return if limits.allow_id(id.as_str()) { known(tx, &id).await.map(Some) } else { Ok(None) };
-    }
-    if !serial.is_empty() {
-        let by_serial = sql("SELECT id FROM nodes WHERE serial = ? ORDER BY id LIMIT 1").bind(serial.as_str()).one(tx);
-        if let Some(row) = by_serial.await? {
-            let id = nodes::read_id(&row)?;
-            if !limits.allow_id(id.as_str()) {
-                return Ok(None);
-            }
-            renew_key(tx, wish, &id, limits.name(&serial, &id) && !token.flag("require_approval")?, now).await?;
-            return known(tx, &id).await.map(Some);
+    let requires_approval = token.flag("require_approval")?;
+    if let Some((id, state)) = keys::owner(tx, &wish.key_sha256).await? {
+        if !limits.allow_id(id.as_str()) {
+            return Ok(Err(ANOTHER_NODE.to_owned()));
         }
+        hold_node(tx, &id).await?;
+        return match state {
+            KeyState::InService | KeyState::Next => {
+                if limits.name(&serial, &id) && !requires_approval {
+                    sql("UPDATE nodes SET state = 'APPROVED', state_reason = '' WHERE id = ? \
+                         AND state = 'AWAITING_APPROVAL'")
+                    .bind(id.as_str())
+                    .run(tx)
+                    .await?;
+                }
+                known(tx, &id).await.map(Ok)
+            }
+            KeyState::Revoked => Ok(Err(format!("its key was shut out of {}", id.name()))),
+            KeyState::Pending | KeyState::Previous => {
+                let expected = limits.name(&serial, &id) && !requires_approval;
+                another_key(tx, wish, &id, expected, CAME_BACK, now).await
+            }
+        };
     }
-    let wanted = wanted_id(wish, &serial);
-    let id = free_id(tx, &wanted).await?;
+    if let Some(id) = same_node(tx, wish, &serial, limits).await? {
+        if !limits.allow_id(id.as_str()) {
+            return Ok(Err(ANOTHER_NODE.to_owned()));
+        }
+        hold_node(tx, &id).await?;
+        let expected = limits.name(&serial, &id) && !requires_approval;
+        return another_key(tx, wish, &id, expected, NEW_KEY, now).await;
+    }
+    let id = match free_id(tx, wish, &serial).await? {
+        Ok(id) => id,
+        Err(why) => return Ok(Err(why)),
+    };
     // Another board has the id, and the token is for no other.
     if !limits.allow_id(id.as_str()) {
-        return Ok(None);
+        return Ok(Err(ANOTHER_NODE.to_owned()));
     }
-    let held = token.flag("require_approval")?;
-    let (state, reason) = if held {
+    let (state, reason) = if requires_approval {
         (NodeState::AwaitingApproval, "its join token asks for an admin's approval")
     } else {
         (NodeState::Approved, "")
@@ -210,38 +263,57 @@ async fn admit(
     .time(now)
     .run(tx)
     .await?;
-    Ok(Some(Admitted { node: id, held, generation: 1 }))
+    Ok(Ok(Admitted { node: id, held: requires_approval, generation: 1 }))
 }
 
-/// Gives a known board a new key. Serial numbers are public: whoever names one is believed only by an admin, who has
-/// made the token for this board, or approves the node later.
-async fn renew_key(
+async fn hold_node(tx: &Transaction, id: &NodeId) -> Result<(), StoreError> {
+    sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(tx).await?;
+    Ok(())
+}
+
+/// The node that this board is already, though its key is not known: by its serial number, or where a board has none to
+/// tell, by an id that the token was made for.
+async fn same_node(
+    tx: &Transaction,
+    wish: &Enrolment,
+    serial: &str,
+    limits: &Limits,
+) -> Result<Option<NodeId>, StoreError> {
+    if !serial.is_empty() {
+        let by_serial = sql("SELECT id FROM nodes WHERE serial = ? ORDER BY id LIMIT 1").bind(serial).one(tx).await?;
+        if let Some(row) = by_serial {
+            return nodes::read_id(&row).map(Some);
+        }
+    }
+    let Some(wanted) = wish.wanted_id.as_ref().filter(|wanted| limits.nodes.contains(wanted)) else { return Ok(None) };
+    let by_name = sql("SELECT id FROM nodes WHERE id = ? AND (serial = '' OR ? = '')");
+    let by_name = by_name.bind(wanted.as_str()).bind(serial).one(tx).await?;
+    by_name.as_ref().map(nodes::read_id).transpose()
+}
+
+/// A known node shows another key. Serial numbers are public: whoever names one is believed only by an admin, who has
+/// made the token for this board, or approves the key later. Until then the key in service stays, and nothing of the
+/// node changes.
+async fn another_key(
     tx: &Transaction,
     wish: &Enrolment,
     id: &NodeId,
     expected: bool,
+    reason: &str,
     now: DateTime<Utc>,
-) -> Result<(), StoreError> {
-    sql("UPDATE nodes SET key_sha256 = ?, generation = generation + 1 WHERE id = ?")
-        .bind(wish.key_sha256.as_str())
-        .bind(id.as_str())
-        .run(tx)
-        .await?;
+) -> Result<Result<Admitted, Why>, StoreError> {
     if expected {
-        // Whoever has an earlier key is not the node any more.
-        sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND revoke_time IS NULL")
-            .time(now)
-            .bind(id.as_str())
-            .run(tx)
-            .await?;
-    } else {
-        sql("UPDATE nodes SET state = 'AWAITING_APPROVAL', state_reason = ? WHERE id = ? AND state <> 'QUARANTINED'")
-            .bind("its board enrolled again with another key")
-            .bind(id.as_str())
-            .run(tx)
-            .await?;
+        approval::replace_key(tx, id, &wish.key_sha256, &normal_serial(&wish.board.serial), now).await?;
+        return known(tx, id).await.map(Ok);
     }
-    Ok(())
+    let waits = keys::state(tx, id, &wish.key_sha256).await? == Some(KeyState::Pending);
+    let (serial, origin) = (normal_serial(&wish.board.serial), wish.address.to_canonical().to_string());
+    let shown = Shown { serial: &serial, origin: &origin, reason };
+    if !waits && !keys::hold(tx, id, &wish.key_sha256, shown, now).await? {
+        return Ok(Err(format!("too many keys wait for approval at {} already", id.name())));
+    }
+    let Admitted { generation, .. } = known(tx, id).await?;
+    Ok(Ok(Admitted { node: id.clone(), held: true, generation }))
 }
 
 /// The id before a suffix: the one asked for, else by the serial number, else by the key.
@@ -255,20 +327,28 @@ fn wanted_id(wish: &Enrolment, serial: &str) -> String {
     format!("pi-{}", last.collect::<String>())
 }
 
-async fn free_id(tx: &impl Connection, wanted: &str) -> Result<NodeId, StoreError> {
-    let invalid = |_| StoreError::Unknown { what: "node id", value: wanted.to_owned() };
+/// Takes an id: the wanted one, or with a suffix where another node has it. An id that was asked for and that nobody may
+/// have is refused.
+async fn free_id(tx: &impl Connection, wish: &Enrolment, serial: &str) -> Result<Result<NodeId, Why>, StoreError> {
+    let wanted = wanted_id(wish, serial);
+    let invalid = |_| StoreError::Unknown { what: "node id", value: wanted.clone() };
     for number in 1_u32.. {
         let id = if number == 1 {
-            NodeId::parse(wanted)
+            NodeId::parse(&wanted)
         } else {
             let suffix = format!("-{number}");
             let kept: String = wanted.chars().take(ID_MAX.saturating_sub(suffix.len())).collect();
             NodeId::parse(&format!("{kept}{suffix}"))
         }
         .map_err(invalid)?;
-        if sql("SELECT id FROM nodes WHERE id = ?").bind(id.as_str()).one(tx).await?.is_none() {
-            return Ok(id);
+        match names::take(tx, names::Kind::Node, id.as_str()).await? {
+            // A controller of an earlier version beside this one notes no names.
+            Claim::Granted if sql("SELECT id FROM nodes WHERE id = ?").bind(id.as_str()).one(tx).await?.is_none() => {
+                return Ok(Ok(id));
+            }
+            Claim::Refused(why) if number == 1 && wish.wanted_id.is_some() => return Ok(Err(why)),
+            Claim::Granted | Claim::Taken | Claim::Refused(_) => {}
         }
     }
-    Err(StoreError::Unknown { what: "node id", value: wanted.to_owned() })
+    Err(StoreError::Unknown { what: "node id", value: wanted })
 }

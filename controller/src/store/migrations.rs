@@ -11,6 +11,7 @@ mod m0045_truth;
 mod m0050_overdue;
 mod m0055_schedule_failures;
 mod m0060_open_artifacts;
+mod m0065_node_keys;
 mod m0070_image_facts;
 mod m0075_paused_by;
 
@@ -31,6 +32,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0050_overdue::Overdue),
             Box::new(m0055_schedule_failures::ScheduleFailures),
             Box::new(m0060_open_artifacts::OpenArtifacts),
+            Box::new(m0065_node_keys::NodeKeys),
             Box::new(m0070_image_facts::ImageFacts),
             Box::new(m0075_paused_by::PausedBy),
         ]

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::conflicts::{self, ConflictRow};
 use super::connection::Connection;
+use super::keys::{self, PendingKey};
 use super::moves::{self, End, read_found};
+use super::names;
 use super::operations::lock;
 use super::sessions::shut_out;
 use super::sql::{Row, Sql, sql};
@@ -114,10 +116,16 @@ pub struct NodeRow {
     pub session_epoch: i64,
     /// The controller that holds its stream.
     pub controller_id: Option<String>,
-    /// How often it got a new key; certificates of an earlier generation are revoked at its approval.
+    /// How often an operator let it have another key.
     pub generation: i64,
     /// What it says of executions and is not taken, oldest first.
     pub conflicts: Vec<ConflictRow>,
+    /// SHA-256 of the SubjectPublicKeyInfo of its key, lower-case hexadecimal; empty: its key was shut out.
+    pub key_sha256: String,
+    /// Keys that wait for approval, oldest first.
+    pub pending_keys: Vec<PendingKey>,
+    /// Until when the newest certificate of its key is valid; `None`: it has none.
+    pub certificate_expire_time: Option<DateTime<Utc>>,
 }
 
 /// Which nodes to list; what is empty does not restrict.
@@ -239,35 +247,6 @@ impl Store {
         })
     }
 
-    /// Admits a node with the board and the key that it has now; `None`: no such node.
-    pub async fn approve(&self, id: &NodeId, now: DateTime<Utc>) -> Result<Option<NodeRow>, StoreError> {
-        self.again(|| self.approve_once(id, now)).await
-    }
-
-    async fn approve_once(&self, id: &NodeId, now: DateTime<Utc>) -> Result<Option<NodeRow>, StoreError> {
-        let tx = self.begin().await?;
-        let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
-        let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else { return Ok(None) };
-        let serial = normal_serial(&row.board.serial);
-        sql("UPDATE nodes SET state = 'APPROVED', state_reason = '', previous_boot_id = '', previous_instance = '', \
-                 serial = CASE WHEN ? = '' THEN serial ELSE ? END WHERE id = ?")
-        .bind(serial.as_str())
-        .bind(serial.as_str())
-        .bind(id.as_str())
-        .run(&*tx)
-        .await?;
-        // The key that the admin approved is the last one; earlier ones may be in other hands.
-        sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND generation < ? AND revoke_time IS NULL")
-            .time(now)
-            .bind(id.as_str())
-            .bind(row.generation)
-            .run(&*tx)
-            .await?;
-        let row = find(&*tx, id).await?;
-        self.commit(tx).await?;
-        Ok(row)
-    }
-
     /// Shuts a node out; `None`: no such node.
     pub async fn quarantine(
         &self,
@@ -335,12 +314,15 @@ impl Store {
             .await?;
         sql("DELETE FROM conflicts WHERE node = ?").bind(id.as_str()).run(&*tx).await?;
         sql("DELETE FROM nodes WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
+        names::give_back(&*tx, names::Kind::Node, id.as_str()).await?;
         self.commit(tx).await?;
         Ok(DeleteNodeOutcome::Deleted)
     }
 }
 
-const SELECT: &str = "SELECT n.*, (SELECT e.operation FROM executions e WHERE e.node = n.id \
+const SELECT: &str = "SELECT n.*, (SELECT COUNT(*) FROM node_keys k WHERE k.node = n.id AND k.state = 'PENDING') \
+    AS waiting, (SELECT MAX(c.not_after) FROM certificates c WHERE c.node = n.id AND c.key_sha256 = n.key_sha256 \
+    AND c.revoke_time IS NULL) AS certificate_not_after, (SELECT e.operation FROM executions e WHERE e.node = n.id \
     AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS active, \
     EXISTS (SELECT 1 FROM conflicts c WHERE c.node = n.id AND c.resolution = '') AS torn FROM nodes n";
 
@@ -350,24 +332,34 @@ pub(super) async fn find(db: &impl Connection, id: &NodeId) -> Result<Option<Nod
     Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
-/// Reads nodes, with what they say and is not taken.
+/// Reads nodes, with what they say and is not taken, and with their pending keys. Hardly any node has either.
 async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<NodeRow>, StoreError> {
-    let mut nodes = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
-    let torn: Vec<NodeId> = nodes
-        .iter()
-        .zip(rows)
-        .filter_map(|(node, row)| match row.flag("torn") {
-            Ok(false) => None,
-            Ok(true) => Some(Ok(node.id.clone())),
-            Err(error) => Some(Err(error)),
-        })
-        .collect::<Result<_, _>>()?;
-    if torn.is_empty() {
-        return Ok(nodes);
+    let mut nodes = Vec::with_capacity(rows.len());
+    let (mut torn, mut waiting) = (Vec::new(), Vec::new());
+    for row in rows {
+        let node = read(row)?;
+        if row.flag("torn")? {
+            torn.push(node.id.clone());
+        }
+        if row.int("waiting")? > 0 {
+            waiting.push(node.id.clone());
+        }
+        nodes.push(node);
     }
-    let mut found = conflicts::of_nodes(db, &torn).await?;
-    for node in &mut nodes {
-        node.conflicts = found.remove(&node.id).unwrap_or_default();
+    if !torn.is_empty() {
+        let mut found = conflicts::of_nodes(db, &torn).await?;
+        for node in &mut nodes {
+            node.conflicts = found.remove(&node.id).unwrap_or_default();
+        }
+    }
+    if !waiting.is_empty() {
+        let mut pending: BTreeMap<NodeId, Vec<PendingKey>> = BTreeMap::new();
+        for (node, key) in keys::pending(db, &waiting).await? {
+            pending.entry(node).or_default().push(key);
+        }
+        for node in &mut nodes {
+            node.pending_keys = pending.remove(&node.id).unwrap_or_default();
+        }
     }
     Ok(nodes)
 }
@@ -405,6 +397,9 @@ fn read(row: &Row) -> Result<NodeRow, StoreError> {
         controller_id,
         generation: row.int("generation")?,
         conflicts: Vec::new(),
+        key_sha256: row.text("key_sha256")?,
+        pending_keys: Vec::new(),
+        certificate_expire_time: row.maybe_time("certificate_not_after")?,
         id,
     })
 }

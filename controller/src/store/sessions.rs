@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::connection::Connection;
 use super::events::{self, Happened};
+use super::keys::{self, CAME_BACK, KeyState, Shown};
 use super::operations::lock;
 use super::reports::hold_node;
 use super::sql::sql;
@@ -20,6 +21,10 @@ pub struct SessionStart {
     pub controller_id: String,
     /// When it accepted the connection.
     pub accept_time: DateTime<Utc>,
+    /// SHA-256 of the SubjectPublicKeyInfo of the key that it showed.
+    pub key_sha256: String,
+    /// From which address.
+    pub origin: String,
     /// Which start of the agent this is; empty: it does not say.
     pub instance: String,
     /// The node's boot id.
@@ -50,6 +55,13 @@ pub enum SessionOutcome {
         /// It was approved until now, and waits for an admin because its card is in another board.
         moved: bool,
     },
+    /// Its key waits for approval; nothing of the node is touched. `just_now`: it does so since this Hello.
+    KeyHeld {
+        /// It was not known to wait before.
+        just_now: bool,
+    },
+    /// Its key was shut out.
+    KeyRevoked,
     /// The node was shut out before.
     Quarantined,
     /// The node is shut out from now on, because two nodes have its identity.
@@ -85,6 +97,23 @@ impl Store {
         .await?;
         let Some(row) = row else { return Ok(SessionOutcome::UnknownNode) };
         let mut state = row.word("state", NodeState::parse)?;
+        // The key first: whoever has one that is not the node's learns nothing of the node.
+        let standing = keys::state(&*tx, node, &start.key_sha256).await?.unwrap_or(KeyState::Revoked);
+        match standing {
+            KeyState::InService | KeyState::Next => {}
+            KeyState::Pending => return Ok(SessionOutcome::KeyHeld { just_now: false }),
+            KeyState::Revoked => return Ok(SessionOutcome::KeyRevoked),
+            KeyState::Previous => {
+                let serial = nodes::normal_serial(&start.board.serial);
+                let shown = Shown { serial: &serial, origin: &start.origin, reason: CAME_BACK };
+                let just_now = keys::hold(&*tx, node, &start.key_sha256, shown, now).await?;
+                if just_now {
+                    audit::note("HOLD_KEY", &format!("an earlier key of it turned up: {}", start.key_sha256));
+                    self.commit(tx).await?;
+                }
+                return Ok(SessionOutcome::KeyHeld { just_now });
+            }
+        }
         if state == NodeState::Quarantined {
             return Ok(SessionOutcome::Quarantined);
         }
@@ -136,6 +165,10 @@ impl Store {
         .bind(node.as_str())
         .run(&*tx)
         .await?;
+        if standing == KeyState::Next {
+            // It works: the one before has served its time.
+            keys::put_in_service(&*tx, node, &start.key_sha256, now).await?;
+        }
         let found = nodes::find(&*tx, node).await?;
         self.commit(tx).await?;
         Ok(match found {

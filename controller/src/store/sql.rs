@@ -159,6 +159,10 @@ impl Row {
         Ok(self.0.try_get("", column)?)
     }
 
+    pub(super) fn maybe_int(&self, column: &str) -> Result<Option<i64>, StoreError> {
+        Ok(self.0.try_get("", column)?)
+    }
+
     /// A count or a size; a negative one is none of ours.
     pub(super) fn number<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, StoreError> {
         let value = self.int(column)?;

@@ -4,6 +4,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::names::UserId;
 
 use super::connection::Connection;
+use super::names::{self, Claim};
 use super::sql::{Row, sql};
 use super::{CertificateRow, Scope, Store, StoreError, certificates};
 
@@ -42,6 +43,8 @@ pub enum CreateUserOutcome {
     Created(UserRow),
     /// There is one of that name that may something else.
     Differs(UserRow),
+    /// Nobody may have that name; the sentence says why.
+    NameTaken(String),
 }
 
 impl Store {
@@ -53,6 +56,9 @@ impl Store {
         certificate: &CertificateRow,
     ) -> Result<CreateUserOutcome, StoreError> {
         let tx = self.begin().await?;
+        if let Claim::Refused(why) = names::take(&*tx, names::Kind::User, user.id.as_str()).await? {
+            return Ok(CreateUserOutcome::NameTaken(why));
+        }
         let changed = sql("INSERT INTO users (id, role, selector, create_time, creator) VALUES (?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO UPDATE SET role = excluded.role, selector = excluded.selector, \
                  create_time = excluded.create_time, creator = excluded.creator, revoke_time = NULL \
@@ -78,6 +84,8 @@ impl Store {
     /// user that is shut out is revoked with its others: it does not come back to life with a user of that name.
     pub async fn enter_certificate(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
+        // The CA's key vouches for it, whoever else has the name.
+        names::take(&*tx, names::Kind::User, user.id.as_str()).await?;
         sql("INSERT INTO users (id, role, selector, create_time, creator) VALUES (?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO NOTHING")
         .bind(user.id.as_str())

@@ -62,7 +62,7 @@ async fn demo() -> Result<()> {
     for node in fleet.list_nodes().await?.into_iter().filter(|node| node.state() == node::State::AwaitingApproval) {
         // Known from a demo that was broken off on this database; its key went away with it.
         if ids.iter().any(|id| node.name.ends_with(id)) {
-            fleet.nodes().approve_node(ApproveNodeRequest { name: node.name }).await?;
+            fleet.nodes().approve_node(ApproveNodeRequest { name: node.name, ..ApproveNodeRequest::default() }).await?;
         }
     }
     marcoctl(&fleet, &["nodes", "list"]).await?;

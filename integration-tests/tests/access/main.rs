@@ -10,6 +10,7 @@
 mod audit;
 mod doors;
 mod filters;
+mod keys;
 mod leaving;
 mod live;
 mod recorded;

@@ -3,10 +3,13 @@
 use anyhow::{Context as _, Result};
 use futures_util::future::join_all;
 use integration_tests::certs::NodeKey;
+use integration_tests::client::Credentials;
 use integration_tests::postgres::Postgres;
 use integration_tests::{Database, Fleet};
+use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::{
-    CertificateFilter, CreateJoinTokenRequest, JoinToken, ListCertificatesRequest, RevokeJoinTokenRequest,
+    CertificateFilter, CreateJoinTokenRequest, GetNodeRequest, JoinToken, ListCertificatesRequest,
+    RevokeJoinTokenRequest,
 };
 use tonic::{Code, Status};
 
@@ -99,7 +102,8 @@ async fn a_token_is_for_the_networks_boards_and_ids_that_it_names_and_says_no_mo
     assert_eq!(enroll(&named, &NodeKey::generate()?, "pi-a", "3").await??.node, "nodes/pi-a");
     let other_board = enroll(&named, &NodeKey::generate()?, "pi-a", "4").await?;
     assert!(other_board.is_err(), "another board got an id that the token does not name, or one that is taken");
-    let first = enroll(&board, &NodeKey::generate()?, "pi-board", "00AB").await??;
+    let first_key = NodeKey::generate()?;
+    let first = enroll(&board, &first_key, "pi-board", "00AB").await??;
     assert!(!first.held);
     // The board with a new key: it was made for this board, so nobody need approve it, and the old key is out.
     let again = enroll(&board, &NodeKey::generate()?, "", "00ab").await??;
@@ -107,8 +111,13 @@ async fn a_token_is_for_the_networks_boards_and_ids_that_it_names_and_says_no_mo
     let filter = CertificateFilter { subject: "pi-board".to_owned(), valid: true };
     let request = ListCertificatesRequest { filter: Some(filter), ..ListCertificatesRequest::default() };
     let valid = access(&fleet).list_certificates(request).await?.into_inner().certificates;
-    assert_eq!(valid.len(), 1, "{valid:?}");
-    assert_eq!(valid[0].generation, 2);
+    let mut generations: Vec<i64> = valid.iter().map(|certificate| certificate.generation).collect();
+    generations.sort_unstable();
+    assert_eq!(generations, [1, 2], "{valid:?}");
+    let before = Credentials { ca: first.ca_certificate, identity: Some((first.certificate, first_key.pem())) };
+    let mut before = NodeServiceClient::new(before.channel(fleet.addresses().api)?);
+    let out = before.get_node(GetNodeRequest { name: "pi-board".to_owned() }).await.unwrap_err();
+    assert!(out.message().contains("waits for an admin's approval"), "{out}");
 
     // Who is left without a way in.
     let revoke = async |token: &JoinToken| {

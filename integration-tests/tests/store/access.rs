@@ -3,7 +3,7 @@
 use marco_controller::operation::{ExecutionState, OperationState};
 use marco_controller::store::{
     ApiTokenRow, CertificateQuery, CertificateRow, CreateUserOutcome, DeleteNodeOutcome, NewOperation, OperationQuery,
-    Reach, Scope, UpdateUserOutcome, UserRow,
+    Reach, RenewOutcome, Scope, UpdateUserOutcome, UserRow,
 };
 use marco_proto::names::{ApiTokenId, ExecutionId, UserId};
 
@@ -13,12 +13,12 @@ fn blue() -> Scope {
     Scope::new(labels(&[("room", "blue")]))
 }
 
-fn user(id: &str, role: &str, scope: Scope) -> UserRow {
+pub(crate) fn user(id: &str, role: &str, scope: Scope) -> UserRow {
     let id = UserId::parse(id).unwrap();
     UserRow { id, role: role.to_owned(), scope, create_time: start(), creator: "pat".to_owned(), revoke_time: None }
 }
 
-fn certificate_of(user: &UserRow, serial: &str) -> CertificateRow {
+pub(crate) fn certificate_of(user: &UserRow, serial: &str) -> CertificateRow {
     let subject = user.id.to_string();
     CertificateRow { node: None, role: user.role.clone(), subject, ..certificate(serial, &node("x"), "key", 0) }
 }
@@ -69,10 +69,10 @@ pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixtur
 pub(crate) async fn a_revoked_certificate_is_not_renewed(f: Fixture) {
     let id = f.enrolled(&["pi-1"]).await.remove(0);
     f.store.insert_certificate(&certificate("0a", &id, "key-pi-1", 1)).await.unwrap();
-    assert!(f.store.renew_certificate("0a", &certificate("0b", &id, "key-2", 1)).await.unwrap());
-    assert_eq!(f.store.node_of_key("key-2").await.unwrap(), Some(id.clone()));
-    f.store.revoke_certificate("0b", after(1)).await.unwrap().unwrap();
-    assert!(!f.store.renew_certificate("0b", &certificate("0c", &id, "key-3", 1)).await.unwrap());
+    assert_eq!(f.renew(&id, ("0a", "key-pi-1"), ("0b", "key-2"), after(1)).await, RenewOutcome::Renewed);
+    f.store.revoke_certificate("0b", after(2)).await.unwrap().unwrap();
+    let late = f.renew(&id, ("0b", "key-2"), ("0c", "key-3"), after(9000)).await;
+    assert_eq!(late, RenewOutcome::Revoked);
     assert!(f.store.certificate("0c").await.unwrap().is_none());
     assert!(f.store.revoke_certificate("nope", after(1)).await.unwrap().is_none());
 }
@@ -100,19 +100,21 @@ pub(crate) async fn renewals_and_the_deletion_of_a_node_wait_for_each_other(f: F
         let (old, one, other) = (row("old"), row("one"), row("other"));
         f.store.insert_certificate(&old).await.unwrap();
         let (renewed, again, shut_out, deleted) = tokio::join!(
-            f.store.renew_certificate(&old.serial, &one),
-            f.store.renew_certificate(&old.serial, &other),
+            f.renew(&id, (&old.serial, &key), (&one.serial, &key), after(1)),
+            f.renew(&id, (&old.serial, &key), (&other.serial, "key-other"), after(1)),
             f.store.quarantine(&id, "smoke", after(1)),
             f.store.delete_node(&id, false, "pat", after(2)),
         );
         // Before the deletion or not at all; and nobody is told that the database is not there.
         let stored =
             [f.store.certificate(&one.serial).await.unwrap(), f.store.certificate(&other.serial).await.unwrap()];
-        assert_eq!([renewed.unwrap(), again.unwrap()], stored.clone().map(|stored| stored.is_some()), "{id}");
+        let renewed = [renewed, again].map(|outcome| outcome == RenewOutcome::Renewed);
+        assert_eq!(renewed, stored.clone().map(|stored| stored.is_some()), "{id}");
         shut_out.unwrap();
         assert_eq!(deleted.unwrap(), DeleteNodeOutcome::Deleted, "{id}");
         assert!(stored.iter().flatten().all(|stored| stored.revoked()), "{id}: {stored:?}");
-        assert!(!f.store.renew_certificate(&old.serial, &row("late")).await.unwrap(), "{id}");
+        let late = f.renew(&id, (&old.serial, &key), ("late", &key), after(9000)).await;
+        assert_eq!(late, RenewOutcome::Revoked, "{id}");
     }
 }
 

@@ -15,6 +15,7 @@ mod database;
 mod enrolment;
 mod fires;
 mod history;
+mod keys;
 mod locks;
 mod operations;
 mod power_off;
@@ -157,10 +158,22 @@ on_both!(
         a_token_is_used_at_most_as_often_as_it_says,
         concurrent_enrolments_never_use_a_token_too_often,
         a_lost_answer_to_an_enrolment_costs_no_second_use,
-        a_known_board_with_a_new_key_waits_for_approval,
         ids_that_are_taken_get_a_suffix,
         a_revoked_or_expired_token_is_refused,
         a_certificate_that_was_not_issued_leaves_nothing;
+    keys:
+        a_new_key_of_a_known_board_changes_nothing_until_it_is_approved,
+        a_token_that_names_the_node_or_the_serial_approves_the_key,
+        a_node_with_one_key_that_waits_needs_no_fingerprint,
+        no_more_keys_wait_than_an_admin_can_look_at,
+        a_node_is_renewed_once_in_an_hour_and_the_same_request_gets_the_same_answer,
+        a_certificate_that_is_not_valid_yet_is_replaced_at_once,
+        both_keys_of_a_renewal_serve_until_the_new_one_was_used,
+        a_previous_key_that_asks_for_a_renewal_is_held,
+        revoking_a_certificate_shuts_its_key_out,
+        old_certificates_are_forgotten,
+        names_of_users_and_of_the_controller_and_other_cases_are_refused,
+        what_expires_in_14_days_is_told_once;
     artifacts:
         a_name_moves_to_other_bytes,
         what_an_unfinished_operation_needs_is_not_removed,

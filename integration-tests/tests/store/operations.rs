@@ -156,8 +156,8 @@ pub(crate) async fn a_held_node_gets_no_work_and_is_told_so(f: Fixture) {
     assert!(f.claim(&[(id.clone(), epoch)], after(1)).await.is_empty());
     assert_eq!(f.execution(&execution).await.wait_reason, Some(WaitReason::NodeQuarantined));
     let again = hello("boot-1", &serial_of("pi-1"), after(2));
-    assert!(matches!(f.store.begin_session(&id, &again, after(2)).await.unwrap(), SessionOutcome::Quarantined));
-    f.store.approve(&id, after(3)).await.unwrap().unwrap();
+    assert!(matches!(f.say_hello(&id, &again, after(2)).await, SessionOutcome::Quarantined));
+    f.approve(&id, None, after(3)).await;
     let epoch = f.session(&id, "boot-1", after(4)).await;
     assert_eq!(f.execution(&execution).await.wait_reason, Some(WaitReason::Due));
     assert!(f.store.lost_sessions("c1", &[(id.clone(), epoch)]).await.unwrap().is_empty());
@@ -321,6 +321,7 @@ pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fi
                 for id in &half {
                     let hello = SessionStart {
                         controller_id: controller.clone(),
+                        key_sha256: format!("key-{id}"),
                         ..hello(&boot, &serial_of(id.as_str()), after(round))
                     };
                     let SessionOutcome::Begun { epoch, .. } =

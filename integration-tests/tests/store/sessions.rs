@@ -29,7 +29,7 @@ pub(crate) async fn a_second_session_ends_the_first(f: Fixture) {
     assert!(f.store.end_session(&id, second, after(60)).await.unwrap());
     assert!(!f.store.node(&id).await.unwrap().unwrap().connected);
     let stranger = hello("boot-1", "x", after(1));
-    let outcome = f.store.begin_session(&node("nobody"), &stranger, after(1)).await.unwrap();
+    let outcome = f.say_hello(&node("nobody"), &stranger, after(1)).await;
     assert!(matches!(outcome, SessionOutcome::UnknownNode));
 }
 
@@ -37,12 +37,12 @@ pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     let serial = serial_of("pi-1");
     f.session(&id, "boot-2", after(10)).await;
-    let late = f.store.begin_session(&id, &hello("boot-1", &serial, after(9)), after(11)).await.unwrap();
+    let late = f.say_hello(&id, &hello("boot-1", &serial, after(9)), after(11)).await;
     assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second boot");
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
-    let back = f.store.begin_session(&id, &hello("boot-1", &serial, after(12)), after(12)).await.unwrap();
+    let back = f.say_hello(&id, &hello("boot-1", &serial, after(12)), after(12)).await;
     assert!(matches!(back, SessionOutcome::Cloned));
-    let again = f.store.begin_session(&id, &hello("boot-2", &serial, after(13)), after(13)).await.unwrap();
+    let again = f.say_hello(&id, &hello("boot-2", &serial, after(13)), after(13)).await;
     assert!(matches!(again, SessionOutcome::Quarantined));
     let row = f.store.node(&id).await.unwrap().unwrap();
     assert_eq!((row.state, row.connected), (NodeState::Quarantined, false));
@@ -61,24 +61,24 @@ pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fix
     }
     f.begin(&id, &start("a", 200), after(200)).await;
     f.begin(&id, &start("b", 201), after(201)).await;
-    let late = f.store.begin_session(&id, &start("a", 200), after(202)).await.unwrap();
+    let late = f.say_hello(&id, &start("a", 200), after(202)).await;
     assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second start");
-    let back = f.store.begin_session(&id, &start("a", 203), after(203)).await.unwrap();
+    let back = f.say_hello(&id, &start("a", 203), after(203)).await;
     assert!(matches!(back, SessionOutcome::Cloned));
     // An admin who has found the other one lets this one in.
-    f.store.approve(&id, after(204)).await.unwrap().unwrap();
+    f.approve(&id, None, after(204)).await;
     f.begin(&id, &start("a", 205), after(205)).await;
     f.begin(&id, &start("a", 206), after(206)).await;
 }
 
 pub(crate) async fn a_card_in_another_board_waits_for_approval(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
-    let moved = f.store.begin_session(&id, &hello("boot-2", "00000000ffffffff", after(5)), after(5)).await.unwrap();
+    let moved = f.say_hello(&id, &hello("boot-2", "00000000ffffffff", after(5)), after(5)).await;
     let SessionOutcome::Begun { node: row, .. } = moved else { panic!() };
     assert_eq!((row.state, row.connected), (NodeState::AwaitingApproval, true));
     assert!(row.state_reason.contains("00000000ffffffff"), "{}", row.state_reason);
-    f.store.approve(&id, after(6)).await.unwrap().unwrap();
-    let again = f.store.begin_session(&id, &hello("boot-2", "00000000FFFFFFFF", after(7)), after(7)).await.unwrap();
+    f.approve(&id, None, after(6)).await;
+    let again = f.say_hello(&id, &hello("boot-2", "00000000FFFFFFFF", after(7)), after(7)).await;
     let SessionOutcome::Begun { node: row, .. } = again else { panic!() };
     assert_eq!(row.state, NodeState::Approved, "the approval was for this board");
 }

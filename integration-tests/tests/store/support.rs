@@ -9,9 +9,9 @@ use marco_controller::operation::{
     Action, ExecutionState, FrozenArtifact, Greeting, NodeMode, Notice, OperationState, Target, Update,
 };
 use marco_controller::store::{
-    ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment, ExecutionRow, Hello, Kind,
-    NewOperation, NewToken, Purpose, Reconciled, ReportOutcome, ReportRow, Scope, SentLog, SessionOutcome,
-    SessionStart, Store, System,
+    ApproveOutcome, ArtifactRow, Assignment, Board, CertificateRow, CreateOutcome, EnrolOutcome, Enrolment,
+    ExecutionRow, Hello, Kind, NewOperation, NewToken, NodeRow, Purpose, Reconciled, RenewOutcome, Renewal,
+    ReportOutcome, ReportRow, Scope, SentLog, SessionOutcome, SessionStart, Store, System,
 };
 use marco_proto::names::{ArtifactId, ExecutionId, JoinTokenId, NodeId, OperationId};
 
@@ -134,6 +134,9 @@ pub(crate) fn hello(boot_id: &str, serial: &str, accepted: DateTime<Utc>) -> Ses
     SessionStart {
         controller_id: "c1".to_owned(),
         accept_time: accepted,
+        // That of the node, unless a test says otherwise.
+        key_sha256: String::new(),
+        origin: "192.0.2.7".to_owned(),
         boot_id: boot_id.to_owned(),
         instance: String::new(),
         mode: NodeMode::Running,
@@ -141,6 +144,11 @@ pub(crate) fn hello(boot_id: &str, serial: &str, accepted: DateTime<Utc>) -> Ses
         board: board(serial),
         system: System { os: "Marco OS".to_owned(), ..System::default() },
     }
+}
+
+/// A node that was let in for the first time.
+pub(crate) fn admitted(id: &str, held: bool, generation: i64) -> EnrolOutcome {
+    EnrolOutcome::Admitted { node: node(id), held, generation, again: None }
 }
 
 pub(crate) fn serial_of(id: &str) -> String {
@@ -157,6 +165,8 @@ pub(crate) fn certificate(serial: &str, id: &NodeId, key: &str, generation: i64)
         not_before: start(),
         not_after: after(30 * 86400),
         generation,
+        pem: format!("pem of {serial}"),
+        given_for: String::new(),
     }
 }
 
@@ -244,7 +254,7 @@ impl Fixture {
         self.token(&token, 1000).await;
         for id in ids {
             let outcome = self.enrol(&token, &format!("key-{id}"), Some(id), &serial_of(id)).await;
-            assert_eq!(outcome, EnrolOutcome::Admitted { node: node(id), held: false, generation: 1 });
+            assert_eq!(outcome, admitted(id, false, 1));
         }
         ids.iter().map(|id| node(id)).collect()
     }
@@ -253,8 +263,45 @@ impl Fixture {
         self.begin(id, &hello(boot_id, &serial_of(id.as_str()), now), now).await
     }
 
+    /// Says hello, with the key that [`Fixture::enrolled`] gives unless another one is named.
+    pub(crate) async fn say_hello(&self, id: &NodeId, start: &SessionStart, now: DateTime<Utc>) -> SessionOutcome {
+        let key_sha256 = if start.key_sha256.is_empty() { format!("key-{id}") } else { start.key_sha256.clone() };
+        let start = SessionStart { key_sha256, ..start.clone() };
+        self.store.begin_session(id, &start, now).await.unwrap()
+    }
+
+    /// Approves a node, or a key of it.
+    pub(crate) async fn approve(&self, id: &NodeId, fingerprint: Option<&str>, now: DateTime<Utc>) -> NodeRow {
+        match self.store.approve(id, fingerprint, now).await.unwrap() {
+            ApproveOutcome::Approved(row) => *row,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Asks for a renewal of the certificate with this serial number, from one key to another.
+    pub(crate) async fn renew(
+        &self,
+        id: &NodeId,
+        (serial, key): (&str, &str),
+        (new_serial, new_key): (&str, &str),
+        now: DateTime<Utc>,
+    ) -> RenewOutcome {
+        let wish = Renewal {
+            node: id.clone(),
+            serial: serial.to_owned(),
+            key_sha256: key.to_owned(),
+            new_key_sha256: new_key.to_owned(),
+            origin: "192.0.2.7".to_owned(),
+        };
+        let issue = |generation| {
+            let (not_before, not_after) = (now - TimeDelta::hours(24), now + TimeDelta::days(30));
+            Some(CertificateRow { not_before, not_after, ..certificate(new_serial, id, new_key, generation) })
+        };
+        self.store.renew_certificate(&wish, now, issue).await.unwrap()
+    }
+
     pub(crate) async fn begin(&self, id: &NodeId, start: &SessionStart, now: DateTime<Utc>) -> i64 {
-        match self.store.begin_session(id, start, now).await.unwrap() {
+        match self.say_hello(id, start, now).await {
             SessionOutcome::Begun { epoch, .. } => epoch,
             other => panic!("{other:?}"),
         }

@@ -26,10 +26,18 @@ Examples:
   marcoctl nodes label --selector room=a1 floor=1   sets one on all that have another
   marcoctl nodes label pi-01 --display-name \"Left of the door\"")]
     Label(Label),
-    /// Admit nodes that are held or quarantined; --all and --selector take only those that are held
+    /// Admit nodes that are held or quarantined, or another key of a node; --all and --selector take only those that are held
+    #[command(after_help = "\
+Examples:
+  marcoctl nodes approve pi-01 pi-02
+  marcoctl nodes get pi-01                              shows keys that wait, with their fingerprints
+  marcoctl nodes approve pi-01 --fingerprint 3f9c...    puts one of them in service; the key before is out")]
     Approve {
         #[command(flatten)]
         nodes: Nodes,
+        /// SHA-256 of the key to approve, 64 hexadecimal digits; needed when more than one key may be meant
+        #[arg(long, value_name = "SHA256", default_value = "", hide_default_value = true)]
+        fingerprint: String,
     },
     /// Cut nodes' streams and give them no more work
     Quarantine {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io::Write as _;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::v1::{
     ApiToken, AuditEvent, AuditFilter, Certificate, CertificateFilter, CreateApiTokenRequest, ListApiTokensRequest,
     ListApiTokensResponse, ListAuditEventsRequest, ListAuditEventsResponse, ListCertificatesRequest,
@@ -34,7 +34,7 @@ pub(super) async fn api_tokens(
             out.document(&ListApiTokensResponse { api_tokens, ..Default::default() }, |list, now| {
                 let rows = list.api_tokens.iter().map(|token| {
                     let state = state(token.revoke_time.as_ref(), token.expire_time.as_ref(), now);
-                    let expires = ago(token.expire_time.as_ref(), now);
+                    let expires = expiry(token.expire_time.as_ref(), now);
                     vec![
                         id(&token.name),
                         role(token.role()),
@@ -104,7 +104,7 @@ pub(super) async fn certs(command: CertsCommand, connection: &Connection, out: &
                         certificate.subject.clone(),
                         role(certificate.role()),
                         state(certificate.revoke_time.as_ref(), certificate.expire_time.as_ref(), now),
-                        ago(certificate.expire_time.as_ref(), now),
+                        expiry(certificate.expire_time.as_ref(), now),
                     ]
                 });
                 listing("no certificates", &["SERIAL", "SUBJECT", "ROLE", "STATE", "EXPIRES"], rows)
@@ -195,6 +195,20 @@ pub(super) fn role(role: Role) -> String {
 /// The nodes that somebody is limited to.
 pub(super) fn nodes(selector: &HashMap<String, String>) -> String {
     if selector.is_empty() { "all nodes".to_owned() } else { labels(selector) }
+}
+
+/// How long before something expires it is pointed out, in days.
+const SOON_DAYS: i64 = 14;
+
+/// Whether it has expired, or does so within two weeks.
+pub(super) fn expires_soon(expires: Option<&Timestamp>, now: DateTime<Utc>) -> bool {
+    timestamp(expires).is_some_and(|time| time - now <= TimeDelta::days(SOON_DAYS))
+}
+
+/// When it expires, for a list.
+fn expiry(expires: Option<&Timestamp>, now: DateTime<Utc>) -> String {
+    let when = ago(expires, now);
+    if expires_soon(expires, now) && !when.ends_with("ago") { format!("{when}, soon") } else { when }
 }
 
 pub(super) fn state(revoked: Option<&Timestamp>, expires: Option<&Timestamp>, now: DateTime<Utc>) -> String {

@@ -8,6 +8,7 @@ use marco_proto::v1::{
 };
 use prost_types::FieldMask;
 
+use super::access::expires_soon;
 use super::several::{self, Names};
 use super::{all_pages, label_match};
 use crate::args::values::LabelEdit;
@@ -41,11 +42,18 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
         }
         NodesCommand::Watch(selection) => watch(&selection, connection, out).await,
         NodesCommand::Label(label_args) => label(label_args, connection, out).await,
-        NodesCommand::Approve { nodes } => {
+        NodesCommand::Approve { nodes, fingerprint } => {
             // A quarantined node was shut out for a reason: only its name lets it in again.
             let names = chosen(&nodes, &[State::AwaitingApproval], connection).await?;
+            if !fingerprint.is_empty() && names.all().len() != 1 {
+                return Err(Failure::Usage {
+                    message: "--fingerprint names the key of one node, and not one node is named".to_owned(),
+                    hint: "approve the others with a command of their own".to_owned(),
+                });
+            }
             several::each(&names, show("approved"), out, async |name| {
-                Ok(connection.nodes().approve_node(call(ApproveNodeRequest { name })).await?.into_inner())
+                let request = ApproveNodeRequest { name, fingerprint: fingerprint.clone() };
+                Ok(connection.nodes().approve_node(call(request)).await?.into_inner())
             })
             .await
         }
@@ -184,7 +192,7 @@ fn node_table(nodes: &[Node], now: DateTime<Utc>) -> String {
     let rows = nodes.iter().map(|node| {
         vec![
             id(&node.name),
-            state_with_conflict(node),
+            standing(node, now),
             if node.connected { "yes" } else { "no" }.to_owned(),
             mode(node),
             node.board.as_ref().map(|board| board.model.clone()).unwrap_or_default(),
@@ -200,10 +208,43 @@ fn state(node: &Node) -> String {
     enum_word(node.state().as_str_name(), "STATE_")
 }
 
-/// The state, and whether an operator has to decide something (`nodes get` shows what).
-fn state_with_conflict(node: &Node) -> String {
-    let state = state(node);
-    if node.conflicts.is_empty() { state } else { format!("{state}, CONFLICT") }
+/// Its state, and what an admin should look at.
+fn standing(node: &Node, now: DateTime<Utc>) -> String {
+    let mut text = state(node);
+    if !node.conflicts.is_empty() {
+        text.push_str(", CONFLICT");
+    }
+    match node.pending_keys.len() {
+        0 => {}
+        1 => text.push_str(", 1 key waits"),
+        many => text.push_str(&format!(", {many} keys wait")),
+    }
+    if expires_soon(node.certificate_expire_time.as_ref(), now) {
+        let when = ago(node.certificate_expire_time.as_ref(), now);
+        let verb = if when.ends_with("ago") { "expired" } else { "expires" };
+        text.push_str(&format!(", certificate {verb} {when}"));
+    }
+    text
+}
+
+/// Until when its certificate is valid.
+fn certificate(node: &Node, now: DateTime<Utc>) -> String {
+    let end = node.certificate_expire_time.as_ref();
+    if end.is_none() {
+        return String::new();
+    }
+    let warning = if expires_soon(end, now) { ": it was not renewed in time" } else { "" };
+    format!("until {} ({}){warning}", local(end), ago(end, now))
+}
+
+/// Keys that wait.
+fn waiting(node: &Node, now: DateTime<Utc>) -> String {
+    let lines = node.pending_keys.iter().map(|key| {
+        let serial = if key.serial.is_empty() { String::new() } else { format!(", serial {}", key.serial) };
+        let since = ago(key.create_time.as_ref(), now);
+        format!("{} (from {}{serial}, {since}: {})", key.key_sha256, key.from, key.reason)
+    });
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 fn mode(node: &Node) -> String {
@@ -226,6 +267,9 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
         ("labels", labels(&node.labels)),
         ("state", state(node)),
         ("because", in_local_time(&node.state_reason)),
+        ("key", node.key_sha256.clone()),
+        ("keys that wait", waiting(node, now)),
+        ("certificate", certificate(node, now)),
         ("connected", connected),
         ("last seen", ago(node.last_seen_time.as_ref(), now)),
         ("at work on", node.active_execution.clone()),

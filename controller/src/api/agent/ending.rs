@@ -44,6 +44,9 @@ impl Session {
 
     /// Notes that the agent ends because its machine powers off.
     pub(super) fn leave(&self, leaving: &v1::Leaving) -> Result<(), Ended> {
+        if self.held {
+            return Ok(());
+        }
         let execution = self.own("leaving.execution", &leaving.execution)?;
         // Said twice, the first one counts.
         let _ = self.leaving.set(execution);
@@ -52,6 +55,9 @@ impl Session {
 
     /// Stores that the node does not hold an execution.
     pub(super) async fn not_held(&self, answer: v1::NotHeld) -> Result<(), Ended> {
+        if self.held {
+            return Ok(());
+        }
         let execution = self.own("not_held.execution", &answer.execution)?;
         let busy_with = match answer.busy_with {
             None => None,

@@ -43,6 +43,23 @@ fn quarantined(node: &NodeId) -> ApiError {
     }
 }
 
+fn revoked() -> ApiError {
+    ApiError::Unauthenticated {
+        reason: "CERTIFICATE_REVOKED",
+        message: "this certificate was revoked or its node deleted; the node must enrol again with a token".to_owned(),
+    }
+}
+
+/// The key of a caller waits for approval.
+pub(in crate::api) fn key_held(node: &NodeId, fingerprint: &str) -> ApiError {
+    ApiError::Forbidden {
+        reason: "KEY_AWAITS_APPROVAL",
+        message: format!(
+            "this key waits for an admin's approval: `marcoctl nodes approve {node} --fingerprint {fingerprint}`"
+        ),
+    }
+}
+
 /// Which start of its agent says hello.
 fn instance(text: &str) -> Result<String, ApiError> {
     if text.len() > INSTANCE_MAX {
@@ -99,16 +116,13 @@ pub(super) async fn begin(
         });
     }
     let known = context.store.certificate(&peer.certificate).await?;
-    if !known.is_some_and(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node)) {
-        return Err(ApiError::Unauthenticated {
-            reason: "CERTIFICATE_REVOKED",
-            message: "this certificate was revoked or its node deleted; the node must enrol again with a token"
-                .to_owned(),
-        });
-    }
+    let known = known.filter(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node));
+    let Some(key_sha256) = known.map(|known| known.certificate.key_sha256) else { return Err(revoked()) };
     let start = SessionStart {
         controller_id: context.controller.clone(),
         accept_time,
+        key_sha256,
+        origin: shown(peer.from).ip().to_string(),
         boot_id: convert::boot_id(&hello.boot_id)?,
         instance: instance(&hello.instance)?,
         mode: convert::mode(hello.mode)?,
@@ -134,6 +148,8 @@ pub(super) async fn begin(
             })?;
             Ok(Begun { epoch, held: row.state != NodeState::Approved, labels: row.labels, handle })
         }
+        SessionOutcome::KeyHeld { .. } => Err(key_held(node, &start.key_sha256)),
+        SessionOutcome::KeyRevoked => Err(revoked()),
         SessionOutcome::Cloned | SessionOutcome::Quarantined => Err(quarantined(node)),
         SessionOutcome::Superseded => Err(ApiError::Aborted {
             reason: "SESSION_SUPERSEDED",

@@ -9,7 +9,7 @@ use marco_proto::v1;
 use super::{text, timestamp};
 use crate::api::status::ApiError;
 use crate::operation::{NodeMode, NodeState};
-use crate::store::{Board, CardLayout, NodeRow, System, TokenRow, UpdateRefusal};
+use crate::store::{Board, CardLayout, NodeRow, PendingKey, System, TokenRow, UpdateRefusal};
 
 /// Most networks, boards or ids that a join token names: a big school.
 const TOKEN_LIMITS_MAX: usize = 1000;
@@ -78,6 +78,19 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
         conflicts: row.conflicts.iter().map(super::operation::conflict).collect(),
         powered_off_by: String::new(),
         trouble: String::new(),
+        key_sha256: row.key_sha256.clone(),
+        pending_keys: row.pending_keys.iter().map(pending_key).collect(),
+        certificate_expire_time: row.certificate_expire_time.map(timestamp),
+    }
+}
+
+fn pending_key(key: &PendingKey) -> v1::PendingKey {
+    v1::PendingKey {
+        key_sha256: key.key_sha256.clone(),
+        create_time: Some(timestamp(key.create_time)),
+        serial: key.serial.clone(),
+        from: key.origin.clone(),
+        reason: key.reason.clone(),
     }
 }
 

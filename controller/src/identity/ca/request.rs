@@ -58,9 +58,7 @@ pub(super) fn verify_renewal(
         return Err(wrong("it is not a node's"));
     }
     let node = common_name(&old).and_then(|name| NodeId::parse(name).ok()).ok_or(wrong("it names no node"))?;
-    if now.timestamp() < old.validity().not_before.timestamp() {
-        return Err(wrong("it is not valid yet"));
-    }
+    // One that is not valid yet was issued while a controller's clock was ahead: it is to be replaced, not refused.
     if now.timestamp() > old.validity().not_after.timestamp() + RENEWABLE_AFTER_EXPIRY.num_seconds() {
         return Err(wrong("it expired more than 400 days ago; enrol the node again with a join token"));
     }

@@ -1,0 +1,49 @@
+//! The record of sessions that were refused: a node that is not let in tries again and again, and says nothing new.
+
+use std::time::Duration;
+
+use marco_proto::names::NodeId;
+
+use super::hello::Peer;
+use crate::api::Context;
+use crate::api::status::ApiError;
+use crate::identity::gate::code_word;
+use crate::identity::rate::Rate;
+use crate::identity::shown;
+use crate::store::AuditRow;
+
+/// Refusals of a node that are recorded at once, and then how often.
+const BURST: u32 = 3;
+const EVERY: Duration = Duration::from_secs(10 * 60);
+
+/// Records refused sessions, as far as they are not too many.
+pub(super) struct Refused {
+    rate: Rate<NodeId>,
+}
+
+impl Refused {
+    pub(super) fn new() -> Self {
+        Self { rate: Rate::new(BURST, EVERY) }
+    }
+
+    pub(super) async fn note(&self, context: &Context, node: &NodeId, peer: &Peer, error: &ApiError) {
+        let now = context.clock.now();
+        // An error of the database changes nothing and is told elsewhere.
+        if matches!(error, ApiError::Store(_)) || !self.rate.take(node.clone(), now) {
+            tracing::debug!(%error, "session refused");
+            return;
+        }
+        tracing::warn!(%error, from = %shown(peer.from), "session refused");
+        let row = AuditRow {
+            time: now,
+            actor: node.name(),
+            credential: format!("certificates/{}", peer.certificate),
+            from: shown(peer.from).to_string(),
+            method: "Connect".to_owned(),
+            target: node.name(),
+            result: code_word(error.code()).to_owned(),
+            message: error.to_string(),
+        };
+        context.access.recorder().record(row, Some(peer.from.ip())).await;
+    }
+}

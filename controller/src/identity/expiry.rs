@@ -1,0 +1,82 @@
+//! Warnings of what expires within 14 days: in the log and in the audit, once for each credential, by whichever controller
+//! finds it first.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use chrono::{DateTime, SecondsFormat, TimeDelta, Utc};
+
+use super::ca::Ca;
+use super::record::{OK, Recorder};
+use crate::store::{AuditRow, Store, StoreError};
+
+/// How long before the CA's end it is warned of.
+const WARNED_BEFORE: TimeDelta = TimeDelta::days(14);
+/// How often of the CA's: every node and user hangs on it.
+const CA_EVERY: TimeDelta = TimeDelta::days(1);
+/// The method of such rows in the audit.
+pub const EXPIRES: &str = "EXPIRES";
+
+/// Warns of what expires.
+#[derive(Debug, Default)]
+pub struct Warnings {
+    of_ca: Mutex<Option<DateTime<Utc>>>,
+}
+
+impl Warnings {
+    /// Looks, and warns of what is new.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn look(
+        &self,
+        store: &Store,
+        recorder: &Recorder,
+        ca: &Ca,
+        now: DateTime<Utc>,
+    ) -> Result<(), StoreError> {
+        if let Some(end) = ca.expire_time().filter(|end| *end - now <= WARNED_BEFORE && self.ca_is_due(now)) {
+            let why = format!("the CA's certificate expires at {}", text(end));
+            tracing::warn!(expires = text(end), "the CA's certificate expires; every certificate ends with it");
+            recorder.record(row(now, String::new(), "ca".to_owned(), why), None).await;
+        }
+        for found in store.newly_expiring(now).await? {
+            let expires = text(found.expire_time);
+            tracing::warn!(owner = found.owner, credential = found.credential, expires, "a credential expires");
+            let what = if found.owner.starts_with("nodes/") {
+                "the node has not renewed its certificate: it is off, or cannot reach the enrolment port"
+            } else {
+                "make another one in time"
+            };
+            let why = format!("expires at {expires}; {what}");
+            recorder.record(row(now, found.credential, found.owner, why), None).await;
+        }
+        Ok(())
+    }
+
+    fn ca_is_due(&self, now: DateTime<Utc>) -> bool {
+        let mut last = self.of_ca.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = last.is_none_or(|last| now - last >= CA_EVERY || now < last);
+        if due {
+            *last = Some(now);
+        }
+        due
+    }
+}
+
+fn text(time: DateTime<Utc>) -> String {
+    time.to_rfc3339_opts(SecondsFormat::Secs, true)
+}
+
+fn row(time: DateTime<Utc>, credential: String, target: String, message: String) -> AuditRow {
+    AuditRow {
+        time,
+        actor: "controller".to_owned(),
+        credential,
+        from: String::new(),
+        method: EXPIRES.to_owned(),
+        target,
+        result: OK.to_owned(),
+        message,
+    }
+}

@@ -1,0 +1,71 @@
+//! What expires soon: each is told once.
+
+use chrono::{DateTime, TimeDelta, Utc};
+
+use super::sql::sql;
+use super::{Store, StoreError};
+
+/// How long before something expires it is warned of.
+const WARNED_BEFORE: TimeDelta = TimeDelta::days(14);
+
+/// A credential that was made for less than this ends as somebody meant it to. A certificate is backdated by a day.
+const LONG_LIVED: TimeDelta = TimeDelta::days(16);
+
+/// Something that expires within 14 days.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expiring {
+    /// `nodes/ID`, `users/ID` or `apiTokens/ID`: whose credential it is.
+    pub owner: String,
+    /// The credential: `certificates/SERIAL` or `apiTokens/ID`.
+    pub credential: String,
+    /// When it expires.
+    pub expire_time: DateTime<Utc>,
+}
+
+impl Store {
+    /// Credentials that expire within 14 days, that nobody was warned of, and that no later one of the same owner has
+    /// taken the place of. They count as warned of from now on, at every controller.
+    pub async fn newly_expiring(&self, now: DateTime<Utc>) -> Result<Vec<Expiring>, StoreError> {
+        let soon = now + WARNED_BEFORE;
+        let tx = self.begin().await?;
+        let mut found = Vec::new();
+        // A node's key that is not in service harms nobody by expiring; a user has as many certificates as devices.
+        let certificates =
+            sql("UPDATE certificates SET warn_time = ? WHERE warn_time IS NULL AND revoke_time IS NULL \
+             AND not_after > ? AND not_after <= ? AND ( \
+                 (node IS NOT NULL AND EXISTS (SELECT 1 FROM nodes n WHERE n.id = certificates.node \
+                     AND n.key_sha256 = certificates.key_sha256) AND NOT EXISTS (SELECT 1 FROM certificates o \
+                     WHERE o.node = certificates.node AND o.revoke_time IS NULL AND o.not_after > ?)) \
+                 OR (node IS NULL AND role <> 'controller' AND not_after - not_before > ?)) \
+             RETURNING serial, node, subject, not_after")
+            .time(now)
+            .time(now)
+            .time(soon)
+            .time(soon)
+            .bind(LONG_LIVED.num_microseconds().unwrap_or(i64::MAX))
+            .all(&*tx)
+            .await?;
+        for row in &certificates {
+            let kind = if row.maybe_text("node")?.is_some() { "nodes" } else { "users" };
+            found.push(Expiring {
+                owner: format!("{kind}/{}", row.text("subject")?),
+                credential: format!("certificates/{}", row.text("serial")?),
+                expire_time: row.time("not_after")?,
+            });
+        }
+        let tokens = sql("UPDATE api_tokens SET warn_time = ? WHERE warn_time IS NULL AND revoke_time IS NULL \
+             AND expire_time > ? AND expire_time <= ? AND expire_time - create_time > ? RETURNING id, expire_time")
+        .time(now)
+        .time(now)
+        .time(soon)
+        .bind(LONG_LIVED.num_microseconds().unwrap_or(i64::MAX))
+        .all(&*tx)
+        .await?;
+        for row in &tokens {
+            let name = format!("apiTokens/{}", row.text("id")?);
+            found.push(Expiring { owner: name.clone(), credential: name, expire_time: row.time("expire_time")? });
+        }
+        self.commit(tx).await?;
+        Ok(found)
+    }
+}

@@ -1,0 +1,171 @@
+//! Renewals of nodes' certificates, and what becomes of old ones.
+
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_proto::names::NodeId;
+
+use super::connection::Connection;
+use super::keys::{self, CAME_BACK, KeyState, Shown};
+use super::sql::sql;
+use super::{CertificateRow, Store, StoreError, audit, certificates};
+use crate::operation::NodeState;
+
+/// A node is renewed at most once in this time: it asks every 15 days, and whoever asks all the time fills the disk.
+const RENEWED_EVERY: TimeDelta = TimeDelta::hours(1);
+/// How long before its end a certificate is still worth being the answer to the request that it answered before.
+const WORTH_REPEATING: TimeDelta = TimeDelta::days(16);
+/// The newest certificates of a node that are kept: those of two years and a half.
+const KEPT: i64 = 64;
+/// How long after its expiry a certificate is forgotten. It renews nothing any more after 400 days.
+const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(401);
+
+/// A node's wish for a certificate in place of one whose key it has proved to hold.
+#[derive(Debug, Clone)]
+pub struct Renewal {
+    /// The node.
+    pub node: NodeId,
+    /// Serial number of the certificate that it shows.
+    pub serial: String,
+    /// SHA-256 of the SubjectPublicKeyInfo of that certificate's key.
+    pub key_sha256: String,
+    /// The same of the key that it wants certified: another one, or the same.
+    pub new_key_sha256: String,
+    /// From where it asks.
+    pub origin: String,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RenewOutcome {
+    /// A new certificate is stored.
+    Renewed,
+    /// This very request was answered before; the answer, PEM.
+    Again(String),
+    /// The certificate or its key was shut out, or the node is gone.
+    Revoked,
+    /// The node is shut out.
+    Quarantined,
+    /// The key waits for approval. `just_now`: it does so since this request.
+    Held {
+        /// It was not known to wait before.
+        just_now: bool,
+    },
+    /// The node was renewed less than an hour ago.
+    TooSoon {
+        /// When it may be renewed again.
+        again: DateTime<Utc>,
+    },
+    /// `issue` made no certificate; nothing is stored.
+    NotIssued,
+}
+
+impl Store {
+    /// Renews a node's certificate. `issue` makes the certificate once the node's generation of keys is known.
+    pub async fn renew_certificate(
+        &self,
+        wish: &Renewal,
+        now: DateTime<Utc>,
+        issue: impl FnOnce(i64) -> Option<CertificateRow> + Send,
+    ) -> Result<RenewOutcome, StoreError> {
+        let tx = self.begin().await?;
+        // The node first, as in every transaction: whoever approves or deletes it holds it, and then revokes.
+        let row = sql("SELECT state, generation, renew_time FROM nodes WHERE id = ? {lock}")
+            .bind(wish.node.as_str())
+            .one(&*tx)
+            .await?;
+        let Some(row) = row else { return Ok(RenewOutcome::Revoked) };
+        let known = certificates::find(&*tx, &wish.serial).await?;
+        if !known.is_some_and(|known| !known.revoked() && known.certificate.node.as_ref() == Some(&wish.node)) {
+            return Ok(RenewOutcome::Revoked);
+        }
+        if row.word("state", NodeState::parse)? == NodeState::Quarantined {
+            return Ok(RenewOutcome::Quarantined);
+        }
+        let standing = keys::state(&*tx, &wish.node, &wish.key_sha256).await?.unwrap_or(KeyState::Revoked);
+        match standing {
+            KeyState::InService | KeyState::Next => {}
+            KeyState::Pending => return Ok(RenewOutcome::Held { just_now: false }),
+            KeyState::Revoked => return Ok(RenewOutcome::Revoked),
+            KeyState::Previous => {
+                let shown = Shown { serial: "", origin: &wish.origin, reason: CAME_BACK };
+                let held = keys::hold(&*tx, &wish.node, &wish.key_sha256, shown, now).await?;
+                if held {
+                    audit::note("HOLD_KEY", &format!("an earlier key of it turned up: {}", wish.key_sha256));
+                    self.commit(tx).await?;
+                }
+                return Ok(RenewOutcome::Held { just_now: held });
+            }
+        }
+        let given_for = format!("certificates/{}", wish.serial);
+        if let Some(pem) = answer(&*tx, &wish.node, &given_for, &wish.new_key_sha256, now).await? {
+            return Ok(RenewOutcome::Again(pem));
+        }
+        // A renewal that lies in the future was of a clock that was wrong: its certificate is not valid yet.
+        let last = row.maybe_time("renew_time")?.filter(|last| *last <= now);
+        if let Some(again) = last.map(|last| last + RENEWED_EVERY).filter(|again| *again > now) {
+            return Ok(RenewOutcome::TooSoon { again });
+        }
+        let new_key = wish.new_key_sha256.as_str();
+        if new_key != wish.key_sha256 {
+            match keys::owner(&*tx, new_key).await? {
+                Some((owner, _)) if owner != wish.node => return Ok(RenewOutcome::Revoked),
+                Some((_, KeyState::Revoked)) => return Ok(RenewOutcome::Revoked),
+                _ => {}
+            }
+        }
+        let Some(certificate) = issue(row.int("generation")?) else { return Ok(RenewOutcome::NotIssued) };
+        certificates::insert(&*tx, &CertificateRow { given_for, ..certificate }).await?;
+        if standing == KeyState::Next {
+            // It was used just now.
+            keys::put_in_service(&*tx, &wish.node, &wish.key_sha256, now).await?;
+        }
+        if keys::state(&*tx, &wish.node, new_key).await? != Some(KeyState::InService) {
+            keys::retire_next(&*tx, &wish.node).await?;
+            let shown = Shown { serial: "", origin: &wish.origin, reason: "" };
+            keys::note(&*tx, &wish.node, new_key, KeyState::Next, shown, now).await?;
+        }
+        sql("UPDATE nodes SET renew_time = ? WHERE id = ?").time(now).bind(wish.node.as_str()).run(&*tx).await?;
+        keep_newest(&*tx, &wish.node).await?;
+        self.commit(tx).await?;
+        Ok(RenewOutcome::Renewed)
+    }
+
+    /// Forgets certificates that prove nothing any more; returns how many.
+    pub async fn prune_certificates(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
+        let tx = self.begin().await?;
+        let gone = sql("DELETE FROM certificates WHERE not_after < ?").time(now - FORGOTTEN_AFTER).run(&*tx).await?;
+        self.commit(tx).await?;
+        Ok(gone)
+    }
+}
+
+/// What the same request was answered before, PEM, while that is worth something.
+pub(super) async fn answer(
+    tx: &impl Connection,
+    node: &NodeId,
+    given_for: &str,
+    key: &str,
+    now: DateTime<Utc>,
+) -> Result<Option<String>, StoreError> {
+    let row = sql("SELECT pem FROM certificates WHERE node = ? AND given_for = ? AND key_sha256 = ? AND pem <> '' \
+             AND revoke_time IS NULL AND not_before <= ? AND not_after > ? ORDER BY not_after DESC LIMIT 1")
+    .bind(node.as_str())
+    .bind(given_for)
+    .bind(key)
+    .time(now)
+    .time(now + WORTH_REPEATING)
+    .one(tx)
+    .await?;
+    row.map(|row| row.text("pem")).transpose()
+}
+
+/// Forgets the oldest certificates of a node. One that is forgotten and shown again is refused.
+pub(super) async fn keep_newest(tx: &impl Connection, node: &NodeId) -> Result<(), StoreError> {
+    sql("DELETE FROM certificates WHERE node = ? AND serial NOT IN \
+         (SELECT serial FROM certificates WHERE node = ? ORDER BY not_after DESC, serial LIMIT ?)")
+    .bind(node.as_str())
+    .bind(node.as_str())
+    .bind(KEPT)
+    .run(tx)
+    .await?;
+    Ok(())
+}
