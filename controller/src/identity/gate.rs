@@ -153,7 +153,7 @@ where
 /// calls of several.
 fn close_if_useless(peer: &PeerInfo, denied: &Denied) {
     let useless = match denied {
-        Denied::Revoked | Denied::Quarantined => true,
+        Denied::Revoked | Denied::Quarantined | Denied::KeyHeld(_) => true,
         Denied::Unauthenticated | Denied::BadToken => !peer.connection.is_accepted(),
         Denied::Forbidden { .. } | Denied::Unavailable => false,
     };
