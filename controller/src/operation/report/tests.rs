@@ -86,6 +86,14 @@ fn an_acknowledgement_of_verifying_is_never_given_without_proof() {
 }
 
 #[test]
+fn verifying_told_again_is_acknowledged_with_proof_and_refused_without() {
+    let stored = stored(E::Verifying);
+    assert_eq!(verdict(&stored, &reported(E::Verifying, 2, 3)), ReportVerdict::Duplicate);
+    let lie = Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, 3) };
+    assert!(matches!(verdict(&stored, &lie), ReportVerdict::Refuse(_)), "{:?}", verdict(&stored, &lie));
+}
+
+#[test]
 fn a_node_that_was_given_up_may_still_tell_its_end() {
     let given_up = Stored { error_reason: Some(reason::NEVER_RETURNED.to_owned()), ..stored(E::Failed) };
     let done = reported(E::Succeeded, 1, 9);
