@@ -20,6 +20,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .bytes(".")
         // The clients' own `connect` would clash with the RPC of that name; channels are made by the callers anyway.
         .build_transport(false)
+        .codec_path("crate::codec::Codec")
         .compile_fds(descriptors)?;
     Ok(())
 }

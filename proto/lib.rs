@@ -1,6 +1,7 @@
 //! The gRPC API of Marco Bootstrap (`marco.bootstrap.v1`), as compiled from `proto/`, with the words and numbers that
 //! both ends of a connection must share.
 
+pub mod codec;
 pub mod names;
 pub mod reasons;
 pub mod secrets;

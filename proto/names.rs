@@ -21,6 +21,8 @@ pub const CHUNK_SIZE: u32 = 4 * 1024 * 1024;
 pub const MESSAGE_SIZE: usize = 256 * 1024;
 /// Most bytes of a node's log that go with a report: a few hundred lines, and little beside the largest message (1 MiB).
 pub const LOG_MAX: usize = 32 * 1024;
+/// `google.rpc.ErrorInfo.domain` of every error.
+pub const ERROR_DOMAIN: &str = "marco.bootstrap";
 /// Version of the session protocol (`Hello.protocol_version`).
 pub const PROTOCOL_VERSION: u32 = 1;
 

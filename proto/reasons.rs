@@ -68,10 +68,14 @@ mod tests {
 
     use super::{Healing, REASONS, healing};
 
-    /// Literals of the agent that look like a reason.
+    /// Literals of the agent, tests left out, that look like a reason.
     fn literals(folder: &Path, found: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
+            // Tests name what others say, too: states of the protocol, reasons of a newer agent.
+            if path.file_stem().is_some_and(|name| name == "tests" || name == "testing") {
+                continue;
+            }
             if path.is_dir() {
                 literals(&path, found);
             } else if path.extension().is_some_and(|ending| ending == "rs") {
@@ -80,7 +84,9 @@ mod tests {
                 let word = |text: &&str| {
                     text.contains('_') && text.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c.is_ascii_digit())
                 };
-                found.extend(code.split('"').skip(1).step_by(2).filter(word).map(str::to_owned));
+                // Every piece, not every other one: the character '"' is a quote without a partner, and no code between
+                // two literals is a bare word.
+                found.extend(code.split('"').filter(word).map(str::to_owned));
             }
         }
     }
@@ -89,7 +95,8 @@ mod tests {
     fn every_reason_that_the_agent_gives_is_in_the_set() {
         let mut found = BTreeSet::new();
         literals(&Path::new(env!("CARGO_MANIFEST_DIR")).join("node-agent/src"), &mut found);
-        let others = ["MARCO_", "CARGO_", "RUST_", "NOTIFY_"];
+        // Environment variables, and the one of the 2015 system's file.
+        let others = ["MARCO_", "CARGO_", "RUST_", "NOTIFY_", "OS_IMG"];
         found.retain(|word| !others.iter().any(|other| word.starts_with(other)));
         assert!(found.contains("NOT_A_SYSTEM") && found.len() > 20, "{found:?}");
         let known: BTreeSet<String> = REASONS.iter().map(|(reason, _)| (*reason).to_owned()).collect();

@@ -11,7 +11,7 @@ use marco_proto::v1;
 use marco_proto::v1::artifact_service_server::ArtifactService;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::downloads::{DOWNLOAD_QUEUE, Sending, check_node, send_blob};
 use super::status::ApiError;
@@ -192,6 +192,10 @@ async fn next(
 ) -> Result<Option<v1::UploadArtifactRequest>, ApiError> {
     match tokio::time::timeout(UPLOAD_IDLE, messages.message()).await {
         Ok(Ok(message)) => Ok(message),
+        // Pushing the same again would be refused again.
+        Ok(Err(status)) if status.code() == Code::InvalidArgument => {
+            Err(ApiError::invalid("message", status.message().to_owned()))
+        }
         Ok(Err(status)) => Err(ApiError::Aborted {
             reason: "UPLOAD_CUT",
             message: format!("the upload was cut: {}; push again to go on", status.message()),

@@ -79,6 +79,13 @@ pub(super) fn duration(duration: Duration) -> Option<prost_types::Duration> {
     prost_types::Duration::try_from(duration).ok()
 }
 
+/// A length of time as a caller sent it; `None`: negative, or not normalized (`google/protobuf/duration.proto`).
+/// prost's own conversion negates the seconds of a negative one, which overflows for the smallest number there is.
+pub(super) fn length(asked: prost_types::Duration) -> Option<Duration> {
+    let nanos = u32::try_from(asked.nanos).ok().filter(|nanos| *nanos < 1_000_000_000)?;
+    Some(Duration::new(u64::try_from(asked.seconds).ok()?, nanos))
+}
+
 /// An optional time, to the microsecond, as the store keeps it.
 pub(super) fn time(time: Option<prost_types::Timestamp>, field: &str, bad: Bad<'_>) -> Option<DateTime<Utc>> {
     let time = time?;
@@ -91,4 +98,23 @@ pub(super) fn time(time: Option<prost_types::Timestamp>, field: &str, bad: Bad<'
         bad(field, "is no valid time".to_owned());
     }
     read
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::length;
+
+    #[test]
+    fn lengths_of_time_are_read_at_their_extremes() {
+        let read = |seconds, nanos| length(prost_types::Duration { seconds, nanos });
+        assert_eq!(read(1, 999_999_999), Some(Duration::new(1, 999_999_999)));
+        assert_eq!(read(i64::MAX, 0), Some(Duration::from_secs(i64::MAX.unsigned_abs())));
+        for (seconds, nanos) in
+            [(i64::MIN, 0), (-1, 0), (0, -1), (i64::MIN, i32::MIN), (1, 1_000_000_000), (0, i32::MAX)]
+        {
+            assert_eq!(read(seconds, nanos), None, "{seconds} {nanos}");
+        }
+    }
 }

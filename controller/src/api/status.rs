@@ -7,7 +7,7 @@ use crate::identity::peer_log::of_peer;
 use crate::store::StoreError;
 
 /// Domain of every `google.rpc.ErrorInfo` that the controller sends.
-pub(crate) const DOMAIN: &str = "marco.bootstrap";
+pub(crate) const DOMAIN: &str = marco_proto::names::ERROR_DOMAIN;
 
 /// Longest message, in characters: it travels in a header.
 const TEXT_MAX: usize = 500;

@@ -14,6 +14,8 @@ use tonic::Status;
 use tonic::body::Body;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use marco_proto::codec::undecodable;
+
 use super::gate::DOMAIN;
 use crate::store::deadline;
 
@@ -84,7 +86,23 @@ pub(super) async fn whole(request: http::Request<Body>, most: usize) -> Result<h
             return Err(status.unwrap_or_else(|_| Status::cancelled("the request ended before its message did")));
         }
     };
+    framed(&bytes)?;
     Ok(http::Request::from_parts(parts, Body::new(Full::new(bytes))))
+}
+
+/// Checks that the body is one message and nothing else (gRPC over HTTP/2, "Length-Prefixed-Message"). tonic answers
+/// INTERNAL where it is not, as if the controller were broken.
+fn framed(body: &[u8]) -> Result<(), Status> {
+    let Some(([flag, length @ ..], message)) = body.split_first_chunk::<MESSAGE_HEAD>() else {
+        return Err(undecodable("the body holds no message"));
+    };
+    if *flag > 1 {
+        return Err(undecodable("the byte before the message's length is neither 0 nor 1"));
+    }
+    if usize::try_from(u32::from_be_bytes(*length)).ok() != Some(message.len()) {
+        return Err(undecodable("the body is longer or shorter than its message says"));
+    }
+    Ok(())
 }
 
 /// Lets every call of a listener run to its end.
@@ -153,6 +171,17 @@ mod tests {
     use tokio::sync::watch;
 
     use super::*;
+
+    #[test]
+    fn bodies_that_are_no_message_blame_the_caller() {
+        for body in [&b""[..], b"\0\0\0", b"\0\0\0\0\x02a", b"\0\0\0\0\x01ab", b"\x02\0\0\0\0", b"\0\xff\xff\xff\xffa"]
+        {
+            assert_eq!(framed(body).unwrap_err().code(), tonic::Code::InvalidArgument, "{body:?}");
+        }
+        for body in [&b"\0\0\0\0\0"[..], b"\x01\0\0\0\x01a"] {
+            framed(body).unwrap();
+        }
+    }
 
     #[tokio::test]
     async fn whoever_asks_and_leaves_again_and_again_has_no_more_at_work_than_there_is_room_for() {

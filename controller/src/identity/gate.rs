@@ -28,7 +28,7 @@ use crate::store::{AuditRow, Record, deadline, recorded};
 pub const FILE_MIRROR: &str = "FileMirror";
 
 /// Domain of every reason that the controller gives.
-pub(super) const DOMAIN: &str = "marco.bootstrap";
+pub(super) const DOMAIN: &str = marco_proto::names::ERROR_DOMAIN;
 
 /// Puts [`Caller`] into the extensions of requests that may pass, and answers the rest.
 #[derive(Clone)]

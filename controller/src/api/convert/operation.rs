@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use marco_proto::names::{ArtifactId, ExecutionId, NodeId};
 use marco_proto::v1;
 
-use super::{Bad, duration, labels, text, timestamp};
+use super::{Bad, duration, labels, length, text, timestamp};
 use crate::api::status::ApiError;
 use crate::operation::{
     Action, Conflict, DEFAULT_NOTICE, ExecutionState, FrozenArtifact, Notice, OperationState, Target, Update,
@@ -27,8 +27,8 @@ const TARGETS_MAX: usize = 10_000;
 fn notice(delay: Option<prost_types::Duration>, message: String, action: &str, bad: Bad<'_>) -> Notice {
     let delay = match delay {
         None => DEFAULT_NOTICE,
-        Some(delay) => match Duration::try_from(delay) {
-            Ok(delay) if delay <= MAX_NOTICE => delay,
+        Some(delay) => match length(delay) {
+            Some(delay) if delay <= MAX_NOTICE => delay,
             _ => {
                 bad(&format!("operation.{action}.notice"), "must be between 0 and 24 hours".to_owned());
                 DEFAULT_NOTICE
@@ -248,7 +248,7 @@ pub(in crate::api) fn window(
     now: DateTime<Utc>,
     bad: Bad<'_>,
 ) -> Option<MaintenanceWindow> {
-    let duration = asked.duration.and_then(|length| Duration::try_from(length).ok());
+    let duration = asked.duration.and_then(length);
     let Some(duration) = duration.filter(|length| !length.is_zero() && *length <= MAX_WINDOW) else {
         bad("operation.window.duration", "must be more than 0 and at most 366 days".to_owned());
         return None;

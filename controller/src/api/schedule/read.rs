@@ -240,9 +240,9 @@ fn length(
     most: Duration,
     wrong: &mut Vec<Violation>,
 ) -> Duration {
-    match asked.map(Duration::try_from) {
+    match asked.map(convert::length) {
         None => default,
-        Some(Ok(length)) if length <= most => length,
+        Some(Some(length)) if length <= most => length,
         Some(_) => {
             let why = format!("must be between 0 and {}", humantime::format_duration(most));
             wrong.push(violation(&format!("schedule.{field}"), why));
