@@ -64,6 +64,10 @@ impl Dispatcher {
             let sweep = swept.is_none_or(|last| last.elapsed() >= SWEEP);
             let done = self.round(sweep).await;
             self.pulses.dispatcher.beat(&done);
+            if done.is_err() {
+                // A store that is away ends the round before the sign of life: the beat failed, it does not stand still.
+                self.pulses.beat.beat(&done);
+            }
             let away = matches!(done, Err(StoreError::Unavailable(_)));
             if away {
                 // Neither could nodes be heard nor other controllers give a sign of life.

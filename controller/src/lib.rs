@@ -12,7 +12,9 @@ pub mod clock;
 pub mod config;
 pub mod discovery;
 pub mod dispatcher;
+mod folders;
 pub mod identity;
+mod listen;
 pub mod mirror;
 pub mod operation;
 pub mod rollout;
@@ -23,16 +25,13 @@ pub mod store;
 pub mod watchdog;
 
 use std::fmt::Write as _;
-use std::fs::Permissions;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use chrono::TimeDelta;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -45,6 +44,7 @@ use crate::clock::{AnchoredClock, Clock, Sample};
 use crate::config::Config;
 use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
+use crate::folders::{keep_private, make_private};
 use crate::identity::access::Access;
 use crate::identity::ca::Pki;
 use crate::identity::calls::CallsLayer;
@@ -54,6 +54,7 @@ use crate::identity::tls::places::{Limits, STRANGER_MESSAGE, mirror_places};
 use crate::identity::tls::streams::StreamsLayer;
 use crate::identity::tls::{Acceptor, enrolment_builder, incoming, server_builder};
 use crate::identity::upkeep::Upkeep;
+use crate::listen::{listen, listen_if_free};
 use crate::mirror::{Mirror, Patience};
 use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
@@ -73,9 +74,6 @@ const SAMPLES: usize = 3;
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 /// A stored file that no artifact names is removed after this: a push names it within moments.
 const ORPHAN_GRACE: Duration = Duration::from_secs(3600);
-/// Connections that may wait to be accepted: a fleet that comes back at once; what does not fit tries again only a second
-/// later. The system's `net.core.somaxconn` (4096) limits it too.
-const BACKLOG: u32 = 4096;
 /// Every ten minutes.
 const HOUSEKEEPING: &str = "0 */10 * * * *";
 
@@ -436,76 +434,9 @@ fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
     config.names.iter().map(|name| format!("{}:{}", host(name), api.port())).collect()
 }
 
-fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    let open = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        socket.listen(BACKLOG)
-    };
-    open().with_context(|| {
-        format!(
-            "cannot listen on {address} for {what}; is another controller running? choose another address with a flag"
-        )
-    })
-}
-
-/// Listens where somebody asked for it; where nobody did, only if the address is free.
-fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::Result<Option<TcpListener>> {
-    match listen(address, what) {
-        Ok(listener) => Ok(Some(listener)),
-        Err(error) if asked_for => Err(error),
-        Err(error) => {
-            tracing::warn!(error = format!("{error:#}"), "this controller runs without {what}");
-            Ok(None)
-        }
-    }
-}
-
 /// How many files the system lets this process have open.
 fn open_files() -> usize {
     use rustix::process::{Resource, getrlimit};
     // `None`: no limit.
     getrlimit(Resource::Nofile).current.and_then(|files| usize::try_from(files).ok()).unwrap_or(1 << 20)
-}
-
-fn make_private(dir: &Path) -> anyhow::Result<()> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .with_context(|| format!("cannot make the data directory {}", dir.display()))
-}
-
-/// Takes the rights of group and others from a file or folder of an earlier start, if it exists.
-pub(crate) fn keep_private(path: &Path) {
-    let Ok(found) = std::fs::metadata(path) else { return };
-    let mode = found.permissions().mode();
-    if mode & 0o077 == 0 {
-        return;
-    }
-    let path_shown = path.display();
-    match std::fs::set_permissions(path, Permissions::from_mode(mode & 0o700)) {
-        Ok(()) => tracing::info!(path = %path_shown, "other users of this machine could read it: mode mended"),
-        Err(error) => {
-            tracing::warn!(path = %path_shown, error = chain(&error), "other users of this machine can read it")
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::TcpStream;
-    use std::time::Duration;
-
-    /// More than the 128 that wait at a listener that asks for nothing.
-    const CROWD: usize = 300;
-
-    #[tokio::test]
-    async fn a_crowd_waits_at_the_door_though_nobody_opens() {
-        let listener = super::listen("127.0.0.1:0".parse().unwrap(), "a test").unwrap();
-        let address = listener.local_addr().unwrap();
-        let connect = |_| TcpStream::connect_timeout(&address, Duration::from_secs(10)).unwrap();
-        assert_eq!((0..CROWD).map(connect).collect::<Vec<_>>().len(), CROWD);
-    }
 }

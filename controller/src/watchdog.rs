@@ -17,7 +17,8 @@ use crate::store::Store;
 const STILL: Duration = Duration::from_secs(15);
 /// How often it looks.
 const LOOK: Duration = Duration::from_millis(500);
-/// How often it asks whether another controller serves, while this one does not.
+/// How often it asks whether another controller serves, while this one does not. Two answers in a row count: after an
+/// outage of the database one controller is back up to seconds before the other.
 const ASK: Duration = Duration::from_secs(5);
 
 /// When rounds of a loop ended.
@@ -125,11 +126,13 @@ struct Seen {
     condition: Condition,
     ails: bool,
     asked: Option<Instant>,
+    /// Another controller served when it was last asked.
+    others_served: bool,
 }
 
 impl Default for Seen {
     fn default() -> Self {
-        Self { condition: Condition::Well, ails: false, asked: None }
+        Self { condition: Condition::Well, ails: false, asked: None, others_served: false }
     }
 }
 
@@ -165,12 +168,16 @@ impl Watchdog {
             std::mem::replace(serving, well) != well
         });
         let away = match condition {
-            Condition::Well => false,
+            Condition::Well => {
+                seen.others_served = false;
+                false
+            }
             Condition::Still(_) => true,
             Condition::Failing(_) if self.sessions.is_away() => true,
             Condition::Failing(_) if seen.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= ASK) => {
                 seen.asked = Some(now);
-                (self.others)().await
+                let others_serve = (self.others)().await;
+                std::mem::replace(&mut seen.others_served, others_serve) && others_serve
             }
             Condition::Failing(_) => false,
         };
@@ -267,6 +274,22 @@ mod tests {
         bench.look(17, Some(true)).await;
         assert!(*bench.serving.borrow());
         assert!(bench.session(3).is_some());
+    }
+
+    #[tokio::test]
+    async fn nodes_stay_when_another_controller_is_back_first() {
+        let mut bench = Bench::new(true).await;
+        let handle = bench.session(1).unwrap();
+        for seconds in [5, 10, 16, 20] {
+            bench.look(seconds, Some(false)).await;
+        }
+        bench.look(21, Some(true)).await;
+        for seconds in [37, 41] {
+            bench.look(seconds, Some(false)).await;
+        }
+        assert_eq!(*handle.end.borrow(), None);
+        bench.look(42, Some(false)).await;
+        assert_eq!(*handle.end.borrow(), Some(End::Away));
     }
 
     #[tokio::test]

@@ -13,7 +13,7 @@ use integration_tests::tree::list;
 const ROOTS: [&str; 3] = ["main", "lib", "config"];
 
 /// Modules that know nothing of ours, and that every module may use.
-const ANYBODYS: [&str; 6] = ["backoff", "calendar", "cause", "durable", "notify", "settings"];
+const ANYBODYS: [&str; 8] = ["backoff", "calendar", "cause", "durable", "folders", "listen", "notify", "settings"];
 
 /// The controller: which module may use which others.
 const CONTROLLER: [(&str, &[&str]); 14] = [

@@ -109,9 +109,20 @@ pub(crate) fn others_serve(context: &Context) -> Others {
 }
 
 async fn serves(context: &Context, address: &str) -> bool {
-    let Ok(channel) = dial(&context.ca, &context.clock, address).await else { return false };
-    let answer = HealthClient::new(channel).check(HealthCheckRequest::default()).await;
-    answer.is_ok_and(|answer| answer.into_inner().status() == ServingStatus::Serving)
+    let channel = match dial(&context.ca, &context.clock, address).await {
+        Ok(channel) => channel,
+        Err(error) => {
+            tracing::warn!(address, error = &*crate::chain(&error), "another controller is not reached");
+            return false;
+        }
+    };
+    match HealthClient::new(channel).check(HealthCheckRequest::default()).await {
+        Ok(answer) => answer.into_inner().status() == ServingStatus::Serving,
+        Err(status) => {
+            tracing::warn!(address, error = status.message(), "another controller does not say how it is");
+            false
+        }
+    }
 }
 
 fn later(why: &str) -> ApiError {

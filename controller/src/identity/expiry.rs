@@ -35,7 +35,9 @@ impl Warnings {
         ca: &Ca,
         now: DateTime<Utc>,
     ) -> Result<(), StoreError> {
-        if let Some(end) = ca.expire_time().filter(|end| *end - now <= WARNED_BEFORE && self.ca_is_due(now)) {
+        if let Some(end) =
+            ca.expire_time().filter(|end| end.signed_duration_since(now) <= WARNED_BEFORE && self.ca_is_due(now))
+        {
             let why = format!("the CA's certificate expires at {}", text(end));
             tracing::warn!(expires = text(end), "the CA's certificate expires; every certificate ends with it");
             recorder.record(row(now, String::new(), "ca".to_owned(), why), None).await;
@@ -56,7 +58,7 @@ impl Warnings {
 
     fn ca_is_due(&self, now: DateTime<Utc>) -> bool {
         let mut last = self.of_ca.lock().unwrap_or_else(PoisonError::into_inner);
-        let due = last.is_none_or(|last| now - last >= CA_EVERY || now < last);
+        let due = last.is_none_or(|last| now.signed_duration_since(last) >= CA_EVERY || now < last);
         if due {
             *last = Some(now);
         }

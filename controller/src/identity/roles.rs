@@ -66,6 +66,8 @@ pub fn names(roles: &[Role]) -> String {
 }
 
 const ANY: &[Role] = &[Viewer, Operator, Publisher, Admin, Node];
+/// Controllers ask each other how they are, besides.
+const EVERY: &[Role] = &[Viewer, Operator, Publisher, Admin, Node, Controller];
 const PEOPLE: &[Role] = &[Viewer, Operator, Publisher, Admin];
 const OPERATORS: &[Role] = &[Operator, Admin];
 const PUBLISHERS: &[Role] = &[Publisher, Admin];
@@ -77,7 +79,7 @@ pub const DOWNLOAD: &str = "/marco.bootstrap.v1.ArtifactService/DownloadArtifact
 /// Who may call what. `EnrollmentService` is not here: it has a listener of its own, on which tokens and signatures
 /// count. What is not here nobody may call.
 const TABLE: &[(&str, &[Role])] = &[
-    ("/grpc.health.v1.Health/Check", ANY),
+    ("/grpc.health.v1.Health/Check", EVERY),
     ("/grpc.health.v1.Health/List", ANY),
     ("/grpc.health.v1.Health/Watch", ANY),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ANY),

@@ -4,6 +4,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 
 use super::sql::sql;
 use super::{Store, StoreError};
+use crate::calendar::later;
 
 /// How long before something expires it is warned of.
 const WARNED_BEFORE: TimeDelta = TimeDelta::days(14);
@@ -26,7 +27,7 @@ impl Store {
     /// Credentials that expire within 14 days, that nobody was warned of, and that no later one of the same owner has
     /// taken the place of. They count as warned of from now on, at every controller.
     pub async fn newly_expiring(&self, now: DateTime<Utc>) -> Result<Vec<Expiring>, StoreError> {
-        let soon = now + WARNED_BEFORE;
+        let soon = later(now, WARNED_BEFORE);
         let tx = self.begin().await?;
         let mut found = Vec::new();
         // A node's key that is not in service harms nobody by expiring; a user has as many certificates as devices.
@@ -54,7 +55,8 @@ impl Store {
             });
         }
         let tokens = sql("UPDATE api_tokens SET warn_time = ? WHERE warn_time IS NULL AND revoke_time IS NULL \
-             AND expire_time > ? AND expire_time <= ? AND expire_time - create_time > ? RETURNING id, expire_time")
+             AND expire_time > ? AND expire_time <= ? AND expire_time - create_time > ? \
+             RETURNING id, expire_time")
         .time(now)
         .time(now)
         .time(soon)

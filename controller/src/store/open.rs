@@ -267,7 +267,7 @@ async fn open_sqlite(path: &Path) -> Result<(Pool, Pool, File), StoreError> {
     // SQLite gives the files beside it the mode of the database.
     File::options().create(true).append(true).mode(0o600).open(path).map_err(StoreError::File)?;
     for ending in ["", "-wal", "-shm", ".lock"] {
-        crate::keep_private(&beside(path, ending));
+        crate::folders::keep_private(&beside(path, ending));
     }
     let place: Arc<str> = Arc::from(path.display().to_string());
     let failed = |error: sqlx::Error| StoreError::of_driver(&error, &place);

@@ -1,6 +1,6 @@
 //! Signs of life of the database: when it last answered, and whether it takes writes.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ pub(super) struct Vitals {
     begun: Instant,
     waiting: AtomicUsize,
     last_millis: AtomicU64,
+    /// A question was given up in silence, and no answer came since. Between two questions the silence goes on.
+    given_up: AtomicBool,
     writes: Mutex<Writes>,
 }
 
@@ -38,6 +40,7 @@ impl Default for Vitals {
             begun: Instant::now(),
             waiting: AtomicUsize::new(0),
             last_millis: AtomicU64::new(0),
+            given_up: AtomicBool::new(false),
             writes: Mutex::default(),
         }
     }
@@ -78,7 +81,7 @@ impl Vitals {
 
     /// Why writes fail at present, if they do.
     pub(super) fn ailment(&self) -> Option<String> {
-        if self.is_silent() {
+        if self.is_silent() || self.given_up.load(Ordering::Relaxed) {
             return Some("the database does not answer".to_owned());
         }
         let writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
@@ -96,11 +99,36 @@ impl Asked {
     /// The answer came.
     pub(super) fn answered(&self) {
         self.0.last_millis.store(self.0.now(), Ordering::Relaxed);
+        self.0.given_up.store(false, Ordering::Relaxed);
     }
 }
 
 impl Drop for Asked {
     fn drop(&mut self) {
+        if self.0.is_silent() {
+            self.0.given_up.store(true, Ordering::Relaxed);
+        }
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn silence_lasts_until_an_answer() {
+        let vitals = Arc::new(Vitals::default());
+        let asked = vitals.asked();
+        assert_eq!(vitals.ailment(), None);
+        tokio::time::sleep(SILENT).await;
+        drop(asked);
+        // The next question has not waited long, and the database is as silent as before.
+        let asked = vitals.asked();
+        assert!(!vitals.is_silent() && vitals.ailment().is_some());
+        asked.answered();
+        assert_eq!(vitals.ailment(), None);
+        drop(asked);
+        assert_eq!(vitals.ailment(), None);
     }
 }

@@ -115,14 +115,14 @@ mod tests {
             mirror_listen: anywhere,
             ..ServeArgs::default()
         };
-        let config = Config::load(flags, None).unwrap();
+        let config = Config::load(flags, crate::config::Shared::default()).unwrap();
         let controller = crate::Controller::bind(config, Arc::new(SystemClock)).await.unwrap();
         let context = &controller.context;
 
         let [named, orphan] = [&b"one"[..], b"two"].map(|bytes| {
             let digest = Digest::parse(&hex::encode(<sha2::Sha256 as sha2::Digest>::digest(bytes))).unwrap();
             let name = digest.to_string();
-            let shard = dir.path().join("data/artifacts/sha256").join(&name[..2]);
+            let shard = dir.path().join("data/artifacts/sha256").join(name.get(..2).unwrap());
             std::fs::create_dir_all(&shard).unwrap();
             std::fs::write(shard.join(&name), bytes).unwrap();
             digest

@@ -180,17 +180,16 @@ fn renewal(ca: &Ca) -> (Issued, KeyPair, String, Vec<u8>) {
 fn an_old_certificate_proves_who_renews_until_400_days_after_its_expiry() {
     let (ca, _) = Ca::mint(now()).unwrap();
     let (issued, _, csr, signature) = renewal(&ca);
-    for days in [0, 15, 31, 430] {
+    // One of a controller whose clock was ahead is not valid yet: it is replaced, too.
+    for days in [-2, 0, 15, 31, 430] {
         let proof = ca.verify_renewal(&issued.pem, &csr, &signature, now() + TimeDelta::days(days)).unwrap();
         assert_eq!(
             (proof.node, proof.serial, proof.key_sha256),
             (node(), issued.serial.clone(), issued.key_sha256.clone())
         );
     }
-    for at in [now() + TimeDelta::days(431), now() - TimeDelta::days(2)] {
-        let error = ca.verify_renewal(&issued.pem, &csr, &signature, at).unwrap_err();
-        assert!(matches!(error, RequestError::Certificate(_)), "{error}");
-    }
+    let error = ca.verify_renewal(&issued.pem, &csr, &signature, now() + TimeDelta::days(431)).unwrap_err();
+    assert!(matches!(error, RequestError::Certificate(_)), "{error}");
 }
 
 #[test]

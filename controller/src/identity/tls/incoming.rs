@@ -28,7 +28,7 @@ pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const MAX_HANDSHAKES: usize = 1024;
 /// More handshakes at a time than this are a crowd, until none is left of them: a fleet that comes back at once, or
 /// somebody who opens connections and says nothing. A crowd is waited for less long.
-pub(super) const CROWD: usize = 256;
+pub(super) const CROWD: usize = 128;
 /// How long a connection in a crowd may take for its first words, which cost it nothing.
 const HELLO_IN_A_CROWD: Duration = Duration::from_millis(1500);
 /// How long a handshake in a crowd may take: those that come back at once all wait for this machine's arithmetic.
