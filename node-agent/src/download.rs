@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -23,8 +24,11 @@ mod header;
 
 /// Verified chunks that wait for whoever writes them, besides the one being received.
 const WAITING: usize = 1;
-/// How often the facts of an image are asked for before the running system goes on without them.
+/// Tries to get the facts of an image, one controller after the other, before the node goes on without them.
 const FACTS_TRIES: u32 = 3;
+/// Longest wait for one of them. A Pi 1 needs a second for TLS; an update must not stand still for a silent controller,
+/// since the installer judges the image again.
+const FACTS_WAIT: Duration = Duration::from_secs(5);
 
 /// An error of whoever makes connections.
 pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;
@@ -75,18 +79,17 @@ impl DownloadError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// Ceiling of the first pause; doubled with each further try.
-    pub first_pause: std::time::Duration,
+    pub first_pause: Duration,
     /// Ceiling of every pause.
-    pub longest_pause: std::time::Duration,
+    pub longest_pause: Duration,
     /// Given up after so many tries in a row that brought no byte.
     pub tries: u32,
     /// A connection on which nothing arrives for so long is given up for another.
-    pub stall: std::time::Duration,
+    pub stall: Duration,
 }
 
 impl Default for Policy {
     fn default() -> Self {
-        use std::time::Duration;
         Self {
             first_pause: Duration::from_millis(200),
             longest_pause: Duration::from_secs(15),
@@ -184,14 +187,19 @@ impl Downloader {
         self.start(sha256, None, cancel).await
     }
 
-    /// What an image says about itself. `None`: the controller did not judge it, is too old to, or does not answer now;
-    /// the installer asks again before it touches the card.
-    pub async fn facts(&self, sha256: &str) -> Option<Facts> {
+    /// Facts of an image. `None`: the controller did not judge it, is too old to, or does not answer soon,
+    /// or `cancel` came. The installer asks again before it touches the card.
+    pub async fn facts(&self, sha256: &str, cancel: &CancellationToken) -> Option<Facts> {
+        cancel.run_until_cancelled(self.ask_until_answered(sha256)).await.flatten()
+    }
+
+    async fn ask_until_answered(&self, sha256: &str) -> Option<Facts> {
+        let wait = FACTS_WAIT.min(self.policy.stall);
         for attempt in 0..FACTS_TRIES {
             if attempt > 0 {
                 tokio::time::sleep(full_jitter(self.policy.first_pause)).await;
             }
-            match tokio::time::timeout(self.policy.stall, self.ask_for_facts(sha256)).await {
+            match tokio::time::timeout(wait, self.ask_for_facts(sha256)).await {
                 Ok(Ok(facts)) => return facts,
                 Ok(Err(error)) => tracing::info!(artifact = sha256, error = %error, "facts of the image not read"),
                 Err(_) => tracing::info!(artifact = sha256, "facts of the image not read in time"),
@@ -203,8 +211,15 @@ impl Downloader {
     async fn ask_for_facts(&self, sha256: &str) -> Result<Option<Facts>, ConnectError> {
         let channel = (self.connect)().await?;
         let request = GetArtifactRequest { name: format!("artifacts/sha256:{sha256}") };
-        let artifact = ArtifactServiceClient::new(channel).get_artifact(request).await?.into_inner();
-        Ok(artifact.facts.map(header::facts))
+        match ArtifactServiceClient::new(channel).get_artifact(request).await {
+            Ok(artifact) => Ok(artifact.into_inner().facts.map(header::facts)),
+            // An answer, too: an older controller does not know the call, or does not let nodes make it.
+            Err(status) if fetch::is_final(status.code()) => {
+                tracing::info!(artifact = sha256, error = %status, "controller does not tell the facts of the image");
+                Ok(None)
+            }
+            Err(status) => Err(status.into()),
+        }
     }
 
     async fn start(

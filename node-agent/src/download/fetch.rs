@@ -327,15 +327,20 @@ async fn checked(checking: &mut Option<Checking>) -> Result<Checked, JoinError> 
 /// Whether another try, perhaps at another controller, can do better.
 fn judge(status: &Status) -> Ended {
     let said = format!("{:?}: {}", status.code(), status.message());
-    match status.code() {
+    if is_final(status.code()) { Ended::Failed(DownloadError::Refused(said)) } else { Ended::Retry(said) }
+}
+
+/// A refusal that another try meets again.
+pub(super) fn is_final(code: Code) -> bool {
+    matches!(
+        code,
         Code::NotFound
-        | Code::PermissionDenied
-        | Code::InvalidArgument
-        | Code::FailedPrecondition
-        | Code::OutOfRange
-        | Code::Unimplemented => Ended::Failed(DownloadError::Refused(said)),
-        _ => Ended::Retry(said),
-    }
+            | Code::PermissionDenied
+            | Code::InvalidArgument
+            | Code::FailedPrecondition
+            | Code::OutOfRange
+            | Code::Unimplemented
+    )
 }
 
 /// How many chunks at the beginning of the file are right, and the digest over them; the rest is cut off.

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
+use marco_archive::Facts;
 use marco_proto::v1::artifact_service_server::{ArtifactService, ArtifactServiceServer};
 use marco_proto::v1::download_artifact_response::Part;
 use marco_proto::v1::{
@@ -51,6 +52,8 @@ pub(crate) enum Wrong {
     Endless,
     /// Is silent.
     Silent,
+    /// Says what it knows of the artifact, and sends nothing of it.
+    Withheld,
     /// Has no such artifact.
     Missing,
 }
@@ -65,6 +68,13 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
+    /// How often it was asked before.
+    fn round(&self, name: String, offset: u64) -> usize {
+        let mut asked = self.asked.lock().unwrap();
+        asked.push((name, offset));
+        asked.len() - 1
+    }
+
     fn header(&self) -> DownloadHeader {
         let digests: Vec<u8> = self.bytes.chunks(CHUNK).flat_map(|chunk| Sha256::digest(chunk).to_vec()).collect();
         DownloadHeader {
@@ -87,11 +97,7 @@ impl ArtifactService for Controller {
         request: Request<DownloadArtifactRequest>,
     ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
         let DownloadArtifactRequest { name, offset } = request.into_inner();
-        let round = {
-            let mut asked = self.asked.lock().unwrap();
-            asked.push((name, offset));
-            asked.len() - 1
-        };
+        let round = self.round(name, offset);
         let (mut header, mut bytes) = (self.header(), self.bytes.to_vec());
         let (mut limit, mut end) = (usize::MAX, None);
         match (self.fault)(round) {
@@ -106,7 +112,7 @@ impl ArtifactService for Controller {
                 header.chunk_sha256 = list.into();
             }
             Wrong::Endless => bytes.push(0),
-            Wrong::Silent => return std::future::pending().await,
+            Wrong::Silent | Wrong::Withheld => return std::future::pending().await,
             Wrong::Missing => return Err(Status::not_found("no such artifact")),
         }
         let mut messages = vec![Ok(DownloadArtifactResponse { part: Some(Part::Header(header)) })];
@@ -134,8 +140,19 @@ impl ArtifactService for Controller {
     ) -> Result<Response<Self::UploadArtifactStream>, Status> {
         Err(Status::unimplemented(""))
     }
-    async fn get_artifact(&self, _: Request<GetArtifactRequest>) -> Result<Response<Artifact>, Status> {
-        Err(Status::unimplemented(""))
+    async fn get_artifact(&self, request: Request<GetArtifactRequest>) -> Result<Response<Artifact>, Status> {
+        let name = request.into_inner().name;
+        let DownloadHeader { sha256, size_bytes, .. } = self.header();
+        let known = name == format!("artifacts/sha256:{sha256}");
+        match (self.fault)(self.round(name.clone(), 0)) {
+            Wrong::Silent => std::future::pending().await,
+            Wrong::CutAfter(_) => Err(Status::unavailable("cut")),
+            fault if !known || matches!(fault, Wrong::Missing) => Err(Status::not_found("no such artifact")),
+            _ => {
+                let facts = self.facts.clone();
+                Ok(Response::new(Artifact { name, sha256, size_bytes, facts, ..Artifact::default() }))
+            }
+        }
     }
     async fn list_artifacts(
         &self,
@@ -357,4 +374,47 @@ async fn a_cancelled_download_ends_and_keeps_what_is_right() {
     let error = bed.downloader.to_file(&bed.sha256, &bed.path(), progress, &token).await.unwrap_err();
     assert_eq!(error.reason(), "CANCELLED");
     assert_eq!(std::fs::metadata(bed.path()).unwrap().len(), 2 * CHUNK as u64);
+}
+
+impl Bed {
+    /// What it learns of the image; how often it asked; how long that took.
+    async fn facts(&self, cancel: &CancellationToken) -> (Option<Facts>, usize, Duration) {
+        let began = Instant::now();
+        let facts = self.downloader.facts(&self.sha256, cancel).await;
+        (facts, self.offsets().len(), began.elapsed())
+    }
+}
+
+#[tokio::test]
+async fn facts_are_those_of_the_controller() {
+    let bed = Bed::new(CHUNK, |_| Wrong::Nothing).await;
+    let (facts, asked, _) = bed.facts(&CancellationToken::new()).await;
+    assert_eq!((facts, asked), (None, 1), "it does not judge images");
+    let said = ImageFacts { refusal: "it has no init".into(), ..ImageFacts::default() };
+    let bytes = bed.controller.bytes.clone();
+    let (downloader, _server) = serve_judged(bytes, Arc::new(|_| Wrong::Nothing), Some(said)).await;
+    let facts = downloader.facts(&bed.sha256, &CancellationToken::new()).await;
+    assert_eq!(facts.unwrap().refusal.unwrap(), "it has no init");
+}
+
+#[tokio::test]
+async fn facts_are_asked_for_again_only_where_that_helps() {
+    for (fault, tries) in [(Wrong::Missing, 1), (Wrong::CutAfter(0), 3)] {
+        let bed = Bed::new(CHUNK, move |_| fault).await;
+        let (facts, asked, _) = bed.facts(&CancellationToken::new()).await;
+        assert_eq!((facts, asked), (None, tries));
+    }
+}
+
+#[tokio::test]
+async fn silent_controller_does_not_hold_up_the_facts() {
+    let bed = Bed::new(CHUNK, |_| Wrong::Silent).await;
+    let (facts, asked, took) = bed.facts(&CancellationToken::new()).await;
+    assert_eq!((facts, asked), (None, 3));
+    assert!(took < Duration::from_secs(10), "{took:?}");
+
+    let cancel = CancellationToken::new();
+    cancel.cancel();
+    let never: Connect = Arc::new(|| Box::pin(std::future::pending()));
+    assert_eq!(Downloader::new(never).facts(&bed.sha256, &cancel).await, None);
 }

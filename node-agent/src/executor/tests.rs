@@ -4,17 +4,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use chrono::DateTime;
+use marco_proto::v1::ImageFacts;
+use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings};
 use crate::bootpart::{BootPart, Instruction};
-use crate::download::Downloader;
+use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
 use crate::journal::{FILE_NAME, Journal};
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
 
+mod judged;
 mod machine;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
@@ -24,12 +27,16 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const LONG: Duration = Duration::from_secs(3600);
 /// Over soon.
 const SHORT: Duration = Duration::from_millis(30);
+/// The image of every update; nothing unpacks it.
+const IMAGE: &[u8] = b"raspios";
 
 /// A machine with a card, and what runs on it.
 struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
     verdict: Duration,
+    /// What the controller says about the image.
+    said: Option<ImageFacts>,
 }
 
 impl Bench {
@@ -47,7 +54,7 @@ impl Bench {
         let boot_id = "boot-a".to_owned();
         let mode = Mode::Running;
         let machine = Machine { dir: path, boot_id, mode, facts, release: None, refusal: None, patience: LONG, told };
-        Self { _dir: dir, machine, verdict: LONG }
+        Self { _dir: dir, machine, verdict: LONG, said: Some(judged::good()) }
     }
 
     fn recovery(&self) -> BootPart {
@@ -68,14 +75,14 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict } = self;
+        let Self { _dir, machine, verdict, said } = self;
         let machine = Arc::new(machine);
-        let unreachable =
-            Arc::new(|| -> futures_util::future::BoxFuture<'static, _> { Box::pin(std::future::pending()) });
+        // No installation comes further than to its download.
+        let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
         let executor = Executor::new(
             machine.clone(),
             journal.clone(),
-            Downloader::new(unreachable),
+            downloader,
             Settings {
                 node: "pi-01".into(),
                 controllers: vec!["controller:1346".into()],
@@ -98,8 +105,12 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict }
+        Self { _dir, machine, verdict, said }
     }
+}
+
+fn image_sha256() -> String {
+    hex::encode(Sha256::digest(IMAGE))
 }
 
 fn notice(delay: Duration) -> Notice {
@@ -111,7 +122,7 @@ fn reboot(delay: Duration) -> Action {
 }
 
 fn update(delay: Duration) -> Action {
-    let image = Artifact { id: "raspios.tar.gz".into(), sha256: "a".repeat(64) };
+    let image = Artifact { id: "raspios.tar.gz".into(), sha256: image_sha256() };
     Action::Update(Update {
         image: Some(image),
         bootcode: None,
@@ -278,7 +289,7 @@ async fn an_update_leaves_the_installer_all_it_needs_before_it_is_armed() {
     let job = bench.recovery().read_job().unwrap().unwrap();
     assert_eq!(
         job.instruction,
-        Instruction::Install { image: "raspios.tar.gz".into(), sha256: "a".repeat(64), raw: false }
+        Instruction::Install { image: "raspios.tar.gz".into(), sha256: image_sha256(), raw: false }
     );
     assert_eq!((job.execution.as_str(), job.attempt, job.sequence), (ONE, 7, 2));
     assert_eq!(job.controllers, ["controller:1346"]);
@@ -375,7 +386,7 @@ async fn on_trial(release: &str) -> Bench {
     let mut bench = bench.reboot("boot-c", Mode::Running);
     bench.machine.release = Some(Release {
         execution: release.into(),
-        image_sha256: "a".repeat(64),
+        image_sha256: image_sha256(),
         boot_sha256: String::new(),
         time: String::new(),
     });
@@ -394,7 +405,7 @@ async fn the_new_system_becomes_the_default_only_when_the_controller_has_accepte
             let entries = journal.entries();
             let entry = entries.get(ONE).unwrap();
             assert_eq!((entry.state, entry.sequence), (State::Verifying, 5));
-            assert_eq!(entry.release.as_ref().unwrap().image_sha256, "a".repeat(64));
+            assert_eq!(entry.release.as_ref().unwrap().image_sha256, image_sha256());
             journal.ack(ONE, 4, 1).await.unwrap();
             for _ in 0..1000 {
                 tokio::task::yield_now().await;

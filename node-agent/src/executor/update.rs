@@ -34,16 +34,20 @@ impl Executor {
             .preflight_update()
             .await
             .map_err(|refusal| StepError::Failed(Failure::new(refusal.reason, refusal.message)))?;
-        self.judge(update).await?;
+        self.judge(update, cancel).await?;
         // Without an image the bootcode is what goes into the system's boot partition, not what installs it.
         let installer = if update.image.is_some() { update.bootcode.as_ref() } else { None };
         self.installer_set(execution, installer, cancel).await
     }
 
     /// Whether the image can start this board, by what the controller knows of it: before anything is armed.
-    async fn judge(&self, update: &Update) -> Result<(), StepError> {
+    async fn judge(&self, update: &Update, cancel: &CancellationToken) -> Result<(), StepError> {
         let Some(image) = &update.image else { return Ok(()) };
-        let Some(facts) = self.downloader.facts(&image.sha256).await else { return Ok(()) };
+        let facts = self.downloader.facts(&image.sha256, cancel).await;
+        if cancel.is_cancelled() {
+            return Err(StepError::Cancelled);
+        }
+        let Some(facts) = facts else { return Ok(()) };
         let board = self.system.facts()?.board;
         let judged = facts.judge(&board.family, board.device_tree());
         judged.map_err(|message| StepError::Failed(Failure::new(install::NOT_A_SYSTEM, message)))
@@ -169,7 +173,7 @@ impl Executor {
         if update.image.is_none() {
             return Err(StepError::Failed(Failure::new(ONLY_IMAGES, sentence(ONLY_IMAGES))));
         }
-        self.judge(update).await?;
+        self.judge(update, cancel).await?;
         let prefix = self.installer_set(&entry.execution, update.bootcode.as_ref(), cancel).await?;
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);

@@ -6,7 +6,7 @@ use marco_proto::v1::ImageFacts;
 
 use super::{Bed, downloader, image, image_job};
 use crate::download::tests::{Wrong, serve_judged};
-use crate::system::{Mode, Reboot, System as _};
+use crate::system::{Mode, Reboot};
 
 fn facts(refusal: &str, files: &[&str]) -> Option<ImageFacts> {
     Some(ImageFacts {
