@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak bench-install host-test fuzz e2e failures powercut check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model bench-install host-test fuzz e2e failures powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -28,7 +28,7 @@ flaky: deps ## Fleet tests FLEETS (10) times and the suite SUITES (3) times whil
 
 quotas: deps ## Each kind of peer at each listener, greedy for QUOTA_SECONDS (30): memory, files, disk, log, an admin's calls
 	cargo build --bins
-	QUOTA_SECONDS=$(or $(QUOTA_SECONDS),30) cargo test --package integration-tests --test abuse quotas -- --nocapture
+	QUOTA_SECONDS=$(or $(QUOTA_SECONDS),30) cargo test --package integration-tests --test quotas -- --ignored --nocapture
 
 mutants: ## Mutants of the pure modules (states, rollouts, schedules, jobs, roles) that no test notices [MUTANTS='--file src/rollout.rs']
 	cargo mutants --version >/dev/null 2>&1 || cargo install --locked cargo-mutants
@@ -37,6 +37,17 @@ mutants: ## Mutants of the pure modules (states, rollouts, schedules, jobs, role
 soak: deps ## Schedules, virtual Pis, three controllers, and random faults for SOAK_SECONDS (600); then everything is checked
 	cargo build --bins
 	SOAK_SECONDS=$(or $(SOAK_SECONDS),600) cargo test --package integration-tests --test soak -- --nocapture
+
+chaos: deps ## Three controllers, each with a way of its own to Postgres; every fault of a machine room for CHAOS_SECONDS (600) [CHAOS_SEED]
+	cargo build --bins
+	CHAOS_SECONDS=$(or $(CHAOS_SECONDS),600) cargo test --package integration-tests --test chaos -- --nocapture
+
+extremes: deps ## Every field of every request and of every message of a node at its extremes, by each role, on both databases
+	cargo build --bins
+	cargo test --package integration-tests --test extremes -- --nocapture
+
+model: deps ## Random histories against the real store, checked after each step: HISTORIES (10000) [MODEL_SEED]
+	HISTORIES=$(or $(HISTORIES),10000) cargo test --package integration-tests --test store model:: -- --nocapture
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins

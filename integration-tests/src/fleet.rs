@@ -63,6 +63,7 @@ pub struct Builder {
     /// Controllers that reach the database by a URL of their own.
     own_urls: BTreeMap<usize, String>,
     log: String,
+    database_proxies: bool,
 }
 
 /// A running fleet; dropping it ends all its processes and removes all its files.
@@ -74,6 +75,8 @@ pub struct Fleet {
     spoken_to: usize,
     agents: Option<Process>,
     proxy: Proxy,
+    /// Between each controller and the database, where that was asked for.
+    database_proxies: Vec<Proxy>,
     builder: Builder,
     admin: Credentials,
     channel: Channel,
@@ -111,6 +114,7 @@ impl Default for Builder {
             open_files: None,
             own_urls: BTreeMap::new(),
             log: String::new(),
+            database_proxies: false,
         }
     }
 }
@@ -153,7 +157,8 @@ impl Builder {
     }
 
     /// Starts everything and waits until every Pi is connected.
-    pub async fn start(self) -> Result<Fleet> {
+    pub async fn start(mut self) -> Result<Fleet> {
+        let database_proxies = self.start_database_proxies().await?;
         let dir = tempfile::Builder::new().prefix("marco-fleet-").tempdir().context("a folder for the fleet")?;
         let mut first = self.start_controller(dir.path(), 0)?;
         let certs = dir.path().join("certs");
@@ -177,6 +182,7 @@ impl Builder {
             spoken_to: 0,
             agents: None,
             proxy,
+            database_proxies,
             builder: self,
             admin,
             channel,

@@ -4,11 +4,13 @@
 pub mod certs;
 pub mod client;
 pub mod dynamic;
+pub mod extremes;
 pub mod fleet;
 pub mod frames;
 pub mod greedy;
 pub mod hostile;
 pub mod image;
+pub mod ledger;
 pub mod machine;
 pub mod mount;
 pub mod netlab;

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,11 +21,15 @@ pub struct Postgres {
     programs: PathBuf,
     folder: PathBuf,
     port: u16,
+    /// Most connections that it takes.
+    connections: u32,
     databases: AtomicU32,
     /// Ends the server when this pipe ends; in an `Option` only so that it can be dropped before it is waited for.
     janitor: Option<Child>,
 }
 
+/// Connections that a server takes where nothing else was asked for: many fleets share one.
+const CONNECTIONS: u32 = 200;
 /// What the janitor does: `$1` is the folder, the rest is the command that stops the server.
 const JANITOR: &str =
     r#"trap "" HUP INT TERM; cat > /dev/null; folder=$1; shift; "$@" > /dev/null 2>&1; rm -rf "$folder""#;
@@ -42,12 +46,13 @@ impl Postgres {
 
     /// A server of one test's own, for what would disturb the others: outages.
     pub fn start_own() -> anyhow::Result<Self> {
-        let programs = find_programs()?;
-        let folder = tempfile::Builder::new().prefix("marco-postgres-").tempdir()?.keep();
-        if let Some(user) = user()? {
-            std::os::unix::fs::chown(&folder, Some(user.uid), Some(user.gid))?;
-        }
-        let mut server = Self { programs, folder, port: free_port()?, databases: AtomicU32::new(0), janitor: None };
+        Self::start_own_for(CONNECTIONS)
+    }
+
+    /// The same, with room for so many connections: few, where a test takes all of them.
+    pub fn start_own_for(connections: u32) -> anyhow::Result<Self> {
+        let mut server = Self::empty()?;
+        server.connections = connections;
         server.janitor = Some(server.hire_janitor()?);
         let data = server.data();
         run(server
@@ -57,6 +62,17 @@ impl Postgres {
             .arg(&data))?;
         server.resume()?;
         Ok(server)
+    }
+
+    /// A folder and a port for a server.
+    fn empty() -> anyhow::Result<Self> {
+        let programs = find_programs()?;
+        let folder = tempfile::Builder::new().prefix("marco-postgres-").tempdir()?.keep();
+        if let Some(user) = user()? {
+            std::os::unix::fs::chown(&folder, Some(user.uid), Some(user.gid))?;
+        }
+        let (port, databases) = (free_port()?, AtomicU32::new(0));
+        Ok(Self { programs, folder, port, connections: CONNECTIONS, databases, janitor: None })
     }
 
     /// The URL of a fresh, empty database.
@@ -154,6 +170,54 @@ impl Postgres {
         Ok(found)
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
+    /// A standby that has everything that this server acknowledges: from now on a COMMIT waits for both.
+    pub fn standby(&self) -> anyhow::Result<Self> {
+        let mut standby = Self::empty()?;
+        standby.connections = self.connections;
+        standby.janitor = Some(standby.hire_janitor()?);
+        run(standby
+            .program("pg_basebackup")?
+            .args(["--host=127.0.0.1", "--username=postgres", "--write-recovery-conf", "--wal-method=stream"])
+            .args(["--checkpoint=fast", "--no-sync"])
+            .arg(format!("--port={}", self.port))
+            .arg("--pgdata")
+            .arg(standby.data()))?;
+        standby.resume()?;
+        let url = format!("postgres://postgres@{}/postgres", self.address());
+        for statement in ["ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()"] {
+            self.by_hand(&url, statement)?.map_err(anyhow::Error::msg)?;
+        }
+        Ok(standby)
+    }
+
+    /// Makes a standby the server: it takes writes, and waits for no other.
+    pub fn promote(&self) -> anyhow::Result<()> {
+        run(self.program("pg_ctl")?.args(["promote", "--wait", "--pgdata"]).arg(self.data()))
+    }
+
+    /// A session that runs statements and stays as long as they take; it ends with what is returned.
+    pub fn session(&self, url: &str, statements: &str) -> anyhow::Result<tokio::process::Child> {
+        let mut psql = tokio::process::Command::from(self.program("psql")?);
+        psql.args(["--no-psqlrc", "--quiet", "--dbname", url, "--command", statements]);
+        psql.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+        psql.spawn().context("psql")
+    }
+
+    /// How many connections more the server takes from those who are no superusers, before none is left for anybody but
+    /// them.
+    pub fn connections_left(&self, url: &str) -> anyhow::Result<usize> {
+        let left = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int \
+                    - count(*) AS left FROM pg_stat_activity WHERE backend_type = 'client backend'";
+        let rows = self.rows(url, left)?;
+        let left = rows.first().and_then(|row| row["left"].as_u64()).unwrap_or_default();
+        Ok(usize::try_from(left)?)
+    }
+
     /// Runs a statement by hand in the database at `url`; what the database says when it refuses it.
     pub fn by_hand(&self, url: &str, statement: &str) -> anyhow::Result<Result<(), String>> {
         let mut psql = self.program("psql")?;
@@ -170,9 +234,10 @@ impl Postgres {
     /// Starts the server (again) on the same port with the same databases, and waits until it answers.
     pub fn resume(&self) -> anyhow::Result<()> {
         let options = format!(
-            "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200",
+            "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections={}",
             self.port,
-            self.folder.display()
+            self.folder.display(),
+            self.connections
         );
         let log = self.folder.join("log");
         run(self
@@ -231,6 +296,7 @@ impl Pooler {
     }
 
     /// Lets it connect to the server anew.
+    #[expect(clippy::disallowed_methods, reason = "waits for a condition, bounded; there is no runtime here")]
     pub fn restart(&mut self) -> anyhow::Result<()> {
         self.end();
         let mut command = as_user(&self.program)?;

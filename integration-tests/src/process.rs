@@ -208,3 +208,10 @@ pub async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Result<
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     })
 }
+
+/// Lets this test have as many files as the system allows: a crowd of connections has more ends than shells grant.
+pub fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}

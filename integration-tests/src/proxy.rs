@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -34,13 +34,17 @@ struct Lane {
     bytes: AtomicU64,
     /// Bytes a second; 0 is without limit.
     rate: AtomicU64,
+    /// How long bytes are on their way, in milliseconds.
+    delay: AtomicU64,
     /// Each takes a connection down that has carried so many bytes.
     cuts: Mutex<VecDeque<u64>>,
+    /// Each takes a connection down when what answers these bytes comes; see [`Proxy::swallow_answer_to`].
+    swallows: Mutex<VecDeque<Vec<u8>>>,
 }
 
 #[derive(Debug)]
 struct State {
-    target: SocketAddr,
+    target: Mutex<SocketAddr>,
     up: Lane,
     down: Lane,
     /// Replaced each time that all connections are dropped.
@@ -61,7 +65,9 @@ impl Lane {
             open: watch::Sender::new(true),
             bytes: AtomicU64::new(0),
             rate: AtomicU64::new(0),
+            delay: AtomicU64::new(0),
             cuts: Mutex::default(),
+            swallows: Mutex::default(),
         }
     }
 
@@ -69,6 +75,16 @@ impl Lane {
     fn until_cut(&self, carried: u64) -> Option<u64> {
         let cuts = self.cuts.lock().unwrap_or_else(PoisonError::into_inner);
         cuts.front().map(|after| after.saturating_sub(carried))
+    }
+
+    /// Whether the answer to these bytes is to be swallowed; each is swallowed once.
+    fn swallows(&self, bytes: &[u8]) -> bool {
+        let mut swallows = self.swallows.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = swallows.front().is_some_and(|wanted| bytes.windows(wanted.len()).any(|window| window == wanted));
+        if found {
+            swallows.pop_front();
+        }
+        found
     }
 
     fn take_cut(&self) {
@@ -83,7 +99,7 @@ impl Proxy {
         let address = listener.local_addr()?;
         let stop = CancellationToken::new();
         let state = Arc::new(State {
-            target,
+            target: Mutex::new(target),
             up: Lane::new(),
             down: Lane::new(),
             connections: Mutex::new(CancellationToken::new()),
@@ -117,6 +133,33 @@ impl Proxy {
     /// Forwards at most so many bytes a second and connection; 0 is without limit.
     pub fn throttle(&self, direction: Direction, bytes_per_second: u64) {
         self.lane(direction).rate.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// Lets bytes arrive so much later.
+    pub fn delay(&self, direction: Direction, by: Duration) {
+        let millis = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
+        self.lane(direction).delay.store(millis, Ordering::Relaxed);
+    }
+
+    /// From now on new connections lead to another server; present ones stay where they are.
+    pub fn retarget(&self, target: SocketAddr) {
+        *self.state.target.lock().unwrap_or_else(PoisonError::into_inner) = target;
+    }
+
+    /// The next request that holds these bytes reaches the server, which answers it; the answer is dropped, and the
+    /// connection with it: whoever asked cannot know whether it was done.
+    pub fn swallow_answer_to(&self, bytes: &[u8]) {
+        self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).push_back(bytes.to_vec());
+    }
+
+    /// How many of the answers that were to be swallowed have not come yet.
+    pub fn swallows_left(&self) -> usize {
+        self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Forgets the answers that were to be swallowed.
+    pub fn forget_swallows(&self) {
+        self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Takes connections down: the first that has carried `after[0]` bytes, then the first that has carried
@@ -161,19 +204,22 @@ async fn accept(listener: TcpListener, state: Arc<State>, stop: CancellationToke
 
 async fn connection(client: TcpStream, state: Arc<State>, dropped: CancellationToken) {
     // A controller that is down looks to the agent like a connection that is closed at once.
-    let Ok(server) = TcpStream::connect(state.target).await else { return };
+    let target = *state.target.lock().unwrap_or_else(PoisonError::into_inner);
+    let Ok(server) = TcpStream::connect(target).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
+    let swallow = AtomicBool::new(false);
     // When one direction ends, the other is dropped too: a cut is a cut.
     tokio::select! {
         () = dropped.cancelled() => {}
-        () = forward(client_read, server_write, &state.up) => {}
-        () = forward(server_read, client_write, &state.down) => {}
+        () = forward(client_read, server_write, &state.up, &swallow) => {}
+        () = forward(server_read, client_write, &state.down, &swallow) => {}
     }
 }
 
-async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane) {
+/// Forwards one direction. `swallow` is set by what goes up, and ends what comes down.
+async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, swallow: &AtomicBool) {
     let mut open = lane.open.subscribe();
     let mut carried = 0_u64;
     let mut block = vec![0_u8; BLOCK];
@@ -189,6 +235,16 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane) {
         let room = lane.until_cut(carried).unwrap_or(u64::MAX);
         let taken = usize::try_from(room).unwrap_or(usize::MAX).min(read);
         let Some(bytes) = block.get(..taken) else { return };
+        if swallow.load(Ordering::Relaxed) {
+            return;
+        }
+        if lane.swallows(bytes) {
+            swallow.store(true, Ordering::Relaxed);
+        }
+        let delay = lane.delay.load(Ordering::Relaxed);
+        if delay > 0 {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
         if to.write_all(bytes).await.is_err() {
             return;
         }
@@ -250,6 +306,26 @@ mod tests {
         assert_eq!(received(&proxy).await, 1_000_000);
         assert_eq!((proxy.cuts_left(Direction::Down), proxy.bytes(Direction::Down)), (0, 1_723_457));
         assert_eq!(proxy.bytes(Direction::Up), 0);
+    }
+
+    #[tokio::test]
+    async fn answer_is_swallowed_after_the_request_arrived() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::start(listener.local_addr().unwrap()).await.unwrap();
+        proxy.swallow_answer_to(b"COMMIT");
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        let mut heard = [0; 6];
+        for (asked, answered) in [(b"SELECT", true), (b"COMMIT", false)] {
+            client.write_all(asked).await.unwrap();
+            server.read_exact(&mut heard).await.unwrap();
+            assert_eq!(&heard, asked);
+            server.write_all(b"done").await.unwrap();
+            let mut answer = Vec::new();
+            let read = (&mut client).take(4).read_to_end(&mut answer).await;
+            assert_eq!(read.is_ok() && answer == *b"done", answered, "{answer:?}");
+        }
+        assert_eq!(proxy.swallows_left(), 0);
     }
 
     #[tokio::test]

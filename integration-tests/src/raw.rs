@@ -6,7 +6,7 @@ use bytes::{Buf as _, BufMut as _, Bytes};
 use tonic::client::Grpc;
 use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
-use tonic::{Request, Status};
+use tonic::{Request, Status, Streaming};
 
 /// Longest wait for the first answer of a method.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -63,4 +63,19 @@ pub async fn call(channel: &Channel, path: &str, message: Vec<u8>, bearer: Optio
         Ok(answers.message().await?.unwrap_or_default())
     };
     tokio::time::timeout(PATIENCE, first).await.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")))
+}
+
+/// Opens a stream in both directions (`/package.Service/Method`), with messages as they are.
+///
+/// # Errors
+/// The status with which it was refused.
+pub async fn open(
+    channel: &Channel,
+    path: &str,
+    messages: impl tokio_stream::Stream<Item = Bytes> + Send + 'static,
+) -> Result<Streaming<Bytes>, Status> {
+    let path = path.parse().map_err(|_| Status::internal("no path"))?;
+    let mut grpc = Grpc::new(channel.clone());
+    grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+    Ok(grpc.streaming(Request::new(messages), path, RawCodec).await?.into_inner())
 }

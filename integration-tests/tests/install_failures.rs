@@ -226,7 +226,7 @@ async fn a_blank_card_in_the_wrong_hands_says_so_on_the_card() -> Result<()> {
         Ok(card_log(&pi).ok().filter(|log| log.contains("cannot be enrolled yet")))
     })
     .await?;
-    assert!(log.contains("certificate"), "{log}");
+    assert!(log.contains("another controller than the one that made the join token"), "{log}");
     assert_eq!(fleet.list_nodes().await?, []);
     Ok(())
 }

@@ -327,7 +327,7 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
     let denied = "PERMISSION_DENIED";
     let unauthenticated = ("", denied);
     let roles = [("test-operator", denied), ("test-viewer", denied)];
-    assert_eq!(refused, [("pi-01", denied), ("pi-99", denied), unauthenticated, roles[0], roles[1]]);
+    assert_eq!(refused, [("nodes/pi-01", denied), ("nodes/pi-99", denied), unauthenticated, roles[0], roles[1]]);
     fleet.went_well();
     Ok(())
 }

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::fleet::{Database, reboot};
+use integration_tests::ledger::{Dice, fires_are_complete, logs_agree, setting};
 use integration_tests::postgres::Postgres;
 use integration_tests::proxy::Direction;
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
 use marco_proto::v1::{CreateScheduleRequest, PauseScheduleRequest, Schedule, schedule};
-use serde_json::Value;
 
 const SCHEDULES: usize = 30;
 const PIS: usize = 50;
@@ -36,21 +36,6 @@ const KINDS: [(&str, usize); 7] = [
 const DEAD_AFTER: Duration = seconds(16);
 /// How long everything may take to settle when the faults are over: agents back off up to a minute.
 const SETTLE: Duration = seconds(240);
-
-/// Numbers that look random and are the same for the same seed (Knuth's MMIX generator).
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let high = usize::try_from(self.0 >> 33).unwrap_or_default();
-        high % limit.max(1)
-    }
-}
-
-fn setting(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
-}
 
 /// How often the schedule with this number fires, in seconds.
 fn period(number: usize) -> u64 {
@@ -194,80 +179,6 @@ impl Soak<'_> {
     }
 }
 
-/// An instant of a schedule, as the database has it.
-fn fires_are_complete(schedules: &[Value], fires: &[Value], operations: &[Value]) -> Result<usize> {
-    let named: BTreeSet<&str> = fires.iter().filter_map(|fire| fire["operation"].as_str()).collect();
-    let made: BTreeSet<&str> = operations.iter().filter_map(|operation| operation["id"].as_str()).collect();
-    ensure!(named == made, "fires name {} operations, and there are {}", named.len(), made.len());
-    let fired = fires.iter().filter(|fire| fire["outcome"] == "FIRED").count();
-    ensure!(fired == made.len(), "{fired} fires made {} operations", made.len());
-    let mut found: BTreeMap<&str, BTreeSet<i64>> = BTreeMap::new();
-    for fire in fires {
-        let outcome = fire["outcome"].as_str().unwrap_or_default();
-        let explained = match outcome {
-            "FIRED" => fire["operation"].is_string(),
-            "SKIPPED" | "MISSED" => !fire["reason"].as_str().unwrap_or_default().is_empty(),
-            _ => false,
-        };
-        ensure!(explained, "a fire without an operation or a reason: {fire}");
-        let time = fire["fire_time"].as_i64().context("a fire without a time")?;
-        found.entry(fire["schedule"].as_str().unwrap_or_default()).or_default().insert(time);
-    }
-    let mut checked = 0;
-    for schedule in schedules {
-        let id = schedule["id"].as_str().context("a schedule without an id")?;
-        let number: usize = id.trim_start_matches("soak-").parse()?;
-        let step = i64::try_from(period(number))? * 1_000_000;
-        let from = schedule["create_time"].as_i64().context("no create_time")?;
-        // What was due in the last moments before the pause may still have been on its way.
-        let until = schedule["update_time"].as_i64().context("no update_time")? - 3_000_000;
-        // Every minute begins anew, as the cron says; all periods divide it.
-        let mut instant = (from / step + 1) * step;
-        while instant < until {
-            let there = found.get(id).is_some_and(|times| times.contains(&instant));
-            ensure!(there, "{id} has neither a fire nor a miss for {instant}");
-            checked += 1;
-            instant += step;
-        }
-    }
-    Ok(checked)
-}
-
-/// What each node's own log says about each execution must be what the database says.
-fn logs_agree(fleet: &Fleet, executions: &[Value]) -> Result<usize> {
-    let mut reboots: BTreeMap<String, usize> = BTreeMap::new();
-    for number in 1..=PIS {
-        for line in fleet.pi(&format!("pi-{number:02}")).log()? {
-            if line.event == "reboot" {
-                *reboots.entry(line.execution.clone()).or_default() += 1;
-            }
-        }
-    }
-    for (execution, count) in &reboots {
-        ensure!(*count == 1, "{execution} was done {count} times");
-    }
-    for execution in executions {
-        let name = format!(
-            "operations/{}/executions/{}",
-            execution["operation"].as_str().unwrap_or_default(),
-            execution["node"].as_str().unwrap_or_default()
-        );
-        let done = reboots.contains_key(&name);
-        let state = execution["state"].as_str().unwrap_or_default();
-        let fits = match state {
-            "SUCCEEDED" => done,
-            "FAILED" | "CANCELLED" | "EXPIRED" | "ROLLED_BACK" => !done,
-            _ => false,
-        };
-        ensure!(
-            fits,
-            "{name} ended {state}, but the node's log says: {}",
-            if done { "rebooted" } else { "not rebooted" }
-        );
-    }
-    Ok(reboots.len())
-}
-
 #[tokio::test]
 async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
     let length = Duration::from_secs(setting("SOAK_SECONDS", 60));
@@ -320,8 +231,10 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
     ];
     let [schedules, fires, operations, executions] = postgres.snapshot(&url, queries)?;
     ensure!(schedules.len() == SCHEDULES, "{} schedules", schedules.len());
-    let instants = fires_are_complete(&schedules, &fires, &operations)?;
-    let reboots = logs_agree(&fleet, &executions)?;
+    let instants = fires_are_complete(&schedules, &fires, &operations, |id| {
+        Ok(period(id.trim_start_matches("soak-").parse().context("the number of a schedule")?))
+    })?;
+    let reboots = logs_agree(&fleet, &ids, &executions)?;
     let failed = executions.iter().filter(|execution| execution["state"] == "FAILED").count();
     println!(
         "soak: {instants} instants explained, {} operations, {} executions, {reboots} reboots, {failed} failed",

@@ -35,11 +35,15 @@ async fn push_zip(fleet: &Fleet, name: &str, purpose: Purpose, zip: &[u8]) -> Re
 /// Waits until the installer is no longer the default, which the agent settles after its success was stored.
 async fn system_is_default(pi: &Pi) -> Result<()> {
     wait_until(seconds(20), "autoboot.txt names p4 as the default", async || {
-        let autoboot = pi.read("recovery/autoboot.txt")?;
-        let default = autoboot.split("[tryboot]").next().unwrap_or_default();
-        Ok(default.contains("boot_partition=4").then_some(()))
+        Ok(default_of(pi)?.contains("boot_partition=4").then_some(()))
     })
     .await
+}
+
+/// What `autoboot.txt` says of a boot that is no trial.
+fn default_of(pi: &Pi) -> Result<String> {
+    let autoboot = pi.read("recovery/autoboot.txt")?;
+    Ok(autoboot.split("[tryboot]").next().unwrap_or_default().to_owned())
 }
 
 #[tokio::test]
@@ -210,9 +214,10 @@ async fn a_power_cut_at_any_time_of_an_update_leaves_no_mix() -> Result<()> {
     let pi = fleet.pi(&ids[0]);
     let (image, source) = push_image(&fleet, "cut", Compression::Gzip).await?;
     let operation = fleet.create(update(&ids, &image.name, "")).await?;
-    // In the installer, at its work.
+    // In the installer, once it is the default: before that a power cut brings the old system back, as it should.
     wait_until(seconds(60), "the installer is at work", async || {
-        Ok((fleet.node(&ids[0]).await?.mode() == NodeMode::Installer).then_some(()))
+        let at_work = fleet.node(&ids[0]).await?.mode() == NodeMode::Installer;
+        Ok((at_work && default_of(&pi)?.contains("boot_partition=1")).then_some(()))
     })
     .await?;
     pi.cut_power()?;

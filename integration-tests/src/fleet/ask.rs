@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::operation::{Action, Target};
+use marco_proto::v1::{Board, CreateJoinTokenRequest, EnrollRequest};
 use marco_proto::v1::{
     CancelOperationRequest, CreateOperationRequest, Execution, GetOperationRequest, ListExecutionsRequest, NodeList,
     Operation, PowerOff, Reboot, Update, execution, operation,
@@ -11,6 +13,8 @@ use marco_proto::v1::{
 use tonic::Status;
 
 use super::Fleet;
+use crate::certs::NodeKey;
+use crate::client::Credentials;
 use crate::wait::wait_until;
 
 /// An operation that restarts nodes after a notice.
@@ -50,6 +54,22 @@ pub fn execution_name(operation: &Operation, id: &str) -> String {
 }
 
 impl Fleet {
+    /// Enrols a node that no agent plays; answers what it shows at the API.
+    pub async fn enrol_by_hand(&self, id: &str, require_approval: bool) -> Result<Credentials> {
+        let request = CreateJoinTokenRequest { require_approval, ..CreateJoinTokenRequest::default() };
+        let token = self.nodes().create_join_token(request).await?.into_inner().token;
+        let key = NodeKey::generate()?;
+        let channel = self.admin().anonymous().channel(self.addresses().enroll)?;
+        let request = EnrollRequest {
+            token,
+            certificate_request: key.request(&key)?.pem,
+            node_id: id.to_owned(),
+            board: Some(Board::default()),
+        };
+        let enrolled = EnrollmentServiceClient::new(channel).enroll(request).await?.into_inner();
+        Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, key.pem())) })
+    }
+
     /// Creates an operation.
     pub async fn create(&self, operation: Operation) -> Result<Operation, Status> {
         let request = CreateOperationRequest { operation: Some(operation), request_id: String::new() };

@@ -9,6 +9,7 @@ use tonic::transport::Channel;
 use super::{Addresses, Builder, Database, Fleet, ports};
 use crate::client::Credentials;
 use crate::process::{Process, Recipe, binary, tool};
+use crate::proxy::Proxy;
 
 /// One of the controllers of a fleet.
 #[derive(Debug)]
@@ -60,6 +61,30 @@ impl Builder {
     pub fn missed_after(mut self, late: Duration) -> Self {
         self.missed_after = Some(late);
         self
+    }
+
+    /// Puts a proxy between each controller and the database, which then has to be Postgres; see
+    /// [`Fleet::database_proxy`].
+    pub fn database_proxies(mut self) -> Self {
+        self.database_proxies = true;
+        self
+    }
+
+    /// Starts the proxies to the database, if there are to be any.
+    pub(super) async fn start_database_proxies(&mut self) -> Result<Vec<Proxy>> {
+        let mut proxies = Vec::new();
+        let Database::Url(url) = &self.database else { return Ok(proxies) };
+        if !self.database_proxies {
+            return Ok(proxies);
+        }
+        let (before, rest) = url.rsplit_once('@').context("a URL with a user")?;
+        let (server, database) = rest.split_once('/').context("a URL with a database")?;
+        for number in 0..self.controllers {
+            let proxy = Proxy::start(server.parse().context("the address of the database")?).await?;
+            self.own_urls.insert(number, format!("{before}@{}/{database}", proxy.address()));
+            proxies.push(proxy);
+        }
+        Ok(proxies)
     }
 
     /// A process that logs what was asked for.
@@ -190,6 +215,16 @@ impl Fleet {
     /// Lets it go on (SIGCONT).
     pub async fn thaw(&mut self, number: usize) -> Result<()> {
         self.member(number)?.signal("CONT").await
+    }
+
+    /// The way of one controller to the database; see [`Builder::database_proxies`].
+    pub fn database_proxy(&self, number: usize) -> Result<&Proxy> {
+        self.database_proxies.get(number).context("this controller has no proxy to the database")
+    }
+
+    /// A channel to one controller, as admin.
+    pub fn channel_of(&self, number: usize) -> Result<Channel> {
+        self.admin.channel(self.addresses_of(number)?.api)
     }
 
     /// The process id of one controller.

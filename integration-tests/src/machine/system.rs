@@ -136,6 +136,10 @@ async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
     for tree in board.device_trees() {
         fs::copy(device_tree(&pieces.debian, tree)?, boot.join(tree))?;
     }
+    if board.device_trees().is_empty() {
+        // The machine itself needs none, but an image without one is no system for a Pi.
+        fs::write(boot.join("bcm2711-rpi-4-b.dtb"), "not read by this machine\n")?;
+    }
     let work = tempfile::tempdir()?;
     initramfs(pieces, work.path(), &boot.join("initramfs")).await
 }

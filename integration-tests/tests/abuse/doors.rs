@@ -22,8 +22,6 @@ use marco_proto::v1::{
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status, Streaming};
 
-use crate::quotas::enrol;
-
 const ENROLL: &str = "/marco.bootstrap.v1.EnrollmentService/Enroll";
 const LIST_NODES: &str = "/marco.bootstrap.v1.NodeService/ListNodes";
 /// `REFUSED_STREAM` (RFC 9113, section 7).
@@ -83,7 +81,7 @@ async fn crowd(address: SocketAddr, who: &Credentials, count: usize) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).open_files(4096).start().await?;
-    super::raise_open_files();
+    integration_tests::process::raise_open_files();
     let request = CreateApiTokenRequest {
         api_token: Some(ApiToken { role: Role::Viewer.into(), ..ApiToken::default() }),
         api_token_id: "service".to_owned(),
@@ -99,7 +97,7 @@ async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
             nodes.list_nodes(ListNodesRequest::default()).await.context("the admin was kept out")?;
             // One that is a stranger until its first call was answered.
             raw::call(&nobody.channel(api)?, LIST_NODES, Vec::new(), Some(&token)).await.context("the service")?;
-            enrol(&fleet, &format!("pi-{number}"), false).await.context("a node was kept out")?;
+            fleet.enrol_by_hand(&format!("pi-{number}"), false).await.context("a node was kept out")?;
             // 128 of one address at each listener, those that shake hands, and the controller's own.
             let files = fleet.files(0)?;
             assert!(files < 500, "{files} files are open");
@@ -159,8 +157,8 @@ async fn node_gets_the_bytes_that_are_meant_for_it() -> Result<()> {
     fleet.artifacts().set_default_artifact(usual).await?;
     let open = OpenArtifactRequest { name: "open".to_owned(), open_to_mirror: true };
     fleet.artifacts().open_artifact(open.clone()).await?;
-    let (node, held) = (enrol(&fleet, "node", false).await?, enrol(&fleet, "held", true).await?);
-    let quarantined = enrol(&fleet, "barred", false).await?;
+    let (node, held) = (fleet.enrol_by_hand("node", false).await?, fleet.enrol_by_hand("held", true).await?);
+    let quarantined = fleet.enrol_by_hand("barred", false).await?;
     let request = QuarantineNodeRequest { name: "nodes/barred".to_owned(), reason: "a test".to_owned() };
     fleet.nodes().quarantine_node(request).await?;
 
@@ -197,7 +195,7 @@ async fn one_node_has_four_downloads_and_takes_none_of_another() -> Result<()> {
     image(&fleet, "usual").await?;
     let usual = SetDefaultArtifactRequest { name: "usual".to_owned(), board: String::new() };
     fleet.artifacts().set_default_artifact(usual).await?;
-    let (greedy, other) = (enrol(&fleet, "greedy", false).await?, enrol(&fleet, "other", false).await?);
+    let (greedy, other) = (fleet.enrol_by_hand("greedy", false).await?, fleet.enrol_by_hand("other", false).await?);
     let mut unread = Vec::new();
     for _ in 0..4 {
         unread.push(download(&fleet, &greedy, "usual").await?);

@@ -2,7 +2,6 @@
 //! honest nodes get in meanwhile.
 
 mod doors;
-mod quotas;
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -166,7 +165,7 @@ async fn half_open(address: SocketAddr, words: &[u8]) -> Result<Duration> {
 #[tokio::test]
 async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
-    raise_open_files();
+    integration_tests::process::raise_open_files();
     let token = fleet.token(3).await?;
     enrol(&fleet, &fleet.token(1).await?, "first").await?;
     let before = fleet.memory(0, "VmRSS")?;
@@ -191,13 +190,6 @@ async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Resu
     assert!(worst < before + MEMORY, "{before} bytes before, {worst} at the worst");
     fleet.went_well();
     Ok(())
-}
-
-/// Two thousand connections have more ends than shells grant files.
-fn raise_open_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
 #[tokio::test]

@@ -178,9 +178,10 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
     let operation = async || -> Result<Call> {
         let mut operations = OperationServiceClient::new(stays.clone());
         let create = CreateOperationRequest { operation: Some(later(&["pi-1"])), request_id: String::new() };
-        Ok(Box::pin(async move {
+        let call: Call = Box::pin(async move {
             let _ = operations.create_operation(create).await;
-        }))
+        });
+        Ok(call)
     };
     ledger.leave("an operation", operation, noticed).await?;
     // Its connection is closed.
@@ -192,9 +193,10 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
     let node = async || -> Result<Call> {
         let mut client = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
         let enroll = enroll.clone();
-        Ok(Box::pin(async move {
+        let call: Call = Box::pin(async move {
             let _ = client.enroll(enroll).await;
-        }))
+        });
+        Ok(call)
     };
     ledger.leave("a node", node, noticed).await?;
     // Its time is up.
@@ -204,9 +206,10 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
         let mut create = Request::new(create);
         create.set_timeout(Duration::from_millis(700));
         let mut access = AccessServiceClient::new(stays.clone());
-        Ok(Box::pin(async move {
+        let call: Call = Box::pin(async move {
             let _ = access.create_api_token(create).await;
-        }))
+        });
+        Ok(call)
     };
     ledger.leave("an API token", late, noticed).await?;
     assert_eq!(ledger.made()?.len(), before + 5);

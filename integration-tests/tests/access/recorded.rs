@@ -113,11 +113,15 @@ impl Walk {
             operation: Some(Operation { schedule_time: None, ..later(&["in-1"]) }),
             ..Schedule::default()
         };
-        let create = CreateScheduleRequest { schedule: Some(schedule.clone()), schedule_id: "s".to_owned() };
+        let create = CreateScheduleRequest {
+            schedule: Some(schedule.clone()),
+            schedule_id: "s".to_owned(),
+            ..CreateScheduleRequest::default()
+        };
         self.admin::<Schedule>("ScheduleService/CreateSchedule", create).await?;
         let changed = Schedule { name: name.clone(), cron: "0 0 2 1 *".to_owned(), ..Schedule::default() };
         let update_mask = Some(FieldMask { paths: vec!["cron".to_owned()] });
-        let update = UpdateScheduleRequest { schedule: Some(changed), update_mask };
+        let update = UpdateScheduleRequest { schedule: Some(changed), update_mask, ..UpdateScheduleRequest::default() };
         self.admin::<Schedule>("ScheduleService/UpdateSchedule", update).await?;
         let pause = PauseScheduleRequest { name: name.clone(), reason: "to see".to_owned() };
         self.admin::<Schedule>("ScheduleService/PauseSchedule", pause).await?;

@@ -17,6 +17,7 @@ mod fires;
 mod history;
 mod keys;
 mod locks;
+mod model;
 mod operations;
 mod power_off;
 mod recorded;

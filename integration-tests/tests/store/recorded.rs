@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use integration_tests::postgres::Postgres;
 use integration_tests::proxy::{Direction, Proxy};
-use marco_controller::store::{AuditQuery, AuditRow, OperationQuery, Record, SessionOutcome, Store, recorded};
+use marco_controller::store::{
+    AuditQuery, AuditRow, OperationQuery, Record, SessionOutcome, SessionStart, Store, recorded,
+};
 use marco_proto::names::NodeId;
 
 use crate::support::*;
@@ -74,7 +76,7 @@ pub(crate) async fn what_the_controller_does_by_itself_is_recorded_with_it(f: Fi
     let id = f.enrolled(&["pi-1"]).await.remove(0);
     let of_itself = || Record::new(AuditRow { method: String::new(), ..row("") });
     let begin = async |record: &Arc<Record>, boot_id: &str, serial: &str, at: i64| {
-        let hello = hello(boot_id, serial, after(at));
+        let hello = SessionStart { key_sha256: "key-pi-1".to_owned(), ..hello(boot_id, serial, after(at)) };
         recorded(Arc::clone(record), f.store.begin_session(&id, &hello, after(at))).await.unwrap()
     };
     let record = of_itself();

@@ -37,7 +37,7 @@ pub(super) async fn about_deleting(names: &[String], connection: &Connection) ->
     })
     .await?;
     let schedules = all_pages(async |page_token| {
-        let request = ListSchedulesRequest { page_size: PAGE_SIZE, page_token, ..Default::default() };
+        let request = ListSchedulesRequest { page_size: PAGE_SIZE, page_token };
         let page = connection.schedules().list_schedules(call(request)).await?.into_inner();
         Ok((page.schedules, page.next_page_token))
     })

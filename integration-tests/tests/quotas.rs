@@ -6,18 +6,17 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use integration_tests::certs::NodeKey;
 use integration_tests::client::Credentials;
 use integration_tests::greedy::{Call, Greedy};
 use integration_tests::image::{Compression, lay_out_root, noise, pack};
+use integration_tests::process::raise_open_files;
 use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds};
 use marco_proto::v1::artifact::{Kind, Purpose};
-use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::{
-    Board, CreateJoinTokenRequest, DeleteNodeRequest, DownloadArtifactRequest, EnrollRequest, ListNodesRequest,
-    QuarantineNodeRequest, SetDefaultArtifactRequest, WatchNodesRequest,
+    DeleteNodeRequest, DownloadArtifactRequest, ListNodesRequest, QuarantineNodeRequest, SetDefaultArtifactRequest,
+    WatchNodesRequest,
 };
 use prost::Message as _;
 use tokio::time::{Instant, sleep};
@@ -43,38 +42,22 @@ fn greedy_for() -> Duration {
     std::env::var("QUOTA_SECONDS").ok().and_then(|text| text.parse().ok()).map_or(seconds(3), Duration::from_secs)
 }
 
-/// Enrols a node by hand.
-pub(crate) async fn enrol(fleet: &Fleet, id: &str, require_approval: bool) -> Result<Credentials> {
-    let request = CreateJoinTokenRequest { require_approval, ..CreateJoinTokenRequest::default() };
-    let token = fleet.nodes().create_join_token(request).await?.into_inner().token;
-    let key = NodeKey::generate()?;
-    let channel = fleet.admin().anonymous().channel(fleet.addresses().enroll)?;
-    let request = EnrollRequest {
-        token,
-        certificate_request: key.request(&key)?.pem,
-        node_id: id.to_owned(),
-        board: Some(Board::default()),
-    };
-    let enrolled = EnrollmentServiceClient::new(channel).enroll(request).await?.into_inner();
-    Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, key.pem())) })
-}
-
 /// Every kind of peer, by name.
 async fn peers(fleet: &Fleet) -> Result<Vec<(&'static str, Credentials)>> {
     let (ca, key) = (fleet.certs().join("ca.crt"), fleet.data().join("pki/ca.key"));
-    let deleted = enrol(fleet, "deleted", false).await?;
+    let deleted = fleet.enrol_by_hand("deleted", false).await?;
     let name = "nodes/deleted".to_owned();
     fleet.nodes().delete_node(DeleteNodeRequest { name, ..DeleteNodeRequest::default() }).await?;
-    let quarantined = enrol(fleet, "quarantined", false).await?;
+    let quarantined = fleet.enrol_by_hand("quarantined", false).await?;
     let request = QuarantineNodeRequest { name: "nodes/quarantined".to_owned(), reason: "a test".to_owned() };
     fleet.nodes().quarantine_node(request).await?;
     Ok(vec![
         ("nobody", fleet.admin().anonymous()),
         ("expired", integration_tests::certs::expired(&ca, &key, "test-viewer", "viewer")?),
         ("revoked", deleted),
-        ("held", enrol(fleet, "held", true).await?),
+        ("held", fleet.enrol_by_hand("held", true).await?),
         ("quarantined", quarantined),
-        ("node", enrol(fleet, "greedy", false).await?),
+        ("node", fleet.enrol_by_hand("greedy", false).await?),
         ("viewer", fleet.user("viewer")?),
     ])
 }
@@ -129,9 +112,10 @@ async fn watch(fleet: &Fleet, before: u64, until: Instant) -> Result<Paid> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "run by make quotas: it wants the machine for itself"]
 async fn each_kind_of_peer_costs_each_listener_a_bounded_sum() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).open_files(FILES).start().await?;
-    super::raise_open_files();
+    raise_open_files();
     let root = fleet.dir().join("root");
     lay_out_root(&root, "os")?;
     std::fs::write(root.join("usr/lib/marker/more-noise"), noise("more", 16 << 20))?;
@@ -181,7 +165,8 @@ async fn each_kind_of_peer_costs_each_listener_a_bounded_sum() -> Result<()> {
             assert!(paid.memory < MEMORY, "{account}");
             assert!(paid.files < FILES / 10 * 9, "{account}");
             assert!(log < LOG && disk < DISK, "{account}");
-            assert!(late * 100 <= paid.answers.len() * LATE, "{account}");
+            // With few answers one of them is more than a tenth.
+            assert!(late <= 1 || late * 100 <= paid.answers.len() * LATE, "{account}");
         }
     }
     let longest = fleet.controller_log(0)?.lines().map(str::len).max().unwrap_or_default();

@@ -1,0 +1,335 @@
+//! The faults, and how each is healed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use integration_tests::Fleet;
+use integration_tests::ledger::Dice;
+use integration_tests::postgres::Postgres;
+use integration_tests::proxy::Direction;
+use integration_tests::seconds;
+
+use super::CONTROLLERS;
+
+/// What is done. The first faults are these in turn, then they come at random, up to three at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Kill,
+    Freeze,
+    FreezeInTransaction,
+    HostGone,
+    BlackHoleUp,
+    BlackHoleDown,
+    Latency,
+    AnswerToCommitLost,
+    RowsLocked,
+    ConnectionsTaken,
+    ReadOnly,
+    Restart,
+    FailOver,
+    ClockMinutes,
+    ClockHour,
+    SessionsCut,
+    AgentsKilled,
+}
+
+const KINDS: [Kind; 17] = [
+    Kind::AnswerToCommitLost,
+    Kind::Kill,
+    Kind::FreezeInTransaction,
+    Kind::Latency,
+    Kind::HostGone,
+    Kind::RowsLocked,
+    Kind::ClockMinutes,
+    Kind::BlackHoleDown,
+    Kind::ReadOnly,
+    Kind::Freeze,
+    Kind::SessionsCut,
+    Kind::Restart,
+    Kind::ConnectionsTaken,
+    Kind::BlackHoleUp,
+    Kind::AgentsKilled,
+    Kind::ClockHour,
+    Kind::FailOver,
+];
+
+/// A fault that is under way.
+struct Active {
+    kind: Kind,
+    controller: usize,
+    until: Instant,
+    /// Rows locked and connections taken: held by these programs, which end with it.
+    holders: Vec<tokio::process::Child>,
+}
+
+/// The fleet, what is broken in it now, and what was.
+pub(crate) struct Chaos {
+    fleet: Fleet,
+    postgres: Postgres,
+    /// The server before a fail-over: it ends with the run.
+    retired: Vec<Postgres>,
+    url: String,
+    dice: Dice,
+    active: Vec<Active>,
+    injected: BTreeMap<Kind, usize>,
+    calm_since: Instant,
+}
+
+impl Chaos {
+    pub(crate) fn new(fleet: Fleet, postgres: Postgres, url: String, dice: Dice) -> Self {
+        Self {
+            fleet,
+            postgres,
+            retired: Vec::new(),
+            url,
+            dice,
+            active: Vec::new(),
+            injected: BTreeMap::new(),
+            calm_since: Instant::now(),
+        }
+    }
+
+    pub(crate) fn postgres(&self) -> &Postgres {
+        &self.postgres
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Whether nothing that holds up everybody was broken for so long: the database itself.
+    pub(crate) fn has_been_calm_for(&self, time: Duration) -> bool {
+        self.calm_since.elapsed() > time
+    }
+
+    /// A second of chaos: heals what has been broken long enough, and breaks something.
+    pub(crate) async fn step(&mut self) -> Result<()> {
+        let now = Instant::now();
+        let (over, on): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.active).into_iter().partition(|fault| fault.until <= now);
+        self.active = on;
+        for fault in over {
+            self.heal(fault).await?;
+        }
+        if self.active.iter().any(|fault| is_of_everybody(fault.kind)) {
+            self.calm_since = now;
+        }
+        if self.active.len() >= 3 || self.dice.below(3) > 0 {
+            return Ok(());
+        }
+        let missing = KINDS.iter().copied().find(|kind| !self.injected.contains_key(kind));
+        let any = KINDS.get(self.dice.below(KINDS.len())).copied().unwrap_or(Kind::Kill);
+        let kind = missing.unwrap_or(any);
+        let controller = self.dice.below(CONTROLLERS);
+        let busy: BTreeSet<usize> =
+            self.active.iter().filter(|fault| is_of_one(fault.kind)).map(|fault| fault.controller).collect();
+        // One controller always stays well, and no database is broken twice at the same time.
+        let impossible = is_of_one(kind) && (busy.contains(&controller) || busy.len() + 1 >= CONTROLLERS)
+            || is_of_everybody(kind) && self.active.iter().any(|fault| is_of_everybody(fault.kind))
+            || kind == Kind::FailOver && !self.retired.is_empty();
+        if !impossible {
+            *self.injected.entry(kind).or_default() += 1;
+            self.inject(kind, controller).await.with_context(|| format!("{kind:?} of controller {controller}"))?;
+        }
+        Ok(())
+    }
+
+    async fn inject(&mut self, kind: Kind, controller: usize) -> Result<()> {
+        let mut lasts = seconds(5);
+        let mut holders = Vec::new();
+        match kind {
+            Kind::Kill => self.fleet.kill(controller).await?,
+            Kind::Freeze => {
+                lasts = [seconds(5), seconds(40)].get(self.dice.below(2)).copied().unwrap_or(lasts);
+                self.fleet.freeze(controller).await?;
+            }
+            Kind::FreezeInTransaction => {
+                lasts = seconds(25);
+                self.freeze_in_transaction(controller).await?;
+            }
+            Kind::HostGone => {
+                lasts = seconds(25);
+                self.fleet.freeze(controller).await?;
+                for direction in [Direction::Up, Direction::Down] {
+                    self.fleet.database_proxy(controller)?.hold(direction);
+                }
+            }
+            Kind::BlackHoleUp => {
+                lasts = seconds(8);
+                self.fleet.database_proxy(controller)?.hold(Direction::Up);
+            }
+            Kind::BlackHoleDown => {
+                lasts = seconds(8);
+                self.fleet.database_proxy(controller)?.hold(Direction::Down);
+            }
+            Kind::Latency => {
+                lasts = seconds(8);
+                for direction in [Direction::Up, Direction::Down] {
+                    self.fleet.database_proxy(controller)?.delay(direction, Duration::from_millis(50));
+                }
+            }
+            Kind::AnswerToCommitLost => {
+                for _ in 0..3 {
+                    self.fleet.database_proxy(controller)?.swallow_answer_to(b"COMMIT");
+                }
+            }
+            Kind::RowsLocked => {
+                let statement = "BEGIN; SELECT 1 FROM operations FOR UPDATE; SELECT pg_sleep(4)";
+                holders.push(self.postgres.session(&self.url, statement)?);
+            }
+            Kind::ConnectionsTaken => {
+                for _ in 0..self.postgres.connections_left(&self.url)? {
+                    holders.push(self.postgres.session(&self.url, "SELECT pg_sleep(60)")?);
+                }
+            }
+            Kind::ReadOnly => self.read_only(true)?,
+            Kind::Restart => {
+                self.postgres.pause()?;
+                lasts = seconds(3);
+            }
+            Kind::FailOver => {
+                self.fail_over()?;
+                lasts = Duration::ZERO;
+            }
+            Kind::ClockMinutes => {
+                lasts = seconds(15);
+                self.fleet.jump_clock(controller, if self.dice.below(2) == 0 { 120 } else { -120 })?;
+            }
+            Kind::ClockHour => {
+                lasts = seconds(15);
+                self.fleet.jump_clock(controller, if self.dice.below(2) == 0 { 3600 } else { -3600 })?;
+            }
+            Kind::SessionsCut => self.fleet.proxy().drop_connections(),
+            Kind::AgentsKilled => {
+                self.fleet.kill_agents().await?;
+                lasts = seconds(2);
+            }
+        }
+        if is_of_everybody(kind) {
+            self.calm_since = Instant::now();
+        }
+        self.active.push(Active { kind, controller, until: Instant::now() + lasts, holders });
+        Ok(())
+    }
+
+    async fn heal(&mut self, fault: Active) -> Result<()> {
+        let Active { kind, controller, holders, .. } = fault;
+        for mut holder in holders {
+            // One that has ended by itself is as good.
+            let _ = holder.kill().await;
+        }
+        match kind {
+            // A controller cannot start while its database is away: it is tried again.
+            Kind::Kill if self.active.iter().any(|other| is_of_everybody(other.kind)) => {
+                self.active.push(Active { kind, controller, until: Instant::now() + seconds(1), holders: Vec::new() });
+            }
+            Kind::Kill => self.fleet.revive(controller)?,
+            Kind::Freeze | Kind::FreezeInTransaction => self.fleet.thaw(controller).await?,
+            Kind::HostGone => {
+                // The machine is back; its connections were never closed.
+                let proxy = self.fleet.database_proxy(controller)?;
+                proxy.drop_connections();
+                for direction in [Direction::Up, Direction::Down] {
+                    proxy.release(direction);
+                }
+                self.fleet.thaw(controller).await?;
+            }
+            Kind::BlackHoleUp => self.fleet.database_proxy(controller)?.release(Direction::Up),
+            Kind::BlackHoleDown => self.fleet.database_proxy(controller)?.release(Direction::Down),
+            Kind::Latency => {
+                for direction in [Direction::Up, Direction::Down] {
+                    self.fleet.database_proxy(controller)?.delay(direction, Duration::ZERO);
+                }
+            }
+            Kind::AnswerToCommitLost => self.fleet.database_proxy(controller)?.forget_swallows(),
+            Kind::ReadOnly => self.read_only(false)?,
+            Kind::Restart => self.postgres.resume()?,
+            Kind::ClockMinutes | Kind::ClockHour => self.fleet.jump_clock(controller, 0)?,
+            Kind::AgentsKilled => self.fleet.start_agents()?,
+            Kind::RowsLocked | Kind::ConnectionsTaken | Kind::FailOver | Kind::SessionsCut => {}
+        }
+        Ok(())
+    }
+
+    /// Stops the controller while one of its transactions is open.
+    async fn freeze_in_transaction(&mut self, controller: usize) -> Result<()> {
+        let open = "SELECT count(*) AS open FROM pg_stat_activity WHERE state = 'idle in transaction'";
+        for _ in 0..40 {
+            self.fleet.freeze(controller).await?;
+            let rows = self.postgres.rows(&self.url, open)?;
+            if rows.first().is_some_and(|row| row["open"].as_i64() > Some(0)) {
+                return Ok(());
+            }
+            self.fleet.thaw(controller).await?;
+            tokio::task::yield_now().await;
+        }
+        // It was never caught inside one: frozen outside.
+        self.fleet.freeze(controller).await
+    }
+
+    fn read_only(&self, on: bool) -> Result<()> {
+        let (admin, database) = self.url.rsplit_once('/').context("a URL with a database")?;
+        let admin = format!("{admin}/postgres");
+        for statement in [
+            format!("ALTER DATABASE {database} SET default_transaction_read_only = {on}"),
+            format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"),
+        ] {
+            self.postgres.by_hand(&admin, &statement)?.map_err(anyhow::Error::msg)?;
+        }
+        Ok(())
+    }
+
+    /// The server dies, a standby that has all that was acknowledged takes its place.
+    fn fail_over(&mut self) -> Result<()> {
+        let standby = self.postgres.standby()?;
+        self.postgres.pause()?;
+        standby.promote()?;
+        for number in 0..CONTROLLERS {
+            let proxy = self.fleet.database_proxy(number)?;
+            proxy.retarget(standby.address());
+            proxy.drop_connections();
+        }
+        let (before, _) = self.url.rsplit_once('@').context("a URL with a user")?;
+        let (_, database) = self.url.rsplit_once('/').context("a URL with a database")?;
+        self.url = format!("{before}@{}/{database}", standby.address());
+        self.retired.push(std::mem::replace(&mut self.postgres, standby));
+        Ok(())
+    }
+
+    /// Heals everything.
+    pub(crate) async fn end(mut self) -> Result<(Fleet, Postgres, String, BTreeMap<String, usize>)> {
+        let mut left = std::mem::take(&mut self.active);
+        // The database first: a controller cannot start without.
+        left.sort_by_key(|fault| !is_of_everybody(fault.kind));
+        for fault in left {
+            self.heal(fault).await?;
+        }
+        let injected = self.injected.iter().map(|(kind, count)| (format!("{kind:?}"), *count)).collect();
+        Ok((self.fleet, self.postgres, self.url, injected))
+    }
+}
+
+/// Whether it is done to one controller.
+fn is_of_one(kind: Kind) -> bool {
+    use Kind::{
+        BlackHoleDown, BlackHoleUp, ClockHour, ClockMinutes, Freeze, FreezeInTransaction, HostGone, Kill, Latency,
+    };
+    matches!(
+        kind,
+        Kill | Freeze
+            | FreezeInTransaction
+            | HostGone
+            | BlackHoleUp
+            | BlackHoleDown
+            | Latency
+            | ClockMinutes
+            | ClockHour
+    )
+}
+
+/// Whether it is done to the database or to the agents, so that no controller can work.
+fn is_of_everybody(kind: Kind) -> bool {
+    use Kind::{AgentsKilled, ConnectionsTaken, FailOver, ReadOnly, Restart, RowsLocked, SessionsCut};
+    matches!(kind, RowsLocked | ConnectionsTaken | ReadOnly | Restart | FailOver | AgentsKilled | SessionsCut)
+}

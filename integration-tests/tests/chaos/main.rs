@@ -1,0 +1,142 @@
+//! Chaos: three controllers on one Postgres under load, each with a way of its own to it, and every fault of a machine
+//! room in turn and mixed. Afterwards the acknowledgements, the database and the nodes' own logs are compared.
+//!
+//! `CHAOS_SECONDS` says how long the faults last (default 120), `CHAOS_SEED` repeats a run's choices.
+
+#![allow(clippy::print_stdout, reason = "what a run did is worth reading, also when it passed")]
+
+mod faults;
+mod load;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use integration_tests::fleet::Database;
+use integration_tests::ledger::{Dice, fires_are_complete, logs_agree, setting};
+use integration_tests::postgres::Postgres;
+use integration_tests::{Fleet, seconds, wait_until};
+use tokio_util::sync::CancellationToken;
+
+use faults::Chaos;
+use load::{Asked, SCHEDULES};
+
+const PIS: usize = 40;
+const CONTROLLERS: usize = 3;
+/// Of the database: three controllers of 16 each and what they left behind when they were cut off, and some for what
+/// looks on.
+const CONNECTIONS: u32 = 130;
+/// How long everything may take to settle when the faults are over.
+const QUIET: Duration = seconds(120);
+/// The longest that a node which is well may wait for work that is due.
+const IDLE: i64 = 30_000_000;
+
+/// Nodes that are connected to a living controller, have work that is due since long, and are not given it. Times are
+/// the database's own, so that no controller's clock can excuse anything.
+fn idle_nodes() -> String {
+    let now = "(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)";
+    format!(
+        "SELECT n.id AS id, o.id AS operation, n.controller_id AS controller FROM nodes n \
+         JOIN executions e ON e.node = n.id AND e.state = 'PENDING' AND e.not_before = 0 \
+         JOIN operations o ON o.id = e.operation AND o.state = 'RUNNING' AND o.schedule_time < {now} - {IDLE} \
+         JOIN controllers c ON c.id = n.controller_id AND c.beat_time > {now} - 5000000 \
+         WHERE n.state = 'APPROVED' AND n.session_time < {now} - {IDLE} \
+         AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
+             AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) \
+         AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id AND b.update_time > {now} - {IDLE})"
+    )
+}
+
+/// Fails when a node is without work for too long though nothing is broken that would excuse it.
+fn nobody_is_idle(postgres: &Postgres, url: &str) -> Result<()> {
+    // A database that cannot be asked excuses every node.
+    let Ok(idle) = postgres.rows(url, &idle_nodes()) else { return Ok(()) };
+    ensure!(idle.is_empty(), "for more than 30 s these have work that is due and are not given it: {idle:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> {
+    let length = Duration::from_secs(setting("CHAOS_SECONDS", 120));
+    let seed = setting("CHAOS_SEED", u64::from(std::process::id()));
+    println!("chaos: {length:?} of faults, CHAOS_SEED={seed}");
+    let primary = tokio::task::spawn_blocking(|| Postgres::start_own_for(CONNECTIONS)).await??;
+    let url = primary.database()?;
+    let mut fleet = Fleet::builder()
+        .database(Database::Url(url.clone()))
+        .controllers(CONTROLLERS)
+        .database_proxies()
+        .own_clocks()
+        .pis(PIS)
+        .boot_time(Duration::from_millis(300))
+        .start()
+        .await?;
+    fleet.all_connected().await?;
+    let ids = fleet.ids().await?;
+    load::create_schedules(&fleet, &ids, &mut Dice(seed)).await?;
+    let channels = (0..CONTROLLERS).map(|number| fleet.channel_of(number)).collect::<Result<Vec<_>>>()?;
+    let stop = CancellationToken::new();
+    let asked = Arc::new(Asked::default());
+    let asking = tokio::spawn(load::ask(channels, ids.clone(), Arc::clone(&asked), Dice(seed ^ 1), stop.clone()));
+
+    let begun = Instant::now();
+    let mut chaos = Chaos::new(fleet, primary, url, Dice(seed));
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while begun.elapsed() < length {
+        ticks.tick().await;
+        chaos.step().await?;
+        if chaos.has_been_calm_for(seconds(30)) {
+            nobody_is_idle(chaos.postgres(), chaos.url())?;
+        }
+    }
+    let (mut fleet, postgres, url, injected) = chaos.end().await?;
+    println!("chaos: {injected:?}");
+    stop.cancel();
+    asking.await?;
+
+    for number in 0..CONTROLLERS {
+        fleet.talk_to(number)?;
+        fleet.controller_is_healthy().await.with_context(|| format!("controller {number}"))?;
+    }
+    let quiet = Instant::now();
+    let behind = "SELECT id FROM schedules WHERE NOT paused AND next_fire < (EXTRACT(EPOCH FROM clock_timestamp()) - 1) * 1000000";
+    wait_until(QUIET, "the schedules have caught up", async || {
+        Ok(postgres.rows(&url, behind)?.is_empty().then_some(()))
+    })
+    .await?;
+    load::pause_schedules(&fleet).await?;
+    load::settle(&asked, &fleet).await?;
+    let unfinished = "SELECT o.id AS operation, e.node AS node, o.state AS state, e.state AS part, e.phase AS phase \
+                      FROM operations o JOIN executions e ON e.operation = o.id \
+                      WHERE o.state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED') \
+                      AND e.state NOT IN ('SUCCEEDED', 'FAILED', 'ROLLED_BACK', 'CANCELLED', 'EXPIRED')";
+    let left = QUIET.saturating_sub(quiet.elapsed());
+    let ended = wait_until(left, "every operation has ended", async || {
+        Ok(postgres.rows(&url, unfinished)?.is_empty().then_some(()))
+    })
+    .await;
+    ended.with_context(|| format!("stuck: {:?}", postgres.rows(&url, unfinished)))?;
+
+    let schedules = postgres.rows(&url, "SELECT id, create_time, update_time FROM schedules")?;
+    ensure!(schedules.len() == SCHEDULES, "{} schedules", schedules.len());
+    let fires = postgres.rows(&url, "SELECT schedule, fire_time, outcome, reason, operation FROM fires")?;
+    let fired = postgres.rows(&url, "SELECT id FROM operations WHERE schedule IS NOT NULL")?;
+    let instants = fires_are_complete(&schedules, &fires, &fired, load::period)?;
+    let stored = postgres.rows(&url, "SELECT id, request_id FROM operations WHERE request_id IS NOT NULL")?;
+    let acknowledged = asked.compare(&stored)?;
+    let executions = postgres.rows(&url, "SELECT operation, node, state FROM executions")?;
+    let reboots = logs_agree(&fleet, &ids, &executions)?;
+    let failed = executions.iter().filter(|execution| execution["state"] == "FAILED").count();
+    println!(
+        "chaos: {instants} instants explained, {acknowledged} acknowledgements kept, {} executions, {reboots} reboots, \
+         {failed} failed",
+        executions.len()
+    );
+    ensure!(acknowledged > 0 && reboots > 0, "nothing happened");
+    for number in 0..CONTROLLERS {
+        ensure!(!fleet.controller_log(number)?.contains("panicked"), "controller {number} panicked");
+    }
+    fleet.went_well();
+    Ok(())
+}
