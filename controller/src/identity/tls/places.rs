@@ -52,10 +52,11 @@ impl Limits {
     pub fn of_files(files: usize) -> Self {
         let strangers = (files / 16).clamp(LEAST, STRANGERS);
         Self {
-            handshakes: (files / 32).clamp(LEAST, MAX_HANDSHAKES),
+            // A thousand silent connections at once are sent away in one wave where a shell grants 20,000 files.
+            handshakes: (files / 16).clamp(LEAST, MAX_HANDSHAKES),
             strangers,
             strangers_of_one: strangers / 2,
-            nodes: (files / 8 * 3).max(LEAST),
+            nodes: (files / 32 * 11).max(LEAST),
             people: (files / 16).max(LEAST),
         }
     }
