@@ -153,13 +153,13 @@ mod tests {
         let path = bench.dir.path();
         let next = next_key(path).unwrap();
         // Asked, and not answered: the same key is asked for again.
-        assert_eq!(keys(&bench), [bench.first.clone()]);
+        assert_eq!(keys(&bench), std::slice::from_ref(&bench.first));
         assert_eq!(next_key(path).unwrap(), next);
         keep_next(path, &certificate(&bench.pki, &KeyPair::from_pem(&next).unwrap())).unwrap();
         assert_eq!(keys(&bench), [next.clone(), bench.first.clone()]);
         // A cut between the two renames.
         fs::rename(path.join(NEXT_KEY_FILE), path.join(KEY_FILE)).unwrap();
-        assert_eq!(keys(&bench), [next.clone()]);
+        assert_eq!(keys(&bench), std::slice::from_ref(&next));
         assert!(!path.join(NEXT_CERTIFICATE_FILE).exists());
         assert_eq!(keys(&bench), [next]);
     }
@@ -171,7 +171,7 @@ mod tests {
         let next = next_key(path).unwrap();
         keep_next(path, &certificate(&bench.pki, &KeyPair::from_pem(&next).unwrap())).unwrap();
         promote(path).unwrap();
-        assert_eq!(keys(&bench), [next.clone()]);
+        assert_eq!(keys(&bench), std::slice::from_ref(&next));
         assert_ne!(next_key(path).unwrap(), next, "each renewal has a key of its own");
     }
 }
