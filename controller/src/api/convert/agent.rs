@@ -59,7 +59,8 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
         bytes_total: report.bytes_total.min(BYTES_MAX),
         error,
         boot_id: boot_id(&report.boot_id)?,
-        accept_boot_id: boot_id(&report.accept_boot_id)?,
+        // Agents of before this field say nothing.
+        accept_boot_id: if report.accept_boot_id.is_empty() { String::new() } else { boot_id(&report.accept_boot_id)? },
         release,
         cancel_refused: report.cancel_refused,
         log: log(&report.log, report.log_cut),
