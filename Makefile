@@ -14,51 +14,51 @@ build: ## Build the three programs, for this machine, with debug checks
 	cargo build --bins
 
 demo: ## Try it: a controller and three virtual Pis, updated with a real root file system [DATABASE_URL=postgres://...]
-	cargo build --bins
-	cargo run --quiet --package integration-tests --bin marco-demo -- $(if $(DATABASE_URL),--database-url '$(DATABASE_URL)')
+	scripts/programs.sh
+	target/debug/marco-demo $(if $(DATABASE_URL),--database-url '$(DATABASE_URL)')
 
 test: deps ## Everything but the lints: unit tests, the store on both databases, fleets, real clients; what failed is repeated at the end
-	cargo build --bins
+	scripts/programs.sh
 	scripts/test.sh
 
 flaky: deps ## Fleet tests FLEETS (10) times and the suite SUITES (3) times while stress holds every core [ONLY='race soak']
 	scripts/deps.sh stress
-	cargo build --bins
+	scripts/programs.sh
 	FLEETS=$(or $(FLEETS),10) SUITES=$(or $(SUITES),3) ONLY='$(ONLY)' scripts/flaky.sh
 
 quotas: deps ## Each kind of peer at each listener, greedy for QUOTA_SECONDS (30): memory, files, disk, log, an admin's calls
-	cargo build --bins
-	QUOTA_SECONDS=$(or $(QUOTA_SECONDS),30) cargo test --package integration-tests --test quotas -- --ignored --nocapture
+	scripts/programs.sh
+	QUOTA_SECONDS=$(or $(QUOTA_SECONDS),30) cargo test --workspace --test quotas -- --ignored --nocapture
 
 mutants: ## Mutants of the pure modules (states, rollouts, schedules, jobs, roles) that no test notices [MUTANTS='--file src/rollout.rs']
 	cargo mutants --version >/dev/null 2>&1 || cargo install --locked cargo-mutants
 	scripts/mutants.sh $(MUTANTS)
 
 soak: deps ## Schedules, virtual Pis, three controllers, and random faults for SOAK_SECONDS (600); then everything is checked
-	cargo build --bins
-	SOAK_SECONDS=$(or $(SOAK_SECONDS),600) cargo test --package integration-tests --test soak -- --nocapture
+	scripts/programs.sh
+	SOAK_SECONDS=$(or $(SOAK_SECONDS),600) cargo test --workspace --test soak -- --nocapture
 
 chaos: deps ## Three controllers, each with a way of its own to Postgres; every fault of a machine room for CHAOS_SECONDS (600) [CHAOS_SEED]
-	cargo build --bins
-	CHAOS_SECONDS=$(or $(CHAOS_SECONDS),600) cargo test --package integration-tests --test chaos -- --ignored --nocapture
+	scripts/programs.sh
+	CHAOS_SECONDS=$(or $(CHAOS_SECONDS),600) cargo test --workspace --test chaos -- --ignored --nocapture
 
 extremes: deps ## Every field of every request and of every message of a node at its extremes, by each role, on both databases
-	cargo build --bins
-	cargo test --package integration-tests --test extremes -- --nocapture
+	scripts/programs.sh
+	cargo test --workspace --test extremes -- --nocapture
 
 model: deps ## Random histories against the real store, checked after each step: HISTORIES (10000) [MODEL_SEED]
-	HISTORIES=$(or $(HISTORIES),10000) cargo test --package integration-tests --test store model:: -- --nocapture
+	HISTORIES=$(or $(HISTORIES),10000) cargo test --workspace --test store model:: -- --nocapture
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins
 	cargo run --quiet --release --package integration-tests --bin marco-bench-install
 
 host-test: ## The agent as a systemd service in a virtual machine: it registers, reboots, powers off
-	cargo build --bins
+	scripts/programs.sh
 	scripts/host-vm-test.sh target/debug target/host-vm
 
 fuzz: ## Readers of archives, config.txt, crons and join files, fed with changed examples for FUZZ_SECONDS (60) each
-	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --package integration-tests --test fuzz -- --nocapture
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --workspace --test fuzz -- --nocapture
 
 e2e: ## Under QEMU, with a real kernel: an empty card installs itself, is updated, survives a broken image [ARCH=amd64|arm64] [BOARD=raspi3b|raspi0]
 	scripts/e2e.sh boot $(or $(BOARD),$(ARCH),amd64)

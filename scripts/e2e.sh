@@ -35,8 +35,7 @@ fi
 
 scripts/debian-root.sh "$arch" "$kernel" "target/e2e/$machine"
 PROFILE=quick scripts/static-agent.sh "$target" >/dev/null
-cargo build --quiet --bins
-cargo build --quiet --package integration-tests --bin marco-e2e
+scripts/programs.sh --quiet
 
 namespaces=(--net)
 [ "$(id -u)" = 0 ] || namespaces+=(--map-root-user)

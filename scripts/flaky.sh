@@ -35,7 +35,7 @@ run() { # NAME COMMAND...
 }
 
 for number in $(seq "$fleets"); do
-    run "fleet tests, $number of $fleets" cargo test --package integration-tests --no-fail-fast "${targets[@]}"
+    run "fleet tests, $number of $fleets" cargo test --workspace --no-fail-fast "${targets[@]}"
 done
 for number in $(seq "$suites"); do
     run "suite, $number of $suites" cargo test --workspace --no-fail-fast
