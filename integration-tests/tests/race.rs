@@ -159,8 +159,9 @@ async fn four_controllers_make_one_operation_of_each_of_500_instants() -> Result
 
 #[tokio::test]
 async fn kills_and_a_clock_an_hour_off_neither_lose_nor_double_an_instant() -> Result<()> {
-    /// An outage of all controllers is longer than instants may be late.
-    const LATE: Duration = seconds(10);
+    /// An outage of all controllers is longer than instants may be late; what a busy machine holds up is not, so that all
+    /// others fire.
+    const LATE: Duration = seconds(30);
     let mut race = Race::start(Some(LATE)).await?;
     race.fleet.jump_clock(3, 3600)?;
     race.pass(5).await?;
