@@ -14,11 +14,12 @@ dir=$(realpath "$dir")
 # Package lists of another architecture, apart from this machine's own.
 options=(-o "APT::Architecture=$arch" -o "APT::Architectures=$arch" -o "Dir::State::Lists=$dir/apt/lists"
     -o "Dir::State::status=$dir/apt/status" -o "Dir::Cache=$dir/apt/cache" -o APT::Sandbox::User=root)
-echo "downloading $kernel and e2fsprogs, dosfstools, busybox-static for $arch" >&2
+echo "downloading $kernel and e2fsprogs, dosfstools, busybox-static, util-linux for $arch" >&2
 apt-get "${options[@]}" update -qq
 # The name of a kernel's package without a version stands for the newest.
 package=$(apt-cache "${options[@]}" depends "$kernel" | awk '/Depends: linux-image/ { print $2; exit }')
-packages=("${package:-$kernel}" busybox-static dosfstools e2fsprogs libblkid1 libc6 libcom-err2 libext2fs2 libss2 libuuid1)
+packages=("${package:-$kernel}" busybox-static dosfstools e2fsprogs libblkid1 libc6 libcom-err2 libext2fs2 libss2 libuuid1
+    util-linux)
 (cd "$dir/debs" && apt-get "${options[@]}" download -qq "${packages[@]}")
 for file in "$dir"/debs/*.deb; do dpkg -x "$file" "$dir/root"; done
 # For an initramfs with a shell.

@@ -235,10 +235,10 @@ impl Work<'_> {
 
         self.labels_are_known().await?;
         let keep = self.keep().await?;
-        if self.commit(Room::Resident).await? == Ready::AfterRestart {
+        let erase = Erase { root: true, home: self.job.discard_home };
+        if self.commit(Room::Resident, erase).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
-        let erase = Erase { root: true, home: self.job.discard_home };
         let mut target = self.system.prepare_target(erase).await?;
 
         let into = match disk {
@@ -348,10 +348,11 @@ impl Work<'_> {
         .await?;
 
         self.labels_are_known().await?;
-        if self.commit(Room::Resident).await? == Ready::AfterRestart {
+        let erase = Erase { root: false, home: false };
+        if self.commit(Room::Resident, erase).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
-        let target = self.system.prepare_target(Erase { root: false, home: false }).await?;
+        let target = self.system.prepare_target(erase).await?;
         self.phase(Phase::BootFiles);
         // It would take itself to be on another machine without what it found there when it first came up.
         let given = self.given().await?.of_cloud_init();
@@ -374,8 +375,11 @@ impl Work<'_> {
 
     /// Step 4: from here on every boot is this installer, which starts over by itself. Then the card may be touched, at
     /// once or after a restart.
-    async fn commit(&self, room: Room) -> Result<Ready, InstallError> {
+    async fn commit(&self, room: Room, erase: Erase) -> Result<Ready, InstallError> {
         // While the old system is still what boots.
+        if room == Room::Resident {
+            self.system.check_kept(erase).await.map_err(SystemError::from)?;
+        }
         let ready = self.system.check_target(room).await?;
         self.phase(Phase::Partitioning);
         let (part, prefix) = (self.part.clone(), self.job.prefix);

@@ -349,6 +349,12 @@ pub trait System: Send + Sync + 'static {
     /// Whether an update can be begun, before anything is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 
+    /// Whether an installation that makes only this anew can keep the rest: what is to be kept must be understood, and must
+    /// be readable. Nothing is written.
+    async fn check_kept(&self, _erase: Erase) -> Result<(), Refusal> {
+        Ok(())
+    }
+
     /// Whether [`prepare_target`](Self::prepare_target), or [`whole_card`](Self::whole_card), can work on this card. Nothing
     /// is written.
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {

@@ -20,9 +20,9 @@ Examples:
   marcoctl artifacts push installer-arm64.zip --kind bootcode
 
 Where it finds what it needs: the kernel in boot/vmlinuz-VERSION, its modules in lib/modules/VERSION, the
-device trees in usr/lib/linux-image-VERSION; busybox, mke2fs, e2fsck, resize2fs and mkfs.vfat with their
+device trees in usr/lib/linux-image-VERSION; busybox, mke2fs, e2fsck, resize2fs, mkfs.vfat and blkid with their
 libraries in the folders where systems have them. As packages these are, of Debian: linux-image-*,
-busybox-static, e2fsprogs, dosfstools, libext2fs2, libcom-err2, libss2, libblkid1, libuuid1 and libc6.
+busybox-static, e2fsprogs, dosfstools, util-linux, libext2fs2, libcom-err2, libss2, libblkid1, libuuid1 and libc6.
 The same files make the same bytes; times are SOURCE_DATE_EPOCH, else that of the newer one of agent and kernel.")]
     Build(BuildBootcode),
 }

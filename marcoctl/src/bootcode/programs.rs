@@ -8,13 +8,15 @@ use super::source::Source;
 use crate::args::Arch;
 
 /// Path in the initramfs, whether the installer cannot do without it, and the Debian package that has it.
-const PROGRAMS: [(&str, bool, &str); 6] = [
+const PROGRAMS: [(&str, bool, &str); 7] = [
     ("/bin/busybox", true, "busybox-static"),
     ("/sbin/mke2fs", true, "e2fsprogs"),
     ("/sbin/e2fsck", true, "e2fsprogs"),
     ("/sbin/resize2fs", true, "e2fsprogs"),
     ("/sbin/mkfs.vfat", true, "dosfstools"),
     ("/sbin/fsck.vfat", false, "dosfstools"),
+    // It says what lies on a partition that is to be kept.
+    ("/sbin/blkid", true, "util-linux"),
 ];
 
 /// Puts the programs, and `extra` ones by their paths, into the tree. They must run on kernels of this architecture.

@@ -76,7 +76,8 @@ async fn a_set_has_the_kernel_the_agent_and_the_modules_in_the_order_of_their_ne
     assert_eq!(files["usr/lib/marco/udhcpc-hook"], b"../../bin/marco-agent");
     assert_eq!(files["usr/bin/marco-agent"], elf(AMD64, ""));
     assert_eq!(files["lib/firmware/test/there.fw"], b"firmware");
-    for program in ["bin/busybox", "sbin/mke2fs", "sbin/e2fsck", "sbin/resize2fs", "sbin/mkfs.vfat", "sbin/mkfs.ext4"] {
+    let of_e2fsprogs = ["sbin/mke2fs", "sbin/mkfs.ext4", "sbin/e2fsck", "sbin/resize2fs"];
+    for program in of_e2fsprogs.into_iter().chain(["bin/busybox", "sbin/mkfs.vfat", "sbin/blkid"]) {
         assert!(files.contains_key(program), "{program}");
     }
     let list = String::from_utf8(files["etc/marco/modules"].clone()).unwrap();

@@ -89,7 +89,8 @@ pub(crate) fn kernel(root: &Path) {
 
 /// The programs that the installer calls.
 pub(crate) fn programs(root: &Path) {
-    for program in ["bin/busybox", "usr/sbin/mke2fs", "usr/sbin/e2fsck", "usr/sbin/resize2fs", "usr/sbin/mkfs.vfat"] {
+    let of_e2fsprogs = ["usr/sbin/mke2fs", "usr/sbin/e2fsck", "usr/sbin/resize2fs"];
+    for program in of_e2fsprogs.into_iter().chain(["bin/busybox", "usr/sbin/mkfs.vfat", "usr/sbin/blkid"]) {
         write(root, program, &elf(AMD64, ""));
     }
     write(root, "etc/mke2fs.conf", b"[defaults]\n");

@@ -53,7 +53,8 @@ impl Bench {
         let told = Mutex::default();
         let boot_id = "boot-a".to_owned();
         let mode = Mode::Running;
-        let machine = Machine { dir: path, boot_id, mode, facts, release: None, refusal: None, patience: LONG, told };
+        let (release, refusal, unkept, patience) = (None, None, None, LONG);
+        let machine = Machine { dir: path, boot_id, mode, facts, release, refusal, unkept, patience, told };
         Self { _dir: dir, machine, verdict: LONG, said: Some(judged::good()) }
     }
 

@@ -17,6 +17,7 @@ use crate::durable;
 use crate::install::{self, Next, Phase};
 use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update, phase};
 use crate::journal::{self, Entry, JournalError, Progress};
+use crate::system::{Erase, Refusal};
 
 /// How often an installation that has not touched the card yet is tried before the old system is started again.
 const MAX_UNCOMMITTED: u32 = 3;
@@ -30,10 +31,11 @@ impl Executor {
         cancel: &CancellationToken,
     ) -> Result<Prefix, StepError> {
         self.phase(execution, phase::CHECKING);
-        self.system
-            .preflight_update()
-            .await
-            .map_err(|refusal| StepError::Failed(Failure::new(refusal.reason, refusal.message)))?;
+        self.system.preflight_update().await.map_err(refused)?;
+        // A raw image keeps nothing.
+        if !update.raw {
+            self.system.check_kept(erased_by(update)).await.map_err(refused)?;
+        }
         self.judge(update, cancel).await?;
         // Without an image the bootcode is what goes into the system's boot partition, not what installs it.
         let installer = if update.image.is_some() { update.bootcode.as_ref() } else { None };
@@ -394,6 +396,16 @@ impl Executor {
             journal.set_progress(Progress { execution: execution.clone(), phase: phase.to_owned(), done, total });
         })
     }
+}
+
+fn refused(refusal: Refusal) -> StepError {
+    StepError::Failed(Failure::new(refusal.reason, refusal.message))
+}
+
+/// The file systems that the installer makes anew for this.
+fn erased_by(update: &Update) -> Erase {
+    let root = update.image.is_some();
+    Erase { root, home: root && update.discard_home }
 }
 
 fn no_recovery() -> StepError {

@@ -14,7 +14,7 @@ use super::first_boot::give_on;
 use super::unpack::Destination;
 use super::write_back::WriteBack;
 use super::{InstallError, Next, Phase, Work, blocking, boot_files, open, stream};
-use crate::system::{Ready, Release, Room, Stretch};
+use crate::system::{Erase, Ready, Release, Room, Stretch};
 
 /// Bytes of the sector that is written last.
 const FIRST: usize = 512;
@@ -60,7 +60,8 @@ impl Work<'_> {
 
         self.labels_are_known().await?;
         let keep = self.keep().await?;
-        if self.commit(Room::Whole(bytes.unwrap_or_default())).await? == Ready::AfterRestart {
+        let erase = Erase { root: true, home: true };
+        if self.commit(Room::Whole(bytes.unwrap_or_default()), erase).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
         let card = self.system.whole_card().await?;

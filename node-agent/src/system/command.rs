@@ -33,6 +33,26 @@ pub(crate) async fn run(command: &[&str], time: Duration) -> Result<(), SystemEr
     Err(failed(format!("{}: {words}", output.status)))
 }
 
+/// Runs a program whose exit status is an answer, to its end: that status, `None` after a signal, and what it printed on
+/// its standard output, of which little is expected.
+pub(crate) async fn output(command: &[&str], time: Duration) -> Result<(Option<i32>, String), SystemError> {
+    let Some((program, arguments)) = command.split_first() else { return Ok((None, String::new())) };
+    let failed = |message: String| SystemError::Command { program: (*program).to_owned(), message };
+    let child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    let output = tokio::time::timeout(time, child.wait_with_output())
+        .await
+        .map_err(|_| failed(format!("no end within {} s", time.as_secs())))?
+        .map_err(|error| failed(error.to_string()))?;
+    Ok((output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
 /// Starts a program that goes on until it is dropped.
 pub(crate) fn start(command: &[&str]) -> Result<Child, SystemError> {
     let Some((program, arguments)) = command.split_first() else {

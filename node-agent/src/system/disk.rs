@@ -1,7 +1,7 @@
 //! The card as the kernel shows it: its table, its partitions, their file systems, and where they are mounted.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
+use std::io::{Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,17 +10,24 @@ use mbrman::{BOOT_INACTIVE, CHS, MBR, MBRPartitionEntry};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::command::run;
-use super::{Stretch, SystemError};
+use super::{Refusal, Stretch, SystemError};
 use crate::settings::{FILE_SYSTEMS, Settings};
+use erasure::Erasure;
 use plan::{Part, Plan, SECTOR, plan};
 
+pub(crate) mod erasure;
 pub(crate) mod find;
+pub(crate) mod kept;
 pub(crate) mod plan;
+pub(crate) mod probe;
 
 /// No file system of a card takes longer to make; discarding a large one is slow.
 const MKFS_TIME: Duration = Duration::from_secs(15 * 60);
-/// How much at the beginning of a new partition is emptied, so that nothing there is taken for a file system.
+/// How much at the beginning and at the end of a new partition is emptied, so that nothing there is taken for a file
+/// system or a member of a RAID.
 const WIPE: usize = 1 << 20;
+/// The last bytes of a sector that holds a table.
+const BOOT_SIGNATURE: [u8; 2] = [0x55, 0xaa];
 /// The label of a recovery partition.
 pub(crate) const RECOVERY_LABEL: &str = "RECOVERY";
 
@@ -53,9 +60,25 @@ impl Disk {
         Ok(end / SECTOR)
     }
 
-    /// The table; none when there is none that can be read.
+    /// The table; `None`: the disk can be read, and has none.
     fn table(&self) -> Result<Option<MBR>, SystemError> {
-        Ok(MBR::read_from(&mut self.open(false)?, 512).ok())
+        let mut device = self.open(false)?;
+        let mut first = [0; 512];
+        device.read_exact_at(&mut first, 0).map_err(SystemError::io("read the partition table of", &self.device))?;
+        if !first.ends_with(&BOOT_SIGNATURE) {
+            return Ok(None);
+        }
+        match MBR::read_from(&mut device, 512) {
+            Ok(table) => Ok(Some(table)),
+            Err(mbrman::Error::Io(error)) => {
+                Err(SystemError::io("read the partition table of", &self.device)(error))
+            }
+            // A card whose table cannot be followed may hold anything.
+            Err(error) => {
+                let message = format!("the partition table of {} makes no sense: {error}", self.device.display());
+                Err(Refusal { reason: "PARTITION_TABLE_UNREADABLE", message }.into())
+            }
+        }
     }
 
     /// The partitions in its table.
@@ -151,13 +174,16 @@ impl Disk {
         device.write_all_at(sector, 0).and_then(|()| device.sync_all()).map_err(failed())
     }
 
-    /// Empties the beginning of partitions that are new, and then writes the table.
+    /// Empties both ends of partitions that are new, and then writes the table.
     fn write_table(&self, parts: &[Part]) -> Result<(), SystemError> {
         let kept = self.parts()?;
         let device = self.open(true)?;
         let wipe = || {
             for part in parts.iter().filter(|part| !kept.contains(part)) {
-                device.write_all_at(&vec![0; WIPE], part.start * SECTOR)?;
+                let (start, length) = (part.start * SECTOR, part.sectors * SECTOR);
+                let wipe = vec![0; usize::try_from(length).unwrap_or(WIPE).min(WIPE)];
+                device.write_all_at(&wipe, start)?;
+                device.write_all_at(&wipe, start + length - u64::try_from(wipe.len()).unwrap_or_default())?;
             }
             device.sync_all()
         };
@@ -194,6 +220,43 @@ impl Disk {
             device.sync_all()
         };
         write().map_err(SystemError::io("partition", &self.device))
+    }
+
+    /// Makes a FAT on the partition that may be erased.
+    pub(crate) async fn make_fat(
+        &self,
+        erasure: Erasure,
+        label: &str,
+        options: &[String],
+    ) -> Result<(), SystemError> {
+        let device = self.partition(erasure.number());
+        let device = device.to_string_lossy();
+        let mut command = vec!["/sbin/mkfs.vfat", "-F", "32", "-n", label];
+        command.extend(options.iter().map(String::as_str));
+        command.push(&device);
+        run(&command, MKFS_TIME).await
+    }
+
+    /// Makes a file system of one of the [`FILE_SYSTEMS`] on the partition that may be erased, whatever was there.
+    pub(crate) async fn make(
+        &self,
+        erasure: Erasure,
+        kind: &str,
+        label: &str,
+        options: &[String],
+    ) -> Result<(), SystemError> {
+        let program = FILE_SYSTEMS.iter().find(|(name, _)| *name == kind).map(|(_, program)| *program);
+        let program = program.ok_or(SystemError::Unsupported("the installer does not make that file system"))?;
+        let device = self.partition(erasure.number());
+        let device = device.to_string_lossy();
+        let mut command = match kind {
+            "ext4" => vec![program, "-t", "ext4", "-F", "-q", "-L", label],
+            "f2fs" => vec![program, "-f", "-l", label],
+            _ => vec![program, "-f", "-L", label],
+        };
+        command.extend(options.iter().map(String::as_str));
+        command.push(&device);
+        run(&command, MKFS_TIME).await
     }
 
     /// Makes the kernel see these partitions. One that is mounted is never taken away, so it must be where it was.
@@ -245,47 +308,15 @@ fn parts(table: &MBR) -> Vec<Part> {
     table.iter().filter_map(used).collect()
 }
 
-/// Makes a FAT.
-pub(crate) async fn make_fat(device: &Path, label: &str, options: &[String]) -> Result<(), SystemError> {
-    let device = device.to_string_lossy();
-    let mut command = vec!["/sbin/mkfs.vfat", "-F", "32", "-n", label];
-    command.extend(options.iter().map(String::as_str));
-    command.push(&device);
-    run(&command, MKFS_TIME).await
+/// The file system on a device by its magic number, as mount(2) calls it; `None`: none that an installation makes. Only
+/// [`probe::probe`] tells whether anything is there at all.
+pub(crate) fn file_system(device: &Path) -> Result<Option<&'static str>, SystemError> {
+    Ok(probe::look(device).map_err(SystemError::io("read", device))?.kind)
 }
 
-/// Makes a file system of one of the [`FILE_SYSTEMS`], whatever was there.
-pub(crate) async fn make(kind: &str, device: &Path, label: &str, options: &[String]) -> Result<(), SystemError> {
-    let program = FILE_SYSTEMS.iter().find(|(name, _)| *name == kind).map(|(_, program)| *program);
-    let program = program.ok_or(SystemError::Unsupported("the installer does not make that file system"))?;
-    let device = device.to_string_lossy();
-    let mut command = match kind {
-        "ext4" => vec![program, "-t", "ext4", "-F", "-q", "-L", label],
-        "f2fs" => vec![program, "-f", "-l", label],
-        _ => vec![program, "-f", "-L", label],
-    };
-    command.extend(options.iter().map(String::as_str));
-    command.push(&device);
-    run(&command, MKFS_TIME).await
-}
-
-/// The file system on a device, as mount(2) calls it; none when there is none that an installation makes.
-pub(crate) fn file_system(device: &Path) -> Option<&'static str> {
-    /// Where each says what it is: the type, the place, and the bytes there.
-    const MAGIC: [(&str, u64, &[u8]); 6] = [
-        ("ext4", 1024 + 56, &[0x53, 0xef]),
-        ("btrfs", 65536 + 64, b"_BHRfS_M"),
-        ("f2fs", 1024, &[0x10, 0x20, 0xf5, 0xf2]),
-        ("xfs", 0, b"XFSB"),
-        ("vfat", 82, b"FAT32"),
-        ("vfat", 54, b"FAT1"),
-    ];
-    let mut file = File::open(device).ok()?;
-    MAGIC.iter().find_map(|(kind, place, magic)| {
-        let mut bytes = vec![0; magic.len()];
-        file.seek(SeekFrom::Start(*place)).and_then(|_| file.read_exact(&mut bytes)).ok()?;
-        (bytes == *magic).then_some(*kind)
-    })
+/// Whether nothing is on a device as far as its beginning tells.
+pub(crate) fn is_blank(device: &Path) -> Result<bool, SystemError> {
+    Ok(probe::look(device).map_err(SystemError::io("read", device))?.blank)
 }
 
 /// How something is mounted.
@@ -299,7 +330,7 @@ pub(crate) enum Access {
 
 /// Mounts a device, by what its file system says it is. On a FAT only its owner sees anything.
 pub(crate) fn mount(device: &Path, at: &Path, access: Access) -> Result<(), SystemError> {
-    let kind = file_system(device).ok_or_else(|| {
+    let kind = file_system(device)?.ok_or_else(|| {
         SystemError::Invalid(format!("there is no file system that can be mounted on {}", device.display()))
     })?;
     std::fs::create_dir_all(at).map_err(SystemError::io("make", at))?;
@@ -340,4 +371,4 @@ fn remount(at: &Path, access: Access) -> Result<(), SystemError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

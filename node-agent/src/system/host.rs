@@ -233,6 +233,11 @@ impl System for Host {
         preflight::check(&self.options.sysroot, &board, card.as_ref(), stock, self.test.is_some())
     }
 
+    async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
+        // Only a card that can be installed is looked at; another one is refused by the preflight.
+        if self.card().is_some() { card::keeps_the_rest(erase).await } else { Ok(()) }
+    }
+
     async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {
         Err(SystemError::Unsupported("a card is installed only by the installer, not by what runs on it"))
     }

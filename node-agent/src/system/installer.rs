@@ -96,10 +96,11 @@ impl Installer {
                 disk::unmount(at)?;
                 std::fs::create_dir_all(at).map_err(SystemError::io("make", at))?;
                 let device = mounted.partition(number);
-                if let Some(kind) = disk::file_system(&device)
+                if device.exists()
+                    && !disk::is_blank(&device).unwrap_or(false)
                     && let Err(error) = disk::mount(&device, at, Access::ReadOnly)
                 {
-                    tracing::warn!(kind, error = %crate::cause::chain(&error), "old file system not mounted");
+                    tracing::warn!(number, error = %crate::cause::chain(&error), "old file system not mounted");
                 }
             }
             Ok(())
@@ -205,7 +206,8 @@ impl System for Installer {
             Some(test) => test.board(found),
             None => found,
         };
-        let parts = self.disk.parts()?;
+        // A table that cannot be read says nothing of the layout, and is refused when it matters.
+        let parts = self.disk.parts().unwrap_or_default();
         let layout = match (disk::plan::is_resident(&parts), parts.is_empty()) {
             (true, _) => Layout::Resident,
             (false, false) => Layout::Single,
@@ -240,7 +242,8 @@ impl System for Installer {
 
     fn holds_system(&self) -> bool {
         // What cannot be looked into may be somebody's system.
-        let there = disk::file_system(&self.disk.partition(2)).is_some();
+        let device = self.disk.partition(2);
+        let there = device.exists() && !disk::is_blank(&device).unwrap_or(false);
         let entries = Rooted::open(&self.card.root).and_then(|root| root.list("")).unwrap_or_default();
         let mounted = find::mounted_at(&self.disk.partition(2)).is_some();
         there && (!mounted || entries.iter().any(|(name, _)| name != "lost+found"))
@@ -276,6 +279,13 @@ impl System for Installer {
         Ok(())
     }
 
+    async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
+        prepare::check_kept(&self.disk, &self.card, &self.settings, erase).await.map_err(|error| match error {
+            SystemError::Refused(refusal) => refusal,
+            error => Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) },
+        })
+    }
+
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
         let moves = self.recovery_in_the_way_of(room).await?.is_some();
         Ok(if moves { Ready::AfterRestart } else { Ready::Now })
@@ -293,7 +303,7 @@ impl System for Installer {
     }
 
     async fn label_boot(&self, target: &Target, label: &str) -> Result<(), SystemError> {
-        prepare::label_boot(&self.disk.partition(4), target, label, &self.settings.boot.mkfs_options).await
+        prepare::label_boot(&self.disk, target, label, &self.settings.boot.mkfs_options).await
     }
 
     fn takes_disk_images(&self) -> bool {

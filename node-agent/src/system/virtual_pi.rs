@@ -11,6 +11,9 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
+use super::disk::erasure::{self, Begun, Decided, Place};
+use super::disk::plan::Plan;
+use super::disk::probe::Contents;
 use super::rooted::Rooted;
 use super::{
     Board, Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, NO_PARTITIONS, Ready, Reboot, Refusal, Room,
@@ -142,6 +145,24 @@ impl VirtualPi {
             ("everything", _) | (_, None) | ("services", Some(Force::Services)) => true,
             (_, Some(Force::Services | Force::Everything)) => false,
         }
+    }
+
+    /// What an installation makes anew. A card of folders is always understood, but in a test that says what its root or
+    /// home holds instead: the name of something, `unreadable`, or nothing at all.
+    fn decide(&self, erase: Erase) -> Result<Decided, Refusal> {
+        let plan = if self.is_stock() { Plan::Write(Vec::new()) } else { Plan::Keep };
+        erasure::decide(&plan, &[], erase, Begun::default(), |place| {
+            let name = match place {
+                Place::Root => "root-holds",
+                Place::Home => "home-holds",
+            };
+            match std::fs::read_to_string(self.dir.join(name)).as_deref().map(str::trim) {
+                Err(_) => Contents::FileSystem("ext4"),
+                Ok("") => Contents::Nothing,
+                Ok("unreadable") => Contents::Unreadable("Input/output error (os error 5)".into()),
+                Ok(what) => Contents::Unknown(what.to_owned()),
+            }
+        })
     }
 
     /// Goes down, once: a second command finds it going down already.
@@ -295,6 +316,10 @@ impl System for VirtualPi {
         }
     }
 
+    async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
+        self.decide(erase).map(drop)
+    }
+
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
         if room != Room::Resident {
             return Err(SystemError::Unsupported(NO_PARTITIONS));
@@ -312,13 +337,14 @@ impl System for VirtualPi {
         if self.mode() != Mode::Installer {
             return Err(SystemError::Unsupported("a card is installed only by the installer, not by what runs on it"));
         }
+        let decided = self.decide(erase)?;
         let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
         let card = self.card();
+        let (root, home) = (decided.root.is_some(), decided.home.is_some());
         let (held, emptied) = (lease.clone(), card.clone());
         let job = tokio::task::spawn_blocking(move || {
             let _held = held;
-            let folders =
-                [Some(&emptied.boot), erase.root.then_some(&emptied.root), erase.home.then_some(&emptied.home)];
+            let folders = [Some(&emptied.boot), root.then_some(&emptied.root), home.then_some(&emptied.home)];
             folders.into_iter().flatten().try_for_each(|folder| tree::empty(folder))
         });
         job.await.map_err(|error| SystemError::Invalid(format!("emptying the card did not end: {error}")))??;

@@ -3,8 +3,8 @@
 use marco_proto::v1::ImageFacts;
 
 use super::{Bench, ONE, SHORT, error, reaches, update};
-use crate::job::{Failure, State};
-use crate::system::Mode;
+use crate::job::{Action, Failure, State, Update};
+use crate::system::{Mode, Refusal};
 
 /// Of an image that starts the bench's board.
 pub(super) fn good() -> ImageFacts {
@@ -36,4 +36,23 @@ async fn image_of_which_nothing_is_known_is_armed() {
     let journal = bench.journal();
     journal.accept(ONE, 1, update(SHORT)).await.unwrap();
     bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Armed).await).await;
+}
+
+#[tokio::test]
+async fn home_that_the_installer_would_not_understand_is_refused_in_the_running_system() {
+    let luks = Refusal { reason: "PARTITION_NOT_UNDERSTOOD", message: "/home (p3) holds crypto_LUKS".into() };
+    for (discard_home, raw, state) in
+        [(false, false, State::Failed), (true, false, State::Armed), (false, true, State::Armed)]
+    {
+        let mut bench = Bench::new();
+        bench.machine.unkept = Some(luks.clone());
+        let Action::Update(wanted) = update(SHORT) else { panic!("it is an update") };
+        let journal = bench.journal();
+        journal.accept(ONE, 1, Action::Update(Update { discard_home, raw, ..wanted })).await.unwrap();
+        let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, state).await).await;
+        if state == State::Failed {
+            assert_eq!(error(&journal, ONE), Failure::new(luks.reason, luks.message.clone()));
+            assert_eq!(bench.recovery().read_job().unwrap(), None);
+        }
+    }
 }

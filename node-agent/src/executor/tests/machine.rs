@@ -20,6 +20,8 @@ pub(super) struct Machine {
     pub(super) facts: Facts,
     pub(super) release: Option<Release>,
     pub(super) refusal: Option<Refusal>,
+    /// Why it does not keep its home.
+    pub(super) unkept: Option<Refusal>,
     pub(super) patience: Duration,
     /// What it was told; a command with the state that was in the journal then.
     pub(super) told: Mutex<Vec<String>>,
@@ -99,6 +101,9 @@ impl System for Machine {
     }
     async fn preflight_update(&self) -> Result<(), Refusal> {
         self.refusal.clone().map_or(Ok(()), Err)
+    }
+    async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
+        if erase.home { Ok(()) } else { self.unkept.clone().map_or(Ok(()), Err) }
     }
     async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {
         Err(SystemError::Unsupported("not here"))

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use marco_proto::v1::ImageFacts;
 
-use super::{Bed, downloader, image, image_job};
+use super::{Bed, digest, downloader, image, image_job, job, zip};
+use crate::bootpart::{InstallJob, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::system::{Mode, Reboot};
 
@@ -48,6 +49,44 @@ async fn what_is_neither_tarball_nor_disk_touches_nothing() {
     let error = bed.install(&image_job(&seven), &downloader).await.unwrap_err();
     assert!(error.reason == "IMAGE_REFUSED" && error.message.contains("unpack it first"), "{error}");
     assert!(bed.has("root/old"), "the card was touched");
+    bed.powered.kill().await;
+}
+
+/// A home or root that is kept and that the installer cannot mount: with and without boot files alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_kept_and_not_understood_stays_and_the_old_system_comes_back() {
+    let (tar, zip) = (image("boot/firmware", 10, ""), zip("other kernel", ""));
+    let boot_only = job(Instruction::BootOnly { sha256: digest(&zip) });
+    for (place, holds, bytes, job, reason) in [
+        ("home", "crypto_LUKS", &tar, image_job(&tar), "PARTITION_NOT_UNDERSTOOD"),
+        ("home", "unreadable", &tar, image_job(&tar), "PARTITION_UNREADABLE"),
+        ("home", "LVM2_member", &zip, boot_only.clone(), "PARTITION_NOT_UNDERSTOOD"),
+        ("root", "ntfs", &zip, boot_only.clone(), "PARTITION_NOT_UNDERSTOOD"),
+        ("root", "unreadable", &zip, boot_only.clone(), "PARTITION_UNREADABLE"),
+        ("root", "", &zip, boot_only, "ROOT_EMPTY"),
+    ] {
+        let (downloader, _server) = downloader(bytes.clone(), |_| Wrong::Nothing).await;
+        let mut bed = Bed::new().await;
+        std::fs::write(bed.dir.path().join(format!("{place}-holds")), holds).unwrap();
+        let error = bed.install(&job, &downloader).await.unwrap_err();
+        assert_eq!((error.reason, error.retryable), (reason, false), "{place}: {holds}");
+        assert!(bed.has("root/old") && bed.read("boot/kernel8.img") != "other kernel");
+        assert_eq!(bed.read("home/pi/notes"), "mine");
+        bed.installer.reboot(Reboot::Plain, None, "").await.unwrap();
+        assert_eq!(bed.powered.boot().await.mode(), Mode::Running, "the old system is back");
+        bed.powered.kill().await;
+    }
+}
+
+/// Who says that home goes need not know what is on it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn home_that_is_given_up_goes_whatever_it_holds() {
+    let tar = image("boot/firmware", 10, "");
+    let (downloader, _server) = downloader(tar.clone(), |_| Wrong::Nothing).await;
+    let bed = Bed::new().await;
+    std::fs::write(bed.dir.path().join("home-holds"), "crypto_LUKS").unwrap();
+    bed.install(&InstallJob { discard_home: true, ..image_job(&tar) }, &downloader).await.unwrap();
+    assert!(!bed.has("home/pi/notes"));
     bed.powered.kill().await;
 }
 

@@ -64,7 +64,7 @@ pub(super) fn kernel_parts(disk: &str) -> Vec<Part> {
 /// RECOVERY or, failing that, a folder `marco`. `scratch` is a folder to mount at for a look.
 pub(crate) fn card(scratch: &Path) -> Option<Disk> {
     let candidates: Vec<Disk> =
-        disks().into_iter().filter(|disk| file_system(&disk.partition(1)) == Some("vfat")).collect();
+        disks().into_iter().filter(|disk| matches!(file_system(&disk.partition(1)), Ok(Some("vfat")))).collect();
     let labelled = candidates.iter().find(|disk| label(&disk.partition(1)).as_deref() == Some(RECOVERY_LABEL));
     labelled.or_else(|| candidates.iter().find(|disk| has_marco(&disk.partition(1), scratch))).cloned()
 }

@@ -12,13 +12,14 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::plan::{FAT, Part, Plan, is_resident};
-use super::{Access, Disk, Stretch, file_system, make, make_fat, mount, unmount};
+use super::erasure::Erasure;
+use super::{Access, Disk, Stretch, file_system, mount, unmount};
 use crate::settings::Settings;
 
 const MIB: u64 = 1 << 20;
 
 /// A sparse file of this size.
-fn image(dir: &TempDir, size: u64) -> PathBuf {
+pub(in crate::system) fn image(dir: &TempDir, size: u64) -> PathBuf {
     let path = dir.path().join("card.img");
     fs::File::create(&path).unwrap().set_len(size).unwrap();
     path
@@ -29,11 +30,11 @@ fn settings() -> Settings {
 }
 
 /// A loop device of an image; gone when dropped.
-struct Loop(Disk);
+pub(in crate::system) struct Loop(pub(in crate::system) Disk);
 
 impl Loop {
     /// None where that is not allowed.
-    fn new(image: &Path) -> Option<Self> {
+    pub(in crate::system) fn new(image: &Path) -> Option<Self> {
         let output = Command::new("/sbin/losetup").args(["-fP", "--show"]).arg(image).output().ok()?;
         if !output.status.success() {
             writeln!(std::io::stderr(), "not tried on a loop device: {}", String::from_utf8_lossy(&output.stderr))
@@ -129,7 +130,7 @@ async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
     let Some(card) = Loop::new(&image(&dir, 1024 * MIB)) else { return };
     let disk = &card.0;
     assert!(disk.partition_resident(&settings()).unwrap());
-    make("ext4", &disk.partition(1), "RECOVERY", &[]).await.unwrap();
+    disk.make(Erasure::in_test(1), "ext4", "RECOVERY", &[]).await.unwrap();
     let mounted = Mounted::new(&disk.partition(1), dir.path().join("p1"), Access::ReadWrite);
     let at = &mounted.0;
     fs::write(at.join("keep"), "this").unwrap();
@@ -145,13 +146,14 @@ async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
 
     assert!(disk.partition_resident(&settings()).unwrap());
     for (number, kind) in [(2, "ext4"), (3, "ext4")] {
-        assert_eq!(file_system(&disk.partition(number)), None);
-        make(kind, &disk.partition(number), "LABEL", &["-m".into(), "1".into()]).await.unwrap();
-        assert_eq!(file_system(&disk.partition(number)), Some(kind));
+        assert_eq!(file_system(&disk.partition(number)).unwrap(), None);
+        let erasure = Erasure::in_test(number);
+        disk.make(erasure, kind, "LABEL", &["-m".into(), "1".into()]).await.unwrap();
+        assert_eq!(file_system(&disk.partition(number)).unwrap(), Some(kind));
     }
     if Path::new("/sbin/mkfs.vfat").exists() {
-        make_fat(&disk.partition(4), "BOOT", &[]).await.unwrap();
-        assert_eq!(file_system(&disk.partition(4)), Some("vfat"));
+        disk.make_fat(Erasure::of_boot(), "BOOT", &[]).await.unwrap();
+        assert_eq!(file_system(&disk.partition(4)).unwrap(), Some("vfat"));
         assert_eq!(super::find::label(&disk.partition(4)).as_deref(), Some("BOOT"));
     }
     let also_mounted = Mounted::new(&disk.partition(2), dir.path().join("p2"), Access::ReadOnly);
@@ -170,7 +172,7 @@ async fn the_door_of_a_partition_that_is_mounted_for_reading_opens_for_a_write_o
     let Some(card) = Loop::new(&image(&dir, 1024 * MIB)) else { return };
     let disk = &card.0;
     assert!(disk.partition_resident(&settings()).unwrap());
-    make("ext4", &disk.partition(1), "RECOVERY", &[]).await.unwrap();
+    disk.make(Erasure::in_test(1), "ext4", "RECOVERY", &[]).await.unwrap();
     let mounted = Mounted::new(&disk.partition(1), dir.path().join("p1"), Access::ReadOnly);
     let at = &mounted.0;
     let part = crate::bootpart::BootPart::new(at, &crate::system::Board::default());
@@ -250,4 +252,31 @@ fn the_first_sector_of_an_image_is_its_table() {
         (disk.parts().unwrap(), disk.partuuid(2).unwrap()),
         (other.parts().unwrap(), other.partuuid(2).unwrap())
     );
+}
+
+#[test]
+fn a_table_that_cannot_be_read_is_not_a_card_without_one() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk { device: image(&dir, 1024 * MIB) };
+    assert!(disk.table().unwrap().is_none(), "it can be read, and is blank");
+    // A chain of logical partitions that leads to nowhere.
+    let mut file = fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
+    let mut sector = [0; 512];
+    sector[446 + 4] = 0x05;
+    sector[446 + 8..446 + 16].copy_from_slice(&[0, 8, 0, 0, 0, 0, 16, 0]);
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    file.write_all(&sector).unwrap();
+    let mut first = [0; 512];
+    first[446 + 4] = 0x83;
+    first[446 + 8..446 + 16].copy_from_slice(&[1, 0, 0, 0, 8, 0, 0, 0]);
+    first[446 + 16 + 4] = 0x05;
+    first[446 + 16 + 8..446 + 32].copy_from_slice(&[0, 4, 0, 0, 8, 0, 0, 0]);
+    first[510..].copy_from_slice(&[0x55, 0xaa]);
+    file.seek(SeekFrom::Start(0x800 * 512)).unwrap();
+    file.write_all(&first).unwrap();
+    assert!(disk.parts().is_err() && disk.partition_resident(&settings()).is_err());
+    assert_eq!(fs::read(&disk.device).unwrap()[..512], sector, "it was written to");
+    // One that is too short to have a sector.
+    fs::write(dir.path().join("short"), "x").unwrap();
+    assert!(Disk { device: dir.path().join("short") }.parts().is_err());
 }

@@ -4,9 +4,10 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use crate::settings::Settings;
+use crate::system::disk::erasure::Begun;
 use crate::system::disk::plan::Part;
-use crate::system::disk::{self, Access, Disk, find};
-use crate::system::{Card, Refusal, SystemError};
+use crate::system::disk::{self, Access, Disk, find, kept};
+use crate::system::{Card, Erase, Refusal, SystemError};
 
 /// A stock card: a FAT that is its system's boot partition, a root, and nothing else that could be lost.
 fn stock(disk: &Disk, parts: &[Part]) -> Option<Card> {
@@ -16,7 +17,7 @@ fn stock(disk: &Disk, parts: &[Part]) -> Option<Card> {
     }
     let first = disk.partition(1);
     let boot = find::mounted_at(&first)
-        .filter(|at| disk::file_system(&first) == Some("vfat") && at.join("config.txt").is_file())?;
+        .filter(|at| matches!(disk::file_system(&first), Ok(Some("vfat"))) && at.join("config.txt").is_file())?;
     Some(Card { recovery: boot.clone(), boot, root: "/".into(), home: "/home".into() })
 }
 
@@ -74,6 +75,16 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
         }
     };
     Ok(Some(Card { recovery: mounted, boot, root: "/".into(), home: "/home".into() }))
+}
+
+/// Refuses an installation that would not leave everything else on the disk of the root as it is.
+pub(super) async fn keeps_the_rest(erase: Erase) -> Result<(), Refusal> {
+    let Some(disk) = find::disk_of_root() else { return Ok(()) };
+    match kept::decide(&disk, &Settings::default(), erase, Begun::default()).await {
+        Err(SystemError::Refused(refusal)) => Err(refusal),
+        Err(error) => Err(Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) }),
+        Ok(_) => Ok(()),
+    }
 }
 
 /// Whether the disk of the root can be put into layout resident.

@@ -3,8 +3,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::super::disk::{self, Access, Disk};
-use super::super::{Card, Erase, Lease, SystemError, Target};
+use super::super::disk::erasure::{Begun, Erasure};
+use super::super::disk::plan::Plan;
+use super::super::disk::probe::probe;
+use super::super::disk::{self, Access, Disk, find, kept};
+use super::super::{Card, Erase, Lease, Refusal, SystemError, Target};
 use super::blocking;
 use crate::settings::Settings;
 
@@ -14,6 +17,9 @@ const NEW_HOME: &str = ".marco-new";
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Partitions, makes file systems, and mounts them. What is there of an interrupted try is begun again.
+///
+/// # Errors
+/// The card's, and what is to be kept and is not understood: then nothing was written.
 pub(super) async fn prepare(
     disk: &Disk,
     card: &Card,
@@ -22,44 +28,56 @@ pub(super) async fn prepare(
     lease: Lease,
 ) -> Result<Target, SystemError> {
     let (closed, wanted, at) = (disk.clone(), settings.clone(), card.clone());
-    let new_table = blocking(move || {
+    blocking(move || {
         for at in [&at.root.join("home"), &at.root, &at.boot, &at.home] {
             disk::unmount(at)?;
         }
-        closed.partition_resident(&wanted)
+        // The kernel may have been shown other partitions before, those of a raw image.
+        if closed.plan(&wanted)? == Plan::Keep { closed.partition_resident(&wanted).map(drop) } else { Ok(()) }
     })
     .await?;
+    let begun = begun(disk, card).await?;
+    let decided = kept::decide(disk, settings, erase, begun).await?;
+    let (closed, wanted) = (disk.clone(), settings.clone());
+    let new_table = blocking(move || closed.partition_resident(&wanted)).await?;
     let (boot, root, home) = (disk.partition(4), disk.partition(2), disk.partition(3));
     for device in [&boot, &root, &home] {
         appear(device).await?;
     }
     tracing::info!(disk = %disk.device.display(), new_table, "card partitioned");
-    disk::make_fat(&boot, "BOOT", &settings.boot.mkfs_options).await?;
-    if erase.root || new_table || disk::file_system(&root).is_none() {
-        disk::make(&settings.root.kind, &root, "ROOT", &settings.root.mkfs_options).await?;
+    disk.make_fat(Erasure::of_boot(), "BOOT", &settings.boot.mkfs_options).await?;
+    let (new_root, new_home) = (decided.root.is_some(), decided.home.is_some());
+    let begin = async |begun| {
+        let recovery = card.recovery.clone();
+        blocking(move || kept::begin(&recovery, begun)).await
+    };
+    if let Some(erasure) = decided.root {
+        begin(Begun { root: true, ..begun }).await?;
+        disk.make(erasure, &settings.root.kind, "ROOT", &settings.root.mkfs_options).await?;
     }
-    let (look, at) = (home.clone(), card.home.clone());
-    let unfinished = blocking(move || Ok(disk::file_system(&look).is_none() || is_unfinished(&look, &at))).await?;
-    let new_home = erase.home || new_table || unfinished;
-    if new_home {
-        disk::make(&settings.home.kind, &home, "HOME", &settings.home.mkfs_options).await?;
+    if let Some(erasure) = decided.home {
+        begin(Begun { root: new_root, home: true }).await?;
+        disk.make(erasure, &settings.home.kind, "HOME", &settings.home.mkfs_options).await?;
     }
     let (disk, card) = (disk.clone(), card.clone());
     blocking(move || {
         disk::mount(&root, &card.root, Access::ReadWrite)?;
         disk::mount(&boot, &card.boot, Access::ReadWrite)?;
-        if new_home && (erase.root || new_table) {
+        if new_home && new_root {
             let at = card.root.join("home");
             disk::mount(&home, &at, Access::ReadWrite)?;
             std::fs::write(at.join(NEW_HOME), "").map_err(SystemError::io("write", at.join(NEW_HOME)))?;
+            let folder = std::fs::File::open(&at).map_err(SystemError::io("open", &at))?;
+            rustix::fs::syncfs(&folder).map_err(|error| SystemError::io("sync", &at)(error.into()))?;
         }
-        let kind = |device: &Path| disk::file_system(device).unwrap_or("auto").to_owned();
+        kept::end(&card.recovery)?;
+        let kind = |device: &Path| Ok::<_, SystemError>(disk::file_system(device)?.unwrap_or("auto").to_owned());
         Ok(Target {
             root_device: disk.partuuid(2)?,
             boot_device: disk.partuuid(4)?,
             home_device: disk.partuuid(3)?,
-            root_type: kind(&root),
-            home_type: kind(&home),
+            root_type: kind(&root)?,
+            home_type: kind(&home)?,
             root: card.root,
             boot: card.boot,
             lease,
@@ -68,18 +86,51 @@ pub(super) async fn prepare(
     .await
 }
 
+/// The decisions of an interrupted installation. A home that it has made is not somebody's yet.
+async fn begun(disk: &Disk, card: &Card) -> Result<Begun, SystemError> {
+    let (recovery, home, at) = (card.recovery.clone(), disk.partition(3), card.home.clone());
+    blocking(move || {
+        let begun = kept::begun(&recovery)?;
+        Ok(Begun { home: begun.home || is_unfinished(&home, &at), ..begun })
+    })
+    .await
+}
+
+/// Checks that everything which stays is understood, while the old system is still what boots. Nothing is written.
+pub(super) async fn check_kept(disk: &Disk, card: &Card, settings: &Settings, erase: Erase) -> Result<(), SystemError> {
+    kept::decide(disk, settings, erase, begun(disk, card).await?).await?;
+    if erase.root {
+        return Ok(());
+    }
+    // Its superblock alone does not make a file system that boot files can be fitted to.
+    let (root, at) = (disk.partition(2), card.root.clone());
+    blocking(move || {
+        if find::mounted_at(&root).is_some() {
+            return Ok(());
+        }
+        disk::mount(&root, &at, Access::ReadOnly).map_err(|error| {
+            let message = format!(
+                "the root (p2) is to be kept, and cannot be mounted: {}; install an image, which makes it anew",
+                crate::cause::chain(&error)
+            );
+            Refusal { reason: "PARTITION_NOT_UNDERSTOOD", message }.into()
+        })
+    })
+    .await
+}
+
 /// Makes the boot partition, on which nothing is yet, anew under this label. (The owner's options come after it, and a
 /// label among them counts.)
 pub(super) async fn label_boot(
-    device: &Path,
+    disk: &Disk,
     target: &Target,
     label: &str,
     options: &[String],
 ) -> Result<(), SystemError> {
     let at = target.boot.clone();
     blocking(move || disk::unmount(&at)).await?;
-    disk::make_fat(device, label, options).await?;
-    let (device, at) = (device.to_owned(), target.boot.clone());
+    disk.make_fat(Erasure::of_boot(), label, options).await?;
+    let (device, at) = (disk.partition(4), target.boot.clone());
     blocking(move || disk::mount(&device, &at, Access::ReadWrite)).await
 }
 
@@ -125,11 +176,15 @@ pub(super) fn finish(target: &Target) -> Result<(), SystemError> {
 }
 
 /// Gives a disk without any partition a recovery partition with this join file.
+///
+/// # Errors
+/// The disk's, and that something lies on it all the same, as a file system without a table does.
 pub(super) async fn blank(disk: Disk, join: &str, mounts: &Path) -> Result<Disk, SystemError> {
+    let erasure = Erasure::of_blank_disk(&probe(&disk.device).await)?;
     let empty = disk.clone();
     blocking(move || empty.partition_resident(&Settings::default())).await?;
     appear(&disk.partition(1)).await?;
-    disk::make_fat(&disk.partition(1), disk::RECOVERY_LABEL, &[]).await?;
+    disk.make_fat(erasure, disk::RECOVERY_LABEL, &[]).await?;
     let (at, device, join) = (mounts.join("recovery"), disk.partition(1), join.to_owned());
     blocking(move || {
         disk::mount(&device, &at, Access::ReadWrite)?;
@@ -140,4 +195,89 @@ pub(super) async fn blank(disk: Disk, join: &str, mounts: &Path) -> Result<Disk,
     })
     .await?;
     Ok(disk)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::os::unix::fs::FileExt as _;
+    use std::path::Path;
+
+    use tempfile::TempDir;
+
+    use super::super::super::disk::erasure::{Begun, Erasure};
+    use super::super::super::disk::kept;
+    use super::super::super::disk::tests::{Loop, image};
+    use super::super::super::{Card, Erase, Lease, SystemError};
+    use super::{check_kept, prepare};
+    use crate::settings::Settings;
+
+    const IMAGE: Erase = Erase { root: true, home: false };
+    const BOOT_ONLY: Erase = Erase { root: false, home: false };
+
+    fn card(dir: &TempDir) -> Card {
+        let part = |name| dir.path().join(name);
+        let card = Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") };
+        fs::create_dir_all(card.recovery.join("marco")).unwrap();
+        card
+    }
+
+    fn settings() -> Settings {
+        toml::from_str("boot.size = \"64MiB\"").unwrap()
+    }
+
+    fn refused<T>(outcome: Result<T, SystemError>) -> Option<&'static str> {
+        match outcome {
+            Err(SystemError::Refused(refusal)) => Some(refusal.reason),
+            Err(error) => panic!("{error}"),
+            Ok(_) => None,
+        }
+    }
+
+    fn front(device: &Path) -> Vec<u8> {
+        let mut bytes = vec![0; 1 << 20];
+        File::open(device).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn nothing_is_made_anew_beside_a_home_that_is_not_understood() {
+        let dir = TempDir::new().unwrap();
+        let Some(on) = Loop::new(&image(&dir, 1024 << 20)) else { return };
+        let (disk, card, settings) = (&on.0, card(&dir), settings());
+        assert!(disk.partition_resident(&settings).unwrap());
+        disk.make(Erasure::in_test(2), "ext4", "ROOT", &[]).await.unwrap();
+        let secret = vec![0x5a; 1 << 20];
+        File::options().write(true).open(disk.partition(3)).unwrap().write_all_at(&secret, 0).unwrap();
+        let root = front(&disk.partition(2));
+        for erase in [IMAGE, BOOT_ONLY] {
+            assert_eq!(refused(check_kept(disk, &card, &settings, erase).await), Some("PARTITION_NOT_UNDERSTOOD"));
+            let prepared = prepare(disk, &card, &settings, erase, Lease::new(())).await;
+            assert_eq!(refused(prepared), Some("PARTITION_NOT_UNDERSTOOD"));
+            assert!(front(&disk.partition(3)) == secret, "home was written to");
+            assert!(front(&disk.partition(2)) == root, "the root was written to");
+        }
+        // It was being made when the power went: then it is nobody's.
+        kept::begin(&card.recovery, Begun { root: false, home: true }).unwrap();
+        assert_eq!(refused(check_kept(disk, &card, &settings, IMAGE).await), None);
+    }
+
+    #[tokio::test]
+    async fn a_root_that_cannot_be_mounted_gets_no_boot_files() {
+        let dir = TempDir::new().unwrap();
+        let Some(on) = Loop::new(&image(&dir, 1024 << 20)) else { return };
+        let (disk, card, settings) = (&on.0, card(&dir), settings());
+        assert!(disk.partition_resident(&settings).unwrap());
+        for number in [2, 3] {
+            disk.make(Erasure::in_test(number), "ext4", "X", &[]).await.unwrap();
+        }
+        assert_eq!(refused(check_kept(disk, &card, &settings, BOOT_ONLY).await), None);
+        let _ = rustix::mount::unmount(&card.root, rustix::mount::UnmountFlags::empty());
+        // Its magic number is right, and so is libblkid's answer; the journal's inode and all groups are gone.
+        let broken = File::options().write(true).open(disk.partition(2)).unwrap();
+        broken.write_all_at(&vec![0xff; 512 << 10], 2048).unwrap();
+        broken.sync_all().unwrap();
+        assert_eq!(refused(check_kept(disk, &card, &settings, BOOT_ONLY).await), Some("PARTITION_NOT_UNDERSTOOD"));
+        assert_eq!(refused(check_kept(disk, &card, &settings, IMAGE).await), None, "an image makes it anew");
+    }
 }

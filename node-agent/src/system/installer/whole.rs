@@ -37,7 +37,7 @@ pub(super) async fn mount(
             root_device: String::new(),
             boot_device: String::new(),
             home_device: String::new(),
-            root_type: disk::file_system(&root).unwrap_or("auto").to_owned(),
+            root_type: disk::file_system(&root)?.unwrap_or("auto").to_owned(),
             home_type: String::new(),
             root: card.root,
             boot: card.boot,

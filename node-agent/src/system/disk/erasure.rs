@@ -1,0 +1,251 @@
+//! The one decision that something on a card is lost. A file system is made only with an [`Erasure`], and nothing else
+//! makes one. Pure.
+
+use super::plan::{Part, Plan};
+use super::probe::Contents;
+use crate::system::{Erase, Refusal};
+
+/// Leave to make a file system on one partition, whatever is there.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub(crate) struct Erasure(u32);
+
+/// A partition that an installation may have to keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// The root (p2).
+    Root,
+    /// Home (p3).
+    Home,
+}
+
+/// The decisions of an interrupted installation, which still hold: a file system that was being made cannot be told from
+/// its bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Begun {
+    /// The root was being made.
+    pub(crate) root: bool,
+    /// Home was.
+    pub(crate) home: bool,
+}
+
+/// The file systems that are made anew.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Decided {
+    /// The root.
+    pub(crate) root: Option<Erasure>,
+    /// Home.
+    pub(crate) home: Option<Erasure>,
+}
+
+impl Place {
+    /// Its number in the table.
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Root => 2,
+            Self::Home => 3,
+        }
+    }
+
+    fn erasure(self) -> Erasure {
+        Erasure(self.number())
+    }
+
+    /// Decides over a partition that nobody asked to erase; `None`: it is kept.
+    ///
+    /// # Errors
+    /// It is neither blank nor a file system that the installer can mount, or cannot be read.
+    pub(crate) fn unasked(self, contents: &Contents) -> Result<Option<Erasure>, Refusal> {
+        let (name, number) = match self {
+            Self::Root => ("root", 2),
+            Self::Home => ("/home", 3),
+        };
+        let cure = match self {
+            Self::Root => "install an image, which makes the root anew",
+            Self::Home => "save what is on it, and update with --discard-home to have it made anew",
+        };
+        let refuse = |reason, message| Err(Refusal { reason, message });
+        match (contents, self) {
+            (Contents::FileSystem(_), _) => Ok(None),
+            (Contents::Nothing, Self::Home) => Ok(Some(self.erasure())),
+            (Contents::Nothing, Self::Root) => {
+                refuse("ROOT_EMPTY", format!("the root (p2) is empty, and boot files alone make no system: {cure}"))
+            }
+            (Contents::Unknown(what), _) => refuse(
+                "PARTITION_NOT_UNDERSTOOD",
+                format!(
+                    "{name} (p{number}) is to be kept, and holds {what}, which the installer cannot mount. Nothing was \
+                     changed; {cure}"
+                ),
+            ),
+            (Contents::Unreadable(why), _) => refuse(
+                "PARTITION_UNREADABLE",
+                format!(
+                    "{name} (p{number}) is to be kept, and cannot be read: {why}. The card may be failing; nothing was \
+                     changed"
+                ),
+            ),
+        }
+    }
+}
+
+impl Erasure {
+    /// The partition's number.
+    pub(crate) fn number(&self) -> u32 {
+        self.0
+    }
+
+    /// The system's boot partition (p4): every installation brings all that is in it.
+    pub(crate) fn of_boot() -> Self {
+        Self(4)
+    }
+
+    /// The recovery partition that a disk gets on which nothing lies.
+    ///
+    /// # Errors
+    /// Something lies on it, or it cannot be read.
+    pub(crate) fn of_blank_disk(contents: &Contents) -> Result<Self, Refusal> {
+        let why = match contents {
+            Contents::Nothing => return Ok(Self(1)),
+            Contents::FileSystem(kind) => format!("it holds {kind}"),
+            Contents::Unknown(what) => format!("it holds {what}"),
+            Contents::Unreadable(why) => format!("it cannot be read: {why}"),
+        };
+        let message = format!("the disk has no partitions, but is not blank: {why}");
+        Err(Refusal { reason: "DISK_NOT_BLANK", message })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn in_test(number: u32) -> Self {
+        Self(number)
+    }
+}
+
+/// Partitions that have to be looked at first, since nobody gave leave to erase them.
+pub(crate) fn undecided(plan: &Plan, erase: Erase, begun: Begun) -> Vec<Place> {
+    if *plan != Plan::Keep {
+        return Vec::new();
+    }
+    let decided = [(Place::Root, erase.root || begun.root), (Place::Home, erase.home || begun.home)];
+    decided.into_iter().filter(|(_, decided)| !decided).map(|(place, _)| place).collect()
+}
+
+/// Decides what is made anew. `look` says what lies on a partition, and is asked of the [`undecided`] ones.
+///
+/// # Errors
+/// Something is to be kept that is not understood, or that the new table has no place for.
+pub(crate) fn decide(
+    plan: &Plan,
+    parts: &[Part],
+    erase: Erase,
+    begun: Begun,
+    look: impl Fn(Place) -> Contents,
+) -> Result<Decided, Refusal> {
+    if *plan != Plan::Keep {
+        laid_out_anew(parts, erase)?;
+        return Ok(Decided { root: Some(Place::Root.erasure()), home: Some(Place::Home.erasure()) });
+    }
+    let unasked = undecided(plan, erase, begun);
+    let of = |place: Place| match place {
+        place if unasked.contains(&place) => place.unasked(&look(place)),
+        // It was being made for an image, which is not there.
+        Place::Root if !erase.root => place.unasked(&Contents::Nothing),
+        place => Ok(Some(place.erasure())),
+    };
+    Ok(Decided { root: of(Place::Root)?, home: of(Place::Home)? })
+}
+
+/// A new table takes every partition but the first. The root may go, and what else there is only when home may.
+fn laid_out_anew(parts: &[Part], erase: Erase) -> Result<(), Refusal> {
+    if !erase.root {
+        let message = "the card is not in the installer's layout, and laying it out makes the root anew: install an image \
+                       instead of boot files alone";
+        return Err(Refusal { reason: "LAYOUT_NOT_RESIDENT", message: message.into() });
+    }
+    match parts.iter().find(|part| part.number > 2) {
+        Some(other) if !erase.home => {
+            let message = format!(
+                "the card is not in the installer's layout, and laying it out would erase its partition {}: save what is on \
+                 it, and update with --discard-home",
+                other.number
+            );
+            Err(Refusal { reason: "LAYOUT_NOT_UNDERSTOOD", message })
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::plan::{FAT, Part, Plan};
+    use super::super::probe::Contents;
+    use super::{Begun, Decided, Erase, Erasure, Place, decide};
+
+    const IMAGE: Erase = Erase { root: true, home: false };
+    const BOOT_ONLY: Erase = Erase { root: false, home: false };
+    const ALL: Erase = Erase { root: true, home: true };
+
+    fn on_resident(erase: Erase, begun: Begun, root: &Contents, home: &Contents) -> Result<Decided, &'static str> {
+        let look = |place| if place == Place::Root { root.clone() } else { home.clone() };
+        decide(&Plan::Keep, &[], erase, begun, look).map_err(|refusal| refusal.reason)
+    }
+
+    #[test]
+    fn what_is_kept_and_not_understood_is_refused() {
+        let (ext4, luks) = (Contents::FileSystem("ext4"), Contents::Unknown("crypto_LUKS".into()));
+        let broken = Contents::Unreadable("Input/output error".into());
+        let none = Begun::default();
+        for (contents, reason) in [(&luks, "PARTITION_NOT_UNDERSTOOD"), (&broken, "PARTITION_UNREADABLE")] {
+            assert_eq!(on_resident(IMAGE, none, &ext4, contents), Err(reason));
+            assert_eq!(on_resident(BOOT_ONLY, none, &ext4, contents), Err(reason));
+            assert_eq!(on_resident(BOOT_ONLY, none, contents, &ext4), Err(reason));
+            // It was asked for, in so many words.
+            let all = Decided { root: Some(Erasure(2)), home: Some(Erasure(3)) };
+            assert_eq!(on_resident(ALL, none, contents, contents), Ok(all));
+        }
+        let kept = Decided { root: None, home: None };
+        assert_eq!(on_resident(BOOT_ONLY, none, &ext4, &ext4), Ok(kept));
+        assert_eq!(on_resident(BOOT_ONLY, none, &Contents::Nothing, &ext4), Err("ROOT_EMPTY"));
+    }
+
+    #[test]
+    fn only_a_blank_home_is_made_without_being_asked_for() {
+        let root = Contents::FileSystem("ext4");
+        let decided = on_resident(IMAGE, Begun::default(), &root, &Contents::Nothing).unwrap();
+        assert_eq!(decided.home, Some(Erasure(3)));
+        // Of a home that was being made nothing is known, and yet it is decided.
+        let half = Contents::Unknown("data of no known kind".into());
+        let begun = Begun { root: false, home: true };
+        assert_eq!(on_resident(IMAGE, begun, &root, &half).unwrap().home, Some(Erasure(3)));
+        let begun = Begun { root: true, home: false };
+        assert_eq!(on_resident(IMAGE, begun, &half, &root).unwrap().root, Some(Erasure(2)));
+        assert_eq!(on_resident(BOOT_ONLY, begun, &half, &root), Err("ROOT_EMPTY"));
+    }
+
+    #[test]
+    fn a_new_table_erases_no_partition_that_nobody_gave_up() {
+        let part = |number| Part { number, kind: FAT, start: u64::from(number) << 13, sectors: 1 << 13 };
+        let plan = Plan::Write(Vec::new());
+        let look = |_| panic!("a card that is laid out anew is not looked at");
+        let reason = |parts: &[Part], erase| {
+            decide(&plan, parts, erase, Begun::default(), look).map_err(|refusal| refusal.reason).err()
+        };
+        let (stock, more) = ([part(1), part(2)], [part(1), part(2), part(3)]);
+        assert_eq!(reason(&stock, IMAGE), None);
+        assert_eq!(reason(&stock, BOOT_ONLY), Some("LAYOUT_NOT_RESIDENT"));
+        assert_eq!(reason(&more, IMAGE), Some("LAYOUT_NOT_UNDERSTOOD"));
+        assert_eq!(reason(&more, ALL), None);
+    }
+
+    #[test]
+    fn a_disk_without_partitions_is_not_blank_for_that() {
+        assert_eq!(Erasure::of_blank_disk(&Contents::Nothing), Ok(Erasure(1)));
+        for contents in [
+            Contents::FileSystem("ext4"),
+            Contents::Unknown("LVM2_member".into()),
+            Contents::Unreadable("Input/output error".into()),
+        ] {
+            assert_eq!(Erasure::of_blank_disk(&contents).unwrap_err().reason, "DISK_NOT_BLANK");
+        }
+    }
+}
