@@ -8,7 +8,7 @@ use crate::facts::Facts;
 use crate::tar::{examine_tar, is_header};
 use crate::{Error, Reason, Refused, TarSummary, foreign};
 use table::read_table;
-pub use table::{FRONT, Partition};
+pub use table::{FRONT, Meant, Partition};
 
 /// Size of a sector.
 pub(crate) const SECTOR: usize = 512;
@@ -68,6 +68,37 @@ pub fn is_disk(start: &[u8]) -> bool {
 /// `Refused` when the table makes no sense.
 pub fn partitions(front: &[u8]) -> Result<Vec<Partition>, Error> {
     read_table(front)
+}
+
+/// Bytes of a card that an image takes which begins so; [`FRONT`] bytes are needed.
+///
+/// # Errors
+/// As [`partitions`].
+pub fn length(front: &[u8]) -> Result<u64, Error> {
+    table::length(front)
+}
+
+/// The room that an image's file systems need, in bytes; 0: not known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Of its boot partition.
+    pub boot: u64,
+    /// Of its root.
+    pub root: u64,
+}
+
+/// The least room that an image needs, by its table alone. Which partition is the root shows only in its contents, far
+/// behind the table: of several that may be, the smallest counts, so that nothing is refused that fits.
+///
+/// # Errors
+/// As [`partitions`].
+pub fn needs(front: &[u8]) -> Result<Needs, Error> {
+    let partitions = read_table(front)?;
+    let smallest = |meant| {
+        let lengths = partitions.iter().filter(|partition| partition.meant == meant).map(|found| found.length);
+        lengths.min().unwrap_or_default()
+    };
+    Ok(Needs { boot: smallest(Meant::Fat), root: smallest(Meant::Linux) })
 }
 
 /// Reads a decompressed disk image through to its end, and hands its partitions on. `progress` gets the bytes so far,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
+use marco_archive::disk::Needs;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -229,6 +230,10 @@ impl Work<'_> {
         let front = first.as_deref().map(stream::front).unwrap_or_default();
         self.judge(&download, &front)?;
         let disk = marco_archive::disk::is_disk(&front);
+        let needs = if disk { marco_archive::disk::needs(&front)? } else { Needs::default() };
+        // Before the card's kind: what does not fit is refused wherever it would go.
+        let room = Room::Resident(needs);
+        self.system.check_target(room).await?;
         if disk && !self.system.takes_disk_images() {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
         }
@@ -236,7 +241,7 @@ impl Work<'_> {
         self.labels_are_known().await?;
         let keep = self.keep().await?;
         let erase = Erase { root: true, home: self.job.discard_home };
-        if self.commit(Room::Resident, erase).await? == Ready::AfterRestart {
+        if self.commit(room, erase).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
         let mut target = self.system.prepare_target(erase).await?;
@@ -349,7 +354,7 @@ impl Work<'_> {
 
         self.labels_are_known().await?;
         let erase = Erase { root: false, home: false };
-        if self.commit(Room::Resident, erase).await? == Ready::AfterRestart {
+        if self.commit(Room::Resident(Needs::default()), erase).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
         let target = self.system.prepare_target(erase).await?;
@@ -377,7 +382,7 @@ impl Work<'_> {
     /// once or after a restart.
     async fn commit(&self, room: Room, erase: Erase) -> Result<Ready, InstallError> {
         // While the old system is still what boots.
-        if room == Room::Resident {
+        if matches!(room, Room::Resident(_)) {
             self.system.check_kept(erase).await.map_err(SystemError::from)?;
         }
         let ready = self.system.check_target(room).await?;

@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use marco_archive::disk::Needs;
 
 pub(crate) mod command;
 mod disk;
@@ -203,8 +204,8 @@ pub struct Stretch {
 /// What a card must have room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Room {
-    /// The partitions of layout resident, the recovery partition before all others.
-    Resident,
+    /// The partitions of layout resident, the recovery partition before all others, with so much room in the system's.
+    Resident(Needs),
     /// An image of so many bytes, from the card's beginning, and the recovery partition behind it.
     Whole(u64),
 }
@@ -349,8 +350,8 @@ pub trait System: Send + Sync + 'static {
     /// Whether an update can be begun, before anything is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 
-    /// Whether an installation that makes only this anew can keep the rest: what is to be kept must be understood, and must
-    /// be readable. Nothing is written.
+    /// Refuses an installation that would keep something which the installer does not understand or cannot read. Nothing is
+    /// written.
     async fn check_kept(&self, _erase: Erase) -> Result<(), Refusal> {
         Ok(())
     }
@@ -359,7 +360,7 @@ pub trait System: Send + Sync + 'static {
     /// is written.
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
         match room {
-            Room::Resident => Ok(Ready::Now),
+            Room::Resident(_) => Ok(Ready::Now),
             Room::Whole(_) => Err(SystemError::Unsupported(NO_PARTITIONS)),
         }
     }

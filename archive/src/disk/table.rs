@@ -11,6 +11,21 @@ pub const FRONT: usize = 34 * SECTOR;
 const PROTECTIVE: u8 = 0xee;
 /// Types of partitions that hold further tables.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
+/// Types of partitions that hold a FAT, in a boot record.
+const FATS: [u8; 8] = [0x01, 0x04, 0x06, 0x0b, 0x0c, 0x0e, 0xef, 0xea];
+/// Type of a partition of Linux, in a boot record.
+const LINUX: u8 = 0x83;
+/// Types that hold a FAT in a GPT, as their bytes lie there: EFI system, and basic data.
+pub(super) const GUID_FATS: [[u8; 16]; 2] = [
+    [0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8, 0xd2, 0x11, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b],
+    [0xa2, 0xa0, 0xd0, 0xeb, 0xe5, 0xb9, 0x33, 0x44, 0x87, 0xc0, 0x68, 0xb6, 0xb7, 0x26, 0x99, 0xc7],
+];
+/// Types of Linux in a GPT: data, and roots for ARM of 32 and 64 bits (systemd's Discoverable Partitions Specification).
+pub(super) const GUID_LINUX: [[u8; 16]; 3] = [
+    [0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4],
+    [0x10, 0xd7, 0xda, 0x69, 0xe4, 0x2c, 0x3c, 0x4e, 0xb1, 0x6c, 0x21, 0xa1, 0xd4, 0x9a, 0xbe, 0xd3],
+    [0x45, 0xb0, 0x21, 0xb9, 0xf0, 0x1d, 0xc3, 0x41, 0xaf, 0x44, 0x4c, 0x6f, 0x28, 0x0d, 0x3f, 0xae],
+];
 
 /// A partition of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,6 +36,19 @@ pub struct Partition {
     pub start: u64,
     /// How long it is, in bytes.
     pub length: u64,
+    /// Its contents by the table.
+    pub meant: Meant,
+}
+
+/// The contents of a partition by its type in the table, which need not be true.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Meant {
+    /// A FAT.
+    Fat,
+    /// A file system of Linux.
+    Linux,
+    /// Something else.
+    Other,
 }
 
 /// Whether this is the first sector of a disk: its signature, entries that a boot record can have, and no header of a
@@ -57,6 +85,15 @@ pub(super) fn read_table(front: &[u8]) -> Result<Vec<Partition>, Error> {
     Ok(found)
 }
 
+/// Bytes of the image by its table: up to the end of its last partition, or of the second table that a GPT has behind that.
+pub(super) fn length(front: &[u8]) -> Result<u64, Error> {
+    let end = read_table(front)?.iter().map(|partition| partition.start + partition.length).max().unwrap_or_default();
+    let header = front.get(SECTOR..2 * SECTOR).filter(|header| header.starts_with(b"EFI PART"));
+    let gpt = entries(front).any(|entry| entry.get(4) == Some(&PROTECTIVE));
+    let second = header.filter(|_| gpt).and_then(|header| u64_at(header, 32)).map(|sector| sector.saturating_add(1));
+    Ok(end.max(second.unwrap_or_default().saturating_mul(512)))
+}
+
 /// Whether the boot record has a partition of further tables.
 pub(super) fn has_extended(front: &[u8]) -> bool {
     entries(front).any(|entry| entry.get(4).is_some_and(|kind| EXTENDED.contains(kind)))
@@ -71,7 +108,12 @@ fn boot_record(front: &[u8]) -> Vec<Partition> {
         let kind = entry.get(4)?;
         let (start, length) = (u32_at(entry, 8)?, u32_at(entry, 12)?);
         let wanted = *kind != 0 && !EXTENDED.contains(kind) && length > 0;
-        wanted.then(|| Partition { number, start: bytes(start.into()), length: bytes(length.into()) })
+        let meant = match kind {
+            kind if FATS.contains(kind) => Meant::Fat,
+            &LINUX => Meant::Linux,
+            _ => Meant::Other,
+        };
+        wanted.then(|| Partition { number, start: bytes(start.into()), length: bytes(length.into()), meant })
     };
     (1..).zip(entries(front)).filter_map(entry).collect()
 }
@@ -94,7 +136,13 @@ fn guid(front: &[u8]) -> Option<Vec<Partition>> {
         let (first, last) = (u64_at(entry, 32)?, u64_at(entry, 40)?);
         let sectors = last.checked_sub(first)?.checked_add(1)?;
         let (start, length) = (first.checked_mul(512)?, sectors.checked_mul(512)?);
-        found.push(Partition { number, start, length });
+        let kind = entry.get(..16).unwrap_or_default();
+        let meant = match kind {
+            kind if GUID_FATS.iter().any(|guid| guid == kind) => Meant::Fat,
+            kind if GUID_LINUX.iter().any(|guid| guid == kind) => Meant::Linux,
+            _ => Meant::Other,
+        };
+        found.push(Partition { number, start, length, meant });
     }
     Some(found)
 }

@@ -1,4 +1,4 @@
-use super::{FileSystem, Partition, Partitions, check_image, examine_image, is_disk, read_disk};
+use super::{FileSystem, Needs, Partition, Partitions, check_image, examine_image, is_disk, length, needs, read_disk};
 use crate::{Error, Reason};
 
 const MIB: usize = 1 << 20;
@@ -151,4 +151,42 @@ fn what_is_neither_tarball_nor_disk_says_what_it_is() {
         let refused = check_image(&*bytes, &mut |_| ()).unwrap_err().to_string();
         assert!(words.iter().all(|word| refused.contains(word)), "{refused}");
     }
+}
+
+#[test]
+fn the_table_tells_how_much_room_an_image_needs() {
+    let mib = |mib: u64| mib << 20;
+    assert_eq!(needs(&disk(|_| ())).unwrap(), Needs { boot: mib(2), root: mib(4) });
+    assert_eq!(length(&disk(|_| ())).unwrap(), mib(8));
+    // Types that nobody knows are no demand: what is in the partitions shows later.
+    assert_eq!(needs(&disk(gpt)).unwrap(), Needs::default());
+    let typed = disk(|disk| {
+        gpt(disk);
+        disk[1024..1040].copy_from_slice(&super::table::GUID_FATS[0]);
+        disk[1152..1168].copy_from_slice(&super::table::GUID_LINUX[0]);
+    });
+    assert_eq!(needs(&typed).unwrap(), Needs { boot: mib(2), root: mib(4) });
+    // Of two that may be the root the smaller one counts.
+    let two = disk(|disk| {
+        let entry = &mut disk[446 + 32..][..16];
+        entry[4] = 0x83;
+        entry[8..12].copy_from_slice(&0x4000_u32.to_le_bytes());
+        entry[12..16].copy_from_slice(&0x1000_u32.to_le_bytes());
+    });
+    assert_eq!(needs(&two).unwrap().root, mib(2));
+    assert!(needs(&[0; 20_000]).is_err() && length(&[0; 20_000]).is_err());
+}
+
+#[test]
+fn the_second_table_of_a_gpt_belongs_to_the_image() {
+    let backup = disk(|disk| {
+        gpt(disk);
+        disk[512 + 32..512 + 40].copy_from_slice(&(20_u64 << 11).to_le_bytes());
+    });
+    assert_eq!(length(&backup).unwrap(), (20 << 20) + 512);
+    let absurd = disk(|disk| {
+        gpt(disk);
+        disk[512 + 32..512 + 40].fill(0xff);
+    });
+    assert_eq!(length(&absurd).unwrap(), u64::MAX, "no card is as large");
 }

@@ -6,7 +6,7 @@ use std::io::{BufRead, Error, ErrorKind, Read, Result};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
-use marco_archive::disk::{FileSystem, Partition, Partitions, is_disk, partitions, read_disk};
+use marco_archive::disk::{FileSystem, Partition, Partitions, is_disk, length, read_disk};
 use rustix::fs::FallocateFlags;
 use tokio_util::sync::CancellationToken;
 
@@ -56,12 +56,12 @@ impl Work<'_> {
             return Err(InstallError::image("it was to be written as it is, but is no image of a whole disk"));
         }
         self.judge(&download, &front)?;
-        let bytes = partitions(&front)?.iter().map(|partition| partition.start + partition.length).max();
+        let bytes = length(&front)?;
 
         self.labels_are_known().await?;
         let keep = self.keep().await?;
         let erase = Erase { root: true, home: true };
-        if self.commit(Room::Whole(bytes.unwrap_or_default()), erase).await? == Ready::AfterRestart {
+        if self.commit(Room::Whole(bytes), erase).await? == Ready::AfterRestart {
             return Ok(Next::Installer);
         }
         let card = self.system.whole_card().await?;

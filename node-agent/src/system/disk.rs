@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use marco_archive::disk::Needs;
 use mbrman::{BOOT_INACTIVE, CHS, MBR, MBRPartitionEntry};
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -23,7 +24,7 @@ pub(crate) mod probe;
 
 /// No file system of a card takes longer to make; discarding a large one is slow.
 const MKFS_TIME: Duration = Duration::from_secs(15 * 60);
-/// How much at the beginning and at the end of a new partition is emptied, so that nothing there is taken for a file
+/// Bytes that are emptied at the beginning and at the end of a new partition, so that nothing there is taken for a file
 /// system or a member of a RAID.
 const WIPE: usize = 1 << 20;
 /// The last bytes of a sector that holds a table.
@@ -70,9 +71,7 @@ impl Disk {
         }
         match MBR::read_from(&mut device, 512) {
             Ok(table) => Ok(Some(table)),
-            Err(mbrman::Error::Io(error)) => {
-                Err(SystemError::io("read the partition table of", &self.device)(error))
-            }
+            Err(mbrman::Error::Io(error)) => Err(SystemError::io("read the partition table of", &self.device)(error)),
             // A card whose table cannot be followed may hold anything.
             Err(error) => {
                 let message = format!("the partition table of {} makes no sense: {error}", self.device.display());
@@ -96,6 +95,19 @@ impl Disk {
     /// What has to become of the table.
     pub(crate) fn plan(&self, settings: &Settings) -> Result<Plan, SystemError> {
         Ok(plan(&self.parts()?, self.sectors()?, settings)?)
+    }
+
+    /// Checks that the partitions that the card has, or will have, are large enough.
+    pub(crate) fn fits(&self, settings: &Settings, needs: Needs) -> Result<(), SystemError> {
+        let parts = match self.plan(settings)? {
+            Plan::Keep => self.parts()?,
+            Plan::Write(parts) => parts,
+            Plan::Move(recovery) => match plan(&[recovery], self.sectors()?, settings)? {
+                Plan::Write(parts) => parts,
+                Plan::Keep | Plan::Move(_) => Vec::new(),
+            },
+        };
+        Ok(plan::fits(&parts, needs)?)
     }
 
     /// Where the recovery partition has to lie when an image of so many bytes is written before it; none: where it is.
@@ -223,12 +235,7 @@ impl Disk {
     }
 
     /// Makes a FAT on the partition that may be erased.
-    pub(crate) async fn make_fat(
-        &self,
-        erasure: Erasure,
-        label: &str,
-        options: &[String],
-    ) -> Result<(), SystemError> {
+    pub(crate) async fn make_fat(&self, erasure: Erasure, label: &str, options: &[String]) -> Result<(), SystemError> {
         let device = self.partition(erasure.number());
         let device = device.to_string_lossy();
         let mut command = vec!["/sbin/mkfs.vfat", "-F", "32", "-n", label];
@@ -314,7 +321,7 @@ pub(crate) fn file_system(device: &Path) -> Result<Option<&'static str>, SystemE
     Ok(probe::look(device).map_err(SystemError::io("read", device))?.kind)
 }
 
-/// Whether nothing is on a device as far as its beginning tells.
+/// True if a device holds nothing, as far as its beginning tells.
 pub(crate) fn is_blank(device: &Path) -> Result<bool, SystemError> {
     Ok(probe::look(device).map_err(SystemError::io("read", device))?.blank)
 }

@@ -145,7 +145,7 @@ impl Installer {
         let (disk, settings) = (self.disk.clone(), self.settings.clone());
         blocking(move || match room {
             Room::Whole(image) => disk.behind(image),
-            Room::Resident => match disk.plan(&settings)? {
+            Room::Resident(_) => match disk.plan(&settings)? {
                 Plan::Move(to) => Ok(Some(to)),
                 Plan::Keep | Plan::Write(_) => Ok(None),
             },
@@ -287,6 +287,10 @@ impl System for Installer {
     }
 
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
+        if let Room::Resident(needs) = room {
+            let (disk, settings) = (self.disk.clone(), self.settings.clone());
+            blocking(move || disk.fits(&settings, needs)).await?;
+        }
         let moves = self.recovery_in_the_way_of(room).await?.is_some();
         Ok(if moves { Ready::AfterRestart } else { Ready::Now })
     }

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::disk::erasure::{self, Begun, Decided, Place};
-use super::disk::plan::Plan;
+use super::disk::plan::{self, Plan};
 use super::disk::probe::Contents;
 use super::rooted::Rooted;
 use super::{
@@ -147,7 +147,7 @@ impl VirtualPi {
         }
     }
 
-    /// What an installation makes anew. A card of folders is always understood, but in a test that says what its root or
+    /// Decides what an installation makes anew. A card of folders is always understood, but in a test that says what its root or
     /// home holds instead: the name of something, `unreadable`, or nothing at all.
     fn decide(&self, erase: Erase) -> Result<Decided, Refusal> {
         let plan = if self.is_stock() { Plan::Write(Vec::new()) } else { Plan::Keep };
@@ -321,15 +321,15 @@ impl System for VirtualPi {
     }
 
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
-        if room != Room::Resident {
-            return Err(SystemError::Unsupported(NO_PARTITIONS));
-        }
+        let Room::Resident(needs) = room else { return Err(SystemError::Unsupported(NO_PARTITIONS)) };
         // A card of folders has no size, but in a test that gives it one, in MiB.
         let size = std::fs::read_to_string(self.dir.join("card-size")).unwrap_or_default();
         let Ok(mebibytes) = size.trim().parse::<u64>() else { return Ok(Ready::Now) };
         let settings = Settings::read(&self.card().recovery);
         let settings = settings.map_err(|error| SystemError::Invalid(crate::cause::chain(&error)))?;
-        super::disk::plan::plan(&[], mebibytes << 11, &settings)?;
+        if let Plan::Write(parts) = plan::plan(&[], mebibytes << 11, &settings)? {
+            plan::fits(&parts, needs)?;
+        }
         Ok(Ready::Now)
     }
 

@@ -78,6 +78,42 @@ async fn what_is_kept_and_not_understood_stays_and_the_old_system_comes_back() {
     }
 }
 
+/// The front of a disk image whose root has so many MiB.
+fn disk(root: u32) -> Vec<u8> {
+    let mut disk = vec![0; 64 << 10];
+    for (number, kind, start, length) in [(0, 0x0c, 2048, 64 << 11), (1, 0x83, 65 << 11, root << 11)] {
+        let entry = &mut disk[446 + number * 16..][..16];
+        entry[4] = kind;
+        entry[8..12].copy_from_slice(&u32::to_le_bytes(start));
+        entry[12..16].copy_from_slice(&u32::to_le_bytes(length));
+    }
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    disk
+}
+
+/// What the first chunk tells is asked before anything is erased: this card's root would have two thirds of 1232 MiB.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn disk_that_does_not_fit_is_refused_before_anything_is_touched() {
+    let mut senseless = disk(1);
+    senseless[446 + 16 + 8..446 + 16 + 12].copy_from_slice(&[0, 9, 0, 0]);
+    for (bytes, reason, word) in [
+        (disk(1000), "NO_ROOM", "root has 1000 MiB"),
+        (disk(800), "SYSTEM_ERROR", "push a tarball"),
+        (senseless, "IMAGE_REFUSED", "overlap"),
+    ] {
+        let (downloader, _server) = downloader(bytes.clone(), |_| Wrong::Nothing).await;
+        let mut bed = Bed::new().await;
+        std::fs::write(bed.dir.path().join("card-size"), "2000\n").unwrap();
+        let error = bed.install(&image_job(&bytes), &downloader).await.unwrap_err();
+        assert_eq!((error.reason, error.retryable), (reason, false), "{error}");
+        assert!(error.message.contains(word), "{error}");
+        assert!(bed.has("root/old"), "the card was touched");
+        bed.installer.reboot(Reboot::Plain, None, "").await.unwrap();
+        assert_eq!(bed.powered.boot().await.mode(), Mode::Running, "the old system is back");
+        bed.powered.kill().await;
+    }
+}
+
 /// Who says that home goes need not know what is on it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn home_that_is_given_up_goes_whatever_it_holds() {

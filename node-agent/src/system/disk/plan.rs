@@ -2,6 +2,8 @@
 //!
 //! On the card p1 (recovery, as it was found) comes first, then p4 (the system's boot partition), p2 (root), p3 (home).
 
+use marco_archive::disk::Needs;
+
 use crate::settings::Settings;
 use crate::system::Refusal;
 
@@ -129,6 +131,28 @@ fn divide(recovery: Part, sectors: u64, settings: &Settings) -> Result<Vec<Part>
     Ok(vec![recovery, root, home, boot])
 }
 
+/// Checks that boot partition and root have the room that an image needs.
+///
+/// # Errors
+/// One of them has not (`NO_ROOM`).
+pub(crate) fn fits(parts: &[Part], needs: Needs) -> Result<(), Refusal> {
+    for (number, name, needed) in [(4, "boot partition", needs.boot), (2, "root", needs.root)] {
+        let Some(part) = parts.iter().find(|part| part.number == number) else { continue };
+        let size = part.sectors.saturating_mul(SECTOR);
+        if needed > size {
+            let message = format!(
+                "the image's {name} has {} MiB, and that of this card (p{number}) {} MiB: make the image smaller, or lay the \
+                 card out anew with a larger one ({}.size in marco/install.toml)",
+                needed.div_ceil(1 << 20),
+                size >> 20,
+                if number == 2 { "root" } else { "boot" },
+            );
+            return Err(Refusal { reason: "NO_ROOM", message });
+        }
+    }
+    Ok(())
+}
+
 /// Where the recovery partition of a card has to lie when an image of so many bytes is written from its beginning on; none:
 /// where it is.
 ///
@@ -165,7 +189,7 @@ fn up(sector: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{FAT, LINUX, Part, Plan, behind, is_resident, plan};
+    use super::{FAT, LINUX, Needs, Part, Plan, behind, fits, is_resident, plan};
     use crate::settings::Settings;
 
     const MIB: u64 = 2048;
@@ -264,6 +288,24 @@ mod tests {
         // Where it has room behind it, it stays.
         let middle = part(1, FAT, 1024 * MIB, 256 * MIB);
         assert_eq!(written(&[middle], 4096 * MIB, "")[0], middle);
+    }
+
+    #[test]
+    fn image_that_is_larger_than_its_partition_is_refused() {
+        let needs = |boot: u64, root: u64| Needs { boot: boot << 20, root: root << 20 };
+        let resident = written(&[], 4096 * MIB, "root.size = \"1GiB\"");
+        for (needs, what) in
+            [(needs(0, 1024), None), (needs(0, 1025), Some("(p2) 1024 MiB")), (needs(513, 1), Some("(p4) 512"))]
+        {
+            let refused = fits(&resident, needs).map_err(|refusal| (refusal.reason, refusal.message));
+            match what {
+                None => assert_eq!(refused, Ok(())),
+                Some(what) => assert!(refused.is_err_and(|(reason, text)| reason == "NO_ROOM" && text.contains(what))),
+            }
+        }
+        // By default a root has 32 GiB at most, however large the card is.
+        let large = written(&[], 512 * 1024 * MIB, "");
+        assert!(fits(&large, needs(0, 32 << 10)).is_ok() && fits(&large, needs(0, (32 << 10) + 1)).is_err());
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::plan::{FAT, Part, Plan, is_resident};
 use super::erasure::Erasure;
+use super::plan::{FAT, Part, Plan, is_resident};
 use super::{Access, Disk, Stretch, file_system, mount, unmount};
 use crate::settings::Settings;
 
@@ -279,4 +279,19 @@ fn a_table_that_cannot_be_read_is_not_a_card_without_one() {
     // One that is too short to have a sector.
     fs::write(dir.path().join("short"), "x").unwrap();
     assert!(Disk { device: dir.path().join("short") }.parts().is_err());
+}
+
+#[test]
+fn room_is_that_of_the_partitions_that_are_there_or_will_be() {
+    let dir = TempDir::new().unwrap();
+    let disk = Disk { device: image(&dir, 1024 * MIB) };
+    let root = |mib: u64| marco_archive::disk::Needs { root: mib << 20, boot: 0 };
+    let planned: Settings = toml::from_str("root.size = \"256MiB\"").unwrap();
+    for _ in 0..2 {
+        disk.fits(&planned, root(256)).unwrap();
+        assert!(disk.fits(&planned, root(257)).is_err());
+        // The second time they are there, whatever the sizes are now.
+        disk.partition_resident(&planned).unwrap();
+    }
+    assert!(disk.fits(&settings(), root(257)).is_err());
 }
