@@ -1,5 +1,7 @@
-//! How a tarball may be compressed, by its first bytes, and how much memory unpacking it may take: the controller
-//! refuses at the push what a Pi could not unpack.
+//! Compressions of an image, and the one decoder of them: the push reads an image through the same code as the
+//! installer, so that what the one takes the other takes, bit for bit.
+
+use std::io::{BufRead, Error, Read, Result};
 
 /// Largest window of zstd, as a power of two: 16 MiB, as `--long=24` makes it. `zstd -19` needs 8 MiB; `--ultra -22` and
 /// `--long` need 128 MiB.
@@ -34,6 +36,27 @@ impl Compression {
         }
     }
 
+    /// Unpacks a stream that is compressed so.
+    ///
+    /// # Errors
+    /// The decoder cannot be made. What is wrong with the stream shows when it is read.
+    pub fn decoder<'a>(self, stream: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
+        Ok(match self {
+            Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
+            Self::Xz => {
+                let flags = liblzma::stream::CONCATENATED;
+                let decoder = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags).map_err(Error::other)?;
+                Box::new(liblzma::bufread::XzDecoder::new_stream(stream, decoder))
+            }
+            Self::Zstd => {
+                let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+                decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+                Box::new(decoder)
+            }
+            Self::None => Box::new(stream),
+        })
+    }
+
     /// The word for it in the API and in messages.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -62,9 +85,123 @@ impl Compression {
     }
 }
 
+/// The push's verdict over an artifact, which goes along to the node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packing {
+    /// A tarball.
+    Tar(Compression),
+    /// The image of a whole disk.
+    Disk(Compression),
+    /// A zip.
+    Zip,
+}
+
+impl Packing {
+    /// All of them.
+    const ALL: [Self; 9] = [
+        Self::Tar(Compression::None),
+        Self::Tar(Compression::Gzip),
+        Self::Tar(Compression::Xz),
+        Self::Tar(Compression::Zstd),
+        Self::Disk(Compression::None),
+        Self::Disk(Compression::Gzip),
+        Self::Disk(Compression::Xz),
+        Self::Disk(Compression::Zstd),
+        Self::Zip,
+    ];
+
+    /// The word in the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tar(compression) => compression.as_str(),
+            Self::Disk(Compression::None) => "none disk",
+            Self::Disk(Compression::Gzip) => "gzip disk",
+            Self::Disk(Compression::Xz) => "xz disk",
+            Self::Disk(Compression::Zstd) => "zstd disk",
+            Self::Zip => "zip",
+        }
+    }
+
+    /// By its word; `None`: a controller did not say, or says what only a newer agent knows.
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|packing| packing.as_str() == word)
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Compression;
+    use std::io::{Read as _, Write as _};
+
+    use super::{Compression, Packing};
+
+    const TEXT: &[u8] = b"what an image unpacks to, more than a few bytes of it";
+
+    fn gzip() -> Vec<u8> {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(TEXT).unwrap();
+        gzip.finish().unwrap()
+    }
+
+    fn xz() -> Vec<u8> {
+        let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+        xz.write_all(TEXT).unwrap();
+        xz.finish().unwrap()
+    }
+
+    fn zstd() -> Vec<u8> {
+        zstd::encode_all(TEXT, 1).unwrap()
+    }
+
+    /// Unpacks it with readers that give little or much at once; `None`: refused.
+    fn decoded(bytes: &[u8]) -> Option<Vec<u8>> {
+        let compression = Compression::detect(bytes);
+        let mut outcomes = [1, 7, 1 << 16].map(|size| {
+            let mut unpacked = Vec::new();
+            let reader = std::io::BufReader::with_capacity(size, bytes);
+            compression.decoder(reader).unwrap().read_to_end(&mut unpacked).ok().map(|_| unpacked)
+        });
+        assert!(outcomes.windows(2).all(|two| two[0] == two[1]), "it depends on the size of what arrives");
+        outcomes[0].take()
+    }
+
+    #[test]
+    fn streams_are_unpacked_to_their_ends_and_no_further() {
+        let twice = [TEXT, TEXT].concat();
+        for one in [gzip(), xz(), zstd()] {
+            assert_eq!(decoded(&one).as_deref(), Some(TEXT));
+            assert_eq!(decoded(&[one.as_slice(), &one].concat()), Some(twice.clone()), "what pigz and pxz write");
+            assert_eq!(decoded(&one[..one.len() - 1]), None, "it is cut");
+            assert_eq!(decoded(&[one.as_slice(), b"more"].concat()), None, "something else follows");
+        }
+        let skippable = [0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4];
+        assert_eq!(decoded(&[&skippable, zstd().as_slice()].concat()).as_deref(), Some(TEXT));
+    }
+
+    #[test]
+    fn padding_of_xz_is_a_multiple_of_four() {
+        for (padding, taken) in [(1, false), (2, false), (3, false), (4, true), (6, false), (8, true)] {
+            let padded = [xz(), vec![0; padding]].concat();
+            assert_eq!(decoded(&padded).is_some(), taken, "{padding}");
+            assert_eq!(decoded(&[padded, xz()].concat()).is_some(), taken, "{padding}, between two");
+        }
+    }
+
+    #[test]
+    fn reserved_flags_of_gzip_are_refused() {
+        for flag in [0x20, 0x40, 0x80] {
+            let mut stream = gzip();
+            stream[3] |= flag;
+            assert_eq!(decoded(&stream), None, "{flag:#x}");
+        }
+    }
+
+    #[test]
+    fn every_packing_has_a_word_of_its_own() {
+        for packing in Packing::ALL {
+            assert_eq!(Packing::parse(packing.as_str()), Some(packing));
+        }
+        assert_eq!((Packing::parse(""), Packing::parse("lz4 disk")), (None, None));
+    }
 
     #[test]
     fn a_stream_is_known_by_its_first_bytes() {

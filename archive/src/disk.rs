@@ -4,6 +4,8 @@ mod table;
 
 use std::io::{BufRead, Cursor, ErrorKind, Read as _};
 
+use serde::{Deserialize, Serialize};
+
 use crate::facts::Facts;
 use crate::tar::{examine_tar, is_header};
 use crate::{Error, Reason, Refused, TarSummary, foreign};
@@ -79,7 +81,7 @@ pub fn length(front: &[u8]) -> Result<u64, Error> {
 }
 
 /// The room that an image's file systems need, in bytes; 0: not known.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Needs {
     /// Of its boot partition.
     pub boot: u64,
@@ -174,6 +176,7 @@ pub fn examine_image<R: BufRead>(mut reader: R, progress: &mut dyn FnMut(u64)) -
 struct Found {
     fat: bool,
     ext: bool,
+    needs: Needs,
     others: Vec<String>,
 }
 
@@ -187,7 +190,7 @@ impl Found {
             lacks.push("an ext4 partition for the root");
         }
         if lacks.is_empty() {
-            return Facts::default();
+            return Facts { needs: self.needs, ..Facts::default() };
         }
         let cure = if extended && !self.ext {
             "it has logical partitions, which a Pi's card of ours has not: mount its root and use marcoctl image pack"
@@ -209,12 +212,13 @@ impl Found {
 impl Partitions for Found {
     fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error> {
         match file_system {
-            FileSystem::Fat => self.fat = true,
-            FileSystem::Ext => self.ext = true,
+            // The first of each kind is what a card gets.
+            FileSystem::Fat if !self.fat => (self.fat, self.needs.boot) = (true, partition.length),
+            FileSystem::Ext if !self.ext => (self.ext, self.needs.root) = (true, partition.length),
             FileSystem::Other if self.others.len() < 4 => {
                 self.others.push(format!("something else in partition {}", partition.number));
             }
-            FileSystem::Other => {}
+            FileSystem::Fat | FileSystem::Ext | FileSystem::Other => {}
         }
         Ok(false)
     }

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::ZipSummary;
+use crate::disk::Needs;
 use crate::firmware::{BootFiles, FAMILIES, Selection, Tree, select};
 
 pub(crate) use collect::Collector;
@@ -29,6 +30,9 @@ pub struct Facts {
     /// The text of `config.txt` and of what it includes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub texts: BTreeMap<String, String>,
+    /// Of a disk image: the room that its file systems need; zeros: it is none, or was judged before this was asked.
+    #[serde(default)]
+    pub needs: Needs,
 }
 
 /// FAT does not tell upper from lower case.
@@ -55,6 +59,7 @@ impl Facts {
             refusal: None,
             boot_files: files.map(|file| file.name.to_lowercase()).collect(),
             texts: zip.config_txt.iter().map(|text| ("config.txt".to_owned(), text.clone())).collect(),
+            needs: Needs::default(),
         }
     }
 

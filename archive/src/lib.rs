@@ -17,7 +17,7 @@ mod tar;
 mod zip;
 
 pub use boot_set::{check_installer_set, check_system_set};
-pub use compression::Compression;
+pub use compression::{Compression, Packing};
 pub use disk::{Examined, check_image, examine_image};
 pub use error::{Error, Reason, Refused};
 pub use facts::Facts;

@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use bytes::Bytes;
-use marco_archive::{Compression, Facts};
+use marco_archive::Facts;
 use tokio_util::sync::CancellationToken;
 
+pub use marco_archive::Packing;
 pub use upload::Upload;
 
 /// Largest artifact in bytes, 64 GiB: the largest cards that people put into Pis hold twice that.
@@ -36,17 +37,6 @@ pub enum Content {
     InstallerBootcode,
     /// Boot files as a zip that start the installed system.
     SystemBootcode,
-}
-
-/// How an artifact is packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Packing {
-    /// A tarball, and how it is compressed.
-    Tar(Compression),
-    /// A whole-disk image, whose entries are its partitions, and how it is compressed.
-    Disk(Compression),
-    /// A zip.
-    Zip,
 }
 
 /// Why an artifact is not taken or cannot be given.
@@ -327,20 +317,6 @@ impl Digest {
 impl std::fmt::Display for Digest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&hex::encode(self.0))
-    }
-}
-
-impl Packing {
-    /// The word in the API.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Tar(compression) => compression.as_str(),
-            Self::Disk(Compression::None) => "none disk",
-            Self::Disk(Compression::Gzip) => "gzip disk",
-            Self::Disk(Compression::Xz) => "xz disk",
-            Self::Disk(Compression::Zstd) => "zstd disk",
-            Self::Zip => "zip",
-        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use marco_archive::Facts;
+use marco_archive::{Facts, Packing};
 use marco_proto::v1::GetArtifactRequest;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use tokio::io::AsyncWriteExt;
@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Channel;
 
 use crate::backoff::full_jitter;
-use fetch::Fetch;
+use fetch::{Fetch, Opened};
 
 mod fetch;
 mod header;
@@ -119,6 +119,8 @@ pub struct Download {
     pub size_bytes: u64,
     /// What an image says about itself; `None`: the controller did not say.
     pub facts: Option<Facts>,
+    /// The push's verdict; `None`: the controller did not say.
+    pub packing: Option<Packing>,
     /// The chunks. They end after the last one, when the digest of the whole was right too; or with an error.
     pub chunks: mpsc::Receiver<Result<Bytes, DownloadError>>,
     /// Ends with this value; to be kept while chunks are wanted.
@@ -234,7 +236,9 @@ impl Downloader {
         let cancel = cancel.clone();
         let task = AbortOnDropHandle::new(tokio::spawn(fetch.run(cancel)));
         match header.await {
-            Ok(Ok((size_bytes, facts))) => Ok(Download { size_bytes, facts, chunks, receiving: Receiving(task) }),
+            Ok(Ok(Opened { size_bytes, facts, packing })) => {
+                Ok(Download { size_bytes, facts, packing, chunks, receiving: Receiving(task) })
+            }
             Ok(Err(error)) => Err(error),
             Err(_) => Err(DownloadError::Corrupt("the download ended before it began".into())),
         }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat, Utc};
+use marco_archive::Compression;
 use marco_archive::disk::Needs;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +21,7 @@ use crate::system::{
 use first_boot::give_on;
 use personal::Keep;
 use unpack::Destination;
+use verdict::Verdict;
 
 mod agent;
 mod boot_files;
@@ -30,6 +32,7 @@ mod plan;
 mod raw;
 mod stream;
 mod unpack;
+mod verdict;
 mod whole;
 mod write_back;
 
@@ -227,12 +230,11 @@ impl Work<'_> {
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
 
-        let front = first.as_deref().map(stream::front).unwrap_or_default();
-        self.judge(&download, &front)?;
-        let disk = marco_archive::disk::is_disk(&front);
-        let needs = if disk { marco_archive::disk::needs(&front)? } else { Needs::default() };
+        let verdict = Verdict::of(&download, first.as_deref().unwrap_or_default())?;
+        self.judge(&download)?;
+        let disk = verdict.disk;
         // Before the card's kind: what does not fit is refused wherever it would go.
-        let room = Room::Resident(needs);
+        let room = Room::Resident(verdict.needs(&download)?);
         self.system.check_target(room).await?;
         if disk && !self.system.takes_disk_images() {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
@@ -250,7 +252,7 @@ impl Work<'_> {
             true => Destination::Partitions(self.system.raw_target(&target).await?),
             false => Destination::Folder(target.root.clone()),
         };
-        self.unpack(download, first, into, target.lease.clone()).await?;
+        self.unpack(download, verdict.compression, first, into, target.lease.clone()).await?;
         if disk {
             self.system.mount_raw(&target).await?;
             "ext4".clone_into(&mut target.root_type);
@@ -286,8 +288,7 @@ impl Work<'_> {
     }
 
     /// Whether the image can start this board, by what is known of it before the card is touched.
-    fn judge(&self, download: &Download, front: &[u8]) -> Result<(), InstallError> {
-        marco_archive::foreign::refuse(front).map_err(|refused| InstallError::image(refused.to_string()))?;
+    fn judge(&self, download: &Download) -> Result<(), InstallError> {
         let Some(facts) = &download.facts else { return Ok(()) };
         facts.judge(&self.board.family, self.board.device_tree()).map_err(InstallError::not_a_system)
     }
@@ -302,6 +303,7 @@ impl Work<'_> {
     async fn unpack(
         &self,
         download: Download,
+        compression: Compression,
         first: Option<Bytes>,
         into: Destination,
         lease: Lease,
@@ -314,7 +316,7 @@ impl Work<'_> {
                 progress(Phase::Unpacking, done, total);
             }
         });
-        unpack::unpack(download, first, into, lease, self.system.as_ref(), tell).await
+        unpack::unpack(download, compression, first, into, lease, self.system.as_ref(), tell).await
     }
 
     /// Makes the new system this node's own.

@@ -296,7 +296,7 @@ impl ArtifactService for Services {
             sha256,
             chunk_size: CHUNK.try_into().unwrap(),
             chunk_sha256: contents.chunks(CHUNK).flat_map(Sha256::digest).collect::<Vec<u8>>().into(),
-            facts: None,
+            ..DownloadHeader::default()
         };
         let offset = usize::try_from(offset).unwrap();
         let mut parts = vec![Part::Header(header)];

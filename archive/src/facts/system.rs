@@ -157,7 +157,9 @@ impl Found {
             ));
         }
         match chosen.filter(|_| self.known) {
-            Some(folder) => Facts { refusal: None, boot_files: folder.names.clone(), texts: read_texts(folder) },
+            Some(folder) => {
+                Facts { boot_files: folder.names.clone(), texts: read_texts(folder), ..Facts::default() }
+            }
             None => Facts::default(),
         }
     }

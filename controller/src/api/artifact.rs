@@ -432,6 +432,7 @@ impl ArtifactService for ArtifactsApi {
             chunk_size: if row.chunk_size == 0 { CHUNK_SIZE } else { row.chunk_size },
             chunk_sha256: row.chunk_sha256.into(),
             facts: facts.map(convert::facts),
+            compression: row.compression,
         };
         let first = v1::DownloadArtifactResponse { part: Some(v1::download_artifact_response::Part::Header(header)) };
         // The channel is empty, so this cannot fail.

@@ -2,18 +2,14 @@
 //! bounded pipe between them.
 
 use std::fs::File;
-use std::io::{self, Read, Seek as _, SeekFrom};
+use std::io::{self, BufRead as _, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
 use std::thread;
 
-use async_compression::tokio::bufread::{GzipDecoder, XzDecoder, ZstdDecoder};
-use async_compression::zstd::DParameter;
 use bytes::Bytes;
-use marco_archive::compression::{XZ_MEMORY, ZSTD_WINDOW_LOG};
 use marco_archive::{Compression, Examined, Facts, Reason, Refused};
 use marco_proto::names::CHUNK_SIZE;
 use sha2::{Digest as _, Sha256};
-use tokio::io::{AsyncBufRead, AsyncRead};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -104,17 +100,11 @@ fn check_image(
     stop: &CancellationToken,
     progress: &impl Fn(u64),
 ) -> Checked {
-    let runtime = Handle::current();
-    let mut source = StreamReader::new(ReceiverStream::new(receiver));
-    let start = runtime
-        .block_on(tokio::io::AsyncBufReadExt::fill_buf(&mut source))
-        .map_err(failed("read an upload"))?
-        .get(..8)
-        .map(<[u8]>::to_vec)
-        .unwrap_or_default();
-    let compression = Compression::detect(&start);
-    let reader = decoder(source, compression);
-    let inner = Stoppable { inner: SyncIoBridge::new_with_handle(reader, runtime), stop };
+    let source = StreamReader::new(ReceiverStream::new(receiver));
+    let mut source = SyncIoBridge::new_with_handle(source, Handle::current());
+    let compression = Compression::detect(source.fill_buf().map_err(failed("read an upload"))?);
+    let inner = compression.decoder(source).map_err(failed("decompress an upload"))?;
+    let inner = Stoppable { inner, stop };
     let mut reader = io::BufReader::with_capacity(BLOCK, Explained { inner, compression, window: None });
     let checked = marco_archive::examine_image(&mut reader, &mut |done| progress(done));
     match (checked, reader.get_ref().window) {
@@ -125,30 +115,6 @@ fn check_image(
         (Err(_), Some(window)) => Err(ArtifactError::Format(format!("the image is refused: {window}"))),
         (Err(marco_archive::Error::Refused(refused)), None) => Err(refused.into()),
         (Err(marco_archive::Error::Io { action, source }), None) => Err(ArtifactError::Io { action, source }),
-    }
-}
-
-fn decoder(
-    source: impl AsyncBufRead + Send + Unpin + 'static,
-    compression: Compression,
-) -> Box<dyn AsyncRead + Send + Unpin> {
-    match compression {
-        Compression::Gzip => {
-            let mut decoder = GzipDecoder::new(source);
-            decoder.multiple_members(true);
-            Box::new(decoder)
-        }
-        Compression::Xz => {
-            let mut decoder = XzDecoder::with_mem_limit(source, XZ_MEMORY);
-            decoder.multiple_members(true);
-            Box::new(decoder)
-        }
-        Compression::Zstd => {
-            let mut decoder = ZstdDecoder::with_params(source, &[DParameter::window_log_max(ZSTD_WINDOW_LOG)]);
-            decoder.multiple_members(true);
-            Box::new(decoder)
-        }
-        Compression::None => Box::new(source),
     }
 }
 

@@ -316,6 +316,32 @@ async fn streams_that_need_too_much_memory_are_refused() {
     assert!(error.contains("zstd -19 --long=24"), "{error}");
 }
 
+/// The node has the same decoder, and would refuse them when its root is empty.
+#[tokio::test]
+async fn streams_that_the_installer_cannot_unpack_are_refused() {
+    let (dir, store) = fresh();
+    let data = tarball(1000);
+    let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
+    xz.write_all(&data).unwrap();
+    let xz = xz.finish().unwrap();
+    let mut encoder = GzipEncoder::new(Vec::new());
+    encoder.write_all(&data).await.unwrap();
+    encoder.shutdown().await.unwrap();
+    let gzip = encoder.into_inner();
+    let mut reserved = gzip.clone();
+    reserved[3] |= 0x80;
+    for (bytes, what) in [
+        ([xz.as_slice(), &[0; 2]].concat(), "xz with padding of 2 bytes"),
+        ([xz.as_slice(), &[0; 6], &xz].concat(), "xz with padding of 6 bytes between two streams"),
+        (reserved, "gzip with a reserved flag"),
+        ([gzip.as_slice(), b"more"].concat(), "gzip with something else behind it"),
+    ] {
+        push(&store, &bytes, Content::Image).await.expect_err(what);
+    }
+    assert_eq!(files(dir.path()), 0);
+    push(&store, &[xz.as_slice(), &[0; 4]].concat(), Content::Image).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_window_of_16_mib_is_taken_and_a_larger_one_refused_with_the_command_that_helps() {
     let (_dir, store) = fresh();

@@ -4,7 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use bytes::{Bytes, BytesMut};
-use marco_archive::Facts;
+use marco_archive::{Facts, Packing};
 use marco_proto::names::CHUNK_SIZE;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::download_artifact_response::Part;
@@ -39,8 +39,13 @@ impl From<DownloadError> for Ended {
     }
 }
 
-/// What the first header says: the size, and what an image says about itself.
-pub(super) type Opened = (u64, Option<Facts>);
+/// The first header.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) size_bytes: u64,
+    pub(super) facts: Option<Facts>,
+    pub(super) packing: Option<Packing>,
+}
 
 /// A chunk that is looked at on a thread of its own while the next one arrives.
 struct Checking {
@@ -155,9 +160,10 @@ impl Fetch {
 
         match self.next(&mut stream).await? {
             Some(DownloadArtifactResponse { part: Some(Part::Header(mut sent)) }) => {
-                let said = sent.facts.take().map(facts);
+                let (facts, packing) = (sent.facts.take().map(facts), Packing::parse(&sent.compression));
                 let header = Header::check(sent, &self.sha256).map_err(DownloadError::Corrupt)?;
-                self.accept(header, said).await?;
+                let opened = Opened { size_bytes: header.size, facts, packing };
+                self.accept(header, opened).await?;
             }
             _ => return Err(Ended::Retry("the controller did not begin with a header".into())),
         }
@@ -229,7 +235,7 @@ impl Fetch {
     }
 
     /// The first header is kept, and tells how much of an existing file is right; every other must equal it.
-    async fn accept(&mut self, header: Header, facts: Option<Facts>) -> Result<(), Ended> {
+    async fn accept(&mut self, header: Header, said: Opened) -> Result<(), Ended> {
         if let Some(before) = &self.header {
             let same = *before == header;
             let differs = || DownloadError::Corrupt("the controllers disagree about the artifact's chunks".into());
@@ -242,7 +248,7 @@ impl Fetch {
             (self.chunk, self.whole) = checked.map_err(DownloadError::Io)?;
         }
         if let Some(opened) = self.opened.take()
-            && opened.send(Ok((header.size, facts))).is_err()
+            && opened.send(Ok(said)).is_err()
         {
             return Err(Ended::Unwanted);
         }

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use marco_archive::Facts;
+use marco_archive::disk::Needs;
 use marco_proto::v1::{DownloadHeader, ImageFacts};
 use sha2::{Digest, Sha256};
 
@@ -10,9 +11,13 @@ const LARGEST_CHUNK: u64 = 64 * 1024 * 1024;
 
 /// What the controller says about an image.
 pub(super) fn facts(sent: ImageFacts) -> Facts {
-    let ImageFacts { refusal, boot_files, texts } = sent;
-    let refusal = (!refusal.is_empty()).then_some(refusal);
-    Facts { refusal, boot_files: boot_files.into_iter().collect(), texts: texts.into_iter().collect() }
+    let ImageFacts { refusal, boot_files, texts, boot_bytes, root_bytes } = sent;
+    Facts {
+        refusal: (!refusal.is_empty()).then_some(refusal),
+        boot_files: boot_files.into_iter().collect(),
+        texts: texts.into_iter().collect(),
+        needs: Needs { boot: boot_bytes, root: root_bytes },
+    }
 }
 
 /// A header that makes sense. The list of digests is taken from an authenticated controller; the digest of the whole is
@@ -67,7 +72,8 @@ mod tests {
 
     fn sent(size: u64, chunk: u32, digests: usize) -> DownloadHeader {
         let chunk_sha256 = vec![0; digests].into();
-        DownloadHeader { size_bytes: size, sha256: "aa".into(), chunk_size: chunk, chunk_sha256, facts: None }
+        let sha256 = "aa".into();
+        DownloadHeader { size_bytes: size, sha256, chunk_size: chunk, chunk_sha256, ..DownloadHeader::default() }
     }
 
     #[test]

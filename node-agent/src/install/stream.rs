@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::{Buf as _, Bytes};
 use marco_archive::Compression;
-use marco_archive::compression::{XZ_MEMORY, ZSTD_WINDOW_LOG};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -30,10 +29,10 @@ pub(super) fn pipe(stop: CancellationToken) -> (Sender, Blocks) {
     (Sender { sender, free }, Blocks { blocks, used, current: Block::default(), at: 0, stop })
 }
 
-/// Decompresses by the first bytes, hands blocks on, and reads the rest of the download even when the archive has ended
+/// Decompresses, hands blocks on, and reads the rest of the download even when the archive has ended
 /// before it: only at its end is the digest of the whole checked.
-pub(super) fn decompress(mut raw: Chunks, sender: &Sender) -> Result<()> {
-    let outcome = decompress_all(&mut raw, sender).and_then(|()| copy(&mut raw, &mut sink()).map(|_| ()));
+pub(super) fn decompress(mut raw: Chunks, compression: Compression, sender: &Sender) -> Result<()> {
+    let outcome = decompress_all(&mut raw, compression, sender).and_then(|()| copy(&mut raw, &mut sink()).map(|_| ()));
     if let Err(error) = &outcome {
         // The unpacker must not take a broken stream for a short one.
         let _ = sender.sender.send(Err(Error::new(error.kind(), error.to_string())));
@@ -41,40 +40,12 @@ pub(super) fn decompress(mut raw: Chunks, sender: &Sender) -> Result<()> {
     outcome
 }
 
-fn decompress_all(raw: &mut Chunks, sender: &Sender) -> Result<()> {
-    let compression = Compression::detect(raw.fill_buf()?);
-    let outcome = decoder(compression, raw).and_then(|decoder| sender.pump(decoder));
+fn decompress_all(raw: &mut Chunks, compression: Compression, sender: &Sender) -> Result<()> {
+    let outcome = compression.decoder(raw).and_then(|decoder| sender.pump(decoder));
     outcome.map_err(|error| match compression.explain_window(&error.to_string()) {
         Some(window) => Error::new(ErrorKind::InvalidData, window),
         None => error,
     })
-}
-
-fn decoder<'a>(compression: Compression, raw: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
-    Ok(match compression {
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
-        Compression::Xz => {
-            let flags = liblzma::stream::CONCATENATED;
-            let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags).map_err(Error::other)?;
-            Box::new(liblzma::bufread::XzDecoder::new_stream(raw, stream))
-        }
-        Compression::Zstd => {
-            let mut decoder = zstd::stream::read::Decoder::with_buffer(raw)?;
-            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-            Box::new(decoder)
-        }
-        Compression::None => Box::new(raw),
-    })
-}
-
-/// What an image begins with, compressed or not, as far as a disk's table may reach.
-pub(super) fn front(first: &[u8]) -> Vec<u8> {
-    let mut front = Vec::new();
-    if let Ok(decoder) = decoder(Compression::detect(first), first) {
-        // What can be read of it is there, also when more cannot.
-        let _ = decoder.take(u64::try_from(marco_archive::disk::FRONT).unwrap_or_default()).read_to_end(&mut front);
-    }
-    front
 }
 
 /// A block, filled as far as `length`.

@@ -7,6 +7,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use bytes::Bytes;
+use marco_archive::Compression;
 use tokio_util::sync::CancellationToken;
 
 use super::stream::{Cause, Chunks, Progress, decompress, pipe};
@@ -33,6 +34,7 @@ pub(super) enum Destination {
 /// is held until they did.
 pub(super) async fn unpack(
     download: Download,
+    compression: Compression,
     first: Option<Bytes>,
     into: Destination,
     lease: Lease,
@@ -45,7 +47,7 @@ pub(super) async fn unpack(
     let cause = Cause::default();
     let raw = Chunks::new(first, chunks, size_bytes, progress, stop.clone(), Cause::clone(&cause));
     let (sender, blocks) = pipe(stop.clone());
-    let decompressing = tokio::task::spawn_blocking(move || decompress(raw, &sender));
+    let decompressing = tokio::task::spawn_blocking(move || decompress(raw, compression, &sender));
     let mut unpacking = tokio::task::spawn_blocking(move || {
         let _lease = lease;
         let root = match into {

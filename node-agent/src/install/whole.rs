@@ -6,14 +6,14 @@ use std::io::{BufRead, Error, ErrorKind, Read, Result};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
-use marco_archive::disk::{FileSystem, Partition, Partitions, is_disk, length, read_disk};
+use marco_archive::disk::{FRONT, FileSystem, Partition, Partitions, length, read_disk};
 use rustix::fs::FallocateFlags;
 use tokio_util::sync::CancellationToken;
 
 use super::first_boot::give_on;
 use super::unpack::Destination;
 use super::write_back::WriteBack;
-use super::{InstallError, Next, Phase, Work, blocking, boot_files, open, stream};
+use super::{InstallError, Next, Phase, Verdict, Work, blocking, boot_files, open};
 use crate::system::{Erase, Ready, Release, Room, Stretch};
 
 /// Bytes of the sector that is written last.
@@ -51,12 +51,18 @@ impl Work<'_> {
         self.phase(Phase::Connecting);
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
-        let front = first.as_deref().map(stream::front).unwrap_or_default();
-        if !is_disk(&front) {
+        let verdict = Verdict::of(&download, first.as_deref().unwrap_or_default())?;
+        if !verdict.disk {
             return Err(InstallError::image("it was to be written as it is, but is no image of a whole disk"));
         }
-        self.judge(&download, &front)?;
-        let bytes = length(&front)?;
+        self.judge(&download)?;
+        if verdict.front.len() < FRONT {
+            return Err(InstallError::image(
+                "its partition table does not lie within the first 4 MiB of the compressed image, so the card's room cannot \
+                 be told: compress it again",
+            ));
+        }
+        let bytes = length(&verdict.front)?;
 
         self.labels_are_known().await?;
         let keep = self.keep().await?;
@@ -66,7 +72,8 @@ impl Work<'_> {
         }
         let card = self.system.whole_card().await?;
         let place = Place { device: card.device, limit: card.limit };
-        let written = self.unpack(download, first, Destination::Card(place), card.lease.clone()).await?;
+        let written =
+            self.unpack(download, verdict.compression, first, Destination::Card(place), card.lease.clone()).await?;
         let written = written.ok_or_else(|| InstallError::io("nothing was written to the card"))?;
 
         let target = self.system.mount_whole(written.boot, written.root, card.lease).await?;

@@ -47,5 +47,7 @@ pub(in crate::api) fn facts(facts: Facts) -> v1::ImageFacts {
         refusal: facts.refusal.unwrap_or_default(),
         boot_files: facts.boot_files.into_iter().collect(),
         texts: facts.texts.into_iter().collect(),
+        boot_bytes: facts.needs.boot,
+        root_bytes: facts.needs.root,
     }
 }

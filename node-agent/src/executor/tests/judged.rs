@@ -13,6 +13,7 @@ pub(super) fn good() -> ImageFacts {
         refusal: String::new(),
         boot_files: files.map(str::to_owned).into(),
         texts: [("config.txt".to_owned(), "arm_64bit=1\n".to_owned())].into(),
+        ..ImageFacts::default()
     }
 }
 

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use marco_proto::v1::ImageFacts;
 
-use super::{Bed, digest, downloader, image, image_job, job, zip};
+use super::{Bed, digest, downloader, image, image_job, job, raw_job, zip};
 use crate::bootpart::{InstallJob, Instruction};
-use crate::download::tests::{Wrong, serve_judged};
+use crate::download::tests::{CHUNK, Wrong, serve_judged, serve_packed};
 use crate::system::{Mode, Reboot};
 
 fn facts(refusal: &str, files: &[&str]) -> Option<ImageFacts> {
@@ -14,6 +14,7 @@ fn facts(refusal: &str, files: &[&str]) -> Option<ImageFacts> {
         refusal: refusal.to_owned(),
         boot_files: files.iter().map(|file| (*file).to_owned()).collect(),
         texts: [("config.txt".to_owned(), "arm_64bit=1\n".to_owned())].into(),
+        ..ImageFacts::default()
     })
 }
 
@@ -91,7 +92,7 @@ fn disk(root: u32) -> Vec<u8> {
     disk
 }
 
-/// What the first chunk tells is asked before anything is erased: this card's root would have two thirds of 1232 MiB.
+/// The first chunk tells it: this card's root would have two thirds of 1228 MiB.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_that_does_not_fit_is_refused_before_anything_is_touched() {
     let mut senseless = disk(1);
@@ -114,7 +115,40 @@ async fn disk_that_does_not_fit_is_refused_before_anything_is_touched() {
     }
 }
 
-/// Who says that home goes need not know what is on it.
+/// The push has seen that it is a disk. Its first chunk alone, a frame that is skipped, would make it a tarball.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn push_decides_what_an_image_is_and_not_its_first_chunk() {
+    let length = u32::try_from(CHUNK).unwrap();
+    let skipped = [&[0x50, 0x2a, 0x4d, 0x18], length.to_le_bytes().as_slice(), &vec![0; CHUNK]].concat();
+    let bytes = [skipped, zstd::encode_all(disk(1000).as_slice(), 1).unwrap()].concat();
+    let (downloader, _server) = serve_packed(bytes.clone().into(), "zstd disk").await;
+    let bed = Bed::new().await;
+    for (job, reason, word) in
+        [(image_job(&bytes), "SYSTEM_ERROR", "push a tarball"), (raw_job(&bytes), "IMAGE_REFUSED", "compress it again")]
+    {
+        let error = bed.install(&job, &downloader).await.unwrap_err();
+        assert!(error.reason == reason && error.message.contains(word), "{error}");
+        assert!(bed.has("root/old"), "the card was touched");
+    }
+    bed.powered.kill().await;
+}
+
+/// The push read the partitions, and counts more than the table, by which the root is larger.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn room_is_asked_for_what_the_push_saw() {
+    let bytes = disk(1000);
+    for (root_mib, word) in [(700, "push a tarball"), (900, "root has 900 MiB")] {
+        let said = ImageFacts { root_bytes: root_mib << 20, boot_bytes: 1 << 20, ..ImageFacts::default() };
+        let (downloader, _server) = serve_judged(bytes.clone().into(), Arc::new(|_| Wrong::Nothing), Some(said)).await;
+        let bed = Bed::new().await;
+        std::fs::write(bed.dir.path().join("card-size"), "2000\n").unwrap();
+        let error = bed.install(&image_job(&bytes), &downloader).await.unwrap_err();
+        assert!(error.message.contains(word), "{error}");
+        assert!(bed.has("root/old"), "the card was touched");
+        bed.powered.kill().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn home_that_is_given_up_goes_whatever_it_holds() {
     let tar = image("boot/firmware", 10, "");

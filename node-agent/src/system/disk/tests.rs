@@ -286,7 +286,7 @@ fn room_is_that_of_the_partitions_that_are_there_or_will_be() {
     let dir = TempDir::new().unwrap();
     let disk = Disk { device: image(&dir, 1024 * MIB) };
     let root = |mib: u64| marco_archive::disk::Needs { root: mib << 20, boot: 0 };
-    let planned: Settings = toml::from_str("root.size = \"256MiB\"").unwrap();
+    let planned: Settings = toml::from_str("boot.size = \"64MiB\"\nroot.size = \"256MiB\"").unwrap();
     for _ in 0..2 {
         disk.fits(&planned, root(256)).unwrap();
         assert!(disk.fits(&planned, root(257)).is_err());
