@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use crate::config_txt::{ConfigTxt, initramfs_files};
-use crate::{Reason, Refused, ZipSummary};
+use crate::facts::best;
+use crate::{Facts, Reason, Refused, ZipSummary};
 
 /// Kernels that the firmware looks for when `config.txt` names none, over all boards.
 const DEFAULT_KERNELS: [&str; 5] = ["kernel8.img", "kernel_2712.img", "kernel7l.img", "kernel7.img", "kernel.img"];
@@ -46,21 +47,33 @@ pub fn check_installer_set(zip: &ZipSummary) -> Result<(), Refused> {
     }
 }
 
-/// Whether a zip is the boot partition of an operating system.
+/// Checks that a zip is the boot partition of an operating system: the firmware of some board finds in it all that it takes,
+/// below a prefix or not. The agent asks once more for its own board.
 ///
 /// # Errors
 /// The first thing that it lacks.
 pub fn check_system_set(zip: &ZipSummary) -> Result<(), Refused> {
-    common(zip, &names(zip)).map(drop)
+    config(zip, &names(zip))?;
+    let facts = Facts::of_zip(zip);
+    match best(&facts, &facts.boot_files).lacks.first() {
+        Some(missing) => Err(lacks(missing)),
+        None => Ok(()),
+    }
 }
 
-/// What both kinds need: kernel, command line, configuration, a device tree.
-fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refused> {
+/// The configuration that both kinds need.
+fn config(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refused> {
     let Some(text) = &zip.config_txt else {
         let unreadable = names.contains("config.txt");
         return Err(if unreadable { wrong("it is not UTF-8 text of at most 64 KiB") } else { lacks("config.txt") });
     };
-    let config = ConfigTxt::parse(text);
+    Ok(ConfigTxt::parse(text))
+}
+
+/// Checks a set for a folder, which has no prefix of its own: kernel, command line, configuration, a device tree, for
+/// each board that its sections name.
+fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refused> {
+    let config = config(zip, names)?;
     if let Some(missing) = config.all("kernel").find(|kernel| !names.contains(&kernel.to_lowercase())) {
         return Err(lacks(&format!("the kernel {missing:?} that config.txt names")));
     }
@@ -119,7 +132,8 @@ mod tests {
                 sha256: [0; 32],
             })
             .collect();
-        ZipSummary { files, config_txt: Some(config.to_owned()), ..ZipSummary::default() }
+        let texts = [("config.txt".to_owned(), config.to_owned())].into();
+        ZipSummary { files, config_txt: Some(config.to_owned()), texts, ..ZipSummary::default() }
     }
 
     #[test]
@@ -170,5 +184,24 @@ mod tests {
                 ["kernel.img", "cmdline.txt", "bcm2708-rpi-b.dtb"].into_iter().filter(|f| *f != missing).collect();
             assert!(check_system_set(&set("", &rest)).is_err(), "without {missing}");
         }
+    }
+
+    #[test]
+    fn a_system_set_is_looked_for_where_the_firmware_looks() {
+        let config = "os_prefix=Current/\n[tryboot]\nos_prefix=new/\n[all]\nkernel=vmlinuz\n";
+        let files = ["current/vmlinuz", "current/cmdline.txt", "current/bcm2711-rpi-4-b.dtb"];
+        check_system_set(&set(config, &files)).unwrap();
+        for missing in ["vmlinuz", "cmdline.txt"] {
+            let rest: Vec<&str> = files.into_iter().filter(|name| !name.ends_with(missing)).collect();
+            // A file beside the prefix's folder is not taken, though it has the right name.
+            let beside = [rest.as_slice(), &["cmdline.txt"]].concat();
+            let refused = check_system_set(&set(config, &beside)).unwrap_err().to_string();
+            assert!(refused.contains(missing), "{refused}");
+        }
+        // A kernel that only a file says which is included.
+        let mut including = set("include more.txt\n", &["kernel8.img", "cmdline.txt", "bcm2711-rpi-4-b.dtb"]);
+        check_system_set(&including).unwrap();
+        including.texts.insert("more.txt".to_owned(), "kernel=gone.img\n".to_owned());
+        assert!(check_system_set(&including).unwrap_err().to_string().contains("gone.img"));
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ZipSummary;
 use crate::disk::Needs;
-use crate::firmware::{BootFiles, FAMILIES, Selection, Tree, select};
+use crate::firmware::{BootFiles, FAMILIES, Selection, Tree, lookup, select};
 
 pub(crate) use collect::Collector;
 
@@ -35,14 +35,13 @@ pub struct Facts {
     pub needs: Needs,
 }
 
-/// FAT does not tell upper from lower case.
 impl BootFiles for Facts {
     fn has(&self, name: &str) -> bool {
-        self.boot_files.contains(&name.to_lowercase())
+        self.boot_files.contains(&lookup(name))
     }
 
     fn text(&self, name: &str) -> Option<String> {
-        self.texts.get(&name.to_lowercase()).cloned()
+        self.texts.get(&lookup(name)).cloned()
     }
 }
 
@@ -58,7 +57,7 @@ impl Facts {
         Self {
             refusal: None,
             boot_files: files.map(|file| file.name.to_lowercase()).collect(),
-            texts: zip.config_txt.iter().map(|text| ("config.txt".to_owned(), text.clone())).collect(),
+            texts: zip.texts.clone(),
             needs: Needs::default(),
         }
     }
@@ -83,7 +82,7 @@ impl Facts {
 }
 
 /// What the best of all boards would take of these files.
-fn best(files: &dyn BootFiles, names: &BTreeSet<String>) -> Selection {
+pub(crate) fn best(files: &dyn BootFiles, names: &BTreeSet<String>) -> Selection {
     let trees = names.iter().filter_map(|name| {
         let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
         (file.ends_with(".dtb") && !folder.split('/').any(|part| part == "overlays")).then_some(file)

@@ -65,7 +65,14 @@ impl BootMount {
     }
 }
 
-/// The files of a boot partition, or of the folder that becomes one.
+/// The name under which every reader looks a boot file up: FAT tells no cases apart, and slashes and dots that lead nowhere
+/// are nothing to it. A prefix is written in many ways (`current/`, `./current//`, `Current/`).
+pub fn lookup(name: &str) -> String {
+    let parts: Vec<&str> = name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    parts.join("/").to_lowercase()
+}
+
+/// The files of a boot partition, or of the folder that becomes one. Names are looked up as [`lookup`] makes them.
 pub trait BootFiles {
     /// Whether there is a file of this name with something in it.
     fn has(&self, name: &str) -> bool;

@@ -5,6 +5,7 @@ mod directory;
 mod names;
 mod write;
 
+use std::collections::BTreeMap;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -26,6 +27,8 @@ pub(crate) const MAX_RATIO: u64 = 200;
 pub(crate) const RATIO_FREE: u64 = 1 << 20;
 /// Longest `config.txt` that is kept; the firmware itself reads no more.
 const MAX_CONFIG: u64 = 64 << 10;
+/// Most texts that are kept, for a configuration that includes others.
+const MAX_TEXTS: usize = 32;
 
 /// A file of a zip.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +52,8 @@ pub struct ZipSummary {
     pub files: Vec<ZipFile>,
     /// The text of `config.txt` in the zip's root, if there is one of at most 64 KiB.
     pub config_txt: Option<String>,
+    /// The texts that the firmware may read, by their names in lower case: `config.txt` and what it may include.
+    pub texts: BTreeMap<String, String>,
 }
 
 /// Reads a boot zip through and checks every rule, contents included.
@@ -80,11 +85,12 @@ fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSumma
             continue;
         }
         let mut file = dest.map(|dest| dest.create(&entry.name)).transpose()?;
-        let mut config =
-            (entry.name.eq_ignore_ascii_case("config.txt") && entry.size <= MAX_CONFIG).then(Vec::<u8>::new);
+        let name = entry.name.to_lowercase();
+        let kept = name == "config.txt" || (name.ends_with(".txt") && summary.texts.len() < MAX_TEXTS);
+        let mut text = (kept && entry.size <= MAX_CONFIG).then(Vec::<u8>::new);
         let sha256 = contents(&mut reader, entry, |block| {
-            if let Some(config) = &mut config {
-                config.extend_from_slice(block);
+            if let Some(text) = &mut text {
+                text.extend_from_slice(block);
             }
             match &mut file {
                 Some(file) => {
@@ -93,8 +99,12 @@ fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSumma
                 None => Ok(()),
             }
         })?;
-        if let Some(config) = config {
-            summary.config_txt = String::from_utf8(config).ok();
+        if let Some(text) = text {
+            // The firmware reads bytes: what is no UTF-8 is in comments.
+            summary.texts.insert(name.clone(), String::from_utf8_lossy(&text).into_owned());
+            if name == "config.txt" {
+                summary.config_txt = String::from_utf8(text).ok();
+            }
         }
         summary.unpacked_bytes += entry.size;
         summary.files.push(ZipFile { name: entry.name.clone(), size: entry.size, sha256 });

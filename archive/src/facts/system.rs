@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Facts, INITS, best, listed};
-use crate::firmware::{BootFiles, BootMount};
+use crate::firmware::{BootFiles, BootMount, lookup};
 use crate::tar::guard::{Guard, Known};
 
 /// Where a reader finds the whole list.
@@ -92,11 +92,11 @@ struct Folder<'a> {
 
 impl BootFiles for Folder<'_> {
     fn has(&self, name: &str) -> bool {
-        self.names.contains(&name.to_lowercase())
+        self.names.contains(&lookup(name))
     }
 
     fn text(&self, name: &str) -> Option<String> {
-        self.texts.get(&name.to_lowercase()).cloned()
+        self.texts.get(&lookup(name)).cloned()
     }
 }
 
@@ -157,9 +157,7 @@ impl Found {
             ));
         }
         match chosen.filter(|_| self.known) {
-            Some(folder) => {
-                Facts { boot_files: folder.names.clone(), texts: read_texts(folder), ..Facts::default() }
-            }
+            Some(folder) => Facts { boot_files: folder.names.clone(), texts: read_texts(folder), ..Facts::default() },
             None => Facts::default(),
         }
     }
@@ -172,7 +170,7 @@ fn read_texts(folder: &Folder<'_>) -> BTreeMap<String, String> {
     while let Some(name) = todo.pop() {
         let Some(text) = folder.text(&name) else { continue };
         let included = text.lines().filter_map(|line| line.trim().strip_prefix("include"));
-        let included = included.filter(|rest| rest.starts_with([' ', '\t'])).map(|name| name.trim().to_lowercase());
+        let included = included.filter(|rest| rest.starts_with([' ', '\t'])).map(|name| lookup(name.trim()));
         todo.extend(included.filter(|name| !kept.contains_key(name)).collect::<Vec<_>>());
         kept.insert(name, text);
     }

@@ -1,9 +1,10 @@
 //! The system's boot partition (p4): filled from the image's own boot files or from a zip, fitted to the card, checked.
 
+use std::ffi::OsString;
 use std::io::{ErrorKind, Result};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use marco_archive::firmware::{BootFiles, Tree, same_on_trial, select};
+use marco_archive::firmware::{BootFiles, Tree, lookup, same_on_trial, select};
 
 use super::InstallError;
 use super::plan::{self, BootMount};
@@ -19,13 +20,27 @@ struct Folder<'a> {
     folder: &'a Path,
 }
 
+impl Folder<'_> {
+    /// The path of this file, however it is written there: a root tells cases apart, and the FAT that the file goes to does
+    /// not.
+    fn path(&self, name: &str) -> Option<PathBuf> {
+        let mut path = self.folder.to_owned();
+        for part in lookup(name).split('/') {
+            let entries = self.root.list(&path).ok()?;
+            let same = |name: &OsString| name.to_str().is_some_and(|name| name.to_lowercase() == part);
+            path.push(entries.into_iter().map(|(name, _)| name).find(same)?);
+        }
+        Some(path)
+    }
+}
+
 impl BootFiles for Folder<'_> {
     fn has(&self, name: &str) -> bool {
-        self.root.is_file(self.folder.join(name.trim_start_matches('/')), false)
+        self.path(name).is_some_and(|path| self.root.is_file(path, false))
     }
 
     fn text(&self, name: &str) -> Option<String> {
-        let bytes = self.root.read(self.folder.join(name.trim_start_matches('/'))).ok().flatten()?;
+        let bytes = self.root.read(self.path(name)?).ok().flatten()?;
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 }
@@ -84,20 +99,22 @@ fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) ->
 pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result::Result<(), InstallError> {
     let files = Folder { root: boot, folder: Path::new("") };
     let file = select(&files, &board.family, tree(board), false).cmdline;
-    let read = boot.read(&file).map_err(InstallError::disk("read the command line"))?;
-    let text = read.ok_or_else(|| InstallError::not_a_system(format!("the boot files have no {file}")))?;
+    let lacks = || InstallError::not_a_system(format!("the boot files have no {file}"));
+    let place = files.path(&file).ok_or_else(lacks)?;
+    let text = boot.read(&place).map_err(InstallError::disk("read the command line"))?.ok_or_else(lacks)?;
     let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
-    boot.write(&file, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
+    boot.write(&place, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
 
     let lines = same_on_trial(&files, &board.family, tree(board));
     if lines.is_empty() {
         return Ok(());
     }
     tracing::info!(lines = lines.join(" "), "config.txt gets lines, so that a trial boot takes the same files");
-    let config = boot.read("config.txt").map_err(InstallError::disk("read config.txt"))?.unwrap_or_default();
+    let place = files.path("config.txt").unwrap_or_else(|| "config.txt".into());
+    let config = boot.read(&place).map_err(InstallError::disk("read config.txt"))?.unwrap_or_default();
     let added = format!("\n# Marco Bootstrap: a trial boot takes the same files\n[all]\n{}\n", lines.join("\n"));
     let config = [config.as_slice(), added.as_bytes()].concat();
-    boot.write("config.txt", &config, 0o755).map_err(InstallError::disk("write config.txt"))
+    boot.write(&place, &config, 0o755).map_err(InstallError::disk("write config.txt"))
 }
 
 /// Whether this board can boot from these files: a kernel, a command line, `config.txt`, and the board's device tree.
@@ -106,5 +123,103 @@ pub(super) fn check(boot: &Rooted, board: &Board) -> std::result::Result<(), Ins
     match select(&files, &board.family, tree(board), false).lacks.as_slice() {
         [] => Ok(()),
         lacks => Err(InstallError::not_a_system(format!("the boot files lack {}", lacks.join(", ")))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use marco_archive::Facts;
+    use marco_archive::firmware::{Tree, select};
+
+    use super::{Folder, check, fit};
+    use crate::system::rooted::Rooted;
+    use crate::system::{Board, Lease, Target};
+
+    const TREE: &str = "bcm2711-rpi-4-b.dtb";
+
+    /// Boot files of one layout, written in many ways: the configuration's name, its line, and the folder.
+    const WAYS: [(&str, &str, &str); 6] = [
+        ("config.txt", "os_prefix=current/", "current"),
+        ("config.txt", "os_prefix=./current//", "current"),
+        ("config.txt", "os_prefix=/current/", "current"),
+        ("CONFIG.TXT", "os_prefix=Current/", "current"),
+        ("Config.txt", "os_prefix=current/", "CURRENT"),
+        ("config.txt", "os_prefix=gone/", ""),
+    ];
+
+    fn lay_out(config: &str, line: &str, folder: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join(folder)).unwrap();
+        fs::write(dir.path().join(config), format!("{line}\nkernel=VMLINUZ\n[tryboot]\nos_prefix=new/\n")).unwrap();
+        for (name, text) in [("vmlinuz", "kernel"), ("cmdline.txt", "root=LABEL=writable"), (TREE, "tree")] {
+            fs::write(dir.path().join(folder).join(name), text).unwrap();
+        }
+        dir
+    }
+
+    /// The push's view of the same files.
+    fn pushed(boot: &Path) -> Facts {
+        let mut facts = Facts::default();
+        let mut folders = vec![boot.to_owned()];
+        while let Some(folder) = folders.pop() {
+            for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let name = path.strip_prefix(boot).unwrap().to_str().unwrap().to_lowercase();
+                if name.ends_with(".txt") {
+                    facts.texts.insert(name.clone(), fs::read_to_string(&path).unwrap());
+                }
+                facts.boot_files.insert(name);
+            }
+        }
+        facts
+    }
+
+    #[test]
+    fn push_and_installer_read_each_layout_alike() {
+        for (config, line, folder) in WAYS {
+            for lacking in ["", "vmlinuz", "cmdline.txt", TREE] {
+                let dir = lay_out(config, line, folder);
+                if !lacking.is_empty() {
+                    fs::remove_file(dir.path().join(folder).join(lacking)).unwrap();
+                }
+                let boot = Rooted::open(dir.path()).unwrap();
+                let here = select(&Folder { root: &boot, folder: Path::new("") }, "pi4", Tree::Named(TREE), false);
+                assert_eq!(here, select(&pushed(dir.path()), "pi4", Tree::Named(TREE), false), "{line} {lacking}");
+                assert_eq!(here.lacks.is_empty(), lacking.is_empty(), "{config} {line} {folder} {lacking}: {here:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn command_line_is_fitted_where_the_firmware_reads_it() {
+        let board = Board { model: "Raspberry Pi 4 Model B Rev 1.4".into(), family: "pi4".into(), ..Board::default() };
+        let target = Target {
+            root: "/t".into(),
+            boot: "/b".into(),
+            root_device: "PARTUUID=00-02".into(),
+            boot_device: "PARTUUID=00-04".into(),
+            home_device: "PARTUUID=00-03".into(),
+            root_type: "ext4".into(),
+            home_type: "ext4".into(),
+            lease: Lease::new(()),
+        };
+        for (config, line, folder) in WAYS {
+            let dir = lay_out(config, line, folder);
+            let boot = Rooted::open(dir.path()).unwrap();
+            check(&boot, &board).unwrap();
+            fit(&boot, &board, &target).unwrap();
+            let cmdline = fs::read_to_string(dir.path().join(folder).join("cmdline.txt")).unwrap();
+            assert!(cmdline.contains("root=PARTUUID=00-02"), "{line}: {cmdline}");
+            assert!(
+                fs::read_to_string(dir.path().join(config)).unwrap().contains("a trial boot takes the same"),
+                "{line}"
+            );
+        }
     }
 }
