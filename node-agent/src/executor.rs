@@ -14,7 +14,7 @@ use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Kind, Labels, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
-use crate::journal::{Entry, Journal, JournalError, Progress};
+use crate::journal::{Entry, Journal, JournalError, Progress, Word};
 use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
 use way_down::WayDown;
 
@@ -25,6 +25,8 @@ mod way_down;
 const MAX_COMMANDS: u32 = 3;
 /// The installer takes only updates with an image.
 pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
+/// The controller gave the job up while the agent was not running.
+pub const CALLED_OFF: &str = "CALLED_OFF";
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
@@ -249,10 +251,24 @@ impl Executor {
     async fn advance(&self, entry: &Entry) -> Result<(), JournalError> {
         let execution = entry.execution.as_str();
         let decision = self.decide(entry);
-        tracing::info!(execution, state = ?entry.state, ?decision, "job goes on");
+        // What was accepted before an outage may have been called off since. Nobody but the controller can know.
+        let word = match self.asks_first(entry, decision) {
+            true => {
+                tracing::info!(execution, state = ?entry.state, "job waits for a controller's word");
+                self.journal.word(execution).await
+            }
+            false => Word::Go,
+        };
+        tracing::info!(execution, state = ?entry.state, ?decision, ?word, "job goes on");
         let outcome = match decision {
+            Resume::Begin if word == Word::Stop => Err(StepError::Cancelled),
             Resume::Begin => self.begin(entry).await,
+            Resume::GoDown if word == Word::Stop => {
+                self.withdraw(execution).await;
+                Err(StepError::Failed(Failure::new(CALLED_OFF, sentence(CALLED_OFF))))
+            }
             Resume::GoDown => self.go_down(entry, Self::way_down(entry)).await,
+            Resume::Install if word == Word::Stop => self.give_back(entry).await,
             Resume::Install => self.install(entry).await,
             Resume::TryBoot => self.go_down(entry, Self::into_new_system(entry)).await,
             Resume::AwaitVerdict => self.await_verdict(entry).await,
@@ -285,6 +301,24 @@ impl Executor {
                 Ok(())
             }
         }
+    }
+
+    /// Whether the next step disturbs the machine, and an earlier process may have been told to take it.
+    fn asks_first(&self, entry: &Entry, decision: Resume) -> bool {
+        match decision {
+            Resume::Begin | Resume::GoDown => true,
+            // From here on the card holds no system that could be gone back to.
+            Resume::Install => {
+                entry.state == job::State::Armed && self.system.booted().is_some_and(|booted| booted.tryboot)
+            }
+            _ => false,
+        }
+    }
+
+    /// Leaves the machine to the old system, which is whole, without having installed anything.
+    async fn give_back(&self, entry: &Entry) -> Result<(), StepError> {
+        self.journal.note(&entry.execution, Failure::new(CALLED_OFF, sentence(CALLED_OFF))).await?;
+        self.go_down(entry, WayDown::Reboot).await
     }
 
     /// Journals what the boot itself decided.
@@ -484,6 +518,7 @@ fn sentence(reason: &str) -> &'static str {
         job::RELEASE_MISMATCH => "the system that came up is not the one that this execution installed",
         job::WRONG_MODE => "the journal holds a state that this role of the agent cannot have",
         job::UNKNOWN_ACTION => "this agent does not know the action",
+        CALLED_OFF => "the controller gave it up while the node was away, so it was not gone on with",
         ONLY_IMAGES => "the node is in its installer, which takes only updates with an image",
         _ => "it cannot be done",
     }

@@ -3,6 +3,7 @@
 //! One JSON file, replaced whole. Every method that changes it returns only after the change is on the disk, and then
 //! tells those who wait on [`Journal::changes`]. Progress is not written: it is only true of the process that makes it.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -123,6 +124,15 @@ pub struct Progress {
     pub total: u64,
 }
 
+/// What a controller has said of a job since this process began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// It stands.
+    Go,
+    /// It was called off.
+    Stop,
+}
+
 /// What an assignment came to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accepted {
@@ -180,6 +190,8 @@ pub struct Journal {
     progress: watch::Sender<Progress>,
     /// The command to power off was given under this boot.
     powering_off: AtomicBool,
+    /// By execution. Kept in memory only: what was said to an earlier process may be out of date.
+    words: watch::Sender<HashMap<String, Word>>,
 }
 
 impl Journal {
@@ -195,6 +207,7 @@ impl Journal {
             entries: watch::Sender::new(Arc::new(Entries(entries))),
             progress: watch::Sender::new(Progress::default()),
             powering_off: AtomicBool::new(false),
+            words: watch::Sender::default(),
         })
     }
 
@@ -235,8 +248,48 @@ impl Journal {
         });
     }
 
+    /// Notes what a controller says of a job; the first word counts. Tells whether this is the first one.
+    pub(crate) fn hear(&self, execution: &str, word: Word) -> bool {
+        let entries = self.entries();
+        self.words.send_if_modified(|words| {
+            if words.contains_key(execution) {
+                return false;
+            }
+            words.retain(|known, _| entries.get(known).is_some());
+            words.insert(execution.to_owned(), word);
+            true
+        })
+    }
+
+    /// What a controller says of a job; waits until one has said something, however long that takes.
+    pub async fn word(&self, execution: &str) -> Word {
+        let called_off = async {
+            let mut changes = self.changes();
+            let off = |entry: &Entry| entry.state == State::Accepted && entry.cancel_requested;
+            // An error: the journal is gone, and with it whoever waits.
+            drop(changes.wait_for(|entries| entries.get(execution).is_none_or(off)).await);
+        };
+        let heard = async {
+            let mut words = self.words.subscribe();
+            let heard = words.wait_for(|words| words.contains_key(execution)).await;
+            heard.ok().and_then(|words| words.get(execution).copied()).unwrap_or(Word::Stop)
+        };
+        // Neither wait holds anything.
+        tokio::select! {
+            biased;
+            () = called_off => Word::Stop,
+            word = heard => word,
+        }
+    }
+
     /// Takes an assignment. One that the journal knows is answered from it, and never begun again.
     pub async fn accept(&self, execution: &str, attempt: u32, action: Action) -> Result<Accepted, JournalError> {
+        let accepted = self.accept_entry(execution, attempt, action).await?;
+        self.hear(execution, Word::Go);
+        Ok(accepted)
+    }
+
+    async fn accept_entry(&self, execution: &str, attempt: u32, action: Action) -> Result<Accepted, JournalError> {
         self.change(|entries, boot_id| {
             if let Ok(entry) = entries.get_mut(execution) {
                 if attempt < entry.attempt {
@@ -279,9 +332,12 @@ impl Journal {
     /// Notes that a cancel was asked for, or that it came too late. An execution that is not known is journalled as
     /// cancelled, so that an assignment that arrives later is answered so, and not begun.
     pub async fn request_cancel(&self, execution: &str) -> Result<(), JournalError> {
+        let first = self.hear(execution, Word::Stop);
         self.change(|entries, boot_id| {
             match entries.get_mut(execution) {
                 Ok(entry) if entry.state == State::Accepted => entry.cancel_requested = true,
+                // An earlier process passed the point of no return. This one has not gone on yet, and will not.
+                Ok(entry) if entry.state == State::Armed && first => {}
                 Ok(entry) => entry.cancel_refused = entry.state != State::Cancelled,
                 Err(_) => entries.0.push(new_entry(execution, 0, Action::Unknown, State::Cancelled, boot_id)),
             }
@@ -303,7 +359,9 @@ impl Journal {
             });
             Ok(())
         })
-        .await
+        .await?;
+        self.hear(execution, Word::Go);
+        Ok(())
     }
 
     /// Passes the point of no return, unless a cancel was quicker.

@@ -448,6 +448,10 @@ impl Session {
         for (execution, reason) in reconciled.refused {
             of_peer!(warn, &self.node, %execution, reason = %cut(&reason), "a report was refused");
         }
+        // A node that has just started begins with what is acknowledged, so it hears first of what was called off.
+        for execution in reconciled.cancels {
+            self.command(Command::Cancel(execution)).await?;
+        }
         for (execution, sequence) in reconciled.acks {
             let attempt = listed.iter().find(|report| report.execution == execution).map_or(0, |report| report.attempt);
             self.ack(&execution, attempt, sequence).await?;

@@ -159,6 +159,8 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
         {
             ReportVerdict::Conflict(Conflict::Ended)
         }
+        // Nothing was done, as what is stored says.
+        ExecutionState::Cancelled if stored.state != ExecutionState::Succeeded => ReportVerdict::Duplicate,
         state if state.is_final() && state != stored.state && !judged => ReportVerdict::Conflict(Conflict::Ended),
         _ => ReportVerdict::Duplicate,
     }

@@ -79,6 +79,7 @@ on_both!(
         progress_of_an_earlier_state_is_ignored,
         what_a_node_logged_is_kept_once_and_only_of_what_did_not_succeed,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
+        what_ended_during_an_outage_is_called_off,
         a_node_that_is_overdue_for_a_day_is_given_up;
     power_off:
         goodbye_and_sixty_silent_seconds_prove_it,

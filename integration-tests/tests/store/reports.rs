@@ -326,6 +326,34 @@ pub(crate) async fn what_a_node_logged_is_kept_once_and_only_of_what_did_not_suc
     assert!(!f.store.has_log(&assignment.execution).await.unwrap());
 }
 
+pub(crate) async fn what_ended_during_an_outage_is_called_off(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    f.report(epoch, &running, after(0)).await;
+    // While it stands, a node that comes back hears of no cancel.
+    let epoch = f.session(&id, "boot-2", after(1)).await;
+    let again = f.reconcile(&id, epoch, "boot-2", std::slice::from_ref(&running), 1).await;
+    assert_eq!((again.cancels, again.acks.len()), (vec![], 1));
+    f.store.mark_overdue(after(1800)).await.unwrap();
+    let abandoned = f.store.abandon(&assignment.execution, "pat", after(1801)).await.unwrap();
+    assert!(matches!(abandoned, AbandonOutcome::Abandoned(_)));
+    let epoch = f.session(&id, "boot-3", after(1802)).await;
+    let back = f.reconcile(&id, epoch, "boot-3", std::slice::from_ref(&running), 1802).await;
+    assert_eq!((back.cancels, back.acks.len()), (vec![assignment.execution.clone()], 1));
+    // The same for a cancel that the node has not heard, and not for what cannot be let be any more.
+    let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
+    let other = f.claim(&[(id.clone(), epoch)], after(1803)).await.remove(0);
+    let running = report(&other, 1, ExecutionState::Running, "boot-3");
+    f.report(epoch, &running, after(1803)).await;
+    f.store.request_cancel(&operation, "pat", after(1804)).await.unwrap();
+    let epoch = f.session(&id, "boot-4", after(1805)).await;
+    let back = f.reconcile(&id, epoch, "boot-4", &[running], 1805).await;
+    assert_eq!(back.cancels, vec![other.execution.clone()]);
+    let done = report(&other, 2, ExecutionState::Cancelled, "boot-4");
+    let said = f.reconcile(&id, epoch, "boot-4", &[done], 1806).await;
+    assert_eq!((said.cancels, f.state(&other.execution).await), (vec![], ExecutionState::Cancelled));
+}
+
 pub(crate) async fn a_node_that_is_overdue_for_a_day_is_given_up(f: Fixture) {
     let (_, _, assignment) = f.assigned(reboot()).await;
     f.store.mark_overdue(after(60)).await.unwrap();

@@ -12,13 +12,14 @@ use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
-use crate::journal::{FILE_NAME, Journal};
+use crate::journal::{FILE_NAME, Journal, Word};
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
 
 mod judged;
 mod machine;
+mod outage;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
@@ -37,6 +38,8 @@ struct Bench {
     verdict: Duration,
     /// What the controller says about the image.
     said: Option<ImageFacts>,
+    /// Whether a controller has let the jobs of earlier processes stand.
+    heard: bool,
 }
 
 impl Bench {
@@ -54,7 +57,7 @@ impl Bench {
         let boot_id = "boot-a".to_owned();
         let mode = Mode::Running;
         let machine = Machine { dir: path, boot_id, mode, facts, release: None, refusal: None, patience: LONG, told };
-        Self { _dir: dir, machine, verdict: LONG, said: Some(judged::good()) }
+        Self { _dir: dir, machine, verdict: LONG, said: Some(judged::good()), heard: true }
     }
 
     fn recovery(&self) -> BootPart {
@@ -75,7 +78,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict, said } = self;
+        let Self { _dir, machine, verdict, said, heard } = self;
         let machine = Arc::new(machine);
         // No installation comes further than to its download.
         let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
@@ -96,6 +99,9 @@ impl Bench {
         )
         .unwrap();
         executor.settle().await.unwrap();
+        for entry in journal.entries().iter().filter(|_| heard) {
+            journal.hear(&entry.execution, Word::Go);
+        }
         let stop = CancellationToken::new();
         let task = tokio::spawn({
             let stop = stop.clone();
@@ -105,7 +111,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict, said }
+        Self { _dir, machine, verdict, said, heard }
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, assign, connect_request,
+    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, assign, connect_request,
     connect_response,
 };
 use tokio_util::sync::CancellationToken;
@@ -155,6 +155,25 @@ async fn a_virtual_pi_that_was_powered_off_says_so_when_it_is_switched_on() {
     let (mut session, _) = fleet.session().await;
     reported(&mut session, WireState::Succeeded).await;
     assert_eq!(fleet.log("power-off").len(), 1);
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn power_off_given_up_during_an_outage_never_happens() {
+    let mut fleet = Fleet::with_token().await;
+    let (mut session, _) = fleet.session().await;
+    let notice = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
+    assign(&session, 1, assign::Action::PowerOff(PowerOff { notice, message: String::new() })).await;
+    reported(&mut session, WireState::Running).await;
+    std::fs::write(fleet.pi().join("power-cut"), "").unwrap();
+    let (mut session, hello) = fleet.session().await;
+    assert_eq!(hello.executions.first().unwrap().state(), WireState::Running);
+    // The controller says so before it acknowledges anything.
+    session.say(connect_response::Message::Cancel(Cancel { execution: execution(1) })).await;
+    reported(&mut session, WireState::Cancelled).await;
+    let words = std::fs::read_to_string(fleet.pi().join("wall.log")).unwrap();
+    assert_eq!(words.matches("powers off in").count(), 1, "{words}");
+    assert_eq!(fleet.log("power-off").len(), 0);
     fleet.end().await;
 }
 
@@ -353,8 +372,9 @@ async fn an_image_that_the_controller_does_not_have_brings_the_old_system_back_w
     let (mut session, old) = fleet.session().await;
     assign(&session, 1, install(&"a".repeat(64))).await;
     reported(&mut session, WireState::Rebooting).await;
-    let (_installer, hello) = fleet.session().await;
+    let (mut installer, hello) = fleet.session().await;
     assert_eq!(hello.mode(), NodeMode::Installer);
+    reported(&mut installer, WireState::Rebooting).await;
     let (mut session, hello) = fleet.session().await;
     assert_eq!(hello.mode(), NodeMode::Running);
     assert_eq!(hello.system, old.system);

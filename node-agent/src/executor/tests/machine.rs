@@ -53,7 +53,8 @@ impl System for Machine {
         self.mode
     }
     fn booted(&self) -> Option<Booted> {
-        None
+        // Nothing of ours comes further than to the first trial boot of the installer.
+        (self.mode == Mode::Installer).then_some(Booted { partition: 1, tryboot: true })
     }
     fn card(&self) -> Option<Card> {
         let part = |name| self.dir.join(name);

@@ -1,0 +1,94 @@
+//! Jobs that were accepted before an outage.
+
+use std::sync::Arc;
+
+use super::{Bench, LONG, ONE, SHORT, armed_update, error, notice, phase, reaches, reboot};
+use crate::executor::CALLED_OFF;
+use crate::job::{Action, State};
+use crate::journal::{Journal, Word};
+use crate::system::Mode;
+
+/// A bench on which no controller has been heard yet.
+fn unheard(bench: Bench) -> (Bench, Arc<Journal>) {
+    let journal = bench.journal();
+    (Bench { heard: false, ..bench }, journal)
+}
+
+/// Lets everything go on that can.
+async fn settle() {
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn job_of_an_earlier_boot_waits_for_a_word() {
+    for action in [reboot(SHORT), Action::PowerOff(notice(SHORT))] {
+        let bench = Bench::new();
+        bench.journal().accept(ONE, 1, action).await.unwrap();
+        let (bench, journal) = unheard(bench.reboot("boot-b", Mode::Running));
+        let bench = bench
+            .run(&journal, async |journal, machine| {
+                settle().await;
+                assert_eq!((machine.told(), journal.entries().get(ONE).unwrap().state), (vec![], State::Accepted));
+                journal.request_cancel(ONE).await.unwrap();
+                reaches(journal, ONE, State::Cancelled).await;
+            })
+            .await;
+        assert_eq!(bench.machine.told(), ["withdraw"]);
+    }
+}
+
+#[tokio::test]
+async fn job_of_an_earlier_boot_goes_on_when_it_stands() {
+    let bench = Bench::new();
+    bench.journal().accept(ONE, 1, reboot(LONG)).await.unwrap();
+    let (bench, journal) = unheard(bench.reboot("boot-b", Mode::Running));
+    bench
+        .run(&journal, async |journal, _| {
+            // It was acknowledged before: the acknowledgement is said again, and changes nothing in the journal.
+            journal.ack(ONE, 1, 1).await.unwrap();
+            phase(journal, "waiting for the notice to pass").await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn command_of_a_killed_agent_is_not_repeated_when_called_off() {
+    let bench = Bench::new();
+    let before = bench.journal();
+    before.accept(ONE, 1, reboot(SHORT)).await.unwrap();
+    before.arm(ONE).await.unwrap();
+    let (bench, journal) = unheard(bench);
+    let bench = bench
+        .run(&journal, async |journal, machine| {
+            settle().await;
+            assert_eq!(machine.told(), [""; 0]);
+            journal.request_cancel(ONE).await.unwrap();
+            reaches(journal, ONE, State::Failed).await;
+        })
+        .await;
+    assert_eq!(error(&journal, ONE).reason, CALLED_OFF);
+    assert!(!journal.entries().get(ONE).unwrap().cancel_refused);
+    assert_eq!(bench.machine.told(), ["withdraw"]);
+}
+
+#[tokio::test]
+async fn installer_leaves_the_old_system_alone_when_called_off() {
+    let (bench, journal) = unheard(armed_update().await.reboot("boot-b", Mode::Installer));
+    let bench = bench
+        .run(&journal, async |journal, machine| {
+            settle().await;
+            assert_eq!(journal.entries().get(ONE).unwrap().state, State::Armed);
+            journal.hear(ONE, Word::Stop);
+            while machine.told().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
+    let journal = bench.reboot("boot-c", Mode::Running);
+    let old = journal.journal();
+    journal.run(&old, async |journal, _| reaches(journal, ONE, State::RolledBack).await).await;
+    assert_eq!(error(&old, ONE).reason, CALLED_OFF);
+}
