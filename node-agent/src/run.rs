@@ -1,6 +1,6 @@
 //! One agent on one machine: identity, journal, executor and session, from start to stop.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -25,8 +25,10 @@ use crate::session::{self, Session};
 use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
 
+mod lock;
 mod way;
 
+use lock::Lock;
 use way::{LastGood, Way};
 
 /// How long a power-off waits for the controller to know of it.
@@ -102,6 +104,18 @@ pub enum RunError {
     /// What the controllers say, and no time heals.
     #[error("this cannot go well, however often it is tried")]
     Permanent(#[source] IdentityError),
+    /// Another agent runs on these folders.
+    #[error(
+        "{folder} is in use by another agent ({holder}), and two agents would overwrite each other's journal: stop that \
+         one first, or give this one a state_dir and an identity_dir of its own",
+        folder = folder.display()
+    )]
+    InUse {
+        /// The folder of the journal or of the identity.
+        folder: PathBuf,
+        /// Its process, as far as it said so.
+        holder: String,
+    },
     /// A part of the agent ended by itself.
     #[error("a part of the agent stopped working")]
     Broken,
@@ -262,6 +276,7 @@ pub async fn run(
     on_enrolled: OnEnrolled,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
+    let _lock = Lock::take(system.as_ref())?;
     let facts = system.facts()?;
     // Dropping a try to enrol loses nothing: the key is stored before it is used.
     let identified = tokio::select! {

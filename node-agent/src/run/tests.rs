@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
@@ -15,7 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Connection;
 use crate::identity::JoinToken;
 use crate::simulate::{SimulateError, Simulation};
-use crate::system::virtual_pi::Options;
+use crate::system::System as _;
+use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::testing::{Controller, Pki, TestSession};
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -156,6 +158,24 @@ async fn a_virtual_pi_that_was_powered_off_says_so_when_it_is_switched_on() {
     reported(&mut session, WireState::Succeeded).await;
     assert_eq!(fleet.log("power-off").len(), 1);
     fleet.end().await;
+}
+
+#[tokio::test]
+async fn second_agent_of_a_machine_ends_and_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false, stock: false };
+    let pi = VirtualPi::open(&dir.path().join("pi-01"), "pi-01", options).unwrap();
+    let connection = Connection { controllers: vec!["localhost:1".parse().unwrap()], ..Connection::default() };
+    let stop = CancellationToken::new();
+    let nobody = || -> super::OnEnrolled { Arc::new(|_, _| {}) };
+    let first = super::Lock::take(pi.as_ref()).unwrap();
+    let error = super::run(pi.clone(), connection.clone(), nobody(), stop.clone()).await.unwrap_err();
+    let process = format!("in use by another agent (process {}", std::process::id());
+    assert!(error.to_string().contains(&process), "{error}");
+    assert!(std::fs::read_dir(pi.identity_dir()).unwrap().all(|file| file.unwrap().file_name() == "agent.lock"));
+    drop(first);
+    stop.cancel();
+    super::run(pi, connection, nobody(), stop).await.unwrap();
 }
 
 #[tokio::test]
