@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart};
@@ -15,7 +16,7 @@ use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Kind, Labels, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
 use crate::journal::{Entry, Journal, JournalError, Progress, Word};
-use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
+use crate::system::{self, Board, Down, Force, Reboot, Standing, System, SystemError};
 use way_down::WayDown;
 
 mod update;
@@ -27,6 +28,10 @@ const MAX_COMMANDS: u32 = 3;
 pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
 /// The controller gave the job up while the agent was not running.
 pub const CALLED_OFF: &str = "CALLED_OFF";
+/// A user of the node took the announced shutdown back.
+pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
+/// How often the node looks whether its announcement still stands.
+const LOOK: Duration = Duration::from_secs(1);
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
@@ -111,7 +116,7 @@ pub struct Executor {
     board: Board,
     settings: Settings,
     /// Since when an installation has failed for good, and nothing else has come.
-    failed: std::sync::Mutex<Option<tokio::time::Instant>>,
+    failed: std::sync::Mutex<Option<Instant>>,
 }
 
 impl std::fmt::Debug for Executor {
@@ -186,7 +191,7 @@ impl Executor {
         }
     }
 
-    fn failed_since(&self) -> std::sync::MutexGuard<'_, Option<tokio::time::Instant>> {
+    fn failed_since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
         self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -296,7 +301,7 @@ impl Executor {
                     self.withdraw(execution).await;
                 }
                 self.journal.fail(execution, failure).await?;
-                *self.failed_since() = Some(tokio::time::Instant::now());
+                *self.failed_since() = Some(Instant::now());
                 self.tidy_after(entry).await;
                 Ok(())
             }
@@ -343,7 +348,7 @@ impl Executor {
                     "the new system did not come up, or did not reach the controller, in {MAX_TRIALS} trial boots; \
                      the node waits in its installer"
                 );
-                *self.failed_since() = Some(tokio::time::Instant::now());
+                *self.failed_since() = Some(Instant::now());
                 let failure = Failure::new("IMAGE_DID_NOT_COME_UP", message);
                 tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
                 self.keep_failure(execution, &failure);
@@ -419,14 +424,42 @@ impl Executor {
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);
         }
-        self.phase(execution, phase::NOTICE);
-        if let Err(error) = self.system.announce(down, notice.delay, &notice.message).await {
+        match self.system.standing() {
+            Standing::Theirs(other) => {
+                tracing::warn!(execution, %other, "somebody else has announced a shutdown, which stays");
+                self.phase(execution, &format!("{}, beside {other} that somebody else announced", phase::NOTICE));
+            }
+            Standing::Ours | Standing::Nothing => self.phase(execution, phase::NOTICE),
+        }
+        // Before the announcement, which then never ends earlier than the notice.
+        let end = Instant::now() + notice.delay;
+        let stands = self.system.announce(down, notice.delay, &notice.message).await.unwrap_or_else(|error| {
             // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
             tracing::warn!(execution, error = %chain(&error), "users could not be warned");
-        }
+            false
+        });
+        // None of these holds anything.
         tokio::select! {
             () = cancel.cancelled() => Err(StepError::Cancelled),
-            () = tokio::time::sleep(notice.delay) => Ok(()),
+            () = tokio::time::sleep_until(end) => Ok(()),
+            failure = self.called_off_here(end), if stands => Err(StepError::Failed(failure)),
+        }
+    }
+
+    /// Ends when somebody on the machine takes back what was announced, before `end`.
+    async fn called_off_here(&self, end: Instant) -> Failure {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let standing = self.system.standing();
+            // Close to the end the announcement may be gone because its time has come.
+            if standing == Standing::Ours || Instant::now() + LOOK >= end {
+                continue;
+            }
+            let what = match standing {
+                Standing::Theirs(other) => format!("replaced the announced shutdown by {other}"),
+                Standing::Ours | Standing::Nothing => "cancelled the announced shutdown (shutdown -c)".to_owned(),
+            };
+            return Failure::new(CALLED_OFF_ON_NODE, format!("somebody on the node {what}"));
         }
     }
 

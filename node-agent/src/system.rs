@@ -15,6 +15,7 @@ pub mod host;
 pub mod installer;
 pub mod release;
 pub mod rooted;
+pub(crate) mod scheduled;
 mod test_firmware;
 pub mod virtual_pi;
 
@@ -22,6 +23,7 @@ pub(crate) use disk::{make_read_only, make_writable};
 
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
+pub use scheduled::{Scheduled, Standing};
 use rooted::Rooted;
 
 /// A machine could not be asked or told something.
@@ -324,10 +326,18 @@ pub trait System: Send + Sync + 'static {
         None
     }
 
-    /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that.
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError>;
+    /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that, and a shutdown that
+    /// somebody else announced stays. Tells whether the warning stands as an announced shutdown
+    /// ([`Standing::Ours`]) until `delay` has passed, so that a user can take it back.
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError>;
 
-    /// Tells logged-in users that what was announced does not happen, and takes back a trial boot that was prepared.
+    /// Whose shutdown is announced now.
+    fn standing(&self) -> Standing {
+        Standing::Nothing
+    }
+
+    /// Tells logged-in users that what the agent announced does not happen, and takes back a trial boot that it prepared.
+    /// Somebody else's shutdown stays, and nothing is said when nothing was announced.
     async fn withdraw(&self) -> Result<(), SystemError>;
 
     /// Reboots at once. Returns when the command was issued: what follows may not run any more. `execution` is who

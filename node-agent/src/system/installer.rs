@@ -250,9 +250,9 @@ impl System for Installer {
         Some(PROGRAM.into())
     }
 
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         tracing::info!("{}", super::announcement(down, delay, message));
-        Ok(())
+        Ok(false)
     }
 
     async fn withdraw(&self) -> Result<(), SystemError> {

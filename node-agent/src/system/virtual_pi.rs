@@ -2,6 +2,7 @@
 //! project without hardware, for load tests, and for every test that must reboot something.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -12,6 +13,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::rooted::Rooted;
+use super::scheduled::{Schedule, Standing};
 use super::{
     Board, Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, NO_PARTITIONS, Ready, Reboot, Refusal, Room,
     System, SystemError, SystemFacts, Target,
@@ -58,6 +60,8 @@ pub struct VirtualPi {
     changed: watch::Sender<u64>,
     /// Held by whoever writes into the card's file systems.
     target: Arc<tokio::sync::Mutex<()>>,
+    /// Users were warned, and not told otherwise since.
+    told: AtomicBool,
     /// Held for the life of this value: two processes must not drive one Pi.
     _lock: std::fs::File,
 }
@@ -89,6 +93,7 @@ impl VirtualPi {
             state: Mutex::new(state),
             changed: watch::Sender::new(0),
             target: Arc::default(),
+            told: AtomicBool::new(false),
             _lock: lock,
         }))
     }
@@ -166,6 +171,12 @@ impl VirtualPi {
         append().map_err(SystemError::io("write", &path))
     }
 
+    /// The file `scheduled` is what logind has in `/run/systemd/shutdown`: whoever writes it announces a shutdown, and
+    /// whoever removes it takes it back.
+    fn schedule(&self) -> Schedule {
+        Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
+    }
+
     fn is_stock(&self) -> bool {
         BootPart::new(self.card().recovery, &board(&self.id)).is_stock()
     }
@@ -229,12 +240,22 @@ impl System for VirtualPi {
         self.dir.join("agent")
     }
 
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
-        self.wall(&super::announcement(down, delay, message))
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
+        let text = super::announcement(down, delay, message);
+        self.wall(&text)?;
+        self.told.store(true, Ordering::Release);
+        let schedule = self.schedule();
+        schedule.announce(down, delay, &text).map_err(SystemError::io("write", schedule.file))
+    }
+
+    fn standing(&self) -> Standing {
+        self.schedule().standing()
     }
 
     async fn withdraw(&self) -> Result<(), SystemError> {
-        self.wall(super::WITHDRAWN)
+        let schedule = self.schedule();
+        schedule.withdraw().map_err(SystemError::io("remove", schedule.file))?;
+        if self.told.swap(false, Ordering::AcqRel) { self.wall(super::WITHDRAWN) } else { Ok(()) }
     }
 
     async fn reboot(&self, how: Reboot, execution: Option<&str>, message: &str) -> Result<(), SystemError> {

@@ -8,8 +8,9 @@ use async_trait::async_trait;
 
 use crate::job::State;
 use crate::journal::Journal;
+use crate::system::scheduled::Schedule;
 use crate::system::{
-    Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, System, SystemError, Target,
+    Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, Standing, System, SystemError, Target,
 };
 
 /// A machine that stays up whatever it is told.
@@ -32,6 +33,10 @@ impl Machine {
 
     pub(super) fn told(&self) -> Vec<String> {
         self.told.lock().unwrap().clone()
+    }
+
+    pub(super) fn schedule(&self) -> Schedule {
+        Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
     }
 
     /// What a power cut would leave of the job.
@@ -75,12 +80,17 @@ impl System for Machine {
     fn release(&self) -> Result<Option<Release>, SystemError> {
         Ok(self.release.clone())
     }
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         self.tell(format!("announce {down:?} {delay:?} {message}"));
-        Ok(())
+        Ok(self.schedule().announce(down, delay, message).unwrap())
+    }
+    fn standing(&self) -> Standing {
+        self.schedule().standing()
     }
     async fn withdraw(&self) -> Result<(), SystemError> {
-        self.tell("withdraw");
+        if self.schedule().withdraw().unwrap() {
+            self.tell("withdraw");
+        }
         Ok(())
     }
     async fn reboot(&self, how: Reboot, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
