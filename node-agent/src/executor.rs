@@ -14,24 +14,25 @@ use tokio_util::sync::CancellationToken;
 use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
-use crate::job::{self, Action, Failure, Found, Kind, Labels, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
+use crate::job::{self, Action, Failure, Found, Labels, MAX_TRIALS, Mode, Release, Resume};
 use crate::journal::{Entry, Journal, JournalError, Progress, Word};
-use crate::system::{self, Board, Down, Force, Reboot, Standing, System, SystemError};
+use crate::system::{self, Board, Down, System, SystemError};
 use way_down::WayDown;
 
+mod notice;
 mod update;
 mod way_down;
 
-/// How often the command to go down is given before the job fails.
-const MAX_COMMANDS: u32 = 3;
 /// The installer takes only updates with an image.
 pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
+/// The journal cannot be written, so nothing is begun.
+pub use crate::journal::NOT_WRITABLE as JOURNAL_NOT_WRITABLE;
+/// Pause before a job that cannot go on is tried again; it grows from try to try.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The controller gave the job up while the agent was not running.
 pub const CALLED_OFF: &str = "CALLED_OFF";
 /// A user of the node took the announced shutdown back.
 pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
-/// How often the node looks whether its announcement still stands.
-const LOOK: Duration = Duration::from_secs(1);
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
@@ -139,7 +140,17 @@ impl Executor {
 
     /// Draws the conclusions from the boot itself: what succeeded, failed or was rolled back by it. To be called before
     /// the first session, so that its Hello tells the truth.
-    pub async fn settle(&self) -> Result<(), JournalError> {
+    pub async fn settle(&self) {
+        if let Err(error) = self.conclude_all().await {
+            // It is tried again. The node connects meanwhile, and says what ails it.
+            tracing::error!(error = %chain(&error), "what the boot decided is not journalled");
+        }
+        if self.mode() == Mode::Running {
+            self.tidy_recovery().await;
+        }
+    }
+
+    async fn conclude_all(&self) -> Result<(), JournalError> {
         if self.mode() == Mode::Installer {
             self.adopt().await?;
         }
@@ -151,15 +162,13 @@ impl Executor {
                 _ => break,
             }
         }
-        if self.mode() == Mode::Running {
-            self.tidy_recovery().await;
-        }
         Ok(())
     }
 
     /// Does what the journal asks for, until `stop`. A job that is interrupted goes on when the agent starts again.
     pub async fn run(&self, stop: CancellationToken) {
         let mut changes = self.journal.changes();
+        let mut failures: u32 = 0;
         loop {
             // Dropping the wait loses nothing: the journal keeps what it waits for.
             let waited = tokio::select! {
@@ -181,12 +190,16 @@ impl Executor {
                 () = stop.cancelled() => return,
                 done = self.advance(&entry) => done,
             };
-            if let Err(error) = done {
-                tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(Duration::from_secs(1)) => {}
-                }
+            let Err(error) = done else {
+                failures = 0;
+                continue;
+            };
+            tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
+            failures = failures.saturating_add(1);
+            let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(failures - 1).unwrap_or(u32::MAX));
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause.min(self.settings.max_pause)) => {}
             }
         }
     }
@@ -286,6 +299,11 @@ impl Executor {
         };
         match outcome {
             Ok(()) => Ok(()),
+            // Before the point of no return it is a failure like any other. A job that was only tried again would warn
+            // users forever.
+            Err(StepError::Journal(error @ JournalError::Io { .. })) if self.is_still_accepted(execution) => {
+                self.failed(entry, Failure::new(JOURNAL_NOT_WRITABLE, chain(&error))).await
+            }
             Err(StepError::Journal(error)) => Err(error),
             Err(StepError::Cancelled) => {
                 self.withdraw(execution).await;
@@ -294,18 +312,25 @@ impl Executor {
                 self.tidy_after(entry).await;
                 Ok(())
             }
-            Err(StepError::Failed(failure)) => {
-                tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
-                self.keep_failure(execution, &failure);
-                if entry.state == job::State::Accepted {
-                    self.withdraw(execution).await;
-                }
-                self.journal.fail(execution, failure).await?;
-                *self.failed_since() = Some(Instant::now());
-                self.tidy_after(entry).await;
-                Ok(())
-            }
+            Err(StepError::Failed(failure)) => self.failed(entry, failure).await,
         }
+    }
+
+    async fn failed(&self, entry: &Entry, failure: Failure) -> Result<(), JournalError> {
+        let execution = entry.execution.as_str();
+        tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
+        self.keep_failure(execution, &failure);
+        if entry.state == job::State::Accepted {
+            self.withdraw(execution).await;
+        }
+        self.journal.fail(execution, failure).await?;
+        *self.failed_since() = Some(Instant::now());
+        self.tidy_after(entry).await;
+        Ok(())
+    }
+
+    fn is_still_accepted(&self, execution: &str) -> bool {
+        self.journal.entries().get(execution).is_some_and(|entry| entry.state == job::State::Accepted)
     }
 
     /// Whether the next step disturbs the machine, and an earlier process may have been told to take it.
@@ -410,127 +435,6 @@ impl Executor {
             (Action::Unknown, _) => {
                 Err(StepError::Failed(Failure::new(job::UNKNOWN_ACTION, sentence(job::UNKNOWN_ACTION))))
             }
-        }
-    }
-
-    /// Warns logged-in users and lets the notice pass, by monotonic time.
-    async fn give_notice(
-        &self,
-        execution: &str,
-        down: Down,
-        notice: &Notice,
-        cancel: &CancellationToken,
-    ) -> Result<(), StepError> {
-        if cancel.is_cancelled() {
-            return Err(StepError::Cancelled);
-        }
-        match self.system.standing() {
-            Standing::Theirs(other) => {
-                tracing::warn!(execution, %other, "somebody else has announced a shutdown, which stays");
-                self.phase(execution, &format!("{}, beside {other} that somebody else announced", phase::NOTICE));
-            }
-            Standing::Ours | Standing::Nothing => self.phase(execution, phase::NOTICE),
-        }
-        // Before the announcement, which then never ends earlier than the notice.
-        let end = Instant::now() + notice.delay;
-        let stands = self.system.announce(down, notice.delay, &notice.message).await.unwrap_or_else(|error| {
-            // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
-            tracing::warn!(execution, error = %chain(&error), "users could not be warned");
-            false
-        });
-        // None of these holds anything.
-        tokio::select! {
-            () = cancel.cancelled() => Err(StepError::Cancelled),
-            () = tokio::time::sleep_until(end) => Ok(()),
-            failure = self.called_off_here(end), if stands => Err(StepError::Failed(failure)),
-        }
-    }
-
-    /// Ends when somebody on the machine takes back what was announced, before `end`.
-    async fn called_off_here(&self, end: Instant) -> Failure {
-        loop {
-            tokio::time::sleep(LOOK).await;
-            let standing = self.system.standing();
-            // Close to the end the announcement may be gone because its time has come.
-            if standing == Standing::Ours || Instant::now() + LOOK >= end {
-                continue;
-            }
-            let what = match standing {
-                Standing::Theirs(other) => format!("replaced the announced shutdown by {other}"),
-                Standing::Ours | Standing::Nothing => "cancelled the announced shutdown (shutdown -c)".to_owned(),
-            };
-            return Failure::new(CALLED_OFF_ON_NODE, format!("somebody on the node {what}"));
-        }
-    }
-
-    fn way_down(entry: &Entry) -> WayDown {
-        match entry.action.kind() {
-            Kind::Update => WayDown::TryBoot,
-            Kind::PowerOff => WayDown::PowerOff,
-            Kind::Reboot | Kind::Unknown => WayDown::Reboot,
-        }
-    }
-
-    /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
-    async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
-        let execution = entry.execution.as_str();
-        let message = match &entry.action {
-            Action::Reboot(notice) | Action::PowerOff(notice) => notice.message.as_str(),
-            Action::Update(update) => update.notice.message.as_str(),
-            Action::Unknown => "",
-        };
-        let mut last = None;
-        self.phase(execution, way.phase(1));
-        self.say_farewell(execution, way).await;
-        for command in 1..=MAX_COMMANDS {
-            tracing::info!(execution, ?way, command, "going down");
-            self.phase(execution, way.phase(command));
-            let (down, how) = match way {
-                WayDown::Reboot => (Down::Reboot, Reboot::Plain),
-                WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
-                WayDown::PowerOff => (Down::PowerOff, Reboot::Plain),
-            };
-            // Before the command: the agent may be told to end before the command returns.
-            self.journal.set_powering_off(way == WayDown::PowerOff);
-            let issued = match (command, down) {
-                (1, Down::Reboot) => self.system.reboot(how, Some(execution), message).await,
-                (1, Down::PowerOff) => self.system.power_off(Some(execution), message).await,
-                (2, _) => self.system.force(down, how, Force::Services, Some(execution)).await,
-                _ => self.system.force(down, how, Force::Everything, Some(execution)).await,
-            };
-            if let Err(error) = issued {
-                self.journal.set_powering_off(false);
-                tracing::error!(execution, error = %chain(&error), "command to go down failed");
-                last = Some(chain(&error));
-            }
-            tokio::time::sleep(self.system.patience()).await;
-        }
-        self.journal.set_powering_off(false);
-        let reason = match way {
-            WayDown::PowerOff => job::DID_NOT_POWER_OFF,
-            WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,
-        };
-        let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
-        let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
-        Err(StepError::Failed(Failure::new(reason, message)))
-    }
-
-    /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.
-    async fn say_farewell(&self, execution: &str, way: WayDown) {
-        let patience = match way {
-            WayDown::PowerOff => self.settings.farewell,
-            WayDown::Reboot | WayDown::TryBoot => self.settings.farewell / 5,
-        };
-        let mut changes = self.journal.changes();
-        let known = changes.wait_for(|entries| entries.get(execution).is_none_or(Entry::is_acked));
-        if tokio::time::timeout(patience, known).await.is_err() {
-            tracing::info!(execution, "controller does not know yet that the machine goes down");
-        }
-    }
-
-    async fn withdraw(&self, execution: &str) {
-        if let Err(error) = self.system.withdraw().await {
-            tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");
         }
     }
 

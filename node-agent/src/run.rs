@@ -16,6 +16,7 @@ use crate::cause::chain;
 use crate::discovery::{Address, Controllers, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
 use crate::executor::{Executor, Settings};
+use crate::health::{self, Ailment, Health};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll,
 };
@@ -250,15 +251,55 @@ fn is_final(error: &IdentityError, connection: &Connection) -> bool {
     error.is_permanent() && !(searches && matches!(error, IdentityError::Connect { .. }))
 }
 
-/// Looks from time to time whether the node could be updated, until `stop`.
-async fn keep_looking(system: &dyn System, refusal: &watch::Sender<Option<system::Refusal>>, stop: &CancellationToken) {
+/// What is looked at from time to time.
+struct Look {
+    system: Arc<dyn System>,
+    health: Arc<Health>,
+    identity: Arc<Identity>,
+    /// Known once a controller has been heard, and with it the time.
+    labels: watch::Receiver<Option<job::Labels>>,
+}
+
+impl Look {
+    /// At the machine.
+    fn at_health(&self) {
+        let found = self.system.conditions();
+        for ailment in [Ailment::Disk, Ailment::UnderVoltage] {
+            let message = found.iter().find(|found| found.ailment == ailment).map(|found| found.message.clone());
+            self.health.set(ailment, message);
+        }
+        // Before that the time is only known not to be earlier.
+        let clock = self.system.clock().filter(|_| self.labels.borrow().is_some());
+        let wrong = clock.and_then(|clock| health::wrong_clock(clock, self.identity.time().now()));
+        self.health.set(Ailment::Clock, wrong);
+    }
+
+    /// Pends until it is time for another look: after a while, and when a controller was heard for the first time.
+    async fn again(&mut self) {
+        let heard = self.labels.borrow().is_some();
+        let first = async {
+            if heard || self.labels.wait_for(Option::is_some).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        // Neither wait holds anything.
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+            () = first => {}
+        }
+    }
+}
+
+/// Looks from time to time what ails the node and whether it could be updated, until `stop`.
+async fn keep_looking(mut look: Look, refusal: &watch::Sender<Option<system::Refusal>>, stop: &CancellationToken) {
     loop {
         // A look changes nothing, so dropping one loses nothing.
         let now = tokio::select! {
             () = stop.cancelled() => return,
             now = async {
-                tokio::time::sleep(LOOK_AGAIN).await;
-                system.preflight_update().await.err()
+                look.again().await;
+                look.at_health();
+                look.system.preflight_update().await.err()
             } => now,
         };
         refusal.send_if_modified(|told| {
@@ -318,13 +359,24 @@ pub async fn run(
     };
     let downloader = Downloader::new(connect_in_turn(identity.clone(), controllers.clone()));
     let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
-    executor.settle().await?;
+    if let Err(error) = journal.probe().await {
+        tracing::error!(error = %chain(&error), "journal cannot be written: the node takes no work");
+    }
+    executor.settle().await;
+    let look = Look {
+        system: system.clone(),
+        health: journal.health().clone(),
+        identity: identity.clone(),
+        labels: labels.subscribe(),
+    };
+    look.at_health();
     let node = describe(system.as_ref(), &facts, boot_id);
     let (refusal, refused) = watch::channel(system.preflight_update().await.err());
     let log = session::KeptLog::new({
         let system = system.clone();
         move || system.kept_log()
     });
+    let healed = journal.clone();
     let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log, labels };
 
     // What ends a part by itself, if it has a reason.
@@ -356,7 +408,16 @@ pub async fn run(
     parts.spawn({
         let stop = stop.clone();
         async move {
-            keep_looking(system.as_ref(), &refusal, &stop).await;
+            keep_looking(look, &refusal, &stop).await;
+            None
+        }
+        .in_current_span()
+    });
+    parts.spawn({
+        let stop = stop.clone();
+        async move {
+            // Dropping a write loses nothing: the file is replaced whole.
+            stop.run_until_cancelled(healed.heal()).await;
             None
         }
         .in_current_span()

@@ -2,11 +2,12 @@
 //! board, because a test can neither reboot a machine nor partition a card.
 
 use std::any::Any;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 
 pub(crate) mod command;
 mod disk;
@@ -24,7 +25,26 @@ pub(crate) use disk::{make_read_only, make_writable};
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
 pub use scheduled::{Scheduled, Standing};
+use crate::health::{Ailment, Condition};
 use rooted::Rooted;
+
+/// A state folder needs room for a journal and its successor.
+const STATE_ROOM: u64 = 1 << 20;
+
+/// What ails the file system of a folder, if anything does.
+pub(crate) fn ailing_disk(folder: &Path) -> Option<Condition> {
+    // The agent makes the folder itself.
+    let there = folder.ancestors().find(|folder| folder.exists())?;
+    let message = match rustix::fs::statvfs(there) {
+        Ok(found) if found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) => "is read-only".to_owned(),
+        Ok(found) => match found.f_bavail.saturating_mul(found.f_frsize) {
+            free if free < STATE_ROOM => format!("has {free} bytes free"),
+            _ => return None,
+        },
+        Err(error) => format!("cannot be asked: {error}"),
+    };
+    Some(Condition { ailment: Ailment::Disk, message: format!("the file system of {} {message}", folder.display()) })
+}
 
 /// A machine could not be asked or told something.
 #[derive(Debug, thiserror::Error)]
@@ -354,6 +374,16 @@ pub trait System: Send + Sync + 'static {
     /// How long it may take to go down before a stronger command is given.
     fn patience(&self) -> Duration {
         Duration::from_secs(60)
+    }
+
+    /// What ails the machine now, as far as it can be seen. Reads files: not for a hot path.
+    fn conditions(&self) -> Vec<Condition> {
+        Vec::new()
+    }
+
+    /// What the system's clock says; `None`: nobody relies on it.
+    fn clock(&self) -> Option<DateTime<Utc>> {
+        None
     }
 
     /// Whether an update can be begun, before anything is written.

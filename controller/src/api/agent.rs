@@ -174,7 +174,7 @@ impl Session {
 
     async fn status(&self, unstored: &mut Unstored, status: v1::NodeStatus) -> Result<(), Ended> {
         let Some(system) = status.system else { return Ok(()) };
-        unstored.set_system(convert::system(system).map_err(|error| Ended::Refused(error.into()))?);
+        unstored.set_system(convert::system(system, status.conditions).map_err(|error| Ended::Refused(error.into()))?);
         self.store_what_waits(unstored).await
     }
 

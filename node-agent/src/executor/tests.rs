@@ -17,6 +17,7 @@ use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
 
+mod ill;
 mod judged;
 mod machine;
 mod outage;
@@ -99,7 +100,7 @@ impl Bench {
             },
         )
         .unwrap();
-        executor.settle().await.unwrap();
+        executor.settle().await;
         for entry in journal.entries().iter().filter(|_| heard) {
             journal.hear(&entry.execution, Word::Go);
         }

@@ -1,6 +1,6 @@
 //! What an agent says without a change of its journal: answers, and its last words.
 
-use marco_proto::v1::{ConnectResponse, Leaving, NotHeld, Report, connect_request};
+use marco_proto::v1::{ConnectResponse, Leaving, NodeStatus, NotHeld, Report, connect_request};
 use tokio::sync::mpsc;
 use tonic::Streaming;
 
@@ -8,6 +8,17 @@ use super::{CLOSE_TIMEOUT, Open, Said, SessionError, wire};
 use crate::journal::Entry;
 
 impl Open<'_> {
+    /// Says what the node runs and what ails it, whole.
+    pub(super) async fn tell_facts(&mut self) -> Result<(), SessionError> {
+        let facts = wire::Facts {
+            node: &self.session.node,
+            refusal: self.refusal.borrow_and_update().clone(),
+            conditions: self.health.borrow_and_update().clone(),
+        };
+        let status = NodeStatus { system: Some(facts.system()), conditions: facts.conditions() };
+        self.send(connect_request::Message::Status(status)).await
+    }
+
     /// The last words of an agent that ends because its machine powers off: the controller believes that it is off only
     /// when it has heard them.
     pub(super) async fn leave(&mut self) -> Result<(), SessionError> {

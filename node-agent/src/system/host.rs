@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 
 use super::rooted::Rooted;
 use super::scheduled::{Schedule, Standing};
@@ -17,6 +18,8 @@ use super::{
     Booted, Card, Down, Erase, Facts, Force, LOG_FILE, Layout, Mode, OwnLog, Reboot, Refusal, STARTED_AGAIN, System,
     SystemError, SystemFacts, Target,
 };
+
+use crate::health::{Ailment, Condition};
 
 pub(super) mod board;
 mod card;
@@ -278,6 +281,16 @@ impl System for Host {
     fn kept_log(&self) -> Vec<u8> {
         let of_installer = self.card().map(|card| std::fs::read(card.recovery.join(LOG_FILE)).unwrap_or_default());
         [of_installer.unwrap_or_default(), STARTED_AGAIN.into(), self.log.read()].concat()
+    }
+
+    fn conditions(&self) -> Vec<Condition> {
+        let weak = preflight::under_voltage(&self.options.sysroot).err().filter(|_| self.test.is_none());
+        let weak = weak.map(|refusal| Condition { ailment: Ailment::UnderVoltage, message: refusal.message });
+        super::ailing_disk(&self.options.state_dir).into_iter().chain(weak).collect()
+    }
+
+    fn clock(&self) -> Option<DateTime<Utc>> {
+        Some(std::time::SystemTime::now().into())
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

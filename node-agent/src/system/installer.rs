@@ -17,6 +17,7 @@ use super::{
     Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, OwnLog, RawTarget, Ready, Reboot, Refusal, Room,
     Stretch, System, SystemError, SystemFacts, Target, WholeCard,
 };
+use crate::health::Condition;
 use crate::settings::{Policy, Settings, SettingsError};
 
 mod prepare;
@@ -270,6 +271,10 @@ impl System for Installer {
 
     async fn force(&self, down: Down, how: Reboot, _force: Force, _execution: Option<&str>) -> Result<(), SystemError> {
         self.go_down(down, how).await
+    }
+
+    fn conditions(&self) -> Vec<Condition> {
+        super::ailing_disk(&self.state_dir()).into_iter().collect()
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

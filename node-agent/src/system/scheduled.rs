@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::{ErrorKind, Result};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 
@@ -113,7 +113,8 @@ impl Schedule {
             Down::Reboot => "reboot",
             Down::PowerOff => "poweroff",
         };
-        let micros = Utc::now().timestamp_micros().saturating_add(delay.as_micros().try_into().unwrap_or(i64::MAX));
+        let now = DateTime::<Utc>::from(SystemTime::now());
+        let micros = now.timestamp_micros().saturating_add(delay.as_micros().try_into().unwrap_or(i64::MAX));
         let message = message.escape_default();
         std::fs::write(&self.file, format!("USEC={micros}\nWARN_WALL=1\nMODE={mode}\nWALL_MESSAGE={message}\n"))?;
         Ok(self.remember())

@@ -22,6 +22,7 @@ use log::{Event, Line, Log};
 use state::{Going, Power, State, Up};
 
 use crate::bootpart::BootPart;
+use crate::health::{Ailment, Condition};
 use crate::settings::Settings;
 
 pub mod firmware;
@@ -34,6 +35,9 @@ mod tree;
 const SET_ROOM: u64 = 64 * 1024 * 1024;
 /// How long after it should be down a Pi is told more strongly: it only takes longer when it hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is said of a board with a weak power supply.
+const WEAK_POWER: &str = "the board's power supply is too weak at this moment (under-voltage)";
 
 /// How fast a virtual Pi is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +181,11 @@ impl VirtualPi {
         Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
     }
 
+    /// The file says so.
+    fn weak_power(&self) -> bool {
+        self.dir.join("under-voltage").exists()
+    }
+
     fn is_stock(&self) -> bool {
         BootPart::new(self.card().recovery, &board(&self.id)).is_stock()
     }
@@ -293,11 +302,19 @@ impl System for VirtualPi {
         self.options.shutdown_time + PATIENCE
     }
 
+    fn conditions(&self) -> Vec<Condition> {
+        let weak = self.weak_power().then(|| Condition { ailment: Ailment::UnderVoltage, message: WEAK_POWER.into() });
+        super::ailing_disk(&self.state_dir()).into_iter().chain(weak).collect()
+    }
+
+    fn clock(&self) -> Option<DateTime<Utc>> {
+        // It has none of its own, but in a test that gives it one.
+        std::fs::read_to_string(self.dir.join("clock")).ok()?.trim().parse().ok()
+    }
+
     async fn preflight_update(&self) -> Result<(), Refusal> {
-        // The file says that its power supply is too weak.
-        if self.dir.join("under-voltage").exists() {
-            let message = "the board's power supply is too weak at this moment (under-voltage)".to_owned();
-            return Err(Refusal { reason: "UNDER_VOLTAGE", message });
+        if self.weak_power() {
+            return Err(Refusal { reason: "UNDER_VOLTAGE", message: WEAK_POWER.into() });
         }
         let recovery = self.card().recovery;
         let room = rustix::fs::statvfs(&recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
