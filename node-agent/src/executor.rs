@@ -36,15 +36,22 @@ pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
+/// How an installer gets to its controllers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Way {
+    /// Addresses of controllers, host:port, in the order in which they are to be tried.
+    pub controllers: Vec<String>,
+    /// Address of the enrolment listener, host:port; empty: derived from the controllers.
+    pub enroll: String,
+}
+
 /// What the executor is told about the node.
 #[derive(Clone)]
 pub struct Settings {
     /// The node's id.
     pub node: String,
-    /// Addresses of controllers, host:port, for the installer.
-    pub controllers: Vec<String>,
-    /// Address of the enrolment listener, host:port, for the installer; empty: derived from the controllers.
-    pub enroll: String,
+    /// The way to the controllers as it is known at this moment, for the installer.
+    pub way: Arc<dyn Fn() -> Way + Send + Sync>,
     /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
     /// waits a fifth of that, for the operators' sake only.
     pub farewell: Duration,
@@ -60,7 +67,7 @@ pub struct Settings {
 
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Settings").field("node", &self.node).field("controllers", &self.controllers).finish()
+        f.debug_struct("Settings").field("node", &self.node).field("way", &(self.way)()).finish()
     }
 }
 

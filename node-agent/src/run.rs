@@ -15,7 +15,7 @@ use crate::bootpart::BootPart;
 use crate::cause::chain;
 use crate::discovery::{Address, Controllers, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
-use crate::executor::{Executor, Settings};
+use crate::executor::{self, Executor, Settings};
 use crate::health::{self, Ailment, Health};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll,
@@ -346,8 +346,14 @@ pub async fn run(
     let (labels, known) = watch::channel(None);
     let settings = Settings {
         node: identity.node().to_owned(),
-        controllers: controllers.in_order(),
-        enroll: listeners().first().cloned().unwrap_or_default(),
+        way: {
+            // When it is asked, not now: what controllers and the network have taught by then goes along.
+            let (controllers, listeners) = (controllers.clone(), listeners.clone());
+            Arc::new(move || executor::Way {
+                controllers: controllers.in_order(),
+                enroll: listeners().first().cloned().unwrap_or_default(),
+            })
+        },
         farewell: FAREWELL,
         verdict: VERDICT,
         max_pause: MAX_INSTALL_PAUSE,

@@ -8,7 +8,7 @@ use marco_proto::v1::ImageFacts;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings};
+use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
@@ -90,8 +90,7 @@ impl Bench {
             downloader,
             Settings {
                 node: "pi-01".into(),
-                controllers: vec!["controller:1346".into()],
-                enroll: "controller:1347".into(),
+                way: Arc::new(|| Way { controllers: vec!["controller:1346".into()], enroll: "controller:1347".into() }),
                 farewell: Duration::ZERO,
                 verdict,
                 max_pause: Duration::from_secs(60),

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, assign, connect_request,
-    connect_response,
+    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, Welcome, assign,
+    connect_request, connect_response,
 };
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -352,6 +352,23 @@ async fn an_update_ends_in_the_new_system_and_leaves_nothing_behind() {
     for left in ["install.json", "node.key", "journal.json"] {
         assert!(!fleet.pi().join("recovery/marco").join(left).exists(), "{left} is still on the card");
     }
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn controllers_that_were_taught_go_along_into_the_installer() {
+    let mut fleet = Fleet::with_token().await;
+    let sha256 = fleet.controller.store(image(true));
+    let mut session = fleet.controller.session().await;
+    session.next().await.unwrap();
+    let welcome = Welcome { controllers: vec!["127.0.0.1:9".into()], ..Welcome::default() };
+    session.say(connect_response::Message::Welcome(welcome)).await;
+    assign(&session, 1, install(&sha256)).await;
+    reported(&mut session, WireState::Rebooting).await;
+    let job = std::fs::read(fleet.pi().join("recovery/marco/install.json")).unwrap();
+    let job: serde_json::Value = serde_json::from_slice(&job).unwrap();
+    let known: Vec<&str> = job["controllers"].as_array().unwrap().iter().filter_map(|known| known.as_str()).collect();
+    assert_eq!(known, [fleet.controller.address.as_str(), "127.0.0.1:9"]);
     fleet.end().await;
 }
 
