@@ -69,7 +69,7 @@ pub enum ReportVerdict {
     Duplicate,
     /// This state change is stored; what is left is progress.
     Progress,
-    /// The report is of an earlier delivery: answer with an Assign, under a new attempt.
+    /// The report is of an earlier delivery: answer with the delivery that counts, which is the store's.
     Stale,
     /// The node knows a later delivery than the store: store its attempt and this state, and acknowledge.
     Adopt(ExecutionState, Option<ExecutionError>),

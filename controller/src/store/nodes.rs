@@ -57,7 +57,7 @@ pub struct System {
     pub boot_sha256: String,
     /// Why it would refuse an update.
     pub update_refusal: Option<UpdateRefusal>,
-    /// What ails it.
+    /// Its illnesses, as it said last.
     pub conditions: Vec<Condition>,
 }
 

@@ -150,7 +150,7 @@ impl Store {
     }
 }
 
-/// Whether a node that reports this is to let it be.
+/// True when the reported execution was called off and the node can still let it be.
 async fn is_called_off(tx: &Transaction, report: &ReportRow) -> Result<bool, StoreError> {
     // Later there is nothing to be let be, and the node would only say that it is too late.
     if !matches!(report.state, ExecutionState::Running | ExecutionState::Rebooting) {

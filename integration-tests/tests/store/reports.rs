@@ -84,7 +84,7 @@ pub(crate) async fn a_report_of_another_delivery_is_answered_by_an_assignment(f:
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     let stale = ReportRow { attempt: 0, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
     let ReportOutcome::Stale(again) = f.report(epoch, &stale, after(1)).await else { panic!() };
-    assert_eq!((again.attempt, again.known_state, &again.action), (2, ExecutionState::Assigned, &reboot()));
+    assert_eq!((again.attempt, again.known_state, &again.action), (1, ExecutionState::Assigned, &reboot()));
     let truth = report(&again, 1, ExecutionState::Running, "boot-1");
     assert_eq!(f.report(epoch, &truth, after(2)).await, ReportOutcome::Acked);
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Running);
@@ -106,13 +106,40 @@ pub(crate) async fn a_node_brings_about_a_thousand_deliveries_of_an_execution_at
     let stale = |attempt| ReportRow { attempt, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
     // It has brought about so many changes that one is left.
     f.by_hand(&["UPDATE executions SET changes = 999"]).await.remove(0).unwrap();
-    let ReportOutcome::Stale(last) = f.report(epoch, &stale(0), after(1)).await else { panic!() };
+    assert_eq!(f.report(epoch, &stale(1), after(1)).await, ReportOutcome::Acked);
     let before = events(&f).await;
-    for attempt in [0, 1, last.attempt, last.attempt + 1] {
-        let outcome = f.report(epoch, &stale(attempt), after(2)).await;
+    let armed = report(&assignment, 2, ExecutionState::Rebooting, "boot-1");
+    for said in [stale(0), armed, stale(2), stale(3)] {
+        let outcome = f.report(epoch, &said, after(2)).await;
         assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
     }
     assert_eq!(events(&f).await, before);
+}
+
+pub(crate) async fn reports_of_an_earlier_delivery_get_one_and_the_same(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &running, after(1)).await, ReportOutcome::Acked);
+    let events = async || f.store.operation(&assignment.execution.operation).await.unwrap().unwrap().event_count;
+    // As a backup or a switch leaves it: the store is ahead, or has taken it back.
+    for (state, attempt) in [("RUNNING", 5), ("PENDING", 4)] {
+        let set = format!("UPDATE executions SET state = '{state}', attempt = {attempt}");
+        f.by_hand(&[&set]).await.remove(0).unwrap();
+        let epoch = f.session(&id, "boot-1", after(2)).await;
+        let before = events().await;
+        let hello = f.reconcile(&id, epoch, "boot-1", std::slice::from_ref(&running), 2).await;
+        assert_eq!(hello.assigns.iter().map(|given| given.attempt).collect::<Vec<_>>(), [5]);
+        // It was said in the Hello, and is repeated before the answer arrives.
+        for _ in 0..3 {
+            let ReportOutcome::Stale(again) = f.report(epoch, &running, after(3)).await else { panic!() };
+            assert_eq!(again.attempt, 5);
+        }
+        assert_eq!(events().await, before + 1, "one delivery");
+        let truth = ReportRow { attempt: 5, ..running.clone() };
+        let outcome = f.report(epoch, &truth, after(4)).await;
+        let now = f.state(&assignment.execution).await;
+        assert_eq!((outcome, now), (ReportOutcome::Acked, ExecutionState::Running));
+    }
 }
 
 pub(crate) async fn a_report_under_a_lost_session_changes_nothing(f: Fixture) {

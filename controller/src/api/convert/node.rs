@@ -104,7 +104,7 @@ fn condition(condition: &Condition) -> v1::NodeCondition {
     }
 }
 
-/// What a node says that ails it.
+/// Conditions as a node says them.
 fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> {
     use v1::node_condition::Type;
     if said.len() > CONDITIONS_MAX {
@@ -163,7 +163,7 @@ pub(in crate::api) fn board(board: v1::Board) -> Result<Board, ApiError> {
     })
 }
 
-/// What a node runs, and what it says that ails it.
+/// Facts of a node's system, with its conditions.
 pub(in crate::api) fn system(system: v1::System, ailing: Vec<v1::NodeCondition>) -> Result<System, ApiError> {
     for (field, value) in [
         ("system.kernel_arch", &system.kernel_arch),

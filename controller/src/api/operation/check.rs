@@ -95,7 +95,7 @@ fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
 fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&PoweredOff>) -> v1::OperationCheck {
     let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
     let refusal = refusal.map(|refusal| (refusal.reason.clone(), refusal.message.clone()));
-    // Whatever is asked of it.
+    // It refuses every action.
     let ill = row.system.conditions.iter().find(|condition| condition.ailment == Ailment::Journal);
     let refusal = refusal.or_else(|| ill.map(|ill| ("JOURNAL_NOT_WRITABLE".to_owned(), ill.message.clone())));
     let refusal = refusal.or_else(|| {
