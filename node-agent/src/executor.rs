@@ -31,6 +31,8 @@ pub use crate::journal::NOT_WRITABLE as JOURNAL_NOT_WRITABLE;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The controller gave the job up while the agent was not running.
 pub const CALLED_OFF: &str = "CALLED_OFF";
+/// Somebody has a shell on the node's console.
+pub const CONSOLE_IN_USE: &str = "CONSOLE_IN_USE";
 /// A user of the node took the announced shutdown back.
 pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
 /// The machine was told to restart three times, and did not.
@@ -185,7 +187,8 @@ impl Executor {
             };
             *self.failed_since() = None;
             let Some(waited) = waited else {
-                self.give_up().await;
+                // Whoever sits at the console loses a shell that they would lose with the machine.
+                stop.run_until_cancelled(self.give_up()).await;
                 continue;
             };
             if waited.is_err() {
@@ -230,9 +233,41 @@ impl Executor {
         }
     }
 
+    /// Does what the machine's owner wants after a failure. That may be a shell, for as long as somebody sits there: the
+    /// card is theirs meanwhile, and work that arrives ends with the reason.
     async fn give_up(&self) {
-        if let Err(error) = self.system.give_up().await {
-            tracing::error!(error = %chain(&error), "cannot do what is to be done after a failure");
+        let mut given_up = std::pin::pin!(self.system.give_up());
+        loop {
+            // Polled again after the other arm won: it outlives the loop. The journal keeps what the other one waits for.
+            let ended = tokio::select! {
+                ended = &mut given_up => ended,
+                entry = self.arrived() => {
+                    self.refuse_beside_console(&entry).await;
+                    continue;
+                }
+            };
+            if let Err(error) = ended {
+                tracing::error!(error = %chain(&error), "cannot do what is to be done after a failure");
+            }
+            return;
+        }
+    }
+
+    /// The next job that is not over.
+    async fn arrived(&self) -> Entry {
+        let mut changes = self.journal.changes();
+        let entry = changes.wait_for(|entries| entries.unfinished().is_some()).await;
+        match entry.ok().and_then(|entries| entries.unfinished().cloned()) {
+            Some(entry) => entry,
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn refuse_beside_console(&self, entry: &Entry) {
+        let failure = Failure::new(CONSOLE_IN_USE, sentence(CONSOLE_IN_USE));
+        if let Err(error) = self.journal.fail(&entry.execution, failure).await {
+            tracing::error!(execution = %entry.execution, error = %chain(&error), "job not refused");
+            tokio::time::sleep(FIRST_PAUSE).await;
         }
     }
 
@@ -462,6 +497,10 @@ fn sentence(reason: &str) -> &'static str {
         job::RELEASE_MISMATCH => "the system that came up is not the one that this execution installed",
         job::WRONG_MODE => "the journal holds a state that this role of the agent cannot have",
         job::UNKNOWN_ACTION => "this agent does not know the action",
+        CONSOLE_IN_USE => {
+            "the installation before failed, and somebody has a shell on the node's console (policy = \"shell\"): the node \
+             takes work again when that shell ends"
+        }
         CALLED_OFF => "the controller gave it up while the node was away, so it was not gone on with",
         ONLY_IMAGES => "the node is in its installer, which takes only updates with an image",
         _ => "it cannot be done",

@@ -8,7 +8,7 @@ use marco_proto::v1::ImageFacts;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
+use super::{CONSOLE_IN_USE, DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
@@ -474,6 +474,40 @@ async fn after_three_trials_the_installer_gives_up_and_waits() {
             journal.accept(TWO, 1, reboot(SHORT)).await.unwrap();
             reaches(journal, TWO, State::Failed).await;
             assert_eq!(error(journal, TWO).reason, ONLY_IMAGES);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn shell_on_the_console_refuses_work_and_does_not_swallow_it() {
+    let mut bench = Bench::new().reboot("boot-b", Mode::Installer);
+    bench.said = Some(ImageFacts { refusal: "it has no init".into(), ..ImageFacts::default() });
+    let journal = bench.journal();
+    std::fs::write(bench.machine.shell(), "").unwrap();
+    journal.accept(ONE, 1, update(SHORT)).await.unwrap();
+    bench
+        .run(&journal, async |journal, machine| {
+            reaches(journal, ONE, State::Failed).await;
+            while machine.told().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            for number in 2..4 {
+                let execution = format!("operations/0198a6e0-0000-7000-8000-{number:012}/executions/pi-01");
+                journal.accept(&execution, 1, update(SHORT)).await.unwrap();
+                reaches(journal, &execution, State::Failed).await;
+                assert_eq!(error(journal, &execution).reason, CONSOLE_IN_USE);
+            }
+            std::fs::remove_file(machine.shell()).unwrap();
+            // The shell may be ending just now: then the next one is refused, too.
+            for number in 4.. {
+                let last = format!("operations/0198a6e0-0000-7000-8000-{number:012}/executions/pi-01");
+                journal.accept(&last, 1, update(SHORT)).await.unwrap();
+                reaches(journal, &last, State::Failed).await;
+                if error(journal, &last).reason != CONSOLE_IN_USE {
+                    break;
+                }
+            }
+            assert_eq!(machine.told(), ["shell"]);
         })
         .await;
 }

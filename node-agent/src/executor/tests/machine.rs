@@ -35,6 +35,11 @@ impl Machine {
         self.told.lock().unwrap().clone()
     }
 
+    /// While this file is there, somebody sits at the console after a failure.
+    pub(super) fn shell(&self) -> PathBuf {
+        self.dir.join("shell")
+    }
+
     pub(super) fn schedule(&self) -> Schedule {
         Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
     }
@@ -103,6 +108,16 @@ impl System for Machine {
     }
     async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
         self.tell(format!("force {down:?} {how:?} {force:?} {:?}", self.journalled(execution)));
+        Ok(())
+    }
+    fn gives_up_after(&self) -> Option<Duration> {
+        self.shell().exists().then_some(Duration::ZERO)
+    }
+    async fn give_up(&self) -> Result<(), SystemError> {
+        self.tell("shell");
+        while self.shell().exists() {
+            tokio::task::yield_now().await;
+        }
         Ok(())
     }
     fn patience(&self) -> Duration {
