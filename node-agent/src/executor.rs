@@ -15,30 +15,35 @@ use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
 use crate::job::{self, Action, Failure, Found, Labels, MAX_TRIALS, Mode, Release, Resume};
-use crate::journal::{Entry, Journal, JournalError, Progress, Word};
+use crate::journal::{Entry, Journal, JournalError, Progress};
 use crate::system::{self, Board, Down, System, SystemError};
 use way_down::WayDown;
 
+mod asking;
+mod console;
 mod notice;
 mod update;
 mod way_down;
 
-/// The installer takes only updates with an image.
-pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
 /// The journal cannot be written, so nothing is begun.
 pub use crate::journal::NOT_WRITABLE as JOURNAL_NOT_WRITABLE;
+
+/// The installer takes only updates with an image.
+pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
 /// Pause before a job that cannot go on is tried again; it grows from try to try.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The controller gave the job up while the agent was not running.
 pub const CALLED_OFF: &str = "CALLED_OFF";
 /// Somebody has a shell on the node's console.
 pub const CONSOLE_IN_USE: &str = "CONSOLE_IN_USE";
+/// No controller answered for an update whose installer was started.
+pub const NO_CONTROLLER: &str = "NO_CONTROLLER";
 /// A user of the node took the announced shutdown back.
 pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
-/// How an installer gets to its controllers.
+/// An installer's way to its controllers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Way {
     /// Addresses of controllers, host:port, in the order in which they are to be tried.
@@ -59,6 +64,8 @@ pub struct Settings {
     pub farewell: Duration,
     /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
     pub verdict: Duration,
+    /// An installer that has not touched the card waits this long for a controller, then leaves the card to the old system.
+    pub word: Duration,
     /// The longest pause before an installation that failed on the way is tried again.
     pub max_pause: Duration,
     /// The controller's time.
@@ -187,7 +194,7 @@ impl Executor {
             };
             *self.failed_since() = None;
             let Some(waited) = waited else {
-                // Whoever sits at the console loses a shell that they would lose with the machine.
+                // The user at the console loses a shell that they would lose with the machine.
                 stop.run_until_cancelled(self.give_up()).await;
                 continue;
             };
@@ -214,60 +221,9 @@ impl Executor {
         }
     }
 
-    fn failed_since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Never, unless an installation has failed and the machine has other plans than to wait.
-    async fn patience_is_over(&self) {
-        let since = *self.failed_since();
-        match (since, self.system.gives_up_after()) {
-            (Some(since), Some(after)) => tokio::time::sleep_until(since + after).await,
-            _ => std::future::pending().await,
-        }
-    }
-
     fn keep_failure(&self, execution: &str, failure: &Failure) {
         if self.mode() == Mode::Installer {
             self.system.keep_line(&format!("{execution}: {}: {}", failure.reason, failure.message));
-        }
-    }
-
-    /// Does what the machine's owner wants after a failure. That may be a shell, for as long as somebody sits there: the
-    /// card is theirs meanwhile, and work that arrives ends with the reason.
-    async fn give_up(&self) {
-        let mut given_up = std::pin::pin!(self.system.give_up());
-        loop {
-            // Polled again after the other arm won: it outlives the loop. The journal keeps what the other one waits for.
-            let ended = tokio::select! {
-                ended = &mut given_up => ended,
-                entry = self.arrived() => {
-                    self.refuse_beside_console(&entry).await;
-                    continue;
-                }
-            };
-            if let Err(error) = ended {
-                tracing::error!(error = %chain(&error), "cannot do what is to be done after a failure");
-            }
-            return;
-        }
-    }
-
-    /// The next job that is not over.
-    async fn arrived(&self) -> Entry {
-        let mut changes = self.journal.changes();
-        let entry = changes.wait_for(|entries| entries.unfinished().is_some()).await;
-        match entry.ok().and_then(|entries| entries.unfinished().cloned()) {
-            Some(entry) => entry,
-            None => std::future::pending().await,
-        }
-    }
-
-    async fn refuse_beside_console(&self, entry: &Entry) {
-        let failure = Failure::new(CONSOLE_IN_USE, sentence(CONSOLE_IN_USE));
-        if let Err(error) = self.journal.fail(&entry.execution, failure).await {
-            tracing::error!(execution = %entry.execution, error = %chain(&error), "job not refused");
-            tokio::time::sleep(FIRST_PAUSE).await;
         }
     }
 
@@ -311,25 +267,22 @@ impl Executor {
     async fn advance(&self, entry: &Entry) -> Result<(), JournalError> {
         let execution = entry.execution.as_str();
         let decision = self.decide(entry);
-        // What was accepted before an outage may have been called off since. Nobody but the controller can know.
-        let word = match self.asks_first(entry, decision) {
-            true => {
-                tracing::info!(execution, state = ?entry.state, "job waits for a controller's word");
-                self.journal.word(execution).await
-            }
-            false => Word::Go,
-        };
-        tracing::info!(execution, state = ?entry.state, ?decision, ?word, "job goes on");
+        let asked = self.ask_first(entry, decision).await;
+        tracing::info!(execution, state = ?entry.state, ?decision, stands = asked.is_ok(), "job goes on");
         let outcome = match decision {
-            Resume::Begin if word == Word::Stop => Err(StepError::Cancelled),
+            Resume::Begin if asked.is_err() => Err(StepError::Cancelled),
             Resume::Begin => self.begin(entry).await,
-            Resume::GoDown if word == Word::Stop => {
-                self.withdraw(execution).await;
-                Err(StepError::Failed(Failure::new(CALLED_OFF, sentence(CALLED_OFF))))
-            }
-            Resume::GoDown => self.go_down(entry, Self::way_down(entry)).await,
-            Resume::Install if word == Word::Stop => self.give_back(entry).await,
-            Resume::Install => self.install(entry).await,
+            Resume::GoDown => match asked {
+                Ok(()) => self.go_down(entry, Self::way_down(entry)).await,
+                Err(failure) => {
+                    self.withdraw(execution).await;
+                    Err(StepError::Failed(failure))
+                }
+            },
+            Resume::Install => match asked {
+                Ok(()) => self.install(entry).await,
+                Err(failure) => self.give_back(entry, failure).await,
+            },
             Resume::TryBoot => self.go_down(entry, Self::into_new_system(entry)).await,
             Resume::AwaitVerdict => self.await_verdict(entry).await,
             Resume::Nothing
@@ -373,24 +326,6 @@ impl Executor {
 
     fn is_still_accepted(&self, execution: &str) -> bool {
         self.journal.entries().get(execution).is_some_and(|entry| entry.state == job::State::Accepted)
-    }
-
-    /// Whether the next step disturbs the machine, and an earlier process may have been told to take it.
-    fn asks_first(&self, entry: &Entry, decision: Resume) -> bool {
-        match decision {
-            Resume::Begin | Resume::GoDown => true,
-            // From here on the card holds no system that could be gone back to.
-            Resume::Install => {
-                entry.state == job::State::Armed && self.system.booted().is_some_and(|booted| booted.tryboot)
-            }
-            _ => false,
-        }
-    }
-
-    /// Leaves the machine to the old system, which is whole, without having installed anything.
-    async fn give_back(&self, entry: &Entry) -> Result<(), StepError> {
-        self.journal.note(&entry.execution, Failure::new(CALLED_OFF, sentence(CALLED_OFF))).await?;
-        self.go_down(entry, WayDown::Reboot).await
     }
 
     /// Journals what the boot itself decided.
@@ -501,6 +436,7 @@ fn sentence(reason: &str) -> &'static str {
             "the installation before failed, and somebody has a shell on the node's console (policy = \"shell\"): the node \
              takes work again when that shell ends"
         }
+        NO_CONTROLLER => "the installer heard no controller say that the update stands, and left the old system as it was",
         CALLED_OFF => "the controller gave it up while the node was away, so it was not gone on with",
         ONLY_IMAGES => "the node is in its installer, which takes only updates with an image",
         _ => "it cannot be done",

@@ -32,10 +32,10 @@ const KEEP_MICROS: i64 = 30 * 24 * 60 * 60 * 1_000_000;
 const FILE_MODE: u32 = 0o600;
 /// Reason of a job that ends, or is not taken, because the journal cannot be written.
 pub const NOT_WRITABLE: &str = "JOURNAL_NOT_WRITABLE";
-/// How often a journal that cannot be written is tried.
+/// Pause between two tries of a journal that cannot be written.
 const HEAL: Duration = Duration::from_secs(10);
 
-/// Whether a change counts when it cannot be written.
+/// Requirement of a change: does it count when it cannot be written?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Needed {
     /// No: what follows must never be done without it.
@@ -114,7 +114,7 @@ pub struct Journal {
     progress: watch::Sender<Progress>,
     /// The command to power off was given under this boot.
     powering_off: AtomicBool,
-    /// What ails the node.
+    /// Illnesses of the node.
     health: Arc<Health>,
     /// By execution. Kept in memory only: what was said to an earlier process may be out of date.
     words: watch::Sender<HashMap<String, Word>>,
@@ -148,7 +148,7 @@ impl Journal {
         self.entries.subscribe()
     }
 
-    /// What ails the node: a journal that cannot be written, and what others note.
+    /// Illnesses of the node: a journal that cannot be written, and those that others note.
     pub fn health(&self) -> &Arc<Health> {
         &self.health
     }

@@ -16,7 +16,6 @@ use crate::cause::chain;
 use crate::discovery::{Address, Controllers, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
 use crate::executor::{self, Executor, Settings};
-use crate::health::{self, Ailment, Health};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll,
 };
@@ -27,9 +26,11 @@ use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
 
 mod lock;
+mod look;
 mod way;
 
 use lock::Lock;
+use look::{Look, keep_looking};
 use way::{LastGood, Way};
 
 /// How long a power-off waits for the controller to know of it.
@@ -37,6 +38,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
 /// then writes the card again.
 const VERDICT: Duration = Duration::from_secs(30 * 60);
+/// An installer waits this long to hear that its update stands: about as long as it tries to get the image.
+const WORD: Duration = Duration::from_secs(10 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
 /// The longest pause between two tries to enrol.
@@ -46,9 +49,6 @@ const DRAIN: Duration = Duration::from_secs(4);
 
 /// Beside the identity: the controllers that lived when the agent was last connected.
 const LIVE: &str = "live-controllers.json";
-
-/// How often the node looks whether it could be updated: cables are pulled, and power supplies become weak.
-const LOOK_AGAIN: Duration = Duration::from_secs(5 * 60);
 
 /// How an agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default)]
@@ -251,65 +251,6 @@ fn is_final(error: &IdentityError, connection: &Connection) -> bool {
     error.is_permanent() && !(searches && matches!(error, IdentityError::Connect { .. }))
 }
 
-/// What is looked at from time to time.
-struct Look {
-    system: Arc<dyn System>,
-    health: Arc<Health>,
-    identity: Arc<Identity>,
-    /// Known once a controller has been heard, and with it the time.
-    labels: watch::Receiver<Option<job::Labels>>,
-}
-
-impl Look {
-    /// At the machine.
-    fn at_health(&self) {
-        let found = self.system.conditions();
-        for ailment in [Ailment::Disk, Ailment::UnderVoltage] {
-            let message = found.iter().find(|found| found.ailment == ailment).map(|found| found.message.clone());
-            self.health.set(ailment, message);
-        }
-        // Before that the time is only known not to be earlier.
-        let clock = self.system.clock().filter(|_| self.labels.borrow().is_some());
-        let wrong = clock.and_then(|clock| health::wrong_clock(clock, self.identity.time().now()));
-        self.health.set(Ailment::Clock, wrong);
-    }
-
-    /// Pends until it is time for another look: after a while, and when a controller was heard for the first time.
-    async fn again(&mut self) {
-        let heard = self.labels.borrow().is_some();
-        let first = async {
-            if heard || self.labels.wait_for(Option::is_some).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        // Neither wait holds anything.
-        tokio::select! {
-            () = tokio::time::sleep(LOOK_AGAIN) => {}
-            () = first => {}
-        }
-    }
-}
-
-/// Looks from time to time what ails the node and whether it could be updated, until `stop`.
-async fn keep_looking(mut look: Look, refusal: &watch::Sender<Option<system::Refusal>>, stop: &CancellationToken) {
-    loop {
-        // A look changes nothing, so dropping one loses nothing.
-        let now = tokio::select! {
-            () = stop.cancelled() => return,
-            now = async {
-                look.again().await;
-                look.at_health();
-                look.system.preflight_update().await.err()
-            } => now,
-        };
-        refusal.send_if_modified(|told| {
-            let changed = *told != now;
-            *told = now;
-            changed
-        });
-    }
-}
-
 /// Runs an agent on this machine until `stop`.
 pub async fn run(
     system: Arc<dyn System>,
@@ -347,7 +288,7 @@ pub async fn run(
     let settings = Settings {
         node: identity.node().to_owned(),
         way: {
-            // When it is asked, not now: what controllers and the network have taught by then goes along.
+            // Read when a job is handed over, not now: addresses learnt from controllers and the network go along.
             let (controllers, listeners) = (controllers.clone(), listeners.clone());
             Arc::new(move || executor::Way {
                 controllers: controllers.in_order(),
@@ -356,6 +297,7 @@ pub async fn run(
         },
         farewell: FAREWELL,
         verdict: VERDICT,
+        word: WORD,
         max_pause: MAX_INSTALL_PAUSE,
         now: {
             let time = identity.time().clone();

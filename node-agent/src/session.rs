@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::v1::agent_service_client::AgentServiceClient;
-use marco_proto::v1::{ConnectRequest, ConnectResponse, NotHeld, Welcome, connect_request, connect_response};
+use marco_proto::v1::{ConnectRequest, ConnectResponse, Welcome, connect_request, connect_response};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -293,7 +293,7 @@ struct Open<'a> {
     outbox: mpsc::Sender<ConnectRequest>,
     /// As it was told last, or newer.
     refusal: watch::Receiver<Option<Refusal>>,
-    /// The same of what ails the node.
+    /// The same of its health.
     health: watch::Receiver<Vec<Condition>>,
     progress_interval: Duration,
     said: HashMap<String, Said>,
@@ -402,19 +402,12 @@ impl<'a> Open<'a> {
                     }
                     Err(JournalError::Busy(other)) => {
                         tracing::warn!(execution, attempt, other, "assignment refused: the node is at work");
-                        let entries = journal.entries();
-                        let busy_with = match entries.get(&other) {
-                            Some(entry) => Some(self.whole(entry).await),
-                            None => None,
-                        };
-                        let not_held = NotHeld { execution, busy_with };
-                        self.send(connect_request::Message::NotHeld(not_held)).await?;
+                        self.say_busy(execution, &other).await?;
                     }
                     // The controller would give it again and again: it is over, and says why.
                     Err(error @ JournalError::Io { .. }) => {
                         tracing::error!(execution, attempt, error = %chain(&error), "assignment cannot be journalled");
-                        let report = wire::not_journalled(&execution, attempt, &self.session.node.boot_id, &error);
-                        self.send(connect_request::Message::Report(report)).await?;
+                        self.say_not_journalled(&execution, attempt, &error).await?;
                     }
                     Err(error) => return Err(error.into()),
                 }
@@ -467,22 +460,6 @@ impl<'a> Open<'a> {
         }
         self.said.retain(|execution, _| entries.get(execution).is_some());
         Ok(())
-    }
-
-    /// Tells progress, if there is any to tell.
-    async fn tell(&mut self, progress: Progress) -> Result<bool, SessionError> {
-        let entries = self.session.journal.entries();
-        let Some(entry) = entries.get(&progress.execution).filter(|entry| !entry.state.is_final()) else {
-            return Ok(false);
-        };
-        if progress == self.told {
-            return Ok(false);
-        }
-        let report = wire::report(entry, &progress, &self.session.node.boot_id);
-        self.send(connect_request::Message::Report(report)).await?;
-        self.said.insert(entry.execution.clone(), Said::of(entry));
-        self.told = progress;
-        Ok(true)
     }
 
     async fn send(&self, message: connect_request::Message) -> Result<(), SessionError> {

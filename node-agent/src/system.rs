@@ -31,7 +31,7 @@ use rooted::Rooted;
 /// A state folder needs room for a journal and its successor.
 const STATE_ROOM: u64 = 1 << 20;
 
-/// What ails the file system of a folder, if anything does.
+/// Illness of the file system of a folder, if it has one.
 pub(crate) fn ailing_disk(folder: &Path) -> Option<Condition> {
     // The agent makes the folder itself.
     let there = folder.ancestors().find(|folder| folder.exists())?;
@@ -351,7 +351,7 @@ pub trait System: Send + Sync + 'static {
     /// ([`Standing::Ours`]) until `delay` has passed, so that a user can take it back.
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError>;
 
-    /// Whose shutdown is announced now.
+    /// Tells whose shutdown is announced now.
     fn standing(&self) -> Standing {
         Standing::Nothing
     }
@@ -376,12 +376,12 @@ pub trait System: Send + Sync + 'static {
         Duration::from_secs(60)
     }
 
-    /// What ails the machine now, as far as it can be seen. Reads files: not for a hot path.
+    /// Illnesses of the machine, as far as they can be seen. Reads files: not for a hot path.
     fn conditions(&self) -> Vec<Condition> {
         Vec::new()
     }
 
-    /// What the system's clock says; `None`: nobody relies on it.
+    /// The system's clock; `None`: nothing relies on it.
     fn clock(&self) -> Option<DateTime<Utc>> {
         None
     }

@@ -343,7 +343,7 @@ fn judge(status: &Status) -> Ended {
     if is_final(status.code()) { Ended::Failed(DownloadError::Refused(said)) } else { Ended::Retry(said) }
 }
 
-/// How controllers refuse an offset that lies past the end.
+/// True for the answer to an offset that lies past the end.
 fn is_past_the_end(status: &Status) -> bool {
     matches!(status.code(), Code::InvalidArgument | Code::OutOfRange)
 }

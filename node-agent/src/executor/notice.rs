@@ -1,4 +1,4 @@
-//! The warning before a machine goes down, which whoever uses the machine may take back.
+//! The warning before a machine goes down, which its users may take back.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::cause::chain;
 use crate::job::{Failure, Notice, phase};
 use crate::system::{Down, Standing};
 
-/// How often the node looks whether its announcement still stands.
+/// Interval of looks at the announcement.
 const LOOK: Duration = Duration::from_secs(1);
 
 impl Executor {
@@ -27,7 +27,7 @@ impl Executor {
         }
         match self.system.standing() {
             Standing::Theirs(other) => {
-                tracing::warn!(execution, %other, "somebody else has announced a shutdown, which stays");
+                tracing::warn!(execution, %other, "another user has announced a shutdown, which stays");
                 self.phase(execution, &format!("{}, beside {other} that somebody else announced", phase::NOTICE));
             }
             Standing::Ours | Standing::Nothing => self.phase(execution, phase::NOTICE),

@@ -8,7 +8,7 @@ use marco_proto::v1::ImageFacts;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{CONSOLE_IN_USE, DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
+use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
@@ -17,6 +17,7 @@ use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
 
+mod console;
 mod ill;
 mod judged;
 mod machine;
@@ -38,9 +39,10 @@ struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
     verdict: Duration,
+    word: Duration,
     /// What the controller says about the image.
     said: Option<ImageFacts>,
-    /// Whether a controller has let the jobs of earlier processes stand.
+    /// A controller has let the jobs of earlier processes stand.
     heard: bool,
 }
 
@@ -59,7 +61,7 @@ impl Bench {
         let boot_id = "boot-a".to_owned();
         let mode = Mode::Running;
         let machine = Machine { dir: path, boot_id, mode, facts, release: None, refusal: None, patience: LONG, told };
-        Self { _dir: dir, machine, verdict: LONG, said: Some(judged::good()), heard: true }
+        Self { _dir: dir, machine, verdict: LONG, word: LONG, said: Some(judged::good()), heard: true }
     }
 
     fn recovery(&self) -> BootPart {
@@ -80,7 +82,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict, said, heard } = self;
+        let Self { _dir, machine, verdict, word, said, heard } = self;
         let machine = Arc::new(machine);
         // No installation comes further than to its download.
         let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
@@ -93,6 +95,7 @@ impl Bench {
                 way: Arc::new(|| Way { controllers: vec!["controller:1346".into()], enroll: "controller:1347".into() }),
                 farewell: Duration::ZERO,
                 verdict,
+                word,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
                 labels: tokio::sync::watch::channel(None).1,
@@ -112,7 +115,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict, said, heard }
+        Self { _dir, machine, verdict, word, said, heard }
     }
 }
 
@@ -474,40 +477,6 @@ async fn after_three_trials_the_installer_gives_up_and_waits() {
             journal.accept(TWO, 1, reboot(SHORT)).await.unwrap();
             reaches(journal, TWO, State::Failed).await;
             assert_eq!(error(journal, TWO).reason, ONLY_IMAGES);
-        })
-        .await;
-}
-
-#[tokio::test]
-async fn shell_on_the_console_refuses_work_and_does_not_swallow_it() {
-    let mut bench = Bench::new().reboot("boot-b", Mode::Installer);
-    bench.said = Some(ImageFacts { refusal: "it has no init".into(), ..ImageFacts::default() });
-    let journal = bench.journal();
-    std::fs::write(bench.machine.shell(), "").unwrap();
-    journal.accept(ONE, 1, update(SHORT)).await.unwrap();
-    bench
-        .run(&journal, async |journal, machine| {
-            reaches(journal, ONE, State::Failed).await;
-            while machine.told().is_empty() {
-                tokio::task::yield_now().await;
-            }
-            for number in 2..4 {
-                let execution = format!("operations/0198a6e0-0000-7000-8000-{number:012}/executions/pi-01");
-                journal.accept(&execution, 1, update(SHORT)).await.unwrap();
-                reaches(journal, &execution, State::Failed).await;
-                assert_eq!(error(journal, &execution).reason, CONSOLE_IN_USE);
-            }
-            std::fs::remove_file(machine.shell()).unwrap();
-            // The shell may be ending just now: then the next one is refused, too.
-            for number in 4.. {
-                let last = format!("operations/0198a6e0-0000-7000-8000-{number:012}/executions/pi-01");
-                journal.accept(&last, 1, update(SHORT)).await.unwrap();
-                reaches(journal, &last, State::Failed).await;
-                if error(journal, &last).reason != CONSOLE_IN_USE {
-                    break;
-                }
-            }
-            assert_eq!(machine.told(), ["shell"]);
         })
         .await;
 }

@@ -379,7 +379,7 @@ impl Executor {
             if downloads.exists() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }
-            // What an installer left takes room from the next set.
+            // The rest of an installer's download takes room from the next set.
             let left = [folder.clone(), folder.join(DOWNLOADS)];
             if left.iter().any(|folder| download::is_to_sweep(folder)) {
                 let _writable = recovery.open_for_writing()?;
@@ -404,7 +404,7 @@ impl Executor {
         self.system.state_dir().join(DOWNLOADS)
     }
 
-    fn bytes_of(&self, execution: &str, phase: &'static str) -> crate::download::Progress {
+    fn bytes_of(&self, execution: &str, phase: &'static str) -> download::Progress {
         let (journal, execution) = (self.journal.clone(), execution.to_owned());
         Arc::new(move |done, total| {
             journal.set_progress(Progress { execution: execution.clone(), phase: phase.to_owned(), done, total });

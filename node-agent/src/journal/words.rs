@@ -1,9 +1,9 @@
-//! What controllers say of the jobs of earlier processes: whether they stand.
+//! Jobs of earlier processes stand or fall by a controller's word.
 
 use super::{Entry, Journal};
 use crate::job::State;
 
-/// What a controller has said of a job since this process began.
+/// A controller's word on a job, since this process began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Word {
     /// It stands.
@@ -26,7 +26,7 @@ impl Journal {
         })
     }
 
-    /// What a controller says of a job; waits until one has said something, however long that takes.
+    /// Waits for a controller's word on a job, without a limit.
     pub async fn word(&self, execution: &str) -> Word {
         let called_off = async {
             let mut changes = self.changes();

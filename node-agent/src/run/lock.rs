@@ -53,7 +53,7 @@ fn take(folder: &Path) -> Result<Option<File>, RunError> {
         }
         Err(error) => return Err(SystemError::io("lock", path)(error.into()).into()),
     }
-    // Only for the words of whoever comes later.
+    // Only for the error of a later agent.
     let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
     if let Err(error) = written {
         tracing::debug!(file = %path.display(), error = %error, "holder of the lock not written");
@@ -73,7 +73,7 @@ fn open(folder: &Path, path: &PathBuf) -> std::io::Result<File> {
     }
 }
 
-/// Who holds the lock, as far as it said so.
+/// Names the holder of the lock, as far as it said so.
 fn holder(file: &mut File) -> String {
     let mut text = String::new();
     let read = file.rewind().and_then(|()| file.read_to_string(&mut text));

@@ -310,7 +310,7 @@ async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
     for attempt in [1, 2] {
         session.say(assign(attempt)).await;
         let (mut failed, mut conditions) = (None, None);
-        // Which of the two is said first, nobody knows; the second time only the end is news.
+        // The two come in any order; the second time only the end is news.
         while failed.is_none() || (attempt == 1 && conditions.is_none()) {
             match session.next().await.expect("the session goes on").message {
                 Some(connect_request::Message::Report(report)) => failed = Some(report),

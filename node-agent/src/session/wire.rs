@@ -19,7 +19,7 @@ use crate::system::Refusal;
 /// How long users are warned when the operation does not say.
 const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
 
-/// What a node says of itself, as it is now.
+/// Facts of a node, as they are now.
 pub(super) struct Facts<'a> {
     pub(super) node: &'a Node,
     pub(super) refusal: Option<Refusal>,
@@ -27,7 +27,7 @@ pub(super) struct Facts<'a> {
 }
 
 impl Facts<'_> {
-    /// What the node runs, and whether it could be updated.
+    /// Its system, and the reason why it would refuse an update.
     pub(super) fn system(&self) -> System {
         let node = self.node;
         let refusal = |refusal: &Refusal| UpdateRefusal {
@@ -52,7 +52,7 @@ impl Facts<'_> {
         }
     }
 
-    /// What ails it.
+    /// Its illnesses.
     pub(super) fn conditions(&self) -> Vec<NodeCondition> {
         let one = |condition: &Condition| NodeCondition {
             r#type: match condition.ailment {

@@ -31,7 +31,7 @@ use card::FoundCard;
 const COMMAND_TIME: Duration = Duration::from_secs(30);
 /// From here systemd takes the argument of reboot(2) (systemd-reboot.service(8)).
 const REBOOT_PARAM: &str = "run/systemd/reboot-param";
-/// Where logind keeps the shutdown that is announced, whoever announced it.
+/// File of logind with the announced shutdown.
 const SCHEDULED: &str = "run/systemd/shutdown/scheduled";
 /// A copy of it, when it is ours.
 const SCHEDULED_BY_US: &str = "run/marco-agent/scheduled";
@@ -73,7 +73,7 @@ impl Default for HostOptions {
     }
 }
 
-/// How users were warned last.
+/// The last warning to users.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum Warned {
     /// Not at all, or what was said was taken back.
@@ -241,7 +241,7 @@ impl System for Host {
                 self.shutdown(&["-c", super::WITHDRAWN]).await
             }
             (_, Warned::ByWall) => run(&[WALL, super::WITHDRAWN]).await,
-            // Whoever took ours back, or put theirs in its place, has said so.
+            // The user who took ours back, or put theirs in its place, has said so.
             (_, Warned::Not | Warned::Visibly | Warned::Blindly) => Ok(()),
         }
     }

@@ -18,9 +18,9 @@ const MESSAGE: usize = 120;
 pub struct Scheduled {
     /// `reboot`, `poweroff`, `halt` or another word of systemd.
     pub mode: String,
-    /// When; `None`: it does not say.
+    /// Its time; `None`: it does not say.
     pub at: Option<DateTime<Utc>>,
-    /// What users are told; empty: nothing.
+    /// Message to users; empty: none.
     pub message: String,
 }
 
@@ -56,7 +56,7 @@ impl fmt::Display for Scheduled {
     }
 }
 
-/// Whose announcement stands on a machine.
+/// The owner of the announcement that stands on a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
     /// Nobody's.
@@ -67,17 +67,17 @@ pub enum Standing {
     Theirs(Scheduled),
 }
 
-/// Where the announcement of a machine is kept.
+/// Files of a machine's announcement.
 #[derive(Debug, Clone)]
 pub(crate) struct Schedule {
-    /// What stands.
+    /// The announcement that stands.
     pub(crate) file: PathBuf,
     /// A copy of ours: it tells the two apart also after the agent was killed, and is gone with the boot as `file` is.
     pub(crate) ours: PathBuf,
 }
 
 impl Schedule {
-    /// Whose announcement stands.
+    /// Tells whose announcement stands.
     pub(crate) fn standing(&self) -> Standing {
         let read = |path| std::fs::read(path).ok().map(|text| Scheduled::parse(&String::from_utf8_lossy(&text)));
         match (read(&self.file), read(&self.ours)) {

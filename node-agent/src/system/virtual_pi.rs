@@ -36,7 +36,7 @@ const SET_ROOM: u64 = 64 * 1024 * 1024;
 /// How long after it should be down a Pi is told more strongly: it only takes longer when it hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What is said of a board with a weak power supply.
+/// Message about a board with a weak power supply.
 const WEAK_POWER: &str = "the board's power supply is too weak at this moment (under-voltage)";
 
 /// How fast a virtual Pi is.

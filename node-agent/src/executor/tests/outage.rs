@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::{Bench, LONG, ONE, SHORT, armed_update, error, notice, phase, reaches, reboot};
-use crate::executor::CALLED_OFF;
+use crate::executor::{CALLED_OFF, NO_CONTROLLER};
 use crate::job::{Action, State};
-use crate::journal::{Journal, Word};
+use crate::journal::Journal;
 use crate::system::Mode;
 
 /// A bench on which no controller has been heard yet.
@@ -73,6 +73,14 @@ async fn command_of_a_killed_agent_is_not_repeated_when_called_off() {
     assert_eq!(bench.machine.told(), [""; 0]);
 }
 
+/// The old system's reason for an update that its installer gave back.
+async fn given_back(bench: Bench) -> String {
+    let bench = bench.reboot("boot-c", Mode::Running);
+    let journal = bench.journal();
+    bench.run(&journal, async |journal, _| reaches(journal, ONE, State::RolledBack).await).await;
+    error(&journal, ONE).reason
+}
+
 #[tokio::test]
 async fn installer_leaves_the_old_system_alone_when_called_off() {
     let (bench, journal) = unheard(armed_update().await.reboot("boot-b", Mode::Installer));
@@ -80,15 +88,27 @@ async fn installer_leaves_the_old_system_alone_when_called_off() {
         .run(&journal, async |journal, machine| {
             settle().await;
             assert_eq!(journal.entries().get(ONE).unwrap().state, State::Armed);
-            journal.hear(ONE, Word::Stop);
+            journal.request_cancel(ONE).await.unwrap();
             while machine.told().is_empty() {
                 tokio::task::yield_now().await;
             }
         })
         .await;
     assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
-    let journal = bench.reboot("boot-c", Mode::Running);
-    let old = journal.journal();
-    journal.run(&old, async |journal, _| reaches(journal, ONE, State::RolledBack).await).await;
-    assert_eq!(error(&old, ONE).reason, CALLED_OFF);
+    assert_eq!(given_back(bench).await, CALLED_OFF);
+}
+
+#[tokio::test]
+async fn installer_that_hears_nobody_leaves_the_old_system_alone() {
+    let (mut bench, journal) = unheard(armed_update().await.reboot("boot-b", Mode::Installer));
+    bench.word = SHORT;
+    let bench = bench
+        .run(&journal, async |_, machine| {
+            while machine.told().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
+    assert_eq!(given_back(bench).await, NO_CONTROLLER);
 }

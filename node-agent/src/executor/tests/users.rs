@@ -1,4 +1,4 @@
-//! What users of the machine announce, and take back.
+//! Users of the machine announce shutdowns, and take ours back.
 
 use super::{Bench, LONG, ONE, SHORT, error, phase, reaches, reboot, update};
 use crate::executor::CALLED_OFF_ON_NODE;
