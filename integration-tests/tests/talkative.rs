@@ -229,6 +229,42 @@ async fn report_whose_commit_was_stored_unanswered_is_acknowledged_once() -> Res
 }
 
 #[tokio::test]
+async fn earlier_delivery_converges_in_one_exchange() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let node = Node::enrol(&fleet).await?;
+    let mut session = node.session(&fleet).await?;
+    session.say(Message::Hello(hello())).await?;
+    fleet.create(reboot(&["talkative"], Duration::ZERO)).await?;
+    let assign = session.assignment().await?;
+    drop(session);
+    // The node comes back with what it knows from before, and repeats it until it has heard something else.
+    let said = |attempt, sequence| Report { execution: assign.execution.clone(), attempt, ..report(sequence) };
+    let mut session = node.session(&fleet).await?;
+    let boot_id = "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c12".to_owned();
+    session.say(Message::Hello(Hello { executions: vec![said(0, 1)], boot_id, ..hello() })).await?;
+    for _ in 0..20 {
+        session.say(Message::Report(said(0, 1))).await?;
+    }
+    let again = session.assignment().await?;
+    assert_eq!((&again.execution, again.attempt), (&assign.execution, assign.attempt));
+    session.say(Message::Report(said(again.attempt, 1))).await?;
+    // About something else, so that its answer is the last.
+    session.say(Message::Report(report(7))).await?;
+    let mut heard = Vec::new();
+    loop {
+        match session.hears.message().await?.and_then(|answer| answer.message) {
+            Some(connect_response::Message::Ack(ack)) if ack.execution != assign.execution => break,
+            Some(connect_response::Message::Ack(ack)) => heard.push(format!("ack {}", ack.sequence)),
+            other => heard.push(format!("{other:?}")),
+        }
+    }
+    assert_eq!(heard, ["ack 1"], "to one assignment, 21 repetitions and one report that is right");
+    drop(session);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
 async fn node_with_an_absurd_attempt_keeps_nobody_from_work() -> Result<()> {
     let mut fleet = Fleet::builder().pis(1).start().await?;
     let other = fleet.ids().await?.remove(0);

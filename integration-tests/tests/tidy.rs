@@ -34,16 +34,17 @@ const CONTROLLER: [(&str, &[&str]); 14] = [
 ];
 
 /// The agent: the same.
-const AGENT: [(&str, &[&str]); 15] = [
+const AGENT: [(&str, &[&str]); 16] = [
     ("bootpart", &["system"]),
     ("discovery", &[]),
     ("download", &[]),
     ("executor", &["journal", "job", "system", "bootpart", "download", "install"]),
+    ("health", &[]),
     ("identity", &["discovery", "system"]),
     ("init", &[]),
     ("install", &["discovery", "identity", "session", "download", "system", "bootpart", "job"]),
     ("job", &[]),
-    ("journal", &["job"]),
+    ("journal", &["health", "job"]),
     ("logbook", &["bootpart", "system"]),
     ("network", &["system"]),
     (
@@ -55,6 +56,7 @@ const AGENT: [(&str, &[&str]); 15] = [
             "journal",
             "job",
             "executor",
+            "health",
             "system",
             "download",
             "config",
@@ -62,10 +64,10 @@ const AGENT: [(&str, &[&str]); 15] = [
             "bootpart",
         ],
     ),
-    ("session", &["discovery", "identity", "journal", "job", "system"]),
+    ("session", &["discovery", "health", "identity", "journal", "job", "system"]),
     ("simulate", &["run", "system", "config", "discovery", "identity"]),
     // The virtual Pi lays its card out with what the agent writes cards with.
-    ("system", &["bootpart"]),
+    ("system", &["bootpart", "health"]),
 ];
 
 /// Words that must not leave some places: the word, in which package, and where it may stand (a module, or a file).

@@ -30,6 +30,42 @@ const FACTS_TRIES: u32 = 3;
 /// since the installer judges the image again.
 const FACTS_WAIT: Duration = Duration::from_secs(5);
 
+/// Prefix of the names of downloads.
+const PREFIX: &str = "download-";
+/// The name that one had in earlier agents, whatever it was a download of.
+const BEFORE: &str = "boot.zip";
+
+/// File of the download with this digest. Under one name for all, the rest of an interrupted download would be taken for
+/// the beginning of the next.
+pub(crate) fn file_in(folder: &Path, sha256: &str) -> PathBuf {
+    folder.join(format!("{PREFIX}{sha256}"))
+}
+
+/// True when downloads left something in a folder.
+pub(crate) fn is_to_sweep(folder: &Path) -> bool {
+    !left_in(folder, None).is_empty()
+}
+
+/// Removes what downloads left in a folder, except the one with this digest. Best effort: what stays only takes room.
+pub(crate) fn sweep(folder: &Path, keep: Option<&str>) {
+    for path in left_in(folder, keep) {
+        match std::fs::remove_file(&path) {
+            Ok(()) => tracing::info!(file = %path.display(), "rest of a download removed"),
+            Err(error) => tracing::warn!(file = %path.display(), error = %error, "rest of a download not removed"),
+        }
+    }
+}
+
+fn left_in(folder: &Path, keep: Option<&str>) -> Vec<PathBuf> {
+    let keep = keep.map(|sha256| file_in(folder, sha256));
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let ours = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        (name.starts_with(PREFIX) || name == BEFORE) && keep.as_ref() != Some(path)
+    };
+    entries.map(|entry| entry.path()).filter(ours).collect()
+}
+
 /// An error of whoever makes connections.
 pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;
 /// Makes a fresh connection to some controller; called once for each try, so that it can take another one each time.

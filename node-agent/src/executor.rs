@@ -8,40 +8,64 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
-use crate::job::{self, Action, Failure, Found, Kind, Labels, MAX_TRIALS, Mode, Notice, Release, Resume, phase};
+use crate::job::{self, Action, Failure, Found, Labels, MAX_TRIALS, Mode, Release, Resume};
 use crate::journal::{Entry, Journal, JournalError, Progress};
-use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
+use crate::system::{self, Board, Down, System, SystemError};
 use way_down::WayDown;
 
+mod asking;
+mod console;
+mod notice;
 mod update;
 mod way_down;
 
-/// How often the command to go down is given before the job fails.
-const MAX_COMMANDS: u32 = 3;
+/// The journal cannot be written, so nothing is begun.
+pub use crate::journal::NOT_WRITABLE as JOURNAL_NOT_WRITABLE;
+
 /// The installer takes only updates with an image.
 pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
+/// Pause before a job that cannot go on is tried again; it grows from try to try.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The controller gave the job up while the agent was not running.
+pub const CALLED_OFF: &str = "CALLED_OFF";
+/// Somebody has a shell on the node's console.
+pub const CONSOLE_IN_USE: &str = "CONSOLE_IN_USE";
+/// No controller answered for an update whose installer was started.
+pub const NO_CONTROLLER: &str = "NO_CONTROLLER";
+/// A user of the node took the announced shutdown back.
+pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
+
+/// An installer's way to its controllers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Way {
+    /// Addresses of controllers, host:port, in the order in which they are to be tried.
+    pub controllers: Vec<String>,
+    /// Address of the enrolment listener, host:port; empty: derived from the controllers.
+    pub enroll: String,
+}
 
 /// What the executor is told about the node.
 #[derive(Clone)]
 pub struct Settings {
     /// The node's id.
     pub node: String,
-    /// Addresses of controllers, host:port, for the installer.
-    pub controllers: Vec<String>,
-    /// Address of the enrolment listener, host:port, for the installer; empty: derived from the controllers.
-    pub enroll: String,
+    /// The way to the controllers as it is known at this moment, for the installer.
+    pub way: Arc<dyn Fn() -> Way + Send + Sync>,
     /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
     /// waits a fifth of that, for the operators' sake only.
     pub farewell: Duration,
     /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
     pub verdict: Duration,
+    /// An installer that has not touched the card waits this long for a controller, then leaves the card to the old system.
+    pub word: Duration,
     /// The longest pause before an installation that failed on the way is tried again.
     pub max_pause: Duration,
     /// The controller's time.
@@ -52,7 +76,7 @@ pub struct Settings {
 
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Settings").field("node", &self.node).field("controllers", &self.controllers).finish()
+        f.debug_struct("Settings").field("node", &self.node).field("way", &(self.way)()).finish()
     }
 }
 
@@ -109,7 +133,7 @@ pub struct Executor {
     board: Board,
     settings: Settings,
     /// Since when an installation has failed for good, and nothing else has come.
-    failed: std::sync::Mutex<Option<tokio::time::Instant>>,
+    failed: std::sync::Mutex<Option<Instant>>,
 }
 
 impl std::fmt::Debug for Executor {
@@ -132,7 +156,17 @@ impl Executor {
 
     /// Draws the conclusions from the boot itself: what succeeded, failed or was rolled back by it. To be called before
     /// the first session, so that its Hello tells the truth.
-    pub async fn settle(&self) -> Result<(), JournalError> {
+    pub async fn settle(&self) {
+        if let Err(error) = self.conclude_all().await {
+            // It is tried again. The node connects meanwhile, and says what ails it.
+            tracing::error!(error = %chain(&error), "what the boot decided is not journalled");
+        }
+        if self.mode() == Mode::Running {
+            self.tidy_recovery().await;
+        }
+    }
+
+    async fn conclude_all(&self) -> Result<(), JournalError> {
         if self.mode() == Mode::Installer {
             self.adopt().await?;
         }
@@ -144,15 +178,13 @@ impl Executor {
                 _ => break,
             }
         }
-        if self.mode() == Mode::Running {
-            self.tidy_recovery().await;
-        }
         Ok(())
     }
 
     /// Does what the journal asks for, until `stop`. A job that is interrupted goes on when the agent starts again.
     pub async fn run(&self, stop: CancellationToken) {
         let mut changes = self.journal.changes();
+        let mut failures: u32 = 0;
         loop {
             // Dropping the wait loses nothing: the journal keeps what it waits for.
             let waited = tokio::select! {
@@ -162,7 +194,8 @@ impl Executor {
             };
             *self.failed_since() = None;
             let Some(waited) = waited else {
-                self.give_up().await;
+                // The user at the console loses a shell that they would lose with the machine.
+                stop.run_until_cancelled(self.give_up()).await;
                 continue;
             };
             if waited.is_err() {
@@ -174,38 +207,23 @@ impl Executor {
                 () = stop.cancelled() => return,
                 done = self.advance(&entry) => done,
             };
-            if let Err(error) = done {
-                tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
-                tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep(Duration::from_secs(1)) => {}
-                }
+            let Err(error) = done else {
+                failures = 0;
+                continue;
+            };
+            tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
+            failures = failures.saturating_add(1);
+            let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(failures - 1).unwrap_or(u32::MAX));
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(pause.min(self.settings.max_pause)) => {}
             }
-        }
-    }
-
-    fn failed_since(&self) -> std::sync::MutexGuard<'_, Option<tokio::time::Instant>> {
-        self.failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Never, unless an installation has failed and the machine has other plans than to wait.
-    async fn patience_is_over(&self) {
-        let since = *self.failed_since();
-        match (since, self.system.gives_up_after()) {
-            (Some(since), Some(after)) => tokio::time::sleep_until(since + after).await,
-            _ => std::future::pending().await,
         }
     }
 
     fn keep_failure(&self, execution: &str, failure: &Failure) {
         if self.mode() == Mode::Installer {
             self.system.keep_line(&format!("{execution}: {}: {}", failure.reason, failure.message));
-        }
-    }
-
-    async fn give_up(&self) {
-        if let Err(error) = self.system.give_up().await {
-            tracing::error!(error = %chain(&error), "cannot do what is to be done after a failure");
         }
     }
 
@@ -249,11 +267,22 @@ impl Executor {
     async fn advance(&self, entry: &Entry) -> Result<(), JournalError> {
         let execution = entry.execution.as_str();
         let decision = self.decide(entry);
-        tracing::info!(execution, state = ?entry.state, ?decision, "job goes on");
+        let asked = self.ask_first(entry, decision).await;
+        tracing::info!(execution, state = ?entry.state, ?decision, stands = asked.is_ok(), "job goes on");
         let outcome = match decision {
+            Resume::Begin if asked.is_err() => Err(StepError::Cancelled),
             Resume::Begin => self.begin(entry).await,
-            Resume::GoDown => self.go_down(entry, Self::way_down(entry)).await,
-            Resume::Install => self.install(entry).await,
+            Resume::GoDown => match asked {
+                Ok(()) => self.go_down(entry, Self::way_down(entry)).await,
+                Err(failure) => {
+                    self.withdraw(execution).await;
+                    Err(StepError::Failed(failure))
+                }
+            },
+            Resume::Install => match asked {
+                Ok(()) => self.install(entry).await,
+                Err(failure) => self.give_back(entry, failure).await,
+            },
             Resume::TryBoot => self.go_down(entry, Self::into_new_system(entry)).await,
             Resume::AwaitVerdict => self.await_verdict(entry).await,
             Resume::Nothing
@@ -265,6 +294,11 @@ impl Executor {
         };
         match outcome {
             Ok(()) => Ok(()),
+            // Before the point of no return it is a failure like any other. A job that was only tried again would warn
+            // users forever.
+            Err(StepError::Journal(error @ JournalError::Io { .. })) if self.is_still_accepted(execution) => {
+                self.failed(entry, Failure::new(JOURNAL_NOT_WRITABLE, chain(&error))).await
+            }
             Err(StepError::Journal(error)) => Err(error),
             Err(StepError::Cancelled) => {
                 self.withdraw(execution).await;
@@ -273,18 +307,25 @@ impl Executor {
                 self.tidy_after(entry).await;
                 Ok(())
             }
-            Err(StepError::Failed(failure)) => {
-                tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
-                self.keep_failure(execution, &failure);
-                if entry.state == job::State::Accepted {
-                    self.withdraw(execution).await;
-                }
-                self.journal.fail(execution, failure).await?;
-                *self.failed_since() = Some(tokio::time::Instant::now());
-                self.tidy_after(entry).await;
-                Ok(())
-            }
+            Err(StepError::Failed(failure)) => self.failed(entry, failure).await,
         }
+    }
+
+    async fn failed(&self, entry: &Entry, failure: Failure) -> Result<(), JournalError> {
+        let execution = entry.execution.as_str();
+        tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
+        self.keep_failure(execution, &failure);
+        if entry.state == job::State::Accepted {
+            self.withdraw(execution).await;
+        }
+        self.journal.fail(execution, failure).await?;
+        *self.failed_since() = Some(Instant::now());
+        self.tidy_after(entry).await;
+        Ok(())
+    }
+
+    fn is_still_accepted(&self, execution: &str) -> bool {
+        self.journal.entries().get(execution).is_some_and(|entry| entry.state == job::State::Accepted)
     }
 
     /// Journals what the boot itself decided.
@@ -309,7 +350,7 @@ impl Executor {
                     "the new system did not come up, or did not reach the controller, in {MAX_TRIALS} trial boots; \
                      the node waits in its installer"
                 );
-                *self.failed_since() = Some(tokio::time::Instant::now());
+                *self.failed_since() = Some(Instant::now());
                 let failure = Failure::new("IMAGE_DID_NOT_COME_UP", message);
                 tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
                 self.keep_failure(execution, &failure);
@@ -374,99 +415,6 @@ impl Executor {
         }
     }
 
-    /// Warns logged-in users and lets the notice pass, by monotonic time.
-    async fn give_notice(
-        &self,
-        execution: &str,
-        down: Down,
-        notice: &Notice,
-        cancel: &CancellationToken,
-    ) -> Result<(), StepError> {
-        if cancel.is_cancelled() {
-            return Err(StepError::Cancelled);
-        }
-        self.phase(execution, phase::NOTICE);
-        if let Err(error) = self.system.announce(down, notice.delay, &notice.message).await {
-            // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
-            tracing::warn!(execution, error = %chain(&error), "users could not be warned");
-        }
-        tokio::select! {
-            () = cancel.cancelled() => Err(StepError::Cancelled),
-            () = tokio::time::sleep(notice.delay) => Ok(()),
-        }
-    }
-
-    fn way_down(entry: &Entry) -> WayDown {
-        match entry.action.kind() {
-            Kind::Update => WayDown::TryBoot,
-            Kind::PowerOff => WayDown::PowerOff,
-            Kind::Reboot | Kind::Unknown => WayDown::Reboot,
-        }
-    }
-
-    /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
-    async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
-        let execution = entry.execution.as_str();
-        let message = match &entry.action {
-            Action::Reboot(notice) | Action::PowerOff(notice) => notice.message.as_str(),
-            Action::Update(update) => update.notice.message.as_str(),
-            Action::Unknown => "",
-        };
-        let mut last = None;
-        self.phase(execution, way.phase(1));
-        self.say_farewell(execution, way).await;
-        for command in 1..=MAX_COMMANDS {
-            tracing::info!(execution, ?way, command, "going down");
-            self.phase(execution, way.phase(command));
-            let (down, how) = match way {
-                WayDown::Reboot => (Down::Reboot, Reboot::Plain),
-                WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
-                WayDown::PowerOff => (Down::PowerOff, Reboot::Plain),
-            };
-            // Before the command: the agent may be told to end before the command returns.
-            self.journal.set_powering_off(way == WayDown::PowerOff);
-            let issued = match (command, down) {
-                (1, Down::Reboot) => self.system.reboot(how, Some(execution), message).await,
-                (1, Down::PowerOff) => self.system.power_off(Some(execution), message).await,
-                (2, _) => self.system.force(down, how, Force::Services, Some(execution)).await,
-                _ => self.system.force(down, how, Force::Everything, Some(execution)).await,
-            };
-            if let Err(error) = issued {
-                self.journal.set_powering_off(false);
-                tracing::error!(execution, error = %chain(&error), "command to go down failed");
-                last = Some(chain(&error));
-            }
-            tokio::time::sleep(self.system.patience()).await;
-        }
-        self.journal.set_powering_off(false);
-        let reason = match way {
-            WayDown::PowerOff => job::DID_NOT_POWER_OFF,
-            WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,
-        };
-        let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
-        let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
-        Err(StepError::Failed(Failure::new(reason, message)))
-    }
-
-    /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.
-    async fn say_farewell(&self, execution: &str, way: WayDown) {
-        let patience = match way {
-            WayDown::PowerOff => self.settings.farewell,
-            WayDown::Reboot | WayDown::TryBoot => self.settings.farewell / 5,
-        };
-        let mut changes = self.journal.changes();
-        let known = changes.wait_for(|entries| entries.get(execution).is_none_or(Entry::is_acked));
-        if tokio::time::timeout(patience, known).await.is_err() {
-            tracing::info!(execution, "controller does not know yet that the machine goes down");
-        }
-    }
-
-    async fn withdraw(&self, execution: &str) {
-        if let Err(error) = self.system.withdraw().await {
-            tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");
-        }
-    }
-
     fn phase(&self, execution: &str, phase: &str) {
         self.journal.set_progress(Progress {
             execution: execution.to_owned(),
@@ -484,6 +432,12 @@ fn sentence(reason: &str) -> &'static str {
         job::RELEASE_MISMATCH => "the system that came up is not the one that this execution installed",
         job::WRONG_MODE => "the journal holds a state that this role of the agent cannot have",
         job::UNKNOWN_ACTION => "this agent does not know the action",
+        CONSOLE_IN_USE => {
+            "the installation before failed, and somebody has a shell on the node's console (policy = \"shell\"): the node \
+             takes work again when that shell ends"
+        }
+        NO_CONTROLLER => "the installer heard no controller say that the update stands, and left the old system as it was",
+        CALLED_OFF => "the controller gave it up while the node was away, so it was not gone on with",
         ONLY_IMAGES => "the node is in its installer, which takes only updates with an image",
         _ => "it cannot be done",
     }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
-use crate::download::{Download, DownloadError, Downloader};
+use crate::download::{self, Download, DownloadError, Downloader};
 use crate::job::{Labels, phase};
 use crate::system::rooted::Rooted;
 use crate::system::{
@@ -225,7 +225,18 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    /// Removes what interrupted installations left on the recovery partition, which has room for one.
+    async fn sweep_downloads(&self, keep: Option<&str>) -> Result<(), InstallError> {
+        let (folder, keep) = (self.part.marco_dir(), keep.map(str::to_owned));
+        blocking(move || {
+            download::sweep(&folder, keep.as_deref());
+            Ok(())
+        })
+        .await
+    }
+
     async fn image(&self, sha256: &str, cancel: &CancellationToken) -> Result<Next, InstallError> {
+        self.sweep_downloads(None).await?;
         self.phase(Phase::Connecting);
         let mut download = self.downloader.stream(sha256, cancel).await?;
         let first = download.chunks.recv().await.transpose()?;
@@ -340,9 +351,10 @@ impl Work<'_> {
 
     async fn boot_only(&self, sha256: &str, cancel: &CancellationToken) -> Result<Next, InstallError> {
         self.phase(Phase::Connecting);
-        let zip = self.part.marco_dir().join("boot.zip");
+        let zip = download::file_in(&self.part.marco_dir(), sha256);
+        self.sweep_downloads(Some(sha256)).await?;
         let progress = Arc::clone(&self.context.progress);
-        let tell: crate::download::Progress = Arc::new(move |done, total| progress(Phase::Connecting, done, total));
+        let tell: download::Progress = Arc::new(move |done, total| progress(Phase::Connecting, done, total));
         self.downloader.to_file(sha256, &zip, tell, cancel).await?;
         let (path, board) = (zip.clone(), self.board.clone());
         let brings_data = blocking(move || {

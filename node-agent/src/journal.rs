@@ -1,20 +1,28 @@
 //! What the node was asked to do and how far it is: written before it is done.
 //!
-//! One JSON file, replaced whole. Every method that changes it returns only after the change is on the disk, and then
-//! tells those who wait on [`Journal::changes`]. Progress is not written: it is only true of the process that makes it.
+//! One JSON file, replaced whole. A method that changes it returns after the change is on the disk, and then tells those
+//! who wait on [`Journal::changes`]. When the disk takes nothing, only conclusions are kept, in memory: no work is begun. Progress is not written: it is only true of the process that makes it.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, watch};
 
+use crate::cause::chain;
 use crate::durable;
+use crate::health::{Ailment, Condition, Health};
 use crate::job::{Action, FORK_LEAP, Failure, Kind, Release, State, WrongState};
 
+mod entry;
 mod file;
+mod words;
+
+pub use entry::{Entries, Entry, new_entry};
+pub use words::Word;
 
 /// Name of the journal's file in the state directory.
 pub const FILE_NAME: &str = "journal.json";
@@ -22,92 +30,18 @@ pub const FILE_NAME: &str = "journal.json";
 /// Entries are kept this long after the controller's last acknowledgement, in microseconds.
 const KEEP_MICROS: i64 = 30 * 24 * 60 * 60 * 1_000_000;
 const FILE_MODE: u32 = 0o600;
+/// Reason of a job that ends, or is not taken, because the journal cannot be written.
+pub const NOT_WRITABLE: &str = "JOURNAL_NOT_WRITABLE";
+/// Pause between two tries of a journal that cannot be written.
+const HEAL: Duration = Duration::from_secs(10);
 
-/// A job as it is journalled.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
-    /// Name of the execution.
-    pub execution: String,
-    /// Under which delivery it is reported; 0: it was cancelled before it was ever assigned.
-    pub attempt: u32,
-    /// Number of the last state change.
-    pub sequence: u64,
-    /// What was asked.
-    pub action: Action,
-    /// Where it is.
-    pub state: State,
-    /// The boot under which that state was journalled.
-    pub boot_id: String,
-    /// The boot under which it was accepted; empty in an entry of an older agent. It goes with the entry to the installer
-    /// and into the new root.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub accept_boot_id: String,
-    /// Why it did not succeed; of an unfinished job: what stood in the way last.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<Failure>,
-    /// Trial boots that did not come up.
-    #[serde(default)]
-    pub trials: u32,
-    /// What the new system says it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub release: Option<Release>,
-    /// Up to this sequence the controller has stored it.
-    #[serde(default)]
-    pub acked: u64,
-    /// When it last said so: the controller's time, microseconds since 1970.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub acked_at: Option<i64>,
-    /// A cancel arrived in time.
-    #[serde(default)]
-    pub cancel_requested: bool,
-    /// A cancel arrived too late.
-    #[serde(default)]
-    pub cancel_refused: bool,
-}
-
-impl Entry {
-    /// Whether the controller has stored the state that it is in.
-    pub fn is_acked(&self) -> bool {
-        self.acked >= self.sequence
-    }
-
-    fn kind(&self) -> Kind {
-        self.action.kind()
-    }
-
-    fn step(&mut self, to: State, leap: u64, boot_id: &str) {
-        self.state = to;
-        self.sequence = self.sequence.saturating_add(leap);
-        boot_id.clone_into(&mut self.boot_id);
-    }
-}
-
-/// Every job that the journal holds, oldest first.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Entries(Vec<Entry>);
-
-impl Entries {
-    /// The job of this execution.
-    pub fn get(&self, execution: &str) -> Option<&Entry> {
-        self.0.iter().find(|entry| entry.execution == execution)
-    }
-
-    /// The job that is not over; there is at most one.
-    pub fn unfinished(&self) -> Option<&Entry> {
-        self.0.iter().find(|entry| !entry.state.is_final())
-    }
-
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
-        self.0.iter()
-    }
-
-    fn get_mut(&mut self, execution: &str) -> Result<&mut Entry, JournalError> {
-        self.0
-            .iter_mut()
-            .find(|entry| entry.execution == execution)
-            .ok_or_else(|| JournalError::NotFound(execution.to_owned()))
-    }
+/// Requirement of a change: does it count when it cannot be written?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needed {
+    /// No: what follows must never be done without it.
+    OnDisk,
+    /// Yes: nothing is done because of it.
+    InMemory,
 }
 
 /// How far the process is with what it is doing now.
@@ -180,6 +114,10 @@ pub struct Journal {
     progress: watch::Sender<Progress>,
     /// The command to power off was given under this boot.
     powering_off: AtomicBool,
+    /// Illnesses of the node.
+    health: Arc<Health>,
+    /// By execution. Kept in memory only: what was said to an earlier process may be out of date.
+    words: watch::Sender<HashMap<String, Word>>,
 }
 
 impl Journal {
@@ -195,6 +133,8 @@ impl Journal {
             entries: watch::Sender::new(Arc::new(Entries(entries))),
             progress: watch::Sender::new(Progress::default()),
             powering_off: AtomicBool::new(false),
+            health: Arc::default(),
+            words: watch::Sender::default(),
         })
     }
 
@@ -206,6 +146,11 @@ impl Journal {
     /// Tells of every change.
     pub fn changes(&self) -> watch::Receiver<Arc<Entries>> {
         self.entries.subscribe()
+    }
+
+    /// Illnesses of the node: a journal that cannot be written, and those that others note.
+    pub fn health(&self) -> &Arc<Health> {
+        &self.health
     }
 
     /// Tells of progress.
@@ -237,7 +182,16 @@ impl Journal {
 
     /// Takes an assignment. One that the journal knows is answered from it, and never begun again.
     pub async fn accept(&self, execution: &str, attempt: u32, action: Action) -> Result<Accepted, JournalError> {
-        self.change(|entries, boot_id| {
+        let accepted = self.accept_entry(execution, attempt, action).await?;
+        self.hear(execution, Word::Go);
+        Ok(accepted)
+    }
+
+    async fn accept_entry(&self, execution: &str, attempt: u32, action: Action) -> Result<Accepted, JournalError> {
+        // A new job is begun only when it is on the disk. Of one that is known only the number changes.
+        let known = self.entries().get(execution).is_some();
+        let needed = if known { Needed::InMemory } else { Needed::OnDisk };
+        self.change(needed, |entries, boot_id| {
             if let Ok(entry) = entries.get_mut(execution) {
                 if attempt < entry.attempt {
                     return Err(JournalError::Stale { have: entry.attempt, got: attempt });
@@ -267,7 +221,7 @@ impl Journal {
 
     /// Takes up, in the installer, a job that the running system left on the card; one that is known stays as it is.
     pub async fn adopt(&self, entry: Entry) -> Result<(), JournalError> {
-        self.change(|entries, _| {
+        self.change(Needed::InMemory, |entries, _| {
             if entries.get(&entry.execution).is_none() {
                 entries.0.push(entry);
             }
@@ -279,9 +233,12 @@ impl Journal {
     /// Notes that a cancel was asked for, or that it came too late. An execution that is not known is journalled as
     /// cancelled, so that an assignment that arrives later is answered so, and not begun.
     pub async fn request_cancel(&self, execution: &str) -> Result<(), JournalError> {
-        self.change(|entries, boot_id| {
+        let first = self.hear(execution, Word::Stop);
+        self.change(Needed::InMemory, |entries, boot_id| {
             match entries.get_mut(execution) {
                 Ok(entry) if entry.state == State::Accepted => entry.cancel_requested = true,
+                // An earlier process passed the point of no return. This one has not gone on yet, and will not.
+                Ok(entry) if entry.state == State::Armed && first => {}
                 Ok(entry) => entry.cancel_refused = entry.state != State::Cancelled,
                 Err(_) => entries.0.push(new_entry(execution, 0, Action::Unknown, State::Cancelled, boot_id)),
             }
@@ -293,7 +250,7 @@ impl Journal {
     /// Notes that the controller has stored what was reported up to `sequence`, at `now` (its time, microseconds since
     /// 1970), and drops what was settled long before.
     pub async fn ack(&self, execution: &str, sequence: u64, now: i64) -> Result<(), JournalError> {
-        self.change(|entries, _| {
+        self.change(Needed::InMemory, |entries, _| {
             let entry = entries.get_mut(execution)?;
             entry.acked = entry.acked.max(sequence.min(entry.sequence));
             entry.acked_at = Some(now);
@@ -303,7 +260,9 @@ impl Journal {
             });
             Ok(())
         })
-        .await
+        .await?;
+        self.hear(execution, Word::Go);
+        Ok(())
     }
 
     /// Passes the point of no return, unless a cancel was quicker.
@@ -351,7 +310,7 @@ impl Journal {
 
     /// The new system is up, and says what it is.
     pub async fn verify(&self, execution: &str, release: Release) -> Result<(), JournalError> {
-        self.step(execution, |entry, boot_id| {
+        self.conclude(execution, |entry, boot_id| {
             entry.release = Some(release);
             entry.step(entry.state.verify(entry.kind())?, 1, boot_id);
             Ok(())
@@ -361,7 +320,7 @@ impl Journal {
 
     /// Done.
     pub async fn succeed(&self, execution: &str) -> Result<(), JournalError> {
-        self.step(execution, |entry, boot_id| {
+        self.conclude(execution, |entry, boot_id| {
             entry.error = None;
             entry.step(entry.state.succeed(entry.kind())?, 1, boot_id);
             Ok(())
@@ -371,7 +330,7 @@ impl Journal {
 
     /// It cannot be done.
     pub async fn fail(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
-        self.step(execution, |entry, boot_id| {
+        self.conclude(execution, |entry, boot_id| {
             entry.error = Some(failure);
             // A trial that ends here was perhaps reported further by the new system.
             let leap = if entry.state == State::Trial { FORK_LEAP } else { 1 };
@@ -383,7 +342,7 @@ impl Journal {
 
     /// The old system is back.
     pub async fn roll_back(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
-        self.step(execution, |entry, boot_id| {
+        self.conclude(execution, |entry, boot_id| {
             entry.error = Some(failure);
             entry.step(entry.state.roll_back(entry.kind())?, FORK_LEAP, boot_id);
             Ok(())
@@ -393,7 +352,7 @@ impl Journal {
 
     /// Called off in time.
     pub async fn cancelled(&self, execution: &str) -> Result<(), JournalError> {
-        self.step(execution, |entry, boot_id| {
+        self.conclude(execution, |entry, boot_id| {
             entry.error = Some(Failure::new("CANCELLED", "cancelled before the point of no return"));
             entry.step(entry.state.cancel(entry.kind())?, 1, boot_id);
             Ok(())
@@ -403,7 +362,7 @@ impl Journal {
 
     /// Notes what stands in the way of a job that goes on, for the one who takes it up after the next boot.
     pub async fn note(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
-        self.step(execution, |entry, _| {
+        self.conclude(execution, |entry, _| {
             entry.error = Some(failure);
             Ok(())
         })
@@ -433,16 +392,27 @@ impl Journal {
         file::encode(&self.path, &entries)
     }
 
+    /// A step that the agent takes only when it is on the disk.
     async fn step(
         &self,
         execution: &str,
         step: impl FnOnce(&mut Entry, &str) -> Result<(), JournalError>,
     ) -> Result<(), JournalError> {
-        self.change(|entries, boot_id| step(entries.get_mut(execution)?, boot_id)).await
+        self.change(Needed::OnDisk, |entries, boot_id| step(entries.get_mut(execution)?, boot_id)).await
+    }
+
+    /// A conclusion of what has happened. One that a restart loses is drawn again, or asked of the controller.
+    async fn conclude(
+        &self,
+        execution: &str,
+        step: impl FnOnce(&mut Entry, &str) -> Result<(), JournalError>,
+    ) -> Result<(), JournalError> {
+        self.change(Needed::InMemory, |entries, boot_id| step(entries.get_mut(execution)?, boot_id)).await
     }
 
     async fn change<T>(
         &self,
+        needed: Needed,
         change: impl FnOnce(&mut Entries, &str) -> Result<T, JournalError>,
     ) -> Result<T, JournalError> {
         let _writer = self.writer.lock().await;
@@ -452,40 +422,49 @@ impl Journal {
         if entries == *before {
             return Ok(answer);
         }
-        let contents = file::encode(&self.path, &entries)?;
-        let path = self.path.clone();
-        let written = tokio::task::spawn_blocking(move || durable::replace(&path, &contents, FILE_MODE)).await;
-        written
-            .unwrap_or_else(|_| Err(io::Error::other("the writer did not end")))
-            .map_err(|source| JournalError::Io { path: self.path.clone(), what: "written", source })?;
+        match (self.write(&entries).await, needed) {
+            (Err(error), Needed::OnDisk) => return Err(error),
+            (Err(error), Needed::InMemory) => tracing::warn!(error = %chain(&error), "journal kept in memory only"),
+            (Ok(()), _) => {}
+        }
         self.entries.send_replace(Arc::new(entries));
         Ok(answer)
+    }
+
+    /// Writes the journal as it is: finds out whether that is possible, and makes up for what was kept in memory.
+    pub async fn probe(&self) -> Result<(), JournalError> {
+        let _writer = self.writer.lock().await;
+        self.write(&self.entries()).await
+    }
+
+    /// Writes the journal again and again while that fails. Never ends.
+    pub async fn heal(&self) {
+        let mut changes = self.health.changes();
+        let ill = |conditions: &Vec<Condition>| conditions.iter().any(|ill| ill.ailment == Ailment::Journal);
+        while changes.wait_for(ill).await.is_ok() {
+            tokio::time::sleep(HEAL).await;
+            if self.probe().await.is_ok() {
+                tracing::info!("journal can be written again");
+            }
+        }
+    }
+
+    /// Replaces the file; the caller holds the writer.
+    async fn write(&self, entries: &Entries) -> Result<(), JournalError> {
+        let contents = file::encode(&self.path, entries)?;
+        let path = self.path.clone();
+        let written = tokio::task::spawn_blocking(move || durable::replace(&path, &contents, FILE_MODE)).await;
+        let written = written
+            .unwrap_or_else(|_| Err(io::Error::other("the writer did not end")))
+            .map_err(|source| JournalError::Io { path: self.path.clone(), what: "written", source });
+        self.health.set(Ailment::Journal, written.as_ref().err().map(|error| chain(error)));
+        written
     }
 }
 
 fn try_boot(entry: &mut Entry, boot_id: &str) -> Result<(), JournalError> {
     entry.step(entry.state.try_boot(entry.kind())?, 1, boot_id);
     Ok(())
-}
-
-/// A job as it stands in the journal when it is first heard of.
-pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, boot_id: &str) -> Entry {
-    Entry {
-        execution: execution.to_owned(),
-        attempt,
-        sequence: 1,
-        action,
-        state,
-        boot_id: boot_id.to_owned(),
-        accept_boot_id: boot_id.to_owned(),
-        error: None,
-        trials: 0,
-        release: None,
-        acked: 0,
-        acked_at: None,
-        cancel_requested: false,
-        cancel_refused: false,
-    }
 }
 
 /// What a journal elsewhere on the card noted against an execution, if it can be read.

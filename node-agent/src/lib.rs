@@ -8,6 +8,7 @@ pub mod discovery;
 pub mod download;
 mod durable;
 pub mod executor;
+pub mod health;
 pub mod identity;
 pub mod init;
 pub mod install;

@@ -1,6 +1,6 @@
 //! One agent on one machine: identity, journal, executor and session, from start to stop.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::bootpart::BootPart;
 use crate::cause::chain;
 use crate::discovery::{Address, Controllers, Searcher};
 use crate::download::{Connect, ConnectError, Downloader};
-use crate::executor::{Executor, Settings};
+use crate::executor::{self, Executor, Settings};
 use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll,
 };
@@ -25,8 +25,12 @@ use crate::session::{self, Session};
 use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
 
+mod lock;
+mod look;
 mod way;
 
+use lock::Lock;
+use look::{Look, keep_looking};
 use way::{LastGood, Way};
 
 /// How long a power-off waits for the controller to know of it.
@@ -34,6 +38,8 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
 /// then writes the card again.
 const VERDICT: Duration = Duration::from_secs(30 * 60);
+/// An installer waits this long to hear that its update stands: about as long as it tries to get the image.
+const WORD: Duration = Duration::from_secs(10 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
 /// The longest pause between two tries to enrol.
@@ -43,9 +49,6 @@ const DRAIN: Duration = Duration::from_secs(4);
 
 /// Beside the identity: the controllers that lived when the agent was last connected.
 const LIVE: &str = "live-controllers.json";
-
-/// How often the node looks whether it could be updated: cables are pulled, and power supplies become weak.
-const LOOK_AGAIN: Duration = Duration::from_secs(5 * 60);
 
 /// How an agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default)]
@@ -102,6 +105,18 @@ pub enum RunError {
     /// What the controllers say, and no time heals.
     #[error("this cannot go well, however often it is tried")]
     Permanent(#[source] IdentityError),
+    /// Another agent runs on these folders.
+    #[error(
+        "{folder} is in use by another agent ({holder}), and two agents would overwrite each other's journal: stop that \
+         one first, or give this one a state_dir and an identity_dir of its own",
+        folder = folder.display()
+    )]
+    InUse {
+        /// The folder of the journal or of the identity.
+        folder: PathBuf,
+        /// Its process, as far as it said so.
+        holder: String,
+    },
     /// A part of the agent ended by itself.
     #[error("a part of the agent stopped working")]
     Broken,
@@ -236,25 +251,6 @@ fn is_final(error: &IdentityError, connection: &Connection) -> bool {
     error.is_permanent() && !(searches && matches!(error, IdentityError::Connect { .. }))
 }
 
-/// Looks from time to time whether the node could be updated, until `stop`.
-async fn keep_looking(system: &dyn System, refusal: &watch::Sender<Option<system::Refusal>>, stop: &CancellationToken) {
-    loop {
-        // A look changes nothing, so dropping one loses nothing.
-        let now = tokio::select! {
-            () = stop.cancelled() => return,
-            now = async {
-                tokio::time::sleep(LOOK_AGAIN).await;
-                system.preflight_update().await.err()
-            } => now,
-        };
-        refusal.send_if_modified(|told| {
-            let changed = *told != now;
-            *told = now;
-            changed
-        });
-    }
-}
-
 /// Runs an agent on this machine until `stop`.
 pub async fn run(
     system: Arc<dyn System>,
@@ -262,6 +258,7 @@ pub async fn run(
     on_enrolled: OnEnrolled,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
+    let _lock = Lock::take(system.as_ref())?;
     let facts = system.facts()?;
     // Dropping a try to enrol loses nothing: the key is stored before it is used.
     let identified = tokio::select! {
@@ -290,10 +287,17 @@ pub async fn run(
     let (labels, known) = watch::channel(None);
     let settings = Settings {
         node: identity.node().to_owned(),
-        controllers: controllers.in_order(),
-        enroll: listeners().first().cloned().unwrap_or_default(),
+        way: {
+            // Read when a job is handed over, not now: addresses learnt from controllers and the network go along.
+            let (controllers, listeners) = (controllers.clone(), listeners.clone());
+            Arc::new(move || executor::Way {
+                controllers: controllers.in_order(),
+                enroll: listeners().first().cloned().unwrap_or_default(),
+            })
+        },
         farewell: FAREWELL,
         verdict: VERDICT,
+        word: WORD,
         max_pause: MAX_INSTALL_PAUSE,
         now: {
             let time = identity.time().clone();
@@ -303,13 +307,24 @@ pub async fn run(
     };
     let downloader = Downloader::new(connect_in_turn(identity.clone(), controllers.clone()));
     let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
-    executor.settle().await?;
+    if let Err(error) = journal.probe().await {
+        tracing::error!(error = %chain(&error), "journal cannot be written: the node takes no work");
+    }
+    executor.settle().await;
+    let look = Look {
+        system: system.clone(),
+        health: journal.health().clone(),
+        identity: identity.clone(),
+        labels: labels.subscribe(),
+    };
+    look.at_health();
     let node = describe(system.as_ref(), &facts, boot_id);
     let (refusal, refused) = watch::channel(system.preflight_update().await.err());
     let log = session::KeptLog::new({
         let system = system.clone();
         move || system.kept_log()
     });
+    let healed = journal.clone();
     let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log, labels };
 
     // What ends a part by itself, if it has a reason.
@@ -341,7 +356,16 @@ pub async fn run(
     parts.spawn({
         let stop = stop.clone();
         async move {
-            keep_looking(system.as_ref(), &refusal, &stop).await;
+            keep_looking(look, &refusal, &stop).await;
+            None
+        }
+        .in_current_span()
+    });
+    parts.spawn({
+        let stop = stop.clone();
+        async move {
+            // Dropping a write loses nothing: the file is replaced whole.
+            stop.run_until_cancelled(healed.heal()).await;
             None
         }
         .in_current_span()

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::v1::agent_service_client::AgentServiceClient;
-use marco_proto::v1::{
-    ConnectRequest, ConnectResponse, NodeStatus, NotHeld, Welcome, connect_request, connect_response,
-};
+use marco_proto::v1::{ConnectRequest, ConnectResponse, Welcome, connect_request, connect_response};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,6 +16,7 @@ use tonic::Streaming;
 use crate::backoff;
 use crate::cause::chain;
 use crate::discovery::Controllers;
+use crate::health::Condition;
 use crate::identity::{Board, Identity, IdentityError, Purpose};
 use crate::job::{Labels, Mode};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
@@ -212,10 +211,14 @@ impl Session {
     /// One session, from Hello to its end.
     async fn talk(&self, address: &str, channel: tonic::transport::Channel, stop: &CancellationToken) -> Ended {
         let (outbox, messages) = mpsc::channel(OUTBOX);
-        let mut refusal = self.refusal.clone();
-        let refused = refusal.borrow_and_update().clone();
+        let (mut refusal, mut health) = (self.refusal.clone(), self.journal.health().changes());
+        let facts = wire::Facts {
+            node: &self.node,
+            refusal: refusal.borrow_and_update().clone(),
+            conditions: health.borrow_and_update().clone(),
+        };
         let entries = self.journal.entries();
-        let mut hello = wire::hello(&self.node, refused.as_ref(), &entries, &self.journal.progress().borrow());
+        let mut hello = wire::hello(&facts, &entries, &self.journal.progress().borrow());
         self.add_logs(&entries, &mut hello.executions).await;
         let hello = ConnectRequest { message: Some(connect_request::Message::Hello(hello)) };
         if outbox.send(hello).await.is_err() {
@@ -252,7 +255,7 @@ impl Session {
         self.controllers.learn(address, &welcome.controllers);
         self.labels.send_replace(Some(welcome.labels.clone().into_iter().collect()));
         tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
-        let mut open = Open::new(self, outbox, refusal, &welcome);
+        let mut open = Open::new(self, outbox, refusal, health, &welcome);
         let (stay_away, error) = match open.serve(answers, stop).await {
             Ok(stay_away) => (stay_away, None),
             Err(error) => (Duration::ZERO, Some(error)),
@@ -290,6 +293,8 @@ struct Open<'a> {
     outbox: mpsc::Sender<ConnectRequest>,
     /// As it was told last, or newer.
     refusal: watch::Receiver<Option<Refusal>>,
+    /// The same of its health.
+    health: watch::Receiver<Vec<Condition>>,
     progress_interval: Duration,
     said: HashMap<String, Said>,
     /// The progress that was last told.
@@ -301,6 +306,7 @@ impl<'a> Open<'a> {
         session: &'a Session,
         outbox: mpsc::Sender<ConnectRequest>,
         refusal: watch::Receiver<Option<Refusal>>,
+        health: watch::Receiver<Vec<Condition>>,
         welcome: &Welcome,
     ) -> Self {
         let asked = wire::duration(welcome.progress_interval.as_ref()).filter(|interval| !interval.is_zero());
@@ -308,6 +314,7 @@ impl<'a> Open<'a> {
             session,
             outbox,
             refusal,
+            health,
             progress_interval: asked.unwrap_or(PROGRESS_INTERVAL).max(MIN_PROGRESS_INTERVAL),
             said: HashMap::new(),
             told: Progress::default(),
@@ -336,6 +343,7 @@ impl<'a> Open<'a> {
                 answer = answers.message() => Event::Answer(Box::new(answer)),
                 Ok(()) = progress.changed(), if !to_tell => Event::Progress,
                 Ok(()) = self.refusal.changed() => Event::Facts,
+                Ok(()) = self.health.changed() => Event::Facts,
                 () = tokio::time::sleep_until(may_tell), if to_tell => Event::Tell,
                 _ = resend.tick() => Event::Resend,
             };
@@ -358,11 +366,7 @@ impl<'a> Open<'a> {
                     None => return Ok(Duration::ZERO),
                 },
                 Event::Progress => to_tell = true,
-                Event::Facts => {
-                    let refused = self.refusal.borrow_and_update().clone();
-                    let system = Some(wire::system(&self.session.node, refused.as_ref()));
-                    self.send(connect_request::Message::Status(NodeStatus { system })).await?;
-                }
+                Event::Facts => self.tell_facts().await?,
                 Event::Tell => {
                     to_tell = false;
                     let now = progress.borrow_and_update().clone();
@@ -398,13 +402,12 @@ impl<'a> Open<'a> {
                     }
                     Err(JournalError::Busy(other)) => {
                         tracing::warn!(execution, attempt, other, "assignment refused: the node is at work");
-                        let entries = journal.entries();
-                        let busy_with = match entries.get(&other) {
-                            Some(entry) => Some(self.whole(entry).await),
-                            None => None,
-                        };
-                        let not_held = NotHeld { execution, busy_with };
-                        self.send(connect_request::Message::NotHeld(not_held)).await?;
+                        self.say_busy(execution, &other).await?;
+                    }
+                    // The controller would give it again and again: it is over, and says why.
+                    Err(error @ JournalError::Io { .. }) => {
+                        tracing::error!(execution, attempt, error = %chain(&error), "assignment cannot be journalled");
+                        self.say_not_journalled(&execution, attempt, &error).await?;
                     }
                     Err(error) => return Err(error.into()),
                 }
@@ -457,22 +460,6 @@ impl<'a> Open<'a> {
         }
         self.said.retain(|execution, _| entries.get(execution).is_some());
         Ok(())
-    }
-
-    /// Tells progress, if there is any to tell.
-    async fn tell(&mut self, progress: Progress) -> Result<bool, SessionError> {
-        let entries = self.session.journal.entries();
-        let Some(entry) = entries.get(&progress.execution).filter(|entry| !entry.state.is_final()) else {
-            return Ok(false);
-        };
-        if progress == self.told {
-            return Ok(false);
-        }
-        let report = wire::report(entry, &progress, &self.session.node.boot_id);
-        self.send(connect_request::Message::Report(report)).await?;
-        self.said.insert(entry.execution.clone(), Said::of(entry));
-        self.told = progress;
-        Ok(true)
     }
 
     async fn send(&self, message: connect_request::Message) -> Result<(), SessionError> {

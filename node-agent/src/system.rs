@@ -2,11 +2,12 @@
 //! board, because a test can neither reboot a machine nor partition a card.
 
 use std::any::Any;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 use marco_archive::disk::Needs;
 
 pub(crate) mod command;
@@ -16,6 +17,7 @@ pub mod host;
 pub mod installer;
 pub mod release;
 pub mod rooted;
+pub(crate) mod scheduled;
 mod test_firmware;
 pub mod virtual_pi;
 
@@ -23,7 +25,27 @@ pub(crate) use disk::{make_read_only, make_writable};
 
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
+pub use scheduled::{Scheduled, Standing};
+use crate::health::{Ailment, Condition};
 use rooted::Rooted;
+
+/// A state folder needs room for a journal and its successor.
+const STATE_ROOM: u64 = 1 << 20;
+
+/// Illness of the file system of a folder, if it has one.
+pub(crate) fn ailing_disk(folder: &Path) -> Option<Condition> {
+    // The agent makes the folder itself.
+    let there = folder.ancestors().find(|folder| folder.exists())?;
+    let message = match rustix::fs::statvfs(there) {
+        Ok(found) if found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) => "is read-only".to_owned(),
+        Ok(found) => match found.f_bavail.saturating_mul(found.f_frsize) {
+            free if free < STATE_ROOM => format!("has {free} bytes free"),
+            _ => return None,
+        },
+        Err(error) => format!("cannot be asked: {error}"),
+    };
+    Some(Condition { ailment: Ailment::Disk, message: format!("the file system of {} {message}", folder.display()) })
+}
 
 /// A machine could not be asked or told something.
 #[derive(Debug, thiserror::Error)]
@@ -325,10 +347,18 @@ pub trait System: Send + Sync + 'static {
         None
     }
 
-    /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that.
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError>;
+    /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that, and a shutdown that
+    /// somebody else announced stays. Tells whether the warning stands as an announced shutdown
+    /// ([`Standing::Ours`]) until `delay` has passed, so that a user can take it back.
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError>;
 
-    /// Tells logged-in users that what was announced does not happen, and takes back a trial boot that was prepared.
+    /// Tells whose shutdown is announced now.
+    fn standing(&self) -> Standing {
+        Standing::Nothing
+    }
+
+    /// Tells logged-in users that what the agent announced does not happen, and takes back a trial boot that it prepared.
+    /// Somebody else's shutdown stays, and nothing is said when nothing was announced.
     async fn withdraw(&self) -> Result<(), SystemError>;
 
     /// Reboots at once. Returns when the command was issued: what follows may not run any more. `execution` is who
@@ -345,6 +375,16 @@ pub trait System: Send + Sync + 'static {
     /// How long it may take to go down before a stronger command is given.
     fn patience(&self) -> Duration {
         Duration::from_secs(60)
+    }
+
+    /// Illnesses of the machine, as far as they can be seen. Reads files: not for a hot path.
+    fn conditions(&self) -> Vec<Condition> {
+        Vec::new()
+    }
+
+    /// The system's clock; `None`: nothing relies on it.
+    fn clock(&self) -> Option<DateTime<Utc>> {
+        None
     }
 
     /// Whether an update can be begun, before anything is written.

@@ -31,7 +31,7 @@ use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::tls::PeerInfo;
 use crate::operation::Greeting;
 use crate::sessions::{Command, End, Handle};
-use crate::store::{Hello, ProgressRow, ReportOutcome, ReportRow, StoreError};
+use crate::store::{Assignment, Hello, ProgressRow, ReportOutcome, ReportRow, StoreError};
 use acked::Acked;
 use blank::Blank;
 pub(super) use hello::key_held;
@@ -142,6 +142,12 @@ impl Session {
         })
     }
 
+    /// Gives the node a delivery, which the registry lets through once in a session, whoever it came from. If the session
+    /// is cut, the next Hello brings the truth.
+    fn deliver(&self, assignment: Box<Assignment>) {
+        self.context.sessions.send(&self.node, self.epoch, Command::Assign(assignment));
+    }
+
     /// Acknowledges a sequence.
     async fn ack(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> Result<(), Ended> {
         self.acked.add(execution, attempt, sequence);
@@ -174,7 +180,7 @@ impl Session {
 
     async fn status(&self, unstored: &mut Unstored, status: v1::NodeStatus) -> Result<(), Ended> {
         let Some(system) = status.system else { return Ok(()) };
-        unstored.set_system(convert::system(system).map_err(|error| Ended::Refused(error.into()))?);
+        unstored.set_system(convert::system(system, status.conditions).map_err(|error| Ended::Refused(error.into()))?);
         self.store_what_waits(unstored).await
     }
 
@@ -225,7 +231,10 @@ impl Session {
                 outbox::offer(&self.progress, convert::progress(row));
                 Ok(())
             }
-            ReportOutcome::Stale(assignment) => self.command(Command::Assign(assignment)).await,
+            ReportOutcome::Stale(assignment) => {
+                self.deliver(assignment);
+                Ok(())
+            }
             ReportOutcome::Unknown => self.send(ack(&row.execution, row.sequence)).await,
             ReportOutcome::NotHolder => Err(Ended::ByUs(End::Lost)),
             ReportOutcome::Conflict { acknowledge, why } => {
@@ -408,16 +417,6 @@ async fn session(
 }
 
 impl Session {
-    /// A node with a blank card gets an image as soon as there is one for it; without one it waits.
-    async fn look_for_an_image(&self) -> Result<(), Ended> {
-        if let Some(blank) = &self.blank
-            && let Err(error) = blank.install(&self.context, &self.node).await
-        {
-            of_peer!(warn, &self.node, error = %cut(&error.to_string()), "no image was chosen for a blank card");
-        }
-        Ok(())
-    }
-
     /// Welcome, then what the journal of the node has to do with what the store knows.
     async fn welcome(&self, id: &str, labels: BTreeMap<String, String>, hello: &v1::Hello) -> Result<(), Ended> {
         let welcome = v1::Welcome {
@@ -448,12 +447,16 @@ impl Session {
         for (execution, reason) in reconciled.refused {
             of_peer!(warn, &self.node, %execution, reason = %cut(&reason), "a report was refused");
         }
+        // A node that has just started begins with what is acknowledged, so it hears first of what was called off.
+        for execution in reconciled.cancels {
+            self.command(Command::Cancel(execution)).await?;
+        }
         for (execution, sequence) in reconciled.acks {
             let attempt = listed.iter().find(|report| report.execution == execution).map_or(0, |report| report.attempt);
             self.ack(&execution, attempt, sequence).await?;
         }
         for assignment in reconciled.assigns {
-            self.command(Command::Assign(Box::new(assignment))).await?;
+            self.deliver(Box::new(assignment));
         }
         for execution in reconciled.queries {
             self.command(Command::Query(execution)).await?;

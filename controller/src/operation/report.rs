@@ -69,7 +69,7 @@ pub enum ReportVerdict {
     Duplicate,
     /// This state change is stored; what is left is progress.
     Progress,
-    /// The report is of an earlier delivery: answer with an Assign, under a new attempt.
+    /// The report is of an earlier delivery: answer with the delivery that counts, which is the store's.
     Stale,
     /// The node knows a later delivery than the store: store its attempt and this state, and acknowledge.
     Adopt(ExecutionState, Option<ExecutionError>),
@@ -159,6 +159,8 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
         {
             ReportVerdict::Conflict(Conflict::Ended)
         }
+        // Nothing was done, as what is stored says.
+        ExecutionState::Cancelled if stored.state != ExecutionState::Succeeded => ReportVerdict::Duplicate,
         state if state.is_final() && state != stored.state && !judged => ReportVerdict::Conflict(Conflict::Ended),
         _ => ReportVerdict::Duplicate,
     }

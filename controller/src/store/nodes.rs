@@ -57,6 +57,34 @@ pub struct System {
     pub boot_sha256: String,
     /// Why it would refuse an update.
     pub update_refusal: Option<UpdateRefusal>,
+    /// Its illnesses, as it said last.
+    pub conditions: Vec<Condition>,
+}
+
+/// Something that ails a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condition {
+    /// Of which kind.
+    pub ailment: Ailment,
+    /// A sentence for people.
+    pub message: String,
+}
+
+/// A kind of illness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ailment {
+    /// The journal cannot be written: the node takes no work.
+    Journal,
+    /// The file system of the agent's state is read-only or full.
+    Disk,
+    /// The system's clock is wrong.
+    Clock,
+    /// The power supply is too weak.
+    UnderVoltage,
+    /// Of a newer agent, or read by an older controller than the one that stored it.
+    #[serde(other)]
+    Unknown,
 }
 
 /// Why a node would refuse an update.

@@ -30,6 +30,9 @@ pub struct Reconciled {
     pub assigns: Vec<Assignment>,
     /// Reports that are stored: execution and sequence.
     pub acks: Vec<(ExecutionId, u64)>,
+    /// Executions that the node holds before the point of no return and is not to go on with: they ended, or a cancel was
+    /// asked for, while it was away. They are said before the acknowledgements: those let the node begin.
+    pub cancels: Vec<ExecutionId>,
     /// Executions that the node is to be asked about.
     pub queries: Vec<ExecutionId>,
     /// Reports that are not accepted, and why.
@@ -89,6 +92,9 @@ impl Store {
                 }
                 ReportOutcome::Refused(why) => answer.refused.push((report.execution.clone(), why)),
                 ReportOutcome::NotHolder => answer.holder = false,
+            }
+            if &report.execution.node == node && is_called_off(&tx, report).await? {
+                answer.cancels.push(report.execution.clone());
             }
         }
         conflicts::release_unlisted(&tx, node, listed).await?;
@@ -152,6 +158,16 @@ impl Store {
         self.commit(tx).await?;
         Ok(true)
     }
+}
+
+/// True when the reported execution was called off and the node can still let it be.
+async fn is_called_off(tx: &Transaction, report: &ReportRow) -> Result<bool, StoreError> {
+    // Later there is nothing to be let be, and the node would only say that it is too late.
+    if !matches!(report.state, ExecutionState::Running | ExecutionState::Rebooting) {
+        return Ok(false);
+    }
+    let Some(found) = reports::find(tx, &report.execution).await? else { return Ok(false) };
+    Ok(found.stored.cancel_requested || found.stored.state.is_final())
 }
 
 /// Draws the conclusion of a Hello for an execution that was active before it; tells whether the node is to be asked.

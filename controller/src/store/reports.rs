@@ -220,8 +220,10 @@ pub(super) async fn apply(
         verdict => verdict,
     };
     if found.conflict.is_some() && !matches!(verdict, ReportVerdict::Conflict(_) | ReportVerdict::Refuse(_)) {
-        // What it said before of what has ended stays shown, unless it agrees now.
-        if !found.stored.state.is_final() || found.stored.state == report.state {
+        // What it said before of what has ended stays shown, unless it agrees now: nothing was done, where it was cancelled.
+        let (known, said) = (found.stored.state, report.state);
+        let nothing_done = said == ExecutionState::Cancelled && known != ExecutionState::Succeeded;
+        if !known.is_final() || known == said || nothing_done {
             conflicts::forget(tx, &report.execution).await?;
         }
     }
@@ -363,7 +365,9 @@ async fn change(
     Ok(true)
 }
 
-/// Raises the attempt above the node's, so that its next report is of a delivery that is known.
+/// Answers a report of an earlier delivery. The store's delivery counts: it is given again as it is, so that a report that
+/// is repeated, or crosses with the answer, gets the same one. A further one would be overtaken by the next report, and
+/// so on. Only what is not under way at all is delivered anew.
 async fn redeliver(
     tx: &Transaction,
     holder: &Holder,
@@ -372,14 +376,41 @@ async fn redeliver(
     now: DateTime<Utc>,
 ) -> Result<ReportOutcome, StoreError> {
     let from = found.stored.state;
-    let Some(attempt) = found.stored.attempt.checked_add(1).filter(|attempt| *attempt <= MAX_ATTEMPT) else {
+    let fresh = from == ExecutionState::Pending;
+    let further = if fresh { found.stored.attempt.checked_add(1) } else { Some(found.stored.attempt) };
+    let Some(attempt) = further.filter(|attempt| *attempt <= MAX_ATTEMPT) else {
         return Ok(ReportOutcome::Refused(format!("it was delivered {MAX_ATTEMPT} times")));
     };
-    let to = if from == ExecutionState::Pending { ExecutionState::Assigned } else { from };
-    let fresh = from == ExecutionState::Pending;
+    let to = if fresh { ExecutionState::Assigned } else { from };
+    let given_here = !fresh && found.epoch == holder.epoch;
+    if !given_here && !deliver(tx, holder, report, &found, (to, attempt), now).await? {
+        return Ok(ReportOutcome::Refused("the node holds other work".to_owned()));
+    }
+    Ok(ReportOutcome::Stale(Box::new(Assignment {
+        execution: report.execution.clone(),
+        attempt,
+        family: holder.family.clone(),
+        known_state: to,
+        cancel_requested: found.stored.cancel_requested,
+        action: found.action,
+        labels: holder.labels.clone(),
+    })))
+}
+
+/// Stores a delivery to this session; `false`: the node has been given something else.
+async fn deliver(
+    tx: &Transaction,
+    holder: &Holder,
+    report: &ReportRow,
+    found: &Found,
+    (to, attempt): (ExecutionState, u32),
+    now: DateTime<Utc>,
+) -> Result<bool, StoreError> {
+    let from = found.stored.state;
     let changed =
         sql("UPDATE executions SET state = ?, attempt = ?, session_epoch = ?, update_time = ?, assign_time = ?, \
              deadline = ?, patience = ?, overdue = FALSE, forgiven_time = NULL, changes = changes + 1, \
+             sequence = CASE WHEN state = 'PENDING' THEN 0 ELSE sequence END, \
              assign_boot_id = CASE WHEN assign_boot_id = '' THEN ? ELSE assign_boot_id END \
          WHERE operation = ? AND node = ? AND state = ? AND (NOT ? OR NOT EXISTS \
              (SELECT 1 FROM executions b WHERE b.node = executions.node \
@@ -395,21 +426,13 @@ async fn redeliver(
         .bind(report.execution.operation.as_str())
         .bind(report.execution.node.as_str())
         .bind(from.as_str())
-        .bind(fresh)
+        .bind(from == ExecutionState::Pending)
         .run(tx)
         .await?;
     if changed == 0 {
-        return Ok(ReportOutcome::Refused("the node holds other work".to_owned()));
+        return Ok(false);
     }
     let event = Happened::to_node(&report.execution.node, CONTROLLER, from.as_str(), to.as_str(), "delivered again");
     events::record(tx, &report.execution.operation, vec![event], now).await?;
-    Ok(ReportOutcome::Stale(Box::new(Assignment {
-        execution: report.execution.clone(),
-        attempt,
-        family: holder.family.clone(),
-        known_state: to,
-        cancel_requested: found.stored.cancel_requested,
-        action: found.action,
-        labels: holder.labels.clone(),
-    })))
+    Ok(true)
 }

@@ -70,6 +70,7 @@ on_both!(
         a_report_that_was_stored_is_acknowledged_again_and_changes_nothing,
         a_report_of_another_delivery_is_answered_by_an_assignment,
         a_node_brings_about_a_thousand_deliveries_of_an_execution_at_most,
+        reports_of_an_earlier_delivery_get_one_and_the_same,
         a_report_under_a_lost_session_changes_nothing,
         an_assignment_that_never_arrived_is_given_again,
         an_assignment_is_never_taken_back_by_time,
@@ -80,6 +81,7 @@ on_both!(
         progress_of_an_earlier_state_is_ignored,
         what_a_node_logged_is_kept_once_and_only_of_what_did_not_succeed,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
+        what_ended_during_an_outage_is_called_off,
         a_node_that_is_overdue_for_a_day_is_given_up;
     power_off:
         goodbye_and_sixty_silent_seconds_prove_it,

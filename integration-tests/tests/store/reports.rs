@@ -84,7 +84,7 @@ pub(crate) async fn a_report_of_another_delivery_is_answered_by_an_assignment(f:
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     let stale = ReportRow { attempt: 0, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
     let ReportOutcome::Stale(again) = f.report(epoch, &stale, after(1)).await else { panic!() };
-    assert_eq!((again.attempt, again.known_state, &again.action), (2, ExecutionState::Assigned, &reboot()));
+    assert_eq!((again.attempt, again.known_state, &again.action), (1, ExecutionState::Assigned, &reboot()));
     let truth = report(&again, 1, ExecutionState::Running, "boot-1");
     assert_eq!(f.report(epoch, &truth, after(2)).await, ReportOutcome::Acked);
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Running);
@@ -106,13 +106,40 @@ pub(crate) async fn a_node_brings_about_a_thousand_deliveries_of_an_execution_at
     let stale = |attempt| ReportRow { attempt, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
     // It has brought about so many changes that one is left.
     f.by_hand(&["UPDATE executions SET changes = 999"]).await.remove(0).unwrap();
-    let ReportOutcome::Stale(last) = f.report(epoch, &stale(0), after(1)).await else { panic!() };
+    assert_eq!(f.report(epoch, &stale(1), after(1)).await, ReportOutcome::Acked);
     let before = events(&f).await;
-    for attempt in [0, 1, last.attempt, last.attempt + 1] {
-        let outcome = f.report(epoch, &stale(attempt), after(2)).await;
+    let armed = report(&assignment, 2, ExecutionState::Rebooting, "boot-1");
+    for said in [stale(0), armed, stale(2), stale(3)] {
+        let outcome = f.report(epoch, &said, after(2)).await;
         assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
     }
     assert_eq!(events(&f).await, before);
+}
+
+pub(crate) async fn reports_of_an_earlier_delivery_get_one_and_the_same(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &running, after(1)).await, ReportOutcome::Acked);
+    let events = async || f.store.operation(&assignment.execution.operation).await.unwrap().unwrap().event_count;
+    // As a backup or a switch leaves it: the store is ahead, or has taken it back.
+    for (state, attempt) in [("RUNNING", 5), ("PENDING", 4)] {
+        let set = format!("UPDATE executions SET state = '{state}', attempt = {attempt}");
+        f.by_hand(&[&set]).await.remove(0).unwrap();
+        let epoch = f.session(&id, "boot-1", after(2)).await;
+        let before = events().await;
+        let hello = f.reconcile(&id, epoch, "boot-1", std::slice::from_ref(&running), 2).await;
+        assert_eq!(hello.assigns.iter().map(|given| given.attempt).collect::<Vec<_>>(), [5]);
+        // It was said in the Hello, and is repeated before the answer arrives.
+        for _ in 0..3 {
+            let ReportOutcome::Stale(again) = f.report(epoch, &running, after(3)).await else { panic!() };
+            assert_eq!(again.attempt, 5);
+        }
+        assert_eq!(events().await, before + 1, "one delivery");
+        let truth = ReportRow { attempt: 5, ..running.clone() };
+        let outcome = f.report(epoch, &truth, after(4)).await;
+        let now = f.state(&assignment.execution).await;
+        assert_eq!((outcome, now), (ReportOutcome::Acked, ExecutionState::Running));
+    }
 }
 
 pub(crate) async fn a_report_under_a_lost_session_changes_nothing(f: Fixture) {
@@ -324,6 +351,34 @@ pub(crate) async fn what_a_node_logged_is_kept_once_and_only_of_what_did_not_suc
     assert!(matches!(outcome, ReportOutcome::Conflict { acknowledge: true, .. }), "{outcome:?}");
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Succeeded);
     assert!(!f.store.has_log(&assignment.execution).await.unwrap());
+}
+
+pub(crate) async fn what_ended_during_an_outage_is_called_off(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
+    f.report(epoch, &running, after(0)).await;
+    // While it stands, a node that comes back hears of no cancel.
+    let epoch = f.session(&id, "boot-2", after(1)).await;
+    let again = f.reconcile(&id, epoch, "boot-2", std::slice::from_ref(&running), 1).await;
+    assert_eq!((again.cancels, again.acks.len()), (vec![], 1));
+    f.store.mark_overdue(after(1800)).await.unwrap();
+    let abandoned = f.store.abandon(&assignment.execution, "pat", after(1801)).await.unwrap();
+    assert!(matches!(abandoned, AbandonOutcome::Abandoned(_)));
+    let epoch = f.session(&id, "boot-3", after(1802)).await;
+    let back = f.reconcile(&id, epoch, "boot-3", std::slice::from_ref(&running), 1802).await;
+    assert_eq!((back.cancels, back.acks.len()), (vec![assignment.execution.clone()], 1));
+    // The same for a cancel that the node has not heard, and not for what cannot be let be any more.
+    let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
+    let other = f.claim(&[(id.clone(), epoch)], after(1803)).await.remove(0);
+    let running = report(&other, 1, ExecutionState::Running, "boot-3");
+    f.report(epoch, &running, after(1803)).await;
+    f.store.request_cancel(&operation, "pat", after(1804)).await.unwrap();
+    let epoch = f.session(&id, "boot-4", after(1805)).await;
+    let back = f.reconcile(&id, epoch, "boot-4", &[running], 1805).await;
+    assert_eq!(back.cancels, vec![other.execution.clone()]);
+    let done = report(&other, 2, ExecutionState::Cancelled, "boot-4");
+    let said = f.reconcile(&id, epoch, "boot-4", &[done], 1806).await;
+    assert_eq!((said.cancels, f.state(&other.execution).await), (vec![], ExecutionState::Cancelled));
 }
 
 pub(crate) async fn a_node_that_is_overdue_for_a_day_is_given_up(f: Fixture) {

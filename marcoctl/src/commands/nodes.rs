@@ -3,8 +3,8 @@
 use chrono::{DateTime, Utc};
 use marco_proto::v1::node::State;
 use marco_proto::v1::{
-    ApproveNodeRequest, DeleteNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, NodeFilter,
-    QuarantineNodeRequest, ResolveNodeRequest, UpdateNodeRequest, WatchNodesRequest, resolve_node_request::Decision,
+    ApproveNodeRequest, DeleteNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, NodeCondition,
+    NodeFilter, QuarantineNodeRequest, ResolveNodeRequest, UpdateNodeRequest, WatchNodesRequest, resolve_node_request::Decision,
 };
 use prost_types::FieldMask;
 
@@ -214,6 +214,10 @@ fn standing(node: &Node, now: DateTime<Utc>) -> String {
     if !node.conflicts.is_empty() {
         text.push_str(", CONFLICT");
     }
+    if !node.conditions.is_empty() {
+        let kinds: Vec<String> = node.conditions.iter().map(ailment).collect();
+        text.push_str(&format!(", ILL: {}", kinds.join(" ")));
+    }
     match node.pending_keys.len() {
         0 => {}
         1 => text.push_str(", 1 key waits"),
@@ -225,6 +229,11 @@ fn standing(node: &Node, now: DateTime<Utc>) -> String {
         text.push_str(&format!(", certificate {verb} {when}"));
     }
     text
+}
+
+/// Of which kind an illness is.
+fn ailment(condition: &NodeCondition) -> String {
+    enum_word(condition.r#type().as_str_name(), "TYPE_")
 }
 
 /// Until when its certificate is valid.
@@ -295,6 +304,8 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
         ("agent", node.agent_version.clone()),
         ("joined", local(node.create_time.as_ref())),
     ];
+    let ills = node.conditions.iter().map(|ill| ("ill", format!("{}: {}", ailment(ill), ill.message)));
+    shown.extend(ills);
     shown.extend(conflicts);
     fields(&shown)
 }

@@ -156,7 +156,11 @@ impl Fetch {
         let request = DownloadArtifactRequest { name: format!("artifacts/sha256:{}", self.sha256), offset };
         let mut client = ArtifactServiceClient::new(channel);
         let answer = timeout(self.policy.stall, client.download_artifact(request)).await.map_err(late)?;
-        let mut stream = answer.map_err(|status| judge(&status))?.into_inner();
+        let mut stream = match answer {
+            Ok(answer) => answer.into_inner(),
+            Err(status) if offset > 0 && is_past_the_end(&status) => return Err(self.start_over(&status).await),
+            Err(status) => return Err(judge(&status)),
+        };
 
         match self.next(&mut stream).await? {
             Some(DownloadArtifactResponse { part: Some(Part::Header(mut sent)) }) => {
@@ -220,6 +224,15 @@ impl Fetch {
         let Some(existing) = &self.existing else { return self.position() };
         let length = tokio::fs::metadata(existing).await.map_or(0, |file| file.len());
         length - length % u64::from(CHUNK_SIZE)
+    }
+
+    /// A file that is longer than the artifact is not its beginning: it is removed, and nobody refused anything.
+    async fn start_over(&mut self, status: &Status) -> Ended {
+        let Some(existing) = self.existing.take() else { return judge(status) };
+        match tokio::fs::remove_file(&existing).await {
+            Ok(()) => Ended::Retry("the file that was there is longer than this artifact".into()),
+            Err(error) => DownloadError::Io(error).into(),
+        }
     }
 
     /// Bytes that are here, checked or not.
@@ -334,6 +347,11 @@ async fn checked(checking: &mut Option<Checking>) -> Result<Checked, JoinError> 
 fn judge(status: &Status) -> Ended {
     let said = format!("{:?}: {}", status.code(), status.message());
     if is_final(status.code()) { Ended::Failed(DownloadError::Refused(said)) } else { Ended::Retry(said) }
+}
+
+/// True for the answer to an offset that lies past the end.
+fn is_past_the_end(status: &Status) -> bool {
+    matches!(status.code(), Code::InvalidArgument | Code::OutOfRange)
 }
 
 /// A refusal that another try meets again.

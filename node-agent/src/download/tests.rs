@@ -106,6 +106,9 @@ impl ArtifactService for Controller {
     ) -> Result<Response<Self::DownloadArtifactStream>, Status> {
         let DownloadArtifactRequest { name, offset } = request.into_inner();
         let round = self.round(name, offset);
+        if offset > self.bytes.len() as u64 {
+            return Err(Status::invalid_argument("offset: it lies past the end"));
+        }
         let (mut header, mut bytes) = (self.header(), self.bytes.to_vec());
         let (mut limit, mut end) = (usize::MAX, None);
         match (self.fault)(round) {
@@ -270,6 +273,31 @@ async fn a_whole_download_is_named_by_its_digest() {
     bed.to_file().await.unwrap();
     bed.assert_right();
     assert_eq!(*bed.controller.asked.lock().unwrap(), [(format!("artifacts/sha256:{}", bed.sha256), 0)]);
+}
+
+#[tokio::test]
+async fn file_that_is_longer_than_the_artifact_is_no_beginning_of_it() {
+    let bed = Bed::new(CHUNK + 17, |_| Wrong::Nothing).await;
+    let more = 2 * usize::try_from(marco_proto::names::CHUNK_SIZE).unwrap();
+    std::fs::write(bed.path(), vec![7; more]).unwrap();
+    bed.to_file().await.unwrap();
+    bed.assert_right();
+    assert_eq!(bed.offsets(), [more as u64, 0]);
+}
+
+#[test]
+fn rests_of_downloads_are_swept_and_nothing_else() {
+    let dir = TempDir::new().unwrap();
+    let (present, other) = (super::file_in(dir.path(), "aa"), super::file_in(dir.path(), "bb"));
+    let (before, key) = (dir.path().join("boot.zip"), dir.path().join("node.key"));
+    for path in [&present, &other, &before, &key] {
+        std::fs::write(path, "x").unwrap();
+    }
+    super::sweep(dir.path(), Some("aa"));
+    assert!(present.exists() && key.exists() && !other.exists() && !before.exists());
+    super::sweep(dir.path(), None);
+    assert!(!present.exists() && key.exists());
+    super::sweep(&dir.path().join("nowhere"), None);
 }
 
 #[tokio::test]

@@ -8,17 +8,21 @@ use marco_proto::v1::ImageFacts;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings};
+use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
-use crate::journal::{FILE_NAME, Journal};
+use crate::journal::{FILE_NAME, Journal, Word};
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
 
+mod console;
+mod ill;
 mod judged;
 mod machine;
+mod outage;
+mod users;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
@@ -35,8 +39,11 @@ struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
     verdict: Duration,
+    word: Duration,
     /// What the controller says about the image.
     said: Option<ImageFacts>,
+    /// A controller has let the jobs of earlier processes stand.
+    heard: bool,
 }
 
 impl Bench {
@@ -55,7 +62,7 @@ impl Bench {
         let mode = Mode::Running;
         let (release, refusal, unkept, patience) = (None, None, None, LONG);
         let machine = Machine { dir: path, boot_id, mode, facts, release, refusal, unkept, patience, told };
-        Self { _dir: dir, machine, verdict: LONG, said: Some(judged::good()) }
+        Self { _dir: dir, machine, verdict: LONG, word: LONG, said: Some(judged::good()), heard: true }
     }
 
     fn recovery(&self) -> BootPart {
@@ -76,7 +83,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict, said } = self;
+        let Self { _dir, machine, verdict, word, said, heard } = self;
         let machine = Arc::new(machine);
         // No installation comes further than to its download.
         let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
@@ -86,17 +93,20 @@ impl Bench {
             downloader,
             Settings {
                 node: "pi-01".into(),
-                controllers: vec!["controller:1346".into()],
-                enroll: "controller:1347".into(),
+                way: Arc::new(|| Way { controllers: vec!["controller:1346".into()], enroll: "controller:1347".into() }),
                 farewell: Duration::ZERO,
                 verdict,
+                word,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
                 labels: tokio::sync::watch::channel(None).1,
             },
         )
         .unwrap();
-        executor.settle().await.unwrap();
+        executor.settle().await;
+        for entry in journal.entries().iter().filter(|_| heard) {
+            journal.hear(&entry.execution, Word::Go);
+        }
         let stop = CancellationToken::new();
         let task = tokio::spawn({
             let stop = stop.clone();
@@ -106,7 +116,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict, said }
+        Self { _dir, machine, verdict, word, said, heard }
     }
 }
 
@@ -265,7 +275,7 @@ async fn an_update_that_is_refused_by_preflight_writes_nothing() {
     let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Failed).await).await;
     assert_eq!(error(&journal, ONE).reason, "UNDER_VOLTAGE");
     assert_eq!(bench.recovery().read_job().unwrap(), None);
-    assert_eq!(bench.machine.told(), ["withdraw"]);
+    assert_eq!(bench.machine.told(), [""; 0], "nothing was announced, so nothing is taken back");
 }
 
 /// Runs an update up to the command to boot the installer.

@@ -9,10 +9,10 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{Executor, ONLY_IMAGES, StepError, WayDown, sentence};
+use super::{Executor, ONLY_IMAGES, StepError, Way, WayDown, sentence};
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
 use crate::cause::chain;
-use crate::download::DownloadError;
+use crate::download::{self, DownloadError};
 use crate::durable;
 use crate::install::{self, Next, Phase};
 use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update, phase};
@@ -21,6 +21,9 @@ use crate::system::{Erase, Refusal};
 
 /// How often an installation that has not touched the card yet is tried before the old system is started again.
 const MAX_UNCOMMITTED: u32 = 3;
+
+/// Name of the folder of downloads beside the journal.
+const DOWNLOADS: &str = "downloads";
 
 impl Executor {
     /// Steps 1 and 2: nothing is touched but the idle installer set.
@@ -91,10 +94,16 @@ impl Executor {
         if let Some(prefix) = held {
             return Ok(prefix);
         }
-        let zip = self.downloads().join(format!("{digest}.zip"));
+        let zip = download::file_in(&self.downloads(), &digest);
         let progress = self.bytes_of(execution, phase::DOWNLOADING_BOOTCODE);
         self.phase(execution, phase::DOWNLOADING_BOOTCODE);
         tokio::fs::create_dir_all(self.downloads()).await.map_err(DownloadError::from)?;
+        let (folder, keep) = (self.downloads(), digest.clone());
+        off_runtime(move || {
+            download::sweep(&folder, Some(&keep));
+            Ok(())
+        })
+        .await?;
         self.downloader.to_file(&digest, &zip, progress, cancel).await?;
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);
@@ -150,14 +159,15 @@ impl Executor {
                 return Err(StepError::Failed(Failure::new("NO_BOOTCODE", message)));
             }
         };
+        let Way { controllers, enroll } = (self.settings.way)();
         Ok(InstallJob {
             instruction,
             execution: entry.execution.clone(),
             attempt: entry.attempt,
             sequence,
             boot_id: entry.boot_id.clone(),
-            controllers: self.settings.controllers.clone(),
-            enroll: self.settings.enroll.clone(),
+            controllers,
+            enroll,
             node: self.settings.node.clone(),
             discard_home: update.discard_home,
             trials: entry.trials,
@@ -371,6 +381,12 @@ impl Executor {
             if downloads.exists() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }
+            // The rest of an installer's download takes room from the next set.
+            let left = [folder.clone(), folder.join(DOWNLOADS)];
+            if left.iter().any(|folder| download::is_to_sweep(folder)) {
+                let _writable = recovery.open_for_writing()?;
+                left.iter().for_each(|folder| download::sweep(folder, None));
+            }
             Ok(())
         });
         if let Err(error) = tidied.await {
@@ -387,10 +403,10 @@ impl Executor {
     }
 
     fn downloads(&self) -> PathBuf {
-        self.system.state_dir().join("downloads")
+        self.system.state_dir().join(DOWNLOADS)
     }
 
-    fn bytes_of(&self, execution: &str, phase: &'static str) -> crate::download::Progress {
+    fn bytes_of(&self, execution: &str, phase: &'static str) -> download::Progress {
         let (journal, execution) = (self.journal.clone(), execution.to_owned());
         Arc::new(move |done, total| {
             journal.set_progress(Progress { execution: execution.clone(), phase: phase.to_owned(), done, total });

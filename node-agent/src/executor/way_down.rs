@@ -1,6 +1,13 @@
 //! How the machine goes down, and what is said of it.
 
-use crate::job::phase;
+use super::{DID_NOT_REBOOT, Executor, StepError};
+use crate::cause::chain;
+use crate::job::{self, Action, Failure, Kind, phase};
+use crate::journal::Entry;
+use crate::system::{Down, Force, Reboot};
+
+/// How often the command to go down is given before the job fails.
+const MAX_COMMANDS: u32 = 3;
 
 /// How the machine goes down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +27,73 @@ impl WayDown {
             (Self::TryBoot, _) => phase::FORCED_TRIAL_BOOT,
             (Self::PowerOff, 1) => phase::POWERING_OFF,
             (Self::PowerOff, _) => phase::FORCED_POWER_OFF,
+        }
+    }
+}
+
+impl Executor {
+    pub(super) fn way_down(entry: &Entry) -> WayDown {
+        match entry.action.kind() {
+            Kind::Update => WayDown::TryBoot,
+            Kind::PowerOff => WayDown::PowerOff,
+            Kind::Reboot | Kind::Unknown => WayDown::Reboot,
+        }
+    }
+
+    /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
+    pub(super) async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
+        let execution = entry.execution.as_str();
+        let message = match &entry.action {
+            Action::Reboot(notice) | Action::PowerOff(notice) => notice.message.as_str(),
+            Action::Update(update) => update.notice.message.as_str(),
+            Action::Unknown => "",
+        };
+        let mut last = None;
+        self.phase(execution, way.phase(1));
+        self.say_farewell(execution, way).await;
+        for command in 1..=MAX_COMMANDS {
+            tracing::info!(execution, ?way, command, "going down");
+            self.phase(execution, way.phase(command));
+            let (down, how) = match way {
+                WayDown::Reboot => (Down::Reboot, Reboot::Plain),
+                WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
+                WayDown::PowerOff => (Down::PowerOff, Reboot::Plain),
+            };
+            // Before the command: the agent may be told to end before the command returns.
+            self.journal.set_powering_off(way == WayDown::PowerOff);
+            let issued = match (command, down) {
+                (1, Down::Reboot) => self.system.reboot(how, Some(execution), message).await,
+                (1, Down::PowerOff) => self.system.power_off(Some(execution), message).await,
+                (2, _) => self.system.force(down, how, Force::Services, Some(execution)).await,
+                _ => self.system.force(down, how, Force::Everything, Some(execution)).await,
+            };
+            if let Err(error) = issued {
+                self.journal.set_powering_off(false);
+                tracing::error!(execution, error = %chain(&error), "command to go down failed");
+                last = Some(chain(&error));
+            }
+            tokio::time::sleep(self.system.patience()).await;
+        }
+        self.journal.set_powering_off(false);
+        let reason = match way {
+            WayDown::PowerOff => job::DID_NOT_POWER_OFF,
+            WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,
+        };
+        let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
+        let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
+        Err(StepError::Failed(Failure::new(reason, message)))
+    }
+
+    /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.
+    async fn say_farewell(&self, execution: &str, way: WayDown) {
+        let patience = match way {
+            WayDown::PowerOff => self.settings.farewell,
+            WayDown::Reboot | WayDown::TryBoot => self.settings.farewell / 5,
+        };
+        let mut changes = self.journal.changes();
+        let known = changes.wait_for(|entries| entries.get(execution).is_none_or(Entry::is_acked));
+        if tokio::time::timeout(patience, known).await.is_err() {
+            tracing::info!(execution, "controller does not know yet that the machine goes down");
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, assign, connect_request,
-    connect_response,
+    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, Welcome, assign,
+    connect_request, connect_response,
 };
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -15,7 +16,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Connection;
 use crate::identity::JoinToken;
 use crate::simulate::{SimulateError, Simulation};
-use crate::system::virtual_pi::Options;
+use crate::system::System as _;
+use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::testing::{Controller, Pki, TestSession};
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -155,6 +157,43 @@ async fn a_virtual_pi_that_was_powered_off_says_so_when_it_is_switched_on() {
     let (mut session, _) = fleet.session().await;
     reported(&mut session, WireState::Succeeded).await;
     assert_eq!(fleet.log("power-off").len(), 1);
+    fleet.end().await;
+}
+
+#[tokio::test]
+async fn second_agent_of_a_machine_ends_and_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options { boot_time: Duration::ZERO, shutdown_time: Duration::ZERO, blank: false, stock: false };
+    let pi = VirtualPi::open(&dir.path().join("pi-01"), "pi-01", options).unwrap();
+    let connection = Connection { controllers: vec!["localhost:1".parse().unwrap()], ..Connection::default() };
+    let stop = CancellationToken::new();
+    let nobody = || -> super::OnEnrolled { Arc::new(|_, _| {}) };
+    let first = super::Lock::take(pi.as_ref()).unwrap();
+    let error = super::run(pi.clone(), connection.clone(), nobody(), stop.clone()).await.unwrap_err();
+    let process = format!("in use by another agent (process {}", std::process::id());
+    assert!(error.to_string().contains(&process), "{error}");
+    assert!(std::fs::read_dir(pi.identity_dir()).unwrap().all(|file| file.unwrap().file_name() == "agent.lock"));
+    drop(first);
+    stop.cancel();
+    super::run(pi, connection, nobody(), stop).await.unwrap();
+}
+
+#[tokio::test]
+async fn power_off_given_up_during_an_outage_never_happens() {
+    let mut fleet = Fleet::with_token().await;
+    let (mut session, _) = fleet.session().await;
+    let notice = Some(prost_types::Duration { seconds: 3600, nanos: 0 });
+    assign(&session, 1, assign::Action::PowerOff(PowerOff { notice, message: String::new() })).await;
+    reported(&mut session, WireState::Running).await;
+    std::fs::write(fleet.pi().join("power-cut"), "").unwrap();
+    let (mut session, hello) = fleet.session().await;
+    assert_eq!(hello.executions.first().unwrap().state(), WireState::Running);
+    // The controller says so before it acknowledges anything.
+    session.say(connect_response::Message::Cancel(Cancel { execution: execution(1) })).await;
+    reported(&mut session, WireState::Cancelled).await;
+    let words = std::fs::read_to_string(fleet.pi().join("wall.log")).unwrap();
+    assert_eq!(words.matches("powers off in").count(), 1, "{words}");
+    assert_eq!(fleet.log("power-off").len(), 0);
     fleet.end().await;
 }
 
@@ -317,6 +356,23 @@ async fn an_update_ends_in_the_new_system_and_leaves_nothing_behind() {
 }
 
 #[tokio::test]
+async fn controllers_that_were_taught_go_along_into_the_installer() {
+    let mut fleet = Fleet::with_token().await;
+    let sha256 = fleet.controller.store(image(true));
+    let mut session = fleet.controller.session().await;
+    session.next().await.unwrap();
+    let welcome = Welcome { controllers: vec!["127.0.0.1:9".into()], ..Welcome::default() };
+    session.say(connect_response::Message::Welcome(welcome)).await;
+    assign(&session, 1, install(&sha256)).await;
+    reported(&mut session, WireState::Rebooting).await;
+    let job = std::fs::read(fleet.pi().join("recovery/marco/install.json")).unwrap();
+    let job: serde_json::Value = serde_json::from_slice(&job).unwrap();
+    let known: Vec<&str> = job["controllers"].as_array().unwrap().iter().filter_map(|known| known.as_str()).collect();
+    assert_eq!(known, [fleet.controller.address.as_str(), "127.0.0.1:9"]);
+    fleet.end().await;
+}
+
+#[tokio::test]
 async fn an_image_that_does_not_come_up_fails_after_three_trials_and_the_next_one_is_installed() {
     let mut fleet = Fleet::with_token().await;
     let (bad, good) = (fleet.controller.store(image(false)), fleet.controller.store(image(true)));
@@ -353,8 +409,9 @@ async fn an_image_that_the_controller_does_not_have_brings_the_old_system_back_w
     let (mut session, old) = fleet.session().await;
     assign(&session, 1, install(&"a".repeat(64))).await;
     reported(&mut session, WireState::Rebooting).await;
-    let (_installer, hello) = fleet.session().await;
+    let (mut installer, hello) = fleet.session().await;
     assert_eq!(hello.mode(), NodeMode::Installer);
+    reported(&mut installer, WireState::Rebooting).await;
     let (mut session, hello) = fleet.session().await;
     assert_eq!(hello.mode(), NodeMode::Running);
     assert_eq!(hello.system, old.system);

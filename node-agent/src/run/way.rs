@@ -54,13 +54,20 @@ impl Way {
         if enroll.is_empty() {
             enroll = parse(&join.enroll)?;
         }
-        if controllers.is_empty()
+        if connection.controllers.is_empty()
             && system.mode() == system::Mode::Installer
             && let Some(card) = &card
             && let Ok(Some(job)) = BootPart::new(&card.recovery, board).read_job()
         {
-            controllers = parse(&job.controllers)?;
-            enroll = if job.enroll.is_empty() { enroll } else { parse(std::slice::from_ref(&job.enroll))? };
+            // The join file says where the controllers were when the card was made, and the job where they are now.
+            let known = parse(&job.controllers)?;
+            controllers.retain(|old| !known.contains(old));
+            controllers.splice(0..0, known);
+            if !job.enroll.is_empty() {
+                let listener = parse(std::slice::from_ref(&job.enroll))?;
+                enroll.retain(|old| !listener.contains(old));
+                enroll.splice(0..0, listener);
+            }
         }
         if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
             controllers = parse(&last_good.controllers)?;
@@ -121,4 +128,42 @@ impl LastGood {
 
 fn parse(texts: &[String]) -> Result<Vec<Address>, InvalidAddress> {
     texts.iter().map(|text| text.parse()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Connection, Way};
+    use crate::bootpart::{InstallJob, Instruction, Prefix};
+    use crate::system::{Reboot, System as _};
+    use crate::system::virtual_pi::tests::Powered;
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn installer_begins_with_the_controllers_of_its_job() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut powered = Powered::new(dir.path());
+        powered.boot().await;
+        let join = "controllers = [\"moved-away:1\", \"still-there\"]\n";
+        std::fs::write(dir.path().join("recovery/marco/join.toml"), join).unwrap();
+        powered.pi.reboot(Reboot::TryBoot, None, "").await.unwrap();
+        let installer = powered.boot().await;
+        let job = InstallJob {
+            instruction: Instruction::BootOnly { sha256: "0".repeat(64) },
+            execution: String::new(),
+            attempt: 1,
+            sequence: 1,
+            boot_id: String::new(),
+            controllers: vec!["taught:1".into(), "still-there".into()],
+            enroll: "taught:2".into(),
+            node: "pi-01".into(),
+            discard_home: false,
+            trials: 0,
+            prefix: Prefix::B0,
+        };
+        powered.bootpart().write_job(&job).unwrap();
+        let board = installer.facts().unwrap().board;
+        let way = Way::find(installer.as_ref(), &board, &Connection::default()).unwrap();
+        assert_eq!(way.discovery.known(), ["taught:1", "still-there:1346", "moved-away:1"]);
+        assert_eq!(way.enroll, ["taught:2"]);
+        powered.kill().await;
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
     Ack, Assign, Cancel, CardLayout, Goodbye, Hello, NodeMode, NotHeld, Query, Reboot, Report, assign, connect_request,
-    connect_response,
+    connect_response, node_condition,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -298,6 +298,47 @@ async fn the_labels_are_those_that_a_controller_said_last() {
     session.say(assign(1)).await;
     report(&mut session).await;
     said(&mut bench.labels, Some(Labels::from([("room".to_owned(), "a1".to_owned())]))).await;
+}
+
+#[tokio::test]
+async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
+    let mut bench = Bench::new().await;
+    let (mut session, hello) = bench.welcomed().await;
+    assert_eq!(hello.conditions, []);
+    let blocked = bench.dir.path().join("journal.json.new");
+    std::fs::create_dir_all(blocked.join("in the way")).unwrap();
+    for attempt in [1, 2] {
+        session.say(assign(attempt)).await;
+        let (mut failed, mut conditions) = (None, None);
+        // The two come in any order; the second time only the end is news.
+        while failed.is_none() || (attempt == 1 && conditions.is_none()) {
+            match session.next().await.expect("the session goes on").message {
+                Some(connect_request::Message::Report(report)) => failed = Some(report),
+                Some(connect_request::Message::Status(status)) => conditions = Some(status.conditions),
+                other => panic!("{other:?}"),
+            }
+        }
+        let failed = failed.unwrap();
+        assert_eq!((failed.state(), failed.attempt, failed.sequence), (WireState::Failed, attempt, 1));
+        assert_eq!(failed.error.unwrap().reason, "JOURNAL_NOT_WRITABLE");
+        // The acknowledgement is of what the journal does not hold.
+        session.say(ack(1)).await;
+        if let Some(conditions) = conditions {
+            assert_eq!(conditions.first().map(|ill| ill.r#type()), Some(node_condition::Type::Journal));
+        }
+    }
+    // With the disk the node is well again, and takes what it is given.
+    std::fs::remove_dir_all(blocked).unwrap();
+    session.say(assign(3)).await;
+    let mut said = Vec::new();
+    while said.len() < 2 {
+        said.push(match session.next().await.expect("the session goes on").message {
+            Some(connect_request::Message::Report(report)) => report.state() == WireState::Running,
+            Some(connect_request::Message::Status(status)) => status.conditions.is_empty(),
+            other => panic!("{other:?}"),
+        });
+    }
+    assert_eq!(said, [true, true]);
 }
 
 async fn not_held(session: &mut TestSession) -> NotHeld {

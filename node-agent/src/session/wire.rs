@@ -5,19 +5,71 @@ use std::time::Duration;
 use marco_proto::names::{ExecutionId, PROTOCOL_VERSION};
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Assign, CardLayout, ExecutionError, Hello, NodeMode, Release, Report, System, Update as WireUpdate, UpdateRefusal,
-    assign,
+    Assign, CardLayout, ExecutionError, Hello, NodeCondition, NodeMode, Release, Report, System, Update as WireUpdate,
+    UpdateRefusal, assign, node_condition,
 };
 
 use super::{Layout, Node};
+use crate::cause::chain;
+use crate::health::{Ailment, Condition};
 use crate::job::{Action, Artifact, Mode, Notice, State, Update};
-use crate::journal::{Entries, Entry, Progress};
+use crate::journal::{Entries, Entry, JournalError, NOT_WRITABLE, Progress};
 use crate::system::Refusal;
 
 /// How long users are warned when the operation does not say.
 const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
 
-pub(super) fn hello(node: &Node, refusal: Option<&Refusal>, entries: &Entries, progress: &Progress) -> Hello {
+/// Facts of a node, as they are now.
+pub(super) struct Facts<'a> {
+    pub(super) node: &'a Node,
+    pub(super) refusal: Option<Refusal>,
+    pub(super) conditions: Vec<Condition>,
+}
+
+impl Facts<'_> {
+    /// Its system, and the reason why it would refuse an update.
+    pub(super) fn system(&self) -> System {
+        let node = self.node;
+        let refusal = |refusal: &Refusal| UpdateRefusal {
+            reason: refusal.reason.to_owned(),
+            message: refusal.message.clone(),
+        };
+        System {
+            kernel_arch: node.kernel_arch.clone(),
+            userspace_arch: node.userspace_arch.clone(),
+            page_size: node.page_size,
+            kernel_release: node.kernel_release.clone(),
+            os: node.os.clone(),
+            layout: match node.layout {
+                Layout::Unknown => CardLayout::Unspecified,
+                Layout::Single => CardLayout::Single,
+                Layout::Resident => CardLayout::Resident,
+            }
+            .into(),
+            image_sha256: node.image_sha256.clone(),
+            boot_sha256: node.boot_sha256.clone(),
+            update_refusal: self.refusal.as_ref().map(refusal),
+        }
+    }
+
+    /// Its illnesses.
+    pub(super) fn conditions(&self) -> Vec<NodeCondition> {
+        let one = |condition: &Condition| NodeCondition {
+            r#type: match condition.ailment {
+                Ailment::Journal => node_condition::Type::Journal,
+                Ailment::Disk => node_condition::Type::Disk,
+                Ailment::Clock => node_condition::Type::Clock,
+                Ailment::UnderVoltage => node_condition::Type::UnderVoltage,
+            }
+            .into(),
+            message: condition.message.clone(),
+        };
+        self.conditions.iter().map(one).collect()
+    }
+}
+
+pub(super) fn hello(facts: &Facts<'_>, entries: &Entries, progress: &Progress) -> Hello {
+    let node = facts.node;
     let open = entries.iter().filter(|entry| !(entry.state.is_final() && entry.is_acked()));
     Hello {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -30,33 +82,27 @@ pub(super) fn hello(node: &Node, refusal: Option<&Refusal>, entries: &Entries, p
         }
         .into(),
         board: Some(node.board.to_wire()),
-        system: Some(system(node, refusal)),
+        system: Some(facts.system()),
         card_is_blank: node.card_is_blank,
         image: node.image.clone(),
         supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
         answers_queries: true,
         executions: open.map(|entry| report(entry, progress, &node.boot_id)).collect(),
+        conditions: facts.conditions(),
     }
 }
 
-/// What the node runs, and whether it could be updated.
-pub(super) fn system(node: &Node, refusal: Option<&Refusal>) -> System {
-    System {
-        kernel_arch: node.kernel_arch.clone(),
-        userspace_arch: node.userspace_arch.clone(),
-        page_size: node.page_size,
-        kernel_release: node.kernel_release.clone(),
-        os: node.os.clone(),
-        layout: match node.layout {
-            Layout::Unknown => CardLayout::Unspecified,
-            Layout::Single => CardLayout::Single,
-            Layout::Resident => CardLayout::Resident,
-        }
-        .into(),
-        image_sha256: node.image_sha256.clone(),
-        boot_sha256: node.boot_sha256.clone(),
-        update_refusal: refusal
-            .map(|refusal| UpdateRefusal { reason: refusal.reason.to_owned(), message: refusal.message.clone() }),
+/// The end of an execution that was not taken because the journal cannot be written.
+pub(super) fn not_journalled(execution: &str, attempt: u32, boot_id: &str, error: &JournalError) -> Report {
+    Report {
+        execution: execution.to_owned(),
+        attempt,
+        sequence: 1,
+        state: WireState::Failed.into(),
+        error: Some(ExecutionError { reason: NOT_WRITABLE.to_owned(), message: chain(error) }),
+        boot_id: boot_id.to_owned(),
+        accept_boot_id: boot_id.to_owned(),
+        ..Report::default()
     }
 }
 

@@ -5,16 +5,21 @@
 //! belongs to the installer is unsupported here.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use chrono::{DateTime, Utc};
 
 use super::rooted::Rooted;
+use super::scheduled::{Schedule, Standing};
 use super::test_firmware::TestFirmware;
 use super::{
     Booted, Card, Down, Erase, Facts, Force, LOG_FILE, Layout, Mode, OwnLog, Reboot, Refusal, STARTED_AGAIN, System,
     SystemError, SystemFacts, Target,
 };
+
+use crate::health::{Ailment, Condition};
 
 pub(super) mod board;
 mod card;
@@ -26,6 +31,10 @@ use card::FoundCard;
 const COMMAND_TIME: Duration = Duration::from_secs(30);
 /// From here systemd takes the argument of reboot(2) (systemd-reboot.service(8)).
 const REBOOT_PARAM: &str = "run/systemd/reboot-param";
+/// File of logind with the announced shutdown.
+const SCHEDULED: &str = "run/systemd/shutdown/scheduled";
+/// A copy of it, when it is ours.
+const SCHEDULED_BY_US: &str = "run/marco-agent/scheduled";
 /// The firmware's word for a trial boot, after the partition number 0, "the default".
 const TRYBOOT: &str = "0 tryboot";
 /// From util-linux; when logind cannot be asked to warn.
@@ -64,10 +73,25 @@ impl Default for HostOptions {
     }
 }
 
+/// The last warning to users.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Warned {
+    /// Not at all, or what was said was taken back.
+    #[default]
+    Not,
+    /// By a shutdown that logind keeps where everybody sees it.
+    Visibly,
+    /// By a shutdown command that shows nobody what it keeps.
+    Blindly,
+    /// By words on their terminals.
+    ByWall,
+}
+
 /// This machine.
 #[derive(Debug)]
 pub struct Host {
     options: HostOptions,
+    warned: Mutex<Warned>,
     test: Option<TestFirmware>,
     card: FoundCard,
     log: OwnLog,
@@ -83,12 +107,21 @@ impl Host {
             return Err(SystemError::Invalid("shutdown_command must begin with the absolute path of a program".into()));
         }
         let test = TestFirmware::find(&options.sysroot);
-        Ok(Self { options, test, card: FoundCard::default(), log: OwnLog::default() })
+        Ok(Self { options, warned: Mutex::default(), test, card: FoundCard::default(), log: OwnLog::default() })
     }
 
     /// Says where the log of this agent is.
     pub fn log_is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
         self.log.is_from(read);
+    }
+
+    fn schedule(&self) -> Schedule {
+        Schedule { file: self.path(SCHEDULED), ours: self.path(SCHEDULED_BY_US) }
+    }
+
+    /// Notes how users were warned; returns how they were before.
+    fn set_warned(&self, warned: Warned) -> Warned {
+        std::mem::replace(&mut *self.warned.lock().unwrap_or_else(PoisonError::into_inner), warned)
     }
 
     fn path(&self, relative: &str) -> PathBuf {
@@ -173,20 +206,44 @@ impl System for Host {
         self.options.identity_dir.clone()
     }
 
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         let text = super::announcement(down, delay, message);
+        // logind keeps one shutdown only: ours would take the place of theirs.
+        let theirs = matches!(self.standing(), Standing::Theirs(_));
         // With -k logind schedules a dry run: it warns, again and again, and in the end does nothing (shutdown(8)).
         // Not with a delay of zero, which would not be scheduled.
         let minutes = delay.as_secs().div_ceil(MINUTE.as_secs());
-        if delay >= MINUTE && self.shutdown(&["-k", flag(down), &format!("+{minutes}"), &text]).await.is_ok() {
-            return Ok(());
+        let may_schedule = delay >= MINUTE && !theirs;
+        if may_schedule && self.shutdown(&["-k", flag(down), &format!("+{minutes}"), &text]).await.is_ok() {
+            let stands = self.schedule().remember();
+            self.set_warned(if stands { Warned::Visibly } else { Warned::Blindly });
+            return Ok(stands);
         }
-        run(&[WALL, &text]).await
+        self.set_warned(Warned::ByWall);
+        run(&[WALL, &text]).await?;
+        Ok(false)
+    }
+
+    fn standing(&self) -> Standing {
+        self.schedule().standing()
     }
 
     async fn withdraw(&self) -> Result<(), SystemError> {
-        remove(&self.path(REBOOT_PARAM))?;
-        self.shutdown(&["-c", super::WITHDRAWN]).await
+        let parameter = self.path(REBOOT_PARAM);
+        if std::fs::read_to_string(&parameter).is_ok_and(|text| text.trim() == TRYBOOT) {
+            remove(&parameter)?;
+        }
+        let (standing, warned) = (self.standing(), self.set_warned(Warned::Not));
+        self.schedule().forget();
+        match (standing, warned) {
+            // Also what an earlier process of ours left.
+            (Standing::Ours, _) | (Standing::Nothing, Warned::Blindly) => {
+                self.shutdown(&["-c", super::WITHDRAWN]).await
+            }
+            (_, Warned::ByWall) => run(&[WALL, super::WITHDRAWN]).await,
+            // The user who took ours back, or put theirs in its place, has said so.
+            (_, Warned::Not | Warned::Visibly | Warned::Blindly) => Ok(()),
+        }
     }
 
     async fn reboot(&self, how: Reboot, _execution: Option<&str>, message: &str) -> Result<(), SystemError> {
@@ -224,6 +281,16 @@ impl System for Host {
     fn kept_log(&self) -> Vec<u8> {
         let of_installer = self.card().map(|card| std::fs::read(card.recovery.join(LOG_FILE)).unwrap_or_default());
         [of_installer.unwrap_or_default(), STARTED_AGAIN.into(), self.log.read()].concat()
+    }
+
+    fn conditions(&self) -> Vec<Condition> {
+        let weak = preflight::under_voltage(&self.options.sysroot).err().filter(|_| self.test.is_none());
+        let weak = weak.map(|refusal| Condition { ailment: Ailment::UnderVoltage, message: refusal.message });
+        super::ailing_disk(&self.options.state_dir).into_iter().chain(weak).collect()
+    }
+
+    fn clock(&self) -> Option<DateTime<Utc>> {
+        Some(std::time::SystemTime::now().into())
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

@@ -17,6 +17,7 @@ use super::{
     Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, OwnLog, RawTarget, Ready, Reboot, Refusal, Room,
     Stretch, System, SystemError, SystemFacts, Target, WholeCard,
 };
+use crate::health::Condition;
 use crate::settings::{Policy, Settings, SettingsError};
 
 mod prepare;
@@ -253,9 +254,9 @@ impl System for Installer {
         Some(PROGRAM.into())
     }
 
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         tracing::info!("{}", super::announcement(down, delay, message));
-        Ok(())
+        Ok(false)
     }
 
     async fn withdraw(&self) -> Result<(), SystemError> {
@@ -273,6 +274,10 @@ impl System for Installer {
 
     async fn force(&self, down: Down, how: Reboot, _force: Force, _execution: Option<&str>) -> Result<(), SystemError> {
         self.go_down(down, how).await
+    }
+
+    fn conditions(&self) -> Vec<Condition> {
+        super::ailing_disk(&self.state_dir()).into_iter().collect()
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {

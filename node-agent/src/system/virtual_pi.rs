@@ -2,6 +2,7 @@
 //! project without hardware, for load tests, and for every test that must reboot something.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -15,6 +16,7 @@ use super::disk::erasure::{self, Begun, Decided, Place};
 use super::disk::plan::{self, Plan};
 use super::disk::probe::Contents;
 use super::rooted::Rooted;
+use super::scheduled::{Schedule, Standing};
 use super::{
     Board, Booted, Card, Down, Erase, Facts, Force, Layout, Lease, Mode, NO_PARTITIONS, Ready, Reboot, Refusal, Room,
     System, SystemError, SystemFacts, Target,
@@ -23,6 +25,7 @@ use log::{Event, Line, Log};
 use state::{Going, Power, State, Up};
 
 use crate::bootpart::BootPart;
+use crate::health::{Ailment, Condition};
 use crate::settings::Settings;
 
 pub mod firmware;
@@ -35,6 +38,9 @@ mod tree;
 const SET_ROOM: u64 = 64 * 1024 * 1024;
 /// How long after it should be down a Pi is told more strongly: it only takes longer when it hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Message about a board with a weak power supply.
+const WEAK_POWER: &str = "the board's power supply is too weak at this moment (under-voltage)";
 
 /// How fast a virtual Pi is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +67,8 @@ pub struct VirtualPi {
     changed: watch::Sender<u64>,
     /// Held by whoever writes into the card's file systems.
     target: Arc<tokio::sync::Mutex<()>>,
+    /// Users were warned, and not told otherwise since.
+    told: AtomicBool,
     /// Held for the life of this value: two processes must not drive one Pi.
     _lock: std::fs::File,
 }
@@ -92,6 +100,7 @@ impl VirtualPi {
             state: Mutex::new(state),
             changed: watch::Sender::new(0),
             target: Arc::default(),
+            told: AtomicBool::new(false),
             _lock: lock,
         }))
     }
@@ -187,6 +196,17 @@ impl VirtualPi {
         append().map_err(SystemError::io("write", &path))
     }
 
+    /// The file `scheduled` is what logind has in `/run/systemd/shutdown`: whoever writes it announces a shutdown, and
+    /// whoever removes it takes it back.
+    fn schedule(&self) -> Schedule {
+        Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
+    }
+
+    /// The file says so.
+    fn weak_power(&self) -> bool {
+        self.dir.join("under-voltage").exists()
+    }
+
     fn is_stock(&self) -> bool {
         BootPart::new(self.card().recovery, &board(&self.id)).is_stock()
     }
@@ -250,12 +270,22 @@ impl System for VirtualPi {
         self.dir.join("agent")
     }
 
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
-        self.wall(&super::announcement(down, delay, message))
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
+        let text = super::announcement(down, delay, message);
+        self.wall(&text)?;
+        self.told.store(true, Ordering::Release);
+        let schedule = self.schedule();
+        schedule.announce(down, delay, &text).map_err(SystemError::io("write", schedule.file))
+    }
+
+    fn standing(&self) -> Standing {
+        self.schedule().standing()
     }
 
     async fn withdraw(&self) -> Result<(), SystemError> {
-        self.wall(super::WITHDRAWN)
+        let schedule = self.schedule();
+        schedule.withdraw().map_err(SystemError::io("remove", schedule.file))?;
+        if self.told.swap(false, Ordering::AcqRel) { self.wall(super::WITHDRAWN) } else { Ok(()) }
     }
 
     async fn reboot(&self, how: Reboot, execution: Option<&str>, message: &str) -> Result<(), SystemError> {
@@ -293,11 +323,19 @@ impl System for VirtualPi {
         self.options.shutdown_time + PATIENCE
     }
 
+    fn conditions(&self) -> Vec<Condition> {
+        let weak = self.weak_power().then(|| Condition { ailment: Ailment::UnderVoltage, message: WEAK_POWER.into() });
+        super::ailing_disk(&self.state_dir()).into_iter().chain(weak).collect()
+    }
+
+    fn clock(&self) -> Option<DateTime<Utc>> {
+        // It has none of its own, but in a test that gives it one.
+        std::fs::read_to_string(self.dir.join("clock")).ok()?.trim().parse().ok()
+    }
+
     async fn preflight_update(&self) -> Result<(), Refusal> {
-        // The file says that its power supply is too weak.
-        if self.dir.join("under-voltage").exists() {
-            let message = "the board's power supply is too weak at this moment (under-voltage)".to_owned();
-            return Err(Refusal { reason: "UNDER_VOLTAGE", message });
+        if self.weak_power() {
+            return Err(Refusal { reason: "UNDER_VOLTAGE", message: WEAK_POWER.into() });
         }
         let recovery = self.card().recovery;
         let room = rustix::fs::statvfs(&recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize));

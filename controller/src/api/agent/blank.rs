@@ -9,9 +9,11 @@ use marco_proto::names::{ArtifactId, NodeId, OperationId};
 use marco_proto::v1;
 use uuid::Uuid;
 
+use super::{Ended, Session};
 use crate::api::Context;
 use crate::api::operation::{Operations, request_key};
 use crate::api::status::ApiError;
+use crate::identity::peer_log::{cut, of_peer};
 use crate::operation::{Action, FrozenArtifact, NodeState, Notice, OperationState, Target, Update};
 use crate::store::{Kind, NewOperation, OperationQuery, Purpose, Scope, StoreError};
 
@@ -113,5 +115,17 @@ impl Blank {
             return Ok(Some(frozen(row)));
         }
         by_name(if self.family == "pi1" { PI_1 } else { OTHERS }).await
+    }
+}
+
+impl Session {
+    /// A node with a blank card gets an image as soon as there is one for it; without one it waits.
+    pub(super) async fn look_for_an_image(&self) -> Result<(), Ended> {
+        if let Some(blank) = &self.blank
+            && let Err(error) = blank.install(&self.context, &self.node).await
+        {
+            of_peer!(warn, &self.node, error = %cut(&error.to_string()), "no image was chosen for a blank card");
+        }
+        Ok(())
     }
 }

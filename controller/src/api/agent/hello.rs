@@ -128,7 +128,7 @@ pub(super) async fn begin(
         mode: convert::mode(hello.mode)?,
         agent_version: convert::text("hello.agent_version", &hello.agent_version)?.to_owned(),
         board: convert::board(hello.board.clone().unwrap_or_default())?,
-        system: convert::system(hello.system.clone().unwrap_or_default())?,
+        system: convert::system(hello.system.clone().unwrap_or_default(), hello.conditions.clone())?,
     };
     let record = record(context, node, peer.from);
     let begun = recorded(Arc::clone(&record), context.store.begin_session(node, &start, context.clock.now())).await?;

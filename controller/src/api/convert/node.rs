@@ -9,8 +9,12 @@ use marco_proto::v1;
 use super::{text, timestamp};
 use crate::api::status::ApiError;
 use crate::operation::{NodeMode, NodeState};
-use crate::store::{Board, CardLayout, NodeRow, PendingKey, System, TokenRow, UpdateRefusal};
+use crate::store::{Ailment, Board, CardLayout, Condition, NodeRow, PendingKey, System, TokenRow, UpdateRefusal};
 
+/// Most conditions of a node.
+const CONDITIONS_MAX: usize = 16;
+/// Characters of a condition's message that are kept.
+const CONDITION_MAX: usize = 300;
 /// Most networks, boards or ids that a join token names: a big school.
 const TOKEN_LIMITS_MAX: usize = 1000;
 
@@ -81,7 +85,44 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
         key_sha256: row.key_sha256.clone(),
         pending_keys: row.pending_keys.iter().map(pending_key).collect(),
         certificate_expire_time: row.certificate_expire_time.map(timestamp),
+        conditions: row.system.conditions.iter().map(condition).collect(),
     }
+}
+
+fn condition(condition: &Condition) -> v1::NodeCondition {
+    use v1::node_condition::Type;
+    v1::NodeCondition {
+        r#type: match condition.ailment {
+            Ailment::Unknown => Type::Unspecified,
+            Ailment::Journal => Type::Journal,
+            Ailment::Disk => Type::Disk,
+            Ailment::Clock => Type::Clock,
+            Ailment::UnderVoltage => Type::UnderVoltage,
+        }
+        .into(),
+        message: condition.message.clone(),
+    }
+}
+
+/// Conditions as a node says them.
+fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> {
+    use v1::node_condition::Type;
+    if said.len() > CONDITIONS_MAX {
+        return Err(ApiError::invalid("conditions", format!("must be at most {CONDITIONS_MAX}")));
+    }
+    let condition = |said: v1::NodeCondition| {
+        let ailment = match said.r#type() {
+            Type::Unspecified => Ailment::Unknown,
+            Type::Journal => Ailment::Journal,
+            Type::Disk => Ailment::Disk,
+            Type::Clock => Ailment::Clock,
+            Type::UnderVoltage => Ailment::UnderVoltage,
+        };
+        // It is an operating system's words about a disk, perhaps: cut, not refused.
+        let clean = said.message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(CONDITION_MAX).collect();
+        Condition { ailment, message: clean }
+    };
+    Ok(said.into_iter().map(condition).collect())
 }
 
 fn pending_key(key: &PendingKey) -> v1::PendingKey {
@@ -122,7 +163,8 @@ pub(in crate::api) fn board(board: v1::Board) -> Result<Board, ApiError> {
     })
 }
 
-pub(in crate::api) fn system(system: v1::System) -> Result<System, ApiError> {
+/// Facts of a node's system, with its conditions.
+pub(in crate::api) fn system(system: v1::System, ailing: Vec<v1::NodeCondition>) -> Result<System, ApiError> {
     for (field, value) in [
         ("system.kernel_arch", &system.kernel_arch),
         ("system.userspace_arch", &system.userspace_arch),
@@ -152,6 +194,7 @@ pub(in crate::api) fn system(system: v1::System) -> Result<System, ApiError> {
         update_refusal: system
             .update_refusal
             .map(|refusal| UpdateRefusal { reason: refusal.reason, message: refusal.message }),
+        conditions: conditions(ailing)?,
     })
 }
 

@@ -13,7 +13,7 @@ use crate::api::status::ApiError;
 use crate::identity::Caller;
 use crate::operation::{Action, NodeMode, NodeState, OperationState, WaitContext, WaitReason, wait_reason};
 use crate::rollout::Rollout;
-use crate::store::{NodeRow, PoweredOff};
+use crate::store::{Ailment, NodeRow, PoweredOff};
 
 /// An operation that begins later than this is asked about.
 const FAR_AHEAD: Months = Months::new(120);
@@ -95,6 +95,9 @@ fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
 fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&PoweredOff>) -> v1::OperationCheck {
     let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
     let refusal = refusal.map(|refusal| (refusal.reason.clone(), refusal.message.clone()));
+    // It refuses every action.
+    let ill = row.system.conditions.iter().find(|condition| condition.ailment == Ailment::Journal);
+    let refusal = refusal.or_else(|| ill.map(|ill| ("JOURNAL_NOT_WRITABLE".to_owned(), ill.message.clone())));
     let refusal = refusal.or_else(|| {
         let tree = device_tree(&row.board.family, &row.board.model);
         let judged = facts?.judge(&row.board.family, tree);

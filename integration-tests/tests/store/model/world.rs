@@ -10,7 +10,7 @@ use marco_controller::clock::{Clock as _, ManualClock};
 use marco_controller::dispatcher::Dispatcher;
 use marco_controller::operation::{Action, ExecutionState, Greeting, OperationState};
 use marco_controller::rollout::{Limit, Rollout};
-use marco_controller::sessions::Sessions;
+use marco_controller::sessions::{Command, Sessions};
 use marco_controller::store::{
     CertificateQuery, CreateOutcome, ExecutionRow, Hello, NewOperation, ReportOutcome, ReportRow, SessionOutcome, Store,
 };
@@ -317,6 +317,9 @@ impl World {
         }
         self.controllers[controller].sessions.set_ready(&node, epoch, true);
         let pi = &mut self.pis[number];
+        for execution in answer.cancels {
+            pi.hear(Command::Cancel(execution));
+        }
         for (execution, sequence) in answer.acks {
             pi.acknowledged(&execution, sequence);
         }

@@ -8,8 +8,9 @@ use async_trait::async_trait;
 
 use crate::job::State;
 use crate::journal::Journal;
+use crate::system::scheduled::Schedule;
 use crate::system::{
-    Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, System, SystemError, Target,
+    Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, Standing, System, SystemError, Target,
 };
 
 /// A machine that stays up whatever it is told.
@@ -36,6 +37,15 @@ impl Machine {
         self.told.lock().unwrap().clone()
     }
 
+    /// While this file is there, somebody sits at the console after a failure.
+    pub(super) fn shell(&self) -> PathBuf {
+        self.dir.join("shell")
+    }
+
+    pub(super) fn schedule(&self) -> Schedule {
+        Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
+    }
+
     /// What a power cut would leave of the job.
     fn journalled(&self, execution: Option<&str>) -> State {
         let journal = Journal::open(&self.state_dir(), "reader").unwrap();
@@ -55,7 +65,8 @@ impl System for Machine {
         self.mode
     }
     fn booted(&self) -> Option<Booted> {
-        None
+        // Nothing of ours comes further than to the first trial boot of the installer.
+        (self.mode == Mode::Installer).then_some(Booted { partition: 1, tryboot: true })
     }
     fn card(&self) -> Option<Card> {
         let part = |name| self.dir.join(name);
@@ -76,12 +87,17 @@ impl System for Machine {
     fn release(&self) -> Result<Option<Release>, SystemError> {
         Ok(self.release.clone())
     }
-    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<(), SystemError> {
+    async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         self.tell(format!("announce {down:?} {delay:?} {message}"));
-        Ok(())
+        Ok(self.schedule().announce(down, delay, message).unwrap())
+    }
+    fn standing(&self) -> Standing {
+        self.schedule().standing()
     }
     async fn withdraw(&self) -> Result<(), SystemError> {
-        self.tell("withdraw");
+        if self.schedule().withdraw().unwrap() {
+            self.tell("withdraw");
+        }
         Ok(())
     }
     async fn reboot(&self, how: Reboot, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
@@ -94,6 +110,16 @@ impl System for Machine {
     }
     async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
         self.tell(format!("force {down:?} {how:?} {force:?} {:?}", self.journalled(execution)));
+        Ok(())
+    }
+    fn gives_up_after(&self) -> Option<Duration> {
+        self.shell().exists().then_some(Duration::ZERO)
+    }
+    async fn give_up(&self) -> Result<(), SystemError> {
+        self.tell("shell");
+        while self.shell().exists() {
+            tokio::task::yield_now().await;
+        }
         Ok(())
     }
     fn patience(&self) -> Duration {

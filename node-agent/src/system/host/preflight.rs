@@ -76,7 +76,7 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
 }
 
 /// Bit 0 of the firmware's throttling state is "under-voltage now".
-fn under_voltage(sysroot: &Path) -> Result<(), Refusal> {
+pub(super) fn under_voltage(sysroot: &Path) -> Result<(), Refusal> {
     let path = sysroot.join("sys/devices/platform/soc/soc:firmware/get_throttled");
     let state = std::fs::read_to_string(path).unwrap_or_default();
     let state = u32::from_str_radix(state.trim().trim_start_matches("0x"), 16).unwrap_or_default();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 
 use super::{Host, HostOptions};
-use crate::system::{Booted, Down, Force, Layout, Reboot, System};
+use crate::system::{Booted, Down, Force, Layout, Reboot, Standing, System};
 
 fn put(root: &Path, path: &str, bytes: impl AsRef<[u8]>) {
     let path = root.join(path);
@@ -99,6 +99,41 @@ async fn a_notice_warns_and_a_cancel_takes_it_back() {
     assert_eq!(said(root.path()), ["-k", "-r", "+2", "This machine reboots in 1m 30s: new kernel"]);
     host.withdraw().await.unwrap();
     assert_eq!(said(root.path())[4..], ["-c", "The announced shutdown was cancelled."]);
+}
+
+#[tokio::test]
+async fn only_the_agents_own_shutdown_is_taken_back() {
+    let root = TempDir::new().unwrap();
+    let scheduled = "run/systemd/shutdown/scheduled";
+    let host = host(root.path());
+    // As logind does for `shutdown -k`, and for `shutdown -c`.
+    let script = "#!/bin/sh\nprintf '%s\\n' \"$@\" >> \"$0.log\"\ncd \"$(dirname \"$0\")/..\"\ncase $1 in\n\
+                  -k) mkdir -p run/systemd/shutdown; echo \"MODE=reboot\" > run/systemd/shutdown/scheduled ;;\n\
+                  -c) rm run/systemd/shutdown/scheduled ;;\nesac\n";
+    put(root.path(), "bin/shutdown", script);
+    let minute = Duration::from_secs(60);
+    assert_eq!(host.standing(), Standing::Nothing);
+    host.withdraw().await.unwrap();
+    assert_eq!(said(root.path()), [""; 0], "nothing was announced");
+    assert!(host.announce(Down::Reboot, minute, "").await.unwrap());
+    assert_eq!(host.standing(), Standing::Ours);
+    // An agent that was killed in its notice takes back what it had announced.
+    let again = Host::new(host.options.clone()).unwrap();
+    again.withdraw().await.unwrap();
+    assert_eq!((again.standing(), said(root.path()).len()), (Standing::Nothing, 6));
+
+    let theirs = "USEC=1\nMODE=poweroff\n";
+    put(root.path(), scheduled, theirs);
+    // There may be no terminal and no program to write to it.
+    let _ = host.announce(Down::Reboot, minute, "").await;
+    let _ = host.withdraw().await;
+    assert_eq!(fs::read_to_string(root.path().join(scheduled)).unwrap(), theirs);
+    assert_eq!(said(root.path()).len(), 6, "shutdown was not called");
+
+    let parameter = "run/systemd/reboot-param";
+    put(root.path(), parameter, "recovery");
+    let _ = host.withdraw().await;
+    assert!(root.path().join(parameter).exists(), "of somebody else's reboot");
 }
 
 #[tokio::test]

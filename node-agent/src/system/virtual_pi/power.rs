@@ -1,5 +1,6 @@
 //! The power of a virtual Pi: what boots, runs and goes down, and when.
 
+use std::sync::atomic::Ordering;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -92,6 +93,9 @@ impl VirtualPi {
             Woken::Done => {}
             woken => return Ok(woken),
         }
+        let schedule = self.schedule();
+        schedule.clear().map_err(SystemError::io("remove", schedule.file))?;
+        self.told.store(false, Ordering::Release);
         let card = self.card();
         let partitions = Partitions { recovery: &card.recovery, boot: &card.boot };
         let outcome = firmware::boot(&firmware::PI_4, partitions, tryboot);

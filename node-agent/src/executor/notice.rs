@@ -1,0 +1,73 @@
+//! The warning before a machine goes down, which its users may take back.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{CALLED_OFF_ON_NODE, Executor, StepError};
+use crate::cause::chain;
+use crate::job::{Failure, Notice, phase};
+use crate::system::{Down, Standing};
+
+/// Interval of looks at the announcement.
+const LOOK: Duration = Duration::from_secs(1);
+
+impl Executor {
+    /// Warns logged-in users and lets the notice pass, by monotonic time.
+    pub(super) async fn give_notice(
+        &self,
+        execution: &str,
+        down: Down,
+        notice: &Notice,
+        cancel: &CancellationToken,
+    ) -> Result<(), StepError> {
+        if cancel.is_cancelled() {
+            return Err(StepError::Cancelled);
+        }
+        match self.system.standing() {
+            Standing::Theirs(other) => {
+                tracing::warn!(execution, %other, "another user has announced a shutdown, which stays");
+                self.phase(execution, &format!("{}, beside {other} that somebody else announced", phase::NOTICE));
+            }
+            Standing::Ours | Standing::Nothing => self.phase(execution, phase::NOTICE),
+        }
+        // Before the announcement, which then never ends earlier than the notice.
+        let end = Instant::now() + notice.delay;
+        let stands = self.system.announce(down, notice.delay, &notice.message).await.unwrap_or_else(|error| {
+            // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
+            tracing::warn!(execution, error = %chain(&error), "users could not be warned");
+            false
+        });
+        // None of these holds anything.
+        tokio::select! {
+            () = cancel.cancelled() => Err(StepError::Cancelled),
+            () = tokio::time::sleep_until(end) => Ok(()),
+            failure = self.called_off_here(end), if stands => Err(StepError::Failed(failure)),
+        }
+    }
+
+    /// Ends when somebody on the machine takes back what was announced, before `end`.
+    async fn called_off_here(&self, end: Instant) -> Failure {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let standing = self.system.standing();
+            // Close to the end the announcement may be gone because its time has come.
+            if standing == Standing::Ours || Instant::now() + LOOK >= end {
+                continue;
+            }
+            let what = match standing {
+                Standing::Theirs(other) => format!("replaced the announced shutdown by {other}"),
+                Standing::Ours | Standing::Nothing => "cancelled the announced shutdown (shutdown -c)".to_owned(),
+            };
+            return Failure::new(CALLED_OFF_ON_NODE, format!("somebody on the node {what}"));
+        }
+    }
+
+    /// Takes back what was announced.
+    pub(super) async fn withdraw(&self, execution: &str) {
+        if let Err(error) = self.system.withdraw().await {
+            tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! A job, and all of them.
+
+use serde::{Deserialize, Serialize};
+
+use super::JournalError;
+use crate::job::{Action, Failure, Kind, Release, State};
+
+/// A job as it is journalled.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Name of the execution.
+    pub execution: String,
+    /// Under which delivery it is reported; 0: it was cancelled before it was ever assigned.
+    pub attempt: u32,
+    /// Number of the last state change.
+    pub sequence: u64,
+    /// What was asked.
+    pub action: Action,
+    /// Where it is.
+    pub state: State,
+    /// The boot under which that state was journalled.
+    pub boot_id: String,
+    /// The boot under which it was accepted; empty in an entry of an older agent. It goes with the entry to the installer
+    /// and into the new root.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub accept_boot_id: String,
+    /// Why it did not succeed; of an unfinished job: what stood in the way last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+    /// Trial boots that did not come up.
+    #[serde(default)]
+    pub trials: u32,
+    /// What the new system says it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<Release>,
+    /// Up to this sequence the controller has stored it.
+    #[serde(default)]
+    pub acked: u64,
+    /// When it last said so: the controller's time, microseconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acked_at: Option<i64>,
+    /// A cancel arrived in time.
+    #[serde(default)]
+    pub cancel_requested: bool,
+    /// A cancel arrived too late.
+    #[serde(default)]
+    pub cancel_refused: bool,
+}
+
+impl Entry {
+    /// Whether the controller has stored the state that it is in.
+    pub fn is_acked(&self) -> bool {
+        self.acked >= self.sequence
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.action.kind()
+    }
+
+    pub(super) fn step(&mut self, to: State, leap: u64, boot_id: &str) {
+        self.state = to;
+        self.sequence = self.sequence.saturating_add(leap);
+        boot_id.clone_into(&mut self.boot_id);
+    }
+}
+
+/// Every job that the journal holds, oldest first.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Entries(pub(super) Vec<Entry>);
+
+impl Entries {
+    /// The job of this execution.
+    pub fn get(&self, execution: &str) -> Option<&Entry> {
+        self.0.iter().find(|entry| entry.execution == execution)
+    }
+
+    /// The job that is not over; there is at most one.
+    pub fn unfinished(&self) -> Option<&Entry> {
+        self.0.iter().find(|entry| !entry.state.is_final())
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Entry> {
+        self.0.iter()
+    }
+
+    pub(super) fn get_mut(&mut self, execution: &str) -> Result<&mut Entry, JournalError> {
+        self.0
+            .iter_mut()
+            .find(|entry| entry.execution == execution)
+            .ok_or_else(|| JournalError::NotFound(execution.to_owned()))
+    }
+}
+
+/// A job as it stands in the journal when it is first heard of.
+pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, boot_id: &str) -> Entry {
+    Entry {
+        execution: execution.to_owned(),
+        attempt,
+        sequence: 1,
+        action,
+        state,
+        boot_id: boot_id.to_owned(),
+        accept_boot_id: boot_id.to_owned(),
+        error: None,
+        trials: 0,
+        release: None,
+        acked: 0,
+        acked_at: None,
+        cancel_requested: false,
+        cancel_refused: false,
+    }
+}

@@ -1,0 +1,116 @@
+//! One agent for each state folder: two would overwrite each other's journal, and with one identity on two agents the
+//! controller takes the node for cloned and quarantines it.
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::RunError;
+use crate::system::{System, SystemError};
+
+/// Name of the lock's file. The folder itself is locked while an identity is renewed.
+const FILE: &str = "agent.lock";
+/// Characters of the holder's command line that are shown.
+const COMMAND: usize = 120;
+
+/// Keeps other agents from the folders until it is dropped, or the process ends.
+#[derive(Debug)]
+pub(super) struct Lock(#[expect(dead_code, reason = "held for its Drop only")] Vec<File>);
+
+impl Lock {
+    /// Takes the folders of this machine's journal and identity.
+    ///
+    /// # Errors
+    /// Another agent has one of them.
+    pub(super) fn take(system: &dyn System) -> Result<Self, RunError> {
+        let (state, identity) = (system.state_dir(), system.identity_dir());
+        let mut held = Vec::new();
+        for folder in [Some(&state), Some(&identity).filter(|identity| **identity != state)].into_iter().flatten() {
+            held.extend(take(folder)?);
+        }
+        Ok(Self(held))
+    }
+}
+
+/// `None`: the file system is read-only or full and has no lock yet. The agent still runs, to say that its node is ill.
+fn take(folder: &Path) -> Result<Option<File>, RunError> {
+    let path = folder.join(FILE);
+    let mut file = match open(folder, &path) {
+        Ok(file) => file,
+        Err(error) => {
+            tracing::warn!(file = %path.display(), error = %error, "folder cannot be locked");
+            return Ok(None);
+        }
+    };
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => {
+            return Err(RunError::InUse { folder: folder.to_owned(), holder: holder(&mut file) });
+        }
+        Err(error) => return Err(SystemError::io("lock", path)(error.into()).into()),
+    }
+    // Only for the error of a later agent.
+    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+    if let Err(error) = written {
+        tracing::debug!(file = %path.display(), error = %error, "holder of the lock not written");
+    }
+    Ok(Some(file))
+}
+
+fn open(folder: &Path, path: &PathBuf) -> std::io::Result<File> {
+    let made = std::fs::create_dir_all(folder).and_then(|()| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    });
+    match made {
+        // A file that is there can be locked all the same.
+        Err(error) if error.kind() != ErrorKind::PermissionDenied => File::open(path).map_err(|_| error),
+        opened => opened,
+    }
+}
+
+/// Names the holder of the lock, as far as it said so.
+fn holder(file: &mut File) -> String {
+    let mut text = String::new();
+    let read = file.rewind().and_then(|()| file.read_to_string(&mut text));
+    let Some(pid) = read.ok().and_then(|_| text.trim().parse::<u32>().ok()) else {
+        return "another process".to_owned();
+    };
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let command = String::from_utf8_lossy(&command).replace('\0', " ");
+    let command: String = command.trim().chars().take(COMMAND).collect();
+    if command.is_empty() { format!("process {pid}") } else { format!("process {pid}: {command}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FILE, take};
+    use crate::run::RunError;
+
+    #[test]
+    fn second_taker_learns_who_was_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("state");
+        let first = take(&folder).unwrap();
+        assert!(first.is_some());
+        let Err(RunError::InUse { folder: named, holder }) = take(&folder) else { panic!("both hold it") };
+        assert_eq!(named, folder);
+        assert!(holder.starts_with(&format!("process {}: ", std::process::id())), "{holder}");
+        // However the first one ended, and whatever it left in the file.
+        drop(first);
+        std::fs::write(folder.join(FILE), "4294967295 and much more").unwrap();
+        assert!(take(&folder).unwrap().is_some());
+    }
+
+    #[test]
+    fn folder_that_cannot_be_written_stops_no_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("no-folder");
+        std::fs::write(&file, "").unwrap();
+        assert!(take(&file).unwrap().is_none());
+    }
+}

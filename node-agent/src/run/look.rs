@@ -1,0 +1,74 @@
+//! Looks at the machine from time to time, for the controller to show.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::health::{self, Ailment, Health};
+use crate::identity::Identity;
+use crate::job::Labels;
+use crate::system::{Refusal, System};
+
+/// How often the node looks whether it could be updated: cables are pulled, and power supplies become weak.
+const LOOK_AGAIN: Duration = Duration::from_secs(5 * 60);
+
+/// Everything that a look needs.
+pub(super) struct Look {
+    pub(super) system: Arc<dyn System>,
+    pub(super) health: Arc<Health>,
+    pub(super) identity: Arc<Identity>,
+    /// Known once a controller has been heard, and with it the time.
+    pub(super) labels: watch::Receiver<Option<Labels>>,
+}
+
+impl Look {
+    /// At the machine.
+    pub(super) fn at_health(&self) {
+        let found = self.system.conditions();
+        for ailment in [Ailment::Disk, Ailment::UnderVoltage] {
+            let message = found.iter().find(|found| found.ailment == ailment).map(|found| found.message.clone());
+            self.health.set(ailment, message);
+        }
+        // Before that the time is only known not to be earlier.
+        let clock = self.system.clock().filter(|_| self.labels.borrow().is_some());
+        let wrong = clock.and_then(|clock| health::wrong_clock(clock, self.identity.time().now()));
+        self.health.set(Ailment::Clock, wrong);
+    }
+
+    /// Pends until it is time for another look: after a while, and when a controller was heard for the first time.
+    async fn again(&mut self) {
+        let heard = self.labels.borrow().is_some();
+        let first = async {
+            if heard || self.labels.wait_for(Option::is_some).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        // Neither wait holds anything.
+        tokio::select! {
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+            () = first => {}
+        }
+    }
+}
+
+/// Looks from time to time what ails the node and whether it could be updated, until `stop`.
+pub(super) async fn keep_looking(mut look: Look, refusal: &watch::Sender<Option<Refusal>>, stop: &CancellationToken) {
+    loop {
+        // A look changes nothing, so dropping one loses nothing.
+        let now = tokio::select! {
+            () = stop.cancelled() => return,
+            now = async {
+                look.again().await;
+                look.at_health();
+                look.system.preflight_update().await.err()
+            } => now,
+        };
+        refusal.send_if_modified(|told| {
+            let changed = *told != now;
+            *told = now;
+            changed
+        });
+    }
+}
