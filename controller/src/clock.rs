@@ -8,7 +8,7 @@ use std::time::Instant;
 use chrono::{DateTime, Duration, Utc};
 
 use crate::calendar::{delta, earlier, later};
-pub use steps::watch;
+pub use steps::ClockWatch;
 
 /// Seconds since 1970 at which this controller was built.
 const BUILD_SECONDS: &str = env!("MARCO_BUILD_SECONDS");

@@ -40,7 +40,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::artifacts::Artifacts;
-use crate::clock::{AnchoredClock, Clock, Sample};
+use crate::clock::{AnchoredClock, Clock, ClockWatch, Sample};
 use crate::config::Config;
 use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
@@ -212,6 +212,7 @@ impl Controller {
         let address = context.addresses.join(",");
         // Before this controller writes a row itself.
         let last_row = context.store.last_row().await?;
+        let watch = Arc::new(ClockWatch::new(Arc::clone(&context.clock), last_row));
         // A controller that gives no sign of life loses its sessions, so the first one comes before them.
         context.store.beat(&context.controller, &address, context.clock.now()).await?;
         let mut parts = JoinSet::new();
@@ -283,7 +284,7 @@ impl Controller {
         };
         parts.spawn(watchdog.run(context.stop.clone()));
         parts.spawn(Arc::clone(&context.access).watch(context.stop.clone()));
-        parts.spawn(clock::watch(Arc::clone(&context.clock), last_row, context.stop.clone()));
+        parts.spawn(Arc::clone(&watch).run(context.stop.clone()));
         if let Some(anchored) = self.anchored {
             parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
         }
@@ -292,7 +293,7 @@ impl Controller {
         }
         context.tasks.spawn(api::judge_stored(context.clone()));
         let keep_events = self.config.keep_events;
-        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events) }];
+        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events, watch) }];
         let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let upkeep = Upkeep::new(self.pki, acceptors);
         parts.spawn(upkeep.run(Arc::clone(&context.clock), hangup, context.stop.clone()));
@@ -422,12 +423,20 @@ fn preparation(context: &api::Context) -> Prepare {
 
 /// Removes uploads that nobody went on with, bytes that nothing needs any more, old events and certificates, and warns of
 /// what expires.
-fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Work {
+fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<ClockWatch>) -> scheduler::Work {
     let context = context.clone();
     let warnings = Arc::new(Warnings::default());
     Arc::new(move || {
-        let (context, warnings) = (context.clone(), Arc::clone(&warnings));
+        let (context, warnings, watch) = (context.clone(), Arc::clone(&warnings), Arc::clone(&watch));
         Box::pin(async move {
+            if let Err(error) = api::remove_unneeded(&context).await {
+                tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
+            }
+            // The rest goes by the time. A clock that is two years ahead for a minute would forget every node's certificate,
+            // and use up the warnings of what expires.
+            if !watch.is_settled() {
+                return tracing::info!("the clock was set lately: nothing old is removed, and nothing warned of");
+            }
             let (now, recorder) = (context.clock.now(), context.access.recorder());
             if let Err(error) = warnings.look(&context.store, recorder, &context.ca, now).await {
                 tracing::warn!(error = chain(&error), "what expires soon is not known");
@@ -436,9 +445,6 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Wo
                 Ok(0) => {}
                 Ok(certificates) => tracing::info!(certificates, "certificates that expired long ago were removed"),
                 Err(error) => tracing::warn!(error = chain(&error), "old certificates could not be removed"),
-            }
-            if let Err(error) = api::remove_unneeded(&context).await {
-                tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
             }
             match context.store.prune_events(calendar::earlier(context.clock.now(), keep_events)).await {
                 Ok(0) => {}

@@ -1,7 +1,8 @@
 //! Notices a clock that is wrong by what is stored, or that is set while the controller runs, and says so in the log.
-//! Nothing is refused for it: a clock that was wrong and is set right takes the same step.
+//! No call is refused for it: a clock that was wrong and is set right takes the same step. Only what cannot be undone
+//! waits: old rows are not removed by a time that is in doubt.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -16,6 +17,10 @@ const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 const TOLERANCE: TimeDelta = TimeDelta::minutes(1);
 /// A controller that was off for longer, or whose clock is ahead by so much.
 const LONG: TimeDelta = TimeDelta::days(30);
+/// A step of more than this leaves the time in doubt.
+const FAR: TimeDelta = TimeDelta::days(1);
+/// How long the time is in doubt: ample for an operator to see it, and nothing for rows that are kept for months.
+const DOUBT: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 60 * 60);
 
 /// What was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,19 +67,64 @@ impl Steps {
     }
 }
 
-/// Watches the clock until `stop`. `last_row` is the time of the last row in the store.
-pub async fn watch(clock: Arc<dyn Clock>, last_row: Option<DateTime<Utc>>, stop: CancellationToken) {
-    let mut steps = Steps { before: None, last_row };
-    loop {
-        let now = clock.now();
-        if let Some(finding) = steps.look(now, Instant::now()) {
+impl Finding {
+    /// Whether the time may be far ahead of the right one.
+    fn is_doubtful(self) -> bool {
+        match self {
+            Self::LongAgo(_) => true,
+            Self::Stepped(by) => by.abs() > FAR,
+            Self::Behind(_) | Self::CaughtUp => false,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Seen {
+    steps: Steps,
+    /// When the time was in doubt last.
+    doubted: Option<Instant>,
+}
+
+/// Watches a clock.
+pub struct ClockWatch {
+    clock: Arc<dyn Clock>,
+    seen: Mutex<Seen>,
+}
+
+impl ClockWatch {
+    /// Of this clock. `last_row` is the time of the last row in the store.
+    pub fn new(clock: Arc<dyn Clock>, last_row: Option<DateTime<Utc>>) -> Self {
+        Self { clock, seen: Mutex::new(Seen { steps: Steps { before: None, last_row }, doubted: None }) }
+    }
+
+    /// Looks until `stop`.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        loop {
+            self.look(Instant::now());
+            // Dropping the wait loses nothing.
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+
+    /// Whether nothing puts the time in doubt: by it old rows may be removed.
+    pub fn is_settled(&self) -> bool {
+        // A job that the step itself made due comes before the next look.
+        self.look(Instant::now())
+    }
+
+    fn look(&self, at: Instant) -> bool {
+        let now = self.clock.now();
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(finding) = seen.steps.look(now, at) {
             say(finding, now);
+            if finding.is_doubtful() {
+                seen.doubted = Some(at);
+            }
         }
-        // Dropping the wait loses nothing.
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(LOOK) => {}
-        }
+        seen.doubted.is_none_or(|doubted| at.saturating_duration_since(doubted) >= DOUBT)
     }
 }
 
@@ -108,6 +158,27 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::clock::ManualClock;
+
+    #[test]
+    fn time_of_a_far_step_is_in_doubt_for_a_week() {
+        let start = at("2027-03-01T12:00:00Z");
+        let clock = Arc::new(ManualClock::new(start));
+        let watch = ClockWatch::new(clock.clone(), Some(start));
+        let begin = Instant::now();
+        assert!(watch.look(begin));
+        clock.advance(TimeDelta::hours(1));
+        assert!(watch.look(begin), "an hour removes nothing that matters");
+        clock.advance(TimeDelta::days(450));
+        assert!(!watch.look(begin));
+        clock.advance(TimeDelta::days(-450));
+        assert!(!watch.look(begin));
+        clock.advance(delta(DOUBT));
+        assert!(watch.look(begin + DOUBT));
+        // So is a start long after the last row, which a wrong clock looks like.
+        let watch = ClockWatch::new(clock, Some(start - TimeDelta::days(60)));
+        assert!(!watch.look(begin));
+    }
 
     fn at(text: &str) -> DateTime<Utc> {
         text.parse().unwrap()

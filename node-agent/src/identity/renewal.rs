@@ -38,7 +38,7 @@ impl Credentials {
 impl Identity {
     /// How long the certificate is not due for renewal. One that is not valid yet is due at once: it was issued by a
     /// clock that was wrong.
-    fn renewal_in(&self) -> Duration {
+    pub(super) fn renewal_in(&self) -> Duration {
         let now = self.time().now_micros();
         let held = self.held();
         if now < held.present.not_before {
@@ -48,7 +48,7 @@ impl Identity {
     }
 
     /// Whether a controller took the present certificate for one that is not valid now.
-    fn is_refused(&self) -> bool {
+    pub(super) fn is_refused(&self) -> bool {
         self.refusals.concern(&self.held().present.leaf)
     }
 

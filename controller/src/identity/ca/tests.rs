@@ -137,11 +137,13 @@ fn leaf_that_is_not_valid_yet_is_issued_again() {
     let mut pki = open(&dir, &[], now()).unwrap();
     assert!(pki.refresh(now() + TimeDelta::days(365)).unwrap(), "a year ahead it is expired");
     let ahead = read();
+    let ahead_key = fs::read(dir.path().join("certs/controller.key")).unwrap();
     // While the process runs, and at its next start.
     assert!(pki.refresh(now()).unwrap());
     let back = read();
     assert_ne!(back, ahead);
     fs::write(dir.path().join("certs/controller.crt"), &ahead).unwrap();
+    fs::write(dir.path().join("certs/controller.key"), ahead_key).unwrap();
     assert!(pki.reload(now()).is_err(), "nor is it taken from its file");
     open(&dir, &[], now()).unwrap();
     assert_ne!(read(), ahead);
