@@ -51,9 +51,11 @@ impl Window {
         }
         match self.ca {
             // Its certificate is backdated already.
-            Some((from, _)) if now < from => {
-                wrong(format!("the CA's certificate (ca.crt) is valid from {} only", text(from)))
-            }
+            Some((from, _)) if now < from => wrong(format!(
+                "the CA's certificate (ca.crt) is valid from {} only. If the clock is right, the CA was made while it was \
+                 ahead: this controller needs another CA, and every node a join token of it",
+                text(from)
+            )),
             Some((_, until)) if now > until => wrong(format!(
                 "the CA's certificate (ca.crt) expired at {}. If the clock is right, this controller needs another CA, and \
                  every node a join token of it",
