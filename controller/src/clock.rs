@@ -1,11 +1,22 @@
 //! The time: what tests replace, and the only place that asks the system for it.
 
+mod steps;
+
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use chrono::{DateTime, Duration, Utc};
 
 use crate::calendar::{delta, earlier, later};
+pub use steps::ClockWatch;
+
+/// Seconds since 1970 at which this controller was built.
+const BUILD_SECONDS: &str = env!("MARCO_BUILD_SECONDS");
+
+/// When this controller was built: no clock that is right shows an earlier time.
+pub fn built() -> DateTime<Utc> {
+    BUILD_SECONDS.parse().ok().and_then(|seconds| DateTime::from_timestamp(seconds, 0)).unwrap_or(DateTime::UNIX_EPOCH)
+}
 
 /// Where `now` comes from.
 pub trait Clock: Send + Sync + 'static {

@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use marco_proto::names::{API_PORT, ENROLL_PORT, MIRROR_PORT};
 use serde::Deserialize;
 
+use crate::clock;
 use crate::discovery::Ways;
 use crate::identity::ca::Ca;
 
@@ -225,8 +226,8 @@ impl Config {
 /// certificate of the CA whose key is in the data directory.
 fn is_operators(certs: &Path, data_dir: &Path) -> bool {
     let Ok(ca) = std::fs::read_to_string(certs.join("ca.crt")) else { return false };
-    let own_ca =
-        std::fs::read_to_string(data_dir.join("pki").join("ca.key")).is_ok_and(|key| Ca::load(&ca, &key).is_ok());
+    let own_ca = std::fs::read_to_string(data_dir.join("pki").join("ca.key"))
+        .is_ok_and(|key| Ca::load(&ca, &key, clock::built()).is_ok());
     !own_ca && !certs.join("controller.key").exists()
 }
 
@@ -239,6 +240,8 @@ fn read(path: &Path) -> anyhow::Result<File> {
 #[cfg(test)]
 mod tests {
     use super::{Config, ServeArgs, Shared};
+    use chrono::DateTime;
+
     use crate::identity::ca::Pki;
 
     fn with_file(text: &str, args: ServeArgs) -> anyhow::Result<Config> {
@@ -261,7 +264,7 @@ mod tests {
         let now = chrono::DateTime::from_timestamp(1_800_000_000, 0).unwrap();
         // An empty folder, and one that is not there yet, become the controller's own.
         assert_eq!(certs(&own, &data, None), own);
-        Pki::open(&data, &own, &[], now).unwrap();
+        Pki::open(&data, &own, &[], now, DateTime::UNIX_EPOCH).unwrap();
         assert_eq!(certs(&own, &data, None), own);
         // Also when only its CA is left in there.
         std::fs::remove_file(own.join("controller.key")).unwrap();
@@ -269,7 +272,7 @@ mod tests {
 
         std::fs::create_dir(&theirs).unwrap();
         let (elsewhere, given) = (dir.path().join("elsewhere"), dir.path().join("given"));
-        Pki::open(&elsewhere, &given, &[], now).unwrap();
+        Pki::open(&elsewhere, &given, &[], now, DateTime::UNIX_EPOCH).unwrap();
         for name in ["ca.crt", "admin.crt", "admin.key"] {
             std::fs::copy(given.join(name), theirs.join(name)).unwrap();
         }
@@ -279,7 +282,10 @@ mod tests {
             // Named by hand it is used, and refused with advice that costs nobody a CA.
             assert_eq!(certs(&own, data, Some(theirs.to_str().unwrap())), theirs);
         }
-        let refused = Pki::open(&dir.path().join("fresh"), &theirs, &[], now).map(|_| ()).unwrap_err().to_string();
+        let refused = Pki::open(&dir.path().join("fresh"), &theirs, &[], now, DateTime::UNIX_EPOCH)
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
         assert!(refused.contains("--certs") && !refused.contains("remove"), "{refused}");
     }
 

@@ -40,13 +40,13 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::artifacts::Artifacts;
-use crate::clock::{AnchoredClock, Clock, Sample};
+use crate::clock::{AnchoredClock, Clock, ClockWatch, Sample};
 use crate::config::Config;
 use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
 use crate::folders::{keep_private, make_private};
 use crate::identity::access::Access;
-use crate::identity::ca::Pki;
+use crate::identity::ca::{Pki, PkiError};
 use crate::identity::calls::CallsLayer;
 use crate::identity::expiry::Warnings;
 use crate::identity::gate::GateLayer;
@@ -70,6 +70,9 @@ const CLOSE: Duration = Duration::from_secs(5);
 const ANCHOR: Duration = Duration::from_secs(5);
 /// How often it is asked in a row for that.
 const SAMPLES: usize = 3;
+/// How often a clock is looked at that is wrong at the start, and how often the log reminds of it.
+const CLOCK: Duration = Duration::from_secs(1);
+const REMIND: Duration = Duration::from_secs(60);
 /// Uploads that nobody went on with for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 /// A stored file that no artifact names is removed after this: a push names it within moments.
@@ -123,7 +126,7 @@ impl Controller {
         // Several controllers on one database agree on its time, whatever their own clocks say.
         let anchored = ask_time(&store).await?.map(|sample| Arc::new(AnchoredClock::new(sample)));
         let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
-        let pki = Pki::open(&config.data_dir, &config.certs, &config.names, clock.now())?;
+        let pki = open_pki(&config, &*clock).await?;
         let stop = CancellationToken::new();
         let artifacts = Artifacts::open(&config.data_dir)?.stopping(stop.clone());
         let api = listen(config.listen, "the API")?;
@@ -207,6 +210,9 @@ impl Controller {
         let servers_stop = CancellationToken::new();
         let mut servers = JoinSet::new();
         let address = context.addresses.join(",");
+        // Before this controller writes a row itself.
+        let last_row = context.store.last_row().await?;
+        let watch = Arc::new(ClockWatch::new(Arc::clone(&context.clock), last_row));
         // A controller that gives no sign of life loses its sessions, so the first one comes before them.
         context.store.beat(&context.controller, &address, context.clock.now()).await?;
         let mut parts = JoinSet::new();
@@ -271,9 +277,14 @@ impl Controller {
             pulses: pulses.clone(),
             serving: self.serving,
             others: api::others_serve(&context),
+            clock: {
+                let (ca, clock) = (Arc::clone(&context.ca), Arc::clone(&context.clock));
+                Arc::new(move || ca.check_clock(clock.now()).err().map(|wrong| wrong.to_string()))
+            },
         };
         parts.spawn(watchdog.run(context.stop.clone()));
         parts.spawn(Arc::clone(&context.access).watch(context.stop.clone()));
+        parts.spawn(Arc::clone(&watch).run(context.stop.clone()));
         if let Some(anchored) = self.anchored {
             parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
         }
@@ -282,7 +293,7 @@ impl Controller {
         }
         context.tasks.spawn(api::judge_stored(context.clone()));
         let keep_events = self.config.keep_events;
-        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events) }];
+        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events, watch) }];
         let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let upkeep = Upkeep::new(self.pki, acceptors);
         parts.spawn(upkeep.run(Arc::clone(&context.clock), hangup, context.stop.clone()));
@@ -329,6 +340,31 @@ impl Controller {
             Some(error) => Err(error),
             None => Ok(drained && finished.is_ok() && ended),
         }
+    }
+}
+
+/// Opens the certificates. A machine without a real-time clock starts its services before a time server has told it the
+/// time: until the clock can be right nothing is signed and nobody is let in, and the log says why. Ending instead would
+/// be a loop of restarts.
+async fn open_pki(config: &Config, clock: &dyn Clock) -> anyhow::Result<Pki> {
+    let mut said: Option<Instant> = None;
+    loop {
+        let wrong = match Pki::open(&config.data_dir, &config.certs, &config.names, clock.now(), clock::built()) {
+            Err(PkiError::Clock(wrong)) => wrong,
+            Err(error) => return Err(error.into()),
+            Ok(pki) => {
+                if said.is_some() {
+                    tracing::info!("the clock can be right now, starting");
+                }
+                return Ok(pki);
+            }
+        };
+        if said.is_none_or(|said| said.elapsed() >= REMIND) {
+            said = Some(Instant::now());
+            tracing::error!(error = %wrong, "waiting for the clock: nobody is served before");
+        }
+        // Dropping the wait loses nothing.
+        tokio::time::sleep(CLOCK).await;
     }
 }
 
@@ -387,12 +423,20 @@ fn preparation(context: &api::Context) -> Prepare {
 
 /// Removes uploads that nobody went on with, bytes that nothing needs any more, old events and certificates, and warns of
 /// what expires.
-fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Work {
+fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<ClockWatch>) -> scheduler::Work {
     let context = context.clone();
     let warnings = Arc::new(Warnings::default());
     Arc::new(move || {
-        let (context, warnings) = (context.clone(), Arc::clone(&warnings));
+        let (context, warnings, watch) = (context.clone(), Arc::clone(&warnings), Arc::clone(&watch));
         Box::pin(async move {
+            if let Err(error) = api::remove_unneeded(&context).await {
+                tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
+            }
+            // The rest goes by the time. A clock that is two years ahead for a minute would forget every node's certificate,
+            // and use up the warnings of what expires.
+            if !watch.is_settled() {
+                return tracing::info!("the clock was set lately: nothing old is removed, and nothing warned of");
+            }
             let (now, recorder) = (context.clock.now(), context.access.recorder());
             if let Err(error) = warnings.look(&context.store, recorder, &context.ca, now).await {
                 tracing::warn!(error = chain(&error), "what expires soon is not known");
@@ -401,9 +445,6 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta) -> scheduler::Wo
                 Ok(0) => {}
                 Ok(certificates) => tracing::info!(certificates, "certificates that expired long ago were removed"),
                 Err(error) => tracing::warn!(error = chain(&error), "old certificates could not be removed"),
-            }
-            if let Err(error) = api::remove_unneeded(&context).await {
-                tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
             }
             match context.store.prune_events(calendar::earlier(context.clock.now(), keep_events)).await {
                 Ok(0) => {}

@@ -54,7 +54,11 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
                 on_signal.cancel();
             });
 
-            let controller = marco_controller::Controller::bind(config, std::sync::Arc::new(SystemClock)).await?;
+            // It may wait long for a clock that is right. Dropping it there loses nothing: nothing runs yet.
+            let controller = tokio::select! {
+                bound = marco_controller::Controller::bind(config, std::sync::Arc::new(SystemClock)) => bound?,
+                () = stop.cancelled() => return Ok(()),
+            };
             writeln!(std::io::stdout(), "{}", controller.greeting()).context("cannot write to standard output")?;
             let drained = controller.run(stop).await?;
             if drained {

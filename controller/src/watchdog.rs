@@ -1,5 +1,5 @@
-//! Notices when this controller does no work: a loop that stands still, beats that fail, writes that fail. It says so in
-//! the log and in the health service, and sends the nodes to another controller when that helps them.
+//! Notices when this controller does no work: a loop that stands still, beats that fail, writes that fail, a clock that is
+//! wrong. It says so in the log and in the health service, and sends the nodes to another controller when that helps them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -106,6 +106,9 @@ impl Pulses {
 /// Whether another controller serves.
 pub type Others = Arc<dyn Fn() -> BoxFuture<'static, bool> + Send + Sync>;
 
+/// What is wrong with the clock, if anything is.
+pub type CheckClock = Arc<dyn Fn() -> Option<String> + Send + Sync>;
+
 /// Watches over the loops of a controller.
 pub struct Watchdog {
     /// What tells whether writes fail.
@@ -118,6 +121,8 @@ pub struct Watchdog {
     pub serving: watch::Sender<bool>,
     /// Asked while rounds fail: when every controller waits for the database, nodes stay where they are.
     pub others: Others,
+    /// Asked each time. Nodes are not sent away for it: controllers on one database have one clock.
+    pub clock: CheckClock,
 }
 
 /// What was seen last.
@@ -125,6 +130,7 @@ pub struct Watchdog {
 struct Seen {
     condition: Condition,
     ails: bool,
+    clock_is_wrong: bool,
     asked: Option<Instant>,
     /// Another controller served when it was last asked.
     others_served: bool,
@@ -132,7 +138,7 @@ struct Seen {
 
 impl Default for Seen {
     fn default() -> Self {
-        Self { condition: Condition::Well, ails: false, asked: None, others_served: false }
+        Self { condition: Condition::Well, ails: false, clock_is_wrong: false, asked: None, others_served: false }
     }
 }
 
@@ -162,9 +168,15 @@ impl Watchdog {
             (None, true) => tracing::info!("writes succeed again"),
             _ => {}
         }
-        (seen.condition, seen.ails) = (condition, ailment.is_some());
+        let clock = (self.clock)();
+        match (&clock, seen.clock_is_wrong) {
+            (Some(why), false) => tracing::error!(error = why.as_str(), "the clock is wrong"),
+            (None, true) => tracing::info!("the clock can be right again"),
+            _ => {}
+        }
+        (seen.condition, seen.ails, seen.clock_is_wrong) = (condition, ailment.is_some(), clock.is_some());
         self.serving.send_if_modified(|serving| {
-            let well = condition == Condition::Well && ailment.is_none();
+            let well = condition == Condition::Well && ailment.is_none() && clock.is_none();
             std::mem::replace(serving, well) != well
         });
         let away = match condition {
@@ -207,6 +219,8 @@ fn report(was: Condition, condition: Condition) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use crate::sessions::{End, Handle};
     use marco_proto::names::NodeId;
 
@@ -228,6 +242,7 @@ mod tests {
 
     struct Bench {
         watchdog: Watchdog,
+        clock_is_wrong: Arc<AtomicBool>,
         seen: Seen,
         begun: Instant,
         serving: watch::Receiver<bool>,
@@ -241,8 +256,11 @@ mod tests {
             let (sender, serving) = watch::channel(true);
             let others: Others = Arc::new(move || Box::pin(std::future::ready(serves)));
             let (pulses, sessions) = (Pulses::default(), Arc::default());
-            let watchdog = Watchdog { store, sessions, pulses, serving: sender, others };
-            Self { watchdog, seen: Seen::default(), begun: Instant::now(), serving, _folder: folder }
+            let clock_is_wrong: Arc<AtomicBool> = Arc::default();
+            let wrong = Arc::clone(&clock_is_wrong);
+            let clock: CheckClock = Arc::new(move || wrong.load(Ordering::Relaxed).then(|| "it says 1970".to_owned()));
+            let watchdog = Watchdog { store, sessions, pulses, serving: sender, others, clock };
+            Self { watchdog, clock_is_wrong, seen: Seen::default(), begun: Instant::now(), serving, _folder: folder }
         }
 
         /// Looks once, so many seconds after the start, at loops whose rounds just ended as said, or did not end.
@@ -274,6 +292,19 @@ mod tests {
         bench.look(17, Some(true)).await;
         assert!(*bench.serving.borrow());
         assert!(bench.session(3).is_some());
+    }
+
+    #[tokio::test]
+    async fn controller_with_a_wrong_clock_is_not_serving() {
+        let mut bench = Bench::new(true).await;
+        let handle = bench.session(1).unwrap();
+        bench.clock_is_wrong.store(true, Ordering::Relaxed);
+        bench.look(1, Some(true)).await;
+        assert!(!*bench.serving.borrow());
+        assert_eq!(*handle.end.borrow(), None, "nodes stay: no other controller has another clock");
+        bench.clock_is_wrong.store(false, Ordering::Relaxed);
+        bench.look(2, Some(true)).await;
+        assert!(*bench.serving.borrow());
     }
 
     #[tokio::test]

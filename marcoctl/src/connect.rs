@@ -146,10 +146,25 @@ impl Connection {
                 "what listens there speaks no TLS; the controller's API is on port {API_PORT}, unless its --listen differs"
             );
             Failure::Unreachable { message, hint }
+        } else if cause.contains("certificate not valid yet") || cause.contains("certificate expired") {
+            // By this machine's clock: the alert of the controller has another text.
+            let hint = format!(
+                "this machine's clock says {}; the controller's certificate is not valid at that time. Set the clock that is \
+                 wrong, here or on the controller: a controller replaces its own certificate within seconds",
+                crate::clock::now().format("%Y-%m-%d %H:%M UTC")
+            );
+            Failure::Unreachable { message, hint }
+        } else if cause.contains("CertificateExpired") {
+            let hint = format!(
+                "the controller takes {certs}/{identity}.crt for expired or not valid yet. If it is neither, the clock on the \
+                 controller is wrong; otherwise choose another certificate with --certs and --identity, or have one made \
+                 (`marcoctl users create`)"
+            );
+            Failure::ShutOut { message, hint }
         } else if cause.contains("received fatal alert") {
             let hint = format!(
-                "the controller does not take {certs}/{identity}.crt: it is expired, or of another CA; choose another \
-                 with --certs and --identity"
+                "the controller does not take {certs}/{identity}.crt: it is of another CA; choose another with --certs and \
+                 --identity"
             );
             Failure::ShutOut { message, hint }
         } else if cause.contains("certificate") {

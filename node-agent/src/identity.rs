@@ -6,7 +6,6 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use rustls::ClientConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio::sync::Notify;
 use tonic::transport::Channel;
 
 use crate::discovery::CaHint;
@@ -15,6 +14,7 @@ use crate::durable;
 mod enroll;
 mod join;
 mod keys;
+mod pace;
 mod renewal;
 mod time;
 mod tls;
@@ -28,6 +28,7 @@ pub use renewal::KeyPolicy;
 pub use time::TlsTime;
 pub use tls::Purpose;
 pub use token::{InvalidToken, JoinToken};
+use watched::{Refusals, Told};
 
 const KEY_FILE: &str = "node.key";
 const CERTIFICATE_FILE: &str = "node.crt";
@@ -172,8 +173,8 @@ pub struct Identity {
     node: String,
     time: Arc<TlsTime>,
     held: RwLock<Held>,
-    /// Told when a certificate was refused because of the time.
-    out_of_date: Arc<Notify>,
+    /// Certificates that were refused because of the time.
+    refusals: Arc<Refusals>,
 }
 
 impl std::fmt::Debug for Identity {
@@ -202,8 +203,7 @@ impl Identity {
             time.advance(told.min(present.not_after));
         }
         let held = RwLock::new(Held { present, other: usable.next() });
-        let out_of_date = Arc::new(Notify::new());
-        Ok(Some(Self { directory: directory.to_owned(), node, time, held, out_of_date }))
+        Ok(Some(Self { directory: directory.to_owned(), node, time, held, refusals: Arc::default() }))
     }
 
     /// The node's id, as its certificate says.
@@ -236,11 +236,16 @@ impl Identity {
             let held = self.held();
             told.clamp(held.present.not_before, held.present.not_after)
         };
-        self.time.set(told);
+        self.believe(told);
+    }
+
+    /// Takes a time that an authenticated controller bore out for the right one, and remembers it.
+    fn believe(&self, now: i64) {
+        self.time.set(now);
         let path = self.directory.join(TIME_FILE);
         let remembered: Option<i64> = read(&path).ok().flatten().and_then(|text| text.trim().parse().ok());
-        if remembered.is_none_or(|before| told.saturating_sub(before).abs() > REMEMBER_EVERY_MICROS) {
-            let written = durable::replace(&path, format!("{told}\n").as_bytes(), PUBLIC_MODE);
+        if remembered.is_none_or(|before| now.saturating_sub(before).abs() > REMEMBER_EVERY_MICROS) {
+            let written = durable::replace(&path, format!("{now}\n").as_bytes(), PUBLIC_MODE);
             if let Err(error) = written {
                 tracing::warn!(error = %error, "time not remembered");
             }
@@ -250,8 +255,12 @@ impl Identity {
     /// Opens a connection to the controller at `address` (host:port), whose certificate must name
     /// `controller.marco.internal` under the stored CA, whatever address that is.
     pub async fn connect(&self, address: &str, purpose: Purpose) -> Result<Channel, IdentityError> {
-        let tls = self.held().present.tls.clone();
-        tls::connect(address, tls, purpose, &self.out_of_date).await
+        let (tls, shown) = {
+            let held = self.held();
+            (held.present.tls.clone(), held.present.leaf.clone())
+        };
+        let told = Told { refusals: Arc::clone(&self.refusals), shown };
+        tls::connect(address, tls, purpose, Some(told)).await
     }
 }
 
@@ -266,9 +275,10 @@ fn credentials(directory: &Path, pair: Pair, time: &Arc<TlsTime>) -> Result<Cred
     let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).map_err(invalid(CA_FILE))?;
     let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).map_err(invalid(KEY_FILE))?;
     let (not_before, not_after) = tls::validity(&leaf)?;
+    tls::check_issued(&leaf, &ca, time)?;
+    // Only what the CA signed proves that a time has passed.
     time.advance(not_before);
     time.advance(tls::validity(&ca)?.0);
-    tls::check_issued(&leaf, &ca, time)?;
     let hint = CaHint::of(&tls::spki_sha256(&ca)?);
     let tls = tls::node_config(leaf.clone(), key, ca, time)?;
     Ok(Credentials { pair, leaf, tls, ca: hint, not_before, not_after })

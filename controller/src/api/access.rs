@@ -12,7 +12,7 @@ use super::status::ApiError;
 use super::{Context, caller, convert, page};
 use crate::identity::Caller;
 use crate::identity::api_tokens::ApiSecret;
-use crate::identity::ca::RequestError;
+use crate::identity::ca::{PkiError, RequestError};
 use crate::identity::roles::Role;
 use crate::store::{
     ApiTokenRow, AuditQuery, CertificateQuery, CertificateRow, CreateUserOutcome, Scope, StoredCertificate,
@@ -98,6 +98,7 @@ impl Doors {
         let issued = ca.certify_user(&request.certificate_request, id.as_str(), role, ttl, now).map_err(|error| {
             let message = error.to_string();
             match error {
+                RequestError::Pki(PkiError::Clock(wrong)) => ApiError::wrong_clock(&wrong),
                 RequestError::Pki(_) => ApiError::Internal("the certificate could not be issued".to_owned()),
                 _ => ApiError::invalid("certificate_request", message),
             }

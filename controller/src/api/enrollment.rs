@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chrono::SecondsFormat;
+use chrono::{DateTime, SecondsFormat, Utc};
 use marco_proto::names::NodeId;
 use marco_proto::v1;
 use marco_proto::v1::enrollment_service_server::EnrollmentService;
@@ -14,7 +14,7 @@ use super::Context;
 use super::agent::key_held;
 use super::convert;
 use super::status::ApiError;
-use crate::identity::ca::{Ca, Issued, RequestError};
+use crate::identity::ca::{Ca, Issued, PkiError, RequestError};
 use crate::identity::gate::code_word;
 use crate::identity::rate::{Rate, source};
 use crate::identity::record::{self, OK};
@@ -52,9 +52,19 @@ impl Enrollments {
         })
     }
 
+    /// The time, if certificates may be signed at it.
+    fn now(&self) -> Result<DateTime<Utc>, ApiError> {
+        let now = self.context.clock.now();
+        self.context.ca.check_clock(now).map_err(|wrong| ApiError::wrong_clock(&wrong))?;
+        Ok(now)
+    }
+
     /// Notes a call that was refused.
     fn count<T>(&self, address: IpAddr, result: &Result<T, ApiError>) {
-        if matches!(result, Err(error) if !matches!(error, ApiError::Store(_) | ApiError::Internal(_))) {
+        let ours = |error: &ApiError| {
+            matches!(error, ApiError::Unavailable { .. } | ApiError::Store(_) | ApiError::Internal(_))
+        };
+        if result.as_ref().is_err_and(|error| !ours(error)) {
             self.refused.take(source(address), self.context.clock.now());
         }
     }
@@ -84,7 +94,7 @@ impl Enrollments {
         asked.token = token.id.name();
         record.edit(|row| row.credential.clone_from(&asked.token));
         let key_sha256 = Ca::key_of_request(&request.certificate_request).map_err(request_error)?;
-        let now = self.context.clock.now();
+        let now = self.now()?;
         let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board, address };
         let ca = &self.context.ca;
         let issued = Mutex::new(None);
@@ -125,7 +135,7 @@ impl Enrollments {
     ) -> Result<v1::RenewCertificateResponse, ApiError> {
         pem("certificate", &request.certificate)?;
         pem("certificate_request", &request.certificate_request)?;
-        let now = self.context.clock.now();
+        let now = self.now()?;
         let ca = &self.context.ca;
         let proof = ca
             .verify_renewal(&request.certificate, &request.certificate_request, &request.signature, now)
@@ -298,6 +308,7 @@ fn request_error(error: RequestError) -> ApiError {
         RequestError::Certificate(_) | RequestError::Signature => {
             ApiError::Unauthenticated { reason: "CERTIFICATE_REFUSED", message }
         }
+        RequestError::Pki(PkiError::Clock(wrong)) => ApiError::wrong_clock(&wrong),
         RequestError::Pki(_) => {
             tracing::error!(error = &*crate::chain(&error), "a certificate could not be issued");
             ApiError::Internal("the certificate could not be issued".to_owned())

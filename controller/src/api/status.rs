@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::identity::ca::WrongClock;
 use crate::identity::peer_log::of_peer;
 use crate::store::StoreError;
 
@@ -87,6 +88,14 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
+    /// It cannot be done now; to be tried again.
+    #[error("{message}")]
+    Unavailable {
+        /// For programs.
+        reason: &'static str,
+        /// For people.
+        message: String,
+    },
     /// The database does not answer.
     #[error("{}", not_stored(.0))]
     Store(#[from] StoreError),
@@ -121,9 +130,14 @@ impl ApiError {
             Self::Unauthenticated { .. } => Code::Unauthenticated,
             Self::Forbidden { .. } => Code::PermissionDenied,
             Self::Exhausted { .. } => Code::ResourceExhausted,
-            Self::Store(_) => Code::Unavailable,
+            Self::Unavailable { .. } | Self::Store(_) => Code::Unavailable,
             Self::Internal(_) => Code::Internal,
         }
+    }
+
+    /// Nothing is signed while the controller's clock is wrong.
+    pub(super) fn wrong_clock(wrong: &WrongClock) -> Self {
+        Self::Unavailable { reason: "CLOCK_WRONG", message: wrong.to_string() }
     }
 
     /// One wrong field.
@@ -162,7 +176,8 @@ impl From<ApiError> for Status {
             | ApiError::Aborted { reason, .. }
             | ApiError::Unauthenticated { reason, .. }
             | ApiError::Forbidden { reason, .. }
-            | ApiError::Exhausted { reason, .. } => *reason,
+            | ApiError::Exhausted { reason, .. }
+            | ApiError::Unavailable { reason, .. } => *reason,
             ApiError::Store(cause) => {
                 of_peer!(error, FAILED, error = &*crate::chain(cause), "a call failed in the store");
                 "STORE_UNAVAILABLE"

@@ -2,6 +2,7 @@
 
 mod files;
 mod request;
+mod window;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,6 +21,8 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::roles::Role;
 use crate::calendar::{earlier, later};
 pub use files::Pki;
+use window::Window;
+pub use window::WrongClock;
 
 /// How long the CA's certificate is valid: longer than the cards that carry it live.
 const CA_LIFE: TimeDelta = TimeDelta::days(3650);
@@ -73,6 +76,9 @@ pub enum PkiError {
     /// A time is outside what a certificate can say.
     #[error("the time {0} cannot stand in a certificate")]
     Time(DateTime<Utc>),
+    /// Certificates of this time would be valid for nobody.
+    #[error(transparent)]
+    Clock(#[from] WrongClock),
 }
 
 /// What is wrong with what a node sent.
@@ -124,11 +130,13 @@ pub struct Ca {
     certificate: CertificateDer<'static>,
     certificate_pem: String,
     spki_sha256: [u8; 32],
+    signs: Window,
 }
 
 impl Ca {
     /// A new authority; the second value is its key, PEM.
-    fn mint(now: DateTime<Utc>) -> Result<(Self, String), PkiError> {
+    fn mint(now: DateTime<Utc>, built: DateTime<Utc>) -> Result<(Self, String), PkiError> {
+        Window::before_ca(built).check(now)?;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let key_pem = key.serialize_pem();
         let (serial, text) = random_serial()?;
@@ -145,6 +153,7 @@ impl Ca {
         let pem = certificate.pem();
         let spki_sha256 = Sha256::digest(key.subject_public_key_info()).into();
         let ca = Self {
+            signs: Window::of(certificate.der(), built),
             certificate: certificate.der().clone(),
             certificate_pem: pem,
             issuer: Issuer::new(params, key),
@@ -153,8 +162,8 @@ impl Ca {
         Ok((ca, key_pem))
     }
 
-    /// Loads an authority; the error says what is wrong.
-    pub(crate) fn load(certificate_pem: &str, key_pem: &str) -> Result<Self, String> {
+    /// Loads an authority, for a program that was built at this time; the error says what is wrong.
+    pub(crate) fn load(certificate_pem: &str, key_pem: &str, built: DateTime<Utc>) -> Result<Self, String> {
         let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|err| format!("no certificate can be read from it ({err})"))?;
         let key = KeyPair::from_pem(key_pem).map_err(|err| format!("no key can be read ({err})"))?;
@@ -171,6 +180,7 @@ impl Ca {
             issuer,
             certificate_pem: certificate_pem.to_owned(),
             spki_sha256: Sha256::digest(&spki).into(),
+            signs: Window::of(&certificate, built),
             certificate: certificate.clone().into_owned(),
         })
     }
@@ -187,8 +197,15 @@ impl Ca {
 
     /// Until when the CA's certificate is valid.
     pub fn expire_time(&self) -> Option<DateTime<Utc>> {
-        let (_, certificate) = X509Certificate::from_der(&self.certificate).ok()?;
-        DateTime::from_timestamp(certificate.validity().not_after.timestamp(), 0)
+        window::validity(&self.certificate).map(|(_, until)| until)
+    }
+
+    /// Checks that the clock can be right. While it cannot, nothing is signed.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check_clock(&self, now: DateTime<Utc>) -> Result<(), WrongClock> {
+        self.signs.check(now)
     }
 
     /// SHA-256 of the CA's SubjectPublicKeyInfo: the pin in join tokens.
@@ -287,6 +304,7 @@ impl Ca {
         life: TimeDelta,
         now: DateTime<Utc>,
     ) -> Result<Issued, PkiError> {
+        self.check_clock(now)?;
         let (serial_number, serial) = random_serial()?;
         // Certificates count whole seconds: the record must say the same.
         let (not_before, not_after) = (whole_seconds(earlier(now, BACKDATED))?, whole_seconds(later(now, life))?);

@@ -37,9 +37,10 @@ impl<K: Eq + Hash> Rate<K> {
                 return false;
             }
         }
+        let full = self.full(now);
         let at = free_at.entry(key).or_insert(now);
-        let after = (*at).max(now).saturating_add(self.interval);
-        let taken = after.saturating_sub(now) <= self.interval.saturating_mul(self.burst);
+        let after = owed_until(*at, now, full).saturating_add(self.interval);
+        let taken = after <= full;
         if taken {
             *at = after;
         }
@@ -50,9 +51,21 @@ impl<K: Eq + Hash> Rate<K> {
     pub fn has(&self, key: &K, now: DateTime<Utc>) -> bool {
         let now = now.timestamp_micros();
         let free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = free_at.get(key).copied().unwrap_or(now).max(now);
-        at.saturating_add(self.interval).saturating_sub(now) <= self.interval.saturating_mul(self.burst)
+        let full = self.full(now);
+        let at = owed_until(free_at.get(key).copied().unwrap_or(now), now, full);
+        at.saturating_add(self.interval) <= full
     }
+
+    /// When a key has nothing to pay back any more that used its whole burst just now.
+    fn full(&self, now: i64) -> i64 {
+        now.saturating_add(self.interval.saturating_mul(self.burst).max(0))
+    }
+}
+
+/// A debt is at most a burst long. A longer one was made by a clock that was ahead: kept, it would shut a room of nodes
+/// out for as long as the clock was wrong.
+fn owed_until(at: i64, now: i64, full: i64) -> i64 {
+    if at > full { now } else { at.max(now) }
 }
 
 /// The address that a limit counts by: of IPv6 the network of 64 bits, which one machine may have whole.
@@ -78,6 +91,17 @@ mod tests {
         let later = now + TimeDelta::seconds(10);
         assert!(rate.has(&"a", later) && rate.take("a", later) && !rate.take("a", later));
         assert!((0..3).all(|_| rate.take("a", now + TimeDelta::hours(1))));
+    }
+
+    #[test]
+    fn debt_of_a_clock_that_was_ahead_is_forgotten() {
+        let rate = Rate::new(3, Duration::from_secs(10));
+        let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        let ahead = now + TimeDelta::days(365);
+        assert!((0..3).all(|_| rate.take("a", ahead)));
+        assert!(!rate.has(&"a", ahead));
+        assert!(rate.has(&"a", now) && (0..3).all(|_| rate.take("a", now)));
+        assert!(!rate.take("a", now), "the limit holds again");
     }
 
     #[test]

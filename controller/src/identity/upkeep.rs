@@ -114,11 +114,35 @@ mod tests {
     }
 
     #[test]
+    fn certificate_of_a_clock_that_was_ahead_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let certs = folder.path().join("certs");
+        let start = Utc.timestamp_opt(1_900_000_000, 0).unwrap();
+        let pki = Pki::open(&folder.path().join("data"), &certs, &[], start, DateTime::UNIX_EPOCH).unwrap();
+        let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(start));
+        let acceptors = [
+            Acceptor::api(&pki, Arc::clone(&clock)).unwrap(),
+            Acceptor::enrolment(&pki, Arc::clone(&clock)).unwrap(),
+            Acceptor::mirror(&pki, clock).unwrap(),
+        ];
+        let mut upkeep = Upkeep::new(pki, acceptors);
+        upkeep.look(start + TimeDelta::days(365), false);
+        let ahead = presented(&upkeep);
+        upkeep.look(start + TimeDelta::seconds(8), false);
+        assert_ne!(presented(&upkeep), ahead, "operators refuse it for a year");
+        let kept = presented(&upkeep);
+        // A clock in 1970 signs nothing: what is presented serves those whose clocks are right.
+        upkeep.look(DateTime::UNIX_EPOCH, false);
+        upkeep.look(start + TimeDelta::seconds(20), false);
+        assert_eq!(presented(&upkeep), kept);
+    }
+
+    #[test]
     fn a_renewal_that_failed_is_tried_again_after_ten_minutes() {
         let folder = tempfile::tempdir().unwrap();
         let certs = folder.path().join("certs");
         let start = Utc.timestamp_opt(1_900_000_000, 0).unwrap();
-        let pki = Pki::open(&folder.path().join("data"), &certs, &[], start).unwrap();
+        let pki = Pki::open(&folder.path().join("data"), &certs, &[], start, DateTime::UNIX_EPOCH).unwrap();
         let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(start));
         let acceptors = [
             Acceptor::api(&pki, Arc::clone(&clock)).unwrap(),

@@ -40,7 +40,7 @@ async fn house(head: Duration) -> House {
 async fn house_with(patience: Patience) -> House {
     let dir = tempfile::tempdir().unwrap();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
-    let pki = Pki::open(dir.path(), &dir.path().join("certs"), &[], clock.now()).unwrap();
+    let pki = Pki::open(dir.path(), &dir.path().join("certs"), &[], clock.now(), chrono::DateTime::UNIX_EPOCH).unwrap();
     let (issued, key) = pki.ca.issue_user("reader", Role::Publisher, clock.now()).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(pki.ca.certificate_der().clone()).unwrap();

@@ -104,6 +104,20 @@ impl Store {
         row.map(|row| row.time("now")).transpose()
     }
 
+    /// When the last row was written, by the clock of who wrote it: of the audit, or a controller's sign of life. `None`:
+    /// there is none yet.
+    pub async fn last_row(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
+        // The audit's last row by number, not by time: a clock that was ahead for a while and is right again is forgotten
+        // with the next row.
+        let row = sql(
+            "SELECT MAX(t.time) AS last FROM (SELECT time FROM audit WHERE number = (SELECT MAX(number) FROM audit) \
+                       UNION ALL SELECT MAX(beat_time) AS time FROM controllers) t",
+        )
+        .one(self.reader())
+        .await?;
+        row.map_or(Ok(None), |row| row.maybe_time("last"))
+    }
+
     async fn migrate(&self) -> Result<(), StoreError> {
         // The migrator works on connections of sea-orm only. A failure ends the store that is being opened, and with it
         // its connections.

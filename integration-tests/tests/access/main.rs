@@ -8,6 +8,7 @@
 )]
 
 mod audit;
+mod clocks;
 mod doors;
 mod filters;
 mod keys;

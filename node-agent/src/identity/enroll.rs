@@ -43,7 +43,7 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
     let config = tls::anonymous_config(Trust::Pin(enrollment.token.pin()), Validity::Needed, time)?;
     let mut last: Option<IdentityError> = None;
     for address in &enrollment.listeners {
-        let channel = match tls::connect(address, config.clone(), Purpose::Session, &Arc::default()).await {
+        let channel = match tls::connect(address, config.clone(), Purpose::Session, None).await {
             Ok(channel) => channel,
             Err(error) => {
                 // One that is merely away may be the right one: that counts more than one of another CA.
@@ -109,7 +109,7 @@ pub(super) async fn renew(
     let config = tls::anonymous_config(Trust::Ca(ca), Validity::AtAnyTime, time)?;
     let mut last = no_address();
     for address in listeners {
-        let channel = match tls::connect(address, config.clone(), Purpose::Session, &Arc::default()).await {
+        let channel = match tls::connect(address, config.clone(), Purpose::Session, None).await {
             Ok(channel) => channel,
             Err(error) => {
                 last = error;

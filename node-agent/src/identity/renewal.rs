@@ -2,18 +2,16 @@
 
 use std::time::Duration;
 
+use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{CA_FILE, Identity, IdentityError, Pair, credentials, enroll, keys, read_needed, tls};
-use crate::backoff;
+use super::pace::Pace;
+use super::{CA_FILE, Credentials, Identity, IdentityError, Pair, credentials, enroll, keys, read_needed, tls};
 
-/// Long waits are cut up: a suspended machine's monotonic clock may have stood still.
+/// Long waits are cut up: a suspended machine's monotonic clock may have stood still, and a controller may have told
+/// another time since.
 const LOOK_AGAIN: Duration = Duration::from_secs(60 * 60);
-/// The longest pause between two tries.
-const MAX_PAUSE: Duration = Duration::from_secs(60 * 60);
-/// A certificate that was renewed just now is not renewed again because somebody refuses it: that clock is wrong.
-const REST: Duration = Duration::from_secs(60);
 
 /// Whether a renewal changes the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,62 +23,62 @@ pub enum KeyPolicy {
     Keep,
 }
 
+impl Credentials {
+    /// When the certificate is due for renewal, microseconds since 1970: at half its life at the latest, spread over a
+    /// tenth of it. Two weeks before its end a controller warns of it. The spread is the certificate's own, so that it is
+    /// the same each time somebody asks.
+    fn due(&self) -> i64 {
+        let life = self.not_after.saturating_sub(self.not_before).max(0);
+        let [first, second, ..] = <[u8; 32]>::from(Sha256::digest(&self.leaf));
+        let spread = life / 10 / 65_536 * i64::from(u16::from_be_bytes([first, second]));
+        self.not_before.saturating_add(life / 5 * 2).saturating_add(spread)
+    }
+}
+
 impl Identity {
-    /// When the certificate should be renewed, from now: at half its life at the latest, spread over a tenth of it. Two weeks
-    /// before its end a controller warns of it.
-    fn renewal_in(&self) -> Duration {
-        let (from, to) = {
-            let held = self.held();
-            (held.present.not_before, held.present.not_after)
-        };
-        let life = to.saturating_sub(from);
-        let due = from.saturating_add(life / 5 * 2);
-        let wait = u64::try_from(due.saturating_sub(self.time().now_micros())).unwrap_or(0);
-        let spread = u64::try_from(life / 10).unwrap_or(0);
-        Duration::from_micros(wait).saturating_add(if wait == 0 {
-            Duration::ZERO
-        } else {
-            backoff::full_jitter(Duration::from_micros(spread))
-        })
+    /// How long the certificate is not due for renewal. One that is not valid yet is due at once: it was issued by a
+    /// clock that was wrong.
+    pub(super) fn renewal_in(&self) -> Duration {
+        let now = self.time().now_micros();
+        let held = self.held();
+        if now < held.present.not_before {
+            return Duration::ZERO;
+        }
+        Duration::from_micros(u64::try_from(held.present.due().saturating_sub(now)).unwrap_or(0))
+    }
+
+    /// Whether a controller took the present certificate for one that is not valid now.
+    pub(super) fn is_refused(&self) -> bool {
+        self.refusals.concern(&self.held().present.leaf)
     }
 
     /// Keeps the certificate fresh until `stop`: at half its life, and at once when a controller takes it for one that is not
     /// valid now, whatever the time is here. `listeners` tells the enrolment listeners, host:port, in order.
     pub async fn keep_fresh(&self, listeners: impl Fn() -> Vec<String>, policy: KeyPolicy, stop: &CancellationToken) {
-        let mut tries: u32 = 0;
-        let mut due = self.renewal_in();
-        let mut not_before = Instant::now();
+        let mut pace = Pace::default();
         loop {
-            let slice = due.min(LOOK_AGAIN);
-            let began = Instant::now();
-            // Dropping a wait loses nothing: that a certificate was refused is kept until it is asked for.
-            let refused = tokio::select! {
-                () = stop.cancelled() => return,
-                () = tokio::time::sleep(slice) => false,
-                () = self.out_of_date.notified() => true,
-            };
-            due = due.saturating_sub(began.elapsed());
+            // Decided again after each wait: the time that is known now may be another one, and so may the certificate.
+            let (refused, now) = (self.is_refused(), Instant::now());
+            let wait = if refused { pace.refused(now) } else { self.renewal_in().max(pace.scheduled(now)) };
+            if !wait.is_zero() {
+                // Dropping a wait loses nothing: that a certificate was refused is kept until it is answered.
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep(wait.min(LOOK_AGAIN)) => {}
+                    () = self.refusals.next() => {}
+                }
+                continue;
+            }
             if refused {
                 tracing::info!(node = self.node(), "a certificate is refused as not valid now, renewing ours");
-                due = due.min(not_before.saturating_duration_since(Instant::now()));
-            }
-            if !due.is_zero() {
-                // The controller may have told a later time since.
-                due = due.min(self.renewal_in());
-                continue;
             }
             match self.renew(&listeners(), policy).await {
                 Ok(()) => {
-                    tries = 0;
+                    pace.succeed(Instant::now());
                     tracing::info!(node = self.node(), "certificate renewed");
-                    due = self.renewal_in().max(Duration::from_secs(1));
-                    not_before = Instant::now() + REST;
                 }
                 Err(error) => {
-                    tries = tries.saturating_add(1);
-                    let ceiling = Duration::from_secs(5).saturating_mul(1_u32.checked_shl(tries.min(16)).unwrap_or(1));
-                    due = backoff::full_jitter(ceiling.min(MAX_PAUSE)).max(Duration::from_secs(1));
-                    not_before = Instant::now() + due;
+                    pace.fail(Instant::now());
                     tracing::warn!(node = self.node(), error = %error, "certificate not renewed");
                 }
             }
@@ -107,9 +105,11 @@ impl Identity {
         } else {
             keys::keep_renewed(&self.directory, &pair, &certificate)?;
         }
-        // The CA signed it just now. A time outside of what it says is wrong, and would be refused at every controller.
-        if !(fresh.not_before..=fresh.not_after).contains(&self.time().now_micros()) {
-            self.time().set(fresh.not_before);
+        // The CA signed it just now, so its life has only begun. A time before that, or after the half of it, is wrong: by
+        // it the new certificate would be useless or due again. The beginning is a little early, until a session tells
+        // the time.
+        if !(fresh.not_before..fresh.due()).contains(&self.time().now_micros()) {
+            self.believe(fresh.not_before);
         }
         let mut held = self.held_mut();
         let before = std::mem::replace(&mut held.present, fresh);
@@ -119,8 +119,9 @@ impl Identity {
         Ok(())
     }
 
-    /// A controller took the certificate: the key before is not needed any more.
+    /// A controller took the certificate: the key before is not needed any more, and another one's refusal needs no answer.
     pub fn accepted(&self) {
+        self.refusals.clear();
         let mut held = self.held_mut();
         if !held.present.pair.is_next {
             return;

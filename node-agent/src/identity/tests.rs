@@ -1,5 +1,7 @@
 //! Enrolment and renewal against a controller with real TLS.
 
+mod clocks;
+
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;

@@ -11,13 +11,15 @@ use rustls::time_provider::TimeProvider;
 /// Seconds since 1970 at which this agent was built.
 const BUILD_SECONDS: &str = env!("MARCO_BUILD_SECONDS");
 
-/// What an authenticated controller said last, as far as certificates bear it out, or the latest of when this agent was
-/// built and when its certificates began to be valid; and the time that went by since then. Never the system's clock.
+/// The last word of an authenticated controller, within the validity of the certificate that it took or issued, and the
+/// time that went by since. Before the first word: the latest of when this agent was built, what it remembers, and when
+/// its certificates began to be valid. Never the system's clock.
+///
+/// A later word corrects an earlier one, forwards and backwards, also to before the build: the controller judges this
+/// node's certificate by its own clock, so a node that insists on another time finds a good controller expired.
 #[derive(Debug)]
 pub struct TlsTime {
     began: Instant,
-    /// It is never earlier than this, microseconds since 1970.
-    least: i64,
     /// The time at `began`, microseconds since 1970.
     floor: Mutex<i64>,
 }
@@ -31,7 +33,7 @@ impl Default for TlsTime {
 impl TlsTime {
     /// A time that begins at `floor`, microseconds since 1970.
     pub fn starting_at(floor: i64) -> Self {
-        Self { began: Instant::now(), least: floor, floor: Mutex::new(floor) }
+        Self { began: Instant::now(), floor: Mutex::new(floor) }
     }
 
     /// Takes a time that is known to have come, microseconds since 1970; an earlier one changes nothing.
@@ -44,7 +46,7 @@ impl TlsTime {
     /// Takes the time that is now, microseconds since 1970, also when it is earlier than what was taken for it.
     pub fn set(&self, now: i64) {
         let elapsed = self.elapsed();
-        *self.floor.lock().unwrap_or_else(PoisonError::into_inner) = now.max(self.least).saturating_sub(elapsed);
+        *self.floor.lock().unwrap_or_else(PoisonError::into_inner) = now.saturating_sub(elapsed);
     }
 
     /// Microseconds since 1970.

@@ -18,14 +18,13 @@ use rustls::{
 use sha2::{Digest as _, Sha256};
 use tokio::io::BufReader;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::IdentityError;
 use super::time::TlsTime;
-use super::watched::{self, Watched};
+use super::watched::{self, Told, Watched};
 use crate::cause::chain;
 
 /// TCP and TLS together; a Pi 1 takes a second for the handshake.
@@ -253,13 +252,13 @@ pub(super) fn anonymous_config(
     Ok(speak_http2(config_builder(trust, validity, time)?.with_no_client_auth()))
 }
 
-/// Opens an HTTP/2 connection over TLS to `address` (host:port). `out_of_date` is told when either side takes the other's
-/// certificate for one that is not valid at this time.
+/// Opens an HTTP/2 connection over TLS to `address` (host:port). `told` hears when either side takes the other's
+/// certificate for one that is not valid at this time; `None`: this side shows none.
 pub(super) async fn connect(
     address: &str,
     config: Arc<ClientConfig>,
     purpose: Purpose,
-    out_of_date: &Arc<Notify>,
+    told: Option<Told>,
 ) -> Result<Channel, IdentityError> {
     // What the transport's error keeps of the handshake's is only its text.
     let ended: Arc<OnceLock<Foreign>> = Arc::default();
@@ -278,10 +277,10 @@ pub(super) async fn connect(
         .keep_alive_while_idle(true);
     let connector = TlsConnector::from(config);
     let dial = {
-        let (address, ended, out_of_date) = (address.to_owned(), Arc::clone(&ended), Arc::clone(out_of_date));
+        let (address, ended) = (address.to_owned(), Arc::clone(&ended));
         tower::service_fn(move |_: http::Uri| {
             let (connector, address) = (connector.clone(), address.clone());
-            let (ended, out_of_date) = (Arc::clone(&ended), Arc::clone(&out_of_date));
+            let (ended, told) = (Arc::clone(&ended), told.clone());
             async move {
                 let open = async {
                     let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
@@ -291,12 +290,12 @@ pub(super) async fn connect(
                     connector.connect(name, BufReader::with_capacity(purpose.read_buffer(), tcp)).await
                 };
                 match tokio::time::timeout(CONNECT_TIMEOUT, open).await {
-                    Ok(Ok(stream)) => Ok(TokioIo::new(Watched::new(stream, out_of_date))),
+                    Ok(Ok(stream)) => Ok(TokioIo::new(Watched::new(stream, told))),
                     Ok(Err(error)) => {
                         if let Some(foreign) = Foreign::ended(&error) {
                             let _ = ended.set(foreign);
                         }
-                        watched::note(&error, &out_of_date);
+                        watched::note(&error, told.as_ref());
                         Err(error)
                     }
                     Err(_) => Err(std::io::Error::from(std::io::ErrorKind::TimedOut)),
@@ -337,7 +336,8 @@ pub(super) fn common_name(certificate: &CertificateDer<'_>) -> Result<String, Id
     name.ok_or_else(|| IdentityError::invalid("the node's certificate", "it names no node"))
 }
 
-/// Checks that the CA issued the node's certificate. An expired one passes: it is still good for being renewed.
+/// Checks that the CA issued the node's certificate. One that is expired or not valid yet passes: it is still good for being
+/// renewed.
 pub(super) fn check_issued(
     leaf: &CertificateDer<'_>,
     ca: &CertificateDer<'static>,
@@ -349,8 +349,8 @@ pub(super) fn check_issued(
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
         .build()
         .map_err(|error| invalid(&error))?;
-    let (_, not_after) = validity(leaf)?;
-    let now = u64::try_from(time.now_micros().min(not_after)).unwrap_or(0);
+    let (not_before, not_after) = validity(leaf)?;
+    let now = u64::try_from(time.now_micros().min(not_after).max(not_before)).unwrap_or(0);
     let now = UnixTime::since_unix_epoch(Duration::from_micros(now));
     verifier.verify_client_cert(leaf, &[], now).map(|_| ()).map_err(|error| invalid(&error))
 }

@@ -3,29 +3,68 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use rustls::pki_types::CertificateDer;
 use rustls::{AlertDescription, CertificateError, Error};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 
-/// A stream, and who is told.
+/// Refusals because of the time, and the certificate that this node showed meanwhile.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    told: Notify,
+    shown: Mutex<Option<CertificateDer<'static>>>,
+}
+
+impl Refusals {
+    fn add(&self, shown: &CertificateDer<'static>) {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = Some(shown.clone());
+        self.told.notify_one();
+    }
+
+    /// Waits for the next refusal. Dropping the wait loses nothing.
+    pub(super) async fn next(&self) {
+        self.told.notified().await;
+    }
+
+    /// Whether the last refusal was of a connection that showed `certificate`. One that was replaced since needs nothing.
+    pub(super) fn concern(&self, certificate: &CertificateDer<'_>) -> bool {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner).as_ref() == Some(certificate)
+    }
+
+    /// Forgets the last refusal: a controller let the node in.
+    pub(super) fn clear(&self) {
+        *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Who is told of a refusal on a connection.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    pub(super) refusals: Arc<Refusals>,
+    /// The certificate that the connection shows.
+    pub(super) shown: CertificateDer<'static>,
+}
+
+/// A stream, and who is told. `None`: the connection shows no certificate.
 pub(super) struct Watched<S> {
     stream: S,
-    out_of_date: Arc<Notify>,
+    told: Option<Told>,
 }
 
 impl<S> Watched<S> {
-    pub(super) fn new(stream: S, out_of_date: Arc<Notify>) -> Self {
-        Self { stream, out_of_date }
+    pub(super) fn new(stream: S, told: Option<Told>) -> Self {
+        Self { stream, told }
     }
 }
 
 /// Tells when an error says that a certificate is not valid at this time: ours, as the other side sees it, or the other
 /// way round.
-pub(super) fn note(error: &io::Error, out_of_date: &Notify) {
+pub(super) fn note(error: &io::Error, told: Option<&Told>) {
     let refused = match error.get_ref().and_then(|cause| cause.downcast_ref::<Error>()) {
+        // TLS has one alert for both: expired, and not valid yet.
         Some(Error::AlertReceived(alert)) => *alert == AlertDescription::CertificateExpired,
         Some(Error::InvalidCertificate(why)) => matches!(
             why,
@@ -36,15 +75,15 @@ pub(super) fn note(error: &io::Error, out_of_date: &Notify) {
         ),
         _ => false,
     };
-    if refused {
-        out_of_date.notify_one();
+    if let (true, Some(told)) = (refused, told) {
+        told.refusals.add(&told.shown);
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
-        Poll::Ready(read.inspect_err(|error| note(error, &self.out_of_date)))
+        Poll::Ready(read.inspect_err(|error| note(error, self.told.as_ref())))
     }
 }
 

@@ -38,21 +38,29 @@ pub struct Pki {
 
 impl Pki {
     /// Loads the CA and the controller's certificate, or mints them when there is nothing yet, with a certificate for an
-    /// admin. The controller's certificate is issued again when it lacks a name or has 30 days left.
+    /// admin. The controller's certificate is issued again when it lacks a name, is not valid yet, or has 30 days left.
     ///
     /// # Errors
-    /// When only one of the CA's halves is there, or a file is unusable.
-    pub fn open(data_dir: &Path, certs_dir: &Path, names: &[String], now: DateTime<Utc>) -> Result<Self, PkiError> {
+    /// When only one of the CA's halves is there, or a file is unusable, or the clock cannot be right.
+    pub fn open(
+        data_dir: &Path,
+        certs_dir: &Path,
+        names: &[String],
+        now: DateTime<Utc>,
+        built: DateTime<Utc>,
+    ) -> Result<Self, PkiError> {
         let key_path = data_dir.join("pki").join("ca.key");
         let certificate_path = certs_dir.join("ca.crt");
         let (key_there, certificate_there) = (exists(&key_path)?, exists(&certificate_path)?);
         let (ca, minted) = match (key_there, certificate_there) {
-            (false, false) => (mint(&key_path, &certificate_path, now)?, true),
+            (false, false) => (mint(&key_path, &certificate_path, now, built)?, true),
             (true, false) => return Err(PkiError::HalfThere { found: key_path, missing: certificate_path }),
             (false, true) => return Err(PkiError::HalfThere { found: certificate_path, missing: key_path }),
             (true, true) => {
-                let ca = Ca::load(&read(&certificate_path)?, &read(&key_path)?)
+                let ca = Ca::load(&read(&certificate_path)?, &read(&key_path)?, built)
                     .map_err(|what| PkiError::Unusable { path: certificate_path, what })?;
+                // Also where nothing has to be signed now: whoever has the right time would be turned away.
+                ca.check_clock(now)?;
                 (ca, false)
             }
         };
@@ -104,8 +112,8 @@ impl Pki {
         if !serves(&self.ca, &certificate, &self.names, now) {
             let names: Vec<&str> = self.names.iter().map(String::as_str).collect();
             return Err(unusable(format!(
-                "it is not issued by the CA in ca.crt, or has less than 30 days left, or lacks one of the names {}; the \
-                 one before is still presented",
+                "it is not issued by the CA in ca.crt, or is not valid yet, or has less than 30 days left, or lacks one of \
+                 the names {}; the one before is still presented",
                 names.join(", ")
             )));
         }
@@ -148,8 +156,8 @@ fn all_names(asked: &[String]) -> BTreeSet<String> {
     names
 }
 
-fn mint(key_path: &Path, certificate_path: &Path, now: DateTime<Utc>) -> Result<Ca, PkiError> {
-    let (ca, key) = Ca::mint(now)?;
+fn mint(key_path: &Path, certificate_path: &Path, now: DateTime<Utc>, built: DateTime<Utc>) -> Result<Ca, PkiError> {
+    let (ca, key) = Ca::mint(now, built)?;
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |source| PkiError::File { action: "make the folder", path, source }
@@ -204,14 +212,18 @@ fn parse(certificate: &str, key: &str) -> Result<Pair, String> {
     Ok((certificate, key))
 }
 
-/// Whether a certificate is this CA's, has every name, and has long enough to live.
+/// Whether a certificate is this CA's, has every name, is valid, and has long enough to live. One that is not valid yet
+/// was issued while the clock was ahead; clients whose clock is right refuse it.
 fn serves(ca: &Ca, certificate: &CertificateDer<'_>, names: &BTreeSet<String>, now: DateTime<Utc>) -> bool {
     let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
     let Ok((_, authority)) = X509Certificate::from_der(ca.certificate_der()) else { return false };
     if parsed.verify_signature(Some(authority.public_key())).is_err() {
         return false;
     }
-    if crate::calendar::later(now, RENEW_BEFORE).timestamp() >= parsed.validity().not_after.timestamp() {
+    let validity = parsed.validity();
+    if now.timestamp() < validity.not_before.timestamp()
+        || crate::calendar::later(now, RENEW_BEFORE).timestamp() >= validity.not_after.timestamp()
+    {
         return false;
     }
     let Ok(Some(alternatives)) = parsed.subject_alternative_name() else { return false };

@@ -45,7 +45,11 @@ fn csr_der(pem: &str) -> Vec<u8> {
 
 fn open(dir: &TempDir, names: &[&str], now: DateTime<Utc>) -> Result<Pki, PkiError> {
     let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
-    Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &names, now)
+    Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &names, now, DateTime::UNIX_EPOCH)
+}
+
+fn minted() -> Ca {
+    Ca::mint(now(), DateTime::UNIX_EPOCH).unwrap().0
 }
 
 fn mode(path: &Path) -> u32 {
@@ -127,8 +131,69 @@ fn the_controllers_certificate_follows_names_and_time() {
 }
 
 #[test]
+fn leaf_that_is_not_valid_yet_is_issued_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = || fs::read_to_string(dir.path().join("certs/controller.crt")).unwrap();
+    let mut pki = open(&dir, &[], now()).unwrap();
+    assert!(pki.refresh(now() + TimeDelta::days(365)).unwrap(), "a year ahead it is expired");
+    let ahead = read();
+    let ahead_key = fs::read(dir.path().join("certs/controller.key")).unwrap();
+    // While the process runs, and at its next start.
+    assert!(pki.refresh(now()).unwrap());
+    let back = read();
+    assert_ne!(back, ahead);
+    fs::write(dir.path().join("certs/controller.crt"), &ahead).unwrap();
+    fs::write(dir.path().join("certs/controller.key"), ahead_key).unwrap();
+    assert!(pki.reload(now()).is_err(), "nor is it taken from its file");
+    open(&dir, &[], now()).unwrap();
+    assert_ne!(read(), ahead);
+    // An hour behind does no harm: certificates are backdated.
+    let kept = read();
+    let mut pki = open(&dir, &[], now() - TimeDelta::hours(1)).unwrap();
+    assert!(!pki.refresh(now() - TimeDelta::hours(1)).unwrap());
+    assert_eq!(read(), kept);
+}
+
+#[test]
+fn clock_that_cannot_be_right_signs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let built = now() - TimeDelta::days(10);
+    let open = |now: DateTime<Utc>| {
+        Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &[], now, built).map(|pki| pki.ca)
+    };
+    let wrong = |at: DateTime<Utc>| match open(at) {
+        Err(PkiError::Clock(wrong)) => wrong.to_string(),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("{at} was taken for a time that can be right"),
+    };
+    // No CA of 1970 is made, which would be expired at once.
+    let text = wrong(DateTime::UNIX_EPOCH + TimeDelta::seconds(30));
+    assert!(text.contains("1970-01-01T00:00:30Z") && text.contains("built") && text.contains("timedatectl"), "{text}");
+    assert!(!dir.path().join("data/pki").exists() && !dir.path().join("certs").exists());
+    // A day before the build is as far as certificates are backdated.
+    wrong(built - TimeDelta::hours(25));
+    let ca = open(now()).unwrap();
+    let text = wrong(now() - TimeDelta::hours(25));
+    assert!(text.contains("ca.crt"), "{text}");
+    wrong(now() + TimeDelta::days(3651));
+    // The clock may also become wrong while the controller runs.
+    let key = key();
+    for (at, signs) in [
+        (now() - TimeDelta::hours(23), true),
+        (now() - TimeDelta::hours(25), false),
+        (DateTime::UNIX_EPOCH, false),
+        (now() + TimeDelta::days(3649), true),
+        (now() + TimeDelta::days(3651), false),
+    ] {
+        assert_eq!(ca.check_clock(at).is_ok(), signs, "{at}");
+        let issued = ca.issue_node(&request(&key), &node(), at);
+        assert_eq!(matches!(issued, Err(RequestError::Pki(PkiError::Clock(_)))), !signs, "{at}: {issued:?}");
+    }
+}
+
+#[test]
 fn of_a_nodes_request_only_the_key_counts() {
-    let (ca, _) = Ca::mint(now()).unwrap();
+    let ca = minted();
     let key = key();
     let issued = ca.issue_node(&request(&key), &node(), now()).unwrap();
     let certificate = der(&issued.pem);
@@ -149,7 +214,7 @@ fn of_a_nodes_request_only_the_key_counts() {
 
 #[test]
 fn unusable_requests_are_refused() {
-    let (ca, _) = Ca::mint(now()).unwrap();
+    let ca = minted();
     let refused = |pem: &str| {
         assert!(matches!(ca.issue_node(pem, &node(), now()), Err(RequestError::Request(_))), "{pem}");
     };
@@ -178,7 +243,7 @@ fn renewal(ca: &Ca) -> (Issued, KeyPair, String, Vec<u8>) {
 
 #[test]
 fn an_old_certificate_proves_who_renews_until_400_days_after_its_expiry() {
-    let (ca, _) = Ca::mint(now()).unwrap();
+    let ca = minted();
     let (issued, _, csr, signature) = renewal(&ca);
     // One of a controller whose clock was ahead is not valid yet: it is replaced, too.
     for days in [-2, 0, 15, 31, 430] {
@@ -194,8 +259,8 @@ fn an_old_certificate_proves_who_renews_until_400_days_after_its_expiry() {
 
 #[test]
 fn a_renewal_needs_the_old_key_and_this_cas_node_certificate() {
-    let (ca, _) = Ca::mint(now()).unwrap();
-    let (other, _) = Ca::mint(now()).unwrap();
+    let ca = minted();
+    let other = minted();
     let (issued, old, csr, signature) = renewal(&ca);
     let forged = key().sign(&csr_der(&csr)).unwrap();
     assert!(matches!(ca.verify_renewal(&issued.pem, &csr, &forged, now()), Err(RequestError::Signature)));

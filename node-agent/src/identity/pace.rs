@@ -1,0 +1,109 @@
+//! How often a node renews its certificate, by monotonic time: two clocks that disagree must not make it renew all day.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::backoff;
+
+/// The longest pause between two tries.
+const MAX_PAUSE: Duration = Duration::from_secs(60 * 60);
+/// First pause after a renewal before a refusal causes the next one. It doubles with each renewal in a row: the second
+/// one heals a controller whose clock was wrong and is right again, the tenth one heals nothing.
+const FIRST_REST: Duration = Duration::from_secs(5);
+/// Certificates live for weeks, so that two renewals within a day belong to one trouble.
+const ROW: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// When the next renewal may be tried.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    /// Failures since the last success.
+    failures: u32,
+    /// Renewals in a row, each within a day of the one before.
+    in_a_row: u32,
+    succeeded: Option<Instant>,
+    rests_until: Option<Instant>,
+}
+
+impl Pace {
+    /// How long a renewal waits that is due because a certificate was refused.
+    pub(super) fn refused(&self, now: Instant) -> Duration {
+        self.rests_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
+    }
+
+    /// How long a renewal waits that is due by the calendar. One that succeeded is not due again at once, whatever time
+    /// it is now taken for.
+    pub(super) fn scheduled(&self, now: Instant) -> Duration {
+        let again = self.succeeded.map_or(Duration::ZERO, |last| (last + MAX_PAUSE).saturating_duration_since(now));
+        again.max(self.refused(now))
+    }
+
+    /// Notes a renewal.
+    pub(super) fn succeed(&mut self, now: Instant) {
+        let in_a_row = self.succeeded.is_some_and(|last| now.saturating_duration_since(last) < ROW);
+        self.in_a_row = if in_a_row { self.in_a_row.saturating_add(1) } else { 0 };
+        self.failures = 0;
+        self.succeeded = Some(now);
+        self.rests_until = Some(now + doubled(FIRST_REST, self.in_a_row).min(MAX_PAUSE));
+    }
+
+    /// Notes a try that failed.
+    pub(super) fn fail(&mut self, now: Instant) {
+        self.failures = self.failures.saturating_add(1);
+        let pause = backoff::full_jitter(doubled(FIRST_REST, self.failures).min(MAX_PAUSE));
+        self.rests_until = Some(now + pause.max(Duration::from_secs(1)));
+    }
+}
+
+fn doubled(pause: Duration, times: u32) -> Duration {
+    pause.saturating_mul(1_u32.checked_shl(times.min(16)).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_cause_few_renewals() {
+        let mut pace = Pace::default();
+        let begin = Instant::now();
+        let mut renewals = 0;
+        // Two controllers whose clocks are a year apart: one of them refuses each certificate.
+        for second in 0..24 * 60 * 60 {
+            let now = begin + Duration::from_secs(second);
+            if pace.refused(now).is_zero() {
+                pace.succeed(now);
+                renewals += 1;
+            }
+        }
+        assert!((10..40).contains(&renewals), "{renewals} renewals in a day");
+    }
+
+    #[test]
+    fn second_refusal_is_answered_within_seconds() {
+        let mut pace = Pace::default();
+        let begin = Instant::now();
+        pace.succeed(begin);
+        assert!(pace.refused(begin + Duration::from_secs(5)).is_zero());
+        // A week later the trouble is another one.
+        for _ in 0..9 {
+            pace.succeed(begin);
+        }
+        let later = begin + Duration::from_secs(7 * 24 * 60 * 60);
+        pace.succeed(later);
+        assert!(pace.refused(later + Duration::from_secs(5)).is_zero());
+    }
+
+    #[test]
+    fn renewal_that_succeeded_is_not_due_again() {
+        let mut pace = Pace::default();
+        let begin = Instant::now();
+        assert!(pace.scheduled(begin).is_zero());
+        pace.succeed(begin);
+        assert_eq!(pace.scheduled(begin), MAX_PAUSE);
+        // One that failed is tried again soon.
+        let mut pace = Pace::default();
+        pace.fail(begin);
+        assert!(!pace.scheduled(begin).is_zero() && pace.scheduled(begin) <= FIRST_REST * 2);
+    }
+}
