@@ -1,6 +1,8 @@
 //! The live sessions of this controller: which node has an open stream, and how to reach it. A hint only: what a
 //! session was told is in the store before it is told.
 
+mod acked;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -9,6 +11,7 @@ use marco_proto::names::{ExecutionId, NodeId};
 use tokio::sync::{mpsc, watch};
 
 use crate::store::Assignment;
+pub use acked::Acked;
 
 /// Commands that may wait for one session. A node has one execution at a time, so a queue this long means that it does
 /// not read: it is cut, not buffered.

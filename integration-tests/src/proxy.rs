@@ -26,6 +26,13 @@ pub enum Direction {
     Down,
 }
 
+/// What does not arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Swallow {
+    Request,
+    Answer,
+}
+
 /// One direction of all connections.
 #[derive(Debug)]
 struct Lane {
@@ -38,8 +45,8 @@ struct Lane {
     delay: AtomicU64,
     /// Each takes a connection down that has carried so many bytes.
     cuts: Mutex<VecDeque<u64>>,
-    /// Each takes a connection down when what answers these bytes comes; see [`Proxy::swallow_answer_to`].
-    swallows: Mutex<VecDeque<Vec<u8>>>,
+    /// Each takes a connection down that carries these bytes; see [`Proxy::swallow`] and [`Proxy::swallow_answer_to`].
+    swallows: Mutex<VecDeque<(Vec<u8>, Swallow)>>,
 }
 
 #[derive(Debug)]
@@ -77,14 +84,12 @@ impl Lane {
         cuts.front().map(|after| after.saturating_sub(carried))
     }
 
-    /// Whether the answer to these bytes is to be swallowed; each is swallowed once.
-    fn swallows(&self, bytes: &[u8]) -> bool {
+    /// What is to be swallowed of these bytes; each is swallowed once.
+    fn swallows(&self, bytes: &[u8]) -> Option<Swallow> {
         let mut swallows = self.swallows.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = swallows.front().is_some_and(|wanted| bytes.windows(wanted.len()).any(|window| window == wanted));
-        if found {
-            swallows.pop_front();
-        }
-        found
+        swallows
+            .pop_front_if(|(wanted, _)| bytes.windows(wanted.len()).any(|window| window == wanted))
+            .map(|(_, what)| what)
     }
 
     fn take_cut(&self) {
@@ -149,15 +154,24 @@ impl Proxy {
     /// The next request that holds these bytes reaches the server, which answers it; the answer is dropped, and the
     /// connection with it: whoever asked cannot know whether it was done.
     pub fn swallow_answer_to(&self, bytes: &[u8]) {
-        self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).push_back(bytes.to_vec());
+        self.push_swallow(bytes, Swallow::Answer);
     }
 
-    /// How many of the answers that were to be swallowed have not come yet.
+    /// The next request that holds these bytes does not reach the server: its connection is dropped.
+    pub fn swallow(&self, bytes: &[u8]) {
+        self.push_swallow(bytes, Swallow::Request);
+    }
+
+    fn push_swallow(&self, bytes: &[u8], what: Swallow) {
+        self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).push_back((bytes.to_vec(), what));
+    }
+
+    /// How many of the requests and answers that are to be swallowed have not come yet.
     pub fn swallows_left(&self) -> usize {
         self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Forgets the answers that were to be swallowed.
+    /// Forgets what was to be swallowed.
     pub fn forget_swallows(&self) {
         self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -238,8 +252,10 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, s
         if swallow.load(Ordering::Relaxed) {
             return;
         }
-        if lane.swallows(bytes) {
-            swallow.store(true, Ordering::Relaxed);
+        match lane.swallows(bytes) {
+            Some(Swallow::Request) => return,
+            Some(Swallow::Answer) => swallow.store(true, Ordering::Relaxed),
+            None => {}
         }
         let delay = lane.delay.load(Ordering::Relaxed);
         if delay > 0 {
@@ -326,6 +342,19 @@ mod tests {
             assert_eq!(read.is_ok() && answer == *b"done", answered, "{answer:?}");
         }
         assert_eq!(proxy.swallows_left(), 0);
+    }
+
+    #[tokio::test]
+    async fn swallowed_request_does_not_arrive() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::start(listener.local_addr().unwrap()).await.unwrap();
+        proxy.swallow(b"COMMIT");
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        client.write_all(b"COMMIT").await.unwrap();
+        let mut heard = Vec::new();
+        let _ = server.read_to_end(&mut heard).await;
+        assert!(heard.is_empty() && proxy.swallows_left() == 0, "{heard:?}");
     }
 
     #[tokio::test]

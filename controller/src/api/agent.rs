@@ -1,6 +1,5 @@
 //! `AgentService`: the session of a node.
 
-mod acked;
 mod blank;
 mod ending;
 mod hello;
@@ -30,9 +29,8 @@ use super::{Context, caller, convert};
 use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::tls::PeerInfo;
 use crate::operation::Greeting;
-use crate::sessions::{Command, End, Handle};
+use crate::sessions::{Acked, Command, End, Handle};
 use crate::store::{Assignment, Hello, ProgressRow, ReportOutcome, ReportRow, StoreError};
-use acked::Acked;
 use blank::Blank;
 pub(super) use hello::key_held;
 use hello::{Begun, Peer, begin};
@@ -216,17 +214,25 @@ impl Session {
     }
 
     async fn answer(&self, row: ReportRow, outcome: ReportOutcome) -> Result<(), Ended> {
-        match outcome {
+        let execution = &row.execution;
+        match &outcome {
             ReportOutcome::Acked => {
-                let (execution, state) = (&row.execution, row.state.as_str());
+                let state = row.state.as_str();
                 of_peer!(info, &self.node, %execution, state, sequence = row.sequence, "reported");
-                self.ack(&row.execution, row.attempt, row.sequence).await
             }
+            ReportOutcome::Conflict { why, .. } => {
+                of_peer!(warn, &self.node, %execution, why = %cut(why), "a report is in conflict with what is stored");
+            }
+            ReportOutcome::Refused(reason) => {
+                of_peer!(warn, &self.node, %execution, reason = %cut(reason), "a report was refused");
+            }
+            _ => {}
+        }
+        if outcome.acknowledges(self.acked.has(execution, row.attempt, row.sequence)) {
+            self.ack(execution, row.attempt, row.sequence).await?;
+        }
+        match outcome {
             ReportOutcome::Progress => {
-                // It was stored by a commit whose answer was lost, or in another session.
-                if !self.acked.has(&row.execution, row.attempt, row.sequence) {
-                    self.ack(&row.execution, row.attempt, row.sequence).await?;
-                }
                 // Full means that the store is slow; the next report brings newer progress.
                 outbox::offer(&self.progress, convert::progress(row));
                 Ok(())
@@ -235,20 +241,8 @@ impl Session {
                 self.deliver(assignment);
                 Ok(())
             }
-            ReportOutcome::Unknown => self.send(ack(&row.execution, row.sequence)).await,
             ReportOutcome::NotHolder => Err(Ended::ByUs(End::Lost)),
-            ReportOutcome::Conflict { acknowledge, why } => {
-                let execution = &row.execution;
-                of_peer!(warn, &self.node, %execution, why = %cut(&why), "a report is in conflict with what is stored");
-                match acknowledge {
-                    true => self.ack(&row.execution, row.attempt, row.sequence).await,
-                    false => Ok(()),
-                }
-            }
-            ReportOutcome::Refused(reason) => {
-                of_peer!(warn, &self.node, execution = %row.execution, reason = %cut(&reason), "a report was refused");
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 

@@ -84,6 +84,19 @@ pub enum ReportOutcome {
     Refused(String),
 }
 
+impl ReportOutcome {
+    /// Whether the session acknowledges the report's sequence; `before`: it has acknowledged it already.
+    pub fn acknowledges(&self, before: bool) -> bool {
+        match self {
+            Self::Acked | Self::Unknown => true,
+            // It was stored by a commit whose answer was lost, or in another session: nobody may have acknowledged it.
+            Self::Progress => !before,
+            Self::Conflict { acknowledge, .. } => *acknowledge,
+            Self::Stale(_) | Self::NotHolder | Self::Refused(_) => false,
+        }
+    }
+}
+
 impl Store {
     /// Stores a report, if it is news.
     pub async fn apply_report(

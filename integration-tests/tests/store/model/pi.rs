@@ -1,197 +1,395 @@
-//! A node as the protocol wants it to be: a journal that survives, a session that does not, and a log of what was really
-//! done to it, which nobody but the checks reads.
+//! A node: the agent's own journal and its own decisions on what it finds there, a session that does not survive, and a
+//! log of what was really done, which nobody but the checks reads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use marco_controller::operation::{Action, ExecutionError, ExecutionState};
-use marco_controller::sessions::{Command, Handle};
-use marco_controller::store::{Assignment, ReportRow, SentLog};
+use chrono::{DateTime, TimeDelta, Utc};
+use marco_controller::operation as theirs;
+use marco_controller::operation::{ExecutionError, ExecutionState};
+use marco_controller::sessions::{Acked, Command, Handle};
+use marco_controller::store::{Assignment, Backlog, Release, ReportRow, SentLog};
 use marco_proto::names::{ExecutionId, NodeId};
+use node_agent::job::{self, Action, Artifact, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Resume, State, phase};
+use node_agent::journal::{Entry, Journal, JournalError};
 
-/// A stream to a controller.
+use super::database::folder;
+
+/// How long a new system waits for its verdict.
+const VERDICT: TimeDelta = TimeDelta::minutes(30);
+
+/// A stream to a controller, with what the controller's session remembers.
 pub(super) struct Link {
     /// Which controller, by its place and its life.
     pub(super) controller: (usize, u32),
     pub(super) epoch: i64,
     pub(super) handle: Handle,
+    pub(super) acked: Acked,
+    /// What the store could not take yet.
+    pub(super) unstored: VecDeque<ReportRow>,
+    pub(super) backlog: Option<Backlog>,
+    /// The power-off with which the agent ends.
+    pub(super) leaving: Option<ExecutionId>,
 }
 
-/// An entry of the journal.
-#[derive(Debug, Clone)]
-pub(super) struct Job {
-    pub(super) attempt: u32,
-    pub(super) action: Action,
-    pub(super) state: ExecutionState,
-    pub(super) sequence: u64,
-    /// The last sequence that a controller acknowledged.
-    pub(super) acknowledged: u64,
-    /// The boot under which it was accepted, and the one under which it was armed.
-    accepted: u32,
-    armed: u32,
-    cancel_refused: bool,
+/// What a node says without a change of its journal.
+pub(super) enum Message {
+    Report(ReportRow),
+    NotHeld(ExecutionId, Option<ReportRow>),
 }
+
+pub(super) type Done<T = ()> = Result<T, String>;
 
 pub(super) struct Pi {
     pub(super) id: NodeId,
     /// The serial number of its certificate.
     pub(super) certificate: String,
-    pub(super) boot: u32,
+    boot: u32,
+    /// How often its agent was started.
+    starts: u32,
     pub(super) is_on: bool,
+    pub(super) mode: Mode,
+    /// The execution that installed the system that runs, and its image; empty: the first one.
+    system: (String, String),
+    /// What its firmware starts.
+    default: Mode,
+    /// The job was armed by this process, which therefore knows that no command was given before.
+    armed_here: bool,
+    verifying_since: Option<DateTime<Utc>>,
+    /// Bytes of the present phase.
+    bytes: u64,
     pub(super) link: Option<Link>,
-    pub(super) jobs: BTreeMap<ExecutionId, Job>,
-    /// What was done: the execution, and whether it was a power-off.
+    journal: Journal,
+    folder: tempfile::TempDir,
+    /// What the machine went down for, and whether that was a power-off.
     pub(super) log: Vec<(ExecutionId, bool)>,
+    /// New systems that were accepted.
+    pub(super) accepted: BTreeSet<ExecutionId>,
+    /// What it could not do, and why.
+    pub(super) failures: BTreeMap<ExecutionId, String>,
+}
+
+fn wrong(error: JournalError) -> String {
+    format!("the journal: {error:?}")
+}
+
+pub(super) fn named(entry: &Entry) -> ExecutionId {
+    ExecutionId::parse(&entry.execution).unwrap()
+}
+
+fn action(action: theirs::Action) -> Action {
+    let notice = |notice: theirs::Notice| Notice { delay: notice.delay, message: notice.message };
+    let artifact = |artifact: theirs::FrozenArtifact| Artifact { id: artifact.id, sha256: artifact.sha256 };
+    match action {
+        theirs::Action::Reboot(asked) => Action::Reboot(notice(asked)),
+        theirs::Action::PowerOff(asked) => Action::PowerOff(notice(asked)),
+        theirs::Action::Update(update) => Action::Update(job::Update {
+            image: update.image.map(artifact),
+            bootcode: None,
+            notice: notice(update.notice),
+            discard_home: update.discard_home,
+            raw: update.raw,
+        }),
+    }
+}
+
+/// A job's state as it is reported.
+pub(super) fn reported(state: State) -> ExecutionState {
+    match state {
+        State::Accepted | State::Installing => ExecutionState::Running,
+        State::Armed | State::Trial => ExecutionState::Rebooting,
+        State::Verifying => ExecutionState::Verifying,
+        State::Succeeded => ExecutionState::Succeeded,
+        State::Failed => ExecutionState::Failed,
+        State::RolledBack => ExecutionState::RolledBack,
+        State::Cancelled => ExecutionState::Cancelled,
+    }
 }
 
 impl Pi {
     pub(super) fn new(id: NodeId, certificate: String) -> Self {
-        Self { id, certificate, boot: 1, is_on: true, link: None, jobs: BTreeMap::new(), log: Vec::new() }
+        let folder = folder();
+        let journal = Journal::open(folder.path(), &format!("{id}-boot-1")).unwrap();
+        Self {
+            id,
+            certificate,
+            boot: 1,
+            starts: 1,
+            is_on: true,
+            mode: Mode::Running,
+            system: Default::default(),
+            default: Mode::Running,
+            armed_here: false,
+            verifying_since: None,
+            bytes: 0,
+            link: None,
+            journal,
+            folder,
+            log: Vec::new(),
+            accepted: BTreeSet::new(),
+            failures: BTreeMap::new(),
+        }
     }
 
     pub(super) fn boot_id(&self) -> String {
         format!("{}-boot-{}", self.id, self.boot)
     }
 
-    fn active(&mut self) -> Option<(&ExecutionId, &mut Job)> {
-        self.jobs.iter_mut().find(|(_, job)| !job.state.is_final())
+    pub(super) fn instance(&self) -> String {
+        format!("{}-{}", self.id, self.starts)
     }
 
-    /// What it has to say: each entry that is not acknowledged.
+    pub(super) fn entries(&self) -> Vec<Entry> {
+        self.journal.entries().iter().cloned().collect()
+    }
+
+    fn entry(&self, id: &ExecutionId) -> Option<Entry> {
+        self.journal.entries().get(&id.name()).cloned()
+    }
+
+    pub(super) fn unfinished(&self) -> Option<Entry> {
+        self.journal.entries().unfinished().cloned()
+    }
+
+    /// What a Hello lists.
+    pub(super) fn listed(&self) -> Vec<ReportRow> {
+        let entries = self.entries();
+        entries
+            .iter()
+            .filter(|entry| !(entry.state.is_final() && entry.is_acked()))
+            .map(|entry| self.report(entry))
+            .collect()
+    }
+
+    /// What it has to say in a session: each entry that is not acknowledged.
     pub(super) fn unsaid(&self) -> Vec<ReportRow> {
-        let rows = self.jobs.iter().filter(|(_, job)| job.acknowledged < job.sequence);
-        rows.map(|(id, job)| self.report(id, job)).collect()
+        self.entries().iter().filter(|entry| !entry.is_acked()).map(|entry| self.report(entry)).collect()
     }
 
-    pub(super) fn report(&self, id: &ExecutionId, job: &Job) -> ReportRow {
-        let error =
-            (job.state == ExecutionState::Failed).then(|| ExecutionError::new("CANNOT", "it cannot".to_owned()));
+    pub(super) fn is_acked(&self, id: &ExecutionId, attempt: u32, sequence: u64) -> bool {
+        self.entry(id).is_none_or(|entry| entry.attempt != attempt || entry.acked >= sequence)
+    }
+
+    pub(super) fn report(&self, entry: &Entry) -> ReportRow {
+        let down = match entry.action.kind() {
+            Kind::PowerOff => phase::POWERING_OFF,
+            Kind::Update => phase::TRIAL_BOOT,
+            Kind::Reboot | Kind::Unknown => phase::RESTARTING,
+        };
+        let doing = match entry.state {
+            State::Accepted if entry.action.kind() == Kind::Update => phase::DOWNLOADING_BOOTCODE,
+            State::Accepted => phase::NOTICE,
+            State::Armed | State::Trial => down,
+            State::Installing => phase::UNPACKING,
+            State::Verifying => phase::VERDICT,
+            _ => "",
+        };
         ReportRow {
-            execution: id.clone(),
-            attempt: job.attempt,
-            sequence: job.sequence,
-            state: job.state,
-            phase: String::new(),
-            bytes_done: 0,
+            execution: named(entry),
+            attempt: entry.attempt,
+            sequence: entry.sequence,
+            state: reported(entry.state),
+            phase: doing.to_owned(),
+            bytes_done: if entry.state.is_final() { 0 } else { self.bytes },
             bytes_total: 0,
-            error,
+            error: entry.error.as_ref().map(|error| ExecutionError::new(&error.reason, error.message.clone())),
             boot_id: self.boot_id(),
-            accept_boot_id: format!("{}-boot-{}", self.id, job.accepted),
-            release: None,
-            cancel_refused: job.cancel_refused,
+            accept_boot_id: entry.accept_boot_id.clone(),
+            release: entry.release.as_ref().map(|release| Release {
+                execution: release.execution.clone(),
+                image_sha256: release.image_sha256.clone(),
+                boot_sha256: release.boot_sha256.clone(),
+            }),
+            cancel_refused: entry.cancel_refused,
             log: SentLog::default(),
         }
     }
 
-    /// Takes a command; an assignment is journalled before anything else.
-    pub(super) fn hear(&mut self, command: Command) {
+    /// Answers for an execution, whether that was acknowledged or not.
+    fn answer(&self, id: &ExecutionId) -> Message {
+        match self.entry(id) {
+            Some(entry) => Message::Report(self.report(&entry)),
+            None => Message::NotHeld(id.clone(), None),
+        }
+    }
+
+    /// Takes a command, and says what it has to say to it.
+    pub(super) async fn hear(&mut self, command: Command, now: DateTime<Utc>) -> Done<Option<Message>> {
         match command {
-            Command::Assign(assignment) => self.accept(*assignment),
-            Command::Cancel(id) => {
-                if let Some(job) = self.jobs.get_mut(&id) {
-                    match job.state {
-                        ExecutionState::Running => job.become_(ExecutionState::Cancelled),
-                        state if !state.is_final() => job.cancel_refused = true,
-                        _ => {}
+            Command::Assign(assignment) => {
+                let Assignment { execution: id, attempt, action: asked, .. } = *assignment;
+                match self.journal.accept(&id.name(), attempt, action(asked)).await {
+                    Ok(_) => Ok(None),
+                    Err(JournalError::Stale { .. }) => Ok(Some(self.answer(&id))),
+                    Err(JournalError::Busy(other)) => {
+                        let busy_with = self.journal.entries().get(&other).map(|entry| self.report(entry));
+                        Ok(Some(Message::NotHeld(id, busy_with)))
                     }
+                    Err(error) => Err(wrong(error)),
                 }
             }
-            Command::Ack(id, sequence) => self.acknowledged(&id, sequence),
-            Command::Query(id) => {
-                self.asked_about(&id);
+            Command::Cancel(id) => self.journal.request_cancel(&id.name()).await.map(|()| None).map_err(wrong),
+            Command::Query(id) => Ok(Some(self.answer(&id))),
+            Command::Ack(id, sequence) => match self.journal.ack(&id.name(), sequence, now.timestamp_micros()).await {
+                Ok(()) | Err(JournalError::NotFound(_)) => Ok(None),
+                Err(error) => Err(wrong(error)),
+            },
+        }
+    }
+
+    /// Bytes move.
+    pub(super) fn move_bytes(&mut self, by: u8) {
+        self.bytes += u64::from(by);
+    }
+
+    fn decide(&self, entry: &Entry) -> Resume {
+        job::resume(Found {
+            kind: entry.action.kind(),
+            state: entry.state,
+            mode: self.mode,
+            same_boot: entry.boot_id == self.boot_id(),
+            release_is_ours: self.system.0 == entry.execution,
+        })
+    }
+
+    async fn give_up(&mut self, entry: &Entry, reason: &str) -> Done {
+        self.failures.insert(named(entry), reason.to_owned());
+        self.journal.fail(&entry.execution, Failure::new(reason, "it cannot")).await.map_err(wrong)
+    }
+
+    /// Does the next thing; answers what the machine goes down for.
+    pub(super) async fn work(&mut self, now: DateTime<Utc>) -> Done<Option<ExecutionId>> {
+        let Some(entry) = self.unfinished() else { return Ok(None) };
+        self.bytes = 0;
+        let (name, kind) = (entry.execution.as_str(), entry.action.kind());
+        match self.decide(&entry) {
+            // This process has armed it, and gives the command.
+            _ if entry.state == State::Armed && self.armed_here => return Ok(Some(self.go_down(&entry))),
+            Resume::GoDown | Resume::TryBoot => return Ok(Some(self.go_down(&entry))),
+            Resume::Begin => {
+                let begun = match (kind, self.mode) {
+                    (Kind::Update, Mode::Installer) => self.journal.install(name).await,
+                    (_, Mode::Installer) => {
+                        return self.give_up(&entry, "INSTALLER_TAKES_ONLY_IMAGES").await.map(|()| None);
+                    }
+                    (_, Mode::Running) => self.journal.arm(name).await,
+                };
+                match begun {
+                    Ok(()) if self.mode == Mode::Installer => self.default = Mode::Installer,
+                    Ok(()) => self.armed_here = true,
+                    Err(JournalError::CancelRequested) => self.journal.cancelled(name).await.map_err(wrong)?,
+                    Err(error) => return Err(wrong(error)),
+                }
             }
-        }
-    }
-
-    /// Says again where this is; `false`: the journal does not hold it.
-    pub(super) fn asked_about(&mut self, id: &ExecutionId) -> bool {
-        let job = self.jobs.get_mut(id);
-        let held = job.is_some();
-        if let Some(job) = job {
-            job.acknowledged = 0;
-        }
-        held
-    }
-
-    pub(super) fn accept(&mut self, assignment: Assignment) {
-        if let Some(job) = self.jobs.get_mut(&assignment.execution) {
-            // A lower attempt than it has is refused; a higher one fences off what was said before.
-            if assignment.attempt > job.attempt {
-                job.attempt = assignment.attempt;
-                // It is said again under the new attempt.
-                job.acknowledged = 0;
+            Resume::Install if entry.state == State::Installing => self.journal.try_boot(name).await.map_err(wrong)?,
+            Resume::Install => {
+                self.default = Mode::Installer;
+                self.journal.install(name).await.map_err(wrong)?;
             }
-            return;
-        }
-        if self.active().is_some() {
-            return;
-        }
-        let Assignment { execution, attempt, action, .. } = assignment;
-        let job = Job {
-            attempt,
-            action,
-            state: ExecutionState::Running,
-            sequence: 1,
-            acknowledged: 0,
-            accepted: self.boot,
-            armed: 0,
-            cancel_refused: false,
-        };
-        self.jobs.insert(execution, job);
-    }
-
-    pub(super) fn acknowledged(&mut self, id: &ExecutionId, sequence: u64) {
-        if let Some(job) = self.jobs.get_mut(id) {
-            job.acknowledged = job.acknowledged.max(sequence);
-        }
-    }
-
-    /// Does the next thing; answers what the machine goes down for, and its stream with it.
-    pub(super) fn work(&mut self) -> Option<ExecutionId> {
-        let boot = self.boot;
-        let (id, job) = self.active()?;
-        match job.state {
-            ExecutionState::Running => {
-                job.armed = boot;
-                job.become_(ExecutionState::Rebooting);
-                None
+            Resume::AwaitVerdict if entry.is_acked() => {
+                self.default = Mode::Running;
+                self.accepted.insert(named(&entry));
+                self.journal.succeed(name).await.map_err(wrong)?;
             }
-            ExecutionState::Rebooting if job.armed == boot => {
-                let (id, off) = (id.clone(), matches!(job.action, Action::PowerOff(_)));
-                self.log.push((id.clone(), off));
-                self.is_on = false;
-                Some(id)
+            Resume::AwaitVerdict if self.verifying_since.is_none_or(|since| now - since > VERDICT) => {
+                return Ok(Some(self.go_down(&entry)));
             }
-            _ => None,
+            Resume::AwaitVerdict => {}
+            _ => self.settle(now).await?,
+        }
+        Ok(None)
+    }
+
+    fn go_down(&mut self, entry: &Entry) -> ExecutionId {
+        self.is_on = false;
+        self.note_down(entry);
+        named(entry)
+    }
+
+    /// A machine that goes down when it was armed does what it was armed for, whatever took its power.
+    fn note_down(&mut self, entry: &Entry) {
+        if entry.state == State::Armed && self.mode == Mode::Running {
+            self.log.push((named(entry), entry.action.kind() == Kind::PowerOff));
         }
     }
 
-    pub(super) fn fail(&mut self) {
-        if let Some((_, job)) = self.active()
-            && job.state == ExecutionState::Running
-        {
-            job.become_(ExecutionState::Failed);
+    pub(super) fn cut_power(&mut self) {
+        if let Some(entry) = self.unfinished() {
+            self.note_down(&entry);
+        }
+        self.is_on = false;
+    }
+
+    /// Cannot do what it was asked to.
+    pub(super) async fn fail(&mut self) -> Done {
+        match self.unfinished() {
+            Some(entry) if self.is_on && matches!(entry.state, State::Accepted | State::Installing) => {
+                self.give_up(&entry, "CANNOT").await
+            }
+            _ => Ok(()),
         }
     }
 
-    /// Comes up; what it was armed for has happened.
-    pub(super) fn boot(&mut self) {
+    /// Comes up: in the installer, the system before, or a new one, if there is one and it comes up.
+    pub(super) async fn boot(&mut self, new_system: bool, now: DateTime<Utc>) -> Done {
         if self.is_on {
-            return;
+            return Ok(());
         }
         (self.is_on, self.boot) = (true, self.boot + 1);
-        let boot = self.boot;
-        if let Some((_, job)) = self.active()
-            && job.state == ExecutionState::Rebooting
-            && job.armed != boot
-        {
-            job.become_(ExecutionState::Succeeded);
-        }
+        let update = self.unfinished().filter(|entry| entry.action.kind() == Kind::Update);
+        self.mode = match update {
+            // Somebody puts a system onto a card whose installation failed.
+            None => {
+                self.default = Mode::Running;
+                Mode::Running
+            }
+            Some(entry) if entry.state == State::Armed && self.mode == Mode::Running && new_system => Mode::Installer,
+            Some(entry) if entry.state == State::Trial && new_system => {
+                let Action::Update(update) = &entry.action else { return Err("no update".to_owned()) };
+                let image = update.image.as_ref().map(|image| image.sha256.clone()).unwrap_or_default();
+                self.system = (entry.execution.clone(), image);
+                Mode::Running
+            }
+            Some(_) => self.default,
+        };
+        self.start(now).await
     }
-}
 
-impl Job {
-    fn become_(&mut self, state: ExecutionState) {
-        self.state = state;
-        self.sequence += 1;
+    /// The agent is killed and starts again.
+    pub(super) async fn restart(&mut self, now: DateTime<Utc>) -> Done {
+        if self.is_on { self.start(now).await } else { Ok(()) }
+    }
+
+    async fn start(&mut self, now: DateTime<Utc>) -> Done {
+        self.starts += 1;
+        (self.armed_here, self.bytes) = (false, 0);
+        self.journal = Journal::open(self.folder.path(), &self.boot_id()).map_err(wrong)?;
+        self.settle(now).await
+    }
+
+    /// Draws the conclusions from the boot itself.
+    async fn settle(&mut self, now: DateTime<Utc>) -> Done {
+        while let Some(entry) = self.unfinished() {
+            let name = entry.execution.as_str();
+            match self.decide(&entry) {
+                Resume::Succeed => self.journal.succeed(name).await.map_err(wrong)?,
+                Resume::Fail(reason) => self.give_up(&entry, reason).await?,
+                Resume::RollBack => {
+                    let why = Failure::new("OLD_SYSTEM_CAME_BACK", "it came back");
+                    self.journal.roll_back(name, why).await.map_err(wrong)?;
+                }
+                Resume::TrialFailed if entry.trials + 1 >= MAX_TRIALS => {
+                    self.give_up(&entry, "IMAGE_DID_NOT_COME_UP").await?;
+                }
+                Resume::TrialFailed => self.journal.trial_failed(name).await.map_err(wrong)?,
+                Resume::Verify => {
+                    let (execution, image_sha256) = self.system.clone();
+                    let release = job::Release { execution, image_sha256, boot_sha256: String::new() };
+                    self.verifying_since = Some(now);
+                    self.journal.verify(name, release).await.map_err(wrong)?;
+                }
+                _ => break,
+            }
+        }
+        Ok(())
     }
 }

@@ -11,11 +11,11 @@ const MOST: usize = 64;
 
 /// Executions with the attempt and the sequence that were acknowledged last.
 #[derive(Debug, Default)]
-pub(super) struct Acked(Mutex<HashMap<ExecutionId, (u32, u64)>>);
+pub struct Acked(Mutex<HashMap<ExecutionId, (u32, u64)>>);
 
 impl Acked {
     /// Notes an acknowledgement.
-    pub(super) fn add(&self, execution: &ExecutionId, attempt: u32, sequence: u64) {
+    pub fn add(&self, execution: &ExecutionId, attempt: u32, sequence: u64) {
         let mut acked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if acked.len() >= MOST && !acked.contains_key(execution) {
             acked.clear();
@@ -24,7 +24,7 @@ impl Acked {
     }
 
     /// Whether this or a later sequence of the attempt was acknowledged.
-    pub(super) fn has(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> bool {
+    pub fn has(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> bool {
         let acked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         acked.get(execution).is_some_and(|(of, up_to)| *of == attempt && *up_to >= sequence)
     }

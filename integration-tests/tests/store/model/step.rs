@@ -1,0 +1,171 @@
+//! What may happen in a history.
+
+use proptest::prelude::*;
+
+/// What an operation does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    Reboot,
+    PowerOff,
+    Update,
+}
+
+/// When an operation may be begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    /// Within a day.
+    Always,
+    /// In the first half of each hour.
+    Window,
+    /// Within so many seconds.
+    Within(u16),
+}
+
+/// Something that happens. Numbers choose among what there is, so that a step means something in every history, also
+/// when the steps before it were taken out.
+#[derive(Debug, Clone)]
+pub(super) enum Step {
+    /// An operator creates an operation on some of the nodes.
+    Create {
+        nodes: u8,
+        what: What,
+        when: When,
+        in_flight: Option<u8>,
+        failures: Option<u8>,
+    },
+    /// An operator repeats a request, whether it was answered or not.
+    Repeat(u8),
+    /// An operator steers an operation.
+    Cancel(u8),
+    Pause(u8),
+    Resume(u8),
+    Retry(u8),
+    Abandon(u8, u8),
+    /// An operator decides about the conflicts of a node: accepts or abandons.
+    Resolve(u8, bool),
+    /// A node says hello to a controller; `true`: nobody has noticed yet that its stream before is dead.
+    Connect(u8, u8, bool),
+    /// Its stream breaks, and its controller notices.
+    Break(u8),
+    /// It reads what it was sent, does the next thing and reports it.
+    GoOn(u8),
+    /// It reads what it was sent.
+    Read(u8),
+    /// It does the next thing that its journal says.
+    Work(u8),
+    /// It cannot do what it was asked to.
+    Fail(u8),
+    /// It reports a state of its journal; `true`: the controller's answer is lost with the stream.
+    Say(u8, bool),
+    /// It tells how far it is.
+    Tell(u8, u8),
+    /// A node that was broken into reports a delivery that there never was.
+    Lie(u8, u32),
+    /// Its power comes back; `true`: into the system that its job is about, if there is one.
+    Boot(u8, bool),
+    /// Its power fails.
+    PowerCut(u8),
+    /// Its agent is killed and starts again.
+    Restart(u8),
+    /// A controller does what is due, so many seconds later.
+    Round(u8, u16),
+    /// All controllers do what is due for a minute and a half, after so many seconds in which none did.
+    Listen(u16),
+    /// A controller dies, or another takes its place.
+    Kill(u8),
+    Start(u8),
+    /// The clock jumps, by so many seconds.
+    Jump(i16),
+    /// The database stores the next commit, and its answer is lost (Postgres).
+    LoseAnswer,
+    /// The next commit does not reach the database (Postgres).
+    CutBefore,
+    /// The database's disk fills, or has room again (SQLite).
+    Fill,
+    Empty,
+    /// The database and the bytes are saved, or what was saved takes their place (SQLite).
+    Save,
+    Restore,
+    /// An operator pushes bytes under a name; `false`: the name does not point at them yet when they are stored.
+    Push(u8, u8, bool),
+    /// The name of a push points at its bytes; `false`: the controller dies before.
+    Name(bool),
+    /// An operator deletes a name; `true`: the controller dies before it removes the bytes.
+    Delete(u8, bool),
+    /// Housekeeping removes what nobody needs, long after.
+    Sweep,
+}
+
+fn what() -> impl Strategy<Value = What> {
+    prop_oneof![3 => Just(What::Reboot), 2 => Just(What::PowerOff), 2 => Just(What::Update)]
+}
+
+fn when() -> impl Strategy<Value = When> {
+    prop_oneof![6 => Just(When::Always), 1 => Just(When::Window), 1 => (1_u16..400).prop_map(When::Within)]
+}
+
+fn operators() -> impl Strategy<Value = Step> {
+    let n = any::<u8>;
+    prop_oneof![
+        8 => (1_u8..16, what(), when(), proptest::option::of(1_u8..3), proptest::option::of(0_u8..2)).prop_map(
+            |(nodes, what, when, in_flight, failures)| Step::Create { nodes, what, when, in_flight, failures }
+        ),
+        3 => n().prop_map(Step::Repeat),
+        2 => n().prop_map(Step::Cancel),
+        2 => n().prop_map(Step::Pause),
+        5 => n().prop_map(Step::Resume),
+        3 => n().prop_map(Step::Retry),
+        2 => (n(), n()).prop_map(|(operation, node)| Step::Abandon(operation, node)),
+        1 => (n(), any::<bool>()).prop_map(|(node, accept)| Step::Resolve(node, accept)),
+        2 => (n(), n(), any::<bool>()).prop_map(|(name, content, whole)| Step::Push(name, content, whole)),
+        2 => any::<bool>().prop_map(Step::Name),
+        2 => (n(), any::<bool>()).prop_map(|(name, dies)| Step::Delete(name, dies)),
+        1 => Just(Step::Sweep),
+    ]
+}
+
+fn nodes() -> impl Strategy<Value = Step> {
+    let n = any::<u8>;
+    let absurd = || prop_oneof![Just(u32::MAX), Just(u32::MAX - 1), 2_u32..2000];
+    prop_oneof![
+        12 => (n(), n(), any::<bool>()).prop_map(|(node, controller, silent)| Step::Connect(node, controller, silent)),
+        4 => n().prop_map(Step::Break),
+        20 => n().prop_map(Step::GoOn),
+        8 => n().prop_map(Step::Read),
+        14 => n().prop_map(Step::Work),
+        5 => n().prop_map(Step::Fail),
+        14 => (n(), prop::bool::weighted(0.15)).prop_map(|(node, lost)| Step::Say(node, lost)),
+        4 => (n(), 1_u8..).prop_map(|(node, bytes)| Step::Tell(node, bytes)),
+        3 => (n(), absurd()).prop_map(|(node, by)| Step::Lie(node, by)),
+        10 => (n(), prop::bool::weighted(0.8)).prop_map(|(node, new)| Step::Boot(node, new)),
+        1 => n().prop_map(Step::PowerCut),
+        1 => n().prop_map(Step::Restart),
+    ]
+}
+
+fn controllers() -> impl Strategy<Value = Step> {
+    let n = any::<u8>;
+    prop_oneof![
+        16 => (n(), prop_oneof![4 => 0_u16..5, 2 => 60_u16..200, 1 => 1000_u16..5000])
+            .prop_map(|(controller, seconds)| Step::Round(controller, seconds)),
+        2 => prop_oneof![3 => Just(0_u16), 2 => 600_u16..3000].prop_map(Step::Listen),
+        1 => n().prop_map(Step::Kill),
+        2 => n().prop_map(Step::Start),
+        1 => any::<i16>().prop_map(|by| Step::Jump(by % 120)),
+    ]
+}
+
+fn troubles() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => Just(Step::LoseAnswer),
+        3 => Just(Step::CutBefore),
+        1 => Just(Step::Fill),
+        4 => Just(Step::Empty),
+        6 => Just(Step::Save),
+        8 => Just(Step::Restore),
+    ]
+}
+
+pub(super) fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![5 => operators(), 16 => nodes(), 6 => controllers(), 3 => troubles()]
+}
