@@ -191,8 +191,7 @@ mod tests {
 
     #[test]
     fn what_could_leave_a_path_or_a_line_is_no_id() {
-        for bad in ["", "nodes/", ".", "..", "-x", "a/b", "nodes/nodes/a", "a b", "a\n", "a\0", "é", &"x".repeat(64)]
-        {
+        for bad in ["", "nodes/", ".", "..", "-x", "a/b", "nodes/nodes/a", "a b", "a\n", "a\0", "é", &"x".repeat(64)] {
             assert!(NodeId::parse(bad).is_err(), "{bad:?} was taken");
         }
         assert!(NodeId::parse(&"x".repeat(63)).is_ok(), "a label of DNS");

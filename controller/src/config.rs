@@ -261,7 +261,7 @@ mod tests {
     fn operators_certificates_are_not_taken_for_the_controllers() {
         let dir = tempfile::tempdir().unwrap();
         let (data, own, theirs) = (dir.path().join("data"), dir.path().join("own"), dir.path().join("theirs"));
-        let now = chrono::DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
         // An empty folder, and one that is not there yet, become the controller's own.
         assert_eq!(certs(&own, &data, None), own);
         Pki::open(&data, &own, &[], now, DateTime::UNIX_EPOCH).unwrap();

@@ -79,7 +79,10 @@ pub use fault::{DatabaseError, Fault};
 pub use fires::{AdvanceOutcome, FailedFire, FireQuery, FireRow, LastFire};
 pub use keys::{KeyState, PendingKey};
 pub use logs::{LogRow, SentLog};
-pub use nodes::{Ailment, Board, CardLayout, Condition, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome, UpdateRefusal};
+pub use nodes::{
+    Ailment, Board, CardLayout, Condition, DeleteNodeOutcome, NodeQuery, NodeRow, System, UpdateNodeOutcome,
+    UpdateRefusal,
+};
 pub use operations::{CreateOutcome, NewOperation, OperationQuery, OperationRow, Origin, RequestKey};
 pub use powered_off::PoweredOff;
 pub use progress::ProgressRow;

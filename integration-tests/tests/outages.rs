@@ -52,9 +52,11 @@ async fn node_whose_journal_cannot_be_written_says_so_and_recovers() -> Result<(
         assert_eq!(execution.error.context("no error")?.reason, "JOURNAL_NOT_WRITABLE");
         assert_eq!(execution.attempt, 1, "it is given once");
     }
-    wait_until(seconds(30), "it is shown ill", async || {
-        Ok((ills(&fleet, &id).await? == [Type::Journal]).then_some(()))
-    })
+    wait_until(
+        seconds(30),
+        "it is shown ill",
+        async || Ok((ills(&fleet, &id).await? == [Type::Journal]).then_some(())),
+    )
     .await?;
     assert!(fleet.node(&id).await?.connected);
     assert_eq!(pi.boots()?, 1);

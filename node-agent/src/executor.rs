@@ -436,7 +436,9 @@ fn sentence(reason: &str) -> &'static str {
             "the installation before failed, and somebody has a shell on the node's console (policy = \"shell\"): the node \
              takes work again when that shell ends"
         }
-        NO_CONTROLLER => "the installer heard no controller say that the update stands, and left the old system as it was",
+        NO_CONTROLLER => {
+            "the installer heard no controller say that the update stands, and left the old system as it was"
+        }
         CALLED_OFF => "the controller gave it up while the node was away, so it was not gone on with",
         ONLY_IMAGES => "the node is in its installer, which takes only updates with an image",
         _ => "it cannot be done",

@@ -23,11 +23,11 @@ pub mod virtual_pi;
 
 pub(crate) use disk::{make_read_only, make_writable};
 
+use crate::health::{Ailment, Condition};
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
-pub use scheduled::{Scheduled, Standing};
-use crate::health::{Ailment, Condition};
 use rooted::Rooted;
+pub use scheduled::{Scheduled, Standing};
 
 /// A state folder needs room for a journal and its successor.
 const STATE_ROOM: u64 = 1 << 20;

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use chrono::{DateTime, Utc};
 use ipnet::IpNet;
-use marco_proto::names::{NODE_ID_MAX, JoinTokenId, NodeId};
+use marco_proto::names::{JoinTokenId, NODE_ID_MAX, NodeId};
 
 use super::connection::{Connection, Transaction};
 use super::keys::{self, CAME_BACK, KeyState, NEW_KEY, Shown};

@@ -146,7 +146,8 @@ impl Store {
 
     async fn prune_certificates_once(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
         let tx = self.begin().await?;
-        let gone = sql("DELETE FROM certificates WHERE not_after < ?").time(earlier(now, FORGOTTEN_AFTER)).run(&*tx).await?;
+        let gone =
+            sql("DELETE FROM certificates WHERE not_after < ?").time(earlier(now, FORGOTTEN_AFTER)).run(&*tx).await?;
         self.commit(tx).await?;
         Ok(gone)
     }

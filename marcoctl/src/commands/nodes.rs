@@ -4,7 +4,8 @@ use chrono::{DateTime, Utc};
 use marco_proto::v1::node::State;
 use marco_proto::v1::{
     ApproveNodeRequest, DeleteNodeRequest, GetNodeRequest, ListNodesRequest, ListNodesResponse, Node, NodeCondition,
-    NodeFilter, QuarantineNodeRequest, ResolveNodeRequest, UpdateNodeRequest, WatchNodesRequest, resolve_node_request::Decision,
+    NodeFilter, QuarantineNodeRequest, ResolveNodeRequest, UpdateNodeRequest, WatchNodesRequest,
+    resolve_node_request::Decision,
 };
 use prost_types::FieldMask;
 

@@ -134,8 +134,8 @@ fn parse(texts: &[String]) -> Result<Vec<Address>, InvalidAddress> {
 mod tests {
     use super::{Connection, Way};
     use crate::bootpart::{InstallJob, Instruction, Prefix};
-    use crate::system::{Reboot, System as _};
     use crate::system::virtual_pi::tests::Powered;
+    use crate::system::{Reboot, System as _};
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn installer_begins_with_the_controllers_of_its_job() {

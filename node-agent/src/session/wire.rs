@@ -30,10 +30,8 @@ impl Facts<'_> {
     /// Its system, and the reason why it would refuse an update.
     pub(super) fn system(&self) -> System {
         let node = self.node;
-        let refusal = |refusal: &Refusal| UpdateRefusal {
-            reason: refusal.reason.to_owned(),
-            message: refusal.message.clone(),
-        };
+        let refusal =
+            |refusal: &Refusal| UpdateRefusal { reason: refusal.reason.to_owned(), message: refusal.message.clone() };
         System {
             kernel_arch: node.kernel_arch.clone(),
             userspace_arch: node.userspace_arch.clone(),

@@ -1,8 +1,8 @@
 //! The power of a virtual Pi: what boots, runs and goes down, and when.
 
-use std::sync::atomic::Ordering;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;

@@ -175,7 +175,7 @@ async fn on_a_loop_device_sectors_that_cannot_be_read_are_a_refusal() {
     assert!(matches!(&found, Contents::Unreadable(why) if why.contains("os error 5")), "{found:?}");
     assert_eq!(reason(kept::decide(disk, &settings, IMAGE, Begun::default()).await), Some("PARTITION_UNREADABLE"));
     // The end of it alone is enough: a member of a RAID says there what it is.
-    fs::File::options().write(true).open(&file).unwrap().set_len((root.start + root.sectors) * 512 - 8192).unwrap();
+    File::options().write(true).open(&file).unwrap().set_len((root.start + root.sectors) * 512 - 8192).unwrap();
     let found = probe(&disk.partition(2)).await;
     assert!(matches!(found, Contents::Unreadable(_)), "{found:?}");
 }
