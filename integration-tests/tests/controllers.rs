@@ -17,9 +17,10 @@ use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation::State as OperationState;
+use marco_proto::v1::operation_service_client::OperationServiceClient;
 use marco_proto::v1::{
-    ListEventsRequest, ListNodesRequest, Operation, QuarantineNodeRequest, Rollout, WatchNodesRequest,
-    WatchOperationRequest, WatchOperationResponse,
+    CancelOperationRequest, CreateOperationRequest, ListEventsRequest, ListNodesRequest, Operation,
+    QuarantineNodeRequest, Rollout, WatchNodesRequest, WatchOperationRequest, WatchOperationResponse,
 };
 use tokio::task::JoinHandle;
 use tonic::Code;
@@ -399,27 +400,29 @@ async fn controllers_that_share_their_folders_share_the_bytes() -> Result<()> {
 /// Cancels that come at any moment of an operation, on two controllers: what is said in the end is what the Pi did.
 #[tokio::test]
 async fn whoever_wins_a_race_against_a_cancel_the_final_state_is_what_the_pi_did() -> Result<()> {
-    const ROUNDS: u64 = 5;
+    const ROUNDS: usize = 5;
     let mut fleet = shared(2, 10, true).await?;
     let ids = fleet.ids().await?;
     let mut outcomes = [0, 0];
     for round in 0..ROUNDS {
-        let mut operations = Vec::new();
-        for id in &ids {
-            operations.push((fleet.create(reboot(&[id], Duration::from_millis(400))).await?, id.clone()));
-        }
-        fleet.talk_to(usize::try_from(round % 2)?)?;
-        let cancels = operations.iter().zip(0_u32..).map(|((operation, _), number)| {
-            let fleet = &fleet;
+        // One controller is asked to begin, the other to cancel.
+        let begins = OperationServiceClient::new(fleet.channel_of(round % 2)?);
+        let ends = OperationServiceClient::new(fleet.channel_of((round + 1) % 2)?);
+        let races = ids.iter().zip(0_u32..).map(|(id, number)| {
+            let (mut begins, mut ends) = (begins.clone(), ends.clone());
             async move {
+                let operation = Some(reboot(&[id], Duration::from_millis(400)));
+                let request = CreateOperationRequest { operation, ..CreateOperationRequest::default() };
+                let operation = begins.create_operation(request).await?.into_inner();
                 // Spread over the notice: the first before anything has begun, the last when all is over.
                 let when = Duration::from_millis(100) * number;
                 tokio::time::timeout(when, std::future::pending::<()>()).await.ok();
-                fleet.cancel(&operation.name).await
+                // One that comes after the end is refused, which is right.
+                ends.cancel_operation(CancelOperationRequest { name: operation.name.clone() }).await.ok();
+                anyhow::Ok((operation, id.clone()))
             }
         });
-        // One that comes after the end is refused, which is right.
-        futures_util::future::join_all(cancels).await;
+        let operations = futures_util::future::try_join_all(races).await?;
         for (operation, id) in &operations {
             let name = execution_name(operation, id);
             let (fleet, pi) = (&fleet, fleet.pi(id));

@@ -69,10 +69,10 @@ async fn events_are_read_by_cursor_while_more_of_them_come() -> Result<()> {
 
 #[tokio::test]
 async fn a_late_node_is_explained_on_one_screen_given_up_and_its_late_truth_still_counts() -> Result<()> {
-    let mut fleet = Fleet::builder().pis(1).own_clocks().start().await?;
+    let mut fleet = Fleet::builder().pis(1).own_clocks().shutdown_time(seconds(6)).start().await?;
     let id = fleet.ids().await?.remove(0);
     let created = fleet.create(reboot(&[&id], seconds(8))).await?;
-    let name = execution_name(&created, &id);
+    let mut name = execution_name(&created, &id);
     fleet
         .execution_becomes(&created.name, &id, seconds(20), "waiting for the notice", |execution| {
             execution.phase == "waiting for the notice to pass"
@@ -97,6 +97,21 @@ async fn a_late_node_is_explained_on_one_screen_given_up_and_its_late_truth_stil
     fleet.ends(&created.name, seconds(20), OperationState::Failed).await?;
     let given_up = fleet.execution(&created.name, &id).await?;
     assert_eq!(given_up.error.context("no error")?.reason, "NEVER_RETURNED");
+    // Back within its notice, it hears that this was given up, and does nothing.
+    fleet.start_agents()?;
+    fleet.all_connected().await?;
+
+    // One that was on its way down tells how that ended, however late.
+    let created = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
+    let given_up = std::mem::replace(&mut name, execution_name(&created, &id));
+    let pi = fleet.pi(&id);
+    wait_until(seconds(30), "the Pi goes down", async || Ok((pi.reboots(&name)? > 0).then_some(()))).await?;
+    assert_eq!(pi.reboots(&given_up)?, 0, "it was given up");
+    fleet.kill_agents().await?;
+    fleet.jump_clock(0, 7200)?;
+    fleet.execution_becomes(&created.name, &id, seconds(120), "overdue", |execution| execution.overdue).await?;
+    marcoctl(&fleet, &["operations", "abandon", &created.name, &id]).await?.success()?;
+    fleet.ends(&created.name, seconds(20), OperationState::Failed).await?;
     fleet.start_agents()?;
     let heard = wait_until(seconds(90), "the node tells how it ended", async || {
         let execution = fleet.execution(&created.name, &id).await?;

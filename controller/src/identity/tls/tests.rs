@@ -50,8 +50,7 @@ struct House {
 fn house() -> House {
     let start: DateTime<Utc> = "2026-05-01T12:00:00Z".parse().unwrap();
     let dir = tempfile::tempdir().unwrap();
-    let pki = Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &[], start, DateTime::UNIX_EPOCH)
-        .unwrap();
+    let pki = Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &[], start, DateTime::UNIX_EPOCH).unwrap();
     House { _dir: dir, pki, clock: Arc::new(ManualClock::new(start)) }
 }
 

@@ -1,7 +1,7 @@
 //! With superblocks that real programs wrote (`superblocks/README`): as files, and, where the kernel lets us, as partitions
 //! of a loop device.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
