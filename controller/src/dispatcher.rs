@@ -68,11 +68,7 @@ impl Dispatcher {
                 // A store that is away ends the round before the sign of life: the beat failed, it does not stand still.
                 self.pulses.beat.beat(&done);
             }
-            let away = matches!(done, Err(StoreError::Unavailable(_)));
-            if away {
-                // Neither could nodes be heard nor other controllers give a sign of life.
-                self.store.interrupt_watch();
-            }
+            let away = is_away(&done);
             if sweep && !away {
                 swept = Some(tokio::time::Instant::now());
             }
@@ -110,6 +106,15 @@ impl Dispatcher {
     /// early: what one step cannot do must not keep the others from being done.
     #[tracing::instrument(level = "debug", skip_all, name = "round")]
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
+        let done = self.steps(sweep).await;
+        if is_away(&done) {
+            // Neither could nodes be heard nor other controllers give a sign of life.
+            self.store.interrupt_watch();
+        }
+        done
+    }
+
+    async fn steps(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
         let listening = self.store.keep_watch(now);
         let mut failed = None;
@@ -219,6 +224,11 @@ impl Dispatcher {
         }
         Ok(())
     }
+}
+
+/// Whether a round ended because the store is away. One that met other transactions' locks has heard the nodes.
+fn is_away(done: &Result<(), StoreError>) -> bool {
+    matches!(done, Err(error @ StoreError::Unavailable(_)) if !error.is_contention())
 }
 
 /// What a step did; nothing where it failed, for a reason that is kept if it is the first: other transactions' locks, for

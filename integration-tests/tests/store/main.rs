@@ -23,6 +23,7 @@ mod power_off;
 mod recorded;
 mod reports;
 mod rollouts;
+mod rounds;
 mod schedules;
 mod sessions;
 mod silence;
@@ -141,6 +142,9 @@ on_both!(
         a_node_has_its_day_from_when_it_was_found_overdue,
         nobody_is_judged_while_a_report_waits,
         other_controllers_get_the_time_to_beat_again;
+    rounds:
+        an_overdue_node_is_asked_what_became_of_it,
+        a_sweep_cancels_what_waits_for_a_deleted_node;
     windows:
         nothing_is_begun_while_the_window_is_closed,
         what_was_not_begun_in_a_window_waits_for_the_next,
