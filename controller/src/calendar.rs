@@ -86,9 +86,9 @@ mod tests {
         words.windows(3).any(|three| {
             let [left, operator, right] = three else { return false };
             let left = left.trim_matches(|c: char| !c.is_alphanumeric() && c != '_');
-            let left = left.rsplit('.').next().unwrap_or_default();
+            let left = left.rsplit(['.', '(', '|']).next().unwrap_or_default();
             let right = right.trim_start_matches(['&', '(']);
-            let date = ["now", "time", "instant", "begins", "opens", "until"].contains(&left)
+            let date = ["now", "time", "instant", "begins", "opens", "until", "last"].contains(&left)
                 || ["_time", "_at", "_fire"].iter().any(|ending| left.ends_with(ending));
             let length = right.starts_with("TimeDelta") || right.starts_with("chrono::TimeDelta");
             let difference = right.starts_with('*') || right.starts_with("opened");
@@ -101,6 +101,7 @@ mod tests {
         assert!(moves_a_date("let limit = now - PATIENCE;"));
         assert!(moves_a_date("    expire_time: opens + schedule.expire_after,"));
         assert!(moves_a_date("x = earliest + TimeDelta::seconds(1);"));
+        assert!(moves_a_date("    .time(now + WORTH_REPEATING)") && moves_a_date("last.map(|last| last + EVERY)"));
         assert!(!moves_a_date("let count = left - 1; // now - 1"));
         let mut files = Vec::new();
         sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);

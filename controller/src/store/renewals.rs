@@ -7,6 +7,7 @@ use super::connection::Connection;
 use super::keys::{self, CAME_BACK, KeyState, Shown};
 use super::sql::sql;
 use super::{CertificateRow, Store, StoreError, audit, certificates};
+use crate::calendar::{earlier, later};
 use crate::operation::NodeState;
 
 /// A node is renewed at most once in this time: it asks every 15 days, and whoever asks all the time fills the disk.
@@ -101,7 +102,7 @@ impl Store {
         }
         // A renewal that lies in the future was of a clock that was wrong: its certificate is not valid yet.
         let last = row.maybe_time("renew_time")?.filter(|last| *last <= now);
-        if let Some(again) = last.map(|last| last + RENEWED_EVERY).filter(|again| *again > now) {
+        if let Some(again) = last.map(|last| later(last, RENEWED_EVERY)).filter(|again| *again > now) {
             return Ok(RenewOutcome::TooSoon { again });
         }
         let new_key = wish.new_key_sha256.as_str();
@@ -132,7 +133,7 @@ impl Store {
     /// Forgets certificates that prove nothing any more; returns how many.
     pub async fn prune_certificates(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
         let tx = self.begin().await?;
-        let gone = sql("DELETE FROM certificates WHERE not_after < ?").time(now - FORGOTTEN_AFTER).run(&*tx).await?;
+        let gone = sql("DELETE FROM certificates WHERE not_after < ?").time(earlier(now, FORGOTTEN_AFTER)).run(&*tx).await?;
         self.commit(tx).await?;
         Ok(gone)
     }
@@ -152,7 +153,7 @@ pub(super) async fn answer(
     .bind(given_for)
     .bind(key)
     .time(now)
-    .time(now + WORTH_REPEATING)
+    .time(later(now, WORTH_REPEATING))
     .one(tx)
     .await?;
     row.map(|row| row.text("pem")).transpose()
