@@ -271,6 +271,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_found_of_an_older_session_does_not_end_the_present_one() {
+        let sessions = Sessions::default();
+        let handle = sessions.open(&node(), 2, "a").unwrap();
+        sessions.end_one(&node(), 1, End::Lost);
+        assert_eq!(*handle.end.borrow(), None, "the picture is older than the session");
+        sessions.end_one(&node(), 2, End::Lost);
+        assert_eq!(*handle.end.borrow(), Some(End::Lost));
+    }
+
+    #[test]
     fn a_session_that_does_not_read_is_cut() {
         let sessions = Sessions::default();
         let handle = sessions.open(&node(), 1, "a").unwrap();
