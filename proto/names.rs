@@ -15,6 +15,8 @@ pub const METRICS_PORT: u16 = 9346;
 pub const CONTROLLER_TLS_NAME: &str = "controller.marco.internal";
 /// Longest id, in bytes.
 pub const ID_MAX: usize = 128;
+/// Longest id of a node, in bytes: it becomes a host name, which is a label of DNS (RFC 1035, section 2.3.4).
+pub const NODE_ID_MAX: usize = 63;
 /// Bytes of an artifact's chunk, the unit in which downloads are checked.
 pub const CHUNK_SIZE: u32 = 4 * 1024 * 1024;
 /// Bytes of one message of an upload or download: large enough to be cheap, small enough not to hold up the stream.
@@ -42,14 +44,17 @@ impl fmt::Display for InvalidName {
 
 impl std::error::Error for InvalidName {}
 
-fn is_id(text: &str) -> bool {
-    text.len() <= ID_MAX
+fn is_id(text: &str, longest: usize) -> bool {
+    text.len() <= longest
         && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident, $collection:literal, $wanted:literal) => {
+        id!($(#[$doc])* $name, $collection, ID_MAX, $wanted);
+    };
+    ($(#[$doc:meta])* $name:ident, $collection:literal, $longest:expr, $wanted:literal) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub struct $name(String);
@@ -58,7 +63,7 @@ macro_rules! id {
             /// Reads an id or a full resource name.
             pub fn parse(text: &str) -> Result<Self, InvalidName> {
                 let id = text.strip_prefix(concat!($collection, "/")).unwrap_or(text);
-                if is_id(id) {
+                if is_id(id, $longest) {
                     Ok(Self(id.to_owned()))
                 } else {
                     Err(InvalidName { text: text.to_owned(), wanted: $wanted })
@@ -93,8 +98,8 @@ macro_rules! id {
 
 id!(
     /// Id of a node; its name is `nodes/{id}`.
-    NodeId, "nodes",
-    "a node name: nodes/ID, where ID is 1 to 128 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
+    NodeId, "nodes", NODE_ID_MAX,
+    "a node name: nodes/ID, where ID is 1 to 63 letters, digits, dots, underscores or hyphens and begins with a letter or digit"
 );
 id!(
     /// Id of an operation, a UUID of version 7; its name is `operations/{id}`.
@@ -176,7 +181,7 @@ impl FromStr for ExecutionId {
 
 #[cfg(test)]
 mod tests {
-    use super::{ExecutionId, NodeId};
+    use super::{ArtifactId, ExecutionId, NodeId};
 
     #[test]
     fn an_id_and_its_full_name_are_the_same() {
@@ -186,10 +191,12 @@ mod tests {
 
     #[test]
     fn what_could_leave_a_path_or_a_line_is_no_id() {
-        for bad in ["", "nodes/", ".", "..", "-x", "a/b", "nodes/nodes/a", "a b", "a\n", "a\0", "é", &"x".repeat(129)]
+        for bad in ["", "nodes/", ".", "..", "-x", "a/b", "nodes/nodes/a", "a b", "a\n", "a\0", "é", &"x".repeat(64)]
         {
             assert!(NodeId::parse(bad).is_err(), "{bad:?} was taken");
         }
+        assert!(NodeId::parse(&"x".repeat(63)).is_ok(), "a label of DNS");
+        assert!(ArtifactId::parse(&"x".repeat(128)).is_ok() && ArtifactId::parse(&"x".repeat(129)).is_err());
     }
 
     #[test]

@@ -28,6 +28,7 @@ fn account_of_the_doors_is_that_of_the_program() {
         ("calls at a time on a connection whose credential was accepted", MAX_CONCURRENT_STREAMS.to_string()),
         ("open calls of one node, besides its sessions", callers::OF_A_NODE.to_string()),
         ("open calls of one person", callers::OF_A_PERSON.to_string()),
+        ("calls with one credential that ask the database at a time whether it counts", callers::LOOKUPS.to_string()),
         ("messages of one caller that are being received, 1 MiB each", callers::RECEIVING.to_string()),
         ("downloads in all", downloads::ALL.to_string()),
         ("downloads of one node", downloads::OF_A_NODE.to_string()),

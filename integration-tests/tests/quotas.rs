@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep};
 /// Files that the system lets the controller have open here.
 const FILES: usize = 2048;
 /// Connections that each peer holds at a time: more than any peer is given.
-const CONNECTIONS: usize = 200;
+const CONNECTIONS: usize = 150;
 /// Calls that it tries to open on each.
 const STREAMS: usize = 160;
 /// What one kind of peer may make the controller hold, in bytes of memory: `docs/security.md`, "All together".

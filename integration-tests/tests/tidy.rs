@@ -258,6 +258,32 @@ fn what_belongs_to_one_place_stays_there() -> Result<()> {
     Ok(())
 }
 
+/// Postgres ends a transaction for the sake of another one (`40001`, `40P01`); whoever began it does it again.
+#[test]
+fn every_transaction_of_the_store_is_one_that_is_done_again() -> Result<()> {
+    let (mut begun, mut found) = (0, Vec::new());
+    for source in sources("controller")?.iter().filter(|source| source.module() == "store") {
+        for (at, _) in source.code.match_indices("self.begin()") {
+            begun += 1;
+            let before = source.code.get(..at).unwrap_or_default();
+            let name = before.rsplit_once("fn ").and_then(|(_, rest)| rest.split(['(', '<']).next());
+            if !name.is_some_and(|name| name.ends_with("_once")) {
+                found.push(format!("{}: {name:?}", source.path.display()));
+            }
+        }
+        for (at, _) in source.code.match_indices("_once(") {
+            let before = source.code.get(..at).unwrap_or_default();
+            let line = before.lines().next_back().unwrap_or_default();
+            if line.contains("pub") {
+                found.push(format!("{}: others call {line}", source.path.display()));
+            }
+        }
+    }
+    assert!(begun > 50, "{begun} were found");
+    assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
 #[test]
 fn files_are_short_and_lie_where_their_names_say() -> Result<()> {
     let root = workspace();

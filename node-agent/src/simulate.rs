@@ -168,7 +168,7 @@ mod tests {
     use std::path::PathBuf;
     use std::time::Duration;
 
-    use marco_proto::names::ID_MAX;
+    use marco_proto::names::NODE_ID_MAX;
 
     use super::Simulation;
     use crate::run::Connection;
@@ -183,7 +183,7 @@ mod tests {
     #[test]
     fn prefix_stays_below_its_folder() {
         // The number takes two more.
-        let (longest, too_long) = ("x".repeat(ID_MAX - 2), "x".repeat(ID_MAX - 1));
+        let (longest, too_long) = ("x".repeat(NODE_ID_MAX - 2), "x".repeat(NODE_ID_MAX - 1));
         assert!(simulation(2, &longest).check_prefix().is_ok());
         for bad in ["../", "a/../../b", "/etc/", "nodes/pi-", "pi 1", ".", "-", "p\u{ef}-", &too_long] {
             let error = simulation(2, bad).check_prefix().unwrap_err();

@@ -1,7 +1,7 @@
 //! `EnrollmentService`: on a listener of its own, for callers without a certificate.
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use chrono::SecondsFormat;
@@ -87,7 +87,7 @@ impl Enrollments {
         let now = self.context.clock.now();
         let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board, address };
         let ca = &self.context.ca;
-        let mut issued = None;
+        let issued = Mutex::new(None);
         // The certificate is issued inside the transaction that takes the token, for the id that the node gets there.
         let outcome = self
             .context
@@ -95,7 +95,7 @@ impl Enrollments {
             .enrol(&enrolment, now, |node, generation| {
                 by(record, node);
                 let certificate = ca.issue_node(&request.certificate_request, node, now).ok()?;
-                issued = Some(certificate.pem.clone());
+                *lock(&issued) = Some(certificate.pem.clone());
                 Some(row(certificate, node, generation))
             })
             .await?;
@@ -105,7 +105,7 @@ impl Enrollments {
                 asked.silent = true;
                 (node, held, Some(pem))
             }
-            EnrolOutcome::Admitted { node, held, .. } => (node, held, issued),
+            EnrolOutcome::Admitted { node, held, .. } => (node, held, lock(&issued).take()),
             EnrolOutcome::NotIssued => return Err(ApiError::Internal("no certificate was issued".to_owned())),
             EnrolOutcome::Refused(refusal) => {
                 asked.why = refusal.why;
@@ -139,14 +139,14 @@ impl Enrollments {
             origin: from.ip().to_string(),
         };
         by(record, &wish.node);
-        let mut issued = None;
+        let issued = Mutex::new(None);
         let renewed = self.context.store.renew_certificate(&wish, now, |generation| {
             let certificate = ca.issue_node(&request.certificate_request, &wish.node, now).ok()?;
-            issued = Some(certificate.pem.clone());
+            *lock(&issued) = Some(certificate.pem.clone());
             Some(row(certificate, &wish.node, generation))
         });
         let certificate = match renewed.await? {
-            RenewOutcome::Renewed => issued,
+            RenewOutcome::Renewed => lock(&issued).take(),
             RenewOutcome::Again(pem) => {
                 // Nothing is written for it, and so it is limited and not recorded.
                 self.refused.take(source(from.ip()), now);
@@ -221,6 +221,10 @@ impl Enrollments {
 }
 
 /// Notes which node calls, and on whom it is therefore called.
+fn lock<T>(issued: &Mutex<T>) -> MutexGuard<'_, T> {
+    issued.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn by(record: &Record, node: &NodeId) {
     record.edit(|row| {
         row.actor = node.name();

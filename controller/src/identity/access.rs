@@ -11,7 +11,7 @@ use marco_proto::names::{ApiTokenId, UserId};
 use tokio_util::sync::CancellationToken;
 
 use super::api_tokens::ApiSecret;
-use super::callers::{Callers, OpenCall};
+use super::callers::{Callers, Credential, OpenCall};
 use super::peer_log::{cut, of_peer};
 use super::record::Recorder;
 use super::roles::{self, Role};
@@ -145,7 +145,10 @@ impl Access {
 
     async fn by_token(&self, text: &str, peer: &PeerInfo) -> Result<Caller, Denied> {
         let secret = ApiSecret::from_metadata(text).ok_or(Denied::BadToken)?;
-        let row = self.store.api_token_of(&secret.sha256()).await?;
+        let row = {
+            let _turn = self.callers.lookup(Credential::TokenFrom(peer.addr.ip())).await;
+            self.store.api_token_of(&secret.sha256()).await?
+        };
         let row = row.filter(|row| row.works(self.clock.now())).ok_or(Denied::BadToken)?;
         Ok(Caller {
             name: row.id.name(),
@@ -195,6 +198,7 @@ impl Access {
     }
 
     async fn standing(&self, serial: &str) -> Result<Option<Standing>, StoreError> {
+        let _turn = self.callers.lookup(Credential::Certificate(serial.to_owned())).await;
         Ok(self.store.standings(&[serial.to_owned()]).await?.pop())
     }
 

@@ -1,7 +1,9 @@
 //! How many calls one caller has open at a time, whatever it calls: what it does not read is kept for it, and what it sends
-//! by halves too.
+//! by halves too. Before that, how many of them ask the database at a time who it is: its connections are for everybody.
 
 use std::collections::HashMap;
+use std::hash::Hash;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -20,11 +22,50 @@ pub const RECEIVING: usize = 8;
 pub const WAITING: usize = 512;
 /// How long such a call waits.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Calls with one credential that ask the database at a time whether it counts. One connection of HTTP/2 opens a hundred
+/// calls at once, and all that wait for the database are before the next caller's.
+pub const LOOKUPS: usize = 2;
+
+/// Values by key, each for as long as somebody uses it.
+#[derive(Debug)]
+struct InUse<K, V>(Mutex<HashMap<K, Weak<V>>>);
+
+impl<K, V> Default for InUse<K, V> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<K: Eq + Hash, V> InUse<K, V> {
+    fn of(&self, key: K, new: impl FnOnce() -> V) -> Arc<V> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = known.get(&key).and_then(Weak::upgrade) {
+            return value;
+        }
+        // Those that nobody uses are forgotten when the map would grow.
+        if known.len() == known.capacity() {
+            known.retain(|_, value| value.strong_count() > 0);
+        }
+        let value = Arc::new(new());
+        known.insert(key, Arc::downgrade(&value));
+        value
+    }
+}
 
 /// The calls of all callers.
 #[derive(Debug, Default)]
 pub(super) struct Callers {
-    known: Mutex<HashMap<(Role, String), Weak<Quota>>>,
+    known: InUse<(Role, String), Quota>,
+    lookups: InUse<Credential, Semaphore>,
+}
+
+/// By what a caller is known before it is looked up.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Credential {
+    /// A certificate of the CA, by its serial number.
+    Certificate(String),
+    /// A token that may be anything, by who shows it.
+    TokenFrom(IpAddr),
 }
 
 /// The calls of one caller.
@@ -37,23 +78,18 @@ struct Quota {
 
 impl Callers {
     fn quota(&self, caller: &Caller) -> Arc<Quota> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (caller.role, caller.name.clone());
-        if let Some(quota) = known.get(&key).and_then(Weak::upgrade) {
-            return quota;
-        }
-        // Callers without an open call are forgotten when the map would grow.
-        if known.len() == known.capacity() {
-            known.retain(|_, quota| quota.strong_count() > 0);
-        }
         let open = if caller.role == Role::Node { OF_A_NODE } else { OF_A_PERSON };
-        let quota = Arc::new(Quota {
+        self.known.of((caller.role, caller.name.clone()), || Quota {
             open: Arc::new(Semaphore::new(open)),
             receiving: Arc::new(Semaphore::new(RECEIVING)),
             waiting: Arc::new(Semaphore::new(open + WAITING)),
-        });
-        known.insert(key, Arc::downgrade(&quota));
-        quota
+        })
+    }
+
+    /// Waits until this credential may be looked up, which is until the answer is dropped. Dropping the wait loses nothing.
+    pub(super) async fn lookup(&self, credential: Credential) -> Option<OwnedSemaphorePermit> {
+        // `None`: never, because nobody closes it.
+        self.lookups.of(credential, || Semaphore::new(LOOKUPS)).acquire_owned().await.ok()
     }
 
     /// Begins a call; `None`: the caller has too many open and none of them ended in time.
@@ -87,7 +123,7 @@ mod tests {
 
     use futures_util::FutureExt as _;
 
-    use super::{Callers, OF_A_NODE, RECEIVING, WAITING};
+    use super::{Callers, Credential, LOOKUPS, OF_A_NODE, RECEIVING, WAITING};
     use crate::identity::roles::Role;
     use crate::identity::{Caller, Pass};
     use crate::store::Scope;
@@ -121,12 +157,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn one_credential_is_looked_up_few_times_at_once_whoever_else_is() {
+        let callers = Callers::default();
+        let certificate = |serial: &str| Credential::Certificate(serial.to_owned());
+        let greedy: Vec<Credential> = vec![certificate("01"), Credential::TokenFrom("192.0.2.1".parse().unwrap())];
+        let mut held = Vec::new();
+        for credential in &greedy {
+            for _ in 0..LOOKUPS {
+                held.push(callers.lookup(credential.clone()).await.unwrap());
+            }
+            assert!(callers.lookup(credential.clone()).now_or_never().is_none(), "{credential:?}");
+        }
+        for other in [certificate("02"), Credential::TokenFrom("192.0.2.2".parse().unwrap())] {
+            assert!(callers.lookup(other).now_or_never().is_some());
+        }
+        held.clear();
+        assert!(greedy.into_iter().all(|credential| callers.lookup(credential).now_or_never().is_some()));
+    }
+
+    #[tokio::test]
     async fn half_sent_messages_are_few_and_callers_are_forgotten() {
         let callers = Callers::default();
         for number in 0..1000 {
             drop(callers.begin(&caller(Role::Viewer, &number.to_string())).await);
         }
-        assert!(callers.known.lock().unwrap().len() < 1000);
+        assert!(callers.known.0.lock().unwrap().len() < 1000);
         let admin = caller(Role::Admin, "admin");
         let call = callers.begin(&admin).await.unwrap();
         let mut halves = Vec::new();

@@ -36,6 +36,10 @@ impl ApiTokenRow {
 impl Store {
     /// Stores a token under the SHA-256 of its secret; false when its id is taken.
     pub async fn create_api_token(&self, row: &ApiTokenRow, secret_sha256: &str) -> Result<bool, StoreError> {
+        self.again(|| self.create_api_token_once(row, secret_sha256)).await
+    }
+
+    async fn create_api_token_once(&self, row: &ApiTokenRow, secret_sha256: &str) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let inserted =
             sql("INSERT INTO api_tokens (id, secret_sha256, role, selector, expire_time, create_time, creator) \
@@ -85,6 +89,14 @@ impl Store {
 
     /// Makes a token useless; `None`: no such token.
     pub async fn revoke_api_token(
+        &self,
+        id: &ApiTokenId,
+        now: DateTime<Utc>,
+    ) -> Result<Option<ApiTokenRow>, StoreError> {
+        self.again(|| self.revoke_api_token_once(id, now)).await
+    }
+
+    async fn revoke_api_token_once(
         &self,
         id: &ApiTokenId,
         now: DateTime<Utc>,

@@ -31,6 +31,15 @@ impl Store {
         fingerprint: Option<&str>,
         now: DateTime<Utc>,
     ) -> Result<ApproveOutcome, StoreError> {
+        self.again(|| self.approve_once(id, fingerprint, now)).await
+    }
+
+    async fn approve_once(
+        &self,
+        id: &NodeId,
+        fingerprint: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> Result<ApproveOutcome, StoreError> {
         let tx = self.begin().await?;
         let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
         let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else {

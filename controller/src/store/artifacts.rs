@@ -132,6 +132,10 @@ impl Store {
     /// Stores an artifact, or moves its name to other bytes. Returns the digest that nobody needs any more, if the
     /// name left one behind; its bytes are to be removed by the caller.
     pub async fn put_artifact(&self, row: &ArtifactRow) -> Result<Option<String>, StoreError> {
+        self.again(|| self.put_artifact_once(row)).await
+    }
+
+    async fn put_artifact_once(&self, row: &ArtifactRow) -> Result<Option<String>, StoreError> {
         let tx = self.begin().await?;
         let before = hold(&tx, &row.id).await?;
         sql("INSERT INTO blobs (sha256, kind, purpose, size, chunk_size, chunk_sha256, unpacked_bytes, entries, \
@@ -222,6 +226,10 @@ impl Store {
 
     /// Removes a name, unless an unfinished operation needs it.
     pub async fn delete_artifact(&self, id: &ArtifactId) -> Result<DeleteArtifactOutcome, StoreError> {
+        self.again(|| self.delete_artifact_once(id)).await
+    }
+
+    async fn delete_artifact_once(&self, id: &ArtifactId) -> Result<DeleteArtifactOutcome, StoreError> {
         let tx = self.begin().await?;
         let Some(sha256) = hold(&tx, id).await? else { return Ok(DeleteArtifactOutcome::NotFound) };
         let users =
@@ -243,6 +251,10 @@ impl Store {
     /// Makes it the default of its kind and purpose for a board family; empty or `*`: for any board. `None`: no such
     /// artifact.
     pub async fn set_default(&self, id: &ArtifactId, board: &str) -> Result<Option<ArtifactRow>, StoreError> {
+        self.again(|| self.set_default_once(id, board)).await
+    }
+
+    async fn set_default_once(&self, id: &ArtifactId, board: &str) -> Result<Option<ArtifactRow>, StoreError> {
         let tx = self.begin().await?;
         sql("INSERT INTO artifact_defaults (board, kind, purpose, artifact) \
              SELECT ?, kind, purpose, id FROM artifacts WHERE id = ? \
@@ -258,6 +270,10 @@ impl Store {
 
     /// Opens a name to the file mirror, or closes it again. `None`: no such artifact.
     pub async fn open_artifact(&self, id: &ArtifactId, open: bool) -> Result<Option<ArtifactRow>, StoreError> {
+        self.again(|| self.open_artifact_once(id, open)).await
+    }
+
+    async fn open_artifact_once(&self, id: &ArtifactId, open: bool) -> Result<Option<ArtifactRow>, StoreError> {
         let tx = self.begin().await?;
         sql("UPDATE artifacts SET open_to_mirror = ? WHERE id = ?").bind(open).bind(id.as_str()).run(&*tx).await?;
         let row = find(&*tx, id).await?;
@@ -329,6 +345,10 @@ impl Store {
 
     /// Keeps what an image says about itself; false when its bytes are gone.
     pub async fn put_facts(&self, sha256: &str, facts: &str) -> Result<bool, StoreError> {
+        self.again(|| self.put_facts_once(sha256, facts)).await
+    }
+
+    async fn put_facts_once(&self, sha256: &str, facts: &str) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let changed = sql("UPDATE blobs SET facts = ? WHERE sha256 = ?").bind(facts).bind(sha256).run(&*tx).await? == 1;
         self.commit(tx).await?;
@@ -347,6 +367,10 @@ impl Store {
     /// Forgets bytes that no name and no unfinished operation needs, and returns their digests; the caller removes the
     /// files.
     pub async fn sweep_blobs(&self) -> Result<Vec<String>, StoreError> {
+        self.again(|| self.sweep_blobs_once()).await
+    }
+
+    async fn sweep_blobs_once(&self) -> Result<Vec<String>, StoreError> {
         let tx = self.begin().await?;
         let mut swept = Vec::new();
         for row in sql("SELECT sha256 FROM blobs WHERE NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.sha256 = \

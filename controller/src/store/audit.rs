@@ -138,6 +138,10 @@ pub(super) async fn insert(tx: &impl Connection, row: &AuditRow) -> Result<(), S
 impl Store {
     /// Appends a call that changed nothing.
     pub async fn record_audit(&self, row: &AuditRow) -> Result<(), StoreError> {
+        self.again(|| self.record_audit_once(row)).await
+    }
+
+    async fn record_audit_once(&self, row: &AuditRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         insert(&*tx, row).await?;
         // Nobody waits for it, so there is no hint.

@@ -87,6 +87,10 @@ pub struct Standing {
 impl Store {
     /// Stores a certificate (one that is not issued by `enrol`).
     pub async fn insert_certificate(&self, row: &CertificateRow) -> Result<(), StoreError> {
+        self.again(|| self.insert_certificate_once(row)).await
+    }
+
+    async fn insert_certificate_once(&self, row: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         insert(&*tx, row).await?;
         self.commit(tx).await
@@ -120,6 +124,14 @@ impl Store {
 
     /// Makes a certificate useless, and with a node's the key that it certifies; `None`: no such certificate.
     pub async fn revoke_certificate(
+        &self,
+        serial: &str,
+        now: DateTime<Utc>,
+    ) -> Result<Option<StoredCertificate>, StoreError> {
+        self.again(|| self.revoke_certificate_once(serial, now)).await
+    }
+
+    async fn revoke_certificate_once(
         &self,
         serial: &str,
         now: DateTime<Utc>,
@@ -194,6 +206,10 @@ impl Store {
 
     /// Revokes every certificate of a node; returns how many.
     pub async fn revoke_certificates_of(&self, node: &NodeId, now: DateTime<Utc>) -> Result<u64, StoreError> {
+        self.again(|| self.revoke_certificates_of_once(node, now)).await
+    }
+
+    async fn revoke_certificates_of_once(&self, node: &NodeId, now: DateTime<Utc>) -> Result<u64, StoreError> {
         let tx = self.begin().await?;
         let revoked = sql("UPDATE certificates SET revoke_time = ? WHERE node = ? AND revoke_time IS NULL")
             .time(now)

@@ -93,13 +93,13 @@ impl Store {
         now: DateTime<Utc>,
         taken: &mut Vec<Assignment>,
     ) -> Result<Vec<ExecutionId>, StoreError> {
-        match self.take(controller_id, sessions, found, locks, now, taken).await {
+        match self.take_once(controller_id, sessions, found, locks, now, taken).await {
             Err(StoreError::Refused(_) | StoreError::Unknown { .. }) => {}
             done => return done,
         }
         let mut locked = Vec::new();
         for id in found {
-            match self.take(controller_id, sessions, std::slice::from_ref(id), locks, now, taken).await {
+            match self.take_once(controller_id, sessions, std::slice::from_ref(id), locks, now, taken).await {
                 Ok(left) => locked.extend(left),
                 Err(error) if error.is_duplicate() => {}
                 Err(error @ (StoreError::Refused(_) | StoreError::Unknown { .. })) => {
@@ -149,7 +149,7 @@ impl Store {
 
     /// Assigns those of these executions that still are the first due ones of their nodes, and returns those that are
     /// locked.
-    async fn take(
+    async fn take_once(
         &self,
         controller_id: &str,
         sessions: &[Session<'_>],

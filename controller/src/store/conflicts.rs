@@ -231,6 +231,16 @@ impl Store {
         actor: &str,
         now: DateTime<Utc>,
     ) -> Result<ResolveOutcome, StoreError> {
+        self.again(|| self.resolve_once(node, decision, actor, now)).await
+    }
+
+    async fn resolve_once(
+        &self,
+        node: &NodeId,
+        decision: Decision,
+        actor: &str,
+        now: DateTime<Utc>,
+    ) -> Result<ResolveOutcome, StoreError> {
         let tx = self.begin().await?;
         if sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(node.as_str()).one(&*tx).await?.is_none() {
             return Ok(ResolveOutcome::NotFound);

@@ -34,6 +34,10 @@ impl Store {
     /// Gives a sign of life of a controller; due every 5 s. Times of controllers are the database's where it has a clock;
     /// SQLite has none, and one controller.
     pub async fn beat(&self, controller_id: &str, address: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
+        self.again(|| self.beat_once(controller_id, address, now)).await
+    }
+
+    async fn beat_once(&self, controller_id: &str, address: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         let time = self.time_of_controllers(now);
         sql(&format!(

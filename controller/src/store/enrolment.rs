@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use chrono::{DateTime, Utc};
 use ipnet::IpNet;
-use marco_proto::names::{ID_MAX, JoinTokenId, NodeId};
+use marco_proto::names::{NODE_ID_MAX, JoinTokenId, NodeId};
 
 use super::connection::{Connection, Transaction};
 use super::keys::{self, CAME_BACK, KeyState, NEW_KEY, Shown};
@@ -65,7 +65,16 @@ impl Store {
         &self,
         wish: &Enrolment,
         now: DateTime<Utc>,
-        issue: impl FnOnce(&NodeId, i64) -> Option<CertificateRow> + Send,
+        issue: impl Fn(&NodeId, i64) -> Option<CertificateRow> + Send + Sync,
+    ) -> Result<EnrolOutcome, StoreError> {
+        self.again(|| self.enrol_once(wish, now, &issue)).await
+    }
+
+    async fn enrol_once(
+        &self,
+        wish: &Enrolment,
+        now: DateTime<Utc>,
+        issue: &(impl Fn(&NodeId, i64) -> Option<CertificateRow> + Send + Sync),
     ) -> Result<EnrolOutcome, StoreError> {
         let tx = self.begin().await?;
         // Written to be held: two that use it at once come one after the other.
@@ -337,7 +346,7 @@ async fn free_id(tx: &impl Connection, wish: &Enrolment, serial: &str) -> Result
             NodeId::parse(&wanted)
         } else {
             let suffix = format!("-{number}");
-            let kept: String = wanted.chars().take(ID_MAX.saturating_sub(suffix.len())).collect();
+            let kept: String = wanted.chars().take(NODE_ID_MAX.saturating_sub(suffix.len())).collect();
             NodeId::parse(&format!("{kept}{suffix}"))
         }
         .map_err(invalid)?;

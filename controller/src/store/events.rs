@@ -35,6 +35,10 @@ impl Store {
     /// Removes the events, and what nodes logged, of operations that ended before a time, and tells of how many
     /// operations. The operations stay, and so do the numbers: an event that comes late gets the next one.
     pub async fn prune_events(&self, ended_before: DateTime<Utc>) -> Result<u64, StoreError> {
+        self.again(|| self.prune_events_once(ended_before)).await
+    }
+
+    async fn prune_events_once(&self, ended_before: DateTime<Utc>) -> Result<u64, StoreError> {
         let mut pruned = 0;
         loop {
             let old = sql("SELECT id FROM operations WHERE finish_time < ? \

@@ -27,6 +27,10 @@ impl Store {
     /// Credentials that expire within 14 days, that nobody was warned of, and that no later one of the same owner has
     /// taken the place of. They count as warned of from now on, at every controller.
     pub async fn newly_expiring(&self, now: DateTime<Utc>) -> Result<Vec<Expiring>, StoreError> {
+        self.again(|| self.newly_expiring_once(now)).await
+    }
+
+    async fn newly_expiring_once(&self, now: DateTime<Utc>) -> Result<Vec<Expiring>, StoreError> {
         let soon = later(now, WARNED_BEFORE);
         let tx = self.begin().await?;
         let mut found = Vec::new();

@@ -183,6 +183,15 @@ impl Store {
         failed: &FailedFire,
         now: DateTime<Utc>,
     ) -> Result<bool, StoreError> {
+        self.again(|| self.fail_fire_once(seen, failed, now)).await
+    }
+
+    async fn fail_fire_once(
+        &self,
+        seen: &ScheduleRow,
+        failed: &FailedFire,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let moved = sql("UPDATE schedules SET next_fire = ?, last_fire = ?, failures = failures + 1, failure = ?, \
                          paused = (paused OR ?), pause_reason = CASE WHEN ? THEN ? ELSE pause_reason END, \
@@ -212,6 +221,10 @@ impl Store {
     /// Moves the next instant of a schedule that is still to come, because the rules of its zone, or how its expression
     /// is read, are others than when it was stored; false: the schedule was changed meanwhile.
     pub async fn move_next_fire(&self, seen: &ScheduleRow, next: Option<DateTime<Utc>>) -> Result<bool, StoreError> {
+        self.again(|| self.move_next_fire_once(seen, next)).await
+    }
+
+    async fn move_next_fire_once(&self, seen: &ScheduleRow, next: Option<DateTime<Utc>>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let moved = sql("UPDATE schedules SET next_fire = ?, revision = revision + 1 \
                          WHERE id = ? AND revision = ? AND next_fire = ?")

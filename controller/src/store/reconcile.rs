@@ -111,6 +111,16 @@ impl Store {
         epoch: i64,
         now: DateTime<Utc>,
     ) -> Result<bool, StoreError> {
+        self.again(|| self.not_held_once(id, busy_with, epoch, now)).await
+    }
+
+    async fn not_held_once(
+        &self,
+        id: &ExecutionId,
+        busy_with: Option<&ReportRow>,
+        epoch: i64,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let Some(holder) = hold_node(&tx, &id.node, epoch).await? else { return Ok(false) };
         lock(&*tx, [&id.operation].into_iter().chain(busy_with.map(|other| &other.execution.operation))).await?;

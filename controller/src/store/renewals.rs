@@ -65,7 +65,16 @@ impl Store {
         &self,
         wish: &Renewal,
         now: DateTime<Utc>,
-        issue: impl FnOnce(i64) -> Option<CertificateRow> + Send,
+        issue: impl Fn(i64) -> Option<CertificateRow> + Send + Sync,
+    ) -> Result<RenewOutcome, StoreError> {
+        self.again(|| self.renew_certificate_once(wish, now, &issue)).await
+    }
+
+    async fn renew_certificate_once(
+        &self,
+        wish: &Renewal,
+        now: DateTime<Utc>,
+        issue: &(impl Fn(i64) -> Option<CertificateRow> + Send + Sync),
     ) -> Result<RenewOutcome, StoreError> {
         let tx = self.begin().await?;
         // The node first, as in every transaction: whoever approves or deletes it holds it, and then revokes.
@@ -132,6 +141,10 @@ impl Store {
 
     /// Forgets certificates that prove nothing any more; returns how many.
     pub async fn prune_certificates(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
+        self.again(|| self.prune_certificates_once(now)).await
+    }
+
+    async fn prune_certificates_once(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
         let tx = self.begin().await?;
         let gone = sql("DELETE FROM certificates WHERE not_after < ?").time(earlier(now, FORGOTTEN_AFTER)).run(&*tx).await?;
         self.commit(tx).await?;

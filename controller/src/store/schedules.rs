@@ -73,6 +73,10 @@ pub struct ScheduleRow {
 impl Store {
     /// Stores a schedule; false when its id is taken.
     pub async fn create_schedule(&self, new: &ScheduleRow) -> Result<bool, StoreError> {
+        self.again(|| self.create_schedule_once(new)).await
+    }
+
+    async fn create_schedule_once(&self, new: &ScheduleRow) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let inserted = sql("INSERT INTO schedules (id, cron, time_zone, template, missed_fire, overlap, jitter, \
              expire_after, paused, pause_reason, creator, scope, create_time, update_time, next_fire) \
@@ -116,6 +120,10 @@ impl Store {
 
     /// Changes what recurs and when, unless the schedule has changed since it was read; false when it has.
     pub async fn update_schedule(&self, row: &ScheduleRow, now: DateTime<Utc>) -> Result<bool, StoreError> {
+        self.again(|| self.update_schedule_once(row, now)).await
+    }
+
+    async fn update_schedule_once(&self, row: &ScheduleRow, now: DateTime<Utc>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let changed = sql("UPDATE schedules SET cron = ?, time_zone = ?, template = ?, missed_fire = ?, overlap = ?, \
              jitter = ?, expire_after = ?, scope = ?, next_fire = ?, update_time = ?, revision = revision + 1 \
@@ -147,6 +155,15 @@ impl Store {
         reason: &str,
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
+        self.again(|| self.pause_schedule_once(id, reason, now)).await
+    }
+
+    async fn pause_schedule_once(
+        &self,
+        id: &ScheduleId,
+        reason: &str,
+        now: DateTime<Utc>,
+    ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
         let changed = sql(
             "UPDATE schedules SET paused = ?, pause_reason = ?, update_time = ?, revision = revision + 1 WHERE id = ?",
@@ -169,6 +186,15 @@ impl Store {
         next: Option<DateTime<Utc>>,
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
+        self.again(|| self.resume_schedule_once(id, next, now)).await
+    }
+
+    async fn resume_schedule_once(
+        &self,
+        id: &ScheduleId,
+        next: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
         let changed = sql("UPDATE schedules SET paused = ?, pause_reason = '', failures = 0, failure = '', \
              next_fire = COALESCE(next_fire, CAST(? AS BIGINT)), update_time = ?, revision = revision + 1 WHERE id = ?")
@@ -184,6 +210,10 @@ impl Store {
 
     /// Removes a schedule and its fires; false when there is none.
     pub async fn delete_schedule(&self, id: &ScheduleId) -> Result<bool, StoreError> {
+        self.again(|| self.delete_schedule_once(id)).await
+    }
+
+    async fn delete_schedule_once(&self, id: &ScheduleId) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         let deleted = sql("DELETE FROM schedules WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         self.commit_if(deleted == 1, tx).await?;

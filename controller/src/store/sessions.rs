@@ -199,6 +199,10 @@ impl Store {
     /// Stores the last words of an agent that ends because its machine powers off, under the session in which they were
     /// said; tells whether they were about such a power-off.
     pub async fn say_goodbye(&self, id: &ExecutionId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
+        self.again(|| self.say_goodbye_once(id, epoch, now)).await
+    }
+
+    async fn say_goodbye_once(&self, id: &ExecutionId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
         if hold_node(&tx, &id.node, epoch).await?.is_none() {
             return Ok(false);
@@ -226,6 +230,10 @@ impl Store {
 
     /// Notes that these nodes, whose sessions the controller holds, were heard of.
     pub async fn touch(&self, controller_id: &str, nodes: &[NodeId], now: DateTime<Utc>) -> Result<(), StoreError> {
+        self.again(|| self.touch_once(controller_id, nodes, now)).await
+    }
+
+    async fn touch_once(&self, controller_id: &str, nodes: &[NodeId], now: DateTime<Utc>) -> Result<(), StoreError> {
         if nodes.is_empty() {
             return Ok(());
         }
@@ -265,6 +273,16 @@ impl Store {
 
     /// Stores changed facts of the system of a node; tells whether the session is still the node's.
     pub async fn update_system(
+        &self,
+        node: &NodeId,
+        epoch: i64,
+        system: &System,
+        now: DateTime<Utc>,
+    ) -> Result<bool, StoreError> {
+        self.again(|| self.update_system_once(node, epoch, system, now)).await
+    }
+
+    async fn update_system_once(
         &self,
         node: &NodeId,
         epoch: i64,

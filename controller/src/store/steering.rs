@@ -56,7 +56,7 @@ impl Store {
         actor: &str,
         now: DateTime<Utc>,
     ) -> Result<SteerOutcome, StoreError> {
-        let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
+        let Some((tx, from)) = self.hold_once(id).await? else { return Ok(SteerOutcome::NotFound) };
         let so_already = matches!(from, OperationState::Cancelling | OperationState::Cancelled);
         let to = match self.legal(from.cancel(), so_already, id, &tx).await? {
             Ok(to) => to,
@@ -106,7 +106,7 @@ impl Store {
         reason: &str,
         now: DateTime<Utc>,
     ) -> Result<SteerOutcome, StoreError> {
-        let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
+        let Some((tx, from)) = self.hold_once(id).await? else { return Ok(SteerOutcome::NotFound) };
         let to = match self.legal(from.pause(), from == OperationState::Paused, id, &tx).await? {
             Ok(to) => to,
             Err(outcome) => return Ok(outcome),
@@ -121,7 +121,7 @@ impl Store {
     }
 
     async fn resume_once(&self, id: &OperationId, actor: &str, now: DateTime<Utc>) -> Result<SteerOutcome, StoreError> {
-        let Some((tx, from)) = self.hold(id).await? else { return Ok(SteerOutcome::NotFound) };
+        let Some((tx, from)) = self.hold_once(id).await? else { return Ok(SteerOutcome::NotFound) };
         let due = sql("SELECT id FROM operations WHERE id = ? AND schedule_time <= ?")
             .bind(id.as_str())
             .time(now)
@@ -154,7 +154,7 @@ impl Store {
         actor: &str,
         now: DateTime<Utc>,
     ) -> Result<AbandonOutcome, StoreError> {
-        let Some((tx, _)) = self.hold(&id.operation).await? else { return Ok(AbandonOutcome::NotFound) };
+        let Some((tx, _)) = self.hold_once(&id.operation).await? else { return Ok(AbandonOutcome::NotFound) };
         let Some(row) = executions::find(&*tx, id).await? else { return Ok(AbandonOutcome::NotFound) };
         if row.state.is_final() {
             return Ok(AbandonOutcome::Final(row));
@@ -171,7 +171,7 @@ impl Store {
     }
 
     /// Begins a transaction that holds an operation.
-    async fn hold(&self, id: &OperationId) -> Result<Option<(Tx, OperationState)>, StoreError> {
+    async fn hold_once(&self, id: &OperationId) -> Result<Option<(Tx, OperationState)>, StoreError> {
         let tx = self.begin().await?;
         Ok(lock(&*tx, [id]).await?.pop().map(|(_, state)| (tx, state)))
     }

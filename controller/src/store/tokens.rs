@@ -67,6 +67,10 @@ pub struct TokenRow {
 impl Store {
     /// Stores a token.
     pub async fn create_token(&self, new: &NewToken, now: DateTime<Utc>) -> Result<TokenRow, StoreError> {
+        self.again(|| self.create_token_once(new, now)).await
+    }
+
+    async fn create_token_once(&self, new: &NewToken, now: DateTime<Utc>) -> Result<TokenRow, StoreError> {
         let tx = self.begin().await?;
         sql("INSERT INTO tokens (id, secret_sha256, max_uses, expire_time, create_time, creator, require_approval, \
              labels, cidrs, serials, nodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
@@ -104,6 +108,10 @@ impl Store {
 
     /// Makes a token useless, and tells who is left without a way in; `None`: no such token.
     pub async fn revoke_token(&self, id: &JoinTokenId) -> Result<Option<(TokenRow, Stranded)>, StoreError> {
+        self.again(|| self.revoke_token_once(id)).await
+    }
+
+    async fn revoke_token_once(&self, id: &JoinTokenId) -> Result<Option<(TokenRow, Stranded)>, StoreError> {
         let tx = self.begin().await?;
         sql("UPDATE tokens SET revoked = TRUE WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         let Some(row) = find(&*tx, id).await? else { return Ok(None) };

@@ -55,6 +55,14 @@ impl Store {
         user: &UserRow,
         certificate: &CertificateRow,
     ) -> Result<CreateUserOutcome, StoreError> {
+        self.again(|| self.create_user_once(user, certificate)).await
+    }
+
+    async fn create_user_once(
+        &self,
+        user: &UserRow,
+        certificate: &CertificateRow,
+    ) -> Result<CreateUserOutcome, StoreError> {
         let tx = self.begin().await?;
         if let Claim::Refused(why) = names::take(&*tx, names::Kind::User, user.id.as_str()).await? {
             return Ok(CreateUserOutcome::NameTaken(why));
@@ -83,6 +91,10 @@ impl Store {
     /// Notes a certificate that the CA issued before anybody noted it, and its user, as far as they are not known. One of a
     /// user that is shut out is revoked with its others: it does not come back to life with a user of that name.
     pub async fn enter_certificate(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
+        self.again(|| self.enter_certificate_once(user, certificate)).await
+    }
+
+    async fn enter_certificate_once(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         // The CA's key vouches for it, whoever else has the name.
         names::take(&*tx, names::Kind::User, user.id.as_str()).await?;
@@ -128,6 +140,15 @@ impl Store {
         role: &str,
         scope: &Scope,
     ) -> Result<UpdateUserOutcome, StoreError> {
+        self.again(|| self.update_user_once(before, role, scope)).await
+    }
+
+    async fn update_user_once(
+        &self,
+        before: &UserRow,
+        role: &str,
+        scope: &Scope,
+    ) -> Result<UpdateUserOutcome, StoreError> {
         let tx = self.begin().await?;
         let changed = sql("UPDATE users SET role = ?, selector = ? \
                            WHERE id = ? AND revoke_time IS NULL AND role = ? AND selector = ?")
@@ -154,6 +175,10 @@ impl Store {
 
     /// Shuts a user out, with its certificates; `None`: no such user.
     pub async fn revoke_user(&self, id: &UserId, now: DateTime<Utc>) -> Result<Option<UserRow>, StoreError> {
+        self.again(|| self.revoke_user_once(id, now)).await
+    }
+
+    async fn revoke_user_once(&self, id: &UserId, now: DateTime<Utc>) -> Result<Option<UserRow>, StoreError> {
         let tx = self.begin().await?;
         sql("UPDATE users SET revoke_time = COALESCE(revoke_time, ?) WHERE id = ?")
             .time(now)

@@ -98,9 +98,9 @@ async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
             // One that is a stranger until its first call was answered.
             raw::call(&nobody.channel(api)?, LIST_NODES, Vec::new(), Some(&token)).await.context("the service")?;
             fleet.enrol_by_hand(&format!("pi-{number}"), false).await.context("a node was kept out")?;
-            // 128 of one address at each listener, those that shake hands, and the controller's own.
+            // At each of two listeners 128 of one address, and on a busy machine 256 that shake hands; and the controller's own.
             let files = fleet.files(0)?;
-            assert!(files < 500, "{files} files are open");
+            assert!(files < 2 * (128 + 256) + 64, "{files} files are open");
         }
         anyhow::Ok(())
     };

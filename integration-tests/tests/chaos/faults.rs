@@ -14,7 +14,7 @@ use super::CONTROLLERS;
 
 /// What is done. The first faults are these in turn, then they come at random, up to three at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+pub(crate) enum Kind {
     Kill,
     Freeze,
     FreezeInTransaction,
@@ -31,10 +31,12 @@ enum Kind {
     ClockMinutes,
     ClockHour,
     SessionsCut,
+    AgentsBlackHole,
+    AgentsLatency,
     AgentsKilled,
 }
 
-const KINDS: [Kind; 17] = [
+pub(crate) const KINDS: [Kind; 19] = [
     Kind::AnswerToCommitLost,
     Kind::Kill,
     Kind::FreezeInTransaction,
@@ -46,13 +48,17 @@ const KINDS: [Kind; 17] = [
     Kind::ReadOnly,
     Kind::Freeze,
     Kind::SessionsCut,
+    Kind::AgentsLatency,
     Kind::Restart,
     Kind::ConnectionsTaken,
     Kind::BlackHoleUp,
     Kind::AgentsKilled,
     Kind::ClockHour,
+    Kind::AgentsBlackHole,
     Kind::FailOver,
 ];
+/// How long a controller stands still: below every limit, beyond those of transactions and sessions, beyond all of them.
+const FREEZES: [Duration; 3] = [seconds(5), seconds(40), seconds(180)];
 
 /// A fault that is under way.
 struct Active {
@@ -74,10 +80,12 @@ pub(crate) struct Chaos {
     active: Vec<Active>,
     injected: BTreeMap<Kind, usize>,
     calm_since: Instant,
+    /// No fault lasts longer, so that a short run has several.
+    longest: Duration,
 }
 
 impl Chaos {
-    pub(crate) fn new(fleet: Fleet, postgres: Postgres, url: String, dice: Dice) -> Self {
+    pub(crate) fn new(fleet: Fleet, postgres: Postgres, url: String, dice: Dice, length: Duration) -> Self {
         Self {
             fleet,
             postgres,
@@ -87,7 +95,12 @@ impl Chaos {
             active: Vec::new(),
             injected: BTreeMap::new(),
             calm_since: Instant::now(),
+            longest: length / 3,
         }
+    }
+
+    fn freeze_time(&mut self) -> Duration {
+        FREEZES.get(self.dice.below(FREEZES.len())).copied().unwrap_or_default().min(self.longest)
     }
 
     pub(crate) fn postgres(&self) -> &Postgres {
@@ -115,10 +128,11 @@ impl Chaos {
         if self.active.iter().any(|fault| is_of_everybody(fault.kind)) {
             self.calm_since = now;
         }
-        if self.active.len() >= 3 || self.dice.below(3) > 0 {
+        let missing = KINDS.iter().copied().find(|kind| !self.injected.contains_key(kind));
+        // A short run has every kind, too.
+        if self.active.len() >= 3 || missing.is_none() && self.dice.below(3) > 0 {
             return Ok(());
         }
-        let missing = KINDS.iter().copied().find(|kind| !self.injected.contains_key(kind));
         let any = KINDS.get(self.dice.below(KINDS.len())).copied().unwrap_or(Kind::Kill);
         let kind = missing.unwrap_or(any);
         let controller = self.dice.below(CONTROLLERS);
@@ -141,11 +155,11 @@ impl Chaos {
         match kind {
             Kind::Kill => self.fleet.kill(controller).await?,
             Kind::Freeze => {
-                lasts = [seconds(5), seconds(40)].get(self.dice.below(2)).copied().unwrap_or(lasts);
+                lasts = self.freeze_time();
                 self.fleet.freeze(controller).await?;
             }
             Kind::FreezeInTransaction => {
-                lasts = seconds(25);
+                lasts = self.freeze_time();
                 self.freeze_in_transaction(controller).await?;
             }
             Kind::HostGone => {
@@ -180,7 +194,8 @@ impl Chaos {
             }
             Kind::ConnectionsTaken => {
                 for _ in 0..self.postgres.connections_left(&self.url)? {
-                    holders.push(self.postgres.session(&self.url, "SELECT pg_sleep(60)")?);
+                    // A server notices that its client is gone only when it answers: these end by themselves.
+                    holders.push(self.postgres.session(&self.url, "SELECT pg_sleep(5)")?);
                 }
             }
             Kind::ReadOnly => self.read_only(true)?,
@@ -201,6 +216,17 @@ impl Chaos {
                 self.fleet.jump_clock(controller, if self.dice.below(2) == 0 { 3600 } else { -3600 })?;
             }
             Kind::SessionsCut => self.fleet.proxy().drop_connections(),
+            Kind::AgentsBlackHole => {
+                lasts = seconds(8);
+                let direction = if self.dice.below(2) == 0 { Direction::Up } else { Direction::Down };
+                self.fleet.proxy().hold(direction);
+            }
+            Kind::AgentsLatency => {
+                lasts = seconds(8);
+                for direction in [Direction::Up, Direction::Down] {
+                    self.fleet.proxy().delay(direction, Duration::from_millis(50));
+                }
+            }
             Kind::AgentsKilled => {
                 self.fleet.kill_agents().await?;
                 lasts = seconds(2);
@@ -246,6 +272,12 @@ impl Chaos {
             Kind::ReadOnly => self.read_only(false)?,
             Kind::Restart => self.postgres.resume()?,
             Kind::ClockMinutes | Kind::ClockHour => self.fleet.jump_clock(controller, 0)?,
+            Kind::AgentsBlackHole | Kind::AgentsLatency => {
+                for direction in [Direction::Up, Direction::Down] {
+                    self.fleet.proxy().release(direction);
+                    self.fleet.proxy().delay(direction, Duration::ZERO);
+                }
+            }
             Kind::AgentsKilled => self.fleet.start_agents()?,
             Kind::RowsLocked | Kind::ConnectionsTaken | Kind::FailOver | Kind::SessionsCut => {}
         }
@@ -330,6 +362,20 @@ fn is_of_one(kind: Kind) -> bool {
 
 /// Whether it is done to the database or to the agents, so that no controller can work.
 fn is_of_everybody(kind: Kind) -> bool {
-    use Kind::{AgentsKilled, ConnectionsTaken, FailOver, ReadOnly, Restart, RowsLocked, SessionsCut};
-    matches!(kind, RowsLocked | ConnectionsTaken | ReadOnly | Restart | FailOver | AgentsKilled | SessionsCut)
+    use Kind::{
+        AgentsBlackHole, AgentsKilled, AgentsLatency, ConnectionsTaken, FailOver, ReadOnly, Restart, RowsLocked,
+        SessionsCut,
+    };
+    matches!(
+        kind,
+        RowsLocked
+            | ConnectionsTaken
+            | ReadOnly
+            | Restart
+            | FailOver
+            | SessionsCut
+            | AgentsBlackHole
+            | AgentsLatency
+            | AgentsKilled
+    )
 }

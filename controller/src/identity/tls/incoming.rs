@@ -135,9 +135,10 @@ async fn shake_hands(
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first()).and_then(PeerCertificate::read);
     let http2 = only_http2 || session.alpn_protocol() == Some(b"h2");
-    let connection = Arc::new(Connection::new(begun, guard.places.enter(addr.ip())));
+    let connection = Arc::new(Connection::new(begun, guard.places.arrive(addr.ip())));
     let peer = PeerInfo { addr, certificate: certificate.map(Arc::new), connection };
     guard.look_at(&peer).await;
+    peer.connection.place.enter();
     Ok(TlsConn::new(stream, peer, http2))
 }
 

@@ -86,6 +86,8 @@ pub struct Places {
 #[derive(Debug, Default)]
 struct Taken {
     next: u64,
+    /// Those whose certificate is being looked up. They count among the handshakes.
+    arriving: HashMap<u64, (IpAddr, CancellationToken)>,
     /// By number, and so the oldest first.
     strangers: BTreeMap<u64, (IpAddr, CancellationToken)>,
     addresses: HashMap<IpAddr, BTreeSet<u64>>,
@@ -102,6 +104,11 @@ enum Kind {
 }
 
 impl Taken {
+    fn remove_unknown(&mut self, number: u64) -> Option<CancellationToken> {
+        let arriving = self.arriving.remove(&number).map(|(_, end)| end);
+        arriving.or_else(|| self.remove_stranger(number))
+    }
+
     fn remove_stranger(&mut self, number: u64) -> Option<CancellationToken> {
         let (address, end) = self.strangers.remove(&number)?;
         if let Some(numbers) = self.addresses.get_mut(&address) {
@@ -146,10 +153,22 @@ impl Places {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place among the strangers. At a limit the oldest of them gives way: of this address, else of all.
-    pub(super) fn enter(self: &Arc<Self>, address: IpAddr) -> Place {
+    /// The place of a connection that ends its handshake. It is nobody's yet: among the strangers a crowd that comes from
+    /// the same address would push an operator out while the certificate is looked up.
+    pub(super) fn arrive(self: &Arc<Self>, address: IpAddr) -> Place {
         let (address, end) = (source(address), CancellationToken::new());
         let mut taken = self.taken();
+        let number = taken.next;
+        taken.next += 1;
+        taken.arriving.insert(number, (address, end.clone()));
+        Place::new(number, end, Some(Arc::clone(self)))
+    }
+
+    /// A place among the strangers, unless its credential was accepted meanwhile. At a limit the oldest of them gives way:
+    /// of this address, else of all.
+    fn enter(&self, number: u64) {
+        let mut taken = self.taken();
+        let Some((address, end)) = taken.arriving.remove(&number) else { return };
         let own = taken.addresses.get(&address);
         let oldest = match own {
             Some(own) if own.len() >= self.limits.strangers_of_one => own.first().copied(),
@@ -159,11 +178,8 @@ impl Places {
         if let Some(old) = oldest.and_then(|oldest| taken.remove_stranger(oldest)) {
             old.cancel();
         }
-        let number = taken.next;
-        taken.next += 1;
-        taken.strangers.insert(number, (address, end.clone()));
+        taken.strangers.insert(number, (address, end));
         taken.addresses.entry(address).or_default().insert(number);
-        Place::new(number, end, Some(Arc::clone(self)))
     }
 
     /// Counts a stranger's connection for its caller from now on. The caller's oldest one gives way; where all callers of
@@ -171,7 +187,7 @@ impl Places {
     fn accept(&self, number: u64, caller: &(Kind, String)) {
         let mut taken = self.taken();
         // Absent: it gave way a moment ago.
-        let Some(end) = taken.remove_stranger(number) else { return };
+        let Some(end) = taken.remove_unknown(number) else { return };
         let (most, of_one) = match caller.0 {
             Kind::Node => (self.limits.nodes, OF_A_NODE),
             Kind::Person => (self.limits.people, OF_A_PERSON),
@@ -223,6 +239,13 @@ impl Place {
         }
     }
 
+    /// The certificate, if there is one, was looked up.
+    pub(super) fn enter(&self) {
+        if let Some(places) = &self.places {
+            places.enter(self.number);
+        }
+    }
+
     pub(super) fn is_accepted(&self) -> bool {
         self.accepted.load(Ordering::Acquire)
     }
@@ -269,7 +292,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let Some(places) = &self.places else { return };
         let mut taken = places.taken();
-        taken.remove_stranger(self.number);
+        taken.remove_unknown(self.number);
         if let Some(caller) = self.caller.get_mut().unwrap_or_else(PoisonError::into_inner) {
             taken.remove_of(caller, self.number);
         }

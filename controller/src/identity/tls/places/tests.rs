@@ -8,7 +8,9 @@ use crate::identity::roles::Role;
 const LIMITS: Limits = Limits { handshakes: 10, strangers: 6, strangers_of_one: 4, nodes: 20, people: 2 };
 
 fn enter(places: &Arc<Places>, address: &str) -> Place {
-    places.enter(address.parse().unwrap())
+    let place = places.arrive(address.parse().unwrap());
+    place.enter();
+    place
 }
 
 fn ended(places: &[Place]) -> Vec<bool> {
@@ -38,6 +40,24 @@ fn accepted_connection_gives_way_to_no_stranger() {
     let strangers: Vec<Place> = (0..100).map(|_| enter(&places, "10.0.0.1")).collect();
     assert!(admin.is_accepted() && !admin.end.is_cancelled());
     assert_eq!(ended(&strangers).iter().filter(|ended| !**ended).count(), LIMITS.strangers_of_one);
+}
+
+#[test]
+fn crowd_of_strangers_pushes_out_nobody_who_is_being_looked_up() {
+    let places = Places::new(LIMITS);
+    let (admin, late) = (places.arrive("10.0.0.1".parse().unwrap()), places.arrive("10.0.0.1".parse().unwrap()));
+    let strangers: Vec<Place> = (0..100).map(|_| enter(&places, "10.0.0.1")).collect();
+    admin.accept(Role::Admin, "admin");
+    for place in [&admin, &late] {
+        place.enter();
+        assert!(!place.end.is_cancelled());
+    }
+    // Not found in time, it is a stranger's like any other.
+    let more: Vec<Place> = (0..100).map(|_| enter(&places, "10.0.0.1")).collect();
+    assert!(!admin.end.is_cancelled() && late.end.is_cancelled());
+    drop((strangers, more, late, places.arrive("10.0.0.1".parse().unwrap())));
+    let taken = places.taken();
+    assert!(taken.arriving.is_empty() && taken.strangers.is_empty(), "{taken:?}");
 }
 
 #[test]
