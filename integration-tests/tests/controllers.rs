@@ -338,6 +338,18 @@ async fn what_others_could_read_is_private_from_the_next_start() -> Result<()> {
         let mode = std::fs::metadata(fleet.data().join(name))?.permissions().mode();
         assert_eq!(mode & 0o077, 0, "{name} has mode {mode:o}");
     }
+    // Files that it makes from now on are private from the start.
+    let image = make_image(fleet.dir(), "private", Compression::Gzip)?;
+    push(&mut fleet.artifacts(), "private", Kind::Image, Purpose::Unspecified, &image).await?;
+    let mut made = 0;
+    for shard in std::fs::read_dir(fleet.data().join("artifacts/sha256"))? {
+        for blob in std::fs::read_dir(shard?.path())? {
+            let mode = blob?.metadata()?.permissions().mode();
+            assert_eq!(mode & 0o077, 0, "a stored image has mode {mode:o}");
+            made += 1;
+        }
+    }
+    assert_eq!(made, 1);
     // Certificates are for everybody, whatever the controller's umask.
     assert_eq!(std::fs::metadata(fleet.certs().join("ca.crt"))?.permissions().mode() & 0o777, 0o644);
     fleet.went_well();

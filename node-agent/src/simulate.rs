@@ -169,8 +169,9 @@ mod tests {
     use std::time::Duration;
 
     use marco_proto::names::NODE_ID_MAX;
+    use tokio_util::sync::CancellationToken;
 
-    use super::Simulation;
+    use super::{SimulateError, Simulation};
     use crate::run::Connection;
     use crate::system::virtual_pi::Options;
 
@@ -192,6 +193,16 @@ mod tests {
         for good in ["", "pi-", "lab.a_1-"] {
             assert!(simulation(200, good).check_prefix().is_ok(), "{good}");
         }
+    }
+
+    #[tokio::test]
+    async fn bad_prefix_is_refused_before_anything_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let bad = Simulation { directory: dir.path().join("pis"), ..simulation(2, "../pi-") };
+        let stop = CancellationToken::new();
+        stop.cancel();
+        assert!(matches!(bad.run(stop).await, Err(SimulateError::Prefix { .. })));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

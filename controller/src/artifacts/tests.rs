@@ -462,23 +462,25 @@ async fn push_and_removal_never_end_with_a_push_without_bytes() {
     }
 }
 
+async fn packed(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzipEncoder::new(Vec::new());
+    encoder.write_all(bytes).await.unwrap();
+    encoder.shutdown().await.unwrap();
+    encoder.into_inner()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_under_way_ends_when_the_controller_stops() {
     let dir = tempfile::tempdir().unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
     let store = Artifacts::open(dir.path()).unwrap().stopping(stop.clone());
-    // A few bytes that unpack to many: reading them all would take minutes.
-    let mut encoder = GzipEncoder::new(Vec::new());
+    // A few bytes that unpack to many: to read them all takes far longer.
     let mut header = tar::Header::new_gnu();
     header.set_path("zeros").unwrap();
-    header.set_size(8 << 30);
+    header.set_size(32 << 30);
     header.set_cksum();
-    encoder.write_all(header.as_bytes()).await.unwrap();
-    for _ in 0..64 {
-        encoder.write_all(&vec![0; 1 << 20]).await.unwrap();
-    }
-    encoder.shutdown().await.unwrap();
-    let data = encoder.into_inner();
+    let mut data = packed(header.as_bytes()).await;
+    data.extend(packed(&vec![0; 64 << 20]).await.repeat(512));
     let mut upload = store.begin(digest(&data), size(&data)).await.unwrap();
     upload.append(0, Bytes::from(data.clone())).await.unwrap();
     let stopping = stop.clone();

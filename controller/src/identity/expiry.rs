@@ -82,3 +82,46 @@ fn row(time: DateTime<Utc>, credential: String, target: String, message: String)
         message,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use chrono::{DateTime, TimeDelta};
+
+    use super::{EXPIRES, Warnings};
+    use crate::identity::ca::Pki;
+    use crate::identity::record::Recorder;
+    use crate::store::{AuditQuery, CertificateRow, Store};
+
+    #[tokio::test]
+    async fn expiry_is_recorded_once_and_that_of_the_ca_each_day() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&format!("sqlite://{}/marco.db", dir.path().display())).await.unwrap();
+        let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        let pki = Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &[], now).unwrap();
+        let certificate = CertificateRow {
+            serial: "0a".to_owned(),
+            node: None,
+            subject: "kim".to_owned(),
+            role: "viewer".to_owned(),
+            key_sha256: "ab".to_owned(),
+            not_before: now,
+            not_after: now + TimeDelta::days(30),
+            generation: 0,
+            pem: String::new(),
+            given_for: String::new(),
+        };
+        store.insert_certificate(&certificate).await.unwrap();
+        let (warnings, recorder) = (Warnings::default(), Recorder::new(store.clone()));
+        let told = async |days: i64| {
+            warnings.look(&store, &recorder, &pki.ca, now + TimeDelta::days(days)).await.unwrap();
+            let query = AuditQuery { limit: 10, method: EXPIRES.to_owned(), ..AuditQuery::default() };
+            store.audit(&query).await.unwrap().into_iter().map(|(_, row)| row.target).collect::<Vec<_>>()
+        };
+        assert!(told(15).await.is_empty());
+        assert_eq!(told(17).await, ["users/kim"]);
+        assert_eq!(told(18).await, ["users/kim"], "once");
+        let end = pki.ca.expire_time().unwrap().signed_duration_since(now).num_days();
+        assert_eq!(told(end - 5).await, ["ca", "users/kim"]);
+        assert_eq!(told(end - 4).await, ["ca", "ca", "users/kim"], "every node hangs on it");
+    }
+}

@@ -46,11 +46,11 @@ fn why(error: &Error) -> String {
 mod tests {
     use std::time::Instant;
 
-    use super::once;
+    use crate::store::Store;
 
     async fn said(url: &str) -> String {
         let begun = Instant::now();
-        let error = once(&url.parse().unwrap()).await.unwrap_err();
+        let error = Store::open(url).await.unwrap_err();
         assert!(begun.elapsed().as_secs() < 2, "{url}: {:?}", begun.elapsed());
         crate::chain(&error)
     }

@@ -89,6 +89,12 @@ impl Store {
         Backlog(Arc::clone(&self.shared.watch.backlogs))
     }
 
+    /// Whether reports wait to be stored.
+    #[cfg(test)]
+    pub(crate) fn has_backlog(&self) -> bool {
+        self.shared.watch.backlogs.load(Ordering::Relaxed) != 0
+    }
+
     /// Whether silence until now means something.
     pub(super) fn may_judge(&self, who: Silent, now: DateTime<Utc>) -> bool {
         let watch = &self.shared.watch;

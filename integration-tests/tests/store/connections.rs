@@ -124,6 +124,40 @@ async fn callers_are_answered_though_no_statement_is() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn caller_is_answered_whose_statement_never_is() {
+    let f = postgres().await;
+    let target = f.url.split('@').nth(1).unwrap().split('/').next().unwrap().parse().unwrap();
+    let proxy = Proxy::start(target).await.unwrap();
+    let store = Store::open(&f.url.replace(&target.to_string(), &proxy.address().to_string())).await.unwrap();
+    let lock = ["DO $$ BEGIN LOCK TABLE nodes; PERFORM pg_sleep(5); END $$"];
+    let asked = async {
+        waiting(&f, "granted").await;
+        let begun = Instant::now();
+        let call = tokio::spawn(deadline::of_caller(async move { store.approved_nodes(&BTreeMap::new()).await }));
+        // Its connection was found well, and its statement is at the server, when the way back is lost.
+        waiting(&f, "NOT granted").await;
+        proxy.hold(Direction::Down);
+        let answer = call.await.unwrap();
+        assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
+        // Its budget is 1.7 s.
+        assert!(begun.elapsed() < seconds(4), "the caller waited {:?}", begun.elapsed());
+    };
+    tokio::join!(f.by_hand(&lock), asked);
+}
+
+/// Waits until the lock of the nodes' table is held, or waited for.
+async fn waiting(f: &Fixture, how: &str) {
+    let query = format!("SELECT pid FROM pg_locks WHERE relation = 'nodes'::regclass AND {how}");
+    wait_until(seconds(10), how, async || {
+        let (url, query) = (f.url.clone(), query.clone());
+        let rows = tokio::task::spawn_blocking(move || Postgres::start()?.rows(&url, &query)).await??;
+        Ok((!rows.is_empty()).then_some(()))
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_name() {
     let server = tokio::task::spawn_blocking(|| Postgres::start_own().unwrap()).await.unwrap();
     let direct = server.database().unwrap();

@@ -137,10 +137,12 @@ on_both!(
         an_operation_without_room_keeps_a_node_from_nothing_else,
         an_abandoned_node_stays_a_failure,
         a_forgiven_node_that_succeeds_leaves_no_room_for_failures,
+        a_late_node_that_was_forgiven_leaves_no_room,
         a_forgiven_node_that_fails_in_the_end_is_not_counted_twice,
         a_forgiven_node_that_is_at_work_again_can_fail_again;
     silence:
         nobody_is_judged_in_the_first_round_after_an_outage,
+        nothing_that_was_about_to_end_ends_with_an_outage,
         a_node_has_its_day_from_when_it_was_found_overdue,
         nobody_is_judged_while_a_report_waits,
         other_controllers_get_the_time_to_beat_again;
@@ -153,6 +155,7 @@ on_both!(
         a_window_that_never_opens_promises_nothing;
     sessions:
         a_second_session_ends_the_first,
+        a_session_is_lost_to_a_later_one_of_its_node,
         two_nodes_with_one_identity_are_quarantined,
         two_agents_of_one_boot_are_told_apart_by_their_starts,
         a_card_in_another_board_waits_for_approval,

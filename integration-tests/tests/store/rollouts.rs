@@ -364,6 +364,22 @@ pub(crate) async fn a_forgiven_node_that_succeeds_leaves_no_room_for_failures(f:
     assert_eq!(fleet.state().await.0, OperationState::Paused);
 }
 
+pub(crate) async fn a_late_node_that_was_forgiven_leaves_no_room(f: Fixture) {
+    let rollout = Rollout { max_failures: Some(Limit::Number(0)), ..at_once(1) };
+    let fleet = Fleet::start(f, 7, reboot(), Some(rollout)).await;
+    let late = fleet.round(0).await.remove(0);
+    fleet.say(&late, 1, ExecutionState::Rebooting, 1).await;
+    let past = (fleet.f.execution(&late.execution).await.deadline.unwrap() - start()).num_seconds() + 1;
+    assert!(fleet.round(past).await.is_empty());
+    assert_eq!(fleet.state().await.0, OperationState::Paused);
+    fleet.resume(past + 1).await;
+    let next = fleet.round(past + 2).await.remove(0);
+    fleet.say(&late, 2, ExecutionState::Succeeded, past + 3).await;
+    fleet.fails(&next, past + 4).await;
+    assert!(fleet.round(past + 5).await.is_empty(), "a node failed, and none may");
+    assert_eq!(fleet.state().await.0, OperationState::Paused);
+}
+
 pub(crate) async fn a_forgiven_node_that_fails_in_the_end_is_not_counted_twice(f: Fixture) {
     let (fleet, late, next) = one_was_let_pass(f).await;
     fleet.fails(&late, 64).await;

@@ -33,6 +33,13 @@ pub(crate) async fn a_second_session_ends_the_first(f: Fixture) {
     assert!(matches!(outcome, SessionOutcome::UnknownNode));
 }
 
+pub(crate) async fn a_session_is_lost_to_a_later_one_of_its_node(f: Fixture) {
+    let (id, first) = f.online("pi-1").await;
+    let second = f.session(&id, "boot-1", after(1)).await;
+    let both = [(id.clone(), first), (id.clone(), second)];
+    assert_eq!(f.store.lost_sessions("c1", &both).await.unwrap(), [(id, first)]);
+}
+
 pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     let serial = serial_of("pi-1");

@@ -4,6 +4,7 @@ use chrono::TimeDelta;
 use marco_controller::operation::{ExecutionState, reason};
 use marco_controller::rollout::{Limit, Rollout};
 use marco_controller::store::NewOperation;
+use marco_proto::names::NodeId;
 
 use crate::support::*;
 
@@ -58,6 +59,35 @@ pub(crate) async fn nobody_is_judged_in_the_first_round_after_an_outage(f: Fixtu
     listen(&f, back + 75, back + 76);
     let [overdue, given_up, off, paused] = judge(&f, back + 75).await;
     assert!(overdue >= 2 && given_up == 0 && off <= 1 && paused == 1, "{:?}", [overdue, given_up, off, paused]);
+}
+
+pub(crate) async fn nothing_that_was_about_to_end_ends_with_an_outage(f: Fixture) {
+    let nodes = f.enrolled(&["late", "off"]).await;
+    let mut sessions = Vec::new();
+    for id in &nodes {
+        sessions.push((id.clone(), f.session(id, "boot-1", start()).await));
+    }
+    f.create(reboot(), &nodes[..1]).await;
+    f.create(power_off(), &nodes[1..]).await;
+    let all = f.claim(&sessions, start()).await;
+    let of = |id: &NodeId| all.iter().find(|assignment| assignment.execution.node == *id).unwrap();
+    let (late, off, epoch) = (of(&nodes[0]), of(&nodes[1]), sessions[1].1);
+    f.report(epoch, &report(off, 1, ExecutionState::Rebooting, "boot-1"), after(1)).await;
+    listen(&f, 0, 101);
+    assert_eq!(judge(&f, 100).await, [1, 0, 0, 0]);
+    assert!(f.execution(&late.execution).await.overdue);
+    assert!(f.store.say_goodbye(&off.execution, epoch, after(100)).await.unwrap());
+    assert!(f.store.end_session(&nodes[1], epoch, after(100)).await.unwrap());
+
+    // Both could have come back during the two days in which nobody listened.
+    f.store.interrupt_watch();
+    let back = 100 + 2 * 86_400;
+    assert_eq!(judge(&f, back).await, [0; 4]);
+    listen(&f, back, back + 75);
+    assert_eq!(judge(&f, back + 74).await, [0; 4]);
+    listen(&f, back + 75, back + 76);
+    let [_, given_up, off, _] = judge(&f, back + 75).await;
+    assert_eq!((given_up, off), (1, 1));
 }
 
 pub(crate) async fn a_node_has_its_day_from_when_it_was_found_overdue(f: Fixture) {

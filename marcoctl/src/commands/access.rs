@@ -222,3 +222,24 @@ pub(super) fn state(revoked: Option<&Timestamp>, expires: Option<&Timestamp>, no
     }
     .to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use chrono::{DateTime, TimeDelta};
+    use prost_types::Timestamp;
+
+    use super::expiry;
+
+    #[test]
+    fn lists_warn_two_weeks_before_something_expires() {
+        let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
+        let expires = |days| {
+            let time = now + TimeDelta::days(days);
+            expiry(Some(&Timestamp { seconds: time.timestamp(), nanos: 0 }), now)
+        };
+        assert_eq!(expires(15), "in 15 days");
+        assert_eq!(expires(14), "in 14 days, soon");
+        assert_eq!(expires(-3), "3 days ago");
+        assert_eq!(expiry(None, now), "", "it never expires");
+    }
+}

@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 use std::process::Stdio;
+use std::time::UNIX_EPOCH;
 
 use marco_proto::v1::{Node, node};
+use prost_types::Timestamp;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::net::TcpListener;
 
@@ -54,6 +56,22 @@ async fn a_table_has_a_line_per_node() {
     assert_eq!(lines.len(), 3, "{run:?}");
     assert!(lines[0].starts_with("NODE "), "{run:?}");
     assert!(lines[2].starts_with("pi-01 ") && lines[2].ends_with("role=kiosk,room=a1"), "{run:?}");
+}
+
+#[tokio::test]
+async fn list_of_nodes_warns_before_a_certificate_expires() {
+    let mut facts = nodes(3);
+    let now = i64::try_from(UNIX_EPOCH.elapsed().unwrap().as_secs()).unwrap();
+    // An hour more, so that the days are full while the test runs.
+    for (node, days) in facts.nodes.iter_mut().zip([90, 5, -5]) {
+        node.certificate_expire_time = Some(Timestamp { seconds: now + days * 86_400 + 3600, nanos: 0 });
+    }
+    let controller = Controller::start(facts).await;
+    let run = controller.run(&["nodes", "list"]).await;
+    let lines: Vec<&str> = run.stdout.lines().collect();
+    assert!(!lines[1].contains("certificate"), "{run:?}");
+    assert!(lines[2].contains("certificate expires in 5 days"), "{run:?}");
+    assert!(lines[3].contains("certificate expired 4 days ago"), "{run:?}");
 }
 
 #[tokio::test]

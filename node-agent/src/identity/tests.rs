@@ -205,9 +205,13 @@ async fn a_renewal_has_a_new_key_and_the_one_before_is_kept_until_it_was_used() 
     let next = read("next.key").unwrap();
     assert_ne!(next, first.0);
     assert_eq!(std::fs::metadata(dir.path().join("next.key")).unwrap().permissions().mode() & 0o777, 0o600);
-    // An agent that starts now shows the next one, and the first to a controller that does not know that.
-    let identity = Identity::load(dir.path(), time()).unwrap().unwrap();
+    // The next one is shown from now on, and the first to a controller that does not know that.
     let shown = |identity: &Identity| identity.held().present.pair.key.clone();
+    assert_eq!(shown(&identity), next);
+    identity.not_known();
+    assert_eq!(shown(&identity), first.0, "it is kept in memory as well");
+    // So it is in an agent that starts now.
+    let identity = Identity::load(dir.path(), time()).unwrap().unwrap();
     assert_eq!(shown(&identity), next);
     identity.not_known();
     assert_eq!(shown(&identity), first.0);

@@ -354,3 +354,23 @@ pub(super) fn check_issued(
     let now = UnixTime::since_unix_epoch(Duration::from_micros(now));
     verifier.verify_client_cert(leaf, &[], now).map(|_| ()).map_err(|error| invalid(&error))
 }
+
+#[cfg(test)]
+mod tests {
+    use rustls::pki_types::CertificateDer;
+
+    use super::{ControllerVerifier, Foreign, Trust, Validity, provider};
+
+    #[test]
+    fn listener_that_shows_no_ca_is_named_as_such() {
+        let (trust, validity) = (Trust::Pin([7; 32]), Validity::Needed);
+        let verifier = ControllerVerifier { trust, validity, provider: provider() };
+        let other = CertificateDer::from(Vec::new());
+        let told = |shown: &[CertificateDer<'_>]| {
+            let error = verifier.ca(&other, shown).unwrap_err();
+            Foreign::ended(&std::io::Error::other(error))
+        };
+        assert_eq!(told(&[]), Some(Foreign::NoCa));
+        assert_eq!(told(std::slice::from_ref(&other)), Some(Foreign::Token));
+    }
+}

@@ -99,10 +99,19 @@ impl Unstored {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, OnceLock};
+
+    use marco_proto::names::{ExecutionId, NodeId};
+    use marco_proto::v1;
+    use sea_orm::{ConnectOptions, ConnectionTrait as _, Database};
+    use tokio::sync::mpsc;
+
     use super::{MOST, Unstored};
+    use crate::api::agent::{Acked, Session};
+    use crate::clock::SystemClock;
+    use crate::config::{Config, ServeArgs, Shared};
     use crate::operation::ExecutionState;
     use crate::store::{Backlog, ReportRow, SentLog};
-    use marco_proto::names::ExecutionId;
 
     fn report(sequence: u64, done: u64) -> ReportRow {
         ReportRow {
@@ -146,5 +155,59 @@ mod tests {
             unstored.add(report(sequence, 0));
         }
         assert!(!unstored.has_room());
+    }
+
+    #[tokio::test]
+    async fn store_knows_that_a_session_has_reports_that_wait() {
+        let dir = tempfile::tempdir().unwrap();
+        let anywhere = Some("127.0.0.1:0".parse().unwrap());
+        let flags = ServeArgs {
+            data_dir: Some(dir.path().join("data")),
+            certs: Some(dir.path().join("certs")),
+            listen: anywhere,
+            enroll_listen: anywhere,
+            mirror_listen: anywhere,
+            ..ServeArgs::default()
+        };
+        let config = Config::load(flags, Shared::default()).unwrap();
+        let database = config.database_url.clone();
+        let controller = crate::Controller::bind(config, Arc::new(SystemClock)).await.unwrap();
+        let store = controller.context.store.clone();
+        let (out, _heard) = mpsc::channel(1);
+        let session = Session {
+            context: controller.context.clone(),
+            progress: mpsc::channel(1).0,
+            node: NodeId::parse("pi-01").unwrap(),
+            epoch: 1,
+            out,
+            blank: None,
+            acked: Acked::default(),
+            leaving: OnceLock::new(),
+            held: false,
+        };
+        // Another process, a backup for example, holds the database for longer than a write waits.
+        let mut options = ConnectOptions::new(database);
+        options.max_connections(1);
+        let other = Database::connect(options).await.unwrap();
+        other.execute_unprepared("BEGIN IMMEDIATE").await.unwrap();
+
+        let mut unstored = Unstored::new();
+        assert!(!store.has_backlog());
+        let said = v1::Report {
+            execution: report(1, 0).execution.name(),
+            attempt: 1,
+            sequence: 1,
+            state: v1::execution::State::Running.into(),
+            boot_id: "a".to_owned(),
+            ..v1::Report::default()
+        };
+        assert!(session.report(&mut unstored, said).await.is_ok());
+        assert!(store.has_backlog());
+
+        other.execute_unprepared("ROLLBACK").await.unwrap();
+        tokio::time::sleep_until(unstored.due().unwrap()).await;
+        // No such node has a session. The store answered, though.
+        assert!(session.store_what_waits(&mut unstored).await.is_err());
+        assert!(unstored.report().is_none() && !store.has_backlog());
     }
 }

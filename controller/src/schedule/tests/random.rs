@@ -105,6 +105,16 @@ fn every_instant_is_late_or_in_time_or_counted_once() {
 }
 
 #[test]
+fn a_thousand_instants_in_time_are_taken_at_once() {
+    let recurrence = Recurrence::parse("* * * * * *", "UTC").unwrap();
+    let first: DateTime<Utc> = "2026-11-29T00:00:00Z".parse().unwrap();
+    let second = |number| first + TimeDelta::seconds(number);
+    let due = recurrence.due(first, second(3000), TimeDelta::hours(1), 10);
+    assert_eq!((due.late.len(), due.timely.len()), (0, 1000));
+    assert_eq!((due.timely.last().copied(), due.next), (Some(second(999)), Some(second(1000))));
+}
+
+#[test]
 fn the_longest_outage_ends_wherever_the_clock_stands_within_a_second() {
     for (cron, days) in [("* * * * * *", 2), ("*/5 * * * * *", 8), ("*/7 * * * * *", 12)] {
         let recurrence = Recurrence::parse(cron, "UTC").unwrap();
