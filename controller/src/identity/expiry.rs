@@ -97,7 +97,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&format!("sqlite://{}/marco.db", dir.path().display())).await.unwrap();
         let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
-        let pki = Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &[], now).unwrap();
+        let pki =
+            Pki::open(&dir.path().join("data"), &dir.path().join("certs"), &[], now, DateTime::UNIX_EPOCH).unwrap();
         let certificate = CertificateRow {
             serial: "0a".to_owned(),
             node: None,
