@@ -21,8 +21,11 @@ pub const REASONS: &[(&str, Healing)] = &[
     ("BOOT_PARTITION_IO", AnotherTry),
     ("BOOT_PARTITION_NOT_WRITTEN", AnotherTry),
     ("BOOTCODE_REFUSED", ByHand),
+    ("CALLED_OFF", AnotherTry),
+    ("CALLED_OFF_ON_NODE", ByHand),
     ("CANCELLED", AnotherTry),
     ("CARD_UNREADABLE", ByHand),
+    ("CONSOLE_IN_USE", ByHand),
     ("DIGEST_MISMATCH", ByHand),
     ("DISK_IO", AnotherTry),
     ("DISK_NOT_BLANK", ByHand),
@@ -34,10 +37,12 @@ pub const REASONS: &[(&str, Healing)] = &[
     ("IMAGE_REFUSED", AnotherImage),
     ("INSTALL_JOB_LOST", AnotherTry),
     ("INSTALLER_TAKES_ONLY_IMAGES", AnotherTry),
+    ("JOURNAL_NOT_WRITABLE", ByHand),
     ("LABELS_UNKNOWN", AnotherTry),
     ("LAYOUT_NOT_RESIDENT", ByHand),
     ("LAYOUT_NOT_UNDERSTOOD", ByHand),
     ("NO_BOOTCODE", ByHand),
+    ("NO_CONTROLLER", AnotherTry),
     ("NO_RECOVERY_PARTITION", ByHand),
     ("NO_ROOM", AnotherImage),
     ("NO_WIRED_NETWORK", ByHand),
@@ -101,8 +106,8 @@ mod tests {
     fn every_reason_that_the_agent_gives_is_in_the_set() {
         let mut found = BTreeSet::new();
         literals(&Path::new(env!("CARGO_MANIFEST_DIR")).join("node-agent/src"), &mut found);
-        // Environment variables, and the one of the 2015 system's file.
-        let others = ["MARCO_", "CARGO_", "RUST_", "NOTIFY_", "OS_IMG"];
+        // Environment variables, the one of the 2015 system's file, and one of systemd's.
+        let others = ["MARCO_", "CARGO_", "RUST_", "NOTIFY_", "OS_IMG", "WALL_MESSAGE"];
         found.retain(|word| !others.iter().any(|other| word.starts_with(other)));
         assert!(found.contains("NOT_A_SYSTEM") && found.len() > 20, "{found:?}");
         let known: BTreeSet<String> = REASONS.iter().map(|(reason, _)| (*reason).to_owned()).collect();
