@@ -2,9 +2,9 @@
 //! controller takes the node for cloned and quarantines it.
 
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -54,22 +54,25 @@ fn take(folder: &Path) -> Result<Option<File>, RunError> {
         Err(error) => return Err(SystemError::io("lock", path)(error.into()).into()),
     }
     // Only for the error of a later agent.
-    let written = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
-    if let Err(error) = written {
+    if let Err(error) = std::fs::write(&path, format!("{}\n", std::process::id())) {
         tracing::debug!(file = %path.display(), error = %error, "holder of the lock not written");
     }
     Ok(Some(file))
 }
 
-fn open(folder: &Path, path: &PathBuf) -> std::io::Result<File> {
+/// Opens the lock's file, made if it is missing, for reading only: a file that is open for writing keeps its file system
+/// from being mounted read-only (`MS_REMOUNT`, mount(2): EBUSY), and an installer does that before it moves the partition
+/// on which its own folder lies.
+fn open(folder: &Path, path: &Path) -> std::io::Result<File> {
     let made = std::fs::create_dir_all(folder).and_then(|()| {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+        options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path).map(drop)
     });
     match made {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Err(error),
         // A file that is there can be locked all the same.
-        Err(error) if error.kind() != ErrorKind::PermissionDenied => File::open(path).map_err(|_| error),
-        opened => opened,
+        Err(error) => File::open(path).map_err(|_| error),
+        Ok(()) => File::open(path),
     }
 }
 
@@ -104,6 +107,15 @@ mod tests {
         drop(first);
         std::fs::write(folder.join(FILE), "4294967295 and much more").unwrap();
         assert!(take(&folder).unwrap().is_some());
+    }
+
+    /// `fcntl(F_GETFL)` says how a file is open.
+    #[test]
+    fn held_lock_keeps_no_file_system_from_being_mounted_read_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = take(dir.path()).unwrap().unwrap();
+        let flags = rustix::fs::fcntl_getfl(&held).unwrap();
+        assert_eq!(flags & rustix::fs::OFlags::ACCMODE, rustix::fs::OFlags::RDONLY);
     }
 
     #[test]
