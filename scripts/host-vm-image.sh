@@ -8,8 +8,7 @@ stamp=$(sha256sum "$0" | cut -c1-16)
 export DEBIAN_FRONTEND=noninteractive
 
 missing=()
-for program in qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap cpio:cpio depmod:kmod mke2fs:e2fsprogs \
-    busybox:busybox-static; do
+for program in qemu-system-x86_64:qemu-system-x86 mmdebstrap:mmdebstrap cpio:cpio depmod:kmod mke2fs:e2fsprogs; do
     command -v "${program%%:*}" >/dev/null || missing+=("${program##*:}")
 done
 # The kernel is looked up below, so the lists are needed even when no program is missing.
@@ -24,13 +23,14 @@ rm -rf "$dir"
 mkdir -p "$dir/kernel" "$dir/initramfs"
 cd "$dir"
 package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
-(cd kernel && apt-get download -qq "$package" 2>/dev/null && dpkg -x ./*.deb . && rm ./*.deb)
+# Not the busybox that is installed: that one may need libraries, which the initramfs has not.
+(cd kernel && apt-get download -qq "$package" busybox-static 2>/dev/null && for file in ./*.deb; do dpkg -x "$file" .; done && rm ./*.deb)
 version=$(ls kernel/lib/modules)
 cp "kernel/boot/vmlinuz-$version" vmlinuz
 depmod -b kernel "$version"
 
 mkdir -p initramfs/{bin,modules,proc,sys,dev,root}
-cp "$(command -v busybox)" initramfs/bin/busybox
+cp kernel/bin/busybox initramfs/bin/busybox
 for module in virtio_pci virtio_blk virtio_net; do
     modprobe -d "$PWD/kernel" -S "$version" --show-depends "$module" | awk '$1 == "insmod" { print $2 }'
 done | awk '!seen[$0]++' | while read -r file; do
