@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Reboot, Report, Update, Welcome, assign,
+    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Query, Reboot, Report, Update, Welcome, assign,
     connect_request, connect_response,
 };
 use tokio_util::sync::CancellationToken;
@@ -245,6 +245,9 @@ async fn a_machine_that_hangs_on_its_way_off_stays_connected_until_its_agent_is_
     let (mut session, again) = fleet.session().await;
     assert_eq!(again.boot_id, first.boot_id);
     assert_eq!(again.executions.first().unwrap().state(), WireState::Rebooting);
+    // Its answer says that the session is open on its side too: in one that is not, it has no last words.
+    session.say(connect_response::Message::Query(Query { execution: execution(1) })).await;
+    reported(&mut session, WireState::Rebooting).await;
     std::fs::remove_file(&hang).unwrap();
     let said = last_words(&mut session).await;
     assert_eq!(said.last(), Some(&format!("leaving {}", execution(1))), "{said:?}");
