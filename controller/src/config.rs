@@ -238,6 +238,23 @@ fn read(path: &Path) -> anyhow::Result<File> {
 }
 
 #[cfg(test)]
+impl Config {
+    /// Of a controller with its files in this folder, at free ports of the loopback interface.
+    pub(crate) fn in_test(folder: &Path) -> Self {
+        let anywhere = Some("127.0.0.1:0".parse().unwrap());
+        let flags = ServeArgs {
+            data_dir: Some(folder.join("data")),
+            certs: Some(folder.join("certs")),
+            listen: anywhere,
+            enroll_listen: anywhere,
+            mirror_listen: anywhere,
+            ..ServeArgs::default()
+        };
+        Self::load(flags, Shared::default()).unwrap()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::{Config, ServeArgs, Shared};
     use chrono::DateTime;

@@ -2,6 +2,11 @@
 
 use std::time::Duration;
 
+/// A pause that begins with `first` and doubles with each failure after it.
+pub(crate) fn doubled(first: Duration, times: u32) -> Duration {
+    first.saturating_mul(1_u32.checked_shl(times).unwrap_or(u32::MAX))
+}
+
 /// A pause between nothing and `ceiling`, evenly spread. Without a source of randomness: half of it.
 pub(crate) fn full_jitter(ceiling: Duration) -> Duration {
     let share = getrandom::u32().unwrap_or(u32::MAX / 2);

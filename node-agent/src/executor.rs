@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::backoff;
 use crate::bootpart::{BootError, BootPart};
 use crate::cause::chain;
 use crate::download::{DownloadError, Downloader};
@@ -43,9 +44,9 @@ pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
 /// The machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
-/// An installer's way to its controllers.
+/// Addresses at which an installer finds its controllers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Way {
+pub struct Addresses {
     /// Addresses of controllers, host:port, in the order in which they are to be tried.
     pub controllers: Vec<String>,
     /// Address of the enrolment listener, host:port; empty: derived from the controllers.
@@ -57,15 +58,15 @@ pub struct Way {
 pub struct Settings {
     /// The node's id.
     pub node: String,
-    /// The way to the controllers as it is known at this moment, for the installer.
-    pub way: Arc<dyn Fn() -> Way + Send + Sync>,
+    /// The addresses of controllers that are known at this moment, for the installer.
+    pub addresses: Arc<dyn Fn() -> Addresses + Send + Sync>,
     /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
     /// waits a fifth of that, for the operators' sake only.
     pub farewell: Duration,
     /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
     pub verdict: Duration,
     /// An installer that has not touched the card waits this long for a controller, then leaves the card to the old system.
-    pub word: Duration,
+    pub confirmation: Duration,
     /// The longest pause before an installation that failed on the way is tried again.
     pub max_pause: Duration,
     /// The controller's time.
@@ -76,7 +77,7 @@ pub struct Settings {
 
 impl std::fmt::Debug for Settings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Settings").field("node", &self.node).field("way", &(self.way)()).finish()
+        f.debug_struct("Settings").field("node", &self.node).field("addresses", &(self.addresses)()).finish()
     }
 }
 
@@ -213,7 +214,7 @@ impl Executor {
             };
             tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
             failures = failures.saturating_add(1);
-            let pause = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(failures - 1).unwrap_or(u32::MAX));
+            let pause = backoff::doubled(FIRST_PAUSE, failures - 1);
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause.min(self.settings.max_pause)) => {}

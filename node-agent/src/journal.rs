@@ -1,7 +1,8 @@
 //! What the node was asked to do and how far it is: written before it is done.
 //!
 //! One JSON file, replaced whole. A method that changes it returns after the change is on the disk, and then tells those
-//! who wait on [`Journal::changes`]. When the disk takes nothing, only conclusions are kept, in memory: no work is begun. Progress is not written: it is only true of the process that makes it.
+//! who wait on [`Journal::changes`]. When the disk takes nothing, only conclusions are kept, in memory: no work is begun.
+//! Progress is not written: it is only true of the process that makes it.
 
 use std::collections::HashMap;
 use std::io;
@@ -17,12 +18,12 @@ use crate::durable;
 use crate::health::{Ailment, Condition, Health};
 use crate::job::{Action, FORK_LEAP, Failure, Kind, Release, State, WrongState};
 
+mod confirmation;
 mod entry;
 mod file;
-mod words;
 
+pub use confirmation::Confirmation;
 pub use entry::{Entries, Entry, new_entry};
-pub use words::Word;
 
 /// Name of the journal's file in the state directory.
 pub const FILE_NAME: &str = "journal.json";
@@ -117,7 +118,7 @@ pub struct Journal {
     /// Illnesses of the node.
     health: Arc<Health>,
     /// By execution. Kept in memory only: what was said to an earlier process may be out of date.
-    words: watch::Sender<HashMap<String, Word>>,
+    confirmations: watch::Sender<HashMap<String, Confirmation>>,
 }
 
 impl Journal {
@@ -134,7 +135,7 @@ impl Journal {
             progress: watch::Sender::new(Progress::default()),
             powering_off: AtomicBool::new(false),
             health: Arc::default(),
-            words: watch::Sender::default(),
+            confirmations: watch::Sender::default(),
         })
     }
 
@@ -183,7 +184,7 @@ impl Journal {
     /// Takes an assignment. One that the journal knows is answered from it, and never begun again.
     pub async fn accept(&self, execution: &str, attempt: u32, action: Action) -> Result<Accepted, JournalError> {
         let accepted = self.accept_entry(execution, attempt, action).await?;
-        self.hear(execution, Word::Go);
+        self.note_confirmation(execution, Confirmation::Stands);
         Ok(accepted)
     }
 
@@ -233,7 +234,7 @@ impl Journal {
     /// Notes that a cancel was asked for, or that it came too late. An execution that is not known is journalled as
     /// cancelled, so that an assignment that arrives later is answered so, and not begun.
     pub async fn request_cancel(&self, execution: &str) -> Result<(), JournalError> {
-        let first = self.hear(execution, Word::Stop);
+        let first = self.note_confirmation(execution, Confirmation::CalledOff);
         self.change(Needed::InMemory, |entries, boot_id| {
             match entries.get_mut(execution) {
                 Ok(entry) if entry.state == State::Accepted => entry.cancel_requested = true,
@@ -261,7 +262,7 @@ impl Journal {
             Ok(())
         })
         .await?;
-        self.hear(execution, Word::Go);
+        self.note_confirmation(execution, Confirmation::Stands);
         Ok(())
     }
 

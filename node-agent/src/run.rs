@@ -39,7 +39,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// then writes the card again.
 const VERDICT: Duration = Duration::from_secs(30 * 60);
 /// An installer waits this long to hear that its update stands: about as long as it tries to get the image.
-const WORD: Duration = Duration::from_secs(10 * 60);
+const CONFIRMATION: Duration = Duration::from_secs(10 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
 /// The longest pause between two tries to enrol.
@@ -240,7 +240,7 @@ async fn identify_patiently(
             last = error;
         }
         failures = failures.saturating_add(1);
-        let ceiling = Duration::from_millis(500).saturating_mul(1_u32.checked_shl(failures.min(16)).unwrap_or(1));
+        let ceiling = backoff::doubled(Duration::from_millis(500), failures);
         tokio::time::sleep(backoff::full_jitter(ceiling.min(MAX_ENROLL_PAUSE))).await;
     }
 }
@@ -287,17 +287,17 @@ pub async fn run(
     let (labels, known) = watch::channel(None);
     let settings = Settings {
         node: identity.node().to_owned(),
-        way: {
+        addresses: {
             // Read when a job is handed over, not now: addresses learnt from controllers and the network go along.
             let (controllers, listeners) = (controllers.clone(), listeners.clone());
-            Arc::new(move || executor::Way {
+            Arc::new(move || executor::Addresses {
                 controllers: controllers.in_order(),
                 enroll: listeners().first().cloned().unwrap_or_default(),
             })
         },
         farewell: FAREWELL,
         verdict: VERDICT,
-        word: WORD,
+        confirmation: CONFIRMATION,
         max_pause: MAX_INSTALL_PAUSE,
         now: {
             let time = identity.time().clone();

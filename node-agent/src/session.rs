@@ -198,7 +198,7 @@ impl Session {
             if let Some(error) = ended.error.as_ref().filter(|_| ended.welcomed) {
                 tracing::info!(error = %chain(error), "session lost");
             }
-            let ceiling = FIRST_PAUSE.saturating_mul(1_u32.checked_shl(failures.min(16)).unwrap_or(u32::MAX));
+            let ceiling = backoff::doubled(FIRST_PAUSE, failures);
             let pause = backoff::full_jitter(ceiling.min(MAX_PAUSE)).max(ended.stay_away.min(MAX_ASKED_PAUSE));
             tokio::select! {
                 () = stop.cancelled() => return None,

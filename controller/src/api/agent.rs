@@ -234,7 +234,7 @@ impl Session {
         match outcome {
             ReportOutcome::Progress => {
                 // Full means that the store is slow; the next report brings newer progress.
-                outbox::offer(&self.progress, convert::progress(row));
+                outbox::offer(&self.progress, row.into());
                 Ok(())
             }
             ReportOutcome::Stale(assignment) => {

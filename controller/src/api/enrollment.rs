@@ -230,11 +230,11 @@ impl Enrollments {
     }
 }
 
-/// Notes which node calls, and on whom it is therefore called.
 fn lock<T>(issued: &Mutex<T>) -> MutexGuard<'_, T> {
     issued.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Notes which node calls, and on whom it is therefore called.
 fn by(record: &Record, node: &NodeId) {
     record.edit(|row| {
         row.actor = node.name();

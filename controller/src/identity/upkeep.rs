@@ -103,11 +103,28 @@ impl Upkeep {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::path::Path;
 
     use chrono::TimeZone as _;
 
     use super::*;
     use crate::clock::ManualClock;
+
+    fn start() -> DateTime<Utc> {
+        Utc.timestamp_opt(1_900_000_000, 0).unwrap()
+    }
+
+    /// Of a controller that was made at [`start`] in this folder.
+    fn upkeep(folder: &Path) -> Upkeep {
+        let pki = Pki::open(&folder.join("data"), &folder.join("certs"), &[], start(), DateTime::UNIX_EPOCH).unwrap();
+        let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(start()));
+        let acceptors = [
+            Acceptor::api(&pki, Arc::clone(&clock)).unwrap(),
+            Acceptor::enrolment(&pki, Arc::clone(&clock)).unwrap(),
+            Acceptor::mirror(&pki, clock).unwrap(),
+        ];
+        Upkeep::new(pki, acceptors)
+    }
 
     fn presented(upkeep: &Upkeep) -> Vec<u8> {
         upkeep.pki.certificate().to_vec()
@@ -116,16 +133,7 @@ mod tests {
     #[test]
     fn certificate_of_a_clock_that_was_ahead_is_replaced() {
         let folder = tempfile::tempdir().unwrap();
-        let certs = folder.path().join("certs");
-        let start = Utc.timestamp_opt(1_900_000_000, 0).unwrap();
-        let pki = Pki::open(&folder.path().join("data"), &certs, &[], start, DateTime::UNIX_EPOCH).unwrap();
-        let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(start));
-        let acceptors = [
-            Acceptor::api(&pki, Arc::clone(&clock)).unwrap(),
-            Acceptor::enrolment(&pki, Arc::clone(&clock)).unwrap(),
-            Acceptor::mirror(&pki, clock).unwrap(),
-        ];
-        let mut upkeep = Upkeep::new(pki, acceptors);
+        let (start, mut upkeep) = (start(), upkeep(folder.path()));
         upkeep.look(start + TimeDelta::days(365), false);
         let ahead = presented(&upkeep);
         upkeep.look(start + TimeDelta::seconds(8), false);
@@ -141,15 +149,7 @@ mod tests {
     fn a_renewal_that_failed_is_tried_again_after_ten_minutes() {
         let folder = tempfile::tempdir().unwrap();
         let certs = folder.path().join("certs");
-        let start = Utc.timestamp_opt(1_900_000_000, 0).unwrap();
-        let pki = Pki::open(&folder.path().join("data"), &certs, &[], start, DateTime::UNIX_EPOCH).unwrap();
-        let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(start));
-        let acceptors = [
-            Acceptor::api(&pki, Arc::clone(&clock)).unwrap(),
-            Acceptor::enrolment(&pki, Arc::clone(&clock)).unwrap(),
-            Acceptor::mirror(&pki, clock).unwrap(),
-        ];
-        let mut upkeep = Upkeep::new(pki, acceptors);
+        let (start, mut upkeep) = (start(), upkeep(folder.path()));
         let first = presented(&upkeep);
         upkeep.look(start + TimeDelta::days(300), false);
         assert_eq!(presented(&upkeep), first, "it was issued again long before it is due");

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::moves::length;
 use super::operations;
 use super::sql::{signed, sql};
-use super::{Store, StoreError};
+use super::{ReportRow, Store, StoreError};
 use crate::operation::{Action, ExecutionState, Phase, deadline_after, deadline_in_all};
 
 /// The time of a known phase is the same in every state in which one is reported.
@@ -34,6 +34,20 @@ pub struct ProgressRow {
     pub bytes_total: u64,
     /// The node said that it is too late for a cancel.
     pub cancel_refused: bool,
+}
+
+impl From<ReportRow> for ProgressRow {
+    fn from(row: ReportRow) -> Self {
+        Self {
+            execution: row.execution,
+            attempt: row.attempt,
+            sequence: row.sequence,
+            phase: row.phase,
+            bytes_done: row.bytes_done,
+            bytes_total: row.bytes_total,
+            cancel_refused: row.cancel_refused,
+        }
+    }
 }
 
 impl Store {

@@ -18,7 +18,7 @@ use tonic::{Code, Status, Streaming};
 
 use super::header::{Header, facts};
 use super::{Connect, DownloadError, Policy};
-use crate::backoff::full_jitter;
+use crate::backoff::{doubled, full_jitter};
 
 /// A chunk that was wrong so often in a row is wrong at its source.
 const WRONG_CHUNKS: u32 = 3;
@@ -139,7 +139,7 @@ impl Fetch {
                 return Err(DownloadError::GivenUp { tries, last });
             }
             tracing::info!(artifact = %self.sha256, error = %last, tries, "download interrupted; trying again");
-            let ceiling = self.policy.first_pause.saturating_mul(1_u32.checked_shl(tries - 1).unwrap_or(u32::MAX));
+            let ceiling = doubled(self.policy.first_pause, tries - 1);
             sleep(full_jitter(ceiling.min(self.policy.longest_pause))).await;
         }
     }

@@ -8,11 +8,11 @@ use marco_proto::v1::ImageFacts;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings, Way};
+use super::{Addresses, DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
-use crate::journal::{FILE_NAME, Journal, Word};
+use crate::journal::{Confirmation, FILE_NAME, Journal};
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
@@ -39,11 +39,18 @@ struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
     verdict: Duration,
-    word: Duration,
+    confirmation: Duration,
     /// What the controller says about the image.
     said: Option<ImageFacts>,
     /// A controller has let the jobs of earlier processes stand.
     heard: bool,
+}
+
+/// Waits until the machine is told to go down.
+async fn goes_down(machine: &Machine) {
+    while machine.told().is_empty() {
+        tokio::task::yield_now().await;
+    }
 }
 
 impl Bench {
@@ -62,7 +69,7 @@ impl Bench {
         let mode = Mode::Running;
         let (release, refusal, unkept, patience) = (None, None, None, LONG);
         let machine = Machine { dir: path, boot_id, mode, facts, release, refusal, unkept, patience, told };
-        Self { _dir: dir, machine, verdict: LONG, word: LONG, said: Some(judged::good()), heard: true }
+        Self { _dir: dir, machine, verdict: LONG, confirmation: LONG, said: Some(judged::good()), heard: true }
     }
 
     fn recovery(&self) -> BootPart {
@@ -83,7 +90,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict, word, said, heard } = self;
+        let Self { _dir, machine, verdict, confirmation, said, heard } = self;
         let machine = Arc::new(machine);
         // No installation comes further than to its download.
         let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
@@ -93,10 +100,13 @@ impl Bench {
             downloader,
             Settings {
                 node: "pi-01".into(),
-                way: Arc::new(|| Way { controllers: vec!["controller:1346".into()], enroll: "controller:1347".into() }),
+                addresses: Arc::new(|| Addresses {
+                    controllers: vec!["controller:1346".into()],
+                    enroll: "controller:1347".into(),
+                }),
                 farewell: Duration::ZERO,
                 verdict,
-                word,
+                confirmation,
                 max_pause: Duration::from_secs(60),
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
                 labels: tokio::sync::watch::channel(None).1,
@@ -105,7 +115,7 @@ impl Bench {
         .unwrap();
         executor.settle().await;
         for entry in journal.entries().iter().filter(|_| heard) {
-            journal.hear(&entry.execution, Word::Go);
+            journal.note_confirmation(&entry.execution, Confirmation::Stands);
         }
         let stop = CancellationToken::new();
         let task = tokio::spawn({
@@ -116,7 +126,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict, word, said, heard }
+        Self { _dir, machine, verdict, confirmation, said, heard }
     }
 }
 
@@ -219,13 +229,7 @@ async fn an_agent_killed_after_armed_repeats_the_command_under_the_same_boot_onl
     journal.accept(ONE, 1, reboot(SHORT)).await.unwrap();
     journal.arm(ONE).await.unwrap();
     let journal = bench.journal();
-    let bench = bench
-        .run(&journal, async |_, machine| {
-            while machine.told().is_empty() {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await;
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
 
     let bench = bench.reboot("boot-b", Mode::Running);
@@ -439,13 +443,7 @@ async fn a_new_system_that_is_not_accepted_gives_the_machine_back_to_the_install
     let mut bench = on_trial(ONE).await;
     bench.verdict = SHORT;
     let journal = bench.journal();
-    let bench = bench
-        .run(&journal, async |_, machine| {
-            while machine.told().is_empty() {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await;
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Verifying"]);
 }
 

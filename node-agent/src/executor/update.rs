@@ -9,7 +9,8 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{Executor, ONLY_IMAGES, StepError, Way, WayDown, sentence};
+use super::{Addresses, Executor, ONLY_IMAGES, StepError, WayDown, sentence};
+use crate::backoff;
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
 use crate::cause::chain;
 use crate::download::{self, DownloadError};
@@ -159,7 +160,7 @@ impl Executor {
                 return Err(StepError::Failed(Failure::new("NO_BOOTCODE", message)));
             }
         };
-        let Way { controllers, enroll } = (self.settings.way)();
+        let Addresses { controllers, enroll } = (self.settings.addresses)();
         Ok(InstallJob {
             instruction,
             execution: entry.execution.clone(),
@@ -311,8 +312,8 @@ impl Executor {
 
     /// Full jitter, doubling from a second.
     fn pause(&self, tries: u32) -> Duration {
-        let ceiling = Duration::from_secs(1).saturating_mul(1_u32.checked_shl(tries.min(16)).unwrap_or(u32::MAX));
-        crate::backoff::full_jitter(ceiling.min(self.settings.max_pause))
+        let ceiling = backoff::doubled(Duration::from_secs(1), tries);
+        backoff::full_jitter(ceiling.min(self.settings.max_pause))
     }
 
     /// In the new system: the controller's acknowledgement is its verdict. Only then the system becomes the default.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::backoff;
+use crate::backoff::{doubled, full_jitter};
 
 /// The longest pause between two tries.
 const MAX_PAUSE: Duration = Duration::from_secs(60 * 60);
@@ -50,13 +50,9 @@ impl Pace {
     /// Notes a try that failed.
     pub(super) fn fail(&mut self, now: Instant) {
         self.failures = self.failures.saturating_add(1);
-        let pause = backoff::full_jitter(doubled(FIRST_REST, self.failures).min(MAX_PAUSE));
+        let pause = full_jitter(doubled(FIRST_REST, self.failures).min(MAX_PAUSE));
         self.rests_until = Some(now + pause.max(Duration::from_secs(1)));
     }
-}
-
-fn doubled(pause: Duration, times: u32) -> Duration {
-    pause.saturating_mul(1_u32.checked_shl(times.min(16)).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]

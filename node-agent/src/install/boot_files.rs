@@ -136,7 +136,7 @@ mod tests {
 
     use super::{Folder, check, fit};
     use crate::system::rooted::Rooted;
-    use crate::system::{Board, Lease, Target};
+    use crate::system::{Board, Target};
 
     const TREE: &str = "bcm2711-rpi-4-b.dtb";
 
@@ -199,16 +199,7 @@ mod tests {
     #[test]
     fn command_line_is_fitted_where_the_firmware_reads_it() {
         let board = Board { model: "Raspberry Pi 4 Model B Rev 1.4".into(), family: "pi4".into(), ..Board::default() };
-        let target = Target {
-            root: "/t".into(),
-            boot: "/b".into(),
-            root_device: "PARTUUID=00-02".into(),
-            boot_device: "PARTUUID=00-04".into(),
-            home_device: "PARTUUID=00-03".into(),
-            root_type: "ext4".into(),
-            home_type: "ext4".into(),
-            lease: Lease::new(()),
-        };
+        let target = Target::in_test();
         for (config, line, folder) in WAYS {
             let dir = lay_out(config, line, folder);
             let boot = Rooted::open(dir.path()).unwrap();

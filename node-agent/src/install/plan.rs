@@ -79,20 +79,7 @@ pub(super) fn host_name(node: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::{BootMount, cmdline, fstab, hosts};
-    use crate::system::{Lease, Target};
-
-    fn target() -> Target {
-        Target {
-            root: "/t".into(),
-            boot: "/b".into(),
-            root_device: "PARTUUID=00-02".into(),
-            boot_device: "PARTUUID=00-04".into(),
-            home_device: "PARTUUID=00-03".into(),
-            root_type: "ext4".into(),
-            home_type: "ext4".into(),
-            lease: Lease::new(()),
-        }
-    }
+    use crate::system::Target;
 
     #[test]
     fn the_command_line_names_our_root_and_no_resizer() {
@@ -108,7 +95,7 @@ mod tests {
     #[test]
     fn a_root_that_is_not_ext4_is_named() {
         assert_eq!(cmdline("quiet", "/dev/x", "f2fs"), "quiet rootfstype=f2fs root=/dev/x rootwait\n");
-        let target = Target { root_type: "f2fs".into(), home_type: "btrfs".into(), ..target() };
+        let target = Target { root_type: "f2fs".into(), home_type: "btrfs".into(), ..Target::in_test() };
         let fstab = fstab("PARTUUID=aa-02 / ext4 noatime 0 1\n", &target, BootMount::Boot);
         assert!(fstab.contains("PARTUUID=00-02 / f2fs noatime 0 1\n"), "{fstab}");
         assert!(fstab.contains("PARTUUID=00-03 /home btrfs "), "{fstab}");
@@ -120,7 +107,7 @@ mod tests {
                     PARTUUID=aa-02 / btrfs noatime 0 1\nLABEL=DATA /srv ext4 nofail 0 2\n";
         assert_eq!(BootMount::of_fstab(text), Some(BootMount::Firmware));
         assert_eq!(
-            fstab(text, &target(), BootMount::Firmware),
+            fstab(text, &Target::in_test(), BootMount::Firmware),
             "# static\nproc /proc proc defaults 0 0\nPARTUUID=00-04 /boot/firmware vfat umask=0077 0 2\n\
              PARTUUID=00-02 / ext4 noatime 0 1\nLABEL=DATA /srv ext4 nofail 0 2\n\
              PARTUUID=00-03 /home ext4 defaults,noatime,nofail 0 2\n"
@@ -130,7 +117,7 @@ mod tests {
     #[test]
     fn an_empty_fstab_gets_all_three() {
         assert_eq!(BootMount::of_fstab("#/dev/x /boot vfat\n"), None);
-        assert_eq!(fstab("", &target(), BootMount::Boot).lines().count(), 3);
+        assert_eq!(fstab("", &Target::in_test(), BootMount::Boot).lines().count(), 3);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Programs of the machine: by their absolute paths, with no shell, no input, and a time-out.
 
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
@@ -13,19 +13,9 @@ const WORDS: usize = 300;
 /// Runs a program to its end. What it prints on its standard output is thrown away.
 pub(crate) async fn run(command: &[&str], time: Duration) -> Result<(), SystemError> {
     let Some((program, arguments)) = command.split_first() else { return Ok(()) };
+    let output = finish(Command::new(program).args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()), time).await;
     let failed = |message: String| SystemError::Command { program: (*program).to_owned(), message };
-    let child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| failed(error.to_string()))?;
-    let output = tokio::time::timeout(time, child.wait_with_output())
-        .await
-        .map_err(|_| failed(format!("no end within {} s", time.as_secs())))?
-        .map_err(|error| failed(error.to_string()))?;
+    let output = output.map_err(failed)?;
     if output.status.success() {
         return Ok(());
     }
@@ -37,20 +27,17 @@ pub(crate) async fn run(command: &[&str], time: Duration) -> Result<(), SystemEr
 /// its standard output, of which little is expected.
 pub(crate) async fn output(command: &[&str], time: Duration) -> Result<(Option<i32>, String), SystemError> {
     let Some((program, arguments)) = command.split_first() else { return Ok((None, String::new())) };
+    let output = finish(Command::new(program).args(arguments).stdout(Stdio::piped()).stderr(Stdio::null()), time).await;
     let failed = |message: String| SystemError::Command { program: (*program).to_owned(), message };
-    let child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| failed(error.to_string()))?;
-    let output = tokio::time::timeout(time, child.wait_with_output())
-        .await
-        .map_err(|_| failed(format!("no end within {} s", time.as_secs())))?
-        .map_err(|error| failed(error.to_string()))?;
+    let output = output.map_err(failed)?;
     Ok((output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned()))
+}
+
+/// Runs a command without input to its end; the error says why it has none.
+async fn finish(command: &mut Command, time: Duration) -> Result<Output, String> {
+    let child = command.stdin(Stdio::null()).kill_on_drop(true).spawn().map_err(|error| error.to_string())?;
+    let ended = tokio::time::timeout(time, child.wait_with_output()).await;
+    ended.map_err(|_| format!("no end within {} s", time.as_secs()))?.map_err(|error| error.to_string())
 }
 
 /// Starts a program that goes on until it is dropped.

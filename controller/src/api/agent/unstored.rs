@@ -109,7 +109,7 @@ mod tests {
     use super::{MOST, Unstored};
     use crate::api::agent::{Acked, Session};
     use crate::clock::SystemClock;
-    use crate::config::{Config, ServeArgs, Shared};
+    use crate::config::Config;
     use crate::operation::ExecutionState;
     use crate::store::{Backlog, ReportRow, SentLog};
 
@@ -160,16 +160,7 @@ mod tests {
     #[tokio::test]
     async fn store_knows_that_a_session_has_reports_that_wait() {
         let dir = tempfile::tempdir().unwrap();
-        let anywhere = Some("127.0.0.1:0".parse().unwrap());
-        let flags = ServeArgs {
-            data_dir: Some(dir.path().join("data")),
-            certs: Some(dir.path().join("certs")),
-            listen: anywhere,
-            enroll_listen: anywhere,
-            mirror_listen: anywhere,
-            ..ServeArgs::default()
-        };
-        let config = Config::load(flags, Shared::default()).unwrap();
+        let config = Config::in_test(dir.path());
         let database = config.database_url.clone();
         let controller = crate::Controller::bind(config, Arc::new(SystemClock)).await.unwrap();
         let store = controller.context.store.clone();

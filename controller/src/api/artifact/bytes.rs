@@ -81,7 +81,7 @@ mod tests {
     use super::{remove, sweep, try_remove};
     use crate::artifacts::Digest;
     use crate::clock::SystemClock;
-    use crate::config::{Config, ServeArgs};
+    use crate::config::Config;
     use crate::store::{ArtifactRow, Kind, Purpose};
 
     fn row(sha256: &str) -> ArtifactRow {
@@ -106,16 +106,7 @@ mod tests {
     #[tokio::test]
     async fn files_without_rows_are_swept_and_those_that_are_needed_stay() {
         let dir = tempfile::tempdir().unwrap();
-        let anywhere = Some("127.0.0.1:0".parse().unwrap());
-        let flags = ServeArgs {
-            data_dir: Some(dir.path().join("data")),
-            certs: Some(dir.path().join("certs")),
-            listen: anywhere,
-            enroll_listen: anywhere,
-            mirror_listen: anywhere,
-            ..ServeArgs::default()
-        };
-        let config = Config::load(flags, crate::config::Shared::default()).unwrap();
+        let config = Config::in_test(dir.path());
         let controller = crate::Controller::bind(config, Arc::new(SystemClock)).await.unwrap();
         let context = &controller.context;
 

@@ -7,7 +7,7 @@ use super::operation::{execution_state, power_off, reboot, state_to_proto, updat
 use super::{TEXT_MAX, boot_id, text};
 use crate::api::status::ApiError;
 use crate::operation::{Action, ExecutionError};
-use crate::store::{Assignment, ProgressRow, Release, ReportRow, SentLog};
+use crate::store::{Assignment, Release, ReportRow, SentLog};
 
 /// Highest sequence of a report. It rises by one with each state, and by a hundred where two systems of a card fork.
 const SEQUENCE_MAX: u64 = 1_000_000_000;
@@ -85,18 +85,6 @@ fn newest(text: &str, most: usize) -> &str {
         _ => rest.iter().position(|byte| *byte == b'\n').map_or(rest.len(), |at| at + 1),
     };
     text.get(excess + skipped..).unwrap_or_default()
-}
-
-pub(in crate::api) fn progress(row: ReportRow) -> ProgressRow {
-    ProgressRow {
-        execution: row.execution,
-        attempt: row.attempt,
-        sequence: row.sequence,
-        phase: row.phase,
-        bytes_done: row.bytes_done,
-        bytes_total: row.bytes_total,
-        cancel_refused: row.cancel_refused,
-    }
 }
 
 pub(in crate::api) fn assign(assignment: &Assignment) -> v1::Assign {

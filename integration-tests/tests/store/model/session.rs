@@ -241,7 +241,7 @@ impl World {
                 }
                 if outcome == ReportOutcome::Progress {
                     self.counts.add("progress");
-                    self.controllers[place].progress.insert(row.execution.clone(), progress(row));
+                    self.controllers[place].progress.insert(row.execution.clone(), row.into());
                 }
                 Ok(())
             }
@@ -370,17 +370,5 @@ impl World {
             self.controllers[place].progress = rows;
         }
         Ok(())
-    }
-}
-
-fn progress(row: ReportRow) -> ProgressRow {
-    ProgressRow {
-        execution: row.execution,
-        attempt: row.attempt,
-        sequence: row.sequence,
-        phase: row.phase,
-        bytes_done: row.bytes_done,
-        bytes_total: row.bytes_total,
-        cancel_refused: row.cancel_refused,
     }
 }

@@ -2,7 +2,7 @@
 
 use marco_proto::v1::ImageFacts;
 
-use super::{Bench, ONE, SHORT, error, reaches, update};
+use super::{Bench, ONE, SHORT, error, goes_down, reaches, update};
 use crate::executor::CONSOLE_IN_USE;
 use crate::job::State;
 use crate::system::Mode;
@@ -17,9 +17,7 @@ async fn shell_on_the_console_refuses_work_and_does_not_swallow_it() {
     bench
         .run(&journal, async |journal, machine| {
             reaches(journal, ONE, State::Failed).await;
-            while machine.told().is_empty() {
-                tokio::task::yield_now().await;
-            }
+            goes_down(machine).await;
             for number in 2..4 {
                 let execution = format!("operations/0198a6e0-0000-7000-8000-{number:012}/executions/pi-01");
                 journal.accept(&execution, 1, update(SHORT)).await.unwrap();

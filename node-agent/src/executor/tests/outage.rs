@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Bench, LONG, ONE, SHORT, armed_update, error, notice, phase, reaches, reboot};
+use super::{Bench, LONG, ONE, SHORT, armed_update, error, goes_down, notice, phase, reaches, reboot};
 use crate::executor::{CALLED_OFF, NO_CONTROLLER};
 use crate::job::{Action, State};
 use crate::journal::Journal;
@@ -89,9 +89,7 @@ async fn installer_leaves_the_old_system_alone_when_called_off() {
             settle().await;
             assert_eq!(journal.entries().get(ONE).unwrap().state, State::Armed);
             journal.request_cancel(ONE).await.unwrap();
-            while machine.told().is_empty() {
-                tokio::task::yield_now().await;
-            }
+            goes_down(machine).await;
         })
         .await;
     assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
@@ -101,14 +99,8 @@ async fn installer_leaves_the_old_system_alone_when_called_off() {
 #[tokio::test]
 async fn installer_that_hears_nobody_leaves_the_old_system_alone() {
     let (mut bench, journal) = unheard(armed_update().await.reboot("boot-b", Mode::Installer));
-    bench.word = SHORT;
-    let bench = bench
-        .run(&journal, async |_, machine| {
-            while machine.told().is_empty() {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await;
+    bench.confirmation = SHORT;
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
     assert_eq!(given_back(bench).await, NO_CONTROLLER);
 }

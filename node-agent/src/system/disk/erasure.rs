@@ -56,13 +56,10 @@ impl Place {
     /// # Errors
     /// It is neither blank nor a file system that the installer can mount, or cannot be read.
     pub(crate) fn unasked(self, contents: &Contents) -> Result<Option<Erasure>, Refusal> {
-        let (name, number) = match self {
-            Self::Root => ("root", 2),
-            Self::Home => ("/home", 3),
-        };
-        let cure = match self {
-            Self::Root => "install an image, which makes the root anew",
-            Self::Home => "save what is on it, and update with --discard-home to have it made anew",
+        let number = self.number();
+        let (name, cure) = match self {
+            Self::Root => ("root", "install an image, which makes the root anew"),
+            Self::Home => ("/home", "save what is on it, and update with --discard-home to have it made anew"),
         };
         let refuse = |reason, message| Err(Refusal { reason, message });
         match (contents, self) {
