@@ -194,23 +194,6 @@ pub struct Target {
     pub lease: Lease,
 }
 
-#[cfg(test)]
-impl Target {
-    /// One of which nothing is there.
-    pub(crate) fn in_test() -> Self {
-        Self {
-            root: "/t".into(),
-            boot: "/b".into(),
-            root_device: "PARTUUID=00-02".into(),
-            boot_device: "PARTUUID=00-04".into(),
-            home_device: "PARTUUID=00-03".into(),
-            root_type: "ext4".into(),
-            home_type: "ext4".into(),
-            lease: Lease::new(()),
-        }
-    }
-}
-
 /// The partitions of a card, not mounted, for an image that brings its file systems with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RawTarget {

@@ -36,6 +36,8 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::system::{Lease, Target};
+
 /// What the test does with an enrolment: an error, or the certificate is issued.
 type Verdict = Box<dyn FnMut(&EnrollRequest) -> Result<(), Status> + Send>;
 type Answers = mpsc::Sender<Result<ConnectResponse, Status>>;
@@ -369,5 +371,21 @@ impl AsyncWrite for Conn {
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+impl Target {
+    /// One of which nothing is there.
+    pub(crate) fn in_test() -> Self {
+        Self {
+            root: "/t".into(),
+            boot: "/b".into(),
+            root_device: "PARTUUID=00-02".into(),
+            boot_device: "PARTUUID=00-04".into(),
+            home_device: "PARTUUID=00-03".into(),
+            root_type: "ext4".into(),
+            home_type: "ext4".into(),
+            lease: Lease::new(()),
+        }
     }
 }
