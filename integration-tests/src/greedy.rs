@@ -4,10 +4,11 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::runtime::Runtime;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
 use crate::client::Credentials;
@@ -21,6 +22,51 @@ const HELD: Duration = Duration::from_secs(15);
 /// its own handshakes.
 const REFUSED: Duration = Duration::from_secs(1);
 const NEXT: Duration = Duration::from_millis(5);
+
+/// Threads on which greedy peers run: they take what processor time the controller and the test leave. Attackers bring
+/// processors of their own; without this, a test on two processors measures how these are shared.
+#[derive(Debug)]
+pub struct Crowd(Option<Runtime>);
+
+impl Crowd {
+    /// # Errors
+    ///
+    /// Threads that cannot be started.
+    pub fn new() -> std::io::Result<Self> {
+        // Linux has a nice value for each thread, and 0 as the id means the thread that asks: sched(7), setpriority(2).
+        let yielding = || {
+            let _ = rustix::process::setpriority_process(None, 19);
+        };
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .on_thread_start(yielding)
+            .build()?;
+        Ok(Self(Some(runtime)))
+    }
+
+    /// Runs it there; what it returns comes when it ended.
+    ///
+    /// # Errors
+    ///
+    /// It panicked.
+    pub async fn run<F>(&self, attack: F) -> Result<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        let runtime = self.0.as_ref().context("it has ended")?;
+        Ok(runtime.spawn(attack).await?)
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        // A runtime that waits for its threads must not be dropped inside of another one.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
 
 /// A call: its path, and its message; `None`: a message of [`HALF`] bytes that never comes whole.
 #[derive(Debug, Clone)]
