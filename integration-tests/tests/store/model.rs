@@ -18,11 +18,11 @@ use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRu
 
 use counts::Counts;
 use database::Template;
-use step::step;
+use step::history;
 use world::World;
 
-/// Most steps of a history.
-const STEPS: usize = 80;
+/// Most scenes of a history.
+const SCENES: usize = 100;
 /// Nodes and controllers of a history.
 const PIS: usize = 4;
 const CONTROLLERS: usize = 2;
@@ -56,7 +56,7 @@ fn random_histories_lose_nothing_and_prove_every_success() {
     let template = runtime.block_on(Template::make());
     let (done, ran) = (std::cell::RefCell::new(Counts::default()), std::cell::Cell::new(0));
     let late = std::cell::Cell::new(0);
-    let histories_of = (0_u8..3, proptest::collection::vec(step(), 1..STEPS));
+    let histories_of = (0_u8..3, history(SCENES));
     let outcome = runner.run(&histories_of, |(place, steps)| {
         let counts = runtime.block_on(async {
             let mut world = World::new(&template, place == 2).await;

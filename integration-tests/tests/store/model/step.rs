@@ -104,12 +104,21 @@ fn when() -> impl Strategy<Value = When> {
     prop_oneof![6 => Just(When::Always), 1 => Just(When::Window), 1 => (1_u16..400).prop_map(When::Within)]
 }
 
+fn create() -> impl Strategy<Value = Step> {
+    let limits = (proptest::option::weighted(0.7, 1_u8..3), proptest::option::weighted(0.7, 0_u8..2));
+    (1_u8..16, what(), when(), limits).prop_map(|(nodes, what, when, (in_flight, failures))| Step::Create {
+        nodes,
+        what,
+        when,
+        in_flight,
+        failures,
+    })
+}
+
 fn operators() -> impl Strategy<Value = Step> {
     let n = any::<u8>;
     prop_oneof![
-        8 => (1_u8..16, what(), when(), proptest::option::of(1_u8..3), proptest::option::of(0_u8..2)).prop_map(
-            |(nodes, what, when, in_flight, failures)| Step::Create { nodes, what, when, in_flight, failures }
-        ),
+        8 => create(),
         3 => n().prop_map(Step::Repeat),
         2 => n().prop_map(Step::Cancel),
         2 => n().prop_map(Step::Pause),
@@ -166,6 +175,54 @@ fn troubles() -> impl Strategy<Value = Step> {
     ]
 }
 
-pub(super) fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = Step> {
     prop_oneof![5 => operators(), 16 => nodes(), 6 => controllers(), 3 => troubles()]
+}
+
+/// What belongs together, so that a history comes further than its beginning.
+fn scene() -> impl Strategy<Value = Vec<Step>> {
+    use Step::{Boot, Connect, Fail, GoOn, Listen, Read, Round, Say, Work};
+    let both = || (any::<u8>(), any::<u8>());
+    prop_oneof![
+        40 => step().prop_map(|step| vec![step]),
+        2 => both().prop_map(|(node, controller)| vec![
+            Connect(node, controller, false), Round(controller, 0), GoOn(node),
+        ]),
+        // It goes down, and is back too late or never.
+        1 => any::<u8>().prop_map(|node| vec![GoOn(node), Work(node), Listen(2400)]),
+        2 => both().prop_map(|(node, controller)| vec![
+            Boot(node, true), Connect(node, controller, false), GoOn(node), GoOn(node),
+        ]),
+        1 => both().prop_map(|(node, controller)| vec![
+            Connect(node, controller, false), Round(controller, 0), Read(node), Fail(node), Say(node, false),
+            Round(controller, 0),
+        ]),
+    ]
+}
+
+/// What a history may be without. With everything in each of them, none comes far: something always comes between.
+const KINDS: usize = 9;
+
+fn kind(step: &Step) -> Option<usize> {
+    Some(match step {
+        Step::Cancel(_) | Step::Pause(_) => 0,
+        Step::Retry(_) | Step::Abandon(..) | Step::Resolve(..) => 1,
+        Step::Lie(..) => 2,
+        Step::Break(_) | Step::PowerCut(_) | Step::Restart(_) => 3,
+        Step::Kill(_) | Step::Start(_) => 4,
+        Step::Jump(_) => 5,
+        Step::LoseAnswer | Step::CutBefore | Step::Fill | Step::Empty => 6,
+        Step::Save | Step::Restore => 7,
+        Step::Push(..) | Step::Name(_) | Step::Delete(..) | Step::Sweep => 8,
+        _ => return None,
+    })
+}
+
+/// A history of that many scenes at most. It begins with work: without any, nothing that follows means much.
+pub(super) fn history(scenes: usize) -> impl Strategy<Value = Vec<Step>> {
+    let without = proptest::collection::vec(any::<bool>(), KINDS);
+    (create(), without, proptest::collection::vec(scene(), 1..scenes)).prop_map(|(first, without, scenes)| {
+        let is_in = |step: &Step| kind(step).is_none_or(|kind| !without[kind]);
+        std::iter::once(first).chain(scenes.into_iter().flatten().filter(is_in)).collect()
+    })
 }
