@@ -1,14 +1,17 @@
 //! Whole-disk images, as a stream: the partition table is read off the front, and then each partition goes by once.
 
+mod boot;
 mod table;
 
 use std::io::{BufRead, Cursor, ErrorKind, Read as _};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::facts::Facts;
+use crate::facts::{Facts, LIST, listed};
 use crate::tar::{examine_tar, is_header};
 use crate::{Error, Reason, Refused, TarSummary, foreign};
+use boot::BootPartition;
 use table::read_table;
 pub use table::{FRONT, Meant, Partition};
 
@@ -143,14 +146,20 @@ pub struct Examined {
 /// # Errors
 /// As [`check_tar`](crate::check_tar) and [`read_disk`]; something known that is neither is refused with what it is.
 pub fn check_image<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
-    examine_image(reader, progress).map(|examined| examined.summary)
+    examine_image(reader, None, progress).map(|examined| examined.summary)
 }
 
-/// As [`check_image`]; whether the image is a system at all is said in the facts, and is no error here.
+/// As [`check_image`]; whether the image is a system at all is said in the facts, and is no error here. `scratch`: a folder
+/// in which the boot partition of a disk image is kept meanwhile (up to 1 GiB), so that it can be looked into; without one
+/// it is not.
 ///
 /// # Errors
-/// As [`check_image`].
-pub fn examine_image<R: BufRead>(mut reader: R, progress: &mut dyn FnMut(u64)) -> Result<Examined, Error> {
+/// As [`check_image`]; and `Io` when the boot partition cannot be kept.
+pub fn examine_image<R: BufRead>(
+    mut reader: R,
+    scratch: Option<&Path>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Examined, Error> {
     let mut start = Vec::with_capacity(SECTOR);
     (&mut reader).take(512).read_to_end(&mut start).map_err(crate::error::read_error)?;
     let disk = is_disk(&start);
@@ -164,56 +173,77 @@ pub fn examine_image<R: BufRead>(mut reader: R, progress: &mut dyn FnMut(u64)) -
         let (summary, facts) = examine_tar(whole, progress)?;
         return Ok(Examined { summary, facts });
     }
-    let mut found = Found::default();
+    let mut found = Found { scratch, ..Found::default() };
     let read = read_disk(whole, &mut found, progress)?;
     let summary =
         TarSummary { entries: read.partitions, unpacked_bytes: read.bytes, disk: true, ..TarSummary::default() };
     Ok(Examined { summary, facts: found.facts(read.extended) })
 }
 
-/// Which file systems an image has. Their contents are not looked into.
+/// Which file systems an image has, and what it boots from.
 #[derive(Default)]
-struct Found {
+struct Found<'a> {
     fat: bool,
     ext: bool,
     needs: Needs,
     others: Vec<String>,
+    scratch: Option<&'a Path>,
+    boot: Option<BootPartition>,
 }
 
-impl Found {
+impl Found<'_> {
     fn facts(self, extended: bool) -> Facts {
         let mut lacks = Vec::new();
         if !self.fat {
-            lacks.push("a FAT partition to boot from");
+            lacks.push("a FAT partition to boot from".to_owned());
         }
         if !self.ext {
-            lacks.push("an ext4 partition for the root");
-        }
-        if lacks.is_empty() {
-            return Facts { needs: self.needs, ..Facts::default() };
+            lacks.push("an ext4 partition for the root".to_owned());
         }
         let cure = if extended && !self.ext {
-            "it has logical partitions, which a Pi's card of ours has not: mount its root and use marcoctl image pack"
+            "it has logical partitions, which a Pi's card of ours has not: mount its root and use marcoctl image pack; "
         } else if !self.ext && !self.others.is_empty() {
-            "of another file system than ext4: mount its root and use marcoctl image pack"
+            "of another file system than ext4: mount its root and use marcoctl image pack; "
+        } else if lacks.is_empty() {
+            ""
         } else {
-            "push the image of a whole card"
+            "push the image of a whole card; "
         };
+        let mut facts = Facts::default();
+        match self.boot.map(BootPartition::list).transpose() {
+            Ok(None | Some(None)) => {}
+            Ok(Some(Some(folder))) => {
+                let missing = folder.best().lacks;
+                if !missing.is_empty() {
+                    lacks.push(format!("in its boot partition {}", listed(&missing)));
+                }
+                facts = folder.facts();
+            }
+            Err(error) => {
+                lacks.push(format!("a boot partition that can be read ({error}; fsck.fat tells more)"));
+            }
+        }
+        if lacks.is_empty() {
+            return Facts { needs: self.needs, ..facts };
+        }
         let others =
             if self.others.is_empty() { String::new() } else { format!(" (there is {})", self.others.join(", ")) };
+        let lacks = lacks.join(" and ");
         Facts::refused(format!(
-            "this disk image is no system that a Pi can start: it lacks {}{others}; {cure}; docs/images.md lists what an \
-             image must hold",
-            lacks.join(" and "),
+            "this disk image is no system that a Pi can start: it lacks {lacks}{others}; {cure}{LIST}"
         ))
     }
 }
 
-impl Partitions for Found {
+impl Partitions for Found<'_> {
     fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error> {
         match file_system {
             // The first of each kind is what a card gets.
-            FileSystem::Fat if !self.fat => (self.fat, self.needs.boot) = (true, partition.length),
+            FileSystem::Fat if !self.fat => {
+                (self.fat, self.needs.boot) = (true, partition.length);
+                self.boot = self.scratch.map(|folder| BootPartition::new(folder, partition.length)).transpose()?;
+                return Ok(self.boot.is_some());
+            }
             FileSystem::Ext if !self.ext => (self.ext, self.needs.root) = (true, partition.length),
             FileSystem::Other if self.others.len() < 4 => {
                 self.others.push(format!("something else in partition {}", partition.number));
@@ -223,8 +253,8 @@ impl Partitions for Found {
         Ok(false)
     }
 
-    fn take(&mut self, _: u64, _: &[u8]) -> Result<(), Error> {
-        Ok(())
+    fn take(&mut self, offset: u64, block: &[u8]) -> Result<(), Error> {
+        self.boot.as_mut().map_or(Ok(()), |boot| boot.take(offset, block))
     }
 }
 

@@ -12,7 +12,8 @@ use crate::ZipSummary;
 use crate::disk::Needs;
 use crate::firmware::{BootFiles, FAMILIES, Selection, Tree, lookup, select};
 
-pub(crate) use collect::Collector;
+pub(crate) use collect::{Collector, MAX_DEPTH, MAX_NAMES, MAX_TEXT, MAX_TEXTS};
+pub(crate) use system::{Folder, LIST};
 
 /// The kernels' first processes, and the programs that images put in their place.
 pub const INITS: [&str; 7] =
@@ -111,7 +112,7 @@ fn families(tree: &str) -> Vec<&'static str> {
 }
 
 /// `a`, `a and b`, `a, b and c`.
-fn listed(items: &[String]) -> String {
+pub(crate) fn listed(items: &[String]) -> String {
     match items {
         [] => String::new(),
         [one] => one.clone(),

@@ -218,3 +218,26 @@ pub fn make_bootcode(marker: &str) -> Result<Vec<u8>> {
 pub fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
+
+/// The image of a disk: an MBR, a FAT of 3 MiB with these files and their contents, and of an ext4 of 4 MiB no more than what
+/// it is known by.
+///
+/// # Errors
+///
+/// Files that have no room.
+pub fn disk_image(boot: &[(&str, &str)]) -> Result<Vec<u8>> {
+    const MIB: usize = 1 << 20;
+    let mut disk = vec![0; 8 * MIB];
+    disk.splice(446..462, [0, 0, 0, 0, 0x0c, 0, 0, 0, 0, 8, 0, 0, 0, 24, 0, 0]);
+    disk.splice(462..478, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 32, 0, 0, 0, 32, 0, 0]);
+    disk.splice(510..512, [0x55, 0xaa]);
+    disk.splice(4 * MIB + 1080..4 * MIB + 1082, [0x53, 0xef]);
+    let mut part = Cursor::new(disk.get_mut(MIB..4 * MIB).context("a partition")?);
+    fatfs::format_volume(&mut part, fatfs::FormatVolumeOptions::new())?;
+    let fat = fatfs::FileSystem::new(part, fatfs::FsOptions::new())?;
+    for (name, contents) in boot {
+        fat.root_dir().create_file(name)?.write_all(contents.as_bytes())?;
+    }
+    fat.unmount()?;
+    Ok(disk)
+}

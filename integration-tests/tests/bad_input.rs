@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use integration_tests::certs::stranger;
 use integration_tests::client::{Credentials, bad_fields, reason};
 use integration_tests::fleet::{reboot, update};
-use integration_tests::image::{Compression, lay_out_root, pack};
+use integration_tests::image::{Compression, disk_image, lay_out_root, pack};
 use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds};
 use marco_proto::v1::operation::{Action, Target};
@@ -190,18 +190,18 @@ async fn only_the_image_of_a_whole_disk_is_written_raw() -> Result<()> {
     let root = fleet.dir().join("root");
     lay_out_root(&root, "tarball")?;
     let tarball = pack(&root, &fleet.dir().join("tarball.tar.gz"), Compression::Gzip)?;
-    // A table with a FAT of 1 MiB and an ext4 of 4 MiB, of which there is no more than what they are known by.
-    let mut disk = vec![0; 6 << 20];
-    disk.splice(446..462, [0, 0, 0, 0, 0x0c, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
-    disk.splice(462..478, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 16, 0, 0, 0, 32, 0, 0]);
-    disk.splice(510..512, [0x55, 0xaa]);
-    disk.splice((1 << 20) + 82..(1 << 20) + 87, *b"FAT32");
-    disk.splice((1 << 20) + 510..(1 << 20) + 512, [0x55, 0xaa]);
-    disk.splice((2 << 20) + 1080..(2 << 20) + 1082, [0x53, 0xef]);
+    let kernel = ("kernel8.img", "a kernel");
+    let others = [("config.txt", "arm_64bit=1"), ("cmdline.txt", "root=PARTUUID=1"), ("bcm2711-rpi-4-b.dtb", "a tree")];
+    let nothing_boots = fleet.dir().join("nothing-boots.img");
+    std::fs::write(&nothing_boots, disk_image(&others)?)?;
+    let (kind, purpose) = (artifact::Kind::Image, artifact::Purpose::Unspecified);
+    let refused = push(&mut fleet.artifacts(), "nothing-boots", kind, purpose, &nothing_boots).await.err();
+    let refused = format!("{:#}", refused.context("a disk without a kernel was taken")?);
+    assert!(refused.contains("in its boot partition a kernel"), "{refused}");
     let image = fleet.dir().join("disk.img");
-    std::fs::write(&image, disk)?;
+    std::fs::write(&image, disk_image(&[&others[..], &[kernel]].concat())?)?;
     for (name, file) in [("tarball", &tarball), ("disk", &image)] {
-        push(&mut fleet.artifacts(), name, artifact::Kind::Image, artifact::Purpose::Unspecified, file).await?;
+        push(&mut fleet.artifacts(), name, kind, purpose, file).await?;
     }
     for (image, words) in [("", "needs an image"), ("tarball", "is a tarball of a root")] {
         let refused = fleet.create(raw(image)).await.err().context("it was taken")?;

@@ -1,5 +1,5 @@
 use super::{FileSystem, Needs, Partition, Partitions, check_image, examine_image, is_disk, length, needs, read_disk};
-use crate::{Error, Reason};
+use crate::{Error, Facts, Reason};
 
 const MIB: usize = 1 << 20;
 
@@ -117,7 +117,98 @@ fn a_tarball_is_no_disk_even_when_it_has_the_signature() {
 }
 
 fn refusal(change: impl FnOnce(&mut [u8])) -> Option<String> {
-    examine_image(&*disk(change), &mut |_| ()).unwrap().facts.refusal
+    examine_image(&*disk(change), None, &mut |_| ()).unwrap().facts.refusal
+}
+
+/// The same disk with a file system on its first partition: these files, with something in them; a text of `*.txt`.
+fn booting(files: &[(&str, &str)]) -> Vec<u8> {
+    let mut disk = disk(|disk| disk[MIB..3 * MIB].fill(0));
+    {
+        let mut part = std::io::Cursor::new(&mut disk[MIB..3 * MIB]);
+        fatfs::format_volume(&mut part, fatfs::FormatVolumeOptions::new()).unwrap();
+        let fat = fatfs::FileSystem::new(part, fatfs::FsOptions::new()).unwrap();
+        for (path, text) in files {
+            if let Some((folder, _)) = path.rsplit_once('/') {
+                fat.root_dir().create_dir(folder).unwrap();
+            }
+            std::io::Write::write_all(&mut fat.root_dir().create_file(path).unwrap(), text.as_bytes()).unwrap();
+        }
+    }
+    disk
+}
+
+fn looked_into(disk: &[u8]) -> Facts {
+    let scratch = tempfile::tempdir().unwrap();
+    let facts = examine_image(disk, Some(scratch.path()), &mut |_| ()).unwrap().facts;
+    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
+    facts
+}
+
+const WHOLE: [(&str, &str); 4] = [
+    ("CONFIG.TXT", "[pi4]\nkernel=zImage\n"),
+    ("cmdline.txt", "root=/dev/mmcblk0p2"),
+    ("zImage", "a kernel"),
+    ("bcm2711-rpi-4-b.dtb", "a tree"),
+];
+
+#[test]
+fn a_boot_partition_is_judged_by_what_it_holds() {
+    let facts = looked_into(&booting(&WHOLE));
+    assert_eq!(facts.refusal, None);
+    assert_eq!(facts.needs.boot, 2 << 20);
+    facts.judge("pi4", Some("bcm2711-rpi-4-b.dtb")).unwrap();
+    assert!(facts.judge("pi5", Some("bcm2712-rpi-5-b.dtb")).unwrap_err().contains("bcm2712-rpi-5-b.dtb"));
+    for (missing, words) in [(0, "config.txt"), (1, "cmdline.txt"), (2, "kernel"), (3, "device tree")] {
+        let rest: Vec<_> = WHOLE.iter().enumerate().filter(|(at, _)| *at != missing).map(|(_, file)| *file).collect();
+        let refused = looked_into(&booting(&rest)).refusal.unwrap();
+        assert!(refused.contains("in its boot partition") && refused.contains(words), "{refused}");
+    }
+    // An empty file is nothing to the firmware, and a folder of the name is none.
+    let mut empty = WHOLE;
+    empty[2].1 = "";
+    assert!(looked_into(&booting(&empty)).refusal.unwrap().contains("kernel"));
+    empty[2] = ("zImage/readme", "text");
+    assert!(looked_into(&booting(&empty)).refusal.unwrap().contains("kernel"));
+}
+
+#[test]
+fn files_below_a_prefix_and_of_another_case_are_found() {
+    let files = [("config.txt", "os_prefix=Current/\n"), ("current/cmdline.txt", "root=/dev/mmcblk0p2")];
+    let refused = looked_into(&booting(&files)).refusal.unwrap();
+    assert!(
+        refused.contains("kernel") && refused.contains("device tree") && !refused.contains("cmdline.txt"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn a_boot_partition_that_cannot_be_read_is_refused() {
+    let mut disk = booting(&WHOLE);
+    let refused = looked_into(&self::disk(|_| ())).refusal.unwrap();
+    assert!(refused.contains("a boot partition that can be read"), "{refused}");
+    // Sectors of no bytes.
+    disk[MIB + 11..][..2].fill(0);
+    assert!(looked_into(&disk).refusal.unwrap().contains("fsck.fat"));
+}
+
+#[test]
+fn a_folder_that_leads_in_circles_ends() {
+    let mut disk = booting(&[("loop/x", "x")]);
+    let at = |offset: usize| MIB + offset;
+    let word = |disk: &[u8], offset: usize| usize::from(u16::from_le_bytes([disk[at(offset)], disk[at(offset) + 1]]));
+    let (cluster, reserved) = (usize::from(disk[at(13)]), word(&disk, 14));
+    let (fats, root_entries, per_fat) = (usize::from(disk[at(16)]), word(&disk, 17), word(&disk, 22));
+    let data = (reserved + fats * per_fat) * 512 + root_entries * 32;
+    // The folder is the first thing that was made: cluster 2. All its entries are deleted, and it goes on with itself.
+    for entry in 0..cluster * 512 / 32 {
+        disk[at(data) + entry * 32] = 0xe5;
+    }
+    assert_eq!(&disk[at(54)..][..5], b"FAT12");
+    let entry = at(reserved * 512) + 3;
+    disk[entry] = 0x02;
+    disk[entry + 1] &= 0xf0;
+    let refused = looked_into(&disk).refusal.unwrap();
+    assert!(refused.contains("circles"), "{refused}");
 }
 
 #[test]

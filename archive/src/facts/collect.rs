@@ -1,23 +1,21 @@
 //! Facts of a tarball, gathered member by member. Memory is bounded: names of boot files, a few small texts.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use super::Facts;
-use super::system::{Found, Inside};
+use super::system::{Folder, Found, Inside};
 use crate::disk::is_disk;
 use crate::firmware::BootMount;
 use crate::tar::guard::{Guard, Known};
 use crate::tar::reader::{Kind, Member};
 
 /// Longest text that is kept; the firmware reads no more of `config.txt`.
-const MAX_TEXT: u64 = 64 << 10;
+pub(crate) const MAX_TEXT: u64 = 64 << 10;
 /// Most texts, and most names of boot files. A full set has about 500 files, most of them overlays.
-const MAX_TEXTS: usize = 64;
-const MAX_NAMES: usize = 4000;
+pub(crate) const MAX_TEXTS: usize = 64;
+pub(crate) const MAX_NAMES: usize = 4000;
 /// So many bytes tell whether a file is the image of a disk.
 const SECTOR: usize = 512;
 /// Files that lie deeper below the boot folder are nobody's kernel.
-const MAX_DEPTH: usize = 4;
+pub(crate) const MAX_DEPTH: usize = 4;
 /// What the root of every system has; found deeper, it shows where the root is.
 const LANDMARKS: [&[&str]; 6] = [
     &["sbin", "init"],
@@ -35,10 +33,9 @@ const NO_DISKS: [&str; 5] = ["kernel", "initr", "initramfs", "ramfs", "u-boot"];
 /// Gathers.
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
-    /// Files of each boot folder, and those that are links.
-    names: [BTreeSet<String>; 2],
+    /// Each boot folder, and its files that are links.
+    folders: [Folder; 2],
     links: Vec<(usize, String, Vec<u8>)>,
-    texts: [BTreeMap<String, String>; 2],
     fstab: Option<String>,
     inside: Inside,
     /// Too much for this memory: then the boot files are not known.
@@ -103,16 +100,15 @@ impl Collector {
         self.settle();
         for (folder, name, path) in std::mem::take(&mut self.links) {
             if guard.find(&path) == Some(Known::Other)
-                && let Some(names) = self.names.get_mut(folder)
+                && let Some(folder) = self.folders.get_mut(folder)
             {
-                names.insert(name);
+                folder.names.insert(name);
             }
         }
         // Boot folders that are links are read by nobody here.
         let linked = BootMount::ALL.iter().any(|mount| guard.is_symlink(mount.folder().as_bytes()));
         let found = Found {
-            names: std::mem::take(&mut self.names),
-            texts: std::mem::take(&mut self.texts),
+            folders: std::mem::take(&mut self.folders),
             fstab: self.fstab.take().unwrap_or_default(),
             known: !self.overflow && !linked,
         };
@@ -124,7 +120,7 @@ impl Collector {
     }
 
     fn boot_member(&mut self, folder: usize, name: String, path: &[Vec<u8>], member: &Member) {
-        let Some(names) = self.names.get_mut(folder) else { return };
+        let Some(Folder { names, .. }) = self.folders.get_mut(folder) else { return };
         names.remove(&name);
         match member.kind {
             Kind::File => {
@@ -144,10 +140,11 @@ impl Collector {
             }
             _ => {}
         }
-        let count = self.links.len() + self.names.iter().map(BTreeSet::len).sum::<usize>();
-        if count > MAX_NAMES || self.texts.iter().map(BTreeMap::len).sum::<usize>() > MAX_TEXTS {
+        let names: usize = self.folders.iter().map(|folder| folder.names.len()).sum();
+        let texts: usize = self.folders.iter().map(|folder| folder.texts.len()).sum();
+        if self.links.len() + names > MAX_NAMES || texts > MAX_TEXTS {
             self.overflow = true;
-            self.names = Default::default();
+            self.folders = Default::default();
             self.links.clear();
         }
     }
@@ -164,8 +161,8 @@ impl Collector {
             }
             // The firmware reads bytes: what is no UTF-8 is in comments.
             Wanted::Text(folder, name) => {
-                if let Some(texts) = self.texts.get_mut(folder) {
-                    texts.insert(name, String::from_utf8_lossy(&start).into_owned());
+                if let Some(folder) = self.folders.get_mut(folder) {
+                    folder.texts.insert(name, String::from_utf8_lossy(&start).into_owned());
                 }
             }
             Wanted::Fstab => self.fstab = Some(String::from_utf8_lossy(&start).into_owned()),

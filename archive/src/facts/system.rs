@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Facts, INITS, best, listed};
-use crate::firmware::{BootFiles, BootMount, lookup};
+use crate::firmware::{BootFiles, BootMount, Selection, lookup};
 use crate::tar::guard::{Guard, Known};
 
 /// Where a reader finds the whole list.
-const LIST: &str = "docs/images.md lists what an image must hold";
+/// Where people read on.
+pub(crate) const LIST: &str = "docs/images.md lists what an image must hold";
 
 /// What a tarball holds that may be something else than a root.
 #[derive(Debug, Default)]
@@ -84,13 +85,15 @@ impl Inside {
     }
 }
 
-/// The files of one boot folder.
-struct Folder<'a> {
-    names: &'a BTreeSet<String>,
-    texts: &'a BTreeMap<String, String>,
+/// The files of one boot folder or partition: their names, in lower case and relative to it, without overlays, and small
+/// texts among them.
+#[derive(Debug, Default)]
+pub(crate) struct Folder {
+    pub(crate) names: BTreeSet<String>,
+    pub(crate) texts: BTreeMap<String, String>,
 }
 
-impl BootFiles for Folder<'_> {
+impl BootFiles for Folder {
     fn has(&self, name: &str) -> bool {
         self.names.contains(&lookup(name))
     }
@@ -100,10 +103,35 @@ impl BootFiles for Folder<'_> {
     }
 }
 
+impl Folder {
+    /// What the best of all boards would take of it.
+    pub(crate) fn best(&self) -> Selection {
+        best(self, &self.names)
+    }
+
+    /// What is kept of it.
+    pub(crate) fn facts(&self) -> Facts {
+        Facts { boot_files: self.names.clone(), texts: self.read_texts(), ..Facts::default() }
+    }
+
+    /// `config.txt` and what it includes; other texts may hold what is nobody's business.
+    fn read_texts(&self) -> BTreeMap<String, String> {
+        let mut kept = BTreeMap::new();
+        let mut todo = vec!["config.txt".to_owned()];
+        while let Some(name) = todo.pop() {
+            let Some(text) = self.text(&name) else { continue };
+            let included = text.lines().filter_map(|line| line.trim().strip_prefix("include"));
+            let included = included.filter(|rest| rest.starts_with([' ', '\t'])).map(|name| lookup(name.trim()));
+            todo.extend(included.filter(|name| !kept.contains_key(name)).collect::<Vec<_>>());
+            kept.insert(name, text);
+        }
+        kept
+    }
+}
+
 /// What was found in the boot folders, in the order of [`BootMount::ALL`].
 pub(super) struct Found {
-    pub(super) names: [BTreeSet<String>; 2],
-    pub(super) texts: [BTreeMap<String, String>; 2],
+    pub(super) folders: [Folder; 2],
     pub(super) fstab: String,
     /// Whether all of it was read.
     pub(super) known: bool,
@@ -112,12 +140,10 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn judge(self, inside: &Inside, guard: &Guard) -> Facts {
         let mut lacks = Vec::new();
-        let folders = BootMount::ALL.into_iter().zip(self.names.iter().zip(&self.texts));
-        let folders = folders.map(|(mount, (names, texts))| (mount, Folder { names, texts }));
-        let folders: Vec<(BootMount, Folder<'_>)> = folders.collect();
-        let whole = |folder: &Folder<'_>| best(folder, folder.names).lacks.is_empty();
+        let folders: Vec<(BootMount, Folder)> = BootMount::ALL.into_iter().zip(self.folders).collect();
+        let whole = |folder: &Folder| folder.best().lacks.is_empty();
         let chosen = BootMount::choose(&self.fstab, &folders, whole).map(|(_, folder)| folder);
-        let selection = chosen.map(|folder| best(folder, folder.names));
+        let selection = chosen.map(Folder::best);
 
         let file = |path: &str| guard.find(path.as_bytes()) == Some(Known::Other);
         let cmdline = chosen.zip(selection.as_ref()).and_then(|(folder, found)| folder.text(&found.cmdline));
@@ -157,22 +183,8 @@ impl Found {
             ));
         }
         match chosen.filter(|_| self.known) {
-            Some(folder) => Facts { boot_files: folder.names.clone(), texts: read_texts(folder), ..Facts::default() },
+            Some(folder) => folder.facts(),
             None => Facts::default(),
         }
     }
-}
-
-/// `config.txt` and what it includes; other texts may hold what is nobody's business.
-fn read_texts(folder: &Folder<'_>) -> BTreeMap<String, String> {
-    let mut kept = BTreeMap::new();
-    let mut todo = vec!["config.txt".to_owned()];
-    while let Some(name) = todo.pop() {
-        let Some(text) = folder.text(&name) else { continue };
-        let included = text.lines().filter_map(|line| line.trim().strip_prefix("include"));
-        let included = included.filter(|rest| rest.starts_with([' ', '\t'])).map(|name| lookup(name.trim()));
-        todo.extend(included.filter(|name| !kept.contains_key(name)).collect::<Vec<_>>());
-        kept.insert(name, text);
-    }
-    kept
 }

@@ -52,7 +52,7 @@ fn tarball<'a>(entries: impl IntoIterator<Item = (&'a str, Entry<'a>)>) -> Vec<u
 }
 
 fn facts<'a>(entries: impl IntoIterator<Item = (&'a str, Entry<'a>)>) -> Facts {
-    examine_image(&*tarball(entries), &mut |_| ()).unwrap().facts
+    examine_image(&*tarball(entries), None, &mut |_| ()).unwrap().facts
 }
 
 fn without(names: &[&str]) -> Vec<(&'static str, Entry<'static>)> {
@@ -194,7 +194,7 @@ fn what_is_no_root_is_named_with_the_cure() {
     // 0xaa alone is no UTF-8: the tarball is patched where the byte is.
     let mut tar = tarball([("card", File(&text))]);
     tar[512 + 511] = 0xaa;
-    let refused = examine_image(&*tar, &mut |_| ()).unwrap().facts.refusal.unwrap();
+    let refused = examine_image(&*tar, None, &mut |_| ()).unwrap().facts.refusal.unwrap();
     assert!(refused.contains("image of a disk"), "{refused}");
     let refused = refusal([("boot.tar.xz", File("packed")), ("root.tar.xz", File("packed"))]);
     assert!(refused.contains("another tarball"), "{refused}");

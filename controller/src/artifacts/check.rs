@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, BufRead as _, Read, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::thread;
 
 use bytes::Bytes;
@@ -23,9 +24,11 @@ const BLOCK: usize = 256 << 10;
 /// Blocks in the pipe: 2 MiB.
 const PIPE: usize = 8;
 
-/// Computes the digests and checks the contents; must run on a blocking thread of the runtime.
+/// Computes the digests and checks the contents; must run on a blocking thread of the runtime. What has to be kept
+/// meanwhile is kept in the folder `scratch`, without a name.
 pub(super) fn check(
     file: &File,
+    scratch: &Path,
     expected: Digest,
     size: u64,
     content: Content,
@@ -36,7 +39,7 @@ pub(super) fn check(
     let (digests, checked) = thread::scope(|scope| {
         let hasher = scope.spawn(move || hash(file, size, &sender, stop));
         let checked = match content {
-            Content::Image | Content::KnownImage => check_image(receiver, stop, progress),
+            Content::Image | Content::KnownImage => check_image(receiver, scratch, stop, progress),
             Content::InstallerBootcode | Content::SystemBootcode => {
                 // A zip is read from its end: by itself, beside the pipe.
                 drop(receiver);
@@ -97,6 +100,7 @@ fn hash(
 
 fn check_image(
     receiver: mpsc::Receiver<io::Result<Bytes>>,
+    scratch: &Path,
     stop: &CancellationToken,
     progress: &impl Fn(u64),
 ) -> Checked {
@@ -106,7 +110,7 @@ fn check_image(
     let inner = compression.decoder(source).map_err(failed("decompress an upload"))?;
     let inner = Stoppable { inner, stop };
     let mut reader = io::BufReader::with_capacity(BLOCK, Explained { inner, compression, window: None });
-    let checked = marco_archive::examine_image(&mut reader, &mut |done| progress(done));
+    let checked = marco_archive::examine_image(&mut reader, Some(scratch), &mut |done| progress(done));
     match (checked, reader.get_ref().window) {
         (Ok(Examined { summary, facts }), _) => {
             let packing = if summary.disk { Packing::Disk(compression) } else { Packing::Tar(compression) };

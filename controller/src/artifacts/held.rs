@@ -79,10 +79,10 @@ impl Artifacts {
     /// `NotFound` when the bytes are not here, `Stopping`, and the disk's. An archive that is refused has facts that say so.
     pub async fn judge(&self, sha256: Digest) -> Result<Facts, ArtifactError> {
         let _turn = self.judging.lock().await;
-        let (path, stop) = (self.blob(sha256), self.stop.clone());
+        let (path, staging, stop) = (self.blob(sha256), self.staging.clone(), self.stop.clone());
         off_runtime(move || {
             let (file, size) = open_blob(&path)?.ok_or(ArtifactError::NotFound(sha256))?;
-            match check(&file, sha256, size, Content::KnownImage, &stop, &|_| ()) {
+            match check(&file, &staging, sha256, size, Content::KnownImage, &stop, &|_| ()) {
                 Ok(blob) => Ok(blob.facts.unwrap_or_default()),
                 Err(error @ (ArtifactError::Refused(_) | ArtifactError::Format(_))) => {
                     Ok(Facts::refused(error.to_string()))

@@ -149,7 +149,7 @@ fn check_stored(
     content: Content,
     progress: &impl Fn(u64),
 ) -> Result<StoredBlob, ArtifactError> {
-    let checked = check(file, sha256, size, content, &store.stop, progress);
+    let checked = check(file, &store.staging, sha256, size, content, &store.stop, progress);
     let blob = store.blob(sha256);
     if matches!(checked, Err(ArtifactError::WrongDigest { .. })) && is_named(file, &blob)? {
         // The disk changed what it was given. Without the bytes the next push brings them back.
@@ -168,7 +168,7 @@ fn check_staged(
     progress: &impl Fn(u64),
 ) -> Result<StoredBlob, ArtifactError> {
     let (blob, part) = (store.blob(sha256), store.part(sha256));
-    match check(file, sha256, size, content, &store.stop, progress) {
+    match check(file, &store.staging, sha256, size, content, &store.stop, progress) {
         Ok(stored) => {
             move_into_place(file, &part, &blob)?;
             Ok(stored)
