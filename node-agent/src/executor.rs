@@ -22,7 +22,9 @@ use way_down::WayDown;
 
 mod asking;
 mod console;
+mod installing;
 mod notice;
+mod switch;
 mod update;
 mod way_down;
 
@@ -274,7 +276,7 @@ impl Executor {
             Resume::Begin if asked.is_err() => Err(StepError::Cancelled),
             Resume::Begin => self.begin(entry).await,
             Resume::GoDown => match asked {
-                Ok(()) => self.go_down(entry, Self::way_down(entry)).await,
+                Ok(()) => self.go_down(entry, self.way_down(entry).await).await,
                 Err(failure) => {
                     self.withdraw(execution).await;
                     Err(StepError::Failed(failure))
@@ -408,7 +410,7 @@ impl Executor {
                 self.give_notice(execution, Down::Reboot, &update.notice, cancel).await?;
                 self.hand_over(entry, update, prefix).await?;
                 self.journal.arm(execution).await?;
-                self.go_down(entry, WayDown::TryBoot).await
+                self.go_down(entry, self.way_down(entry).await).await
             }
             (Action::Unknown, _) => {
                 Err(StepError::Failed(Failure::new(job::UNKNOWN_ACTION, sentence(job::UNKNOWN_ACTION))))

@@ -36,6 +36,7 @@ mod verdict;
 mod whole;
 mod write_back;
 
+pub(crate) use agent::FILES as IDENTITY_FILES;
 pub use agent::LONG_VERSION;
 
 /// The agent's state folder within a root.

@@ -22,6 +22,7 @@ mod ill;
 mod judged;
 mod machine;
 mod outage;
+mod switch;
 mod users;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
@@ -40,6 +41,7 @@ struct Bench {
     machine: Machine,
     verdict: Duration,
     confirmation: Duration,
+    max_pause: Duration,
     /// What the controller says about the image.
     said: Option<ImageFacts>,
     /// A controller has let the jobs of earlier processes stand.
@@ -69,7 +71,15 @@ impl Bench {
         let mode = Mode::Running;
         let (release, refusal, unkept, patience) = (None, None, None, LONG);
         let machine = Machine { dir: path, boot_id, mode, facts, release, refusal, unkept, patience, told };
-        Self { _dir: dir, machine, verdict: LONG, confirmation: LONG, said: Some(judged::good()), heard: true }
+        Self {
+            _dir: dir,
+            machine,
+            verdict: LONG,
+            confirmation: LONG,
+            max_pause: Duration::from_secs(60),
+            said: Some(judged::good()),
+            heard: true,
+        }
     }
 
     fn recovery(&self) -> BootPart {
@@ -90,7 +100,7 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict, confirmation, said, heard } = self;
+        let Self { _dir, machine, verdict, confirmation, max_pause, said, heard } = self;
         let machine = Arc::new(machine);
         // No installation comes further than to its download.
         let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
@@ -107,7 +117,7 @@ impl Bench {
                 farewell: Duration::ZERO,
                 verdict,
                 confirmation,
-                max_pause: Duration::from_secs(60),
+                max_pause,
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
                 labels: tokio::sync::watch::channel(None).1,
             },
@@ -126,7 +136,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict, confirmation, said, heard }
+        Self { _dir, machine, verdict, confirmation, max_pause, said, heard }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{DID_NOT_REBOOT, Executor, StepError};
 use crate::cause::chain;
-use crate::job::{self, Action, Failure, Kind, phase};
+use crate::job::{self, Action, Failure, phase};
 use crate::journal::Entry;
 use crate::system::{Down, Force, Reboot};
 
@@ -32,14 +32,6 @@ impl WayDown {
 }
 
 impl Executor {
-    pub(super) fn way_down(entry: &Entry) -> WayDown {
-        match entry.action.kind() {
-            Kind::Update => WayDown::TryBoot,
-            Kind::PowerOff => WayDown::PowerOff,
-            Kind::Reboot | Kind::Unknown => WayDown::Reboot,
-        }
-    }
-
     /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
     pub(super) async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
