@@ -2,23 +2,20 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::update::off_runtime;
-use super::{Executor, ONLY_IMAGES, StepError, WayDown, sentence};
+use super::{CALLED_OFF, Executor, ONLY_IMAGES, StepError, WayDown, sentence};
 use crate::backoff;
 use crate::bootpart::{InstallJob, Instruction};
 use crate::cause::chain;
 use crate::durable;
 use crate::install::{self, Next, Phase};
-use crate::job::{Action, Artifact, Failure, Notice, State, Update, phase};
+use crate::job::{self, Action, Artifact, Failure, Notice, State, Update, phase};
 use crate::journal::{self, Entry, JournalError, Progress};
-
-/// How often an installation that has not touched the card yet is tried before the old system is started again.
-const MAX_UNCOMMITTED: u32 = 3;
 
 impl Executor {
     /// A job that reached the installer itself: there is nothing to go back to, and nobody to warn.
@@ -73,7 +70,8 @@ impl Executor {
         self.journal.adopt(entry).await
     }
 
-    /// Steps 4 and 5.
+    /// Steps 4 and 5. What fails and may end otherwise is tried again, so often for each cause and so long in all; what
+    /// was called off meanwhile is not.
     pub(super) async fn install(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         let recovery = self.recovery_or_fail()?;
@@ -83,31 +81,43 @@ impl Executor {
             return Err(StepError::Failed(Failure::new("INSTALL_JOB_LOST", message)));
         };
         self.journal.install(execution).await?;
+        let before = self.journal.entries().get(execution).and_then(|entry| entry.tries.never_ended());
+        if let Some(message) = before {
+            return Err(StepError::Failed(Failure::new(job::NEVER_ENDED, message)));
+        }
 
-        // A boot that was no trial is a boot by default: then the installer has been made the default before.
-        let touched = Arc::new(AtomicBool::new(self.system.booted().is_some_and(|booted| !booted.tryboot)));
-        let mut tries: u32 = 0;
         let next = loop {
-            let error = match self.install_once(execution, &job, &touched).await {
+            let begun = Instant::now();
+            let error = match self.install_once(execution, &job).await {
                 Ok(next) => break next,
                 Err(error) => error,
             };
-            tries = tries.saturating_add(1);
             let failure = Failure::new(error.reason, chain(&error));
-            tracing::warn!(execution, reason = error.reason, error = %failure.message, tries, "installation failed");
-            self.keep_failure(execution, &failure);
-            let touched = touched.load(Ordering::Acquire);
-            if !touched && (!error.retryable || tries >= MAX_UNCOMMITTED) {
-                // The old system is whole: it comes back by itself, and says why.
-                self.journal.note(execution, failure).await?;
-                return self.go_down(entry, WayDown::Reboot).await;
-            }
+            let committed = self.installer_boots().await;
+            let tries = self.journal.tried(execution, failure.clone(), begun.elapsed()).await?;
+            let failed = tries.failed();
+            tracing::warn!(
+                execution, reason = error.reason, error = %failure.message, failed, committed, "installation failed"
+            );
             if !error.retryable {
                 return Err(StepError::Failed(failure));
             }
-            self.journal.note(execution, failure).await?;
+            if let Some(why) = tries.over(error.reason, committed) {
+                let message = format!("{} ({why})", failure.message);
+                return Err(StepError::Failed(Failure::new(failure.reason, message)));
+            }
+            self.keep_failure(execution, &failure);
             self.phase(execution, phase::ANOTHER_TRY);
-            tokio::time::sleep(self.pause(tries)).await;
+            let pause = self.pause(failed);
+            // Neither wait holds anything.
+            tokio::select! {
+                biased;
+                () = self.journal.called_off(execution) => {
+                    let message = format!("it was called off, and so not tried again after: {}", failure.message);
+                    return Err(StepError::Failed(Failure::new(CALLED_OFF, message)));
+                }
+                () = tokio::time::sleep(pause) => {}
+            }
         };
         if next == Next::Installer {
             return self.go_down(entry, WayDown::Reboot).await;
@@ -121,21 +131,17 @@ impl Executor {
         if entry.action.is_raw() { WayDown::Reboot } else { WayDown::TryBoot }
     }
 
-    async fn install_once(
-        &self,
-        execution: &str,
-        job: &InstallJob,
-        touched: &Arc<AtomicBool>,
-    ) -> Result<Next, install::InstallError> {
+    async fn install_once(&self, execution: &str, job: &InstallJob) -> Result<Next, install::InstallError> {
         let progress: install::Progress = {
-            let (journal, execution, touched) = (self.journal.clone(), execution.to_owned(), touched.clone());
+            let (journal, execution) = (self.journal.clone(), execution.to_owned());
             Arc::new(move |phase: Phase, done, total| {
-                if phase >= Phase::Partitioning {
-                    touched.store(true, Ordering::Release);
-                }
                 let (execution, phase) = (execution.clone(), phase.as_str().to_owned());
                 journal.set_progress(Progress { execution, phase, done, total });
             })
+        };
+        let stands: Arc<dyn Fn() -> bool + Send + Sync> = {
+            let (journal, execution) = (self.journal.clone(), execution.to_owned());
+            Arc::new(move || !journal.entries().get(&execution).is_some_and(|entry| entry.cancel_requested))
         };
         let write: install::WriteJournal = {
             let (journal, execution) = (self.journal.clone(), execution.to_owned());
@@ -151,6 +157,7 @@ impl Executor {
             now: (self.settings.now)(),
             progress,
             labels: self.settings.labels.clone(),
+            stands,
         };
         install::install(job, &self.system, &self.downloader, context, &never).await
     }
