@@ -196,6 +196,9 @@ async fn an_installer_without_a_job_leaves_a_card_with_a_system_alone() -> Resul
     let swapped =
         autoboot.replace("boot_partition=4", "boot_partition=x").replace("boot_partition=1", "boot_partition=4");
     fs::write(pi.path("recovery/autoboot.txt"), swapped.replace("boot_partition=x", "boot_partition=1"))?;
+    for name in ["node.key", "node.crt", "ca.crt"] {
+        fs::copy(pi.path("agent").join(name), pi.path("recovery/marco").join(name))?;
+    }
     fs::write(pi.path("root/precious"), "mine")?;
     pi.cut_power()?;
     wait_until(INSTALL, "the installer is there", async || {

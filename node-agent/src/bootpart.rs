@@ -13,12 +13,14 @@ use crate::durable;
 use crate::system::Board;
 
 mod file;
+mod job;
 pub mod render;
 mod stock;
 mod writable;
 
 pub(crate) use file::write_whole;
 use file::{read_json, remove_file, sha256_of_card, write_json};
+pub use job::{InstallJob, Instruction};
 pub use writable::Writable;
 
 /// The partition could not be read, written, or did not hold what was written.
@@ -103,56 +105,6 @@ pub enum DefaultBoot {
     System,
     /// The installer: `boot_partition=1`, on trial 4.
     Installer,
-}
-
-/// What the installer is to do: `marco/install.json` on p1.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct InstallJob {
-    /// What to install.
-    pub instruction: Instruction,
-    /// Name of the execution.
-    pub execution: String,
-    /// Its attempt when it was armed.
-    pub attempt: u32,
-    /// The sequence of the last report when it was armed.
-    pub sequence: u64,
-    /// The boot id under which it was accepted.
-    pub boot_id: String,
-    /// Addresses of controllers, host:port, in order.
-    pub controllers: Vec<String>,
-    /// Address of the enrolment listener, host:port; empty: derived from the controllers.
-    #[serde(default)]
-    pub enroll: String,
-    /// The node's id, which is also its host name.
-    pub node: String,
-    /// Make home anew.
-    pub discard_home: bool,
-    /// How many trial boots were armed so far.
-    pub trials: u32,
-    /// Where the installer set of this job is.
-    pub prefix: Prefix,
-}
-
-/// What an installer does to the card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Instruction {
-    /// Erases root and boot partition and installs an image.
-    Install {
-        /// The image's id.
-        image: String,
-        /// Its SHA-256.
-        sha256: String,
-        /// Writes it, a whole disk's, to the whole card as it is.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        raw: bool,
-    },
-    /// Replaces the boot partition's files and leaves root alone.
-    BootOnly {
-        /// SHA-256 of the zip.
-        sha256: String,
-    },
 }
 
 /// Which zip a set came from, written last: a set without a record is not whole.
@@ -263,24 +215,19 @@ impl BootPart {
         file::write_in_place(&self.recovery.join("autoboot.txt"), &render::autoboot_txt(default))
     }
 
-    /// Says what the installer is to do. Written as a whole, read back.
-    pub fn write_job(&self, job: &InstallJob) -> Result<(), BootError> {
-        let _lock = self.lock()?;
-        write_json(&self.job_file(), job)
-    }
-
-    /// Says in this execution's job, if that is there, how many trial boots failed. Only a digit changes, so this is done in
-    /// place: a cut leaves the old number or the new one, never no job.
-    pub fn count_trial(&self, execution: &str, trials: u32) -> Result<(), BootError> {
-        let _lock = self.lock()?;
-        let Some(job) = self.read_job()?.filter(|job| job.execution == execution) else { return Ok(()) };
-        let job = InstallJob { trials, ..job };
-        file::write_in_place(&self.job_file(), &file::json(&self.job_file(), &job)?)
-    }
-
-    /// What the installer is to do; none when nothing, or nothing readable, is there.
-    pub fn read_job(&self) -> Result<Option<InstallJob>, BootError> {
-        read_json(&self.job_file())
+    /// Which system boots by default, by what the card itself holds now. What cannot be made out is the first FAT, as for
+    /// the firmware: the installer. On a stock card it is the card's only system.
+    pub fn default_boot(&self) -> Result<DefaultBoot, BootError> {
+        if self.is_stock() {
+            return Ok(DefaultBoot::System);
+        }
+        let path = self.recovery.join("autoboot.txt");
+        let text = file::read_from_card(&path).map_err(BootError::io("read back", path))?.unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let config = marco_archive::config_txt::ConfigTxt::parse(&text);
+        let partition = config.get("boot_partition", &marco_archive::config_txt::Conditions::default());
+        let is_system = partition.is_some_and(|number| number.trim().parse() == Ok(marco_archive::switch::SYSTEM));
+        Ok(if is_system { DefaultBoot::System } else { DefaultBoot::Installer })
     }
 
     /// Removes the job, and what an installation kept of the old system for the new one.
@@ -330,10 +277,6 @@ impl BootPart {
         }
         let _lock = self.lock()?;
         IDENTITY.iter().try_for_each(|name| remove_file(&self.marco_dir().join(name)))
-    }
-
-    fn job_file(&self) -> PathBuf {
-        self.recovery.join("marco/install.json")
     }
 
     /// Lets files be written to the partition, which a running system has mounted for reading only: every write goes

@@ -22,7 +22,10 @@ use way_down::WayDown;
 
 mod asking;
 mod console;
+mod giving_back;
+mod installing;
 mod notice;
+mod switch;
 mod update;
 mod way_down;
 
@@ -33,6 +36,8 @@ pub use crate::journal::NOT_WRITABLE as JOURNAL_NOT_WRITABLE;
 pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
 /// Pause before a job that cannot go on is tried again; it grows from try to try.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// How often a job is gone on with that the journal does not let go on.
+const MAX_FAILURES: u32 = 5;
 /// The controller gave the job up while the agent was not running.
 pub const CALLED_OFF: &str = "CALLED_OFF";
 /// Somebody has a shell on the node's console.
@@ -125,6 +130,16 @@ impl From<DownloadError> for StepError {
     }
 }
 
+/// The end of a wait for work.
+enum Waited {
+    /// There is a job.
+    Job,
+    /// The machine's owner has other plans after a failure.
+    Owner,
+    /// The old system is to run again.
+    OldSystem,
+}
+
 /// Does the jobs of one node under one boot.
 pub struct Executor {
     system: Arc<dyn System>,
@@ -162,8 +177,10 @@ impl Executor {
             // It is tried again. The node connects meanwhile, and says what ails it.
             tracing::error!(error = %chain(&error), "what the boot decided is not journalled");
         }
-        if self.mode() == Mode::Running {
-            self.tidy_recovery().await;
+        match self.mode() {
+            Mode::Running => self.tidy_recovery().await,
+            // Before a session: the old system still holds the job, and tells its end.
+            Mode::Installer => self.leave_when_idle().await,
         }
     }
 
@@ -190,22 +207,27 @@ impl Executor {
             // Dropping the wait loses nothing: the journal keeps what it waits for.
             let waited = tokio::select! {
                 () = stop.cancelled() => return,
-                waited = changes.wait_for(|entries| entries.unfinished().is_some()) => Some(waited.map(|_| ())),
-                () = self.patience_is_over() => None,
+                waited = changes.wait_for(|entries| entries.unfinished().is_some()) => {
+                    if waited.is_ok() { Waited::Job } else { return }
+                }
+                () = self.patience_is_over() => Waited::Owner,
+                () = self.old_system_waits() => Waited::OldSystem,
             };
             *self.failed_since() = None;
-            let Some(waited) = waited else {
+            match waited {
+                Waited::Job => {}
                 // The user at the console loses a shell that they would lose with the machine.
-                stop.run_until_cancelled(self.give_up()).await;
-                continue;
-            };
-            if waited.is_err() {
-                return;
+                Waited::Owner => drop(stop.run_until_cancelled(self.give_up()).await),
+                Waited::OldSystem => drop(stop.run_until_cancelled(self.leave_when_idle()).await),
             }
             let Some(entry) = self.journal.entries().unfinished().cloned() else { continue };
             // Dropping the step is what a kill does, too: whatever it was, the journal says how to go on.
             let done = tokio::select! {
                 () = stop.cancelled() => return,
+                () = self.journal.replaced(&entry.execution) => {
+                    tracing::warn!(execution = %entry.execution, "installation gives way to another image");
+                    continue;
+                }
                 done = self.advance(&entry) => done,
             };
             let Err(error) = done else {
@@ -214,11 +236,26 @@ impl Executor {
             };
             tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
             failures = failures.saturating_add(1);
-            let pause = backoff::doubled(FIRST_PAUSE, failures - 1);
+            if failures >= MAX_FAILURES {
+                failures = 0;
+                stop.run_until_cancelled(self.end_unwritten(&entry, &error)).await;
+            }
+            let pause = backoff::doubled(FIRST_PAUSE, failures.saturating_sub(1));
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause.min(self.settings.max_pause)) => {}
             }
+        }
+    }
+
+    /// Ends a job whose next step cannot be journalled, however often that is tried.
+    async fn end_unwritten(&self, entry: &Entry, error: &JournalError) {
+        let reason = match error {
+            JournalError::Io { .. } => JOURNAL_NOT_WRITABLE,
+            _ => "AGENT_BUG",
+        };
+        if let Err(error) = self.failed(entry, Failure::new(reason, chain(error))).await {
+            tracing::error!(execution = %entry.execution, error = %chain(&error), "job not ended");
         }
     }
 
@@ -274,7 +311,7 @@ impl Executor {
             Resume::Begin if asked.is_err() => Err(StepError::Cancelled),
             Resume::Begin => self.begin(entry).await,
             Resume::GoDown => match asked {
-                Ok(()) => self.go_down(entry, Self::way_down(entry)).await,
+                Ok(()) => self.go_down(entry, self.way_down(entry).await).await,
                 Err(failure) => {
                     self.withdraw(execution).await;
                     Err(StepError::Failed(failure))
@@ -282,7 +319,7 @@ impl Executor {
             },
             Resume::Install => match asked {
                 Ok(()) => self.install(entry).await,
-                Err(failure) => self.give_back(entry, failure).await,
+                Err(failure) => Err(StepError::Failed(failure)),
             },
             Resume::TryBoot => self.go_down(entry, Self::into_new_system(entry)).await,
             Resume::AwaitVerdict => self.await_verdict(entry).await,
@@ -310,19 +347,6 @@ impl Executor {
             }
             Err(StepError::Failed(failure)) => self.failed(entry, failure).await,
         }
-    }
-
-    async fn failed(&self, entry: &Entry, failure: Failure) -> Result<(), JournalError> {
-        let execution = entry.execution.as_str();
-        tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
-        self.keep_failure(execution, &failure);
-        if entry.state == job::State::Accepted {
-            self.withdraw(execution).await;
-        }
-        self.journal.fail(execution, failure).await?;
-        *self.failed_since() = Some(Instant::now());
-        self.tidy_after(entry).await;
-        Ok(())
     }
 
     fn is_still_accepted(&self, execution: &str) -> bool {
@@ -408,7 +432,7 @@ impl Executor {
                 self.give_notice(execution, Down::Reboot, &update.notice, cancel).await?;
                 self.hand_over(entry, update, prefix).await?;
                 self.journal.arm(execution).await?;
-                self.go_down(entry, WayDown::TryBoot).await
+                self.go_down(entry, self.way_down(entry).await).await
             }
             (Action::Unknown, _) => {
                 Err(StepError::Failed(Failure::new(job::UNKNOWN_ACTION, sentence(job::UNKNOWN_ACTION))))

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
 use crate::download::{self, Download, DownloadError, Downloader};
+use crate::executor::CALLED_OFF;
 use crate::job::{Labels, phase};
 use crate::system::rooted::Rooted;
 use crate::system::{
@@ -36,6 +37,7 @@ mod verdict;
 mod whole;
 mod write_back;
 
+pub(crate) use agent::FILES as IDENTITY_FILES;
 pub use agent::LONG_VERSION;
 
 /// The agent's state folder within a root.
@@ -61,6 +63,8 @@ pub struct Context {
     pub progress: Progress,
     /// The node's labels, once a controller has said them.
     pub labels: watch::Receiver<Option<Labels>>,
+    /// Whether the installation still stands; asked right before the card is touched for the first time.
+    pub stands: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// A step of an installation.
@@ -401,8 +405,13 @@ impl Work<'_> {
         }
         let ready = self.system.check_target(room).await?;
         self.phase(Phase::Partitioning);
-        let (part, prefix) = (self.part.clone(), self.job.prefix);
+        let (part, prefix, stands) = (self.part.clone(), self.job.prefix, Arc::clone(&self.context.stands));
         blocking(move || {
+            // Later there is nothing to go back to.
+            if !stands() && part.default_boot()? == DefaultBoot::System {
+                let message = "it was called off before the card was touched";
+                return Err(InstallError { reason: CALLED_OFF, message: message.into(), retryable: false });
+            }
             part.make_default(prefix)?;
             Ok(part.set_boot_partition(DefaultBoot::Installer)?)
         })

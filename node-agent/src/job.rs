@@ -7,6 +7,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub mod phase;
+mod tries;
+
+pub use tries::{NEVER_ENDED, Tries};
 
 /// How often a new system is tried before the installer gives up and waits.
 pub const MAX_TRIALS: u32 = 3;

@@ -21,9 +21,11 @@ use crate::job::{Action, FORK_LEAP, Failure, Kind, Release, State, WrongState};
 mod confirmation;
 mod entry;
 mod file;
+mod installing;
 
 pub use confirmation::Confirmation;
 pub use entry::{Entries, Entry, new_entry};
+pub use installing::REPLACED;
 
 /// Name of the journal's file in the state directory.
 pub const FILE_NAME: &str = "journal.json";
@@ -210,6 +212,7 @@ impl Journal {
                     entry.error = Some(Failure::new(crate::job::UNKNOWN_ACTION, "this agent does not know the action"));
                     Accepted::Refused
                 }
+                (_, Some(_)) if entries.make_way(&entry, boot_id) => Accepted::New,
                 // Nothing is wrong with it: it is not journalled, and can be given again.
                 (_, Some(other)) => return Err(JournalError::Busy(other)),
                 (_, None) => Accepted::New,
@@ -238,6 +241,8 @@ impl Journal {
         self.change(Needed::InMemory, |entries, boot_id| {
             match entries.get_mut(execution) {
                 Ok(entry) if entry.state == State::Accepted => entry.cancel_requested = true,
+                // What is under way comes to its end, and is not tried again.
+                Ok(entry) if entry.state == State::Installing => entry.cancel_requested = true,
                 // An earlier process passed the point of no return. This one has not gone on yet, and will not.
                 Ok(entry) if entry.state == State::Armed && first => {}
                 Ok(entry) => entry.cancel_refused = entry.state != State::Cancelled,
@@ -285,6 +290,9 @@ impl Journal {
                 return Err(JournalError::CancelRequested);
             }
             let to = entry.state.install(entry.kind())?;
+            if entry.state == State::Installing && entry.boot_id != boot_id {
+                entry.tries.begin_again();
+            }
             // A restarted installer is in the state that it was in.
             let leap = u64::from(entry.state != State::Installing);
             entry.step(to, leap, boot_id);
@@ -303,6 +311,7 @@ impl Journal {
         self.step(execution, |entry, boot_id| {
             let to = entry.state.install(entry.kind())?;
             entry.trials = entry.trials.saturating_add(1);
+            entry.tries.for_next_trial();
             entry.step(to, FORK_LEAP, boot_id);
             Ok(())
         })
@@ -464,6 +473,7 @@ impl Journal {
 }
 
 fn try_boot(entry: &mut Entry, boot_id: &str) -> Result<(), JournalError> {
+    entry.cancel_refused |= entry.cancel_requested;
     entry.step(entry.state.try_boot(entry.kind())?, 1, boot_id);
     Ok(())
 }

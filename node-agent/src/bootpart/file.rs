@@ -90,6 +90,18 @@ pub(super) fn remove_file(path: &Path) -> Result<(), BootError> {
     }
 }
 
+/// A file's bytes as the card holds them, not as the page cache remembers them; `None`: there is no such file.
+pub(super) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(Some(bytes))
+}
+
 /// The digest of what the card holds, not of what the page cache remembers.
 pub(super) fn sha256_of_card(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;

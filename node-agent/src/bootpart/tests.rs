@@ -132,6 +132,30 @@ fn a_switch_is_one_write_of_the_same_length_into_the_same_file() {
 }
 
 #[test]
+fn default_boot_is_what_the_firmware_would_boot() {
+    let card = Card::new();
+    let autoboot = card.dir.path().join("autoboot.txt");
+    fs::write(card.dir.path().join("config.txt"), crate::bootpart::render::HEAD).unwrap();
+    assert_eq!(card.part.default_boot().unwrap(), DefaultBoot::Installer, "nothing says otherwise");
+    for default in [DefaultBoot::System, DefaultBoot::Installer] {
+        card.part.set_boot_partition(default).unwrap();
+        assert_eq!(card.part.default_boot().unwrap(), default);
+    }
+    for torn in
+        ["", "[all]\ntryboot_a_b=1\nboot_part", "[all]\nboot_partition=", "[tryboot]\nboot_partition=4\n", "\0\0"]
+    {
+        fs::write(&autoboot, torn).unwrap();
+        assert_eq!(card.part.default_boot().unwrap(), DefaultBoot::Installer, "{torn:?}");
+    }
+    fs::remove_file(&autoboot).unwrap();
+    fs::create_dir(&autoboot).unwrap();
+    assert!(card.part.default_boot().is_err());
+    // A stock card has no other system.
+    fs::write(card.dir.path().join("config.txt"), "arm_64bit=1\n").unwrap();
+    assert_eq!(card.part.default_boot().unwrap(), DefaultBoot::System);
+}
+
+#[test]
 fn a_job_is_read_back_and_a_torn_one_is_none() {
     let card = Card::new();
     let job = InstallJob {

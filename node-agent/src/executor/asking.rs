@@ -1,7 +1,7 @@
 //! A job of an earlier process disturbs the machine only after a controller has confirmed it.
 
-use super::{CALLED_OFF, Executor, NO_CONTROLLER, StepError, WayDown, sentence};
-use crate::job::{self, Failure, Resume};
+use super::{CALLED_OFF, Executor, NO_CONTROLLER, sentence};
+use crate::job::{Failure, Resume};
 use crate::journal::{Confirmation, Entry};
 
 impl Executor {
@@ -11,11 +11,11 @@ impl Executor {
         let execution = entry.execution.as_str();
         let confirmation = match decision {
             Resume::Begin | Resume::GoDown => self.journal.confirmation(execution).await,
-            // Later the card holds no system that could be gone back to. Until then the installer does not wait for
-            // longer than for the image: on a network of its own it may never be heard.
-            Resume::Install
-                if entry.state == job::State::Armed && self.system.booted().is_some_and(|booted| booted.tryboot) =>
-            {
+            // It downloads from a controller, and so needs to hear one in any case.
+            Resume::Install if self.installer_boots().await => self.journal.confirmation(execution).await,
+            // The old system is whole. It is not kept waiting for longer than for the image: on a network of its own the
+            // installer may never be heard.
+            Resume::Install => {
                 let heard =
                     tokio::time::timeout(self.settings.confirmation, self.journal.confirmation(execution)).await;
                 heard.map_err(|_| Failure::new(NO_CONTROLLER, sentence(NO_CONTROLLER)))?
@@ -26,12 +26,5 @@ impl Executor {
             Confirmation::Stands => Ok(()),
             Confirmation::CalledOff => Err(Failure::new(CALLED_OFF, sentence(CALLED_OFF))),
         }
-    }
-
-    /// Leaves the machine to the old system, which is whole, without having installed anything.
-    pub(super) async fn give_back(&self, entry: &Entry, failure: Failure) -> Result<(), StepError> {
-        self.keep_failure(&entry.execution, &failure);
-        self.journal.note(&entry.execution, failure).await?;
-        self.go_down(entry, WayDown::Reboot).await
     }
 }

@@ -19,9 +19,11 @@ use machine::Machine;
 
 mod console;
 mod ill;
+mod installer;
 mod judged;
 mod machine;
 mod outage;
+mod switch;
 mod users;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
@@ -40,6 +42,9 @@ struct Bench {
     machine: Machine,
     verdict: Duration,
     confirmation: Duration,
+    max_pause: Duration,
+    /// What becomes of the image's download.
+    fault: Wrong,
     /// What the controller says about the image.
     said: Option<ImageFacts>,
     /// A controller has let the jobs of earlier processes stand.
@@ -68,8 +73,19 @@ impl Bench {
         let boot_id = "boot-a".to_owned();
         let mode = Mode::Running;
         let (release, refusal, unkept, patience) = (None, None, None, LONG);
-        let machine = Machine { dir: path, boot_id, mode, facts, release, refusal, unkept, patience, told };
-        Self { _dir: dir, machine, verdict: LONG, confirmation: LONG, said: Some(judged::good()), heard: true }
+        let machine =
+            Machine { dir: path, boot_id, mode, facts, release, refusal, unkept, patience, told, broken: false };
+        Self {
+            _dir: dir,
+            machine,
+            verdict: LONG,
+            confirmation: LONG,
+            max_pause: Duration::from_secs(60),
+            // No installation comes further than to its download.
+            fault: Wrong::Withheld,
+            said: Some(judged::good()),
+            heard: true,
+        }
     }
 
     fn recovery(&self) -> BootPart {
@@ -90,10 +106,9 @@ impl Bench {
 
     /// Runs the agent's part until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
-        let Self { _dir, machine, verdict, confirmation, said, heard } = self;
+        let Self { _dir, machine, verdict, confirmation, max_pause, fault, said, heard } = self;
         let machine = Arc::new(machine);
-        // No installation comes further than to its download.
-        let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(|_| Wrong::Withheld), said.clone()).await;
+        let (downloader, _controller) = serve_judged(IMAGE.into(), Arc::new(move |_| fault), said.clone()).await;
         let executor = Executor::new(
             machine.clone(),
             journal.clone(),
@@ -107,7 +122,7 @@ impl Bench {
                 farewell: Duration::ZERO,
                 verdict,
                 confirmation,
-                max_pause: Duration::from_secs(60),
+                max_pause,
                 now: Arc::new(|| DateTime::UNIX_EPOCH),
                 labels: tokio::sync::watch::channel(None).1,
             },
@@ -126,7 +141,7 @@ impl Bench {
         stop.cancel();
         task.await.unwrap();
         let machine = Arc::into_inner(machine).unwrap();
-        Self { _dir, machine, verdict, confirmation, said, heard }
+        Self { _dir, machine, verdict, confirmation, max_pause, fault, said, heard }
     }
 }
 
@@ -322,17 +337,6 @@ async fn an_update_leaves_the_installer_all_it_needs_before_it_is_armed() {
 }
 
 #[tokio::test]
-async fn an_installer_whose_journal_is_torn_goes_by_the_job_on_the_card() {
-    let bench = armed_update().await.reboot("boot-b", Mode::Installer);
-    std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
-    let journal = bench.journal();
-    bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Installing).await).await;
-    let entries = journal.entries();
-    let entry = entries.get(ONE).unwrap();
-    assert_eq!((entry.sequence, entry.attempt), (3, 7));
-}
-
-#[tokio::test]
 async fn the_old_system_that_comes_back_reports_a_rollback_and_cleans_the_card() {
     let bench = armed_update().await.reboot("boot-c", Mode::Running);
     let journal = bench.journal();
@@ -342,17 +346,6 @@ async fn the_old_system_that_comes_back_reports_a_rollback_and_cleans_the_card()
     assert!(!bench.machine.dir.join("recovery/marco/node.key").exists());
     assert!(!bench.machine.dir.join("recovery/marco").join(FILE_NAME).exists());
     assert_eq!(bench.machine.told(), [""; 0]);
-}
-
-#[tokio::test]
-async fn the_old_system_says_what_the_installer_could_not_do() {
-    let bench = armed_update().await.reboot("boot-b", Mode::Installer);
-    let noted = Failure::new("DOWNLOAD_REFUSED", "no such artifact");
-    bench.journal().note(ONE, noted.clone()).await.unwrap();
-    let bench = bench.reboot("boot-c", Mode::Running);
-    let journal = bench.journal();
-    bench.run(&journal, async |journal, _| reaches(journal, ONE, State::RolledBack).await).await;
-    assert_eq!(error(&journal, ONE), noted);
 }
 
 #[tokio::test]
@@ -453,39 +446,4 @@ async fn another_system_than_the_one_installed_is_no_success() {
     let journal = bench.journal();
     bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Failed).await).await;
     assert_eq!(error(&journal, ONE).reason, RELEASE_MISMATCH);
-}
-
-#[tokio::test]
-async fn after_three_trials_the_installer_gives_up_and_waits() {
-    let mut bench = on_trial(ONE).await;
-    for (boot_id, trials) in [("boot-d", 1), ("boot-e", 2)] {
-        bench = bench.reboot(boot_id, Mode::Installer);
-        let journal = bench.journal();
-        bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Installing).await).await;
-        assert_eq!(journal.entries().get(ONE).unwrap().trials, trials);
-        assert_eq!(bench.recovery().read_job().unwrap().unwrap().trials, trials);
-        journal.try_boot(ONE).await.unwrap();
-    }
-    let bench = bench.reboot("boot-f", Mode::Installer);
-    let journal = bench.journal();
-    bench
-        .run(&journal, async |journal, _| {
-            reaches(journal, ONE, State::Failed).await;
-            assert_eq!(error(journal, ONE).reason, "IMAGE_DID_NOT_COME_UP");
-            // And it is ready for the next one, if that is an image.
-            journal.accept(TWO, 1, reboot(SHORT)).await.unwrap();
-            reaches(journal, TWO, State::Failed).await;
-            assert_eq!(error(journal, TWO).reason, ONLY_IMAGES);
-        })
-        .await;
-}
-
-#[tokio::test]
-async fn the_installer_takes_an_image_without_notice() {
-    let bench = Bench::new().reboot("boot-b", Mode::Installer);
-    let journal = bench.journal();
-    journal.accept(ONE, 1, update(SHORT)).await.unwrap();
-    let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Installing).await).await;
-    assert_eq!(bench.recovery().read_job().unwrap().unwrap().execution, ONE);
-    assert_eq!(bench.machine.told(), [""; 0]);
 }

@@ -1,27 +1,22 @@
-//! The steps of an update: in the running system up to the trial boot of the installer, in the installer up to the
-//! trial boot of the new system, and in the new system its confirmation.
+//! The steps of an update in a running system: in the old one up to the trial boot of the installer, in the new one its
+//! confirmation.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, Executor, ONLY_IMAGES, StepError, WayDown, sentence};
-use crate::backoff;
+use super::{Addresses, Executor, StepError, WayDown};
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
 use crate::cause::chain;
 use crate::download::{self, DownloadError};
 use crate::durable;
-use crate::install::{self, Next, Phase};
-use crate::job::{Action, Artifact, Failure, Kind, Mode, Notice, State, Update, phase};
-use crate::journal::{self, Entry, JournalError, Progress};
+use crate::install;
+use crate::job::{Artifact, Failure, Kind, Mode, Update, phase};
+use crate::journal::{self, Entry, Progress};
 use crate::system::{Erase, Refusal};
-
-/// How often an installation that has not touched the card yet is tried before the old system is started again.
-const MAX_UNCOMMITTED: u32 = 3;
 
 /// Name of the folder of downloads beside the journal.
 const DOWNLOADS: &str = "downloads";
@@ -47,7 +42,7 @@ impl Executor {
     }
 
     /// Whether the image can start this board, by what the controller knows of it: before anything is armed.
-    async fn judge(&self, update: &Update, cancel: &CancellationToken) -> Result<(), StepError> {
+    pub(super) async fn judge(&self, update: &Update, cancel: &CancellationToken) -> Result<(), StepError> {
         let Some(image) = &update.image else { return Ok(()) };
         let facts = self.downloader.facts(&image.sha256, cancel).await;
         if cancel.is_cancelled() {
@@ -60,7 +55,7 @@ impl Executor {
     }
 
     /// The installer set asked for, or the fallback, complete on p1.
-    async fn installer_set(
+    pub(super) async fn installer_set(
         &self,
         execution: &str,
         bootcode: Option<&Artifact>,
@@ -142,7 +137,7 @@ impl Executor {
         .await
     }
 
-    fn install_job(
+    pub(super) fn install_job(
         &self,
         entry: &Entry,
         update: &Update,
@@ -176,146 +171,6 @@ impl Executor {
         })
     }
 
-    /// A job that reached the installer itself: there is nothing to go back to, and nobody to warn.
-    pub(super) async fn begin_in_installer(
-        &self,
-        entry: &Entry,
-        update: &Update,
-        cancel: &CancellationToken,
-    ) -> Result<(), StepError> {
-        if update.image.is_none() {
-            return Err(StepError::Failed(Failure::new(ONLY_IMAGES, sentence(ONLY_IMAGES))));
-        }
-        self.judge(update, cancel).await?;
-        let prefix = self.installer_set(&entry.execution, update.bootcode.as_ref(), cancel).await?;
-        if cancel.is_cancelled() {
-            return Err(StepError::Cancelled);
-        }
-        let recovery = self.recovery_or_fail()?;
-        let job = self.install_job(entry, update, prefix, entry.sequence)?;
-        let image = update.image.as_ref().map(|image| image.id.clone());
-        off_runtime(move || {
-            recovery.write_installer_config(image.as_deref())?;
-            recovery.write_job(&job)?;
-            Ok(())
-        })
-        .await?;
-        self.journal.install(&entry.execution).await?;
-        Ok(())
-    }
-
-    /// In the installer: the job that the running system left on the card becomes ours, should its journal be lost.
-    pub(super) async fn adopt(&self) -> Result<(), JournalError> {
-        let Some(recovery) = self.recovery() else { return Ok(()) };
-        let read = off_runtime(move || Ok(recovery.read_job()?)).await;
-        let job = match read {
-            Ok(Some(job)) => job,
-            Ok(None) => return Ok(()),
-            Err(error) => {
-                tracing::error!(error = %chain(&error), "installation job not readable");
-                return Ok(());
-            }
-        };
-        let (image, bootcode, raw) = match job.instruction {
-            Instruction::Install { image, sha256, raw } => (Some(Artifact { id: image, sha256 }), None, raw),
-            Instruction::BootOnly { sha256 } => (None, Some(Artifact { id: String::new(), sha256 }), false),
-        };
-        let notice = Notice { delay: Duration::ZERO, message: String::new() };
-        let action = Action::Update(Update { image, bootcode, notice, discard_home: job.discard_home, raw });
-        let mut entry = journal::new_entry(&job.execution, job.attempt, action, State::Armed, &job.boot_id);
-        entry.sequence = job.sequence;
-        entry.trials = job.trials;
-        self.journal.adopt(entry).await
-    }
-
-    /// Steps 4 and 5.
-    pub(super) async fn install(&self, entry: &Entry) -> Result<(), StepError> {
-        let execution = entry.execution.as_str();
-        let recovery = self.recovery_or_fail()?;
-        let job = off_runtime(move || Ok(recovery.read_job()?)).await?;
-        let Some(job) = job.filter(|job| job.execution == execution) else {
-            let message = "the card does not say any more what is to be installed";
-            return Err(StepError::Failed(Failure::new("INSTALL_JOB_LOST", message)));
-        };
-        self.journal.install(execution).await?;
-
-        // A boot that was no trial is a boot by default: then the installer has been made the default before.
-        let touched = Arc::new(AtomicBool::new(self.system.booted().is_some_and(|booted| !booted.tryboot)));
-        let mut tries: u32 = 0;
-        let next = loop {
-            let error = match self.install_once(execution, &job, &touched).await {
-                Ok(next) => break next,
-                Err(error) => error,
-            };
-            tries = tries.saturating_add(1);
-            let failure = Failure::new(error.reason, chain(&error));
-            tracing::warn!(execution, reason = error.reason, error = %failure.message, tries, "installation failed");
-            self.keep_failure(execution, &failure);
-            let touched = touched.load(Ordering::Acquire);
-            if !touched && (!error.retryable || tries >= MAX_UNCOMMITTED) {
-                // The old system is whole: it comes back by itself, and says why.
-                self.journal.note(execution, failure).await?;
-                return self.go_down(entry, WayDown::Reboot).await;
-            }
-            if !error.retryable {
-                return Err(StepError::Failed(failure));
-            }
-            self.journal.note(execution, failure).await?;
-            self.phase(execution, phase::ANOTHER_TRY);
-            tokio::time::sleep(self.pause(tries)).await;
-        };
-        if next == Next::Installer {
-            return self.go_down(entry, WayDown::Reboot).await;
-        }
-        self.journal.try_boot(execution).await?;
-        self.go_down(entry, Self::into_new_system(entry)).await
-    }
-
-    /// How the installer restarts into what it has installed. Of a raw image every boot is the new system.
-    pub(super) fn into_new_system(entry: &Entry) -> WayDown {
-        if entry.action.is_raw() { WayDown::Reboot } else { WayDown::TryBoot }
-    }
-
-    async fn install_once(
-        &self,
-        execution: &str,
-        job: &InstallJob,
-        touched: &Arc<AtomicBool>,
-    ) -> Result<Next, install::InstallError> {
-        let progress: install::Progress = {
-            let (journal, execution, touched) = (self.journal.clone(), execution.to_owned(), touched.clone());
-            Arc::new(move |phase: Phase, done, total| {
-                if phase >= Phase::Partitioning {
-                    touched.store(true, Ordering::Release);
-                }
-                let (execution, phase) = (execution.clone(), phase.as_str().to_owned());
-                journal.set_progress(Progress { execution, phase, done, total });
-            })
-        };
-        let write: install::WriteJournal = {
-            let (journal, execution) = (self.journal.clone(), execution.to_owned());
-            Arc::new(move |folder: &Path| {
-                let contents = journal.for_the_new_root(&execution).map_err(std::io::Error::other)?;
-                durable::replace(&folder.join(journal::FILE_NAME), &contents, 0o600)
-            })
-        };
-        // Nothing cancels an installation but the end of the process.
-        let never = CancellationToken::new();
-        let context = install::Context {
-            journal: write,
-            now: (self.settings.now)(),
-            progress,
-            labels: self.settings.labels.clone(),
-        };
-        install::install(job, &self.system, &self.downloader, context, &never).await
-    }
-
-    /// Full jitter, doubling from a second.
-    fn pause(&self, tries: u32) -> Duration {
-        let ceiling = backoff::doubled(Duration::from_secs(1), tries);
-        backoff::full_jitter(ceiling.min(self.settings.max_pause))
-    }
-
     /// In the new system: the controller's acknowledgement is its verdict. Only then the system becomes the default.
     pub(super) async fn await_verdict(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
@@ -332,22 +187,11 @@ impl Executor {
         }
         // A raw image is what boots already, and has no installer beside it.
         if !entry.action.is_raw() {
-            let recovery = self.recovery_or_fail()?;
-            off_runtime(move || Ok(recovery.set_boot_partition(DefaultBoot::System)?)).await?;
+            self.make_system_default(execution).await?;
         }
         self.journal.succeed(execution).await?;
         self.tidy_recovery().await;
         Ok(())
-    }
-
-    /// Tells the installer's file, too, that a trial failed: its journal lies on a file system that may tear it.
-    pub(super) async fn count_trial(&self, entry: &Entry) {
-        let Some(recovery) = self.recovery() else { return };
-        let (execution, trials) = (entry.execution.clone(), entry.trials.saturating_add(1));
-        let counted = off_runtime(move || Ok(recovery.count_trial(&execution, trials)?));
-        if let Err(error) = counted.await {
-            tracing::warn!(execution = %entry.execution, error = %chain(&error), "trial not counted on the card");
-        }
     }
 
     /// What the installer noted before it gave the machine back.
@@ -366,11 +210,16 @@ impl Executor {
     }
 
     /// Removes from p1 what only an unfinished update may leave there: the job, the identity, the installer's journal.
+    /// While every boot is the installer, it needs them all, however the update ended.
     pub(super) async fn tidy_recovery(&self) {
         let busy = self.journal.entries().unfinished().is_some_and(|entry| entry.action.kind() == Kind::Update);
         let (Some(recovery), Some(folder), false) = (self.recovery(), self.recovery_folder(), busy) else { return };
         let downloads = self.downloads();
         let tidied = off_runtime(move || {
+            if recovery.default_boot()? == DefaultBoot::Installer {
+                tracing::warn!("the installer is what boots: what it needs stays on the recovery partition");
+                return Ok(());
+            }
             if folder.join("install.json").exists() {
                 recovery.clear_job()?;
             }
@@ -395,7 +244,7 @@ impl Executor {
         }
     }
 
-    fn recovery_or_fail(&self) -> Result<BootPart, StepError> {
+    pub(super) fn recovery_or_fail(&self) -> Result<BootPart, StepError> {
         self.recovery().ok_or_else(no_recovery)
     }
 
@@ -464,7 +313,7 @@ fn remove(path: &Path) {
     }
 }
 
-async fn off_runtime<T: Send + 'static>(
+pub(super) async fn off_runtime<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
 ) -> Result<T, StepError> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {

@@ -2,7 +2,7 @@
 
 use super::{DID_NOT_REBOOT, Executor, StepError};
 use crate::cause::chain;
-use crate::job::{self, Action, Failure, Kind, phase};
+use crate::job::{self, Action, Failure, phase};
 use crate::journal::Entry;
 use crate::system::{Down, Force, Reboot};
 
@@ -32,14 +32,6 @@ impl WayDown {
 }
 
 impl Executor {
-    pub(super) fn way_down(entry: &Entry) -> WayDown {
-        match entry.action.kind() {
-            Kind::Update => WayDown::TryBoot,
-            Kind::PowerOff => WayDown::PowerOff,
-            Kind::Reboot | Kind::Unknown => WayDown::Reboot,
-        }
-    }
-
     /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
     pub(super) async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
@@ -48,12 +40,26 @@ impl Executor {
             Action::Update(update) => update.notice.message.as_str(),
             Action::Unknown => "",
         };
-        let mut last = None;
         self.phase(execution, way.phase(1));
         self.say_farewell(execution, way).await;
+        let last = self.command_down(Some(execution), way, message).await;
+        let reason = match way {
+            WayDown::PowerOff => job::DID_NOT_POWER_OFF,
+            WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,
+        };
+        let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
+        let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
+        Err(StepError::Failed(Failure::new(reason, message)))
+    }
+
+    /// Gives the commands, one after the other. Returns when the machine stays up; the error of the last that failed.
+    pub(super) async fn command_down(&self, execution: Option<&str>, way: WayDown, message: &str) -> Option<String> {
+        let mut last = None;
         for command in 1..=MAX_COMMANDS {
             tracing::info!(execution, ?way, command, "going down");
-            self.phase(execution, way.phase(command));
+            if let Some(execution) = execution {
+                self.phase(execution, way.phase(command));
+            }
             let (down, how) = match way {
                 WayDown::Reboot => (Down::Reboot, Reboot::Plain),
                 WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
@@ -62,10 +68,10 @@ impl Executor {
             // Before the command: the agent may be told to end before the command returns.
             self.journal.set_powering_off(way == WayDown::PowerOff);
             let issued = match (command, down) {
-                (1, Down::Reboot) => self.system.reboot(how, Some(execution), message).await,
-                (1, Down::PowerOff) => self.system.power_off(Some(execution), message).await,
-                (2, _) => self.system.force(down, how, Force::Services, Some(execution)).await,
-                _ => self.system.force(down, how, Force::Everything, Some(execution)).await,
+                (1, Down::Reboot) => self.system.reboot(how, execution, message).await,
+                (1, Down::PowerOff) => self.system.power_off(execution, message).await,
+                (2, _) => self.system.force(down, how, Force::Services, execution).await,
+                _ => self.system.force(down, how, Force::Everything, execution).await,
             };
             if let Err(error) = issued {
                 self.journal.set_powering_off(false);
@@ -75,13 +81,7 @@ impl Executor {
             tokio::time::sleep(self.system.patience()).await;
         }
         self.journal.set_powering_off(false);
-        let reason = match way {
-            WayDown::PowerOff => job::DID_NOT_POWER_OFF,
-            WayDown::Reboot | WayDown::TryBoot => DID_NOT_REBOOT,
-        };
-        let cause = last.map(|last| format!("; the last command failed: {last}")).unwrap_or_default();
-        let message = format!("the machine was told to go down {MAX_COMMANDS} times and is still up{cause}");
-        Err(StepError::Failed(Failure::new(reason, message)))
+        last
     }
 
     /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.

@@ -127,7 +127,7 @@ impl Bed {
         let journal: WriteJournal = Arc::new(|folder: &Path| fs::write(folder.join("journal.json"), "trial"));
         let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
         let never = CancellationToken::new();
-        let context = Context { journal, now, progress, labels: self.labels.subscribe() };
+        let context = Context { journal, now, progress, labels: self.labels.subscribe(), stands: Arc::new(|| true) };
         timeout(SOON, install(job, &self.installer, downloader, context, &never)).await.unwrap()?;
         let mut phases = phases.lock().unwrap().clone();
         phases.dedup();

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::JournalError;
-use crate::job::{Action, Failure, Kind, Release, State};
+use crate::job::{Action, Failure, Kind, Release, State, Tries};
 
 /// A job as it is journalled.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct Entry {
     /// Trial boots that did not come up.
     #[serde(default)]
     pub trials: u32,
+    /// Tries of the installation that failed.
+    #[serde(default, skip_serializing_if = "Tries::is_none")]
+    pub tries: Tries,
     /// What the new system says it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<Release>,
@@ -104,6 +107,7 @@ pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, bo
         accept_boot_id: boot_id.to_owned(),
         error: None,
         trials: 0,
+        tries: Tries::default(),
         release: None,
         acked: 0,
         acked_at: None,

@@ -267,7 +267,11 @@ impl System for VirtualPi {
     }
 
     fn identity_dir(&self) -> PathBuf {
-        self.dir.join("agent")
+        match self.mode() {
+            Mode::Running => self.dir.join("agent"),
+            // As on a real card: an installer has the identity that was left on its own partition, and no other.
+            Mode::Installer => self.card().recovery.join("marco"),
+        }
     }
 
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
@@ -400,7 +404,9 @@ impl System for VirtualPi {
     }
 
     async fn finish_target(&self, target: Target) -> Result<(), SystemError> {
+        let (from, to) = (self.card().recovery.join("marco"), self.dir.join("agent"));
         let job = tokio::task::spawn_blocking(move || {
+            tree::copy_identity(&from, &to)?;
             let folder = std::fs::File::open(&target.root).map_err(SystemError::io("open", &target.root))?;
             rustix::fs::syncfs(&folder).map_err(|error| SystemError::io("sync", &target.root)(error.into()))
         });

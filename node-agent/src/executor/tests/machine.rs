@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
-use crate::job::State;
 use crate::journal::Journal;
 use crate::system::scheduled::Schedule;
 use crate::system::{
@@ -24,6 +23,8 @@ pub(super) struct Machine {
     /// Why it does not keep its home.
     pub(super) unkept: Option<Refusal>,
     pub(super) patience: Duration,
+    /// No file system can be made on its card.
+    pub(super) broken: bool,
     /// What it was told; a command with the state that was in the journal then.
     pub(super) told: Mutex<Vec<String>>,
 }
@@ -47,9 +48,10 @@ impl Machine {
     }
 
     /// What a power cut would leave of the job.
-    fn journalled(&self, execution: Option<&str>) -> State {
+    fn journalled(&self, execution: Option<&str>) -> String {
+        let Some(execution) = execution else { return "idle".to_owned() };
         let journal = Journal::open(&self.state_dir(), "reader").unwrap();
-        journal.entries().get(execution.unwrap()).unwrap().state
+        format!("{:?}", journal.entries().get(execution).unwrap().state)
     }
 }
 
@@ -101,15 +103,15 @@ impl System for Machine {
         Ok(())
     }
     async fn reboot(&self, how: Reboot, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
-        self.tell(format!("reboot {how:?} {:?}", self.journalled(execution)));
+        self.tell(format!("reboot {how:?} {}", self.journalled(execution)));
         Ok(())
     }
     async fn power_off(&self, execution: Option<&str>, _message: &str) -> Result<(), SystemError> {
-        self.tell(format!("power off {:?}", self.journalled(execution)));
+        self.tell(format!("power off {}", self.journalled(execution)));
         Ok(())
     }
     async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError> {
-        self.tell(format!("force {down:?} {how:?} {force:?} {:?}", self.journalled(execution)));
+        self.tell(format!("force {down:?} {how:?} {force:?} {}", self.journalled(execution)));
         Ok(())
     }
     fn gives_up_after(&self) -> Option<Duration> {
@@ -132,6 +134,10 @@ impl System for Machine {
         if erase.home { Ok(()) } else { self.unkept.clone().map_or(Ok(()), Err) }
     }
     async fn prepare_target(&self, _erase: Erase) -> Result<Target, SystemError> {
+        self.tell("prepare");
+        if self.broken {
+            return Err(SystemError::io("make", "/dev/mmcblk0p2")(std::io::Error::other("mkfs ended with status 1")));
+        }
         Err(SystemError::Unsupported("not here"))
     }
     async fn finish_target(&self, _target: Target) -> Result<(), SystemError> {

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::firmware::Boot;
 use super::{Board, Options, SystemError};
 use crate::bootpart::{BootPart, DefaultBoot};
+use crate::install::IDENTITY_FILES;
 use crate::system::rooted::Rooted;
 
 /// The installer set that a fresh card carries, and that its fallback zip holds.
@@ -72,6 +73,20 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, options: Options) -> 
     bootpart
         .set_boot_partition(if options.blank { DefaultBoot::Installer } else { DefaultBoot::System })
         .map_err(invalid)
+}
+
+/// Gives the new system the installer's identity, as an installation on a real card does.
+pub(super) fn copy_identity(from: &Path, to: &Path) -> Result<(), SystemError> {
+    for (name, mode) in IDENTITY_FILES {
+        let path = from.join(name);
+        match std::fs::read(&path) {
+            Ok(bytes) => crate::durable::replace(&to.join(name), &bytes, mode)
+                .map_err(SystemError::io("write", to.join(name)))?,
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(SystemError::io("read", path)(error)),
+        }
+    }
+    Ok(())
 }
 
 /// The running system, with its boot files in this partition.
