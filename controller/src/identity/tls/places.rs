@@ -127,6 +127,23 @@ impl Taken {
         }
     }
 
+    fn connections_of(&self, caller: &(Kind, String)) -> usize {
+        self.callers.get(caller).map_or(0, BTreeMap::len)
+    }
+
+    /// The caller of this kind with the most connections.
+    fn greediest(&self, kind: Kind) -> Option<(Kind, String)> {
+        let of_kind = self.callers.iter().filter(|(caller, _)| caller.0 == kind);
+        of_kind.max_by_key(|(_, connections)| connections.len()).map(|(caller, _)| caller.clone())
+    }
+
+    fn end_oldest_of(&mut self, caller: &(Kind, String)) {
+        let oldest = self.callers.get(caller).and_then(|connections| connections.keys().next().copied());
+        if let Some(end) = oldest.and_then(|oldest| self.remove_of(caller, oldest)) {
+            end.cancel();
+        }
+    }
+
     fn remove_of(&mut self, caller: &(Kind, String), number: u64) -> Option<CancellationToken> {
         let connections = self.callers.get_mut(caller)?;
         let end = connections.remove(&number)?;
@@ -182,8 +199,9 @@ impl Places {
         taken.addresses.entry(address).or_default().insert(number);
     }
 
-    /// Counts a stranger's connection for its caller from now on. The caller's oldest one gives way; where all callers of
-    /// the kind are too many, this one does.
+    /// Counts a stranger's connection for its caller from now on. At the caller's limit its oldest connection gives way. At
+    /// the limit of the kind the oldest connection of the caller with the most gives way, so that one greedy caller shuts
+    /// nobody out; the new connection does where no caller has two more than this one.
     fn accept(&self, number: u64, caller: &(Kind, String)) {
         let mut taken = self.taken();
         // Absent: it gave way a moment ago.
@@ -192,17 +210,21 @@ impl Places {
             Kind::Node => (self.limits.nodes, OF_A_NODE),
             Kind::Person => (self.limits.people, OF_A_PERSON),
         };
-        let own = taken.callers.get(caller);
-        if let Some(oldest) = own.filter(|own| own.len() >= of_one).and_then(|own| own.keys().next().copied())
-            && let Some(old) = taken.remove_of(caller, oldest)
-        {
-            old.cancel();
+        if taken.connections_of(caller) >= of_one {
+            taken.end_oldest_of(caller);
         }
         if *taken.count(caller.0) >= most {
-            drop(taken);
-            of_peer!(warn, caller.1.as_str(), most, kind = ?caller.0, "a connection was closed: too many of its kind");
-            end.cancel();
-            return;
+            // With one more as the bound, two callers would take turns in ending each other's connections.
+            let fair = taken.connections_of(caller) + 1;
+            match taken.greediest(caller.0).filter(|greediest| taken.connections_of(greediest) > fair) {
+                Some(greediest) => taken.end_oldest_of(&greediest),
+                None => {
+                    drop(taken);
+                    of_peer!(warn, caller.1.as_str(), most, kind = ?caller.0, "a connection was closed: too many of its kind");
+                    end.cancel();
+                    return;
+                }
+            }
         }
         *taken.count(caller.0) += 1;
         taken.callers.entry(caller.clone()).or_default().insert(number, end);

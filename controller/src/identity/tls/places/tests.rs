@@ -94,6 +94,50 @@ fn nodes_leave_room_for_people() {
 }
 
 #[test]
+fn greedy_person_shuts_no_other_person_out() {
+    let places = Places::new(Limits { people: 6, ..LIMITS });
+    let connect = |name: &str| {
+        let place = enter(&places, "10.0.0.1");
+        place.accept(Role::Viewer, name);
+        place
+    };
+    let greedy: Vec<Place> = (0..6).map(|_| connect("greedy")).collect();
+    let admin: Vec<Place> = (0..4).map(|_| connect("admin")).collect();
+    assert_eq!(ended(&greedy), [true, true, true, false, false, false], "its oldest give way");
+    // Three for each: neither takes another one from the other, in turn and without end.
+    assert_eq!(ended(&admin), [false, false, false, true]);
+    assert!(connect("greedy").end.is_cancelled());
+    assert!(!connect("third").end.is_cancelled(), "who has none takes one of three");
+    assert_eq!(places.taken().people, 5, "and is gone again");
+    drop((greedy, admin));
+    assert_eq!(places.taken().people, 0);
+}
+
+#[test]
+fn where_everybody_has_one_connection_the_newcomer_waits() {
+    let places = Places::new(LIMITS);
+    let (one, two) = (enter(&places, "10.0.0.1"), enter(&places, "10.0.0.1"));
+    one.accept(Role::Admin, "one");
+    two.accept(Role::Admin, "two");
+    let three = enter(&places, "10.0.0.1");
+    three.accept(Role::Admin, "three");
+    assert_eq!(ended(&[one, two, three]), [false, false, true]);
+}
+
+#[test]
+fn node_with_several_connections_makes_room_for_another_node() {
+    let places = Places::new(Limits { nodes: OF_A_NODE, ..LIMITS });
+    let connect = |name: &str| {
+        let place = enter(&places, "10.0.0.1");
+        place.accept(Role::Node, name);
+        place
+    };
+    let greedy: Vec<Place> = (0..OF_A_NODE).map(|_| connect("greedy")).collect();
+    let honest = connect("honest");
+    assert!(!honest.end.is_cancelled() && greedy[0].end.is_cancelled() && !greedy[1].end.is_cancelled());
+}
+
+#[test]
 fn a_stranger_has_four_calls() {
     let place = Place::detached();
     assert!((0..STRANGER_STREAMS).all(|_| place.begin_call()) && !place.begin_call());
