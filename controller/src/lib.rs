@@ -21,6 +21,7 @@ pub mod rollout;
 pub mod schedule;
 pub mod scheduler;
 pub mod sessions;
+mod startup;
 pub mod store;
 pub mod watchdog;
 
@@ -46,7 +47,7 @@ use crate::discovery::Announced;
 use crate::dispatcher::Dispatcher;
 use crate::folders::{keep_private, make_private};
 use crate::identity::access::Access;
-use crate::identity::ca::{Pki, PkiError};
+use crate::identity::ca::Pki;
 use crate::identity::calls::CallsLayer;
 use crate::identity::expiry::Warnings;
 use crate::identity::gate::GateLayer;
@@ -70,9 +71,6 @@ const CLOSE: Duration = Duration::from_secs(5);
 const ANCHOR: Duration = Duration::from_secs(5);
 /// How often it is asked in a row for that.
 const SAMPLES: usize = 3;
-/// How often a clock is looked at that is wrong at the start, and how often the log reminds of it.
-const CLOCK: Duration = Duration::from_secs(1);
-const REMIND: Duration = Duration::from_secs(60);
 /// Uploads that nobody went on with for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
 /// A stored file that no artifact names is removed after this: a push names it within moments.
@@ -122,11 +120,11 @@ impl Controller {
             keep_private(&config.data_dir.join(folder));
         }
         tracing::info!(tzdata = %schedule::Tzdata::of_process(), "time zones");
-        let store = Store::open(&config.database_url).await.context("cannot open the database")?;
+        let (store, time) = startup::open_store(&config.database_url).await?;
         // Several controllers on one database agree on its time, whatever their own clocks say.
-        let anchored = ask_time(&store).await?.map(|sample| Arc::new(AnchoredClock::new(sample)));
+        let anchored = time.map(|sample| Arc::new(AnchoredClock::new(sample)));
         let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
-        let pki = open_pki(&config, &*clock).await?;
+        let pki = startup::open_pki(&config, &*clock).await?;
         let stop = CancellationToken::new();
         let artifacts = Artifacts::open(&config.data_dir)?.stopping(stop.clone());
         let api = listen(config.listen, "the API")?;
@@ -340,31 +338,6 @@ impl Controller {
             Some(error) => Err(error),
             None => Ok(drained && finished.is_ok() && ended),
         }
-    }
-}
-
-/// Opens the certificates. A machine without a real-time clock starts its services before a time server has told it the
-/// time: until the clock can be right nothing is signed and nobody is let in, and the log says why. Ending instead would
-/// be a loop of restarts.
-async fn open_pki(config: &Config, clock: &dyn Clock) -> anyhow::Result<Pki> {
-    let mut said: Option<Instant> = None;
-    loop {
-        let wrong = match Pki::open(&config.data_dir, &config.certs, &config.names, clock.now(), clock::built()) {
-            Err(PkiError::Clock(wrong)) => wrong,
-            Err(error) => return Err(error.into()),
-            Ok(pki) => {
-                if said.is_some() {
-                    tracing::info!("the clock can be right now, starting");
-                }
-                return Ok(pki);
-            }
-        };
-        if said.is_none_or(|said| said.elapsed() >= REMIND) {
-            said = Some(Instant::now());
-            tracing::error!(error = %wrong, "waiting for the clock: nobody is served before");
-        }
-        // Dropping the wait loses nothing.
-        tokio::time::sleep(CLOCK).await;
     }
 }
 

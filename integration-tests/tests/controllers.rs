@@ -279,6 +279,29 @@ async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
 }
 
 #[tokio::test]
+async fn database_that_goes_away_during_a_start_is_waited_for() -> Result<()> {
+    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
+    let target = url.split(['@', '/']).nth(3).context("an address in the URL")?.to_owned();
+    let way = Proxy::start(target.parse()?).await?;
+    let own = url.replace(&target, &way.address().to_string());
+    let mut fleet = Fleet::builder().database(Database::Url(own)).pis(0).start().await?;
+    for statement in ["pg_advisory_xact_lock", "seaql_migrations"] {
+        fleet.kill(0).await?;
+        let waits = fleet.controller_log(0)?.matches("waiting for the database").count();
+        way.swallow(statement.as_bytes());
+        fleet.revive(0)?;
+        wait_until(seconds(60), "it serves", async || {
+            Ok((health(&fleet, 0).await.ok() == Some(ServingStatus::Serving)).then_some(()))
+        })
+        .await?;
+        assert_eq!(way.swallows_left(), 0, "{statement}");
+        assert_eq!(fleet.controller_log(0)?.matches("waiting for the database").count(), waits + 1, "{statement}");
+    }
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_full_disk_is_said_by_its_name_and_no_operation_is_lost() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Ok(disk) = Mount::tmpfs(folder.path().join("disk"), "40m").await else {
