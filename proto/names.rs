@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 /// Port of the API and of the agents' streams.
 pub const API_PORT: u16 = 1346;
@@ -27,6 +28,9 @@ pub const LOG_MAX: usize = 32 * 1024;
 pub const ERROR_DOMAIN: &str = "marco.bootstrap";
 /// Version of the session protocol (`Hello.protocol_version`).
 pub const PROTOCOL_VERSION: u32 = 1;
+/// How long a new system waits for the controller's verdict before it gives way to the installer, and how long the controller
+/// waits for what it then says. Longer than a controller's or a switch's restart, since the installer writes the card again.
+pub const VERDICT_DEADLINE: Duration = Duration::from_secs(10 * 60);
 
 /// What an id may not be.
 #[derive(Debug, Clone, PartialEq, Eq)]

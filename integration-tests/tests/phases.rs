@@ -22,6 +22,11 @@ fn the_controller_has_a_deadline_for_each_phase_that_an_agent_reports() {
     assert_eq!(known, reported);
 }
 
+#[test]
+fn controller_and_node_wait_equally_long_for_a_verdict() {
+    assert_eq!(Phase::Verdict.limit(), marco_proto::names::VERDICT_DEADLINE);
+}
+
 /// Lines of a Pi's own log: events, for a boot with the partition and whether it was a trial.
 fn told(fleet: &Fleet, id: &str) -> Result<Vec<String>> {
     let lines = fleet.pi(id).read("log.jsonl")?;

@@ -32,6 +32,7 @@ mod personal;
 mod plan;
 mod raw;
 mod stream;
+mod trial;
 mod unpack;
 mod verdict;
 mod whole;
@@ -39,6 +40,7 @@ mod write_back;
 
 pub(crate) use agent::FILES as IDENTITY_FILES;
 pub use agent::LONG_VERSION;
+pub(crate) use boot_files::end_trial;
 
 /// The agent's state folder within a root.
 const STATE_DIR: &str = "var/lib/marco-agent";

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use marco_proto::names::VERDICT_DEADLINE;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -35,9 +36,6 @@ use way::{LastGood, Way};
 
 /// How long a power-off waits for the controller to know of it.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
-/// then writes the card again.
-const VERDICT: Duration = Duration::from_secs(30 * 60);
 /// An installer waits this long to hear that its update stands: about as long as it tries to get the image.
 const CONFIRMATION: Duration = Duration::from_secs(10 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
@@ -296,7 +294,7 @@ pub async fn run(
             })
         },
         farewell: FAREWELL,
-        verdict: VERDICT,
+        verdict: VERDICT_DEADLINE,
         confirmation: CONFIRMATION,
         max_pause: MAX_INSTALL_PAUSE,
         now: {

@@ -39,7 +39,7 @@ pub enum Kind {
     Good,
     /// It comes up, and has the configuration of a cloud-init, with data for it beside its boot files.
     CloudInit,
-    /// Its init ends at once: the kernel panics, and restarts after a second.
+    /// Its init ends at once, and the kernel panics.
     Panics,
     /// It has no boot files, which nobody can know before it is unpacked: then the installer refuses it.
     NoSystem,
@@ -130,7 +130,7 @@ async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
     let board = pieces.board;
     fs::copy(kernel(&pieces.debian)?, boot.join("kernel.img"))?;
     fs::write(boot.join("config.txt"), "auto_initramfs=0\nkernel=kernel.img\ninitramfs initramfs followkernel\n")?;
-    let cmdline = format!("console={} root=PARTUUID=00000000-02 rootfstype=ext4 rootwait panic=1\n", board.console());
+    let cmdline = format!("console={} root=PARTUUID=00000000-02 rootfstype=ext4 rootwait\n", board.console());
     fs::write(boot.join("cmdline.txt"), cmdline)?;
     fs::write(boot.join("overlays/README"), "no overlays\n")?;
     for tree in board.device_trees() {

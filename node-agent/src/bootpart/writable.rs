@@ -1,5 +1,5 @@
-//! The one door for writes to the recovery partition. A running system has it mounted for reading only, since a FAT that
-//! is not written cannot be torn; it is mounted for writing only while this is held.
+//! The one door for a running system's writes to the card's FATs. They are mounted for reading only where it is ours to say,
+//! since a FAT that is not written cannot be torn; one is mounted for writing only while this is held.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -26,8 +26,8 @@ pub struct Writable {
 }
 
 impl Writable {
-    /// Waits for whoever holds it.
-    pub(super) fn open(folder: &Path) -> Result<Self, BootError> {
+    /// Waits until nobody else holds the partition that is mounted at this folder.
+    pub(crate) fn open(folder: &Path) -> Result<Self, BootError> {
         let lock = File::open(folder).and_then(|file| {
             rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
             Ok(file)
@@ -49,7 +49,7 @@ impl Drop for Writable {
             && let Err(error) = close(&self.folder)
         {
             // Everything was synced where it was written; it only stays open to others.
-            tracing::warn!(error = %crate::cause::chain(&error), "recovery partition stays writable");
+            tracing::warn!(folder = %self.folder.display(), error = %crate::cause::chain(&error), "partition stays writable");
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use super::update::off_runtime;
 use super::{Executor, StepError, WayDown};
-use crate::bootpart::{BootError, DefaultBoot};
+use crate::bootpart::{BootError, DefaultBoot, Writable};
 use crate::cause::chain;
+use crate::install;
 use crate::job::{Failure, Kind};
 use crate::journal::Entry;
 
@@ -16,7 +17,13 @@ impl Executor {
         let mut tries = 1;
         loop {
             let recovery = self.recovery_or_fail()?;
+            let (system, board) = (self.system.card().map(|card| card.boot), self.system.facts()?.board);
             let switched = off_runtime(move || {
+                // Before the switch: a system that stays must not keep the words of its trial.
+                if let Some(boot) = system {
+                    let _writable = Writable::open(&boot)?;
+                    install::end_trial(&boot, &board).map_err(BootError::io("end the trial in", &boot))?;
+                }
                 recovery.set_boot_partition(DefaultBoot::System)?;
                 match recovery.default_boot()? {
                     DefaultBoot::System => Ok(()),

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use marco_archive::firmware::{BootFiles, Tree, lookup, same_on_trial, select};
 
-use super::InstallError;
 use super::plan::{self, BootMount};
+use super::{InstallError, trial};
 use crate::system::rooted::{Kind, Rooted};
 use crate::system::{Board, Target};
 
@@ -103,6 +103,7 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     let place = files.path(&file).ok_or_else(lacks)?;
     let text = boot.read(&place).map_err(InstallError::disk("read the command line"))?.ok_or_else(lacks)?;
     let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
+    let text = trial::with_words(&text);
     boot.write(&place, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
 
     let lines = same_on_trial(&files, &board.family, tree(board));
@@ -115,6 +116,15 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     let added = format!("\n# Marco Bootstrap: a trial boot takes the same files\n[all]\n{}\n", lines.join("\n"));
     let config = [config.as_slice(), added.as_bytes()].concat();
     boot.write(&place, &config, 0o755).map_err(InstallError::disk("write config.txt"))
+}
+
+/// Ends the trial on the command line that the firmware reads here: its words go. `false`: there were none. The partition is
+/// mounted for writing.
+pub(crate) fn end_trial(boot: &Path, board: &Board) -> Result<bool> {
+    let root = Rooted::open(boot)?;
+    let files = Folder { root: &root, folder: Path::new("") };
+    let file = select(&files, &board.family, tree(board), false).cmdline;
+    files.path(&file).map_or(Ok(false), |place| trial::take_away(&boot.join(place)))
 }
 
 /// Whether this board can boot from these files: a kernel, a command line, `config.txt`, and the board's device tree.
@@ -134,7 +144,7 @@ mod tests {
     use marco_archive::Facts;
     use marco_archive::firmware::{Tree, select};
 
-    use super::{Folder, check, fit};
+    use super::{Folder, check, end_trial, fit};
     use crate::system::rooted::Rooted;
     use crate::system::{Board, Target};
 
@@ -207,6 +217,10 @@ mod tests {
             fit(&boot, &board, &target).unwrap();
             let cmdline = fs::read_to_string(dir.path().join(folder).join("cmdline.txt")).unwrap();
             assert!(cmdline.contains("root=PARTUUID=00-02"), "{line}: {cmdline}");
+            assert!(cmdline.contains("panic=10"), "{line}: {cmdline}");
+            assert!(end_trial(dir.path(), &board).unwrap(), "{line}");
+            let cmdline = fs::read_to_string(dir.path().join(folder).join("cmdline.txt")).unwrap();
+            assert!(cmdline.contains("root=PARTUUID=00-02") && !cmdline.contains("panic"), "{line}: {cmdline}");
             assert!(
                 fs::read_to_string(dir.path().join(config)).unwrap().contains("a trial boot takes the same"),
                 "{line}"

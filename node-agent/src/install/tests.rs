@@ -198,7 +198,9 @@ async fn an_image_becomes_this_nodes_system() {
     assert_eq!(bed.read("boot/kernel8.img"), "new kernel");
     assert!(!bed.has("root/boot/firmware/kernel8.img"));
     let cmdline = bed.read("boot/cmdline.txt");
-    assert!(cmdline.starts_with("console=tty1 root=PARTUUID=") && !cmdline.contains("resize"), "{cmdline}");
+    let trial = "marco.trial=begin panic=10 marco.trial=end";
+    assert!(cmdline.starts_with(&format!("{trial} console=tty1 root=PARTUUID=")), "{cmdline}");
+    assert!(!cmdline.contains("resize"), "{cmdline}");
     assert!(bed.read("root/etc/fstab").contains("-04 /boot/firmware vfat"));
     assert_eq!(bed.read("root/etc/hostname"), "pi-01\n");
     assert_eq!(bed.read("root/etc/machine-id"), "0123456789abcdef0123456789abcdef\n");

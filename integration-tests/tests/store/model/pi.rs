@@ -3,19 +3,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::{DateTime, Utc};
 use marco_controller::operation as theirs;
 use marco_controller::operation::{ExecutionError, ExecutionState};
 use marco_controller::sessions::{Acked, Command, Handle};
 use marco_controller::store::{Assignment, Backlog, Release, ReportRow, SentLog};
-use marco_proto::names::{ExecutionId, NodeId};
+use marco_proto::names::{ExecutionId, NodeId, VERDICT_DEADLINE};
 use node_agent::job::{self, Action, Artifact, Failure, Found, Kind, MAX_TRIALS, Mode, Notice, Resume, State, phase};
 use node_agent::journal::{Entry, Journal, JournalError};
 
 use super::database::folder;
-
-/// How long a new system waits for its verdict.
-const VERDICT: TimeDelta = TimeDelta::minutes(30);
 
 /// A stream to a controller, with what the controller's session remembers.
 pub(super) struct Link {
@@ -290,7 +287,11 @@ impl Pi {
                 self.accepted.insert(named(&entry));
                 self.journal.succeed(name).await.map_err(wrong)?;
             }
-            Resume::AwaitVerdict if self.verifying_since.is_none_or(|since| now - since > VERDICT) => {
+            Resume::AwaitVerdict
+                if self
+                    .verifying_since
+                    .is_none_or(|since| (now - since).to_std().is_ok_and(|waited| waited > VERDICT_DEADLINE)) =>
+            {
                 return Ok(Some(self.go_down(&entry)));
             }
             Resume::AwaitVerdict => {}

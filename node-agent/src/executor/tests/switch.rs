@@ -99,3 +99,39 @@ async fn update_that_is_over_is_tidied_when_the_system_is_the_default() {
     let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::RolledBack).await).await;
     assert!(!bench.machine.dir.join("recovery/marco/node.key").exists());
 }
+
+async fn accepted(mut bench: Bench, end: State) -> Bench {
+    bench.max_pause = Duration::from_millis(1);
+    let journal = bench.journal();
+    bench
+        .run(&journal, async |journal, _| {
+            phase(journal, "waiting for the controller to accept the new system").await;
+            let sequence = journal.entries().get(ONE).unwrap().sequence;
+            journal.ack(ONE, sequence, 1).await.unwrap();
+            reaches(journal, ONE, end).await;
+        })
+        .await
+}
+
+#[tokio::test]
+async fn accepted_system_loses_the_words_of_its_trial() {
+    let bench = on_trial(ONE).await;
+    let cmdline = bench.machine.dir.join("boot/cmdline.txt");
+    let words = "marco.trial=begin panic=10 marco.trial=end";
+    std::fs::write(&cmdline, format!("{words} root=/dev/mmcblk0p2\n")).unwrap();
+    let bench = accepted(bench, State::Succeeded).await;
+    let spaces = " ".repeat(words.len());
+    assert_eq!(std::fs::read_to_string(&cmdline).unwrap(), format!("{spaces} root=/dev/mmcblk0p2\n"));
+    assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::System);
+}
+
+#[tokio::test]
+async fn system_that_keeps_the_words_of_its_trial_does_not_become_the_default() {
+    let bench = on_trial(ONE).await;
+    let cmdline = bench.machine.dir.join("boot/cmdline.txt");
+    let _ = std::fs::remove_file(&cmdline);
+    std::fs::create_dir(&cmdline).unwrap();
+    let bench = accepted(bench, State::Failed).await;
+    assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::Installer);
+    assert_installer_has_everything(&bench);
+}

@@ -99,9 +99,13 @@ impl VirtualPi {
         let card = self.card();
         let partitions = Partitions { recovery: &card.recovery, boot: &card.boot };
         let outcome = firmware::boot(&firmware::PI_4, partitions, tryboot);
+        let mut halts = false;
         let outcome = match outcome {
             Outcome::Booted(boot) if !is_installer(&boot) => match tree::cannot_come_up(&card.root, &boot, &self.id) {
-                Some(reason) => Outcome::Dead(reason),
+                Some(reason) => {
+                    halts = !tree::restarts_after_panic(&boot);
+                    Outcome::Dead(reason)
+                }
                 None => Outcome::Booted(boot),
             },
             Outcome::Booted(boot) if boot.initramfs.is_empty() => {
@@ -126,11 +130,12 @@ impl VirtualPi {
                 self.advance(|_| Some(State { power: Power::On(up), dead: 0, line: Some(line) }))?;
             }
             Outcome::Dead(reason) => {
-                tracing::warn!(node = %self.id, error = %reason, "virtual Pi did not come up");
+                tracing::warn!(node = %self.id, error = %reason, halts, "virtual Pi did not come up");
                 self.advance(|state| {
                     let dead = state.dead + 1;
                     let again = Power::Booting { tryboot: false, after: After::Watchdog };
-                    let power = if dead < DEAD_BOOTS { again } else { Power::Off };
+                    // A kernel that halts waits for hands, as one that is started in vain does in the end.
+                    let power = if dead < DEAD_BOOTS && !halts { again } else { Power::Off };
                     Some(State { power, dead, line: None })
                 })?;
             }

@@ -160,7 +160,15 @@ fn open_folders(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Why the system does not come up once its kernel was started; none when it does.
+/// Whether a kernel with this command line restarts when it panics. The default of Debian's and Raspberry Pi OS's kernels is
+/// to halt (`PANIC_TIMEOUT=0`), and the last of several values counts.
+pub(super) fn restarts_after_panic(boot: &Boot) -> bool {
+    let words = boot.cmdline.split_whitespace();
+    let last = words.filter_map(|word| word.strip_prefix("panic=")).next_back();
+    last.is_some_and(|seconds| seconds.parse::<i32>().is_ok_and(|seconds| seconds != 0))
+}
+
+/// Why the system does not come up once its kernel was started, and panics; none when it does.
 pub(super) fn cannot_come_up(root: &Path, boot: &Boot, id: &str) -> Option<String> {
     let word = |key: &str| boot.cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix(key));
     let devices = [format!("PARTUUID={}-02", disk_id(id)), "/dev/mmcblk0p2".to_owned()];
