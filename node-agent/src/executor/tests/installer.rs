@@ -10,7 +10,7 @@ use crate::bootpart::DefaultBoot;
 use crate::download::tests::Wrong;
 use crate::executor::{CALLED_OFF, JOURNAL_NOT_WRITABLE, ONLY_IMAGES};
 use crate::job::{Action, Artifact, Failure, State, Update, phase as phases};
-use crate::journal::{Accepted, FILE_NAME, Journal, JournalError, REPLACED};
+use crate::journal::{Accepted, Confirmation, FILE_NAME, JournalError, REPLACED};
 use crate::system::{Mode, System as _};
 
 /// An installer on its trial boot, with the job that the old system left. What it tries again, it tries at once.
@@ -222,6 +222,8 @@ async fn cancel_before_the_card_is_touched_leads_back_to_the_old_system() {
     bench.fault = Wrong::Nothing;
     let journal = bench.journal();
     journal.install(ONE).await.unwrap();
+    // In the middle of its way: a controller has let it stand before.
+    journal.note_confirmation(ONE, Confirmation::Stands);
     journal.request_cancel(ONE).await.unwrap();
     let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Installing"], "nothing was prepared");
