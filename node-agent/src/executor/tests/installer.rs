@@ -115,6 +115,30 @@ async fn lost_job_leads_back_to_the_old_system() {
 }
 
 #[tokio::test]
+async fn installer_does_the_job_of_a_newer_agent() {
+    let bench = on_trial_boot().await;
+    for file in [job_file(&bench), bench.machine.state_dir().join(FILE_NAME)] {
+        let text =
+            std::fs::read_to_string(&file).unwrap().replace("\"attempt\":", "\"of_tomorrow\": [1], \"attempt\":");
+        std::fs::write(&file, text).unwrap();
+    }
+    let journal = bench.journal();
+    bench.run(&journal, async |journal, _| phase(journal, phases::CONNECTING).await).await;
+    assert_eq!(journal.entries().get(ONE).unwrap().state, State::Installing);
+}
+
+#[tokio::test]
+async fn job_that_only_a_newer_installer_can_do_leads_back_to_the_old_system() {
+    let bench = on_trial_boot().await;
+    let text = std::fs::read_to_string(job_file(&bench)).unwrap();
+    std::fs::write(job_file(&bench), text.replace("\"do\": \"install\"", "\"do\": \"install-delta\"")).unwrap();
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
+    assert_eq!(given_back(bench).await.reason, "INSTALL_JOB_LOST");
+}
+
+#[tokio::test]
 async fn installer_without_journal_and_job_leads_back_to_the_old_system() {
     let mut bench = on_trial_boot().await;
     bench.machine.patience = SHORT;
