@@ -25,6 +25,7 @@ use crate::session::{self, Session};
 use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
 
+mod back;
 mod lock;
 mod look;
 mod way;
@@ -38,7 +39,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// How long a new system waits to be accepted: longer than a controller's restart or a switch's, since the installer
 /// then writes the card again.
 const VERDICT: Duration = Duration::from_secs(30 * 60);
-/// An installer waits this long to hear that its update stands: about as long as it tries to get the image.
+/// An installer waits this long to get in, and to hear that its update stands: about as long as it tries to get the image.
 const CONFIRMATION: Duration = Duration::from_secs(10 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
@@ -264,6 +265,7 @@ pub async fn run(
     let identified = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         identified = identify_patiently(system.as_ref(), &connection, &facts) => identified,
+        () = back::when_nobody_lets_it_in(system.as_ref(), &facts.board, CONFIRMATION) => return Ok(()),
     };
     let (way, identity, held) = identified?;
     if let Some(held) = held {
