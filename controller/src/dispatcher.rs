@@ -142,7 +142,7 @@ impl Dispatcher {
             tracing::warn!(%operation, why = %why, "an operation paused by itself");
         }
         kept(self.assign(now).await, &mut failed)?;
-        kept(self.cancel().await, &mut failed)?;
+        kept(self.cancel(now).await, &mut failed)?;
         for operation in kept(self.store.finish_operations(now).await, &mut failed)? {
             tracing::info!(%operation, "an operation ended");
         }
@@ -176,12 +176,12 @@ impl Dispatcher {
         Ok(())
     }
 
-    async fn cancel(&self) -> Result<(), StoreError> {
+    async fn cancel(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
         let live = self.sessions.live();
         if live.is_empty() {
             return Ok(());
         }
-        for execution in self.store.cancels_due(&self.controller).await? {
+        for execution in self.store.cancels_due(&self.controller, now).await? {
             if let Some(session) = live.iter().find(|session| session.node == execution.node) {
                 self.sessions.send(&session.node, session.epoch, Command::Cancel(execution));
             }

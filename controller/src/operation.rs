@@ -13,7 +13,7 @@ mod state;
 mod wait;
 
 pub use conflict::{Conflict, Decision};
-pub use phase::{Phase, deadline_after, deadline_in_all, why_overdue};
+pub use phase::{Phase, deadline_after, deadline_in_all, deadline_of_stretch, point, why_overdue};
 pub use report::{
     Expected, Greeting, HelloVerdict, MAX_ATTEMPT, ReportVerdict, Reported, Stored, on_hello, on_not_held, on_report,
 };

@@ -30,6 +30,16 @@ impl Mount {
         Self::new(folder, &["-o", "loop,acl,user_xattr", &image]).await
     }
 
+    /// This file, as one that can be read and not written, whoever tries.
+    pub async fn read_only(file: PathBuf) -> Result<Self> {
+        let shown = file.display().to_string();
+        run(&tool("mount")?, &["--bind", &shown, &shown], seconds(60)).await?.success()?;
+        // From here on it is unmounted, also when the rest fails.
+        let mounted = Self { folder: file };
+        run(&tool("mount")?, &["-o", "remount,bind,ro", &shown], seconds(60)).await?.success()?;
+        Ok(mounted)
+    }
+
     async fn new(folder: PathBuf, what: &[&str]) -> Result<Self> {
         fs::create_dir_all(&folder)?;
         let shown = folder.display().to_string();

@@ -5,6 +5,8 @@
 mod judged;
 #[path = "install_failures/unchecked.rs"]
 mod unchecked;
+#[path = "install_failures/ways.rs"]
+mod ways;
 
 use std::fs;
 use std::io::Write as _;

@@ -20,7 +20,7 @@ mod writable;
 
 pub(crate) use file::write_whole;
 use file::{read_json, remove_file, sha256_of_card, write_json};
-pub use job::{InstallJob, Instruction};
+pub use job::{InstallJob, Instruction, JOB_VERSION};
 pub use writable::Writable;
 
 /// The partition could not be read, written, or did not hold what was written.

@@ -26,6 +26,7 @@ use crate::session::{self, Session};
 use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
 
+mod back;
 mod lock;
 mod look;
 mod way;
@@ -36,7 +37,7 @@ use way::{LastGood, Way};
 
 /// How long a power-off waits for the controller to know of it.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// An installer waits this long to hear that its update stands: about as long as it tries to get the image.
+/// An installer waits this long to get in, and to hear that its update stands: about as long as it tries to get the image.
 const CONFIRMATION: Duration = Duration::from_secs(10 * 60);
 /// The longest pause before an installation that failed on the way is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
@@ -262,6 +263,7 @@ pub async fn run(
     let identified = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         identified = identify_patiently(system.as_ref(), &connection, &facts) => identified,
+        () = back::when_nobody_lets_it_in(system.as_ref(), &facts.board, CONFIRMATION) => return Ok(()),
     };
     let (way, identity, held) = identified?;
     if let Some(held) = held {

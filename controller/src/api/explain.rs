@@ -66,6 +66,16 @@ pub(super) fn explain(
     };
     let mut explanation = explanation;
     let mut suggestions = suggestions;
+    if let (Some(WaitReason::NodeBusy), [other, ..]) = (row.wait_reason, holders) {
+        suggestions.insert(
+            0,
+            format!(
+                "If {node} is in its installer or overdue, give that up, and this is next: marcoctl operations abandon {} {}",
+                other.operation.name(),
+                other.node
+            ),
+        );
+    }
     if let Some(deadline) = row.deadline.filter(|_| row.state.is_active() && !row.overdue) {
         explanation.push_str(&format!(" Without news it is overdue at {}.", instant(deadline)));
     }

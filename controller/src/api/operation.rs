@@ -231,7 +231,10 @@ impl Operations {
             AbandonOutcome::Abandoned(row) => Ok(row),
             AbandonOutcome::NotOverdue(row) | AbandonOutcome::Final(row) => Err(ApiError::Precondition {
                 reason: "NOT_OVERDUE",
-                message: format!("{id} is {}; only an overdue execution can be abandoned", row.state.as_str()),
+                message: format!(
+                    "{id} is {}; only one that is overdue, or at work in its installer, can be abandoned",
+                    row.state.as_str()
+                ),
             }),
             AbandonOutcome::NotFound => Err(execution_not_found(&id)),
         }

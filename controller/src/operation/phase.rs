@@ -54,7 +54,10 @@ const RUNNING: Duration = minutes(30);
 const REBOOTING: Duration = minutes(10);
 /// From the first report of the new system to its last.
 const VERIFYING: Duration = minutes(10);
-/// However lively it is: an installer that begins again and again gets nowhere either.
+/// Without getting further than ever before in its state: an installer that goes round in a circle has a new phase every
+/// few seconds. Long enough to do again what a power cut undid.
+const STRETCH: Duration = minutes(2 * 60);
+/// However lively it is.
 const IN_ALL: Duration = minutes(24 * 60);
 
 const fn minutes(count: u64) -> Duration {
@@ -84,6 +87,25 @@ impl Phase {
         matches!(self, Self::DownloadingBootcode | Self::Unpacking)
     }
 
+    /// Its place among the phases of one state. A pause is no step forward.
+    const fn rank(self) -> u8 {
+        match self {
+            Self::AnotherTry => 0,
+            Self::Checking => 1,
+            Self::DownloadingBootcode => 2,
+            Self::WritingBootFiles => 3,
+            Self::Notice => 4,
+            Self::Restarting | Self::TrialBoot | Self::PoweringOff => 5,
+            Self::ForcedRestart | Self::ForcedTrialBoot | Self::ForcedPowerOff => 6,
+            Self::Connecting => 7,
+            Self::Partitioning => 8,
+            Self::Unpacking => 9,
+            Self::Personalising => 10,
+            Self::Syncing => 11,
+            Self::Verdict => 12,
+        }
+    }
+
     /// Its limit for this action: the notice is the operator's to choose.
     fn limit_of(self, action: &Action) -> Duration {
         match self {
@@ -109,16 +131,33 @@ pub fn deadline_after(state: ExecutionState, phase: &str, action: &Action) -> Op
     }
 }
 
+/// How far a node is that says this, as a number: it only grows while the node gets on.
+pub fn point(phase: &str, bytes: u64) -> i64 {
+    const BITS: u32 = 56;
+    let rank = Phase::parse(phase).map_or(0, Phase::rank);
+    let bytes = i64::try_from(bytes).unwrap_or(i64::MAX).min((1 << BITS) - 1);
+    (i64::from(rank) << BITS) + bytes
+}
+
+/// How long after it was further than ever before in its state a node is overdue, whatever it says.
+pub fn deadline_of_stretch(action: &Action) -> Duration {
+    STRETCH.saturating_add(action.notice().delay)
+}
+
 /// How long after its assignment a node is overdue, whatever it says.
 pub fn deadline_in_all(action: &Action) -> Duration {
     IN_ALL.saturating_add(action.notice().delay)
 }
 
-/// Why a node is overdue, for people; `spent` is the time from its assignment to its deadline.
-pub fn why_overdue(state: ExecutionState, phase: &str, action: &Action, spent: Duration) -> String {
-    let whole = deadline_in_all(action);
+/// Why a node is overdue, for people. `spent` is the time from its assignment to its deadline, `stood` that from when it was
+/// further than ever before.
+pub fn why_overdue(state: ExecutionState, phase: &str, action: &Action, spent: Duration, stood: Duration) -> String {
+    let (whole, stretch) = (deadline_in_all(action), deadline_of_stretch(action));
     if spent >= whole {
         return format!("it is not done {} after it was assigned", span(whole));
+    }
+    if stood >= stretch {
+        return format!("it has not got any further for {} (last: {phase})", span(stretch));
     }
     let limit = span(deadline_after(state, phase, action).unwrap_or_default());
     match (state, Phase::parse(phase)) {
@@ -166,8 +205,22 @@ mod tests {
     }
 
     #[test]
+    fn an_installation_that_gets_on_is_further_with_each_phase_and_byte() {
+        let way = ["connecting", "partitioning", "unpacking image", "personalising", "syncing"];
+        let mut last = point("waiting to try the installation again", u64::MAX);
+        for phase in way {
+            for bytes in [0, 1, 6_000_000_000, u64::MAX] {
+                let now = point(phase, bytes);
+                assert!(now > last, "{phase} {bytes}");
+                last = now;
+            }
+        }
+        assert_eq!(point("something new", 0), 0);
+    }
+
+    #[test]
     fn the_reason_names_the_phase_and_its_limit() {
-        let why = |state, phase| why_overdue(state, phase, &reboot(0), Duration::from_secs(3600));
+        let why = |state, phase| why_overdue(state, phase, &reboot(0), Duration::from_secs(3600), Duration::ZERO);
         assert_eq!(why(E::Assigned, ""), "the node has not answered the assignment for 1m");
         assert_eq!(why(E::Running, "unpacking image"), "unpacking image: no byte has moved for 10m");
         assert_eq!(why(E::Running, "partitioning"), "partitioning: that takes longer than 15m");
@@ -176,7 +229,9 @@ mod tests {
         for phase in Phase::ALL.iter().copied() {
             assert!(why(E::Running, phase.as_str()).starts_with(phase.as_str()));
         }
-        let long = why_overdue(E::Running, "unpacking image", &reboot(0), IN_ALL);
+        let round = why_overdue(E::Running, "connecting", &reboot(0), STRETCH, STRETCH);
+        assert_eq!(round, "it has not got any further for 2h (last: connecting)");
+        let long = why_overdue(E::Running, "unpacking image", &reboot(0), IN_ALL, STRETCH);
         assert_eq!(long, "it is not done 1day after it was assigned");
     }
 }

@@ -193,11 +193,12 @@ impl Store {
         }
         let rows: Vec<&DueRow> = due.iter().map(|due| &due.row).collect();
         let changed = sql("UPDATE executions SET state = 'ASSIGNED', attempt = attempt + 1, sequence = 0, phase = '', \
-                 bytes_done = 0, bytes_total = 0, overdue = FALSE, session_epoch = r.epoch, \
+                 bytes_done = 0, bytes_total = 0, furthest = 0, stretch_time = ?, overdue = FALSE, session_epoch = r.epoch, \
                  assign_boot_id = r.boot_id, boot_id = '', deadline = r.deadline, patience = r.patience, assign_time = ?, update_time = ? \
              FROM {rows operation TEXT, node TEXT, epoch BIGINT, boot_id TEXT, deadline BIGINT, patience BIGINT} \
              WHERE executions.operation = r.operation AND executions.node = r.node AND executions.state = 'PENDING' \
              RETURNING executions.operation AS operation, executions.node AS node, executions.attempt AS attempt")
+        .time(now)
         .time(now)
         .time(now)
         .json(&rows)

@@ -19,6 +19,9 @@ const GIVE_UP_AFTER: TimeDelta = TimeDelta::hours(24);
 /// back within its longest delay.
 const OFF_AFTER: TimeDelta = TimeDelta::seconds(60);
 
+/// How long an installer is told that its execution was given up.
+const TOLD_FOR: TimeDelta = TimeDelta::seconds(60);
+
 /// An execution whose state the dispatcher changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
@@ -118,7 +121,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let late = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state, e.phase AS phase, \
-                            e.assign_time AS assign_time, e.deadline AS deadline, o.action AS action \
+                            e.assign_time AS assign_time, e.stretch_time AS stretch_time, e.deadline AS deadline, o.action AS action \
                         FROM executions e JOIN operations o ON o.id = e.operation \
                         WHERE e.deadline <= ? AND NOT e.overdue \
                         AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
@@ -229,14 +232,21 @@ impl Store {
         Ok(finished)
     }
 
-    /// Executions whose node is to be asked for a cancel by this controller, until it answers.
-    pub async fn cancels_due(&self, controller_id: &str) -> Result<Vec<ExecutionId>, StoreError> {
+    /// Executions whose node is to be asked for a cancel by this controller, until it answers. An installer whose execution
+    /// was given up is told so for a minute; later its next Hello tells it.
+    pub async fn cancels_due(&self, controller_id: &str, now: DateTime<Utc>) -> Result<Vec<ExecutionId>, StoreError> {
         sql("SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
              WHERE n.controller_id = ? AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') \
              AND e.cancel_requested AND NOT e.cancel_refused \
+             UNION SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
+             WHERE n.controller_id = ? AND n.mode = 'INSTALLER' AND e.state = 'FAILED' AND e.error_reason = ? \
+             AND e.cancel_requested AND NOT e.cancel_refused AND e.finish_time > ? \
              UNION SELECT c.operation AS operation, c.node AS node FROM conflicts c JOIN nodes n ON n.id = c.node \
              WHERE n.controller_id = ? AND c.resolution = 'ABANDONED' AND c.holds ORDER BY node")
         .bind(controller_id)
+        .bind(controller_id)
+        .bind(reason::NEVER_RETURNED)
+        .time(crate::calendar::earlier(now, TOLD_FOR))
         .bind(controller_id)
         .all(self.reader())
         .await?

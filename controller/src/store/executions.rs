@@ -195,14 +195,18 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
     })
 }
 
-/// What an execution is late with, from the columns `state`, `phase`, `deadline`, `assign_time`, and that of its action.
+/// What an execution is late with, from the columns `state`, `phase`, `deadline`, `assign_time`, `stretch_time`, and that of its action.
 pub(super) fn why_overdue(row: &Row, action: &'static str) -> Result<String, StoreError> {
     let action: Action = row.json(action)?;
-    let spent = match (row.maybe_time("assign_time")?, row.maybe_time("deadline")?) {
-        (Some(assigned), Some(deadline)) => (deadline - assigned).to_std().unwrap_or_default(),
-        _ => Duration::ZERO,
+    let deadline = row.maybe_time("deadline")?;
+    let since = |column| {
+        Ok::<_, StoreError>(match (row.maybe_time(column)?, deadline) {
+            (Some(begun), Some(deadline)) => (deadline - begun).to_std().unwrap_or_default(),
+            _ => Duration::ZERO,
+        })
     };
-    Ok(operation::why_overdue(row.word("state", ExecutionState::parse)?, &row.text("phase")?, &action, spent))
+    let (spent, stood) = (since("assign_time")?, since("stretch_time")?);
+    Ok(operation::why_overdue(row.word("state", ExecutionState::parse)?, &row.text("phase")?, &action, spent, stood))
 }
 
 /// The id from the columns `operation` and `node`.

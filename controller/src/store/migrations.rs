@@ -14,6 +14,7 @@ mod m0060_open_artifacts;
 mod m0065_node_keys;
 mod m0070_image_facts;
 mod m0075_paused_by;
+mod m0083_stretches;
 
 /// The migrations, oldest first. One that was released is never changed.
 pub(super) struct Migrator;
@@ -35,6 +36,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0065_node_keys::NodeKeys),
             Box::new(m0070_image_facts::ImageFacts),
             Box::new(m0075_paused_by::PausedBy),
+            Box::new(m0083_stretches::Stretches),
         ]
     }
 }

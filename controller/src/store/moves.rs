@@ -14,7 +14,7 @@ use super::executions::read_id;
 use super::operations::{finish_if_done, lock};
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError, micros};
-use crate::operation::{Action, ExecutionError, ExecutionState, deadline_after, reason};
+use crate::operation::{Action, ExecutionError, ExecutionState, deadline_after, deadline_of_stretch, reason};
 
 /// A change of one execution's state.
 pub(super) struct Move<'a> {
@@ -69,10 +69,16 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     }
     // Said again, even under another number, a state is no sign of life and no event.
     let again = change.from == change.to && change.error.is_none() && change.adopts.is_none();
+    let due = deadline(change.to, change.phase, change.action, now).map(micros);
+    let stretch = length(deadline_of_stretch(change.action));
     let changed = sql("UPDATE executions SET state = ?, error_reason = ?, error_message = ?, \
              overdue = overdue AND ? AND phase = ?, \
              forgiven_time = CASE WHEN ? OR (? AND phase = ?) THEN forgiven_time END, \
-             deadline = CASE WHEN ? AND phase = ? THEN deadline ELSE CAST(? AS BIGINT) END, \
+             deadline = CASE WHEN ? AND phase = ? THEN deadline \
+                 WHEN ? AND stretch_time + CAST(? AS BIGINT) < CAST(? AS BIGINT) THEN stretch_time + CAST(? AS BIGINT) \
+                 ELSE CAST(? AS BIGINT) END, \
+             furthest = CASE WHEN ? THEN furthest ELSE 0 END, \
+             stretch_time = CASE WHEN ? THEN stretch_time ELSE CAST(? AS BIGINT) END, \
              phase = CASE WHEN ? THEN phase ELSE ? END, patience = ?, update_time = ?, finish_time = ?, \
              attempt = COALESCE(?, attempt), assign_time = COALESCE(assign_time, ?) \
          WHERE operation = ? AND node = ? AND state = ?")
@@ -87,7 +93,14 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     .bind(change.phase)
     .bind(again)
     .bind(change.phase)
-    .bind(deadline(change.to, change.phase, change.action, now).map(micros))
+    .bind(again)
+    .bind(stretch)
+    .bind(due)
+    .bind(stretch)
+    .bind(due)
+    .bind(again)
+    .bind(again)
+    .time(now)
     // Where it stopped is worth knowing when all is over.
     .bind(change.to.is_final() && change.phase.is_empty())
     .bind(change.phase)

@@ -11,11 +11,24 @@ use serde::Serialize;
 use super::moves::length;
 use super::operations;
 use super::sql::{signed, sql};
-use super::{ReportRow, Store, StoreError};
-use crate::operation::{Action, ExecutionState, Phase, deadline_after, deadline_in_all};
+use super::{ReportRow, Store, StoreError, micros};
+use crate::operation::{Action, ExecutionState, Phase, deadline_after, deadline_in_all, deadline_of_stretch, point};
 
 /// The time of a known phase is the same in every state in which one is reported.
 const SOME: ExecutionState = ExecutionState::Running;
+
+/// It says nothing new.
+const SAME: &str = "(executions.phase = r.phase AND bytes_done = r.done)";
+/// Its phase may take so long.
+const WITHIN: &str = "CASE WHEN r.within > 0 THEN r.within ELSE patience END";
+/// It was further then than ever before in its state.
+const STRETCH: &str = "COALESCE(stretch_time, assign_time, r.now)";
+/// No deadline lies behind this: in all, and for not getting any further.
+const LIMIT: &str = "(CASE WHEN r.point > furthest \
+        THEN CASE WHEN r.now + r.stretch < assign_time + r.in_all THEN r.now + r.stretch ELSE assign_time + r.in_all END \
+    WHEN COALESCE(stretch_time, assign_time, r.now) + r.stretch < assign_time + r.in_all \
+        THEN COALESCE(stretch_time, assign_time, r.now) + r.stretch \
+    ELSE assign_time + r.in_all END)";
 
 /// The last progress of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,7 +65,8 @@ impl From<ReportRow> for ProgressRow {
 
 impl Store {
     /// Stores progress, one row for each execution. A new phase begins its own time; within one, only a byte that moved is
-    /// a sign of life. What is said again and again without that makes nobody less overdue.
+    /// a sign of life. What is said again and again without that makes nobody less overdue, nor do phases that come round
+    /// again.
     pub async fn flush_progress(&self, rows: &[ProgressRow], now: DateTime<Utc>) -> Result<(), StoreError> {
         self.again(|| self.flush_progress_once(rows, now)).await
     }
@@ -69,6 +83,9 @@ impl Store {
             .map(|(row, action)| Stored {
                 within: limit(Phase::parse(&row.phase).and_then(|_| deadline_after(SOME, &row.phase, action))),
                 in_all: length(deadline_in_all(action)),
+                stretch: length(deadline_of_stretch(action)),
+                point: point(&row.phase, row.bytes_done),
+                now: micros(now),
                 operation: row.execution.operation.as_str(),
                 node: row.execution.node.as_str(),
                 attempt: i64::from(row.attempt),
@@ -83,26 +100,21 @@ impl Store {
         // Held like by everybody who writes executions. Without it this statement takes their rows in an order of its own,
         // and a cancel that takes them in another waits for it while it waits for the cancel.
         operations::lock(&*tx, actions.keys()).await?;
-        sql("UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, \
-                 cancel_refused = cancel_refused OR r.refused = 1, update_time = ?, \
-                 forgiven_time = CASE WHEN overdue AND ((executions.phase = r.phase AND bytes_done = r.done) \
-                     OR assign_time + r.in_all <= CAST(? AS BIGINT)) THEN forgiven_time END, \
-                 overdue = overdue AND ((executions.phase = r.phase AND bytes_done = r.done) \
-                                        OR assign_time + r.in_all <= CAST(? AS BIGINT)), \
-                 deadline = CASE WHEN executions.phase = r.phase AND bytes_done = r.done THEN deadline \
-                     WHEN CAST(? AS BIGINT) + CASE WHEN r.within > 0 THEN r.within ELSE patience END \
-                          > assign_time + r.in_all THEN assign_time + r.in_all \
-                     ELSE CAST(? AS BIGINT) + CASE WHEN r.within > 0 THEN r.within ELSE patience END END \
-             FROM {rows operation TEXT, node TEXT, attempt BIGINT, sequence BIGINT, phase TEXT, done BIGINT, \
-                   total BIGINT, refused BIGINT, within BIGINT, in_all BIGINT} \
+        sql(&format!(
+            "UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, \
+                 cancel_refused = cancel_refused OR r.refused = 1, update_time = r.now, \
+                 furthest = CASE WHEN r.point > furthest THEN r.point ELSE furthest END, \
+                 stretch_time = CASE WHEN r.point > furthest THEN r.now ELSE {STRETCH} END, \
+                 forgiven_time = CASE WHEN overdue AND ({SAME} OR {LIMIT} <= r.now) THEN forgiven_time END, \
+                 overdue = overdue AND ({SAME} OR {LIMIT} <= r.now), \
+                 deadline = CASE WHEN {SAME} THEN deadline \
+                     WHEN r.now + {WITHIN} > {LIMIT} THEN {LIMIT} ELSE r.now + {WITHIN} END \
+             FROM {{rows operation TEXT, node TEXT, attempt BIGINT, sequence BIGINT, phase TEXT, done BIGINT, \
+                   total BIGINT, refused BIGINT, within BIGINT, in_all BIGINT, stretch BIGINT, point BIGINT, now BIGINT}} \
              WHERE executions.operation = r.operation AND executions.node = r.node \
                AND executions.attempt = r.attempt AND executions.sequence = r.sequence \
-               AND executions.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
-        .time(now)
-        .time(now)
-        .time(now)
-        .time(now)
-        .time(now)
+               AND executions.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')"
+        ))
         .json(&stored)
         .run(&*tx)
         .await?;
@@ -131,4 +143,9 @@ struct Stored<'a> {
     /// How long this phase may take, in microseconds; 0: it is not known.
     within: i64,
     in_all: i64,
+    /// How long it may go without getting any further.
+    stretch: i64,
+    /// How far it is.
+    point: i64,
+    now: i64,
 }

@@ -31,7 +31,7 @@ pub enum SteerOutcome {
 pub enum AbandonOutcome {
     /// It ended FAILED.
     Abandoned(ExecutionRow),
-    /// Its node is not overdue.
+    /// Its node is neither overdue nor in its installer.
     NotOverdue(ExecutionRow),
     /// It had ended.
     Final(ExecutionRow),
@@ -138,7 +138,7 @@ impl Store {
         self.steered(tx, id).await
     }
 
-    /// Gives up an execution whose node is overdue.
+    /// Gives up an execution whose node is overdue, or is in its installer: there it may be at work for ever, and lively.
     pub async fn abandon(
         &self,
         id: &ExecutionId,
@@ -159,9 +159,15 @@ impl Store {
         if row.state.is_final() {
             return Ok(AbandonOutcome::Final(row));
         }
-        if !row.overdue {
+        let installing = sql("SELECT 1 AS found FROM nodes WHERE id = ? AND mode = 'INSTALLER'").bind(id.node.as_str());
+        if row.state == ExecutionState::Pending || (!row.overdue && installing.one(&*tx).await?.is_none()) {
             return Ok(AbandonOutcome::NotOverdue(row));
         }
+        sql("UPDATE executions SET cancel_requested = TRUE WHERE operation = ? AND node = ?")
+            .bind(id.operation.as_str())
+            .bind(id.node.as_str())
+            .run(&*tx)
+            .await?;
         let error = ExecutionError::new(reason::NEVER_RETURNED, format!("given up by {actor}"));
         let end = End { to: ExecutionState::Failed, error: Some(error), actor };
         moves::end(&*tx, &[(id.clone(), row.state)], &end, now).await?;

@@ -141,7 +141,7 @@ pub(crate) async fn abandoned_conflict_ends_failed_and_is_cancelled(f: Fixture) 
     f.store.resolve(&id, Decision::Abandon, "pat", after(2)).await.unwrap();
     assert!(failed_as(reason::CONFLICT_ABANDONED, &f.execution(execution).await));
     assert!(node_row(&f, &id).await.conflicts.is_empty());
-    assert_eq!(f.store.cancels_due("c1").await.unwrap(), std::slice::from_ref(execution));
+    assert_eq!(f.store.cancels_due("c1", after(0)).await.unwrap(), std::slice::from_ref(execution));
     // Until it answers it would refuse other work.
     f.create(reboot(), std::slice::from_ref(&id)).await;
     assert!(f.claim(&[(id.clone(), epoch)], after(3)).await.is_empty());
@@ -149,7 +149,7 @@ pub(crate) async fn abandoned_conflict_ends_failed_and_is_cancelled(f: Fixture) 
     let cancelled = ReportRow { sequence: 2, state: E::Cancelled, ..ahead };
     let outcome = f.report(epoch, &cancelled, after(4)).await;
     assert!(matches!(outcome, ReportOutcome::Acked | ReportOutcome::Conflict { acknowledge: true, .. }), "{outcome:?}");
-    assert!(f.store.cancels_due("c1").await.unwrap().is_empty());
+    assert!(f.store.cancels_due("c1", after(0)).await.unwrap().is_empty());
     assert_eq!(event_count(&f, execution).await, before, "that was decided");
     assert!(node_row(&f, &id).await.conflicts.is_empty());
     assert_eq!(f.claim(&[(id, epoch)], after(5)).await.len(), 1);
@@ -281,12 +281,12 @@ pub(crate) async fn late_cancel_is_kept_when_it_comes_as_progress(f: Fixture) {
     let armed = report(&assignment, 2, E::Rebooting, "boot-1");
     f.report(epoch, &armed, after(1)).await;
     f.store.request_cancel(&id.operation, "pat", after(2)).await.unwrap();
-    assert_eq!(f.store.cancels_due("c1").await.unwrap().len(), 1);
+    assert_eq!(f.store.cancels_due("c1", after(0)).await.unwrap().len(), 1);
     let refused = ReportRow { cancel_refused: true, phase: "restarting".to_owned(), ..armed };
     // The progress itself waits in memory, where newer progress takes its place.
     assert_eq!(f.report(epoch, &refused, after(3)).await, ReportOutcome::Progress);
     assert!(f.execution(id).await.cancel_refused);
-    assert!(f.store.cancels_due("c1").await.unwrap().is_empty(), "the node has answered");
+    assert!(f.store.cancels_due("c1", after(0)).await.unwrap().is_empty(), "the node has answered");
 }
 
 pub(crate) async fn execution_of_a_deleted_node_ends_at_once(f: Fixture) {

@@ -69,7 +69,7 @@ async fn play(
         assert_eq!(f.report(*epoch, &running, after(3)).await, ReportOutcome::Acked);
         steps.fetch_add(1, Ordering::Relaxed);
         dawdle(&mut random, 200).await;
-        if f.store.cancels_due("c1").await.unwrap().contains(of) {
+        if f.store.cancels_due("c1", after(0)).await.unwrap().contains(of) {
             let cancelled = report(&assignment, 2, ExecutionState::Cancelled, &name(*boot));
             assert_eq!(f.report(*epoch, &cancelled, after(4)).await, ReportOutcome::Acked);
             return false;

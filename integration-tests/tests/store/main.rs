@@ -78,9 +78,11 @@ on_both!(
         a_hello_after_the_reboot_verifies_and_the_report_ends_it,
         progress_is_kept_and_holds_off_the_deadline,
         a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sign_of_life,
+        phases_that_come_round_again_are_no_sign_of_life,
         progress_of_an_earlier_state_is_ignored,
         what_a_node_logged_is_kept_once_and_only_of_what_did_not_succeed,
         an_overdue_execution_can_be_abandoned_and_a_late_truth_still_counts,
+        execution_of_a_node_in_its_installer_can_always_be_abandoned,
         what_ended_during_an_outage_is_called_off,
         a_node_that_is_overdue_for_a_day_is_given_up;
     power_off:

@@ -205,16 +205,16 @@ pub(crate) async fn a_cancelled_operation_is_never_assigned(f: Fixture) {
 pub(crate) async fn a_cancel_is_asked_of_the_node_until_it_answers(f: Fixture) {
     let (_, epoch, assignment) = f.assigned(reboot()).await;
     let operation = &assignment.execution.operation;
-    assert!(f.store.cancels_due("c1").await.unwrap().is_empty());
+    assert!(f.store.cancels_due("c1", after(0)).await.unwrap().is_empty());
     let SteerOutcome::Changed(row) = f.store.request_cancel(operation, "pat", after(1)).await.unwrap() else {
         panic!()
     };
     assert_eq!(row.state, OperationState::Cancelling);
-    assert_eq!(f.store.cancels_due("c1").await.unwrap(), std::slice::from_ref(&assignment.execution));
-    assert!(f.store.cancels_due("c2").await.unwrap().is_empty());
+    assert_eq!(f.store.cancels_due("c1", after(0)).await.unwrap(), std::slice::from_ref(&assignment.execution));
+    assert!(f.store.cancels_due("c2", after(0)).await.unwrap().is_empty());
     let too_late = ReportRow { cancel_refused: true, ..report(&assignment, 1, ExecutionState::Rebooting, "boot-1") };
     assert_eq!(f.report(epoch, &too_late, after(2)).await, ReportOutcome::Acked);
-    assert!(f.store.cancels_due("c1").await.unwrap().is_empty());
+    assert!(f.store.cancels_due("c1", after(0)).await.unwrap().is_empty());
     let done = report(&assignment, 2, ExecutionState::Succeeded, "boot-2");
     assert_eq!(f.report(epoch, &done, after(3)).await, ReportOutcome::Acked);
     assert_eq!(f.operation_state(operation).await, OperationState::Succeeded, "the final state says what happened");
@@ -354,7 +354,7 @@ pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fi
                 store.finish_operations(after(9)).await.unwrap();
                 store.end_dead_sessions(after(1)).await.unwrap();
                 store.update_node(&nodes[round], None, None, Some("x")).await.unwrap();
-                store.cancels_due("c1").await.unwrap();
+                store.cancels_due("c1", after(0)).await.unwrap();
             }
         });
     }

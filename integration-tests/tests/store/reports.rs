@@ -1,7 +1,9 @@
 //! What nodes say, and what becomes of it.
 
-use marco_controller::operation::{ExecutionState, OperationState, reason};
-use marco_controller::store::{AbandonOutcome, Kind, ProgressRow, Purpose, Release, ReportOutcome, ReportRow, SentLog};
+use marco_controller::operation::{ExecutionError, ExecutionState, NodeMode, OperationState, reason};
+use marco_controller::store::{
+    AbandonOutcome, Kind, ProgressRow, Purpose, Release, ReportOutcome, ReportRow, SentLog, SessionStart,
+};
 use marco_proto::names::ExecutionId;
 
 use crate::support::*;
@@ -256,6 +258,53 @@ pub(crate) async fn a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sig
     assert_eq!(flush("unpacking image", 10, day + 60).await, (true, Some(day)));
 }
 
+pub(crate) async fn phases_that_come_round_again_are_no_sign_of_life(f: Fixture) {
+    let (_, epoch, assignment) = f.assigned(reboot()).await;
+    let id = &assignment.execution;
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(0)).await;
+    let flush = async |phase: &str, bytes_done: u64, at: i64| {
+        let row = ProgressRow { phase: phase.to_owned(), ..progress(id, 1, bytes_done) };
+        f.store.flush_progress(&[row], after(at)).await.unwrap();
+        let row = f.execution(id).await;
+        (row.overdue, row.deadline.map(|deadline| (deadline - after(0)).num_seconds()))
+    };
+    // An installer that makes no file system: each phase is another than the one before, and none is further.
+    let mut at = 10;
+    let furthest = loop {
+        for phase in ["connecting", "partitioning", "waiting to try the installation again"] {
+            assert!(!flush(phase, 0, at).await.0, "{at}");
+            at += 60;
+        }
+        if at > 6000 {
+            break 70;
+        }
+    };
+    let end = furthest + 2 * 3600;
+    while at < end {
+        flush("connecting", 0, at).await;
+        flush("waiting to try the installation again", 0, at + 1).await;
+        at += 60;
+    }
+    assert_eq!(f.execution(id).await.deadline, Some(after(end)));
+    let marked = f.store.mark_overdue(after(end)).await.unwrap();
+    let why = "it has not got any further for 2h (last: waiting to try the installation again)";
+    assert_eq!(marked.iter().map(|overdue| overdue.why.as_str()).collect::<Vec<_>>(), [why]);
+    assert_eq!(flush("connecting", 0, end + 60).await, (true, Some(end)), "it is late for as long as it does that");
+    assert_eq!(
+        f.execution(id).await.overdue_reason,
+        why.replace("waiting to try the installation again", "connecting")
+    );
+    // Further than ever before: it lives. A power cut that undoes it leaves it the time to do it again.
+    assert_eq!(flush("unpacking image", 1, end + 120).await, (false, Some(end + 720)));
+    assert_eq!(flush("unpacking image", 900, end + 180).await, (false, Some(end + 780)));
+    assert_eq!(flush("unpacking image", 5, end + 7000).await, (false, Some(end + 7380)));
+    // Another state is another stretch.
+    f.report(epoch, &report(&assignment, 2, ExecutionState::Rebooting, "boot-1"), after(end + 7100)).await;
+    let row = ProgressRow { sequence: 2, phase: "trial boot".to_owned(), ..progress(id, 1, 0) };
+    f.store.flush_progress(&[row], after(end + 7200)).await.unwrap();
+    assert_eq!(f.execution(id).await.deadline, Some(after(end + 7800)));
+}
+
 pub(crate) async fn progress_is_kept_and_holds_off_the_deadline(f: Fixture) {
     let (_, epoch, assignment) = f.assigned(reboot()).await;
     let id = &assignment.execution;
@@ -379,6 +428,30 @@ pub(crate) async fn what_ended_during_an_outage_is_called_off(f: Fixture) {
     let done = report(&other, 2, ExecutionState::Cancelled, "boot-4");
     let said = f.reconcile(&id, epoch, "boot-4", &[done], 1806).await;
     assert_eq!((said.cancels, f.state(&other.execution).await), (vec![], ExecutionState::Cancelled));
+}
+
+pub(crate) async fn execution_of_a_node_in_its_installer_can_always_be_abandoned(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let execution = &assignment.execution;
+    f.report(epoch, &report(&assignment, 1, ExecutionState::Rebooting, "boot-1"), after(1)).await;
+    let refused = f.store.abandon(execution, "pat", after(2)).await.unwrap();
+    assert!(matches!(refused, AbandonOutcome::NotOverdue(_)), "it may just be restarting");
+    let installer = SessionStart { mode: NodeMode::Installer, ..hello("boot-2", &serial_of(id.as_str()), after(3)) };
+    let epoch = f.begin(&id, &installer, after(3)).await;
+    f.report(epoch, &report(&assignment, 2, ExecutionState::Running, "boot-2"), after(4)).await;
+    // In time, and lively.
+    let AbandonOutcome::Abandoned(row) = f.store.abandon(execution, "pat", after(5)).await.unwrap() else { panic!() };
+    assert!(failed_as(reason::NEVER_RETURNED, &row));
+    // The node is told for a while, and is free for another image meanwhile.
+    assert_eq!(f.store.cancels_due("c1", after(6)).await.unwrap(), std::slice::from_ref(execution));
+    assert!(f.store.cancels_due("c1", after(66)).await.unwrap().is_empty(), "its next Hello tells it");
+    assert!(f.store.at_work(&id).await.unwrap().is_none());
+    // It says what it came to, and is not told any more.
+    let called_off = report(&assignment, 3, ExecutionState::Failed, "boot-2");
+    let error = Some(ExecutionError::new("CALLED_OFF", "it was called off"));
+    f.report(epoch, &ReportRow { error, ..called_off }, after(7)).await;
+    assert!(failed_as("CALLED_OFF", &f.execution(execution).await));
+    assert!(f.store.cancels_due("c1", after(8)).await.unwrap().is_empty());
 }
 
 pub(crate) async fn a_node_that_is_overdue_for_a_day_is_given_up(f: Fixture) {

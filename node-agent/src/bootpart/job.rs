@@ -8,10 +8,14 @@ use super::{BootError, BootPart, Prefix, file, read_json, write_json};
 
 /// What the installer is to do.
 ///
-/// An installer may be older or newer than the system that wrote it, so fields are only added, and those that are not
-/// known are left alone.
+/// An installer may be older or newer than the system that wrote it: fields are only added, and readers leave alone what
+/// they do not know. Installers before that rule refuse a field that they do not know, so nothing is written that says only
+/// what its absence says, too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstallJob {
+    /// Version of the file; absent: 1. A higher one would mean that this job cannot be done by who knows only version 1.
+    #[serde(default = "first_version", skip_serializing_if = "is_first_version")]
+    pub version: u32,
     /// What to install.
     pub instruction: Instruction,
     /// Name of the execution.
@@ -58,6 +62,18 @@ pub enum Instruction {
     },
 }
 
+/// The version of the file that is written, and the highest that is read.
+pub const JOB_VERSION: u32 = 1;
+
+fn first_version() -> u32 {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_first_version(version: &u32) -> bool {
+    *version == first_version()
+}
+
 impl BootPart {
     /// Says what the installer is to do. Written as a whole, read back.
     pub fn write_job(&self, job: &InstallJob) -> Result<(), BootError> {
@@ -70,13 +86,28 @@ impl BootPart {
     pub fn count_trial(&self, execution: &str, trials: u32) -> Result<(), BootError> {
         let _lock = self.lock()?;
         let Some(job) = self.read_job()?.filter(|job| job.execution == execution) else { return Ok(()) };
-        let job = InstallJob { trials, ..job };
-        file::write_in_place(&self.job_file(), &file::json(&self.job_file(), &job)?)
+        let path = self.job_file();
+        let text = std::fs::read(&path).map_err(BootError::io("read", &path))?;
+        // What else stands in the file may be of a newer agent, and stays where it is.
+        let (before, after) = (format!("\"trials\": {}", job.trials), format!("\"trials\": {trials}"));
+        let text = match String::from_utf8_lossy(&text).split(&before).collect::<Vec<_>>().as_slice() {
+            [head, tail] => format!("{head}{after}{tail}").into_bytes(),
+            _ => file::json(&path, &InstallJob { trials, ..job })?,
+        };
+        file::write_in_place(&path, &text)
     }
 
     /// What the installer is to do; none when nothing, or nothing readable, is there.
     pub fn read_job(&self) -> Result<Option<InstallJob>, BootError> {
-        read_json(&self.job_file())
+        let Some(job) = read_json::<InstallJob>(&self.job_file())? else { return Ok(None) };
+        if job.version > JOB_VERSION {
+            tracing::error!(
+                version = job.version,
+                "the installation job is of a newer agent, and cannot be done by this one"
+            );
+            return Ok(None);
+        }
+        Ok(Some(job))
     }
 
     pub(super) fn job_file(&self) -> PathBuf {

@@ -7,7 +7,7 @@ use marco_archive::switch::LENGTH;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use super::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
+use super::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, JOB_VERSION, Prefix};
 use crate::system::Board;
 
 struct Card {
@@ -159,6 +159,7 @@ fn default_boot_is_what_the_firmware_would_boot() {
 fn a_job_is_read_back_and_a_torn_one_is_none() {
     let card = Card::new();
     let job = InstallJob {
+        version: JOB_VERSION,
         instruction: Instruction::Install { image: "image".into(), sha256: "00".into(), raw: false },
         execution: "operations/x/executions/pi-01".into(),
         attempt: 1,
@@ -209,4 +210,42 @@ fn an_identity_is_staged_for_its_owner_only_and_removed() {
     assert_eq!(fs::metadata(&key).unwrap().permissions().mode() & 0o777, 0o600);
     card.part.remove_identity().unwrap();
     assert!(!key.exists());
+}
+
+#[test]
+fn recorded_job_is_read_and_written_as_it_was() {
+    let card = Card::new();
+    let path = card.dir.path().join("marco/install.json");
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let today = include_str!("../../testdata/card/install-1.json");
+    fs::write(&path, today).unwrap();
+    let job = card.part.read_job().unwrap().unwrap();
+    assert_eq!((job.version, job.attempt, job.node.as_str(), job.prefix), (1, 7, "pi-01", Prefix::B1));
+    card.part.write_job(&job).unwrap();
+    assert_eq!(card.read("marco/install.json"), today, "an older installer refuses a field that it does not know");
+
+    // Of a newer agent: what it says besides changes nothing, and is still there when a trial has been counted.
+    let next = include_str!("../../testdata/card/install-next.json");
+    fs::write(&path, next).unwrap();
+    assert_eq!(card.part.read_job().unwrap().as_ref(), Some(&job));
+    card.part.count_trial(&job.execution, 1).unwrap();
+    assert_eq!(card.read("marco/install.json"), next.replace("\"trials\": 0", "\"trials\": 1"));
+    assert_eq!(card.part.read_job().unwrap(), Some(InstallJob { trials: 1, ..job }));
+
+    // What this installer cannot do it does not begin.
+    for other in [today.replacen('{', "{ \"version\": 2,", 1), today.replace("\"install\"", "\"install-delta\"")] {
+        fs::write(&path, other).unwrap();
+        assert_eq!(card.part.read_job().unwrap(), None);
+    }
+}
+
+#[test]
+fn recorded_sets_and_marks_are_read() {
+    let card = Card::new();
+    fs::create_dir_all(card.dir.path().join("marco")).unwrap();
+    for set in [include_str!("../../testdata/card/set-1.json"), include_str!("../../testdata/card/set-next.json")] {
+        fs::write(card.dir.path().join("marco/b1.json"), set).unwrap();
+        let sha256 = "0b5f2c7f0d5e4a3b2c1d0e9f8a7b6c5d4e3f2a1b0c9d8e7f6a5b4c3d2e1f0a9b";
+        assert_eq!(card.part.holds(sha256).unwrap(), Some(Prefix::B1));
+    }
 }

@@ -8,7 +8,7 @@ use marco_proto::v1::ImageFacts;
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{Addresses, DID_NOT_REBOOT, Executor, ONLY_IMAGES, Settings};
+use super::{Addresses, DID_NOT_REBOOT, Executor, Settings};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};

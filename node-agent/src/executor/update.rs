@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::{Addresses, Executor, StepError, WayDown};
-use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, Prefix};
+use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction, JOB_VERSION, Prefix};
 use crate::cause::chain;
 use crate::download::{self, DownloadError};
 use crate::durable;
@@ -157,6 +157,7 @@ impl Executor {
         };
         let Addresses { controllers, enroll } = (self.settings.addresses)();
         Ok(InstallJob {
+            version: JOB_VERSION,
             instruction,
             execution: entry.execution.clone(),
             attempt: entry.attempt,

@@ -15,10 +15,17 @@ mod ssh;
 /// SSH host keys, `ssh_host_*_key` and `.pub`, in this folder (sshd(8)).
 const SSH: &str = "etc/ssh";
 
+/// The version of the file that is written, and the highest that is read.
+const VERSION: u32 = 1;
+
 /// What a node keeps over an installation; on p1, too, for a power cut between erasing the old root and finishing the
 /// new one.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub(super) struct Keep {
+    /// Version of the file; 0 or absent: written before there was one, otherwise as version 1. Another installer may go on
+    /// with it: fields are only added, and readers leave alone what they do not know.
+    version: u32,
     /// The execution that saved it.
     execution: String,
     /// 32 hexadecimal digits (machine-id(5)); empty: none yet.
@@ -36,7 +43,7 @@ impl Keep {
         job: &InstallJob,
     ) -> std::result::Result<Self, super::InstallError> {
         let path = part.keep_file();
-        let saved = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Self>(&bytes).ok());
+        let saved = std::fs::read(&path).ok().and_then(|bytes| Self::parse(&bytes));
         if let Some(saved) = saved.clone().filter(|saved| saved.execution == job.execution) {
             return Ok(saved);
         }
@@ -64,9 +71,15 @@ impl Keep {
             keep.ssh.insert(format!("{}.pub", ssh::NAME), hex::encode(public));
         }
         job.execution.clone_into(&mut keep.execution);
+        keep.version = VERSION;
         let bytes = serde_json::to_vec(&keep).map_err(|error| super::InstallError::io(error.to_string()))?;
         bootpart::write_whole(&path, &bytes)?;
         Ok(keep)
+    }
+
+    /// `None`: torn, or of a version that is not known here.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        serde_json::from_slice::<Self>(bytes).ok().filter(|saved| saved.version <= VERSION)
     }
 
     /// Puts it into the new root, with the node's name. Host keys only where there is an sshd to use them.
@@ -99,7 +112,12 @@ fn read(root: &Rooted) -> Result<Keep> {
     for (name, bytes) in host_keys(root)? {
         ssh.insert(name, hex::encode(bytes));
     }
-    Ok(Keep { execution: String::new(), machine_id: if good { machine_id } else { String::new() }, ssh })
+    Ok(Keep {
+        version: VERSION,
+        execution: String::new(),
+        machine_id: if good { machine_id } else { String::new() },
+        ssh,
+    })
 }
 
 fn host_keys(root: &Rooted) -> Result<Vec<(String, Vec<u8>)>> {
@@ -115,4 +133,23 @@ fn host_keys(root: &Rooted) -> Result<Vec<(String, Vec<u8>)>> {
         }
     }
     Ok(keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Keep;
+
+    #[test]
+    fn recorded_files_are_read_and_written_as_they_were() {
+        let today = include_str!("../../testdata/card/keep-1.json");
+        let keep = Keep::parse(today.as_bytes()).unwrap();
+        assert_eq!(keep.machine_id, "0123456789abcdef0123456789abcdef");
+        assert_eq!(serde_json::to_string(&keep).unwrap(), today);
+        let before = Keep::parse(include_bytes!("../../testdata/card/keep-0.json")).unwrap();
+        assert!(before == Keep { version: 0, ..keep.clone() });
+        let next = Keep::parse(include_bytes!("../../testdata/card/keep-next.json")).unwrap();
+        assert!(next == keep, "unknown fields change nothing");
+        assert!(Keep::parse(today.replace("\"version\":1", "\"version\":2").as_bytes()).is_none());
+        assert!(Keep::parse(&today.as_bytes()[..60]).is_none());
+    }
 }

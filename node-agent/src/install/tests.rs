@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::{Context, InstallError, Phase, Progress, WriteJournal, install};
-use crate::bootpart::{InstallJob, Instruction, Prefix};
+use crate::bootpart::{InstallJob, Instruction, JOB_VERSION, Prefix};
 use crate::download::Downloader;
 use crate::download::tests::{CHUNK, Wrong, serve_bytes};
 use crate::job::Labels;
@@ -143,6 +143,7 @@ impl Bed {
 
 fn job(instruction: Instruction) -> InstallJob {
     InstallJob {
+        version: JOB_VERSION,
         instruction,
         execution: EXECUTION.into(),
         attempt: 1,

@@ -4,16 +4,24 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{Entries, Entry, FILE_NAME, JournalError};
 use crate::durable;
 
 const VERSION: u32 = 1;
 
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 struct Document {
     version: u32,
     entries: Vec<Entry>,
+}
+
+/// The same, as it is read: another agent may have written it, whose entries are not all understood here.
+#[derive(Deserialize)]
+struct Written {
+    version: u32,
+    entries: Vec<Value>,
 }
 
 /// The file's contents.
@@ -34,11 +42,30 @@ pub(super) fn read(path: &Path) -> io::Result<Option<Vec<Entry>>> {
         Err(error) => return Err(error),
     };
     let invalid = |error: serde_json::Error| io::Error::new(io::ErrorKind::InvalidData, error);
-    let document: Document = serde_json::from_slice(&contents).map_err(invalid)?;
+    let document: Written = serde_json::from_slice(&contents).map_err(invalid)?;
     if document.version == VERSION {
-        Ok(Some(document.entries))
+        Ok(Some(document.entries.into_iter().filter_map(entry).collect()))
     } else {
         Err(io::Error::new(io::ErrorKind::InvalidData, format!("it has version {}", document.version)))
+    }
+}
+
+/// An entry, as far as it is understood: one of an action that is not known keeps its place, so that it is answered for. One
+/// in a state that is not known says nothing to this agent, and must not take the others with it.
+fn entry(mut value: Value) -> Option<Entry> {
+    if let Ok(entry) = serde_json::from_value(value.clone()) {
+        return Some(entry);
+    }
+    let execution = value.get("execution").cloned().unwrap_or_default();
+    if let Some(action) = value.get_mut("action") {
+        *action = Value::String("unknown".to_owned());
+    }
+    match serde_json::from_value(value) {
+        Ok(entry) => Some(entry),
+        Err(error) => {
+            tracing::error!(%execution, error = %error, "entry of the journal is not understood, left out");
+            None
+        }
     }
 }
 

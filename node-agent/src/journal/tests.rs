@@ -5,6 +5,8 @@ use std::time::Duration;
 use super::{Accepted, FILE_NAME, Journal, JournalError, KEEP_MICROS};
 use crate::job::{Action, FORK_LEAP, Failure, Notice, Release, State, UNKNOWN_ACTION, Update};
 
+mod recorded;
+
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
 

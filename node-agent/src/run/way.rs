@@ -133,7 +133,7 @@ fn parse(texts: &[String]) -> Result<Vec<Address>, InvalidAddress> {
 #[cfg(test)]
 mod tests {
     use super::{Connection, Way};
-    use crate::bootpart::{InstallJob, Instruction, Prefix};
+    use crate::bootpart::{InstallJob, Instruction, JOB_VERSION, Prefix};
     use crate::system::virtual_pi::tests::Powered;
     use crate::system::{Reboot, System as _};
 
@@ -147,6 +147,7 @@ mod tests {
         powered.pi.reboot(Reboot::TryBoot, None, "").await.unwrap();
         let installer = powered.boot().await;
         let job = InstallJob {
+            version: JOB_VERSION,
             instruction: Instruction::BootOnly { sha256: "0".repeat(64) },
             execution: String::new(),
             attempt: 1,

@@ -62,6 +62,21 @@ mod tests {
     }
 
     #[test]
+    fn recorded_release_is_read_and_written_as_it_was() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("etc")).unwrap();
+        let today = include_str!("../../testdata/card/release-1.toml");
+        let read = |text: &str| {
+            std::fs::write(root.path().join(ROOT_FILE), text).unwrap();
+            Release::read(root.path(), None).unwrap().unwrap()
+        };
+        let release = read(today);
+        assert!(release.execution.ends_with("/pi-01") && release.time == "2026-11-30T08:00:00Z");
+        assert_eq!(release.render().unwrap(), today);
+        assert_eq!(read(include_str!("../../testdata/card/release-next.toml")), release);
+    }
+
+    #[test]
     fn boot_files_replaced_later_count_with_the_image_of_the_root() {
         let (root, boot) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         std::fs::create_dir(root.path().join("etc")).unwrap();

@@ -380,6 +380,11 @@ impl System for VirtualPi {
             return Err(SystemError::Unsupported("a card is installed only by the installer, not by what runs on it"));
         }
         let decided = self.decide(erase)?;
+        // The file says that its card takes no file system.
+        if self.dir.join("mkfs-fails").exists() {
+            let failed = std::io::Error::other("mke2fs ended with status 1");
+            return Err(SystemError::io("make a file system on", self.card().root)(failed));
+        }
         let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
         let card = self.card();
         let (root, home) = (decided.root.is_some(), decided.home.is_some());

@@ -10,7 +10,7 @@ use crate::bootpart::DefaultBoot;
 use crate::download::tests::Wrong;
 use crate::executor::{CALLED_OFF, JOURNAL_NOT_WRITABLE, ONLY_IMAGES};
 use crate::job::{Action, Artifact, Failure, State, Update, phase as phases};
-use crate::journal::{Accepted, FILE_NAME, Journal, JournalError, REPLACED};
+use crate::journal::{Accepted, Confirmation, FILE_NAME, JournalError, REPLACED};
 use crate::system::{Mode, System as _};
 
 /// An installer on its trial boot, with the job that the old system left. What it tries again, it tries at once.
@@ -108,6 +108,30 @@ async fn the_old_system_says_what_the_installer_could_not_do() {
 async fn lost_job_leads_back_to_the_old_system() {
     let bench = on_trial_boot().await;
     std::fs::remove_file(job_file(&bench)).unwrap();
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
+    assert_eq!(given_back(bench).await.reason, "INSTALL_JOB_LOST");
+}
+
+#[tokio::test]
+async fn installer_does_the_job_of_a_newer_agent() {
+    let bench = on_trial_boot().await;
+    for file in [job_file(&bench), bench.machine.state_dir().join(FILE_NAME)] {
+        let text =
+            std::fs::read_to_string(&file).unwrap().replace("\"attempt\":", "\"of_tomorrow\": [1], \"attempt\":");
+        std::fs::write(&file, text).unwrap();
+    }
+    let journal = bench.journal();
+    bench.run(&journal, async |journal, _| phase(journal, phases::CONNECTING).await).await;
+    assert_eq!(journal.entries().get(ONE).unwrap().state, State::Installing);
+}
+
+#[tokio::test]
+async fn job_that_only_a_newer_installer_can_do_leads_back_to_the_old_system() {
+    let bench = on_trial_boot().await;
+    let text = std::fs::read_to_string(job_file(&bench)).unwrap();
+    std::fs::write(job_file(&bench), text.replace("\"do\": \"install\"", "\"do\": \"install-delta\"")).unwrap();
     let journal = bench.journal();
     let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
@@ -222,6 +246,8 @@ async fn cancel_before_the_card_is_touched_leads_back_to_the_old_system() {
     bench.fault = Wrong::Nothing;
     let journal = bench.journal();
     journal.install(ONE).await.unwrap();
+    // In the middle of its way: a controller has let it stand before.
+    journal.note_confirmation(ONE, Confirmation::Stands);
     journal.request_cancel(ONE).await.unwrap();
     let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Installing"], "nothing was prepared");

@@ -71,6 +71,18 @@ mod tests {
     use super::{Begun, begin, begun, end};
 
     #[test]
+    fn recorded_mark_is_read() {
+        let recovery = tempfile::tempdir().unwrap();
+        std::fs::create_dir(recovery.path().join("marco")).unwrap();
+        for text in
+            [include_str!("../../../testdata/card/erasing-1"), include_str!("../../../testdata/card/erasing-next")]
+        {
+            std::fs::write(recovery.path().join(super::MARK), text).unwrap();
+            assert_eq!(begun(recovery.path()).unwrap(), Begun { root: true, home: true });
+        }
+    }
+
+    #[test]
     fn what_was_begun_is_known_until_it_is_done() {
         let recovery = tempfile::tempdir().unwrap();
         let recovery = recovery.path();
