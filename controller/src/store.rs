@@ -1,5 +1,6 @@
 //! The store: the only truth. SQLite and Postgres share one set of statements. No type of sea-orm leaves this module.
-//! | On SQLite every write goes through one connection, in transactions that take the write lock at once. On Postgres a
+//!
+//! On SQLite every write goes through one connection, in transactions that take the write lock at once. On Postgres a
 //! transaction locks nodes first, then operations, then executions, each in the order of their ids, so that two
 //! transactions never wait for each other. `order` lists the full order, and debug builds refuse a statement that
 //! breaks it. A transaction that the database still aborts in favour of another one is retried (`Store::again`).

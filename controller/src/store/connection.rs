@@ -2,7 +2,8 @@
 //!
 //! A connection goes back to its pool only if it is known to be clean: its last statement was answered, and it is
 //! outside of a transaction. All others are closed, so the database certainly rolls back.
-//! | sqlx's own transactions are not used, because they count their depth on the client's side. After a COMMIT that
+//!
+//! sqlx's own transactions are not used, because they count their depth on the client's side. After a COMMIT that
 //! failed on a full disk that count was wrong. Later transactions were savepoints without a transaction around them:
 //! acknowledged, and never stored.
 
