@@ -1,4 +1,4 @@
-//! The tables. Times are microseconds since 1970, UTC; closed sets and JSON are text.
+//! The tables. Times are microseconds since 1970, UTC. Enumerations and JSON are stored as text.
 
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
@@ -15,7 +15,7 @@ mod m0065_node_keys;
 mod m0070_image_facts;
 mod m0075_paused_by;
 
-/// The migrations, oldest first. One that was released is never changed.
+/// The migrations, oldest first. A released one is never changed.
 pub(super) struct Migrator;
 
 #[async_trait::async_trait]
@@ -53,7 +53,7 @@ impl MigrationTrait for Tables {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
         let postgres = db.get_database_backend() == DbBackend::Postgres;
-        // Ids are sorted by their bytes, whatever the language of the database: pages depend on it.
+        // Ids are sorted by their bytes, in whatever language the database is, because pages depend on that order.
         let (id, bytes, counter) = if postgres {
             ("TEXT COLLATE \"C\"", "BYTEA", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
         } else {
@@ -146,7 +146,7 @@ const TABLES: &[&str] = &[
         finish_time BIGINT,
         PRIMARY KEY (operation, node)
     )",
-    // At most one execution of a node is at work.
+    // At most one active execution for each node. Claims rely on this index.
     "CREATE UNIQUE INDEX executions_active ON executions (node)
         WHERE state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')",
     "CREATE INDEX executions_pending ON executions (node) WHERE state = 'PENDING'",
@@ -224,7 +224,7 @@ const TABLES: &[&str] = &[
         PRIMARY KEY (board, kind, purpose)
     )",
     "CREATE INDEX artifact_defaults_artifact ON artifact_defaults (artifact)",
-    // What unfinished operations need; the rows go when the operation ends.
+    // Bytes that unfinished operations need. The rows are deleted as the operation ends.
     "CREATE TABLE needs (
         operation {ID} NOT NULL REFERENCES operations (id),
         artifact {ID} NOT NULL,

@@ -1,4 +1,4 @@
-//! Which start of an agent opened the present session of a node, and which the one before.
+//! Instances: the start of an agent that opened the node's present session, and the one before.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};

@@ -1,4 +1,4 @@
-//! Schedules whose instants failed, and the order in which operations were made: their ids do not tell it any more.
+//! Failures of schedules, and an index by creation time, because ids of operations no longer tell their order.
 
 use sea_orm::ConnectionTrait;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};

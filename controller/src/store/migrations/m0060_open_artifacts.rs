@@ -1,4 +1,4 @@
-//! Which artifacts the file mirror gives out by name.
+//! Artifacts that the file mirror serves by name.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};

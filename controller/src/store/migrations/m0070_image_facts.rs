@@ -1,4 +1,4 @@
-//! What an image says about itself as a system, beside its digest: NULL until it was judged.
+//! Facts found in an image, stored with its digest. NULL until it was examined.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
