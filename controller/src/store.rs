@@ -184,5 +184,6 @@ impl Store {
 
 /// Microseconds since 1970, the stored form of every time. Times beyond the year 9999 are clamped.
 fn micros(time: DateTime<Utc>) -> i64 {
+    // One stored date at the end of chrono's calendar once ended every controller on the database, at each start.
     calendar::bounded(time).timestamp_micros()
 }

@@ -41,6 +41,7 @@ impl Store {
 
     async fn create_api_token_once(&self, row: &ApiTokenRow, secret_sha256: &str) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // Only the hash of the secret is stored, so a copy of the database opens nothing.
         let inserted =
             sql("INSERT INTO api_tokens (id, secret_sha256, role, selector, expire_time, create_time, creator) \
              VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING")

@@ -41,6 +41,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<ApproveOutcome, StoreError> {
         let tx = self.begin().await?;
+        // Locked before it is read, so that no other key begins to wait in between.
         let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
         let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else {
             return Ok(ApproveOutcome::NotFound);
@@ -100,6 +101,8 @@ pub(super) async fn replace_key(
     now: DateTime<Utc>,
 ) -> Result<(), StoreError> {
     keys::put_in_service(tx, id, key, now).await?;
+    // A new key may be renewed at once, and a quarantined node stays out: only `approve` lets it in. A board that gives
+    // no serial number does not erase the known one.
     sql("UPDATE nodes SET generation = generation + 1, previous_boot_id = '', previous_instance = '', \
              renew_time = NULL, serial = CASE WHEN ? = '' THEN serial ELSE ? END, \
              state = CASE WHEN state = 'AWAITING_APPROVAL' THEN 'APPROVED' ELSE state END, \

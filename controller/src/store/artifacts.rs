@@ -137,6 +137,7 @@ impl Store {
 
     async fn put_artifact_once(&self, row: &ArtifactRow) -> Result<Option<String>, StoreError> {
         let tx = self.begin().await?;
+        // The name is locked before the bytes, as in every transaction.
         let before = hold(&tx, &row.id).await?;
         sql("INSERT INTO blobs (sha256, kind, purpose, size, chunk_size, chunk_sha256, unpacked_bytes, entries, \
              compression, push_time, creator) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sha256) DO UPDATE \
@@ -195,6 +196,7 @@ impl Store {
             sql(SELECT).and(" WHERE a.sha256 = ? ORDER BY a.id LIMIT 1").bind(sha256).one(self.reader()).await?;
         let row = match named {
             Some(row) => Some(row),
+            // The name was pushed again, but the node of an unfinished operation still downloads the old bytes.
             None => {
                 sql("SELECT b.*, x.artifact AS id, '' AS boards, FALSE AS open_to_mirror FROM needs x JOIN blobs b ON b.sha256 = x.sha256 \
                      WHERE x.sha256 = ? ORDER BY x.artifact LIMIT 1")
@@ -258,6 +260,7 @@ impl Store {
 
     async fn set_default_once(&self, id: &ArtifactId, board: &str) -> Result<Option<ArtifactRow>, StoreError> {
         let tx = self.begin().await?;
+        // Without such an artifact the SELECT is empty, and nothing is inserted.
         sql("INSERT INTO artifact_defaults (board, kind, purpose, artifact) \
              SELECT ?, kind, purpose, id FROM artifacts WHERE id = ? \
              ON CONFLICT (board, kind, purpose) DO UPDATE SET artifact = excluded.artifact")
@@ -300,6 +303,7 @@ impl Store {
         .bind(node.as_str())
         .one(self.reader())
         .await?;
+        // The node was deleted.
         let Some(row) = row else { return Ok(Allowance::NotApproved) };
         if row.word("state", NodeState::parse)? != NodeState::Approved {
             return Ok(Allowance::NotApproved);
@@ -361,6 +365,7 @@ impl Store {
 
     /// Digests of images that were not examined yet, newest first.
     pub async fn unjudged_images(&self) -> Result<Vec<String>, StoreError> {
+        // Images that an earlier release stored have no facts.
         let rows = sql("SELECT sha256 FROM blobs WHERE kind = ? AND facts IS NULL ORDER BY push_time DESC")
             .bind(Kind::Image.as_str())
             .all(self.reader())
@@ -383,6 +388,7 @@ impl Store {
         .await?
         {
             let sha256 = row.text("sha256")?;
+            // Asked again under the lock of the row: an operation may have begun to need the bytes.
             if forget_unneeded(&tx, &sha256).await? {
                 swept.push(sha256);
             }
@@ -431,6 +437,7 @@ async fn find(db: &impl Connection, id: &ArtifactId) -> Result<Option<ArtifactRo
 fn read(row: &Row) -> Result<ArtifactRow, StoreError> {
     let mut default_for: Vec<String> =
         row.text("boards")?.split(',').filter(|board| !board.is_empty()).map(str::to_owned).collect();
+    // `string_agg` promises no order.
     default_for.sort();
     Ok(ArtifactRow {
         id: row.word("id", |id| ArtifactId::parse(id).ok())?,

@@ -103,6 +103,7 @@ pub async fn recorded<F: Future>(record: Arc<Record>, work: F) -> F::Output {
 
 /// Describes an action of the controller itself in the record of this task. Without a record nothing is noted.
 pub(super) fn note(method: &str, message: &str) {
+    // Outside of a call, for instance in a round of the dispatcher, there is no record.
     let _ = RECORD.try_with(|record| {
         record.edit(|row| {
             method.clone_into(&mut row.method);
@@ -150,6 +151,7 @@ impl Store {
 
     /// Calls with their numbers, newest first.
     pub async fn audit(&self, query: &AuditQuery) -> Result<Vec<(u64, AuditRow)>, StoreError> {
+        // By number, not by time: the times come from the clocks of several controllers.
         sql("SELECT * FROM audit WHERE number < ? AND (? OR actor = ?) AND (? OR method = ?) AND (? OR target = ?) \
              AND time >= ? AND (? OR result <> 'OK') ORDER BY number DESC LIMIT ?")
         .bind(query.before.map_or(i64::MAX, signed))

@@ -104,6 +104,7 @@ impl Store {
     /// Certificates, newest first.
     pub async fn certificates(&self, query: &CertificateQuery) -> Result<Vec<StoredCertificate>, StoreError> {
         let after = query.after.as_deref();
+        // The place of `after` is looked up by its serial number, so a page token needs no more than that.
         sql("SELECT * FROM certificates WHERE (? OR (not_before, serial) < \
                  (SELECT not_before, serial FROM certificates WHERE serial = ?)) \
              AND (? OR subject = ?) AND (? OR (revoke_time IS NULL AND not_after > ?)) \
@@ -138,6 +139,7 @@ impl Store {
     ) -> Result<Option<StoredCertificate>, StoreError> {
         let tx = self.begin().await?;
         let Some(found) = find(&*tx, serial).await? else { return Ok(None) };
+        // The node is locked before the certificate, as by renewals, approvals and deletions.
         if let Some(node) = &found.certificate.node
             && sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(node.as_str()).one(&*tx).await?.is_some()
         {
@@ -171,6 +173,7 @@ impl Store {
         .await?
         .iter()
         .map(|row| {
+            // A key from a renewal serves before it is in service: its first session puts it there.
             let serves = row.maybe_text("node_key")?.as_deref() == Some(row.text("key_sha256")?.as_str())
                 || row.maybe_text("key_state")?.as_deref() == Some(KeyState::Next.as_str());
             let is_nodes = row.maybe_text("node")?.is_some();

@@ -115,6 +115,7 @@ pub(super) async fn note(
     if let Some(before) = &before {
         let same = (before.text("kind")?, before.text("state")?, before.int("attempt")?)
             == (kind.to_string(), report.state.to_string(), i64::from(report.attempt));
+        // A node says the same with each Hello.
         if same {
             return Ok(());
         }
@@ -125,6 +126,7 @@ pub(super) async fn note(
         Some(before) => !before.text("resolution")?.is_empty(),
         None => false,
     };
+    // After a decision only a node that is still at work is kept from other work.
     sql("INSERT INTO conflicts (node, operation, kind, attempt, sequence, state, known, error_reason, error_message, \
              boot_id, holds, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
          ON CONFLICT (node, operation) DO UPDATE SET kind = excluded.kind, attempt = excluded.attempt, \
@@ -181,6 +183,7 @@ async fn is_full(tx: &Transaction, node: &NodeId) -> Result<bool, StoreError> {
     if u64::try_from(rows.len()).unwrap_or(u64::MAX) < MOST {
         return Ok(false);
     }
+    // An undecided conflict never makes room: an operator has to see it.
     for row in &rows {
         if !row.text("resolution")?.is_empty() {
             sql("DELETE FROM conflicts WHERE node = ? AND operation = ?")
@@ -302,6 +305,7 @@ async fn accept(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: Date
                 adopts: (from != ExecutionState::Failed).then_some(conflict.attempt),
             };
             moves::apply(tx, &change, now).await?;
+            // The stored sequence becomes the node's, so that its next report follows on it.
             sql("UPDATE executions SET sequence = (SELECT c.sequence FROM conflicts c WHERE c.node = executions.node \
                  AND c.operation = executions.operation) WHERE operation = ? AND node = ?")
             .bind(id.operation.as_str())
@@ -310,6 +314,7 @@ async fn accept(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: Date
             .await?;
             Ok(())
         }
+        // Nothing can change, but the decision is recorded.
         _ => {
             let event = Happened::to_node(&id.node, actor, from.as_str(), from.as_str(), &reason);
             events::record(tx, &id.operation, vec![event], now).await
@@ -330,6 +335,7 @@ async fn abandon(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: Dat
     let Some(found) = find(tx, id).await? else { return Ok(()) };
     let from = found.stored.state;
     let message = format!("given up by {actor}: {}", conflict.sentence());
+    // It has ended already, so only the decision is recorded.
     if from.is_final() {
         let event = Happened::to_node(&id.node, actor, from.as_str(), from.as_str(), &message);
         return events::record(tx, &id.operation, vec![event], now).await;

@@ -148,6 +148,7 @@ impl Pool {
         };
         // Only failed steps draw on a caller's budget; see `deadline`.
         deadline::in_vain(begun.elapsed());
+        // Only writers have a permit.
         if turn.is_some() {
             self.vitals.write_failed(&error);
         }
@@ -190,6 +191,7 @@ impl Transaction {
         if !cfg!(debug_assertions) || !self.postgres {
             return Ok(());
         }
+        // A rule that stood in a comment alone was broken within a month.
         let mut held = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         held.take(text).map_err(StoreError::out_of_order)
     }
@@ -278,6 +280,7 @@ impl Lease {
             .await;
         match &done {
             Err(_) => self.state = State::Unsure,
+            // Behind a pooler, reads commit too. Only a commit with a permit proves that writes work.
             Ok(()) if word == COMMIT && self.turn.is_some() => self.vitals.wrote(),
             Ok(()) => {}
         }
@@ -346,6 +349,7 @@ impl Drop for Lease {
             if tokio::time::timeout(GIVE_BACK, given_back).await.is_err() {
                 tracing::debug!("a connection to the database was closed: it did not answer");
             }
+            // Released only now, so that the next writer finds the connection in the pool.
             drop(turn);
         });
     }

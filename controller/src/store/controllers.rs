@@ -85,6 +85,7 @@ impl Store {
              (SELECT 1 FROM controllers c WHERE c.id = nodes.controller_id AND {})",
             self.lives(now)
         );
+        // Looked for without a transaction, because mostly there are none.
         let orphans = sql(&format!("SELECT id FROM nodes WHERE {orphaned} LIMIT 1")).one(self.reader()).await?;
         if orphans.is_none() {
             return Ok(Vec::new());

@@ -116,6 +116,7 @@ impl Store {
     }
 
     async fn mark_overdue_once(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
+        // Right after an outage every node looks late, although none of them could report.
         if !self.may_judge(Silent::Node, now) {
             return Ok(Vec::new());
         }

@@ -117,6 +117,7 @@ impl Store {
         // The order of locks: a transaction that needs both holds the token before the nodes.
         let admitted = match admit(&tx, wish, &token, &limits, now).await? {
             Ok(admitted) => admitted,
+            // Dropping the transaction takes back the use of the token as well.
             Err(why) => return refused(Some(&token_id), &why),
         };
         if before.is_none() {
@@ -132,6 +133,7 @@ impl Store {
         let given_for = token_id.name();
         let again = renewals::answer(&*tx, &node, &given_for, &wish.key_sha256, now).await?;
         if again.is_none() {
+            // Runs again if the transaction is retried.
             let Some(certificate) = issue(&node, generation) else { return Ok(EnrolOutcome::NotIssued) };
             let certificate = CertificateRow {
                 node: Some(node.clone()),
@@ -348,6 +350,7 @@ async fn free_id(tx: &impl Connection, wish: &Enrolment, serial: &str) -> Result
             NodeId::parse(&wanted)
         } else {
             let suffix = format!("-{number}");
+            // The id becomes a host name, so it stays within its length with the suffix.
             let kept: String = wanted.chars().take(NODE_ID_MAX.saturating_sub(suffix.len())).collect();
             NodeId::parse(&format!("{kept}{suffix}"))
         }

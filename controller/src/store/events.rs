@@ -59,6 +59,7 @@ impl Store {
             for table in ["events", "execution_logs", "conflicts"] {
                 sql(&format!("DELETE FROM {table} WHERE operation IN {{each}}")).each(&old).run(&*tx).await?;
             }
+            // No hint: nobody waits for it.
             tx.commit().await?;
             pruned += u64::try_from(old.len()).unwrap_or(u64::MAX);
         }
@@ -77,6 +78,7 @@ impl Store {
         after: u64,
         limit: u32,
     ) -> Result<Vec<EventRow>, StoreError> {
+        // Events of the operation itself name no node, so every caller who sees the operation sees them.
         sql("SELECT * FROM events WHERE operation = ? AND number > ? AND (? OR node IS NULL OR EXISTS \
                  (SELECT 1 FROM nodes n WHERE n.id = events.node AND {within n.labels})) ORDER BY number LIMIT ?")
         .bind(operation.as_str())

@@ -118,6 +118,8 @@ pub(super) async fn find(db: &impl Connection, id: &ExecutionId) -> Result<Optio
     Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
+// LEFT JOIN, because executions outlive their nodes. Only overdue ones need the action, so it is not read for the
+// others.
 const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overdue_action, o.state AS operation_state, o.installs_image AS installs_image, \
     o.rollout AS rollout, o.closed_until AS closed_until, o.schedule_time AS due_time, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \

@@ -75,6 +75,7 @@ impl StoreError {
     pub(super) fn of_driver(error: &sqlx::Error, place: &Arc<str>) -> Self {
         let sqlx::Error::Database(answer) = error else {
             let mut said = DatabaseError::said(crate::chain(error));
+            // The driver's own text does not name the database.
             if matches!(error, sqlx::Error::PoolTimedOut) {
                 said.said = format!("no connection to {place} in time");
             }

@@ -126,9 +126,11 @@ impl Store {
             tx.rollback().await?;
             return Ok(AdvanceOutcome::Elsewhere);
         }
+        // Skipped and missed fire times get a row too, so a gap in the rows always means a defect.
         insert_fires(&*tx, rows).await?;
         let mut outcome = AdvanceOutcome::Advanced(None);
         if let Some((operation, row)) = fire {
+            // The UPDATE above locks the schedule, so no other controller can create an operation of it in between.
             let unfinished = match seen.overlap {
                 Overlap::Skip => unfinished(&*tx, &seen.id).await?,
                 Overlap::Queue => None,
@@ -146,6 +148,7 @@ impl Store {
             } else {
                 match insert_all(&*tx, operation, now).await {
                     Ok(_) => {}
+                    // The bytes were deleted after the artifact's name was resolved.
                     Err(error) if error.is_dangling() => {
                         tx.rollback().await?;
                         return Ok(AdvanceOutcome::ArtifactGone);
@@ -195,6 +198,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // `next_fire` moves on although nothing was decided, so that one bad fire time does not block the schedule.
         let moved = sql("UPDATE schedules SET next_fire = ?, last_fire = ?, failures = failures + 1, failure = ?, \
                          paused = (paused OR ?), pause_reason = CASE WHEN ? THEN ? ELSE pause_reason END, \
                          update_time = ?, revision = revision + 1 \
@@ -228,6 +232,7 @@ impl Store {
 
     async fn move_next_fire_once(&self, seen: &ScheduleRow, next: Option<DateTime<Utc>>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // A fire time computed under the old rules of its zone would still fire once under them.
         let moved = sql("UPDATE schedules SET next_fire = ?, revision = revision + 1 \
                          WHERE id = ? AND revision = ? AND next_fire = ?")
         .bind(next.map(micros))

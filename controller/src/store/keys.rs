@@ -103,6 +103,7 @@ pub(super) async fn state(db: &impl Connection, node: &NodeId, key: &str) -> Res
 
 /// Finds the node that knows a key, and the key's state there. A node with the key in service comes first.
 pub(super) async fn owner(db: &impl Connection, key: &str) -> Result<Option<(NodeId, KeyState)>, StoreError> {
+    // The key in service counts first, because another node may remember the same key.
     if let Some(row) = sql("SELECT id FROM nodes WHERE key_sha256 = ?").bind(key).one(db).await? {
         return Ok(Some((nodes::read_id(&row)?, KeyState::InService)));
     }
@@ -135,7 +136,8 @@ pub(super) async fn note(
     .time(now)
     .run(tx)
     .await?;
-    // A forgotten key counts as a previous one, so it is held as well if it is shown.
+    // A forgotten key counts as a previous one, so it is held as well if it is shown. A revoked key must not be
+    // forgotten, because it would be held instead of refused.
     sql("DELETE FROM node_keys WHERE node = ? AND state = 'PREVIOUS' AND key_sha256 NOT IN \
          (SELECT key_sha256 FROM node_keys WHERE node = ? ORDER BY create_time DESC, key_sha256 LIMIT ?)")
     .bind(node.as_str())
@@ -156,6 +158,7 @@ pub(super) async fn hold(
 ) -> Result<bool, StoreError> {
     let waiting = sql("SELECT COUNT(*) AS waiting FROM node_keys WHERE node = ? AND state = 'PENDING'");
     let waiting = waiting.bind(node.as_str()).one(tx).await?.map_or(Ok(0), |row| row.int("waiting"))?;
+    // Anyone with a token can show keys for a node, and must not fill the table.
     if waiting >= WAITING_MAX {
         return Ok(false);
     }
@@ -200,6 +203,7 @@ pub(super) async fn shut_out(
     now: DateTime<Utc>,
 ) -> Result<(), StoreError> {
     if state(tx, node, key).await? == Some(KeyState::InService) {
+        // Empty matches no key, so the node has none in service until an admin approves one.
         sql("UPDATE nodes SET key_sha256 = '' WHERE id = ?").bind(node.as_str()).run(tx).await?;
         // The holder of the revoked key asked for it, so it may be an attacker's.
         sql("UPDATE node_keys SET state = 'PENDING', reason = ? WHERE node = ? AND state = 'NEXT'")

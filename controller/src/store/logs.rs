@@ -59,6 +59,7 @@ pub(super) async fn keep(
     log: &SentLog,
     now: DateTime<Utc>,
 ) -> Result<(), StoreError> {
+    // The first row stays, so a report without lines must not take its place.
     if log.lines.is_empty() {
         return Ok(());
     }

@@ -99,6 +99,7 @@ const TABLES: &[&str] = &[
     "CREATE INDEX nodes_serial ON nodes (serial)",
     "CREATE INDEX nodes_key ON nodes (key_sha256)",
     "CREATE INDEX nodes_controller ON nodes (controller_id)",
+    // `UNIQUE (creator, request_id)`: a repeated request finds the operation of the first one.
     "CREATE TABLE operations (
         id {ID} PRIMARY KEY,
         action TEXT NOT NULL,
@@ -120,8 +121,10 @@ const TABLES: &[&str] = &[
         event_count BIGINT NOT NULL DEFAULT 0,
         UNIQUE (creator, request_id)
     )",
+    // Partial, because rounds look for unfinished operations only, and ended ones accumulate.
     "CREATE INDEX operations_unfinished ON operations (state, schedule_time)
         WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING')",
+    // `node` is no foreign key: the history of an operation outlives its nodes.
     "CREATE TABLE executions (
         operation {ID} NOT NULL REFERENCES operations (id),
         node {ID} NOT NULL,
@@ -176,6 +179,7 @@ const TABLES: &[&str] = &[
         labels TEXT NOT NULL,
         revoked BOOLEAN NOT NULL DEFAULT FALSE
     )",
+    // One row for each key that a token enrolled: the same key again is no second use.
     "CREATE TABLE enrolments (
         token {ID} NOT NULL REFERENCES tokens (id),
         key_sha256 TEXT NOT NULL,
@@ -194,6 +198,7 @@ const TABLES: &[&str] = &[
         revoke_time BIGINT
     )",
     "CREATE INDEX certificates_node ON certificates (node)",
+    // Names and needs refer to the bytes, so their row cannot be deleted too early.
     "CREATE TABLE blobs (
         sha256 TEXT PRIMARY KEY,
         kind TEXT NOT NULL,
@@ -232,6 +237,7 @@ const TABLES: &[&str] = &[
         PRIMARY KEY (operation, artifact, sha256)
     )",
     "CREATE INDEX needs_sha256 ON needs (sha256)",
+    // `number` gives pages an order that no clock can change.
     "CREATE TABLE audit (
         number {COUNTER},
         time BIGINT NOT NULL,

@@ -63,6 +63,7 @@ pub(super) fn length(time: Duration) -> i64 {
 /// Applies a change if the execution is still in the state `from`, and finishes its operation if it was the last one.
 /// Returns true if it did. The caller holds the operation's row.
 pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime<Utc>) -> Result<bool, StoreError> {
+    // A report may name any state. An illegal step changes nothing.
     if !change.is_legal() {
         return Ok(false);
     }
@@ -93,6 +94,7 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     .bind(patience(change.to, change.action))
     .time(now)
     .bind(change.to.is_final().then(|| micros(now)))
+    // The store may have lost the assignment itself, so an adopted attempt gets a time now.
     .bind(change.adopts.map(i64::from))
     .bind(change.adopts.map(|_| micros(now)))
     .bind(change.id.operation.as_str())
@@ -185,6 +187,7 @@ pub(super) async fn end(
         ));
         changed.push(Changed { execution: id, from, to: end.to });
     }
+    // A BTreeMap, so the operations are written in the order of their ids, like all locks.
     for (operation, events) in happened {
         events::record(tx, &operation, events, now).await?;
         finish_if_done(tx, &operation, now).await?;

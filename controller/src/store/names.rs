@@ -38,6 +38,7 @@ pub(super) enum Claim {
 /// Takes a name, inside a transaction. A concurrent transaction that takes the same name waits for this one.
 pub(super) async fn take(tx: &impl Connection, kind: Kind, id: &str) -> Result<Claim, StoreError> {
     let folded = id.to_ascii_lowercase();
+    // A user of such a name could pass for the controller in events and in the audit.
     if RESERVED.contains(&folded.as_str()) {
         return Ok(Claim::Refused(format!("{id} is a name of the controller itself")));
     }

@@ -209,6 +209,7 @@ impl Store {
             .bind(query.states.is_empty())
             .each(query.states.iter().map(|state| state.as_str()))
             .bind(!query.connected);
+        // A filter can only narrow the caller's scope, so both conditions hold.
         let rows = Self::with_labels(Self::with_labels(which, &query.labels), query.scope.labels())
             .and(" ORDER BY n.id LIMIT ?")
             .bind(i64::from(query.limit))
@@ -345,8 +346,10 @@ impl Store {
             .bind(id.as_str())
             .run(&*tx)
             .await?;
+        // `conflicts` has no foreign key, so its rows do not go with the node.
         sql("DELETE FROM conflicts WHERE node = ?").bind(id.as_str()).run(&*tx).await?;
         sql("DELETE FROM nodes WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
+        // Without this no node or user could take the name again.
         names::give_back(&*tx, names::Kind::Node, id.as_str()).await?;
         self.commit(tx).await?;
         Ok(DeleteNodeOutcome::Deleted)

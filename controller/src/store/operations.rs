@@ -149,6 +149,7 @@ impl Store {
         let tx = self.begin().await?;
         match insert_all(&*tx, new, now).await {
             Ok(true) => {}
+            // The same request came before, perhaps at the same moment through another controller.
             Ok(false) => {
                 tx.rollback().await?;
                 return self.existing(new).await;
@@ -180,6 +181,7 @@ impl Store {
                         AND (? OR EXISTS (SELECT 1 FROM executions e JOIN nodes n ON n.id = e.node \
                                           WHERE e.operation = o.id AND {within n.labels})) \
                         ORDER BY o.create_time DESC, o.id DESC LIMIT ?")
+        // The first value of each pair switches its filter off, so that one text serves all filters.
         .bind(query.after.is_none())
         .bind(query.after.as_ref().map_or("", OperationId::as_str))
         .bind(query.states.is_empty())
@@ -211,6 +213,7 @@ impl Store {
             .one(self.reader())
             .await?;
         let Some(row) = row else { return Ok(None) };
+        // The same id with another body is an error of the caller, not a retry.
         if row.maybe_text("request_sha256")?.as_deref() != Some(&key.body_sha256) {
             return Ok(Some(CreateOutcome::RequestReused));
         }
@@ -258,6 +261,7 @@ pub(super) async fn insert_all(
     .json(&parts)
     .run(tx)
     .await?;
+    // The dispatcher does this for an operation that begins later (`begin_due`).
     if first_state(new, now) == OperationState::Running {
         note_beginning(tx, &new.id, now).await?;
     }
@@ -297,6 +301,7 @@ async fn insert(tx: &impl Connection, new: &NewOperation, now: DateTime<Utc>) ->
         .bind(new.origin.as_ref().and_then(|origin| origin.fire_time).map(micros))
         .bind(new.rollout.as_ref().map(to_json))
         .bind(new.window.as_ref().map(to_json))
+        // Stored now, so that the first claim does not begin a node outside of the window.
         .bind(new.window.as_ref().and_then(|window| window.closed_until(now)).map(micros))
         .json(&new.scope)
         .time(now)
@@ -357,6 +362,7 @@ pub(super) async fn finish_if_done(
     let Some(row) = done else { return Ok(false) };
     let from = row.word("state", OperationState::parse)?;
     let counts = counts(tx, std::slice::from_ref(id), &Scope::everything()).await?.remove(id).unwrap_or_default();
+    // A FAILED operation can end again, as something else, if a node that was given up returns.
     let Some(to) = final_state(&counts, row.flag("cancel_requested")?).filter(|to| *to != from) else {
         return Ok(false);
     };
@@ -425,6 +431,7 @@ async fn counts(
 
 async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<OperationRow>, StoreError> {
     let ids = rows.iter().map(read_id).collect::<Result<Vec<_>, _>>()?;
+    // One query for all operations of a page, not one for each.
     let mut counts = counts(db, &ids, &Scope::everything()).await?;
     rows.iter()
         .zip(ids)

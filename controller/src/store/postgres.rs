@@ -94,6 +94,7 @@ fn without_pooler(url: &str) -> (String, bool) {
 /// Host, port and database, without user and password.
 fn place(url: &str) -> String {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    // The last `@`, because a password may contain one.
     let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
     format!("postgres://{}", rest.split('?').next().unwrap_or_default())
 }
@@ -132,7 +133,7 @@ async fn check_role(pool: &Pool) -> Result<(), StoreError> {
         role = row.text("role")?;
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == name) else { continue };
         let value = row.int("setting")?;
-        // 0 means no limit.
+        // 0 means no limit. Over a Unix socket, settings of the network are ignored and always read as 0.
         if (value < 1 || value > i64::from(setting.most)) && (!setting.network || row.flag("network")?) {
             missing.push(setting);
         }
@@ -140,6 +141,7 @@ async fn check_role(pool: &Pool) -> Result<(), StoreError> {
     if missing.is_empty() {
         return Ok(());
     }
+    // An operator copies these statements, so a quote in the name of the role must not break them.
     let role = role.replace('"', "\"\"");
     let statements: String = missing
         .iter()

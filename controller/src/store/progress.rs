@@ -65,6 +65,7 @@ impl Store {
         let limit = |limit: Option<Duration>| length(limit.unwrap_or_default());
         let stored: Vec<Stored<'_>> = rows
             .iter()
+            // Progress of an operation that the store does not know is dropped.
             .filter_map(|row| Some((row, actions.get(&row.execution.operation)?)))
             .map(|(row, action)| Stored {
                 within: limit(Phase::parse(&row.phase).and_then(|_| deadline_after(SOME, &row.phase, action))),

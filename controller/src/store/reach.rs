@@ -27,6 +27,7 @@ impl Store {
         if scope.is_everything() {
             return Ok(Reach::All);
         }
+        // JOIN: deleted nodes do not count, because nothing can be done to them.
         let row = sql("SELECT COUNT(*) AS whole, COUNT(*) FILTER (WHERE {within n.labels}) AS inside \
                        FROM executions e JOIN nodes n ON n.id = e.node WHERE e.operation = ?")
         .json(scope)
@@ -55,6 +56,7 @@ impl Store {
 
     /// Cancels due executions on nodes that left the scope of the operation's creator.
     pub async fn cancel_outside_scope(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+        // Only executions that are due: until then a node's labels may still change.
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state \
              FROM operations o JOIN executions e ON e.operation = o.id AND e.state = 'PENDING' \
              JOIN nodes n ON n.id = e.node \

@@ -62,6 +62,7 @@ impl Store {
     ) -> Result<Reconciled, StoreError> {
         let mut answer = Reconciled::default();
         let tx = self.begin().await?;
+        // A session that another one replaced must change nothing.
         let Some(holder) = hold_node(&tx, node, epoch).await? else { return Ok(answer) };
         answer.holder = true;
         let active = sql("SELECT operation, node FROM executions WHERE node = ? \
@@ -75,6 +76,7 @@ impl Store {
         // All operations are locked together, so that they are locked in the order of their ids.
         lock(&*tx, active.iter().chain(listed.iter().map(|report| &report.execution)).map(|id| &id.operation)).await?;
         for report in listed {
+            // A node may report about itself only.
             let outcome = if &report.execution.node == node {
                 reports::apply(&tx, &holder, report, now).await?
             } else {
@@ -203,6 +205,7 @@ async fn settle(
             adopts: None,
         };
         moves::apply(tx, &change, now).await?;
+        // The new boot id is the proof of a restart, so it is kept with the execution.
         if boot_id != found.stored.assign_boot_id && to != ExecutionState::Pending {
             sql("UPDATE executions SET boot_id = ? WHERE operation = ? AND node = ?")
                 .bind(boot_id)

@@ -99,6 +99,7 @@ impl Store {
             KeyState::Previous => {
                 let shown = Shown { serial: "", origin: &wish.origin, reason: CAME_BACK };
                 let held = keys::hold(&*tx, &wish.node, &wish.key_sha256, shown, now).await?;
+                // The refusal is stored: from now on the key waits for an operator.
                 if held {
                     audit::note("HOLD_KEY", &format!("an earlier key of it turned up: {}", wish.key_sha256));
                     self.commit(tx).await?;
@@ -126,6 +127,7 @@ impl Store {
                 _ => {}
             }
         }
+        // Runs again if the transaction is retried.
         let Some(certificate) = issue(row.int("generation")?) else { return Ok(RenewOutcome::NotIssued) };
         certificates::insert(&*tx, &CertificateRow { given_for, ..certificate }).await?;
         if standing == KeyState::Next {

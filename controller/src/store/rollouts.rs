@@ -176,6 +176,7 @@ fn in_flight(id: &OperationId, gone: Gone) -> Sql {
 /// Group of a node, from its column `labels`. `None` if the rollout has no groups, or the node lacks the label.
 pub(super) fn group(rollout: &Rollout, row: &Row) -> Result<Option<String>, StoreError> {
     let Some(key) = &rollout.group_by else { return Ok(None) };
+    // The node was deleted.
     if row.maybe_text("labels")?.is_none() {
         return Ok(None);
     }

@@ -140,7 +140,8 @@ impl Store {
         .time(now)
         .bind(row.id.as_str())
         .bind(row.revision)
-        // A fire time that the scheduler decided in the meantime must not become due again.
+        // A change that was read before a fire and written after it must not make that fire time due again: its row
+        // exists, so the schedule would stand still.
         .bind(row.last_fire.map_or(-1, micros))
         .run(&*tx)
         .await?;
@@ -196,6 +197,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
+        // An undecided fire time stays, because a gap between the recorded ones must always mean a defect.
         let changed = sql("UPDATE schedules SET paused = ?, pause_reason = '', failures = 0, failure = '', \
              next_fire = COALESCE(next_fire, CAST(? AS BIGINT)), update_time = ?, revision = revision + 1 WHERE id = ?")
         .bind(false)

@@ -38,6 +38,7 @@ impl Scope {
 
     /// True if every node that a selection by labels can ever match lies within it.
     pub fn covers_selection(&self, selection: &BTreeMap<String, String>) -> bool {
+        // A selection matches nodes with at least these labels, so it is judged like a node that has no others.
         self.covers(selection)
     }
 
@@ -45,6 +46,7 @@ impl Scope {
     pub fn and(&self, other: &Self) -> Option<Self> {
         let mut both = self.0.clone();
         for (key, value) in &other.0 {
+            // No node carries two values of one key.
             if both.insert(key.clone(), value.clone()).is_some_and(|before| before != *value) {
                 return None;
             }

@@ -101,6 +101,7 @@ impl Store {
     pub(super) fn may_judge(&self, who: Silent, now: DateTime<Utc>) -> bool {
         let watch = &self.shared.watch;
         let listening = *watch.listening.lock().unwrap_or_else(PoisonError::into_inner);
+        // Reports that wait to be stored say something about nodes, and nothing about controllers.
         listening.may_judge(who, now) && (who == Silent::Controller || watch.backlogs.load(Ordering::Relaxed) == 0)
     }
 }

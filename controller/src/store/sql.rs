@@ -54,6 +54,7 @@ impl Sql {
 
     /// Binds the next value, for `{each}`.
     pub(super) fn each<T: AsRef<str>>(self, texts: impl IntoIterator<Item = T>) -> Self {
+        // One value for the whole list, so the text of the statement does not depend on its length.
         let texts: Vec<serde_json::Value> =
             texts.into_iter().map(|text| serde_json::Value::from(text.as_ref())).collect();
         self.json(&texts)
@@ -87,6 +88,7 @@ fn expand(text: &str, postgres: bool) -> String {
     let mut out = String::with_capacity(text.len() + 64);
     let mut values = 0_usize;
     let mut rest = text;
+    // Statements must not contain these characters for another purpose, such as in a literal.
     while let Some(at) = rest.find(['?', '{']) {
         let (before, from) = rest.split_at(at);
         out.push_str(before);
@@ -114,6 +116,7 @@ fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
         ("each", false) => format!("(SELECT value FROM json_each({}))", value()),
         ("rows", true) => format!("jsonb_to_recordset(CAST({} AS jsonb)) AS r({object})", value()),
         ("rows", false) => {
+            // SQLite takes the types from the JSON, so only the names are used.
             let columns: Vec<String> = object
                 .split(',')
                 .filter_map(|column| column.split_whitespace().next())
@@ -122,6 +125,8 @@ fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
             format!("(SELECT {} FROM json_each({})) AS r", columns.join(", "), value())
         }
         ("within", _) => {
+            // The columns are TEXT in both databases. SQLite has no operator for containment, so it compares key by
+            // key.
             let (labels, scope) = object.split_once(' ').unwrap_or((object, ""));
             let scope = if scope.is_empty() { value() } else { scope.to_owned() };
             if postgres {

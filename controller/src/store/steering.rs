@@ -57,6 +57,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<SteerOutcome, StoreError> {
         let Some((tx, from)) = self.hold_once(id).await? else { return Ok(SteerOutcome::NotFound) };
+        // A repeated cancel is no error, also after the end.
         let so_already = matches!(from, OperationState::Cancelling | OperationState::Cancelled);
         let to = match self.legal(from.cancel(), so_already, id, &tx).await? {
             Ok(to) => to,

@@ -72,6 +72,7 @@ impl Store {
 
     async fn create_token_once(&self, new: &NewToken, now: DateTime<Utc>) -> Result<TokenRow, StoreError> {
         let tx = self.begin().await?;
+        // Only the hash of the secret is stored, so a copy of the database enrols nothing.
         sql("INSERT INTO tokens (id, secret_sha256, max_uses, expire_time, create_time, creator, require_approval, \
              labels, cidrs, serials, nodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
         .bind(new.id.as_str())
@@ -113,6 +114,7 @@ impl Store {
 
     async fn revoke_token_once(&self, id: &JoinTokenId) -> Result<Option<(TokenRow, Stranded)>, StoreError> {
         let tx = self.begin().await?;
+        // Never asks first: a token that leaked must be useless at once. The stranded nodes are reported instead.
         sql("UPDATE tokens SET revoked = TRUE WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         let Some(row) = find(&*tx, id).await? else { return Ok(None) };
         let enrolled = sql("SELECT n.id AS id, n.serial AS serial, n.state AS state, n.session_time AS session_time \

@@ -55,6 +55,7 @@ impl Store {
     pub async fn image_before(&self, node: &NodeId, failed: &str) -> Result<Option<FrozenArtifact>, StoreError> {
         let updates = self.ended_updates(node).await?.into_iter();
         let succeeded = updates.filter(|update| update.state == ExecutionState::Succeeded);
+        // Installing the failed image once more would fail the same way.
         Ok(succeeded.filter_map(|update| update.action.image().cloned()).find(|image| image.sha256 != failed))
     }
 }

@@ -80,6 +80,7 @@ impl Store {
         .await?;
         let found = find(&*tx, &user.id).await?;
         let stored = found.ok_or_else(|| StoreError::Unknown { what: "user", value: user.id.to_string() })?;
+        // Creating a user never changes the rights of one that is not revoked.
         if changed == 0 && (stored.role != user.role || stored.scope != user.scope) {
             return Ok(CreateUserOutcome::Differs(stored));
         }
@@ -151,6 +152,7 @@ impl Store {
         scope: &Scope,
     ) -> Result<UpdateUserOutcome, StoreError> {
         let tx = self.begin().await?;
+        // Two admins who changed a user at once could make an admin with a limited scope, which neither had decided.
         let changed = sql("UPDATE users SET role = ?, selector = ? \
                            WHERE id = ? AND revoke_time IS NULL AND role = ? AND selector = ?")
         .bind(role)
@@ -198,6 +200,7 @@ impl Store {
 
     /// Label keys that limit someone: users, API tokens, and the schedules and unfinished operations that they created.
     pub async fn scope_keys(&self) -> Result<std::collections::BTreeSet<String>, StoreError> {
+        // Only admins may change labels with these keys. Otherwise a caller could move nodes into its own scope.
         let rows = sql("SELECT selector FROM users WHERE revoke_time IS NULL \
              UNION SELECT selector FROM api_tokens WHERE revoke_time IS NULL \
              UNION SELECT scope FROM schedules \

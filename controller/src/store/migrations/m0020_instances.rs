@@ -16,6 +16,7 @@ impl MigrationName for Instances {
 impl MigrationTrait for Instances {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
+        // Boot ids alone miss a folder that was copied on one machine, and containers that share a kernel.
         for column in ["instance", "previous_instance"] {
             db.execute_unprepared(&format!("ALTER TABLE nodes ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")).await?;
         }

@@ -25,5 +25,6 @@ impl MigrationTrait for ScheduleFailures {
 const STATEMENTS: &[&str] = &[
     "ALTER TABLE schedules ADD COLUMN failures BIGINT NOT NULL DEFAULT 0",
     "ALTER TABLE schedules ADD COLUMN failure TEXT NOT NULL DEFAULT ''",
+    // The id of a scheduled operation carries its fire time, so lists are ordered by creation.
     "CREATE INDEX operations_create_time ON operations (create_time, id)",
 ];

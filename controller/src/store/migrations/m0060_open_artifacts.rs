@@ -16,6 +16,7 @@ impl MigrationName for OpenArtifacts {
 impl MigrationTrait for OpenArtifacts {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
+        // Closed by default, because images hold Wi-Fi keys and password hashes.
         db.execute_unprepared("ALTER TABLE artifacts ADD COLUMN open_to_mirror BOOLEAN NOT NULL DEFAULT FALSE").await?;
         Ok(())
     }
