@@ -262,7 +262,7 @@ impl Store {
             Decision::Accept => "ACCEPTED",
             Decision::Abandon => "ABANDONED",
         };
-        // A node that is still at work refuses other work, so it stays without, whatever was decided.
+        // A node that is still at work refuses other work, so it gets none, whatever was decided.
         sql("UPDATE conflicts SET resolution = ?, holds = holds AND state IN ('RUNNING', 'REBOOTING', 'VERIFYING') \
                  AND (known IS NULL OR ?) WHERE node = ? AND resolution = ''")
         .bind(word)

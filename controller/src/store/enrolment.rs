@@ -133,7 +133,7 @@ impl Store {
         let given_for = token_id.name();
         let again = renewals::answer(&*tx, &node, &given_for, &wish.key_sha256, now).await?;
         if again.is_none() {
-            // Runs again if the transaction is retried.
+            // `issue` runs again if the transaction is retried.
             let Some(certificate) = issue(&node, generation) else { return Ok(EnrolOutcome::NotIssued) };
             let certificate = CertificateRow {
                 node: Some(node.clone()),

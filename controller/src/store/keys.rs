@@ -1,4 +1,4 @@
-//! Keys of nodes. The key in service is in the node's row, every other key has a row here. A key is identified by its
+//! Keys of nodes. The key in service is in the node's row; every other key has a row here. A key is identified by its
 //! fingerprint, the SHA-256 of its SubjectPublicKeyInfo.
 
 use chrono::{DateTime, Utc};

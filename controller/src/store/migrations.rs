@@ -53,7 +53,7 @@ impl MigrationTrait for Tables {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
         let postgres = db.get_database_backend() == DbBackend::Postgres;
-        // Ids are sorted by their bytes, in whatever language the database is, because pages depend on that order.
+        // Ids are sorted by their bytes, not by the rules of the database's language. Pages depend on that order.
         let (id, bytes, counter) = if postgres {
             ("TEXT COLLATE \"C\"", "BYTEA", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
         } else {

@@ -31,7 +31,7 @@ pub struct NewOperation {
     pub schedule_time: DateTime<Utc>,
     /// No execution begins after this time.
     pub expire_time: DateTime<Utc>,
-    /// Name of the caller, also the actor of the first event.
+    /// Name of the caller, or of the user who created its schedule. Also the actor of the first event.
     pub creator: String,
     /// Makes a retried request idempotent. `None` if the caller gave no request id.
     pub request: Option<RequestKey>,
@@ -100,7 +100,7 @@ pub struct OperationRow {
     pub schedule_time: DateTime<Utc>,
     /// No execution begins after this time.
     pub expire_time: DateTime<Utc>,
-    /// Name of the caller who created it.
+    /// Name of the caller who created it, or who created its schedule.
     pub creator: String,
     /// The operation that it retries, if any.
     pub retry_of: Option<OperationId>,

@@ -127,7 +127,7 @@ impl Store {
                 _ => {}
             }
         }
-        // Runs again if the transaction is retried.
+        // `issue` runs again if the transaction is retried.
         let Some(certificate) = issue(row.int("generation")?) else { return Ok(RenewOutcome::NotIssued) };
         certificates::insert(&*tx, &CertificateRow { given_for, ..certificate }).await?;
         if standing == KeyState::Next {

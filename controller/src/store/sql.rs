@@ -4,7 +4,7 @@
 //!
 //! - `{each}`: a JSON array of texts, as a table with the column `value`;
 //! - `{rows a BIGINT, b TEXT}`: a JSON array of objects, as a table `r` with these columns;
-//! - `{within n.labels}`, `{within n.labels o.scope}`: true if they hold every label of a value, or of a column;
+//! - `{within n.labels}`, `{within n.labels o.scope}`: true if the labels hold all those of a value, or of a column;
 //! - `{lock}`, `{lock e}`, `{skip}`: on Postgres, locks the rows that a SELECT reads (those of table `e`; those that
 //!   are free), so that they stay as read until they are written. SQLite has a single writer anyway.
 

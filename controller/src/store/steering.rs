@@ -166,7 +166,7 @@ impl Store {
         if !row.overdue {
             return Ok(AbandonOutcome::NotOverdue(row));
         }
-        // A node that returns later may still report how it ended, but only over this reason.
+        // A node that returns later may still report how it ended. Only this reason allows that.
         let error = ExecutionError::new(reason::NEVER_RETURNED, format!("given up by {actor}"));
         let end = End { to: ExecutionState::Failed, error: Some(error), actor };
         moves::end(&*tx, &[(id.clone(), row.state)], &end, now).await?;
