@@ -1,9 +1,9 @@
-//! The store: the only truth. One set of statements for SQLite and Postgres; nothing of sea-orm leaves this module.
+//! The store: the only truth. SQLite and Postgres share one set of statements. No type of sea-orm leaves this module.
 //!
 //! On SQLite every write goes through one connection, in transactions that take the write lock at once. On Postgres a
-//! transaction that locks rows locks nodes first, then operations, then executions, each in the order of their ids, so
-//! that two of them never wait for each other: `order` has all of it, and debug builds refuse a statement that breaks it.
-//! What the database ends all the same for the sake of another transaction is done again (`Store::again`).
+//! transaction locks nodes first, then operations, then executions, each in the order of their ids, so that two
+//! transactions never wait for each other. `order` lists the full order, and debug builds refuse a statement that
+//! breaks it. A transaction that the database still aborts in favour of another one is retried (`Store::again`).
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -99,24 +99,24 @@ pub use tokens::{NewToken, Stranded, TokenRow};
 pub use updates::LastUpdate;
 pub use users::{CreateUserOutcome, UpdateUserOutcome, UserRow};
 
-/// What keeps the store from answering.
+/// An error of the store.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The database cannot be reached, or did not answer in time; trying again later may help.
+    /// The database cannot be reached, did not answer in time, or its disk failed. A retry later may help.
     #[error("the database is not available")]
     Unavailable(#[source] DatabaseError),
-    /// The database answered that the statement cannot be done: a defect of this program or of the database.
+    /// The database rejected the statement: a defect of this program or of the database.
     #[error("the database refused a statement")]
     Refused(#[source] DatabaseError),
-    /// A stored value is none that this version knows.
+    /// A stored value that this version does not know.
     #[error("the database holds a {what} that this version does not know: {value:?}")]
     Unknown {
-        /// What it should have been.
+        /// The kind of value, or the column.
         what: &'static str,
-        /// What it is.
+        /// The stored text.
         value: String,
     },
-    /// The URL names no database that is supported.
+    /// The URL names no supported database. Its password is left out.
     #[error("{0:?} is no database URL: sqlite:///path/to/file.db or postgres://user@host/database")]
     Url(String),
     /// Postgres refused the first connection, or did not answer.
@@ -124,21 +124,21 @@ pub enum StoreError {
     Postgres {
         /// Host and port, or the socket.
         place: String,
-        /// Why, once.
+        /// The driver's cause alone, so that the message names it once.
         why: String,
     },
-    /// The file of an SQLite database is held by another controller.
+    /// Another controller holds the file of the SQLite database.
     #[error("another controller holds the database {0}; several controllers need Postgres")]
     Locked(std::path::PathBuf),
-    /// A pooler is between, and does not do as it is.
+    /// The database is behind a connection pooler whose setup cannot work.
     #[error("the database at {place} cannot be used: {why}")]
     Pooler {
         /// Host, port and database.
         place: String,
-        /// What to do.
+        /// The problem, and how to solve it.
         why: String,
     },
-    /// The folder of an SQLite database cannot be used.
+    /// The file of an SQLite database, its folder or its lock file cannot be created or opened.
     #[error("the database's file cannot be used")]
     File(#[source] std::io::Error),
 }
@@ -154,17 +154,17 @@ struct Shared {
     writer: connection::Pool,
     /// Reads; on Postgres the same pool.
     reader: connection::Pool,
-    /// Who may write: on SQLite one, on Postgres as many as have connections.
+    /// Permits to write: 1 on SQLite, fewer than there are connections on Postgres.
     turns: Arc<Semaphore>,
-    /// Changes of this process, and of others as far as they are heard of.
+    /// Counts the writes of this process, and those of other controllers that notified us.
     changes: watch::Sender<u64>,
-    /// Changes of this process alone: what others are told.
+    /// Counts the writes of this process alone. Only these are notified to other controllers.
     own_changes: watch::Sender<u64>,
-    /// The last writer found no connection: others need not queue to find out.
+    /// True after a writer got no connection. Writers in the queue then give up instead of finding out one by one.
     away: AtomicBool,
-    /// Whether silence means something.
+    /// Since when this process has listened without a break. Silence of a node proves nothing before that.
     watch: silence::Watch,
-    /// Holds the lock of an SQLite file as long as the store lives.
+    /// The lock of an SQLite file, held as long as the store lives.
     _lock: Option<std::fs::File>,
 }
 
@@ -175,13 +175,15 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Counts up with each write of this process, and with those of others that are heard of: a hint to look again, with no other meaning.
+    /// Returns a counter of writes: those of this process, and of other controllers that notified us. It is a hint to
+    /// look again and has no other meaning.
     pub fn subscribe_changes(&self) -> watch::Receiver<u64> {
         self.shared.changes.subscribe()
     }
 }
 
-/// Microseconds since 1970, as every time is stored. Nothing beyond the year 9999 is.
+/// Microseconds since 1970, the stored form of every time. Times beyond the year 9999 are clamped.
 fn micros(time: DateTime<Utc>) -> i64 {
+    // One stored date at the end of chrono's calendar once ended every controller on the database, at each start.
     calendar::bounded(time).timestamp_micros()
 }

@@ -1,4 +1,4 @@
-//! API tokens: what services show instead of certificates.
+//! API tokens, which services show instead of certificates.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::ApiTokenId;
@@ -10,37 +10,38 @@ use super::{Scope, Store, StoreError};
 /// An API token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiTokenRow {
-    /// Its id.
+    /// Id of the token.
     pub id: ApiTokenId,
     /// `viewer`, `operator`, `publisher` or `admin`.
     pub role: String,
-    /// The nodes that it is limited to.
+    /// Nodes that it is limited to.
     pub scope: Scope,
-    /// When it stops working.
+    /// Time after which it is refused.
     pub expire_time: DateTime<Utc>,
-    /// When it was made.
+    /// Time of creation.
     pub create_time: DateTime<Utc>,
-    /// Who made it.
+    /// Name of the user who created it.
     pub creator: String,
-    /// When it was revoked.
+    /// Time of revocation, if it was revoked.
     pub revoke_time: Option<DateTime<Utc>>,
 }
 
 impl ApiTokenRow {
-    /// Whether it still works.
+    /// True if it is neither revoked nor expired.
     pub fn works(&self, now: DateTime<Utc>) -> bool {
         self.revoke_time.is_none() && now < self.expire_time
     }
 }
 
 impl Store {
-    /// Stores a token under the SHA-256 of its secret; false when its id is taken.
+    /// Stores a token under the SHA-256 of its secret. Returns false if its id is taken.
     pub async fn create_api_token(&self, row: &ApiTokenRow, secret_sha256: &str) -> Result<bool, StoreError> {
         self.again(|| self.create_api_token_once(row, secret_sha256)).await
     }
 
     async fn create_api_token_once(&self, row: &ApiTokenRow, secret_sha256: &str) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // Only the hash of the secret is stored, so a copy of the database opens nothing.
         let inserted =
             sql("INSERT INTO api_tokens (id, secret_sha256, role, selector, expire_time, create_time, creator) \
              VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING")
@@ -57,7 +58,7 @@ impl Store {
         Ok(inserted == 1)
     }
 
-    /// Tokens, by id.
+    /// Tokens in the order of their ids.
     pub async fn api_tokens(&self, after: Option<&ApiTokenId>, limit: u32) -> Result<Vec<ApiTokenRow>, StoreError> {
         sql("SELECT * FROM api_tokens WHERE id > ? ORDER BY id LIMIT ?")
             .bind(after.map_or("", ApiTokenId::as_str))
@@ -69,14 +70,14 @@ impl Store {
             .collect()
     }
 
-    /// The token with this secret, by the secret's SHA-256.
+    /// Finds a token by the SHA-256 of its secret.
     pub async fn api_token_of(&self, secret_sha256: &str) -> Result<Option<ApiTokenRow>, StoreError> {
         let row =
             sql("SELECT * FROM api_tokens WHERE secret_sha256 = ?").bind(secret_sha256).one(self.reader()).await?;
         row.as_ref().map(read).transpose()
     }
 
-    /// Those of these tokens that exist.
+    /// Reads those of these tokens that exist.
     pub async fn api_tokens_by_id(&self, ids: &[ApiTokenId]) -> Result<Vec<ApiTokenRow>, StoreError> {
         sql("SELECT * FROM api_tokens WHERE id IN {each}")
             .each(ids.iter().map(ApiTokenId::as_str))
@@ -87,7 +88,7 @@ impl Store {
             .collect()
     }
 
-    /// Makes a token useless; `None`: no such token.
+    /// Revokes a token. Returns `None` if there is no such token.
     pub async fn revoke_api_token(
         &self,
         id: &ApiTokenId,
@@ -102,6 +103,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<Option<ApiTokenRow>, StoreError> {
         let tx = self.begin().await?;
+        // A second revocation keeps the time of the first.
         sql("UPDATE api_tokens SET revoke_time = COALESCE(revoke_time, ?) WHERE id = ?")
             .time(now)
             .bind(id.as_str())

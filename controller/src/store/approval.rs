@@ -1,4 +1,4 @@
-//! The approval of nodes and of their keys.
+//! Approval of nodes and of their keys.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::NodeId;
@@ -9,22 +9,22 @@ use super::sql::sql;
 use super::{NodeRow, Store, StoreError, keys};
 use crate::operation::NodeState;
 
-/// What became of approving a node.
+/// Result of an approval.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ApproveOutcome {
-    /// It is admitted; the node as it is now.
+    /// Approved; the node as it is now.
     Approved(Box<NodeRow>),
-    /// Which key is meant cannot be told: these fingerprints wait.
+    /// More than one key could be meant. These fingerprints wait.
     Choose(Vec<String>),
-    /// No key with this fingerprint waits: these do.
+    /// No key with this fingerprint waits. These do.
     NoSuchKey(Vec<String>),
     /// No such node.
     NotFound,
 }
 
 impl Store {
-    /// Admits a node: with the key of this fingerprint, or with the only one that can be meant, and with the board that
-    /// showed it. Its session ends, so that it begins another one as what it is now.
+    /// Approves a node: with the key of this fingerprint, or the only one that can be meant, and with the board that
+    /// showed it. Its session ends, so that the node opens one under its new state.
     pub async fn approve(
         &self,
         id: &NodeId,
@@ -41,11 +41,13 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<ApproveOutcome, StoreError> {
         let tx = self.begin().await?;
+        // Locked before it is read, so that no other key begins to wait in between.
         let found = sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(id.as_str()).one(&*tx).await?;
         let Some(row) = (if found.is_some() { find(&*tx, id).await? } else { None }) else {
             return Ok(ApproveOutcome::NotFound);
         };
         let pending = |key: &str| row.pending_keys.iter().find(|pending| pending.key_sha256 == key);
+        // Several keys are never guessed between: serial numbers are public, so one of them may be an attacker's.
         let key = match fingerprint {
             None => match row.pending_keys.as_slice() {
                 [] if !row.key_sha256.is_empty() => row.key_sha256.clone(),
@@ -62,6 +64,7 @@ impl Store {
                 .run(&*tx)
                 .await?;
         } else {
+            // Earlier boot ids and instances tell clones apart. The approved node begins without them.
             let serial = normal_serial(&row.board.serial);
             sql("UPDATE nodes SET state = 'APPROVED', state_reason = '', previous_boot_id = '', \
                      previous_instance = '', serial = CASE WHEN ? = '' THEN serial ELSE ? END WHERE id = ?")
@@ -81,15 +84,15 @@ impl Store {
 }
 
 impl NodeRow {
-    /// The fingerprints of the keys that an approval may name.
+    /// Fingerprints of the keys that an approval may name.
     fn waiting(&self) -> Vec<String> {
         let own = Some(&self.key_sha256).filter(|key| self.state != NodeState::Approved && !key.is_empty());
         own.into_iter().chain(self.pending_keys.iter().map(|key| &key.key_sha256)).cloned().collect()
     }
 }
 
-/// Gives a node another key, in a transaction that holds it. Whoever has the one before is not the node any more: its
-/// session and its open calls end. A node that waited for approval is admitted.
+/// Gives a node another key. The holder of the key before is no longer the node, so its session and its open calls end.
+/// A node that waited for approval is approved. The caller's transaction holds the node.
 pub(super) async fn replace_key(
     tx: &impl Connection,
     id: &NodeId,
@@ -98,6 +101,8 @@ pub(super) async fn replace_key(
     now: DateTime<Utc>,
 ) -> Result<(), StoreError> {
     keys::put_in_service(tx, id, key, now).await?;
+    // A new key may be renewed at once, and a quarantined node stays out: only `approve` lets it in. A board that gives
+    // no serial number does not erase the known one.
     sql("UPDATE nodes SET generation = generation + 1, previous_boot_id = '', previous_instance = '', \
              renew_time = NULL, serial = CASE WHEN ? = '' THEN serial ELSE ? END, \
              state = CASE WHEN state = 'AWAITING_APPROVAL' THEN 'APPROVED' ELSE state END, \
@@ -107,6 +112,7 @@ pub(super) async fn replace_key(
     .bind(id.as_str())
     .run(tx)
     .await?;
+    // The key got its certificate while it waited. Under the old generation its calls would end as well.
     sql("UPDATE certificates SET generation = (SELECT generation FROM nodes WHERE id = ?) \
          WHERE node = ? AND key_sha256 = ?")
     .bind(id.as_str())
@@ -117,7 +123,7 @@ pub(super) async fn replace_key(
     end_any_session(tx, id, now).await
 }
 
-/// Ends the session of a node; its controller finds that out with `lost_sessions`.
+/// Ends the session of a node. Its controller finds out by `lost_sessions`.
 async fn end_any_session(tx: &impl Connection, id: &NodeId, now: DateTime<Utc>) -> Result<(), StoreError> {
     sql("UPDATE nodes SET session_epoch = session_epoch + 1, controller_id = NULL, disconnect_time = ? \
          WHERE id = ? AND controller_id IS NOT NULL")

@@ -1,4 +1,4 @@
-//! Artifacts: names on digests, and what is known of the bytes.
+//! Artifacts: names for digests, and facts about the bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,19 +11,19 @@ use super::sql::{Row, signed, sql};
 use super::{Store, StoreError};
 use crate::operation::NodeState;
 
-/// What an artifact is.
+/// Kind of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
-    /// An operating system as a tarball.
+    /// An operating system: a tarball or the image of a disk.
     Image,
     /// Boot files as a zip.
     Bootcode,
 }
 
-/// What a bootcode starts.
+/// The system that a bootcode starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Purpose {
-    /// It is no bootcode.
+    /// For images, which start nothing themselves.
     None,
     /// The installer.
     Installer,
@@ -34,70 +34,70 @@ pub enum Purpose {
 /// A stored artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ArtifactRow {
-    /// Its id, a movable tag.
+    /// Its name, a movable tag.
     pub id: ArtifactId,
-    /// What it is.
+    /// Image or bootcode.
     pub kind: Kind,
-    /// What it starts.
+    /// `Purpose::None` unless it is a bootcode.
     pub purpose: Purpose,
     /// SHA-256 of its bytes, lower-case hexadecimal.
     pub sha256: String,
-    /// In bytes.
+    /// Size of the stored file in bytes.
     pub size: u64,
-    /// Bytes of a chunk.
+    /// Size of a chunk in bytes. The last one may be shorter.
     pub chunk_size: u32,
-    /// The SHA-256 of each chunk, 32 bytes each, one after the other.
+    /// SHA-256 of each chunk, 32 bytes each, concatenated.
     pub chunk_sha256: Vec<u8>,
-    /// Size of what is in it, in bytes.
+    /// Size of the unpacked content in bytes.
     pub unpacked_bytes: u64,
-    /// How many entries it has.
+    /// Number of entries in the archive.
     pub entries: u64,
-    /// `gzip`, `xz`, `zstd`, `zip` or `none`, with ` disk` behind it when it is the image of a whole disk.
+    /// `gzip`, `xz`, `zstd`, `zip` or `none`, followed by ` disk` for the image of a whole disk.
     pub compression: String,
-    /// When the name was last pushed.
+    /// Time of the last push of this name.
     pub push_time: DateTime<Utc>,
-    /// Who pushed it.
+    /// Name of the user who pushed it.
     pub creator: String,
-    /// Board families of which it is the default; `*`: any. Ignored by `put_artifact`.
+    /// Board families of which it is the default; `*` is any. Ignored by `put_artifact`.
     pub default_for: Vec<String>,
-    /// Every approved node may fetch it from the file mirror by its name. Ignored by `put_artifact`.
+    /// True if every approved node may fetch it by name from the file mirror. Ignored by `put_artifact`.
     pub open_to_mirror: bool,
 }
 
 impl ArtifactRow {
-    /// Whether it is the image of a whole disk, and no tarball.
+    /// True for the image of a whole disk, false for a tarball.
     pub fn is_disk(&self) -> bool {
         self.compression.ends_with(" disk")
     }
 }
 
-/// What a node gets of some bytes.
+/// Answer to a node that asks for bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Allowance {
-    /// Its work names them, or they are its board's default.
+    /// The node's work names the bytes, or they are the default of its board.
     Granted,
-    /// Nothing that it does names them.
+    /// None of the node's work names the bytes.
     NotAsked,
-    /// The node is held, quarantined or gone.
+    /// The node is held, quarantined or unknown.
     NotApproved,
 }
 
-/// What became of removing a name.
+/// Result of deleting a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeleteArtifactOutcome {
     /// The name is gone.
     Deleted {
-        /// The digest whose bytes nobody needs any more, to be removed by the caller.
+        /// Digest of bytes that nothing needs now; the caller removes the file. `None` if they are still needed.
         bytes_unused: Option<String>,
     },
-    /// Unfinished operations need it: these.
+    /// These unfinished operations need it.
     InUse(Vec<OperationId>),
     /// No such name.
     NotFound,
 }
 
 impl Kind {
-    /// The word that is stored.
+    /// The stored word.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Image => "IMAGE",
@@ -111,7 +111,7 @@ impl Kind {
 }
 
 impl Purpose {
-    /// The word that is stored.
+    /// The stored word.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::None => "NONE",
@@ -125,18 +125,19 @@ impl Purpose {
     }
 }
 
-/// The default for any board.
+/// Board of a default that holds for any board.
 const ANY_BOARD: &str = "*";
 
 impl Store {
-    /// Stores an artifact, or moves its name to other bytes. Returns the digest that nobody needs any more, if the
-    /// name left one behind; its bytes are to be removed by the caller.
+    /// Stores an artifact, or moves its name to other bytes. Returns the digest that nothing needs after that, if any;
+    /// the caller removes the file.
     pub async fn put_artifact(&self, row: &ArtifactRow) -> Result<Option<String>, StoreError> {
         self.again(|| self.put_artifact_once(row)).await
     }
 
     async fn put_artifact_once(&self, row: &ArtifactRow) -> Result<Option<String>, StoreError> {
         let tx = self.begin().await?;
+        // The name is locked before the bytes, as in every transaction.
         let before = hold(&tx, &row.id).await?;
         sql("INSERT INTO blobs (sha256, kind, purpose, size, chunk_size, chunk_sha256, unpacked_bytes, entries, \
              compression, push_time, creator) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sha256) DO UPDATE \
@@ -155,6 +156,8 @@ impl Store {
         .bind(row.creator.as_str())
         .run(&*tx)
         .await?;
+        // The mirror's flag survives a new push of the name. It does not survive a change of its kind, which its
+        // publisher never meant to open.
         sql("INSERT INTO artifacts (id, sha256, kind, purpose, push_time, creator) VALUES (?, ?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO UPDATE SET sha256 = excluded.sha256, kind = excluded.kind, \
                  open_to_mirror = artifacts.open_to_mirror AND artifacts.kind = excluded.kind, \
@@ -167,7 +170,7 @@ impl Store {
         .bind(row.creator.as_str())
         .run(&*tx)
         .await?;
-        // A name that became something else is no default any more of what it was.
+        // A name that changed its kind or purpose is no longer a default of the old one.
         sql("DELETE FROM artifact_defaults WHERE artifact = ? AND (kind <> ? OR purpose <> ?)")
             .bind(row.id.as_str())
             .bind(row.kind.as_str())
@@ -182,17 +185,18 @@ impl Store {
         Ok(left)
     }
 
-    /// The artifact of this name.
+    /// Reads the artifact of this name.
     pub async fn artifact(&self, id: &ArtifactId) -> Result<Option<ArtifactRow>, StoreError> {
         find(self.reader(), id).await
     }
 
-    /// An artifact with these bytes, also when its name has moved on but an unfinished operation needs it.
+    /// Reads an artifact with these bytes, also if its name moved on but an unfinished operation still needs them.
     pub async fn artifact_by_sha256(&self, sha256: &str) -> Result<Option<ArtifactRow>, StoreError> {
         let named =
             sql(SELECT).and(" WHERE a.sha256 = ? ORDER BY a.id LIMIT 1").bind(sha256).one(self.reader()).await?;
         let row = match named {
             Some(row) => Some(row),
+            // The name was pushed again, but the node of an unfinished operation still downloads the old bytes.
             None => {
                 sql("SELECT b.*, x.artifact AS id, '' AS boards, FALSE AS open_to_mirror FROM needs x JOIN blobs b ON b.sha256 = x.sha256 \
                      WHERE x.sha256 = ? ORDER BY x.artifact LIMIT 1")
@@ -204,7 +208,7 @@ impl Store {
         row.as_ref().map(read).transpose()
     }
 
-    /// Artifacts, by id.
+    /// Artifacts in the order of their ids.
     pub async fn artifacts(
         &self,
         after: Option<&ArtifactId>,
@@ -224,7 +228,7 @@ impl Store {
             .collect()
     }
 
-    /// Removes a name, unless an unfinished operation needs it.
+    /// Deletes a name, unless an unfinished operation needs it.
     pub async fn delete_artifact(&self, id: &ArtifactId) -> Result<DeleteArtifactOutcome, StoreError> {
         self.again(|| self.delete_artifact_once(id)).await
     }
@@ -248,14 +252,15 @@ impl Store {
         Ok(DeleteArtifactOutcome::Deleted { bytes_unused })
     }
 
-    /// Makes it the default of its kind and purpose for a board family; empty or `*`: for any board. `None`: no such
-    /// artifact.
+    /// Makes it the default of its kind and purpose for a board family; empty or `*` is any board. Returns `None` if
+    /// there is no such artifact.
     pub async fn set_default(&self, id: &ArtifactId, board: &str) -> Result<Option<ArtifactRow>, StoreError> {
         self.again(|| self.set_default_once(id, board)).await
     }
 
     async fn set_default_once(&self, id: &ArtifactId, board: &str) -> Result<Option<ArtifactRow>, StoreError> {
         let tx = self.begin().await?;
+        // Without such an artifact the SELECT is empty, and nothing is inserted.
         sql("INSERT INTO artifact_defaults (board, kind, purpose, artifact) \
              SELECT ?, kind, purpose, id FROM artifacts WHERE id = ? \
              ON CONFLICT (board, kind, purpose) DO UPDATE SET artifact = excluded.artifact")
@@ -268,7 +273,7 @@ impl Store {
         Ok(row)
     }
 
-    /// Opens a name to the file mirror, or closes it again. `None`: no such artifact.
+    /// Opens a name to the file mirror, or closes it. Returns `None` if there is no such artifact.
     pub async fn open_artifact(&self, id: &ArtifactId, open: bool) -> Result<Option<ArtifactRow>, StoreError> {
         self.again(|| self.open_artifact_once(id, open)).await
     }
@@ -281,8 +286,10 @@ impl Store {
         Ok(row)
     }
 
-    /// Why a node gets the bytes of a digest or not.
+    /// Decides if a node may read the bytes of a digest.
     pub async fn node_may_have(&self, node: &NodeId, sha256: &str) -> Result<Allowance, StoreError> {
+        // Images hold Wi-Fi keys and password hashes, so a node reads only what its work names. A default for any board
+        // counts only if the node's board has none of its own.
         let row = sql("SELECT n.state AS state, \
                  EXISTS (SELECT 1 FROM executions e JOIN needs x ON x.operation = e.operation WHERE e.node = n.id \
                      AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') AND x.sha256 = ?) AS work, \
@@ -296,6 +303,7 @@ impl Store {
         .bind(node.as_str())
         .one(self.reader())
         .await?;
+        // The node was deleted.
         let Some(row) = row else { return Ok(Allowance::NotApproved) };
         if row.word("state", NodeState::parse)? != NodeState::Approved {
             return Ok(Allowance::NotApproved);
@@ -303,7 +311,7 @@ impl Store {
         Ok(if row.flag("work")? || row.flag("usual")? { Allowance::Granted } else { Allowance::NotAsked })
     }
 
-    /// The default for a board family, else the one for any board.
+    /// The default of a board family, or else that of any board.
     pub async fn default_for(
         &self,
         board: &str,
@@ -314,7 +322,7 @@ impl Store {
         Ok(all.remove(board).or_else(|| all.remove(ANY_BOARD)))
     }
 
-    /// All defaults of a kind and purpose by board family (`*`: any).
+    /// All defaults of a kind and purpose, by board family (`*` is any).
     pub async fn defaults(&self, kind: Kind, purpose: Purpose) -> Result<BTreeMap<String, ArtifactRow>, StoreError> {
         sql(SELECT_DEFAULTS)
             .bind(kind.as_str())
@@ -326,24 +334,24 @@ impl Store {
             .collect()
     }
 
-    /// Whether any name or unfinished operation needs these bytes; those of an upload that is not stored yet nobody does.
+    /// True if a name or an unfinished operation needs these bytes. False for an upload that is not stored yet.
     pub async fn needs_bytes(&self, sha256: &str) -> Result<bool, StoreError> {
         Ok(sql("SELECT sha256 FROM blobs WHERE sha256 = ?").bind(sha256).one(self.reader()).await?.is_some())
     }
 
-    /// The digests of all bytes that are needed.
+    /// Digests of all bytes that are needed.
     pub async fn digests(&self) -> Result<BTreeSet<String>, StoreError> {
         let rows = sql("SELECT sha256 FROM blobs").all(self.reader()).await?;
         rows.iter().map(|row| row.text("sha256")).collect()
     }
 
-    /// What an image says about itself, as JSON; `None`: it was not judged yet.
+    /// Facts found in an image, as JSON. `None` if it was not examined yet.
     pub async fn facts(&self, sha256: &str) -> Result<Option<String>, StoreError> {
         let row = sql("SELECT facts FROM blobs WHERE sha256 = ?").bind(sha256).one(self.reader()).await?;
         Ok(row.map(|row| row.maybe_text("facts")).transpose()?.flatten())
     }
 
-    /// Keeps what an image says about itself; false when its bytes are gone.
+    /// Stores the facts found in an image. Returns false if its bytes are gone.
     pub async fn put_facts(&self, sha256: &str, facts: &str) -> Result<bool, StoreError> {
         self.again(|| self.put_facts_once(sha256, facts)).await
     }
@@ -355,8 +363,9 @@ impl Store {
         Ok(changed)
     }
 
-    /// The digests of images that were not judged yet.
+    /// Digests of images that were not examined yet, newest first.
     pub async fn unjudged_images(&self) -> Result<Vec<String>, StoreError> {
+        // Images that an earlier release stored have no facts.
         let rows = sql("SELECT sha256 FROM blobs WHERE kind = ? AND facts IS NULL ORDER BY push_time DESC")
             .bind(Kind::Image.as_str())
             .all(self.reader())
@@ -364,8 +373,8 @@ impl Store {
         rows.iter().map(|row| row.text("sha256")).collect()
     }
 
-    /// Forgets bytes that no name and no unfinished operation needs, and returns their digests; the caller removes the
-    /// files.
+    /// Deletes the rows of bytes that no name and no unfinished operation needs. Returns their digests; the caller
+    /// removes the files.
     pub async fn sweep_blobs(&self) -> Result<Vec<String>, StoreError> {
         self.again(|| self.sweep_blobs_once()).await
     }
@@ -379,6 +388,7 @@ impl Store {
         .await?
         {
             let sha256 = row.text("sha256")?;
+            // Asked again under the lock of the row: an operation may have begun to need the bytes.
             if forget_unneeded(&tx, &sha256).await? {
                 swept.push(sha256);
             }
@@ -390,16 +400,16 @@ impl Store {
     }
 }
 
-/// The digest of a name, which is held until the transaction ends.
+/// Locks a name until the transaction ends, and returns its digest.
 async fn hold(tx: &Transaction, id: &ArtifactId) -> Result<Option<String>, StoreError> {
     let row = sql("SELECT sha256 FROM artifacts WHERE id = ? {lock}").bind(id.as_str()).one(tx).await?;
     row.map(|row| row.text("sha256")).transpose()
 }
 
-/// Forgets bytes, if no name and no unfinished operation needs them; tells whether it did.
+/// Deletes the row of bytes if no name and no unfinished operation needs them. Returns true if it did.
 async fn forget_unneeded(tx: &Transaction, sha256: &str) -> Result<bool, StoreError> {
-    // On Postgres the row is taken first: an operation that is being stored with these bytes holds it until it is
-    // there to be seen by the second statement.
+    // On Postgres the row is locked first. An operation that is being stored with these bytes holds it, and after the
+    // wait the second statement sees that operation.
     sql("SELECT sha256 FROM blobs WHERE sha256 = ? {lock}").bind(sha256).one(tx).await?;
     let forgotten =
         sql("DELETE FROM blobs WHERE sha256 = ? AND NOT EXISTS (SELECT 1 FROM artifacts a WHERE a.sha256 = \
@@ -427,6 +437,7 @@ async fn find(db: &impl Connection, id: &ArtifactId) -> Result<Option<ArtifactRo
 fn read(row: &Row) -> Result<ArtifactRow, StoreError> {
     let mut default_for: Vec<String> =
         row.text("boards")?.split(',').filter(|board| !board.is_empty()).map(str::to_owned).collect();
+    // `string_agg` promises no order.
     default_for.sort();
     Ok(ArtifactRow {
         id: row.word("id", |id| ArtifactId::parse(id).ok())?,

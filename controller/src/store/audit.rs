@@ -1,8 +1,8 @@
-//! Who asked what: append-only. There is no statement here that changes or removes a row, and the database refuses one.
+//! Append-only audit of calls. No statement here changes or removes a row, and the database refuses one.
 //!
-//! A change and its row are one transaction: the call that asks for the change carries its record with it as a value of its
-//! task, and the commit takes it along. So neither a connection that breaks nor a process that ends leaves a change without
-//! a row. Refused and failing calls change nothing; their rows are written by themselves.
+//! A change and its row are one transaction. The call carries its record as a value of its task, and the commit stores
+//! it. So neither a broken connection nor the end of the process leaves a change without a row. Refused and failed
+//! calls change nothing; their rows are written by themselves.
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,49 +17,49 @@ use super::{Store, StoreError, micros};
 /// A call of the API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditRow {
-    /// When.
+    /// Time of the call.
     pub time: DateTime<Utc>,
-    /// Who; empty: nobody known.
+    /// Name of the caller; empty if it is not known.
     pub actor: String,
-    /// What it showed: `certificates/SERIAL` or `apiTokens/ID`; empty: nothing.
+    /// Credential that it showed: `certificates/SERIAL` or `apiTokens/ID`; empty if none.
     pub credential: String,
-    /// From which address.
+    /// Address of the caller.
     pub from: String,
-    /// Which RPC.
+    /// The RPC, or a word for an action of the controller itself, such as `HOLD_KEY`.
     pub method: String,
-    /// On what.
+    /// Resource that the call names.
     pub target: String,
-    /// With which result: a gRPC status by name.
+    /// gRPC status by name.
     pub result: String,
-    /// Why not, unless it is OK.
+    /// Reason if the result is not OK, or the controller's reason for its own action.
     pub message: String,
 }
 
-/// Which calls to list; what is empty does not restrict.
+/// Filter for a list of calls. An empty field does not restrict.
 #[derive(Debug, Clone, Default)]
 pub struct AuditQuery {
-    /// Only those before this number.
+    /// Only calls with a lower number, for the next page.
     pub before: Option<u64>,
-    /// How many at most.
+    /// Largest number of rows.
     pub limit: u32,
-    /// By this caller.
+    /// Only calls of this caller.
     pub actor: String,
-    /// Of this method.
+    /// Only calls of this method.
     pub method: String,
-    /// On this resource.
+    /// Only calls on this resource.
     pub target: String,
-    /// At this time or later.
+    /// Only calls at this time or later.
     pub since: Option<DateTime<Utc>>,
-    /// Only those whose result is not OK.
+    /// True: only calls whose result is not OK.
     pub refused: bool,
 }
 
 tokio::task_local! {
-    /// The record of what this task was asked for.
+    /// Record of the call that this task carries out.
     static RECORD: Arc<Record>;
 }
 
-/// The row of a call that is being carried out; the first transaction that the call commits appends it.
+/// The row of a call in progress. The first transaction that the call commits stores it.
 #[derive(Debug)]
 pub struct Record {
     row: Mutex<AuditRow>,
@@ -67,22 +67,22 @@ pub struct Record {
 }
 
 impl Record {
-    /// The row as it is if the call succeeds.
+    /// Takes the row as it reads if the call succeeds.
     pub fn new(row: AuditRow) -> Arc<Self> {
         Arc::new(Self { row: Mutex::new(row), stored: AtomicBool::new(false) })
     }
 
-    /// Changes the row, as long as it is not stored.
+    /// Changes the row, until it is stored.
     pub fn edit(&self, edit: impl FnOnce(&mut AuditRow)) {
         edit(&mut self.lock());
     }
 
-    /// The row.
+    /// A copy of the row.
     pub fn row(&self) -> AuditRow {
         self.lock().clone()
     }
 
-    /// Whether it was committed together with a change.
+    /// True if it was committed together with a change.
     pub fn is_stored(&self) -> bool {
         self.stored.load(Ordering::Acquire)
     }
@@ -96,13 +96,14 @@ impl Record {
     }
 }
 
-/// Does `work`; the first change that it commits is recorded with `record`.
+/// Runs `work`. The first change that it commits is stored together with `record`.
 pub async fn recorded<F: Future>(record: Arc<Record>, work: F) -> F::Output {
     RECORD.scope(record, work).await
 }
 
-/// Notes what the controller does by itself in a transaction that this task commits; without a record nothing is noted.
+/// Describes an action of the controller itself in the record of this task. Without a record nothing is noted.
 pub(super) fn note(method: &str, message: &str) {
+    // Outside of a call, for instance in a round of the dispatcher, there is no record.
     let _ = RECORD.try_with(|record| {
         record.edit(|row| {
             method.clone_into(&mut row.method);
@@ -111,14 +112,14 @@ pub(super) fn note(method: &str, message: &str) {
     });
 }
 
-/// The record that the transaction which this task commits has to take along. One without a method is of a call that
-/// did nothing worth a row so far.
+/// The record that the present commit has to store. `None` if there is none, it is stored already, or it has no method:
+/// then the call has done nothing worth a row so far.
 pub(super) fn due() -> Option<Arc<Record>> {
     let record = RECORD.try_with(Arc::clone).ok()?;
     (!record.is_stored() && !record.lock().method.is_empty()).then_some(record)
 }
 
-/// Appends a row.
+/// Appends a row, inside a transaction.
 pub(super) async fn insert(tx: &impl Connection, row: &AuditRow) -> Result<(), StoreError> {
     sql("INSERT INTO audit (time, actor, credential, origin, method, target, result, message) \
          VALUES (?, ?, ?, ?, ?, ?, ?, ?)")
@@ -136,7 +137,7 @@ pub(super) async fn insert(tx: &impl Connection, row: &AuditRow) -> Result<(), S
 }
 
 impl Store {
-    /// Appends a call that changed nothing.
+    /// Appends the row of a call that changed nothing.
     pub async fn record_audit(&self, row: &AuditRow) -> Result<(), StoreError> {
         self.again(|| self.record_audit_once(row)).await
     }
@@ -144,12 +145,13 @@ impl Store {
     async fn record_audit_once(&self, row: &AuditRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
         insert(&*tx, row).await?;
-        // Nobody waits for it, so there is no hint.
+        // No hint: nobody waits for it.
         tx.commit().await
     }
 
     /// Calls with their numbers, newest first.
     pub async fn audit(&self, query: &AuditQuery) -> Result<Vec<(u64, AuditRow)>, StoreError> {
+        // By number, not by time: the times come from the clocks of several controllers.
         sql("SELECT * FROM audit WHERE number < ? AND (? OR actor = ?) AND (? OR method = ?) AND (? OR target = ?) \
              AND time >= ? AND (? OR result <> 'OK') ORDER BY number DESC LIMIT ?")
         .bind(query.before.map_or(i64::MAX, signed))

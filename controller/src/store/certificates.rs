@@ -1,4 +1,4 @@
-//! Certificates that were issued.
+//! Issued certificates.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::NodeId;
@@ -12,80 +12,80 @@ use crate::operation::NodeState;
 /// A certificate to be stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CertificateRow {
-    /// Its serial number, lower-case hexadecimal.
+    /// Serial number, lower-case hexadecimal.
     pub serial: String,
-    /// The node it names; `None`: a user or a controller.
+    /// The node that it names. `None` for a user or a controller.
     pub node: Option<NodeId>,
-    /// Its common name.
+    /// Common name.
     pub subject: String,
     /// `node`, `viewer`, `operator`, `publisher`, `admin` or `controller`.
     pub role: String,
     /// SHA-256 of its SubjectPublicKeyInfo, lower-case hexadecimal.
     pub key_sha256: String,
-    /// From when it is valid.
+    /// Begin of validity.
     pub not_before: DateTime<Utc>,
-    /// Until when it is valid.
+    /// End of validity.
     pub not_after: DateTime<Utc>,
-    /// The node's generation of keys; 0 where there is no node.
+    /// Generation of the node's keys; 0 without a node.
     pub generation: i64,
-    /// PEM, where the same request may be answered again; else empty.
+    /// The certificate as PEM if the same request may be answered again, else empty.
     pub pem: String,
-    /// For what it was given: `certificates/SERIAL` or `joinTokens/ID`; empty: not kept.
+    /// The request that it answered: `certificates/SERIAL` or `joinTokens/ID`; empty if not stored.
     pub given_for: String,
 }
 
-/// A certificate as it is stored.
+/// A stored certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredCertificate {
-    /// It.
+    /// The certificate.
     pub certificate: CertificateRow,
-    /// When it was revoked.
+    /// Time of revocation, if it was revoked.
     pub revoke_time: Option<DateTime<Utc>>,
 }
 
 impl StoredCertificate {
-    /// Whether it was revoked.
+    /// True if it was revoked.
     pub fn revoked(&self) -> bool {
         self.revoke_time.is_some()
     }
 }
 
-/// Which certificates to list; what is empty does not restrict.
+/// Filter for a list of certificates. An empty field does not restrict.
 #[derive(Debug, Clone, Default)]
 pub struct CertificateQuery {
-    /// Only those after this serial number in the list.
+    /// Only certificates after this serial number in the list, for the next page.
     pub after: Option<String>,
-    /// How many at most.
+    /// Largest number of rows.
     pub limit: u32,
-    /// Of this user or node.
+    /// Only certificates of this user or node.
     pub subject: String,
-    /// Neither revoked nor expired then.
+    /// Only certificates that are neither revoked nor expired at this time.
     pub valid_at: Option<DateTime<Utc>>,
 }
 
-/// What is known of a certificate's owner.
+/// Present rights of a certificate's owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
-    /// The certificate's serial number.
+    /// Serial number of the certificate.
     pub serial: String,
-    /// Until when it is valid.
+    /// End of validity.
     pub not_after: DateTime<Utc>,
-    /// It was revoked, or its user shut out, or its node deleted.
+    /// The certificate or its user was revoked, or its node was deleted.
     pub revoked: bool,
-    /// It is a quarantined node's.
+    /// Its node is quarantined.
     pub quarantined: bool,
-    /// It is a node's, and its key is not in service: an operator has to approve it first.
+    /// Its key is not in service at its node. An operator has to approve it first.
     pub held: bool,
     /// An operator approved another key in place of this one.
     pub replaced: bool,
-    /// The user's present role; `None`: it is no user's.
+    /// Present role of the user. `None` if it is not a user's.
     pub role: Option<String>,
-    /// The nodes that the user is limited to.
+    /// Nodes that the user is limited to.
     pub scope: Scope,
 }
 
 impl Store {
-    /// Stores a certificate (one that is not issued by `enrol`).
+    /// Stores a certificate that was not issued by `enrol`.
     pub async fn insert_certificate(&self, row: &CertificateRow) -> Result<(), StoreError> {
         self.again(|| self.insert_certificate_once(row)).await
     }
@@ -96,7 +96,7 @@ impl Store {
         self.commit(tx).await
     }
 
-    /// The certificate with this serial number.
+    /// Reads the certificate with this serial number.
     pub async fn certificate(&self, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
         find(self.reader(), serial).await
     }
@@ -104,6 +104,7 @@ impl Store {
     /// Certificates, newest first.
     pub async fn certificates(&self, query: &CertificateQuery) -> Result<Vec<StoredCertificate>, StoreError> {
         let after = query.after.as_deref();
+        // The place of `after` is looked up by its serial number, so a page token needs no more than that.
         sql("SELECT * FROM certificates WHERE (? OR (not_before, serial) < \
                  (SELECT not_before, serial FROM certificates WHERE serial = ?)) \
              AND (? OR subject = ?) AND (? OR (revoke_time IS NULL AND not_after > ?)) \
@@ -122,7 +123,7 @@ impl Store {
         .collect()
     }
 
-    /// Makes a certificate useless, and with a node's the key that it certifies; `None`: no such certificate.
+    /// Revokes a certificate, and for a node the key that it certifies. Returns `None` if there is no such certificate.
     pub async fn revoke_certificate(
         &self,
         serial: &str,
@@ -138,10 +139,11 @@ impl Store {
     ) -> Result<Option<StoredCertificate>, StoreError> {
         let tx = self.begin().await?;
         let Some(found) = find(&*tx, serial).await? else { return Ok(None) };
+        // The node is locked before the certificate, as by renewals, approvals and deletions.
         if let Some(node) = &found.certificate.node
             && sql("SELECT id FROM nodes WHERE id = ? {lock}").bind(node.as_str()).one(&*tx).await?.is_some()
         {
-            // Otherwise the key would only have to be renewed by another of its certificates.
+            // Otherwise another certificate of the same key could renew it.
             keys::shut_out(&*tx, node, &found.certificate.key_sha256, now).await?;
         }
         sql("UPDATE certificates SET revoke_time = COALESCE(revoke_time, ?) WHERE serial = ?")
@@ -154,8 +156,9 @@ impl Store {
         Ok(row)
     }
 
-    /// What is known of the owners of certificates; those that are not stored are left out.
+    /// Present rights of the owners of these certificates. Certificates that are not stored are left out.
     pub async fn standings(&self, serials: &[String]) -> Result<Vec<Standing>, StoreError> {
+        // Role and scope come from the user's row, not from the certificate, so that a change takes effect at once.
         sql(
             "SELECT c.serial AS serial, c.not_after AS not_after, c.revoke_time AS revoke_time, n.state AS node_state, \
                  c.node AS node, n.id AS present, u.role AS role, u.selector AS selector, u.revoke_time AS shut_out, \
@@ -170,6 +173,7 @@ impl Store {
         .await?
         .iter()
         .map(|row| {
+            // A key from a renewal serves before it is in service: its first session puts it there.
             let serves = row.maybe_text("node_key")?.as_deref() == Some(row.text("key_sha256")?.as_str())
                 || row.maybe_text("key_state")?.as_deref() == Some(KeyState::Next.as_str());
             let is_nodes = row.maybe_text("node")?.is_some();
@@ -191,8 +195,9 @@ impl Store {
         .collect()
     }
 
-    /// Of these serial numbers, those that are unknown or revoked, or whose node is quarantined or gone.
+    /// Those of these serial numbers that are unknown or revoked, or whose node is quarantined or deleted.
     pub async fn unacceptable(&self, serials: &[String]) -> Result<Vec<String>, StoreError> {
+        // The state of a deleted node is NULL, which fails the comparison, so its certificates are returned as well.
         sql("SELECT s.value AS serial FROM {each} s WHERE NOT EXISTS \
              (SELECT 1 FROM certificates c LEFT JOIN nodes n ON n.id = c.node WHERE c.serial = s.value \
               AND c.revoke_time IS NULL AND (c.node IS NULL OR n.state <> 'QUARANTINED'))")
@@ -204,7 +209,7 @@ impl Store {
         .collect()
     }
 
-    /// Revokes every certificate of a node; returns how many.
+    /// Revokes every certificate of a node. Returns how many.
     pub async fn revoke_certificates_of(&self, node: &NodeId, now: DateTime<Utc>) -> Result<u64, StoreError> {
         self.again(|| self.revoke_certificates_of_once(node, now)).await
     }
@@ -220,14 +225,14 @@ impl Store {
         Ok(revoked)
     }
 
-    /// The node with this key.
+    /// The node that has this key in service.
     pub async fn node_of_key(&self, key_sha256: &str) -> Result<Option<NodeId>, StoreError> {
         let row = sql("SELECT id FROM nodes WHERE key_sha256 = ?").bind(key_sha256).one(self.reader()).await?;
         row.as_ref().map(nodes::read_id).transpose()
     }
 }
 
-/// A certificate by its serial number, also in a transaction.
+/// Reads a certificate by its serial number, also inside a transaction.
 pub(super) async fn find(db: &impl Connection, serial: &str) -> Result<Option<StoredCertificate>, StoreError> {
     sql("SELECT * FROM certificates WHERE serial = ?").bind(serial).one(db).await?.as_ref().map(read).transpose()
 }
@@ -250,12 +255,12 @@ pub(super) fn read(row: &Row) -> Result<StoredCertificate, StoreError> {
     })
 }
 
-/// Stores a certificate unless it is stored, in a transaction.
+/// Stores a certificate, unless it is stored already. Runs inside a transaction.
 pub(super) async fn insert_if_new(tx: &impl Connection, row: &CertificateRow) -> Result<(), StoreError> {
     put(tx, row, " ON CONFLICT (serial) DO NOTHING").await
 }
 
-/// Stores a certificate, in a transaction.
+/// Stores a certificate, inside a transaction.
 pub(super) async fn insert(tx: &impl Connection, row: &CertificateRow) -> Result<(), StoreError> {
     put(tx, row, "").await
 }

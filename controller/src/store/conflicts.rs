@@ -1,4 +1,4 @@
-//! What nodes say that can neither be taken nor proved wrong: kept until an operator decides.
+//! Reports of nodes that can neither be accepted nor proved wrong. They are kept until an operator decides.
 
 use std::collections::BTreeMap;
 
@@ -15,41 +15,42 @@ use super::sql::{Row, signed, sql};
 use super::{ReportRow, Store, StoreError};
 use crate::operation::{Conflict, Decision, ExecutionError, ExecutionState, reason};
 
-/// Conflicts that are kept of one node. A node speaks of few executions; one that invents them fills no database.
+/// Limit of conflicts that are kept of one node. A node reports few executions; one that invents them must not fill the
+/// database.
 const MOST: u64 = 32;
 
 /// A stored conflict.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConflictRow {
-    /// Of which execution; the store may not know it.
+    /// The execution. The store may not know it.
     pub execution: ExecutionId,
-    /// Why the report was not taken.
+    /// Reason that the report was not accepted.
     pub kind: Conflict,
-    /// The state that the node reports.
+    /// State that the node reports.
     pub reported: ExecutionState,
-    /// The state that was stored then; `None`: no such execution.
+    /// State that was stored then. `None`: no such execution.
     pub known: Option<ExecutionState>,
-    /// The attempt that the node reports.
+    /// Attempt that the node reports.
     pub attempt: u32,
-    /// The node's error.
+    /// Error that the node reports.
     pub error: Option<ExecutionError>,
-    /// The node gets no work because of it.
+    /// True if the node gets no work because of it.
     pub holds: bool,
-    /// When the node first said so.
+    /// Time of the first such report.
     pub time: DateTime<Utc>,
 }
 
 impl ConflictRow {
-    /// All of it, for people.
+    /// All of it in a sentence for operators.
     pub fn sentence(&self) -> String {
         self.kind.sentence(&said(self.reported, self.error.as_ref()), self.attempt, self.known)
     }
 }
 
-/// What became of an operator's decision.
+/// Result of an operator's decision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ResolveOutcome {
-    /// Decided; what the conflicts were.
+    /// Decided. These were the conflicts.
     Resolved(Vec<ConflictRow>),
     /// The node has no conflict.
     NoConflict,
@@ -82,7 +83,7 @@ fn read(row: &Row) -> Result<ConflictRow, StoreError> {
     })
 }
 
-/// The conflicts of these nodes that nobody has decided about.
+/// Undecided conflicts of these nodes.
 pub(super) async fn of_nodes(
     db: &impl Connection,
     nodes: impl IntoIterator<Item = &NodeId>,
@@ -96,8 +97,8 @@ pub(super) async fn of_nodes(
     Ok(found)
 }
 
-/// Keeps a report that is not taken. The same again is no news and writes nothing; what an operator has decided about
-/// stays decided. The caller holds the rows of the node and, where it exists, of the operation.
+/// Stores a report that was not accepted. A repeated one writes nothing, and a decided conflict stays decided. The
+/// caller holds the rows of the node and, if it exists, of the operation.
 pub(super) async fn note(
     tx: &Transaction,
     report: &ReportRow,
@@ -114,6 +115,7 @@ pub(super) async fn note(
     if let Some(before) = &before {
         let same = (before.text("kind")?, before.text("state")?, before.int("attempt")?)
             == (kind.to_string(), report.state.to_string(), i64::from(report.attempt));
+        // A node says the same with each Hello.
         if same {
             return Ok(());
         }
@@ -124,6 +126,7 @@ pub(super) async fn note(
         Some(before) => !before.text("resolution")?.is_empty(),
         None => false,
     };
+    // After a decision only a node that is still at work is kept from other work.
     sql("INSERT INTO conflicts (node, operation, kind, attempt, sequence, state, known, error_reason, error_message, \
              boot_id, holds, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) \
          ON CONFLICT (node, operation) DO UPDATE SET kind = excluded.kind, attempt = excluded.attempt, \
@@ -145,6 +148,7 @@ pub(super) async fn note(
     .time(now)
     .run(tx)
     .await?;
+    // Counted, because a node that alternates between two reports could write events without end.
     if let Some(known) = known
         && !decided
         && count(tx, id).await?
@@ -159,7 +163,7 @@ pub(super) async fn note(
     Ok(())
 }
 
-/// Counts it as one more change that the node brought about; whether another event may be written for it.
+/// Counts one more change that the node caused. Returns true if another event may be written for it.
 async fn count(tx: &Transaction, id: &ExecutionId) -> Result<bool, StoreError> {
     let counted = sql("UPDATE executions SET changes = changes + 1 WHERE operation = ? AND node = ? AND changes < ?")
         .bind(id.operation.as_str())
@@ -170,7 +174,7 @@ async fn count(tx: &Transaction, id: &ExecutionId) -> Result<bool, StoreError> {
     Ok(counted == 1)
 }
 
-/// Whether a node has as many conflicts as are kept. The oldest one that was decided about makes room.
+/// True if a node has as many conflicts as are kept. The oldest decided one is deleted to make room.
 async fn is_full(tx: &Transaction, node: &NodeId) -> Result<bool, StoreError> {
     let rows = sql("SELECT operation, resolution FROM conflicts WHERE node = ? ORDER BY time, operation")
         .bind(node.as_str())
@@ -179,6 +183,7 @@ async fn is_full(tx: &Transaction, node: &NodeId) -> Result<bool, StoreError> {
     if u64::try_from(rows.len()).unwrap_or(u64::MAX) < MOST {
         return Ok(false);
     }
+    // An undecided conflict never makes room: an operator has to see it.
     for row in &rows {
         if !row.text("resolution")?.is_empty() {
             sql("DELETE FROM conflicts WHERE node = ? AND operation = ?")
@@ -192,7 +197,7 @@ async fn is_full(tx: &Transaction, node: &NodeId) -> Result<bool, StoreError> {
     Ok(true)
 }
 
-/// The node said something of it that could be taken.
+/// Deletes the conflict about an execution, after a report of it that could be accepted.
 pub(super) async fn forget(tx: &Transaction, id: &ExecutionId) -> Result<(), StoreError> {
     sql("DELETE FROM conflicts WHERE node = ? AND operation = ?")
         .bind(id.node.as_str())
@@ -202,7 +207,7 @@ pub(super) async fn forget(tx: &Transaction, id: &ExecutionId) -> Result<(), Sto
     Ok(())
 }
 
-/// A Hello lists what the node is at work on: what it does not list keeps the node from nothing.
+/// Releases conflicts that a Hello does not list. The node is not at work on them, so they must not keep work from it.
 pub(super) async fn release_unlisted(tx: &Transaction, node: &NodeId, listed: &[ReportRow]) -> Result<(), StoreError> {
     sql("UPDATE conflicts SET holds = FALSE WHERE node = ? AND holds AND operation NOT IN {each}")
         .bind(node.as_str())
@@ -213,7 +218,7 @@ pub(super) async fn release_unlisted(tx: &Transaction, node: &NodeId, listed: &[
 }
 
 impl Store {
-    /// What a node says of an execution and is not taken, if nobody has decided about it.
+    /// The undecided conflict about an execution, if there is one.
     pub async fn conflict(&self, id: &ExecutionId) -> Result<Option<ConflictRow>, StoreError> {
         let row = sql("SELECT * FROM conflicts WHERE node = ? AND operation = ? AND resolution = ''")
             .bind(id.node.as_str())
@@ -223,7 +228,7 @@ impl Store {
         row.as_ref().map(read).transpose()
     }
 
-    /// Decides about all conflicts of a node.
+    /// Decides all conflicts of a node.
     pub async fn resolve(
         &self,
         node: &NodeId,
@@ -257,7 +262,7 @@ impl Store {
             Decision::Accept => "ACCEPTED",
             Decision::Abandon => "ABANDONED",
         };
-        // A node that is still at work refuses other work, whatever was decided.
+        // A node that is still at work refuses other work, so it gets none, whatever was decided.
         sql("UPDATE conflicts SET resolution = ?, holds = holds AND state IN ('RUNNING', 'REBOOTING', 'VERIFYING') \
                  AND (known IS NULL OR ?) WHERE node = ? AND resolution = ''")
         .bind(word)
@@ -270,17 +275,18 @@ impl Store {
     }
 }
 
-/// Takes what the node says as it is.
+/// Accepts the node's report as it is.
 async fn accept(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
     let id = &conflict.execution;
     let Some(found) = find(tx, id).await? else { return Ok(()) };
     let from = found.stored.state;
-    // An end is for good, but for a failure that was none.
+    // A final state stays, except a failure that the report disproves.
     let to = match from {
         ExecutionState::Failed => from.return_late(conflict.reported).ok(),
         _ => from.adopt(conflict.reported).ok(),
     };
     let reason = format!("accepted what the node says: {}", conflict.sentence());
+    // The database allows one active execution for each node.
     let busy = match to {
         Some(to) if to.is_active() && !from.is_active() => is_at_work(tx, &id.node).await?,
         _ => false,
@@ -299,6 +305,7 @@ async fn accept(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: Date
                 adopts: (from != ExecutionState::Failed).then_some(conflict.attempt),
             };
             moves::apply(tx, &change, now).await?;
+            // The stored sequence becomes the node's, so that its next report follows on it.
             sql("UPDATE executions SET sequence = (SELECT c.sequence FROM conflicts c WHERE c.node = executions.node \
                  AND c.operation = executions.operation) WHERE operation = ? AND node = ?")
             .bind(id.operation.as_str())
@@ -307,6 +314,7 @@ async fn accept(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: Date
             .await?;
             Ok(())
         }
+        // Nothing can change, but the decision is recorded.
         _ => {
             let event = Happened::to_node(&id.node, actor, from.as_str(), from.as_str(), &reason);
             events::record(tx, &id.operation, vec![event], now).await
@@ -314,19 +322,20 @@ async fn accept(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: Date
     }
 }
 
-/// Whether the store has given a node work.
+/// True if the store has an active execution of a node.
 pub(super) async fn is_at_work(tx: &impl Connection, node: &NodeId) -> Result<bool, StoreError> {
     let active = sql("SELECT 1 AS active FROM executions WHERE node = ? \
                       AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')");
     Ok(active.bind(node.as_str()).one(tx).await?.is_some())
 }
 
-/// Gives up what the node speaks of.
+/// Gives up the execution that the node reports.
 async fn abandon(tx: &Transaction, conflict: &ConflictRow, actor: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
     let id = &conflict.execution;
     let Some(found) = find(tx, id).await? else { return Ok(()) };
     let from = found.stored.state;
     let message = format!("given up by {actor}: {}", conflict.sentence());
+    // It has ended already, so only the decision is recorded.
     if from.is_final() {
         let event = Happened::to_node(&id.node, actor, from.as_str(), from.as_str(), &message);
         return events::record(tx, &id.operation, vec![event], now).await;

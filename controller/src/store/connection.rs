@@ -1,9 +1,11 @@
 //! Connections, and transactions on them.
 //!
-//! One rule holds: a connection goes back to its pool only when it is known to be clean, which is after an answer to
-//! its last statement and outside of a transaction. All others are closed, so that the database rolls back for sure. sqlx's own
-//! transactions count their depth on the client's side; after a failed COMMIT on a full disk that count was wrong, and
-//! later transactions were savepoints within nothing, acknowledged and never stored.
+//! A connection goes back to its pool only if it is known to be clean: its last statement was answered, and it is
+//! outside of a transaction. All others are closed, so the database certainly rolls back.
+//!
+//! sqlx's own transactions are not used, because they count their depth on the client's side. After a COMMIT that
+//! failed on a full disk that count was wrong. Later transactions were savepoints without a transaction around them:
+//! acknowledged, and never stored.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -25,13 +27,13 @@ use super::vitals::Vitals;
 use super::{StoreError, deadline};
 
 const COMMIT: &str = "COMMIT";
-/// How long a connection may take to roll back and go back to its pool; longer, and it is closed.
+/// Deadline for a rollback and the return to the pool. A connection that takes longer is closed.
 const GIVE_BACK: Duration = Duration::from_secs(2);
 
-/// What is wanted of a statement.
+/// The part of a statement's result that the caller needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Want {
-    /// How many rows it changed.
+    /// The number of changed rows.
     Changes,
     /// The first row.
     First,
@@ -46,9 +48,9 @@ pub(super) struct Answer {
     pub(super) rows: Vec<QueryResult>,
 }
 
-/// Where statements run: in a transaction, or each on any connection.
+/// A place to run statements: one transaction, or any connection of a pool.
 pub(super) trait Connection: Sync {
-    /// Whether it is Postgres; otherwise it is SQLite.
+    /// True for Postgres, false for SQLite.
     fn is_postgres(&self) -> bool;
 
     /// Runs a statement with its values.
@@ -74,8 +76,9 @@ enum Kind {
     Sqlite(SqlitePool),
     Postgres {
         pool: PgPool,
-        /// Behind a pooler that gives each transaction another server: a statement outside of one might be prepared
-        /// on one server and run on the next, and a name given to it meets those of other clients.
+        /// True behind a pooler in transaction mode, which gives each transaction another server. Outside of a
+        /// transaction, a statement could be prepared on one server and run on the next. A named statement could
+        /// collide with those of the pooler's other clients.
         pooler: bool,
     },
 }
@@ -89,7 +92,7 @@ impl Pool {
         Self { kind: Kind::Postgres { pool, pooler }, place, vitals: Arc::default() }
     }
 
-    /// Postgres' pool, for notifications and migrations.
+    /// The pool of Postgres, for notifications and migrations.
     pub(super) fn as_postgres(&self) -> Option<&PgPool> {
         match &self.kind {
             Kind::Postgres { pool, .. } => Some(pool),
@@ -97,7 +100,7 @@ impl Pool {
         }
     }
 
-    /// SQLite's pool, for migrations.
+    /// The pool of SQLite, for migrations.
     pub(super) fn as_sqlite(&self) -> Option<&SqlitePool> {
         match &self.kind {
             Kind::Sqlite(pool) => Some(pool),
@@ -105,13 +108,14 @@ impl Pool {
         }
     }
 
-    /// Whether transactions meet another server each time.
+    /// True if each transaction may run on another server.
     pub(super) fn is_behind_pooler(&self) -> bool {
         matches!(self.kind, Kind::Postgres { pooler: true, .. })
     }
 
-    /// Begins a transaction. On SQLite it takes the write lock now, because a read that turned into a write later could
-    /// fail at once; a raw BEGIN fails within another transaction, and its connection is closed.
+    /// Begins a transaction. On SQLite it takes the write lock now, because a read that turns into a write later can
+    /// fail at once. A raw BEGIN fails inside another transaction, so a connection wrongly taken for clean shows at
+    /// once and is closed.
     pub(super) async fn begin(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Transaction, StoreError> {
         let mut lease = self.lease(turn).await?;
         lease.control(if lease.is_postgres() { "BEGIN" } else { "BEGIN IMMEDIATE" }, State::InTransaction).await?;
@@ -125,7 +129,7 @@ impl Pool {
 
     async fn lease(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Lease, StoreError> {
         let (begun, asked) = (Instant::now(), self.vitals.asked());
-        // Dropping the wait for a connection closes the one that was tested, and keeps no place in the pool.
+        // Cancelling `acquire` closes the connection that sqlx was testing, and keeps no place in the pool.
         let acquired = tokio::time::timeout(deadline::next(), async {
             Ok(match &self.kind {
                 Kind::Sqlite(pool) => Line::Sqlite(pool.acquire().await?),
@@ -142,7 +146,9 @@ impl Pool {
             Ok(Err(error)) => StoreError::of_driver(&error, &self.place),
             Err(_) => StoreError::silent(&self.place, begun.elapsed()),
         };
+        // Only failed steps draw on a caller's budget; see `deadline`.
         deadline::in_vain(begun.elapsed());
+        // Only writers have a permit.
         if turn.is_some() {
             self.vitals.write_failed(&error);
         }
@@ -157,6 +163,7 @@ impl Connection for Pool {
 
     async fn ask(&self, text: String, values: Vec<Value>, want: Want) -> Result<Answer, StoreError> {
         if self.is_behind_pooler() {
+            // sqlx prepares and runs a statement in two round trips. Only a transaction keeps both on one server.
             let transaction = self.begin(None).await?;
             let answer = transaction.ask(text, values, want).await?;
             transaction.commit().await?;
@@ -166,23 +173,25 @@ impl Connection for Pool {
     }
 }
 
-/// A transaction. When it is dropped, nothing of it remains.
+/// A transaction. Dropping it rolls back.
 pub(super) struct Transaction {
     postgres: bool,
     lease: Mutex<Lease>,
-    /// What it has locked.
+    /// Tables in which it holds rows.
     held: std::sync::Mutex<Held>,
-    /// A statement failed. Postgres would answer ROLLBACK to its COMMIT, and call it success; SQLite rolls back by
-    /// itself after some errors.
+    /// A statement failed, so COMMIT must not be sent. Postgres would answer it with ROLLBACK and call that success.
+    /// SQLite rolls back by itself after some errors.
     failed: AtomicBool,
 }
 
 impl Transaction {
-    /// Checks in debug builds that a statement takes its locks in the order that all transactions keep.
+    /// Checks in debug builds that a statement takes its locks in the order that `order` lists.
     fn keeps_order(&self, text: &str) -> Result<(), StoreError> {
+        // SQLite has a single writer, so there is nothing to order.
         if !cfg!(debug_assertions) || !self.postgres {
             return Ok(());
         }
+        // A rule that stood in a comment alone was broken within a month.
         let mut held = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         held.take(text).map_err(StoreError::out_of_order)
     }
@@ -219,11 +228,11 @@ impl Connection for Transaction {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Outside of a transaction, and every statement was answered.
+    /// Outside of a transaction. Every statement was answered.
     Clean,
-    /// Within a transaction, and every statement was answered.
+    /// Inside a transaction. Every statement was answered.
     InTransaction,
-    /// An answer is outstanding, or something failed: it is closed.
+    /// An answer is outstanding, or a step failed. The connection will be closed.
     Unsure,
 }
 
@@ -238,11 +247,11 @@ type Step<'a, T> = Pin<Box<dyn Future<Output = Result<T, sqlx::Error>> + Send + 
 struct Lease {
     line: Option<Line>,
     state: State,
-    /// Whether Postgres keeps statements by name.
+    /// Prepared statements may have names. False behind a pooler.
     named: bool,
     place: Arc<str>,
     vitals: Arc<Vitals>,
-    /// The turn to write, given back after the connection.
+    /// The permit to write, released after the connection went back.
     turn: Option<OwnedSemaphorePermit>,
 }
 
@@ -261,7 +270,7 @@ impl Lease {
         .await
     }
 
-    /// BEGIN, COMMIT or ROLLBACK. When it fails, nothing is known of the connection, and it is closed.
+    /// Runs BEGIN, COMMIT or ROLLBACK. If it fails, the state of the connection is unknown, so it will be closed.
     async fn control(&mut self, word: &'static str, after: State) -> Result<(), StoreError> {
         let done = self
             .step(after, |line| match line {
@@ -271,18 +280,21 @@ impl Lease {
             .await;
         match &done {
             Err(_) => self.state = State::Unsure,
+            // Behind a pooler, reads commit too. Only a commit with a permit proves that writes work.
             Ok(()) if word == COMMIT && self.turn.is_some() => self.vitals.wrote(),
             Ok(()) => {}
         }
         done
     }
 
-    /// One question and its answer, under a deadline. Dropped in the middle, it leaves the connection to be closed.
+    /// Sends one statement and waits for its answer, under a deadline. If the future is dropped midway, the connection
+    /// will be closed.
     async fn step<T>(
         &mut self,
         after: State,
         question: impl for<'a> FnOnce(&'a mut Line) -> Step<'a, T> + Send,
     ) -> Result<T, StoreError> {
+        // `Unsure` until an answer proves otherwise: this future can be dropped at the await below.
         let before = std::mem::replace(&mut self.state, State::Unsure);
         let Some(line) = self.line.as_mut().filter(|_| before != State::Unsure) else {
             return Err(StoreError::aborted());
@@ -295,6 +307,8 @@ impl Lease {
                 return Ok(answer);
             }
             Ok(Err(error)) => {
+                // A refusal is an answer, so the connection is still in step. After a fault of the disk SQLite may have
+                // rolled back by itself, so the state is unknown.
                 let keeps = matches!(error, sqlx::Error::Database(_));
                 let error = StoreError::of_driver(&error, &self.place);
                 if keeps && error.fault().is_none() {
@@ -317,12 +331,14 @@ impl Drop for Lease {
     fn drop(&mut self) {
         let (Some(line), state) = (self.line.take(), self.state) else { return };
         let turn = self.turn.take();
+        // `ROLLBACK` needs a runtime to wait in. A connection in doubt may still run its last statement.
         let runtime = tokio::runtime::Handle::try_current();
         let (Ok(runtime), State::Clean | State::InTransaction) = (runtime, state) else {
             line.close();
             return;
         };
-        // The pool asks the connection for a sign of life, without a deadline of its own. Dropping that closes it.
+        // `return_to_pool` pings the connection without a deadline of its own. Dropping that future closes the
+        // connection.
         runtime.spawn(async move {
             let given_back = async {
                 match line {
@@ -333,6 +349,7 @@ impl Drop for Lease {
             if tokio::time::timeout(GIVE_BACK, given_back).await.is_err() {
                 tracing::debug!("a connection to the database was closed: it did not answer");
             }
+            // Released only now, so that the next writer finds the connection in the pool.
             drop(turn);
         });
     }
@@ -352,7 +369,7 @@ where
     }
 }
 
-/// Closes its connection when it is dropped with it.
+/// Closes the connection if dropped while it still holds it.
 struct Closing<DB: Database>(Option<PoolConnection<DB>>);
 
 impl<DB: Database> Drop for Closing<DB> {
@@ -362,7 +379,7 @@ impl<DB: Database> Drop for Closing<DB> {
 }
 
 impl Line {
-    /// Ends it without a word to the database, which rolls back. The pool opens another one.
+    /// Closes the connection without telling the database, which then rolls back. The pool opens another one.
     fn close(self) {
         match self {
             Self::Sqlite(line) => drop(line.detach()),

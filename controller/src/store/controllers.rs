@@ -1,4 +1,4 @@
-//! The controllers that share the database.
+//! Controllers that share the database.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::NodeId;
@@ -7,32 +7,32 @@ use super::silence::Silent;
 use super::sql::sql;
 use super::{Store, StoreError, micros, nodes};
 
-/// Without a sign of life for so long, in microseconds, a controller is dead: three beats.
+/// Microseconds without a beat after which a controller is dead: three beats.
 const DEAD_AFTER: i64 = 15_000_000;
-/// Postgres' own time, which neither a controller's clock nor the way to the database can make wrong.
+/// Postgres' own time. Neither a wrong clock of a controller nor a slow connection can distort it.
 const POSTGRES_TIME: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)";
 
-/// A controller.
+/// A controller that sends beats.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControllerRow {
-    /// Its id, another one at each start.
+    /// Id; a new one at each start.
     pub id: String,
-    /// Where agents reach it: HOST:PORT, several with commas between.
+    /// Addresses for agents: HOST:PORT, separated by commas.
     pub address: String,
-    /// When it last gave a sign of life.
+    /// Time of its last beat.
     pub beat_time: DateTime<Utc>,
 }
 
 impl ControllerRow {
-    /// Where agents reach it, each HOST:PORT.
+    /// Addresses for agents, each HOST:PORT.
     pub fn addresses(&self) -> impl Iterator<Item = &str> {
         self.address.split(',').filter(|address| !address.is_empty())
     }
 }
 
 impl Store {
-    /// Gives a sign of life of a controller; due every 5 s. Times of controllers are the database's where it has a clock;
-    /// SQLite has none, and one controller.
+    /// Stores a beat of a controller; due every 5 s. On Postgres the database's clock dates it. SQLite has no clock of
+    /// its own, but also only one controller.
     pub async fn beat(&self, controller_id: &str, address: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
         self.again(|| self.beat_once(controller_id, address, now)).await
     }
@@ -48,11 +48,12 @@ impl Store {
         .bind(address)
         .run(&*tx)
         .await?;
+        // No hint: nobody waits for a beat.
         tx.commit().await?;
         Ok(())
     }
 
-    /// The controllers that gave a sign of life in the last 15 s, by address.
+    /// Controllers with a beat in the last 15 s, ordered by address.
     pub async fn live_controllers(&self, now: DateTime<Utc>) -> Result<Vec<ControllerRow>, StoreError> {
         sql(&format!("SELECT * FROM controllers c WHERE {} ORDER BY address, id", self.lives(now)))
             .all(self.reader())
@@ -68,13 +69,14 @@ impl Store {
             .collect()
     }
 
-    /// Ends the sessions of controllers that have given no sign of life for 15 s, and forgets these controllers.
+    /// Ends the sessions of controllers without a beat for 15 s, and deletes these controllers. Returns the nodes of
+    /// the sessions.
     pub async fn end_dead_sessions(&self, now: DateTime<Utc>) -> Result<Vec<NodeId>, StoreError> {
         self.again(|| self.end_dead_sessions_once(now)).await
     }
 
     async fn end_dead_sessions_once(&self, now: DateTime<Utc>) -> Result<Vec<NodeId>, StoreError> {
-        // The lock of an SQLite file proves that nobody else is alive; nothing has to be waited for.
+        // The lock of an SQLite file proves that no other controller is alive, so there is nothing to wait for.
         if self.is_shared() && !self.may_judge(Silent::Controller, now) {
             return Ok(Vec::new());
         }
@@ -83,12 +85,13 @@ impl Store {
              (SELECT 1 FROM controllers c WHERE c.id = nodes.controller_id AND {})",
             self.lives(now)
         );
+        // Looked for without a transaction, because mostly there are none.
         let orphans = sql(&format!("SELECT id FROM nodes WHERE {orphaned} LIMIT 1")).one(self.reader()).await?;
         if orphans.is_none() {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        // The epoch rises, so that a controller that was only slow writes nothing more for these sessions.
+        // The epoch rises, so that a controller that was only slow can write nothing more for these sessions.
         let ended = sql(&format!(
             "UPDATE nodes SET controller_id = NULL, disconnect_time = ?, session_epoch = session_epoch + 1 \
              WHERE id IN (SELECT id FROM nodes WHERE {orphaned} {{skip}}) RETURNING id"
@@ -99,6 +102,7 @@ impl Store {
         .iter()
         .map(nodes::read_id)
         .collect();
+        // Rows that another transaction holds are left to the next round.
         sql(&format!(
             "DELETE FROM controllers WHERE id IN (SELECT id FROM controllers c WHERE NOT ({}) {{skip}})",
             self.lives(now)
@@ -109,17 +113,17 @@ impl Store {
         ended
     }
 
-    /// The time by which controllers live and die, as SQL.
+    /// SQL for the present time, by which beats are dated and judged.
     fn time_of_controllers(&self, now: DateTime<Utc>) -> String {
         if self.is_postgres() { POSTGRES_TIME.to_owned() } else { micros(now).to_string() }
     }
 
-    /// Whether the controller `c` lives, as SQL.
+    /// SQL condition: the controller `c` is alive.
     fn lives(&self, now: DateTime<Utc>) -> String {
         format!("c.beat_time > {} - {DEAD_AFTER}", self.time_of_controllers(now))
     }
 
-    /// Ends the sessions of a controller that stops, and forgets it.
+    /// Ends the sessions of a controller that stops, and deletes it.
     pub async fn retire(&self, controller_id: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
         self.again(|| self.retire_once(controller_id, now)).await
     }

@@ -1,49 +1,49 @@
-//! How long a step of the store (a connection, a statement, a commit) may wait for its answer.
+//! Deadlines for a step of the store: a connection, a statement or a commit.
 //!
-//! A caller of the API has a budget of time spent in vain: steps that succeed cost nothing of it, one that fails takes
-//! what it waited. So a call of many statements may take its time while the database answers, and is answered within
-//! two seconds when it does not.
+//! A caller of the API has a budget that only failed steps draw on; steps that succeed cost nothing. So a call of many
+//! statements may take its time while the database answers, and is answered within two seconds if it does not.
 
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A caller is answered within 2 s; the rest is for what comes around the store.
+/// Budget of a caller, who is answered within 2 s. The rest is for the work around the store.
 const CALLER: Duration = Duration::from_millis(1700);
-/// Rounds and sessions, for which nobody waits: above the longest statement of ours by far.
+/// For rounds and sessions, for which no caller waits. Well above our longest statement.
 pub(super) const BACKGROUND: Duration = Duration::from_secs(10);
-/// A step gets at least this, so that a record of the failure has a chance.
+/// Shortest deadline of a step, so that the failure can still be recorded.
 const LEAST: Duration = Duration::from_millis(50);
 
 tokio::task_local! {
-    /// What a caller's budget has left, in microseconds.
+    /// Rest of a caller's budget in microseconds.
     static BUDGET: Arc<AtomicU64>;
 }
 
-/// Does it within the budget of a caller.
+/// Runs `work` within the budget of a caller.
 pub async fn of_caller<T>(work: impl Future<Output = T>) -> T {
     BUDGET.scope(Arc::new(AtomicU64::new(micros(CALLER))), work).await
 }
 
-/// Takes the present task's budget along into another task.
+/// Takes the budget of the present task along into another task.
 pub fn carried<T>(work: impl Future<Output = T>) -> impl Future<Output = T> {
+    // A spawned task does not inherit values of the task that spawns it.
     let budget = BUDGET.try_with(Arc::clone);
     async move {
         match budget {
             Ok(budget) => BUDGET.scope(budget, work).await,
-            // Nobody waits for the present task.
+            // The present task has no caller who waits.
             Err(_) => work.await,
         }
     }
 }
 
-/// How long the next step may take.
+/// Deadline of the next step.
 pub(super) fn next() -> Duration {
     BUDGET.try_with(|left| Duration::from_micros(left.load(Ordering::Relaxed)).max(LEAST)).unwrap_or(BACKGROUND)
 }
 
-/// A step failed after this time.
+/// Takes the time of a failed step from the budget.
 pub(super) fn in_vain(waited: Duration) {
     // Outside of a call there is no budget.
     let _ = BUDGET.try_with(|left| {

@@ -1,4 +1,4 @@
-//! What the dispatcher does because time has passed. Each call returns what it changed.
+//! Work of the dispatcher that becomes due with time. Each call returns what it changed.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::{ExecutionId, OperationId};
@@ -13,10 +13,10 @@ use super::sql::sql;
 use super::{Store, StoreError};
 use crate::operation::{ExecutionError, ExecutionState, reason};
 
-/// How long a node may be overdue before it is given up.
+/// Time that an execution may be overdue before it is given up.
 const GIVE_UP_AFTER: TimeDelta = TimeDelta::hours(24);
-/// How long a node that was powered off must be silent to be believed off: a node that only lost its stream would be
-/// back within its longest delay.
+/// Silence after which a powered-off node is believed off. A node that only lost its stream would be back within its
+/// longest delay.
 const OFF_AFTER: TimeDelta = TimeDelta::seconds(60);
 
 /// How long an installer is told that its execution was given up.
@@ -25,32 +25,33 @@ const TOLD_FOR: TimeDelta = TimeDelta::seconds(60);
 /// An execution whose state the dispatcher changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
-    /// Which.
+    /// The execution.
     pub execution: ExecutionId,
-    /// Its state before.
+    /// State before.
     pub from: ExecutionState,
-    /// Its state now.
+    /// State now.
     pub to: ExecutionState,
 }
 
-/// An execution whose node is late.
+/// An execution that was found overdue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overdue {
-    /// Which.
+    /// The execution.
     pub execution: ExecutionId,
     /// Its state.
     pub state: ExecutionState,
-    /// What it is late with.
+    /// The phase or state that takes too long, and its limit.
     pub why: String,
 }
 
 impl Store {
-    /// Scheduled operations whose time has come: now RUNNING.
+    /// Begins scheduled operations whose time has come: they become RUNNING.
     pub async fn begin_due(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
         self.again(|| self.begin_due_once(now)).await
     }
 
     async fn begin_due_once(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
+        // Looked for without a transaction, because mostly nothing is due.
         let due = sql("SELECT id FROM operations WHERE state = 'SCHEDULED' AND schedule_time <= ?")
             .time(now)
             .all(self.reader())
@@ -80,7 +81,7 @@ impl Store {
         Ok(begun)
     }
 
-    /// Executions that were held back until now: they no longer are. Returns how many.
+    /// Releases executions whose share of the jitter has passed. Returns how many.
     pub async fn release_due(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
         self.again(|| self.release_due_once(now)).await
     }
@@ -91,7 +92,8 @@ impl Store {
             return Ok(0);
         }
         let tx = self.begin().await?;
-        // Rows that another transaction holds are left for the next round. It waits for nobody, so it needs no operation.
+        // Rows that another transaction holds are left to the next round. Since this never waits, it needs no lock on
+        // the operations.
         let released = sql("UPDATE executions SET not_before = 0 WHERE (operation, node) IN \
                             (SELECT operation, node FROM executions WHERE not_before > 0 AND not_before <= ? {skip})")
         .time(now)
@@ -101,7 +103,7 @@ impl Store {
         Ok(released)
     }
 
-    /// Executions not begun before their operation's expire_time: now EXPIRED.
+    /// Ends executions that did not begin before their operation's expire_time: they become EXPIRED.
     pub async fn expire(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state \
                          FROM operations o JOIN executions e ON e.operation = o.id AND e.state = 'PENDING' \
@@ -111,12 +113,13 @@ impl Store {
         self.end_found(which, ExecutionState::Expired, Some(error), now).await
     }
 
-    /// Executions past their deadline: flagged overdue.
+    /// Flags executions past their deadline as overdue.
     pub async fn mark_overdue(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
         self.again(|| self.mark_overdue_once(now)).await
     }
 
     async fn mark_overdue_once(&self, now: DateTime<Utc>) -> Result<Vec<Overdue>, StoreError> {
+        // Right after an outage every node looks late, although none of them could report.
         if !self.may_judge(Silent::Node, now) {
             return Ok(Vec::new());
         }
@@ -141,6 +144,7 @@ impl Store {
         let tx = self.begin().await?;
         lock(&*tx, found.iter().map(|((id, _), _)| &id.operation)).await?;
         let mut marked = Vec::with_capacity(found.len());
+        // Their nodes may have reported since the first look, so the conditions are checked again.
         for ((id, state), why) in found {
             let changed =
                 sql("UPDATE executions SET overdue = TRUE, overdue_time = ?, update_time = ? WHERE operation = ? \
@@ -164,12 +168,12 @@ impl Store {
         Ok(marked)
     }
 
-    /// Executions overdue for 24 hours: now FAILED, `NEVER_RETURNED`.
+    /// Gives up executions that were overdue for 24 hours: they become FAILED, `NEVER_RETURNED`.
     pub async fn give_up(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
         if !self.may_judge(Silent::Node, now) {
             return Ok(Vec::new());
         }
-        // From when it was found overdue, not from its deadline: after a long outage a node has its day from then on.
+        // Counted from when it was found overdue, not from its deadline. After a long outage a node still gets its day.
         let which = sql("SELECT operation, node, state FROM executions WHERE overdue \
                          AND COALESCE(overdue_time, deadline) <= ? AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
         .time(crate::calendar::earlier(now, GIVE_UP_AFTER));
@@ -177,8 +181,8 @@ impl Store {
         self.end_found(which, ExecutionState::Failed, Some(error), now).await
     }
 
-    /// Power-offs whose agent ended with these last words and has had no session since, for 60 s in which a controller
-    /// listened (since `listening`): now SUCCEEDED. A stream that only broke proves nothing.
+    /// Ends power-offs whose agent said its last words and has had no session since: they become SUCCEEDED. A
+    /// controller must have listened for these 60 s (since `listening`). A stream that only broke proves nothing.
     pub async fn power_off_done(
         &self,
         listening: DateTime<Utc>,
@@ -187,6 +191,7 @@ impl Store {
         if !self.may_judge(Silent::Node, now) || listening > crate::calendar::earlier(now, OFF_AFTER) {
             return Ok(Vec::new());
         }
+        // Any later session raises the epoch, so last words of an earlier one are void.
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state FROM executions e \
                          JOIN operations o ON o.id = e.operation JOIN nodes n ON n.id = e.node \
                          WHERE e.state = 'REBOOTING' AND o.action_kind = 'power-off' AND n.controller_id IS NULL \
@@ -196,7 +201,7 @@ impl Store {
         self.end_found(which, ExecutionState::Succeeded, None, now).await
     }
 
-    /// Executions that wait for a node that was deleted while they were created: now CANCELLED.
+    /// Ends executions that wait for a node that was deleted while they were created: they become CANCELLED.
     pub async fn cancel_orphans(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state FROM executions e \
                          WHERE e.state = 'PENDING' AND NOT EXISTS (SELECT 1 FROM nodes n WHERE n.id = e.node)");
@@ -204,7 +209,7 @@ impl Store {
         self.end_found(which, ExecutionState::Cancelled, Some(error), now).await
     }
 
-    /// Operations of which every execution has ended: now final.
+    /// Finishes operations of which every execution has ended.
     pub async fn finish_operations(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
         self.again(|| self.finish_operations_once(now)).await
     }
@@ -232,8 +237,8 @@ impl Store {
         Ok(finished)
     }
 
-    /// Executions whose node is to be asked for a cancel by this controller, until it answers. An installer whose execution
-    /// was given up is told so for a minute; later its next Hello tells it.
+    /// Executions that this controller's nodes are asked to cancel, until they answer. An installer whose execution was given
+    /// up is told so for a minute; later its next Hello tells it.
     pub async fn cancels_due(&self, controller_id: &str, now: DateTime<Utc>) -> Result<Vec<ExecutionId>, StoreError> {
         sql("SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
              WHERE n.controller_id = ? AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') \
@@ -255,8 +260,8 @@ impl Store {
         .collect()
     }
 
-    /// Executions of this controller's nodes that are overdue: the nodes are asked what became of them. The store may have
-    /// lost what they said.
+    /// Overdue executions of this controller's nodes. The nodes are asked about them, because the store may have lost
+    /// their reports.
     pub async fn queries_due(&self, controller_id: &str) -> Result<Vec<ExecutionId>, StoreError> {
         sql("SELECT e.operation AS operation, e.node AS node FROM executions e JOIN nodes n ON n.id = e.node \
              WHERE n.controller_id = ? AND e.overdue AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') \

@@ -1,4 +1,4 @@
-//! How a node comes to be: a token's use, the node and its certificate are one transaction.
+//! Enrolment of nodes. The use of a token, the node and its certificate are one transaction.
 
 use std::net::IpAddr;
 
@@ -14,53 +14,53 @@ use super::sql::{Row, sql};
 use super::{Board, CertificateRow, Store, StoreError, approval, certificates, renewals, tokens};
 use crate::operation::NodeState;
 
-/// A wish to enrol.
+/// Request to enrol.
 #[derive(Debug, Clone)]
 pub struct Enrolment {
     /// SHA-256 of the token's secret, lower-case hexadecimal.
     pub token_sha256: String,
     /// SHA-256 of the SubjectPublicKeyInfo of the node's key, lower-case hexadecimal.
     pub key_sha256: String,
-    /// The id asked for.
+    /// Id that the node asks for. `None`: derived from its serial number or its key.
     pub wanted_id: Option<NodeId>,
-    /// The board, with its serial number.
+    /// Board facts, with the serial number.
     pub board: Board,
-    /// From where it is asked.
+    /// Address that the request came from.
     pub address: IpAddr,
 }
 
-/// What became of it.
+/// Result of an enrolment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EnrolOutcome {
     /// The node exists and its certificate is stored.
     Admitted {
-        /// Its id.
+        /// Id of the node.
         node: NodeId,
-        /// It, or its key, waits for an admin.
+        /// True if the node or its key waits for approval by an admin.
         held: bool,
-        /// Its generation of keys.
+        /// Generation of the node's keys.
         generation: i64,
-        /// The same request was answered with this certificate before, PEM.
+        /// Certificate (PEM) with which the same request was answered before.
         again: Option<String>,
     },
-    /// It is not let in. The caller is not told why.
+    /// Refused. The caller is not told the reason.
     Refused(EnrolRefusal),
-    /// `issue` made no certificate; nothing is stored.
+    /// `issue` returned no certificate. Nothing is stored.
     NotIssued,
 }
 
-/// Why nobody was enrolled: for the audit.
+/// Reason of a refusal, for the audit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EnrolRefusal {
-    /// The token, when there is one with this secret.
+    /// The token, if one has this secret.
     pub token: Option<JoinTokenId>,
-    /// The reason, for people.
+    /// The reason, for operators.
     pub why: String,
 }
 
 impl Store {
-    /// Uses a token for a node. `issue` makes the certificate once the id and the generation of keys are known; its row
-    /// is stored in the same transaction. The same key with the same token is the same node and no second use.
+    /// Uses a token for a node. `issue` makes the certificate, given the id and the generation of keys; its row is
+    /// stored in the same transaction. The same key with the same token is the same node, and no second use.
     pub async fn enrol(
         &self,
         wish: &Enrolment,
@@ -77,7 +77,7 @@ impl Store {
         issue: &(impl Fn(&NodeId, i64) -> Option<CertificateRow> + Send + Sync),
     ) -> Result<EnrolOutcome, StoreError> {
         let tx = self.begin().await?;
-        // Written to be held: two that use it at once come one after the other.
+        // A write that changes nothing, to lock the row: two uses at the same time come one after the other.
         let token = sql("UPDATE tokens SET uses = uses WHERE secret_sha256 = ? \
                          RETURNING id, uses, max_uses, expire_time, revoked, require_approval, labels, cidrs, serials, nodes")
             .bind(wish.token_sha256.as_str())
@@ -104,6 +104,7 @@ impl Store {
             .bind(wish.key_sha256.as_str())
             .one(&*tx)
             .await?;
+        // An agent whose answer was lost asks again with the same key, which must not cost another use.
         if before.is_none() {
             let used = sql("UPDATE tokens SET uses = uses + 1 WHERE id = ? AND uses < max_uses")
                 .bind(token_id.as_str())
@@ -113,9 +114,10 @@ impl Store {
                 return refused(Some(&token_id), "the join token is used up");
             }
         }
-        // A token is held before the nodes, by everybody who needs both.
+        // The order of locks: a transaction that needs both holds the token before the nodes.
         let admitted = match admit(&tx, wish, &token, &limits, now).await? {
             Ok(admitted) => admitted,
+            // Dropping the transaction takes back the use of the token as well.
             Err(why) => return refused(Some(&token_id), &why),
         };
         if before.is_none() {
@@ -127,10 +129,11 @@ impl Store {
                 .await?;
         }
         let Admitted { node, held, generation } = admitted;
-        // The answer to the first request was lost on the way.
+        // The answer to an earlier request was lost on the way, so it is given again.
         let given_for = token_id.name();
         let again = renewals::answer(&*tx, &node, &given_for, &wish.key_sha256, now).await?;
         if again.is_none() {
+            // `issue` runs again if the transaction is retried.
             let Some(certificate) = issue(&node, generation) else { return Ok(EnrolOutcome::NotIssued) };
             let certificate = CertificateRow {
                 node: Some(node.clone()),
@@ -147,7 +150,7 @@ impl Store {
     }
 }
 
-/// For whom a token is.
+/// Restrictions of a token.
 struct Limits {
     cidrs: Vec<IpNet>,
     serials: Vec<String>,
@@ -165,8 +168,9 @@ impl Limits {
         })
     }
 
-    /// Why the token is not for this board or network.
+    /// Reason that the token is not for this board or network, if it is not.
     fn wrong(&self, wish: &Enrolment) -> Option<&'static str> {
+        // An IPv4 address of a dual-stack socket is mapped into IPv6, and no IPv4 network contains that.
         let (address, serial) = (wish.address.to_canonical(), normal_serial(&wish.board.serial));
         if !self.cidrs.is_empty() && !self.cidrs.iter().any(|cidr| cidr.contains(&address)) {
             return Some("the join token is not for this network");
@@ -177,18 +181,18 @@ impl Limits {
         None
     }
 
-    /// Whether a node may have this id.
+    /// True if a node may have this id.
     fn allow_id(&self, id: &str) -> bool {
         self.nodes.is_empty() || self.nodes.iter().any(|node| node.as_str() == id)
     }
 
-    /// Whether it was made for this very board or node, so that a new key is no surprise.
+    /// True if the token names this board or node, so that a new key is expected.
     fn name(&self, serial: &str, id: &NodeId) -> bool {
         self.serials.iter().any(|named| named == serial) || self.nodes.contains(id)
     }
 }
 
-/// The node that somebody was admitted as.
+/// The node that the caller was admitted as.
 struct Admitted {
     node: NodeId,
     held: bool,
@@ -200,12 +204,12 @@ async fn known(tx: &Transaction, id: &NodeId) -> Result<Admitted, StoreError> {
     Ok(Admitted { node: row.id, held: row.state != NodeState::Approved, generation: row.generation })
 }
 
-/// Why somebody is not admitted.
+/// Reason for a refusal.
 type Why = String;
 
 const ANOTHER_NODE: &str = "the join token is for other nodes";
 
-/// Finds the node by its key, its board or its name, or makes one.
+/// Finds the node by its key, its board or its name, or creates it.
 async fn admit(
     tx: &Transaction,
     wish: &Enrolment,
@@ -250,7 +254,7 @@ async fn admit(
         Ok(id) => id,
         Err(why) => return Ok(Err(why)),
     };
-    // Another board has the id, and the token is for no other.
+    // `free_id` adds a suffix if another board has the id, but a token that names ids allows exactly those.
     if !limits.allow_id(id.as_str()) {
         return Ok(Err(ANOTHER_NODE.to_owned()));
     }
@@ -280,8 +284,8 @@ async fn hold_node(tx: &Transaction, id: &NodeId) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// The node that this board is already, though its key is not known: by its serial number, or where a board has none to
-/// tell, by an id that the token was made for.
+/// Finds the node that this board is already, though its key is not known: by its serial number. If a serial number is
+/// missing on either side, by an id that the token names.
 async fn same_node(
     tx: &Transaction,
     wish: &Enrolment,
@@ -300,9 +304,9 @@ async fn same_node(
     by_name.as_ref().map(nodes::read_id).transpose()
 }
 
-/// A known node shows another key. Serial numbers are public: whoever names one is believed only by an admin, who has
-/// made the token for this board, or approves the key later. Until then the key in service stays, and nothing of the
-/// node changes.
+/// A known node shows another key. Serial numbers are public, so naming one proves nothing. An admin has to make the
+/// token for this board, or approve the key later. Until then the key in service stays, and nothing of the node
+/// changes.
 async fn another_key(
     tx: &Transaction,
     wish: &Enrolment,
@@ -325,7 +329,7 @@ async fn another_key(
     Ok(Ok(Admitted { node: id.clone(), held: true, generation }))
 }
 
-/// The id before a suffix: the one asked for, else by the serial number, else by the key.
+/// The id before a suffix: the one asked for, or one made of the serial number, or of the key.
 fn wanted_id(wish: &Enrolment, serial: &str) -> String {
     if let Some(id) = &wish.wanted_id {
         return id.as_str().to_owned();
@@ -336,8 +340,8 @@ fn wanted_id(wish: &Enrolment, serial: &str) -> String {
     format!("pi-{}", last.collect::<String>())
 }
 
-/// Takes an id: the wanted one, or with a suffix where another node has it. An id that was asked for and that nobody may
-/// have is refused.
+/// Takes an id: the wanted one, or one with a suffix if another node has it. Refuses an id that was asked for but is
+/// not allowed for any node.
 async fn free_id(tx: &impl Connection, wish: &Enrolment, serial: &str) -> Result<Result<NodeId, Why>, StoreError> {
     let wanted = wanted_id(wish, serial);
     let invalid = |_| StoreError::Unknown { what: "node id", value: wanted.clone() };
@@ -346,12 +350,14 @@ async fn free_id(tx: &impl Connection, wish: &Enrolment, serial: &str) -> Result
             NodeId::parse(&wanted)
         } else {
             let suffix = format!("-{number}");
+            // The id becomes a host name, so it stays within its length with the suffix.
             let kept: String = wanted.chars().take(NODE_ID_MAX.saturating_sub(suffix.len())).collect();
             NodeId::parse(&format!("{kept}{suffix}"))
         }
         .map_err(invalid)?;
         match names::take(tx, names::Kind::Node, id.as_str()).await? {
-            // A controller of an earlier version beside this one notes no names.
+            // A controller of an earlier release on the same database does not store names, so the nodes are checked
+            // too.
             Claim::Granted if sql("SELECT id FROM nodes WHERE id = ?").bind(id.as_str()).one(tx).await?.is_none() => {
                 return Ok(Ok(id));
             }

@@ -1,4 +1,4 @@
-//! What happened to operations, numbered.
+//! Events of operations, numbered.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{NodeId, OperationId};
@@ -14,26 +14,26 @@ use super::{Scope, Store, StoreError};
 pub struct EventRow {
     /// Within the operation, from 1, without gaps.
     pub number: u64,
-    /// When.
+    /// Time of the event.
     pub time: DateTime<Utc>,
-    /// The node that it concerns; `None`: the operation itself.
+    /// The node that it concerns. `None`: the operation itself.
     pub node: Option<NodeId>,
-    /// Who or what caused it: `controller`, a node's name or a user.
+    /// Cause of the event: `controller`, a node's name or a user.
     pub actor: String,
     /// The state before; empty at creation.
     pub from: String,
     /// The state after.
     pub to: String,
-    /// Why.
+    /// Reason, or empty.
     pub reason: String,
 }
 
-/// Operations whose events are removed in one transaction.
+/// Operations whose events are deleted in one transaction, so that other writers get their turn in between.
 const PRUNED_AT_ONCE: i64 = 200;
 
 impl Store {
-    /// Removes the events, and what nodes logged, of operations that ended before a time, and tells of how many
-    /// operations. The operations stay, and so do the numbers: an event that comes late gets the next one.
+    /// Deletes the events, logs and conflicts of operations that ended before a time. Returns the number of operations.
+    /// The operations and their event counts stay, so a late event gets the next number.
     pub async fn prune_events(&self, ended_before: DateTime<Utc>) -> Result<u64, StoreError> {
         self.again(|| self.prune_events_once(ended_before)).await
     }
@@ -59,6 +59,7 @@ impl Store {
             for table in ["events", "execution_logs", "conflicts"] {
                 sql(&format!("DELETE FROM {table} WHERE operation IN {{each}}")).each(&old).run(&*tx).await?;
             }
+            // No hint: nobody waits for it.
             tx.commit().await?;
             pruned += u64::try_from(old.len()).unwrap_or(u64::MAX);
         }
@@ -77,6 +78,7 @@ impl Store {
         after: u64,
         limit: u32,
     ) -> Result<Vec<EventRow>, StoreError> {
+        // Events of the operation itself name no node, so every caller who sees the operation sees them.
         sql("SELECT * FROM events WHERE operation = ? AND number > ? AND (? OR node IS NULL OR EXISTS \
                  (SELECT 1 FROM nodes n WHERE n.id = events.node AND {within n.labels})) ORDER BY number LIMIT ?")
         .bind(operation.as_str())
@@ -104,13 +106,13 @@ fn read(row: &Row) -> Result<EventRow, StoreError> {
     })
 }
 
-/// Who is named in the events of what the controller does by itself.
+/// Actor of events that the controller causes by itself.
 pub(super) const CONTROLLER: &str = "controller";
 
-/// An event that is to be numbered.
+/// An event without a number.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Happened {
-    /// Its place among those that are recorded with it; set by `record`.
+    /// Set by `record`.
     number: i64,
     node: Option<String>,
     actor: String,
@@ -120,7 +122,7 @@ pub(super) struct Happened {
 }
 
 impl Happened {
-    /// To the operation itself.
+    /// An event of the operation itself.
     pub(super) fn to_operation(actor: &str, from: &'static str, to: &'static str, reason: &str) -> Self {
         Self {
             number: 0,
@@ -132,14 +134,14 @@ impl Happened {
         }
     }
 
-    /// To one of its executions.
+    /// An event of one of its executions.
     pub(super) fn to_node(node: &NodeId, actor: &str, from: &'static str, to: &'static str, reason: &str) -> Self {
         Self { node: Some(node.as_str().to_owned()), ..Self::to_operation(actor, from, to, reason) }
     }
 }
 
-/// Records events in order. Their numbers come from the operation's row, which the transaction thereby holds: numbers
-/// are without gaps, and are committed in their order.
+/// Records events in order. Their numbers come from the operation's row, which is locked by that. So numbers have no
+/// gaps, and are committed in order.
 pub(super) async fn record(
     tx: &impl Connection,
     operation: &OperationId,

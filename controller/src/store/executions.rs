@@ -1,4 +1,4 @@
-//! Executions: reading them.
+//! Reading executions.
 
 use std::time::Duration;
 
@@ -21,50 +21,50 @@ use crate::rollout::Rollout;
 pub struct ExecutionRow {
     /// Its id.
     pub id: ExecutionId,
-    /// Where it is.
+    /// Its present state.
     pub state: ExecutionState,
-    /// What it waits for, when PENDING.
+    /// Reason to wait. `None` unless PENDING.
     pub wait_reason: Option<WaitReason>,
-    /// Before which it is not assigned, while that lies ahead: its share of a schedule's jitter.
+    /// Earliest assignment, from a schedule's jitter. `None` without jitter, or once that time has come.
     pub not_before: Option<DateTime<Utc>>,
-    /// What the node is doing.
+    /// Phase that the node reported last.
     pub phase: String,
     /// Bytes of the phase that are done.
     pub bytes_done: u64,
-    /// Bytes of the phase in all; 0: unknown.
+    /// Bytes of the phase in total; 0 if unknown.
     pub bytes_total: u64,
-    /// Why it did not succeed.
+    /// Error of an execution that did not succeed.
     pub error: Option<ExecutionError>,
-    /// How often it was delivered.
+    /// Number of the last delivery; 0 before the first.
     pub attempt: u32,
-    /// The last sequence of the node that was committed.
+    /// Last sequence number of the node that was committed.
     pub sequence: u64,
-    /// Past its deadline.
+    /// True once the dispatcher found it past its deadline.
     pub overdue: bool,
-    /// What it is late with, when it is overdue.
+    /// The phase or state that takes too long, and its limit; empty unless overdue.
     pub overdue_reason: String,
-    /// When it becomes overdue.
+    /// Time at which it becomes overdue. `None` if nothing is awaited.
     pub deadline: Option<DateTime<Utc>>,
-    /// A cancel was asked for.
+    /// A cancel was requested.
     pub cancel_requested: bool,
-    /// The node said that it is too late for a cancel.
+    /// The node answered that it is too late to cancel.
     pub cancel_refused: bool,
-    /// When it last changed.
+    /// Time of its last change.
     pub update_time: DateTime<Utc>,
-    /// When it was last assigned.
+    /// Time of its last assignment, if there was one.
     pub assign_time: Option<DateTime<Utc>>,
-    /// When it ended.
+    /// End time. `None` while it is unfinished.
     pub finish_time: Option<DateTime<Utc>>,
-    /// The node's boot id when it was assigned; empty before.
+    /// Boot id of the node at the assignment; empty before.
     pub assign_boot_id: String,
-    /// The boot id with which the node came back; empty before.
+    /// Boot id with which the node came back; empty before.
     pub boot_id: String,
-    /// When it is tried next, where that is known.
+    /// Time of the next try if it is known: the operation's begin, or the opening of its window.
     pub next_attempt_time: Option<DateTime<Utc>>,
 }
 
 impl Store {
-    /// Executions of an operation, by node.
+    /// Executions of an operation, by node. `after` is the last node of the page before. Empty `states`: all.
     pub async fn executions(
         &self,
         operation: &OperationId,
@@ -75,7 +75,7 @@ impl Store {
         self.executions_within(&Scope::everything(), operation, after, limit, states).await
     }
 
-    /// Executions of an operation on nodes within a scope, by node.
+    /// Executions of an operation on nodes within a scope, by node. Otherwise like `executions`.
     pub async fn executions_within(
         &self,
         scope: &Scope,
@@ -101,13 +101,13 @@ impl Store {
         read_all(self.reader(), &rows).await
     }
 
-    /// One execution.
+    /// Reads one execution.
     pub async fn execution(&self, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
         find(self.reader(), id).await
     }
 }
 
-/// One execution, also inside a transaction.
+/// Reads one execution, also inside a transaction.
 pub(super) async fn find(db: &impl Connection, id: &ExecutionId) -> Result<Option<ExecutionRow>, StoreError> {
     let row = sql(SELECT)
         .and(" WHERE e.operation = ? AND e.node = ?")
@@ -118,6 +118,8 @@ pub(super) async fn find(db: &impl Connection, id: &ExecutionId) -> Result<Optio
     Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
+// LEFT JOIN, because executions outlive their nodes. Only overdue ones need the action, so it is not read for the
+// others.
 const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overdue_action, o.state AS operation_state, o.installs_image AS installs_image, \
     o.rollout AS rollout, o.closed_until AS closed_until, o.schedule_time AS due_time, n.labels AS labels, \
     n.state AS node_state, n.controller_id IS NOT NULL AS connected, n.mode AS node_mode, \
@@ -129,6 +131,7 @@ const SELECT: &str = "SELECT e.*, CASE WHEN e.overdue THEN o.action END AS overd
 /// Reads executions of one operation.
 async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<ExecutionRow>, StoreError> {
     let mut all = rows.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    // Counted once for all rows, since they belong to one operation.
     let mut known = None;
     for (row, execution) in rows.iter().zip(&mut all) {
         if execution.wait_reason != Some(WaitReason::Due) {
@@ -160,6 +163,7 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
         wait_reason,
         next_attempt_time: match wait_reason {
             Some(WaitReason::NotDue) => row.maybe_time("due_time")?,
+            // A window that never opens has no next time.
             Some(WaitReason::WindowClosed) => row.maybe_time("closed_until")?.filter(|time| *time < END_OF_TIME),
             _ => None,
         },
@@ -180,7 +184,7 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
         sequence: row.number("sequence")?,
         overdue: row.flag("overdue")?,
         overdue_reason: match row.flag("overdue")? {
-            // One record that cannot be read must not hide the others.
+            // One unreadable record must not hide the others.
             true => why_overdue(row, "overdue_action").unwrap_or_else(|error| error.to_string()),
             false => String::new(),
         },
@@ -195,7 +199,8 @@ fn read(row: &Row) -> Result<ExecutionRow, StoreError> {
     })
 }
 
-/// What an execution is late with, from the columns `state`, `phase`, `deadline`, `assign_time`, `stretch_time`, and that of its action.
+/// Describes what an execution is late with, from the columns `state`, `phase`, `deadline`, `assign_time`, `stretch_time`
+/// and `action`.
 pub(super) fn why_overdue(row: &Row, action: &'static str) -> Result<String, StoreError> {
     let action: Action = row.json(action)?;
     let deadline = row.maybe_time("deadline")?;
@@ -218,6 +223,7 @@ pub(super) fn read_id(row: &Row) -> Result<ExecutionId, StoreError> {
 }
 
 fn read_wait_reason(row: &Row) -> Result<WaitReason, StoreError> {
+    // The node was deleted. The next round cancels the execution (`cancel_orphans`).
     let Some(node) = row.maybe_word("node_state", NodeState::parse)? else {
         return Ok(WaitReason::NodeOffline);
     };

@@ -1,4 +1,4 @@
-//! What expires soon: each is told once.
+//! Credentials that expire soon. Each is reported once.
 
 use chrono::{DateTime, TimeDelta, Utc};
 
@@ -6,26 +6,26 @@ use super::sql::sql;
 use super::{Store, StoreError};
 use crate::calendar::later;
 
-/// How long before something expires it is warned of.
+/// Time before its expiry at which a credential is reported.
 const WARNED_BEFORE: TimeDelta = TimeDelta::days(14);
 
-/// A credential that was made for less than this ends as somebody meant it to. A certificate is backdated by a day.
+/// A credential with a shorter life ends as intended, so it is not reported. A certificate is backdated by a day.
 const LONG_LIVED: TimeDelta = TimeDelta::days(16);
 
 /// Something that expires within 14 days.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expiring {
-    /// `nodes/ID`, `users/ID` or `apiTokens/ID`: whose credential it is.
+    /// Owner of the credential: `nodes/ID`, `users/ID` or `apiTokens/ID`.
     pub owner: String,
     /// The credential: `certificates/SERIAL` or `apiTokens/ID`.
     pub credential: String,
-    /// When it expires.
+    /// End of validity.
     pub expire_time: DateTime<Utc>,
 }
 
 impl Store {
-    /// Credentials that expire within 14 days, that nobody was warned of, and that no later one of the same owner has
-    /// taken the place of. They count as warned of from now on, at every controller.
+    /// Credentials that expire within 14 days, were not reported before, and were not replaced by a later one of the
+    /// same owner. From now on they count as reported, for every controller.
     pub async fn newly_expiring(&self, now: DateTime<Utc>) -> Result<Vec<Expiring>, StoreError> {
         self.again(|| self.newly_expiring_once(now)).await
     }
@@ -34,7 +34,8 @@ impl Store {
         let soon = later(now, WARNED_BEFORE);
         let tx = self.begin().await?;
         let mut found = Vec::new();
-        // A node's key that is not in service harms nobody by expiring; a user has as many certificates as devices.
+        // A node's key that is not in service harms nobody by expiring. A user has as many certificates as devices, so
+        // each of them counts.
         let certificates =
             sql("UPDATE certificates SET warn_time = ? WHERE warn_time IS NULL AND revoke_time IS NULL \
              AND not_after > ? AND not_after <= ? AND ( \

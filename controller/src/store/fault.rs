@@ -1,4 +1,4 @@
-//! Errors of the database: which of them may pass, and which are the disk's.
+//! Errors of the database: those that may pass, and faults of the disk.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use sea_orm::{DbErr, RuntimeErr};
 
 use super::StoreError;
 
-/// A failure of the disk below the database. It heals by an operator's hand, not by another try.
+/// A fault of the disk below the database. An operator has to fix it; a retry does not help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// No room is left.
@@ -31,11 +31,11 @@ impl std::fmt::Display for Fault {
     }
 }
 
-/// What the database or its driver said.
+/// An error of the database or its driver.
 #[derive(Debug)]
 pub struct DatabaseError {
     said: String,
-    /// The disk's failure, if it is one, and where: the database's file, or the server's address.
+    /// A fault of the disk, and its place: the database's file, or the server's address.
     fault: Option<(Fault, Arc<str>)>,
     /// SQLSTATE of Postgres, or SQLite's (extended) result code.
     code: Option<String>,
@@ -60,7 +60,7 @@ impl std::fmt::Display for DatabaseError {
 impl Error for DatabaseError {}
 
 impl DatabaseError {
-    /// The failure of the disk, if it is one.
+    /// The fault of the disk, if it is one.
     pub fn fault(&self) -> Option<Fault> {
         self.fault.as_ref().map(|(fault, _)| *fault)
     }
@@ -71,10 +71,11 @@ impl DatabaseError {
 }
 
 impl StoreError {
-    /// An error of the driver, of the database at `place`.
+    /// Classifies an error of the driver. `place` is the database's file or address.
     pub(super) fn of_driver(error: &sqlx::Error, place: &Arc<str>) -> Self {
         let sqlx::Error::Database(answer) = error else {
             let mut said = DatabaseError::said(crate::chain(error));
+            // The driver's own text does not name the database.
             if matches!(error, sqlx::Error::PoolTimedOut) {
                 said.said = format!("no connection to {place} in time");
             }
@@ -82,6 +83,7 @@ impl StoreError {
         };
         let code = answer.code().map(|code| code.into_owned());
         let fault = code.as_deref().and_then(fault_of_code).map(|fault| (fault, Arc::clone(place)));
+        // A fault counts as transient too: nothing was written, and the same call succeeds once the disk works.
         let transient = fault.is_some() || code.as_deref().is_some_and(is_transient_code);
         let violation = match answer.kind() {
             ErrorKind::UniqueViolation => Some(Violation::Unique),
@@ -101,12 +103,12 @@ impl StoreError {
         Self::Unavailable(DatabaseError::said(format!("{place} did not answer within {} ms", waited.as_millis())))
     }
 
-    /// The turn to write did not come in time.
+    /// The permit to write did not come in time.
     pub(super) fn busy(place: &str) -> Self {
         Self::Unavailable(DatabaseError::said(format!("{place} is busy: the turn to write did not come in time")))
     }
 
-    /// A transaction in which a statement failed cannot be committed.
+    /// A statement of the transaction failed, so it cannot be committed.
     pub(super) fn aborted() -> Self {
         Self::Refused(DatabaseError::said("a statement of the transaction failed, so it was rolled back".to_owned()))
     }
@@ -116,23 +118,23 @@ impl StoreError {
         Self::Refused(DatabaseError::said(why))
     }
 
-    /// Whether the database ended the transaction for the sake of another one: a serialization failure or a deadlock.
-    /// Nothing of it was done, and the same again may well succeed.
+    /// True if the database aborted the transaction in favour of another one: a serialization failure or a deadlock.
+    /// Nothing of it was stored, and a retry may well succeed.
     pub(super) fn is_conflict(&self) -> bool {
         self.code().is_some_and(|code| matches!(code, "40001" | "40P01"))
     }
 
-    /// Whether a row with the same unique key exists.
+    /// True if a row with the same unique key exists.
     pub(super) fn is_duplicate(&self) -> bool {
         self.database().is_some_and(|error| error.violation == Some(Violation::Unique))
     }
 
-    /// Whether the row names one that does not exist, or is named by one.
+    /// True if a foreign key failed: the row names one that does not exist, or is named by one.
     pub(super) fn is_dangling(&self) -> bool {
         self.database().is_some_and(|error| error.violation == Some(Violation::ForeignKey))
     }
 
-    /// Whether other transactions were in the way: a lock that did not come free in time, a deadlock, a serialization
+    /// True if other transactions were in the way: a lock that was not released in time, a deadlock or a serialization
     /// failure.
     pub fn is_contention(&self) -> bool {
         self.code().is_some_and(|code| code == "55P03" || (code.len() == 5 && code.starts_with("40")))
@@ -143,7 +145,7 @@ impl StoreError {
         self.database().and_then(|error| error.code.as_deref())
     }
 
-    /// The failure of the disk, if it is one.
+    /// The fault of the disk, if it is one.
     pub fn fault(&self) -> Option<Fault> {
         self.database().and_then(DatabaseError::fault)
     }
@@ -156,7 +158,7 @@ impl StoreError {
     }
 }
 
-/// Errors of migrations and of reading columns, which go through sea-orm.
+/// For errors of migrations and of reading columns, which go through sea-orm.
 impl From<DbErr> for StoreError {
     fn from(error: DbErr) -> Self {
         match &error {
@@ -169,7 +171,7 @@ impl From<DbErr> for StoreError {
     }
 }
 
-/// Whether the connection failed, rather than the statement.
+/// True if the connection failed, not the statement.
 fn is_of_connection(error: &sqlx::Error) -> bool {
     matches!(
         error,
@@ -182,13 +184,14 @@ fn is_of_connection(error: &sqlx::Error) -> bool {
     )
 }
 
-/// SQLSTATE (appendix A of Postgres' manual), or SQLite's result codes, of which the low byte of an extended one is the
-/// primary: READONLY 8, IOERR 10, FULL 13, CANTOPEN 14.
+/// Takes an SQLSTATE (appendix A of Postgres' manual) or a result code of SQLite. The low byte of an extended code is
+/// the primary one: READONLY 8, IOERR 10, FULL 13, CANTOPEN 14.
 fn fault_of_code(code: &str) -> Option<Fault> {
     match code {
         "53100" => return Some(Fault::DiskFull),
         "25006" => return Some(Fault::ReadOnly),
         "58030" => return Some(Fault::Io),
+        // Five characters are an SQLSTATE; SQLite's codes are shorter.
         _ if code.len() == 5 => return None,
         _ => {}
     }
@@ -200,8 +203,9 @@ fn fault_of_code(code: &str) -> Option<Fault> {
     }
 }
 
-/// Whether trying again later may help. SQLSTATE classes: connection, rollback, resources, operator intervention;
-/// 55P03 is a lock that did not come free in time, 25P03 a transaction that stood idle too long. SQLite: BUSY 5, LOCKED 6.
+/// True if a later retry may help. SQLSTATE classes: 08 connection, 40 rollback, 53 resources, 57 operator
+/// intervention. 55P03 is a lock that was not released in time, 25P03 a transaction that stood idle too long. SQLite:
+/// BUSY 5, LOCKED 6.
 fn is_transient_code(code: &str) -> bool {
     if code.len() == 5 {
         ["08", "40", "53", "57"].iter().any(|class| code.starts_with(class)) || matches!(code, "55P03" | "25P03")

@@ -1,4 +1,4 @@
-//! The instants of schedules: which have come, and what became of them.
+//! Fire times of schedules: those that are due, and their outcomes.
 
 use std::collections::BTreeMap;
 
@@ -15,70 +15,70 @@ use super::{Store, StoreError, micros};
 use crate::operation::OperationState;
 use crate::schedule::{FireOutcome, Overlap};
 
-/// What became of an instant of a schedule.
+/// Outcome of one fire time of a schedule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FireRow {
     /// The schedule.
     pub schedule: ScheduleId,
-    /// The instant.
+    /// The fire time.
     pub fire_time: DateTime<Utc>,
-    /// What became of it.
+    /// The outcome.
     pub outcome: FireOutcome,
-    /// Why.
+    /// Reason for the outcome.
     pub reason: String,
-    /// The operation that was made.
+    /// The operation that was created, if any.
     pub operation: Option<OperationId>,
-    /// When it was decided.
+    /// Time of the decision.
     pub record_time: DateTime<Utc>,
 }
 
-/// An instant of which nothing could become, because deciding about it failed.
+/// A fire time about which deciding failed.
 #[derive(Debug, Clone)]
 pub struct FailedFire {
-    /// What is recorded for it.
+    /// The row to record for it.
     pub row: FireRow,
-    /// The instant after it; `None`: it cannot be told.
+    /// The next fire time. `None` if it cannot be computed.
     pub next: Option<DateTime<Utc>>,
-    /// Why the schedule is paused for it; `None`: it goes on.
+    /// Reason to pause the schedule. `None`: it goes on.
     pub pause: Option<String>,
 }
 
-/// The last instant of a schedule of which something became.
+/// The last decided fire time of a schedule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LastFire {
-    /// What became of it.
+    /// Its outcome.
     pub row: FireRow,
-    /// Where the operation is that was made.
+    /// State of the operation that was created, if any.
     pub operation_state: Option<OperationState>,
 }
 
-/// Which fires to list; what is empty does not restrict.
+/// Filter for a list of fires. An empty field does not restrict.
 #[derive(Debug, Clone, Default)]
 pub struct FireQuery {
-    /// Only earlier ones than this.
+    /// Only earlier fire times than this one, for the next page.
     pub before: Option<DateTime<Utc>>,
-    /// How many at most.
+    /// Largest number of rows.
     pub limit: u32,
-    /// With one of these outcomes.
+    /// Only fires with one of these outcomes.
     pub outcomes: Vec<FireOutcome>,
 }
 
-/// What became of deciding about instants.
+/// Result of deciding about fire times.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdvanceOutcome {
-    /// Decided, as asked; with the operation that was made, if one was.
+    /// Decided, as asked. Contains the operation, if one was created.
     Advanced(Option<OperationId>),
-    /// Decided; the operation was not made, because an earlier one is unfinished.
+    /// Decided. No operation was created, because an earlier one is unfinished.
     Overlapped,
-    /// Nothing was done: another controller was first, or the schedule was changed.
+    /// Nothing was written: another controller was first, or the schedule was changed.
     Elsewhere,
-    /// Nothing was done: an artifact that the operation names was removed meanwhile.
+    /// Nothing was written: an artifact that the operation names was deleted in the meantime.
     ArtifactGone,
 }
 
 impl Store {
-    /// Schedules with an instant that has come, or that comes until then. One whose row this version cannot read is
-    /// left out, so that it holds up no other.
+    /// Schedules with a fire time at `until` or before. A schedule whose row this version cannot read is left out, so
+    /// that it holds up no other.
     pub async fn schedules_due(&self, until: DateTime<Utc>, limit: u32) -> Result<Vec<ScheduleRow>, StoreError> {
         let rows = sql("SELECT * FROM schedules WHERE next_fire <= ? ORDER BY next_fire, id LIMIT ?")
             .time(until)
@@ -88,9 +88,9 @@ impl Store {
         Ok(readable(&rows))
     }
 
-    /// Decides about the instants of a schedule from `seen.next_fire` until before `next`, in one transaction: `rows`
-    /// are recorded, and `fire` makes an operation for its instant, unless one of the schedule is unfinished and it
-    /// does not queue. Only one caller ever gets to decide about an instant.
+    /// Decides about the fire times of a schedule from `seen.next_fire` until before `next`, in one transaction. `rows`
+    /// are recorded. `fire` creates an operation for its fire time, unless the schedule has an unfinished one and does
+    /// not queue. Only one caller ever decides about a fire time.
     pub async fn advance(
         &self,
         seen: &ScheduleRow,
@@ -112,6 +112,7 @@ impl Store {
     ) -> Result<AdvanceOutcome, StoreError> {
         let last = rows.iter().chain(fire.map(|(_, row)| row)).map(|row| row.fire_time).max();
         let tx = self.begin().await?;
+        // The condition on `next_fire` makes one controller win. The others change no row.
         let moved = sql("UPDATE schedules SET next_fire = ?, last_fire = ?, failures = 0, failure = '' \
                          WHERE id = ? AND revision = ? AND next_fire = ?")
         .bind(next.map(micros))
@@ -125,9 +126,11 @@ impl Store {
             tx.rollback().await?;
             return Ok(AdvanceOutcome::Elsewhere);
         }
+        // Skipped and missed fire times get a row too, so a gap in the rows always means a defect.
         insert_fires(&*tx, rows).await?;
         let mut outcome = AdvanceOutcome::Advanced(None);
         if let Some((operation, row)) = fire {
+            // The UPDATE above locks the schedule, so no other controller can create an operation of it in between.
             let unfinished = match seen.overlap {
                 Overlap::Skip => unfinished(&*tx, &seen.id).await?,
                 Overlap::Queue => None,
@@ -138,12 +141,14 @@ impl Store {
                 insert_fires(&*tx, &[skipped]).await?;
                 outcome = AdvanceOutcome::Overlapped;
             } else if made_before(&*tx, &operation.id, &seen.id).await? {
-                // By a row of which the rest was lost; the id follows from the schedule and the instant.
+                // An earlier decision created it, and the rest of that was lost. Its id follows from the schedule and
+                // the fire time.
                 let fired = FireRow { operation: Some(operation.id.clone()), ..row.clone() };
                 insert_fires(&*tx, &[fired]).await?;
             } else {
                 match insert_all(&*tx, operation, now).await {
                     Ok(_) => {}
+                    // The bytes were deleted after the artifact's name was resolved.
                     Err(error) if error.is_dangling() => {
                         tx.rollback().await?;
                         return Ok(AdvanceOutcome::ArtifactGone);
@@ -159,7 +164,7 @@ impl Store {
         Ok(outcome)
     }
 
-    /// What became of the instants of a schedule, latest first.
+    /// Decided fire times of a schedule, latest first.
     pub async fn fires(&self, schedule: &ScheduleId, query: &FireQuery) -> Result<Vec<FireRow>, StoreError> {
         sql("SELECT * FROM fires WHERE schedule = ? AND fire_time < ? AND (? OR outcome IN {each}) \
              ORDER BY fire_time DESC LIMIT ?")
@@ -175,8 +180,8 @@ impl Store {
         .collect()
     }
 
-    /// Records that deciding about the instant `seen.next_fire` failed, and pauses the schedule if that is asked for;
-    /// false: somebody else decided about it, or the schedule was changed.
+    /// Records that deciding about `seen.next_fire` failed, and pauses the schedule if `failed.pause` says so. Returns
+    /// false if another caller decided about it, or the schedule was changed.
     pub async fn fail_fire(
         &self,
         seen: &ScheduleRow,
@@ -193,6 +198,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // `next_fire` moves on although nothing was decided, so that one bad fire time does not block the schedule.
         let moved = sql("UPDATE schedules SET next_fire = ?, last_fire = ?, failures = failures + 1, failure = ?, \
                          paused = (paused OR ?), pause_reason = CASE WHEN ? THEN ? ELSE pause_reason END, \
                          update_time = ?, revision = revision + 1 \
@@ -218,14 +224,15 @@ impl Store {
         Ok(true)
     }
 
-    /// Moves the next instant of a schedule that is still to come, because the rules of its zone, or how its expression
-    /// is read, are others than when it was stored; false: the schedule was changed meanwhile.
+    /// Moves the next fire time of a schedule, which is still ahead. The rules of its time zone, or the reading of its
+    /// expression, changed since it was stored. Returns false if the schedule was changed in the meantime.
     pub async fn move_next_fire(&self, seen: &ScheduleRow, next: Option<DateTime<Utc>>) -> Result<bool, StoreError> {
         self.again(|| self.move_next_fire_once(seen, next)).await
     }
 
     async fn move_next_fire_once(&self, seen: &ScheduleRow, next: Option<DateTime<Utc>>) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // A fire time computed under the old rules of its zone would still fire once under them.
         let moved = sql("UPDATE schedules SET next_fire = ?, revision = revision + 1 \
                          WHERE id = ? AND revision = ? AND next_fire = ?")
         .bind(next.map(micros))
@@ -238,7 +245,7 @@ impl Store {
         Ok(moved == 1)
     }
 
-    /// Of each of these schedules the last instant of which something became.
+    /// The last decided fire time of each of these schedules.
     pub async fn last_fires(&self, ids: &[ScheduleId]) -> Result<BTreeMap<ScheduleId, LastFire>, StoreError> {
         sql("SELECT f.*, o.state AS operation_state FROM schedules s \
              JOIN fires f ON f.schedule = s.id AND f.fire_time = s.last_fire \
@@ -266,7 +273,7 @@ async fn unfinished(tx: &impl Connection, id: &ScheduleId) -> Result<Option<Stri
     .transpose()
 }
 
-/// Whether the schedule has an operation of this id.
+/// True if the schedule has an operation with this id.
 async fn made_before(tx: &impl Connection, operation: &OperationId, schedule: &ScheduleId) -> Result<bool, StoreError> {
     let found = sql("SELECT id FROM operations WHERE id = ? AND schedule = ?")
         .bind(operation.as_str())

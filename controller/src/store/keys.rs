@@ -1,4 +1,4 @@
-//! The keys of a node. One is in service: that of the node's row. The others have a row here. A key is named by its
+//! Keys of nodes. The key in service is in the node's row; every other key has a row here. A key is identified by its
 //! fingerprint, the SHA-256 of its SubjectPublicKeyInfo.
 
 use chrono::{DateTime, Utc};
@@ -8,23 +8,23 @@ use super::connection::Connection;
 use super::sql::{Row, sql};
 use super::{Store, StoreError, nodes};
 
-/// The most keys of a node that wait for approval: each costs its sender a use of a token.
+/// Limit of a node's keys that wait for approval. Each costs its sender a use of a token.
 const WAITING_MAX: i64 = 16;
-/// The most keys of a node that are remembered.
+/// Limit of a node's keys that are remembered.
 const REMEMBERED_MAX: i64 = 64;
 
-/// How a key stands to its node.
+/// State of a key at its node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyState {
-    /// The node is known by it.
+    /// The node's present key.
     InService,
-    /// Given by a renewal and not used yet: the one before is in service until it is.
+    /// Issued by a renewal and not used yet. The key before it stays in service until then.
     Next,
-    /// Somebody shows it who is to be approved first.
+    /// Shown by a caller that has to be approved first.
     Pending,
-    /// Another one took its place.
+    /// Another key replaced it.
     Previous,
-    /// An admin shut it out.
+    /// An admin revoked it.
     Revoked,
 }
 
@@ -43,7 +43,7 @@ impl KeyState {
         [Self::Next, Self::Pending, Self::Previous, Self::Revoked].into_iter().find(|state| state.as_str() == text)
     }
 
-    /// Whether the node is obeyed and served under this key.
+    /// True if the node may open sessions, download and renew under this key.
     pub fn serves(self) -> bool {
         matches!(self, Self::InService | Self::Next)
     }
@@ -54,17 +54,17 @@ impl KeyState {
 pub struct PendingKey {
     /// SHA-256 of its SubjectPublicKeyInfo, lower-case hexadecimal.
     pub key_sha256: String,
-    /// When it was shown first.
+    /// Time at which it was shown first.
     pub create_time: DateTime<Utc>,
-    /// The serial number of the board that showed it; empty: not said.
+    /// Serial number of the board that showed it; empty if it gave none.
     pub serial: String,
-    /// From which address.
+    /// Address from which it was shown.
     pub origin: String,
-    /// Why it waits.
+    /// Reason to wait, for operators.
     pub reason: String,
 }
 
-/// Where a pending key came from.
+/// Origin of a pending key.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shown<'a> {
     pub(super) serial: &'a str,
@@ -72,20 +72,20 @@ pub(super) struct Shown<'a> {
     pub(super) reason: &'a str,
 }
 
-/// Why a key waits that the node had before.
+/// Reason for a key that the node had before.
 pub(super) const CAME_BACK: &str =
     "an earlier key of the node: its card or its root was put back to an earlier state, or somebody kept the key";
-/// Why a key waits that a board of a known node enrolled with.
+/// Reason for a new key that a board of a known node enrolled with.
 pub(super) const NEW_KEY: &str = "the board of this node enrolled again with another key";
 
 impl Store {
-    /// How a key stands to a node.
+    /// State of a key at a node. `None` if there is no such node.
     pub async fn key_state(&self, node: &NodeId, key: &str) -> Result<Option<KeyState>, StoreError> {
         state(self.reader(), node, key).await
     }
 }
 
-/// How a key stands to a node; `None`: no such node.
+/// State of a key at a node. `None` if there is no such node.
 pub(super) async fn state(db: &impl Connection, node: &NodeId, key: &str) -> Result<Option<KeyState>, StoreError> {
     let row = sql("SELECT n.key_sha256 AS present, k.state AS state FROM nodes n \
          LEFT JOIN node_keys k ON k.node = n.id AND k.key_sha256 = ? WHERE n.id = ?")
@@ -97,12 +97,13 @@ pub(super) async fn state(db: &impl Connection, node: &NodeId, key: &str) -> Res
     if row.text("present")? == key {
         return Ok(Some(KeyState::InService));
     }
-    // A key without a row is from before there were rows.
+    // Keys that were replaced before this table existed have no row, and neither have forgotten ones.
     Ok(Some(row.maybe_word("state", KeyState::parse)?.unwrap_or(KeyState::Previous)))
 }
 
-/// The nodes that know a key, and how it stands to each.
+/// Finds the node that knows a key, and the key's state there. A node with the key in service comes first.
 pub(super) async fn owner(db: &impl Connection, key: &str) -> Result<Option<(NodeId, KeyState)>, StoreError> {
+    // The key in service counts first, because another node may remember the same key.
     if let Some(row) = sql("SELECT id FROM nodes WHERE key_sha256 = ?").bind(key).one(db).await? {
         return Ok(Some((nodes::read_id(&row)?, KeyState::InService)));
     }
@@ -113,7 +114,7 @@ pub(super) async fn owner(db: &impl Connection, key: &str) -> Result<Option<(Nod
     row.map(|row| Ok((nodes::read_id(&row)?, row.word("state", KeyState::parse)?))).transpose()
 }
 
-/// Notes how a key stands to a node, in a transaction that holds the node.
+/// Stores the state of a key. The caller's transaction holds the node.
 pub(super) async fn note(
     tx: &impl Connection,
     node: &NodeId,
@@ -135,7 +136,8 @@ pub(super) async fn note(
     .time(now)
     .run(tx)
     .await?;
-    // What was forgotten is taken for a previous key, and held too.
+    // A forgotten key counts as a previous one, so it is held as well if it is shown. A revoked key must not be
+    // forgotten, because it would be held instead of refused.
     sql("DELETE FROM node_keys WHERE node = ? AND state = 'PREVIOUS' AND key_sha256 NOT IN \
          (SELECT key_sha256 FROM node_keys WHERE node = ? ORDER BY create_time DESC, key_sha256 LIMIT ?)")
     .bind(node.as_str())
@@ -146,7 +148,7 @@ pub(super) async fn note(
     Ok(())
 }
 
-/// Holds a key for approval, in a transaction that holds the node; false: too many wait already.
+/// Holds a key for approval. Returns false if too many wait already. The caller's transaction holds the node.
 pub(super) async fn hold(
     tx: &impl Connection,
     node: &NodeId,
@@ -156,6 +158,7 @@ pub(super) async fn hold(
 ) -> Result<bool, StoreError> {
     let waiting = sql("SELECT COUNT(*) AS waiting FROM node_keys WHERE node = ? AND state = 'PENDING'");
     let waiting = waiting.bind(node.as_str()).one(tx).await?.map_or(Ok(0), |row| row.int("waiting"))?;
+    // Anyone with a token can show keys for a node, and must not fill the table.
     if waiting >= WAITING_MAX {
         return Ok(false);
     }
@@ -163,8 +166,8 @@ pub(super) async fn hold(
     Ok(true)
 }
 
-/// Puts a key in service, in a transaction that holds the node. The one before, and what a renewal gave it, become
-/// previous ones.
+/// Puts a key in service. The key before it, and a key from a renewal of that, become previous ones. The caller's
+/// transaction holds the node.
 pub(super) async fn put_in_service(
     tx: &impl Connection,
     node: &NodeId,
@@ -173,6 +176,7 @@ pub(super) async fn put_in_service(
 ) -> Result<(), StoreError> {
     let before = sql("SELECT key_sha256 FROM nodes WHERE id = ?").bind(node.as_str()).one(tx).await?;
     let before = before.map_or_else(|| Ok(String::new()), |row| row.text("key_sha256"))?;
+    // The key in service is in the node's row only.
     sql("DELETE FROM node_keys WHERE node = ? AND key_sha256 = ?").bind(node.as_str()).bind(key).run(tx).await?;
     retire_next(tx, node).await?;
     if !before.is_empty() && before != key {
@@ -182,7 +186,7 @@ pub(super) async fn put_in_service(
     Ok(())
 }
 
-/// Makes previous ones of keys that a renewal gave and nobody has used.
+/// Turns keys that a renewal issued and nobody has used into previous ones.
 pub(super) async fn retire_next(tx: &impl Connection, node: &NodeId) -> Result<(), StoreError> {
     sql("UPDATE node_keys SET state = 'PREVIOUS' WHERE node = ? AND state = 'NEXT'")
         .bind(node.as_str())
@@ -191,7 +195,7 @@ pub(super) async fn retire_next(tx: &impl Connection, node: &NodeId) -> Result<(
     Ok(())
 }
 
-/// Shuts a key out, in a transaction that holds the node. What a renewal gave its holder is held for approval.
+/// Revokes a key. A key that a renewal gave its holder is held for approval. The caller's transaction holds the node.
 pub(super) async fn shut_out(
     tx: &impl Connection,
     node: &NodeId,
@@ -199,7 +203,9 @@ pub(super) async fn shut_out(
     now: DateTime<Utc>,
 ) -> Result<(), StoreError> {
     if state(tx, node, key).await? == Some(KeyState::InService) {
+        // Empty matches no key, so the node has none in service until an admin approves one.
         sql("UPDATE nodes SET key_sha256 = '' WHERE id = ?").bind(node.as_str()).run(tx).await?;
+        // The holder of the revoked key asked for it, so it may be an attacker's.
         sql("UPDATE node_keys SET state = 'PENDING', reason = ? WHERE node = ? AND state = 'NEXT'")
             .bind("a renewal gave it to the holder of a key that was shut out since")
             .bind(node.as_str())
@@ -216,7 +222,7 @@ pub(super) async fn shut_out(
     Ok(())
 }
 
-/// The keys of these nodes that wait for approval, oldest first.
+/// Keys of these nodes that wait for approval, oldest first.
 pub(super) async fn pending(db: &impl Connection, ids: &[NodeId]) -> Result<Vec<(NodeId, PendingKey)>, StoreError> {
     sql("SELECT node AS id, key_sha256, create_time, serial, origin, reason FROM node_keys \
          WHERE state = 'PENDING' AND node IN {each} ORDER BY node, create_time, key_sha256")

@@ -1,4 +1,4 @@
-//! What nodes logged of executions that did not succeed.
+//! Log lines of nodes about executions that did not succeed.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::ExecutionId;
@@ -10,23 +10,23 @@ use super::{Store, StoreError};
 /// Lines that a node sent with a report.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SentLog {
-    /// Oldest first, each with a line feed at its end; empty: it sent none.
+    /// Oldest first, each with a line feed at its end. Empty if the node sent none.
     pub lines: String,
-    /// Older lines were left out.
+    /// True if older lines were left out.
     pub cut: bool,
 }
 
-/// Lines as they are stored.
+/// Stored lines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogRow {
-    /// What the node sent.
+    /// The lines as the node sent them.
     pub sent: SentLog,
-    /// When they were stored.
+    /// Time at which they were stored.
     pub time: DateTime<Utc>,
 }
 
 impl Store {
-    /// What the node logged of an execution.
+    /// Lines that the node sent about an execution, if any.
     pub async fn execution_log(&self, id: &ExecutionId) -> Result<Option<LogRow>, StoreError> {
         let row = sql("SELECT lines, cut, time FROM execution_logs WHERE operation = ? AND node = ?")
             .bind(id.operation.as_str())
@@ -40,7 +40,7 @@ impl Store {
         .transpose()
     }
 
-    /// Whether the node logged anything of an execution; the lines are not read.
+    /// True if the node sent lines about an execution. Does not read them.
     pub async fn has_log(&self, id: &ExecutionId) -> Result<bool, StoreError> {
         let row = sql("SELECT 1 AS found FROM execution_logs WHERE operation = ? AND node = ?")
             .bind(id.operation.as_str())
@@ -51,14 +51,15 @@ impl Store {
     }
 }
 
-/// Keeps what a node logged of an execution. What is there stays: a node says the same again until it is heard, and must
-/// not be able to change later what somebody has read.
+/// Stores log lines of an execution, unless it has some. A node repeats its report until it is acknowledged, and must
+/// not be able to change lines that an operator has read.
 pub(super) async fn keep(
     tx: &Transaction,
     id: &ExecutionId,
     log: &SentLog,
     now: DateTime<Utc>,
 ) -> Result<(), StoreError> {
+    // The first row stays, so a report without lines must not take its place.
     if log.lines.is_empty() {
         return Ok(());
     }

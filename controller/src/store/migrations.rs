@@ -1,4 +1,4 @@
-//! The tables. Times are microseconds since 1970, UTC; closed sets and JSON are text.
+//! The tables. Times are microseconds since 1970, UTC. Enumerations and JSON are stored as text.
 
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
@@ -16,7 +16,7 @@ mod m0070_image_facts;
 mod m0075_paused_by;
 mod m0083_stretches;
 
-/// The migrations, oldest first. One that was released is never changed.
+/// The migrations, oldest first. A released one is never changed.
 pub(super) struct Migrator;
 
 #[async_trait::async_trait]
@@ -55,7 +55,7 @@ impl MigrationTrait for Tables {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
         let postgres = db.get_database_backend() == DbBackend::Postgres;
-        // Ids are sorted by their bytes, whatever the language of the database: pages depend on it.
+        // Ids are sorted by their bytes, not by the rules of the database's language. Pages depend on that order.
         let (id, bytes, counter) = if postgres {
             ("TEXT COLLATE \"C\"", "BYTEA", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
         } else {
@@ -101,6 +101,7 @@ const TABLES: &[&str] = &[
     "CREATE INDEX nodes_serial ON nodes (serial)",
     "CREATE INDEX nodes_key ON nodes (key_sha256)",
     "CREATE INDEX nodes_controller ON nodes (controller_id)",
+    // `UNIQUE (creator, request_id)`: a repeated request finds the operation of the first one.
     "CREATE TABLE operations (
         id {ID} PRIMARY KEY,
         action TEXT NOT NULL,
@@ -122,8 +123,10 @@ const TABLES: &[&str] = &[
         event_count BIGINT NOT NULL DEFAULT 0,
         UNIQUE (creator, request_id)
     )",
+    // Partial, because rounds look for unfinished operations only, and ended ones accumulate.
     "CREATE INDEX operations_unfinished ON operations (state, schedule_time)
         WHERE state IN ('SCHEDULED', 'RUNNING', 'PAUSED', 'CANCELLING')",
+    // `node` is no foreign key: the history of an operation outlives its nodes.
     "CREATE TABLE executions (
         operation {ID} NOT NULL REFERENCES operations (id),
         node {ID} NOT NULL,
@@ -148,7 +151,7 @@ const TABLES: &[&str] = &[
         finish_time BIGINT,
         PRIMARY KEY (operation, node)
     )",
-    // At most one execution of a node is at work.
+    // At most one active execution for each node. Claims rely on this index.
     "CREATE UNIQUE INDEX executions_active ON executions (node)
         WHERE state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')",
     "CREATE INDEX executions_pending ON executions (node) WHERE state = 'PENDING'",
@@ -178,6 +181,7 @@ const TABLES: &[&str] = &[
         labels TEXT NOT NULL,
         revoked BOOLEAN NOT NULL DEFAULT FALSE
     )",
+    // One row for each key that a token enrolled: the same key again is no second use.
     "CREATE TABLE enrolments (
         token {ID} NOT NULL REFERENCES tokens (id),
         key_sha256 TEXT NOT NULL,
@@ -196,6 +200,7 @@ const TABLES: &[&str] = &[
         revoke_time BIGINT
     )",
     "CREATE INDEX certificates_node ON certificates (node)",
+    // Names and needs refer to the bytes, so their row cannot be deleted too early.
     "CREATE TABLE blobs (
         sha256 TEXT PRIMARY KEY,
         kind TEXT NOT NULL,
@@ -226,7 +231,7 @@ const TABLES: &[&str] = &[
         PRIMARY KEY (board, kind, purpose)
     )",
     "CREATE INDEX artifact_defaults_artifact ON artifact_defaults (artifact)",
-    // What unfinished operations need; the rows go when the operation ends.
+    // Bytes that unfinished operations need. The rows are deleted as the operation ends.
     "CREATE TABLE needs (
         operation {ID} NOT NULL REFERENCES operations (id),
         artifact {ID} NOT NULL,
@@ -234,6 +239,7 @@ const TABLES: &[&str] = &[
         PRIMARY KEY (operation, artifact, sha256)
     )",
     "CREATE INDEX needs_sha256 ON needs (sha256)",
+    // `number` gives pages an order that no clock can change.
     "CREATE TABLE audit (
         number {COUNTER},
         time BIGINT NOT NULL,

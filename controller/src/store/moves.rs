@@ -1,4 +1,4 @@
-//! The writes of executions' states: each names the state that it expects, and writes its event with it.
+//! Writes of executions' states. Each names the state that it expects, and adds its event.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -23,11 +23,11 @@ pub(super) struct Move<'a> {
     pub(super) to: ExecutionState,
     pub(super) error: Option<&'a ExecutionError>,
     pub(super) action: &'a Action,
-    /// What the node says that it does now; empty: it said nothing.
+    /// Phase that the node reports; empty if it reports none.
     pub(super) phase: &'a str,
     pub(super) actor: &'a str,
     pub(super) reason: &'a str,
-    /// The attempt that the node knows, when it is ahead of the store.
+    /// The node's attempt, if it is ahead of the store.
     pub(super) adopts: Option<u32>,
 }
 
@@ -38,7 +38,7 @@ impl Move<'_> {
     }
 }
 
-/// When an execution becomes overdue that reaches this state and phase now.
+/// Time at which an execution that enters this state and phase now becomes overdue. `None`: never.
 pub(super) fn deadline(
     state: ExecutionState,
     phase: &str,
@@ -50,24 +50,24 @@ pub(super) fn deadline(
         .and_then(|limit| now.checked_add_signed(limit))
 }
 
-/// For progress that names no phase that is known: how long the state may take, in microseconds; 0 where nothing is
-/// awaited.
+/// Time limit of the state in microseconds, for progress whose phase is not known. 0 if nothing is awaited.
 pub(super) fn patience(state: ExecutionState, action: &Action) -> i64 {
     length(deadline_after(state, "", action).unwrap_or_default())
 }
 
-/// In microseconds.
+/// Microseconds. Capped well below the largest integer, because SQL adds them to a time.
 pub(super) fn length(time: Duration) -> i64 {
     i64::try_from(time.as_micros()).unwrap_or(i64::MAX / 4)
 }
 
-/// Makes a change, if the execution is still where it is expected, and ends its operation if it was the last; tells
-/// whether it did. The caller holds the operation's row.
+/// Applies a change if the execution is still in the state `from`, and finishes its operation if it was the last one.
+/// Returns true if it did. The caller holds the operation's row.
 pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime<Utc>) -> Result<bool, StoreError> {
+    // A report may name any state. An illegal step changes nothing.
     if !change.is_legal() {
         return Ok(false);
     }
-    // Said again, even under another number, a state is no sign of life and no event.
+    // A repeated state is neither a sign of life nor an event, even under another sequence number.
     let again = change.from == change.to && change.error.is_none() && change.adopts.is_none();
     let due = deadline(change.to, change.phase, change.action, now).map(micros);
     let stretch = length(deadline_of_stretch(change.action));
@@ -87,7 +87,7 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     .bind(change.error.map(|error| error.message.clone()))
     .bind(again)
     .bind(change.phase)
-    // A node that was overdue and is at work again can fail once more, which nobody has let pass.
+    // A node that was overdue and is at work again can fail once more. No operator has forgiven that failure.
     .bind(change.to.is_final())
     .bind(again)
     .bind(change.phase)
@@ -101,12 +101,13 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     .bind(again)
     .bind(again)
     .time(now)
-    // Where it stopped is worth knowing when all is over.
+    // The last phase stays after the end, because it tells where the node stopped.
     .bind(change.to.is_final() && change.phase.is_empty())
     .bind(change.phase)
     .bind(patience(change.to, change.action))
     .time(now)
     .bind(change.to.is_final().then(|| micros(now)))
+    // The store may have lost the assignment itself, so an adopted attempt gets a time now.
     .bind(change.adopts.map(i64::from))
     .bind(change.adopts.map(|_| micros(now)))
     .bind(change.id.operation.as_str())
@@ -129,7 +130,7 @@ pub(super) async fn apply(tx: &impl Connection, change: &Move<'_>, now: DateTime
     Ok(true)
 }
 
-/// The end of executions for a common reason.
+/// One end for several executions.
 pub(super) struct End<'a> {
     pub(super) to: ExecutionState,
     pub(super) error: Option<ExecutionError>,
@@ -149,14 +150,15 @@ pub(super) fn read_found(row: &Row) -> Result<(ExecutionId, ExecutionState), Sto
     Ok((read_id(row)?, row.word("state", ExecutionState::parse)?))
 }
 
-/// Ends executions that are still in the state in which they were found, with their events, and the operations of
-/// which they were the last. The caller holds the operations' rows.
+/// Ends executions that are still in the state in which they were found. Writes their events, and finishes the
+/// operations of which they were the last. The caller holds the operations' rows.
 pub(super) async fn end(
     tx: &impl Connection,
     found: &[(ExecutionId, ExecutionState)],
     end: &End<'_>,
     now: DateTime<Utc>,
 ) -> Result<Vec<Changed>, StoreError> {
+    // `change_to` has no way from PENDING to FAILED. One that can never be assigned still has to fail.
     let is_legal = |from: ExecutionState| match end.to {
         ExecutionState::Failed => !from.is_final() && from.break_off().is_ok(),
         to => from.change_to(to).is_ok(),
@@ -198,6 +200,7 @@ pub(super) async fn end(
         ));
         changed.push(Changed { execution: id, from, to: end.to });
     }
+    // A BTreeMap, so the operations are written in the order of their ids, like all locks.
     for (operation, events) in happened {
         events::record(tx, &operation, events, now).await?;
         finish_if_done(tx, &operation, now).await?;
@@ -206,7 +209,7 @@ pub(super) async fn end(
 }
 
 impl Store {
-    /// Ends one execution FAILED, for what is wrong with its record or its delivery; tells whether it did.
+    /// Ends one execution as FAILED because its record or its delivery is defective. Returns true if it did.
     pub(super) async fn break_off(
         &self,
         id: &ExecutionId,
@@ -221,8 +224,8 @@ impl Store {
         Ok(!self.end_found(which, ExecutionState::Failed, error, now).await?.is_empty())
     }
 
-    /// Ends the executions that `which` finds (columns `operation`, `node`, `state`). It is asked twice: outside a
-    /// transaction, since mostly there is nothing to do, and again when their operations are held.
+    /// Ends the executions that `which` finds (columns `operation`, `node`, `state`). The query runs twice: first
+    /// outside of a transaction, because mostly it finds nothing, then again under the lock of the operations.
     pub(super) async fn end_found(
         &self,
         which: Sql,
@@ -250,7 +253,7 @@ impl Store {
         let tx = self.begin().await?;
         lock(&*tx, &operations).await?;
         let mut found = which.all(&*tx).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
-        // Of operations that were not there a moment ago and so are not held: the next round's.
+        // Operations that appeared since the first query are not locked. Their executions are left to the next round.
         found.retain(|(id, _)| operations.contains(&id.operation));
         let changed = end(&*tx, &found, &End { to, error, actor: CONTROLLER }, now).await?;
         self.commit(tx).await?;

@@ -1,14 +1,14 @@
-//! Names of nodes and users. They share one list, in lower case, so that no two differ by case only and no node is
+//! Names of nodes and users. They share one list in lower case. So no two names differ only by case, and no node is
 //! taken for a user in the audit.
 
 use super::StoreError;
 use super::connection::Connection;
 use super::sql::sql;
 
-/// Names that the controller signs its own events and operations with.
+/// Names under which the controller itself signs events and operations.
 const RESERVED: [&str; 2] = ["controller", "marco-controller"];
 
-/// Who has a name.
+/// Kind of a name's owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Node,
@@ -24,20 +24,21 @@ impl Kind {
     }
 }
 
-/// What became of asking for a name.
+/// Result of taking a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// It was free, or is the asker's already.
+    /// It was free.
     Granted,
-    /// One of the same kind has exactly this name.
+    /// An owner of the same kind has exactly this name.
     Taken,
-    /// Nobody may have it; the sentence says why.
+    /// No node or user may have it; the text says why.
     Refused(String),
 }
 
-/// Takes a name in a transaction. A concurrent transaction that asks for the same waits for this one.
+/// Takes a name, inside a transaction. A concurrent transaction that takes the same name waits for this one.
 pub(super) async fn take(tx: &impl Connection, kind: Kind, id: &str) -> Result<Claim, StoreError> {
     let folded = id.to_ascii_lowercase();
+    // A user of such a name could pass for the controller in events and in the audit.
     if RESERVED.contains(&folded.as_str()) {
         return Ok(Claim::Refused(format!("{id} is a name of the controller itself")));
     }
@@ -62,7 +63,7 @@ pub(super) async fn take(tx: &impl Connection, kind: Kind, id: &str) -> Result<C
     Ok(Claim::Refused(format!("{id} {how} {owner}/{owned}")))
 }
 
-/// Gives a name back, in a transaction.
+/// Gives a name back, inside a transaction.
 pub(super) async fn give_back(tx: &impl Connection, kind: Kind, id: &str) -> Result<(), StoreError> {
     sql("DELETE FROM taken_names WHERE folded = ? AND kind = ? AND id = ?")
         .bind(id.to_ascii_lowercase())

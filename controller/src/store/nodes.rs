@@ -1,4 +1,4 @@
-//! Nodes.
+//! Nodes: reading, changing, quarantining and deleting them.
 
 use std::collections::BTreeMap;
 
@@ -17,64 +17,64 @@ use super::sql::{Row, Sql, sql};
 use super::{Scope, Store, StoreError};
 use crate::operation::{ExecutionError, ExecutionState, NodeMode, NodeState, reason};
 
-/// Facts of the hardware.
+/// Hardware facts, as the agent reported them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Board {
-    /// From the device tree.
+    /// Model name from the device tree.
     pub model: String,
-    /// The revision code, hexadecimal.
+    /// Revision code, hexadecimal.
     pub revision: String,
-    /// The serial number, 16 hexadecimal digits.
+    /// Serial number, 16 hexadecimal digits.
     pub serial: String,
-    /// Of its interfaces.
+    /// MAC addresses of its interfaces.
     pub mac_addresses: Vec<String>,
-    /// That the kernel sees.
+    /// Memory that the kernel sees, in bytes.
     pub memory_bytes: u64,
-    /// `pi1` to `pi5`; empty: unknown.
+    /// `pi1` to `pi5`; empty if unknown.
     pub family: String,
 }
 
-/// Facts of the system that a node runs.
+/// Facts about the system that a node runs, as the agent reported them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct System {
     /// As `uname -m` prints it.
     pub kernel_arch: String,
-    /// That the agent was built for.
+    /// Architecture that the agent was built for.
     pub userspace_arch: String,
-    /// In bytes.
+    /// Page size of the kernel in bytes.
     pub page_size: u32,
     /// As `uname -r` prints it.
     pub kernel_release: String,
     /// PRETTY_NAME of /etc/os-release.
     pub os: String,
-    /// How the card is laid out.
+    /// Partition layout of the card.
     pub layout: CardLayout,
-    /// SHA-256 of the image it was installed from; empty: unknown.
+    /// SHA-256 of the image that the system was installed from; empty if unknown.
     pub image_sha256: String,
-    /// SHA-256 of the boot files; empty: unknown.
+    /// SHA-256 of the boot files; empty if unknown.
     pub boot_sha256: String,
-    /// Why it would refuse an update.
+    /// Reason to refuse an update. `None` if the node would accept one.
     pub update_refusal: Option<UpdateRefusal>,
-    /// Its illnesses, as it said last.
+    /// Problems that the node reported last.
     pub conditions: Vec<Condition>,
 }
 
-/// Something that ails a node.
+/// A problem of a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Condition {
-    /// Of which kind.
+    /// Kind of the problem.
     pub ailment: Ailment,
     /// A sentence for people.
     pub message: String,
 }
 
-/// A kind of illness.
+/// Kind of a problem.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ailment {
-    /// The journal cannot be written: the node takes no work.
+    /// The journal cannot be written, so the node takes no work.
     Journal,
     /// The file system of the agent's state is read-only or full.
     Disk,
@@ -82,12 +82,12 @@ pub enum Ailment {
     Clock,
     /// The power supply is too weak.
     UnderVoltage,
-    /// Of a newer agent, or read by an older controller than the one that stored it.
+    /// A kind that this controller does not know, from a newer agent or a newer controller.
     #[serde(other)]
     Unknown,
 }
 
-/// Why a node would refuse an update.
+/// Reason of a node to refuse an update.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpdateRefusal {
     /// A stable word for programs.
@@ -96,112 +96,112 @@ pub struct UpdateRefusal {
     pub message: String,
 }
 
-/// How a card is laid out.
+/// Partition layout of a card.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CardLayout {
-    /// Not known.
+    /// The agent reported none.
     #[default]
     Unknown,
     /// One boot partition.
     Single,
-    /// A recovery partition with installer sets, and the system's own.
+    /// A recovery partition with installer sets, and the system's own boot partition.
     Resident,
 }
 
 /// A stored node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeRow {
-    /// Its id.
+    /// Id, unique also among users regardless of case.
     pub id: NodeId,
     /// A name for people.
     pub display_name: String,
-    /// For selectors.
+    /// Labels, for selectors and scopes.
     pub labels: BTreeMap<String, String>,
-    /// Whether it is admitted.
+    /// State of admission.
     pub state: NodeState,
-    /// Why it is not, else empty.
+    /// Reason if the node is not approved, else empty.
     pub state_reason: String,
-    /// It has an open stream.
+    /// True while a controller holds its stream.
     pub connected: bool,
-    /// The role of its agent at its last hello; `None`: it never said one.
+    /// Role of its agent at its last hello. `None` before the first.
     pub mode: Option<NodeMode>,
-    /// Its hardware.
+    /// Hardware, as its agent reported it last.
     pub board: Board,
-    /// What it runs.
+    /// Running system, as its agent reported it last.
     pub system: System,
-    /// Of its last hello; empty: none.
+    /// Boot id of its last hello; empty before the first.
     pub boot_id: String,
-    /// Of its last hello; empty: none.
+    /// Agent's version of its last hello; empty before the first.
     pub agent_version: String,
-    /// When it enrolled.
+    /// Time of its enrolment.
     pub create_time: DateTime<Utc>,
-    /// When it was last heard of.
+    /// Last sign of life. `None` before the first session.
     pub last_seen: Option<DateTime<Utc>>,
-    /// The unfinished execution that it holds.
+    /// The unfinished execution that was assigned to it, if any.
     pub active_execution: Option<ExecutionId>,
-    /// The number of its last session.
+    /// Number of its last session.
     pub session_epoch: i64,
-    /// The controller that holds its stream.
+    /// The controller that holds its stream. `None` without a stream.
     pub controller_id: Option<String>,
-    /// How often an operator let it have another key.
+    /// Rises each time an operator approves another key. Open calls of certificates with a lower one are ended.
     pub generation: i64,
-    /// What it says of executions and is not taken, oldest first.
+    /// Reports about executions that the store could not accept, oldest first.
     pub conflicts: Vec<ConflictRow>,
-    /// SHA-256 of the SubjectPublicKeyInfo of its key, lower-case hexadecimal; empty: its key was shut out.
+    /// SHA-256 of the SubjectPublicKeyInfo of its key, lower-case hexadecimal. Empty after its key was revoked.
     pub key_sha256: String,
     /// Keys that wait for approval, oldest first.
     pub pending_keys: Vec<PendingKey>,
-    /// Until when the newest certificate of its key is valid; `None`: it has none.
+    /// End of validity of the newest certificate of its key. `None` if there is none.
     pub certificate_expire_time: Option<DateTime<Utc>>,
 }
 
-/// Which nodes to list; what is empty does not restrict.
+/// Filter for a list of nodes. An empty field does not restrict.
 #[derive(Debug, Clone, Default)]
 pub struct NodeQuery {
-    /// Only those with a greater id.
+    /// Only nodes with a greater id, for the next page.
     pub after: Option<NodeId>,
-    /// How many at most.
+    /// Largest number of rows.
     pub limit: u32,
-    /// In one of these states.
+    /// Only nodes in one of these states.
     pub states: Vec<NodeState>,
-    /// With all of these labels.
+    /// Only nodes with all of these labels.
     pub labels: BTreeMap<String, String>,
-    /// Only connected ones.
+    /// True: only connected nodes.
     pub connected: bool,
-    /// Only those within it.
+    /// Only nodes within the scope.
     pub scope: Scope,
 }
 
-/// What became of forgetting a node.
+/// Result of deleting a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeleteNodeOutcome {
-    /// It is forgotten and its certificates are revoked.
+    /// Deleted, and its certificates are revoked.
     Deleted,
-    /// It has unfinished work, and force was not asked for.
+    /// It has unfinished work, and `force` was not set.
     Busy(Vec<ExecutionId>),
     /// No such node.
     NotFound,
 }
 
-/// What became of changing a node.
+/// Result of changing a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpdateNodeOutcome {
-    /// The node as it is now.
+    /// Changed; the node as it is now.
     Updated(Box<NodeRow>),
-    /// Its labels are not any more what they were; nothing is changed.
+    /// Its labels changed since they were read. Nothing was written.
     ChangedMeanwhile,
     /// No such node.
     NotFound,
 }
 
 impl Store {
-    /// One node.
+    /// Reads one node.
     pub async fn node(&self, id: &NodeId) -> Result<Option<NodeRow>, StoreError> {
         find(self.reader(), id).await
     }
 
-    /// Nodes, by id.
+    /// Nodes in the order of their ids.
     pub async fn nodes(&self, query: &NodeQuery) -> Result<Vec<NodeRow>, StoreError> {
         let which = sql(SELECT)
             .and(" WHERE n.id > ? AND (? OR n.state IN {each}) AND (? OR n.controller_id IS NOT NULL)")
@@ -209,6 +209,7 @@ impl Store {
             .bind(query.states.is_empty())
             .each(query.states.iter().map(|state| state.as_str()))
             .bind(!query.connected);
+        // A filter can only narrow the caller's scope, so both conditions hold.
         let rows = Self::with_labels(Self::with_labels(which, &query.labels), query.scope.labels())
             .and(" ORDER BY n.id LIMIT ?")
             .bind(i64::from(query.limit))
@@ -217,7 +218,7 @@ impl Store {
         read_all(self.reader(), &rows).await
     }
 
-    /// Those of these nodes that exist, by id.
+    /// Reads those of these nodes that exist, in the order of their ids.
     pub async fn nodes_by_id(&self, ids: &[NodeId]) -> Result<Vec<NodeRow>, StoreError> {
         let rows = sql(SELECT)
             .and(" WHERE n.id IN {each} ORDER BY n.id")
@@ -227,7 +228,7 @@ impl Store {
         read_all(self.reader(), &rows).await
     }
 
-    /// The ids of the approved nodes with all of these labels; no labels: of all approved nodes.
+    /// Ids of the approved nodes that carry all of these labels. Without labels, of all approved nodes.
     pub async fn approved_nodes(&self, labels: &BTreeMap<String, String>) -> Result<Vec<NodeId>, StoreError> {
         let which = sql("SELECT n.id AS id FROM nodes n WHERE n.state = 'APPROVED'");
         Self::with_labels(which, labels).and(" ORDER BY n.id").all(self.reader()).await?.iter().map(read_id).collect()
@@ -238,7 +239,7 @@ impl Store {
         if labels.is_empty() { which } else { which.and(" AND {within n.labels}").json(labels) }
     }
 
-    /// Changes labels, display name, or both, and only while the labels are as they were, if `before` says so.
+    /// Changes labels, display name or both. With `before`, only if the labels are still those.
     pub async fn update_node(
         &self,
         id: &NodeId,
@@ -257,6 +258,8 @@ impl Store {
         display_name: Option<&str>,
     ) -> Result<UpdateNodeOutcome, StoreError> {
         let tx = self.begin().await?;
+        // Labels decide which callers may act on a node, so a change must not overwrite labels that its caller never
+        // saw. Comparing text works: maps are stored with sorted keys.
         let changed = sql("UPDATE nodes SET labels = COALESCE(?, labels), display_name = COALESCE(?, display_name) \
              WHERE id = ? AND (? OR labels = ?)")
         .bind(labels.map(super::sql::to_json))
@@ -275,7 +278,7 @@ impl Store {
         })
     }
 
-    /// Shuts a node out; `None`: no such node.
+    /// Shuts a node out. Returns `None` if there is no such node.
     pub async fn quarantine(
         &self,
         id: &NodeId,
@@ -298,7 +301,7 @@ impl Store {
         Ok(row)
     }
 
-    /// Forgets a node; with `force` what waits is cancelled and what is at work fails.
+    /// Deletes a node. With `force`, its waiting executions are cancelled and its active ones fail.
     pub async fn delete_node(
         &self,
         id: &NodeId,
@@ -327,10 +330,13 @@ impl Store {
         if !found.is_empty() && !force {
             return Ok(DeleteNodeOutcome::Busy(found.into_iter().map(|(id, _)| id).collect()));
         }
+        // The node is locked above, the operations here: the order that all transactions keep.
         let operations: Vec<OperationId> = found.iter().map(|(id, _)| id.operation.clone()).collect();
         lock(&*tx, &operations).await?;
         let (waiting, active): (Vec<_>, Vec<_>) =
             found.into_iter().partition(|(_, state)| *state == ExecutionState::Pending);
+        // A waiting execution is at no node, so it is CANCELLED. The node may have done a part of an active one, so
+        // that is FAILED.
         let error = Some(ExecutionError::new(reason::NODE_DELETED, format!("{actor} deleted the node")));
         let cancelled = End { to: ExecutionState::Cancelled, error: error.clone(), actor };
         moves::end(&*tx, &waiting, &cancelled, now).await?;
@@ -340,8 +346,10 @@ impl Store {
             .bind(id.as_str())
             .run(&*tx)
             .await?;
+        // `conflicts` has no foreign key, so its rows do not go with the node.
         sql("DELETE FROM conflicts WHERE node = ?").bind(id.as_str()).run(&*tx).await?;
         sql("DELETE FROM nodes WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
+        // Without this no node or user could take the name again.
         names::give_back(&*tx, names::Kind::Node, id.as_str()).await?;
         self.commit(tx).await?;
         Ok(DeleteNodeOutcome::Deleted)
@@ -354,13 +362,13 @@ const SELECT: &str = "SELECT n.*, (SELECT COUNT(*) FROM node_keys k WHERE k.node
     AND e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) AS active, \
     EXISTS (SELECT 1 FROM conflicts c WHERE c.node = n.id AND c.resolution = '') AS torn FROM nodes n";
 
-/// One node, also inside a transaction.
+/// Reads one node, also inside a transaction.
 pub(super) async fn find(db: &impl Connection, id: &NodeId) -> Result<Option<NodeRow>, StoreError> {
     let row = sql(SELECT).and(" WHERE n.id = ?").bind(id.as_str()).one(db).await?;
     Ok(read_all(db, row.as_slice()).await?.pop())
 }
 
-/// Reads nodes, with what they say and is not taken, and with their pending keys. Hardly any node has either.
+/// Reads nodes, with conflicts and pending keys. Few nodes have either, so these are fetched only for rows that say so.
 async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<NodeRow>, StoreError> {
     let mut nodes = Vec::with_capacity(rows.len());
     let (mut torn, mut waiting) = (Vec::new(), Vec::new());
@@ -397,7 +405,7 @@ pub(super) fn read_id(row: &Row) -> Result<NodeId, StoreError> {
     row.word("id", |id| NodeId::parse(id).ok())
 }
 
-/// A serial number as it is compared.
+/// Serial number in the form used for comparing.
 pub(super) fn normal_serial(serial: &str) -> String {
     serial.trim().to_ascii_lowercase()
 }

@@ -1,5 +1,5 @@
-//! Changes passed on between the controllers that share a Postgres database: a hint, so that they do not wait for their
-//! next tick. What is lost is found by the tick.
+//! Passes changes on between the controllers that share a Postgres database. They are hints, so that a controller need
+//! not wait for its next tick. The tick finds a change whose hint was lost.
 
 use std::time::Duration;
 
@@ -11,21 +11,21 @@ use super::sql::sql;
 use super::{Store, StoreError};
 
 const CHANNEL: &str = "marco_changes";
-/// Changes that come close together are passed on as one.
+/// Pause between two notifications. Changes that come close together are passed on as one.
 const SETTLE: Duration = Duration::from_millis(50);
-/// After this time it is tried again when the database is away.
+/// Pause before the next try while the database is away.
 const RETRY: Duration = Duration::from_secs(1);
 
 impl Store {
-    /// Passes changes on and hears of those of others, until cancelled. On SQLite there is nobody else; a pooler that gives
-    /// each transaction another server carries no notifications.
+    /// Passes changes on and listens for those of others, until cancelled. On SQLite there is no other controller. A
+    /// pooler in transaction mode carries no notifications.
     pub async fn share_changes(self, stop: CancellationToken) {
         if !self.is_postgres() || self.reader().is_behind_pooler() {
             stop.cancelled().await;
             return;
         }
         let own = Uuid::now_v7().to_string();
-        // Dropping any of them loses hints only.
+        // Dropping any of them loses only hints.
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.tell(&own) => {}
@@ -52,16 +52,17 @@ impl Store {
         }
     }
 
-    /// Hears until the connection is lost.
+    /// Listens until the connection is lost.
     async fn hear(&self, own: &str) -> Result<(), StoreError> {
         let reader = self.reader();
         let lost = |error| StoreError::of_driver(&error, &reader.place);
         let Some(pool) = reader.as_postgres() else { return Ok(()) };
         let mut listener = PgListener::connect_with(pool).await.map_err(lost)?;
         listener.listen(CHANNEL).await.map_err(lost)?;
-        // Whatever happened before is not heard of any more.
+        // Earlier notifications are lost, so anything may have changed.
         self.hint();
         while let Some(notification) = listener.try_recv().await.map_err(lost)? {
+            // Postgres sends our own notifications to us as well.
             if notification.payload() != own {
                 self.hint();
             }

@@ -24,38 +24,38 @@ use super::sql::sql;
 use super::vitals::Vitals;
 use super::{Shared, Store, StoreError, audit, postgres};
 
-/// How long a caller waits for a free connection, or for a new one. sqlx's own 30 s would hold up every RPC while the
-/// database is away.
+/// Longest wait for a free or a new connection. sqlx's default of 30 s would hold up every RPC while the database is
+/// away.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
-/// How long a write waits for its turn. Separate from the above, because a queue behind a busy database (a whole fleet that
-/// says hello at once) is no outage.
+/// Longest wait for the permit to write. Separate from `CONNECT_TIMEOUT`, because a queue behind a busy database (a
+/// whole fleet that says hello at once) is no outage.
 const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
-/// A writer that waits for its turn looks this often whether the database is away: then it waits no longer.
+/// Interval at which a writer in the queue checks if the database is away. If so, it stops waiting.
 const QUEUE_LOOK: Duration = Duration::from_millis(250);
-/// How long SQLite waits for a lock: another process' (a backup, for example), or that of a connection of ours that was
-/// closed while its last statement was still at work. Shorter than a caller waits.
+/// Longest wait of SQLite for a lock. It may be held by another process (a backup, for example), or by a connection of
+/// ours that was closed while its last statement still ran. Shorter than a caller waits.
 const BUSY_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Of the connections to Postgres, those for writes; the rest is left to reads, which never wait for a lock.
+/// Connections to Postgres that may write. The rest is left to reads, which never wait for a lock.
 const POSTGRES_WRITERS: usize = 12;
-/// Readers of SQLite: it works on local files, more would only wait for the processor.
+/// Connections that read from SQLite. It works on local files, so more would only wait for the processor.
 const SQLITE_READERS: u32 = 4;
-/// Pauses before a transaction that the database ended for another one's sake is done again: 10, 30 and 90 ms, each up to
-/// half as long or longer, so that the two do not meet again. A caller is answered within 2 s.
+/// Pauses before a transaction is retried that the database aborted in favour of another one: 10, 30 and 90 ms. Each
+/// varies by up to half, so that the two do not collide again. A caller is still answered within 2 s.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LAST_PAUSE: Duration = Duration::from_millis(90);
-/// Says "Marco" to the advisory locks of Postgres.
+/// Key of the advisory lock for migrations: "Marco" in ASCII.
 const MIGRATION_LOCK: i64 = 0x004d_6172_636f;
-/// Migrations, and the wait for those of another controller, take longer than other statements.
+/// Limits while migrating. Migrations take longer than other statements, and so does waiting for another controller's.
 const MIGRATION_LIMITS: &str = "SET LOCAL statement_timeout = '10min'; SET LOCAL lock_timeout = '10min'; \
      SET LOCAL idle_in_transaction_session_timeout = '1min'";
-/// sea-orm names its statements. Behind a pooler these would stay on a server that others of its clients get next.
+/// Drops sea-orm's named statements. Behind a pooler they would stay on a server that other clients get next.
 const FORGET_STATEMENTS: &str = "DO $$ DECLARE statement text; BEGIN \
      FOR statement IN SELECT name FROM pg_prepared_statements WHERE name LIKE 'sqlx\\_s\\_%' LOOP \
          EXECUTE format('DEALLOCATE %I', statement); END LOOP; END $$";
 
 impl Store {
     /// Opens the database at `url` and brings its tables up to date. `sqlite:///dir/marco.db` is created if it is
-    /// missing; one process can hold it. `postgres://` serves several controllers.
+    /// missing, and only one process can hold it. `postgres://` serves several controllers.
     pub async fn open(url: &str) -> Result<Self, StoreError> {
         let (writer, reader, lock, turns) = if let Some(path) = url.strip_prefix("sqlite://") {
             let path = path.split('?').next().unwrap_or_default();
@@ -88,12 +88,12 @@ impl Store {
         Ok(store)
     }
 
-    /// Asks the database for a sign of life.
+    /// Checks that the database answers.
     pub async fn ping(&self) -> Result<(), StoreError> {
         sql("SELECT 1").one(self.reader()).await.map(|_| ())
     }
 
-    /// The database's time, by which several controllers agree; `None` on SQLite, which has none of its own.
+    /// The database's clock, by which several controllers agree. `None` on SQLite, which has no clock of its own.
     pub async fn database_time(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
         if !self.is_postgres() {
             return Ok(None);
@@ -104,11 +104,10 @@ impl Store {
         row.map(|row| row.time("now")).transpose()
     }
 
-    /// When the last row was written, by the clock of who wrote it: of the audit, or a controller's sign of life. `None`:
-    /// there is none yet.
+    /// Time of the last written row, by the writer's clock: of the audit, or of a controller's beat. `None` if there is
+    /// neither.
     pub async fn last_row(&self) -> Result<Option<DateTime<Utc>>, StoreError> {
-        // The audit's last row by number, not by time: a clock that was ahead for a while and is right again is forgotten
-        // with the next row.
+        // The audit's last row by number, not by time. If a clock was ahead for a while, the next row corrects it.
         let row = sql(
             "SELECT MAX(t.time) AS last FROM (SELECT time FROM audit WHERE number = (SELECT MAX(number) FROM audit) \
                        UNION ALL SELECT MAX(beat_time) AS time FROM controllers) t",
@@ -119,8 +118,8 @@ impl Store {
     }
 
     async fn migrate(&self) -> Result<(), StoreError> {
-        // The migrator works on connections of sea-orm only. A failure ends the store that is being opened, and with it
-        // its connections.
+        // The migrator works only on connections of sea-orm. If it fails, the store is not opened, and its connections
+        // are dropped.
         let pooler = self.shared.writer.is_behind_pooler();
         let tx = match (self.shared.writer.as_postgres(), self.shared.writer.as_sqlite()) {
             (Some(pool), _) => begin(SqlxPostgresConnector::from_sqlx_postgres_pool(pool.clone())).await?,
@@ -129,10 +128,11 @@ impl Store {
         };
         if self.is_postgres() {
             tx.execute_unprepared(MIGRATION_LIMITS).await?;
-            // Several controllers may start at once; the migrator itself takes no lock.
+            // Several controllers may start at once, and the migrator takes no lock itself.
             tx.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")).await?;
         }
         if pooler {
+            // A migration that was cut off may have left statements under the names that sea-orm is about to use.
             tx.execute_unprepared(FORGET_STATEMENTS).await?;
         }
         Migrator::up(&tx, None).await?;
@@ -140,13 +140,14 @@ impl Store {
             tx.execute_unprepared(FORGET_STATEMENTS).await?;
         }
         if !self.is_postgres() {
-            // The file's lock says that nobody else is alive, so the sessions of earlier processes can be ended.
+            // The file's lock proves that no other controller is alive, so the sessions of earlier processes have
+            // ended.
             tx.execute_unprepared("DELETE FROM controllers").await?;
         }
         Ok(tx.commit().await?)
     }
 
-    /// Whether several controllers may share it.
+    /// True if several controllers may share the database.
     pub fn is_shared(&self) -> bool {
         self.is_postgres()
     }
@@ -159,20 +160,21 @@ impl Store {
         &self.shared.reader
     }
 
-    /// Why writes fail at present, if they do: for the health service.
+    /// Why writes fail at present, for the health service. `None` if they succeed.
     pub fn ailment(&self) -> Option<String> {
         self.shared.writer.vitals.ailment()
     }
 
-    /// Begins a transaction that writes; when it is dropped, nothing of it remains.
+    /// Begins a transaction that writes. Dropping it rolls back.
     pub(super) async fn begin(&self) -> Result<Tx, StoreError> {
         let turn = self.turn().await?;
         let begun = self.shared.writer.begin(Some(turn)).await;
+        // Read by the writers that wait in `turn`.
         self.shared.away.store(matches!(begun, Err(StoreError::Unavailable(_))), Ordering::Relaxed);
         Ok(Tx { tx: begun? })
     }
 
-    /// Waits for the turn to write.
+    /// Waits for the permit to write.
     async fn turn(&self) -> Result<OwnedSemaphorePermit, StoreError> {
         let busy = || StoreError::busy(&self.shared.writer.place);
         let turn = Arc::clone(&self.shared.turns).acquire_owned();
@@ -181,7 +183,8 @@ impl Store {
         loop {
             match tokio::time::timeout(QUEUE_LOOK, &mut turn).await {
                 Ok(turn) => return turn.map_err(|_| busy()),
-                // Whoever holds a turn waits in vain: the others need not queue to find out.
+                // The holder of the permit waits for a database that is away. The others need not queue to find that
+                // out.
                 Err(_) if self.shared.away.load(Ordering::Relaxed) || self.shared.writer.vitals.is_silent() => {
                     return Err(busy());
                 }
@@ -191,7 +194,7 @@ impl Store {
         }
     }
 
-    /// Does what is one transaction, and does it again if the database ended that for the sake of another one.
+    /// Runs a transaction, and runs it again if the database aborted it in favour of another one.
     pub(super) async fn again<T, F>(&self, transaction: impl Fn() -> F) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, StoreError>>,
@@ -200,6 +203,7 @@ impl Store {
         loop {
             match transaction().await {
                 Err(error) if error.is_conflict() && pause <= LAST_PAUSE => {
+                    // Only `debug`: a conflict is expected under load, and the last error is returned.
                     tracing::debug!(error = &*crate::chain(&error), "a transaction is done again");
                     tokio::time::sleep(jittered(pause)).await;
                     pause *= 3;
@@ -209,13 +213,14 @@ impl Store {
         }
     }
 
-    /// Commits if something was written. What was not done must not be recorded as done.
+    /// Commits if `wrote`, else rolls back, so that a call that changed nothing is not audited as done.
     pub(super) async fn commit_if(&self, wrote: bool, tx: Tx) -> Result<(), StoreError> {
         if wrote { self.commit(tx).await } else { tx.rollback().await }
     }
 
-    /// Commits, with the record of the call that asked for it, and hints that something changed.
+    /// Commits with the audit record of the call behind it, then hints that something changed.
     pub(super) async fn commit(&self, tx: Tx) -> Result<(), StoreError> {
+        // One transaction for both: a record written afterwards could be lost with the process or the connection.
         let record = audit::due();
         if let Some(record) = &record {
             audit::insert(&*tx, &record.row()).await?;
@@ -231,7 +236,7 @@ impl Store {
     }
 }
 
-/// A transaction that writes. Its connection has the turn to write with it.
+/// A transaction that writes. Its connection holds the permit.
 pub(super) struct Tx {
     tx: Transaction,
 }
@@ -245,21 +250,21 @@ impl Deref for Tx {
 }
 
 impl Tx {
-    /// Commits without a hint: for what nobody waits for.
+    /// Commits without a hint, for changes that nobody waits for.
     pub(super) async fn commit(self) -> Result<(), StoreError> {
         self.tx.commit().await
     }
 
-    /// Ends it with nothing done, now rather than some time after it is dropped.
+    /// Rolls back now. A dropped transaction is rolled back some time later.
     pub(super) async fn rollback(self) -> Result<(), StoreError> {
         self.tx.rollback().await
     }
 }
 
-/// Up to half more or less.
+/// Varies a pause by up to half in either direction.
 fn jittered(pause: Duration) -> Duration {
     let mut random = [0u8; 1];
-    // Without randomness there is merely no jitter.
+    // If there is no randomness, only the variation is lost.
     let _ = getrandom::fill(&mut random);
     pause.mul_f64(0.5 + f64::from(u8::from_ne_bytes(random)) / 255.0)
 }
@@ -278,7 +283,7 @@ async fn open_sqlite(path: &Path) -> Result<(Pool, Pool, File), StoreError> {
         std::fs::create_dir_all(folder).map_err(StoreError::File)?;
     }
     let lock = lock_file(path)?;
-    // SQLite gives the files beside it the mode of the database.
+    // SQLite gives its `-wal` and `-shm` files the mode of the database's file.
     File::options().create(true).append(true).mode(0o600).open(path).map_err(StoreError::File)?;
     for ending in ["", "-wal", "-shm", ".lock"] {
         crate::folders::keep_private(&beside(path, ending));
@@ -286,11 +291,12 @@ async fn open_sqlite(path: &Path) -> Result<(Pool, Pool, File), StoreError> {
     let place: Arc<str> = Arc::from(path.display().to_string());
     let failed = |error: sqlx::Error| StoreError::of_driver(&error, &place);
     let pool = |connections: u32| {
-        // A connection that is closed would be opened again with the same settings, but there is no reason to.
+        // Reopening an idle connection would bring nothing: its file and its settings stay the same.
         let options = SqlitePoolOptions::new().idle_timeout(None).max_lifetime(None);
         options.max_connections(connections).acquire_timeout(CONNECT_TIMEOUT)
     };
     let writer = pool(1).connect_with(sqlite_options(path)).await.map_err(failed)?;
+    // Guards the rule that all writes go through the one writer.
     let reader_options = sqlite_options(path).pragma("query_only", "ON");
     let reader = pool(SQLITE_READERS).connect_with(reader_options).await.map_err(failed)?;
     let vitals: Arc<Vitals> = Arc::default();
@@ -303,21 +309,21 @@ fn sqlite_options(file: &Path) -> SqliteConnectOptions {
         .filename(file)
         .create_if_missing(true)
         .journal_mode(SqliteJournalMode::Wal)
-        // In WAL mode the default, NORMAL, may lose the last commits in a power cut: they were acknowledged.
+        // NORMAL, the default in WAL mode, may lose the last commits in a power cut, though they were acknowledged.
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(BUSY_TIMEOUT)
         .disable_statement_logging()
 }
 
-/// A file beside the database's.
+/// The path of a file next to the database, such as `-wal`.
 fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
     PathBuf::from(name)
 }
 
-/// Takes the lock beside the database's file; it dies with the process.
+/// Takes the lock file next to the database. The lock ends with the process.
 fn lock_file(path: &Path) -> Result<File, StoreError> {
     let mut options = File::options();
     options.create(true).truncate(false).write(true).mode(0o600);
@@ -329,15 +335,16 @@ fn lock_file(path: &Path) -> Result<File, StoreError> {
     }
 }
 
-/// A URL as it may be shown.
+/// The URL without user and password, for messages.
 fn without_password(url: &str) -> String {
+    // The last `@`, because a password may contain one.
     match (url.find("://"), url.rfind('@')) {
         (Some(scheme), Some(at)) if scheme < at => {
             let (head, tail) = (url.get(..scheme).unwrap_or_default(), url.get(at..).unwrap_or_default());
             format!("{head}://...{tail}")
         }
         (Some(_), _) => url.to_owned(),
-        // The other form of Postgres (`host=... password=...`), or a slip of the pen: a secret may stand anywhere in it.
+        // Postgres' other form (`host=... password=...`), or a typo: a secret may stand anywhere, so nothing is shown.
         (None, _) => "...".to_owned(),
     }
 }

@@ -1,4 +1,4 @@
-//! Operations: storing and reading them.
+//! Operations: storing, reading and finishing them.
 
 use std::collections::BTreeMap;
 
@@ -19,128 +19,128 @@ use crate::schedule::MaintenanceWindow;
 /// An operation to be stored.
 #[derive(Debug, Clone)]
 pub struct NewOperation {
-    /// Its id, a UUID of version 7: a fresh one, or a schedule's for an instant.
+    /// UUID of version 7. Fresh, or derived from a schedule and its fire time.
     pub id: OperationId,
-    /// What to do, frozen.
+    /// The action, with the digests that artifact names had when it was created.
     pub action: Action,
-    /// On which nodes, as asked for.
+    /// The target as the caller gave it.
     pub target: Target,
-    /// On which nodes, resolved; each once.
+    /// The nodes that the target resolved to, without duplicates.
     pub nodes: Vec<NodeId>,
-    /// When it begins.
+    /// Begin time. If it has passed, the operation begins at once.
     pub schedule_time: DateTime<Utc>,
-    /// After which nothing of it is begun.
+    /// No execution begins after this time.
     pub expire_time: DateTime<Utc>,
-    /// Who asks.
+    /// Name of the caller, or of the user who created its schedule. Also the actor of the first event.
     pub creator: String,
-    /// By which the same request is known again.
+    /// Makes a retried request idempotent. `None` if the caller gave no request id.
     pub request: Option<RequestKey>,
-    /// The operation that this one retries.
+    /// The operation that this one retries, if any.
     pub retry_of: Option<OperationId>,
-    /// The schedule that makes it.
+    /// The schedule behind it. `None` for an operation that a caller asked for directly.
     pub origin: Option<Origin>,
-    /// How it goes over its nodes; `None`: all at once, and nothing pauses it.
+    /// Pace, and conditions to pause by itself. `None`: all nodes at once, never paused by itself.
     pub rollout: Option<Rollout>,
-    /// When nodes may be begun; `None`: at any time.
+    /// Times at which nodes may begin. `None`: at any time.
     pub window: Option<MaintenanceWindow>,
-    /// The nodes that whoever asks is limited to; looked at again when a node is given its part.
+    /// Nodes that the caller is limited to. Checked again when a node is about to get its part.
     pub scope: Scope,
 }
 
-/// Where an operation that nobody asked for singly comes from.
+/// Origin of an operation that a schedule made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Origin {
-    /// The schedule.
+    /// Id of the schedule.
     pub schedule: ScheduleId,
-    /// The schedule's instant; `None`: somebody let it run besides.
+    /// Scheduled time; `None` for a manual run.
     pub fire_time: Option<DateTime<Utc>>,
-    /// Before which a node is not given its part; one that is not named begins with the operation.
+    /// Earliest start of each node, from the schedule's jitter. A node that is missing here begins with the operation.
     pub starts: BTreeMap<NodeId, DateTime<Utc>>,
 }
 
-/// By which a repeated request is known.
+/// Identifies a repeated request of one caller.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RequestKey {
-    /// Chosen by the caller.
+    /// Chosen by the caller, unique among the caller's operations.
     pub request_id: String,
     /// SHA-256 of the request's body, lower-case hexadecimal.
     pub body_sha256: String,
 }
 
-/// What became of a request to store an operation.
+/// Result of a request to store an operation.
 #[derive(Debug, Clone)]
 pub enum CreateOutcome {
-    /// It is stored.
+    /// Stored.
     Created(OperationRow),
-    /// It was stored by an earlier request of the same caller, id and body.
+    /// An earlier request stored it, with the same caller, request id and body.
     Existing(OperationRow),
-    /// The caller used the request id for another body.
+    /// The caller used the request id before, with another body.
     RequestReused,
-    /// An artifact that it names was removed meanwhile; nothing is stored.
+    /// An artifact that it names was deleted in the meantime. Nothing is stored.
     ArtifactGone,
 }
 
 /// A stored operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OperationRow {
-    /// Its id.
+    /// UUID of version 7. Sorts by creation, or by fire time if a schedule made it.
     pub id: OperationId,
-    /// What to do.
+    /// The action, with digests instead of names.
     pub action: Action,
-    /// On which nodes, as asked for.
+    /// The target as the caller gave it.
     pub target: Target,
-    /// Where it is.
+    /// State of the operation as a whole.
     pub state: OperationState,
-    /// Why it is paused, if it is and a reason was given; else empty.
+    /// Reason given for the pause. Empty if none was given or the operation is not paused.
     pub state_reason: String,
-    /// Who paused it, if it is paused: a user, or `controller` when its rollout did. Empty for one that was paused before
-    /// this was kept.
+    /// User who paused it, or `controller` if its rollout did. Empty if it is not paused, or was paused by a release
+    /// that did not store this.
     pub paused_by: String,
-    /// When it begins.
+    /// Begin time.
     pub schedule_time: DateTime<Utc>,
-    /// After which nothing of it is begun.
+    /// No execution begins after this time.
     pub expire_time: DateTime<Utc>,
-    /// Who asked for it.
+    /// Name of the caller who created it, or who created its schedule.
     pub creator: String,
-    /// The operation that it retries.
+    /// The operation that it retries, if any.
     pub retry_of: Option<OperationId>,
-    /// The schedule that made it.
+    /// The schedule that made it, if any.
     pub schedule: Option<ScheduleId>,
-    /// The schedule's instant that it was made for.
+    /// The schedule's fire time that it was made for. `None` also for a manual run.
     pub fire_time: Option<DateTime<Utc>>,
-    /// When it was stored.
+    /// Time at which it was stored.
     pub create_time: DateTime<Utc>,
-    /// When it or one of its executions last changed its state.
+    /// Last change of its own state or of an execution's.
     pub update_time: DateTime<Utc>,
-    /// When it ended.
+    /// End time. `None` while it is unfinished.
     pub finish_time: Option<DateTime<Utc>>,
-    /// How many events it has; also the number of the last.
+    /// Number of its events, which is also the number of the last one.
     pub event_count: u64,
-    /// How many executions are in which state.
+    /// Number of executions per state.
     pub counts: Counts,
-    /// How it goes over its nodes.
+    /// Pace, and conditions to pause by itself. `None`: all nodes at once.
     pub rollout: Option<Rollout>,
-    /// When nodes may be begun.
+    /// Times at which nodes may begin. `None`: at any time.
     pub window: Option<MaintenanceWindow>,
 }
 
-/// Which operations to list; what is empty does not restrict.
+/// Filter for a list of operations. An empty field does not restrict.
 #[derive(Debug, Clone, Default)]
 pub struct OperationQuery {
-    /// Only those made before this one.
+    /// Only operations created before this one, for the next page.
     pub after: Option<OperationId>,
-    /// How many at most.
+    /// Largest number of rows.
     pub limit: u32,
-    /// In one of these states.
+    /// Only operations in one of these states.
     pub states: Vec<OperationState>,
-    /// With an execution on this node.
+    /// Only operations with an execution on this node.
     pub node: Option<NodeId>,
-    /// With an execution on a node within it.
+    /// Only operations with an execution on a node within the scope.
     pub scope: Scope,
 }
 
 impl Store {
-    /// Stores an operation, its executions and its first event, or finds the one that the same request stored.
+    /// Stores an operation, its executions and its first event. Returns the stored one if the same request came before.
     pub async fn create_operation(&self, new: &NewOperation, now: DateTime<Utc>) -> Result<CreateOutcome, StoreError> {
         self.again(|| self.create_operation_once(new, now)).await
     }
@@ -149,10 +149,12 @@ impl Store {
         let tx = self.begin().await?;
         match insert_all(&*tx, new, now).await {
             Ok(true) => {}
+            // The same request came before, perhaps at the same moment through another controller.
             Ok(false) => {
                 tx.rollback().await?;
                 return self.existing(new).await;
             }
+            // The foreign key of `needs` fails if a concurrent delete removed the bytes first.
             Err(error) if error.is_dangling() => {
                 tx.rollback().await?;
                 return Ok(CreateOutcome::ArtifactGone);
@@ -171,7 +173,7 @@ impl Store {
 
     /// Operations, newest first.
     pub async fn operations(&self, query: &OperationQuery) -> Result<Vec<OperationRow>, StoreError> {
-        // Ids do not tell which is newer: a schedule's has the time of its instant.
+        // Ids do not tell which operation is newer: the id of a scheduled one carries its fire time.
         let rows = sql("SELECT o.* FROM operations o WHERE (? OR (o.create_time, o.id) < \
                             (SELECT l.create_time, l.id FROM operations l WHERE l.id = ?)) \
                         AND (? OR o.state IN {each}) \
@@ -179,6 +181,7 @@ impl Store {
                         AND (? OR EXISTS (SELECT 1 FROM executions e JOIN nodes n ON n.id = e.node \
                                           WHERE e.operation = o.id AND {within n.labels})) \
                         ORDER BY o.create_time DESC, o.id DESC LIMIT ?")
+        // The first value of each pair switches its filter off, so that one text serves all filters.
         .bind(query.after.is_none())
         .bind(query.after.as_ref().map_or("", OperationId::as_str))
         .bind(query.states.is_empty())
@@ -193,7 +196,7 @@ impl Store {
         read_all(self.reader(), &rows).await
     }
 
-    /// How many executions of operations are in which state, of those on nodes within a scope.
+    /// Number of executions per state of these operations, counting only nodes within a scope.
     pub async fn counts_within(
         &self,
         ids: &[OperationId],
@@ -202,7 +205,7 @@ impl Store {
         counts(self.reader(), ids, scope).await
     }
 
-    /// What an earlier request of the same caller with this id came to; `None`: there was none.
+    /// Result of an earlier request of the same caller with this id. `None` if there was none.
     pub async fn requested(&self, creator: &str, key: &RequestKey) -> Result<Option<CreateOutcome>, StoreError> {
         let row = sql("SELECT * FROM operations WHERE creator = ? AND request_id = ?")
             .bind(creator)
@@ -210,6 +213,7 @@ impl Store {
             .one(self.reader())
             .await?;
         let Some(row) = row else { return Ok(None) };
+        // The same id with another body is an error of the caller, not a retry.
         if row.maybe_text("request_sha256")?.as_deref() != Some(&key.body_sha256) {
             return Ok(Some(CreateOutcome::RequestReused));
         }
@@ -229,8 +233,8 @@ fn first_state(new: &NewOperation, now: DateTime<Utc>) -> OperationState {
     if new.schedule_time <= now { OperationState::Running } else { OperationState::Scheduled }
 }
 
-/// Inserts the operation, what it needs, its executions and its first event, unless the same caller has used the
-/// request id. Fails as a row that names what does not exist when an artifact is gone.
+/// Inserts the operation, its needs, its executions and its first event. Returns false if the same caller has used the
+/// request id. Returns an error that `is_dangling` if an artifact is gone.
 pub(super) async fn insert_all(
     tx: &impl Connection,
     new: &NewOperation,
@@ -245,6 +249,7 @@ pub(super) async fn insert_all(
         .nodes
         .iter()
         .map(|node| {
+            // A start that has passed becomes 0, because only times ahead may hold an execution back.
             let start = starts.and_then(|starts| starts.get(node)).filter(|start| **start > now);
             Part { node: node.as_str(), not_before: start.map_or(0, |start| micros(*start)) }
         })
@@ -256,6 +261,7 @@ pub(super) async fn insert_all(
     .json(&parts)
     .run(tx)
     .await?;
+    // The dispatcher does this for an operation that begins later (`begin_due`).
     if first_state(new, now) == OperationState::Running {
         note_beginning(tx, &new.id, now).await?;
     }
@@ -271,8 +277,9 @@ struct Part<'a> {
     not_before: i64,
 }
 
-/// Inserts the operation's row, unless the same caller has used the request id.
+/// Inserts the operation's row. Returns false if the same caller has used the request id.
 async fn insert(tx: &impl Connection, new: &NewOperation, now: DateTime<Utc>) -> Result<bool, StoreError> {
+    // A request id of NULL never conflicts, so requests without one are always inserted.
     let inserted =
         sql("INSERT INTO operations (id, action, action_kind, installs_image, target, state, schedule_time, \
              expire_time, creator, request_id, request_sha256, retry_of, schedule, fire_time, rollout, \
@@ -294,6 +301,7 @@ async fn insert(tx: &impl Connection, new: &NewOperation, now: DateTime<Utc>) ->
         .bind(new.origin.as_ref().and_then(|origin| origin.fire_time).map(micros))
         .bind(new.rollout.as_ref().map(to_json))
         .bind(new.window.as_ref().map(to_json))
+        // Stored now, so that the first claim does not begin a node outside of the window.
         .bind(new.window.as_ref().and_then(|window| window.closed_until(now)).map(micros))
         .json(&new.scope)
         .time(now)
@@ -303,7 +311,7 @@ async fn insert(tx: &impl Connection, new: &NewOperation, now: DateTime<Utc>) ->
     Ok(inserted == 1)
 }
 
-/// Notes the bytes that it needs, which keeps them from being removed until it has ended.
+/// Stores which bytes it needs. They are kept until it has ended.
 async fn insert_needs(tx: &impl Connection, new: &NewOperation) -> Result<(), StoreError> {
     let artifacts = new.action.artifacts();
     if !artifacts.is_empty() {
@@ -318,13 +326,13 @@ async fn insert_needs(tx: &impl Connection, new: &NewOperation) -> Result<(), St
     Ok(())
 }
 
-/// One operation, also inside a transaction.
+/// Reads one operation, also inside a transaction.
 pub(super) async fn find(db: &impl Connection, id: &OperationId) -> Result<Option<OperationRow>, StoreError> {
     let rows = sql("SELECT * FROM operations WHERE id = ?").bind(id.as_str()).all(db).await?;
     Ok(read_all(db, &rows).await?.pop())
 }
 
-/// Locks operations, in the order that every transaction keeps, and returns their states.
+/// Locks operations in the order of their ids, as every transaction must, and returns their states.
 pub(super) async fn lock(
     tx: &impl Connection,
     ids: impl IntoIterator<Item = &OperationId>,
@@ -338,13 +346,13 @@ pub(super) async fn lock(
         .collect()
 }
 
-/// Gives the operation its final state if all its executions have one; tells whether it did.
+/// Gives the operation its final state if all its executions have ended. Returns true if it did.
 pub(super) async fn finish_if_done(
     tx: &impl Connection,
     id: &OperationId,
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
-    // Asked first, because counting the executions of a large operation at each report would cost far more.
+    // Checked first: counting the executions of a large operation at each report would cost far more.
     let done = sql("SELECT state, cancel_requested FROM operations WHERE id = ? AND NOT EXISTS \
                     (SELECT 1 FROM executions e WHERE e.operation = operations.id AND e.state IN \
                      ('PENDING', 'ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))")
@@ -354,6 +362,7 @@ pub(super) async fn finish_if_done(
     let Some(row) = done else { return Ok(false) };
     let from = row.word("state", OperationState::parse)?;
     let counts = counts(tx, std::slice::from_ref(id), &Scope::everything()).await?.remove(id).unwrap_or_default();
+    // A FAILED operation can end again, as something else, if a node that was given up returns.
     let Some(to) = final_state(&counts, row.flag("cancel_requested")?).filter(|to| *to != from) else {
         return Ok(false);
     };
@@ -368,6 +377,7 @@ pub(super) async fn finish_if_done(
         .run(tx)
         .await?;
     if changed == 1 {
+        // From here on the bytes may be swept, unless a name or another operation needs them.
         sql("DELETE FROM needs WHERE operation = ?").bind(id.as_str()).run(tx).await?;
         let finished = Happened::to_operation(events::CONTROLLER, from.as_str(), to.as_str(), "");
         events::record(tx, id, vec![finished], now).await?;
@@ -421,6 +431,7 @@ async fn counts(
 
 async fn read_all(db: &impl Connection, rows: &[Row]) -> Result<Vec<OperationRow>, StoreError> {
     let ids = rows.iter().map(read_id).collect::<Result<Vec<_>, _>>()?;
+    // One query for all operations of a page, not one for each.
     let mut counts = counts(db, &ids, &Scope::everything()).await?;
     rows.iter()
         .zip(ids)

@@ -1,20 +1,20 @@
 //! The one order in which transactions take locks on Postgres, and the check that each keeps it.
 //!
-//! 1. what calls name first: `tokens`, `users`, `schedules`, `artifacts`;
+//! 1. rows that calls name first: `tokens`, `users`, `schedules`, `artifacts`;
 //! 2. `nodes`;
 //! 3. `operations`;
 //! 4. `executions`, each only under its operation's row, so that no two transactions ever want the same ones;
 //! 5. `blobs`, then `artifact_defaults`, `certificates`, `controllers`.
 //!
-//! Several rows of one table are taken in the order of their ids. A row that is held is left out (`SKIP LOCKED`) where
-//! the next round does as well; who never waits may take rows in any order. A table that a transaction holds rows of
-//! may be written again later: those rows are its own.
+//! Several rows of one table are locked in the order of their ids. `SKIP LOCKED` leaves out held rows where the next
+//! round can take them. A transaction that never waits may lock in any order. A table of which a transaction holds rows
+//! may be written again, because those rows are its own.
 //!
-//! Debug builds refuse a statement that breaks this, so every test on Postgres holds it.
+//! Debug builds refuse a statement that breaks this, so every test on Postgres checks it.
 
 use std::collections::BTreeSet;
 
-/// Tables in their order. Rows of all others belong to a row of one of these, and are written under it.
+/// Tables in lock order. A row of any other table belongs to a row of one of these, and is written under its lock.
 const ORDER: [&str; 11] = [
     "tokens",
     "users",
@@ -32,23 +32,26 @@ const NODES: &str = "nodes";
 const OPERATIONS: &str = "operations";
 const EXECUTIONS: &str = "executions";
 
-/// The tables of which a transaction holds rows.
+/// The tables of which a transaction holds rows, as places in `ORDER`.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Held(BTreeSet<usize>);
 
 impl Held {
-    /// Notes what a statement takes.
+    /// Adds the table that a statement locks.
     ///
     /// # Errors
-    /// It takes that out of order.
+    /// Describes the statement if it takes the lock out of order.
     pub(super) fn take(&mut self, statement: &str) -> Result<(), String> {
         let Some((table, waits)) = taken(statement) else { return Ok(()) };
         let Some(place) = ORDER.iter().position(|name| *name == table) else { return Ok(()) };
+        // Two transactions can deadlock only if they wait. A table that is held already was locked in order.
         if waits && !self.0.contains(&place) {
             if let Some(later) = self.0.last().filter(|later| **later > place) {
                 let later = ORDER.get(*later).copied().unwrap_or_default();
                 return Err(format!("{table} are locked after {later}: {statement}"));
             }
+            // Progress was once written without its operation, while a cancel held that row and locked the same
+            // executions in another order. One cancel in five of 2,000 nodes died of the deadlock.
             if table == EXECUTIONS && !self.holds(OPERATIONS) {
                 return Err(format!("executions are locked without their operation: {statement}"));
             }
@@ -65,7 +68,7 @@ impl Held {
     }
 }
 
-/// The table of which a statement takes rows, and whether it waits for those that are held.
+/// The table whose rows a statement locks, and true if it waits for rows that are held.
 fn taken(statement: &str) -> Option<(&str, bool)> {
     let waits = !statement.contains("SKIP LOCKED");
     let after = |words: &str| statement.split_once(words).and_then(|(_, rest)| rest.split_whitespace().next());
@@ -79,7 +82,7 @@ fn taken(statement: &str) -> Option<(&str, bool)> {
     table.map(|table| (table, waits))
 }
 
-/// Whether it takes one row, new rows, or several in the order of their ids.
+/// True if the statement locks one row, new rows, or several in the order of their ids.
 fn is_ordered(statement: &str) -> bool {
     statement.starts_with("INSERT")
         || statement.contains("WHERE id = $")

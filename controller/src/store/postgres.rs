@@ -1,8 +1,8 @@
 //! Connecting to Postgres, directly or through a pooler.
 //!
-//! What a session must be set to so that a controller that froze, or whose host is gone, holds up nobody else, is set by
-//! `SET` after the connection is made: start-up parameters are refused by PgBouncer. Behind a pooler in transaction mode
-//! sessions belong to nobody, so the role must bring the settings, and they are checked.
+//! A controller that froze, or whose host is gone, must not hold up the others. The session settings for that are set
+//! by `SET` after connecting, because PgBouncer refuses start-up parameters. Behind a pooler in transaction mode no
+//! session belongs to a client, so the role must bring the settings, and they are checked.
 
 use std::sync::Arc;
 
@@ -14,25 +14,26 @@ use super::open::CONNECT_TIMEOUT;
 use super::sql::sql;
 use super::{StoreError, probe};
 
-/// Connections to Postgres of one controller; its default limit is 100 for all.
+/// Connections of one controller. Postgres' default limit for all clients is 100.
 const CONNECTIONS: u32 = 16;
-/// The URL's parameter that says that a pooler in transaction mode is between, as other programs spell it.
+/// Parameter of the URL for a pooler in transaction mode, spelled as in other programs.
 const POOLER: &str = "pgbouncer=true";
 
-/// A setting of sessions: its name, the value in its own unit, the largest that is accepted of a role, and that value
-/// for people.
+/// A session setting: its name, the value in its own unit, the largest value that a role may have, and the value as
+/// operators write it.
 struct Setting {
     name: &'static str,
     value: u32,
     most: u32,
     shown: &'static str,
-    /// It says something only on connections by network.
+    /// True if it matters only on connections over the network.
     network: bool,
 }
 
 /// - A transaction that stands still, because its controller froze or is gone, ends after 3 s and frees its rows.
-/// - A lock is waited for well below a beat (5 s), and a statement less long than the client waits for its answer.
-/// - The server finds out in 10 s that a client's host is gone.
+/// - A lock is waited for well below a beat (5 s), but long enough for a fleet that comes back at once.
+/// - A statement ends before the client gives up waiting for its answer.
+/// - The server finds out within 10 s that a client's host is gone.
 const SETTINGS: [Setting; 7] = [
     Setting { name: "idle_in_transaction_session_timeout", value: 3000, most: 5000, shown: "3s", network: false },
     Setting { name: "lock_timeout", value: 2000, most: 3000, shown: "2s", network: false },
@@ -43,15 +44,17 @@ const SETTINGS: [Setting; 7] = [
     Setting { name: "tcp_keepalives_count", value: 3, most: 5, shown: "3", network: true },
 ];
 
-/// Opens the pool for `url`.
+/// Opens the pool for `url`, after checking how it is reached.
 pub(super) async fn open(url: &str) -> Result<Pool, StoreError> {
     let (url, pooler) = without_pooler(url);
     let place: Arc<str> = Arc::from(place(&url));
     let failed = |error: sqlx::Error| StoreError::of_driver(&error, &place);
     let options: PgConnectOptions = url.parse().map_err(failed)?;
+    // Without a value, `extra_float_digits` is no start-up parameter, which PgBouncer would refuse.
     let mut options = options.application_name("marco-controller").extra_float_digits(None);
     probe::once(&options).await?;
     if pooler {
+        // A cached statement may not exist on the server of its next use.
         options = options.statement_cache_capacity(0);
     } else {
         let found = tokio::time::timeout(CONNECT_TIMEOUT * 2, is_behind_pooler(&options)).await;
@@ -80,7 +83,7 @@ pub(super) async fn open(url: &str) -> Result<Pool, StoreError> {
 const ASK_FOR_IT: &str = "it is reached through a pooler in transaction mode (PgBouncer's pool_mode = transaction). \
     Add ?pgbouncer=true to the database URL, or connect to Postgres itself or in session mode";
 
-/// The URL without the parameter that asks for a pooler, and whether it was there.
+/// The URL without the parameter for a pooler, and true if it asked for one.
 fn without_pooler(url: &str) -> (String, bool) {
     let Some((base, query)) = url.split_once('?') else { return (url.to_owned(), false) };
     let rest: Vec<&str> = query.split('&').filter(|pair| *pair != POOLER && *pair != "pgbouncer=false").collect();
@@ -91,21 +94,23 @@ fn without_pooler(url: &str) -> (String, bool) {
 /// Host, port and database, without user and password.
 fn place(url: &str) -> String {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    // The last `@`, because a password may contain one.
     let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
     format!("postgres://{}", rest.split('?').next().unwrap_or_default())
 }
 
-/// Whether two transactions of one connection meet two servers, or two connections the same one. All of it goes by the
-/// simple protocol, which leaves nothing behind on servers that are not ours.
+/// True if two transactions of one connection run on different servers, or two connections on the same one. Uses only
+/// the simple protocol, which leaves nothing behind on servers that are not ours.
 async fn is_behind_pooler(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
     let mut first = PgConnection::connect_with(options).await?;
     let before = server(&mut first).await?;
     let mut second = PgConnection::connect_with(options).await?;
+    // Its open transaction keeps a server, so a pooler has to give the first connection another one.
     second.execute("BEGIN").await?;
     let other = server(&mut second).await?;
     let after = server(&mut first).await?;
     second.execute("ROLLBACK").await?;
-    // Nothing is lost when they are not closed with a word.
+    // Nothing is lost if the connections are not closed properly.
     let _ = tokio::join!(first.close(), second.close());
     Ok(before == other || before != after)
 }
@@ -128,7 +133,7 @@ async fn check_role(pool: &Pool) -> Result<(), StoreError> {
         role = row.text("role")?;
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == name) else { continue };
         let value = row.int("setting")?;
-        // 0 is no limit.
+        // 0 means no limit. Over a Unix socket, settings of the network are ignored and always read as 0.
         if (value < 1 || value > i64::from(setting.most)) && (!setting.network || row.flag("network")?) {
             missing.push(setting);
         }
@@ -136,6 +141,7 @@ async fn check_role(pool: &Pool) -> Result<(), StoreError> {
     if missing.is_empty() {
         return Ok(());
     }
+    // An operator copies these statements, so a quote in the name of the role must not break them.
     let role = role.replace('"', "\"\"");
     let statements: String = missing
         .iter()

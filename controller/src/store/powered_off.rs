@@ -1,4 +1,4 @@
-//! Nodes that are away because an operation powered them off.
+//! Nodes that are offline because an operation powered them off.
 
 use std::collections::BTreeMap;
 
@@ -8,19 +8,19 @@ use marco_proto::names::{NodeId, OperationId};
 use super::sql::sql;
 use super::{Store, StoreError, operations};
 
-/// The power-off of a node that is not back since.
+/// The power-off of a node that has not come back since.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PoweredOff {
     /// The operation.
     pub operation: OperationId,
-    /// When its success was proved.
+    /// Time at which its success was proved.
     pub time: DateTime<Utc>,
 }
 
 impl Store {
     /// Those of these nodes that were powered off and have had no stream since.
     pub async fn powered_off(&self, ids: &[NodeId]) -> Result<BTreeMap<NodeId, PoweredOff>, StoreError> {
-        // A power-off succeeds when the node has been silent for a while, so its end comes after the last stream's.
+        // A power-off succeeds only after the node was silent for a while, so it ends after the node's last stream.
         let rows = sql("SELECT n.id AS node, o.id AS id, e.finish_time AS finish_time FROM nodes n \
                  JOIN executions e ON e.node = n.id JOIN operations o ON o.id = e.operation \
              WHERE n.id IN {each} AND n.controller_id IS NULL AND o.action_kind = 'power-off' \

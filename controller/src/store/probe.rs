@@ -1,5 +1,5 @@
-//! Asks Postgres for one connection before there is a pool. A pool tries again until its time is up, and then knows only
-//! that; one connection says why it failed, at once.
+//! Makes one connection to Postgres before there is a pool. A pool retries until its time is up, and then knows only
+//! that. One connection says at once why it failed.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use sea_orm::sqlx::{ConnectOptions as _, Connection as _, Error};
 
 use super::StoreError;
 
-/// A start that cannot work ends within two seconds.
+/// Keeps a start that cannot work below two seconds.
 const TIMEOUT: Duration = Duration::from_millis(1800);
 
-/// Connects once.
+/// Connects once, and closes the connection.
 pub(super) async fn once(options: &PgConnectOptions) -> Result<(), StoreError> {
     let place = match options.get_socket() {
         Some(folder) => format!("{}/.s.PGSQL.{}", folder.display(), options.get_port()),
@@ -20,7 +20,7 @@ pub(super) async fn once(options: &PgConnectOptions) -> Result<(), StoreError> {
     let failed = |why: String| StoreError::Postgres { place: place.clone(), why };
     match tokio::time::timeout(TIMEOUT, options.connect()).await {
         Ok(Ok(connection)) => {
-            // It has served its purpose, however it ends.
+            // The connection has served its purpose, so an error while closing it does not matter.
             let _ = connection.close().await;
             Ok(())
         }
@@ -29,7 +29,7 @@ pub(super) async fn once(options: &PgConnectOptions) -> Result<(), StoreError> {
     }
 }
 
-/// The cause alone: the driver's own text around it says nothing more.
+/// The cause alone: the driver's text around it adds nothing.
 fn why(error: &Error) -> String {
     match error {
         Error::Io(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
@@ -57,7 +57,7 @@ mod tests {
 
     #[tokio::test]
     async fn refused_connection_names_host_and_port_once() {
-        // Nobody listens on a port that was given back just now.
+        // A port that was given back just now has no listener.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let said = said(&format!("postgres://kim:s3cret@127.0.0.1:{port}/marco")).await;
         assert_eq!(said.matches("refused").count(), 1, "{said}");
@@ -66,7 +66,7 @@ mod tests {
 
     #[tokio::test]
     async fn silent_host_is_given_up_in_time() {
-        // A listener whose backlog takes the connection, and that never says a word.
+        // The backlog of this listener takes the connection, but nothing ever answers.
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = silent.local_addr().unwrap().port();
         let said = said(&format!("postgres://127.0.0.1:{port}/marco")).await;

@@ -1,4 +1,4 @@
-//! Progress: coalesced by the caller, written in one statement.
+//! Progress of executions: coalesced by the caller, written in one statement.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use super::sql::{signed, sql};
 use super::{ReportRow, Store, StoreError, micros};
 use crate::operation::{Action, ExecutionState, Phase, deadline_after, deadline_in_all, deadline_of_stretch, point};
 
-/// The time of a known phase is the same in every state in which one is reported.
+/// Any active state: the time limit of a known phase is the same in each of them.
 const SOME: ExecutionState = ExecutionState::Running;
 
 /// It says nothing new.
@@ -33,19 +33,19 @@ const LIMIT: &str = "(CASE WHEN r.point > furthest \
 /// The last progress of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProgressRow {
-    /// Of which execution.
+    /// The execution.
     pub execution: ExecutionId,
-    /// Under which delivery.
+    /// The delivery that it belongs to.
     pub attempt: u32,
-    /// Within which state change of the node: progress of an earlier one changes nothing.
+    /// The node's state change that it belongs to. Progress of an earlier one changes nothing.
     pub sequence: u64,
-    /// What the node is doing.
+    /// Phase that the node reports.
     pub phase: String,
     /// Bytes of the phase that are done.
     pub bytes_done: u64,
-    /// Bytes of the phase in all; 0: unknown.
+    /// Bytes of the phase in total; 0 if unknown.
     pub bytes_total: u64,
-    /// The node said that it is too late for a cancel.
+    /// The node answered that it is too late to cancel.
     pub cancel_refused: bool,
 }
 
@@ -64,9 +64,8 @@ impl From<ReportRow> for ProgressRow {
 }
 
 impl Store {
-    /// Stores progress, one row for each execution. A new phase begins its own time; within one, only a byte that moved is
-    /// a sign of life. What is said again and again without that makes nobody less overdue, nor do phases that come round
-    /// again.
+    /// Stores progress, one row for each execution. A new phase starts its own time limit. Within a phase, only a byte that
+    /// moved is a sign of life: a node that repeats itself, or its phases, becomes no less overdue.
     pub async fn flush_progress(&self, rows: &[ProgressRow], now: DateTime<Utc>) -> Result<(), StoreError> {
         self.again(|| self.flush_progress_once(rows, now)).await
     }
@@ -79,6 +78,7 @@ impl Store {
         let limit = |limit: Option<Duration>| length(limit.unwrap_or_default());
         let stored: Vec<Stored<'_>> = rows
             .iter()
+            // Progress of an operation that the store does not know is dropped.
             .filter_map(|row| Some((row, actions.get(&row.execution.operation)?)))
             .map(|(row, action)| Stored {
                 within: limit(Phase::parse(&row.phase).and_then(|_| deadline_after(SOME, &row.phase, action))),
@@ -97,8 +97,8 @@ impl Store {
             })
             .collect();
         let tx = self.begin().await?;
-        // Held like by everybody who writes executions. Without it this statement takes their rows in an order of its own,
-        // and a cancel that takes them in another waits for it while it waits for the cancel.
+        // Locked as by every writer of executions. Otherwise this statement would lock their rows in an order of its
+        // own, and deadlock with a cancel that locks them in another one.
         operations::lock(&*tx, actions.keys()).await?;
         sql(&format!(
             "UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, \
@@ -121,7 +121,7 @@ impl Store {
         self.commit(tx).await
     }
 
-    /// What the operations of these rows do.
+    /// Actions of the operations of these rows.
     async fn actions(&self, rows: &[ProgressRow]) -> Result<BTreeMap<OperationId, Action>, StoreError> {
         let operations: BTreeSet<&str> = rows.iter().map(|row| row.execution.operation.as_str()).collect();
         let found =
@@ -140,7 +140,7 @@ struct Stored<'a> {
     done: i64,
     total: i64,
     refused: i64,
-    /// How long this phase may take, in microseconds; 0: it is not known.
+    /// Time limit of this phase in microseconds; 0 if it is not a known phase.
     within: i64,
     in_all: i64,
     /// How long it may go without getting any further.

@@ -1,4 +1,4 @@
-//! What of an operation lies within a scope. Nodes that are gone lie within none but the one of everything.
+//! The part of an operation that lies within a scope. Deleted nodes lie in no scope, except that of everything.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use super::sql::sql;
 use super::{Scope, Store, StoreError, nodes};
 use crate::operation::{ExecutionError, ExecutionState, reason};
 
-/// How much of an operation lies within a scope.
+/// Part of an operation that lies within a scope.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reach {
     /// None of its nodes.
@@ -22,11 +22,12 @@ pub enum Reach {
 }
 
 impl Store {
-    /// How much of an operation lies within a scope.
+    /// Part of an operation that lies within a scope.
     pub async fn reach(&self, operation: &OperationId, scope: &Scope) -> Result<Reach, StoreError> {
         if scope.is_everything() {
             return Ok(Reach::All);
         }
+        // JOIN: deleted nodes do not count, because nothing can be done to them.
         let row = sql("SELECT COUNT(*) AS whole, COUNT(*) FILTER (WHERE {within n.labels}) AS inside \
                        FROM executions e JOIN nodes n ON n.id = e.node WHERE e.operation = ?")
         .json(scope)
@@ -42,7 +43,7 @@ impl Store {
         })
     }
 
-    /// The ids of the nodes within a scope.
+    /// Ids of the nodes within a scope.
     pub async fn ids_within(&self, scope: &Scope) -> Result<BTreeSet<NodeId>, StoreError> {
         sql("SELECT n.id AS id FROM nodes n WHERE {within n.labels}")
             .json(scope)
@@ -53,8 +54,9 @@ impl Store {
             .collect()
     }
 
-    /// Executions that are due on nodes that no longer lie within the scope of whoever asked for them: now CANCELLED.
+    /// Cancels due executions on nodes that left the scope of the operation's creator.
     pub async fn cancel_outside_scope(&self, now: DateTime<Utc>) -> Result<Vec<Changed>, StoreError> {
+        // Only executions that are due: until then a node's labels may still change.
         let which = sql("SELECT e.operation AS operation, e.node AS node, e.state AS state \
              FROM operations o JOIN executions e ON e.operation = o.id AND e.state = 'PENDING' \
              JOIN nodes n ON n.id = e.node \

@@ -1,4 +1,4 @@
-//! What a Hello changes of a node's executions.
+//! Effects of a Hello on a node's executions.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId};
@@ -14,35 +14,35 @@ use super::sql::sql;
 use super::{Assignment, ReportRow, Store, StoreError};
 use crate::operation::{Conflict, ExecutionState, Greeting, HelloVerdict, on_hello, on_not_held};
 
-/// A Hello, as far as it concerns the node's executions.
+/// The part of a Hello that concerns the node's executions.
 #[derive(Debug, Clone, Copy)]
 pub struct Hello<'a> {
-    /// Who says it.
+    /// Boot id and role of the agent that says it.
     pub greeting: Greeting<'a>,
-    /// What it lists.
+    /// Reports that it lists.
     pub listed: &'a [ReportRow],
 }
 
-/// What to send to a node after its Hello.
+/// Messages to send to a node after its Hello.
 #[derive(Debug, Clone, Default)]
 pub struct Reconciled {
     /// Deliveries that answer stale reports.
     pub assigns: Vec<Assignment>,
-    /// Reports that are stored: execution and sequence.
+    /// Stored reports: execution and sequence.
     pub acks: Vec<(ExecutionId, u64)>,
-    /// Executions that the node holds before the point of no return and is not to go on with: they ended, or a cancel was
-    /// asked for, while it was away. They are said before the acknowledgements: those let the node begin.
+    /// Executions that the node has to stop: they ended, or a cancel was requested, while it was away, and it has not
+    /// passed the point of no return. Sent before the acknowledgements, because those let the node begin.
     pub cancels: Vec<ExecutionId>,
-    /// Executions that the node is to be asked about.
+    /// Executions to ask the node about.
     pub queries: Vec<ExecutionId>,
-    /// Reports that are not accepted, and why.
+    /// Reports that were not accepted, and why.
     pub refused: Vec<(ExecutionId, String)>,
-    /// False when the session is not the node's any more: end it.
+    /// False if the session is no longer the node's. It has to end.
     pub holder: bool,
 }
 
 impl Store {
-    /// Applies what a Hello lists, and what it does not.
+    /// Applies the reports that a Hello lists, and concludes from those that it does not list.
     pub async fn reconcile(
         &self,
         node: &NodeId,
@@ -62,6 +62,7 @@ impl Store {
     ) -> Result<Reconciled, StoreError> {
         let mut answer = Reconciled::default();
         let tx = self.begin().await?;
+        // A session that another one replaced must change nothing.
         let Some(holder) = hold_node(&tx, node, epoch).await? else { return Ok(answer) };
         answer.holder = true;
         let active = sql("SELECT operation, node FROM executions WHERE node = ? \
@@ -72,8 +73,10 @@ impl Store {
         .iter()
         .map(read_id)
         .collect::<Result<Vec<_>, _>>()?;
+        // All operations are locked together, so that they are locked in the order of their ids.
         lock(&*tx, active.iter().chain(listed.iter().map(|report| &report.execution)).map(|id| &id.operation)).await?;
         for report in listed {
+            // A node may report about itself only.
             let outcome = if &report.execution.node == node {
                 reports::apply(&tx, &holder, report, now).await?
             } else {
@@ -93,6 +96,7 @@ impl Store {
                 ReportOutcome::Refused(why) => answer.refused.push((report.execution.clone(), why)),
                 ReportOutcome::NotHolder => answer.holder = false,
             }
+            // Even an accepted report may be of a cancelled execution, so this is checked for each.
             if &report.execution.node == node && is_called_off(&tx, report).await? {
                 answer.cancels.push(report.execution.clone());
             }
@@ -108,8 +112,8 @@ impl Store {
         Ok(answer)
     }
 
-    /// Draws the conclusion of a node's answer that its journal does not hold an execution, or that it is busy with
-    /// another; tells whether the session still is the node's.
+    /// Handles a node's answer that its journal does not hold an execution, or that it is busy with another one.
+    /// Returns false if the session is no longer the node's.
     pub async fn not_held(
         &self,
         id: &ExecutionId,
@@ -148,7 +152,7 @@ impl Store {
         }
         if let Some(other) = busy_with {
             reports::apply(&tx, &holder, other, now).await?;
-            // The store takes it for ended, and the node does not: it gets nothing else meanwhile.
+            // The store takes the other one for ended, the node does not. Meanwhile the node gets no work.
             if let Some(found) = reports::find(&tx, &other.execution).await?
                 && !found.stored.state.is_active()
             {
@@ -160,9 +164,9 @@ impl Store {
     }
 }
 
-/// True when the reported execution was called off and the node can still let it be.
+/// True if the reported execution was cancelled or has ended, and the node can still stop.
 async fn is_called_off(tx: &Transaction, report: &ReportRow) -> Result<bool, StoreError> {
-    // Later there is nothing to be let be, and the node would only say that it is too late.
+    // Later there is nothing left to stop, and the node would only answer that it is too late.
     if !matches!(report.state, ExecutionState::Running | ExecutionState::Rebooting) {
         return Ok(false);
     }
@@ -170,7 +174,7 @@ async fn is_called_off(tx: &Transaction, report: &ReportRow) -> Result<bool, Sto
     Ok(found.stored.cancel_requested || found.stored.state.is_final())
 }
 
-/// Draws the conclusion of a Hello for an execution that was active before it; tells whether the node is to be asked.
+/// Concludes from a Hello about an execution that was active before. Returns true if the node has to be asked.
 async fn settle(
     tx: &Transaction,
     holder: &Holder,
@@ -180,7 +184,7 @@ async fn settle(
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
     let Some(found) = reports::find(tx, id).await? else { return Ok(false) };
-    // Delivered to this very session, after its Hello was written.
+    // Delivered in this very session, after its Hello was written, so the Hello cannot list it.
     let too_new = found.stored.state == ExecutionState::Assigned && found.epoch == holder.epoch();
     if too_new || !found.stored.state.is_active() {
         return Ok(false);
@@ -201,6 +205,7 @@ async fn settle(
             adopts: None,
         };
         moves::apply(tx, &change, now).await?;
+        // The new boot id is the proof of a restart, so it is kept with the execution.
         if boot_id != found.stored.assign_boot_id && to != ExecutionState::Pending {
             sql("UPDATE executions SET boot_id = ? WHERE operation = ? AND node = ?")
                 .bind(boot_id)

@@ -1,4 +1,4 @@
-//! Renewals of nodes' certificates, and what becomes of old ones.
+//! Renewals of nodes' certificates, and removal of old ones.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::NodeId;
@@ -10,57 +10,58 @@ use super::{CertificateRow, Store, StoreError, audit, certificates};
 use crate::calendar::{earlier, later};
 use crate::operation::NodeState;
 
-/// A node is renewed at most once in this time: it asks every 15 days, and whoever asks all the time fills the disk.
+/// Shortest time between two renewals of a node. A node asks every 15 days; one that asked all the time would fill the
+/// disk.
 const RENEWED_EVERY: TimeDelta = TimeDelta::hours(1);
-/// How long before its end a certificate is still worth being the answer to the request that it answered before.
+/// Least remaining validity of a certificate that is sent again as the answer to the same request.
 const WORTH_REPEATING: TimeDelta = TimeDelta::days(16);
-/// The newest certificates of a node that are kept: those of two years and a half.
+/// Number of a node's certificates that are kept, newest first: those of two and a half years.
 const KEPT: i64 = 64;
-/// How long after its expiry a certificate is forgotten. It renews nothing any more after 400 days.
+/// Time from its expiry after which a certificate is deleted. After 400 days it cannot be renewed any more.
 const FORGOTTEN_AFTER: TimeDelta = TimeDelta::days(401);
 
-/// A node's wish for a certificate in place of one whose key it has proved to hold.
+/// Request for a certificate in place of one whose key the node has proved to hold.
 #[derive(Debug, Clone)]
 pub struct Renewal {
-    /// The node.
+    /// The node that asks.
     pub node: NodeId,
     /// Serial number of the certificate that it shows.
     pub serial: String,
-    /// SHA-256 of the SubjectPublicKeyInfo of that certificate's key.
+    /// SHA-256 of the SubjectPublicKeyInfo of that certificate's key, lower-case hexadecimal.
     pub key_sha256: String,
-    /// The same of the key that it wants certified: another one, or the same.
+    /// SHA-256 of the SubjectPublicKeyInfo of the key to certify: another one, or the same.
     pub new_key_sha256: String,
-    /// From where it asks.
+    /// Address that it asks from.
     pub origin: String,
 }
 
-/// What became of it.
+/// Result of a renewal.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RenewOutcome {
     /// A new certificate is stored.
     Renewed,
-    /// This very request was answered before; the answer, PEM.
+    /// The same request was answered before, with this certificate (PEM).
     Again(String),
-    /// The certificate or its key was shut out, or the node is gone.
+    /// The certificate or its key was revoked, or the node was deleted.
     Revoked,
-    /// The node is shut out.
+    /// The node is quarantined.
     Quarantined,
-    /// The key waits for approval. `just_now`: it does so since this request.
+    /// The key waits for approval.
     Held {
-        /// It was not known to wait before.
+        /// True if it waits only since this request.
         just_now: bool,
     },
     /// The node was renewed less than an hour ago.
     TooSoon {
-        /// When it may be renewed again.
+        /// Earliest time of the next renewal.
         again: DateTime<Utc>,
     },
-    /// `issue` made no certificate; nothing is stored.
+    /// `issue` returned no certificate. Nothing is stored.
     NotIssued,
 }
 
 impl Store {
-    /// Renews a node's certificate. `issue` makes the certificate once the node's generation of keys is known.
+    /// Renews a node's certificate. `issue` makes it, given the node's generation of keys.
     pub async fn renew_certificate(
         &self,
         wish: &Renewal,
@@ -77,7 +78,7 @@ impl Store {
         issue: &(impl Fn(i64) -> Option<CertificateRow> + Send + Sync),
     ) -> Result<RenewOutcome, StoreError> {
         let tx = self.begin().await?;
-        // The node first, as in every transaction: whoever approves or deletes it holds it, and then revokes.
+        // The node is locked first, as in every transaction. An approval or a deletion holds it and then revokes.
         let row = sql("SELECT state, generation, renew_time FROM nodes WHERE id = ? {lock}")
             .bind(wish.node.as_str())
             .one(&*tx)
@@ -98,6 +99,7 @@ impl Store {
             KeyState::Previous => {
                 let shown = Shown { serial: "", origin: &wish.origin, reason: CAME_BACK };
                 let held = keys::hold(&*tx, &wish.node, &wish.key_sha256, shown, now).await?;
+                // The refusal is stored: from now on the key waits for an operator.
                 if held {
                     audit::note("HOLD_KEY", &format!("an earlier key of it turned up: {}", wish.key_sha256));
                     self.commit(tx).await?;
@@ -105,16 +107,19 @@ impl Store {
                 return Ok(RenewOutcome::Held { just_now: held });
             }
         }
+        // Checked before the rate limit: an agent whose answer was lost asks for the same again at once.
         let given_for = format!("certificates/{}", wish.serial);
         if let Some(pem) = answer(&*tx, &wish.node, &given_for, &wish.new_key_sha256, now).await? {
             return Ok(RenewOutcome::Again(pem));
         }
-        // A renewal that lies in the future was of a clock that was wrong: its certificate is not valid yet.
+        // A renewal in the future was made by a wrong clock. Its certificate is not valid yet, so it must not delay
+        // this one.
         let last = row.maybe_time("renew_time")?.filter(|last| *last <= now);
         if let Some(again) = last.map(|last| later(last, RENEWED_EVERY)).filter(|again| *again > now) {
             return Ok(RenewOutcome::TooSoon { again });
         }
         let new_key = wish.new_key_sha256.as_str();
+        // A renewal must not take the key of another node, nor bring back a revoked one.
         if new_key != wish.key_sha256 {
             match keys::owner(&*tx, new_key).await? {
                 Some((owner, _)) if owner != wish.node => return Ok(RenewOutcome::Revoked),
@@ -122,10 +127,11 @@ impl Store {
                 _ => {}
             }
         }
+        // `issue` runs again if the transaction is retried.
         let Some(certificate) = issue(row.int("generation")?) else { return Ok(RenewOutcome::NotIssued) };
         certificates::insert(&*tx, &CertificateRow { given_for, ..certificate }).await?;
         if standing == KeyState::Next {
-            // It was used just now.
+            // The node has just proved that it holds this key.
             keys::put_in_service(&*tx, &wish.node, &wish.key_sha256, now).await?;
         }
         if keys::state(&*tx, &wish.node, new_key).await? != Some(KeyState::InService) {
@@ -139,7 +145,7 @@ impl Store {
         Ok(RenewOutcome::Renewed)
     }
 
-    /// Forgets certificates that prove nothing any more; returns how many.
+    /// Deletes certificates that expired too long ago to be renewed. Returns how many.
     pub async fn prune_certificates(&self, now: DateTime<Utc>) -> Result<u64, StoreError> {
         self.again(|| self.prune_certificates_once(now)).await
     }
@@ -153,7 +159,7 @@ impl Store {
     }
 }
 
-/// What the same request was answered before, PEM, while that is worth something.
+/// The certificate (PEM) with which the same request was answered before, if it stays valid for long enough.
 pub(super) async fn answer(
     tx: &impl Connection,
     node: &NodeId,
@@ -173,7 +179,7 @@ pub(super) async fn answer(
     row.map(|row| row.text("pem")).transpose()
 }
 
-/// Forgets the oldest certificates of a node. One that is forgotten and shown again is refused.
+/// Deletes the oldest certificates of a node. A deleted one is refused if it is shown again.
 pub(super) async fn keep_newest(tx: &impl Connection, node: &NodeId) -> Result<(), StoreError> {
     sql("DELETE FROM certificates WHERE node = ? AND serial NOT IN \
          (SELECT serial FROM certificates WHERE node = ? ORDER BY not_after DESC, serial LIMIT ?)")

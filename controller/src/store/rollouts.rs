@@ -1,4 +1,4 @@
-//! Rollouts: where an operation stands, who may go next, and pausing by itself.
+//! Rollouts: their state, the nodes that may go next, and pausing by itself.
 
 use std::collections::BTreeMap;
 
@@ -14,39 +14,41 @@ use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError};
 use crate::rollout::{Pause, Rollout, Standing};
 
-/// How long a node must be without a stream to be believed gone: one that only lost its stream would be back within
-/// its longest delay.
+/// Time without a stream after which a node counts as gone. A node that only lost its stream is back within its longest
+/// delay between two tries.
 const GONE_AFTER: TimeDelta = TimeDelta::seconds(60);
 
-/// Which executions of an operation hold a slot; a value: see `Gone`.
+/// Condition for an execution that holds a slot. Takes one value; see `Gone`.
 const IN_FLIGHT: &str = "e.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING') AND NOT e.overdue \
      AND NOT (e.state IN ('ASSIGNED', 'RUNNING') AND n.id IS NOT NULL AND n.controller_id IS NULL \
               AND n.disconnect_time IS NOT NULL AND n.disconnect_time <= ?)";
 
-/// A node that lost its stream at this time or before is gone; in microseconds.
+/// Microseconds since 1970. A node that lost its stream at this time or before is gone.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Gone(i64);
 
 impl Gone {
-    /// Nobody is believed gone.
+    /// No node counts as gone.
     pub(super) const NOBODY: Self = Self(i64::MIN);
 }
 
 impl Store {
     pub(super) fn gone(&self, now: DateTime<Utc>) -> Gone {
+        // Silence proves nothing at present, so no node counts as gone.
         if !self.may_judge(Silent::Node, now) {
             return Gone::NOBODY;
         }
         Gone(super::micros(crate::calendar::earlier(now, GONE_AFTER)))
     }
 
-    /// Pauses the running operations whose rollout says so; returns them with the reason.
+    /// Pauses the running operations whose rollout asks for it. Returns them with the reason.
     pub async fn pause_rollouts(&self, now: DateTime<Utc>) -> Result<Vec<(OperationId, Pause)>, StoreError> {
         self.again(|| self.pause_rollouts_once(now)).await
     }
 
     async fn pause_rollouts_once(&self, now: DateTime<Utc>) -> Result<Vec<(OperationId, Pause)>, StoreError> {
         let mut bad = Vec::new();
+        // Looked at without locks first, because mostly nothing has to pause.
         for row in running().all(self.reader()).await? {
             let (id, rollout) = (operations::read_id(&row)?, row.json::<Rollout>("rollout")?);
             if rollout.pause(&standing(self.reader(), &id, &rollout, self.gone(now)).await?).is_some() {
@@ -61,8 +63,9 @@ impl Store {
         let mut paused = Vec::new();
         for (id, rollout) in bad {
             let Some(from) = held.remove(&id) else { continue };
-            // One that is paused already, by an operator, or has ended.
+            // An operator paused it already, or it has ended.
             let Ok(to) = from.pause() else { continue };
+            // Counted again under the operation's lock: executions may have ended since the first look.
             let Some(why) = rollout.pause(&standing(&*tx, &id, &rollout, self.gone(now)).await?) else { continue };
             let reason = why.to_string();
             sql("UPDATE operations SET state = ?, state_reason = ?, paused_by = ? WHERE id = ? AND state = ?")
@@ -81,8 +84,7 @@ impl Store {
         Ok(paused)
     }
 
-    /// The executions that hold the slots for which this one waits: those of its group when the group is full, else
-    /// all in flight.
+    /// Executions that hold the slots this one waits for. If its group is full, those of the group, else all in flight.
     pub async fn slot_holders(&self, id: &ExecutionId, now: DateTime<Utc>) -> Result<Vec<ExecutionId>, StoreError> {
         let Some(operation) = operations::find(self.reader(), &id.operation).await? else { return Ok(Vec::new()) };
         let Some(rollout) = operation.rollout else { return Ok(Vec::new()) };
@@ -100,7 +102,7 @@ impl Store {
         Ok(if full { of_group } else { all.into_iter().map(|(id, _)| id).collect() })
     }
 
-    /// The execution that a node is at work on.
+    /// The execution that the node is at work on, if any.
     pub async fn at_work(&self, node: &NodeId) -> Result<Option<ExecutionId>, StoreError> {
         sql("SELECT operation, node FROM executions WHERE node = ? \
              AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
@@ -117,7 +119,8 @@ fn running() -> Sql {
     sql("SELECT id, rollout FROM operations WHERE state = 'RUNNING' AND rollout IS NOT NULL ORDER BY id")
 }
 
-/// Where an operation stands. It is exact when the caller holds the operation's row: every change of an execution does.
+/// State of an operation's rollout. Exact if the caller holds the operation's row, because every change of an execution
+/// holds it too.
 pub(super) async fn standing(
     db: &impl Connection,
     id: &OperationId,
@@ -141,7 +144,7 @@ pub(super) async fn standing(
         standing.failures = row.number("failures")?;
         standing.forgiven = row.number("forgiven")?;
     }
-    // Powered off is not vanished, and neither is a node that restarts, for this operation or another.
+    // A powered-off node has not vanished. Neither has a node that restarts, for this operation or another.
     let lost = sql("SELECT (SELECT COUNT(*) FROM executions e JOIN nodes n ON n.id = e.node \
              WHERE e.operation = o.id AND e.present AND n.state = 'APPROVED' AND n.controller_id IS NULL \
              AND n.disconnect_time <= ? AND NOT (o.action_kind = 'power-off' AND e.state = 'SUCCEEDED') \
@@ -170,9 +173,10 @@ fn in_flight(id: &OperationId, gone: Gone) -> Sql {
     .bind(gone.0)
 }
 
-/// The group of a node, from its column `labels`.
+/// Group of a node, from its column `labels`. `None` if the rollout has no groups, or the node lacks the label.
 pub(super) fn group(rollout: &Rollout, row: &Row) -> Result<Option<String>, StoreError> {
     let Some(key) = &rollout.group_by else { return Ok(None) };
+    // The node was deleted.
     if row.maybe_text("labels")?.is_none() {
         return Ok(None);
     }
@@ -180,11 +184,11 @@ pub(super) fn group(rollout: &Rollout, row: &Row) -> Result<Option<String>, Stor
     Ok(labels.remove(key))
 }
 
-/// Executions with the groups of their nodes.
+/// Executions, each with the group of its node.
 type Nodes = Vec<(ExecutionId, Option<String>)>;
 
-/// Of executions that could be assigned (columns `operation`, `node`, `labels`, `rollout`, in the order in which they
-/// are to go), those that may go now.
+/// Returns the waiting executions that may go now. The rows of `waiting` have the columns `operation`, `node`, `labels`
+/// and `rollout`, in the order of assignment.
 pub(super) async fn admit(db: &impl Connection, waiting: &[Row], gone: Gone) -> Result<Vec<ExecutionId>, StoreError> {
     let mut operations: BTreeMap<OperationId, (Rollout, Nodes)> = BTreeMap::new();
     for row in waiting {
@@ -200,17 +204,18 @@ pub(super) async fn admit(db: &impl Connection, waiting: &[Row], gone: Gone) -> 
     let mut admitted = Vec::new();
     for (id, (rollout, nodes)) in operations {
         let (ids, groups): (Vec<ExecutionId>, Vec<Option<String>>) = nodes.into_iter().unzip();
+        // Counted in the transaction that assigns. A list made earlier could give a slot to two controllers.
         let chosen = rollout.choose(&standing(db, &id, &rollout, gone).await?, &groups);
         admitted.extend(chosen.into_iter().filter_map(|place| ids.get(place).cloned()));
     }
     Ok(admitted)
 }
 
-/// Notes which targets have a stream as the operation begins or goes on: only those can vanish; and which have failed by
-/// now: those were seen. The caller holds the operation's row.
+/// Stores which targets have a stream as the operation begins or resumes, because only those can vanish. Also forgives
+/// the failures until now, because the operator who resumes has seen them. The caller holds the operation's row.
 ///
-/// What was forgiven stands with each execution and not as a number beside them: a node that was overdue and succeeds after
-/// all takes its forgiven failure with it, and leaves no room for the failure of another.
+/// Forgiven failures are stored with each execution, not as a number. A node that was overdue and still succeeds takes
+/// its forgiven failure with it, and leaves no room for the failure of another node.
 pub(super) async fn note_beginning(
     tx: &impl Connection,
     id: &OperationId,

@@ -24,11 +24,11 @@ impl MigrationTrait for Rollouts {
 
 const COLUMNS: &[&str] = &[
     "ALTER TABLE operations ADD COLUMN rollout TEXT",
-    // How many failures an operator has let pass by resuming.
+    // Number of failures that an operator has forgiven by resuming.
     "ALTER TABLE operations ADD COLUMN forgiven BIGINT NOT NULL DEFAULT 0",
     "ALTER TABLE operations ADD COLUMN maintenance_window TEXT",
-    // While the window is closed: until when, as the dispatcher last found it.
+    // Time until which the window is closed, as the dispatcher computed it last. NULL: open.
     "ALTER TABLE operations ADD COLUMN closed_until BIGINT",
-    // Whether the node had a stream when the operation began or was resumed.
+    // True if the node had a stream as the operation began or was resumed.
     "ALTER TABLE executions ADD COLUMN present BOOLEAN NOT NULL DEFAULT FALSE",
 ];

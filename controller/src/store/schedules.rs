@@ -12,17 +12,17 @@ use crate::operation::{Action, Target};
 use crate::rollout::Rollout;
 use crate::schedule::{MaintenanceWindow, MissedFire, Overlap};
 
-/// What each fire makes an operation of: names, not yet resolved and frozen.
+/// Template of a schedule's operations. It names artifacts and labels, which each fire resolves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Template {
-    /// What to do.
+    /// The action, with the names of artifacts.
     pub action: Action,
-    /// On which nodes.
+    /// The target, not resolved.
     pub target: Target,
-    /// How each operation goes over its nodes.
+    /// Pace, and conditions to pause by itself. `None`: all nodes at once.
     #[serde(default)]
     pub rollout: Option<Rollout>,
-    /// When nodes may be begun.
+    /// Times at which nodes may begin. `None`: at any time.
     #[serde(default)]
     pub window: Option<MaintenanceWindow>,
 }
@@ -30,48 +30,48 @@ pub struct Template {
 /// A stored schedule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScheduleRow {
-    /// Its id.
+    /// Id of the schedule.
     pub id: ScheduleId,
-    /// When.
+    /// Cron expression.
     pub cron: String,
-    /// In which time zone.
+    /// Name of the time zone for `cron`.
     pub time_zone: String,
-    /// What.
+    /// Template of its operations.
     pub template: Template,
-    /// What is done about late instants.
+    /// Policy for fire times that are decided late.
     pub missed_fire: MissedFire,
-    /// What is done about an instant while an operation of it is unfinished.
+    /// Policy for a fire time that comes while an operation of the schedule is unfinished.
     pub overlap: Overlap,
-    /// How much later than the fire a node begins at most.
+    /// Longest delay of a node's begin after the fire time.
     pub jitter: Duration,
-    /// How long after the fire its operation may be begun.
+    /// Time after the fire in which its operation may begin.
     pub expire_after: Duration,
-    /// Its instants are skipped.
+    /// True: its fire times are skipped.
     pub paused: bool,
-    /// Why.
+    /// Reason of the pause; empty if it is not paused.
     pub pause_reason: String,
-    /// Who made it.
+    /// Name of the user who created it.
     pub creator: String,
-    /// The nodes that whoever made or changed it is limited to.
+    /// Nodes that every user who created or changed it is limited to.
     pub scope: Scope,
-    /// When it was stored.
+    /// Time of creation.
     pub create_time: DateTime<Utc>,
-    /// When it was last changed, paused or resumed.
+    /// Time of its last change, pause or resume.
     pub update_time: DateTime<Utc>,
-    /// Another one after each of these.
+    /// Rises with each change of the row, except a fire that went well. A writer with an old one is refused.
     pub revision: i64,
-    /// The first instant of which nothing has become yet.
+    /// The first undecided fire time. `None` if there is none, or it cannot be computed.
     pub next_fire: Option<DateTime<Utc>>,
-    /// The last of which something has.
+    /// The last decided fire time. `None` before the first.
     pub last_fire: Option<DateTime<Utc>>,
-    /// How many instants in a row failed until the last one.
+    /// Number of fire times in a row that failed, up to the last one.
     pub failures: u32,
-    /// Why the last one failed; empty: it did not.
+    /// Error of the last fire time; empty if it did not fail.
     pub failure: String,
 }
 
 impl Store {
-    /// Stores a schedule; false when its id is taken.
+    /// Stores a schedule. Returns false if its id is taken.
     pub async fn create_schedule(&self, new: &ScheduleRow) -> Result<bool, StoreError> {
         self.again(|| self.create_schedule_once(new)).await
     }
@@ -102,13 +102,13 @@ impl Store {
         Ok(inserted == 1)
     }
 
-    /// One schedule.
+    /// Reads one schedule.
     pub async fn schedule(&self, id: &ScheduleId) -> Result<Option<ScheduleRow>, StoreError> {
         let row = sql("SELECT * FROM schedules WHERE id = ?").bind(id.as_str()).one(self.reader()).await?;
         row.as_ref().map(read).transpose()
     }
 
-    /// Schedules by id. One whose row this version cannot read is left out.
+    /// Schedules in the order of their ids. One whose row this version cannot read is left out.
     pub async fn schedules(&self, after: Option<&ScheduleId>, limit: u32) -> Result<Vec<ScheduleRow>, StoreError> {
         let rows = sql("SELECT * FROM schedules WHERE id > ? ORDER BY id LIMIT ?")
             .bind(after.map_or("", ScheduleId::as_str))
@@ -118,7 +118,7 @@ impl Store {
         Ok(readable(&rows))
     }
 
-    /// Changes what recurs and when, unless the schedule has changed since it was read; false when it has.
+    /// Changes a schedule, unless it has changed since it was read. Returns false in that case.
     pub async fn update_schedule(&self, row: &ScheduleRow, now: DateTime<Utc>) -> Result<bool, StoreError> {
         self.again(|| self.update_schedule_once(row, now)).await
     }
@@ -140,7 +140,8 @@ impl Store {
         .time(now)
         .bind(row.id.as_str())
         .bind(row.revision)
-        // What the scheduler decided meanwhile must not be due again.
+        // A change that was read before a fire and written after it must not make that fire time due again: its row
+        // exists, so the schedule would stand still.
         .bind(row.last_fire.map_or(-1, micros))
         .run(&*tx)
         .await?;
@@ -148,7 +149,7 @@ impl Store {
         Ok(changed == 1)
     }
 
-    /// Pauses a schedule, with a reason; the schedule as it is now.
+    /// Pauses a schedule, with a reason. Returns it as it is now, or `None` if there is no such schedule.
     pub async fn pause_schedule(
         &self,
         id: &ScheduleId,
@@ -178,8 +179,8 @@ impl Store {
         self.schedule(id).await
     }
 
-    /// Lets a schedule go on, and forgets that it failed; the schedule as it is now. `next` is its next instant if it has
-    /// none, because it could not be told.
+    /// Resumes a schedule and forgets its failures. Returns it as it is now. `next` becomes its next fire time if it
+    /// has none, because that could not be computed.
     pub async fn resume_schedule(
         &self,
         id: &ScheduleId,
@@ -196,6 +197,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<Option<ScheduleRow>, StoreError> {
         let tx = self.begin().await?;
+        // An undecided fire time stays, because a gap between the recorded ones must always mean a defect.
         let changed = sql("UPDATE schedules SET paused = ?, pause_reason = '', failures = 0, failure = '', \
              next_fire = COALESCE(next_fire, CAST(? AS BIGINT)), update_time = ?, revision = revision + 1 WHERE id = ?")
         .bind(false)
@@ -208,13 +210,14 @@ impl Store {
         self.schedule(id).await
     }
 
-    /// Removes a schedule and its fires; false when there is none.
+    /// Deletes a schedule and its fires. Returns false if there is none.
     pub async fn delete_schedule(&self, id: &ScheduleId) -> Result<bool, StoreError> {
         self.again(|| self.delete_schedule_once(id)).await
     }
 
     async fn delete_schedule_once(&self, id: &ScheduleId) -> Result<bool, StoreError> {
         let tx = self.begin().await?;
+        // The fires go with it, because a new schedule of the same name would inherit them.
         let deleted = sql("DELETE FROM schedules WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         self.commit_if(deleted == 1, tx).await?;
         Ok(deleted == 1)
@@ -225,7 +228,7 @@ fn duration_micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
-/// Those of the rows that this version can read: the others, of a newer one perhaps, hold up nothing.
+/// The rows that this version can read. Others, perhaps of a newer version, must not hold up these.
 pub(super) fn readable(rows: &[Row]) -> Vec<ScheduleRow> {
     let read = |row: &Row| match read(row) {
         Ok(schedule) => Some(schedule),

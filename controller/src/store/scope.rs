@@ -1,11 +1,11 @@
-//! Which nodes a caller is limited to.
+//! The nodes that a caller is limited to.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Labels that a node must carry to lie within it; none: every node does.
+/// Labels that a node must carry to lie within the scope. Without labels every node does.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Scope(BTreeMap<String, String>);
@@ -21,30 +21,32 @@ impl Scope {
         Self::default()
     }
 
-    /// Whether every node lies within it.
+    /// True if every node lies within it.
     pub fn is_everything(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The labels.
+    /// The labels that a node must carry.
     pub fn labels(&self) -> &BTreeMap<String, String> {
         &self.0
     }
 
-    /// Whether a node with these labels lies within it.
+    /// True if a node with these labels lies within it.
     pub fn covers(&self, labels: &BTreeMap<String, String>) -> bool {
         self.0.iter().all(|(key, value)| labels.get(key) == Some(value))
     }
 
-    /// Whether every node within a selection by labels lies within it, whatever nodes there are.
+    /// True if every node that a selection by labels can ever match lies within it.
     pub fn covers_selection(&self, selection: &BTreeMap<String, String>) -> bool {
+        // A selection matches nodes with at least these labels, so it is judged like a node that has no others.
         self.covers(selection)
     }
 
-    /// What lies within both; `None`: nothing ever does.
+    /// The scope of the nodes that lie within both. `None` if no node can.
     pub fn and(&self, other: &Self) -> Option<Self> {
         let mut both = self.0.clone();
         for (key, value) in &other.0 {
+            // No node carries two values of one key.
             if both.insert(key.clone(), value.clone()).is_some_and(|before| before != *value) {
                 return None;
             }

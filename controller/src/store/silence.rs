@@ -1,9 +1,9 @@
-//! The one guard of everything that judges somebody by silence: overdue and given-up executions, powered-off and vanished
-//! nodes, slots of nodes that are gone, dead controllers.
+//! One guard for every judgement by silence: overdue and given-up executions, powered-off and vanished nodes, slots of
+//! nodes that are gone, dead controllers.
 //!
-//! Silence proves something only if this process listened. It did not before it started, while the database was away
-//! (nodes that spoke could not be stored), while the process or its machine stood still, and while reports that came wait
-//! to be stored. After each of these everybody gets the time to come back first.
+//! Silence proves something only if this process listened. It did not listen before it started, while the database was
+//! away (reports of nodes could not be stored), while the process or its machine stood still, or while received reports
+//! wait to be stored. After each of these, nodes and controllers first get the time to come back.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,29 +14,30 @@ use super::Store;
 
 /// Time for a node to come back: an agent's longest pause between two tries is 60 s, and then it has to connect.
 const NODES_COME_BACK: TimeDelta = TimeDelta::seconds(75);
-/// Time for a controller to give a sign of life: three beats.
+/// Time for a controller to send a beat: three of them.
 const CONTROLLERS_COME_BACK: TimeDelta = TimeDelta::seconds(15);
-/// Two rounds are at most about a second apart. After a longer break the process, the machine or its clock stood still.
+/// Longest break between two rounds, which are at most about a second apart. After a longer one the process, the
+/// machine or its clock stood still.
 const STOOD_STILL: TimeDelta = TimeDelta::seconds(15);
 
-/// Whose silence is judged.
+/// Party whose silence is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Silent {
     Node,
     Controller,
 }
 
-/// How long this process has listened.
+/// Record of how long this process has listened.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
     listening: Mutex<Listening>,
-    /// Sessions with reports that the database did not take yet.
+    /// Number of sessions with reports that the database did not take yet.
     backlogs: Arc<AtomicUsize>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Listening {
-    /// `None`: nobody keeps watch in this process, so nothing is known against judging.
+    /// `None` if no dispatcher runs in this process, so nothing is known against judging.
     since: Option<DateTime<Utc>>,
     last: Option<DateTime<Utc>>,
     interrupted: bool,
@@ -44,6 +45,7 @@ struct Listening {
 
 impl Listening {
     fn watched(self, now: DateTime<Utc>) -> Self {
+        // A clock that was set back looks like a break as well, since deadlines cannot be trusted then either.
         let went_on = self.last.is_some_and(|last| now >= last && now.signed_duration_since(last) <= STOOD_STILL);
         let since = if went_on && !self.interrupted { self.since } else { Some(now) };
         Self { since, last: Some(now), interrupted: false }
@@ -58,7 +60,7 @@ impl Listening {
     }
 }
 
-/// Reports wait to be stored for as long as this lives.
+/// Marks reports that wait to be stored, as long as it lives.
 #[derive(Debug, Default)]
 pub struct Backlog(Arc<AtomicUsize>);
 
@@ -69,36 +71,37 @@ impl Drop for Backlog {
 }
 
 impl Store {
-    /// Says that nodes can speak to this process and that it looks after them. Each dispatch round says it; a break
-    /// between two of them counts as an interruption. Returns since when it listens without one.
+    /// Notes that nodes can reach this process and that it looks after them. Each dispatch round calls it; a break
+    /// between two calls counts as an interruption. Returns since when there was none.
     pub fn keep_watch(&self, now: DateTime<Utc>) -> DateTime<Utc> {
         let mut listening = self.shared.watch.listening.lock().unwrap_or_else(PoisonError::into_inner);
         *listening = listening.watched(now);
         listening.since.unwrap_or(now)
     }
 
-    /// Says that the database did not answer: what nodes said meanwhile may be lost, or wait. From the next
-    /// [`Store::keep_watch`] on they get the time to come back.
+    /// Notes that the database did not answer, so reports of nodes may be lost or wait. From the next
+    /// [`Store::keep_watch`] on, nodes and controllers get the time to come back.
     pub fn interrupt_watch(&self) {
         self.shared.watch.listening.lock().unwrap_or_else(PoisonError::into_inner).interrupted = true;
     }
 
-    /// Says that reports wait to be stored; nobody is judged before they are.
+    /// Notes that reports wait to be stored. No node is judged before they are.
     pub fn backlog(&self) -> Backlog {
         self.shared.watch.backlogs.fetch_add(1, Ordering::Relaxed);
         Backlog(Arc::clone(&self.shared.watch.backlogs))
     }
 
-    /// Whether reports wait to be stored.
+    /// True if reports wait to be stored.
     #[cfg(test)]
     pub(crate) fn has_backlog(&self) -> bool {
         self.shared.watch.backlogs.load(Ordering::Relaxed) != 0
     }
 
-    /// Whether silence until now means something.
+    /// True if silence until now proves something.
     pub(super) fn may_judge(&self, who: Silent, now: DateTime<Utc>) -> bool {
         let watch = &self.shared.watch;
         let listening = *watch.listening.lock().unwrap_or_else(PoisonError::into_inner);
+        // Reports that wait to be stored say something about nodes, and nothing about controllers.
         listening.may_judge(who, now) && (who == Silent::Controller || watch.backlogs.load(Ordering::Relaxed) == 0)
     }
 }

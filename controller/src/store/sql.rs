@@ -1,12 +1,12 @@
-//! Statements that both databases take.
+//! Statements for both databases.
 //!
-//! They are written once, with `?` for a value, and with a few words in braces for what the two say differently:
+//! Each is written once, with `?` for a value and with words in braces for what the databases spell differently:
 //!
-//! - `{each}`: a value that is a JSON array of texts, as a table with the column `value`;
-//! - `{rows a BIGINT, b TEXT}`: a value that is a JSON array of objects, as a table `r` with these columns;
-//! - `{within n.labels}`, `{within n.labels o.scope}`: whether labels hold every one of a value, or of a column;
-//! - `{lock}`, `{lock e}`, `{skip}`: Postgres locks the rows that a SELECT reads (those of table `e`; those that are
-//!   free), so that what was read still holds when it is written; SQLite has a single writer anyway.
+//! - `{each}`: a JSON array of texts, as a table with the column `value`;
+//! - `{rows a BIGINT, b TEXT}`: a JSON array of objects, as a table `r` with these columns;
+//! - `{within n.labels}`, `{within n.labels o.scope}`: true if the labels hold all those of a value, or of a column;
+//! - `{lock}`, `{lock e}`, `{skip}`: on Postgres, locks the rows that a SELECT reads (those of table `e`; those that
+//!   are free), so that they stay as read until they are written. SQLite has a single writer anyway.
 
 use chrono::{DateTime, Utc};
 use sea_orm::{QueryResult, Value};
@@ -30,63 +30,65 @@ pub(super) fn sql(text: &str) -> Sql {
 }
 
 impl Sql {
-    /// More text.
+    /// Appends text.
     pub(super) fn and(mut self, text: &str) -> Self {
         self.text.push_str(text);
         self
     }
 
-    /// The next value.
+    /// Binds the next value.
     pub(super) fn bind(mut self, value: impl Into<Value>) -> Self {
         self.values.push(value.into());
         self
     }
 
-    /// The next value, a time.
+    /// Binds the next value, a time.
     pub(super) fn time(self, time: DateTime<Utc>) -> Self {
         self.bind(micros(time))
     }
 
-    /// The next value, JSON.
+    /// Binds the next value, as JSON.
     pub(super) fn json(self, value: &(impl Serialize + ?Sized)) -> Self {
         self.bind(to_json(value))
     }
 
-    /// The next value, for `{each}`.
+    /// Binds the next value, for `{each}`.
     pub(super) fn each<T: AsRef<str>>(self, texts: impl IntoIterator<Item = T>) -> Self {
+        // One value for the whole list, so the text of the statement does not depend on its length.
         let texts: Vec<serde_json::Value> =
             texts.into_iter().map(|text| serde_json::Value::from(text.as_ref())).collect();
         self.json(&texts)
     }
 
-    /// Runs it; returns how many rows it changed.
+    /// Runs it and returns the number of changed rows.
     pub(super) async fn run(self, db: &impl Connection) -> Result<u64, StoreError> {
         Ok(db.ask(expand(&self.text, db.is_postgres()), self.values, Want::Changes).await?.changed)
     }
 
-    /// Runs it; returns the first row.
+    /// Runs it and returns the first row.
     pub(super) async fn one(self, db: &impl Connection) -> Result<Option<Row>, StoreError> {
         let answer = db.ask(expand(&self.text, db.is_postgres()), self.values, Want::First).await?;
         Ok(answer.rows.into_iter().next().map(Row))
     }
 
-    /// Runs it; returns every row.
+    /// Runs it and returns every row.
     pub(super) async fn all(self, db: &impl Connection) -> Result<Vec<Row>, StoreError> {
         let answer = db.ask(expand(&self.text, db.is_postgres()), self.values, Want::All).await?;
         Ok(answer.rows.into_iter().map(Row).collect())
     }
 }
 
-/// A value as JSON.
+/// A value as JSON text.
 pub(super) fn to_json(value: &(impl Serialize + ?Sized)) -> String {
     serde_json::to_string(value).expect("what is stored has text keys only, and writing to memory does not fail")
 }
 
-/// Puts in what the database says for the words in braces, and its placeholders.
+/// Replaces words in braces and placeholders by the text of the database.
 fn expand(text: &str, postgres: bool) -> String {
     let mut out = String::with_capacity(text.len() + 64);
     let mut values = 0_usize;
     let mut rest = text;
+    // Statements must not contain these characters for another purpose, such as in a literal.
     while let Some(at) = rest.find(['?', '{']) {
         let (before, from) = rest.split_at(at);
         out.push_str(before);
@@ -102,6 +104,7 @@ fn expand(text: &str, postgres: bool) -> String {
 }
 
 fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
+    // One counter for all words that take a value, so that `$n` follows the order of `bind`.
     let mut value = || {
         *values += 1;
         if postgres { format!("${values}") } else { "?".to_owned() }
@@ -113,6 +116,7 @@ fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
         ("each", false) => format!("(SELECT value FROM json_each({}))", value()),
         ("rows", true) => format!("jsonb_to_recordset(CAST({} AS jsonb)) AS r({object})", value()),
         ("rows", false) => {
+            // SQLite takes the types from the JSON, so only the names are used.
             let columns: Vec<String> = object
                 .split(',')
                 .filter_map(|column| column.split_whitespace().next())
@@ -121,6 +125,8 @@ fn spell(word: &str, postgres: bool, values: &mut usize) -> String {
             format!("(SELECT {} FROM json_each({})) AS r", columns.join(", "), value())
         }
         ("within", _) => {
+            // The columns are TEXT in both databases. SQLite has no operator for containment, so it compares key by
+            // key.
             let (labels, scope) = object.split_once(' ').unwrap_or((object, ""));
             let scope = if scope.is_empty() { value() } else { scope.to_owned() };
             if postgres {
@@ -163,7 +169,7 @@ impl Row {
         Ok(self.0.try_get("", column)?)
     }
 
-    /// A count or a size; a negative one is none of ours.
+    /// A count or a size. A negative value is an error, because the store writes none.
     pub(super) fn number<T: TryFrom<i64>>(&self, column: &'static str) -> Result<T, StoreError> {
         let value = self.int(column)?;
         T::try_from(value).map_err(|_| StoreError::Unknown { what: column, value: value.to_string() })
@@ -191,7 +197,7 @@ impl Row {
         if self.maybe_text(column)?.is_none() { Ok(None) } else { self.json(column).map(Some) }
     }
 
-    /// A word of a closed set, or an id.
+    /// A word of an enumeration, or an id.
     pub(super) fn word<T>(&self, column: &'static str, parse: impl FnOnce(&str) -> Option<T>) -> Result<T, StoreError> {
         let text = self.text(column)?;
         parse(&text).ok_or(StoreError::Unknown { what: column, value: text })
@@ -213,13 +219,13 @@ impl Row {
 }
 
 fn as_time(column: &'static str, micros: i64) -> Result<DateTime<Utc>, StoreError> {
-    // Releases before stored a window that never opens as the end of chrono's calendar.
+    // Earlier releases stored a window that never opens as the end of chrono's calendar.
     DateTime::from_timestamp_micros(micros)
         .map(calendar::bounded)
         .ok_or_else(|| StoreError::Unknown { what: column, value: micros.to_string() })
 }
 
-/// A number as it is stored; what is too large for the databases' integers (a lie of a node) becomes the largest.
+/// The stored form of a number. A node may report one that no database can hold; it becomes the largest.
 pub(super) fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -1,4 +1,4 @@
-//! What operators do to an operation: cancel, pause, resume, abandon.
+//! Commands of operators to an operation: cancel, pause, resume, abandon.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, OperationId};
@@ -13,34 +13,34 @@ use super::sql::sql;
 use super::{ExecutionRow, OperationRow, Store, StoreError, executions};
 use crate::operation::{ExecutionError, ExecutionState, IllegalTransition, OperationState, reason};
 
-/// What became of a cancel, a pause or a resume.
+/// Result of a cancel, a pause or a resume.
 #[derive(Debug, Clone)]
 pub enum SteerOutcome {
     /// Done; the operation as it is now.
     Changed(OperationRow),
-    /// It was so already.
+    /// It was in the wanted state already.
     Unchanged(OperationRow),
-    /// Not possible in its state.
+    /// Its state does not allow it.
     Refused(OperationRow),
     /// No such operation.
     NotFound,
 }
 
-/// What became of giving up an execution.
+/// Result of abandoning an execution.
 #[derive(Debug, Clone)]
 pub enum AbandonOutcome {
-    /// It ended FAILED.
+    /// It ended as FAILED.
     Abandoned(ExecutionRow),
     /// Its node is neither overdue nor in its installer.
     NotOverdue(ExecutionRow),
-    /// It had ended.
+    /// It had ended before.
     Final(ExecutionRow),
     /// No such execution.
     NotFound,
 }
 
 impl Store {
-    /// Asks that an operation stop: what is not assigned ends at once, the rest is asked of the nodes.
+    /// Requests a cancel. Executions that wait end at once; the nodes are asked to stop the others.
     pub async fn request_cancel(
         &self,
         id: &OperationId,
@@ -57,6 +57,7 @@ impl Store {
         now: DateTime<Utc>,
     ) -> Result<SteerOutcome, StoreError> {
         let Some((tx, from)) = self.hold_once(id).await? else { return Ok(SteerOutcome::NotFound) };
+        // A repeated cancel is no error, also after the end.
         let so_already = matches!(from, OperationState::Cancelling | OperationState::Cancelled);
         let to = match self.legal(from.cancel(), so_already, id, &tx).await? {
             Ok(to) => to,
@@ -70,6 +71,7 @@ impl Store {
             .await?;
         let asked = Happened::to_operation(actor, from.as_str(), to.as_str(), "");
         events::record(&*tx, id, vec![asked], now).await?;
+        // Flagged, not ended: only the node knows if it can still stop. The dispatcher asks it until it answers.
         sql("UPDATE executions SET cancel_requested = TRUE, update_time = ? WHERE operation = ? \
              AND state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')")
         .time(now)
@@ -84,11 +86,12 @@ impl Store {
             .map(read_found)
             .collect::<Result<Vec<_>, _>>()?;
         moves::end(&*tx, &waiting, &End { to: ExecutionState::Cancelled, error: None, actor }, now).await?;
+        // Without an active execution the operation ends here; otherwise it ends with the last one.
         operations::finish_if_done(&*tx, id, now).await?;
         self.steered(tx, id).await
     }
 
-    /// Holds back what is not assigned.
+    /// Holds back the executions that are not assigned. Active ones go on.
     pub async fn pause(
         &self,
         id: &OperationId,
@@ -115,13 +118,14 @@ impl Store {
         self.steered(tx, id).await
     }
 
-    /// Lets a paused operation go on.
+    /// Resumes a paused operation. Its failures until now are forgiven.
     pub async fn resume(&self, id: &OperationId, actor: &str, now: DateTime<Utc>) -> Result<SteerOutcome, StoreError> {
         self.again(|| self.resume_once(id, actor, now)).await
     }
 
     async fn resume_once(&self, id: &OperationId, actor: &str, now: DateTime<Utc>) -> Result<SteerOutcome, StoreError> {
         let Some((tx, from)) = self.hold_once(id).await? else { return Ok(SteerOutcome::NotFound) };
+        // An operation that was paused before its time goes back to SCHEDULED.
         let due = sql("SELECT id FROM operations WHERE id = ? AND schedule_time <= ?")
             .bind(id.as_str())
             .time(now)
@@ -176,13 +180,13 @@ impl Store {
         Ok(row.map_or(AbandonOutcome::NotFound, AbandonOutcome::Abandoned))
     }
 
-    /// Begins a transaction that holds an operation.
+    /// Begins a transaction that locks an operation. Returns `None` if there is no such operation.
     async fn hold_once(&self, id: &OperationId) -> Result<Option<(Tx, OperationState)>, StoreError> {
         let tx = self.begin().await?;
         Ok(lock(&*tx, [id]).await?.pop().map(|(_, state)| (tx, state)))
     }
 
-    /// The new state, or how to answer where there is none.
+    /// The new state, or the outcome if the step is not allowed.
     async fn legal(
         &self,
         to: Result<OperationState, IllegalTransition>,

@@ -13,54 +13,54 @@ use crate::operation::NodeState;
 /// A token to be stored.
 #[derive(Debug, Clone)]
 pub struct NewToken {
-    /// Its id.
+    /// Id of the token.
     pub id: JoinTokenId,
     /// SHA-256 of its secret, lower-case hexadecimal.
     pub secret_sha256: String,
-    /// How many nodes it may enrol.
+    /// Number of nodes that it may enrol.
     pub max_uses: u32,
-    /// When it stops working.
+    /// Time after which it is refused.
     pub expire_time: DateTime<Utc>,
-    /// Its nodes wait for an admin.
+    /// True: its nodes wait for approval by an admin.
     pub require_approval: bool,
-    /// That its nodes get.
+    /// Labels that its nodes get.
     pub labels: BTreeMap<String, String>,
-    /// Who made it.
+    /// Name of the user who created it.
     pub creator: String,
-    /// Networks from which it may be used; none: any.
+    /// Networks from which it may be used. Empty: any.
     pub cidrs: Vec<String>,
-    /// Serial numbers of boards that it may enrol, as they are compared; none: any.
+    /// Serial numbers of boards that it may enrol, lower case. Empty: any.
     pub serials: Vec<String>,
-    /// Ids that its nodes may take; none: any.
+    /// Ids that its nodes may take. Empty: any.
     pub nodes: Vec<NodeId>,
 }
 
 /// A stored token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenRow {
-    /// Its id.
+    /// Id of the token.
     pub id: JoinTokenId,
-    /// How many nodes it may enrol.
+    /// Number of nodes that it may enrol.
     pub max_uses: u32,
-    /// How many it has enrolled.
+    /// Number of nodes that it has enrolled.
     pub uses: u32,
-    /// When it stops working.
+    /// Time after which it is refused.
     pub expire_time: DateTime<Utc>,
-    /// When it was made.
+    /// Time of creation.
     pub create_time: DateTime<Utc>,
-    /// Who made it.
+    /// Name of the user who created it.
     pub creator: String,
-    /// Its nodes wait for an admin.
+    /// True: its nodes wait for approval by an admin.
     pub require_approval: bool,
-    /// That its nodes get.
+    /// Labels that its nodes get.
     pub labels: BTreeMap<String, String>,
-    /// It was revoked.
+    /// True if it was revoked.
     pub revoked: bool,
-    /// Networks from which it may be used; none: any.
+    /// Networks from which it may be used. Empty: any.
     pub cidrs: Vec<String>,
-    /// Serial numbers of boards that it may enrol, as they are compared; none: any.
+    /// Serial numbers of boards that it may enrol, lower case. Empty: any.
     pub serials: Vec<String>,
-    /// Ids that its nodes may take; none: any.
+    /// Ids that its nodes may take. Empty: any.
     pub nodes: Vec<NodeId>,
 }
 
@@ -72,6 +72,7 @@ impl Store {
 
     async fn create_token_once(&self, new: &NewToken, now: DateTime<Utc>) -> Result<TokenRow, StoreError> {
         let tx = self.begin().await?;
+        // Only the hash of the secret is stored, so a copy of the database enrols nothing.
         sql("INSERT INTO tokens (id, secret_sha256, max_uses, expire_time, create_time, creator, require_approval, \
              labels, cidrs, serials, nodes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
         .bind(new.id.as_str())
@@ -92,7 +93,7 @@ impl Store {
         row.ok_or(StoreError::Unknown { what: "token", value: new.id.to_string() })
     }
 
-    /// Tokens, newest first; `after`: only those older than it.
+    /// Tokens, newest first. `after`: only those older than this one.
     pub async fn tokens(&self, after: Option<&JoinTokenId>, limit: u32) -> Result<Vec<TokenRow>, StoreError> {
         sql("SELECT * FROM tokens WHERE (? OR (create_time, id) < (SELECT create_time, id FROM tokens WHERE id = ?)) \
              ORDER BY create_time DESC, id DESC LIMIT ?")
@@ -106,13 +107,14 @@ impl Store {
         .collect()
     }
 
-    /// Makes a token useless, and tells who is left without a way in; `None`: no such token.
+    /// Revokes a token. Returns it with the nodes that are left without a way in, or `None` if there is no such token.
     pub async fn revoke_token(&self, id: &JoinTokenId) -> Result<Option<(TokenRow, Stranded)>, StoreError> {
         self.again(|| self.revoke_token_once(id)).await
     }
 
     async fn revoke_token_once(&self, id: &JoinTokenId) -> Result<Option<(TokenRow, Stranded)>, StoreError> {
         let tx = self.begin().await?;
+        // Never asks first: a token that leaked must be useless at once. The stranded nodes are reported instead.
         sql("UPDATE tokens SET revoked = TRUE WHERE id = ?").bind(id.as_str()).run(&*tx).await?;
         let Some(row) = find(&*tx, id).await? else { return Ok(None) };
         let enrolled = sql("SELECT n.id AS id, n.serial AS serial, n.state AS state, n.session_time AS session_time \
@@ -125,6 +127,7 @@ impl Store {
         for node in &enrolled {
             let (id, serial) = (nodes::read_id(node)?, node.text("serial")?);
             stranded.serials.retain(|named| *named != serial);
+            // A node that never connected may not have received its certificate, so it would need the token again.
             let settled = node.maybe_time("session_time")?.is_some()
                 && node.word("state", NodeState::parse)? == NodeState::Approved;
             stranded.nodes.retain(|named| *named != id);
@@ -137,17 +140,17 @@ impl Store {
     }
 }
 
-/// Who a revoked token leaves without a way in.
+/// Boards and nodes that a revoked token leaves without a way in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stranded {
-    /// Boards that it names and that have not enrolled with it.
+    /// Serial numbers that it names and that have not enrolled with it.
     pub serials: Vec<String>,
-    /// Nodes that it names and that have not enrolled with it, and those that have and never connected or are not
+    /// Nodes that it names and that have not enrolled with it. Also nodes that enrolled but never connected, or are not
     /// approved.
     pub nodes: Vec<NodeId>,
 }
 
-/// The ids that a token's nodes may take.
+/// Ids that a token's nodes may take.
 pub(super) fn ids(row: &Row) -> Result<Vec<NodeId>, StoreError> {
     let ids: Vec<String> = row.json("nodes")?;
     let unknown = |id: &String| StoreError::Unknown { what: "node id", value: id.clone() };

@@ -1,4 +1,4 @@
-//! What updates have left on a node.
+//! Ended updates of a node.
 
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
@@ -6,7 +6,7 @@ use super::sql::sql;
 use super::{Store, StoreError};
 use crate::operation::{Action, ExecutionError, ExecutionState, FrozenArtifact};
 
-/// So many of a node's updates are looked through for an image that it ran.
+/// Number of a node's updates that are searched for an image that it ran.
 const UPDATES: i64 = 50;
 
 /// The last update of a node that has ended.
@@ -14,16 +14,16 @@ const UPDATES: i64 = 50;
 pub struct LastUpdate {
     /// Its execution.
     pub id: ExecutionId,
-    /// How it ended.
+    /// Its final state.
     pub state: ExecutionState,
-    /// Why, when it did not succeed.
+    /// Error if it did not succeed.
     pub error: Option<ExecutionError>,
-    /// What it was to install.
+    /// The update's action.
     pub action: Action,
 }
 
 impl Store {
-    /// The node's updates that have ended, the last one first.
+    /// The node's updates that have ended, newest first.
     async fn ended_updates(&self, node: &NodeId) -> Result<Vec<LastUpdate>, StoreError> {
         let rows = sql("SELECT e.operation, e.state, e.error_reason, e.error_message, o.action FROM executions e \
              JOIN operations o ON o.id = e.operation WHERE e.node = ? AND o.action_kind = 'update' \
@@ -51,10 +51,11 @@ impl Store {
         Ok(self.ended_updates(node).await?.into_iter().next())
     }
 
-    /// The image that a node ran before an update that failed: that of its last update that succeeded with another one.
+    /// The image that a node ran before a failed update: that of its last successful update to another image.
     pub async fn image_before(&self, node: &NodeId, failed: &str) -> Result<Option<FrozenArtifact>, StoreError> {
         let updates = self.ended_updates(node).await?.into_iter();
         let succeeded = updates.filter(|update| update.state == ExecutionState::Succeeded);
+        // Installing the failed image once more would fail the same way.
         Ok(succeeded.filter_map(|update| update.action.image().cloned()).find(|image| image.sha256 != failed))
     }
 }

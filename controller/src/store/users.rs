@@ -1,4 +1,4 @@
-//! Users: what the people and services behind certificates may do.
+//! Users: roles and scopes of the people and services behind certificates.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::UserId;
@@ -11,45 +11,45 @@ use super::{CertificateRow, Scope, Store, StoreError, certificates};
 /// A user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserRow {
-    /// Its id, which is the common name of its certificates.
+    /// Id, which is the common name of its certificates.
     pub id: UserId,
     /// `viewer`, `operator`, `publisher` or `admin`.
     pub role: String,
-    /// The nodes that it is limited to.
+    /// Nodes that the user is limited to.
     pub scope: Scope,
-    /// When it was made.
+    /// Time of creation.
     pub create_time: DateTime<Utc>,
-    /// Who made it.
+    /// Name of the user who created it.
     pub creator: String,
-    /// When it was shut out.
+    /// Time of revocation, if it was revoked.
     pub revoke_time: Option<DateTime<Utc>>,
 }
 
-/// What became of changing a user.
+/// Result of changing a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpdateUserOutcome {
     /// The user as it is now.
     Updated(UserRow),
-    /// It may not any more what it might before; nothing is changed.
+    /// The user's role or scope changed since it was read. Nothing was written.
     ChangedMeanwhile,
-    /// It is shut out.
+    /// The user is revoked.
     Revoked,
 }
 
-/// What became of making a user.
+/// Result of creating a user.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CreateUserOutcome {
-    /// It is there, and the certificate is stored.
+    /// The user exists, and the certificate is stored.
     Created(UserRow),
-    /// There is one of that name that may something else.
+    /// A user of that name exists, with another role or scope.
     Differs(UserRow),
-    /// Nobody may have that name; the sentence says why.
+    /// No user may have that name; the text says why.
     NameTaken(String),
 }
 
 impl Store {
-    /// Stores a user and its certificate. One that is there with the same role and scope gets a further certificate; one
-    /// that was shut out is let in again.
+    /// Stores a user and its certificate. A user that exists with the same role and scope gets a further certificate. A
+    /// revoked user gets access again.
     pub async fn create_user(
         &self,
         user: &UserRow,
@@ -80,6 +80,7 @@ impl Store {
         .await?;
         let found = find(&*tx, &user.id).await?;
         let stored = found.ok_or_else(|| StoreError::Unknown { what: "user", value: user.id.to_string() })?;
+        // Creating a user never changes the rights of one that is not revoked.
         if changed == 0 && (stored.role != user.role || stored.scope != user.scope) {
             return Ok(CreateUserOutcome::Differs(stored));
         }
@@ -88,15 +89,16 @@ impl Store {
         Ok(CreateUserOutcome::Created(stored))
     }
 
-    /// Notes a certificate that the CA issued before anybody noted it, and its user, as far as they are not known. One of a
-    /// user that is shut out is revoked with its others: it does not come back to life with a user of that name.
+    /// Stores a certificate that the CA issued before certificates were stored, and its user, unless they are stored
+    /// already. A certificate of a revoked user is revoked with the others, so that it does not become valid again with
+    /// a later user of that name.
     pub async fn enter_certificate(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
         self.again(|| self.enter_certificate_once(user, certificate)).await
     }
 
     async fn enter_certificate_once(&self, user: &UserRow, certificate: &CertificateRow) -> Result<(), StoreError> {
         let tx = self.begin().await?;
-        // The CA's key vouches for it, whoever else has the name.
+        // The result does not matter: the CA's signature vouches for this user, even if another has the name.
         names::take(&*tx, names::Kind::User, user.id.as_str()).await?;
         sql("INSERT INTO users (id, role, selector, create_time, creator) VALUES (?, ?, ?, ?, ?) \
              ON CONFLICT (id) DO NOTHING")
@@ -107,7 +109,8 @@ impl Store {
         .bind(user.creator.as_str())
         .run(&*tx)
         .await?;
-        // Held, so that whoever shuts the user out comes before, and is seen here, or after, and then finds the certificate.
+        // Locks the user. A concurrent revocation comes before and is seen here, or comes after and finds the
+        // certificate.
         let user = sql("SELECT revoke_time FROM users WHERE id = ? {lock}").bind(user.id.as_str()).one(&*tx).await?;
         certificates::insert_if_new(&*tx, certificate).await?;
         if let Some(shut_out) = user.map(|row| row.maybe_time("revoke_time")).transpose()?.flatten() {
@@ -120,7 +123,7 @@ impl Store {
         tx.commit().await
     }
 
-    /// Users, by id.
+    /// Users in the order of their ids.
     pub async fn users(&self, after: Option<&UserId>, limit: u32) -> Result<Vec<UserRow>, StoreError> {
         sql("SELECT * FROM users WHERE id > ? ORDER BY id LIMIT ?")
             .bind(after.map_or("", UserId::as_str))
@@ -132,8 +135,7 @@ impl Store {
             .collect()
     }
 
-    /// Changes what a user may, and only while it may what it might `before`: role and scope are allowed together or not
-    /// at all.
+    /// Changes role and scope, only if both are still those of `before`: they are allowed together or not at all.
     pub async fn update_user(
         &self,
         before: &UserRow,
@@ -150,6 +152,7 @@ impl Store {
         scope: &Scope,
     ) -> Result<UpdateUserOutcome, StoreError> {
         let tx = self.begin().await?;
+        // Two admins who changed a user at once could make an admin with a limited scope, which neither had decided.
         let changed = sql("UPDATE users SET role = ?, selector = ? \
                            WHERE id = ? AND revoke_time IS NULL AND role = ? AND selector = ?")
         .bind(role)
@@ -168,12 +171,12 @@ impl Store {
         })
     }
 
-    /// One user.
+    /// Reads one user.
     pub async fn user(&self, id: &UserId) -> Result<Option<UserRow>, StoreError> {
         find(self.reader(), id).await
     }
 
-    /// Shuts a user out, with its certificates; `None`: no such user.
+    /// Revokes a user and its certificates. Returns `None` if there is no such user.
     pub async fn revoke_user(&self, id: &UserId, now: DateTime<Utc>) -> Result<Option<UserRow>, StoreError> {
         self.again(|| self.revoke_user_once(id, now)).await
     }
@@ -195,8 +198,9 @@ impl Store {
         Ok(row)
     }
 
-    /// The keys of labels that limit somebody: users, API tokens, and the operations and schedules that they made.
+    /// Label keys that limit someone: users, API tokens, and the schedules and unfinished operations that they created.
     pub async fn scope_keys(&self) -> Result<std::collections::BTreeSet<String>, StoreError> {
+        // Only admins may change labels with these keys. Otherwise a caller could move nodes into its own scope.
         let rows = sql("SELECT selector FROM users WHERE revoke_time IS NULL \
              UNION SELECT selector FROM api_tokens WHERE revoke_time IS NULL \
              UNION SELECT scope FROM schedules \

@@ -1,4 +1,4 @@
-//! Signs of life of the database: when it last answered, and whether it takes writes.
+//! Signs of life of the database: its last answer, and the success of writes.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,18 +6,18 @@ use std::time::{Duration, Instant};
 
 use super::StoreError;
 
-/// So long without any answer though something was asked, the database is silent.
+/// Time without any answer, though something was asked, after which the database is silent.
 const SILENT: Duration = Duration::from_millis(1500);
-/// After a failure of the disk, small writes may succeed while others fail: it counts as healed when none failed for
-/// so long.
+/// After a fault of the disk, small writes may succeed while others fail. It counts as healed if none failed for this
+/// long.
 const QUIET: Duration = Duration::from_secs(5);
 
-/// When the database last answered, whether an answer is waited for, and how writes ended.
+/// Time of the last answer, questions under way, and the results of writes.
 pub(super) struct Vitals {
     begun: Instant,
     waiting: AtomicUsize,
     last_millis: AtomicU64,
-    /// A question was given up in silence, and no answer came since. Between two questions the silence goes on.
+    /// A question was given up in silence, and no answer came since. The silence lasts on between two questions.
     given_up: AtomicBool,
     writes: Mutex<Writes>,
 }
@@ -51,26 +51,27 @@ impl Vitals {
         u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Whether no answer came for a while though something was asked.
+    /// True if something was asked and no answer came for a while.
     pub(super) fn is_silent(&self) -> bool {
         let last = self.last_millis.load(Ordering::Relaxed);
         self.waiting.load(Ordering::Relaxed) > 0 && u128::from(self.now().saturating_sub(last)) >= SILENT.as_millis()
     }
 
-    /// Something is asked, until the result is dropped.
+    /// Notes that something is asked, until the result is dropped.
     pub(super) fn asked(self: &Arc<Self>) -> Asked {
+        // The first question starts the clock: a database that nobody asked is not silent.
         if self.waiting.fetch_add(1, Ordering::Relaxed) == 0 {
             self.last_millis.store(self.now(), Ordering::Relaxed);
         }
         Asked(Arc::clone(self))
     }
 
-    /// A write was committed.
+    /// Notes that a write was committed.
     pub(super) fn wrote(&self) {
         self.writes.lock().unwrap_or_else(PoisonError::into_inner).wrote = Some(Instant::now());
     }
 
-    /// A write failed. What the statement or another transaction is to blame for does not count.
+    /// Notes that a write failed. Failures due to the statement itself, or to another transaction, do not count.
     pub(super) fn write_failed(&self, error: &StoreError) {
         if error.is_contention() || !matches!(error, StoreError::Unavailable(_)) {
             return;
@@ -79,13 +80,14 @@ impl Vitals {
         self.writes.lock().unwrap_or_else(PoisonError::into_inner).failed = Some(failed);
     }
 
-    /// Why writes fail at present, if they do.
+    /// Why writes fail at present. `None` if they succeed.
     pub(super) fn ailment(&self) -> Option<String> {
         if self.is_silent() || self.given_up.load(Ordering::Relaxed) {
             return Some("the database does not answer".to_owned());
         }
         let writes = self.writes.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = writes.failed.as_ref()?;
+        // After a fault of the disk, one successful write proves little; see `QUIET`.
         let healed =
             writes.wrote.is_some_and(|wrote| wrote > failed.at) && (!failed.disk || failed.at.elapsed() >= QUIET);
         (!healed).then(|| failed.why.clone())
@@ -96,7 +98,7 @@ impl Vitals {
 pub(super) struct Asked(Arc<Vitals>);
 
 impl Asked {
-    /// The answer came.
+    /// Notes that the answer came.
     pub(super) fn answered(&self) {
         self.0.last_millis.store(self.0.now(), Ordering::Relaxed);
         self.0.given_up.store(false, Ordering::Relaxed);
@@ -123,7 +125,7 @@ mod tests {
         assert_eq!(vitals.ailment(), None);
         tokio::time::sleep(SILENT).await;
         drop(asked);
-        // The next question has not waited long, and the database is as silent as before.
+        // The next question has not waited long, yet the database is as silent as before.
         let asked = vitals.asked();
         assert!(!vitals.is_silent() && vitals.ailment().is_some());
         asked.answered();

@@ -9,8 +9,8 @@ use crate::calendar;
 use crate::schedule::MaintenanceWindow;
 
 impl Store {
-    /// Opens and closes the windows of operations that are not finished; returns those that changed. A claim relies on
-    /// what was found here last.
+    /// Opens and closes the windows of unfinished operations. Returns those that changed. A claim relies on the result
+    /// stored here.
     pub async fn move_windows(&self, now: DateTime<Utc>) -> Result<Vec<OperationId>, StoreError> {
         self.again(|| self.move_windows_once(now)).await
     }
@@ -24,7 +24,7 @@ impl Store {
         for row in &rows {
             let id = operations::read_id(row)?;
             let stored = row.maybe_time("closed_until")?;
-            // Nothing becomes of one that never opens, and to look through the whole calendar for it takes a moment.
+            // A window that never opens stays closed. Searching the whole calendar for it each time would be slow.
             if stored.is_some_and(|time| time >= calendar::END_OF_TIME) {
                 continue;
             }
@@ -50,9 +50,10 @@ impl Store {
     }
 }
 
-/// Until when the window of an operation is closed. One that cannot be read, or whose dates cannot be told, is that
-/// operation's trouble alone: it stays closed.
+/// Time until which the window of an operation is closed. `None`: open. A window that cannot be read or computed stays
+/// closed, and no other operation is affected.
 fn closed_until(id: &OperationId, row: &Row, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+    // The window is stored, so a panic here would end this controller at each restart, and the other controllers too.
     let found = row
         .json("maintenance_window")
         .map(|window: MaintenanceWindow| std::panic::catch_unwind(|| window.closed_until(now)).map_err(|_| window));

@@ -1,4 +1,4 @@
-//! Schedules, what became of their instants, and what operations and executions have from them.
+//! Schedules, the outcomes of their fire times, and the columns that link operations and executions to them.
 
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -44,7 +44,7 @@ const STATEMENTS: &[&str] = &[
         last_fire BIGINT
     )",
     "CREATE INDEX schedules_next_fire ON schedules (next_fire) WHERE next_fire IS NOT NULL",
-    // One row for each instant: whoever writes it has decided what becomes of it.
+    // One row for each fire time. Its insertion is the decision.
     "CREATE TABLE fires (
         schedule {ID} NOT NULL REFERENCES schedules (id) ON DELETE CASCADE,
         fire_time BIGINT NOT NULL,
@@ -57,7 +57,7 @@ const STATEMENTS: &[&str] = &[
     "ALTER TABLE operations ADD COLUMN schedule TEXT",
     "ALTER TABLE operations ADD COLUMN fire_time BIGINT",
     "CREATE INDEX operations_schedule ON operations (schedule, state) WHERE schedule IS NOT NULL",
-    // Zero: nothing holds it back any more.
+    // 0: nothing holds it back, or no longer.
     "ALTER TABLE executions ADD COLUMN not_before BIGINT NOT NULL DEFAULT 0",
     "CREATE INDEX executions_not_before ON executions (not_before) WHERE not_before > 0",
 ];

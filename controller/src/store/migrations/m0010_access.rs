@@ -1,4 +1,4 @@
-//! Users, API tokens, limits of join tokens, the scope of operations and schedules, and a record that only grows.
+//! Users, API tokens, restrictions of join tokens, scopes of operations and schedules, and an append-only audit.
 
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -27,7 +27,7 @@ impl MigrationTrait for Access {
 }
 
 const STATEMENTS: &[&str] = &[
-    // What a person may stands here and not in the certificate, so that it can change.
+    // A user's rights are stored here and not in the certificate, so that they can change.
     "CREATE TABLE users (
         id {ID} PRIMARY KEY,
         role TEXT NOT NULL,
@@ -50,13 +50,14 @@ const STATEMENTS: &[&str] = &[
     "ALTER TABLE tokens ADD COLUMN cidrs TEXT NOT NULL DEFAULT '[]'",
     "ALTER TABLE tokens ADD COLUMN serials TEXT NOT NULL DEFAULT '[]'",
     "ALTER TABLE tokens ADD COLUMN nodes TEXT NOT NULL DEFAULT '[]'",
-    // Labels that a node must carry; the empty object: any node.
+    // Labels that a node must carry. The empty object allows every node.
     "ALTER TABLE operations ADD COLUMN scope TEXT NOT NULL DEFAULT '{}'",
     "ALTER TABLE schedules ADD COLUMN scope TEXT NOT NULL DEFAULT '{}'",
     "ALTER TABLE audit ADD COLUMN credential TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE audit ADD COLUMN message TEXT NOT NULL DEFAULT ''",
 ];
 
+// The code has no statement that changes the audit. The triggers also stop one that someone types by hand.
 const ON_SQLITE: &[&str] = &[
     "CREATE TRIGGER audit_not_changed BEFORE UPDATE ON audit
         BEGIN SELECT RAISE(ABORT, 'the audit only grows'); END",

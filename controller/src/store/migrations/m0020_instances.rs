@@ -1,4 +1,4 @@
-//! Which start of an agent opened the present session of a node, and which the one before.
+//! Instances: the start of an agent that opened the node's present session, and the one before.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -16,6 +16,7 @@ impl MigrationName for Instances {
 impl MigrationTrait for Instances {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
+        // Boot ids alone miss a folder that was copied on one machine, and containers that share a kernel.
         for column in ["instance", "previous_instance"] {
             db.execute_unprepared(&format!("ALTER TABLE nodes ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")).await?;
         }

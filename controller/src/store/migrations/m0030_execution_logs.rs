@@ -1,4 +1,4 @@
-//! What nodes logged of executions that did not succeed: a table of its own, so that lists do not read it.
+//! Log lines of executions that did not succeed. They have a table of their own, so that lists do not read them.
 
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};

@@ -1,4 +1,4 @@
-//! What nodes say that the controller cannot take, and the last words of those that power off.
+//! Conflicting reports of nodes, and the last words of nodes that power off.
 
 use sea_orm::{ConnectionTrait as _, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -22,7 +22,7 @@ impl MigrationTrait for Truth {
         {
             db.execute_unprepared(&format!("ALTER TABLE executions ADD COLUMN {column}")).await?;
         }
-        // The operation may be unknown, so it is no reference.
+        // No foreign key, because the store may not know the operation.
         let table = "CREATE TABLE conflicts (
             node {ID} NOT NULL,
             operation {ID} NOT NULL,

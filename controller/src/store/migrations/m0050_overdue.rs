@@ -1,4 +1,4 @@
-//! Since when an execution is overdue, and which failures an operator has let pass.
+//! Time at which an execution was found overdue, and the failures that an operator has forgiven.
 
 use sea_orm::ConnectionTrait;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -23,11 +23,11 @@ impl MigrationTrait for Overdue {
 }
 
 const STATEMENTS: &[&str] = &[
-    // When it was found overdue; NULL: it never was, or an earlier version found it.
+    // Time at which it was found overdue. NULL: never, or by an earlier release.
     "ALTER TABLE executions ADD COLUMN overdue_time BIGINT",
-    // When an operator resumed the operation though this execution had failed or was overdue; NULL: nobody did.
+    // Time at which an operator resumed the operation although this execution had failed or was overdue. NULL: never.
     "ALTER TABLE executions ADD COLUMN forgiven_time BIGINT",
-    // What was remembered as a number (operations.forgiven, not read any more): the failures that came first.
+    // Replaces the number in operations.forgiven, which is no longer read: the earliest failures are the forgiven ones.
     "UPDATE executions SET forgiven_time = update_time
         WHERE (state IN ('FAILED', 'ROLLED_BACK') OR overdue)
             AND (SELECT COUNT(*) FROM executions b WHERE b.operation = executions.operation

@@ -1,4 +1,4 @@
-//! Schedules whose instants failed, and the order in which operations were made: their ids do not tell it any more.
+//! Failures of schedules, and an index by creation time, because ids of operations no longer tell their order.
 
 use sea_orm::ConnectionTrait;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -25,5 +25,6 @@ impl MigrationTrait for ScheduleFailures {
 const STATEMENTS: &[&str] = &[
     "ALTER TABLE schedules ADD COLUMN failures BIGINT NOT NULL DEFAULT 0",
     "ALTER TABLE schedules ADD COLUMN failure TEXT NOT NULL DEFAULT ''",
+    // The id of a scheduled operation carries its fire time, so lists are ordered by creation.
     "CREATE INDEX operations_create_time ON operations (create_time, id)",
 ];

@@ -1,4 +1,4 @@
-//! Which artifacts the file mirror gives out by name.
+//! Artifacts that the file mirror serves by name.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -16,6 +16,7 @@ impl MigrationName for OpenArtifacts {
 impl MigrationTrait for OpenArtifacts {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
+        // Closed by default, because images hold Wi-Fi keys and password hashes.
         db.execute_unprepared("ALTER TABLE artifacts ADD COLUMN open_to_mirror BOOLEAN NOT NULL DEFAULT FALSE").await?;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The keys of nodes besides the one in service, names that nobody else may take, and what a renewal answered.
+//! Keys of nodes other than the one in service, names that are taken, and answers of renewals.
 
 use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -36,7 +36,7 @@ const STATEMENTS: &[&str] = &[
         PRIMARY KEY (node, key_sha256)
     )",
     "CREATE INDEX node_keys_key ON node_keys (key_sha256)",
-    // Names of nodes and users in lower case: no two differ by case only.
+    // Names of nodes and users in lower case, so that no two differ only by case.
     "CREATE TABLE taken_names (
         folded {ID} PRIMARY KEY,
         kind TEXT NOT NULL,
@@ -46,12 +46,12 @@ const STATEMENTS: &[&str] = &[
         ON CONFLICT (folded) DO NOTHING",
     "INSERT INTO taken_names (folded, kind, id) SELECT lower(id), 'nodes', id FROM nodes WHERE TRUE
         ON CONFLICT (folded) DO NOTHING",
-    // When the node was renewed last; NULL: never.
+    // Time of the node's last renewal. NULL: never.
     "ALTER TABLE nodes ADD COLUMN renew_time BIGINT",
-    // What the same request is answered again: the certificate, PEM, and for what it was given.
+    // The answer to a repeated request: the certificate as PEM, and the request.
     "ALTER TABLE certificates ADD COLUMN pem TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE certificates ADD COLUMN given_for TEXT NOT NULL DEFAULT ''",
-    // When somebody was warned that it expires; NULL: not yet.
+    // Time at which its expiry was reported. NULL: not yet.
     "ALTER TABLE certificates ADD COLUMN warn_time BIGINT",
     "ALTER TABLE api_tokens ADD COLUMN warn_time BIGINT",
     "CREATE INDEX certificates_not_after ON certificates (not_after)",

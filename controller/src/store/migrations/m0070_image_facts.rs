@@ -1,4 +1,4 @@
-//! What an image says about itself as a system, beside its digest: NULL until it was judged.
+//! Facts found in an image, stored with its digest. NULL until it was examined.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
@@ -15,6 +15,7 @@ impl MigrationName for ImageFacts {
 #[async_trait::async_trait]
 impl MigrationTrait for ImageFacts {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        // No later check can read the image again: it is gigabytes, compressed, and may be at another controller.
         manager.get_connection().execute_unprepared("ALTER TABLE blobs ADD COLUMN facts TEXT").await?;
         Ok(())
     }

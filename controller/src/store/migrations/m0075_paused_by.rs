@@ -1,4 +1,4 @@
-//! Who paused an operation.
+//! Name of the user who paused an operation.
 
 use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
