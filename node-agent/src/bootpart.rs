@@ -349,7 +349,7 @@ impl BootPart {
 }
 
 /// The files of a node's identity.
-const IDENTITY: [&str; 3] = ["node.key", "node.crt", "ca.crt"];
+pub(crate) const IDENTITY: [&str; 3] = ["node.key", "node.crt", "ca.crt"];
 
 fn refused(error: marco_archive::Error, path: &Path) -> BootError {
     match error {

@@ -38,8 +38,7 @@ pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// How often a job is gone on with that the journal does not let go on.
 const MAX_FAILURES: u32 = 5;
-/// The controller gave the job up while the agent was not running.
-pub const CALLED_OFF: &str = "CALLED_OFF";
+pub use crate::job::CALLED_OFF;
 /// Somebody has a shell on the node's console.
 pub const CONSOLE_IN_USE: &str = "CONSOLE_IN_USE";
 /// No controller answered for an update whose installer was started.

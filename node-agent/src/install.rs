@@ -13,8 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
 use crate::download::{self, Download, DownloadError, Downloader};
-use crate::executor::CALLED_OFF;
-use crate::job::{Labels, phase};
+use crate::job::{CALLED_OFF, Labels, phase};
 use crate::system::rooted::Rooted;
 use crate::system::{
     Board, Card, Erase, Lease, NO_PARTITIONS, Ready, Release, Room, System, SystemError, Target, release,
@@ -38,7 +37,6 @@ mod verdict;
 mod whole;
 mod write_back;
 
-pub(crate) use agent::FILES as IDENTITY_FILES;
 pub use agent::LONG_VERSION;
 pub(crate) use boot_files::end_trial;
 

@@ -287,6 +287,8 @@ pub enum Resume {
 
 /// A power-off that was ordered under this very boot, and did not happen.
 pub const DID_NOT_POWER_OFF: &str = "POWER_OFF_DID_NOT_HAPPEN";
+/// The controller gave the job up: while the agent was not running, or before its next try.
+pub const CALLED_OFF: &str = "CALLED_OFF";
 /// The running system is not the one that the trial was for.
 pub const RELEASE_MISMATCH: &str = "RELEASE_MISMATCH";
 /// The journal holds a state that this role of the agent cannot have.

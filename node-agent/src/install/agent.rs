@@ -19,7 +19,7 @@ const UNIT_FOLDERS: [&str; 3] = ["etc/systemd/system", "usr/lib/systemd/system",
 /// Where a unit is linked that starts by itself.
 const WANTS: &str = "etc/systemd/system/multi-user.target.wants";
 /// The agent's files beside its key that tell it its way: the controllers it knew, and the time.
-pub(crate) const FILES: [(&str, u32); 6] = [
+const FILES: [(&str, u32); 6] = [
     ("node.key", 0o600),
     ("node.crt", 0o644),
     ("ca.crt", 0o644),

@@ -9,8 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::firmware::Boot;
 use super::{Board, Options, SystemError};
-use crate::bootpart::{BootPart, DefaultBoot};
-use crate::install::IDENTITY_FILES;
+use crate::bootpart::{BootPart, DefaultBoot, IDENTITY};
 use crate::system::rooted::Rooted;
 
 /// The installer set that a fresh card carries, and that its fallback zip holds.
@@ -77,10 +76,10 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, options: Options) -> 
 
 /// Gives the new system the installer's identity, as an installation on a real card does.
 pub(super) fn copy_identity(from: &Path, to: &Path) -> Result<(), SystemError> {
-    for (name, mode) in IDENTITY_FILES {
+    for name in IDENTITY {
         let path = from.join(name);
         match std::fs::read(&path) {
-            Ok(bytes) => crate::durable::replace(&to.join(name), &bytes, mode)
+            Ok(bytes) => crate::durable::replace(&to.join(name), &bytes, 0o600)
                 .map_err(SystemError::io("write", to.join(name)))?,
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(SystemError::io("read", path)(error)),
