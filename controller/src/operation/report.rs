@@ -65,7 +65,7 @@ pub enum ReportVerdict {
     Change(ExecutionState, Option<ExecutionError>),
     /// Store this end; the report is not acknowledged, since the node would take that for its acceptance.
     Reject(ExecutionError),
-    /// Nothing new; acknowledge again.
+    /// Nothing new; acknowledge again. Never said of VERIFYING without proof.
     Duplicate,
     /// This state change is stored; what is left is progress.
     Progress,
@@ -114,10 +114,17 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
             _ => ReportVerdict::Progress,
         };
     }
-    if reported.sequence <= stored.sequence {
+    if reported.sequence <= stored.sequence && !was_never_stored(reported.state) {
         return ReportVerdict::Duplicate;
     }
     judge(stored, reported, expected)
+}
+
+/// Whether a report below the stored sequence is news all the same: the node counts from an older copy of its journal, as
+/// the newest was torn. The sequence tells nothing then, and the state does. An end of what has not ended was never
+/// stored. VERIFYING asks for a verdict, which its acknowledgement is, so it is proved and stored first, each time.
+fn was_never_stored(state: ExecutionState) -> bool {
+    state.is_final() || state == ExecutionState::Verifying
 }
 
 /// A report of a delivery that the store does not know: it lost the latest ones (a fail-over, a backup), or the node lies.
@@ -144,13 +151,13 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
     match reported.state {
         state if given_up && state.is_final() => judge(stored, reported, expected),
         // The acknowledgement of this report is the acceptance of the new system.
-        ExecutionState::Verifying if given_up => match prove(stored, reported, expected) {
-            Ok(()) => ReportVerdict::Duplicate,
-            Err(_) => ReportVerdict::Refuse("what the node runs is not what was asked"),
-        },
-        ExecutionState::Verifying if stored.state != ExecutionState::Succeeded => {
-            ReportVerdict::Refuse("the execution has ended without success")
+        ExecutionState::Verifying if given_up || stored.state == ExecutionState::Succeeded => {
+            match prove(stored, reported, expected) {
+                Ok(()) => ReportVerdict::Duplicate,
+                Err(_) => ReportVerdict::Refuse("what the node runs is not what was asked"),
+            }
         }
+        ExecutionState::Verifying => ReportVerdict::Refuse("the execution has ended without success"),
         // It was believed to be off, and speaks under the boot that was to end.
         ExecutionState::Rebooting
             if stored.state == ExecutionState::Succeeded

@@ -29,6 +29,7 @@ mod sessions;
 mod silence;
 mod storage;
 mod support;
+mod torn;
 mod trap;
 mod windows;
 
@@ -85,6 +86,11 @@ on_both!(
         execution_of_a_node_in_its_installer_can_always_be_abandoned,
         what_ended_during_an_outage_is_called_off,
         a_node_that_is_overdue_for_a_day_is_given_up;
+    torn:
+        torn_journal_gets_its_verdict_once_that_is_stored,
+        torn_journal_gets_no_verdict_without_proof,
+        end_told_from_a_torn_journal_is_the_end,
+        step_told_from_a_torn_journal_takes_nothing_back;
     power_off:
         goodbye_and_sixty_silent_seconds_prove_it,
         broken_stream_proves_nothing,

@@ -45,7 +45,8 @@ fn every_report_in_every_state_leads_to_a_legal_change_or_to_none() {
         for to in E::ALL.iter().copied() {
             for (attempt, sequence) in [(1, 4), (2, 2), (2, 3), (2, 4), (3, 1)] {
                 let verdict = verdict(&stored(from), &reported(to, attempt, sequence));
-                let fresh = attempt == 2 && sequence == 4;
+                let ends_or_asks = to.is_final() || to == E::Verifying;
+                let fresh = attempt == 2 && (sequence == 4 || ends_or_asks);
                 match &verdict {
                     ReportVerdict::Change(end, _) => {
                         assert!(fresh && from.is_active(), "{from} to {to}");
@@ -73,14 +74,42 @@ fn every_report_in_every_state_leads_to_a_legal_change_or_to_none() {
 
 #[test]
 fn an_acknowledgement_of_verifying_is_never_given_without_proof() {
-    for from in E::ALL.iter().copied().filter(|state| *state != E::Succeeded) {
-        for given_up in [false, true] {
+    for from in E::ALL.iter().copied() {
+        for (given_up, sequence) in [(false, 1), (false, 3), (false, 9), (true, 1), (true, 9)] {
             let mut stored = stored(from);
             stored.error_reason = given_up.then(|| reason::NEVER_RETURNED.to_owned());
-            let lie = Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, 9) };
+            let lie = Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, sequence) };
             let verdict = verdict(&stored, &lie);
             let acknowledged = matches!(verdict, ReportVerdict::Change(..) | ReportVerdict::Duplicate);
-            assert!(!acknowledged, "{from}: {verdict:?}");
+            assert!(!acknowledged, "{from} {sequence}: {verdict:?}");
+        }
+    }
+}
+
+#[test]
+fn verifying_below_the_stored_sequence_is_stored_first() {
+    for from in [E::Assigned, E::Running, E::Rebooting, E::Verifying] {
+        for sequence in [1, 2] {
+            let verdict = verdict(&stored(from), &reported(E::Verifying, 2, sequence));
+            assert_eq!(verdict, ReportVerdict::Change(E::Verifying, None), "{from} {sequence}");
+        }
+    }
+    // The same number in another state is no repetition.
+    let same = verdict(&stored(E::Rebooting), &reported(E::Verifying, 2, 3));
+    assert_eq!(same, ReportVerdict::Change(E::Verifying, None));
+}
+
+#[test]
+fn end_below_the_stored_sequence_ends_the_execution() {
+    for from in [E::Running, E::Rebooting, E::Verifying] {
+        for to in [E::Succeeded, E::Failed, E::RolledBack, E::Cancelled] {
+            for sequence in [1, 3] {
+                let verdict = verdict(&stored(from), &reported(to, 2, sequence));
+                assert_eq!(verdict, ReportVerdict::Change(to, None), "{from} to {to} {sequence}");
+            }
+        }
+        for to in [E::Running, E::Rebooting] {
+            assert_eq!(verdict(&stored(from), &reported(to, 2, 1)), ReportVerdict::Duplicate, "{from} to {to}");
         }
     }
 }

@@ -1,0 +1,95 @@
+//! A node whose journal was torn counts from an older copy: its numbers are below those that the store has.
+
+use marco_controller::operation::{Action, ExecutionState, reason};
+use marco_controller::store::{Assignment, Kind, Purpose, Release, ReportOutcome, ReportRow};
+use marco_proto::names::NodeId;
+
+use crate::support::*;
+
+async fn assigned(f: &Fixture, node: &str, action: Action) -> (NodeId, i64, Assignment) {
+    let (id, epoch) = f.online(node).await;
+    f.create(action, std::slice::from_ref(&id)).await;
+    let assignment = f.claim(&[(id.clone(), epoch)], start()).await.remove(0);
+    (id, epoch, assignment)
+}
+
+/// What the node says before its journal is torn; all of it is stored.
+async fn says(f: &Fixture, epoch: i64, assignment: &Assignment, way: &[(u64, ExecutionState, &str)]) {
+    for (sequence, state, boot_id) in way {
+        let outcome = f.report(epoch, &report(assignment, *sequence, *state, boot_id), after(1)).await;
+        assert_eq!((outcome, f.state(&assignment.execution).await), (ReportOutcome::Acked, *state));
+    }
+}
+
+/// A reboot's way to the restart.
+const WAY_DOWN: &[(u64, ExecutionState, &str)] =
+    &[(1, ExecutionState::Running, "boot-1"), (4, ExecutionState::Rebooting, "boot-1")];
+
+/// An update's way to the trial boot, with the numbers of agents of protocol 1: the running system says 1 and 2, the
+/// installer 3 and 4. The new system then says VERIFYING with 5 and SUCCEEDED with 6, unless its journal was torn.
+const TO_THE_TRIAL: &[(u64, ExecutionState, &str)] = &[
+    (1, ExecutionState::Running, "boot-1"),
+    (2, ExecutionState::Rebooting, "boot-1"),
+    (3, ExecutionState::Running, "boot-2"),
+    (4, ExecutionState::Rebooting, "boot-2"),
+];
+
+pub(crate) async fn torn_journal_gets_its_verdict_once_that_is_stored(f: Fixture) {
+    f.store.put_artifact(&artifact("os", Kind::Image, Purpose::None)).await.unwrap();
+    for (node, sequence, in_hello) in
+        [("pi-1", 2, true), ("pi-2", 2, false), ("pi-3", 4, true), ("pi-4", 4, false), ("pi-5", 5, true)]
+    {
+        let (id, epoch, assignment) = assigned(&f, node, update(Some("os"))).await;
+        says(&f, epoch, &assignment, TO_THE_TRIAL).await;
+        let execution = &assignment.execution;
+        let release = Release { execution: execution.name(), image_sha256: digest("os"), boot_sha256: String::new() };
+        let asks =
+            ReportRow { release: Some(release), ..report(&assignment, sequence, ExecutionState::Verifying, "boot-3") };
+        if in_hello {
+            let hello = f.reconcile(&id, epoch, "boot-3", std::slice::from_ref(&asks), 2).await;
+            assert_eq!(hello.acks, vec![(execution.clone(), sequence)]);
+        } else {
+            assert_eq!(f.report(epoch, &asks, after(2)).await, ReportOutcome::Acked);
+        }
+        // The acknowledgement is the verdict of an agent of protocol 1.
+        assert_eq!(f.state(execution).await, ExecutionState::Verifying, "{node}: acknowledged and not stored");
+        let stored = f.execution(execution).await;
+        assert_eq!(f.report(epoch, &asks, after(3)).await, ReportOutcome::Acked);
+        assert_eq!(f.execution(execution).await, stored, "{node}: said again, it is no news");
+        let done = ReportRow { sequence: sequence + 1, state: ExecutionState::Succeeded, ..asks };
+        assert_eq!(f.report(epoch, &done, after(4)).await, ReportOutcome::Acked);
+        assert_eq!(f.state(execution).await, ExecutionState::Succeeded, "{node} says so");
+    }
+}
+
+pub(crate) async fn torn_journal_gets_no_verdict_without_proof(f: Fixture) {
+    let (_, epoch, assignment) = assigned(&f, "pi-1", reboot()).await;
+    says(&f, epoch, &assignment, WAY_DOWN).await;
+    let lie = report(&assignment, 2, ExecutionState::Verifying, "boot-1");
+    let outcome = f.report(epoch, &lie, after(2)).await;
+    assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
+    assert!(failed_as(reason::NOT_VERIFIED, &f.execution(&assignment.execution).await));
+}
+
+pub(crate) async fn end_told_from_a_torn_journal_is_the_end(f: Fixture) {
+    for (node, sequence, state) in [
+        ("pi-1", 1, ExecutionState::Failed),
+        ("pi-2", 3, ExecutionState::RolledBack),
+        ("pi-3", 4, ExecutionState::Succeeded),
+    ] {
+        let (_, epoch, assignment) = assigned(&f, node, reboot()).await;
+        says(&f, epoch, &assignment, WAY_DOWN).await;
+        let end = report(&assignment, sequence, state, "boot-2");
+        assert_eq!(f.report(epoch, &end, after(2)).await, ReportOutcome::Acked);
+        assert_eq!(f.state(&assignment.execution).await, state, "{node} and its controller disagree");
+    }
+}
+
+pub(crate) async fn step_told_from_a_torn_journal_takes_nothing_back(f: Fixture) {
+    let (_, epoch, assignment) = assigned(&f, "pi-1", reboot()).await;
+    says(&f, epoch, &assignment, WAY_DOWN).await;
+    let earlier = report(&assignment, 2, ExecutionState::Running, "boot-1");
+    assert_eq!(f.report(epoch, &earlier, after(2)).await, ReportOutcome::Acked);
+    let row = f.execution(&assignment.execution).await;
+    assert_eq!((row.state, row.sequence), (ExecutionState::Rebooting, 4));
+}
