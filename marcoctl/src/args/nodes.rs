@@ -5,17 +5,17 @@ use clap::{Args, Subcommand};
 use super::Paging;
 use super::values::{LabelEdit, Pair, label_edit, pair};
 
-/// What can be done with nodes.
+/// Subcommands of `nodes`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum NodesCommand {
     /// List nodes
     List(ListNodes),
-    /// Show everything that is known of a node
+    /// Show everything that is known about a node
     Get {
         /// Name or id
         node: String,
     },
-    /// Show nodes as they are now and then each that changes, until interrupted
+    /// Show nodes as they are now, then each one that changes, until interrupted
     Watch(NodeSelection),
     /// Set and remove labels, or the display name
     #[command(after_help = "\
@@ -39,15 +39,15 @@ Examples:
         #[arg(long, value_name = "SHA256", default_value = "", hide_default_value = true)]
         fingerprint: String,
     },
-    /// Cut nodes' streams and give them no more work
+    /// Cut nodes' streams and assign them no work
     Quarantine {
         #[command(flatten)]
         nodes: Nodes,
-        /// Why, for the history
+        /// Reason, for the history
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
-    /// Decide about what a node says and the controller cannot take (`nodes get` shows it)
+    /// Settle a conflict between a node's report and the controller's record (`nodes get` shows it)
     #[command(after_help = "\
 A node and the controller can disagree after the database was restored, or lost its last seconds.
 Examples:
@@ -58,7 +58,7 @@ Examples:
     Delete {
         #[command(flatten)]
         nodes: Nodes,
-        /// Also end its unfinished work: what waits is cancelled, the rest fails
+        /// Also end its unfinished work: pending parts are cancelled, others fail
         #[arg(long)]
         force: bool,
     },
@@ -70,10 +70,10 @@ Examples:
 pub(crate) struct Resolve {
     /// Name or id
     pub(crate) node: String,
-    /// Take what the node says, without proof; what ended other than FAILED stays as it is
+    /// Accept the node's report without proof; an end other than FAILED stays as it is
     #[arg(long)]
     pub(crate) accept: bool,
-    /// End what is unfinished FAILED, and have the node cancel what it still does
+    /// End unfinished work as FAILED, and have the node cancel the rest
     #[arg(long)]
     pub(crate) abandon: bool,
 }
@@ -87,7 +87,7 @@ pub(crate) struct ListNodes {
     pub(crate) paging: Paging,
 }
 
-/// Which nodes.
+/// Filter of nodes.
 #[derive(Debug, Args)]
 pub(crate) struct NodeSelection {
     /// Only those with this label; repeats, or takes a list with commas
@@ -98,7 +98,7 @@ pub(crate) struct NodeSelection {
     pub(crate) connected: bool,
 }
 
-/// Nodes that are changed: exactly one of the three.
+/// Nodes to change. Exactly one of the three must be given.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Nodes {
@@ -131,11 +131,11 @@ pub(crate) struct Label {
 }
 
 impl Label {
-    /// Nodes and edits, told apart. A word with `=` is an edit, and so is one that ends with `-`, unless it stands where
-    /// a node must: first, without --all and --selector.
+    /// Splits the words into nodes and edits. A word with `=` is an edit. A word ending in `-` is also an edit, except
+    /// at the place where a node is required: the first word, without --all and --selector.
     ///
     /// # Errors
-    /// What is missing or too much, as a sentence.
+    /// Returns a sentence about the missing or superfluous argument.
     pub(crate) fn read(self) -> Result<(Nodes, Vec<LabelEdit>), String> {
         let by_name = !self.all && self.selector.is_empty();
         let mut nodes = Vec::new();
