@@ -196,12 +196,12 @@ mod tests {
         check_system_set(&set(config, &files)).unwrap();
         for missing in ["vmlinuz", "cmdline.txt"] {
             let rest: Vec<&str> = files.into_iter().filter(|name| !name.ends_with(missing)).collect();
-            // A file beside the prefix's folder is not taken, though it has the right name.
+            // A file of the right name outside the prefix's folder does not count.
             let beside = [rest.as_slice(), &["cmdline.txt"]].concat();
             let refused = check_system_set(&set(config, &beside)).unwrap_err().to_string();
             assert!(refused.contains(missing), "{refused}");
         }
-        // A kernel that only a file says which is included.
+        // A kernel that is named in an included file.
         let mut including = set("include more.txt\n", &["kernel8.img", "cmdline.txt", "bcm2711-rpi-4-b.dtb"]);
         check_system_set(&including).unwrap();
         including.texts.insert("more.txt".to_owned(), "kernel=gone.img\n".to_owned());

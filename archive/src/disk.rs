@@ -331,7 +331,7 @@ impl<R: BufRead> Stream<'_, R> {
         Ok(())
     }
 
-    /// Reads what follows the last partition: padding, or the backup table of a GPT. A truncated compressed stream
+    /// Reads the rest after the last partition: padding, or the backup table of a GPT. A truncated compressed stream
     /// shows only at its end.
     fn rest(&mut self) -> Result<(), Error> {
         loop {

@@ -151,7 +151,7 @@ pub fn is_bootable(files: &dyn BootFiles) -> bool {
     std::iter::once(&"config.txt").chain(kernels).any(|name| files.has(name))
 }
 
-/// Reads `config.txt` with all included files. `None`: there is none.
+/// Reads `config.txt` with all included files. `None`: there is no `config.txt`.
 pub fn config(files: &dyn BootFiles) -> Option<ConfigTxt> {
     let text = files.text("config.txt")?;
     Some(ConfigTxt::parse(&included(files, &text, INCLUDES)))

@@ -73,6 +73,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "DIR", env = "MARCO_CERTS", default_value = "./certs")]
     pub(crate) certs: PathBuf,
     /// Your identity: NAME.crt and NAME.key in the --certs folder
+    // The controller writes an admin's certificate at its first start.
     #[arg(long, global = true, value_name = "NAME", env = "MARCO_IDENTITY", default_value = "admin")]
     pub(crate) identity: String,
     /// File with an API token, sent instead of a certificate; MARCO_API_TOKEN may hold the token itself
@@ -138,6 +139,7 @@ pub(crate) enum Command {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Paging {
     /// Entries fetched at a time (1 to 1000); all pages are always fetched
+    // The API's maximum is 1000.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=1000), default_value_t = 500)]
     pub(crate) page_size: i32,
 }

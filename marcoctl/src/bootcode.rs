@@ -171,6 +171,7 @@ fn pack(archive: &[u8], packing: Packing) -> Result<Vec<u8>> {
         // The kernel accepts windows of up to 128 MiB. This level uses 8 MiB.
         Packing::Zstd => zstd::encode_all(archive, 15).context("cannot compress the initramfs"),
         Packing::Gzip => {
+            // The builder writes neither name nor time, so the same files give the same bytes.
             let mut packer = flate2::GzBuilder::new().write(Vec::new(), flate2::Compression::best());
             packer.write_all(archive).and_then(|()| packer.finish()).context("cannot compress the initramfs")
         }

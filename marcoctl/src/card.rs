@@ -76,6 +76,7 @@ pub(crate) fn write(path: &Path, target: &Target, file_size: u64, contents: &Con
 /// Writes a table with p1 only, and erases all traces of other tables.
 fn partition(disk: &mut File, size: u64) -> Result<()> {
     disk.seek(SeekFrom::Start(0))?;
+    // Everything before p1: boot record, primary GPT, and superblocks of a file system without a table.
     let zeros = vec![0; usize::try_from(START)?];
     disk.write_all(&zeros)?;
     // Partitioning tools would find an old GPT by its backup at the end.

@@ -46,7 +46,7 @@ pub(crate) struct Connection {
 /// A channel that adds the API token to each call, if there is one.
 pub(crate) type Dialled = InterceptedService<Channel, Credential>;
 
-/// The API token, sent with each call in addition to the certificate.
+/// The API token that is sent with each call. `None`: the connection has a client certificate instead.
 #[derive(Clone, Default)]
 pub(crate) struct Credential(Option<MetadataValue<Ascii>>);
 
@@ -125,6 +125,7 @@ impl Connection {
         let endpoint = endpoint(&address)?;
         let (dial, mut heard) = dial::dialer(address.clone(), config);
         let connect = async {
+            // Connects at once, not with the first call: a failure is explained here, with the right hint.
             let channel = endpoint.connect_with_connector(dial).await.map_err(|error| chain(&error))?;
             // In TLS 1.3 the server refuses a client's certificate only after the client considers the connection open.
             // The refusal shows when the server first speaks.
@@ -212,6 +213,7 @@ impl Connection {
 /// Wraps a message into a unary request with the deadline [`CALL_TIMEOUT`].
 pub(crate) fn call<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
+    // Sent along as `grpc-timeout`, so the controller drops a call whose deadline has passed.
     request.set_timeout(CALL_TIMEOUT);
     request
 }

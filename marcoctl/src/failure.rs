@@ -75,6 +75,7 @@ impl Failure {
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
             // A lost connection arrives as a status, too.
+            // A controller that cannot work now counts as unreachable: in both cases a script may try again.
             Self::Refused(status) if is_cut(status) => 3,
             Self::ShutOut { .. } | Self::Refused(_) | Self::Unsuccessful { .. } | Self::Local(_) => 1,
             Self::Usage { .. } => 2,
@@ -149,6 +150,7 @@ fn describe(status: &Status) -> String {
     if status.source().is_some() {
         return format!("the connection to the controller broke: {}", clean(&chain(status)));
     }
+    // The texts may contain names chosen by other users or nodes, hence `clean`.
     let mut text = if status.message().is_empty() {
         format!("the controller answered {:?} and gave no reason", status.code())
     } else {
@@ -171,6 +173,7 @@ fn describe(status: &Status) -> String {
 
 fn hint_for(status: &Status) -> &'static str {
     if status.source().is_some() {
+        // The request may have arrived before the connection broke. A blind repetition could do it twice.
         return "is marco-controller still running? What was asked may have been done; look before you ask again";
     }
     // The controller's own advice is more specific.

@@ -208,6 +208,8 @@ async fn follow_one(
         };
         match next {
             Ok(Some(message)) => {
+                // A message ends the outage, a mere connection does not: a controller that only accepts and closes is
+                // still gone.
                 *lost = None;
                 known.take(&message);
                 view.update(&message, known, out)?;

@@ -102,6 +102,7 @@ impl Out {
 
     /// Writes a message as one line of JSON, for streams.
     pub(crate) fn json_line<M: Printable>(&mut self, message: &M) -> Result<(), Failure> {
+        // A single line per message, so that a program can split the stream at line feeds.
         let text = json(message)?.to_string();
         self.line(&text)
     }
@@ -146,6 +147,7 @@ fn mapped<M: Printable>(message: &M) -> anyhow::Result<Value> {
 
 /// Returns the API's descriptors, decoded only once: a watch writes thousands of lines.
 fn pool() -> anyhow::Result<&'static DescriptorPool> {
+    // `get_or_try_init` is not stable, so a race may decode twice. Both results are equal.
     static POOL: std::sync::OnceLock<DescriptorPool> = std::sync::OnceLock::new();
     if let Some(pool) = POOL.get() {
         return Ok(pool);

@@ -75,7 +75,7 @@ impl Guard {
             Kind::Folder => (None, Known::Folder),
             _ => (None, Known::Other),
         };
-        // The new member replaces whatever the archive put here before, also a link.
+        // The new member replaces an earlier one at this place, also a link.
         self.forget_symlink(&path);
         match (&member.kind, &target) {
             (Kind::Symlink(to), _) => self.remember_symlink(&path, to.clone())?,

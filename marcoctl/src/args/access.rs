@@ -75,6 +75,7 @@ pub(crate) struct CreateUser {
 
 /// Flags of `users update`.
 #[derive(Debug, Args)]
+// An update without a change is a mistake, not a success.
 #[group(id = "change", required = true, multiple = true)]
 pub(crate) struct UpdateUser {
     /// Name or id
@@ -87,6 +88,7 @@ pub(crate) struct UpdateUser {
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair, group = "change")]
     pub(crate) selector: Vec<Pair>,
     /// Remove the limit to nodes
+    // An empty selector means unchanged, so lifting the limit needs a flag of its own.
     #[arg(long, conflicts_with = "selector", group = "change")]
     pub(crate) all_nodes: bool,
 }

@@ -76,6 +76,7 @@ pub(crate) struct Push {
     #[arg(long)]
     pub(crate) purpose: Option<Purpose>,
     /// Attempts in a row that may fail without progress; the pauses between them grow to 10 s
+    // With 15 attempts the pauses add up to a minute and a half, enough for a restart of the controller.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = 15)]
     pub(crate) tries: u32,
 }

@@ -31,6 +31,7 @@ The same files make the same bytes; times are SOURCE_DATE_EPOCH, else that of th
 #[derive(Debug, Args)]
 pub(crate) struct BuildBootcode {
     /// A system's root: an unpacked or mounted Raspberry Pi OS or Debian; repeats, the first that has a file wins
+    // Several roots allow an overlay, for example own programs over a mounted system.
     #[arg(long = "root", value_name = "DIR", required_unless_present = "packages")]
     pub(crate) roots: Vec<PathBuf>,
     /// A Debian package, or a folder of them; repeats, and comes before roots

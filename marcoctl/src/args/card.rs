@@ -48,6 +48,7 @@ pub(crate) struct WriteCard {
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
     /// Lifetime of the new token
+    // Longer than for `tokens create`: a card may wait for days before it is put into a Pi.
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "7d", conflicts_with = "token_file")]
     pub(crate) ttl: Duration,
     /// Pis that join with the new token wait until an admin approves them

@@ -35,7 +35,7 @@ Examples:
     Approve {
         #[command(flatten)]
         nodes: Nodes,
-        /// SHA-256 of the key to approve, 64 hexadecimal digits; needed when more than one key may be meant
+        /// SHA-256 of the key to approve, 64 hexadecimal digits; needed if several keys wait
         #[arg(long, value_name = "SHA256", default_value = "", hide_default_value = true)]
         fingerprint: String,
     },
@@ -60,12 +60,14 @@ Examples:
         nodes: Nodes,
         /// Also end its unfinished work: pending parts are cancelled, others fail
         #[arg(long)]
+        // Not `ask::Force`: this is a field of the request. The controller refuses to delete a node with active work.
         force: bool,
     },
 }
 
 /// Arguments of `nodes resolve`.
 #[derive(Debug, Args)]
+// Neither is the default: the operator must decide which side is right.
 #[group(id = "decision", required = true, multiple = false, args = ["accept", "abandon"])]
 pub(crate) struct Resolve {
     /// Name or id
@@ -125,7 +127,7 @@ pub(crate) struct Label {
     /// The nodes with this label; repeats, or takes a list with commas: all of them must be there
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
     pub(crate) selector: Vec<Pair>,
-    /// A name for people
+    /// Display name
     #[arg(long, value_name = "TEXT")]
     pub(crate) display_name: Option<String>,
 }
@@ -141,6 +143,7 @@ impl Label {
         let mut nodes = Vec::new();
         let mut edits = Vec::new();
         for (place, word) in self.words.into_iter().enumerate() {
+            // A node's id may end with a hyphen. In the first place the word can only be a node.
             let must_be_node = by_name && place == 0 && !word.contains('=');
             let is_edit = word.contains('=') || (word.ends_with('-') && !word.starts_with("nodes/"));
             if is_edit && !must_be_node {
@@ -180,7 +183,7 @@ mod tests {
     fn nodes_and_labels_are_told_apart() {
         let (Nodes { nodes, .. }, edits) = label(&["pi-01", "pi-02", "room=a1", "role-"]).read().unwrap();
         assert_eq!((nodes, edits.len()), (vec!["pi-01".to_owned(), "pi-02".to_owned()], 2));
-        // An id may end with a dash; the first word is a node's.
+        // An id may end with a hyphen, and the first word is a node.
         let (Nodes { nodes, .. }, edits) = label(&["pi-", "nodes/b-", "role-"]).read().unwrap();
         assert_eq!((nodes, edits.len()), (vec!["pi-".to_owned(), "nodes/b-".to_owned()], 1));
         let (all, edits) = label(&["--all", "role-", "a=b"]).read().unwrap();

@@ -58,7 +58,7 @@ up goes back to the installer by itself and stays reachable.")]
         #[arg(long, value_name = "DURATION", value_parser = duration)]
         timeout: Option<Duration>,
     },
-    /// Ask that an operation stop; nodes past the point of no return finish what they do
+    /// Stop an operation; nodes past the point of no return finish their part
     Cancel {
         /// Name or id
         operation: String,
@@ -125,6 +125,7 @@ pub(crate) struct Create {
     pub(crate) wait: Wait,
     /// Create nothing: say for each node whether it would begin at once, wait, or refuse; exit code 1 if one would
     /// refuse
+    // Nothing is created, so there is nothing to wait for.
     #[arg(long, conflicts_with = "wait")]
     pub(crate) dry_run: bool,
     #[command(flatten)]
@@ -144,6 +145,7 @@ pub(crate) struct RolloutFlags {
     #[arg(long, value_name = "N|P%", value_parser = failure_limit)]
     pub(crate) max_failures: Option<FailureLimit>,
     /// Label whose values form groups, for example switch; the nodes without it are one group
+    // A label without a limit would have no effect, and a limit without a label no meaning.
     #[arg(long, value_name = "LABEL", requires = "max_per_group")]
     pub(crate) group_by: Option<String>,
     /// Maximum number of nodes of one group at once
@@ -155,6 +157,7 @@ pub(crate) struct RolloutFlags {
 #[derive(Debug, Args)]
 pub(crate) struct WindowFlags {
     /// Begin nodes only in a maintenance window that opens at these times, for example "0 22 * * 1-5"
+    // There is no default length: too long a window would let nodes restart during the working day.
     #[arg(long, value_name = "CRON", requires = "window_duration")]
     pub(crate) window_cron: Option<String>,
     /// Length of time that the window stays open
@@ -187,6 +190,7 @@ pub(crate) struct CreateUpdate {
 
 /// Nodes of the operation. Exactly one of the three must be given.
 #[derive(Debug, Args)]
+// Every node only by --all: an empty list must never mean all of them.
 #[group(id = "target", required = true, multiple = false)]
 pub(crate) struct Target {
     /// Names or ids

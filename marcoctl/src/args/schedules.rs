@@ -161,11 +161,13 @@ pub(crate) struct UpdateSchedule {
     #[command(flatten)]
     pub(crate) rollout: RolloutFlags,
     /// Remove the rollout: all nodes at once, and nothing pauses the operation
+    // `None` means unchanged, so removing needs a flag of its own.
     #[arg(long, conflicts_with_all = ["max_in_flight", "canary", "max_failures", "group_by", "max_per_group"])]
     pub(crate) no_rollout: bool,
     #[command(flatten)]
     pub(crate) window: WindowFlags,
     /// Remove the window: nodes begin at any time
+    // As for the rollout: `None` means unchanged.
     #[arg(long, conflicts_with_all = ["window_cron", "window_duration", "window_zone"])]
     pub(crate) no_window: bool,
     /// Maximum delay of a node; each node always waits the same share of it; 0s: no delay
@@ -186,6 +188,7 @@ pub(crate) struct UpdateSchedule {
 
 /// New target nodes. At most one of the three may be given.
 #[derive(Debug, Args)]
+// A group of its own, because a change does not require a target.
 #[group(id = "other_target", multiple = false)]
 pub(crate) struct OtherTarget {
     /// Names or ids, replacing the current targets
@@ -203,6 +206,7 @@ pub(crate) struct OtherTarget {
 #[derive(Debug, Args)]
 pub(crate) struct Next {
     /// Name or id
+    // Either a stored schedule or an expression: a stored one has its own cron and zone.
     #[arg(value_name = "ID", required_unless_present = "cron", conflicts_with_all = ["cron", "zone"])]
     pub(crate) schedule: Option<String>,
     /// A cron expression that is not stored

@@ -24,6 +24,7 @@ pub(crate) fn put(tree: &mut Tree, path: &str, node: Node) {
     let path = path.trim_matches('/');
     for (at, _) in path.match_indices('/') {
         let (folder, _) = path.split_at(at);
+        // The kernel does not create missing parents.
         tree.entry(folder.to_owned()).or_insert(Node::Folder);
     }
     tree.insert(path.to_owned(), node);
@@ -44,6 +45,7 @@ pub(crate) fn write(tree: &Tree, time: u32) -> Vec<u8> {
         };
         entry(&mut archive, path, &[number, mode, 0, 0, links, time], device, data);
     }
+    // The format's end mark is an entry with this name.
     entry(&mut archive, "TRAILER!!!", &[0, 0, 0, 0, 1, 0], (0, 0), &[]);
     archive
 }

@@ -44,6 +44,7 @@ pub(super) fn collect(
     build_time: String,
 ) -> Result<Initramfs> {
     let mut tree = Tree::new();
+    // The kernel unpacks the archive into an empty root, so the mount points must be in it.
     for folder in ["dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"] {
         put(&mut tree, folder, Node::Folder);
     }

@@ -84,6 +84,7 @@ impl Kernel {
 
     /// Finds the parts of a kernel as packaged by Debian and Raspberry Pi OS. `None`: no modules, or an unknown image.
     fn named(source: &Source, root: &Path, image: &Path, version: &str) -> Result<Option<Self>> {
+        // A kernel is offered only with its modules: the boards need some of them.
         let Some(modules) = source.find(&format!("lib/modules/{version}")) else { return Ok(None) };
         let Some(arch) = arch_of(&read(image)?, version) else { return Ok(None) };
         let trees = resolve(root, Path::new(&format!("usr/lib/linux-image-{version}")));
@@ -91,6 +92,7 @@ impl Kernel {
         let mut device_trees = BTreeMap::new();
         if let Some(trees) = &trees {
             collect_trees(trees, &mut device_trees);
+            // Debian's arm64 kernels have a folder per vendor.
             collect_trees(&trees.join("broadcom"), &mut device_trees);
         }
         Ok(Some(Self {
@@ -182,6 +184,7 @@ fn listed(kernels: &[Kernel]) -> String {
 /// Determines the architecture by the marks that boot loaders look for. `None`: unknown.
 fn arch_of(image: &[u8], version: &str) -> Option<Arch> {
     let plain;
+    // Raspberry Pi OS compresses its arm64 kernel with gzip.
     let image = if image.starts_with(&[0x1f, 0x8b]) {
         plain = decoded(image.to_vec()).ok()?;
         plain.as_slice()
@@ -189,6 +192,7 @@ fn arch_of(image: &[u8], version: &str) -> Option<Arch> {
         image
     };
     let has = |at: usize, mark: &[u8]| image.get(at..at + mark.len()) == Some(mark);
+    // Linux documentation: the x86 boot protocol.
     if has(0x202, b"HdrS") {
         return Some(Arch::Amd64);
     }

@@ -52,6 +52,7 @@ impl Set {
     pub(crate) fn open(zip: Vec<u8>) -> Result<Self> {
         let summary = marco_archive::check_zip(std::io::Cursor::new(&zip))?;
         marco_archive::check_installer_set(&summary)?;
+        // Unpacked by the guard, not read from the zip directly: the card gets exactly what an agent would unpack.
         let folder = tempfile::tempdir().context("cannot make a temporary folder (TMPDIR says where)")?;
         marco_archive::unpack_zip(std::io::Cursor::new(&zip), folder.path())?;
         let (mut files, mut digests) = (BTreeMap::new(), BTreeMap::new());
@@ -80,6 +81,7 @@ impl Set {
         if tree("bcm2711") {
             missing.extend(["start4.elf", "fixup4.dat"]);
         }
+        // Checked in the root of p1: files below the prefix do not help, see `is_firmware`.
         missing.retain(|name| !have.0.contains_key(*name));
         (!missing.is_empty()).then(|| missing.join(", "))
     }
@@ -176,6 +178,7 @@ fn config_txt(set: &str) -> Result<Vec<u8>> {
             }
             filters = &setting.filters;
         }
+        // The firmware's line for an initramfs has no equals sign.
         let separator = if matches!(setting.key.as_str(), "initramfs") { ' ' } else { '=' };
         text.push_str(&format!("{}{separator}{}\n", setting.key, setting.value));
     }

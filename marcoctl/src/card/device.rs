@@ -44,6 +44,7 @@ pub(crate) fn inspect(path: &Path) -> Result<Target> {
     let number = (major(facts.rdev()), minor(facts.rdev()));
     let place = PathBuf::from(format!("/sys/dev/block/{}:{}", number.0, number.1));
     let folder = fs::canonicalize(&place).with_context(|| format!("cannot look at {}", place.display()))?;
+    // A partition has this file in sysfs, a whole disk does not.
     if folder.join("partition").exists() {
         let whole = folder.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
         bail!("{} is a partition: a card is written whole, perhaps /dev/{whole}", path.display());
@@ -51,6 +52,7 @@ pub(crate) fn inspect(path: &Path) -> Result<Target> {
     if word(&folder.join("ro")) == "1" {
         bail!("{} is write-protected: look for the little switch on the card's adapter", path.display());
     }
+    // A card reader without a card is a device of size 0.
     if word(&folder.join("size")) == "0" {
         bail!("there is no card in {}", path.display());
     }
@@ -76,6 +78,7 @@ fn refuse_when_used(folder: &Path, number: (u32, u32)) -> Result<()> {
     let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     if let Some(at) = mounted_at(&mounts, number, |source| number_of(source) == Some(number)) {
+        // For the disk of the running system, "unmount it first" would be bad advice.
         let system = if at == "/" { ": it holds the system that runs here" } else { ": unmount it first" };
         bail!("/dev/{name} is mounted at {}{system}", clean(&at));
     }
@@ -83,6 +86,7 @@ fn refuse_when_used(folder: &Path, number: (u32, u32)) -> Result<()> {
     if swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next()).any(|at| number_of(at) == Some(number)) {
         bail!("/dev/{name} is swap space in use");
     }
+    // sysfs lists the device mapper and RAID devices that use it.
     let holder = fs::read_dir(folder.join("holders")).into_iter().flatten().find_map(Result::ok);
     if let Some(holder) = holder {
         bail!("/dev/{name} is part of /dev/{}, which is in use", holder.file_name().to_string_lossy());
@@ -125,6 +129,7 @@ fn describe(path: &Path, folder: &Path, partitions: &[PathBuf]) -> String {
     let model = ["device/vendor", "device/model", "device/name"].iter().map(|file| word(&folder.join(file)));
     let model: Vec<String> = model.filter(|text| !text.is_empty()).collect();
     let model = if model.is_empty() { "no model known".to_owned() } else { model.join(" ") };
+    // Only a remark: a card in a built-in slot (mmcblk) is not removable either.
     let fixed = if word(&folder.join("removable")) == "0" { ", not removable" } else { "" };
     let mut text =
         format!("{}: {}, {}{fixed}\n", path.display(), clean(&model), bytes(sectors(folder).saturating_mul(512)));

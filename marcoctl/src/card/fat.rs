@@ -64,6 +64,7 @@ pub(super) fn write(mut part: Part, contents: &Contents, progress: &dyn Fn(u64))
     format_volume(&mut part, options).context("cannot make a FAT32")?;
     part.seek(SeekFrom::Start(0))?;
     let card = FileSystem::new(&mut part, FsOptions::new().time_provider(&CLOCK))?;
+    // The number of clusters decides on the width, not the request.
     if card.fat_type() != FatType::Fat32 {
         bail!("the file system that was made is no FAT32");
     }

@@ -44,6 +44,7 @@ impl Contents {
                 found += 1;
             }
         }
+        // An empty folder is probably the wrong folder.
         if found == 0 {
             bail!("there is no file for a first boot in {}: {}", folder.display(), NAMES.join(", "));
         }
@@ -51,6 +52,7 @@ impl Contents {
     }
 
     fn known(&mut self, folder: &str, name: &str, path: &Path) -> Result<()> {
+        // A misspelt name would show only on the Pi, as a system without its user.
         if !NAMES.contains(&name) {
             bail!("no system reads {} when it first boots; known are {}", path.display(), NAMES.join(", "));
         }

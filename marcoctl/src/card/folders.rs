@@ -49,12 +49,14 @@ pub(super) fn repair<D: Read + Write + Seek>(disk: &mut D, used: u32) -> Result<
         disk.seek(SeekFrom::Start(geometry.place(number)))?;
         disk.read_exact(head.as_flattened_mut())?;
         let [_, own, _, parent] = &head;
-        // A file whose contents look like this and contain their own cluster number is practically impossible.
+        // fatfs puts a long name before each of the two, so they are the second and the fourth entry. A file whose
+        // contents look like this and contain their own cluster number is practically impossible.
         let is_folder = own.starts_with(b".          \x10") && parent.starts_with(b"..         \x10");
         if !is_folder || cluster_of(own) != number {
             continue;
         }
         let (own, mut parent) = (*own, *parent);
+        // The root has no entry of its own. By the specification, `..` to the root is 0.
         if cluster_of(&parent) == geometry.root {
             set_cluster(&mut parent, 0);
         }

@@ -140,6 +140,7 @@ pub(super) async fn audit(command: AuditCommand, connection: &Connection, out: &
             .await?
         }
     };
+    // The last page may have more than was asked for.
     audit_events.truncate(flags.limit.unwrap_or(usize::MAX));
     out.document(&ListAuditEventsResponse { audit_events, ..Default::default() }, |list, _| {
         let rows = list.audit_events.iter().map(|event: &AuditEvent| {

@@ -65,6 +65,7 @@ pub(super) async fn run(command: ArtifactsCommand, connection: &Connection, out:
             out.document(&connection.artifacts().get_artifact(call(request)).await?.into_inner(), detail)
         }
         ArtifactsCommand::Delete { artifacts, force } => {
+            // Without the question the doubts are not needed, and finding them reads all nodes and schedules.
             if !force.force {
                 ask::unless_forced(&doubts::about_deleting(&artifacts, connection).await?, force)?;
             }

@@ -59,7 +59,7 @@ pub(super) async fn run(command: CardCommand, global: &Global, out: &mut Out) ->
                 .to_owned(),
         );
     }
-    // Asked before the token is created: an operator who says no leaves no unused token.
+    // Asked before the token is created: a refusal leaves no unused token behind.
     confirm(&first, &first_target, flags.yes)?;
     let (token, made) = match &flags.token_file {
         Some(path) => {
@@ -145,6 +145,7 @@ fn paths(flags: &WriteCard) -> Result<Vec<PathBuf>, Failure> {
 }
 
 async fn connected<'a>(connection: &'a mut Option<Connection>, global: &Global) -> Result<&'a Connection, Failure> {
+    // Opened on demand: with --bootcode and --token-file no controller is needed.
     if connection.is_none() {
         *connection = Some(Connection::open(global).await?);
     }
@@ -157,6 +158,7 @@ fn controllers(flags: &WriteCard, global: &Global) -> Vec<String> {
         return flags.join.clone();
     }
     let host = global.controller.rsplit_once(':').map_or(global.controller.as_str(), |(host, _)| host);
+    // `[::1]` without a port is split into `[:` and `1]`.
     let own = host == "localhost" || host.starts_with("127.") || matches!(host, "[::1]" | "::1" | "[:");
     if own { Vec::new() } else { vec![global.controller.clone()] }
 }

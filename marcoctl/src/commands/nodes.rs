@@ -248,7 +248,7 @@ fn certificate(node: &Node, now: DateTime<Utc>) -> String {
     if end.is_none() {
         return String::new();
     }
-    // An agent renews its certificate long before the end. A short rest means that the renewal fails.
+    // A node renews its certificate 15 days before the end. With 14 days left, the renewal has failed.
     let warning = if expires_soon(end, now) { ": it was not renewed in time" } else { "" };
     format!("until {} ({}){warning}", local(end), ago(end, now))
 }

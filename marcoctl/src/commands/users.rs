@@ -84,6 +84,7 @@ async fn create(flags: CreateUser, certs: &Path, connection: &Connection, out: &
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let key_path = folder.join(format!("{name}.key"));
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).context("no key can be made")?;
+    // The request carries the key only. The controller chooses name, role and validity.
     let csr = CertificateParams::default().serialize_request(&key).context("no certificate request can be made")?;
     // Written before the call: a certificate without its key is useless.
     write_new(&key_path, &key.serialize_pem(), SECRET)?;

@@ -61,6 +61,7 @@ pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig,
     if !certificate {
         let mut config = builder.with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
+        // The controller prefers an API token to a certificate, and a wrong token does not fall back to it.
         return Ok(config);
     }
     let leaf_path = certs.join(format!("{}.crt", global.identity));
@@ -90,6 +91,7 @@ pub(super) fn dialer(
                 // address.
                 let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(io::Error::other)?;
                 let tcp = TcpStream::connect(&address).await?;
+                // Small HTTP/2 frames must not wait for an acknowledgement (Nagle's algorithm).
                 tcp.set_nodelay(true)?;
                 connector.connect(name, tcp).await
             };
@@ -114,10 +116,12 @@ impl AsyncRead for Listening {
         let before = buffer.filled().len();
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
         self.heard.send_if_modified(|heard| {
+            // Later reads are the connection's own business. Only the first one tells about the certificate.
             let is_first = heard.is_none();
             if is_first {
                 *heard = Some(match &read {
                     Ok(()) if buffer.filled().len() > before => Ok(()),
+                    // A read without bytes is the end of the stream.
                     Ok(()) => Err("the connection was closed at once".to_owned()),
                     Err(error) => Err(error.to_string()),
                 });

@@ -43,9 +43,11 @@ fn sentence(known: &Known, nodes: &BTreeMap<String, Node>) -> String {
     let mut others: BTreeMap<&str, usize> = BTreeMap::new();
     for execution in known.executions.values() {
         match (execution.state(), execution.wait_reason()) {
+            // First, because a finished execution may still carry its old wait reason.
             (state, _) if is_final(state) => done += 1,
             _ if execution.overdue => overdue += 1,
             (State::Pending, WaitReason::NodeOffline) => match nodes.get(&execution.node) {
+                // A node that was powered off on purpose needs someone at the board, not patience.
                 Some(node) if !node.powered_off_by.is_empty() => off.push(id(&node.name)),
                 node => offline.push(node.and_then(|node| timestamp(node.last_seen_time.as_ref()))),
             },
@@ -58,6 +60,7 @@ fn sentence(known: &Known, nodes: &BTreeMap<String, Node>) -> String {
         parts.push(format!("{at_work} at work"));
     }
     if !offline.is_empty() {
+        // The earliest time: it shows how long the longest outage has lasted.
         let since = offline.iter().flatten().min().map(|time| local(Some(&timestamp_of(*time))));
         let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
         parts.push(format!("{} offline{since}", offline.len()));

@@ -30,6 +30,7 @@ impl Compressor {
         } else if text.ends_with(".tar.gz") || text.ends_with(".tgz") {
             // gzip and xz end at level 9. The flag also admits zstd's levels.
             let level = flate2::Compression::new(level.unwrap_or(6).min(9));
+            // The builder writes neither name nor time, so the same tree gives the same bytes.
             Self::Gzip(flate2::GzBuilder::new().write(out, level))
         } else if text.ends_with(".tar.xz") {
             let mut options = LzmaOptions::new_preset(level.unwrap_or(6).min(9)).context("xz has no such level")?;

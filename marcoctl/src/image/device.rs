@@ -64,6 +64,7 @@ fn refuse_when_attached(partition: &Partition, file: &Metadata) -> Result<()> {
             // The loop device as a whole has no file `start`, which gives 0.
             let from = offset.saturating_add(number(folder.join("start")).saturating_mul(SECTOR));
             let until = from.saturating_add(number(folder.join("size")).saturating_mul(SECTOR));
+            // Any overlap counts: a loop device may cover the whole file, or start at another offset.
             if from < end && partition.start < until {
                 refuse_when_mounted(&device_at(&folder), device_number(&folder.join("dev")))?;
             }

@@ -63,6 +63,7 @@ impl Mounted {
 
 fn mount(device: &Path, kind: &str) -> Result<OwnedFd> {
     let mounted = || -> rustix::io::Result<OwnedFd> {
+        // The mount API of Linux 5.2. mount(2) needs a mount point, which a killed process would leave behind.
         let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(context.as_fd(), "source", device)?;
         fsconfig_set_flag(context.as_fd(), "ro")?;

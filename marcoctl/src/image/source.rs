@@ -82,6 +82,7 @@ fn is_system(root: &Mounted) -> bool {
 }
 
 fn is_folder(root: &Mounted, name: &str) -> bool {
+    // Not through links: an absolute one would lead to a folder of this machine.
     statat(root, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|facts| FileType::from_raw_mode(facts.st_mode).is_dir())
 }
 

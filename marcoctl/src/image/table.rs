@@ -101,6 +101,7 @@ pub(super) fn partitions(disk: &File) -> Result<Vec<Partition>> {
                 "its partition table is a GPT: mount its root, with the boot partition below it, and name the folder"
             );
         }
+        // It contains further partitions, not a file system. Our cards have none.
         if entry.is_extended() {
             continue;
         }

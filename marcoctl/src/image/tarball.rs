@@ -65,6 +65,8 @@ impl<W: Write> Tarball<W> {
         if parts.is_some() {
             push(&mut records, b"GNU.sparse.major", b"1");
             push(&mut records, b"GNU.sparse.minor", b"0");
+            // Readers without this format see a file of the placeholder's name, and do not take the map for contents of
+            // `path`.
             push(&mut records, b"GNU.sparse.name", &entry.path);
             push(&mut records, b"GNU.sparse.realsize", size.to_string().as_bytes());
         }
@@ -81,6 +83,7 @@ impl<W: Write> Tarball<W> {
 
     /// Writes the two final blocks.
     pub(super) fn finish(mut self) -> io::Result<W> {
+        // POSIX: two blocks of zeros. Our reader refuses an archive with fewer.
         self.out.write_all(&[0; 2 * BLOCK])?;
         Ok(self.out)
     }
@@ -164,6 +167,7 @@ fn set(field: &mut [u8; 100], text: &[u8]) -> bool {
 fn push(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut length = rest + 1;
+    // One more digit may make the length itself longer by one, so it is searched.
     while rest + length.to_string().len() != length {
         length = rest + length.to_string().len();
     }
@@ -180,6 +184,7 @@ fn time(seconds: i64, nanos: i64) -> String {
     if nanos == 0 {
         return seconds.to_string();
     }
+    // The kernel counts nanoseconds upwards from the full second, also before 1970. pax writes a decimal number.
     let (sign, seconds, nanos) =
         if seconds < 0 { ("-", -(seconds + 1), 1_000_000_000 - nanos) } else { ("", seconds, nanos) };
     let text = format!("{sign}{seconds}.{nanos:09}");

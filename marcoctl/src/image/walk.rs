@@ -59,6 +59,7 @@ impl<W: Write> Walk<'_, W> {
         let place = self.root.join(path);
         let entry = self.entry(path, &place, facts)?;
         self.bare(&entry, EntryType::Directory, path)?;
+        // On the running system the mount hides the folder's own contents, so only the partition is packed.
         if let Some(boot) = self.boot.filter(|boot| boot.at == path) {
             return boot.pack(self);
         }
@@ -104,6 +105,7 @@ impl<W: Write> Walk<'_, W> {
         }
         let mut entry = self.entry(path, place, facts)?;
         if facts.nlink() > 1 {
+            // Only the first name has contents. A hard link to it keeps them shared after unpacking.
             if let Some(first) = self.links.get(&key) {
                 entry.link.clone_from(first);
                 // The attributes are already stored with the first name.

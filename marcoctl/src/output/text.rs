@@ -12,6 +12,7 @@ use prost_types::Timestamp;
 /// Formats a table without borders and without trailing blanks.
 pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
+    // Independent of the terminal: the same lines on a screen and in a pipe.
     table.load_style(NOTHING).force_no_tty();
     table.set_header(header.iter().copied());
     for row in rows {
@@ -33,6 +34,7 @@ pub(crate) fn listing(nothing: &str, header: &[&str], rows: impl IntoIterator<It
 pub(crate) fn fields(fields: &[(&str, String)]) -> String {
     let shown = || fields.iter().filter(|(_, value)| !value.is_empty());
     let width = shown().map(|(name, _)| name.len() + 1).max().unwrap_or(0);
+    // The width is that of the shown names only. Long names of empty fields must not shift the values.
     shown().map(|(name, value)| format!("{:width$}  {}\n", format!("{name}:"), clean(value))).collect()
 }
 

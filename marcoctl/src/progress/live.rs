@@ -73,6 +73,7 @@ impl Live {
         let few = known.executions.len() <= ROWS;
         let width = known.executions.keys().map(|node| id(node).len()).max().unwrap_or(0);
         for execution in &message.executions {
+            // Pending nodes have nothing to show, and hundreds of them would fill the screen.
             let is_shown = few || (!is_final(execution.state()) && execution.state() != State::Pending);
             if !is_shown {
                 if let Some(row) = self.rows.remove(&execution.node) {

@@ -31,6 +31,7 @@ pub(super) async fn about_deleting(names: &[String], connection: &Connection) ->
     if artifacts.is_empty() {
         return Ok(Vec::new());
     }
+    // All nodes and schedules are fetched once for all names: the API has no query by artifact.
     let nodes = all_pages(async |page_token| {
         let request = ListNodesRequest { page_size: PAGE_SIZE, page_token, filter: None };
         let page = connection.nodes().list_nodes(call(request)).await?.into_inner();

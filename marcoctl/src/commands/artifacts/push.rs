@@ -52,6 +52,7 @@ pub(super) fn check(flags: &Push) -> Result<(), Failure> {
 
 /// Stores the file.
 pub(super) async fn push(flags: &Push, connection: &Connection) -> Result<Artifact, Failure> {
+    // The digest comes first: the controller answers with the offset up to which it already has the bytes.
     let (size_bytes, sha256) = hash(flags).await?;
     let purpose = match (flags.kind, flags.purpose) {
         (Kind::Image, _) => artifact::Purpose::Unspecified,
@@ -104,6 +105,7 @@ async fn send_until_stored(
                 hint: "start the same push again later; it goes on where this one stopped".to_owned(),
             });
         }
+        // A push over a bad link may pause for seconds. The bar must not look stuck.
         bar.set_message("waiting");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSES.1);
@@ -125,6 +127,7 @@ async fn send_once(
     let (sender, receiver) = mpsc::channel(WAITING);
     // The channel is empty and has room for four messages.
     let first = UploadArtifactRequest { part: Some(Sent::Header(header.clone())) };
+    // The controller answers only after the header, so it must be in the channel before the call starts.
     sender.try_send(first).map_err(|_| anyhow!("the header could not be sent"))?;
 
     let mut client = connection.artifacts();
@@ -153,6 +156,7 @@ async fn send_once(
                     begun_at = offset;
                     bar.set_message("sending");
                     bar.set_position(offset);
+                    // The skipped bytes took no time and would falsify the estimate.
                     bar.reset_eta();
                     let file = tokio::fs::File::from_std(open(&flags.file, offset)?);
                     feeding = Some(tokio::spawn(feed(file, offset..header.size_bytes, sender, bar.clone())));
@@ -166,6 +170,7 @@ async fn send_once(
     drop(answers);
     // An unreadable or changed file is a better explanation than the controller's error about the bytes.
     if let Some(feeding) = feeding {
+        // The stream is over, so the rest of the file is not needed.
         feeding.abort();
         match feeding.await {
             Ok(fed) => fed?,

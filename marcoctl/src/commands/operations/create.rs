@@ -199,6 +199,7 @@ async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &
     // Dropping the watch is safe: it only reads.
     let followed = tokio::select! {
         followed = follow(connection, &created.name, until, &mut view, out) => Some(followed),
+        // The operation goes on without this process. The message says so, and how to cancel it.
         _ = tokio::signal::ctrl_c() => None,
     };
     view.finish();
