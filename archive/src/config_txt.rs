@@ -90,11 +90,14 @@ impl ConfigTxt {
                 if filter == "all" {
                     filters.clear();
                 } else {
+                    // The documentation of the firmware ("Conditional filters"): a filter replaces one of its kind and
+                    // adds to the others.
                     filters.retain(|old| kind(old) != kind(&filter));
                     filters.push(filter);
                 }
                 continue;
             }
+            // These two have no equals sign. Without the blank, `initramfsx` would match.
             let word = ["initramfs", "include"].into_iter().find_map(|word| {
                 let rest = line.strip_prefix(word)?;
                 rest.starts_with([' ', '\t']).then(|| (word, rest.trim()))

@@ -212,6 +212,7 @@ impl Found<'_> {
         };
         let mut facts = Facts::default();
         match self.boot.map(BootPartition::list).transpose() {
+            // Too large to keep gives no facts. What is not known is no reason to refuse.
             Ok(None | Some(None)) => {}
             Ok(Some(Some(folder))) => {
                 let missing = folder.best().lacks;
@@ -220,7 +221,6 @@ impl Found<'_> {
                 }
                 facts = folder.facts();
             }
-            // Too large to keep gives no facts. What is not known is no reason to refuse.
             Err(error) => {
                 lacks.push(format!("a boot partition that can be read ({error}; fsck.fat tells more)"));
             }

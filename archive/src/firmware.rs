@@ -41,10 +41,11 @@ impl BootMount {
 
     /// Returns the mount point of the vfat file system in an fstab, or `None` if it has none at either place.
     pub fn of_fstab(fstab: &str) -> Option<Self> {
-        // The device is not checked: the installer replaces it anyway. The type and the place identify the entry.
         let lines = fstab.lines().filter(|line| !line.trim_start().starts_with('#'));
         let vfat: Vec<&str> = lines
             .filter_map(|line| {
+                // The device is not checked: the installer replaces it anyway. The type and the place identify the
+                // entry.
                 let mut words = line.split_whitespace().skip(1);
                 let point = words.next()?;
                 (words.next()? == "vfat").then(|| point.strip_suffix('/').unwrap_or(point))

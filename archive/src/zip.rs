@@ -170,6 +170,7 @@ fn hashed<S: Read>(
     if done != entry.size {
         return Err(refused(entry, Reason::HeaderMismatch("the size")));
     }
+    // CRC-32 finds accidents only. Attacks are found by the artifact's SHA-256.
     if crc.sum() != entry.crc {
         return Err(refused(entry, Reason::Checksum));
     }

@@ -43,7 +43,7 @@ fn decide(
     for doubt in doubts {
         say(&format!("warning: {}\n", clean(doubt)));
     }
-    // The doubts are printed also with --force: the log of a script should show them.
+    // With --force the doubts are still printed, for example to the log of a script.
     if doubts.is_empty() || force {
         return Ok(());
     }

@@ -12,12 +12,12 @@ const WINDOW_LOG_MAX: u32 = 27;
 pub(crate) fn decoder<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match Compression::detect(stream.fill_buf()?) {
         Compression::None => Box::new(stream),
-        // Unlike `Compression::decoder`, this accepts large windows: it runs on the operator's machine, not on a small
-        // Pi.
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
         Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(stream)),
         Compression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+            // Unlike `Compression::decoder`, this accepts large windows: it runs on the operator's machine, not on a
+            // small Pi.
             decoder.window_log_max(WINDOW_LOG_MAX)?;
             Box::new(decoder)
         }

@@ -74,9 +74,10 @@ impl Failure {
     /// Returns the exit code. Scripts rely on these values.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
-            // A lost connection arrives as a status, too.
-            // A controller that cannot work now counts as unreachable: in both cases a script may try again.
+            // A lost connection arrives as a status, too. A controller that cannot work now counts as unreachable: in
+            // both cases a script may try again.
             Self::Refused(status) if is_cut(status) => 3,
+            // A rejected certificate is a refusal, not an outage: waiting does not help.
             Self::ShutOut { .. } | Self::Refused(_) | Self::Unsuccessful { .. } | Self::Local(_) => 1,
             Self::Usage { .. } => 2,
             Self::Unreachable { .. } => 3,

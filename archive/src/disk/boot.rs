@@ -31,8 +31,8 @@ fn failed(source: io::Error) -> Error {
 
 impl BootPartition {
     /// Creates the copy in `folder` for a partition of `length` bytes.
-    // Unnamed: a crash of the controller leaves no file behind.
     pub(super) fn new(folder: &Path, length: u64) -> Result<Self, Error> {
+        // Unnamed: a crash of the controller leaves no file behind.
         let file = tempfile::tempfile_in(folder).map_err(failed)?;
         file.set_len(length).map_err(failed)?;
         Ok(Self { file, kept: 0 })
@@ -111,8 +111,8 @@ struct Bounded {
 }
 
 impl Read for Bounded {
-    // The cluster chain of a folder can lead back to itself. fatfs would follow it forever.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // The cluster chain of a folder can lead back to itself. fatfs would follow it forever.
         let count = self.file.read(buffer)?;
         self.left = self.left.saturating_sub(u64::try_from(count).unwrap_or(u64::MAX));
         if self.left == 0 {

@@ -140,13 +140,13 @@ impl<R: BufRead> TarReader<R> {
         let mut kind = match header.typeflag {
             // Before POSIX, a folder was a file whose name ends with a slash.
             0 if path.ends_with(b"/") => Kind::Folder,
+            // `7` is a contiguous file of POSIX. GNU tar and libarchive unpack it as a regular one.
             0 | b'0' | b'7' | b'S' => Kind::File,
             b'1' => Kind::HardLink(link),
             b'2' => Kind::Symlink(link),
             b'3' => Kind::Character(header.device.0, header.device.1),
             b'4' => Kind::Block(header.device.0, header.device.1),
             b'5' => Kind::Folder,
-            // `7` is a contiguous file of POSIX. GNU tar and libarchive unpack it as a regular one.
             b'6' => Kind::Fifo,
             other => return Err(refused(Reason::Kind(char::from(other)))),
         };

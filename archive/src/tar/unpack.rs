@@ -203,13 +203,13 @@ impl Root {
         let privileged = self.privileged;
         let folder = self.folder(parents).map_err(|_| Errno::IO)?;
         let mut done = None;
-        // `chmodat` follows links, so a mode is passed for devices and pipes only.
         if privileged {
             done = Some(
                 owner(attributes)
                     .map(|(uid, gid)| chownat(folder, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)),
             );
         }
+        // `chmodat` follows links, so a mode is passed for devices and pipes only.
         if let Some(mode) = mode {
             chmodat(folder, name, mode, AtFlags::empty())?;
         }

@@ -26,7 +26,7 @@ Examples:
   marcoctl nodes label --selector room=a1 floor=1   sets one on all that have another
   marcoctl nodes label pi-01 --display-name \"Left of the door\"")]
     Label(Label),
-    /// Admit nodes that are held or quarantined, or another key of a node; --all and --selector take only those that are held
+    /// Admit held or quarantined nodes, or another key of a node; --all and --selector admit only held nodes
     #[command(after_help = "\
 Examples:
   marcoctl nodes approve pi-01 pi-02

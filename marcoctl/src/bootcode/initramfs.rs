@@ -84,7 +84,7 @@ pub(super) fn collect(
 fn agent(tree: &mut Tree, flags: &BuildBootcode, kernel: &Kernel) -> Result<()> {
     let bytes = read(&flags.agent)?;
     let binary = Binary::parse(&bytes).with_context(|| format!("{}", flags.agent.display()))?;
-    // The initramfs has only the libraries of the other programs, maybe for another architecture.
+    // The agent is the init. It must start without any library in the initramfs.
     if binary.loader.is_some() || !binary.needed.is_empty() {
         bail!("{} is not static: build one with `make agent TARGET=...`", flags.agent.display());
     }
@@ -114,10 +114,10 @@ fn firmware(tree: &mut Tree, source: &Source, wanted: BTreeSet<String>) -> Resul
             if found.is_some() {
                 break;
             }
-            // Missing firmware is reported, not fatal: most modules request it only for some devices.
         }
         match found {
             Some(bytes) => put(tree, &format!("/lib/firmware/{name}"), Node::File(decoded(bytes)?, false)),
+            // Reported, not fatal: most modules request firmware only for some of their devices.
             None => missing.push(name),
         }
     }

@@ -56,6 +56,8 @@ static CLOCK: Now = Now;
 pub(super) fn write(mut part: Part, contents: &Contents, progress: &dyn Fn(u64)) -> Result<()> {
     let mut id = [0; 4];
     getrandom::fill(&mut id).context("no randomness")?;
+    // Not mkfs.vfat and a mount: that needs root even for an image file, and a desktop would mount the new partition
+    // while it is filled (docs/decisions/0031).
     let options = FormatVolumeOptions::new()
         .fat_type(FatType::Fat32)
         .bytes_per_cluster(CLUSTER)

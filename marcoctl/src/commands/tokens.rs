@@ -39,6 +39,7 @@ pub(super) async fn run(command: TokensCommand, connection: &Connection, out: &m
             })
         }
         TokensCommand::Revoke { token } => {
+            // No question before: a token that leaked must be useless at once (docs/decisions/0043).
             let request = RevokeJoinTokenRequest { name: token };
             let token = connection.nodes().revoke_join_token(call(request)).await?.into_inner();
             out.document(&token, detail)?;
@@ -104,6 +105,7 @@ fn left_out(token: &JoinToken) -> String {
         let names = names.join(", ");
         text.push_str(&format!("warning: left without a way in, or not approved yet: {names}\n"));
     }
+    // The controller does not know cards without a node name, only how many of them may still join.
     let unused = token.max_uses.saturating_sub(token.uses);
     if unused > 0 {
         text.push_str(&format!(

@@ -39,6 +39,7 @@ impl Boot {
 
     /// Packs its contents below its mount point.
     pub(super) fn pack<W: Write>(&self, walk: &mut Walk<'_, W>) -> Result<()> {
+        // Not mounted: desktops often have it mounted already, and not every kernel supports FAT (docs/decisions/0032).
         let part = Part::of(self.disk.try_clone()?, self.start, self.length);
         let fat =
             fatfs::FileSystem::new(part, FsOptions::new()).with_context(|| format!("cannot read {}", self.shown))?;

@@ -39,8 +39,8 @@ impl Mounted {
         // Looked up first: while a file system is mounted, its superblock on the disk may be out of date.
         let own = device_of(place)?;
         let kind = match place.partition.file_system {
+            // Replaying the journal would write to someone's card, and reading past it would miss files.
             FileSystem::Ext { dirty: true } => bail!(
-                // Replaying the journal would write to someone's card, and reading past it would miss files.
                 "it was not unmounted properly, and reading it as it is would miss what its journal holds: let \
                  `e2fsck -p` put it in order first"
             ),

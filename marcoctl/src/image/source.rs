@@ -53,6 +53,7 @@ impl Source {
         for partition in partitions.iter().filter(|partition| partition.file_system.is_roots()) {
             let shown = partition.shown(path);
             let place = Place { path, disk, partition };
+            // Mounted by the kernel, because only it knows all file systems of a root (docs/decisions/0032).
             let mounted = Mounted::new(&place).await.with_context(|| format!("cannot read {shown}"))?;
             // A data partition may also be ext4. A root has the folders etc and usr.
             if !is_system(&mounted) {

@@ -193,6 +193,7 @@ fn shown(path: &Path) -> String {
 }
 
 fn xattrs(place: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    // The kernel's limit for the list of names is the same as for a value (xattr(7)).
     let mut names = vec![0; MAX_XATTR];
     let length = match llistxattr(place, names.as_mut_slice()) {
         Ok(length) => length,
@@ -204,6 +205,7 @@ fn xattrs(place: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let mut names: Vec<&[u8]> = names.split(|&byte| byte == 0).filter(|name| !name.is_empty()).collect();
     names.sort_unstable();
     for name in names {
+        // A label of this machine's security module would be wrong on a node (docs/decisions/0032).
         if !XATTRS.iter().any(|start| name.starts_with(start)) {
             continue;
         }

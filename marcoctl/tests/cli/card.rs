@@ -167,7 +167,6 @@ async fn several_cards_share_one_token_with_as_many_uses() {
     let run = controller.run(&arguments).await;
     assert_eq!(run.code, 0, "{run:?}");
     assert_eq!(run.json()["token"], "joinTokens/t1");
-    // The test's controller is on the loopback, which is of no use to a Pi.
     assert_eq!(run.json()["controllers"], serde_json::json!([]), "the loopback is of no use to a Pi");
     for number in 1..=2 {
         let image = format!("{}@@4M", folder.path().join(format!("card-{number}.img")).display());

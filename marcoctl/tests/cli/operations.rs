@@ -115,10 +115,10 @@ async fn an_image_is_written_raw_only_when_that_is_asked() {
 async fn a_notice_that_was_not_given_is_not_sent() {
     let controller = Controller::start(Facts::default()).await;
     assert_eq!(controller.run(&["operations", "power-off", "--all"]).await.code, 0);
-    // Unset means the controller's default. Zero would mean no notice.
     let facts = controller.facts.lock().unwrap();
     let operation = facts.created[0].operation.as_ref().unwrap();
     let Some(Action::PowerOff(power_off)) = &operation.action else { panic!("{operation:?}") };
+    // Unset means the controller's default. Zero would mean no notice.
     assert_eq!(power_off.notice, None);
     assert!(matches!(operation.target, Some(Target::All(_))));
 }
@@ -228,11 +228,11 @@ async fn a_watch_in_json_is_one_line_per_message() {
     let controller = watched([(vec![running(), running(), succeeded()], Ending::Ok)]).await;
     let run = controller.run(&["operations", "watch", "one", "--output", "json"]).await;
     assert_eq!(run.code, 0, "{run:?}");
+    // Two equal messages are two lines: a program gets everything that was sent.
     let states: Vec<String> = run
         .stdout
         .lines()
         .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["operation"]["state"].to_string())
-        // Two equal messages are two lines: a program gets everything that was sent.
         .collect();
     assert_eq!(states, ["\"STATE_RUNNING\"", "\"STATE_RUNNING\"", "\"STATE_SUCCEEDED\""]);
 }

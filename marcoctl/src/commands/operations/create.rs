@@ -99,6 +99,7 @@ async fn doubts(operation: Operation, connection: &Connection) -> Vec<String> {
     let request = CheckOperationRequest { operation: Some(operation) };
     // Best effort: a controller without this call must not prevent the creation.
     let Ok(found) = connection.operations().check_operation(call(request)).await else { return Vec::new() };
+    // The controller only reports doubts. It has no terminal, so the question is asked here (docs/decisions/0072).
     let (doubts, said): (Vec<_>, Vec<_>) = found.into_inner().warnings.into_iter().partition(|warning| warning.ask);
     for warning in said {
         say(&format!("note: {}\n", clean(&in_local_time(&warning.message))));
