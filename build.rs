@@ -1,4 +1,4 @@
-//! Compiles `proto/` with protox, so that no `protoc` need be installed.
+//! Compiles `proto/` with protox, so no `protoc` has to be installed.
 
 use std::path::PathBuf;
 
@@ -16,9 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
 
     tonic_prost_build::configure()
-        // Image bytes are passed on without being copied.
+        // `bytes` fields become `Bytes`, so image bytes are passed on without a copy.
         .bytes(".")
-        // The clients' own `connect` would clash with the RPC of that name; channels are made by the callers anyway.
+        // tonic's generated `connect` would clash with the RPC of that name. The callers create channels themselves.
         .build_transport(false)
         .codec_path("crate::codec::Codec")
         .compile_fds(descriptors)?;

@@ -1,4 +1,5 @@
-//! Whether a set of boot files can boot. The firmware says nothing when a file is missing: it takes one of another set.
+//! Checks that a set of boot files can boot. The firmware reports no missing file: it silently takes one of another
+//! set.
 
 use std::collections::BTreeSet;
 
@@ -6,18 +7,19 @@ use crate::config_txt::{ConfigTxt, initramfs_files};
 use crate::facts::best;
 use crate::{Facts, Reason, Refused, ZipSummary};
 
-/// Kernels that the firmware looks for when `config.txt` names none, over all boards.
+/// Kernels of all boards that the firmware tries if `config.txt` names none.
 const DEFAULT_KERNELS: [&str; 5] = ["kernel8.img", "kernel_2712.img", "kernel7l.img", "kernel7.img", "kernel.img"];
 
-/// Whether a zip is a set that starts the installer from a folder named by `os_prefix`.
+/// Checks that a zip is a set that starts the installer from a folder named by `os_prefix`.
 ///
 /// # Errors
-/// The first thing that it lacks.
+/// `Refused` with the first missing file or wrong setting.
 pub fn check_installer_set(zip: &ZipSummary) -> Result<(), Refused> {
     let names = names(zip);
     let config = common(zip, &names)?;
     for key in ["os_prefix", "overlay_prefix", "include"] {
-        // The set's lines are copied into the card's own file, where these would lead out of the set's folder.
+        // The lines of the set are copied into the card's own config.txt. There, these keys would leave the set's
+        // folder.
         if config.all(key).next().is_some() {
             return Err(wrong(&format!("an installer's set may not have a line \"{key}\"")));
         }
@@ -27,12 +29,13 @@ pub fn check_installer_set(zip: &ZipSummary) -> Result<(), Refused> {
             return Err(lacks(&format!("the device tree {tree:?} that config.txt names")));
         }
     }
-    // Without both the firmware takes overlays from the root, made for another kernel.
+    // If either file is missing, the firmware takes overlays from the root, which belong to another kernel.
     for file in ["overlays/README", "overlays/overlay_map.dtb"] {
         if !names.contains(&file.to_lowercase()) {
             return Err(lacks(file));
         }
     }
+    // The firmware would otherwise load an initramfs by the kernel's name. Only an explicit file is checked here.
     let mut auto = config.all("auto_initramfs").peekable();
     if auto.peek().is_none() || auto.any(|value| value != "0") {
         return Err(wrong("an installer's set needs auto_initramfs=0"));
@@ -47,11 +50,11 @@ pub fn check_installer_set(zip: &ZipSummary) -> Result<(), Refused> {
     }
 }
 
-/// Checks that a zip is the boot partition of an operating system: the firmware of some board finds in it all that it takes,
-/// below a prefix or not. The agent asks once more for its own board.
+/// Checks that a zip is the boot partition of an operating system: the firmware of at least one board finds all its
+/// files, with or without a prefix. The agent repeats the check for its own board.
 ///
 /// # Errors
-/// The first thing that it lacks.
+/// `Refused` with the first missing file.
 pub fn check_system_set(zip: &ZipSummary) -> Result<(), Refused> {
     config(zip, &names(zip))?;
     let facts = Facts::of_zip(zip);
@@ -61,7 +64,7 @@ pub fn check_system_set(zip: &ZipSummary) -> Result<(), Refused> {
     }
 }
 
-/// The configuration that both kinds need.
+/// Parses `config.txt`, which both kinds of sets need.
 fn config(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refused> {
     let Some(text) = &zip.config_txt else {
         let unreadable = names.contains("config.txt");
@@ -70,8 +73,8 @@ fn config(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refus
     Ok(ConfigTxt::parse(text))
 }
 
-/// Checks a set for a folder, which has no prefix of its own: kernel, command line, configuration, a device tree, for
-/// each board that its sections name.
+/// Checks a set that is unpacked into a folder and has no prefix of its own: kernel, command line, configuration and a
+/// device tree, for each board that its sections name.
 fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refused> {
     let config = config(zip, names)?;
     if let Some(missing) = config.all("kernel").find(|kernel| !names.contains(&kernel.to_lowercase())) {
@@ -83,7 +86,7 @@ fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refus
     if !names.contains("cmdline.txt") {
         return Err(lacks("cmdline.txt"));
     }
-    // An empty `device_tree=` says to the firmware that there is none: a set for machines that are no Pis.
+    // An empty `device_tree=` tells the firmware that there is none. Sets for machines other than Pis use it.
     let none_meant = config.all("device_tree").any(str::is_empty);
     if !none_meant && !names.iter().any(|name| name.ends_with(".dtb") && !name.starts_with("overlays/")) {
         return Err(lacks("a device tree (*.dtb)"));
@@ -91,8 +94,8 @@ fn common(zip: &ZipSummary, names: &BTreeSet<String>) -> Result<ConfigTxt, Refus
     Ok(config)
 }
 
-/// The names of files that could be what their names say, in lower case: FAT does not tell the cases apart. Of the
-/// overlays' README the firmware only asks whether it is there.
+/// Returns the names of non-empty files in lower case, because FAT ignores case. The README of the overlays counts even
+/// if it is empty: the firmware only checks that it exists.
 fn names(zip: &ZipSummary) -> BTreeSet<String> {
     let present = zip.files.iter().filter(|file| file.size > 0 || file.name == "overlays/README");
     present.map(|file| file.name.to_lowercase()).collect()
@@ -193,12 +196,12 @@ mod tests {
         check_system_set(&set(config, &files)).unwrap();
         for missing in ["vmlinuz", "cmdline.txt"] {
             let rest: Vec<&str> = files.into_iter().filter(|name| !name.ends_with(missing)).collect();
-            // A file beside the prefix's folder is not taken, though it has the right name.
+            // A file of the right name outside the prefix's folder does not count.
             let beside = [rest.as_slice(), &["cmdline.txt"]].concat();
             let refused = check_system_set(&set(config, &beside)).unwrap_err().to_string();
             assert!(refused.contains(missing), "{refused}");
         }
-        // A kernel that only a file says which is included.
+        // A kernel that is named in an included file.
         let mut including = set("include more.txt\n", &["kernel8.img", "cmdline.txt", "bcm2711-rpi-4-b.dtb"]);
         check_system_set(&including).unwrap();
         including.texts.insert("more.txt".to_owned(), "kernel=gone.img\n".to_owned());

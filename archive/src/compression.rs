@@ -1,20 +1,20 @@
-//! Compressions of an image, and the one decoder of them: the push reads an image through the same code as the
-//! installer, so that what the one takes the other takes, bit for bit.
+//! Compressions of an image and their only decoder. Push and installer read images through the same code. With two
+//! decoders the push accepted streams that the installer refused after it had emptied the root.
 
 use std::io::{BufRead, Error, Read, Result};
 
-/// Largest window of zstd, as a power of two: 16 MiB, as `--long=24` makes it. `zstd -19` needs 8 MiB; `--ultra -22` and
-/// `--long` need 128 MiB.
+/// Maximum window of zstd as a power of two: 16 MiB, as set by `--long=24`. `zstd -19` needs 8 MiB; `--ultra -22` and
+/// `--long` need 128 MiB. A small Pi cannot spare more memory.
 pub const ZSTD_WINDOW_LOG: u32 = 24;
-/// Largest dictionary of xz in bytes. `xz -6` has 8 MiB, `xz -7` this one, `xz -9` 64 MiB.
+/// Maximum dictionary of xz in bytes. `xz -6` uses 8 MiB, `xz -7` 16 MiB, `xz -9` 64 MiB.
 pub const XZ_DICTIONARY: u64 = 16 << 20;
-/// Memory that a decoder of xz may take: the dictionary, and a little for itself.
+/// Memory limit of the xz decoder in bytes: the dictionary plus 1 MiB for its own state.
 pub const XZ_MEMORY: u64 = XZ_DICTIONARY + (1 << 20);
 
-/// How a stream is compressed.
+/// Compression of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// Not at all, or in a way that is not known here.
+    /// Not compressed, or in an unknown format.
     None,
     /// gzip.
     Gzip,
@@ -25,25 +25,26 @@ pub enum Compression {
 }
 
 impl Compression {
-    /// By the first bytes of the stream; six are enough.
+    /// Detects the compression by the first bytes of a stream. Six bytes are enough.
     pub fn detect(start: &[u8]) -> Self {
         match start {
             [0x1f, 0x8b, ..] => Self::Gzip,
             [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Self::Xz,
-            // A frame, or one of the frames that are skipped, which parallel compressors put first.
+            // A frame, or a skippable frame, which parallel compressors write first.
             [0x28, 0xb5, 0x2f, 0xfd, ..] | [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => Self::Zstd,
             _ => Self::None,
         }
     }
 
-    /// Unpacks a stream that is compressed so.
+    /// Decompresses a stream of this compression.
     ///
     /// # Errors
-    /// The decoder cannot be made. What is wrong with the stream shows when it is read.
+    /// Returns an error if the decoder cannot be created. Errors in the stream appear while reading.
     pub fn decoder<'a>(self, stream: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>> {
         Ok(match self {
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(stream)),
             Self::Xz => {
+                // Parallel compressors write several streams in a row. All of them are read.
                 let flags = liblzma::stream::CONCATENATED;
                 let decoder = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, flags).map_err(Error::other)?;
                 Box::new(liblzma::bufread::XzDecoder::new_stream(stream, decoder))
@@ -57,7 +58,7 @@ impl Compression {
         })
     }
 
-    /// The word for it in the API and in messages.
+    /// Returns the name used in the API and in messages.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::None => "none",
@@ -67,10 +68,10 @@ impl Compression {
         }
     }
 
-    /// What to do about a stream whose decoder says this, when that is a window that is too large; a whole sentence
-    /// with the command that compresses it again.
+    /// Explains a decoder's error that means a too large window. The sentence contains the command that compresses the
+    /// image again. `None` for any other error.
     pub fn explain_window(self, error: &str) -> Option<&'static str> {
-        // The words of the two libraries; a test of this crate's users sees to it that they stay so.
+        // The libraries have no error code for this. Tests of the callers hold these texts in place.
         match self {
             Self::Zstd if error.contains("requires too much memory") => Some(
                 "its zstd window is larger than 16 MiB, more than a small Pi can spare; compress it again: \
@@ -85,19 +86,19 @@ impl Compression {
     }
 }
 
-/// The push's verdict over an artifact, which goes along to the node.
+/// Format of an artifact, determined at the push and sent to the node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Packing {
-    /// A tarball.
+    /// A tarball with this compression.
     Tar(Compression),
-    /// The image of a whole disk.
+    /// A whole-disk image with this compression.
     Disk(Compression),
     /// A zip.
     Zip,
 }
 
 impl Packing {
-    /// All of them.
+    /// All values, for [`Self::parse`].
     const ALL: [Self; 9] = [
         Self::Tar(Compression::None),
         Self::Tar(Compression::Gzip),
@@ -110,7 +111,7 @@ impl Packing {
         Self::Zip,
     ];
 
-    /// The word in the API.
+    /// Returns the name used in the API.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tar(compression) => compression.as_str(),
@@ -122,7 +123,7 @@ impl Packing {
         }
     }
 
-    /// By its word; `None`: a controller did not say, or says what only a newer agent knows.
+    /// Parses a name of the API. `None`: the controller sent none, or one that only a newer agent knows.
     pub fn parse(word: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|packing| packing.as_str() == word)
     }
@@ -152,7 +153,7 @@ mod tests {
         zstd::encode_all(TEXT, 1).unwrap()
     }
 
-    /// Unpacks it with readers that give little or much at once; `None`: refused.
+    /// Decompresses with readers of several buffer sizes. `None`: refused.
     fn decoded(bytes: &[u8]) -> Option<Vec<u8>> {
         let compression = Compression::detect(bytes);
         let mut outcomes = [1, 7, 1 << 16].map(|size| {

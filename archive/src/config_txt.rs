@@ -1,36 +1,37 @@
-//! The firmware's `config.txt`, `autoboot.txt` and `tryboot.txt`, as
-//! <https://www.raspberrypi.com/documentation/computers/config_txt.html> describes them: lines of `key=value`, `#`
-//! comments, `initramfs FILE ADDRESS`, and filters in brackets. Keys are case-sensitive, and the last value wins.
+//! Parser for the firmware's `config.txt`, `autoboot.txt` and `tryboot.txt`: lines of `key=value`, `#` comments,
+//! `initramfs FILE ADDRESS`, and filters in brackets. Keys are case-sensitive, and the last value wins.
+//!
+//! Source: <https://www.raspberrypi.com/documentation/computers/config_txt.html>
 
-/// What the firmware knows when it applies filters.
+/// Inputs of the firmware for its filters.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Conditions {
-    /// The board's filter names without brackets, for example `["pi4"]`.
+    /// Filter names of the board without brackets, for example `["pi4"]`.
     pub models: Vec<String>,
-    /// The trial-boot flag.
+    /// True during a trial boot.
     pub tryboot: bool,
-    /// The partition that is being booted, when known.
+    /// Number of the partition that boots. `None`: not known.
     pub boot_partition: Option<u32>,
 }
 
-/// One meaningful line, with the filters in force.
+/// One setting, with the filters in force at its line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
-    /// The filters in force, without brackets, in the order given since the last `[all]`.
+    /// Filters without brackets, in the order given since the last `[all]`.
     pub filters: Vec<String>,
-    /// The key: what stands before `=`; `initramfs` and `include`, which take none, stand as they are.
+    /// Text before `=`. `initramfs` and `include` have no `=` and are stored as keys.
     pub key: String,
-    /// The rest.
+    /// Text after `=`, or after the key of `initramfs` and `include`.
     pub value: String,
 }
 
-/// A file, parsed.
+/// A parsed file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ConfigTxt {
     settings: Vec<Setting>,
 }
 
-/// Filters of one kind replace each other; those of different kinds must all hold.
+/// Kind of a filter. Filters of one kind replace each other; filters of different kinds must all hold.
 #[derive(PartialEq, Eq)]
 enum FilterKind {
     Model,
@@ -53,8 +54,8 @@ fn kind(filter: &str) -> FilterKind {
 }
 
 impl Conditions {
-    /// Whether a filter lets its lines through. Serial numbers, monitors and pins are not known here: such lines never
-    /// apply.
+    /// Returns true if a filter admits its lines. Serial numbers, monitors and pins are not known here, so their lines
+    /// never apply.
     fn pass(&self, filter: &str) -> bool {
         match kind(filter) {
             FilterKind::Model => self.models.iter().any(|model| model == filter),
@@ -69,14 +70,14 @@ impl Conditions {
 }
 
 impl Setting {
-    /// Whether the firmware takes the line under these conditions.
+    /// Returns true if the firmware applies this line under these conditions.
     pub fn applies(&self, conditions: &Conditions) -> bool {
         self.filters.iter().all(|filter| conditions.pass(filter))
     }
 }
 
 impl ConfigTxt {
-    /// Reads the text. Nothing is an error to the firmware: what it does not understand it ignores.
+    /// Parses the text. There are no errors: the firmware ignores lines that it does not understand.
     pub fn parse(text: &str) -> Self {
         let mut filters: Vec<String> = Vec::new();
         let mut settings = Vec::new();
@@ -89,11 +90,14 @@ impl ConfigTxt {
                 if filter == "all" {
                     filters.clear();
                 } else {
+                    // The documentation of the firmware ("Conditional filters"): a filter replaces one of its kind and
+                    // adds to the others.
                     filters.retain(|old| kind(old) != kind(&filter));
                     filters.push(filter);
                 }
                 continue;
             }
+            // These two have no equals sign. Without the blank, `initramfsx` would match.
             let word = ["initramfs", "include"].into_iter().find_map(|word| {
                 let rest = line.strip_prefix(word)?;
                 rest.starts_with([' ', '\t']).then(|| (word, rest.trim()))
@@ -108,29 +112,29 @@ impl ConfigTxt {
         Self { settings }
     }
 
-    /// Every setting of every section, in order.
+    /// Returns all settings of all sections, in order.
     pub fn settings(&self) -> &[Setting] {
         &self.settings
     }
 
-    /// The values of a key in every section, in order.
+    /// Returns the values of a key in all sections, in order.
     pub fn all<'a>(&'a self, key: &'a str) -> impl Iterator<Item = &'a str> {
         self.settings.iter().filter(move |setting| setting.key == key).map(|setting| setting.value.as_str())
     }
 
-    /// The value of a key under these conditions: the last one that applies.
+    /// Returns the last applicable value of a key.
     pub fn get(&self, key: &str, conditions: &Conditions) -> Option<&str> {
         let mut settings = self.settings.iter().rev();
         settings.find(|setting| setting.key == key && setting.applies(conditions)).map(|setting| setting.value.as_str())
     }
 
-    /// The files of the `initramfs` and `ramfsfile` lines that apply under these conditions.
+    /// Returns the files of all applicable `initramfs` and `ramfsfile` lines.
     pub fn initramfs(&self, conditions: &Conditions) -> Vec<&str> {
         self.settings.iter().filter(|setting| setting.applies(conditions)).flat_map(initramfs_files).collect()
     }
 }
 
-/// The files that a line loads as an initramfs, separated by commas in the file; none for other lines.
+/// Returns the initramfs files of a line, split at commas. Empty for any other line.
 pub(crate) fn initramfs_files(setting: &Setting) -> Vec<&str> {
     let files = match setting.key.as_str() {
         "initramfs" => setting.value.split_whitespace().next().unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! Whole-disk images, as a stream: the partition table is read off the front, and then each partition goes by once.
+//! Whole-disk images as a stream. The partition table is read off the front, then each partition passes once, in order.
 
 mod boot;
 mod table;
@@ -15,87 +15,86 @@ use boot::BootPartition;
 use table::read_table;
 pub use table::{FRONT, Meant, Partition};
 
-/// Size of a sector.
+/// Size of a sector in bytes.
 pub(crate) const SECTOR: usize = 512;
-/// Largest image: larger than the cards that Pis have.
+/// Maximum size of an image in bytes. This is larger than any card used in a Pi.
 const MAX_DISK: u64 = 256 << 30;
-/// How many bytes between two calls of `progress`.
+/// Bytes between two calls of `progress`.
 const PROGRESS_STEP: u64 = 1 << 20;
-/// Where ext2, ext3 and ext4 have their magic number (kernel documentation, filesystems/ext4, "Super Block").
+/// Offset and value of the magic number of ext2, ext3 and ext4 (kernel documentation, filesystems/ext4, "Super Block").
 const EXT_MAGIC: (usize, [u8; 2]) = (1080, [0x53, 0xef]);
 
-/// What the file system of a partition is, by its first bytes.
+/// File system of a partition, determined by its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileSystem {
-    /// FAT of any width.
+    /// FAT12, FAT16 or FAT32.
     Fat,
     /// ext2, ext3 or ext4.
     Ext,
-    /// Something else, or nothing.
+    /// Any other file system, or none.
     Other,
 }
 
-/// Takes the contents of partitions.
+/// Receives the contents of partitions.
 pub trait Partitions {
-    /// A partition begins; false: nobody wants it.
+    /// Starts a partition. Returns false to skip its contents.
     ///
     /// # Errors
-    /// It is wanted and cannot be had, for example because it is too large.
+    /// Returns an error if the partition cannot be stored, for example because it is too large.
     fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error>;
 
-    /// Bytes of the partition that was begun last, in order.
+    /// Receives bytes of the partition that was started last, in order. `offset` counts from the partition's start.
     ///
     /// # Errors
-    /// They cannot be kept.
+    /// Returns an error if the bytes cannot be stored.
     fn take(&mut self, offset: u64, block: &[u8]) -> Result<(), Error>;
 }
 
-/// What is on a disk image.
+/// Totals of a disk image.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DiskSummary {
-    /// Partitions of its table.
+    /// Number of partitions in its table.
     pub partitions: u64,
-    /// Bytes of the whole.
+    /// Size of the whole image in bytes.
     pub bytes: u64,
-    /// Whether its table has a partition of logical partitions, which are not read.
+    /// True if the table has an extended partition. Its logical partitions are not read.
     pub extended: bool,
 }
 
-/// Whether a stream that begins with these bytes is a disk image and no tarball; a whole sector is needed to tell.
+/// Returns true if a stream that starts with these bytes is a disk image and not a tarball. Needs a whole sector.
 pub fn is_disk(start: &[u8]) -> bool {
     table::is_boot_record(start)
 }
 
-/// The partitions in the table of a disk image that begins with these bytes, in the order in which they lie on it;
-/// [`FRONT`] bytes are needed.
+/// Returns the partitions of a disk image in the order of their offsets. `front`: its first [`FRONT`] bytes.
 ///
 /// # Errors
-/// `Refused` when the table makes no sense.
+/// `Refused` if the table is invalid.
 pub fn partitions(front: &[u8]) -> Result<Vec<Partition>, Error> {
     read_table(front)
 }
 
-/// Bytes of a card that an image takes which begins so; [`FRONT`] bytes are needed.
+/// Returns the bytes that an image takes on a card. `front`: its first [`FRONT`] bytes.
 ///
 /// # Errors
-/// As [`partitions`].
+/// As for [`partitions`].
 pub fn length(front: &[u8]) -> Result<u64, Error> {
     table::length(front)
 }
 
-/// The room that an image's file systems need, in bytes; 0: not known.
+/// Room that the file systems of an image need, in bytes. 0: not known.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Needs {
-    /// Of its boot partition.
+    /// Room for the boot partition.
     pub boot: u64,
-    /// Of its root.
+    /// Room for the root.
     pub root: u64,
 }
 
-/// The least room that an image needs, by its table alone. Which partition is the root shows only in its contents, far
-/// behind the table: of several that may be, the smallest counts, so that nothing is refused that fits.
+/// Returns the minimum room that an image needs, from its table alone. Only the contents, far behind the table, tell
+/// which partition is the root. Of several candidates the smallest one counts, so an image that fits is never refused.
 ///
-/// # Errors
+/// As for [`partitions`].
 /// As [`partitions`].
 pub fn needs(front: &[u8]) -> Result<Needs, Error> {
     let partitions = read_table(front)?;
@@ -106,12 +105,12 @@ pub fn needs(front: &[u8]) -> Result<Needs, Error> {
     Ok(Needs { boot: smallest(Meant::Fat), root: smallest(Meant::Linux) })
 }
 
-/// Reads a decompressed disk image through to its end, and hands its partitions on. `progress` gets the bytes so far,
-/// now and then.
+/// Reads a decompressed disk image to its end and passes its partitions to `partitions`. `progress` receives the bytes
+/// so far, once per MiB and at the end.
 ///
 /// # Errors
-/// `Refused` when its table makes no sense or the stream ends before the last partition does; `Io` when reading fails;
-/// and what `partitions` says.
+/// `Refused` if the table is invalid or the stream ends before the last partition; `Io` if reading fails; and any error
+/// of `partitions`.
 pub fn read_disk<R: BufRead>(
     reader: R,
     partitions: &mut dyn Partitions,
@@ -131,30 +130,30 @@ pub fn read_disk<R: BufRead>(
     Ok(DiskSummary { partitions: u64::try_from(table.len()).unwrap_or(u64::MAX), bytes, extended })
 }
 
-/// An image, read through.
+/// Result of reading an image to its end.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Examined {
-    /// What is in it; entries are members, or partitions.
+    /// Totals. Entries are members of a tarball, or partitions of a disk.
     pub summary: TarSummary,
-    /// What it says about itself as a system.
+    /// Facts by which the image is judged as a system.
     pub facts: Facts,
 }
 
-/// Reads an image, a decompressed tarball or disk image, through to its end and checks every rule; entries are members, or
-/// partitions. `progress` gets the unpacked bytes so far, now and then.
+/// Reads an image to its end and checks every rule. The image is a decompressed tarball or disk image; entries are
+/// members or partitions. `progress` receives the unpacked bytes so far, once per MiB and at the end.
 ///
 /// # Errors
-/// As [`check_tar`](crate::check_tar) and [`read_disk`]; something known that is neither is refused with what it is.
+/// As for [`check_tar`](crate::check_tar) and [`read_disk`]. Other known formats are refused by name.
 pub fn check_image<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
     examine_image(reader, None, progress).map(|examined| examined.summary)
 }
 
-/// As [`check_image`]; whether the image is a system at all is said in the facts, and is no error here. `scratch`: a folder
-/// in which the boot partition of a disk image is kept meanwhile (up to 1 GiB), so that it can be looked into; without one
-/// it is not.
+/// Like [`check_image`], and also collects the facts. An image that no Pi can start is reported in the facts, not as an
+/// error. `scratch`: a folder for a temporary copy of a disk image's boot partition (up to 1 GiB). `None`: the boot
+/// partition is not inspected.
 ///
 /// # Errors
-/// As [`check_image`]; and `Io` when the boot partition cannot be kept.
+/// As for [`check_image`]; `Io` if the boot partition cannot be stored.
 pub fn examine_image<R: BufRead>(
     mut reader: R,
     scratch: Option<&Path>,
@@ -163,11 +162,13 @@ pub fn examine_image<R: BufRead>(
     let mut start = Vec::with_capacity(SECTOR);
     (&mut reader).take(512).read_to_end(&mut start).map_err(crate::error::read_error)?;
     let disk = is_disk(&start);
+    // The formats are told apart by one sector. Naming a foreign format takes more, see `foreign::FRONT`.
     if !disk && !is_header(&start) {
         let rest = foreign::FRONT.saturating_sub(u64::try_from(start.len()).unwrap_or_default());
         (&mut reader).take(rest).read_to_end(&mut start).map_err(crate::error::read_error)?;
         foreign::refuse(&start)?;
     }
+    // The stream cannot be rewound, so the bytes that were inspected are put back in front of it.
     let whole = Cursor::new(start).chain(reader);
     if !disk {
         let (summary, facts) = examine_tar(whole, progress)?;
@@ -180,7 +181,7 @@ pub fn examine_image<R: BufRead>(
     Ok(Examined { summary, facts: found.facts(read.extended) })
 }
 
-/// Which file systems an image has, and what it boots from.
+/// File systems and boot files found in a disk image.
 #[derive(Default)]
 struct Found<'a> {
     fat: bool,
@@ -211,6 +212,7 @@ impl Found<'_> {
         };
         let mut facts = Facts::default();
         match self.boot.map(BootPartition::list).transpose() {
+            // Too large to keep gives no facts. What is not known is no reason to refuse.
             Ok(None | Some(None)) => {}
             Ok(Some(Some(folder))) => {
                 let missing = folder.best().lacks;
@@ -238,13 +240,14 @@ impl Found<'_> {
 impl Partitions for Found<'_> {
     fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, Error> {
         match file_system {
-            // The first of each kind is what a card gets.
+            // The installer copies the first FAT and the first ext file system to the card. Others are ignored.
             FileSystem::Fat if !self.fat => {
                 (self.fat, self.needs.boot) = (true, partition.length);
                 self.boot = self.scratch.map(|folder| BootPartition::new(folder, partition.length)).transpose()?;
                 return Ok(self.boot.is_some());
             }
             FileSystem::Ext if !self.ext => (self.ext, self.needs.root) = (true, partition.length),
+            // A few are enough for the message.
             FileSystem::Other if self.others.len() < 4 => {
                 self.others.push(format!("something else in partition {}", partition.number));
             }
@@ -266,7 +269,7 @@ struct Stream<'a, R> {
 }
 
 impl<R: BufRead> Stream<'_, R> {
-    /// The bytes that may hold the table. No partition of a disk that anybody makes begins within them.
+    /// Reads the bytes that may hold the table. No common tool starts a partition within them.
     fn front(&mut self) -> Result<Vec<u8>, Error> {
         let mut front = Vec::with_capacity(FRONT);
         while front.len() < FRONT {
@@ -297,7 +300,7 @@ impl<R: BufRead> Stream<'_, R> {
 
     fn partition(&mut self, partition: &Partition, to: &mut dyn Partitions) -> Result<(), Error> {
         let end = partition.start + partition.length;
-        // Enough of it to see what it holds.
+        // The first bytes show the file system. `begin` needs it before the contents are passed on.
         let mut first = Vec::new();
         while first.len() < EXT_MAGIC.0 + 2 && self.at < end {
             let left = usize::try_from(end - self.at).unwrap_or(usize::MAX);
@@ -328,7 +331,8 @@ impl<R: BufRead> Stream<'_, R> {
         Ok(())
     }
 
-    /// What follows the last partition: a second table, or nothing.
+    /// Reads the rest after the last partition: padding, or the backup table of a GPT. A truncated compressed stream
+    /// shows only at its end.
     fn rest(&mut self) -> Result<(), Error> {
         loop {
             let count = self.ready()?.len();
@@ -340,6 +344,7 @@ impl<R: BufRead> Stream<'_, R> {
     }
 
     fn ready(&mut self) -> Result<&[u8], Error> {
+        // Two calls: the borrow checker would extend a borrow returned from the loop to the whole loop.
         loop {
             match self.reader.fill_buf() {
                 Ok(_) => break,
@@ -368,6 +373,7 @@ fn file_system(first: &[u8]) -> FileSystem {
     let at = |offset: usize, length: usize| first.get(offset..offset + length).unwrap_or_default();
     if at(EXT_MAGIC.0, 2) == EXT_MAGIC.1 {
         FileSystem::Ext
+    // The signature of a boot sector alone is not enough: NTFS and exFAT have it too.
     } else if at(510, 2) == [0x55, 0xaa] && (at(54, 3) == b"FAT" || at(82, 3) == b"FAT") {
         FileSystem::Fat
     } else {

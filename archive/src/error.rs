@@ -1,20 +1,20 @@
-//! Why an archive is not taken.
+//! Reasons for refusing an archive.
 
 use std::fmt;
 use std::io;
 
-/// What may go wrong with an archive.
+/// A failure to check or to unpack an archive.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The archive breaks a rule; trying again will not help.
+    /// The archive breaks a rule. A retry does not help.
     #[error(transparent)]
     Refused(#[from] Refused),
     /// Reading the archive or writing its files failed.
     #[error("cannot {action}")]
     Io {
-        /// What was being done, for example `read the archive` or `create "etc/passwd"`.
+        /// The action that failed, for example `read the archive` or `create "etc/passwd"`.
         action: String,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
@@ -26,7 +26,7 @@ impl Error {
     }
 }
 
-/// What a failed read of the stream means: a decompressor says with these kinds that its input is not whole.
+/// Maps a failed read of the stream to a reason. A decompressor reports incomplete or invalid input with these kinds.
 pub(crate) fn read_error(err: io::Error) -> Error {
     match err.kind() {
         io::ErrorKind::UnexpectedEof => Refused::archive(Reason::Truncated).into(),
@@ -37,12 +37,12 @@ pub(crate) fn read_error(err: io::Error) -> Error {
     }
 }
 
-/// The rule that an archive breaks, and by which entry.
+/// The rule that an archive breaks, and the entry that breaks it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
-    /// The entry's name, with everything unprintable escaped; `None`: the archive as a whole.
+    /// The entry's name, with every unprintable byte escaped, at most 200 bytes of it. `None`: the archive as a whole.
     pub entry: Option<String>,
-    /// The rule.
+    /// The broken rule.
     pub reason: Reason,
 }
 
@@ -52,7 +52,7 @@ impl Refused {
     }
 
     pub(crate) fn entry(name: &[u8], reason: Reason) -> Self {
-        // A hostile name ends up in logs and on terminals: short, and nothing but printable ASCII.
+        // A hostile name ends up in logs and on terminals: keep it short, and printable ASCII only.
         let shown = name.get(..200).unwrap_or(name);
         Self { entry: Some(shown.escape_ascii().to_string()), reason }
     }
@@ -69,7 +69,7 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// A broken rule.
+/// A rule that an archive can break. The payload is the limit, or the detail for the message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Reason {
@@ -79,7 +79,7 @@ pub enum Reason {
     /// The stream ends before the archive does.
     #[error("it is cut short")]
     Truncated,
-    /// There is nothing in it.
+    /// The archive has no entries.
     #[error("it is empty")]
     Empty,
     /// More entries than allowed.
@@ -88,7 +88,7 @@ pub enum Reason {
     /// Unpacks to more bytes than allowed.
     #[error("it unpacks to more than {0} bytes")]
     TooLarge(u64),
-    /// Packs so well that it can only be a bomb.
+    /// Compression ratio above the limit: a decompression bomb.
     #[error("it unpacks to more than {0} times its size")]
     Ratio(u64),
     /// The name is empty.
@@ -118,64 +118,65 @@ pub enum Reason {
     /// The name is not UTF-8.
     #[error("the name is not UTF-8")]
     NotUtf8,
-    /// The name cannot stand on a FAT file system.
+    /// VFAT cannot store the name.
     #[error("FAT cannot hold the name: {0}")]
     FatName(&'static str),
-    /// Two entries have the same name, or names that FAT takes for the same.
+    /// Two entries have equal names, or names that differ only in case, which FAT does not distinguish.
     #[error("the name is there twice (FAT does not tell upper from lower case)")]
     Duplicate,
     /// One name is both a file and a folder.
     #[error("the name is both a file and a folder")]
     FileAndFolder,
-    /// A boot zip takes plain files and folders only.
+    /// An entry of a boot zip is neither a regular file nor a folder.
     #[error("it is neither a plain file nor a folder")]
     NotAFile,
-    /// Encrypted.
+    /// The entry is encrypted.
     #[error("it is encrypted")]
     Encrypted,
-    /// Packed with a method that is not allowed.
+    /// The compression method is neither store nor deflate. The payload is the method's number in the zip format.
     #[error("compression method {0} is not allowed (store and deflate are)")]
     Method(u16),
-    /// A zip's two descriptions of an entry differ.
+    /// The local header and the central directory of a zip give different values for this field.
     #[error("the local header and the central directory disagree about {0}")]
     HeaderMismatch(&'static str),
-    /// Bytes of a zip belong to two entries, or to none.
+    /// Bytes of a zip belong to two entries, or to no entry.
     #[error("its entries overlap or leave gaps")]
     Overlap,
-    /// The contents do not match their checksum.
+    /// The contents do not match their CRC-32.
     #[error("the checksum does not match")]
     Checksum,
-    /// A tar entry of a kind that a system does not have.
+    /// A tar entry of an unsupported kind. The payload is the header's type flag.
     #[error("entries of kind {0:?} are not allowed")]
     Kind(char),
-    /// A hard link to something that this archive did not make as a regular file.
+    /// A hard link to something other than an earlier regular file of the same archive.
     #[error("the hard link's target is not an earlier regular file of this archive")]
     HardLink,
-    /// A path that leads through a symbolic link of this archive that points out of the root.
+    /// A path leads through a symbolic link of the archive that points out of the root.
     #[error("the path leads through a symbolic link of the archive that points out of it")]
     ThroughLink,
-    /// A size that two headers give differently.
+    /// Two headers give different sizes for one entry.
     #[error("its headers disagree about the size")]
     SizeMismatch,
-    /// More names to remember than allowed.
+    /// The names of links and folders need more memory than allowed.
     #[error("its links and folders take more than {0} bytes to remember")]
     TooManyNames(usize),
-    /// An extended header or long name that is too large.
+    /// An extended header or a long name is larger than allowed.
     #[error("its extended header is larger than {0} bytes")]
     LongHeader(u64),
-    /// A map of a sparse file that does not fit the file.
+    /// The map of a sparse file does not match the file.
     #[error("the map of the sparse file is wrong")]
     Sparse,
-    /// Something that is neither a tarball nor a disk image: what it is, and what to do.
+    /// The file is of a known format that is neither a tarball nor a disk image. The text names the format and the
+    /// remedy.
     #[error("this is {0}")]
     Foreign(String),
-    /// It is whole, and no system that a Pi could start: why, and what to do.
+    /// The archive is intact, but no Pi could start from it. The text gives the reason and the remedy.
     #[error("{0}")]
     NotASystem(String),
-    /// A set of boot files lacks something.
+    /// A required boot file is missing.
     #[error("the boot files lack {0}")]
     Lacks(String),
-    /// A set of boot files has a configuration that cannot work.
+    /// `config.txt` has a setting that cannot work.
     #[error("config.txt: {0}")]
     Config(String),
 }

@@ -1,5 +1,6 @@
-//! What an image says about itself as a system, worked out while it streams by: what every board would miss, and the
-//! boot files by which one board is judged. Push, creation, dry run, agent and installer judge by the same value.
+//! Facts about an image as a system, collected while it streams by: the reasons for which no board can start it, and
+//! the boot files by which a single board is judged. Push, creation, dry run, agent and installer judge by the same
+//! value.
 
 mod collect;
 mod system;
@@ -15,23 +16,24 @@ use crate::firmware::{BootFiles, FAMILIES, Selection, Tree, lookup, select};
 pub(crate) use collect::{Collector, MAX_DEPTH, MAX_NAMES, MAX_TEXT, MAX_TEXTS};
 pub(crate) use system::{Folder, LIST};
 
-/// The kernels' first processes, and the programs that images put in their place.
+/// Paths of the first process: the kernel's own choices, and replacements that images use.
 pub const INITS: [&str; 7] =
     ["sbin/init", "usr/sbin/init", "lib/systemd/systemd", "usr/lib/systemd/systemd", "etc/init", "bin/init", "init"];
 
-/// An image, judged.
+/// Result of judging an image.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
-    /// Why no board can run it, with the cure; `None`: nothing is known against it.
+    /// Reason for which no board can start the image, with the remedy. `None`: no such reason is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refusal: Option<String>,
-    /// Names of its boot files in lower case, relative to the boot partition, overlays left out. Empty: not known.
+    /// Names of boot files in lower case, relative to the boot partition, without overlays. Empty: not known.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub boot_files: BTreeSet<String>,
-    /// The text of `config.txt` and of what it includes.
+    /// Texts of `config.txt` and its includes, by name.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub texts: BTreeMap<String, String>,
-    /// Of a disk image: the room that its file systems need; zeros: it is none, or was judged before this was asked.
+    /// Room that the file systems of a disk image need. Zeros: not a disk image, or stored by a controller that did not
+    /// record it.
     #[serde(default)]
     pub needs: Needs,
 }
@@ -47,12 +49,12 @@ impl BootFiles for Facts {
 }
 
 impl Facts {
-    /// Nothing but a reason against it.
+    /// Creates facts that consist of a refusal only.
     pub fn refused(refusal: impl Into<String>) -> Self {
         Self { refusal: Some(refusal.into()), ..Self::default() }
     }
 
-    /// Of boot files in a zip.
+    /// Collects the facts from boot files in a zip.
     pub fn of_zip(zip: &ZipSummary) -> Self {
         let files = zip.files.iter().filter(|file| file.size > 0);
         Self {
@@ -63,14 +65,16 @@ impl Facts {
         }
     }
 
-    /// Whether a board of this family can start it; `device_tree`: the one that the board takes, when it is known.
+    /// Judges the image for one board. `family`: name of the board's family; `device_tree`: the board's own file, if
+    /// known.
     ///
     /// # Errors
-    /// All that is missing, in one sentence.
+    /// Returns all missing files in one sentence.
     pub fn judge(&self, family: &str, device_tree: Option<&str>) -> Result<(), String> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.clone());
         }
+        // Unknown is no refusal: a wrong refusal cannot be overruled, and the installer checks the real files.
         if self.boot_files.is_empty() || family.is_empty() {
             return Ok(());
         }
@@ -82,7 +86,7 @@ impl Facts {
     }
 }
 
-/// What the best of all boards would take of these files.
+/// Returns the selection of the board that finds most of its files in this set.
 pub(crate) fn best(files: &dyn BootFiles, names: &BTreeSet<String>) -> Selection {
     let trees = names.iter().filter_map(|name| {
         let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));
@@ -94,7 +98,7 @@ pub(crate) fn best(files: &dyn BootFiles, names: &BTreeSet<String>) -> Selection
     selections.min_by_key(|selection| selection.lacks.len()).unwrap_or_default()
 }
 
-/// The boards that take a device tree, by the processor in its name; one whose name says nothing may be anybody's.
+/// Returns the families that take a device tree, by the processor in its name. All families if the name is unknown.
 fn families(tree: &str) -> Vec<&'static str> {
     let known: &[(&str, &[&'static str])] = &[
         ("bcm2708", &["pi1"]),

@@ -1,28 +1,29 @@
-//! The one reader of what the firmware takes from a boot partition: kernel, command line and device tree, below an
-//! `os_prefix` or not. The push, the agent and the installer all ask here, so they cannot disagree.
-//! <https://www.raspberrypi.com/documentation/computers/config_txt.html>
+//! Determines the files that the firmware loads from a boot partition: kernel, command line and device tree, with or
+//! without an `os_prefix`. Push, agent and installer all use this module, so their answers cannot differ.
+//!
+//! Source: <https://www.raspberrypi.com/documentation/computers/config_txt.html>
 
 use crate::config_txt::{Conditions, ConfigTxt};
 
-/// Deepest `include` in an `include`.
+/// Maximum depth of nested `include` lines.
 const INCLUDES: u32 = 8;
-/// The board families, as `config.txt` filters name them.
+/// Names of the board families in the filters of `config.txt`.
 pub const FAMILIES: [&str; 5] = ["pi1", "pi2", "pi3", "pi4", "pi5"];
 
-/// Where a system mounts the boot partition.
+/// Mount point of the boot partition in a system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BootMount {
-    /// Debian since 12.
+    /// `/boot/firmware`: Debian since version 12.
     Firmware,
-    /// Arch Linux ARM, and Raspberry Pi OS before.
+    /// `/boot`: Arch Linux ARM, and Raspberry Pi OS before Debian 12.
     Boot,
 }
 
 impl BootMount {
-    /// Both, the newer one first.
+    /// Both mount points, the newer one first.
     pub const ALL: [Self; 2] = [Self::Firmware, Self::Boot];
 
-    /// Within the root.
+    /// Path of the folder relative to the root.
     pub const fn folder(self) -> &'static str {
         match self {
             Self::Firmware => "boot/firmware",
@@ -30,7 +31,7 @@ impl BootMount {
         }
     }
 
-    /// As fstab names it.
+    /// Absolute path, as written in fstab.
     pub const fn mount_point(self) -> &'static str {
         match self {
             Self::Firmware => "/boot/firmware",
@@ -38,11 +39,13 @@ impl BootMount {
         }
     }
 
-    /// The mount point of the vfat that an fstab names, when it names one.
+    /// Returns the mount point of the vfat file system in an fstab, or `None` if it has none at either place.
     pub fn of_fstab(fstab: &str) -> Option<Self> {
         let lines = fstab.lines().filter(|line| !line.trim_start().starts_with('#'));
         let vfat: Vec<&str> = lines
             .filter_map(|line| {
+                // The device is not checked: the installer replaces it anyway. The type and the place identify the
+                // entry.
                 let mut words = line.split_whitespace().skip(1);
                 let point = words.next()?;
                 (words.next()? == "vfat").then(|| point.strip_suffix('/').unwrap_or(point))
@@ -51,8 +54,9 @@ impl BootMount {
         Self::ALL.into_iter().find(|mount| vfat.contains(&mount.mount_point()))
     }
 
-    /// The folder of a root that becomes the boot partition: the one that its fstab mounts, when that holds boot files,
-    /// else the other; of two that hold some, the first that is `whole`.
+    /// Chooses the folder of a root that becomes the boot partition. The folder mounted by the root's fstab comes
+    /// first, then the other one. Folders without boot files are skipped. If both have some, the first one that is
+    /// `whole` wins.
     pub fn choose<'a, F: BootFiles>(
         fstab: &str,
         folders: &'a [(Self, F)],
@@ -65,49 +69,49 @@ impl BootMount {
     }
 }
 
-/// The name under which every reader looks a boot file up: FAT tells no cases apart, and slashes and dots that lead nowhere
-/// are nothing to it. A prefix is written in many ways (`current/`, `./current//`, `Current/`).
+/// Normalises the name of a boot file for lookups. FAT ignores case, and empty or `.` parts have no effect. Prefixes
+/// are written in many ways (`current/`, `./current//`, `Current/`).
 pub fn lookup(name: &str) -> String {
     let parts: Vec<&str> = name.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     parts.join("/").to_lowercase()
 }
 
-/// The files of a boot partition, or of the folder that becomes one. Names are looked up as [`lookup`] makes them.
+/// The files of a boot partition, or of the folder that becomes one. Names are normalised by [`lookup`].
 pub trait BootFiles {
-    /// Whether there is a file of this name with something in it.
+    /// Returns true if a file of this name exists and is not empty.
     fn has(&self, name: &str) -> bool;
 
-    /// The text of a file; `None`: not there, or not readable.
+    /// Returns the text of a file. `None`: it does not exist or cannot be read.
     fn text(&self, name: &str) -> Option<String>;
 }
 
-/// The device tree that a board takes unless `device_tree=` names one.
+/// The default device tree of a board, used unless `device_tree=` names another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Tree<'a> {
-    /// This file.
+    /// The name of the board's file.
     Named(&'a str),
-    /// Some file that is not there.
+    /// The board needs a file, but the set has none for it.
     Missing,
-    /// None: the board is not known.
+    /// The board's model is not known, so no tree is required.
     Unknown,
 }
 
-/// What the firmware takes, and what it looks for in vain.
+/// The files that the firmware loads, and the files that it needs but does not find.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Selection {
-    /// The `os_prefix` in force; empty when there is none or the firmware ignores it.
+    /// The effective `os_prefix`. Empty: not set, or ignored by the firmware.
     pub prefix: String,
-    /// The kernel, below the prefix.
+    /// Name of the kernel, relative to the prefix. `None`: missing.
     pub kernel: Option<String>,
-    /// The command line's file, with the prefix.
+    /// Name of the command line's file, with the prefix.
     pub cmdline: String,
-    /// The device tree, below the prefix.
+    /// Name of the device tree, relative to the prefix. `None`: missing or not needed.
     pub device_tree: Option<String>,
-    /// What is missing, each in words.
+    /// Descriptions of the missing files, for messages.
     pub lacks: Vec<String>,
 }
 
-/// The kernels that the firmware of a board family tries, in order, unless `kernel=` names one.
+/// Returns the kernels that the firmware of a board family tries, in order, unless `kernel=` names one.
 pub fn kernels(family: &str) -> &'static [&'static str] {
     match family {
         "pi1" => &["kernel.img"],
@@ -117,14 +121,14 @@ pub fn kernels(family: &str) -> &'static [&'static str] {
     }
 }
 
-/// The device tree that the firmware takes for a board, by its family and model; `None`: the board is not known.
+/// Returns the default device tree of a board by family and model. `None`: the family is not known.
 pub fn device_tree(family: &str, model: &str) -> Option<&'static str> {
     let name = match family {
         "pi1" if model.contains("Zero W") => "bcm2708-rpi-zero-w.dtb",
         "pi1" if model.contains("Zero") => "bcm2708-rpi-zero.dtb",
         "pi1" if model.contains("Plus") => "bcm2708-rpi-b-plus.dtb",
         "pi1" => "bcm2708-rpi-b.dtb",
-        // Version 1.2 has the processor of a Pi 3.
+        // Revision 1.2 of the Pi 2 has the processor of a Pi 3.
         "pi2" if model.contains("Rev 1.2") => "bcm2710-rpi-2-b.dtb",
         "pi2" => "bcm2709-rpi-2-b.dtb",
         "pi3" if model.contains("Zero 2") => "bcm2710-rpi-zero-2-w.dtb",
@@ -142,19 +146,19 @@ pub fn device_tree(family: &str, model: &str) -> Option<&'static str> {
     Some(name)
 }
 
-/// Whether a folder holds boot files at all: a `config.txt` or any board's kernel.
+/// Returns true if a folder contains boot files: a `config.txt`, or a kernel for any board.
 pub fn is_bootable(files: &dyn BootFiles) -> bool {
     let kernels = FAMILIES.into_iter().flat_map(kernels);
     std::iter::once(&"config.txt").chain(kernels).any(|name| files.has(name))
 }
 
-/// `config.txt` with the files that it includes; `None`: it has none.
+/// Reads `config.txt` with all included files. `None`: there is no `config.txt`.
 pub fn config(files: &dyn BootFiles) -> Option<ConfigTxt> {
     let text = files.text("config.txt")?;
     Some(ConfigTxt::parse(&included(files, &text, INCLUDES)))
 }
 
-/// Puts included files in place of the lines that name them. A file that is not there is passed over, as by the firmware.
+/// Replaces `include` lines by the named files. Like the firmware, it skips a file that does not exist.
 fn included(files: &dyn BootFiles, text: &str, deeper: u32) -> String {
     let mut whole = String::with_capacity(text.len());
     for line in text.lines() {
@@ -174,7 +178,7 @@ fn included(files: &dyn BootFiles, text: &str, deeper: u32) -> String {
     whole
 }
 
-/// What a board of this family boots from these files. `tryboot`: in a trial boot.
+/// Determines the files that a board of this family boots. `tryboot`: true for a trial boot.
 pub fn select(files: &dyn BootFiles, family: &str, tree: Tree<'_>, tryboot: bool) -> Selection {
     let Some(config) = config(files) else {
         let mut found = below(files, &ConfigTxt::default(), &conditions(family, tryboot), tree, "");
@@ -188,13 +192,15 @@ pub fn select(files: &dyn BootFiles, family: &str, tree: Tree<'_>, tryboot: bool
     if named.is_empty() || taken {
         return found;
     }
-    // Without a kernel or a device tree below the prefix the firmware does as if there were no prefix.
+    // If kernel or device tree are missing below the prefix, the firmware ignores the prefix. If files are missing
+    // either way, the shorter list is reported.
     let plain = below(files, &config, &conditions, tree, "");
     if plain.lacks.is_empty() || plain.lacks.len() < found.lacks.len() { plain } else { found }
 }
 
-/// The lines that make a trial boot take what every other boot takes. A card of ours starts each new system on trial, and
-/// `[tryboot]` sections are written for updaters that keep a second set of files beside the first.
+/// Returns the lines for `config.txt` that make a trial boot load the same files as a normal boot. Our cards start
+/// every new system on trial. Publishers write `[tryboot]` sections for updaters with a second set of files beside the
+/// first.
 pub fn same_on_trial(files: &dyn BootFiles, family: &str, tree: Tree<'_>) -> Vec<String> {
     let Some(config) = config(files) else { return Vec::new() };
     let (normally, on_trial) = (conditions(family, false), conditions(family, true));
@@ -228,7 +234,7 @@ fn value<'a>(config: &'a ConfigTxt, key: &str, conditions: &Conditions) -> Optio
     config.get(key, conditions).map(str::trim).filter(|value| !value.is_empty())
 }
 
-/// An empty `device_tree=` tells the firmware to load none.
+/// Returns true if a device tree is required. An empty `device_tree=` tells the firmware to load none.
 fn needs_tree(config: &ConfigTxt, conditions: &Conditions, tree: Tree<'_>) -> bool {
     match config.get("device_tree", conditions).map(str::trim) {
         Some(name) => !name.is_empty(),
@@ -285,7 +291,7 @@ fn below(
     Selection { prefix: prefix.to_owned(), kernel, cmdline: format!("{prefix}{cmdline}"), device_tree, lacks }
 }
 
-/// The same tree as Linux itself calls it, which the firmware takes with `upstream_kernel=1`.
+/// Converts a downstream name of a device tree to Linux' own. The firmware tries it with `upstream_kernel=1`.
 fn mainline(name: &str) -> String {
     name.replace("bcm2708-", "bcm2835-").replace("bcm2709-", "bcm2836-").replace("bcm2710-", "bcm2837-")
 }

@@ -1,24 +1,25 @@
-//! Files for a system's first boot on a recovery partition: what they may be called, and which nodes they are for. Whoever
-//! writes a card and whoever installs from it read the folder alike.
+//! Files for the first boot of a system, stored on the recovery partition: their names, and the nodes that they are
+//! for. The writer of a card and the installer both use this module, so they read the folder alike.
 
-/// The folder on the recovery partition: files in it are for every node, and those in its folders `KEY=VALUE` for nodes
-/// with that label.
+/// Folder on the recovery partition. Files directly in it are for every node. Files in a subfolder `KEY=VALUE` are for
+/// nodes with that label.
 pub const FOLDER: &str = "marco/first-boot";
-/// What a system reads from its boot partition when it comes up for the first time: users, SSH and settings of Raspberry
-/// Pi OS, and the data of cloud-init (its data source NoCloud).
+/// Names that a system reads from its boot partition at its first boot: users, SSH and settings of Raspberry Pi OS, and
+/// the data of cloud-init (data source NoCloud).
 pub const NAMES: [&str; 7] =
     ["custom.toml", "meta-data", "network-config", "ssh", "ssh.txt", "user-data", "userconf.txt"];
 
-/// Longest key or value of a label, in bytes, as the controller takes them.
+/// Longest key or value of a label in bytes: the controller's limit.
 const LABEL_MAX: usize = 63;
 
-/// The label that a folder's name means; none when it means no label that a node can have and a FAT can hold. (A label
-/// with a slash, or with a dot at its end, cannot be the name of a folder there.)
+/// Parses the name of a folder as a label. `None`: no node can have the label, or FAT cannot store the name (a slash,
+/// or a dot at the end).
 pub fn label(folder: &str) -> Option<(&str, &str)> {
     let allowed = |text: &str| {
         text.len() <= LABEL_MAX && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-'))
     };
     let (key, value) = folder.split_once('=')?;
+    // VFAT drops a dot at the end, so two labels would share a folder.
     (!key.is_empty() && !folder.ends_with('.') && allowed(key) && allowed(value)).then_some((key, value))
 }
 

@@ -1,13 +1,14 @@
-//! Files that are neither a tarball nor the image of a whole disk, known by their first bytes, and what to do with them.
+//! Known formats that are neither a tarball nor a whole-disk image, detected by their first bytes, with a remedy for
+//! each.
 
 use crate::disk::is_disk;
 use crate::tar::is_header;
 use crate::{Reason, Refused};
 
-/// So many decompressed bytes are enough to tell: btrfs has its magic number behind the first 64 KiB.
+/// Decompressed bytes needed to detect all formats. btrfs has its magic number behind the first 64 KiB.
 pub(crate) const FRONT: u64 = 0x1_0048;
 
-/// A mark at a place, what the file is, and what to do.
+/// Offset, magic bytes, and the name of the format with the remedy.
 const MARKS: &[(usize, &[u8], &str)] = &[
     (0, b"PK\x03\x04", "a zip: an image is a tarball or a disk image, and a zip a bootcode"),
     (0, b"PK\x05\x06", "an empty zip: an image is a tarball or a disk image"),
@@ -37,7 +38,7 @@ const MARKS: &[(usize, &[u8], &str)] = &[
     (32769, b"CD001", "an ISO 9660 image of a CD: a Pi does not boot it; push a disk image or a tarball of a root"),
 ];
 
-/// File systems, which are no disks.
+/// File systems without a partition table: offset, magic bytes and name.
 const FILE_SYSTEMS: &[(usize, &[u8], &str)] = &[
     (1080, b"\x53\xef", "ext4"),
     (0, b"XFSB", "XFS"),
@@ -47,12 +48,13 @@ const FILE_SYSTEMS: &[(usize, &[u8], &str)] = &[
     (54, b"FAT", "FAT"),
 ];
 
-/// Refuses what is neither a tarball nor a disk and is known to be something else, with the cure. `front`: the first
-/// decompressed bytes; with fewer than [`FRONT`] less is known.
+/// Refuses known foreign formats. Tarballs, disk images and unknown files pass. `front`: the first decompressed bytes;
+/// fewer than [`FRONT`] detect fewer formats.
 ///
 /// # Errors
-/// What it is, and what to do.
+/// `Refused` with the name of the format and the remedy.
 pub fn refuse(front: &[u8]) -> Result<(), Refused> {
+    // A disk image or a tarball may contain a foreign magic number by chance.
     if is_disk(front) || front.get(..512).is_some_and(is_header) {
         return Ok(());
     }

@@ -1,7 +1,7 @@
-//! What an archive may contain. One guard for publishers' zips and tarballs, used where they are pushed (controller) and
-//! again where they are unpacked (agent), so that the two cannot disagree.
+//! Rules for the contents of an archive. One guard checks zips and tarballs twice: at the push (controller) and at
+//! unpacking (agent). Both use the same code, so they cannot disagree.
 //!
-//! Everything here blocks: call it from a blocking thread. Memory is bounded whatever the archive says.
+//! Every function here blocks: call it from a blocking thread. Memory use is bounded for any input.
 
 pub mod boot_set;
 pub mod compression;

@@ -1,29 +1,29 @@
-//! The two files of a recovery partition that say what boots, `config.txt` and `autoboot.txt`. Whoever writes a card and
-//! whoever switches it keep them at one length, so that each switch is one write in place.
+//! The two files of the recovery partition that select what boots: `config.txt` and `autoboot.txt`. Both keep one fixed
+//! length, so each switch is one write in place, without a change to the FAT.
 
-/// Length of both files: one sector less one byte, and the firmware reads no more of `autoboot.txt`.
+/// Length of both files in bytes: one sector less one byte. The firmware reads no more of `autoboot.txt`.
 pub const LENGTH: usize = 511;
-/// The first line of `config.txt`, which tells people and agents who made it.
+/// First line of `config.txt`. It tells people and agents that the file is ours.
 pub const HEAD: &str = "# Marco Bootstrap writes this\n";
-/// The firmware ignores what is behind this many characters of a line.
+/// The firmware ignores the rest of a line after this many characters.
 pub const LINE: usize = 98;
-/// The partition with the installer.
+/// Number of the partition with the installer.
 pub const INSTALLER: u32 = 1;
-/// The partition with the system's boot files.
+/// Number of the partition with the system's boot files.
 pub const SYSTEM: u32 = 4;
 
-/// A text does not fit.
+/// The text does not fit into [`LENGTH`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("config.txt of the recovery partition would have {length} bytes, and may have {LENGTH}")]
 pub struct TooLong {
-    /// How many bytes it has.
+    /// Length of the text in bytes.
     pub length: usize,
 }
 
-/// Pads a text to its length with comments, which every stage of the firmware skips.
+/// Pads a text to [`LENGTH`] with comments, which every stage of the firmware skips.
 ///
 /// # Errors
-/// It is longer than that.
+/// Returns an error if the text is longer than [`LENGTH`].
 pub fn pad(mut text: String) -> Result<Vec<u8>, TooLong> {
     if text.len() > LENGTH {
         return Err(TooLong { length: text.len() });
@@ -36,10 +36,10 @@ pub fn pad(mut text: String) -> Result<Vec<u8>, TooLong> {
     Ok(text.into_bytes())
 }
 
-/// `autoboot.txt`: which partition boots, and which one on trial.
+/// Renders `autoboot.txt` with the default partition and the partition for a trial boot.
 pub fn autoboot_txt(partition: u32, trial: u32) -> Vec<u8> {
     let text = format!("[all]\ntryboot_a_b=1\nboot_partition={partition}\n[tryboot]\nboot_partition={trial}\n");
-    // Two numbers of any length fit.
+    // Two numbers of any length fit, so the default is never used.
     pad(text).unwrap_or_default()
 }
 

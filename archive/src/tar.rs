@@ -1,5 +1,5 @@
-//! Root tarballs: one reader of our own for checking and for unpacking, so that what passed the one cannot surprise the
-//! other. It knows ustar, GNU (long names, sparse files) and pax (names, sizes, times, attributes, sparse files).
+//! Root tarballs. One reader of our own serves checking and unpacking, so both see the same members in the same bytes.
+//! It reads ustar, GNU (long names, sparse files) and pax (names, sizes, times, attributes, sparse files).
 
 mod acl;
 pub(crate) mod guard;
@@ -18,42 +18,43 @@ use guard::Guard;
 use reader::TarReader;
 use unpack::Root;
 
-/// Most entries. A desktop system has about 300,000 files.
+/// Maximum number of entries. A desktop system has about 300,000 files.
 const MAX_ENTRIES: u64 = 2_000_000;
-/// Most bytes unpacked, holes included: larger than the cards that Pis have.
+/// Maximum of unpacked bytes, holes included. This is larger than any card used in a Pi.
 const MAX_UNPACKED: u64 = 256 << 30;
-/// How many bytes between two calls of `progress`.
+/// Bytes between two calls of `progress`.
 const PROGRESS_STEP: u64 = 1 << 20;
 
-/// What is in a tarball.
+/// Totals of a tarball.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TarSummary {
-    /// Entries.
+    /// Number of entries.
     pub entries: u64,
-    /// Bytes of its regular files, holes included.
+    /// Bytes of the regular files, holes included.
     pub unpacked_bytes: u64,
-    /// Owners, device nodes and extended attributes that could not be restored, because this process may not or the
-    /// file system cannot. 0 when only checked. As root on a real file system anything else means a broken system.
+    /// Owners, device nodes and extended attributes that could not be restored, because the process lacks the privilege
+    /// or the file system lacks the feature. 0 after a check without unpacking. As root on a real file system, any
+    /// other value means a broken system.
     pub not_restored: u64,
-    /// Whether it is no tarball but a whole-disk image, whose entries are its partitions.
+    /// True for a whole-disk image. Its partitions are then counted as entries.
     pub disk: bool,
 }
 
-/// Whether this sector is the header of a member.
+/// Returns true if this sector is a valid tar header.
 pub(crate) fn is_header(sector: &[u8]) -> bool {
     sector.try_into().is_ok_and(|block| header::Header::parse(block).is_ok())
 }
 
-/// Reads a decompressed tarball through to its end and checks every rule. `progress` gets the unpacked bytes so far, now
-/// and then.
+/// Reads a decompressed tarball to its end and checks every rule. `progress` receives the unpacked bytes so far, once
+/// per MiB and at the end.
 ///
 /// # Errors
-/// `Refused` with the first broken rule; `Io` when reading fails.
+/// `Refused` with the first broken rule; `Io` if reading fails.
 pub fn check_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
     walk(reader, None, None, progress)
 }
 
-/// As [`check_tar`], and what the tarball says about itself as a system.
+/// Like [`check_tar`], and also collects the facts by which the tarball is judged as a system.
 ///
 /// # Errors
 /// As [`check_tar`].
@@ -63,12 +64,12 @@ pub(crate) fn examine_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) 
     Ok((summary, collector.into_facts()))
 }
 
-/// Unpacks a decompressed tarball under `root`, which must exist, by the same rules, never through a link out of it.
-/// Existing files are replaced. Owners and device nodes are restored when running as root. Nothing is synced.
-/// `progress` gets the unpacked bytes so far, now and then.
+/// Unpacks a decompressed tarball under `root`, which must exist. The rules of [`check_tar`] apply, and no link leads
+/// out of `root`. Existing files are replaced. Owners and device nodes are restored only when running as root. Nothing
+/// is synced. `progress` receives the unpacked bytes so far, once per MiB and at the end.
 ///
 /// # Errors
-/// As [`check_tar`]; what was written before stays.
+/// As for [`check_tar`]. Files that were already written stay.
 pub fn unpack_tar<R: BufRead>(reader: R, root: &Path, progress: &mut dyn FnMut(u64)) -> Result<TarSummary, Error> {
     walk(reader, Some(Root::open(root)?), None, progress)
 }
@@ -95,6 +96,7 @@ fn walk<R: BufRead>(
         if summary.entries > MAX_ENTRIES {
             return Err(Refused::archive(Reason::TooManyEntries(MAX_ENTRIES)).into());
         }
+        // The size is added before the contents are read. A header that claims terabytes is refused at once.
         let before = summary.unpacked_bytes;
         summary.unpacked_bytes = before.saturating_add(member.size);
         if summary.unpacked_bytes > MAX_UNPACKED {
@@ -104,6 +106,7 @@ fn walk<R: BufRead>(
         if let Some(collector) = &mut collector {
             collector.member(&place.path, &member);
         }
+        // Facts are collected only at the push. The agent that unpacks gets them with the artifact.
         match &mut root {
             None => reader.contents(&mut |offset, block| {
                 if let Some(collector) = &mut collector {
@@ -125,6 +128,7 @@ fn walk<R: BufRead>(
         summary.not_restored = root.finish()?;
     }
     report(summary.unpacked_bytes, true);
+    // Only now is the guard complete: a link may point to a file that comes later in the archive.
     if let Some(collector) = collector {
         collector.finish(&guard);
     }

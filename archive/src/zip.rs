@@ -1,5 +1,5 @@
-//! Boot zips: a strict reader of our own. The usual ones are lenient where hostile zips live: they prefer one header to
-//! the other, drop the first of two equal names, and skip bytes that belong to no entry.
+//! Boot zips, read by a strict reader of our own. Common readers are lenient in exactly the ways that attacks use: they
+//! prefer one header to the other, drop the first of two equal names, and skip bytes that belong to no entry.
 
 mod directory;
 mod names;
@@ -17,63 +17,64 @@ use crate::{Error, Reason, Refused};
 use directory::{Entry, Method};
 use write::Folder;
 
-/// Most entries, folders included. A full set of firmware, overlays and device trees has about 500.
+/// Maximum number of entries, folders included. A full set of firmware, overlays and device trees has about 500.
 pub(crate) const MAX_ENTRIES: u64 = 4096;
-/// Most bytes unpacked: p4 of the resident layout holds 512 MiB.
+/// Maximum of unpacked bytes: the size of p4 in the resident layout.
 pub(crate) const MAX_UNPACKED: u64 = 512 << 20;
-/// Highest ratio of an entry that is larger than [`RATIO_FREE`].
+/// Maximum compression ratio of an entry larger than [`RATIO_FREE`].
 pub(crate) const MAX_RATIO: u64 = 200;
-/// Entries up to this size may pack as well as they like: a page of zeros is no bomb.
+/// Size in bytes up to which the ratio is not limited. A small file of zeros is no bomb.
 pub(crate) const RATIO_FREE: u64 = 1 << 20;
-/// Longest `config.txt` that is kept; the firmware itself reads no more.
+/// Maximum size of a text that is kept, in bytes. The firmware reads no more of `config.txt`.
 const MAX_CONFIG: u64 = 64 << 10;
-/// Most texts that are kept, for a configuration that includes others.
+/// Maximum number of texts that are kept, for a configuration with includes.
 const MAX_TEXTS: usize = 32;
 
-/// A file of a zip.
+/// A file in a zip.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ZipFile {
-    /// Its path, relative, with `/` between the parts.
+    /// Relative path with `/` as separator.
     pub name: String,
-    /// Size in bytes, unpacked.
+    /// Unpacked size in bytes.
     pub size: u64,
-    /// SHA-256 of its contents.
+    /// SHA-256 of the unpacked contents.
     pub sha256: [u8; 32],
 }
 
-/// What is in a zip.
+/// Contents of a zip.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ZipSummary {
-    /// Entries, folders included.
+    /// Number of entries, folders included.
     pub entries: u64,
-    /// Bytes of all files, unpacked.
+    /// Unpacked bytes of all files.
     pub unpacked_bytes: u64,
-    /// The files, in the order of the zip.
+    /// Files in the order of the central directory.
     pub files: Vec<ZipFile>,
-    /// The text of `config.txt` in the zip's root, if there is one of at most 64 KiB.
+    /// Text of `config.txt` at the top level. `None`: missing, larger than 64 KiB, or not UTF-8.
     pub config_txt: Option<String>,
-    /// The texts that the firmware may read, by their names in lower case: `config.txt` and what it may include.
+    /// Texts that the firmware may read (`config.txt` and possible includes), by name in lower case.
     pub texts: BTreeMap<String, String>,
 }
 
-/// Reads a boot zip through and checks every rule, contents included.
+/// Reads a boot zip to its end and checks every rule, contents included.
 ///
 /// # Errors
-/// `Refused` with the first broken rule; `Io` when reading fails.
+/// `Refused` with the first broken rule; `Io` if reading fails.
 pub fn check_zip<R: Read + Seek>(reader: R) -> Result<ZipSummary, Error> {
     walk(reader, None)
 }
 
-/// Writes a boot zip's files under `dest`, which must exist, after checking all of its names; contents are checked while
-/// they are written. Existing files are replaced. Nothing is synced.
+/// Unpacks a boot zip under `dest`, which must exist. All names are checked first, contents while they are written.
+/// Existing files are replaced. Nothing is synced.
 ///
 /// # Errors
-/// As [`check_zip`]; what was written before stays.
+/// As for [`check_zip`]. Files that were already written stay.
 pub fn unpack_zip<R: Read + Seek>(reader: R, dest: &Path) -> Result<ZipSummary, Error> {
     walk(reader, Some(&Folder::open(dest)?))
 }
 
 fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSummary, Error> {
+    // All headers and names are checked here, before the first file is written.
     let entries = directory::read(&mut reader)?;
     let mut summary = ZipSummary::default();
     for entry in &entries {
@@ -86,6 +87,7 @@ fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSumma
         }
         let mut file = dest.map(|dest| dest.create(&entry.name)).transpose()?;
         let name = entry.name.to_lowercase();
+        // `config.txt` may come after 32 other texts and is always kept.
         let kept = name == "config.txt" || (name.ends_with(".txt") && summary.texts.len() < MAX_TEXTS);
         let mut text = (kept && entry.size <= MAX_CONFIG).then(Vec::<u8>::new);
         let sha256 = contents(&mut reader, entry, |block| {
@@ -100,7 +102,7 @@ fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSumma
             }
         })?;
         if let Some(text) = text {
-            // The firmware reads bytes: what is no UTF-8 is in comments.
+            // The firmware reads bytes. Invalid UTF-8 occurs in comments only.
             summary.texts.insert(name.clone(), String::from_utf8_lossy(&text).into_owned());
             if name == "config.txt" {
                 summary.config_txt = String::from_utf8(text).ok();
@@ -112,7 +114,8 @@ fn walk<R: Read + Seek>(mut reader: R, dest: Option<&Folder>) -> Result<ZipSumma
     Ok(summary)
 }
 
-/// Hands an entry's contents out block by block, and checks that they are exactly what the headers say.
+/// Passes an entry's contents to `block` and checks them against the headers: both sizes and the checksum. Returns the
+/// SHA-256.
 fn contents<R: Read + Seek>(
     reader: &mut R,
     entry: &Entry,
@@ -124,7 +127,7 @@ fn contents<R: Read + Seek>(
         Method::Store => hashed(packed, entry, &mut block).map(|(sha256, _)| sha256),
         Method::Deflate => {
             let (sha256, inflater) = hashed(DeflateDecoder::new(packed), entry, &mut block)?;
-            // Bytes after the end of the compressed data would be a second, hidden content.
+            // Bytes behind the end of the deflate stream would be hidden contents for another reader.
             if inflater.total_in() != entry.packed_size {
                 return Err(refused(entry, Reason::HeaderMismatch("the packed size")));
             }
@@ -156,6 +159,7 @@ fn hashed<S: Read>(
         };
         let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
         done += u64::try_from(read).unwrap_or(u64::MAX);
+        // Checked before the block is written: a false size must not fill the disk.
         if done > entry.size {
             return Err(refused(entry, Reason::HeaderMismatch("the size")));
         }
@@ -166,6 +170,7 @@ fn hashed<S: Read>(
     if done != entry.size {
         return Err(refused(entry, Reason::HeaderMismatch("the size")));
     }
+    // CRC-32 finds accidents only. Attacks are found by the artifact's SHA-256.
     if crc.sum() != entry.crc {
         return Err(refused(entry, Reason::Checksum));
     }

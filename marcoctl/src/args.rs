@@ -1,4 +1,4 @@
-//! What may stand on the command line.
+//! The command line: global flags and one subcommand per noun.
 
 mod access;
 mod artifacts;
@@ -62,7 +62,7 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// What holds for every command.
+/// Flags that every command accepts.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connection and output")]
 pub(crate) struct Global {
@@ -72,27 +72,28 @@ pub(crate) struct Global {
     /// Folder with the controller's ca.crt and your certificate and key
     #[arg(long, global = true, value_name = "DIR", env = "MARCO_CERTS", default_value = "./certs")]
     pub(crate) certs: PathBuf,
-    /// Who you are: NAME.crt and NAME.key in the --certs folder
+    /// Your identity: NAME.crt and NAME.key in the --certs folder
+    // The controller writes an admin's certificate at its first start.
     #[arg(long, global = true, value_name = "NAME", env = "MARCO_IDENTITY", default_value = "admin")]
     pub(crate) identity: String,
-    /// File with an API token, to be shown instead of a certificate; MARCO_API_TOKEN may hold the token itself
+    /// File with an API token, sent instead of a certificate; MARCO_API_TOKEN may hold the token itself
     #[arg(long, global = true, value_name = "FILE", env = "MARCO_API_TOKEN_FILE")]
     pub(crate) api_token_file: Option<PathBuf>,
-    /// How to print what was asked for; json is the API's messages in protobuf's JSON mapping
+    /// Format of the output; json is the API's messages in protobuf's JSON mapping
     #[arg(long, short, global = true, value_name = "FORMAT", env = "MARCO_OUTPUT", default_value = "table")]
     pub(crate) output: Format,
 }
 
-/// How results are printed.
+/// Format of results on stdout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// For people.
+    /// Text for people.
     Table,
-    /// For programs.
+    /// JSON for programs.
     Json,
 }
 
-/// The nouns.
+/// The nouns, one subcommand each.
 #[derive(Debug, Subcommand)]
 #[allow(clippy::large_enum_variant, reason = "there is one, from the command line")]
 pub(crate) enum Command {
@@ -105,7 +106,7 @@ pub(crate) enum Command {
     /// Stored operating systems (images) and boot files (bootcodes)
     #[command(subcommand, visible_alias = "artifact")]
     Artifacts(ArtifactsCommand),
-    /// Reboot, power off and update nodes; see what became of it
+    /// Reboot, power off and update nodes; show the results
     #[command(subcommand, visible_aliases = ["operation", "ops"])]
     Operations(OperationsCommand),
     /// Operations that recur, by cron and time zone
@@ -120,24 +121,25 @@ pub(crate) enum Command {
     /// Cards that make a new Pi a node
     #[command(subcommand)]
     Card(CardCommand),
-    /// People and services with certificates, and what they may do
+    /// People and services with certificates, and their rights
     #[command(subcommand, visible_alias = "user")]
     Users(UsersCommand),
-    /// Secrets that services show instead of certificates
+    /// Secrets that services send instead of certificates
     #[command(subcommand, visible_alias = "api-token")]
     ApiTokens(ApiTokensCommand),
     /// The certificates of users and nodes
     #[command(subcommand, visible_alias = "cert")]
     Certs(CertsCommand),
-    /// Who did what, and what was refused
+    /// Calls that changed something or were refused, and their callers
     #[command(subcommand)]
     Audit(AuditCommand),
 }
 
-/// How a list is fetched.
+/// Page size of a list.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Paging {
     /// Entries fetched at a time (1 to 1000); all pages are always fetched
+    // The API's maximum is 1000.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=1000), default_value_t = 500)]
     pub(crate) page_size: i32,
 }
@@ -150,6 +152,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
+        // clap reports conflicting flags and missing groups only at run time.
         Cli::command().debug_assert();
     }
 

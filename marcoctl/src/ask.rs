@@ -1,7 +1,7 @@
-//! Asking the operator before something is done that may not be meant.
+//! Asks the operator before an action that is probably a mistake.
 //!
-//! Every command that has doubts about what it was asked collects them as sentences and calls [`unless_forced`], with the
-//! flag `--force` of [`Force`]. Doubts are for what is allowed and rarely meant; what is wrong is an error.
+//! A command collects its doubts as sentences and passes them to [`unless_forced`], with the flag `--force` of
+//! [`Force`]. Doubts are about actions that are allowed but rarely meant. A wrong argument is an error, not a doubt.
 
 use std::io::{self, IsTerminal as _, Write as _};
 
@@ -13,16 +13,17 @@ use crate::output::clean;
 /// The flag that answers every question with yes.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub(crate) struct Force {
-    /// Do it although it looks like a mistake; without a terminal nobody can be asked
+    /// Do it although it looks like a mistake; without a terminal there is no question to answer
     #[arg(long)]
     pub(crate) force: bool,
 }
 
-/// Says each doubt on stderr and, unless `force` is set, asks whether to go on. Without doubts nothing is said.
+/// Prints each doubt to stderr and asks for confirmation unless `force` is set. Without doubts nothing is printed.
 ///
 /// # Errors
-/// The answer was not "yes", or there is no terminal on which to ask. Exit code 1.
+/// Returns an error with exit code 1 if the answer is not "yes", or if there is no terminal for the question.
 pub(crate) fn unless_forced(doubts: &[String], force: Force) -> Result<(), Failure> {
+    // Both ends must be terminals: a question in a log file would wait forever for its answer.
     let can_ask = io::stdin().is_terminal() && io::stderr().is_terminal();
     decide(doubts, force.force, || {
         if !can_ask {
@@ -33,7 +34,7 @@ pub(crate) fn unless_forced(doubts: &[String], force: Force) -> Result<(), Failu
     })
 }
 
-/// `ask` answers `None` where nobody can be asked.
+/// Prints the doubts and decides. `ask` returns `None` without a terminal.
 fn decide(
     doubts: &[String],
     force: bool,
@@ -42,10 +43,12 @@ fn decide(
     for doubt in doubts {
         say(&format!("warning: {}\n", clean(doubt)));
     }
+    // With --force the doubts are still printed, for example to the log of a script.
     if doubts.is_empty() || force {
         return Ok(());
     }
     match ask()? {
+        // The whole word: a single letter is typed too easily.
         Some(answer) if answer.trim() == "yes" => Ok(()),
         Some(_) => Err(Failure::Unsuccessful { message: "nothing was done".to_owned(), hint: String::new() }),
         None => Err(Failure::Unsuccessful {
@@ -55,14 +58,14 @@ fn decide(
     }
 }
 
-/// Reads a line with its end; empty at the end of input.
+/// Reads a line including its end. Empty at the end of input.
 pub(crate) fn read_line() -> Result<String, Failure> {
     let mut line = String::new();
     io::stdin().read_line(&mut line)?;
     Ok(line)
 }
 
-/// Writes to stderr.
+/// Writes to stderr and ignores errors.
 pub(crate) fn say(text: &str) {
     // A closed stderr is no reason to stop.
     let _ = io::stderr().write_all(text.as_bytes());

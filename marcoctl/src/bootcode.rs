@@ -1,4 +1,4 @@
-//! Building a bootcode: a set of boot files that starts the installer, from a system's root or its packages.
+//! Builds a bootcode: a zip of boot files that starts the installer, from a system's root or its packages.
 
 mod boards;
 mod cpio;
@@ -24,31 +24,31 @@ use crate::progress::Steps;
 use kernel::Kernel;
 use source::Source;
 
-/// What was built, as `--output json` has it.
+/// Result of a build, printed by `--output json`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Built {
-    /// The zip.
+    /// Path of the zip.
     pub(crate) file: String,
-    /// Its size in bytes.
+    /// Size of the zip in bytes.
     pub(crate) size: u64,
-    /// Its SHA-256.
+    /// SHA-256 of the zip, hexadecimal.
     pub(crate) sha256: String,
-    /// The kernel's version.
+    /// Version of the kernel.
     pub(crate) kernel: String,
-    /// The kernel's architecture.
+    /// Architecture of the kernel.
     pub(crate) arch: String,
-    /// The boards that it is for.
+    /// Boards that the zip supports.
     pub(crate) boards: Vec<String>,
-    /// What is in the zip.
+    /// Files in the zip.
     pub(crate) files: Vec<Listed>,
-    /// What is in the initramfs, without folders, links and devices.
+    /// Files in the initramfs, without folders, links and devices.
     pub(crate) initramfs: Vec<Listed>,
-    /// Modules in the order in which they are loaded.
+    /// Modules in loading order.
     pub(crate) modules: Vec<String>,
-    /// Firmware that modules may ask for and that was not found.
+    /// Firmware files that modules may request and that the source lacks.
     pub(crate) missing_firmware: Vec<String>,
-    /// What people should know.
+    /// Remarks for the operator.
     pub(crate) notes: Vec<String>,
 }
 
@@ -56,15 +56,15 @@ pub(crate) struct Built {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Listed {
-    /// Its name.
+    /// Path in the zip or the initramfs.
     pub(crate) name: String,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub(crate) size: u64,
-    /// Its SHA-256.
+    /// SHA-256, hexadecimal.
     pub(crate) sha256: String,
 }
 
-/// Builds the set and writes the zip.
+/// Builds the zip and writes it.
 pub(crate) fn build(flags: &BuildBootcode) -> Result<Built> {
     let steps = Steps::start();
     let source = Source::open(&flags.roots, &flags.packages, &mut |package| {
@@ -124,8 +124,8 @@ fn digest_of(path: &Path) -> Result<(u64, String)> {
     Ok((u64::try_from(bytes.len())?, hex::encode(Sha256::digest(&bytes))))
 }
 
-/// The time that stands in the archive: SOURCE_DATE_EPOCH, else that of the newer one of agent and kernel, so that the
-/// same files always make the same bytes.
+/// Returns the time for all entries: SOURCE_DATE_EPOCH, else the newer one of agent and kernel. The same files thus
+/// always give the same bytes.
 fn build_time(flags: &BuildBootcode, kernel: &Kernel) -> Result<u32> {
     if let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") {
         return text.trim().parse().context("SOURCE_DATE_EPOCH is no number of seconds");
@@ -136,11 +136,13 @@ fn build_time(flags: &BuildBootcode, kernel: &Kernel) -> Result<u32> {
         Ok(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
     };
     let newest = seconds(&flags.agent)?.max(seconds(&kernel.image)?);
+    // A file from the future must not put a future time into the archive.
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs();
     u32::try_from(newest.min(now)).context("a file is from the next century")
 }
 
-/// How the initramfs is compressed: as asked when the kernel can read it, else the best that it can surely read.
+/// Chooses the compression of the initramfs: the requested one if the kernel can read it, else the best one that the
+/// kernel certainly reads.
 fn packing(asked: Option<Packing>, kernel: &Kernel) -> Result<Packing> {
     let config = kernel.config_lines()?;
     let knows = |packing: Packing| {
@@ -157,6 +159,7 @@ fn packing(asked: Option<Packing>, kernel: &Kernel) -> Result<Packing> {
             packing.to_string().to_uppercase()
         ),
         Some(packing) => Ok(packing),
+        // Without the kernel's configuration only gzip is safe.
         None if knows(Packing::Zstd) == Some(true) => Ok(Packing::Zstd),
         None => Ok(Packing::Gzip),
     }
@@ -165,9 +168,10 @@ fn packing(asked: Option<Packing>, kernel: &Kernel) -> Result<Packing> {
 fn pack(archive: &[u8], packing: Packing) -> Result<Vec<u8>> {
     use std::io::Write as _;
     match packing {
-        // The kernel takes no window over 128 MiB; this level's is 8 MiB.
+        // The kernel accepts windows of up to 128 MiB. This level uses 8 MiB.
         Packing::Zstd => zstd::encode_all(archive, 15).context("cannot compress the initramfs"),
         Packing::Gzip => {
+            // The builder writes neither name nor time, so the same files give the same bytes.
             let mut packer = flate2::GzBuilder::new().write(Vec::new(), flate2::Compression::best());
             packer.write_all(archive).and_then(|()| packer.finish()).context("cannot compress the initramfs")
         }

@@ -1,4 +1,5 @@
-//! Cards: one recovery partition with the installer and a way in. The installer makes the other partitions.
+//! Writes cards: one recovery partition with the installer and the join data. The installer creates the other
+//! partitions.
 
 mod contents;
 mod device;
@@ -22,31 +23,31 @@ pub(crate) use contents::{Contents, Join, Set};
 pub(crate) use device::{Target, device_number, inspect, mounted_at, partitions, word};
 
 const SECTOR: u64 = 512;
-/// Where p1 begins: cards erase in blocks of up to 4 MiB.
+/// Start of p1 in bytes. Cards erase blocks of up to 4 MiB.
 const START: u64 = 4 << 20;
-/// How long p1 is.
+/// Length of p1 in bytes.
 const LENGTH: u64 = 256 << 20;
-/// FAT32, addressed by sectors.
+/// Partition type of a FAT32 with LBA.
 const FAT32_LBA: u8 = 0x0c;
-/// A backup GPT takes this many sectors at the end.
+/// Sectors of a backup GPT at the end of a disk.
 const GPT_SECTORS: u64 = 33;
-/// The smallest card: p1 and room for anything at all.
+/// Minimum size of a card in bytes: p1 and some room for a system.
 const SMALLEST: u64 = START + LENGTH + (64 << 20);
 
-/// Writes a card and reads it back. A file is made, or replaced, with this size.
+/// Writes a card and verifies it. `file_size`: size of a new image file; ignored for a device.
 pub(crate) fn write(path: &Path, target: &Target, file_size: u64, contents: &Contents) -> Result<()> {
     let named = || format!("cannot write {}", path.display());
     let mut options = OpenOptions::new();
     options.read(true).write(true);
     match target {
-        // With O_EXCL the kernel refuses a device of which anything is mounted or otherwise in use.
+        // With O_EXCL the kernel refuses a device if any part of it is in use.
         Target::Device { .. } => options.custom_flags(i32::try_from(OFlags::EXCL.bits()).unwrap_or_default()),
-        // It will hold a token.
+        // The file will contain a join token.
         Target::File { .. } => options.create(true).truncate(true).mode(0o600),
     };
     let mut disk = options.open(path).with_context(named)?;
     if matches!(target, Target::File { .. }) {
-        // A file that was there keeps its mode when it is opened.
+        // An existing file keeps its mode when it is opened.
         disk.set_permissions(Permissions::from_mode(0o600)).with_context(named)?;
         disk.set_len(file_size).with_context(named)?;
     }
@@ -62,7 +63,7 @@ pub(crate) fn write(path: &Path, target: &Target, file_size: u64, contents: &Con
     disk.sync_all().with_context(named)?;
     bar.finish_and_clear();
 
-    // From the card, not from what this machine remembers of it.
+    // The read must come from the card, not from this machine's page cache.
     fadvise(disk.as_fd(), 0, None, Advice::DontNeed).context("cannot read the card back")?;
     let bar = byte_bar("verifying", contents.bytes());
     check_partition(&mut disk).with_context(|| format!("{} does not hold what was written to it", path.display()))?;
@@ -72,14 +73,17 @@ pub(crate) fn write(path: &Path, target: &Target, file_size: u64, contents: &Con
     Ok(())
 }
 
-/// A table with p1 alone, and nothing left of what other tables said.
+/// Writes a table with p1 only, and erases all traces of other tables.
 fn partition(disk: &mut File, size: u64) -> Result<()> {
     disk.seek(SeekFrom::Start(0))?;
+    // Everything before p1: boot record, primary GPT, and superblocks of a file system without a table.
     let zeros = vec![0; usize::try_from(START)?];
     disk.write_all(&zeros)?;
+    // Partitioning tools would find an old GPT by its backup at the end.
     let backup = GPT_SECTORS * SECTOR;
     disk.seek(SeekFrom::Start(size / SECTOR * SECTOR - backup))?;
     disk.write_all(zeros.get(..usize::try_from(backup)?).unwrap_or_default())?;
+    // Linux derives the PARTUUID from it. Equal signatures would confuse two cards in one machine.
     let mut signature = [0; 4];
     getrandom::fill(&mut signature).context("no randomness")?;
     let mut table = MBR::new_from(disk, u32::try_from(SECTOR)?, signature)?;

@@ -1,8 +1,8 @@
-//! The one place where the time of day is asked for.
+//! The only place that reads the time of day.
 
 use chrono::{DateTime, Utc};
 
-/// The time of day by this machine's clock: only to show how long ago things were, never sent to the controller.
+/// Returns this machine's time of day. It only serves to show ages and is never sent to the controller.
 #[expect(clippy::disallowed_methods, reason = "this is where `now` comes from")]
 pub(crate) fn now() -> DateTime<Utc> {
     Utc::now()

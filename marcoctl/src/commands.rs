@@ -1,4 +1,4 @@
-//! What the commands do: one file per noun.
+//! Execution of the commands: one file per noun.
 
 mod access;
 mod artifacts;
@@ -25,20 +25,21 @@ use crate::connect::Connection;
 use crate::failure::Failure;
 use crate::output::Out;
 
-/// Does what the command line says.
+/// Runs the command.
 pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     let mut out = Out::new(cli.global.output, clock::now());
-    // What can be found wrong here is, before anybody is asked.
+    // Local mistakes are reported before a connection is opened.
     let command = match cli.command {
         Command::Artifacts(command) => Command::Artifacts(artifacts::checked(command)?),
-        // What is made on this machine alone needs no controller.
+        // These commands work on this machine only and need no controller.
         Command::Bootcode(command) => return bootcode::run(command, &mut out).await,
         Command::Image(command) => return image::run(command, &mut out).await,
-        // And this may need none.
+        // This one needs a controller only for some of its flags.
         Command::Card(command) => return card::run(command, &cli.global, &mut out).await,
         command => command,
     };
     let connection = Connection::open(&cli.global).await?;
+    // `users create` writes its files here unless --out is given.
     let certs = cli.global.certs;
     match command {
         Command::Tokens(command) => tokens::run(command, &connection, &mut out).await,
@@ -50,12 +51,12 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
         Command::ApiTokens(command) => access::api_tokens(command, &connection, &mut out).await,
         Command::Certs(command) => access::certs(command, &connection, &mut out).await,
         Command::Audit(command) => access::audit(command, &connection, &mut out).await,
-        // Done above.
+        // Handled above, before the connection.
         Command::Bootcode(_) | Command::Card(_) | Command::Image(_) => Ok(()),
     }
 }
 
-/// Fetches every page of a list. `fetch` gets the token of a page and answers its entries and the token of the next.
+/// Fetches all pages of a list. `fetch` receives a page token and returns the entries and the next token.
 async fn all_pages<T, F, A>(fetch: F) -> Result<Vec<T>, Failure>
 where
     F: Fn(String) -> A,
@@ -70,6 +71,7 @@ where
         if next.is_empty() {
             return Ok(all);
         }
+        // A controller that repeats its tokens would otherwise keep this loop running forever.
         if !seen.insert(next.clone()) {
             return Err(Failure::Local(anyhow!("the controller answered the same page of a list twice")));
         }
@@ -77,17 +79,17 @@ where
     }
 }
 
-/// Labels as the API has them.
+/// Converts labels to the API's form.
 fn label_map(pairs: &[Pair]) -> HashMap<String, String> {
     pairs.iter().map(|pair| (pair.key.clone(), pair.value.clone())).collect()
 }
 
-/// The filter for a selector; none when it is empty.
+/// Converts a selector to the API's filter. `None` if it is empty: no filter.
 fn label_match(pairs: &[Pair]) -> Option<LabelMatch> {
     (!pairs.is_empty()).then(|| LabelMatch { match_labels: label_map(pairs) })
 }
 
-/// A length of time as the API has it.
+/// Converts a duration to the API's form.
 fn proto_duration(length: std::time::Duration) -> Result<prost_types::Duration, Failure> {
     prost_types::Duration::try_from(length).map_err(|_| Failure::Usage {
         message: format!("{} is too long", humantime::format_duration(length)),

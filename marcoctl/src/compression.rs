@@ -1,14 +1,14 @@
-//! Compressed streams, told by their first bytes.
+//! Decompression of files on this machine, with the format detected by the first bytes.
 
 use std::io::{self, BufRead, Read};
 
 use anyhow::Context as _;
 use marco_archive::Compression;
 
-/// The largest window of zstd that is taken, as a power of two: 128 MiB, more than any packer of Debian's uses.
+/// Maximum window of zstd as a power of two: 128 MiB. Debian's packers use less.
 const WINDOW_LOG_MAX: u32 = 27;
 
-/// Reads a stream uncompressed, whatever it is compressed with.
+/// Wraps a stream so that it reads uncompressed bytes. Works for every format that [`Compression`] knows.
 pub(crate) fn decoder<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     Ok(match Compression::detect(stream.fill_buf()?) {
         Compression::None => Box::new(stream),
@@ -16,13 +16,15 @@ pub(crate) fn decoder<'a>(mut stream: impl BufRead + 'a) -> io::Result<Box<dyn R
         Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(stream)),
         Compression::Zstd => {
             let mut decoder = zstd::stream::read::Decoder::with_buffer(stream)?;
+            // Unlike `Compression::decoder`, this accepts large windows: it runs on the operator's machine, not on a
+            // small Pi.
             decoder.window_log_max(WINDOW_LOG_MAX)?;
             Box::new(decoder)
         }
     })
 }
 
-/// The bytes uncompressed.
+/// Decompresses a buffer. Uncompressed bytes are returned as they are.
 pub(crate) fn decoded(bytes: Vec<u8>) -> anyhow::Result<Vec<u8>> {
     if Compression::detect(&bytes) == Compression::None {
         return Ok(bytes);

@@ -1,4 +1,4 @@
-//! The connection to the controller, and what is said when there is none.
+//! The connection to the controller, and explanations for its failures.
 
 mod dial;
 
@@ -20,38 +20,39 @@ use tonic::{Request, Status};
 use crate::args::Global;
 use crate::failure::{Failure, chain};
 
-/// How long to wait for a connection: ample for a network of one house, short for a person.
+/// Timeout for connecting: ample for a local network, short for a waiting operator.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a call that answers once may take.
+/// Deadline of a unary call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
-/// With calls open, a silent connection is asked after this time whether it lives.
+/// Interval of HTTP/2 keepalive pings while calls are open.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// And is given up after this time without an answer.
+/// A connection is closed if a ping is not answered within this time.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// The largest answer taken: the first message of a watch names every node of an operation.
+/// Maximum size of a response in bytes. The first message of a watch names every node of an operation.
 const ANSWER_MAX: usize = 64 * 1024 * 1024;
 
-/// The variable that holds an API token. It is no flag: what stands on a command line everybody on the machine can read.
+/// Environment variable with an API token. There is no flag for it: command lines are visible to every local user.
 const API_TOKEN: &str = "MARCO_API_TOKEN";
-/// What to do when nobody answers.
+/// Hint for an address at which nothing listens.
 const NOBODY_HINT: &str =
     "is marco-controller running there? Name another address with --controller HOST:PORT or MARCO_CONTROLLER";
 
-/// An open connection. It comes back by itself when it broke.
+/// An open connection. It reconnects by itself.
 #[derive(Debug, Clone)]
 pub(crate) struct Connection {
     channel: Dialled,
 }
 
-/// A channel that shows the API token, if there is one.
+/// A channel that adds the API token to each call, if there is one.
 pub(crate) type Dialled = InterceptedService<Channel, Credential>;
 
-/// What is shown with each call besides the certificate.
+/// The API token that is sent with each call. `None`: the connection has a client certificate instead.
 #[derive(Clone, Default)]
 pub(crate) struct Credential(Option<MetadataValue<Ascii>>);
 
 impl std::fmt::Debug for Credential {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The derived implementation would print the token.
         f.write_str("Credential")
     }
 }
@@ -65,7 +66,7 @@ impl Interceptor for Credential {
     }
 }
 
-/// The API token of the command line or the environment; none: the certificate counts.
+/// Reads the API token from the command line's file or the environment. Empty: the certificate counts.
 fn credential(global: &Global) -> Result<Credential, Failure> {
     let text = match &global.api_token_file {
         Some(path) => {
@@ -75,6 +76,8 @@ fn credential(global: &Global) -> Result<Credential, Failure> {
                 hint: hint(),
             })?;
             let text = secrets::text(&bytes).unwrap_or_default();
+            // The two kinds of tokens are easily confused. The file must not be sent as a credential if it holds
+            // another secret.
             let holds = match secrets::join_token(&bytes) {
                 Ok(_) => Some("a join token, which lets nodes in"),
                 Err(holds) if text.contains(char::is_whitespace) || !text.is_ascii() => Some(holds),
@@ -84,7 +87,8 @@ fn credential(global: &Global) -> Result<Credential, Failure> {
                 let message = format!("{} is not an API token: it holds {holds}", path.display());
                 return Err(Failure::Usage { message, hint: hint() });
             }
-            // Whoever names a file wants to be what is in it, and not whoever the certificate says.
+            // An empty file is an error. Otherwise the call would run with the rights of the folder's certificate,
+            // perhaps an admin's.
             if text.trim().is_empty() {
                 return Err(Failure::Usage {
                     message: format!("there is no API token in {}: the file is empty", path.display()),
@@ -103,26 +107,28 @@ fn credential(global: &Global) -> Result<Credential, Failure> {
         message: "the API token has characters that none has".to_owned(),
         hint: "`marcoctl api-tokens create` makes one".to_owned(),
     })?;
+    // Keeps the token out of debug output and out of the HPACK table.
     shown.set_sensitive(true);
     Ok(Credential(Some(shown)))
 }
 
 impl Connection {
-    /// Connects to the controller that the command line names.
+    /// Connects to the controller named by the command line.
     pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
         let address = with_port(&global.controller);
         let credential = credential(global)?;
         let config = match dial::config(global, credential.0.is_none()) {
             Ok(config) => config,
-            // Where nobody listens, that is the first thing to put right.
+            // If nothing listens at the address, that is the first thing to fix.
             Err(failure) => return Err(nobody_at(&address).await.unwrap_or(failure)),
         };
         let endpoint = endpoint(&address)?;
         let (dial, mut heard) = dial::dialer(address.clone(), config);
         let connect = async {
+            // Connects at once, not with the first call: a failure is explained here, with the right hint.
             let channel = endpoint.connect_with_connector(dial).await.map_err(|error| chain(&error))?;
-            // In TLS 1.3 a server says that it does not take a client's certificate only after the client thinks that
-            // it is connected: whether it is shows when the server says something.
+            // In TLS 1.3 the server refuses a client's certificate only after the client considers the connection open.
+            // The refusal shows when the server first speaks.
             match heard.wait_for(Option::is_some).await.as_deref() {
                 Ok(Some(Err(refusal))) => Err(refusal.clone()),
                 _ => Ok(channel),
@@ -135,6 +141,7 @@ impl Connection {
         };
         let (certs, identity) = (global.certs.display(), &global.identity);
         let message = no_connection(&address, &cause);
+        // The cause has passed several layers and is text by now, so its words are matched.
         Err(if cause.contains("NoApplicationProtocol") {
             let hint = format!(
                 "that is a controller's file mirror, or something else that speaks no gRPC; the API is on port {API_PORT}, \
@@ -147,7 +154,7 @@ impl Connection {
             );
             Failure::Unreachable { message, hint }
         } else if cause.contains("certificate not valid yet") || cause.contains("certificate expired") {
-            // By this machine's clock: the alert of the controller has another text.
+            // This is this machine's own check. The controller's alert has another text.
             let hint = format!(
                 "this machine's clock says {}; the controller's certificate is not valid at that time. Set the clock that is \
                  wrong, here or on the controller: a controller replaces its own certificate within seconds",
@@ -177,35 +184,36 @@ impl Connection {
         })
     }
 
-    /// Calls about users, API tokens, certificates and the audit.
+    /// Client for users, API tokens, certificates and the audit.
     pub(crate) fn access(&self) -> AccessServiceClient<Dialled> {
         AccessServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
-    /// Calls about nodes and join tokens.
+    /// Client for nodes and join tokens.
     pub(crate) fn nodes(&self) -> NodeServiceClient<Dialled> {
         NodeServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
-    /// Calls about artifacts.
+    /// Client for artifacts.
     pub(crate) fn artifacts(&self) -> ArtifactServiceClient<Dialled> {
         ArtifactServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
-    /// Calls about operations.
+    /// Client for operations.
     pub(crate) fn operations(&self) -> OperationServiceClient<Dialled> {
         OperationServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 
-    /// Calls about schedules.
+    /// Client for schedules.
     pub(crate) fn schedules(&self) -> ScheduleServiceClient<Dialled> {
         ScheduleServiceClient::new(self.channel.clone()).max_decoding_message_size(ANSWER_MAX)
     }
 }
 
-/// A request that answers once, with its deadline.
+/// Wraps a message into a unary request with the deadline [`CALL_TIMEOUT`].
 pub(crate) fn call<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
+    // Sent along as `grpc-timeout`, so the controller drops a call whose deadline has passed.
     request.set_timeout(CALL_TIMEOUT);
     request
 }
@@ -214,8 +222,10 @@ fn no_connection(address: &str, cause: &str) -> String {
     format!("no connection to the controller at {address}: {cause}")
 }
 
-/// The failure to report when nobody listens at this address; none when somebody does, or when it is no address.
+/// Returns the failure to report if nothing listens at this address. `None` if something does, or if the address is
+/// invalid.
 async fn nobody_at(address: &str) -> Option<Failure> {
+    // An invalid address has its own message with the expected form.
     match tokio::time::timeout(CONNECT_TIMEOUT, tokio::net::TcpStream::connect(address)).await {
         Ok(Err(error)) if error.kind() != std::io::ErrorKind::InvalidInput => Some(Failure::Unreachable {
             message: no_connection(address, &error.to_string()),
@@ -230,7 +240,7 @@ fn endpoint(address: &str) -> Result<Endpoint, Failure> {
         message: format!("{address:?} is not an address: {}", chain(&error)),
         hint: "write HOST:PORT, for example controller.local:1346 or [fd00::1]:1346".to_owned(),
     };
-    // The dialler speaks TLS; to tonic that is a plain connection.
+    // The dialer does TLS itself, so tonic sees a plain connection.
     Ok(Endpoint::from_shared(format!("http://{address}"))
         .map_err(bad_address)?
         .user_agent(concat!("marcoctl/", env!("CARGO_PKG_VERSION")))
@@ -239,11 +249,12 @@ fn endpoint(address: &str) -> Result<Endpoint, Failure> {
         .keep_alive_timeout(KEEPALIVE_TIMEOUT))
 }
 
-/// The address with the API's port where none is given.
+/// Appends the API's port if the address has none.
 fn with_port(address: &str) -> String {
     let colons = address.matches(':').count();
     if colons == 1 || address.contains("]:") {
         address.to_owned()
+    // More than one colon without brackets: a bare IPv6 address.
     } else if colons > 1 && !address.starts_with('[') {
         format!("[{address}]:{API_PORT}")
     } else {

@@ -1,4 +1,4 @@
-//! Why a command did not succeed: what is said about it, and with which exit code.
+//! Failures of a command: message, hint and exit code.
 
 use std::error::Error;
 use std::fmt::Write as _;
@@ -8,47 +8,47 @@ use tonic_types::StatusExt as _;
 
 use crate::output::clean;
 
-/// Why a command did not succeed.
+/// A failed command.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// What was asked cannot be meant: a file that is not there, an address that is none.
+    /// The arguments are wrong: a missing file, an invalid address.
     Usage {
-        /// What is wrong.
+        /// Description of the failure.
         message: String,
-        /// What to do.
+        /// Next step for the user. Empty: none.
         hint: String,
     },
-    /// The controller could not be reached, or was lost and did not come back.
+    /// The controller could not be reached, or the connection was lost for too long.
     Unreachable {
-        /// What was tried.
+        /// Description of the failure.
         message: String,
-        /// What to do.
+        /// Next step for the user.
         hint: String,
     },
-    /// The controller refused the connection itself: our certificate is none that it takes.
+    /// The controller rejected the connection because of our certificate.
     ShutOut {
-        /// What was tried.
+        /// Description of the failure.
         message: String,
-        /// What to do.
+        /// Next step for the user.
         hint: String,
     },
-    /// The controller said no.
+    /// The controller refused the call.
     Refused(Box<Status>),
-    /// It was done, and it did not end well.
+    /// The command ran, but its result is not a success.
     Unsuccessful {
-        /// What did not end well.
+        /// Description of the failure.
         message: String,
-        /// What to do.
+        /// Next step for the user. Empty: none.
         hint: String,
     },
     /// `--timeout` passed before the end.
     TimedOut {
-        /// What was waited for.
+        /// Description of the unfinished wait.
         message: String,
-        /// What to do.
+        /// Next step for the user.
         hint: String,
     },
-    /// Something on this machine went wrong.
+    /// An error on this machine.
     Local(anyhow::Error),
 }
 
@@ -71,10 +71,13 @@ impl From<std::io::Error> for Failure {
 }
 
 impl Failure {
-    /// The exit code that scripts rely on.
+    /// Returns the exit code. Scripts rely on these values.
     pub(crate) fn exit_code(&self) -> u8 {
         match self {
+            // A lost connection arrives as a status, too. A controller that cannot work now counts as unreachable: in
+            // both cases a script may try again.
             Self::Refused(status) if is_cut(status) => 3,
+            // A rejected certificate is a refusal, not an outage: waiting does not help.
             Self::ShutOut { .. } | Self::Refused(_) | Self::Unsuccessful { .. } | Self::Local(_) => 1,
             Self::Usage { .. } => 2,
             Self::Unreachable { .. } => 3,
@@ -82,7 +85,7 @@ impl Failure {
         }
     }
 
-    /// What went wrong, without advice. The bad fields of a refusal are on lines of their own.
+    /// Returns the message without the hint. Each bad field of a refusal is on a line of its own.
     pub(crate) fn message(&self) -> String {
         match self {
             Self::Refused(status) => describe(status),
@@ -107,7 +110,7 @@ impl Failure {
         }
     }
 
-    /// What is printed on stderr, with a line feed at the end.
+    /// Returns the text for stderr, ending with a line feed.
     pub(crate) fn report(&self) -> String {
         let (message, hint) = (self.message(), self.hint());
         let mut text = format!("error: {message}\n");
@@ -120,13 +123,14 @@ impl Failure {
     }
 }
 
-/// Whether this status says that the connection or the controller went away, rather than that the controller said no.
-/// A status that was made here, and not received, carries what happened as its source.
+/// Returns true if the status means a lost connection or controller, not a refusal. A status that tonic made locally
+/// has the cause as its source; a received one has none.
 pub(crate) fn is_cut(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded) || status.source().is_some()
 }
 
-/// An error and its causes on one line, each cause once: libraries like to repeat their source in their own text.
+/// Joins an error and its causes on one line. A cause that is already part of the text is skipped: many libraries
+/// repeat their source in their own text.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -141,11 +145,13 @@ pub(crate) fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// Message, reason and bad fields of a status; the fields on lines of their own.
+/// Formats a status: message, reason, and bad fields on lines of their own.
 fn describe(status: &Status) -> String {
+    // The status was made on this machine. It has causes, but neither a reason nor fields.
     if status.source().is_some() {
         return format!("the connection to the controller broke: {}", clean(&chain(status)));
     }
+    // The texts may contain names chosen by other users or nodes, hence `clean`.
     let mut text = if status.message().is_empty() {
         format!("the controller answered {:?} and gave no reason", status.code())
     } else {
@@ -155,7 +161,7 @@ fn describe(status: &Status) -> String {
         let _ = write!(text, " ({})", clean(&info.reason));
     }
     if let Some(bad) = status.get_details_bad_request() {
-        // Where one field is wrong, the message has it already.
+        // With a single bad field, the message usually contains its description already.
         let is_said = |description: &str| !description.is_empty() && status.message().contains(description);
         let violations = bad.field_violations;
         let nothing_new = matches!(violations.as_slice(), [one] if is_said(&one.description));
@@ -168,9 +174,10 @@ fn describe(status: &Status) -> String {
 
 fn hint_for(status: &Status) -> &'static str {
     if status.source().is_some() {
+        // The request may have arrived before the connection broke. A blind repetition could do it twice.
         return "is marco-controller still running? What was asked may have been done; look before you ask again";
     }
-    // The controller's own advice is closer to the matter.
+    // The controller's own advice is more specific.
     if status.message().contains("marcoctl ") {
         return "";
     }

@@ -1,4 +1,4 @@
-//! Follows an operation to its end, over broken connections.
+//! Follows an operation to its end and reconnects as needed.
 
 mod standstill;
 
@@ -17,26 +17,26 @@ use crate::progress::View;
 
 pub(crate) use standstill::summary;
 
-/// How long the controller may be gone: enough for it to be restarted, or its machine.
+/// Time for which the controller may be unreachable: enough for a restart of the controller or its machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// First and longest pause between two attempts to come back.
+/// First and longest pause between two attempts to reconnect.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
-/// The controller ends the stream after the final state; one that does not is not waited for.
+/// Time to wait for the stream's end after the final state. A controller that does not end it is not waited for.
 const GRACE: Duration = Duration::from_secs(5);
-/// Who is named where the controller did something by itself.
+/// Value of `paused_by` for pauses by the controller itself.
 const CONTROLLER: &str = "controller";
 
-/// What is known of an operation.
+/// Current knowledge about an operation.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
-    /// As the controller last said.
+    /// Last state received from the controller.
     pub(crate) operation: Operation,
-    /// Its executions, by node.
+    /// Executions by node.
     pub(crate) executions: BTreeMap<String, Execution>,
 }
 
 impl Known {
-    /// Takes in what a message says.
+    /// Merges a message.
     pub(crate) fn take(&mut self, message: &WatchOperationResponse) {
         if let Some(operation) = &message.operation {
             self.operation = operation.clone();
@@ -46,21 +46,21 @@ impl Known {
         }
     }
 
-    /// Whether nothing will change any more.
+    /// Returns true if the operation is in a final state.
     pub(crate) fn has_ended(&self) -> bool {
         use operation::State;
         matches!(self.operation.state(), State::Succeeded | State::Failed | State::Cancelled)
     }
 
-    /// Whether the rollout paused it, and the nodes that were at work by then are done or overdue. One that an operator
-    /// paused is waited for: who paused it means to let it go on.
+    /// Returns true if the rollout paused the operation, and no node is at work except overdue ones. A pause by an
+    /// operator does not count: the operator intends to resume.
     fn has_paused_itself(&self) -> bool {
         self.operation.state() == operation::State::Paused
             && self.operation.paused_by == CONTROLLER
             && self.executions.values().all(|execution| execution.overdue || !is_active(execution.state()))
     }
 
-    /// Why it stopped being worth to wait, if it did.
+    /// Returns the reason to stop waiting, if there is one.
     fn stop(&self) -> Option<End> {
         if self.has_paused_itself() {
             return Some(End::Paused);
@@ -68,7 +68,7 @@ impl Known {
         self.is_stuck().then_some(End::Stuck)
     }
 
-    /// Whether a node is overdue and no other is at work or about to be: who waits now waits for hands.
+    /// Returns true if a node is overdue and no other node works or will work. Only manual action can help then.
     fn is_stuck(&self) -> bool {
         let overdue = |execution: &Execution| execution.overdue && is_active(execution.state());
         self.executions.values().any(overdue)
@@ -80,8 +80,8 @@ fn is_active(state: State) -> bool {
     matches!(state, State::Assigned | State::Running | State::Rebooting | State::Verifying)
 }
 
-/// Whether an execution goes on without anybody's help. One that waits for an offline node, an approval or a pause may,
-/// or may not.
+/// Returns true if an execution proceeds without manual action. Waiting for an offline node, an approval or the end of
+/// a pause does not count.
 fn will_move(execution: &Execution) -> bool {
     match execution.state() {
         State::Pending => matches!(
@@ -97,16 +97,16 @@ fn will_move(execution: &Execution) -> bool {
     }
 }
 
-/// When to stop following.
+/// Conditions to stop following.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Until {
-    /// At this instant, ended or not.
+    /// Stop at this instant, even if the operation has not ended.
     pub(crate) deadline: Option<Instant>,
-    /// Also when only an operator can make it go on: a node is overdue and nothing else is at work, or it paused by itself.
+    /// Also stop if only an operator can make it proceed: all remaining nodes are overdue, or the rollout paused it.
     pub(crate) stuck: bool,
 }
 
-/// Why following stopped.
+/// Reason for which following stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     /// The operation has ended.
@@ -115,13 +115,13 @@ pub(crate) enum End {
     Stuck,
     /// Its rollout paused it.
     Paused,
-    /// The deadline has passed.
+    /// The deadline passed.
     TimedOut,
-    /// Nobody reads what is shown.
+    /// The reader of stdout closed it.
     Unread,
 }
 
-/// Follows an operation and shows it in `view`.
+/// Follows an operation and shows it in `view`. Reconnects for up to [`PATIENCE`].
 pub(crate) async fn follow(
     connection: &Connection,
     name: &str,
@@ -136,7 +136,7 @@ pub(crate) async fn follow(
     loop {
         let one = follow_one(connection, name, until, view, out, &mut known, &mut lost, &mut told);
         let outcome = match until.deadline {
-            // Dropping the stream is safe: it only reads, and what it said is in `known`.
+            // Dropping the stream is safe: it only reads, and everything received is in `known`.
             Some(deadline) => match timeout_at(deadline, one).await {
                 Ok(outcome) => outcome?,
                 Err(_) => return Ok((known, End::TimedOut)),
@@ -147,6 +147,7 @@ pub(crate) async fn follow(
             Outcome::End(end) => return Ok((known, end)),
             Outcome::Cut(status) => status,
         };
+        // Each new loss starts with the shortest pause again.
         let since = *lost.get_or_insert_with(|| {
             pause = PAUSES.0;
             Instant::now()
@@ -163,6 +164,7 @@ pub(crate) async fn follow(
             });
         }
         let woken = Instant::now() + pause;
+        // A pause must not outlast the deadline.
         if let Some(deadline) = until.deadline.filter(|deadline| *deadline < woken) {
             tokio::time::sleep_until(deadline).await;
             return Ok((known, End::TimedOut));
@@ -177,7 +179,7 @@ enum Outcome {
     Cut(Status),
 }
 
-/// Follows one stream until it ends or breaks. `told` is what was last said of what it waits for.
+/// Follows one stream until it ends or breaks. `told` is the last text about the reasons for waiting.
 #[allow(clippy::too_many_arguments, reason = "what outlives a stream, and what shows it")]
 async fn follow_one(
     connection: &Connection,
@@ -206,9 +208,12 @@ async fn follow_one(
         };
         match next {
             Ok(Some(message)) => {
+                // A message ends the outage, a mere connection does not: a controller that only accepts and closes is
+                // still gone.
                 *lost = None;
                 known.take(&message);
                 view.update(&message, known, out)?;
+                // `--wait` goes on without a reader: its exit code still matters.
                 if out.is_closed() && view.is_for_stdout() && !until.stuck {
                     return Ok(Outcome::End(End::Unread));
                 }
@@ -220,13 +225,14 @@ async fn follow_one(
                 }
                 if until.stuck && !known.has_ended() && standstill::stands_still(known) {
                     let text = summary(known, connection).await;
+                    // Only a changed text is printed, or a long wait would fill the log.
                     if told.as_ref() != Some(&text) {
                         view.waits(&text, out)?;
                         *told = Some(text);
                     }
                 }
             }
-            // A stream that broke after the final state has said all.
+            // After the final state, a broken stream loses nothing.
             Ok(None) | Err(_) if known.has_ended() => return Ok(Outcome::End(End::Ended)),
             Ok(None) => return Ok(Outcome::Cut(Status::unavailable("the controller ended the stream early"))),
             Err(status) if may_come_back(&status) => return Ok(Outcome::Cut(status)),
@@ -235,8 +241,8 @@ async fn follow_one(
     }
 }
 
-/// Whether the same call may succeed in a moment. ABORTED and RESOURCE_EXHAUSTED are how a controller that stops, or
-/// that cuts slow readers, ends a stream.
+/// Returns true if the same call may succeed soon. A controller that stops ends streams with ABORTED, and one that cuts
+/// slow readers uses RESOURCE_EXHAUSTED.
 fn may_come_back(status: &Status) -> bool {
     is_cut(status) || matches!(status.code(), Code::Aborted | Code::ResourceExhausted)
 }
@@ -280,7 +286,7 @@ mod tests {
         };
         let waits = (State::Pending, false, WaitReason::Paused);
         assert_eq!(paused("controller", &[(State::Failed, false, none), waits]), Some(End::Paused));
-        // The dispatcher has not told yet for what it waits now.
+        // The dispatcher has not yet recorded the pause as the reason for waiting.
         let due = (State::Pending, false, WaitReason::NoSlot);
         assert_eq!(paused("controller", &[(State::Failed, false, none), due]), Some(End::Paused));
         assert_eq!(paused("controller", &[(State::Failed, false, none), (State::Running, false, none), waits]), None);
@@ -292,7 +298,7 @@ mod tests {
     fn without_an_overdue_node_nothing_is_stuck() {
         let none = WaitReason::Unspecified;
         assert!(!known(&[(State::Pending, false, WaitReason::NodeOffline), (State::Failed, false, none)]).is_stuck());
-        // An end is an end, also when it came late.
+        // A final state counts also if the execution was overdue before.
         assert!(!known(&[(State::Failed, true, none)]).is_stuck());
     }
 }

@@ -1,4 +1,4 @@
-//! Packing a system's root into a tarball.
+//! Packs a system's root into a tarball.
 
 mod boot;
 mod compress;
@@ -24,23 +24,23 @@ use source::Source;
 use tarball::Tarball;
 use walk::Walk;
 
-/// What was packed, as `--output json` has it.
+/// Result of packing, printed by `--output json`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Packed {
-    /// The tarball.
+    /// Path of the tarball.
     pub(crate) file: String,
-    /// Its size in bytes.
+    /// Size of the tarball in bytes.
     pub(crate) size: u64,
-    /// How many files, folders, links and so on are in it.
+    /// Number of files, folders, links and other entries.
     pub(crate) entries: u64,
-    /// Bytes of its files, holes included.
+    /// Bytes of the files, holes included.
     pub(crate) unpacked_bytes: u64,
-    /// What was left out and is in no list of things to leave out: sockets, other file systems and partitions.
+    /// Things left out that no exclude pattern names: sockets, other file systems and other partitions.
     pub(crate) skipped: Vec<String>,
 }
 
-/// Packs, and gives the tarball its name only when it is whole.
+/// Packs a system. The tarball gets its name only once it is complete.
 pub(crate) async fn pack(flags: PackImage) -> Result<Packed> {
     let mut source = Source::open(&flags.source).await?;
     tokio::task::spawn_blocking(move || pack_source(&flags, &mut source)).await.context("packing was given up")?
@@ -51,6 +51,7 @@ fn pack_source(flags: &PackImage, source: &mut Source) -> Result<Packed> {
     let excludes = Excludes::new(&flags.exclude, !flags.no_default_excludes, !flags.keep_identity)?;
     let folder = flags.file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let file = tempfile::NamedTempFile::new_in(folder).with_context(named)?;
+    // The tarball may lie inside the packed root. Its inode is skipped.
     let own = file.as_file().metadata().with_context(named)?;
     let out = file.as_file().try_clone().with_context(named)?;
     let compressor = Compressor::for_name(&flags.file, out, flags.level)?;
@@ -75,8 +76,9 @@ fn pack_source(flags: &PackImage, source: &mut Source) -> Result<Packed> {
     let Walk { tarball, entries, bytes, skipped, .. } = walk;
     tarball.finish().and_then(Compressor::finish).with_context(named)?;
     bar.finish_and_clear();
-    // It may hold what others may not read.
+    // The tarball may contain files that only root may read.
     file.as_file().set_permissions(std::fs::Permissions::from_mode(0o600)).with_context(named)?;
+    // Synced before the rename, so that a power cut leaves no empty file under the name.
     file.as_file().sync_all().with_context(named)?;
     let size = file.as_file().metadata().with_context(named)?.len();
     file.persist(&flags.file).with_context(named)?;

@@ -24,12 +24,12 @@ use crate::args::Cli;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    // A wrong command line ends here, with exit code 2.
+    // A wrong command line ends the process here, with exit code 2.
     let cli = Cli::parse();
     match commands::run(cli).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Nothing can be done for somebody who closed stderr.
+            // A closed stderr leaves no other place for the report.
             let _ = std::io::stderr().write_all(failure.report().as_bytes());
             ExitCode::from(failure.exit_code())
         }

@@ -1,4 +1,4 @@
-//! What goes to stdout: tables for people, the API's messages as JSON for programs.
+//! Output on stdout: tables for people, the API's messages as JSON for programs.
 
 mod text;
 
@@ -21,7 +21,7 @@ pub(crate) use text::{
 
 /// A message of the API that can be printed as JSON.
 pub(crate) trait Printable: prost::Message {
-    /// Its name in package `marco.bootstrap.v1`.
+    /// Name of the message in package `marco.bootstrap.v1`.
     const NAME: &'static str;
 }
 
@@ -39,32 +39,32 @@ printable! {
     ListOperationsResponse ListSchedulesResponse ListUsersResponse Node Operation PreviewScheduleResponse Schedule User WatchNodesResponse WatchOperationResponse
 }
 
-/// Stdout, in the format that was asked for.
+/// Stdout, in the requested format.
 #[derive(Debug)]
 pub(crate) struct Out {
     format: Format,
     now: DateTime<Utc>,
-    /// Whoever read stdout has gone, for example `head`. That is no error, and the work goes on.
+    /// True after the reader closed the pipe, for example `head`. This is not an error, and the command goes on.
     closed: bool,
 }
 
 impl Out {
-    /// Writes in this format; ages are counted from `now`.
+    /// Creates an output in this format. Ages are relative to `now`.
     pub(crate) fn new(format: Format, now: DateTime<Utc>) -> Self {
         Self { format, now, closed: false }
     }
 
-    /// Whether JSON was asked for.
+    /// Returns true for JSON output.
     pub(crate) fn is_json(&self) -> bool {
         self.format == Format::Json
     }
 
-    /// Whether nobody reads any more.
+    /// Returns true if the reader closed the pipe.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed
     }
 
-    /// Writes the one document of a command: the message as JSON, or what `table` makes of it at this time.
+    /// Writes the single document of a command: the message as JSON, or the text made by `table` for this time.
     pub(crate) fn document<M: Printable>(
         &mut self,
         message: &M,
@@ -80,7 +80,7 @@ impl Out {
         }
     }
 
-    /// Writes what was made here, which is no message of the API: as JSON, or what `table` makes of it.
+    /// Writes a value that is not a message of the API: as JSON, or as the text made by `table`.
     pub(crate) fn value<T: Serialize>(&mut self, value: &T, table: impl FnOnce(&T) -> String) -> Result<(), Failure> {
         let text = if self.is_json() {
             serde_json::to_string_pretty(value).context("JSON cannot be written")?
@@ -90,7 +90,7 @@ impl Out {
         self.line(text.trim_end_matches('\n'))
     }
 
-    /// Writes several documents of one kind under one name, as a list answer has it.
+    /// Writes several messages as an array in one field, like a list response.
     pub(crate) fn documents<M: Printable>(&mut self, field: &str, messages: &[M]) -> Result<(), Failure> {
         let values = messages.iter().map(json).collect::<Result<Vec<_>, _>>()?;
         let text = serde_json::to_string_pretty(&Value::Object(
@@ -100,18 +100,20 @@ impl Out {
         self.line(&text)
     }
 
-    /// Writes a message as JSON on one line: one of a stream.
+    /// Writes a message as one line of JSON, for streams.
     pub(crate) fn json_line<M: Printable>(&mut self, message: &M) -> Result<(), Failure> {
+        // A single line per message, so that a program can split the stream at line feeds.
         let text = json(message)?.to_string();
         self.line(&text)
     }
 
-    /// Writes a line, at once.
+    /// Writes and flushes a line.
     pub(crate) fn line(&mut self, line: &str) -> Result<(), Failure> {
         if self.closed {
             return Ok(());
         }
         let mut stdout = io::stdout().lock();
+        // Flushed per line: the reader may be a program that follows a watch.
         match writeln!(stdout, "{line}").and_then(|()| stdout.flush()) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                 self.closed = true;
@@ -122,8 +124,8 @@ impl Out {
     }
 }
 
-/// The protobuf JSON mapping of a message, with defaults emitted and enums by name. A list has no page token: all its
-/// pages are in it.
+/// Converts a message to protobuf's JSON mapping, with default values and enum names. The page token of a list is
+/// dropped, because the output contains all pages.
 fn json<M: Printable>(message: &M) -> Result<Value, Failure> {
     let value = mapped(message).with_context(|| format!("{} cannot be written as JSON", M::NAME))?;
     Ok(value)
@@ -134,6 +136,7 @@ fn mapped<M: Printable>(message: &M) -> anyhow::Result<Value> {
     let descriptor =
         pool.get_message_by_name(&format!("marco.bootstrap.v1.{}", M::NAME)).context("the API has no such message")?;
     let dynamic = DynamicMessage::decode(descriptor, message.encode_to_vec().as_slice())?;
+    // Defaults are written: a script should not have to distinguish a missing field from a zero.
     let options = SerializeOptions::new().skip_default_fields(false);
     let mut value = dynamic.serialize_with_options(serde_json::value::Serializer, &options)?;
     if let Value::Object(fields) = &mut value {
@@ -142,8 +145,9 @@ fn mapped<M: Printable>(message: &M) -> anyhow::Result<Value> {
     Ok(value)
 }
 
-/// The API's descriptors, decoded once: a watch writes thousands of lines.
+/// Returns the API's descriptors, decoded only once: a watch writes thousands of lines.
 fn pool() -> anyhow::Result<&'static DescriptorPool> {
+    // `get_or_try_init` is not stable, so a race may decode twice. Both results are equal.
     static POOL: std::sync::OnceLock<DescriptorPool> = std::sync::OnceLock::new();
     if let Some(pool) = POOL.get() {
         return Ok(pool);

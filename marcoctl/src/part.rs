@@ -1,10 +1,10 @@
-//! Partitions, read and written through the disk that they are on.
+//! A partition, read and written through its disk.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
 
-/// A part of a disk as a disk of its own.
+/// A range of a disk, accessed like a disk of its own.
 #[derive(Debug)]
 pub(crate) struct Part {
     disk: File,
@@ -18,7 +18,7 @@ impl Part {
         Self { disk, start, length, at: 0 }
     }
 
-    /// How much of a buffer fits before the end.
+    /// Returns the number of bytes that fit before the end, at most `wanted`.
     fn room(&self, wanted: usize) -> usize {
         usize::try_from(self.length.saturating_sub(self.at)).unwrap_or(usize::MAX).min(wanted)
     }
@@ -42,6 +42,7 @@ impl Write for Part {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        // Nothing is buffered. The caller syncs the disk once at the end.
         Ok(())
     }
 }

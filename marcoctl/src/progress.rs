@@ -1,4 +1,4 @@
-//! What is shown while something is going on: bars on a terminal, lines elsewhere.
+//! Progress displays: bars on a terminal, lines elsewhere.
 
 mod live;
 
@@ -16,25 +16,25 @@ use crate::follow::Known;
 use crate::output::{Out, clean, clock_time, enum_word, id};
 use live::Live;
 
-/// A file, with and without a known total.
+/// Templates for a file, with and without a known total.
 const FILE: &str = "{msg:9} [{bar:32}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
 const FILE_COUNT: &str = "{msg:9} {spinner} {binary_bytes}";
 
-/// How an operation is shown while it is followed.
+/// Display of an operation that is followed.
 #[derive(Debug)]
 pub(crate) enum View {
-    /// A line per node that changes in place, on stderr, which is a terminal.
+    /// One line per node on stderr, a terminal. The lines change in place.
     Live(Box<Live>),
-    /// A line on stdout for each change.
+    /// One line on stdout per change.
     Lines(Lines),
-    /// Each message as JSON on a line of stdout.
+    /// One line of JSON on stdout per message.
     Json,
-    /// Not at all.
+    /// No display.
     Silent,
 }
 
 impl View {
-    /// For `--wait`: where JSON was asked for, stdout is left to the final document.
+    /// Chooses the display for `--wait`. With JSON output, stdout is reserved for the final document.
     pub(crate) fn for_wait(out: &Out) -> Self {
         match (std::io::stderr().is_terminal(), out.is_json()) {
             (true, _) => Self::Live(Box::default()),
@@ -43,8 +43,9 @@ impl View {
         }
     }
 
-    /// For `watch`: bars only where they do not stand in for what a program reads.
+    /// Chooses the display for `watch`. Bars are used only if no program reads the output.
     pub(crate) fn for_watch(out: &Out) -> Self {
+        // A redirected stdout expects the lines: they are this command's output.
         let terminal = std::io::stderr().is_terminal() && std::io::stdout().is_terminal();
         match (out.is_json(), terminal) {
             (true, _) => Self::Json,
@@ -53,12 +54,12 @@ impl View {
         }
     }
 
-    /// Whether it writes to stdout.
+    /// Returns true if the display writes to stdout.
     pub(crate) fn is_for_stdout(&self) -> bool {
         matches!(self, Self::Lines(_) | Self::Json)
     }
 
-    /// Shows a message, which `known` has already taken in.
+    /// Shows a message. `known` must already contain it.
     pub(crate) fn update(
         &mut self,
         message: &WatchOperationResponse,
@@ -76,7 +77,7 @@ impl View {
         }
     }
 
-    /// Shows what an operation waits for of which no node is at work.
+    /// Shows the reasons for waiting while no node is at work.
     pub(crate) fn waits(&mut self, text: &str, out: &mut Out) -> Result<(), Failure> {
         match self {
             Self::Live(live) => {
@@ -88,14 +89,14 @@ impl View {
         }
     }
 
-    /// Shows that the connection broke and is tried again.
+    /// Shows that the connection broke and is retried.
     pub(crate) fn lost(&mut self, status: &Status) {
         if let Self::Live(live) = self {
             live.lost(status);
         }
     }
 
-    /// Takes away what changes in place; lines stay.
+    /// Removes everything that changes in place. Lines stay.
     pub(crate) fn finish(&mut self) {
         if let Self::Live(live) = self {
             live.finish();
@@ -103,7 +104,7 @@ impl View {
     }
 }
 
-/// Lines, one for each change.
+/// Display with one line per change.
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
     operation: String,
@@ -115,6 +116,7 @@ impl Lines {
         let time = clock_time(clock::now());
         for execution in &message.executions {
             let text = describe(execution);
+            // The controller repeats executions whose byte counts moved. Without counts the text is the same.
             if self.nodes.get(&execution.node) != Some(&text) {
                 out.line(&format!("{time}  {}  {text}", clean(&id(&execution.node))))?;
                 self.nodes.insert(execution.node.clone(), text);
@@ -131,7 +133,7 @@ impl Lines {
     }
 }
 
-/// State of an execution in words, without numbers: it changes only when something happened.
+/// Describes the state of an execution without numbers, so the text changes only with the state.
 pub(crate) fn describe(execution: &Execution) -> String {
     let mut text = enum_word(execution.state().as_str_name(), "STATE_");
     let waits = enum_word(execution.wait_reason().as_str_name(), "WAIT_REASON_");
@@ -141,6 +143,7 @@ pub(crate) fn describe(execution: &Execution) -> String {
     if execution.overdue {
         text.push_str(" OVERDUE");
     }
+    // The phase of a finished execution is history.
     if !execution.phase.is_empty() && !is_final(execution.state()) {
         text = format!("{text}  {}", clean(&execution.phase));
     }
@@ -150,12 +153,12 @@ pub(crate) fn describe(execution: &Execution) -> String {
     text
 }
 
-/// Whether this state is the last.
+/// Returns true for a final state of an execution.
 pub(crate) fn is_final(state: State) -> bool {
     matches!(state, State::Succeeded | State::Failed | State::RolledBack | State::Cancelled | State::Expired)
 }
 
-/// How many nodes are done, and what became of the others.
+/// Formats the number of finished nodes, and the counts of everything that went wrong.
 pub(crate) fn done_of(counts: &ExecutionCounts) -> String {
     let done = counts.succeeded + counts.failed + counts.rolled_back + counts.cancelled + counts.expired;
     let mut text = format!("{done}/{}", counts.total);
@@ -174,20 +177,20 @@ pub(crate) fn done_of(counts: &ExecutionCounts) -> String {
     text
 }
 
-/// A bar for the bytes of one file; hidden when stderr is no terminal.
+/// Creates a bar for the bytes of one file.
 pub(crate) fn byte_bar(what: &str, total: u64) -> ProgressBar {
-    // indicatif draws nothing itself where stderr is no terminal.
+    // indicatif draws nothing if stderr is not a terminal.
     let bar = ProgressBar::new(total).with_message(what.to_owned());
     bar.set_style(style(FILE).progress_chars("=> "));
     bar
 }
 
-/// What is being done now, on one line of a terminal; nothing elsewhere. The line goes when this is dropped.
+/// The current step on one line of a terminal. Hidden elsewhere. The line disappears on drop.
 #[derive(Debug)]
 pub(crate) struct Steps(ProgressBar);
 
 impl Steps {
-    /// Nothing is shown until the first step.
+    /// Starts without a visible step.
     pub(crate) fn start() -> Self {
         let bar = ProgressBar::new_spinner();
         bar.enable_steady_tick(std::time::Duration::from_millis(100));
@@ -206,7 +209,7 @@ impl Drop for Steps {
     }
 }
 
-/// Turns a bar into a count of bytes whose total is not known.
+/// Turns a bar into a byte count without a total.
 pub(crate) fn count_bytes(bar: &ProgressBar, what: &str, done: u64) {
     bar.set_style(style(FILE_COUNT));
     bar.unset_length();
@@ -215,7 +218,7 @@ pub(crate) fn count_bytes(bar: &ProgressBar, what: &str, done: u64) {
 }
 
 fn style(template: &'static str) -> ProgressStyle {
-    // The templates are constants of this file, and a test reads each of them.
+    // The templates are constants of this file, and a test parses each of them.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 

@@ -1,5 +1,5 @@
-//! The few system calls of an installer that no library offers: reboot(2) with an argument, and BLKPG, which tells the
-//! kernel of one partition while others of the same disk are mounted.
+//! Two system calls that the installer needs and no library offers: reboot(2) with an argument, and the ioctl BLKPG.
+//! BLKPG tells the kernel of one partition while others of the same disk are mounted.
 
 use std::convert::Infallible;
 use std::ffi::CStr;
@@ -7,11 +7,11 @@ use std::fs::File;
 use std::io::{Error, Result};
 use std::os::fd::AsRawFd as _;
 
-/// `BLKPG` of linux/fs.h, `_IO(0x12, 105)`.
+/// `BLKPG` of linux/fs.h: `_IO(0x12, 105)`.
 const BLKPG: libc::c_ulong = 0x1269;
 /// `BLKPG_ADD_PARTITION` of linux/blkpg.h.
 const ADD: libc::c_int = 1;
-/// `BLKPG_DEL_PARTITION`.
+/// `BLKPG_DEL_PARTITION` of linux/blkpg.h.
 const DELETE: libc::c_int = 2;
 
 /// `struct blkpg_ioctl_arg` of linux/blkpg.h.
@@ -33,11 +33,11 @@ struct Partition {
     volume_name: [u8; 64],
 }
 
-/// Restarts the machine at once with this argument for the firmware (reboot(2), `LINUX_REBOOT_CMD_RESTART2`). Nothing is
-/// written back before it.
+/// Restarts the machine at once and passes this argument to the firmware (reboot(2), `LINUX_REBOOT_CMD_RESTART2`).
+/// Dirty pages are not written back: sync first.
 ///
 /// # Errors
-/// The caller may not.
+/// Returns EPERM if the process lacks CAP_SYS_BOOT.
 pub fn restart_with(argument: &CStr) -> Result<Infallible> {
     // SAFETY: the argument is a string with its NUL that lives over the call, and the kernel only reads it.
     unsafe {
@@ -49,22 +49,24 @@ pub fn restart_with(argument: &CStr) -> Result<Infallible> {
             argument.as_ptr(),
         );
     }
+    // The call returns only if it failed.
     Err(Error::last_os_error())
 }
 
-/// Makes a partition of a disk known to the kernel: its number, where it starts and how long it is, in bytes.
+/// Announces a partition to the kernel. `start` and `length` are in bytes, `number` counts from 1.
 ///
 /// # Errors
-/// It overlaps another one, the number is taken, or the disk has no partitions.
+/// Returns EBUSY if it overlaps another partition or the number is taken, and another error if the device cannot have
+/// partitions.
 pub fn add_partition(disk: &File, number: u32, start: u64, length: u64) -> Result<()> {
     let signed = |value: u64| libc::c_longlong::try_from(value).map_err(Error::other);
     partition(disk, ADD, number, signed(start)?, signed(length)?)
 }
 
-/// Makes the kernel forget a partition of a disk.
+/// Removes a partition from the kernel's view of a disk. The disk itself is not changed.
 ///
 /// # Errors
-/// It is mounted, or not known (ENXIO).
+/// Returns EBUSY if it is mounted, and ENXIO if the kernel does not know it.
 pub fn delete_partition(disk: &File, number: u32) -> Result<()> {
     partition(disk, DELETE, number, 0, 0)
 }
@@ -90,7 +92,7 @@ mod tests {
     #[test]
     fn what_is_no_disk_has_no_partitions() {
         let file = tempfile::tempfile().unwrap();
-        // ENOTTY, whatever the rights of the caller.
+        // ENOTTY with any privileges: a regular file has no such ioctl.
         assert_eq!(super::add_partition(&file, 1, 0, 512).unwrap_err().raw_os_error(), Some(libc::ENOTTY));
     }
 }

@@ -1,5 +1,5 @@
-//! The boot partition of a disk image. What it holds shows only when all of it has gone by: it is kept in an unnamed file
-//! until then, and listed.
+//! The boot partition of a disk image. A FAT can be listed only once all of it has arrived. Until then it is kept in an
+//! unnamed file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -12,12 +12,13 @@ use fatfs::{Dir, FileSystem, FsOptions};
 use crate::Error;
 use crate::facts::{Folder, MAX_DEPTH, MAX_NAMES, MAX_TEXT, MAX_TEXTS};
 
-/// Most bytes that are kept of one: twice what Raspberry Pi OS has. Of a larger one the contents are not known.
+/// Maximum bytes that are kept: twice the size that Raspberry Pi OS uses. The contents of a larger partition stay
+/// unknown.
 const MOST: u64 = 1 << 30;
-/// Bytes that listing it may read. Chains of clusters that lead in circles end here.
+/// Maximum bytes that the listing may read. This also stops cluster chains that lead in circles.
 const READ: u64 = 64 << 20;
 
-/// A FAT partition as it goes by.
+/// Copy of a FAT partition while the image is read.
 #[derive(Debug)]
 pub(super) struct BootPartition {
     file: File,
@@ -29,30 +30,32 @@ fn failed(source: io::Error) -> Error {
 }
 
 impl BootPartition {
-    /// One of this many bytes, kept in this folder.
+    /// Creates the copy in `folder` for a partition of `length` bytes.
     pub(super) fn new(folder: &Path, length: u64) -> Result<Self, Error> {
+        // Unnamed: a crash of the controller leaves no file behind.
         let file = tempfile::tempfile_in(folder).map_err(failed)?;
         file.set_len(length).map_err(failed)?;
         Ok(Self { file, kept: 0 })
     }
 
-    /// Bytes of it.
+    /// Stores bytes of the partition.
     pub(super) fn take(&mut self, offset: u64, block: &[u8]) -> Result<(), Error> {
+        // Zeros stay holes, so a mostly empty partition takes little of the disk.
         if block.iter().all(|&byte| byte == 0) {
             return Ok(());
         }
         self.kept = self.kept.saturating_add(u64::try_from(block.len()).unwrap_or(u64::MAX));
         if self.kept > MOST {
-            // What was kept is given back.
+            // The disk space is released. Later blocks are counted, but not kept.
             return self.file.set_len(0).map_err(failed);
         }
         self.file.write_all_at(block, offset).map_err(failed)
     }
 
-    /// Its files. `None`: it was too large to be kept.
+    /// Lists the files. `None`: the partition was too large to keep.
     ///
     /// # Errors
-    /// It is no FAT that can be read.
+    /// Returns an error if the partition is not a readable FAT.
     pub(super) fn list(self) -> io::Result<Option<Folder>> {
         if self.kept > MOST {
             return Ok(None);
@@ -71,10 +74,11 @@ struct Listing {
 }
 
 impl Listing {
-    /// The same files as of a boot folder in a tarball: without overlays, and without what is empty.
+    /// Lists the same files as for a boot folder in a tarball: no overlays, and no empty files.
     fn list(&mut self, folder: &Dir<'_, Bounded>, above: &str, depth: usize) -> io::Result<()> {
         for entry in folder.iter() {
             let entry = entry?;
+            // FAT ignores case. The facts use lower case, see `firmware::lookup`.
             let name = entry.file_name().to_lowercase();
             let path = format!("{above}{name}");
             if entry.is_dir() {
@@ -100,7 +104,7 @@ impl Listing {
     }
 }
 
-/// A file of which only so much is read.
+/// A file with a limit on the bytes read.
 struct Bounded {
     file: File,
     left: u64,
@@ -108,6 +112,7 @@ struct Bounded {
 
 impl Read for Bounded {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // The cluster chain of a folder can lead back to itself. fatfs would follow it forever.
         let count = self.file.read(buffer)?;
         self.left = self.left.saturating_sub(u64::try_from(count).unwrap_or(u64::MAX));
         if self.left == 0 {

@@ -3,7 +3,7 @@ use crate::{Error, Facts, Reason};
 
 const MIB: usize = 1 << 20;
 
-/// A disk of 8 MiB: a FAT of 2 MiB at 1 MiB, an ext4 of 4 MiB at 4 MiB, and what `change` does to it.
+/// Builds a disk of 8 MiB: a FAT of 2 MiB at 1 MiB, an ext4 of 4 MiB at 4 MiB. `change` modifies it.
 fn disk(change: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut disk: Vec<u8> = (0..8 * MIB).map(|at| u8::try_from(at / 4096 % 251).unwrap()).collect();
     disk[..MIB].fill(0);
@@ -21,7 +21,7 @@ fn disk(change: impl FnOnce(&mut [u8])) -> Vec<u8> {
     disk
 }
 
-/// The same with a GPT, as an image of today has it.
+/// Replaces the boot record by a GPT with the same partitions.
 fn gpt(disk: &mut [u8]) {
     disk[446..510].fill(0);
     disk[446 + 4] = 0xee;
@@ -60,6 +60,7 @@ impl Partitions for Kept {
 fn the_partitions_of_either_table_arrive_whole() {
     for disk in [disk(|_| ()), disk(gpt)] {
         assert!(is_disk(&disk[..512]));
+        // Odd buffer sizes: partitions must arrive complete across buffer boundaries.
         for buffer in [512, 4096 + 7, MIB] {
             let mut kept = Kept::default();
             let reader = std::io::BufReader::with_capacity(buffer, &*disk);
@@ -93,6 +94,7 @@ fn a_table_that_makes_no_sense_is_refused() {
 #[test]
 fn an_image_that_ends_early_is_refused_wherever_it_ends() {
     let disk = disk(|_| ());
+    // Within the table, before, inside and between partitions.
     for length in [600, 20_000, MIB, MIB + 1000, 3 * MIB, 4 * MIB + 10, 8 * MIB - 1] {
         let error = check_image(&disk[..length], &mut |_| ()).unwrap_err();
         assert!(matches!(&error, Error::Refused(refused) if refused.reason == Reason::Truncated), "{length}: {error}");
@@ -106,6 +108,7 @@ fn a_tarball_is_no_disk_even_when_it_has_the_signature() {
     header.set_size(0);
     header.set_entry_type(tar::EntryType::Directory);
     let bytes = header.as_mut_bytes();
+    // Bytes 510 and 511 of a tar header are padding, so a tool may leave anything there.
     bytes[510..].copy_from_slice(&[0x55, 0xaa]);
     bytes[450] = 0x83;
     header.set_cksum();
@@ -120,7 +123,7 @@ fn refusal(change: impl FnOnce(&mut [u8])) -> Option<String> {
     examine_image(&*disk(change), None, &mut |_| ()).unwrap().facts.refusal
 }
 
-/// The same disk with a file system on its first partition: these files, with something in them; a text of `*.txt`.
+/// Builds the same disk with a FAT that holds these files. A file in a folder creates the folder.
 fn booting(files: &[(&str, &str)]) -> Vec<u8> {
     let mut disk = disk(|disk| disk[MIB..3 * MIB].fill(0));
     {
@@ -163,7 +166,7 @@ fn a_boot_partition_is_judged_by_what_it_holds() {
         let refused = looked_into(&booting(&rest)).refusal.unwrap();
         assert!(refused.contains("in its boot partition") && refused.contains(words), "{refused}");
     }
-    // An empty file is nothing to the firmware, and a folder of the name is none.
+    // The firmware ignores an empty file, and a folder of the same name.
     let mut empty = WHOLE;
     empty[2].1 = "";
     assert!(looked_into(&booting(&empty)).refusal.unwrap().contains("kernel"));
@@ -186,7 +189,7 @@ fn a_boot_partition_that_cannot_be_read_is_refused() {
     let mut disk = booting(&WHOLE);
     let refused = looked_into(&self::disk(|_| ())).refusal.unwrap();
     assert!(refused.contains("a boot partition that can be read"), "{refused}");
-    // Sectors of no bytes.
+    // A sector size of zero: the superblock is invalid.
     disk[MIB + 11..][..2].fill(0);
     assert!(looked_into(&disk).refusal.unwrap().contains("fsck.fat"));
 }
@@ -199,7 +202,8 @@ fn a_folder_that_leads_in_circles_ends() {
     let (cluster, reserved) = (usize::from(disk[at(13)]), word(&disk, 14));
     let (fats, root_entries, per_fat) = (usize::from(disk[at(16)]), word(&disk, 17), word(&disk, 22));
     let data = (reserved + fats * per_fat) * 512 + root_entries * 32;
-    // The folder is the first thing that was made: cluster 2. All its entries are deleted, and it goes on with itself.
+    // The folder was created first, so it has cluster 2. Its entries are deleted, and its cluster chain leads to
+    // itself.
     for entry in 0..cluster * 512 / 32 {
         disk[at(data) + entry * 32] = 0xe5;
     }
@@ -249,7 +253,7 @@ fn the_table_tells_how_much_room_an_image_needs() {
     let mib = |mib: u64| mib << 20;
     assert_eq!(needs(&disk(|_| ())).unwrap(), Needs { boot: mib(2), root: mib(4) });
     assert_eq!(length(&disk(|_| ())).unwrap(), mib(8));
-    // Types that nobody knows are no demand: what is in the partitions shows later.
+    // Unknown types demand nothing. Only the contents tell what the partitions are.
     assert_eq!(needs(&disk(gpt)).unwrap(), Needs::default());
     let typed = disk(|disk| {
         gpt(disk);
@@ -257,7 +261,7 @@ fn the_table_tells_how_much_room_an_image_needs() {
         disk[1152..1168].copy_from_slice(&super::table::GUID_LINUX[0]);
     });
     assert_eq!(needs(&typed).unwrap(), Needs { boot: mib(2), root: mib(4) });
-    // Of two that may be the root the smaller one counts.
+    // Of two candidates for the root the smaller one counts.
     let two = disk(|disk| {
         let entry = &mut disk[446 + 32..][..16];
         entry[4] = 0x83;

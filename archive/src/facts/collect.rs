@@ -1,4 +1,4 @@
-//! Facts of a tarball, gathered member by member. Memory is bounded: names of boot files, a few small texts.
+//! Collects facts of a tarball, member by member. Memory is bounded: names of boot files and a few small texts.
 
 use super::Facts;
 use super::system::{Folder, Found, Inside};
@@ -7,16 +7,16 @@ use crate::firmware::BootMount;
 use crate::tar::guard::{Guard, Known};
 use crate::tar::reader::{Kind, Member};
 
-/// Longest text that is kept; the firmware reads no more of `config.txt`.
+/// Maximum size of a text that is kept, in bytes. The firmware reads no more of `config.txt`.
 pub(crate) const MAX_TEXT: u64 = 64 << 10;
-/// Most texts, and most names of boot files. A full set has about 500 files, most of them overlays.
+/// Maximum number of texts, and of names of boot files. A full set has about 500 files, most of them overlays.
 pub(crate) const MAX_TEXTS: usize = 64;
 pub(crate) const MAX_NAMES: usize = 4000;
-/// So many bytes tell whether a file is the image of a disk.
+/// Bytes needed to detect a disk image.
 const SECTOR: usize = 512;
-/// Files that lie deeper below the boot folder are nobody's kernel.
+/// Maximum depth below the boot folder. The firmware's files lie higher.
 pub(crate) const MAX_DEPTH: usize = 4;
-/// What the root of every system has; found deeper, it shows where the root is.
+/// Paths that exist in every root. Found deeper in the tarball, they show the position of the root.
 const LANDMARKS: [&[&str]; 6] = [
     &["sbin", "init"],
     &["lib", "systemd", "systemd"],
@@ -25,22 +25,22 @@ const LANDMARKS: [&[&str]; 6] = [
     &["etc", "passwd"],
     &["bin", "sh"],
 ];
-/// Endings of files that hold disks or roots, inside a tarball that is no system.
+/// Name endings of disk images inside a tarball.
 const DISKS: [&str; 5] = [".img", ".wic", ".sdimg", ".rpi-sdimg", ".sdcard"];
-/// Names that end so and are something else: boot files.
+/// Name beginnings of boot files. Such a file is not a disk image despite its ending.
 const NO_DISKS: [&str; 5] = ["kernel", "initr", "initramfs", "ramfs", "u-boot"];
 
-/// Gathers.
+/// Collector of facts. The caller reports each member, then its contents.
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
-    /// Each boot folder, and its files that are links.
+    /// Files of each boot folder. `links`: links among them, with their paths in the archive.
     folders: [Folder; 2],
     links: Vec<(usize, String, Vec<u8>)>,
     fstab: Option<String>,
     inside: Inside,
-    /// Too much for this memory: then the boot files are not known.
+    /// True after a limit was exceeded. The boot files are then not known.
     overflow: bool,
-    /// The present member: where its text goes, and its first bytes.
+    /// Purpose of the current member's contents, and their first bytes.
     wanted: Wanted,
     start: Vec<u8>,
     name: String,
@@ -51,15 +51,15 @@ pub(crate) struct Collector {
 enum Wanted {
     #[default]
     Nothing,
-    /// The first sector.
+    /// The first sector, to detect a disk image.
     Start,
-    /// All of a text of a boot folder.
+    /// The whole text of a file in a boot folder.
     Text(usize, String),
     Fstab,
 }
 
 impl Collector {
-    /// A member begins; the contents of the one before have gone by.
+    /// Starts a member. The contents of the previous one are complete.
     pub(crate) fn member(&mut self, path: &[Vec<u8>], member: &Member) {
         self.settle();
         let parts: Vec<String> = path.iter().map(|part| String::from_utf8_lossy(part).into_owned()).collect();
@@ -81,23 +81,24 @@ impl Collector {
         }
     }
 
-    /// Contents of the present member.
+    /// Receives contents of the current member.
     pub(crate) fn contents(&mut self, offset: u64, block: &[u8]) {
         let limit = match self.wanted {
             Wanted::Nothing => return,
             Wanted::Start => SECTOR,
             Wanted::Text(..) | Wanted::Fstab => usize::try_from(MAX_TEXT).unwrap_or(usize::MAX),
         };
-        // A hole is nothing that a text or a boot record has.
+        // A sparse file may skip an offset. Only contiguous bytes from the start are kept.
         if offset == u64::try_from(self.start.len()).unwrap_or(u64::MAX) && self.start.len() < limit {
             let room = limit - self.start.len();
             self.start.extend_from_slice(block.get(..room.min(block.len())).unwrap_or_default());
         }
     }
 
-    /// The archive has ended: `guard` knows everything that is in it.
+    /// Ends the archive. `guard` knows all entries by now.
     pub(crate) fn finish(&mut self, guard: &Guard) {
         self.settle();
+        // A link may precede its target in the archive. Only now is it known to lead to a file.
         for (folder, name, path) in std::mem::take(&mut self.links) {
             if guard.find(&path) == Some(Known::Other)
                 && let Some(folder) = self.folders.get_mut(folder)
@@ -105,7 +106,7 @@ impl Collector {
                 folder.names.insert(name);
             }
         }
-        // Boot folders that are links are read by nobody here.
+        // Members of a linked boot folder have other paths, so this collector did not see them.
         let linked = BootMount::ALL.iter().any(|mount| guard.is_symlink(mount.folder().as_bytes()));
         let found = Found {
             folders: std::mem::take(&mut self.folders),
@@ -121,6 +122,7 @@ impl Collector {
 
     fn boot_member(&mut self, folder: usize, name: String, path: &[Vec<u8>], member: &Member) {
         let Some(Folder { names, .. }) = self.folders.get_mut(folder) else { return };
+        // A later member of the same name replaces the earlier one, as it does when unpacking.
         names.remove(&name);
         match member.kind {
             Kind::File => {
@@ -133,7 +135,7 @@ impl Collector {
             }
             Kind::Symlink(_) | Kind::HardLink(_) => {
                 if name == "config.txt" {
-                    // Its text went by somewhere else.
+                    // The text of a linked config.txt was part of another member.
                     self.overflow = true;
                 }
                 self.links.push((folder, name, path.join(&b'/')));
@@ -142,6 +144,7 @@ impl Collector {
         }
         let names: usize = self.folders.iter().map(|folder| folder.names.len()).sum();
         let texts: usize = self.folders.iter().map(|folder| folder.texts.len()).sum();
+        // Giving up means "not known", not a refusal.
         if self.links.len() + names > MAX_NAMES || texts > MAX_TEXTS {
             self.overflow = true;
             self.folders = Default::default();
@@ -149,7 +152,7 @@ impl Collector {
         }
     }
 
-    /// Keeps what was wanted of the member that went by.
+    /// Stores the wanted contents of the member that just ended.
     fn settle(&mut self) {
         let start = std::mem::take(&mut self.start);
         match std::mem::take(&mut self.wanted) {
@@ -159,7 +162,7 @@ impl Collector {
                     self.inside.disk(&self.name);
                 }
             }
-            // The firmware reads bytes: what is no UTF-8 is in comments.
+            // The firmware reads bytes. Invalid UTF-8 occurs in comments only.
             Wanted::Text(folder, name) => {
                 if let Some(folder) = self.folders.get_mut(folder) {
                     folder.texts.insert(name, String::from_utf8_lossy(&start).into_owned());
@@ -172,7 +175,7 @@ impl Collector {
     fn landmark(&mut self, parts: &[&str]) {
         for landmark in LANDMARKS {
             let Some(base) = parts.strip_suffix(landmark) else { continue };
-            // `usr/sbin/init` is a landmark of the root itself.
+            // `usr/sbin/init` in the root itself is also a landmark.
             let base = base.strip_suffix(&["usr"]).unwrap_or(base);
             if !base.is_empty() {
                 self.inside.root(&base.join("/"));
@@ -181,10 +184,10 @@ impl Collector {
     }
 }
 
-/// As a size of a member.
+/// [`SECTOR`] as the size of a member.
 const SECTOR_SIZE: u64 = 512;
 
-/// The folder that a boot file lies in, and its name there, in lower case.
+/// Returns the index of the boot folder and the name in it, in lower case. `None`: not a boot file, or an overlay.
 fn boot_file(parts: &[&str]) -> Option<(usize, String)> {
     let (folder, rest) = match parts {
         ["boot", "firmware", rest @ ..] => (0, rest),
@@ -200,7 +203,7 @@ fn first_of<'a>(parts: &[&'a str]) -> &'a str {
     parts.last().copied().unwrap_or_default()
 }
 
-/// Whether a name ends so, perhaps with a compression behind it.
+/// Returns true if a name has this ending, optionally followed by an ending of a compression.
 fn holds(name: &str, ending: &str) -> bool {
     let name = name.to_ascii_lowercase();
     if NO_DISKS.iter().any(|start| name.starts_with(start)) {

@@ -1,4 +1,4 @@
-//! The judgement over a tarball: whether what was found is a system that a Pi can start. Pure.
+//! Judges a tarball: decides if its contents are a system that a Pi can start. Pure functions, no I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,28 +6,28 @@ use super::{Facts, INITS, best, listed};
 use crate::firmware::{BootFiles, BootMount, Selection, lookup};
 use crate::tar::guard::{Guard, Known};
 
-/// Where a reader finds the whole list.
-/// Where people read on.
+/// Reference to the documentation, appended to every refusal.
 pub(crate) const LIST: &str = "docs/images.md lists what an image must hold";
 
-/// What a tarball holds that may be something else than a root.
+/// Contents of a tarball that hint at something other than a root.
 #[derive(Debug, Default)]
 pub(super) struct Inside {
-    /// Names at the top, as long as there are few, and the files among them.
+    /// Names at the top level, at most 64, and the files among them.
     top: BTreeSet<String>,
     files: BTreeSet<String>,
     more: bool,
-    /// Where a root lies deeper in it: the shortest path.
+    /// Path of a root that is not at the top. The shortest path wins.
     root: Option<String>,
-    /// An image of a disk, by its contents or, else, by its name.
+    /// Path of a disk image, detected by its contents. `named_disk`: detected by its name only.
     disk: Option<String>,
     named_disk: Option<String>,
-    /// A tarball in the tarball.
+    /// Path of a tarball inside the tarball.
     tarball: Option<String>,
 }
 
 impl Inside {
     pub(super) fn top(&mut self, name: &str, file: bool) {
+        // A root has about twenty entries at the top. The limit bounds memory for hostile archives.
         if self.top.len() < 64 {
             self.top.insert(name.to_owned());
             if file {
@@ -39,6 +39,7 @@ impl Inside {
     }
 
     pub(super) fn root(&mut self, base: &str) {
+        // A root may contain others, for example a chroot. The outermost one counts.
         let depth = |path: &str| path.split('/').count();
         if self.root.as_ref().is_none_or(|known| depth(base) < depth(known)) {
             self.root = Some(base.to_owned());
@@ -59,9 +60,9 @@ impl Inside {
         self.disk.get_or_insert_with(|| path.to_owned());
     }
 
-    /// What it is instead of a root, with the cure; `None`: it looks like nothing else.
+    /// Describes the contents if they are something other than a root, with the remedy. `None`: no hint found.
     fn other(&self) -> Option<String> {
-        // A root whose init is missing is a root all the same, whatever else lies in it.
+        // A root without an init is still a root. Its other contents do not matter.
         if ["etc", "usr", "sbin", "boot"].iter().any(|folder| self.top.contains(*folder)) {
             return None;
         }
@@ -85,7 +86,7 @@ impl Inside {
     }
 }
 
-/// The files of one boot folder or partition: their names, in lower case and relative to it, without overlays, and small
+/// Files of one boot folder or partition: names in lower case, relative to the folder, without overlays, and the small
 /// texts among them.
 #[derive(Debug, Default)]
 pub(crate) struct Folder {
@@ -104,17 +105,17 @@ impl BootFiles for Folder {
 }
 
 impl Folder {
-    /// What the best of all boards would take of it.
+    /// Returns the selection of the board that finds most of its files here.
     pub(crate) fn best(&self) -> Selection {
         best(self, &self.names)
     }
 
-    /// What is kept of it.
+    /// Converts the folder to facts without a refusal.
     pub(crate) fn facts(&self) -> Facts {
         Facts { boot_files: self.names.clone(), texts: self.read_texts(), ..Facts::default() }
     }
 
-    /// `config.txt` and what it includes; other texts may hold what is nobody's business.
+    /// Returns `config.txt` and its includes. Other texts are dropped: they may contain secrets.
     fn read_texts(&self) -> BTreeMap<String, String> {
         let mut kept = BTreeMap::new();
         let mut todo = vec!["config.txt".to_owned()];
@@ -129,11 +130,11 @@ impl Folder {
     }
 }
 
-/// What was found in the boot folders, in the order of [`BootMount::ALL`].
+/// Contents of the boot folders, in the order of [`BootMount::ALL`].
 pub(super) struct Found {
     pub(super) folders: [Folder; 2],
     pub(super) fstab: String,
-    /// Whether all of it was read.
+    /// True if all boot files were read.
     pub(super) known: bool,
 }
 
@@ -146,11 +147,12 @@ impl Found {
         let selection = chosen.map(Folder::best);
 
         let file = |path: &str| guard.find(path.as_bytes()) == Some(Known::Other);
+        // `init=` on the command line overrides the kernel's list. The last one wins.
         let cmdline = chosen.zip(selection.as_ref()).and_then(|(folder, found)| folder.text(&found.cmdline));
         let named = cmdline.as_deref().unwrap_or_default().split_whitespace();
         let named = named.rev().find_map(|word| word.strip_prefix("init=")).is_some_and(file);
         if !named && !INITS.iter().any(|init| file(init)) {
-            // Anything that is no root lacks everything: what it is instead helps more than a list.
+            // Something that is not a root lacks everything. Naming the actual format helps more than a list.
             if let Some(other) = inside.other() {
                 return Facts::refused(format!("this is no system that a Pi can start: {other}; {LIST}"));
             }
@@ -160,7 +162,7 @@ impl Found {
             match &selection {
                 Some(selection) => lacks.extend(selection.lacks.iter().cloned()),
                 None => {
-                    // Without a config.txt or a kernel there is no folder to look into: each file counts wherever it is.
+                    // Without a config.txt or a kernel no folder can be chosen, so a file counts in either one.
                     let any =
                         |wanted: &dyn Fn(&str) -> bool| folders.iter().any(|(_, f)| f.names.iter().any(|n| wanted(n)));
                     lacks.extend(["a kernel (kernel8.img or the like)", "config.txt"].map(str::to_owned));

@@ -1,7 +1,7 @@
 use super::Facts;
 use crate::examine_image;
 
-/// A file, a folder (no contents) or a link, by its name.
+/// An entry of a test tarball; its path is given separately.
 #[derive(Clone, Copy)]
 enum Entry<'a> {
     File(&'a str),
@@ -70,6 +70,7 @@ fn a_system_is_taken_and_judged_for_each_board() {
     facts.judge("pi4", Some("bcm2711-rpi-4-b.dtb")).unwrap();
     let refused = facts.judge("pi3", Some("bcm2710-rpi-3-b.dtb")).unwrap_err();
     assert!(refused.contains("bcm2710-rpi-3-b.dtb"), "{refused}");
+    // An unknown board is not judged. The installer still checks the real files.
     facts.judge("", None).expect("a board that is not known is not judged");
     Facts::default().judge("pi4", Some("bcm2711-rpi-4-b.dtb")).expect("what is not known is no refusal");
 }
@@ -83,6 +84,7 @@ fn each_missing_part_is_named_and_all_at_once() {
     }
     let refused = refusal(without(&["init", "kernel8.img", "cmdline.txt", ".dtb"]));
     assert!(parts.iter().all(|(_, word)| refused.contains(word)), "{refused}");
+    // Without any boot file no folder is chosen, and everything missing is listed in one answer.
     let refused = refusal([("usr/sbin/init", File("#!"))]);
     assert!(parts[1..].iter().all(|(_, word)| refused.contains(word)), "{refused}");
 }
@@ -96,6 +98,7 @@ fn empty_files_count_for_nothing() {
 
 #[test]
 fn links_are_followed_to_init_and_kernel() {
+    // Absolute, relative and hard links: distributions use all three for the init.
     for (name, entry) in [
         ("sbin/init", Link("../lib/systemd/systemd")),
         ("sbin/init", Link("/lib/systemd/systemd")),
@@ -113,6 +116,7 @@ fn links_are_followed_to_init_and_kernel() {
     assert_eq!(facts(kernel).refusal, None);
 }
 
+// NixOS has no /sbin/init; its command line names one.
 #[test]
 fn init_may_be_what_the_command_line_names() {
     let mut entries = without(&["init", "cmdline.txt"]);
@@ -123,6 +127,8 @@ fn init_may_be_what_the_command_line_names() {
     assert_eq!(facts(entries).refusal, None);
 }
 
+// The layout of Ubuntu 25.10. Push and installer once read `os_prefix` differently, so such images failed after the
+// root was erased.
 #[test]
 fn files_below_os_prefix_and_in_the_old_boot_folder_are_found() {
     let ubuntu = [
@@ -149,7 +155,7 @@ fn files_below_os_prefix_and_in_the_old_boot_folder_are_found() {
         ("boot/bcm2708-rpi-b.dtb", File("t")),
     ];
     assert_eq!(facts(with(&old)).refusal, None);
-    // Raspberry Pi OS leaves notes at the old place: they are no boot files.
+    // Raspberry Pi OS leaves notes at the old place. They are not boot files.
     let mut notes = SYSTEM.to_vec();
     notes.extend([("boot/config.txt", File("DO NOT EDIT\n")), ("boot/cmdline.txt", File("DO NOT EDIT\n"))]);
     assert_eq!(facts(notes).refusal, None);
@@ -157,6 +163,7 @@ fn files_below_os_prefix_and_in_the_old_boot_folder_are_found() {
 
 #[test]
 fn boot_folders_that_cannot_be_read_are_no_refusal() {
+    // A linked boot folder is unknown, and unknown is no refusal.
     let entries = [
         ("sbin/init", File("elf")),
         ("boot", Folder),
@@ -180,6 +187,7 @@ fn what_is_no_root_is_named_with_the_cure() {
     assert!(refused.contains("below rootfs/: pack with -C rootfs ."), "{refused}");
 
     let save = [("oci-layout", File("{}")), ("index.json", File("{}")), ("blobs/sha256/abc", File("layer"))];
+    // docker save writes `oci-layout` since version 25, `manifest.json` before.
     let old = [("manifest.json", File("[]")), ("abc/layer.tar", File("layer")), ("repositories", File("{}"))];
     for entries in [save, old] {
         let refused = refusal(entries);
@@ -191,7 +199,7 @@ fn what_is_no_root_is_named_with_the_cure() {
     sector[446 + 4] = 0x0c;
     sector[510] = 0x55;
     let text = String::from_utf8(sector).unwrap();
-    // 0xaa alone is no UTF-8: the tarball is patched where the byte is.
+    // 0xaa alone is not UTF-8, so the byte is patched into the finished tarball.
     let mut tar = tarball([("card", File(&text))]);
     tar[512 + 511] = 0xaa;
     let refused = examine_image(&*tar, None, &mut |_| ()).unwrap().facts.refusal.unwrap();
@@ -203,6 +211,7 @@ fn what_is_no_root_is_named_with_the_cure() {
 #[test]
 fn texts_that_nobody_needs_are_not_kept() {
     let mut entries = SYSTEM.to_vec();
+    // Password hashes must not reach the controller's database.
     entries.push(("boot/firmware/userconf.txt", File("pi:secret\n")));
     let facts = facts(entries);
     assert_eq!(facts.texts.keys().collect::<Vec<_>>(), ["config.txt"]);

@@ -1,14 +1,14 @@
-//! POSIX ACLs as pax headers have them (`SCHILY.acl.access`, as GNU tar and libarchive write it: acl(5), "ACL text
-//! forms"), turned into the extended attribute that the kernel keeps them in (acl(5); linux/posix_acl_xattr.h).
+//! POSIX ACLs. Converts the text of a pax header (`SCHILY.acl.access`, written by GNU tar and libarchive: acl(5), "ACL
+//! text forms") into the kernel's extended attribute (acl(5); linux/posix_acl_xattr.h).
 
-/// The attribute's version.
+/// Version of the attribute's format.
 const VERSION: u32 = 2;
-/// The id of entries that name nobody.
+/// Id for entries that name no user or group.
 const NOBODY: u32 = u32::MAX;
-/// More entries than a file system takes.
+/// Maximum number of entries. No file system accepts more.
 const MAX_ENTRIES: usize = 8192;
 
-/// Tags of the entries, in the order in which they must stand.
+/// Tags of the entries, in the order that the kernel requires.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Tag {
     UserOwner,
@@ -19,8 +19,8 @@ enum Tag {
     Other,
 }
 
-/// The attribute's value; `None` when the text names users or groups without their numbers: the names are those of
-/// another machine.
+/// Converts an ACL to the attribute's value. `None`: the text names users or groups without numbers, or is malformed.
+/// Names belong to the machine that packed the archive and may mean other users here.
 pub(super) fn attribute(text: &[u8]) -> Option<Vec<u8>> {
     let text = std::str::from_utf8(text).ok()?;
     let mut entries = Vec::new();
@@ -32,6 +32,7 @@ pub(super) fn attribute(text: &[u8]) -> Option<Vec<u8>> {
     if entries.is_empty() || entries.len() > MAX_ENTRIES {
         return None;
     }
+    // The kernel refuses an attribute whose entries are out of order.
     entries.sort_unstable();
     let mut value = VERSION.to_le_bytes().to_vec();
     for (tag, id, permissions) in entries {
@@ -50,7 +51,7 @@ pub(super) fn attribute(text: &[u8]) -> Option<Vec<u8>> {
     Some(value)
 }
 
-/// `user:1000:rwx`, or `user:name:rwx:1000` as star and libarchive write it.
+/// Parses `user:1000:rwx`, or `user:name:rwx:1000` as written by star and libarchive.
 fn entry(line: &str) -> Option<(Tag, u32, u16)> {
     let mut fields = line.split(':');
     let (kind, who, permissions) = (fields.next()?, fields.next()?, fields.next()?);

@@ -1,5 +1,5 @@
-//! Where the members of a tarball may go. Links of the archive are followed here, in the names alone, so that the
-//! unpacker never has to follow one on the disk.
+//! Decides on the places of a tarball's members. Links of the archive are resolved here, by name only, so the unpacker
+//! never follows one on the disk.
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
@@ -9,27 +9,27 @@ use super::header::MAX_PATH;
 use super::reader::{Kind, Member};
 use crate::Reason;
 
-/// Longest part of a path: Linux' NAME_MAX.
+/// Longest part of a path in bytes: Linux' NAME_MAX.
 const MAX_PART: usize = 255;
-/// Most parts of a path: the unpacker keeps a folder open for each.
+/// Maximum number of parts of a path. The unpacker keeps one folder open per part.
 const MAX_DEPTH: usize = 128;
-/// Most links that one path may lead through: Linux' own limit.
+/// Maximum number of links on one path: Linux' own limit.
 const MAX_LINKS: usize = 40;
-/// Most names that are remembered, parents without a member of their own included.
+/// Maximum number of remembered names, including parents without a member of their own.
 const MAX_KNOWN: usize = 4_000_000;
-/// Most bytes of links, their targets and folders that are remembered, here or by the unpacker.
+/// Maximum bytes of links, link targets and folder names that the guard and the unpacker remember.
 const MAX_REMEMBERED: usize = 64 << 20;
 
-/// Where a member goes.
+/// The place of a member.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Place {
-    /// Parts of its path below the root, links of the archive followed; empty: the root itself.
+    /// Parts of the path below the root, with the archive's links resolved. Empty: the root itself.
     pub path: Vec<Vec<u8>>,
-    /// The same for a hard link's target.
+    /// The resolved target of a hard link. `None` for other members.
     pub target: Option<Vec<Vec<u8>>>,
 }
 
-/// What the archive made at a place.
+/// Type of an entry that the archive created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Known {
     Folder,
@@ -37,10 +37,11 @@ pub(crate) enum Known {
     Other,
 }
 
-/// What the archive made so far.
+/// Everything that the archive created so far.
 #[derive(Debug, Default)]
 pub(crate) struct Guard {
-    /// By hash of the path, with a key of this run: two million whole paths would be too much to keep.
+    /// Types by hash of the path. Two million full paths would take too much memory. The hash is keyed at random, so an
+    /// archive cannot contain deliberate collisions.
     known: HashMap<u64, Known>,
     hasher: RandomState,
     symlinks: HashMap<Vec<u8>, Vec<u8>>,
@@ -48,10 +49,11 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    /// Takes a member, or says which rule it breaks.
+    /// Returns the place of a member, or the rule that it breaks.
     pub(super) fn admit(&mut self, member: &Member) -> Result<Place, Reason> {
         let folder = member.kind == Kind::Folder;
-        // A folder that stands where a link to a folder was made is that folder: an overlay packed over a merged /usr.
+        // A folder at the place of a link to a folder means the linked folder: an overlay on a system with a merged
+        // /usr.
         let path = self.resolve(&member.path, folder)?;
         if path.is_empty() {
             return if folder { Ok(Place { path, target: None }) } else { Err(Reason::EmptyName) };
@@ -73,16 +75,19 @@ impl Guard {
             Kind::Folder => (None, Known::Folder),
             _ => (None, Known::Other),
         };
+        // The new member replaces an earlier one at this place, also a link.
         self.forget_symlink(&path);
         match (&member.kind, &target) {
             (Kind::Symlink(to), _) => self.remember_symlink(&path, to.clone())?,
             (_, Some(target)) if known == Known::Symlink => {
+                // A hard link to a symbolic link is that link under a second name. It is followed like the first.
                 let to = self.symlinks.get(&joined(target)).cloned().ok_or(Reason::HardLink)?;
                 self.remember_symlink(&path, to)?;
             }
             _ => {}
         }
         if folder {
+            // The unpacker keeps path and attributes of every folder until the end.
             let attributes: usize = member.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
             self.remember(member.path.len() + attributes)?;
         }
@@ -90,8 +95,8 @@ impl Guard {
         Ok(Place { path, target })
     }
 
-    /// What a running system would find at this path, links followed; `None`: nothing of the archive. An absolute link
-    /// leads from the root of the archive, which is the system's own.
+    /// Returns the entry that a running system would find at this path, with links followed. `None`: the archive has no
+    /// such entry. An absolute link starts at the archive's root, which becomes the system's root.
     pub(crate) fn find(&self, path: &[u8]) -> Option<Known> {
         let mut todo: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
         todo.reverse();
@@ -99,6 +104,7 @@ impl Guard {
         let mut links = 0;
         let mut last = Some(Known::Folder);
         while let Some(part) = todo.pop() {
+            // At the root, `..` stays at the root, as on a running system.
             if part == b".." {
                 done.pop();
                 continue;
@@ -126,13 +132,13 @@ impl Guard {
         last
     }
 
-    /// Whether the archive made a symbolic link at this path, whose parts are no links.
+    /// Returns true if the archive created a symbolic link at this path. The path's parents must not be links.
     pub(crate) fn is_symlink(&self, path: &[u8]) -> bool {
         let path: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
         self.known.get(&self.key(&path)) == Some(&Known::Symlink)
     }
 
-    /// The parts of a path with the archive's links followed; of the last part only when asked.
+    /// Splits a path into parts and follows the archive's links. `follow_last`: also follow a link in the last part.
     fn resolve(&mut self, path: &[u8], follow_last: bool) -> Result<Vec<Vec<u8>>, Reason> {
         if path.is_empty() {
             return Err(Reason::EmptyName);
@@ -143,7 +149,7 @@ impl Guard {
         if path.first() == Some(&b'/') {
             return Err(Reason::AbsolutePath);
         }
-        // Last part first, so that a link's target can be put in its place.
+        // Reversed, so that the target of a link can be pushed in its place.
         let mut todo: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
         for part in &todo {
             if part == b".." {
@@ -161,7 +167,7 @@ impl Guard {
         let mut links = 0;
         while let Some(part) = todo.pop() {
             if part == b".." {
-                // Only a link's target can have one; above the root there is nothing of ours.
+                // Only the target of a link can contain `..`. Above the root lies the host's file system.
                 done.pop().ok_or(Reason::ThroughLink)?;
                 continue;
             }
@@ -177,6 +183,7 @@ impl Guard {
                 Some(Known::Symlink) => {
                     let target = self.symlinks.get(&joined(&done)).ok_or(Reason::ThroughLink)?;
                     links += 1;
+                    // The absolute target is a path of the future system. On this machine it would be the host's file.
                     if target.first() == Some(&b'/') || links > MAX_LINKS {
                         return Err(Reason::ThroughLink);
                     }
@@ -185,7 +192,7 @@ impl Guard {
                 }
                 Some(Known::Other) if !last => return Err(Reason::FileAndFolder),
                 Some(_) => {}
-                // Parents that have no member of their own are made on the way.
+                // A parent without a member of its own is created on the way.
                 None if !last => self.know(&done, Known::Folder)?,
                 None => {}
             }
@@ -224,7 +231,7 @@ impl Guard {
     }
 }
 
-/// The parts of a path, without empty ones and dots.
+/// Iterates over the parts of a path, without empty parts and dots.
 fn parts(path: &[u8]) -> impl Iterator<Item = &[u8]> {
     path.split(|&byte| byte == b'/').filter(|part| !part.is_empty() && *part != b".")
 }

@@ -1,16 +1,15 @@
-//! A header block: 512 bytes, as POSIX (`pax`, "ustar Interchange Format") and GNU tar's manual lay them out.
+//! A header block of 512 bytes, as specified by POSIX (`pax`, "ustar Interchange Format") and GNU tar's manual.
 
 use crate::Reason;
 
-/// Size of every block.
+/// Size of a block in bytes.
 pub(super) const BLOCK: usize = 512;
-/// Longest path or link target: Linux' PATH_MAX without its NUL.
+/// Longest path or link target in bytes: Linux' PATH_MAX without its NUL.
 pub(super) const MAX_PATH: usize = 4095;
 
-/// One block.
 pub(super) type Block = [u8; BLOCK];
 
-/// The fields of a header that every format has.
+/// The header fields that all formats share.
 #[derive(Debug, Clone)]
 pub(super) struct Header {
     pub typeflag: u8,
@@ -19,20 +18,21 @@ pub(super) struct Header {
     pub mode: u32,
     pub uid: u64,
     pub gid: u64,
-    /// As written, so that another header's size can be compared with it.
+    /// Size in bytes as written in this header. An extended header may give another one, and the two are compared.
     pub size: u64,
     pub mtime: i64,
     pub device: (u32, u32),
 }
 
 impl Header {
-    /// Reads a block that is not all zeros.
+    /// Parses a block that is not all zeros.
     pub(super) fn parse(block: &Block) -> Result<Self, Reason> {
         let field = |from: usize, len: usize| block.get(from..from + len).unwrap_or_default();
         let stored = number(field(148, 8))?;
         let sum: u64 = block
             .iter()
             .enumerate()
+            // POSIX: the checksum is computed with its own field taken as blanks.
             .map(|(at, &byte)| if (148..156).contains(&at) { 32 } else { u64::from(byte) })
             .sum();
         if stored != sum {
@@ -42,7 +42,7 @@ impl Header {
         let posix = magic == b"ustar\0";
         let mut path = text(field(0, 100)).to_vec();
         if posix {
-            // Schilling's star marks its headers at the end, and has times in the prefix's last bytes.
+            // Schilling's star marks its headers at the end, and stores times in the last bytes of the prefix.
             let prefix = text(field(345, if field(508, 4) == b"tar\0" { 131 } else { 155 }));
             if !prefix.is_empty() {
                 path = [prefix, b"/", &path].concat();
@@ -50,6 +50,7 @@ impl Header {
         }
         let typeflag = field(156, 1).first().copied().unwrap_or_default();
         let device =
+            // Older headers have no device fields. Their bytes may hold anything.
             if posix || magic == b"ustar " { (number(field(329, 8))?, number(field(337, 8))?) } else { (0, 0) };
         let small = |value: u64, what: &str| {
             u32::try_from(value).map_err(|_| Reason::Damaged(format!("its {what} is too large")))
@@ -68,12 +69,12 @@ impl Header {
     }
 }
 
-/// A field up to its first NUL.
+/// Returns a field up to its first NUL.
 fn text(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
 }
 
-/// A number: octal digits between blanks and NULs, or, with the highest bit set, base 256.
+/// Parses a number: octal digits surrounded by blanks and NULs, or base 256 if the highest bit is set (GNU).
 pub(super) fn number(field: &[u8]) -> Result<u64, Reason> {
     let wrong = || Reason::Damaged("a header has a field that is no number".to_owned());
     if let [0x80, rest @ ..] = field {
@@ -87,6 +88,7 @@ pub(super) fn number(field: &[u8]) -> Result<u64, Reason> {
     let digits = field.trim_ascii_start();
     let end = digits.iter().position(|&byte| byte == 0 || byte == b' ').unwrap_or(digits.len());
     let (digits, rest) = digits.split_at_checked(end).ok_or_else(wrong)?;
+    // Digits after a blank are refused: readers differ on whether the number continues.
     if !rest.iter().all(|&byte| byte == 0 || byte == b' ') {
         return Err(wrong());
     }
@@ -96,11 +98,11 @@ pub(super) fn number(field: &[u8]) -> Result<u64, Reason> {
     })
 }
 
-/// A time: as a number, and base 256 may be negative.
+/// Parses a time. Unlike other numbers, a time in base 256 may be negative.
 fn time(field: &[u8]) -> Result<i64, Reason> {
     let wrong = || Reason::Damaged("a header's time is out of range".to_owned());
     if field.first() == Some(&0xff) {
-        // Two's complement; the sign fills the upper bytes.
+        // Two's complement. The sign fills the upper bytes.
         let low = field.get(field.len().saturating_sub(8)..).and_then(|low| <[u8; 8]>::try_from(low).ok());
         return low.map(i64::from_be_bytes).filter(|time| *time < 0).ok_or_else(wrong);
     }

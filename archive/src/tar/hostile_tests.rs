@@ -1,4 +1,4 @@
-//! Hostile tarballs, made block by block where writers refuse to make them.
+//! Hostile tarballs, assembled block by block. Common writers refuse to create them.
 
 use super::check_tar;
 use super::unpack_tests::{Member, member, pax, tar};
@@ -28,6 +28,7 @@ fn hostile_paths_are_refused_each_with_its_reason() {
     ] {
         assert_eq!(reason(&tar(&[member(path, b'0')])), expected, "{path:?}");
     }
+    // The header holds 100 bytes. Longer names need an extended header, so each limit is tested through one.
     let long = pax(&[("path", &"x".repeat(256))]);
     assert_eq!(reason(&tar(&[long, member("x", b'0')])), Reason::LongName(255));
     let deep = pax(&[("path", &"x/".repeat(200))]);
@@ -37,6 +38,7 @@ fn hostile_paths_are_refused_each_with_its_reason() {
     assert_eq!(reason(&tar(&[pax(&[("path", "a\0b")]), member("x", b'0')])), Reason::ControlCharacter);
     assert_eq!(reason(&tar(&[pax(&[("path", "/etc/x")]), member("x", b'0')])), Reason::AbsolutePath);
     assert_eq!(reason(&tar(&[pax(&[("path", "")]), member("x", b'0')])), Reason::EmptyName);
+    // A harmless name in the header hides the real one in the GNU extension.
     let long_name = Member { data: b"../../x\0".to_vec(), ..member("././@LongLink", b'L') };
     assert_eq!(reason(&tar(&[long_name, member("x", b'0')])), Reason::ParentPath);
 }
@@ -51,12 +53,12 @@ fn nothing_is_written_through_a_link_that_leads_out() {
         taken(&[link.clone(), member("d", b'0')]);
         taken(&[link]);
     }
-    // A link to a link, and one that names itself.
+    // A chain of links, and a link to itself.
     let chain = [("a", "b"), ("b", "c/../../x")].map(|(path, to)| Member { link: to.into(), ..member(path, b'2') });
     assert_eq!(reason(&tar(&[chain[0].clone(), chain[1].clone(), member("a/x", b'0')])), Reason::ThroughLink);
     let own = Member { link: "a".into(), ..member("a", b'2') };
     assert_eq!(reason(&tar(&[own, member("a/x", b'0')])), Reason::ThroughLink);
-    // A hard link to a link is that link.
+    // A hard link to a symbolic link is that link.
     let link = Member { link: "/etc".into(), ..member("a", b'2') };
     let hard = Member { link: "a".into(), ..member("b", b'1') };
     assert_eq!(reason(&tar(&[link, hard, member("b/x", b'0')])), Reason::ThroughLink);
@@ -64,6 +66,7 @@ fn nothing_is_written_through_a_link_that_leads_out() {
 
 #[test]
 fn a_path_may_go_through_a_link_that_stays_inside() {
+    // A merged /usr: packages contain paths through the link.
     let usr = Member { link: "usr/lib".into(), ..member("lib", b'2') };
     taken(&[member("usr/lib/", b'5'), usr, member("lib/modules/x.ko", b'0'), member("lib/", b'5')]);
 }
@@ -97,6 +100,7 @@ fn a_folder_is_never_replaced_and_a_file_never_entered() {
 
 #[test]
 fn kinds_that_a_system_does_not_have_are_refused() {
+    // GNU's volume, multi-volume and dump entries, Solaris ACLs, and unknown flags.
     for kind in [b'V', b'M', b'N', b'D', b'A', b'Z', b'9', 0xff] {
         assert_eq!(reason(&tar(&[member("x", kind)])), Reason::Kind(char::from(kind)));
     }
@@ -107,8 +111,8 @@ fn kinds_that_a_system_does_not_have_are_refused() {
 
 #[test]
 fn headers_that_disagree_about_a_size_are_refused() {
-    // The shape of CVE-2025-62518: the pax header says 1024 bytes, the header itself none, and another archive hides in
-    // those bytes.
+    // The shape of CVE-2025-62518: the pax header says 1024 bytes, the header itself none. Those bytes contain another
+    // archive.
     let hidden = tar(&[member("hidden", b'0')]);
     let outer = Member { data: hidden.clone(), size: Some(0), ..member("x", b'0') };
     let size = hidden.len().to_string();
@@ -135,6 +139,7 @@ fn extended_headers_that_readers_take_differently_are_refused() {
         let global = Member { kind: b'g', ..pax(&[(global, "1")]) };
         assert!(matches!(reason(&tar(&[global, member("x", b'0')])), Reason::Damaged(_)));
     }
+    // A harmless global header is accepted: `git archive` writes one with the commit's id.
     taken(&[Member { kind: b'g', ..pax(&[("comment", "abc")]) }, member("x", b'0')]);
     for data in ["5 a=b\n", "99 a=b\n", "a=b\n", "6 a=bc", "0 \n", "-6 a=b\n", "18446744073709551615 a=b\n", " 6 a=b\n"]
     {
@@ -163,6 +168,7 @@ fn wrong_maps_of_sparse_files_are_refused() {
         assert_eq!(reason(&tar(&[keys(map, size), file.clone()])), Reason::Sparse, "{map}");
     }
     let huge = pax(&[("GNU.sparse.map", "0,8"), ("GNU.sparse.size", "999999999999999"), ("GNU.sparse.name", "f")]);
+    // The claimed size counts, not the stored bytes: holes take space once they are written.
     assert!(matches!(reason(&tar(&[huge, file.clone()])), Reason::TooLarge(_)));
     assert_eq!(reason(&tar(&[pax(&[("GNU.sparse.offset", "0")]), file.clone()])), Reason::Sparse);
     assert_eq!(reason(&tar(&[pax(&[("SCHILY.realsize", "9")]), file])), Reason::Sparse);
@@ -178,6 +184,7 @@ fn what_is_no_whole_archive_is_refused() {
         assert_eq!(reason(&whole[..len]), Reason::Truncated, "cut at {len}");
     }
     assert!(matches!(reason(&[&*whole, b"more"].concat()), Reason::Damaged(_)));
+    // GNU tar stops at the first end unless told otherwise (`--ignore-zeros`), so readers disagree.
     assert!(matches!(reason(&[&*whole, &*whole].concat()), Reason::Damaged(_)), "a second archive behind the first");
     check_tar(&*[&*whole, &[0; 8192]].concat(), &mut |_| ()).expect("padding to a record");
     let mut flipped = whole;

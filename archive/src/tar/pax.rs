@@ -1,9 +1,9 @@
-//! pax extended headers: lines of `LENGTH KEY=VALUE`.
+//! pax extended headers: records of the form `LENGTH KEY=VALUE`, one per line.
 
 use super::acl;
 use crate::Reason;
 
-/// What an extended header says about the next member.
+/// The values of an extended header that apply to the next member. `None`: the header's own value applies.
 #[derive(Debug, Default)]
 pub(super) struct Extended {
     pub path: Option<Vec<u8>>,
@@ -11,23 +11,23 @@ pub(super) struct Extended {
     pub size: Option<u64>,
     pub uid: Option<u64>,
     pub gid: Option<u64>,
-    /// Seconds and nanoseconds.
+    /// Seconds since the Unix epoch, and nanoseconds.
     pub mtime: Option<(i64, u32)>,
-    /// Extended attributes: name and value.
+    /// Extended attributes as pairs of name and value.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    /// ACLs that cannot be restored.
+    /// Number of ACLs that cannot be restored.
     pub lost: u64,
     pub sparse: Option<Sparse>,
 }
 
-/// The keys of GNU's sparse formats 0.1 and 1.0.
+/// Keys of GNU's sparse formats 0.1 and 1.0.
 #[derive(Debug, Default)]
 pub(super) struct Sparse {
     pub major: Option<u64>,
     pub minor: Option<u64>,
     pub name: Option<Vec<u8>>,
     pub real_size: Option<u64>,
-    /// Format 0.1: `offset,length,offset,length...`.
+    /// The map of format 0.1: `offset,length,offset,length...`.
     pub map: Option<Vec<u8>>,
 }
 
@@ -36,7 +36,7 @@ const SPARSE: &[u8] = b"GNU.sparse.";
 const ACL: &[u8] = b"SCHILY.acl.";
 
 impl Extended {
-    /// Reads the records of one member's header.
+    /// Parses the records of one member's header.
     pub(super) fn parse(data: &[u8]) -> Result<Self, Reason> {
         let mut extended = Self::default();
         for record in Records(data) {
@@ -56,7 +56,7 @@ impl Extended {
             b"mtime" => once(&mut self.mtime, time(value)?),
             b"SCHILY.acl.access" => self.take_acl(b"system.posix_acl_access", value),
             b"SCHILY.acl.default" => self.take_acl(b"system.posix_acl_default", value),
-            // Another writer's way to say that the member is sparse, which would change what its data means.
+            // Other writers' keys for sparse files. Ignoring them would change the meaning of the data.
             b"SCHILY.realsize" | b"SUN.holesdata" => Err(Reason::Sparse),
             _ => {
                 if let Some(attribute) = key.strip_prefix(XATTR) {
@@ -67,7 +67,7 @@ impl Extended {
                 } else if let Some(key) = key.strip_prefix(SPARSE) {
                     return self.sparse.get_or_insert_default().take(key, value);
                 }
-                // Other keys (atime, comment, names of owners, writers' own) do not change what is unpacked.
+                // All other keys (atime, comment, owner names, private keys) do not change the unpacked files.
                 Ok(())
             }
         }
@@ -76,7 +76,7 @@ impl Extended {
 
 impl Extended {
     fn take_acl(&mut self, name: &[u8], text: &[u8]) -> Result<(), Reason> {
-        // The attribute itself may be there, too.
+        // Some writers store the ACL twice: as text and as the attribute itself. The attribute is exact.
         if !self.xattrs.iter().any(|(known, _)| known == name) {
             match acl::attribute(text) {
                 Some(value) => self.xattrs.push((name.to_vec(), value)),
@@ -96,14 +96,14 @@ impl Sparse {
             b"realsize" | b"size" => once(&mut self.real_size, decimal(value)?),
             b"map" => once(&mut self.map, value.to_vec()),
             b"numblocks" => Ok(()),
-            // Format 0.0 repeats `offset` and `numbytes`; no writer of this decade makes it.
+            // Format 0.0 repeats `offset` and `numbytes`. No current writer produces it.
             _ => Err(Reason::Sparse),
         }
     }
 }
 
-/// A global header holds for all members that follow. Comments and the like are fine; whatever would change names or
-/// sizes from afar is not.
+/// Checks a global header, which applies to all members that follow. Comments are accepted. Keys that would change
+/// names, sizes or attributes are refused.
 pub(super) fn check_global(data: &[u8]) -> Result<(), Reason> {
     for record in Records(data) {
         let (key, _) = record?;
@@ -134,6 +134,7 @@ impl<'a> Iterator for Records<'a> {
 
 impl<'a> Records<'a> {
     fn split(&mut self) -> Option<(&'a [u8], &'a [u8])> {
+        // A length has few digits. Searching further would only let a malformed record scan the whole header.
         let blank = self.0.iter().take(20).position(|&byte| byte == b' ')?;
         let length = usize::try_from(decimal(self.0.get(..blank)?).ok()?).ok()?;
         let record = self.0.get(blank + 1..length)?.strip_suffix(b"\n")?;
@@ -143,7 +144,7 @@ impl<'a> Records<'a> {
     }
 }
 
-/// A key that is there twice would mean one thing to the reader that takes the first and another to the rest.
+/// Sets a value once. Readers disagree on a repeated key: some use the first value, others the last.
 fn once<T>(slot: &mut Option<T>, value: T) -> Result<(), Reason> {
     match slot.replace(value) {
         None => Ok(()),
@@ -172,7 +173,7 @@ fn time(value: &[u8]) -> Result<(i64, u32), Reason> {
     let digits: String = fraction.chars().chain("000000000".chars()).take(9).collect();
     let nanos: u32 = digits.parse().map_err(|_| wrong())?;
     if whole.starts_with('-') && nanos > 0 {
-        // -1.25 is 0.75 s after -2.
+        // -1.25 s is 0.75 s after -2 s.
         return Ok((seconds.checked_sub(1).ok_or_else(wrong)?, 1_000_000_000 - nanos));
     }
     Ok((seconds, nanos))

@@ -1,4 +1,4 @@
-//! Members of a tar stream, one after another, each header read once and with bounded memory.
+//! Reads the members of a tar stream one after another. Each header is read once, and memory is bounded.
 
 use std::io::{BufRead, ErrorKind};
 
@@ -8,14 +8,14 @@ use super::sparse::{Map, Part, TextMap};
 use crate::error::read_error;
 use crate::{Error, Reason, Refused};
 
-/// Largest extended header: extended attributes are at most 64 KiB each, and files have few.
+/// Maximum size of an extended header. Extended attributes are at most 64 KiB each, and a file has few.
 const MAX_EXTENDED: u64 = 1 << 20;
-/// Most zeros after the end: tar pads to whole records, the largest of which are about this long.
+/// Maximum number of zero bytes after the end. tar pads to whole records, and the largest records are about this long.
 const MAX_TAIL: u64 = 16 << 20;
-/// The largest size that fits a header's octal digits.
+/// Largest size that fits into the octal digits of a header.
 const MAX_OCTAL: u64 = 0o77_777_777_777;
 
-/// What a member is.
+/// Type of a member.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Kind {
     File,
@@ -31,37 +31,37 @@ pub(crate) enum Kind {
     Fifo,
 }
 
-/// A member.
+/// One member of the archive: its headers combined, without its contents.
 #[derive(Debug)]
 pub(crate) struct Member {
-    /// As it stands in the archive.
+    /// Path as written in the archive, unchecked.
     pub path: Vec<u8>,
     pub kind: Kind,
     pub mode: u32,
     pub uid: u64,
     pub gid: u64,
-    /// Seconds and nanoseconds.
+    /// Seconds since the Unix epoch, and nanoseconds.
     pub mtime: (i64, u32),
-    /// Of the file, holes included.
+    /// Size of the file in bytes, holes included.
     pub size: u64,
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
-    /// What it says about itself that cannot be restored anywhere.
+    /// Number of attributes that cannot be restored on any machine (ACLs with names instead of numbers).
     pub lost: u64,
 }
 
-/// Takes a block of a member's contents, with its offset in the file.
+/// Callback for a block of a member's contents. The first argument is its offset in the file.
 pub(super) type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), Error> + 'a;
 
-/// A stream that is read once.
+/// Reader of a tar stream. The stream needs no seek.
 pub(super) struct TarReader<R> {
     source: R,
-    /// Stored parts of the present member that were not handed out, last first.
+    /// Stored parts of the current member that were not handed out yet, in reverse order.
     parts: Vec<Part>,
-    /// Bytes from the end of the present member's data to the next block.
+    /// Bytes from the end of the current member's data to the next block.
     padding: u64,
 }
 
-/// Headers that belong to the next member.
+/// Extended headers read so far that apply to the next member.
 #[derive(Default)]
 struct Pending {
     extended: Option<Extended>,
@@ -74,13 +74,14 @@ impl<R: BufRead> TarReader<R> {
         Self { source, parts: Vec::new(), padding: 0 }
     }
 
-    /// The next member; `None` when the archive has ended and the stream with it. Contents that were not asked for are
-    /// skipped.
+    /// Returns the next member, or `None` once the archive and the stream have both ended. Skips contents that the
+    /// caller did not read.
     pub(super) fn next_member(&mut self) -> Result<Option<Member>, Error> {
         self.contents(&mut |_, _| Ok(()))?;
         let mut pending = Pending::default();
         loop {
             let block = self.block()?;
+            // An extended header without a member is an error: readers differ on whether it would be ignored.
             if block == [0; BLOCK] {
                 if pending.extended.is_some() || pending.long_name.is_some() || pending.long_link.is_some() {
                     return Err(archive(Reason::Damaged("a header belongs to no member".to_owned())));
@@ -100,6 +101,7 @@ impl<R: BufRead> TarReader<R> {
                     check_global(&data).map_err(refused)?;
                 }
                 b'L' | b'K' => {
+                    // GNU tar terminates a long name with a NUL and counts the NUL in the size.
                     let data = self.small(header.size).map_err(refused_by(&header))?;
                     let name = data.split(|&byte| byte == 0).next().unwrap_or_default().to_vec();
                     let slot = if header.typeflag == b'L' { &mut pending.long_name } else { &mut pending.long_link };
@@ -110,8 +112,7 @@ impl<R: BufRead> TarReader<R> {
         }
     }
 
-    /// Hands the present member's stored bytes out as they lie in the source's buffer, each block with its offset in the
-    /// file.
+    /// Passes the stored bytes of the current member to `take`, straight from the source's buffer.
     pub(super) fn contents(&mut self, take: &mut Take<'_>) -> Result<(), Error> {
         while let Some((mut offset, mut left)) = self.parts.pop() {
             while left > 0 {
@@ -137,8 +138,9 @@ impl<R: BufRead> TarReader<R> {
         let link = override_once(header.link, pending.long_link, extended.link)?;
         let stored = stored_size(header.size, extended.size).map_err(refused)?;
         let mut kind = match header.typeflag {
-            // Before POSIX a folder was a file whose name ends with a slash.
+            // Before POSIX, a folder was a file whose name ends with a slash.
             0 if path.ends_with(b"/") => Kind::Folder,
+            // `7` is a contiguous file of POSIX. GNU tar and libarchive unpack it as a regular one.
             0 | b'0' | b'7' | b'S' => Kind::File,
             b'1' => Kind::HardLink(link),
             b'2' => Kind::Symlink(link),
@@ -160,13 +162,14 @@ impl<R: BufRead> TarReader<R> {
             }
         }
         if kind != Kind::File && stored != 0 {
-            // Readers differ on whether data follows, and so on what the next header is.
+            // Readers disagree on whether data follows such a header, and so on the position of the next header.
             return Err(refused(Reason::SizeMismatch));
         }
         self.padding = stored.next_multiple_of(512) - stored;
         let (size, parts) = match (header.typeflag, extended.sparse) {
             (b'S', None) => self.gnu_sparse(block, stored).map_err(refused_path(&path))?,
             (b'0' | 0 | b'7', Some(sparse)) if kind == Kind::File => {
+                // GNU tar stores a placeholder in `path` and the real name in this key.
                 if let Some(name) = sparse.name {
                     path = name;
                 }
@@ -201,7 +204,7 @@ impl<R: BufRead> TarReader<R> {
         })
     }
 
-    /// GNU's old format: the map stands in the header and in blocks behind it.
+    /// Reads a map in GNU's old format: in the header, and in the blocks that follow it.
     fn gnu_sparse(&mut self, block: &Block, stored: u64) -> Result<(u64, Vec<Part>), Error> {
         let real = super::header::number(block.get(483..495).unwrap_or_default()).map_err(archive)?;
         let mut map = Map::new(real);
@@ -213,7 +216,7 @@ impl<R: BufRead> TarReader<R> {
         Ok((real, map.finish(stored).map_err(archive)?))
     }
 
-    /// Reads a map of format 1.0 off the front of the data; the bytes of data that are left.
+    /// Reads a map of format 1.0 off the front of the data. Returns the number of data bytes that remain.
     fn text_map(&mut self, map: &mut Map, stored: u64) -> Result<u64, Error> {
         let mut text = TextMap::default();
         let mut left = stored;
@@ -226,8 +229,9 @@ impl<R: BufRead> TarReader<R> {
         }
     }
 
-    /// The data of an extended header, with its padding.
+    /// Reads the data of an extended header, and its padding.
     fn small(&mut self, size: u64) -> Result<Vec<u8>, Error> {
+        // The limit is checked before the buffer is allocated: the size comes from the archive.
         let length = usize::try_from(size).ok().filter(|_| size <= MAX_EXTENDED);
         let length = length.ok_or_else(|| archive(Reason::LongHeader(MAX_EXTENDED)))?;
         let mut data = vec![0; length.next_multiple_of(BLOCK)];
@@ -242,7 +246,8 @@ impl<R: BufRead> TarReader<R> {
         Ok(block)
     }
 
-    /// After the first block of zeros: there must be nothing but zeros, whose end proves that the stream is whole.
+    /// Reads the rest after the first block of zeros. Only zeros may follow, and their end proves that the stream is
+    /// complete.
     fn finish(&mut self) -> Result<(), Error> {
         let mut tail: u64 = 0;
         loop {
@@ -258,17 +263,20 @@ impl<R: BufRead> TarReader<R> {
                 return Err(archive(Reason::Damaged("something follows its end".to_owned())));
             }
         }
-        // The end is two blocks of zeros: with one the stream may have been cut.
+        // POSIX ends an archive with two blocks of zeros. After only one, the stream may have been cut.
         if tail < 512 { Err(archive(Reason::Truncated)) } else { Ok(()) }
     }
 }
 
-/// How many bytes follow the header. A pax size counts (POSIX); where the header itself says something else that it could
-/// have said, another reader would find other members in the same bytes, and so the archive is refused.
+/// Returns the number of bytes that follow the header. A pax size takes precedence (POSIX). If the header could have
+/// held the same value but holds a different one, another reader would find other members in the same bytes. Such an
+/// archive is refused.
 fn stored_size(header: u64, extended: Option<u64>) -> Result<u64, Reason> {
     match extended {
         None => Ok(header),
         Some(size) if size == header => Ok(size),
+        // Values above the octal limit do not fit. Writers put zero, the maximum or the truncated value into the
+        // header.
         Some(size) if size > MAX_OCTAL && (header == 0 || header == MAX_OCTAL || header == size & MAX_OCTAL) => {
             Ok(size)
         }
@@ -276,7 +284,8 @@ fn stored_size(header: u64, extended: Option<u64>) -> Result<u64, Reason> {
     }
 }
 
-/// A name from the header, or from one extension; two would leave it to the reader which one counts.
+/// Returns the name from the header or from the one extension that gives it. Two extensions are refused: readers
+/// disagree on which one applies.
 fn override_once(header: Vec<u8>, gnu: Option<Vec<u8>>, pax: Option<Vec<u8>>) -> Result<Vec<u8>, Error> {
     match (gnu, pax) {
         (None, None) => Ok(header),
@@ -290,16 +299,18 @@ fn override_once(header: Vec<u8>, gnu: Option<Vec<u8>>, pax: Option<Vec<u8>>) ->
 fn put<T>(slot: &mut Option<T>, value: T) -> Result<(), Reason> {
     match slot.replace(value) {
         None => Ok(()),
+        // A second header of the same kind: some readers use the first one, others the last.
         Some(_) => Err(Reason::Damaged("a member has two extended headers of a kind".to_owned())),
     }
 }
 
-/// What the source has ready; never empty.
+/// Returns the bytes that the source has buffered, never an empty slice.
 fn available<R: BufRead>(source: &mut R) -> Result<&[u8], Error> {
     loop {
         match source.fill_buf() {
             Ok([]) => return Err(archive(Reason::Truncated)),
-            // Asked for again: a borrow that is returned from one arm of a loop would last for all of it.
+            // The buffer is requested again below. The borrow checker would extend a borrow returned here to the whole
+            // loop.
             Ok(_) => break,
             Err(err) if err.kind() == ErrorKind::Interrupted => {}
             Err(err) => return Err(read_error(err)),
@@ -316,7 +327,7 @@ fn archive(reason: Reason) -> Error {
     Refused::archive(reason).into()
 }
 
-/// Names the member in an error that came without a name.
+/// Adds the member's name to an error that has none.
 fn refused_by(header: &Header) -> impl FnOnce(Error) -> Error + use<> {
     refused_path(&header.path)
 }

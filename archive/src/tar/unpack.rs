@@ -1,5 +1,5 @@
-//! Members on the disk. Every name is reached part by part from the root's descriptor, and no link is ever followed:
-//! the guard has followed the archive's own, and those that were on the disk before are replaced.
+//! Writes members to the disk. Every path is opened part by part from the root's descriptor, and no link is followed.
+//! The guard has already resolved the archive's own links. A link that was on the disk before is replaced.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -21,24 +21,25 @@ use super::reader::{Kind, Member, TarReader};
 use crate::Error;
 
 const OPEN_FOLDER: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
-/// Of folders that the archive has no member for.
+/// Mode of folders for which the archive has no member.
 const FOLDER_MODE: Mode = Mode::from_bits_retain(0o755);
-/// Of files until their contents are written.
+/// Mode of files until their contents are written.
 const FILE_MODE: Mode = Mode::from_bits_retain(0o600);
 
-/// The folder that a tarball is unpacked into.
+/// The folder into which a tarball is unpacked.
 pub(super) struct Root {
     root: OwnedFd,
-    /// Open folders on the way to the one used last: neighbours stand together in an archive.
+    /// Open descriptors of the folders down to the one used last. Neighbours in an archive usually share a folder.
     stack: Vec<(Vec<u8>, OwnedFd)>,
-    /// Modes and times of folders are set at the end: what is written into them would change the times, and a mode may
-    /// forbid the writing.
+    /// Modes and times of folders, set at the end. Writing into a folder would change its times, and a mode may forbid
+    /// the writing.
     folders: Vec<(Vec<Vec<u8>>, Attributes)>,
+    /// True if the process runs as root.
     privileged: bool,
     not_restored: u64,
 }
 
-/// What a member says about itself besides its contents.
+/// Metadata of a member.
 struct Attributes {
     mode: Mode,
     uid: u64,
@@ -51,6 +52,7 @@ impl Attributes {
     fn of(member: &Member) -> Self {
         let (seconds, nanos) = member.mtime;
         let times = Timestamps {
+            // The access time of an archived file has no meaning on the new system.
             last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
             last_modification: Timespec { tv_sec: seconds, tv_nsec: nanos.into() },
         };
@@ -67,7 +69,7 @@ impl Root {
         Ok(Self { root, stack: Vec::new(), folders: Vec::new(), privileged, not_restored: 0 })
     }
 
-    /// Makes a member; `progress` gets the bytes of its contents that are written.
+    /// Creates a member. `progress` receives the bytes of its contents written so far.
     pub(super) fn make<R: BufRead>(
         &mut self,
         member: &Member,
@@ -91,6 +93,8 @@ impl Root {
             Kind::File => {
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let folder = self.folder(parents)?;
+                // O_EXCL and O_NOFOLLOW: the file is always new. A symbolic link of that name cannot redirect the
+                // write.
                 let file =
                     File::from(replacing(folder, name, || openat(folder, name, flags, FILE_MODE)).map_err(failed)?);
                 let shown = || member.path.escape_ascii();
@@ -103,7 +107,7 @@ impl Root {
                     Ok(())
                 })?;
                 if end < member.size {
-                    // A sparse file that ends with a hole.
+                    // The file ends with a hole, so its length is not set yet.
                     file.set_len(member.size).map_err(written)?;
                 }
                 self.dress(&file, &attributes)
@@ -112,6 +116,7 @@ impl Root {
             Kind::HardLink(_) => {
                 let (to, to_parents) =
                     place.target.as_deref().and_then(<[_]>::split_last).ok_or_else(|| failed(Errno::INVAL))?;
+                // The guard admits only an earlier file of this archive as target, so its folder exists.
                 let to_folder = self.folder(to_parents)?.try_clone().map_err(Error::io("open a folder"))?;
                 let to = OsStr::from_bytes(to);
                 let folder = self.folder(parents)?;
@@ -120,6 +125,7 @@ impl Root {
             Kind::Symlink(to) => {
                 let folder = self.folder(parents)?;
                 replacing(folder, name, || symlinkat(OsStr::from_bytes(to), folder, name)).map_err(failed)?;
+                // Without a mode: Linux ignores the mode of a symbolic link.
                 self.dress_by_name(parents, name, &attributes, None).map_err(failed)
             }
             Kind::Character(..) | Kind::Block(..) | Kind::Fifo | Kind::Folder => {
@@ -130,6 +136,8 @@ impl Root {
                 };
                 let folder = self.folder(parents)?;
                 match replacing(folder, name, || mknodat(folder, name, kind, FILE_MODE, device)) {
+                    // Without root (or in a container), device nodes cannot be created. They are counted, see
+                    // `not_restored`.
                     Err(Errno::PERM) => {
                         self.not_restored += 1;
                         Ok(())
@@ -141,10 +149,10 @@ impl Root {
         }
     }
 
-    /// Gives the folders their modes, owners and times; how many things could not be restored.
+    /// Sets modes, owners and times of the folders. Returns the number of things that could not be restored.
     pub(super) fn finish(mut self) -> Result<u64, Error> {
         let mut folders = std::mem::take(&mut self.folders);
-        // Deepest first: a folder that may not be entered any more has nothing below that is still to be done.
+        // Deepest first: once a mode forbids entering a folder, nothing below it remains to be done.
         folders.sort_by_key(|(path, _)| std::cmp::Reverse(path.len()));
         for (path, attributes) in &folders {
             let folder = self.folder(path)?.try_clone().map_err(Error::io("open a folder"))?;
@@ -156,7 +164,7 @@ impl Root {
         Ok(self.not_restored)
     }
 
-    /// Opens a folder, and makes what is missing on the way.
+    /// Opens a folder and creates missing parents with [`FOLDER_MODE`].
     fn folder(&mut self, path: &[Vec<u8>]) -> Result<&OwnedFd, Error> {
         let common = self.stack.iter().zip(path).take_while(|((open, _), wanted)| open == *wanted).count();
         self.stack.truncate(common);
@@ -170,7 +178,8 @@ impl Root {
         Ok(self.stack.last().map_or(&self.root, |(_, folder)| folder))
     }
 
-    /// Sets everything on an open file or folder. The owner comes first: changing it clears setuid and capabilities.
+    /// Sets all metadata of an open file or folder. The owner is set first: a change of owner clears setuid bits and
+    /// capabilities.
     fn dress(&mut self, file: &impl AsFd, attributes: &Attributes) -> Result<(), Errno> {
         if self.privileged {
             let done = owner(attributes).map(|(uid, gid)| fchown(file, Some(uid), Some(gid)));
@@ -179,10 +188,11 @@ impl Root {
         fchmod(file, attributes.mode)?;
         self.not_restored +=
             set_xattrs(&attributes.xattrs, |name, value| fsetxattr(file, name, value, XattrFlags::empty()))?;
+        // Times come last: nothing after this call writes to the file.
         futimens(file, &attributes.times)
     }
 
-    /// The same for what cannot be opened: links, devices.
+    /// Like [`Self::dress`], for links and devices. They cannot be opened without side effects.
     fn dress_by_name(
         &mut self,
         parents: &[Vec<u8>],
@@ -199,12 +209,14 @@ impl Root {
                     .map(|(uid, gid)| chownat(folder, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)),
             );
         }
+        // `chmodat` follows links, so a mode is passed for devices and pipes only.
         if let Some(mode) = mode {
             chmodat(folder, name, mode, AtFlags::empty())?;
         }
         let mut refused = 0;
         if !attributes.xattrs.is_empty() {
-            // There is no call that takes a folder and a name; this path leads to the same place. (proc(5), /proc/pid/fd)
+            // No system call sets an attribute by folder descriptor and name. This path leads to the same place
+            // (proc(5), /proc/pid/fd).
             let folder = format!("/proc/self/fd/{}", folder.as_raw_fd());
             refused = set_xattrs(&attributes.xattrs, |attribute, value| {
                 lsetxattr(Path::new(&folder).join(name), attribute, value, XattrFlags::empty())
@@ -215,7 +227,7 @@ impl Root {
         done.map_or(Ok(()), |done| self.count_owner(done))
     }
 
-    /// An owner that cannot be set (a user namespace, a file system without owners) is counted, not fatal.
+    /// Counts an owner that cannot be set (user namespace, file system without owners). Any other error is returned.
     fn count_owner(&mut self, done: Option<Result<(), Errno>>) -> Result<(), Errno> {
         match done {
             Some(Ok(())) => Ok(()),
@@ -228,12 +240,13 @@ impl Root {
     }
 }
 
-/// Sets attributes; how many this process or the file system may not have.
+/// Sets extended attributes. Returns the number that this process or the file system does not permit.
 fn set_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)], set: impl Fn(&OsStr, &[u8]) -> Result<(), Errno>) -> Result<u64, Errno> {
     let mut refused = 0;
     for (name, value) in xattrs {
         match set(OsStr::from_bytes(name), value) {
             Ok(()) => {}
+            // EINVAL: an ACL or a label that this kernel does not accept.
             Err(Errno::PERM | Errno::NOTSUP | Errno::ACCESS | Errno::INVAL) => refused += 1,
             Err(errno) => return Err(errno),
         }
@@ -241,7 +254,7 @@ fn set_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)], set: impl Fn(&OsStr, &[u8]) -> Resu
     Ok(refused)
 }
 
-/// The owner; `None` when the numbers are none that Linux has. (-1 would mean: do not change.)
+/// Returns the owner, or `None` if a number is outside Linux' range. The value -1 would mean "leave unchanged".
 fn owner(attributes: &Attributes) -> Option<(Uid, Gid)> {
     let valid = |id: u64| u32::try_from(id).ok().filter(|id| *id != u32::MAX);
     Some((Uid::from_raw(valid(attributes.uid)?), Gid::from_raw(valid(attributes.gid)?)))
@@ -250,18 +263,19 @@ fn owner(attributes: &Attributes) -> Option<(Uid, Gid)> {
 fn enter(parent: &OwnedFd, part: &OsStr) -> Result<OwnedFd, Errno> {
     match openat(parent, part, OPEN_FOLDER, Mode::empty()) {
         Err(Errno::NOENT) => {}
-        // Something else was there before, perhaps a link: it is replaced.
+        // Something other than a folder has the name, perhaps a link. The archive's folder replaces it.
         Err(Errno::NOTDIR | Errno::LOOP) => unlinkat(parent, part, AtFlags::empty())?,
         other => return other,
     }
     mkdirat(parent, part, FOLDER_MODE)?;
     let folder = openat(parent, part, OPEN_FOLDER, Mode::empty())?;
-    // Whatever this process' umask is.
+    // mkdir(2) applies the umask of the process, fchmod(2) does not.
     fchmod(&folder, FOLDER_MODE)?;
     Ok(folder)
 }
 
-/// Makes something; what had its name is removed first. Trying before looking saves a call for each of many files.
+/// Runs `make`, and removes an existing entry of that name if necessary. Trying first saves a system call per file: the
+/// name is free in nearly all cases.
 fn replacing<T>(folder: &OwnedFd, name: &OsStr, make: impl Fn() -> Result<T, Errno>) -> Result<T, Errno> {
     match make() {
         Err(Errno::EXIST) => {

@@ -1,18 +1,18 @@
-//! Unpacking, and the builder of tarballs that tests share.
+//! Tests of unpacking, and a builder of tarballs for all tests of this module.
 
 use std::fs;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
 
 use super::{check_tar, unpack_tar};
 
-/// A member with a header of its own, lies included.
+/// A member whose header may contradict its data.
 #[derive(Clone)]
 pub(super) struct Member {
     pub path: Vec<u8>,
     pub kind: u8,
     pub link: Vec<u8>,
     pub data: Vec<u8>,
-    /// Instead of the data's.
+    /// Size in the header. `None`: the length of `data`.
     pub size: Option<u64>,
     pub mode: u32,
     pub mtime: u64,
@@ -30,11 +30,12 @@ pub(super) fn member(path: &str, kind: u8) -> Member {
     }
 }
 
-/// A pax header for the member that follows.
+/// Builds a pax header for the member that follows.
 pub(super) fn pax(records: &[(&str, &str)]) -> Member {
     let mut data = Vec::new();
     for (key, value) in records {
         let rest = key.len() + value.len() + 3;
+        // The length includes its own digits (POSIX), so it is searched.
         let length = (rest..).find(|length| rest + length.to_string().len() == *length).unwrap();
         data.extend(format!("{length} {key}={value}\n").into_bytes());
     }
@@ -90,6 +91,7 @@ fn everything_a_system_has_is_unpacked_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
     let members = [
         Member { mode: 0o750, mtime: 5, ..member("./", b'5') },
+        // Mode 0555: the members below must be written before the mode is set.
         Member { mode: 0o555, mtime: 1234, ..member("./usr/", b'5') },
         Member { mode: 0o4755, ..data("./usr/sudo", b"binary") },
         to("./usr/link", b'1', "./usr/sudo"),
@@ -131,6 +133,7 @@ fn unpacking_again_replaces_what_is_there() {
     let dir = tempfile::tempdir().unwrap();
     let outside = tempfile::tempdir().unwrap();
     fs::write(outside.path().join("f"), "untouched").unwrap();
+    // Links from an earlier system must be replaced, not followed.
     symlink(outside.path(), dir.path().join("d")).unwrap();
     symlink(outside.path().join("f"), dir.path().join("f")).unwrap();
     let members = [data("d/f", b"new"), data("f", b"new"), to("l", b'2', "f"), to("h", b'1', "f")];
@@ -155,6 +158,7 @@ fn hostile_tarballs_leave_nothing_outside() {
         vec![data(&format!("{absolute}/x"), b"x")],
         vec![to("l", b'2', "../out"), data("l/x", b"x")],
         vec![to("l", b'2', absolute), data("l/x", b"x")],
+        // Each step looks harmless alone: `a` is the folder itself, `a/l` its parent.
         vec![to("a", b'2', "."), to("a/l", b'2', ".."), data("a/l/out/x", b"x")],
         vec![to("h", b'1', "../out/secret"), data("h", b"x")],
         vec![to("l", b'2', "../out"), to("h", b'1', "l/secret")],
@@ -226,6 +230,7 @@ fn holes_stay_holes_in_every_sparse_format() {
         assert_eq!(&part, b"tail\0\0\0\0", "{name}");
         let metadata = file.metadata().unwrap();
         assert_eq!(metadata.len(), size);
+        // Reading zeros proves nothing about holes; the allocated blocks do.
         assert!(metadata.blocks() * 512 < 1 << 20, "{name} takes {} blocks", metadata.blocks());
     }
 }
@@ -237,6 +242,7 @@ fn attributes_and_devices_are_restored_or_counted() {
     let summary = unpack_tar(&*tar(&members), dir.path(), &mut |_| ()).unwrap();
     let mut value = [0; 16];
     let attribute = rustix::fs::getxattr(dir.path().join("f"), "user.marco", &mut value);
+    // Rights differ between machines: root and user namespaces may create devices, others may not.
     let device = dir.path().join("null").symlink_metadata().is_ok_and(|made| {
         made.file_type().is_char_device()
             && made.rdev() == rustix::fs::makedev(1, 3)

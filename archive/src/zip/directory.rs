@@ -1,4 +1,4 @@
-//! The central directory and the local headers, which must say the same (PKWARE's APPNOTE.TXT, section 4.3).
+//! The central directory and the local headers, which must agree (PKWARE's APPNOTE.TXT, section 4.3).
 
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 
@@ -6,9 +6,9 @@ use super::names::Names;
 use super::{MAX_ENTRIES, MAX_RATIO, MAX_UNPACKED, RATIO_FREE};
 use crate::{Error, Reason, Refused};
 
-/// Largest central directory that is read: 4096 entries with names and extra fields of a kilobyte each.
+/// Maximum size of the central directory in bytes: 4096 entries with 1 KiB of names and extra fields each.
 const MAX_DIRECTORY: u64 = 4 << 20;
-/// Size of the end record without its comment.
+/// Size of the end record in bytes, without its comment.
 const END_SIZE: u64 = 22;
 const END_SIGNATURE: [u8; 4] = *b"PK\x05\x06";
 const CENTRAL_SIGNATURE: u32 = 0x0201_4b50;
@@ -21,17 +21,17 @@ const FLAG_DESCRIPTOR: u16 = 1 << 3;
 const FLAG_PATCH: u16 = 1 << 5;
 const FLAG_UTF8: u16 = 1 << 11;
 
-/// How contents are packed.
+/// Compression method of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Method {
     Store,
     Deflate,
 }
 
-/// An entry whose headers were checked.
+/// An entry with checked headers.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Its path, without the slash that ends a folder's.
+    /// Path without the slash at the end of a folder's name.
     pub name: String,
     pub folder: bool,
     pub method: Method,
@@ -41,7 +41,7 @@ pub(super) struct Entry {
     pub data_start: u64,
 }
 
-/// A central header.
+/// A header of the central directory.
 struct Central {
     raw_name: Vec<u8>,
     flags: u16,
@@ -53,7 +53,7 @@ struct Central {
     local_offset: u32,
 }
 
-/// Reads little-endian fields one after another; at the end of the bytes it is refused as truncated.
+/// Reader of little-endian fields. Returns `Truncated` at the end of the bytes.
 struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
@@ -70,7 +70,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Every entry, in the order of the directory, all headers and names checked.
+/// Returns all entries in the order of the central directory, with headers and names checked.
 pub(super) fn read<R: Read + Seek>(reader: &mut R) -> Result<Vec<Entry>, Error> {
     let (count, directory, directory_start) = read_directory(reader)?;
     let mut fields = Fields(&directory);
@@ -102,7 +102,7 @@ pub(super) fn read<R: Read + Seek>(reader: &mut R) -> Result<Vec<Entry>, Error> 
     if !fields.0.is_empty() {
         return Err(damaged("the central directory has more than its entries"));
     }
-    // Every byte belongs to exactly one entry: nothing is hidden, and no bytes are unpacked twice.
+    // Every byte belongs to exactly one entry. Nothing is hidden, and no bytes are unpacked twice (the overlap bomb).
     extents.sort_unstable();
     let mut at = 0;
     for (start, end) in extents {
@@ -117,9 +117,10 @@ pub(super) fn read<R: Read + Seek>(reader: &mut R) -> Result<Vec<Entry>, Error> 
     Ok(entries)
 }
 
-/// The number of entries, the central directory's bytes, and where it starts.
+/// Returns the number of entries, the bytes of the central directory, and its offset.
 fn read_directory<R: Read + Seek>(reader: &mut R) -> Result<(u16, Vec<u8>, u64), Error> {
     let length = reader.seek(SeekFrom::End(0)).map_err(Error::io("seek in the zip"))?;
+    // The end record has a comment of up to 64 KiB behind it, so it is searched from the end.
     let tail_start = length.saturating_sub(END_SIZE + u64::from(u16::MAX));
     let tail = read_at(reader, tail_start, length - tail_start)?;
     let end_at = tail
@@ -132,7 +133,7 @@ fn read_directory<R: Read + Seek>(reader: &mut R) -> Result<(u16, Vec<u8>, u64),
     let (disk, directory_disk, count_here, count) = (end.u16()?, end.u16()?, end.u16()?, end.u16()?);
     let (size, start, comment) = (end.u32()?, end.u32()?, end.u16()?);
     if end.0.len() != usize::from(comment) {
-        // The last signature must be the end record's, or two readers could find two directories.
+        // The comment must end with the file. Otherwise a signature inside it gives another reader another directory.
         return Err(damaged("bytes follow the end record"));
     }
     if count == u16::MAX || size == u32::MAX || start == u32::MAX {
@@ -151,6 +152,7 @@ fn read_directory<R: Read + Seek>(reader: &mut R) -> Result<(u16, Vec<u8>, u64),
     if size > MAX_DIRECTORY {
         return Err(damaged("the central directory is too large"));
     }
+    // Data in front of the archive (a self-extracting zip) would shift all offsets for lenient readers.
     if start + size != end_start {
         return Err(damaged("the central directory does not end where the end record begins"));
     }
@@ -179,10 +181,10 @@ fn read_central(fields: &mut Fields<'_>) -> Result<Central, Refused> {
     Ok(Central { raw_name, flags, method, crc, packed_size, size, attributes, local_offset })
 }
 
-/// Extra fields that would change name or size for another reader.
+/// Refuses extra fields that would change name or size for another reader.
 fn check_extra(raw_name: &[u8], extra: &[u8]) -> Result<(), Refused> {
     let mut fields = Fields(extra);
-    // Some writers pad with a few zero bytes, too few for a header.
+    // Some writers pad with one to three zero bytes, too few for a header.
     while fields.0.len() >= 4 {
         let (id, len) = (fields.u16()?, fields.u16()?);
         let data = fields
@@ -193,6 +195,7 @@ fn check_extra(raw_name: &[u8], extra: &[u8]) -> Result<(), Refused> {
                 let why = "it has zip64 fields, which boot files never need; pack it again without them";
                 return Err(Refused::entry(raw_name, Reason::Damaged(why.to_owned())));
             }
+            // Info-ZIP's Unicode path. Readers that know it use this name instead of the header's.
             0x7075 if data.get(5..) != Some(raw_name) => {
                 return Err(Refused::entry(raw_name, Reason::HeaderMismatch("the name (Unicode path field)")));
             }
@@ -214,10 +217,12 @@ fn check_central(central: &Central) -> Result<(String, bool, Method), Reason> {
         8 => Method::Deflate,
         other => return Err(Reason::Method(other)),
     };
+    // Without compression the sizes are equal. A difference would shift the next entry.
     if method == Method::Store && central.packed_size != central.size {
         return Err(Reason::HeaderMismatch("the packed size"));
     }
     let name = std::str::from_utf8(&central.raw_name).map_err(|_| Reason::NotUtf8)?;
+    // Without the flag, the name's encoding is the reader's choice (CP437, or its locale).
     if !name.is_ascii() && central.flags & FLAG_UTF8 == 0 {
         return Err(Reason::NotUtf8);
     }
@@ -225,7 +230,7 @@ fn check_central(central: &Central) -> Result<(String, bool, Method), Reason> {
         Some(folder) => (folder, true),
         None => (name, false),
     };
-    // Upper half: a Unix mode, whatever system the entry says it is from. Lower half: MS-DOS attributes.
+    // Upper half: Unix mode. It is honoured for any "made by" system. Lower half: MS-DOS attributes.
     let wanted_type = if folder { 0o040_000 } else { 0o100_000 };
     let unix_type = (central.attributes >> 16) & 0o170_000;
     let dos_folder = central.attributes & 0x10 != 0;
@@ -243,8 +248,8 @@ fn check_central(central: &Central) -> Result<(String, bool, Method), Reason> {
     Ok((name.to_owned(), folder, method))
 }
 
-/// Compares the local header, and the data descriptor where there is one; answers where the contents begin, and where
-/// the entry ends.
+/// Compares the local header and the optional data descriptor with the central header. Returns the offset of the
+/// contents and the end of the entry.
 fn check_local<R: Read + Seek>(reader: &mut R, central: &Central) -> Result<(u64, u64), Error> {
     let refused = |reason| Error::from(Refused::entry(&central.raw_name, reason));
     let mismatch = |what| refused(Reason::HeaderMismatch(what));
@@ -260,7 +265,7 @@ fn check_local<R: Read + Seek>(reader: &mut R, central: &Central) -> Result<(u64
     let (crc, packed_size, size) = (fields.u32()?, fields.u32()?, fields.u32()?);
     let (name_len, extra_len) = (u64::from(fields.u16()?), u64::from(fields.u16()?));
     let described = flags & FLAG_DESCRIPTOR != 0;
-    // With a descriptor the sizes stand behind the contents, and the header may have zeros.
+    // With a descriptor, the sizes follow the contents, and the local header may have zeros.
     let fits = |local: u32, value: u32| local == value || (described && local == 0);
     if flags != central.flags {
         return Err(mismatch("the flags"));
@@ -292,7 +297,7 @@ fn check_local<R: Read + Seek>(reader: &mut R, central: &Central) -> Result<(u64
     let mut end = data_end + 12;
     let mut first = fields.u32()?;
     if first == DESCRIPTOR_SIGNATURE {
-        // The signature is optional; a checksum that looks like it is taken for it, and then does not fit.
+        // The signature is optional. A checksum that equals it is read as the signature, and the comparison then fails.
         first = fields.u32()?;
         end += 4;
     }

@@ -1,18 +1,18 @@
-//! Names that a FAT partition can hold, each once.
+//! Rules for names: storable on FAT, and unique there.
 
 use std::collections::HashMap;
 
 use crate::Reason;
 
-/// Longest path, in bytes.
+/// Maximum length of a path in bytes.
 const MAX_PATH: usize = 1024;
-/// Longest part of a path, in UTF-16 units: VFAT's limit.
+/// Maximum length of a path's part in UTF-16 units: VFAT's limit.
 const MAX_PART: usize = 255;
 
-/// Most parts of a path. A set has two.
+/// Maximum number of parts of a path. Our sets use two.
 const MAX_DEPTH: usize = 16;
 
-/// The names seen so far, folded as FAT compares them.
+/// Names seen so far, by the form in which FAT compares them.
 #[derive(Debug, Default)]
 pub(super) struct Names(HashMap<String, Seen>);
 
@@ -20,12 +20,12 @@ pub(super) struct Names(HashMap<String, Seen>);
 struct Seen {
     spelling: String,
     folder: bool,
-    /// An entry of its own, not only the parent of one.
+    /// False for a parent that was only implied by its children.
     listed: bool,
 }
 
 impl Names {
-    /// Takes a name, or says which rule it breaks.
+    /// Adds a name, or returns the rule that it breaks.
     pub(super) fn add(&mut self, name: &str, folder: bool) -> Result<(), Reason> {
         check(name)?;
         let parents = name.match_indices('/').filter_map(|(at, _)| name.get(..at));
@@ -36,8 +36,9 @@ impl Names {
     }
 
     fn put(&mut self, name: &str, folder: bool, listed: bool) -> Result<(), Reason> {
-        // Through both cases, so that letters with several lower-case forms fall together.
+        // Both conversions: some letters have several lower-case forms and must compare equal.
         let folded = name.to_uppercase().to_lowercase();
+        // A parent with another spelling is refused too: on FAT the two folders are one.
         let seen = self.0.entry(folded).or_insert_with(|| Seen { spelling: name.to_owned(), folder, listed: false });
         if seen.spelling != name || (listed && seen.listed) {
             return Err(Reason::Duplicate);
@@ -63,6 +64,7 @@ fn check(name: &str) -> Result<(), Reason> {
     if name.chars().any(char::is_control) {
         return Err(Reason::ControlCharacter);
     }
+    // A drive letter makes a path absolute for readers on Windows.
     if name.starts_with('/') || name.as_bytes().get(1) == Some(&b':') {
         return Err(Reason::AbsolutePath);
     }
@@ -85,6 +87,7 @@ fn check_part(part: &str) -> Result<(), Reason> {
     if part.contains(['<', '>', ':', '"', '|', '?', '*']) {
         return Err(Reason::FatName("it has one of < > : \" | ? *"));
     }
+    // VFAT drops dots and spaces at the end, so two names would become one.
     if part.ends_with(['.', ' ']) || part.starts_with(' ') {
         return Err(Reason::FatName("it begins with a space, or ends with a dot or a space"));
     }
@@ -92,7 +95,7 @@ fn check_part(part: &str) -> Result<(), Reason> {
     if is_device(stem) {
         return Err(Reason::FatName("it is a reserved device name"));
     }
-    // VFAT gives long names short aliases; a file of that name would open, and replace, the other one.
+    // VFAT gives long names short aliases like `LONGNA~1`. A file of that name would open and replace the other file.
     if let Some((head, tail)) = stem.rsplit_once('~')
         && stem.len() <= 8
         && !head.is_empty()

@@ -1,4 +1,4 @@
-//! Hostile zips, made byte by byte where writers refuse to make them.
+//! Hostile zips, assembled byte by byte. Common writers refuse to create them.
 
 use std::io::{Cursor, Write as _};
 use std::path::Path;
@@ -9,7 +9,7 @@ use flate2::write::DeflateEncoder;
 use super::{MAX_ENTRIES, MAX_UNPACKED, check_zip, unpack_zip};
 use crate::{Error, Reason};
 
-/// One entry, with every field of both headers open to lies.
+/// An entry whose two headers can be set independently.
 #[derive(Clone)]
 struct Item {
     name: Vec<u8>,
@@ -144,6 +144,7 @@ fn a_zip_of_a_common_writer_is_read_and_unpacked() {
 
 #[test]
 fn a_streamed_zip_with_data_descriptors_is_taken() {
+    // A writer to a pipe does not know sizes and checksum in advance, and appends them.
     let items = [Item { descriptor: true, ..deflated("a", b"aaaaaaaaaa") }, item("d/", b"")];
     let items = [items[0].clone(), Item { attributes: 0o040_755 << 16 | 0x10, ..items[1].clone() }];
     assert_eq!(check_zip(Cursor::new(zip(&items))).unwrap().entries, 2);
@@ -169,6 +170,7 @@ fn hostile_names_are_refused_each_with_its_reason() {
         (&"x/".repeat(17), Reason::Depth(16)),
     ] {
         let entry = item(name, b"");
+        // With the mode of a regular file, a folder would be refused as NotAFile first.
         let attributes = if name.ends_with('/') { 0 } else { entry.attributes };
         assert_eq!(reason(zip(&[Item { attributes, ..entry }])), expected, "{name:?}");
     }
@@ -213,6 +215,7 @@ fn links_devices_and_labels_are_refused() {
 
 #[test]
 fn encryption_and_other_methods_are_refused() {
+    // Traditional encryption, strong encryption, and a masked directory.
     for flag in [1, 1 << 6, 1 << 13] {
         assert_eq!(reason(zip(&[Item { flags: flag, ..item("a", b"x") }])), Reason::Encrypted);
     }
@@ -227,6 +230,7 @@ fn two_headers_that_differ_are_refused() {
     assert_eq!(reason(zip(std::slice::from_ref(&size))), Reason::HeaderMismatch("the size"));
     let described = Item { descriptor: true, ..size };
     assert_eq!(reason(zip(&[described])), Reason::HeaderMismatch("the data descriptor"));
+    // Info-ZIP's Unicode path with the name `b` for the entry `a`.
     let mut unicode = vec![0x75, 0x70, 6, 0, 1, 0, 0, 0, 0, b'b'];
     assert!(matches!(reason(zip(&[Item { extra: unicode.clone(), ..item("a", b"x") }])), Reason::HeaderMismatch(_)));
     unicode[9] = b'a';
@@ -254,7 +258,7 @@ fn contents_that_are_not_what_the_headers_say_are_refused() {
 #[test]
 fn overlapping_entries_and_gaps_are_refused() {
     assert_eq!(reason(zip_with_gap(&[item("a", b"x")], b"hidden")), Reason::Overlap);
-    // Two directory entries for the same bytes: the bomb of many names and one kernel of data.
+    // Two directory entries for the same bytes: the overlap bomb, with many names and one block of data.
     let one = zip(&[item("a", b"x")]);
     let directory = one.len() - 22 - 47;
     let mut bytes = one[..directory].to_vec();
@@ -270,6 +274,7 @@ fn overlapping_entries_and_gaps_are_refused() {
 
 #[test]
 fn bombs_are_refused_before_they_are_unpacked() {
+    // The limits apply to the headers, before anything is decompressed.
     let many: Vec<Item> = (0..=MAX_ENTRIES).map(|n| item(format!("f{n}"), b"")).collect();
     assert_eq!(reason(zip(&many)), Reason::TooManyEntries(MAX_ENTRIES));
     assert_eq!(reason(zip(&[deflated("a", &vec![0; 4 << 20])])), Reason::Ratio(200));
@@ -303,6 +308,7 @@ fn a_flipped_bit_is_never_taken_for_something_else() {
         let mut flipped = whole.clone();
         flipped[bit / 8] ^= 1 << (bit % 8);
         if let Ok(summary) = check_zip(Cursor::new(&flipped)) {
+            // A flip may hit a field without effect, such as a time. The files must be the same.
             assert_eq!(summary.files, good.files, "bit {bit} changed what is unpacked");
         }
     }

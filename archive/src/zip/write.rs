@@ -1,4 +1,4 @@
-//! Files and folders below an open folder, never through a link.
+//! Creates files and folders below an open folder. Never follows a link.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -10,11 +10,11 @@ use rustix::io::Errno;
 use crate::Error;
 
 const OPEN_FOLDER: OFlags = OFlags::DIRECTORY.union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
-/// The partition's mount options decide on a FAT; elsewhere boot files are for everyone to read.
+/// Mode of files. On FAT the mount options override it; elsewhere everyone may read boot files.
 const FILE_MODE: Mode = Mode::from_bits_retain(0o644);
 const FOLDER_MODE: Mode = Mode::from_bits_retain(0o755);
 
-/// The folder that a zip is unpacked into.
+/// The folder into which a zip is unpacked.
 pub(super) struct Folder(OwnedFd);
 
 impl Folder {
@@ -29,7 +29,7 @@ impl Folder {
         self.descend(name).map(drop)
     }
 
-    /// A new, empty file in place of whatever had its name.
+    /// Creates an empty file and replaces an existing one of that name.
     pub(super) fn create(&self, name: &str) -> Result<File, Error> {
         let failed = |errno: Errno| Error::io(format!("create {name:?}"))(errno.into());
         let parent;
@@ -40,6 +40,7 @@ impl Folder {
             }
             None => (&self.0, name),
         };
+        // O_EXCL and O_NOFOLLOW: the file is always new. A symbolic link of that name cannot redirect the write.
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(folder, part, flags, FILE_MODE) {
             Err(Errno::EXIST) => {
@@ -51,10 +52,11 @@ impl Folder {
         file.map(File::from).map_err(failed)
     }
 
-    /// Opens a folder below, and makes what is missing on the way.
+    /// Opens a folder below this one and creates missing parents.
     fn descend(&self, name: &str) -> Result<OwnedFd, Error> {
         let failed = |errno: Errno| Error::io(format!("make the folder {name:?}"))(errno.into());
         let mut folder = self.0.try_clone().map_err(Error::io("open a folder"))?;
+        // Part by part with O_NOFOLLOW: a link on the disk cannot lead out of the folder.
         for part in name.split('/') {
             match mkdirat(&folder, part, FOLDER_MODE) {
                 Ok(()) | Err(Errno::EXIST) => {}

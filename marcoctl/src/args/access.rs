@@ -10,7 +10,7 @@ use marco_proto::v1;
 use super::Paging;
 use super::values::{Pair, duration, instant, pair};
 
-/// What a user or a service may do.
+/// Role of a user or a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum RoleArg {
     /// Reads everything but secrets
@@ -19,7 +19,7 @@ pub(crate) enum RoleArg {
     Operator,
     /// Reads, and writes artifacts
     Publisher,
-    /// May everything
+    /// May do everything
     Admin,
 }
 
@@ -34,10 +34,10 @@ impl From<RoleArg> for v1::Role {
     }
 }
 
-/// What can be done with users.
+/// Subcommands of `users`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum UsersCommand {
-    /// Make a user, with a key that is made here and a certificate for it
+    /// Create a user, with a key generated on this machine and a certificate for it
     #[command(after_help = "\
 The key never leaves this machine. NAME.key (mode 0600), NAME.crt and ca.crt are written, so that this works at once:
   marcoctl users create kim --role operator --selector room=a1 --out kim
@@ -45,9 +45,9 @@ The key never leaves this machine. NAME.key (mode 0600), NAME.crt and ca.crt are
     Create(CreateUser),
     /// List users
     List(Paging),
-    /// Change what a user may do; within 5 s also on its open streams
+    /// Change a user's rights; takes effect within 5 s, also on open streams
     Update(UpdateUser),
-    /// Shut a user out and revoke its certificates; within 5 s also its open streams
+    /// Shut a user out and revoke its certificates; within 5 s also on open streams
     Revoke {
         /// Name or id
         user: String,
@@ -57,44 +57,46 @@ The key never leaves this machine. NAME.key (mode 0600), NAME.crt and ca.crt are
 /// Flags of `users create`.
 #[derive(Debug, Args)]
 pub(crate) struct CreateUser {
-    /// Its name, and that of the files
+    /// Name of the user, and of the files
     pub(crate) name: String,
-    /// What it may do
+    /// Role of the user
     #[arg(long)]
     pub(crate) role: RoleArg,
     /// Limit it to nodes with this label; repeats, or takes a list with commas (viewers and operators)
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
     pub(crate) selector: Vec<Pair>,
-    /// How long its certificate is valid
+    /// Validity of the certificate
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "365d")]
     pub(crate) ttl: Duration,
-    /// Folder for the files, made if it is not there [default: the --certs folder]
+    /// Folder for the files, created if necessary [default: the --certs folder]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
 }
 
 /// Flags of `users update`.
 #[derive(Debug, Args)]
+// An update without a change is a mistake, not a success.
 #[group(id = "change", required = true, multiple = true)]
 pub(crate) struct UpdateUser {
     /// Name or id
     #[arg(group = "who")]
     pub(crate) user: String,
-    /// What it may do from now on
+    /// New role of the user
     #[arg(long, group = "change")]
     pub(crate) role: Option<RoleArg>,
     /// Limit it to nodes with this label; repeats, or takes a list with commas
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair, group = "change")]
     pub(crate) selector: Vec<Pair>,
-    /// Do not limit it any more
+    /// Remove the limit to nodes
+    // An empty selector means unchanged, so lifting the limit needs a flag of its own.
     #[arg(long, conflicts_with = "selector", group = "change")]
     pub(crate) all_nodes: bool,
 }
 
-/// What can be done with API tokens.
+/// Subcommands of `api-tokens`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ApiTokensCommand {
-    /// Make a token for a service, to be shown as `authorization: Bearer TOKEN`; it is printed this once
+    /// Create a token for a service, to be sent as `authorization: Bearer TOKEN`; it is printed only once
     #[command(after_help = "\
 The token alone goes to stdout, what it allows to stderr:
   marcoctl api-tokens create grafana --role viewer > token && chmod 600 token
@@ -103,7 +105,7 @@ The token alone goes to stdout, what it allows to stderr:
     Create(CreateApiToken),
     /// List tokens, without their secrets
     List(Paging),
-    /// Make a token useless; within 5 s also its open streams
+    /// Invalidate a token; within 5 s also on open streams
     Revoke {
         /// Name or id
         token: String,
@@ -113,25 +115,25 @@ The token alone goes to stdout, what it allows to stderr:
 /// Flags of `api-tokens create`.
 #[derive(Debug, Args)]
 pub(crate) struct CreateApiToken {
-    /// Its name; it is never given twice
+    /// Name of the token; a name is never used twice
     pub(crate) name: String,
-    /// What it may do
+    /// Role of the service
     #[arg(long)]
     pub(crate) role: RoleArg,
     /// Limit it to nodes with this label; repeats, or takes a list with commas (viewers and operators)
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
     pub(crate) selector: Vec<Pair>,
-    /// How long it works
+    /// Lifetime of the token
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "90d")]
     pub(crate) ttl: Duration,
 }
 
-/// What can be done with certificates.
+/// Subcommands of `certs`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum CertsCommand {
     /// List the certificates of users and nodes, newest first
     List(ListCerts),
-    /// Make a certificate useless; within 5 s also its open streams
+    /// Revoke a certificate; within 5 s also on open streams
     Revoke {
         /// Name or serial number
         certificate: String,
@@ -141,17 +143,17 @@ pub(crate) enum CertsCommand {
 /// Flags of `certs list`.
 #[derive(Debug, Args)]
 pub(crate) struct ListCerts {
-    /// Only those of this user or node
+    /// Only certificates of this user or node
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     pub(crate) subject: String,
-    /// Only those that are neither revoked nor expired
+    /// Only certificates that are neither revoked nor expired
     #[arg(long)]
     pub(crate) valid: bool,
     #[command(flatten)]
     pub(crate) paging: Paging,
 }
 
-/// What can be done with the record of calls.
+/// Subcommands of `audit`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum AuditCommand {
     /// List calls that changed something or were refused, newest first
@@ -176,7 +178,7 @@ pub(crate) struct ListAudit {
     /// Only calls that were refused or failed
     #[arg(long)]
     pub(crate) refused: bool,
-    /// At most so many; all unless said
+    /// Maximum number of entries; by default all
     #[arg(long, value_name = "N")]
     pub(crate) limit: Option<usize>,
     #[command(flatten)]

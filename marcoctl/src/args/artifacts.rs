@@ -7,10 +7,10 @@ use clap::{Args, Subcommand, ValueEnum};
 use super::Paging;
 use crate::ask::Force;
 
-/// What can be done with artifacts.
+/// Subcommands of `artifacts`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ArtifactsCommand {
-    /// Store a file: hash it, send what the controller has not got yet, have it checked
+    /// Store a file: hash it, send the bytes that the controller does not have, and have it checked
     #[command(after_help = "\
 Examples:
   marcoctl artifacts push raspios-lite.tar.xz --kind image
@@ -22,12 +22,12 @@ where it broke; so is a push that is simply started again.")]
     Push(Push),
     /// List artifacts
     List(ListArtifacts),
-    /// Show everything that is known of an artifact
+    /// Show everything that is known about an artifact
     Get {
         /// Name or id
         artifact: String,
     },
-    /// Remove a name, and the bytes when no other name has them
+    /// Remove a name, and the bytes if no other name uses them
     Delete {
         /// Names or ids
         #[arg(required = true)]
@@ -35,15 +35,15 @@ where it broke; so is a push that is simply started again.")]
         #[command(flatten)]
         force: Force,
     },
-    /// Let every approved node fetch an artifact by its name, whatever its work is
+    /// Let every approved node fetch an artifact by its name, regardless of its work
     Open {
         /// Name or id
         artifact: String,
-        /// From the file mirror, as installers of the 2015 system do
+        /// On the file mirror, used by installers of the 2015 system
         #[arg(long, required = true)]
         mirror: bool,
     },
-    /// Give an artifact only to nodes whose work or board it is for, as before it was opened
+    /// Give an artifact only to nodes whose work or board needs it, as before it was opened
     Close {
         /// Name or id
         artifact: String,
@@ -66,16 +66,17 @@ where it broke; so is a push that is simply started again.")]
 pub(crate) struct Push {
     /// A tarball or a whole-disk image (plain, gzip, xz or zstd) of an operating system, or a zip of boot files
     pub(crate) file: PathBuf,
-    /// What the file is
+    /// Kind of the file
     #[arg(long)]
     pub(crate) kind: Kind,
-    /// What it shall be called; by default the file's name without .tar, .tar.*, .tgz, .zip or .img*
+    /// Name of the artifact; by default the file's name without .tar, .tar.*, .tgz, .zip or .img*
     #[arg(long, value_name = "ID")]
     pub(crate) name: Option<String>,
-    /// For a bootcode, what it starts; by default the installer
+    /// Purpose of a bootcode; by default the installer
     #[arg(long)]
     pub(crate) purpose: Option<Purpose>,
-    /// How many attempts in a row may break without a byte getting further; the pauses between them grow to 10 s
+    /// Attempts in a row that may fail without progress; the pauses between them grow to 10 s
+    // With 15 attempts the pauses add up to a minute and a half, enough for a restart of the controller.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = 15)]
     pub(crate) tries: u32,
 }
@@ -83,14 +84,14 @@ pub(crate) struct Push {
 /// Flags of `artifacts list`.
 #[derive(Debug, Args)]
 pub(crate) struct ListArtifacts {
-    /// Only those of this kind
+    /// Only artifacts of this kind
     #[arg(long)]
     pub(crate) kind: Option<Kind>,
     #[command(flatten)]
     pub(crate) paging: Paging,
 }
 
-/// What an artifact is.
+/// Kind of an artifact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Kind {
     /// An operating system as a tarball or a whole-disk image.
@@ -99,7 +100,7 @@ pub(crate) enum Kind {
     Bootcode,
 }
 
-/// What a bootcode starts.
+/// Purpose of a bootcode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Purpose {
     /// The pre-boot installer.

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::Format;
 
-/// What can be done with sets of boot files.
+/// Subcommands of `bootcode`.
 #[derive(Debug, Subcommand)]
 #[allow(clippy::large_enum_variant, reason = "there is one, from the command line")]
 pub(crate) enum BootcodeCommand {
@@ -31,6 +31,7 @@ The same files make the same bytes; times are SOURCE_DATE_EPOCH, else that of th
 #[derive(Debug, Args)]
 pub(crate) struct BuildBootcode {
     /// A system's root: an unpacked or mounted Raspberry Pi OS or Debian; repeats, the first that has a file wins
+    // Several roots allow an overlay, for example own programs over a mounted system.
     #[arg(long = "root", value_name = "DIR", required_unless_present = "packages")]
     pub(crate) roots: Vec<PathBuf>,
     /// A Debian package, or a folder of them; repeats, and comes before roots
@@ -42,13 +43,13 @@ pub(crate) struct BuildBootcode {
     /// The zip to write
     #[arg(short = 'o', long = "file", value_name = "FILE")]
     pub(crate) file: PathBuf,
-    /// Take the kernel of this architecture; agent and programs may be of another one that it runs
+    /// Use the kernel of this architecture; agent and programs may be for another one that it runs
     #[arg(long)]
     pub(crate) arch: Option<Arch>,
-    /// Take the kernel of this version, where there are several
+    /// Use the kernel of this version, if there are several
     #[arg(long, value_name = "VERSION")]
     pub(crate) kernel: Option<String>,
-    /// A board that it is for; repeats; by default all whose device trees the kernel has
+    /// Board to support; repeats; by default all boards that the kernel has device trees for
     #[arg(long = "board", value_name = "BOARD")]
     pub(crate) boards: Vec<Board>,
     /// One more kernel module, for example for another file system or network adapter; repeats
@@ -57,23 +58,23 @@ pub(crate) struct BuildBootcode {
     /// One more program with its libraries, by its path, for example /sbin/mkfs.btrfs; repeats
     #[arg(long = "program", value_name = "PATH")]
     pub(crate) programs: Vec<String>,
-    /// The kernel's command line, in place of the usual one
+    /// Kernel command line, replacing the default one
     #[arg(long, value_name = "TEXT")]
     pub(crate) cmdline: Option<String>,
-    /// How the initramfs is compressed; by default with zstd when the kernel is known to read it
+    /// Compression of the initramfs; by default zstd if the kernel is known to read it
     #[arg(long, value_name = "HOW")]
     pub(crate) compress: Option<Packing>,
-    /// How to print what was built
-    // `-o` is the file here, so the flag for all commands is given anew without its short form.
+    /// Format of the output
+    // `-o` is the file here. The global flag is declared again without its short form.
     #[arg(id = "output", long, value_name = "FORMAT", env = "MARCO_OUTPUT", default_value = "table")]
     #[arg(help_heading = "Connection and output")]
     pub(crate) output: Format,
 }
 
-/// An architecture by Debian's names.
+/// An architecture by its Debian name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Arch {
-    /// ARMv6 without hardware floating point in calls: every Pi, also the first.
+    /// ARMv6 with soft-float calls: every Pi, including the first.
     Armel,
     /// ARMv7: Pi 2 and later.
     Armhf,
@@ -84,10 +85,11 @@ pub(crate) enum Arch {
 }
 
 impl Arch {
-    /// Whether a kernel of this architecture runs programs of the other one.
+    /// Returns true if a kernel of this architecture runs programs of the other one.
     pub(crate) fn runs(self, program: Self) -> bool {
         match self {
             Self::Armel => program == Self::Armel,
+            // Soft and hard float differ only between programs and libraries. The kernel runs both.
             Self::Armhf => matches!(program, Self::Armel | Self::Armhf),
             Self::Arm64 => program != Self::Amd64,
             Self::Amd64 => program == Self::Amd64,
@@ -137,12 +139,12 @@ impl fmt::Display for Board {
     }
 }
 
-/// How an initramfs is compressed.
+/// Compression of an initramfs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Packing {
-    /// Smaller and faster; kernels since 5.9.
+    /// Smaller and faster. Needs kernel 5.9 or later.
     Zstd,
-    /// Every kernel.
+    /// Supported by every kernel.
     Gzip,
 }
 

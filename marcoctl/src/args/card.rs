@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use super::Board;
 use super::values::{Pair, duration, pair, size};
 
-/// What can be done with cards.
+/// Subcommands of `card`.
 #[derive(Debug, Subcommand)]
 #[allow(clippy::large_enum_variant, reason = "there is one, from the command line")]
 pub(crate) enum CardCommand {
@@ -27,27 +27,28 @@ anything on it is in use, and everything on it is lost. A file is made sparse; w
 /// Flags of `card write`.
 #[derive(Debug, Args)]
 pub(crate) struct WriteCard {
-    /// A whole device such as /dev/sdX or /dev/mmcblk0, or an image file to make
+    /// A whole device such as /dev/sdX or /dev/mmcblk0, or an image file to create
     pub(crate) target: PathBuf,
-    /// How many cards; between two of them you are asked for the next
+    /// Number of cards; you are asked before each next one
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000), default_value_t = 1)]
     pub(crate) count: u32,
-    /// The installer's set, from `bootcode build`; by default the controller's default bootcode
+    /// Zip with the installer's boot files, from `bootcode build`; by default the controller's default bootcode
     #[arg(long, value_name = "ZIP")]
     pub(crate) bootcode: Option<PathBuf>,
-    /// The board family whose default bootcode is taken; else the default for any board
+    /// Board family whose default bootcode is used; else the default for any board
     #[arg(long, value_name = "FAMILY", conflicts_with = "bootcode")]
     pub(crate) board: Option<Board>,
-    /// Folder with the Pi's firmware (bootcode.bin, start*.elf, fixup*.dat), when the set has none
+    /// Folder with the Pi's firmware (bootcode.bin, start*.elf, fixup*.dat), if the zip has none
     #[arg(long, value_name = "DIR")]
     pub(crate) firmware: Option<PathBuf>,
     /// Size of an image file
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "4GiB")]
     pub(crate) size: u64,
-    /// Take the join token from this file; by default a new one is made for all the cards
+    /// File with the join token; by default a new token is created for all cards
     #[arg(long, value_name = "FILE")]
     pub(crate) token_file: Option<PathBuf>,
-    /// How long the new token works
+    /// Lifetime of the new token
+    // Longer than for `tokens create`: a card may wait for days before it is put into a Pi.
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "7d", conflicts_with = "token_file")]
     pub(crate) ttl: Duration,
     /// Pis that join with the new token wait until an admin approves them
@@ -56,30 +57,30 @@ pub(crate) struct WriteCard {
     /// Label that these Pis get; repeats
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair, conflicts_with = "token_file")]
     pub(crate) labels: Vec<Pair>,
-    /// Address at which Pis reach the controller; repeats; by default that of --controller, or none (discovery) when
-    /// that is this machine's own
+    /// Address at which Pis reach the controller; repeats; by default that of --controller, or none (discovery) if that
+    /// is this machine itself
     #[arg(long = "join", value_name = "HOST:PORT")]
     pub(crate) join: Vec<String>,
     /// Address of the enrolment listener; repeats; by default the controllers' hosts, port 1347
     #[arg(long = "enroll", value_name = "HOST:PORT")]
     pub(crate) enroll: Vec<String>,
-    /// The id that the node asks for; with --count NAME-1, NAME-2 and so on; else made from its serial number
+    /// Id that the node asks for; with --count NAME-1, NAME-2 and so on; by default made from its serial number
     #[arg(long, value_name = "NAME")]
     pub(crate) node_name: Option<String>,
-    /// Settings of the installer, put on the card as marco/install.toml
+    /// Settings of the installer, stored on the card as marco/install.toml
     #[arg(long, value_name = "FILE")]
     pub(crate) install_config: Option<PathBuf>,
     /// A userconf.txt (user and hashed password), passed through to the installed system
     #[arg(long, value_name = "FILE")]
     pub(crate) userconf: Option<PathBuf>,
-    /// Have the SSH server switched on, by an empty file `ssh` as Raspberry Pi OS reads it
+    /// Switch on the SSH server, by an empty file `ssh` as Raspberry Pi OS reads it
     #[arg(long)]
     pub(crate) ssh: bool,
-    /// Folder with files for the first boot of every installed system: user-data, network-config, meta-data, userconf.txt,
-    /// ssh, ssh.txt, custom.toml; those in its folders KEY=VALUE are for nodes with that label
+    /// Folder with files for the first boot of every installed system: user-data, network-config, meta-data,
+    /// userconf.txt, ssh, ssh.txt, custom.toml; files in subfolders KEY=VALUE are for nodes with that label
     #[arg(long, value_name = "DIR")]
     pub(crate) first_boot: Option<PathBuf>,
-    /// Do not ask: what is on the device, or the file that exists, is lost
+    /// Do not ask; the contents of the device or of an existing file are lost
     #[arg(long)]
     pub(crate) yes: bool,
 }

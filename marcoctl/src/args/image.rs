@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 use super::Format;
 
-/// What can be done with images.
+/// Subcommands of `image`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
     /// Pack a system's root into a tarball that can be pushed as an image
@@ -34,12 +34,12 @@ The ending of FILE says how it is compressed: .tar, .tar.gz, .tar.xz or .tar.zst
 /// Flags of `image pack`.
 #[derive(Debug, Args)]
 pub(crate) struct PackImage {
-    /// The root: a folder, where a card is mounted, a device such as /dev/sdX, a partition, or an image file of one
+    /// The root: a folder, a mount point of a card, a device such as /dev/sdX, a partition, or an image file
     pub(crate) source: PathBuf,
     /// The tarball to write
     #[arg(short = 'o', long = "file", value_name = "FILE")]
     pub(crate) file: PathBuf,
-    /// Leave out what fits this pattern (*, ?, [a-z], **); repeats
+    /// Leave out paths that match this pattern (*, ?, [a-z], **); repeats
     #[arg(long = "exclude", value_name = "PATTERN")]
     pub(crate) exclude: Vec<String>,
     /// Pack /proc, /sys, /dev, /run, /tmp and lost+found as well
@@ -48,14 +48,14 @@ pub(crate) struct PackImage {
     /// Pack keys, machine-id and the like as well: for a backup of one machine, not for an image for many
     #[arg(long)]
     pub(crate) keep_identity: bool,
-    /// Pack what is mounted below the root as well
+    /// Also pack file systems that are mounted below the root
     #[arg(long)]
     pub(crate) cross_file_systems: bool,
-    /// How hard to compress; by default 10 for zstd, 6 for gzip and xz
+    /// Compression level; by default 10 for zstd, 6 for gzip and xz
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=19))]
     pub(crate) level: Option<u32>,
-    /// How to print what was packed
-    // `-o` is the file here, so the flag for all commands is given anew without its short form.
+    /// Format of the output
+    // `-o` is the file here. The global flag is declared again without its short form.
     #[arg(id = "output", long, value_name = "FORMAT", env = "MARCO_OUTPUT", default_value = "table")]
     #[arg(help_heading = "Connection and output")]
     pub(crate) output: Format,

@@ -5,17 +5,17 @@ use clap::{Args, Subcommand};
 use super::Paging;
 use super::values::{LabelEdit, Pair, label_edit, pair};
 
-/// What can be done with nodes.
+/// Subcommands of `nodes`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum NodesCommand {
     /// List nodes
     List(ListNodes),
-    /// Show everything that is known of a node
+    /// Show everything that is known about a node
     Get {
         /// Name or id
         node: String,
     },
-    /// Show nodes as they are now and then each that changes, until interrupted
+    /// Show nodes as they are now, then each one that changes, until interrupted
     Watch(NodeSelection),
     /// Set and remove labels, or the display name
     #[command(after_help = "\
@@ -26,7 +26,7 @@ Examples:
   marcoctl nodes label --selector room=a1 floor=1   sets one on all that have another
   marcoctl nodes label pi-01 --display-name \"Left of the door\"")]
     Label(Label),
-    /// Admit nodes that are held or quarantined, or another key of a node; --all and --selector take only those that are held
+    /// Admit held or quarantined nodes, or another key of a node; --all and --selector admit only held nodes
     #[command(after_help = "\
 Examples:
   marcoctl nodes approve pi-01 pi-02
@@ -35,19 +35,19 @@ Examples:
     Approve {
         #[command(flatten)]
         nodes: Nodes,
-        /// SHA-256 of the key to approve, 64 hexadecimal digits; needed when more than one key may be meant
+        /// SHA-256 of the key to approve, 64 hexadecimal digits; needed if several keys wait
         #[arg(long, value_name = "SHA256", default_value = "", hide_default_value = true)]
         fingerprint: String,
     },
-    /// Cut nodes' streams and give them no more work
+    /// Cut nodes' streams and assign them no work
     Quarantine {
         #[command(flatten)]
         nodes: Nodes,
-        /// Why, for the history
+        /// Reason, for the history
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
-    /// Decide about what a node says and the controller cannot take (`nodes get` shows it)
+    /// Settle a conflict between a node's report and the controller's record (`nodes get` shows it)
     #[command(after_help = "\
 A node and the controller can disagree after the database was restored, or lost its last seconds.
 Examples:
@@ -58,22 +58,24 @@ Examples:
     Delete {
         #[command(flatten)]
         nodes: Nodes,
-        /// Also end its unfinished work: what waits is cancelled, the rest fails
+        /// Also end its unfinished work: pending parts are cancelled, others fail
         #[arg(long)]
+        // Not `ask::Force`: this is a field of the request. The controller refuses to delete a node with active work.
         force: bool,
     },
 }
 
 /// Arguments of `nodes resolve`.
 #[derive(Debug, Args)]
+// Neither is the default: the operator must decide which side is right.
 #[group(id = "decision", required = true, multiple = false, args = ["accept", "abandon"])]
 pub(crate) struct Resolve {
     /// Name or id
     pub(crate) node: String,
-    /// Take what the node says, without proof; what ended other than FAILED stays as it is
+    /// Accept the node's report without proof; an end other than FAILED stays as it is
     #[arg(long)]
     pub(crate) accept: bool,
-    /// End what is unfinished FAILED, and have the node cancel what it still does
+    /// End unfinished work as FAILED, and have the node cancel the rest
     #[arg(long)]
     pub(crate) abandon: bool,
 }
@@ -87,7 +89,7 @@ pub(crate) struct ListNodes {
     pub(crate) paging: Paging,
 }
 
-/// Which nodes.
+/// Filter of nodes.
 #[derive(Debug, Args)]
 pub(crate) struct NodeSelection {
     /// Only those with this label; repeats, or takes a list with commas
@@ -98,7 +100,7 @@ pub(crate) struct NodeSelection {
     pub(crate) connected: bool,
 }
 
-/// Nodes that are changed: exactly one of the three.
+/// Nodes to change. Exactly one of the three must be given.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Nodes {
@@ -125,22 +127,23 @@ pub(crate) struct Label {
     /// The nodes with this label; repeats, or takes a list with commas: all of them must be there
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = pair)]
     pub(crate) selector: Vec<Pair>,
-    /// A name for people
+    /// Display name
     #[arg(long, value_name = "TEXT")]
     pub(crate) display_name: Option<String>,
 }
 
 impl Label {
-    /// Nodes and edits, told apart. A word with `=` is an edit, and so is one that ends with `-`, unless it stands where
-    /// a node must: first, without --all and --selector.
+    /// Splits the words into nodes and edits. A word with `=` is an edit. A word ending in `-` is also an edit, except
+    /// at the place where a node is required: the first word, without --all and --selector.
     ///
     /// # Errors
-    /// What is missing or too much, as a sentence.
+    /// Returns a sentence about the missing or superfluous argument.
     pub(crate) fn read(self) -> Result<(Nodes, Vec<LabelEdit>), String> {
         let by_name = !self.all && self.selector.is_empty();
         let mut nodes = Vec::new();
         let mut edits = Vec::new();
         for (place, word) in self.words.into_iter().enumerate() {
+            // A node's id may end with a hyphen. In the first place the word can only be a node.
             let must_be_node = by_name && place == 0 && !word.contains('=');
             let is_edit = word.contains('=') || (word.ends_with('-') && !word.starts_with("nodes/"));
             if is_edit && !must_be_node {
@@ -180,7 +183,7 @@ mod tests {
     fn nodes_and_labels_are_told_apart() {
         let (Nodes { nodes, .. }, edits) = label(&["pi-01", "pi-02", "room=a1", "role-"]).read().unwrap();
         assert_eq!((nodes, edits.len()), (vec!["pi-01".to_owned(), "pi-02".to_owned()], 2));
-        // An id may end with a dash; the first word is a node's.
+        // An id may end with a hyphen, and the first word is a node.
         let (Nodes { nodes, .. }, edits) = label(&["pi-", "nodes/b-", "role-"]).read().unwrap();
         assert_eq!((nodes, edits.len()), (vec!["pi-".to_owned(), "nodes/b-".to_owned()], 1));
         let (all, edits) = label(&["--all", "role-", "a=b"]).read().unwrap();

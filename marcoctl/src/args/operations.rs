@@ -9,7 +9,7 @@ use super::Paging;
 use super::values::{FailureLimit, Pair, duration, failure_limit, instant, pair};
 use crate::ask::Force;
 
-/// What can be done with operations.
+/// Subcommands of `operations`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum OperationsCommand {
     /// Restart nodes
@@ -21,7 +21,7 @@ Examples:
   marcoctl operations reboot --all --max-in-flight 10 --canary 1 --max-failures 5%
   marcoctl operations reboot --all --group-by switch --max-per-group 2")]
     Reboot(Create),
-    /// Power nodes off; they come back only when somebody turns them on
+    /// Power nodes off; they stay off until someone turns them on
     PowerOff(Create),
     /// Install an image and start it; or, without --image, only replace the boot files
     #[command(after_help = "\
@@ -35,12 +35,12 @@ up goes back to the installer by itself and stays reachable.")]
     Update(CreateUpdate),
     /// List operations, newest first
     List(ListOperations),
-    /// Show an operation and what became of it on each node
+    /// Show an operation and its result on each node
     Get {
         /// Name or id
         operation: String,
     },
-    /// List what became of an operation on each node
+    /// List the results of an operation, one per node
     Executions {
         /// Name or id
         operation: String,
@@ -58,7 +58,7 @@ up goes back to the installer by itself and stays reachable.")]
         #[arg(long, value_name = "DURATION", value_parser = duration)]
         timeout: Option<Duration>,
     },
-    /// Ask that an operation stop; nodes past the point of no return finish what they do
+    /// Stop an operation; nodes past the point of no return finish their part
     Cancel {
         /// Name or id
         operation: String,
@@ -67,7 +67,7 @@ up goes back to the installer by itself and stays reachable.")]
     Pause {
         /// Name or id
         operation: String,
-        /// Why, for the history
+        /// Reason, for the history
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
@@ -76,7 +76,7 @@ up goes back to the installer by itself and stays reachable.")]
         /// Name or id
         operation: String,
     },
-    /// Do it again, as a new operation, on the nodes where it did not succeed
+    /// Repeat it as a new operation on the nodes that did not succeed
     Retry {
         /// Name or id of an operation that has ended
         operation: String,
@@ -85,13 +85,13 @@ up goes back to the installer by itself and stays reachable.")]
         #[command(flatten)]
         force: Force,
     },
-    /// Say why a node is where it is, and what can be done
+    /// Explain the state of an operation's nodes, and the possible next steps
     Explain(WhichExecutions),
-    /// Show what a node logged of its part, when that ended failed or rolled back: the installer's lines above all
+    /// Show a node's log of its part, if it failed or was rolled back: mostly the installer's lines
     Log(OneExecution),
-    /// Give up a node that is overdue: its part ends as failed
+    /// Give up an overdue node: its part ends as failed
     Abandon(OneExecution),
-    /// List what happened to an operation, in order
+    /// List the events of an operation, in order
     Events {
         /// Name or id
         operation: String,
@@ -100,21 +100,21 @@ up goes back to the installer by itself and stays reachable.")]
     },
 }
 
-/// What every new operation takes.
+/// Flags of every command that creates an operation.
 #[derive(Debug, Args)]
 pub(crate) struct Create {
     #[command(flatten)]
     pub(crate) target: Target,
-    /// When the notice starts; by default now
+    /// Start of the notice; by default now
     #[arg(long, value_name = "RFC3339", value_parser = instant)]
     pub(crate) at: Option<DateTime<Utc>>,
-    /// After this time nothing is begun any more; by default 24 hours after --at
+    /// No node begins after this time; by default 24 hours after --at
     #[arg(long, value_name = "RFC3339", value_parser = instant)]
     pub(crate) expires: Option<DateTime<Utc>>,
-    /// How long logged-in users are warned before; by default 2m, 0s is at once
+    /// Warning time for logged-in users; by default 2m, 0s is at once
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) notice: Option<Duration>,
-    /// Shown to logged-in users
+    /// Text shown to logged-in users
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) message: String,
     #[command(flatten)]
@@ -123,41 +123,44 @@ pub(crate) struct Create {
     pub(crate) window: WindowFlags,
     #[command(flatten)]
     pub(crate) wait: Wait,
-    /// Create nothing: say for each node whether it would be begun at once, would wait, or would refuse it; exit code 1
-    /// when one would refuse
+    /// Create nothing: say for each node whether it would begin at once, wait, or refuse; exit code 1 if one would
+    /// refuse
+    // Nothing is created, so there is nothing to wait for.
     #[arg(long, conflicts_with = "wait")]
     pub(crate) dry_run: bool,
     #[command(flatten)]
     pub(crate) force: Force,
 }
 
-/// How it goes over the nodes; without any of these all at once, and nothing pauses it.
+/// Flags of the rollout. Without any of them all nodes begin at once, and nothing pauses the operation.
 #[derive(Debug, Args)]
 pub(crate) struct RolloutFlags {
-    /// How many nodes at once
+    /// Maximum number of nodes at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) max_in_flight: Option<i32>,
-    /// So many nodes must succeed before the rest is begun; it pauses when one of them fails
+    /// This many nodes must succeed before the rest begins; the operation pauses if one of them fails
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) canary: Option<i32>,
-    /// Pause when more nodes than this failed or are overdue
+    /// Pause when more nodes than this have failed or are overdue
     #[arg(long, value_name = "N|P%", value_parser = failure_limit)]
     pub(crate) max_failures: Option<FailureLimit>,
-    /// The label whose values make groups, for example switch; the nodes without it are one group
+    /// Label whose values form groups, for example switch; the nodes without it are one group
+    // A label without a limit would have no effect, and a limit without a label no meaning.
     #[arg(long, value_name = "LABEL", requires = "max_per_group")]
     pub(crate) group_by: Option<String>,
-    /// How many nodes of one group at once
+    /// Maximum number of nodes of one group at once
     #[arg(long, value_name = "K", requires = "group_by", value_parser = clap::value_parser!(i32).range(1..))]
     pub(crate) max_per_group: Option<i32>,
 }
 
-/// When nodes may be begun; without these at any time.
+/// Flags of the maintenance window. Without them nodes begin at any time.
 #[derive(Debug, Args)]
 pub(crate) struct WindowFlags {
     /// Begin nodes only in a maintenance window that opens at these times, for example "0 22 * * 1-5"
+    // There is no default length: too long a window would let nodes restart during the working day.
     #[arg(long, value_name = "CRON", requires = "window_duration")]
     pub(crate) window_cron: Option<String>,
-    /// How long the window stays open
+    /// Length of time that the window stays open
     #[arg(long, value_name = "DURATION", value_parser = duration, requires = "window_cron")]
     pub(crate) window_duration: Option<Duration>,
     /// The window's time zone, for example Europe/Madrid; by default UTC
@@ -165,7 +168,7 @@ pub(crate) struct WindowFlags {
     pub(crate) window_zone: Option<String>,
 }
 
-/// What an update takes besides.
+/// Additional flags of an update.
 #[derive(Debug, Args)]
 pub(crate) struct CreateUpdate {
     #[command(flatten)]
@@ -176,17 +179,18 @@ pub(crate) struct CreateUpdate {
     /// The boot files; by default the board's default
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     pub(crate) bootcode: String,
-    /// Make the home partition anew instead of keeping it
+    /// Recreate the home partition instead of keeping it
     #[arg(long, requires = "image")]
     pub(crate) discard_home: bool,
-    /// Write the image of a whole disk to the whole card as it is; everything on the card is lost, home and the installer
-    /// too, and there is no way back without hands if the new system does not come up
+    /// Write a whole-disk image to the whole card as it is; everything on the card is lost, including home and the
+    /// installer, and a system that does not come up needs someone at the board
     #[arg(long, requires = "image")]
     pub(crate) raw: bool,
 }
 
-/// On which nodes: exactly one of the three.
+/// Nodes of the operation. Exactly one of the three must be given.
 #[derive(Debug, Args)]
+// Every node only by --all: an empty list must never mean all of them.
 #[group(id = "target", required = true, multiple = false)]
 pub(crate) struct Target {
     /// Names or ids
@@ -200,10 +204,10 @@ pub(crate) struct Target {
     pub(crate) selector: Vec<Pair>,
 }
 
-/// Whether to wait for the end.
+/// Flags for waiting until the operation ends.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Wait {
-    /// Show the progress and wait for the end; exit code 1 when a node did not succeed
+    /// Show the progress and wait for the end; exit code 1 if a node did not succeed
     #[arg(long)]
     pub(crate) wait: bool,
     /// Stop waiting after this time, with exit code 4; the operation goes on
@@ -211,7 +215,7 @@ pub(crate) struct Wait {
     pub(crate) timeout: Option<Duration>,
 }
 
-/// One execution, or those of an operation that have not succeeded.
+/// One execution, or all executions of an operation that have not succeeded.
 #[derive(Debug, Args)]
 pub(crate) struct WhichExecutions {
     /// Name or id of the operation, or the full name of an execution
@@ -232,17 +236,17 @@ pub(crate) struct OneExecution {
 /// Flags of `operations list`.
 #[derive(Debug, Args)]
 pub(crate) struct ListOperations {
-    /// Only those in this state; repeats, or takes a list with commas
+    /// Only operations in this state; repeats, or takes a list with commas
     #[arg(long, value_name = "STATE", value_delimiter = ',')]
     pub(crate) state: Vec<OperationStateArg>,
-    /// Only those with a part for this node
+    /// Only operations with a part for this node
     #[arg(long, value_name = "NODE", default_value = "", hide_default_value = true)]
     pub(crate) node: String,
     #[command(flatten)]
     pub(crate) paging: Paging,
 }
 
-/// `Operation.State`, as it is written on the command line.
+/// Names of `Operation.State` on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OperationStateArg {
     Scheduled,
@@ -254,7 +258,7 @@ pub(crate) enum OperationStateArg {
     Cancelled,
 }
 
-/// `Execution.State`, as it is written on the command line.
+/// Names of `Execution.State` on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ExecutionStateArg {
     Pending,

@@ -9,7 +9,7 @@ use super::values::{Pair, duration, instant, pair};
 use super::{Paging, RolloutFlags, Target, WindowFlags};
 use crate::ask::Force;
 
-/// What can be done with schedules.
+/// Subcommands of `schedules`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum SchedulesCommand {
     /// Make operations recur
@@ -30,7 +30,7 @@ at each fire. A window's zone is --zone unless --window-zone says otherwise.")]
         /// Name or id
         schedule: String,
     },
-    /// Change a schedule; what no flag names stays as it is
+    /// Change a schedule; without a flag for it, a setting stays as it is
     #[command(after_help = "\
 Examples:
   marcoctl schedules update nightly --cron \"30 3 * * *\"
@@ -43,7 +43,7 @@ A new cron or zone counts from now. Operations that were made before stay as the
     Pause {
         /// Name or id
         schedule: String,
-        /// Why; shown with the schedule and with each instant that is skipped
+        /// Reason; shown with the schedule and with each skipped instant
         #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
         reason: String,
     },
@@ -57,7 +57,7 @@ A new cron or zone counts from now. Operations that were made before stay as the
         /// Name or id
         schedule: String,
     },
-    /// Make its operation now, besides its times
+    /// Create its operation now, in addition to its times
     RunNow {
         /// Name or id
         schedule: String,
@@ -68,7 +68,7 @@ Examples:
   marcoctl schedules next nightly
   marcoctl schedules next --cron \"0,30 2 * * *\" --zone Europe/Madrid --from 2030-03-30T00:00:00Z --count 5")]
     Next(Next),
-    /// List what became of its instants, latest first: fired, skipped or missed, and why
+    /// List the results of its instants, latest first: fired, skipped or missed, with the reason
     Fires {
         /// Name or id
         schedule: String,
@@ -86,13 +86,13 @@ pub(crate) struct CreateSchedule {
     /// Id of the new schedule
     #[arg(value_name = "ID")]
     pub(crate) schedule: String,
-    /// When, as a cron expression
+    /// Times, as a cron expression
     #[arg(long, value_name = "CRON")]
     pub(crate) cron: String,
-    /// Time zone in which it is read
+    /// Time zone of the cron expression
     #[arg(long, value_name = "ZONE", default_value = "UTC")]
     pub(crate) zone: String,
-    /// What each fire does
+    /// Action of each fire
     #[arg(long, value_name = "ACTION")]
     pub(crate) action: ActionArg,
     #[command(flatten)]
@@ -103,92 +103,95 @@ pub(crate) struct CreateSchedule {
     /// The boot files, for an update; by default the board's default
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     pub(crate) bootcode: String,
-    /// How long logged-in users are warned before; by default 2m, 0s is at once
+    /// Warning time for logged-in users; by default 2m, 0s is at once
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) notice: Option<Duration>,
-    /// Shown to logged-in users
+    /// Text shown to logged-in users
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) message: String,
     #[command(flatten)]
     pub(crate) rollout: RolloutFlags,
     #[command(flatten)]
     pub(crate) window: WindowFlags,
-    /// Each node begins up to this much later, always by the same share
+    /// Maximum delay of a node; each node always waits the same share of it
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) jitter: Option<Duration>,
-    /// What has not begun this long after a fire is not begun any more; by default 24h
+    /// No node begins later than this after a fire; by default 24h
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) expire_after: Option<Duration>,
-    /// What is done about fires that come too late: skip them, or make up for them once
+    /// Policy for fires that come too late: skip them, or make up for them once
     #[arg(long, value_name = "POLICY", default_value = "skip")]
     pub(crate) missed_fire: MissedFireArg,
-    /// What is done about a fire while an operation of the schedule is unfinished
+    /// Policy for a fire while an operation of the schedule is unfinished
     #[arg(long, value_name = "POLICY", default_value = "skip")]
     pub(crate) overlap: OverlapArg,
     #[command(flatten)]
     pub(crate) force: Force,
 }
 
-/// Flags of `schedules update`: each is a change.
+/// Flags of `schedules update`. `None`: unchanged.
 #[derive(Debug, Args)]
 pub(crate) struct UpdateSchedule {
     /// Name or id
     #[arg(value_name = "ID")]
     pub(crate) schedule: String,
-    /// When, as a cron expression
+    /// Times, as a cron expression
     #[arg(long, value_name = "CRON")]
     pub(crate) cron: Option<String>,
-    /// Time zone in which it is read
+    /// Time zone of the cron expression
     #[arg(long, value_name = "ZONE")]
     pub(crate) zone: Option<String>,
-    /// What each fire does
+    /// Action of each fire
     #[arg(long, value_name = "ACTION")]
     pub(crate) action: Option<ActionArg>,
     #[command(flatten)]
     pub(crate) target: OtherTarget,
-    /// The image to install; empty: only the boot files change
+    /// Image to install; empty: only the boot files change
     #[arg(long, value_name = "ID")]
     pub(crate) image: Option<String>,
-    /// The boot files, for an update; empty: the board's default
+    /// Boot files of an update; empty: the board's default
     #[arg(long, value_name = "ID")]
     pub(crate) bootcode: Option<String>,
-    /// How long logged-in users are warned before
+    /// Warning time for logged-in users
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) notice: Option<Duration>,
-    /// Shown to logged-in users
+    /// Text shown to logged-in users
     #[arg(long, value_name = "TEXT")]
     pub(crate) message: Option<String>,
     #[command(flatten)]
     pub(crate) rollout: RolloutFlags,
-    /// All nodes at once again, and nothing pauses it
+    /// Remove the rollout: all nodes at once, and nothing pauses the operation
+    // `None` means unchanged, so removing needs a flag of its own.
     #[arg(long, conflicts_with_all = ["max_in_flight", "canary", "max_failures", "group_by", "max_per_group"])]
     pub(crate) no_rollout: bool,
     #[command(flatten)]
     pub(crate) window: WindowFlags,
-    /// Begin nodes at any time again
+    /// Remove the window: nodes begin at any time
+    // As for the rollout: `None` means unchanged.
     #[arg(long, conflicts_with_all = ["window_cron", "window_duration", "window_zone"])]
     pub(crate) no_window: bool,
-    /// Each node begins up to this much later, always by the same share; 0s: at once
+    /// Maximum delay of a node; each node always waits the same share of it; 0s: no delay
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) jitter: Option<Duration>,
-    /// What has not begun this long after a fire is not begun any more
+    /// No node begins later than this after a fire
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) expire_after: Option<Duration>,
-    /// What is done about fires that come too late: skip them, or make up for them once
+    /// Policy for fires that come too late: skip them, or make up for them once
     #[arg(long, value_name = "POLICY")]
     pub(crate) missed_fire: Option<MissedFireArg>,
-    /// What is done about a fire while an operation of the schedule is unfinished
+    /// Policy for a fire while an operation of the schedule is unfinished
     #[arg(long, value_name = "POLICY")]
     pub(crate) overlap: Option<OverlapArg>,
     #[command(flatten)]
     pub(crate) force: Force,
 }
 
-/// On which other nodes: at most one of the three.
+/// New target nodes. At most one of the three may be given.
 #[derive(Debug, Args)]
+// A group of its own, because a change does not require a target.
 #[group(id = "other_target", multiple = false)]
 pub(crate) struct OtherTarget {
-    /// Names or ids, instead of the targets so far
+    /// Names or ids, replacing the current targets
     #[arg(value_name = "NODE")]
     pub(crate) nodes: Vec<String>,
     /// Every approved node
@@ -203,23 +206,24 @@ pub(crate) struct OtherTarget {
 #[derive(Debug, Args)]
 pub(crate) struct Next {
     /// Name or id
+    // Either a stored schedule or an expression: a stored one has its own cron and zone.
     #[arg(value_name = "ID", required_unless_present = "cron", conflicts_with_all = ["cron", "zone"])]
     pub(crate) schedule: Option<String>,
-    /// An expression that is not stored
+    /// A cron expression that is not stored
     #[arg(long, value_name = "CRON")]
     pub(crate) cron: Option<String>,
-    /// Its time zone; by default UTC
+    /// Time zone of --cron; by default UTC
     #[arg(long, value_name = "ZONE", requires = "cron")]
     pub(crate) zone: Option<String>,
-    /// Fires later than this; by default now
+    /// Only fires later than this; by default now
     #[arg(long, value_name = "RFC3339", value_parser = instant)]
     pub(crate) from: Option<DateTime<Utc>>,
-    /// How many
+    /// Number of fires
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=1000), default_value_t = 10)]
     pub(crate) count: i32,
 }
 
-/// The action of a schedule, as it is written on the command line.
+/// Names of a schedule's actions on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ActionArg {
     Reboot,
@@ -227,21 +231,21 @@ pub(crate) enum ActionArg {
     Update,
 }
 
-/// `Schedule.MissedFire`, as it is written on the command line.
+/// Names of `Schedule.MissedFire` on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum MissedFireArg {
     Skip,
     Once,
 }
 
-/// `Schedule.Overlap`, as it is written on the command line.
+/// Names of `Schedule.Overlap` on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OverlapArg {
     Skip,
     Queue,
 }
 
-/// `Fire.Outcome`, as it is written on the command line.
+/// Names of `Fire.Outcome` on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OutcomeArg {
     Fired,

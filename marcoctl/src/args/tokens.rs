@@ -7,10 +7,10 @@ use clap::{Args, Subcommand};
 use super::Paging;
 use super::values::{Pair, duration, pair};
 
-/// What can be done with join tokens.
+/// Subcommands of `tokens`.
 #[derive(Debug, Subcommand)]
 pub(crate) enum TokensCommand {
-    /// Make a token with which new Pis join; it is shown this once
+    /// Create a token with which new Pis join; it is shown only once
     #[command(after_help = "\
 The token alone goes to stdout, what it allows to stderr:
   marcoctl tokens create > token && chmod 600 token
@@ -18,7 +18,7 @@ The token alone goes to stdout, what it allows to stderr:
     Create(CreateToken),
     /// List tokens, without their secrets
     List(Paging),
-    /// Make a token useless; names the nodes that are left without a way in
+    /// Invalidate a token; names the nodes that then have no way to join
     Revoke {
         /// Name or id of the token, as `tokens list` shows it
         token: String,
@@ -28,13 +28,13 @@ The token alone goes to stdout, what it allows to stderr:
 /// Flags of `tokens create`.
 #[derive(Debug, Args)]
 pub(crate) struct CreateToken {
-    /// How many Pis may join with it
+    /// Number of Pis that may join with it
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), default_value_t = 1)]
     pub(crate) max_uses: u32,
-    /// How long it works
+    /// Lifetime of the token
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "30m")]
     pub(crate) ttl: Duration,
-    /// Its Pis wait until an admin approves them
+    /// Pis that join with it wait until an admin approves them
     #[arg(long)]
     pub(crate) require_approval: bool,
     /// Label that its Pis get; repeats

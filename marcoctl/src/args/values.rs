@@ -1,19 +1,19 @@
-//! Values on the command line, read into what they mean.
+//! Parsers for values on the command line.
 
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-/// A key with a value: a label, or a part of a selector.
+/// A key and a value: a label, or a term of a selector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Pair {
-    /// Before the first `=`.
+    /// Text before the first `=`.
     pub(crate) key: String,
-    /// After it.
+    /// Text after the first `=`. May contain `=`, may be empty.
     pub(crate) value: String,
 }
 
-/// What is done to a label.
+/// A change to a label.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum LabelEdit {
     /// `key=value`.
@@ -22,7 +22,7 @@ pub(crate) enum LabelEdit {
     Remove(String),
 }
 
-/// Reads `key=value`. What looks like another language of selectors is explained, not taken for an odd key.
+/// Parses `key=value`. The syntax of other selector languages (`!=`, `in`) is refused with an explanation.
 pub(crate) fn pair(text: &str) -> Result<Pair, String> {
     const EXAMPLE: &str = "write KEY=VALUE, for example room=a1; a comma separates several, which must all be there";
     let Some((key, value)) = text.split_once('=') else {
@@ -37,6 +37,7 @@ pub(crate) fn pair(text: &str) -> Result<Pair, String> {
     if key.is_empty() {
         return Err(format!("there is no label before the \"=\" of {text:?}; {EXAMPLE}"));
     }
+    // Operators of other selector languages would otherwise become part of the key or the value.
     if key.ends_with(['!', '~', '<', '>', ':']) || value.starts_with(['=', '~']) {
         return Err(format!("only equality is known, written with one \"=\": {text:?} is something else; {EXAMPLE}"));
     }
@@ -51,17 +52,17 @@ pub(crate) fn label_edit(text: &str) -> Result<LabelEdit, String> {
     }
 }
 
-/// Reads a length of time such as `90s`, `2m` or `1h 30m`.
+/// Parses a duration such as `90s`, `2m` or `1h 30m`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| format!("{error}; write for example 0s, 90s, 2m or 1h30m"))
 }
 
-/// How many nodes may fail.
+/// Number of nodes that may fail before a rollout pauses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum FailureLimit {
-    /// So many.
+    /// Absolute number of nodes.
     Nodes(i32),
-    /// So many in a hundred.
+    /// Percentage of all nodes of the operation.
     Percent(i32),
 }
 
@@ -78,7 +79,7 @@ pub(crate) fn failure_limit(text: &str) -> Result<FailureLimit, String> {
     }
 }
 
-/// Reads a size such as `4GiB`, `512M` or `1000000`; K, M, G and T are powers of 1024.
+/// Parses a size such as `4GiB`, `512M` or `1000000`. K, M, G and T are powers of 1024.
 pub(crate) fn size(text: &str) -> Result<u64, String> {
     let wrong = || "expected a size, for example 4GiB or 512M".to_owned();
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
@@ -95,8 +96,9 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
-/// Reads an instant as RFC 3339 has it.
+/// Parses an instant in RFC 3339.
 pub(crate) fn instant(text: &str) -> Result<DateTime<Utc>, String> {
+    // Without an offset the time would depend on the zone of this machine.
     DateTime::parse_from_rfc3339(text).map(|time| time.with_timezone(&Utc)).map_err(|error| {
         format!("{error}; write RFC 3339 with an offset, for example 2030-01-31T22:00:00+01:00 or 2030-01-31T21:00:00Z")
     })
@@ -151,7 +153,7 @@ mod tests {
             let error = pair(text).unwrap_err();
             assert!(error.contains(said), "{text:?}: {error}");
         }
-        // A value may hold what it likes after its first character.
+        // Only the first character of a value is restricted.
         assert_eq!(pair("url=http://a?b=c").unwrap().value, "http://a?b=c");
         assert_eq!(pair("empty=").unwrap().value, "");
     }

@@ -1,4 +1,4 @@
-//! Which modules a board's network and storage need.
+//! Kernel modules that the boards need for network and storage.
 
 use anyhow::{Result, bail};
 
@@ -6,11 +6,11 @@ use super::kernel::Kernel;
 use super::modules::Modules;
 use crate::args::{Arch, Board};
 
-/// Something that a board needs, and the modules that may be it in one kernel or another: all that are there are taken.
+/// A need of a board. `any_of`: modules that fulfil it in different kernels; all that exist are included.
 struct Need {
     what: &'static str,
     any_of: &'static [&'static str],
-    /// Without any of them the board cannot be installed.
+    /// True if the board cannot be installed without it.
     must: bool,
 }
 
@@ -22,17 +22,18 @@ const fn may(what: &'static str, any_of: &'static [&'static str]) -> Need {
     Need { what, any_of, must: false }
 }
 
-/// What every machine needs.
+/// Needs of every machine.
 const COMMON: [Need; 5] = [
+    // The DHCP client reads raw packets: the interface has no address yet.
     must("DHCP", &["af_packet"]),
     must("the file system ext4", &["ext4"]),
     must("the file system FAT", &["vfat"]),
     must("FAT's code page 437", &["nls_cp437"]),
-    // Which one a mount asks for is the kernel's choice (CONFIG_FAT_DEFAULT_IOCHARSET).
+    // The kernel's configuration decides which one a mount requests (CONFIG_FAT_DEFAULT_IOCHARSET).
     must("FAT's character sets", &["nls_ascii", "nls_iso8859_1", "nls_utf8"]),
 ];
 
-/// QEMU's `virt` machines and PCs with virtio.
+/// Needs of QEMU's `virt` machines and PCs with virtio.
 const VIRTUAL: [Need; 5] = [
     must("the bus virtio", &["virtio_pci", "virtio_mmio"]),
     must("disks of virtual machines", &["virtio_blk"]),
@@ -41,12 +42,12 @@ const VIRTUAL: [Need; 5] = [
     may("the watchdog of virtual machines", &["i6300esb"]),
 ];
 
-/// What all Pis have.
+/// Needs of all Pis.
 const PI: [Need; 4] = [
     must("SD cards", &["mmc_block"]),
     may("the watchdog", &["bcm2835_wdt"]),
     may("randomness", &["bcm2835_rng", "iproc_rng200"]),
-    // Built into the vendor's kernels; modules of Debian's, and without them a card's slot or USB has no power.
+    // Built into the vendor's kernels, modules in Debian's. Without them the card slot or USB has no power.
     may(
         "clocks, pins and resets",
         &[
@@ -66,13 +67,13 @@ const PI: [Need; 4] = [
     ),
 ];
 
-/// Adapters on USB, and QEMU's `usb-net`.
+/// Needs of USB adapters, and of QEMU's `usb-net`.
 const USB: [Need; 2] = [
     may("network adapters on USB", &["cdc_ether", "rndis_host", "cdc_ncm", "asix", "ax88179_178a", "r8152"]),
     may("disks on USB", &["usb_storage", "uas", "sd_mod"]),
 ];
 
-/// The old host of Pi 1 to 3.
+/// Needs of the USB host and the card slot of Pi 1 to 3.
 const DWC2: [Need; 2] = [
     must("USB", &["dwc_otg", "dwc2"]),
     must("the card's slot", &["bcm2835_sdhost", "bcm2835_mmc", "bcm2835", "sdhci_iproc"]),
@@ -110,12 +111,12 @@ impl Board {
         needs
     }
 
-    /// How the names of its device trees start; none has none.
+    /// Returns the beginnings of the names of its device trees. Empty for a virtual machine.
     fn trees(self) -> &'static [&'static str] {
         match self {
             Self::Virtual => &[],
             Self::Pi1 => &["bcm2708-"],
-            // Version 1.2 of the Pi 2 has the processor of a Pi 3.
+            // Revision 1.2 of the Pi 2 has the processor of a Pi 3.
             Self::Pi2 => &["bcm2709-", "bcm2710-rpi-2"],
             Self::Pi3 => &["bcm2710-"],
             Self::Pi4 => &["bcm2711-"],
@@ -123,7 +124,7 @@ impl Board {
         }
     }
 
-    /// Whether it runs kernels of this architecture.
+    /// Returns true if the board runs kernels of this architecture.
     fn runs(self, arch: Arch) -> bool {
         match self {
             Self::Virtual => true,
@@ -134,8 +135,8 @@ impl Board {
     }
 }
 
-/// The boards that a set is for: those named, else those of whose device trees the kernel has one, and virtual machines
-/// when it knows their disks.
+/// Chooses the boards: the named ones, else those for which the kernel has a device tree. Virtual machines are added if
+/// the kernel supports their disks.
 pub(super) fn choose(named: &[Board], kernel: &Kernel, modules: &Modules) -> Result<Vec<Board>> {
     let has_tree =
         |board: Board| kernel.device_trees.keys().any(|name| board.trees().iter().any(|start| name.starts_with(start)));
@@ -150,6 +151,7 @@ pub(super) fn choose(named: &[Board], kernel: &Kernel, modules: &Modules) -> Res
     boards.sort();
     boards.dedup();
     for board in &boards {
+        // An explicit board that cannot work is an error here, not a board that stays dark later.
         if !board.runs(kernel.arch) {
             bail!("{board} does not run kernels for {}: {}", kernel.arch, kernel.version);
         }
@@ -160,9 +162,9 @@ pub(super) fn choose(named: &[Board], kernel: &Kernel, modules: &Modules) -> Res
     Ok(boards)
 }
 
-/// The device trees of these boards among a kernel's.
+/// Returns true if a device tree of this name is for one of these boards.
 pub(super) fn is_tree_of(boards: &[Board], name: &str) -> bool {
-    // The mainline names stand beside the vendor's.
+    // Mainline kernels use their own names for the same processors.
     let vendor = [("bcm2835-", "bcm2708-"), ("bcm2836-", "bcm2709-"), ("bcm2837-", "bcm2710-")];
     let mut names = vec![name.to_owned()];
     names.extend(vendor.iter().filter_map(|(from, to)| Some(format!("{to}{}", name.strip_prefix(from)?))));
@@ -170,7 +172,7 @@ pub(super) fn is_tree_of(boards: &[Board], name: &str) -> bool {
     boards.iter().any(of)
 }
 
-/// The modules to load for these boards, in no order. What is required and not there is an error that names it.
+/// Returns the modules to load for these boards, unordered. A missing required module is an error that names it.
 pub(super) fn modules(boards: &[Board], modules: &Modules, version: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for board in boards {

@@ -1,37 +1,39 @@
-//! The kernel's initramfs archive, format `newc` (the kernel's documentation, "initramfs buffer format").
+//! Writer for initramfs archives, format `newc` (Linux documentation, "initramfs buffer format").
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-/// What is at a path of the initramfs.
+/// An entry of the initramfs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Node {
     /// A folder.
     Folder,
-    /// A file: its contents, and whether it can be executed.
+    /// A file: contents, and true if it is executable.
     File(Vec<u8>, bool),
-    /// A link to this target.
+    /// A symbolic link to this target.
     Link(String),
-    /// A character device, by major and minor number.
+    /// A character device: major and minor number.
     Device(u32, u32),
 }
 
-/// The tree: paths without a leading slash, in order, so that folders come before what is in them.
+/// Entries by path without a leading slash. The order puts a folder before its contents, as the kernel requires.
 pub(crate) type Tree = BTreeMap<String, Node>;
 
-/// Puts something at a path, with the folders that it needs.
+/// Adds an entry, with its parent folders.
 pub(crate) fn put(tree: &mut Tree, path: &str, node: Node) {
     let path = path.trim_matches('/');
     for (at, _) in path.match_indices('/') {
         let (folder, _) = path.split_at(at);
+        // The kernel does not create missing parents.
         tree.entry(folder.to_owned()).or_insert(Node::Folder);
     }
     tree.insert(path.to_owned(), node);
 }
 
-/// The archive, with `time` (seconds since 1970) as everything's time and root as its owner.
+/// Renders the archive. `time` (seconds since 1970) is the time of all entries, and root owns them.
 pub(crate) fn write(tree: &Tree, time: u32) -> Vec<u8> {
     let mut archive = Vec::new();
+    // Inode numbers count up, so no two entries look like hard links of one file.
     for (number, (path, node)) in (1_u32..).zip(tree) {
         let (mode, links, device, data) = match node {
             Node::Folder => (0o040_755, 2, (0, 0), [].as_slice()),
@@ -43,11 +45,12 @@ pub(crate) fn write(tree: &Tree, time: u32) -> Vec<u8> {
         };
         entry(&mut archive, path, &[number, mode, 0, 0, links, time], device, data);
     }
+    // The format's end mark is an entry with this name.
     entry(&mut archive, "TRAILER!!!", &[0, 0, 0, 0, 1, 0], (0, 0), &[]);
     archive
 }
 
-/// One entry. `first` are inode, mode, owner, group, links, time.
+/// Appends an entry. `first`: inode, mode, owner, group, links, time.
 fn entry(archive: &mut Vec<u8>, path: &str, first: &[u32; 6], device: (u32, u32), data: &[u8]) {
     let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
     let mut header = String::from("070701");

@@ -1,4 +1,4 @@
-//! What ELF files say of themselves: for which processor, with which libraries, and a module's `.modinfo`.
+//! Reads ELF files: processor and libraries of a program, and the `.modinfo` of a kernel module.
 
 use anyhow::{Context as _, Result, bail};
 use goblin::elf::Elf;
@@ -6,30 +6,31 @@ use goblin::elf::header::{EM_386, EM_AARCH64, EM_ARM, EM_X86_64};
 
 use crate::args::Arch;
 
-/// The flag of 32-bit ARM programs that pass floating point numbers in registers (ELF for the Arm Architecture).
+/// Flag of 32-bit ARM programs that pass floating-point numbers in registers (ELF for the Arm Architecture).
 const EF_ARM_ABI_FLOAT_HARD: u32 = 0x400;
 
 /// A program or a library.
 #[derive(Debug)]
 pub(crate) struct Binary {
-    /// What it runs on.
+    /// Architecture.
     pub(crate) arch: Arch,
-    /// The loader that it asks for; none: it is static, or a library.
+    /// Path of the loader. `None`: a static program or a library.
     pub(crate) loader: Option<String>,
-    /// Names of the libraries that it needs.
+    /// Names of the needed libraries.
     pub(crate) needed: Vec<String>,
-    /// Where it looks for them first, with `$ORIGIN` as it stands.
+    /// Folders that the loader searches first. May contain `$ORIGIN`.
     pub(crate) runpath: Vec<String>,
 }
 
 impl Binary {
-    /// Reads the headers.
+    /// Parses the headers.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
         let elf = Elf::parse(bytes).context("it is no ELF program")?;
         let arch = match elf.header.e_machine {
             EM_X86_64 => Arch::Amd64,
             EM_AARCH64 => Arch::Arm64,
             EM_ARM if elf.header.e_flags & EF_ARM_ABI_FLOAT_HARD != 0 => Arch::Armhf,
+            // The flag may be missing. The loader's name also tells the calling convention.
             EM_ARM if elf.interpreter.is_some_and(|loader| loader.contains("armhf")) => Arch::Armhf,
             EM_ARM => Arch::Armel,
             EM_386 => bail!("it is for 32-bit PCs"),
@@ -40,28 +41,29 @@ impl Binary {
             arch,
             loader: elf.interpreter.map(str::to_owned),
             needed: elf.libraries.iter().map(|name| (*name).to_owned()).collect(),
+            // ld.so(8): RPATH is ignored if there is a RUNPATH.
             runpath: if elf.runpaths.is_empty() { split(&elf.rpaths) } else { split(&elf.runpaths) },
         })
     }
 }
 
-/// What a kernel module says of itself.
+/// Contents of a module's `.modinfo`.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct ModuleInfo {
     /// Modules whose symbols it uses.
     pub(crate) depends: Vec<String>,
-    /// Modules that it wants loaded before it, when there are such.
+    /// Optional modules to load before it (softdep).
     pub(crate) before: Vec<String>,
-    /// Firmware that it may ask for.
+    /// Firmware files that it may request.
     pub(crate) firmware: Vec<String>,
-    /// Other names.
+    /// Other names of the module.
     pub(crate) aliases: Vec<String>,
-    /// The kernel that it was built for.
+    /// Version of the kernel that it was built for.
     pub(crate) kernel: String,
 }
 
 impl ModuleInfo {
-    /// Reads the section `.modinfo`.
+    /// Parses the section `.modinfo`.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self> {
         let elf = Elf::parse(bytes).context("it is no ELF file")?;
         let section = elf
@@ -73,7 +75,7 @@ impl ModuleInfo {
         Ok(Self::from_records(text))
     }
 
-    /// Records of `key=value`, each with a NUL behind it.
+    /// Parses records of `key=value`, each terminated by a NUL.
     pub(crate) fn from_records(text: &[u8]) -> Self {
         let mut info = Self::default();
         for record in text.split(|&byte| byte == 0) {
@@ -96,7 +98,7 @@ impl ModuleInfo {
     }
 }
 
-/// The kernel takes `-` and `_` in a module's name for the same.
+/// Normalises a module's name. The kernel treats `-` and `_` as equal.
 pub(crate) fn module_name(name: &str) -> String {
     name.replace('-', "_")
 }

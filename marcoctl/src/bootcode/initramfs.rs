@@ -1,4 +1,4 @@
-//! The initramfs: the agent as the only program that is started, what it calls, and the modules that it loads.
+//! The initramfs: the agent as first process, the programs that it runs, and the modules that it loads.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ use super::source::{Source, read};
 use crate::args::{Board, BuildBootcode};
 use crate::compression::decoded;
 
-/// `/etc/marco/build`.
+/// Contents of `/etc/marco/build`.
 #[derive(Debug, Serialize)]
 struct BuildFile<'a> {
     version: &'a str,
@@ -24,18 +24,18 @@ struct BuildFile<'a> {
     build_time: String,
 }
 
-/// What was put together.
+/// Result of the collection.
 #[derive(Debug)]
 pub(super) struct Initramfs {
-    /// Its files.
+    /// Files, folders, links and devices.
     pub(super) tree: Tree,
-    /// Modules in the order in which they are loaded.
+    /// Modules in loading order.
     pub(super) modules: Vec<String>,
-    /// Firmware that some modules ask for and that the source does not have.
+    /// Firmware files that modules may request and that the source lacks.
     pub(super) missing_firmware: Vec<String>,
 }
 
-/// Puts the tree together. `build_time` is RFC 3339.
+/// Collects the tree. `build_time` is in RFC 3339.
 pub(super) fn collect(
     flags: &BuildBootcode,
     source: &Source,
@@ -44,10 +44,11 @@ pub(super) fn collect(
     build_time: String,
 ) -> Result<Initramfs> {
     let mut tree = Tree::new();
+    // The kernel unpacks the archive into an empty root, so the mount points must be in it.
     for folder in ["dev", "etc", "mnt", "proc", "run", "sys", "tmp", "var"] {
         put(&mut tree, folder, Node::Folder);
     }
-    // The kernel opens the console for the first program before anything is mounted.
+    // The kernel opens the console for the first process before anything is mounted.
     put(&mut tree, "dev/console", Node::Device(5, 1));
     put(&mut tree, "dev/null", Node::Device(1, 3));
     agent(&mut tree, flags, kernel)?;
@@ -79,10 +80,11 @@ pub(super) fn collect(
     Ok(Initramfs { tree, modules: listed, missing_firmware })
 }
 
-/// The agent, and its other names.
+/// Adds the agent and its other names.
 fn agent(tree: &mut Tree, flags: &BuildBootcode, kernel: &Kernel) -> Result<()> {
     let bytes = read(&flags.agent)?;
     let binary = Binary::parse(&bytes).with_context(|| format!("{}", flags.agent.display()))?;
+    // The agent is the init. It must start without any library in the initramfs.
     if binary.loader.is_some() || !binary.needed.is_empty() {
         bail!("{} is not static: build one with `make agent TARGET=...`", flags.agent.display());
     }
@@ -96,12 +98,13 @@ fn agent(tree: &mut Tree, flags: &BuildBootcode, kernel: &Kernel) -> Result<()> 
         );
     }
     put(tree, "/usr/bin/marco-agent", Node::File(bytes, true));
+    // One program with several roles: process 1 is the init, and the hook of the DHCP client is known by its name.
     put(tree, "/init", Node::Link("usr/bin/marco-agent".to_owned()));
     put(tree, "/usr/lib/marco/udhcpc-hook", Node::Link("../../bin/marco-agent".to_owned()));
     Ok(())
 }
 
-/// Puts the firmware there that the source has; the rest is returned.
+/// Adds the firmware that the source has. Returns the names of the rest.
 fn firmware(tree: &mut Tree, source: &Source, wanted: BTreeSet<String>) -> Result<Vec<String>> {
     let mut missing = Vec::new();
     for name in wanted {
@@ -114,6 +117,7 @@ fn firmware(tree: &mut Tree, source: &Source, wanted: BTreeSet<String>) -> Resul
         }
         match found {
             Some(bytes) => put(tree, &format!("/lib/firmware/{name}"), Node::File(decoded(bytes)?, false)),
+            // Reported, not fatal: most modules request firmware only for some of their devices.
             None => missing.push(name),
         }
     }

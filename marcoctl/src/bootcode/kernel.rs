@@ -1,4 +1,4 @@
-//! The kernels in a source, and which of them a set gets.
+//! Finds the kernels in a source and chooses one.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,23 +12,23 @@ use crate::compression::decoded;
 /// A kernel with its modules and device trees.
 #[derive(Debug, Clone)]
 pub(crate) struct Kernel {
-    /// Its version, which is also the name of its modules' folder.
+    /// Version, which is also the name of the modules' folder.
     pub(crate) version: String,
-    /// What it runs on.
+    /// Architecture of the image.
     pub(crate) arch: Arch,
-    /// The file that is started.
+    /// Path of the boot image.
     pub(crate) image: PathBuf,
-    /// The folder with its modules.
+    /// Folder with the modules.
     pub(crate) modules: PathBuf,
-    /// Device trees of Pis by the names that the Pi's firmware asks for.
+    /// Paths of the Pis' device trees, by the names that the Pi's firmware looks for.
     pub(crate) device_trees: BTreeMap<String, PathBuf>,
-    /// The folder with its overlays.
+    /// Folder with the overlays. `None`: the source has none.
     pub(crate) overlays: Option<PathBuf>,
-    /// What it was configured with (`CONFIG_...=y`), when the source says so.
+    /// File with the configuration (`CONFIG_...=y`). `None`: the source has none.
     pub(crate) config: Option<PathBuf>,
 }
 
-/// Kernels of a boot partition that were not named after their versions, with the ends of their modules' folders.
+/// Kernel files of older boot partitions, the endings of their modules' folders, and their architectures.
 const UNNAMED: [(&str, &str, Arch); 5] = [
     ("kernel8.img", "v8", Arch::Arm64),
     ("kernel_2712.img", "2712", Arch::Arm64),
@@ -38,14 +38,14 @@ const UNNAMED: [(&str, &str, Arch); 5] = [
 ];
 
 impl Kernel {
-    /// The kernel of this architecture, and of this version when one is named.
+    /// Chooses the only kernel with this architecture and version. `None`: any.
     pub(crate) fn choose(source: &Source, arch: Option<Arch>, version: Option<&str>) -> Result<Self> {
         let mut all = Self::all(source)?;
         let have = listed(&all);
         all.retain(|kernel| {
             arch.is_none_or(|arch| kernel.arch == arch) && version.is_none_or(|wanted| kernel.version == wanted)
         });
-        // A Pi 5 also starts the kernel that the other boards need.
+        // The kernel for Pi 3 and 4 also starts a Pi 5, so it is preferred to the one for Pi 5 only.
         if all.iter().any(|kernel| kernel.version.ends_with("v8")) {
             all.retain(|kernel| !kernel.version.ends_with("2712"));
         }
@@ -63,7 +63,7 @@ impl Kernel {
     fn all(source: &Source) -> Result<Vec<Self>> {
         let mut found = Vec::new();
         for (number, root) in source.roots().iter().enumerate() {
-            // The kernel of the system on which this runs is not meant where a package has one.
+            // If a package has a kernel, the kernel of the system in the root is not wanted.
             if !source.is_package(number) && !found.is_empty() {
                 break;
             }
@@ -82,8 +82,9 @@ impl Kernel {
         Ok(found)
     }
 
-    /// A kernel as Debian and Raspberry Pi OS package them.
+    /// Finds the parts of a kernel as packaged by Debian and Raspberry Pi OS. `None`: no modules, or an unknown image.
     fn named(source: &Source, root: &Path, image: &Path, version: &str) -> Result<Option<Self>> {
+        // A kernel is offered only with its modules: the boards need some of them.
         let Some(modules) = source.find(&format!("lib/modules/{version}")) else { return Ok(None) };
         let Some(arch) = arch_of(&read(image)?, version) else { return Ok(None) };
         let trees = resolve(root, Path::new(&format!("usr/lib/linux-image-{version}")));
@@ -91,6 +92,7 @@ impl Kernel {
         let mut device_trees = BTreeMap::new();
         if let Some(trees) = &trees {
             collect_trees(trees, &mut device_trees);
+            // Debian's arm64 kernels have a folder per vendor.
             collect_trees(&trees.join("broadcom"), &mut device_trees);
         }
         Ok(Some(Self {
@@ -104,14 +106,14 @@ impl Kernel {
         }))
     }
 
-    /// The lines of its configuration; `None` when the source does not have them.
+    /// Reads the lines of the configuration. `None`: the source has no configuration.
     pub(crate) fn config_lines(&self) -> Result<Option<String>> {
         let text = self.config.as_deref().map(read).transpose()?;
         Ok(text.map(|text| String::from_utf8_lossy(&text).into_owned()))
     }
 }
 
-/// Kernels of a boot partition as Raspberry Pi OS had them before it named them.
+/// Finds kernels of a boot partition of Raspberry Pi OS from before it had versions in file names.
 fn unnamed(root: &Path) -> Vec<Kernel> {
     let mut found = Vec::new();
     let Some(modules) = resolve(root, Path::new("lib/modules")) else { return found };
@@ -124,6 +126,7 @@ fn unnamed(root: &Path) -> Vec<Kernel> {
             }
             let plain =
                 |version: &str| UNNAMED.iter().all(|(_, other, _)| other.is_empty() || !version.ends_with(other));
+            // Kernels of that time had versions like `6.1.21-v8+`.
             let fits = |version: &str| {
                 let version = version.trim_end_matches('+');
                 if ending.is_empty() { plain(version) } else { version.ends_with(&format!("-{ending}")) }
@@ -149,7 +152,7 @@ fn unnamed(root: &Path) -> Vec<Kernel> {
     found
 }
 
-/// Names in a folder, in order; none when it cannot be read.
+/// Returns the names in a folder, sorted. Empty if it cannot be read.
 pub(super) fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
@@ -157,8 +160,8 @@ pub(super) fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Takes a folder's device trees of Pis. The mainline kernel names them after the chip's other number; the firmware and
-/// the agent ask for the vendor's names, so such a tree gets both.
+/// Collects the device trees of Pis in a folder. Mainline kernels name them after another number of the chip. Firmware
+/// and agent look for the vendor's names, so such a tree gets both names.
 fn collect_trees(folder: &Path, trees: &mut BTreeMap<String, PathBuf>) {
     for name in names(folder).into_iter().filter(|name| name.starts_with("bcm2") && name.ends_with(".dtb")) {
         let vendor = [("bcm2835-rpi", "bcm2708-rpi"), ("bcm2836-rpi", "bcm2709-rpi"), ("bcm2837-rpi", "bcm2710-rpi")];
@@ -178,9 +181,10 @@ fn listed(kernels: &[Kernel]) -> String {
     named.join(", ")
 }
 
-/// What a kernel's file is for, by the marks that boot loaders look for; `None`: for nothing that we know.
+/// Determines the architecture by the marks that boot loaders look for. `None`: unknown.
 fn arch_of(image: &[u8], version: &str) -> Option<Arch> {
     let plain;
+    // Raspberry Pi OS compresses its arm64 kernel with gzip.
     let image = if image.starts_with(&[0x1f, 0x8b]) {
         plain = decoded(image.to_vec()).ok()?;
         plain.as_slice()
@@ -188,14 +192,15 @@ fn arch_of(image: &[u8], version: &str) -> Option<Arch> {
         image
     };
     let has = |at: usize, mark: &[u8]| image.get(at..at + mark.len()) == Some(mark);
+    // Linux documentation: the x86 boot protocol.
     if has(0x202, b"HdrS") {
         return Some(Arch::Amd64);
     }
-    // The kernel's documentation: arm64 "Booting", and EFI zboot, which starts with the same two letters.
+    // Linux documentation: arm64 "Booting", and EFI zboot, which also starts with `MZ`.
     if has(0x38, b"ARM\x64") || (has(0, b"MZ") && has(4, b"zimg")) {
         return Some(Arch::Arm64);
     }
-    // A zImage of 32-bit ARM. For ARMv6 it must have been built, which only its name tells.
+    // A zImage of 32-bit ARM. The image does not tell if it runs on ARMv6; only the version does.
     has(0x24, &0x016f_2818_u32.to_le_bytes()).then(|| {
         let version = version.trim_end_matches('+');
         if version.ends_with("-rpi") || version.ends_with("-v6") { Arch::Armel } else { Arch::Armhf }

@@ -1,5 +1,5 @@
-//! The modules of a kernel, and what belongs to those that are needed. A package has no `modules.dep` (it is made where
-//! the package is installed), so the modules themselves are asked: `.modinfo` says the same.
+//! Modules of a kernel and their dependencies. A package has no `modules.dep`, which is generated at installation. The
+//! `.modinfo` of the modules has the same information.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -10,14 +10,14 @@ use super::elf::{ModuleInfo, module_name};
 use super::source::read;
 use crate::compression::decoded;
 
-/// Endings of modules.
+/// File endings of modules.
 const ENDINGS: [&str; 4] = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"];
 
 /// The modules of one kernel by name.
 #[derive(Debug)]
 pub(crate) struct Modules {
     version: String,
-    /// Paths below the folder, without the ending.
+    /// Path below the folder without its ending, and the full path, by name.
     files: BTreeMap<String, (String, PathBuf)>,
     builtin: BTreeSet<String>,
 }
@@ -25,16 +25,16 @@ pub(crate) struct Modules {
 /// A module that goes into the initramfs.
 #[derive(Debug)]
 pub(crate) struct Module {
-    /// Its path in the initramfs, uncompressed.
+    /// Path in the initramfs. The module is stored uncompressed there.
     pub(crate) path: String,
-    /// Its bytes, uncompressed.
+    /// Uncompressed contents.
     pub(crate) bytes: Vec<u8>,
-    /// Firmware that it may ask for.
+    /// Firmware files that it may request.
     pub(crate) firmware: Vec<String>,
 }
 
 impl Modules {
-    /// Lists the modules in the folder of a kernel.
+    /// Lists the modules in a kernel's folder.
     pub(crate) fn open(folder: &Path, version: &str) -> Result<Self> {
         let mut files = BTreeMap::new();
         list(folder, folder, &mut files).with_context(|| format!("cannot read {}", folder.display()))?;
@@ -52,14 +52,15 @@ impl Modules {
         Ok(Self { version: version.to_owned(), files, builtin })
     }
 
-    /// Whether the kernel has it, as a module or built in.
+    /// Returns true if the kernel has the module, as a file or built in.
     pub(crate) fn has(&self, name: &str) -> bool {
         let name = module_name(name);
         self.files.contains_key(&name) || self.builtin.contains(&name)
     }
 
-    /// The modules of these names with all that they need, each after what it needs. What is built in is left out.
+    /// Returns the named modules and their dependencies, each after its dependencies. Built-in ones are left out.
     pub(crate) fn closure(&self, names: &[String]) -> Result<Vec<Module>> {
+        // `order` is the order of `insmod`: the installer has no modprobe.
         let mut load = Load { modules: self, done: BTreeSet::new(), order: Vec::new() };
         for name in names {
             load.add(&module_name(name), None)?;
@@ -67,8 +68,8 @@ impl Modules {
         Ok(load.order)
     }
 
-    /// Modules that answer to another name, such as `crc32c` or, as newer kernels have it, `crypto_crc32c`: their file names
-    /// begin with it.
+    /// Returns modules with this alias, such as `crc32c` or, in newer kernels, `crypto_crc32c`. Only modules whose file
+    /// name starts with the alias are inspected.
     fn aliased(&self, alias: &str) -> Result<Vec<String>> {
         let plain = alias.strip_prefix("crypto_").unwrap_or(alias);
         let mut found = Vec::new();
@@ -87,6 +88,7 @@ impl Modules {
         let (_, file) = self.files.get(name).with_context(|| format!("there is no module {name}"))?;
         let bytes = read(file).and_then(decoded).with_context(|| format!("module {name}"))?;
         let info = ModuleInfo::parse(&bytes).with_context(|| format!("{}", file.display()))?;
+        // The kernel refuses a module of another version at load time. The error is clearer here.
         if !info.kernel.is_empty() && info.kernel != self.version {
             bail!("{} is for the kernel {}, not {}", file.display(), info.kernel, self.version);
         }
@@ -94,7 +96,7 @@ impl Modules {
     }
 }
 
-/// A walk over what modules need.
+/// Depth-first walk over the dependencies.
 struct Load<'a> {
     modules: &'a Modules,
     done: BTreeSet<String>,
@@ -103,6 +105,7 @@ struct Load<'a> {
 
 impl Load<'_> {
     fn add(&mut self, name: &str, needed_by: Option<&str>) -> Result<()> {
+        // Marked before the dependencies are visited, so a cycle ends.
         if !self.done.insert(name.to_owned()) {
             return Ok(());
         }
@@ -116,10 +119,12 @@ impl Load<'_> {
         let path = format!("lib/modules/{}/{path}.ko", self.modules.version);
         let (info, bytes) = self.modules.load(name)?;
         for before in &info.before {
-            // As modprobe has it: what is not there is not missed.
+            // A missing softdep is not an error, as in modprobe.
             if self.modules.files.contains_key(before) {
                 self.add(before, Some(name))?;
             }
+            // ext4 names its checksum by alias only. Without this module the installer could not mount what it had
+            // made.
             for other in self.modules.aliased(before)? {
                 self.add(&other, Some(name))?;
             }
@@ -136,7 +141,7 @@ fn list(folder: &Path, below: &Path, files: &mut BTreeMap<String, (String, PathB
     for entry in std::fs::read_dir(below)? {
         let entry = entry?;
         let (path, kind) = (entry.path(), entry.file_type()?);
-        // `build` and `source` are links to somewhere else.
+        // `build` and `source` are links to other places and are not followed.
         if kind.is_dir() {
             list(folder, &path, files)?;
             continue;

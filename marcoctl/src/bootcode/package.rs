@@ -1,5 +1,5 @@
-//! Debian packages: an `ar` archive with a compressed tarball in it (deb(5)). Unpacked by the same guard as images, so
-//! that a package cannot write outside its folder.
+//! Debian packages: an `ar` archive with a compressed tarball inside (deb(5)). They are unpacked by the same guard as
+//! images, so a package cannot write outside its folder.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::compression::decoder;
 
-/// The packages that were named, and those in the folders that were named, by name.
+/// Lists the named packages, and the packages in the named folders, sorted within each folder.
 pub(super) fn files(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in named {
@@ -28,13 +28,14 @@ pub(super) fn files(named: &[PathBuf]) -> Result<Vec<PathBuf>> {
         if found.is_empty() {
             bail!("there is no .deb in {}", path.display());
         }
+        // readdir(3) has no order. The first source of a file wins, so the order must be the same every time.
         found.sort();
         files.append(&mut found);
     }
     Ok(files)
 }
 
-/// Writes a package's files under `place`.
+/// Unpacks the files of a package under `place`.
 pub(super) fn unpack(package: &Path, place: &Path) -> Result<()> {
     let mut archive = ar::Archive::new(BufReader::new(File::open(package)?));
     while let Some(member) = archive.next_entry() {

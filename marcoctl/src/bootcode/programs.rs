@@ -1,4 +1,4 @@
-//! The programs that the installer calls, with the libraries that they need.
+//! Programs that the installer runs, with their libraries.
 
 use anyhow::{Context as _, Result, bail};
 
@@ -7,7 +7,7 @@ use super::elf::Binary;
 use super::source::Source;
 use crate::args::Arch;
 
-/// Path in the initramfs, whether the installer cannot do without it, and the Debian package that has it.
+/// Path in the initramfs, true if the installer requires it, and the Debian package that contains it.
 const PROGRAMS: [(&str, bool, &str); 7] = [
     ("/bin/busybox", true, "busybox-static"),
     ("/sbin/mke2fs", true, "e2fsprogs"),
@@ -15,11 +15,11 @@ const PROGRAMS: [(&str, bool, &str); 7] = [
     ("/sbin/resize2fs", true, "e2fsprogs"),
     ("/sbin/mkfs.vfat", true, "dosfstools"),
     ("/sbin/fsck.vfat", false, "dosfstools"),
-    // It says what lies on a partition that is to be kept.
+    // Identifies the contents of a partition before the decision to keep it.
     ("/sbin/blkid", true, "util-linux"),
 ];
 
-/// Puts the programs, and `extra` ones by their paths, into the tree. They must run on kernels of this architecture.
+/// Adds the programs and `extra` ones (by path) to the tree. They must run on a kernel of this architecture.
 pub(super) fn add(tree: &mut Tree, source: &Source, kernel: Arch, extra: &[String]) -> Result<()> {
     for (path, must, package) in PROGRAMS {
         match source.read(path)? {
@@ -28,6 +28,7 @@ pub(super) fn add(tree: &mut Tree, source: &Source, kernel: Arch, extra: &[Strin
             None => {}
         }
     }
+    // e2fsprogs installs this usual name as a link, too.
     put(tree, "/sbin/mkfs.ext4", Node::Link("mke2fs".to_owned()));
     for path in extra {
         let bytes =
@@ -41,9 +42,10 @@ pub(super) fn add(tree: &mut Tree, source: &Source, kernel: Arch, extra: &[Strin
     Ok(())
 }
 
-/// Puts a program or a library there, and what it needs.
+/// Adds a program or a library, and recursively the libraries that it needs.
 fn add_binary(tree: &mut Tree, source: &Source, kernel: Arch, path: &str, bytes: Vec<u8>) -> Result<()> {
     let binary = Binary::parse(&bytes).with_context(|| path.to_owned())?;
+    // Checked here, because on a board the program would only fail to start.
     if !kernel.runs(binary.arch) {
         bail!("{path} is for {}, which a kernel for {kernel} does not run", binary.arch);
     }
@@ -56,12 +58,13 @@ fn add_binary(tree: &mut Tree, source: &Source, kernel: Arch, path: &str, bytes:
     }
     for name in &binary.needed {
         let folders = folders(&binary, path);
-        // The loader is also a library, and stands where the program says.
+        // The loader is also a library. It lies at the path that the program names.
         let there = |folder: &String| tree.contains_key(format!("{folder}/{name}").trim_matches('/'));
         let is_loader = |path: &String| name.starts_with("ld-") && path.ends_with(&format!("/{name}"));
         if folders.iter().any(there) || tree.keys().any(is_loader) {
             continue;
         }
+        // Searched in the loader's order, so the library is the one that the program uses on the source's system.
         let mut found = None;
         for folder in &folders {
             let place = format!("{folder}/{name}");
@@ -82,7 +85,7 @@ fn missing(path: &str, name: &str) -> String {
     )
 }
 
-/// Where the loader looks for a binary's libraries, first come first served.
+/// Returns the folders in which the loader looks for a binary's libraries, in order (ld.so(8)).
 fn folders(binary: &Binary, path: &str) -> Vec<String> {
     let origin = path.rsplit_once('/').map_or("", |(folder, _)| folder);
     let own = binary.runpath.iter().map(|folder| folder.replace("${ORIGIN}", origin).replace("$ORIGIN", origin));

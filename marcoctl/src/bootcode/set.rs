@@ -1,4 +1,4 @@
-//! The set: what stands in the zip, and the zip itself.
+//! Contents of the zip, and the zip itself.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,7 +15,7 @@ use super::kernel::Kernel;
 use super::source::{Source, read};
 use crate::args::{Arch, Board};
 
-/// Files of the Pi's firmware, for which boards, and where sources have them. They do not depend on the kernel.
+/// Firmware files of the Pi, and the boards that need them. They do not depend on the kernel.
 const FIRMWARE: [(&str, &[Board]); 5] = [
     ("bootcode.bin", &[Board::Pi1, Board::Pi2, Board::Pi3]),
     ("start.elf", &[Board::Pi1, Board::Pi2, Board::Pi3]),
@@ -23,17 +23,18 @@ const FIRMWARE: [(&str, &[Board]); 5] = [
     ("start4.elf", &[Board::Pi4]),
     ("fixup4.dat", &[Board::Pi4]),
 ];
+// Boot partition, its older mount point, and Debian's package raspi-firmware.
 const FIRMWARE_FOLDERS: [&str; 3] = ["/boot/firmware", "/boot", "/usr/lib/raspi-firmware"];
 
 const README: &str = "Overlays are taken from this folder because this file is here, and so from no other kernel's.\n";
 
-/// The files of a set by name.
+/// Files of the zip by name.
 pub(super) type Files = BTreeMap<String, Vec<u8>>;
 
-/// What people should know of a set.
+/// Remarks for the operator.
 pub(super) type Notes = Vec<String>;
 
-/// Everything but the initramfs.
+/// Collects everything except the initramfs.
 pub(super) fn collect(
     source: &Source,
     kernel: &Kernel,
@@ -52,6 +53,7 @@ pub(super) fn collect(
     files.insert("cmdline.txt".to_owned(), format!("{}\n", cmdline.trim()).into_bytes());
     overlays(&mut files, &mut notes, kernel, trees)?;
     firmware(&mut files, &mut notes, source, boards)?;
+    // The vendor's versions contain `rpi-` or `-v`. Only these kernels can request a trial boot.
     if trees && !kernel.version.contains("rpi-") && !kernel.version.contains("-v") {
         notes.push(format!(
             "{} is no kernel of Raspberry Pi's: it cannot ask the firmware for a trial boot, so updates of real boards need \
@@ -71,7 +73,7 @@ fn kernel_name(arch: Arch) -> &'static str {
     }
 }
 
-/// Short, for the recovery partition's own file takes these lines over and may have 511 bytes.
+/// Renders config.txt. It is short: the recovery partition's own config.txt includes these lines and has 511 bytes.
 fn config_txt(kernel: &Kernel, image: &str, trees: bool) -> String {
     let mut text =
         format!("# The installer of Marco Bootstrap, with the kernel {}\nauto_initramfs=0\n", kernel.version);
@@ -82,7 +84,7 @@ fn config_txt(kernel: &Kernel, image: &str, trees: bool) -> String {
     }
     text.push_str(&format!("kernel={image}\ninitramfs initramfs followkernel\n"));
     if !trees {
-        // In the firmware's language: there is none, and that is meant.
+        // An empty value tells the firmware that no device tree is wanted.
         text.push_str("device_tree=\n");
     }
     text
@@ -93,13 +95,14 @@ fn default_cmdline(arch: Arch, boards: &[Board]) -> String {
     let consoles = match arch {
         Arch::Amd64 => "console=ttyS0",
         _ if only_virtual => "console=ttyAMA0",
-        // The firmware puts the board's serial line in place of serial0.
+        // The firmware replaces serial0 by the board's serial port.
         _ => "console=serial0,115200 console=tty1",
     };
+    // panic=10: a board restarts 10 s after a kernel panic instead of hanging.
     format!("{consoles} rdinit=/init panic=10")
 }
 
-/// The two files without which the firmware would take overlays from another kernel's set.
+/// Adds the two files without which the firmware takes overlays from another kernel's set.
 fn overlays(files: &mut Files, notes: &mut Notes, kernel: &Kernel, trees: bool) -> Result<()> {
     for name in ["README", "overlay_map.dtb", "hat_map.dtb"] {
         let path = kernel.overlays.as_ref().map(|folder| folder.join(name)).filter(|path| path.is_file());
@@ -119,9 +122,9 @@ fn overlays(files: &mut Files, notes: &mut Notes, kernel: &Kernel, trees: bool) 
     Ok(())
 }
 
-/// A device tree with nothing in it (Devicetree Specification, "Flattened Devicetree Format").
+/// Returns an empty device tree (Devicetree Specification, "Flattened Devicetree Format").
 fn empty_tree() -> Vec<u8> {
-    // Begin node with an empty name, end node, end.
+    // FDT_BEGIN_NODE, an empty name, FDT_END_NODE, FDT_END.
     let structure: [u32; 4] = [1, 0, 2, 9];
     let header: [u32; 10] = [0xd00d_feed, 72, 56, 72, 40, 17, 16, 0, 0, 16];
     let words = header.iter().chain(&[0; 4]).chain(&structure);
@@ -150,6 +153,7 @@ fn firmware(files: &mut Files, notes: &mut Notes, source: &Source, boards: &[Boa
         }
     }
     for (board, names) in missing {
+        // A note, not an error: an update uses the firmware that is already on the card.
         notes.push(format!(
             "the firmware files {} are not in the source: a new card for {board} needs them (`marcoctl card write --firmware \
              DIR`), an update does not",
@@ -159,7 +163,7 @@ fn firmware(files: &mut Files, notes: &mut Notes, source: &Source, boards: &[Boa
     Ok(())
 }
 
-/// Writes the zip, the same bytes for the same files, and has it checked as every controller and agent checks it.
+/// Writes the zip and checks it like controller and agent do. The same files give the same bytes.
 pub(super) fn write_zip(files: &Files, path: &Path) -> Result<ZipSummary> {
     let named = || format!("cannot write {}", path.display());
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -167,11 +171,12 @@ pub(super) fn write_zip(files: &Files, path: &Path) -> Result<ZipSummary> {
     {
         let mut zip = ZipWriter::new(file.as_file_mut());
         for (name, bytes) in files {
-            // An initramfs and most kernels are compressed; the rest packs well.
+            // An initramfs and most kernels are compressed already. The other files compress well.
             let packed = name == "initramfs" || name.starts_with("kernel") || name == "vmlinuz";
             let method = if packed { CompressionMethod::Stored } else { CompressionMethod::Deflated };
             let options = SimpleFileOptions::default()
                 .compression_method(method)
+                // A fixed time keeps the bytes reproducible.
                 .last_modified_time(zip::DateTime::default())
                 .unix_permissions(0o644);
             zip.start_file(name.as_str(), options).with_context(named)?;
@@ -189,12 +194,14 @@ pub(super) fn write_zip(files: &Files, path: &Path) -> Result<ZipSummary> {
     Ok(summary)
 }
 
-/// Gives a whole file its name, readable as other files are.
+/// Renames the finished file to its name, readable for everyone.
 fn persist(file: tempfile::NamedTempFile, path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
+    // Temporary files have mode 0600.
     file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
     file.persist(path)?;
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        // The rename is durable only after a sync of the folder.
         File::open(folder)?.sync_all()?;
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Where a set's files come from: roots of file systems and unpacked packages, whose links lead nowhere else.
+//! Sources of the files: roots of file systems, and unpacked packages. Links are resolved inside their root.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -9,20 +9,20 @@ use tempfile::TempDir;
 
 use super::package;
 
-/// Most links on the way to a file, as in the kernel.
+/// Maximum number of links on one path: the kernel's limit.
 const MAX_LINKS: usize = 40;
 
-/// Folders laid over each other: the first that has a path wins. Packages come before roots.
+/// Layered folders: the first one that has a path wins. Packages come before roots.
 #[derive(Debug)]
 pub(crate) struct Source {
     roots: Vec<PathBuf>,
-    /// How many of them are unpacked packages.
+    /// Number of unpacked packages at the front of `roots`.
     packages: usize,
     _unpacked: Option<TempDir>,
 }
 
 impl Source {
-    /// Takes roots as they are, and unpacks packages (files, or folders full of them) into a temporary folder.
+    /// Opens roots, and unpacks packages (files, or folders of them) into a temporary folder.
     pub(crate) fn open(roots: &[PathBuf], packages: &[PathBuf], progress: &mut dyn FnMut(&Path)) -> Result<Self> {
         for root in roots {
             if !root.is_dir() {
@@ -38,6 +38,7 @@ impl Source {
             let folder = folder.context("cannot make a temporary folder (TMPDIR says where)")?;
             for (number, file) in files.iter().enumerate() {
                 progress(file);
+                // A folder per package: two packages may contain the same path, and the first one wins.
                 let place = folder.path().join(number.to_string());
                 std::fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
                 package::unpack(file, &place).with_context(|| format!("cannot unpack {}", file.display()))?;
@@ -50,18 +51,18 @@ impl Source {
         Ok(Self { roots: all, packages, _unpacked: unpacked })
     }
 
-    /// The roots, packages first.
+    /// Returns all roots, packages first.
     pub(crate) fn roots(&self) -> &[PathBuf] {
         &self.roots
     }
 
-    /// Whether the root with this number is an unpacked package.
+    /// Returns true if the root with this index is an unpacked package.
     pub(crate) fn is_package(&self, number: usize) -> bool {
         number < self.packages
     }
 
-    /// The file or folder at a path of the system, wherever it is here. Systems differ in whether `/sbin` and `/lib` are
-    /// links into `/usr`, and so do packages: both places are tried.
+    /// Finds a path of the system in the roots. `/sbin` and `/lib` are links into `/usr` on some systems and in some
+    /// packages, so both places are tried.
     pub(crate) fn find(&self, path: &str) -> Option<PathBuf> {
         let relative = path.trim_start_matches('/');
         let other = match relative.strip_prefix("usr/") {
@@ -73,23 +74,24 @@ impl Source {
             .find_map(|root| resolve(root, Path::new(relative)).or_else(|| resolve(root, Path::new(&other))))
     }
 
-    /// The contents of the file at a path of the system; `None` when there is none.
+    /// Reads a file of the system. `None`: it does not exist.
     pub(crate) fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
         self.find(path).filter(|found| found.is_file()).map(|found| read(&found)).transpose()
     }
 }
 
-/// Reads a file, and names it when that fails.
+/// Reads a file. The error names it.
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Follows a path below a root as a process in that root would: links stay inside. `None` when nothing is there.
+/// Resolves a path below a root as a process in that root would: links stay inside. `None`: nothing exists there.
 pub(crate) fn resolve(root: &Path, path: &Path) -> Option<PathBuf> {
     let mut ahead: VecDeque<OsString> = parts(path).collect();
     let mut place = PathBuf::new();
     let mut links = 0;
     while let Some(part) = ahead.pop_front() {
+        // `..` at the root stays at the root, as in the kernel.
         if part == ".." {
             place.pop();
             continue;
@@ -105,6 +107,7 @@ pub(crate) fn resolve(root: &Path, path: &Path) -> Option<PathBuf> {
             return None;
         }
         let target = std::fs::read_link(root.join(&next)).ok()?;
+        // An absolute link means the system's root, not the root of this machine.
         if target.is_absolute() {
             place = PathBuf::new();
         }

@@ -1,4 +1,4 @@
-//! What stands on p1.
+//! Contents of p1.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,14 +9,14 @@ use marco_archive::switch::{self, HEAD};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
-/// Where the first set goes.
+/// Folder of the first set.
 const PREFIX: &str = "b0/";
 
-/// The files of p1 by name.
+/// Files of p1 by path.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Contents(BTreeMap<String, Vec<u8>>);
 
-/// An installer's set, unpacked.
+/// The boot files of an installer, unpacked from a bootcode.
 #[derive(Debug)]
 pub(crate) struct Set {
     zip: Vec<u8>,
@@ -25,22 +25,22 @@ pub(crate) struct Set {
     config: String,
 }
 
-/// `marco/join.toml`, as the agent reads it.
+/// `marco/join.toml`, in the agent's format.
 #[derive(Debug, Clone, Default, Serialize)]
 pub(crate) struct Join {
-    /// Addresses of controllers; empty: discovery.
+    /// Addresses of controllers. Empty: discovery.
     pub(crate) controllers: Vec<String>,
-    /// Addresses of enrolment listeners.
+    /// Addresses of enrolment listeners. Empty: the controllers' hosts with the default port.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) enroll: Vec<String>,
     /// The join token.
     pub(crate) token: String,
-    /// The id that the node asks for.
+    /// Id that the node asks for. `None`: derived from the serial number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,
 }
 
-/// `marco/b0.json`: which zip the set came from, as the agent reads it.
+/// `marco/b0.json`, in the agent's format: the origin of the set.
 #[derive(Debug, Serialize)]
 struct Record<'a> {
     sha256: String,
@@ -48,10 +48,11 @@ struct Record<'a> {
 }
 
 impl Set {
-    /// Reads a zip and checks that it is a set that starts the installer.
+    /// Reads a zip and checks that it can start the installer.
     pub(crate) fn open(zip: Vec<u8>) -> Result<Self> {
         let summary = marco_archive::check_zip(std::io::Cursor::new(&zip))?;
         marco_archive::check_installer_set(&summary)?;
+        // Unpacked by the guard, not read from the zip directly: the card gets exactly what an agent would unpack.
         let folder = tempfile::tempdir().context("cannot make a temporary folder (TMPDIR says where)")?;
         marco_archive::unpack_zip(std::io::Cursor::new(&zip), folder.path())?;
         let (mut files, mut digests) = (BTreeMap::new(), BTreeMap::new());
@@ -64,12 +65,12 @@ impl Set {
         Ok(Self { zip, files, digests, config: summary.config_txt.unwrap_or_default() })
     }
 
-    /// Its SHA-256, as a controller names it.
+    /// Returns the SHA-256 of the zip, as used by controllers.
     pub(crate) fn sha256(&self) -> String {
         hex::encode(Sha256::digest(&self.zip))
     }
 
-    /// What keeps a real board from starting with this set alone, in words; `None` when nothing does.
+    /// Lists the firmware files that a board needs and the card lacks. `None`: nothing is missing.
     fn lacks_firmware(&self, have: &Contents) -> Option<String> {
         let tree = |start: &str| self.files.keys().any(|name| name.starts_with(start) && name.ends_with(".dtb"));
         let old = ["bcm2708", "bcm2709", "bcm2710"].into_iter().any(tree);
@@ -80,14 +81,15 @@ impl Set {
         if tree("bcm2711") {
             missing.extend(["start4.elf", "fixup4.dat"]);
         }
+        // Checked in the root of p1: files below the prefix do not help, see `is_firmware`.
         missing.retain(|name| !have.0.contains_key(*name));
         (!missing.is_empty()).then(|| missing.join(", "))
     }
 }
 
 impl Contents {
-    /// The set as the one that every boot of the installer takes, and the firmware: the set's own, or that of a folder.
-    /// The second part says what no real board of some family starts without.
+    /// Builds the contents: the set, active for every boot of the installer, and the firmware of the set or of a
+    /// folder. The second value lists missing firmware, without which some boards do not start.
     pub(crate) fn of(set: &Set, firmware: Option<&Path>) -> Result<(Self, Option<String>)> {
         let mut contents = Self::default();
         for (name, bytes) in &set.files {
@@ -103,13 +105,13 @@ impl Contents {
         contents.put("autoboot.txt", switch::autoboot_txt(switch::INSTALLER, switch::SYSTEM));
         let record = Record { sha256: set.sha256(), files: &set.digests };
         contents.put("marco/b0.json", serde_json::to_vec_pretty(&record).context("JSON cannot be written")?);
-        // What the node falls back to when no controller has a bootcode.
+        // The node's fallback if no controller has a bootcode.
         contents.put("marco/fallback.zip", set.zip.clone());
         let lacks = set.lacks_firmware(&contents);
         Ok((contents, lacks))
     }
 
-    /// Adds the way in.
+    /// Adds the join data.
     pub(crate) fn join(&mut self, join: &Join) -> Result<()> {
         let text = toml::to_string(join).context("marco/join.toml cannot be written")?;
         self.put("marco/join.toml", text.into_bytes());
@@ -121,19 +123,19 @@ impl Contents {
         self.0.insert(name.to_owned(), bytes);
     }
 
-    /// Adds a file of this machine under another name.
+    /// Adds a local file under another name.
     pub(crate) fn put_file(&mut self, name: &str, path: &Path) -> Result<()> {
         let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         self.put(name, bytes);
         Ok(())
     }
 
-    /// The files with their names.
+    /// Iterates over paths and contents.
     pub(super) fn files(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.0.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
     }
 
-    /// All bytes together.
+    /// Returns the total number of bytes.
     pub(super) fn bytes(&self) -> u64 {
         self.0.values().map(|bytes| u64::try_from(bytes.len()).unwrap_or_default()).sum()
     }
@@ -155,15 +157,15 @@ impl Contents {
     }
 }
 
-/// Files that the firmware reads from the root of its partition alone.
+/// Returns true for files that the firmware reads only from the root of its partition, never below a prefix.
 fn is_firmware(name: &str) -> bool {
     name == "bootcode.bin"
         || name.starts_with("start") && name.ends_with(".elf")
         || name.starts_with("fixup") && name.ends_with(".dat")
 }
 
-/// p1's `config.txt` for a card of which no agent knows the board yet: the set's lines with their filters, behind the
-/// prefix. The installer writes one for its board.
+/// Renders p1's `config.txt` for an unknown board: the set's lines with their filters, behind the prefix. The installer
+/// later writes one for its own board.
 fn config_txt(set: &str) -> Result<Vec<u8>> {
     let mut text = format!("{HEAD}[all]\nos_prefix={PREFIX}\ncmdline=cmdline.txt\n");
     let mut filters: &[String] = &[];
@@ -176,6 +178,7 @@ fn config_txt(set: &str) -> Result<Vec<u8>> {
             }
             filters = &setting.filters;
         }
+        // The firmware's line for an initramfs has no equals sign.
         let separator = if matches!(setting.key.as_str(), "initramfs") { ' ' } else { '=' };
         text.push_str(&format!("{}{separator}{}\n", setting.key, setting.value));
     }

@@ -1,4 +1,4 @@
-//! What a card would be written to: what it is, what is on it, and whether it may be.
+//! Inspects the target of a card: its kind, its contents, and signs that it is in use.
 
 use std::fs;
 use std::io::{Read as _, Seek as _, SeekFrom};
@@ -10,25 +10,26 @@ use rustix::fs::{major, minor};
 
 use crate::output::{bytes, clean};
 
-/// What a card is written to.
+/// The target of a card.
 #[derive(Debug)]
 pub(crate) enum Target {
     /// A whole device.
     Device {
-        /// Model, size and what is on it, for people.
+        /// Model, size and partitions, for people.
         description: String,
     },
     /// An image file.
     File {
-        /// Whether there is one already.
+        /// True if the file exists already.
         exists: bool,
     },
 }
 
-/// Looks at a target; refuses what must not be written.
+/// Inspects a target. Refuses one that must not be written.
 pub(crate) fn inspect(path: &Path) -> Result<Target> {
     let facts = match fs::metadata(path) {
         Ok(facts) => facts,
+        // A missing path below /dev is a typing error, not a new image file.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !path.starts_with("/dev") => {
             return Ok(Target::File { exists: false });
         }
@@ -43,6 +44,7 @@ pub(crate) fn inspect(path: &Path) -> Result<Target> {
     let number = (major(facts.rdev()), minor(facts.rdev()));
     let place = PathBuf::from(format!("/sys/dev/block/{}:{}", number.0, number.1));
     let folder = fs::canonicalize(&place).with_context(|| format!("cannot look at {}", place.display()))?;
+    // A partition has this file in sysfs, a whole disk does not.
     if folder.join("partition").exists() {
         let whole = folder.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
         bail!("{} is a partition: a card is written whole, perhaps /dev/{whole}", path.display());
@@ -50,6 +52,7 @@ pub(crate) fn inspect(path: &Path) -> Result<Target> {
     if word(&folder.join("ro")) == "1" {
         bail!("{} is write-protected: look for the little switch on the card's adapter", path.display());
     }
+    // A card reader without a card is a device of size 0.
     if word(&folder.join("size")) == "0" {
         bail!("there is no card in {}", path.display());
     }
@@ -62,7 +65,7 @@ pub(crate) fn inspect(path: &Path) -> Result<Target> {
     Ok(Target::Device { description: describe(path, &folder, &partitions) })
 }
 
-/// The folders of a disk's partitions in sysfs, in the order of their names.
+/// Returns the sysfs folders of a disk's partitions, sorted by name.
 pub(crate) fn partitions(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
     let mut partitions: Vec<PathBuf> = entries.filter(|path| path.join("partition").exists()).collect();
@@ -70,11 +73,12 @@ pub(crate) fn partitions(folder: &Path) -> Vec<PathBuf> {
     partitions
 }
 
-/// Mounted, swapped to, or part of something larger (RAID, LVM, encryption).
+/// Refuses a device that is mounted, used as swap space, or part of a larger device (RAID, LVM, encryption).
 fn refuse_when_used(folder: &Path, number: (u32, u32)) -> Result<()> {
     let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     if let Some(at) = mounted_at(&mounts, number, |source| number_of(source) == Some(number)) {
+        // For the disk of the running system, "unmount it first" would be bad advice.
         let system = if at == "/" { ": it holds the system that runs here" } else { ": unmount it first" };
         bail!("/dev/{name} is mounted at {}{system}", clean(&at));
     }
@@ -82,6 +86,7 @@ fn refuse_when_used(folder: &Path, number: (u32, u32)) -> Result<()> {
     if swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next()).any(|at| number_of(at) == Some(number)) {
         bail!("/dev/{name} is swap space in use");
     }
+    // sysfs lists the device mapper and RAID devices that use it.
     let holder = fs::read_dir(folder.join("holders")).into_iter().flatten().find_map(Result::ok);
     if let Some(holder) = holder {
         bail!("/dev/{name} is part of /dev/{}, which is in use", holder.file_name().to_string_lossy());
@@ -89,8 +94,8 @@ fn refuse_when_used(folder: &Path, number: (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-/// Where a device is mounted, by the kernel's list (proc(5)): by its number, or, for file systems that have numbers of
-/// their own such as btrfs, by the name that it was mounted by.
+/// Finds the mount point of a device in the kernel's list (proc(5)). The device is matched by number, or by source name
+/// for file systems with numbers of their own, such as btrfs.
 pub(crate) fn mounted_at(mounts: &str, number: (u32, u32), is_source: impl Fn(&str) -> bool) -> Option<String> {
     let text = format!("{}:{}", number.0, number.1);
     mounts.lines().find_map(|line| {
@@ -107,14 +112,14 @@ fn number_of(path: &str) -> Option<(u32, u32)> {
     Some((major(facts.rdev()), minor(facts.rdev())))
 }
 
-/// The number in a file `dev` of sysfs.
+/// Parses the device number in a file `dev` of sysfs.
 pub(crate) fn device_number(file: &Path) -> (u32, u32) {
     let text = word(file);
     let (major, minor) = text.split_once(':').unwrap_or_default();
     (major.parse().unwrap_or(u32::MAX), minor.parse().unwrap_or(u32::MAX))
 }
 
-/// The text of a file of sysfs, without blanks around it; nothing when there is none.
+/// Reads a file of sysfs without surrounding blanks. Empty if it does not exist.
 pub(crate) fn word(file: &Path) -> String {
     fs::read_to_string(file).map(|text| text.trim().to_owned()).unwrap_or_default()
 }
@@ -124,6 +129,7 @@ fn describe(path: &Path, folder: &Path, partitions: &[PathBuf]) -> String {
     let model = ["device/vendor", "device/model", "device/name"].iter().map(|file| word(&folder.join(file)));
     let model: Vec<String> = model.filter(|text| !text.is_empty()).collect();
     let model = if model.is_empty() { "no model known".to_owned() } else { model.join(" ") };
+    // Only a remark: a card in a built-in slot (mmcblk) is not removable either.
     let fixed = if word(&folder.join("removable")) == "0" { ", not removable" } else { "" };
     let mut text =
         format!("{}: {}, {}{fixed}\n", path.display(), clean(&model), bytes(sectors(folder).saturating_mul(512)));
@@ -139,7 +145,7 @@ fn describe(path: &Path, folder: &Path, partitions: &[PathBuf]) -> String {
     text
 }
 
-/// The label of a FAT32 or an ext file system.
+/// Reads the label of a FAT32 or ext file system.
 fn label(device: &Path) -> Option<String> {
     let mut start = [0; 2048];
     let mut file = fs::File::open(device).ok()?;

@@ -1,4 +1,4 @@
-//! The file system of p1, made, filled and read back without mounting anything.
+//! Creates, fills and verifies the file system of p1 without mounting it.
 
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::sync::OnceLock;
@@ -12,13 +12,13 @@ use super::folders;
 use crate::clock;
 use crate::part::Part;
 
-/// Small enough that 256 MiB have the 65,525 clusters that make a FAT a FAT32.
+/// Cluster size in bytes. Small, so that 256 MiB have the 65,525 clusters that a FAT32 requires.
 const CLUSTER: u32 = 2048;
 const LABEL: &[u8; 11] = b"RECOVERY   ";
-/// Bytes between two steps of the progress.
+/// Bytes between two steps of the progress bar.
 const BLOCK: usize = 256 << 10;
 
-/// The time that files get: when the first card of this run was written.
+/// Time of all files: the time at which this run wrote its first card.
 #[derive(Debug)]
 struct Now;
 
@@ -32,6 +32,7 @@ impl fatfs::TimeProvider for Now {
         *NOW.get_or_init(|| {
             let now = clock::now().with_timezone(&chrono::Local);
             let small = |number: u32| u16::try_from(number).unwrap_or_default();
+            // A FAT stores years from 1980 to 2107.
             fatfs::DateTime {
                 date: fatfs::Date {
                     year: u16::try_from(now.year()).unwrap_or(1980).clamp(1980, 2107),
@@ -51,10 +52,12 @@ impl fatfs::TimeProvider for Now {
 
 static CLOCK: Now = Now;
 
-/// Makes the file system and writes the files.
+/// Creates the file system and writes the files.
 pub(super) fn write(mut part: Part, contents: &Contents, progress: &dyn Fn(u64)) -> Result<()> {
     let mut id = [0; 4];
     getrandom::fill(&mut id).context("no randomness")?;
+    // Not mkfs.vfat and a mount: that needs root even for an image file, and a desktop would mount the new partition
+    // while it is filled (docs/decisions/0031).
     let options = FormatVolumeOptions::new()
         .fat_type(FatType::Fat32)
         .bytes_per_cluster(CLUSTER)
@@ -63,6 +66,7 @@ pub(super) fn write(mut part: Part, contents: &Contents, progress: &dyn Fn(u64))
     format_volume(&mut part, options).context("cannot make a FAT32")?;
     part.seek(SeekFrom::Start(0))?;
     let card = FileSystem::new(&mut part, FsOptions::new().time_provider(&CLOCK))?;
+    // The number of clusters decides on the width, not the request.
     if card.fat_type() != FatType::Fat32 {
         bail!("the file system that was made is no FAT32");
     }
@@ -81,7 +85,7 @@ pub(super) fn write(mut part: Part, contents: &Contents, progress: &dyn Fn(u64))
             file.flush().with_context(|| name.to_owned())?;
         }
     }
-    // Counting the free clusters also has their number written down.
+    // Counting the free clusters also stores their number in the file system.
     let stats = card.stats()?;
     card.unmount()?;
     folders::repair(&mut part, stats.total_clusters() - stats.free_clusters())

@@ -1,4 +1,4 @@
-//! Files for the first boot of the systems that a card will get, from a folder of this machine.
+//! Files for the first boot of the card's systems, read from a local folder.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -8,16 +8,16 @@ use marco_archive::first_boot::{FOLDER, NAMES, label};
 
 use super::contents::Contents;
 
-/// No such file is longer: the installer reads it whole.
+/// Maximum size of a file in bytes. The installer reads a file into memory.
 const LARGEST: u64 = 16 << 20;
 
 impl Contents {
-    /// Adds the files of a folder as they are: those in it, and those in its folders that mean labels.
+    /// Adds the files of a folder: those directly in it, and those in subfolders that are labels.
     ///
     /// # Errors
-    /// There is anything else in it, which no system would ever see.
+    /// Returns an error for any other file or folder. No system would ever read it.
     pub(crate) fn first_boot(&mut self, folder: &Path) -> Result<()> {
-        // A FAT does not tell them apart.
+        // FAT ignores case, so two such folders would become one.
         let mut folders = BTreeSet::new();
         let mut found = 0;
         for (name, path) in entries(folder)? {
@@ -44,6 +44,7 @@ impl Contents {
                 found += 1;
             }
         }
+        // An empty folder is probably the wrong folder.
         if found == 0 {
             bail!("there is no file for a first boot in {}: {}", folder.display(), NAMES.join(", "));
         }
@@ -51,6 +52,7 @@ impl Contents {
     }
 
     fn known(&mut self, folder: &str, name: &str, path: &Path) -> Result<()> {
+        // A misspelt name would show only on the Pi, as a system without its user.
         if !NAMES.contains(&name) {
             bail!("no system reads {} when it first boots; known are {}", path.display(), NAMES.join(", "));
         }
@@ -66,7 +68,7 @@ impl Contents {
     }
 }
 
-/// What is in a folder, by name.
+/// Lists a folder, sorted by name.
 fn entries(folder: &Path) -> Result<Vec<(String, std::path::PathBuf)>> {
     let named = || format!("cannot read {}", folder.display());
     let mut all = Vec::new();
@@ -85,7 +87,7 @@ mod tests {
 
     use super::Contents;
 
-    /// What becomes of a folder with these files.
+    /// Adds a folder with these files to empty contents.
     fn with(files: &[&str]) -> Result<Vec<String>, String> {
         let folder = tempfile::tempdir().unwrap();
         for name in files {

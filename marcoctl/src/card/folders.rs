@@ -1,17 +1,17 @@
-//! Puts right what `fatfs` 0.3 writes into new folders: long names before `.` and `..`, and a `..` of folders in the root
-//! that names the root's cluster, where the specification wants 0 (Microsoft's FAT32 File System Specification, 6.5).
-//! `fsck.vfat` would otherwise rename them.
+//! Repairs the folders that `fatfs` 0.3 creates: long names before `.` and `..`, and in folders of the root a `..` with
+//! the root's cluster instead of 0 (Microsoft's FAT32 File System Specification, 6.5). `fsck.vfat` would rename these
+//! entries.
 
 use std::io::{Read, Seek, SeekFrom, Write};
 
 use anyhow::{Context as _, Result};
 
-/// Length of an entry.
+/// Length of a directory entry in bytes.
 const ENTRY: usize = 32;
-/// What an entry begins with that is not in use, with others behind it.
+/// First byte of an unused entry that is followed by others.
 const DELETED: u8 = 0xe5;
 
-/// Where the clusters are, from the boot sector.
+/// Positions of the clusters, from the boot sector.
 #[derive(Debug)]
 struct Geometry {
     cluster: u64,
@@ -41,7 +41,7 @@ impl Geometry {
     }
 }
 
-/// Goes through the first `used` clusters, which are all that a new file system has in use.
+/// Repairs the first `used` clusters. A new file system uses no others.
 pub(super) fn repair<D: Read + Write + Seek>(disk: &mut D, used: u32) -> Result<()> {
     let geometry = Geometry::read(disk).context("cannot read the boot sector")?;
     for number in 2..used.saturating_add(2) {
@@ -49,12 +49,14 @@ pub(super) fn repair<D: Read + Write + Seek>(disk: &mut D, used: u32) -> Result<
         disk.seek(SeekFrom::Start(geometry.place(number)))?;
         disk.read_exact(head.as_flattened_mut())?;
         let [_, own, _, parent] = &head;
-        // That a file's contents look like this and name their own cluster is as good as impossible.
+        // fatfs puts a long name before each of the two, so they are the second and the fourth entry. A file whose
+        // contents look like this and contain their own cluster number is practically impossible.
         let is_folder = own.starts_with(b".          \x10") && parent.starts_with(b"..         \x10");
         if !is_folder || cluster_of(own) != number {
             continue;
         }
         let (own, mut parent) = (*own, *parent);
+        // The root has no entry of its own. By the specification, `..` to the root is 0.
         if cluster_of(&parent) == geometry.root {
             set_cluster(&mut parent, 0);
         }
@@ -66,7 +68,7 @@ pub(super) fn repair<D: Read + Write + Seek>(disk: &mut D, used: u32) -> Result<
     Ok(())
 }
 
-/// The first cluster of what an entry names: its upper half at 20, its lower at 26.
+/// Returns the first cluster of an entry: upper half at offset 20, lower half at 26.
 fn cluster_of(entry: &[u8; ENTRY]) -> u32 {
     let [a, b] = [entry[20], entry[21]];
     let [c, d] = [entry[26], entry[27]];

@@ -71,6 +71,7 @@ async fn create_api_token(flags: CreateApiToken, connection: &Connection, out: &
         ttl: Some(proto_duration(flags.ttl)?),
     };
     let token = connection.access().create_api_token(call(request)).await?.into_inner();
+    // stdout gets only the token, for a file or a variable.
     out.document(&token, |token, _| token.token.clone())?;
     if !out.is_json() {
         let text = format!(
@@ -80,7 +81,7 @@ async fn create_api_token(flags: CreateApiToken, connection: &Connection, out: &
             nodes(&token.selector),
             local(token.expire_time.as_ref())
         );
-        // The token is out; that stderr is closed does not undo it.
+        // The token was printed. A closed stderr does not undo that.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
     Ok(())
@@ -128,6 +129,7 @@ pub(super) async fn certs(command: CertsCommand, connection: &Connection, out: &
 
 pub(super) async fn audit(command: AuditCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     let AuditCommand::List(flags) = command;
+    // The audit only grows, so --limit also limits the pages that are fetched.
     let mut audit_events = match flags.limit {
         Some(most) => some_events(&flags, most, connection).await?,
         None => {
@@ -138,6 +140,7 @@ pub(super) async fn audit(command: AuditCommand, connection: &Connection, out: &
             .await?
         }
     };
+    // The last page may have more than was asked for.
     audit_events.truncate(flags.limit.unwrap_or(usize::MAX));
     out.document(&ListAuditEventsResponse { audit_events, ..Default::default() }, |list, _| {
         let rows = list.audit_events.iter().map(|event: &AuditEvent| {
@@ -175,7 +178,7 @@ async fn page(
     Ok(connection.access().list_audit_events(call(request)).await?.into_inner())
 }
 
-/// Pages until there are as many as asked for.
+/// Fetches pages until there are `most` events.
 async fn some_events(flags: &ListAudit, most: usize, connection: &Connection) -> Result<Vec<AuditEvent>, Failure> {
     let (mut events, mut page_token) = (Vec::new(), String::new());
     loop {
@@ -192,20 +195,20 @@ pub(super) fn role(role: Role) -> String {
     enum_word(role.as_str_name(), "ROLE_")
 }
 
-/// The nodes that somebody is limited to.
+/// Formats the nodes that a user or a token is limited to.
 pub(super) fn nodes(selector: &HashMap<String, String>) -> String {
     if selector.is_empty() { "all nodes".to_owned() } else { labels(selector) }
 }
 
-/// How long before something expires it is pointed out, in days.
+/// Days before its expiry at which a list warns.
 const SOON_DAYS: i64 = 14;
 
-/// Whether it has expired, or does so within two weeks.
+/// Returns true if it has expired, or will expire within two weeks.
 pub(super) fn expires_soon(expires: Option<&Timestamp>, now: DateTime<Utc>) -> bool {
     timestamp(expires).is_some_and(|time| time - now <= TimeDelta::days(SOON_DAYS))
 }
 
-/// When it expires, for a list.
+/// Formats an expiry for a list.
 fn expiry(expires: Option<&Timestamp>, now: DateTime<Utc>) -> String {
     let when = ago(expires, now);
     if expires_soon(expires, now) && !when.ends_with("ago") { format!("{when}, soon") } else { when }

@@ -18,7 +18,7 @@ use crate::connect::{Connection, call};
 use crate::failure::Failure;
 use crate::output::{Out, ago, bytes, clean, enum_word, fields, id, listing, local};
 
-/// Finds what is wrong before the controller is asked: a push hashes for minutes before it would be refused.
+/// Checks the arguments before connecting. A push hashes for minutes, so a late refusal would be costly.
 pub(super) fn checked(command: ArtifactsCommand) -> Result<ArtifactsCommand, Failure> {
     if let ArtifactsCommand::Push(flags) = &command {
         push::check(flags)?;
@@ -65,6 +65,7 @@ pub(super) async fn run(command: ArtifactsCommand, connection: &Connection, out:
             out.document(&connection.artifacts().get_artifact(call(request)).await?.into_inner(), detail)
         }
         ArtifactsCommand::Delete { artifacts, force } => {
+            // Without the question the doubts are not needed, and finding them reads all nodes and schedules.
             if !force.force {
                 ask::unless_forced(&doubts::about_deleting(&artifacts, connection).await?, force)?;
             }

@@ -7,7 +7,7 @@ use crate::bootcode::{self, Built, Listed};
 use crate::failure::Failure;
 use crate::output::{Out, bytes, fields, table};
 
-/// Needs no controller.
+/// Runs the command. It needs no controller.
 pub(super) async fn run(command: BootcodeCommand, out: &mut Out) -> Result<(), Failure> {
     let BootcodeCommand::Build(flags) = command;
     let built = tokio::task::spawn_blocking(move || build(&flags)).await.context("the build was given up")??;

@@ -22,14 +22,14 @@ use crate::failure::Failure;
 use crate::output::{Out, id, local};
 use crate::progress::byte_bar;
 
-/// What was written, as `--output json` has it.
+/// Result of writing cards, printed by `--output json`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Written {
     cards: Vec<String>,
     bootcode_sha256: String,
     controllers: Vec<String>,
-    /// Name of the token that was made; empty when it came from a file.
+    /// Name of the created token. Empty: the token came from a file.
     token: String,
     notes: Vec<String>,
 }
@@ -38,7 +38,7 @@ pub(super) async fn run(command: CardCommand, global: &Global, out: &mut Out) ->
     let CardCommand::Write(flags) = command;
     let paths = paths(&flags)?;
     let mut connection = None;
-    // Everything that can be wrong is found before a token is made and before anything is overwritten.
+    // All checks come before a token is created and before anything is overwritten.
     let first = paths.first().context("there is no card to write")?.clone();
     let first_target = card::inspect(&first)?;
     let set = match &flags.bootcode {
@@ -59,6 +59,7 @@ pub(super) async fn run(command: CardCommand, global: &Global, out: &mut Out) ->
                 .to_owned(),
         );
     }
+    // Asked before the token is created: a refusal leaves no unused token behind.
     confirm(&first, &first_target, flags.yes)?;
     let (token, made) = match &flags.token_file {
         Some(path) => {
@@ -81,15 +82,18 @@ pub(super) async fn run(command: CardCommand, global: &Global, out: &mut Out) ->
     let mut done = Vec::new();
     for (number, path) in (1_u32..).zip(&paths) {
         let target = if number == 1 { None } else { Some(next_card(path, number, &flags)?) };
+        // Two nodes cannot have one id, so each card gets a number.
         let name = flags.node_name.clone().map(|name| if flags.count > 1 { format!("{name}-{number}") } else { name });
         let join = Join { controllers: controllers.clone(), enroll: flags.enroll.clone(), token: token.clone(), name };
         contents.join(&join)?;
         let (path, size, contents) = (path.clone(), flags.size, contents.clone());
+        // The first card was inspected and confirmed above.
         let target = match target {
             Some(target) => target,
             None => card::inspect(&path)?,
         };
         let shown = path.display().to_string();
+        // Writing blocks for minutes.
         tokio::task::spawn_blocking(move || card::write(&path, &target, size, &contents))
             .await
             .context("writing was given up")??;
@@ -119,11 +123,12 @@ fn pis(count: u32) -> String {
     if count == 1 { "one Pi".to_owned() } else { format!("{count} Pis") }
 }
 
-/// One device again and again, or a file with a number for each card.
+/// Returns one path per card: the same device each time, or numbered files.
 fn paths(flags: &WriteCard) -> Result<Vec<PathBuf>, Failure> {
     if flags.count == 1 {
         return Ok(vec![flags.target.clone()]);
     }
+    // Without a terminal there is no pause to change the card, and one card would be written N times.
     if flags.target.starts_with("/dev") {
         if !std::io::stdin().is_terminal() {
             return Err(Failure::Usage {
@@ -140,18 +145,20 @@ fn paths(flags: &WriteCard) -> Result<Vec<PathBuf>, Failure> {
 }
 
 async fn connected<'a>(connection: &'a mut Option<Connection>, global: &Global) -> Result<&'a Connection, Failure> {
+    // Opened on demand: with --bootcode and --token-file no controller is needed.
     if connection.is_none() {
         *connection = Some(Connection::open(global).await?);
     }
     Ok(connection.as_ref().context("there is no connection")?)
 }
 
-/// The controllers that the cards name. This machine's own name for itself is of no use to a Pi.
+/// Returns the controllers that the cards name. A loopback address means nothing to a Pi.
 fn controllers(flags: &WriteCard, global: &Global) -> Vec<String> {
     if !flags.join.is_empty() {
         return flags.join.clone();
     }
     let host = global.controller.rsplit_once(':').map_or(global.controller.as_str(), |(host, _)| host);
+    // `[::1]` without a port is split into `[:` and `1]`.
     let own = host == "localhost" || host.starts_with("127.") || matches!(host, "[::1]" | "::1" | "[:");
     if own { Vec::new() } else { vec![global.controller.clone()] }
 }
@@ -159,6 +166,7 @@ fn controllers(flags: &WriteCard, global: &Global) -> Vec<String> {
 fn extras(contents: &mut Contents, flags: &WriteCard) -> Result<(), Failure> {
     if let Some(path) = &flags.install_config {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        // Parsed here: a broken file would show only on the Pi, which then has no settings.
         toml::from_str::<toml::Table>(&text).with_context(|| format!("{} is no TOML", path.display()))?;
         contents.put("marco/install.toml", text.into_bytes());
     }
@@ -174,7 +182,7 @@ fn extras(contents: &mut Contents, flags: &WriteCard) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The controller's default bootcode, checked against its digest.
+/// Downloads the controller's default bootcode and checks its digest.
 async fn fetch(connection: &Connection, board: Option<Board>) -> Result<Vec<u8>, Failure> {
     let artifacts: Vec<Artifact> = all_pages(async |page_token| {
         let filter = Some(ArtifactFilter { kind: Kind::Bootcode.into() });
@@ -198,6 +206,7 @@ async fn fetch(connection: &Connection, board: Option<Board>) -> Result<Vec<u8>,
                 .to_owned(),
         });
     };
+    // By digest: the name may point to other bytes by the time of the download.
     let request = DownloadArtifactRequest { name: format!("artifacts/sha256:{}", artifact.sha256), offset: 0 };
     let mut stream = connection.artifacts().download_artifact(request).await?.into_inner();
     let bar = byte_bar("fetching", artifact.size_bytes);
@@ -209,6 +218,7 @@ async fn fetch(connection: &Connection, board: Option<Board>) -> Result<Vec<u8>,
         }
     }
     bar.finish_and_clear();
+    // The zip becomes the boot code of many nodes. TLS protects the way, not the controller's disk.
     if hex::encode(Sha256::digest(&bytes)) != artifact.sha256 {
         return Err(Failure::Local(anyhow!("what the controller sent is not {}", artifact.name)));
     }
@@ -226,7 +236,7 @@ async fn mint(connection: &Connection, flags: &WriteCard) -> Result<JoinToken, F
     Ok(connection.nodes().create_join_token(call(request)).await?.into_inner())
 }
 
-/// Asks before anything is lost.
+/// Asks for confirmation before data is lost.
 fn confirm(path: &Path, target: &Target, yes: bool) -> Result<(), Failure> {
     let what = match target {
         Target::File { exists: false } => return Ok(()),
@@ -251,7 +261,7 @@ fn confirm(path: &Path, target: &Target, yes: bool) -> Result<(), Failure> {
     }
 }
 
-/// Asks for the next card of a device, and looks at it as at the first.
+/// Waits for the next card in a device, and inspects it like the first one.
 fn next_card(path: &Path, number: u32, flags: &WriteCard) -> Result<Target, Failure> {
     if !path.starts_with("/dev") {
         let target = card::inspect(path)?;
@@ -260,6 +270,7 @@ fn next_card(path: &Path, number: u32, flags: &WriteCard) -> Result<Target, Fail
     }
     loop {
         say(&format!("Put the next card into {} ({number} of {}) and press Enter: ", path.display(), flags.count));
+        // An empty read is the end of input. Otherwise this loop would never end.
         if read_line()?.is_empty() {
             let message = format!("{} of {} cards are written", number - 1, flags.count);
             return Err(Failure::Unsuccessful { message, hint: String::new() });
@@ -269,6 +280,7 @@ fn next_card(path: &Path, number: u32, flags: &WriteCard) -> Result<Target, Fail
                 confirm(path, &target, flags.yes)?;
                 return Ok(target);
             }
+            // No card yet, or a mounted one: the operator can fix this and press Enter again.
             Err(error) => say(&format!("{error:#}\n")),
         }
     }

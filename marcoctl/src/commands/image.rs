@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::image::{self, Packed};
 use crate::output::{Out, bytes, clean, fields};
 
-/// Needs no controller.
+/// Runs the command. It needs no controller.
 pub(super) async fn run(command: ImageCommand, out: &mut Out) -> Result<(), Failure> {
     let ImageCommand::Pack(flags) = command;
     let packed = image::pack(flags).await?;

@@ -19,7 +19,7 @@ use crate::connect::{Connection, call};
 use crate::failure::Failure;
 use crate::output::{Out, ago, bytes, clean, clock_time, enum_word, fields, id, in_local_time, labels, listing, local};
 
-/// A page of nodes where all of them are wanted.
+/// Page size for calls that need all nodes.
 const PAGE_SIZE: i32 = 500;
 
 pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
@@ -44,8 +44,9 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
         NodesCommand::Watch(selection) => watch(&selection, connection, out).await,
         NodesCommand::Label(label_args) => label(label_args, connection, out).await,
         NodesCommand::Approve { nodes, fingerprint } => {
-            // A quarantined node was shut out for a reason: only its name lets it in again.
+            // A quarantined node was shut out for a reason. Only its explicit name readmits it.
             let names = chosen(&nodes, &[State::AwaitingApproval], connection).await?;
+            // A fingerprint identifies one key. With several nodes it would be refused for all but one.
             if !fingerprint.is_empty() && names.all().len() != 1 {
                 return Err(Failure::Usage {
                     message: "--fingerprint names the key of one node, and not one node is named".to_owned(),
@@ -59,6 +60,7 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
             .await
         }
         NodesCommand::Quarantine { nodes, reason } => {
+            // Nodes that are already in quarantine keep their reason.
             let names = chosen(&nodes, &[State::Approved, State::AwaitingApproval], connection).await?;
             several::each(&names, show("quarantined"), out, async |name| {
                 let request = QuarantineNodeRequest { name, reason: reason.clone() };
@@ -85,16 +87,16 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
     }
 }
 
-/// How a change of several nodes is shown.
+/// Presentation of a change to nodes.
 fn show(done: &'static str) -> several::Show<fn(&Node, DateTime<Utc>) -> String> {
     several::Show { field: Some("nodes"), done, detail }
 }
 
-/// The names of the nodes that a command changes. Those that --all or --selector match must be in one of the states, if
-/// there are any.
+/// Returns the names of the nodes to change. Nodes found by --all or --selector are limited to `states`, unless that is
+/// empty.
 ///
 /// # Errors
-/// No node matches.
+/// Returns an error if no node matches.
 async fn chosen(nodes: &Nodes, states: &[State], connection: &Connection) -> Result<Names, Failure> {
     if !nodes.nodes.is_empty() {
         return Ok(Names::Given(nodes.nodes.clone()));
@@ -107,6 +109,7 @@ async fn chosen(nodes: &Nodes, states: &[State], connection: &Connection) -> Res
         Ok((page.nodes, page.next_page_token))
     })
     .await?;
+    // A selector with a typing error matches nothing. That must not look like success.
     if found.is_empty() {
         return Err(Failure::Unsuccessful {
             message: "no node matches; nothing was changed".to_owned(),
@@ -135,7 +138,7 @@ async fn label(label: Label, connection: &Connection, out: &mut Out) -> Result<(
     .await
 }
 
-/// Labels are replaced as a whole by the API, so those that stay are read first.
+/// Changes the labels of a node. The API replaces labels as a whole, so the current ones are read first.
 async fn relabel(
     name: String,
     edits: &[LabelEdit],
@@ -147,6 +150,7 @@ async fn relabel(
     let mut node = Node { name: current.name, labels: current.labels, ..Default::default() };
     let mut paths = Vec::new();
     if !edits.is_empty() {
+        // The mask names only the given flags: a change of labels leaves the display name alone.
         paths.push("labels".to_owned());
     }
     for edit in edits {
@@ -171,6 +175,7 @@ async fn watch(selection: &NodeSelection, connection: &Connection, out: &mut Out
             out.json_line(&message)?;
         } else {
             let time = clock_time(clock::now());
+            // The first message lists all nodes, the others only those that changed.
             for node in &message.nodes {
                 let connected = if node.connected { "connected" } else { "not connected" };
                 out.line(&format!("{time}  {}  {}  {connected}", clean(&id(&node.name)), state(node)))?;
@@ -209,7 +214,7 @@ fn state(node: &Node) -> String {
     enum_word(node.state().as_str_name(), "STATE_")
 }
 
-/// Its state, and what an admin should look at.
+/// Formats the state, and everything that needs an admin's attention.
 fn standing(node: &Node, now: DateTime<Utc>) -> String {
     let mut text = state(node);
     if !node.conflicts.is_empty() {
@@ -232,22 +237,23 @@ fn standing(node: &Node, now: DateTime<Utc>) -> String {
     text
 }
 
-/// Of which kind an illness is.
+/// Returns the type of a condition.
 fn ailment(condition: &NodeCondition) -> String {
     enum_word(condition.r#type().as_str_name(), "TYPE_")
 }
 
-/// Until when its certificate is valid.
+/// Formats the end of the certificate's validity.
 fn certificate(node: &Node, now: DateTime<Utc>) -> String {
     let end = node.certificate_expire_time.as_ref();
     if end.is_none() {
         return String::new();
     }
+    // A node renews its certificate 15 days before the end. With 14 days left, the renewal has failed.
     let warning = if expires_soon(end, now) { ": it was not renewed in time" } else { "" };
     format!("until {} ({}){warning}", local(end), ago(end, now))
 }
 
-/// Keys that wait.
+/// Formats the keys that wait for approval.
 fn waiting(node: &Node, now: DateTime<Utc>) -> String {
     let lines = node.pending_keys.iter().map(|key| {
         let serial = if key.serial.is_empty() { String::new() } else { format!(", serial {}", key.serial) };

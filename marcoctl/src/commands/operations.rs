@@ -27,7 +27,7 @@ use crate::follow::{End, Until, follow};
 use crate::output::{Out, fields};
 use crate::progress::View;
 
-/// A page of executions where all of them are wanted.
+/// Page size for calls that need all executions.
 const PAGE_SIZE: i32 = 1000;
 
 pub(super) async fn run(command: OperationsCommand, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
@@ -42,6 +42,7 @@ pub(super) async fn run(command: OperationsCommand, connection: &Connection, out
         OperationsCommand::Get { operation } => {
             let request = GetOperationRequest { name: operation.clone() };
             let found = connection.operations().get_operation(call(request)).await?.into_inner();
+            // The JSON document is the message itself, as for every other `get`.
             if out.is_json() {
                 return out.document(&found, show::operation);
             }
@@ -130,6 +131,7 @@ async fn watch(
     connection: &Connection,
     out: &mut Out,
 ) -> Result<(), Failure> {
+    // Checked: an absurd duration means no deadline, not a panic.
     let until = Until { deadline: timeout.and_then(|timeout| Instant::now().checked_add(timeout)), stuck: false };
     let mut view = View::for_watch(out);
     let followed = follow(connection, operation, until, &mut view, out).await;
@@ -141,7 +143,7 @@ async fn watch(
     create::verdict(&known, end, operation, connection).await
 }
 
-/// Explains one execution, or each that has not succeeded.
+/// Explains one execution, or every execution that has not succeeded.
 async fn explain(which: WhichExecutions, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     let ask = async |name: String| {
         let request = ExplainExecutionRequest { name };
@@ -163,6 +165,7 @@ async fn explain(which: WhichExecutions, connection: &Connection, out: &mut Out)
         return out.line(fields(&[(&which.operation, "every node succeeded".to_owned())]).trim_end());
     }
     let mut texts = Vec::new();
+    // One call per group: explaining hundreds of nodes that wait for the same reason would take as many calls.
     for alike in show::alike(&open) {
         let Some(first) = alike.first() else { continue };
         texts.push(show::explanation_of_all(&alike, &ask(first.name.clone()).await?));
@@ -170,7 +173,7 @@ async fn explain(which: WhichExecutions, connection: &Connection, out: &mut Out)
     out.line(texts.join("\n").trim_end())
 }
 
-/// The name of the one execution that a command is about.
+/// Returns the name of the execution that a command is about.
 fn one_execution(one: &OneExecution, what: &str, command: &str) -> Result<String, Failure> {
     execution_name(&one.operation, one.node.as_deref())?.ok_or_else(|| Failure::Usage {
         message: format!("{} is an operation, and {what}: which?", one.operation),
@@ -178,7 +181,7 @@ fn one_execution(one: &OneExecution, what: &str, command: &str) -> Result<String
     })
 }
 
-/// The name of the execution that an operation and a node, or a full name, mean; none for an operation alone.
+/// Parses an execution's name from operation and node, or from a full name. `None`: only an operation is given.
 fn execution_name(operation: &str, node: Option<&str>) -> Result<Option<String>, Failure> {
     let wrong = |error: marco_proto::names::InvalidName| Failure::Usage {
         message: error.to_string(),

@@ -81,12 +81,12 @@ pub(super) async fn run(command: SchedulesCommand, connection: &Connection, out:
     }
 }
 
-/// Asks the controller first what it thinks of it, and the operator if that is not meant.
+/// Creates a schedule. The controller is first asked for its doubts, and the operator decides about them.
 async fn create(request: CreateScheduleRequest, force: Force, connection: &Connection) -> Result<Schedule, Failure> {
     let trial = CreateScheduleRequest { validate_only: true, ..request.clone() };
     let checked = connection.schedules().create_schedule(call(trial)).await?.into_inner();
     if checked.create_time.is_some() {
-        // A controller of an earlier release knows no trial.
+        // An older controller ignores `validate_only` and has created the schedule.
         return Ok(checked);
     }
     unless_forced(&checked.doubts, force)?;
@@ -102,7 +102,7 @@ async fn next(flags: Next, connection: &Connection, out: &mut Out) -> Result<(),
         count: flags.count,
     };
     let preview = connection.schedules().preview_schedule(call(request)).await?.into_inner();
-    // Not among the fires, of which programs read a line each.
+    // On stderr: programs read stdout as one fire per line.
     if !out.is_json() && !preview.cron_in_words.is_empty() {
         let (words, zone, version) = (&preview.cron_in_words, &preview.time_zone, &preview.tzdata_version);
         say(&format!("{}, by the clocks of {}; time zones: {}\n", clean(words), clean(zone), clean(version)));
@@ -112,8 +112,9 @@ async fn next(flags: Next, connection: &Connection, out: &mut Out) -> Result<(),
     })
 }
 
-/// What the flags ask for.
+/// Builds the request from the flags.
 fn asked(flags: CreateSchedule) -> Result<CreateScheduleRequest, Failure> {
+    // Otherwise the flags would be ignored, and the schedule would do something else than asked.
     if flags.action != ActionArg::Update && !(flags.image.is_empty() && flags.bootcode.is_empty()) {
         return Err(Failure::Usage {
             message: "--image and --bootcode are for an update".to_owned(),
@@ -221,7 +222,7 @@ fn rows(schedules: &[Schedule], now: DateTime<Utc>) -> String {
     listing("no schedules", &["SCHEDULE", "CRON", "ZONE", "ACTION", "TARGETS", "STATE", "NEXT", "LAST"], rows)
 }
 
-/// What became of an instant, where its operation is, and when it was: `FIRED, RUNNING 3m ago`.
+/// Formats the outcome of an instant, its operation's state and its age: `FIRED, RUNNING 3m ago`.
 fn last_outcome(fire: &Fire, now: DateTime<Utc>) -> String {
     let outcome = enum_word(fire.outcome().as_str_name(), "OUTCOME_");
     let state = match fire.operation_state() {

@@ -1,4 +1,4 @@
-//! One call for each of several names: all that can be done is done, and each outcome is a line.
+//! Runs one call for each of several names. Failures do not stop the rest, and each outcome is a line.
 
 use chrono::{DateTime, Utc};
 
@@ -6,44 +6,45 @@ use crate::ask::say;
 use crate::failure::Failure;
 use crate::output::{Out, Printable, clean, id};
 
-/// How the outcomes are shown.
+/// Presentation of the outcomes.
 pub(super) struct Show<D> {
-    /// The field of the JSON document that lists what was done, as a list answer has it; `None`: the answers are empty, and
+    /// Field of the JSON document with the results, named as in a list response. `None`: the responses are empty, and
     /// `deleted` lists the names.
     pub(super) field: Option<&'static str>,
-    /// What was done, for the line of one name: "approved".
+    /// Participle for the line of each name, for example "approved".
     pub(super) done: &'static str,
-    /// The text for a name that stands alone.
+    /// Formats the result if a single name was given.
     pub(super) detail: D,
 }
 
-/// What a command is about.
+/// The names that a command works on.
 pub(super) enum Names {
-    /// Named on the command line.
+    /// Given on the command line.
     Given(Vec<String>),
-    /// Found by the controller: a list, also when it has one entry.
+    /// Found by the controller. Always shown as a list, even with one entry.
     Found(Vec<String>),
 }
 
 impl Names {
-    /// All of them.
+    /// Returns all names.
     pub(super) fn all(&self) -> &[String] {
         let (Self::Given(names) | Self::Found(names)) = self;
         names
     }
 }
 
-/// Calls `act` for each name. A name that was given alone is shown in full, and its failure is the command's. Of several,
-/// each has its line (a failure's on stderr), and the command fails when one of them did.
+/// Calls `act` for each name. A single given name is shown in full, and its failure is the command's failure. Several
+/// names get one line each (failures on stderr), and the command fails if any of them did.
 ///
 /// # Errors
-/// What went wrong; exit code 1, or 3 when the controller was lost: the remaining names are not tried then.
+/// Exit code 1, or 3 if the controller was lost. The remaining names are then not tried.
 pub(super) async fn each<M: Printable, D: FnOnce(&M, DateTime<Utc>) -> String>(
     names: &Names,
     show: Show<D>,
     out: &mut Out,
     act: impl AsyncFn(String) -> Result<M, Failure>,
 ) -> Result<(), Failure> {
+    // A single name: the full answer, like that of `get`.
     if let Names::Given(names) = names
         && let [name] = names.as_slice()
     {
@@ -65,8 +66,10 @@ pub(super) async fn each<M: Printable, D: FnOnce(&M, DateTime<Utc>) -> String>(
                 done_names.push(name);
             }
             Err(failure) => {
+                // Not on stdout: in JSON mode that is one document.
                 say(&format!("{}  not {}: {}\n", clean(&id(name)), show.done, failure.message()));
                 failed.push(id(name));
+                // Without a controller every further name would fail in the same way, each after its deadline.
                 if failure.exit_code() == 3 {
                     lost = Some(failure);
                     break;
@@ -74,6 +77,7 @@ pub(super) async fn each<M: Printable, D: FnOnce(&M, DateTime<Utc>) -> String>(
             }
         }
     }
+    // Printed also after failures: a script must see the part that was done.
     if out.is_json() {
         match show.field {
             Some(field) => out.documents(field, &done)?,

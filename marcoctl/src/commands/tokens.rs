@@ -39,11 +39,12 @@ pub(super) async fn run(command: TokensCommand, connection: &Connection, out: &m
             })
         }
         TokensCommand::Revoke { token } => {
+            // No question before: a token that leaked must be useless at once (docs/decisions/0043).
             let request = RevokeJoinTokenRequest { name: token };
             let token = connection.nodes().revoke_join_token(call(request)).await?.into_inner();
             out.document(&token, detail)?;
             if !out.is_json() {
-                // It is revoked; that stderr is closed does not undo it.
+                // The token is revoked by now. A closed stderr does not undo that.
                 let _ = std::io::stderr().write_all(left_out(&token).as_bytes());
             }
             Ok(())
@@ -62,7 +63,7 @@ async fn create(flags: CreateToken, connection: &Connection, out: &mut Out) -> R
         nodes: flags.nodes,
     };
     let token = connection.nodes().create_join_token(call(request)).await?.into_inner();
-    // stdout has the token alone, so that it can go to a file or a variable; people are told the rest on stderr.
+    // stdout gets only the token, for a file or a variable. People read the rest on stderr.
     out.document(&token, |token, _| token.token.clone())?;
     if !out.is_json() {
         let nodes = match token.max_uses {
@@ -75,13 +76,14 @@ async fn create(flags: CreateToken, connection: &Connection, out: &mut Out) -> R
             id(&token.name),
             local(token.expire_time.as_ref())
         );
-        // The token is out; that stderr is closed does not undo it.
+        // The token was printed. A closed stderr does not undo that.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
     Ok(())
 }
 
 fn state(token: &JoinToken, now: DateTime<Utc>) -> String {
+    // REVOKED and USED outrank EXPIRED: they say more about the reason.
     let expired = timestamp(token.expire_time.as_ref()).is_some_and(|time| time <= now);
     if token.revoked {
         "REVOKED"
@@ -95,7 +97,7 @@ fn state(token: &JoinToken, now: DateTime<Utc>) -> String {
     .to_owned()
 }
 
-/// Who cannot join any more.
+/// Warns about nodes and cards that depended on the revoked token.
 fn left_out(token: &JoinToken) -> String {
     let mut text = String::new();
     if !token.stranded.is_empty() {
@@ -103,6 +105,7 @@ fn left_out(token: &JoinToken) -> String {
         let names = names.join(", ");
         text.push_str(&format!("warning: left without a way in, or not approved yet: {names}\n"));
     }
+    // The controller does not know cards without a node name, only how many of them may still join.
     let unused = token.max_uses.saturating_sub(token.uses);
     if unused > 0 {
         text.push_str(&format!(

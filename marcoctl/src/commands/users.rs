@@ -21,7 +21,7 @@ use crate::connect::{Connection, call};
 use crate::failure::Failure;
 use crate::output::{Out, fields, id, listing, local};
 
-/// Keys are for their owner alone.
+/// Mode of private keys: only the owner reads them.
 const SECRET: u32 = 0o600;
 const PUBLIC: u32 = 0o644;
 
@@ -68,6 +68,7 @@ async fn create(flags: CreateUser, certs: &Path, connection: &Connection, out: &
         message: format!("{error}"),
         hint: "the name is also that of the files".to_owned(),
     })?;
+    // Its certificate would overwrite ca.crt in the same folder, and no controller would be trusted any longer.
     if name.as_str().eq_ignore_ascii_case("ca") {
         return Err(Failure::Usage {
             message: "ca.crt is the file of the CA's certificate, so that no user can be named ca".to_owned(),
@@ -76,14 +77,16 @@ async fn create(flags: CreateUser, certs: &Path, connection: &Connection, out: &
     }
     let folder = flags.out.as_deref().unwrap_or(certs);
     fs::DirBuilder::new()
+        // 0700: the folder holds a private key.
         .recursive(true)
         .mode(0o700)
         .create(folder)
         .with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let key_path = folder.join(format!("{name}.key"));
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).context("no key can be made")?;
+    // The request carries the key only. The controller chooses name, role and validity.
     let csr = CertificateParams::default().serialize_request(&key).context("no certificate request can be made")?;
-    // Before anybody is asked: a certificate without its key is good for nothing.
+    // Written before the call: a certificate without its key is useless.
     write_new(&key_path, &key.serialize_pem(), SECRET)?;
     let user = User { role: Role::from(flags.role).into(), selector: label_map(&flags.selector), ..User::default() };
     let request = CreateUserRequest {
@@ -95,12 +98,13 @@ async fn create(flags: CreateUser, certs: &Path, connection: &Connection, out: &
     let user = match connection.access().create_user(call(request)).await {
         Ok(user) => user.into_inner(),
         Err(status) => {
-            // Nobody will ever take it.
+            // No certificate was issued for this key.
             let _ = fs::remove_file(&key_path);
             return Err(status.into());
         }
     };
     write(&folder.join(format!("{name}.crt")), &user.certificate, PUBLIC)?;
+    // The --certs folder has its own ca.crt, which the connection has just used.
     if folder != certs {
         write(&folder.join("ca.crt"), &user.ca_certificate, PUBLIC)?;
     }
@@ -112,7 +116,7 @@ async fn create(flags: CreateUser, certs: &Path, connection: &Connection, out: &
             folder.display(),
             folder.display()
         );
-        // All is done; that stderr is closed does not undo it.
+        // The user exists by now. A closed stderr does not undo that.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
     Ok(())
@@ -147,13 +151,14 @@ fn detail(user: &User, now: DateTime<Utc>) -> String {
     ])
 }
 
-/// Writes a file that must not be there yet, with its mode from the first moment.
+/// Writes a new file with its mode from the first moment. Fails if the file exists.
 fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), Failure> {
     match OpenOptions::new().write(true).create_new(true).mode(mode).open(path) {
         Ok(mut file) => {
             file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))?;
             Ok(())
         }
+        // An existing key may belong to a valid certificate. It is never overwritten.
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Err(Failure::Usage {
             message: format!("{} is there already", path.display()),
             hint: "choose another folder with --out DIR, or move the old key away".to_owned(),

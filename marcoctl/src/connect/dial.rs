@@ -23,13 +23,13 @@ use super::CONNECT_TIMEOUT;
 use crate::args::Global;
 use crate::failure::Failure;
 
-/// What the controller's first words were: something, or an error. None while it has said nothing.
+/// First data or error received from the controller. `None`: nothing yet.
 pub(super) type Heard = Option<Result<(), String>>;
 
-/// Who we are and whom we trust, read from the folder of certificates.
+/// Reads the CA, and our certificate and key, from the certificates' folder.
 ///
 /// # Errors
-/// What is missing or unusable. Without `certificate` none is shown.
+/// Names the file that is missing or unusable. With `certificate` false, no certificate is read or sent.
 pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig, Failure> {
     let unusable = |what: String, error: &dyn std::fmt::Display| Failure::Usage {
         message: format!("cannot use {what}: {error}"),
@@ -53,6 +53,7 @@ pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig,
         roots.add(certificate).map_err(|error| unusable(shown(&ca), &error))?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
+    // Only 1.3: the controller offers no older version.
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| Failure::Local(error.into()))?
@@ -60,6 +61,7 @@ pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig,
     if !certificate {
         let mut config = builder.with_no_client_auth();
         config.alpn_protocols = vec![b"h2".to_vec()];
+        // The controller prefers an API token to a certificate, and a wrong token does not fall back to it.
         return Ok(config);
     }
     let leaf_path = certs.join(format!("{}.crt", global.identity));
@@ -74,7 +76,7 @@ pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig,
     Ok(config)
 }
 
-/// Opens connections to one address, again and again; and tells what the first one heard.
+/// Returns a connector for repeated connections to one address, and a channel with the outcome of the first read.
 pub(super) fn dialer(
     address: String,
     config: ClientConfig,
@@ -85,8 +87,11 @@ pub(super) fn dialer(
         let (address, connector, heard) = (address.clone(), connector.clone(), heard.clone());
         async move {
             let open = async {
+                // The certificate names the controller's role, not its host: a controller may be reached at any
+                // address.
                 let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(io::Error::other)?;
                 let tcp = TcpStream::connect(&address).await?;
+                // Small HTTP/2 frames must not wait for an acknowledgement (Nagle's algorithm).
                 tcp.set_nodelay(true)?;
                 connector.connect(name, tcp).await
             };
@@ -99,7 +104,7 @@ pub(super) fn dialer(
     (BoxCloneSyncService::new(dial), receiver)
 }
 
-/// A connection that notes what is heard first.
+/// A TLS connection that records the outcome of its first read.
 #[derive(Debug)]
 pub(super) struct Listening {
     stream: TlsStream<TcpStream>,
@@ -111,10 +116,12 @@ impl AsyncRead for Listening {
         let before = buffer.filled().len();
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
         self.heard.send_if_modified(|heard| {
+            // Later reads are the connection's own business. Only the first one tells about the certificate.
             let is_first = heard.is_none();
             if is_first {
                 *heard = Some(match &read {
                     Ok(()) if buffer.filled().len() > before => Ok(()),
+                    // A read without bytes is the end of the stream.
                     Ok(()) => Err("the connection was closed at once".to_owned()),
                     Err(error) => Err(error.to_string()),
                 });

@@ -1,4 +1,5 @@
-//! What an operation waits for when none of its nodes is at work: how many are done, and why the others are not.
+//! Summary of an operation while none of its nodes is at work: the number of finished nodes, and the reasons of the
+//! others.
 
 use std::collections::BTreeMap;
 
@@ -10,23 +11,23 @@ use crate::connect::{Connection, call};
 use crate::output::{clean, enum_word, id, local, timestamp, timestamp_of};
 use crate::progress::is_final;
 
-/// Nodes that are asked for since when they are away; with more, "since" is that of these.
+/// Maximum number of offline nodes that are queried. "since" is the earliest time among these.
 const ASKED: usize = 16;
 
-/// Whether every node is done or waits for somebody: for power, an approval, an operator.
+/// Returns true if every node is finished or waits for manual action: power, an approval, an operator.
 pub(crate) fn stands_still(known: &Known) -> bool {
     !known.executions.is_empty()
         && known.executions.values().any(|execution| !is_final(execution.state()))
         && known.executions.values().all(|execution| execution.overdue || !will_move(execution))
 }
 
-/// "27 of 32 done, 5 offline since 2026-11-29 12:00:00 +01:00": for the operator who waits.
+/// Returns a summary for the waiting operator, for example "27 of 32 done, 5 offline since 2026-11-29 12:00:00 +01:00".
 pub(crate) async fn summary(known: &Known, connection: &Connection) -> String {
     let offline = known.executions.values().filter(|execution| execution.wait_reason() == WaitReason::NodeOffline);
     let mut nodes = BTreeMap::new();
     for execution in offline.take(ASKED) {
         let request = GetNodeRequest { name: execution.node.clone() };
-        // What is not known is left out: it is told for comfort, and the stream waits meanwhile.
+        // Best effort: the text is a convenience, and the stream is not read meanwhile.
         let Ok(node) = connection.nodes().get_node(call(request)).await else { break };
         nodes.insert(execution.node.clone(), node.into_inner());
     }
@@ -42,9 +43,11 @@ fn sentence(known: &Known, nodes: &BTreeMap<String, Node>) -> String {
     let mut others: BTreeMap<&str, usize> = BTreeMap::new();
     for execution in known.executions.values() {
         match (execution.state(), execution.wait_reason()) {
+            // First, because a finished execution may still carry its old wait reason.
             (state, _) if is_final(state) => done += 1,
             _ if execution.overdue => overdue += 1,
             (State::Pending, WaitReason::NodeOffline) => match nodes.get(&execution.node) {
+                // A node that was powered off on purpose needs someone at the board, not patience.
                 Some(node) if !node.powered_off_by.is_empty() => off.push(id(&node.name)),
                 node => offline.push(node.and_then(|node| timestamp(node.last_seen_time.as_ref()))),
             },
@@ -57,6 +60,7 @@ fn sentence(known: &Known, nodes: &BTreeMap<String, Node>) -> String {
         parts.push(format!("{at_work} at work"));
     }
     if !offline.is_empty() {
+        // The earliest time: it shows how long the longest outage has lasted.
         let since = offline.iter().flatten().min().map(|time| local(Some(&timestamp_of(*time))));
         let since = since.map(|since| format!(" since {since}")).unwrap_or_default();
         parts.push(format!("{} offline{since}", offline.len()));

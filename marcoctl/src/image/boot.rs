@@ -1,4 +1,4 @@
-//! A system's boot partition: found by its fstab, and read without mounting it.
+//! A system's boot partition: found in its fstab, and read without mounting it.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,31 +14,32 @@ use super::tarball::Entry;
 use super::walk::Walk;
 use crate::part::Part;
 
-/// What the kernel shows of a FAT by default.
+/// Mode of all entries: the kernel's default for a FAT.
 const MODE: u32 = 0o755;
 
-/// A boot partition and its place in the system.
+/// A boot partition and its mount point in the system.
 #[derive(Debug)]
 pub(super) struct Boot {
     disk: File,
     start: u64,
     length: u64,
-    /// The folder of the root that it stands in the place of.
+    /// Folder of the root that it replaces.
     pub(super) at: PathBuf,
-    /// Which partition it is.
+    /// Number in the partition table. `None`: no table.
     pub(super) number: Option<u32>,
     shown: String,
 }
 
 impl Boot {
-    /// The partition begins at byte `start` of `disk`.
+    /// Creates it from a partition that starts at byte `start` of `disk`.
     pub(super) fn new(disk: File, start: u64, partition: &Partition, at: &str, shown: String) -> Self {
         let Partition { number, length, .. } = *partition;
         Self { disk, start, length, at: PathBuf::from(at), number, shown }
     }
 
-    /// Packs what is in it, below its place.
+    /// Packs its contents below its mount point.
     pub(super) fn pack<W: Write>(&self, walk: &mut Walk<'_, W>) -> Result<()> {
+        // Not mounted: desktops often have it mounted already, and not every kernel supports FAT (docs/decisions/0032).
         let part = Part::of(self.disk.try_clone()?, self.start, self.length);
         let fat =
             fatfs::FileSystem::new(part, FsOptions::new()).with_context(|| format!("cannot read {}", self.shown))?;
@@ -51,6 +52,7 @@ impl Boot {
             format!("cannot read {}/{}", self.shown, below.display())
         };
         let mut entries = folder.iter().collect::<Result<Vec<_>, _>>().with_context(|| named(path))?;
+        // A FAT keeps the order of creation. Sorted names give the same tarball for the same files.
         entries.sort_by_key(fatfs::DirEntry::file_name);
         for entry in entries {
             let name = entry.file_name();
@@ -58,6 +60,7 @@ impl Boot {
             if matches!(name.as_str(), "." | "..") || walk.excludes.has(&path) {
                 continue;
             }
+            // A broken FAT can contain such names.
             if name.contains('/') || name.is_empty() {
                 bail!("{}: it has a name that no system could have", named(&path));
             }
@@ -81,7 +84,7 @@ impl Boot {
     }
 }
 
-/// A FAT's time says no zone.
+/// Converts a FAT's time to seconds. It has no time zone and is taken as UTC.
 fn seconds(time: fatfs::DateTime) -> i64 {
     let (date, time) = (time.date, time.time);
     NaiveDate::from_ymd_opt(i32::from(date.year), u32::from(date.month), u32::from(date.day))
@@ -89,16 +92,16 @@ fn seconds(time: fatfs::DateTime) -> i64 {
         .map_or(0, |time| time.and_utc().timestamp())
 }
 
-/// Where an fstab mounts the boot partition.
+/// Mount point of the boot partition, according to an fstab.
 #[derive(Debug)]
 pub(super) struct Named<'a> {
-    /// The folder, without the first slash.
+    /// Folder without the leading slash.
     pub(super) at: String,
-    /// Which one of those there are; none: it is named in a way that says nothing here.
+    /// The partition that the entry names. `None`: the entry's source matches none of them.
     pub(super) partition: Option<&'a Partition>,
 }
 
-/// The line of an fstab (fstab(5)) for a FAT at `/boot/firmware` or `/boot`.
+/// Returns the entry for a FAT at `/boot/firmware` or `/boot` in an fstab (fstab(5)).
 pub(super) fn fstab_boot<'a>(fstab: &str, fats: &[&'a Partition]) -> Option<Named<'a>> {
     fstab.lines().find_map(|line| {
         let mut words = line.split_whitespace();
@@ -121,7 +124,7 @@ fn is_named(fat: &Partition, source: &str) -> bool {
             text.trim_matches('"').eq_ignore_ascii_case(&format!("{:04x}-{:04x}", id >> 16, id & 0xffff))
         }
         Some(_) => false,
-        // `/dev/mmcblk0p1` and `/dev/sda1`.
+        // `/dev/mmcblk0p1` or `/dev/sda1`: only the number counts, because the disk has another name here.
         None => {
             let name = source.trim_end_matches(|last: char| last.is_ascii_digit());
             let number = source.strip_prefix(name).and_then(|number| number.parse().ok());

@@ -1,4 +1,4 @@
-//! The tarball's compression, within what a Pi's installer can undo: windows and dictionaries of at most 16 MiB.
+//! Compression of the tarball, within the limits of a Pi's installer: windows and dictionaries of at most 16 MiB.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -7,12 +7,12 @@ use std::path::Path;
 use anyhow::{Context as _, Result, bail};
 use liblzma::stream::{Check, Filters, LzmaOptions, MtStreamBuilder};
 
-/// zstd's window as a power of two: 8 MiB.
+/// zstd's window as a power of two: 8 MiB, for any level.
 const ZSTD_WINDOW_LOG: u32 = 23;
-/// Largest dictionary of xz.
+/// Maximum dictionary of xz in bytes.
 const XZ_DICTIONARY: u32 = 16 << 20;
 
-/// A stream into a file, compressed as the file's name says.
+/// A stream into a file, compressed according to the file's name.
 pub(super) enum Compressor {
     Plain(BufWriter<File>),
     Gzip(flate2::write::GzEncoder<BufWriter<File>>),
@@ -21,17 +21,20 @@ pub(super) enum Compressor {
 }
 
 impl Compressor {
-    /// By the ending of a name.
+    /// Creates the stream. The ending of the name selects the format. `level`: `None` for the format's default.
     pub(super) fn for_name(name: &Path, file: File, level: Option<u32>) -> Result<Self> {
         let text = name.to_string_lossy();
         let out = BufWriter::with_capacity(1 << 20, file);
         Ok(if text.ends_with(".tar") {
             Self::Plain(out)
         } else if text.ends_with(".tar.gz") || text.ends_with(".tgz") {
+            // gzip and xz end at level 9. The flag also admits zstd's levels.
             let level = flate2::Compression::new(level.unwrap_or(6).min(9));
+            // The builder writes neither name nor time, so the same tree gives the same bytes.
             Self::Gzip(flate2::GzBuilder::new().write(out, level))
         } else if text.ends_with(".tar.xz") {
             let mut options = LzmaOptions::new_preset(level.unwrap_or(6).min(9)).context("xz has no such level")?;
+            // The presets 8 and 9 have dictionaries of 32 and 64 MiB, which the installer refuses.
             if level.unwrap_or(6) > 7 {
                 options.dict_size(XZ_DICTIONARY);
             }
@@ -54,7 +57,7 @@ impl Compressor {
         })
     }
 
-    /// Writes the end.
+    /// Writes the end of the stream.
     pub(super) fn finish(self) -> io::Result<()> {
         match self {
             Self::Plain(mut out) => out.flush(),
@@ -76,6 +79,7 @@ impl Write for Compressor {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        // A flush in the middle of the stream would only cost compression.
         Ok(())
     }
 }

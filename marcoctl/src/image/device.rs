@@ -1,4 +1,5 @@
-//! The kernel's own device of a partition, and whoever has the partition mounted: what they wrote may not be on it yet.
+//! The kernel's own device of a partition, and mounts of that partition. Data written through a mount may not be on the
+//! disk yet.
 
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -10,7 +11,7 @@ use rustix::fs::{major, minor};
 use super::table::Partition;
 use crate::card::{device_number, mounted_at, partitions, word};
 
-/// What sysfs counts in, in bytes.
+/// Unit of sysfs in bytes.
 const SECTOR: u64 = 512;
 
 /// A partition of a disk or of a file.
@@ -20,10 +21,10 @@ pub(super) struct Place<'a> {
     pub(super) partition: &'a Partition,
 }
 
-/// The kernel's own device of a partition, when it has one.
+/// Returns the kernel's own device of a partition, or `None` if it has none.
 ///
 /// # Errors
-/// Somebody has it mounted: read past them it would be packed half.
+/// Returns an error if the partition is mounted: reading past the mount would pack outdated contents.
 pub(super) fn device_of(place: &Place<'_>) -> Result<Option<PathBuf>> {
     let facts = place.disk.metadata()?;
     if !facts.file_type().is_block_device() {
@@ -47,9 +48,10 @@ fn device_at(folder: &Path) -> PathBuf {
     Path::new("/dev").join(folder.file_name().unwrap_or_default())
 }
 
-/// Refuses a part of a file that a loop device is made of which somebody has mounted.
+/// Refuses a part of a file if a loop device of that part is mounted.
 fn refuse_when_attached(partition: &Partition, file: &Metadata) -> Result<()> {
     let end = partition.start.saturating_add(partition.length);
+    // A file has no devices of its own. Loop devices of it are found by their backing file.
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
         let disk = entry.path();
         let backing = fs::metadata(word(&disk.join("loop/backing_file")));
@@ -59,9 +61,10 @@ fn refuse_when_attached(partition: &Partition, file: &Metadata) -> Result<()> {
         let number = |file: PathBuf| word(&file).parse::<u64>().unwrap_or_default();
         let offset = number(disk.join("loop/offset"));
         for folder in partitions(&disk).into_iter().chain([disk]) {
-            // The whole device has no start of its own.
+            // The loop device as a whole has no file `start`, which gives 0.
             let from = offset.saturating_add(number(folder.join("start")).saturating_mul(SECTOR));
             let until = from.saturating_add(number(folder.join("size")).saturating_mul(SECTOR));
+            // Any overlap counts: a loop device may cover the whole file, or start at another offset.
             if from < end && partition.start < until {
                 refuse_when_mounted(&device_at(&folder), device_number(&folder.join("dev")))?;
             }

@@ -1,14 +1,14 @@
-//! What is left out of an image.
+//! Paths that are left out of an image.
 
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 
-/// Filled while a system runs, or by its tools.
+/// Contents that exist only on a running system, or that file system tools create.
 const DEFAULTS: [&str; 6] = ["/proc/*", "/sys/*", "/dev/*", "/run/*", "/tmp/*", "lost+found"];
 
-/// What makes a system one certain machine.
+/// Files that belong to one machine. Two nodes with the same key or id would be taken for one.
 const IDENTITY: [&str; 10] = [
     "/var/lib/marco-agent/*",
     "/etc/ssh/ssh_host_*",
@@ -22,12 +22,12 @@ const IDENTITY: [&str; 10] = [
     "/etc/marco/token",
 ];
 
-/// Patterns of paths.
+/// A set of patterns for paths.
 #[derive(Debug)]
 pub(super) struct Excludes(GlobSet);
 
 impl Excludes {
-    /// The operator's patterns, and those that hold unless they say otherwise.
+    /// Compiles the operator's patterns and, unless disabled, the default ones.
     pub(super) fn new(patterns: &[String], defaults: bool, identity: bool) -> Result<Self> {
         let mut set = GlobSetBuilder::new();
         let mut all: Vec<&str> = patterns.iter().map(String::as_str).collect();
@@ -38,13 +38,14 @@ impl Excludes {
                 Some(rest) => rest.to_owned(),
                 None => format!("**/{}", pattern.trim_end_matches('/')),
             };
+            // `*` does not match a slash, as in a shell.
             let glob = GlobBuilder::new(&anchored).literal_separator(true).build();
             set.add(glob.with_context(|| format!("--exclude {pattern:?} is no pattern"))?);
         }
         Ok(Self(set.build().context("the patterns cannot be used together")?))
     }
 
-    /// Whether this path below the root is left out, with all below it.
+    /// Returns true if this path below the root is left out, with everything below it.
     pub(super) fn has(&self, path: &Path) -> bool {
         self.0.is_match(path)
     }

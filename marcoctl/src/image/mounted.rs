@@ -1,5 +1,5 @@
-//! A partition, mounted for reading where nobody else sees it: it has no place in the tree of folders, and it is gone
-//! when this process is, however it ends.
+//! A partition mounted read-only without a mount point. No other process sees it, and it disappears with this process,
+//! however that ends.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -15,10 +15,10 @@ use tokio::process::Command;
 use super::device::{Place, device_of};
 use super::table::{FileSystem, Partition};
 
-/// `losetup` answers at once.
+/// Timeout for `losetup`, which normally answers at once.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Unmounted when it is dropped.
+/// A mount without a mount point. Dropping it unmounts.
 #[derive(Debug)]
 pub(super) struct Mounted(OwnedFd);
 
@@ -36,9 +36,10 @@ impl AsRawFd for Mounted {
 
 impl Mounted {
     pub(super) async fn new(place: &Place<'_>) -> Result<Self> {
-        // Before what is on it is judged: of a file system that is mounted, the first bytes say little.
+        // Looked up first: while a file system is mounted, its superblock on the disk may be out of date.
         let own = device_of(place)?;
         let kind = match place.partition.file_system {
+            // Replaying the journal would write to someone's card, and reading past it would miss files.
             FileSystem::Ext { dirty: true } => bail!(
                 "it was not unmounted properly, and reading it as it is would miss what its journal holds: let \
                  `e2fsck -p` put it in order first"
@@ -52,7 +53,7 @@ impl Mounted {
         }
         let device = attach(place).await?;
         let mounted = mount(&device, kind);
-        // While it is mounted it stays; then nothing is left of it.
+        // The mount keeps the loop device alive. Once detached, it disappears with the mount.
         let detached = losetup(&["--detach".to_owned(), device.display().to_string()]).await;
         let mounted = mounted?;
         detached?;
@@ -62,11 +63,13 @@ impl Mounted {
 
 fn mount(device: &Path, kind: &str) -> Result<OwnedFd> {
     let mounted = || -> rustix::io::Result<OwnedFd> {
+        // The mount API of Linux 5.2. mount(2) needs a mount point, which a killed process would leave behind.
         let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
         fsconfig_set_string(context.as_fd(), "source", device)?;
         fsconfig_set_flag(context.as_fd(), "ro")?;
         fsconfig_create(context.as_fd())?;
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+            // The contents are foreign: no setuid program, device or executable of the card may take effect here.
             | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NODEV
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
@@ -79,7 +82,7 @@ fn mount(device: &Path, kind: &str) -> Result<OwnedFd> {
     })
 }
 
-/// Makes a device of a part of a file or of a disk.
+/// Creates a loop device for a part of a file or of a disk.
 async fn attach(place: &Place<'_>) -> Result<PathBuf> {
     if !rustix::process::geteuid().is_root() {
         bail!("mounting it needs root: run this with sudo");
@@ -93,7 +96,7 @@ async fn attach(place: &Place<'_>) -> Result<PathBuf> {
 }
 
 async fn losetup(arguments: &[String]) -> Result<String> {
-    // Where it is on every Linux, whatever sudo left of PATH.
+    // The usual places of losetup: sudo may have removed them from PATH.
     let path = ["/usr/sbin/losetup", "/sbin/losetup", "/usr/bin/losetup", "/bin/losetup"];
     let program = path.into_iter().find(|path| Path::new(path).exists()).unwrap_or("losetup");
     let running = Command::new(program).args(arguments).kill_on_drop(true).output();

@@ -1,4 +1,4 @@
-//! What is packed: a folder, or the partitions of a card, of a device or of an image file. Nothing is written to them.
+//! Sources of a system: a folder, or the partitions of a card, a device or an image file. Nothing is written to them.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
@@ -13,26 +13,26 @@ use super::device::{Place, device_of};
 use super::mounted::Mounted;
 use super::table::{FileSystem, Partition, partitions};
 
-/// Where a boot partition is mounted when the system's fstab does not say it.
+/// Usual mount points of a boot partition, for a system without an entry in fstab.
 const BOOT: [&str; 2] = ["boot/firmware", "boot"];
 
-/// A root that can be read.
+/// A readable root.
 #[derive(Debug)]
 pub(super) struct Source {
-    /// Where it is read.
+    /// Path for reading.
     pub(super) root: PathBuf,
-    /// What it is called in messages: paths below it are joined to it.
+    /// Path for messages. Paths below it are joined to it.
     pub(super) shown: PathBuf,
-    /// A boot partition that stands in the place of one of its folders.
+    /// Boot partition that replaces one of the root's folders. `None`: it is part of the root, or not found.
     pub(super) boot: Option<Boot>,
-    /// What is on the card and is not packed.
+    /// Things on the card that are not packed.
     pub(super) left_out: Vec<String>,
-    /// Keeps the root mounted.
+    /// Keeps the root mounted while it is read.
     _mounted: Option<Mounted>,
 }
 
 impl Source {
-    /// Looks what it is, and finds the system on it.
+    /// Detects the kind of source and finds the system in it.
     pub(super) async fn open(path: &Path) -> Result<Self> {
         let facts = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
         let kind = facts.file_type();
@@ -53,7 +53,9 @@ impl Source {
         for partition in partitions.iter().filter(|partition| partition.file_system.is_roots()) {
             let shown = partition.shown(path);
             let place = Place { path, disk, partition };
+            // Mounted by the kernel, because only it knows all file systems of a root (docs/decisions/0032).
             let mounted = Mounted::new(&place).await.with_context(|| format!("cannot read {shown}"))?;
+            // A data partition may also be ext4. A root has the folders etc and usr.
             if !is_system(&mounted) {
                 seen.push(shown);
                 continue;
@@ -66,6 +68,7 @@ impl Source {
                     left_out.push(format!("{}: another partition ({})", other.shown(path), other.file_system));
                 }
             }
+            // The mount has no path in the file tree; its descriptor does.
             let root = PathBuf::from(format!("/proc/self/fd/{}", mounted.as_raw_fd()));
             return Ok(Self { root, shown: PathBuf::from(shown), boot, left_out, _mounted: Some(mounted) });
         }
@@ -74,16 +77,18 @@ impl Source {
     }
 }
 
-/// Whether a system's root is mounted there.
+/// Returns true if a system's root is mounted there.
 fn is_system(root: &Mounted) -> bool {
     ["etc", "usr"].into_iter().all(|name| is_folder(root, name))
 }
 
 fn is_folder(root: &Mounted, name: &str) -> bool {
+    // Not through links: an absolute one would lead to a folder of this machine.
     statat(root, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|facts| FileType::from_raw_mode(facts.st_mode).is_dir())
 }
 
-/// The system's boot partition: the one that its fstab mounts, else the one that there is.
+/// Finds the system's boot partition: the one that its fstab mounts, else the only FAT other than the recovery
+/// partition.
 fn boot(path: &Path, disk: &File, partitions: &[Partition], root: &Mounted) -> Result<(Option<Boot>, Vec<String>)> {
     let fats: Vec<&Partition> =
         partitions.iter().filter(|partition| matches!(partition.file_system, FileSystem::Fat { .. })).collect();
@@ -101,7 +106,7 @@ fn boot(path: &Path, disk: &File, partitions: &[Partition], root: &Mounted) -> R
         return Ok((None, vec![format!("{}: the system has no folder boot for it", partition.shown(path))]));
     };
     let shown = partition.shown(path);
-    // By its own device where it has one: what whoever mounted it wrote went through that one's cache, not the disk's.
+    // The partition's own device, if it has one: writes through a mount go through that device's cache, not the disk's.
     let own = device_of(&Place { path, disk, partition }).with_context(|| format!("cannot read {shown}"))?;
     let boot = match own {
         Some(device) => {
@@ -113,7 +118,7 @@ fn boot(path: &Path, disk: &File, partitions: &[Partition], root: &Mounted) -> R
     Ok((Some(boot), Vec::new()))
 }
 
-/// The system's fstab, as far as it makes sense. A link in it never leads out of the system.
+/// Reads the system's fstab. Empty if it cannot be read. A link cannot lead out of the system.
 fn fstab(root: &Mounted) -> String {
     let opened = openat2(root, "etc/fstab", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT);
     opened.ok().and_then(|file| std::io::read_to_string(File::from(file)).ok()).unwrap_or_default()

@@ -1,4 +1,4 @@
-//! The partitions of a disk, and what is on them by its first bytes.
+//! Partitions of a disk, and their file systems as detected by the first bytes.
 
 use std::fmt;
 use std::fs::File;
@@ -13,28 +13,28 @@ use mbrman::MBR;
 use crate::part::Part;
 
 const SECTOR: u32 = 512;
-/// The one partition of a table that only says that there is a GPT.
+/// Partition type in the boot record of a GPT disk.
 const PROTECTIVE: u8 = 0xee;
-/// What the installer's own partition is called.
+/// Label of the installer's own partition.
 const RECOVERY: &str = "RECOVERY";
-/// Where the superblocks of file systems are: that of btrfs is the last one.
+/// Bytes needed to detect a file system. The superblock of btrfs is the last one.
 const SUPERBLOCKS: usize = 0x10_000 + 0x100;
 
-/// What is on a partition.
+/// File system of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum FileSystem {
-    /// FAT of any kind, with its label and its serial number.
+    /// FAT of any width, with its label and serial number.
     Fat { label: String, id: u32 },
-    /// ext2, ext3 or ext4, and whether its journal holds what is not on its place yet.
+    /// ext2, ext3 or ext4. `dirty`: the journal was not replayed.
     Ext { dirty: bool },
-    /// Another one that a root may have, as the kernel calls it.
+    /// Another file system that a root may use, by the kernel's name.
     Other(&'static str),
-    /// None that is known here.
+    /// No known file system.
     Unknown,
 }
 
 impl FileSystem {
-    /// Whether a system's root may be on it.
+    /// Returns true if a root may be on it.
     pub(super) fn is_roots(&self) -> bool {
         matches!(self, Self::Ext { .. } | Self::Other(_))
     }
@@ -52,12 +52,12 @@ impl fmt::Display for FileSystem {
     }
 }
 
-/// A partition, or a file system without a table around it.
+/// A partition, or a file system without a partition table.
 #[derive(Debug, Clone)]
 pub(super) struct Partition {
-    /// Its number in the table; none: there is no table.
+    /// Number in the table. `None`: there is no table.
     pub(super) number: Option<u32>,
-    /// Its PARTUUID, as Linux makes it of the table's signature.
+    /// PARTUUID, derived from the table's signature as Linux does. Empty without a table.
     pub(super) uuid: String,
     pub(super) start: u64,
     pub(super) length: u64,
@@ -65,7 +65,7 @@ pub(super) struct Partition {
 }
 
 impl Partition {
-    /// What it is called in messages.
+    /// Formats the partition's name for messages.
     pub(super) fn shown(&self, disk: &Path) -> String {
         match self.number {
             Some(number) => format!("{}:p{number}", disk.display()),
@@ -73,17 +73,18 @@ impl Partition {
         }
     }
 
-    /// Whether it is the installer's, by its label.
+    /// Returns true for the installer's partition, known by its label.
     pub(super) fn is_recovery(&self) -> bool {
         matches!(&self.file_system, FileSystem::Fat { label, .. } if label == RECOVERY)
     }
 }
 
-/// Those of a disk, in the order of their numbers.
+/// Returns the partitions of a disk in the order of their numbers.
 pub(super) fn partitions(disk: &File) -> Result<Vec<Partition>> {
     let mut disk = disk.try_clone()?;
     let length = disk.seek(SeekFrom::End(0))?;
     disk.seek(SeekFrom::Start(0))?;
+    // A superfloppy, or the device of a single partition.
     let whole = file_system(&disk, 0, length)?;
     if whole.is_roots() {
         return Ok(vec![Partition { number: None, uuid: String::new(), start: 0, length, file_system: whole }]);
@@ -100,6 +101,7 @@ pub(super) fn partitions(disk: &File) -> Result<Vec<Partition>> {
                 "its partition table is a GPT: mount its root, with the boot partition below it, and name the folder"
             );
         }
+        // It contains further partitions, not a file system. Our cards have none.
         if entry.is_extended() {
             continue;
         }
@@ -136,6 +138,7 @@ fn file_system(disk: &File, start: u64, length: u64) -> Result<FileSystem> {
     } else if has(0, b"hsqs") {
         FileSystem::Other("squashfs")
     } else if has(0x36, b"FAT") || has(0x52, b"FAT") {
+        // The letters alone prove little. fatfs checks the whole boot sector.
         let fat = fatfs::FileSystem::new(Part::of(disk.try_clone()?, start, length), FsOptions::new());
         fat.map_or(FileSystem::Unknown, |fat| FileSystem::Fat {
             label: fat.volume_label().trim().to_owned(),

@@ -1,35 +1,35 @@
-//! The writer of pax tarballs: the `tar` crate's headers, with extended headers for what those cannot hold (long names,
-//! nanoseconds, times before 1970, extended attributes, holes as GNU's format 1.0).
+//! Writer for pax tarballs: the `tar` crate's headers, with extended headers for everything that does not fit (long
+//! names, nanoseconds, times before 1970, extended attributes, holes in GNU's format 1.0).
 
 use std::io::{self, Read, Write};
 
 use tar::{EntryType, Header};
 
 const BLOCK: usize = 512;
-/// What fits a header's octal digits: sizes, and owners.
+/// Maximum of a header's octal digits, for sizes and for owners.
 const MAX_SIZE: u64 = 0o77_777_777_777;
 const MAX_ID: u32 = 0o7_777_777;
-/// The name of a header whose real name is in its extended header.
+/// Placeholder name in a header whose real name is in its extended header.
 const PAX_NAME: &[u8] = b"./PaxHeaders/entry";
 const SPARSE_NAME: &[u8] = b"./GNUSparseFile.0/entry";
 
-/// What one entry is.
+/// Metadata of an entry.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Entry {
-    /// Path with `./` before it.
+    /// Path with `./` in front.
     pub(super) path: Vec<u8>,
-    /// A link's target.
+    /// Target of a link, else empty.
     pub(super) link: Vec<u8>,
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
-    /// Seconds and nanoseconds since 1970; seconds may be negative.
+    /// Seconds since 1970 (may be negative) and nanoseconds.
     pub(super) mtime: (i64, i64),
     pub(super) device: (u32, u32),
     pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// A tarball that is being written.
+/// An unfinished tarball.
 pub(super) struct Tarball<W> {
     out: W,
 }
@@ -44,8 +44,8 @@ impl<W: Write> Tarball<W> {
         self.head(entry, kind, 0, Vec::new(), None)
     }
 
-    /// Writes a file. `parts` are the stored parts of a file with holes, offset and length; `data` yields them one after
-    /// the other.
+    /// Writes a file. `parts`: offsets and lengths of the stored parts of a file with holes; `data` yields them in
+    /// order.
     pub(super) fn file(
         &mut self,
         entry: &Entry,
@@ -65,6 +65,8 @@ impl<W: Write> Tarball<W> {
         if parts.is_some() {
             push(&mut records, b"GNU.sparse.major", b"1");
             push(&mut records, b"GNU.sparse.minor", b"0");
+            // Readers without this format see a file of the placeholder's name, and do not take the map for contents of
+            // `path`.
             push(&mut records, b"GNU.sparse.name", &entry.path);
             push(&mut records, b"GNU.sparse.realsize", size.to_string().as_bytes());
         }
@@ -72,14 +74,16 @@ impl<W: Write> Tarball<W> {
         self.head(entry, EntryType::Regular, whole, records, parts.map(|_| SPARSE_NAME))?;
         self.out.write_all(&map)?;
         let copied = io::copy(&mut data.take(stored), &mut self.out)?;
+        // The header with the size is already written, so a shorter file cannot be represented.
         if copied != stored {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it became shorter while it was read"));
         }
         self.pad(stored)
     }
 
-    /// Writes the end.
+    /// Writes the two final blocks.
     pub(super) fn finish(mut self) -> io::Result<W> {
+        // POSIX: two blocks of zeros. Our reader refuses an archive with fewer.
         self.out.write_all(&[0; 2 * BLOCK])?;
         Ok(self.out)
     }
@@ -102,6 +106,7 @@ impl<W: Write> Tarball<W> {
         if !set(&mut header.as_old_mut().linkname, &entry.link) {
             push(&mut records, b"linkpath", &entry.link);
         }
+        // Ids that do not fit go into the extended header, and the field stays 0.
         for (key, id) in [(b"uid", entry.uid), (b"gid", entry.gid)] {
             if id > MAX_ID {
                 push(&mut records, key, id.to_string().as_bytes());
@@ -147,7 +152,7 @@ impl<W: Write> Tarball<W> {
     }
 }
 
-/// Puts a text into a field; false when it does not fit, and then nothing is put there.
+/// Copies a text into a field. Returns false, without a change, if it does not fit.
 fn set(field: &mut [u8; 100], text: &[u8]) -> bool {
     match field.get_mut(..text.len()) {
         Some(place) => {
@@ -158,10 +163,11 @@ fn set(field: &mut [u8; 100], text: &[u8]) -> bool {
     }
 }
 
-/// One record of an extended header: its length counts itself.
+/// Appends a record of an extended header. Its length includes the digits of the length itself.
 fn push(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut length = rest + 1;
+    // One more digit may make the length itself longer by one, so it is searched.
     while rest + length.to_string().len() != length {
         length = rest + length.to_string().len();
     }
@@ -173,18 +179,19 @@ fn push(records: &mut Vec<u8>, key: &[u8], value: &[u8]) {
     records.push(b'\n');
 }
 
-/// Seconds with nanoseconds, as pax has them: `-1.25` is 0.75 s after -2.
+/// Formats a time for pax: `-1.25` means 0.75 s after -2.
 fn time(seconds: i64, nanos: i64) -> String {
     if nanos == 0 {
         return seconds.to_string();
     }
+    // The kernel counts nanoseconds upwards from the full second, also before 1970. pax writes a decimal number.
     let (sign, seconds, nanos) =
         if seconds < 0 { ("-", -(seconds + 1), 1_000_000_000 - nanos) } else { ("", seconds, nanos) };
     let text = format!("{sign}{seconds}.{nanos:09}");
     text.trim_end_matches('0').to_owned()
 }
 
-/// GNU's map of format 1.0: numbers, one a line, padded to whole blocks.
+/// Renders a map in GNU's format 1.0: one number per line, padded to whole blocks.
 fn sparse_map(parts: &[(u64, u64)]) -> Vec<u8> {
     let mut text = format!("{}\n", parts.len());
     for (offset, length) in parts {

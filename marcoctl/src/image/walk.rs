@@ -1,4 +1,4 @@
-//! The tree, in order, into the tarball.
+//! Walks a root in a fixed order and packs every entry.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -17,29 +17,30 @@ use super::boot::Boot;
 use super::excludes::Excludes;
 use super::tarball::{Entry, Tarball};
 
-/// Where other file systems belong to the system: its boot partition.
+/// Folders that may be another file system and still belong to the system: its boot partition.
 const BOOT: [&str; 2] = ["boot", "boot/firmware"];
-/// Extended attributes that are packed, by how they begin. What a security module of this machine adds is not.
+/// Prefixes of the extended attributes that are packed. Labels of this machine's security module are left out.
 const XATTRS: [&[u8]; 4] = [b"user.", b"security.capability", b"trusted.", b"system.posix_acl_"];
-/// Most parts of a file with holes; a file with more is packed as if it had none.
+/// Maximum number of parts of a file with holes. A file with more is packed without holes, as the unpacker limits the
+/// map.
 const MAX_PARTS: usize = 1 << 18;
-/// Longest value of an extended attribute (xattr(7)).
+/// Maximum length of the value of an extended attribute (xattr(7)).
 const MAX_XATTR: usize = 64 << 10;
 
 /// A walk over a root.
 pub(super) struct Walk<'a, W> {
-    /// Where it is read.
+    /// Root for reading.
     pub(super) root: &'a Path,
-    /// What it is called in messages.
+    /// Root for messages.
     pub(super) shown: &'a Path,
-    /// What stands in the place of one of its folders.
+    /// Boot partition that replaces one of the folders.
     pub(super) boot: Option<&'a Boot>,
     pub(super) excludes: &'a Excludes,
     pub(super) tarball: Tarball<W>,
-    /// The tarball itself, which may lie in what is packed.
+    /// Device and inode of the tarball itself, which may lie inside the root.
     pub(super) own: (u64, u64),
     pub(super) cross: bool,
-    /// Where a file with several names was packed first.
+    /// Path under which a file with several names was packed first, by device and inode.
     pub(super) links: HashMap<(u64, u64), Vec<u8>>,
     pub(super) entries: u64,
     pub(super) bytes: u64,
@@ -48,7 +49,7 @@ pub(super) struct Walk<'a, W> {
 }
 
 impl<W: Write> Walk<'_, W> {
-    /// Packs everything.
+    /// Packs the whole root.
     pub(super) fn run(&mut self) -> Result<()> {
         let facts = fs::metadata(self.root).with_context(|| format!("cannot read {}", self.shown.display()))?;
         self.folder(Path::new(""), &facts)
@@ -58,6 +59,7 @@ impl<W: Write> Walk<'_, W> {
         let place = self.root.join(path);
         let entry = self.entry(path, &place, facts)?;
         self.bare(&entry, EntryType::Directory, path)?;
+        // On the running system the mount hides the folder's own contents, so only the partition is packed.
         if let Some(boot) = self.boot.filter(|boot| boot.at == path) {
             return boot.pack(self);
         }
@@ -67,6 +69,7 @@ impl<W: Write> Walk<'_, W> {
         for name in fs::read_dir(&place).with_context(unreadable)? {
             names.push(name.with_context(unreadable)?.file_name());
         }
+        // readdir(3) has no order. Sorted names give the same tarball for the same files.
         names.sort();
         for name in names {
             let path = path.join(&name);
@@ -80,7 +83,7 @@ impl<W: Write> Walk<'_, W> {
             } else if below.dev() == facts.dev() || self.cross || BOOT.iter().any(|boot| path == Path::new(boot)) {
                 self.folder(&path, &below)?;
             } else {
-                // What is mounted there is left out; that there is a place to mount it is not.
+                // The contents of the mount are left out, but its mount point is kept.
                 let entry = self.entry(&path, &place, &below)?;
                 self.bare(&entry, EntryType::Directory, &path)?;
                 self.skipped.push(format!("{}: another file system", shown(&path)));
@@ -95,14 +98,17 @@ impl<W: Write> Walk<'_, W> {
         if key == self.own {
             return Ok(());
         }
+        // A socket exists only while its process runs.
         if kind.is_socket() {
             self.skipped.push(format!("{}: a socket", shown(path)));
             return Ok(());
         }
         let mut entry = self.entry(path, place, facts)?;
         if facts.nlink() > 1 {
+            // Only the first name has contents. A hard link to it keeps them shared after unpacking.
             if let Some(first) = self.links.get(&key) {
                 entry.link.clone_from(first);
+                // The attributes are already stored with the first name.
                 entry.xattrs.clear();
                 return self.bare(&entry, EntryType::Link, path);
             }
@@ -127,10 +133,12 @@ impl<W: Write> Walk<'_, W> {
     fn file(&mut self, entry: &Entry, path: &Path, place: &Path, facts: &Metadata) -> Result<()> {
         let shown = self.shown.join(path);
         let named = || format!("cannot read {}", shown.display());
+        // O_NOFOLLOW: the entry may have been replaced by a link since it was examined. O_NONBLOCK: or by a pipe
+        // without a writer.
         let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or_default();
         let file = OpenOptions::new().read(true).custom_flags(flags).open(place).with_context(named)?;
         let size = facts.len();
-        // A block of st_blocks has 512 bytes whatever the file system's has.
+        // st_blocks counts blocks of 512 bytes on every file system (stat(2)).
         let holes = facts.blocks().saturating_mul(512) < size;
         let parts = if holes { parts(&file, size).with_context(named)? } else { None };
         let whole = [(0, size)];
@@ -152,7 +160,7 @@ impl<W: Write> Walk<'_, W> {
         format!("cannot read {}", self.shown.join(path).display())
     }
 
-    /// One more entry, with this many bytes.
+    /// Counts one entry with this many bytes.
     pub(super) fn count(&mut self, bytes: u64) {
         self.entries += 1;
         self.bytes += bytes;
@@ -185,6 +193,7 @@ fn shown(path: &Path) -> String {
 }
 
 fn xattrs(place: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    // The kernel's limit for the list of names is the same as for a value (xattr(7)).
     let mut names = vec![0; MAX_XATTR];
     let length = match llistxattr(place, names.as_mut_slice()) {
         Ok(length) => length,
@@ -196,6 +205,7 @@ fn xattrs(place: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let mut names: Vec<&[u8]> = names.split(|&byte| byte == 0).filter(|name| !name.is_empty()).collect();
     names.sort_unstable();
     for name in names {
+        // A label of this machine's security module would be wrong on a node (docs/decisions/0032).
         if !XATTRS.iter().any(|start| name.starts_with(start)) {
             continue;
         }
@@ -207,15 +217,16 @@ fn xattrs(place: &Path) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
     Ok(all)
 }
 
-/// The stored parts of a file; `None` when it has no hole, or too many.
+/// Returns the stored parts of a file. `None`: it has no holes, or too many parts.
 fn parts(file: &File, size: u64) -> io::Result<Option<Vec<(u64, u64)>>> {
     let mut parts = Vec::new();
     let mut at = 0;
     while at < size {
         let start = match seek(file, SeekFrom::Data(at)) {
             Ok(start) if start < size => start,
-            // Nothing but a hole is left.
+            // Only a hole is left.
             Ok(_) | Err(Errno::NXIO) => break,
+            // The file system does not support SEEK_DATA.
             Err(Errno::INVAL) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
@@ -227,13 +238,13 @@ fn parts(file: &File, size: u64) -> io::Result<Option<Vec<(u64, u64)>>> {
         at = end;
     }
     if parts.last().is_none_or(|(start, length)| start + length < size) {
-        // GNU tar marks the end of the last hole so.
+        // GNU tar marks a hole at the end of the file by an empty part.
         parts.push((size, 0));
     }
     Ok(if parts == [(0, size)] { None } else { Some(parts) })
 }
 
-/// The stored parts, one after the other.
+/// Reads the stored parts of a file in order.
 struct Data<'a> {
     file: &'a File,
     parts: &'a [(u64, u64)],

@@ -1,4 +1,4 @@
-//! Text for people: tables, times, sizes, and nothing that could steer a terminal.
+//! Formatting for people: tables, times and sizes, without terminal control sequences.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -9,9 +9,10 @@ use comfy_table::presets::NOTHING;
 use indicatif::BinaryBytes;
 use prost_types::Timestamp;
 
-/// A table without borders; its lines have no blanks at the end.
+/// Formats a table without borders and without trailing blanks.
 pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
+    // Independent of the terminal: the same lines on a screen and in a pipe.
     table.load_style(NOTHING).force_no_tty();
     table.set_header(header.iter().copied());
     for row in rows {
@@ -23,21 +24,23 @@ pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>
     table.trim_fmt()
 }
 
-/// A table, or a line that says that it is empty: a header alone looks like an answer that was cut off.
+/// Formats a table, or returns `nothing` if it is empty. A lone header would look like truncated output.
 pub(crate) fn listing(nothing: &str, header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut rows = rows.into_iter().peekable();
     if rows.peek().is_none() { nothing.to_owned() } else { table(header, rows) }
 }
 
-/// Names and values, a line each; what is empty is left out.
+/// Formats names and values, one per line. Empty values are left out.
 pub(crate) fn fields(fields: &[(&str, String)]) -> String {
     let shown = || fields.iter().filter(|(_, value)| !value.is_empty());
     let width = shown().map(|(name, _)| name.len() + 1).max().unwrap_or(0);
+    // The width is that of the shown names only. Long names of empty fields must not shift the values.
     shown().map(|(name, value)| format!("{:width$}  {}\n", format!("{name}:"), clean(value))).collect()
 }
 
-/// The text with characters that steer a terminal made visible: names, labels and messages come from elsewhere.
+/// Escapes characters that could control a terminal. Names, labels and messages come from other machines.
 pub(crate) fn clean(text: &str) -> String {
+    // The ranges are bidirectional overrides: they reorder the text that follows.
     let steers = |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     if !text.chars().any(steers) {
         return text.to_owned();
@@ -45,12 +48,12 @@ pub(crate) fn clean(text: &str) -> String {
     text.chars().map(|c| if steers(c) { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
-/// The id at the end of a resource name.
+/// Returns the id at the end of a resource name.
 pub(crate) fn id(name: &str) -> String {
     name.rsplit_once('/').map_or(name, |(_, id)| id).to_owned()
 }
 
-/// An enum's value without its prefix, as people say it; nothing when it is not set.
+/// Strips the prefix from an enum's name. Empty if the value is unspecified.
 pub(crate) fn enum_word(name: &str, prefix: &str) -> String {
     match name.strip_prefix(prefix).unwrap_or(name) {
         "UNSPECIFIED" => String::new(),
@@ -58,40 +61,41 @@ pub(crate) fn enum_word(name: &str, prefix: &str) -> String {
     }
 }
 
-/// Labels, sorted, as they are written on the command line.
+/// Formats labels, sorted, in the command line's syntax.
 pub(crate) fn labels(labels: &HashMap<String, String>) -> String {
     let mut pairs: Vec<String> = labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
     pairs.sort();
     pairs.join(",")
 }
 
-/// A size for people.
+/// Formats a size with binary units.
 pub(crate) fn bytes(bytes: u64) -> String {
     BinaryBytes(bytes).to_string()
 }
 
-/// The instant that a timestamp means; none when it is unset or out of range.
+/// Converts a timestamp. `None` if it is unset or out of range.
 pub(crate) fn timestamp(timestamp: Option<&Timestamp>) -> Option<DateTime<Utc>> {
     let timestamp = timestamp?;
     DateTime::from_timestamp(timestamp.seconds, u32::try_from(timestamp.nanos).ok()?)
 }
 
-/// The timestamp of an instant.
+/// Converts an instant to a timestamp.
 pub(crate) fn timestamp_of(time: DateTime<Utc>) -> Timestamp {
     Timestamp { seconds: time.timestamp(), nanos: i32::try_from(time.timestamp_subsec_nanos()).unwrap_or(0) }
 }
 
-/// Local time with its offset; empty when unset.
+/// Formats local time with its offset. Empty if unset.
 pub(crate) fn local(time: Option<&Timestamp>) -> String {
     timestamp(time)
         .map(|time| time.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S %:z").to_string())
         .unwrap_or_default()
 }
 
-/// A sentence of the controller's with its instants, which are RFC 3339, as [`local`] writes them: one screen, one zone.
+/// Rewrites the RFC 3339 instants in a sentence of the controller like [`local`] does. One screen shows one zone.
 pub(crate) fn in_local_time(text: &str) -> String {
     let word = |word: &str| {
         let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        // The instant may be followed by punctuation or be in brackets.
         let bare = bare.trim_start_matches(|c: char| !c.is_ascii_digit());
         match DateTime::parse_from_rfc3339(bare) {
             Ok(time) => word.replace(bare, &local(Some(&timestamp_of(time.with_timezone(&Utc))))),
@@ -101,12 +105,12 @@ pub(crate) fn in_local_time(text: &str) -> String {
     text.split_inclusive(' ').map(word).collect()
 }
 
-/// Local time of day, for lines that are read as they come.
+/// Formats the local time of day, for lines that are read as they appear.
 pub(crate) fn clock_time(now: DateTime<Utc>) -> String {
     now.with_timezone(&Local).format("%H:%M:%S").to_string()
 }
 
-/// How long ago, or in how long; empty when unset.
+/// Formats an age or a time ahead. Empty if unset.
 pub(crate) fn ago(time: Option<&Timestamp>, now: DateTime<Utc>) -> String {
     let Some(time) = timestamp(time) else { return String::new() };
     let past = now.signed_duration_since(time);
@@ -118,7 +122,7 @@ pub(crate) fn ago(time: Option<&Timestamp>, now: DateTime<Utc>) -> String {
     }
 }
 
-/// A length of time in its largest unit.
+/// Formats a duration in its largest unit.
 pub(crate) fn span(length: Duration) -> String {
     let seconds = length.as_secs();
     match seconds {

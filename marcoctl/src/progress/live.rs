@@ -1,4 +1,4 @@
-//! A display that changes in place: a line for each node.
+//! Display that changes in place, with one line per node.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,17 +12,17 @@ use super::{describe, done_of, is_final, style};
 use crate::follow::Known;
 use crate::output::{clean, enum_word, id};
 
-/// How many nodes are shown at once: with more, those at work are shown and the rest only counted.
+/// Maximum number of lines. With more nodes, only those at work get a line, and the header counts the rest.
 const ROWS: usize = 16;
-/// The line above the nodes.
+/// Template of the line above the nodes.
 const HEADER: &str = "{spinner} {msg} {elapsed}";
-/// A node, without and with bytes to count.
+/// Templates of a node's line, without and with a byte count.
 const ROW: &str = "  {prefix}  {msg}";
 const ROW_BYTES: &str = "  {prefix}  {msg} [{bar:24}] {binary_bytes}/{binary_total_bytes}";
-/// How often a bar moves by itself, so that a long step does not look like a hang.
+/// Interval at which bars move by themselves, so that a long step does not look like a hang.
 const TICK: Duration = Duration::from_millis(200);
 
-/// A display that changes in place.
+/// Display with one line per node.
 #[derive(Debug)]
 pub(crate) struct Live {
     multi: MultiProgress,
@@ -44,26 +44,26 @@ impl Live {
         Self { multi, header, rows: BTreeMap::new() }
     }
 
-    /// Shows what an operation waits for of which no node is at work.
+    /// Shows the reasons for waiting while no node is at work.
     pub(super) fn waits(&self, text: &str) {
         self.header.set_message(format!("waits: {text}"));
     }
 
-    /// Shows that the connection broke and is tried again.
+    /// Shows that the connection broke and is retried.
     pub(super) fn lost(&self, status: &Status) {
         self.header.set_message(format!("connection lost, trying again ({})", clean(status.message())));
     }
 
-    /// Takes everything away.
+    /// Removes all lines.
     pub(super) fn finish(&self) {
-        // A bar that is only dropped draws itself once more.
+        // A dropped bar would draw itself once more.
         for row in self.rows.values() {
             row.finish_and_clear();
         }
         self.header.finish_and_clear();
     }
 
-    /// Shows a message, which `known` has already taken in.
+    /// Shows a message. `known` must already contain it.
     pub(super) fn update(&mut self, message: &WatchOperationResponse, known: &Known) {
         let operation = &known.operation;
         let counts = operation.counts.unwrap_or_default();
@@ -73,11 +73,13 @@ impl Live {
         let few = known.executions.len() <= ROWS;
         let width = known.executions.keys().map(|node| id(node).len()).max().unwrap_or(0);
         for execution in &message.executions {
+            // Pending nodes have nothing to show, and hundreds of them would fill the screen.
             let is_shown = few || (!is_final(execution.state()) && execution.state() != State::Pending);
             if !is_shown {
                 if let Some(row) = self.rows.remove(&execution.node) {
                     self.multi.remove(&row);
                 }
+            // Nodes beyond the limit get a line once one is free and they report again.
             } else if self.rows.contains_key(&execution.node) || self.rows.len() < ROWS {
                 let row = self.row(&execution.node);
                 row.set_prefix(format!("{:width$}", clean(&id(&execution.node))));
@@ -94,7 +96,7 @@ impl Live {
         }
     }
 
-    /// The row of a node, made in its place by name.
+    /// Returns the line of a node, created in order of names.
     fn row(&mut self, node: &str) -> ProgressBar {
         if let Some(row) = self.rows.get(node) {
             return row.clone();
@@ -118,7 +120,7 @@ mod tests {
     use super::{HEADER, Live, ROW, ROW_BYTES, ROWS};
     use crate::follow::Known;
 
-    /// A terminal that keeps everything that was ever written to it.
+    /// A terminal that keeps everything written to it.
     #[derive(Debug, Clone, Default)]
     struct Paper(Arc<Mutex<String>>);
 

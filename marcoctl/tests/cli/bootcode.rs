@@ -1,4 +1,4 @@
-//! Sets of boot files, built from made-up systems.
+//! Sets of boot files, built from small artificial systems.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::made::{self, AMD64, ARM64, elf, write};
 use crate::running::{Run, alone};
 
-/// A root with everything, and an agent beside it.
+/// Creates a root with everything, and an agent next to it.
 fn made_up() -> (TempDir, PathBuf) {
     let folder = TempDir::new().unwrap();
     let root = folder.path().join("root");
@@ -30,7 +30,7 @@ async fn build(folder: &Path, more: &[&str]) -> Run {
     alone(&arguments).await
 }
 
-/// The paths of a `newc` archive with their contents.
+/// Unpacks a `newc` archive: contents by path.
 fn unpack_cpio(mut archive: &[u8]) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     loop {
@@ -71,6 +71,7 @@ async fn a_set_has_the_kernel_the_agent_and_the_modules_in_the_order_of_their_ne
     marco_archive::check_installer_set(&summary).unwrap();
     assert_eq!(json["files"].as_array().unwrap().len(), summary.files.len());
 
+    // The contents of a link are its target.
     let files = initramfs(&zip);
     assert_eq!(files["init"], b"usr/bin/marco-agent");
     assert_eq!(files["usr/lib/marco/udhcpc-hook"], b"../../bin/marco-agent");
@@ -82,6 +83,7 @@ async fn a_set_has_the_kernel_the_agent_and_the_modules_in_the_order_of_their_ne
     }
     let list = String::from_utf8(files["etc/marco/modules"].clone()).unwrap();
     let at = |name: &str| list.lines().position(|line| line.ends_with(&format!("/{name}.ko"))).unwrap();
+    // The order of loading: the installer has no modprobe.
     assert!(at("crc32c_generic") < at("ext4") && at("jbd2") < at("ext4") && at("mbcache") < at("ext4"), "{list}");
     assert!(at("sha256_generic") < at("jbd2") && at("fat") < at("vfat"), "{list}");
     for line in list.lines() {
@@ -95,6 +97,7 @@ async fn a_set_has_the_kernel_the_agent_and_the_modules_in_the_order_of_their_ne
 async fn the_same_files_make_the_same_bytes() {
     let (folder, _root) = made_up();
     let mut zips = Vec::new();
+    // A second build at another time. Inodes, times and the order of files must not differ.
     for _ in 0..2 {
         assert_eq!(build(folder.path(), &[]).await.code, 0);
         zips.push(std::fs::read(folder.path().join("set.zip")).unwrap());
@@ -118,7 +121,7 @@ async fn what_cannot_run_is_refused_before_anything_is_written() {
     write(folder.path(), "agent", &elf(ARM64, ""));
     let run = build(folder.path(), &[]).await;
     assert!(run.code == 1 && run.stderr.contains("is for arm64"), "{run:?}");
-    // This test is a program that needs libraries.
+    // This test is a dynamic program.
     std::fs::copy(std::env::current_exe().unwrap(), folder.path().join("agent")).unwrap();
     let run = build(folder.path(), &[]).await;
     assert!(run.code == 1 && run.stderr.contains("is not static"), "{run:?}");
@@ -134,11 +137,12 @@ async fn what_cannot_run_is_refused_before_anything_is_written() {
 #[tokio::test]
 async fn a_program_brings_its_libraries_and_says_which_is_missing() {
     let (folder, root) = made_up();
-    // This test itself is such a program: it goes into the root with the libraries of this machine.
+    // This test is a dynamic program. It is put into the root with the libraries of this machine.
     let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
     write(&root, "usr/bin/dynamic", &own);
     let run = build(folder.path(), &["--program", "/usr/bin/dynamic"]).await;
     assert!(run.code == 1 && run.stderr.contains("/usr/bin/dynamic needs "), "{run:?}");
+    // The libraries that are mapped now are those that the loader chose.
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     for library in maps.lines().filter_map(|line| line.split_whitespace().nth(5)).filter(|path| path.contains(".so")) {
         write(&root, library.trim_start_matches('/'), &std::fs::read(library).unwrap());

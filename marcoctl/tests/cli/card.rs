@@ -1,4 +1,4 @@
-//! Cards, written as image files and looked at with other people's tools.
+//! Cards written as image files, and checked with other projects' tools.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -23,14 +23,14 @@ async fn set(folder: &Path) -> PathBuf {
     zip
 }
 
-/// A program's output; it must succeed.
+/// Runs a program, which must succeed, and returns its output.
 async fn tool(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).args(arguments).output().await.unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// p1 in a file of its own, for tools that know no offsets.
+/// Copies p1 to a file of its own, for tools without an offset.
 fn first_partition(card: &Path) -> PathBuf {
     use std::os::unix::fs::FileExt as _;
     let file = std::fs::File::open(card).unwrap();
@@ -79,6 +79,7 @@ async fn a_card_starts_the_installer_and_joins() {
     assert_eq!(line.split_whitespace().skip(1).take(5).collect::<Vec<_>>(), ["*", "8192", "532479", "524288", "256M"]);
     assert!(!table.contains("card.img2"), "{table}");
     let part = first_partition(Path::new(&card));
+    // fsck.vfat -n exits with an error if it would repair anything.
     tool("/usr/sbin/fsck.vfat", &["-n", part.to_str().unwrap()]).await;
     let image = format!("{card}@@4M");
     let text = async |name: &str| tool("mtype", &["-i", &image, &format!("::{name}")]).await;
@@ -88,12 +89,14 @@ async fn a_card_starts_the_installer_and_joins() {
         autoboot.starts_with("[all]\ntryboot_a_b=1\nboot_partition=1\n[tryboot]\nboot_partition=4\n"),
         "{autoboot}"
     );
+    // 511 bytes, so that the agent's first switch is a write in place.
     assert_eq!(autoboot.len(), 511);
     let join = text("marco/join.toml").await;
     assert_eq!(join, "controllers = [\"lab.example:1346\"]\ntoken = \"mj1.a.b.c\"\nname = \"pi-07\"\n");
     assert_eq!(text("marco/install.toml").await, "[boot]\nsize = \"64MiB\"\n");
     assert_eq!((text("start4.elf").await, text("ssh").await), ("firmware".to_owned(), String::new()));
     let listing = tool("mdir", &["-i", &image, "::"]).await;
+    // mtools shows 1980-01-01 for a file without a time.
     assert!(listing.contains("Volume in drive : is RECOVERY") && !listing.contains("1980-01-01"), "{listing}");
     tool("mcopy", &["-i", &image, "::b0/initramfs", &path("initramfs")]).await;
     let mut whole = zip::ZipArchive::new(std::fs::File::open(&zip).unwrap()).unwrap();
@@ -104,7 +107,7 @@ async fn a_card_starts_the_installer_and_joins() {
     let again = alone(&arguments).await;
     assert!(again.code == 2 && again.stderr.contains("card.img exists"), "{again:?}");
 
-    // A file that others could read holds a token now.
+    // The file was readable by others and now contains a token.
     std::fs::set_permissions(&card, std::fs::Permissions::from_mode(0o664)).unwrap();
     let over = alone(&[arguments.as_slice(), &["--yes"]].concat()).await;
     assert_eq!(over.code, 0, "{over:?}");
@@ -132,6 +135,7 @@ async fn files_for_the_first_boot_go_onto_the_card_as_they_are() {
     );
     tool("/usr/sbin/fsck.vfat", &["-n", first_partition(Path::new(&card)).to_str().unwrap()]).await;
 
+    // A typing error in a name: no system would read the file.
     write(folder.path(), "given/room=a1/user.data", b"");
     std::fs::remove_file(&card).unwrap();
     let run = alone(&arguments).await;
@@ -185,11 +189,12 @@ async fn what_is_no_set_or_no_disk_is_refused() {
     assert!(!folder.path().join("card.img").exists());
     let run = write("/dev/null").await;
     assert!(run.code == 1 && run.stderr.contains("neither a disk nor a file"), "{run:?}");
+    // A missing device must not become an image file below /dev.
     let run = write("/dev/nothing-there").await;
     assert!(run.code == 1 && run.stderr.contains("cannot look at"), "{run:?}");
 }
 
-/// A file as a device; detached when it is dropped.
+/// A loop device of a file. Dropping it detaches it.
 struct Loop(String);
 
 impl Loop {
@@ -225,6 +230,7 @@ async fn a_device_is_written_only_after_yes_was_typed() {
         start[510..] == [0x55, 0xaa]
     };
 
+    // Without a terminal there is no answer.
     let run = alone(&arguments).await;
     assert!(run.code == 2 && run.stderr.contains("everything on it would be lost"), "{run:?}");
     for answer in ["no", "y", "YES", ""] {
@@ -256,6 +262,7 @@ async fn between_two_cards_the_next_one_is_asked_for() {
     let next = format!("Put the next card into {} (2 of 2) and press Enter: ", device.0);
     let run = at_terminal(&[(go_on, "yes"), (&next, ""), (go_on, "yes")], &arguments).await;
     assert_eq!(run.code, 0, "{run:?}");
+    // Both cards are written to the same device, so only the second one can be read.
     assert_eq!(run.stdout.matches("is written and verified").count(), 2, "{run:?}");
     let join = tool("mtype", &["-i", &format!("{}@@4M", device.0), "::marco/join.toml"]).await;
     assert!(join.contains("name = \"pi-2\""), "{join}");

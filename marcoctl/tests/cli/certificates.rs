@@ -1,4 +1,4 @@
-//! A CA, a controller's certificate and an operator's, as `marco-controller serve` would have written them.
+//! A CA with certificates for a controller and an operator, in the layout of `marco-controller serve`.
 
 use std::path::{Path, PathBuf};
 
@@ -6,7 +6,7 @@ use marco_proto::names::CONTROLLER_TLS_NAME;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tempfile::TempDir;
 
-/// A folder of certificates, removed at the end.
+/// A temporary folder of certificates.
 pub(crate) struct Certificates {
     folder: TempDir,
     /// PEM of the CA.

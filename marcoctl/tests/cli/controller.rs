@@ -1,4 +1,4 @@
-//! A controller that answers what a test wants and remembers what it was asked.
+//! A scripted controller that records its requests.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -23,44 +23,44 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 use crate::certificates::Certificates;
 use crate::running::{self, Run};
 
-/// What a watch sends before it ends as the second part says.
+/// The messages of a watch, and its ending.
 pub(crate) type Script = (Vec<WatchOperationResponse>, Ending);
 
-/// How a scripted watch ends.
+/// Ending of a scripted watch.
 #[derive(Debug, Clone)]
 pub(crate) enum Ending {
-    /// In order.
+    /// The stream ends normally.
     Ok,
-    /// With this status.
+    /// The stream breaks with this status.
     Status(Status),
-    /// Never.
+    /// The stream stays open without a message.
     Hang,
 }
 
-/// What a test sets and reads.
+/// Inputs and records of a test.
 #[derive(Default)]
 pub(crate) struct Facts {
-    /// Nodes that exist, in order.
+    /// Existing nodes, in list order.
     pub(crate) nodes: Vec<Node>,
-    /// Creations that were asked for.
+    /// Recorded requests for a creation.
     pub(crate) created: Vec<CreateOperationRequest>,
-    /// How many creations are answered with UNAVAILABLE after they were noted.
+    /// Number of creations to answer with UNAVAILABLE after they were recorded.
     pub(crate) unavailable: usize,
-    /// What the watches do, one after the other.
+    /// Scripts of the watches, used in order.
     pub(crate) watches: VecDeque<Script>,
-    /// Bytes that were sent, by their SHA-256.
+    /// Received bytes by their SHA-256.
     pub(crate) uploads: HashMap<String, Vec<u8>>,
-    /// Offsets at which uploads were told to go on.
+    /// Offsets that were sent to uploads.
     pub(crate) offsets: Vec<u64>,
-    /// Headers of uploads.
+    /// Recorded headers of uploads.
     pub(crate) headers: Vec<UploadHeader>,
-    /// Refuse an upload with this reason once all bytes are there.
+    /// Reason for refusing an upload once all bytes have arrived. `None`: accept it.
     pub(crate) bad_archive: Option<&'static str>,
-    /// Changes of nodes that were asked for.
+    /// Recorded changes of nodes.
     pub(crate) updates: Vec<UpdateNodeRequest>,
 }
 
-/// The running controller; it ends when it is dropped.
+/// A running controller. Dropping it stops it.
 pub(crate) struct Controller {
     pub(crate) address: SocketAddr,
     pub(crate) facts: Arc<Mutex<Facts>>,
@@ -94,7 +94,7 @@ impl Controller {
         self.certificates.path()
     }
 
-    /// Runs `marcoctl` against it.
+    /// Runs `marcoctl` against this controller.
     pub(crate) async fn run(&self, arguments: &[&str]) -> Run {
         running::marcoctl(self.address, &self.certs(), arguments).await
     }
@@ -106,7 +106,7 @@ struct Service {
 }
 
 impl Service {
-    /// Changes the state of a node that exists.
+    /// Sets the state of an existing node.
     fn set_state(&self, name: &str, state: node::State) -> Result<Response<Node>, Status> {
         let mut facts = self.facts.lock().unwrap();
         let found = facts.nodes.iter_mut().find(|node| node.name.ends_with(name));
@@ -121,7 +121,7 @@ impl Service {
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// RPCs that no test needs.
+/// Defines RPCs that no test needs.
 macro_rules! unneeded {
     ($($rpc:ident($request:ty) -> $response:ty;)*) => {
         $(
@@ -147,6 +147,7 @@ impl NodeService for Service {
         let all = self.facts.lock().unwrap().nodes.clone();
         let nodes: Vec<Node> =
             all.into_iter().filter(|node| states.is_empty() || states.contains(&node.state)).collect();
+        // Real paging, so that the client's loop over pages is tested.
         let from: usize = request.page_token.parse().unwrap_or(0);
         let to = nodes.len().min(from + usize::try_from(request.page_size).unwrap());
         let next_page_token = if to < nodes.len() { to.to_string() } else { String::new() };
@@ -211,6 +212,7 @@ impl OperationService for Service {
     async fn create_operation(&self, request: Request<CreateOperationRequest>) -> Result<Response<Operation>, Status> {
         let request = request.into_inner();
         let mut facts = self.facts.lock().unwrap();
+        // Recorded before the failure: the first answer is lost, not the first request.
         facts.created.push(request.clone());
         if facts.unavailable > 0 {
             facts.unavailable -= 1;
@@ -228,11 +230,12 @@ impl OperationService for Service {
         Ok(Response::new(operation))
     }
 
-    /// A node whose name ends in `-bad` would refuse; one that ends in `-out` is quarantined, `-alone` in no group.
+    /// Refuses nodes whose names end in `-bad`. `-out` means quarantined, `-alone` in no group.
     async fn check_operation(
         &self,
         request: Request<CheckOperationRequest>,
     ) -> Result<Response<CheckOperationResponse>, Status> {
+        // Only the tests of doubts come here, and they name nodes. For others the client ignores this failure.
         let Some(operation::Target::Nodes(target)) = request.into_inner().operation.unwrap().target else {
             return Err(Status::invalid_argument("nodes are to be named"));
         };
@@ -290,7 +293,7 @@ impl OperationService for Service {
         list_events(ListEventsRequest) -> ListEventsResponse;
     }
 
-    /// A node that would like to steer the terminal of whoever reads its words.
+    /// Returns a log with a terminal control sequence.
     async fn get_execution_log(
         &self,
         request: Request<GetExecutionLogRequest>,

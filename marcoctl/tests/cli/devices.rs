@@ -1,4 +1,4 @@
-//! Systems that are packed from image files and devices. Other people's tools make the disks; mounting needs root.
+//! Packs systems from image files and devices. The disks are made by other projects' tools. Mounting needs root.
 
 use std::ffi::OsStr;
 use std::io::Write as _;
@@ -14,36 +14,37 @@ use crate::running::{Run, alone};
 
 const MIB: u64 = 1 << 20;
 
-/// False, said where it is seen, when this process may not mount.
+/// Returns false, with a visible note, if this process may not mount.
 pub(crate) fn may_mount(test: &str) -> bool {
     let may = rustix::process::geteuid().is_root();
     if !may {
-        // Not by a macro: what those print is shown of failures only.
+        // Not by `eprintln!`: the test harness captures it and shows it for failed tests only.
         let _ = writeln!(std::io::stderr(), "NOT RUN: {test} mounts file systems, which needs root");
     }
     may
 }
 
-/// A program's output; it must succeed.
+/// Runs a program, which must succeed, and returns its output.
 async fn tool(program: &str, arguments: &[impl AsRef<OsStr> + std::fmt::Debug]) -> String {
     let output = Command::new(program).args(arguments).output().await.unwrap();
     assert!(output.status.success(), "{program} {arguments:?}: {output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A disk with partitions and what is on them.
+/// A disk image with partitions and file systems.
 struct Disk {
     folder: TempDir,
 }
 
 impl Disk {
-    /// The table is what sfdisk(8) reads; the sizes are in MiB.
+    /// Creates the disk. `table`: input for sfdisk(8), sizes in MiB.
     async fn new(table: &str) -> Self {
         let folder = TempDir::new().unwrap();
         let disk = Self { folder };
         std::fs::File::create(disk.path()).unwrap().set_len(100 * MIB).unwrap();
         let script = disk.folder.path().join("table");
         std::fs::write(&script, format!("label: dos\nlabel-id: 0x0a1b2c3d\n{table}")).unwrap();
+        // sfdisk reads its script from stdin only, hence the shell.
         let sfdisk = format!("/usr/sbin/sfdisk --quiet {} < {}", disk.path().display(), script.display());
         tool("sh", &["-c", &sfdisk]).await;
         disk
@@ -53,7 +54,7 @@ impl Disk {
         self.folder.path().join("disk.img")
     }
 
-    /// A FAT with these files.
+    /// Adds a FAT with these files.
     async fn fat(&self, start: u64, size: u64, label: &str, files: &[(&str, &str)]) {
         let image = format!("{}@@{start}M", self.path().display());
         let sectors = (size * MIB / 512).to_string();
@@ -68,7 +69,7 @@ impl Disk {
         }
     }
 
-    /// An ext4 with what is in a folder.
+    /// Adds an ext4 with the contents of a folder.
     async fn ext4(&self, start: u64, size: u64, from: &Path) {
         let offset = format!("offset={}", start * MIB);
         let (from, disk, size) = (from.to_str().unwrap(), self.path(), format!("{size}M"));
@@ -76,7 +77,7 @@ impl Disk {
         tool("/usr/sbin/mke2fs", &arguments).await;
     }
 
-    /// Packs the disk, or what else is named.
+    /// Packs the disk, or the given source.
     async fn pack(&self, source: &str) -> Run {
         alone(&["image", "pack", source, "-o", self.tarball().to_str().unwrap(), "--output", "json"]).await
     }
@@ -85,7 +86,7 @@ impl Disk {
         self.folder.path().join("system.tar")
     }
 
-    /// What tar(1) lists, without the folders' slashes.
+    /// Returns tar(1)'s listing, without the slashes after folders.
     async fn list(&self) -> Vec<String> {
         let listing = tool("tar", &["-tf".as_ref(), self.tarball().as_os_str()]).await;
         listing.lines().map(|line| line.trim_end_matches('/').to_owned()).collect()
@@ -95,7 +96,8 @@ impl Disk {
         tool("tar", &["-xOf".as_ref(), self.tarball().as_os_str(), name.as_ref()]).await
     }
 
-    /// Nothing of the disk is mounted, and soon no device is made of it: whoever looks at a device holds it for a moment.
+    /// Asserts that nothing of the disk is mounted, and that its loop devices disappear soon. Other programs, such as
+    /// udev, may keep a new device open for a moment.
     async fn is_let_go(&self) {
         let path = self.path();
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -113,7 +115,7 @@ impl Disk {
     }
 }
 
-/// A part of a disk, mounted for writing by somebody; unmounted when it is dropped.
+/// A part of a disk mounted for writing. Dropping it unmounts.
 struct Mounted {
     folder: TempDir,
 }
@@ -138,7 +140,7 @@ impl Drop for Mounted {
     }
 }
 
-/// A device of a file, with devices of its partitions; let go when it is dropped.
+/// A loop device of a file, with devices for its partitions. Dropping it detaches both.
 struct Loop(String);
 
 impl Loop {
@@ -151,7 +153,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
-        // The kernel keeps the partitions of a device that is let go before them.
+        // The partitions must go first: the kernel keeps them when the device is detached.
         for (program, what) in [("partx", "--delete"), ("/usr/sbin/losetup", "--detach")] {
             #[expect(clippy::disallowed_methods, reason = "what is dropped cannot wait for a runtime")]
             let done = std::process::Command::new(program).args([what, &self.0]).status();
@@ -160,13 +162,14 @@ impl Drop for Loop {
     }
 }
 
-/// A system's root whose fstab mounts the boot partition so.
+/// Creates a system's root with this fstab.
 fn system(folder: &Path, fstab: &str) -> PathBuf {
     let root = folder.join("root");
     write(&root, "etc/fstab", fstab.as_bytes());
     write(&root, "etc/machine-id", b"0123\n");
     write(&root, "etc/hostname", b"kiosk\n");
     write(&root, "usr/bin/tool", b"\x7fELF");
+    // On the real system the mounted boot partition hides this file.
     write(&root, "boot/firmware/hidden-below-the-mount", b"no\n");
     write(&root, "home/pi/note", b"hello\n");
     std::fs::set_permissions(root.join("usr/bin/tool"), std::fs::Permissions::from_mode(0o4755)).unwrap();
@@ -184,6 +187,7 @@ async fn an_image_file_of_a_stock_card_is_packed_with_its_boot_partition() {
     disk.fat(1, 16, "bootfs", &boot).await;
     let root = system(disk.folder.path(), "PARTUUID=0a1b2c3d-01 /boot/firmware vfat defaults 0 2\n");
     disk.ext4(20, 40, &root).await;
+    // Compared at the end: packing must not change one byte of a card, not even the time of its last mount.
     let before = std::fs::read(disk.path()).unwrap();
     let run = disk.pack(disk.path().to_str().unwrap()).await;
     assert_eq!((run.code, run.json()["skipped"].clone()), (0, serde_json::json!([])), "{run:?}");
@@ -198,6 +202,7 @@ async fn an_image_file_of_a_stock_card_is_packed_with_its_boot_partition() {
     }
     assert_eq!(disk.read("./boot/firmware/config.txt").await, "arm_64bit=1\n");
     let long = tool("tar", &["-tvf".as_ref(), disk.tarball().as_os_str(), "--numeric-owner".as_ref()]).await;
+    // The setuid bit and the owner are lost easily.
     let of = |name: &str| long.lines().find(|line| line.ends_with(name)).unwrap().to_owned();
     assert!(of("./usr/bin/tool").starts_with("-rwsr-xr-x") && of("./home/pi/").contains("1000/1000"), "{long}");
     assert!(of("./boot/firmware/config.txt").starts_with("-rwxr-xr-x 0/0"), "{long}");
@@ -215,7 +220,7 @@ async fn a_card_of_our_layout_gives_the_systems_boot_partition_and_not_the_insta
     let disk = Disk::new(table).await;
     disk.fat(1, 10, "RECOVERY", &[("autoboot.txt", "[all]\n"), ("marco/join.toml", "secret\n")]).await;
     disk.fat(12, 16, "bootfs", &[("config.txt", "kernel=kernel8.img\n")]).await;
-    // No line of it says where the boot partition is.
+    // No line mentions the boot partition, so the only FAT other than RECOVERY is taken.
     let root = system(disk.folder.path(), "PARTUUID=0a1b2c3d-02 / ext4 defaults 0 1\n");
     disk.ext4(32, 20, &root).await;
     let home = disk.folder.path().join("homes");
@@ -230,7 +235,7 @@ async fn a_card_of_our_layout_gives_the_systems_boot_partition_and_not_the_insta
     assert_eq!(disk.read("./boot/firmware/config.txt").await, "kernel=kernel8.img\n");
     assert!(!disk.list().await.iter().any(|name| name.contains("photo") || name.contains("autoboot")));
 
-    // The same of a device, unless somebody has the system mounted.
+    // The same on a device. It is refused while its system is mounted.
     let device = Loop::new(&card).await;
     assert!(Path::new(&format!("{}p4", device.0)).exists());
     let packed = disk.pack(&device.0).await;
@@ -254,7 +259,7 @@ async fn what_somebody_has_mounted_is_not_read_past_them() {
     disk.fat(1, 16, "bootfs", &[("config.txt", "arm_64bit=1\n")]).await;
     let root = system(disk.folder.path(), "PARTUUID=0a1b2c3d-01 /boot/firmware vfat defaults 0 2\n");
     disk.ext4(20, 40, &root).await;
-    // The end of the boot partition, where nothing is: something that this kernel mounts, which may know no FAT.
+    // An ext4 in the unused end of the boot partition. This kernel may not support FAT, and any mount there must count.
     disk.ext4(13, 4, &root.join("home")).await;
     let card = disk.path().display().to_string();
     for (start, size, named) in [(20, 40, "p2"), (13, 4, "p1")] {
@@ -285,7 +290,7 @@ async fn what_holds_no_system_or_was_cut_off_is_refused_and_let_go() {
     assert!(run.code == 1 && run.stderr.contains(&format!("none is on {card}:p1")), "{run:?}");
     disk.is_let_go().await;
 
-    // The flag of a journal that has to be replayed.
+    // The flag in the superblock for a journal that must be replayed.
     let file = std::fs::OpenOptions::new().write(true).read(true).open(disk.path()).unwrap();
     let mut features = [0];
     file.read_exact_at(&mut features, MIB + 0x460).unwrap();
@@ -307,6 +312,7 @@ async fn who_may_not_mount_is_told_so() {
     let disk = Disk::new("start=1MiB, size=40MiB, type=83\n").await;
     let root = system(disk.folder.path(), "");
     disk.ext4(1, 40, &root).await;
+    // The other user must reach the disk and write the tarball. Only the right to mount is missing.
     std::fs::set_permissions(disk.folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
     std::fs::set_permissions(disk.path(), std::fs::Permissions::from_mode(0o644)).unwrap();
     let (card, tarball) = (disk.path().display().to_string(), disk.tarball().display().to_string());

@@ -1,4 +1,4 @@
-//! A tree with traps, packed, unpacked by the project's own unpacker and by GNU tar, and compared.
+//! Packs a tree of difficult files, unpacks it by the project's unpacker and by GNU tar, and compares.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -12,7 +12,7 @@ use tokio::process::Command;
 use crate::made::write;
 use crate::running::{Run, alone, as_nobody};
 
-/// A gigabyte of which 8 KiB are stored.
+/// Size of a file with 8 KiB of data.
 const HOLLOW: u64 = 1 << 30;
 
 fn traps(root: &Path) {
@@ -21,7 +21,9 @@ fn traps(root: &Path) {
     write(root, "etc/ssh/ssh_host_ed25519_key", b"secret\n");
     write(root, "var/lib/marco-agent/node.key", b"secret\n");
     write(root, "proc/1/stat", b"\n");
+    // Names longer than the fields of a ustar header.
     write(root, &format!("{}/{}", "d".repeat(120), "f".repeat(200)), b"long\n");
+    // Linux allows any byte but NUL and the slash.
     std::fs::write(root.join(OsStr::from_bytes(b"line\nfeed \xff\xfe")), "odd\n").unwrap();
     std::fs::hard_link(root.join("etc/passwd"), root.join("etc/passwd-")).unwrap();
     symlink("../no where", root.join("etc/dangling")).unwrap();
@@ -33,14 +35,18 @@ fn traps(root: &Path) {
     hollow.write_all_at(&[1; 4096], 300 << 20).unwrap();
     hollow.write_all_at(&[2; 4096], 700 << 20).unwrap();
     hollow.set_len(HOLLOW).unwrap();
+    // The map of a file without data has only the empty part that marks the end.
     std::fs::File::create(root.join("all-hole")).unwrap().set_len(1 << 20).unwrap();
+    // Before 1970 and with a fraction: a ustar header can hold neither.
     let old = std::time::UNIX_EPOCH - std::time::Duration::new(3600, 250_000_000);
     std::fs::File::open(root.join("usr/bin/sudo")).unwrap().set_modified(old).unwrap();
+    // A pax value may contain line feeds, equals signs and NULs.
     setxattr(root.join("etc/passwd"), "user.note", b"a\nb=\0c", XattrFlags::empty()).unwrap();
     if rustix::process::geteuid().is_root() {
+        // The user id does not fit into the octal digits of a header.
         std::os::unix::fs::chown(root.join("hollow"), Some(3_000_000), Some(70_000)).unwrap();
         mknodat(CWD, root.join("null"), FileType::CharacterDevice, Mode::from_raw_mode(0o666), makedev(1, 3)).unwrap();
-        // cap_net_raw, as `setcap` writes it.
+        // cap_net_raw in the format of setcap(8).
         let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         write(root, "usr/bin/ping", b"\x7fELF");
         setxattr(root.join("usr/bin/ping"), "security.capability", &capability, XattrFlags::empty()).unwrap();
@@ -62,7 +68,7 @@ fn made_up() -> TempDir {
     folder
 }
 
-/// What rsync would change to make one tree the other, checksums and all.
+/// Returns the changes that rsync would make to turn one tree into the other, checksums included.
 async fn differences(from: &Path, to: &Path) -> String {
     let output = Command::new("rsync")
         .args(["-naXAHc", "--delete", "--itemize-changes", "-8"])
@@ -78,6 +84,7 @@ async fn differences(from: &Path, to: &Path) -> String {
 #[tokio::test]
 async fn a_tree_with_traps_comes_back_as_it_was_by_our_unpacker_and_by_gnu_tar() {
     let folder = made_up();
+    // --keep-identity: everything must come back for the comparison.
     let run = pack(&folder, "all.tar", &["--keep-identity", "--no-default-excludes"]).await;
     assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{run:?}");
     let tarball = folder.path().join("all.tar");
@@ -104,6 +111,7 @@ async fn a_tree_with_traps_comes_back_as_it_was_by_our_unpacker_and_by_gnu_tar()
 #[tokio::test]
 async fn what_makes_a_machine_itself_is_left_out_in_every_compression() {
     let folder = made_up();
+    // Each compression has its own encoder.
     for name in ["a.tar", "a.tar.gz", "a.tar.xz", "a.tar.zst"] {
         let run = pack(&folder, name, &["--exclude", "*hollow", "--output", "json"]).await;
         assert_eq!(run.code, 0, "{run:?}");
@@ -118,6 +126,7 @@ async fn what_makes_a_machine_itself_is_left_out_in_every_compression() {
         }
         assert_eq!(run.json()["entries"], list.lines().count());
     }
+    // Several threads of xz write several blocks; a plain decoder must read them.
     let mut packed = std::io::BufReader::new(std::fs::File::open(folder.path().join("a.tar.xz")).unwrap());
     let plain = liblzma::bufread::XzDecoder::new(&mut packed);
     marco_archive::check_tar(std::io::BufReader::new(plain), &mut |_| {}).unwrap();
@@ -136,7 +145,7 @@ async fn what_may_not_be_read_is_named_and_nothing_is_left_behind() {
     let folder = made_up();
     let secret = folder.path().join("root/usr/bin/sudo");
     std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o000)).unwrap();
-    // Root may read all, and so may not be who packs.
+    // Root may read everything, so another user must pack.
     let run = if rustix::process::geteuid().is_root() {
         for path in [folder.path().to_owned(), folder.path().join("root/etc")] {
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();

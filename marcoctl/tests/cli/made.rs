@@ -1,16 +1,16 @@
-//! A made-up root of a system with a kernel, modules and programs, small enough to build a set from in a moment.
+//! An artificial root with a kernel, modules and programs, small enough for quick builds.
 
 use std::path::Path;
 
-/// x86-64 in an ELF header.
+/// Machine number of x86-64 in an ELF header.
 pub(crate) const AMD64: u16 = 62;
-/// 64-bit ARM.
+/// Machine number of 64-bit ARM.
 pub(crate) const ARM64: u16 = 183;
 
-/// The version of the made-up kernel.
+/// Version of the artificial kernel.
 pub(crate) const KERNEL: &str = "6.99-test";
 
-/// A file of the ELF format with this `.modinfo` and nothing else.
+/// Builds an ELF file that contains this `.modinfo` and nothing else.
 pub(crate) fn elf(machine: u16, modinfo: &str) -> Vec<u8> {
     let names = b"\0.modinfo\0.shstrtab\0";
     let (header, section) = (64_u64, 64_u64);
@@ -37,14 +37,14 @@ pub(crate) fn elf(machine: u16, modinfo: &str) -> Vec<u8> {
     file
 }
 
-/// Writes a file with the folders above it.
+/// Writes a file and creates its parent folders.
 pub(crate) fn write(root: &Path, path: &str, bytes: &[u8]) {
     let path = root.join(path);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, bytes).unwrap();
 }
 
-/// A module: its path below `kernel/`, and the records of its `.modinfo`, with blanks for the NULs.
+/// Writes a module. `path`: below `kernel/`. `records`: its `.modinfo`, with blanks instead of NULs and `+` for blanks.
 pub(crate) fn module(root: &Path, path: &str, records: &str) {
     let modinfo: String = records.split(' ').map(|record| format!("{}\0", record.replace('+', " "))).collect();
     let modinfo = format!("vermagic={KERNEL} SMP\0{modinfo}");
@@ -61,7 +61,7 @@ pub(crate) fn module(root: &Path, path: &str, records: &str) {
     write(root, &format!("lib/modules/{KERNEL}/kernel/{path}"), &packed);
 }
 
-/// The kernel and its modules alone.
+/// Writes the kernel and its modules.
 pub(crate) fn kernel(root: &Path) {
     let mut image = vec![7; 4096];
     image[0x202..0x206].copy_from_slice(b"HdrS");
@@ -73,7 +73,7 @@ pub(crate) fn kernel(root: &Path) {
         b"kernel/drivers/virtio/virtio_pci.ko\nkernel/net/packet/af_packet.ko\n",
     );
     module(root, "fs/ext4/ext4.ko.xz", "depends=jbd2,mbcache softdep=pre:+crc32c alias=fs-ext4");
-    // As newer kernels have it: the name of an algorithm, not of a file.
+    // Newer kernels name an algorithm here, which is not the name of a file.
     module(root, "fs/jbd2/jbd2.ko", "depends= softdep=pre:+crypto-sha256");
     module(root, "crypto/sha256_generic.ko", "alias=crypto-sha256 depends=");
     module(root, "fs/mbcache.ko.zst", "depends=");
@@ -87,7 +87,7 @@ pub(crate) fn kernel(root: &Path) {
     write(root, "lib/firmware/test/there.fw.zst", &zstd::encode_all(b"firmware".as_slice(), 1).unwrap());
 }
 
-/// The programs that the installer calls.
+/// Writes the programs that the installer runs.
 pub(crate) fn programs(root: &Path) {
     let of_e2fsprogs = ["usr/sbin/mke2fs", "usr/sbin/e2fsck", "usr/sbin/resize2fs"];
     for program in of_e2fsprogs.into_iter().chain(["bin/busybox", "usr/sbin/mkfs.vfat", "usr/sbin/blkid"]) {

@@ -1,4 +1,4 @@
-//! Runs the real `marcoctl` against a controller made for the test: what it prints, and with which exit code.
+//! Runs the real `marcoctl` against a scripted controller, and checks output and exit codes.
 #![allow(
     clippy::indexing_slicing,
     clippy::panic,

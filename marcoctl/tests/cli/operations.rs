@@ -1,4 +1,4 @@
-//! New operations, waiting for them, watching them.
+//! Creating operations, waiting for them, and watching them.
 
 use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::{self, Action, Target};
@@ -55,6 +55,7 @@ async fn what_a_node_logged_is_printed_line_by_line_and_steers_no_terminal() {
     assert_eq!(run.code, 0, "{run:?}");
     assert_eq!(run.stdout, "(older lines were left out)\nfirst\n\\u{1b}[2Jsecond\n");
     let run = controller.run(&[&line[..], &["-o", "json"]].concat()).await;
+    // JSON is for programs and has the original text.
     assert_eq!(run.json()["log"], "first\n\u{1b}[2Jsecond\n");
     assert_eq!(run.json()["cut"], true);
 }
@@ -72,6 +73,7 @@ async fn a_dry_run_creates_nothing_and_fails_when_a_node_would_refuse() {
     assert_eq!(run.code, 1, "{run:?}");
     assert_eq!(run.json()["checks"][0]["verdict"], "VERDICT_REFUSED");
     assert!(controller.facts.lock().unwrap().created.is_empty());
+    // Waiting for an operation that was not created makes no sense.
     let run = controller.run(&[&line[..], &["pi-01", "--wait"]].concat()).await;
     assert_eq!(run.code, 2, "{run:?}");
 }
@@ -116,6 +118,7 @@ async fn a_notice_that_was_not_given_is_not_sent() {
     let facts = controller.facts.lock().unwrap();
     let operation = facts.created[0].operation.as_ref().unwrap();
     let Some(Action::PowerOff(power_off)) = &operation.action else { panic!("{operation:?}") };
+    // Unset means the controller's default. Zero would mean no notice.
     assert_eq!(power_off.notice, None);
     assert!(matches!(operation.target, Some(Target::All(_))));
 }
@@ -145,6 +148,7 @@ async fn a_creation_that_is_asked_again_has_the_same_request_id() {
     assert_eq!(controller.run(&["operations", "reboot", "pi-01"]).await.code, 0);
     let facts = controller.facts.lock().unwrap();
     assert_eq!(facts.created.len(), 3);
+    // Equal requests include equal ids, by which the controller recognises a repetition.
     assert!(facts.created.iter().all(|request| request == &facts.created[0]));
 }
 
@@ -170,6 +174,7 @@ async fn a_wait_ends_0_when_every_node_succeeded() {
 #[tokio::test]
 async fn a_wait_goes_on_over_a_broken_stream() {
     let cut = || Ending::Status(Status::unavailable("the controller stops"));
+    // The second stream breaks before its first message.
     let controller = watched([(vec![running()], cut()), (vec![], cut()), (vec![succeeded()], Ending::Ok)]).await;
     let run = controller.run(&[WAIT, &["--output", "json"]].concat()).await;
     assert_eq!(run.code, 0, "{run:?}");
@@ -193,6 +198,7 @@ async fn an_overdue_node_ends_the_wait_only_when_nothing_else_is_at_work() {
         |other| message(operation::State::Running, &[("pi-01", State::Rebooting, true), ("pi-02", other, false)]);
     let controller = watched([(vec![with(State::Running), with(State::Succeeded)], Ending::Hang)]).await;
     let run = controller.run(WAIT).await;
+    // The stream hangs: the client must end the wait by itself.
     assert_eq!(run.code, 1, "{run:?}");
     assert!(run.stderr.contains("one node is overdue"), "{run:?}");
     let controller = watched([(vec![with(State::Running)], Ending::Hang)]).await;
@@ -210,6 +216,7 @@ async fn a_wait_that_runs_out_of_time_ends_4_with_what_is_known() {
 
 #[tokio::test]
 async fn a_wait_that_is_refused_still_prints_what_was_created() {
+    // Without a script the watch is refused. The operation exists nevertheless.
     let controller = watched([]).await;
     let run = controller.run(&[WAIT, &["--output", "json"]].concat()).await;
     assert_eq!(run.code, 1, "{run:?}");
@@ -221,6 +228,7 @@ async fn a_watch_in_json_is_one_line_per_message() {
     let controller = watched([(vec![running(), running(), succeeded()], Ending::Ok)]).await;
     let run = controller.run(&["operations", "watch", "one", "--output", "json"]).await;
     assert_eq!(run.code, 0, "{run:?}");
+    // Two equal messages are two lines: a program gets everything that was sent.
     let states: Vec<String> = run
         .stdout
         .lines()
@@ -234,6 +242,7 @@ async fn a_watch_elsewhere_than_on_a_terminal_is_a_line_per_change() {
     let controller = watched([(vec![running(), running(), succeeded()], Ending::Ok)]).await;
     let run = controller.run(&["operations", "watch", "one"]).await;
     let of_node = |line: &&str| line.contains("  pi-01  ");
+    // Here the repeated message gives no line, because nothing changed.
     assert_eq!(run.stdout.lines().filter(of_node).count(), 2, "{run:?}");
 }
 

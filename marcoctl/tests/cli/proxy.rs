@@ -8,7 +8,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-/// Relays to a controller and cuts the first connections after some bytes.
+/// A relay to a controller that cuts the first connections after a number of bytes.
 pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     cuts: Arc<AtomicUsize>,
@@ -16,7 +16,7 @@ pub(crate) struct Proxy {
 }
 
 impl Proxy {
-    /// Cuts each of the first `cuts` connections when it has carried `after` bytes to the controller.
+    /// Starts a relay. Each of the first `cuts` connections is cut after `after` bytes towards the controller.
     pub(crate) async fn cutting(to: SocketAddr, cuts: usize, after: usize) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -41,7 +41,7 @@ impl Proxy {
         Self { address, cuts: done, _tasks: tasks }
     }
 
-    /// How many connections were cut.
+    /// Returns the number of cut connections.
     pub(crate) fn cuts(&self) -> usize {
         self.cuts.load(Ordering::SeqCst)
     }
@@ -62,7 +62,7 @@ async fn relay(client: TcpStream, server: TcpStream, limit: Option<usize>) {
             left -= read;
         }
     };
-    // Whichever way ends first ends both: the connection is cut, not closed in order.
+    // The end of either direction ends both: the connection is cut, not closed in order.
     tokio::select! {
         () = up => {}
         _ = tokio::io::copy(&mut from_server, &mut to_client) => {}

@@ -1,4 +1,4 @@
-//! Pushes, over connections that break.
+//! Pushes over broken connections.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use crate::running::marcoctl;
 
 const MIB: usize = 1024 * 1024;
 
-/// A file whose bytes are all different enough that a wrong place shows.
+/// Creates a file whose contents reveal misplaced blocks.
 fn file(name: &str, size: usize) -> (TempDir, PathBuf, Vec<u8>) {
     let folder = TempDir::new().unwrap();
     let bytes: Vec<u8> = (0..size).map(|place| ((place * 31) ^ (place >> 11)).to_le_bytes()[0]).collect();
@@ -24,6 +24,7 @@ async fn a_pushed_file_arrives_whole_under_its_default_name() {
     let controller = Controller::start(Facts::default()).await;
     let (_folder, path, bytes) = file("kiosk-1.2.tar.zst", MIB + 77);
     let run = controller.run(&["-o", "json", "artifacts", "push", path.to_str().unwrap(), "--kind", "image"]).await;
+    // Stderr is empty: without a terminal no bar is drawn.
     assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{run:?}");
     let json = run.json();
     assert_eq!(json["name"], "artifacts/kiosk-1.2");
@@ -43,8 +44,9 @@ async fn a_push_that_is_cut_goes_on_where_it_broke() {
     assert_eq!(run.code, 0, "{run:?}");
     assert_eq!(proxy.cuts(), 3);
     let facts = controller.facts.lock().unwrap();
+    // assert_eq would print 12 MiB.
     assert!(facts.uploads[run.json()["sha256"].as_str().unwrap()] == bytes, "the bytes differ");
-    // Each stream began where the one before had brought it, and none at the beginning but the first.
+    // Each stream starts where the previous one ended. Only the first one starts at zero.
     assert!(facts.offsets.len() >= 4 && facts.offsets.is_sorted(), "{:?}", facts.offsets);
     assert!(facts.offsets[1..].iter().all(|offset| *offset > 0), "{:?}", facts.offsets);
 }
@@ -53,6 +55,7 @@ async fn a_push_that_is_cut_goes_on_where_it_broke() {
 async fn a_push_that_never_gets_further_is_given_up_as_not_reachable() {
     let controller = Controller::start(Facts::default()).await;
     let (_folder, path, _) = file("big.tar", MIB);
+    // 20 KiB are enough for the TLS handshake, but not for one message with file data.
     let proxy = Proxy::cutting(controller.address, usize::MAX, 20 * 1024).await;
     let arguments = ["artifacts", "push", path.to_str().unwrap(), "--kind", "image", "--tries", "3"];
     let run = marcoctl(proxy.address, &controller.certs(), &arguments).await;

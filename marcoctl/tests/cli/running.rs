@@ -1,4 +1,4 @@
-//! One run of `marcoctl`.
+//! Runs of `marcoctl`.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::process::Command;
 
-/// How a run ended.
+/// Result of a run.
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) code: i32,
@@ -17,13 +17,13 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Stdout as the one JSON document that it must be.
+    /// Parses stdout as a single JSON document.
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 }
 
-/// `marcoctl` with its connection, and without the tester's own settings.
+/// Builds the command with its connection flags, without the tester's own settings.
 pub(crate) fn command(address: SocketAddr, certs: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_marcoctl"));
     for variable in ["MARCO_CONTROLLER", "MARCO_CERTS", "MARCO_IDENTITY", "MARCO_OUTPUT"] {
@@ -34,13 +34,14 @@ pub(crate) fn command(address: SocketAddr, certs: &Path, arguments: &[&str]) -> 
     command
 }
 
-/// Runs what needs no controller: there is none.
+/// Runs a command that needs no controller.
 pub(crate) async fn alone(arguments: &[&str]) -> Run {
+    // Port 9 (discard) and a missing folder: a connection attempt would fail visibly.
     marcoctl(SocketAddr::from(([127, 0, 0, 1], 9)), Path::new("/nonexistent"), arguments).await
 }
 
-/// Runs what needs no controller as a user who may nothing; this process must be root. The program is copied to a folder
-/// where that user may run it.
+/// Runs a command that needs no controller as an unprivileged user. This process must be root. The program is copied to
+/// a folder that the user can reach.
 pub(crate) async fn as_nobody(folder: &Path, arguments: &[&str]) -> Run {
     let program = folder.join("marcoctl");
     std::fs::copy(env!("CARGO_BIN_EXE_marcoctl"), &program).unwrap();
@@ -50,22 +51,24 @@ pub(crate) async fn as_nobody(folder: &Path, arguments: &[&str]) -> Run {
     ended(command, arguments).await
 }
 
-/// Runs what needs no controller at a terminal, where somebody waits for each first text and then types the second. All
-/// that is shown is in `stdout`.
+/// Runs a command that needs no controller at a pseudo-terminal. For each pair, the first text is awaited, and the
+/// second one is typed. `stdout` contains everything shown.
 pub(crate) async fn at_terminal(conversation: &[(&str, &str)], arguments: &[&str]) -> Run {
     let mut command = Command::new("python3");
+    // Python's standard library has pseudo-terminals.
     command.arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cli/terminal.py"));
     command.arg(serde_json::to_string(conversation).unwrap()).arg(env!("CARGO_BIN_EXE_marcoctl")).args(arguments);
     command.stdin(Stdio::null()).kill_on_drop(true);
     ended(command, arguments).await
 }
 
-/// Runs it to its end.
+/// Runs the command to its end.
 pub(crate) async fn marcoctl(address: SocketAddr, certs: &Path, arguments: &[&str]) -> Run {
     ended(command(address, certs, arguments), arguments).await
 }
 
 async fn ended(mut command: Command, arguments: &[&str]) -> Run {
+    // A test must not hang: a question without an answer would wait forever.
     let output = tokio::time::timeout(Duration::from_secs(60), command.output())
         .await
         .unwrap_or_else(|_| panic!("{arguments:?} did not end"))

@@ -1,4 +1,4 @@
-//! Lists, single resources, errors and what cannot be reached.
+//! Lists, single resources, errors, and unreachable controllers.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -23,8 +23,9 @@ fn nodes(count: usize) -> Facts {
     Facts { nodes: (0..count).map(node).collect(), ..Default::default() }
 }
 
-/// An address where nobody listens.
+/// Returns an address at which nothing listens.
 async fn nobody() -> SocketAddr {
+    // The listener is dropped at once, which frees its port.
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
 }
 
@@ -62,7 +63,7 @@ async fn a_table_has_a_line_per_node() {
 async fn list_of_nodes_warns_before_a_certificate_expires() {
     let mut facts = nodes(3);
     let now = i64::try_from(UNIX_EPOCH.elapsed().unwrap().as_secs()).unwrap();
-    // An hour more, so that the days are full while the test runs.
+    // One hour more, so that the number of full days does not change during the test.
     for (node, days) in facts.nodes.iter_mut().zip([90, 5, -5]) {
         node.certificate_expire_time = Some(Timestamp { seconds: now + days * 86_400 + 3600, nanos: 0 });
     }
@@ -91,6 +92,7 @@ async fn labels_that_were_not_named_stay() {
     assert_eq!(run.code, 0, "{run:?}");
     let facts = controller.facts.lock().unwrap();
     let update = &facts.updates[0];
+    // The display name is not in the mask, so it stays.
     assert_eq!(update.update_mask.as_ref().unwrap().paths, ["labels"]);
     let labels = &update.node.as_ref().unwrap().labels;
     assert_eq!(labels.len(), 2);
@@ -126,6 +128,7 @@ async fn nobody_there_is_3_with_or_without_certificates() {
     let certificates = Certificates::mint();
     let empty = tempfile::TempDir::new().unwrap();
     for certs in [certificates.path().as_path(), empty.path()] {
+        // Even without certificates: the missing controller is the first thing to fix.
         let run = marcoctl(nobody().await, certs, &["nodes", "list"]).await;
         assert_eq!((run.code, run.stdout.as_str()), (3, ""), "{run:?}");
         assert!(run.stderr.contains("Connection refused") && run.stderr.contains("hint: "), "{run:?}");
@@ -137,6 +140,7 @@ async fn a_controller_of_another_ca_is_not_believed() {
     let controller = Controller::start(Facts::default()).await;
     let others = Certificates::mint();
     let run = marcoctl(controller.address, &others.path(), &["nodes", "list"]).await;
+    // Exit code 3, not 1: the right controller was not reached.
     assert_eq!(run.code, 3, "{run:?}");
     assert!(run.stderr.contains("ca.crt"), "{run:?}");
 }
@@ -145,6 +149,7 @@ async fn a_controller_of_another_ca_is_not_believed() {
 async fn a_certificate_that_the_controller_does_not_take_is_said_to_be_that() {
     let controller = Controller::start(Facts::default()).await;
     let others = Certificates::mint();
+    // This client trusts the controller, but not the other way round.
     std::fs::copy(controller.certs().join("ca.crt"), others.path().join("ca.crt")).unwrap();
     let run = marcoctl(controller.address, &others.path(), &["nodes", "list"]).await;
     assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{run:?}");
@@ -156,6 +161,7 @@ async fn certificates_that_cannot_be_used_are_named() {
     let controller = Controller::start(Facts::default()).await;
     let others = Certificates::mint();
     let mixed = Certificates::mint();
+    // The certificate and the key do not belong together.
     std::fs::copy(others.path().join("admin.key"), mixed.path().join("admin.key")).unwrap();
     let run = marcoctl(controller.address, &mixed.path(), &["nodes", "list"]).await;
     assert_eq!(run.code, 2, "{run:?}");
@@ -167,6 +173,7 @@ async fn certificates_that_cannot_be_used_are_named() {
 
 #[tokio::test]
 async fn a_reader_that_leaves_is_no_error() {
+    // More output than a pipe holds, so that the writer meets the closed pipe.
     let controller = Controller::start(nodes(3000)).await;
     let mut child = command(controller.address, &controller.certs(), &["nodes", "list"])
         .stdout(Stdio::piped())

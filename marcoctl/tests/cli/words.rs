@@ -1,4 +1,4 @@
-//! What a first day meets: several names, questions, empty lists, selectors and waits that stand still.
+//! Situations of a new user: several names, questions, empty lists, selectors, and waits that stand still.
 
 use marco_proto::v1::execution::{State, WaitReason};
 use marco_proto::v1::{Execution, Node, Operation, WatchOperationResponse, node, operation};
@@ -27,7 +27,7 @@ async fn several_names_are_done_as_far_as_they_can_be() {
     assert!(run.stderr.contains("error: 1 of 3 not approved: typo\n"), "{run:?}");
     let run = controller.run(&["-o", "json", "nodes", "quarantine", "a", "typo"]).await;
     assert_eq!((run.code, run.json()["nodes"].as_array().unwrap().len()), (1, 1), "{run:?}");
-    // One that stands alone is shown as before.
+    // A single name gives the node itself, not a list.
     let run = controller.run(&["-o", "json", "nodes", "approve", "a"]).await;
     assert_eq!((run.code, run.json()["name"].as_str()), (0, Some("nodes/a")), "{run:?}");
 }
@@ -37,6 +37,7 @@ async fn all_approves_those_that_are_held_and_not_the_quarantined() {
     let controller = three().await;
     let run = controller.run(&["nodes", "approve", "--all"]).await;
     assert_eq!((run.code, run.stdout.as_str()), (0, "a  approved\nb  approved\n"), "{run:?}");
+    // The second time no node is held any more, and c stays in quarantine.
     let run = controller.run(&["nodes", "approve", "--all"]).await;
     assert!(run.code == 1 && run.stderr.contains("no node matches"), "{run:?}");
     let run = controller.run(&["nodes", "quarantine", "--all", "--reason", "smoke"]).await;
@@ -44,6 +45,7 @@ async fn all_approves_those_that_are_held_and_not_the_quarantined() {
     let run = controller.run(&["nodes", "label", "--all", "room=a1"]).await;
     assert_eq!((run.code, run.stdout.lines().count()), (0, 3), "{run:?}");
     let run = controller.run(&["-o", "json", "nodes", "delete", "--selector", "room=a1"]).await;
+    // A delete has an empty response, so the names are listed.
     assert_eq!((run.code, run.json()), (0, serde_json::json!({ "deleted": ["nodes/a", "nodes/b", "nodes/c"] })));
 }
 
@@ -71,7 +73,7 @@ async fn what_looks_like_a_mistake_is_refused_without_a_terminal_and_done_by_for
     assert!(run.stderr.contains("warning: NODE_QUARANTINED\n") && run.stderr.contains("--force"), "{run:?}");
     assert!(controller.facts.lock().unwrap().created.is_empty());
     assert_eq!(controller.run(&["operations", "reboot", "pi-out", "--force"]).await.code, 0);
-    // What needs no answer is said and done.
+    // A warning that needs no answer is only printed.
     let run = controller.run(&["operations", "reboot", "pi-alone"]).await;
     assert!(run.code == 0 && run.stderr.contains("note: NO_GROUP"), "{run:?}");
     assert_eq!(controller.facts.lock().unwrap().created.len(), 2);
@@ -133,6 +135,7 @@ async fn operation_that_an_operator_paused_is_waited_for_and_not_said_to_go_on()
     let controller = Controller::start(Facts { watches, ..Default::default() }).await;
     let run = controller.run(&[WAIT, &["--timeout", "1s"]].concat()).await;
     assert_eq!(run.code, 4, "{run:?}");
+    // It goes on only if an operator resumes it.
     assert!(run.stderr.contains("it is paused: max_failures") && run.stderr.contains("operations resume"), "{run:?}");
     assert!(!run.stderr.contains("goes on"), "{run:?}");
 }
@@ -155,13 +158,14 @@ async fn wait_that_stands_still_says_how_many_are_done_and_who_is_away() {
     let controller = Controller::start(facts).await;
     let run = controller.run(&[WAIT, &["--timeout", "2s"]].concat()).await;
     assert_eq!(run.code, 4, "{run:?}");
+    // Once during the wait on stdout, and once in the final error on stderr.
     for said in [&run.stdout, &run.stderr] {
         assert!(said.contains("1 of 3 done, 1 offline since 2030-03-17"), "{run:?}");
         assert!(said.contains("1 powered off on purpose (pi-03)"), "{run:?}");
     }
 }
 
-/// A server that answers whatever it reads with these bytes, and closes.
+/// Starts a server that answers any request with these bytes and closes.
 async fn answering(bytes: &'static [u8]) -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -178,7 +182,8 @@ async fn answering(bytes: &'static [u8]) -> std::net::SocketAddr {
 #[tokio::test]
 async fn hints_for_a_wrong_port_are_true() {
     let controller = Controller::start(Facts::default()).await;
-    // An alert of TLS: 2, fatal; 120, no_application_protocol. So answers the file mirror, which speaks HTTP/1.1.
+    // A TLS alert: level 2 (fatal), description 120 (no_application_protocol). The file mirror answers like this,
+    // because it speaks HTTP/1.1.
     let mirror = answering(&[0x15, 3, 3, 0, 2, 2, 120]).await;
     let run = marcoctl(mirror, &controller.certs(), &["nodes", "list"]).await;
     assert!(run.code == 3 && run.stderr.contains("file mirror") && run.stderr.contains("1346"), "{run:?}");
@@ -186,7 +191,7 @@ async fn hints_for_a_wrong_port_are_true() {
     let plain = answering(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
     let run = marcoctl(plain, &controller.certs(), &["nodes", "list"]).await;
     assert!(run.code == 3 && run.stderr.contains("speaks no TLS"), "{run:?}");
-    // The listener for enrolment has none of these calls.
+    // The enrolment listener does not implement these calls.
     let run = controller.run(&["tokens", "list"]).await;
     assert!(run.code == 1 && run.stderr.contains("enrolment (1347)"), "{run:?}");
 }

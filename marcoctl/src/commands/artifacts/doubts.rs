@@ -1,4 +1,4 @@
-//! Reasons to ask before an artifact is deleted.
+//! Doubts about the deletion of artifacts.
 
 use marco_proto::v1::operation::Action;
 use marco_proto::v1::{
@@ -11,18 +11,19 @@ use crate::connect::{Connection, call};
 use crate::failure::Failure;
 use crate::output::id;
 
-/// A page of nodes or schedules where all of them are wanted.
+/// Page size for calls that need all nodes or schedules.
 const PAGE_SIZE: i32 = 500;
-/// Nodes and schedules that are named in a sentence; the rest is counted.
+/// Maximum number of nodes or schedules named in a sentence. The rest is counted.
 const SHOWN: usize = 6;
 
-/// What would be missing afterwards: defaults, what nodes run, what schedules install. An artifact that does not exist
-/// has no doubts; its deletion says so.
+/// Returns sentences about the loss: defaults, the images that nodes run, and the images that schedules install. An
+/// artifact that does not exist has no doubts: its deletion reports the error.
 pub(super) async fn about_deleting(names: &[String], connection: &Connection) -> Result<Vec<String>, Failure> {
     let mut artifacts = Vec::new();
     for name in names {
         match connection.artifacts().get_artifact(call(GetArtifactRequest { name: name.clone() })).await {
             Ok(artifact) => artifacts.push(artifact.into_inner()),
+            // The deletion reports a wrong name itself, with its own line.
             Err(status) if matches!(status.code(), Code::NotFound | Code::InvalidArgument) => {}
             Err(status) => return Err(status.into()),
         }
@@ -30,6 +31,7 @@ pub(super) async fn about_deleting(names: &[String], connection: &Connection) ->
     if artifacts.is_empty() {
         return Ok(Vec::new());
     }
+    // All nodes and schedules are fetched once for all names: the API has no query by artifact.
     let nodes = all_pages(async |page_token| {
         let request = ListNodesRequest { page_size: PAGE_SIZE, page_token, filter: None };
         let page = connection.nodes().list_nodes(call(request)).await?.into_inner();
@@ -53,6 +55,7 @@ fn about(artifact: &Artifact, nodes: &[Node], schedules: &[Schedule]) -> Vec<Str
             artifact.default_for.iter().map(|board| if board == "*" { "every board" } else { board }).collect();
         doubts.push(format!("{name} is the default for {}; there would be none", boards.join(", ")));
     }
+    // Nodes report digests, not names: a name may point to other bytes since.
     let runs = |node: &&Node| {
         let system = node.system.as_ref();
         system.is_some_and(|system| [&system.image_sha256, &system.boot_sha256].contains(&&artifact.sha256))

@@ -1,4 +1,5 @@
-//! `marcoctl artifacts push`: hash, send what is missing, have it checked; over as many connections as it takes.
+//! `marcoctl artifacts push`: hashes a file, sends the missing bytes and waits for the check, over any number of
+//! connections.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Seek as _, SeekFrom};
@@ -25,16 +26,17 @@ use crate::connect::Connection;
 use crate::failure::{Failure, is_cut};
 use crate::progress::{byte_bar, count_bytes};
 
-/// First and longest pause between two attempts: with the default number they bridge a restart of the controller.
+/// First and longest pause between two attempts. With the default number of attempts they outlast a controller's
+/// restart.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
-/// Messages that wait to be sent: enough to keep the disk busy, and 1 MiB of memory.
+/// Messages in the channel: enough to keep the disk busy, and 1 MiB of memory.
 const WAITING: usize = 4;
-/// Read at once while hashing.
+/// Bytes read at once while hashing.
 const HASH_BLOCK: usize = 1024 * 1024;
-/// How long the controller may take for its first answer.
+/// Timeout for the controller's first answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Finds what is wrong with the command before anything is sent.
+/// Checks the arguments before anything is read or sent.
 pub(super) fn check(flags: &Push) -> Result<(), Failure> {
     let unusable = |message: String| Failure::Usage { message, hint: String::new() };
     let facts = std::fs::metadata(&flags.file)
@@ -50,6 +52,7 @@ pub(super) fn check(flags: &Push) -> Result<(), Failure> {
 
 /// Stores the file.
 pub(super) async fn push(flags: &Push, connection: &Connection) -> Result<Artifact, Failure> {
+    // The digest comes first: the controller answers with the offset up to which it already has the bytes.
     let (size_bytes, sha256) = hash(flags).await?;
     let purpose = match (flags.kind, flags.purpose) {
         (Kind::Image, _) => artifact::Purpose::Unspecified,
@@ -82,7 +85,7 @@ async fn send_until_stored(
         let status = match send_once(flags, header, connection, bar).await? {
             Attempt::Stored(artifact) => return Ok(*artifact),
             Attempt::Cut { status, offset } => {
-                // The first answer says how far the controller has got: only that counts as progress.
+                // The first answer is the controller's offset. Only bytes that the controller has count as progress.
                 if offset > reached {
                     reached = offset;
                     fruitless = 0;
@@ -102,6 +105,7 @@ async fn send_until_stored(
                 hint: "start the same push again later; it goes on where this one stopped".to_owned(),
             });
         }
+        // A push over a bad link may pause for seconds. The bar must not look stuck.
         bar.set_message("waiting");
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSES.1);
@@ -113,7 +117,7 @@ enum Attempt {
     Cut { status: Status, offset: u64 },
 }
 
-/// One stream: header, offset, bytes, check.
+/// Runs one stream: header, offset, bytes, check.
 async fn send_once(
     flags: &Push,
     header: &UploadHeader,
@@ -121,8 +125,9 @@ async fn send_once(
     bar: &ProgressBar,
 ) -> Result<Attempt, Failure> {
     let (sender, receiver) = mpsc::channel(WAITING);
-    // There is room for one message in a channel of four.
+    // The channel is empty and has room for four messages.
     let first = UploadArtifactRequest { part: Some(Sent::Header(header.clone())) };
+    // The controller answers only after the header, so it must be in the channel before the call starts.
     sender.try_send(first).map_err(|_| anyhow!("the header could not be sent"))?;
 
     let mut client = connection.artifacts();
@@ -136,6 +141,7 @@ async fn send_once(
 
     let mut sender = Some(sender);
     let mut feeding = None;
+    // Zero until the controller answers, which counts as no progress.
     let mut begun_at = 0;
     let outcome = loop {
         let answer = match answers.message().await {
@@ -145,10 +151,12 @@ async fn send_once(
         };
         match answer {
             Some(Answer::Offset(offset)) => {
+                // Only the first offset starts the sending. `take` also closes the stream at the end of the file.
                 if let Some(sender) = sender.take() {
                     begun_at = offset;
                     bar.set_message("sending");
                     bar.set_position(offset);
+                    // The skipped bytes took no time and would falsify the estimate.
                     bar.reset_eta();
                     let file = tokio::fs::File::from_std(open(&flags.file, offset)?);
                     feeding = Some(tokio::spawn(feed(file, offset..header.size_bytes, sender, bar.clone())));
@@ -160,8 +168,9 @@ async fn send_once(
         }
     };
     drop(answers);
-    // A file that cannot be read, or that changed, is a better reason than what the controller made of it.
+    // An unreadable or changed file is a better explanation than the controller's error about the bytes.
     if let Some(feeding) = feeding {
+        // The stream is over, so the rest of the file is not needed.
         feeding.abort();
         match feeding.await {
             Ok(fed) => fed?,
@@ -176,7 +185,7 @@ async fn send_once(
     }
 }
 
-/// Whether the upload can be taken up again. ABORTED: the controller still holds the broken stream as the writer.
+/// Returns true if the upload can be resumed. ABORTED: the controller still holds the broken stream as the writer.
 fn may_go_on(status: &Status) -> bool {
     is_cut(status) || status.code() == Code::Aborted
 }
@@ -187,7 +196,7 @@ fn open(path: &Path, offset: u64) -> anyhow::Result<File> {
     Ok(file)
 }
 
-/// Reads the file and puts its bytes into the channel. An error is the file's; a stream that broke is none.
+/// Reads the file into the channel. Errors are about the file. A broken stream is not an error here.
 async fn feed(
     mut file: tokio::fs::File,
     range: Range<u64>,
@@ -203,6 +212,7 @@ async fn feed(
             _ => anyhow!(error).context("the file cannot be read"),
         })?;
         let chunk = Chunk { offset, data: Bytes::from(block) };
+        // The receiver is gone with the stream, and the stream's own status tells the reason.
         if sender.send(UploadArtifactRequest { part: Some(Sent::Chunk(chunk)) }).await.is_err() {
             return Ok(());
         }
@@ -212,9 +222,10 @@ async fn feed(
     Ok(())
 }
 
-/// Size and SHA-256 of the file.
+/// Returns size and SHA-256 of the file.
 async fn hash(flags: &Push) -> Result<(u64, String), Failure> {
     let path = flags.file.clone();
+    // Hashing blocks, and gigabytes take minutes.
     let work = move || {
         let mut file = open(&path, 0)?;
         let bar = byte_bar("hashing", file.metadata().map(|facts| facts.len()).unwrap_or(0));
@@ -239,7 +250,7 @@ async fn hash(flags: &Push) -> Result<(u64, String), Failure> {
     Ok(hashed?)
 }
 
-/// The id under which the file is stored.
+/// Returns the id under which the file is stored.
 fn name_of(flags: &Push) -> Result<ArtifactId, Failure> {
     let text = match &flags.name {
         Some(name) => name.clone(),
@@ -252,7 +263,7 @@ fn name_of(flags: &Push) -> Result<ArtifactId, Failure> {
         .map_err(|error| Failure::Usage { message: error.to_string(), hint: "choose a name with --name ID".to_owned() })
 }
 
-/// A file's name without `.tar`, `.tar.*`, `.tgz`, `.zip` or `.img*`.
+/// Strips `.tar`, `.tar.*`, `.tgz`, `.zip` or `.img*` from a file's name.
 fn default_name(file: &str) -> &str {
     let lower = file.to_ascii_lowercase();
     let stem = lower
@@ -261,17 +272,17 @@ fn default_name(file: &str) -> &str {
         .or_else(|| lower.strip_suffix(".tar"))
         .or_else(|| one_more_suffix(&lower, ".tar."))
         .or_else(|| image_stem(&lower));
-    // Lower case of ASCII keeps every byte's place, so the length fits the file's own name.
+    // ASCII lower case keeps the position of every byte, so the length also fits the original name.
     stem.filter(|stem| !stem.is_empty()).and_then(|stem| file.get(..stem.len())).unwrap_or(file)
 }
 
-/// What is before `.tar.` when one suffix follows.
+/// Strips `.tar.` and the single suffix that follows it.
 fn one_more_suffix<'a>(file: &'a str, before: &str) -> Option<&'a str> {
     let (stem, suffix) = file.rsplit_once(before)?;
     (!suffix.is_empty() && !suffix.contains('.')).then_some(stem)
 }
 
-/// What is before `.img*`: `.img`, `.imgz`, `.img.xz` and the like.
+/// Strips `.img` with its suffix: `.img`, `.imgz`, `.img.xz` and the like.
 fn image_stem(file: &str) -> Option<&str> {
     let (stem, rest) = file.rsplit_once(".img")?;
     (!rest.strip_prefix('.').unwrap_or(rest).contains('.')).then_some(stem)

@@ -1,4 +1,4 @@
-//! New operations, and waiting for their end.
+//! Creates operations and waits for their end.
 
 use std::time::Duration;
 
@@ -25,9 +25,9 @@ use crate::follow::{End, Known, Until, follow, summary};
 use crate::output::{Out, clean, in_local_time, timestamp_of};
 use crate::progress::View;
 
-/// How often a creation is asked for when the connection breaks; its request id keeps it from happening twice.
+/// Attempts to create an operation over broken connections. The request id makes them idempotent.
 const TRIES: u32 = 4;
-/// Pause before the second try; it doubles.
+/// Pause before the second attempt. It doubles with each further one.
 const PAUSE: Duration = Duration::from_millis(500);
 
 pub(super) async fn reboot(flags: Create, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
@@ -68,15 +68,17 @@ async fn create(action: Action, flags: Create, connection: &Connection, out: &mu
     if flags.dry_run {
         return check(operation, connection, out).await;
     }
+    // With --force nothing is asked, so the check is not needed.
     if !flags.force.force {
         ask::unless_forced(&doubts(operation.clone(), connection).await, flags.force)?;
     }
+    // Made once, outside of `insist`: all attempts must carry the same id.
     let request = CreateOperationRequest { operation: Some(operation), request_id: Uuid::now_v7().to_string() };
     let created = insist(async || connection.operations().create_operation(call(request.clone())).await).await?;
     finish(created, &flags.wait, connection, out).await
 }
 
-/// What would become of it, by what the nodes last said of themselves.
+/// Shows the expected result on each node, based on the nodes' last reports.
 async fn check(operation: Operation, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     let request = CheckOperationRequest { operation: Some(operation) };
     let found = connection.operations().check_operation(call(request)).await?.into_inner();
@@ -91,11 +93,13 @@ async fn check(operation: Operation, connection: &Connection, out: &mut Out) -> 
     })
 }
 
-/// What the controller would ask about before it creates this. What needs no answer is only said. What it refuses is no
-/// doubt: the creation says that, with its reason.
+/// Returns the doubts that need an answer, and prints the others. A request that the controller refuses has no doubts
+/// here: the creation reports the refusal with its reason.
 async fn doubts(operation: Operation, connection: &Connection) -> Vec<String> {
     let request = CheckOperationRequest { operation: Some(operation) };
+    // Best effort: a controller without this call must not prevent the creation.
     let Ok(found) = connection.operations().check_operation(call(request)).await else { return Vec::new() };
+    // The controller only reports doubts. It has no terminal, so the question is asked here (docs/decisions/0072).
     let (doubts, said): (Vec<_>, Vec<_>) = found.into_inner().warnings.into_iter().partition(|warning| warning.ask);
     for warning in said {
         say(&format!("note: {}\n", clean(&in_local_time(&warning.message))));
@@ -121,7 +125,8 @@ pub(super) async fn retry(
             .filter(|execution| execution.state() != State::Succeeded)
             .map(|execution| execution.node)
             .collect();
-        // Only the nodes are in doubt. A node that is gone, and what else a retry refuses, the retry itself says.
+        // Only the nodes are in doubt, so the action does not matter. The retry itself reports everything that it
+        // refuses.
         let action = Some(Action::Reboot(Reboot::default()));
         let target = Some(operation::Target::Nodes(NodeList { nodes: again }));
         let operation = Operation { action, target, ..Default::default() };
@@ -143,6 +148,7 @@ pub(in crate::commands) fn rollout(flags: RolloutFlags) -> Option<Rollout> {
         group_by: flags.group_by.unwrap_or_default(),
         max_in_flight_per_group: flags.max_per_group.unwrap_or_default(),
     };
+    // An empty rollout is not sent, so that the controller's default applies.
     (asked != Rollout::default()).then_some(asked)
 }
 
@@ -162,12 +168,14 @@ pub(in crate::commands) fn target(target: Target) -> operation::Target {
     }
 }
 
-/// Asks again when the connection broke: the caller's request id makes the second answer the first one's.
+/// Repeats a call over broken connections. The caller's request id makes the controller answer a repeated request like
+/// the first one.
 pub(in crate::commands) async fn insist<T>(ask: impl AsyncFn() -> Result<Response<T>, Status>) -> Result<T, Failure> {
     let mut pause = PAUSE;
     let mut tries = 1;
     loop {
         match ask().await {
+            // A refusal is final. Only a lost answer leaves open if the operation exists.
             Err(status) if is_cut(&status) && tries < TRIES => {}
             answer => return Ok(answer?.into_inner()),
         }
@@ -177,25 +185,27 @@ pub(in crate::commands) async fn insist<T>(ask: impl AsyncFn() -> Result<Respons
     }
 }
 
-/// Shows a new operation, or waits for its end when that was asked for.
+/// Shows a new operation, or waits for its end if requested.
 async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
     if !wait.wait {
         return out.document(&created, show::operation);
     }
     if !out.is_json() {
+        // The name comes first: a wait that is killed must not lose it.
         out.line(&created.name)?;
     }
     let deadline = wait.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     let mut view = View::for_wait(out);
     let until = Until { deadline, stuck: true };
-    // Dropping the watch on an interrupt is safe: it only reads.
+    // Dropping the watch is safe: it only reads.
     let followed = tokio::select! {
         followed = follow(connection, &created.name, until, &mut view, out) => Some(followed),
+        // The operation goes on without this process. The message says so, and how to cancel it.
         _ = tokio::signal::ctrl_c() => None,
     };
     view.finish();
     if out.is_json() && !matches!(followed, Some(Ok(_))) {
-        // What is known must not be lost with the watch: its name leads back to it.
+        // After a failed watch the operation still exists. Its name must not be lost.
         out.document(&created, show::operation)?;
     }
     let Some(followed) = followed else {
@@ -205,6 +215,7 @@ async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &
         });
     };
     let (mut known, end) = followed?;
+    // The connection broke before the first message.
     if known.operation.name.is_empty() {
         known.operation = created.clone();
     }
@@ -212,13 +223,13 @@ async fn finish(created: Operation, wait: &Wait, connection: &Connection, out: &
     verdict(&known, end, &created.name, connection).await
 }
 
-/// Whether any node failed of something that another try can heal; true as long as nothing is known.
+/// Returns true if another try can help at least one failed node. Also true if no error is known.
 fn retry_can_help(known: &Known) -> bool {
     let mut errors = known.executions.values().filter_map(|execution| execution.error.as_ref()).peekable();
     errors.peek().is_none() || errors.any(|error| healing(&error.reason) != Healing::AnotherImage)
 }
 
-/// What following an operation came to.
+/// Converts the outcome of following an operation to the command's result.
 pub(super) async fn verdict(known: &Known, end: End, name: &str, connection: &Connection) -> Result<(), Failure> {
     let state = known.operation.state();
     let paused = state == operation::State::Paused;
@@ -228,6 +239,7 @@ pub(super) async fn verdict(known: &Known, end: End, name: &str, connection: &Co
     let counts = known.operation.counts.unwrap_or_default();
     match end {
         End::Ended if state == operation::State::Succeeded => Ok(()),
+        // The reader of stdout closed it, which is no failure.
         End::Unread => Ok(()),
         End::Ended => Err(Failure::Unsuccessful {
             message: format!(
@@ -273,6 +285,7 @@ fn because(reason: &str) -> String {
 
 fn overdue(counted: i32, known: &Known) -> String {
     let seen = known.executions.values().filter(|execution| execution.overdue).count();
+    // Counts and executions may come in different messages. The larger number is shown.
     match usize::try_from(counted).unwrap_or_default().max(seen) {
         1 => "one node is".to_owned(),
         nodes => format!("{nodes} nodes are"),

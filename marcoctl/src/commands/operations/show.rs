@@ -1,4 +1,4 @@
-//! Operations, executions and events as text.
+//! Formats operations, executions and events as text.
 
 use chrono::{DateTime, Utc};
 use marco_proto::v1::operation::{Action, Target};
@@ -14,7 +14,7 @@ use crate::output::{
 };
 use crate::progress::{describe, done_of, is_final};
 
-/// The state of an operation in a word.
+/// Returns the name of an operation's state.
 pub(super) fn operation_state(operation: &Operation) -> String {
     enum_word(operation.state().as_str_name(), "STATE_")
 }
@@ -33,7 +33,7 @@ fn action(operation: &Operation) -> String {
     }
 }
 
-/// Operations, a line each.
+/// Formats operations as a table.
 pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String {
     let rows = operations.iter().map(|operation| {
         vec![
@@ -48,7 +48,7 @@ pub(super) fn operations(operations: &[Operation], now: DateTime<Utc>) -> String
     listing("no operations", &["OPERATION", "ACTION", "STATE", "TARGETS", "CREATED", "BY"], rows)
 }
 
-/// What would become of an operation: a line for each node, then what looks like a mistake.
+/// Formats the result of a dry run: one line per node, then the warnings.
 pub(super) fn checks(found: &CheckOperationResponse) -> String {
     let rows = found.checks.iter().map(|check| {
         let verdict = enum_word(check.verdict().as_str_name(), "VERDICT_");
@@ -86,7 +86,7 @@ fn window(window: &MaintenanceWindow) -> String {
     format!("{} for {}, {zone}", window.cron, length.map(span).unwrap_or_default())
 }
 
-/// How an operation warns, and how it goes over its nodes: what a template has of it, too.
+/// Settings that an operation shares with a schedule's template, formatted.
 pub(in crate::commands) struct Manner {
     pub(in crate::commands) notice: String,
     pub(in crate::commands) message: String,
@@ -94,7 +94,7 @@ pub(in crate::commands) struct Manner {
     pub(in crate::commands) window: String,
 }
 
-/// How an operation, or one that a schedule makes, is to be done.
+/// Formats the notice, message, rollout and window of an operation or a template.
 pub(in crate::commands) fn manner(operation: &Operation) -> Manner {
     let (notice, message) = match &operation.action {
         Some(Action::Reboot(reboot)) => (reboot.notice.as_ref(), reboot.message.clone()),
@@ -110,7 +110,7 @@ pub(in crate::commands) fn manner(operation: &Operation) -> Manner {
     }
 }
 
-/// One operation.
+/// Formats one operation.
 pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) -> String {
     let manner = manner(operation);
     let update = match &operation.action {
@@ -118,6 +118,7 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
         _ => Default::default(),
     };
     let targets = match &operation.target {
+        // A long list would push everything else off the screen. `operations executions` lists the nodes.
         Some(Target::Nodes(list)) if list.nodes.len() > 8 => format!("{} nodes by name", list.nodes.len()),
         Some(Target::Nodes(list)) => list.nodes.iter().map(|node| id(node)).collect::<Vec<_>>().join(" "),
         Some(Target::Labels(selector)) => labels(&selector.match_labels),
@@ -152,10 +153,11 @@ pub(in crate::commands) fn operation(operation: &Operation, now: DateTime<Utc>) 
     ])
 }
 
-/// Executions, a line each.
+/// Formats executions as a table.
 pub(super) fn executions(executions: &[Execution], now: DateTime<Utc>) -> String {
     let rows = executions.iter().map(|execution| {
         let percent = execution.bytes_done.saturating_mul(100).checked_div(execution.bytes_total);
+        // A finished execution keeps its last byte counts, which are no progress.
         let progress = match percent {
             Some(percent) if !is_final(execution.state()) => {
                 format!("{percent} % of {}", bytes(execution.bytes_total))
@@ -167,7 +169,7 @@ pub(super) fn executions(executions: &[Execution], now: DateTime<Utc>) -> String
     listing("no executions", &["NODE", "STATE", "PROGRESS", "CHANGED"], rows)
 }
 
-/// What became of each node: a line each that ends in its state, and why where it did not succeed.
+/// Formats the result of each node: duration, state, and the reason if it did not succeed.
 pub(super) fn results(known: &Known) -> String {
     let why = |execution: &Execution| match &execution.error {
         Some(error) => format!("{}: {}", error.reason, error.message),
@@ -183,11 +185,11 @@ pub(super) fn results(known: &Known) -> String {
         .executions
         .values()
         .map(|execution| vec![id(&execution.node), took(execution), execution_state(execution), why(execution)]);
-    // The last column has no name, so that it takes no room where there is nothing to say.
+    // The last column has no header, so that it takes no space if it is empty.
     table(&["NODE", "TOOK", "RESULT", ""], rows)
 }
 
-/// Why an execution is where it is.
+/// Formats the explanation of one execution.
 pub(super) fn explanation(explained: &ExplainExecutionResponse) -> String {
     let execution = explained.execution.clone().unwrap_or_default();
     let mut text = format!(
@@ -202,12 +204,13 @@ pub(super) fn explanation(explained: &ExplainExecutionResponse) -> String {
     text
 }
 
-/// So many nodes are named where the same is true of many.
+/// Maximum number of nodes that are named for one explanation.
 const NODES_SHOWN: usize = 6;
 
-/// Executions of which the same is to be said, together; in the order in which they are listed.
+/// Groups executions that have the same explanation. Groups and members keep the order of the list.
 pub(super) fn alike(executions: &[Execution]) -> Vec<Vec<&Execution>> {
     let key = |execution: &Execution| {
+        // The reason is compared, not the message: messages may contain a node's own values.
         let reason = execution.error.as_ref().map(|error| error.reason.clone());
         (execution.state, execution.wait_reason, execution.overdue, execution.cancel_requested, reason)
     };
@@ -221,7 +224,7 @@ pub(super) fn alike(executions: &[Execution]) -> Vec<Vec<&Execution>> {
     groups
 }
 
-/// Why these executions, of which the first was explained, are where they are.
+/// Formats the explanation of a group. `first` is the explanation of its first member.
 pub(super) fn explanation_of_all(alike: &[&Execution], first: &ExplainExecutionResponse) -> String {
     let text = explanation(first);
     if alike.len() < 2 {
@@ -235,13 +238,14 @@ pub(super) fn explanation_of_all(alike: &[&Execution], first: &ExplainExecutionR
     format!("{} nodes: {}{more}; the first of them:\n{text}", alike.len(), named.join(" "))
 }
 
-/// What a node logged, line by line.
+/// Formats a node's log.
 pub(super) fn log(log: &ExecutionLog) -> String {
     let head = if log.cut { "(older lines were left out)\n" } else { "" };
+    // The lines come from a node, so they are escaped one by one; the line feeds stay.
     log.log.lines().fold(head.to_owned(), |text, line| text + &clean(line) + "\n")
 }
 
-/// Events, a line each.
+/// Formats events as a table.
 pub(super) fn events(events: &[Event]) -> String {
     let rows = events.iter().map(|event| {
         let change = match (event.from.as_str(), event.to.as_str()) {

@@ -1,4 +1,4 @@
-//! `marcoctl schedules update`: what the flags change, and nothing else.
+//! `marcoctl schedules update`: changes the settings that flags name, and no others.
 
 use marco_proto::v1::operation::Action;
 use marco_proto::v1::{
@@ -16,7 +16,7 @@ use crate::connect::{Connection, call};
 use crate::failure::Failure;
 
 pub(super) async fn update(flags: UpdateSchedule, connection: &Connection) -> Result<Schedule, Failure> {
-    // The template is one field: what no flag names of it is sent back as it is.
+    // The API replaces the template as a whole. Everything that no flag names is read and sent back unchanged.
     let template = if changes_template(&flags) {
         let request = GetScheduleRequest { name: flags.schedule.clone() };
         connection.schedules().get_schedule(call(request)).await?.into_inner().operation
@@ -28,7 +28,7 @@ pub(super) async fn update(flags: UpdateSchedule, connection: &Connection) -> Re
     let trial = UpdateScheduleRequest { validate_only: true, ..request.clone() };
     let checked = connection.schedules().update_schedule(call(trial)).await?.into_inner();
     if checked.create_time.is_some() {
-        // A controller of an earlier release knows no trial.
+        // An older controller ignores `validate_only` and has made the change.
         return Ok(checked);
     }
     unless_forced(&checked.doubts, force)?;
@@ -58,7 +58,7 @@ fn changes_rollout(flags: &UpdateSchedule) -> bool {
         || given.group_by.is_some()
 }
 
-/// The request for these flags, and for the template so far if they change it.
+/// Builds the request from the flags, and from the current template if they change it.
 fn asked(flags: UpdateSchedule, template: Option<Operation>) -> Result<UpdateScheduleRequest, Failure> {
     let mut new = Schedule { name: flags.schedule.clone(), ..Default::default() };
     let mut paths = Vec::new();
@@ -101,18 +101,20 @@ fn asked(flags: UpdateSchedule, template: Option<Operation>) -> Result<UpdateSch
     Ok(UpdateScheduleRequest { schedule: Some(new), update_mask, validate_only: false })
 }
 
-/// The template with what the flags change.
+/// Applies the flags to the template.
 fn changed(flags: UpdateSchedule, mut template: Operation) -> Result<Operation, Failure> {
     if changes_action(&flags) {
         template.action = Some(changed_action(&flags, template.action)?);
     }
     if changes_rollout(&flags) {
+        // Each flag is a change, so an existing limit stays unless its flag is given.
         let before = template.rollout.unwrap_or_default();
         template.rollout = if flags.no_rollout { None } else { rollout(flags.rollout).map(|new| over(before, new)) };
     }
     if flags.no_window {
         template.window = None;
     } else if let Some(new) = window(flags.window)? {
+        // A new window without a zone keeps the zone of the old one.
         let before = template.window.unwrap_or_default().time_zone;
         let time_zone = if new.time_zone.is_empty() { before } else { new.time_zone };
         template.window = Some(MaintenanceWindow { time_zone, ..new });
@@ -124,7 +126,7 @@ fn changed(flags: UpdateSchedule, mut template: Operation) -> Result<Operation, 
     Ok(template)
 }
 
-/// A rollout with what is set of another; nothing that a flag can set is zero.
+/// Overlays a rollout with the values that are set in `new`. No flag can set a zero.
 fn over(before: Rollout, new: Rollout) -> Rollout {
     let or = |new: i32, before: i32| if new == 0 { before } else { new };
     Rollout {
@@ -149,6 +151,7 @@ fn changed_action(flags: &UpdateSchedule, before: Option<Action>) -> Result<Acti
     if let Some(new) = &flags.message {
         message.clone_from(new);
     }
+    // A changed action keeps notice and message, because they mean the same for every action.
     let kind = flags.action.unwrap_or(kind);
     if kind != ActionArg::Update && (flags.image.is_some() || flags.bootcode.is_some()) {
         return Err(Failure::Usage {
