@@ -94,8 +94,8 @@ pub struct Needs {
 /// Returns the minimum room that an image needs, from its table alone. Only the contents, far behind the table, tell
 /// which partition is the root. Of several candidates the smallest one counts, so an image that fits is never refused.
 ///
+/// # Errors
 /// As for [`partitions`].
-/// As [`partitions`].
 pub fn needs(front: &[u8]) -> Result<Needs, Error> {
     let partitions = read_table(front)?;
     let smallest = |meant| {

@@ -148,7 +148,7 @@ pub enum Reason {
     /// A tar entry of an unsupported kind. The payload is the header's type flag.
     #[error("entries of kind {0:?} are not allowed")]
     Kind(char),
-    /// A hard link to something other than an earlier regular file of the same archive.
+    /// The target of a hard link is a folder, or not an earlier entry of the same archive.
     #[error("the hard link's target is not an earlier regular file of this archive")]
     HardLink,
     /// A path leads through a symbolic link of the archive that points out of the root.

@@ -86,7 +86,7 @@ impl Facts {
     }
 }
 
-/// Returns the selection of the board that finds most of its files in this set.
+/// Returns the selection of the board that lacks the fewest files of this set.
 pub(crate) fn best(files: &dyn BootFiles, names: &BTreeSet<String>) -> Selection {
     let trees = names.iter().filter_map(|name| {
         let (folder, file) = name.rsplit_once('/').unwrap_or(("", name));

@@ -64,9 +64,9 @@ pub(crate) fn examine_tar<R: BufRead>(reader: R, progress: &mut dyn FnMut(u64)) 
     Ok((summary, collector.into_facts()))
 }
 
-/// Unpacks a decompressed tarball under `root`, which must exist. The rules of [`check_tar`] apply, and no link leads
-/// out of `root`. Existing files are replaced. Owners and device nodes are restored only when running as root. Nothing
-/// is synced. `progress` receives the unpacked bytes so far, once per MiB and at the end.
+/// Unpacks a decompressed tarball under `root`, which must exist. The rules of [`check_tar`] apply, and nothing is
+/// written outside of `root`. Existing files are replaced. Owners and device nodes are restored only when running as
+/// root. Nothing is synced. `progress` receives the unpacked bytes so far, once per MiB and at the end.
 ///
 /// # Errors
 /// As for [`check_tar`]. Files that were already written stay.

@@ -2,7 +2,8 @@
 
 use chrono::{DateTime, Utc};
 
-/// Returns this machine's time of day. It only serves to show ages and is never sent to the controller.
+/// Returns this machine's time of day. It serves to show ages and to date files on cards, and is never sent to the
+/// controller.
 #[expect(clippy::disallowed_methods, reason = "this is where `now` comes from")]
 pub(crate) fn now() -> DateTime<Utc> {
     Utc::now()

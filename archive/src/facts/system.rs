@@ -105,7 +105,7 @@ impl BootFiles for Folder {
 }
 
 impl Folder {
-    /// Returns the selection of the board that finds most of its files here.
+    /// Returns the selection of the board that lacks the fewest files of this folder.
     pub(crate) fn best(&self) -> Selection {
         best(self, &self.names)
     }

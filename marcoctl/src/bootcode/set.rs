@@ -73,7 +73,7 @@ fn kernel_name(arch: Arch) -> &'static str {
     }
 }
 
-/// Renders config.txt. It is short: the recovery partition's own config.txt includes these lines and has 511 bytes.
+/// Renders config.txt. It is short: these lines are copied into the recovery partition's own config.txt of 511 bytes.
 fn config_txt(kernel: &Kernel, image: &str, trees: bool) -> String {
     let mut text =
         format!("# The installer of Marco Bootstrap, with the kernel {}\nauto_initramfs=0\n", kernel.version);

@@ -26,10 +26,11 @@ use crate::failure::Failure;
 /// First data or error received from the controller. `None`: nothing yet.
 pub(super) type Heard = Option<Result<(), String>>;
 
-/// Reads the CA, and our certificate and key, from the certificates' folder.
+/// Reads the CA, and our certificate and key, from the certificates' folder. With `certificate` false, neither
+/// certificate nor key is read, and none is sent.
 ///
 /// # Errors
-/// Names the file that is missing or unusable. With `certificate` false, no certificate is read or sent.
+/// Names the file that is missing or unusable.
 pub(super) fn config(global: &Global, certificate: bool) -> Result<ClientConfig, Failure> {
     let unusable = |what: String, error: &dyn std::fmt::Display| Failure::Usage {
         message: format!("cannot use {what}: {error}"),

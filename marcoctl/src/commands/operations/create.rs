@@ -25,7 +25,7 @@ use crate::follow::{End, Known, Until, follow, summary};
 use crate::output::{Out, clean, in_local_time, timestamp_of};
 use crate::progress::View;
 
-/// Attempts to create an operation over broken connections. The request id makes them idempotent.
+/// Maximum number of attempts to create an operation over broken connections. The request id makes them idempotent.
 const TRIES: u32 = 4;
 /// Pause before the second attempt. It doubles with each further one.
 const PAUSE: Duration = Duration::from_millis(500);
