@@ -16,7 +16,7 @@ const ROOTS: [&str; 3] = ["main", "lib", "config"];
 const ANYBODYS: [&str; 8] = ["backoff", "calendar", "cause", "durable", "folders", "listen", "notify", "settings"];
 
 /// The controller: which module may use which others.
-const CONTROLLER: [(&str, &[&str]); 14] = [
+const CONTROLLER: [(&str, &[&str]); 15] = [
     ("api", &["identity", "store", "sessions", "artifacts", "operation", "rollout", "schedule", "clock", "watchdog"]),
     ("artifacts", &[]),
     ("clock", &[]),
@@ -29,6 +29,8 @@ const CONTROLLER: [(&str, &[&str]); 14] = [
     ("schedule", &[]),
     ("scheduler", &["store", "schedule", "clock", "watchdog"]),
     ("sessions", &["operation", "store"]),
+    // What the root opens first, and waits for.
+    ("startup", &["clock", "config", "identity", "store"]),
     ("store", &["operation", "rollout", "schedule"]),
     ("watchdog", &["store", "sessions"]),
 ];
