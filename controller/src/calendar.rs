@@ -77,8 +77,8 @@ mod tests {
         }
     }
 
-    /// Whether a line moves a date with an operator. It knows how this crate names dates and lengths of time; clippy's
-    /// `arithmetic_side_effects`, which modules full of dates turn on, also finds the others there.
+    /// Finds a line that moves a date with an operator. It knows the names of dates and lengths in this crate; clippy's
+    /// `arithmetic_side_effects`, which date-heavy modules turn on, finds the others there.
     fn moves_a_date(line: &str) -> bool {
         // A line of a long text, SQL mostly, ends with a backslash.
         let code = if line.ends_with('\\') { "" } else { line.split("//").next().unwrap_or_default() };
@@ -109,7 +109,7 @@ mod tests {
         let mut found = Vec::new();
         for file in files.iter().filter(|file| !file.to_string_lossy().contains("tests")) {
             let text = std::fs::read_to_string(file).unwrap();
-            // What follows is a test; tests may panic.
+            // The rest of a file is tests, and tests may panic.
             let code = text.split("#[cfg(test)]").next().unwrap_or_default();
             for (number, line) in code.lines().enumerate().filter(|(_, line)| moves_a_date(line)) {
                 found.push(format!("{}:{}: {}", file.display(), number + 1, line.trim()));
