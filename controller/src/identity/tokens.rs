@@ -36,7 +36,7 @@ impl JoinToken {
     /// A new token with a random id and secret.
     ///
     /// # Errors
-    /// When the system has no random numbers.
+    /// Returns an error if the system has no random numbers.
     pub fn mint(ca_pin: [u8; 32]) -> Result<Self, NoRandomNumbers> {
         let (mut id, mut secret) = ([0; 5], [0; 32]);
         getrandom::fill(&mut id)?;
@@ -46,10 +46,10 @@ impl JoinToken {
         Ok(Self { id, secret, ca_pin })
     }
 
-    /// Reads a token's text, with white space around it.
+    /// Reads a token's text; white space around it is ignored.
     ///
     /// # Errors
-    /// When it is none.
+    /// Returns an error if the text is no token.
     pub fn parse(text: &str) -> Result<Self, InvalidToken> {
         let mut parts = text.trim().split('.');
         let mut next = || parts.next().ok_or(InvalidToken);
@@ -69,12 +69,13 @@ impl JoinToken {
         format!("{FORM}.{}.{}.{}", self.id, URL_SAFE_NO_PAD.encode(self.secret), URL_SAFE_NO_PAD.encode(self.ca_pin))
     }
 
-    /// SHA-256 of the secret, lower-case hexadecimal: what the store keeps. A secret of 256 random bits needs no salt.
+    /// SHA-256 of the secret, lower-case hexadecimal, for the store. A secret of 256 random bits needs no salt.
     pub fn secret_sha256(&self) -> String {
         hex::encode(Sha256::digest(self.secret))
     }
 }
 
+// By hand: a derived one would print the secret.
 impl fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JoinToken").field("id", &self.id).finish_non_exhaustive()

@@ -38,7 +38,7 @@ use crate::identity::gate::GateLayer;
 use crate::identity::roles::Role;
 use crate::store::Store;
 
-/// Longest wait for anything: only a failure takes it.
+/// Time limit of every wait; reached only by a failure.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 struct House {
@@ -114,7 +114,7 @@ async fn meet(
     (server.unwrap().unwrap().peer().clone(), chain.iter().map(|der| der.clone().into_owned()).collect())
 }
 
-/// Whether the server lets a client in: in TLS 1.3 a client learns only from the first answer that it was refused.
+/// True if the server lets a client in. In TLS 1.3 a client learns only from the first answer that it was refused.
 async fn is_refused(addr: SocketAddr, config: Arc<ClientConfig>) -> bool {
     tokio::time::timeout(DEADLINE, async {
         let Ok(mut stream) = connect(addr, config).await else { return true };
