@@ -19,13 +19,13 @@ use crate::store::{
     UpdateUserOutcome, UserRow,
 };
 
-/// How long a user's certificate is valid unless the caller says otherwise.
+/// Default validity of a user's certificate.
 const CERTIFICATE_TTL: TimeDelta = TimeDelta::days(365);
-/// The longest life of a user's certificate.
+/// Longest validity of a user's certificate.
 const CERTIFICATE_TTL_MAX: TimeDelta = TimeDelta::days(730);
-/// How long an API token works unless the caller says otherwise: it is a secret that is copied around.
+/// Default validity of an API token, shorter because it is a secret that is copied around.
 const TOKEN_TTL: TimeDelta = TimeDelta::days(90);
-/// The longest life of an API token.
+/// Longest validity of an API token.
 const TOKEN_TTL_MAX: TimeDelta = TimeDelta::days(365);
 /// Longest signing request, in bytes: one with a P-256 key has well under 1 KiB.
 const PEM_MAX: usize = 16 * 1024;
@@ -287,7 +287,7 @@ fn since(since: Option<prost_types::Timestamp>) -> Result<Option<DateTime<Utc>>,
     wrong.map_or(Ok(read), |why| Err(ApiError::invalid("filter.since", why)))
 }
 
-/// The nodes that a viewer or an operator is limited to.
+/// The nodes that a viewer or an operator is limited to; empty selector: all.
 fn scope(field: &str, selector: std::collections::HashMap<String, String>, role: Role) -> Result<Scope, ApiError> {
     let labels: BTreeMap<String, String> = convert::labels(field, selector)?;
     if !labels.is_empty() && !matches!(role, Role::Viewer | Role::Operator) {
@@ -296,7 +296,7 @@ fn scope(field: &str, selector: std::collections::HashMap<String, String>, role:
     Ok(Scope::new(labels))
 }
 
-/// Somebody must be left who can undo it.
+/// The error for an admin who would shut out themselves: another admin must be left who can undo it.
 fn yourself(what: &str) -> ApiError {
     ApiError::Precondition {
         reason: "YOURSELF",

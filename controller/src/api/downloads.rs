@@ -1,4 +1,4 @@
-//! How many downloads there are at a time: each holds a file and what is read ahead of a slow reader.
+//! Limits on concurrent downloads. Each holds a file, and data that is read ahead of a slow reader.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,22 +19,22 @@ use crate::identity::Caller;
 use crate::identity::roles::Role;
 use crate::store::Allowance;
 
-/// Downloads in all. Each holds at most about 1 MiB: one message that is read ahead, one that waits, and what HTTP/2 has
-/// taken for the connection.
+/// Downloads in all. Each holds at most about 1 MiB: one message that is read ahead, one that waits, and the data that
+/// HTTP/2 has buffered for the connection.
 pub(crate) const ALL: usize = 1024;
-/// Downloads of one node: one, and those of connections that broke without a word.
+/// Downloads of one node: one, and those of connections that broke silently.
 pub(crate) const OF_A_NODE: usize = 4;
 /// Downloads of one person or service.
 pub(crate) const OF_A_PERSON: usize = 8;
-/// Downloads of one other controller, which fetches what its nodes ask it for.
+/// Downloads of one other controller, which fetches for its nodes.
 pub(crate) const OF_A_CONTROLLER: usize = 64;
-/// A download whose reader takes nothing for this long is cut.
+/// Time without progress of the reader after which a download is cut.
 const DOWNLOAD_IDLE: Duration = Duration::from_secs(60);
 /// Messages of a download that wait for the connection, 256 KiB each.
 pub(crate) const DOWNLOAD_QUEUE: usize = 1;
-/// How often it is asked whether a node may still have what it downloads.
+/// Interval at which a node's permission to download is checked again.
 const RECHECK: Duration = Duration::from_secs(3);
-/// How long a caller waits for a place before it is told to ask again.
+/// Time for which a caller waits for a place before it must ask again.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The downloads of this controller.
@@ -45,7 +45,7 @@ pub struct Downloads {
 }
 
 impl Downloads {
-    /// As many as the system's open files allow.
+    /// The limit follows the number of open files that the system allows.
     pub fn new(open_files: usize) -> Self {
         Self { all: Arc::new(Semaphore::new((open_files / 16).clamp(1, ALL))), callers: Arc::default() }
     }
@@ -57,7 +57,7 @@ impl Downloads {
     /// Begins a download.
     ///
     /// # Errors
-    /// The caller has as many as it may have, or there was no place for a while.
+    /// Returns an error if the caller has too many downloads, or if no place was free in time.
     pub(super) async fn begin(&self, caller: &Caller) -> Result<Underway, ApiError> {
         let most = match caller.role {
             Role::Node => OF_A_NODE,

@@ -1,4 +1,4 @@
-//! Why an execution is where it is, in words.
+//! Explanations of an execution's state, in words.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use marco_proto::names::ExecutionId;
@@ -9,10 +9,10 @@ use crate::operation::{ExecutionState, WaitReason};
 use crate::rollout::Rollout;
 use crate::store::{ConflictRow, ExecutionRow, OperationRow, PoweredOff};
 
-/// So many nodes are named in a sentence; the message has all of them.
+/// Largest number of nodes that a sentence names; the message has all of them.
 const HOLDERS_SHOWN: usize = 10;
 
-/// What the row says, as sentences. `held` counts also those in the way that the caller may not see.
+/// Explains a row in sentences. `held` also counts executions in the way that the caller may not see.
 pub(super) fn explain(
     row: &ExecutionRow,
     whole: &OperationRow,
@@ -94,7 +94,7 @@ pub(super) fn explain(
     v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
 }
 
-/// Why a node is away that was sent away. The blank before it parts it from the sentence before.
+/// The reason why a powered-off node is away. The leading blank separates it from the sentence before.
 pub(super) fn powered_off(off: &PoweredOff) -> String {
     format!(
         " It was powered off on purpose by {}, at {}: it comes back when somebody turns it on.",
@@ -103,7 +103,7 @@ pub(super) fn powered_off(off: &PoweredOff) -> String {
     )
 }
 
-/// Where more is said of an end that was not a success.
+/// A suggestion to read the log of an execution that did not succeed.
 pub(super) fn read_log(id: &ExecutionId) -> String {
     format!("Read what the node logged: marcoctl operations log {} {}", id.operation.name(), id.node.name())
 }
@@ -112,7 +112,7 @@ fn instant(time: DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
-/// Who or what stands in the way.
+/// The obstacle in detail: times, reasons and other executions.
 fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held: usize) -> String {
     match (row.wait_reason, holders) {
         (Some(WaitReason::WindowClosed), _) => match row.next_attempt_time {
@@ -145,9 +145,10 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held:
     }
 }
 
-/// Which limit it waits for, when `held` slots of that limit are taken.
+/// The rollout limit that an execution waits for, if `held` slots of that limit are taken.
 fn slot(rollout: &Rollout, succeeded: u32, held: usize) -> String {
     let held = u32::try_from(held).unwrap_or(u32::MAX);
+    // The canary goes first: until it has succeeded, the rest does not begin.
     if succeeded < rollout.canary {
         return format!(
             "It waits for a slot: {} nodes, the canary, must succeed before the rest begins.",
@@ -183,7 +184,7 @@ fn cancel(row: &ExecutionRow, operation: &str) -> Vec<String> {
     vec![format!("Stop it while that is still possible: marcoctl operations cancel {operation}")]
 }
 
-/// What an execution on a node waits for, and what can be done about it.
+/// The obstacle of a waiting execution, with suggestions.
 pub(super) fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, Vec<String>) {
     let cancel = format!("Stop it: marcoctl operations cancel {operation}");
     match reason {

@@ -19,11 +19,11 @@ use crate::store::{
     ApproveOutcome, DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, ResolveOutcome, Scope, UpdateNodeOutcome,
 };
 
-/// How long a join token works unless it says otherwise: long enough to prepare a card, short enough to forget.
+/// Default validity of a join token: long enough to prepare a card, short enough to be forgotten.
 const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
-/// The longest life of a join token.
+/// Longest validity of a join token.
 const MAX_TTL: TimeDelta = TimeDelta::days(90);
-/// The most nodes that one token may enrol.
+/// Largest number of nodes that one token may enrol.
 const MAX_USES: u32 = 10_000;
 /// Hexadecimal digits of a SHA-256.
 const FINGERPRINT_LENGTH: usize = 64;
@@ -100,7 +100,7 @@ impl Nodes {
         }
     }
 
-    /// Who is limited by labels must not be able to move a node in or out.
+    /// Returns an error if a limited caller would move a node into or out of its scope.
     async fn may_relabel(
         &self,
         before: &BTreeMap<String, String>,
@@ -309,7 +309,7 @@ fn node_id(field: &str, name: &str) -> Result<NodeId, ApiError> {
     NodeId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
 }
 
-/// A key's fingerprint as it is stored; blanks and colons in it do not matter.
+/// A key's fingerprint in the store's form; blanks and colons are ignored.
 fn fingerprint(text: &str) -> Result<String, ApiError> {
     let bare: String = text.chars().filter(|c| !c.is_whitespace() && *c != ':').collect();
     if bare.len() != FINGERPRINT_LENGTH || !bare.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -318,7 +318,7 @@ fn fingerprint(text: &str) -> Result<String, ApiError> {
     Ok(bare.to_ascii_lowercase())
 }
 
-/// A node's full name, for the audit: it may have been named by its bare id. What names no node is kept as it is.
+/// A node's full name for the audit, also for a bare id. A text that names no node is kept as it is.
 fn target(name: &str) -> String {
     NodeId::parse(name).map_or_else(|_| name.to_owned(), |id| id.name())
 }

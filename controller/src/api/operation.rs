@@ -101,7 +101,7 @@ impl Operations {
         self.stored(&new, now).await
     }
 
-    /// Stores an operation, or finds the one that the same request stored.
+    /// Stores an operation, or returns the one that the same request stored before.
     pub(in crate::api) async fn stored(
         &self,
         new: &NewOperation,
@@ -121,8 +121,8 @@ impl Operations {
         }
     }
 
-    /// The operation that an earlier request of the caller with this key made. Every call that takes a `request_id` asks
-    /// this first: times that have passed and names that are gone since must not hide the first result.
+    /// The operation that an earlier request of the caller with this key created. Every call with a `request_id` asks
+    /// this first: times that have passed and names that were removed since must not hide the first result.
     pub(in crate::api) async fn asked_before(
         &self,
         caller: &Caller,
@@ -131,7 +131,7 @@ impl Operations {
         let Some(key) = key else { return Ok(None) };
         match self.context.store.requested(&caller.name, key).await? {
             None => Ok(None),
-            // The caller's scope may be narrower by now.
+            // The caller's scope may be narrower now.
             Some(CreateOutcome::Existing(row)) => self.context.operation_for(caller, &row.id).await.map(Some),
             Some(_) => Err(reused()),
         }

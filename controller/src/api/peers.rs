@@ -1,4 +1,4 @@
-//! Bytes that this controller lacks, fetched from one that has them.
+//! Fetches bytes that this controller lacks from one that has them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,21 +19,22 @@ use crate::identity::tls::dial;
 use crate::store::{ArtifactRow, ControllerRow, Kind, Purpose};
 use crate::watchdog::Others;
 
-/// How long a caller waits for bytes that are being fetched; the fetch goes on without it, and it asks again.
+/// Time for which a caller waits for bytes. The fetch goes on without it, and the caller asks again.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often bytes are asked for, for who cannot ask again, and the pause in between.
+/// Number of tries for callers that cannot ask again, and the pause between them.
 const TRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_secs(1);
-/// A controller that sends nothing for so long is left.
+/// Time without data after which another controller is given up.
 const IDLE: Duration = Duration::from_secs(30);
-/// How often the addresses of other controllers are read, and how long one of them has to say how it is.
+/// Interval at which addresses of other controllers are read, and time for one of them to report its health.
 const LOOK: Duration = Duration::from_secs(5);
 const HEALTH: Duration = Duration::from_secs(2);
 
 /// Fetches the bytes of an artifact from a live controller that has them; the digest is checked before they are stored.
 ///
 /// # Errors
-/// When they are not here yet, or no controller that lives has them; for good where there is only this one.
+/// Returns an error if the bytes are not here yet, or if no live controller has them. With only this controller that is
+/// final.
 pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) -> Result<(), ApiError> {
     let task = {
         let (context, row) = (context.clone(), row.clone());

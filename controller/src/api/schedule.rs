@@ -29,10 +29,11 @@ pub(super) struct Schedules {
     context: Context,
 }
 
-/// Makes the operation of a schedule for an instant, to begin at a time: targets are resolved, and artifacts frozen, now.
+/// Builds the operation of a schedule for one of its times, with the time at which it begins. Targets are resolved and
+/// artifacts frozen now.
 ///
 /// # Errors
-/// When the template cannot be carried out now, or the store does not answer.
+/// Returns an error if the template cannot be carried out now, or if the store does not answer.
 pub async fn prepare_fire(
     context: Context,
     schedule: ScheduleRow,
@@ -71,10 +72,10 @@ impl Schedules {
             Some(_) if !most.is_zero() => targets.ids.iter().map(|id| (id.clone(), start(id.as_str()))).collect(),
             _ => BTreeMap::new(),
         };
-        // What may begin only in a window has its time from the first opening on.
+        // With a window the lifetime counts from its first opening.
         let opens = window.and_then(|window| window.closed_until(begins)).unwrap_or(begins);
         let id = match fire_time {
-            // The same again when a database that lost it makes it once more.
+            // The id is derived, so that a database that lost the operation creates the same one again.
             Some(instant) => operation_uuid(schedule.id.as_str(), schedule.create_time, instant),
             None => Uuid::now_v7(),
         };
@@ -123,13 +124,14 @@ impl Schedules {
         Ok(v1::Schedule { doubts, ..convert::schedule(&self.find(&row.id).await?) })
     }
 
-    /// The schedule with what became of its last instant.
+    /// The schedule with the outcome of its last time.
     async fn shown(&self, row: &ScheduleRow) -> Result<v1::Schedule, ApiError> {
         let last = self.context.store.last_fires(std::slice::from_ref(&row.id)).await?;
         Ok(v1::Schedule { last_fire: last.get(&row.id).map(convert::last_fire), ..convert::schedule(row) })
     }
 
-    /// Refuses a list of nodes with one outside, as creating an operation does. What labels match is limited at each fire.
+    /// Returns an error for a list with a node outside the scope, like the creation of an operation. Labels are limited
+    /// at each fire.
     async fn stays_within(&self, caller: &Caller, row: &ScheduleRow) -> Result<(), ApiError> {
         let scope = caller.scope();
         match &row.template.target {
@@ -166,7 +168,8 @@ impl Schedules {
         paused.ok_or_else(|| not_found(&id))
     }
 
-    /// Also of one that the controller paused because its next instant could not be told: that is looked for again.
+    /// Resumes a schedule. If the controller paused it because its next time was unknown, that time is looked for
+    /// again.
     async fn resume(&self, caller: &Caller, name: &str) -> Result<ScheduleRow, ApiError> {
         let now = self.context.clock.now();
         let id = schedule_id("name", name)?;
@@ -206,12 +209,12 @@ fn schedule_id(field: &str, name: &str) -> Result<ScheduleId, ApiError> {
     ScheduleId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
 }
 
-/// What would be stored; nothing is.
+/// The schedule as it would be stored.
 fn not_stored(row: &ScheduleRow, doubts: Vec<String>) -> v1::Schedule {
     v1::Schedule { doubts, create_time: None, update_time: None, ..convert::schedule(row) }
 }
 
-/// The next instant of a schedule that has none.
+/// The next time of a schedule that has none.
 fn next_of(row: &ScheduleRow, now: DateTime<Utc>) -> Result<DateTime<Utc>, ApiError> {
     let after = row.last_fire.map_or(now, |last| last.max(now));
     let recurrence = Recurrence::parse(&row.cron, &row.time_zone);

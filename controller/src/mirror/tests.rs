@@ -1,4 +1,4 @@
-//! Connections that never become a request: real handshakes, and a patience that is short.
+//! Connections that never become a request: real handshakes, with short timeouts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::identity::tls::Acceptor;
 use crate::identity::tls::places::Limits;
 use crate::store::Store;
 
-/// Longest wait for anything: only a failure takes it.
+/// Time limit of every wait; reached only by a failure.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 struct House {
@@ -83,7 +83,7 @@ impl House {
     }
 }
 
-/// What comes until the other side closes.
+/// The bytes that arrive until the other side closes.
 async fn rest(stream: &mut TlsStream<TcpStream>) -> String {
     let mut bytes = Vec::new();
     // A connection that is cut says nothing more either.

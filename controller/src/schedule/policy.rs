@@ -1,4 +1,4 @@
-//! What becomes of a fire that comes late, or while the one before is still at work; and who waits how long.
+//! Policies for a fire that comes late or while the one before is still at work, and the jitter of nodes.
 
 use std::fmt;
 
@@ -6,32 +6,32 @@ use chrono::{DateTime, TimeDelta, Utc};
 use sha2::{Digest as _, Sha256};
 use uuid::{Builder, Uuid};
 
-/// What is done about fires that nobody made in time.
+/// Handling of fires that no controller made in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MissedFire {
-    /// They are recorded as missed.
+    /// All are recorded as missed.
     Skip,
-    /// The last of them is made up for; the others are recorded as missed.
+    /// The last one is made up for; the others are recorded as missed.
     Once,
 }
 
-/// What is done about a fire while the schedule's last operation is unfinished.
+/// Handling of a fire while the schedule's last operation is unfinished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Overlap {
-    /// It is recorded as skipped.
+    /// The fire is recorded as skipped.
     Skip,
-    /// Its operation is made, and each node takes it when it has ended the one before.
+    /// Its operation is created, and each node begins it after its earlier work has ended.
     Queue,
 }
 
-/// What became of an instant at which a schedule was to fire.
+/// Outcome of a scheduled time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FireOutcome {
-    /// An operation was made.
+    /// An operation was created.
     Fired,
-    /// None was made, on purpose or because it was refused.
+    /// None was created, on purpose or because it was refused.
     Skipped,
-    /// None was made, because it was found too late.
+    /// None was created, because the time was noticed too late.
     Missed,
 }
 

@@ -1,12 +1,12 @@
-//! What a cron expression means, in words.
+//! Cron expressions in words.
 
 use std::fmt;
 
 use super::syntax::{Expression, Field, Item};
 
-/// Up to so many times of a day are named one by one.
+/// Largest number of times of a day that are named one by one.
 const TIMES: usize = 6;
-/// Numbers at equal distances are not all named when there are more.
+/// Largest number of equally spaced numbers that are all named.
 const NUMBERS: usize = 4;
 
 const WEEKDAYS: [&str; 8] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
@@ -90,7 +90,7 @@ impl Expression {
     }
 }
 
-/// `every 15 minutes`, for what is at equal distances all the time.
+/// `every 15 minutes`, for equally spaced times over the whole range.
 fn every(field: &Field, unit: &str) -> Option<String> {
     let found = field.numbers();
     if field.is_all() {
@@ -153,7 +153,7 @@ fn counted(unit: &str, found: &[u8]) -> String {
     }
 }
 
-/// Numbers, shortened where they are at equal distances.
+/// Numbers, shortened if they are equally spaced.
 fn numbers(found: &[u8]) -> String {
     let apart = |pair: &[u8]| match pair {
         [one, two] => two.saturating_sub(*one),
@@ -170,7 +170,7 @@ fn numbers(found: &[u8]) -> String {
     list(found, |number| number.to_string())
 }
 
-/// A list in which three and more that follow each other are a range.
+/// A list in which three or more consecutive numbers are a range.
 fn list(found: &[u8], name: impl Fn(u8) -> String) -> String {
     let mut runs: Vec<(u8, u8)> = Vec::new();
     for number in found {

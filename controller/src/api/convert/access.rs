@@ -34,7 +34,7 @@ pub(in crate::api) fn person_role(field: &str, role: i32) -> Result<Role, ApiErr
     }
 }
 
-/// A length of life: more than nothing, and at most so much.
+/// A validity: above zero, and at most the limit.
 pub(in crate::api) fn ttl(
     field: &str,
     asked: Option<prost_types::Duration>,

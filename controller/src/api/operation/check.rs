@@ -1,4 +1,4 @@
-//! What would become of an operation, by what its nodes last said of themselves.
+//! Predictions for an operation, by the last reports of its nodes.
 
 use chrono::{DateTime, Months, Utc};
 use marco_archive::Facts;
@@ -15,13 +15,13 @@ use crate::operation::{Action, NodeMode, NodeState, OperationState, WaitContext,
 use crate::rollout::Rollout;
 use crate::store::{Ailment, NodeRow, PoweredOff};
 
-/// An operation that begins later than this is asked about.
+/// An operation that begins later than this needs a confirmation.
 const FAR_AHEAD: Months = Months::new(120);
-/// Nodes named in a sentence; the rest is counted.
+/// Largest number of nodes that a sentence names; the others are counted.
 const NODES_SHOWN: usize = 10;
 
 impl Operations {
-    /// Everything that a creation does, but storing it.
+    /// Does everything that a creation does, except storing it.
     pub(super) async fn check(
         &self,
         caller: &Caller,
@@ -49,7 +49,7 @@ impl Operations {
     }
 }
 
-/// A year that was mistyped, rather than a plan.
+/// Warns of a mistyped year.
 fn far_ahead(schedule_time: DateTime<Utc>, now: DateTime<Utc>) -> Option<v1::OperationWarning> {
     let limit = now.checked_add_months(FAR_AHEAD)?;
     (schedule_time > limit).then(|| v1::OperationWarning {
@@ -68,7 +68,7 @@ fn quarantined(rows: &[NodeRow]) -> Option<v1::OperationWarning> {
     })
 }
 
-/// Nodes without the label that makes the groups. They count as one group, which is safe and rarely what was meant.
+/// Warns of nodes without the label that forms the groups. They count as one group, which is safe but rarely intended.
 fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWarning> {
     let label = rollout.group_by.as_ref()?;
     let limit = rollout.max_in_flight_per_group?;
@@ -80,7 +80,7 @@ fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWar
     })
 }
 
-/// The first of these nodes, and how many more there are; `None`: there is none.
+/// The first of these nodes, and the number of the others; `None`: there are none.
 fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
     let ids: Vec<&str> = rows.map(|row| row.id.as_str()).collect();
     let shown = ids.iter().take(NODES_SHOWN).copied().collect::<Vec<_>>().join(", ");
@@ -91,11 +91,11 @@ fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
     }
 }
 
-/// What stands in the way of one node: that it would refuse, else what its execution would wait for when it is due.
+/// The prediction for one node: a refusal by it, otherwise the obstacle of its execution.
 fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&PoweredOff>) -> v1::OperationCheck {
     let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
     let refusal = refusal.map(|refusal| (refusal.reason.clone(), refusal.message.clone()));
-    // It refuses every action.
+    // A node that cannot write its journal refuses every action.
     let ill = row.system.conditions.iter().find(|condition| condition.ailment == Ailment::Journal);
     let refusal = refusal.or_else(|| ill.map(|ill| ("JOURNAL_NOT_WRITABLE".to_owned(), ill.message.clone())));
     let refusal = refusal.or_else(|| {
@@ -111,8 +111,8 @@ fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&
     v1::OperationCheck { node: row.id.name(), verdict: verdict.into(), reason, message }
 }
 
-/// What an execution on this node would wait for. The time and the window are the operation's own, and whoever asks has
-/// them at hand; they would hide what the nodes lack.
+/// The obstacle of an execution on this node. The operation's time and window are left out: the caller knows them, and
+/// they would hide the obstacles of the nodes.
 fn lacks(row: &NodeRow, action: &Action) -> WaitReason {
     wait_reason(&WaitContext {
         operation: OperationState::Running,

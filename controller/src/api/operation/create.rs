@@ -1,4 +1,4 @@
-//! From a request to what is stored: read and checked, targets resolved, artifacts frozen.
+//! Creation of operations: the request is read and checked, targets are resolved, artifacts are frozen.
 
 use std::collections::BTreeSet;
 
@@ -19,9 +19,9 @@ use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
 use crate::store::{ArtifactRow, Kind, NodeQuery, Purpose, RequestKey, Scope};
 
-/// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
+/// Default expiry. A Pi taken out of a drawer must not reboot weeks later.
 const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
-/// A schedule_time that lies this little in the past is the caller's clock, not a mistake.
+/// Age up to which a past schedule_time is blamed on the caller's clock and accepted.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
 /// Longest request id, in bytes.
 const REQUEST_ID_MAX: usize = 128;
@@ -81,8 +81,9 @@ impl Operations {
         })
     }
 
-    /// Replaces names by digests, so that a later push does not change what was asked for. An image that no board can start
-    /// is refused. The facts by which the image is judged for one board; `None`: no image, or nothing is known of it.
+    /// Replaces names by digests, so that a later push does not change the operation. Returns an error for an image
+    /// that no board can start. The result holds the image's facts, to judge it for one board; `None`: no image, or its
+    /// facts are unknown.
     pub(in crate::api) async fn freeze(
         &self,
         update: &mut Update,
@@ -113,7 +114,7 @@ impl Operations {
                 Some(row) => {
                     update.bootcodes.insert(family.clone(), frozen(row));
                 }
-                // With an image, the node's own fallback takes its place.
+                // With an image, the node uses the fallback that it keeps.
                 None if update.image.is_some() => {}
                 None => {
                     let board = if family.is_empty() { "an unknown board" } else { family };
@@ -130,7 +131,7 @@ impl Operations {
         Ok(facts)
     }
 
-    /// An image's facts, unless they say that no board can start it.
+    /// An image's facts; an error if no board can start it.
     async fn judged(&self, row: &ArtifactRow) -> Result<Option<Facts>, ApiError> {
         let facts = facts_of(&self.context, row).await?;
         if let Some(refusal) = facts.as_ref().and_then(|facts| facts.refusal.as_ref()) {
@@ -182,7 +183,7 @@ pub(in crate::api) struct Asked {
     pub(in crate::api) window: Option<MaintenanceWindow>,
 }
 
-/// A request as it was written: its times were not compared with the present yet, so it reads the same whenever it comes.
+/// A request as it was written. Its times are not compared with the present yet, so it reads the same at any time.
 pub(super) struct Written {
     action: Option<Action>,
     target: Option<Target>,
@@ -195,12 +196,12 @@ pub(super) struct Written {
     wrong: Vec<Violation>,
 }
 
-/// Reads a request as far as that can be done without the store and the clock; lists every wrong field.
+/// Reads a request as far as possible without the store; lists every wrong field.
 pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Asked, ApiError> {
     written(request, now)?.at(now)
 }
 
-/// Reads what does not depend on the time at which the request comes; `now` is for windows that never open after it.
+/// Reads the parts that do not depend on the time of the request. `now` is for windows that never open after it.
 pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Written, ApiError> {
     let operation = request
         .operation
@@ -246,7 +247,7 @@ pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -
 }
 
 impl Written {
-    /// What is asked for by a request that comes now.
+    /// The request, as it would be if it came now.
     pub(super) fn at(self, now: DateTime<Utc>) -> Result<Asked, ApiError> {
         let Self { action, target, rollout, window, request, mut wrong, .. } = self;
         let mut bad = |field: &str, description: String| {
@@ -280,13 +281,13 @@ impl Written {
     }
 }
 
-/// A day after its time; or, where it may begin only in a window, after the first opening.
+/// A day after the scheduled time; with a window, a day after its first opening.
 pub(super) fn default_expiry(window: Option<&MaintenanceWindow>, schedule_time: DateTime<Utc>) -> DateTime<Utc> {
     let first = window.and_then(|window| window.closed_until(schedule_time)).unwrap_or(schedule_time);
     later(first, DEFAULT_LIFETIME)
 }
 
-/// Refuses what would wait for a window that never opens; releases before stored such windows.
+/// Returns an error for a window that never opens. Earlier releases stored such windows.
 pub(in crate::api) fn must_open(window: Option<&MaintenanceWindow>, now: DateTime<Utc>) -> Result<(), ApiError> {
     window.map_or(Ok(()), |window| window.check(now)).map_err(|error| ApiError::Precondition {
         reason: "WINDOW_NEVER_OPENS",

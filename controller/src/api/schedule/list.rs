@@ -1,4 +1,4 @@
-//! Lists of schedules and of their instants, and the instants that are to come.
+//! Lists of schedules and of their past and coming times.
 
 use chrono::DateTime;
 use marco_proto::names::ScheduleId;
@@ -11,9 +11,9 @@ use crate::identity::Caller;
 use crate::schedule::{Recurrence, Tzdata};
 use crate::store::{FireQuery, ScheduleRow, Scope};
 
-/// Fires that a preview shows unless it says how many.
+/// Default number of fires in a preview.
 const PREVIEW: usize = 10;
-/// Most fires that a preview shows.
+/// Largest number of fires in a preview.
 const PREVIEW_MAX: usize = 1000;
 
 impl Schedules {
@@ -39,7 +39,7 @@ impl Schedules {
         Ok(v1::ListSchedulesResponse { schedules: rows.iter().map(shown).collect(), next_page_token })
     }
 
-    /// Schedules by id, as many as asked for of those that may be seen.
+    /// Schedules by id: as many as asked for, of those that the caller may see.
     async fn visible(
         &self,
         scope: &Scope,

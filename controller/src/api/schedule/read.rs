@@ -1,4 +1,4 @@
-//! From a request to a schedule that can be stored: every wrong field is listed.
+//! Turns a request into a schedule that can be stored, or into a list of every wrong field.
 
 use std::time::Duration;
 
@@ -13,11 +13,11 @@ use crate::api::status::{ApiError, Violation};
 use crate::schedule::{Recurrence, RecurrenceError};
 use crate::store::{ScheduleRow, Scope, Template};
 
-/// What is not begun this long after its fire is not begun at all, unless the schedule says otherwise.
+/// Default lifetime of a fire's operation: it does not begin later.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Longest jitter.
 const JITTER_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Longest life of a fire's operation.
+/// Longest lifetime of a fire's operation.
 const LIFETIME_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Longest expression, in bytes.
 const CRON_MAX: usize = 256;
@@ -69,7 +69,7 @@ pub(super) fn new(
     })
 }
 
-/// The schedule with those fields changed that the paths name.
+/// The schedule, with the fields changed that the paths name.
 pub(super) fn changed(
     old: &ScheduleRow,
     asked: v1::Schedule,
@@ -96,7 +96,7 @@ pub(super) fn changed(
             }
         }
     }
-    // A window that followed the schedule's zone goes on to.
+    // A window that followed the schedule's zone still does.
     if let Some(window) = merged.operation.as_mut().and_then(|operation| operation.window.as_mut())
         && !paths.iter().any(|path| path == "operation")
         && window.time_zone == old.time_zone
@@ -110,7 +110,7 @@ pub(super) fn changed(
     let next_fire = if cron == old.cron && time_zone == old.time_zone {
         old.next_fire
     } else {
-        // Nothing becomes of an instant twice, even where the clock went back.
+        // No time gets a second outcome, even if the clock went back.
         fields.recurrence.next_after(old.last_fire.map_or(now, |last| last.max(now)))
     };
     Ok(ScheduleRow {
@@ -126,7 +126,7 @@ pub(super) fn changed(
     })
 }
 
-/// An expression in its zone; `prefix` goes before the names of the fields.
+/// A cron expression in its zone; `prefix` is put before the names of fields in errors.
 pub(super) fn recurrence(prefix: &str, cron: &str, time_zone: &str) -> Result<Recurrence, Vec<Violation>> {
     if cron.len() > CRON_MAX {
         return Err(vec![violation(&format!("{prefix}cron"), format!("must be at most {CRON_MAX} bytes"))]);
@@ -192,7 +192,7 @@ impl Fields {
     }
 }
 
-/// `zone`: the schedule's, which is its window's by default.
+/// `zone` is the schedule's, and the default of its window.
 fn template(
     operation: Option<v1::Operation>,
     zone: Option<&str>,
