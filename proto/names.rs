@@ -28,7 +28,7 @@ pub const ERROR_DOMAIN: &str = "marco.bootstrap";
 /// Version of the session protocol (`Hello.protocol_version`).
 pub const PROTOCOL_VERSION: u32 = 1;
 
-/// What an id may not be.
+/// The text is no id or name of this kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidName {
     text: String,

@@ -1,7 +1,7 @@
-//! The text of a secret, as it comes out of a file that an operator names: what editors and shells of other systems add
-//! is taken off, and a file that holds something else is named by what it holds, never by its contents.
+//! The text of a secret in a file that an operator names. Additions of editors and shells of other systems are removed.
+//! If a file holds something else, the error says its kind and never its contents.
 
-/// What a join token begins with.
+/// Prefix of a join token.
 pub const JOIN_TOKEN_FORM: &str = "mj1.";
 
 /// The text of a file: UTF-8, or UTF-16 as PowerShell's `>` writes it; without byte order mark and blanks around it.
@@ -22,7 +22,7 @@ pub fn text(bytes: &[u8]) -> Option<String> {
 /// The join token in a file.
 ///
 /// # Errors
-/// What the file holds instead, as the object of a sentence. Nothing of its contents is repeated.
+/// Returns the kind of contents as the object of a sentence. Nothing of the contents is repeated.
 pub fn join_token(bytes: &[u8]) -> Result<String, &'static str> {
     let Some(text) = text(bytes) else { return Err("bytes that are no text") };
     let first = text.lines().next().unwrap_or_default();

@@ -82,6 +82,7 @@ impl Recurrence {
     /// Returns an error if one of them is invalid.
     pub fn parse(cron: &str, zone_name: &str) -> Result<Self, RecurrenceError> {
         let zone = Zone::parse(zone_name)?;
+        // Shortened, because the text is a caller's and goes into messages and logs.
         let refused = |why: String| RecurrenceError::Cron { cron: shortened(cron), why };
         let expression = Expression::parse(cron).map_err(refused)?;
         let fields: Vec<&str> = cron.split_whitespace().collect();

@@ -50,6 +50,7 @@ impl Doors {
         let query = CertificateQuery {
             after: page::after(LIST, &request.page_token)?,
             limit: size + 1,
+            // A node may be given as `nodes/ID`; certificates hold the bare id.
             subject: convert::text("filter.subject", &filter.subject)?
                 .rsplit('/')
                 .next()
@@ -67,6 +68,7 @@ impl Doors {
 
     async fn revoke_certificate(&self, caller: &Caller, name: &str) -> Result<StoredCertificate, ApiError> {
         let id = CertificateId::parse(name).map_err(|error| ApiError::invalid("name", error.to_string()))?;
+        // Serial numbers are stored in lower case.
         let serial = id.as_str().to_ascii_lowercase();
         if serial == caller.serial {
             return Err(yourself("revoke the certificate"));
@@ -82,6 +84,7 @@ impl Doors {
         let now = self.context.clock.now();
         let asked = request.user.unwrap_or_default();
         let id = UserId::parse(&request.user_id).map_err(|error| ApiError::invalid("user_id", error.to_string()))?;
+        // The audit and the events could not tell such a user from the controller itself.
         if id.as_str().eq_ignore_ascii_case("controller") {
             return Err(ApiError::invalid("user_id", "is what the controller's own events are signed with"));
         }
@@ -178,7 +181,9 @@ impl Doors {
             None => before.role.parse().map_err(|_| ApiError::Internal("the user has an unknown role".to_owned()))?,
         };
         let selector = selector.unwrap_or_else(|| before.scope.labels().clone().into_iter().collect());
+        // Checked with the role as it will be: an admin cannot be limited.
         let scope = scope("user.selector", selector, role_then)?;
+        // Conditional on the row that was read, so that two admins do not undo each other's change.
         match self.context.store.update_user(&before, role_then.as_str(), &scope).await? {
             UpdateUserOutcome::Updated(row) => Ok(convert::user(&row)),
             UpdateUserOutcome::ChangedMeanwhile => Err(ApiError::Aborted {
@@ -223,6 +228,7 @@ impl Doors {
             creator: caller.name.clone(),
             revoke_time: None,
         };
+        // An id is never used again, because the audit names callers by it.
         if !self.context.store.create_api_token(&row, &secret.sha256()).await? {
             return Err(ApiError::AlreadyExists {
                 reason: "API_TOKEN_EXISTS",
@@ -269,6 +275,7 @@ impl Doors {
             before,
             limit: size + 1,
             actor: convert::text("filter.caller", &filter.caller)?.to_owned(),
+            // The audit has short names; the full path of a method is accepted too.
             method: convert::text("filter.method", &filter.method)?.rsplit('/').next().unwrap_or_default().to_owned(),
             target: convert::text("filter.resource", &filter.resource)?.to_owned(),
             since: since(filter.since)?,

@@ -48,6 +48,7 @@ pub(super) fn labels(field: &str, labels: HashMap<String, String>) -> Result<BTr
     if labels.len() > LABELS_MAX {
         return Err(ApiError::invalid(field, format!("must be at most {LABELS_MAX} labels")));
     }
+    // No `=` and no comma: the command line separates labels by them.
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
     for (key, value) in &labels {
         if key.is_empty()
@@ -91,6 +92,7 @@ pub(super) fn time(time: Option<prost_types::Timestamp>, field: &str, bad: Bad<'
     let time = time?;
     let read = u32::try_from(time.nanos)
         .ok()
+        // Cut here, so that a time compares equal after it was stored.
         .and_then(|nanos| Utc.timestamp_opt(time.seconds, nanos / 1000 * 1000).single())
         // Years that RFC 3339 can write.
         .filter(|time| (-62_135_596_800..=253_402_300_799).contains(&time.timestamp()));

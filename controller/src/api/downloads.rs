@@ -65,6 +65,7 @@ impl Downloads {
             Role::Viewer | Role::Operator | Role::Publisher | Role::Admin => OF_A_PERSON,
         };
         let key = format!("{}/{}", caller.role, caller.name);
+        // Counted before the wait for a place, so that one caller cannot fill the queue.
         let counted = {
             let mut callers = self.callers();
             let count = callers.entry(key.clone()).or_default();
@@ -113,7 +114,7 @@ pub(super) struct Underway {
     _place: OwnedSemaphorePermit,
 }
 
-/// Whether a node gets bytes: those that its work names, and its board's defaults.
+/// Returns an error unless the node's work names the bytes, or they are a default of its board.
 pub(super) async fn check_node(context: &Context, node: &NodeId, sha256: &str) -> Result<(), ApiError> {
     match context.store.node_may_have(node, sha256).await? {
         Allowance::Granted => Ok(()),
@@ -135,7 +136,7 @@ pub(super) async fn check_node(context: &Context, node: &NodeId, sha256: &str) -
 pub(super) struct Sending {
     pub(super) context: Context,
     pub(super) reader: BlobReader,
-    /// The node that reads, and the digest; `None`: a person or another controller, whom the gate watches over.
+    /// The reading node and the digest; `None`: a person or another controller, whose call the gate checks.
     pub(super) node: Option<(NodeId, String)>,
     pub(super) answers: mpsc::Sender<Result<v1::DownloadArtifactResponse, Status>>,
     pub(super) underway: Underway,
@@ -151,7 +152,7 @@ pub(super) async fn send_blob(sending: Sending, mut offset: u64) {
             && checked.elapsed() >= RECHECK
         {
             checked = Instant::now();
-            // While the database is away, who was let in goes on.
+            // While the database is away, an admitted node goes on.
             if let Err(refused @ ApiError::Forbidden { .. }) = check_node(&context, node, sha256).await {
                 let _ = tokio::time::timeout(DOWNLOAD_IDLE, answers.send(Err(refused.into()))).await;
                 return;

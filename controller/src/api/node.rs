@@ -79,6 +79,7 @@ impl Nodes {
                 }
             }
         }
+        // The update is conditional on these labels: a change by another caller in between must not be lost.
         let before = self.find(caller, &id).await?.labels;
         if let Some(labels) = &labels
             && caller.role != Role::Admin
@@ -100,7 +101,8 @@ impl Nodes {
         }
     }
 
-    /// Returns an error if a limited caller would move a node into or out of its scope.
+    /// Returns an error if a label changes by which callers are limited. Otherwise a limited caller could move a node
+    /// into its reach, or out of another's.
     async fn may_relabel(
         &self,
         before: &BTreeMap<String, String>,
@@ -124,6 +126,7 @@ impl Nodes {
         let id = node_id("name", &request.name)?;
         match self.context.store.delete_node(&id, request.force, &caller.name, self.context.clock.now()).await? {
             DeleteNodeOutcome::Deleted => {
+                // This controller's session ends at once. Other controllers see the change in the store.
                 self.context.sessions.end(&id, End::Barred);
                 Ok(v1::DeleteNodeResponse {})
             }
@@ -187,6 +190,7 @@ impl Nodes {
     async fn quarantine(&self, caller: &Caller, request: &v1::QuarantineNodeRequest) -> Result<NodeRow, ApiError> {
         let id = node_id("name", &request.name)?;
         let reason = convert::text("reason", &request.reason)?;
+        // First, so that a limited caller cannot probe for nodes outside its scope.
         self.find(caller, &id).await?;
         let row = self
             .context
@@ -339,6 +343,7 @@ impl NodeService for Nodes {
     async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let id = node_id("name", &request.get_ref().name)?;
+        // The role table admits every node to this method; it may read only itself.
         if caller.role == Role::Node && caller.node.as_ref() != Some(&id) {
             return Err(
                 ApiError::Forbidden { reason: "NOT_YOURS", message: "a node reads only itself".to_owned() }.into()

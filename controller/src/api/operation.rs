@@ -80,6 +80,7 @@ impl Operations {
     ) -> Result<OperationRow, ApiError> {
         let id =
             OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
+        // A retry has the retried operation as its target in the audit.
         if retry_of.is_none() {
             caller.note_target(&id.name());
         }
@@ -160,6 +161,7 @@ impl Operations {
             return Err(remedy::no_retry(&self.context, first, rows.len(), &old.action).await?);
         }
         let mut nodes: Vec<NodeId> = rows.into_iter().filter(|row| !hopeless(row)).map(|row| row.id.node).collect();
+        // Nodes may have been deleted since.
         let known: BTreeSet<NodeId> =
             self.context.store.nodes_by_id(&nodes).await?.into_iter().map(|row| row.id).collect();
         nodes.retain(|node| known.contains(node));
@@ -193,6 +195,7 @@ impl Operations {
 
     fn steered(outcome: SteerOutcome, id: &OperationId, what: &str) -> Result<OperationRow, ApiError> {
         match outcome {
+            // A repeated call is no error: the operation is as the caller wants it.
             SteerOutcome::Changed(row) | SteerOutcome::Unchanged(row) => Ok(row),
             SteerOutcome::Refused(row) => Err(ApiError::Precondition {
                 reason: "WRONG_STATE",
@@ -204,6 +207,7 @@ impl Operations {
 
     /// An execution that the caller may see.
     async fn find_execution(&self, caller: &Caller, id: &ExecutionId) -> Result<ExecutionRow, ApiError> {
+        // The node decides, because an operation may be partly outside the scope.
         if !caller.scope().is_everything() {
             self.context.node_for(caller, &id.node).await?;
         }

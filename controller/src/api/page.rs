@@ -46,6 +46,7 @@ pub(super) fn cut<T>(mut rows: Vec<T>, size: u32, list: &str, key: impl Fn(&T) -
     if rows.len() <= size {
         return (rows, String::new());
     }
+    // One row more was read, to know if another page follows.
     rows.truncate(size);
     let next = rows.last().map(|row| token(list, &key(row))).unwrap_or_default();
     (rows, next)

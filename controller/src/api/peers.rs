@@ -40,7 +40,7 @@ pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) 
         let (context, row) = (context.clone(), row.clone());
         async move {
             let stop = context.stop.clone();
-            // Dropped at any point, the bytes that came are kept for another try.
+            // Dropped at any point, the received bytes are kept for another try.
             tokio::select! {
                 () = stop.cancelled() => Err(later("the controller is stopping")),
                 fetched = from_anyone(&context, &row, digest) => fetched,
@@ -55,11 +55,11 @@ pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) 
     }
 }
 
-/// Fetches the bytes of an artifact; why not, in words.
+/// Fetches the bytes of an artifact; the error is a sentence.
 type Fetcher = Arc<dyn Fn(ArtifactRow, Digest) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
-/// Fetches bytes for who cannot ask again, such as an installer that knows only HTTP: it waits, and then it is told why
-/// there are none.
+/// Fetches bytes for a client that cannot ask again, such as an installer that knows only HTTP. It waits, and then gets
+/// the reason if there are none.
 pub(crate) fn fetcher(context: &Context) -> Fetcher {
     let context = context.clone();
     Arc::new(move |row, digest| {
@@ -86,6 +86,7 @@ pub(crate) fn others_serve(context: &Context) -> Others {
     let seen = Arc::clone(&known);
     let (store, clock, own) = (context.store.clone(), Arc::clone(&context.clock), context.controller.clone());
     let stop = context.stop.clone();
+    // Read beforehand, because the question comes when the database is away.
     context.tasks.spawn(async move {
         loop {
             if let Ok(live) = store.live_controllers(clock.now()).await {
@@ -103,6 +104,7 @@ pub(crate) fn others_serve(context: &Context) -> Others {
         let addresses: Vec<String> = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let context = context.clone();
         Box::pin(async move {
+            // All at once: one controller that hangs must not use up the time of the others.
             let asked = addresses.iter().map(|address| tokio::time::timeout(HEALTH, serves(&context, address)));
             futures_util::future::join_all(asked).await.into_iter().any(|answer| answer.unwrap_or(false))
         })
@@ -146,12 +148,13 @@ async fn from_anyone(context: &Context, row: &ArtifactRow, digest: Digest) -> Re
             }
         }
     }
+    // Without a shared database this is the only controller, so waiting cannot help.
     if failed.is_none() && !context.store.is_shared() {
         let message =
             format!("the bytes of {} are gone from the controller's disk; push the file again", row.id.name());
         return Err(ApiError::NotFound { reason: "BYTES_MISSING", message });
     }
-    // A controller that has them may only be away: nobody is told that they do not exist.
+    // A controller with the bytes may only be away, so no caller is told that they do not exist.
     Err(failed.unwrap_or_else(|| later("no live controller has the bytes")))
 }
 
@@ -160,6 +163,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
         Err(ArtifactError::Busy) => return Err(later("the bytes are being fetched already")),
         begun => begun.map_err(artifact_error)?,
     };
+    // A cut fetch continues at its offset, from any controller.
     if upload.offset() < row.size {
         let channel = dial(&context.ca, &context.clock, address).await.map_err(|error| later(&crate::chain(&error)))?;
         let request = v1::DownloadArtifactRequest { name: format!("{BY_DIGEST}{digest}"), offset: upload.offset() };
@@ -170,6 +174,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
             let answer = tokio::time::timeout(IDLE, answers.message());
             let answer = answer.await.map_err(|_| later("the other controller sends nothing"))?.map_err(refused)?;
             match answer.and_then(|answer| answer.part) {
+                // The digest in our own row decides; the peer's header adds nothing.
                 Some(Part::Header(_)) => {}
                 Some(Part::Chunk(chunk)) => upload.append(chunk.offset, chunk.data).await.map_err(artifact_error)?,
                 None => return Err(later("the other controller ended too early")),
@@ -177,6 +182,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
         }
     }
     let content = match (row.kind, row.purpose) {
+        // It was examined at its push, possibly by older rules.
         (Kind::Image, _) => Content::KnownImage,
         (Kind::Bootcode, Purpose::System) => Content::SystemBootcode,
         (Kind::Bootcode, _) => Content::InstallerBootcode,

@@ -68,6 +68,7 @@ impl Schedules {
         }
         let most = delta(schedule.jitter);
         let start = |node: &str| later(begins, jitter(schedule.id.as_str(), node, most));
+        // A manual run begins at once on every node.
         let starts = match fire_time {
             Some(_) if !most.is_zero() => targets.ids.iter().map(|id| (id.clone(), start(id.as_str()))).collect(),
             _ => BTreeMap::new(),
@@ -195,10 +196,12 @@ impl Schedules {
         let id = schedule_id("name", &request.name)?;
         let operations = Operations::new(self.context.clone());
         let key = request_key(&request.request_id, &[b"run", id.as_str().as_bytes()])?;
+        // Before the schedule is looked up, which may have been removed since the first call.
         if let Some(row) = operations.asked_before(caller, key.as_ref()).await? {
             return Ok(row);
         }
         let schedule = self.to_steer(caller, &id).await?;
+        // The narrower of both scopes: a run must reach no node that its caller or the schedule's creator may not.
         let scope = schedule.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
         let new = self.prepare(&schedule, None, now, &caller.name, scope, key).await?;
         operations.stored(&new, now).await

@@ -37,6 +37,7 @@ where
         + Sync
         + 'static,
 {
+    // Short, so that a slow client gets newer states instead of many old ones.
     let (sender, receiver) = mpsc::channel(2);
     let tasks = context.tasks.clone();
     tasks.spawn(async move {
@@ -73,6 +74,7 @@ where
                 () = sender.closed() => return,
                 _ = tokio::time::timeout(TICK, changes.changed()) => {}
             }
+            // After the wake-up: a burst of changes becomes one message.
             tokio::time::sleep(COALESCE).await;
         }
     });
@@ -138,6 +140,7 @@ pub(super) fn nodes(context: Context, caller: Caller, query: NodeQuery) -> Strea
             let deleted: Vec<String> = seen.keys().filter(|id| !now.contains_key(*id)).map(NodeId::name).collect();
             let news = whole || !changed.is_empty() || !deleted.is_empty();
             *seen = now;
+            // A node that no longer matches the filter is gone for this client, like a deleted one.
             let message = news.then_some(v1::WatchNodesResponse { nodes: changed, deleted });
             Ok(Look { message, last: false })
         })

@@ -69,7 +69,7 @@ pub(super) async fn announce(
 }
 
 fn service(announced: &Announced, name: &str) -> Result<ServiceInfo, mdns_sd::Error> {
-    // Several controllers may run on one machine, besides a responder that owns the machine's host name.
+    // Several controllers may run on one machine, next to a responder that owns the machine's host name.
     let tag: String = announced.controller.chars().filter(char::is_ascii_alphanumeric).rev().take(8).collect();
     let host = format!("marco-{tag}.local.");
     let instance = format!("{name}-{tag}");

@@ -87,7 +87,7 @@ pub mod reason {
     pub const NOT_VERIFIED: &str = "NOT_VERIFIED";
     /// The node was overdue for too long, or an operator gave it up; a late report with proof may still change this.
     pub const NEVER_RETURNED: &str = "NEVER_RETURNED";
-    /// When the execution was due, the node's labels were outside the scope of the user who asked for the operation.
+    /// The node's labels were outside the scope of the user who asked for the operation, at the time when it was due.
     pub const OUTSIDE_SCOPE: &str = "OUTSIDE_SCOPE";
     /// The node was told to power off and came back under the same boot id.
     pub const STILL_ON: &str = "STILL_ON";

@@ -35,6 +35,7 @@ impl Recurrence {
         let mut last = None;
         let mut at = first;
         loop {
+            // The rest waits for the next round, so that one schedule cannot hold up the others.
             if at > now || due.timely.len() >= TIMELY {
                 due.next = Some(at);
                 break;
@@ -42,6 +43,7 @@ impl Recurrence {
             let mut from = at;
             if at >= limit {
                 due.timely.push(at);
+            // One place is kept for the last late time, which may be made up for.
             } else if due.late.len().saturating_add(1) < listed {
                 due.late.push(at);
             } else if due.unlisted < COUNTED {

@@ -87,21 +87,22 @@ impl fmt::Display for FireOutcome {
     }
 }
 
-/// How long after a fire a node begins: the same at each fire, less than `most`, and spread evenly over the nodes.
+/// Delay of a node after a fire: the same at each fire, less than `most`, and spread evenly over the nodes.
 pub fn jitter(schedule: &str, node: &str, most: TimeDelta) -> TimeDelta {
     let milliseconds = u64::try_from(most.num_milliseconds()).unwrap_or(0);
+    // From a hash and not at random: a node keeps its place, and no controller needs to store it. The zero separates
+    // the names.
     let digest = Sha256::new().chain_update(schedule).chain_update([0]).chain_update(node).finalize();
     let number = digest.iter().take(8).fold(0_u64, |number, byte| (number << 8) | u64::from(*byte));
     let share = number.checked_rem(milliseconds).unwrap_or(0);
     TimeDelta::milliseconds(i64::try_from(share).unwrap_or(0))
 }
 
-/// The id of the operation that a schedule makes for an instant: a UUID of version 7 whose time is the instant, and whose
-/// other bits follow from the schedule and the instant. A controller that makes the operation again, because the first
-/// was lost with the database's last commits, makes it under the same id, by which the nodes' journals know what they
-/// did of it.
+/// The id of the operation that a schedule creates for one of its times: a UUID of version 7 with this time; its other
+/// bits follow from the schedule and the time. If the operation is lost with the database's last commits, a controller
+/// creates it again under the same id. By this id the nodes' journals know their earlier work on it.
 ///
-/// A schedule is told from another one of the same name, made after the first was deleted, by when it was made.
+/// The creation time distinguishes schedules of the same name, of which the first was deleted.
 pub fn operation_uuid(schedule: &str, made: DateTime<Utc>, instant: DateTime<Utc>) -> Uuid {
     let digest = Sha256::new()
         .chain_update(b"operation of a schedule")

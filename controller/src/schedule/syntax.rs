@@ -194,6 +194,7 @@ impl Unit {
         }
         let (range, step) = match upper.split_once('/') {
             Some((range, step)) => {
+                // `parse` alone would accept `+5`.
                 let digits = !step.is_empty() && step.chars().all(|c| c.is_ascii_digit());
                 let step = step.parse().ok().filter(|step: &u8| digits && *step > 0).ok_or_else(|| {
                     format!("{text}: after / stands how far apart, for example */15, a number from 1 to 255")
@@ -258,6 +259,7 @@ impl Field {
     /// The spelling for croner. A lone `*` is kept, because it has a meaning of its own for days.
     fn spelled_out(&self) -> String {
         let of_days = matches!(self.unit, Unit::Day | Unit::Weekday);
+        // croner treats `*` and `1-31` of a day field differently, as cron does.
         if self.is_all() && (self.star || !of_days) {
             return "*".to_owned();
         }

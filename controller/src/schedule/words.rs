@@ -32,6 +32,7 @@ impl fmt::Display for Expression {
         f.write_str(&time)?;
         match self.date() {
             Some(date) => write!(f, ", {date}"),
+            // f.write_str(" every day"), => An interval like `every 15 minutes` needs no day.
             None if time.starts_with("at ") && !time.contains(" each ") => f.write_str(" every day"),
             None => Ok(()),
         }?;
@@ -51,7 +52,9 @@ impl Expression {
             (false, [hour]) => format!("hour {hour}"),
             (false, _) => format!("the hours {}", numbers(&hours)),
         };
+        // Without seconds, as most expressions are; then a time is `03:00`.
         if seconds == [0] {
+            // A few times of a day are clearer than a pattern.
             if !each_hour && minutes.len().saturating_mul(hours.len()) <= TIMES {
                 let times: Vec<String> = hours
                     .iter()
@@ -76,6 +79,7 @@ impl Expression {
     }
 
     fn date(&self) -> Option<String> {
+        // `1-31` has no star: cron then takes a day that matches either field.
         let any_day = self.days.star && self.days.is_all();
         let any_weekday = self.weekdays.star && self.weekdays.is_all();
         match (any_day, any_weekday) {
@@ -98,6 +102,7 @@ fn every(field: &Field, unit: &str) -> Option<String> {
     }
     let [first, second, ..] = found.as_slice() else { return None };
     let step = second.checked_sub(*first)?;
+    // Only steps that divide an hour: `*/25` fires at 0, 25 and 50, which is not every 25 minutes.
     let whole = 60_u8.checked_rem(step) == Some(0) && *first == 0;
     (whole && found.iter().copied().eq((0..60).step_by(usize::from(step)))).then(|| format!("every {step} {unit}s"))
 }

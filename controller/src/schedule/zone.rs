@@ -115,11 +115,13 @@ impl Tzdata {
             }
             None => (own.to_owned(), None),
         };
+        // `localtime` would be the zone of one machine, and differ between controllers.
         names.retain(|name| !NO_ZONES.contains(&name.as_str()));
         Self { version, system, compiled_in, names }
     }
 
     fn zone(&self, name: &str) -> Option<Zone> {
+        // Exact spelling only: jiff ignores case, and the stored name must be the database's.
         if !self.names.contains(name) {
             return None;
         }
@@ -142,6 +144,7 @@ fn version_in(folder: &Path) -> Option<String> {
     let said = header.or_else(|| std::fs::read_to_string(folder.join("+VERSION")).ok())?;
     // A suffix of a distribution ("2026c-dirty") is no part of the version.
     let version: String = said.trim().chars().take_while(char::is_ascii_alphanumeric).collect();
+    // An unknown form cannot be compared, so the copy is not used.
     age(&version).is_some().then_some(version)
 }
 

@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(sweep(context, SystemTime::now() + hour).await.unwrap(), 1);
         assert!(context.artifacts.reader(orphan).await.is_err());
         context.artifacts.reader(named).await.unwrap();
-        // Somebody found it unneeded, and a push named it since.
+        // The bytes were found unneeded, and a push named them since.
         remove(context, &named.to_string()).await;
         context.artifacts.reader(named).await.unwrap();
         context.store.delete_artifact(&row("").id).await.unwrap();

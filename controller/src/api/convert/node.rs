@@ -231,6 +231,7 @@ pub(in crate::api) fn token_limits(
         }
     }
     let cidr = |text: &String| {
+        // A single address is a network of one.
         let single = text.parse::<IpAddr>().map(IpNet::from);
         let network = text.parse::<IpNet>().or(single).map(|network| network.trunc().to_string());
         network

@@ -84,6 +84,7 @@ pub(in crate::api) fn target(target: v1::operation::Target, bad: Bad<'_>) -> Opt
             if list.nodes.is_empty() {
                 bad("operation.nodes.nodes", "is empty; name at least one node".to_owned());
             }
+            // Before the names are read: a request of 1 MiB may have very many.
             if list.nodes.len() > TARGETS_MAX {
                 bad("operation.nodes.nodes", format!("names more than {TARGETS_MAX} nodes; use labels"));
                 return None;
@@ -99,6 +100,7 @@ pub(in crate::api) fn target(target: v1::operation::Target, bad: Bad<'_>) -> Opt
         }
         v1::operation::Target::Labels(selector) => {
             if selector.match_labels.is_empty() {
+                // An empty selector would match every node, which is more likely a mistake than meant.
                 let message = "is empty; name at least one label, or use `all` to mean every node";
                 bad("operation.labels.match_labels", message.to_owned());
             }
@@ -219,6 +221,7 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
             0
         }
     };
+    // In the API 0 means no limit.
     let some = |number: u32| (number > 0).then_some(number);
     let max_in_flight = some(number(asked.max_in_flight, "max_in_flight"));
     let canary = number(asked.canary, "canary");
@@ -235,6 +238,7 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
             bad(&violation.field, violation.description);
         }
     }
+    // One without the other has no effect, and the caller believes in a limit.
     if asked.group_by.is_empty() != max_in_flight_per_group.is_none() {
         let description = "and max_in_flight_per_group need each other: the key of a label, and how many at once";
         bad("operation.rollout.group_by", description.to_owned());

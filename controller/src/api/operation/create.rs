@@ -29,6 +29,8 @@ const REQUEST_ID_MAX: usize = 128;
 impl Operations {
     pub(in crate::api) async fn resolve(&self, target: &Target, scope: &Scope) -> Result<Targets, ApiError> {
         let store = &self.context.store;
+        // Labels and `all` match approved nodes only. A node that is named may be held; its execution waits for the
+        // approval.
         let approved = NodeQuery {
             states: vec![NodeState::Approved],
             limit: u32::MAX,
@@ -48,6 +50,7 @@ impl Operations {
                 let rows = store.nodes_by_id(&ids).await?;
                 let missing: Vec<String> =
                     ids.iter().filter(|id| !rows.iter().any(|row| row.id == **id)).map(NodeId::name).collect();
+                // One error for missing nodes and for those outside, so that a limited caller cannot probe for names.
                 let limited = !scope.is_everything();
                 if limited && (!missing.is_empty() || !rows.iter().all(|row| scope.covers(&row.labels))) {
                     return Err(outside(scope));
@@ -103,9 +106,11 @@ impl Operations {
             facts = self.judged(&row).await?;
             *image = frozen(row);
         }
+        // With an image the bootcode starts the installer. Without one it replaces the system's boot files.
         let purpose = if update.image.is_some() { Purpose::Installer } else { Purpose::System };
         if let Some(bootcode) = &mut update.bootcode {
             *bootcode = frozen(self.artifact("bootcode", &bootcode.id, Kind::Bootcode, purpose).await?);
+            // A named bootcode goes to every board, so no defaults are frozen.
             return Ok(facts);
         }
         for family in families {
@@ -236,6 +241,7 @@ pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -
         bad("request_id", format!("must be at most {REQUEST_ID_MAX} bytes of printable text"));
     }
     let request = match (&action, &target) {
+        // The key covers the request as it was written, without `now`: a repeated call must have the same key.
         (Some(action), Some(target)) if wrong.is_empty() => {
             let body = serde_json::to_vec(&(action, target, schedule_time, expire_time, &rollout, &window))
                 .map_err(|error| ApiError::Internal(error.to_string()))?;
@@ -259,6 +265,7 @@ impl Written {
                     "operation.schedule_time",
                     format!("{} is in the past; leave it out to begin at once", time.to_rfc3339()),
                 );
+                // The request is refused anyway; `now` only lets the other checks go on.
                 now
             }
             Some(time) => time,
@@ -304,6 +311,7 @@ pub(in crate::api) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<Req
     }
     let mut hash = Sha256::new();
     for part in body {
+        // Each part with its length, so that no two lists of parts hash alike.
         hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
         hash.update(part);
     }

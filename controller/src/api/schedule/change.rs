@@ -41,6 +41,7 @@ impl Schedules {
             if request.validate_only {
                 return Ok(not_stored(&new, doubts));
             }
+            // Conditional on the revision that was read; a fire or another change in between makes it fail.
             if self.context.store.update_schedule(&new, now).await? {
                 return Ok(v1::Schedule { doubts, ..self.shown(&self.find(&id).await?).await? });
             }
@@ -48,6 +49,7 @@ impl Schedules {
             // A fire in between is no reason to trouble the caller.
             now = self.context.clock.now();
             old = self.find_decided(&id, now).await?;
+            // Another caller changed it: the change must not be applied to a schedule that this caller has not seen.
             if old.revision != revision {
                 break;
             }

@@ -48,6 +48,8 @@ impl Schedules {
     ) -> Result<Vec<ScheduleRow>, ApiError> {
         let limit_reached = |rows: &Vec<ScheduleRow>| rows.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
         let mut rows = Vec::new();
+        // The reach of a schedule depends on its template and on today's nodes, which no query can express. So pages
+        // are read until enough rows are visible.
         loop {
             let page = self.context.store.schedules(after.as_ref(), limit).await?;
             let Some(last) = page.last().map(|row| row.id.clone()) else { return Ok(rows) };
@@ -70,6 +72,7 @@ impl Schedules {
         let parent = schedule_id("parent", &request.parent)?;
         let size = page::size(request.page_size)?;
         let damaged = || ApiError::invalid("page_token", "is damaged");
+        // A schedule has one row for each time, so the time is the key of a page.
         let before = match page::after(LIST, &request.page_token)? {
             Some(micros) => {
                 let micros = micros.parse().map_err(|_| damaged())?;

@@ -79,6 +79,7 @@ pub(super) fn changed(
     if paths.is_empty() {
         return Err(ApiError::invalid("update_mask", format!("must name at least one of {}", CHANGEABLE.join(", "))));
     }
+    // Merged as a message, so that the same reader checks a new and a changed schedule.
     let mut merged = convert::schedule(old);
     for path in paths {
         match path.as_str() {

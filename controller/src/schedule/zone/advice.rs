@@ -71,6 +71,7 @@ pub(in crate::schedule) fn advice(asked: &str) -> String {
     }
     let data = Tzdata::of_process();
     let tidied = asked.trim().replace(' ', "_");
+    // The most certain guess first: the right name in another spelling.
     if let Some(name) = data.names.iter().find(|name| name.eq_ignore_ascii_case(&tidied)) {
         return format!("did you mean {name}?");
     }
@@ -88,6 +89,7 @@ pub(in crate::schedule) fn advice(asked: &str) -> String {
 
 /// Minutes ahead of UTC: `+03:00`, `-0330`, `UTC+2`, `GMT-5`, `Z`.
 fn offset(text: &str) -> Option<i32> {
+    // A minus sign may be copied from a document as U+2212.
     let upper = text.to_ascii_uppercase().replace('\u{2212}', "-");
     if upper == "Z" {
         return Some(0);
