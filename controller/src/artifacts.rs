@@ -161,6 +161,7 @@ impl Artifacts {
     /// # Errors
     /// Returns an error if it cannot be created.
     pub fn open(data_dir: &Path) -> Result<Self, ArtifactError> {
+        // Both under one folder, so that an upload is moved into place by a rename.
         let (blobs, staging) = (data_dir.join("artifacts").join("sha256"), data_dir.join("staging"));
         for folder in [&blobs, &staging] {
             fs::create_dir_all(folder).map_err(failed(format!("make the folder {}", folder.display())))?;
@@ -224,6 +225,7 @@ impl Artifacts {
 
     fn blob(&self, sha256: Digest) -> PathBuf {
         let name = sha256.to_string();
+        // 256 folders keep each of them small.
         let shard: String = name.chars().take(2).collect();
         self.blobs.join(shard).join(name)
     }
@@ -249,6 +251,7 @@ impl BlobReader {
         let file = Arc::clone(&self.file);
         off_runtime(move || {
             let mut data = vec![0; len];
+            // By position: one open file serves several readers.
             file.read_exact_at(&mut data, offset).map_err(failed("read an artifact"))?;
             Ok(Bytes::from(data))
         })

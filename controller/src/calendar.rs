@@ -22,6 +22,7 @@ pub const START_OF_TIME: DateTime<Utc> = match DateTime::from_timestamp(-62_135_
 
 /// The date, or the nearest one that can be stored.
 pub fn bounded(time: DateTime<Utc>) -> DateTime<Utc> {
+    // chrono's calendar goes further than the API's, so its checks alone are not enough.
     time.clamp(START_OF_TIME, END_OF_TIME)
 }
 

@@ -214,6 +214,7 @@ impl Config {
             listen,
             enroll_listen,
             mirror_listen: mirror.unwrap_or_else(|| SocketAddr::new(listen.ip(), MIRROR_PORT)),
+            // A second controller on one machine must not fail for a mirror that nobody asked for.
             mirror_asked_for: mirror.is_some(),
             discovery,
             missed_after,
@@ -228,6 +229,7 @@ impl Config {
 /// certificate of the CA whose key is in the data directory.
 fn is_operators(certs: &Path, data_dir: &Path) -> bool {
     let Ok(ca) = std::fs::read_to_string(certs.join("ca.crt")) else { return false };
+    // The controller's own folder may have lost its key; the CA's key in the data directory still tells.
     let own_ca = std::fs::read_to_string(data_dir.join("pki").join("ca.key"))
         .is_ok_and(|key| Ca::load(&ca, &key, clock::built()).is_ok());
     !own_ca && !certs.join("controller.key").exists()

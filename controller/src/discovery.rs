@@ -72,6 +72,7 @@ pub struct Announced {
 pub async fn run(announced: Announced, stop: CancellationToken) {
     let Ways { mdns, marcopolo } = announced.ways;
     let name = host_name();
+    // Both at the same time, and neither ends the other.
     tokio::join!(
         async {
             if mdns && let Err(error) = mdns::announce(&announced, &name, &stop).await {

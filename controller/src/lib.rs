@@ -118,9 +118,11 @@ impl Controller {
     /// Returns an error if one of them cannot be opened.
     pub async fn bind(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         make_private(&config.data_dir)?;
+        // Those of an earlier start may have wider modes.
         for folder in ["artifacts", "staging", "pki"] {
             keep_private(&config.data_dir.join(folder));
         }
+        // Schedules depend on it, and it may differ between controllers.
         tracing::info!(tzdata = %schedule::Tzdata::of_process(), "time zones");
         let store = Store::open(&config.database_url).await.context("cannot open the database")?;
         // Several controllers on one database agree on its time, independent of their own clocks.

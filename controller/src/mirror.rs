@@ -181,6 +181,7 @@ impl Mirror {
 
     fn connection(&self, connection: TlsConn, router: &Router) -> Connection {
         let service = router.clone().layer(axum::Extension(connection.peer().clone()));
+        // hyper has no timeout for writing: a client that stops reading would hold its place.
         let mut stream = TimeoutStream::new(connection);
         stream.set_write_timeout(Some(self.patience.write));
         http1::Builder::new()
@@ -198,6 +199,7 @@ impl Mirror {
         match self.store.node_may_have(node, &row.sha256).await.map_err(Unserved::Database)? {
             Allowance::NotApproved => Err(Unserved::Held),
             Allowance::Granted => Ok(()),
+            // Ok(()), => An installer of 2015 has no operation; it asks by a name that is on its card.
             Allowance::NotAsked if row.open_to_mirror => Ok(()),
             Allowance::NotAsked => Err(Unserved::NotAsked),
         }
@@ -205,6 +207,7 @@ impl Mirror {
 
     /// The file for this caller; a refusal is recorded in the audit.
     async fn file(&self, asked: &Asked, row: ArtifactRow, content_type: &'static str) -> Result<File, Unserved> {
+        // Before the bytes are fetched from elsewhere, which costs another controller work.
         if let Err(refused) = self.check(&asked.caller, &row).await {
             if matches!(refused, Unserved::Held | Unserved::NotAsked) {
                 let (why, path) = (refused.to_string(), row.id.name());
@@ -250,6 +253,7 @@ fn router(mirror: Mirror) -> Router {
         .layer(from_fn_with_state(mirror.clone(), gate))
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_TIMEOUT))
+        // A defect costs one answer, not the connection's task.
         .layer(CatchPanicLayer::new())
         .with_state(mirror)
 }
@@ -301,6 +305,7 @@ async fn image(
     let unknown = |why: &str| Unserved::NotFound(format!("{why}; `marcoctl artifacts list` shows what there is"));
     let id = file.strip_suffix(".tar.gz").ok_or_else(|| unknown("an image is /tar/ID.tar.gz"))?;
     let row = mirror.find(id, Kind::Image).await?.ok_or_else(|| unknown("there is no image of this name"))?;
+    // Installers of the 2015 system unpack gzip only.
     if row.compression != "gzip" {
         return Err(unknown("this image is no gzip tarball: push it as .tar.gz for installers of the 2015 system"));
     }

@@ -118,6 +118,7 @@ impl Rollout {
     /// Chooses the waiting nodes that may go now. `waiting` holds their groups; the result holds indices into it, in
     /// order.
     pub fn choose(&self, standing: &Standing, waiting: &[Option<String>]) -> Vec<usize> {
+        // Checked here too, so that no caller can choose nodes for an operation that has to pause.
         if self.pause(standing).is_some() {
             return Vec::new();
         }

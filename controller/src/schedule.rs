@@ -92,6 +92,7 @@ impl Recurrence {
         let parser = CronParser::builder()
             .seconds(Seconds::Required)
             .year(Year::Disallowed)
+            // croner's own rule for the two day fields is another one.
             .dom_and_dow(expression.both_days)
             .build();
         let cron = parser.parse(&expression.spelled_out()).map_err(|error| refused(error.to_string()))?;
@@ -160,6 +161,8 @@ impl Recurrence {
         let mut inclusive = false;
         loop {
             let offset = self.offset(from);
+            // croner walks a wall clock that never moves: its own time zones fire lists and steps in a gap several
+            // times or never.
             let local = self.next_match(from.naive_utc().checked_add_signed(offset)?, inclusive)?;
             let instant = local.checked_sub_signed(offset)?.and_utc();
             match self.next_change(from, instant)? {

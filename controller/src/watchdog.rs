@@ -198,6 +198,7 @@ impl Watchdog {
             }
             Condition::Failing(_) => false,
         };
+        // Only changes, so that the log has one line for each.
         if away != self.sessions.is_away() {
             let nodes = self.sessions.live().len();
             self.sessions.send_away(away);

@@ -217,6 +217,7 @@ impl Doors {
         let role = convert::person_role("api_token.role", asked.role)?;
         let scope = scope("api_token.selector", asked.selector, role)?;
         let ttl = convert::ttl("ttl", request.ttl, TOKEN_TTL, TOKEN_TTL_MAX)?;
+        // The store keeps only the hash, so this answer is the only place where the secret is shown.
         let secret = ApiSecret::mint()
             .map_err(|error| ApiError::Internal(format!("the system gives no random numbers: {error}")))?;
         let row = ApiTokenRow {

@@ -78,6 +78,7 @@ impl ArtifactsApi {
         let id = artifact_id("name", name)?;
         match self.context.store.delete_artifact(&id).await? {
             DeleteArtifactOutcome::Deleted { bytes_unused } => {
+                // The row is gone already. Bytes without a row are harmless, a row without bytes is not.
                 if let Some(digest) = bytes_unused {
                     bytes::remove(&self.context, &digest).await;
                 }
@@ -103,6 +104,7 @@ impl ArtifactsApi {
 
     async fn set_default(&self, request: &v1::SetDefaultArtifactRequest) -> Result<v1::Artifact, ApiError> {
         let id = artifact_id("name", &request.name)?;
+        // A misspelt family would be a default that no node ever gets.
         if !matches!(request.board.as_str(), "" | "pi1" | "pi2" | "pi3" | "pi4" | "pi5") {
             return Err(ApiError::invalid("board", "must be pi1, pi2, pi3, pi4 or pi5, or empty for any board"));
         }
@@ -116,6 +118,7 @@ fn artifact_id(field: &str, name: &str) -> Result<ArtifactId, ApiError> {
 }
 
 fn not_found(name: &str) -> ApiError {
+    // The text is the caller's and of any length.
     let shown: String = name.chars().take(160).collect();
     ApiError::NotFound {
         reason: "ARTIFACT_NOT_FOUND",
@@ -256,6 +259,7 @@ async fn receive(
     let checked = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&checked);
     let mut finish = Box::pin(upload.finish(header.content, move |bytes| counter.store(bytes, Ordering::Relaxed)));
+    // The check of a large image takes minutes; without progress a client could not tell it from a hang.
     let mut ticks = tokio::time::interval(CHECK_PROGRESS);
     let blob = loop {
         // A tick only reports; the check goes on where it was.

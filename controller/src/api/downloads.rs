@@ -101,6 +101,7 @@ impl Drop for Counted {
         if let Some(count) = callers.get_mut(&self.key) {
             *count -= 1;
             if *count == 0 {
+                // Otherwise the map would keep every caller that ever downloaded.
                 callers.remove(&self.key);
             }
         }
@@ -116,6 +117,7 @@ pub(super) struct Underway {
 
 /// Returns an error unless the node's work names the bytes, or they are a default of its board.
 pub(super) async fn check_node(context: &Context, node: &NodeId, sha256: &str) -> Result<(), ApiError> {
+    // An image holds Wi-Fi keys and password hashes: a node reads only the bytes of its own work.
     match context.store.node_may_have(node, sha256).await? {
         Allowance::Granted => Ok(()),
         Allowance::NotAsked => Err(ApiError::Forbidden {

@@ -43,6 +43,7 @@ impl Enrollments {
 
     /// Refuses an address with too many refused calls, before anything expensive happens.
     fn admit(&self, address: IpAddr) -> Result<(), ApiError> {
+        // Looks without taking: a call that succeeds costs nothing.
         if self.refused.has(&source(address), self.context.clock.now()) {
             return Ok(());
         }
@@ -65,6 +66,7 @@ impl Enrollments {
         let ours = |error: &ApiError| {
             matches!(error, ApiError::Unavailable { .. } | ApiError::Store(_) | ApiError::Internal(_))
         };
+        // Only refused calls count: a room of Pis behind one address must be able to join at once.
         if result.as_ref().is_err_and(|error| !ours(error)) {
             self.refused.take(source(address), self.context.clock.now());
         }
@@ -85,6 +87,7 @@ impl Enrollments {
         asked.target = wanted_id.as_ref().map(NodeId::name).unwrap_or_default();
         let board = convert::board(request.board.unwrap_or_default())?;
         asked.serial.clone_from(&board.serial);
+        // The id is made of the serial number otherwise.
         if wanted_id.is_none() && board.serial.is_empty() {
             return Err(ApiError::invalid("node_id", "is needed, as the board has no serial number to make one from"));
         }
@@ -94,7 +97,9 @@ impl Enrollments {
             refused()
         })?;
         asked.token = token.id.name();
+        // From here on the audit knows the token, even if the call is refused.
         record.edit(|row| row.credential.clone_from(&asked.token));
+        // Before the token is used: a bad request must not cost one of its uses.
         let key_sha256 = Ca::key_of_request(&request.certificate_request).map_err(request_error)?;
         let now = self.now()?;
         let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board, address };
@@ -137,6 +142,7 @@ impl Enrollments {
         from: SocketAddr,
         asked: &mut Asked,
     ) -> Result<v1::RenewCertificateResponse, ApiError> {
+        // The size is checked before anything parses the text.
         pem("certificate", &request.certificate)?;
         pem("certificate_request", &request.certificate_request)?;
         let now = self.now()?;
@@ -365,6 +371,7 @@ impl EnrollmentService for Enrollments {
             Err(error) => Err(error),
         };
         self.count(from.ip(), &result);
+        // A refused caller has proved no identity, so the audit does not name the node as the actor.
         let actor = if result.is_ok() { asked.target.clone() } else { String::new() };
         self.record(&record, &actor, from, asked, &result).await;
         Ok(Response::new(result?))

@@ -24,6 +24,7 @@ pub(super) fn explain(
     let operation = row.id.operation.name();
     let (explanation, suggestions) = match row.state {
         ExecutionState::Pending => {
+            // With jitter each node has a time of its own, which explains more than the operation's.
             let (mut text, suggestions) = match row.not_before {
                 Some(time) if row.wait_reason == Some(WaitReason::NotDue) => (
                     format!("It waits for its own time in the schedule's jitter, {}.", time.to_rfc3339()),
@@ -66,6 +67,7 @@ pub(super) fn explain(
     };
     let mut explanation = explanation;
     let mut suggestions = suggestions;
+    // An overdue execution is explained below, with its reason.
     if let Some(deadline) = row.deadline.filter(|_| row.state.is_active() && !row.overdue) {
         explanation.push_str(&format!(" Without news it is overdue at {}.", instant(deadline)));
     }
@@ -128,6 +130,8 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held:
         (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
             format!(" The reason given: {}.", whole.state_reason)
         }
+        // " Nodes that you may not see are in flight.".to_owned(), => A limited caller learns that the slots are taken,
+        // but not by which nodes.
         (Some(WaitReason::NoSlot), []) if held > 0 => " Nodes that you may not see are in flight.".to_owned(),
         (Some(WaitReason::NoSlot), []) => {
             " No node holds one; the operation is about to pause, or its first nodes have not succeeded yet.".to_owned()
@@ -155,6 +159,7 @@ fn slot(rollout: &Rollout, succeeded: u32, held: usize) -> String {
             rollout.canary
         );
     }
+    // The limit of the whole operation is named first: a free slot in the group would not help.
     let all_taken = rollout.max_in_flight.is_some_and(|limit| held >= limit);
     if let (Some(label), Some(limit)) = (&rollout.group_by, rollout.max_in_flight_per_group)
         && held >= limit
@@ -178,6 +183,7 @@ fn bytes(row: &ExecutionRow) -> String {
 }
 
 fn cancel(row: &ExecutionRow, operation: &str) -> Vec<String> {
+    // A second cancel changes nothing.
     if row.cancel_requested {
         return vec![];
     }

@@ -148,6 +148,7 @@ impl Nodes {
             "" => None,
             text => Some(fingerprint(text)?),
         };
+        // Read before, to see if the approval moved the node to another key.
         let before = self.context.store.node(&id).await?;
         let precondition = |reason, message| Err(ApiError::Precondition { reason, message });
         match self.context.store.approve(&id, fingerprint.as_deref(), self.context.clock.now()).await? {
@@ -242,6 +243,7 @@ impl Nodes {
         let ttl = convert::ttl("ttl", request.ttl, DEFAULT_TTL, MAX_TTL)?;
         let limits = convert::token_limits(request.cidrs, request.serials, request.nodes)?;
         let labels = convert::labels("labels", request.labels)?;
+        // With the CA's pin, by which a node knows the right controller before it trusts anything.
         let token = JoinToken::mint(self.context.ca.spki_sha256())
             .map_err(|error| ApiError::Internal(format!("the system gives no random numbers: {error}")))?;
         let new = NewToken {
@@ -276,6 +278,7 @@ impl Nodes {
     async fn revoke_token(&self, name: &str) -> Result<v1::JoinToken, ApiError> {
         let id = token_id("name", name)?;
         let revoked = self.context.store.revoke_token(&id).await?;
+        // Revoked first, told afterwards: a leaked token must be useless at once.
         let (row, stranded) = revoked.ok_or_else(|| ApiError::NotFound {
             reason: "TOKEN_NOT_FOUND",
             message: format!("there is no {}; `marcoctl tokens list` shows those that exist", id.name()),

@@ -141,6 +141,7 @@ impl Operations {
     async fn retry(&self, caller: &Caller, request: v1::RetryOperationRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let id = operation_id("name", &request.name)?;
+        // The verb is part of the key, so that one id cannot mean a creation and a retry.
         let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         if let Some(row) = self.asked_before(caller, key.as_ref()).await? {
             return Ok(row);
@@ -172,6 +173,7 @@ impl Operations {
             });
         }
         must_open(old.window.as_ref(), now)?;
+        // By name: labels may match other nodes today.
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
         self.store_new(
             caller,

@@ -166,6 +166,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
     // A cut fetch continues at its offset, from any controller.
     if upload.offset() < row.size {
         let channel = dial(&context.ca, &context.clock, address).await.map_err(|error| later(&crate::chain(&error)))?;
+        // By digest: the name may point at other bytes by now.
         let request = v1::DownloadArtifactRequest { name: format!("{BY_DIGEST}{digest}"), offset: upload.offset() };
         let refused = |status: tonic::Status| later(&format!("{address} says: {}", status.message()));
         let mut client = ArtifactServiceClient::new(channel);

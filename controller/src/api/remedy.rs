@@ -12,6 +12,7 @@ use crate::store::ExecutionRow;
 /// True if a retry with the same image ends the same way.
 pub(super) fn is_hopeless(state: ExecutionState, error: Option<&ExecutionError>, action: &Action) -> bool {
     let failed = matches!(state, ExecutionState::Failed | ExecutionState::RolledBack);
+    // The set of reasons speaks of images; a reboot that fails may succeed the next time.
     let image = action.image().is_some();
     failed && image && error.is_some_and(|error| healing(&error.reason) == Healing::AnotherImage)
 }
@@ -48,6 +49,7 @@ pub(super) async fn trouble(context: &Context, node: &NodeId) -> Result<String, 
     }
     let image = last.action.image().map(|image| image.id.clone()).unwrap_or_default();
     let why = last.error.map(|error| format!("{}: {}", error.reason, error.message)).unwrap_or_default();
+    // Rolled back: the node runs a system, so nothing has to be put back.
     let then = if last.state == ExecutionState::RolledBack {
         "It runs the system that it ran before.".to_owned()
     } else {

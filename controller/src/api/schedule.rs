@@ -59,6 +59,7 @@ impl Schedules {
         request: Option<RequestKey>,
     ) -> Result<NewOperation, ApiError> {
         let window = schedule.template.window.as_ref();
+        // Releases before this check stored windows that never open.
         must_open(window, begins)?;
         let operations = Operations::new(self.context.clone());
         let targets = operations.resolve(&schedule.template.target, &scope).await?;
@@ -105,6 +106,7 @@ impl Schedules {
     async fn create(&self, caller: &Caller, request: v1::CreateScheduleRequest) -> Result<v1::Schedule, ApiError> {
         let now = self.context.clock.now();
         let validate_only = request.validate_only;
+        // The scope of today is kept with the schedule: its fires must not reach further than its creator may.
         let row = ScheduleRow { scope: caller.scope(), ..read::new(request, &caller.name, now)? };
         self.stays_within(caller, &row).await?;
         let exists = || ApiError::AlreadyExists {

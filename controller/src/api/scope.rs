@@ -55,6 +55,7 @@ impl Context {
             return Ok(());
         }
         let ids: Vec<OperationId> = rows.iter().map(|row| row.id.clone()).collect();
+        // The counts of the whole operation would tell how many nodes there are outside.
         let mut counts = self.store.counts_within(&ids, scope).await?;
         let visible = self.store.ids_within(scope).await?;
         for row in rows {

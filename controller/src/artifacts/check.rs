@@ -35,6 +35,7 @@ pub(super) fn check(
     stop: &CancellationToken,
     progress: &impl Fn(u64),
 ) -> Result<StoredBlob, ArtifactError> {
+    // Bounded: the slower side sets the pace, and memory does not grow with the image.
     let (sender, receiver) = mpsc::channel(PIPE);
     // Scoped threads: they borrow the file and never outlive the check.
     let (digests, checked) = thread::scope(|scope| {
@@ -91,6 +92,7 @@ fn hash(
         chunk.update(&block);
         offset += u64::try_from(block.len()).unwrap_or(u64::MAX);
         if offset % chunk_size == 0 || offset == size {
+            // In the same pass: a second one over a large image costs minutes on a slow disk.
             chunks.extend_from_slice(&chunk.finalize_reset());
         }
         // A reader that has refused the contents is gone; the digest is needed all the same.

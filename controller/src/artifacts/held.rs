@@ -33,6 +33,7 @@ impl Artifacts {
         unneeded: impl Future<Output = Result<bool, E>>,
     ) -> Result<bool, E> {
         let path = self.blob(sha256);
+        // On the file itself, so that it holds between threads, processes and controllers that share the folder.
         let Some(held) = off_runtime(move || hold(&path)).await? else { return Ok(false) };
         if !unneeded.await? {
             return Ok(false);

@@ -50,6 +50,7 @@ impl Upload {
                 if !is_named(&file, &store.blob(sha256))? {
                     continue;
                 }
+                // The same digest with another size: the caller announced one of them wrongly.
                 if stored != size {
                     return Err(ArtifactError::WrongSize { stored, announced: size });
                 }
@@ -62,6 +63,7 @@ impl Upload {
                 file.set_len(0).map_err(failed("empty a cut upload"))?;
                 offset = 0;
             }
+            // Before the first byte: an upload of an hour must not fail at its end.
             let (needed, free) = (size - offset, free(&part)?);
             if needed > free {
                 // An empty file would only be removed by the sweep, days later.

@@ -88,6 +88,8 @@ impl Access {
         let nobody = |denied| Refused { denied, caller: None };
         let peer = peer.ok_or_else(|| nobody(Denied::Unauthenticated))?;
         let caller = match (authorization, peer.certificate.as_deref()) {
+            // self.by_token(text, peer).await.map_err(nobody)?, => A proxy with a certificate of its own may pass on
+            // calls with tokens.
             (Some(text), _) => self.by_token(text, peer).await.map_err(nobody)?,
             (None, Some(certificate)) => {
                 let caller = Caller::from_peer(peer).ok_or_else(|| nobody(Denied::Unauthenticated))?;
@@ -151,6 +153,7 @@ impl Access {
             let _turn = self.callers.lookup(Credential::TokenFrom(peer.addr.ip())).await;
             self.store.api_token_of(&secret.sha256()).await?
         };
+        // One answer for unknown, expired and revoked: a guess must not learn that a token once existed.
         let row = row.filter(|row| row.works(self.clock.now())).ok_or(Denied::BadToken)?;
         Ok(Caller {
             name: row.id.name(),
@@ -172,16 +175,19 @@ impl Access {
         let mut found = self.standing(&certificate.serial).await;
         if matches!(found, Ok(None)) && !matches!(caller.role, Role::Node | Role::Controller) {
             // It was made on the first start, or by hand with the CA's key.
+            // Stored from now on, so that an admin can list and revoke it.
             self.enter(&caller, certificate).await?;
             found = self.standing(&certificate.serial).await;
         }
         let standing = match found {
             Ok(standing) => standing,
+            // return Ok(caller), => Load balancers and other controllers must learn that this one is not well.
             Err(_) if STORELESS.iter().any(|service| method.starts_with(service)) => return Ok(caller),
             Err(error) => return Err(error.into()),
         };
         match standing {
             Some(standing) => {
+                // A node's key that waits for approval; its fingerprint tells the admin which one to approve.
                 if standing.held {
                     return Err(Denied::KeyHeld(certificate.key_sha256.clone()));
                 }
@@ -211,6 +217,7 @@ impl Access {
             role: caller.role.as_str().to_owned(),
             scope: Scope::everything(),
             create_time: self.clock.now(),
+            // No caller created this user: the certificate was signed with the CA's key outside the API.
             creator: "the CA's key".to_owned(),
             revoke_time: None,
         };

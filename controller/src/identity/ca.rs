@@ -136,6 +136,7 @@ pub struct Ca {
 impl Ca {
     /// A new authority; the second value is its key, PEM.
     fn mint(now: DateTime<Utc>, built: DateTime<Utc>) -> Result<(Self, String), PkiError> {
+        // A CA of 1970 would be expired at once, and every card with its pin would be useless.
         Window::before_ca(built).check(now)?;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let key_pem = key.serialize_pem();
@@ -170,9 +171,11 @@ impl Ca {
         let key = KeyPair::from_pem(key_pem).map_err(|err| format!("no key can be read ({err})"))?;
         let spki = key.subject_public_key_info();
         let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|err| format!("it is malformed ({err})"))?;
+        // Otherwise every certificate that it issues fails at the clients, far from the cause.
         if parsed.public_key().raw != spki {
             return Err("its key is not the CA's key".to_owned());
         }
+        // A leaf would sign certificates that every verifier refuses.
         if !parsed.is_ca() {
             return Err("it is no CA's certificate".to_owned());
         }

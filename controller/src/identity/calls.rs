@@ -47,6 +47,7 @@ impl Calls {
         work: impl Future<Output = http::Response<Body>> + Send + 'static,
     ) -> http::Response<Body> {
         let Ok(room) = Arc::clone(&self.room).acquire_owned().await else { return failed().into_http() };
+        // A task of the tracker, which the server awaits when it stops.
         let task = self.tasks.spawn(deadline::carried(async move {
             let _room = room;
             work.await
@@ -96,6 +97,7 @@ fn framed(body: &[u8]) -> Result<(), Status> {
     let Some(([flag, length @ ..], message)) = body.split_first_chunk::<MESSAGE_HEAD>() else {
         return Err(undecodable("the body holds no message"));
     };
+    // 1 is a compressed message, which tonic refuses with its own status.
     if *flag > 1 {
         return Err(undecodable("the byte before the message's length is neither 0 nor 1"));
     }

@@ -45,6 +45,7 @@ impl Warnings {
         for found in store.newly_expiring(now).await? {
             let expires = text(found.expire_time);
             tracing::warn!(owner = found.owner, credential = found.credential, expires, "a credential expires");
+            // Nodes renew by themselves half-way, so this one has a problem; people must act.
             let what = if found.owner.starts_with("nodes/") {
                 "the node has not renewed its certificate: it is off, or cannot reach the enrolment port"
             } else {

@@ -80,6 +80,7 @@ where
         let (access, calls) = (Arc::clone(&self.access), self.calls.clone());
         Box::pin(deadline::of_caller(async move {
             let method = request.uri().path().to_owned();
+            // Put there by the acceptor, so it cannot be forged by a header.
             let peer = request.extensions().get::<PeerInfo>().cloned();
             // A header that is not text counts as a wrong token. Counting it as none would let the certificate decide
             // instead.
@@ -115,6 +116,7 @@ where
             }
             let pass = Arc::clone(&caller.pass);
             let Some(entered) = access.enter_call(&method, caller.clone()).await else {
+                // Recorded only if the method would have changed something.
                 return Ok(noted(&calls, access, &caller, &method, too_many().into_http()).await);
             };
             let request = request.map(|body| Body::new(Cuttable::new(body, &pass, None)));
@@ -157,6 +159,7 @@ fn close_if_useless(peer: &PeerInfo, denied: &Denied) {
     let useless = match denied {
         Denied::Revoked | Denied::Quarantined | Denied::KeyHeld(_) => true,
         Denied::Unauthenticated | Denied::BadToken => !peer.connection.is_accepted(),
+        // false, => The credential itself is good.
         Denied::Forbidden { .. } | Denied::Unavailable => false,
     };
     if useless {
@@ -295,6 +298,7 @@ impl http_body::Body for Cuttable {
             return Pin::new(&mut self.inner).poll_frame(cx);
         }
         self.ended = true;
+        // Dropped at once: what the handler holds for the stream must not wait for a slow reader.
         self.inner = Body::empty();
         let status = status(&self.pass.why());
         // A request has no trailers; its handler sees the error.

@@ -53,6 +53,7 @@ impl Recorder {
             // Nothing was changed, and the store does not answer: the caller would wait a second time.
             return;
         }
+        // Only failed calls are limited: the audit must have every change.
         if row.result != OK {
             let allowed = match address.map(source) {
                 Some(address) if row.actor.is_empty() => {
@@ -65,6 +66,7 @@ impl Recorder {
                 self.left_out.fetch_add(1, Ordering::Relaxed);
                 return;
             }
+            // In the row itself, so that the audit shows its own gaps.
             let left_out = self.left_out.swap(0, Ordering::Relaxed);
             if left_out > 0 {
                 row.message = format!("{} ({left_out} other refused calls were not recorded)", row.message);

@@ -179,6 +179,7 @@ pub fn short(method_path: &str) -> &str {
 
 /// Roles that may call a method, by its path; empty: none.
 pub fn allowed(method_path: &str) -> &'static [Role] {
+    // Exact paths only: a prefix would also admit methods that are added later.
     TABLE.iter().find(|(path, _)| *path == method_path).map_or(&[], |(_, roles)| roles)
 }
 

@@ -137,6 +137,7 @@ impl PeerCertificate {
 pub(super) fn common_name<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a str> {
     let mut names = certificate.subject().iter_common_name();
     let name = names.next()?.as_str().ok()?;
+    // With two names one check could read the first and another one the last.
     names.next().is_none().then_some(name)
 }
 
@@ -230,6 +231,7 @@ impl Acceptor {
         let provider = Arc::new(default_provider());
         let with_ca = listener == Listener::Enrolment;
         let presented = Arc::new(Presented(RwLock::new(certified(pki, with_ca)?)));
+        // Installers of the 2015 system may not speak TLS 1.3; our own agents and tools do.
         let versions: &[_] = if listener == Listener::Mirror { &[&TLS13, &TLS12] } else { &[&TLS13] };
         let builder = ServerConfig::builder_with_details(Arc::clone(&provider), Arc::new(TlsTime(clock)))
             .with_protocol_versions(versions)
@@ -240,6 +242,7 @@ impl Acceptor {
             let mut roots = RootCertStore::empty();
             roots.add(pki.ca.certificate_der().clone()).map_err(TlsError::new)?;
             let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            // The API also takes callers with an API token, who have no certificate.
             let verifier = if listener == Listener::Mirror { verifier } else { verifier.allow_unauthenticated() };
             builder.with_client_cert_verifier(verifier.build().map_err(TlsError::new)?)
         };
@@ -327,6 +330,7 @@ fn builder(patience: Patience) -> tonic::transport::Server {
         .max_concurrent_streams(patience.streams)
         .initial_stream_window_size(patience.window)
         .initial_connection_window_size(patience.window)
+        // An adaptive window would grow beyond the memory that is planned for a connection.
         .http2_adaptive_window(Some(false))
         .max_frame_size(patience.frame)
         .http2_keepalive_interval(Some(patience.ask))

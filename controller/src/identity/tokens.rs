@@ -54,6 +54,7 @@ impl JoinToken {
         let mut parts = text.trim().split('.');
         let mut next = || parts.next().ok_or(InvalidToken);
         let (form, id, secret, pin) = (next()?, next()?, next()?, next()?);
+        // `JoinTokenId::parse` also accepts a full name, which has no place in a token.
         if form != FORM || parts.next().is_some() || id.contains('/') {
             return Err(InvalidToken);
         }

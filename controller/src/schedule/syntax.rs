@@ -275,6 +275,7 @@ impl Field {
                 Item::NearestWorkday(day) => add(format!("{day}W")),
                 Item::LastWeekday(day) => add(format!("{}L", sunday_is_0(*day))),
                 Item::NthWeekday(first, last, which) => {
+                    // croner has no ranges before `#`.
                     (*first..=*last).for_each(|day| add(format!("{}#{which}", sunday_is_0(day))));
                 }
             }
@@ -312,6 +313,7 @@ impl Expression {
             minutes: Unit::Minute.field(minutes)?,
             hours: Unit::Hour.field(hours)?,
             months: Unit::Month.field(months)?,
+            // As crontab(5) of vixie and cronie: a day field that begins with `*` does not restrict by itself.
             both_days: both || days.star || weekdays.star,
             days,
             weekdays,

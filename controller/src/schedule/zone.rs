@@ -101,6 +101,7 @@ impl Tzdata {
             .into_iter()
             .filter_map(|folder| Some((version_in(&folder)?, folder)))
             .max_by_key(|(version, _)| age(version))
+            // Packages of a machine are often quicker than our releases; containers have none, or an old copy.
             .filter(|(version, _)| age(version) > age(own));
         let system = found.and_then(|(version, folder)| {
             let database = TimeZoneDatabase::from_dir(&folder).ok()?;

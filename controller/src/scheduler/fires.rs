@@ -125,6 +125,7 @@ impl Fires {
         for row in self.store.schedules_due(later(now, WAKE_AHEAD), AT_ONCE).await? {
             let Some(at) = row.next_fire.filter(|at| *at > now) else { continue };
             let Ok(until) = at.signed_duration_since(now).to_std() else { continue };
+            // Each round sees the same near times again.
             if !ordered.insert((at, row.id)) {
                 continue;
             }
@@ -213,7 +214,9 @@ impl Fires {
             let page = self.store.schedules(last.as_ref(), AT_ONCE).await?;
             let Some(end) = page.last().map(|row| row.id.clone()) else { return Ok(()) };
             for schedule in page {
+                // A time that has come is decided as it was stored; only coming ones move.
                 let Some(stored) = schedule.next_fire.filter(|stored| *stored > now) else { continue };
+                // Never before the last outcome: a time stored under old rules would fire once more.
                 let after = schedule.last_fire.map_or(now, |last| last.max(now));
                 let next = std::panic::catch_unwind(|| {
                     Recurrence::parse(&schedule.cron, &schedule.time_zone)
@@ -244,6 +247,7 @@ impl Fires {
             if !self.take(&schedule, step, now).await? {
                 return Ok(());
             }
+            // The next step is conditional on the row as this one left it.
             schedule.next_fire = next;
             schedule.last_fire = last.or(schedule.last_fire);
         }

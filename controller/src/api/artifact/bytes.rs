@@ -51,6 +51,7 @@ pub(crate) async fn sweep(context: &Context, older_than: SystemTime) -> Result<u
     let mut removed = 0;
     for (digest, changed) in &files {
         let name = digest.to_string();
+        // The age protects an upload between its rename and its row.
         if *changed < older_than && !needed.contains(&name) && try_remove(context, &name).await? {
             tracing::info!(artifact = name, "a file without an artifact was removed");
             removed += 1;

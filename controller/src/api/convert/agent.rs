@@ -18,6 +18,7 @@ const BYTES_MAX: u64 = 1 << 60;
 pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<ReportRow, ApiError> {
     let execution = ExecutionId::parse(&report.execution)
         .map_err(|error| ApiError::invalid("report.execution", error.to_string()))?;
+    // Otherwise one node could end the work of another.
     if execution.node != *node {
         return Err(ApiError::Forbidden {
             reason: "NOT_YOURS",
@@ -27,11 +28,14 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
     let state = execution_state(report.state)
         .ok_or_else(|| ApiError::invalid("report.state", "is not a state that this controller knows"))?;
     text("report.phase", &report.phase)?;
+    // Later reports must have a higher one: with the highest number nothing of the execution would be accepted any
+    // more.
     if report.sequence > SEQUENCE_MAX {
         return Err(ApiError::invalid("report.sequence", format!("must be at most {SEQUENCE_MAX}")));
     }
     let error = report.error.map(|error| {
         let clean = |text: String, max: usize| -> String {
+            // Cleaned and not refused: a report that is refused would be sent again without end.
             text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(max).collect()
         };
         ExecutionError { reason: clean(error.reason, 64), message: clean(error.message, TEXT_MAX) }

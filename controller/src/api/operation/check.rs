@@ -27,10 +27,12 @@ impl Operations {
         caller: &Caller,
         request: v1::CheckOperationRequest,
     ) -> Result<v1::CheckOperationResponse, ApiError> {
+        // Read by the same code as a creation, so that both return the same errors.
         let request = v1::CreateOperationRequest { operation: request.operation, request_id: String::new() };
         let now = self.context.clock.now();
         let asked = read(request, now)?;
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
+        // Frozen too, because a missing artifact is an error here as well; the result is dropped.
         let mut action = asked.action;
         let facts = match &mut action {
             Action::Update(update) => self.freeze(update, &nodes.families).await?,
@@ -38,6 +40,7 @@ impl Operations {
         };
         let mut rows = self.context.store.nodes_by_id(&nodes.ids).await?;
         rows.sort_by(|one, other| one.id.as_str().cmp(other.id.as_str()));
+        // A node that was powered off needs other advice than one that lost its network.
         let away: Vec<NodeId> = rows.iter().filter(|row| !row.connected).map(|row| row.id.clone()).collect();
         let off = self.context.store.powered_off(&away).await?;
         let checks = rows.iter().map(|row| check_of(row, &action, facts.as_ref(), off.get(&row.id))).collect();
@@ -71,6 +74,7 @@ fn quarantined(rows: &[NodeRow]) -> Option<v1::OperationWarning> {
 /// Warns of nodes without the label that forms the groups. They count as one group, which is safe but rarely intended.
 fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWarning> {
     let label = rollout.group_by.as_ref()?;
+    // Without a limit for groups the label has no effect.
     let limit = rollout.max_in_flight_per_group?;
     let nodes = named(rows.iter().filter(|row| !row.labels.contains_key(label)))?;
     Some(v1::OperationWarning {
@@ -99,6 +103,8 @@ fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&
     let ill = row.system.conditions.iter().find(|condition| condition.ailment == Ailment::Journal);
     let refusal = refusal.or_else(|| ill.map(|ill| ("JOURNAL_NOT_WRITABLE".to_owned(), ill.message.clone())));
     let refusal = refusal.or_else(|| {
+        // Without facts nothing is refused: a wrong refusal could not be overruled, and the installer reads the real
+        // files.
         let tree = device_tree(&row.board.family, &row.board.model);
         let judged = facts?.judge(&row.board.family, tree);
         Some(("NOT_A_SYSTEM".to_owned(), judged.err()?))

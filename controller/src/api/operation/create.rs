@@ -51,6 +51,7 @@ impl Operations {
                 let missing: Vec<String> =
                     ids.iter().filter(|id| !rows.iter().any(|row| row.id == **id)).map(NodeId::name).collect();
                 // One error for missing nodes and for those outside, so that a limited caller cannot probe for names.
+                // A list with one node outside is refused whole, so that no operation silently misses a node.
                 let limited = !scope.is_everything();
                 if limited && (!missing.is_empty() || !rows.iter().all(|row| scope.covers(&row.labels))) {
                     return Err(outside(scope));
@@ -138,6 +139,7 @@ impl Operations {
 
     /// An image's facts; an error if no board can start it.
     async fn judged(&self, row: &ArtifactRow) -> Result<Option<Facts>, ApiError> {
+        // The image is too large to be read again, so the facts of its push decide.
         let facts = facts_of(&self.context, row).await?;
         if let Some(refusal) = facts.as_ref().and_then(|facts| facts.refusal.as_ref()) {
             let message = format!("{} cannot be installed: {refusal}; push another image", row.id.name());

@@ -74,6 +74,7 @@ impl Pki {
         };
         if minted {
             let (admin, admin_key) = ca.issue_user("admin", Role::Admin, now)?;
+            // Only with a new CA: a later start must not bring back an admin who was revoked.
             write(&certs_dir.join("admin.key"), &admin_key, SECRET)?;
             write(&certs_dir.join("admin.crt"), &admin.pem, PUBLIC)?;
         }
@@ -105,6 +106,7 @@ impl Pki {
         }
         let unusable = |what: String| PkiError::Unusable { path: certificate_path.clone(), what };
         let (certificate, key) = parse(&read(&certificate_path)?, &read(&key_path)?).map_err(&unusable)?;
+        // SIGHUP also comes when nothing has changed.
         if certificate == self.certificate {
             return Ok(false);
         }

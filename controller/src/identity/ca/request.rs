@@ -30,6 +30,7 @@ pub(super) fn public_key(csr: &CertificateSigningRequestDer<'_>) -> Result<Vec<u
         return Err(wrong("something follows it"));
     }
     let key = &request.certification_request_info.subject_pki;
+    // One algorithm: others would need checks of their own, and agents use no other.
     if !is_p256(key) {
         return Err(wrong("its key is not an ECDSA key on the curve P-256"));
     }
@@ -54,6 +55,7 @@ pub(super) fn verify_renewal(
     if old.issuer() != ca.subject() || old.verify_signature(Some(ca.public_key())).is_err() {
         return Err(wrong("this CA did not issue it"));
     }
+    // A user's certificate must not become a node's.
     if old.is_ca() || role_word(&old) != Some(Role::Node.as_str()) {
         return Err(wrong("it is not a node's"));
     }

@@ -65,6 +65,7 @@ impl TlsConn {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
         let place = &self.info.connection.place;
+        // A refusal counts even after another credential was accepted.
         if !self.life.refused && place.is_refused() {
             self.life.refused = true;
             self.life.end = Some(Box::pin(sleep(LAST_WORDS)));
@@ -90,6 +91,7 @@ impl TlsConn {
         let Some(Flood(what)) = watched.flood else { return Ok(()) };
         // Between two frames only: in the middle of one the peer would read it as a payload.
         if watched.frames.may_send() {
+            // Best effort: the peer is hostile or broken, and waiting for it would keep its place taken.
             let _ = Pin::new(&mut self.stream).poll_write(cx, &ENHANCE_YOUR_CALM);
             let _ = Pin::new(&mut self.stream).poll_flush(cx);
         }

@@ -109,6 +109,7 @@ impl Frames {
 
     /// Counts bytes that the peer sent.
     pub(super) fn received(&mut self, bytes: &[u8], now: Instant) -> Result<(), Flood> {
+        // A fixed window instead of a sliding one: two counters for a connection, and at most twice the limit.
         if now.duration_since(self.window) >= WINDOW {
             (self.window, self.resets, self.hollow) = (now, 0, 0);
         }
@@ -142,6 +143,7 @@ impl Frames {
             _ => {}
         });
         self.resets = self.resets.saturating_add(resets);
+        // Some clients send a PING for each DATA frame to measure the bandwidth.
         self.hollow = self.hollow.saturating_sub(data);
         self.judge()
     }

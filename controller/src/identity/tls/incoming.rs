@@ -135,10 +135,13 @@ async fn shake_hands(
     let stream = patiently(begun, HANDSHAKE_IN_A_CROWD, &mut crowd, hello.into_stream(tls)).await?;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first()).and_then(PeerCertificate::read);
+    // A client without ALPN is served as HTTP/2 on a listener that has nothing else, so its frames are counted too.
     let http2 = only_http2 || session.alpn_protocol() == Some(b"h2");
+    // `begun` is the time of the accept: a slow handshake does not make a peer look younger.
     let connection = Arc::new(Connection::new(begun, guard.places.arrive(addr.ip())));
     let peer = PeerInfo { addr, certificate: certificate.map(Arc::new), connection };
     guard.look_at(&peer).await;
+    // After the look-up: an accepted certificate never counts among the strangers.
     peer.connection.place.enter();
     Ok(TlsConn::new(stream, peer, http2))
 }

@@ -71,6 +71,7 @@ pub async fn dial(ca: &Ca, clock: &Arc<dyn Clock>, address: &str) -> Result<Chan
 }
 
 fn config(ca: &Ca, clock: &Arc<dyn Clock>) -> Result<ClientConfig, Box<dyn std::error::Error + Send + Sync>> {
+    // A fresh one for each connection: it need not be stored, renewed or revoked.
     let (issued, key) = ca.issue_peer(clock.now())?;
     let certificate = CertificateDer::from_pem_slice(issued.pem.as_bytes())?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes())?;
@@ -78,6 +79,7 @@ fn config(ca: &Ca, clock: &Arc<dyn Clock>) -> Result<ClientConfig, Box<dyn std::
     roots.add(ca.certificate_der().clone())?;
     let mut config =
         ClientConfig::builder_with_details(Arc::new(default_provider()), Arc::new(TlsTime(Arc::clone(clock))))
+            // The other side is a controller of ours.
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(roots)
             .with_client_auth_cert(vec![certificate], key)?;

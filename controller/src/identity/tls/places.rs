@@ -262,6 +262,7 @@ impl Place {
         }
         let caller = (if role == Role::Node { Kind::Node } else { Kind::Person }, name.to_owned());
         if let Some(places) = &self.places {
+            // Before it is counted, so that dropping the place always finds the entry.
             *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(caller.clone());
             places.accept(self.number, &caller);
         }
@@ -284,6 +285,7 @@ impl Place {
     pub(super) fn begin_call(&self) -> bool {
         let most = usize::try_from(STRANGER_STREAMS).unwrap_or(usize::MAX);
         self.calls
+            // In one step: calls of one connection run on several threads.
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |calls| (calls < most).then_some(calls + 1))
             .is_ok()
     }
@@ -297,6 +299,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let Some(places) = &self.places else { return };
         let mut taken = places.taken();
+        // It may be in any of the lists, depending on how far the connection came.
         taken.remove_unknown(self.number);
         if let Some(caller) = self.caller.get_mut().unwrap_or_else(PoisonError::into_inner) {
             taken.remove_of(caller, self.number);
