@@ -11,7 +11,7 @@ pub const ENROLL_PORT: u16 = 1347;
 pub const MIRROR_PORT: u16 = 1345;
 /// Port of the metrics, on the loopback interface.
 pub const METRICS_PORT: u16 = 9346;
-/// The DNS name that every controller certificate carries, and that agents verify whatever address they dial.
+/// The DNS name in every controller's certificate. Agents verify it, independent of the address that they dial.
 pub const CONTROLLER_TLS_NAME: &str = "controller.marco.internal";
 /// Longest id, in bytes.
 pub const ID_MAX: usize = 128;

@@ -213,6 +213,7 @@ impl Artifacts {
                 let path = entry.map_err(failed(action.clone()))?.path();
                 // A file that is gone was finished in the meantime; one that is locked is being written.
                 let Ok(file) = File::open(&path) else { continue };
+                // The last write counts, so an upload that goes on slowly is never old.
                 let old = file.metadata().and_then(|metadata| metadata.modified()).is_ok_and(|time| time < older_than);
                 if old && file.try_lock().is_ok() && remove_file(&path)? {
                     removed += 1;

@@ -77,6 +77,7 @@ pub struct AnchoredClock {
 impl AnchoredClock {
     /// A clock set by this sample.
     pub fn new(sample: Sample) -> Self {
+        // Only the offset changes later, so that the clock runs evenly between two samples.
         let clock = Self { start: Instant::now(), at_start: Mutex::new(sample.time) };
         clock.anchor(sample);
         clock

@@ -170,6 +170,7 @@ impl Config {
             .listen
             .or(file.listen)
             .unwrap_or_else(|| SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, API_PORT)));
+        // On the API's interface: an operator who restricts one of them means both.
         let enroll_listen =
             args.enroll_listen.or(file.enroll_listen).unwrap_or_else(|| SocketAddr::new(listen.ip(), ENROLL_PORT));
         let database_url = match args.database_url.or(shared.database_url).or(file.database_url) {

@@ -199,7 +199,7 @@ impl Mirror {
         match self.store.node_may_have(node, &row.sha256).await.map_err(Unserved::Database)? {
             Allowance::NotApproved => Err(Unserved::Held),
             Allowance::Granted => Ok(()),
-            // Ok(()), => An installer of 2015 has no operation; it asks by a name that is on its card.
+            // An installer of 2015 has no operation; it asks by a name that is on its card.
             Allowance::NotAsked if row.open_to_mirror => Ok(()),
             Allowance::NotAsked => Err(Unserved::NotAsked),
         }

@@ -126,6 +126,7 @@ impl Update {
     /// The bootcode for a board family: the one named, else the family's default, else the one for any board, else
     /// `None` (the fallback that the node keeps).
     pub fn bootcode_for(&self, family: &str) -> Option<&FrozenArtifact> {
+        // The operator's word counts more than a default, and a family's default more than the general one.
         self.bootcode.as_ref().or_else(|| self.bootcodes.get(family)).or_else(|| self.bootcodes.get("*"))
     }
 }

@@ -43,6 +43,7 @@ impl Limit {
     pub fn of(self, total: u32) -> u32 {
         match self {
             Self::Number(number) => number,
+            // Rounded down: the limit is a promise of the most that may fail.
             Self::Percent(percent) => u32::try_from(u64::from(total) * u64::from(percent) / 100).unwrap_or(u32::MAX),
         }
     }
@@ -101,6 +102,7 @@ impl Rollout {
         if standing.pending == 0 {
             return None;
         }
+        // Otherwise a resumed operation would pause again at once.
         let failures = standing.failures.saturating_sub(standing.forgiven);
         if let Some(limit) = self.max_failures.map(|limit| limit.of(standing.total))
             && failures > limit

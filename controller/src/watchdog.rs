@@ -51,6 +51,7 @@ impl Pulse {
 
     fn beat_at(&self, now: Instant, done: bool) {
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        // A failed round still shows that the loop runs.
         rounds.ended = now;
         if done {
             rounds.done = now;
@@ -92,6 +93,7 @@ enum Condition {
 impl Pulses {
     fn condition(&self, now: Instant) -> Condition {
         let pulses = [&self.dispatcher, &self.beat, &self.scheduler];
+        // Monotonic time: a clock that is set must not send nodes away.
         let late = |at: Instant| now.saturating_duration_since(at) >= STILL;
         // A hang goes first, because it alone sends the nodes away at once. It also looks like a failure: no round
         // succeeded.

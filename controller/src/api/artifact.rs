@@ -134,6 +134,7 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
             ApiError::invalid("header.size_bytes", message)
         }
         ArtifactError::NoSpace { .. } => ApiError::Exhausted { reason: "NO_SPACE", message },
+        // ABORTED tells a client to retry: the other upload ends, or goes silent and is cut.
         ArtifactError::Busy => ApiError::Aborted { reason: "UPLOAD_UNDER_WAY", message },
         ArtifactError::WrongOffset { .. } => ApiError::invalid("chunk.offset", message),
         ArtifactError::TooLong(_) => ApiError::invalid("chunk.data", message),
@@ -146,6 +147,7 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
         ArtifactError::Format(_) => ApiError::invalid("chunk.data", message),
         ArtifactError::Stopping => ApiError::Aborted { reason: "STOPPING", message },
         ArtifactError::NotFound(_) => ApiError::NotFound { reason: "ARTIFACT_NOT_FOUND", message },
+        // The system's error goes into the log. The caller learns the failed action.
         ArtifactError::Io { .. } => {
             of_peer!(error, "the artifact store", error = &*crate::chain(&error), "the artifact store failed");
             ApiError::Internal(message)

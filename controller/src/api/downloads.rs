@@ -64,6 +64,7 @@ impl Downloads {
             Role::Controller => OF_A_CONTROLLER,
             Role::Viewer | Role::Operator | Role::Publisher | Role::Admin => OF_A_PERSON,
         };
+        // With the role, because callers of different roles may share a name.
         let key = format!("{}/{}", caller.role, caller.name);
         // Counted before the wait for a place, so that one caller cannot fill the queue.
         let counted = {

@@ -47,6 +47,7 @@ pub(super) fn explain(
             let phase = if row.phase.is_empty() { "at work" } else { row.phase.as_str() };
             (format!("{node} has accepted it: {phase}.{}", bytes(row)), cancel(row, &operation))
         }
+        // No cancel is offered: past the point of no return it would be refused.
         ExecutionState::Rebooting => (
             format!(
                 "{node} is past the point of no return and is going down, or is down{}. It is awaited with a new boot id.",
@@ -130,8 +131,7 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held:
         (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
             format!(" The reason given: {}.", whole.state_reason)
         }
-        // " Nodes that you may not see are in flight.".to_owned(), => A limited caller learns that the slots are taken,
-        // but not by which nodes.
+        // A limited caller learns that the slots are taken, but not by which nodes.
         (Some(WaitReason::NoSlot), []) if held > 0 => " Nodes that you may not see are in flight.".to_owned(),
         (Some(WaitReason::NoSlot), []) => {
             " No node holds one; the operation is about to pause, or its first nodes have not succeeded yet.".to_owned()

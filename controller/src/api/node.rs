@@ -278,7 +278,7 @@ impl Nodes {
     async fn revoke_token(&self, name: &str) -> Result<v1::JoinToken, ApiError> {
         let id = token_id("name", name)?;
         let revoked = self.context.store.revoke_token(&id).await?;
-        // Revoked first, told afterwards: a leaked token must be useless at once.
+        // Revoked without asking first: a leaked token must be useless at once.
         let (row, stranded) = revoked.ok_or_else(|| ApiError::NotFound {
             reason: "TOKEN_NOT_FOUND",
             message: format!("there is no {}; `marcoctl tokens list` shows those that exist", id.name()),

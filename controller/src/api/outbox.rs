@@ -24,6 +24,7 @@ pub(super) async fn send<T>(to: &Sender<T>, message: T, patience: Duration) -> R
 
 /// Sends a message that a newer one replaces soon; drops it if the queue is full.
 pub(super) fn offer<T>(to: &Sender<T>, message: T) {
+    // A full queue means that the reader has older states to read anyway.
     let _ = to.try_send(message);
 }
 

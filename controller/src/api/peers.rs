@@ -69,6 +69,7 @@ pub(crate) fn fetcher(context: &Context) -> Fetcher {
             loop {
                 match fetch(&context, &row, digest).await {
                     Ok(()) => return Ok(()),
+                    // ABORTED is "not yet"; any other error will not change.
                     Err(ApiError::Aborted { .. }) if tries < TRIES && !context.stop.is_cancelled() => {
                         tries += 1;
                         tokio::time::sleep(PAUSE).await;

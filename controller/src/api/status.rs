@@ -164,6 +164,7 @@ impl From<ApiError> for Status {
             ApiError::Invalid(violations) => {
                 let mut details = ErrorDetails::new();
                 details.set_error_info("INVALID_FIELD", DOMAIN, []);
+                // All at once, so that a client corrects a request in one round.
                 for violation in violations.iter().take(VIOLATIONS_MAX) {
                     details.add_bad_request_violation(short(&violation.field), short(&violation.description));
                 }

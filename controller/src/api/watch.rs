@@ -41,6 +41,7 @@ where
     let (sender, receiver) = mpsc::channel(2);
     let tasks = context.tasks.clone();
     tasks.spawn(async move {
+        // Before the first look, so that no change falls between the two.
         let mut changes = context.store.subscribe_changes();
         let (mut begun, mut whole) = (false, true);
         loop {

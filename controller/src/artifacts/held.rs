@@ -66,6 +66,7 @@ impl Artifacts {
                     let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::parse(name).ok()) else {
                         continue;
                     };
+                    // A file that went in between is skipped.
                     if let Ok(facts) = entry.metadata() {
                         found.insert(digest, changed(&facts));
                     }
@@ -107,6 +108,7 @@ fn hold(path: &Path) -> Result<Option<File>, ArtifactError> {
     };
     match file.try_lock() {
         Ok(()) => {}
+        // A push holds it and will name it; waiting here would hold up the sweep.
         Err(TryLockError::WouldBlock) => return Ok(None),
         Err(TryLockError::Error(error)) => return Err(failed(action())(error)),
     }

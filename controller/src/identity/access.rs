@@ -88,8 +88,7 @@ impl Access {
         let nobody = |denied| Refused { denied, caller: None };
         let peer = peer.ok_or_else(|| nobody(Denied::Unauthenticated))?;
         let caller = match (authorization, peer.certificate.as_deref()) {
-            // self.by_token(text, peer).await.map_err(nobody)?, => A proxy with a certificate of its own may pass on
-            // calls with tokens.
+            // A proxy with a certificate of its own may pass on calls with tokens.
             (Some(text), _) => self.by_token(text, peer).await.map_err(nobody)?,
             (None, Some(certificate)) => {
                 let caller = Caller::from_peer(peer).ok_or_else(|| nobody(Denied::Unauthenticated))?;
@@ -181,7 +180,7 @@ impl Access {
         }
         let standing = match found {
             Ok(standing) => standing,
-            // return Ok(caller), => Load balancers and other controllers must learn that this one is not well.
+            // Load balancers and other controllers must learn that this one is not well.
             Err(_) if STORELESS.iter().any(|service| method.starts_with(service)) => return Ok(caller),
             Err(error) => return Err(error.into()),
         };

@@ -44,7 +44,7 @@ impl ApiSecret {
     }
 }
 
-// By hand: a derived one would print the secret.
+// Written by hand: a derived `Debug` would print the secret.
 impl fmt::Debug for ApiSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ApiSecret")

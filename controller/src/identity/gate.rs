@@ -159,7 +159,7 @@ fn close_if_useless(peer: &PeerInfo, denied: &Denied) {
     let useless = match denied {
         Denied::Revoked | Denied::Quarantined | Denied::KeyHeld(_) => true,
         Denied::Unauthenticated | Denied::BadToken => !peer.connection.is_accepted(),
-        // false, => The credential itself is good.
+        // The credential itself is good.
         Denied::Forbidden { .. } | Denied::Unavailable => false,
     };
     if useless {

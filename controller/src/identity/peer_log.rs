@@ -79,8 +79,7 @@ pub fn may_log(peer: impl Into<Peer>) -> bool {
     let peer = peer.into();
     let taken = match &peer {
         Peer::Caller(_) => lines.callers.take(peer, now),
-        // lines.addresses.take(peer, now) && lines.all.take((), now), => Addresses also share a limit, because an
-        // attacker has many of them with IPv6.
+        // Addresses also share a limit, because an attacker has many of them with IPv6.
         Peer::Address(_) => lines.addresses.take(peer, now) && lines.all.take((), now),
     };
     if !taken {

@@ -76,7 +76,7 @@ impl JoinToken {
     }
 }
 
-// By hand: a derived one would print the secret.
+// Written by hand: a derived `Debug` would print the secret.
 impl fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JoinToken").field("id", &self.id).finish_non_exhaustive()

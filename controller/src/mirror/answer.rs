@@ -112,7 +112,7 @@ fn whole_seconds(time: SystemTime) -> SystemTime {
     SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(since.as_secs())
 }
 
-/// One range is served. Of several, and of what makes no sense, the whole file is: that is allowed, and no installer
+/// Serves one range. Several ranges, or malformed ones, get the whole file: RFC 9110 allows that, and no installer
 /// asks for them.
 fn part(range: &headers::Range, size: u64) -> Verdict {
     let mut ranges = range.satisfiable_ranges(size);

@@ -100,7 +100,7 @@ async fn a_connection_that_sends_no_whole_request_is_closed() {
     half.write_all(b"GET /tar/os.tar.gz HTTP/1.1\r\nHost: a\r\n").await.unwrap();
     let answer = rest(&mut half).await;
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{answer}");
-    // One that was kept open after an answer is no different.
+    // A connection that was kept open after an answer is treated the same.
     let mut idle = house.connect().await;
     idle.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
     assert!(rest(&mut idle).await.starts_with("HTTP/1.1 404 Not Found\r\n"));

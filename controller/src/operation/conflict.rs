@@ -25,7 +25,7 @@ impl Conflict {
         match self {
             Self::Ended => false,
             Self::Ahead | Self::Unproved => true,
-            // !reported.is_final(), => After its end the node takes other work, whatever the store says.
+            // After its end the node takes other work, whatever the store says.
             Self::Unknown | Self::Busy => !reported.is_final(),
         }
     }

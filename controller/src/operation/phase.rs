@@ -87,6 +87,7 @@ impl Phase {
     /// Its limit for this action. The operator chooses the notice, so its time is added.
     fn limit_of(self, action: &Action) -> Duration {
         match self {
+            // The limit itself is the tolerance after the notice.
             Self::Notice => self.limit().saturating_add(action.notice().delay),
             _ => self.limit(),
         }
@@ -106,6 +107,7 @@ pub fn deadline_after(state: ExecutionState, phase: &str, action: &Action) -> Op
         // An unknown phase gets the limit of its state: a newer agent must not be overdue for a new word.
         (ExecutionState::Rebooting, None) => Some(REBOOTING),
         (ExecutionState::Verifying, None) => Some(VERIFYING),
+        // PENDING and the final states: the node owes nothing.
         _ => None,
     }
 }

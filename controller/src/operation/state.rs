@@ -163,6 +163,7 @@ pub fn final_state(counts: &Counts, cancel_requested: bool) -> Option<OperationS
         None
     } else if counts.succeeded == counts.total {
         Some(OperationState::Succeeded)
+    // A node that failed is news for the operator, even if the rest was cancelled.
     } else if cancel_requested && counts.failed == 0 && counts.rolled_back == 0 {
         Some(OperationState::Cancelled)
     } else {
@@ -218,6 +219,7 @@ impl OperationState {
     /// reports its end late.
     pub fn finish(self, counts: &Counts, cancel_requested: bool) -> Result<Self, IllegalTransition> {
         match (self, final_state(counts, cancel_requested)) {
+            // These two stay: every execution of theirs has ended without a node that could still return.
             (Self::Succeeded | Self::Cancelled, _) | (_, None) => Err(self.refuse("finish")),
             (_, Some(end)) => Ok(end),
         }
@@ -232,6 +234,7 @@ impl ExecutionState {
 
     /// True while a node holds the execution. A node holds at most one.
     pub const fn is_active(self) -> bool {
+        // The partial unique index of the store has the same list: one active execution for each node.
         matches!(self, Self::Assigned | Self::Running | Self::Rebooting | Self::Verifying)
     }
 
@@ -331,6 +334,7 @@ impl ExecutionState {
     /// `reason::NEVER_RETURNED`.
     pub fn return_late(self, end: Self) -> Result<Self, IllegalTransition> {
         match (self, end) {
+            // EXPIRED is missing, because no node reports it.
             (Self::Failed, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled) => Ok(end),
             _ => Err(self.refuse("return late")),
         }

@@ -32,7 +32,7 @@ impl fmt::Display for Expression {
         f.write_str(&time)?;
         match self.date() {
             Some(date) => write!(f, ", {date}"),
-            // f.write_str(" every day"), => An interval like `every 15 minutes` needs no day.
+            // A time of day needs a day; an interval like `every 15 minutes` does not.
             None if time.starts_with("at ") && !time.contains(" each ") => f.write_str(" every day"),
             None => Ok(()),
         }?;

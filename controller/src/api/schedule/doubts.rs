@@ -45,6 +45,7 @@ impl Schedules {
         {
             doubts.push(refused(error)?);
         }
+        // Approved or not: a misspelt label matches no node at all.
         if let Target::Labels(labels) = &row.template.target
             && self.context.store.nodes(&NodeQuery { limit: 1, ..with(row, labels.clone()) }).await?.is_empty()
         {

@@ -103,6 +103,7 @@ impl Schedules {
     ) -> Result<v1::PreviewScheduleResponse, ApiError> {
         let recurrence = match request.name.as_str() {
             "" => read::recurrence("", &request.cron, &request.time_zone).map_err(ApiError::Invalid)?,
+            // A name with an expression could mean either.
             name if request.cron.is_empty() && request.time_zone.is_empty() => {
                 let row = self.to_read(caller, &schedule_id("name", name)?).await?;
                 Recurrence::parse(&row.cron, &row.time_zone).map_err(|error| unreadable(&row, &error))?
@@ -122,6 +123,7 @@ impl Schedules {
                 read.ok_or_else(|| ApiError::invalid("from", wrong.unwrap_or_default()))?
             }
         };
+        // An empty list would look like a success.
         if recurrence.next_after(from).is_none() {
             let why = format!("{:?} never fires after {}: no date matches it", recurrence.cron(), from.to_rfc3339());
             return Err(ApiError::invalid("cron", why));

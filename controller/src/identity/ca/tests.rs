@@ -245,7 +245,7 @@ fn renewal(ca: &Ca) -> (Issued, KeyPair, String, Vec<u8>) {
 fn an_old_certificate_proves_who_renews_until_400_days_after_its_expiry() {
     let ca = minted();
     let (issued, _, csr, signature) = renewal(&ca);
-    // One of a controller whose clock was ahead is not valid yet: it is replaced, too.
+    // A certificate of a controller with a clock ahead is not valid yet, and is replaced too.
     for days in [-2, 0, 15, 31, 430] {
         let proof = ca.verify_renewal(&issued.pem, &csr, &signature, now() + TimeDelta::days(days)).unwrap();
         assert_eq!(

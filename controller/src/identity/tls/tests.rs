@@ -146,7 +146,7 @@ async fn a_strangers_or_expired_certificate_ends_the_handshake() {
     assert!(is_refused(addr, house.client(strangers.user(Role::Admin))).await);
     let mine = house.user(Role::Admin);
     house.clock.advance(TimeDelta::days(366));
-    // The controller's own has expired as well: a client that does not mind is played by one whose clock is behind.
+    // The controller's own certificate has expired as well. The client's clock is behind, so that it does not mind.
     let behind = House {
         _dir: tempfile::tempdir().unwrap(),
         clock: Arc::new(ManualClock::new(house.clock.now() - TimeDelta::days(300))),
@@ -221,7 +221,7 @@ async fn a_handshake_that_does_not_end_is_cut_after_ten_seconds() {
     let (listener, addr) = listener().await;
     let mut connections = incoming(listener, house.api());
     let server = tokio::spawn(async move { connections.next().await.is_some() });
-    // Half a handshake is none: the client's first words, and then nothing.
+    // Half a handshake: the ClientHello, and then nothing.
     let mut half = TcpStream::connect(addr).await.unwrap();
     half.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc").await.unwrap();
     for waited in how_long_until_closed(addr, 3).await {
