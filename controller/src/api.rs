@@ -164,6 +164,7 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let (reporter, health) = tonic_health::server::health_reporter();
+    // The empty name stands for the whole server (grpc.health.v1).
     reporter.set_service_status("", ServingStatus::Serving).await;
     context.tasks.spawn(report_health(reporter, context.serving.clone(), context.stop.clone()));
 

@@ -187,6 +187,7 @@ impl Recurrence {
             (self.offset(instant) == offset).then_some(instant)
         };
         let candidates = [self.offset(before), self.offset(local.and_utc()), self.offset(after)];
+        // A local time that comes twice has two candidates; the earlier instant counts.
         if let Some(first) = candidates.into_iter().filter_map(shown_with).min() {
             return Some(first);
         }

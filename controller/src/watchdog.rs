@@ -167,7 +167,7 @@ impl Watchdog {
         let condition = self.pulses.condition(now);
         let ailment = self.store.ailment();
         report(seen.condition, condition);
-        // Writes that fail do not send nodes away: they need the database, and it is the same for every controller.
+        // Only reported: other controllers write to the same database, so nodes gain nothing by moving.
         match (&ailment, seen.ails) {
             (Some(why), false) => tracing::error!(error = why.as_str(), "writes fail"),
             (None, true) => tracing::info!("writes succeed again"),
@@ -189,7 +189,7 @@ impl Watchdog {
                 seen.others_served = false;
                 false
             }
-            // Only this controller hangs, so the others are not asked.
+            // A loop that hangs is this controller's own trouble, so the others are not asked.
             Condition::Still(_) => true,
             // Once sent away they stay away until the loops are well: going back and forth would cost a dial each time.
             Condition::Failing(_) if self.sessions.is_away() => true,

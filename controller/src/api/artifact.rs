@@ -418,6 +418,7 @@ impl ArtifactService for ArtifactsApi {
         }
         // After the permission: a node that may not have the bytes must not take a place.
         let underway = self.context.downloads.begin(&caller).await?;
+        // Equal is fine: the client has all bytes, and gets only the header.
         if request.offset > row.size {
             let message = format!("{} lies past the end of {} bytes", request.offset, row.size);
             return Err(ApiError::invalid("offset", message).into());

@@ -61,8 +61,8 @@ impl Enrollments {
     }
 
     /// Counts a refused call against its address.
-    // Failures of the controller are not the caller's fault.
     fn count<T>(&self, address: IpAddr, result: &Result<T, ApiError>) {
+        // Failures of the controller are not the caller's fault.
         let ours = |error: &ApiError| {
             matches!(error, ApiError::Unavailable { .. } | ApiError::Store(_) | ApiError::Internal(_))
         };
@@ -86,6 +86,7 @@ impl Enrollments {
         };
         asked.target = wanted_id.as_ref().map(NodeId::name).unwrap_or_default();
         let board = convert::board(request.board.unwrap_or_default())?;
+        // For the audit, which names the board of a refused call.
         asked.serial.clone_from(&board.serial);
         // The id is made of the serial number otherwise.
         if wanted_id.is_none() && board.serial.is_empty() {

@@ -153,6 +153,7 @@ impl Nodes {
         let precondition = |reason, message| Err(ApiError::Precondition { reason, message });
         match self.context.store.approve(&id, fingerprint.as_deref(), self.context.clock.now()).await? {
             ApproveOutcome::Approved(row) => {
+                // The approval put another key in service, so the session of the old key ends.
                 if before.is_some_and(|before| before.session_epoch != row.session_epoch) {
                     self.context.sessions.end(&id, End::Lost);
                 }

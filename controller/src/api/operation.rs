@@ -148,6 +148,7 @@ impl Operations {
         }
         self.context.may_steer(caller, &id).await?;
         let old = self.find(&id).await?;
+        // Otherwise two operations would work on the same nodes.
         if !old.state.is_final() {
             return Err(ApiError::Precondition {
                 reason: "NOT_FINISHED",
@@ -235,6 +236,7 @@ impl Operations {
         self.context.may_steer(caller, &id.operation).await?;
         match self.context.store.abandon(&id, &caller.name, self.context.clock.now()).await? {
             AbandonOutcome::Abandoned(row) => Ok(row),
+            // A node within its deadline may still succeed.
             AbandonOutcome::NotOverdue(row) | AbandonOutcome::Final(row) => Err(ApiError::Precondition {
                 reason: "NOT_OVERDUE",
                 message: format!("{id} is {}; only an overdue execution can be abandoned", row.state.as_str()),

@@ -35,6 +35,7 @@ pub(super) fn after(list: &str, token: &str) -> Result<Option<String>, ApiError>
         .and_then(|bytes| String::from_utf8(bytes).ok())
         // A token of another list would continue at a key that means nothing here.
         .and_then(|text| text.strip_prefix(list)?.strip_prefix(':').map(str::to_owned))
+        // The key goes into queries and errors, and the token is the caller's to change.
         .filter(|key| !key.chars().any(char::is_control))
         .map(Some)
         .ok_or_else(|| ApiError::invalid("page_token", "is not one that this list gave out; leave it empty to begin"))

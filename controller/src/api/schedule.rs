@@ -115,6 +115,7 @@ impl Schedules {
         };
         let doubts = self.doubts(&row, now).await?;
         if validate_only {
+            // A dry run must get the answer of the real call.
             return match self.context.store.schedule(&row.id).await? {
                 Some(_) => Err(exists()),
                 None => Ok(not_stored(&row, doubts)),

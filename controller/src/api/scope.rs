@@ -83,12 +83,13 @@ impl Context {
 
     /// True if every node that a schedule can ever reach is in the scope.
     async fn is_all_within(&self, scope: &Scope, schedule: &ScheduleRow) -> Result<bool, ApiError> {
-        // An equal or narrower scope of the schedule limits every fire already.
         let Some(both) = schedule.scope.and(scope) else { return Ok(false) };
+        // An equal or narrower scope of the schedule limits every fire already.
         if scope.is_everything() || both == schedule.scope {
             return Ok(true);
         }
         Ok(match &schedule.template.target {
+            // Nodes that enrol later are reached too.
             Target::All => false,
             // Only a selector that includes the scope's labels can never match a node outside.
             Target::Labels(labels) => scope.covers(labels),

@@ -62,6 +62,7 @@ where
                 // An open stream survives the outage; a new one gets the error at once.
                 Err(ApiError::Store(StoreError::Unavailable(_))) if begun => whole = true,
                 Err(error) => {
+                    // Best effort: a client that does not read is not waited for.
                     let _ = sender.try_send(Err(error.into()));
                     return;
                 }

@@ -71,11 +71,11 @@ impl Steps {
 
 impl Finding {
     /// True if the time may be far ahead of the right one.
-    // A clock that is behind removes too little, which the next run makes good.
     fn is_doubtful(self) -> bool {
         match self {
             Self::LongAgo(_) => true,
             Self::Stepped(by) => by.abs() > FAR,
+            // A clock that is behind removes too little, which the next run makes good.
             Self::Behind(_) | Self::CaughtUp => false,
         }
     }

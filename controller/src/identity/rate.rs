@@ -43,8 +43,8 @@ impl<K: Eq + Hash> Rate<K> {
         let at = free_at.entry(key).or_insert(now);
         let after = owed_until(*at, now, full).saturating_add(self.interval);
         let taken = after <= full;
+        // A refusal costs nothing: otherwise a client that retries too often would never get in again.
         if taken {
-            // A refusal costs nothing: otherwise a client that retries too often would never get in again.
             *at = after;
         }
         taken

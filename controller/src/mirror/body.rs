@@ -47,10 +47,10 @@ pub(super) fn bytes(
 ) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
     let state = State { file, left: range, reader, checked: Instant::now() };
     try_unfold(state, |mut state| async move {
-        // A download of an image takes minutes to hours: a revoked certificate or a finished execution must end it.
         if state.left.is_empty() {
             return Ok(None);
         }
+        // A download of an image takes minutes to hours: a revoked certificate or a finished execution must end it.
         if state.checked.elapsed() >= state.reader.mirror.patience.recheck {
             state.checked = Instant::now();
             if !state.reader.may_go_on().await {

@@ -23,6 +23,7 @@ impl Conflict {
     /// tell which delivery its answers belong to.
     pub const fn holds(self, reported: ExecutionState) -> bool {
         match self {
+            // The stored end stays, and the node is done with it.
             Self::Ended => false,
             Self::Ahead | Self::Unproved => true,
             // After its end the node takes other work, whatever the store says.

@@ -82,6 +82,7 @@ pub fn wait_reason(context: &WaitContext) -> WaitReason {
         WaitReason::NotDue
     } else if context.operation == OperationState::Paused {
         WaitReason::Paused
+    // Jitter of a schedule: the operation is due, and this node is not yet.
     } else if context.early {
         WaitReason::NotDue
     } else if context.window_closed {

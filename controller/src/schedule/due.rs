@@ -47,6 +47,7 @@ impl Recurrence {
             } else if due.late.len().saturating_add(1) < listed {
                 due.late.push(at);
             } else if due.unlisted < COUNTED {
+                // The last one is listed, so it counts as unlisted only when a later one takes its place.
                 due.unlisted = due.unlisted.saturating_add(u64::from(last.is_some()));
                 last = Some(at);
             } else {
@@ -71,6 +72,7 @@ impl Recurrence {
         if is_last(known) {
             return known;
         }
+        // Bisection works, because the condition stays true from the last time before the limit on.
         first_in(known, limit.trunc_subsecs(0), is_last).unwrap_or(known)
     }
 }

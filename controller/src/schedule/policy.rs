@@ -94,6 +94,7 @@ pub fn jitter(schedule: &str, node: &str, most: TimeDelta) -> TimeDelta {
     // the names.
     let digest = Sha256::new().chain_update(schedule).chain_update([0]).chain_update(node).finalize();
     let number = digest.iter().take(8).fold(0_u64, |number, byte| (number << 8) | u64::from(*byte));
+    // Without jitter every node begins at once.
     let share = number.checked_rem(milliseconds).unwrap_or(0);
     TimeDelta::milliseconds(i64::try_from(share).unwrap_or(0))
 }
@@ -105,6 +106,7 @@ pub fn jitter(schedule: &str, node: &str, most: TimeDelta) -> TimeDelta {
 /// The creation time distinguishes schedules of the same name, of which the first was deleted.
 pub fn operation_uuid(schedule: &str, made: DateTime<Utc>, instant: DateTime<Utc>) -> Uuid {
     let digest = Sha256::new()
+        // A prefix of its own, so that no other hash of the same parts gives the same id.
         .chain_update(b"operation of a schedule")
         .chain_update([0])
         .chain_update(schedule)

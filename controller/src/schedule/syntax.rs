@@ -112,6 +112,7 @@ impl Unit {
         let (low, high) = (self.lowest(), self.highest());
         if !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()) {
             return text.parse().ok().filter(|number| (low..=high).contains(number)).ok_or_else(|| {
+                // Quartz has a field for the year behind the day of the week.
                 let year = if self == Self::Weekday && text.len() == 4 {
                     "; the sixth field is the day of the week, and there is none for the year"
                 } else {
@@ -204,6 +205,7 @@ impl Unit {
             None => (upper.as_str(), None),
         };
         let (first, last) = match range {
+            // Up to 6 for days of the week: 7 is Sunday again.
             "*" => (self.lowest(), if self == Self::Weekday { 6 } else { self.highest() }),
             // As in Quartz: from this value to the end.
             single if step.is_some() && !single.contains('-') => (self.value(single)?, self.highest()),
@@ -214,6 +216,7 @@ impl Unit {
 
     fn field(self, text: &str) -> Result<Field, String> {
         let of_days = matches!(self, Self::Day | Self::Weekday);
+        // Quartz's way to leave one of the two day fields open.
         if text == "?" && of_days {
             return Ok(Field { star: true, ..self.field("*")? });
         }
@@ -294,6 +297,7 @@ impl Expression {
     /// # Errors
     /// Returns the defect, with a correction.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
+        // Before anything is split, because the text is a caller's.
         if text.len() > LONGEST {
             return Err(format!("it must be at most {LONGEST} bytes"));
         }

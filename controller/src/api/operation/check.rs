@@ -32,7 +32,7 @@ impl Operations {
         let now = self.context.clock.now();
         let asked = read(request, now)?;
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
-        // Frozen too, because a missing artifact is an error here as well; the result is dropped.
+        // Frozen too, because a missing artifact is an error here as well.
         let mut action = asked.action;
         let facts = match &mut action {
             Action::Update(update) => self.freeze(update, &nodes.families).await?,

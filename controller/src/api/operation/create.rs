@@ -73,6 +73,7 @@ impl Operations {
             }
             Target::All => store.nodes(&approved).await?,
         };
+        // Without executions it would end at once, and look like a success.
         if rows.is_empty() {
             return Err(ApiError::Precondition {
                 reason: "NO_TARGETS",

@@ -108,6 +108,7 @@ fn offset(text: &str) -> Option<i32> {
     let number = |text: &str| text.chars().all(|c| c.is_ascii_digit()).then(|| text.parse::<i32>().ok()).flatten();
     let (hours, minutes) = (number(hours)?, number(minutes)?);
     let ahead = hours.checked_mul(60)?.checked_add(minutes)?.checked_mul(sign)?;
+    // No zone is further ahead than 14 hours.
     (hours <= 14 && minutes < 60).then_some(ahead)
 }
 
@@ -142,6 +143,7 @@ fn nearest<'a>(data: &'a Tzdata, asked: &str) -> Option<&'a str> {
         let whole = strsim::osa_distance(&asked, &name);
         // A caller with the right place and a wrong continent means the place.
         let by_place = strsim::osa_distance(place_asked, place).saturating_mul(2);
+        // A short place resembles too many others.
         whole.min(if place_asked.len() > 3 { by_place.max(1) } else { whole })
     };
     let (best, wrong) = data.names.iter().map(|name| (name, distance(name))).min_by_key(|(_, wrong)| *wrong)?;
