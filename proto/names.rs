@@ -37,6 +37,7 @@ pub struct InvalidName {
 
 impl fmt::Display for InvalidName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The text may be anything that a caller sent.
         let shown: String = self.text.chars().take(80).collect();
         write!(f, "{shown:?} is not {}", self.wanted)
     }
@@ -45,6 +46,7 @@ impl fmt::Display for InvalidName {
 impl std::error::Error for InvalidName {}
 
 fn is_id(text: &str, longest: usize) -> bool {
+    // Ids become parts of paths, host names and commands, so they contain nothing that needs quoting.
     text.len() <= longest
         && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
@@ -62,6 +64,7 @@ macro_rules! id {
         impl $name {
             /// Reads an id or a full resource name.
             pub fn parse(text: &str) -> Result<Self, InvalidName> {
+                // Both forms, because people type ids and programs pass names on.
                 let id = text.strip_prefix(concat!($collection, "/")).unwrap_or(text);
                 if is_id(id, $longest) {
                     Ok(Self(id.to_owned()))

@@ -12,10 +12,12 @@ pub fn text(bytes: &[u8]) -> Option<String> {
         odd.is_empty().then(|| String::from_utf16(&pairs.iter().map(|pair| unit(*pair)).collect::<Vec<_>>()).ok())?
     };
     let text = match bytes {
+        // Only a byte order mark tells UTF-16 from bytes that happen to be UTF-8.
         [0xff, 0xfe, rest @ ..] => units(rest, u16::from_le_bytes)?,
         [0xfe, 0xff, rest @ ..] => units(rest, u16::from_be_bytes)?,
         _ => String::from_utf8(bytes.to_vec()).ok()?,
     };
+    // Editors append a line feed, and some write a byte order mark before UTF-8.
     Some(text.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}').to_owned())
 }
 
@@ -30,6 +32,7 @@ pub fn join_token(bytes: &[u8]) -> Result<String, &'static str> {
         if text.split_whitespace().count() > 1 {
             return Err("more than one token, or a token and something else");
         }
+        // The form only: the controller checks the rest.
         if text.split('.').count() == 4 {
             return Ok(text);
         }

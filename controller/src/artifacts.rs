@@ -303,6 +303,7 @@ impl Digest {
     /// # Errors
     /// Returns an error if the text is anything else.
     pub fn parse(text: &str) -> Result<Self, ArtifactError> {
+        // Cut, because the text may be anything that a caller sent.
         let invalid = || ArtifactError::InvalidDigest(text.chars().take(80).collect());
         // The decoder takes upper case too, but a digest is also a file's name and must have one spelling.
         if text.bytes().any(|b| b.is_ascii_uppercase()) {

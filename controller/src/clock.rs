@@ -53,6 +53,7 @@ impl Sample {
     /// The sample with the shortest round trip; `None`: all took longer than `MAX_ROUND_TRIP`. A slow answer would make
     /// this clock wrong by half of its round trip, and this controller would take healthy ones for dead.
     pub fn best(samples: impl IntoIterator<Item = Self>) -> Option<Self> {
+        // The error of an answer is at most half of its round trip.
         samples.into_iter().min_by_key(Self::round_trip).filter(|best| best.round_trip() <= MAX_ROUND_TRIP)
     }
 

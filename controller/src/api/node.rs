@@ -237,6 +237,7 @@ impl Nodes {
         request: v1::CreateJoinTokenRequest,
     ) -> Result<v1::JoinToken, ApiError> {
         let now = self.context.clock.now();
+        // A client that does not set the field sends 0.
         let max_uses = if request.max_uses == 0 { 1 } else { request.max_uses };
         if max_uses > MAX_USES {
             return Err(ApiError::invalid("max_uses", format!("must be at most {MAX_USES}")));

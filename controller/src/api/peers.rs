@@ -161,6 +161,7 @@ async fn from_anyone(context: &Context, row: &ArtifactRow, digest: Digest) -> Re
 
 async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address: &str) -> Result<(), ApiError> {
     let mut upload = match context.artifacts.begin(digest, row.size).await {
+        // Another call fetches the same bytes, for this caller too.
         Err(ArtifactError::Busy) => return Err(later("the bytes are being fetched already")),
         begun => begun.map_err(artifact_error)?,
     };

@@ -342,6 +342,7 @@ fn request_der(csr_pem: &str) -> Result<CertificateSigningRequestDer<'static>, R
 /// long.
 fn random_serial() -> Result<(SerialNumber, String), PkiError> {
     let mut bytes = [0_u8; 16];
+    // Random and not counted: several controllers issue certificates without asking each other.
     getrandom::fill(&mut bytes)?;
     let [first, ..] = &mut bytes;
     *first = (*first & 0x3f) | 0x40;

@@ -80,6 +80,7 @@ struct Quota {
 impl Callers {
     fn quota(&self, caller: &Caller) -> Arc<Quota> {
         let open = if caller.role == Role::Node { OF_A_NODE } else { OF_A_PERSON };
+        // Not by credential: a user with several certificates is one caller.
         self.known.of((caller.role, caller.name.clone()), || Quota {
             open: Arc::new(Semaphore::new(open)),
             receiving: Arc::new(Semaphore::new(RECEIVING)),

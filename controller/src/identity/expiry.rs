@@ -42,6 +42,7 @@ impl Warnings {
             tracing::warn!(expires = text(end), "the CA's certificate expires; every certificate ends with it");
             recorder.record(row(now, String::new(), "ca".to_owned(), why), None).await;
         }
+        // The store marks each one, so that a single controller warns of it.
         for found in store.newly_expiring(now).await? {
             let expires = text(found.expire_time);
             tracing::warn!(owner = found.owner, credential = found.credential, expires, "a credential expires");

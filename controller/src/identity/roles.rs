@@ -149,6 +149,7 @@ const OURS: &str = "/marco.bootstrap.v1.";
 pub fn changes_something(method_path: &str) -> bool {
     // By the name, so that a new method is recorded unless its name says that it only reads.
     let name = method_path.rsplit('/').next().unwrap_or_default();
+    // Health and reflection change nothing.
     method_path.starts_with(OURS) && !is_session(method_path) && !READS.iter().any(|verb| name.starts_with(verb))
 }
 

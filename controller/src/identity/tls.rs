@@ -247,6 +247,7 @@ impl Acceptor {
             builder.with_client_cert_verifier(verifier.build().map_err(TlsError::new)?)
         };
         let mut config = builder.with_cert_resolver(presented.clone());
+        // Clients of the mirror speak HTTP/1.1 only.
         config.alpn_protocols = vec![if listener == Listener::Mirror { b"http/1.1".to_vec() } else { b"h2".to_vec() }];
         // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
         config.session_storage = Arc::new(NoServerSessionStorage {});

@@ -25,6 +25,7 @@ impl Conflict {
         match self {
             // The stored end stays, and the node is done with it.
             Self::Ended => false,
+            // The store cannot tell which delivery the node's next answer is about.
             Self::Ahead | Self::Unproved => true,
             // After its end the node takes other work, whatever the store says.
             Self::Unknown | Self::Busy => !reported.is_final(),

@@ -81,6 +81,7 @@ impl Phase {
 
     /// True if the phase counts bytes. Each byte that moves then restarts its limit.
     pub const fn streams(self) -> bool {
+        // Bytes and not rates: a card may stand still for minutes and be well.
         matches!(self, Self::DownloadingBootcode | Self::Unpacking)
     }
 

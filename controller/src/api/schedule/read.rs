@@ -154,6 +154,7 @@ impl Fields {
     fn read(asked: v1::Schedule, now: DateTime<Utc>, wrong: &mut Vec<Violation>) -> Option<Self> {
         let recurrence = match recurrence("schedule.", &asked.cron, &asked.time_zone) {
             Ok(recurrence) => {
+                // Such a schedule would silently do nothing.
                 if let Err(never) = recurrence.must_fire(now) {
                     wrong.push(violation("schedule.cron", never.to_string()));
                 }
@@ -175,10 +176,12 @@ impl Fields {
             wrong.push(violation("schedule.overlap", "is no policy that is known".to_owned()));
         }
         let expire_after = length(asked.expire_after, "expire_after", DEFAULT_LIFETIME, LIFETIME_MAX, wrong);
+        // Every execution would expire at once.
         if expire_after.is_zero() {
             wrong.push(violation("schedule.expire_after", "must be longer than nothing".to_owned()));
         }
         let jitter = length(asked.jitter, "jitter", Duration::ZERO, JITTER_MAX, wrong);
+        // Otherwise the last nodes would expire before their own time comes.
         if jitter >= expire_after && !jitter.is_zero() {
             wrong.push(violation("schedule.jitter", "must be shorter than expire_after".to_owned()));
         }
@@ -212,11 +215,13 @@ fn template(
             wrong.push(violation(&format!("schedule.operation.{field}"), why));
         }
     }
+    // Filled in here, because the operation of a fire does not know the schedule's zone.
     if let Some(window) = operation.window.as_mut().filter(|window| window.time_zone.is_empty()) {
         window.time_zone = zone.unwrap_or_default().to_owned();
     }
     let operation = v1::Operation { schedule_time: None, expire_time: None, ..operation };
     let request = v1::CreateOperationRequest { operation: Some(operation), request_id: String::new() };
+    // Read like an operation, so that a template has the same rules.
     match operation::read(request, now) {
         Ok(asked) => {
             Some(Template { action: asked.action, target: asked.target, rollout: asked.rollout, window: asked.window })

@@ -66,6 +66,7 @@ const GENERAL: &str = "a zone is named by a place, for example Europe/Madrid; `t
 
 /// Advice for a name that is no zone.
 pub(in crate::schedule) fn advice(asked: &str) -> String {
+    // The text is a caller's, and each name is compared with it.
     if asked.len() > LONGEST {
         return GENERAL.to_owned();
     }
