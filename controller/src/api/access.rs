@@ -175,6 +175,7 @@ impl Doors {
         if paths.is_empty() {
             return Err(ApiError::invalid("update_mask", "must name at least one of role and selector"));
         }
+        // Fields that the mask does not name keep their values.
         let before = self.context.store.user(&id).await?.ok_or_else(|| no_user(&id))?;
         let role_then: Role = match role {
             Some(role) => role,

@@ -434,6 +434,7 @@ impl ArtifactService for ArtifactsApi {
             found => found,
         };
         let reader = reader.map_err(artifact_error)?;
+        // Only known ones: a download must not wait for an examination.
         let facts = judge::known(&self.context, &row.sha256).await?;
         let (sender, receiver) = mpsc::channel(DOWNLOAD_QUEUE);
         let node = caller.node.map(|node| (node, row.sha256.clone()));

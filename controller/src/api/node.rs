@@ -357,6 +357,7 @@ impl NodeService for Nodes {
         let row = self.find(&caller, &id).await?;
         let trouble = remedy::trouble(&self.context, &id).await?;
         let mut node = v1::Node { trouble, ..convert::node(&row) };
+        // A node that is connected, or asks about itself, is on.
         if !node.connected && caller.role != Role::Node {
             let off = self.context.store.powered_off(std::slice::from_ref(&id)).await.map_err(ApiError::from)?;
             node.powered_off_by = off.get(&id).map(|off| off.operation.name()).unwrap_or_default();

@@ -393,6 +393,7 @@ impl OperationService for Operations {
         let held = holders.len();
         if !scope.is_everything() {
             let visible = self.context.store.ids_within(&scope).await.map_err(ApiError::from)?;
+            // Their number is told; their names only inside the caller's scope.
             holders.retain(|holder| visible.contains(&holder.node));
         }
         let operation = self.context.operation_within(&scope, &id.operation).await?;
@@ -404,8 +405,10 @@ impl OperationService for Operations {
                 explained.explanation.push_str(&super::explain::powered_off(off));
             }
         }
+        // Replaces the suggestion of a retry that cannot help.
         remedy::amend(&self.context, &row, &operation.action, &mut explained).await?;
         if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
+            // In front, because the log tells more than any other suggestion.
             explained.suggestions.insert(0, super::explain::read_log(&id));
         }
         Ok(Response::new(explained))
@@ -438,6 +441,7 @@ impl OperationService for Operations {
     ) -> Result<Response<Self::WatchOperationStream>, Status> {
         let caller = caller(&request)?;
         let id = operation_id("name", &request.get_ref().name)?;
+        // An unknown operation is an error of the call, not of the stream.
         self.context.operation_for(&caller, &id).await?;
         Ok(Response::new(watch::operation(self.context.clone(), caller, id)))
     }

@@ -148,6 +148,7 @@ impl ApiError {
 
 /// Cuts a caller's text for a message, and removes control characters: a terminal or a database may act on them.
 pub(super) fn short(text: &str) -> String {
+    // By characters, because a cut inside one would be no UTF-8.
     let mut kept: String =
         text.chars().take(TEXT_MAX).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
     if kept.len() < text.len() {
