@@ -21,7 +21,8 @@ pub const NODE_ID_MAX: usize = 63;
 pub const CHUNK_SIZE: u32 = 4 * 1024 * 1024;
 /// Bytes of one message of an upload or download: large enough to be cheap, small enough not to hold up the stream.
 pub const MESSAGE_SIZE: usize = 256 * 1024;
-/// Most bytes of a node's log that go with a report: a few hundred lines, and little beside the largest message (1 MiB).
+/// Most bytes of a node's log that go with a report: a few hundred lines, and little beside the largest message (1
+/// MiB).
 pub const LOG_MAX: usize = 32 * 1024;
 /// `google.rpc.ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "marco.bootstrap";

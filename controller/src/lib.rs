@@ -1,7 +1,7 @@
 //! The server of Marco Bootstrap: stores what operators ask for, and pushes it to the nodes.
 //!
-//! [`Controller::bind`] opens the store, the certificates and the listeners; [`Controller::run`] serves until it is told
-//! to stop, and then drains: streams are told good-bye, calls under way are answered, under a deadline.
+//! [`Controller::bind`] opens the store, the certificates and the listeners; [`Controller::run`] serves until it is
+//! told to stop, and then drains: streams are told good-bye, calls under way are answered, under a deadline.
 
 #[cfg(test)]
 mod account;

@@ -1,7 +1,7 @@
 //! Join tokens. The text is `mj1.ID.SECRET.PIN`: `mj1` names this form; ID is the token's id in the API
 //! (`joinTokens/ID`, lower-case letters and digits); SECRET is 256 random bits and PIN the SHA-256 of the CA's
-//! SubjectPublicKeyInfo, both in base64url without padding. Only the secret's SHA-256 is stored. The pin lets a node know
-//! the right controller before it trusts anything.
+//! SubjectPublicKeyInfo, both in base64url without padding. Only the secret's SHA-256 is stored. The pin lets a node
+//! know the right controller before it trusts anything.
 
 use std::fmt;
 

@@ -11,8 +11,8 @@ const WINDOW: Duration = Duration::from_secs(10);
 /// reset (CVE-2023-44487), and streams opened beyond the announced limit, have thousands.
 pub(super) const MAX_RESETS: u32 = 500;
 /// Frames in the window that carry nothing: SETTINGS, PING, PRIORITY, empty DATA and CONTINUATION, unknown ones
-/// (CVE-2019-9512, 9515, 9518). Each DATA frame that we send allows one more, because some clients measure with a PING for
-/// each.
+/// (CVE-2019-9512, 9515, 9518). Each DATA frame that we send allows one more, because some clients measure with a PING
+/// for each.
 pub(super) const MAX_HOLLOW: u32 = 2000;
 /// Length of the client's preface before its first frame (RFC 9113, section 3.4).
 const PREFACE: usize = 24;

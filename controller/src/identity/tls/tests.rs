@@ -399,8 +399,8 @@ async fn a_flood_of_malformed_requests_ends_the_connection() {
     let flood = async {
         let mut headers = Vec::new();
         for id in (1_u32..400).step_by(2) {
-            // HEADERS, complete: POST, http, `/`, and the field `connection: x`, which HTTP/2 forbids: the server has to
-            // reset each stream.
+            // HEADERS, complete: POST, http, `/`, and the field `connection: x`, which HTTP/2 forbids: the server has
+            // to reset each stream.
             headers.extend(b"\x00\x00\x11\x01\x05");
             headers.extend(id.to_be_bytes());
             headers.extend(b"\x83\x86\x84\x00\x0aconnection\x01x");
