@@ -35,7 +35,7 @@ words! {
         Partitioning = "partitioning",
         /// Downloads, checks and unpacks the image as one stream.
         Unpacking = "unpacking image",
-        /// Writes the node's identity and settings into the new system.
+        /// Writes the files to keep, the agent and the node's identity into the new system.
         Personalising = "personalising",
         /// Flushes everything to the card.
         Syncing = "syncing",
