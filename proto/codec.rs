@@ -1,4 +1,4 @@
-//! How messages are encoded and decoded: by prost, with a status that blames the sender.
+//! Encoding and decoding of messages: by prost, with a status that blames the sender.
 
 use std::marker::PhantomData;
 
@@ -10,10 +10,10 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::names::ERROR_DOMAIN;
 
-/// `ErrorInfo.reason` of a message that is no message of the method's type.
+/// `ErrorInfo.reason` for bytes that are no message of the method's type.
 pub const UNDECODABLE: &str = "UNDECODABLE";
 
-/// prost's codec, but bytes that cannot be decoded are INVALID_ARGUMENT. tonic answers INTERNAL, which tells the caller
+/// prost's codec, except that undecodable bytes are INVALID_ARGUMENT. tonic answers INTERNAL, which tells the caller
 /// that the controller is broken, and load balancers and retry policies believe it.
 #[derive(Debug, Clone)]
 pub struct Codec<T, U>(PhantomData<(T, U)>);

@@ -12,7 +12,7 @@ pub const ENROLL_PORT: u16 = 1347;
 pub const MIRROR_PORT: u16 = 1345;
 /// Port of the metrics, on the loopback interface.
 pub const METRICS_PORT: u16 = 9346;
-/// The DNS name that every controller certificate carries, and that agents verify whatever address they dial.
+/// The DNS name in every controller's certificate. Agents verify it, independent of the address that they dial.
 pub const CONTROLLER_TLS_NAME: &str = "controller.marco.internal";
 /// Longest id, in bytes.
 pub const ID_MAX: usize = 128;
@@ -22,7 +22,8 @@ pub const NODE_ID_MAX: usize = 63;
 pub const CHUNK_SIZE: u32 = 4 * 1024 * 1024;
 /// Bytes of one message of an upload or download: large enough to be cheap, small enough not to hold up the stream.
 pub const MESSAGE_SIZE: usize = 256 * 1024;
-/// Most bytes of a node's log that go with a report: a few hundred lines, and little beside the largest message (1 MiB).
+/// Most bytes of a node's log that go with a report: a few hundred lines, and little beside the largest message (1
+/// MiB).
 pub const LOG_MAX: usize = 32 * 1024;
 /// `google.rpc.ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "marco.bootstrap";
@@ -32,7 +33,7 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// waits for what it then says. Longer than a controller's or a switch's restart, since the installer writes the card again.
 pub const VERDICT_DEADLINE: Duration = Duration::from_secs(10 * 60);
 
-/// What an id may not be.
+/// The text is no id or name of this kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InvalidName {
     text: String,
@@ -41,6 +42,7 @@ pub struct InvalidName {
 
 impl fmt::Display for InvalidName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The text may be anything that a caller sent.
         let shown: String = self.text.chars().take(80).collect();
         write!(f, "{shown:?} is not {}", self.wanted)
     }
@@ -49,6 +51,7 @@ impl fmt::Display for InvalidName {
 impl std::error::Error for InvalidName {}
 
 fn is_id(text: &str, longest: usize) -> bool {
+    // Ids become parts of paths, host names and commands, so they contain nothing that needs quoting.
     text.len() <= longest
         && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
         && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
@@ -66,6 +69,7 @@ macro_rules! id {
         impl $name {
             /// Reads an id or a full resource name.
             pub fn parse(text: &str) -> Result<Self, InvalidName> {
+                // Both forms, because people type ids and programs pass names on.
                 let id = text.strip_prefix(concat!($collection, "/")).unwrap_or(text);
                 if is_id(id, $longest) {
                     Ok(Self(id.to_owned()))

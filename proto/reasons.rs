@@ -1,20 +1,20 @@
-//! The reasons with which an agent's execution fails, a closed set, and what heals each. Programs match on the words; the
-//! controller offers a retry by what heals them.
+//! The closed set of reasons for failures of an agent's execution, each with its remedy. Programs match on the words;
+//! the controller offers a retry by the remedy.
 
-/// What has to happen before another try can end otherwise.
+/// The remedy without which another try ends the same way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Healing {
-    /// Nothing: networks, cards and power come and go.
+    /// None: networks, cards and power come and go.
     AnotherTry,
-    /// Something at the node or at the controller, by hand; then another try.
+    /// A repair by hand, at the node or at the controller; then another try.
     ByHand,
-    /// The same image ends the same way on the same node, however often it is tried.
+    /// Another image. The same image always ends the same way on the same node.
     AnotherImage,
 }
 
 use Healing::{AnotherImage, AnotherTry, ByHand};
 
-/// Every reason that an agent gives.
+/// Every reason that an agent reports.
 pub const REASONS: &[(&str, Healing)] = &[
     ("AGENT_BUG", AnotherTry),
     ("BOOT_LOADER_TOO_OLD", ByHand),
@@ -69,7 +69,7 @@ pub const REASONS: &[(&str, Healing)] = &[
     ("WRONG_MODE", AnotherTry),
 ];
 
-/// What heals a failure. A reason that is not in the set is of a newer agent: another try does no harm.
+/// The remedy for a failure. A reason outside the set comes from a newer agent; another try does no harm then.
 pub fn healing(reason: &str) -> Healing {
     REASONS.iter().find(|(known, _)| *known == reason).map_or(AnotherTry, |(_, healing)| *healing)
 }
@@ -81,11 +81,11 @@ mod tests {
 
     use super::{Healing, REASONS, healing};
 
-    /// Literals of the agent, tests left out, that look like a reason.
+    /// Literals of the agent, without tests, that look like a reason.
     fn literals(folder: &Path, found: &mut BTreeSet<String>) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            // Tests name what others say, too: states of the protocol, reasons of a newer agent.
+            // Tests also name other words: states of the protocol, reasons of a newer agent.
             if path.file_stem().is_some_and(|name| name == "tests" || name == "testing") {
                 continue;
             }
@@ -97,8 +97,8 @@ mod tests {
                 let word = |text: &&str| {
                     text.contains('_') && text.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c.is_ascii_digit())
                 };
-                // Every piece, not every other one: the character '"' is a quote without a partner, and no code between
-                // two literals is a bare word.
+                // Every piece is searched, not every other one: the character '"' is a quote without a partner. Code
+                // between two literals is never a bare word.
                 found.extend(code.split('"').filter(word).map(str::to_owned));
             }
         }
@@ -108,7 +108,7 @@ mod tests {
     fn every_reason_that_the_agent_gives_is_in_the_set() {
         let mut found = BTreeSet::new();
         literals(&Path::new(env!("CARGO_MANIFEST_DIR")).join("node-agent/src"), &mut found);
-        // Environment variables, the one of the 2015 system's file, and one of systemd's.
+        // Environment variables, one of the 2015 system's file, and one of systemd's.
         let others = ["MARCO_", "CARGO_", "RUST_", "NOTIFY_", "OS_IMG", "WALL_MESSAGE"];
         found.retain(|word| !others.iter().any(|other| word.starts_with(other)));
         assert!(found.contains("NOT_A_SYSTEM") && found.len() > 20, "{found:?}");

@@ -1,7 +1,7 @@
-//! The text of a secret, as it comes out of a file that an operator names: what editors and shells of other systems add
-//! is taken off, and a file that holds something else is named by what it holds, never by its contents.
+//! The text of a secret in a file that an operator names. Additions of editors and shells of other systems are removed.
+//! If a file holds something else, the error says its kind and never its contents.
 
-/// What a join token begins with.
+/// Prefix of a join token.
 pub const JOIN_TOKEN_FORM: &str = "mj1.";
 
 /// The text of a file: UTF-8, or UTF-16 as PowerShell's `>` writes it; without byte order mark and blanks around it.
@@ -12,17 +12,19 @@ pub fn text(bytes: &[u8]) -> Option<String> {
         odd.is_empty().then(|| String::from_utf16(&pairs.iter().map(|pair| unit(*pair)).collect::<Vec<_>>()).ok())?
     };
     let text = match bytes {
+        // Only a byte order mark tells UTF-16 from bytes that happen to be UTF-8.
         [0xff, 0xfe, rest @ ..] => units(rest, u16::from_le_bytes)?,
         [0xfe, 0xff, rest @ ..] => units(rest, u16::from_be_bytes)?,
         _ => String::from_utf8(bytes.to_vec()).ok()?,
     };
+    // Editors append a line feed, and some write a byte order mark before UTF-8.
     Some(text.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}').to_owned())
 }
 
 /// The join token in a file.
 ///
 /// # Errors
-/// What the file holds instead, as the object of a sentence. Nothing of its contents is repeated.
+/// Returns the kind of contents as the object of a sentence. Nothing of the contents is repeated.
 pub fn join_token(bytes: &[u8]) -> Result<String, &'static str> {
     let Some(text) = text(bytes) else { return Err("bytes that are no text") };
     let first = text.lines().next().unwrap_or_default();
@@ -30,6 +32,7 @@ pub fn join_token(bytes: &[u8]) -> Result<String, &'static str> {
         if text.split_whitespace().count() > 1 {
             return Err("more than one token, or a token and something else");
         }
+        // The form only: the controller checks the rest.
         if text.split('.').count() == 4 {
             return Ok(text);
         }

@@ -1,4 +1,4 @@
-//! `docs/security.md` and the constants of the program say the same.
+//! Checks that the numbers in `docs/security.md` are the program's constants.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use crate::api::downloads;
 use crate::identity::tls::{MAX_CONCURRENT_STREAMS, incoming, places};
 use crate::identity::{callers, peer_log};
 
-/// The account of the doors.
+/// The document with the table of limits.
 const SECURITY: &str = include_str!("../../docs/security.md");
 
 #[test]

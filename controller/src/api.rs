@@ -1,4 +1,4 @@
-//! The gRPC services: what is asked is read and checked here, answered from the store, and nowhere else becomes proto.
+//! The gRPC services. They read and check requests, and answer from the store. Only this module knows the proto types.
 
 mod access;
 mod agent;
@@ -60,12 +60,12 @@ macro_rules! limited {
     };
 }
 
-/// What every service works with.
+/// The parts of the controller that every service uses.
 #[derive(Clone)]
 pub struct Context {
-    /// The truth.
+    /// The store: the only truth.
     pub store: Store,
-    /// Who is let in.
+    /// Admission of callers.
     pub access: Arc<Access>,
     /// The live sessions.
     pub sessions: Arc<Sessions>,
@@ -79,9 +79,9 @@ pub struct Context {
     pub clock: Arc<dyn Clock>,
     /// This controller's id, as in the rows of its nodes.
     pub controller: String,
-    /// Where agents reach this controller.
+    /// Addresses at which agents reach this controller.
     pub addresses: Vec<String>,
-    /// Whether this controller does its work: what the health service says.
+    /// True while this controller does its work; the state of the health service.
     pub serving: channel::Receiver<bool>,
     /// The tasks of streams, awaited at the end.
     pub tasks: TaskTracker,
@@ -90,7 +90,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// Where agents reach the controllers that live, this one first.
+    /// Addresses of the live controllers, this one first.
     async fn live_addresses(&self) -> Vec<String> {
         let mut addresses = self.addresses.clone();
         match self.store.live_controllers(self.clock.now()).await {
@@ -101,13 +101,13 @@ impl Context {
                     }
                 }
             }
-            // The agent keeps those that it was told before.
+            // The agent keeps the addresses that it has.
             Err(error) => tracing::debug!(error = &*crate::chain(&error), "the live controllers are not known"),
         }
         addresses
     }
 
-    /// The record of a call that is stored with what the call changes.
+    /// The record of a call, which is stored with the call's change.
     fn record(&self, caller: &Caller, method: &str, target: &str) -> Arc<Record> {
         let record = Record::new(record::cleaned(self.row(caller, method, target)));
         caller.record_with_change(Arc::clone(&record));
@@ -127,7 +127,7 @@ impl Context {
         }
     }
 
-    /// Records a call that was refused, or changed nothing. One that changed something is recorded with its change.
+    /// Records a call that was refused, or changed nothing. A change is recorded in its own transaction.
     async fn audit<T>(&self, caller: &Caller, method: &str, target: &str, result: &Result<T, ApiError>) {
         if let Some(row) = caller.recorded_with_change() {
             return record::log(&row, Some(caller.from.ip()));
@@ -142,7 +142,7 @@ impl Context {
     }
 }
 
-/// Who calls: put there by the gate, without which nothing is reached.
+/// The caller, which the gate has put there; no call passes without it.
 fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, ApiError> {
     request.extensions().get::<Caller>().cloned().ok_or_else(|| ApiError::Unauthenticated {
         reason: "NO_CREDENTIALS",
@@ -154,16 +154,17 @@ fn caller<T>(request: &tonic::Request<T>) -> Result<Caller, ApiError> {
 /// health, and ours.
 ///
 /// # Errors
-/// When the descriptor set cannot serve reflection.
+/// Returns an error if the descriptor set cannot serve reflection.
 pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::server::Error> {
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(marco_proto::DESCRIPTOR_SET)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
-            // So that clients which work from reflection can show the details of an error.
+            // Clients that work from reflection can then show the details of an error.
             .register_encoded_file_descriptor_set(tonic_types::pb::FILE_DESCRIPTOR_SET)
     };
     let (reporter, health) = tonic_health::server::health_reporter();
+    // The empty name stands for the whole server (grpc.health.v1).
     reporter.set_service_status("", ServingStatus::Serving).await;
     context.tasks.spawn(report_health(reporter, context.serving.clone(), context.stop.clone()));
 
@@ -181,7 +182,7 @@ pub async fn routes(context: &Context) -> Result<Routes, tonic_reflection::serve
     Ok(routes.routes())
 }
 
-/// Says in the health service what the watchdog says, until cancelled.
+/// Reports the watchdog's state in the health service, until cancelled.
 async fn report_health(reporter: HealthReporter, mut serving: channel::Receiver<bool>, stop: CancellationToken) {
     loop {
         let status = if *serving.borrow_and_update() { ServingStatus::Serving } else { ServingStatus::NotServing };

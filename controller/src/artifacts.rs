@@ -1,5 +1,5 @@
-//! The bytes of artifacts, by their SHA-256: `DATA/artifacts/sha256/ab/abcdef...`, and uploads in
-//! `DATA/staging/SHA256.part`. What names them is the store's business.
+//! The bytes of artifacts, by their SHA-256, in `DATA/artifacts/sha256/ab/abcdef...`, and uploads in
+//! `DATA/staging/SHA256.part`. The store keeps the names that point at them.
 
 mod check;
 mod held;
@@ -26,12 +26,12 @@ pub const MAX_SIZE: u64 = 64 << 30;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// What an artifact is meant to be, and so which checks it must pass.
+/// The kind of an artifact, which decides the checks that it must pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
     /// An operating system as a tarball or a whole-disk image, plain or compressed with gzip, xz or zstd.
     Image,
-    /// The same, once it was judged where it was pushed: it may be no system by rules of today.
+    /// An image that was examined at its push. It is not refused as no system, because the rules may be newer than it.
     KnownImage,
     /// Boot files as a zip that start the installer.
     InstallerBootcode,
@@ -39,7 +39,7 @@ pub enum Content {
     SystemBootcode,
 }
 
-/// Why an artifact is not taken or cannot be given.
+/// The reason why an artifact is refused, or cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ArtifactError {
     /// Not 64 lower-case hexadecimal digits.
@@ -56,15 +56,15 @@ pub enum ArtifactError {
         /// Bytes free, without the reserve.
         free: u64,
     },
-    /// Somebody else is uploading the same bytes.
+    /// Another client uploads the same bytes.
     #[error("another upload of the same bytes is under way")]
     Busy,
     /// A chunk does not begin where the one before ended.
     #[error("the data goes on at offset {expected}, not {got}")]
     WrongOffset {
-        /// Where it must go on.
+        /// Offset at which the data must continue.
         expected: u64,
-        /// Where the chunk begins.
+        /// Offset of the chunk.
         got: u64,
     },
     /// More bytes than the header said.
@@ -73,45 +73,45 @@ pub enum ArtifactError {
     /// Fewer bytes than the header said; they are kept.
     #[error("the upload ended at {got} of {size} bytes; push again to go on from there")]
     Incomplete {
-        /// Bytes that are there.
+        /// Bytes received so far.
         got: u64,
         /// Bytes announced.
         size: u64,
     },
-    /// Bytes with this SHA-256 are stored, and have another size.
+    /// Bytes with this SHA-256 are stored, with another size.
     #[error("the bytes with this SHA-256 are {stored}, not {announced}")]
     WrongSize {
-        /// What is stored.
+        /// Size of the stored bytes.
         stored: u64,
-        /// As announced.
+        /// Size that was announced.
         announced: u64,
     },
     /// The bytes are not those that were announced.
     #[error("the bytes have SHA-256 {got}, not {expected}")]
     WrongDigest {
-        /// As announced.
+        /// The digest that was announced.
         expected: Digest,
-        /// As computed.
+        /// The digest of the bytes.
         got: Digest,
     },
     /// The contents break a rule.
     #[error(transparent)]
     Refused(#[from] marco_archive::Refused),
-    /// A tarball that is compressed in a way that is not taken.
+    /// A tarball with an unsupported compression.
     #[error("{0}")]
     Format(String),
-    /// The controller stops; bytes that came are kept.
+    /// The controller stops; received bytes are kept.
     #[error("the controller is stopping; push again to go on")]
     Stopping,
-    /// There are no such bytes.
+    /// No bytes with this digest are stored.
     #[error("there is no artifact with SHA-256 {0}")]
     NotFound(Digest),
     /// The disk failed.
     #[error("cannot {action}")]
     Io {
-        /// What was being done.
+        /// The failed action, with its path.
         action: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -119,32 +119,32 @@ pub enum ArtifactError {
 /// A stored and checked artifact.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredBlob {
-    /// Of its bytes.
+    /// Digest of all bytes.
     pub sha256: Digest,
-    /// In bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// In bytes; the last chunk is shorter.
+    /// Size of a chunk in bytes; the last one may be shorter.
     pub chunk_size: u32,
     /// SHA-256 of each chunk, 32 bytes each, in order.
     pub chunk_sha256: Vec<u8>,
-    /// Bytes of its files, unpacked.
+    /// Size of all its files in bytes, unpacked.
     pub unpacked_bytes: u64,
-    /// Entries of the archive.
+    /// Number of entries of the archive.
     pub entries: u64,
-    /// How it is packed.
+    /// Archive format and compression.
     pub packing: Packing,
-    /// What an image says about itself; `None` for boot files.
+    /// Facts that an image states about itself; `None`: boot files.
     pub facts: Option<Facts>,
 }
 
-/// The folder of artifacts. Several controllers may share it. Each file is its own lock: a push holds it until the row in
-/// the store is committed, and only who holds it alone removes the file.
+/// The folder of artifacts. Several controllers may share it. Each file is its own lock: a push holds it until the row
+/// in the store is committed, and only the holder of the exclusive lock removes the file.
 #[derive(Debug, Clone)]
 pub struct Artifacts {
     blobs: PathBuf,
     staging: PathBuf,
     stop: CancellationToken,
-    /// Held by whoever judges stored images: one at a time, so that serving goes on beside it.
+    /// Held while a stored image is examined: one at a time, so that serving goes on.
     judging: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -156,11 +156,12 @@ pub struct BlobReader {
 }
 
 impl Artifacts {
-    /// Opens the folder, and makes it when it is missing.
+    /// Opens the folder, and creates it if it is missing.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Returns an error if it cannot be created.
     pub fn open(data_dir: &Path) -> Result<Self, ArtifactError> {
+        // Both under one folder, so that an upload is moved into place by a rename.
         let (blobs, staging) = (data_dir.join("artifacts").join("sha256"), data_dir.join("staging"));
         for folder in [&blobs, &staging] {
             fs::create_dir_all(folder).map_err(failed(format!("make the folder {}", folder.display())))?;
@@ -168,16 +169,16 @@ impl Artifacts {
         Ok(Self { blobs, staging, stop: CancellationToken::new(), judging: Arc::default() })
     }
 
-    /// Checks that are under way end when this is cancelled.
+    /// Ends running checks when `stop` is cancelled.
     #[must_use]
     pub fn stopping(self, stop: CancellationToken) -> Self {
         Self { stop, ..self }
     }
 
-    /// Begins an upload, or goes on with one that was cut: its offset says from where.
+    /// Begins an upload, or continues one that was cut; the upload's offset tells from which byte.
     ///
     /// # Errors
-    /// A bad size, no room, or another upload of the same bytes.
+    /// Returns an error for a bad size, a full disk, or another upload of the same bytes.
     pub async fn begin(&self, sha256: Digest, size: u64) -> Result<Upload, ArtifactError> {
         if size == 0 || size > MAX_SIZE {
             return Err(ArtifactError::InvalidSize(size));
@@ -189,7 +190,7 @@ impl Artifacts {
     /// Opens stored bytes.
     ///
     /// # Errors
-    /// When there are none.
+    /// Returns an error if none are stored.
     pub async fn reader(&self, sha256: Digest) -> Result<BlobReader, ArtifactError> {
         let path = self.blob(sha256);
         off_runtime(move || {
@@ -199,10 +200,10 @@ impl Artifacts {
         .await
     }
 
-    /// Removes cut uploads that nobody went on with since `older_than`; how many.
+    /// Removes cut uploads without new bytes since `older_than`; returns their number.
     ///
     /// # Errors
-    /// When the disk fails.
+    /// Returns an error if the disk fails.
     pub async fn sweep(&self, older_than: SystemTime) -> Result<u64, ArtifactError> {
         let staging = self.staging.clone();
         off_runtime(move || {
@@ -210,8 +211,9 @@ impl Artifacts {
             let mut removed = 0;
             for entry in fs::read_dir(&staging).map_err(failed(action.clone()))? {
                 let path = entry.map_err(failed(action.clone()))?.path();
-                // A file that is gone by now was finished in the meantime, and one that is locked is being written.
+                // A file that is gone was finished in the meantime; one that is locked is being written.
                 let Ok(file) = File::open(&path) else { continue };
+                // The last write counts, so an upload that goes on slowly is never old.
                 let old = file.metadata().and_then(|metadata| metadata.modified()).is_ok_and(|time| time < older_than);
                 if old && file.try_lock().is_ok() && remove_file(&path)? {
                     removed += 1;
@@ -224,6 +226,7 @@ impl Artifacts {
 
     fn blob(&self, sha256: Digest) -> PathBuf {
         let name = sha256.to_string();
+        // 256 folders keep each of them small.
         let shard: String = name.chars().take(2).collect();
         self.blobs.join(shard).join(name)
     }
@@ -239,16 +242,17 @@ impl BlobReader {
         self.size
     }
 
-    /// Bytes from an offset, at most `len`, fewer only at the end; read off the runtime.
+    /// At most `len` bytes from an offset, fewer only at the end. Reads off the runtime.
     ///
     /// # Errors
-    /// When the disk fails.
+    /// Returns an error if the disk fails.
     pub async fn read_chunk(&self, offset: u64, len: usize) -> Result<Bytes, ArtifactError> {
         let left = self.size.saturating_sub(offset);
         let len = usize::try_from(left).unwrap_or(usize::MAX).min(len);
         let file = Arc::clone(&self.file);
         off_runtime(move || {
             let mut data = vec![0; len];
+            // By position: one open file serves several readers.
             file.read_exact_at(&mut data, offset).map_err(failed("read an artifact"))?;
             Ok(Bytes::from(data))
         })
@@ -256,7 +260,7 @@ impl BlobReader {
     }
 }
 
-/// Runs what waits for the disk where it holds up nobody.
+/// Runs work that waits for the disk on a blocking thread, so that no task is held up.
 async fn off_runtime<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ArtifactError> + Send + 'static,
 ) -> Result<T, ArtifactError> {
@@ -278,7 +282,7 @@ fn open_blob(path: &Path) -> Result<Option<(File, u64)>, ArtifactError> {
     Ok(Some((file, size)))
 }
 
-/// Removes a file; false when there was none.
+/// Removes a file; false: there was none.
 fn remove_file(path: &Path) -> Result<bool, ArtifactError> {
     match fs::remove_file(path) {
         Ok(()) => Ok(true),
@@ -287,7 +291,7 @@ fn remove_file(path: &Path) -> Result<bool, ArtifactError> {
     }
 }
 
-/// Makes a change of a name in a file's folder last.
+/// Makes a change of the file's name durable.
 fn sync_folder(path: &Path) -> Result<(), ArtifactError> {
     let folder = path.parent().unwrap_or(path);
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed(format!("sync {}", folder.display())))
@@ -297,9 +301,11 @@ impl Digest {
     /// Reads 64 lower-case hexadecimal digits.
     ///
     /// # Errors
-    /// When it is something else.
+    /// Returns an error if the text is anything else.
     pub fn parse(text: &str) -> Result<Self, ArtifactError> {
+        // Cut, because the text may be anything that a caller sent.
         let invalid = || ArtifactError::InvalidDigest(text.chars().take(80).collect());
+        // The decoder takes upper case too, but a digest is also a file's name and must have one spelling.
         if text.bytes().any(|b| b.is_ascii_uppercase()) {
             return Err(invalid());
         }

@@ -14,7 +14,7 @@ pub const END_OF_TIME: DateTime<Utc> = match DateTime::from_timestamp(253_402_30
     None => DateTime::<Utc>::MAX_UTC,
 };
 
-/// The first date that is stored or sent: the begin of the year 1.
+/// The first date that is stored or sent: the beginning of the year 1.
 pub const START_OF_TIME: DateTime<Utc> = match DateTime::from_timestamp(-62_135_596_800, 0) {
     Some(time) => time,
     None => DateTime::<Utc>::MIN_UTC,
@@ -22,22 +22,23 @@ pub const START_OF_TIME: DateTime<Utc> = match DateTime::from_timestamp(-62_135_
 
 /// The date, or the nearest one that can be stored.
 pub fn bounded(time: DateTime<Utc>) -> DateTime<Utc> {
+    // chrono's calendar goes further than the API's, so its checks alone are not enough.
     time.clamp(START_OF_TIME, END_OF_TIME)
 }
 
-/// So much later, at most [`END_OF_TIME`].
+/// The date moved forward by `by`, at most [`END_OF_TIME`].
 pub fn later(time: DateTime<Utc>, by: TimeDelta) -> DateTime<Utc> {
     let end = if by < TimeDelta::zero() { START_OF_TIME } else { END_OF_TIME };
     time.checked_add_signed(by).map_or(end, bounded)
 }
 
-/// So much earlier, at least [`START_OF_TIME`].
+/// The date moved back by `by`, at least [`START_OF_TIME`].
 pub fn earlier(time: DateTime<Utc>, by: TimeDelta) -> DateTime<Utc> {
     let end = if by < TimeDelta::zero() { END_OF_TIME } else { START_OF_TIME };
     time.checked_sub_signed(by).map_or(end, bounded)
 }
 
-/// The same length as chrono has it; the longest that it has if it is longer.
+/// The same length in chrono's type, limited to its largest value.
 pub fn delta(length: Duration) -> TimeDelta {
     TimeDelta::from_std(length).unwrap_or(TimeDelta::MAX)
 }
@@ -77,10 +78,10 @@ mod tests {
         }
     }
 
-    /// Whether a line moves a date with an operator. It knows how this crate names dates and lengths of time; clippy's
-    /// `arithmetic_side_effects`, which modules full of dates turn on, also finds the others there.
+    /// Finds a line that moves a date with an operator. It knows the names of dates and lengths in this crate; clippy's
+    /// `arithmetic_side_effects`, which date-heavy modules turn on, finds the others there.
     fn moves_a_date(line: &str) -> bool {
-        // A line of a long text, SQL mostly, ends with a backslash.
+        // A line of a long string, mostly SQL, ends with a backslash.
         let code = if line.ends_with('\\') { "" } else { line.split("//").next().unwrap_or_default() };
         let words: Vec<&str> = code.split(' ').collect();
         words.windows(3).any(|three| {
@@ -109,7 +110,7 @@ mod tests {
         let mut found = Vec::new();
         for file in files.iter().filter(|file| !file.to_string_lossy().contains("tests")) {
             let text = std::fs::read_to_string(file).unwrap();
-            // What follows is a test; tests may panic.
+            // The rest of a file is tests, and tests may panic.
             let code = text.split("#[cfg(test)]").next().unwrap_or_default();
             for (number, line) in code.lines().enumerate().filter(|(_, line)| moves_a_date(line)) {
                 found.push(format!("{}:{}: {}", file.display(), number + 1, line.trim()));

@@ -1,4 +1,4 @@
-//! The time: what tests replace, and the only place that asks the system for it.
+//! The time source: tests replace it, and it is the only place that asks the system for the time.
 
 mod steps;
 
@@ -13,12 +13,12 @@ pub use steps::ClockWatch;
 /// Seconds since 1970 at which this controller was built.
 const BUILD_SECONDS: &str = env!("MARCO_BUILD_SECONDS");
 
-/// When this controller was built: no clock that is right shows an earlier time.
+/// Build time of this controller. A right clock never shows an earlier time.
 pub fn built() -> DateTime<Utc> {
     BUILD_SECONDS.parse().ok().and_then(|seconds| DateTime::from_timestamp(seconds, 0)).unwrap_or(DateTime::UNIX_EPOCH)
 }
 
-/// Where `now` comes from.
+/// A source of the current time.
 pub trait Clock: Send + Sync + 'static {
     /// The time, UTC.
     fn now(&self) -> DateTime<Utc>;
@@ -35,24 +35,25 @@ impl Clock for SystemClock {
     }
 }
 
-/// An answer that takes longer is refused: its time may be wrong by half of that.
+/// Answers that take longer are refused: their time may be wrong by half of that.
 pub const MAX_ROUND_TRIP: std::time::Duration = std::time::Duration::from_millis(500);
 
-/// What a shared clock said, and when it was asked and answered on this machine's monotonic clock.
+/// A shared clock's answer, with the question and the answer on this machine's monotonic clock.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
-    /// What it said.
+    /// The shared clock's time, taken somewhere between `asked` and `answered`.
     pub time: DateTime<Utc>,
-    /// When it was asked.
+    /// Start of the round trip.
     pub asked: Instant,
-    /// When the answer came.
+    /// End of the round trip.
     pub answered: Instant,
 }
 
 impl Sample {
-    /// The sample with the shortest round trip, if that is short enough. One answer that was long on its way would make
-    /// this clock wrong by half of that, and this controller would take healthy ones for dead.
+    /// The sample with the shortest round trip; `None`: all took longer than `MAX_ROUND_TRIP`. A slow answer would make
+    /// this clock wrong by half of its round trip, and this controller would take healthy ones for dead.
     pub fn best(samples: impl IntoIterator<Item = Self>) -> Option<Self> {
+        // The error of an answer is at most half of its round trip.
         samples.into_iter().min_by_key(Self::round_trip).filter(|best| best.round_trip() <= MAX_ROUND_TRIP)
     }
 
@@ -60,14 +61,14 @@ impl Sample {
         self.answered.saturating_duration_since(self.asked)
     }
 
-    /// The time when the answer came, if it was made half-way.
+    /// The time at `answered`, on the assumption that both ways took equally long.
     fn middle(&self) -> DateTime<Utc> {
         later(self.time, delta(self.round_trip() / 2))
     }
 }
 
 /// Monotonic time, anchored to a clock that several machines share: the database's. A controller whose own clock is an
-/// hour off, or jumps, decides the same as its neighbours.
+/// hour off, or jumps, decides the same as the others.
 #[derive(Debug)]
 pub struct AnchoredClock {
     start: Instant,
@@ -75,15 +76,17 @@ pub struct AnchoredClock {
 }
 
 impl AnchoredClock {
-    /// A clock that shows what the sample says.
+    /// A clock set by this sample.
     pub fn new(sample: Sample) -> Self {
+        // Only the offset changes later, so that the clock runs evenly between two samples.
         let clock = Self { start: Instant::now(), at_start: Mutex::new(sample.time) };
         clock.anchor(sample);
         clock
     }
 
-    /// Sets the clock by an answer of the shared one.
+    /// Sets the clock by a new sample.
     pub fn anchor(&self, sample: Sample) {
+        // Time has passed since the answer: the lock and the scheduler may have delayed this call.
         let now = later(sample.middle(), delta(sample.answered.elapsed()));
         *self.at_start.lock().unwrap_or_else(PoisonError::into_inner) = earlier(now, self.elapsed());
     }
@@ -99,7 +102,7 @@ impl Clock for AnchoredClock {
     }
 }
 
-/// A clock that stands still until it is moved: for tests.
+/// A clock for tests: it stands still until it is moved.
 #[derive(Debug)]
 pub struct ManualClock(Mutex<DateTime<Utc>>);
 
@@ -109,7 +112,7 @@ impl ManualClock {
         Self(Mutex::new(start))
     }
 
-    /// Moves the clock on, or back.
+    /// Moves the clock by `by`, which may be negative.
     pub fn advance(&self, by: Duration) {
         let mut now = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         *now = later(*now, by);

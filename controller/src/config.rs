@@ -14,18 +14,18 @@ use crate::clock;
 use crate::discovery::Ways;
 use crate::identity::ca::Ca;
 
-/// How late an instant of a schedule may be found and still fire.
+/// Default of `missed-after`.
 const MISSED_AFTER: Duration = Duration::from_secs(300);
-/// More would fire what nobody expects any more.
+/// Upper limit of `missed-after`: a fire that is later than a day would surprise everyone.
 const MISSED_AFTER_MAX: TimeDelta = TimeDelta::days(1);
-/// For how many days events are kept unless said otherwise.
+/// Default of `keep-events`, in days.
 const KEEP_EVENTS_DAYS: u32 = 90;
 
 /// The command line of `marco-controller`.
 #[derive(Debug, Parser)]
 #[command(name = "marco-controller", version, about = "The control plane of a fleet of Raspberry Pis", long_about = None)]
 pub struct Cli {
-    /// What to do.
+    /// The verb.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -40,16 +40,16 @@ pub enum Command {
     Serve(ServeArgs),
 }
 
-/// Flags and variables of `serve`; what is unset comes from the file or the defaults.
+/// Flags and variables of `serve`. Unset ones come from the file or the defaults.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ServeArgs {
     /// Read settings from this TOML file; unknown keys are refused
     #[arg(long, env = "MARCO_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Where the database, the artifacts and the CA's key live [default: ./marco-data]
+    /// Folder of the database, the artifacts and the CA's key [default: ./marco-data]
     #[arg(long, env = "MARCO_DATA_DIR", value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
-    /// Where the certificates for operators and the controller are, also read from MARCO_CERTS unless that folder holds
+    /// Folder of the certificates for operators and the controller, also read from MARCO_CERTS unless that folder holds
     /// an operator's certificates of another controller [default: ./certs]
     #[arg(long, value_name = "DIR")]
     pub certs: Option<PathBuf>,
@@ -70,27 +70,27 @@ pub struct ServeArgs {
     /// Address of the metrics; accepted, and used once this version serves them
     #[arg(long, env = "MARCO_METRICS_LISTEN", value_name = "ADDR")]
     pub metrics_listen: Option<SocketAddr>,
-    /// How the controller lets itself be found: mdns, marcopolo, both with a comma between them, or off
+    /// Discovery methods to offer: mdns, marcopolo, both with a comma between them, or off
     /// [default: mdns,marcopolo unless the API listens on the loopback interface]
     #[arg(long, env = "MARCO_DISCOVERY", value_name = "WAYS")]
     pub discovery: Option<Ways>,
-    /// Instants of schedules that are found later than this are missed [default: 5m]
+    /// Times of schedules that are noticed later than this are missed [default: 5m]
     #[arg(long, env = "MARCO_MISSED_AFTER", value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub missed_after: Option<Duration>,
     /// A further host name or address by which operators reach this controller; repeats
     #[arg(long = "name", env = "MARCO_NAME", value_name = "HOST", value_delimiter = ',')]
     pub names: Vec<String>,
-    /// Whether changes are passed on between controllers by LISTEN and NOTIFY; without, the others see them within a
-    /// second [default: true]
+    /// Pass changes on between controllers by LISTEN and NOTIFY; without, the others see them within a second [default:
+    /// true]
     #[arg(long, env = "MARCO_NOTIFICATIONS", value_name = "BOOL")]
     pub notifications: Option<bool>,
-    /// For how many days the events of an operation are kept after its end; the operation itself is kept for ever
-    /// [default: 90]
+    /// Days for which the events of an operation are kept after its end; the operation itself is kept forever [default:
+    /// 90]
     #[arg(long, env = "MARCO_KEEP_EVENTS", value_name = "DAYS")]
     pub keep_events: Option<u32>,
 }
 
-/// Variables that are not this program's alone.
+/// Environment variables that other programs read as well.
 #[derive(Debug, Clone, Default)]
 pub struct Shared {
     /// `DATABASE_URL`.
@@ -100,14 +100,14 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// As the process has them; an empty one is unset.
+    /// Reads them from the process; an empty value counts as unset.
     pub fn of_process() -> Self {
         let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
         Self { database_url: variable("DATABASE_URL"), certs: variable("MARCO_CERTS").map(PathBuf::from) }
     }
 }
 
-/// The file's keys, the same as the flags'.
+/// Keys of the configuration file; the same names as the flags.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct File {
@@ -129,9 +129,9 @@ struct File {
 /// The settings in force.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Where the database, the artifacts and the CA's key live.
+    /// Folder of the database, the artifacts and the CA's key.
     pub data_dir: PathBuf,
-    /// Where certificates are.
+    /// Folder of the certificates.
     pub certs: PathBuf,
     /// Database URL; it may hold a password.
     pub database_url: String,
@@ -141,17 +141,17 @@ pub struct Config {
     pub enroll_listen: SocketAddr,
     /// The file mirror's address.
     pub mirror_listen: SocketAddr,
-    /// Whether somebody named that address: else the controller runs without a mirror when it is taken.
+    /// True if the mirror's address was set. Otherwise the controller runs without a mirror if the default is taken.
     pub mirror_asked_for: bool,
-    /// How the controller lets itself be found.
+    /// Discovery methods to offer.
     pub discovery: Ways,
-    /// Instants of schedules that are found later than this are missed.
+    /// Delay from which a schedule's time counts as missed.
     pub missed_after: TimeDelta,
     /// Further names in the controller's certificate.
     pub names: Vec<String>,
-    /// Whether changes are passed on between controllers by notifications.
+    /// True if changes are passed on between controllers by LISTEN and NOTIFY.
     pub notifications: bool,
-    /// For how long the events of an operation are kept after its end.
+    /// Time for which the events of an operation are kept after its end.
     pub keep_events: TimeDelta,
 }
 
@@ -159,7 +159,7 @@ impl Config {
     /// Puts flags, variables, file and defaults together.
     ///
     /// # Errors
-    /// An unreadable file, a file with an unknown key, or a value of the wrong form.
+    /// Returns an error if the file cannot be read or has an unknown key, or if a value has the wrong form.
     pub fn load(args: ServeArgs, shared: Shared) -> anyhow::Result<Self> {
         let file = match &args.config {
             Some(path) => read(path)?,
@@ -170,6 +170,7 @@ impl Config {
             .listen
             .or(file.listen)
             .unwrap_or_else(|| SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, API_PORT)));
+        // On the API's interface: an operator who restricts one of them means both.
         let enroll_listen =
             args.enroll_listen.or(file.enroll_listen).unwrap_or_else(|| SocketAddr::new(listen.ip(), ENROLL_PORT));
         let database_url = match args.database_url.or(shared.database_url).or(file.database_url) {
@@ -177,13 +178,14 @@ impl Config {
             None => format!("sqlite://{}", data_dir.join("marco.db").display()),
         };
         let mirror = args.mirror_listen.or(file.mirror_listen);
+        // Accepted so that a configuration for a later version starts this one too.
         if let Some(unserved) = args.metrics_listen.or(file.metrics_listen) {
             tracing::info!(address = %unserved, "this version serves no metrics");
         }
         let discovery = match (args.discovery, file.discovery) {
             (Some(ways), _) => ways,
             (None, Some(text)) => text.parse().context("discovery")?,
-            // Nobody else could reach it.
+            // No other machine could reach the announced address.
             (None, None) if listen.ip().is_loopback() => Ways::OFF,
             (None, None) => Ways::ALL,
         };
@@ -194,6 +196,7 @@ impl Config {
         };
         let missed_after = TimeDelta::from_std(missed_after).context("missed-after is too long")?;
         anyhow::ensure!(missed_after <= MISSED_AFTER_MAX, "missed-after is longer than a day");
+        // `marcoctl` reads MARCO_CERTS too. An operator's folder must not be taken for the controller's own.
         let own = |certs: &PathBuf| {
             let own = !is_operators(certs, &data_dir);
             if !own {
@@ -212,6 +215,7 @@ impl Config {
             listen,
             enroll_listen,
             mirror_listen: mirror.unwrap_or_else(|| SocketAddr::new(listen.ip(), MIRROR_PORT)),
+            // A second controller on one machine must not fail for a mirror that nobody asked for.
             mirror_asked_for: mirror.is_some(),
             discovery,
             missed_after,
@@ -222,10 +226,11 @@ impl Config {
     }
 }
 
-/// Whether a folder holds what an operator was given: the CA's certificate, but neither a controller's key nor the
+/// True if a folder holds an operator's certificates: the CA's certificate, but neither a controller's key nor the
 /// certificate of the CA whose key is in the data directory.
 fn is_operators(certs: &Path, data_dir: &Path) -> bool {
     let Ok(ca) = std::fs::read_to_string(certs.join("ca.crt")) else { return false };
+    // The controller's own folder may have lost its key; the CA's key in the data directory still tells.
     let own_ca = std::fs::read_to_string(data_dir.join("pki").join("ca.key"))
         .is_ok_and(|key| Ca::load(&ca, &key, clock::built()).is_ok());
     !own_ca && !certs.join("controller.key").exists()
@@ -239,7 +244,7 @@ fn read(path: &Path) -> anyhow::Result<File> {
 
 #[cfg(test)]
 impl Config {
-    /// Of a controller with its files in this folder, at free ports of the loopback interface.
+    /// Settings of a controller with its files in this folder, at free ports of the loopback interface.
     pub(crate) fn in_test(folder: &Path) -> Self {
         let anywhere = Some("127.0.0.1:0".parse().unwrap());
         let flags = ServeArgs {
@@ -267,7 +272,7 @@ mod tests {
         Config::load(ServeArgs { config: Some(file.path().to_owned()), ..args }, Shared::default())
     }
 
-    /// The certificates' folder with `MARCO_CERTS` set and these further settings.
+    /// The certificate folder that follows from `MARCO_CERTS`, the data directory and the flag.
     fn certs(variable: &std::path::Path, data_dir: &std::path::Path, flag: Option<&str>) -> std::path::PathBuf {
         let args =
             ServeArgs { data_dir: Some(data_dir.to_owned()), certs: flag.map(Into::into), ..ServeArgs::default() };
@@ -279,11 +284,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (data, own, theirs) = (dir.path().join("data"), dir.path().join("own"), dir.path().join("theirs"));
         let now = DateTime::from_timestamp(1_800_000_000, 0).unwrap();
-        // An empty folder, and one that is not there yet, become the controller's own.
+        // An empty folder and a missing one become the controller's own.
         assert_eq!(certs(&own, &data, None), own);
         Pki::open(&data, &own, &[], now, DateTime::UNIX_EPOCH).unwrap();
         assert_eq!(certs(&own, &data, None), own);
-        // Also when only its CA is left in there.
+        // It stays the controller's own if only its CA is left there.
         std::fs::remove_file(own.join("controller.key")).unwrap();
         assert_eq!(certs(&own, &data, None), own);
 
@@ -296,7 +301,7 @@ mod tests {
         for data in [&data, &dir.path().join("fresh")] {
             assert_eq!(certs(&theirs, data, None).to_str(), Some("certs"));
             assert_eq!(certs(&theirs, data, Some("/flag")).to_str(), Some("/flag"));
-            // Named by hand it is used, and refused with advice that costs nobody a CA.
+            // Named by a flag it is used. The refusal then must not advise to remove a CA.
             assert_eq!(certs(&own, data, Some(theirs.to_str().unwrap())), theirs);
         }
         let refused = Pki::open(&dir.path().join("fresh"), &theirs, &[], now, DateTime::UNIX_EPOCH)

@@ -1,5 +1,5 @@
-//! How this controller lets itself be found: it announces itself by mDNS, and answers the MarcoPolo protocol of the 2015
-//! system. What it says is a hint: who it is, its certificate proves.
+//! Discovery of this controller: it announces itself by mDNS, and answers the MarcoPolo protocol of the 2015 system.
+//! Both are hints; only the certificate proves the controller's identity.
 
 mod marcopolo;
 mod mdns;
@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use tokio_util::sync::CancellationToken;
 
-/// Which ways of being found are on.
+/// Discovery methods that are on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ways {
     /// DNS-SD over multicast DNS.
@@ -25,7 +25,7 @@ impl Ways {
     pub const OFF: Self = Self { mdns: false, marcopolo: false };
 }
 
-/// No way of being found.
+/// The text is no discovery method.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no way of being found: write mdns, marcopolo, both with a comma between them, or off")]
 pub struct UnknownWay(String);
@@ -49,18 +49,18 @@ impl FromStr for Ways {
     }
 }
 
-/// What is said, and where.
+/// The announced data, and the methods of announcing it.
 #[derive(Debug, Clone)]
 pub struct Announced {
-    /// Which ways are on.
+    /// Discovery methods that are on.
     pub ways: Ways,
-    /// The address that the API listens on: where others cannot reach it, nothing is said.
+    /// The address that the API listens on. Nothing is announced on networks that cannot reach it.
     pub listen: IpAddr,
     /// Port of the API.
     pub api: u16,
     /// Port of the enrolment listener.
     pub enroll: u16,
-    /// Port of the file mirror; none: there is none.
+    /// Port of the file mirror; `None`: there is no mirror.
     pub mirror: Option<u16>,
     /// SHA-256 of the CA's SubjectPublicKeyInfo.
     pub ca: [u8; 32],
@@ -68,10 +68,11 @@ pub struct Announced {
     pub controller: String,
 }
 
-/// Lets the controller be found until `stop`. What does not work is said once, and the controller goes on without it.
+/// Announces the controller until `stop`. A method that fails is logged once, and the controller goes on without it.
 pub async fn run(announced: Announced, stop: CancellationToken) {
     let Ways { mdns, marcopolo } = announced.ways;
     let name = host_name();
+    // Both at the same time, and neither ends the other.
     tokio::join!(
         async {
             if mdns && let Err(error) = mdns::announce(&announced, &name, &stop).await {
@@ -92,11 +93,11 @@ pub async fn run(announced: Announced, stop: CancellationToken) {
             }
         },
     );
-    // A way that failed is no reason for the controller to end.
+    // A failed method is no reason for the controller to end.
     stop.cancelled().await;
 }
 
-/// The name of this machine, up to its first dot.
+/// The host name of this machine, up to its first dot.
 fn host_name() -> String {
     let name = gethostname::gethostname().to_string_lossy().into_owned();
     let short = name.split('.').next().unwrap_or_default();

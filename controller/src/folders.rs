@@ -19,12 +19,14 @@ pub(crate) fn make_private(dir: &Path) -> anyhow::Result<()> {
 
 /// Takes the rights of group and others from a file or folder of an earlier start, if it exists.
 pub(crate) fn keep_private(path: &Path) {
+    // A missing folder is created later, with the process's umask.
     let Ok(found) = std::fs::metadata(path) else { return };
     let mode = found.permissions().mode();
     if mode & 0o077 == 0 {
         return;
     }
     let path_shown = path.display();
+    // A failure only warns, because the controller can work all the same.
     match std::fs::set_permissions(path, Permissions::from_mode(mode & 0o700)) {
         Ok(()) => tracing::info!(path = %path_shown, "other users of this machine could read it: mode mended"),
         Err(error) => {

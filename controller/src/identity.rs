@@ -1,4 +1,4 @@
-//! Who calls, and what they may do.
+//! Identity and permissions of callers.
 
 pub mod access;
 pub mod api_tokens;
@@ -26,26 +26,26 @@ use crate::store::{AuditRow, Record, Scope};
 use roles::Role;
 use tls::PeerInfo;
 
-/// Who makes a call, as its certificate or its API token says.
+/// A caller, by its certificate or its API token.
 #[derive(Debug, Clone)]
 pub struct Caller {
-    /// A user, or the name of a node or of an API token.
+    /// Name of a user, or resource name of a node or an API token.
     pub name: String,
-    /// What it is.
+    /// Its role.
     pub role: Role,
     /// The node, when the role is [`Role::Node`].
     pub node: Option<NodeId>,
-    /// Where the call comes from.
+    /// Address of the client.
     pub from: SocketAddr,
     /// The certificate's serial number, lower-case hexadecimal; empty with an API token.
     pub serial: String,
-    /// The API token that was shown instead of a certificate.
+    /// The API token; `None`: a certificate was shown instead.
     pub api_token: Option<ApiTokenId>,
-    /// What becomes of it while the call is open.
+    /// State of the open call.
     pub pass: Arc<Pass>,
 }
 
-/// What may change while a call is open, and what is noted about it.
+/// The parts of an open call's state that may change, and notes for the audit.
 #[derive(Debug)]
 pub struct Pass {
     scope: Mutex<Scope>,
@@ -57,7 +57,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// For a caller that is limited to these nodes.
+    /// State for a caller that is limited to these nodes.
     fn new(scope: Scope) -> Self {
         Self {
             scope: Mutex::new(scope),
@@ -73,7 +73,7 @@ impl Pass {
         *self.scope.lock().unwrap_or_else(PoisonError::into_inner) = scope;
     }
 
-    /// Ends the call; false when it was ended before.
+    /// Ends the call; false: it had been ended before.
     fn cut(&self, why: Denied) -> bool {
         let first = self.why.set(why).is_ok();
         self.cut.cancel();
@@ -85,6 +85,7 @@ impl Pass {
     }
 
     fn why(&self) -> Denied {
+        // A call is cut only after the reason is set, so the default is never seen.
         self.why.get().cloned().unwrap_or(Denied::Revoked)
     }
 
@@ -97,39 +98,39 @@ impl Pass {
     }
 }
 
-/// Why a call may not be made.
+/// The reason why a call is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Denied {
     /// No certificate that the CA issued, or one that names no role.
     #[error("this call needs a client certificate that the controller's CA issued, or an API token")]
     Unauthenticated,
-    /// An API token that is wrong, expired or revoked; which one is not told.
+    /// An API token that is wrong, expired or revoked. The answer does not tell which.
     #[error("the API token is not valid: it is wrong, expired or revoked")]
     BadToken,
-    /// A certificate that was revoked, or whose user or node is gone.
+    /// A certificate that was revoked or has expired, or whose user or node is gone.
     #[error("this certificate was revoked or has expired")]
     Revoked,
-    /// A node that is shut out.
+    /// A quarantined node.
     #[error("the node is quarantined; an admin can approve it")]
     Quarantined,
-    /// A node's key that is not in service: its fingerprint.
+    /// A node's key that is not in service, with its fingerprint.
     #[error("this key of the node waits for an admin's approval; its fingerprint is {0}")]
     KeyHeld(String),
     /// The role may not make this call.
     #[error("the role {role} may not call this method; those that may: {}", roles::names(allowed))]
     Forbidden {
-        /// The caller's.
+        /// The caller's role.
         role: Role,
-        /// Those that may.
+        /// Roles that may call the method.
         allowed: &'static [Role],
     },
-    /// Nobody can be looked up.
+    /// The store does not answer.
     #[error("the controller's database does not answer; try again")]
     Unavailable,
 }
 
 impl Caller {
-    /// The caller behind a connection; `None` without a certificate or when the certificate names no role.
+    /// The caller behind a connection; `None`: no certificate, or one without a known role.
     pub fn from_peer(peer: &PeerInfo) -> Option<Self> {
         let certificate = peer.certificate.as_deref()?;
         let role: Role = certificate.role.parse().ok()?;
@@ -138,7 +139,7 @@ impl Caller {
             Role::Viewer | Role::Operator | Role::Publisher | Role::Admin | Role::Controller => None,
         };
         Some(Self {
-            // As the audit has it: nobody else is called so.
+            // In the audit's form, which no user can have as a name.
             name: node.as_ref().map_or_else(|| certificate.common_name.clone(), NodeId::name),
             role,
             node,
@@ -149,17 +150,17 @@ impl Caller {
         })
     }
 
-    /// The nodes that it is limited to, now.
+    /// The nodes that the caller is limited to; an admin may change them during the call.
     pub fn scope(&self) -> Scope {
         self.pass.scope.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What it showed, by name.
+    /// Resource name of the certificate or API token that was shown.
     pub fn credential(&self) -> String {
         self.api_token.as_ref().map_or_else(|| format!("certificates/{}", self.serial), ApiTokenId::name)
     }
 
-    /// Notes on what the call is made, for the audit.
+    /// Notes the target of the call for the audit.
     pub fn note_target(&self, target: &str) {
         target.clone_into(&mut self.pass.target.lock().unwrap_or_else(PoisonError::into_inner));
         if let Some(record) = self.pass.record.get() {
@@ -167,18 +168,18 @@ impl Caller {
         }
     }
 
-    /// Says with which record the call's change is stored.
+    /// Sets the record that is stored together with the call's change.
     pub fn record_with_change(&self, record: Arc<Record>) {
-        // One call has one record; the first counts.
+        // One call has one record; the first one counts.
         let _ = self.pass.record.set(record);
     }
 
-    /// The call's row in the audit, if it was stored with what the call changed.
+    /// The call's audit row; `None`: it was not stored with the call's change.
     pub fn recorded_with_change(&self) -> Option<AuditRow> {
         self.pass.record.get().filter(|record| record.is_stored()).map(|record| record.row())
     }
 
-    /// Says that whoever handles the call records it.
+    /// Leaves the recording of the call to its handler.
     pub fn leave_recording(&self) {
         self.pass.recorded.store(true, Ordering::Relaxed);
     }
@@ -189,10 +190,11 @@ pub fn shown(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// Whether a caller may call a method, by its path (`/package.Service/Method`). Deny by default. Answers the caller.
+/// Checks if a caller may call a method, by its path (`/package.Service/Method`), and returns the caller. Methods not
+/// listed are denied.
 ///
 /// # Errors
-/// Why not.
+/// Returns the reason.
 pub fn authorize<'a>(method_path: &str, caller: Option<&'a Caller>) -> Result<&'a Caller, Denied> {
     let caller = caller.ok_or(Denied::Unauthenticated)?;
     let allowed = roles::allowed(method_path);

@@ -1,7 +1,7 @@
 //! The server of Marco Bootstrap: stores what operators ask for, and pushes it to the nodes.
 //!
-//! [`Controller::bind`] opens the store, the certificates and the listeners; [`Controller::run`] serves until it is told
-//! to stop, and then drains: streams are told good-bye, calls under way are answered, under a deadline.
+//! [`Controller::bind`] opens the store, the certificates and the listeners; [`Controller::run`] serves until it is
+//! told to stop, and then drains: streams are told good-bye, calls under way are answered, under a deadline.
 
 #[cfg(test)]
 mod account;
@@ -62,20 +62,20 @@ use crate::sessions::{End, Sessions};
 use crate::store::Store;
 use crate::watchdog::{Pulses, Watchdog};
 
-/// How long streams have to end after they were told to, and calls that change something. systemd's unit allows a little
+/// Time for streams to end after they were told to, and for calls that change something. systemd's unit allows a little
 /// more.
 const DRAIN: Duration = Duration::from_secs(10);
-/// How long connections have to close after their streams ended.
+/// Time for connections to close after their streams ended.
 const CLOSE: Duration = Duration::from_secs(5);
-/// How often the clock is set by the database's: clocks drift by milliseconds in this time.
+/// Interval at which the clock is set by the database's. Clocks drift by milliseconds in this time.
 const ANCHOR: Duration = Duration::from_secs(5);
-/// How often it is asked in a row for that.
+/// Questions in a row for that; the fastest answer counts.
 const SAMPLES: usize = 3;
-/// Uploads that nobody went on with for this long are removed.
+/// Uploads without new bytes for this long are removed.
 const STALE_UPLOAD: Duration = Duration::from_secs(3 * 24 * 3600);
-/// A stored file that no artifact names is removed after this: a push names it within moments.
+/// A stored file that no artifact names is removed after this time. A push names it within moments.
 const ORPHAN_GRACE: Duration = Duration::from_secs(3600);
-/// Every ten minutes.
+/// Cron of housekeeping: every ten minutes.
 const HOUSEKEEPING: &str = "0 */10 * * * *";
 
 /// An error with its causes, in one line.
@@ -83,7 +83,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        // Libraries like to repeat their source in their own text.
+        // Many libraries repeat their source in their own text.
         let said = cause.to_string();
         if !text.ends_with(&said) {
             let _ = write!(text, ": {said}");
@@ -113,15 +113,17 @@ impl Controller {
     /// Opens everything that can fail: folders, certificates, store, ports.
     ///
     /// # Errors
-    /// What could not be opened, and why.
+    /// Returns an error if one of them cannot be opened.
     pub async fn bind(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
         make_private(&config.data_dir)?;
+        // Those of an earlier start may have wider modes.
         for folder in ["artifacts", "staging", "pki"] {
             keep_private(&config.data_dir.join(folder));
         }
+        // Schedules depend on it, and it may differ between controllers.
         tracing::info!(tzdata = %schedule::Tzdata::of_process(), "time zones");
         let (store, time) = startup::open_store(&config.database_url).await?;
-        // Several controllers on one database agree on its time, whatever their own clocks say.
+        // Several controllers on one database agree on its time, independent of their own clocks.
         let anchored = time.map(|sample| Arc::new(AnchoredClock::new(sample)));
         let clock = anchored.clone().map_or(clock, |anchored| -> Arc<dyn Clock> { anchored });
         let pki = startup::open_pki(&config, &*clock).await?;
@@ -167,7 +169,7 @@ impl Controller {
         })
     }
 
-    /// The addresses, and one line that works: what `serve` prints.
+    /// The text that `serve` prints: the addresses, and one command line that works.
     pub fn greeting(&self) -> String {
         let port =
             |listener: &TcpListener| listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
@@ -194,7 +196,7 @@ impl Controller {
     /// The addresses that the API and the enrolment listen on.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the system's error.
     pub fn addresses(&self) -> std::io::Result<(SocketAddr, SocketAddr)> {
         Ok((self.api.local_addr()?, self.enrolment.local_addr()?))
     }
@@ -202,16 +204,16 @@ impl Controller {
     /// Serves until `stop`, then drains; true when every stream had ended before the deadline.
     ///
     /// # Errors
-    /// When a part that should run for ever ended by itself.
+    /// Returns an error if a part that should run forever ended by itself.
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<bool> {
         let context = self.context;
         let servers_stop = CancellationToken::new();
         let mut servers = JoinSet::new();
         let address = context.addresses.join(",");
-        // Before this controller writes a row itself.
+        // Read before this controller writes a row itself: the clock is compared with it.
         let last_row = context.store.last_row().await?;
         let watch = Arc::new(ClockWatch::new(Arc::clone(&context.clock), last_row));
-        // A controller that gives no sign of life loses its sessions, so the first one comes before them.
+        // A controller without a sign of life loses its sessions, so the first one comes before them.
         context.store.beat(&context.controller, &address, context.clock.now()).await?;
         let mut parts = JoinSet::new();
         let acceptors = [self.api_acceptor.clone(), self.enrolment_acceptor.clone(), self.mirror_acceptor.clone()];
@@ -225,7 +227,7 @@ impl Controller {
             ca: self.pki.ca.spki_sha256(),
             controller: context.controller.clone(),
         };
-        // Calls that change something, whoever still waits for them.
+        // Calls that change something; they run to their end even if the client leaves.
         let calls = TaskTracker::new();
         let api = server_builder()
             .layer(StreamsLayer)
@@ -305,7 +307,7 @@ impl Controller {
             }
         });
 
-        // Whichever comes first; a part that ends by itself stops the rest.
+        // The first of these ends the run; a part that ends by itself stops the rest.
         let failed = tokio::select! {
             () = stop.cancelled() => None,
             ended = servers.join_next() => Some(match ended {
@@ -316,6 +318,7 @@ impl Controller {
             _ = parts.join_next() => Some(anyhow::anyhow!("the dispatcher or the scheduler ended by itself")),
         };
 
+        // Streams and calls drain first. The dispatcher and the other parts run until then.
         context.sessions.end_all(End::Shutdown);
         servers_stop.cancel();
         calls.close();
@@ -324,7 +327,7 @@ impl Controller {
         context.stop.cancel();
         context.tasks.close();
         let ended = tokio::time::timeout(CLOSE, async {
-            // One that came in on a connection that was open is there, too.
+            // A call may still have come in on an open connection.
             calls.wait().await;
             context.tasks.wait().await;
             while parts.join_next().await.is_some() {}
@@ -341,8 +344,8 @@ impl Controller {
     }
 }
 
-/// Asks the database for its time, again and again. While it does not answer in time, monotonic time goes on from the
-/// last answer that did.
+/// Sets the clock by the database's time every `ANCHOR`. Without an answer in time, monotonic time goes on from the
+/// last answer that came in time.
 async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: CancellationToken) {
     loop {
         // Dropping the wait or the question on a stop loses nothing.
@@ -358,7 +361,7 @@ async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: Cancellati
     }
 }
 
-/// The database's time, as the best of several answers says; `None` where it has none of its own.
+/// The database's time, by the fastest of several answers; `None`: the database has no clock of its own.
 async fn ask_time(store: &Store) -> anyhow::Result<Option<Sample>> {
     let mut samples = Vec::new();
     let mut failed = None;
@@ -380,7 +383,7 @@ async fn ask_time(store: &Store) -> anyhow::Result<Option<Sample>> {
     }
 }
 
-/// Makes the operations of schedules.
+/// Builds the operations of schedules.
 fn preparation(context: &api::Context) -> Prepare {
     let context = context.clone();
     Arc::new(move |schedule, fire_time, begins| {
@@ -394,8 +397,7 @@ fn preparation(context: &api::Context) -> Prepare {
     })
 }
 
-/// Removes uploads that nobody went on with, bytes that nothing needs any more, old events and certificates, and warns of
-/// what expires.
+/// Removes abandoned uploads, unneeded bytes, old events and old certificates, and warns of expiries.
 fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<ClockWatch>) -> scheduler::Work {
     let context = context.clone();
     let warnings = Arc::new(Warnings::default());
@@ -405,8 +407,8 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<Clock
             if let Err(error) = api::remove_unneeded(&context).await {
                 tracing::warn!(error = chain(&error), "bytes that nothing needs any more could not be removed");
             }
-            // The rest goes by the time. A clock that is two years ahead for a minute would forget every node's certificate,
-            // and use up the warnings of what expires.
+            // The rest goes by the time. A clock that is two years ahead for a minute would remove every node's
+            // certificate, and use up the warnings of expiries.
             if !watch.is_settled() {
                 return tracing::info!("the clock was set lately: nothing old is removed, and nothing warned of");
             }
@@ -438,8 +440,8 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<Clock
     })
 }
 
-/// Where agents reach this controller: each `--name` with the API's port; with none, the address that it listens on when
-/// others can use it. When that says nothing either, what the agents were given stands.
+/// Addresses at which agents reach this controller: each `--name` with the API's port; without names, the listening
+/// address if other machines can use it. Empty: agents keep the addresses that they have.
 fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
     if config.names.is_empty() && !api.ip().is_unspecified() && !api.ip().is_loopback() {
         return vec![api.to_string()];
@@ -448,7 +450,7 @@ fn advertised(config: &Config, api: SocketAddr) -> Vec<String> {
     config.names.iter().map(|name| format!("{}:{}", host(name), api.port())).collect()
 }
 
-/// How many files the system lets this process have open.
+/// Number of files that the system lets this process have open.
 fn open_files() -> usize {
     use rustix::process::{Resource, getrlimit};
     // `None`: no limit.

@@ -5,14 +5,15 @@ use std::net::SocketAddr;
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpSocket};
 
-/// Connections that may wait to be accepted: a fleet that comes back at once; what does not fit tries again only a second
-/// later. The system's `net.core.somaxconn` (4096) limits it too.
+/// Connections that may wait to be accepted. A whole fleet reconnects at the same time after a restart, and a client
+/// that finds the queue full retries only a second later. `net.core.somaxconn` (4096) limits this number as well.
 const BACKLOG: u32 = 4096;
 
-/// Listens on the address; `what` says in an error for what.
+/// Listens on the address; `what` names the service in errors.
 pub(crate) fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
     let open = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        // Without it a restart fails while connections of the last run are in TIME_WAIT.
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         socket.listen(BACKLOG)
@@ -24,7 +25,7 @@ pub(crate) fn listen(address: SocketAddr, what: &str) -> anyhow::Result<TcpListe
     })
 }
 
-/// Listens where somebody asked for it; where nobody did, only if the address is free.
+/// Listens on the address. If `asked_for` is false, a taken address is a warning and not an error.
 pub(crate) fn listen_if_free(address: SocketAddr, asked_for: bool, what: &str) -> anyhow::Result<Option<TcpListener>> {
     match listen(address, what) {
         Ok(listener) => Ok(Some(listener)),
@@ -41,7 +42,7 @@ mod tests {
     use std::net::TcpStream;
     use std::time::Duration;
 
-    /// More than the 128 that wait at a listener that asks for nothing.
+    /// More than 128, the backlog of a listener that sets none.
     const CROWD: usize = 300;
 
     #[tokio::test]

@@ -1,4 +1,4 @@
-//! `marco-controller`: reads the settings, runs the controller, says how it ended.
+//! `marco-controller`: reads the settings, runs the controller, reports how it ended.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
@@ -22,11 +22,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Every stream is an open file, and shells grant few of them by default: as many as the system lets this process have.
+/// Raises the soft limit of open files to the hard limit: every stream is an open file, and shells grant few by
+/// default.
 fn raise_open_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    // Refused by a system call filter, for example; then whoever wrote the filter has set the limit too.
+    // A failure is ignored: a system call filter may forbid the call, and its author has set the limit then.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }
 
@@ -35,7 +36,7 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     raise_open_files();
-    // Database, artifacts and staged uploads are nobody else's; what others may read (certificates) says so itself.
+    // Database, artifacts and staged uploads are private. Files for others (certificates) set their own mode.
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     let config = Config::load(args, Shared::of_process())?;
 
@@ -54,7 +55,7 @@ fn serve(args: ServeArgs) -> anyhow::Result<()> {
                 on_signal.cancel();
             });
 
-            // It may wait long for a clock that is right. Dropping it there loses nothing: nothing runs yet.
+            // It may wait long for the right clock. Dropping it there loses nothing: nothing runs yet.
             let controller = tokio::select! {
                 bound = marco_controller::Controller::bind(config, std::sync::Arc::new(SystemClock)) => bound?,
                 () = stop.cancelled() => return Ok(()),

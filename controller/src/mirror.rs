@@ -1,4 +1,4 @@
-//! The file mirror of the 2015 system: images and boot files over HTTPS, as they were pushed, for who shows a client
+//! The file mirror of the 2015 system: images and boot files over HTTPS, as they were pushed, for clients with a
 //! certificate. Installers of that time fetch from it with wget.
 
 mod answer;
@@ -40,32 +40,32 @@ use crate::identity::{Caller, Denied};
 use crate::store::{Allowance, ArtifactRow, Kind, Store, StoreError};
 use answer::File;
 
-/// How long an answer may take to begin; bytes may have to come from another controller first.
+/// Time until an answer begins; bytes may have to come from another controller first.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 /// Headers of a request: wget sends six.
 const MAX_HEADERS: usize = 64;
 /// Bytes of a request's head, and of an answer that wait for the connection.
 const MAX_BUFFER: usize = 64 << 10;
-/// A request has no body; whoever sends a little all the same is not worth an error.
+/// Largest request body. No request has one, but a client that sends a few bytes gets no error for it.
 const MAX_BODY: usize = 4 << 10;
-/// How long downloads that are under way may go on when the controller stops; they are resumed elsewhere.
+/// Time for downloads that are under way when the controller stops. Clients resume them at another controller.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Gets bytes here that this controller lacks; why not, in words.
+/// Fetches bytes that this controller lacks; the error is a sentence for the client.
 pub type Fetch = Arc<dyn Fn(ArtifactRow, Digest) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
 type Connection = http1::Connection<TokioIo<Pin<Box<TimeoutStream<TlsConn>>>>, TowerToHyperService<Router>>;
 
-/// How patient the mirror is.
+/// Timeouts and limits of the mirror.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
-    /// With a connection that sends no whole request.
+    /// For a connection that sends no whole request.
     pub head: Duration,
-    /// With one that takes no bytes.
+    /// For a connection that takes no bytes.
     pub write: Duration,
-    /// How often it is asked whether a reader may still read.
+    /// Interval at which a reader's permission is checked again.
     pub recheck: Duration,
-    /// So many connections with a credential that was accepted at once; others wait until one ends.
+    /// Connections with an accepted credential at a time; further ones wait until one ends.
     pub crowd: usize,
 }
 
@@ -80,22 +80,22 @@ impl Default for Patience {
     }
 }
 
-/// What the mirror works with.
+/// The parts of the controller that the mirror uses.
 #[derive(Clone)]
 pub struct Mirror {
-    /// Names and certificates.
+    /// Artifact names and certificates.
     pub store: Store,
-    /// Where refusals are recorded.
+    /// Admits callers and records refusals.
     pub access: Arc<Access>,
-    /// The bytes.
+    /// The stored bytes.
     pub artifacts: Arc<Artifacts>,
-    /// For bytes that are elsewhere.
+    /// Fetches bytes that another controller has.
     pub fetch: Fetch,
-    /// With readers.
+    /// Timeouts and limits of connections.
     pub patience: Patience,
 }
 
-/// Why there is no file.
+/// The reason why a request gets no file.
 #[derive(Debug, thiserror::Error)]
 enum Unserved {
     #[error(transparent)]
@@ -121,7 +121,7 @@ impl IntoResponse for Unserved {
     fn into_response(self) -> Response {
         let (status, retry) = match &self {
             Self::Denied(Denied::Unavailable) => (StatusCode::SERVICE_UNAVAILABLE, true),
-            // The handshake took the certificate, so asking for another one would not help.
+            // The handshake verified the certificate, so 401, which asks for another one, would not help.
             Self::Denied(_) | Self::Held | Self::NotAsked => (StatusCode::FORBIDDEN, false),
             Self::NotFound(_) => (StatusCode::NOT_FOUND, false),
             Self::Elsewhere(_) | Self::Database(_) => (StatusCode::SERVICE_UNAVAILABLE, true),
@@ -132,7 +132,7 @@ impl IntoResponse for Unserved {
         }
         let mut response = (status, format!("{self}\n")).into_response();
         if status == StatusCode::FORBIDDEN {
-            // A refused connection is closed: it would be another one's place.
+            // The connection is closed, so that its place is free for others.
             response.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("close"));
         }
         if retry {
@@ -143,7 +143,7 @@ impl IntoResponse for Unserved {
 }
 
 impl Mirror {
-    /// Serves until `stop`; downloads under way then have a few seconds.
+    /// Serves until `stop`; downloads under way then get `GRACE`.
     pub async fn serve(self, listener: TcpListener, acceptor: Acceptor, stop: CancellationToken) {
         let router = router(self.clone());
         let room = Arc::new(Semaphore::new(self.patience.crowd));
@@ -151,18 +151,18 @@ impl Mirror {
         let mut connections = JoinSet::new();
         let mut accepted = incoming(listener, acceptor);
         loop {
-            // A connection that was not taken is dropped on a stop, which ends it.
+            // On a stop the pending `next` is dropped, and with it a connection that was not accepted yet.
             let next = tokio::select! {
                 () = stop.cancelled() => break,
                 next = accepted.next() => next,
             };
             let Some(connection) = next else { break };
             let Ok(connection) = connection else { continue };
-            // Those that are refused take no place, and the listener lets few of them wait for their answer.
+            // Refused connections take no place here: the listener already limits those that wait for their answer.
             let room = connection.peer().connection.is_accepted().then(|| Arc::clone(&room));
             let served = graceful.watch(self.connection(connection, &router));
             connections.spawn(async move {
-                // Dropped with its task on a stop.
+                // A task that still waits for its place is aborted on a stop.
                 let _place = match room {
                     Some(room) => room.acquire_owned().await.ok(),
                     None => None,
@@ -171,6 +171,7 @@ impl Mirror {
                     tracing::debug!(%error, "a connection of the mirror broke");
                 }
             });
+            // Ended tasks would otherwise stay in the set, with their results, until the stop.
             while connections.try_join_next().is_some() {}
         }
         drop(accepted);
@@ -180,6 +181,7 @@ impl Mirror {
 
     fn connection(&self, connection: TlsConn, router: &Router) -> Connection {
         let service = router.clone().layer(axum::Extension(connection.peer().clone()));
+        // hyper has no timeout for writing: a client that stops reading would hold its place.
         let mut stream = TimeoutStream::new(connection);
         stream.set_write_timeout(Some(self.patience.write));
         http1::Builder::new()
@@ -190,19 +192,22 @@ impl Mirror {
             .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(service))
     }
 
-    /// Whether a caller gets these bytes: people as their role says, a node what it is asked to fetch or what was opened.
+    /// Checks if the caller may read these bytes. For people the role has decided already; a node needs work that names
+    /// the bytes, or an artifact that is open to the mirror.
     async fn check(&self, caller: &Caller, row: &ArtifactRow) -> Result<(), Unserved> {
         let Some(node) = &caller.node else { return Ok(()) };
         match self.store.node_may_have(node, &row.sha256).await.map_err(Unserved::Database)? {
             Allowance::NotApproved => Err(Unserved::Held),
             Allowance::Granted => Ok(()),
+            // An installer of 2015 has no operation; it asks by a name that is on its card.
             Allowance::NotAsked if row.open_to_mirror => Ok(()),
             Allowance::NotAsked => Err(Unserved::NotAsked),
         }
     }
 
-    /// A file for this caller.
+    /// The file for this caller; a refusal is recorded in the audit.
     async fn file(&self, asked: &Asked, row: ArtifactRow, content_type: &'static str) -> Result<File, Unserved> {
+        // Before the bytes are fetched from elsewhere, which costs another controller work.
         if let Err(refused) = self.check(&asked.caller, &row).await {
             if matches!(refused, Unserved::Held | Unserved::NotAsked) {
                 let (why, path) = (refused.to_string(), row.id.name());
@@ -212,6 +217,7 @@ impl Mirror {
         }
         let digest = Digest::parse(&row.sha256).map_err(Unserved::Bytes)?;
         let reader = match self.artifacts.reader(digest).await {
+            // Each controller may have a disk of its own; then the bytes are where they were pushed.
             Err(ArtifactError::NotFound(_)) => {
                 (self.fetch)(row.clone(), digest).await.map_err(Unserved::Elsewhere)?;
                 self.artifacts.reader(digest).await
@@ -223,14 +229,14 @@ impl Mirror {
     }
 
     async fn find(&self, id: &str, kind: Kind) -> Result<Option<ArtifactRow>, Unserved> {
-        // What can be no id names nothing.
+        // A text that cannot be an id names no artifact.
         let Ok(id) = ArtifactId::parse(id) else { return Ok(None) };
         let row = self.store.artifact(&id).await.map_err(Unserved::Database)?;
         Ok(row.filter(|row| row.kind == kind))
     }
 }
 
-/// Who asks for a file.
+/// The caller of a request and its connection.
 #[derive(Clone)]
 struct Asked {
     caller: Caller,
@@ -247,11 +253,13 @@ fn router(mirror: Mirror) -> Router {
         .layer(from_fn_with_state(mirror.clone(), gate))
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
         .layer(TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, ANSWER_TIMEOUT))
+        // A defect costs one answer, not the connection's task.
         .layer(CatchPanicLayer::new())
         .with_state(mirror)
 }
 
-/// Who asks, and whether they may, is decided before anything is looked for, by the table that the API asks.
+/// Admits the caller before anything is looked up, by the same table as the API: a refused caller does not learn which
+/// files exist.
 async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) -> Response {
     let peer = request.extensions().get::<PeerInfo>().cloned();
     let method = request.method().clone();
@@ -262,13 +270,14 @@ async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) ->
                 peer.connection.accept(caller.role, &caller.name);
             }
             let name = caller.name.clone();
-            // Without a peer nobody is admitted.
+            // Callers are admitted only with a peer, so this is always set.
             if let Some(peer) = peer.clone() {
                 request.extensions_mut().insert(Asked { caller, peer });
             }
             (next.run(request).await, Some(name))
         }
         Err((denied, caller)) => {
+            // The store is away: that is no refusal, and the audit is in the store as well.
             if denied != Denied::Unavailable {
                 let why = denied.to_string();
                 record_refused_file(&mirror.access, caller.as_ref(), peer.as_ref(), &path, &why).await;
@@ -286,7 +295,7 @@ async fn gate(State(mirror): State<Mirror>, mut request: Request, next: Next) ->
     response
 }
 
-/// An image, under its id and the ending that the 2015 installer puts behind it.
+/// An image, under its id with the suffix `.tar.gz`, which the 2015 installer appends.
 async fn image(
     State(mirror): State<Mirror>,
     axum::Extension(asked): axum::Extension<Asked>,
@@ -296,6 +305,7 @@ async fn image(
     let unknown = |why: &str| Unserved::NotFound(format!("{why}; `marcoctl artifacts list` shows what there is"));
     let id = file.strip_suffix(".tar.gz").ok_or_else(|| unknown("an image is /tar/ID.tar.gz"))?;
     let row = mirror.find(id, Kind::Image).await?.ok_or_else(|| unknown("there is no image of this name"))?;
+    // Installers of the 2015 system unpack gzip only.
     if row.compression != "gzip" {
         return Err(unknown("this image is no gzip tarball: push it as .tar.gz for installers of the 2015 system"));
     }

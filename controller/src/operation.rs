@@ -1,5 +1,5 @@
-//! What an operation and an execution are, which states they have, and which change of state follows which event.
-//! Pure: no clock, no store, no wire.
+//! Operations and executions: their states, and the change of state that follows each event. Pure: no clock, no store,
+//! no wire.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -20,28 +20,28 @@ pub use report::{
 pub use state::{Counts, ExecutionError, ExecutionState, IllegalTransition, OperationState, final_state, reason};
 pub use wait::{NodeMode, NodeState, WaitContext, WaitReason, wait_reason};
 
-/// How long users are warned when an operation does not say.
+/// Default warning time of users before a node goes down.
 pub const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
 
 /// Warning to logged-in users before a node goes down.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
-    /// How long, from the start of the action.
+    /// Time between the start of the action and the restart or power-off.
     pub delay: Duration,
-    /// What they are told.
+    /// Text shown to the users.
     pub message: String,
 }
 
-/// An artifact as an operation froze it.
+/// An artifact as an operation froze it at creation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrozenArtifact {
-    /// The id it was asked for by.
+    /// The artifact's id, as the request named it.
     pub id: String,
     /// SHA-256 of its bytes, lower-case hexadecimal.
     pub sha256: String,
 }
 
-/// What to do.
+/// An operation's action.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
@@ -64,14 +64,15 @@ pub struct Update {
     pub bootcodes: BTreeMap<String, FrozenArtifact>,
     /// Warning before the restart.
     pub notice: Notice,
-    /// Make the home partition anew.
+    /// Create the home partition again instead of keeping it.
     pub discard_home: bool,
-    /// Write the image, a whole disk's, to the whole card as it is.
+    /// Write the image, which is a whole disk's, unchanged over the whole card.
+    // Absent when false, as in rows that were stored before the field existed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub raw: bool,
 }
 
-/// On which nodes, as it was asked for (the nodes themselves are frozen beside it).
+/// The nodes, as the request selected them. The resolved list is frozen in the executions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Target {
@@ -84,7 +85,7 @@ pub enum Target {
 }
 
 impl Action {
-    /// The word for it in logs and in the store.
+    /// Its name in logs and in the store.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Reboot(_) => "reboot",
@@ -101,7 +102,7 @@ impl Action {
         }
     }
 
-    /// The image that it installs, if it does.
+    /// The image to install; `None`: the action installs none.
     pub fn image(&self) -> Option<&FrozenArtifact> {
         match self {
             Self::Update(update) => update.image.as_ref(),
@@ -109,11 +110,12 @@ impl Action {
         }
     }
 
-    /// Every artifact that it names, each once.
+    /// Every artifact that the action names, without duplicates, sorted by id.
     pub fn artifacts(&self) -> Vec<&FrozenArtifact> {
         let Self::Update(update) = self else { return Vec::new() };
         let mut all: Vec<&FrozenArtifact> =
             update.image.iter().chain(&update.bootcode).chain(update.bootcodes.values()).collect();
+        // One artifact may be the image, the one asked for and the default of several boards at the same time.
         all.sort_by(|a, b| (&a.id, &a.sha256).cmp(&(&b.id, &b.sha256)));
         all.dedup();
         all
@@ -124,6 +126,7 @@ impl Update {
     /// The bootcode for a board family: the one named, else the family's default, else the one for any board, else
     /// `None` (the fallback that the node keeps).
     pub fn bootcode_for(&self, family: &str) -> Option<&FrozenArtifact> {
+        // The operator's word counts more than a default, and a family's default more than the general one.
         self.bootcode.as_ref().or_else(|| self.bootcodes.get(family)).or_else(|| self.bootcodes.get("*"))
     }
 }

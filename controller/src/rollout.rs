@@ -1,29 +1,30 @@
-//! How an operation goes over its nodes: who may go next, and when it pauses by itself. Pure.
+//! Order of an operation over its nodes: the nodes that may go next, and the reasons to pause by itself. Pure.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// So many targets must vanish, whatever their share.
+/// Smallest number of vanished targets that pauses, independent of their share. One broken cable must not pause a
+/// rollout over two nodes.
 const VANISHED_AT_LEAST: u32 = 3;
-/// One in so many targets must vanish.
+/// Share of the targets that must vanish, as one in this many.
 const VANISHED_ONE_IN: u32 = 3;
 
-/// What an operator asked for.
+/// Limits that an operator asked for.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Rollout {
-    /// How many nodes at once; `None`: all.
+    /// Nodes at the same time; `None`: all.
     pub max_in_flight: Option<u32>,
-    /// How many nodes must succeed before the rest is begun.
+    /// Nodes that must succeed before the others begin; 0: none.
     pub canary: u32,
-    /// How many may fail before it pauses; `None`: any number.
+    /// Failures before the operation pauses; `None`: any number.
     pub max_failures: Option<Limit>,
-    /// The label whose values make groups. The nodes without it are one group of their own, bounded like the others: a
-    /// label that is misspelt must not lift the bound.
+    /// Key of the label whose values form groups; `None`: no groups. Nodes without the label form one group with the
+    /// same bound: a misspelt label must not lift the bound.
     pub group_by: Option<String>,
-    /// How many nodes of one group at once; `None`: all.
+    /// Nodes of one group at the same time; `None`: all.
     pub max_in_flight_per_group: Option<u32>,
 }
 
@@ -31,49 +32,50 @@ pub struct Rollout {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Limit {
-    /// As such.
+    /// An absolute number.
     Number(u32),
-    /// In a hundred targets, rounded down.
+    /// Percentage of the targets, rounded down.
     Percent(u32),
 }
 
 impl Limit {
-    /// The number for so many targets.
+    /// The number of nodes for this many targets.
     pub fn of(self, total: u32) -> u32 {
         match self {
             Self::Number(number) => number,
+            // Rounded down: the limit is a promise of the most that may fail.
             Self::Percent(percent) => u32::try_from(u64::from(total) * u64::from(percent) / 100).unwrap_or(u32::MAX),
         }
     }
 }
 
-/// Where an operation stands.
+/// Progress of an operation, as the store counted it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Standing {
-    /// Its targets.
+    /// Number of its targets.
     pub total: u32,
-    /// Those that are not assigned.
+    /// Executions that are not assigned.
     pub pending: u32,
-    /// Those that succeeded.
+    /// Executions that succeeded.
     pub succeeded: u32,
-    /// Those that failed or were rolled back, and those that are overdue.
+    /// Executions that failed, were rolled back or are overdue.
     pub failures: u32,
-    /// How many failures an operator has seen and let pass.
+    /// Failures that an operator saw and let pass by resuming.
     pub forgiven: u32,
-    /// Targets that were there at the start and lost their streams, without a restart to explain it.
+    /// Targets that had a stream at the start and lost it, without a restart or power-off that explains it.
     pub vanished: u32,
-    /// The group of each node that holds a slot; `None`: the one of the nodes without the label.
+    /// Group of each node that holds a slot; `None`: the node has no such label.
     pub in_flight: Vec<Option<String>>,
 }
 
-/// Why an operation pauses by itself.
+/// The reason why an operation pauses by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pause {
-    /// More nodes failed than may: how many, and how many may.
+    /// Too many failures: the number, and the limit.
     Failures(u32, u32),
-    /// One of the first nodes failed, which all have to succeed: how many failed, and how many those are.
+    /// A canary failed: the number of failures, and the number of canaries that must succeed.
     Canary(u32, u32),
-    /// Nodes vanished: how many, of how many.
+    /// Nodes vanished: their number, and the number of targets.
     Vanished(u32, u32),
 }
 
@@ -94,17 +96,20 @@ impl fmt::Display for Pause {
 }
 
 impl Rollout {
-    /// Why it has to pause, if it has to. With nothing left to begin there is nothing to hold back.
+    /// The reason to pause; `None`: go on.
     pub fn pause(&self, standing: &Standing) -> Option<Pause> {
+        // Nothing is left to hold back: a pause would only ask an operator for a decision without effect.
         if standing.pending == 0 {
             return None;
         }
+        // Otherwise a resumed operation would pause again at once.
         let failures = standing.failures.saturating_sub(standing.forgiven);
         if let Some(limit) = self.max_failures.map(|limit| limit.of(standing.total))
             && failures > limit
         {
             return Some(Pause::Failures(failures, limit));
         }
+        // At the first failure: otherwise the next nodes would take the canaries' places and fail one by one.
         if failures > 0 && standing.succeeded < self.canary {
             return Some(Pause::Canary(failures, self.canary));
         }
@@ -112,8 +117,10 @@ impl Rollout {
         (many && standing.vanished >= VANISHED_AT_LEAST).then_some(Pause::Vanished(standing.vanished, standing.total))
     }
 
-    /// Which of these nodes, given by their groups, may go now: their places, in order.
+    /// Chooses the waiting nodes that may go now. `waiting` holds their groups; the result holds indices into it, in
+    /// order.
     pub fn choose(&self, standing: &Standing, waiting: &[Option<String>]) -> Vec<usize> {
+        // Checked here too, so that no caller can choose nodes for an operation that has to pause.
         if self.pause(standing).is_some() {
             return Vec::new();
         }
@@ -127,6 +134,7 @@ impl Rollout {
             if room == 0 {
                 break;
             }
+            // A full group is skipped, not waited for: the nodes of other groups behind it may go.
             if let Some(limit) = self.max_in_flight_per_group {
                 let held = groups.entry(group.as_deref()).or_default();
                 if *held >= limit {
@@ -140,13 +148,15 @@ impl Rollout {
         chosen
     }
 
-    /// How many nodes may be begun, whatever their groups.
+    /// Nodes that may begin now, before the limits of groups.
     fn room(&self, standing: &Standing) -> u32 {
         let in_flight = u32::try_from(standing.in_flight.len()).unwrap_or(u32::MAX);
         let room = self.max_in_flight.map_or(u32::MAX, |limit| limit.saturating_sub(in_flight));
         if standing.succeeded >= self.canary {
             return room;
         }
+        // While canaries run, `in_flight` counts against the missing successes, so that no more than the canaries are
+        // out.
         room.min((self.canary - standing.succeeded).saturating_sub(in_flight))
     }
 }
@@ -193,7 +203,7 @@ mod tests {
         assert_eq!(misspelt.choose(&standing(0), &vec![None; 95]), [0, 1]);
         assert_eq!(misspelt.choose(&standing(1), &vec![None; 95]), [0]);
         assert!(misspelt.choose(&standing(2), &vec![None; 95]).is_empty());
-        // A label whose value is empty is a group, too, and another one.
+        // A label with an empty value is a group of its own, distinct from nodes without the label.
         assert_eq!(misspelt.choose(&standing(2), &[None, group(""), group("")]), [1, 2]);
     }
 
@@ -205,7 +215,7 @@ mod tests {
         assert_eq!(rollout.choose(&standing(3), &rest).len(), 0);
         let two = Standing { succeeded: 2, ..standing(1) };
         assert_eq!(rollout.choose(&two, &rest).len(), 0);
-        // One is overdue, an operator let that pass: another takes its place.
+        // One is overdue and an operator let that pass: another node takes its place.
         let replaced = Standing { succeeded: 2, failures: 1, forgiven: 1, ..standing(0) };
         assert_eq!(rollout.choose(&replaced, &rest).len(), 1);
         let three = Standing { succeeded: 3, ..standing(0) };

@@ -1,4 +1,4 @@
-//! Owns tokio-cron-scheduler. It wakes work that recurs; what is due is always read from the store.
+//! Owns tokio-cron-scheduler, which only wakes recurring work. The store tells which work is due.
 
 #![cfg_attr(not(test), warn(clippy::arithmetic_side_effects))]
 
@@ -13,21 +13,21 @@ mod fires;
 
 pub use fires::{Fires, Prepare, Preparing, Unprepared};
 
-/// What is done each time; it reports its own errors.
+/// Recurring work; it reports its own errors.
 pub type Work = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// Recurring work: a cron expression with seconds, UTC, and what to do.
+/// Recurring work with its times.
 pub struct Recurring {
-    /// When.
+    /// Cron expression with seconds, in UTC.
     pub cron: &'static str,
-    /// What.
+    /// The work.
     pub work: Work,
 }
 
 /// Runs recurring work, and the fires of schedules, until cancelled.
 ///
 /// # Errors
-/// When the scheduler cannot start, or an expression is wrong.
+/// Returns an error if the scheduler cannot start, or if an expression is wrong.
 pub async fn run(jobs: Vec<Recurring>, fires: Option<Fires>, stop: CancellationToken) -> Result<(), JobSchedulerError> {
     let mut scheduler = JobScheduler::new().await?;
     for job in jobs {

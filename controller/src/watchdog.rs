@@ -1,5 +1,5 @@
-//! Notices when this controller does no work: a loop that stands still, beats that fail, writes that fail, a clock that is
-//! wrong. It says so in the log and in the health service, and sends the nodes to another controller when that helps them.
+//! Detects that this controller does no work: a loop that stands still, beats that fail, writes that fail, a wrong
+//! clock. It logs that, reports it in the health service, and sends the nodes to another controller if that helps them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,25 +12,25 @@ use tokio_util::sync::CancellationToken;
 use crate::sessions::Sessions;
 use crate::store::Store;
 
-/// A loop without a completed round for so long has failed. After the same time other controllers take this one for
+/// A loop without a completed round for this long has failed. After the same time other controllers take this one for
 /// dead and end its sessions.
 const STILL: Duration = Duration::from_secs(15);
-/// How often it looks.
+/// Interval of the checks.
 const LOOK: Duration = Duration::from_millis(500);
-/// How often it asks whether another controller serves, while this one does not. Two answers in a row count: after an
-/// outage of the database one controller is back up to seconds before the other.
+/// Interval at which it asks if another controller serves, while this one does not. Two positive answers in a row are
+/// required: after an outage of the database one controller is back up to seconds before the other.
 const ASK: Duration = Duration::from_secs(5);
 
-/// When rounds of a loop ended.
+/// Times at which the last rounds of a loop ended.
 #[derive(Debug, Clone, Copy)]
 struct Rounds {
-    /// Successfully or not.
+    /// The last round, successful or not.
     ended: Instant,
-    /// Successfully.
+    /// The last successful round.
     done: Instant,
 }
 
-/// A loop's own hand on its rounds.
+/// A loop's handle, by which it reports its rounds.
 #[derive(Debug, Clone)]
 pub struct Pulse {
     name: &'static str,
@@ -38,19 +38,20 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// The pulse of the loop with this name, which begins now.
+    /// The pulse of a loop that starts now.
     pub fn new(name: &'static str) -> Self {
         let now = Instant::now();
         Self { name, rounds: Arc::new(Mutex::new(Rounds { ended: now, done: now })) }
     }
 
-    /// A round ended.
+    /// Reports the end of a round.
     pub fn beat<T, E>(&self, round: &Result<T, E>) {
         self.beat_at(Instant::now(), round.is_ok());
     }
 
     fn beat_at(&self, now: Instant, done: bool) {
         let mut rounds = self.rounds.lock().unwrap_or_else(PoisonError::into_inner);
+        // A failed round still shows that the loop runs.
         rounds.ended = now;
         if done {
             rounds.done = now;
@@ -62,12 +63,12 @@ impl Pulse {
     }
 }
 
-/// The loops without which a controller does no work.
+/// The loops that a working controller needs.
 #[derive(Debug, Clone)]
 pub struct Pulses {
     /// Assigns what is due.
     pub dispatcher: Pulse,
-    /// Signs of life of this controller in the store.
+    /// Writes this controller's sign of life into the store.
     pub beat: Pulse,
     /// Fires schedules.
     pub scheduler: Pulse,
@@ -79,20 +80,23 @@ impl Default for Pulses {
     }
 }
 
-/// How this controller is.
+/// The state of this controller's loops.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Condition {
     Well,
     /// Rounds end with errors: the database is away, perhaps for this controller only.
     Failing(&'static str),
-    /// A round does not even end.
+    /// A round does not end at all: the loop hangs.
     Still(&'static str),
 }
 
 impl Pulses {
     fn condition(&self, now: Instant) -> Condition {
         let pulses = [&self.dispatcher, &self.beat, &self.scheduler];
+        // Monotonic time: a clock that is set must not send nodes away.
         let late = |at: Instant| now.saturating_duration_since(at) >= STILL;
+        // A hang goes first, because it alone sends the nodes away at once. It also looks like a failure: no round
+        // succeeded.
         if let Some(pulse) = pulses.iter().find(|pulse| late(pulse.rounds().ended)) {
             return Condition::Still(pulse.name);
         }
@@ -103,36 +107,36 @@ impl Pulses {
     }
 }
 
-/// Whether another controller serves.
+/// Asks if another controller serves.
 pub type Others = Arc<dyn Fn() -> BoxFuture<'static, bool> + Send + Sync>;
 
-/// What is wrong with the clock, if anything is.
+/// Checks the clock; `None`: it can be right.
 pub type CheckClock = Arc<dyn Fn() -> Option<String> + Send + Sync>;
 
 /// Watches over the loops of a controller.
 pub struct Watchdog {
-    /// What tells whether writes fail.
+    /// Knows if writes fail.
     pub store: Store,
-    /// Whose nodes are sent away.
+    /// The sessions whose nodes are sent away.
     pub sessions: Arc<Sessions>,
-    /// What is watched.
+    /// The loops to watch.
     pub pulses: Pulses,
-    /// What the health service says.
+    /// State of the health service; false: not serving.
     pub serving: watch::Sender<bool>,
-    /// Asked while rounds fail: when every controller waits for the database, nodes stay where they are.
+    /// Asked while rounds fail. If every controller waits for the database, the nodes stay.
     pub others: Others,
-    /// Asked each time. Nodes are not sent away for it: controllers on one database have one clock.
+    /// Checked each time. Nodes are not sent away for a wrong clock: controllers on one database share one clock.
     pub clock: CheckClock,
 }
 
-/// What was seen last.
+/// The state at the last check, so that only changes are logged.
 #[derive(Debug)]
 struct Seen {
     condition: Condition,
     ails: bool,
     clock_is_wrong: bool,
     asked: Option<Instant>,
-    /// Another controller served when it was last asked.
+    /// The last answer of `others`.
     others_served: bool,
 }
 
@@ -143,7 +147,7 @@ impl Default for Seen {
 }
 
 impl Watchdog {
-    /// Looks until cancelled.
+    /// Checks until cancelled.
     pub async fn run(self, stop: CancellationToken) {
         let mut seen = Seen::default();
         loop {
@@ -163,6 +167,7 @@ impl Watchdog {
         let condition = self.pulses.condition(now);
         let ailment = self.store.ailment();
         report(seen.condition, condition);
+        // Only reported: other controllers write to the same database, so nodes gain nothing by moving.
         match (&ailment, seen.ails) {
             (Some(why), false) => tracing::error!(error = why.as_str(), "writes fail"),
             (None, true) => tracing::info!("writes succeed again"),
@@ -184,7 +189,9 @@ impl Watchdog {
                 seen.others_served = false;
                 false
             }
+            // A loop that hangs is this controller's own trouble, so the others are not asked.
             Condition::Still(_) => true,
+            // Once sent away they stay away until the loops are well: going back and forth would cost a dial each time.
             Condition::Failing(_) if self.sessions.is_away() => true,
             Condition::Failing(_) if seen.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= ASK) => {
                 seen.asked = Some(now);
@@ -193,6 +200,7 @@ impl Watchdog {
             }
             Condition::Failing(_) => false,
         };
+        // Only changes, so that the log has one line for each.
         if away != self.sessions.is_away() {
             let nodes = self.sessions.live().len();
             self.sessions.send_away(away);
@@ -263,7 +271,8 @@ mod tests {
             Self { watchdog, clock_is_wrong, seen: Seen::default(), begun: Instant::now(), serving, _folder: folder }
         }
 
-        /// Looks once, so many seconds after the start, at loops whose rounds just ended as said, or did not end.
+        /// Checks once, at this many seconds after the start. `round` is the result of the rounds that just ended;
+        /// `None`: none ended.
         async fn look(&mut self, seconds: u64, round: Option<bool>) {
             let (pulses, now) = (&self.watchdog.pulses, self.begun + Duration::from_secs(seconds));
             for pulse in [&pulses.dispatcher, &pulses.beat, &pulses.scheduler] {

@@ -19,13 +19,13 @@ use crate::store::{
     UpdateUserOutcome, UserRow,
 };
 
-/// How long a user's certificate is valid unless the caller says otherwise.
+/// Default validity of a user's certificate.
 const CERTIFICATE_TTL: TimeDelta = TimeDelta::days(365);
-/// The longest life of a user's certificate.
+/// Longest validity of a user's certificate.
 const CERTIFICATE_TTL_MAX: TimeDelta = TimeDelta::days(730);
-/// How long an API token works unless the caller says otherwise: it is a secret that is copied around.
+/// Default validity of an API token, shorter because it is a secret that is copied around.
 const TOKEN_TTL: TimeDelta = TimeDelta::days(90);
-/// The longest life of an API token.
+/// Longest validity of an API token.
 const TOKEN_TTL_MAX: TimeDelta = TimeDelta::days(365);
 /// Longest signing request, in bytes: one with a P-256 key has well under 1 KiB.
 const PEM_MAX: usize = 16 * 1024;
@@ -50,6 +50,7 @@ impl Doors {
         let query = CertificateQuery {
             after: page::after(LIST, &request.page_token)?,
             limit: size + 1,
+            // A node may be given as `nodes/ID`; certificates hold the bare id.
             subject: convert::text("filter.subject", &filter.subject)?
                 .rsplit('/')
                 .next()
@@ -67,6 +68,7 @@ impl Doors {
 
     async fn revoke_certificate(&self, caller: &Caller, name: &str) -> Result<StoredCertificate, ApiError> {
         let id = CertificateId::parse(name).map_err(|error| ApiError::invalid("name", error.to_string()))?;
+        // Serial numbers are stored in lower case.
         let serial = id.as_str().to_ascii_lowercase();
         if serial == caller.serial {
             return Err(yourself("revoke the certificate"));
@@ -82,6 +84,7 @@ impl Doors {
         let now = self.context.clock.now();
         let asked = request.user.unwrap_or_default();
         let id = UserId::parse(&request.user_id).map_err(|error| ApiError::invalid("user_id", error.to_string()))?;
+        // The audit and the events could not tell such a user from the controller itself.
         if id.as_str().eq_ignore_ascii_case("controller") {
             return Err(ApiError::invalid("user_id", "is what the controller's own events are signed with"));
         }
@@ -172,13 +175,16 @@ impl Doors {
         if paths.is_empty() {
             return Err(ApiError::invalid("update_mask", "must name at least one of role and selector"));
         }
+        // Fields that the mask does not name keep their values.
         let before = self.context.store.user(&id).await?.ok_or_else(|| no_user(&id))?;
         let role_then: Role = match role {
             Some(role) => role,
             None => before.role.parse().map_err(|_| ApiError::Internal("the user has an unknown role".to_owned()))?,
         };
         let selector = selector.unwrap_or_else(|| before.scope.labels().clone().into_iter().collect());
+        // Checked with the role as it will be: an admin cannot be limited.
         let scope = scope("user.selector", selector, role_then)?;
+        // Conditional on the row that was read, so that two admins do not undo each other's change.
         match self.context.store.update_user(&before, role_then.as_str(), &scope).await? {
             UpdateUserOutcome::Updated(row) => Ok(convert::user(&row)),
             UpdateUserOutcome::ChangedMeanwhile => Err(ApiError::Aborted {
@@ -212,6 +218,7 @@ impl Doors {
         let role = convert::person_role("api_token.role", asked.role)?;
         let scope = scope("api_token.selector", asked.selector, role)?;
         let ttl = convert::ttl("ttl", request.ttl, TOKEN_TTL, TOKEN_TTL_MAX)?;
+        // The store keeps only the hash, so this answer is the only place where the secret is shown.
         let secret = ApiSecret::mint()
             .map_err(|error| ApiError::Internal(format!("the system gives no random numbers: {error}")))?;
         let row = ApiTokenRow {
@@ -223,6 +230,7 @@ impl Doors {
             creator: caller.name.clone(),
             revoke_time: None,
         };
+        // An id is never used again, because the audit names callers by it.
         if !self.context.store.create_api_token(&row, &secret.sha256()).await? {
             return Err(ApiError::AlreadyExists {
                 reason: "API_TOKEN_EXISTS",
@@ -269,6 +277,7 @@ impl Doors {
             before,
             limit: size + 1,
             actor: convert::text("filter.caller", &filter.caller)?.to_owned(),
+            // The audit has short names; the full path of a method is accepted too.
             method: convert::text("filter.method", &filter.method)?.rsplit('/').next().unwrap_or_default().to_owned(),
             target: convert::text("filter.resource", &filter.resource)?.to_owned(),
             since: since(filter.since)?,
@@ -287,7 +296,7 @@ fn since(since: Option<prost_types::Timestamp>) -> Result<Option<DateTime<Utc>>,
     wrong.map_or(Ok(read), |why| Err(ApiError::invalid("filter.since", why)))
 }
 
-/// The nodes that a viewer or an operator is limited to.
+/// The nodes that a viewer or an operator is limited to; empty selector: all.
 fn scope(field: &str, selector: std::collections::HashMap<String, String>, role: Role) -> Result<Scope, ApiError> {
     let labels: BTreeMap<String, String> = convert::labels(field, selector)?;
     if !labels.is_empty() && !matches!(role, Role::Viewer | Role::Operator) {
@@ -296,7 +305,7 @@ fn scope(field: &str, selector: std::collections::HashMap<String, String>, role:
     Ok(Scope::new(labels))
 }
 
-/// Somebody must be left who can undo it.
+/// The error for an admin who would shut out themselves: another admin must be left who can undo it.
 fn yourself(what: &str) -> ApiError {
     ApiError::Precondition {
         reason: "YOURSELF",

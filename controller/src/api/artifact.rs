@@ -29,13 +29,13 @@ pub(crate) use bytes::{remove_unneeded, sweep};
 pub(super) use judge::facts_of;
 pub(crate) use judge::judge_stored;
 
-/// An upload that sends nothing for this long is cut; what came is kept.
+/// Time without data after which an upload is cut; received bytes are kept.
 const UPLOAD_IDLE: Duration = Duration::from_secs(60);
-/// How long the end of an upload is waited for when all announced bytes are there.
+/// Time for which the end of an upload is awaited after all announced bytes.
 const UPLOAD_END: Duration = Duration::from_secs(2);
-/// How often an upload that is being checked says how far it is.
+/// Interval at which an upload reports the progress of its check.
 const CHECK_PROGRESS: Duration = Duration::from_millis(500);
-/// Prefix of the name of bytes, whatever name points at them.
+/// Prefix of a name for bytes, independent of artifact names.
 pub(super) const BY_DIGEST: &str = "artifacts/sha256:";
 
 /// The service.
@@ -78,6 +78,7 @@ impl ArtifactsApi {
         let id = artifact_id("name", name)?;
         match self.context.store.delete_artifact(&id).await? {
             DeleteArtifactOutcome::Deleted { bytes_unused } => {
+                // The row is gone already. Bytes without a row are harmless, a row without bytes is not.
                 if let Some(digest) = bytes_unused {
                     bytes::remove(&self.context, &digest).await;
                 }
@@ -103,6 +104,7 @@ impl ArtifactsApi {
 
     async fn set_default(&self, request: &v1::SetDefaultArtifactRequest) -> Result<v1::Artifact, ApiError> {
         let id = artifact_id("name", &request.name)?;
+        // A misspelt family would be a default that no node ever gets.
         if !matches!(request.board.as_str(), "" | "pi1" | "pi2" | "pi3" | "pi4" | "pi5") {
             return Err(ApiError::invalid("board", "must be pi1, pi2, pi3, pi4 or pi5, or empty for any board"));
         }
@@ -116,6 +118,7 @@ fn artifact_id(field: &str, name: &str) -> Result<ArtifactId, ApiError> {
 }
 
 fn not_found(name: &str) -> ApiError {
+    // The text is the caller's and of any length.
     let shown: String = name.chars().take(160).collect();
     ApiError::NotFound {
         reason: "ARTIFACT_NOT_FOUND",
@@ -131,6 +134,7 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
             ApiError::invalid("header.size_bytes", message)
         }
         ArtifactError::NoSpace { .. } => ApiError::Exhausted { reason: "NO_SPACE", message },
+        // ABORTED tells a client to retry: the other upload ends, or goes silent and is cut.
         ArtifactError::Busy => ApiError::Aborted { reason: "UPLOAD_UNDER_WAY", message },
         ArtifactError::WrongOffset { .. } => ApiError::invalid("chunk.offset", message),
         ArtifactError::TooLong(_) => ApiError::invalid("chunk.data", message),
@@ -143,6 +147,7 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
         ArtifactError::Format(_) => ApiError::invalid("chunk.data", message),
         ArtifactError::Stopping => ApiError::Aborted { reason: "STOPPING", message },
         ArtifactError::NotFound(_) => ApiError::NotFound { reason: "ARTIFACT_NOT_FOUND", message },
+        // The system's error goes into the log. The caller learns the failed action.
         ArtifactError::Io { .. } => {
             of_peer!(error, "the artifact store", error = &*crate::chain(&error), "the artifact store failed");
             ApiError::Internal(message)
@@ -150,7 +155,7 @@ pub(super) fn artifact_error(error: ArtifactError) -> ApiError {
     }
 }
 
-/// What the first message of an upload says, read and checked.
+/// The first message of an upload, read and checked.
 struct Header {
     id: ArtifactId,
     kind: Kind,
@@ -183,7 +188,7 @@ fn header(message: Option<v1::UploadArtifactRequest>) -> Result<Header, ApiError
 type UploadAnswers = mpsc::Sender<Result<v1::UploadArtifactResponse, Status>>;
 
 async fn answer(answers: &UploadAnswers, part: v1::upload_artifact_response::Part) {
-    // A caller that is gone is noticed at its next message.
+    // A client that is gone is noticed at its next message.
     let _ = answers.send(Ok(v1::UploadArtifactResponse { part: Some(part) })).await;
 }
 
@@ -192,7 +197,7 @@ async fn next(
 ) -> Result<Option<v1::UploadArtifactRequest>, ApiError> {
     match tokio::time::timeout(UPLOAD_IDLE, messages.message()).await {
         Ok(Ok(message)) => Ok(message),
-        // Pushing the same again would be refused again.
+        // A retry of the same message would fail again, so it is no cut.
         Ok(Err(status)) if status.code() == Code::InvalidArgument => {
             Err(ApiError::invalid("message", status.message().to_owned()))
         }
@@ -207,14 +212,14 @@ async fn next(
     }
 }
 
-/// Bytes that are stored and checked. They cannot be removed as long as this lives.
+/// Bytes that are stored and checked. They cannot be removed while this lives.
 struct Received {
     row: ArtifactRow,
     facts: Option<Facts>,
     _upload: Upload,
 }
 
-/// Takes the bytes and checks them; no name points at them yet.
+/// Receives the bytes and checks them; no name points at them yet.
 async fn receive(
     context: &Context,
     caller: &Caller,
@@ -232,6 +237,7 @@ async fn receive(
                 match upload.append(chunk.offset, chunk.data).await {
                     Ok(()) => {}
                     Err(error @ ArtifactError::TooLong(_)) => {
+                        // Otherwise the next push would go on from bytes that are longer than they should be.
                         upload.discard().await.map_err(artifact_error)?;
                         return Err(artifact_error(error));
                     }
@@ -242,8 +248,8 @@ async fn receive(
             None => break,
         }
     }
-    // One that goes on past its announced size is a mistake or an attack; nothing of it is taken. A caller that leaves
-    // its side open and waits for the answer is not made to wait longer than this.
+    // An upload that goes on past its announced size is a mistake or an attack, so nothing of it is kept. A client that
+    // leaves its side open and waits for the answer waits no longer than this.
     if upload.offset() == header.size
         && let Ok(more) = tokio::time::timeout(UPLOAD_END, next(messages)).await
         && more.is_ok_and(|message| message.is_some())
@@ -255,6 +261,7 @@ async fn receive(
     let checked = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&checked);
     let mut finish = Box::pin(upload.finish(header.content, move |bytes| counter.store(bytes, Ordering::Relaxed)));
+    // The check of a large image takes minutes; without progress a client could not tell it from a hang.
     let mut ticks = tokio::time::interval(CHECK_PROGRESS);
     let blob = loop {
         // A tick only reports; the check goes on where it was.
@@ -266,6 +273,7 @@ async fn receive(
             }
         }
     };
+    // The check borrows the upload, which must live on until the row is stored.
     drop(finish);
     let row = ArtifactRow {
         id: header.id,
@@ -286,11 +294,11 @@ async fn receive(
     Ok(Received { row, facts: blob.facts, _upload: upload })
 }
 
-/// Makes a name point at the bytes that came.
+/// Points a name at the received bytes.
 async fn keep(context: &Context, received: Received) -> Result<v1::Artifact, ApiError> {
     let row = &received.row;
     let unused = context.store.put_artifact(row).await?;
-    // Without it the image is judged again at its first use.
+    // Without the facts the image is examined again at its first use.
     if let Some(facts) = &received.facts
         && let Err(error) = judge::keep(context, &row.sha256, facts).await
     {
@@ -312,7 +320,7 @@ impl ArtifactService for ArtifactsApi {
         request: Request<Streaming<v1::UploadArtifactRequest>>,
     ) -> Result<Response<Self::UploadArtifactStream>, Status> {
         let caller = caller(&request)?;
-        // It is recorded when it has ended.
+        // The upload is recorded at its end.
         caller.leave_recording();
         let mut messages = request.into_inner();
         let (sender, receiver) = mpsc::channel(4);
@@ -320,7 +328,7 @@ impl ArtifactService for ArtifactsApi {
         let stop = context.stop.clone();
         self.context.tasks.spawn(async move {
             let mut target = String::new();
-            // Dropped at any point, the bytes that came are kept for another try, and nothing else was changed.
+            // If it is dropped here, the received bytes are kept for another try, and nothing else has changed.
             let received = tokio::select! {
                 () = stop.cancelled() => Err(ApiError::Aborted {
                     reason: "STOPPING",
@@ -328,7 +336,7 @@ impl ArtifactService for ArtifactsApi {
                 }),
                 received = receive(&context, &caller, &mut target, &mut messages, &sender) => received,
             };
-            // From here on nothing stops it: the name points at the bytes, and the record says so.
+            // From here on nothing stops it: a stop must not separate the name from its record.
             let result = match received {
                 Ok(received) => {
                     recorded(context.record(&caller, "UploadArtifact", &target), keep(&context, received)).await
@@ -348,7 +356,7 @@ impl ArtifactService for ArtifactsApi {
         let caller = caller(&request)?;
         let row = self.find(&request.get_ref().name).await?;
         let facts = match &caller.node {
-            // They are some of its bytes: a node reads those that its work names.
+            // Facts contain some of the image's bytes, so a node gets those of its own work only.
             Some(node) if check_node(&self.context, node, &row.sha256).await.is_err() => None,
             _ => judge::known(&self.context, &row.sha256).await?,
         };
@@ -408,14 +416,17 @@ impl ArtifactService for ArtifactsApi {
         if let Some(node) = &caller.node {
             check_node(&self.context, node, &row.sha256).await?;
         }
+        // After the permission: a node that may not have the bytes must not take a place.
         let underway = self.context.downloads.begin(&caller).await?;
+        // Equal is fine: the client has all bytes, and gets only the header.
         if request.offset > row.size {
             let message = format!("{} lies past the end of {} bytes", request.offset, row.size);
             return Err(ApiError::invalid("offset", message).into());
         }
         let digest = Digest::parse(&row.sha256).map_err(artifact_error)?;
         let reader = match self.context.artifacts.reader(digest).await {
-            // One that asks for a node is answered from what is here, or two that lack it would ask each other for ever.
+            // A controller asks for a node, and is answered from local bytes only. Otherwise two controllers that lack
+            // the bytes would ask each other without end.
             Err(ArtifactError::NotFound(_)) if !asked_by_controller => {
                 peers::fetch(&self.context, &row, digest).await?;
                 self.context.artifacts.reader(digest).await
@@ -423,6 +434,7 @@ impl ArtifactService for ArtifactsApi {
             found => found,
         };
         let reader = reader.map_err(artifact_error)?;
+        // Only known ones: a download must not wait for an examination.
         let facts = judge::known(&self.context, &row.sha256).await?;
         let (sender, receiver) = mpsc::channel(DOWNLOAD_QUEUE);
         let node = caller.node.map(|node| (node, row.sha256.clone()));
@@ -435,7 +447,7 @@ impl ArtifactService for ArtifactsApi {
             compression: row.compression,
         };
         let first = v1::DownloadArtifactResponse { part: Some(v1::download_artifact_response::Part::Header(header)) };
-        // The channel is empty, so this cannot fail.
+        // The channel is new and empty, so this cannot fail.
         let _ = sender.try_send(Ok(first));
         let context = self.context.clone();
         let sending = Sending { context, reader, node, answers: sender, underway };

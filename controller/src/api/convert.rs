@@ -1,4 +1,4 @@
-//! Between the API's messages and our own types. Reading checks; writing cannot fail.
+//! Conversions between the API's messages and our own types. Reading checks its input; writing cannot fail.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -30,7 +30,7 @@ const LABEL_MAX: usize = 63;
 /// Most labels of a node.
 const LABELS_MAX: usize = 64;
 
-/// Notes a wrong field: its path, and what is wrong with it.
+/// Notes a wrong field, by its path, with the reason.
 pub(super) type Bad<'a> = &'a mut dyn FnMut(&str, String);
 
 /// Free text: bounded and without control characters, as it is shown on terminals.
@@ -48,6 +48,7 @@ pub(super) fn labels(field: &str, labels: HashMap<String, String>) -> Result<BTr
     if labels.len() > LABELS_MAX {
         return Err(ApiError::invalid(field, format!("must be at most {LABELS_MAX} labels")));
     }
+    // No `=` and no comma: the command line separates labels by them.
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '/');
     for (key, value) in &labels {
         if key.is_empty()
@@ -66,7 +67,7 @@ pub(super) fn labels(field: &str, labels: HashMap<String, String>) -> Result<BTr
     Ok(labels.into_iter().collect())
 }
 
-/// Nothing beyond the year 9999 leaves the API: the type ends there, and clients fail on more.
+/// Limits times to the year 9999: the type ends there, and clients fail on more.
 pub(super) fn timestamp(time: DateTime<Utc>) -> prost_types::Timestamp {
     let time = crate::calendar::bounded(time);
     prost_types::Timestamp {
@@ -91,6 +92,7 @@ pub(super) fn time(time: Option<prost_types::Timestamp>, field: &str, bad: Bad<'
     let time = time?;
     let read = u32::try_from(time.nanos)
         .ok()
+        // Cut here, so that a time compares equal after it was stored.
         .and_then(|nanos| Utc.timestamp_opt(time.seconds, nanos / 1000 * 1000).single())
         // Years that RFC 3339 can write.
         .filter(|time| (-62_135_596_800..=253_402_300_799).contains(&time.timestamp()));

@@ -1,4 +1,4 @@
-//! How many downloads there are at a time: each holds a file and what is read ahead of a slow reader.
+//! Limits on concurrent downloads. Each holds a file, and data that is read ahead of a slow reader.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,22 +19,22 @@ use crate::identity::Caller;
 use crate::identity::roles::Role;
 use crate::store::Allowance;
 
-/// Downloads in all. Each holds at most about 1 MiB: one message that is read ahead, one that waits, and what HTTP/2 has
-/// taken for the connection.
+/// Downloads in all. Each holds at most about 1 MiB: one message that is read ahead, one that waits, and the data that
+/// HTTP/2 has buffered for the connection.
 pub(crate) const ALL: usize = 1024;
-/// Downloads of one node: one, and those of connections that broke without a word.
+/// Downloads of one node: one, and those of connections that broke silently.
 pub(crate) const OF_A_NODE: usize = 4;
 /// Downloads of one person or service.
 pub(crate) const OF_A_PERSON: usize = 8;
-/// Downloads of one other controller, which fetches what its nodes ask it for.
+/// Downloads of one other controller, which fetches for its nodes.
 pub(crate) const OF_A_CONTROLLER: usize = 64;
-/// A download whose reader takes nothing for this long is cut.
+/// Time without progress of the reader after which a download is cut.
 const DOWNLOAD_IDLE: Duration = Duration::from_secs(60);
 /// Messages of a download that wait for the connection, 256 KiB each.
 pub(crate) const DOWNLOAD_QUEUE: usize = 1;
-/// How often it is asked whether a node may still have what it downloads.
+/// Interval at which a node's permission to download is checked again.
 const RECHECK: Duration = Duration::from_secs(3);
-/// How long a caller waits for a place before it is told to ask again.
+/// Time for which a caller waits for a place before it must ask again.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The downloads of this controller.
@@ -45,7 +45,7 @@ pub struct Downloads {
 }
 
 impl Downloads {
-    /// As many as the system's open files allow.
+    /// The limit follows the number of open files that the system allows.
     pub fn new(open_files: usize) -> Self {
         Self { all: Arc::new(Semaphore::new((open_files / 16).clamp(1, ALL))), callers: Arc::default() }
     }
@@ -57,14 +57,16 @@ impl Downloads {
     /// Begins a download.
     ///
     /// # Errors
-    /// The caller has as many as it may have, or there was no place for a while.
+    /// Returns an error if the caller has too many downloads, or if no place was free in time.
     pub(super) async fn begin(&self, caller: &Caller) -> Result<Underway, ApiError> {
         let most = match caller.role {
             Role::Node => OF_A_NODE,
             Role::Controller => OF_A_CONTROLLER,
             Role::Viewer | Role::Operator | Role::Publisher | Role::Admin => OF_A_PERSON,
         };
+        // With the role, because callers of different roles may share a name.
         let key = format!("{}/{}", caller.role, caller.name);
+        // Counted before the wait for a place, so that one caller cannot fill the queue.
         let counted = {
             let mut callers = self.callers();
             let count = callers.entry(key.clone()).or_default();
@@ -100,6 +102,7 @@ impl Drop for Counted {
         if let Some(count) = callers.get_mut(&self.key) {
             *count -= 1;
             if *count == 0 {
+                // Otherwise the map would keep every caller that ever downloaded.
                 callers.remove(&self.key);
             }
         }
@@ -113,8 +116,9 @@ pub(super) struct Underway {
     _place: OwnedSemaphorePermit,
 }
 
-/// Whether a node gets bytes: those that its work names, and its board's defaults.
+/// Returns an error unless the node's work names the bytes, or they are a default of its board.
 pub(super) async fn check_node(context: &Context, node: &NodeId, sha256: &str) -> Result<(), ApiError> {
+    // An image holds Wi-Fi keys and password hashes: a node reads only the bytes of its own work.
     match context.store.node_may_have(node, sha256).await? {
         Allowance::Granted => Ok(()),
         Allowance::NotAsked => Err(ApiError::Forbidden {
@@ -135,7 +139,7 @@ pub(super) async fn check_node(context: &Context, node: &NodeId, sha256: &str) -
 pub(super) struct Sending {
     pub(super) context: Context,
     pub(super) reader: BlobReader,
-    /// The node that reads, and the digest; `None`: a person or another controller, whom the gate watches over.
+    /// The reading node and the digest; `None`: a person or another controller, whose call the gate checks.
     pub(super) node: Option<(NodeId, String)>,
     pub(super) answers: mpsc::Sender<Result<v1::DownloadArtifactResponse, Status>>,
     pub(super) underway: Underway,
@@ -151,7 +155,7 @@ pub(super) async fn send_blob(sending: Sending, mut offset: u64) {
             && checked.elapsed() >= RECHECK
         {
             checked = Instant::now();
-            // While the database is away, who was let in goes on.
+            // While the database is away, an admitted node goes on.
             if let Err(refused @ ApiError::Forbidden { .. }) = check_node(&context, node, sha256).await {
                 let _ = tokio::time::timeout(DOWNLOAD_IDLE, answers.send(Err(refused.into()))).await;
                 return;

@@ -1,4 +1,4 @@
-//! `EnrollmentService`: on a listener of its own, for callers without a certificate.
+//! `EnrollmentService`, on a listener of its own, for callers without a certificate.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -26,7 +26,7 @@ use crate::store::{AuditRow, CertificateRow, EnrolOutcome, Enrolment, Record, Re
 /// Longest signing request or certificate, in bytes: one with a P-256 key has well under 1 KiB.
 const PEM_MAX: usize = 16 * 1024;
 
-/// Calls from one address that let nobody in: a room of Pis with a wrong token may all try, and then once a second.
+/// Refused calls from one address. A room full of Pis with a wrong token may all try at once, and then one each second.
 const REFUSED_BURST: u32 = 100;
 const REFUSED_EVERY: Duration = Duration::from_secs(1);
 
@@ -41,8 +41,9 @@ impl Enrollments {
         Self { context, refused: Rate::new(REFUSED_BURST, REFUSED_EVERY) }
     }
 
-    /// Refuses an address that was refused too often, before anything costs more.
+    /// Refuses an address with too many refused calls, before anything expensive happens.
     fn admit(&self, address: IpAddr) -> Result<(), ApiError> {
+        // Looks without taking: a call that succeeds costs nothing.
         if self.refused.has(&source(address), self.context.clock.now()) {
             return Ok(());
         }
@@ -52,18 +53,20 @@ impl Enrollments {
         })
     }
 
-    /// The time, if certificates may be signed at it.
+    /// The present time; an error if nothing may be signed at it.
     fn now(&self) -> Result<DateTime<Utc>, ApiError> {
         let now = self.context.clock.now();
         self.context.ca.check_clock(now).map_err(|wrong| ApiError::wrong_clock(&wrong))?;
         Ok(now)
     }
 
-    /// Notes a call that was refused.
+    /// Counts a refused call against its address.
     fn count<T>(&self, address: IpAddr, result: &Result<T, ApiError>) {
+        // Failures of the controller are not the caller's fault.
         let ours = |error: &ApiError| {
             matches!(error, ApiError::Unavailable { .. } | ApiError::Store(_) | ApiError::Internal(_))
         };
+        // Only refused calls count: a room of Pis behind one address must be able to join at once.
         if result.as_ref().is_err_and(|error| !ours(error)) {
             self.refused.take(source(address), self.context.clock.now());
         }
@@ -83,22 +86,27 @@ impl Enrollments {
         };
         asked.target = wanted_id.as_ref().map(NodeId::name).unwrap_or_default();
         let board = convert::board(request.board.unwrap_or_default())?;
+        // For the audit, which names the board of a refused call.
         asked.serial.clone_from(&board.serial);
+        // The id is made of the serial number otherwise.
         if wanted_id.is_none() && board.serial.is_empty() {
             return Err(ApiError::invalid("node_id", "is needed, as the board has no serial number to make one from"));
         }
         let token = JoinToken::parse(&request.token).map_err(|_| {
             asked.why = "this is not a join token".to_owned();
+            // The answer is the same as for any other refused token; only the audit tells them apart.
             refused()
         })?;
         asked.token = token.id.name();
+        // From here on the audit knows the token, even if the call is refused.
         record.edit(|row| row.credential.clone_from(&asked.token));
+        // Before the token is used: a bad request must not cost one of its uses.
         let key_sha256 = Ca::key_of_request(&request.certificate_request).map_err(request_error)?;
         let now = self.now()?;
         let enrolment = Enrolment { token_sha256: token.secret_sha256(), key_sha256, wanted_id, board, address };
         let ca = &self.context.ca;
         let issued = Mutex::new(None);
-        // The certificate is issued inside the transaction that takes the token, for the id that the node gets there.
+        // The certificate is issued inside the transaction that uses the token, for the id that the node gets there.
         let outcome = self
             .context
             .store
@@ -110,6 +118,8 @@ impl Enrollments {
             })
             .await?;
         let (node, held, certificate) = match outcome {
+            // The node lost the answer and asks again with the same key: it gets the same certificate. Nothing is
+            // written, so the call is limited like a refused one.
             EnrolOutcome::Admitted { node, held, again: Some(pem), .. } => {
                 self.refused.take(source(address), now);
                 asked.silent = true;
@@ -133,6 +143,7 @@ impl Enrollments {
         from: SocketAddr,
         asked: &mut Asked,
     ) -> Result<v1::RenewCertificateResponse, ApiError> {
+        // The size is checked before anything parses the text.
         pem("certificate", &request.certificate)?;
         pem("certificate_request", &request.certificate_request)?;
         let now = self.now()?;
@@ -158,7 +169,7 @@ impl Enrollments {
         let certificate = match renewed.await? {
             RenewOutcome::Renewed => lock(&issued).take(),
             RenewOutcome::Again(pem) => {
-                // Nothing is written for it, and so it is limited and not recorded.
+                // Nothing is written for it, so it is limited like a refused call and not recorded.
                 self.refused.take(source(from.ip()), now);
                 asked.silent = true;
                 Some(pem)
@@ -189,7 +200,7 @@ impl Enrollments {
         Ok(v1::RenewCertificateResponse { certificate, ca_certificate: ca.certificate_pem().to_owned() })
     }
 
-    /// The row of a call as it is if the call succeeds; who made it is seen on the way.
+    /// The audit row of a call that succeeds. The caller is filled in as soon as it is known.
     fn row(&self, method: &str, from: SocketAddr) -> Arc<Record> {
         Record::new(AuditRow {
             time: self.context.clock.now(),
@@ -203,7 +214,7 @@ impl Enrollments {
         })
     }
 
-    /// Records a call that changed nothing. One that did is recorded with its change.
+    /// Records a call that changed nothing. A change is recorded in its own transaction.
     async fn record<T>(
         &self,
         record: &Record,
@@ -234,7 +245,7 @@ fn lock<T>(issued: &Mutex<T>) -> MutexGuard<'_, T> {
     issued.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Notes which node calls, and on whom it is therefore called.
+/// Notes the calling node in the record, as actor and as target.
 fn by(record: &Record, node: &NodeId) {
     record.edit(|row| {
         row.actor = node.name();
@@ -242,18 +253,18 @@ fn by(record: &Record, node: &NodeId) {
     });
 }
 
-/// What a caller asked for, and what became of it: for the admin, who is told more than the caller.
+/// Details of a call for the audit. The admin is told more than the caller.
 #[derive(Debug, Default)]
 struct Asked {
-    /// `joinTokens/ID`, as the token says.
+    /// `joinTokens/ID`, from the token's text.
     token: String,
-    /// `nodes/ID`: the id asked for, or the node of the certificate that was shown.
+    /// `nodes/ID`: the requested id, or the node of the certificate.
     target: String,
     /// The board's serial number.
     serial: String,
-    /// The true reason of a refusal; empty: the answer says it.
+    /// The true reason of a refusal; empty: the answer has it.
     why: String,
-    /// There is nothing to record.
+    /// True if there is nothing to record.
     silent: bool,
 }
 
@@ -267,7 +278,7 @@ impl Asked {
     }
 }
 
-/// A node's certificate as it is stored.
+/// A node's certificate for the store.
 fn row(issued: Issued, node: &NodeId, generation: i64) -> CertificateRow {
     CertificateRow {
         serial: issued.serial,
@@ -283,7 +294,8 @@ fn row(issued: Issued, node: &NodeId, generation: i64) -> CertificateRow {
     }
 }
 
-/// One answer for a wrong, an expired, a used and a revoked token, and one that is not for this board, id or network, so that nothing can be learnt from it.
+/// One error for a token that is wrong, expired, used up or revoked, or not for this board, id or network. A caller
+/// cannot find out which.
 fn refused() -> ApiError {
     ApiError::Forbidden {
         reason: "TOKEN_REFUSED",
@@ -360,6 +372,7 @@ impl EnrollmentService for Enrollments {
             Err(error) => Err(error),
         };
         self.count(from.ip(), &result);
+        // A refused caller has proved no identity, so the audit does not name the node as the actor.
         let actor = if result.is_ok() { asked.target.clone() } else { String::new() };
         self.record(&record, &actor, from, asked, &result).await;
         Ok(Response::new(result?))

@@ -1,4 +1,4 @@
-//! Why an execution is where it is, in words.
+//! Explanations of an execution's state, in words.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use marco_proto::names::ExecutionId;
@@ -9,10 +9,10 @@ use crate::operation::{ExecutionState, WaitReason};
 use crate::rollout::Rollout;
 use crate::store::{ConflictRow, ExecutionRow, OperationRow, PoweredOff};
 
-/// So many nodes are named in a sentence; the message has all of them.
+/// Largest number of nodes that a sentence names; the message has all of them.
 const HOLDERS_SHOWN: usize = 10;
 
-/// What the row says, as sentences. `held` counts also those in the way that the caller may not see.
+/// Explains a row in sentences. `held` also counts executions in the way that the caller may not see.
 pub(super) fn explain(
     row: &ExecutionRow,
     whole: &OperationRow,
@@ -24,6 +24,7 @@ pub(super) fn explain(
     let operation = row.id.operation.name();
     let (explanation, suggestions) = match row.state {
         ExecutionState::Pending => {
+            // With jitter each node has a time of its own, which explains more than the operation's.
             let (mut text, suggestions) = match row.not_before {
                 Some(time) if row.wait_reason == Some(WaitReason::NotDue) => (
                     format!("It waits for its own time in the schedule's jitter, {}.", time.to_rfc3339()),
@@ -46,6 +47,7 @@ pub(super) fn explain(
             let phase = if row.phase.is_empty() { "at work" } else { row.phase.as_str() };
             (format!("{node} has accepted it: {phase}.{}", bytes(row)), cancel(row, &operation))
         }
+        // No cancel is offered: past the point of no return it would be refused.
         ExecutionState::Rebooting => (
             format!(
                 "{node} is past the point of no return and is going down, or is down{}. It is awaited with a new boot id.",
@@ -76,6 +78,7 @@ pub(super) fn explain(
             ),
         );
     }
+    // An overdue execution is explained below, with its reason.
     if let Some(deadline) = row.deadline.filter(|_| row.state.is_active() && !row.overdue) {
         explanation.push_str(&format!(" Without news it is overdue at {}.", instant(deadline)));
     }
@@ -104,7 +107,7 @@ pub(super) fn explain(
     v1::ExplainExecutionResponse { execution: Some(convert::execution(row)), explanation, suggestions, holders }
 }
 
-/// Why a node is away that was sent away. The blank before it parts it from the sentence before.
+/// The reason why a powered-off node is away. The leading blank separates it from the sentence before.
 pub(super) fn powered_off(off: &PoweredOff) -> String {
     format!(
         " It was powered off on purpose by {}, at {}: it comes back when somebody turns it on.",
@@ -113,7 +116,7 @@ pub(super) fn powered_off(off: &PoweredOff) -> String {
     )
 }
 
-/// Where more is said of an end that was not a success.
+/// A suggestion to read the log of an execution that did not succeed.
 pub(super) fn read_log(id: &ExecutionId) -> String {
     format!("Read what the node logged: marcoctl operations log {} {}", id.operation.name(), id.node.name())
 }
@@ -122,7 +125,7 @@ fn instant(time: DateTime<Utc>) -> String {
     time.to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
-/// Who or what stands in the way.
+/// The obstacle in detail: times, reasons and other executions.
 fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held: usize) -> String {
     match (row.wait_reason, holders) {
         (Some(WaitReason::WindowClosed), _) => match row.next_attempt_time {
@@ -138,6 +141,7 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held:
         (Some(WaitReason::Paused), _) if !whole.state_reason.is_empty() => {
             format!(" The reason given: {}.", whole.state_reason)
         }
+        // A limited caller learns that the slots are taken, but not by which nodes.
         (Some(WaitReason::NoSlot), []) if held > 0 => " Nodes that you may not see are in flight.".to_owned(),
         (Some(WaitReason::NoSlot), []) => {
             " No node holds one; the operation is about to pause, or its first nodes have not succeeded yet.".to_owned()
@@ -155,15 +159,17 @@ fn more(row: &ExecutionRow, whole: &OperationRow, holders: &[ExecutionId], held:
     }
 }
 
-/// Which limit it waits for, when `held` slots of that limit are taken.
+/// The rollout limit that an execution waits for, if `held` slots of that limit are taken.
 fn slot(rollout: &Rollout, succeeded: u32, held: usize) -> String {
     let held = u32::try_from(held).unwrap_or(u32::MAX);
+    // The canary goes first: until it has succeeded, the rest does not begin.
     if succeeded < rollout.canary {
         return format!(
             "It waits for a slot: {} nodes, the canary, must succeed before the rest begins.",
             rollout.canary
         );
     }
+    // The limit of the whole operation is named first: a free slot in the group would not help.
     let all_taken = rollout.max_in_flight.is_some_and(|limit| held >= limit);
     if let (Some(label), Some(limit)) = (&rollout.group_by, rollout.max_in_flight_per_group)
         && held >= limit
@@ -187,13 +193,14 @@ fn bytes(row: &ExecutionRow) -> String {
 }
 
 fn cancel(row: &ExecutionRow, operation: &str) -> Vec<String> {
+    // A second cancel changes nothing.
     if row.cancel_requested {
         return vec![];
     }
     vec![format!("Stop it while that is still possible: marcoctl operations cancel {operation}")]
 }
 
-/// What an execution on a node waits for, and what can be done about it.
+/// The obstacle of a waiting execution, with suggestions.
 pub(super) fn waiting(reason: Option<WaitReason>, node: &str, operation: &str) -> (String, Vec<String>) {
     let cancel = format!("Stop it: marcoctl operations cancel {operation}");
     match reason {

@@ -19,11 +19,11 @@ use crate::store::{
     ApproveOutcome, DeleteNodeOutcome, NewToken, NodeQuery, NodeRow, ResolveOutcome, Scope, UpdateNodeOutcome,
 };
 
-/// How long a join token works unless it says otherwise: long enough to prepare a card, short enough to forget.
+/// Default validity of a join token: long enough to prepare a card, short enough to be forgotten.
 const DEFAULT_TTL: TimeDelta = TimeDelta::minutes(30);
-/// The longest life of a join token.
+/// Longest validity of a join token.
 const MAX_TTL: TimeDelta = TimeDelta::days(90);
-/// The most nodes that one token may enrol.
+/// Largest number of nodes that one token may enrol.
 const MAX_USES: u32 = 10_000;
 /// Hexadecimal digits of a SHA-256.
 const FINGERPRINT_LENGTH: usize = 64;
@@ -79,6 +79,7 @@ impl Nodes {
                 }
             }
         }
+        // The update is conditional on these labels: a change by another caller in between must not be lost.
         let before = self.find(caller, &id).await?.labels;
         if let Some(labels) = &labels
             && caller.role != Role::Admin
@@ -100,7 +101,8 @@ impl Nodes {
         }
     }
 
-    /// Who is limited by labels must not be able to move a node in or out.
+    /// Returns an error if a label changes by which callers are limited. Otherwise a limited caller could move a node
+    /// into its reach, or out of another's.
     async fn may_relabel(
         &self,
         before: &BTreeMap<String, String>,
@@ -124,6 +126,7 @@ impl Nodes {
         let id = node_id("name", &request.name)?;
         match self.context.store.delete_node(&id, request.force, &caller.name, self.context.clock.now()).await? {
             DeleteNodeOutcome::Deleted => {
+                // This controller's session ends at once. Other controllers see the change in the store.
                 self.context.sessions.end(&id, End::Barred);
                 Ok(v1::DeleteNodeResponse {})
             }
@@ -145,10 +148,12 @@ impl Nodes {
             "" => None,
             text => Some(fingerprint(text)?),
         };
+        // Read before, to see if the approval moved the node to another key.
         let before = self.context.store.node(&id).await?;
         let precondition = |reason, message| Err(ApiError::Precondition { reason, message });
         match self.context.store.approve(&id, fingerprint.as_deref(), self.context.clock.now()).await? {
             ApproveOutcome::Approved(row) => {
+                // The approval put another key in service, so the session of the old key ends.
                 if before.is_some_and(|before| before.session_epoch != row.session_epoch) {
                     self.context.sessions.end(&id, End::Lost);
                 }
@@ -187,6 +192,7 @@ impl Nodes {
     async fn quarantine(&self, caller: &Caller, request: &v1::QuarantineNodeRequest) -> Result<NodeRow, ApiError> {
         let id = node_id("name", &request.name)?;
         let reason = convert::text("reason", &request.reason)?;
+        // First, so that a limited caller cannot probe for nodes outside its scope.
         self.find(caller, &id).await?;
         let row = self
             .context
@@ -231,6 +237,7 @@ impl Nodes {
         request: v1::CreateJoinTokenRequest,
     ) -> Result<v1::JoinToken, ApiError> {
         let now = self.context.clock.now();
+        // A client that does not set the field sends 0.
         let max_uses = if request.max_uses == 0 { 1 } else { request.max_uses };
         if max_uses > MAX_USES {
             return Err(ApiError::invalid("max_uses", format!("must be at most {MAX_USES}")));
@@ -238,6 +245,7 @@ impl Nodes {
         let ttl = convert::ttl("ttl", request.ttl, DEFAULT_TTL, MAX_TTL)?;
         let limits = convert::token_limits(request.cidrs, request.serials, request.nodes)?;
         let labels = convert::labels("labels", request.labels)?;
+        // With the CA's pin, by which a node knows the right controller before it trusts anything.
         let token = JoinToken::mint(self.context.ca.spki_sha256())
             .map_err(|error| ApiError::Internal(format!("the system gives no random numbers: {error}")))?;
         let new = NewToken {
@@ -272,6 +280,7 @@ impl Nodes {
     async fn revoke_token(&self, name: &str) -> Result<v1::JoinToken, ApiError> {
         let id = token_id("name", name)?;
         let revoked = self.context.store.revoke_token(&id).await?;
+        // Revoked without asking first: a leaked token must be useless at once.
         let (row, stranded) = revoked.ok_or_else(|| ApiError::NotFound {
             reason: "TOKEN_NOT_FOUND",
             message: format!("there is no {}; `marcoctl tokens list` shows those that exist", id.name()),
@@ -309,7 +318,7 @@ fn node_id(field: &str, name: &str) -> Result<NodeId, ApiError> {
     NodeId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
 }
 
-/// A key's fingerprint as it is stored; blanks and colons in it do not matter.
+/// A key's fingerprint in the store's form; blanks and colons are ignored.
 fn fingerprint(text: &str) -> Result<String, ApiError> {
     let bare: String = text.chars().filter(|c| !c.is_whitespace() && *c != ':').collect();
     if bare.len() != FINGERPRINT_LENGTH || !bare.bytes().all(|byte| byte.is_ascii_hexdigit()) {
@@ -318,7 +327,7 @@ fn fingerprint(text: &str) -> Result<String, ApiError> {
     Ok(bare.to_ascii_lowercase())
 }
 
-/// A node's full name, for the audit: it may have been named by its bare id. What names no node is kept as it is.
+/// A node's full name for the audit, also for a bare id. A text that names no node is kept as it is.
 fn target(name: &str) -> String {
     NodeId::parse(name).map_or_else(|_| name.to_owned(), |id| id.name())
 }
@@ -339,6 +348,7 @@ impl NodeService for Nodes {
     async fn get_node(&self, request: Request<v1::GetNodeRequest>) -> Result<Response<v1::Node>, Status> {
         let caller = caller(&request)?;
         let id = node_id("name", &request.get_ref().name)?;
+        // The role table admits every node to this method; it may read only itself.
         if caller.role == Role::Node && caller.node.as_ref() != Some(&id) {
             return Err(
                 ApiError::Forbidden { reason: "NOT_YOURS", message: "a node reads only itself".to_owned() }.into()
@@ -347,6 +357,7 @@ impl NodeService for Nodes {
         let row = self.find(&caller, &id).await?;
         let trouble = remedy::trouble(&self.context, &id).await?;
         let mut node = v1::Node { trouble, ..convert::node(&row) };
+        // A node that is connected, or asks about itself, is on.
         if !node.connected && caller.role != Role::Node {
             let off = self.context.store.powered_off(std::slice::from_ref(&id)).await.map_err(ApiError::from)?;
             node.powered_off_by = off.get(&id).map(|off| off.operation.name()).unwrap_or_default();

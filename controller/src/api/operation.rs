@@ -80,6 +80,7 @@ impl Operations {
     ) -> Result<OperationRow, ApiError> {
         let id =
             OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
+        // A retry has the retried operation as its target in the audit.
         if retry_of.is_none() {
             caller.note_target(&id.name());
         }
@@ -101,7 +102,7 @@ impl Operations {
         self.stored(&new, now).await
     }
 
-    /// Stores an operation, or finds the one that the same request stored.
+    /// Stores an operation, or returns the one that the same request stored before.
     pub(in crate::api) async fn stored(
         &self,
         new: &NewOperation,
@@ -121,8 +122,8 @@ impl Operations {
         }
     }
 
-    /// The operation that an earlier request of the caller with this key made. Every call that takes a `request_id` asks
-    /// this first: times that have passed and names that are gone since must not hide the first result.
+    /// The operation that an earlier request of the caller with this key created. Every call with a `request_id` asks
+    /// this first: times that have passed and names that were removed since must not hide the first result.
     pub(in crate::api) async fn asked_before(
         &self,
         caller: &Caller,
@@ -131,7 +132,7 @@ impl Operations {
         let Some(key) = key else { return Ok(None) };
         match self.context.store.requested(&caller.name, key).await? {
             None => Ok(None),
-            // The caller's scope may be narrower by now.
+            // The caller's scope may be narrower now.
             Some(CreateOutcome::Existing(row)) => self.context.operation_for(caller, &row.id).await.map(Some),
             Some(_) => Err(reused()),
         }
@@ -140,12 +141,14 @@ impl Operations {
     async fn retry(&self, caller: &Caller, request: v1::RetryOperationRequest) -> Result<OperationRow, ApiError> {
         let now = self.context.clock.now();
         let id = operation_id("name", &request.name)?;
+        // The verb is part of the key, so that one id cannot mean a creation and a retry.
         let key = request_key(&request.request_id, &[b"retry", id.as_str().as_bytes()])?;
         if let Some(row) = self.asked_before(caller, key.as_ref()).await? {
             return Ok(row);
         }
         self.context.may_steer(caller, &id).await?;
         let old = self.find(&id).await?;
+        // Otherwise two operations would work on the same nodes.
         if !old.state.is_final() {
             return Err(ApiError::Precondition {
                 reason: "NOT_FINISHED",
@@ -160,6 +163,7 @@ impl Operations {
             return Err(remedy::no_retry(&self.context, first, rows.len(), &old.action).await?);
         }
         let mut nodes: Vec<NodeId> = rows.into_iter().filter(|row| !hopeless(row)).map(|row| row.id.node).collect();
+        // Nodes may have been deleted since.
         let known: BTreeSet<NodeId> =
             self.context.store.nodes_by_id(&nodes).await?.into_iter().map(|row| row.id).collect();
         nodes.retain(|node| known.contains(node));
@@ -170,6 +174,7 @@ impl Operations {
             });
         }
         must_open(old.window.as_ref(), now)?;
+        // By name: labels may match other nodes today.
         let target = Target::Nodes(nodes.iter().map(|node| node.as_str().to_owned()).collect());
         self.store_new(
             caller,
@@ -193,6 +198,7 @@ impl Operations {
 
     fn steered(outcome: SteerOutcome, id: &OperationId, what: &str) -> Result<OperationRow, ApiError> {
         match outcome {
+            // A repeated call is no error: the operation is as the caller wants it.
             SteerOutcome::Changed(row) | SteerOutcome::Unchanged(row) => Ok(row),
             SteerOutcome::Refused(row) => Err(ApiError::Precondition {
                 reason: "WRONG_STATE",
@@ -204,6 +210,7 @@ impl Operations {
 
     /// An execution that the caller may see.
     async fn find_execution(&self, caller: &Caller, id: &ExecutionId) -> Result<ExecutionRow, ApiError> {
+        // The node decides, because an operation may be partly outside the scope.
         if !caller.scope().is_everything() {
             self.context.node_for(caller, &id.node).await?;
         }
@@ -229,6 +236,7 @@ impl Operations {
         self.context.may_steer(caller, &id.operation).await?;
         match self.context.store.abandon(&id, &caller.name, self.context.clock.now()).await? {
             AbandonOutcome::Abandoned(row) => Ok(row),
+            // A node within its deadline may still succeed.
             AbandonOutcome::NotOverdue(row) | AbandonOutcome::Final(row) => Err(ApiError::Precondition {
                 reason: "NOT_OVERDUE",
                 message: format!(
@@ -388,6 +396,7 @@ impl OperationService for Operations {
         let held = holders.len();
         if !scope.is_everything() {
             let visible = self.context.store.ids_within(&scope).await.map_err(ApiError::from)?;
+            // Their number is told; their names only inside the caller's scope.
             holders.retain(|holder| visible.contains(&holder.node));
         }
         let operation = self.context.operation_within(&scope, &id.operation).await?;
@@ -399,8 +408,10 @@ impl OperationService for Operations {
                 explained.explanation.push_str(&super::explain::powered_off(off));
             }
         }
+        // Replaces the suggestion of a retry that cannot help.
         remedy::amend(&self.context, &row, &operation.action, &mut explained).await?;
         if row.state.is_final() && self.context.store.has_log(&id).await.map_err(ApiError::from)? {
+            // In front, because the log tells more than any other suggestion.
             explained.suggestions.insert(0, super::explain::read_log(&id));
         }
         Ok(Response::new(explained))
@@ -433,6 +444,7 @@ impl OperationService for Operations {
     ) -> Result<Response<Self::WatchOperationStream>, Status> {
         let caller = caller(&request)?;
         let id = operation_id("name", &request.get_ref().name)?;
+        // An unknown operation is an error of the call, not of the stream.
         self.context.operation_for(&caller, &id).await?;
         Ok(Response::new(watch::operation(self.context.clone(), caller, id)))
     }

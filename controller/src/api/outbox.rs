@@ -1,19 +1,19 @@
-//! Sending to somebody who may not be reading: what waits is bounded, and so is the time.
+//! Sending to a client that may not be reading: both the queue and the wait are bounded.
 
 use std::time::Duration;
 
 use tokio::sync::mpsc::Sender;
 
-/// Why a message did not go out.
+/// The reason why a message was not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unsent {
-    /// Nobody reads any more.
+    /// The reader is gone.
     Gone,
-    /// Nothing was taken for so long as was waited.
+    /// The reader took nothing within the timeout.
     Slow,
 }
 
-/// Waits for room, but not for longer than `patience`.
+/// Sends a message; waits at most `patience` for a place in the queue.
 pub(super) async fn send<T>(to: &Sender<T>, message: T, patience: Duration) -> Result<(), Unsent> {
     match tokio::time::timeout(patience, to.send(message)).await {
         Ok(Ok(())) => Ok(()),
@@ -22,8 +22,9 @@ pub(super) async fn send<T>(to: &Sender<T>, message: T, patience: Duration) -> R
     }
 }
 
-/// For what a newer message replaces soon: without room it is left out.
+/// Sends a message that a newer one replaces soon; drops it if the queue is full.
 pub(super) fn offer<T>(to: &Sender<T>, message: T) {
+    // A full queue means that the reader has older states to read anyway.
     let _ = to.try_send(message);
 }
 
@@ -35,7 +36,7 @@ mod tests {
 
     use super::{Unsent, offer, send};
 
-    /// Longer than any wait here: only a failure takes it.
+    /// Longer than any wait here; reached only by a failure.
     const LONG: Duration = Duration::from_secs(60);
 
     #[tokio::test]

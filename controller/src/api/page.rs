@@ -9,10 +9,11 @@ use super::status::ApiError;
 const DEFAULT_SIZE: u32 = 100;
 const MAX_SIZE: u32 = 1000;
 
-/// How many rows to answer with.
+/// Number of rows of the answer; 0: the default.
 pub(super) fn size(asked: i32) -> Result<u32, ApiError> {
     match u32::try_from(asked) {
         Ok(0) => Ok(DEFAULT_SIZE),
+        // A larger size is cut and not refused: the client sees the rest by the token.
         Ok(size) => Ok(size.min(MAX_SIZE)),
         Err(_) => Err(ApiError::invalid("page_size", "must not be negative")),
     }
@@ -23,7 +24,7 @@ pub(super) fn token(list: &str, key: &str) -> String {
     URL_SAFE_NO_PAD.encode(format!("{list}:{key}"))
 }
 
-/// The key in a token of `list`; `None` for the first page.
+/// The key in a token of `list`; `None`: the first page.
 pub(super) fn after(list: &str, token: &str) -> Result<Option<String>, ApiError> {
     if token.is_empty() {
         return Ok(None);
@@ -32,7 +33,9 @@ pub(super) fn after(list: &str, token: &str) -> Result<Option<String>, ApiError>
         .decode(token)
         .ok()
         .and_then(|bytes| String::from_utf8(bytes).ok())
+        // A token of another list would continue at a key that means nothing here.
         .and_then(|text| text.strip_prefix(list)?.strip_prefix(':').map(str::to_owned))
+        // The key goes into queries and errors, and the token is the caller's to change.
         .filter(|key| !key.chars().any(char::is_control))
         .map(Some)
         .ok_or_else(|| ApiError::invalid("page_token", "is not one that this list gave out; leave it empty to begin"))
@@ -44,6 +47,7 @@ pub(super) fn cut<T>(mut rows: Vec<T>, size: u32, list: &str, key: impl Fn(&T) -
     if rows.len() <= size {
         return (rows, String::new());
     }
+    // One row more was read, to know if another page follows.
     rows.truncate(size);
     let next = rows.last().map(|row| token(list, &key(row))).unwrap_or_default();
     (rows, next)

@@ -1,4 +1,4 @@
-//! Bytes that this controller lacks, fetched from one that has them.
+//! Fetches bytes that this controller lacks from one that has them.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,27 +19,28 @@ use crate::identity::tls::dial;
 use crate::store::{ArtifactRow, ControllerRow, Kind, Purpose};
 use crate::watchdog::Others;
 
-/// How long a caller waits for bytes that are being fetched; the fetch goes on without it, and it asks again.
+/// Time for which a caller waits for bytes. The fetch goes on without it, and the caller asks again.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often bytes are asked for, for who cannot ask again, and the pause in between.
+/// Number of tries for callers that cannot ask again, and the pause between them.
 const TRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_secs(1);
-/// A controller that sends nothing for so long is left.
+/// Time without data after which another controller is given up.
 const IDLE: Duration = Duration::from_secs(30);
-/// How often the addresses of other controllers are read, and how long one of them has to say how it is.
+/// Interval at which addresses of other controllers are read, and time for one of them to report its health.
 const LOOK: Duration = Duration::from_secs(5);
 const HEALTH: Duration = Duration::from_secs(2);
 
 /// Fetches the bytes of an artifact from a live controller that has them; the digest is checked before they are stored.
 ///
 /// # Errors
-/// When they are not here yet, or no controller that lives has them; for good where there is only this one.
+/// Returns an error if the bytes are not here yet, or if no live controller has them. With only this controller that is
+/// final.
 pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) -> Result<(), ApiError> {
     let task = {
         let (context, row) = (context.clone(), row.clone());
         async move {
             let stop = context.stop.clone();
-            // Dropped at any point, the bytes that came are kept for another try.
+            // Dropped at any point, the received bytes are kept for another try.
             tokio::select! {
                 () = stop.cancelled() => Err(later("the controller is stopping")),
                 fetched = from_anyone(&context, &row, digest) => fetched,
@@ -54,11 +55,11 @@ pub(super) async fn fetch(context: &Context, row: &ArtifactRow, digest: Digest) 
     }
 }
 
-/// Fetches the bytes of an artifact; why not, in words.
+/// Fetches the bytes of an artifact; the error is a sentence.
 type Fetcher = Arc<dyn Fn(ArtifactRow, Digest) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
 
-/// Fetches bytes for who cannot ask again, such as an installer that knows only HTTP: it waits, and then it is told why
-/// there are none.
+/// Fetches bytes for a client that cannot ask again, such as an installer that knows only HTTP. It waits, and then gets
+/// the reason if there are none.
 pub(crate) fn fetcher(context: &Context) -> Fetcher {
     let context = context.clone();
     Arc::new(move |row, digest| {
@@ -68,6 +69,7 @@ pub(crate) fn fetcher(context: &Context) -> Fetcher {
             loop {
                 match fetch(&context, &row, digest).await {
                     Ok(()) => return Ok(()),
+                    // ABORTED is "not yet"; any other error will not change.
                     Err(ApiError::Aborted { .. }) if tries < TRIES && !context.stop.is_cancelled() => {
                         tries += 1;
                         tokio::time::sleep(PAUSE).await;
@@ -85,6 +87,7 @@ pub(crate) fn others_serve(context: &Context) -> Others {
     let seen = Arc::clone(&known);
     let (store, clock, own) = (context.store.clone(), Arc::clone(&context.clock), context.controller.clone());
     let stop = context.stop.clone();
+    // Read beforehand, because the question comes when the database is away.
     context.tasks.spawn(async move {
         loop {
             if let Ok(live) = store.live_controllers(clock.now()).await {
@@ -102,6 +105,7 @@ pub(crate) fn others_serve(context: &Context) -> Others {
         let addresses: Vec<String> = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let context = context.clone();
         Box::pin(async move {
+            // All at once: one controller that hangs must not use up the time of the others.
             let asked = addresses.iter().map(|address| tokio::time::timeout(HEALTH, serves(&context, address)));
             futures_util::future::join_all(asked).await.into_iter().any(|answer| answer.unwrap_or(false))
         })
@@ -145,22 +149,26 @@ async fn from_anyone(context: &Context, row: &ArtifactRow, digest: Digest) -> Re
             }
         }
     }
+    // Without a shared database this is the only controller, so waiting cannot help.
     if failed.is_none() && !context.store.is_shared() {
         let message =
             format!("the bytes of {} are gone from the controller's disk; push the file again", row.id.name());
         return Err(ApiError::NotFound { reason: "BYTES_MISSING", message });
     }
-    // A controller that has them may only be away: nobody is told that they do not exist.
+    // A controller with the bytes may only be away, so no caller is told that they do not exist.
     Err(failed.unwrap_or_else(|| later("no live controller has the bytes")))
 }
 
 async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address: &str) -> Result<(), ApiError> {
     let mut upload = match context.artifacts.begin(digest, row.size).await {
+        // Another call fetches the same bytes, for this caller too.
         Err(ArtifactError::Busy) => return Err(later("the bytes are being fetched already")),
         begun => begun.map_err(artifact_error)?,
     };
+    // A cut fetch continues at its offset, from any controller.
     if upload.offset() < row.size {
         let channel = dial(&context.ca, &context.clock, address).await.map_err(|error| later(&crate::chain(&error)))?;
+        // By digest: the name may point at other bytes by now.
         let request = v1::DownloadArtifactRequest { name: format!("{BY_DIGEST}{digest}"), offset: upload.offset() };
         let refused = |status: tonic::Status| later(&format!("{address} says: {}", status.message()));
         let mut client = ArtifactServiceClient::new(channel);
@@ -169,6 +177,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
             let answer = tokio::time::timeout(IDLE, answers.message());
             let answer = answer.await.map_err(|_| later("the other controller sends nothing"))?.map_err(refused)?;
             match answer.and_then(|answer| answer.part) {
+                // The digest in our own row decides; the peer's header adds nothing.
                 Some(Part::Header(_)) => {}
                 Some(Part::Chunk(chunk)) => upload.append(chunk.offset, chunk.data).await.map_err(artifact_error)?,
                 None => return Err(later("the other controller ended too early")),
@@ -176,6 +185,7 @@ async fn from_one(context: &Context, row: &ArtifactRow, digest: Digest, address:
         }
     }
     let content = match (row.kind, row.purpose) {
+        // It was examined at its push, possibly by older rules.
         (Kind::Image, _) => Content::KnownImage,
         (Kind::Bootcode, Purpose::System) => Content::SystemBootcode,
         (Kind::Bootcode, _) => Content::InstallerBootcode,

@@ -1,4 +1,4 @@
-//! What helps after an update that another try cannot heal.
+//! Remedies after an update that a retry cannot heal.
 
 use marco_proto::names::NodeId;
 use marco_proto::reasons::{Healing, healing};
@@ -9,21 +9,22 @@ use super::status::ApiError;
 use crate::operation::{Action, ExecutionError, ExecutionState};
 use crate::store::ExecutionRow;
 
-/// Whether another try with the same image ends the same way.
+/// True if a retry with the same image ends the same way.
 pub(super) fn is_hopeless(state: ExecutionState, error: Option<&ExecutionError>, action: &Action) -> bool {
     let failed = matches!(state, ExecutionState::Failed | ExecutionState::RolledBack);
+    // The set of reasons speaks of images; a reboot that fails may succeed the next time.
     let image = action.image().is_some();
     failed && image && error.is_some_and(|error| healing(&error.reason) == Healing::AnotherImage)
 }
 
-/// Which image to put on a node instead of the one that failed, as a command.
+/// A command that puts another image on a node, instead of the failed one.
 ///
 /// # Errors
 /// The store's.
 pub(super) async fn put_back(context: &Context, node: &NodeId, action: &Action) -> Result<String, ApiError> {
     let failed = action.image().map(|image| image.sha256.as_str()).unwrap_or_default();
     let before = match context.store.image_before(node, failed).await? {
-        // Under the name that these bytes have today.
+        // Under the name that points at these bytes today.
         Some(image) => context.store.artifact_by_sha256(&image.sha256).await?,
         None => None,
     };
@@ -37,7 +38,7 @@ pub(super) async fn put_back(context: &Context, node: &NodeId, action: &Action) 
     })
 }
 
-/// What a node's last update failed of, and what to do; empty when there is nothing to say.
+/// The failure of a node's last update, with a remedy; empty: there is nothing to say.
 ///
 /// # Errors
 /// The store's.
@@ -48,6 +49,7 @@ pub(super) async fn trouble(context: &Context, node: &NodeId) -> Result<String, 
     }
     let image = last.action.image().map(|image| image.id.clone()).unwrap_or_default();
     let why = last.error.map(|error| format!("{}: {}", error.reason, error.message)).unwrap_or_default();
+    // Rolled back: the node runs a system, so nothing has to be put back.
     let then = if last.state == ExecutionState::RolledBack {
         "It runs the system that it ran before.".to_owned()
     } else {
@@ -56,7 +58,7 @@ pub(super) async fn trouble(context: &Context, node: &NodeId) -> Result<String, 
     Ok(format!("The update to {image} failed with {why}. Another try with the same image ends the same way. {then}"))
 }
 
-/// Why an update whose failures another try cannot heal is not tried again. `count`: of all nodes on which it failed.
+/// The error for a retry that cannot help. `count` is the number of nodes on which the update failed.
 ///
 /// # Errors
 /// The store's.
@@ -78,7 +80,7 @@ pub(super) async fn no_retry(
     })
 }
 
-/// Puts what helps in place of a retry that cannot.
+/// Replaces the suggestion of a retry by a remedy, if a retry cannot help.
 ///
 /// # Errors
 /// The store's.

@@ -29,10 +29,11 @@ pub(super) struct Schedules {
     context: Context,
 }
 
-/// Makes the operation of a schedule for an instant, to begin at a time: targets are resolved, and artifacts frozen, now.
+/// Builds the operation of a schedule for one of its times, with the time at which it begins. Targets are resolved and
+/// artifacts frozen now.
 ///
 /// # Errors
-/// When the template cannot be carried out now, or the store does not answer.
+/// Returns an error if the template cannot be carried out now, or if the store does not answer.
 pub async fn prepare_fire(
     context: Context,
     schedule: ScheduleRow,
@@ -58,6 +59,7 @@ impl Schedules {
         request: Option<RequestKey>,
     ) -> Result<NewOperation, ApiError> {
         let window = schedule.template.window.as_ref();
+        // Releases before this check stored windows that never open.
         must_open(window, begins)?;
         let operations = Operations::new(self.context.clone());
         let targets = operations.resolve(&schedule.template.target, &scope).await?;
@@ -67,14 +69,15 @@ impl Schedules {
         }
         let most = delta(schedule.jitter);
         let start = |node: &str| later(begins, jitter(schedule.id.as_str(), node, most));
+        // A manual run begins at once on every node.
         let starts = match fire_time {
             Some(_) if !most.is_zero() => targets.ids.iter().map(|id| (id.clone(), start(id.as_str()))).collect(),
             _ => BTreeMap::new(),
         };
-        // What may begin only in a window has its time from the first opening on.
+        // With a window the lifetime counts from its first opening.
         let opens = window.and_then(|window| window.closed_until(begins)).unwrap_or(begins);
         let id = match fire_time {
-            // The same again when a database that lost it makes it once more.
+            // The id is derived, so that a database that lost the operation creates the same one again.
             Some(instant) => operation_uuid(schedule.id.as_str(), schedule.create_time, instant),
             None => Uuid::now_v7(),
         };
@@ -103,6 +106,7 @@ impl Schedules {
     async fn create(&self, caller: &Caller, request: v1::CreateScheduleRequest) -> Result<v1::Schedule, ApiError> {
         let now = self.context.clock.now();
         let validate_only = request.validate_only;
+        // The scope of today is kept with the schedule: its fires must not reach further than its creator may.
         let row = ScheduleRow { scope: caller.scope(), ..read::new(request, &caller.name, now)? };
         self.stays_within(caller, &row).await?;
         let exists = || ApiError::AlreadyExists {
@@ -111,6 +115,7 @@ impl Schedules {
         };
         let doubts = self.doubts(&row, now).await?;
         if validate_only {
+            // A dry run must get the answer of the real call.
             return match self.context.store.schedule(&row.id).await? {
                 Some(_) => Err(exists()),
                 None => Ok(not_stored(&row, doubts)),
@@ -123,13 +128,14 @@ impl Schedules {
         Ok(v1::Schedule { doubts, ..convert::schedule(&self.find(&row.id).await?) })
     }
 
-    /// The schedule with what became of its last instant.
+    /// The schedule with the outcome of its last time.
     async fn shown(&self, row: &ScheduleRow) -> Result<v1::Schedule, ApiError> {
         let last = self.context.store.last_fires(std::slice::from_ref(&row.id)).await?;
         Ok(v1::Schedule { last_fire: last.get(&row.id).map(convert::last_fire), ..convert::schedule(row) })
     }
 
-    /// Refuses a list of nodes with one outside, as creating an operation does. What labels match is limited at each fire.
+    /// Returns an error for a list with a node outside the scope, like the creation of an operation. Labels are limited
+    /// at each fire.
     async fn stays_within(&self, caller: &Caller, row: &ScheduleRow) -> Result<(), ApiError> {
         let scope = caller.scope();
         match &row.template.target {
@@ -166,7 +172,8 @@ impl Schedules {
         paused.ok_or_else(|| not_found(&id))
     }
 
-    /// Also of one that the controller paused because its next instant could not be told: that is looked for again.
+    /// Resumes a schedule. If the controller paused it because its next time was unknown, that time is looked for
+    /// again.
     async fn resume(&self, caller: &Caller, name: &str) -> Result<ScheduleRow, ApiError> {
         let now = self.context.clock.now();
         let id = schedule_id("name", name)?;
@@ -192,10 +199,12 @@ impl Schedules {
         let id = schedule_id("name", &request.name)?;
         let operations = Operations::new(self.context.clone());
         let key = request_key(&request.request_id, &[b"run", id.as_str().as_bytes()])?;
+        // Before the schedule is looked up, which may have been removed since the first call.
         if let Some(row) = operations.asked_before(caller, key.as_ref()).await? {
             return Ok(row);
         }
         let schedule = self.to_steer(caller, &id).await?;
+        // The narrower of both scopes: a run must reach no node that its caller or the schedule's creator may not.
         let scope = schedule.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
         let new = self.prepare(&schedule, None, now, &caller.name, scope, key).await?;
         operations.stored(&new, now).await
@@ -206,12 +215,12 @@ fn schedule_id(field: &str, name: &str) -> Result<ScheduleId, ApiError> {
     ScheduleId::parse(name).map_err(|error| ApiError::invalid(field, error.to_string()))
 }
 
-/// What would be stored; nothing is.
+/// The schedule as it would be stored.
 fn not_stored(row: &ScheduleRow, doubts: Vec<String>) -> v1::Schedule {
     v1::Schedule { doubts, create_time: None, update_time: None, ..convert::schedule(row) }
 }
 
-/// The next instant of a schedule that has none.
+/// The next time of a schedule that has none.
 fn next_of(row: &ScheduleRow, now: DateTime<Utc>) -> Result<DateTime<Utc>, ApiError> {
     let after = row.last_fire.map_or(now, |last| last.max(now));
     let recurrence = Recurrence::parse(&row.cron, &row.time_zone);

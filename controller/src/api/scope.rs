@@ -1,4 +1,4 @@
-//! Callers that are limited to some nodes: what they see, and what they may steer.
+//! Callers that are limited to some nodes: the resources that they may see and steer.
 
 use marco_proto::names::{NodeId, OperationId, ScheduleId};
 
@@ -9,7 +9,7 @@ use crate::identity::Caller;
 use crate::operation::Target;
 use crate::store::{NodeQuery, NodeRow, OperationRow, Reach, ScheduleRow, Scope};
 
-/// The one answer for what does not exist and for what lies outside, so that nothing can be learnt from it.
+/// One error for resources that do not exist and for those outside the scope, so that a caller cannot probe for names.
 pub(super) fn outside(scope: &Scope) -> ApiError {
     ApiError::Forbidden {
         reason: "OUTSIDE_SCOPE",
@@ -18,7 +18,7 @@ pub(super) fn outside(scope: &Scope) -> ApiError {
 }
 
 impl Context {
-    /// A node that the caller may see; `None`: there is none.
+    /// A node that the caller may see; `None`: there is none, for callers without a limit.
     pub(super) async fn node_for(&self, caller: &Caller, id: &NodeId) -> Result<Option<NodeRow>, ApiError> {
         caller.note_target(&id.name());
         let scope = caller.scope();
@@ -35,7 +35,7 @@ impl Context {
         self.operation_within(&caller.scope(), id).await
     }
 
-    /// An operation with a node within the scope, with what lies within it.
+    /// An operation with a node in the scope, reduced to the parts in the scope.
     pub(super) async fn operation_within(&self, scope: &Scope, id: &OperationId) -> Result<OperationRow, ApiError> {
         let found = self.store.operation(id).await?;
         if scope.is_everything() {
@@ -49,12 +49,13 @@ impl Context {
         rows.pop().ok_or_else(|| outside(scope))
     }
 
-    /// Takes out of operations what lies outside: nodes of lists, and counts.
+    /// Removes the parts of operations outside the scope: nodes of lists, and counts.
     pub(super) async fn limit(&self, scope: &Scope, rows: &mut [OperationRow]) -> Result<(), ApiError> {
         if scope.is_everything() || rows.is_empty() {
             return Ok(());
         }
         let ids: Vec<OperationId> = rows.iter().map(|row| row.id.clone()).collect();
+        // The counts of the whole operation would tell how many nodes there are outside.
         let mut counts = self.store.counts_within(&ids, scope).await?;
         let visible = self.store.ids_within(scope).await?;
         for row in rows {
@@ -66,7 +67,7 @@ impl Context {
         Ok(())
     }
 
-    /// Refuses to steer an operation that has a node outside.
+    /// Returns an error if an operation has a node outside the caller's scope.
     pub(super) async fn may_steer(&self, caller: &Caller, id: &OperationId) -> Result<(), ApiError> {
         caller.note_target(&id.name());
         let scope = caller.scope();
@@ -80,27 +81,30 @@ impl Context {
         }
     }
 
-    /// Whether every node that a schedule can ever reach lies within the scope.
+    /// True if every node that a schedule can ever reach is in the scope.
     async fn is_all_within(&self, scope: &Scope, schedule: &ScheduleRow) -> Result<bool, ApiError> {
         let Some(both) = schedule.scope.and(scope) else { return Ok(false) };
+        // An equal or narrower scope of the schedule limits every fire already.
         if scope.is_everything() || both == schedule.scope {
             return Ok(true);
         }
         Ok(match &schedule.template.target {
+            // Nodes that enrol later are reached too.
             Target::All => false,
+            // Only a selector that includes the scope's labels can never match a node outside.
             Target::Labels(labels) => scope.covers(labels),
             Target::Nodes(names) => self.are_within(scope, names).await?,
         })
     }
 
-    /// Whether all of these nodes exist and lie within the scope.
+    /// True if all of these nodes exist and are in the scope.
     pub(super) async fn are_within(&self, scope: &Scope, names: &[String]) -> Result<bool, ApiError> {
         let ids: Vec<NodeId> = names.iter().filter_map(|name| NodeId::parse(name).ok()).collect();
         let visible = self.store.ids_within(scope).await?;
         Ok(ids.len() == names.len() && ids.iter().all(|id| visible.contains(id)))
     }
 
-    /// Whether a schedule reaches a node within the scope.
+    /// True if a schedule reaches a node in the scope.
     async fn is_some_within(&self, scope: &Scope, schedule: &ScheduleRow) -> Result<bool, ApiError> {
         let Some(both) = schedule.scope.and(scope) else { return Ok(false) };
         Ok(match &schedule.template.target {
@@ -116,7 +120,7 @@ impl Context {
         })
     }
 
-    /// A schedule as the caller may see it; `None`: it may not, or there is none.
+    /// A schedule, reduced to the caller's scope; `None`: it is outside.
     pub(super) async fn visible_schedule(
         &self,
         scope: &Scope,
@@ -135,7 +139,7 @@ impl Context {
         Ok(Some(schedule))
     }
 
-    /// A schedule that the caller may change, pause and run: every node that it can ever reach lies within its scope.
+    /// A schedule that the caller may change, pause and run, because every node that it can ever reach is in the scope.
     pub(super) async fn schedule_to_steer(
         &self,
         caller: &Caller,

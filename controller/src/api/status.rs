@@ -1,4 +1,4 @@
-//! Errors of the API, and how each becomes a gRPC status: the one place that does so.
+//! Errors of the API. Only this module turns them into gRPC statuses.
 
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
@@ -12,27 +12,27 @@ pub(crate) const DOMAIN: &str = marco_proto::names::ERROR_DOMAIN;
 
 /// Longest message, in characters: it travels in a header.
 const TEXT_MAX: usize = 500;
-/// Whom lines about failed calls are about: whoever makes them fail, together they are rated.
+/// Subject of log lines about failed calls. They share one rate limit, because any caller can cause them.
 const FAILED: &str = "failed calls";
-/// Most wrong fields that are named: they travel in a header too, of which clients take 8 KiB.
+/// Largest number of wrong fields in a status. They travel in a header too, of which clients accept 8 KiB.
 const VIOLATIONS_MAX: usize = 20;
 
-/// A field that is wrong, and why.
+/// A wrong field with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
     /// Path of the field, for example `operation.nodes.nodes[1]`.
     pub field: String,
-    /// What is wrong and what would be right.
+    /// The defect, and the right form.
     pub description: String,
 }
 
-/// Why a call is refused.
+/// The reason why a call fails.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    /// The request is wrong whatever the state of the system.
+    /// The request is wrong in every state of the system.
     #[error("{}", summary(.0))]
     Invalid(Vec<Violation>),
-    /// What it names does not exist.
+    /// A named resource does not exist.
     #[error("{message}")]
     NotFound {
         /// For programs.
@@ -40,7 +40,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// The state of what it names does not allow it.
+    /// The state of the resource does not allow the call.
     #[error("{message}")]
     Precondition {
         /// For programs.
@@ -48,7 +48,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// It collides with something that exists.
+    /// It conflicts with a resource that exists.
     #[error("{message}")]
     AlreadyExists {
         /// For programs.
@@ -56,7 +56,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// Another call is at it; to be tried again.
+    /// Another call is at work on it; the client may retry.
     #[error("{message}")]
     Aborted {
         /// For programs.
@@ -64,7 +64,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// Who calls is not known, or not any more.
+    /// The caller is unknown, or is no longer admitted.
     #[error("{message}")]
     Unauthenticated {
         /// For programs.
@@ -72,7 +72,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// Who calls may not.
+    /// The caller lacks the permission.
     #[error("{message}")]
     Forbidden {
         /// For programs.
@@ -80,7 +80,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// There is no room.
+    /// A limit is reached.
     #[error("{message}")]
     Exhausted {
         /// For programs.
@@ -88,7 +88,7 @@ pub enum ApiError {
         /// For people.
         message: String,
     },
-    /// It cannot be done now; to be tried again.
+    /// It is not possible now; the client may retry.
     #[error("{message}")]
     Unavailable {
         /// For programs.
@@ -99,12 +99,12 @@ pub enum ApiError {
     /// The database does not answer.
     #[error("{}", not_stored(.0))]
     Store(#[from] StoreError),
-    /// A fault of ours, or of the machine.
+    /// A fault of the controller or of the machine.
     #[error("{0}")]
     Internal(String),
 }
 
-/// What a caller is told of an error of the database: the failure of a disk by its name, because another try does not heal it.
+/// The text for an error of the database. A failure of the disk is named, because a retry does not heal it.
 fn not_stored(error: &StoreError) -> String {
     match error {
         StoreError::Unavailable(cause) if cause.fault().is_some() => {
@@ -119,7 +119,7 @@ fn summary(violations: &[Violation]) -> String {
 }
 
 impl ApiError {
-    /// The gRPC code that it becomes.
+    /// The gRPC code of the status.
     pub(crate) fn code(&self) -> Code {
         match self {
             Self::Invalid(_) => Code::InvalidArgument,
@@ -135,20 +135,20 @@ impl ApiError {
         }
     }
 
-    /// Nothing is signed while the controller's clock is wrong.
+    /// An error for a wrong clock, at which nothing is signed.
     pub(super) fn wrong_clock(wrong: &WrongClock) -> Self {
         Self::Unavailable { reason: "CLOCK_WRONG", message: wrong.to_string() }
     }
 
-    /// One wrong field.
+    /// An error with one wrong field.
     pub(crate) fn invalid(field: impl Into<String>, description: impl Into<String>) -> Self {
         Self::Invalid(vec![Violation { field: field.into(), description: description.into() }])
     }
 }
 
-/// What a caller sent may be in what is said about it: short, and nothing that a terminal or a database takes for more than
-/// text.
+/// Cuts a caller's text for a message, and removes control characters: a terminal or a database may act on them.
 pub(super) fn short(text: &str) -> String {
+    // By characters, because a cut inside one would be no UTF-8.
     let mut kept: String =
         text.chars().take(TEXT_MAX).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
     if kept.len() < text.len() {
@@ -165,6 +165,7 @@ impl From<ApiError> for Status {
             ApiError::Invalid(violations) => {
                 let mut details = ErrorDetails::new();
                 details.set_error_info("INVALID_FIELD", DOMAIN, []);
+                // All at once, so that a client corrects a request in one round.
                 for violation in violations.iter().take(VIOLATIONS_MAX) {
                     details.add_bad_request_violation(short(&violation.field), short(&violation.description));
                 }
@@ -178,6 +179,7 @@ impl From<ApiError> for Status {
             | ApiError::Forbidden { reason, .. }
             | ApiError::Exhausted { reason, .. }
             | ApiError::Unavailable { reason, .. } => *reason,
+            // The causes go into the log. The caller learns at most that the disk failed.
             ApiError::Store(cause) => {
                 of_peer!(error, FAILED, error = &*crate::chain(cause), "a call failed in the store");
                 "STORE_UNAVAILABLE"

@@ -1,5 +1,5 @@
-//! Streams that follow the store: a snapshot, then whole changed states, coalesced. A store that is away for a while ends
-//! none of them: when it is back, the next message is a snapshot again.
+//! Streams that follow the store: a snapshot, then each changed resource whole, coalesced. They survive an outage of
+//! the store; the next message is then a snapshot again.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -19,15 +19,15 @@ use crate::store::{NodeQuery, StoreError};
 /// A response stream.
 pub(super) type Stream<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
 
-/// The least time between two messages of a stream: changes in between are sent together.
+/// Shortest time between two messages of a stream. Changes in between are sent together.
 const COALESCE: Duration = Duration::from_millis(100);
-/// The store is looked at this often even when nothing hinted at a change: another controller may have made it.
+/// Interval at which the store is read even without a hint: another controller may have changed it.
 const TICK: Duration = Duration::from_secs(1);
-/// A watcher that takes nothing for this long is cut.
+/// Time after which a client that takes no message is cut.
 const SLOW: Duration = Duration::from_secs(30);
 
-/// Runs `look` at each change of the store until it says that it is done, or the controller stops. It is told whether all
-/// is to be sent, or what changed.
+/// Runs `look` at each change of the store, until it reports the last message or the controller stops. Its last
+/// argument is true if everything must be sent, not only changes.
 fn follow<T, S, F>(context: Context, mut state: S, look: F) -> Stream<T>
 where
     T: Send + 'static,
@@ -37,12 +37,15 @@ where
         + Sync
         + 'static,
 {
+    // Short, so that a slow client gets newer states instead of many old ones.
     let (sender, receiver) = mpsc::channel(2);
     let tasks = context.tasks.clone();
     tasks.spawn(async move {
+        // Before the first look, so that no change falls between the two.
         let mut changes = context.store.subscribe_changes();
         let (mut begun, mut whole) = (false, true);
         loop {
+            // Before the look: a change during it must wake the loop again.
             changes.mark_unchanged();
             match look(&context, &mut state, whole).await {
                 Ok(Look { message, last }) => {
@@ -56,14 +59,15 @@ where
                         return;
                     }
                 }
-                // Who has seen something keeps its stream; who begins is told at once.
+                // An open stream survives the outage; a new one gets the error at once.
                 Err(ApiError::Store(StoreError::Unavailable(_))) if begun => whole = true,
                 Err(error) => {
+                    // Best effort: a client that does not read is not waited for.
                     let _ = sender.try_send(Err(error.into()));
                     return;
                 }
             }
-            // Each arm only wakes; what changed is read from the store.
+            // Each arm only wakes; the store tells the changes.
             tokio::select! {
                 () = context.stop.cancelled() => {
                     let _ = sender.try_send(Err(Status::unavailable("the controller is stopping; watch again")));
@@ -72,6 +76,7 @@ where
                 () = sender.closed() => return,
                 _ = tokio::time::timeout(TICK, changes.changed()) => {}
             }
+            // After the wake-up: a burst of changes becomes one message.
             tokio::time::sleep(COALESCE).await;
         }
     });
@@ -89,11 +94,11 @@ struct Seen {
     executions: BTreeMap<ExecutionId, v1::Execution>,
 }
 
-/// Follows an operation until its final state has been sent.
+/// Follows an operation until its final state was sent.
 pub(super) fn operation(context: Context, caller: Caller, id: OperationId) -> Stream<v1::WatchOperationResponse> {
     follow(context, Seen::default(), move |context, seen, whole| {
         let id = id.clone();
-        // What the caller may see can change while it watches.
+        // The caller's scope can change while it watches.
         let scope = caller.scope();
         Box::pin(async move {
             let row = context.operation_within(&scope, &id).await?;
@@ -124,7 +129,7 @@ pub(super) fn nodes(context: Context, caller: Caller, query: NodeQuery) -> Strea
             let mut changed = Vec::new();
             for row in context.store.nodes(&query).await? {
                 let node = convert::node(&row);
-                // That a node was heard of again is no change worth a message.
+                // A new `last_seen_time` alone is no change worth a message.
                 let differs = seen.get(&row.id).is_none_or(|old| {
                     v1::Node { last_seen_time: None, ..old.clone() }
                         != v1::Node { last_seen_time: None, ..node.clone() }
@@ -137,6 +142,7 @@ pub(super) fn nodes(context: Context, caller: Caller, query: NodeQuery) -> Strea
             let deleted: Vec<String> = seen.keys().filter(|id| !now.contains_key(*id)).map(NodeId::name).collect();
             let news = whole || !changed.is_empty() || !deleted.is_empty();
             *seen = now;
+            // A node that no longer matches the filter is gone for this client, like a deleted one.
             let message = news.then_some(v1::WatchNodesResponse { nodes: changed, deleted });
             Ok(Look { message, last: false })
         })

@@ -1,5 +1,5 @@
-//! One read over an artifact's bytes: digests on one thread, decompression and the archive's rules on another, and a
-//! bounded pipe between them.
+//! One pass over an artifact's bytes. One thread computes the digests, another decompresses and checks the archive, and
+//! a bounded pipe connects them.
 
 use std::fs::File;
 use std::io::{self, BufRead as _, Read, Seek as _, SeekFrom};
@@ -24,8 +24,8 @@ const BLOCK: usize = 256 << 10;
 /// Blocks in the pipe: 2 MiB.
 const PIPE: usize = 8;
 
-/// Computes the digests and checks the contents; must run on a blocking thread of the runtime. What has to be kept
-/// meanwhile is kept in the folder `scratch`, without a name.
+/// Computes the digests and checks the contents. Must run on a blocking thread of the runtime. Temporary data goes into
+/// unnamed files in the folder `scratch`.
 pub(super) fn check(
     file: &File,
     scratch: &Path,
@@ -35,13 +35,15 @@ pub(super) fn check(
     stop: &CancellationToken,
     progress: &impl Fn(u64),
 ) -> Result<StoredBlob, ArtifactError> {
+    // Bounded: the slower side sets the pace, and memory does not grow with the image.
     let (sender, receiver) = mpsc::channel(PIPE);
+    // Scoped threads: they borrow the file and never outlive the check.
     let (digests, checked) = thread::scope(|scope| {
         let hasher = scope.spawn(move || hash(file, size, &sender, stop));
         let checked = match content {
             Content::Image | Content::KnownImage => check_image(receiver, scratch, stop, progress),
             Content::InstallerBootcode | Content::SystemBootcode => {
-                // A zip is read from its end: by itself, beside the pipe.
+                // A zip is read from its end, so it is read from the file and not from the pipe.
                 drop(receiver);
                 check_bootcode(file, content, stop)
             }
@@ -53,11 +55,12 @@ pub(super) fn check(
     if stop.is_cancelled() {
         return Err(ArtifactError::Stopping);
     }
-    // First what explains the rest: with other bytes than announced the contents cannot be right.
+    // The digest goes first, because it explains the rest: contents with other bytes than announced cannot be right.
     if got != expected {
         return Err(ArtifactError::WrongDigest { expected, got });
     }
     let (packing, entries, unpacked_bytes, facts) = checked?;
+    // Only at a push: a stored image may be older than the rules.
     let refusal = facts.as_ref().and_then(|facts| facts.refusal.clone()).filter(|_| content == Content::Image);
     if let Some(refusal) = refusal {
         return Err(Refused { entry: None, reason: Reason::NotASystem(refusal) }.into());
@@ -67,8 +70,7 @@ pub(super) fn check(
 
 type Checked = Result<(Packing, u64, u64, Option<Facts>), ArtifactError>;
 
-/// Reads the file once: the digest of the whole, and those of its chunks. The blocks go down the pipe for as long as
-/// somebody reads them.
+/// Reads the file once, for the digest of the whole and of each chunk. Blocks go down the pipe while it has a reader.
 fn hash(
     file: &File,
     size: u64,
@@ -90,9 +92,10 @@ fn hash(
         chunk.update(&block);
         offset += u64::try_from(block.len()).unwrap_or(u64::MAX);
         if offset % chunk_size == 0 || offset == size {
+            // In the same pass: a second one over a large image costs minutes on a slow disk.
             chunks.extend_from_slice(&chunk.finalize_reset());
         }
-        // The reader is gone when it has refused the contents; the digest is wanted all the same.
+        // A reader that has refused the contents is gone; the digest is needed all the same.
         let _ = pipe.blocking_send(Ok(block.into()));
     }
     Ok((Digest(whole.finalize().into()), chunks))
@@ -105,6 +108,7 @@ fn check_image(
     progress: &impl Fn(u64),
 ) -> Checked {
     let source = StreamReader::new(ReceiverStream::new(receiver));
+    // A bridge to blocking reads: the archive's readers are synchronous.
     let mut source = SyncIoBridge::new_with_handle(source, Handle::current());
     let compression = Compression::detect(source.fill_buf().map_err(failed("read an upload"))?);
     let inner = compression.decoder(source).map_err(failed("decompress an upload"))?;
@@ -122,7 +126,7 @@ fn check_image(
     }
 }
 
-/// Reads until the controller stops, also where a little input becomes much output.
+/// Reads until the controller stops. Also checked between outputs, because a little input may become much output.
 struct Stoppable<'a, R> {
     inner: R,
     stop: &'a CancellationToken,
@@ -143,17 +147,18 @@ impl<R: io::Seek> io::Seek for Stoppable<'_, R> {
     }
 }
 
-/// The decompressed bytes; an error says that the compressed data is bad, since the disk's errors end the digest first.
+/// The decompressed bytes. An error means that the compressed data is bad: errors of the disk end the digest first.
 struct Explained<R> {
     inner: R,
     compression: Compression,
-    /// What to do about a window that is too large, when one was met.
+    /// Advice about a decompression window that is too large; `None`: it was not the problem.
     window: Option<&'static str>,
 }
 
 impl<R: Read> Read for Explained<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.inner.read(buffer).map_err(|error| match error.kind() {
+            // These two have a meaning for the caller; a new kind would hide it.
             io::ErrorKind::UnexpectedEof | io::ErrorKind::Interrupted => error,
             _ => {
                 let name = self.compression.as_str();

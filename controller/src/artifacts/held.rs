@@ -1,4 +1,4 @@
-//! Stored bytes that nobody needs any more, judged again from the bytes themselves, and what lies in the folder.
+//! Removal of unneeded stored bytes, a new examination of stored images, and the list of stored files.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
@@ -13,29 +13,32 @@ use super::check::check;
 use super::{ArtifactError, Artifacts, Content, Digest, failed, off_runtime, open_blob, remove_file, sync_folder};
 
 impl Artifacts {
-    /// Removes stored bytes; false when there were none, or when a push holds them. Whoever reads them goes on reading.
+    /// Removes stored bytes; false: there were none, or a push holds them. Readers that have them open go on.
     ///
     /// # Errors
-    /// When the disk fails.
+    /// Returns an error if the disk fails.
     pub async fn remove(&self, sha256: Digest) -> Result<bool, ArtifactError> {
         self.remove_if(sha256, async { Ok(true) }).await
     }
 
-    /// Removes stored bytes when nothing needs them, which is asked while they are held: no push can begin to rely on them
-    /// in between. False when they stay. A push that holds them decides by its row; what it leaves the sweep takes.
+    /// Removes stored bytes if nothing needs them; false: they stay. `unneeded` is asked while they are locked, so that
+    /// no push can begin to rely on them in between. A push that holds them decides by its row; the sweep removes its
+    /// leftovers.
     ///
     /// # Errors
-    /// When the disk fails, or the question does.
+    /// Returns an error if the disk or `unneeded` fails.
     pub async fn remove_if<E: From<ArtifactError>>(
         &self,
         sha256: Digest,
         unneeded: impl Future<Output = Result<bool, E>>,
     ) -> Result<bool, E> {
         let path = self.blob(sha256);
+        // On the file itself, so that it holds between threads, processes and controllers that share the folder.
         let Some(held) = off_runtime(move || hold(&path)).await? else { return Ok(false) };
         if !unneeded.await? {
             return Ok(false);
         }
+        // The lock is held past the removal: a push that opens the file now finds that it lost its name.
         let path = self.blob(sha256);
         let removed = off_runtime(move || {
             let removed = remove_file(&path)?;
@@ -46,10 +49,10 @@ impl Artifacts {
         Ok(removed.await?)
     }
 
-    /// The stored files, with the time at which each got there.
+    /// The stored files, with the time at which each was stored.
     ///
     /// # Errors
-    /// When the disk fails.
+    /// Returns an error if the disk fails.
     pub async fn stored(&self) -> Result<BTreeMap<Digest, SystemTime>, ArtifactError> {
         let blobs = self.blobs.clone();
         off_runtime(move || {
@@ -57,12 +60,13 @@ impl Artifacts {
             let mut found = BTreeMap::new();
             for shard in fs::read_dir(&blobs).map_err(failed(action()))? {
                 let shard = shard.map_err(failed(action()))?.path();
-                // A shard that went, or a file in its place, is nobody's artifact.
+                // A missing shard, or a file in its place, holds no artifact.
                 for entry in fs::read_dir(shard).into_iter().flatten() {
                     let entry = entry.map_err(failed(action()))?;
                     let Some(digest) = entry.file_name().to_str().and_then(|name| Digest::parse(name).ok()) else {
                         continue;
                     };
+                    // A file that went in between is skipped.
                     if let Ok(facts) = entry.metadata() {
                         found.insert(digest, changed(&facts));
                     }
@@ -73,10 +77,11 @@ impl Artifacts {
         .await
     }
 
-    /// What stored bytes say about themselves as a system. One image at a time: it reads all of it.
+    /// Facts that stored bytes state about themselves as a system. It reads all bytes, so one image at a time.
     ///
     /// # Errors
-    /// `NotFound` when the bytes are not here, `Stopping`, and the disk's. An archive that is refused has facts that say so.
+    /// `NotFound` if the bytes are not here, `Stopping`, and the disk's errors. A refused archive is no error: its
+    /// facts say so.
     pub async fn judge(&self, sha256: Digest) -> Result<Facts, ArtifactError> {
         let _turn = self.judging.lock().await;
         let (path, staging, stop) = (self.blob(sha256), self.staging.clone(), self.stop.clone());
@@ -94,7 +99,7 @@ impl Artifacts {
     }
 }
 
-/// Takes the lock of a stored file for itself; `None`: there is none, or somebody has it.
+/// Takes the exclusive lock of a stored file; `None`: there is no file, or it is locked.
 fn hold(path: &Path) -> Result<Option<File>, ArtifactError> {
     let action = || format!("open {}", path.display());
     let file = match File::options().read(true).write(true).open(path) {
@@ -103,20 +108,22 @@ fn hold(path: &Path) -> Result<Option<File>, ArtifactError> {
     };
     match file.try_lock() {
         Ok(()) => {}
+        // A push holds it and will name it; waiting here would hold up the sweep.
         Err(TryLockError::WouldBlock) => return Ok(None),
         Err(TryLockError::Error(error)) => return Err(failed(action())(error)),
     }
+    // Another controller may have removed the file between opening and locking it.
     Ok(is_named(&file, path)?.then_some(file))
 }
 
-/// Whether the file that was opened is still the one of this name.
+/// True if the open file is still the one of this name.
 pub(super) fn is_named(file: &File, path: &Path) -> Result<bool, ArtifactError> {
     let ours = file.metadata().map_err(failed(format!("look at {}", path.display())))?;
     let named = fs::metadata(path);
     Ok(named.is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
 }
 
-/// A rename changes the inode's time, and writing the file's own: the later one.
+/// The later of the inode's time, which a rename changes, and the file's own, which a write changes.
 fn changed(facts: &fs::Metadata) -> SystemTime {
     let inode = u64::try_from(facts.ctime()).unwrap_or_default();
     let inode = SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(inode)).unwrap_or(SystemTime::UNIX_EPOCH);

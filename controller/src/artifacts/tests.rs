@@ -13,7 +13,7 @@ use super::{ArtifactError, Artifacts, Content, Digest, MAX_SIZE, Packing, Stored
 
 mod refused;
 
-/// Bytes that do not pack, the same in every run.
+/// Incompressible bytes, the same in every run.
 fn noise(len: usize) -> Vec<u8> {
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
     let mut next = || {
@@ -25,7 +25,7 @@ fn noise(len: usize) -> Vec<u8> {
     std::iter::repeat_with(&mut next).flatten().take(len).collect()
 }
 
-/// What a system needs, besides noise.
+/// The files that a system needs, without noise.
 const SYSTEM: [(&str, &str); 5] = [
     ("sbin/init", "#!"),
     ("boot/firmware/config.txt", "#\n"),
@@ -272,7 +272,7 @@ async fn bytes_that_are_stored_are_not_sent_again_but_checked_again() {
     store.reader(digest(&data)).await.expect("and stays an image");
     let error = store.begin(digest(&data), size(&data) + 1).await.unwrap_err();
     assert!(matches!(error, ArtifactError::WrongSize { .. }));
-    // What the disk has damaged is brought back by the next push.
+    // Bytes that the disk damaged are brought back by the next push.
     let path = store.blob(digest(&data));
     std::fs::write(&path, vec![0; data.len()]).unwrap();
     assert!(matches!(push(&store, &data, Content::Image).await.unwrap_err(), ArtifactError::WrongDigest { .. }));
@@ -316,7 +316,7 @@ async fn image_that_is_no_system_is_refused_and_leaves_nothing() {
     let error = push(&store, &data, Content::Image).await.unwrap_err().to_string();
     assert!(error.contains("a kernel") && error.contains("device tree"), "{error}");
     assert_eq!(files(dir.path()), 0);
-    // One that was taken in former times is copied from another controller, and judged when it is used.
+    // An image of older rules is copied from another controller and examined when it is used.
     push(&store, &data, Content::KnownImage).await.unwrap();
     assert!(store.judge(digest(&data)).await.unwrap().refusal.unwrap().contains("a kernel"));
     assert!(matches!(store.judge(digest(b"x")).await.unwrap_err(), ArtifactError::NotFound(_)));
@@ -330,7 +330,7 @@ async fn bytes_that_a_push_relies_on_are_not_removed() {
     let mut staged = store.begin(sha256, size(&data)).await.unwrap();
     staged.append(0, Bytes::from(data.clone())).await.unwrap();
     staged.finish(Content::Image, |_| ()).await.unwrap();
-    // Stored, and its row is not committed yet.
+    // The bytes are stored, and their row is not committed yet.
     assert!(!store.remove(sha256).await.unwrap());
     drop(staged);
     let (one, two) = (store.begin(sha256, size(&data)).await.unwrap(), store.begin(sha256, size(&data)).await.unwrap());
@@ -381,7 +381,7 @@ async fn check_under_way_ends_when_the_controller_stops() {
     let dir = tempfile::tempdir().unwrap();
     let stop = tokio_util::sync::CancellationToken::new();
     let store = Artifacts::open(dir.path()).unwrap().stopping(stop.clone());
-    // A few bytes that unpack to many: to read them all takes far longer.
+    // A few bytes that unpack to many; reading them all takes far longer.
     let mut header = tar::Header::new_gnu();
     header.set_path("zeros").unwrap();
     header.set_size(32 << 30);

@@ -1,4 +1,4 @@
-//! Uploads: bytes in order into a file that only this upload writes, then checked, then moved into place.
+//! Uploads: bytes are written in order into a file with one writer, then checked, then moved into place.
 
 use std::fs::{self, File, TryLockError};
 use std::os::unix::fs::FileExt as _;
@@ -13,13 +13,13 @@ use super::{
     ArtifactError, Artifacts, Content, Digest, StoredBlob, failed, off_runtime, open_blob, remove_file, sync_folder,
 };
 
-/// What an upload leaves free on the disk: the store and the logs live there too.
+/// Bytes that an upload leaves free on the disk, because the store and the logs are on it too.
 const RESERVE: u64 = 256 << 20;
-/// How often the file may be moved away between opening and locking it, which others do once an upload.
+/// Limit of tries to lock the file. Others may move it away between opening and locking, once an upload.
 const ATTEMPTS: u32 = 10;
 
-/// One upload: the only writer of its bytes while it lives. Bytes that it stored, or found stored, are not removed before it
-/// is dropped.
+/// One upload, the only writer of its bytes. Bytes that it stored, or found stored, are not removed before it is
+/// dropped.
 #[derive(Debug)]
 pub struct Upload {
     store: Artifacts,
@@ -31,9 +31,10 @@ pub struct Upload {
 
 #[derive(Debug)]
 enum Place {
-    /// The bytes are stored already. The lock is shared with other pushes of the same bytes.
+    /// The bytes are stored already. Pushes of the same bytes share the lock.
     Stored(Arc<File>),
-    /// In staging. The lock goes with the last use of the file, also by a write that nobody waits for any more.
+    /// The bytes are in staging. The lock ends with the last use of the file, which may be a write after its caller
+    /// left.
     Staged(Arc<File>),
 }
 
@@ -42,13 +43,14 @@ impl Upload {
         let part = store.part(sha256);
         for _ in 0..ATTEMPTS {
             if let Some((file, stored)) = open_blob(&store.blob(sha256))? {
-                // Held alone by a push that has just stored it, or by whoever removes it: either is over in a moment.
+                // Locked by a push that has just stored it, or by its removal; both are over in a moment.
                 if file.try_lock_shared().is_err() {
                     return Err(ArtifactError::Busy);
                 }
                 if !is_named(&file, &store.blob(sha256))? {
                     continue;
                 }
+                // The same digest with another size: the caller announced one of them wrongly.
                 if stored != size {
                     return Err(ArtifactError::WrongSize { stored, announced: size });
                 }
@@ -57,12 +59,14 @@ impl Upload {
             let Some(file) = lock(&part)? else { continue };
             let mut offset = file.metadata().map_err(failed("look at a cut upload"))?.len();
             if offset > size {
-                // Announced with another size before: one of the two is a lie, and the digest will tell which.
+                // It was announced with another size before. One of the two sizes is wrong; the digest will tell.
                 file.set_len(0).map_err(failed("empty a cut upload"))?;
                 offset = 0;
             }
+            // Before the first byte: an upload of an hour must not fail at its end.
             let (needed, free) = (size - offset, free(&part)?);
             if needed > free {
+                // An empty file would only be removed by the sweep, days later.
                 if offset == 0 {
                     remove_file(&part)?;
                 }
@@ -73,7 +77,7 @@ impl Upload {
         Err(ArtifactError::Busy)
     }
 
-    /// Where the next chunk must begin; equal to the size when all bytes are there.
+    /// Offset at which the next chunk must begin; equal to the size if all bytes are there.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -81,7 +85,7 @@ impl Upload {
     /// Adds a chunk.
     ///
     /// # Errors
-    /// When it does not begin at the offset or goes past the size. What came before is kept.
+    /// Returns an error if the chunk does not begin at the offset or goes past the size. Earlier bytes are kept.
     pub async fn append(&mut self, offset: u64, data: Bytes) -> Result<(), ArtifactError> {
         if offset != self.offset {
             return Err(ArtifactError::WrongOffset { expected: self.offset, got: offset });
@@ -90,7 +94,7 @@ impl Upload {
         if length > self.size - self.offset {
             return Err(ArtifactError::TooLong(self.size));
         }
-        // What is stored has its size, so only staged bytes get here with data.
+        // Stored bytes are complete, so only a staged file is written.
         let (Place::Staged(file) | Place::Stored(file)) = &self.place;
         if length > 0 {
             let file = Arc::clone(file);
@@ -100,10 +104,10 @@ impl Upload {
         Ok(())
     }
 
-    /// Removes what came: for an upload that turns out to be a mistake or an attack. Stored bytes stay.
+    /// Removes the received bytes of an upload that is a mistake or an attack. Stored bytes stay.
     ///
     /// # Errors
-    /// When the disk fails.
+    /// Returns an error if the disk fails.
     pub async fn discard(self) -> Result<(), ArtifactError> {
         off_runtime(move || match &self.place {
             Place::Stored(_) => Ok(()),
@@ -112,12 +116,12 @@ impl Upload {
         .await
     }
 
-    /// Checks digest and contents, and stores the bytes, which stay held until this is dropped: the row in the store comes
-    /// first. `progress` gets the unpacked bytes so far, now and then, from another thread. Bytes that are refused are
-    /// removed; if they are only incomplete they stay for another try.
+    /// Checks digest and contents, and stores the bytes. They stay locked until this is dropped, so that the row in the
+    /// store comes first. `progress` gets the number of unpacked bytes now and then, from another thread. Refused bytes
+    /// are removed; bytes that are only incomplete stay for another try.
     ///
     /// # Errors
-    /// Why they are not taken.
+    /// Returns the reason why they are refused.
     pub async fn finish(
         &self,
         content: Content,
@@ -127,7 +131,7 @@ impl Upload {
             return Err(ArtifactError::Incomplete { got: self.offset, size: self.size });
         }
         let (store, sha256, size) = (self.store.clone(), self.sha256, self.size);
-        // The thread holds the file, too: a caller that goes away does not let go of it.
+        // The thread holds the file too: a caller that leaves does not release the lock.
         match &self.place {
             Place::Stored(file) => {
                 let file = Arc::clone(file);
@@ -152,7 +156,7 @@ fn check_stored(
     let checked = check(file, &store.staging, sha256, size, content, &store.stop, progress);
     let blob = store.blob(sha256);
     if matches!(checked, Err(ArtifactError::WrongDigest { .. })) && is_named(file, &blob)? {
-        // The disk changed what it was given. Without the bytes the next push brings them back.
+        // The disk returned other bytes than it was given. With the file gone, the next push brings the bytes back.
         tracing::error!(artifact = %sha256, "stored bytes are damaged and were removed");
         remove_file(&blob)?;
     }
@@ -173,7 +177,7 @@ fn check_staged(
             move_into_place(file, &part, &blob)?;
             Ok(stored)
         }
-        // Nothing is wrong with the bytes: they stay.
+        // Nothing is wrong with the bytes, so they stay for another try.
         Err(error @ (ArtifactError::Io { .. } | ArtifactError::Stopping)) => Err(error),
         Err(error) => {
             remove_file(&part)?;
@@ -184,10 +188,11 @@ fn check_staged(
 
 fn move_into_place(file: &File, part: &Path, blob: &Path) -> Result<(), ArtifactError> {
     let action = || format!("store {}", blob.display());
+    // Bytes before the name: after a power cut a named file must be whole.
     file.sync_all().map_err(failed(action()))?;
     if let Some(folder) = blob.parent() {
         fs::create_dir_all(folder).map_err(failed(action()))?;
-        // The shard's own name must last as well.
+        // The shard's own name must be durable as well.
         sync_folder(folder)?;
     }
     fs::rename(part, blob).map_err(failed(action()))?;
@@ -195,7 +200,7 @@ fn move_into_place(file: &File, part: &Path, blob: &Path) -> Result<(), Artifact
     sync_folder(part)
 }
 
-/// Opens and locks a staged file; `None` when it was moved away in between.
+/// Opens and locks a staged file; `None`: it was moved away in between.
 fn lock(part: &Path) -> Result<Option<File>, ArtifactError> {
     let action = || format!("open {}", part.display());
     let file =
@@ -208,7 +213,7 @@ fn lock(part: &Path) -> Result<Option<File>, ArtifactError> {
     Ok(is_named(&file, part)?.then_some(file))
 }
 
-/// Bytes that an upload may still take of the disk.
+/// Bytes that an upload may take on the disk, without the reserve.
 fn free(part: &PathBuf) -> Result<u64, ArtifactError> {
     let disk = rustix::fs::statvfs(part).map_err(|errno| failed("ask how full the disk is")(errno.into()))?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_sub(RESERVE))

@@ -1,6 +1,6 @@
-//! Notices a clock that is wrong by what is stored, or that is set while the controller runs, and says so in the log.
-//! No call is refused for it: a clock that was wrong and is set right takes the same step. Only what cannot be undone
-//! waits: old rows are not removed by a time that is in doubt.
+//! Detects a clock that disagrees with stored times or that is set while the controller runs, and logs it. No call is
+//! refused for it: correcting a wrong clock takes the same step. Only what cannot be undone waits: old rows are not
+//! removed while the time is in doubt.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -11,45 +11,47 @@ use tokio_util::sync::CancellationToken;
 use super::Clock;
 use crate::calendar::{delta, earlier, later};
 
-/// How often it looks.
+/// Interval of the checks.
 const LOOK: std::time::Duration = std::time::Duration::from_secs(1);
-/// Clocks that are synchronised differ by less.
+/// Largest difference between synchronised clocks.
 const TOLERANCE: TimeDelta = TimeDelta::minutes(1);
-/// A controller that was off for longer, or whose clock is ahead by so much.
+/// Age of the last row from which the clock may be ahead; a controller that was off for that long looks the same.
 const LONG: TimeDelta = TimeDelta::days(30);
-/// A step of more than this leaves the time in doubt.
+/// A larger step leaves the time in doubt.
 const FAR: TimeDelta = TimeDelta::days(1);
-/// How long the time is in doubt: ample for an operator to see it, and nothing for rows that are kept for months.
+/// Time for which a doubt lasts: enough for an operator to see it, and short against rows that are kept for months.
 const DOUBT: std::time::Duration = std::time::Duration::from_secs(7 * 24 * 60 * 60);
 
-/// What was found.
+/// A disagreement of the clock.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Finding {
-    /// The clock is behind what the store has: by so much.
+    /// The clock is behind the last stored row, by this much.
     Behind(TimeDelta),
-    /// The last stored row is older than [`LONG`]: by so much.
+    /// The last stored row is older than [`LONG`], by this much.
     LongAgo(TimeDelta),
-    /// The clock caught up with what the store has.
+    /// The clock has passed the last stored row.
     CaughtUp,
-    /// The clock was set by so much, or the machine slept.
+    /// The clock was set by this much, or the machine slept.
     Stepped(TimeDelta),
 }
 
-/// A clock compared with monotonic time and with what is stored.
+/// Compares a clock with monotonic time and with the last stored row.
 #[derive(Debug)]
 struct Steps {
-    /// What the clock said at an instant.
+    /// The clock's time and the monotonic time at the last check; `None`: not checked yet.
     before: Option<(DateTime<Utc>, Instant)>,
-    /// Time of the last row in the store, while the clock is behind it or was not looked at.
+    /// Time of the last stored row; `None`: the store is empty, or the clock has passed it.
     last_row: Option<DateTime<Utc>>,
 }
 
 impl Steps {
     fn look(&mut self, now: DateTime<Utc>, at: Instant) -> Option<Finding> {
         let Some((then, since)) = self.before.replace((now, at)) else { return self.first(now) };
+        // Monotonic time does not jump, so a difference is a step of the clock. It stands still while the machine
+        // sleeps, which therefore looks the same.
         let step = now.signed_duration_since(later(then, delta(at.saturating_duration_since(since))));
         if step.abs() > TOLERANCE {
-            // The step is said; whether it was the right way, the operator knows.
+            // The step is reported; only the operator knows if it was in the right direction.
             self.last_row = self.last_row.filter(|last| now < *last);
             return Some(Finding::Stepped(step));
         }
@@ -68,11 +70,12 @@ impl Steps {
 }
 
 impl Finding {
-    /// Whether the time may be far ahead of the right one.
+    /// True if the time may be far ahead of the right one.
     fn is_doubtful(self) -> bool {
         match self {
             Self::LongAgo(_) => true,
             Self::Stepped(by) => by.abs() > FAR,
+            // A clock that is behind removes too little, which the next run makes good.
             Self::Behind(_) | Self::CaughtUp => false,
         }
     }
@@ -81,23 +84,23 @@ impl Finding {
 #[derive(Debug)]
 struct Seen {
     steps: Steps,
-    /// When the time was in doubt last.
+    /// The last check with a doubt; `None`: there was none.
     doubted: Option<Instant>,
 }
 
-/// Watches a clock.
+/// Watches a clock for steps, and remembers doubts.
 pub struct ClockWatch {
     clock: Arc<dyn Clock>,
     seen: Mutex<Seen>,
 }
 
 impl ClockWatch {
-    /// Of this clock. `last_row` is the time of the last row in the store.
+    /// Watches this clock. `last_row` is the time of the last stored row; `None`: the store is empty.
     pub fn new(clock: Arc<dyn Clock>, last_row: Option<DateTime<Utc>>) -> Self {
         Self { clock, seen: Mutex::new(Seen { steps: Steps { before: None, last_row }, doubted: None }) }
     }
 
-    /// Looks until `stop`.
+    /// Checks until `stop`.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         loop {
             self.look(Instant::now());
@@ -109,9 +112,9 @@ impl ClockWatch {
         }
     }
 
-    /// Whether nothing puts the time in doubt: by it old rows may be removed.
+    /// True if the time is not in doubt, so that old rows may be removed.
     pub fn is_settled(&self) -> bool {
-        // A job that the step itself made due comes before the next look.
+        // Checked again here: the step itself may have made the caller's job due before the next check.
         self.look(Instant::now())
     }
 
@@ -175,7 +178,7 @@ mod tests {
         assert!(!watch.look(begin));
         clock.advance(delta(DOUBT));
         assert!(watch.look(begin + DOUBT));
-        // So is a start long after the last row, which a wrong clock looks like.
+        // A start long after the last row is doubtful too: a clock that is ahead looks like that.
         let watch = ClockWatch::new(clock, Some(start - TimeDelta::days(60)));
         assert!(!watch.look(begin));
     }
@@ -192,7 +195,7 @@ mod tests {
         let now = last - TimeDelta::hours(2);
         assert_eq!(steps.look(now, begin), Some(Finding::Behind(TimeDelta::hours(2))));
         assert_eq!(steps.look(now + TimeDelta::seconds(1), begin + Duration::from_secs(1)), None, "it is said once");
-        // It runs on, and catches up.
+        // The clock runs on and catches up.
         let caught_up = steps.look(last, begin + Duration::from_secs(7200));
         assert_eq!(caught_up, Some(Finding::CaughtUp));
         assert_eq!(steps.look(last + TimeDelta::seconds(1), begin + Duration::from_secs(7201)), None);

@@ -1,5 +1,5 @@
 //! Answers the MarcoPolo protocol of the 2015 system: JSON in datagrams on two multicast groups. An answer carries no
-//! port: who asked takes its source address, and the file mirror's usual port.
+//! port: the client uses the source address, and the file mirror's usual port.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,24 +16,24 @@ use socket2::{Domain, InterfaceIndexOrAddress, Protocol, Socket, Type};
 use tokio::net::UdpSocket;
 use tokio_util::sync::CancellationToken;
 
-/// The port that everybody asks on.
+/// UDP port of the protocol.
 const PORT: u16 = 1337;
-/// Where they ask: the first group, and the one that is asked when nobody answers there.
+/// Multicast groups. Clients ask the first, and the second if the first gives no answer.
 const GROUPS: [Ipv4Addr; 2] = [Ipv4Addr::new(224, 0, 0, 112), Ipv4Addr::new(224, 0, 0, 113)];
-/// The name of what installers look for.
+/// The service that installers ask for.
 const SERVICE: &str = "marcobootstrap";
-/// A question takes 60 bytes; what is longer than this is none.
+/// Largest question in bytes. A real one has 60.
 const LONGEST: usize = 1024;
-/// How often interfaces are looked at: they come and go.
+/// Interval at which network interfaces are listed: they come and go.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
-/// Answers a second to one address, and how many at once: an installer asks three times.
+/// Answers to one address, per second and at once. An installer asks three times.
 const EACH: (u32, u32) = (5, 20);
-/// Answers a second in all: a room full of Pis that starts at once.
+/// Answers to all addresses per second: a room full of Pis starts at once.
 const ALL: u32 = 1000;
-/// Askers that are remembered; when there are more at once, somebody makes addresses up.
+/// Remembered addresses. More of them at once are forged.
 const MOST_ASKERS: usize = 4096;
 
-/// Why nothing is answered.
+/// The reason why nothing is answered.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AnswerError {
     #[error("cannot listen on UDP {PORT}")]
@@ -45,7 +45,7 @@ pub(super) enum AnswerError {
 /// Answers until `stop`.
 ///
 /// # Errors
-/// When nothing can be heard.
+/// Returns an error if the port cannot be opened.
 pub(super) async fn answer(listen: IpAddr, name: &str, stop: &CancellationToken) -> Result<(), AnswerError> {
     if matches!(listen, IpAddr::V6(ip) if !ip.is_unspecified()) {
         return Err(AnswerError::NoIpv4);
@@ -80,7 +80,8 @@ pub(super) async fn answer(listen: IpAddr, name: &str, stop: &CancellationToken)
                     tracing::debug!(%from, %error, "a MarcoPolo answer was not sent");
                 }
             }
-            // Of an earlier answer: its asker is gone. A pause keeps what lasts from becoming a loop.
+            // The error belongs to an earlier answer, whose client is gone. The pause keeps a lasting error from
+            // becoming a busy loop.
             Err(error) => {
                 tracing::debug!(%error, "MarcoPolo");
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -89,7 +90,7 @@ pub(super) async fn answer(listen: IpAddr, name: &str, stop: &CancellationToken)
     }
 }
 
-/// The answer to a datagram; none: it is none of our business.
+/// The answer to a datagram; `None`: it is no question for this service.
 fn reply(question: &[u8], name: &str) -> Option<Vec<u8>> {
     let question: Value = serde_json::from_slice(question).ok()?;
     let answer = match question.get("Command")?.as_str()? {
@@ -106,16 +107,16 @@ fn reply(question: &[u8], name: &str) -> Option<Vec<u8>> {
 struct Group {
     socket: UdpSocket,
     address: Ipv4Addr,
-    /// Indices of the interfaces on which it is listened to.
+    /// Indices of the interfaces on which the group is joined.
     joined: BTreeSet<u32>,
 }
 
 impl Group {
-    /// Bound to the group's own address, so that nothing else comes in, beside whoever else listens on this machine.
+    /// Binds to the group's own address, so that nothing else comes in. Other programs of this machine can listen too.
     fn open(address: Ipv4Addr) -> io::Result<Self> {
         let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
         socket.set_reuse_address(true)?;
-        // Else a socket hears every group that any program of this machine has joined on any interface.
+        // Without it a socket receives every group that any program of this machine has joined on any interface.
         socket.set_multicast_all_v4(false)?;
         socket.set_nonblocking(true)?;
         socket.bind(&SocketAddr::V4(SocketAddrV4::new(address, PORT)).into())?;
@@ -132,7 +133,7 @@ impl Group {
             .filter(|interface| matches!(&interface.addr, IfAddr::V4(v4) if reachable(v4.ip)))
             .filter_map(|interface| interface.index)
             .collect();
-        // One that went away was left by itself.
+        // The kernel left the group on an interface that went away.
         self.joined.retain(|index| present.contains(index));
         for index in present {
             if self.joined.contains(&index) {
@@ -143,7 +144,7 @@ impl Group {
                 Ok(()) => {
                     self.joined.insert(index);
                 }
-                // It was down for a moment and is still a member.
+                // The interface was down for a moment, and is still a member.
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     self.joined.insert(index);
                 }
@@ -153,7 +154,7 @@ impl Group {
     }
 }
 
-/// How many answers go out: a datagram's sender is easily made up.
+/// Limits of answers. A datagram's sender is easily forged, so answers could be aimed at others.
 struct Limits {
     each: RateLimiter<IpAddr, HashMapStateStore<IpAddr>, DefaultClock>,
     all: DefaultDirectRateLimiter,
@@ -173,6 +174,7 @@ impl Default for Limits {
 impl Limits {
     fn allow(&self, asker: IpAddr) -> bool {
         if self.each.len() >= MOST_ASKERS {
+            // Old addresses go first; if all are recent, only known ones would be answered, so none is.
             self.each.retain_recent();
             if self.each.len() >= MOST_ASKERS {
                 return false;

@@ -8,25 +8,26 @@ use tokio_util::sync::CancellationToken;
 
 use super::Announced;
 
-/// What controllers are called in DNS-SD.
+/// Service type of controllers in DNS-SD.
 const SERVICE: &str = "_marco-bootstrap._tcp.local.";
-/// Version of what the TXT record says.
+/// Version of the TXT record's format.
 const VERSION: &str = "1";
-/// So many hexadecimal digits of the CA's pin are told: enough to tell the controllers of one network apart.
+/// Hexadecimal digits of the CA's pin in the record: enough to tell the controllers of one network apart.
 const CA_DIGITS: usize = 16;
-/// How long saying good-bye may take.
+/// Time limit of the good-bye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// Announces the controller until `stop`, then says good-bye.
 ///
 /// # Errors
-/// When nothing can be announced.
+/// Returns an error if nothing can be announced.
 pub(super) async fn announce(
     announced: &Announced,
     name: &str,
     stop: &CancellationToken,
 ) -> Result<(), mdns_sd::Error> {
     let daemon = ServiceDaemon::new()?;
+    // With the API on the loopback interface it is the only one that can find it.
     if !announced.listen.is_loopback() {
         daemon.disable_interface(vec![IfKind::LoopbackV4, IfKind::LoopbackV6])?;
     }
@@ -37,13 +38,13 @@ pub(super) async fn announce(
     tracing::info!(name = fullname, "announced by mDNS");
     let mut said = false;
     loop {
-        // An event that is lost on a stop was only to be logged.
+        // An event that is lost on a stop would only have been logged.
         let event = tokio::select! {
             () = stop.cancelled() => break,
             event = events.recv_async() => event,
         };
         match event {
-            // A network that is down or has no multicast comes and goes; the daemon goes on with the others.
+            // A network that is down or has no multicast; it may come back, and the daemon goes on with the others.
             Ok(DaemonEvent::Error(error)) if !said => {
                 said = true;
                 tracing::warn!(error = %error, "mDNS does not work on every interface");
@@ -68,7 +69,7 @@ pub(super) async fn announce(
 }
 
 fn service(announced: &Announced, name: &str) -> Result<ServiceInfo, mdns_sd::Error> {
-    // Several controllers may live on one machine, beside a responder that owns the machine's own name.
+    // Several controllers may run on one machine, next to a responder that owns the machine's host name.
     let tag: String = announced.controller.chars().filter(char::is_ascii_alphanumeric).rev().take(8).collect();
     let host = format!("marco-{tag}.local.");
     let instance = format!("{name}-{tag}");

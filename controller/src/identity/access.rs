@@ -1,5 +1,5 @@
-//! Who is let in now: certificates and API tokens are looked up in the store before every call, and again every few
-//! seconds for calls that are open, so that what an admin changes acts on live streams of every controller.
+//! Admission of callers. Certificates and API tokens are looked up in the store before every call, and every few
+//! seconds during open calls, so that an admin's change acts on live streams of every controller.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,12 +20,12 @@ use super::{Caller, Denied, Pass, authorize};
 use crate::clock::Clock;
 use crate::store::{ApiTokenRow, CertificateRow, Scope, Standing, Store, StoreError, UserRow};
 
-/// How often open calls are checked: a change acts within 5 s, whatever one round takes.
+/// Interval of the checks of open calls. A change acts within 5 s, including the time of one round.
 const EVERY: Duration = Duration::from_secs(2);
-/// The methods that answer when the store does not; they tell nothing that is stored.
+/// Prefixes of methods that answer without the store; they reveal nothing that is stored.
 const STORELESS: [&str; 2] = ["/grpc.health.", "/grpc.reflection."];
 
-/// Decides who is let in.
+/// Admits callers.
 pub struct Access {
     store: Store,
     clock: Arc<dyn Clock>,
@@ -35,13 +35,13 @@ pub struct Access {
     callers: Callers,
 }
 
-/// A call that is open.
+/// An open call.
 struct Open {
     method: String,
     caller: Caller,
 }
 
-/// A call that was not let in: why, and whose it was as far as that is known.
+/// A refused call: the reason, and the caller if it is known.
 pub(super) struct Refused {
     pub(super) denied: Denied,
     pub(super) caller: Option<Caller>,
@@ -55,7 +55,7 @@ impl From<StoreError> for Denied {
 }
 
 impl Access {
-    /// Access as this store has it.
+    /// Admission by the data of this store.
     pub fn new(store: Store, clock: Arc<dyn Clock>) -> Arc<Self> {
         let recorder = Recorder::new(store.clone());
         Arc::new(Self {
@@ -68,7 +68,7 @@ impl Access {
         })
     }
 
-    /// Where calls are recorded.
+    /// Records calls in the audit.
     pub fn recorder(&self) -> &Recorder {
         &self.recorder
     }
@@ -78,7 +78,7 @@ impl Access {
         self.clock.now()
     }
 
-    /// Who makes a call, if it may be made. A token counts before a certificate.
+    /// Admits a call and returns its caller. A token counts before a certificate.
     pub(super) async fn admit(
         &self,
         method: &str,
@@ -88,11 +88,13 @@ impl Access {
         let nobody = |denied| Refused { denied, caller: None };
         let peer = peer.ok_or_else(|| nobody(Denied::Unauthenticated))?;
         let caller = match (authorization, peer.certificate.as_deref()) {
+            // A proxy with a certificate of its own may pass on calls with tokens.
             (Some(text), _) => self.by_token(text, peer).await.map_err(nobody)?,
             (None, Some(certificate)) => {
                 let caller = Caller::from_peer(peer).ok_or_else(|| nobody(Denied::Unauthenticated))?;
                 if roles::is_session(method) && caller.role == Role::Node {
-                    // A session is looked up when it begins and then swept, and is told more than a refusal says.
+                    // Its handler checks a session at the beginning, and a sweep afterwards; there the agent learns
+                    // more than a status.
                     return Ok(caller);
                 }
                 match self.by_certificate(method, caller.clone(), certificate).await {
@@ -108,17 +110,17 @@ impl Access {
         }
     }
 
-    /// Who asks the file mirror for a file, if they may. Only a certificate counts: the handshake asks for one, and
-    /// installers of 2015 have nothing else.
+    /// Admits a request to the file mirror and returns its caller. Only a certificate counts: the handshake asks for
+    /// one, and installers of 2015 have nothing else.
     ///
     /// # Errors
-    /// Why not, and whose request it was as far as that is known.
+    /// Returns the reason, and the caller if it is known.
     pub async fn admit_file(&self, peer: Option<&PeerInfo>) -> Result<Caller, (Denied, Option<Caller>)> {
         self.admit(roles::DOWNLOAD, peer, None).await.map_err(|Refused { denied, caller }| (denied, caller))
     }
 
-    /// Looks certificates up when connections are accepted, so that one which is let in is no stranger's from its first
-    /// call on.
+    /// Looks certificates up when connections are accepted, so that the limits of strangers do not apply to an accepted
+    /// one, even for its first call.
     pub fn look(self: &Arc<Self>) -> Look {
         let access = Arc::clone(self);
         Arc::new(move |peer| {
@@ -131,12 +133,12 @@ impl Access {
         })
     }
 
-    /// Who a certificate's owner is, when nothing is against it.
+    /// Role and name of a certificate's owner; `None`: unknown or refused.
     async fn known(&self, peer: &PeerInfo) -> Option<(Role, String)> {
         let caller = Caller::from_peer(peer)?;
         let role = match self.standing(&caller.serial).await.ok()? {
             Some(standing) => check(&standing, caller.role, self.clock.now()).ok()?,
-            // Those of people are stored with their first call, those of other controllers never.
+            // People's certificates are stored with their first call, other controllers' never.
             None if caller.role == Role::Node => return None,
             None => caller.role,
         };
@@ -146,9 +148,11 @@ impl Access {
     async fn by_token(&self, text: &str, peer: &PeerInfo) -> Result<Caller, Denied> {
         let secret = ApiSecret::from_metadata(text).ok_or(Denied::BadToken)?;
         let row = {
+            // One address may have only a few look-ups under way, so that guessed tokens cannot occupy the database.
             let _turn = self.callers.lookup(Credential::TokenFrom(peer.addr.ip())).await;
             self.store.api_token_of(&secret.sha256()).await?
         };
+        // One answer for unknown, expired and revoked: a guess must not learn that a token once existed.
         let row = row.filter(|row| row.works(self.clock.now())).ok_or(Denied::BadToken)?;
         Ok(Caller {
             name: row.id.name(),
@@ -169,17 +173,20 @@ impl Access {
     ) -> Result<Caller, Denied> {
         let mut found = self.standing(&certificate.serial).await;
         if matches!(found, Ok(None)) && !matches!(caller.role, Role::Node | Role::Controller) {
-            // Made on the first start, or by hand with the CA's key.
+            // It was made on the first start, or by hand with the CA's key.
+            // Stored from now on, so that an admin can list and revoke it.
             self.enter(&caller, certificate).await?;
             found = self.standing(&certificate.serial).await;
         }
         let standing = match found {
             Ok(standing) => standing,
+            // Load balancers and other controllers must learn that this one is not well.
             Err(_) if STORELESS.iter().any(|service| method.starts_with(service)) => return Ok(caller),
             Err(error) => return Err(error.into()),
         };
         match standing {
             Some(standing) => {
+                // A node's key that waits for approval; its fingerprint tells the admin which one to approve.
                 if standing.held {
                     return Err(Denied::KeyHeld(certificate.key_sha256.clone()));
                 }
@@ -190,7 +197,7 @@ impl Access {
             // Other controllers make a certificate for each connection, and store none.
             None if caller.role == Role::Controller => Ok(caller),
             None => {
-                // What the role may not, it is told whoever it is.
+                // A role that may not call the method gets that answer, even with an unknown certificate.
                 authorize(method, Some(&caller))?;
                 Err(Denied::Revoked)
             }
@@ -209,6 +216,7 @@ impl Access {
             role: caller.role.as_str().to_owned(),
             scope: Scope::everything(),
             create_time: self.clock.now(),
+            // No caller created this user: the certificate was signed with the CA's key outside the API.
             creator: "the CA's key".to_owned(),
             revoke_time: None,
         };
@@ -233,7 +241,7 @@ impl Access {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes an open call, until what it answers is dropped; `None`: its caller has too many open.
+    /// Registers an open call until its answer is dropped; `None`: its caller has too many open.
     pub(super) async fn enter_call(self: &Arc<Self>, method: &str, caller: Caller) -> Option<Entered> {
         let call = self.callers.begin(&caller).await?;
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -241,7 +249,7 @@ impl Access {
         Some(Entered { access: Arc::clone(self), id, call })
     }
 
-    /// Checks open calls again and again, until cancelled.
+    /// Checks open calls every `EVERY`, until cancelled.
     pub async fn watch(self: Arc<Self>, stop: CancellationToken) {
         loop {
             // Dropping the wait loses nothing.
@@ -250,14 +258,15 @@ impl Access {
                 () = tokio::time::sleep(EVERY) => {}
             }
             if let Err(error) = self.round().await {
-                // Those that are in stay in while nobody can be asked.
+                // Admitted callers stay while the store does not answer.
                 tracing::debug!(error = &*crate::chain(&error), "open calls could not be checked");
             }
         }
     }
 
-    /// Cuts the calls of those that are not let in any more, and limits the rest to what they may see now.
+    /// Cuts the calls of callers that are no longer admitted, and limits the others to their current scope.
     async fn round(&self) -> Result<(), StoreError> {
+        // Copied first: the lock must not be held while the store is asked.
         let (mut serials, mut tokens) = (Vec::new(), Vec::new());
         for call in self.open().values() {
             match &call.caller.api_token {
@@ -265,6 +274,7 @@ impl Access {
                 None => serials.push(call.caller.serial.clone()),
             }
         }
+        // One caller may have many calls open; the store is asked once for it.
         serials.sort_unstable();
         serials.dedup();
         tokens.sort_unstable();
@@ -285,7 +295,7 @@ impl Access {
                     None => (Err(Denied::BadToken), Scope::everything()),
                 },
                 (None, Some(standing)) => (check(standing, caller.role, now), standing.scope.clone()),
-                // One that is not stored yet or never is, like another controller's.
+                // A certificate that is not stored yet, or never is, like another controller's.
                 (None, None) => continue,
             };
             let may = role.and_then(|role| {
@@ -306,8 +316,8 @@ impl Access {
     }
 }
 
-/// The role in which a certificate is let in. What was begun under a key ends well when a renewal put another in service,
-/// and is cut when an operator did.
+/// The role in which a certificate is admitted. A call that began under a key may end normally after a renewal replaced
+/// the key; it is cut if an operator did.
 fn check(standing: &Standing, written: Role, now: DateTime<Utc>) -> Result<Role, Denied> {
     if standing.revoked || standing.not_after <= now || standing.replaced {
         return Err(Denied::Revoked);
@@ -321,12 +331,12 @@ fn check(standing: &Standing, written: Role, now: DateTime<Utc>) -> Result<Role,
     }
 }
 
-/// The role of a user or an API token.
+/// The role of a user or an API token; `None`: unknown, or one that only certificates give.
 fn person(word: &str) -> Option<Role> {
     word.parse().ok().filter(|role| !matches!(role, Role::Node | Role::Controller))
 }
 
-/// An open call's place among those that are checked.
+/// An open call's entry among those that are checked.
 pub(super) struct Entered {
     access: Arc<Access>,
     id: u64,

@@ -16,17 +16,17 @@ const FORM: &str = "ma1.";
 pub struct ApiSecret([u8; 32]);
 
 impl ApiSecret {
-    /// A new one.
+    /// A new random secret.
     ///
     /// # Errors
-    /// When the system has no random numbers.
+    /// Returns an error if the system has no random numbers.
     pub fn mint() -> Result<Self, NoRandomNumbers> {
         let mut secret = [0; 32];
         getrandom::fill(&mut secret)?;
         Ok(Self(secret))
     }
 
-    /// Reads what a call's `authorization` metadata says, `Bearer TOKEN`; `None` when it is something else.
+    /// Reads a call's `authorization` metadata, `Bearer TOKEN`; `None`: another form.
     pub fn from_metadata(text: &str) -> Option<Self> {
         let (scheme, token) = text.trim().split_once(' ')?;
         let secret = token.trim().strip_prefix(FORM).filter(|_| scheme.eq_ignore_ascii_case("bearer"))?;
@@ -38,12 +38,13 @@ impl ApiSecret {
         format!("{FORM}{}", URL_SAFE_NO_PAD.encode(self.0))
     }
 
-    /// SHA-256 of the secret, lower-case hexadecimal: what the store keeps. A secret of 256 random bits needs no salt.
+    /// SHA-256 of the secret, lower-case hexadecimal, for the store. A secret of 256 random bits needs no salt.
     pub fn sha256(&self) -> String {
         hex::encode(Sha256::digest(self.0))
     }
 }
 
+// Written by hand: a derived `Debug` would print the secret.
 impl fmt::Debug for ApiSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ApiSecret")

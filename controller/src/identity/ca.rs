@@ -1,4 +1,4 @@
-//! The certificate authority, and the files that `serve` makes on its first start.
+//! The certificate authority, and the files that `serve` creates on its first start.
 
 mod files;
 mod request;
@@ -24,18 +24,18 @@ pub use files::Pki;
 use window::Window;
 pub use window::WrongClock;
 
-/// How long the CA's certificate is valid: longer than the cards that carry it live.
+/// Validity of the CA's certificate: longer than the life of the cards that carry it.
 const CA_LIFE: TimeDelta = TimeDelta::days(3650);
-/// How long the certificates of the controller and of users are valid.
+/// Validity of the certificates of the controller and of users.
 const YEAR: TimeDelta = TimeDelta::days(365);
-/// How long a node's certificate is valid; it is renewed at half of it.
+/// Validity of a node's certificate, which is renewed at half of it.
 const NODE_LIFE: TimeDelta = TimeDelta::days(30);
-/// For one call of another controller, which may take a while to accept it.
+/// Validity for one call to another controller, which may take a while to accept it.
 const PEER_LIFE: TimeDelta = TimeDelta::hours(1);
-/// How far certificates are backdated, for clocks that are behind.
+/// Time by which certificates are backdated, for clocks that are behind.
 const BACKDATED: TimeDelta = TimeDelta::hours(24);
 
-/// Why the PKI cannot be used or a certificate not be issued.
+/// Errors of the PKI.
 #[derive(Debug, thiserror::Error)]
 pub enum PkiError {
     /// Only one half of the CA is there.
@@ -46,25 +46,25 @@ pub enum PkiError {
     HalfThere {
         /// The half that exists.
         found: PathBuf,
-        /// The other one.
+        /// The missing half.
         missing: PathBuf,
     },
     /// A file cannot be read or written.
     #[error("cannot {action} {}", path.display())]
     File {
-        /// `read`, `write` ...
+        /// The verb: `read`, `write` ...
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file does not hold what it should.
+    /// A file has the wrong content.
     #[error("{} is unusable: {what}", path.display())]
     Unusable {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Its defect.
         what: String,
     },
     /// A certificate cannot be made.
@@ -73,15 +73,15 @@ pub enum PkiError {
     /// The system has no random numbers.
     #[error("the system gives no random numbers")]
     Random(#[from] getrandom::Error),
-    /// A time is outside what a certificate can say.
+    /// A time cannot be written in a certificate.
     #[error("the time {0} cannot stand in a certificate")]
     Time(DateTime<Utc>),
-    /// Certificates of this time would be valid for nobody.
+    /// Certificates issued at this time would be valid for nobody.
     #[error(transparent)]
     Clock(#[from] WrongClock),
 }
 
-/// What is wrong with what a node sent.
+/// Errors in a node's request.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// Not a usable signing request.
@@ -136,17 +136,19 @@ pub struct Ca {
 impl Ca {
     /// A new authority; the second value is its key, PEM.
     fn mint(now: DateTime<Utc>, built: DateTime<Utc>) -> Result<(Self, String), PkiError> {
+        // A CA of 1970 would be expired at once, and every card with its pin would be useless.
         Window::before_ca(built).check(now)?;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let key_pem = key.serialize_pem();
         let (serial, text) = random_serial()?;
         let mut params = CertificateParams::default();
-        // Two authorities must not look alike to whoever compares names.
+        // Each authority has a name of its own, because some programs compare names only.
         params.distinguished_name = rcgen::DistinguishedName::new();
         let tag: String = text.chars().rev().take(8).collect();
         params.distinguished_name.push(DnType::CommonName, format!("Marco Bootstrap CA {tag}"));
         params.serial_number = Some(serial);
         valid(&mut params, earlier(now, BACKDATED), later(now, CA_LIFE))?;
+        // Leaves only: no authority below this one.
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate = params.self_signed(&key)?;
@@ -162,16 +164,18 @@ impl Ca {
         Ok((ca, key_pem))
     }
 
-    /// Loads an authority, for a program that was built at this time; the error says what is wrong.
+    /// Loads an authority; `built` is the time at which this program was built. The error says what is wrong.
     pub(crate) fn load(certificate_pem: &str, key_pem: &str, built: DateTime<Utc>) -> Result<Self, String> {
         let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|err| format!("no certificate can be read from it ({err})"))?;
         let key = KeyPair::from_pem(key_pem).map_err(|err| format!("no key can be read ({err})"))?;
         let spki = key.subject_public_key_info();
         let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|err| format!("it is malformed ({err})"))?;
+        // Otherwise every certificate that it issues fails at the clients, far from the cause.
         if parsed.public_key().raw != spki {
             return Err("its key is not the CA's key".to_owned());
         }
+        // A leaf would sign certificates that every verifier refuses.
         if !parsed.is_ca() {
             return Err("it is no CA's certificate".to_owned());
         }
@@ -195,7 +199,7 @@ impl Ca {
         &self.certificate
     }
 
-    /// Until when the CA's certificate is valid.
+    /// End of the validity of the CA's certificate; `None`: it cannot be read.
     pub fn expire_time(&self) -> Option<DateTime<Utc>> {
         window::validity(&self.certificate).map(|(_, until)| until)
     }
@@ -203,7 +207,7 @@ impl Ca {
     /// Checks that the clock can be right. While it cannot, nothing is signed.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Returns an error if the clock cannot be right.
     pub fn check_clock(&self, now: DateTime<Utc>) -> Result<(), WrongClock> {
         self.signs.check(now)
     }
@@ -217,7 +221,7 @@ impl Ca {
     /// signature is verified, and its key must be P-256.
     ///
     /// # Errors
-    /// When the request is unusable.
+    /// Returns an error if the request is unusable.
     pub fn key_of_request(csr_pem: &str) -> Result<String, RequestError> {
         let spki = request::public_key(&request_der(csr_pem)?)?;
         Ok(hex::encode(Sha256::digest(spki)))
@@ -226,9 +230,10 @@ impl Ca {
     /// A certificate for a node, for 30 days. Of the request only the public key is used.
     ///
     /// # Errors
-    /// When the request is unusable.
+    /// Returns an error if the request is unusable.
     pub fn issue_node(&self, csr_pem: &str, node: &NodeId, now: DateTime<Utc>) -> Result<Issued, RequestError> {
         let spki = request::public_key(&request_der(csr_pem)?)?;
+        // The caller's name and role are the controller's to give: a request could claim any.
         let key = SubjectPublicKeyInfo::from_der(&spki).map_err(PkiError::from)?;
         Ok(self.issue(client(node.as_str(), Role::Node), &key, NODE_LIFE, now)?)
     }
@@ -236,7 +241,7 @@ impl Ca {
     /// A certificate for a person or a service that keeps its own key. Of the request only the public key is used.
     ///
     /// # Errors
-    /// When the request is unusable.
+    /// Returns an error if the request is unusable.
     pub fn certify_user(
         &self,
         csr_pem: &str,
@@ -253,7 +258,7 @@ impl Ca {
     /// A certificate and a new key for a person or a service, for a year. The second value is the key, PEM.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Returns an error if it cannot be made.
     pub fn issue_user(&self, name: &str, role: Role, now: DateTime<Utc>) -> Result<(Issued, String), PkiError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         Ok((self.issue(client(name, role), &key, YEAR, now)?, key.serialize_pem()))
@@ -263,7 +268,7 @@ impl Ca {
     /// key, PEM.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Returns an error if it cannot be made.
     pub fn issue_peer(&self, now: DateTime<Utc>) -> Result<(Issued, String), PkiError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         Ok((self.issue(client(CONTROLLER_TLS_NAME, Role::Controller), &key, PEER_LIFE, now)?, key.serialize_pem()))
@@ -272,7 +277,7 @@ impl Ca {
     /// A certificate and a new key for the controller. The second value is the key, PEM.
     fn issue_controller(&self, names: &[String], now: DateTime<Utc>) -> Result<(Issued, String), PkiError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        // Names that are addresses become addresses.
+        // rcgen turns names that are IP addresses into address entries.
         let mut params = CertificateParams::new(names)?;
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, CONTROLLER_TLS_NAME);
@@ -284,7 +289,7 @@ impl Ca {
     /// signature over the DER of the signing request by its key.
     ///
     /// # Errors
-    /// What is wrong.
+    /// Returns the first defect.
     pub fn verify_renewal(
         &self,
         certificate_pem: &str,
@@ -306,7 +311,7 @@ impl Ca {
     ) -> Result<Issued, PkiError> {
         self.check_clock(now)?;
         let (serial_number, serial) = random_serial()?;
-        // Certificates count whole seconds: the record must say the same.
+        // Certificates hold whole seconds, and the record must show the same times.
         let (not_before, not_after) = (whole_seconds(earlier(now, BACKDATED))?, whole_seconds(later(now, life))?);
         params.serial_number = Some(serial_number);
         valid(&mut params, not_before, not_after)?;
@@ -318,7 +323,7 @@ impl Ca {
     }
 }
 
-/// A leaf for a caller: who it is stands in the common name, what it may in the organizational unit.
+/// Parameters of a client's certificate: the common name is its name, the organizational unit its role.
 fn client(name: &str, role: Role) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
@@ -333,9 +338,11 @@ fn request_der(csr_pem: &str) -> Result<CertificateSigningRequestDer<'static>, R
         .map_err(|_| RequestError::Request("it is no PEM certificate request".to_owned()))
 }
 
-/// 126 random bits. The first byte is 0x40 to 0x7f: positive, and always 16 bytes and 32 digits long.
+/// A serial number of 126 random bits. The first byte is 0x40 to 0x7f: positive, and always 16 bytes and 32 digits
+/// long.
 fn random_serial() -> Result<(SerialNumber, String), PkiError> {
     let mut bytes = [0_u8; 16];
+    // Random and not counted: several controllers issue certificates without asking each other.
     getrandom::fill(&mut bytes)?;
     let [first, ..] = &mut bytes;
     *first = (*first & 0x3f) | 0x40;
@@ -346,7 +353,7 @@ fn whole_seconds(at: DateTime<Utc>) -> Result<DateTime<Utc>, PkiError> {
     DateTime::from_timestamp(at.timestamp(), 0).ok_or(PkiError::Time(at))
 }
 
-/// Sets a validity from any time from 1970 to 9999 (the last that a certificate can say).
+/// Sets a validity. A certificate can hold times from 1970 to 9999.
 fn valid(params: &mut CertificateParams, from: DateTime<Utc>, until: DateTime<Utc>) -> Result<(), PkiError> {
     let time = |at: DateTime<Utc>| {
         let seconds = u64::try_from(at.timestamp()).ok().filter(|_| at.year() <= 9999).ok_or(PkiError::Time(at))?;

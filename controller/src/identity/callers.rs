@@ -1,5 +1,6 @@
-//! How many calls one caller has open at a time, whatever it calls: what it does not read is kept for it, and what it sends
-//! by halves too. Before that, how many of them ask the database at a time who it is: its connections are for everybody.
+//! Limits of one caller's calls, over all methods: answers that it does not read and messages that it sends by halves
+//! are kept in memory. Before the caller is known, its look-ups in the database are limited: the database's connections
+//! are shared by all.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -14,19 +15,19 @@ use super::roles::Role;
 
 /// Open calls of one person, service or other controller: dashboards watch, scripts run in parallel.
 pub const OF_A_PERSON: usize = 128;
-/// Open calls of one node besides its session.
+/// Open calls of one node, without its session.
 pub const OF_A_NODE: usize = 16;
 /// Calls of one caller whose message is being received, at most 1 MiB each.
 pub const RECEIVING: usize = 8;
 /// Further calls of one caller that wait for one of these to end.
 pub const WAITING: usize = 512;
-/// How long such a call waits.
+/// Time for which such a call waits.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Calls with one credential that ask the database at a time whether it counts. One connection of HTTP/2 opens a hundred
-/// calls at once, and all that wait for the database are before the next caller's.
+/// Look-ups of one credential in the database at a time. One HTTP/2 connection opens a hundred calls at once, and all
+/// that wait for the database would be before the next caller's.
 pub const LOOKUPS: usize = 2;
 
-/// Values by key, each for as long as somebody uses it.
+/// Values by key; each lives while it is in use.
 #[derive(Debug)]
 struct InUse<K, V>(Mutex<HashMap<K, Weak<V>>>);
 
@@ -42,7 +43,7 @@ impl<K: Eq + Hash, V> InUse<K, V> {
         if let Some(value) = known.get(&key).and_then(Weak::upgrade) {
             return value;
         }
-        // Those that nobody uses are forgotten when the map would grow.
+        // Unused values are removed when the map would grow; that is rare enough to walk the whole map.
         if known.len() == known.capacity() {
             known.retain(|_, value| value.strong_count() > 0);
         }
@@ -52,23 +53,23 @@ impl<K: Eq + Hash, V> InUse<K, V> {
     }
 }
 
-/// The calls of all callers.
+/// Quotas and look-ups of all callers.
 #[derive(Debug, Default)]
 pub(super) struct Callers {
     known: InUse<(Role, String), Quota>,
     lookups: InUse<Credential, Semaphore>,
 }
 
-/// By what a caller is known before it is looked up.
+/// A caller's key before it is looked up.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Credential {
     /// A certificate of the CA, by its serial number.
     Certificate(String),
-    /// A token that may be anything, by who shows it.
+    /// A token, which may be invalid, by the address that shows it. Its text is no key: guesses differ each time.
     TokenFrom(IpAddr),
 }
 
-/// The calls of one caller.
+/// The quotas of one caller.
 #[derive(Debug)]
 struct Quota {
     open: Arc<Semaphore>,
@@ -79,29 +80,33 @@ struct Quota {
 impl Callers {
     fn quota(&self, caller: &Caller) -> Arc<Quota> {
         let open = if caller.role == Role::Node { OF_A_NODE } else { OF_A_PERSON };
+        // Not by credential: a user with several certificates is one caller.
         self.known.of((caller.role, caller.name.clone()), || Quota {
             open: Arc::new(Semaphore::new(open)),
             receiving: Arc::new(Semaphore::new(RECEIVING)),
+            // The open calls hold a place here too, so this bounds the memory of the queue.
             waiting: Arc::new(Semaphore::new(open + WAITING)),
         })
     }
 
-    /// Waits until this credential may be looked up, which is until the answer is dropped. Dropping the wait loses nothing.
+    /// Waits for a turn to look this credential up; the turn ends when the answer is dropped. Dropping the wait loses
+    /// nothing.
     pub(super) async fn lookup(&self, credential: Credential) -> Option<OwnedSemaphorePermit> {
-        // `None`: never, because nobody closes it.
+        // Never `None`: the semaphore is not closed.
         self.lookups.of(credential, || Semaphore::new(LOOKUPS)).acquire_owned().await.ok()
     }
 
-    /// Begins a call; `None`: the caller has too many open and none of them ended in time.
+    /// Begins a call; `None`: the caller has too many open calls, and none of them ended in time.
     pub(super) async fn begin(&self, caller: &Caller) -> Option<OpenCall> {
         let quota = self.quota(caller);
+        // Refused at once beyond the queue; only within it does a call wait.
         let waiting = Arc::clone(&quota.waiting).try_acquire_owned().ok()?;
         let open = tokio::time::timeout(PATIENCE, Arc::clone(&quota.open).acquire_owned()).await.ok()?.ok()?;
         Some(OpenCall { quota, _waiting: waiting, _open: open })
     }
 }
 
-/// An open call, until this is dropped.
+/// An open call; it ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct OpenCall {
     quota: Arc<Quota>,
@@ -112,7 +117,7 @@ pub(super) struct OpenCall {
 impl OpenCall {
     /// Waits until the call's message may be received. Dropping the wait loses nothing.
     pub(super) async fn receiving(&self) -> Option<OwnedSemaphorePermit> {
-        // `None`: never, because nobody closes it.
+        // Never `None`: the semaphore is not closed.
         Arc::clone(&self.quota.receiving).acquire_owned().await.ok()
     }
 }

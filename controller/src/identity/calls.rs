@@ -1,5 +1,5 @@
-//! Calls that run to their end, whether or not their caller waits for it: HTTP/2 drops the work of a stream that is reset,
-//! and of a connection that closes, and what a call has changed by then must not go without its record.
+//! Calls that run to their end even if their caller leaves. HTTP/2 drops the work of a stream that is reset and of a
+//! connection that closes, and a change must not be stored without its record.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -19,15 +19,15 @@ use marco_proto::codec::undecodable;
 use super::gate::DOMAIN;
 use crate::store::deadline;
 
-/// Largest message that a caller may send; bodies are small but for artifacts, whose chunks are 256 KiB.
+/// Largest message of a caller. Bodies are small except for artifacts, whose chunks are 256 KiB.
 pub const MAX_MESSAGE: usize = 1024 * 1024;
-/// What gRPC puts before a message: a flag and its length.
+/// Bytes before a gRPC message: a flag and its length.
 const MESSAGE_HEAD: usize = 5;
-/// So many calls are at work at once; others wait, and those that wait are dropped with their callers. Without a bound
-/// whoever asks and leaves, again and again, would fill the memory. The database has a dozen connections to write.
+/// Calls at work at a time. Others wait, and are dropped with their callers. Without a bound a client that calls and
+/// leaves again and again would fill the memory. The database has a dozen connections for writing.
 const ROOM: usize = 256;
 
-/// Where such calls run: tasks that the server awaits at its end.
+/// Runs such calls as tasks, which the server awaits at its end.
 #[derive(Debug, Clone)]
 pub struct Calls {
     tasks: TaskTracker,
@@ -40,13 +40,14 @@ impl Calls {
         Self { tasks, room: Arc::new(Semaphore::new(ROOM)) }
     }
 
-    /// Does it as a task of its own. Dropping the wait for room loses nothing, because nothing has begun; dropping the wait
-    /// for the answer loses the answer alone.
+    /// Runs the work as a task of its own. Dropping the wait for a place loses nothing, because nothing has begun.
+    /// Dropping the wait for the answer loses only the answer.
     pub(super) async fn finish(
         &self,
         work: impl Future<Output = http::Response<Body>> + Send + 'static,
     ) -> http::Response<Body> {
         let Ok(room) = Arc::clone(&self.room).acquire_owned().await else { return failed().into_http() };
+        // A task of the tracker, which the server awaits when it stops.
         let task = self.tasks.spawn(deadline::carried(async move {
             let _room = room;
             work.await
@@ -57,7 +58,7 @@ impl Calls {
         })
     }
 
-    /// Does something short that is bounded otherwise, as a task of its own.
+    /// Runs short work, which is bounded elsewhere, as a task of its own.
     pub(super) async fn note(&self, work: impl Future<Output = ()> + Send + 'static) {
         if let Err(error) = self.tasks.spawn(deadline::carried(work)).await {
             tracing::error!(error = &*crate::chain(&error), "a call could not be recorded");
@@ -70,10 +71,10 @@ fn failed() -> Status {
     Status::with_error_details(tonic::Code::Internal, "the call failed within the controller", details)
 }
 
-/// The request with all of its one message, so that what is half said begins nothing and takes no room.
+/// Reads a request's one message whole, so that half a message begins no work and takes no place.
 ///
 /// # Errors
-/// What is to be answered: the message is too large, or did not come.
+/// Returns the status to answer with if the message is too large or did not arrive.
 pub(super) async fn whole(request: http::Request<Body>, most: usize) -> Result<http::Request<Body>, Status> {
     let (parts, body) = request.into_parts();
     let bytes = match Limited::new(body, most + MESSAGE_HEAD).collect().await {
@@ -90,12 +91,13 @@ pub(super) async fn whole(request: http::Request<Body>, most: usize) -> Result<h
     Ok(http::Request::from_parts(parts, Body::new(Full::new(bytes))))
 }
 
-/// Checks that the body is one message and nothing else (gRPC over HTTP/2, "Length-Prefixed-Message"). tonic answers
-/// INTERNAL where it is not, as if the controller were broken.
+/// Checks that the body is exactly one message (gRPC over HTTP/2, "Length-Prefixed-Message"). tonic answers INTERNAL
+/// otherwise, as if the controller were broken.
 fn framed(body: &[u8]) -> Result<(), Status> {
     let Some(([flag, length @ ..], message)) = body.split_first_chunk::<MESSAGE_HEAD>() else {
         return Err(undecodable("the body holds no message"));
     };
+    // 1 is a compressed message, which tonic refuses with its own status.
     if *flag > 1 {
         return Err(undecodable("the byte before the message's length is neither 0 nor 1"));
     }
@@ -105,7 +107,7 @@ fn framed(body: &[u8]) -> Result<(), Status> {
     Ok(())
 }
 
-/// Lets every call of a listener run to its end.
+/// Runs every call of a listener to its end.
 #[derive(Clone)]
 pub struct CallsLayer {
     calls: Calls,
@@ -113,7 +115,7 @@ pub struct CallsLayer {
 }
 
 impl CallsLayer {
-    /// As tasks of the server, for messages of at most `most` bytes.
+    /// Calls run as tasks of the server; messages may have `most` bytes.
     pub fn new(tasks: TaskTracker, most: usize) -> Self {
         Self { calls: Calls::new(tasks), most }
     }
@@ -149,11 +151,12 @@ where
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        // The one that is ready is used; its clone is made ready for the next call.
+        // Only the instance that was polled ready may be called; its clone is made ready for the next call.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let (calls, most) = (self.calls.clone(), self.most);
         Box::pin(deadline::of_caller(async move {
+            // Before the task: a client that never completes its message must not hold one of the places.
             let request = match whole(request, most).await {
                 Ok(request) => request,
                 Err(status) => return Ok(status.into_http()),
@@ -203,7 +206,7 @@ mod tests {
         let_go.send(true).unwrap();
         calls.tasks.close();
         calls.tasks.wait().await;
-        // Those that had begun are done all the same.
+        // The calls that had begun are done all the same.
         assert_eq!(done.load(Ordering::Relaxed), ROOM);
         let answered = calls.finish(async { http::Response::new(Body::empty()) }).await;
         assert!(answered.headers().is_empty(), "there is room again");

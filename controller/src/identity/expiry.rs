@@ -1,5 +1,5 @@
-//! Warnings of what expires within 14 days: in the log and in the audit, once for each credential, by whichever controller
-//! finds it first.
+//! Warnings about credentials that expire within 14 days, in the log and in the audit. Each credential is warned of
+//! once, by the controller that finds it first.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -10,24 +10,24 @@ use super::ca::Ca;
 use super::record::{OK, Recorder};
 use crate::store::{AuditRow, Store, StoreError};
 
-/// How long before the CA's end it is warned of.
+/// Time before the end of the CA's certificate from which it is warned of.
 const WARNED_BEFORE: TimeDelta = TimeDelta::days(14);
-/// How often of the CA's: every node and user hangs on it.
+/// Interval of that warning. It is repeated, because every node and user depends on the CA.
 const CA_EVERY: TimeDelta = TimeDelta::days(1);
-/// The method of such rows in the audit.
+/// Method of these rows in the audit.
 pub const EXPIRES: &str = "EXPIRES";
 
-/// Warns of what expires.
+/// Warns of credentials that expire soon.
 #[derive(Debug, Default)]
 pub struct Warnings {
     of_ca: Mutex<Option<DateTime<Utc>>>,
 }
 
 impl Warnings {
-    /// Looks, and warns of what is new.
+    /// Checks, and warns of new ones.
     ///
     /// # Errors
-    /// The store's.
+    /// Returns the store's error.
     pub async fn look(
         &self,
         store: &Store,
@@ -42,9 +42,11 @@ impl Warnings {
             tracing::warn!(expires = text(end), "the CA's certificate expires; every certificate ends with it");
             recorder.record(row(now, String::new(), "ca".to_owned(), why), None).await;
         }
+        // The store marks each one, so that a single controller warns of it.
         for found in store.newly_expiring(now).await? {
             let expires = text(found.expire_time);
             tracing::warn!(owner = found.owner, credential = found.credential, expires, "a credential expires");
+            // Nodes renew by themselves half-way, so this one has a problem; people must act.
             let what = if found.owner.starts_with("nodes/") {
                 "the node has not renewed its certificate: it is off, or cannot reach the enrolment port"
             } else {
@@ -57,7 +59,9 @@ impl Warnings {
     }
 
     fn ca_is_due(&self, now: DateTime<Utc>) -> bool {
+        // Kept in memory only: a restart may repeat the warning, and each controller gives its own.
         let mut last = self.of_ca.lock().unwrap_or_else(PoisonError::into_inner);
+        // `now < last`: the clock was ahead at the last warning.
         let due = last.is_none_or(|last| now.signed_duration_since(last) >= CA_EVERY || now < last);
         if due {
             *last = Some(now);

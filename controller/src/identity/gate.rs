@@ -1,5 +1,5 @@
-//! The gate before every call: who calls and whether they may is decided before a byte of the body is read, and what an
-//! open call sends or gets ends when it is not so any more.
+//! The gate before every call. It admits the caller before a byte of the body is read, and ends the bodies of an open
+//! call when its caller is no longer admitted.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -24,13 +24,13 @@ use super::tls::PeerInfo;
 use super::{Caller, Denied, Pass};
 use crate::store::{AuditRow, Record, deadline, recorded};
 
-/// What the audit has as method for a file of the mirror.
+/// Method name in the audit for a file of the mirror.
 pub const FILE_MIRROR: &str = "FileMirror";
 
-/// Domain of every reason that the controller gives.
+/// Domain of every error reason that the controller gives.
 pub(super) const DOMAIN: &str = marco_proto::names::ERROR_DOMAIN;
 
-/// Puts [`Caller`] into the extensions of requests that may pass, and answers the rest.
+/// Puts [`Caller`] into the extensions of admitted requests, and answers the others.
 #[derive(Clone)]
 pub struct GateLayer {
     access: Arc<Access>,
@@ -38,7 +38,7 @@ pub struct GateLayer {
 }
 
 impl GateLayer {
-    /// A gate that asks `access`. Calls that change something are tasks of the server.
+    /// A gate that asks `access`. Calls that change something run as tasks of the server.
     pub fn new(access: Arc<Access>, tasks: TaskTracker) -> Self {
         Self { access, calls: Calls::new(tasks) }
     }
@@ -74,14 +74,16 @@ where
     }
 
     fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        // The one that is ready is used; its clone is made ready for the next call.
+        // Only the instance that was polled ready may be called; its clone is made ready for the next call.
         let next = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, next);
         let (access, calls) = (Arc::clone(&self.access), self.calls.clone());
         Box::pin(deadline::of_caller(async move {
             let method = request.uri().path().to_owned();
+            // Put there by the acceptor, so it cannot be forged by a header.
             let peer = request.extensions().get::<PeerInfo>().cloned();
-            // What is not even text is no token, and not nothing either.
+            // A header that is not text counts as a wrong token. Counting it as none would let the certificate decide
+            // instead.
             let authorization = request
                 .headers()
                 .get(http::header::AUTHORIZATION)
@@ -97,7 +99,7 @@ where
                     if let Some(peer) = &peer {
                         row.from = super::shown(peer.addr).to_string();
                     }
-                    // Whoever leaves is recorded all the same; how many, the recorder bounds.
+                    // Recorded even if the client leaves; the recorder bounds their number.
                     calls
                         .note(async move { access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await })
                         .await;
@@ -106,7 +108,7 @@ where
             };
             request.extensions_mut().insert(caller.clone());
             if roles::is_session(&method) {
-                // The session's first message decides, its sweep checks it afterwards, and says good-bye.
+                // The session's handler decides by the first message; its sweep checks it afterwards and says good-bye.
                 return inner.call(request).await;
             }
             if let Some(peer) = &peer {
@@ -114,12 +116,14 @@ where
             }
             let pass = Arc::clone(&caller.pass);
             let Some(entered) = access.enter_call(&method, caller.clone()).await else {
+                // Recorded only if the method would have changed something.
                 return Ok(noted(&calls, access, &caller, &method, too_many().into_http()).await);
             };
             let request = request.map(|body| Body::new(Cuttable::new(body, &pass, None)));
             let request = if roles::is_streamed(&method) {
                 Ok(request)
             } else {
+                // One caller may send only a few messages at a time: each is held in memory until it is whole.
                 let _receiving = entered.call.receiving().await;
                 whole(request, MAX_MESSAGE).await
             };
@@ -127,7 +131,7 @@ where
                 Err(status) => noted(&calls, access, &caller, &method, status.into_http()).await,
                 Ok(request) if roles::runs_to_its_end(&method) => {
                     let work = async move {
-                        // What it changes is committed together with this.
+                        // The handler's change and this record are committed together.
                         let stored = Record::new(record::cleaned(row(&access, Some(&caller), &method, Code::Ok, "")));
                         caller.record_with_change(Arc::clone(&stored));
                         let response = recorded(stored, inner.call(request)).await;
@@ -149,12 +153,13 @@ where
     }
 }
 
-/// Closes a connection whose credential was refused. One on which another was accepted stays: somebody may pass on the
-/// calls of several.
+/// Closes a connection whose credential was refused. One with an accepted credential stays open: a proxy may pass on
+/// the calls of several clients.
 fn close_if_useless(peer: &PeerInfo, denied: &Denied) {
     let useless = match denied {
         Denied::Revoked | Denied::Quarantined | Denied::KeyHeld(_) => true,
         Denied::Unauthenticated | Denied::BadToken => !peer.connection.is_accepted(),
+        // The credential itself is good.
         Denied::Forbidden { .. } | Denied::Unavailable => false,
     };
     if useless {
@@ -162,7 +167,7 @@ fn close_if_useless(peer: &PeerInfo, denied: &Denied) {
     }
 }
 
-/// The answer, recorded whether or not somebody waits for it.
+/// Records the answer, even if the client has left, and returns it.
 async fn noted(
     calls: &Calls,
     access: Arc<Access>,
@@ -190,7 +195,7 @@ fn row(access: &Access, caller: Option<&Caller>, method: &str, code: Code, messa
     }
 }
 
-/// Records a file that the mirror did not give out.
+/// Records a request to the file mirror that got no file.
 pub async fn record_refused_file(
     access: &Access,
     caller: Option<&Caller>,
@@ -206,8 +211,8 @@ pub async fn record_refused_file(
     access.recorder().record(row, peer.map(|peer| peer.addr.ip())).await;
 }
 
-/// The record of a call that its handler has not recorded: one that changes something, or that was refused. An answer
-/// without a status in its headers was given, or has begun.
+/// The audit row of a call that its handler has not recorded: a change or a refusal. An answer without a status in its
+/// headers succeeded, or has begun.
 fn unrecorded(access: &Access, caller: &Caller, method: &str, response: &http::Response<Body>) -> Option<AuditRow> {
     let status = Status::from_header_map(response.headers());
     let code = status.as_ref().map_or(Code::Ok, Status::code);
@@ -219,7 +224,7 @@ fn unrecorded(access: &Access, caller: &Caller, method: &str, response: &http::R
     Some(row(access, Some(caller), method, code, message))
 }
 
-/// A gRPC status code as it is spelt in the audit.
+/// A gRPC status code as the audit spells it.
 pub fn code_word(code: Code) -> &'static str {
     match code {
         Code::Ok => OK,
@@ -257,7 +262,7 @@ fn status(denied: &Denied) -> Status {
     Status::with_error_details(code, denied.to_string(), details)
 }
 
-/// The answer to a caller that has too many calls open.
+/// The answer to a caller with too many open calls.
 fn too_many() -> Status {
     let details = ErrorDetails::with_error_info("TOO_MANY_CALLS", DOMAIN, HashMap::<String, String>::new());
     let message = "this caller has as many calls open as it may have; end some of them";
@@ -269,7 +274,7 @@ struct Cuttable {
     inner: Body,
     pass: Arc<Pass>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// An answer's place among the open calls; a request has none.
+    /// Keeps an answer in the list of open calls; `None`: a request.
     entered: Option<Entered>,
     ended: bool,
 }
@@ -293,8 +298,10 @@ impl http_body::Body for Cuttable {
             return Pin::new(&mut self.inner).poll_frame(cx);
         }
         self.ended = true;
+        // Dropped at once: what the handler holds for the stream must not wait for a slow reader.
         self.inner = Body::empty();
         let status = status(&self.pass.why());
+        // A request has no trailers; its handler sees the error.
         if self.entered.is_none() {
             return Poll::Ready(Some(Err(status)));
         }

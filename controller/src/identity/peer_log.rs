@@ -1,5 +1,5 @@
-//! Log lines about peers: what a peer sends is cut, and each peer has so many lines, so that nobody fills the disk with
-//! them or writes into a terminal.
+//! Log lines about peers. Texts of a peer are cut and cleaned, and each peer has a limited number of lines, so that it
+//! can neither fill the disk nor control an operator's terminal.
 
 use std::fmt::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
@@ -14,11 +14,11 @@ use super::rate::{Rate, source};
 
 /// Longest text of a peer in a line, in bytes.
 pub const TEXT_MAX: usize = 200;
-/// Lines about one caller that is known: at once, and one more each interval. A node that installs makes a dozen.
+/// Lines about one known caller: at once, and one more for each interval. A node that installs makes a dozen.
 pub const CALLER_BURST: u32 = 500;
 /// See [`CALLER_BURST`].
 pub const CALLER_EVERY: Duration = Duration::from_millis(200);
-/// Lines about one address of which nothing is known.
+/// Lines about one address without an accepted credential.
 pub const ADDRESS_BURST: u32 = 50;
 /// See [`ADDRESS_BURST`].
 pub const ADDRESS_EVERY: Duration = Duration::from_secs(2);
@@ -27,12 +27,12 @@ pub const ALL_BURST: u32 = 500;
 /// See [`ALL_BURST`].
 pub const ALL_EVERY: Duration = Duration::from_millis(200);
 
-/// Whom a line is about.
+/// The subject of a line.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Peer {
     /// A caller by its name.
     Caller(String),
-    /// Somebody who showed no credential that was accepted.
+    /// An address that showed no accepted credential.
     Address(IpAddr),
 }
 
@@ -62,7 +62,7 @@ struct Lines {
     left_out: AtomicU64,
 }
 
-/// One for the process, as its log is.
+/// One for the process, because its log is one too.
 static LINES: LazyLock<Lines> = LazyLock::new(|| Lines {
     since: Instant::now(),
     callers: Rate::new(CALLER_BURST, CALLER_EVERY),
@@ -71,14 +71,15 @@ static LINES: LazyLock<Lines> = LazyLock::new(|| Lines {
     left_out: AtomicU64::new(0),
 });
 
-/// Whether a line about a peer is written; afterwards the log says how many were not.
+/// True if a line about a peer may be written. The next written line is preceded by the number of omitted ones.
 pub fn may_log(peer: impl Into<Peer>) -> bool {
     let lines = &*LINES;
-    // The limits count by any clock that goes forward.
+    // Any clock that goes forward will do; this one cannot be set.
     let now = DateTime::UNIX_EPOCH + lines.since.elapsed();
     let peer = peer.into();
     let taken = match &peer {
         Peer::Caller(_) => lines.callers.take(peer, now),
+        // Addresses also share a limit, because an attacker has many of them with IPv6.
         Peer::Address(_) => lines.addresses.take(peer, now) && lines.all.take((), now),
     };
     if !taken {
@@ -92,7 +93,7 @@ pub fn may_log(peer: impl Into<Peer>) -> bool {
     true
 }
 
-/// A text of a peer as it is logged: at most [`TEXT_MAX`] bytes, without control characters.
+/// A peer's text for the log: at most [`TEXT_MAX`] bytes, without control characters.
 pub fn cut(text: &str) -> Cut<'_> {
     Cut(text)
 }
@@ -120,12 +121,12 @@ impl fmt::Display for Cut<'_> {
     }
 }
 
-/// Control characters move a terminal's cursor or begin another line.
+/// Control characters move a terminal's cursor or begin a line that looks like another entry.
 fn shown(c: char) -> char {
     if c.is_control() { '?' } else { c }
 }
 
-/// Logs a line about a peer, if it has one left: level, peer, then as for the level's own macro.
+/// Logs a line about a peer, if its limit allows it: level, peer, then the arguments of the level's own macro.
 macro_rules! of_peer {
     ($level:ident, $peer:expr, $($line:tt)+) => {
         if $crate::identity::peer_log::may_log($peer) {

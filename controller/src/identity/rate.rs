@@ -1,4 +1,4 @@
-//! How often something may be done: so many at once, then one each interval, for each key.
+//! Rate limits: a burst at once, then one for each interval, by key.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 
-/// Most keys that are remembered. When all of them are in debt, new keys are refused: somebody has very many addresses.
+/// Largest number of remembered keys. If all of them are in debt, new keys are refused: an attacker has very many
+/// addresses.
 const KEYS_MAX: usize = 20_000;
 
 /// A limit with a memory for each key.
@@ -16,21 +17,22 @@ const KEYS_MAX: usize = 20_000;
 pub struct Rate<K> {
     burst: i64,
     interval: i64,
-    /// When the key will have nothing to pay back any more, microseconds since 1970.
+    /// End of the key's debt, in microseconds since 1970.
     free_at: Mutex<HashMap<K, i64>>,
 }
 
 impl<K: Eq + Hash> Rate<K> {
-    /// `burst` at once, and one more each `interval`.
+    /// A limit of `burst` at once, and one more for each `interval`.
     pub fn new(burst: u32, interval: Duration) -> Self {
         let interval = i64::try_from(interval.as_micros()).unwrap_or(i64::MAX);
         Self { burst: i64::from(burst), interval, free_at: Mutex::new(HashMap::new()) }
     }
 
-    /// Takes one, if there is one left.
+    /// Takes one; false: none is left.
     pub fn take(&self, key: K, now: DateTime<Utc>) -> bool {
         let now = now.timestamp_micros();
         let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only now, because it walks all keys; those without a debt need no memory.
         if free_at.len() >= KEYS_MAX && !free_at.contains_key(&key) {
             free_at.retain(|_, at| *at > now);
             if free_at.len() >= KEYS_MAX {
@@ -41,13 +43,14 @@ impl<K: Eq + Hash> Rate<K> {
         let at = free_at.entry(key).or_insert(now);
         let after = owed_until(*at, now, full).saturating_add(self.interval);
         let taken = after <= full;
+        // A refusal costs nothing: otherwise a client that retries too often would never get in again.
         if taken {
             *at = after;
         }
         taken
     }
 
-    /// Whether there is one left.
+    /// True if one is left.
     pub fn has(&self, key: &K, now: DateTime<Utc>) -> bool {
         let now = now.timestamp_micros();
         let free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
@@ -56,19 +59,19 @@ impl<K: Eq + Hash> Rate<K> {
         at.saturating_add(self.interval) <= full
     }
 
-    /// When a key has nothing to pay back any more that used its whole burst just now.
+    /// End of the debt of a key that used its whole burst just now.
     fn full(&self, now: i64) -> i64 {
         now.saturating_add(self.interval.saturating_mul(self.burst).max(0))
     }
 }
 
-/// A debt is at most a burst long. A longer one was made by a clock that was ahead: kept, it would shut a room of nodes
-/// out for as long as the clock was wrong.
+/// The end of a key's debt, which is at most a burst long. A longer one comes from a clock that was ahead; kept, it
+/// would shut a room of nodes out for as long as the clock was wrong.
 fn owed_until(at: i64, now: i64, full: i64) -> i64 {
     if at > full { now } else { at.max(now) }
 }
 
-/// The address that a limit counts by: of IPv6 the network of 64 bits, which one machine may have whole.
+/// The address that a limit counts by. IPv6: the network of 64 bits, because one machine may use all its addresses.
 pub fn source(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & (u128::MAX << 64))),

@@ -1,5 +1,5 @@
-//! What goes into the audit: every call that changes something, and every one that is refused, as far as a flood of
-//! refused ones does not fill the disk.
+//! Audit of calls: every change, and every refused call, up to a rate at which a flood of refused calls cannot fill the
+//! disk.
 
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,18 +9,18 @@ use super::peer_log::{Peer, cut, may_log, of_peer};
 use super::rate::{Rate, source};
 use crate::store::{AuditRow, Store};
 
-/// Refused calls of nobody known, from one address: a wrong script shows, a scanner does not fill pages.
+/// Refused calls of unknown callers from one address. A broken script shows, and a scanner does not fill pages.
 const UNKNOWN_BURST: u32 = 20;
 const UNKNOWN_EVERY: Duration = Duration::from_secs(10);
-/// The same, from all addresses together: at most 9 MB a day, whoever attacks from wherever.
+/// The same, from all addresses together: at most 9 MB a day.
 const ALL_UNKNOWN_BURST: u32 = 500;
 const ALL_UNKNOWN_EVERY: Duration = Duration::from_secs(2);
-/// Refused calls of one caller that is known: far more than a person or a healthy service makes.
+/// Refused calls of one known caller: far more than a person or a healthy service makes.
 const KNOWN_BURST: u32 = 1000;
 const KNOWN_EVERY: Duration = Duration::from_secs(1);
-/// Longest text of a column, in bytes: callers choose some of it.
+/// Largest text of a column, in bytes: callers choose some of the texts.
 const TEXT_MAX: usize = 512;
-/// The result of a call that was done.
+/// The result of a call that succeeded.
 pub const OK: &str = "OK";
 
 /// Appends to the audit.
@@ -45,16 +45,19 @@ impl Recorder {
         }
     }
 
-    /// Appends a call. Of refused ones only so many are written; the next that is written says how many were not.
+    /// Appends a call to the audit. Refused calls are limited; the next one that is written carries the number of those
+    /// that were not.
     pub async fn record(&self, row: AuditRow, address: Option<IpAddr>) {
         let mut row = cleaned(row);
         if row.result == "UNAVAILABLE" {
-            // Nothing was changed, and the caller would wait a second time for the same answer.
+            // Nothing was changed, and the store does not answer: the caller would wait a second time.
             return;
         }
+        // Only failed calls are limited: the audit must have every change.
         if row.result != OK {
             let allowed = match address.map(source) {
                 Some(address) if row.actor.is_empty() => {
+                    // The address goes first: one that has used up its own share takes nothing from the others.
                     self.unknown.take(address, row.time) && self.all_unknown.take((), row.time)
                 }
                 _ => self.known.take(row.actor.clone(), row.time),
@@ -63,6 +66,7 @@ impl Recorder {
                 self.left_out.fetch_add(1, Ordering::Relaxed);
                 return;
             }
+            // In the row itself, so that the audit shows its own gaps.
             let left_out = self.left_out.swap(0, Ordering::Relaxed);
             if left_out > 0 {
                 row.message = format!("{} ({left_out} other refused calls were not recorded)", row.message);
@@ -88,7 +92,7 @@ pub fn log(row: &AuditRow, address: Option<IpAddr>) {
     }
 }
 
-/// A row with texts that are bounded and harmless.
+/// Bounds the texts of a row and removes their control characters.
 pub fn cleaned(mut row: AuditRow) -> AuditRow {
     for text in [&mut row.actor, &mut row.method, &mut row.target, &mut row.message] {
         shorten(text);
@@ -96,7 +100,7 @@ pub fn cleaned(mut row: AuditRow) -> AuditRow {
     row
 }
 
-/// Says on what a call is made.
+/// Sets the target of a row.
 pub fn set_target(row: &mut AuditRow, target: &str) {
     target.clone_into(&mut row.target);
     shorten(&mut row.target);
@@ -108,6 +112,7 @@ fn shorten(text: &mut String) {
         text.truncate(end);
     }
     if text.chars().any(char::is_control) {
+        // The audit is shown in terminals, where control characters act.
         *text = text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
     }
 }

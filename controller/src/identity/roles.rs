@@ -1,11 +1,11 @@
-//! Roles, and the one table of who may call what.
+//! Roles, and the one table of the methods that each may call.
 
 use std::fmt;
 use std::str::FromStr;
 
 use Role::{Admin, Controller, Node, Operator, Publisher, Viewer};
 
-/// What a caller is.
+/// A caller's role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
     /// Reads everything but secrets.
@@ -14,7 +14,7 @@ pub enum Role {
     Operator,
     /// Reads, and writes artifacts.
     Publisher,
-    /// May everything that a person may.
+    /// May do everything that a person may.
     Admin,
     /// A Pi: its own session and what its work needs.
     Node,
@@ -23,7 +23,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// The word that stands in certificates.
+    /// The role's word in certificates.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Viewer => "viewer",
@@ -42,7 +42,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// Not a role.
+/// The text is no role.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("there is no such role; the roles are viewer, operator, publisher, admin, node and controller")]
 pub struct UnknownRole;
@@ -66,18 +66,18 @@ pub fn names(roles: &[Role]) -> String {
 }
 
 const ANY: &[Role] = &[Viewer, Operator, Publisher, Admin, Node];
-/// Controllers ask each other how they are, besides.
+/// Controllers also ask each other for their health.
 const EVERY: &[Role] = &[Viewer, Operator, Publisher, Admin, Node, Controller];
 const PEOPLE: &[Role] = &[Viewer, Operator, Publisher, Admin];
 const OPERATORS: &[Role] = &[Operator, Admin];
 const PUBLISHERS: &[Role] = &[Publisher, Admin];
 const ADMINS: &[Role] = &[Admin];
 
-/// Fetching bytes: by a call, and by a request to the file mirror.
+/// Fetches bytes. The file mirror admits its requests by this method's row too.
 pub const DOWNLOAD: &str = "/marco.bootstrap.v1.ArtifactService/DownloadArtifact";
 
-/// Who may call what. `EnrollmentService` is not here: it has a listener of its own, on which tokens and signatures
-/// count. What is not here nobody may call.
+/// Roles that may call each method. `EnrollmentService` has a listener of its own, which admits by tokens and
+/// signatures. Methods not listed are denied.
 const TABLE: &[(&str, &[Role])] = &[
     ("/grpc.health.v1.Health/Check", EVERY),
     ("/grpc.health.v1.Health/List", ANY),
@@ -105,7 +105,7 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.NodeService/ApproveNode", ADMINS),
     ("/marco.bootstrap.v1.NodeService/CreateJoinToken", ADMINS),
     ("/marco.bootstrap.v1.NodeService/DeleteNode", ADMINS),
-    // A node only itself: the handler sees to that.
+    // A node may read only itself; the handler checks that.
     ("/marco.bootstrap.v1.NodeService/GetNode", ANY),
     ("/marco.bootstrap.v1.NodeService/ListJoinTokens", ADMINS),
     ("/marco.bootstrap.v1.NodeService/ListNodes", PEOPLE),
@@ -140,44 +140,47 @@ const TABLE: &[(&str, &[Role])] = &[
     ("/marco.bootstrap.v1.ScheduleService/UpdateSchedule", OPERATORS),
 ];
 
-/// What a method's name begins with when it only reads. Everything else counts as a change.
+/// Prefixes of the names of methods that only read. Every other method counts as a change.
 const READS: [&str; 7] = ["Get", "List", "Watch", "Explain", "Preview", "Check", "Download"];
-/// The API's own methods, whose names need no package.
+/// Prefix of the API's own methods. The audit shows them without it.
 const OURS: &str = "/marco.bootstrap.v1.";
 
-/// Whether a call of a method is recorded even when it is allowed.
+/// True if a call of the method is recorded even when it is allowed.
 pub fn changes_something(method_path: &str) -> bool {
+    // By the name, so that a new method is recorded unless its name says that it only reads.
     let name = method_path.rsplit('/').next().unwrap_or_default();
+    // Health and reflection change nothing.
     method_path.starts_with(OURS) && !is_session(method_path) && !READS.iter().any(|verb| name.starts_with(verb))
 }
 
-/// Whether it is a task of its own, which its caller's leaving does not end. An upload is none: it lives on what its caller
-/// sends, its handler keeps and records what came of it, and nothing is changed before that.
+/// True if the call runs as a task of its own, which goes on when its caller leaves. An upload does not: it needs its
+/// caller's bytes, changes nothing before they are complete, and its handler keeps and records the result.
 pub fn runs_to_its_end(method_path: &str) -> bool {
     changes_something(method_path) && method_path != "/marco.bootstrap.v1.ArtifactService/UploadArtifact"
 }
 
-/// Whether its caller sends more than one message.
+/// True if the client sends more than one message.
 pub fn is_streamed(method_path: &str) -> bool {
     is_session(method_path)
         || method_path == "/marco.bootstrap.v1.ArtifactService/UploadArtifact"
         || method_path.starts_with("/grpc.reflection.")
 }
 
-/// Whether it is the session of a node, which is swept by itself.
+/// True if it is a node's session, which a sweep of its own checks.
 pub fn is_session(method_path: &str) -> bool {
     method_path == "/marco.bootstrap.v1.AgentService/Connect"
 }
 
-/// A method's name as it stands in the audit.
+/// A method's name in the audit.
 pub fn short(method_path: &str) -> &str {
     let name =
         if method_path.starts_with(OURS) { method_path.rsplit('/').next() } else { method_path.strip_prefix('/') };
     name.unwrap_or(method_path)
 }
 
-/// Who may call a method, by its path; empty: nobody.
+/// Roles that may call a method, by its path; empty: none.
 pub fn allowed(method_path: &str) -> &'static [Role] {
+    // Exact paths only: a prefix would also admit methods that are added later.
     TABLE.iter().find(|(path, _)| *path == method_path).map_or(&[], |(_, roles)| roles)
 }
 

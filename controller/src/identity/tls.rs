@@ -1,4 +1,5 @@
-//! TLS of the listeners, and towards other controllers: our own acceptor, because tonic's offers neither reload nor a clock, and the HTTP/2 limits.
+//! TLS of the listeners and towards other controllers, and the HTTP/2 limits. The acceptor is our own, because tonic's
+//! offers neither reload nor a clock.
 
 mod connection;
 mod frames;
@@ -41,9 +42,9 @@ pub(crate) const MAX_CONCURRENT_STREAMS: u32 = 128;
 const WINDOW: u32 = 512 << 10;
 /// Largest frame that is taken, so that a message of 256 KiB is one frame.
 const MAX_FRAME: u32 = 256 << 10;
-/// How often a silent peer is asked whether it lives: well below the time-outs of NAT, and rare enough for 10,000 nodes.
+/// Interval at which a silent peer is pinged: well below the time-outs of NAT, and rare enough for 10,000 nodes.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
-/// How long it has to answer: with the interval a dead peer is known after half a minute.
+/// Time for the answer to a ping. Together with the interval a dead peer is detected after half a minute.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Streams that a peer may reset before they were accepted (CVE-2023-44487, "rapid reset").
 const MAX_PENDING_RESETS: usize = 20;
@@ -52,13 +53,13 @@ const MAX_LOCAL_RESETS: usize = 64;
 /// Largest list of headers of a request, in bytes: gRPC's metadata is small.
 const MAX_HEADER_LIST: u32 = 16 << 10;
 
-/// A call whose answer has not begun by then is given up: a request that never comes whole would be kept for ever. Only
-/// fetching a large artifact from another controller takes minutes.
+/// Time until the answer to a call begins; after it the call is given up. Otherwise a request that never comes whole
+/// would be kept forever. Only fetching a large artifact from another controller takes minutes.
 const CALL_TIMEOUT: Duration = Duration::from_secs(600);
-/// A call for enrolment is given up after this time. Nobody on that listener ever shows a credential that is accepted.
+/// The same for a call for enrolment. No client of that listener ever shows a credential that is accepted.
 const ENROLMENT_CALL: Duration = Duration::from_secs(10);
-/// A node enrols within seconds, so a connection for it ends, and calls under way have so long to end: together
-/// [`places::STRANGER_AGE`].
+/// Age at which an enrolment connection ends; a node enrols within seconds. Calls under way then get
+/// [`ENROLMENT_GRACE`]. Together they are [`places::STRANGER_AGE`].
 const ENROLMENT_AGE: Duration = Duration::from_secs(8);
 /// See [`ENROLMENT_AGE`].
 const ENROLMENT_GRACE: Duration = Duration::from_secs(2);
@@ -67,20 +68,20 @@ const ENROLMENT_WINDOW: u32 = 65_535;
 /// Largest frame for enrolment: the least that HTTP/2 allows.
 const ENROLMENT_FRAME: u32 = 16 << 10;
 
-/// How long a listener waits for whoever is connected, and what it takes from them.
+/// Timeouts and HTTP/2 limits of a listener.
 #[derive(Debug, Clone, Copy)]
 struct Patience {
     ask: Duration,
     answer: Duration,
     call: Duration,
-    /// Of a connection, with the time that it then has to end; none: it has no end.
+    /// Age at which a connection ends, and the grace for its calls; `None`: no limit.
     age: Option<(Duration, Duration)>,
     streams: u32,
     window: u32,
     frame: u32,
 }
 
-/// Of the API's listener: sessions last for months.
+/// The API's listener: sessions last for months.
 const API: Patience = Patience {
     ask: KEEPALIVE_INTERVAL,
     answer: KEEPALIVE_TIMEOUT,
@@ -90,7 +91,7 @@ const API: Patience = Patience {
     window: WINDOW,
     frame: MAX_FRAME,
 };
-/// Of the listener for enrolment: whoever can reach the port can hold connections.
+/// The enrolment listener: any host that reaches the port can hold connections.
 const ENROLMENT: Patience = Patience {
     call: ENROLMENT_CALL,
     age: Some((ENROLMENT_AGE, ENROLMENT_GRACE)),
@@ -107,18 +108,18 @@ pub struct PeerCertificate {
     pub common_name: String,
     /// Organizational unit of the subject: the role's word.
     pub role: String,
-    /// Serial number, lower-case hexadecimal, 32 digits for certificates of this house.
+    /// Serial number, lower-case hexadecimal, 32 digits for certificates of this CA.
     pub serial: String,
     /// SHA-256 of the SubjectPublicKeyInfo, lower-case hexadecimal.
     pub key_sha256: String,
-    /// From when it is valid.
+    /// Start of the validity.
     pub not_before: DateTime<Utc>,
-    /// Until when it is valid.
+    /// End of the validity.
     pub not_after: DateTime<Utc>,
 }
 
 impl PeerCertificate {
-    /// What a certificate says; `None` when it has no common name or unit.
+    /// Reads a certificate; `None`: it does not have exactly one common name and one unit.
     pub fn read(certificate: &CertificateDer<'_>) -> Option<Self> {
         let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
         Some(Self {
@@ -136,6 +137,7 @@ impl PeerCertificate {
 pub(super) fn common_name<'a>(certificate: &'a X509Certificate<'_>) -> Option<&'a str> {
     let mut names = certificate.subject().iter_common_name();
     let name = names.next()?.as_str().ok()?;
+    // With two names one check could read the first and another one the last.
     names.next().is_none().then_some(name)
 }
 
@@ -152,20 +154,20 @@ pub(super) fn serial_hex(certificate: &X509Certificate<'_>) -> String {
     hex::encode(raw.strip_prefix(&[0]).unwrap_or(raw))
 }
 
-/// Who is at the other end of a connection: the extension that tonic's requests carry.
+/// The other end of a connection; an extension of tonic's requests.
 #[derive(Debug, Clone)]
 pub struct PeerInfo {
     /// Its address.
     pub addr: SocketAddr,
-    /// Its certificate, if it showed one.
+    /// Its certificate; `None`: it showed none.
     pub certificate: Option<Arc<PeerCertificate>>,
     /// The connection itself.
     pub connection: Arc<Connection>,
 }
 
 impl PeerInfo {
-    /// Since when the peer of a session is there: since its connection was accepted, or since now, when the connection
-    /// had a session before.
+    /// The time since which the peer of a session is there: the start of its connection, or now if the connection had a
+    /// session before.
     pub fn accept_session(&self) -> Instant {
         if self.connection.begin_session() { Instant::now() } else { self.connection.accepted() }
     }
@@ -180,7 +182,7 @@ pub struct Acceptor {
     guard: Guard,
 }
 
-/// What an acceptor is for.
+/// The purpose of an acceptor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Listener {
     Api,
@@ -203,7 +205,7 @@ impl Acceptor {
     /// For the API: a client certificate is optional, and verified when shown.
     ///
     /// # Errors
-    /// When the certificate and its key do not fit.
+    /// Returns an error if the certificate and its key do not match.
     pub fn api(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
         Self::new(pki, clock, Listener::Api)
     }
@@ -211,7 +213,7 @@ impl Acceptor {
     /// For enrolment: no client certificate; the chain carries the CA, so that a node can compare it with its pin.
     ///
     /// # Errors
-    /// When the certificate and its key do not fit.
+    /// Returns an error if the certificate and its key do not match.
     pub fn enrolment(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
         Self::new(pki, clock, Listener::Enrolment)
     }
@@ -220,7 +222,7 @@ impl Acceptor {
     /// system.
     ///
     /// # Errors
-    /// When the certificate and its key do not fit.
+    /// Returns an error if the certificate and its key do not match.
     pub fn mirror(pki: &Pki, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
         Self::new(pki, clock, Listener::Mirror)
     }
@@ -229,6 +231,7 @@ impl Acceptor {
         let provider = Arc::new(default_provider());
         let with_ca = listener == Listener::Enrolment;
         let presented = Arc::new(Presented(RwLock::new(certified(pki, with_ca)?)));
+        // Installers of the 2015 system may not speak TLS 1.3; our own agents and tools do.
         let versions: &[_] = if listener == Listener::Mirror { &[&TLS13, &TLS12] } else { &[&TLS13] };
         let builder = ServerConfig::builder_with_details(Arc::clone(&provider), Arc::new(TlsTime(clock)))
             .with_protocol_versions(versions)
@@ -239,10 +242,12 @@ impl Acceptor {
             let mut roots = RootCertStore::empty();
             roots.add(pki.ca.certificate_der().clone()).map_err(TlsError::new)?;
             let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            // The API also takes callers with an API token, who have no certificate.
             let verifier = if listener == Listener::Mirror { verifier } else { verifier.allow_unauthenticated() };
             builder.with_client_cert_verifier(verifier.build().map_err(TlsError::new)?)
         };
         let mut config = builder.with_cert_resolver(presented.clone());
+        // Clients of the mirror speak HTTP/1.1 only.
         config.alpn_protocols = vec![if listener == Listener::Mirror { b"http/1.1".to_vec() } else { b"h2".to_vec() }];
         // No resumption: it would keep a revoked or expired certificate alive, and memory for each node.
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -257,10 +262,10 @@ impl Acceptor {
         self
     }
 
-    /// Presents the controller's present certificate from now on.
+    /// Presents the controller's current certificate from now on.
     ///
     /// # Errors
-    /// When the certificate and its key do not fit; the old one stays.
+    /// Returns an error if the certificate and its key do not match; the old certificate stays in use.
     pub fn reload(&self, pki: &Pki) -> Result<(), TlsError> {
         let certified = certified(pki, self.with_ca)?;
         *self.presented.0.write().unwrap_or_else(PoisonError::into_inner) = certified;
@@ -274,12 +279,13 @@ fn certified(pki: &Pki, with_ca: bool) -> Result<Arc<CertifiedKey>, TlsError> {
         chain.push(pki.ca.certificate_der().clone());
     }
     let key = sign::any_supported_type(&pki.key()).map_err(TlsError::new)?;
+    // `CertifiedKey::new` does not compare them; each handshake would fail instead.
     let certified = CertifiedKey::new(chain, key);
     certified.keys_match().map_err(TlsError::new)?;
     Ok(Arc::new(certified))
 }
 
-/// The certificate that is presented, whatever name the client asks for: agents dial addresses.
+/// The presented certificate. It does not depend on the name that the client asks for, because agents dial addresses.
 struct Presented(RwLock<Arc<CertifiedKey>>);
 
 impl fmt::Debug for Presented {
@@ -294,7 +300,7 @@ impl ResolvesServerCert for Presented {
     }
 }
 
-/// Our clock, as rustls asks for it.
+/// The controller's clock, for rustls.
 struct TlsTime(Arc<dyn Clock>);
 
 impl fmt::Debug for TlsTime {
@@ -310,7 +316,7 @@ impl TimeProvider for TlsTime {
     }
 }
 
-/// The server for enrolment: as [`server_builder`]'s, but connections end.
+/// The server for enrolment: like [`server_builder`]'s, but connections end.
 pub fn enrolment_builder() -> tonic::transport::Server {
     builder(ENROLMENT)
 }
@@ -325,6 +331,7 @@ fn builder(patience: Patience) -> tonic::transport::Server {
         .max_concurrent_streams(patience.streams)
         .initial_stream_window_size(patience.window)
         .initial_connection_window_size(patience.window)
+        // An adaptive window would grow beyond the memory that is planned for a connection.
         .http2_adaptive_window(Some(false))
         .max_frame_size(patience.frame)
         .http2_keepalive_interval(Some(patience.ask))

@@ -1,7 +1,7 @@
 //! Join tokens. The text is `mj1.ID.SECRET.PIN`: `mj1` names this form; ID is the token's id in the API
 //! (`joinTokens/ID`, lower-case letters and digits); SECRET is 256 random bits and PIN the SHA-256 of the CA's
-//! SubjectPublicKeyInfo, both in base64url without padding. Only the secret's SHA-256 is stored. The pin lets a node know
-//! the right controller before it trusts anything.
+//! SubjectPublicKeyInfo, both in base64url without padding. Only the secret's SHA-256 is stored. The pin lets a node
+//! know the right controller before it trusts anything.
 
 use std::fmt;
 
@@ -36,7 +36,7 @@ impl JoinToken {
     /// A new token with a random id and secret.
     ///
     /// # Errors
-    /// When the system has no random numbers.
+    /// Returns an error if the system has no random numbers.
     pub fn mint(ca_pin: [u8; 32]) -> Result<Self, NoRandomNumbers> {
         let (mut id, mut secret) = ([0; 5], [0; 32]);
         getrandom::fill(&mut id)?;
@@ -46,14 +46,15 @@ impl JoinToken {
         Ok(Self { id, secret, ca_pin })
     }
 
-    /// Reads a token's text, with white space around it.
+    /// Reads a token's text; white space around it is ignored.
     ///
     /// # Errors
-    /// When it is none.
+    /// Returns an error if the text is no token.
     pub fn parse(text: &str) -> Result<Self, InvalidToken> {
         let mut parts = text.trim().split('.');
         let mut next = || parts.next().ok_or(InvalidToken);
         let (form, id, secret, pin) = (next()?, next()?, next()?, next()?);
+        // `JoinTokenId::parse` also accepts a full name, which has no place in a token.
         if form != FORM || parts.next().is_some() || id.contains('/') {
             return Err(InvalidToken);
         }
@@ -69,12 +70,13 @@ impl JoinToken {
         format!("{FORM}.{}.{}.{}", self.id, URL_SAFE_NO_PAD.encode(self.secret), URL_SAFE_NO_PAD.encode(self.ca_pin))
     }
 
-    /// SHA-256 of the secret, lower-case hexadecimal: what the store keeps. A secret of 256 random bits needs no salt.
+    /// SHA-256 of the secret, lower-case hexadecimal, for the store. A secret of 256 random bits needs no salt.
     pub fn secret_sha256(&self) -> String {
         hex::encode(Sha256::digest(self.secret))
     }
 }
 
+// Written by hand: a derived `Debug` would print the secret.
 impl fmt::Debug for JoinToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JoinToken").field("id", &self.id).finish_non_exhaustive()

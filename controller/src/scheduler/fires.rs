@@ -1,7 +1,7 @@
-//! Makes operations at the instants of schedules. The store decides who does: any number of controllers may try.
+//! Creates operations at the times of schedules. Any number of controllers may try; the store lets one of them do it.
 //!
-//! A schedule about which nothing can be decided is its own trouble: the instant is recorded with what went wrong, a
-//! panic included, and after a few in a row the schedule is paused. The other schedules, and the process, go on.
+//! A schedule that fails does not affect the others. Its time is recorded with the error, even after a panic, and after
+//! a few failures in a row it is paused.
 
 use std::any::Any;
 use std::collections::BTreeSet;
@@ -25,37 +25,38 @@ use crate::schedule::{FireOutcome, MissedFire, Recurrence};
 use crate::store::{AdvanceOutcome, FailedFire, FireRow, NewOperation, ScheduleRow, Store, StoreError};
 use crate::watchdog::Pulse;
 
-/// The longest time between two rounds; a wake-up at an instant makes the next one earlier.
+/// Longest time between two rounds; a wake-up makes the next one earlier.
 const TICK: Duration = Duration::from_secs(1);
-/// A wake-up is ordered for instants that are no further away than this.
+/// Horizon of wake-ups: times further away get none yet.
 const WAKE_AHEAD: TimeDelta = TimeDelta::seconds(60);
 /// Most schedules handled in one round, and most wake-ups ordered.
 const AT_ONCE: u32 = 1000;
-/// After so many instants in a row that failed, a schedule is paused.
+/// Failures in a row after which a schedule is paused.
 const FAILURES: u32 = 3;
-/// Longest text of a failure that is kept, in characters.
+/// Longest stored text of a failure, in characters.
 const FAILURE_TEXT: usize = 500;
-/// Most rows that one catch-up writes.
+/// Largest number of rows that one catch-up writes.
 const LISTED: usize = 1000;
-/// After this time without an answer from the store, it is said again that it does not answer.
+/// Interval at which a store that does not answer is logged again.
 const COMPLAIN: Duration = Duration::from_secs(60);
 
-/// Why no operation could be prepared.
+/// The reason why no operation could be prepared.
 #[derive(Debug)]
 pub enum Unprepared {
-    /// The template cannot be carried out now: no node matches, an artifact is gone.
+    /// The template cannot be carried out now: no node matches, or an artifact is gone.
     Refused(String),
-    /// The store does not answer; it is tried again.
+    /// The store does not answer; the next round tries again.
     Store(StoreError),
 }
 
-/// A future of a fire's operation.
+/// The operation of a fire, being prepared.
 pub type Preparing = Pin<Box<dyn Future<Output = Result<NewOperation, Unprepared>> + Send>>;
 
-/// Resolves targets and freezes artifacts: makes the operation of a schedule for an instant, begun at a time.
+/// Resolves targets and freezes artifacts: prepares a schedule's operation for a scheduled time, with the time at which
+/// it begins.
 pub type Prepare = Arc<dyn Fn(ScheduleRow, DateTime<Utc>, DateTime<Utc>) -> Preparing + Send + Sync>;
 
-/// Finds instants that have come, and makes what is due of them.
+/// Finds times that have come, and creates the operations that are due.
 pub struct Fires {
     store: Store,
     clock: Arc<dyn Clock>,
@@ -64,7 +65,7 @@ pub struct Fires {
     pulse: Pulse,
 }
 
-/// What is to become of some instants, at once.
+/// A decision about some times, which is stored in one transaction.
 struct Step {
     rows: Vec<FireRow>,
     fire: Option<(DateTime<Utc>, String)>,
@@ -72,18 +73,18 @@ struct Step {
 }
 
 impl Fires {
-    /// Instants that are found later than `patience` are missed.
+    /// Times that are noticed later than `patience` are missed.
     pub fn new(store: Store, clock: Arc<dyn Clock>, prepare: Prepare, patience: TimeDelta) -> Self {
         Self { store, clock, prepare, patience, pulse: Pulse::new("scheduler") }
     }
 
-    /// Lets a watchdog see its rounds.
+    /// Reports rounds to a watchdog.
     #[must_use]
     pub fn watched(self, pulse: Pulse) -> Self {
         Self { pulse, ..self }
     }
 
-    /// Rounds until cancelled. Each instant that comes soon is a one-shot job of `jobs`, which only wakes.
+    /// Runs rounds until cancelled. Each near time gets a one-shot job in `jobs`, which only wakes this loop.
     pub(super) async fn run(&self, jobs: &JobScheduler, stop: CancellationToken) {
         let wake = Arc::new(Notify::new());
         let mut ordered = BTreeSet::new();
@@ -103,7 +104,7 @@ impl Fires {
                 }
                 Err(_) => {}
             }
-            // Every arm only wakes; dropping the others loses a wake-up at most until the next tick.
+            // Each arm only wakes. A lost wake-up is made good by the next tick.
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(TICK) => {}
@@ -124,6 +125,7 @@ impl Fires {
         for row in self.store.schedules_due(later(now, WAKE_AHEAD), AT_ONCE).await? {
             let Some(at) = row.next_fire.filter(|at| *at > now) else { continue };
             let Ok(until) = at.signed_duration_since(now).to_std() else { continue };
+            // Each round sees the same near times again.
             if !ordered.insert((at, row.id)) {
                 continue;
             }
@@ -132,7 +134,7 @@ impl Fires {
                 let wake = Arc::clone(&wake);
                 Box::pin(async move { wake.notify_one() })
             });
-            // Without the wake-up the next tick finds it.
+            // Without the wake-up the next tick finds the time.
             let added = match job {
                 Ok(job) => jobs.add(job).await.map(|_| ()),
                 Err(error) => Err(error),
@@ -144,26 +146,28 @@ impl Fires {
         Ok(())
     }
 
-    /// The database's time where it has one, so that a controller whose clock is wrong neither misses nor hurries.
+    /// The database's time if it has one, so that a controller with a wrong clock is neither late nor early.
     ///
     /// # Errors
-    /// The store's.
+    /// Returns the store's error.
     pub async fn now(&self) -> Result<DateTime<Utc>, StoreError> {
         Ok(self.store.database_time().await?.unwrap_or_else(|| self.clock.now()))
     }
 
-    /// One round: decides about every instant until `now`. Public so that tests can step through time.
+    /// One round: decides about every time until `now`. Public, so that tests can step through time.
     ///
     /// # Errors
-    /// The store's; what was decided before it stays so, and the next round goes on.
+    /// Returns the store's error. Decisions before it stay, and the next round goes on.
     #[tracing::instrument(level = "debug", skip_all, name = "fires")]
     pub async fn round(&self, now: DateTime<Utc>) -> Result<(), StoreError> {
         let mut failed = Ok(());
         for schedule in self.store.schedules_due(now, AT_ONCE).await? {
             let id = schedule.id.clone();
+            // A defect in one schedule must not stop the others, nor end this controller.
             let decided = match AssertUnwindSafe(self.decide(schedule, now)).catch_unwind().await {
                 Ok(Ok(())) => continue,
-                // The others can wait for the database; for a row that cannot be decided about they must not.
+                // Without the database nothing can be decided. A single row that cannot be decided must not hold up the
+                // others.
                 Ok(Err(error @ StoreError::Unavailable(_))) => return Err(error),
                 Ok(Err(error)) => self.failed(&id, &crate::chain(&error), now).await.and(Err(error)),
                 Err(panic) => self.failed(&id, &format!("a defect: {}", said(&*panic)), now).await,
@@ -173,13 +177,14 @@ impl Fires {
         failed
     }
 
-    /// Records that the first undecided instant of a schedule failed.
+    /// Records that the first undecided time of a schedule failed.
     async fn failed(&self, id: &ScheduleId, why: &str, now: DateTime<Utc>) -> Result<(), StoreError> {
         let why: String = why.chars().take(FAILURE_TEXT).collect();
         tracing::error!(schedule = %id, why, "a schedule failed");
-        // What was decided before it failed stays so.
+        // Decisions before the failure stay.
         let Some(seen) = self.store.schedule(id).await? else { return Ok(()) };
         let Some(at) = seen.next_fire.filter(|at| *at <= now) else { return Ok(()) };
+        // The walk to the next time may be the very thing that panics.
         let next = std::panic::catch_unwind(|| {
             Recurrence::parse(&seen.cron, &seen.time_zone).ok().and_then(|recurrence| recurrence.next_after(at))
         });
@@ -197,11 +202,11 @@ impl Fires {
         self.store.fail_fire(&seen, &failed, now).await.map(|_| ())
     }
 
-    /// Sets the coming instant of every schedule anew. Another release may read an expression otherwise, and another
-    /// version of the zones may have other rules, than the one that stored it.
+    /// Calculates the next time of every schedule again. This release may read an expression differently, or have other
+    /// zone rules, than the one that stored it.
     ///
     /// # Errors
-    /// The store's.
+    /// Returns the store's error.
     pub async fn aim(&self) -> Result<(), StoreError> {
         let now = self.now().await?;
         let mut last = None;
@@ -209,13 +214,15 @@ impl Fires {
             let page = self.store.schedules(last.as_ref(), AT_ONCE).await?;
             let Some(end) = page.last().map(|row| row.id.clone()) else { return Ok(()) };
             for schedule in page {
+                // A time that has come is decided as it was stored; only coming ones move.
                 let Some(stored) = schedule.next_fire.filter(|stored| *stored > now) else { continue };
+                // Never before the last outcome: a time stored under old rules would fire once more.
                 let after = schedule.last_fire.map_or(now, |last| last.max(now));
                 let next = std::panic::catch_unwind(|| {
                     Recurrence::parse(&schedule.cron, &schedule.time_zone)
                         .map(|recurrence| recurrence.next_after(after))
                 });
-                // One that cannot be read is heard of when its instant comes.
+                // A schedule that cannot be read fails at its next time, with a record.
                 let Ok(Ok(Some(next))) = next else { continue };
                 if next != stored && self.store.move_next_fire(&schedule, Some(next)).await? {
                     tracing::warn!(schedule = %schedule.id, %stored, %next, "the coming instant of a schedule moved");
@@ -240,18 +247,20 @@ impl Fires {
             if !self.take(&schedule, step, now).await? {
                 return Ok(());
             }
+            // The next step is conditional on the row as this one left it.
             schedule.next_fire = next;
             schedule.last_fire = last.or(schedule.last_fire);
         }
         Ok(())
     }
 
-    /// Does a step; false when somebody else did.
+    /// Takes a step; false: another controller did.
     async fn take(&self, schedule: &ScheduleRow, step: Step, now: DateTime<Utc>) -> Result<bool, StoreError> {
         let Step { mut rows, fire, next } = step;
         let Some((at, reason)) = fire else {
             return Ok(self.store.advance(schedule, &rows, None, next, now).await? != AdvanceOutcome::Elsewhere);
         };
+        // A fire that is made up for begins now; a timely one begins at its own time.
         let begins = if reason.is_empty() { at } else { now };
         let refused = match (self.prepare)(schedule.clone(), at, begins).await {
             Ok(operation) => {
@@ -280,7 +289,7 @@ impl Fires {
     }
 }
 
-/// What is to become of the instants from `first` until `now`.
+/// Decisions about the times from `first` until `now`.
 fn steps(
     schedule: &ScheduleRow,
     recurrence: &Recurrence,
@@ -308,6 +317,7 @@ fn steps(
         rows.extend(due.timely.iter().map(|at| row(*at, FireOutcome::Skipped, reason.clone())));
         return vec![Step { rows, fire: None, next: due.next }];
     }
+    // Only without a timely one: otherwise the make-up and the timely fire would come at once.
     if due.timely.is_empty() {
         let last = if schedule.missed_fire == MissedFire::Once { rows.pop() } else { None };
         let fire = last.map(|last| (last.fire_time, format!("made up for: {}", last.reason)));
@@ -321,13 +331,13 @@ fn steps(
         .collect()
 }
 
-/// What a panic said.
+/// The text of a panic.
 fn said(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it said nothing")
 }
 
-/// Why a schedule fires nothing, if it is paused.
+/// The reason for skipped times; `None`: the schedule is not paused.
 fn paused(schedule: &ScheduleRow) -> Option<String> {
     schedule.paused.then(|| match schedule.pause_reason.as_str() {
         "" => "the schedule was paused".to_owned(),

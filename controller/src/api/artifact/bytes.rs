@@ -1,4 +1,4 @@
-//! Bytes that nothing needs any more, and both sides of a sweep: files without rows, rows without files.
+//! Removal of unneeded bytes, and both sides of a sweep: files without rows, and rows without files.
 
 use std::time::SystemTime;
 
@@ -7,8 +7,8 @@ use crate::api::Context;
 use crate::api::status::ApiError;
 use crate::artifacts::{ArtifactError, Digest};
 
-/// Removes bytes that no name points at any more. What cannot be removed now the sweep removes: the name is gone already,
-/// and nothing that is left to do is the caller's.
+/// Removes bytes that no name points at. A failure is left to the sweep: the name is gone already, and the caller can
+/// do nothing more.
 pub(super) async fn remove(context: &Context, digest: &str) {
     if let Err(error) = try_remove(context, digest).await {
         tracing::warn!(artifact = digest, error = &*crate::chain(&error), "bytes not removed; the sweep tries again");
@@ -17,7 +17,7 @@ pub(super) async fn remove(context: &Context, digest: &str) {
 
 async fn try_remove(context: &Context, digest: &str) -> Result<bool, ApiError> {
     let digest = Digest::parse(digest).map_err(artifact_error)?;
-    // Asked again while the bytes are held: a push may have named them since.
+    // Asked while the bytes are locked: a push may have named them since.
     let unneeded = async { Ok::<_, ApiError>(!context.store.needs_bytes(&digest.to_string()).await?) };
     context.artifacts.remove_if(digest, unneeded).await
 }
@@ -28,10 +28,10 @@ impl From<ArtifactError> for ApiError {
     }
 }
 
-/// Removes the bytes that only an operation needed which has ended since.
+/// Removes bytes that only ended operations needed.
 ///
 /// # Errors
-/// The store's; what is left is removed the next time.
+/// Returns the store's error; the next run removes the rest.
 pub(crate) async fn remove_unneeded(context: &Context) -> Result<(), ApiError> {
     for digest in context.store.sweep_blobs().await? {
         remove(context, &digest).await;
@@ -39,28 +39,30 @@ pub(crate) async fn remove_unneeded(context: &Context) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// Removes files that no row names, once they are older than that: a crash between a file's rename and its row, or a
-/// file that could not be removed, leaves one. Reports rows whose bytes are nowhere. How many files were removed.
+/// Removes files without a row that are older than `older_than`, and returns their number. A crash between a file's
+/// rename and its row leaves one, and so does a file that could not be removed. Reports rows whose bytes are missing.
 ///
 /// # Errors
-/// The store's or the disk's.
+/// Returns errors of the store and the disk.
 pub(crate) async fn sweep(context: &Context, older_than: SystemTime) -> Result<u64, ApiError> {
-    // Files first: what is stored meanwhile has a row by the time the rows are read, or is young.
+    // Files first: a file that is stored meanwhile has its row by the time the rows are read, or is young.
     let files = context.artifacts.stored().await?;
     let needed = context.store.digests().await?;
     let mut removed = 0;
     for (digest, changed) in &files {
         let name = digest.to_string();
+        // The age protects an upload between its rename and its row.
         if *changed < older_than && !needed.contains(&name) && try_remove(context, &name).await? {
             tracing::info!(artifact = name, "a file without an artifact was removed");
             removed += 1;
         }
     }
-    // Bytes that are not here may be at another controller.
+    // Missing bytes may be at another controller.
     let live = context.store.live_controllers(context.clock.now()).await?;
     if live.iter().any(|other| other.id != context.controller) {
         return Ok(removed);
     }
+    // Checked again at the disk and in the store, because both may have changed since they were listed.
     for name in needed {
         let digest = Digest::parse(&name)?;
         let missing = !files.contains_key(&digest)
@@ -125,7 +127,7 @@ mod tests {
         assert_eq!(sweep(context, SystemTime::now() + hour).await.unwrap(), 1);
         assert!(context.artifacts.reader(orphan).await.is_err());
         context.artifacts.reader(named).await.unwrap();
-        // Somebody found it unneeded, and a push named it since.
+        // The bytes were found unneeded, and a push named them since.
         remove(context, &named.to_string()).await;
         context.artifacts.reader(named).await.unwrap();
         context.store.delete_artifact(&row("").id).await.unwrap();

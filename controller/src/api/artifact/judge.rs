@@ -1,4 +1,4 @@
-//! What images say about themselves, judged at the push, and of those that were stored before at their first use.
+//! Facts of images: examined at the push, or for images from before that at their first use.
 
 use std::time::Duration;
 
@@ -9,31 +9,33 @@ use crate::api::status::ApiError;
 use crate::artifacts::{ArtifactError, Digest};
 use crate::store::ArtifactRow;
 
-/// How long a caller waits for an image that is judged for the first time; judging goes on without it.
+/// Time for which a caller waits for the first examination of an image; it goes on without the caller.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Keeps the facts of an image.
+/// Stores the facts of an image.
 pub(super) async fn keep(context: &Context, sha256: &str, facts: &Facts) -> Result<(), ApiError> {
     let text = serde_json::to_string(facts).map_err(|error| ApiError::Internal(error.to_string()))?;
     context.store.put_facts(sha256, &text).await?;
     Ok(())
 }
 
-/// The facts of an image, when it was judged. Facts that cannot be read are as good as none.
+/// The facts of an image; `None`: it was not examined. Unreadable facts count as none.
 pub(super) async fn known(context: &Context, sha256: &str) -> Result<Option<Facts>, ApiError> {
     let text = context.store.facts(sha256).await?;
+    // They may be of another release; the image is then examined again.
     Ok(text.and_then(|text| serde_json::from_str(&text).ok()))
 }
 
-/// The facts of an image, which is judged now if it never was. `None`: its bytes are not here, so nothing is known.
+/// The facts of an image, which is examined now if it never was. `None`: its bytes are not here.
 ///
 /// # Errors
-/// `Aborted` while a large image is still being judged; the store's and the disk's.
+/// Returns `Aborted` while a large image is still being examined, and errors of the store and the disk.
 pub(in crate::api) async fn facts_of(context: &Context, row: &ArtifactRow) -> Result<Option<Facts>, ApiError> {
     if let Some(facts) = known(context, &row.sha256).await? {
         return Ok(Some(facts));
     }
     let (judging, sha256) = (context.clone(), row.sha256.clone());
+    // A task, so that the work is not lost when the caller stops waiting.
     let task = context.tasks.spawn(async move { judge(&judging, &sha256).await });
     match tokio::time::timeout(PATIENCE, task).await {
         Ok(Ok(judged)) => judged,
@@ -62,7 +64,7 @@ async fn judge(context: &Context, sha256: &str) -> Result<Option<Facts>, ApiErro
     Ok(Some(facts))
 }
 
-/// Judges the images that were stored before this was done, so that the first use need not wait.
+/// Examines the images from before examinations, so that their first use need not wait.
 pub(crate) async fn judge_stored(context: Context) {
     let images = match context.store.unjudged_images().await {
         Ok(images) => images,

@@ -28,13 +28,14 @@ pub(in crate::api) fn person_role(field: &str, role: i32) -> Result<Role, ApiErr
         Ok(v1::Role::Operator) => Ok(Role::Operator),
         Ok(v1::Role::Publisher) => Ok(Role::Publisher),
         Ok(v1::Role::Admin) => Ok(Role::Admin),
+        // Nodes and controllers get their certificates by enrolment and from the CA.
         Ok(v1::Role::Unspecified | v1::Role::Node | v1::Role::Controller) | Err(_) => {
             Err(ApiError::invalid(field, "must be one of viewer, operator, publisher and admin"))
         }
     }
 }
 
-/// A length of life: more than nothing, and at most so much.
+/// A validity: above zero, and at most the limit.
 pub(in crate::api) fn ttl(
     field: &str,
     asked: Option<prost_types::Duration>,
@@ -42,6 +43,7 @@ pub(in crate::api) fn ttl(
     most: TimeDelta,
 ) -> Result<TimeDelta, ApiError> {
     let Some(asked) = asked else { return Ok(default) };
+    // Each step is checked: the number is the caller's, and may be the largest there is.
     TimeDelta::try_seconds(asked.seconds)
         .and_then(|seconds| seconds.checked_add(&TimeDelta::nanoseconds(i64::from(asked.nanos))))
         .filter(|ttl| *ttl > TimeDelta::zero() && *ttl <= most)

@@ -1,4 +1,4 @@
-//! What goes over a session.
+//! Messages of a session.
 
 use marco_proto::names::{ExecutionId, LOG_MAX, NodeId};
 use marco_proto::v1;
@@ -11,13 +11,14 @@ use crate::store::{Assignment, Release, ReportRow, SentLog};
 
 /// Highest sequence of a report. It rises by one with each state, and by a hundred where two systems of a card fork.
 const SEQUENCE_MAX: u64 = 1_000_000_000;
-/// More bytes than any card has: what a node says beyond is cut, and no sum of two overflows.
+/// Limit of byte counts, above the size of any card. Larger reports are cut, so that no sum of two overflows.
 const BYTES_MAX: u64 = 1 << 60;
 
-/// A report of this node: of another's executions it says nothing.
+/// Reads a report. A node may report its own executions only.
 pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<ReportRow, ApiError> {
     let execution = ExecutionId::parse(&report.execution)
         .map_err(|error| ApiError::invalid("report.execution", error.to_string()))?;
+    // Otherwise one node could end the work of another.
     if execution.node != *node {
         return Err(ApiError::Forbidden {
             reason: "NOT_YOURS",
@@ -27,11 +28,14 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
     let state = execution_state(report.state)
         .ok_or_else(|| ApiError::invalid("report.state", "is not a state that this controller knows"))?;
     text("report.phase", &report.phase)?;
+    // Later reports must have a higher one: with the highest number nothing of the execution would be accepted any
+    // more.
     if report.sequence > SEQUENCE_MAX {
         return Err(ApiError::invalid("report.sequence", format!("must be at most {SEQUENCE_MAX}")));
     }
     let error = report.error.map(|error| {
         let clean = |text: String, max: usize| -> String {
+            // Cleaned and not refused: a report that is refused would be sent again without end.
             text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(max).collect()
         };
         ExecutionError { reason: clean(error.reason, 64), message: clean(error.message, TEXT_MAX) }
@@ -59,7 +63,7 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
         bytes_total: report.bytes_total.min(BYTES_MAX),
         error,
         boot_id: boot_id(&report.boot_id)?,
-        // Agents of before this field say nothing.
+        // Agents from before this field do not send it.
         accept_boot_id: if report.accept_boot_id.is_empty() { String::new() } else { boot_id(&report.accept_boot_id)? },
         release,
         cancel_refused: report.cancel_refused,
@@ -67,17 +71,17 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
     })
 }
 
-/// A node's log as it is kept: no longer than its limit, in whole lines, and with nothing in it that steers a terminal.
+/// A node's log for the store: bounded, in whole lines, without control characters that a terminal would obey.
 fn log(text: &str, cut: bool) -> SentLog {
     let lines = newest(text, LOG_MAX);
     let clean = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
     SentLog { lines: lines.chars().map(clean).collect(), cut: cut || lines.len() < text.len() }
 }
 
-/// The last so many bytes of a text, in whole lines; of a line that is longer than that, nothing.
+/// The last `most` bytes of a text, in whole lines; nothing of a line that is longer.
 fn newest(text: &str, most: usize) -> &str {
     let Some(excess) = text.len().checked_sub(most).filter(|excess| *excess > 0) else { return text };
-    // A line that begins right there is whole.
+    // A line that begins exactly there is whole.
     let before = text.as_bytes().get(..excess).unwrap_or_default();
     let rest = text.as_bytes().get(excess..).unwrap_or_default();
     let skipped = match before.last() {

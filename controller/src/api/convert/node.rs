@@ -1,4 +1,4 @@
-//! Nodes, what they are, and their tokens.
+//! Nodes, their hardware and system, and join tokens.
 
 use std::net::IpAddr;
 
@@ -13,9 +13,9 @@ use crate::store::{Ailment, Board, CardLayout, Condition, NodeRow, PendingKey, S
 
 /// Most conditions of a node.
 const CONDITIONS_MAX: usize = 16;
-/// Characters of a condition's message that are kept.
+/// Largest kept length of a condition's message, in characters.
 const CONDITION_MAX: usize = 300;
-/// Most networks, boards or ids that a join token names: a big school.
+/// Largest number of networks, boards or ids of a join token: a big school.
 const TOKEN_LIMITS_MAX: usize = 1000;
 
 pub(in crate::api) fn node_state(state: i32) -> Option<NodeState> {
@@ -104,7 +104,7 @@ fn condition(condition: &Condition) -> v1::NodeCondition {
     }
 }
 
-/// Conditions as a node says them.
+/// Conditions that a node reports.
 fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> {
     use v1::node_condition::Type;
     if said.len() > CONDITIONS_MAX {
@@ -118,7 +118,7 @@ fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> 
             Type::Clock => Ailment::Clock,
             Type::UnderVoltage => Ailment::UnderVoltage,
         };
-        // It is an operating system's words about a disk, perhaps: cut, not refused.
+        // It may be an operating system's text about a disk, so it is cut and not refused.
         let clean = said.message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(CONDITION_MAX).collect();
         Condition { ailment, message: clean }
     };
@@ -213,7 +213,7 @@ pub(in crate::api) fn boot_id(boot_id: &str) -> Result<String, ApiError> {
     Ok(boot_id.to_owned())
 }
 
-/// For whom a join token is.
+/// The nodes that a join token is for.
 pub(in crate::api) struct TokenLimits {
     pub(in crate::api) cidrs: Vec<String>,
     pub(in crate::api) serials: Vec<String>,
@@ -231,6 +231,7 @@ pub(in crate::api) fn token_limits(
         }
     }
     let cidr = |text: &String| {
+        // A single address is a network of one.
         let single = text.parse::<IpAddr>().map(IpNet::from);
         let network = text.parse::<IpNet>().or(single).map(|network| network.trunc().to_string());
         network

@@ -17,9 +17,9 @@ use crate::rollout::{Limit, Rollout};
 use crate::schedule::{MaintenanceWindow, RecurrenceError};
 use crate::store::{ConflictRow, EventRow, ExecutionRow, LogRow, OperationRow};
 
-/// The longest notice: what should happen later than that has a `schedule_time`.
+/// Longest notice. A later restart is the purpose of `schedule_time`.
 const MAX_NOTICE: Duration = Duration::from_secs(24 * 3600);
-/// The longest window: what is open longer is open always.
+/// Longest window. A longer one would always be open.
 const MAX_WINDOW: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Most nodes named in one operation.
 const TARGETS_MAX: usize = 10_000;
@@ -57,7 +57,7 @@ fn named(name: &str, field: &str, bad: Bad<'_>) -> Option<FrozenArtifact> {
     }
 }
 
-/// An action, with the artifacts by name, not yet frozen.
+/// An action with its artifacts by name, not frozen yet.
 pub(in crate::api) fn action(action: v1::operation::Action, bad: Bad<'_>) -> Option<Action> {
     Some(match action {
         v1::operation::Action::Reboot(reboot) => Action::Reboot(notice(reboot.notice, reboot.message, "reboot", bad)),
@@ -84,6 +84,7 @@ pub(in crate::api) fn target(target: v1::operation::Target, bad: Bad<'_>) -> Opt
             if list.nodes.is_empty() {
                 bad("operation.nodes.nodes", "is empty; name at least one node".to_owned());
             }
+            // Before the names are read: a request of 1 MiB may have very many.
             if list.nodes.len() > TARGETS_MAX {
                 bad("operation.nodes.nodes", format!("names more than {TARGETS_MAX} nodes; use labels"));
                 return None;
@@ -99,6 +100,7 @@ pub(in crate::api) fn target(target: v1::operation::Target, bad: Bad<'_>) -> Opt
         }
         v1::operation::Target::Labels(selector) => {
             if selector.match_labels.is_empty() {
+                // An empty selector would match every node, which is more likely a mistake than meant.
                 let message = "is empty; name at least one label, or use `all` to mean every node";
                 bad("operation.labels.match_labels", message.to_owned());
             }
@@ -156,7 +158,8 @@ pub(super) fn asked_action(action: &Action) -> v1::operation::Action {
         Action::Reboot(notice) => v1::operation::Action::Reboot(reboot(notice)),
         Action::PowerOff(notice) => v1::operation::Action::PowerOff(power_off(notice)),
         Action::Update(asked) => {
-            // Defaults may differ between the boards of one operation; only one for all is shown.
+            // Defaults may differ between the boards of one operation. The field holds one, so only a common one is
+            // shown.
             let mut defaults = asked.bootcodes.values();
             let only = defaults.next().filter(|_| defaults.next().is_none());
             v1::operation::Action::Update(update(asked, asked.bootcode.as_ref().or(only)))
@@ -208,7 +211,7 @@ pub(in crate::api) fn operation(row: &OperationRow) -> v1::Operation {
     }
 }
 
-/// A rollout as it is asked for.
+/// Reads a rollout.
 pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
     use v1::rollout::FailureLimit;
     let mut number = |value: i32, field: &str| match u32::try_from(value) {
@@ -218,6 +221,7 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
             0
         }
     };
+    // In the API 0 means no limit.
     let some = |number: u32| (number > 0).then_some(number);
     let max_in_flight = some(number(asked.max_in_flight, "max_in_flight"));
     let canary = number(asked.canary, "canary");
@@ -234,6 +238,7 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
             bad(&violation.field, violation.description);
         }
     }
+    // One without the other has no effect, and the caller believes in a limit.
     if asked.group_by.is_empty() != max_in_flight_per_group.is_none() {
         let description = "and max_in_flight_per_group need each other: the key of a label, and how many at once";
         bad("operation.rollout.group_by", description.to_owned());
@@ -242,7 +247,7 @@ pub(in crate::api) fn rollout(asked: v1::Rollout, bad: Bad<'_>) -> Rollout {
     Rollout { max_in_flight, canary, max_failures, group_by, max_in_flight_per_group }
 }
 
-/// A maintenance window as it is asked for.
+/// Reads a maintenance window.
 pub(in crate::api) fn window(
     asked: v1::MaintenanceWindow,
     now: DateTime<Utc>,
@@ -271,7 +276,7 @@ pub(super) fn window_to_proto(window: &MaintenanceWindow) -> v1::MaintenanceWind
     v1::MaintenanceWindow {
         cron: window.cron.clone(),
         duration: duration(window.duration),
-        // The empty zone is UTC; said, because in a schedule's template the empty one is the schedule's.
+        // An empty zone is UTC. It is written out, because in a schedule's template an empty zone means the schedule's.
         time_zone: if window.time_zone.is_empty() { "UTC".to_owned() } else { window.time_zone.clone() },
     }
 }

@@ -1,4 +1,4 @@
-//! Schedules and what became of their instants.
+//! Schedules and the outcomes of their times.
 
 use marco_proto::v1;
 
@@ -45,7 +45,7 @@ pub(in crate::api) fn schedule(row: &ScheduleRow) -> v1::Schedule {
     }
 }
 
-/// The last instant, with where its operation is.
+/// The last time with its outcome, and the state of its operation.
 pub(in crate::api) fn last_fire(last: &LastFire) -> v1::Fire {
     let operation_state = last.operation_state.map(operation_state_to_proto).unwrap_or_default().into();
     v1::Fire { operation_state, ..fire(&last.row) }

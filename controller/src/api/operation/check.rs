@@ -1,4 +1,4 @@
-//! What would become of an operation, by what its nodes last said of themselves.
+//! Predictions for an operation, by the last reports of its nodes.
 
 use chrono::{DateTime, Months, Utc};
 use marco_archive::Facts;
@@ -15,22 +15,24 @@ use crate::operation::{Action, NodeMode, NodeState, OperationState, WaitContext,
 use crate::rollout::Rollout;
 use crate::store::{Ailment, NodeRow, PoweredOff};
 
-/// An operation that begins later than this is asked about.
+/// An operation that begins later than this needs a confirmation.
 const FAR_AHEAD: Months = Months::new(120);
-/// Nodes named in a sentence; the rest is counted.
+/// Largest number of nodes that a sentence names; the others are counted.
 const NODES_SHOWN: usize = 10;
 
 impl Operations {
-    /// Everything that a creation does, but storing it.
+    /// Does everything that a creation does, except storing it.
     pub(super) async fn check(
         &self,
         caller: &Caller,
         request: v1::CheckOperationRequest,
     ) -> Result<v1::CheckOperationResponse, ApiError> {
+        // Read by the same code as a creation, so that both return the same errors.
         let request = v1::CreateOperationRequest { operation: request.operation, request_id: String::new() };
         let now = self.context.clock.now();
         let asked = read(request, now)?;
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
+        // Frozen too, because a missing artifact is an error here as well.
         let mut action = asked.action;
         let facts = match &mut action {
             Action::Update(update) => self.freeze(update, &nodes.families).await?,
@@ -38,6 +40,7 @@ impl Operations {
         };
         let mut rows = self.context.store.nodes_by_id(&nodes.ids).await?;
         rows.sort_by(|one, other| one.id.as_str().cmp(other.id.as_str()));
+        // A node that was powered off needs other advice than one that lost its network.
         let away: Vec<NodeId> = rows.iter().filter(|row| !row.connected).map(|row| row.id.clone()).collect();
         let off = self.context.store.powered_off(&away).await?;
         let checks = rows.iter().map(|row| check_of(row, &action, facts.as_ref(), off.get(&row.id))).collect();
@@ -49,7 +52,7 @@ impl Operations {
     }
 }
 
-/// A year that was mistyped, rather than a plan.
+/// Warns of a mistyped year.
 fn far_ahead(schedule_time: DateTime<Utc>, now: DateTime<Utc>) -> Option<v1::OperationWarning> {
     let limit = now.checked_add_months(FAR_AHEAD)?;
     (schedule_time > limit).then(|| v1::OperationWarning {
@@ -68,9 +71,10 @@ fn quarantined(rows: &[NodeRow]) -> Option<v1::OperationWarning> {
     })
 }
 
-/// Nodes without the label that makes the groups. They count as one group, which is safe and rarely what was meant.
+/// Warns of nodes without the label that forms the groups. They count as one group, which is safe but rarely intended.
 fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWarning> {
     let label = rollout.group_by.as_ref()?;
+    // Without a limit for groups the label has no effect.
     let limit = rollout.max_in_flight_per_group?;
     let nodes = named(rows.iter().filter(|row| !row.labels.contains_key(label)))?;
     Some(v1::OperationWarning {
@@ -80,7 +84,7 @@ fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWar
     })
 }
 
-/// The first of these nodes, and how many more there are; `None`: there is none.
+/// The first of these nodes, and the number of the others; `None`: there are none.
 fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
     let ids: Vec<&str> = rows.map(|row| row.id.as_str()).collect();
     let shown = ids.iter().take(NODES_SHOWN).copied().collect::<Vec<_>>().join(", ");
@@ -91,14 +95,16 @@ fn named<'a>(rows: impl Iterator<Item = &'a NodeRow>) -> Option<String> {
     }
 }
 
-/// What stands in the way of one node: that it would refuse, else what its execution would wait for when it is due.
+/// The prediction for one node: a refusal by it, otherwise the obstacle of its execution.
 fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&PoweredOff>) -> v1::OperationCheck {
     let refusal = row.system.update_refusal.as_ref().filter(|_| matches!(action, Action::Update(_)));
     let refusal = refusal.map(|refusal| (refusal.reason.clone(), refusal.message.clone()));
-    // It refuses every action.
+    // A node that cannot write its journal refuses every action.
     let ill = row.system.conditions.iter().find(|condition| condition.ailment == Ailment::Journal);
     let refusal = refusal.or_else(|| ill.map(|ill| ("JOURNAL_NOT_WRITABLE".to_owned(), ill.message.clone())));
     let refusal = refusal.or_else(|| {
+        // Without facts nothing is refused: a wrong refusal could not be overruled, and the installer reads the real
+        // files.
         let tree = device_tree(&row.board.family, &row.board.model);
         let judged = facts?.judge(&row.board.family, tree);
         Some(("NOT_A_SYSTEM".to_owned(), judged.err()?))
@@ -111,8 +117,8 @@ fn check_of(row: &NodeRow, action: &Action, facts: Option<&Facts>, off: Option<&
     v1::OperationCheck { node: row.id.name(), verdict: verdict.into(), reason, message }
 }
 
-/// What an execution on this node would wait for. The time and the window are the operation's own, and whoever asks has
-/// them at hand; they would hide what the nodes lack.
+/// The obstacle of an execution on this node. The operation's time and window are left out: the caller knows them, and
+/// they would hide the obstacles of the nodes.
 fn lacks(row: &NodeRow, action: &Action) -> WaitReason {
     wait_reason(&WaitContext {
         operation: OperationState::Running,

@@ -1,4 +1,4 @@
-//! From a request to what is stored: read and checked, targets resolved, artifacts frozen.
+//! Creation of operations: the request is read and checked, targets are resolved, artifacts are frozen.
 
 use std::collections::BTreeSet;
 
@@ -19,9 +19,9 @@ use crate::rollout::Rollout;
 use crate::schedule::MaintenanceWindow;
 use crate::store::{ArtifactRow, Kind, NodeQuery, Purpose, RequestKey, Scope};
 
-/// What is not begun this long after its time is not begun at all: a Pi out of a drawer must not reboot weeks later.
+/// Default expiry. A Pi taken out of a drawer must not reboot weeks later.
 const DEFAULT_LIFETIME: TimeDelta = TimeDelta::hours(24);
-/// A schedule_time that lies this little in the past is the caller's clock, not a mistake.
+/// Age up to which a past schedule_time is blamed on the caller's clock and accepted.
 const CLOCK_TOLERANCE: TimeDelta = TimeDelta::seconds(60);
 /// Longest request id, in bytes.
 const REQUEST_ID_MAX: usize = 128;
@@ -29,6 +29,8 @@ const REQUEST_ID_MAX: usize = 128;
 impl Operations {
     pub(in crate::api) async fn resolve(&self, target: &Target, scope: &Scope) -> Result<Targets, ApiError> {
         let store = &self.context.store;
+        // Labels and `all` match approved nodes only. A node that is named may be held; its execution waits for the
+        // approval.
         let approved = NodeQuery {
             states: vec![NodeState::Approved],
             limit: u32::MAX,
@@ -48,6 +50,8 @@ impl Operations {
                 let rows = store.nodes_by_id(&ids).await?;
                 let missing: Vec<String> =
                     ids.iter().filter(|id| !rows.iter().any(|row| row.id == **id)).map(NodeId::name).collect();
+                // One error for missing nodes and for those outside, so that a limited caller cannot probe for names.
+                // A list with one node outside is refused whole, so that no operation silently misses a node.
                 let limited = !scope.is_everything();
                 if limited && (!missing.is_empty() || !rows.iter().all(|row| scope.covers(&row.labels))) {
                     return Err(outside(scope));
@@ -69,6 +73,7 @@ impl Operations {
             }
             Target::All => store.nodes(&approved).await?,
         };
+        // Without executions it would end at once, and look like a success.
         if rows.is_empty() {
             return Err(ApiError::Precondition {
                 reason: "NO_TARGETS",
@@ -81,8 +86,9 @@ impl Operations {
         })
     }
 
-    /// Replaces names by digests, so that a later push does not change what was asked for. An image that no board can start
-    /// is refused. The facts by which the image is judged for one board; `None`: no image, or nothing is known of it.
+    /// Replaces names by digests, so that a later push does not change the operation. Returns an error for an image
+    /// that no board can start. The result holds the image's facts, to judge it for one board; `None`: no image, or its
+    /// facts are unknown.
     pub(in crate::api) async fn freeze(
         &self,
         update: &mut Update,
@@ -102,9 +108,11 @@ impl Operations {
             facts = self.judged(&row).await?;
             *image = frozen(row);
         }
+        // With an image the bootcode starts the installer. Without one it replaces the system's boot files.
         let purpose = if update.image.is_some() { Purpose::Installer } else { Purpose::System };
         if let Some(bootcode) = &mut update.bootcode {
             *bootcode = frozen(self.artifact("bootcode", &bootcode.id, Kind::Bootcode, purpose).await?);
+            // A named bootcode goes to every board, so no defaults are frozen.
             return Ok(facts);
         }
         for family in families {
@@ -113,7 +121,7 @@ impl Operations {
                 Some(row) => {
                     update.bootcodes.insert(family.clone(), frozen(row));
                 }
-                // With an image, the node's own fallback takes its place.
+                // With an image, the node uses the fallback that it keeps.
                 None if update.image.is_some() => {}
                 None => {
                     let board = if family.is_empty() { "an unknown board" } else { family };
@@ -130,8 +138,9 @@ impl Operations {
         Ok(facts)
     }
 
-    /// An image's facts, unless they say that no board can start it.
+    /// An image's facts; an error if no board can start it.
     async fn judged(&self, row: &ArtifactRow) -> Result<Option<Facts>, ApiError> {
+        // The image is too large to be read again, so the facts of its push decide.
         let facts = facts_of(&self.context, row).await?;
         if let Some(refusal) = facts.as_ref().and_then(|facts| facts.refusal.as_ref()) {
             let message = format!("{} cannot be installed: {refusal}; push another image", row.id.name());
@@ -182,7 +191,7 @@ pub(in crate::api) struct Asked {
     pub(in crate::api) window: Option<MaintenanceWindow>,
 }
 
-/// A request as it was written: its times were not compared with the present yet, so it reads the same whenever it comes.
+/// A request as it was written. Its times are not compared with the present yet, so it reads the same at any time.
 pub(super) struct Written {
     action: Option<Action>,
     target: Option<Target>,
@@ -195,12 +204,12 @@ pub(super) struct Written {
     wrong: Vec<Violation>,
 }
 
-/// Reads a request as far as that can be done without the store and the clock; lists every wrong field.
+/// Reads a request as far as possible without the store; lists every wrong field.
 pub(in crate::api) fn read(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Asked, ApiError> {
     written(request, now)?.at(now)
 }
 
-/// Reads what does not depend on the time at which the request comes; `now` is for windows that never open after it.
+/// Reads the parts that do not depend on the time of the request. `now` is for windows that never open after it.
 pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -> Result<Written, ApiError> {
     let operation = request
         .operation
@@ -235,6 +244,7 @@ pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -
         bad("request_id", format!("must be at most {REQUEST_ID_MAX} bytes of printable text"));
     }
     let request = match (&action, &target) {
+        // The key covers the request as it was written, without `now`: a repeated call must have the same key.
         (Some(action), Some(target)) if wrong.is_empty() => {
             let body = serde_json::to_vec(&(action, target, schedule_time, expire_time, &rollout, &window))
                 .map_err(|error| ApiError::Internal(error.to_string()))?;
@@ -246,7 +256,7 @@ pub(super) fn written(request: v1::CreateOperationRequest, now: DateTime<Utc>) -
 }
 
 impl Written {
-    /// What is asked for by a request that comes now.
+    /// The request, as it would be if it came now.
     pub(super) fn at(self, now: DateTime<Utc>) -> Result<Asked, ApiError> {
         let Self { action, target, rollout, window, request, mut wrong, .. } = self;
         let mut bad = |field: &str, description: String| {
@@ -258,6 +268,7 @@ impl Written {
                     "operation.schedule_time",
                     format!("{} is in the past; leave it out to begin at once", time.to_rfc3339()),
                 );
+                // The request is refused anyway; `now` only lets the other checks go on.
                 now
             }
             Some(time) => time,
@@ -280,13 +291,13 @@ impl Written {
     }
 }
 
-/// A day after its time; or, where it may begin only in a window, after the first opening.
+/// A day after the scheduled time; with a window, a day after its first opening.
 pub(super) fn default_expiry(window: Option<&MaintenanceWindow>, schedule_time: DateTime<Utc>) -> DateTime<Utc> {
     let first = window.and_then(|window| window.closed_until(schedule_time)).unwrap_or(schedule_time);
     later(first, DEFAULT_LIFETIME)
 }
 
-/// Refuses what would wait for a window that never opens; releases before stored such windows.
+/// Returns an error for a window that never opens. Earlier releases stored such windows.
 pub(in crate::api) fn must_open(window: Option<&MaintenanceWindow>, now: DateTime<Utc>) -> Result<(), ApiError> {
     window.map_or(Ok(()), |window| window.check(now)).map_err(|error| ApiError::Precondition {
         reason: "WINDOW_NEVER_OPENS",
@@ -303,6 +314,7 @@ pub(in crate::api) fn request_key(id: &str, body: &[&[u8]]) -> Result<Option<Req
     }
     let mut hash = Sha256::new();
     for part in body {
+        // Each part with its length, so that no two lists of parts hash alike.
         hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
         hash.update(part);
     }

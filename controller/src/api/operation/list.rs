@@ -39,7 +39,8 @@ impl Operations {
         if let Some(node) = &node
             && !scope.is_everything()
         {
-            // Those that lie half outside are seen, but not that it is this node with which they do.
+            // A limited caller sees operations that are partly outside its scope, but must not learn that they include
+            // this node.
             self.context.node_for(caller, node).await?;
         }
         let query = OperationQuery { after, limit: size + 1, states, node, scope: scope.clone() };

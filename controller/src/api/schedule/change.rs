@@ -1,4 +1,4 @@
-//! Changing a schedule while it may fire.
+//! Changes of a schedule while it may fire.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use super::{Schedules, not_stored, read, schedule_id};
 use crate::identity::Caller;
 use crate::store::ScheduleRow;
 
-/// How long a change of a schedule waits for the scheduler to decide about an instant that has come.
+/// Time for which a change waits for the scheduler to decide about a time that has come.
 const DECIDED_WITHIN: Duration = Duration::from_secs(3);
-/// How often it looks.
+/// Interval of the checks during that wait.
 const DECIDED_AGAIN: Duration = Duration::from_millis(50);
-/// How often a change is tried again when a fire came between.
+/// Number of tries if fires come in between.
 const CHANGE_TRIES: u32 = 5;
 
 impl Schedules {
@@ -33,20 +33,23 @@ impl Schedules {
         let mut old = self.find_decided(&id, now).await?;
         for _ in 0..CHANGE_TRIES {
             let mut new = read::changed(&old, asked.clone(), &paths, now)?;
-            // It reaches nothing that either who made it or who changes it may not.
+            // The narrower of both scopes: a change must not give the schedule nodes that its maker or the caller may
+            // not reach.
             new.scope = old.scope.and(&caller.scope()).ok_or_else(|| outside(&caller.scope()))?;
             self.stays_within(caller, &new).await?;
             let doubts = self.doubts(&new, now).await?;
             if request.validate_only {
                 return Ok(not_stored(&new, doubts));
             }
+            // Conditional on the revision that was read; a fire or another change in between makes it fail.
             if self.context.store.update_schedule(&new, now).await? {
                 return Ok(v1::Schedule { doubts, ..self.shown(&self.find(&id).await?).await? });
             }
             let revision = old.revision;
-            // A fire is no reason to ask the caller again.
+            // A fire in between is no reason to trouble the caller.
             now = self.context.clock.now();
             old = self.find_decided(&id, now).await?;
+            // Another caller changed it: the change must not be applied to a schedule that this caller has not seen.
             if old.revision != revision {
                 break;
             }
@@ -57,8 +60,8 @@ impl Schedules {
         })
     }
 
-    /// A schedule of which nothing until `now` is undecided. The scheduler decides within a moment after an instant has
-    /// come; a change of the times in that moment would leave it without a row.
+    /// The schedule, after every time until `now` has an outcome. The scheduler decides within a moment after a time
+    /// has come. If the times changed in that moment, it would get no row.
     async fn find_decided(&self, id: &ScheduleId, now: DateTime<Utc>) -> Result<ScheduleRow, ApiError> {
         let given_up = tokio::time::Instant::now() + DECIDED_WITHIN;
         loop {

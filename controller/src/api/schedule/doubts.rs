@@ -1,5 +1,5 @@
-//! What is allowed of a schedule and rarely meant. It is said when a schedule is made or changed; nothing is refused for
-//! it, because nodes, labels and artifacts may come before the first fire.
+//! Findings about a schedule that are allowed but rarely intended. They are shown at its creation or change. None is an
+//! error, because nodes, labels and artifacts may appear before the first fire.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,19 +13,19 @@ use crate::operation::{Action, Target};
 use crate::schedule::Recurrence;
 use crate::store::{NodeQuery, ScheduleRow};
 
-/// A schedule whose instants are closer than this is more likely one field too long than meant.
+/// Times that are closer than this are more likely a surplus field than intended.
 const OFTEN: TimeDelta = TimeDelta::seconds(60);
-/// A schedule whose first instant is further away than this is more likely a slip than meant.
+/// A first time that is further away than this is more likely a typing error than intended.
 const FAR: TimeDelta = TimeDelta::days(10 * 366);
 
 impl Schedules {
-    /// As sentences.
+    /// The findings as sentences.
     ///
     /// # Errors
-    /// The store's.
+    /// Returns the store's error.
     pub(super) async fn doubts(&self, row: &ScheduleRow, now: DateTime<Utc>) -> Result<Vec<String>, ApiError> {
         let mut doubts = of_its_times(row, now);
-        // What a fire would be refused for, if it came now.
+        // The errors that a fire would get now.
         let operations = Operations::new(self.context.clone());
         let refused = |error: ApiError| match error {
             ApiError::Store(error) => Err(ApiError::Store(error)),
@@ -33,7 +33,7 @@ impl Schedules {
         };
         let families = match operations.resolve(&row.template.target, &row.scope).await {
             Ok(targets) => targets.families,
-            // All nodes, whichever those will be: that names none that is missing.
+            // All nodes, present or future: that names no missing one.
             Err(ApiError::Precondition { .. }) if row.template.target == Target::All => BTreeSet::new(),
             Err(error) => {
                 doubts.push(refused(error)?);
@@ -45,6 +45,7 @@ impl Schedules {
         {
             doubts.push(refused(error)?);
         }
+        // Approved or not: a misspelt label matches no node at all.
         if let Target::Labels(labels) = &row.template.target
             && self.context.store.nodes(&NodeQuery { limit: 1, ..with(row, labels.clone()) }).await?.is_empty()
         {

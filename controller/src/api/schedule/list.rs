@@ -1,4 +1,4 @@
-//! Lists of schedules and of their instants, and the instants that are to come.
+//! Lists of schedules and of their past and coming times.
 
 use chrono::DateTime;
 use marco_proto::names::ScheduleId;
@@ -11,9 +11,9 @@ use crate::identity::Caller;
 use crate::schedule::{Recurrence, Tzdata};
 use crate::store::{FireQuery, ScheduleRow, Scope};
 
-/// Fires that a preview shows unless it says how many.
+/// Default number of fires in a preview.
 const PREVIEW: usize = 10;
-/// Most fires that a preview shows.
+/// Largest number of fires in a preview.
 const PREVIEW_MAX: usize = 1000;
 
 impl Schedules {
@@ -39,7 +39,7 @@ impl Schedules {
         Ok(v1::ListSchedulesResponse { schedules: rows.iter().map(shown).collect(), next_page_token })
     }
 
-    /// Schedules by id, as many as asked for of those that may be seen.
+    /// Schedules by id: as many as asked for, of those that the caller may see.
     async fn visible(
         &self,
         scope: &Scope,
@@ -48,6 +48,8 @@ impl Schedules {
     ) -> Result<Vec<ScheduleRow>, ApiError> {
         let limit_reached = |rows: &Vec<ScheduleRow>| rows.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
         let mut rows = Vec::new();
+        // The reach of a schedule depends on its template and on today's nodes, which no query can express. So pages
+        // are read until enough rows are visible.
         loop {
             let page = self.context.store.schedules(after.as_ref(), limit).await?;
             let Some(last) = page.last().map(|row| row.id.clone()) else { return Ok(rows) };
@@ -70,6 +72,7 @@ impl Schedules {
         let parent = schedule_id("parent", &request.parent)?;
         let size = page::size(request.page_size)?;
         let damaged = || ApiError::invalid("page_token", "is damaged");
+        // A schedule has one row for each time, so the time is the key of a page.
         let before = match page::after(LIST, &request.page_token)? {
             Some(micros) => {
                 let micros = micros.parse().map_err(|_| damaged())?;
@@ -100,6 +103,7 @@ impl Schedules {
     ) -> Result<v1::PreviewScheduleResponse, ApiError> {
         let recurrence = match request.name.as_str() {
             "" => read::recurrence("", &request.cron, &request.time_zone).map_err(ApiError::Invalid)?,
+            // A name with an expression could mean either.
             name if request.cron.is_empty() && request.time_zone.is_empty() => {
                 let row = self.to_read(caller, &schedule_id("name", name)?).await?;
                 Recurrence::parse(&row.cron, &row.time_zone).map_err(|error| unreadable(&row, &error))?
@@ -119,6 +123,7 @@ impl Schedules {
                 read.ok_or_else(|| ApiError::invalid("from", wrong.unwrap_or_default()))?
             }
         };
+        // An empty list would look like a success.
         if recurrence.next_after(from).is_none() {
             let why = format!("{:?} never fires after {}: no date matches it", recurrence.cron(), from.to_rfc3339());
             return Err(ApiError::invalid("cron", why));

@@ -1,4 +1,4 @@
-//! From a request to a schedule that can be stored: every wrong field is listed.
+//! Turns a request into a schedule that can be stored, or into a list of every wrong field.
 
 use std::time::Duration;
 
@@ -13,11 +13,11 @@ use crate::api::status::{ApiError, Violation};
 use crate::schedule::{Recurrence, RecurrenceError};
 use crate::store::{ScheduleRow, Scope, Template};
 
-/// What is not begun this long after its fire is not begun at all, unless the schedule says otherwise.
+/// Default lifetime of a fire's operation: it does not begin later.
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// Longest jitter.
 const JITTER_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Longest life of a fire's operation.
+/// Longest lifetime of a fire's operation.
 const LIFETIME_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Longest expression, in bytes.
 const CRON_MAX: usize = 256;
@@ -69,7 +69,7 @@ pub(super) fn new(
     })
 }
 
-/// The schedule with those fields changed that the paths name.
+/// The schedule, with the fields changed that the paths name.
 pub(super) fn changed(
     old: &ScheduleRow,
     asked: v1::Schedule,
@@ -79,6 +79,7 @@ pub(super) fn changed(
     if paths.is_empty() {
         return Err(ApiError::invalid("update_mask", format!("must name at least one of {}", CHANGEABLE.join(", "))));
     }
+    // Merged as a message, so that the same reader checks a new and a changed schedule.
     let mut merged = convert::schedule(old);
     for path in paths {
         match path.as_str() {
@@ -96,7 +97,7 @@ pub(super) fn changed(
             }
         }
     }
-    // A window that followed the schedule's zone goes on to.
+    // A window that followed the schedule's zone still does.
     if let Some(window) = merged.operation.as_mut().and_then(|operation| operation.window.as_mut())
         && !paths.iter().any(|path| path == "operation")
         && window.time_zone == old.time_zone
@@ -110,7 +111,7 @@ pub(super) fn changed(
     let next_fire = if cron == old.cron && time_zone == old.time_zone {
         old.next_fire
     } else {
-        // Nothing becomes of an instant twice, even where the clock went back.
+        // No time gets a second outcome, even if the clock went back.
         fields.recurrence.next_after(old.last_fire.map_or(now, |last| last.max(now)))
     };
     Ok(ScheduleRow {
@@ -126,7 +127,7 @@ pub(super) fn changed(
     })
 }
 
-/// An expression in its zone; `prefix` goes before the names of the fields.
+/// A cron expression in its zone; `prefix` is put before the names of fields in errors.
 pub(super) fn recurrence(prefix: &str, cron: &str, time_zone: &str) -> Result<Recurrence, Vec<Violation>> {
     if cron.len() > CRON_MAX {
         return Err(vec![violation(&format!("{prefix}cron"), format!("must be at most {CRON_MAX} bytes"))]);
@@ -153,6 +154,7 @@ impl Fields {
     fn read(asked: v1::Schedule, now: DateTime<Utc>, wrong: &mut Vec<Violation>) -> Option<Self> {
         let recurrence = match recurrence("schedule.", &asked.cron, &asked.time_zone) {
             Ok(recurrence) => {
+                // Such a schedule would silently do nothing.
                 if let Err(never) = recurrence.must_fire(now) {
                     wrong.push(violation("schedule.cron", never.to_string()));
                 }
@@ -174,10 +176,12 @@ impl Fields {
             wrong.push(violation("schedule.overlap", "is no policy that is known".to_owned()));
         }
         let expire_after = length(asked.expire_after, "expire_after", DEFAULT_LIFETIME, LIFETIME_MAX, wrong);
+        // Every execution would expire at once.
         if expire_after.is_zero() {
             wrong.push(violation("schedule.expire_after", "must be longer than nothing".to_owned()));
         }
         let jitter = length(asked.jitter, "jitter", Duration::ZERO, JITTER_MAX, wrong);
+        // Otherwise the last nodes would expire before their own time comes.
         if jitter >= expire_after && !jitter.is_zero() {
             wrong.push(violation("schedule.jitter", "must be shorter than expire_after".to_owned()));
         }
@@ -192,7 +196,7 @@ impl Fields {
     }
 }
 
-/// `zone`: the schedule's, which is its window's by default.
+/// `zone` is the schedule's, and the default of its window.
 fn template(
     operation: Option<v1::Operation>,
     zone: Option<&str>,
@@ -211,11 +215,13 @@ fn template(
             wrong.push(violation(&format!("schedule.operation.{field}"), why));
         }
     }
+    // Filled in here, because the operation of a fire does not know the schedule's zone.
     if let Some(window) = operation.window.as_mut().filter(|window| window.time_zone.is_empty()) {
         window.time_zone = zone.unwrap_or_default().to_owned();
     }
     let operation = v1::Operation { schedule_time: None, expire_time: None, ..operation };
     let request = v1::CreateOperationRequest { operation: Some(operation), request_id: String::new() };
+    // Read like an operation, so that a template has the same rules.
     match operation::read(request, now) {
         Ok(asked) => {
             Some(Template { action: asked.action, target: asked.target, rollout: asked.rollout, window: asked.window })

@@ -1,4 +1,4 @@
-//! What a push refuses by its contents.
+//! Contents that a push refuses.
 
 use super::*;
 
@@ -39,7 +39,7 @@ async fn streams_that_need_too_much_memory_are_refused() {
     assert!(error.contains("zstd -19 --long=24"), "{error}");
 }
 
-/// The node has the same decoder, and would refuse them when its root is empty.
+/// The node has the same decoder, and would refuse them after its root is emptied.
 #[tokio::test]
 async fn streams_that_the_installer_cannot_unpack_are_refused() {
     let (dir, store) = fresh();

@@ -1,4 +1,4 @@
-//! The files of the PKI: the CA's key under the data directory, certificates and their keys where operators take them.
+//! The files of the PKI: the CA's key in the data directory, certificates and other keys in the folder for operators.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,9 +18,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::super::roles::Role;
 use super::{Ca, PkiError};
 
-/// The controller's certificate is issued again when it has this long left.
+/// Remaining validity at which the controller's certificate is issued again.
 const RENEW_BEFORE: TimeDelta = TimeDelta::days(30);
-/// Keys are for the controller's user alone.
+/// Mode of keys: for the controller's user alone.
 const SECRET: u32 = 0o600;
 const PUBLIC: u32 = 0o644;
 
@@ -28,7 +28,7 @@ const PUBLIC: u32 = 0o644;
 pub struct Pki {
     /// The authority, which does not change while the process runs.
     pub ca: Arc<Ca>,
-    /// True when the CA was minted by this start.
+    /// True if this start minted the CA.
     pub minted: bool,
     certs_dir: PathBuf,
     names: BTreeSet<String>,
@@ -37,11 +37,11 @@ pub struct Pki {
 }
 
 impl Pki {
-    /// Loads the CA and the controller's certificate, or mints them when there is nothing yet, with a certificate for an
-    /// admin. The controller's certificate is issued again when it lacks a name, is not valid yet, or has 30 days left.
+    /// Loads the CA and the controller's certificate. If there is no CA, it mints one, with a certificate for an admin.
+    /// The controller's certificate is issued again if it lacks a name, is not valid yet, or has 30 days left.
     ///
     /// # Errors
-    /// When only one of the CA's halves is there, or a file is unusable, or the clock cannot be right.
+    /// Returns an error if only one half of the CA is there, if a file is unusable, or if the clock cannot be right.
     pub fn open(
         data_dir: &Path,
         certs_dir: &Path,
@@ -54,12 +54,14 @@ impl Pki {
         let (key_there, certificate_there) = (exists(&key_path)?, exists(&certificate_path)?);
         let (ca, minted) = match (key_there, certificate_there) {
             (false, false) => (mint(&key_path, &certificate_path, now, built)?, true),
+            // Minting over the remaining half would cut off every node that trusts it.
             (true, false) => return Err(PkiError::HalfThere { found: key_path, missing: certificate_path }),
             (false, true) => return Err(PkiError::HalfThere { found: certificate_path, missing: key_path }),
             (true, true) => {
                 let ca = Ca::load(&read(&certificate_path)?, &read(&key_path)?, built)
                     .map_err(|what| PkiError::Unusable { path: certificate_path, what })?;
-                // Also where nothing has to be signed now: whoever has the right time would be turned away.
+                // Checked even if nothing has to be signed now: with a wrong clock, peers with the right time would be
+                // refused.
                 ca.check_clock(now)?;
                 (ca, false)
             }
@@ -72,16 +74,17 @@ impl Pki {
         };
         if minted {
             let (admin, admin_key) = ca.issue_user("admin", Role::Admin, now)?;
+            // Only with a new CA: a later start must not bring back an admin who was revoked.
             write(&certs_dir.join("admin.key"), &admin_key, SECRET)?;
             write(&certs_dir.join("admin.crt"), &admin.pem, PUBLIC)?;
         }
         Ok(Self { ca: Arc::new(ca), minted, certs_dir: certs_dir.to_owned(), names, certificate, key })
     }
 
-    /// Issues the controller's certificate again when it is due, as [`Pki::open`] does; true when it did.
+    /// Issues the controller's certificate again if it is due, by the rules of [`Pki::open`]; true if it did.
     ///
     /// # Errors
-    /// When it cannot be issued or written.
+    /// Returns an error if it cannot be issued or written.
     pub fn refresh(&mut self, now: DateTime<Utc>) -> Result<bool, PkiError> {
         if serves(&self.ca, &self.certificate, &self.names, now) {
             return Ok(false);
@@ -90,11 +93,11 @@ impl Pki {
         Ok(true)
     }
 
-    /// Takes the controller's certificate and key from their files when they are others than the present ones; true when
-    /// it did. Half a pair, as while the two are being written, is no error; it is looked at again.
+    /// Loads the controller's certificate and key if their files have changed; true if it did. A pair that does not
+    /// match, as while the two files are being written, is no error; it is checked again.
     ///
     /// # Errors
-    /// When the files hold something else than a certificate of this CA with every name and long enough to live.
+    /// Returns an error if the files do not hold a certificate of this CA with every name and enough validity left.
     pub fn reload(&mut self, now: DateTime<Utc>) -> Result<bool, PkiError> {
         let (certificate_path, key_path) =
             (self.certs_dir.join("controller.crt"), self.certs_dir.join("controller.key"));
@@ -103,6 +106,7 @@ impl Pki {
         }
         let unusable = |what: String| PkiError::Unusable { path: certificate_path.clone(), what };
         let (certificate, key) = parse(&read(&certificate_path)?, &read(&key_path)?).map_err(&unusable)?;
+        // SIGHUP also comes when nothing has changed.
         if certificate == self.certificate {
             return Ok(false);
         }
@@ -121,7 +125,7 @@ impl Pki {
         Ok(true)
     }
 
-    /// When the files of the controller's certificate were last written, as far as the system tells.
+    /// Modification times of the files of the controller's certificate; `None`: unknown.
     pub fn written(&self) -> [Option<std::time::SystemTime>; 2] {
         ["controller.crt", "controller.key"]
             .map(|name| fs::metadata(self.certs_dir.join(name)).and_then(|file| file.modified()).ok())
@@ -138,7 +142,7 @@ impl Pki {
     }
 }
 
-/// What every controller's certificate says besides the names asked for.
+/// Names in every controller's certificate: fixed ones, the host's, and those asked for.
 fn all_names(asked: &[String]) -> BTreeSet<String> {
     let host = gethostname::gethostname().to_string_lossy().to_ascii_lowercase();
     let mut names: BTreeSet<String> =
@@ -147,7 +151,7 @@ fn all_names(asked: &[String]) -> BTreeSet<String> {
         names.insert(format!("{}.local", host.split('.').next().unwrap_or(&host)));
         names.insert(host);
     }
-    // Addresses have several spellings, names do not differ by case.
+    // One spelling each: addresses have several, and names do not differ by case.
     names.extend(
         asked.iter().map(|name| {
             name.parse::<IpAddr>().map_or_else(|_| name.to_ascii_lowercase(), |address| address.to_string())
@@ -167,7 +171,7 @@ fn mint(key_path: &Path, certificate_path: &Path, now: DateTime<Utc>, built: Dat
     }
     if let Some(folder) = certificate_path.parent().filter(|folder| !folder.is_dir()) {
         fs::create_dir_all(folder).map_err(failed(folder))?;
-        // Certificates are for everybody; keys have modes of their own.
+        // Certificates are public; keys have modes of their own.
         fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).map_err(failed(folder))?;
     }
     write(key_path, &key, SECRET)?;
@@ -177,7 +181,7 @@ fn mint(key_path: &Path, certificate_path: &Path, now: DateTime<Utc>, built: Dat
 
 type Pair = (CertificateDer<'static>, PrivateKeyDer<'static>);
 
-/// The controller's certificate and key from their files; `None` when they are missing, or have to be issued again.
+/// The controller's certificate and key from their files; `None`: missing, or they must be issued again.
 fn load_controller(
     ca: &Ca,
     certs_dir: &Path,
@@ -197,8 +201,8 @@ fn issue_controller(ca: &Ca, certs_dir: &Path, names: &BTreeSet<String>, now: Da
     let names: Vec<String> = names.iter().cloned().collect();
     let (issued, key) = ca.issue_controller(&names, now)?;
     let path = certs_dir.join("controller.crt");
-    // Certificate and key are two files: a crash between them leaves a pair that does not fit, which the next start
-    // replaces.
+    // Certificate and key are two files. A crash between the writes leaves a pair that does not match, which the next
+    // start replaces.
     write(&certs_dir.join("controller.key"), &key, SECRET)?;
     write(&path, &issued.pem, PUBLIC)?;
     parse(&issued.pem, &key).map_err(|what| PkiError::Unusable { path, what })
@@ -212,8 +216,8 @@ fn parse(certificate: &str, key: &str) -> Result<Pair, String> {
     Ok((certificate, key))
 }
 
-/// Whether a certificate is this CA's, has every name, is valid, and has long enough to live. One that is not valid yet
-/// was issued while the clock was ahead; clients whose clock is right refuse it.
+/// True if a certificate is of this CA, has every name, is valid, and has enough validity left. One that is not valid
+/// yet was issued while the clock was ahead; clients with the right time refuse it.
 fn serves(ca: &Ca, certificate: &CertificateDer<'_>, names: &BTreeSet<String>, now: DateTime<Utc>) -> bool {
     let Ok((_, parsed)) = X509Certificate::from_der(certificate) else { return false };
     let Ok((_, authority)) = X509Certificate::from_der(ca.certificate_der()) else { return false };
@@ -231,7 +235,7 @@ fn serves(ca: &Ca, certificate: &CertificateDer<'_>, names: &BTreeSet<String>, n
     names.is_subset(&has)
 }
 
-/// Whether a key is the certificate's.
+/// True if the key belongs to the certificate.
 fn belongs(certificate: &CertificateDer<'_>, key: &PrivateKeyDer<'_>) -> bool {
     use rcgen::PublicKeyData as _;
     let key = rcgen::KeyPair::try_from(key);
@@ -258,20 +262,22 @@ fn read(path: &Path) -> Result<String, PkiError> {
     fs::read_to_string(path).map_err(|source| PkiError::File { action: "read", path: path.to_owned(), source })
 }
 
-/// Writes a file whole or not at all, with its mode from the first moment.
+/// Writes a file atomically, with its mode from the first moment.
 fn write(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
     let temporary = path.with_extension("tmp");
     let attempt = || -> io::Result<()> {
+        // A leftover of a crash would make `create_new` fail; opening it instead would keep its mode.
         match fs::remove_file(&temporary) {
             Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
             _ => {}
         }
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-        // The process' umask would keep from others what is meant for them.
+        // The process's umask would remove the rights of group and others.
         file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;
+        // Without it the rename may be lost in a power cut.
         match path.parent() {
             Some(folder) => fs::File::open(folder)?.sync_all(),
             None => Ok(()),

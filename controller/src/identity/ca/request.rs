@@ -1,4 +1,4 @@
-//! What nodes send to get a certificate.
+//! Checks of nodes' requests for certificates.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use marco_proto::names::NodeId;
@@ -13,7 +13,7 @@ use super::super::roles::Role;
 use super::super::tls::{common_name, role_word, serial_hex};
 use super::{RenewalProof, RequestError};
 
-/// How long after its expiry a node's certificate still proves who it is: a Pi out of a drawer.
+/// Time after the expiry for which a certificate still proves its node's identity: a Pi out of a drawer.
 const RENEWABLE_AFTER_EXPIRY: TimeDelta = TimeDelta::days(400);
 /// `ecdsa-with-SHA256`, RFC 5758.
 const ECDSA_WITH_SHA256: &str = "1.2.840.10045.4.3.2";
@@ -30,6 +30,7 @@ pub(super) fn public_key(csr: &CertificateSigningRequestDer<'_>) -> Result<Vec<u
         return Err(wrong("something follows it"));
     }
     let key = &request.certification_request_info.subject_pki;
+    // One algorithm: others would need checks of their own, and agents use no other.
     if !is_p256(key) {
         return Err(wrong("its key is not an ECDSA key on the curve P-256"));
     }
@@ -54,16 +55,18 @@ pub(super) fn verify_renewal(
     if old.issuer() != ca.subject() || old.verify_signature(Some(ca.public_key())).is_err() {
         return Err(wrong("this CA did not issue it"));
     }
+    // A user's certificate must not become a node's.
     if old.is_ca() || role_word(&old) != Some(Role::Node.as_str()) {
         return Err(wrong("it is not a node's"));
     }
     let node = common_name(&old).and_then(|name| NodeId::parse(name).ok()).ok_or(wrong("it names no node"))?;
-    // One that is not valid yet was issued while a controller's clock was ahead: it is to be replaced, not refused.
+    // A certificate that is not valid yet was issued while a controller's clock was ahead. It must be replaced, not
+    // refused.
     if now.timestamp() > old.validity().not_after.timestamp() + RENEWABLE_AFTER_EXPIRY.num_seconds() {
         return Err(wrong("it expired more than 400 days ago; enrol the node again with a join token"));
     }
     let key = old.public_key();
-    // rustls' provider, so that there is one implementation of cryptography in the house.
+    // rustls's provider, so that one implementation of cryptography is in use.
     let provider = default_provider();
     let algorithm = provider.signature_verification_algorithms.all.iter().find(|algorithm| {
         algorithm.public_key_alg_id() == alg_id::ECDSA_P256 && algorithm.signature_alg_id() == alg_id::ECDSA_SHA256

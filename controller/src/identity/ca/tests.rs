@@ -166,7 +166,7 @@ fn clock_that_cannot_be_right_signs_nothing() {
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("{at} was taken for a time that can be right"),
     };
-    // No CA of 1970 is made, which would be expired at once.
+    // No CA is minted in 1970: it would be expired at once.
     let text = wrong(DateTime::UNIX_EPOCH + TimeDelta::seconds(30));
     assert!(text.contains("1970-01-01T00:00:30Z") && text.contains("built") && text.contains("timedatectl"), "{text}");
     assert!(!dir.path().join("data/pki").exists() && !dir.path().join("certs").exists());
@@ -232,7 +232,7 @@ fn unusable_requests_are_refused() {
     refused(&format!("-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n"));
 }
 
-/// A certificate of a node with its key, and what it takes to renew it.
+/// A node's certificate with its key, and a signed request to renew it.
 fn renewal(ca: &Ca) -> (Issued, KeyPair, String, Vec<u8>) {
     let (old, new) = (key(), key());
     let issued = ca.issue_node(&request(&old), &node(), now()).unwrap();
@@ -245,7 +245,7 @@ fn renewal(ca: &Ca) -> (Issued, KeyPair, String, Vec<u8>) {
 fn an_old_certificate_proves_who_renews_until_400_days_after_its_expiry() {
     let ca = minted();
     let (issued, _, csr, signature) = renewal(&ca);
-    // One of a controller whose clock was ahead is not valid yet: it is replaced, too.
+    // A certificate of a controller with a clock ahead is not valid yet, and is replaced too.
     for days in [-2, 0, 15, 31, 430] {
         let proof = ca.verify_renewal(&issued.pem, &csr, &signature, now() + TimeDelta::days(days)).unwrap();
         assert_eq!(

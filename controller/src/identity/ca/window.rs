@@ -1,5 +1,5 @@
-//! The times at which the CA signs. A machine without a real-time clock boots in 1970, or when it was last switched off:
-//! certificates of such a time are expired for everyone whose clock is right.
+//! The times at which the CA signs. A machine without a real-time clock boots in 1970, or at the time when it was
+//! switched off. Certificates of such a time have expired for everyone with the right time.
 
 use chrono::{DateTime, SecondsFormat, Utc};
 use rustls::pki_types::CertificateDer;
@@ -8,7 +8,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::BACKDATED;
 use crate::calendar::earlier;
 
-/// The controller's clock shows a time that it cannot be.
+/// The controller's clock shows an impossible time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the controller's clock is wrong: it says {}, but {why}. Set it (`timedatectl set-ntp true` and a time server that \
@@ -20,30 +20,30 @@ pub struct WrongClock {
     why: String,
 }
 
-/// From when to when the CA signs.
+/// The time span in which the CA signs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Window {
-    /// When this program was built.
+    /// Build time of this program.
     built: DateTime<Utc>,
     /// Validity of the CA's certificate; `None`: there is no CA yet.
     ca: Option<(DateTime<Utc>, DateTime<Utc>)>,
 }
 
 impl Window {
-    /// Of a CA that is about to be made.
+    /// The span for a CA that is about to be minted.
     pub(super) fn before_ca(built: DateTime<Utc>) -> Self {
         Self { built, ca: None }
     }
 
-    /// Of a CA, as its certificate says.
+    /// The span for a CA, by its certificate.
     pub(super) fn of(certificate: &CertificateDer<'_>, built: DateTime<Utc>) -> Self {
         Self { built, ca: validity(certificate) }
     }
 
-    /// Checks that certificates of this time would be valid for someone whose clock is right.
+    /// Checks that certificates of this time would be valid for a client with the right time.
     ///
     /// A clock that is behind by less than certificates are backdated does no harm. Neither the CA nor the build proves
-    /// more: both began when some clock said so.
+    /// more: the times of both come from some clock.
     pub(super) fn check(&self, now: DateTime<Utc>) -> Result<(), WrongClock> {
         let wrong = |why: String| Err(WrongClock { now, why });
         if now < earlier(self.built, BACKDATED) {
@@ -66,7 +66,7 @@ impl Window {
     }
 }
 
-/// From when to when a certificate is valid.
+/// Start and end of a certificate's validity.
 pub(super) fn validity(certificate: &CertificateDer<'_>) -> Option<(DateTime<Utc>, DateTime<Utc>)> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     let time = |time: x509_parser::time::ASN1Time| DateTime::from_timestamp(time.timestamp(), 0);

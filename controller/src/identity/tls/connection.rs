@@ -1,4 +1,4 @@
-//! An open connection: TLS, who is at the other end, and what frames pass.
+//! An open connection: its TLS stream, its peer, and the HTTP/2 frames that pass.
 
 use std::future::Future as _;
 use std::io::{self, IoSlice};
@@ -18,30 +18,30 @@ use super::frames::{ENHANCE_YOUR_CALM, Flood, Frames};
 use super::places::{LAST_WORDS, STRANGER_AGE};
 use crate::identity::peer_log::{cut, of_peer};
 
-/// How long a peer may take from the handshake to its first frame, which it sends unasked.
+/// Time from the handshake to a peer's first frame, which it sends without being asked.
 const FIRST_FRAME: Duration = Duration::from_secs(10);
 
 /// An open connection.
 pub struct TlsConn {
     stream: TlsStream<TcpStream>,
     info: PeerInfo,
-    /// `None`: it speaks HTTP/1.1.
+    /// Frame counters; `None`: the connection speaks HTTP/1.1.
     http2: Option<Watched>,
     life: Life,
 }
 
-/// How long the connection lives.
+/// The lifetime of a connection.
 struct Life {
     gives_way: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// `None`: a credential was accepted, so nothing ends it.
+    /// The stranger's deadline; `None`: a credential was accepted, so nothing ends it.
     end: Option<Pin<Box<Sleep>>>,
     refused: bool,
 }
 
-/// What is watched over on a connection that speaks HTTP/2.
+/// State that is watched on a connection with HTTP/2.
 struct Watched {
     frames: Frames,
-    /// Until the first frame.
+    /// Deadline for the first frame; `None`: it has come.
     first: Option<Pin<Box<Sleep>>>,
     flood: Option<Flood>,
 }
@@ -58,13 +58,14 @@ impl TlsConn {
         Self { stream, info, http2: http2.then(watched), life }
     }
 
-    /// The connection ends when its place is given to another one, when no credential was accepted in time, and soon after
-    /// one was refused. Asked before reads and writes: a peer that reads nothing keeps HTTP/2 from reading.
+    /// Returns an error if the connection gave its place to another one, if no credential was accepted in time, or soon
+    /// after one was refused. Checked before reads and writes: a peer that reads nothing keeps HTTP/2 from reading.
     fn end_if_over(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         if self.life.gives_way.as_mut().poll(cx).is_ready() {
             return Err(io::ErrorKind::ConnectionAborted.into());
         }
         let place = &self.info.connection.place;
+        // A refusal counts even after another credential was accepted.
         if !self.life.refused && place.is_refused() {
             self.life.refused = true;
             self.life.end = Some(Box::pin(sleep(LAST_WORDS)));
@@ -79,16 +80,18 @@ impl TlsConn {
         Ok(())
     }
 
-    /// Who is at the other end.
+    /// The peer at the other end.
     pub fn peer(&self) -> &PeerInfo {
         &self.info
     }
 
-    /// The connection ends when a flood was seen; the peer is told why, if that can be done at once.
+    /// Returns an error after a flood. The peer gets the reason, if it can be sent at once.
     fn end_if_flooded(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let Some(watched) = &mut self.http2 else { return Ok(()) };
         let Some(Flood(what)) = watched.flood else { return Ok(()) };
+        // Between two frames only: in the middle of one the peer would read it as a payload.
         if watched.frames.may_send() {
+            // Best effort: the peer is hostile or broken, and waiting for it would keep its place taken.
             let _ = Pin::new(&mut self.stream).poll_write(cx, &ENHANCE_YOUR_CALM);
             let _ = Pin::new(&mut self.stream).poll_flush(cx);
         }
@@ -129,6 +132,7 @@ impl AsyncRead for TlsConn {
         if watched.frames.begun() {
             watched.first = None;
         }
+        // At once: h2 must not see the frames of a flood.
         this.end_if_flooded(cx)?;
         read
     }
@@ -177,6 +181,7 @@ impl AsyncWrite for TlsConn {
         Pin::new(&mut this.stream).poll_flush(cx)
     }
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Without `end_if_over`: a connection that is over is being closed anyway.
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

@@ -1,22 +1,22 @@
-//! What HTTP/2 frames a peer may make us handle. h2 bounds what it keeps, but answers some floods for ever; here they are
-//! counted as they pass, and a connection that floods is closed.
+//! Counters of the HTTP/2 frames that a peer makes us handle. h2 bounds the memory, but answers some floods without a
+//! limit. Here frames are counted as they pass, and a connection that floods is closed.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Over this time frames are counted.
+/// Time over which frames are counted.
 const WINDOW: Duration = Duration::from_secs(10);
 /// Streams that may end by a reset in the window, by either side: a console that closes its watches has dozens. A rapid
 /// reset (CVE-2023-44487), and streams opened beyond the announced limit, have thousands.
 pub(super) const MAX_RESETS: u32 = 500;
 /// Frames in the window that carry nothing: SETTINGS, PING, PRIORITY, empty DATA and CONTINUATION, unknown ones
-/// (CVE-2019-9512, 9515, 9518). Each DATA frame that we send allows one more, because some clients measure with a PING for
-/// each.
+/// (CVE-2019-9512, 9515, 9518). Each DATA frame that we send allows one more, because some clients measure with a PING
+/// for each.
 pub(super) const MAX_HOLLOW: u32 = 2000;
-/// What a client sends before its first frame (RFC 9113, section 3.4).
+/// Length of the client's preface before its first frame (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
-/// Length, type, flags and stream (RFC 9113, section 4.1).
+/// Length of a frame's head: length, type, flags and stream (RFC 9113, section 4.1).
 const HEAD: usize = 9;
 
 const DATA: u8 = 0;
@@ -31,7 +31,7 @@ const CONTINUATION: u8 = 9;
 /// The flag of SETTINGS and PING that makes them an answer; on DATA it ends the stream.
 const ACK: u8 = 1;
 
-/// The peer sends what no client has reason to send.
+/// The kind of a flood: frames that no client has reason to send in such numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Flood(pub(super) &'static str);
 
@@ -46,7 +46,7 @@ struct Frame {
 /// Finds the heads of frames in bytes that come in any pieces.
 #[derive(Debug, Default)]
 struct Lane {
-    /// Bytes that belong to no head: the preface, then payloads.
+    /// Bytes until the next head: the preface at first, then payloads.
     skip: usize,
     head: [u8; HEAD],
     have: usize,
@@ -97,18 +97,19 @@ impl Frames {
         Self { received, sent: Lane::default(), begun: false, window: now, resets: 0, hollow: 0 }
     }
 
-    /// Whether the peer has sent a frame.
+    /// True if the peer has sent a frame.
     pub(super) fn begun(&self) -> bool {
         self.begun
     }
 
-    /// Whether what we sent ends with a whole frame.
+    /// True if the bytes sent so far end with a whole frame.
     pub(super) fn may_send(&self) -> bool {
         self.sent.between_frames()
     }
 
-    /// The peer sent this.
+    /// Counts bytes that the peer sent.
     pub(super) fn received(&mut self, bytes: &[u8], now: Instant) -> Result<(), Flood> {
+        // A fixed window instead of a sliding one: two counters for a connection, and at most twice the limit.
         if now.duration_since(self.window) >= WINDOW {
             (self.window, self.resets, self.hollow) = (now, 0, 0);
         }
@@ -117,10 +118,12 @@ impl Frames {
             begun = true;
             match frame.kind {
                 RST_STREAM => resets = resets.saturating_add(1),
+                // Answers to our own SETTINGS and PING are not the peer's doing.
                 SETTINGS | PING if frame.flags & ACK == 0 => hollow = hollow.saturating_add(1),
                 DATA if frame.length == 0 && frame.flags & ACK == 0 => hollow = hollow.saturating_add(1),
                 CONTINUATION if frame.length == 0 => hollow = hollow.saturating_add(1),
                 DATA | HEADERS | SETTINGS | PING | GOAWAY | WINDOW_UPDATE | CONTINUATION | PUSH_PROMISE => {}
+                // An unknown type must be ignored (RFC 9113, section 5.5), which makes it free to send.
                 _ => hollow = hollow.saturating_add(1),
             }
         });
@@ -130,15 +133,17 @@ impl Frames {
         self.judge()
     }
 
-    /// We sent this.
+    /// Counts bytes that we sent.
     pub(super) fn sent(&mut self, bytes: &[u8]) -> Result<(), Flood> {
         let (mut resets, mut data) = (0_u32, 0_u32);
         self.sent.pass(bytes, |frame| match frame.kind {
+            // Streams that we reset count like the peer's: opening streams beyond the limit forces us to.
             RST_STREAM => resets = resets.saturating_add(1),
             DATA => data = data.saturating_add(1),
             _ => {}
         });
         self.resets = self.resets.saturating_add(resets);
+        // Some clients send a PING for each DATA frame to measure the bandwidth.
         self.hollow = self.hollow.saturating_sub(data);
         self.judge()
     }

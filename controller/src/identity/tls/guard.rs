@@ -1,4 +1,4 @@
-//! Connections, and who watches over those of a listener.
+//! Connections of a listener, and the guard that limits them and looks certificates up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,10 +11,10 @@ use super::PeerInfo;
 use super::places::{Place, Places};
 use crate::identity::roles::Role;
 
-/// Deadline for looking a certificate up while the handshake ends. Without an answer the first call decides.
+/// Deadline for looking a certificate up at the end of the handshake. Without an answer the first call decides.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// A connection, whoever is at its other end.
+/// A connection, with or without a known peer.
 #[derive(Debug)]
 pub struct Connection {
     accepted: Instant,
@@ -23,7 +23,7 @@ pub struct Connection {
 }
 
 impl Default for Connection {
-    /// One that is accepted now, and that no listener counts.
+    /// A connection that was accepted now and that no listener counts.
     fn default() -> Self {
         Self::new(Instant::now(), Place::detached())
     }
@@ -38,42 +38,42 @@ impl Connection {
         self.accepted
     }
 
-    /// Notes a session on it; true: it had one before.
+    /// Notes a session on the connection; true: it had one before.
     pub(super) fn begin_session(&self) -> bool {
         self.had_a_session.swap(true, Ordering::Relaxed)
     }
 
-    /// Notes that a credential was accepted on it: it is no stranger's any more, and counts for this caller.
+    /// Notes that a credential was accepted: the connection leaves the strangers and counts for this caller.
     pub fn accept(&self, role: Role, name: &str) {
         self.place.accept(role, name);
     }
 
-    /// Whether a credential was accepted on it.
+    /// True if a credential was accepted.
     pub fn is_accepted(&self) -> bool {
         self.place.is_accepted()
     }
 
-    /// Closes it as soon as the answer has had time to leave: its credential was refused.
+    /// Closes the connection after its credential was refused, as soon as the answer has had time to leave.
     pub fn refuse(&self) {
         self.place.refuse();
     }
 }
 
-/// Looks the certificate of a peer up, and accepts it on its connection if nothing is against it.
+/// Looks a peer's certificate up, and accepts it on its connection if it is valid and in service.
 pub type Look = Arc<dyn Fn(PeerInfo) -> BoxFuture<'static, ()> + Send + Sync>;
 
-/// Watches over the connections of a listener.
+/// Guards the connections of a listener.
 #[derive(Clone)]
 pub(super) struct Guard {
     pub(super) places: Arc<Places>,
-    /// `None`: only calls show a credential.
+    /// Looks certificates up; `None`: peers show a credential only in calls.
     pub(super) look: Option<Look>,
 }
 
 impl Guard {
     pub(super) async fn look_at(&self, peer: &PeerInfo) {
         if let (Some(look), true) = (&self.look, peer.certificate.is_some()) {
-            // Dropped late, the connection stays a stranger's, and its first call is looked at.
+            // If it takes too long, the connection stays a stranger's, and its first call decides.
             let _ = tokio::time::timeout(LOOK, look(peer.clone())).await;
         }
     }

@@ -1,4 +1,4 @@
-//! From a listening socket to connections whose peers are known.
+//! Accepts connections from a listening socket, and identifies their peers by a TLS handshake.
 
 use std::future::Future as _;
 use std::io;
@@ -22,21 +22,21 @@ use super::guard::Guard;
 use super::places::Limits;
 use super::{Acceptor, Connection, PeerCertificate, PeerInfo};
 
-/// How long a handshake may take: a Pi 1 on a bad radio needs seconds.
+/// Time limit of a handshake: a Pi 1 on a bad radio link needs seconds.
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most handshakes at a time: 12 KiB each. Further connections wait in the kernel's queue.
+/// Limit of concurrent handshakes, 12 KiB each. Further connections wait in the kernel's queue.
 pub(crate) const MAX_HANDSHAKES: usize = 1024;
-/// More handshakes at a time than this are a crowd, until none is left of them: a fleet that comes back at once, or
-/// somebody who opens connections and says nothing. A crowd is waited for less long.
+/// More concurrent handshakes than this are a crowd, until none of them is left. Either a fleet comes back at once, or
+/// a client opens connections and sends nothing. Timeouts are shorter in a crowd.
 pub(super) const CROWD: usize = 128;
-/// How long a connection in a crowd may take for its first words, which cost it nothing.
+/// Time limit for the ClientHello in a crowd. It costs the client no arithmetic.
 const HELLO_IN_A_CROWD: Duration = Duration::from_millis(1500);
-/// How long a handshake in a crowd may take: those that come back at once all wait for this machine's arithmetic.
+/// Time limit of a handshake in a crowd. A fleet that comes back at once waits for this machine's arithmetic.
 const HANDSHAKE_IN_A_CROWD: Duration = Duration::from_secs(5);
-/// How long to wait when the system has no room for another connection.
+/// Pause after the system had no room for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts connections and shakes hands, many at a time: what `serve_with_incoming_shutdown` wants. Dropping the stream
+/// Accepts connections and performs many handshakes at a time, for `serve_with_incoming_shutdown`. Dropping the stream
 /// stops accepting, and drops unfinished handshakes.
 pub fn incoming(listener: TcpListener, acceptor: Acceptor) -> impl Stream<Item = io::Result<TlsConn>> + Send + Unpin {
     let (crowd, _) = watch::channel(false);
@@ -60,10 +60,10 @@ struct Incoming {
     limits: Limits,
     /// Tasks of their own, so that public-key arithmetic runs on all cores and never holds up the accept loop.
     handshakes: JoinSet<io::Result<TlsConn>>,
-    /// Whether there is a crowd.
+    /// True while there is a crowd.
     crowd: watch::Sender<bool>,
     pause: Option<Pin<Box<Sleep>>>,
-    /// Whether the system had no room at the last try: said once.
+    /// True if the system had no room at the last try, so that this is logged once.
     short: bool,
 }
 
@@ -82,7 +82,7 @@ impl Stream for Incoming {
             match ended {
                 Poll::Ready(Some(Ok(Ok(conn)))) => return Poll::Ready(Some(Ok(conn))),
                 Poll::Ready(Some(Ok(Err(error)))) => {
-                    // Scanners do this all day.
+                    // Port scanners do this all day.
                     tracing::debug!(%error, "handshake failed");
                     continue;
                 }
@@ -90,7 +90,7 @@ impl Stream for Incoming {
                     tracing::error!(%error, "handshake panicked");
                     continue;
                 }
-                // None: there is no handshake under way. Otherwise its end wakes us.
+                // `None`: no handshake is under way. Otherwise the end of one wakes this task.
                 Poll::Ready(None) | Poll::Pending => {}
             }
             if let Some(pause) = &mut this.pause {
@@ -98,6 +98,7 @@ impl Stream for Incoming {
                 this.pause = None;
             }
             if this.handshakes.len() >= this.limits.handshakes {
+                // The end of a handshake wakes this task. Meanwhile connections wait in the kernel's queue.
                 return Poll::Pending;
             }
             match ready!(this.listener.poll_accept(cx)) {
@@ -126,7 +127,7 @@ async fn shake_hands(
     mut crowd: watch::Receiver<bool>,
 ) -> io::Result<TlsConn> {
     let begun = Instant::now();
-    // Commands are small and wanted at once.
+    // Commands are small, and must not wait for more bytes (Nagle's algorithm).
     stream.set_nodelay(true)?;
     let hello = LazyConfigAcceptor::new(Hello::default(), stream);
     let hello = patiently(begun, HELLO_IN_A_CROWD, &mut crowd, hello).await?;
@@ -134,30 +135,35 @@ async fn shake_hands(
     let stream = patiently(begun, HANDSHAKE_IN_A_CROWD, &mut crowd, hello.into_stream(tls)).await?;
     let (_, session) = stream.get_ref();
     let certificate = session.peer_certificates().and_then(|chain| chain.first()).and_then(PeerCertificate::read);
+    // A client without ALPN is served as HTTP/2 on a listener that has nothing else, so its frames are counted too.
     let http2 = only_http2 || session.alpn_protocol() == Some(b"h2");
+    // `begun` is the time of the accept: a slow handshake does not make a peer look younger.
     let connection = Arc::new(Connection::new(begun, guard.places.arrive(addr.ip())));
     let peer = PeerInfo { addr, certificate: certificate.map(Arc::new), connection };
     guard.look_at(&peer).await;
+    // After the look-up: an accepted certificate never counts among the strangers.
     peer.connection.place.enter();
     Ok(TlsConn::new(stream, peer, http2))
 }
 
-/// Waits for a part of a handshake; in a crowd less long.
+/// Waits for a part of a handshake, with a shorter timeout in a crowd.
 async fn patiently<T>(
     begun: Instant,
     in_a_crowd: Duration,
     crowd: &mut watch::Receiver<bool>,
     part: impl Future<Output = io::Result<T>>,
 ) -> io::Result<T> {
+    // The timeout is shorter only while there is a crowd: one that comes late shortens it too, one that is gone does
+    // not.
     let impatience = async {
         sleep_until(begun + in_a_crowd).await;
         if crowd.wait_for(|crowd| *crowd).await.is_err() {
-            // Nobody accepts any more, and this task is about to be dropped.
+            // The listener is gone, and this task is about to be dropped.
             std::future::pending::<()>().await;
         }
     };
     let part = timeout_at(begun + HANDSHAKE_TIMEOUT, part);
-    // Either way the connection is dropped with the part that did not end.
+    // Both ways, dropping the unfinished part drops the connection.
     tokio::select! {
         biased;
         done = part => done?,
@@ -165,7 +171,7 @@ async fn patiently<T>(
     }
 }
 
-/// Whether accepting failed because that connection is already gone, not because the system is short of something.
+/// True if accepting failed because that connection is gone already, not for lack of resources.
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)

@@ -19,9 +19,9 @@ use super::{TlsTime, WINDOW};
 use crate::clock::Clock;
 use crate::identity::ca::Ca;
 
-/// How long a connection may take: a controller that is alive but slow is asked again later.
+/// Time limit of connecting. A controller that is alive but slow is asked again later.
 const CONNECT: Duration = Duration::from_secs(3);
-/// Both sides notice a peer that died on the way.
+/// Interval of pings, so that both sides notice a peer that died on the way.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// Another controller cannot be called.
@@ -33,10 +33,10 @@ pub struct PeerError {
     cause: Box<dyn std::error::Error + Send + Sync>,
 }
 
-/// Opens a connection to another controller, with a certificate that is made for it.
+/// Opens a connection to another controller, with a certificate that is issued for it.
 ///
 /// # Errors
-/// Why there is none.
+/// Returns an error if it cannot be opened.
 pub async fn dial(ca: &Ca, clock: &Arc<dyn Clock>, address: &str) -> Result<Channel, PeerError> {
     let failed = |cause| PeerError { address: address.to_owned(), cause };
     let connector = TlsConnector::from(Arc::new(config(ca, clock).map_err(failed)?));
@@ -56,7 +56,7 @@ pub async fn dial(ca: &Ca, clock: &Arc<dyn Clock>, address: &str) -> Result<Chan
             }
         }
     });
-    // The URI only carries the name for the requests; the connector dials.
+    // The URI only names the host in the requests; the connector dials the address.
     let endpoint =
         Endpoint::from_shared(format!("http://{CONTROLLER_TLS_NAME}")).map_err(|error| failed(error.into()))?;
     endpoint
@@ -71,6 +71,7 @@ pub async fn dial(ca: &Ca, clock: &Arc<dyn Clock>, address: &str) -> Result<Chan
 }
 
 fn config(ca: &Ca, clock: &Arc<dyn Clock>) -> Result<ClientConfig, Box<dyn std::error::Error + Send + Sync>> {
+    // A fresh one for each connection: it need not be stored, renewed or revoked.
     let (issued, key) = ca.issue_peer(clock.now())?;
     let certificate = CertificateDer::from_pem_slice(issued.pem.as_bytes())?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes())?;
@@ -78,6 +79,7 @@ fn config(ca: &Ca, clock: &Arc<dyn Clock>) -> Result<ClientConfig, Box<dyn std::
     roots.add(ca.certificate_der().clone())?;
     let mut config =
         ClientConfig::builder_with_details(Arc::new(default_provider()), Arc::new(TlsTime(Arc::clone(clock))))
+            // The other side is a controller of ours.
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(roots)
             .with_client_auth_cert(vec![certificate], key)?;

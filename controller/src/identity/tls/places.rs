@@ -1,5 +1,6 @@
-//! The places of a listener's connections. Until a credential was accepted on a connection it is a stranger's: few, young,
-//! and the oldest gives way to a newcomer. Afterwards it counts for its caller, and each caller has a bounded number.
+//! The places of a listener's connections. A connection without an accepted credential is a stranger's: these are few
+//! and short-lived, and the oldest gives way to a newcomer. An accepted one counts for its caller, and each caller has
+//! a bounded number.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -24,11 +25,12 @@ pub const STRANGER_STREAMS: u32 = 4;
 pub const STRANGER_MESSAGE: usize = 64 << 10;
 /// Time for the last answer on a connection whose credential was refused.
 pub(super) const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Connections of one node to one listener: a session, a download, and those of an earlier boot that nobody has missed yet.
+/// Connections of one node to one listener: a session, a download, and those of an earlier boot that have not timed out
+/// yet.
 pub const OF_A_NODE: usize = 8;
 /// Connections of one person, service or other controller to one listener: scripts run in parallel.
 pub const OF_A_PERSON: usize = 128;
-/// Fewest connections of a kind, however few files the system grants.
+/// Fewest connections of a kind, even if the system grants very few files.
 const LEAST: usize = 16;
 
 /// Most connections of a listener, by kind.
@@ -47,8 +49,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Shares out the files that the system grants this process. Three listeners take at most nine tenths, so that the
-    /// store and downloads find theirs.
+    /// Divides the files that the system grants this process. Three listeners take at most nine tenths, so that the
+    /// store and downloads get the rest.
     pub fn of_files(files: usize) -> Self {
         let strangers = (files / 16).clamp(LEAST, STRANGERS);
         Self {
@@ -61,7 +63,7 @@ impl Limits {
         }
     }
 
-    /// Shares them out for the file mirror, which has a file open for each connection that it serves.
+    /// Divides them for the file mirror, which has a file open for each connection that it serves.
     pub fn of_mirror(files: usize) -> Self {
         let places = mirror_places(files);
         Self { nodes: places, people: places, ..Self::of_files(files) }
@@ -86,9 +88,9 @@ pub struct Places {
 #[derive(Debug, Default)]
 struct Taken {
     next: u64,
-    /// Those whose certificate is being looked up. They count among the handshakes.
+    /// Connections whose certificate is being looked up. They count among the handshakes.
     arriving: HashMap<u64, (IpAddr, CancellationToken)>,
-    /// By number, and so the oldest first.
+    /// By number, and so with the oldest first.
     strangers: BTreeMap<u64, (IpAddr, CancellationToken)>,
     addresses: HashMap<IpAddr, BTreeSet<u64>>,
     callers: HashMap<(Kind, String), BTreeMap<u64, CancellationToken>>,
@@ -96,7 +98,7 @@ struct Taken {
     people: usize,
 }
 
-/// What callers are counted as.
+/// The kind of a caller, by which it is counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Kind {
     Node,
@@ -157,7 +159,7 @@ impl Taken {
 }
 
 impl Places {
-    /// None taken yet.
+    /// Places for these limits; all are free.
     pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self { limits, taken: Mutex::default() })
     }
@@ -170,7 +172,7 @@ impl Places {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The place of a connection that ends its handshake. It is nobody's yet: among the strangers a crowd that comes from
+    /// The place of a connection that ends its handshake. It is not a stranger's yet: among the strangers a crowd from
     /// the same address would push an operator out while the certificate is looked up.
     pub(super) fn arrive(self: &Arc<Self>, address: IpAddr) -> Place {
         let (address, end) = (source(address), CancellationToken::new());
@@ -181,13 +183,14 @@ impl Places {
         Place::new(number, end, Some(Arc::clone(self)))
     }
 
-    /// A place among the strangers, unless its credential was accepted meanwhile. At a limit the oldest of them gives way:
-    /// of this address, else of all.
+    /// Moves the place to the strangers, unless its credential was accepted meanwhile. At a limit the oldest stranger
+    /// gives way: of this address, otherwise of all.
     fn enter(&self, number: u64) {
         let mut taken = self.taken();
         let Some((address, end)) = taken.arriving.remove(&number) else { return };
         let own = taken.addresses.get(&address);
         let oldest = match own {
+            // The own address goes first, so that a crowd behind one address pushes out only itself.
             Some(own) if own.len() >= self.limits.strangers_of_one => own.first().copied(),
             _ if taken.strangers.len() >= self.limits.strangers => taken.strangers.keys().next().copied(),
             _ => None,
@@ -210,6 +213,7 @@ impl Places {
             Kind::Node => (self.limits.nodes, OF_A_NODE),
             Kind::Person => (self.limits.people, OF_A_PERSON),
         };
+        // The oldest gives way, because a node that lost power leaves connections behind that look alive.
         if taken.connections_of(caller) >= of_one {
             taken.end_oldest_of(caller);
         }
@@ -219,6 +223,7 @@ impl Places {
             match taken.greediest(caller.0).filter(|greediest| taken.connections_of(greediest) > fair) {
                 Some(greediest) => taken.end_oldest_of(&greediest),
                 None => {
+                    // Logging takes a lock of its own.
                     drop(taken);
                     of_peer!(warn, caller.1.as_str(), most, kind = ?caller.0, "a connection was closed: too many of its kind");
                     end.cancel();
@@ -231,7 +236,7 @@ impl Places {
     }
 }
 
-/// The place of one connection. It is free again when this is dropped.
+/// The place of one connection; dropping it frees the place.
 #[derive(Debug)]
 pub(super) struct Place {
     number: u64,
@@ -244,7 +249,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Of a connection that no listener counts.
+    /// The place of a connection that no listener counts.
     pub(super) fn detached() -> Self {
         Self::new(0, CancellationToken::new(), None)
     }
@@ -261,7 +266,7 @@ impl Place {
         }
     }
 
-    /// The certificate, if there is one, was looked up.
+    /// Ends the look-up of the certificate, if there is one.
     pub(super) fn enter(&self) {
         if let Some(places) = &self.places {
             places.enter(self.number);
@@ -272,13 +277,14 @@ impl Place {
         self.accepted.load(Ordering::Acquire)
     }
 
-    /// A credential of this caller was accepted. The first one counts: others may pass through the same connection.
+    /// Accepts a credential of this caller. Only the first one counts: a proxy may pass on calls of several.
     pub(super) fn accept(&self, role: Role, name: &str) {
         if self.accepted.swap(true, Ordering::AcqRel) {
             return;
         }
         let caller = (if role == Role::Node { Kind::Node } else { Kind::Person }, name.to_owned());
         if let Some(places) = &self.places {
+            // Before it is counted, so that dropping the place always finds the entry.
             *self.caller.lock().unwrap_or_else(PoisonError::into_inner) = Some(caller.clone());
             places.accept(self.number, &caller);
         }
@@ -292,15 +298,16 @@ impl Place {
         self.refused.load(Ordering::Acquire)
     }
 
-    /// Resolves when the connection has to give way.
+    /// Resolves when the connection must give way.
     pub(super) fn gives_way(&self) -> WaitForCancellationFutureOwned {
         self.end.clone().cancelled_owned()
     }
 
-    /// Counts a call of a stranger; false: it has as many as it may have.
+    /// Counts a call of a stranger; false: it has as many as allowed.
     pub(super) fn begin_call(&self) -> bool {
         let most = usize::try_from(STRANGER_STREAMS).unwrap_or(usize::MAX);
         self.calls
+            // In one step: calls of one connection run on several threads.
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |calls| (calls < most).then_some(calls + 1))
             .is_ok()
     }
@@ -314,6 +321,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let Some(places) = &self.places else { return };
         let mut taken = places.taken();
+        // It may be in any of the lists, depending on how far the connection came.
         taken.remove_unknown(self.number);
         if let Some(caller) = self.caller.get_mut().unwrap_or_else(PoisonError::into_inner) {
             taken.remove_of(caller, self.number);

@@ -1,5 +1,6 @@
-//! Calls on a connection on which no credential was accepted yet: a few at a time, and more are refused before anything of
-//! them is read. HTTP/2's own limit is announced once for a connection, and a client with an API token needs more later.
+//! Limits the calls on a connection without an accepted credential. Calls beyond a few at a time are refused before
+//! anything of them is read. HTTP/2's own limit cannot do it: it is announced once for a connection, and a client with
+//! an API token needs more later.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -12,15 +13,15 @@ use super::{Connection, PeerInfo};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A call that was refused with `REFUSED_STREAM`: it was not looked at, so the client may repeat it.
+/// A call refused with `REFUSED_STREAM`: it was not processed, so the client may repeat it.
 #[derive(Debug, thiserror::Error)]
 #[error("too many calls before a credential was accepted")]
 struct TooMany(
-    // hyper takes the code of the reset from here.
+    // hyper takes the code of the reset from this source.
     #[source] h2::Error,
 );
 
-/// Limits the calls of strangers.
+/// Limits the calls of strangers' connections.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StreamsLayer;
 
@@ -31,13 +32,13 @@ impl<S> tower::Layer<S> for StreamsLayer {
     }
 }
 
-/// A service whose strangers have few calls.
+/// A service that limits the calls of strangers.
 #[derive(Debug, Clone)]
 pub struct Streams<S> {
     inner: S,
 }
 
-/// A call of a stranger, until it is answered or dropped.
+/// A stranger's call, counted until it is answered or dropped.
 struct Counted(Arc<Connection>);
 
 impl Drop for Counted {

@@ -38,7 +38,7 @@ use crate::identity::gate::GateLayer;
 use crate::identity::roles::Role;
 use crate::store::Store;
 
-/// Longest wait for anything: only a failure takes it.
+/// Time limit of every wait; reached only by a failure.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 struct House {
@@ -114,7 +114,7 @@ async fn meet(
     (server.unwrap().unwrap().peer().clone(), chain.iter().map(|der| der.clone().into_owned()).collect())
 }
 
-/// Whether the server lets a client in: in TLS 1.3 a client learns only from the first answer that it was refused.
+/// True if the server lets a client in. In TLS 1.3 a client learns only from the first answer that it was refused.
 async fn is_refused(addr: SocketAddr, config: Arc<ClientConfig>) -> bool {
     tokio::time::timeout(DEADLINE, async {
         let Ok(mut stream) = connect(addr, config).await else { return true };
@@ -146,7 +146,7 @@ async fn a_strangers_or_expired_certificate_ends_the_handshake() {
     assert!(is_refused(addr, house.client(strangers.user(Role::Admin))).await);
     let mine = house.user(Role::Admin);
     house.clock.advance(TimeDelta::days(366));
-    // The controller's own has expired as well: a client that does not mind is played by one whose clock is behind.
+    // The controller's own certificate has expired as well. The client's clock is behind, so that it does not mind.
     let behind = House {
         _dir: tempfile::tempdir().unwrap(),
         clock: Arc::new(ManualClock::new(house.clock.now() - TimeDelta::days(300))),
@@ -221,7 +221,7 @@ async fn a_handshake_that_does_not_end_is_cut_after_ten_seconds() {
     let (listener, addr) = listener().await;
     let mut connections = incoming(listener, house.api());
     let server = tokio::spawn(async move { connections.next().await.is_some() });
-    // Half a handshake is none: the client's first words, and then nothing.
+    // Half a handshake: the ClientHello, and then nothing.
     let mut half = TcpStream::connect(addr).await.unwrap();
     half.write_all(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc").await.unwrap();
     for waited in how_long_until_closed(addr, 3).await {
@@ -399,8 +399,8 @@ async fn a_flood_of_malformed_requests_ends_the_connection() {
     let flood = async {
         let mut headers = Vec::new();
         for id in (1_u32..400).step_by(2) {
-            // HEADERS, complete: POST, http, `/`, and the field `connection: x`, which HTTP/2 forbids: the server has to
-            // reset each stream.
+            // HEADERS, complete: POST, http, `/`, and the field `connection: x`, which HTTP/2 forbids: the server has
+            // to reset each stream.
             headers.extend(b"\x00\x00\x11\x01\x05");
             headers.extend(id.to_be_bytes());
             headers.extend(b"\x83\x86\x84\x00\x0aconnection\x01x");

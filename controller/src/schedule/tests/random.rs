@@ -1,4 +1,4 @@
-//! Random expressions, zones, clocks and outages: what holds for all of them.
+//! Random expressions, zones, clocks and outages, with properties that hold for all of them.
 
 use std::collections::BTreeSet;
 
@@ -63,7 +63,7 @@ fn each_fire_is_the_first_after_the_one_before() {
         for fire in recurrence.fires_after(from).take(20) {
             assert!(fire > at, "round {round}: {recurrence} after {at}: {fire}");
             assert_eq!(fire.timestamp_subsec_nanos(), 0, "round {round}: {recurrence}");
-            // Whoever looks from between two fires finds the same.
+            // A caller that looks from between two fires finds the same.
             let between = at + (fire - at) / 2;
             assert_eq!(recurrence.next_after(between), Some(fire), "round {round}: {recurrence} after {between}");
             at = fire;

@@ -1,9 +1,9 @@
-//! What somebody may have meant who wrote a time zone that does not exist.
+//! Advice for a time zone that does not exist.
 
 use super::Tzdata;
 
-/// What clocks show in some places, and a place for each. These are no names of zones: most stand for several zones, or
-/// for half a year of one.
+/// Abbreviations that clocks show, with a place for each. They are no zone names: most stand for several zones, or for
+/// half a year of one.
 const ABBREVIATIONS: [(&str, &str); 34] = [
     ("ACST", "Australia/Darwin"),
     ("ACDT", "Australia/Adelaide"),
@@ -41,7 +41,7 @@ const ABBREVIATIONS: [(&str, &str); 34] = [
     ("WEST", "Europe/Lisbon"),
 ];
 
-/// Offsets of no whole hour, in minutes, and a zone that has it.
+/// Offsets that are no whole hours, in minutes, with a zone that has them.
 const ODD_OFFSETS: [(i32, &str); 11] = [
     (-570, "Pacific/Marquesas"),
     (-210, "America/St_Johns"),
@@ -56,21 +56,23 @@ const ODD_OFFSETS: [(i32, &str); 11] = [
     (765, "Pacific/Chatham"),
 ];
 
-/// A name is taken for a misspelt one up to this many wrong letters, for each so many that are right.
+/// Right letters for each wrong letter up to which a name counts as misspelt.
 const LETTERS_FOR_A_MISTAKE: usize = 4;
 
-/// Longer names than any that exists are compared with none: the time that takes grows with the length.
+/// Longer names than any existing one get general advice: the time of a comparison grows with the length.
 const LONGEST: usize = 64;
-/// What is said when nothing is near.
+/// Advice if no name is near.
 const GENERAL: &str = "a zone is named by a place, for example Europe/Madrid; `timedatectl list-timezones` lists them";
 
-/// What to write instead of a name that is none.
+/// Advice for a name that is no zone.
 pub(in crate::schedule) fn advice(asked: &str) -> String {
+    // The text is a caller's, and each name is compared with it.
     if asked.len() > LONGEST {
         return GENERAL.to_owned();
     }
     let data = Tzdata::of_process();
     let tidied = asked.trim().replace(' ', "_");
+    // The most certain guess first: the right name in another spelling.
     if let Some(name) = data.names.iter().find(|name| name.eq_ignore_ascii_case(&tidied)) {
         return format!("did you mean {name}?");
     }
@@ -88,6 +90,7 @@ pub(in crate::schedule) fn advice(asked: &str) -> String {
 
 /// Minutes ahead of UTC: `+03:00`, `-0330`, `UTC+2`, `GMT-5`, `Z`.
 fn offset(text: &str) -> Option<i32> {
+    // A minus sign may be copied from a document as U+2212.
     let upper = text.to_ascii_uppercase().replace('\u{2212}', "-");
     if upper == "Z" {
         return Some(0);
@@ -106,13 +109,14 @@ fn offset(text: &str) -> Option<i32> {
     let number = |text: &str| text.chars().all(|c| c.is_ascii_digit()).then(|| text.parse::<i32>().ok()).flatten();
     let (hours, minutes) = (number(hours)?, number(minutes)?);
     let ahead = hours.checked_mul(60)?.checked_add(minutes)?.checked_mul(sign)?;
+    // No zone is further ahead than 14 hours.
     (hours <= 14 && minutes < 60).then_some(ahead)
 }
 
 fn for_offset(minutes: i32) -> String {
     let data = Tzdata::of_process();
     let hours = minutes / 60;
-    // The signs of these names are those of POSIX: ahead of UTC is minus.
+    // The signs of these names follow POSIX: ahead of UTC is minus.
     let fixed = match hours {
         0 => "UTC".to_owned(),
         ahead => format!("Etc/GMT{:+}", ahead.saturating_neg()),
@@ -130,7 +134,7 @@ fn for_offset(minutes: i32) -> String {
     }
 }
 
-/// The name with the fewest other letters, whole or without the part before its place.
+/// The name with the fewest different letters, compared whole or without its continent.
 fn nearest<'a>(data: &'a Tzdata, asked: &str) -> Option<&'a str> {
     let asked = asked.to_lowercase();
     let place_asked = asked.rsplit('/').next().unwrap_or_default();
@@ -138,8 +142,9 @@ fn nearest<'a>(data: &'a Tzdata, asked: &str) -> Option<&'a str> {
         let name = name.to_lowercase();
         let place = name.rsplit('/').next().unwrap_or_default();
         let whole = strsim::osa_distance(&asked, &name);
-        // Somebody who names the place rightly and the continent wrongly means the place.
+        // A caller with the right place and a wrong continent means the place.
         let by_place = strsim::osa_distance(place_asked, place).saturating_mul(2);
+        // A short place resembles too many others.
         whole.min(if place_asked.len() > 3 { by_place.max(1) } else { whole })
     };
     let (best, wrong) = data.names.iter().map(|name| (name, distance(name))).min_by_key(|(_, wrong)| *wrong)?;

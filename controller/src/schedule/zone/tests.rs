@@ -38,7 +38,7 @@ fn newer_rules_of_the_system_count() {
     let data = Tzdata::newest([folder.path().to_owned()]);
     assert_eq!((offset(&data), data.version.as_str()), (9, "2099b"));
     assert!(data.to_string().contains(&folder.path().display().to_string()), "{data}");
-    // What it leaves out is still known.
+    // A name that it leaves out is still known.
     assert_eq!(data.zone("US/Eastern").unwrap().offset(utc("2030-01-01T00:00:00Z")).num_hours(), -5);
 
     for older in ["# version 2019c\n", "# version soon\n", ""] {

@@ -1,4 +1,4 @@
-//! What becomes of instants, for every policy and wherever the clock stands.
+//! Outcomes of scheduled times, for every policy and every position of the clock.
 
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ fn every_instant_becomes_one_thing_whatever_the_policy() {
                         let walked: Vec<_> = recurrence.fires_after(first).take_while(|at| *at <= now).collect();
                         assert_eq!(all.get(1..), Some(walked.as_slice()), "{what}: an instant is left out");
                     }
-                    // Each step goes on from the one before, and the last ends in the future.
+                    // Each step continues from the one before, and the last ends in the future.
                     let nexts: Vec<_> = steps.iter().map(|step| step.next.unwrap()).collect();
                     assert!(nexts.windows(2).all(|pair| pair[0] < pair[1]), "{what}");
                     assert!(nexts.last().is_some_and(|next| *next > now), "{what}");

@@ -1,4 +1,4 @@
-//! Who gives way to whom.
+//! The order in which connections give way.
 
 use std::sync::Arc;
 
@@ -52,7 +52,7 @@ fn crowd_of_strangers_pushes_out_nobody_who_is_being_looked_up() {
         place.enter();
         assert!(!place.end.is_cancelled());
     }
-    // Not found in time, it is a stranger's like any other.
+    // A certificate that was not found in time leaves a stranger like any other.
     let more: Vec<Place> = (0..100).map(|_| enter(&places, "10.0.0.1")).collect();
     assert!(!admin.end.is_cancelled() && late.end.is_cancelled());
     drop((strangers, more, late, places.arrive("10.0.0.1".parse().unwrap())));
@@ -151,7 +151,7 @@ fn three_listeners_leave_files_for_the_store() {
         let limits = Limits::of_files(files);
         let mirror = Limits::of_mirror(files);
         let strangers = 3 * (limits.handshakes + limits.strangers);
-        // Each connection that the mirror serves has a file open, too.
+        // Each connection that the mirror serves has a file open too.
         let most = strangers + limits.nodes + limits.people + mirror.nodes + mirror.people + mirror_places(files);
         assert!(most <= files / 10 * 9, "{most} of {files}");
         assert!(limits.strangers <= STRANGERS);

@@ -1,4 +1,4 @@
-//! Who is connected and does nothing, seen frame by frame: the waits are short here, and the constants are longer.
+//! Connected peers that do nothing, observed frame by frame. Timeouts are shorter here than the constants.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::identity::roles::Role;
 const PING: u8 = 6;
 const SHORT: Duration = Duration::from_millis(300);
 
-/// The frame that opens a call of health, complete; its message does not come.
+/// A HEADERS frame that opens a health call; its message never comes.
 fn health_call() -> Vec<u8> {
     let path = b"/grpc.health.v1.Health/Check";
     let mut block = vec![0x83, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
@@ -26,7 +26,7 @@ fn health_call() -> Vec<u8> {
     headers
 }
 
-/// The frames that come until the other side closes.
+/// The frames that arrive until the other side closes.
 async fn frames(stream: &mut TlsStream<tokio::net::TcpStream>) -> Vec<u8> {
     let mut kinds = Vec::new();
     let until_closed = async {
@@ -60,7 +60,7 @@ async fn a_connection_for_enrolment_ends_and_one_of_the_api_does_not() {
     stream.write_all(PREFACE).await.unwrap();
     let begun = Instant::now();
     frames(&mut stream).await;
-    // Long before it would be asked whether it lives.
+    // Long before the first keepalive ping.
     assert!((SHORT / 2..API.ask / 2).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     server.abort();
     assert_eq!((ENROLMENT.age.map(|(age, _)| age), API.age), (Some(ENROLMENT_AGE), None));
@@ -103,7 +103,7 @@ async fn strangers_connection_ends_and_an_accepted_one_stays() {
 async fn connection_whose_certificate_was_refused_is_closed() {
     let house = house();
     let (addr, server) = served(&house).await;
-    // The store knows of no such node.
+    // The store knows no such node.
     let mut stream = connect(addr, house.client(house.user(Role::Node))).await.unwrap();
     let begun = Instant::now();
     stream.write_all(&[PREFACE, &health_call()].concat()).await.unwrap();
