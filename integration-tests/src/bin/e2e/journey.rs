@@ -1,4 +1,4 @@
-//! From a card with nothing but the installer to a system, to another, to one that does not come up, and back.
+//! From a card with only the installer to a system, to another one, to a broken one, and back.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,22 +12,22 @@ use integration_tests::tree::{compare_with_source, list};
 use integration_tests::wait::seconds;
 use node_agent::system::virtual_pi::firmware::Outcome;
 
-/// How long an installation with all its boots may take on an emulated processor that it shares with others.
+/// Timeout of an installation with all its boots, on an emulated processor shared with others.
 const UPDATE: std::time::Duration = seconds(600);
 
-/// How often a console is looked at for words that are followed by a cut.
+/// Interval between two looks at a console for a text that triggers a cut.
 const LOOK: std::time::Duration = std::time::Duration::from_millis(20);
 
-/// How the card is divided after an installation.
+/// Division of the card after an installation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// By the installer.
+    /// The installer's: recovery partition, root, home and boot partition.
     Resident,
-    /// By the image: a FAT and a root.
+    /// The image's: a FAT and a root.
     Single,
 }
 
-/// What every update must leave as it is.
+/// The node's own data, which each update must preserve.
 #[derive(Debug, PartialEq, Eq)]
 struct Own {
     machine_id: Vec<u8>,
@@ -153,7 +153,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     step("and an update of that to the second image, in layout resident again");
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
-    // Such a card has no installer of its own.
+    // A card in layout single has no installer, so the update brings one.
     let operation = update(&rig, &node, "second", &["--bootcode", "installer-1"]).await?;
     arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second, Layout::Resident).await?;
     rig.power_off(power, &node).await?;
@@ -172,7 +172,8 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Cuts the power as soon as the machine's console says this. The installer is what boots then; it is started.
+/// Cuts the power as soon as the machine's console contains this text. Checks that the installer boots next, and starts
+/// it.
 async fn cut_when(rig: &Rig, mut power: Power, words: &str) -> Result<Power> {
     let begun = Instant::now();
     loop {
@@ -193,14 +194,14 @@ async fn cut_when(rig: &Rig, mut power: Power, words: &str) -> Result<Power> {
     Ok(rig.machine.power_on())
 }
 
-/// Asks for an update without notice; answers with the operation's name.
+/// Creates an update without notice, and returns the operation's name.
 async fn update(rig: &Rig, node: &str, image: &str, more: &[&str]) -> Result<String> {
     let arguments = ["operations", "update", node, "--image", image, "--notice", "0s"];
     let operation = rig.lab.ask(&[&arguments, more].concat()).await?;
     Ok(text(&operation, "name")?.to_owned())
 }
 
-/// The operation succeeds, and the controller says that the node runs that image.
+/// Waits until the operation has succeeded, and checks that the controller reports this image and layout for the node.
 async fn arrives(
     rig: &Rig,
     power: &mut Power,
@@ -228,8 +229,8 @@ async fn arrives(
     Ok(())
 }
 
-/// Reads the card from outside: the file systems are whole, the root and the boot partition are those of the image, the
-/// firmware boots the system by default. Answers with what is the node's own.
+/// Checks the card from outside: its file systems are intact, root and boot partition are those of the image, and the
+/// firmware boots the system by default. Returns the node's own data.
 async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
     let card = rig.machine.card();
     let (table, boot_number): ([Option<bool>; 4], u32) = match layout {
@@ -260,6 +261,7 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
         Layout::Resident => card.copy_ext4(3, "/pi", &home).await?,
         Layout::Single => {
             card.copy_ext4(2, "/home/pi", &home).await?;
+            // Removed because it is the node's own data and not part of the image's tree.
             std::fs::remove_dir_all(root.join("home/pi")).context("its home is on its root")?;
             let (tree, own) = (rig.tree(image), ["etc/fstab", "boot/firmware/cmdline.txt"]);
             for (own, found) in own.into_iter().zip([root.join("etc/fstab"), boot.join("cmdline.txt")]) {
@@ -279,7 +281,7 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
     Ok(own)
 }
 
-/// Every file below a folder, with its bytes.
+/// All files below a folder: relative path and contents.
 fn files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let paths = list(folder)?.into_iter().filter(|path| folder.join(path).is_file());
     paths.map(|path| Ok((path.display().to_string(), std::fs::read(folder.join(&path))?))).collect()
