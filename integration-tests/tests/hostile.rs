@@ -1,4 +1,4 @@
-//! Hostile archives against the unpackers themselves, as a node would use them if its controller had been broken into.
+//! Hostile archives against the unpackers themselves, as on a node whose controller was compromised.
 
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
@@ -12,9 +12,9 @@ use integration_tests::{hostile, seconds};
 use marco_archive::{Error, unpack_tar, unpack_zip};
 use marco_proto::v1::artifact::Kind;
 
-/// Names the folder with the archives for the process that unpacks them.
+/// Environment variable with the folder of archives, for the process that unpacks them.
 const FOLDER: &str = "MARCO_TEST_HOSTILE_FOLDER";
-/// What unpacking may take of memory, whatever is unpacked.
+/// Most bytes of memory that unpacking may take, for any archive.
 const MEMORY: u64 = 128 << 20;
 
 fn decompressed(file: File) -> Result<Box<dyn Read>> {
@@ -31,12 +31,13 @@ fn decompressed(file: File) -> Result<Box<dyn Read>> {
     })
 }
 
-/// Unpacks every archive of a folder into a root of its own, and answers the worst of its memory.
+/// Unpacks each archive of a folder into a root of its own. Fails if one is accepted, or if anything outside its root
+/// changes.
 fn unpack_all(folder: &Path) -> Result<()> {
     for path in list(folder)? {
         let (name, path) = (path.display().to_string(), folder.join(&path));
         let place = tempfile::tempdir()?;
-        // What lies around the root must stay as it is: a trap for every `..`.
+        // Files around the root, at places that each `..` could reach: all must stay unchanged.
         let root = place.path().join("a/b/c/root");
         fs::create_dir_all(&root)?;
         for trap in ["evil", "tmp", "etc", "shadow"] {
@@ -68,7 +69,7 @@ fn unpack_all(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Archives that are harmless once unpacked, and refused for what surrounds them.
+/// True for archives that are harmless once unpacked, and refused for other reasons. There are none at present.
 fn refused_elsewhere(_name: &str) -> bool {
     false
 }
@@ -79,7 +80,7 @@ fn worst_memory() -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
-/// In a process of its own, so that its memory is that of unpacking alone.
+/// Unpacks in a process of its own, so that its peak memory is that of unpacking alone.
 #[tokio::test]
 async fn hostile_archives_write_nothing_outside_the_root_and_take_little_memory() -> Result<()> {
     if let Some(folder) = std::env::var_os(FOLDER) {

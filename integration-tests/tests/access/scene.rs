@@ -1,4 +1,4 @@
-//! Nodes, operations and schedules inside and outside a scope, and callers of every kind.
+//! Nodes, operations and schedules inside and outside a scope, and callers of all kinds.
 
 use std::net::SocketAddr;
 
@@ -16,7 +16,7 @@ use marco_proto::v1::{
 };
 use tonic::transport::Channel;
 
-/// The label that scopes use.
+/// The label that scopes select by.
 pub(crate) const ROOM: &str = "room";
 
 pub(crate) fn room(value: &str) -> std::collections::HashMap<String, String> {
@@ -27,7 +27,7 @@ pub(crate) fn access(fleet: &Fleet) -> AccessServiceClient<Channel> {
     AccessServiceClient::new(fleet.admin_channel())
 }
 
-/// An API token: its secret.
+/// Creates an API token, and returns its secret.
 pub(crate) async fn api_token(fleet: &Fleet, id: &str, role: Role, limited_to: Option<&str>) -> Result<String> {
     let selector = limited_to.map(room).unwrap_or_default();
     let token = ApiToken { role: role.into(), selector, ..ApiToken::default() };
@@ -35,7 +35,7 @@ pub(crate) async fn api_token(fleet: &Fleet, id: &str, role: Role, limited_to: O
     Ok(access(fleet).create_api_token(request).await?.into_inner().token)
 }
 
-/// A user with a key of its own.
+/// Creates a user with a new key.
 pub(crate) async fn user(fleet: &Fleet, id: &str, role: Role, limited_to: Option<&str>) -> Result<Credentials> {
     let key = NodeKey::generate()?;
     let selector = limited_to.map(room).unwrap_or_default();
@@ -78,12 +78,12 @@ pub(crate) fn later(nodes: &[&str]) -> Operation {
     Operation { schedule_time: Some(time.into()), ..reboot(nodes, std::time::Duration::ZERO) }
 }
 
-/// What the calls are about.
+/// The resources that calls refer to.
 pub(crate) struct Scene {
     pub(crate) fleet: Fleet,
-    /// The certificate of the node `in-1`.
+    /// The credentials of the node `in-1`.
     pub(crate) node: Credentials,
-    /// Operations with nodes inside, outside, and both.
+    /// An operation on a node inside the scope, one on a node outside, and one on both.
     pub(crate) operations: [String; 3],
 }
 
@@ -102,7 +102,7 @@ impl Scene {
         Ok(Self { fleet, node, operations: [inside, outside, both] })
     }
 
-    /// Makes the schedules that are not there (any more): `s-in`, `s-out` and `s-both`.
+    /// Creates those of the schedules `s-in`, `s-out` and `s-both` that are missing. Calls under test may have deleted them.
     pub(crate) async fn schedules(&self) -> Result<()> {
         for (id, nodes) in [("s-in", &["in-2"][..]), ("s-out", &["out-1"]), ("s-both", &["in-2", "out-1"])] {
             let schedule = Schedule {

@@ -1,4 +1,4 @@
-//! The load: schedules, and a client that asks for operations under request ids until each was acknowledged.
+//! The load: schedules, and a client that creates operations under request ids, and retries until each is acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,16 +16,16 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 pub(crate) const SCHEDULES: usize = 20;
-/// How often the client asks for something new.
+/// Interval between the client's requests.
 const EVERY: Duration = Duration::from_millis(400);
-/// How long the client waits for an answer before it asks somebody else.
+/// Time after which the client tries another controller.
 const PATIENCE: Duration = seconds(5);
 
 fn id(number: usize) -> String {
     format!("chaos-{number:02}")
 }
 
-/// How often the schedule of this id fires, in seconds.
+/// Interval of the schedule with this id, in seconds.
 pub(crate) fn period(id: &str) -> Result<u64> {
     let number: usize = id.trim_start_matches("chaos-").parse().context("the number of a schedule")?;
     Ok([6, 10, 12, 15, 20, 30].get(number % 6).copied().unwrap_or(30))
@@ -58,7 +58,7 @@ pub(crate) async fn pause_schedules(fleet: &Fleet) -> Result<()> {
         wait_until(seconds(30), "a schedule is paused", async || {
             let mut client = ScheduleServiceClient::new(fleet.admin_channel());
             let name = format!("schedules/{}", id(number));
-            // The controllers have only just found their database again.
+            // A controller may still be reconnecting to the database, so errors are retried.
             Ok(client.pause_schedule(PauseScheduleRequest { name, reason: "over".to_owned() }).await.ok().map(|_| ()))
         })
         .await?;
@@ -66,7 +66,7 @@ pub(crate) async fn pause_schedules(fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
-/// What the client asked for: request ids, with the operation that was acknowledged once one was.
+/// The client's request ids, each with its request, and with the operation once it was acknowledged.
 #[derive(Debug, Default)]
 pub(crate) struct Asked(Mutex<BTreeMap<String, (CreateOperationRequest, Option<String>)>>);
 
@@ -79,7 +79,7 @@ impl Asked {
         self.lock().values().find(|(_, answer)| answer.is_none()).map(|(request, _)| request.clone())
     }
 
-    /// Checks that a request id has one operation for ever, whoever is asked how often.
+    /// Checks that a request id always stands for the same operation, on all controllers.
     fn answered(&self, request_id: &str, operation: &str) -> Result<()> {
         let mut asked = self.lock();
         let (_, answer) = asked.get_mut(request_id).context("it was never asked")?;
@@ -88,7 +88,8 @@ impl Asked {
         Ok(())
     }
 
-    /// Every acknowledged operation is stored, and no request id stands for another one. Answers how many there are.
+    /// Checks that each acknowledged operation is stored, and that no request id stands for another one. Returns their
+    /// number.
     pub(crate) fn compare(&self, stored: &[Value]) -> Result<usize> {
         let stored: BTreeMap<String, &str> = stored
             .iter()
@@ -105,8 +106,8 @@ impl Asked {
     }
 }
 
-/// Asks for restarts of nodes until told to stop. What was not acknowledged is asked again, at any controller; what was
-/// is asked again now and then, too.
+/// Creates operations until `stop`. Unacknowledged requests are retried at any controller; acknowledged ones are never
+/// repeated.
 pub(crate) async fn ask(
     channels: Vec<Channel>,
     ids: Vec<String>,
@@ -131,7 +132,7 @@ pub(crate) async fn ask(
         if let Some(channel) = channels.get(dice.below(channels.len())) {
             submit(channel, &asked, request).await;
         }
-        // Paces the load; nothing is waited for.
+        // Paces the load: there is no condition to wait for.
         tokio::select! {
             () = stop.cancelled() => {}
             () = tokio::time::sleep(EVERY) => {}
@@ -148,7 +149,7 @@ async fn submit(channel: &Channel, asked: &Asked, request: CreateOperationReques
     }
 }
 
-/// Asks again for all that was never acknowledged, until it is.
+/// Retries all unacknowledged requests until each is acknowledged.
 pub(crate) async fn settle(asked: &Asked, fleet: &Fleet) -> Result<()> {
     wait_until(seconds(60), "everything is acknowledged", async || {
         let Some(request) = asked.open() else { return Ok(Some(())) };

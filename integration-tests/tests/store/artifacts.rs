@@ -86,7 +86,7 @@ pub(crate) async fn node_gets_the_bytes_of_its_work_and_its_defaults(f: Fixture)
 
     f.store.set_default(&id("usual"), "").await.unwrap();
     assert_eq!(may(&other, "usual").await, Allowance::Granted);
-    // Its board has a default of its own now.
+    // The node's board now has its own default, which replaces the general one.
     f.store.set_default(&id("own"), "pi4").await.unwrap();
     assert_eq!((may(&other, "usual").await, may(&other, "own").await), (Allowance::NotAsked, Allowance::Granted));
     f.store.set_default(&id("os"), "pi5").await.unwrap();

@@ -61,7 +61,7 @@ pub(crate) async fn a_call_is_audited(f: Fixture) {
         assert_eq!(f.store.audit(&query).await.unwrap().len(), found, "{query:?}");
     }
 
-    // Neither this program nor somebody with the database's password changes it by mistake.
+    // A trigger protects the audit from this program, and from mistakes of an administrator.
     let statements = ["UPDATE audit SET actor = 'nobody'", "DELETE FROM audit"];
     let answers = f.by_hand(&statements).await;
     assert!(answers.iter().all(|answer| answer.as_ref().is_err_and(|why| why.contains("only grows"))), "{answers:?}");

@@ -1,4 +1,4 @@
-//! Tokens, enrolment and certificates.
+//! Join tokens, enrolment and certificates.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use marco_proto::names::{JoinTokenId, NodeId};
 
 use crate::support::*;
 
-/// Why it was refused.
+/// The reason of a refusal.
 pub(crate) fn refusal(outcome: EnrolOutcome) -> String {
     match outcome {
         EnrolOutcome::Refused(refusal) => refusal.why,

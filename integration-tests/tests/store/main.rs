@@ -1,4 +1,4 @@
-//! The store on both databases: the same claims, once on SQLite and once on a real Postgres.
+//! The store on both databases: each claim runs on SQLite and on a real Postgres.
 
 #![allow(
     clippy::indexing_slicing,
@@ -32,7 +32,7 @@ mod support;
 mod trap;
 mod windows;
 
-/// Runs each claim on both databases.
+/// Defines a test on each database for each claim.
 macro_rules! on_both {
     ($($part:ident: $($claim:ident),+;)+) => {
         mod on_sqlite { $(mod $part { $(

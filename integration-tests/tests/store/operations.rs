@@ -1,4 +1,4 @@
-//! Storing, claiming and steering operations.
+//! Operations: creating, claiming and steering them.
 
 use futures_util::future::join_all;
 use marco_controller::operation::{ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitReason};
@@ -37,6 +37,7 @@ pub(crate) async fn the_same_request_makes_one_operation(f: Fixture) {
     }
     let other_body = NewOperation { request: key("b"), ..new_operation(reboot(), &nodes) };
     assert!(matches!(f.store.create_operation(&other_body, after(9)).await.unwrap(), CreateOutcome::RequestReused));
+    // Request ids belong to their caller, so two callers may use the same one.
     let other_user = NewOperation { creator: "kim".to_owned(), ..other_body };
     assert!(matches!(f.store.create_operation(&other_user, after(9)).await.unwrap(), CreateOutcome::Created(_)));
     let all = OperationQuery { limit: 10, ..OperationQuery::default() };
@@ -123,6 +124,7 @@ pub(crate) async fn a_node_has_one_active_execution_whoever_claims(f: Fixture) {
 pub(crate) async fn nothing_is_claimed_for_a_session_that_is_not_held(f: Fixture) {
     let (id, epoch) = f.online("pi-1").await;
     let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
+    // Neither a later epoch nor another controller holds this session.
     assert!(f.claim(&[(id.clone(), epoch + 1)], start()).await.is_empty());
     assert!(f.store.claim("c2", &[(id.clone(), epoch)], start()).await.unwrap().is_empty());
     assert!(f.store.end_session(&id, epoch, after(1)).await.unwrap());
@@ -285,7 +287,7 @@ pub(crate) async fn events_are_numbered_without_gaps(f: Fixture) {
         }
         events.extend(page);
     }
-    // Created, 20 times assigned, running and succeeded, and the operation's end.
+    // The creation, 20 times assigned, running and succeeded, and the operation's end.
     assert_eq!(events.iter().map(|event| event.number).collect::<Vec<_>>(), (1..=62).collect::<Vec<_>>());
     let last = events.last().unwrap();
     assert_eq!((last.from.as_str(), last.to.as_str(), &last.node), ("RUNNING", "SUCCEEDED", &None));
@@ -301,7 +303,7 @@ async fn all_online(f: &Fixture, nodes: &[NodeId]) -> Vec<(NodeId, i64)> {
     sessions
 }
 
-/// Two controllers, operators, reports, Hellos and the clock all at once, on the same rows.
+/// Two controllers, operators, reports, Hellos and timeouts, all at once on the same rows.
 pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fixture) {
     let ids: Vec<String> = (0..12).map(|number| format!("pi-{number:02}")).collect();
     let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;

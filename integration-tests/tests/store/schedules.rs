@@ -1,4 +1,4 @@
-//! Schedules: what becomes of each instant, whoever looks at it and when.
+//! Schedules: the outcome of each due time, for any number of schedulers and at any moment.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::support::*;
 
 const PATIENCE: TimeDelta = TimeDelta::minutes(5);
 
-/// Each minute, the first instant being `start()`.
+/// A schedule that fires each minute; its first due time is `start()`.
 pub(crate) fn minutely(id: &str) -> ScheduleRow {
     ScheduleRow {
         id: ScheduleId::parse(id).unwrap(),
@@ -45,7 +45,7 @@ pub(crate) fn minutely(id: &str) -> ScheduleRow {
     }
 }
 
-/// Makes operations for these nodes; each node waits the given seconds more than the one before.
+/// Prepares operations for these nodes. Each node starts `apart` seconds after the one before.
 pub(crate) fn preparing(nodes: &[NodeId], apart: i64) -> Prepare {
     let nodes = nodes.to_vec();
     Arc::new(move |schedule: ScheduleRow, fire_time, begins| {
@@ -112,7 +112,7 @@ pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race
     f.store.create_schedule(&new).await.unwrap();
     let mut stores = vec![f.store.clone()];
     for _ in 1..4 {
-        // SQLite has one controller; its store is shared.
+        // SQLite has a single controller, so all schedulers share its store.
         stores.push(if f.folder.is_some() { f.store.clone() } else { Store::open(&f.url).await.unwrap() });
     }
     let racers: Vec<Arc<Fires>> =
@@ -142,14 +142,14 @@ pub(crate) async fn instants_that_are_found_too_late_are_each_a_row(f: Fixture) 
     let nodes = f.enrolled(&["pi-1"]).await;
     let skip = minutely("skip");
     let once = ScheduleRow { missed_fire: MissedFire::Once, ..minutely("once") };
-    // Only what is late: the next instant comes an hour later.
+    // Only one late due time: the next one is half an hour later.
     let rare = ScheduleRow { cron: "*/30 * * * *".to_owned(), ..once.clone() };
     let rare = ScheduleRow { id: ScheduleId::parse("rare").unwrap(), ..rare };
     for new in [&skip, &once, &rare] {
         f.store.create_schedule(new).await.unwrap();
     }
     let fires = scheduler(&f.store, start(), preparing(&nodes, 0));
-    // Down for a quarter after the first half hour, and a little.
+    // The scheduler was down until half a minute before the 45th minute.
     let now = after(44 * 60 + 30);
     fires.round(now).await.unwrap();
     fires.round(now).await.unwrap();
@@ -176,7 +176,7 @@ pub(crate) async fn a_long_outage_is_summed_up_after_a_thousand_rows(f: Fixture)
     let query = FireQuery { limit: 100_000, outcomes: vec![FireOutcome::Missed], ..FireQuery::default() };
     let missed = f.store.fires(&new.id, &query).await.unwrap();
     assert_eq!(missed.len(), 1000);
-    // 3001 instants, 6 of them in time.
+    // 3001 due times, of which 6 are in time.
     assert_eq!(missed[0].fire_time, after(2994 * 60));
     assert!(missed[0].reason.ends_with("so were 1995 before it that are not listed"), "{}", missed[0].reason);
     assert_eq!(operations(&f.store).await.len(), 6);
@@ -198,7 +198,7 @@ pub(crate) async fn an_unfinished_operation_is_not_overtaken(f: Fixture) {
     fires.round(after(121)).await.unwrap();
     assert_eq!(outcomes(&f.store, &skip.id).await[2], (120, FireOutcome::Fired));
 
-    // One that queues makes its operation; the node takes it after the first.
+    // A queueing schedule creates its operation at once. The node runs it after the first.
     let queue = minutely("queue");
     f.store.create_schedule(&queue).await.unwrap();
     fires.round(after(121)).await.unwrap();
@@ -220,7 +220,7 @@ pub(crate) async fn what_queues_is_done_one_after_another_in_the_order_of_its_in
         let claimed = f.claim(&sessions, after(122)).await;
         let ids: Vec<&OperationId> = claimed.iter().map(|assignment| &assignment.execution.operation).collect();
         assert_eq!(ids, [operation]);
-        // While it is at work, the rest waits for it.
+        // All others wait while one is running.
         assert!(f.claim(&sessions, after(122)).await.is_empty());
         if let Some(next) = order.get(place + 1) {
             let waiting = ExecutionId { operation: next.clone(), node: nodes[0].clone() };
@@ -310,8 +310,8 @@ pub(crate) async fn a_node_begins_after_its_own_share_of_the_jitter(f: Fixture) 
     assert_eq!(assigned.into_iter().map(|given| given.execution).collect::<Vec<_>>(), [second]);
 }
 
-/// Four controllers on one Postgres, in real time: one has a clock an hour ahead, one an hour behind, and two are
-/// killed at work.
+/// Four controllers on one Postgres, in real time. One clock is an hour ahead and one an hour behind. Two controllers
+/// are killed while they work.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn kills_and_wrong_clocks_neither_lose_nor_double_a_fire() {
     const SCHEDULES: i64 = 60;
@@ -332,6 +332,7 @@ async fn kills_and_wrong_clocks_neither_lose_nor_double_a_fire() {
         let stop = stop.clone();
         controllers.push(tokio::spawn(async move {
             while !stop.is_cancelled() {
+                // On Postgres this is the database's clock, which is why the wrong clocks do no harm.
                 let now = fires.now().await.unwrap();
                 fires.round(now).await.unwrap();
                 tokio::task::yield_now().await;

@@ -1,4 +1,4 @@
-//! The tree: everything that Linux can keep in a file system and that is easily lost on the way.
+//! The tree: everything that Linux stores in a file system and that is easily lost on the way.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags,
 
 use crate::{command, name};
 
-/// A gigabyte with a few bytes in it.
+/// A sparse file of a gigabyte with a few bytes of data.
 pub(crate) const SPARSE: &str = "usr/traps/sparse";
 
 pub(crate) async fn lay(root: &Path) -> Result<()> {
@@ -32,6 +32,7 @@ pub(crate) async fn lay(root: &Path) -> Result<()> {
 }
 
 fn names(traps: &Path) -> Result<()> {
+    // The longest name that ext4 has.
     let long = [b'n'; 255];
     for bytes in [
         &b"a\nnewline"[..],
@@ -53,6 +54,7 @@ fn names(traps: &Path) -> Result<()> {
     }
     fs::create_dir_all(&deep)?;
     fs::write(deep.join("file"), "far down")?;
+    // Longer than the header's field and than a path of most programs: it needs an extended header.
     symlink(name(&[b't'; 3000]), traps.join("long-target"))?;
     Ok(())
 }
@@ -105,7 +107,7 @@ async fn attributes(traps: &Path) -> Result<()> {
         std::os::unix::fs::chown(&path, Some(33), Some(33))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
-    // Changing the owner of a file takes its capabilities; the other way round they are kept.
+    // Changing the owner clears a file's capabilities, so `setcap` must come after it.
     std::os::unix::fs::lchown(traps.join("dangling"), Some(7), Some(8))?;
     Ok(())
 }
@@ -135,7 +137,7 @@ fn sparse(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Last of all, since whatever is put into a folder changes its time.
+/// Must be last: adding an entry to a folder changes the folder's time.
 fn times(traps: &Path) -> Result<()> {
     for (what, seconds, nanoseconds) in [
         ("before-1970", -300_000_000, 250_000_000),
