@@ -22,6 +22,7 @@ pub fn issue(ca_certificate: &Path, ca_key: &Path, user: &str, role: &str) -> Re
 pub fn stranger(ca: &str, user: &str, role: &str) -> Result<Credentials> {
     let key = KeyPair::generate()?;
     let mut params = CertificateParams::default();
+    // A CA in all respects but one: nobody trusts it.
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let issuer = Issuer::new(params, key);
     sign(&issuer, ca, user, role)
@@ -49,6 +50,7 @@ fn sign_with(
     role: &str,
 ) -> Result<Credentials> {
     let key = KeyPair::generate()?;
+    // rcgen puts a name of its own there by default.
     params.distinguished_name.remove(DnType::CommonName);
     params.distinguished_name.push(DnType::CommonName, user);
     params.distinguished_name.push(DnType::OrganizationalUnitName, role);

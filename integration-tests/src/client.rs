@@ -53,6 +53,7 @@ impl Credentials {
             .tls_config(tls)?
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true);
+        // A channel must outlive a controller that is killed and started again.
         Ok(endpoint.connect_lazy())
     }
 }

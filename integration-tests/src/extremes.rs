@@ -39,6 +39,7 @@ pub fn extremes(base: &DynamicMessage) -> Vec<Extreme> {
             let mut message = base.clone();
             set(&mut message, &place, &value);
             let mut bytes = message.encode_to_vec();
+            // Rust strings cannot hold it, so it is put into the encoded message.
             if name == "bad UTF-8" {
                 spoil(&mut bytes);
             }
@@ -58,6 +59,7 @@ fn places(message: &MessageDescriptor) -> Vec<Place> {
             path.push(field.clone());
             found.push(path.clone());
             if let Kind::Message(inner) = field.kind()
+                // Entries of a map are messages too, but `maps` makes them.
                 && !field.is_map()
                 // A message type that contains itself is entered once on a path.
                 && path.iter().filter(|above| above.kind() == field.kind()).count() == 1
@@ -89,6 +91,7 @@ fn values(field: &FieldDescriptor) -> Vec<(String, Value)> {
 fn maps(field: &FieldDescriptor) -> Vec<(String, Value)> {
     let kind = field.kind();
     let Some(entry) = kind.as_message() else { return Vec::new() };
+    // The API has only such maps.
     if (entry.map_entry_key_field().kind(), entry.map_entry_value_field().kind()) != (Kind::String, Kind::String) {
         return Vec::new();
     }

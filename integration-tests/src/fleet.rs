@@ -159,6 +159,7 @@ impl Builder {
 
     /// Starts everything and waits until every Pi is connected.
     pub async fn start(mut self) -> Result<Fleet> {
+        // Before the controllers, which get the proxies' addresses on their command lines.
         let database_proxies = self.start_database_proxies().await?;
         let dir = tempfile::Builder::new().prefix("marco-fleet-").tempdir().context("a folder for the fleet")?;
         let mut first = self.start_controller(dir.path(), 0)?;
@@ -175,6 +176,8 @@ impl Builder {
         })
         .await?;
         let addresses = first.addresses;
+        // Agents connect through this proxy, but the test itself does not: it must reach a controller whose network is
+        // bad.
         let proxy = Proxy::start(addresses.api).await?;
         let channel = admin.channel(addresses.api)?;
         first.channel = Some(channel.clone());
@@ -312,6 +315,7 @@ impl Fleet {
         let health = HealthClient::new(self.channel.clone());
         let controller = &mut self.controllers.get_mut(self.spoken_to).context("the controller")?.process;
         wait_until(START, "the controller is healthy", || {
+            // A controller that has died would only show as a timeout.
             let (alive, mut health) = (controller.check_alive(), health.clone());
             async move {
                 alive?;
@@ -327,6 +331,7 @@ impl Fleet {
         let wanted = self.builder.pis;
         wait_until(APPEAR, &format!("{wanted} nodes are connected"), async || {
             let nodes = self.list_nodes().await?;
+            // A database that the caller brought may hold connected nodes of other fleets.
             Ok((nodes.iter().filter(|node| node.connected).count() >= wanted).then_some(()))
         })
         .await
@@ -346,6 +351,7 @@ impl Fleet {
         let mut options = std::fs::File::options();
         let mut private = options.create(true).truncate(true).write(true).mode(0o600).open(&file)?;
         std::io::Write::write_all(&mut private, token.as_bytes())?;
+        // As a file, because other users can read the command line of a process.
         self.start_new_agents(&["--token-file".to_owned(), file.display().to_string()])
     }
 
@@ -354,6 +360,7 @@ impl Fleet {
     pub fn start_new_agents(&mut self, joining: &[String]) -> Result<()> {
         let builder = &self.builder;
         let mut arguments: Vec<String> = ["simulate", "--count"].map(str::to_owned).into();
+        // Fleets with `pis(0)` start their agents by hand, and want one.
         arguments.push(builder.pis.max(1).to_string());
         for (flag, value) in [
             ("--dir", self.dir.path().join("pis").display().to_string()),
@@ -414,6 +421,7 @@ impl Fleet {
 impl Drop for Fleet {
     /// Prints the ends of the logs. The test framework shows them only if the test fails.
     fn drop(&mut self) {
+        // A passed test prints nothing, although it may have killed its processes on purpose.
         if self.silent {
             return;
         }

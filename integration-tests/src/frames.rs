@@ -94,6 +94,7 @@ pub async fn tls(address: SocketAddr, who: &Credentials, protocol: &[u8]) -> Res
             PrivateKeyDer::from_pem_slice(key.as_bytes())?,
         )?,
     };
+    // The listeners refuse a client that offers no protocol they speak.
     config.alpn_protocols = vec![protocol.to_vec()];
     let tcp = TcpStream::connect(address).await?;
     let name = ServerName::try_from(CONTROLLER_TLS_NAME)?;
@@ -153,6 +154,7 @@ impl Raw {
                 }
             }
         };
+        // A connection that is still open at the limit is a result and no error: an admitted caller may keep it.
         let ended = tokio::time::timeout(limit, reading).await.is_ok();
         Ok((resets, ended.then(|| begun.elapsed())))
     }
@@ -164,6 +166,7 @@ impl Raw {
     /// Returns an error if the connection is still open after `limit`.
     pub async fn flood(self, limit: Duration, mut next: impl FnMut() -> Vec<u8>) -> Result<Ended> {
         let begun = Instant::now();
+        // Both at once: a peer whose answers are not read would stop reading the flood.
         let (mut reader, mut writer) = tokio::io::split(self.stream);
         let mut ended = Ended { after: Duration::ZERO, goaway: None, resets: 0 };
         let reading = async {

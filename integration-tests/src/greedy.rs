@@ -149,6 +149,7 @@ impl Greedy {
             timeout_at(until, stream.write_all(request.as_bytes())).await??;
             let read = timeout_at(until, stream.read(&mut first)).await??;
             anyhow::ensure!(read > 0, "closed");
+            // After any other answer it asks again on the same connection, if that is still open.
             if first.starts_with(b"HTTP/1.1 200") {
                 // The rest of the answer fills the server's buffers.
                 sleep_until(until).await;
@@ -173,6 +174,7 @@ async fn hold_call(send: h2::client::SendRequest<Bytes>, call: Call) -> Result<(
     body.send_data(Bytes::from(head), whole)?;
     let mut left = if whole { 0 } else { HALF - 1 };
     while left > 0 {
+        // Sending waits for the server's window, so the message grows as fast as the server lets it.
         body.reserve_capacity(left.min(64 << 10));
         let Some(room) = std::future::poll_fn(|cx| body.poll_capacity(cx)).await else { break };
         let size = room?.min(left);

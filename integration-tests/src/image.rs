@@ -67,13 +67,16 @@ pub fn lay_out_root(root: &Path, marker: &str) -> Result<()> {
         fs::write(root.join(path), &program)?;
         fs::set_permissions(root.join(path), fs::Permissions::from_mode(0o755))?;
     }
+    // setuid, sticky and private modes are the ones that a careless unpacker loses.
     fs::set_permissions(root.join("usr/bin/tool"), fs::Permissions::from_mode(0o4755))?;
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
     fs::set_permissions(root.join("root"), fs::Permissions::from_mode(0o700))?;
     symlink("usr/sbin", root.join("sbin"))?;
+    // Absolute and dangling links are legal in a root, and must not lead the unpacker out of it.
     symlink("/usr/lib/marker/name", root.join("etc/absolute-link"))?;
     symlink("../nowhere", root.join("etc/dangling-link"))?;
     fs::hard_link(root.join("usr/bin/tool"), root.join("usr/bin/the-same-tool"))?;
+    // Not a multiple of any block size.
     fs::write(root.join("usr/lib/marker/noise"), noise(marker, 3 * 1024 * 1024 + 17))?;
     lay_out_boot(&root.join("boot/firmware"), marker)
 }
@@ -113,6 +116,7 @@ pub fn noise(seed: &str, length: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length + 32);
     let mut counter = 0_u64;
     while bytes.len() < length {
+        // A hash in counter mode: no two blocks are equal, so no compressor finds anything.
         bytes.extend_from_slice(&Sha256::new().chain_update(seed).chain_update(counter.to_le_bytes()).finalize());
         counter += 1;
     }
@@ -137,11 +141,13 @@ pub fn pack(root: &Path, to: &Path, compression: Compression) -> Result<PathBuf>
 
 fn append<W: Write>(root: &Path, to: W) -> Result<W> {
     let mut tarball = tar::Builder::new(to);
+    // Links must stay links: the tar crate would otherwise pack their targets.
     tarball.follow_symlinks(false);
     tarball.append_dir(".", root)?;
     // By device and inode: the path under which a file with several names was packed first. Its other names become
     // links to that.
     let mut first_names: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
+    // In a sorted order, so that the same tree gives the same tarball.
     for path in list(root)? {
         let (full, name) = (root.join(&path), Path::new(".").join(&path));
         let metadata = fs::symlink_metadata(&full)?;
@@ -233,6 +239,7 @@ pub fn disk_image(boot: &[(&str, &str)]) -> Result<Vec<u8>> {
     disk.splice(446..462, [0, 0, 0, 0, 0x0c, 0, 0, 0, 0, 8, 0, 0, 0, 24, 0, 0]);
     disk.splice(462..478, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 32, 0, 0, 0, 32, 0, 0]);
     disk.splice(510..512, [0x55, 0xaa]);
+    // The superblock of ext4 begins at byte 1024, its magic number at byte 56 of that.
     disk.splice(4 * MIB + 1080..4 * MIB + 1082, [0x53, 0xef]);
     let mut part = Cursor::new(disk.get_mut(MIB..4 * MIB).context("a partition")?);
     fatfs::format_volume(&mut part, fatfs::FormatVolumeOptions::new())?;

@@ -37,6 +37,7 @@ pub fn fires_are_complete(
 ) -> Result<usize> {
     let named: BTreeSet<&str> = fires.iter().filter_map(|fire| fire["operation"].as_str()).collect();
     let made: BTreeSet<&str> = operations.iter().filter_map(|operation| operation["id"].as_str()).collect();
+    // In both directions: an operation without a fire is as wrong as a fire without its operation.
     ensure!(named == made, "fires name {} operations, and there are {}", named.len(), made.len());
     let fired = fires.iter().filter(|fire| fire["outcome"] == "FIRED").count();
     ensure!(fired == made.len(), "{fired} fires made {} operations", made.len());

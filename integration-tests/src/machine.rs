@@ -138,6 +138,8 @@ impl Machine {
         unreadable.extend(self.card.copy_fat(1, &recovery).await?.unwrap_or_default());
         let copied = self.card.copy_fat(4, &boot).await?;
         let partitions =
+            // The pure function of the firmware takes paths: a folder that does not exist is a partition without boot
+            // files.
             Partitions { recovery: &recovery, boot: if copied.is_some() { &boot } else { Path::new("/nonexistent") } };
         let outcome = firmware::boot(&self.board.model(), partitions, tryboot);
         unreadable.extend(copied.unwrap_or_default().into_iter().map(|path| format!("p4's {path}")));
@@ -171,6 +173,7 @@ impl Machine {
                 }
                 Outcome::Dead(reason) => {
                     dead += 1;
+                    // A board whose firmware finds nothing resets and tries again, without end.
                     ensure!(dead < DEAD_STARTS, "nothing boots, time and again: {reason}");
                     End::Reset
                 }
@@ -243,6 +246,7 @@ impl Machine {
         if boot.initramfs.is_empty() {
             return Ok(None);
         }
+        // QEMU takes one file. The kernel unpacks concatenated archives one after the other.
         let joined = self.dir.join("initramfs");
         let mut bytes = Vec::new();
         for name in &boot.initramfs {
@@ -273,6 +277,7 @@ async fn hung(console: &Path, board: Board) {
     let (mut known, mut since) = (0, Instant::now());
     loop {
         let said = std::fs::read(console).unwrap_or_default();
+        // New output shows that the kernel is still alive, also during a slow shutdown.
         if said.len() != known {
             (known, since) = (said.len(), Instant::now());
         }
@@ -294,6 +299,7 @@ fn end(console: &str) -> End {
         return End::PowerOff;
     }
     match (console.rfind(TRYBOOT), console.rfind(REBOOT)) {
+        // The console may show both words. The last one counts.
         (Some(trial), plain) if plain.is_none_or(|plain| plain < trial) => End::TrialBoot,
         _ => End::Reset,
     }

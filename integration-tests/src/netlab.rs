@@ -31,6 +31,7 @@ impl Lab {
             let (namespace, port, address) = (lab.namespace(host), format!("p{host}"), lab.address(host));
             ip(&["netns", "add", &namespace])?;
             ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
+            // A veth pair is a cable: one end in the host, the other one at the switch.
             ip(&["link", "add", "eth0", "netns", &namespace, "type", "veth", "peer", "name", &port, "netns", &switch])?;
             ip(&["-n", &switch, "link", "set", &port, "master", "br0", "up"])?;
             ip(&["-n", &namespace, "addr", "add", &format!("{address}/24"), "dev", "eth0"])?;

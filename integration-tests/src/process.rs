@@ -14,6 +14,7 @@ use tokio::process::{Child, Command};
 pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("where this test is")?;
     own.ancestors()
+        // Tests are in `deps/`, programs in the folder above it.
         .skip(1)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())

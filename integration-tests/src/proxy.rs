@@ -88,6 +88,7 @@ impl Lane {
     fn swallows(&self, bytes: &[u8]) -> Option<Swallow> {
         let mut swallows = self.swallows.lock().unwrap_or_else(PoisonError::into_inner);
         swallows
+            // Only the first entry, so that a test can order its faults.
             .pop_front_if(|(wanted, _)| bytes.windows(wanted.len()).any(|window| window == wanted))
             .map(|(_, what)| what)
     }
@@ -194,6 +195,7 @@ impl Proxy {
 
     /// Cuts all present connections; bytes that were held back are lost.
     pub fn drop_connections(&self) {
+        // Connections that are accepted from now on belong to the new token and stay.
         let fresh = CancellationToken::new();
         let mut present = self.state.connections.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut *present, fresh).cancel();
@@ -209,6 +211,7 @@ async fn accept(listener: TcpListener, state: Arc<State>, stop: CancellationToke
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => {
                 let Ok((client, _)) = accepted else { return };
+                // Taken at the accept: a cut that comes before the task runs still hits this connection.
                 let dropped = state.connections.lock().unwrap_or_else(PoisonError::into_inner).child_token();
                 connections.spawn(connection(client, Arc::clone(&state), dropped));
             }
@@ -251,9 +254,11 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, s
         let room = lane.until_cut(carried).unwrap_or(u64::MAX);
         let taken = usize::try_from(room).unwrap_or(usize::MAX).min(read);
         let Some(bytes) = block.get(..taken) else { return };
+        // Downwards this is the answer to the marked request: it is not forwarded.
         if swallow.load(Ordering::Relaxed) {
             return;
         }
+        // The bytes must be in one block. These tests search for short words that a client sends in one write.
         match lane.swallows(bytes) {
             Some(Swallow::Request) => return,
             Some(Swallow::Answer) => swallow.store(true, Ordering::Relaxed),
@@ -274,6 +279,7 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, s
             lane.take_cut();
             return;
         }
+        // A rate of 0 makes the division fail, which means no limit.
         if let Some(nanos) = taken_bytes.saturating_mul(1_000_000_000).checked_div(lane.rate.load(Ordering::Relaxed)) {
             tokio::time::sleep(Duration::from_nanos(nanos)).await;
         }

@@ -48,6 +48,7 @@ pub fn compare_with_source(source: &Path, pi: &Path) -> Result<usize> {
             Some(what) => differences.push(format!("{}: {what}", path.display())),
         }
     }
+    // A file that is left over from the system before is as wrong as a missing one.
     let extra = list(&root)?.into_iter().filter(|path| !wanted.contains(path) && !parent_of_personalised(path));
     differences.extend(extra.map(|path| format!("{}: not in the image", path.display())));
     let boot_files = list(&boot)?.into_iter().filter(|path| path != Path::new(ADDED_TO_BOOT));
@@ -104,6 +105,7 @@ fn difference(wanted: &Path, found: &Path, fat: bool) -> Result<Option<String>> 
         if (should.uid(), should.gid()) != (there.uid(), there.gid()) {
             return Ok(Some(format!("owner {}:{}", there.uid(), there.gid())));
         }
+        // Times of folders change when the installer adds its files.
         if should.is_file() && should.mtime() != there.mtime() {
             return Ok(Some(format!("changed at {}, not at {}", there.mtime(), should.mtime())));
         }

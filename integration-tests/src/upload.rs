@@ -44,6 +44,7 @@ pub struct Upload {
 impl Upload {
     /// Sends the header and waits for the controller's offset.
     pub async fn begin(client: &mut Artifacts, header: UploadHeader) -> Result<Self, Status> {
+        // Bounded, so that `send` feels the controller's flow control.
         let (requests, receiver) = mpsc::channel(4);
         let first = UploadArtifactRequest { part: Some(upload_artifact_request::Part::Header(header)) };
         requests.send(first).await.map_err(|_| Status::internal("the test's own channel is closed"))?;

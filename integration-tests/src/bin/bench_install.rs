@@ -117,6 +117,7 @@ async fn bench() -> Result<()> {
 
 /// Installs on the mounted card with the steps of the 2015 installer.
 async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
+    // The counter of the device also has the writes of making the file system, so the difference counts.
     let (written, peak) = (bed.written()?, bed.watch()?);
     let script = format!(
         "set -e; cd '{bed}'; TIMEFORMAT='%3R %3U %3S'; time {{ \
@@ -126,6 +127,7 @@ async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
         bed = bed.folder().display(),
         certs = certs.display(),
     );
+    // bash, because its `time` prints user and system time of the whole pipeline.
     let output = Command::new("bash").args(["-c", &script]).output().await?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{said}");
@@ -180,6 +182,7 @@ async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<
 async fn said_at(log: &Path, words: &str) -> Result<DateTime<Utc>> {
     let line = wait_until(LIMIT, &format!("the agent says {words}"), async || {
         let text = tokio::fs::read_to_string(log).await?;
+        // Otherwise the wait would last until its timeout.
         ensure!(!text.contains("installation failed"), "{text}");
         Ok(text.lines().find(|line| line.contains(words)).map(str::to_owned))
     })
@@ -194,6 +197,7 @@ fn cpu(pid: u32) -> Result<f64> {
     // The second field is the program's name and may contain blanks; it ends at the last parenthesis.
     let (_, numbers) = text.rsplit_once(") ").context("no statistics of the agent")?;
     let ticks: u32 = numbers.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u32>().ok()).sum();
+    // USER_HZ is 100 on every architecture that these tools run on.
     Ok(f64::from(ticks) / 100.0)
 }
 
@@ -208,6 +212,7 @@ fn highest_memory(pid: u32) -> Result<u64> {
 fn median(costs: &[Cost], of: impl Fn(&Cost) -> f64) -> f64 {
     let mut values: Vec<f64> = costs.iter().map(of).collect();
     values.sort_by(f64::total_cmp);
+    // The median, because a single slow run says more about the machine than about the installer.
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 

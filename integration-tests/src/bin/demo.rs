@@ -25,6 +25,7 @@ const PREFIX: &str = "demo-";
 #[tokio::main]
 async fn main() -> ExitCode {
     let done = async {
+        // Without a handler the signal would end this process before it removes its files.
         let mut terminated = signal(SignalKind::terminate())?;
         let mut interrupted = signal(SignalKind::interrupt())?;
         // Dropping the demo's future ends its processes and removes its files.
@@ -144,6 +145,7 @@ async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<()> {
         .arg("--certs")
         .arg(fleet.certs())
         .args(arguments)
+        // marcoctl must not wait for an answer that nobody gives.
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .status()

@@ -95,6 +95,7 @@ impl Builder {
     pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
         let addresses =
             Addresses { api: ports::free()?, enroll: ports::free()?, mirror: ports::free()?, metrics: ports::free()? };
+        // Logs and clocks stay separate, also with shared folders.
         let own = if self.shared_folders { 0 } else { number };
         let path = |name: &str| dir.join(folder(name, own)).display().to_string();
         let mut arguments = vec!["serve".to_owned()];
@@ -109,6 +110,8 @@ impl Builder {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
+        // Agents learn the other controllers by these names. On one machine only an address leads to a test's
+        // controller.
         if self.controllers > 1 {
             arguments.extend(["--name".to_owned(), addresses.api.ip().to_string()]);
         }
@@ -125,6 +128,7 @@ impl Builder {
         let mut program = binary("marco-controller")?;
         if let Some(files) = self.open_files {
             arguments.splice(0..0, [format!("--nofile={files}:{files}"), program.display().to_string()]);
+            // prlimit sets the limit and then executes the controller, so the process id stays the controller's.
             program = tool("prlimit")?;
         }
         let mut recipe = Recipe::new(program, arguments, log);
@@ -146,6 +150,7 @@ impl Builder {
 
     /// Copies the first controller's CA to a further controller, and starts that.
     pub(super) fn start_further_controller(&self, dir: &Path, number: usize, admin: &Credentials) -> Result<Member> {
+        // The key and the certificate are enough. The controller issues its own certificate from them.
         let needed = [("data/pki", "ca.key"), ("certs", "ca.crt")];
         for (from, name) in needed.into_iter().filter(|_| !self.shared_folders) {
             let (top, below) = from.split_once('/').unwrap_or((from, ""));

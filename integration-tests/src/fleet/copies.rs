@@ -33,6 +33,7 @@ impl Fleet {
         let board = dir.join(format!("{prefix}01"));
         std::fs::create_dir(&dir)?;
         let (from, to) = (self.pi(id).dir().display().to_string(), board.display().to_string());
+        // With modes and owners, as a real copy of a card has them.
         run(&tool("cp")?, &["-a", &from, &to], seconds(60)).await?.success()?;
         // A virtual card's device name contains the board's id. A real card's name stays the same in each board, so the
         // copy gets such a name.

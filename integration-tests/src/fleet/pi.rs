@@ -71,6 +71,7 @@ impl Pi {
 
     /// Presses its power button: the Pi boots if it is off.
     pub fn power_on(&self) -> Result<()> {
+        // The virtual Pi watches for these files and removes them.
         fs::write(self.path("power-on"), "").context("power-on")
     }
 

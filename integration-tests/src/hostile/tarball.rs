@@ -176,6 +176,7 @@ fn xz_with_a_large_dictionary() -> Vec<u8> {
 
 /// A harmless entry, these entries, then the end mark.
 fn tarball(entries: &[Vec<u8>]) -> Vec<u8> {
+    // A tarball that is refused must be so for its fault, and not because it is empty.
     let harmless = raw(b'5', "etc/", "", b"").unwrap_or_default();
     let mut bytes = harmless;
     bytes.extend(entries.iter().flatten());

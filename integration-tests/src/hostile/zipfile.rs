@@ -67,6 +67,7 @@ pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
         ("zip: not a zip", noise("not a zip", 5000)),
     ];
     let mut bomb = installer_set("bomb");
+    // Zeros compress a thousandfold.
     bomb.push(("bomb".to_owned(), vec![0; 64 * 1024 * 1024]));
     zips.push(("zip: a bomb", zip_of(&bomb)?));
     let mut many = installer_set("many");
@@ -79,6 +80,7 @@ pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
 
 fn lies() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let file = |name: &str| Entry::file(name, b"0123456789");
+    // Info-ZIP's Unicode Path field (APPNOTE 4.6.9): a second name, which some readers prefer.
     let unicode_path = [&[0x75, 0x70, 12, 0, 1, 0, 0, 0, 0][..], b"../evil"].concat();
     Ok(vec![
         // The shape of CVE-2025-29787: a link, and a file written through it.

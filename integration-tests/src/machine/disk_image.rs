@@ -25,6 +25,7 @@ pub async fn make(tree: &Path) -> Result<PathBuf> {
     let work = tempfile::tempdir()?;
     let (fat, ext4) = (work.path().join("boot"), work.path().join("root"));
     File::create(&fat)?.set_len(BOOT)?;
+    // One sector per cluster, because a FAT32 this small would otherwise have too few clusters to be one.
     command("mkfs.vfat", &["-F", "32", "-s", "1", &shown(&fat)]).await?;
     let mut files: Vec<String> =
         fs::read_dir(tree.join("boot/firmware"))?.map(|entry| Ok(shown(&entry?.path()))).collect::<Result<_>>()?;

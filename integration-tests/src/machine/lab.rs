@@ -57,6 +57,7 @@ impl Lab {
     pub async fn start(dir: &Path) -> Result<Self> {
         let ip = tool("ip")?;
         let interfaces = run(&ip, &["-o", "link"], CALL).await?.success()?;
+        // These commands would change the network of the host, so the test refuses to run there.
         ensure!(interfaces.lines().count() == 1, "this must run in a network namespace of its own: use make");
         for command in NETWORK {
             let words: Vec<&str> = command.split(' ').collect();
@@ -64,6 +65,7 @@ impl Lab {
         }
         let settings = dir.join("udhcpd.conf");
         let leases = dir.join("leases");
+        // Without this file udhcpd complains at its start.
         std::fs::write(&leases, "")?;
         std::fs::write(
             &settings,
@@ -73,6 +75,7 @@ impl Lab {
                 leases.display()
             ),
         )?;
+        // In the foreground, so that it dies with this process.
         let arguments = ["udhcpd".to_owned(), "-f".to_owned(), settings.display().to_string()];
         let dhcp = Recipe::new(tool("busybox")?, arguments, dir.join("dhcp.log")).start()?;
         let controller = start_controller(dir)?;
@@ -83,6 +86,8 @@ impl Lab {
             async move {
                 alive?;
                 let api: SocketAddr = ([127, 0, 0, 1], marco_proto::names::API_PORT).into();
+                // The port alone is not enough: marcoctl needs the admin's key, which the controller writes at its
+                // first start.
                 let listens = tokio::net::TcpStream::connect(api).await.is_ok();
                 Ok((listens && has_key).then_some(()))
             }
@@ -112,6 +117,7 @@ impl Lab {
 
     fn marcoctl(&self, arguments: &[&str]) -> Vec<String> {
         let certs = self.certs().display().to_string();
+        // Through marcoctl and not through the API directly: these runs also test the operator's tool.
         let own = ["--certs", &certs, "--output", "json"];
         own.iter().chain(arguments).map(|word| (*word).to_owned()).collect()
     }

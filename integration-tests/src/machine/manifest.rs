@@ -34,6 +34,7 @@ impl Manifest {
             if entry.is_file() {
                 let mut bytes = Vec::new();
                 entry.read_to_end(&mut bytes)?;
+                // FAT ignores case, so names are compared in lower case.
                 files.insert(entry.name()?.to_lowercase(), sha256(&bytes));
             }
         }
@@ -64,6 +65,7 @@ impl Manifest {
             Some(found) if found != digest => Some(format!("{name} is another")),
             Some(_) => None,
         });
+        // A file that is left over from another set would make the boot a mix of both.
         let more = self.files.keys().filter(|name| !wanted.files.contains_key(*name));
         lacking.chain(more.map(|name| format!("{name} is too much"))).collect()
     }

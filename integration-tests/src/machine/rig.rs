@@ -60,6 +60,7 @@ impl Rig {
     /// command line, so that two sets always differ.
     pub async fn build_bootcode(&self, name: &str, options: &[&str]) -> Result<PathBuf> {
         let zip = self.dir.join(format!("{name}.zip"));
+        // `panic=10`: a kernel that panics restarts by itself, as on a Pi.
         let cmdline = format!("console={} rdinit=/init panic=10 marco.set={name}", self.options.board.console());
         let (debian, agent) = (self.options.debian.display().to_string(), self.options.agent.display().to_string());
         let file = zip.display().to_string();
@@ -153,6 +154,7 @@ impl Rig {
                 Ok(Some(found)) => return Ok(found),
                 Ok(None) if begun.elapsed() < limit => tokio::time::sleep(Duration::from_millis(500)).await,
                 Ok(None) => bail!("waited {limit:?} in vain: {what}\n{}", self.tail()),
+                // The console's end is the only trace of a failure in the machine.
                 Err(error) => return Err(error.context(format!("{what}\n{}", self.tail()))),
             }
         }
@@ -195,6 +197,7 @@ impl Rig {
 
     /// The only execution of an operation.
     pub async fn execution(&self, operation: &str) -> Result<Value> {
+        // The first message of a watch is the whole present state.
         let Some(message) = self.lab.watch(operation)?.next().await? else { bail!("{operation} was not told") };
         let executions = message.get("executions").and_then(Value::as_array).cloned().unwrap_or_default();
         ensure!(executions.len() == 1, "{operation} is for {} nodes", executions.len());

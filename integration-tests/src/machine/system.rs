@@ -93,6 +93,7 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         ("etc/inittab", INITTAB),
         ("etc/fstab", "PARTUUID=00000000-02 / ext4 defaults 0 1\nPARTUUID=00000000-01 /boot/firmware vfat ro 0 2\n"),
         ("etc/ssh/sshd_config", "# nobody listens here, but the host keys are the node's\n"),
+        // Empty, as in published images: the installer must give each node an id of its own.
         ("etc/machine-id", ""),
         ("etc/marco/agent.toml", "shutdown_command = [\"/sbin/shutdown\"]\n"),
         ("usr/lib/noise/name", name),
@@ -110,6 +111,7 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         fs::write(root.join("sbin/init"), "#!/bin/sh\nexit 1\n")?;
         fs::set_permissions(root.join("sbin/init"), fs::Permissions::from_mode(0o755))?;
     } else {
+        // A symbolic link, as in real images: the checks have to follow it.
         symlink("../bin/busybox", root.join("sbin/init"))?;
     }
     if kind == Kind::NoSystem {
@@ -153,6 +155,7 @@ fn kernel(debian: &Path) -> Result<PathBuf> {
 
 /// The file of a device tree. Debian has it under Linux's name, which differs from the firmware's.
 fn device_tree(debian: &Path, firmware_name: &str) -> Result<PathBuf> {
+    // The vendor's kernel has its own names for two chips: bcm2710 is Linux's bcm2837, and bcm2708 is bcm2835.
     let name = firmware_name.replace("bcm2710-", "bcm2837-").replace("bcm2708-", "bcm2835-");
     let found = crate::tree::list(&debian.join("usr/lib"))?.into_iter().find(|path| path.ends_with(&name));
     Ok(debian.join("usr/lib").join(found.with_context(|| format!("Debian's kernel has no {name}"))?))
@@ -197,6 +200,7 @@ fn modules(debian: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
             .filter_map(|line| line.split_once(':'))
             .find(|(module, _)| plain(module).is_some_and(|module| module == name.replace('-', "_")));
         let Some((module, needed)) = line else { continue };
+        // Two modules may need the same third one, which must be loaded once.
         for path in needed.split_whitespace().rev().chain([module]) {
             if seen.insert(path.to_owned()) {
                 order.push(version.join(path));

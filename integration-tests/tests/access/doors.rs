@@ -170,7 +170,7 @@ async fn a_changed_server_certificate_is_presented_without_a_restart() -> Result
     let other = pair_of_another_controller(&fleet).await?;
     let fresh = std::fs::read_to_string(other.join("controller.crt"))?;
     assert_ne!(before, fresh);
-    // The key first: the controller reloads when both belong together.
+    // Between the two copies the files do not match. The controller then keeps its present pair, and looks again.
     std::fs::copy(other.join("controller.key"), fleet.certs().join("controller.key"))?;
     std::fs::copy(other.join("controller.crt"), &file)?;
     wait_until(seconds(30), "the new certificate is presented", async || {

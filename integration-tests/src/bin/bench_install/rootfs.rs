@@ -55,6 +55,7 @@ fn take(folder: &Path, left: &mut u64, list: &mut Vec<u8>, files: &mut u64) -> R
         .with_context(|| folder.display().to_string())?
         .map(|entry| entry.map(|entry| entry.path()))
         .collect::<std::io::Result<_>>()?;
+    // In the order of names, so that two runs on one machine pack the same files.
     entries.sort();
     for path in entries {
         let found = fs::symlink_metadata(&path)?;

@@ -60,6 +60,7 @@ pub(crate) async fn cut(options: Options, dir: &Path) -> Result<()> {
     println!("\ncut  {:58} {:12} {:32} ended", "power cut at", "came back as", "whole on the card");
     let mut outcomes = Vec::new();
     for (number, moment) in moments.iter().enumerate() {
+        // The same card throughout, so that damage of one cut shows in the next.
         let (after, outcome) =
             play.cut_once(power, moment).await.with_context(|| format!("cut {}: {moment:?}", number + 1))?;
         println!("{:>3}  {outcome}", number + 1);
@@ -110,6 +111,7 @@ impl Play {
         let [runs, other] = IMAGES;
         let runs = Image { name: runs, sha256: rig.push_image(Kind::Good, runs).await? };
         let other = Image { name: other, sha256: rig.push_image(Kind::Good, other).await? };
+        // The blank card gets this image without an operator's request.
         rig.lab.ask(&["artifacts", "default", runs.name]).await?;
         let sets = SETS.iter().map(|name| Manifest::of_zip(name, &rig.folder(&format!("{name}.zip"))));
         let system = |name| {
@@ -138,6 +140,7 @@ impl Play {
 
     /// Starts an update to the other image, with a set that the card does not hold.
     async fn begin(&mut self) -> Result<(String, Watch)> {
+        // A set that the card holds already would not be written, and the cut could not hit the writing.
         let held = [self.default_set, self.idle_set];
         let set = SETS.into_iter().find(|set| !held.contains(set)).context("the card holds every set")?;
         self.idle_set = set;
@@ -169,6 +172,7 @@ impl Play {
     async fn cut_once(&mut self, mut power: Power, moment: &Moment) -> Result<(Power, String)> {
         let (mut moment, mut tries) = (moment.clone(), 0);
         let (operation, begun_with, at) = loop {
+            // Each attempt is a new update, with its own starts.
             let begun_with = self.rig.machine.starts().len();
             let (operation, watch) = self.begin().await?;
             if let Some(at) = moment.reach(watch, &self.rig.machine, begun_with).await? {
@@ -206,6 +210,7 @@ impl Play {
         };
         match state.as_str() {
             "SUCCEEDED" => self.updated(),
+            // A rollback is right only if nothing was erased yet.
             "ROLLED_BACK" if came_back == "old system" => {}
             _ => bail!("it came back as {came_back} and ended {state}: {execution}\n{}", self.rig.tail()),
         }
@@ -229,6 +234,7 @@ impl Play {
             Outcome::Booted(installer) => installer,
             Outcome::Dead(reason) => bail!("the installer does not boot: {reason}"),
         };
+        // Files of two sets in one boot are what the order of writes has to prevent.
         ensure!(installer.mixed.is_empty() && found.mixed.is_empty(), "sets are mixed: {installer:?}, {found:?}");
         let set = Manifest::of_folder("p1's set", &recovery.join(&installer.prefix))?;
         let set = set.which(&self.known.sets)?.to_owned();

@@ -23,6 +23,7 @@ pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     let rig = Rig::start(options, dir).await?;
     rig.push_image(Kind::NoSystem, "no-system").await?;
     rig.lab.ask(&["artifacts", "default", "no-system"]).await?;
+    // The cable is out before the machine starts, so that no packet ever passes.
     rig.lab.plug(false).await?;
     let mut power = rig.machine.power_on();
     says(&rig, &mut power, "node cannot be enrolled yet").await?;
@@ -54,6 +55,7 @@ pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     println!("it is off");
 
     step("policy shell, with an initramfs that has one");
+    // This policy needs a shell in the initramfs, and the usual set has none.
     rig.build_bootcode("installer-sh", &["--program", "/bin/sh"]).await?;
     renew(&rig, "installer-sh", "shell").await?;
     let mut power = rig.machine.power_on();

@@ -51,6 +51,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let fresh = rig.folder("fresh");
     rig.machine.card().copy_fat(1, &fresh).await?.context("the card has no recovery partition")?;
     let join = std::fs::read_to_string(fresh.join("marco/join.toml")).context("the card has no join file")?;
+    // The node must discover its controller, so the card may not tell its address.
     ensure!(!join.contains(ADDRESS), "the join file says where the controller is: {join}");
 
     step("power on: it finds the controller, enrols, and installs what the controller has for it");
@@ -75,6 +76,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     rig.power_off(power, &node).await?;
     let before = look(&rig, "first", Layout::Resident).await?;
     let label = rig.machine.card().label(4).await?;
+    // The first image has no cloud-init, so nothing looks for a label.
     ensure!(label == "BOOT", "the boot partition's label is {label}, though nobody looks for it");
     println!(
         "machine-id {}, {} host keys, {} files at home",
@@ -112,6 +114,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     println!("of the installer's log the controller has {} lines", log.lines().count());
     let history = rig.machine.starts();
     let trials = history.iter().skip(starts).filter(|start| {
+        // A trial that ends by a reset is one that did not come up.
         let of_system = matches!(&start.outcome, Outcome::Booted(boot) if boot.partition == 4 && boot.tryboot);
         of_system && start.end == Some(End::Reset)
     });
@@ -142,6 +145,8 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
     let operation = update(&rig, &node, "third", &["--raw"]).await?;
+    // The two dangerous moments of a raw installation: the recovery partition moves to the card's end, and the image is
+    // half written.
     power = cut_when(&rig, power, "the recovery partition moves").await?;
     power = cut_when(&rig, power, "phase=\"unpacking image\"").await?;
     arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third, Layout::Single).await?;
@@ -269,6 +274,7 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
             }
         }
     }
+    // mkfs makes this folder; it is not part of the image.
     std::fs::remove_dir(root.join("lost+found")).context("every ext4 has one")?;
     let same = compare_with_source(&rig.tree(image), &seen)?;
     println!("root and boot partition hold the {same} files and folders of image {image}");
@@ -276,6 +282,7 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
     let host_keys =
         files(&root.join("etc/ssh"))?.into_iter().filter(|(name, _)| name.starts_with("ssh_host_")).collect();
     let own = Own { machine_id: std::fs::read(root.join("etc/machine-id"))?, host_keys, home: files(&home)? };
+    // 32 hexadecimal digits and a line feed (machine-id(5)).
     ensure!(own.machine_id.len() == 33, "the machine-id is {:?}", String::from_utf8_lossy(&own.machine_id));
     ensure!(own.host_keys.len() >= 2 && !own.home.is_empty(), "host keys or home are missing: {own:?}");
     Ok(own)

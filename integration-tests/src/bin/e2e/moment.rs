@@ -63,6 +63,7 @@ impl Phases {
             heard.hear(&phase(&message));
         }
         let said = said(machine, begun_with)?;
+        // The controller gets progress at most once a second, so it misses short phases.
         let not_heard = said.0.into_iter().filter(|phase| !heard.0.contains(phase)).map(Moment::Said);
         let heard = heard.0.iter().filter(|phase| !NOT_THE_MACHINES.contains(&phase.as_str()));
         let heard = heard.cloned().map(Moment::Heard);
@@ -144,6 +145,7 @@ fn said(machine: &Machine, from: usize) -> Result<Phases> {
 fn phase(message: &Value) -> String {
     let get = |name: &str| text(message, &format!("executions.0.{name}")).unwrap_or_default().to_owned();
     let (state, phase) = (get("state").trim_start_matches("STATE_").to_owned(), get("phase"));
+    // A phase is of interest only while the execution runs; otherwise the state says more.
     if phase.is_empty() || state != "RUNNING" { state } else { phase }
 }
 
@@ -162,6 +164,7 @@ impl Random {
 
     /// A number from 0 up to, but not including, 1.
     pub(super) fn fraction(&mut self) -> f64 {
+        // The upper 32 bits: an f64 holds each of these numbers exactly.
         f64::from(u32::try_from(self.next() >> 32).unwrap_or_default()) / (f64::from(u32::MAX) + 1.0)
     }
 
