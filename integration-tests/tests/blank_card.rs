@@ -28,6 +28,7 @@ async fn join(fleet: &mut Fleet, named: Option<&str>) -> Result<()> {
     fs::write(&file, fleet.token(1).await?)?;
     if let Some(named) = named {
         let card = fleet.pi("pi-01").path("recovery");
+        // The virtual Pi keeps the files of a card that exists already.
         fs::create_dir_all(&card)?;
         fs::write(card.join("installer-config.txt"), format!("export OS_IMG={named}\nexport UNKNOWN=1\n"))?;
     }
@@ -56,6 +57,7 @@ async fn installed(fleet: &Fleet) -> Result<Operation> {
     })
     .await?;
     fleet.ends(&operation.name, INSTALL, State::Succeeded).await?;
+    // The controller looks again every few seconds, and must not make a second one.
     assert_eq!(operations(fleet).await?.len(), 1);
     Ok(operation)
 }
@@ -111,6 +113,7 @@ async fn the_image_that_a_2015_file_on_the_card_names_comes_first() -> Result<()
 #[tokio::test]
 async fn the_name_of_2015_is_the_last_resort() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
+    // The name for the first Pi. A Pi 4 must get the other one.
     image(&fleet, "ArchLinuxARM-rpi-latest").await?;
     let for_a_pi_4 = image(&fleet, "ArchLinuxARM-rpi-2-latest").await?;
     join(&mut fleet, Some("no-such-image")).await?;

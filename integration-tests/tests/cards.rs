@@ -25,6 +25,7 @@ async fn card(folder: &Path) -> Result<(PathBuf, String)> {
     run(&binary("marcoctl")?, &[arguments.as_slice(), &further].concat(), seconds(60)).await?.success()?;
     let part = folder.join("p1");
     fs::create_dir(&part)?;
+    // The first partition begins at 4 MiB.
     let image = format!("{card}@@4M");
     let copy = ["-s", "-i", &image, "::*", part.to_str().context("a folder without a name")?];
     run(&tool("mcopy")?, &copy, seconds(60)).await?.success()?;

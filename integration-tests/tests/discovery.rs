@@ -137,6 +137,7 @@ async fn ask(lab: &Lab, host: u8, group: &str, datagram: &str) -> Result<Vec<Str
 
 /// Starts an impostor that claims to be a controller of that CA.
 async fn start_rogue(lab: &Lab, host: u8, folder: &Path, hint: &str, ways: &str) -> Result<(Process, PathBuf)> {
+    // The impostor has a certificate with the right name, but not from the right CA.
     let key = KeyPair::generate()?;
     let certificate = CertificateParams::new([NAME.to_owned()])?.self_signed(&key)?;
     let path = |name: &str| folder.join(name).display().to_string();

@@ -117,6 +117,7 @@ async fn a_dry_run_says_what_the_operation_then_waits_for() -> Result<()> {
     absent(&fleet, "out", false).await?;
     let quarantine = QuarantineNodeRequest { name: "nodes/out".to_owned(), reason: "smoke".to_owned() };
     fleet.nodes().quarantine_node(quarantine).await?;
+    // A long notice keeps the node busy during the whole test.
     let work = fleet.create(reboot(&[&busy], seconds(600))).await?;
     fleet.execution_is(&work.name, &busy, seconds(60), State::Running).await?;
     for (id, reason) in [

@@ -59,6 +59,7 @@ async fn the_installers_lines_are_read_at_the_controller(database: Database) -> 
         }
         assert!(printed.contains(&format!("{name}: {reason}: ")), "no {reason} in\n{printed}");
         let on_the_card = fleet.pi(pi).read("recovery/marco/install.log")?;
+        // The controller's copy and the card's must be the same text.
         assert!(on_the_card.contains(printed.trim_end()), "{on_the_card}\nis not\n{printed}");
 
         let json = marcoctl(&fleet, &["-o", "json", "operations", "log", &name]).await?.success()?;
@@ -81,6 +82,7 @@ async fn the_installers_lines_are_read_at_the_controller(database: Database) -> 
     assert!(printed.contains(&again.name) && !printed.contains(&first.name), "{printed}");
     fleet.kill_agents().await?;
     fleet.start_agents()?;
+    // A restarted agent repeats its last reports, which must not replace the log.
     wait_until(seconds(60), "the agents say again what they have", async || {
         Ok(fleet.list_nodes().await?.iter().all(|node| node.connected).then_some(()))
     })

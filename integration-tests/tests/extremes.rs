@@ -113,6 +113,7 @@ impl Scene {
         });
         let execution = format!("{}/executions/somebody", self.operation);
         let request = match name {
+            // Not due for decades, so that hundreds of created operations do not keep the node busy.
             "CreateOperation" | "CheckOperation" => json!({"operation": in_the_future()}),
             "CreateSchedule" => json!({"schedule": {"cron": "0 0 1 1 *", "operation": template()}}),
             "UpdateSchedule" => json!({
@@ -130,6 +131,7 @@ impl Scene {
             _ if name.ends_with("Operation") => json!({named(method): self.operation}),
             _ if name.ends_with("Node") => json!({named(method): "nodes/somebody"}),
             _ if name.ends_with("Artifact") && name != "UploadArtifact" => json!({named(method): self.artifact}),
+            // Other requests have no field that must name something.
             _ => json!({}),
         };
         message(method, request)
@@ -173,6 +175,7 @@ async fn complaint(channel: &Channel, method: &MethodDescriptor, extreme: &Extre
             Err(_) if method.is_server_streaming() => return None,
             Err(_) => slow = Some(format!("no answer within {:?}", 2 * ANSWER)),
             Ok(Err(status)) if is_cut(&status) => slow = Some(format!("{status:?}")),
+            // These codes blame the server, and an operator would look for a defect there.
             Ok(Err(status)) if matches!(status.code(), Code::Internal | Code::Unknown | Code::DataLoss) => {
                 return Some(format!("{status:?}"));
             }
@@ -214,6 +217,7 @@ async fn requests(
         let found = extremes(&scene.base(&method)?);
         cases.extend(found.into_iter().map(|extreme| (method.clone(), channel, extreme)));
     }
+    // Over all methods together, so that the stride goes on from one method into the next.
     let cases: Vec<_> = cases.into_iter().step_by(stride).collect();
     let count = cases.len();
     let wrong = futures_util::stream::iter(cases)

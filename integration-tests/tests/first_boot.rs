@@ -84,6 +84,7 @@ async fn two_nodes_with_different_labels_get_different_data() -> Result<()> {
     assert_eq!(boot(first, "meta-data")?, instances[0].1);
     assert!(boot(first, "userconf.txt").is_err());
 
+    // First-boot data holds password hashes and Wi-Fi keys.
     for log in ["agents.log", "pis/pi-01/recovery/marco/install.log", "pis/pi-01/log.jsonl"] {
         let text = fs::read_to_string(fleet.dir().join(log))?;
         assert!(!text.is_empty() && !text.contains(SECRET), "{log} has what is secret");
@@ -104,6 +105,7 @@ async fn labels_that_an_idle_installer_got_since_it_connected_count() -> Result<
         Ok(node.filter(|node| node.connected && node.mode() == NodeMode::Installer))
     })
     .await?;
+    // Only now, after the installer has connected: its session knows no label yet.
     label(&fleet, "pi-01", "a2").await?;
     let zip = make_bootcode("any")?;
     let set = upload(&mut fleet.artifacts(), header("any", Kind::Bootcode, Purpose::Installer, &zip), &zip).await?;

@@ -63,6 +63,7 @@ async fn events_are_read_by_cursor_while_more_of_them_come() -> Result<()> {
     assert_eq!((damaged.code(), bad_fields(&damaged)), (Code::InvalidArgument, vec!["page_token".to_owned()]));
     let request = ListExecutionsRequest { parent: name.to_owned(), page_size: 1, ..Default::default() };
     let other = fleet.operations().list_executions(request).await?.into_inner().next_page_token;
+    // A token carries its list, so that one of another list is not taken for a position in this one.
     assert!(!other.is_empty() && page(&fleet, name, 2, &other).await.is_err(), "a token of another list was taken");
     fleet.went_well();
     Ok(())

@@ -20,6 +20,7 @@ const MEMORY: u64 = 128 << 20;
 fn decompressed(file: File) -> Result<Box<dyn Read>> {
     let mut file = BufReader::new(file);
     let start = std::io::BufRead::fill_buf(&mut file)?.iter().take(4).copied().collect::<Vec<_>>();
+    // By magic numbers, as the installer does: a name may lie.
     Ok(match start.as_slice() {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
         [0x28, 0xb5, 0x2f, 0xfd] => {
@@ -48,6 +49,7 @@ fn unpack_all(folder: &Path) -> Result<()> {
         let unpacked = if name.starts_with("zip") {
             unpack_zip(File::open(&path)?, &root).map(|_| ())
         } else {
+            // The root is not empty: an entry must not follow links that are there already.
             lay_out_root(&root, "before")?;
             decompressed(File::open(&path)?)
                 .map(|reader| unpack_tar(BufReader::new(reader), &root, &mut |_| ()).map(|_| ()))
@@ -94,6 +96,7 @@ async fn hostile_archives_write_nothing_outside_the_root_and_take_little_memory(
     assert!(cases.len() >= 60, "only {} hostile archives", cases.len());
     for (number, case) in cases.iter().enumerate() {
         let kind = if case.kind == Kind::Bootcode { "zip" } else { "tar" };
+        // The name is in each failure, so that no number must be looked up.
         let name = case.what.replace(|letter: char| !letter.is_ascii_alphanumeric(), "-");
         fs::write(folder.path().join(format!("{kind}-{number:02}-{name}")), &case.bytes)?;
     }

@@ -18,6 +18,7 @@ use marco_proto::v1::operation::State as OperationState;
 
 #[test]
 fn the_controller_has_a_deadline_for_each_phase_that_an_agent_reports() {
+    // Controller and agent share no code, so that their lists could drift apart.
     let known: BTreeSet<&str> = Phase::ALL.iter().map(|phase| phase.as_str()).collect();
     let reported: BTreeSet<&str> = node_agent::job::phase::ALL.iter().copied().collect();
     assert_eq!(known, reported);
@@ -79,6 +80,7 @@ async fn an_update_keeps_the_argument_of_its_trial_boots_however_strongly_the_ma
     let file = make_image(fleet.dir(), "next", Compression::Gzip)?;
     let image = push(&mut fleet.artifacts(), "next", Kind::Image, Purpose::Unspecified, &file).await?;
     fleet.succeeds(update(&[&id], &image.name, ""), seconds(120)).await?;
+    // A forced restart that dropped the argument would boot the old system instead of the trial.
     assert_eq!(told(&fleet, &id)?, ["boot p4", "reboot", "boot p1 trial", "reboot", "boot p4 trial"]);
     fleet.went_well();
     Ok(())

@@ -171,6 +171,7 @@ async fn each_kind_of_peer_costs_each_listener_a_bounded_sum() -> Result<()> {
             let _ = write!(std::io::stderr(), "{row}");
             account.push_str(&row);
             assert!(paid.memory < MEMORY, "{account}");
+            // Some files must be left for the database and for downloads.
             assert!(paid.files < FILES / 10 * 9, "{account}");
             assert!(log < LOG && disk < DISK, "{account}");
             // With few answers a single late one would exceed the percentage.

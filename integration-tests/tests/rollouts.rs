@@ -101,6 +101,7 @@ async fn nodes_that_cannot_do_it_pause_the_rest_and_a_retry_takes_only_those() -
     assert_eq!(retried.rollout, created.rollout);
     let executions = fleet.executions(&retried.name).await?;
     let nodes: Vec<String> = executions.iter().map(|execution| execution.node.clone()).collect();
+    // Nodes that succeeded must not install the same image twice.
     assert_eq!(nodes, ids.iter().take(3).map(|id| format!("nodes/{id}")).collect::<Vec<_>>());
     fleet.cancel(&retried.name).await?;
     Ok(())

@@ -58,12 +58,14 @@ impl Session {
 /// Checks that the earlier stream ends with ABORTED, and that the later one stays.
 async fn the_later_one_wins(fleet: &mut Fleet, first_on: usize, second_on: usize) -> Result<()> {
     let id = fleet.ids().await?.remove(0);
+    // The real agent would reconnect, and be a third machine with this identity.
     fleet.kill_agents().await?;
     let fleet: &mut Fleet = fleet;
     wait_until(seconds(30), "the agent's own session is over", async || {
         Ok((!fleet.node(&id).await?.connected).then_some(()))
     })
     .await?;
+    // The node's own key, as on a copied card.
     let folder = fleet.pi(&id).path("agent");
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).with_context(|| name.to_owned());
     let node = Credentials { ca: read("ca.crt")?, identity: Some((read("node.crt")?, read("node.key")?)) };
@@ -73,6 +75,7 @@ async fn the_later_one_wins(fleet: &mut Fleet, first_on: usize, second_on: usize
     let second = Session::open(fleet, &node, OTHER).await?;
     let (reason, status) = first.end().await?;
     assert_eq!(status.code(), Code::Aborted, "{reason}: {status}");
+    // The same controller knows the reason; another one only sees that the session is lost.
     assert!(["superseded", "lost"].contains(&reason.as_str()), "{reason}");
     assert!(fleet.node(&id).await?.connected);
     // The first boot id returns, so there are two machines with one identity, and both are shut out.

@@ -61,6 +61,7 @@ async fn create_schedules(fleet: &Fleet, ids: &[String], dice: &mut Dice) -> Res
                 cron: format!("*/{} * * * * *", period(number)),
                 time_zone: "Europe/Madrid".to_owned(),
                 operation: Some(reboot(&nodes, Duration::ZERO)),
+                // A schedule that fires faster than its nodes reboot must not pile up operations.
                 overlap: schedule::Overlap::Skip.into(),
                 ..Schedule::default()
             }),
@@ -108,6 +109,7 @@ impl Soak<'_> {
         let victim = self.dice.below(CONTROLLERS);
         let alone = self.broken.dead.len() + self.broken.frozen.len() + 1 >= CONTROLLERS;
         let well = !self.broken.dead.contains(&victim) && !self.broken.frozen.contains_key(&victim);
+        // A kind that random choice misses would make the run fail at the end.
         let missing = KINDS.iter().find(|(kind, _)| !self.faults.contains_key(kind)).map(|(_, number)| *number);
         let any = self.dice.below(10);
         match missing.unwrap_or(any) {

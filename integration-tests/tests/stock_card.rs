@@ -62,6 +62,7 @@ async fn its_first_update_makes_it_resident_and_the_second_is_like_any_other() -
     let fleet = fleet().await?;
     let pi = fleet.pi("pi-01");
     let before = first_partition(&pi)?;
+    // A stock card has the vendor's firmware on it, and boots without any installer.
     assert!(before.contains_key("start4.elf") && !before.contains_key("autoboot.txt"));
     fleet.succeeds(update(&["pi-01"], "first", ""), UPDATE).await?;
     assert_eq!(layout(&fleet.node("pi-01").await?)?, (NodeMode::Running, CardLayout::Resident));
@@ -70,6 +71,7 @@ async fn its_first_update_makes_it_resident_and_the_second_is_like_any_other() -
         assert_eq!(after.get(name), Some(bytes), "{name} was changed");
     }
     assert_eq!(pi.read("recovery/marco/config.stock")?.as_bytes(), before.get("config.txt").context("config.txt")?);
+    // The trial boot, the copied key and the job are needed only until the new system was accepted.
     wait_until(seconds(20), "the agent has tidied up", async || {
         let left = ["tryboot.txt", "marco/node.key", "marco/install.json"];
         Ok((!left.iter().any(|name| pi.path("recovery").join(name).exists())).then_some(()))
@@ -89,6 +91,7 @@ async fn an_update_that_cannot_be_done_leaves_it_as_it_was() -> Result<()> {
     let misleading = "[all]\ntryboot_a_b=1\n[tryboot]\nboot_partition=3\n";
     fs::write(pi.path("recovery/autoboot.txt"), misleading)?;
     fs::write(pi.path("recovery/tryboot.txt"), "# somebody tries a kernel\nkernel=trial.img\n")?;
+    // Too small for the installation, which the installer notices before it erases anything.
     fs::write(pi.path("card-size"), "500\n")?;
     let before = first_partition(&pi)?;
     let operation = fleet.create(update(&["pi-01"], "first", "")).await?;

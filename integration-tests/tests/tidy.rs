@@ -102,6 +102,7 @@ impl Source {
 fn sources(package: &str) -> Result<Vec<Source>> {
     let folder = workspace().join(package).join("src");
     let root = fs::read_to_string(folder.join("lib.rs"))?;
+    // Modules that `lib.rs` declares for tests only may use everything.
     let (_, for_tests) = split_tests(&root);
     let mut sources = Vec::new();
     for path in list(&folder)? {
@@ -201,6 +202,7 @@ fn forbidden(sources: &[Source], allowed: &[(&str, &[&str])]) -> Vec<String> {
             }
         };
         for used in named_after("crate::", &source.code) {
+            // Names that are no module of the table are the crate's own types and functions.
             let is_module = allowed.iter().any(|(module, _)| *module == used) || ROOTS.contains(&used.as_str());
             if is_module && used != own && !may.contains(&used.as_str()) {
                 found.push(format!("{}: {own} knows {used}", source.path.display()));
@@ -277,6 +279,7 @@ fn every_transaction_of_the_store_is_one_that_is_done_again() -> Result<()> {
                 found.push(format!("{}: {name:?}", source.path.display()));
             }
         }
+        // A public `..._once` could be called without its retry loop.
         for (at, _) in source.code.match_indices("_once(") {
             let before = source.code.get(..at).unwrap_or_default();
             let line = before.lines().next_back().unwrap_or_default();
@@ -304,6 +307,7 @@ fn files_are_short_and_lie_where_their_names_say() -> Result<()> {
             if lines > 500 {
                 found.push(format!("{shown} has {lines} lines: split it"));
             }
+            // Two conventions for one thing would make files harder to find.
             if path.file_name().is_some_and(|name| name == "mod.rs") {
                 found.push(format!("{shown}: name it after its folder, beside it"));
             }

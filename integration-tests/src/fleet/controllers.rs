@@ -110,8 +110,7 @@ impl Builder {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
-        // Agents learn the other controllers by these names. On one machine only an address leads to a test's
-        // controller.
+        // Controllers announce themselves to agents by these names, and never by default by a loopback address.
         if self.controllers > 1 {
             arguments.extend(["--name".to_owned(), addresses.api.ip().to_string()]);
         }

@@ -166,10 +166,12 @@ async fn an_hour_behind_does_no_harm() -> Result<()> {
 async fn controller_without_a_clock_signs_nothing_and_says_so() -> Result<()> {
     let mut fleet = Fleet::builder().pis(1).own_clocks().start().await?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    // A minute after the epoch, as a machine without a real-time clock starts.
     let in_1970 = 60 - i64::try_from(now)?;
     let token = fleet.token(1).await?;
     let secret = api_token(&fleet, "monitor", Role::Viewer, None).await?;
     let health = async || {
+        // By token, because in 1970 the certificate of no operator is valid yet.
         let mut request = tonic::Request::new(HealthCheckRequest::default());
         request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse()?);
         let mut client = HealthClient::new(fleet.admin().anonymous().channel(fleet.addresses().api)?);

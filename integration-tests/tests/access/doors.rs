@@ -133,6 +133,7 @@ async fn pair_of_another_controller(fleet: &Fleet) -> Result<std::path::PathBuf>
     std::fs::copy(fleet.data().join("pki/ca.key"), data.join("pki/ca.key"))?;
     std::fs::copy(fleet.certs().join("ca.crt"), certs.join("ca.crt"))?;
     let mut arguments: Vec<String> = vec!["serve".to_owned()];
+    // Any free ports: it only has to issue its certificate.
     let nowhere = || "127.0.0.1:0".to_owned();
     for (flag, value) in [
         ("--data-dir", data.display().to_string()),

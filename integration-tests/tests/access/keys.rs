@@ -82,6 +82,7 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     assert_eq!((read.code(), reason(&read).as_str()), (Code::PermissionDenied, "KEY_AWAITS_APPROVAL"));
     let refused = says_hello(&fleet, &stolen, &work, before.board.clone()).await?;
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::PermissionDenied, "KEY_AWAITS_APPROVAL"));
+    // A pending key must not get anything by a renewal either.
     let signed = NodeKey::generate()?.request(&thief)?;
     let renewal = RenewCertificateRequest {
         certificate: enrolled.certificate,
@@ -96,6 +97,7 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     assert_eq!((now.state(), now.connected, &now.boot_id), (node::State::Approved, true, &before.boot_id));
     assert_eq!(now.key_sha256, before.key_sha256);
     assert_eq!(fleet.execution(&operation.name, &id).await?.state(), execution::State::Running);
+    // Otherwise anyone with a token could disconnect a node by naming its serial number.
     assert_eq!(fleet.agents_log()?.matches("session open").count(), 1, "its session was ended");
     let [waits] = now.pending_keys.as_slice() else { anyhow::bail!("{:?}", now.pending_keys) };
     assert_eq!((waits.serial.as_str(), waits.from.as_str()), (board.serial.as_str(), "127.0.0.1"));

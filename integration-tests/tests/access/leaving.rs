@@ -42,6 +42,7 @@ impl Ledger {
 
     async fn hold(&self) -> Result<()> {
         let (server, url) = (self.server, self.url.clone());
+        // EXCLUSIVE blocks writers and lets readers pass.
         let hold = "BEGIN; LOCK TABLE audit IN EXCLUSIVE MODE; SELECT pg_sleep(60)";
         tokio::task::spawn_blocking(move || server.by_hand(&url, hold));
         wait_until(seconds(20), "the audit is held", async || {
@@ -99,6 +100,7 @@ impl Ledger {
             .await?;
             calling.abort();
             let left = calling.await.is_err_and(|error| error.is_cancelled());
+            // A change that is visible without its audit row would be lost from the audit in a crash.
             ensure!(self.made()?.len() == before, "{what}: it is there, and its record is not");
             noticed().await?;
             self.release()?;

@@ -34,6 +34,7 @@ async fn end<T>(mut stream: Streaming<T>) -> Result<(Status, Duration)> {
         loop {
             match stream.message().await {
                 Ok(Some(_)) => {}
+                // A clean end would tell a client that there is nothing more to hear, and it would not ask again.
                 Ok(None) => bail!("it ended as if all were well"),
                 Err(status) => return Ok(status),
             }
@@ -45,6 +46,7 @@ async fn end<T>(mut stream: Streaming<T>) -> Result<(Status, Duration)> {
 
 async fn watch_nodes(channel: Channel) -> Result<Streaming<WatchNodesResponse>> {
     let mut stream = NodeServiceClient::new(channel).watch_nodes(WatchNodesRequest::default()).await?.into_inner();
+    // After the first message the stream is surely open at the controller.
     stream.message().await?.context("it ended")?;
     Ok(stream)
 }
@@ -71,6 +73,7 @@ async fn a_certificate_a_user_and_a_token_that_are_revoked_are_out_of_open_strea
     }
     let mut by_token = Vec::new();
     let shown: tonic::metadata::MetadataValue<_> = format!("Bearer {secret}").parse()?;
+    // A token travels in each call and not in the handshake, so its streams are ended in another way.
     for channel in channels(&mut fleet, &anonymous)? {
         let mut request = Request::new(WatchOperationRequest { name: operation.clone() });
         request.metadata_mut().insert("authorization", shown.clone());

@@ -13,6 +13,7 @@ async fn a_controller_looks_at_its_certificate_when_it_is_told_to_and_goes_on() 
     let said = "the controller's certificate is the one that is presented";
     assert!(!fleet.controller_log(0)?.contains(said));
     let pid = fleet.controller_pid(0)?.to_string();
+    // SIGHUP makes the controller look at once, instead of at its next interval.
     run(&tool("kill")?, &["-HUP", &pid], seconds(10)).await?.success()?;
     wait_until(seconds(30), "it says what it presents", async || {
         Ok(fleet.controller_log(0)?.contains(said).then_some(()))

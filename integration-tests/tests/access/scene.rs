@@ -74,6 +74,7 @@ pub(crate) async fn node(fleet: &Fleet, id: &str, in_room: &str) -> Result<Crede
 
 /// A reboot of nodes in an hour.
 pub(crate) fn later(nodes: &[&str]) -> Operation {
+    // Far enough ahead that it never begins while a test looks at it.
     let time = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
     Operation { schedule_time: Some(time.into()), ..reboot(nodes, std::time::Duration::ZERO) }
 }
@@ -94,6 +95,7 @@ impl Scene {
 
     pub(crate) async fn of(fleet: Fleet) -> Result<Self> {
         let node = node(&fleet, "in-1", "in").await?;
+        // A second node inside, because calls like a quarantine would take the calling node away.
         self::node(&fleet, "in-2", "in").await?;
         self::node(&fleet, "out-1", "out").await?;
         let inside = fleet.create(later(&["in-1"])).await?.name;
@@ -115,6 +117,7 @@ impl Scene {
                 CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned(), validate_only: false };
             let created = ScheduleServiceClient::new(self.fleet.admin_channel()).create_schedule(request).await;
             if let Err(status) = created
+                // Only those that an earlier call has deleted are missing.
                 && status.code() != tonic::Code::AlreadyExists
             {
                 return Err(status).context(id);

@@ -59,6 +59,7 @@ async fn a_schedule_reaches_only_what_its_maker_may_at_each_fire_and_says_why_no
     let mut kim = ScheduleServiceClient::new(kim.channel(fleet.addresses().api)?);
     let admin = ScheduleServiceClient::new(fleet.admin_channel());
     let two = reboot(&["in-1", "in-2"], seconds(0));
+    // `All` means all nodes within the scope of the schedule's creator, at each fire.
     let all = Operation { target: Some(operation::Target::All(AllNodes {})), ..two.clone() };
     kim.create_schedule(often("all", all)).await?;
     kim.create_schedule(often("two", two)).await?;

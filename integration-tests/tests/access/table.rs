@@ -152,6 +152,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("AccessService/UpdateUser", "a", Free, empty),
     ("AgentService/Connect", "n", Free, empty),
     ("ArtifactService/DeleteArtifact", "pa", Free, nobody),
+    // Images hold secrets such as Wi-Fi keys, so viewers and operators get none.
     ("ArtifactService/DownloadArtifact", "pan", Free, nobody),
     ("ArtifactService/GetArtifact", "vopan", Free, nobody),
     ("ArtifactService/ListArtifacts", "vopa", Free, empty),
@@ -166,6 +167,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("NodeService/DeleteNode", "a", Free, nobody),
     ("NodeService/GetNode", "vopan", All, node),
     ("NodeService/ListJoinTokens", "a", Free, empty),
+    // A list has no target that could be refused, so it is filtered.
     ("NodeService/ListNodes", "vopa", Filtered, empty),
     ("NodeService/QuarantineNode", "oa", All, quarantine),
     ("NodeService/ResolveNode", "oa", All, resolve_node),
@@ -173,6 +175,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("NodeService/UpdateNode", "oa", All, update_node),
     ("NodeService/WatchNodes", "vopa", Filtered, empty),
     ("OperationService/AbandonExecution", "oa", All, execution),
+    // Steering acts on all nodes of an operation, so all of them must be inside.
     ("OperationService/CancelOperation", "oa", All, operation),
     // Its request begins with the same field as that of `CreateOperation`.
     ("OperationService/CheckOperation", "oa", All, create_operation),

@@ -38,12 +38,14 @@ async fn fifty_at_once(fleet: &mut Fleet, controllers: usize) -> Result<()> {
     }
     let answers = join_all(tries).await;
     let admitted = answers.iter().filter(|answer| answer.is_ok()).count();
+    // The same words for each refusal: a guesser must not learn why a token does not work.
     let refused: Vec<Words> = answers.iter().filter_map(|answer| answer.as_ref().err()).map(words).collect();
     assert_eq!((admitted, refused.len()), (1, 49), "{refused:?}");
     assert!(refused.iter().all(|words| *words == refused[0]), "they are told different things: {refused:?}");
     assert_eq!(refused[0].0, Code::PermissionDenied);
     assert_eq!(fleet.list_nodes().await?.len(), 1);
     let certificates = access(fleet).list_certificates(ListCertificatesRequest::default()).await?.into_inner();
+    // A certificate that was issued for a refused enrolment would be valid all the same.
     let of_nodes = certificates.certificates.iter().filter(|found| found.subject.starts_with("one-of-fifty"));
     assert_eq!(of_nodes.count(), 1, "{certificates:?}");
     Ok(())
@@ -156,6 +158,7 @@ async fn an_address_that_is_refused_too_often_waits_and_its_tries_do_not_fill_th
     let request = marco_proto::v1::ListAuditEventsRequest { page_size: 1000, ..Default::default() };
     let events = access(&fleet).list_audit_events(request).await?.into_inner().audit_events;
     let of_it = events.iter().filter(|event| event.method == "Enroll").count();
+    // Twenty at once, then one each ten seconds, for an unknown address.
     assert!((10..=40).contains(&of_it), "{of_it} of 150 are recorded");
     fleet.went_well();
     Ok(())

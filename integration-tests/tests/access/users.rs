@@ -50,6 +50,7 @@ async fn two_who_change_a_user_at_once_make_nothing_that_neither_decided() -> Re
     };
     let mut client = access(&fleet);
     let (again, limiting) = (limit.clone(), tokio::spawn(async move { client.update_user(limit).await }));
+    // Now the controller's change waits for the other one's row.
     waits("UPDATE users").await?;
     by_hand(LET_GO).await??.map_err(anyhow::Error::msg)?;
     other.await??.map_err(anyhow::Error::msg)?;

@@ -191,6 +191,7 @@ impl Chaos {
                     self.fleet.database_proxy(controller)?.swallow_answer_to(b"COMMIT");
                 }
             }
+            // Beyond the controllers' `lock_timeout` of 2 s, so that they give up and try again.
             Kind::RowsLocked => {
                 let statement = "BEGIN; SELECT 1 FROM operations FOR UPDATE; SELECT pg_sleep(4)";
                 holders.push(self.postgres.session(&self.url, statement)?);
@@ -319,11 +320,13 @@ impl Chaos {
 
     /// Fails over: the primary dies, and a synchronous standby with all acknowledged data replaces it.
     fn fail_over(&mut self) -> Result<()> {
+        // Made only now: until then no commit has to wait for a second server.
         let standby = self.postgres.standby()?;
         self.postgres.pause()?;
         standby.promote()?;
         for number in 0..CONTROLLERS {
             let proxy = self.fleet.database_proxy(number)?;
+            // The controllers keep their URLs: the proxy plays the virtual address of a cluster.
             proxy.retarget(standby.address());
             proxy.drop_connections();
         }

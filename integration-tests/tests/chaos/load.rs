@@ -36,6 +36,7 @@ pub(crate) async fn create_schedules(fleet: &Fleet, ids: &[String], dice: &mut D
     for number in 0..SCHEDULES {
         let nodes: BTreeSet<&String> = (0..3).filter_map(|_| ids.get(dice.below(ids.len()))).collect();
         let nodes: Vec<&String> = nodes.into_iter().collect();
+        // Half of each policy: one leaves gaps that must have a reason, the other one queues.
         let overlap = if number % 2 == 0 { schedule::Overlap::Skip } else { schedule::Overlap::Queue };
         let request = CreateScheduleRequest {
             schedule: Some(Schedule {
@@ -101,6 +102,7 @@ impl Asked {
             let kept = stored.get(request_id).with_context(|| format!("{answer} was acknowledged and is lost"))?;
             ensure!(answer == format!("operations/{kept}"), "{request_id} is {answer} and {kept}");
         }
+        // Fewer would be lost, and more would be duplicates.
         ensure!(stored.len() == asked.len(), "{} were asked for, {} are stored", asked.len(), stored.len());
         Ok(asked.len())
     }
@@ -117,6 +119,7 @@ pub(crate) async fn ask(
 ) {
     let mut number = 0_usize;
     while !stop.is_cancelled() {
+        // At another controller than the first time, most likely: the request id must be unique in the database.
         let again = if dice.below(3) == 0 { asked.open() } else { None };
         let request = again.unwrap_or_else(|| {
             number += 1;
@@ -143,6 +146,7 @@ pub(crate) async fn ask(
 async fn submit(channel: &Channel, asked: &Asked, request: CreateOperationRequest) {
     let request_id = request.request_id.clone();
     let mut client = OperationServiceClient::new(channel.clone());
+    // An error proves nothing: the operation may be stored although its answer was lost.
     let answer = tokio::time::timeout(PATIENCE, client.create_operation(request)).await;
     if let Ok(Ok(operation)) = answer {
         asked.answered(&request_id, &operation.into_inner().name).expect("a request id has one operation");

@@ -79,6 +79,7 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     let channels = (0..CONTROLLERS).map(|number| fleet.channel_of(number)).collect::<Result<Vec<_>>>()?;
     let stop = CancellationToken::new();
     let asked = Arc::new(Asked::default());
+    // Another seed than that of the faults, so that the two sequences are independent.
     let asking = tokio::spawn(load::ask(channels, ids.clone(), Arc::clone(&asked), Dice(seed ^ 1), stop.clone()));
 
     let begun = Instant::now();
@@ -88,12 +89,14 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     while begun.elapsed() < length {
         ticks.tick().await;
         chaos.step().await?;
+        // As long as a healthy node may be idle: before, each fault would excuse it.
         if chaos.has_been_calm_for(seconds(30)) {
             nobody_is_idle(chaos.postgres(), chaos.url())?;
         }
     }
     let (mut fleet, postgres, url, injected) = chaos.end().await?;
     println!("chaos: {injected:?}");
+    // A run shorter than that has no time for all kinds.
     ensure!(length < seconds(100) || injected.len() == faults::KINDS.len(), "not every kind of fault was injected");
     stop.cancel();
     asking.await?;
@@ -110,6 +113,7 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     })
     .await?;
     load::pause_schedules(&fleet).await?;
+    // A request without an acknowledgement may or may not be stored. Retrying under the same id settles that.
     load::settle(&asked, &fleet).await?;
     let unfinished = "SELECT o.id AS operation, e.node AS node, o.state AS state, e.state AS part, e.phase AS phase \
                       FROM operations o JOIN executions e ON e.operation = o.id \

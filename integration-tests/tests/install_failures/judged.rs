@@ -42,6 +42,7 @@ async fn image_that_is_no_system_is_refused_at_the_push_with_all_it_lacks() -> R
     let root = fleet.dir().join("bad");
     let nested = fleet.dir().join("nested");
     fs::create_dir(&nested)?;
+    // The usual mistake in packing: the root is one folder too deep.
     fs::rename(root, nested.join("rootfs"))?;
     fs::write(nested.join("rootfs/usr/sbin/init"), "#!/bin/sh\n")?;
     let file = pack(&nested, &fleet.dir().join("nested.tar"), Compression::None)?;

@@ -64,6 +64,7 @@ fn tarball(
 /// Appends an entry with a name that the tar crate refuses to write.
 fn append_as(packed: &mut tar::Builder<&mut Vec<u8>>, name: &str, text: &[u8]) -> Result<()> {
     let mut header = tar::Header::new_gnu();
+    // The crate's own setter refuses `..`, so the bytes go into the header directly.
     header.as_mut_bytes().get_mut(..name.len()).context("a short name")?.copy_from_slice(name.as_bytes());
     header.set_size(u64::try_from(text.len())?);
     header.set_mode(0o644);

@@ -38,6 +38,7 @@ pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixtur
     let found = f.store.standings(&serials).await.unwrap();
     assert_eq!(found.len(), 3);
     assert!(found.iter().all(|one| one.role.as_deref() == Some("operator") && one.scope == blue() && !one.revoked));
+    // Labels that scopes use may be changed by admins only, so the store knows their keys.
     assert!(f.store.scope_keys().await.unwrap().contains("room"));
 
     let everything = Scope::everything();
@@ -136,6 +137,7 @@ pub(crate) async fn an_api_token_works_until_it_expires_or_is_revoked(f: Fixture
     assert_eq!((found.works(after(99)), found.works(after(100)), &found), (true, false, &row));
     assert_eq!(f.store.api_token_of("wrong").await.unwrap(), None);
     assert!(!f.store.revoke_api_token(&id, after(1)).await.unwrap().unwrap().works(after(1)));
+    // A reused id would make two tokens look like one in the audit.
     assert!(!f.store.create_api_token(&row, "again").await.unwrap(), "the id of a revoked one was given again");
 }
 

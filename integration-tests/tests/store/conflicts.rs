@@ -216,6 +216,7 @@ pub(crate) async fn conflicts_of_a_node_are_bounded(f: Fixture) {
         let invented = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
         f.report(epoch, &done(&invented, 1, "boot-1", "boot-2"), after(1)).await;
     }
+    // A compromised node invents executions without end, and each would be a row.
     assert_eq!(node_row(&f, &id).await.conflicts.len(), 32);
     f.store.resolve(&id, Decision::Abandon, "pat", after(2)).await.unwrap();
     let invented = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
@@ -241,6 +242,7 @@ pub(crate) async fn broken_record_fails_alone(f: Fixture) {
     {
         statement.unwrap();
     }
+    // One claim for all nodes: a row that cannot be read must not fail the others.
     let claimed = f.claim(&sessions, after(1)).await;
     assert_eq!(claimed.len(), 1, "{claimed:?}");
     assert_eq!(claimed[0].execution.operation, sound);

@@ -171,9 +171,11 @@ async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_nam
     let refused = Store::open(&url).await.unwrap_err();
     assert!(matches!(&refused, StoreError::Pooler { why, .. } if why.contains("PgBouncer")), "{refused:?}");
     let unset = Store::open(&asked).await.unwrap_err().to_string();
+    // The refusal prints the statements that an administrator has to run. They must work as they are.
     let statements: Vec<&str> = unset.lines().filter(|line| line.contains("ALTER ROLE")).collect();
     assert!(statements.len() >= 3 && unset.contains("idle_in_transaction_session_timeout"), "{unset}");
     server.by_hand(&direct, &statements.concat()).unwrap().unwrap();
+    // Settings of a role act on new server connections only.
     pooler.restart().unwrap();
 
     let stores = join_all((0..2).map(|_| Store::open(&asked))).await;

@@ -110,6 +110,7 @@ pub(crate) async fn row_that_nobody_can_read_holds_up_no_other(f: Fixture) {
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(1)).await.unwrap();
     assert_eq!(outcomes(&f.store, &good.id).await, [(0, FireOutcome::Fired)]);
+    // The list leaves the row out, as it cannot show it.
     let listed = f.store.schedules(None, 10).await.unwrap();
     assert_eq!(listed.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["good"]);
     // Another controller can read the row, so it must not have been changed.

@@ -77,6 +77,7 @@ async fn play(
         steps.fetch_add(1, Ordering::Relaxed);
         dawdle(&mut random, 200).await;
         let rebooting = report(&assignment, 2, ExecutionState::Rebooting, &name(*boot));
+        // Half of the nodes reboot before this report arrives, as after a broken stream.
         let told = random & 8 != 0;
         if told {
             assert_eq!(f.report(*epoch, &rebooting, after(4)).await, ReportOutcome::Acked);
@@ -110,6 +111,7 @@ pub(crate) async fn races_of_cancel_against_dispatch_and_completion_end_as_the_n
                 let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
                 let execution = ExecutionId { operation: operation.clone(), node: id.clone() };
                 dawdle(&mut random, 50).await;
+                // The canceller waits for a random step of the node, so that cancels hit each phase of an execution.
                 let (steps, mut cancellers) = (AtomicU64::new(0), random);
                 let (restarted, ()) =
                     tokio::join!(play(&f, &id, (&mut epoch, &mut boot), random, &execution, &steps), async {
@@ -136,5 +138,6 @@ pub(crate) async fn races_of_cancel_against_dispatch_and_completion_end_as_the_n
         all = [all[0] + cancelled, all[1] + restarted];
     }
     assert_eq!(all[0] + all[1], RACERS * ROUNDS);
+    // The control: both outcomes must occur, otherwise there was no race.
     assert!(all.iter().all(|count| *count > 10), "a race that always ends the same is none: {all:?}, seed {seed}");
 }

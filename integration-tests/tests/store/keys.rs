@@ -107,6 +107,7 @@ pub(crate) async fn a_token_that_names_the_node_or_the_serial_approves_the_key(f
         );
         f.begin(&id, &hello_with(&key, &format!("boot-{secret}"), 2), after(2)).await;
     }
+    // The previous key is not revoked: a restored card needs one approval then, and no new token.
     assert_eq!(state(&f, &node("pi-1"), "key-pi-1").await, KeyState::Previous);
 }
 
@@ -171,6 +172,7 @@ pub(crate) async fn a_certificate_that_is_not_valid_yet_is_replaced_at_once(f: F
     // A controller whose clock is 20 years ahead.
     let ahead = 20 * 365 * 24 * HOUR;
     assert_eq!(f.renew(&id, ("0a", "key-pi-1"), ("0b", "key-2"), after(ahead)).await, RenewOutcome::Renewed);
+    // A certificate from the future proves only that some clock was ahead, so the limit of one an hour does not apply.
     let early = f.renew(&id, ("0b", "key-2"), ("0c", "key-3"), after(1)).await;
     assert_eq!(early, RenewOutcome::Renewed);
     // Only once: after that the limit of one an hour applies.

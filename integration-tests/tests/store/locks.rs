@@ -27,6 +27,7 @@ fn failed(error: &StoreError) -> String {
 pub(crate) async fn progress_cancels_and_resumes_of_one_operation_wait_for_each_other(f: Fixture) {
     let ids: Vec<String> = (0..NODES).map(|number| format!("pi-{number:04}")).collect();
     let mut nodes: Vec<NodeId> = Vec::new();
+    // A token of the fixture is good for 1000 nodes.
     for chunk in ids.chunks(1000) {
         nodes.extend(f.enrolled(&chunk.iter().map(String::as_str).collect::<Vec<_>>()).await);
     }
@@ -51,6 +52,7 @@ pub(crate) async fn progress_cancels_and_resumes_of_one_operation_wait_for_each_
         .collect();
     let mut doing = Vec::new();
     for reversed in [false, true] {
+        // Opposite orders deadlock unless both tasks lock the operation's row first.
         if reversed {
             progress.reverse();
         }
@@ -86,6 +88,7 @@ pub(crate) async fn progress_cancels_and_resumes_of_one_operation_wait_for_each_
         Ok(())
     }));
     for done in join_all(doing).await {
+        // A deadlock would be retried three times. More of them would show here as an error.
         assert_eq!(done.unwrap(), Ok(()));
     }
     assert_eq!(f.operation_state(&operation).await, OperationState::Cancelling);

@@ -35,6 +35,7 @@ mod windows;
 /// Defines a test on each database for each claim.
 macro_rules! on_both {
     ($($part:ident: $($claim:ident),+;)+) => {
+        // The databases differ in locking and in types, so a claim that holds on one may fail on the other.
         mod on_sqlite { $(mod $part { $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $claim() { crate::$part::$claim(crate::support::sqlite().await).await; }

@@ -36,6 +36,7 @@ pub(crate) async fn broken_stream_proves_nothing(f: Fixture) {
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Rebooting, "it is on its way down");
     assert!(f.store.say_goodbye(&assignment.execution, epoch, after(502)).await.unwrap());
     f.store.end_session(&id, epoch, after(502)).await.unwrap();
+    // Any later session makes the goodbye void, because the machine was not off.
     let later = f.session(&id, "boot-1", after(503)).await;
     f.store.end_session(&id, later, after(504)).await.unwrap();
     assert!(f.store.power_off_done(start(), after(9000)).await.unwrap().is_empty(), "it was heard of since");

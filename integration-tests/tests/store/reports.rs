@@ -93,6 +93,7 @@ pub(crate) async fn a_report_of_another_delivery_is_answered_by_an_assignment(f:
     let nowhere = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
     let unknown = ReportRow { execution: nowhere, ..truth.clone() };
     assert_eq!(f.report(epoch, &unknown, after(3)).await, ReportOutcome::Unknown);
+    // A node must not end the work of another one.
     let elsewhere = ExecutionId { operation: again.execution.operation.clone(), node: node("pi-2") };
     let foreign = ReportRow { execution: elsewhere, ..truth };
     let outcome = f.store.apply_report(&id, epoch, &foreign, after(3)).await.unwrap();
@@ -273,6 +274,7 @@ pub(crate) async fn progress_is_kept_and_holds_off_the_deadline(f: Fixture) {
         ("unpacking image", 5_000_000_000, 6_000_000_000)
     );
     assert_eq!((row.overdue, row.deadline), (false, Some(after(2500))));
+    // Progress is flushed once a second, so it may belong to a delivery that was replaced meanwhile.
     f.store.flush_progress(&[progress(id, 9, 1)], after(1901)).await.unwrap();
     assert_eq!(f.execution(id).await.bytes_done, 5_000_000_000, "of another delivery");
     f.store.flush_progress(&[], after(1902)).await.unwrap();

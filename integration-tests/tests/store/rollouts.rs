@@ -146,6 +146,7 @@ pub(crate) async fn several_controllers_never_exceed_the_limit(f: Fixture) {
     });
     let taken: usize = futures_util::future::join_all(claims).await.into_iter().map(Result::unwrap).sum();
     assert!((1..=3).contains(&taken), "{taken}");
+    // Claims that lost the race may have left slots free, so one more round fills them.
     let rest = fleet.round(0).await.len();
     assert_eq!(taken + rest, 3);
 }
@@ -324,6 +325,7 @@ pub(crate) async fn an_operation_without_room_keeps_a_node_from_nothing_else(f: 
     let nodes: Vec<NodeId> = fleet.sessions.iter().map(|(id, _)| id.clone()).collect();
     let other = fleet.f.create(reboot(), &nodes[1..]).await;
     let first = fleet.round(0).await;
+    // The nodes that the rollout keeps waiting are free for the other operation.
     let of_other = first.iter().filter(|assignment| assignment.execution.operation == other).count();
     assert_eq!((first.len(), of_other), (3, 2));
 }

@@ -39,6 +39,7 @@ impl Controller {
     async fn node(&self, f: &Fixture, id: &str) -> (NodeId, i64, Handle) {
         let (id, epoch) = f.online(id).await;
         let handle = self.sessions.open(&id, epoch, "").unwrap();
+        // A session gets work only after its Hello was reconciled.
         self.sessions.set_ready(&id, epoch, true);
         (id, epoch, handle)
     }
@@ -107,9 +108,11 @@ async fn nobody_is_judged_by_the_silence_of_a_round_that_lost_the_database() {
     assert_eq!(f.state(&execution).await, ExecutionState::Assigned);
     by_hand(&f, "UPDATE executions SET deadline = 1").await;
     due(&f, &controller, &[id]).await;
+    // The COMMIT of this round gets no answer, so the round fails and counts as a break.
     trap.set(1);
     let error = controller.dispatcher.round(false).await.unwrap_err();
     assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+    // An agent's longest pause between two attempts is 60 s; the store allows 75 s.
     controller.listen(70).await;
     assert!(!f.execution(&execution).await.overdue, "it had no time to come back");
     controller.listen(10).await;

@@ -92,6 +92,7 @@ pub(crate) async fn a_schedule_is_read_back_as_it_was_stored(f: Fixture) {
     assert_eq!(f.store.schedule(&new.id).await.unwrap(), Some(new.clone()));
     let changed = ScheduleRow { jitter: Duration::from_secs(60), next_fire: None, ..new.clone() };
     assert!(f.store.update_schedule(&changed, after(1)).await.unwrap());
+    // A change carries the revision that it read, so the second one is refused.
     assert!(!f.store.update_schedule(&changed, after(2)).await.unwrap(), "it has changed since");
     let paused = f.store.pause_schedule(&new.id, "exam", after(3)).await.unwrap().unwrap();
     assert_eq!((paused.paused, paused.pause_reason.as_str(), paused.update_time), (true, "exam", after(3)));
@@ -123,6 +124,7 @@ pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race
             let fires = Arc::clone(fires);
             tokio::spawn(async move { fires.round(now).await.unwrap() })
         });
+        // All rounds at once, on the same due time.
         for ended in join_all(rounds).await {
             ended.unwrap();
         }
@@ -134,6 +136,7 @@ pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race
     for (row, minute) in made.iter().zip(0..) {
         assert_eq!((row.schedule.as_ref(), row.fire_time), (Some(&new.id), Some(after(60 * minute))));
     }
+    // In both directions: each operation has a fire, and each fire its operation.
     let named: BTreeSet<_> = fires_of(&f.store, &new.id).await.into_iter().filter_map(|row| row.operation).collect();
     assert_eq!(named, made.into_iter().map(|row| row.id).collect());
 }
@@ -172,6 +175,7 @@ pub(crate) async fn instants_that_are_found_too_late_are_each_a_row(f: Fixture) 
 pub(crate) async fn a_long_outage_is_summed_up_after_a_thousand_rows(f: Fixture) {
     let new = minutely("long");
     f.store.create_schedule(&new).await.unwrap();
+    // Only the latest thousand missed due times get rows. The newest of these counts the others.
     scheduler(&f.store, start(), preparing(&[], 0)).round(after(3000 * 60)).await.unwrap();
     let query = FireQuery { limit: 100_000, outcomes: vec![FireOutcome::Missed], ..FireQuery::default() };
     let missed = f.store.fires(&new.id, &query).await.unwrap();
@@ -193,6 +197,7 @@ pub(crate) async fn an_unfinished_operation_is_not_overtaken(f: Fixture) {
     let rows = fires_of(&f.store, &skip.id).await;
     assert_eq!((rows[1].outcome, rows[1].operation.as_ref()), (FireOutcome::Skipped, None));
     assert_eq!(rows[1].reason, format!("{} of this schedule has not ended", first.id.name()));
+    // Once the first operation has ended, the next due time fires again.
     f.store.request_cancel(&first.id, "pat", after(62)).await.unwrap();
     assert_eq!(f.operation_state(&first.id).await, OperationState::Cancelled);
     fires.round(after(121)).await.unwrap();
@@ -214,6 +219,7 @@ pub(crate) async fn what_queues_is_done_one_after_another_in_the_order_of_its_in
     let order: Vec<OperationId> =
         fires_of(&f.store, &queue.id).await.into_iter().map(|fire| fire.operation.unwrap()).collect();
     assert_eq!(order.len(), 3);
+    // The node was away at all three due times, so the queue is full when it comes.
     let epoch = f.session(&nodes[0], "boot-0", after(122)).await;
     let sessions = [(nodes[0].clone(), epoch)];
     for (place, operation) in order.iter().enumerate() {
@@ -239,6 +245,7 @@ pub(crate) async fn a_change_that_saw_less_than_the_scheduler_decided_is_refused
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(1)).await.unwrap();
     let stale = ScheduleRow { jitter: Duration::from_secs(60), ..seen.clone() };
+    // Otherwise the change would write the old `next_fire` back, and a due time would fire twice.
     assert!(!f.store.update_schedule(&stale, after(2)).await.unwrap(), "its next instant has been decided about");
     let now = f.store.schedule(&seen.id).await.unwrap().unwrap();
     assert_eq!(now.next_fire, Some(after(60)));
@@ -256,6 +263,7 @@ pub(crate) async fn a_paused_schedule_skips_and_says_so(f: Fixture) {
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(601)).await.unwrap();
     let rows = fires_of(&f.store, &new.id).await;
+    // A gap in the rows would mean a defect, so a pause has rows too.
     assert_eq!(rows.len(), 11);
     for row in rows {
         assert_eq!(row.outcome, FireOutcome::Skipped);
@@ -348,6 +356,7 @@ async fn kills_and_wrong_clocks_neither_lose_nor_double_a_fire() {
         wait_until(seconds(120), "the schedules go on", ahead).await.unwrap();
     };
     reached(2).await;
+    // Aborted in the middle of a round, like a process that is killed.
     controllers[0].abort();
     reached(4).await;
     controllers[3].abort();

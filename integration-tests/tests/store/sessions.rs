@@ -23,6 +23,7 @@ pub(crate) async fn a_second_session_ends_the_first(f: Fixture) {
     assert!(!f.store.update_system(&id, first, &System::default(), after(2)).await.unwrap());
     let row = f.store.node(&id).await.unwrap().unwrap();
     assert_eq!((row.connected, row.controller_id.as_deref(), row.system.os.as_str()), (true, Some("c2"), "Marco OS"));
+    // Only the controller that holds the session may refresh it.
     f.store.touch("c1", std::slice::from_ref(&id), after(50)).await.unwrap();
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().last_seen, Some(after(1)));
     f.store.touch("c2", std::slice::from_ref(&id), after(50)).await.unwrap();
@@ -45,6 +46,7 @@ pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     let serial = serial_of("pi-1");
     f.session(&id, "boot-2", after(10)).await;
+    // A controller that stood still may read an old Hello late. That is no clone: its connection is older.
     let late = f.say_hello(&id, &hello("boot-1", &serial, after(9)), after(11)).await;
     assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second boot");
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
@@ -81,6 +83,7 @@ pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fix
 
 pub(crate) async fn a_card_in_another_board_waits_for_approval(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
+    // A card in another board keeps its key, so only the serial number of the board shows the move.
     let moved = f.say_hello(&id, &hello("boot-2", "00000000ffffffff", after(5)), after(5)).await;
     let SessionOutcome::Begun { node: row, .. } = moved else { panic!() };
     assert_eq!((row.state, row.connected), (NodeState::AwaitingApproval, true));
@@ -157,6 +160,7 @@ pub(crate) async fn nodes_are_found_by_label(f: Fixture) {
         UpdateNodeOutcome::Updated(row) => row,
         other => panic!("{other:?}"),
     };
+    // The change names the labels that it read, so that two operators do not overwrite each other.
     let late = f.store.update_node(&nodes[0], Some(&labels(&[("room", "blue")])), Some(&red), None).await.unwrap();
     assert_eq!(late, UpdateNodeOutcome::ChangedMeanwhile);
     assert_eq!((named.display_name.as_str(), &named.labels), ("the second", &blue));

@@ -107,6 +107,7 @@ pub(crate) async fn a_node_has_its_day_from_when_it_was_found_overdue(f: Fixture
 pub(crate) async fn nobody_is_judged_while_a_report_waits(f: Fixture) {
     let (_, epoch, assignment) = f.assigned(reboot()).await;
     listen(&f, 0, 200);
+    // Two waiting reports: the first one that is stored must not end the guard of the other.
     let waits = [f.store.backlog(), f.store.backlog()];
     assert_eq!(judge(&f, 199).await, [0; 4]);
     let [first, second] = waits;

@@ -67,6 +67,7 @@ impl Load {
         };
         match self.store.record_audit(&row).await {
             Ok(_) => {
+                // Only acknowledged rows count. Others may or may not be stored.
                 self.acknowledged.lock().unwrap().insert(row.actor);
             }
             Err(error) => {
@@ -162,6 +163,7 @@ async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
     // A new process sees only the files on the disk, so the test opens a copy of them.
     let copy = folder.path().join("copy");
     fs::create_dir(&copy).unwrap();
+    // The latest transactions are in the write-ahead log until a checkpoint.
     for ending in ["", "-wal"] {
         fs::copy(format!("{file}{ending}"), copy.join(format!("marco.db{ending}"))).unwrap();
     }
@@ -215,11 +217,13 @@ async fn sqlite_whose_fsync_or_writes_fail_loses_nothing_that_was_acknowledged()
     let folder = tempfile::tempdir().unwrap();
     let (source, library) = (folder.path().join("fault.c"), folder.path().join("fault.so"));
     fs::write(&source, FAILING).unwrap();
+    // Only a library that is preloaded reaches the calls of SQLite, which is C.
     let built = command(Path::new("cc")).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().unwrap();
     assert!(built.success(), "the library cannot be compiled");
     let fault = folder.path().join("fault");
     let run = move || -> ExitStatus {
         command(&std::env::current_exe().unwrap())
+            // In a process of its own, because LD_PRELOAD acts when a process starts.
             .args(["--exact", "storage::under_failing_system_calls", "--ignored", "--nocapture"])
             .env("LD_PRELOAD", &library)
             .env("MARCO_FAULT_FILE", &fault)
@@ -283,6 +287,7 @@ async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_ack
         load.fails(Fault::ReadOnly, &place).await;
         set("off");
         load.heals().await;
+        // A server that stops is another fault, from which the store must recover too.
         server.pause().unwrap();
         wait_until(seconds(30), "writes fail", async || Ok(load.store.ailment().is_some().then_some(())))
             .await

@@ -29,11 +29,13 @@ pub(crate) async fn sqlite() -> Fixture {
 }
 
 pub(crate) async fn postgres() -> Fixture {
+    // Starting a server blocks for seconds, which a runtime's thread must not.
     let url = tokio::task::spawn_blocking(|| Postgres::start().unwrap().database().unwrap()).await.unwrap();
     Fixture { store: Store::open(&url).await.unwrap(), url, folder: None }
 }
 
 pub(crate) fn start() -> DateTime<Utc> {
+    // A fixed time (January 2027), so that failures print the same numbers in each run.
     DateTime::from_timestamp(1_800_000_000, 0).unwrap()
 }
 
@@ -72,6 +74,7 @@ pub(crate) fn update(image: Option<&str>) -> Action {
     let mut bootcodes = BTreeMap::new();
     if image.is_none() {
         bootcodes.insert("pi4".to_owned(), frozen("boot4"));
+        // `*` stands for all families without an entry of their own.
         bootcodes.insert("*".to_owned(), frozen("boot"));
     }
     Action::Update(Update {
@@ -90,6 +93,7 @@ pub(crate) fn artifact(id: &str, kind: Kind, purpose: Purpose) -> ArtifactRow {
         kind,
         purpose,
         sha256: digest(id),
+        // Larger than 32 bits, so that a column that is too small would show.
         size: 5_000_000_000,
         chunk_size: 4 * 1024 * 1024,
         chunk_sha256: vec![7; 64],
@@ -105,6 +109,7 @@ pub(crate) fn artifact(id: &str, kind: Kind, purpose: Purpose) -> ArtifactRow {
 
 pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
     NewOperation {
+        // Version 7, as in production: ids sort by time.
         id: OperationId::parse(&uuid::Uuid::now_v7().to_string()).unwrap(),
         action,
         target: Target::Nodes(nodes.iter().map(NodeId::name).collect()),
@@ -210,6 +215,7 @@ pub(crate) fn failed_as(reason: &str, row: &ExecutionRow) -> bool {
     row.state == ExecutionState::Failed
         && row.error.as_ref().is_some_and(|error| error.reason == reason)
         && row.finish_time.is_some()
+        // An ended execution with a deadline would become overdue.
         && row.deadline.is_none()
 }
 
@@ -246,6 +252,7 @@ impl Fixture {
 
     pub(crate) async fn enrol(&self, token: &str, key: &str, wanted: Option<&str>, serial: &str) -> EnrolOutcome {
         let wish = wish(token, key, wanted, serial);
+        // Each issue has its own serial number, also when the same key enrols twice.
         let serial = uuid::Uuid::now_v7().simple().to_string();
         let issue = |id: &NodeId, generation| Some(certificate(&serial, id, key, generation));
         self.store.enrol(&wish, after(1), issue).await.unwrap()
@@ -254,6 +261,7 @@ impl Fixture {
     /// Enrols nodes and returns them: approved, without sessions.
     pub(crate) async fn enrolled(&self, ids: &[&str]) -> Vec<NodeId> {
         let token = format!("token-{}", ids[0]);
+        // One token for all of them: the number of its uses is no part of these claims.
         self.token(&token, 1000).await;
         for id in ids {
             let outcome = self.enrol(&token, &format!("key-{id}"), Some(id), &serial_of(id)).await;
@@ -320,6 +328,7 @@ impl Fixture {
     pub(crate) async fn create(&self, action: Action, nodes: &[NodeId]) -> OperationId {
         let new = new_operation(action, nodes);
         match self.store.create_operation(&new, start()).await.unwrap() {
+            // Each creation of all tests checks this, because the counts are kept beside the rows.
             CreateOutcome::Created(row) => assert_eq!(row.counts.pending, u32::try_from(nodes.len()).unwrap()),
             other => panic!("{other:?}"),
         }
@@ -327,6 +336,7 @@ impl Fixture {
     }
 
     pub(crate) async fn claim(&self, nodes: &[(NodeId, i64)], now: DateTime<Utc>) -> Vec<Assignment> {
+        // The controller of all fixtures, whose sessions `hello` begins.
         self.store.claim("c1", nodes, now).await.unwrap()
     }
 

@@ -74,6 +74,7 @@ async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Sn
     while let Ok(count @ 1..) = from_client.read(&mut block).await {
         let sent = &block[..count];
         let take = |left: usize| left.checked_sub(1);
+        // A statement of these tests fits into one read of the proxy.
         let snaps = sent.windows(word.len()).any(|part| part == word.as_bytes())
             && left.try_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
         if snap == Snap::Cut && snaps {

@@ -50,6 +50,7 @@ pub(crate) async fn what_was_not_begun_in_a_window_waits_for_the_next(f: Fixture
     };
     f.store.create_operation(&window, start()).await.unwrap();
     f.store.move_windows(midnight()).await.unwrap();
+    // The pause covers the whole window, so that nothing begins in it.
     f.store.pause(&window.id, "pat", "", midnight()).await.unwrap();
     let closes = midnight() + TimeDelta::hours(2);
     assert_eq!(f.store.move_windows(closes).await.unwrap().len(), 1);

@@ -21,6 +21,7 @@ pub(crate) async fn lay(root: &Path) -> Result<()> {
     special(&traps)?;
     sparse(root)?;
     let many = traps.join("many");
+    // Many small files: an installation must not sync each of them.
     for number in 0..10_000 {
         let folder = many.join(format!("{:02}", number % 100));
         if number < 100 {
@@ -65,8 +66,10 @@ fn links(root: &Path, traps: &Path) -> Result<()> {
     fs::hard_link(&several, root.join("etc/another-name"))?;
     fs::hard_link(&several, traps.join(name(b"a third\xff")))?;
     symlink("../../nowhere/\nat all", traps.join("dangling"))?;
+    // A link to itself must be copied and never followed.
     symlink("loop", traps.join("loop"))?;
     symlink("/etc/hostname", traps.join("absolute"))?;
+    // Also symbolic links can have several names.
     fs::hard_link(traps.join("dangling"), traps.join("dangling-too"))?;
     Ok(())
 }
@@ -115,6 +118,7 @@ async fn attributes(traps: &Path) -> Result<()> {
 fn special(traps: &Path) -> Result<()> {
     for (what, kind, device) in [
         ("null", FileType::CharacterDevice, makedev(1, 3)),
+        // Both numbers are beyond 8 bits, the limit of old kernels.
         ("far-device", FileType::CharacterDevice, makedev(4095, 123_456)),
         ("disk", FileType::BlockDevice, makedev(179, 2)),
         ("fifo", FileType::Fifo, 0),
