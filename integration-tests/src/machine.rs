@@ -201,8 +201,8 @@ impl Machine {
         cut: &CancellationToken,
     ) -> Result<End> {
         let initramfs = self.initramfs(boot, partition)?;
-        // Real firmware passes partition and trial flag in the device tree. QEMU has none that does, so the agent's test
-        // interface takes them from the command line.
+        // Real firmware passes partition and trial flag in the device tree. QEMU has no such firmware, so the agent
+        // reads them from the command line.
         let (partition_number, trial, board) = (boot.partition, u8::from(tryboot), self.board.words());
         let cmdline = format!("{} marco.test_firmware={partition_number},{trial} {board}", boot.cmdline);
         let device_tree = boot.device_tree.as_ref().map(|name| partition.join(name));

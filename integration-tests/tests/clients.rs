@@ -173,10 +173,10 @@ async fn marcoctl_does_the_daily_work() -> Result<()> {
     let late =
         marcoctl(&fleet, &["operations", "reboot", &ids[1], "--notice", "1h", "--wait", "--timeout", "1s"]).await?;
     assert_eq!(late.status.code(), Some(4), "{late:?}");
+    // Nothing listens on port 1.
     let nobody = run(
         &binary("marcoctl")?,
         &["--controller", "localhost:1", "--certs", &fleet.certs().display().to_string(), "nodes", "list"],
-        // Nothing listens on port 1.
         TIME_OUT,
     )
     .await?;

@@ -262,8 +262,8 @@ async fn without_a_controller_the_card_says_so_and_the_node_comes_when_there_is_
 }
 
 #[tokio::test]
-// A Pi has no battery-backed clock: it may start in 1970, or with any other wrong year.
 async fn a_clock_of_1970_or_2040_makes_no_difference() -> Result<()> {
+    // A Pi has no battery-backed clock: it may start in 1970, or with any other wrong year.
     for (number, time) in ["@1970-01-02 00:00:00", "@2040-01-02 00:00:00"].into_iter().enumerate() {
         let fleet = Fleet::builder().pis(0).start().await?;
         let default = image(&fleet, "default").await?;

@@ -93,8 +93,8 @@ async fn a_power_off_whose_stream_breaks_while_the_shutdown_hangs_is_not_believe
 {
     let (fleet, id) = one_pi().await?;
     let pi = fleet.pi(&id);
-    std::fs::write(pi.path("hang"), "agent")?;
     // The virtual Pi's shutdown hangs while this file is there.
+    std::fs::write(pi.path("hang"), "agent")?;
     let operation = fleet.create(poweroff(&[&id])).await?;
     wait_until(seconds(30), "the Pi goes down", async || {
         Ok(pi.log()?.last().is_some_and(|line| line.event == "power-off").then_some(()))

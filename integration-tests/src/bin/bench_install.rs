@@ -139,7 +139,7 @@ async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
 
 /// Updates a virtual Pi on this file system with the real agent. The wall time comes from the agent's log: from the
 /// installer's connection for the image to the end of the sync. All other figures cover the whole update, with the
-/// installer's boot files and the reboot into it.
+/// installer's boot files and the reboot into the installer.
 async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<Cost> {
     let (log, token) = (fleet.dir().join(format!("{prefix}agent.log")), fleet.dir().join("token"));
     fs::write(&token, fleet.token(1).await?)?;

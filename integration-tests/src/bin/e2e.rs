@@ -1,4 +1,4 @@
-//! `make e2e`, `make failures` and `make powercut`: whole machines under QEMU, with a real kernel and the real installer.
+//! `make e2e`, `make failures` and `make powercut`: whole machines under QEMU, with a real kernel and installer.
 #![allow(clippy::print_stdout, reason = "what it prints is the point of it")]
 
 #[path = "e2e/cuts.rs"]

@@ -195,8 +195,8 @@ async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Resu
 
 #[tokio::test]
 async fn what_is_too_large_is_refused_and_the_connection_of_a_client_that_asks_on_stays() -> Result<()> {
-    // Exactly the limit of a message, so that the whole request is larger.
     let mut fleet = Fleet::builder().pis(0).start().await?;
+    // Exactly the limit of a message, so that the whole request is larger.
     let token = "x".repeat(1 << 20);
     let mut enrollment = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
     let large = EnrollRequest { token, ..EnrollRequest::default() };

@@ -104,7 +104,8 @@ impl Scene {
         Ok(Self { fleet, node, operations: [inside, outside, both] })
     }
 
-    /// Creates those of the schedules `s-in`, `s-out` and `s-both` that are missing. Calls under test may have deleted them.
+    /// Creates those of the schedules `s-in`, `s-out` and `s-both` that are missing: calls under test may have deleted
+    /// them.
     pub(crate) async fn schedules(&self) -> Result<()> {
         for (id, nodes) in [("s-in", &["in-2"][..]), ("s-out", &["out-1"]), ("s-both", &["in-2", "out-1"])] {
             let schedule = Schedule {

@@ -305,12 +305,12 @@ impl Chaos {
         self.fleet.freeze(controller).await
     }
 
-    // Existing sessions keep their setting, so they are terminated.
     fn read_only(&self, on: bool) -> Result<()> {
         let (admin, database) = self.url.rsplit_once('/').context("a URL with a database")?;
         let admin = format!("{admin}/postgres");
         for statement in [
             format!("ALTER DATABASE {database} SET default_transaction_read_only = {on}"),
+            // Existing sessions keep their setting, so they are terminated.
             format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"),
         ] {
             self.postgres.by_hand(&admin, &statement)?.map_err(anyhow::Error::msg)?;

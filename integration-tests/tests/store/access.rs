@@ -170,7 +170,7 @@ pub(crate) async fn a_node_outside_the_scope_is_neither_shown_nor_given_its_part
     assert_eq!((row.state, row.error.unwrap().reason.as_str()), (ExecutionState::Cancelled, "OUTSIDE_SCOPE"));
     assert_eq!(f.store.events_within(&blue(), &new.id, 0, 99).await.unwrap().len(), 2, "made, and assigned to pi-1");
     assert_eq!(f.operation_state(&new.id).await, OperationState::Running);
-    // A node's scope does not limit an operation without one.
+    // An operation without a scope is not limited to any nodes.
     let free = f.create(reboot(), &nodes[1..]).await;
     assert!(f.store.cancel_outside_scope(after(2)).await.unwrap().is_empty());
     assert_eq!(f.claim(&sessions[1..], after(2)).await[0].execution.operation, free);

@@ -156,8 +156,8 @@ pub(crate) async fn a_report_under_a_lost_session_changes_nothing(f: Fixture) {
 }
 
 pub(crate) async fn an_assignment_that_never_arrived_is_given_again(f: Fixture) {
-    // Within one session nothing is lost, so an empty Hello means that the assignment is still under way.
     let (id, epoch, assignment) = f.assigned(reboot()).await;
+    // Within one session nothing is lost, so an empty Hello means that the assignment is still under way.
     f.reconcile(&id, epoch, "boot-1", &[], 1).await;
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Assigned, "it was sent in this session");
     // A new session that does not list it proves that it never arrived.

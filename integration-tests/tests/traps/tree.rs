@@ -110,7 +110,7 @@ async fn attributes(traps: &Path) -> Result<()> {
         std::os::unix::fs::chown(&path, Some(33), Some(33))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
-    // Changing the owner clears a file's capabilities, so `setcap` must come after it.
+    // Changing the owner of a file clears its capabilities, so `ping` keeps its owner.
     std::os::unix::fs::lchown(traps.join("dangling"), Some(7), Some(8))?;
     Ok(())
 }
