@@ -1,4 +1,4 @@
-//! Clients of the API, with whichever certificate a test wants to show.
+//! Clients of the API, with any certificate a test wants to present.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -9,17 +9,17 @@ use marco_proto::names::CONTROLLER_TLS_NAME;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 use tonic_types::StatusExt as _;
 
-/// Who a client says it is.
+/// A client's TLS credentials.
 #[derive(Debug, Clone)]
 pub struct Credentials {
-    /// The CA that the controller must be of, PEM.
+    /// The CA that must have signed the controller's certificate, PEM.
     pub ca: String,
-    /// Certificate and key, PEM; none: an anonymous client.
+    /// Certificate and key, PEM; `None`: an anonymous client.
     pub identity: Option<(String, String)>,
 }
 
 impl Credentials {
-    /// Reads `ca.crt`, `NAME.crt` and `NAME.key` of a folder.
+    /// Reads `ca.crt`, `NAME.crt` and `NAME.key` from a folder.
     pub fn read(certs: &Path, name: &str) -> Result<Self> {
         let read = |file: String| {
             let path = certs.join(file);
@@ -31,18 +31,18 @@ impl Credentials {
         })
     }
 
-    /// Whether every PEM file of these was read to its end.
+    /// True if each PEM text has its end line: the controller may be writing the files still.
     pub fn are_whole(&self) -> bool {
         let whole = |pem: &String| pem.trim_end().ends_with("-----") && pem.contains("-----END");
         whole(&self.ca) && self.identity.iter().all(|(certificate, key)| whole(certificate) && whole(key))
     }
 
-    /// The same CA, but no certificate.
+    /// The same CA without a client certificate.
     pub fn anonymous(&self) -> Self {
         Self { identity: None, ..self.clone() }
     }
 
-    /// A channel that connects when it is first used, and again after a cut.
+    /// A channel that connects at first use, and reconnects after a cut.
     pub fn channel(&self, address: SocketAddr) -> Result<Channel> {
         let mut tls =
             ClientTlsConfig::new().ca_certificate(Certificate::from_pem(&self.ca)).domain_name(CONTROLLER_TLS_NAME);
@@ -53,11 +53,12 @@ impl Credentials {
             .tls_config(tls)?
             .connect_timeout(Duration::from_secs(5))
             .tcp_nodelay(true);
+        // A channel must outlive a controller that is killed and started again.
         Ok(endpoint.connect_lazy())
     }
 }
 
-/// The reason in a status's `google.rpc.ErrorInfo`, after checking its domain; empty when there is none.
+/// The reason in a status's `google.rpc.ErrorInfo`, with a note if its domain is wrong; empty if there is none.
 pub fn reason(status: &tonic::Status) -> String {
     match status.get_details_error_info() {
         Some(info) if info.domain == "marco.bootstrap" => info.reason,
@@ -66,7 +67,7 @@ pub fn reason(status: &tonic::Status) -> String {
     }
 }
 
-/// The fields that a status's `google.rpc.BadRequest` names.
+/// The field names in a status's `google.rpc.BadRequest`.
 pub fn bad_fields(status: &tonic::Status) -> Vec<String> {
     let violations = status.get_details_bad_request().map(|details| details.field_violations);
     violations.unwrap_or_default().into_iter().map(|violation| violation.field).collect()

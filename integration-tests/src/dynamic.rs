@@ -1,4 +1,4 @@
-//! Calls that are made of the descriptor set alone, so that an RPC which is new tomorrow is called too.
+//! Calls built from the descriptor set alone, so that tests cover an RPC as soon as it is added.
 
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
@@ -11,24 +11,24 @@ use tonic::transport::Channel;
 
 use crate::raw;
 
-/// Messages in messages are followed so deep: a schedule's template has an operation, that an action, that a message.
+/// Maximum nesting of messages. A schedule's template holds an operation, which holds an action, which holds a message.
 const DEPTH: usize = 6;
 
-/// The API's descriptors.
+/// The API's descriptor pool.
 pub fn pool() -> Result<DescriptorPool> {
     DescriptorPool::decode(marco_proto::DESCRIPTOR_SET).context("the descriptor set")
 }
 
-/// Every method of the API.
+/// All methods of the API, in the order of the services.
 pub fn methods(pool: &DescriptorPool) -> Vec<MethodDescriptor> {
     let ours = pool.services().filter(|service| service.package_name() == "marco.bootstrap.v1");
     ours.flat_map(|service| service.methods().collect::<Vec<_>>()).collect()
 }
 
-/// A place for a text in a message: the fields that lead to it.
+/// The path of a text field in a message: the fields from the outermost to the text.
 pub type Place = Vec<FieldDescriptor>;
 
-/// Every place for a text in a message, in lists and maps too.
+/// All text fields of a message, also in lists and maps.
 pub fn texts(message: &MessageDescriptor) -> Vec<Place> {
     let mut found = Vec::new();
     collect(message, &mut Vec::new(), &mut found);
@@ -44,6 +44,7 @@ fn collect(message: &MessageDescriptor, path: &mut Place, found: &mut Vec<Place>
         match field.kind() {
             Kind::String => found.push(path.clone()),
             Kind::Message(_) if field.is_map() => found.push(path.clone()),
+            // A message type that contains itself would never end: each type is entered once on a path.
             Kind::Message(inner) if path.iter().filter(|above| above.kind() == field.kind()).count() == 1 => {
                 collect(&inner, path, found);
             }
@@ -53,12 +54,13 @@ fn collect(message: &MessageDescriptor, path: &mut Place, found: &mut Vec<Place>
     }
 }
 
-/// The dotted names of the fields of a place.
+/// The path in dotted form, for example `operation.name`.
 pub fn shown(place: &Place) -> String {
     place.iter().map(FieldDescriptor::name).collect::<Vec<_>>().join(".")
 }
 
-/// Puts a text in its place; messages on the way come to be. A map of texts gets it as key and as value.
+/// Sets a text field and creates the messages on its path. A map from string to string gets the text as key and as
+/// value.
 pub fn put(message: &mut DynamicMessage, place: &[FieldDescriptor], text: &str) {
     let Some((field, rest)) = place.split_first() else { return };
     if field.is_map() {
@@ -83,10 +85,10 @@ pub fn put(message: &mut DynamicMessage, place: &[FieldDescriptor], text: &str) 
     message.set_field(field, if field.is_list() { Value::List(vec![value]) } else { value });
 }
 
-/// Calls a method with one message, and answers its first message, or what it was refused with.
+/// Calls a method with one message, and returns its first answer.
 ///
 /// # Errors
-/// The status with which it was refused.
+/// The status with which the call was refused.
 pub async fn call(channel: &Channel, method: &MethodDescriptor, message: &DynamicMessage) -> Result<Bytes, Status> {
     let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
     raw::call(channel, &path, message.encode_to_vec(), None).await

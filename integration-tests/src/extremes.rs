@@ -1,35 +1,36 @@
-//! Each field of a message in turn at its extremes, made of the descriptor set alone: a field that is new tomorrow is
-//! tried too.
+//! Messages with each field in turn at its extremes, built from the descriptor set alone, so that tests cover a new
+//! field as soon as it is added.
 
 use prost::Message as _;
 use prost_reflect::{DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, ReflectMessage as _, Value};
 
 use crate::dynamic::{Place, shown};
 
-/// Messages in messages are followed this deep.
+/// Maximum nesting of messages.
 const DEPTH: usize = 6;
-/// Elements of a long list: the most nodes that one operation takes, by far more than any other list.
+/// Elements of a long list: the most nodes that one operation takes, far more than any other list.
 const MANY: usize = 10_000;
-/// Bytes of a long text: all that a message of 1 MiB has room for, beside its other fields.
+/// Bytes of a long text: as many as fit into a message of 1 MiB beside its other fields.
 const LONG: usize = 1_000_000;
-/// Seconds since 1970 of the first instants of the years 0, 1 and 10000. A `google.protobuf.Timestamp` goes from year 1
-/// to the last nanosecond of 9999.
+/// Unix times of the first instants of the years 0, 1 and 10000. A `google.protobuf.Timestamp` ranges from the first
+/// instant of year 1 to the last nanosecond of 9999.
 const YEAR_0: i64 = -62_167_219_200;
 const YEAR_1: i64 = -62_135_596_800;
 const YEAR_10000: i64 = 253_402_300_800;
-/// Replaced in the encoded message by bytes that are no UTF-8; of the same length, so that no length prefix changes.
+/// Placeholder that `spoil` replaces in the encoded message by bytes that are not UTF-8. The length stays the same, so
+/// that no length prefix changes.
 const MARK: &str = "~not-utf-8~";
 
 /// A message with one field at an extreme.
 #[derive(Debug, Clone)]
 pub struct Extreme {
-    /// Which field, and which extreme.
+    /// Path of the field and name of the extreme, for failure messages.
     pub what: String,
     /// The message, encoded.
     pub bytes: Vec<u8>,
 }
 
-/// The message with each of its fields, and of the fields of messages in it, at each of its extremes.
+/// Variants of the message: each of its fields, also in nested messages, at each of its extremes.
 pub fn extremes(base: &DynamicMessage) -> Vec<Extreme> {
     let mut found = Vec::new();
     for place in places(&base.descriptor()) {
@@ -38,6 +39,7 @@ pub fn extremes(base: &DynamicMessage) -> Vec<Extreme> {
             let mut message = base.clone();
             set(&mut message, &place, &value);
             let mut bytes = message.encode_to_vec();
+            // Rust strings cannot hold it, so it is put into the encoded message.
             if name == "bad UTF-8" {
                 spoil(&mut bytes);
             }
@@ -47,7 +49,7 @@ pub fn extremes(base: &DynamicMessage) -> Vec<Extreme> {
     found
 }
 
-/// Every field of a message, and of messages in it.
+/// All fields of a message, also of nested messages.
 fn places(message: &MessageDescriptor) -> Vec<Place> {
     fn collect(message: &MessageDescriptor, path: &mut Place, found: &mut Vec<Place>) {
         if path.len() >= DEPTH {
@@ -57,7 +59,9 @@ fn places(message: &MessageDescriptor) -> Vec<Place> {
             path.push(field.clone());
             found.push(path.clone());
             if let Kind::Message(inner) = field.kind()
+                // Entries of a map are messages too, but `maps` makes them.
                 && !field.is_map()
+                // A message type that contains itself is entered once on a path.
                 && path.iter().filter(|above| above.kind() == field.kind()).count() == 1
             {
                 collect(&inner, path, found);
@@ -87,6 +91,7 @@ fn values(field: &FieldDescriptor) -> Vec<(String, Value)> {
 fn maps(field: &FieldDescriptor) -> Vec<(String, Value)> {
     let kind = field.kind();
     let Some(entry) = kind.as_message() else { return Vec::new() };
+    // The API has only such maps.
     if (entry.map_entry_key_field().kind(), entry.map_entry_value_field().kind()) != (Kind::String, Kind::String) {
         return Vec::new();
     }
@@ -118,6 +123,7 @@ fn singles(kind: &Kind) -> Vec<(String, Value)> {
             let known: Vec<i32> = numbers.values().map(|value| value.number()).collect();
             let most = known.iter().max().copied().unwrap_or_default();
             let beside = [-1, most + 1, i32::MAX, i32::MIN];
+            // Numbers that the enum does not define: proto3 decoders pass them on.
             named(known.into_iter().chain(beside).map(Value::EnumNumber).collect())
         }
         Kind::String => vec![
@@ -143,7 +149,7 @@ fn singles(kind: &Kind) -> Vec<(String, Value)> {
     }
 }
 
-/// Puts a value in its place; messages on the way come to be, and the first element of a list stands for it.
+/// Sets a field and creates the messages on its path. In a list, the first element gets the value.
 fn set(message: &mut DynamicMessage, place: &[FieldDescriptor], value: &Value) {
     let Some((field, rest)) = place.split_first() else { return };
     if rest.is_empty() {

@@ -1,4 +1,5 @@
-//! A fleet of a test's own: a controller, virtual Pis in one agent process, and between them a network that can be bad.
+//! A fleet for one test: a controller, virtual Pis in one agent process, and a proxy between them that plays a bad
+//! network.
 
 mod ask;
 mod controllers;
@@ -31,22 +32,22 @@ use crate::upload::Artifacts;
 use crate::wait::{seconds, wait_until};
 use controllers::Member;
 
-/// How long starting a process may take on a machine that has much else to do.
+/// Start timeout of one process on a busy machine.
 const START: Duration = seconds(60);
-/// How long a virtual Pi may take to appear; many start at once.
+/// Timeout until all virtual Pis are connected; many start at once.
 const APPEAR: Duration = seconds(120);
 
-/// Which database a fleet's controller runs on.
+/// The database that a fleet's controllers use.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Database {
-    /// A file in the controller's data folder: what happens without any option.
+    /// A file in the controller's data folder: the controller's default.
     #[default]
     Sqlite,
     /// The database with this URL.
     Url(String),
 }
 
-/// What a fleet is to be like.
+/// Settings of a fleet, before it starts.
 #[derive(Debug, Clone)]
 pub struct Builder {
     database: Database,
@@ -60,7 +61,7 @@ pub struct Builder {
     shared_folders: bool,
     missed_after: Option<Duration>,
     open_files: Option<usize>,
-    /// Controllers that reach the database by a URL of their own.
+    /// Database URLs of single controllers, by controller number; the others use `database`.
     own_urls: BTreeMap<usize, String>,
     log: String,
     database_proxies: bool,
@@ -71,26 +72,26 @@ pub struct Builder {
 pub struct Fleet {
     addresses: Addresses,
     controllers: Vec<Member>,
-    /// The number of the controller that this test talks to.
+    /// Index of the controller that this test talks to, from 0.
     spoken_to: usize,
     agents: Option<Process>,
     proxy: Proxy,
-    /// Between each controller and the database, where that was asked for.
+    /// One proxy for each controller, in front of the database; empty unless [`Builder::database_proxies`] was called.
     database_proxies: Vec<Proxy>,
     builder: Builder,
     admin: Credentials,
     channel: Channel,
     silent: bool,
-    /// Removed last, when nobody writes into it any more.
+    /// The last field, so that it is removed after every process that writes into it has ended.
     dir: TempDir,
 }
 
-/// Where the controller listens.
+/// Listen addresses of one controller.
 #[derive(Debug, Clone, Copy)]
 pub struct Addresses {
-    /// API and agents' streams.
+    /// The API, and the agents' streams.
     pub api: SocketAddr,
-    /// Enrolment.
+    /// Enrolment, which needs no client certificate.
     pub enroll: SocketAddr,
     /// File mirror.
     pub mirror: SocketAddr,
@@ -120,37 +121,37 @@ impl Default for Builder {
 }
 
 impl Builder {
-    /// The database; SQLite unless said otherwise.
+    /// Selects the database; default: SQLite.
     pub fn database(mut self, database: Database) -> Self {
         self.database = database;
         self
     }
 
-    /// What controllers and agents write into their logs: a level, for example.
+    /// Log filter of controllers and agents (`RUST_LOG` and `MARCO_LOG`), for example a level; default: their own.
     pub fn logs(mut self, filter: &str) -> Self {
         filter.clone_into(&mut self.log);
         self
     }
 
-    /// How many virtual Pis; one unless said otherwise, none starts no agent.
+    /// Number of virtual Pis; default: 1. With 0 no agent is started.
     pub fn pis(mut self, count: usize) -> Self {
         self.pis = count;
         self
     }
 
-    /// How long a Pi takes to boot: long to hit it while it boots.
+    /// Duration of a Pi's boot; default: 100 ms. A long one lets a test strike during the boot.
     pub fn boot_time(mut self, time: Duration) -> Self {
         self.boot_time = time;
         self
     }
 
-    /// How long a Pi takes to go down: long to hit it after the point of no return.
+    /// Duration of a Pi's shutdown; default: 100 ms. A long one lets a test strike after the point of no return.
     pub fn shutdown_time(mut self, time: Duration) -> Self {
         self.shutdown_time = time;
         self
     }
 
-    /// What the ids of the Pis begin with: `pi-` unless said otherwise.
+    /// Prefix of the Pis' ids; default: `pi-`.
     pub fn prefix(mut self, prefix: &str) -> Self {
         prefix.clone_into(&mut self.prefix);
         self
@@ -158,6 +159,7 @@ impl Builder {
 
     /// Starts everything and waits until every Pi is connected.
     pub async fn start(mut self) -> Result<Fleet> {
+        // Before the controllers, which get the proxies' addresses on their command lines.
         let database_proxies = self.start_database_proxies().await?;
         let dir = tempfile::Builder::new().prefix("marco-fleet-").tempdir().context("a folder for the fleet")?;
         let mut first = self.start_controller(dir.path(), 0)?;
@@ -166,13 +168,16 @@ impl Builder {
             let (alive, certs) = (first.process.check_alive(), certs.clone());
             async move {
                 alive?;
-                // A file that is not there yet, or not whole yet, is looked at again.
+                // The controller writes these files while this loop reads them: a missing or half-written file is read
+                // again.
                 let credentials = Credentials::read(&certs, "admin").ok();
                 Ok(credentials.filter(Credentials::are_whole))
             }
         })
         .await?;
         let addresses = first.addresses;
+        // Agents connect through this proxy, but the test itself does not: it must reach a controller whose network is
+        // bad.
         let proxy = Proxy::start(addresses.api).await?;
         let channel = admin.channel(addresses.api)?;
         first.channel = Some(channel.clone());
@@ -190,6 +195,7 @@ impl Builder {
             dir,
         };
         fleet.controller_is_healthy().await?;
+        // One after another: the further controllers need the CA that the first one has made.
         for number in 1..fleet.builder.controllers {
             let further = fleet.builder.start_further_controller(fleet.dir.path(), number, &fleet.admin)?;
             fleet.controllers.push(further);
@@ -206,17 +212,17 @@ impl Builder {
 }
 
 impl Fleet {
-    /// What a fleet is to be like, starting from one Pi on SQLite.
+    /// Starts from the defaults: one Pi, and one controller on SQLite.
     pub fn builder() -> Builder {
         Builder::default()
     }
 
-    /// The fleet's own folder; it goes away with the fleet.
+    /// The fleet's own folder, removed with the fleet.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The folder with `ca.crt` and the admin's certificate and key.
+    /// The folder with `ca.crt`, `admin.crt` and `admin.key`.
     pub fn certs(&self) -> PathBuf {
         self.dir.path().join("certs")
     }
@@ -226,7 +232,7 @@ impl Fleet {
         self.dir.path().join("data")
     }
 
-    /// Where the controller listens.
+    /// Listen addresses of the controller that this test talks to.
     pub fn addresses(&self) -> Addresses {
         self.addresses
     }
@@ -241,7 +247,7 @@ impl Fleet {
         &self.admin
     }
 
-    /// Credentials of a user in another role.
+    /// Issues credentials in another role, signed with the controller's own CA key.
     pub fn user(&self, role: &str) -> Result<Credentials> {
         crate::certs::issue(
             &self.certs().join("ca.crt"),
@@ -251,7 +257,7 @@ impl Fleet {
         )
     }
 
-    /// The operations, as admin.
+    /// A client of the operation service, with the admin's certificate.
     pub fn operations(&self) -> OperationServiceClient<Channel> {
         OperationServiceClient::new(self.channel.clone())
     }
@@ -261,28 +267,28 @@ impl Fleet {
         self.channel.clone()
     }
 
-    /// The nodes, as admin.
+    /// A client of the node service, with the admin's certificate.
     pub fn nodes(&self) -> NodeServiceClient<Channel> {
         NodeServiceClient::new(self.channel.clone())
     }
 
-    /// The artifacts, as admin.
+    /// A client of the artifact service, with the admin's certificate.
     pub fn artifacts(&self) -> Artifacts {
         Artifacts::new(self.channel.clone())
     }
 
-    /// One of the virtual Pis, by its node's id.
+    /// The virtual Pi with this node id.
     pub fn pi(&self, id: &str) -> Pi {
         Pi::new(self.dir.path().join("pis").join(id))
     }
 
-    /// The ids of all nodes that the controller knows, in order.
+    /// The ids of all nodes that the controller knows, in the order of `ListNodes`.
     pub async fn ids(&self) -> Result<Vec<String>> {
         let nodes = self.list_nodes().await?;
         Ok(nodes.into_iter().map(|node| node.name.trim_start_matches("nodes/").to_owned()).collect())
     }
 
-    /// All nodes.
+    /// All nodes, from every page of `ListNodes`.
     pub async fn list_nodes(&self) -> Result<Vec<Node>> {
         let mut request = ListNodesRequest { page_size: 1000, ..ListNodesRequest::default() };
         let mut nodes = Vec::new();
@@ -296,7 +302,7 @@ impl Fleet {
         }
     }
 
-    /// The node of one Pi.
+    /// The node with this id, as `GetNode` returns it.
     pub async fn node(&self, id: &str) -> Result<Node> {
         let request = marco_proto::v1::GetNodeRequest { name: format!("nodes/{id}") };
         Ok(self.nodes().get_node(request).await?.into_inner())
@@ -309,6 +315,7 @@ impl Fleet {
         let health = HealthClient::new(self.channel.clone());
         let controller = &mut self.controllers.get_mut(self.spoken_to).context("the controller")?.process;
         wait_until(START, "the controller is healthy", || {
+            // A controller that has died would only show as a timeout.
             let (alive, mut health) = (controller.check_alive(), health.clone());
             async move {
                 alive?;
@@ -319,17 +326,18 @@ impl Fleet {
         .await
     }
 
-    /// Waits until as many nodes as there are Pis have an open stream.
+    /// Waits until at least as many nodes are connected as there are Pis.
     pub async fn all_connected(&mut self) -> Result<()> {
         let wanted = self.builder.pis;
         wait_until(APPEAR, &format!("{wanted} nodes are connected"), async || {
             let nodes = self.list_nodes().await?;
+            // A database that the caller brought may hold connected nodes of other fleets.
             Ok((nodes.iter().filter(|node| node.connected).count() >= wanted).then_some(()))
         })
         .await
     }
 
-    /// A join token for so many nodes.
+    /// Creates a join token that is valid for `max_uses` nodes.
     pub async fn token(&self, max_uses: u32) -> Result<String> {
         let request = CreateJoinTokenRequest { max_uses, ..CreateJoinTokenRequest::default() };
         Ok(self.nodes().create_join_token(request).await?.into_inner().token)
@@ -339,16 +347,20 @@ impl Fleet {
         let uses = u32::try_from(self.builder.pis)?;
         let file = self.dir.path().join("join-token");
         let token = self.token(uses).await?;
+        // A token enrols nodes: other users of a shared test machine must not read it.
         let mut options = std::fs::File::options();
         let mut private = options.create(true).truncate(true).write(true).mode(0o600).open(&file)?;
         std::io::Write::write_all(&mut private, token.as_bytes())?;
+        // As a file, because other users can read the command line of a process.
         self.start_new_agents(&["--token-file".to_owned(), file.display().to_string()])
     }
 
-    /// Starts the agents' process for the first time, with these options for the way into the fleet.
+    /// Starts the agent process for the first time. `joining`: its options for enrolment, for example `--token-file
+    /// FILE`.
     pub fn start_new_agents(&mut self, joining: &[String]) -> Result<()> {
         let builder = &self.builder;
         let mut arguments: Vec<String> = ["simulate", "--count"].map(str::to_owned).into();
+        // Fleets with `pis(0)` start their agents by hand, and want one.
         arguments.push(builder.pis.max(1).to_string());
         for (flag, value) in [
             ("--dir", self.dir.path().join("pis").display().to_string()),
@@ -367,18 +379,18 @@ impl Fleet {
         Ok(())
     }
 
-    /// Kills the controller (`-9`).
+    /// Kills the controller that this test talks to (`-9`).
     pub async fn kill_controller(&mut self) -> Result<()> {
         self.kill(self.spoken_to).await
     }
 
-    /// Starts the controller again and waits until it is healthy.
+    /// Starts that controller again and waits until it is healthy.
     pub async fn start_controller(&mut self) -> Result<()> {
         self.controllers.get_mut(self.spoken_to).context("the controller")?.process.start()?;
         self.controller_is_healthy().await
     }
 
-    /// Asks the controller to end and waits for that.
+    /// Sends SIGTERM to the controller that this test talks to, and waits for its end.
     pub async fn terminate_controller(&mut self, limit: Duration) -> Result<std::process::ExitStatus> {
         self.controllers.get_mut(self.spoken_to).context("the controller")?.process.terminate(limit).await
     }
@@ -388,27 +400,28 @@ impl Fleet {
         self.agents.as_mut().context("there are no agents")?.kill().await
     }
 
-    /// The process id of the agents' process, while it runs.
+    /// The agent process's id; `None` while it does not run.
     pub fn agents_id(&self) -> Option<u32> {
         self.agents.as_ref().and_then(Process::id)
     }
 
-    /// Starts the agents' process again.
+    /// Starts the agents' process again, after [`kill_agents`](Self::kill_agents).
     pub fn start_agents(&mut self) -> Result<()> {
         self.agents.as_mut().context("there are no agents")?.start()
     }
 }
 
 impl Fleet {
-    /// Says that all went well, so that nobody needs the last words of the processes.
+    /// Marks the test as passed, so that dropping the fleet prints no logs.
     pub fn went_well(&mut self) {
         self.silent = true;
     }
 }
 
 impl Drop for Fleet {
-    /// The test framework shows what is printed here only when the test fails.
+    /// Prints the ends of the logs. The test framework shows them only if the test fails.
     fn drop(&mut self) {
+        // A passed test prints nothing, although it may have killed its processes on purpose.
         if self.silent {
             return;
         }

@@ -1,4 +1,4 @@
-//! HTTP/2 frame by frame over real TLS, because libraries refuse to send what an attacker sends.
+//! HTTP/2 frame by frame over real TLS, because libraries refuse to send an attacker's frames.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio_rustls::client::TlsStream;
 
 use crate::client::Credentials;
 
-/// Types of frames (RFC 9113, section 6).
+/// Frame types (RFC 9113, section 6).
 pub mod kind {
     #![allow(missing_docs, reason = "the names are the standard's")]
     pub const DATA: u8 = 0;
@@ -29,12 +29,12 @@ pub mod kind {
     pub const CONTINUATION: u8 = 9;
 }
 
-/// The flag that ends a list of headers.
+/// Flag END_HEADERS: the header block ends with this frame.
 pub const END_HEADERS: u8 = 4;
-/// The flag that ends a stream.
+/// Flag END_STREAM: the sender's half of the stream ends.
 pub const END_STREAM: u8 = 1;
 
-/// A frame.
+/// Encodes a frame (RFC 9113, section 4.1). `length` in the header counts the payload only.
 pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap_or(u32::MAX).to_be_bytes();
     let mut bytes = length.get(1..).unwrap_or_default().to_vec();
@@ -44,7 +44,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// The headers of a gRPC call, in HPACK without compression: POST, http, the path and the content type.
+/// The header block of a gRPC call, in HPACK without compression: POST, http, the path and the content type.
 pub fn call(path: &str) -> Vec<u8> {
     let mut block = vec![0x83, 0x86, 0x04, u8::try_from(path.len()).unwrap_or_default()];
     block.extend(path.as_bytes());
@@ -53,7 +53,7 @@ pub fn call(path: &str) -> Vec<u8> {
     block
 }
 
-/// A header field of one's own, in HPACK without compression.
+/// A header field with a literal name, in HPACK without compression.
 pub fn field(name: &str, value: &str) -> Vec<u8> {
     let mut block = vec![0];
     for text in [name, value] {
@@ -63,7 +63,7 @@ pub fn field(name: &str, value: &str) -> Vec<u8> {
     block
 }
 
-/// HPACK's numbers (RFC 7541, section 5.1) with a prefix of 7 bits.
+/// Appends an HPACK integer (RFC 7541, section 5.1) with a prefix of 7 bits.
 fn number(block: &mut Vec<u8>, value: usize) {
     let Some(mut rest) = value.checked_sub(127) else {
         block.push(u8::try_from(value).unwrap_or_default());
@@ -77,10 +77,10 @@ fn number(block: &mut Vec<u8>, value: usize) {
     block.push(u8::try_from(rest).unwrap_or_default());
 }
 
-/// A TLS connection with these credentials, on which this protocol is spoken.
+/// Opens a TLS connection with these credentials. `protocol`: the only one offered by ALPN.
 ///
 /// # Errors
-/// The listener refuses it, or is not there.
+/// Returns an error if the listener refuses the handshake or cannot be reached.
 pub async fn tls(address: SocketAddr, who: &Credentials, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(who.ca.as_bytes())?)?;
@@ -94,31 +94,32 @@ pub async fn tls(address: SocketAddr, who: &Credentials, protocol: &[u8]) -> Res
             PrivateKeyDer::from_pem_slice(key.as_bytes())?,
         )?,
     };
+    // The listeners refuse a client that offers no protocol they speak.
     config.alpn_protocols = vec![protocol.to_vec()];
     let tcp = TcpStream::connect(address).await?;
     let name = ServerName::try_from(CONTROLLER_TLS_NAME)?;
     Ok(TlsConnector::from(Arc::new(config)).connect(name, tcp).await?)
 }
 
-/// A connection with its preface and settings sent.
+/// An HTTP/2 connection after preface and SETTINGS.
 #[derive(Debug)]
 pub struct Raw {
     stream: TlsStream<TcpStream>,
 }
 
-/// How a connection ended.
+/// The end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
-    /// After how long.
+    /// Time from the start of the flood.
     pub after: Duration,
-    /// The error code of the peer's GOAWAY; none: it just closed.
+    /// Error code of the peer's GOAWAY; `None`: it closed without one.
     pub goaway: Option<u32>,
-    /// How many streams it had reset.
+    /// Number of streams that the peer reset before.
     pub resets: usize,
 }
 
 impl Raw {
-    /// Connects with these credentials.
+    /// Connects with these credentials, and sends preface and SETTINGS.
     pub async fn connect(address: SocketAddr, who: &Credentials) -> Result<Self> {
         let mut stream = tls(address, who, b"h2").await?;
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
@@ -126,14 +127,15 @@ impl Raw {
         Ok(Self { stream })
     }
 
-    /// Opens so many calls whose messages never come, and answers the codes with which they were reset within `limit`, and
-    /// how long the connection lived if it ended by then.
+    /// Opens `calls` calls whose messages never come. Returns the error codes of the resets within `limit`, and the
+    /// connection's lifetime if it ended by then.
     ///
     /// # Errors
-    /// The frames could not be sent.
+    /// Returns an error if the frames could not be sent.
     pub async fn open_calls(mut self, path: &str, calls: u32, limit: Duration) -> Result<(Vec<u32>, Option<Duration>)> {
         let begun = Instant::now();
         let opened: Vec<u8> =
+            // Clients use odd stream ids (RFC 9113, section 5.1.1).
             (0..calls).flat_map(|number| frame(kind::HEADERS, END_HEADERS, 2 * number + 1, &call(path))).collect();
         self.stream.write_all(&opened).await?;
         let mut resets = Vec::new();
@@ -152,21 +154,24 @@ impl Raw {
                 }
             }
         };
+        // A connection that is still open at the limit is a result and no error: an admitted caller may keep it.
         let ended = tokio::time::timeout(limit, reading).await.is_ok();
         Ok((resets, ended.then(|| begun.elapsed())))
     }
 
-    /// Sends the blocks that `next` makes until the peer ends the connection, and reads what it answers.
+    /// Sends the blocks that `next` makes until the peer ends the connection, and reads its answers. An empty block
+    /// ends the sending.
     ///
     /// # Errors
-    /// It has not ended after `limit`.
+    /// Returns an error if the connection is still open after `limit`.
     pub async fn flood(self, limit: Duration, mut next: impl FnMut() -> Vec<u8>) -> Result<Ended> {
         let begun = Instant::now();
+        // Both at once: a peer whose answers are not read would stop reading the flood.
         let (mut reader, mut writer) = tokio::io::split(self.stream);
         let mut ended = Ended { after: Duration::ZERO, goaway: None, resets: 0 };
         let reading = async {
             let mut head = [0; 9];
-            // What is read after a reset of the connection is an error; either is its end.
+            // A reset connection reads as an error, a closed one as an early end: either is its end.
             while reader.read_exact(&mut head).await.is_ok() {
                 let [a, b, c, kind, ..] = head;
                 let mut payload = vec![0; usize::try_from(u32::from_be_bytes([0, a, b, c])).unwrap_or_default()];
@@ -187,7 +192,7 @@ impl Raw {
             loop {
                 let block = next();
                 if block.is_empty() || writer.write_all(&block).await.is_err() || writer.flush().await.is_err() {
-                    // The end is what the reader sees.
+                    // The reader decides about the end: it may still have the peer's GOAWAY to read.
                     return std::future::pending::<()>().await;
                 }
             }

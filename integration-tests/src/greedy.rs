@@ -1,5 +1,5 @@
-//! A peer that takes all that the protocol lets it take: it opens connections and calls, sends what it may, leaves every
-//! message half sent, and reads no answer.
+//! A greedy peer: it opens all connections and calls that the protocol allows, leaves each message half sent, and reads
+//! no answer.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -14,26 +14,26 @@ use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use crate::client::Credentials;
 use crate::frames::tls;
 
-/// Bytes of a message of which the last one is never sent: the most that the API takes.
+/// Bytes of a message whose last byte is never sent: the API's maximum.
 const HALF: usize = 1 << 20;
-/// How long a connection is held before another one takes its place, unless it was ended sooner.
+/// Lifetime of a connection before another one replaces it.
 const HELD: Duration = Duration::from_secs(15);
-/// Pause after a connection that was refused or gave way, and between the first ones of a peer: without it a test measures
-/// its own handshakes.
+/// Pauses: after a connection that was refused or displaced, and between the first ones of a peer. Without them a test
+/// measures its own handshakes.
 const REFUSED: Duration = Duration::from_secs(1);
 const NEXT: Duration = Duration::from_millis(5);
 
-/// Threads on which greedy peers run: they take what processor time the controller and the test leave. Attackers bring
-/// processors of their own; without this, a test on two processors measures how these are shared.
+/// Threads for greedy peers, at the lowest priority. Real attackers bring processors of their own; at normal priority a
+/// test on two processors would measure how these are shared.
 #[derive(Debug)]
 pub struct Crowd(Option<Runtime>);
 
 impl Crowd {
-    /// # Errors
+    /// Starts two threads.
     ///
-    /// Threads that cannot be started.
+    /// Returns an error if the threads cannot be started.
     pub fn new() -> std::io::Result<Self> {
-        // Linux has a nice value for each thread, and 0 as the id means the thread that asks: sched(7), setpriority(2).
+        // Linux has a nice value for each thread, and id 0 means the calling thread: sched(7), setpriority(2).
         let yielding = || {
             let _ = rustix::process::setpriority_process(None, 19);
         };
@@ -45,11 +45,11 @@ impl Crowd {
         Ok(Self(Some(runtime)))
     }
 
-    /// Runs it there; what it returns comes when it ended.
+    /// Runs a future on these threads, and returns its output.
     ///
     /// # Errors
     ///
-    /// It panicked.
+    /// Returns an error if the future panicked.
     pub async fn run<F>(&self, attack: F) -> Result<F::Output>
     where
         F: Future<Output: Send> + Send + 'static,
@@ -61,14 +61,14 @@ impl Crowd {
 
 impl Drop for Crowd {
     fn drop(&mut self) {
-        // A runtime that waits for its threads must not be dropped inside of another one.
+        // Tokio panics if a runtime that waits for its threads is dropped inside another runtime.
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-/// A call: its path, and its message; `None`: a message of [`HALF`] bytes that never comes whole.
+/// A gRPC call. A `message` of `None` stands for one of [`HALF`] bytes that is never completed.
 #[derive(Debug, Clone)]
 pub struct Call {
     /// `/package.Service/Method`.
@@ -77,19 +77,19 @@ pub struct Call {
     pub message: Option<Vec<u8>>,
 }
 
-/// Somebody who calls a listener.
+/// A greedy client of one listener.
 #[derive(Debug, Clone)]
 pub struct Greedy {
-    /// The listener.
+    /// Address of the listener.
     pub address: SocketAddr,
-    /// Certificate and key.
+    /// Certificate and key of the client.
     pub who: Credentials,
-    /// Connections at a time.
+    /// Number of simultaneous connections.
     pub connections: usize,
 }
 
 impl Greedy {
-    /// Holds as many calls of HTTP/2 on each connection as it may, until then.
+    /// Holds `streams` HTTP/2 calls on each connection until `until`.
     pub async fn call(&self, calls: &[Call], streams: usize, until: Instant) {
         join_all((0..self.connections).map(|number| async move {
             sleep(NEXT * u32::try_from(number).unwrap_or_default()).await;
@@ -106,13 +106,15 @@ impl Greedy {
     async fn hold_calls(&self, calls: &[Call], streams: usize, until: Instant) -> Result<()> {
         let stream = timeout_at(until, tls(self.address, &self.who, b"h2")).await??;
         let mut client = h2::client::Builder::new();
+        // The smallest window and buffer: the server must keep its answers, and the test must not use up its own
+        // memory.
         client.initial_window_size(65_535).max_send_buffer_size(64 << 10);
         let (send, connection) = timeout_at(until, client.handshake::<_, Bytes>(stream)).await??;
         let opened = join_all((0..streams).map(|number| {
             let (send, call) = (send.clone(), calls.get(number % calls.len().max(1)).cloned());
             async move {
                 let Some(call) = call else { return };
-                // Refused, it leaves the others to themselves.
+                // A refused call ends alone; the others stay open.
                 let _ = hold_call(send, call).await;
                 std::future::pending::<()>().await;
             }
@@ -125,7 +127,7 @@ impl Greedy {
         Ok(())
     }
 
-    /// Asks for files over HTTP/1.1, again and again on each connection, and reads the first bytes of each answer only.
+    /// Requests a file over HTTP/1.1 on each connection until `until`, and reads only the first bytes of each answer.
     pub async fn fetch(&self, path: &str, until: Instant) {
         join_all((0..self.connections).map(|number| async move {
             sleep(NEXT * u32::try_from(number).unwrap_or_default()).await;
@@ -147,8 +149,9 @@ impl Greedy {
             timeout_at(until, stream.write_all(request.as_bytes())).await??;
             let read = timeout_at(until, stream.read(&mut first)).await??;
             anyhow::ensure!(read > 0, "closed");
+            // After any other answer it asks again on the same connection, if that is still open.
             if first.starts_with(b"HTTP/1.1 200") {
-                // The rest stays with the server.
+                // The rest of the answer fills the server's buffers.
                 sleep_until(until).await;
                 return Ok(());
             }
@@ -171,13 +174,14 @@ async fn hold_call(send: h2::client::SendRequest<Bytes>, call: Call) -> Result<(
     body.send_data(Bytes::from(head), whole)?;
     let mut left = if whole { 0 } else { HALF - 1 };
     while left > 0 {
+        // Sending waits for the server's window, so the message grows as fast as the server lets it.
         body.reserve_capacity(left.min(64 << 10));
         let Some(room) = std::future::poll_fn(|cx| body.poll_capacity(cx)).await else { break };
         let size = room?.min(left);
         body.send_data(Bytes::from(vec![0; size]), false)?;
         left -= size;
     }
-    // Answered, its bytes are not read.
+    // Holds the answer without reading it.
     let answer = answer.await?;
     std::future::pending::<()>().await;
     drop(answer);

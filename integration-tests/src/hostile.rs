@@ -1,4 +1,4 @@
-//! Archives that somebody made on purpose, byte by byte, because the crates that write archives refuse to.
+//! Malicious archives, written byte by byte, because the crates that write archives refuse to.
 
 mod tarball;
 mod zipfile;
@@ -9,17 +9,17 @@ use marco_proto::v1::artifact::{Kind, Purpose};
 /// An archive that must be refused.
 #[derive(Debug)]
 pub struct Hostile {
-    /// What is wrong with it.
+    /// The fault, for failure messages.
     pub what: &'static str,
-    /// As what it is pushed.
+    /// The kind of artifact under which it is pushed.
     pub kind: Kind,
-    /// For a bootcode: to start what.
+    /// Purpose of a bootcode; unspecified for an image.
     pub purpose: Purpose,
-    /// Its bytes.
+    /// The archive's bytes.
     pub bytes: Vec<u8>,
 }
 
-/// All of them.
+/// All malicious archives.
 pub fn archives() -> Result<Vec<Hostile>> {
     let zips = zipfile::archives()?.into_iter().map(|(what, bytes)| Hostile {
         what,

@@ -1,4 +1,4 @@
-//! Images and boot files that tests push: made from a folder, small, and real enough for the installer.
+//! Images and boot files for tests: made from a folder, small, and real enough for the installer.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,10 +12,10 @@ use zip::write::SimpleFileOptions;
 
 use crate::tree::list;
 
-/// How a tarball is compressed.
+/// Compression of a tarball.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// Not at all: `.tar`.
+    /// Uncompressed: `.tar`.
     None,
     /// `.tar.gz`.
     Gzip,
@@ -23,8 +23,9 @@ pub enum Compression {
     Zstd,
 }
 
-/// Lays out a root file system that comes up, with `marker` in it so that two of them differ, and with what is easily
-/// lost on the way: links of both kinds, modes, empty folders, names that are not ASCII, an empty and a large file.
+/// Lays out a root file system that boots on a virtual Pi. `marker` makes two of them differ. It contains what is
+/// easily lost on the way: links of both kinds, modes, empty folders, names that are not ASCII, an empty and a large
+/// file.
 pub fn lay_out_root(root: &Path, marker: &str) -> Result<()> {
     for folder in [
         "boot/firmware/overlays",
@@ -66,13 +67,16 @@ pub fn lay_out_root(root: &Path, marker: &str) -> Result<()> {
         fs::write(root.join(path), &program)?;
         fs::set_permissions(root.join(path), fs::Permissions::from_mode(0o755))?;
     }
+    // setuid, sticky and private modes are the ones that a careless unpacker loses.
     fs::set_permissions(root.join("usr/bin/tool"), fs::Permissions::from_mode(0o4755))?;
     fs::set_permissions(root.join("tmp"), fs::Permissions::from_mode(0o1777))?;
     fs::set_permissions(root.join("root"), fs::Permissions::from_mode(0o700))?;
     symlink("usr/sbin", root.join("sbin"))?;
+    // Absolute and dangling links are legal in a root, and must not lead the unpacker out of it.
     symlink("/usr/lib/marker/name", root.join("etc/absolute-link"))?;
     symlink("../nowhere", root.join("etc/dangling-link"))?;
     fs::hard_link(root.join("usr/bin/tool"), root.join("usr/bin/the-same-tool"))?;
+    // Not a multiple of any block size.
     fs::write(root.join("usr/lib/marker/noise"), noise(marker, 3 * 1024 * 1024 + 17))?;
     lay_out_boot(&root.join("boot/firmware"), marker)
 }
@@ -93,25 +97,26 @@ pub fn lay_out_boot(boot: &Path, marker: &str) -> Result<()> {
     Ok(())
 }
 
-/// Hides a root's boot files from whoever judges the image as it streams by: `config.txt` becomes the second name of a file,
-/// so that its text is nobody's. What cannot be read is no reason to refuse, and the installer alone finds what is missing.
+/// Hides a root's boot files from the checks of an image's stream: `config.txt` becomes a hard link, so that its entry
+/// has no contents. Checks pass what they cannot read, so only the installer finds the missing files.
 pub fn hide_boot_files(root: &Path) -> Result<()> {
     let config = root.join("boot/firmware/config.txt");
     Ok(fs::hard_link(&config, config.with_file_name("a-config.txt"))?)
 }
 
-/// Takes a root's boot files away, and hides that: where they would be is a link that leads nowhere.
+/// Removes a root's boot files and hides that: the folder becomes a dangling link.
 pub fn hide_missing_boot_files(root: &Path) -> Result<()> {
     fs::remove_dir_all(root.join("boot"))?;
     fs::create_dir(root.join("boot"))?;
     Ok(symlink("../efi", root.join("boot/firmware"))?)
 }
 
-/// Bytes that do not compress and differ for each seed.
+/// Pseudo-random bytes that do not compress; the same seed gives the same bytes.
 pub fn noise(seed: &str, length: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length + 32);
     let mut counter = 0_u64;
     while bytes.len() < length {
+        // A hash in counter mode: no two blocks are equal, so no compressor finds anything.
         bytes.extend_from_slice(&Sha256::new().chain_update(seed).chain_update(counter.to_le_bytes()).finalize());
         counter += 1;
     }
@@ -119,7 +124,7 @@ pub fn noise(seed: &str, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// Packs a folder as a tarball, as `tar -C ROOT -c .` would.
+/// Packs a folder as `tar -C ROOT -c .` would.
 pub fn pack(root: &Path, to: &Path, compression: Compression) -> Result<PathBuf> {
     let file = File::create(to).with_context(|| format!("creating {}", to.display()))?;
     match compression {
@@ -136,10 +141,13 @@ pub fn pack(root: &Path, to: &Path, compression: Compression) -> Result<PathBuf>
 
 fn append<W: Write>(root: &Path, to: W) -> Result<W> {
     let mut tarball = tar::Builder::new(to);
+    // Links must stay links: the tar crate would otherwise pack their targets.
     tarball.follow_symlinks(false);
     tarball.append_dir(".", root)?;
-    // Where a file with several names was packed first; its other names become links to that.
+    // By device and inode: the path under which a file with several names was packed first. Its other names become
+    // links to that.
     let mut first_names: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
+    // In a sorted order, so that the same tree gives the same tarball.
     for path in list(root)? {
         let (full, name) = (root.join(&path), Path::new(".").join(&path));
         let metadata = fs::symlink_metadata(&full)?;
@@ -160,7 +168,7 @@ fn append<W: Write>(root: &Path, to: W) -> Result<W> {
     Ok(tarball.into_inner()?)
 }
 
-/// Makes an image from `lay_out_root` in the folder `folder`: the source tree is `folder/MARKER`.
+/// Makes an image with the tree of [`lay_out_root`]. The source tree stays in `folder/MARKER`.
 pub fn make_image(folder: &Path, marker: &str, compression: Compression) -> Result<PathBuf> {
     let root = folder.join(marker);
     lay_out_root(&root, marker)?;
@@ -172,7 +180,7 @@ pub fn make_image(folder: &Path, marker: &str, compression: Compression) -> Resu
     pack(&root, &folder.join(format!("{marker}.{ending}")), compression)
 }
 
-/// The files of an installer's set that the controller and the agent accept.
+/// The files of an installer's boot set that controller and agent accept.
 pub fn installer_set(marker: &str) -> Vec<(String, Vec<u8>)> {
     [
         ("kernel8.img", format!("installer kernel {marker}")),
@@ -199,7 +207,7 @@ pub fn system_set(marker: &str) -> Vec<(String, Vec<u8>)> {
     .into()
 }
 
-/// Zips files.
+/// Packs files as a zip.
 pub fn zip_of(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in files {
@@ -209,28 +217,29 @@ pub fn zip_of(files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     Ok(zip.finish()?.into_inner())
 }
 
-/// An installer's boot files as a zip.
+/// An installer's boot set as a zip.
 pub fn make_bootcode(marker: &str) -> Result<Vec<u8>> {
     zip_of(&installer_set(marker))
 }
 
-/// What `sha256sum` prints of these bytes.
+/// SHA-256, lower-case hexadecimal.
 pub fn sha256(bytes: &[u8]) -> String {
     hex::encode(Sha256::digest(bytes))
 }
 
-/// The image of a disk: an MBR, a FAT of 3 MiB with these files and their contents, and of an ext4 of 4 MiB no more than what
-/// it is known by.
+/// A disk image of 8 MiB: an MBR, a FAT of 3 MiB with these files, and 4 MiB of which only the magic number of ext4 is
+/// written.
 ///
 /// # Errors
 ///
-/// Files that have no room.
+/// Returns an error if the files do not fit.
 pub fn disk_image(boot: &[(&str, &str)]) -> Result<Vec<u8>> {
     const MIB: usize = 1 << 20;
     let mut disk = vec![0; 8 * MIB];
     disk.splice(446..462, [0, 0, 0, 0, 0x0c, 0, 0, 0, 0, 8, 0, 0, 0, 24, 0, 0]);
     disk.splice(462..478, [0, 0, 0, 0, 0x83, 0, 0, 0, 0, 32, 0, 0, 0, 32, 0, 0]);
     disk.splice(510..512, [0x55, 0xaa]);
+    // The superblock of ext4 begins at byte 1024, its magic number at byte 56 of that.
     disk.splice(4 * MIB + 1080..4 * MIB + 1082, [0x53, 0xef]);
     let mut part = Cursor::new(disk.get_mut(MIB..4 * MIB).context("a partition")?);
     fatfs::format_volume(&mut part, fatfs::FormatVolumeOptions::new())?;

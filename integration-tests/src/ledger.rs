@@ -1,4 +1,4 @@
-//! What a run under faults has to come to: the database and the nodes' own logs tell the same story, once.
+//! Invariants of a run under faults: the database and the nodes' own logs agree, and nothing happened twice.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,27 +7,28 @@ use serde_json::Value;
 
 use crate::Fleet;
 
-/// Numbers that look random and are the same for the same seed (Knuth's MMIX generator).
+/// Pseudo-random numbers, reproducible by their seed (Knuth's MMIX generator).
 #[derive(Debug)]
 pub struct Dice(pub u64);
 
 impl Dice {
-    /// A number below `limit`.
+    /// The next number below `limit`.
     pub fn below(&mut self, limit: usize) -> usize {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // The low bits of a linear congruential generator have short periods.
         let high = usize::try_from(self.0 >> 33).unwrap_or_default();
         high % limit.max(1)
     }
 }
 
-/// A number from the environment.
+/// A number from the environment; `default` if it is unset or unreadable.
 pub fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Checks that each instant of each schedule came to one operation, or to a row that says why not. `period`: how often
-/// the schedule of this id fires, in seconds; periods divide the minute. `operations` are those that schedules made.
-/// Answers how many instants there were.
+/// Checks that each due time of each schedule has exactly one operation, or a row with the reason why not. `period`:
+/// the interval of the schedule with this id, in seconds, a divisor of 60. `operations`: those that schedules created.
+/// Returns the number of due times checked.
 pub fn fires_are_complete(
     schedules: &[Value],
     fires: &[Value],
@@ -36,6 +37,7 @@ pub fn fires_are_complete(
 ) -> Result<usize> {
     let named: BTreeSet<&str> = fires.iter().filter_map(|fire| fire["operation"].as_str()).collect();
     let made: BTreeSet<&str> = operations.iter().filter_map(|operation| operation["id"].as_str()).collect();
+    // In both directions: an operation without a fire is as wrong as a fire without its operation.
     ensure!(named == made, "fires name {} operations, and there are {}", named.len(), made.len());
     let fired = fires.iter().filter(|fire| fire["outcome"] == "FIRED").count();
     ensure!(fired == made.len(), "{fired} fires made {} operations", made.len());
@@ -56,9 +58,10 @@ pub fn fires_are_complete(
         let id = schedule["id"].as_str().context("a schedule without an id")?;
         let step = i64::try_from(period(id)?)? * 1_000_000;
         let from = schedule["create_time"].as_i64().context("no create_time")?;
-        // What was due in the last moments before the pause may still have been on its way.
+        // The controller may not have written the last due times before the pause yet.
         let until = schedule["update_time"].as_i64().context("no update_time")? - 3_000_000;
-        // Every minute begins anew, as the cron says; all periods divide it.
+        // The cron's seconds start again with each minute. All periods divide the minute, so steps from the epoch hit
+        // the same times.
         let mut instant = (from / step + 1) * step;
         while instant < until {
             let there = found.get(id).is_some_and(|times| times.contains(&instant));
@@ -70,8 +73,8 @@ pub fn fires_are_complete(
     Ok(checked)
 }
 
-/// Checks that each node's own log and the database say the same of each execution, all of which restart a node. Answers
-/// how often nodes restarted for one.
+/// Checks that each node's own log and the database agree on each execution, all of which reboot a node. Returns the
+/// number of executions that rebooted one.
 pub fn logs_agree(fleet: &Fleet, ids: &[String], executions: &[Value]) -> Result<usize> {
     let mut reboots: BTreeMap<String, usize> = BTreeMap::new();
     for id in ids {

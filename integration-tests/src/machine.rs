@@ -1,5 +1,5 @@
-//! Whole machines under QEMU with a real kernel: the card is a file, and this harness plays the firmware, by its
-//! documented rules, from what is on the card, at each start.
+//! Whole machines under QEMU with a real kernel. The card is a file. At each start this harness plays the firmware from
+//! the card's files, by the documented rules.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,51 +23,51 @@ use crate::process::{Recipe, tool};
 use board::{Board, Kernel};
 use card::Card;
 
-/// What the agent writes to the console right before it restarts a machine whose kernel has no Raspberry Pi firmware to
-/// tell: which boot comes next.
+/// The agent's console message right before a restart, on a kernel that has no Raspberry Pi firmware to notify. It
+/// names the kind of the next boot.
 const TRYBOOT: &str = "marco-test-firmware: tryboot";
 const REBOOT: &str = "marco-test-firmware: reboot";
-/// The kernel's last word when it powers off.
+/// The kernel's last message when it powers off.
 const POWER_DOWN: &str = "reboot: Power down";
-/// The same where QEMU's board has nothing that could do it, in older kernels and newer ones.
+/// Its last message if QEMU's board cannot power off, in older and in newer kernels.
 const NOT_OFF: [&str; 2] = ["reboot: System halted", "reboot: Power off not available: System halted instead"];
-/// The kernel's last word where QEMU's board has nothing that could restart it.
+/// The kernel's last message if QEMU's board cannot restart.
 const NOT_RESTARTED: &str = "Reboot failed -- System halted";
-/// For so long the console may be silent after the agent's word, on a PC: then the kernel hangs on its way down, and a
-/// board's watchdog would reset it.
+/// Maximum silence on the console after the agent's message, on a PC. After that the kernel hangs during shutdown, and
+/// a real board's watchdog would reset it.
 const GOING_DOWN: Duration = Duration::from_secs(30);
-/// How often the console is looked at for that.
+/// Interval between two looks at the console.
 const LOOK: Duration = Duration::from_secs(1);
-/// After so many starts in a row that found nothing to boot somebody would look.
+/// Starts in a row without anything to boot, after which the harness gives up.
 const DEAD_STARTS: usize = 3;
 
 /// One start of the machine.
 #[derive(Debug, Clone)]
 pub struct Start {
-    /// What the firmware did.
+    /// The firmware's decision.
     pub outcome: Outcome,
-    /// What the machine's console said.
+    /// File with the console's output.
     pub console: PathBuf,
-    /// How it ended; none while it runs.
+    /// End of this run; `None` while it runs.
     pub end: Option<End>,
-    /// Its kernel hung on its way down, where a board's watchdog would have reset it, and the harness did that.
+    /// True if the kernel hung during shutdown, and the harness reset the machine in place of the watchdog.
     pub hung: bool,
 }
 
-/// How a run of the machine ended.
+/// Reason for the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// By a restart, a crash of the kernel, or the watchdog: the next boot is the default one.
+    /// A restart, a kernel crash or the watchdog: the next boot is the default one.
     Reset,
-    /// By a restart that asked for a trial boot.
+    /// A restart that asked for a trial boot.
     TrialBoot,
-    /// It is off.
+    /// The machine powered itself off.
     PowerOff,
     /// The power was cut.
     PowerCut,
 }
 
-/// A machine with its card, off.
+/// A machine that is off, with its card.
 #[derive(Debug, Clone)]
 pub struct Machine {
     board: Board,
@@ -77,16 +77,16 @@ pub struct Machine {
     starts: Arc<watch::Sender<Vec<Start>>>,
 }
 
-/// What the firmware did, or would do.
+/// Result of a play of the firmware.
 #[derive(Debug)]
 pub struct Firmware {
-    /// What it boots.
+    /// The boot that it chose.
     pub outcome: Outcome,
-    /// A copy of the recovery partition.
+    /// Folder with a copy of the recovery partition.
     pub recovery: PathBuf,
-    /// A copy of the system's boot partition; empty when there is none.
+    /// Folder with a copy of the system's boot partition; empty if there is none.
     pub boot: PathBuf,
-    /// Files that a power cut has left so that they cannot be read.
+    /// Files that a power cut left unreadable.
     pub unreadable: Vec<String>,
 }
 
@@ -104,46 +104,49 @@ impl Drop for Power {
 }
 
 impl Machine {
-    /// A machine with this card in it, on this network interface. Its consoles and what the firmware reads go to `dir`.
+    /// A machine with this card, on this network interface. Consoles, and the firmware's copies of partitions, go to
+    /// `dir`.
     pub fn new(board: Board, card: Card, tap: &str, dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         Ok(Self { board, card, dir: dir.to_owned(), tap: tap.to_owned(), starts: Arc::default() })
     }
 
-    /// What it is.
+    /// The kind of machine.
     pub fn board(&self) -> Board {
         self.board
     }
 
-    /// Its card. To be read only while the machine is off.
+    /// The card. Read it only while the machine is off.
     pub fn card(&self) -> &Card {
         &self.card
     }
 
-    /// Every start since it was made, the last one is perhaps still running.
+    /// All starts since the machine was made; the last one may still run.
     pub fn starts(&self) -> Vec<Start> {
         self.starts.borrow().clone()
     }
 
-    /// To wait for a start.
+    /// Notifies of each new start and each change of the last one.
     pub fn watch(&self) -> watch::Receiver<Vec<Start>> {
         self.starts.subscribe()
     }
 
-    /// What the firmware would boot after this kind of reset, and what it read for that.
+    /// Plays the firmware after this kind of reset: the boot it would choose, and the files it read.
     pub async fn firmware(&self, tryboot: bool) -> Result<Firmware> {
         let (recovery, boot) = (self.dir.join("p1"), self.dir.join("p4"));
         let mut unreadable = Vec::new();
         unreadable.extend(self.card.copy_fat(1, &recovery).await?.unwrap_or_default());
         let copied = self.card.copy_fat(4, &boot).await?;
         let partitions =
+            // The pure function of the firmware takes paths: a folder that does not exist is a partition without boot
+            // files.
             Partitions { recovery: &recovery, boot: if copied.is_some() { &boot } else { Path::new("/nonexistent") } };
         let outcome = firmware::boot(&self.board.model(), partitions, tryboot);
         unreadable.extend(copied.unwrap_or_default().into_iter().map(|path| format!("p4's {path}")));
         Ok(Firmware { outcome, recovery, boot, unreadable })
     }
 
-    /// Switches the power on. The machine runs, through all its restarts, until it is off.
+    /// Switches the power on. The machine runs, with all its restarts, until it is off.
     pub fn power_on(&self) -> Power {
         let cut = CancellationToken::new();
         let (machine, token) = (self.clone(), cut.clone());
@@ -155,7 +158,7 @@ impl Machine {
         let mut dead = 0;
         loop {
             let Firmware { outcome, recovery, boot, .. } = self.firmware(tryboot).await?;
-            // The flag is for one boot.
+            // Like the real firmware's flag, this one is valid for one boot.
             let flag = std::mem::take(&mut tryboot);
             let number = self.starts.borrow().len();
             let console = self.dir.join(format!("console-{number:02}"));
@@ -170,6 +173,7 @@ impl Machine {
                 }
                 Outcome::Dead(reason) => {
                     dead += 1;
+                    // A board whose firmware finds nothing resets and tries again, without end.
                     ensure!(dead < DEAD_STARTS, "nothing boots, time and again: {reason}");
                     End::Reset
                 }
@@ -187,7 +191,7 @@ impl Machine {
         }
     }
 
-    /// From the kernel's start to the end of QEMU.
+    /// Runs QEMU once, from the kernel's start to its end.
     async fn run_once(
         &self,
         boot: &Boot,
@@ -197,6 +201,8 @@ impl Machine {
         cut: &CancellationToken,
     ) -> Result<End> {
         let initramfs = self.initramfs(boot, partition)?;
+        // Real firmware passes partition and trial flag in the device tree. QEMU has no such firmware, so the agent
+        // reads them from the command line.
         let (partition_number, trial, board) = (boot.partition, u8::from(tryboot), self.board.words());
         let cmdline = format!("{} marco.test_firmware={partition_number},{trial} {board}", boot.cmdline);
         let device_tree = boot.device_tree.as_ref().map(|name| partition.join(name));
@@ -209,7 +215,7 @@ impl Machine {
         let (program, arguments) = self.board.qemu(&kernel, self.card.path(), &self.tap, console);
         let mut qemu = Recipe::new(tool(program)?, arguments, self.dir.join("qemu.log")).start()?;
         tokio::select! {
-            // Dropping the wait loses nothing: the process is killed next.
+            // Dropping `ended` loses nothing: the process is killed next.
             () = cut.cancelled() => {
                 qemu.kill().await?;
                 Ok(End::PowerCut)
@@ -235,11 +241,12 @@ impl Machine {
         }
     }
 
-    /// The firmware loads several initial RAM file systems one behind the other.
+    /// Concatenates the initial RAM file systems, as the firmware does.
     fn initramfs(&self, boot: &Boot, partition: &Path) -> Result<Option<PathBuf>> {
         if boot.initramfs.is_empty() {
             return Ok(None);
         }
+        // QEMU takes one file. The kernel unpacks concatenated archives one after the other.
         let joined = self.dir.join("initramfs");
         let mut bytes = Vec::new();
         for name in &boot.initramfs {
@@ -250,7 +257,7 @@ impl Machine {
     }
 }
 
-/// Waits until the kernel has nothing left to do and cannot say so by ending QEMU.
+/// Waits until the kernel has halted on a board that can neither power off nor restart, so that QEMU does not end.
 async fn halted(console: &Path) {
     let halted = |said: Vec<u8>| {
         let said = String::from_utf8_lossy(&said);
@@ -261,7 +268,8 @@ async fn halted(console: &Path) {
     }
 }
 
-/// Waits until a kernel has hung on its way down: on a board without a watchdog it would for ever. Others reset themselves.
+/// Waits until the kernel hangs during shutdown on a board without a watchdog. Pends forever on a board that resets
+/// itself.
 async fn hung(console: &Path, board: Board) {
     if board.has_watchdog() {
         return std::future::pending().await;
@@ -269,6 +277,7 @@ async fn hung(console: &Path, board: Board) {
     let (mut known, mut since) = (0, Instant::now());
     loop {
         let said = std::fs::read(console).unwrap_or_default();
+        // New output shows that the kernel is still alive, also during a slow shutdown.
         if said.len() != known {
             (known, since) = (said.len(), Instant::now());
         }
@@ -279,24 +288,25 @@ async fn hung(console: &Path, board: Board) {
     }
 }
 
-/// Whether a kernel that was told to restart has been silent for too long.
+/// True if a kernel that was told to restart has been silent for too long.
 fn hangs(console: &str, silent: Duration, patience: Duration) -> bool {
     silent > patience && (console.contains(TRYBOOT) || console.contains(REBOOT))
 }
 
-/// How a run ended, by the last words of its console.
+/// The reason for the end of a run, from the last messages on its console.
 fn end(console: &str) -> End {
     if NOT_OFF.iter().chain([&POWER_DOWN]).any(|word| console.contains(word)) {
         return End::PowerOff;
     }
     match (console.rfind(TRYBOOT), console.rfind(REBOOT)) {
+        // The console may show both words. The last one counts.
         (Some(trial), plain) if plain.is_none_or(|plain| plain < trial) => End::TrialBoot,
         _ => End::Reset,
     }
 }
 
 impl Power {
-    /// Whether the machine, or the play, has ended, and why: an error while somebody waits for the machine.
+    /// Returns an error if the machine, or its task, has ended: for loops that wait for the running machine.
     pub async fn check(&mut self) -> Result<()> {
         if self.task.is_finished() {
             let end = (&mut self.task).await.context("the machine's task")??;
@@ -305,7 +315,7 @@ impl Power {
         Ok(())
     }
 
-    /// Waits until the machine has powered itself off.
+    /// Waits until the machine has powered itself off, at most for `limit`.
     pub async fn off(mut self, limit: Duration) -> Result<()> {
         let ended = tokio::time::timeout(limit, &mut self.task).await;
         let end = ended.with_context(|| format!("the machine is not off after {limit:?}"))?.context("its task")??;
@@ -313,7 +323,7 @@ impl Power {
         Ok(())
     }
 
-    /// Cuts the power: QEMU is killed (`-9`). Answers when it is gone.
+    /// Cuts the power: kills QEMU (`-9`) and waits for its end.
     pub async fn cut(mut self) -> Result<()> {
         self.cut.cancel();
         let end = (&mut self.task).await.context("the machine's task")??;

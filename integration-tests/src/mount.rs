@@ -1,4 +1,4 @@
-//! File systems that a test mounts. It needs root.
+//! Mounted file systems for tests. Needs root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,19 +9,21 @@ use rustix::mount::{UnmountFlags, unmount};
 use crate::process::{run, tool};
 use crate::seconds;
 
-/// Unmounted when it is dropped, also by a test that fails. Whoever still has a file open there keeps it until they end.
+/// A mount, unmounted on drop, also if the test fails. A process with an open file there keeps the file system until it
+/// ends.
 #[derive(Debug)]
 pub struct Mount {
     folder: PathBuf,
 }
 
 impl Mount {
-    /// A tmpfs of that size (as mount(8) takes it) on a new folder.
+    /// Mounts a tmpfs on a new folder. `size`: as mount(8) takes it.
     pub async fn tmpfs(folder: PathBuf, size: &str) -> Result<Self> {
         Self::new(folder, &["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).await
     }
 
-    /// An ext4 of that many bytes on a new folder, in a file beside it. It takes as much of this machine's disk as is written.
+    /// Mounts an ext4 of `bytes` on a new folder, from a sparse file beside it: it takes only the disk space that is
+    /// written.
     pub async fn ext4(folder: PathBuf, bytes: u64) -> Result<Self> {
         let image = folder.with_extension("ext4");
         fs::File::create(&image)?.set_len(bytes)?;
@@ -48,7 +50,7 @@ impl Mount {
         Ok(Self { folder })
     }
 
-    /// Where it is mounted.
+    /// The mount point.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -56,8 +58,9 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
+        // Lazily: a process that a failed test left behind may still have a file open.
         let unmounted = unmount(&self.folder, UnmountFlags::DETACH);
-        // A test that fails says why, and not what came of that.
+        // A second panic would abort the process and hide why the test failed.
         assert!(unmounted.is_ok() || std::thread::panicking(), "{} stays mounted", self.folder.display());
     }
 }

@@ -1,4 +1,4 @@
-//! A network of a test's own: hosts that are network namespaces, on a switch that is one, too. It needs root.
+//! A virtual network for one test: network namespaces as hosts, and one more as their switch. Needs root.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::process::{Output, Recipe, run, tool};
 
-/// Removes its namespaces when it is dropped; what runs in them has to end before.
+/// The network. Dropping it removes its namespaces; processes in them must have ended before.
 #[derive(Debug)]
 pub struct Lab {
     tag: String,
@@ -16,20 +16,22 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Hosts 1 to `hosts` with the addresses 10.77.0.1 and so on, on one switch.
+    /// Creates hosts 1 to `hosts` with the addresses 10.77.0.1 and up, on one switch.
     pub fn new(hosts: u8) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        // Made first, so that what fails half way is removed.
+        // Made first, so that `drop` removes the rest if a later step fails.
         let lab = Self { tag: format!("marco-{}-{number}", std::process::id()), hosts };
         let switch = lab.namespace(0);
         ip(&["netns", "add", &switch]).context("network namespaces need root: run the tests as root")?;
+        // Without multicast snooping the bridge floods multicast to all ports, as a simple switch does.
         ip(&["-n", &switch, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0"])?;
         ip(&["-n", &switch, "link", "set", "br0", "up"])?;
         for host in 1..=hosts {
             let (namespace, port, address) = (lab.namespace(host), format!("p{host}"), lab.address(host));
             ip(&["netns", "add", &namespace])?;
             ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
+            // A veth pair is a cable: one end in the host, the other one at the switch.
             ip(&["link", "add", "eth0", "netns", &namespace, "type", "veth", "peer", "name", &port, "netns", &switch])?;
             ip(&["-n", &switch, "link", "set", &port, "master", "br0", "up"])?;
             ip(&["-n", &namespace, "addr", "add", &format!("{address}/24"), "dev", "eth0"])?;
@@ -38,32 +40,33 @@ impl Lab {
         Ok(lab)
     }
 
-    /// The address of a host.
+    /// The IPv4 address of a host.
     pub fn address(&self, host: u8) -> String {
         format!("10.77.0.{host}")
     }
 
-    /// Takes a host off the network.
+    /// Disconnects a host from the network.
     pub fn unplug(&self, host: u8) -> Result<()> {
         ip(&["-n", &self.namespace(host), "link", "set", "eth0", "down"])
     }
 
-    /// Puts it back.
+    /// Connects the host again.
     pub fn plug(&self, host: u8) -> Result<()> {
         let namespace = self.namespace(host);
         ip(&["-n", &namespace, "link", "set", "eth0", "up"])?;
-        // Programs that do not choose an interface find one by the routes.
+        // Programs that choose no interface for multicast find one by the routes. Taking the link down removed the
+        // route.
         ip(&["-n", &namespace, "route", "replace", "224.0.0.0/4", "dev", "eth0"])
     }
 
-    /// A program on a host, to be started.
+    /// The recipe of a program on a host.
     pub fn recipe(&self, host: u8, program: &Path, arguments: &[&str], log: PathBuf) -> Result<Recipe> {
         let mut all = self.prefix(host, program);
         all.extend(arguments.iter().map(|argument| (*argument).to_owned()));
         Ok(Recipe::new(tool("ip")?, all, log))
     }
 
-    /// Runs a program on a host to its end.
+    /// Runs a program on a host to its end, at most for 60 s.
     pub async fn run(&self, host: u8, program: &Path, arguments: &[&str]) -> Result<Output> {
         let prefix = self.prefix(host, program);
         let mut all: Vec<&str> = prefix.iter().map(String::as_str).collect();
@@ -84,7 +87,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         for host in 0..=self.hosts {
-            // It may not have been made.
+            // It may not exist if `new` failed half way.
             let _ = ip(&["netns", "del", &self.namespace(host)]);
         }
     }

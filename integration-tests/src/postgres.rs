@@ -1,7 +1,7 @@
-//! A real Postgres for tests: one server for the whole test process, a database of its own for each test.
+//! A real Postgres for tests: one server for each test process, one database for each test.
 //!
-//! The server ends and its folder goes when the test process ends, however it ends: a shell waits for the end of a pipe
-//! whose other end only this process holds.
+//! The server ends, and its folder is removed, however the test process ends: a shell waits for the end of a pipe of
+//! which only this process holds the writing end.
 
 use std::fs;
 use std::io;
@@ -15,27 +15,28 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
-/// A running server.
+/// A running Postgres server.
 #[derive(Debug)]
 pub struct Postgres {
     programs: PathBuf,
     folder: PathBuf,
     port: u16,
-    /// Most connections that it takes.
+    /// `max_connections` of the server.
     connections: u32,
     databases: AtomicU32,
-    /// Ends the server when this pipe ends; in an `Option` only so that it can be dropped before it is waited for.
+    /// Shell that stops the server at the end of its standard input. An `Option` only so that `drop` can close that
+    /// pipe first.
     janitor: Option<Child>,
 }
 
-/// Connections that a server takes where nothing else was asked for: many fleets share one.
+/// Default of `max_connections`: many fleets share one server.
 const CONNECTIONS: u32 = 200;
-/// What the janitor does: `$1` is the folder, the rest is the command that stops the server.
+/// Script of the janitor. `$1` is the folder; the rest is the command that stops the server.
 const JANITOR: &str =
     r#"trap "" HUP INT TERM; cat > /dev/null; folder=$1; shift; "$@" > /dev/null 2>&1; rm -rf "$folder""#;
 
 impl Postgres {
-    /// The server that all tests of this process share; started by the first that asks.
+    /// The server that all tests of this process share. The first caller starts it.
     pub fn start() -> anyhow::Result<&'static Self> {
         static SHARED: OnceLock<Result<Postgres, String>> = OnceLock::new();
         match SHARED.get_or_init(|| Self::start_own().map_err(|error| format!("{error:#}"))) {
@@ -44,12 +45,12 @@ impl Postgres {
         }
     }
 
-    /// A server of one test's own, for what would disturb the others: outages.
+    /// Starts a server for one test, for faults that would disturb the others (outages).
     pub fn start_own() -> anyhow::Result<Self> {
         Self::start_own_for(CONNECTIONS)
     }
 
-    /// The same, with room for so many connections: few, where a test takes all of them.
+    /// Starts a server with this `max_connections`; a test that uses all of them wants few.
     pub fn start_own_for(connections: u32) -> anyhow::Result<Self> {
         let mut server = Self::empty()?;
         server.connections = connections;
@@ -64,7 +65,7 @@ impl Postgres {
         Ok(server)
     }
 
-    /// A folder and a port for a server.
+    /// Prepares a folder and a port; starts nothing.
     fn empty() -> anyhow::Result<Self> {
         let programs = find_programs()?;
         let folder = tempfile::Builder::new().prefix("marco-postgres-").tempdir()?.keep();
@@ -75,25 +76,27 @@ impl Postgres {
         Ok(Self { programs, folder, port, connections: CONNECTIONS, databases, janitor: None })
     }
 
-    /// The URL of a fresh, empty database.
+    /// Creates an empty database and returns its URL.
     pub fn database(&self) -> anyhow::Result<String> {
         let name = format!("marco_{}", self.databases.fetch_add(1, Ordering::Relaxed));
         run(self
             .program("psql")?
             .args(["--no-psqlrc", "--quiet", "--host=127.0.0.1", "--username=postgres", "--dbname=postgres"])
             .arg(format!("--port={}", self.port))
+            // `template0` accepts no connections. `template1` cannot be copied while another session uses it.
             .arg(format!("--command=CREATE DATABASE {name} TEMPLATE template0")))?;
         Ok(format!("postgres://postgres@127.0.0.1:{}/{name}", self.port))
     }
 
-    /// The URL of a fresh, empty database whose tables are in a folder of their own: the log stays where it is.
+    /// Creates an empty database with its tables in a folder of their own, and returns its URL. The write-ahead log
+    /// stays with the server's data.
     pub fn database_in(&self, folder: &Path) -> anyhow::Result<String> {
         let number = self.databases.fetch_add(1, Ordering::Relaxed);
         let (name, tables) = (format!("marco_{number}"), folder.join("tables"));
         fs::create_dir(&tables)?;
         if let Some(user) = user()? {
             std::os::unix::fs::chown(&tables, Some(user.uid), Some(user.gid))?;
-            // The folders above may be this user's alone.
+            // The server's user must reach the folder, and temporary folders are private to this user.
             for above in tables.ancestors().skip(1).filter(|above| above.starts_with(std::env::temp_dir())) {
                 let open = fs::metadata(above)?.permissions().mode() | 0o011;
                 fs::set_permissions(above, fs::Permissions::from_mode(open))?;
@@ -109,7 +112,7 @@ impl Postgres {
         Ok(url(&name))
     }
 
-    /// A PgBouncer before this server, in transaction mode; `None` where it is not installed.
+    /// Starts a PgBouncer in front of this server, in transaction mode; `None` if it is not installed.
     pub fn pooler(&self) -> anyhow::Result<Option<Pooler>> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
@@ -127,7 +130,7 @@ impl Postgres {
              unix_socket_dir =\nauth_type = any\npool_mode = transaction\ndefault_pool_size = 5\n",
             self.port
         );
-        // With this kind of authentication the server's user is named here.
+        // `auth_type = any` ignores the client's user name, so the server's user must be named here.
         let text = text.replace(&format!("port={}", self.port), &format!("port={} user=postgres", self.port));
         fs::write(&settings, text)?;
         let mut pooler = Pooler { program, settings, port, child: None, _folder: folder };
@@ -144,8 +147,8 @@ impl Postgres {
         String::from_utf8(output.stdout)?.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
-    /// The rows of several queries, all of one moment: while a fleet goes on, what one query found has moved on before the
-    /// next one looks.
+    /// The rows of several queries from one snapshot. With separate queries, a running fleet changes the data between
+    /// them.
     pub fn snapshot<const N: usize>(
         &self,
         url: &str,
@@ -154,7 +157,7 @@ impl Postgres {
         let mut psql = self.program("psql")?;
         psql.args(["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1", "--dbname"])
             .arg(url);
-        // A transaction at this level sees the database as it was when its first query began.
+        // At this isolation level a transaction sees the database as it was at its first query.
         psql.arg("--command=BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY");
         for (number, query) in queries.iter().enumerate() {
             psql.arg(format!("--command=SELECT {number} || ' ' || row_to_json(q)::text FROM ({query}) q"));
@@ -170,12 +173,12 @@ impl Postgres {
         Ok(found)
     }
 
-    /// Where it listens.
+    /// Listen address of the server.
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
-    /// A standby that has everything that this server acknowledges: from now on a COMMIT waits for both.
+    /// Makes a synchronous standby of this server: from now on each COMMIT waits for both.
     pub fn standby(&self) -> anyhow::Result<Self> {
         let mut standby = Self::empty()?;
         standby.connections = self.connections;
@@ -195,12 +198,12 @@ impl Postgres {
         Ok(standby)
     }
 
-    /// Makes a standby the server: it takes writes, and waits for no other.
+    /// Promotes a standby to primary: it takes writes, and waits for no other server.
     pub fn promote(&self) -> anyhow::Result<()> {
         run(self.program("pg_ctl")?.args(["promote", "--wait", "--pgdata"]).arg(self.data()))
     }
 
-    /// A session that runs statements and stays as long as they take; it ends with what is returned.
+    /// Runs statements in a session of their own. Dropping the returned process ends the session.
     pub fn session(&self, url: &str, statements: &str) -> anyhow::Result<tokio::process::Child> {
         let mut psql = tokio::process::Command::from(self.program("psql")?);
         psql.args(["--no-psqlrc", "--quiet", "--dbname", url, "--command", statements]);
@@ -208,8 +211,7 @@ impl Postgres {
         psql.spawn().context("psql")
     }
 
-    /// How many connections more the server takes from those who are no superusers, before none is left for anybody but
-    /// them.
+    /// Number of connections that ordinary users can still open. Connections reserved for superusers do not count.
     pub fn connections_left(&self, url: &str) -> anyhow::Result<usize> {
         let left = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int \
                     - count(*) AS left FROM pg_stat_activity WHERE backend_type = 'client backend'";
@@ -218,7 +220,7 @@ impl Postgres {
         Ok(usize::try_from(left)?)
     }
 
-    /// Runs a statement by hand in the database at `url`; what the database says when it refuses it.
+    /// Runs a statement in the database at `url`. The inner error is the database's message.
     pub fn by_hand(&self, url: &str, statement: &str) -> anyhow::Result<Result<(), String>> {
         let mut psql = self.program("psql")?;
         let output = psql.args(["--no-psqlrc", "--quiet", "--dbname", url, "--command", statement]).output()?;
@@ -226,13 +228,14 @@ impl Postgres {
         Ok(if output.status.success() { Ok(()) } else { Err(said) })
     }
 
-    /// Stops the server at once, as an outage does; connections break.
+    /// Stops the server at once (immediate mode), as an outage does; connections break.
     pub fn pause(&self) -> anyhow::Result<()> {
         run(self.program("pg_ctl")?.args(["stop", "--wait", "--mode=immediate", "--pgdata"]).arg(self.data()))
     }
 
-    /// Starts the server (again) on the same port with the same databases, and waits until it answers.
+    /// Starts the server, also again, on the same port with the same databases, and waits until it answers.
     pub fn resume(&self) -> anyhow::Result<()> {
+        // Tests kill the server's processes and never the machine, so nothing is lost without fsync.
         let options = format!(
             "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections={}",
             self.port,
@@ -255,7 +258,7 @@ impl Postgres {
         self.folder.join("data")
     }
 
-    /// Everything in a database, as `pg_dump` writes it.
+    /// Dumps a whole database with `pg_dump`.
     pub fn dump(&self, url: &str) -> anyhow::Result<Vec<u8>> {
         let dump = self.program("pg_dump")?.args(["--dbname", url]).output().context("pg_dump")?;
         ensure!(dump.status.success(), "pg_dump: {}", String::from_utf8_lossy(&dump.stderr));
@@ -278,7 +281,7 @@ impl Postgres {
     }
 }
 
-/// A running PgBouncer; it ends when it is dropped.
+/// A running PgBouncer, killed on drop.
 #[derive(Debug)]
 pub struct Pooler {
     program: PathBuf,
@@ -289,13 +292,13 @@ pub struct Pooler {
 }
 
 impl Pooler {
-    /// The URL of a database of its server, through the pooler.
+    /// The pooler's URL for the database at `direct`.
     pub fn url(&self, direct: &str) -> String {
         let database = direct.rsplit('/').next().unwrap_or_default();
         format!("postgres://postgres@127.0.0.1:{}/{database}", self.port)
     }
 
-    /// Lets it connect to the server anew.
+    /// Restarts the pooler, so that it opens new connections to the server.
     #[expect(clippy::disallowed_methods, reason = "waits for a condition, bounded; there is no runtime here")]
     pub fn restart(&mut self) -> anyhow::Result<()> {
         self.end();
@@ -313,7 +316,7 @@ impl Pooler {
 
     fn end(&mut self) {
         if let Some(mut child) = self.child.take() {
-            // One that has ended already is awaited all the same.
+            // `kill` fails for a process that has ended already; `wait` reaps it all the same.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -330,20 +333,20 @@ impl Drop for Postgres {
     fn drop(&mut self) {
         if let Some(mut janitor) = self.janitor.take() {
             drop(janitor.stdin.take());
-            // Nothing more can be done about a janitor that failed.
+            // There is no remedy for a janitor that failed.
             let _ = janitor.wait();
         }
     }
 }
 
-/// The user that the server runs as.
+/// The unprivileged user that the server runs as.
 struct User {
     name: &'static str,
     uid: u32,
     gid: u32,
 }
 
-/// Postgres refuses to run as root: then it is `postgres`, or `nobody`. `None`: this process is not root.
+/// Postgres refuses to run as root, so it runs as `postgres`, or else as `nobody`. `None`: this process is not root.
 fn user() -> anyhow::Result<Option<User>> {
     if fs::metadata("/proc/self")?.uid() != 0 {
         return Ok(None);
@@ -379,7 +382,7 @@ fn command(program: &Path) -> Command {
 
 fn run(command: &mut Command) -> anyhow::Result<()> {
     let log = tempfile::tempfile()?;
-    // To a file, not to a pipe: the server inherits it and would keep a pipe open for as long as it runs.
+    // Output goes to a file, not to a pipe: the server inherits it and would keep a pipe open for as long as it runs.
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?);
     let status = command.status().with_context(|| format!("{command:?}"))?;
     let mut said = String::new();
@@ -389,7 +392,7 @@ fn run(command: &mut Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The folder of `initdb` and the rest: the newest version under Debian's, else one of the search path.
+/// The folder with `initdb`: the newest version under Debian's path, otherwise one of `PATH`.
 fn find_programs() -> anyhow::Result<PathBuf> {
     let mut found: Vec<(u32, PathBuf)> = Vec::new();
     for entry in fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten() {
@@ -397,6 +400,7 @@ fn find_programs() -> anyhow::Result<PathBuf> {
         found.push((version, entry.path().join("bin")));
     }
     found.sort();
+    // Newest version first.
     let debian = found.into_iter().rev().map(|(_, folder)| folder);
     let path = std::env::var_os("PATH").unwrap_or_default();
     debian

@@ -1,4 +1,4 @@
-//! Child processes: found beside the test, logged to a file, killed without mercy, and never left behind.
+//! Child processes: found beside the test, logged to a file, killed with SIGKILL, and never left behind.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use tokio::process::{Child, Command};
 
-/// Finds one of this workspace's programs in the folder that cargo built this test into.
+/// Finds a program of this workspace in the folders above this test's binary.
 ///
-/// Cargo only names the programs of a test's own package, so the others are looked for beside it.
+/// Cargo tells a test only the programs of its own package, so the others are searched for.
 pub fn binary(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("where this test is")?;
     own.ancestors()
+        // Tests are in `deps/`, programs in the folder above it.
         .skip(1)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
@@ -26,7 +27,7 @@ pub fn workspace() -> PathBuf {
     package.parent().unwrap_or(package).to_owned()
 }
 
-/// Finds a program of other people: in the workspace's `.venv`, else in `PATH`.
+/// Finds a third-party program: in the workspace's `.venv`, otherwise in `PATH`.
 pub fn tool(name: &str) -> Result<PathBuf> {
     let venv = workspace().join(".venv/bin");
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -37,7 +38,7 @@ pub fn tool(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} is not installed: run `make deps` first, or `make test`"))
 }
 
-/// How to start a process, so that it can be started again.
+/// Command line, environment and log of a process, to start it more than once.
 #[derive(Debug, Clone)]
 pub struct Recipe {
     program: PathBuf,
@@ -46,7 +47,7 @@ pub struct Recipe {
     log: PathBuf,
 }
 
-/// A process of ours: its output goes to a file, and it dies with this value and with this test.
+/// A child process. Its output goes to a file. It is killed when this value is dropped and when this test ends.
 #[derive(Debug)]
 pub struct Process {
     recipe: Recipe,
@@ -54,19 +55,19 @@ pub struct Process {
 }
 
 impl Recipe {
-    /// A program with its arguments; standard output and error are appended to `log`.
+    /// A program with its arguments. Standard output and error are appended to `log`.
     pub fn new(program: PathBuf, arguments: impl IntoIterator<Item = impl Into<String>>, log: PathBuf) -> Self {
         let arguments = arguments.into_iter().map(Into::into).collect();
         Self { program, arguments, environment: Vec::new(), log }
     }
 
-    /// A variable of its environment.
+    /// Adds an environment variable.
     pub fn env(mut self, name: &str, value: impl ToString) -> Self {
         self.environment.push((name.to_owned(), value.to_string()));
         self
     }
 
-    /// Starts it.
+    /// Starts the process.
     pub fn start(self) -> Result<Process> {
         let mut process = Process { recipe: self, child: None };
         process.start()?;
@@ -75,19 +76,20 @@ impl Recipe {
 }
 
 impl Process {
-    /// Starts the process again, with the same arguments.
+    /// Starts the process, also again, with the same arguments.
     pub fn start(&mut self) -> Result<()> {
         if self.child.is_some() {
             bail!("{} already runs", self.recipe.program.display());
         }
         let Recipe { program, arguments, environment, log } = &self.recipe;
         let log = File::options().create(true).append(true).open(log).context("the log of a process")?;
-        // The kernel ends the child when the thread that started it ends, even when this test is killed.
+        // The kernel kills the child when the thread that started it ends, even if this test is killed.
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .arg(program)
             .args(arguments)
             .envs(environment.iter().map(|(name, value)| (name, value)))
+            // A developer's own settings must not send a test's controller to their database.
             .env_remove("DATABASE_URL")
             .env_remove("MARCO_DATABASE_URL")
             .env_remove("MARCO_TOKEN")
@@ -101,7 +103,7 @@ impl Process {
         Ok(())
     }
 
-    /// Kills it (`-9`) and waits until it is gone.
+    /// Kills the process (`-9`) and waits for its end.
     pub async fn kill(&mut self) -> Result<()> {
         if let Some(mut child) = self.child.take() {
             child.kill().await.with_context(|| format!("killing {}", self.recipe.program.display()))?;
@@ -109,12 +111,12 @@ impl Process {
         Ok(())
     }
 
-    /// Its process id, while it runs.
+    /// The process id; `None` while it does not run.
     pub fn id(&self) -> Option<u32> {
         self.child.as_ref().and_then(Child::id)
     }
 
-    /// Sends it a signal, by its name without `SIG`.
+    /// Sends a signal, named without `SIG`.
     pub async fn signal(&self, name: &str) -> Result<()> {
         let pid = self.child.as_ref().and_then(Child::id).context("it does not run")?;
         let sent = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().await?;
@@ -124,7 +126,7 @@ impl Process {
         Ok(())
     }
 
-    /// Asks it to end (SIGTERM) and waits for that.
+    /// Sends SIGTERM and waits for the end, at most for `limit`.
     pub async fn terminate(&mut self, limit: Duration) -> Result<ExitStatus> {
         self.signal("TERM").await?;
         let mut child = self.child.take().context("it does not run")?;
@@ -134,7 +136,7 @@ impl Process {
             .context("waiting for it")
     }
 
-    /// Waits until it ends by itself. Dropping the wait leaves it running.
+    /// Waits until the process ends by itself. Cancel-safe: dropping the future leaves it running.
     pub async fn ended(&mut self) -> Result<ExitStatus> {
         let child = self.child.as_mut().context("it does not run")?;
         let status = child.wait().await.context("waiting for it")?;
@@ -142,7 +144,7 @@ impl Process {
         Ok(status)
     }
 
-    /// Fails when the process has ended by itself.
+    /// Returns an error, with the end of the log, if the process has ended by itself.
     pub fn check_alive(&mut self) -> Result<()> {
         if let Some(child) = &mut self.child
             && let Some(status) = child.try_wait()?
@@ -152,7 +154,7 @@ impl Process {
         Ok(())
     }
 
-    /// The last lines of its output.
+    /// The last lines of its log.
     pub fn tail(&self, lines: usize) -> String {
         let text = std::fs::read(&self.recipe.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -162,10 +164,11 @@ impl Process {
 }
 
 impl Drop for Process {
-    /// Kills it and waits a little, so that nothing writes into folders that are removed next.
+    /// Kills the process and waits up to 5 s, so that nothing writes into folders that are removed next.
     fn drop(&mut self) {
         let Some(mut child) = self.child.take() else { return };
         let _ = child.start_kill();
+        // `drop` cannot await, so it polls.
         let given_up = Instant::now() + Duration::from_secs(5);
         while matches!(child.try_wait(), Ok(None)) && Instant::now() < given_up {
             std::thread::park_timeout(Duration::from_millis(2));
@@ -173,19 +176,19 @@ impl Drop for Process {
     }
 }
 
-/// What a program printed and how it ended.
+/// Output and exit status of a program.
 #[derive(Debug)]
 pub struct Output {
-    /// How it ended.
+    /// Exit status.
     pub status: ExitStatus,
-    /// Its standard output.
+    /// Standard output; bytes that are not UTF-8 are replaced.
     pub stdout: String,
-    /// Its standard error.
+    /// Standard error; bytes that are not UTF-8 are replaced.
     pub stderr: String,
 }
 
 impl Output {
-    /// Its standard output when it succeeded, else an error that shows everything.
+    /// Returns standard output if the program succeeded, otherwise an error with all output.
     pub fn success(self) -> Result<String> {
         if !self.status.success() {
             bail!("{}\nstdout: {}\nstderr: {}", self.status, self.stdout, self.stderr);
@@ -194,7 +197,7 @@ impl Output {
     }
 }
 
-/// Runs a program to its end, at most for `limit`.
+/// Runs a program to its end. Returns an error if that takes longer than `limit`.
 pub async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Result<Output> {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
@@ -209,7 +212,8 @@ pub async fn run(program: &Path, arguments: &[&str], limit: Duration) -> Result<
     })
 }
 
-/// Lets this test have as many files as the system allows: a crowd of connections has more ends than shells grant.
+/// Raises this test's limit of open files to the hard limit. A test with many connections holds both ends, more than a
+/// shell's default allows.
 pub fn raise_open_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);

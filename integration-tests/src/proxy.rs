@@ -1,4 +1,4 @@
-//! A bad network: a TCP proxy that stops, cuts, slows down and counts what passes through it.
+//! A bad network: a TCP proxy that stalls, cuts, slows down and counts the traffic through it.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -14,38 +14,38 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// Bytes that are read at once: small, so that a cut falls where it was asked for.
+/// Bytes of one read. Small, so that a cut falls at the byte that the test asked for.
 const BLOCK: usize = 16 * 1024;
 
-/// Which way bytes go through the proxy.
+/// Direction of traffic through the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
-    /// From the one who dialled: the agents.
+    /// From the client (agent) to the server (controller).
     Up,
-    /// From the one who was dialled: the controller.
+    /// From the server (controller) to the client (agent).
     Down,
 }
 
-/// What does not arrive.
+/// The message that is lost on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Swallow {
     Request,
     Answer,
 }
 
-/// One direction of all connections.
+/// Faults and counters of one direction, for all connections.
 #[derive(Debug)]
 struct Lane {
-    /// Whether bytes are forwarded; while false none are even read.
+    /// False: nothing is forwarded, and nothing is read.
     open: watch::Sender<bool>,
     bytes: AtomicU64,
-    /// Bytes a second; 0 is without limit.
+    /// Bytes a second; 0: no limit.
     rate: AtomicU64,
-    /// How long bytes are on their way, in milliseconds.
+    /// Latency in milliseconds.
     delay: AtomicU64,
-    /// Each takes a connection down that has carried so many bytes.
+    /// Byte counts: the first connection that has carried that many is cut, and the entry is used up.
     cuts: Mutex<VecDeque<u64>>,
-    /// Each takes a connection down that carries these bytes; see [`Proxy::swallow`] and [`Proxy::swallow_answer_to`].
+    /// Byte strings: the connection that carries one is cut; see [`Proxy::swallow`] and [`Proxy::swallow_answer_to`].
     swallows: Mutex<VecDeque<(Vec<u8>, Swallow)>>,
 }
 
@@ -54,11 +54,11 @@ struct State {
     target: Mutex<SocketAddr>,
     up: Lane,
     down: Lane,
-    /// Replaced each time that all connections are dropped.
+    /// Cancels all present connections; replaced each time that happens.
     connections: Mutex<CancellationToken>,
 }
 
-/// A proxy on a port of its own; it ends when it is dropped.
+/// A proxy on a free port; it ends when dropped.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
@@ -78,16 +78,17 @@ impl Lane {
         }
     }
 
-    /// How many more bytes a connection that has carried `carried` may carry before the next cut.
+    /// Bytes that a connection may still carry before the next cut; `None`: no cut is due.
     fn until_cut(&self, carried: u64) -> Option<u64> {
         let cuts = self.cuts.lock().unwrap_or_else(PoisonError::into_inner);
         cuts.front().map(|after| after.saturating_sub(carried))
     }
 
-    /// What is to be swallowed of these bytes; each is swallowed once.
+    /// Takes the first entry if `bytes` contain it: each entry is used once.
     fn swallows(&self, bytes: &[u8]) -> Option<Swallow> {
         let mut swallows = self.swallows.lock().unwrap_or_else(PoisonError::into_inner);
         swallows
+            // Only the first entry, so that a test can order its faults.
             .pop_front_if(|(wanted, _)| bytes.windows(wanted.len()).any(|window| window == wanted))
             .map(|(_, what)| what)
     }
@@ -113,7 +114,7 @@ impl Proxy {
         Ok(Self { address, state, _stop: stop.drop_guard() })
     }
 
-    /// Where it listens.
+    /// Listen address of the proxy.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -125,39 +126,39 @@ impl Proxy {
         }
     }
 
-    /// Stops to forward in one direction: bytes stay where they are, connections stay open.
+    /// Stops forwarding in one direction. Bytes wait, and connections stay open.
     pub fn hold(&self, direction: Direction) {
         self.lane(direction).open.send_replace(false);
     }
 
-    /// Forwards again.
+    /// Forwards in this direction again.
     pub fn release(&self, direction: Direction) {
         self.lane(direction).open.send_replace(true);
     }
 
-    /// Forwards at most so many bytes a second and connection; 0 is without limit.
+    /// Limits each connection to so many bytes a second; 0: no limit.
     pub fn throttle(&self, direction: Direction, bytes_per_second: u64) {
         self.lane(direction).rate.store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// Lets bytes arrive so much later.
+    /// Sets the latency of one direction.
     pub fn delay(&self, direction: Direction, by: Duration) {
         let millis = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
         self.lane(direction).delay.store(millis, Ordering::Relaxed);
     }
 
-    /// From now on new connections lead to another server; present ones stay where they are.
+    /// Sends new connections to another server; present ones stay.
     pub fn retarget(&self, target: SocketAddr) {
         *self.state.target.lock().unwrap_or_else(PoisonError::into_inner) = target;
     }
 
-    /// The next request that holds these bytes reaches the server, which answers it; the answer is dropped, and the
-    /// connection with it: whoever asked cannot know whether it was done.
+    /// Loses the answer to the next request that contains these bytes. The request reaches the server, then the
+    /// connection is dropped, so the client cannot know the outcome.
     pub fn swallow_answer_to(&self, bytes: &[u8]) {
         self.push_swallow(bytes, Swallow::Answer);
     }
 
-    /// The next request that holds these bytes does not reach the server: its connection is dropped.
+    /// Loses the next request that contains these bytes: its connection is dropped before it reaches the server.
     pub fn swallow(&self, bytes: &[u8]) {
         self.push_swallow(bytes, Swallow::Request);
     }
@@ -166,34 +167,35 @@ impl Proxy {
         self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).push_back((bytes.to_vec(), what));
     }
 
-    /// How many of the requests and answers that are to be swallowed have not come yet.
+    /// Number of requested losses that have not happened yet.
     pub fn swallows_left(&self) -> usize {
         self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Forgets what was to be swallowed.
+    /// Forgets the losses that have not happened yet.
     pub fn forget_swallows(&self) {
         self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
-    /// Takes connections down: the first that has carried `after[0]` bytes, then the first that has carried
-    /// `after[1]`, and so on.
+    /// Cuts connections: the first that has carried `after[0]` bytes, then the first that has carried `after[1]`, and
+    /// so on.
     pub fn cut_after(&self, direction: Direction, after: impl IntoIterator<Item = u64>) {
         self.lane(direction).cuts.lock().unwrap_or_else(PoisonError::into_inner).extend(after);
     }
 
-    /// How many of the cuts that were asked for have not happened yet.
+    /// Number of requested cuts that have not happened yet.
     pub fn cuts_left(&self, direction: Direction) -> usize {
         self.lane(direction).cuts.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// How many bytes were forwarded in this direction, over all connections.
+    /// Bytes forwarded in this direction, over all connections.
     pub fn bytes(&self, direction: Direction) -> u64 {
         self.lane(direction).bytes.load(Ordering::Relaxed)
     }
 
-    /// Takes all present connections down; what was held back is lost.
+    /// Cuts all present connections; bytes that were held back are lost.
     pub fn drop_connections(&self) {
+        // Connections that are accepted from now on belong to the new token and stay.
         let fresh = CancellationToken::new();
         let mut present = self.state.connections.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut *present, fresh).cancel();
@@ -205,10 +207,11 @@ async fn accept(listener: TcpListener, state: Arc<State>, stop: CancellationToke
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            // Finished connections are collected so that the set does not grow.
+            // Reaps finished connections, so that the set does not grow.
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => {
                 let Ok((client, _)) = accepted else { return };
+                // Taken at the accept: a cut that comes before the task runs still hits this connection.
                 let dropped = state.connections.lock().unwrap_or_else(PoisonError::into_inner).child_token();
                 connections.spawn(connection(client, Arc::clone(&state), dropped));
             }
@@ -217,14 +220,15 @@ async fn accept(listener: TcpListener, state: Arc<State>, stop: CancellationToke
 }
 
 async fn connection(client: TcpStream, state: Arc<State>, dropped: CancellationToken) {
-    // A controller that is down looks to the agent like a connection that is closed at once.
+    // If the controller is down, the agent sees a connection that closes at once.
     let target = *state.target.lock().unwrap_or_else(PoisonError::into_inner);
     let Ok(server) = TcpStream::connect(target).await else { return };
+    // Without Nagle's algorithm, so that the proxy adds no latency that the test did not ask for.
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
     let swallow = AtomicBool::new(false);
-    // When one direction ends, the other is dropped too: a cut is a cut.
+    // The end of one direction ends the other, as a cut cable does.
     tokio::select! {
         () = dropped.cancelled() => {}
         () = forward(client_read, server_write, &state.up, &swallow) => {}
@@ -232,7 +236,8 @@ async fn connection(client: TcpStream, state: Arc<State>, dropped: CancellationT
     }
 }
 
-/// Forwards one direction. `swallow` is set by what goes up, and ends what comes down.
+/// Forwards one direction. The upward direction sets `swallow`; it makes the downward one end before it forwards an
+/// answer.
 async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, swallow: &AtomicBool) {
     let mut open = lane.open.subscribe();
     let mut carried = 0_u64;
@@ -242,16 +247,18 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, s
             return;
         }
         let Ok(read) = from.read(&mut block).await else { return };
-        // It may have been closed while this waited for bytes; those are held back then, too.
+        // The test may have called `hold` during the read: these bytes wait too.
         if read == 0 || open.wait_for(|open| *open).await.is_err() {
             return;
         }
         let room = lane.until_cut(carried).unwrap_or(u64::MAX);
         let taken = usize::try_from(room).unwrap_or(usize::MAX).min(read);
         let Some(bytes) = block.get(..taken) else { return };
+        // Downwards this is the answer to the marked request: it is not forwarded.
         if swallow.load(Ordering::Relaxed) {
             return;
         }
+        // The bytes must be in one block. These tests search for short words that a client sends in one write.
         match lane.swallows(bytes) {
             Some(Swallow::Request) => return,
             Some(Swallow::Answer) => swallow.store(true, Ordering::Relaxed),
@@ -267,10 +274,12 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, s
         let taken_bytes = u64::try_from(taken).unwrap_or(u64::MAX);
         carried = carried.saturating_add(taken_bytes);
         lane.bytes.fetch_add(taken_bytes, Ordering::Relaxed);
+        // The loop ends here only for a cut: without one, `room` is larger than any read.
         if taken < read || room == taken_bytes {
             lane.take_cut();
             return;
         }
+        // A rate of 0 makes the division fail, which means no limit.
         if let Some(nanos) = taken_bytes.saturating_mul(1_000_000_000).checked_div(lane.rate.load(Ordering::Relaxed)) {
             tokio::time::sleep(Duration::from_nanos(nanos)).await;
         }
@@ -284,7 +293,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::{TcpListener, TcpStream};
 
-    /// A server that sends a million bytes to everybody, and a proxy before it.
+    /// A server that sends a million bytes to each client, behind a proxy.
     async fn proxy() -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let target = listener.local_addr().unwrap();
@@ -300,7 +309,7 @@ mod tests {
         Proxy::start(target).await.unwrap()
     }
 
-    /// What arrives until the connection ends or a million bytes are there.
+    /// Bytes received until the connection ends, or until the full million.
     async fn received(proxy: &Proxy) -> usize {
         let mut stream = TcpStream::connect(proxy.address()).await.unwrap();
         let (mut count, mut block) = (0, vec![0; 65536]);

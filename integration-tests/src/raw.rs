@@ -1,4 +1,4 @@
-//! Calls of any method by its path, with whatever bytes and credentials: what a client of another house could send.
+//! Calls of any method by its path, with arbitrary bytes and credentials: what a foreign client could send.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use tonic::codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic::transport::Channel;
 use tonic::{Request, Status, Streaming};
 
-/// Longest wait for the first answer of a method.
+/// Deadline for the first answer of a call.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Messages as they are.
+/// A codec that passes bytes through.
 #[derive(Debug, Clone, Copy, Default)]
 struct RawCodec;
 
@@ -45,10 +45,11 @@ impl Decoder for RawCodec {
     }
 }
 
-/// Calls a method (`/package.Service/Method`), whatever its kind, and answers its first message; empty: it ended with none.
+/// Calls a method (`/package.Service/Method`) of any kind with one message, and returns its first answer; empty if it
+/// ended without one.
 ///
 /// # Errors
-/// The status with which it was refused.
+/// The status with which the call was refused; `DEADLINE_EXCEEDED` if no answer came.
 pub async fn call(channel: &Channel, path: &str, message: Vec<u8>, bearer: Option<&str>) -> Result<Bytes, Status> {
     let mut request = Request::new(tokio_stream::once(Bytes::from(message)));
     if let Some(token) = bearer {
@@ -59,16 +60,17 @@ pub async fn call(channel: &Channel, path: &str, message: Vec<u8>, bearer: Optio
     let first = async {
         let mut grpc = Grpc::new(channel.clone());
         grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        // A bidirectional call fits each kind of method: on the wire a unary call is a stream of one message.
         let mut answers = grpc.streaming(request, path, RawCodec).await?.into_inner();
         Ok(answers.message().await?.unwrap_or_default())
     };
     tokio::time::timeout(PATIENCE, first).await.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer")))
 }
 
-/// Opens a stream in both directions (`/package.Service/Method`), with messages as they are.
+/// Opens a bidirectional stream (`/package.Service/Method`) of raw messages.
 ///
 /// # Errors
-/// The status with which it was refused.
+/// The status with which the call was refused.
 pub async fn open(
     channel: &Channel,
     path: &str,

@@ -1,4 +1,4 @@
-//! Comparing an installed Pi, file by file, with the tree that its image was made of.
+//! Compares an installed Pi, file by file, with the tree that its image was made of.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-/// What the installer makes the node's own, so that it may differ from the image or be added to it. A path stands for
-/// itself and what is below it.
+/// Paths that the installer personalises, so that they may differ from the image or be added to it. Each stands for
+/// itself and everything below it.
 pub const PERSONALISED: [&str; 9] = [
     "etc/fstab",
     "etc/hostname",
@@ -21,13 +21,13 @@ pub const PERSONALISED: [&str; 9] = [
     "var/lib/marco-agent",
 ];
 
-/// What the installer adds to the boot partition: the name of the set that was booted.
+/// File that the installer adds to the boot partition: the name of the boot set.
 const ADDED_TO_BOOT: &str = "marco-release";
-/// Where an image keeps its boot files: they move to the boot partition.
+/// Folder of the boot files in an image; the installer moves them to the boot partition.
 const BOOT: &str = "boot/firmware";
 
-/// Compares a virtual Pi's `root` and `boot` with the source tree of an image and answers how many entries were the
-/// same; the error lists what differs.
+/// Compares a virtual Pi's `root` and `boot` with the source tree of an image, and returns the number of equal entries.
+/// The error lists the differences.
 pub fn compare_with_source(source: &Path, pi: &Path) -> Result<usize> {
     let (root, boot) = (pi.join("root"), pi.join("boot"));
     let mut differences = Vec::new();
@@ -39,6 +39,7 @@ pub fn compare_with_source(source: &Path, pi: &Path) -> Result<usize> {
             Some(inside) => (boot.join(inside), true),
             None => (root.join(path), false),
         };
+        // The installer writes the Pi's own root device into `cmdline.txt`.
         if personalised(path) || inside_boot == Some(Path::new("cmdline.txt")) {
             continue;
         }
@@ -47,6 +48,7 @@ pub fn compare_with_source(source: &Path, pi: &Path) -> Result<usize> {
             Some(what) => differences.push(format!("{}: {what}", path.display())),
         }
     }
+    // A file that is left over from the system before is as wrong as a missing one.
     let extra = list(&root)?.into_iter().filter(|path| !wanted.contains(path) && !parent_of_personalised(path));
     differences.extend(extra.map(|path| format!("{}: not in the image", path.display())));
     let boot_files = list(&boot)?.into_iter().filter(|path| path != Path::new(ADDED_TO_BOOT));
@@ -68,7 +70,7 @@ fn parent_of_personalised(path: &Path) -> bool {
     personalised(path) || PERSONALISED.iter().any(|own| Path::new(own).starts_with(path))
 }
 
-/// Every entry below a folder, relative to it.
+/// All entries below a folder, relative to it.
 pub fn list(folder: &Path) -> Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     let mut folders = vec![folder.to_owned()];
@@ -94,7 +96,7 @@ fn difference(wanted: &Path, found: &Path, fat: bool) -> Result<Option<String>> 
         let (should, there) = (fs::read_link(wanted)?, fs::read_link(found)?);
         return Ok((should != there).then(|| format!("points to {}, not to {}", there.display(), should.display())));
     }
-    // FAT knows neither modes nor owners.
+    // FAT stores neither modes nor owners.
     if !fat {
         let (should_be, is) = (should.permissions().mode(), there.permissions().mode());
         if should_be != is {
@@ -103,6 +105,7 @@ fn difference(wanted: &Path, found: &Path, fat: bool) -> Result<Option<String>> 
         if (should.uid(), should.gid()) != (there.uid(), there.gid()) {
             return Ok(Some(format!("owner {}:{}", there.uid(), there.gid())));
         }
+        // Times of folders change when the installer adds its files.
         if should.is_file() && should.mtime() != there.mtime() {
             return Ok(Some(format!("changed at {}, not at {}", there.mtime(), should.mtime())));
         }
@@ -122,14 +125,14 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
 
-    /// A Pi that was installed without a fault.
+    /// Lays out a correctly installed Pi.
     fn installed(pi: &Path) {
         lay_out_root(&pi.join("root"), "a").unwrap();
         fs::rename(pi.join("root/boot/firmware"), pi.join("boot")).unwrap();
         fs::create_dir(pi.join("root/boot/firmware")).unwrap();
     }
 
-    /// Two trees laid out one after the other have other times.
+    /// Copies the modification times: two trees laid out one after the other differ in them.
     fn same_times(from: &Path, to: &Path) {
         for path in super::list(from).unwrap() {
             if let (Ok(source), true) = (fs::metadata(from.join(&path)), to.join(&path).is_file()) {

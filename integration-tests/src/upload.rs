@@ -1,4 +1,4 @@
-//! Pushing artifacts, well and badly.
+//! Uploads of artifacts, correct and faulty.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ use crate::image::sha256;
 /// A client of the artifact service.
 pub type Artifacts = ArtifactServiceClient<Channel>;
 
-/// The header that fits these bytes.
+/// The upload header that matches these bytes.
 pub fn header(name: &str, kind: Kind, purpose: Purpose, bytes: &[u8]) -> UploadHeader {
     UploadHeader {
         name: name.to_owned(),
@@ -32,18 +32,19 @@ pub fn header(name: &str, kind: Kind, purpose: Purpose, bytes: &[u8]) -> UploadH
     }
 }
 
-/// An upload whose header has been answered.
+/// An upload after the controller's answer to its header.
 #[derive(Debug)]
 pub struct Upload {
     requests: mpsc::Sender<UploadArtifactRequest>,
     responses: Streaming<UploadArtifactResponse>,
-    /// From where the controller wants the bytes.
+    /// Offset from which the controller wants the bytes.
     pub offset: u64,
 }
 
 impl Upload {
-    /// Sends the header and waits for the offset.
+    /// Sends the header and waits for the controller's offset.
     pub async fn begin(client: &mut Artifacts, header: UploadHeader) -> Result<Self, Status> {
+        // Bounded, so that `send` feels the controller's flow control.
         let (requests, receiver) = mpsc::channel(4);
         let first = UploadArtifactRequest { part: Some(upload_artifact_request::Part::Header(header)) };
         requests.send(first).await.map_err(|_| Status::internal("the test's own channel is closed"))?;
@@ -54,13 +55,13 @@ impl Upload {
         }
     }
 
-    /// Sends bytes; false when the controller has ended the call.
+    /// Sends one chunk; false if the controller has ended the call.
     pub async fn send(&self, offset: u64, data: Bytes) -> bool {
         let chunk = upload_artifact_request::Part::Chunk(Chunk { offset, data });
         self.requests.send(UploadArtifactRequest { part: Some(chunk) }).await.is_ok()
     }
 
-    /// Ends the upload and waits for the controller's verdict.
+    /// Ends the upload and waits for the controller's result.
     pub async fn finish(mut self) -> Result<Artifact, Status> {
         drop(self.requests);
         while let Some(response) = self.responses.message().await? {
@@ -72,12 +73,13 @@ impl Upload {
     }
 }
 
-/// Uploads `bytes` under `header`, whether they fit it or not.
+/// Uploads `bytes` under `header`; the two need not match.
 pub async fn upload(client: &mut Artifacts, header: UploadHeader, bytes: &[u8]) -> Result<Artifact, Status> {
     let upload = Upload::begin(client, header).await?;
     let begin = usize::try_from(upload.offset).unwrap_or(usize::MAX).min(bytes.len());
     let mut offset = upload.offset;
     for piece in bytes.get(begin..).unwrap_or_default().chunks(MESSAGE_SIZE) {
+        // The controller refused the upload early. `finish` returns its status.
         if !upload.send(offset, Bytes::copy_from_slice(piece)).await {
             break;
         }
@@ -86,7 +88,7 @@ pub async fn upload(client: &mut Artifacts, header: UploadHeader, bytes: &[u8]) 
     upload.finish().await
 }
 
-/// Pushes a file under a name.
+/// Uploads a file under a name, and checks the digest that the controller stored.
 pub async fn push(client: &mut Artifacts, name: &str, kind: Kind, purpose: Purpose, file: &Path) -> Result<Artifact> {
     let bytes = std::fs::read(file).with_context(|| format!("reading {}", file.display()))?;
     let artifact = upload(client, header(name, kind, purpose, &bytes), &bytes).await?;

@@ -6,17 +6,18 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use tokio::time::MissedTickBehavior;
 
-/// How often a condition is looked at.
+/// Interval between two checks of a condition.
 const INTERVAL: Duration = Duration::from_millis(50);
 
-/// Calls `condition` until it answers something, and fails with `what` when that takes longer than `limit`.
+/// Calls `condition` until it returns `Some`. Returns an error that contains `what` if that takes longer than `limit`.
 ///
-/// An error of the condition itself ends the wait at once; a condition that may fail for a while answers `None` then.
+/// An error of the condition ends the wait at once. A condition that may fail for a while returns `None` then.
 pub async fn wait_until<T, F>(limit: Duration, what: &str, mut condition: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Result<Option<T>>>,
 {
     let mut interval = tokio::time::interval(INTERVAL);
+    // After a slow check the next one waits a full interval; the default would catch up in a burst.
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tokio::time::timeout(limit, async {
         loop {
@@ -30,7 +31,7 @@ where
     .with_context(|| format!("waited {limit:?} in vain: {what}"))?
 }
 
-/// Seconds, shorter to write.
+/// Shorthand for [`Duration::from_secs`].
 pub const fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }

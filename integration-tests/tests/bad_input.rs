@@ -1,4 +1,4 @@
-//! What is refused, with which words; and that nothing of it is stored.
+//! Refusals: their codes and messages, and that nothing of the request is stored.
 
 use std::time::{Duration, SystemTime};
 
@@ -39,7 +39,7 @@ async fn every_bad_operation_is_refused_with_its_field_and_nothing_is_stored() -
     let negative = Reboot { notice: Some(prost_types::Duration { seconds: -1, nanos: 0 }), message: String::new() };
     let odd =
         Operation { target: Some(Target::Nodes(NodeList { nodes: vec!["nodes/../etc".to_owned()] })), ..good.clone() };
-    // What is wrong; with what code it is refused; a word that the message must have, and the field that it must name.
+    // Name of the case, operation, allowed codes, a word of the message, and the field that the answer must name.
     let cases: [(&str, Operation, &[Code], &str, &str); 10] = [
         (
             "unknown node",
@@ -114,6 +114,7 @@ async fn several_bad_fields_are_all_named_at_once() -> Result<()> {
     let past: prost_types::Timestamp = (SystemTime::now() - seconds(3600)).into();
     let bad = Operation { action: None, schedule_time: Some(past), ..reboot(&["pi-01"], Duration::ZERO) };
     let status = fleet.create(bad).await.err().context("it was taken")?;
+    // An operator should not have to repeat the call for each mistake.
     let fields = bad_fields(&status);
     for wanted in ["action", "schedule_time"] {
         assert!(fields.iter().any(|field| field.contains(wanted)), "{wanted} is not among {fields:?}");
@@ -130,7 +131,7 @@ async fn who_may_not_is_told_so_before_the_body_is_looked_at() -> Result<()> {
         ca: fleet.admin().ca.clone(),
         identity: Some((pi.read("agent/node.crt")?, pi.read("agent/node.key")?)),
     };
-    // A body that is wrong too: the role comes first.
+    // The body is wrong too: the role is checked first, so that a caller without rights learns nothing from errors.
     let senseless = Operation::default();
     for (who, credentials) in
         [("viewer", fleet.user("viewer")?), ("publisher", fleet.user("publisher")?), ("node", node)]
@@ -147,12 +148,12 @@ async fn who_may_not_is_told_so_before_the_body_is_looked_at() -> Result<()> {
     };
     assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
     assert_eq!(reason(&status), "NO_CREDENTIALS");
-    // A certificate of the right shape from the wrong CA does not get as far as an answer.
+    // The TLS handshake refuses a certificate of the right shape from another CA.
     let forged = stranger(&fleet.admin().ca, "admin", "admin")?;
     assert!(create_as(&fleet, &forged, reboot(&[&id], Duration::ZERO)).await?.is_err(), "a forged admin was obeyed");
 
     nothing_is_stored(&fleet).await?;
-    // The same certificates are good for what their roles may; so it was the role.
+    // The control: the same certificates work for calls that their roles allow, so the role was the reason.
     let mut viewer = OperationServiceClient::new(fleet.user("viewer")?.channel(fleet.addresses().api)?);
     viewer.list_operations(ListOperationsRequest::default()).await?;
     let all = Operation { target: Some(Target::All(AllNodes {})), ..reboot(&[&id], Duration::ZERO) };
@@ -192,6 +193,7 @@ async fn only_the_image_of_a_whole_disk_is_written_raw() -> Result<()> {
     let tarball = pack(&root, &fleet.dir().join("tarball.tar.gz"), Compression::Gzip)?;
     let kernel = ("kernel8.img", "a kernel");
     let others = [("config.txt", "arm_64bit=1"), ("cmdline.txt", "root=PARTUUID=1"), ("bcm2711-rpi-4-b.dtb", "a tree")];
+    // The controller judges a disk image at the push, before any node erases its card.
     let nothing_boots = fleet.dir().join("nothing-boots.img");
     std::fs::write(&nothing_boots, disk_image(&others)?)?;
     let (kind, purpose) = (artifact::Kind::Image, artifact::Purpose::Unspecified);
@@ -215,7 +217,7 @@ async fn only_the_image_of_a_whole_disk_is_written_raw() -> Result<()> {
     let taken = fleet.create(raw("disk")).await?;
     let Some(Action::Update(asked)) = &taken.action else { anyhow::bail!("{taken:?}") };
     assert!(asked.raw);
-    // The virtual Pi's card has no partitions: its installer leaves it as it is, and says so.
+    // The virtual Pi's card has no partitions, so its installer refuses and leaves it unchanged.
     fleet.ends(&taken.name, seconds(120), marco_proto::v1::operation::State::Failed).await?;
     let execution = fleet.execution(&taken.name, &id).await?;
     let message = execution.error.context("it failed without a reason")?.message;

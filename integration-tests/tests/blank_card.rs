@@ -1,4 +1,4 @@
-//! A card with nothing but the installer on it: the node enrols from there, and its controller decides what it gets.
+//! A card with only the installer on it: the node enrols from there, and the controller decides which image it gets.
 
 use std::fs;
 use std::time::Duration;
@@ -12,10 +12,11 @@ use marco_proto::v1::{
     Artifact, ListOperationsRequest, NodeMode, Operation, SetDefaultArtifactRequest, operation::State,
 };
 
-/// How long an installation of a small Pi may take here.
+/// Timeout of an installation of a small Pi.
 const INSTALL: Duration = seconds(120);
 
-/// A fleet whose only Pi has a blank card. `named` is what `installer-config.txt` on it says, if there is one.
+/// A fleet whose only Pi has a blank card. `named`: the image in the card's `installer-config.txt`; `None`: there is no
+/// such file.
 async fn fleet(named: Option<&str>) -> Result<Fleet> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     join(&mut fleet, named).await?;
@@ -27,6 +28,7 @@ async fn join(fleet: &mut Fleet, named: Option<&str>) -> Result<()> {
     fs::write(&file, fleet.token(1).await?)?;
     if let Some(named) = named {
         let card = fleet.pi("pi-01").path("recovery");
+        // The virtual Pi keeps the files of a card that exists already.
         fs::create_dir_all(&card)?;
         fs::write(card.join("installer-config.txt"), format!("export OS_IMG={named}\nexport UNKNOWN=1\n"))?;
     }
@@ -48,13 +50,14 @@ async fn operations(fleet: &Fleet) -> Result<Vec<Operation>> {
     Ok(fleet.operations().list_operations(ListOperationsRequest::default()).await?.into_inner().operations)
 }
 
-/// The one operation that there is, once it has ended well.
+/// Waits for the only operation to succeed, and returns it.
 async fn installed(fleet: &Fleet) -> Result<Operation> {
     let operation = wait_until(INSTALL, "the controller makes an operation", async || {
         Ok(operations(fleet).await?.into_iter().next())
     })
     .await?;
     fleet.ends(&operation.name, INSTALL, State::Succeeded).await?;
+    // The controller looks again every few seconds, and must not make a second one.
     assert_eq!(operations(fleet).await?.len(), 1);
     Ok(operation)
 }
@@ -79,7 +82,7 @@ async fn without_an_image_it_waits_in_its_installer_and_gets_the_one_that_comes(
     wait_until(INSTALL, "the node is there", async || Ok(fleet.node("pi-01").await.ok().filter(|node| node.connected)))
         .await?;
     let other = image(&fleet, "not-the-default").await?;
-    // As long as the controller looks twice.
+    // The controller looks every five seconds; this is long enough for two looks.
     let looked = tokio::time::Instant::now();
     let idle = wait_until(seconds(30), "the controller has looked for an image", async || {
         let node = fleet.node("pi-01").await?;
@@ -110,6 +113,7 @@ async fn the_image_that_a_2015_file_on_the_card_names_comes_first() -> Result<()
 #[tokio::test]
 async fn the_name_of_2015_is_the_last_resort() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
+    // The name for the first Pi. A Pi 4 must get the other one.
     image(&fleet, "ArchLinuxARM-rpi-latest").await?;
     let for_a_pi_4 = image(&fleet, "ArchLinuxARM-rpi-2-latest").await?;
     join(&mut fleet, Some("no-such-image")).await?;

@@ -1,4 +1,4 @@
-//! Cards that `marcoctl card write` made, read by what reads them on a Pi.
+//! Cards written by `marcoctl card write`, read by the code that reads them on a Pi.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use node_agent::bootpart::{BootPart, DefaultBoot, Prefix};
 use node_agent::identity::JoinFile;
 use node_agent::system::Board;
 
-/// Writes a card as a file and takes the files of its first partition out with mtools; the partition, and the zip's
+/// Writes a card to a file, and copies its first partition with mtools. Returns the partition's folder and the zip's
 /// digest.
 async fn card(folder: &Path) -> Result<(PathBuf, String)> {
     let path = |name: &str| folder.join(name).display().to_string();
@@ -25,6 +25,7 @@ async fn card(folder: &Path) -> Result<(PathBuf, String)> {
     run(&binary("marcoctl")?, &[arguments.as_slice(), &further].concat(), seconds(60)).await?.success()?;
     let part = folder.join("p1");
     fs::create_dir(&part)?;
+    // The first partition begins at 4 MiB.
     let image = format!("{card}@@4M");
     let copy = ["-s", "-i", &image, "::*", part.to_str().context("a folder without a name")?];
     run(&tool("mcopy")?, &copy, seconds(60)).await?.success()?;
@@ -50,7 +51,7 @@ async fn the_agent_finds_the_set_and_its_record_on_a_written_card() -> Result<()
     assert_eq!((join.controllers, join.name.as_str()), (vec!["lab.example:1346".to_owned()], "pi-07"));
     assert_eq!(join.token, "mj1.a.b.c");
 
-    // A set that was damaged on the way is none.
+    // A damaged set does not count as present.
     fs::write(part.join("b0/initramfs8"), "damaged")?;
     assert_eq!(boot.holds(&digest)?, None);
     Ok(())
@@ -64,7 +65,7 @@ async fn a_written_card_is_switched_in_place() -> Result<()> {
     let texts =
         || -> Result<[Vec<u8>; 2]> { Ok([fs::read(part.join("config.txt"))?, fs::read(part.join("autoboot.txt"))?]) };
     let written = texts()?;
-    // What a card begins with is what the agent itself writes: the installer is the default.
+    // marcoctl writes the same bytes as the agent: the installer is the default.
     boot.set_boot_partition(DefaultBoot::Installer)?;
     assert_eq!(texts()?, written);
 

@@ -1,4 +1,4 @@
-//! Clients that other people wrote, or would write: grpcurl, and Python with generated stubs.
+//! Clients by other people: grpcurl, and Python with generated stubs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,12 +10,12 @@ use marco_proto::v1::operation::State;
 
 const TIME_OUT: Duration = seconds(120);
 
-/// Calls grpcurl as an operator would, with these options before the address and these arguments after it.
+/// Calls grpcurl as an operator does: `options` go before the address, `arguments` after it.
 async fn grpcurl(fleet: &Fleet, options: &[&str], arguments: &[&str]) -> Result<Output> {
     let certs = fleet.certs();
     let file = |name: &str| certs.join(name).display().to_string();
     let (ca, certificate, key) = (file("ca.crt"), file("admin.crt"), file("admin.key"));
-    // The name that the operator dials is in the certificate: no -authority, no -insecure.
+    // The certificate names the host that the operator dials, so neither -authority nor -insecure is needed.
     let address = format!("localhost:{}", fleet.addresses().api.port());
     let mut all = vec!["-cacert", &ca, "-cert", &certificate, "-key", &key, "-max-time", "100"];
     all.extend_from_slice(options);
@@ -38,7 +38,7 @@ async fn grpcurl_lists_the_services_by_reflection() -> Result<()> {
     let health = grpcurl(&fleet, &[], &["grpc.health.v1.Health/Check"]).await?.success()?;
     assert!(health.contains("SERVING"), "{health}");
 
-    // Reflection is not for everybody.
+    // Reflection needs credentials too.
     let ca = fleet.certs().join("ca.crt").display().to_string();
     let address = format!("localhost:{}", fleet.addresses().api.port());
     let anonymous = run(&tool("grpcurl")?, &["-cacert", &ca, "-max-time", "20", &address, "list"], TIME_OUT).await?;
@@ -92,7 +92,7 @@ async fn grpcurl_shows_the_reason_of_a_refusal_and_refuses_unknown_fields() -> R
     Ok(())
 }
 
-/// Generates the stubs, as the documentation of grpcio-tools says.
+/// Generates the stubs as grpcio-tools documents it.
 async fn generate_stubs(to: &Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     let proto = workspace().join("proto");
@@ -150,6 +150,7 @@ async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<Output> {
 async fn marcoctl_does_the_daily_work() -> Result<()> {
     let fleet = Fleet::builder().pis(2).start().await?;
     let ids = fleet.ids().await?;
+    // One node a page, so that a client that ignores page tokens fails.
     let nodes: serde_json::Value = serde_json::from_str(
         &marcoctl(&fleet, &["nodes", "list", "--page-size", "1", "--output", "json"]).await?.success()?,
     )?;
@@ -172,6 +173,7 @@ async fn marcoctl_does_the_daily_work() -> Result<()> {
     let late =
         marcoctl(&fleet, &["operations", "reboot", &ids[1], "--notice", "1h", "--wait", "--timeout", "1s"]).await?;
     assert_eq!(late.status.code(), Some(4), "{late:?}");
+    // Nothing listens on port 1.
     let nobody = run(
         &binary("marcoctl")?,
         &["--controller", "localhost:1", "--certs", &fleet.certs().display().to_string(), "nodes", "list"],
@@ -196,6 +198,7 @@ async fn what_the_controller_prints_at_its_start_works_as_it_is() -> Result<()> 
     let printed = std::fs::read_to_string(fleet.dir().join("controller.log"))?;
     let line = printed.lines().find_map(|line| line.find("grpcurl ").map(|at| line.split_at(at).1));
     let line = line.context("no grpcurl line")?;
+    // Runs the printed line unchanged in a shell; only PATH is extended.
     let path = format!("{}:{}", tool("grpcurl")?.parent().context("a folder")?.display(), std::env::var("PATH")?);
     let arguments = ["-c", &format!("PATH='{path}'; {line}")];
     let answer = run(Path::new("/bin/sh"), &arguments, TIME_OUT).await?;

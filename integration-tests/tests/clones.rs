@@ -1,4 +1,4 @@
-//! Two nodes with one identity, a card that was moved into another board, and nodes that only look as if.
+//! Two nodes with one identity, a card that moved into another board, and nodes that only look like either.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use marco_proto::v1::{
     AllNodes, ApproveNodeRequest, AuditFilter, ListAuditEventsRequest, Operation, execution, node, operation,
 };
 
-/// A node that was superseded comes back after five seconds at the earliest.
+/// Timeout until the controller notices; a superseded node waits at least five seconds before it comes back.
 const NOTICED: Duration = seconds(60);
 
 async fn on_postgres() -> Result<Builder> {
@@ -28,7 +28,7 @@ async fn state_is(fleet: &Fleet, id: &str, wanted: node::State) -> Result<marco_
     .await
 }
 
-/// What the controller did to a node by itself is in the audit, once.
+/// Checks that the audit has exactly one entry of what the controller did to a node by itself.
 async fn is_audited(fleet: &Fleet, id: &str, what: &str) -> Result<()> {
     let filter = AuditFilter { method: what.to_owned(), resource: format!("nodes/{id}"), ..AuditFilter::default() };
     let request = ListAuditEventsRequest { filter: Some(filter), ..ListAuditEventsRequest::default() };
@@ -38,19 +38,20 @@ async fn is_audited(fleet: &Fleet, id: &str, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// Pulls the plug of a Pi, and waits until it has booted anew: one that comes later would be taken for a reboot.
+/// Cuts a Pi's power, and waits until it has booted again. The controller would take a later cut for a reboot.
 async fn boots_by_itself(pi: &Pi) -> Result<()> {
     pi.cut_power()?;
     wait_until(NOTICED, "it has booted anew", async || {
         let log = pi.log()?;
+        // The last boot must be after the last cut, because the copied log has boots from before.
         let last = |event: &str| log.iter().rposition(|line| line.event == event);
         Ok((last("power-cut").is_some() && last("boot") > last("power-cut")).then_some(()))
     })
     .await
 }
 
-/// Both agents of one identity are shut out, and nobody obeys what is asked of the node; the fleet's second node, which
-/// obeys, shows that there was time to.
+/// Checks that both agents of one identity are quarantined, and that neither runs the node's operations. The fleet's
+/// second node does run them, which shows that there was time.
 async fn both_are_shut_out(mut fleet: Fleet, controller_of_the_copy: usize, other_boot: bool) -> Result<()> {
     let ids = fleet.ids().await?;
     let [id, witness] = ids.as_slice() else { anyhow::bail!("two Pis, and not {ids:?}") };
@@ -60,17 +61,17 @@ async fn both_are_shut_out(mut fleet: Fleet, controller_of_the_copy: usize, othe
     }
     let node = state_is(&fleet, id, node::State::Quarantined).await?;
     assert!(node.state_reason.contains("two nodes have this identity"), "{}", node.state_reason);
-    // Whichever controller held the other's stream has cut it.
+    // The controller that held the other stream has cut it.
     wait_until(seconds(10), "no stream of it is left", async || Ok((!fleet.node(id).await?.connected).then_some(())))
         .await?;
     let logs = (0..=controller_of_the_copy).map(|number| fleet.controller_log(number)).collect::<Result<String>>()?;
     let begun = logs.lines().filter(|line| line.contains("session begun") && !line.contains(witness)).count();
-    // The first, the copy's one or two, and none after the return: that was the second reconnect.
+    // The first session and the copy's one or two; none after the return, which was the second reconnect.
     assert!(begun <= if other_boot { 4 } else { 2 }, "{begun} sessions were begun");
     assert!(logs.contains("a node was shut out or held"), "it is not in the log");
     is_audited(&fleet, id, "QUARANTINE").await?;
 
-    // An operation that is asked for all nodes leaves it alone; one for it waits.
+    // An operation on all nodes skips the quarantined one; an operation that names it waits.
     let boots = (fleet.pi(id).boots()?, copied.pi.boots()?);
     let named = fleet.create(reboot(&[id, witness], Duration::ZERO)).await?;
     fleet.execution_is(&named.name, witness, NOTICED, execution::State::Succeeded).await?;
@@ -103,7 +104,7 @@ async fn a_copy_at_another_controller_is_noticed_too() -> Result<()> {
     both_are_shut_out(on_postgres().await?.pis(2).start().await?, 1, true).await
 }
 
-/// A card in another board waits for one approval, and is let in by it.
+/// Checks that a card in another board waits for one approval, and then works.
 async fn waits_for_one_approval(mut fleet: Fleet, controller: usize) -> Result<()> {
     let id = fleet.ids().await?.remove(0);
     fleet.kill_agents().await?;
@@ -121,7 +122,7 @@ async fn waits_for_one_approval(mut fleet: Fleet, controller: usize) -> Result<(
     let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     fleet.ends(&operation.name, seconds(60), operation::State::Succeeded).await?;
     assert_eq!(moved.pi.reboots(&execution_name(&operation, &id))?, 1);
-    // It stays let in, in its new board.
+    // It stays approved in its new board.
     assert_eq!(fleet.node(&id).await?.state(), node::State::Approved);
     fleet.went_well();
     Ok(())
@@ -139,6 +140,7 @@ async fn it_does_so_at_another_controller_too() -> Result<()> {
 
 #[tokio::test]
 async fn a_node_that_merely_reboots_a_hundred_times_is_let_in_each_time() -> Result<()> {
+    // Boots take almost no time, so that a hundred of them fit into a test.
     let fast = Duration::from_millis(1);
     let mut fleet = Fleet::builder().pis(1).boot_time(fast).start().await?;
     let id = fleet.ids().await?.remove(0);

@@ -28,7 +28,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// How long anything may take to settle: an agent backs off up to a minute.
+/// Timeout of anything that has to settle: an agent's backoff grows up to a minute.
 const SETTLE: Duration = seconds(150);
 
 async fn on_postgres() -> Result<Builder> {
@@ -36,16 +36,18 @@ async fn on_postgres() -> Result<Builder> {
     Ok(Fleet::builder().database(Database::Url(url)))
 }
 
-/// How long the database is away.
+/// Duration of the database outage.
 const OUTAGE: Duration = seconds(60);
 
 async fn shared(controllers: usize, pis: usize, notifications: bool) -> Result<Fleet> {
     on_postgres().await?.controllers(controllers).notifications(notifications).pis(pis).start().await
 }
 
-/// Each node restarted once for it, and its history says so once.
+/// Checks that the operation succeeded, that each node rebooted exactly once for it, and that each node's history says
+/// so once.
 async fn done_once(fleet: &Fleet, operation: &Operation, ids: &[String]) -> Result<()> {
     fleet.ends(&operation.name, SETTLE, OperationState::Succeeded).await?;
+    // More events than a page would hide a second end, so one page holds all events of these tests.
     let request = ListEventsRequest { parent: operation.name.clone(), page_size: 1000, page_token: String::new() };
     let events = fleet.operations().list_events(request).await?.into_inner().events;
     for id in ids {
@@ -69,7 +71,8 @@ async fn agents_move_when_their_controller_is_killed_and_their_operation_ends_on
     fleet.talk_to(2)?;
     done_once(&fleet, &operation, &ids).await?;
     fleet.all_connected().await?;
-    // The agents that start anew know the way, though they were only given the dead one.
+    // The agents were started with the dead controller's address only. They must have remembered the others that it
+    // told them.
     fleet.kill_agents().await?;
     wait_until(SETTLE, "the nodes are away", async || {
         Ok(fleet.list_nodes().await?.iter().all(|node| !node.connected).then_some(()))
@@ -82,16 +85,19 @@ async fn agents_move_when_their_controller_is_killed_and_their_operation_ends_on
     Ok(())
 }
 
-/// What is asked of one controller is done on a node that another holds.
+/// An operation created on one controller runs on a node whose session is with another.
 async fn reaches_the_other(notifications: bool) -> Result<()> {
     let mut fleet = shared(2, 1, notifications).await?;
     let id = fleet.ids().await?.remove(0);
     fleet.talk_to(1)?;
+    // Five rounds, because the slowest counts: without notifications a controller polls, and the first round may be
+    // lucky.
     let mut slowest = Duration::ZERO;
     for _ in 0..5 {
         let begun = Instant::now();
         let operation = fleet.create(reboot(&[&id], seconds(600))).await?;
         let (pi, name) = (fleet.pi(&id), execution_name(&operation, &id));
+        // Within two seconds, also without notifications: the controllers' poll interval bounds the delay.
         wait_until(seconds(2), "the node has it", async || Ok(pi.journal_names(&name).then_some(()))).await?;
         slowest = slowest.max(begun.elapsed());
         fleet.execution_is(&operation.name, &id, seconds(5), State::Running).await?;
@@ -99,6 +105,7 @@ async fn reaches_the_other(notifications: bool) -> Result<()> {
         fleet.ends(&operation.name, seconds(10), OperationState::Cancelled).await?;
         assert_eq!(pi.reboots(&name)?, 0);
     }
+    // A quarantine must reach the controller that holds the session.
     let quarantine = QuarantineNodeRequest { name: format!("nodes/{id}"), ..QuarantineNodeRequest::default() };
     fleet.nodes().quarantine_node(quarantine).await?;
     wait_until(seconds(10), "its stream is cut", async || {
@@ -131,12 +138,13 @@ async fn a_controller_that_was_frozen_gives_up_its_sessions_and_does_nothing_twi
     let operation = fleet.create(reboot(&[&busy], seconds(3))).await?;
     fleet.execution_is(&operation.name, &busy, seconds(30), State::Running).await?;
     fleet.freeze(0).await?;
+    // The second controller holds no session yet, but it must notice the first one's death by itself.
     fleet.talk_to(1)?;
     wait_until(seconds(60), "the other one takes it for dead", async || {
         Ok(fleet.controller_log(1)?.contains("controller that died").then_some(()))
     })
     .await?;
-    // Meanwhile there is work for a node whose stream still leads to the frozen one.
+    // Meanwhile work is created for a node whose stream still leads to the frozen controller.
     let second = fleet.create(reboot(&[&idle], Duration::ZERO)).await?;
     fleet.thaw(0).await?;
     done_once(&fleet, &operation, std::slice::from_ref(&busy)).await?;
@@ -150,7 +158,7 @@ async fn a_controller_that_was_frozen_gives_up_its_sessions_and_does_nothing_twi
 #[tokio::test]
 async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_nothing_twice() -> Result<()> {
     let server = tokio::task::spawn_blocking(Postgres::start_own).await??;
-    // Two, of which neither may take the other for dead when it is back first.
+    // Two controllers: whichever sees the database first after the outage must not take the other for dead.
     let database = Database::Url(server.database()?);
     let mut fleet = Fleet::builder().database(database).controllers(2).pis(20).start().await?;
     let ids = fleet.ids().await?;
@@ -158,20 +166,21 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     let (waiting, idle) = rest.split_at(8);
     let four_at_once = Some(Rollout { max_in_flight: 4, ..Rollout::default() });
     let operation = fleet.create(Operation { rollout: four_at_once, ..reboot(rebooting, seconds(8)) }).await?;
-    // The notice is long enough that all four are seen in it at once.
+    // The notice is so long that all four executions are seen running at once.
     wait_until(seconds(30), "the rollout is in its middle", async || {
         let executions = fleet.executions(&operation.name).await?;
         let running = executions.iter().filter(|execution| execution.state() == State::Running).count();
         Ok((running == 4).then_some(()))
     })
     .await?;
-    // These are on their way when the database goes.
+    // These executions wait in their notice when the database goes away.
     let late = fleet.create(reboot(waiting, OUTAGE + seconds(20))).await?;
     let (watched, watched_nodes) = watch(&fleet, &late).await?;
     server.pause()?;
     let begun = Instant::now();
     while begun.elapsed() < OUTAGE {
         let asked = Instant::now();
+        // Each call during the outage must fail fast with UNAVAILABLE, so that a caller can retry instead of hanging.
         let listed = fleet.nodes().list_nodes(ListNodesRequest::default()).await.unwrap_err();
         assert_eq!(listed.code(), Code::Unavailable, "{listed:?}");
         let reading = asked.elapsed();
@@ -188,7 +197,7 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     server.resume()?;
     done_once(&fleet, &operation, rebooting).await?;
     done_once(&fleet, &late, waiting).await?;
-    // Who watched saw the outage as silence, and then all of it.
+    // The watch survived the outage: it was silent during it, and sent a full snapshot afterwards.
     let messages = watched.await??;
     let whole = messages.iter().filter(|message| message.executions.len() == waiting.len()).count();
     assert!(whole >= 2, "no snapshot after the outage: {}", messages.len());
@@ -200,7 +209,7 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     for id in waiting.iter().chain(idle) {
         let node = format!("node={id}");
         let lines = |what: &str| log.lines().filter(|line| line.contains(&node) && line.contains(what)).count();
-        // One at the start; those that restarted had another one after it.
+        // One session at the start. Nodes that rebooted opened a second one afterwards.
         let opened = if idle.contains(id) { 1 } else { 2 };
         assert_eq!(lines("session open"), opened, "{id} lost its stream");
     }
@@ -216,7 +225,7 @@ async fn a_database_that_is_stopped_for_a_while_costs_no_stream_no_report_and_no
     Ok(())
 }
 
-/// Follows an operation to its end, and the nodes for ever.
+/// Watches an operation to its end, and the nodes without end.
 async fn watch(
     fleet: &Fleet,
     operation: &Operation,
@@ -246,6 +255,7 @@ async fn health(fleet: &Fleet, number: usize) -> Result<ServingStatus> {
 
 #[tokio::test]
 async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
+    // Only this controller goes through the proxy, so that it alone loses the database.
     let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
     let target = url.split(['@', '/']).nth(3).context("an address in the URL")?.to_owned();
     let way = Proxy::start(target.parse()?).await?;
@@ -253,12 +263,13 @@ async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
     let mut fleet =
         Fleet::builder().database(Database::Url(url)).database_of(0, &own).controllers(2).pis(2).start().await?;
     let ids = fleet.ids().await?;
-    // A controller asks for the others every few seconds; one that never heard of another sends nobody away.
+    // Controllers look for each other every few seconds. A controller that knows no other sends no node away.
     let together = Instant::now();
     wait_until(seconds(30), "the first has heard of the second", async || {
         Ok((together.elapsed() > seconds(8)).then_some(()))
     })
     .await?;
+    // Downwards only: the connections stay open and answers never come, which is harder to notice than a refusal.
     way.hold(Direction::Down);
     fleet.talk_to(1)?;
     wait_until(seconds(60), "the nodes are with the other controller", async || {
@@ -305,6 +316,7 @@ async fn database_that_goes_away_during_a_start_is_waited_for() -> Result<()> {
 async fn a_full_disk_is_said_by_its_name_and_no_operation_is_lost() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let Ok(disk) = Mount::tmpfs(folder.path().join("disk"), "40m").await else {
+        // Without root the test cannot limit a disk, and passes without having tested anything.
         assert!(!rustix::process::geteuid().is_root(), "root can mount a tmpfs");
         return Ok(());
     };
@@ -312,11 +324,12 @@ async fn a_full_disk_is_said_by_its_name_and_no_operation_is_lost() -> Result<()
     let mut fleet = Fleet::builder().database(Database::Url(format!("sqlite://{file}"))).pis(1).start().await?;
     let ids = fleet.ids().await?;
     let mut acknowledged = Vec::new();
+    // Twice: the controller must recover completely, and notice the second time too.
     for _ in 0..2 {
         let ballast = disk.folder().join("ballast");
         let mut filling = std::fs::File::create(&ballast)?;
         while std::io::Write::write_all(&mut filling, &[1; 4096]).is_ok() {}
-        // What fits into room that the database had before is still stored.
+        // The database has free pages from before, so the first operations may still fit.
         let begun = Instant::now();
         let refused = loop {
             match fleet.create(reboot(&ids, seconds(3600))).await {
@@ -331,7 +344,7 @@ async fn a_full_disk_is_said_by_its_name_and_no_operation_is_lost() -> Result<()
             Ok((health(&fleet, 0).await? == ServingStatus::NotServing).then_some(()))
         })
         .await?;
-        // While it is open, its room stays taken.
+        // The kernel frees the blocks only after the last descriptor is closed.
         drop(filling);
         std::fs::remove_file(&ballast)?;
         fleet.controller_is_healthy().await?;
@@ -361,7 +374,7 @@ async fn what_others_could_read_is_private_from_the_next_start() -> Result<()> {
         let mode = std::fs::metadata(fleet.data().join(name))?.permissions().mode();
         assert_eq!(mode & 0o077, 0, "{name} has mode {mode:o}");
     }
-    // Files that it makes from now on are private from the start.
+    // New files must be private from the start, not only after the next start.
     let image = make_image(fleet.dir(), "private", Compression::Gzip)?;
     push(&mut fleet.artifacts(), "private", Kind::Image, Purpose::Unspecified, &image).await?;
     let mut made = 0;
@@ -373,7 +386,7 @@ async fn what_others_could_read_is_private_from_the_next_start() -> Result<()> {
         }
     }
     assert_eq!(made, 1);
-    // Certificates are for everybody, whatever the controller's umask.
+    // Certificates are public, whatever the controller's umask is.
     assert_eq!(std::fs::metadata(fleet.certs().join("ca.crt"))?.permissions().mode() & 0o777, 0o644);
     fleet.went_well();
     Ok(())
@@ -383,13 +396,14 @@ async fn what_others_could_read_is_private_from_the_next_start() -> Result<()> {
 async fn a_second_controller_on_one_sqlite_file_is_refused_and_told_why() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let (data, certs) = (fleet.data().display().to_string(), fleet.certs().display().to_string());
+    // Port 0: the second controller must fail because of the database and not because of a port in use.
     let listen = ["--listen", "127.0.0.1:0", "--enroll-listen", "127.0.0.1:0"];
     let arguments = [&["serve", "--data-dir", &data, "--certs", &certs], listen.as_slice()].concat();
     let second = run(&binary("marco-controller")?, &arguments, seconds(30)).await?;
     assert!(!second.status.success());
     let said = &second.stderr;
     assert!(said.contains("another controller holds the database") && said.contains("Postgres"), "{said}");
-    // The lock dies with its holder.
+    // The operating system releases the lock when its holder dies.
     fleet.kill_controller().await?;
     fleet.start_controller().await?;
     fleet.went_well();
@@ -401,7 +415,7 @@ async fn bytes_that_only_another_controller_has_are_fetched_from_it() -> Result<
     let mut fleet = shared(3, 2, true).await?;
     let ids = fleet.ids().await?;
     let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
-    // The agents' sessions are with the first controller, and the bytes are with the last alone.
+    // The agents' sessions are with the first controller. The last one alone has the bytes.
     fleet.talk_to(2)?;
     let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
     fleet.succeeds(update(&ids, &image.name, ""), SETTLE).await?;
@@ -409,7 +423,7 @@ async fn bytes_that_only_another_controller_has_are_fetched_from_it() -> Result<
         compare_with_source(&fleet.dir().join("image"), fleet.pi(id).dir())?;
     }
     assert!(fleet.controller_log(0)?.contains("bytes were fetched from another controller"));
-    // Who says that it is a controller may do nothing else.
+    // A controller's certificate gives access to the bytes and to no other method.
     let peer = fleet.user("controller")?;
     let mut nodes = NodeServiceClient::new(peer.channel(fleet.addresses().api)?);
     let refused = nodes.list_nodes(ListNodesRequest::default()).await.unwrap_err();
@@ -425,6 +439,7 @@ async fn controllers_that_share_their_folders_share_the_bytes() -> Result<()> {
     let file = make_image(fleet.dir(), "image", Compression::Gzip)?;
     fleet.talk_to(1)?;
     let image = push(&mut fleet.artifacts(), "image", Kind::Image, Purpose::Unspecified, &file).await?;
+    // The uploading controller is gone, so the bytes must come from the shared folder.
     fleet.kill(1).await?;
     fleet.talk_to(0)?;
     fleet.succeeds(update(&ids, &image.name, ""), SETTLE).await?;
@@ -432,7 +447,7 @@ async fn controllers_that_share_their_folders_share_the_bytes() -> Result<()> {
     Ok(())
 }
 
-/// Cancels that come at any moment of an operation, on two controllers: what is said in the end is what the Pi did.
+/// Cancels at each moment of an operation, through another controller: the final state is what the Pi did.
 #[tokio::test]
 async fn whoever_wins_a_race_against_a_cancel_the_final_state_is_what_the_pi_did() -> Result<()> {
     const ROUNDS: usize = 5;
@@ -440,7 +455,7 @@ async fn whoever_wins_a_race_against_a_cancel_the_final_state_is_what_the_pi_did
     let ids = fleet.ids().await?;
     let mut outcomes = [0, 0];
     for round in 0..ROUNDS {
-        // One controller is asked to begin, the other to cancel.
+        // One controller creates the operation, the other one cancels it.
         let begins = OperationServiceClient::new(fleet.channel_of(round % 2)?);
         let ends = OperationServiceClient::new(fleet.channel_of((round + 1) % 2)?);
         let races = ids.iter().zip(0_u32..).map(|(id, number)| {
@@ -449,10 +464,10 @@ async fn whoever_wins_a_race_against_a_cancel_the_final_state_is_what_the_pi_did
                 let operation = Some(reboot(&[id], Duration::from_millis(400)));
                 let request = CreateOperationRequest { operation, ..CreateOperationRequest::default() };
                 let operation = begins.create_operation(request).await?.into_inner();
-                // Spread over the notice: the first before anything has begun, the last when all is over.
+                // Spread over the notice: the first cancel comes before anything has begun, the last after the end.
                 let when = Duration::from_millis(100) * number;
                 tokio::time::timeout(when, std::future::pending::<()>()).await.ok();
-                // One that comes after the end is refused, which is right.
+                // A cancel after the end is refused, as it must be.
                 ends.cancel_operation(CancelOperationRequest { name: operation.name.clone() }).await.ok();
                 anyhow::Ok((operation, id.clone()))
             }

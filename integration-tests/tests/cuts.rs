@@ -20,7 +20,7 @@ use tonic::Code;
 
 const MIB: u64 = 1024 * 1024;
 
-/// Everything that the controller keeps of artifacts: whole ones and begun ones.
+/// All files that the controller keeps of artifacts, complete and staged.
 fn kept(fleet: &Fleet) -> Result<Vec<String>> {
     let mut files = Vec::new();
     for folder in ["artifacts", "staging"] {
@@ -58,12 +58,13 @@ async fn a_download_cut_ten_times_sends_at_most_one_chunk_again_for_each_cut() -
     let root = fleet.dir().join("large");
     lay_out_root(&root, "large")?;
     std::fs::write(root.join("usr/lib/marker/large"), noise("large", usize::try_from(61 * MIB)?))?;
+    // Uncompressed, so that the bytes on the wire can be counted against the size of the file.
     let file = pack(&root, &fleet.dir().join("large.tar"), Compression::None)?;
     let size = std::fs::metadata(&file)?.len();
     assert!(size >= 64 * MIB, "{size}");
     let image = push(&mut fleet.artifacts(), "large", Kind::Image, Purpose::Unspecified, &file).await?;
 
-    // Each of these is somewhere in the middle of a chunk; a download that began anew would need far more bytes.
+    // Each cut is in the middle of a chunk. A download that started over would need far more bytes.
     let cuts =
         [5_100_000, 4_900_001, 6_300_017, 7_900_000, 5_000_000, 4_800_333, 6_000_000, 5_555_555, 7_000_000, 4_700_000];
     let before = fleet.proxy().bytes(Direction::Down);
@@ -73,10 +74,10 @@ async fn a_download_cut_ten_times_sends_at_most_one_chunk_again_for_each_cut() -
 
     assert_eq!(fleet.proxy().cuts_left(Direction::Down), 0, "not all cuts happened");
     let sent = fleet.proxy().bytes(Direction::Down) - before;
-    // TLS, HTTP/2 and the session itself take their share: five percent is generous.
+    // TLS, HTTP/2 and the session add their share; five percent is generous.
     let allowed = (size + u64::try_from(cuts.len())? * u64::from(CHUNK_SIZE)) * 105 / 100;
     assert!(sent >= size && sent <= allowed, "{sent} bytes were sent for {size}; {allowed} are allowed");
-    // The digest is in /etc/marco-release, and the files are the proof.
+    // `/etc/marco-release` names the digest; the comparison of all files proves it.
     assert!(fleet.pi(&ids[0]).read("root/etc/marco-release")?.contains(&image.sha256));
     compare_with_source(&root, fleet.pi(&ids[0]).dir())?;
     Ok(())
@@ -94,10 +95,10 @@ async fn a_flipped_bit_is_refused_and_leaves_nothing() -> Result<()> {
     assert!(matches!(status.code(), Code::InvalidArgument | Code::DataLoss), "{status:?}");
     assert_ne!(reason(&status), "");
     nothing_is_left(&fleet, "a flipped bit").await?;
-    // A bad try does not spoil the name or the digest.
+    // A failed attempt does not block the name or the digest.
     assert_eq!(upload(&mut fleet.artifacts(), promise, &good).await?.sha256, sha256(&good));
 
-    // The same flip under its own digest is a damaged gzip: refused for what it is.
+    // The same flip under the digest of the flipped bytes is a damaged gzip, and refused as such.
     let damaged = header("damaged", Kind::Image, Purpose::Unspecified, &bad);
     let status = upload(&mut fleet.artifacts(), damaged, &bad).await.err().context("a damaged image was taken")?;
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
@@ -109,7 +110,7 @@ async fn an_image_that_ends_early_is_refused_and_leaves_nothing() -> Result<()> 
     let fleet = Fleet::builder().pis(0).start().await?;
     let whole = small_image(fleet.dir())?;
     let part = &whole[..whole.len() * 2 / 3];
-    // Its own digest and size are right: the archive itself is cut short.
+    // Digest and size match; the archive itself is cut short.
     let promise = header("part", Kind::Image, Purpose::Unspecified, part);
     let status = upload(&mut fleet.artifacts(), promise, part).await.err().context("it was taken")?;
     assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
@@ -130,7 +131,7 @@ async fn an_upload_that_does_not_end_is_cut_at_its_promised_size() -> Result<()>
         }
     });
     refused.await.context("the controller takes whatever it gets")?;
-    // What flow control lets through before the refusal arrives is not much.
+    // Flow control lets little through before the refusal arrives.
     assert!(offset < 16 * MIB, "{offset} bytes were taken for 600,000");
     let status = endless.finish().await.err().context("it was taken")?;
     assert!(matches!(status.code(), Code::InvalidArgument | Code::OutOfRange), "{status:?}");
@@ -169,7 +170,7 @@ async fn an_upload_goes_on_where_it_was_cut_also_after_a_restart_of_the_controll
         assert!(first.send(sent, Bytes::copy_from_slice(piece)).await, "the upload ended early");
         sent += u64::try_from(piece.len())?;
     }
-    // Cut without a good-bye; what has been sent arrives a little later.
+    // Cut without ending the stream. The sent bytes reach the disk a little later.
     wait_until(seconds(20), "the sent half is staged", async || {
         let staged = list(&fleet.data().join("staging")).unwrap_or_default();
         let size = staged.iter().filter_map(|path| std::fs::metadata(fleet.data().join("staging").join(path)).ok());
@@ -185,7 +186,7 @@ async fn an_upload_goes_on_where_it_was_cut_also_after_a_restart_of_the_controll
     drop(second);
     let artifact = upload(&mut fleet.artifacts(), promise.clone(), &image).await?;
     assert_eq!((artifact.sha256, artifact.size_bytes), (sha256(&image), u64::try_from(image.len())?));
-    // Pushing what is there already sends nothing.
+    // Pushing an artifact that is stored already sends no bytes.
     let again = Upload::begin(&mut fleet.artifacts(), promise).await?;
     assert_eq!(again.offset, u64::try_from(image.len())?);
     Ok(())
@@ -194,7 +195,7 @@ async fn an_upload_goes_on_where_it_was_cut_also_after_a_restart_of_the_controll
 #[tokio::test]
 async fn check_of_an_upload_does_not_hold_up_the_end() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
-    // One file of zeros: a few megabytes that take minutes to read.
+    // One file of zeros: a few megabytes that take minutes to decompress.
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     let mut file = tar::Header::new_gnu();
     file.set_path("zeros")?;
@@ -205,7 +206,7 @@ async fn check_of_an_upload_does_not_hold_up_the_end() -> Result<()> {
         std::io::Write::write_all(&mut encoder, &vec![0; 1 << 20])?;
     }
     let image = encoder.finish()?;
-    // Sixty-four members, of which each is a quarter of a gigabyte.
+    // Sixty-four gzip members of a quarter of a gigabyte each.
     let image = image.repeat(64);
     let length = u64::try_from(image.len())?;
     let promise = header("zeros", Kind::Image, Purpose::Unspecified, &image);
@@ -221,6 +222,7 @@ async fn check_of_an_upload_does_not_hold_up_the_end() -> Result<()> {
         Ok(size.into_iter().any(|file| file.len() == length).then_some(()))
     })
     .await?;
+    // A check that ignored the shutdown would hold it up for minutes.
     let status = fleet.terminate_controller(seconds(5)).await?;
     assert!(status.success(), "{status:?}");
     let ended = checked.await?.err().context("it was taken")?;
@@ -244,9 +246,10 @@ async fn every_hostile_archive_is_refused_with_its_reason_and_leaves_nothing() -
         assert!(begun.elapsed() < seconds(10), "{} took {:?}", case.what, begun.elapsed());
         nothing_is_left(&fleet, case.what).await?;
     }
+    // A bomb that was unpacked in memory would show here.
     let worst = fleet.memory(0, "VmHWM")?;
     assert!(worst < 128 * MIB, "the controller had {worst} bytes at its worst");
-    // The controller has come through all that and still takes good ones.
+    // After all that the controller still accepts good archives.
     let good = small_image(fleet.dir())?;
     upload(&mut fleet.artifacts(), header("good", Kind::Image, Purpose::Unspecified, &good), &good).await?;
     Ok(())

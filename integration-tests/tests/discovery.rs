@@ -1,4 +1,4 @@
-//! Controllers are found, in networks of namespaces: real programs, each way alone, and people who lie.
+//! Discovery of controllers in networks of namespaces: real programs, each method alone, and impostors.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,13 +10,13 @@ use integration_tests::{seconds, wait_until};
 use rcgen::{CertificateParams, KeyPair};
 use sha2::{Digest as _, Sha256};
 
-/// How long a controller may take to start, and an agent to get in: searches take up to ten seconds each.
+/// Timeout of a controller's start and of an agent's enrolment; each search takes up to ten seconds.
 const SETTLE: std::time::Duration = seconds(90);
 
-/// Names that a controller of this house answers to, as an agent of the house verifies them.
+/// A name that every controller of this project answers to. Agents verify it.
 const NAME: &str = "controller.marco.internal";
 
-/// A controller on a host of the lab. It ends before the lab does: it is declared after it.
+/// A controller on a host of the lab. Declare it after the lab, so that it is dropped before.
 struct Controller {
     process: Process,
     host: u8,
@@ -25,7 +25,7 @@ struct Controller {
 }
 
 impl Controller {
-    /// Without further arguments on the usual ports of all addresses.
+    /// Starts a controller. Without further arguments it listens on the default ports of all addresses.
     async fn start(lab: &Lab, host: u8, folder: &Path, further: &[&str]) -> Result<Self> {
         let folder = folder.join(format!("controller-{host}-{}", further.join("").replace([':', '/', '[', ']'], "")));
         fs::create_dir_all(&folder)?;
@@ -63,14 +63,14 @@ impl Controller {
         lab.run(self.host, &binary("marcoctl")?, &all).await?.success()
     }
 
-    /// A file with a token for many nodes.
+    /// Writes a token for nine nodes to a file, and returns its path.
     async fn token(&self, lab: &Lab) -> Result<String> {
         let file = self.folder.join("token");
         fs::write(&file, self.marcoctl(lab, &["tokens", "create", "--max-uses", "9"]).await?)?;
         Ok(file.display().to_string())
     }
 
-    /// Waits until a node has an open stream.
+    /// Waits until a node is connected.
     async fn is_connected(&self, lab: &Lab, node: &str) -> Result<()> {
         wait_until(SETTLE, &format!("{node} is connected"), async || {
             let list = self.marcoctl(lab, &["--output", "json", "nodes", "list"]).await?;
@@ -84,7 +84,7 @@ impl Controller {
         .await
     }
 
-    /// The first 16 digits of the pin of its CA.
+    /// The first 16 digits of the CA's pin: the hint that discovery carries.
     fn hint(&self) -> Result<String> {
         let key = fs::read_to_string(self.folder.join("data/pki/ca.key"))?;
         let key = KeyPair::from_pem(&key)?;
@@ -99,7 +99,7 @@ async fn discover(lab: &Lab, host: u8, further: &[&str]) -> Result<Output> {
     lab.run(host, &binary("marco-agent")?, &arguments).await
 }
 
-/// What `discover` prints, sorted.
+/// The sorted output of `discover`.
 async fn found(lab: &Lab, host: u8) -> Result<Vec<String>> {
     let printed = discover(lab, host, &[]).await?.success()?;
     let mut lines: Vec<String> = printed.lines().map(str::to_owned).collect();
@@ -107,14 +107,14 @@ async fn found(lab: &Lab, host: u8) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-/// A virtual Pi that is told of no controller.
+/// Starts a virtual Pi without any controller's address.
 fn start_pi(lab: &Lab, host: u8, folder: &Path, id: &str, token: &str) -> Result<Process> {
     let dir = folder.join(format!("pis-{id}")).display().to_string();
     let arguments = ["simulate", "--count", "1", "--prefix", id, "--dir", &dir, "--token-file", token];
     lab.recipe(host, &binary("marco-agent")?, &arguments, folder.join(format!("{id}.log")))?.start()
 }
 
-/// `marco-agent enroll` for a machine with its identity in `folder`, told of no controller.
+/// Runs `marco-agent enroll` without any controller's address, for a machine with its identity in `folder/ID`.
 async fn enroll(lab: &Lab, host: u8, folder: &Path, id: &str, token: &str) -> Result<Output> {
     let state = folder.join(id);
     fs::create_dir_all(&state)?;
@@ -125,7 +125,7 @@ async fn enroll(lab: &Lab, host: u8, folder: &Path, id: &str, token: &str) -> Re
     lab.run(host, &binary("marco-agent")?, &["--config", &file, "enroll", "--token-file", token]).await
 }
 
-/// One of the programs of other people, in Python.
+/// The path of a Python script that plays a foreign program.
 fn script(name: &str) -> String {
     workspace().join("integration-tests/tests/discovery").join(name).display().to_string()
 }
@@ -135,8 +135,9 @@ async fn ask(lab: &Lab, host: u8, group: &str, datagram: &str) -> Result<Vec<Str
     Ok(printed.lines().map(str::to_owned).collect())
 }
 
-/// Somebody who says to be a controller of that CA.
+/// Starts an impostor that claims to be a controller of that CA.
 async fn start_rogue(lab: &Lab, host: u8, folder: &Path, hint: &str, ways: &str) -> Result<(Process, PathBuf)> {
+    // The impostor has a certificate with the right name, but not from the right CA.
     let key = KeyPair::generate()?;
     let certificate = CertificateParams::new([NAME.to_owned()])?.self_signed(&key)?;
     let path = |name: &str| folder.join(name).display().to_string();
@@ -154,6 +155,8 @@ async fn start_rogue(lab: &Lab, host: u8, folder: &Path, hint: &str, ways: &str)
 
 #[tokio::test]
 async fn each_way_alone_leads_to_the_controller() -> Result<()> {
+    // A fresh network for each method: nodes remember controllers, and so would answer without a search.
+    // With one method at a time the other cannot hide its failure.
     for ways in ["mdns", "marcopolo"] {
         let folder = tempfile::tempdir()?;
         let lab = Lab::new(2)?;
@@ -174,6 +177,7 @@ async fn each_way_alone_leads_to_the_controller() -> Result<()> {
 async fn where_nobody_answers_discover_exits_with_1() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let lab = Lab::new(2)?;
+    // The controller runs, so silence means that discovery is off and not that the network is broken.
     let _controller = Controller::start(&lab, 1, folder.path(), &["--discovery", "off"]).await?;
     for further in [[].as_slice(), &["--first"]] {
         let nobody = discover(&lab, 2, further).await?;
@@ -205,6 +209,7 @@ async fn the_question_is_asked_three_times_a_group_two_hops_far() -> Result<()> 
     let mut last = f64::NEG_INFINITY;
     for line in heard.lines().skip(1) {
         let words: Vec<&str> = line.splitn(4, ' ').collect();
+        // The listener prints time, group, hops and the datagram.
         let [seconds, group, hops, question] = words.as_slice() else { anyhow::bail!("{line}") };
         let seconds: f64 = seconds.parse()?;
         assert!(seconds - last > 0.9, "{heard}");
@@ -223,6 +228,7 @@ async fn the_question_is_asked_three_times_a_group_two_hops_far() -> Result<()> 
 async fn any_browser_reads_the_record_and_ports_are_taken_from_it() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let lab = Lab::new(2)?;
+    // Other ports than the defaults, so that an agent must take them from the record.
     let ports = ["--listen", "0.0.0.0:2346", "--enroll-listen", "0.0.0.0:2347", "--mirror-listen", "0.0.0.0:2345"];
     let controller = Controller::start(&lab, 1, folder.path(), &ports).await?;
     let printed = lab.run(2, &tool("python3")?, &[&script("browse.py"), &lab.address(2)]).await?.success()?;
@@ -253,6 +259,7 @@ async fn old_clients_are_answered_as_they_were() -> Result<()> {
         assert_eq!(answer["Command"], "Polo");
         assert!(answer["Params"]["hostname"].as_str().is_some_and(|name| !name.is_empty()), "{answer}");
     }
+    // Datagrams that the old daemon ignored, or that are malformed: an answer would be an error.
     for silence in [
         r#"{"Command": "Request-For", "Params": "statusmonitor"}"#,
         r#"{"Command": "Request-For", "Params": {"service": "marcobootstrap"}}"#,
@@ -287,7 +294,8 @@ async fn a_node_finds_its_own_controller_among_several() -> Result<()> {
 
 #[tokio::test]
 async fn a_rogue_costs_time_and_never_trust() -> Result<()> {
-    // Both answer the same question, the rogue at once; and the rogue answers the one that is asked first.
+    // The impostor answers the same question as the controller, and at once. In the mixed pair, it answers the method
+    // that is asked first.
     for (rogue_ways, ways) in [("marcopolo", "marcopolo"), ("mdns", "marcopolo"), ("mdns", "mdns")] {
         let folder = tempfile::tempdir()?;
         let lab = Lab::new(3)?;
@@ -303,6 +311,7 @@ async fn a_rogue_costs_time_and_never_trust() -> Result<()> {
         let _pi = start_pi(&lab, 3, folder.path(), "pi-", &token)?;
         controller.is_connected(&lab, "pi-01").await?;
         let met = fs::read_to_string(log)?;
+        // The control: the impostor must have been reached, otherwise the test proves nothing.
         if rogue_ways != ways {
             assert!(met.contains("connection from 10.77.0.3"), "the rogue was never asked: {met}");
         }
@@ -315,6 +324,7 @@ async fn a_rogue_costs_time_and_never_trust() -> Result<()> {
 async fn a_network_that_comes_up_later_is_asked_then() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let lab = Lab::new(2)?;
+    // The cables are out before the programs start, as on a network that comes up late.
     lab.unplug(1)?;
     let controller = Controller::start(&lab, 1, folder.path(), &[]).await?;
     let token = controller.token(&lab).await?;
@@ -344,7 +354,7 @@ async fn controllers_of_one_machine_share_the_port_and_one_that_cannot_goes_on()
     assert_eq!(ask(&lab, 3, "224.0.0.112", question).await?.len(), 2);
     assert!(!other.log()?.contains("WARN"), "{}", other.log()?);
 
-    // Another program has the port for itself.
+    // Another program binds the port without sharing it.
     let hold = "import socket, time\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.bind(('', 1337))\n\
                 print('held', flush=True)\ntime.sleep(600)";
     let log = folder.path().join("holder.log");

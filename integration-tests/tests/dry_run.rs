@@ -1,4 +1,4 @@
-//! What would become of an operation, asked before it is created.
+//! Dry runs: the checks of an operation before it is created.
 
 use std::fs;
 use std::time::Duration;
@@ -38,7 +38,7 @@ async fn what_a_node_would_refuse_is_told_before_it_is_asked_to() -> Result<()> 
     fs::write(fleet.pi(weak).path("under-voltage"), "")?;
     fleet.start_agents()?;
     fleet.all_connected().await?;
-    // The node that was connected before may be seen before it says hello anew.
+    // The controller may still show the node's state from before its new Hello.
     let told = wait_until(seconds(30), "the node says that it is weak", async || {
         let told = check(&fleet, update(&ids, "next", "")).await?;
         Ok(told.iter().any(|check| check.verdict() == Verdict::Refused).then_some(told))
@@ -50,7 +50,7 @@ async fn what_a_node_would_refuse_is_told_before_it_is_asked_to() -> Result<()> 
     let told = check(&fleet, reboot(&ids, Duration::ZERO)).await?;
     assert!(told.iter().all(|check| check.verdict() == Verdict::Ready), "a reboot writes no card: {told:?}");
 
-    // What a creation refuses is refused, and nothing was stored by all of that.
+    // A dry run refuses whatever a creation refuses, and stores nothing.
     let error = check(&fleet, update(&ids, "no-such-image", "")).await.err().context("an image that is not there")?;
     assert_eq!(error.code(), Code::NotFound, "{error}");
     let certs = fleet.certs().display().to_string();
@@ -63,13 +63,13 @@ async fn what_a_node_would_refuse_is_told_before_it_is_asked_to() -> Result<()> 
     let stored = fleet.operations().list_operations(ListOperationsRequest::default()).await?.into_inner();
     assert!(stored.operations.is_empty(), "{stored:?}");
 
-    // And it was right.
+    // The dry run was right: the operation fails for the same reason.
     let created = fleet.create(update(&[weak], "next", "")).await?;
     fleet.ends(&created.name, seconds(60), OperationState::Failed).await?;
     let error = fleet.execution(&created.name, weak).await?.error.context("no reason")?;
     assert_eq!(error.reason, "UNDER_VOLTAGE");
 
-    // A node that is away would wait.
+    // An operation on a node that is away waits.
     fleet.kill_agents().await?;
     wait_until(seconds(60), "the node is away", async || {
         let told = check(&fleet, reboot(&[good], Duration::ZERO)).await?;
@@ -80,7 +80,7 @@ async fn what_a_node_would_refuse_is_told_before_it_is_asked_to() -> Result<()> 
     Ok(())
 }
 
-/// A node that never connects.
+/// Enrols a node that never connects.
 async fn absent(fleet: &Fleet, id: &str, require_approval: bool) -> Result<()> {
     let request = CreateJoinTokenRequest { require_approval, ..CreateJoinTokenRequest::default() };
     let token = fleet.nodes().create_join_token(request).await?.into_inner().token;
@@ -96,7 +96,7 @@ async fn absent(fleet: &Fleet, id: &str, require_approval: bool) -> Result<()> {
     Ok(())
 }
 
-/// Asked before, the answer is what the execution then waits for.
+/// Checks that the dry run predicts the reason for which the execution then waits.
 async fn waits_for(fleet: &Fleet, id: &str, reason: &str) -> Result<()> {
     let asked = check(fleet, reboot(&[id], Duration::ZERO)).await?;
     let [asked] = asked.as_slice() else { anyhow::bail!("{asked:?}") };
@@ -117,6 +117,7 @@ async fn a_dry_run_says_what_the_operation_then_waits_for() -> Result<()> {
     absent(&fleet, "out", false).await?;
     let quarantine = QuarantineNodeRequest { name: "nodes/out".to_owned(), reason: "smoke".to_owned() };
     fleet.nodes().quarantine_node(quarantine).await?;
+    // A long notice keeps the node busy during the whole test.
     let work = fleet.create(reboot(&[&busy], seconds(600))).await?;
     fleet.execution_is(&work.name, &busy, seconds(60), State::Running).await?;
     for (id, reason) in [
@@ -131,7 +132,7 @@ async fn a_dry_run_says_what_the_operation_then_waits_for() -> Result<()> {
     Ok(())
 }
 
-/// The reasons of the warnings, each with whether a client should ask.
+/// The warnings of a check: the reason, whether a client should ask for confirmation, and the message.
 async fn warnings(fleet: &Fleet, operation: Operation) -> Result<Vec<(String, bool, String)>> {
     let request = CheckOperationRequest { operation: Some(operation) };
     let warnings = fleet.operations().check_operation(request).await?.into_inner().warnings;
@@ -157,7 +158,7 @@ async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
         matches!(&told[..], [(reason, true, said)] if reason == "NODE_QUARANTINED" && said.ends_with(": out")),
         "{told:?}"
     );
-    // An operation for all leaves a quarantined node alone.
+    // An operation on all nodes skips a quarantined one, so there is nothing to warn of.
     let all = Operation { target: Some(Target::All(AllNodes {})), ..plain.clone() };
     assert!(warnings(&fleet, all.clone()).await?.is_empty());
 
@@ -173,6 +174,7 @@ async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
         "{told:?}"
     );
 
+    // Ten years is the limit.
     let years = |years: u64| {
         let time = std::time::SystemTime::now() + seconds(years * 366 * 24 * 3600);
         Operation { schedule_time: Some(time.into()), ..plain.clone() }
@@ -181,7 +183,7 @@ async fn what_looks_like_a_mistake_is_said_before_it_is_done() -> Result<()> {
     let told = warnings(&fleet, years(11)).await?;
     assert!(matches!(&told[..], [(reason, true, _)] if reason == "FAR_AHEAD"), "{told:?}");
 
-    // The command line shows and asks the same.
+    // marcoctl shows the same warnings, and asks for `--force` on the same ones.
     let certs = fleet.certs().display().to_string();
     let api = fleet.addresses().api.to_string();
     let line = ["--controller", &api, "--certs", &certs];

@@ -1,4 +1,4 @@
-//! What a node logged of an installation that failed is read at the controller, without going to the node.
+//! The node's log of a failed installation is read at the controller, without access to the node.
 
 use std::fs;
 
@@ -15,10 +15,10 @@ use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{Artifact, ExplainExecutionRequest, GetExecutionLogRequest};
 use serde_json::Value;
 
-/// How long an installation, or its failure, may take here.
+/// Timeout of an installation, or of its failure.
 const INSTALL: std::time::Duration = seconds(180);
 
-/// An image without a kernel, and with boot files that nobody can judge before: the installer finds that only when it has
+/// An image without a kernel, with boot files that the checks cannot read: the installer notices only after it has
 /// erased the card.
 async fn not_a_system(fleet: &Fleet) -> Result<Artifact> {
     let root = fleet.dir().join("bad");
@@ -43,7 +43,7 @@ async fn explained(fleet: &Fleet, name: &str) -> Result<String> {
 async fn the_installers_lines_are_read_at_the_controller(database: Database) -> Result<()> {
     let mut fleet = Fleet::builder().database(database).pis(2).start().await?;
     let bad = not_a_system(&fleet).await?;
-    // Its installer gives the machine back untouched.
+    // This card is too small, so its installer refuses before it erases anything.
     fs::write(fleet.pi("pi-02").path("card-size"), "500\n")?;
     for (pi, state, reason, phases) in [
         ("pi-01", State::Failed, "NOT_A_SYSTEM", ["connecting", "partitioning", "unpacking image"].as_slice()),
@@ -59,6 +59,7 @@ async fn the_installers_lines_are_read_at_the_controller(database: Database) -> 
         }
         assert!(printed.contains(&format!("{name}: {reason}: ")), "no {reason} in\n{printed}");
         let on_the_card = fleet.pi(pi).read("recovery/marco/install.log")?;
+        // The controller's copy and the card's must be the same text.
         assert!(on_the_card.contains(printed.trim_end()), "{on_the_card}\nis not\n{printed}");
 
         let json = marcoctl(&fleet, &["-o", "json", "operations", "log", &name]).await?.success()?;
@@ -69,7 +70,7 @@ async fn the_installers_lines_are_read_at_the_controller(database: Database) -> 
         assert!(explained(&fleet, &name).await?.contains(&format!("marcoctl operations log {}", operation.name)));
     }
 
-    // Another failure has its own lines, and the first one keeps its own.
+    // Each failure has its own log, and a later one does not change an earlier one's.
     let first =
         fleet.operations().list_operations(marco_proto::v1::ListOperationsRequest::default()).await?.into_inner();
     let first = first.operations.last().context("there is an operation")?.clone();
@@ -81,6 +82,7 @@ async fn the_installers_lines_are_read_at_the_controller(database: Database) -> 
     assert!(printed.contains(&again.name) && !printed.contains(&first.name), "{printed}");
     fleet.kill_agents().await?;
     fleet.start_agents()?;
+    // A restarted agent repeats its last reports, which must not replace the log.
     wait_until(seconds(60), "the agents say again what they have", async || {
         Ok(fleet.list_nodes().await?.iter().all(|node| node.connected).then_some(()))
     })

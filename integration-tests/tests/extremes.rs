@@ -1,5 +1,5 @@
-//! Every request and every message of a node, each field in turn at its extremes, by each role and by a node with work
-//! of its own. The controller lives, answers in time, blames the caller, and keeps another node at work meanwhile.
+//! Each request and each message of a node, with each field in turn at its extremes, sent by each role and by a node
+//! that has work. The controller survives, answers in time, blames the caller, and meanwhile serves another node.
 
 #![allow(clippy::print_stdout, reason = "how many messages were sent is worth reading, also when all went well")]
 
@@ -32,17 +32,17 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-/// A caller is answered within this time; see "Limits" in docs/operating.md.
+/// Deadline for each answer; see "Limits" in docs/operating.md.
 const ANSWER: Duration = seconds(2);
-/// Calls under way at the same time.
+/// Concurrent calls.
 const AT_ONCE: usize = 4;
-/// The longest that a reboot of another node takes meanwhile: virtual Pis boot within a second, this machine is busy.
+/// Timeout of another node's reboot meanwhile. Virtual Pis boot within a second, but this machine is busy.
 const OTHER_NODE: Duration = seconds(60);
-/// Only one in so many extremes is tried by a role that is not the admin's: most are refused before the body is read.
+/// Roles other than admin try one in so many extremes: most of their calls are refused before the body is read.
 const STRIDE: usize = 7;
 
-/// What the extremes are about: things that exist, so that what lies behind the first check is reached, and that the
-/// other node at work does not need.
+/// Existing resources that the extremes refer to, so that they get past the first check. The other node does not need
+/// them.
 struct Scene {
     node: Credentials,
     operation: String,
@@ -64,7 +64,7 @@ async fn node(fleet: &Fleet, id: &str) -> Result<Credentials> {
     Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, key.pem())) })
 }
 
-/// An operation that is not due for years, on a node that nobody plays.
+/// An action on a node that has no agent.
 fn template() -> Value {
     json!({"reboot": {"notice": "600s"}, "nodes": {"nodes": ["nodes/somebody"]}})
 }
@@ -95,6 +95,7 @@ impl Scene {
             let schedule = json!({"cron": "0 0 1 1 *", "operation": template()});
             let create = method(pool, "CreateSchedule")?;
             let request = message(&create, json!({"schedule": schedule, "scheduleId": id}))?;
+            // `raw::call` sends encoded bytes, as the extremes need; the typed client could not.
             call(&fleet.admin_channel(), &create, request.encode_to_vec(), None)
                 .await
                 .map_err(|status| anyhow::anyhow!("{status:?}"))?;
@@ -102,7 +103,7 @@ impl Scene {
         Ok(scene)
     }
 
-    /// A request that would be taken, or nearly.
+    /// A request that the controller would accept, or nearly.
     fn base(&self, method: &MethodDescriptor) -> Result<DynamicMessage> {
         let [runs, changes, goes] = self.schedules;
         let name = method.name();
@@ -112,6 +113,7 @@ impl Scene {
         });
         let execution = format!("{}/executions/somebody", self.operation);
         let request = match name {
+            // Not due for decades, so that hundreds of created operations do not keep the node busy.
             "CreateOperation" | "CheckOperation" => json!({"operation": in_the_future()}),
             "CreateSchedule" => json!({"schedule": {"cron": "0 0 1 1 *", "operation": template()}}),
             "UpdateSchedule" => json!({
@@ -129,13 +131,14 @@ impl Scene {
             _ if name.ends_with("Operation") => json!({named(method): self.operation}),
             _ if name.ends_with("Node") => json!({named(method): "nodes/somebody"}),
             _ if name.ends_with("Artifact") && name != "UploadArtifact" => json!({named(method): self.artifact}),
+            // Other requests have no field that must name something.
             _ => json!({}),
         };
         message(method, request)
     }
 }
 
-/// The field by which a request names its resource.
+/// The field in which a request names its resource.
 fn named(method: &MethodDescriptor) -> &'static str {
     if method.input().get_field_by_name("name").is_some() { "name" } else { "parent" }
 }
@@ -159,19 +162,20 @@ async fn call(
     raw::call(channel, &path, bytes, bearer).await
 }
 
-/// What is wrong with an answer; `None`: nothing.
+/// The fault of an answer; `None` if there is none.
 async fn complaint(channel: &Channel, method: &MethodDescriptor, extreme: &Extreme) -> Option<String> {
     let mut slow = None;
-    // A busy machine is slow now and then, and who was refused loses the connection, with the calls that others made on
-    // it meanwhile; a call that hangs or ends its connection does so again.
+    // Three attempts. A busy machine is slow now and then. A refused caller loses its connection, and concurrent calls
+    // on it fail too. A call that really hangs, or ends its connection, does so each time.
     for _ in 0..3 {
         let asked = Instant::now();
         let answer = tokio::time::timeout(2 * ANSWER, call(channel, method, extreme.bytes.clone(), None)).await;
         match answer {
-            // A watch that was accepted may have nothing to say.
+            // A watch that was accepted may have no message to send.
             Err(_) if method.is_server_streaming() => return None,
             Err(_) => slow = Some(format!("no answer within {:?}", 2 * ANSWER)),
             Ok(Err(status)) if is_cut(&status) => slow = Some(format!("{status:?}")),
+            // These codes blame the server, and an operator would look for a defect there.
             Ok(Err(status)) if matches!(status.code(), Code::Internal | Code::Unknown | Code::DataLoss) => {
                 return Some(format!("{status:?}"));
             }
@@ -185,18 +189,18 @@ async fn complaint(channel: &Channel, method: &MethodDescriptor, extreme: &Extre
     slow
 }
 
-/// Whether the connection ended before the answer came.
+/// True if the connection ended before the answer came: tonic then has a transport error as the source.
 fn is_cut(status: &Status) -> bool {
     status.code() == Code::Unknown && std::error::Error::source(status).is_some()
 }
 
-/// Whether a status says anything but that the request is at fault or not allowed.
+/// True for each status that does not reject the request or its caller.
 fn is_taken_for_good(status: &Status) -> bool {
     let refusals = [Code::InvalidArgument, Code::PermissionDenied, Code::Unauthenticated, Code::ResourceExhausted];
     !refusals.contains(&status.code())
 }
 
-/// Every request at its extremes, by one caller; `stride`: every so many-th only.
+/// Sends each request at its extremes, as one caller. `stride`: only every so many-th.
 async fn requests(
     scene: &Scene,
     pool: &DescriptorPool,
@@ -205,7 +209,7 @@ async fn requests(
 ) -> Result<(usize, Vec<String>)> {
     let mut cases = Vec::new();
     for method in methods(pool) {
-        // A session is a conversation; see below.
+        // A session is a dialogue; `messages` tests it.
         if method.name() == "Connect" {
             continue;
         }
@@ -213,6 +217,7 @@ async fn requests(
         let found = extremes(&scene.base(&method)?);
         cases.extend(found.into_iter().map(|extreme| (method.clone(), channel, extreme)));
     }
+    // Over all methods together, so that the stride goes on from one method into the next.
     let cases: Vec<_> = cases.into_iter().step_by(stride).collect();
     let count = cases.len();
     let wrong = futures_util::stream::iter(cases)
@@ -227,7 +232,7 @@ async fn requests(
     Ok((count, wrong))
 }
 
-/// What a node says first.
+/// A node's first message.
 fn hello(reports: Vec<Report>) -> Hello {
     Hello {
         protocol_version: PROTOCOL_VERSION,
@@ -241,7 +246,7 @@ fn hello(reports: Vec<Report>) -> Hello {
     }
 }
 
-/// The node `speaker`, played by hand.
+/// The node `speaker`, played by this test.
 struct Speaker<'a> {
     fleet: &'a Fleet,
     channel: Channel,
@@ -249,8 +254,9 @@ struct Speaker<'a> {
 }
 
 impl Speaker<'_> {
-    /// A report about work that the node has: an operation is created for it when there is none.
+    /// A report about the node's present work. Creates an operation if it has none.
     async fn report(&mut self) -> Result<Report> {
+        // An extreme report may have ended the execution.
         let open = match &self.work {
             Some(work) => !is_final(self.fleet.execution(&work.name, "speaker").await?.state()),
             None => false,
@@ -270,7 +276,7 @@ impl Speaker<'_> {
         })
     }
 
-    /// Says these messages in a session of their own, and listens until the controller has nothing more to say.
+    /// Sends these messages in a new session, and listens until the controller falls silent.
     async fn say(&self, messages: Vec<Vec<u8>>) -> Result<(), Status> {
         let (says, said) = tokio::sync::mpsc::channel(messages.len().max(1));
         for message in messages {
@@ -278,6 +284,7 @@ impl Speaker<'_> {
         }
         let path = "/marco.bootstrap.v1.AgentService/Connect";
         let mut hears = raw::open(&self.channel, path, ReceiverStream::new(said)).await?;
+        // The controller answers at once. Waiting longer would only slow down hundreds of sessions.
         let quiet = Duration::from_millis(150);
         let mut heard = 0_usize;
         while let Ok(next) = tokio::time::timeout(if heard == 0 { ANSWER } else { quiet }, hears.message()).await {
@@ -295,7 +302,7 @@ fn encoded(message: Message) -> Vec<u8> {
     ConnectRequest { message: Some(message) }.encode_to_vec()
 }
 
-/// Every message of a node at its extremes, each in a session of its own.
+/// Sends each kind of node message at its extremes, each in a session of its own.
 async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool) -> Result<(usize, Vec<String>)> {
     let connect = pool.get_message_by_name("marco.bootstrap.v1.ConnectRequest").context("ConnectRequest")?;
     let mut speaker = Speaker { fleet, channel: scene.node.channel(fleet.addresses().api)?, work: None };
@@ -309,10 +316,11 @@ async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool) -> Result
     for kind in kinds {
         let report = speaker.report().await?;
         let base = DynamicMessage::decode(connect.clone(), &*encoded(bases(kind, &report)))?;
-        // Other fields of the oneof would replace the message.
+        // Setting another field of the oneof would replace the message under test.
         let names: Vec<String> =
             extremes(&base).into_iter().map(|extreme| extreme.what).filter(|what| what.starts_with(kind)).collect();
         for what in names {
+            // Built again for each extreme: the report must name an execution that is still open.
             let report = speaker.report().await?;
             let base = DynamicMessage::decode(connect.clone(), &*encoded(bases(kind, &report)))?;
             let Some(extreme) = extremes(&base).into_iter().find(|extreme| extreme.what == what) else { continue };
@@ -320,7 +328,7 @@ async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool) -> Result
             count += 1;
             let said: Vec<Vec<u8>> = first.into_iter().chain([extreme.bytes]).collect();
             let mut told = speaker.say(said.clone()).await;
-            // The session before it was refused, and its connection with it.
+            // The controller refused the previous session and closed its connection.
             for _ in 0..2 {
                 if told.as_ref().is_err_and(is_cut) {
                     told = speaker.say(said.clone()).await;
@@ -336,7 +344,7 @@ async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool) -> Result
     Ok((count, wrong))
 }
 
-/// Restarts the other node again and again until told to stop; answers how often.
+/// Reboots another node in a loop until `stop` is set; returns the number of reboots.
 async fn others_go_on(fleet: &Fleet, id: &str, stop: &AtomicBool) -> Result<usize> {
     let mut done = 0;
     loop {

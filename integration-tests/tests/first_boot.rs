@@ -1,5 +1,5 @@
-//! Users, keys and cloud-init data that lie on a node's card reach each system that is installed there: those of every node,
-//! and those of its labels, as the controller has them at that moment.
+//! First-boot data (users, keys, cloud-init) on a node's card reaches each system that is installed there. Data for all
+//! nodes is combined with the data for the node's labels, as the controller has them at that moment.
 
 use std::fs;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use marco_proto::v1::{Artifact, Node, NodeMode, UpdateNodeRequest};
 use prost_types::FieldMask;
 
 const UPDATE: Duration = seconds(180);
-/// What must not be in any log.
+/// A secret that must not be in any log.
 const SECRET: &str = "correct-horse-battery-staple";
 
 async fn label(fleet: &Fleet, id: &str, room: &str) -> Result<()> {
@@ -25,7 +25,7 @@ async fn label(fleet: &Fleet, id: &str, room: &str) -> Result<()> {
     Ok(())
 }
 
-/// An image with cloud-init, of Ubuntu's kind.
+/// An image with cloud-init that looks for its data by a label, as Ubuntu's.
 async fn image(fleet: &Fleet, name: &str) -> Result<Artifact> {
     let root = fleet.dir().join(name);
     lay_out_root(&root, name)?;
@@ -67,7 +67,7 @@ async fn two_nodes_with_different_labels_get_different_data() -> Result<()> {
     assert_eq!(boot(first, "user-data")?, format!("for room a1: {SECRET}\n"));
     assert_eq!(boot(second, "user-data")?, "for room a2\n");
     assert_eq!(boot(third, "user-data")?, "for every node\n");
-    // cloud-init wants one, and it stays the same.
+    // cloud-init needs an instance id, and it must stay the same.
     let instances = [(first, format!("instance-id: {first}\n")), (second, "instance-id: a2\n".to_owned())];
     for (id, meta_data) in &instances {
         assert_eq!(boot(id, "meta-data")?, *meta_data);
@@ -75,7 +75,7 @@ async fn two_nodes_with_different_labels_get_different_data() -> Result<()> {
         assert_eq!(boot(id, "userconf.txt")?, "pi:hash\n");
     }
 
-    // A system that is only given other boot files must find what it was, and no user anew.
+    // An update of the boot files only must keep the data, and must not create the user again.
     let zip = zip_of(&system_set("newer"))?;
     let boot_files =
         upload(&mut fleet.artifacts(), header("newer", Kind::Bootcode, Purpose::System, &zip), &zip).await?;
@@ -84,6 +84,7 @@ async fn two_nodes_with_different_labels_get_different_data() -> Result<()> {
     assert_eq!(boot(first, "meta-data")?, instances[0].1);
     assert!(boot(first, "userconf.txt").is_err());
 
+    // First-boot data holds password hashes and Wi-Fi keys.
     for log in ["agents.log", "pis/pi-01/recovery/marco/install.log", "pis/pi-01/log.jsonl"] {
         let text = fs::read_to_string(fleet.dir().join(log))?;
         assert!(!text.is_empty() && !text.contains(SECRET), "{log} has what is secret");
@@ -104,6 +105,7 @@ async fn labels_that_an_idle_installer_got_since_it_connected_count() -> Result<
         Ok(node.filter(|node| node.connected && node.mode() == NodeMode::Installer))
     })
     .await?;
+    // Only now, after the installer has connected: its session knows no label yet.
     label(&fleet, "pi-01", "a2").await?;
     let zip = make_bootcode("any")?;
     let set = upload(&mut fleet.artifacts(), header("any", Kind::Bootcode, Purpose::Installer, &zip), &zip).await?;

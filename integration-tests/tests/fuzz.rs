@@ -1,6 +1,6 @@
-//! Readers of what others wrote, fed with what nobody would write: good examples, changed at random. Each loop runs for
-//! FUZZ_SECONDS (1 here, 60 in `make fuzz`) and says how far it came. A panic, an endless loop or a file outside the root
-//! is a failure; what is read is not.
+//! Mutation tests for readers of untrusted input. Each loop changes good examples at random for FUZZ_SECONDS (1 here,
+//! 60 in `make fuzz`) and reports its progress. Panics, endless loops and files outside the root are failures; accepted
+//! input is none.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -16,10 +16,10 @@ use marco_controller::schedule::Recurrence;
 use marco_proto::v1::artifact::Kind;
 use node_agent::identity::{JoinFile, JoinToken};
 
-/// No input of at most some kilobytes may take longer, however slow the machine is.
+/// No input of a few kilobytes may take longer, on any machine.
 const STUCK: Duration = Duration::from_secs(10);
 
-/// xorshift64: what is wanted is variety that can be had again, not secrecy.
+/// xorshift64: reproducible variety, not secrecy.
 struct Random(u64);
 
 impl Random {
@@ -34,7 +34,7 @@ impl Random {
         usize::try_from(self.next() % u64::try_from(limit.max(1)).unwrap_or(u64::MAX)).unwrap_or_default()
     }
 
-    /// Changes a few bytes, copies, removes or repeats pieces, or puts in something that means something.
+    /// Changes a few bytes; copies, removes or repeats pieces; or inserts a meaningful word.
     fn change(&mut self, bytes: &mut Vec<u8>, words: &[&[u8]]) {
         for _ in 0..=self.below(4) {
             let (at, other) = (self.below(bytes.len()), self.below(bytes.len()));
@@ -61,11 +61,12 @@ impl Random {
     }
 }
 
-/// Feeds changed examples to a reader; `words` are what its format has at interesting places.
+/// Feeds mutated examples to a reader. `words`: meaningful pieces of its format.
 fn fuzz(what: &str, examples: &[Vec<u8>], words: &[&[u8]], mut read: impl FnMut(&[u8]) -> Result<bool>) -> Result<()> {
     let seconds = std::env::var("FUZZ_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
     let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos();
     let seed = std::env::var("FUZZ_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(u64::try_from(seed)?);
+    // xorshift stays 0 forever if it is seeded with 0.
     let mut random = Random(seed | 1);
     let (begun, mut rounds, mut taken) = (Instant::now(), 0_u64, 0_u64);
     while begun.elapsed() < Duration::from_secs(seconds) {
@@ -73,6 +74,7 @@ fn fuzz(what: &str, examples: &[Vec<u8>], words: &[&[u8]], mut read: impl FnMut(
         random.change(&mut input, words);
         let started = Instant::now();
         let again = format!("{what}: FUZZ_SEED={seed}, round {rounds}");
+        // A panic must not end the loop before the input is saved.
         let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| read(&input)));
         let kept = || keep(what, &input);
         match read {
@@ -91,20 +93,21 @@ fn fuzz(what: &str, examples: &[Vec<u8>], words: &[&[u8]], mut read: impl FnMut(
     Ok(())
 }
 
-/// Writes an input down and answers where it is.
+/// Saves an input, and returns its path.
 fn keep(what: &str, input: &[u8]) -> String {
     let path = std::env::temp_dir().join(format!("marco-fuzz-{}", what.replace(' ', "-")));
     let written = std::fs::write(&path, input);
     written.map_or_else(|error| error.to_string(), |()| path.display().to_string())
 }
 
-/// Unpacks into a folder and looks whether anything came to lie beside it.
+/// Unpacks into a folder, and fails if any file appeared outside it.
 fn stays_inside(unpack: impl FnOnce(&Path) -> bool) -> Result<bool> {
     let place = tempfile::tempdir()?;
     let root = place.path().join("a/b/root");
     std::fs::create_dir_all(&root)?;
     let well = unpack(&root);
     let strays: Vec<_> = list(place.path())?.into_iter().filter(|path| !path.starts_with("a/b/root")).collect();
+    // The two strays are the folders `a` and `a/b` above the root.
     ensure!(strays.len() == 2, "it wrote {strays:?}");
     Ok(well)
 }
@@ -114,7 +117,7 @@ fn archives(kind: Kind) -> Result<Vec<Vec<u8>>> {
     Ok(hostile::archives()?.into_iter().filter(small).map(|case| case.bytes).collect())
 }
 
-/// Puts the checksums of headers right again, without which hardly any change would get past the first check.
+/// Corrects the checksums of headers. Without this hardly any mutation gets past the first check.
 fn reseal(bytes: &mut [u8]) {
     for header in bytes.chunks_exact_mut(512) {
         if header.get(257..262) == Some(b"ustar") {
@@ -142,7 +145,7 @@ fn tarballs_stay_in_their_root() -> Result<()> {
     fuzz("tarballs", &archives(Kind::Image)?, &words, |bytes| {
         let mut bytes = bytes.to_vec();
         reseal(&mut bytes);
-        // A sparse file may be as large as it likes and takes no room.
+        // A sparse file may have any size: it takes no space.
         stays_inside(|root| unpack_tar(bytes.as_slice(), root, &mut |_| ()).is_ok())
     })
 }
@@ -156,6 +159,8 @@ fn zips_stay_in_their_root() -> Result<()> {
     fuzz("zips", &examples, &words, |bytes| {
         let checked = check_zip(Cursor::new(bytes)).is_ok();
         let unpacked = stays_inside(|root| unpack_zip(Cursor::new(bytes), root).is_ok())?;
+        // The check decides whether an upload is stored. Anything that passes it must also unpack on the node, and the
+        // reverse.
         ensure!(checked == unpacked, "what was checked is not what is unpacked");
         Ok(checked)
     })
@@ -204,7 +209,7 @@ fn join_files_and_tokens_are_read_whatever_is_in_them() -> Result<()> {
         std::fs::write(&file, bytes)?;
         let found = JoinFile::find(&[card.path().to_owned()]);
         if found.is_ok() {
-            // What cannot be rewritten is an error, and never a file without its other keys.
+            // A file that cannot be rewritten is an error. It must never lose its other keys.
             let _ = JoinFile::forget_token(&file);
         }
         let _ = JoinToken::parse(&String::from_utf8_lossy(bytes));

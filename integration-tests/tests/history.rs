@@ -1,4 +1,4 @@
-//! What is remembered of an operation, and a node that is late: how it is shown, given up, and heard all the same.
+//! The recorded history of an operation, and late nodes: how they are shown, abandoned, and still heard.
 
 use std::time::Duration;
 
@@ -34,9 +34,10 @@ async fn events_are_read_by_cursor_while_more_of_them_come() -> Result<()> {
     let (begins, expires) = (created.schedule_time.context("no time")?, created.expire_time.context("no expiry")?);
     assert_eq!(expires.seconds - begins.seconds, 24 * 3600);
     let name = created.name.as_str();
-    // The first page is read before most of it has happened.
+    // The first page is read before most events exist.
     let (mut all, mut token) = page(&fleet, name, 1, "").await?;
     fleet.ends(name, seconds(60), OperationState::Succeeded).await?;
+    // An empty token means that the list had ended already, so it is read again now.
     if token.is_empty() {
         (all, token) = page(&fleet, name, 1, "").await?;
     }
@@ -62,6 +63,7 @@ async fn events_are_read_by_cursor_while_more_of_them_come() -> Result<()> {
     assert_eq!((damaged.code(), bad_fields(&damaged)), (Code::InvalidArgument, vec!["page_token".to_owned()]));
     let request = ListExecutionsRequest { parent: name.to_owned(), page_size: 1, ..Default::default() };
     let other = fleet.operations().list_executions(request).await?.into_inner().next_page_token;
+    // A token carries its list, so that one of another list is not taken for a position in this one.
     assert!(!other.is_empty() && page(&fleet, name, 2, &other).await.is_err(), "a token of another list was taken");
     fleet.went_well();
     Ok(())
@@ -82,8 +84,9 @@ async fn a_late_node_is_explained_on_one_screen_given_up_and_its_late_truth_stil
     let early = fleet.operations().abandon_execution(abandon).await.err().context("it was given up in time")?;
     assert_eq!((early.code(), reason(&early).as_str()), (Code::FailedPrecondition, "NOT_OVERDUE"));
     fleet.kill_agents().await?;
+    // The clock jumps instead of the test waiting for the deadline.
     fleet.jump_clock(0, 3600)?;
-    // After a jump of the clock, as after a suspend, nodes get the time to come back first.
+    // After a jump of the clock, as after a suspend, nodes first get time to reconnect.
     let late =
         fleet.execution_becomes(&created.name, &id, seconds(120), "overdue", |execution| execution.overdue).await?;
     assert_eq!(late.state(), State::Running);
@@ -92,16 +95,17 @@ async fn a_late_node_is_explained_on_one_screen_given_up_and_its_late_truth_stil
     for word in ["OVERDUE", late.overdue_reason.as_str(), "operations abandon"] {
         assert!(explained.contains(word), "no {word} in {explained}");
     }
+    // A terminal has 24 lines.
     assert!(explained.lines().count() <= 24, "{explained}");
     marcoctl(&fleet, &["operations", "abandon", &created.name, &id]).await?.success()?;
     fleet.ends(&created.name, seconds(20), OperationState::Failed).await?;
     let given_up = fleet.execution(&created.name, &id).await?;
     assert_eq!(given_up.error.context("no error")?.reason, "NEVER_RETURNED");
-    // Back within its notice, it hears that this was given up, and does nothing.
+    // The agent returns within its notice, learns that the execution was abandoned, and does not reboot.
     fleet.start_agents()?;
     fleet.all_connected().await?;
 
-    // One that was on its way down tells how that ended, however late.
+    // A node that was rebooting reports the outcome, however late.
     let created = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     let given_up = std::mem::replace(&mut name, execution_name(&created, &id));
     let pi = fleet.pi(&id);

@@ -1,4 +1,4 @@
-//! Hostile archives against the unpackers themselves, as a node would use them if its controller had been broken into.
+//! Hostile archives against the unpackers themselves, as on a node whose controller was compromised.
 
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
@@ -12,14 +12,15 @@ use integration_tests::{hostile, seconds};
 use marco_archive::{Error, unpack_tar, unpack_zip};
 use marco_proto::v1::artifact::Kind;
 
-/// Names the folder with the archives for the process that unpacks them.
+/// Environment variable with the folder of archives, for the process that unpacks them.
 const FOLDER: &str = "MARCO_TEST_HOSTILE_FOLDER";
-/// What unpacking may take of memory, whatever is unpacked.
+/// Most bytes of memory that unpacking may take, for any archive.
 const MEMORY: u64 = 128 << 20;
 
 fn decompressed(file: File) -> Result<Box<dyn Read>> {
     let mut file = BufReader::new(file);
     let start = std::io::BufRead::fill_buf(&mut file)?.iter().take(4).copied().collect::<Vec<_>>();
+    // By magic numbers, as the installer does: a name may lie.
     Ok(match start.as_slice() {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(file)),
         [0x28, 0xb5, 0x2f, 0xfd] => {
@@ -31,12 +32,13 @@ fn decompressed(file: File) -> Result<Box<dyn Read>> {
     })
 }
 
-/// Unpacks every archive of a folder into a root of its own, and answers the worst of its memory.
+/// Unpacks each archive of a folder into a root of its own. Fails if one is accepted, or if anything outside its root
+/// changes.
 fn unpack_all(folder: &Path) -> Result<()> {
     for path in list(folder)? {
         let (name, path) = (path.display().to_string(), folder.join(&path));
         let place = tempfile::tempdir()?;
-        // What lies around the root must stay as it is: a trap for every `..`.
+        // Files around the root, at places that each `..` could reach: all must stay unchanged.
         let root = place.path().join("a/b/c/root");
         fs::create_dir_all(&root)?;
         for trap in ["evil", "tmp", "etc", "shadow"] {
@@ -47,6 +49,7 @@ fn unpack_all(folder: &Path) -> Result<()> {
         let unpacked = if name.starts_with("zip") {
             unpack_zip(File::open(&path)?, &root).map(|_| ())
         } else {
+            // The root is not empty: an entry must not follow links that are there already.
             lay_out_root(&root, "before")?;
             decompressed(File::open(&path)?)
                 .map(|reader| unpack_tar(BufReader::new(reader), &root, &mut |_| ()).map(|_| ()))
@@ -68,7 +71,7 @@ fn unpack_all(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Archives that are harmless once unpacked, and refused for what surrounds them.
+/// True for archives that are harmless once unpacked, and refused for other reasons. There are none at present.
 fn refused_elsewhere(_name: &str) -> bool {
     false
 }
@@ -79,7 +82,7 @@ fn worst_memory() -> Result<u64> {
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)
 }
 
-/// In a process of its own, so that its memory is that of unpacking alone.
+/// Unpacks in a process of its own, so that its peak memory is that of unpacking alone.
 #[tokio::test]
 async fn hostile_archives_write_nothing_outside_the_root_and_take_little_memory() -> Result<()> {
     if let Some(folder) = std::env::var_os(FOLDER) {
@@ -93,6 +96,7 @@ async fn hostile_archives_write_nothing_outside_the_root_and_take_little_memory(
     assert!(cases.len() >= 60, "only {} hostile archives", cases.len());
     for (number, case) in cases.iter().enumerate() {
         let kind = if case.kind == Kind::Bootcode { "zip" } else { "tar" };
+        // The name is in each failure, so that no number must be looked up.
         let name = case.what.replace(|letter: char| !letter.is_ascii_alphanumeric(), "-");
         fs::write(folder.path().join(format!("{kind}-{number:02}-{name}")), &case.bytes)?;
     }

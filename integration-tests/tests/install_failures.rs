@@ -1,5 +1,5 @@
-//! Every way in which an installation fails: the controller's execution and the card say why, the policy is obeyed, and
-//! what can go on goes on.
+//! All failures of an installation: the execution and the card both give the reason, the policy is obeyed, and
+//! everything that can continue does.
 
 #[path = "install_failures/judged.rs"]
 mod judged;
@@ -28,7 +28,7 @@ use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{Artifact, ListOperationsRequest, NodeMode};
 
-/// How long an installation, or its failure, may take here.
+/// Timeout of an installation, or of its failure.
 const INSTALL: Duration = seconds(180);
 const MIB: usize = 1024 * 1024;
 
@@ -37,7 +37,7 @@ async fn image(fleet: &Fleet, name: &str) -> Result<Artifact> {
     push(&mut fleet.artifacts(), name, Kind::Image, Purpose::Unspecified, &file).await
 }
 
-/// An image of this name with one more file, or without one.
+/// Pushes an image whose tree was changed before packing.
 async fn other_image(fleet: &Fleet, name: &str, change: impl FnOnce(PathBuf) -> Result<()>) -> Result<Artifact> {
     let root = fleet.dir().join(name);
     lay_out_root(&root, name)?;
@@ -46,32 +46,32 @@ async fn other_image(fleet: &Fleet, name: &str, change: impl FnOnce(PathBuf) -> 
     push(&mut fleet.artifacts(), name, Kind::Image, Purpose::Unspecified, &file).await
 }
 
-/// Where the controller keeps an artifact's bytes.
+/// Path of an artifact's bytes in the controller's data folder.
 fn blob(fleet: &Fleet, artifact: &Artifact) -> Result<PathBuf> {
     let shard = artifact.sha256.get(..2).context("a digest")?;
     Ok(fleet.data().join("artifacts/sha256").join(shard).join(&artifact.sha256))
 }
 
-/// Said plainly: what is not tested must not look as if it were.
+/// Prints that a test could not run: it must not look as if it had passed.
 #[allow(clippy::print_stdout, reason = "for whoever reads the tests' output")]
 fn not_tested(why: &str) {
     println!("NOT TESTED: {why}");
 }
 
-/// What the installer left on the card for whoever takes it out.
+/// The installer's log on the card, for an operator who takes the card out.
 fn card_log(pi: &Pi) -> Result<String> {
     pi.read("recovery/marco/install.log")
 }
 
-/// A failure that is known beforehand.
+/// A failure with its expected outcome.
 struct Case {
     pi: &'static str,
     image: Artifact,
     state: State,
     reason: &'static str,
-    /// A word of the sentence for people.
+    /// A word that the error message must contain.
     says: &'static str,
-    /// In which role the node is afterwards.
+    /// The node's mode afterwards.
     mode: NodeMode,
 }
 
@@ -83,6 +83,7 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
     let wrong = image(&fleet, "wrong-chunk").await?;
     let path = blob(&fleet, &wrong)?;
     let mut bytes = fs::read(&path)?;
+    // One bit, behind the first chunks: the digest of that chunk does not match any more.
     *bytes.get_mut(100_000).context("a byte")? ^= 1;
     let mut permissions = fs::metadata(&path)?.permissions();
     #[allow(clippy::permissions_set_readonly_false, reason = "a file of this test's own")]
@@ -91,6 +92,7 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
     fs::OpenOptions::new().write(true).open(&path)?.write_all(&bytes)?;
     let good = image(&fleet, "good").await?;
     let no_kernel = other_image(&fleet, "no-kernel", |root| {
+        // The controller checks images at the upload; only a hidden fault reaches the installer.
         hide_boot_files(&root)?;
         Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)
     })
@@ -129,9 +131,9 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
         let node = fleet.node(case.pi).await?;
         assert_eq!((node.mode(), node.active_execution.as_str()), (case.mode, ""), "{}", case.pi);
     }
-    // Those that stay in the installer are connected, and take another image.
+    // Nodes that stay in the installer are connected, and accept another image.
     fleet.succeeds(update(&["pi-04", "pi-05"], &good.name, ""), INSTALL).await?;
-    // As it was told.
+    // The error message tells the operator to do this.
     let file = fleet.dir().join("missing.tar.gz");
     let again = push(&mut fleet.artifacts(), "missing", Kind::Image, Purpose::Unspecified, &file).await?;
     fleet.succeeds(update(&["pi-01"], &again.name, ""), INSTALL).await?;
@@ -142,6 +144,7 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
 async fn a_card_that_fills_up_half_way_fails_with_the_reason_and_takes_a_smaller_image() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let root = fleet.pi("pi-01").path("root");
+    // The Pi's root is a small file system, so that the space ends in the middle of unpacking.
     let Ok(_mount) = Mount::tmpfs(root, "24m").await else {
         not_tested("only root may give a file system a size");
         return Ok(());
@@ -172,6 +175,7 @@ async fn twenty_cuts_and_a_restart_of_the_controller_do_not_keep_a_node_from_its
     let large =
         other_image(&fleet, "large", |root| Ok(fs::write(root.join("usr/lib/marker/large"), noise("x", 20 * MIB))?))
             .await?;
+    // Each cut comes a little later than the one before, so that they fall at different places of the stream.
     let cuts: Vec<u64> = (0..20).map(|number| 900_000 + number * 10_007).collect();
     fleet.proxy().cut_after(Direction::Down, cuts);
     let operation = fleet.create(update(&["pi-01"], &large.name, "")).await?;
@@ -193,7 +197,7 @@ async fn an_installer_without_a_job_leaves_a_card_with_a_system_alone() -> Resul
     let request = marco_proto::v1::SetDefaultArtifactRequest { name: default.name.clone(), ..Default::default() };
     fleet.artifacts().set_default_artifact(request).await?;
     let pi = fleet.pi("pi-01");
-    // As after somebody's mistake: the installer is the default, and nothing says what it is to do.
+    // As after an operator's mistake: the installer boots by default, and has no job.
     let autoboot = pi.read("recovery/autoboot.txt")?;
     let swapped =
         autoboot.replace("boot_partition=4", "boot_partition=x").replace("boot_partition=1", "boot_partition=4");
@@ -208,6 +212,7 @@ async fn an_installer_without_a_job_leaves_a_card_with_a_system_alone() -> Resul
         Ok((node.connected && node.mode() == NodeMode::Installer).then_some(()))
     })
     .await?;
+    // The controller looks for nodes without a system every few seconds; two looks must create no operation.
     let begun = tokio::time::Instant::now();
     wait_until(seconds(30), "the controller has looked twice", async || {
         let operations = fleet.operations().list_operations(ListOperationsRequest::default()).await?.into_inner();
@@ -222,7 +227,7 @@ async fn an_installer_without_a_job_leaves_a_card_with_a_system_alone() -> Resul
 #[tokio::test]
 async fn a_blank_card_in_the_wrong_hands_says_so_on_the_card() -> Result<()> {
     let (mut fleet, other) = (Fleet::builder().pis(0).start().await?, Fleet::builder().pis(0).start().await?);
-    // A token of another controller, and so of another CA.
+    // A token of another controller carries the pin of another CA.
     let token = fleet.dir().join("token");
     fs::write(&token, other.token(1).await?)?;
     fleet.start_new_agents(&["--token-file".into(), token.display().to_string(), "--blank".into()])?;
@@ -263,6 +268,7 @@ async fn without_a_controller_the_card_says_so_and_the_node_comes_when_there_is_
 
 #[tokio::test]
 async fn a_clock_of_1970_or_2040_makes_no_difference() -> Result<()> {
+    // A Pi has no battery-backed clock: it may start in 1970, or with any other wrong year.
     for (number, time) in ["@1970-01-02 00:00:00", "@2040-01-02 00:00:00"].into_iter().enumerate() {
         let fleet = Fleet::builder().pis(0).start().await?;
         let default = image(&fleet, "default").await?;

@@ -1,4 +1,4 @@
-//! Agent and controller killed (`-9`) at every point of an operation: at most one reboot, one final state, nothing lost.
+//! Agent and controller killed (`-9`) at each point of an operation: at most one reboot, one final state, nothing lost.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{ListEventsRequest, NodeMode, Operation};
 
-/// How long anything may take to settle after a kill: reconnecting backs off, and the machine has much to do.
+/// Timeout of anything that settles after a kill: reconnecting backs off, and the machine is busy.
 const SETTLE: Duration = seconds(120);
 
 async fn one_pi() -> Result<(Fleet, String)> {
@@ -23,7 +23,8 @@ async fn one_pi() -> Result<(Fleet, String)> {
     Ok((fleet, id))
 }
 
-/// The operation succeeds, with exactly so many reboots, and its history has exactly one final state of the node.
+/// Checks that the operation succeeds with exactly `reboots` reboots, and that its history has exactly one final state
+/// of the node.
 async fn done_once(fleet: &Fleet, operation: &Operation, id: &str, reboots: usize) -> Result<()> {
     fleet.ends(&operation.name, SETTLE, OperationState::Succeeded).await?;
     assert_eq!(fleet.pi(id).reboots(&execution_name(operation, id))?, reboots, "{:?}", fleet.pi(id).log()?);
@@ -35,7 +36,7 @@ async fn done_once(fleet: &Fleet, operation: &Operation, id: &str, reboots: usiz
     let numbers: Vec<u64> = events.iter().map(|event| event.number).collect();
     let wanted: Vec<u64> = (1..=u64::try_from(events.len())?).collect();
     assert_eq!(numbers, wanted, "the events have gaps");
-    // One that comes later is done, too: the node is not stuck, and nothing of the first is done again meanwhile.
+    // A later operation succeeds too: the node is not stuck, and repeats nothing of the first one meanwhile.
     fleet.succeeds(reboot(&[id], Duration::ZERO), SETTLE).await?;
     assert_eq!(fleet.pi(id).reboots(&execution_name(operation, id))?, reboots, "it was done again");
     Ok(())
@@ -53,11 +54,11 @@ async fn agent_killed_before_its_acknowledgement_of_an_assignment_arrives() -> R
     .await?;
     assert_eq!(fleet.execution(&operation.name, &id).await?.state(), State::Assigned, "its acknowledgement arrived");
     fleet.kill_agents().await?;
-    // What it had said is lost with the connection.
+    // The messages it had sent are lost with the connection.
     fleet.proxy().drop_connections();
     fleet.proxy().release(Direction::Up);
     fleet.start_agents()?;
-    // It comes back with it in its journal: accepted, not given a second time as if it were new.
+    // The journal has the execution, so the node accepted it: the controller must not assign it a second time.
     let execution = fleet.execution_is(&operation.name, &id, seconds(60), State::Running).await?;
     assert_eq!(execution.name, name);
     fleet.cancel(&operation.name).await?;
@@ -70,6 +71,7 @@ async fn agent_killed_before_its_acknowledgement_of_an_assignment_arrives() -> R
 #[tokio::test]
 async fn agent_killed_before_an_assignment_reaches_it() -> Result<()> {
     let (mut fleet, id) = one_pi().await?;
+    // The assignment waits in the proxy, and never reaches the agent.
     fleet.proxy().hold(Direction::Down);
     let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     fleet.execution_is(&operation.name, &id, seconds(30), State::Assigned).await?;
@@ -99,6 +101,7 @@ async fn agent_killed_while_it_downloads() -> Result<()> {
     std::fs::write(root.join("usr/lib/marker/large"), noise("slow", 24 * 1024 * 1024))?;
     let file = pack(&root, &fleet.dir().join("slow.tar"), Compression::None)?;
     let image = push(&mut fleet.artifacts(), "slow", Kind::Image, Purpose::Unspecified, &file).await?;
+    // Slow enough that the kill comes in the middle of the download.
     fleet.proxy().throttle(Direction::Down, 4 * 1024 * 1024);
     let operation = fleet.create(update(&[&id], &image.name, "")).await?;
     fleet
@@ -111,7 +114,7 @@ async fn agent_killed_while_it_downloads() -> Result<()> {
     fleet.kill_agents().await?;
     fleet.proxy().throttle(Direction::Down, 0);
     fleet.start_agents()?;
-    // Into the installer and into the new system.
+    // One reboot into the installer, one into the new system.
     done_once(&fleet, &operation, &id, 2).await?;
     compare_with_source(&root, fleet.pi(&id).dir())?;
     Ok(())
@@ -119,6 +122,7 @@ async fn agent_killed_while_it_downloads() -> Result<()> {
 
 #[tokio::test]
 async fn agent_killed_after_the_point_of_no_return() -> Result<()> {
+    // A long shutdown leaves time to kill the agent between the command and the restart.
     let mut fleet = Fleet::builder().pis(1).shutdown_time(seconds(6)).start().await?;
     let id = fleet.ids().await?.remove(0);
     let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
@@ -132,12 +136,13 @@ async fn agent_killed_after_the_point_of_no_return() -> Result<()> {
 
 #[tokio::test]
 async fn agent_killed_between_its_last_word_and_the_reboot() -> Result<()> {
-    // As above, but at whatever moment it is when the journal first says that it is armed: before the command or after.
+    // The kill comes at several delays after the journal names the execution: some before the command, some after it.
     for wait in [0, 1, 3, 10, 30] {
         let (mut fleet, id) = one_pi().await?;
         let operation = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
         let (pi, name) = (fleet.pi(&id), execution_name(&operation, &id));
         wait_until(seconds(30), "the agent has it", async || Ok(pi.journal_names(&name).then_some(()))).await?;
+        // No condition to wait for: the delay itself is what the test varies.
         tokio::time::timeout(Duration::from_millis(wait), std::future::pending::<()>()).await.ok();
         fleet.kill_agents().await?;
         fleet.start_agents()?;
@@ -192,11 +197,12 @@ async fn agent_killed_before_its_new_system_was_accepted() -> Result<()> {
     let operation = fleet.create(update(&[&id], &image.name, "")).await?;
     let (pi, name) = (fleet.pi(&id), execution_name(&operation, &id));
     wait_until(SETTLE, "the trial boot was commanded", async || Ok((pi.reboots(&name)? == 2).then_some(()))).await?;
-    // The new system comes up, but nothing of what it hears or says passes.
+    // The new system boots, but none of its messages pass.
     fleet.proxy().hold(Direction::Down);
     fleet.proxy().drop_connections();
     wait_until(SETTLE, "the new system boots", async || Ok((pi.boots()? == 3).then_some(()))).await?;
     fleet.kill_agents().await?;
+    // The firmware must still boot the installer by default: an unproved system gets trial boots only.
     let autoboot = pi.read("recovery/autoboot.txt")?;
     let default = autoboot.split("[tryboot]").next().context("autoboot.txt")?;
     assert!(default.contains("boot_partition=1"), "the system was made the default before it was accepted: {autoboot}");
@@ -209,7 +215,7 @@ async fn agent_killed_before_its_new_system_was_accepted() -> Result<()> {
 #[tokio::test]
 async fn controller_killed_after_it_stored_an_operation() -> Result<()> {
     let (mut fleet, id) = one_pi().await?;
-    // Nobody is there to send it to: it is stored and nothing else.
+    // The node is unreachable, so the operation is stored and nothing more happens.
     fleet.proxy().hold(Direction::Up);
     fleet.proxy().hold(Direction::Down);
     fleet.proxy().drop_connections();
@@ -265,7 +271,7 @@ async fn controller_killed_before_its_acknowledgement_of_a_report_arrives() -> R
     let (mut fleet, id) = one_pi().await?;
     let operation = fleet.create(reboot(&[&id], seconds(5))).await?;
     fleet.execution_is(&operation.name, &id, seconds(30), State::Running).await?;
-    // Reports are stored, but the agent does not hear so.
+    // Reports are stored, but the agent does not learn it.
     fleet.proxy().hold(Direction::Down);
     fleet.execution_is(&operation.name, &id, seconds(30), State::Rebooting).await?;
     fleet.kill_controller().await?;
@@ -281,7 +287,7 @@ async fn controller_killed_before_a_report_arrives_and_away_until_the_node_is_ba
     let operation = fleet.create(reboot(&[&id], seconds(3))).await?;
     fleet.execution_is(&operation.name, &id, seconds(30), State::Running).await?;
     fleet.kill_controller().await?;
-    // The node goes on without it.
+    // The node continues without the controller.
     let pi = fleet.pi(&id);
     wait_until(seconds(60), "the node is back", async || Ok((pi.boots()? == 2).then_some(()))).await?;
     fleet.start_controller().await?;

@@ -1,4 +1,4 @@
-//! The file mirror, by the programs that installers of the 2015 system call: wget, gunzip, tar; and curl.
+//! The file mirror, used by the programs of the 2015 installer (wget, gunzip, tar) and by curl.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -19,10 +19,10 @@ use marco_proto::v1::{
     Role,
 };
 
-/// How long one program may take.
+/// Timeout of one program.
 const LIMIT: std::time::Duration = seconds(60);
 
-/// Who fetches: three files, as wget wants them.
+/// A client's files, as wget takes them.
 struct Keys {
     certificate: String,
     key: String,
@@ -52,7 +52,7 @@ impl Keys {
         run(&tool("wget")?, &all, LIMIT).await
     }
 
-    /// Body and headers go to `body` and `body.headers`; the answer is curl's `%{http_code}`.
+    /// Fetches with curl. The body goes to `body`, the headers to `body.headers`. Returns the HTTP status.
     async fn curl(&self, arguments: &[&str], url: &str, body: &Path) -> Result<u16> {
         let headers = headers_of(body).display().to_string();
         let body = body.display().to_string();
@@ -87,14 +87,14 @@ async fn push_image(fleet: &Fleet, name: &str, compression: Compression) -> Resu
     Ok(file)
 }
 
-/// Lets every approved node fetch it by name: none of these has work that names it.
+/// Opens an artifact to all approved nodes: none of these nodes has work that names it.
 async fn open(fleet: &Fleet, name: &str) -> Result<()> {
     let request = OpenArtifactRequest { name: name.to_owned(), open_to_mirror: true };
     assert!(fleet.artifacts().open_artifact(request).await?.into_inner().open_to_mirror);
     Ok(())
 }
 
-/// `gunzip -f`, `tar -xf`, as the 2015 installer did, by GNU's programs or busybox's.
+/// Unpacks as the 2015 installer did (`gunzip -f`, `tar -xf`), with GNU's programs or busybox's.
 async fn unpack(tarball: &Path, into: &Path, busybox: bool) -> Result<()> {
     fs::create_dir_all(into)?;
     let (tarball, into) = (tarball.display().to_string(), into.display().to_string());
@@ -122,6 +122,7 @@ async fn wget_gunzip_and_tar_get_an_image_as_it_was() -> Result<()> {
     open(&fleet, "boot-1").await?;
     let keys = Keys::of_node(&fleet, "pi-01");
     let mirror = fleet.addresses().mirror;
+    // Each TLS version and each kind of tools once; all four combinations would only take longer.
     for (tls, busybox) in [("--secure-protocol=TLSv1_2", false), ("--secure-protocol=TLSv1_3", true)] {
         let folder = fleet.dir().join(tls);
         let into = format!("--directory-prefix={}", folder.display());
@@ -130,6 +131,7 @@ async fn wget_gunzip_and_tar_get_an_image_as_it_was() -> Result<()> {
         assert_eq!(sha256(&fs::read(&tarball)?), sha256(&fs::read(&pushed)?));
         unpack(&tarball, &folder.join("root"), busybox).await?;
         let (source, root) = (fleet.dir().join("os"), folder.join("root"));
+        // `diff` and not the test's own comparison: these programs know nothing of the installer's changes.
         let trees = [&source.display().to_string(), &root.display().to_string()];
         run(&tool("diff")?, &["-r", "--no-dereference", trees[0], trees[1]], LIMIT).await?.success()?;
         for name in ["boot-1", "boot-1.zip"] {
@@ -153,13 +155,13 @@ async fn a_download_that_was_cut_goes_on_where_it_stopped() -> Result<()> {
     let target = fleet.dir().join("cut.tar.gz");
     let into = format!("--output-document={}", target.display());
 
-    // wget goes on by itself as often as it is cut,
+    // wget resumes by itself after each cut,
     network.cut_after(Direction::Down, [CUT, CUT]);
     keys.wget(&[&into], &address).await?.success()?;
     assert_eq!(network.cuts_left(Direction::Down), 0);
     assert_eq!(fs::read(&target)?, pushed);
 
-    // and when it is started again with -c.
+    // and when it is started again with `-c`.
     fs::remove_file(&target)?;
     network.cut_after(Direction::Down, [CUT]);
     let cut = keys.wget(&["--tries=1", "--continue", &into], &address).await?;
@@ -170,8 +172,9 @@ async fn a_download_that_was_cut_goes_on_where_it_stopped() -> Result<()> {
     keys.wget(&["--tries=1", "--continue", &into], &address).await?.success()?;
     assert_eq!(fs::read(&target)?, pushed);
     let second = network.bytes(Direction::Down) - before;
+    // The allowance is for TLS and HTTP headers.
     assert!(second < u64::try_from(pushed.len())? - first + 100_000, "{second} more bytes after {first}");
-    // What is whole is not fetched again.
+    // A complete file is not fetched again.
     let whole = keys.wget(&["--continue", &into], &address).await?;
     assert!(whole.status.success(), "{whole:?}");
     assert_eq!(fs::read(&target)?, pushed);
@@ -204,6 +207,7 @@ async fn ranges_and_conditions_are_heeded() -> Result<()> {
     assert_eq!(keys.curl(&["--range", &past], &address, &body).await?, 416);
     assert_eq!(header_in(&body, "content-range")?, format!("bytes */{}", pushed.len()));
 
+    // An If-Range that does not match must give the whole file, or a client would join two versions.
     for (condition, status) in [(tag.as_str(), 206), (modified.as_str(), 206), ("\"another\"", 200)] {
         let condition = format!("If-Range: {condition}");
         let status_now = keys.curl(&["--range", "10-19", "--header", &condition], &address, &body).await?;
@@ -233,6 +237,7 @@ async fn what_is_no_gzip_tarball_or_not_there_is_not_found() -> Result<()> {
         "/tar/none.tar.gz",
         "/tar/gz",
         "/tar/boot.tar.gz",
+        // An encoded path must not leave the folder of artifacts.
         "/tar/..%2f..%2fmarco.db.tar.gz",
         "/tar/",
         "/bootcode/download/gz",
@@ -251,7 +256,7 @@ async fn what_is_no_gzip_tarball_or_not_there_is_not_found() -> Result<()> {
 #[tokio::test]
 async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()> {
     let mut fleet = Fleet::builder().start().await?;
-    // More than what the kernel takes from the controller for a reader that is slow.
+    // Larger than the kernel's socket buffers: the rest stays in the controller for a slow reader.
     let root = fleet.dir().join("root");
     lay_out_root(&root, "os")?;
     fs::write(root.join("usr/lib/marker/more-noise"), noise("more", 32 << 20))?;
@@ -262,7 +267,7 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
     let body = fleet.dir().join("body");
     let ca = fleet.certs().join("ca.crt").display().to_string();
 
-    // Without a certificate, and with one of another CA, there is not even a connection.
+    // Without a certificate, or with one of another CA, the handshake already fails.
     let anonymous = run(&tool("curl")?, &["--silent", "--show-error", "--cacert", &ca, &address], LIMIT).await?;
     assert!(!anonymous.status.success() && anonymous.stdout.is_empty(), "{anonymous:?}");
     let written = |name: &str, credentials: integration_tests::client::Credentials| -> Result<Keys> {
@@ -272,7 +277,7 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
         fs::write(path("key"), key)?;
         Ok(Keys { certificate: path("crt"), key: path("key"), ca: ca.clone() })
     };
-    // A token stands in for none.
+    // An API token does not replace a certificate here.
     let request = CreateApiTokenRequest {
         api_token: Some(ApiToken { role: Role::Admin.into(), ..ApiToken::default() }),
         api_token_id: "service".to_owned(),
@@ -291,7 +296,7 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
         let user = written(role, fleet.user(role)?)?;
         assert_eq!(user.curl(&["--head"], &address, &body).await?, status, "{role}");
     }
-    // A node's certificate that the controller never issued.
+    // A node's certificate with the CA's signature that the controller never issued.
     let made_up = integration_tests::certs::issue(
         &fleet.certs().join("ca.crt"),
         &fleet.data().join("pki/ca.key"),
@@ -300,9 +305,10 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
     )?;
     assert_eq!(written("made-up", made_up)?.curl(&[], &address, &body).await?, 403);
 
-    // A node that is quarantined while it downloads is cut, and gets nothing afterwards.
+    // A node that is quarantined during its download is cut off, and gets nothing afterwards.
     let node = Keys::of_node(&fleet, "pi-01");
     let network = Proxy::start(fleet.addresses().mirror).await?;
+    // Slow enough that the quarantine comes while bytes are left.
     network.throttle(Direction::Down, 2_000_000);
     let slow = url(network.address(), "/tar/os.tar.gz");
     let half = fleet.dir().join("half");
@@ -319,7 +325,7 @@ async fn only_known_certificates_that_were_not_revoked_are_served() -> Result<()
     assert_eq!(node.curl(&[], &address, &body).await?, 403);
     assert!(fs::read_to_string(&body)?.contains("quarantined"), "{}", fs::read_to_string(&body)?);
 
-    // Who was refused is in the audit.
+    // The audit lists the refusals.
     let filter = AuditFilter { method: "FileMirror".to_owned(), ..AuditFilter::default() };
     let request = ListAuditEventsRequest { filter: Some(filter), ..ListAuditEventsRequest::default() };
     let refused = access.list_audit_events(request).await?.into_inner().audit_events;

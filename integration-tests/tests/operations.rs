@@ -1,4 +1,4 @@
-//! Reboot and power-off: at once, later, too late, cancelled, and asked for twice.
+//! Reboot and power-off: immediate, scheduled, expired, cancelled, and requested twice.
 
 use std::time::{Duration, SystemTime};
 
@@ -17,7 +17,7 @@ use marco_proto::v1::{
 };
 use tonic::Code;
 
-/// An instant that long after now.
+/// The time `time` from now.
 fn after(time: Duration) -> prost_types::Timestamp {
     (SystemTime::now() + time).into()
 }
@@ -55,13 +55,13 @@ async fn a_powered_off_pi_stays_off_until_its_button_is_pressed() -> Result<()> 
         Ok(pi.log()?.last().is_some_and(|line| line.event == "power-off").then_some(()))
     })
     .await?;
-    // Only a node that stays away for a minute is off; until then it could be a reboot.
+    // A power-off counts only after the node has been away for a minute; before, it could be a reboot.
     fleet.ends(&operation.name, seconds(120), OperationState::Succeeded).await?;
     assert_eq!(pi.count("power-off", &execution_name(&operation, &id))?, 1);
     assert_eq!(pi.boots()?, 1, "it came back by itself");
     let off = fleet.node(&id).await?;
     assert_eq!((off.connected, off.powered_off_by), (false, operation.name.clone()));
-    // What waits for it says why it is away, and so does the check before it is created.
+    // A waiting execution gives the reason for the node's absence. So does the check before an operation is created.
     let waits = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     fleet
         .execution_becomes(&waits.name, &id, seconds(10), "waiting for the node", |execution| {
@@ -93,6 +93,7 @@ async fn a_power_off_whose_stream_breaks_while_the_shutdown_hangs_is_not_believe
 {
     let (fleet, id) = one_pi().await?;
     let pi = fleet.pi(&id);
+    // The virtual Pi's shutdown hangs while this file is there.
     std::fs::write(pi.path("hang"), "agent")?;
     let operation = fleet.create(poweroff(&[&id])).await?;
     wait_until(seconds(30), "the Pi goes down", async || {
@@ -116,7 +117,7 @@ async fn a_power_off_whose_stream_breaks_while_the_shutdown_hangs_is_not_believe
 async fn a_scheduled_operation_waits_for_its_time_and_says_so() -> Result<()> {
     let (fleet, id) = one_pi().await?;
     let mut operation = reboot(&[&id], Duration::ZERO);
-    // Ample for the two calls that follow, also on a machine that has much else to do.
+    // Enough time for the next two calls, also on a busy machine.
     let due = after(seconds(8));
     operation.schedule_time = Some(due);
     let created = fleet.create(operation).await?;
@@ -138,7 +139,7 @@ async fn what_a_node_missed_expires_and_is_never_done_later() -> Result<()> {
     wait_until(seconds(30), "the node is offline", async || Ok((!fleet.node(&id).await?.connected).then_some(())))
         .await?;
     let mut operation = reboot(&[&id], Duration::ZERO);
-    // Long enough that it is seen to wait before it expires.
+    // Long enough that the test sees it wait before it expires.
     operation.expire_time = Some(after(seconds(8)));
     let created = fleet.create(operation).await?;
     fleet
@@ -151,7 +152,7 @@ async fn what_a_node_missed_expires_and_is_never_done_later() -> Result<()> {
 
     fleet.start_agents()?;
     fleet.all_connected().await?;
-    // A later one is done; so the node has had every chance to do the expired one.
+    // A later operation succeeds, so the node had every chance to run the expired one.
     fleet.succeeds(reboot(&[&id], Duration::ZERO), seconds(60)).await?;
     assert_eq!(fleet.pi(&id).reboots(&execution_name(&created, &id))?, 0);
     Ok(())
@@ -168,7 +169,7 @@ async fn a_cancelled_operation_that_waits_is_never_assigned() -> Result<()> {
     let execution = fleet.execution(&created.name, &id).await?;
     assert_eq!((execution.state(), execution.attempt), (State::Cancelled, 0));
 
-    // Past its time, another one is done and this one still is not.
+    // After its time another operation runs, and this one still does not.
     let due = SystemTime::now() + seconds(3);
     wait_until(seconds(10), "its time has passed", async || Ok((SystemTime::now() > due).then_some(()))).await?;
     fleet.succeeds(reboot(&[&id], Duration::ZERO), seconds(60)).await?;
@@ -184,7 +185,7 @@ async fn a_cancel_during_the_notice_stops_the_reboot() -> Result<()> {
     fleet.cancel(&created.name).await?;
     fleet.ends(&created.name, seconds(30), OperationState::Cancelled).await?;
     assert_eq!(fleet.execution(&created.name, &id).await?.state(), State::Cancelled);
-    // The node is free for the next one, which is the only one that is done.
+    // The node is free again, and runs only the next operation.
     let next = fleet.succeeds(reboot(&[&id], Duration::ZERO), seconds(60)).await?;
     let pi = fleet.pi(&id);
     assert_eq!(pi.reboots(&execution_name(&created, &id))?, 0);
@@ -199,6 +200,7 @@ async fn a_cancel_after_the_point_of_no_return_is_too_late_and_the_end_says_what
     let created = fleet.create(reboot(&[&id], Duration::ZERO)).await?;
     let pi = fleet.pi(&id);
     let name = execution_name(&created, &id);
+    // The point of no return is the shutdown: a long one gives the cancel time to arrive.
     wait_until(seconds(30), "the Pi goes down", async || Ok((pi.reboots(&name)? > 0).then_some(()))).await?;
     let cancelled = fleet.cancel(&created.name).await?;
     assert_eq!(cancelled.state(), OperationState::Cancelling);
@@ -217,7 +219,7 @@ async fn the_same_request_twice_is_one_operation() -> Result<()> {
     let second = fleet.operations().create_operation(request.clone()).await?.into_inner();
     assert_eq!(first.name, second.name);
     fleet.ends(&first.name, seconds(60), OperationState::Succeeded).await?;
-    // Also when it has long ended.
+    // The answer is the same long after the end.
     let third = fleet.operations().create_operation(request.clone()).await?.into_inner();
     assert_eq!((third.state(), third.name), (OperationState::Succeeded, first.name.clone()));
 
@@ -243,16 +245,16 @@ async fn a_repeated_request_gets_the_first_result_whatever_went_since() -> Resul
         operation: Some(operation),
         request_id: request_id.to_owned(),
     };
-    // Its times pass.
+    // First case: its expiry passes.
     let short = request(Operation { expire_time: Some(ends.into()), ..reboot(&[&id], seconds(600)) }, "short");
     let first = fleet.operations().create_operation(short.clone()).await?.into_inner();
-    // Its image goes; an operation that never begins needs it no longer when it is cancelled.
+    // Second case: its image is deleted. A cancelled operation that never began does not need the image.
     let later = Operation { schedule_time: Some(after(seconds(3600))), ..update(&[&id], &image.name, "") };
     let installs = request(later, "installs");
     let second = fleet.operations().create_operation(installs.clone()).await?.into_inner();
     fleet.cancel(&second.name).await?;
     fleet.artifacts().delete_artifact(DeleteArtifactRequest { name: image.name.clone() }).await?;
-    // A retry of what was retried, and has a node no more.
+    // Third case: the retry of an operation that was itself retried, and whose node is gone.
     let retry = RetryOperationRequest { name: second.name.clone(), request_id: "retry".to_owned() };
     let refused = fleet.operations().retry_operation(retry.clone()).await.err().context("its image is gone")?;
     assert_eq!(refused.code(), Code::NotFound, "{refused:?}");
@@ -270,7 +272,7 @@ async fn a_repeated_request_gets_the_first_result_whatever_went_since() -> Resul
         assert_eq!(again.name, made.name);
     }
     assert_eq!(fleet.operations().retry_operation(retry).await?.into_inner().name, third.name);
-    // Another body stays a conflict, and the same body under another id is looked at again.
+    // Another body under the same id stays a conflict. The same body under a new id is checked again.
     let other = request(reboot(&[&id], seconds(1)), "short");
     let status = fleet.operations().create_operation(other).await.err().context("another body was taken")?;
     assert_eq!((status.code(), reason(&status).as_str()), (Code::AlreadyExists, "REQUEST_ID_REUSED"));
@@ -310,7 +312,7 @@ async fn a_controller_that_is_asked_to_end_ends_in_time_and_forgets_nothing() ->
     let mut watch = fleet.nodes().watch_nodes(marco_proto::v1::WatchNodesRequest::default()).await?.into_inner();
     let status = fleet.terminate_controller(seconds(20)).await?;
     assert!(status.success(), "{status}");
-    // The open stream was ended, not cut under a client that waits for ever.
+    // The server ended the open stream. A client of a stream that was merely cut would wait forever.
     tokio::time::timeout(seconds(5), async { while let Ok(Some(_)) = watch.message().await {} }).await?;
     fleet.start_controller().await?;
     fleet.ends(&created.name, seconds(90), OperationState::Succeeded).await?;

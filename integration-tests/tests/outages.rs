@@ -1,4 +1,4 @@
-//! Nodes that were away, and nodes that are ill: nothing is done that was called off, and nothing fails in silence.
+//! Nodes that were away, and nodes with faults: cancelled work is not done, and no fault is silent.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ async fn one_pi() -> Result<(Fleet, String)> {
     Ok((fleet, id))
 }
 
-/// Conditions that a node says.
+/// The conditions that a node reports.
 async fn ills(fleet: &Fleet, id: &str) -> Result<Vec<Type>> {
     Ok(fleet.node(id).await?.conditions.iter().map(|ill| ill.r#type()).collect())
 }
@@ -33,7 +33,7 @@ async fn work_cancelled_during_an_outage_is_not_done() -> Result<()> {
     fleet.start_agents()?;
     fleet.ends(&operation.name, seconds(60), OperationState::Cancelled).await?;
     assert_eq!((warnings()?, pi.reboots(&execution_name(&operation, &id))?), (1, 0));
-    // And it is ready for more.
+    // The node accepts new work.
     fleet.succeeds(reboot(&[&id], Duration::ZERO), seconds(60)).await?;
     Ok(())
 }
@@ -43,6 +43,7 @@ async fn node_whose_journal_cannot_be_written_says_so_and_recovers() -> Result<(
     let (fleet, id) = one_pi().await?;
     assert!(ills(&fleet, &id).await?.is_empty());
     let pi = fleet.pi(&id);
+    // A folder in place of the temporary file makes each write of the journal fail, also for root.
     let in_the_way = pi.path("root/var/lib/marco-agent/journal.json.new");
     std::fs::create_dir_all(in_the_way.join("x"))?;
     for _ in 0..2 {
@@ -50,6 +51,7 @@ async fn node_whose_journal_cannot_be_written_says_so_and_recovers() -> Result<(
         fleet.ends(&operation.name, seconds(30), OperationState::Failed).await?;
         let execution = fleet.execution(&operation.name, &id).await?;
         assert_eq!(execution.error.context("no error")?.reason, "JOURNAL_NOT_WRITABLE");
+        // An earlier version assigned it again three times a second, and warned users every few seconds.
         assert_eq!(execution.attempt, 1, "it is given once");
     }
     wait_until(
@@ -72,7 +74,7 @@ async fn weak_power_and_a_wrong_clock_are_shown() -> Result<()> {
     let pi = fleet.pi(&id);
     std::fs::write(pi.path("under-voltage"), "")?;
     std::fs::write(pi.path("clock"), "1970-01-01T00:00:00Z")?;
-    // It is looked at when the agent starts, and the clock when it has heard a controller.
+    // The agent checks the power supply when it starts, and the clock after it has heard a controller.
     fleet.succeeds(reboot(&[&id], Duration::ZERO), seconds(60)).await?;
     wait_until(seconds(30), "both are shown", async || {
         Ok((ills(&fleet, &id).await? == [Type::Clock, Type::UnderVoltage]).then_some(()))

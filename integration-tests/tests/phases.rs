@@ -1,4 +1,5 @@
-//! What nodes say that they do, and what the controller knows of it; and machines that do not go down when they are told.
+//! Phases that nodes report and the controller's deadlines for them; and machines that do not go down when they are
+//! told to.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,6 +18,7 @@ use marco_proto::v1::operation::State as OperationState;
 
 #[test]
 fn the_controller_has_a_deadline_for_each_phase_that_an_agent_reports() {
+    // Controller and agent share no code, so that their lists could drift apart.
     let known: BTreeSet<&str> = Phase::ALL.iter().map(|phase| phase.as_str()).collect();
     let reported: BTreeSet<&str> = node_agent::job::phase::ALL.iter().copied().collect();
     assert_eq!(known, reported);
@@ -27,7 +29,7 @@ fn controller_and_node_wait_equally_long_for_a_verdict() {
     assert_eq!(Phase::Verdict.limit(), marco_proto::names::VERDICT_DEADLINE);
 }
 
-/// Lines of a Pi's own log: events, for a boot with the partition and whether it was a trial.
+/// The events of a Pi's own log; a boot with its partition, and with `trial` if it was one.
 fn told(fleet: &Fleet, id: &str) -> Result<Vec<String>> {
     let lines = fleet.pi(id).read("log.jsonl")?;
     let line = |text: &str| -> Result<String> {
@@ -53,7 +55,7 @@ async fn a_machine_that_does_not_go_down_is_told_more_strongly_and_goes_down_onc
     fs::write(fleet.pi(off).path("stuck"), "services")?;
     let restarted = fleet.create(reboot(&[service, worse], Duration::ZERO)).await?;
     let switched_off = fleet.create(poweroff(&[off])).await?;
-    // The first command did nothing: it is seen that there was a second.
+    // The first command had no effect, so the agent escalates, and that is visible.
     let stuck = fleet
         .execution_becomes(&restarted.name, worse, seconds(30), "told again", |execution| {
             execution.phase == "restarting by force"
@@ -68,7 +70,7 @@ async fn a_machine_that_does_not_go_down_is_told_more_strongly_and_goes_down_onc
         assert_eq!(fleet.pi(id).reboots(&execution_name(&restarted, id))?, 1);
         assert_eq!(told(&fleet, id)?, ["boot p4", "reboot", "boot p4"]);
     }
-    // It is off: the controller hears nothing for a minute, and then believes it.
+    // It is off. The controller believes that after a minute of silence.
     fleet.ends(&switched_off.name, seconds(120), OperationState::Succeeded).await?;
     assert_eq!(told(&fleet, off)?, ["boot p4", "power-off"]);
     fleet.went_well();
@@ -83,6 +85,7 @@ async fn an_update_keeps_the_argument_of_its_trial_boots_however_strongly_the_ma
     let file = make_image(fleet.dir(), "next", Compression::Gzip)?;
     let image = push(&mut fleet.artifacts(), "next", Kind::Image, Purpose::Unspecified, &file).await?;
     fleet.succeeds(update(&[&id], &image.name, ""), seconds(120)).await?;
+    // A forced restart that dropped the argument would boot the old system instead of the trial.
     assert_eq!(told(&fleet, &id)?, ["boot p4", "reboot", "boot p1 trial", "reboot", "boot p4 trial"]);
     fleet.went_well();
     Ok(())

@@ -1,5 +1,5 @@
-//! The account of the doors in `docs/security.md`, played: each kind of peer at each listener takes what it can get, and
-//! what the controller pays stays under the written bounds while an admin is answered.
+//! Checks the bounds in `docs/security.md`: each kind of peer takes all it can get from each listener. The controller's
+//! costs stay under the documented bounds, and an admin is answered meanwhile.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -21,32 +21,32 @@ use marco_proto::v1::{
 use prost::Message as _;
 use tokio::time::{Instant, sleep};
 
-/// Files that the system lets the controller have open here.
+/// The controller's limit of open files in this test.
 const FILES: usize = 2048;
-/// Connections that a person holds at a time, and any other peer: more than either is given where the system grants
-/// [`FILES`], and not so many that their handshakes are all that this machine does.
+/// Simultaneous connections of a user, and of any other peer. With [`FILES`] open files neither gets that many. More
+/// would only keep this machine busy with handshakes.
 const OF_A_PERSON: usize = 150;
 const OF_ANOTHER: usize = 100;
-/// Calls that it tries to open on each.
+/// Calls that the peer tries to open on each connection.
 const STREAMS: usize = 160;
-/// What one kind of peer may make the controller hold, in bytes of memory: `docs/security.md`, "All together".
+/// Bytes of memory that one kind of peer may make the controller hold: `docs/security.md`, "All together".
 const MEMORY: u64 = 384 << 20;
-/// Bytes of log, and of the data folder, that one kind of peer may fill in the time of a test.
+/// Bytes of log, and of the data folder, that one kind of peer may fill during its attack.
 const LOG: u64 = 2 << 20;
 const DISK: u64 = 16 << 20;
-/// An admin's call on a new connection is answered within this time.
+/// Deadline for an admin's call on a new connection.
 const ANSWER: Duration = seconds(1);
-/// This many in a hundred may take longer: the controller of a test is built without optimization.
+/// Percentage of calls that may be later: the tests' controller is built without optimization.
 const LATE: usize = 10;
 
 const ENROLMENT: [Call; 1] = [Call { path: "/marco.bootstrap.v1.EnrollmentService/Enroll", message: None }];
 
-/// For how long each peer is greedy.
+/// Duration of each peer's attack.
 fn greedy_for() -> Duration {
     std::env::var("QUOTA_SECONDS").ok().and_then(|text| text.parse().ok()).map_or(seconds(3), Duration::from_secs)
 }
 
-/// Every kind of peer, by name.
+/// Each kind of peer, by name.
 async fn peers(fleet: &Fleet) -> Result<Vec<(&'static str, Credentials)>> {
     let (ca, key) = (fleet.certs().join("ca.crt"), fleet.data().join("pki/ca.key"));
     let deleted = fleet.enrol_by_hand("deleted", false).await?;
@@ -79,7 +79,7 @@ fn calls() -> Vec<Call> {
     ]
 }
 
-/// Bytes of the files in a folder; one that goes meanwhile has none.
+/// Size of all files below a folder; a file that disappears meanwhile counts as 0.
 fn size(folder: &Path) -> u64 {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries
@@ -91,7 +91,7 @@ fn size(folder: &Path) -> u64 {
         .sum()
 }
 
-/// What the controller paid at the worst.
+/// Highest costs of the controller during an attack.
 #[derive(Debug, Default)]
 struct Paid {
     memory: u64,
@@ -99,11 +99,12 @@ struct Paid {
     answers: Vec<Duration>,
 }
 
-/// Measures, and calls as the admin on a connection of its own each time, until then.
+/// Measures the controller until `until`, and calls it as admin, each time on a new connection.
 async fn watch(fleet: &Fleet, before: u64, until: Instant) -> Result<Paid> {
     let mut paid = Paid::default();
     while Instant::now() < until {
         let begun = Instant::now();
+        // A new connection for each call, because admission of connections is what an attack exhausts first.
         let mut nodes = NodeServiceClient::new(fleet.admin().channel(fleet.addresses().api)?);
         let answer = tokio::time::timeout(seconds(10), nodes.list_nodes(ListNodesRequest::default())).await;
         answer.context("the admin was shut out")?.context("the admin was refused")?;
@@ -128,6 +129,7 @@ async fn each_kind_of_peer_costs_each_listener_a_bounded_sum() -> Result<()> {
     let usual = SetDefaultArtifactRequest { name: "artifacts/os".to_owned(), board: String::new() };
     fleet.artifacts().set_default_artifact(usual).await?;
     let peers = peers(&fleet).await?;
+    // Each refused path goes to the log, so a long one shows if lines are cut.
     let long = format!("/tar/{}", "x".repeat(60_000));
     let before = fleet.memory(0, "VmRSS")?;
     let crowd = Crowd::new()?;
@@ -165,13 +167,14 @@ async fn each_kind_of_peer_costs_each_listener_a_bounded_sum() -> Result<()> {
                 disk >> 10,
                 paid.answers.len(),
             );
-            // For whoever runs it for longer.
+            // On standard error, so that it shows during a long run.
             let _ = write!(std::io::stderr(), "{row}");
             account.push_str(&row);
             assert!(paid.memory < MEMORY, "{account}");
+            // Some files must be left for the database and for downloads.
             assert!(paid.files < FILES / 10 * 9, "{account}");
             assert!(log < LOG && disk < DISK, "{account}");
-            // With few answers one of them is more than a tenth.
+            // With few answers a single late one would exceed the percentage.
             assert!(late <= 1 || late * 100 <= paid.answers.len() * LATE, "{account}");
         }
     }

@@ -1,5 +1,5 @@
-//! Four controllers, each a process of its own, race for the same instants of the same schedules on one Postgres. What
-//! they made of them is read from the database alone.
+//! Four controllers, each a process of its own, race for the same due times of the same schedules on one Postgres. The
+//! outcome is read from the database only.
 
 #![allow(clippy::print_stdout, reason = "who fired how much is worth reading, also when it passed")]
 
@@ -15,21 +15,21 @@ use marco_proto::v1::{CreateScheduleRequest, Schedule, schedule};
 use serde_json::Value;
 
 const CONTROLLERS: usize = 4;
-/// Each fires every second, so that it takes 20 seconds to see 500 instants.
+/// Number of schedules. Each fires every second, so 500 due times take 20 seconds.
 const SCHEDULES: usize = 25;
 const INSTANTS: i64 = 20;
-/// From one second to the next, as the database counts.
+/// Microseconds of a second, the database's unit of time.
 const SECOND: i64 = 1_000_000;
 
 struct Race {
     fleet: Fleet,
     server: &'static Postgres,
     url: String,
-    /// The first instant that all schedules have.
+    /// The first due time that all schedules have, in microseconds since 1970.
     first: i64,
 }
 
-/// What became of an instant.
+/// The recorded outcome of a due time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Row {
     outcome: String,
@@ -45,7 +45,7 @@ fn number(row: &Value, name: &str) -> Option<i64> {
     row.get(name).and_then(Value::as_i64)
 }
 
-/// An instant of a schedule.
+/// Schedule and due time of a row.
 fn instant(row: &Value) -> Result<(String, i64)> {
     let at = number(row, "fire_time").with_context(|| format!("no instant: {row}"))?;
     Ok((text(row, "schedule").to_owned(), at))
@@ -67,7 +67,7 @@ impl Race {
             let schedule = Schedule {
                 cron: "* * * * * *".to_owned(),
                 time_zone: "Europe/Madrid".to_owned(),
-                // What becomes of the operations is no matter here: one Pi warns its users, the rest waits for it.
+                // The operations themselves do not matter here: one Pi stays in its notice, and all others wait for it.
                 operation: Some(reboot(&ids, seconds(3600))),
                 overlap: schedule::Overlap::Queue.into(),
                 ..Schedule::default()
@@ -85,7 +85,7 @@ impl Race {
         Ok(Self { fleet, server, url, first })
     }
 
-    /// Waits until every schedule is past its instant with this number.
+    /// Waits until each schedule is past the due time with this number.
     async fn pass(&self, instant: i64) -> Result<()> {
         let until = self.first + instant * SECOND;
         let behind = format!("SELECT id FROM schedules WHERE next_fire <= {until}");
@@ -95,10 +95,10 @@ impl Race {
         .await
     }
 
-    /// What became of the first so many instants of each schedule: exactly one row each, and for each that fired
-    /// exactly one operation; there is no other operation.
+    /// The outcomes of the first `instants` due times of each schedule. Checks that each has exactly one row, that each
+    /// fired one has exactly one operation, and that there are no other operations.
     fn decided(&self, instants: i64) -> Result<Vec<Row>> {
-        // The schedules go on firing meanwhile: a fire between two reads would be an operation without a row.
+        // Schedules fire meanwhile: a fire between two separate reads would look like an operation without a row.
         let queries = [
             "SELECT schedule, fire_time, outcome, reason, operation FROM fires",
             "SELECT id, schedule, fire_time FROM operations",
@@ -136,7 +136,7 @@ impl Race {
         Ok(all)
     }
 
-    /// How many fires each controller's log has.
+    /// Number of fires in each controller's log.
     fn shares(&self) -> Result<Vec<usize>> {
         let fired = |number| Ok(self.fleet.controller_log(number)?.matches("a schedule fired").count());
         (0..CONTROLLERS).map(fired).collect()
@@ -152,6 +152,7 @@ async fn four_controllers_make_one_operation_of_each_of_500_instants() -> Result
     assert!(decided.iter().all(|row| row.outcome == "FIRED"), "{decided:?}");
     let shares = race.shares()?;
     println!("race: {} instants, {} operations, fired by {shares:?}", decided.len(), decided.len());
+    // The control: if one controller did all the work, there was no race.
     assert!(shares.iter().filter(|share| **share > 0).count() > 1, "one of them did it all: {shares:?}");
     race.fleet.went_well();
     Ok(())
@@ -159,10 +160,11 @@ async fn four_controllers_make_one_operation_of_each_of_500_instants() -> Result
 
 #[tokio::test]
 async fn kills_and_a_clock_an_hour_off_neither_lose_nor_double_an_instant() -> Result<()> {
-    /// An outage of all controllers is longer than instants may be late; what a busy machine holds up is not, so that all
-    /// others fire.
+    /// Allowed lateness. An outage of all controllers exceeds it. Delays on a busy machine do not, so that all other
+    /// due times fire.
     const LATE: Duration = seconds(30);
     let mut race = Race::start(Some(LATE)).await?;
+    // An hour ahead: this controller must still take due times by the database's clock.
     race.fleet.jump_clock(3, 3600)?;
     race.pass(5).await?;
     race.fleet.kill(1).await?;
@@ -176,7 +178,7 @@ async fn kills_and_a_clock_an_hour_off_neither_lose_nor_double_an_instant() -> R
     let shares = race.shares()?;
     println!("race with kills: {} instants, {} operations, fired by {shares:?}", decided.len(), decided.len());
 
-    // Only the one with the wrong clock is left, then nobody, then it again.
+    // First only the controller with the wrong clock is left, then none, then that one again.
     race.fleet.kill(0).await?;
     race.pass(INSTANTS + 3).await?;
     race.fleet.kill(3).await?;
@@ -193,7 +195,7 @@ async fn kills_and_a_clock_an_hour_off_neither_lose_nor_double_an_instant() -> R
     let missed: Vec<&Row> = all.iter().filter(|row| row.outcome == "MISSED").collect();
     println!("race with an outage: {} instants, {} of them missed", all.len(), missed.len());
     assert!(missed.len() >= SCHEDULES, "each schedule missed some");
-    // A machine that has much else to do revives a controller later than another.
+    // Only an order of magnitude: a busy machine may revive a controller late.
     let at_least_ten_seconds = |row: &&Row| {
         let late = row.reason.strip_prefix("found ").and_then(|reason| reason.strip_suffix("s late"));
         late.is_some_and(|late| late.len() >= 2)

@@ -1,4 +1,4 @@
-//! How nodes join: with a token, from a file on their card, and again with a fresh certificate.
+//! Registration of nodes: with a token, from a file on the card, and by renewal of a certificate.
 
 use anyhow::{Context as _, Result};
 use integration_tests::certs::NodeKey;
@@ -17,7 +17,7 @@ fn enrollment(fleet: &Fleet) -> Result<EnrollmentServiceClient<Channel>> {
     Ok(EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?))
 }
 
-/// Enrols a node made by hand.
+/// Enrols a node by hand.
 async fn enroll(fleet: &Fleet, key: &NodeKey, token: &str, id: &str) -> Result<Result<EnrollResponse, Status>> {
     let request = EnrollRequest {
         token: token.to_owned(),
@@ -46,11 +46,12 @@ async fn a_token_is_all_that_a_pi_needs_to_appear_with_the_facts_of_its_board() 
     assert_eq!((node.state(), node.mode()), (node::State::Approved, NodeMode::Running));
     assert!(node.connected && node.create_time.is_some() && !node.agent_version.is_empty());
 
+    // The virtual Pi's own log is the reference: what the controller shows must match it.
     let log = fleet.pi(id).log()?;
     assert_eq!(log.iter().map(|line| line.event.as_str()).collect::<Vec<_>>(), ["boot"]);
     assert_eq!(log[0].boot_id, node.boot_id, "the node is not known under the boot id that it booted with");
 
-    // The watch says the same, and tells when the node goes away.
+    // The watch shows the same, and reports when the node disconnects.
     let mut watch = fleet.nodes().watch_nodes(WatchNodesRequest::default()).await?.into_inner();
     let first = tokio::time::timeout(seconds(10), watch.message()).await??.context("the watch ended")?;
     assert_eq!(first.nodes.iter().map(|node| node.name.as_str()).collect::<Vec<_>>(), [node.name.as_str()]);
@@ -72,7 +73,7 @@ async fn a_token_is_all_that_a_pi_needs_to_appear_with_the_facts_of_its_board() 
 async fn a_join_file_on_the_card_is_enough_and_loses_its_token() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let token = fleet.token(1).await?;
-    // Without a token the virtual Pi has its card, boots, and is not let in.
+    // Without a token the virtual Pi makes its card and boots, but the controller does not know it.
     fleet.start_new_agents(&[])?;
     let pi = fleet.pi(&wait_until(seconds(20), "the virtual Pi has been made", async || {
         let mut made = std::fs::read_dir(fleet.dir().join("pis")).into_iter().flatten().flatten();
@@ -90,12 +91,14 @@ async fn a_join_file_on_the_card_is_enough_and_loses_its_token() -> Result<()> {
         fleet.addresses().enroll
     );
     std::fs::write(pi.path("recovery/marco/join.toml"), file)?;
+    // Agents look for a join file when they start.
     pi.cut_power()?;
     wait_until(seconds(60), "the node named in the file is connected", async || {
         let nodes = fleet.list_nodes().await?;
         Ok(nodes.iter().any(|node| node.name == "nodes/from-a-card" && node.connected).then_some(()))
     })
     .await?;
+    // A used token is worthless, but an unused one on a card would let anyone enrol who reads it.
     wait_until(seconds(10), "the token is gone from the file", async || {
         Ok((!pi.read("recovery/marco/join.toml").unwrap_or_default().contains(&token)).then_some(()))
     })
@@ -128,7 +131,7 @@ async fn a_used_an_expired_a_revoked_and_a_wrong_token_get_the_same_answer() -> 
         Ok((now > std::time::SystemTime::try_from(end)?).then_some(()))
     })
     .await?;
-    // The same id and pin, but another secret.
+    // The right id and pin with a wrong secret.
     let wrong: Vec<&str> = revoked.token.split('.').collect();
     let other: Vec<&str> = used.split('.').collect();
     let wrong = [wrong[0], wrong[1], other[2], wrong[3]].join(".");
@@ -141,6 +144,7 @@ async fn a_used_an_expired_a_revoked_and_a_wrong_token_get_the_same_answer() -> 
         };
         answers.push((status.code(), status.message().to_owned(), status.details().to_vec()));
     }
+    // Different answers would tell an attacker which tokens exist.
     assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "they tell one from the other: {answers:?}");
     assert!(matches!(answers[0].0, Code::Unauthenticated | Code::PermissionDenied), "{answers:?}");
     assert_eq!(fleet.ids().await?, ["the-first"], "a refused node was stored");
@@ -151,7 +155,7 @@ async fn a_used_an_expired_a_revoked_and_a_wrong_token_get_the_same_answer() -> 
 async fn enrolling_again_with_the_same_key_and_token_gives_the_same_node() -> Result<()> {
     let fleet = Fleet::builder().pis(0).start().await?;
     let (key, token) = (NodeKey::generate()?, fleet.token(1).await?);
-    // The first answer was lost on the way, say.
+    // Simulates a lost answer: the node asks again with the same key.
     let first = enroll(&fleet, &key, &token, "twice").await??;
     let second = enroll(&fleet, &key, &token, "twice").await??;
     assert_eq!(first.node, second.node);
@@ -166,6 +170,7 @@ async fn a_node_renews_its_certificate_with_its_old_key_and_nobody_else_can() ->
     let pi = fleet.pi(&id);
     let (old, certificate) = (NodeKey::read(&pi.path("agent/node.key"))?, pi.read("agent/node.crt")?);
 
+    // A certificate is public, so it must not be enough for a renewal.
     let thief = NodeKey::generate()?;
     let stolen = thief.request(&thief)?;
     let request = RenewCertificateRequest {
@@ -181,7 +186,7 @@ async fn a_node_renews_its_certificate_with_its_old_key_and_nobody_else_can() ->
     let request =
         RenewCertificateRequest { certificate, certificate_request: signed.pem, signature: signed.signature.into() };
     let renewed = enrollment(&fleet)?.renew_certificate(request).await?.into_inner();
-    // It is good for what a node may do: read itself, and nothing of others.
+    // The new certificate has a node's rights: it reads its own node, and no others.
     let node = Credentials { ca: renewed.ca_certificate, identity: Some((renewed.certificate, fresh.pem())) };
     let mut nodes = marco_proto::v1::node_service_client::NodeServiceClient::new(node.channel(fleet.addresses().api)?);
     let name = format!("nodes/{id}");
@@ -192,10 +197,10 @@ async fn a_node_renews_its_certificate_with_its_old_key_and_nobody_else_can() ->
     Ok(())
 }
 
-/// Runs an agent that cannot get in until it ends by itself.
+/// Runs an agent that cannot enrol, until it ends by itself.
 async fn ends(fleet: &Fleet, arguments: &[&str]) -> Result<Output> {
     let config = fleet.dir().join("agent.toml");
-    // `enroll` is for the machine itself: it must not find an identity here, nor leave one.
+    // `enroll` is for the machine itself: without these folders it would find or leave an identity there.
     let own = fleet.dir().join("own");
     std::fs::create_dir_all(&own)?;
     std::fs::write(&config, format!("identity_dir = {own:?}\nstate_dir = {own:?}\n"))?;
@@ -225,22 +230,22 @@ async fn agent_that_can_never_get_in_ends_and_says_why() -> Result<()> {
     // A token of another controller.
     let ended = simulate("p1", &["--token-file", &foreign]).await?;
     assert!(ended.stderr.contains("another controller than the one that made the join token"), "{ended:?}");
-    // A card of another controller: the Pi of the one fleet at the other one, which it is told by name.
+    // A card of another controller: this fleet's Pi with the address of the other fleet's controller.
     let dir = fleet.dir().join("pis").display().to_string();
     let there = other.addresses().api.to_string();
     let ended = ends(&fleet, &["simulate", "--count", "1", "--dir", &dir, "--controller", &there]).await?;
     assert!(ended.stderr.contains("another controller than the one where this node was enrolled"), "{ended:?}");
-    // A name that is none, and one that leads out of the folder.
+    // A malformed name, and one that leads out of its folder.
     let ended = simulate("p2", &["--token-file", &ours, "--prefix", "../out-"]).await?;
     assert!(ended.stderr.contains("--prefix \"../out-\""), "{ended:?}");
     assert!(!fleet.dir().join("out-01").exists(), "it left its folder");
     let ended = ends(&fleet, &[&["enroll", "--name", "bad name", "--token-file", &ours], &way[..]].concat()).await?;
     assert!(ended.stderr.contains("bad name"), "{ended:?}");
-    // A file that holds no token.
+    // A file without a token in it.
     let certificate = fleet.certs().join("ca.crt").display().to_string();
     let ended = simulate("p3", &["--token-file", &certificate]).await?;
     assert!(ended.stderr.contains("ca.crt is not a join token: it holds a certificate"), "{ended:?}");
-    // Each port for the other.
+    // Each port in place of the other.
     let mirror = fleet.addresses().mirror.to_string();
     for (listener, said) in [(&api, "no enrolment listener"), (&mirror, "file mirror")] {
         let wrong = ["enroll", "--controller", &api, "--enroll", listener, "--token-file", &ours];

@@ -1,4 +1,4 @@
-//! Rollouts over virtual Pis: a few at a time, a pause by itself, and going on.
+//! Rollouts on virtual Pis: limited concurrency, automatic pauses, and resuming.
 
 use std::fs;
 
@@ -21,7 +21,7 @@ async fn events(fleet: &Fleet, operation: &str) -> Result<Vec<Event>> {
     Ok(fleet.operations().list_events(request).await?.into_inner().events)
 }
 
-/// The most nodes that were between assignment and end at once, as the events have it.
+/// The most nodes that were between assignment and end at the same time, by the events.
 fn most_in_flight(events: &[Event]) -> i32 {
     let (mut now, mut most) = (0, 0);
     for event in events.iter().filter(|event| !event.node.is_empty()) {
@@ -53,7 +53,7 @@ async fn nodes_go_a_few_at_a_time_and_who_waits_is_told_for_whom() -> Result<()>
     let explained =
         fleet.operations().explain_execution(ExplainExecutionRequest { name: name.clone() }).await?.into_inner();
     assert!(explained.holders.iter().all(|holder| holder.starts_with(&created.name) && *holder != name));
-    // The rollout has gone on since: only of an execution that still waits is it told for what.
+    // The rollout has progressed since, so the explanation names a slot only if the execution still waits.
     let still_waits = explained.execution.as_ref().is_some_and(|found| found.wait_reason() == WaitReason::NoSlot);
     assert!(!still_waits || explained.explanation.contains("slot"), "{explained:?}");
     fleet.ends(&created.name, seconds(120), OperationState::Succeeded).await?;
@@ -72,7 +72,7 @@ async fn nodes_go_a_few_at_a_time_and_who_waits_is_told_for_whom() -> Result<()>
 async fn nodes_that_cannot_do_it_pause_the_rest_and_a_retry_takes_only_those() -> Result<()> {
     let fleet = Fleet::builder().pis(6).start().await?;
     let ids = fleet.ids().await?;
-    // There is no default bootcode, and these have lost the one that they keep.
+    // There is no default bootcode, and these nodes have lost their fallback.
     for id in ids.iter().take(3) {
         fs::remove_file(fleet.pi(id).path("recovery/marco/fallback.zip"))?;
     }
@@ -82,7 +82,7 @@ async fn nodes_that_cannot_do_it_pause_the_rest_and_a_retry_takes_only_those() -
     operation.rollout =
         Some(Rollout { max_in_flight: 3, failure_limit: Some(FailureLimit::MaxFailures(0)), ..Rollout::default() });
     let created = fleet.create(operation).await?;
-    // The first failure pauses it; the other two were at work by then, and end as they do.
+    // The first failure pauses the operation. The other two were running by then, and may end.
     let paused = wait_until(seconds(60), "the operation pauses by itself, and the three have failed", async || {
         let operation = fleet.operation(&created.name).await?;
         let failed = operation.counts.unwrap_or_default().failed;
@@ -101,6 +101,7 @@ async fn nodes_that_cannot_do_it_pause_the_rest_and_a_retry_takes_only_those() -
     assert_eq!(retried.rollout, created.rollout);
     let executions = fleet.executions(&retried.name).await?;
     let nodes: Vec<String> = executions.iter().map(|execution| execution.node.clone()).collect();
+    // Nodes that succeeded must not install the same image twice.
     assert_eq!(nodes, ids.iter().take(3).map(|id| format!("nodes/{id}")).collect::<Vec<_>>());
     fleet.cancel(&retried.name).await?;
     Ok(())
@@ -116,7 +117,7 @@ async fn a_node_waits_for_the_window_and_is_told_when_it_opens() -> Result<()> {
         Some(MaintenanceWindow { cron: cron.to_owned(), duration, time_zone: "Europe/Madrid".to_owned() })
     };
     let mut yearly = reboot(&ids, seconds(0));
-    // An hour a year: it is closed, but for the unlucky test that runs then.
+    // One hour a year. The test fails if it runs in that hour.
     yearly.window = window("0 3 29 7 *");
     let created = fleet.create(yearly).await?;
     let execution = fleet.execution(&created.name, id).await?;

@@ -13,6 +13,7 @@ const PIS: usize = 200;
 
 async fn all_reboot_once(database: Database) -> Result<()> {
     let fleet = Fleet::builder().pis(PIS).database(database).start().await?;
+    // Without notice all of them reboot and reconnect in the same seconds.
     let at_once = Some(prost_types::Duration::try_from(Duration::ZERO)?);
     let reboot = Operation {
         action: Some(Action::Reboot(Reboot { notice: at_once, message: String::new() })),

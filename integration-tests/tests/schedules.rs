@@ -1,4 +1,4 @@
-//! Schedules through the API and marcoctl: what is refused, what comes, and what a Pi does of it.
+//! Schedules through the API and marcoctl: refusals, fires, and the reboots of a Pi.
 
 use std::time::Duration;
 
@@ -52,6 +52,7 @@ async fn fires(fleet: &Fleet, id: &str) -> Result<Vec<Fire>> {
 async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Result<()> {
     let mut fleet = Fleet::builder().pis(1).start().await?;
     let id = fleet.ids().await?.remove(0);
+    // Each second, so that the test sees fires soon.
     let often = Schedule { cron: "* * * * * *".to_owned(), ..nightly(reboot(&[&id], Duration::ZERO)) };
     let created = schedules(&fleet)?.create_schedule(create("often", often)).await?.into_inner();
     assert_eq!((created.name.as_str(), created.creator.is_empty()), ("schedules/often", false));
@@ -61,6 +62,7 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
         Ok((made.len() >= 2).then_some(made))
     })
     .await?;
+    // The schedule is in the store alone, so that a restart must not lose it.
     fleet.kill_controller().await?;
     fleet.start_controller().await?;
     fleet.controller_is_healthy().await?;
@@ -75,6 +77,7 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
         Ok(fires(&fleet, "often").await?.first().is_some_and(|fire| fire.reason.ends_with("enough")).then_some(()))
     })
     .await?;
+    // The API lists fires newest first.
     let mut all = fires(&fleet, "often").await?;
     all.reverse();
     for pair in all.windows(2) {
@@ -85,6 +88,8 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
     for fire in all.iter().filter(|fire| fire.outcome() == Outcome::Fired) {
         let operation = fleet.ends(&fire.operation, seconds(60), State::Succeeded).await?;
         assert_eq!((operation.schedule.as_str(), operation.fire_time), ("schedules/often", fire.fire_time));
+        // The operation's id is derived from the schedule and the time. Two controllers that fire at once therefore
+        // create one.
         let time = |time: Option<prost_types::Timestamp>| {
             let time = time.context("no time")?;
             chrono::DateTime::from_timestamp(time.seconds, u32::try_from(time.nanos)?).context("no time")
@@ -96,12 +101,13 @@ async fn a_schedule_reboots_a_pi_once_for_each_operation_that_it_made() -> Resul
     for fire in all.iter().filter(|fire| fire.outcome() != Outcome::Fired) {
         assert!(fire.operation.is_empty() && !fire.reason.is_empty(), "{fire:?}");
     }
+    // The same request id twice must run the schedule once.
     let run = RunScheduleRequest { name: "schedules/often".to_owned(), request_id: "again".to_owned() };
     let first = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
     let again = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
     assert_eq!(first.name, again.name);
     fleet.ends(&first.name, seconds(60), State::Succeeded).await?;
-    // Also when the schedule is gone.
+    // The answer to a repeated request stays the same after the schedule is deleted.
     schedules(&fleet)?.delete_schedule(DeleteScheduleRequest { name: run.name.clone() }).await?;
     let late = schedules(&fleet)?.run_schedule(run.clone()).await?.into_inner();
     assert_eq!((late.state(), late.name), (State::Succeeded, first.name));
@@ -120,7 +126,7 @@ async fn changes_at_any_moment_neither_lose_nor_stop_an_instant() -> Result<()> 
     schedules(&fleet)?.create_schedule(create("busy", often)).await?;
     let mut client = schedules(&fleet)?;
     for number in 0..CHANGES {
-        // Times and no times, by turns; the instants stay the same.
+        // Alternates changes that touch the times with one that does not. The due times stay the same throughout.
         let path = if number % 3 == 0 { "cron" } else { "jitter" };
         let changed = Schedule {
             name: "busy".to_owned(),
@@ -132,6 +138,7 @@ async fn changes_at_any_moment_neither_lose_nor_stop_an_instant() -> Result<()> 
         client
             .update_schedule(UpdateScheduleRequest { schedule: Some(changed), update_mask, validate_only: false })
             .await?;
+        // 71 ms is no divisor of a second, so that the changes drift over all phases of it.
         tokio::time::timeout(Duration::from_millis(71), std::future::pending::<()>()).await.ok();
     }
     let last = wait_until(seconds(20), "it fires", async || {
@@ -156,7 +163,7 @@ async fn changes_at_any_moment_neither_lose_nor_stop_an_instant() -> Result<()> 
 #[tokio::test]
 async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
-    // The targets are resolved at each fire, so a node that does not exist yet is none of the errors.
+    // Targets are resolved at each fire, so a node that does not exist yet is no error.
     let good = nightly(reboot(&["pi-01"], Duration::ZERO));
     let later = Some(prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 });
     let long = Some(prost_types::Duration { seconds: 90_000, nanos: 0 });
@@ -225,7 +232,7 @@ async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() ->
     let updated = schedules(&fleet)?.update_schedule(update).await?.into_inner();
     assert_eq!((updated.cron.as_str(), updated.time_zone.as_str()), ("0 4 * * *", "Europe/Madrid"));
     assert!(updated.operation.is_some_and(|operation| operation.target.is_some()));
-    // No node is named pi-01: the refusal says so.
+    // No node is named pi-01, and a manual run resolves the targets at once.
     let run = RunScheduleRequest { name: "good".to_owned(), request_id: String::new() };
     let Err(status) = schedules(&fleet)?.run_schedule(run).await else { panic!("it ran on no node") };
     assert_eq!(reason(&status), "NODE_NOT_FOUND");
@@ -236,6 +243,8 @@ async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() ->
 #[tokio::test]
 async fn marcoctl_shows_the_coming_fires_in_the_zone_and_in_utc() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
+    // The nights of 2026 in which Madrid changes its clocks: 02:30 does not exist on 29 March, and is there twice on 25
+    // October.
     let asked = ["schedules", "next", "--cron", "0,30 2 * * *", "--zone", "Europe/Madrid"];
     let gap = [&asked[..], &["--from", "2026-03-28T02:00:00Z", "--count", "3"]].concat();
     assert_eq!(
@@ -307,7 +316,8 @@ async fn what_is_rarely_meant_is_asked_for_and_nothing_is_stored_before() -> Res
     let refused = marcoctl(&fleet, &often).await?;
     assert!(refused.status.code() == Some(1) && refused.stderr.contains("every second"), "{refused:?}");
 
-    // Without doubts nobody is asked; with --force it is done, and said all the same.
+    // Sound schedules raise no doubt. With `--force` a doubtful one is stored, and marcoctl prints the doubt as a
+    // warning.
     let sound = ["schedules", "create", "sound", "--cron", "0 3 29 2 *", "--zone", "Europe/Madrid", "--action"];
     let window = ["reboot", &id, "--window-cron", "0 2 * * 7L", "--window-duration", "4h"];
     let made = marcoctl(&fleet, &[&sound[..], &window].concat()).await?.success()?;
@@ -317,7 +327,7 @@ async fn what_is_rarely_meant_is_asked_for_and_nothing_is_stored_before() -> Res
     let forced = marcoctl(&fleet, &[&changes[..], &["--force"]].concat()).await?;
     assert!(forced.status.success() && forced.stderr.contains("warning: ") && forced.stdout.contains("pi-nobody"));
 
-    // The window has the schedule's zone, and follows it.
+    // The window takes the schedule's zone, and follows when that changes.
     let zone = async || -> Result<String> {
         let stored = schedules(&fleet)?.list_schedules(ListSchedulesRequest::default()).await?.into_inner();
         let operation = stored.schedules.into_iter().next().and_then(|schedule| schedule.operation);
@@ -327,9 +337,9 @@ async fn what_is_rarely_meant_is_asked_for_and_nothing_is_stored_before() -> Res
     marcoctl(&fleet, &["schedules", "update", "sound", "--zone", "Asia/Tokyo", "--force"]).await?.success()?;
     assert_eq!(zone().await?, "Asia/Tokyo");
 
-    // The list says what became of the last instant.
+    // `schedules list` shows the outcome of the last due time.
     let mut often = often.to_vec();
-    // Every instant makes an operation, so that the last one has.
+    // With `queue` each due time creates an operation, so the last one has one too.
     often.extend(["--overlap", "queue", "--notice", "0s", "--force"]);
     marcoctl(&fleet, &often).await?.success()?;
     wait_until(seconds(60), "the list shows an operation of the last instant", async || {
@@ -364,6 +374,7 @@ async fn a_cron_is_said_in_words_and_one_that_never_fires_is_an_error() -> Resul
         let utc: Vec<&str> = next.stdout.lines().filter_map(|line| line.split(' ').nth(1)).collect();
         assert_eq!(utc, fires, "{cron}: {next:?}");
     }
+    // Zones whose rules changed lately: each must come from the newer of the two copies of the time zone database.
     for zone in [["America/Vancouver", "10"], ["America/Edmonton", "09"], ["Africa/Casablanca", "03"]] {
         let [name, hour] = zone;
         let asked = ["schedules", "next", "--cron", "0 3 1 12 *", "--zone", name, "--from", "2026-11-29T12:00:00Z"];

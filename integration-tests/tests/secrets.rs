@@ -1,4 +1,4 @@
-//! After everything that a fleet does: no key and no token is where somebody else could read it.
+//! After all of a fleet's activities no key and no token is readable by other users.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -22,14 +22,14 @@ use marco_proto::v1::{ApiToken, CreateApiTokenRequest, CreateJoinTokenRequest, G
 use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject as _;
 
-/// What a user of the installed systems logs in with.
+/// Password of a user of the installed system.
 const PASSWORD: &str = "correct-horse-battery-staple";
 
-/// What must be found nowhere, by what it is of.
+/// Secrets with all their encodings, by owner.
 type Secrets = BTreeMap<String, Vec<Vec<u8>>>;
 
-/// Every form in which a private key could be written down by accident. The first bytes of a key's DER say what kind it is
-/// and are the same for all; what is secret comes after them.
+/// All encodings in which a private key could leak by accident. The first bytes of a key's DER only name its kind and
+/// are the same for all keys; the secret follows them.
 fn forms_of_key(pem: &str) -> Result<Vec<Vec<u8>>> {
     let der = PrivateKeyDer::from_pem_slice(pem.as_bytes())?;
     let scalar = der.secret_der().get(36..68).context("a PKCS#8 key of P-256")?.to_vec();
@@ -43,7 +43,7 @@ fn forms_of_token(token: &str) -> Result<Vec<Vec<u8>>> {
     Ok(vec![token.into(), secret.into()])
 }
 
-/// The keys below a folder: whatever has a private key in it.
+/// The secrets of all files below a folder that contain a private key.
 fn keys(folder: &Path) -> Result<Secrets> {
     let mut secrets = Secrets::new();
     for path in files(folder)? {
@@ -61,13 +61,13 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(all.filter(|path| path.symlink_metadata().is_ok_and(|found| found.is_file())).collect())
 }
 
-/// Which secrets are in these bytes.
+/// The owners of the secrets that these bytes contain.
 fn found(secrets: &Secrets, bytes: &[u8]) -> Vec<String> {
     let has = |form: &Vec<u8>| bytes.windows(form.len()).any(|window| window == form.as_slice());
     secrets.iter().filter(|(_, forms)| forms.iter().any(has)).map(|(name, _)| name.clone()).collect()
 }
 
-/// Whether others than its owner can get at a file: it is readable, and so are the folders above it.
+/// True if other users can read a file: it is readable to them, and all folders above it are searchable.
 fn others_can_read(path: &Path, top: &Path) -> Result<bool> {
     let mode = |path: &Path| anyhow::Ok(fs::metadata(path)?.permissions().mode());
     let mut open = mode(path)? & 0o044 != 0;
@@ -90,18 +90,18 @@ fn dump(database: &Database, fleet: &Fleet) -> Result<Vec<u8>> {
     }
 }
 
-/// The command lines of all processes.
+/// The command lines of all processes on this machine.
 fn command_lines() -> Result<Vec<u8>> {
     let mut all = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        // Those that end meanwhile are gone.
+        // A process may end between listing and reading.
         all.extend(fs::read(entry?.path().join("cmdline")).unwrap_or_default());
         all.push(b'\n');
     }
     Ok(all)
 }
 
-/// Uses an API token, once well and once wrong, which is audited.
+/// Uses an API token for an allowed call, and for a forbidden one, which is audited.
 async fn list_nodes_by(fleet: &Fleet, api_token: &str) -> Result<()> {
     let channel = fleet.admin().anonymous().channel(fleet.addresses().api)?;
     let list = "/marco.bootstrap.v1.NodeService/ListNodes";
@@ -112,7 +112,7 @@ async fn list_nodes_by(fleet: &Fleet, api_token: &str) -> Result<()> {
     Ok(())
 }
 
-/// Has an installation fail on a node, and reads what the node logged of it.
+/// Makes an installation fail on a node, and returns the node's log of it.
 async fn fails(fleet: &Fleet, id: &str) -> Result<String> {
     let root = fleet.dir().join("not-a-system");
     lay_out_root(&root, "not-a-system")?;
@@ -128,6 +128,7 @@ async fn fails(fleet: &Fleet, id: &str) -> Result<String> {
 }
 
 async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
+    // At level debug, because that is where a secret is logged by accident.
     let mut fleet = Fleet::builder().database(database.clone()).pis(2).logs("debug").start().await?;
     let ids = fleet.ids().await?;
     for id in &ids {
@@ -148,6 +149,7 @@ async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     run(&binary("marcoctl")?, &user, seconds(60)).await?.success()?;
 
     let mut secrets = keys(fleet.dir())?;
+    // The control: each kind of key must be among the secrets, or the search proves nothing.
     for kind in ["data/pki/ca.key", "certs/admin.key", "certs/kim.key", "certs/controller.key", "node.key"] {
         assert!(secrets.keys().any(|name| name.ends_with(kind)), "no {kind} among {:?}", secrets.keys());
     }
@@ -167,16 +169,19 @@ async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     secrets.insert("an unused join token".to_owned(), forms_of_token(&unused.token)?);
 
     let commands = command_lines()?;
+    // The control: the search finds a known argument of the controller.
     assert!(found(&[("the controller".to_owned(), vec![b"--data-dir".to_vec()])].into(), &commands).len() == 1);
     assert_eq!(found(&secrets, &commands), [""; 0], "in the process list");
     assert_eq!(found(&secrets, logged.as_bytes()), [""; 0], "in what a node logged");
     let dump = dump(&database, &fleet)?;
+    // The control: the dump contains the nodes, so it is a real one.
     let known = [("the nodes".to_owned(), ids.iter().map(|id| id.clone().into_bytes()).collect())].into();
     assert_eq!(found(&known, &dump).len(), 1, "the dump is empty");
     assert_eq!(found(&secrets, &dump), [""; 0], "in the database");
     for path in files(fleet.dir())? {
         let (bytes, name) = (fs::read(&path)?, path.display().to_string());
         let found = found(&secrets, &bytes);
+        // Logs are copied into bug reports, so they must hold no secret even if only the owner can read them.
         if name.ends_with(".log") || name.ends_with(".jsonl") {
             assert!(found.is_empty(), "{name} has {found:?}");
         }

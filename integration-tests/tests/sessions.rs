@@ -1,4 +1,4 @@
-//! Two streams of one node: the later one wins, wherever each of them ends.
+//! Two streams of one node: the later one wins, on any controller.
 
 use anyhow::{Context as _, Result};
 use integration_tests::client::Credentials;
@@ -13,11 +13,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-/// Boot ids.
+/// Boot ids of two different boots.
 const ONE: &str = "11111111-1111-4111-8111-111111111111";
 const OTHER: &str = "22222222-2222-4222-8222-222222222222";
 
-/// A stream that said Hello and was welcomed. Dropping the sender ends it.
+/// A stream after Hello and Welcome. Dropping the sender ends it.
 struct Session {
     _says: mpsc::Sender<ConnectRequest>,
     hears: Streaming<ConnectResponse>,
@@ -41,7 +41,7 @@ impl Session {
         Ok(Self { _says: says, hears })
     }
 
-    /// The good-bye, and the status with which it ends.
+    /// Waits for its end, and returns the goodbye's reason and the status.
     async fn end(mut self) -> Result<(String, Status)> {
         let mut reason = String::new();
         loop {
@@ -55,15 +55,17 @@ impl Session {
     }
 }
 
-/// The loser is told ABORTED, and the winner stays.
+/// Checks that the earlier stream ends with ABORTED, and that the later one stays.
 async fn the_later_one_wins(fleet: &mut Fleet, first_on: usize, second_on: usize) -> Result<()> {
     let id = fleet.ids().await?.remove(0);
+    // The real agent would reconnect, and be a third machine with this identity.
     fleet.kill_agents().await?;
     let fleet: &mut Fleet = fleet;
     wait_until(seconds(30), "the agent's own session is over", async || {
         Ok((!fleet.node(&id).await?.connected).then_some(()))
     })
     .await?;
+    // The node's own key, as on a copied card.
     let folder = fleet.pi(&id).path("agent");
     let read = |name: &str| std::fs::read_to_string(folder.join(name)).with_context(|| name.to_owned());
     let node = Credentials { ca: read("ca.crt")?, identity: Some((read("node.crt")?, read("node.key")?)) };
@@ -73,9 +75,10 @@ async fn the_later_one_wins(fleet: &mut Fleet, first_on: usize, second_on: usize
     let second = Session::open(fleet, &node, OTHER).await?;
     let (reason, status) = first.end().await?;
     assert_eq!(status.code(), Code::Aborted, "{reason}: {status}");
+    // The same controller knows the reason; another one only sees that the session is lost.
     assert!(["superseded", "lost"].contains(&reason.as_str()), "{reason}");
     assert!(fleet.node(&id).await?.connected);
-    // Whoever comes with the old boot id again is the one that has to go: both are shut out.
+    // The first boot id returns, so there are two machines with one identity, and both are shut out.
     let third = Session::open(fleet, &node, ONE).await.err().context("a boot id came back")?;
     let status = third.downcast_ref::<Status>().context("no status")?;
     assert_eq!(status.code(), Code::PermissionDenied, "{status}");

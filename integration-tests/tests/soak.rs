@@ -1,7 +1,7 @@
-//! A soak: schedules, virtual Pis, several controllers, and everything that goes wrong in a machine room, at random. A
-//! checker then reads only the database and what each virtual Pi wrote about itself.
+//! A soak test: schedules, virtual Pis, several controllers, and random faults of a machine room. Afterwards a checker
+//! reads only the database and the virtual Pis' own logs.
 //!
-//! `SOAK_SECONDS` says how long the faults last (default 60), `SOAK_SEED` repeats a run's choices.
+//! `SOAK_SECONDS`: duration of the faults (default 60). `SOAK_SEED`: repeats the choices of a run.
 
 #![allow(clippy::print_stdout, reason = "what a run did is worth reading, also when it passed")]
 
@@ -20,9 +20,10 @@ use marco_proto::v1::{CreateScheduleRequest, PauseScheduleRequest, Schedule, sch
 const SCHEDULES: usize = 30;
 const PIS: usize = 50;
 const CONTROLLERS: usize = 3;
-/// A run with fewer faults says nothing.
+/// Fewest faults of a meaningful run.
 const FEWEST_FAULTS: usize = 30;
-/// The kinds that a run has to have had, each: the first faults are these in turn, the rest is at random.
+/// Kinds of faults that each run must have, with their numbers in `fault`. The first faults are these in turn, later
+/// ones are random.
 const KINDS: [(&str, usize); 7] = [
     ("a controller killed", 0),
     ("a controller frozen", 2),
@@ -32,12 +33,12 @@ const KINDS: [(&str, usize); 7] = [
     ("a clock jumped", 6),
     ("all sessions cut", 7),
 ];
-/// What is frozen for longer than this has lost its sessions.
+/// Age after which a frozen controller has lost its sessions.
 const DEAD_AFTER: Duration = seconds(16);
-/// How long everything may take to settle when the faults are over: agents back off up to a minute.
+/// Timeout for everything to settle after the faults; an agent's backoff grows up to a minute.
 const SETTLE: Duration = seconds(240);
 
-/// How often the schedule with this number fires, in seconds.
+/// Interval of the schedule with this number, in seconds; each divides the minute.
 fn period(number: usize) -> u64 {
     match number % 7 {
         0 => 5,
@@ -60,6 +61,7 @@ async fn create_schedules(fleet: &Fleet, ids: &[String], dice: &mut Dice) -> Res
                 cron: format!("*/{} * * * * *", period(number)),
                 time_zone: "Europe/Madrid".to_owned(),
                 operation: Some(reboot(&nodes, Duration::ZERO)),
+                // A schedule that fires faster than its nodes reboot must not pile up operations.
                 overlap: schedule::Overlap::Skip.into(),
                 ..Schedule::default()
             }),
@@ -80,7 +82,7 @@ async fn pause_schedules(fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
-/// What is broken right now.
+/// The present faults.
 #[derive(Default)]
 struct Broken {
     dead: BTreeSet<usize>,
@@ -102,11 +104,12 @@ impl Soak<'_> {
         *self.faults.entry(fault).or_default() += 1;
     }
 
-    /// One fault at random; at least one controller and the means to heal always stay.
+    /// Inflicts a random fault. At least one controller always stays, and everything can be healed.
     async fn fault(&mut self) -> Result<()> {
         let victim = self.dice.below(CONTROLLERS);
         let alone = self.broken.dead.len() + self.broken.frozen.len() + 1 >= CONTROLLERS;
         let well = !self.broken.dead.contains(&victim) && !self.broken.frozen.contains_key(&victim);
+        // A kind that random choice misses would make the run fail at the end.
         let missing = KINDS.iter().find(|(kind, _)| !self.faults.contains_key(kind)).map(|(_, number)| *number);
         let any = self.dice.below(10);
         match missing.unwrap_or(any) {
@@ -135,6 +138,7 @@ impl Soak<'_> {
                 self.fleet.proxy().cut_after(direction, [u64::try_from(self.dice.below(20_000))?]);
                 self.count("a session cut in the middle");
             }
+            // Up to an hour in both directions: a controller's own clock must not decide about due times.
             6 => {
                 let hour = i64::try_from(self.dice.below(7200))? - 3600;
                 self.fleet.jump_clock(victim, hour)?;
@@ -148,7 +152,7 @@ impl Soak<'_> {
         Ok(())
     }
 
-    /// Heals what has been broken long enough; all of it when `all`.
+    /// Heals faults that have lasted long enough; all faults if `all`.
     async fn heal(&mut self, all: bool) -> Result<()> {
         if self.broken.database.is_some_and(|since| all || since.elapsed() > seconds(3)) {
             self.postgres.resume()?;
@@ -169,7 +173,7 @@ impl Soak<'_> {
             self.fleet.start_agents()?;
             self.broken.agents = None;
         }
-        // A controller cannot start while its database is away.
+        // A controller cannot start without its database.
         if self.broken.database.is_none() && (all || self.dice.below(3) == 0) {
             for number in std::mem::take(&mut self.broken.dead) {
                 self.fleet.revive(number)?;
@@ -197,6 +201,7 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
     let mut ticks = tokio::time::interval(Duration::from_millis(900));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while begun.elapsed() < length {
+        // No two faults at the same instant, so that the log tells them apart.
         ticks.tick().await;
         soak.fault().await?;
         soak.heal(false).await?;
@@ -215,6 +220,7 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
         Ok(postgres.rows(&url, behind)?.is_empty().then_some(()))
     })
     .await?;
+    // A pause, so that no new operations begin while the test waits for the last one to end.
     pause_schedules(&fleet).await?;
     let unfinished = "SELECT id FROM operations WHERE state NOT IN ('SUCCEEDED', 'FAILED', 'CANCELLED')";
     wait_until(SETTLE, "every operation has ended", async || {
@@ -222,7 +228,7 @@ async fn nothing_is_lost_or_done_twice_whatever_breaks() -> Result<()> {
     })
     .await?;
 
-    // The instants of paused schedules go on getting their rows.
+    // Paused schedules still get rows for their due times, so all queries must read one snapshot.
     let queries = [
         "SELECT id, create_time, update_time FROM schedules",
         "SELECT schedule, fire_time, outcome, reason, operation FROM fires",

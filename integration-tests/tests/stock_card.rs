@@ -1,5 +1,5 @@
-//! The first update of a stock card: one boot partition, no installer on it. The old system comes back until the new one
-//! is there, and from then on the card is in layout resident.
+//! The first update of a stock card, which has one boot partition and no installer. Until the new system is installed
+//! the old one comes back. Afterwards the card is in layout resident.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,10 +16,10 @@ use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{CardLayout, NodeMode, SetDefaultArtifactRequest};
 
-/// How long an update of a small Pi may take here.
+/// Timeout of an update of a small Pi.
 const UPDATE: Duration = seconds(180);
 
-/// A fleet whose only Pi has a stock card, with an installer's set as the default bootcode.
+/// A fleet whose only Pi has a stock card. An installer's set is the default bootcode.
 async fn fleet() -> Result<Fleet> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let zip = make_bootcode("set")?;
@@ -43,7 +43,7 @@ fn layout(node: &marco_proto::v1::Node) -> Result<(NodeMode, CardLayout)> {
     Ok((node.mode(), node.system.as_ref().context("no system")?.layout()))
 }
 
-/// Everything on the first partition but what the agent keeps for itself.
+/// All files of the first partition except the agent's own.
 fn first_partition(pi: &Pi) -> Result<BTreeMap<String, Vec<u8>>> {
     let folder = pi.path("recovery");
     let mut files = BTreeMap::new();
@@ -62,6 +62,7 @@ async fn its_first_update_makes_it_resident_and_the_second_is_like_any_other() -
     let fleet = fleet().await?;
     let pi = fleet.pi("pi-01");
     let before = first_partition(&pi)?;
+    // A stock card has the vendor's firmware on it, and boots without any installer.
     assert!(before.contains_key("start4.elf") && !before.contains_key("autoboot.txt"));
     fleet.succeeds(update(&["pi-01"], "first", ""), UPDATE).await?;
     assert_eq!(layout(&fleet.node("pi-01").await?)?, (NodeMode::Running, CardLayout::Resident));
@@ -70,6 +71,7 @@ async fn its_first_update_makes_it_resident_and_the_second_is_like_any_other() -
         assert_eq!(after.get(name), Some(bytes), "{name} was changed");
     }
     assert_eq!(pi.read("recovery/marco/config.stock")?.as_bytes(), before.get("config.txt").context("config.txt")?);
+    // The trial boot, the copied key and the job are needed only until the new system was accepted.
     wait_until(seconds(20), "the agent has tidied up", async || {
         let left = ["tryboot.txt", "marco/node.key", "marco/install.json"];
         Ok((!left.iter().any(|name| pi.path("recovery").join(name).exists())).then_some(()))
@@ -85,9 +87,11 @@ async fn its_first_update_makes_it_resident_and_the_second_is_like_any_other() -
 async fn an_update_that_cannot_be_done_leaves_it_as_it_was() -> Result<()> {
     let fleet = fleet().await?;
     let pi = fleet.pi("pi-01");
+    // Files of an operator's own experiment, which the update must not destroy when it is rolled back.
     let misleading = "[all]\ntryboot_a_b=1\n[tryboot]\nboot_partition=3\n";
     fs::write(pi.path("recovery/autoboot.txt"), misleading)?;
     fs::write(pi.path("recovery/tryboot.txt"), "# somebody tries a kernel\nkernel=trial.img\n")?;
+    // Too small for the installation, which the installer notices before it erases anything.
     fs::write(pi.path("card-size"), "500\n")?;
     let before = first_partition(&pi)?;
     let operation = fleet.create(update(&["pi-01"], "first", "")).await?;

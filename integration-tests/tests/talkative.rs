@@ -1,4 +1,4 @@
-//! A node that was broken into: what it may say in its session, and how much.
+//! A compromised node: limits on the content and rate of its messages.
 
 use std::time::{Duration, Instant};
 
@@ -24,11 +24,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
-/// What the documentation says of a session.
+/// Documented limits of a session: burst of messages, and messages a second after that.
 const AT_ONCE: u32 = 200;
 const A_SECOND: u32 = 20;
 
-/// A session of a node by hand.
+/// A node's session, played by this test.
 struct Session {
     says: mpsc::Sender<ConnectRequest>,
     hears: Streaming<ConnectResponse>,
@@ -39,7 +39,7 @@ impl Session {
         self.says.send(ConnectRequest { message: Some(message) }).await.context("the stream is gone")
     }
 
-    /// The status with which it ends.
+    /// Waits for the end of the session, and returns its status.
     async fn end(mut self) -> Result<Status> {
         let ended = tokio::time::timeout(seconds(30), async {
             loop {
@@ -90,7 +90,7 @@ fn hello() -> Hello {
     }
 }
 
-/// About an execution that there is not: it is acknowledged, so that the node forgets it.
+/// A report about an unknown execution. The controller acknowledges it, so that the node forgets it.
 fn report(sequence: u64) -> Report {
     Report {
         execution: "operations/01a21325-85a1-72ed-97de-94f7f1cf4a51/executions/talkative".to_owned(),
@@ -106,6 +106,7 @@ fn report(sequence: u64) -> Report {
 async fn a_node_that_says_nothing_or_too_much_at_first_is_not_let_in() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let node = Node::enrol(&fleet).await?;
+    // Opened first: it must be kept for its whole time although others are refused meanwhile.
     let silent = node.session(&fleet).await?;
     let begun = Instant::now();
     for (wrong, field) in [
@@ -120,6 +121,7 @@ async fn a_node_that_says_nothing_or_too_much_at_first_is_not_let_in() -> Result
     }
     let status = silent.end().await?;
     assert_eq!((status.code(), bad_fields(&status)), (Code::InvalidArgument, vec!["hello".to_owned()]));
+    // The controller waits about ten seconds for a Hello.
     let waited = begun.elapsed();
     assert!(waited >= seconds(9), "it was sent away after {waited:?}");
     fleet.went_well();
@@ -134,7 +136,7 @@ async fn a_node_that_talks_without_end_is_heard_so_often_a_second() -> Result<()
     session.say(Message::Hello(hello())).await?;
     let welcome = session.hears.message().await?.and_then(|answer| answer.message);
     assert!(matches!(welcome, Some(connect_response::Message::Welcome(_))), "{welcome:?}");
-    // Three seconds' worth more than it may say at once.
+    // As many as three seconds allow, in addition to the burst.
     let reports = AT_ONCE + 3 * A_SECOND;
     let begun = Instant::now();
     for sequence in 1..=reports {
@@ -153,7 +155,7 @@ async fn a_node_that_talks_without_end_is_heard_so_often_a_second() -> Result<()
 }
 
 impl Session {
-    /// Opens it, and waits for the next assignment.
+    /// Waits for the next assignment.
     async fn assignment(&mut self) -> Result<Assign> {
         let next = async {
             loop {
@@ -166,7 +168,7 @@ impl Session {
         tokio::time::timeout(seconds(30), next).await.context("no assignment")?
     }
 
-    /// The next acknowledgement: of which execution, up to which sequence.
+    /// Waits for the next acknowledgement, and returns its execution and sequence.
     async fn acknowledged(&mut self) -> Result<(String, u64)> {
         let next = async {
             loop {
@@ -189,7 +191,7 @@ async fn report_whose_commit_was_stored_unanswered_is_acknowledged_once() -> Res
     session.say(Message::Hello(hello())).await?;
     fleet.create(reboot(&["talkative"], Duration::ZERO)).await?;
     let assign = session.assignment().await?;
-    // What the controller does with the report, but that its session never hears that it is stored.
+    // Does the controller's work on the report behind its back, so that the session never learns that it is stored.
     let store = Store::open(&url).await?;
     let execution = ExecutionId::parse(&assign.execution)?;
     let epoch = store.node(&execution.node).await?.context("no node")?.session_epoch;
@@ -210,7 +212,7 @@ async fn report_whose_commit_was_stored_unanswered_is_acknowledged_once() -> Res
     };
     let now = store.execution(&execution).await?.context("no execution")?.update_time;
     assert_eq!(store.apply_report(&execution.node, epoch, &stored, now).await?, ReportOutcome::Acked);
-    // The node says it again, and is further by now.
+    // The node repeats the report, and has made progress since.
     let said = |done| Report {
         execution: assign.execution.clone(),
         attempt: assign.attempt,
@@ -220,7 +222,7 @@ async fn report_whose_commit_was_stored_unanswered_is_acknowledged_once() -> Res
     };
     session.say(Message::Report(said(1))).await?;
     assert_eq!(session.acknowledged().await?, (assign.execution.clone(), 1));
-    // From now on it is progress, and the next acknowledgement is that of another report.
+    // From now on this is mere progress, which is not acknowledged. The next acknowledgement is that of another report.
     session.say(Message::Report(said(2))).await?;
     session.say(Message::Report(report(1))).await?;
     assert_eq!(session.acknowledged().await?.0, report(1).execution);
@@ -237,7 +239,7 @@ async fn earlier_delivery_converges_in_one_exchange() -> Result<()> {
     fleet.create(reboot(&["talkative"], Duration::ZERO)).await?;
     let assign = session.assignment().await?;
     drop(session);
-    // The node comes back with what it knows from before, and repeats it until it has heard something else.
+    // The node comes back with its state from before, and repeats it until it hears something else.
     let said = |attempt, sequence| Report { execution: assign.execution.clone(), attempt, ..report(sequence) };
     let mut session = node.session(&fleet).await?;
     let boot_id = "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c12".to_owned();
@@ -248,7 +250,7 @@ async fn earlier_delivery_converges_in_one_exchange() -> Result<()> {
     let again = session.assignment().await?;
     assert_eq!((&again.execution, again.attempt), (&assign.execution, assign.attempt));
     session.say(Message::Report(said(again.attempt, 1))).await?;
-    // About something else, so that its answer is the last.
+    // About another execution, so that its answer comes last.
     session.say(Message::Report(report(7))).await?;
     let mut heard = Vec::new();
     loop {
@@ -279,7 +281,7 @@ async fn node_with_an_absurd_attempt_keeps_nobody_from_work() -> Result<()> {
         Ok((fleet.node("talkative").await?.conflicts.len() == 1).then_some(()))
     })
     .await?;
-    // Its next Hello does not list it: it would be given again.
+    // The next Hello does not list the execution, so the controller would assign it again.
     drop(session);
     let session = node.session(&fleet).await?;
     session

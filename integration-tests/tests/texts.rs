@@ -1,4 +1,4 @@
-//! Texts that somebody would like a program to run, to open or to choke on, in every field of every RPC.
+//! Hostile texts in each field of each RPC: a program may run, open or choke on them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use marco_proto::v1::{Board, EnrollRequest, ListNodesRequest, Operation, PowerOf
 use prost_reflect::{DynamicMessage, MethodDescriptor};
 use tonic::Code;
 
-/// Shells, paths, terminals, C strings, databases; and a megabyte.
+/// Texts for shells, paths, terminals, C strings and databases, and one of a megabyte.
 fn payloads() -> [(&'static str, String); 5] {
     [
         (
@@ -34,7 +34,7 @@ fn payloads() -> [(&'static str, String); 5] {
     ]
 }
 
-/// Enrols a node made by hand, and answers what it then is.
+/// Enrols a node by hand, and returns its credentials.
 async fn node(fleet: &Fleet, id: &str) -> Result<Credentials> {
     let key = NodeKey::generate()?;
     let mut client = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
@@ -48,7 +48,8 @@ async fn node(fleet: &Fleet, id: &str) -> Result<Credentials> {
     Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, key.pem())) })
 }
 
-/// Requests that would be taken but for the text: with these, what is behind the first check is reached too.
+/// Names of existing resources for requests that fail only because of the text, so that code behind the first check is
+/// tested.
 struct Sensible {
     node: String,
     operation: String,
@@ -64,7 +65,7 @@ impl Sensible {
         Ok(Self { node: format!("nodes/{id}"), operation: operation.name, artifact: artifact.name })
     }
 
-    /// Fills in names of what exists, by the words in the names of methods and fields.
+    /// Fills in existing names, by words in the names of methods and fields.
     fn request(&self, method: &MethodDescriptor) -> DynamicMessage {
         let mut request = DynamicMessage::new(method.input());
         for place in texts(&method.input()) {
@@ -87,7 +88,7 @@ impl Sensible {
     }
 }
 
-/// Codes with which a text may be refused; a request that is taken all the same has taken it as a text.
+/// Codes with which a text may be refused. A request that succeeds must have taken the text literally.
 const REFUSALS: [Code; 9] = [
     Code::InvalidArgument,
     Code::NotFound,
@@ -121,12 +122,13 @@ async fn every_text_of_every_rpc(database: Database) -> Result<()> {
                 put(&mut request, &place, &text);
                 let what = format!("{}/{} {} {kind}", method.parent_service().name(), method.name(), shown(&place));
                 calls += 1;
-                // A watch that was accepted may have nothing to say.
+                // A watch that was accepted may have no message to send.
                 let answer = tokio::time::timeout(seconds(3), call(&channel, &method, &request)).await;
                 match answer {
                     Err(_) if method.is_server_streaming() => {}
                     Err(_) => wrong.push(format!("{what}: no answer")),
-                    // Fields that only the controller writes are ignored in requests.
+                    // Only an answer that repeats the text has stored it: fields that the controller alone writes are
+                    // ignored in requests.
                     Ok(Ok(answer)) if has(&answer, text.as_bytes()) => {
                         taken.entry(kind).or_default().insert(what);
                     }
@@ -135,7 +137,7 @@ async fn every_text_of_every_rpc(database: Database) -> Result<()> {
                     Ok(Err(status)) if status.message().len() > 2000 => {
                         wrong.push(format!("{what}: its answer has {} bytes", status.message().len()));
                     }
-                    // The connection's own limits have no reason of ours.
+                    // Limits of the connection have no reason of ours.
                     Ok(Err(status)) if reason(&status).is_empty() && status.code() == Code::InvalidArgument => {
                         wrong.push(format!("{what}: no reason for programs: {status:?}"));
                     }
@@ -146,10 +148,11 @@ async fn every_text_of_every_rpc(database: Database) -> Result<()> {
     }
     assert!(wrong.is_empty(), "{} of {calls}:\n{}", wrong.len(), wrong.join("\n"));
     assert!(calls > 500, "only {calls} calls were made");
-    // Nothing keeps a NUL, or has a use for a megabyte; what is longer than its field has room for is refused.
+    // No field keeps a NUL or a megabyte: a text longer than its field is refused.
     for kind in ["nul", "megabyte"] {
         assert!(!taken.contains_key(kind), "{:#?}", taken.get(kind));
     }
+    // The control: if no field took any text, the test did not reach the store.
     assert!(taken.contains_key("shell"), "nothing was taken literally, so nothing was tried: {taken:?}");
     fleet.nodes().list_nodes(ListNodesRequest::default()).await?;
     let log = fleet.controller_log(0)?;
@@ -174,8 +177,8 @@ async fn on_postgres_too() -> Result<()> {
     every_text_of_every_rpc(Database::Url(url)).await
 }
 
-/// Runs the real agent on this machine under strace, has the operation done with a command that does nothing, and
-/// answers every program that was started.
+/// Runs the real agent on this machine under strace. The operation's command does nothing. Returns all programs that
+/// were started.
 async fn traced(fleet: &Fleet, id: &str, operation: Operation) -> Result<String> {
     let dir = fleet.dir().join(id);
     std::fs::create_dir(&dir)?;
@@ -190,7 +193,7 @@ async fn traced(fleet: &Fleet, id: &str, operation: Operation) -> Result<String>
         ),
     )?;
     let strace = ["-f", "-qq", "-s", "4096", "-e", "trace=execve", "-o"].map(str::to_owned).into_iter();
-    // A strace that is killed lets go of what it traces, so the agent asks to end with it.
+    // A killed strace detaches from its tracee, so the agent asks to be killed with it.
     let until = [tool("setpriv")?, "--pdeathsig".into(), "KILL".into()];
     let agent = [binary("marco-agent")?, "run".into(), "--config".into(), config];
     let arguments =
@@ -206,6 +209,7 @@ async fn traced(fleet: &Fleet, id: &str, operation: Operation) -> Result<String>
     })
     .await?;
     agent.kill().await?;
+    // The trace is complete only after the agent has ended.
     wait_until(seconds(30), "the agent has ended as well", async || {
         Ok((!fleet.node(id).await?.connected).then_some(()))
     })

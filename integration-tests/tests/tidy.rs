@@ -1,5 +1,5 @@
-//! Who may know whom, and what else the house keeps in order. When a rule stands in the way of something good, change
-//! the rule here and say why in `docs/decisions/`.
+//! Rules of the code base: allowed dependencies between modules, file sizes and names. If a rule prevents something
+//! good, change it here and give the reason in `docs/decisions/`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,13 +9,13 @@ use anyhow::{Context as _, Result};
 use integration_tests::process::workspace;
 use integration_tests::tree::list;
 
-/// Modules that put the others together, and so know all of them.
+/// Modules that assemble the others and may use all of them.
 const ROOTS: [&str; 3] = ["main", "lib", "config"];
 
-/// Modules that know nothing of ours, and that every module may use.
+/// Modules that depend on no other of ours, and that every module may use.
 const ANYBODYS: [&str; 8] = ["backoff", "calendar", "cause", "durable", "folders", "listen", "notify", "settings"];
 
-/// The controller: which module may use which others.
+/// Allowed dependencies of the controller's modules.
 const CONTROLLER: [(&str, &[&str]); 15] = [
     ("api", &["identity", "store", "sessions", "artifacts", "operation", "rollout", "schedule", "clock", "watchdog"]),
     ("artifacts", &[]),
@@ -35,7 +35,7 @@ const CONTROLLER: [(&str, &[&str]); 15] = [
     ("watchdog", &["store", "sessions"]),
 ];
 
-/// The agent: the same.
+/// Allowed dependencies of the agent's modules.
 const AGENT: [(&str, &[&str]); 16] = [
     ("bootpart", &["system"]),
     ("discovery", &[]),
@@ -68,26 +68,26 @@ const AGENT: [(&str, &[&str]); 16] = [
     ),
     ("session", &["discovery", "health", "identity", "journal", "job", "system"]),
     ("simulate", &["run", "system", "config", "discovery", "identity"]),
-    // The virtual Pi lays its card out with what the agent writes cards with.
+    // The virtual Pi lays out its card with the code that writes real cards.
     ("system", &["bootpart", "health"]),
 ];
 
-/// Words that must not leave some places: the word, in which package, and where it may stand (a module, or a file).
+/// Words confined to some places: the word, the package, and the modules or files that may contain it.
 const KEPT: [(&str, &str, &[&str]); 7] = [
     ("marco_proto::v1", "controller", &["api"]),
     ("marco_proto::v1", "node-agent", &["session", "identity", "download"]),
     ("sea_orm", "controller", &["store"]),
     ("tokio::process", "node-agent", &["system"]),
     ("tokio::process", "controller", &[]),
-    // The first process of an initramfs waits for whatever ends, which tokio's own children would not survive.
+    // PID 1 of an initramfs reaps every process, also those that tokio waits for, so it starts processes itself.
     ("std::process::Command", "node-agent", &["init"]),
     ("Utc::now", "controller", &["clock"]),
 ];
 
-/// Names that say nothing, so that everything ends up in them.
+/// Names without meaning, which collect unrelated code.
 const EMPTY_NAMES: [&str; 8] = ["common", "core", "helper", "helpers", "misc", "models", "util", "utils"];
 
-/// A source file of a package: its path below `src`, and its code without comments and without its tests.
+/// A source file: its path below `src`, and its code without comments and tests.
 struct Source {
     path: PathBuf,
     code: String,
@@ -104,6 +104,7 @@ impl Source {
 fn sources(package: &str) -> Result<Vec<Source>> {
     let folder = workspace().join(package).join("src");
     let root = fs::read_to_string(folder.join("lib.rs"))?;
+    // Modules that `lib.rs` declares for tests only may use everything.
     let (_, for_tests) = split_tests(&root);
     let mut sources = Vec::new();
     for path in list(&folder)? {
@@ -119,7 +120,7 @@ fn sources(package: &str) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// The code without comments and without tests, and the names of the modules that are there for tests only.
+/// Splits off comments and tests. Returns the code, and the names of the modules that exist for tests only.
 fn split_tests(text: &str) -> (String, Vec<String>) {
     let (mut code, mut for_tests) = (Vec::new(), Vec::new());
     let mut lines = text.lines();
@@ -128,7 +129,7 @@ fn split_tests(text: &str) -> (String, Vec<String>) {
             code.push(line.split("//").next().unwrap_or_default());
             continue;
         }
-        // A module in a file of its own ends on its line, one written here ends the file.
+        // A test module in its own file is one line; an inline one ends the file.
         let module = lines.next().and_then(|next| next.trim().strip_suffix(';'));
         match module.and_then(|declaration| declaration.rsplit(' ').next()) {
             Some(name) => for_tests.push(name.to_owned()),
@@ -138,10 +139,11 @@ fn split_tests(text: &str) -> (String, Vec<String>) {
     (code.join("\n"), for_tests)
 }
 
-/// The top-level modules that code names after a prefix such as `crate::`.
+/// The top-level modules that follow a prefix such as `crate::` in code.
 fn named_after(prefix: &str, code: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (at, _) in code.match_indices(prefix) {
+        // The prefix may also be the end of a longer name, such as `mycrate::`.
         let (before, after) = code.split_at(at);
         let alone = before.chars().next_back().is_none_or(|last| !last.is_alphanumeric() && last != '_');
         let rest = after.strip_prefix(prefix).unwrap_or_default();
@@ -158,11 +160,11 @@ fn named_after(prefix: &str, code: &str) -> BTreeSet<String> {
 
 fn first_word(text: &str) -> Option<String> {
     let word: String = text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-    // A type of the crate's root is no module.
+    // A capitalised word is a type of the crate's root, not a module.
     (!word.is_empty() && word.starts_with(char::is_lowercase)).then_some(word)
 }
 
-/// `a, b::c, d::{e, f}}; ...` names a, b and d.
+/// The first words of a group: `a, b::c, d::{e, f}}; ...` gives a, b and d.
 fn first_words_of_group(group: &str) -> Vec<String> {
     let (mut depth, mut at_start, mut words) = (1, true, Vec::new());
     for (at, character) in group.char_indices() {
@@ -185,7 +187,7 @@ fn first_words_of_group(group: &str) -> Vec<String> {
     words
 }
 
-/// Every use of another module that the table does not allow.
+/// All uses of modules that the table does not allow.
 fn forbidden(sources: &[Source], allowed: &[(&str, &[&str])]) -> Vec<String> {
     let mut found = Vec::new();
     for source in sources {
@@ -202,6 +204,7 @@ fn forbidden(sources: &[Source], allowed: &[(&str, &[&str])]) -> Vec<String> {
             }
         };
         for used in named_after("crate::", &source.code) {
+            // Names that are no module of the table are the crate's own types and functions.
             let is_module = allowed.iter().any(|(module, _)| *module == used) || ROOTS.contains(&used.as_str());
             if is_module && used != own && !may.contains(&used.as_str()) {
                 found.push(format!("{}: {own} knows {used}", source.path.display()));
@@ -214,6 +217,7 @@ fn forbidden(sources: &[Source], allowed: &[(&str, &[&str])]) -> Vec<String> {
 #[test]
 fn who_may_know_whom_is_held_in_the_controller() -> Result<()> {
     let sources = sources("controller")?;
+    // If the sources move, the search finds nothing and would pass.
     assert!(sources.len() > 5, "the sources are somewhere else");
     let found = forbidden(&sources, &CONTROLLER);
     assert!(found.is_empty(), "{found:#?}");
@@ -238,6 +242,7 @@ fn controller_and_agent_do_not_know_each_other() -> Result<()> {
         ("archive", &["node-agent", "marco-controller", "marco-proto"]),
     ] {
         let manifest = fs::read_to_string(workspace().join(package).join("Cargo.toml"))?;
+        // Dev-dependencies follow this section, so that they are checked too.
         let (_, dependencies) = manifest.split_once("[dependencies]").context("no dependencies")?;
         for other in others {
             assert!(!dependencies.contains(other), "{package} depends on {other}");
@@ -262,7 +267,8 @@ fn what_belongs_to_one_place_stays_there() -> Result<()> {
     Ok(())
 }
 
-/// Postgres ends a transaction for the sake of another one (`40001`, `40P01`); whoever began it does it again.
+/// Postgres may abort a transaction in favour of another one (`40001`, `40P01`). Then its beginner must retry it, so
+/// each transaction is in a function `..._once`, which only its retry loop calls.
 #[test]
 fn every_transaction_of_the_store_is_one_that_is_done_again() -> Result<()> {
     let (mut begun, mut found) = (0, Vec::new());
@@ -275,6 +281,7 @@ fn every_transaction_of_the_store_is_one_that_is_done_again() -> Result<()> {
                 found.push(format!("{}: {name:?}", source.path.display()));
             }
         }
+        // A public `..._once` could be called without its retry loop.
         for (at, _) in source.code.match_indices("_once(") {
             let before = source.code.get(..at).unwrap_or_default();
             let line = before.lines().next_back().unwrap_or_default();
@@ -302,6 +309,7 @@ fn files_are_short_and_lie_where_their_names_say() -> Result<()> {
             if lines > 500 {
                 found.push(format!("{shown} has {lines} lines: split it"));
             }
+            // Two conventions for one thing would make files harder to find.
             if path.file_name().is_some_and(|name| name == "mod.rs") {
                 found.push(format!("{shown}: name it after its folder, beside it"));
             }

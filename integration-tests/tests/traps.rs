@@ -1,5 +1,5 @@
 //! Images that are hard to install: a tree with everything that is easily lost on the way, compared by rsync on a real
-//! ext4, and one that wants the largest window that is taken.
+//! ext4, and one that needs the largest window that is accepted.
 
 #[path = "traps/tree.rs"]
 mod tree;
@@ -21,16 +21,16 @@ use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
 
-/// How long one step may take on a machine that has much else to do.
+/// Timeout of one step on a busy machine.
 const LIMIT: Duration = seconds(300);
-/// The size of an ext4, in bytes.
+/// Size of an ext4 in bytes.
 const CARD: u64 = 4 << 30;
 
 async fn command(program: &str, arguments: &[&str]) -> Result<String> {
     run(&tool(program)?, arguments, LIMIT).await?.success().with_context(|| format!("{program} {arguments:?}"))
 }
 
-/// A Pi whose card is an ext4, and its id.
+/// Starts a Pi with an ext4 as its card, and returns its mount and id.
 async fn pi_on_ext4(fleet: &mut Fleet) -> Result<(Mount, String)> {
     let card = Mount::ext4(fleet.dir().join("pis"), CARD).await?;
     let token = fleet.dir().join("token");
@@ -44,7 +44,7 @@ async fn pi_on_ext4(fleet: &mut Fleet) -> Result<(Mount, String)> {
     Ok((card, id))
 }
 
-/// Said plainly: what is not tested must not look as if it were.
+/// Prints that a test could not run: it must not look as if it had passed.
 #[allow(clippy::print_stdout, reason = "for whoever reads the tests' output")]
 fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
@@ -54,21 +54,22 @@ fn is_root() -> bool {
     root
 }
 
-/// What rsync would have to change to make the installed root the same as the source; a line for each path.
+/// Lists the changes that rsync would need to make both roots equal, one line for each path.
 async fn differences(source: &Path, installed: &Path) -> Result<Vec<String>> {
     let (source, installed) = (format!("{}/", source.display()), format!("{}/", installed.display()));
+    // A dry run that compares contents, hard links, ACLs and extended attributes, with numeric owners.
     let compare = ["-naXAHc", "--numeric-ids", "--delete", "--exclude=/lost+found", "--out-format=%i %n"];
     let said = command("rsync", &[&compare[..], &[&source, &installed]].concat()).await?;
     Ok(said.lines().map(str::to_owned).collect())
 }
 
-/// Whether section and path of a line are the installer's own doing: files that are the node's own, the folders that they
-/// are in, and the boot files, which are on a partition of their own.
+/// True for a line about the installer's own work: the node's own files, their parent folders, and the boot files,
+/// which are on their own partition.
 fn is_personal(line: &str) -> bool {
     let Some((what, path)) = line.split_once(' ') else { return false };
     let path = Path::new(path.trim_start());
     let own = PERSONALISED.iter().any(|own| path.starts_with(own)) || path.starts_with("boot/firmware");
-    // `.d..t......` is a folder whose time is another one, because something was put into it.
+    // `.d..t......` is a folder that differs only in its time, because a file was added to it.
     own || (what == ".d..t......" && PERSONALISED.iter().any(|own| Path::new(own).parent() == Some(path)))
 }
 
@@ -98,7 +99,7 @@ async fn a_tree_with_traps_arrives_as_it_was() -> Result<()> {
     assert_eq!(sparse.len(), 1 << 30);
     assert!(sparse.blocks() * 512 < 2 << 20, "the sparse gigabyte takes {} blocks", sparse.blocks());
 
-    // The comparison would have found each of these.
+    // The control: the comparison finds each of these differences.
     let damages: [(&[&str], &str); 4] = [
         (&["setfattr", "-n", "user.note", "-v", "other"], "usr/traps/attributes"),
         (&["chown", "--no-dereference", "1:1"], "usr/traps/dangling"),
@@ -122,7 +123,7 @@ async fn a_large_image_with_the_largest_window_is_installed_in_64_mib_of_memory(
     let ids = fleet.ids().await?;
     let source = fleet.dir().join("large");
     lay_out_root(&source, "large")?;
-    // Three copies of bytes that do not pack, as far apart as the window reaches.
+    // Copies of incompressible bytes, as far apart as the window reaches.
     let bytes = noise("large", 15 << 20);
     for copy in 0..8 {
         fs::write(
@@ -146,7 +147,7 @@ async fn a_large_image_with_the_largest_window_is_installed_in_64_mib_of_memory(
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no highest memory")?;
     let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
     ensure!(kibibytes < 64 << 10, "the agent took {} MiB", kibibytes >> 10);
-    // And it was an installation that needed its window.
+    // The control: the image is small enough that packing must have used the window.
     ensure!(fs::metadata(&tarball)?.len() < 40 << 20, "the window was not used");
     fleet.went_well();
     Ok(())

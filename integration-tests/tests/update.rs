@@ -1,4 +1,4 @@
-//! Updates, whole: an image arrives on the Pis as it was, what must survive does, and a bad one is undone by another.
+//! Whole updates: the Pis get the image unchanged, personal data survives, and another image repairs a bad update.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -18,10 +18,10 @@ use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{Artifact, NodeMode, SetDefaultArtifactRequest};
 
-/// How long an update of a few small Pis may take here.
+/// Timeout of an update of a few small Pis.
 const UPDATE: Duration = seconds(180);
 
-/// Makes an image named like its marker, pushes it, and answers it with its source tree.
+/// Makes an image named after its marker, pushes it, and returns it with its source tree.
 async fn push_image(fleet: &Fleet, marker: &str, compression: Compression) -> Result<(Artifact, PathBuf)> {
     let file = make_image(fleet.dir(), marker, compression)?;
     let artifact = push(&mut fleet.artifacts(), marker, Kind::Image, Purpose::Unspecified, &file).await?;
@@ -32,7 +32,7 @@ async fn push_zip(fleet: &Fleet, name: &str, purpose: Purpose, zip: &[u8]) -> Re
     Ok(upload(&mut fleet.artifacts(), header(name, Kind::Bootcode, purpose, zip), zip).await?)
 }
 
-/// Waits until the installer is no longer the default, which the agent settles after its success was stored.
+/// Waits until the system boots by default. The agent changes that after its success was stored.
 async fn system_is_default(pi: &Pi) -> Result<()> {
     wait_until(seconds(20), "autoboot.txt names p4 as the default", async || {
         Ok(default_of(pi)?.contains("boot_partition=4").then_some(()))
@@ -40,7 +40,7 @@ async fn system_is_default(pi: &Pi) -> Result<()> {
     .await
 }
 
-/// What `autoboot.txt` says of a boot that is no trial.
+/// The part of `autoboot.txt` for an ordinary boot, not for a trial.
 fn default_of(pi: &Pi) -> Result<String> {
     let autoboot = pi.read("recovery/autoboot.txt")?;
     Ok(autoboot.split("[tryboot]").next().unwrap_or_default().to_owned())
@@ -69,7 +69,7 @@ async fn three_pis_run_the_image_file_by_file_and_keep_what_is_theirs() -> Resul
         assert!(config.lines().any(|line| line == "export OS_IMG=first"), "{config}");
         assert_eq!(pi.read("root/etc/hostname")?.trim(), *id);
         machine_ids.extend(pi.read("root/etc/machine-id"));
-        // One reboot into the installer, one into the new system, and no other.
+        // One reboot into the installer, one into the new system, and no more.
         assert_eq!(pi.reboots(&name)?, 2);
         assert_eq!(pi.boots()?, 3);
         system_is_default(&pi).await?;
@@ -78,6 +78,7 @@ async fn three_pis_run_the_image_file_by_file_and_keep_what_is_theirs() -> Resul
         let system = node.system.context("no system")?;
         assert_eq!((system.os.as_str(), system.image_sha256.as_str()), ("Test OS first", image.sha256.as_str()));
     }
+    // Images carry no machine-id; two nodes with the same one would share their DHCP leases.
     machine_ids.sort();
     machine_ids.dedup();
     assert!(machine_ids.len() == ids.len() || machine_ids.is_empty(), "nodes share a machine-id: {machine_ids:?}");
@@ -88,6 +89,7 @@ async fn three_pis_run_the_image_file_by_file_and_keep_what_is_theirs() -> Resul
 async fn every_compression_and_a_second_update_leave_nothing_of_the_system_before() -> Result<()> {
     let fleet = Fleet::builder().pis(1).start().await?;
     let ids = fleet.ids().await?;
+    // Onto the same card one after the other, so that each update must remove the system before it.
     for (marker, compression) in
         [("plain", Compression::None), ("gzipped", Compression::Gzip), ("zstandard", Compression::Zstd)]
     {
@@ -95,7 +97,7 @@ async fn every_compression_and_a_second_update_leave_nothing_of_the_system_befor
         fleet.succeeds(update(&ids, &image.name, ""), UPDATE).await?;
         compare_with_source(&source, fleet.pi(&ids[0]).dir()).with_context(|| marker.to_owned())?;
     }
-    // What was installed is what boots: also at the next plain reboot.
+    // The installed system boots, also at the next ordinary reboot.
     fleet.succeeds(reboot(&ids, Duration::ZERO), seconds(60)).await?;
     assert_eq!(fleet.node(&ids[0]).await?.system.context("no system")?.os, "Test OS zstandard");
     Ok(())
@@ -113,7 +115,7 @@ async fn the_bootcode_is_the_one_named_else_the_default_else_the_fallback() -> R
             .iter()
             .any(|set| pi.read(&format!("recovery/{set}/kernel8.img")).is_ok_and(|text| text == kernel)))
     };
-    // There is none at the controller: the node's own fallback zip does it.
+    // The controller has no bootcode, so the node uses the fallback zip on its card.
     let operation = fleet.succeeds(update(&ids, &image.name, ""), UPDATE).await?;
     assert_eq!(operation_bootcode(&operation), "");
 
@@ -132,7 +134,7 @@ async fn the_bootcode_is_the_one_named_else_the_default_else_the_fallback() -> R
     Ok(())
 }
 
-/// The digest of the bootcode that was frozen at creation.
+/// Digest of the bootcode, frozen at the operation's creation.
 fn operation_bootcode(operation: &marco_proto::v1::Operation) -> &str {
     match &operation.action {
         Some(marco_proto::v1::operation::Action::Update(update)) => &update.bootcode_sha256,
@@ -153,6 +155,7 @@ async fn without_an_image_only_the_boot_files_change() -> Result<()> {
     let boot = push_zip(&fleet, "newer-boot", Purpose::System, &zip_of(&files)?).await?;
     let operation = fleet.succeeds(update(&ids, "", &boot.name), UPDATE).await?;
     for (name, bytes) in &files {
+        // The installer adapts `cmdline.txt` to the card.
         if name != "cmdline.txt" {
             assert_eq!(fs::read(pi.path("boot").join(name))?, *bytes, "{name}");
         }
@@ -174,7 +177,7 @@ async fn an_image_that_does_not_come_up_brings_the_installer_back_and_another_im
 
     let bad = fleet.dir().join("bad");
     lay_out_root(&bad, "bad")?;
-    // It is there, and the kernel may not start it: that shows when it is tried.
+    // The file exists, but is not executable: the fault shows only when the kernel starts it.
     fs::set_permissions(bad.join("usr/sbin/init"), fs::Permissions::from_mode(0o644))?;
     let tarball = pack(&bad, &fleet.dir().join("bad.tar.gz"), Compression::Gzip)?;
     let bad = push(&mut fleet.artifacts(), "bad", Kind::Image, Purpose::Unspecified, &tarball).await?;
@@ -184,7 +187,7 @@ async fn an_image_that_does_not_come_up_brings_the_installer_back_and_another_im
     assert_eq!(execution.state(), State::Failed, "{execution:?}");
     let error = execution.error.context("no error")?;
     assert!(!error.reason.is_empty() && !error.message.is_empty(), "{error:?}");
-    // One reboot into the installer and three trials.
+    // One reboot into the installer, and three trials.
     assert_eq!(pi.reboots(&execution_name(&operation, &ids[0]))?, 4, "{:?}", pi.log()?);
     wait_until(seconds(60), "the node waits in its installer", async || {
         let node = fleet.node(&ids[0]).await?;
@@ -192,7 +195,7 @@ async fn an_image_that_does_not_come_up_brings_the_installer_back_and_another_im
     })
     .await?;
 
-    // It takes an update with an image only, and a reboot waits; also after the agent was killed there.
+    // The installer accepts only updates with an image, and other operations wait; also after its agent was killed.
     let waits = fleet.create(reboot(&ids, Duration::ZERO)).await?;
     fleet
         .execution_becomes(&waits.name, &ids[0], seconds(20), "held back by the installer", |execution| {
@@ -214,7 +217,7 @@ async fn a_power_cut_at_any_time_of_an_update_leaves_no_mix() -> Result<()> {
     let pi = fleet.pi(&ids[0]);
     let (image, source) = push_image(&fleet, "cut", Compression::Gzip).await?;
     let operation = fleet.create(update(&ids, &image.name, "")).await?;
-    // In the installer, once it is the default: before that a power cut brings the old system back, as it should.
+    // Only after the installer has become the default. A power cut before that correctly brings the old system back.
     wait_until(seconds(60), "the installer is at work", async || {
         let at_work = fleet.node(&ids[0]).await?.mode() == NodeMode::Installer;
         Ok((at_work && default_of(&pi)?.contains("boot_partition=1")).then_some(()))
@@ -223,7 +226,7 @@ async fn a_power_cut_at_any_time_of_an_update_leaves_no_mix() -> Result<()> {
     pi.cut_power()?;
     fleet.ends(&operation.name, UPDATE, OperationState::Succeeded).await?;
     compare_with_source(&source, pi.dir())?;
-    // Afterwards, with nothing going on: the same system again.
+    // A power cut without any operation: the same system boots again.
     system_is_default(&pi).await?;
     let boots = pi.boots()?;
     pi.cut_power()?;
@@ -242,6 +245,7 @@ async fn an_image_without_boot_files_for_this_board_is_refused_before_anything_i
     let ids = fleet.ids().await?;
     let root = fleet.dir().join("other-board");
     lay_out_root(&root, "other-board")?;
+    // A device tree of another board: the image is a sound system, just not for this Pi.
     fs::rename(root.join("boot/firmware/bcm2711-rpi-4-b.dtb"), root.join("boot/firmware/bcm2710-rpi-3-b.dtb"))?;
     let tarball = pack(&root, &fleet.dir().join("other-board.tar.gz"), Compression::Gzip)?;
     let image = push(&mut fleet.artifacts(), "other-board", Kind::Image, Purpose::Unspecified, &tarball).await?;
@@ -251,7 +255,7 @@ async fn an_image_without_boot_files_for_this_board_is_refused_before_anything_i
     let error = execution.error.context("no error")?;
     assert_eq!(error.reason, "NOT_A_SYSTEM", "{error:?}");
     assert!(error.message.contains("bcm2711-rpi-4-b.dtb"), "it does not say what is missing: {error:?}");
-    // The running system itself said so: nothing restarted, nothing was erased.
+    // The running system itself refused it: nothing rebooted, and nothing was erased.
     assert_eq!(fleet.pi(&ids[0]).reboots(&execution_name(&operation, &ids[0]))?, 0);
     assert_eq!(fleet.node(&ids[0]).await?.mode(), NodeMode::Running);
     Ok(())

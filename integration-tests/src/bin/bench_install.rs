@@ -1,5 +1,5 @@
-//! `make bench-install`: the steps of the 2015 installer (wget from the mirror, gunzip, tar, sync) beside the agent's own
-//! installation, of the same root file system, in one run.
+//! `make bench-install`: compares the steps of the 2015 installer (wget from the mirror, gunzip, tar, sync) with the
+//! agent's installation of the same root file system, in one run.
 #![allow(clippy::print_stdout, reason = "what it prints is the point of it")]
 
 #[path = "bench_install/bed.rs"]
@@ -23,26 +23,27 @@ use marco_proto::v1::artifact;
 use tokio::process::Command;
 
 const USAGE: &str = "usage: marco-bench-install [--bytes N] [--runs N] [--rate BYTES_PER_SECOND] [--mirror HOST:PORT]";
-/// How long one installation may take.
+/// Timeout of one installation.
 const LIMIT: Duration = seconds(900);
 
 struct Options {
     bytes: u64,
     runs: usize,
     rate: u64,
-    /// Another server than the controller's mirror, with the controller's certificate and the image under /tar.
+    /// `HOST:PORT` of another server than the controller's mirror. It has the controller's certificate, and the image
+    /// under /tar.
     mirror: Option<String>,
 }
 
-/// What one installation took.
+/// Cost of one installation.
 #[derive(Debug, Clone, Copy)]
 struct Cost {
     wall: f64,
     cpu: f64,
-    /// To the device; none on tmpfs.
+    /// Bytes written to the device; `None` on tmpfs.
     written: Option<u64>,
     peak_disk: u64,
-    /// Of the agent, the highest that it ever was.
+    /// Peak memory of the agent in bytes; 0 for the steps of 2015.
     memory: u64,
 }
 
@@ -96,7 +97,7 @@ async fn bench() -> Result<()> {
         let mut costs: [Vec<Cost>; 3] = Default::default();
         let [old, gzip, zstd] = &mut costs;
         for run in 0..options.runs {
-            // In turns, so that what else this machine does falls on all alike.
+            // Alternating runs spread the machine's other load over all three alike.
             let bed = Bed::new(&dir, kind).await?;
             old.push(steps_of_2015(&bed, &mirror, &fleet.certs()).await.context("the steps of 2015")?);
             bed.remove().await?;
@@ -114,8 +115,9 @@ async fn bench() -> Result<()> {
     Ok(())
 }
 
-/// As the 2015 installer did it, on the mounted card.
+/// Installs on the mounted card with the steps of the 2015 installer.
 async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
+    // The counter of the device also has the writes of making the file system, so the difference counts.
     let (written, peak) = (bed.written()?, bed.watch()?);
     let script = format!(
         "set -e; cd '{bed}'; TIMEFORMAT='%3R %3U %3S'; time {{ \
@@ -125,6 +127,7 @@ async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
         bed = bed.folder().display(),
         certs = certs.display(),
     );
+    // bash, because its `time` prints user and system time of the whole pipeline.
     let output = Command::new("bash").args(["-c", &script]).output().await?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{said}");
@@ -134,9 +137,9 @@ async fn steps_of_2015(bed: &Bed, mirror: &str, certs: &Path) -> Result<Cost> {
     Ok(Cost { wall: *wall, cpu: user + system, written, peak_disk: peak.end().await?, memory: 0 })
 }
 
-/// A virtual Pi whose card is the bed, updated by the real agent. The wall time is what its log says, from the installer's
-/// connection for the image to the end of the sync; everything else is counted for the whole update, with the installer's
-/// own boot files and the reboot into it.
+/// Updates a virtual Pi on this file system with the real agent. The wall time comes from the agent's log: from the
+/// installer's connection for the image to the end of the sync. All other figures cover the whole update, with the
+/// installer's boot files and the reboot into the installer.
 async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<Cost> {
     let (log, token) = (fleet.dir().join(format!("{prefix}agent.log")), fleet.dir().join("token"));
     fs::write(&token, fleet.token(1).await?)?;
@@ -175,10 +178,11 @@ async fn our_own(fleet: &Fleet, bed: &Bed, prefix: &str, image: &str) -> Result<
     Ok(cost)
 }
 
-/// When the agent said something; it is waited for.
+/// Time of the first log line that contains `words`; waits for it.
 async fn said_at(log: &Path, words: &str) -> Result<DateTime<Utc>> {
     let line = wait_until(LIMIT, &format!("the agent says {words}"), async || {
         let text = tokio::fs::read_to_string(log).await?;
+        // Otherwise the wait would last until its timeout.
         ensure!(!text.contains("installation failed"), "{text}");
         Ok(text.lines().find(|line| line.contains(words)).map(str::to_owned))
     })
@@ -187,15 +191,17 @@ async fn said_at(log: &Path, words: &str) -> Result<DateTime<Utc>> {
     Ok(DateTime::parse_from_rfc3339(time)?.to_utc())
 }
 
-/// Seconds of processor time of a process, its own and the kernel's for it (proc(5): utime and stime).
+/// Seconds of processor time of a process, in user and kernel mode (proc(5): utime and stime).
 fn cpu(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is the program's name and may contain blanks; it ends at the last parenthesis.
     let (_, numbers) = text.rsplit_once(") ").context("no statistics of the agent")?;
     let ticks: u32 = numbers.split(' ').skip(11).take(2).filter_map(|word| word.parse::<u32>().ok()).sum();
+    // USER_HZ is 100 on every architecture that these tools run on.
     Ok(f64::from(ticks) / 100.0)
 }
 
-/// Bytes of memory that a process had at most.
+/// Peak memory of a process in bytes.
 fn highest_memory(pid: u32) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no highest memory")?;
@@ -206,6 +212,7 @@ fn highest_memory(pid: u32) -> Result<u64> {
 fn median(costs: &[Cost], of: impl Fn(&Cost) -> f64) -> f64 {
     let mut values: Vec<f64> = costs.iter().map(of).collect();
     values.sort_by(f64::total_cmp);
+    // The median, because a single slow run says more about the machine than about the installer.
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 

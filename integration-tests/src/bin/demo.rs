@@ -19,15 +19,16 @@ use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
 const PIS: usize = 3;
-/// A database that was given may know other nodes, too.
+/// Tells the demo's nodes from others: a database given by the user may hold more.
 const PREFIX: &str = "demo-";
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let done = async {
+        // Without a handler the signal would end this process before it removes its files.
         let mut terminated = signal(SignalKind::terminate())?;
         let mut interrupted = signal(SignalKind::interrupt())?;
-        // Dropping the demo ends its processes and removes its files.
+        // Dropping the demo's future ends its processes and removes its files.
         tokio::select! {
             done = demo() => done,
             _ = terminated.recv() => bail!("terminated"),
@@ -60,7 +61,7 @@ async fn demo() -> Result<()> {
     let mut fleet = Fleet::builder().database(database).pis(PIS).prefix(PREFIX).start().await?;
     let ids: Vec<String> = fleet.ids().await?.into_iter().filter(|id| id.starts_with(PREFIX)).collect();
     for node in fleet.list_nodes().await?.into_iter().filter(|node| node.state() == node::State::AwaitingApproval) {
-        // Known from a demo that was broken off on this database; its key went away with it.
+        // A demo that was interrupted on this database left this node behind, and its key is lost.
         if ids.iter().any(|id| node.name.ends_with(id)) {
             fleet.nodes().approve_node(ApproveNodeRequest { name: node.name, ..ApproveNodeRequest::default() }).await?;
         }
@@ -108,7 +109,7 @@ async fn demo() -> Result<()> {
         }
     }
     for id in ids.iter().filter(|_| shared) {
-        // So that the demo can be run again on this database.
+        // The next demo on this database then starts without them.
         let request = DeleteNodeRequest { name: format!("nodes/{id}"), force: true };
         fleet.nodes().delete_node(request).await?;
     }
@@ -117,7 +118,8 @@ async fn demo() -> Result<()> {
     Ok(())
 }
 
-/// Whether the node's root is the source, and says so itself; answers how many entries are the same.
+/// Compares the node's root with the source, and checks the execution in its `/etc/marco-release`. Returns the number
+/// of equal entries.
 fn compare(fleet: &Fleet, execution: &str, id: &str, source: &Path) -> Result<usize> {
     let pi = fleet.pi(id);
     let release = pi.read("root/etc/marco-release")?;
@@ -133,7 +135,7 @@ fn name_of(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Runs marcoctl with this terminal as its own, so that it draws its progress.
+/// Runs marcoctl on this terminal, so that it draws its progress.
 async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<()> {
     println!("$ marcoctl {}", arguments.iter().map(|word| shown(word)).collect::<Vec<_>>().join(" "));
     let program: PathBuf = binary("marcoctl")?;
@@ -143,6 +145,7 @@ async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<()> {
         .arg("--certs")
         .arg(fleet.certs())
         .args(arguments)
+        // marcoctl must not wait for an answer that nobody gives.
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .status()
@@ -152,7 +155,7 @@ async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A path without the folder of this demo, which nobody needs to see.
+/// A path without its folder: the demo's temporary folder is of no interest to a viewer.
 fn shown(word: &str) -> String {
     if word.starts_with('/') { name_of(Path::new(word)) } else { word.to_owned() }
 }

@@ -1,4 +1,4 @@
-//! `make e2e`, `make failures` and `make powercut`: whole machines under QEMU, with a real kernel and the real installer.
+//! `make e2e`, `make failures` and `make powercut`: whole machines under QEMU, with a real kernel and installer.
 #![allow(clippy::print_stdout, reason = "what it prints is the point of it")]
 
 #[path = "e2e/cuts.rs"]
@@ -24,7 +24,7 @@ async fn main() -> ExitCode {
     let done = async {
         let mut terminated = signal(SignalKind::terminate())?;
         let mut interrupted = signal(SignalKind::interrupt())?;
-        // Dropping the play ends its processes and removes its files.
+        // Dropping the future ends its processes and removes its files.
         tokio::select! {
             done = play() => done,
             _ = terminated.recv() => bail!("terminated"),
@@ -45,7 +45,7 @@ async fn play() -> Result<()> {
     let [what, board, debian, agent] = arguments.as_slice() else { bail!("{USAGE}") };
     let options = Options { board: Board::parse(board)?, debian: PathBuf::from(debian), agent: PathBuf::from(agent) };
     let dir = tempfile::Builder::new().prefix("marco-e2e-").tempdir().context("a folder for the machine")?;
-    // Kept for a look at what went wrong, where it was asked for.
+    // `KEEP` names a folder that receives the machine's files after a failure.
     let kept = std::env::var_os("KEEP").map(PathBuf::from);
     let played = match what.as_str() {
         "boot" => journey::travel(options, dir.path()).await,

@@ -1,4 +1,4 @@
-//! Asking the controller for operations, and waiting for what becomes of them.
+//! Operations: builds them, asks the controller for them, and waits for their end.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::certs::NodeKey;
 use crate::client::Credentials;
 use crate::wait::wait_until;
 
-/// An operation that restarts nodes after a notice.
+/// An operation that reboots nodes after a notice.
 pub fn reboot<T: AsRef<str>>(nodes: &[T], notice: Duration) -> Operation {
     let reboot = Reboot { notice: Some(length(notice)), message: "a test restarts this node".to_owned() };
     on(nodes, Action::Reboot(reboot))
@@ -28,7 +28,7 @@ pub fn poweroff<T: AsRef<str>>(nodes: &[T]) -> Operation {
     on(nodes, Action::PowerOff(PowerOff { notice: Some(length(Duration::ZERO)), message: String::new() }))
 }
 
-/// An operation that installs an image on nodes (or, without one, boot files), without notice.
+/// An operation that installs an image (or, if `image` is empty, boot files) on nodes, without notice.
 pub fn update<T: AsRef<str>>(nodes: &[T], image: &str, bootcode: &str) -> Operation {
     let update = Update {
         image: image.to_owned(),
@@ -54,7 +54,7 @@ pub fn execution_name(operation: &Operation, id: &str) -> String {
 }
 
 impl Fleet {
-    /// Enrols a node that no agent plays; answers what it shows at the API.
+    /// Enrols a node that no agent runs for, and returns its credentials for the API.
     pub async fn enrol_by_hand(&self, id: &str, require_approval: bool) -> Result<Credentials> {
         let request = CreateJoinTokenRequest { require_approval, ..CreateJoinTokenRequest::default() };
         let token = self.nodes().create_join_token(request).await?.into_inner().token;
@@ -70,27 +70,28 @@ impl Fleet {
         Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, key.pem())) })
     }
 
-    /// Creates an operation.
+    /// Creates an operation, as admin.
     pub async fn create(&self, operation: Operation) -> Result<Operation, Status> {
         let request = CreateOperationRequest { operation: Some(operation), request_id: String::new() };
         Ok(self.operations().create_operation(request).await?.into_inner())
     }
 
-    /// The operation as it is now.
+    /// Reads the operation's present state.
     pub async fn operation(&self, name: &str) -> Result<Operation> {
         Ok(self.operations().get_operation(GetOperationRequest { name: name.to_owned() }).await?.into_inner())
     }
 
-    /// Asks that the operation stop.
+    /// Asks the controller to cancel the operation.
     pub async fn cancel(&self, name: &str) -> Result<Operation, Status> {
         Ok(self.operations().cancel_operation(CancelOperationRequest { name: name.to_owned() }).await?.into_inner())
     }
 
-    /// The operation's executions, by node.
+    /// All executions of the operation.
     pub async fn executions(&self, name: &str) -> Result<Vec<Execution>> {
         let parent = name.to_owned();
         let request = ListExecutionsRequest { parent, page_size: 1000, ..ListExecutionsRequest::default() };
         let page = self.operations().list_executions(request).await?.into_inner();
+        // No operation of these tests has more nodes than one page, so that paging is left out.
         if !page.next_page_token.is_empty() {
             bail!("more executions than a page has");
         }
@@ -107,7 +108,7 @@ impl Fleet {
             .with_context(|| format!("{operation} has no execution on {id}"))
     }
 
-    /// Waits until the execution is as `wanted` says. A controller that is away for a moment is waited for.
+    /// Waits until `wanted` accepts the execution. Errors of the controller are retried: it may be restarting.
     pub async fn execution_becomes(
         &self,
         operation: &str,
@@ -121,6 +122,7 @@ impl Fleet {
             if wanted(&execution) {
                 return Ok(Some(execution));
             }
+            // A final state never changes, so that waiting for the limit would only hide the reason.
             if is_final(execution.state()) {
                 bail!("the execution ended before it was {what}: {execution:?}");
             }
@@ -141,10 +143,10 @@ impl Fleet {
         self.execution_becomes(operation, id, limit, what, |execution| execution.state() == state).await
     }
 
-    /// Waits until the operation has ended, and checks how.
+    /// Waits until the operation has ended, and fails unless it ended in the state `wanted`.
     pub async fn ends(&self, name: &str, limit: Duration, wanted: operation::State) -> Result<Operation> {
         let ended = wait_until(limit, &format!("{name} ends"), async || {
-            // A controller that is being restarted does not answer for a moment.
+            // A controller that restarts does not answer for a moment.
             let Ok(operation) = self.operation(name).await else { return Ok(None) };
             Ok(operation.finish_time.is_some().then_some(operation))
         })
@@ -162,16 +164,17 @@ impl Fleet {
         Ok(operation)
     }
 
-    /// Creates an operation, waits until it ends SUCCEEDED and answers it.
+    /// Creates an operation, waits until it has succeeded, and returns it.
     pub async fn succeeds(&self, operation: Operation, limit: Duration) -> Result<Operation> {
         let created = self.create(operation).await?;
         self.ends(&created.name, limit, operation::State::Succeeded).await
     }
 }
 
-/// Whether an execution in this state has ended.
+/// True for states that an execution never leaves.
 pub fn is_final(state: execution::State) -> bool {
     use execution::State;
+    // Every state is named, so that a new one does not compile until it is sorted in here.
     match state {
         State::Succeeded | State::Failed | State::RolledBack | State::Cancelled | State::Expired => true,
         State::Unspecified

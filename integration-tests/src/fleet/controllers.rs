@@ -1,4 +1,4 @@
-//! Several controllers on one database, and what can be done to each.
+//! Several controllers on one database, and faults that a test inflicts on each.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,57 +20,56 @@ pub(super) struct Member {
 }
 
 impl Builder {
-    /// How many controllers share the database, which then has to be Postgres; one unless said otherwise. Agents are
-    /// given the first one's address, through the proxy, and hear of the others from it.
+    /// Number of controllers that share the database; default: 1. More than one need Postgres. Agents get the first
+    /// one's address, through the proxy, and learn the others' addresses from it.
     pub fn controllers(mut self, count: usize) -> Self {
         self.controllers = count;
         self
     }
 
-    /// The controller with this number reaches the database by a URL of its own: through a proxy, for example.
+    /// Gives one controller a database URL of its own, for example that of a proxy.
     pub fn database_of(mut self, number: usize, url: &str) -> Self {
         self.own_urls.insert(number, url.to_owned());
         self
     }
 
-    /// Whether the controllers pass changes on by notifications; they do unless said otherwise.
+    /// Turns the notifications between controllers on or off; default: on.
     pub fn notifications(mut self, on: bool) -> Self {
         self.notifications = on;
         self
     }
 
-    /// How many files the system lets a controller have open; as many as this test may unless said otherwise.
+    /// Limit of open files of each controller (`RLIMIT_NOFILE`); default: this test's own limit.
     pub fn open_files(mut self, files: usize) -> Self {
         self.open_files = Some(files);
         self
     }
 
-    /// Controllers share the folders for data and certificates; each has its own unless said otherwise.
+    /// Lets the controllers share the folders for data and certificates; default: each has its own.
     pub fn shared_folders(mut self) -> Self {
         self.shared_folders = true;
         self
     }
 
-    /// Whether each controller has a clock of its own, which [`Fleet::jump_clock`] moves (with libfaketime).
+    /// Gives each controller a clock of its own (by libfaketime), which [`Fleet::jump_clock`] moves.
     pub fn own_clocks(mut self) -> Self {
         self.own_clocks = true;
         self
     }
 
-    /// How late an instant of a schedule may be found before it is missed; five minutes unless said otherwise.
+    /// Age at which a due fire of a schedule counts as missed; default: five minutes.
     pub fn missed_after(mut self, late: Duration) -> Self {
         self.missed_after = Some(late);
         self
     }
 
-    /// Puts a proxy between each controller and the database, which then has to be Postgres; see
-    /// [`Fleet::database_proxy`].
+    /// Puts a proxy between each controller and the database; needs Postgres. See [`Fleet::database_proxy`].
     pub fn database_proxies(mut self) -> Self {
         self.database_proxies = true;
         self
     }
 
-    /// Starts the proxies to the database, if there are to be any.
+    /// Starts the proxies to the database; none unless they were asked for.
     pub(super) async fn start_database_proxies(&mut self) -> Result<Vec<Proxy>> {
         let mut proxies = Vec::new();
         let Database::Url(url) = &self.database else { return Ok(proxies) };
@@ -87,7 +86,7 @@ impl Builder {
         Ok(proxies)
     }
 
-    /// A process that logs what was asked for.
+    /// Adds the log filter to a process's environment, if one was set.
     pub(super) fn logging(&self, recipe: Recipe) -> Recipe {
         if self.log.is_empty() { recipe } else { recipe.env("RUST_LOG", &self.log).env("MARCO_LOG", &self.log) }
     }
@@ -96,6 +95,7 @@ impl Builder {
     pub(super) fn start_controller(&self, dir: &Path, number: usize) -> Result<Member> {
         let addresses =
             Addresses { api: ports::free()?, enroll: ports::free()?, mirror: ports::free()?, metrics: ports::free()? };
+        // Logs and clocks stay separate, also with shared folders.
         let own = if self.shared_folders { 0 } else { number };
         let path = |name: &str| dir.join(folder(name, own)).display().to_string();
         let mut arguments = vec!["serve".to_owned()];
@@ -110,6 +110,7 @@ impl Builder {
         ] {
             arguments.extend([flag.to_owned(), value]);
         }
+        // Controllers announce themselves to agents by these names, and never by default by a loopback address.
         if self.controllers > 1 {
             arguments.extend(["--name".to_owned(), addresses.api.ip().to_string()]);
         }
@@ -126,6 +127,7 @@ impl Builder {
         let mut program = binary("marco-controller")?;
         if let Some(files) = self.open_files {
             arguments.splice(0..0, [format!("--nofile={files}:{files}"), program.display().to_string()]);
+            // prlimit sets the limit and then executes the controller, so the process id stays the controller's.
             program = tool("prlimit")?;
         }
         let mut recipe = Recipe::new(program, arguments, log);
@@ -133,6 +135,9 @@ impl Builder {
             let clock = dir.join(format!("{}.clock", folder("controller", number)));
             std::fs::write(&clock, "+0").context("a controller's clock")?;
             recipe = recipe
+                // libfaketime reads the offset from this file again after each second, so that a test can move the
+                // clock of a process that runs. The monotonic clock stays true: a jump of wall time must not fire the
+                // timers.
                 .env("LD_PRELOAD", libfaketime()?.display())
                 .env("FAKETIME_TIMESTAMP_FILE", clock.display())
                 .env("FAKETIME_CACHE_DURATION", 1)
@@ -142,8 +147,9 @@ impl Builder {
         Ok(Member { process, addresses, channel: None })
     }
 
-    /// Gives a further controller the CA of the first, and starts it.
+    /// Copies the first controller's CA to a further controller, and starts that.
     pub(super) fn start_further_controller(&self, dir: &Path, number: usize, admin: &Credentials) -> Result<Member> {
+        // The key and the certificate are enough. The controller issues its own certificate from them.
         let needed = [("data/pki", "ca.key"), ("certs", "ca.crt")];
         for (from, name) in needed.into_iter().filter(|_| !self.shared_folders) {
             let (top, below) = from.split_once('/').unwrap_or((from, ""));
@@ -157,7 +163,7 @@ impl Builder {
     }
 }
 
-/// The library that gives a process a clock of its own.
+/// The libfaketime library, which gives a process its own clock.
 pub fn libfaketime() -> Result<PathBuf> {
     let folders = std::fs::read_dir("/usr/lib").context("/usr/lib")?;
     folders
@@ -166,13 +172,13 @@ pub fn libfaketime() -> Result<PathBuf> {
         .context("libfaketime is not installed: run `make deps` first, or `make test`")
 }
 
-/// The folder of the controller with this number: the first's has none in its name.
+/// The folder of the controller with this number. The first one's name has no number.
 fn folder(name: &str, number: usize) -> String {
     if number == 0 { name.to_owned() } else { format!("{name}-{number}") }
 }
 
 impl Fleet {
-    /// From now on this test talks to the controller with this number, from 0.
+    /// Selects the controller that this test talks to from now on, by its number from 0.
     pub fn talk_to(&mut self, number: usize) -> Result<()> {
         let member = self.controllers.get(number).context("there is no such controller")?;
         self.channel = member.channel.clone().context("it was never reached")?;
@@ -181,12 +187,12 @@ impl Fleet {
         Ok(())
     }
 
-    /// What is done to a controller, whichever this test talks to.
+    /// The process of one controller, by number.
     fn member(&mut self, number: usize) -> Result<&mut Process> {
         Ok(&mut self.controllers.get_mut(number).context("there is no such controller")?.process)
     }
 
-    /// Where the controller with this number listens.
+    /// Listen addresses of the controller with this number.
     pub fn addresses_of(&self, number: usize) -> Result<Addresses> {
         Ok(self.controllers.get(number).context("no such controller")?.addresses)
     }
@@ -196,33 +202,33 @@ impl Fleet {
         self.member(number)?.kill().await
     }
 
-    /// Starts one controller again that was killed; it is healthy some time later.
+    /// Starts a killed controller again, and does not wait until it is healthy.
     pub fn revive(&mut self, number: usize) -> Result<()> {
         self.member(number)?.start()
     }
 
-    /// Puts the clock of one controller's machine so many seconds before or behind the true time.
+    /// Sets one controller's clock off by `seconds` from the true time; negative: behind it.
     pub fn jump_clock(&self, number: usize, seconds: i64) -> Result<()> {
         let file = self.dir().join(format!("{}.clock", folder("controller", number)));
         std::fs::write(file, format!("{seconds:+}")).context("a controller's clock")
     }
 
-    /// Stops one controller in its tracks (SIGSTOP): it holds its connections and answers nothing.
+    /// Freezes one controller (SIGSTOP): its connections stay open, and it answers nothing.
     pub async fn freeze(&mut self, number: usize) -> Result<()> {
         self.member(number)?.signal("STOP").await
     }
 
-    /// Lets it go on (SIGCONT).
+    /// Lets a frozen controller continue (SIGCONT).
     pub async fn thaw(&mut self, number: usize) -> Result<()> {
         self.member(number)?.signal("CONT").await
     }
 
-    /// The way of one controller to the database; see [`Builder::database_proxies`].
+    /// The proxy between one controller and the database; see [`Builder::database_proxies`].
     pub fn database_proxy(&self, number: usize) -> Result<&Proxy> {
         self.database_proxies.get(number).context("this controller has no proxy to the database")
     }
 
-    /// A channel to one controller, as admin.
+    /// A channel to one controller, with the admin's certificate.
     pub fn channel_of(&self, number: usize) -> Result<Channel> {
         self.admin.channel(self.addresses_of(number)?.api)
     }
@@ -233,7 +239,7 @@ impl Fleet {
         member.process.id().context("it does not run")
     }
 
-    /// Bytes of memory of one controller, by the name of the line in `/proc/PID/status`: `VmRSS`, `VmHWM`.
+    /// Bytes of memory of one controller. `which`: a line of `/proc/PID/status`, for example `VmRSS` or `VmHWM`.
     pub fn memory(&self, number: usize, which: &str) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.controller_pid(number)?))?;
         let line = status.lines().find_map(|line| line.strip_prefix(which)?.strip_prefix(':'));
@@ -241,17 +247,17 @@ impl Fleet {
         Ok(kilobytes * 1024)
     }
 
-    /// How many files one controller has open.
+    /// Number of open file descriptors of one controller.
     pub fn files(&self, number: usize) -> Result<usize> {
         Ok(std::fs::read_dir(format!("/proc/{}/fd", self.controller_pid(number)?))?.count())
     }
 
-    /// The whole log of one controller.
+    /// The whole log of one controller, over all its starts.
     pub fn controller_log(&self, number: usize) -> Result<String> {
         self.log(&format!("{}.log", folder("controller", number)))
     }
 
-    /// The whole log of the agents.
+    /// The whole log of the agent process, over all its starts.
     pub fn agents_log(&self) -> Result<String> {
         self.log("agents.log")
     }

@@ -5,22 +5,22 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
-/// A virtual Pi's folder.
+/// Handle to a virtual Pi's folder.
 #[derive(Debug, Clone)]
 pub struct Pi {
     dir: PathBuf,
 }
 
-/// A line of a virtual Pi's log: something that was done to it.
+/// A line of a virtual Pi's log: one event of its hardware.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PiEvent {
-    /// When, as it wrote it.
+    /// Time of the event, as the Pi wrote it.
     pub time: String,
-    /// Under which boot id.
+    /// Boot id during the event.
     pub boot_id: String,
     /// `boot`, `reboot`, `power-off` or `power-cut`.
     pub event: String,
-    /// For which execution, if for one.
+    /// The execution that caused the event; empty if none did.
     pub execution: String,
 }
 
@@ -29,56 +29,58 @@ impl Pi {
         Self { dir }
     }
 
-    /// Its folder.
+    /// The Pi's folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// A file or folder of it, for example `root/etc/marco-release`.
+    /// Path of a file or folder inside the Pi, for example `root/etc/marco-release`.
     pub fn path(&self, inside: &str) -> PathBuf {
         self.dir.join(inside)
     }
 
-    /// The text of one of its files.
+    /// Reads a text file inside the Pi.
     pub fn read(&self, inside: &str) -> Result<String> {
         let path = self.path(inside);
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
-    /// What was done to it, oldest first. A last line that is being written is left out.
+    /// The Pi's events, oldest first.
     pub fn log(&self) -> Result<Vec<PiEvent>> {
         let text = self.read("log.jsonl")?;
+        // The Pi may be writing the last line at this moment: only lines with their line feed count.
         let whole = text.rfind('\n').and_then(|end| text.get(..end)).unwrap_or_default();
         whole.lines().filter(|line| !line.is_empty()).map(event).collect()
     }
 
-    /// How many lines of its log are `event`, for this execution.
+    /// Number of `event` lines of its log for this execution.
     pub fn count(&self, event: &str, execution: &str) -> Result<usize> {
         let log = self.log()?;
         Ok(log.iter().filter(|line| line.event == event && line.execution == execution).count())
     }
 
-    /// How often it was rebooted for this execution.
+    /// Number of reboots for this execution.
     pub fn reboots(&self, execution: &str) -> Result<usize> {
         self.count("reboot", execution)
     }
 
-    /// How often it has booted.
+    /// Number of boots since the Pi was made.
     pub fn boots(&self) -> Result<usize> {
         Ok(self.log()?.iter().filter(|line| line.event == "boot").count())
     }
 
-    /// Presses its power button.
+    /// Presses its power button: the Pi boots if it is off.
     pub fn power_on(&self) -> Result<()> {
+        // The virtual Pi watches for these files and removes them.
         fs::write(self.path("power-on"), "").context("power-on")
     }
 
-    /// Pulls its plug for a moment.
+    /// Cuts its power for a moment.
     pub fn cut_power(&self) -> Result<()> {
         fs::write(self.path("power-cut"), "").context("power-cut")
     }
 
-    /// Whether its agent has written this text into its journal, in whichever role it runs.
+    /// True if its agent's journal contains this text, in the system's role or in the installer's.
     pub fn journal_names(&self, text: &str) -> bool {
         ["root/var/lib/marco-agent", "recovery/marco"].into_iter().any(|state| {
             let files = fs::read_dir(self.path(state)).into_iter().flatten().flatten();

@@ -1,16 +1,16 @@
-//! Hostile tarballs: each is a harmless one with something bad added.
+//! Hostile tarballs: each is a harmless one with one fault added.
 
 use anyhow::{Context as _, Result};
 
 use crate::image::noise;
 
-/// Size of a header, and what all data is padded to.
+/// Size of a header; data is padded to multiples of it.
 const BLOCK: usize = 512;
 
 pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let damaged_header = {
         let mut entry = file("etc/hostname", b"x")?;
-        // The checksum no longer fits.
+        // The header's checksum does not match any more.
         *entry.get_mut(5).context("a header")? ^= 1;
         tarball(&[entry])
     };
@@ -23,7 +23,7 @@ pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
         std::io::Write::write_all(&mut encoder, &tarball(&[file("noise", &noise("gzip", 50_000))?]))?;
         let mut bytes = encoder.finish()?;
-        // The checksum at the end.
+        // A byte of the checksum at the end.
         let at = bytes.len() - 6;
         *bytes.get_mut(at).context("a trailer")? ^= 0xff;
         bytes
@@ -60,7 +60,7 @@ fn links() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let by_hard_link = [link(b'2', "a", "/tmp")?, link(b'1', "b", "a")?, file("b/evil", b"x")?];
     let own = [link(b'2', "loop", "loop")?, file("loop/x", b"x")?];
     Ok(vec![
-        // The shape of CVE-2026-33056: a folder where a link stands changes what the link leads to.
+        // The shape of CVE-2026-33056: a folder entry over a link changes the mode of the link's target.
         ("tar: a folder over a link out of the root", tarball(&[out()?, folder("out", 0o777)?])),
         ("tar: a file deep below a link out of the root", tarball(&[out()?, file("out/a/b/evil", b"x")?])),
         ("tar: a link through a link out of the root", tarball(&[out()?, link(b'2', "out/evil", "x")?])),
@@ -85,7 +85,7 @@ fn links() -> Result<Vec<(&'static str, Vec<u8>)>> {
 fn lying_headers() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let hidden = tarball(&[file("hidden", b"x")?]);
     let size = hidden.len().to_string();
-    // The shape of CVE-2025-62518: one reader goes by the extended header, another by the header itself.
+    // The shape of CVE-2025-62518: one reader takes the size from the extended header, another from the header itself.
     let smuggled = [pax("size", size.as_bytes())?, sized(b'0', "outer", "", &hidden, 0)?];
     let long = |kind: u8, name: &[u8]| raw(kind, "././@LongLink", "", name);
     Ok(vec![
@@ -159,8 +159,8 @@ fn streams() -> Result<Vec<(&'static str, Vec<u8>)>> {
     ])
 }
 
-/// A stream's header and a block's (<https://tukaani.org/xz/xz-file-format.txt>, sections 2.1.1 and 3.1): LZMA2 with the
-/// largest dictionary that can be asked for.
+/// Headers of a stream and of a block (<https://tukaani.org/xz/xz-file-format.txt>, sections 2.1.1 and 3.1): LZMA2 with
+/// the largest dictionary that the format allows.
 fn xz_with_a_large_dictionary() -> Vec<u8> {
     let sealed = |bytes: &[u8]| {
         let mut checksum = flate2::Crc::new();
@@ -174,8 +174,9 @@ fn xz_with_a_large_dictionary() -> Vec<u8> {
     xz
 }
 
-/// Harmless entries, then these, then the end mark.
+/// A harmless entry, these entries, then the end mark.
 fn tarball(entries: &[Vec<u8>]) -> Vec<u8> {
+    // A tarball that is refused must be so for its fault, and not because it is empty.
     let harmless = raw(b'5', "etc/", "", b"").unwrap_or_default();
     let mut bytes = harmless;
     bytes.extend(entries.iter().flatten());
@@ -197,12 +198,12 @@ fn folder(name: &str, mode: u32) -> Result<Vec<u8>> {
     Ok(entry)
 }
 
-/// An extended header for the entry that follows.
+/// A pax extended header for the next entry.
 fn pax(key: &str, value: &[u8]) -> Result<Vec<u8>> {
     raw(b'x', "PaxHeaders/x", "", &record(key, value)?)
 }
 
-/// An extended header that makes the entry that follows a sparse file.
+/// A pax extended header that makes the next entry a sparse file.
 fn pax3(map: &str, size: &str) -> Result<Vec<u8>> {
     let records = [("GNU.sparse.map", map), ("GNU.sparse.size", size), ("GNU.sparse.name", "sparse")];
     let records = records.into_iter().map(|(key, value)| record(key, value.as_bytes()));
@@ -211,7 +212,7 @@ fn pax3(map: &str, size: &str) -> Result<Vec<u8>> {
 
 fn record(key: &str, value: &[u8]) -> Result<Vec<u8>> {
     let rest = key.len() + value.len() + 3;
-    // The length counts itself.
+    // The length field counts its own digits.
     let length = (1..4).map(|digits| rest + digits).find(|length| length.to_string().len() + rest == *length);
     let mut record = format!("{} {key}=", length.context("a record of under 1000 bytes")?).into_bytes();
     record.extend(value);
@@ -219,12 +220,12 @@ fn record(key: &str, value: &[u8]) -> Result<Vec<u8>> {
     Ok(record)
 }
 
-/// A ustar header (<https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html>) and data.
+/// An entry: a ustar header (<https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html>) and its data.
 fn raw(kind: u8, name: &str, target: &str, data: &[u8]) -> Result<Vec<u8>> {
     sized(kind, name, target, data, data.len().try_into()?)
 }
 
-/// Changes a field of an entry's header, with a checksum that fits.
+/// Overwrites a field of an entry's header and corrects the checksum.
 fn reseal(entry: &mut [u8], at: usize, field: &[u8]) -> Result<()> {
     let header = entry.get_mut(..BLOCK).context("a header")?;
     header.get_mut(at..at + field.len()).context("a field")?.copy_from_slice(field);
@@ -234,7 +235,7 @@ fn reseal(entry: &mut [u8], at: usize, field: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The same, with a size that need not be the data's.
+/// An entry whose header states `size`, which may differ from the size of the data.
 fn sized(kind: u8, name: &str, target: &str, data: &[u8], size: u64) -> Result<Vec<u8>> {
     let mut header = vec![0_u8; BLOCK];
     let mut put = |at: usize, bytes: &[u8]| -> Result<()> {
@@ -262,7 +263,7 @@ fn sized(kind: u8, name: &str, target: &str, data: &[u8], size: u64) -> Result<V
 mod tests {
     use super::{file, link, pax, tarball};
 
-    /// Else every archive here would be refused for a fault of its writer.
+    /// Otherwise each archive here would be refused for a fault of its writer.
     #[test]
     fn what_this_writes_is_a_tarball() {
         let entries = [

@@ -4,22 +4,22 @@ use anyhow::Result;
 
 use crate::image::{installer_set, make_bootcode, noise, zip_of};
 
-/// An entry, field by field.
+/// A zip entry; each field can be forged.
 #[derive(Debug, Clone)]
 struct Entry {
-    /// In the central directory.
+    /// Name in the central directory.
     name: Vec<u8>,
-    /// Before the data, when it is to be another.
+    /// Name in the local header; `None`: the same.
     local_name: Option<Vec<u8>>,
-    /// Unix mode, with the kind of file.
+    /// Unix mode with the file type.
     mode: u32,
     flags: u16,
     method: u16,
-    /// Instead of what fits the data.
+    /// CRC-32 in the headers; `None`: that of the data.
     checksum: Option<u32>,
-    /// Unpacked, in both headers, instead of the data's.
+    /// Unpacked size in both headers; `None`: that of the data.
     size: Option<u32>,
-    /// Extra fields in the central directory.
+    /// Extra field of the central directory.
     extra: Vec<u8>,
     data: Vec<u8>,
 }
@@ -67,6 +67,7 @@ pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
         ("zip: not a zip", noise("not a zip", 5000)),
     ];
     let mut bomb = installer_set("bomb");
+    // Zeros compress a thousandfold.
     bomb.push(("bomb".to_owned(), vec![0; 64 * 1024 * 1024]));
     zips.push(("zip: a bomb", zip_of(&bomb)?));
     let mut many = installer_set("many");
@@ -79,9 +80,10 @@ pub(super) fn archives() -> Result<Vec<(&'static str, Vec<u8>)>> {
 
 fn lies() -> Result<Vec<(&'static str, Vec<u8>)>> {
     let file = |name: &str| Entry::file(name, b"0123456789");
+    // Info-ZIP's Unicode Path field (APPNOTE 4.6.9): a second name, which some readers prefer.
     let unicode_path = [&[0x75, 0x70, 12, 0, 1, 0, 0, 0, 0][..], b"../evil"].concat();
     Ok(vec![
-        // The shape of CVE-2025-29787: a link, and a file through it.
+        // The shape of CVE-2025-29787: a link, and a file written through it.
         ("zip: a file through a link", {
             let mut entries = set();
             entries.push(Entry { mode: 0o120_777, ..Entry::file("out", b"../../../tmp") });
@@ -109,8 +111,9 @@ fn lies() -> Result<Vec<(&'static str, Vec<u8>)>> {
     ])
 }
 
-/// Bytes that one reader sees and another does not.
+/// Zips in which two readers see different contents.
 fn hidden(good: &[u8]) -> Result<Vec<(&'static str, Vec<u8>)>> {
+    // The end record is the last 22 bytes, because there is no archive comment.
     let end = good.len() - 22;
     let mut disks = good.to_vec();
     disks.get_mut(end + 4..end + 6).unwrap_or_default().copy_from_slice(&[1, 0]);
@@ -133,14 +136,14 @@ fn set() -> Vec<Entry> {
     installer_set("hostile").iter().map(|(name, data)| Entry::file(name, data)).collect()
 }
 
-/// An installer's set and this.
+/// An installer's set with this entry added.
 fn with(bad: Entry) -> Result<Vec<u8>> {
     let mut entries = set();
     entries.push(bad);
     write(&entries)
 }
 
-/// The format: <https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT>, sections 4.3.7, 4.3.12 and 4.3.16.
+/// Encodes a zip: <https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT>, sections 4.3.7, 4.3.12 and 4.3.16.
 fn write(entries: &[Entry]) -> Result<Vec<u8>> {
     let (mut zip, mut directory) = (Vec::new(), Vec::new());
     for entry in entries {
@@ -150,7 +153,7 @@ fn write(entries: &[Entry]) -> Result<Vec<u8>> {
         let checksum = entry.checksum.unwrap_or(checksum.sum());
         let packed = u32::try_from(entry.data.len())?;
         let size = entry.size.unwrap_or(packed);
-        // Version needed, flags, method (stored), time, date, checksum, both sizes.
+        // Version needed, flags, method, time, date, checksum, both sizes.
         let common = |name: &[u8], extra: usize| -> Result<Vec<u8>> {
             let mut fields = Vec::new();
             for short in [20, entry.flags, entry.method, 0, 0x21] {
@@ -198,7 +201,7 @@ mod tests {
     use super::{Entry, with};
     use std::io::{Cursor, Read as _};
 
-    /// Else every archive here would be refused for a fault of its writer.
+    /// Otherwise each archive here would be refused for a fault of its writer.
     #[test]
     fn what_this_writes_is_a_zip() {
         let bytes = with(Entry::file("harmless", b"text")).unwrap();

@@ -1,4 +1,4 @@
-//! The machines that QEMU plays: what they are called, what they boot, and their command lines.
+//! The machines that QEMU emulates: their names, the files they boot, and their command lines.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,37 +6,37 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use node_agent::system::virtual_pi::firmware::Model;
 
-/// A machine.
+/// An emulated machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Board {
     /// A PC with virtio devices.
     Amd64,
     /// QEMU's own 64-bit ARM machine, with virtio devices.
     Arm64,
-    /// A Raspberry Pi 3 B: its SD card, its USB, a 64-bit kernel.
+    /// A Raspberry Pi 3 B with SD card, USB and a 64-bit kernel.
     Raspi3b,
     /// A Raspberry Pi Zero: ARMv6.
     Raspi0,
 }
 
-/// What the firmware starts, as files of this machine.
+/// The firmware's choice, as files for QEMU.
 #[derive(Debug)]
 pub struct Kernel<'a> {
     /// The kernel.
     pub kernel: &'a Path,
-    /// The initial RAM file system.
+    /// The initial RAM file system, in one file; `None`: the kernel starts without one.
     pub initramfs: Option<&'a Path>,
-    /// The device tree.
+    /// The device tree; `None`: QEMU brings its own, or the machine needs none.
     pub device_tree: Option<&'a Path>,
-    /// The command line.
+    /// The kernel's command line.
     pub cmdline: &'a str,
 }
 
 impl Board {
-    /// By the names of `make e2e`: `amd64`, `arm64`, `raspi3b`, `raspi0`.
+    /// Parses the names of `make e2e`: `amd64`, `arm64`, `raspi3b`, `raspi0`.
     ///
     /// # Errors
-    /// There is no such machine.
+    /// Returns an error for any other name.
     pub fn parse(name: &str) -> Result<Self> {
         Ok(match name {
             "amd64" => Self::Amd64,
@@ -47,7 +47,7 @@ impl Board {
         })
     }
 
-    /// The name by which [`parse`](Self::parse) knows it.
+    /// The name that [`parse`](Self::parse) accepts.
     pub fn name(self) -> &'static str {
         match self {
             Self::Amd64 => "amd64",
@@ -57,7 +57,7 @@ impl Board {
         }
     }
 
-    /// Debian's architecture for it.
+    /// Debian's name of its architecture.
     pub fn architecture(self) -> &'static str {
         match self {
             Self::Amd64 => "amd64",
@@ -66,7 +66,7 @@ impl Board {
         }
     }
 
-    /// What the firmware knows of it. QEMU's own machines bring their device tree, or have none.
+    /// The board as the firmware describes it. QEMU's own machines bring their device tree, or have none.
     pub fn model(self) -> Model {
         match self {
             Self::Amd64 | Self::Arm64 => Model { family: "", device_tree: None },
@@ -75,18 +75,18 @@ impl Board {
         }
     }
 
-    /// The device trees in a system's boot partition, by the names that the vendor's firmware has for them.
+    /// The device trees in a system's boot partition, by their names in the vendor's firmware.
     pub fn device_trees(self) -> &'static [&'static str] {
         match self {
             Self::Amd64 | Self::Arm64 => &[],
             Self::Raspi3b => &["bcm2710-rpi-3-b.dtb"],
-            // An image is for all boards of a family, and the test interface only says the family: the agent asks for its
-            // first board's.
+            // An image is for all boards of a family. The test interface names only the family, so the agent asks for
+            // the device tree of the family's first board.
             Self::Raspi0 => &["bcm2708-rpi-zero.dtb", "bcm2708-rpi-b.dtb"],
         }
     }
 
-    /// The serial console.
+    /// The kernel's name of the serial console.
     pub fn console(self) -> &'static str {
         match self {
             Self::Amd64 => "ttyS0",
@@ -95,7 +95,7 @@ impl Board {
         }
     }
 
-    /// The kernel modules of its storage and network, and of FAT.
+    /// The kernel modules for its storage, its network and its file systems.
     pub fn modules(self) -> &'static [&'static str] {
         match self {
             Self::Amd64 => &["virtio_pci", "virtio_blk", "virtio_net", "vfat", "nls_cp437", "nls_ascii"],
@@ -104,7 +104,7 @@ impl Board {
                 "sdhci-iproc",
                 "bcm2835",
                 "mmc_block",
-                // The USB host waits for this one, though no table of the kernel says that it needs it.
+                // The USB host driver waits for this one, although `modules.dep` does not name it.
                 "phy_generic",
                 "dwc2",
                 "cdc_ether",
@@ -129,15 +129,16 @@ impl Board {
         }
     }
 
-    /// What the emulation adds to the kernel's command line: QEMU's boards have neither serial number nor revision.
+    /// Words that the harness adds to the kernel's command line. QEMU's boards have neither serial number nor revision.
     pub fn words(self) -> &'static str {
         match self {
             Self::Amd64 | Self::Arm64 => "marco.test_serial=00000000e2e00001",
-            // QEMU's power manager resets the machine as soon as its watchdog is armed.
+            // QEMU's power manager resets the machine as soon as the watchdog is armed.
             Self::Raspi3b => {
                 "marco.test_serial=00000000e2e00001 marco.test_board=pi3 initcall_blacklist=bcm2835_wdt_driver_init"
             }
-            // The same; and it is not the one that the driver of its power domains expects: the kernel would stop there.
+            // As above. Also, QEMU's power manager is not the one that the power-domain driver expects, and the kernel
+            // would stop there.
             Self::Raspi0 => {
                 "marco.test_serial=00000000e2e00001 marco.test_board=pi1 \
                  initcall_blacklist=bcm2835_wdt_driver_init,bcm2835_power_driver_init"
@@ -145,13 +146,12 @@ impl Board {
         }
     }
 
-    /// How large its card is, and the settings of the installer on it: file systems on a small card are made and checked
-    /// faster.
+    /// Size of its card, and the installer's settings on it. File systems on a small card are made and checked faster.
     pub fn card(self) -> (&'static str, &'static str) {
         match self {
             Self::Amd64 | Self::Arm64 => ("2GiB", "[boot]\nsize = \"128MiB\"\n[root]\nsize = \"512MiB\"\n"),
-            // QEMU takes powers of two for an SD card. It erases one sector by sector, and nothing else of the machine goes
-            // on meanwhile: the network's connections would break.
+            // QEMU accepts only powers of two as the size of an SD card. It erases a card sector by sector and stops
+            // the whole machine meanwhile, so that network connections would break.
             Self::Raspi3b | Self::Raspi0 => (
                 "1GiB",
                 "[boot]\nsize = \"128MiB\"\n\
@@ -161,8 +161,8 @@ impl Board {
         }
     }
 
-    /// How many bytes of an image do not compress, so that the stream is seen to run: the emulated USB adapters carry some
-    /// 200 KB a second.
+    /// Bytes in an image that do not compress, so that the stream takes long enough to be observed. The emulated USB
+    /// adapters carry about 200 KB a second.
     pub fn ballast(self) -> usize {
         match self {
             Self::Amd64 | Self::Arm64 => 12 * 1024 * 1024,
@@ -170,12 +170,12 @@ impl Board {
         }
     }
 
-    /// Whether something resets it when its kernel hangs, or the harness need not: QEMU's own machines have no such trouble.
+    /// True if the harness need not reset the machine after a hang. QEMU's own machines never hang during shutdown.
     pub fn has_watchdog(self) -> bool {
         matches!(self, Self::Amd64 | Self::Arm64)
     }
 
-    /// What QEMU does not play of the real board, and what happens instead: no run shows it.
+    /// Limits of the emulation, for the report: parts of the real board that no run shows.
     pub fn not_shown(self) -> &'static str {
         match self {
             Self::Amd64 | Self::Arm64 => "it is no Raspberry Pi, and has none of its devices",
@@ -187,8 +187,8 @@ impl Board {
         }
     }
 
-    /// How long to wait on this board for what may take `limit` on a PC: each access to an emulated SD card and USB adapter
-    /// costs QEMU far more than one to a virtio device.
+    /// Scales a timeout from a PC to this board. Each access to an emulated SD card or USB adapter costs QEMU far more
+    /// than one to a virtio device.
     pub fn patience(self, limit: Duration) -> Duration {
         limit
             * match self {
@@ -198,7 +198,7 @@ impl Board {
             }
     }
 
-    /// What `marcoctl bootcode build --board` calls it.
+    /// The name for `marcoctl bootcode build --board`.
     pub fn family(self) -> &'static str {
         match self {
             Self::Amd64 | Self::Arm64 => "virt",
@@ -207,8 +207,9 @@ impl Board {
         }
     }
 
-    /// QEMU's program and arguments. A reset ends it, so that the firmware can be played. The card is written through
-    /// the page cache of this machine, which outlives QEMU: what the guest's disk has taken is kept when QEMU is killed.
+    /// QEMU's program and arguments. A reset ends QEMU, so that the harness can play the firmware. The card is written
+    /// through this machine's page cache, which outlives QEMU: every sector that the guest's disk accepted survives a
+    /// kill of QEMU.
     pub fn qemu(self, start: &Kernel<'_>, card: &Path, tap: &str, console: &Path) -> (&'static str, Vec<String>) {
         let (program, machine, card_device, network) = match self {
             Self::Amd64 => {
@@ -225,6 +226,7 @@ impl Board {
         arguments.extend(machine.split(' ').map(str::to_owned));
         let mut add = |flag: &str, value: String| arguments.extend([flag.to_owned(), value]);
         add("-chardev", format!("file,id=console,path={}", console.display()));
+        // The Pi 3's first serial port is the one that its Bluetooth uses; the console is on the second.
         if self == Self::Raspi3b {
             add("-serial", "null".to_owned());
         }

@@ -1,5 +1,5 @@
-//! The card of an emulated machine, read from outside while the machine is off: its partition table, its FATs by mtools,
-//! its ext4 by debugfs.
+//! The card of an emulated machine, read from outside while the machine is off: the partition table, FATs by mtools,
+//! ext4 by debugfs.
 
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -9,9 +9,9 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::process::{run, tool};
 use crate::wait::seconds;
 
-/// Of an MBR.
+/// Bytes of a sector in an MBR.
 const SECTOR: u64 = 512;
-/// How long reading a card may take on a machine that has much else to do.
+/// Timeout of one program that reads the card on a busy machine.
 const LIMIT: std::time::Duration = seconds(120);
 
 /// A card image.
@@ -23,33 +23,33 @@ pub struct Card {
 /// A primary partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Partition {
-    /// Its type in the MBR.
+    /// Type byte in the MBR.
     pub kind: u8,
-    /// Where it begins, in bytes.
+    /// Start in bytes.
     pub offset: u64,
-    /// Its length in bytes.
+    /// Length in bytes.
     pub length: u64,
 }
 
 impl Partition {
-    /// Whether the firmware can boot from it.
+    /// True for the types that the firmware can boot from.
     pub fn is_fat(self) -> bool {
         matches!(self.kind, 0x01 | 0x04 | 0x06 | 0x0b | 0x0c | 0x0e)
     }
 }
 
 impl Card {
-    /// The image in this file.
+    /// The card in this image file.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
     }
 
-    /// The file.
+    /// Path of the image file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The partition with this number (1 to 4), where the card has one.
+    /// The primary partition with this number (1 to 4); `None` if its entry is empty.
     pub fn partition(&self, number: u32) -> Result<Option<Partition>> {
         let mut file = std::fs::File::open(&self.path).with_context(|| format!("opening {}", self.path.display()))?;
         let mut mbr = [0_u8; 512];
@@ -67,22 +67,23 @@ impl Card {
         Ok((kind != 0).then_some(Partition { kind, offset, length }))
     }
 
-    /// Copies a FAT partition into a folder, which is made anew; none when the card does not have that partition, as FAT,
-    /// with a file system that can be read. A file that cannot be read is not copied, but named: after a power cut FAT
-    /// may have some, and the firmware reads past those that it does not need.
+    /// Copies a FAT partition into a folder, which is emptied first. `None`: there is no such partition, it is no FAT,
+    /// or it has no readable file system. Returns the paths of unreadable files, which are not copied: a power cut may
+    /// leave some, and the firmware reads past those that it does not need.
     pub async fn copy_fat(&self, number: u32, to: &Path) -> Result<Option<Vec<String>>> {
         if to.exists() {
             std::fs::remove_dir_all(to).with_context(|| format!("emptying {}", to.display()))?;
         }
         std::fs::create_dir_all(to)?;
         let Some(partition) = self.partition(number)?.filter(|partition| partition.is_fat()) else { return Ok(None) };
+        // The installer writes the partition table before the file systems, so a power cut can leave a partition
+        // without one.
         if !self.has_fat(partition)? {
             return Ok(None);
         }
-        // A table entry is written before the file system.
         let image = format!("{}@@{}", self.path.display(), partition.offset);
         let listed = run(&tool("mdir")?, &["-b", "-/", "-i", &image, "::/"], LIMIT).await?;
-        // mdir says that about an empty one, too.
+        // mdir also fails with this message for an empty file system.
         if !listed.status.success() && !listed.stderr.contains("not found") {
             return Ok(None);
         }
@@ -99,6 +100,7 @@ impl Card {
             let copied = run(&mcopy, &["-n", "-Q", "-i", &image, entry, &file], LIMIT).await?;
             if !copied.status.success() {
                 unreadable.push(path.to_owned());
+                // mcopy may leave the readable part behind.
                 if copy.exists() {
                     std::fs::remove_file(copy)?;
                 }
@@ -107,7 +109,7 @@ impl Card {
         Ok(Some(unreadable))
     }
 
-    /// Whether the partition begins with what every FAT begins with.
+    /// True if the first sector has a FAT's jump instruction and signature.
     fn has_fat(&self, partition: Partition) -> Result<bool> {
         let mut file = std::fs::File::open(&self.path)?;
         file.seek(SeekFrom::Start(partition.offset))?;
@@ -116,11 +118,11 @@ impl Card {
         Ok(sector.ends_with(&[0x55, 0xaa]) && matches!(sector.first(), Some(0xeb | 0xe9)))
     }
 
-    /// The label of a FAT32 partition, which must be the same in its boot sector and in its root folder.
+    /// The label of a FAT32 partition. Returns an error unless the boot sector and the root folder have the same.
     pub async fn label(&self, number: u32) -> Result<String> {
         let partition = self.partition(number)?.with_context(|| format!("the card has no partition {number}"))?;
         let mut file = std::fs::File::open(&self.path)?;
-        // The place of the label in a FAT32's boot sector (Microsoft's FAT32 File System Specification, 3.3).
+        // Offset of the label in a FAT32's boot sector (Microsoft's FAT32 File System Specification, 3.3).
         file.seek(SeekFrom::Start(partition.offset + 71))?;
         let mut in_sector = [0_u8; 11];
         file.read_exact(&mut in_sector)?;
@@ -132,7 +134,7 @@ impl Card {
         Ok(in_sector)
     }
 
-    /// Copies a folder of an ext4 partition, with owners and modes, into a folder, which is made anew.
+    /// Copies a folder of an ext4 partition, with owners and modes, into a folder, which is emptied first.
     pub async fn copy_ext4(&self, number: u32, from: &str, to: &Path) -> Result<()> {
         if to.exists() {
             std::fs::remove_dir_all(to).with_context(|| format!("emptying {}", to.display()))?;
@@ -140,12 +142,13 @@ impl Card {
         std::fs::create_dir_all(to)?;
         let partition = self.partition(number)?.with_context(|| format!("the card has no partition {number}"))?;
         let image = format!("{}?offset={}", self.path.display(), partition.offset);
-        // What a machine that was killed left in the journal is not in the tree yet; debugfs does not look there.
+        // debugfs does not replay the journal, so changes that a killed machine left there are missing.
         let command = format!("rdump {from} {}", to.display());
         let output = run(&tool("debugfs")?, &["-R", &command, &image], LIMIT).await?;
         let complaints: Vec<&str> = output
             .stderr
             .lines()
+            // debugfs prints its version to standard error.
             .filter(|line| !line.starts_with("debugfs "))
             .filter(|line| !line.is_empty())
             .collect();
@@ -153,7 +156,7 @@ impl Card {
         Ok(())
     }
 
-    /// Checks an ext4 partition from outside, without changing it: the error is what e2fsck found.
+    /// Checks an ext4 partition read-only. The error contains e2fsck's findings.
     pub async fn check_ext4(&self, number: u32) -> Result<()> {
         let partition = self.partition(number)?.with_context(|| format!("the card has no partition {number}"))?;
         let image = format!("{}?offset={}", self.path.display(), partition.offset);

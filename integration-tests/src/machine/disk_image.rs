@@ -1,5 +1,5 @@
-//! A whole-disk image, as publishers of systems give them away: a partition table, a FAT with the boot files, an ext4 with
-//! the root; compressed.
+//! A compressed whole-disk image, as distributions publish them: a partition table, a FAT with the boot files, and an
+//! ext4 with the root.
 
 use std::fs::{self, File};
 use std::io::{self, Seek as _, SeekFrom, Write as _};
@@ -10,24 +10,26 @@ use anyhow::{Context as _, Result};
 use crate::process::{run, tool};
 use crate::wait::seconds;
 
-/// Of an MBR.
+/// Bytes of a sector in an MBR.
 const SECTOR: u64 = 512;
 const MIB: u64 = 1024 * 1024;
-/// Less than the card has for boot files, and enough for an installer beside them when the card is the image's.
+/// Smaller than the card's boot partition, and large enough for an installer beside the boot files in layout single.
 const BOOT: u64 = 120 * MIB;
-/// Less than the card has for its root, so that the root has to grow.
+/// Smaller than the card's root, so that the root has to grow.
 const ROOT: u64 = 96 * MIB;
-/// How long one step may take on a machine that has much else to do.
+/// Timeout of one step on a busy machine.
 const LIMIT: std::time::Duration = seconds(180);
 
-/// Makes the image of a tree whose boot files are in `boot/firmware`: `TREE.img.zst` beside it.
+/// Makes the disk image `TREE.img.zst` from a tree with its boot files in `boot/firmware`, and returns its path.
 pub async fn make(tree: &Path) -> Result<PathBuf> {
     let work = tempfile::tempdir()?;
     let (fat, ext4) = (work.path().join("boot"), work.path().join("root"));
     File::create(&fat)?.set_len(BOOT)?;
+    // One sector per cluster, because a FAT32 this small would otherwise have too few clusters to be one.
     command("mkfs.vfat", &["-F", "32", "-s", "1", &shown(&fat)]).await?;
     let mut files: Vec<String> =
         fs::read_dir(tree.join("boot/firmware"))?.map(|entry| Ok(shown(&entry?.path()))).collect::<Result<_>>()?;
+    // In the order of names, so that the same tree gives the same image.
     files.sort();
     let fat_shown = shown(&fat);
     let mut copy = vec!["-s", "-i", fat_shown.as_str()];
@@ -35,7 +37,7 @@ pub async fn make(tree: &Path) -> Result<PathBuf> {
     copy.push("::");
     command("mcopy", &copy).await?;
 
-    // Where the FAT is mounted there is only an empty folder.
+    // The root has only an empty folder as the mount point of the FAT.
     let rest = work.path().join("tree");
     command("cp", &["-a", &shown(tree), &shown(&rest)]).await?;
     fs::remove_dir_all(rest.join("boot/firmware"))?;
@@ -55,7 +57,7 @@ pub async fn make(tree: &Path) -> Result<PathBuf> {
     Ok(to)
 }
 
-/// The MBR: a FAT32 that boots and a Linux partition.
+/// The MBR: a bootable FAT32 and a Linux partition.
 fn table() -> Result<[u8; 512]> {
     let mut mbr = [0; 512];
     for (place, kind, start, length) in [(446, 0x0c, MIB, BOOT), (462, 0x83, MIB + BOOT, ROOT)] {

@@ -1,4 +1,5 @@
-//! Whose boot files a FAT partition holds: the digests of every file, compared with those of the sets that were pushed.
+//! Identifies the boot files on a FAT partition: compares the digests of all files with those of the sets that were
+//! pushed.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,21 +11,21 @@ use anyhow::{Context as _, Result};
 use crate::image::sha256;
 use crate::tree::list;
 
-/// What the installer writes for each card.
+/// Files that the installer adapts to each card.
 const FITTED: [&str; 1] = ["cmdline.txt"];
-/// What the installer adds: the name of what it installed.
+/// Files that the installer adds: the name of the installed set.
 const ADDED: [&str; 1] = ["marco-release"];
 
-/// The files of a set, by their path, with their SHA-256.
+/// The files of a boot set: path in lower case, and SHA-256.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
-    /// What the set is called.
+    /// Name of the set, for messages.
     pub name: String,
     files: BTreeMap<String, String>,
 }
 
 impl Manifest {
-    /// Of an installer's zip.
+    /// Reads an installer's zip.
     pub fn of_zip(name: &str, zip: &Path) -> Result<Self> {
         let mut archive = zip::ZipArchive::new(File::open(zip).with_context(|| format!("opening {}", zip.display()))?)?;
         let mut files = BTreeMap::new();
@@ -33,13 +34,14 @@ impl Manifest {
             if entry.is_file() {
                 let mut bytes = Vec::new();
                 entry.read_to_end(&mut bytes)?;
+                // FAT ignores case, so names are compared in lower case.
                 files.insert(entry.name()?.to_lowercase(), sha256(&bytes));
             }
         }
         Ok(Self { name: name.to_owned(), files })
     }
 
-    /// Of the files in a folder. FAT does not tell the cases of letters apart.
+    /// Reads the files in a folder. Names are lower-cased, because FAT ignores case.
     pub fn of_folder(name: &str, folder: &Path) -> Result<Self> {
         let mut files = BTreeMap::new();
         for path in list(folder)? {
@@ -50,27 +52,28 @@ impl Manifest {
         Ok(Self { name: name.to_owned(), files })
     }
 
-    /// A system's own boot files without what is each card's own.
+    /// Removes the files that differ from card to card.
     pub fn without_own(mut self) -> Self {
         self.files.retain(|name, _| !FITTED.contains(&name.as_str()) && !ADDED.contains(&name.as_str()));
         self
     }
 
-    /// What is missing, other, or too much against the set that this ought to be.
+    /// Lists the files that are missing, differ, or do not belong to the wanted set.
     pub fn differs_from(&self, wanted: &Self) -> Vec<String> {
         let lacking = wanted.files.iter().filter_map(|(name, digest)| match self.files.get(name) {
             None => Some(format!("{name} is missing")),
             Some(found) if found != digest => Some(format!("{name} is another")),
             Some(_) => None,
         });
+        // A file that is left over from another set would make the boot a mix of both.
         let more = self.files.keys().filter(|name| !wanted.files.contains_key(*name));
         lacking.chain(more.map(|name| format!("{name} is too much"))).collect()
     }
 
-    /// Which of the sets this is, exactly; the error says how it differs from each.
+    /// The name of the set that this is exactly.
     ///
     /// # Errors
-    /// It is none of them.
+    /// Returns an error with the differences to each set if it is none of them.
     pub fn which<'a>(&self, sets: &'a [Self]) -> Result<&'a str> {
         let found = sets.iter().find(|set| self.differs_from(set).is_empty());
         let told = || {

@@ -1,4 +1,4 @@
-//! Everything that an emulated boot needs, put together: the lab, images, a card with the installer on it, the machine.
+//! Everything that an emulated boot needs: the lab, images, a card with the installer, and the machine.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,19 +15,19 @@ use super::{Machine, Power};
 use crate::process::{binary, run};
 use crate::wait::seconds;
 
-/// How long building a set or writing a card may take.
+/// Timeout of building a set or writing a card.
 const BUILD: Duration = seconds(300);
-/// How long a start may take on an emulated PC that shares its processors with others; [`Rig`] gives other boards more.
+/// Timeout of a start on an emulated PC that shares its processors with others; [`Rig`] scales it for other boards.
 pub const START: Duration = seconds(240);
 
-/// Where the pieces come from.
+/// Inputs of a rig.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The machine.
+    /// The emulated machine.
     pub board: Board,
-    /// The root of Debian's packages.
+    /// Folder with unpacked Debian packages, made by `scripts/debian-root.sh`.
     pub debian: PathBuf,
-    /// The static agent.
+    /// A statically linked agent for the board.
     pub agent: PathBuf,
 }
 
@@ -36,15 +36,15 @@ pub struct Options {
 pub struct Rig {
     /// Network and controller.
     pub lab: Lab,
-    /// The machine, off until it is switched on.
+    /// The machine; it is off until a test switches it on.
     pub machine: Machine,
     options: Options,
     dir: PathBuf,
 }
 
 impl Rig {
-    /// Starts the lab in `dir`, builds an installer's set with `marcoctl bootcode build`, and writes a card with it and
-    /// a join file with `marcoctl card write`. The rest of the card is empty.
+    /// Starts the lab in `dir`, builds an installer's set with `marcoctl bootcode build`, and writes a card with that
+    /// set and a join file with `marcoctl card write`. The rest of the card is empty.
     pub async fn start(options: Options, dir: &Path) -> Result<Self> {
         let lab = Lab::start(dir).await?;
         let card = dir.join("card.img");
@@ -56,10 +56,11 @@ impl Rig {
         Ok(rig)
     }
 
-    /// An installer's set as a zip, with these further options of `bootcode build`; the name goes into its command line,
-    /// so that no two are the same.
+    /// Builds an installer's set as a zip, with these additional options of `bootcode build`. The name goes into its
+    /// command line, so that two sets always differ.
     pub async fn build_bootcode(&self, name: &str, options: &[&str]) -> Result<PathBuf> {
         let zip = self.dir.join(format!("{name}.zip"));
+        // `panic=10`: a kernel that panics restarts by itself, as on a Pi.
         let cmdline = format!("console={} rdinit=/init panic=10 marco.set={name}", self.options.board.console());
         let (debian, agent) = (self.options.debian.display().to_string(), self.options.agent.display().to_string());
         let file = zip.display().to_string();
@@ -84,8 +85,8 @@ impl Rig {
         Ok(zip)
     }
 
-    /// A card as an operator makes it, in place of the one that the machine had: the recovery partition, and nothing
-    /// behind it. To the usual settings of the installer these are added.
+    /// Writes a new card as an operator does, in place of the machine's present one: a recovery partition, and nothing
+    /// behind it. `more` is appended to the board's settings of the installer.
     pub async fn write_card(&self, zip: &Path, more: &str) -> Result<()> {
         let (settings, card) = (self.dir.join("install.toml"), self.machine.card().path());
         let (size, usual) = self.board().card();
@@ -95,49 +96,50 @@ impl Rig {
         }
         let (zip, card) = (zip.display().to_string(), card.display().to_string());
         let settings = settings.display().to_string();
-        // The address of a controller on this machine is none for others: the card's join file has none, and the node looks
-        // for its controller by itself.
+        // The join file names no controller: an address of this machine is of no use to the emulated one. The node
+        // discovers its controller.
         let arguments = ["card", "write", &card, "--bootcode", &zip, "--size", size, "--install-config", &settings];
         self.lab.call(&arguments, BUILD).await?.success().context("marcoctl card write")?;
         Ok(())
     }
 
-    /// Makes an image and pushes it; answers with its SHA-256. The tree that it was made from is [`tree`](Self::tree).
+    /// Makes an image, pushes it and returns its SHA-256. Its source tree is [`tree`](Self::tree).
     pub async fn push_image(&self, kind: Kind, name: &str) -> Result<String> {
         let pieces = Pieces { board: self.options.board, debian: self.options.debian.clone() };
         let tarball = system::make(&pieces, kind, name, &self.dir.join("images")).await?;
         self.push(&tarball, "image").await
     }
 
-    /// Makes an image of a whole disk and pushes it, as [`push_image`](Self::push_image) does.
+    /// Makes a whole-disk image, pushes it and returns its SHA-256.
     pub async fn push_disk_image(&self, name: &str) -> Result<String> {
         let pieces = Pieces { board: self.options.board, debian: self.options.debian.clone() };
         system::make(&pieces, Kind::Good, name, &self.dir.join("images")).await?;
         self.push(&disk_image::make(&self.tree(name)).await?, "image").await
     }
 
-    /// Pushes a file; answers with its SHA-256.
+    /// Pushes a file and returns its SHA-256.
     pub async fn push(&self, file: &Path, kind: &str) -> Result<String> {
         let artifact = self.lab.ask(&["artifacts", "push", &file.display().to_string(), "--kind", kind]).await?;
         Ok(text(&artifact, "sha256")?.to_owned())
     }
 
-    /// The machine's kind.
+    /// The kind of machine.
     pub fn board(&self) -> Board {
         self.options.board
     }
 
-    /// The tree that an image was made from.
+    /// The source tree of an image.
     pub fn tree(&self, image: &str) -> PathBuf {
         self.dir.join("images").join(image)
     }
 
-    /// A folder of the rig's own.
+    /// A path in the rig's own folder.
     pub fn folder(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 
-    /// Waits while the machine runs, with the board's patience; when the machine ends by itself, or time runs out, its console is in the error.
+    /// Polls a condition while the machine runs, with a timeout scaled to the board. Returns an error with the
+    /// console's end if the machine goes off or the time runs out.
     pub async fn until<T, F>(&self, power: &mut Power, limit: Duration, what: &str, mut condition: F) -> Result<T>
     where
         F: AsyncFnMut() -> Result<Option<T>>,
@@ -152,12 +154,13 @@ impl Rig {
                 Ok(Some(found)) => return Ok(found),
                 Ok(None) if begun.elapsed() < limit => tokio::time::sleep(Duration::from_millis(500)).await,
                 Ok(None) => bail!("waited {limit:?} in vain: {what}\n{}", self.tail()),
+                // The console's end is the only trace of a failure in the machine.
                 Err(error) => return Err(error.context(format!("{what}\n{}", self.tail()))),
             }
         }
     }
 
-    /// Waits until the node is connected in this role; answers with the node.
+    /// Waits until the node is connected in this mode, and returns the node.
     pub async fn connected(&self, power: &mut Power, node: &str, mode: &str) -> Result<Value> {
         self.until(power, START, &format!("{node} is connected, {mode}"), async || {
             let node = self.lab.ask(&["nodes", "get", node]).await?;
@@ -167,12 +170,12 @@ impl Rig {
         .await
     }
 
-    /// Waits until an operation has ended, with the board's patience, and answers with its only execution.
+    /// Waits until an operation has ended, with a timeout scaled to the board, and returns its only execution.
     pub async fn ended(&self, power: &mut Power, operation: &str, limit: Duration) -> Result<Value> {
         let (begun, limit) = (Instant::now(), self.board().patience(limit));
         let mut watch = self.lab.watch(operation)?;
         loop {
-            // A message that was read by half is only lost when the wait is over for good.
+            // `select!` drops a half-read message only if `alive` ends, and then the wait is over.
             let alive = async {
                 loop {
                     tokio::time::sleep(seconds(1)).await;
@@ -194,13 +197,14 @@ impl Rig {
 
     /// The only execution of an operation.
     pub async fn execution(&self, operation: &str) -> Result<Value> {
+        // The first message of a watch is the whole present state.
         let Some(message) = self.lab.watch(operation)?.next().await? else { bail!("{operation} was not told") };
         let executions = message.get("executions").and_then(Value::as_array).cloned().unwrap_or_default();
         ensure!(executions.len() == 1, "{operation} is for {} nodes", executions.len());
         executions.into_iter().next().context("no execution")
     }
 
-    /// Powers the machine off by an operation and waits until it is off.
+    /// Powers the machine off by an operation, and waits until it is off.
     pub async fn power_off(&self, power: Power, node: &str) -> Result<()> {
         self.lab.ask(&["operations", "power-off", node, "--notice", "0s"]).await?;
         self.off(power).await
@@ -211,7 +215,7 @@ impl Rig {
         power.off(self.board().patience(START)).await.map_err(|error| error.context(self.tail()))
     }
 
-    /// The console's last words.
+    /// The last lines of the console and of the controller's log.
     pub fn tail(&self) -> String {
         let starts = self.machine.starts();
         let Some(last) = starts.last() else { return "the machine was never on".to_owned() };

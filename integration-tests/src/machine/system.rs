@@ -1,5 +1,5 @@
-//! Operating systems for emulated machines: a kernel of Debian's, busybox, and nothing else. Small, so that a slow
-//! machine boots them in seconds; the agent comes with the installer.
+//! Operating systems for emulated machines: Debian's kernel and busybox only. They are small, so that a slow machine
+//! boots them in seconds. The agent comes with the installer.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,48 +13,48 @@ use crate::image::{Compression, hide_missing_boot_files, noise, pack};
 use crate::process::{run, tool};
 use crate::wait::seconds;
 
-/// What the initial RAM file system runs: everything that its kernel has as a module, then the root.
+/// Script of the initial RAM file system: loads all modules and starts the root.
 const INIT: &str = include_str!("system/init");
-/// What the root runs first.
+/// First script of the root.
 const RC: &str = include_str!("system/rc");
 /// The DHCP client's script.
 const UDHCPC: &str = include_str!("system/udhcpc");
-/// What the agent calls to restart or power off: as much of shutdown(8) as it uses.
+/// The `shutdown` command that the agent calls: the part of shutdown(8) that it uses.
 const SHUTDOWN: &str = include_str!("system/shutdown");
-/// Who does what: busybox's init starts the agent again when it ends.
+/// Table of busybox's init, which starts the agent again whenever it ends.
 const INITTAB: &str = "::sysinit:/etc/rc\n::respawn:/etc/agent\n::shutdown:/bin/busybox umount -a -r\n";
-/// The agent's output goes to the console, where the harness keeps it.
+/// Sends the agent's output to the console, which the harness records.
 const AGENT: &str = "#!/bin/sh\nexec /usr/bin/marco-agent run </dev/null >/dev/console 2>&1\n";
 
-/// The label by which that of [`Kind::CloudInit`] looks for its data: what images of Ubuntu for the Pi have.
+/// The file system label by which [`Kind::CloudInit`] finds its data, as in Ubuntu's images for the Pi.
 pub const CLOUD_INIT_LABEL: &str = "system-boot";
 
-/// How long packing a few files may take on a machine that has much else to do.
+/// Timeout of packing a few files on a busy machine.
 const PACK: std::time::Duration = seconds(120);
 
-/// What an image is to be like.
+/// Behaviour of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// It comes up.
+    /// It boots.
     Good,
-    /// It comes up, and has the configuration of a cloud-init, with data for it beside its boot files.
+    /// It boots. It has a configuration of cloud-init, with the data beside its boot files.
     CloudInit,
     /// Its init ends at once, and the kernel panics.
     Panics,
-    /// It has no boot files, which nobody can know before it is unpacked: then the installer refuses it.
+    /// It has no boot files. That is unknown until it is unpacked, and then the installer refuses it.
     NoSystem,
 }
 
-/// Where the pieces come from.
+/// Inputs of an image.
 #[derive(Debug, Clone)]
 pub struct Pieces {
     /// The machine that the image is for.
     pub board: Board,
-    /// The root of Debian's packages, made by `scripts/debian-root.sh`.
+    /// Folder with unpacked Debian packages, made by `scripts/debian-root.sh`.
     pub debian: PathBuf,
 }
 
-/// Makes an image: the tree is `folder/NAME`, the tarball beside it.
+/// Makes an image: the source tree is `folder/NAME`, the tarball `folder/NAME.tar.gz`.
 pub async fn make(pieces: &Pieces, kind: Kind, name: &str, folder: &Path) -> Result<PathBuf> {
     let root = folder.join(name);
     lay_out(pieces, kind, name, &root).await.with_context(|| format!("laying out {}", root.display()))?;
@@ -93,6 +93,7 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         ("etc/inittab", INITTAB),
         ("etc/fstab", "PARTUUID=00000000-02 / ext4 defaults 0 1\nPARTUUID=00000000-01 /boot/firmware vfat ro 0 2\n"),
         ("etc/ssh/sshd_config", "# nobody listens here, but the host keys are the node's\n"),
+        // Empty, as in published images: the installer must give each node an id of its own.
         ("etc/machine-id", ""),
         ("etc/marco/agent.toml", "shutdown_command = [\"/sbin/shutdown\"]\n"),
         ("usr/lib/noise/name", name),
@@ -104,12 +105,13 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         fs::write(root.join(path), text)?;
         fs::set_permissions(root.join(path), fs::Permissions::from_mode(0o755))?;
     }
-    // Some bytes that do not compress, so that the stream is seen to run.
+    // Bytes that do not compress, so that the stream takes long enough to be observed.
     fs::write(root.join("usr/lib/noise/bytes"), noise(name, pieces.board.ballast()))?;
     if kind == Kind::Panics {
         fs::write(root.join("sbin/init"), "#!/bin/sh\nexit 1\n")?;
         fs::set_permissions(root.join("sbin/init"), fs::Permissions::from_mode(0o755))?;
     } else {
+        // A symbolic link, as in real images: the checks have to follow it.
         symlink("../bin/busybox", root.join("sbin/init"))?;
     }
     if kind == Kind::NoSystem {
@@ -125,7 +127,7 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
     lay_out_boot(pieces, &root.join("boot/firmware")).await
 }
 
-/// The system's own boot files.
+/// Lays out the system's own boot files.
 async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
     let board = pieces.board;
     fs::copy(kernel(&pieces.debian)?, boot.join("kernel.img"))?;
@@ -137,28 +139,29 @@ async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
         fs::copy(device_tree(&pieces.debian, tree)?, boot.join(tree))?;
     }
     if board.device_trees().is_empty() {
-        // The machine itself needs none, but an image without one is no system for a Pi.
+        // The machine needs no device tree, but the installer refuses an image for a Pi without one.
         fs::write(boot.join("bcm2711-rpi-4-b.dtb"), "not read by this machine\n")?;
     }
     let work = tempfile::tempdir()?;
     initramfs(pieces, work.path(), &boot.join("initramfs")).await
 }
 
-/// Debian's kernel; there is one.
+/// The kernel in Debian's packages; there is exactly one.
 fn kernel(debian: &Path) -> Result<PathBuf> {
     let mut entries = fs::read_dir(debian.join("boot"))?.filter_map(Result::ok).map(|entry| entry.path());
     let named = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"));
     entries.find(named).with_context(|| format!("no kernel in {}", debian.display()))
 }
 
-/// The device tree for a board, which Debian's kernel calls by the name that Linux has for it.
+/// The file of a device tree. Debian has it under Linux's name, which differs from the firmware's.
 fn device_tree(debian: &Path, firmware_name: &str) -> Result<PathBuf> {
+    // The vendor's kernel has its own names for two chips: bcm2710 is Linux's bcm2837, and bcm2708 is bcm2835.
     let name = firmware_name.replace("bcm2710-", "bcm2837-").replace("bcm2708-", "bcm2835-");
     let found = crate::tree::list(&debian.join("usr/lib"))?.into_iter().find(|path| path.ends_with(&name));
     Ok(debian.join("usr/lib").join(found.with_context(|| format!("Debian's kernel has no {name}"))?))
 }
 
-/// Busybox, the modules, and a script.
+/// Packs busybox, the modules and a script.
 async fn initramfs(pieces: &Pieces, work: &Path, to: &Path) -> Result<()> {
     for folder in ["bin", "dev", "modules", "proc", "root", "sys"] {
         fs::create_dir_all(work.join(folder))?;
@@ -181,8 +184,8 @@ async fn initramfs(pieces: &Pieces, work: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The files of these modules and of all that they need, in the order in which they can be loaded; what the kernel has
-/// built in is left out.
+/// The files of these modules and of their dependencies, in loading order. Modules built into the kernel have no file
+/// and are left out.
 fn modules(debian: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
     let folder = debian.join("lib/modules");
     let version = fs::read_dir(&folder)?.next().context("no modules")??.path();
@@ -190,13 +193,14 @@ fn modules(debian: &Path, names: &[&str]) -> Result<Vec<PathBuf>> {
     let mut order: Vec<PathBuf> = Vec::new();
     let mut seen = BTreeSet::new();
     for name in names {
-        // modules.dep(5): the module, a colon, all that it needs, the last one first to be loaded.
+        // modules.dep(5): the module, a colon, then its dependencies, of which the last one is loaded first.
         let plain = |path: &str| Some(path.rsplit('/').next()?.split('.').next()?.replace('-', "_"));
         let line = dependencies
             .lines()
             .filter_map(|line| line.split_once(':'))
             .find(|(module, _)| plain(module).is_some_and(|module| module == name.replace('-', "_")));
         let Some((module, needed)) = line else { continue };
+        // Two modules may need the same third one, which must be loaded once.
         for path in needed.split_whitespace().rev().chain([module]) {
             if seen.insert(path.to_owned()) {
                 order.push(version.join(path));

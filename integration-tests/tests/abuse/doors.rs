@@ -1,4 +1,4 @@
-//! What each listener grants to whom, one sentence after the other; `quotas` plays all of it at once.
+//! Limits of each listener for each kind of caller, one by one; `quotas` tests them all at once.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ const ENROLL: &str = "/marco.bootstrap.v1.EnrollmentService/Enroll";
 const LIST_NODES: &str = "/marco.bootstrap.v1.NodeService/ListNodes";
 /// `REFUSED_STREAM` (RFC 9113, section 7).
 const REFUSED_STREAM: u32 = 7;
-/// Ten seconds, on a machine that has much else to do.
+/// Ten seconds on a busy machine.
 const TEN_SECONDS: std::ops::Range<Duration> = seconds(9)..seconds(14);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -41,7 +41,7 @@ async fn calls_beyond_four_are_refused_and_the_rest_ends_after_ten_seconds() -> 
     let (enrolling, calling, admitted) = tokio::join!(
         held(enroll, &nobody, ENROLL, 10),
         held(api, &nobody, LIST_NODES, 0),
-        // Its messages never come either, and it may.
+        // An admitted caller's messages never come either, which is allowed.
         held(api, &viewer, LIST_NODES, 20),
     );
     let (resets, ended) = enrolling?;
@@ -50,7 +50,7 @@ async fn calls_beyond_four_are_refused_and_the_rest_ends_after_ten_seconds() -> 
     let (_, ended) = calling?;
     assert!(ended.is_some_and(|after| TEN_SECONDS.contains(&after)), "{ended:?}");
     assert_eq!(admitted?, (Vec::new(), None));
-    // 64 KiB a call.
+    // The limit is 64 KiB for each call.
     let large = vec![0x0a; 100_000];
     let status = raw::call(&nobody.channel(enroll)?, ENROLL, large, None).await.err().context("it was read")?;
     assert_eq!(status.code(), Code::OutOfRange, "{status:?}");
@@ -58,17 +58,17 @@ async fn calls_beyond_four_are_refused_and_the_rest_ends_after_ten_seconds() -> 
     Ok(())
 }
 
-/// Connections that a crowd holds at each listener, and its pause before it makes one again that gave way. A connection then
-/// lives for a second and a half, and an enrolment takes a fraction of that.
+/// Connections that a crowd holds at each listener, and the pause before a displaced one is opened again. A connection
+/// then lives for a second and a half, and an enrolment takes a fraction of that.
 const CROWD: usize = 300;
 const AGAIN: Duration = seconds(2);
 
-/// Holds connections without a credential; one that is ended is made again.
+/// Holds connections without credentials, and opens each one again after its end.
 async fn crowd(address: SocketAddr, who: &Credentials, count: usize) {
     join_all((0..count).map(|_| async {
         loop {
             if let Ok(mut stream) = tls(address, who, b"h2").await {
-                // Enough for HTTP/2, and then nothing.
+                // Just enough to be HTTP/2, and then silence.
                 let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
                 while stream.read(&mut [0; 1024]).await.is_ok_and(|read| read > 0) {}
             }
@@ -95,10 +95,11 @@ async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
         for number in 0..10 {
             let mut nodes = NodeServiceClient::new(fleet.admin().channel(api)?);
             nodes.list_nodes(ListNodesRequest::default()).await.context("the admin was kept out")?;
-            // One that is a stranger until its first call was answered.
+            // A caller with a token is unauthenticated until its first call has been checked.
             raw::call(&nobody.channel(api)?, LIST_NODES, Vec::new(), Some(&token)).await.context("the service")?;
             fleet.enrol_by_hand(&format!("pi-{number}"), false).await.context("a node was kept out")?;
-            // At each of two listeners 128 of one address, and on a busy machine 256 that shake hands; and the controller's own.
+            // At each of two listeners 128 connections of one address, and on a busy machine 256 handshakes, plus the
+            // controller's own files.
             let files = fleet.files(0)?;
             assert!(files < 2 * (128 + 256) + 64, "{files} files are open");
         }
@@ -112,14 +113,14 @@ async fn crowd_of_strangers_keeps_out_no_admin_service_or_node() -> Result<()> {
     Ok(())
 }
 
-/// The answer of the mirror, and whether it closed the connection.
+/// The mirror's answer, followed by ` closed` if it closed the connection.
 async fn ask_mirror(fleet: &Fleet, who: &Credentials, path: &str) -> Result<String> {
     let mut stream = tls(fleet.addresses().mirror, who, b"http/1.1").await?;
     stream.write_all(format!("HEAD {path} HTTP/1.1\r\nHost: mirror\r\n\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     let mut part = [0; 4096];
     loop {
-        // What closes does so at once; who is served may ask on.
+        // The mirror closes a refused connection at once. An accepted one stays open for more requests.
         match tokio::time::timeout(seconds(5), stream.read(&mut part)).await {
             Ok(Ok(0) | Err(_)) => return Ok(format!("{} closed", String::from_utf8_lossy(&answer))),
             Ok(Ok(read)) => answer.extend(part.get(..read).unwrap_or_default()),
@@ -176,12 +177,12 @@ async fn node_gets_the_bytes_that_are_meant_for_it() -> Result<()> {
             assert!(answer.starts_with("HTTP/1.1 403") && answer.ends_with(" closed"), "{name}: {answer}");
         }
     }
-    // By its digest, too, and after it was closed again.
+    // Also refused by digest, and after the name was closed again.
     let digest = integration_tests::image::sha256(&std::fs::read(fleet.dir().join("secret.tar.gz"))?);
     assert_eq!(refusal(&fleet, &node, &format!("artifacts/sha256:{digest}")).await, "ARTIFACT_NOT_ASKED");
     fleet.artifacts().open_artifact(OpenArtifactRequest { open_to_mirror: false, ..open }).await?;
     assert!(ask_mirror(&fleet, &node, "/tar/open.tar.gz").await?.starts_with("HTTP/1.1 403"));
-    // The mirror asks the table of the API: a viewer may not download.
+    // The mirror applies the API's table of roles: a viewer may not download.
     let viewer = fleet.user("viewer")?;
     assert_eq!(refusal(&fleet, &viewer, "usual").await, "ROLE_NOT_ALLOWED");
     assert!(ask_mirror(&fleet, &viewer, "/tar/usual.tar.gz").await?.starts_with("HTTP/1.1 403"));
@@ -201,7 +202,7 @@ async fn one_node_has_four_downloads_and_takes_none_of_another() -> Result<()> {
         unread.push(download(&fleet, &greedy, "usual").await?);
     }
     let status = download(&fleet, &greedy, "usual").await.err().context("a fifth download began")?;
-    // An agent asks again for that.
+    // Agents retry after this reason.
     assert_eq!((status.code(), reason(&status).as_str()), (Code::ResourceExhausted, "TOO_MANY_DOWNLOADS"));
     let mut whole = download(&fleet, &other, "usual").await?;
     while whole.message().await?.is_some() {}
@@ -233,7 +234,7 @@ async fn refused_peer_writes_short_lines_and_few() -> Result<()> {
     let log = fleet.controller_log(0)?;
     let written = log.get(before..).unwrap_or_default();
     let lines = written.lines().filter(|line| line.contains("path=/tar/xxx")).count();
-    // Fifty at once, then one each two seconds.
+    // A burst of fifty, then one line every two seconds.
     let most = 51 + usize::try_from(begun.elapsed().as_secs() / 2)?;
     assert!((1..=asked.min(most)).contains(&lines), "{lines} lines of {asked} requests in {:?}", begun.elapsed());
     assert!(

@@ -1,5 +1,5 @@
-//! Somebody who can reach the ports, with or without a certificate, and means harm: he is cut off, costs little, and
-//! honest nodes get in meanwhile.
+//! Attackers who can reach the ports, with or without a certificate: they are cut off and cost little, and honest nodes
+//! enrol meanwhile.
 
 mod doors;
 
@@ -19,25 +19,26 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tonic::Code;
 
-/// Within this time whoever floods is cut off.
+/// Time within which a flooding client is cut off.
 const CUT: Duration = seconds(2);
-/// Streams that are opened, or opened and reset.
+/// Streams of one attack.
 const STREAMS: u32 = 5000;
-/// Connections that never end their handshake.
+/// Connections that never complete their handshake.
 const HALF_OPEN: usize = 1000;
-/// An honest node is let in within this time, on a machine that has much else to do.
+/// Time within which an honest node enrols, on a busy machine.
 const HONEST: Duration = seconds(10);
-/// What all of it may cost the controller at its worst: buffers of connections, and what the allocator keeps.
+/// Most bytes that all attacks may cost the controller at once: buffers of connections, and memory that the allocator
+/// keeps.
 const MEMORY: u64 = 48 << 20;
 
-/// Makes the blocks that one attack sends.
+/// Makes the generator of one attack's blocks, for a method.
 type Attack = fn(&str) -> Box<dyn FnMut() -> Vec<u8> + Send>;
 
 fn open(stream: u32, path: &str) -> Vec<u8> {
     frame(kind::HEADERS, END_HEADERS, stream, &call(path))
 }
 
-/// A block for each hundred streams, then nothing.
+/// One block for each hundred streams, then an empty one.
 fn streams(path: &str, each: fn(u32, &str) -> Vec<u8>) -> Box<dyn FnMut() -> Vec<u8> + Send> {
     let (path, mut next) = (path.to_owned(), 0);
     Box::new(move || {
@@ -47,7 +48,7 @@ fn streams(path: &str, each: fn(u32, &str) -> Vec<u8>) -> Box<dyn FnMut() -> Vec
     })
 }
 
-/// A beginning, then the same block for ever.
+/// A beginning, then the same block without end.
 fn endless(beginning: Vec<u8>, block: &[u8]) -> Box<dyn FnMut() -> Vec<u8> + Send> {
     let (mut beginning, block) = (Some(beginning), block.repeat(100));
     Box::new(move || beginning.take().unwrap_or_else(|| block.clone()))
@@ -79,12 +80,12 @@ const ATTACKS: [(&str, Attack); 9] = [
     ("PRIORITY", |_| endless(frame(kind::SETTINGS, 0, 0, &[]), &frame(kind::PRIORITY, 0, 1, &[0, 0, 0, 3, 1]))),
 ];
 
-/// A listener as somebody reaches it.
+/// A listener with a caller's credentials.
 struct Door {
     what: &'static str,
     address: SocketAddr,
     who: Credentials,
-    /// A method that is there.
+    /// A method that exists at this listener.
     path: &'static str,
 }
 
@@ -103,7 +104,7 @@ fn doors(fleet: &Fleet) -> Result<Vec<Door>> {
     ])
 }
 
-/// Enrols a node made by hand.
+/// Enrols a node by hand, and returns the time that took.
 async fn enrol(fleet: &Fleet, token: &str, id: &str) -> Result<Duration> {
     let begun = Instant::now();
     let key = NodeKey::generate()?;
@@ -129,7 +130,7 @@ async fn whoever_floods_is_cut_off_within_two_seconds_and_honest_nodes_get_in_me
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let rounds = 3;
     let token = fleet.token(rounds).await?;
-    // What a first connection of each kind costs once is no growth.
+    // The first connection of each kind allocates memory once, which is no growth.
     enrol(&fleet, &fleet.token(1).await?, "first").await?;
     let before = fleet.memory(0, "VmRSS")?;
     let doors = doors(&fleet)?;
@@ -152,12 +153,12 @@ async fn whoever_floods_is_cut_off_within_two_seconds_and_honest_nodes_get_in_me
     Ok(())
 }
 
-/// Opens a connection and says nothing, or half of something, until the other side ends it.
+/// Opens a connection and sends nothing, or half a record, until the peer closes it. Returns the connection's lifetime.
 async fn half_open(address: SocketAddr, words: &[u8]) -> Result<Duration> {
     let begun = Instant::now();
     let mut tcp = TcpStream::connect(address).await?;
     tcp.write_all(words).await?;
-    // An answer would be an alert.
+    // The peer may answer with a TLS alert.
     while tcp.read(&mut [0; 64]).await.is_ok_and(|read| read > 0) {}
     Ok(begun.elapsed())
 }
@@ -172,7 +173,7 @@ async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Resu
     let Addresses { api, enroll, mirror, .. } = fleet.addresses();
     let addresses = [api, enroll, mirror];
     for (number, address) in addresses.into_iter().enumerate() {
-        // A record of 512 bytes is announced, and five come.
+        // The second kind announces a record of 512 bytes, and sends five of them.
         let words: [&[u8]; 2] = [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03"];
         let crowd = words.into_iter().cycle().take(HALF_OPEN).map(|words| half_open(address, words));
         let id = format!("honest-{number}");
@@ -182,7 +183,7 @@ async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Resu
         honest?;
         listed?;
         for ended in crowd {
-            // Connecting a thousand takes its time as well.
+            // One second more, because a thousand connects take time too.
             assert!(ended? < CUT + seconds(1), "a half-open handshake was kept");
         }
     }
@@ -195,6 +196,7 @@ async fn a_thousand_half_open_handshakes_are_ended_and_keep_nobody_out() -> Resu
 #[tokio::test]
 async fn what_is_too_large_is_refused_and_the_connection_of_a_client_that_asks_on_stays() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
+    // Exactly the limit of a message, so that the whole request is larger.
     let token = "x".repeat(1 << 20);
     let mut enrollment = EnrollmentServiceClient::new(fleet.admin().anonymous().channel(fleet.addresses().enroll)?);
     let large = EnrollRequest { token, ..EnrollRequest::default() };
@@ -207,7 +209,7 @@ async fn what_is_too_large_is_refused_and_the_connection_of_a_client_that_asks_o
     fleet.nodes().list_nodes(ListNodesRequest::default()).await?;
 
     for door in doors(&fleet)? {
-        // Larger than the frames that were announced: FRAME_SIZE_ERROR.
+        // Larger than the announced maximum of a frame: FRAME_SIZE_ERROR.
         let large = endless(open(1, door.path), &frame(kind::DATA, 0, 1, &vec![0; 300_000])[..]);
         let ended = Raw::connect(door.address, &door.who).await?.flood(seconds(20), large).await?;
         assert_eq!(ended.goaway, Some(6), "{}: {ended:?}", door.what);
@@ -220,6 +222,7 @@ async fn what_is_too_large_is_refused_and_the_connection_of_a_client_that_asks_o
 async fn a_client_that_calls_a_lot_is_no_flood() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let channel = fleet.user("viewer")?.channel(fleet.addresses().api)?;
+    // As many calls as a busy service makes: the count of streams must not take it for a rapid reset.
     for _ in 0..10 {
         let calls = (0..200).map(|_| {
             let mut nodes = marco_proto::v1::node_service_client::NodeServiceClient::new(channel.clone());

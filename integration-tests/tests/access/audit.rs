@@ -1,4 +1,4 @@
-//! The record of calls.
+//! The audit of calls.
 
 use anyhow::{Context as _, Result};
 use integration_tests::Fleet;
@@ -31,6 +31,7 @@ async fn who_changed_what_and_who_was_refused_is_recorded_with_credential_and_ad
     let anonymous = fleet.admin().anonymous().channel(fleet.addresses().api)?;
     let path = |method: &str| format!("/marco.bootstrap.v1.{method}");
     let named = |name: &str| prost::Message::encode_to_vec(&marco_proto::v1::GetNodeRequest { name: name.to_owned() });
+    // In this order: refused by role, a read, refused by scope (twice), and a change.
     call(&kim, &path("OperationService/CancelOperation"), named(&operation), None).await.unwrap_err();
     call(&kim, &path("NodeService/GetNode"), named("in-1"), None).await?;
     call(&anonymous, &path("NodeService/GetNode"), named("in-1"), Some(&secret)).await.unwrap_err();
@@ -39,13 +40,14 @@ async fn who_changed_what_and_who_was_refused_is_recorded_with_credential_and_ad
 
     let by_admin = events(&fleet, AuditFilter { caller: "admin".to_owned(), ..AuditFilter::default() }).await?;
     let methods: Vec<&str> = by_admin.iter().map(|event| event.method.as_str()).collect();
-    // Newest first; what only reads is not recorded.
+    // Newest first. Reads are not recorded.
     let expected = ["CancelOperation", "CreateApiToken", "CreateUser", "CreateOperation", "CreateJoinToken"];
     assert_eq!(methods, expected);
     let cancel = &by_admin[0];
     assert_eq!((cancel.resource.as_str(), cancel.code.as_str()), (operation.as_str(), "OK"));
     assert!(cancel.credential.starts_with("certificates/") && cancel.address.starts_with("127.0.0.1:"), "{cancel:?}");
     assert!(cancel.time.is_some() && cancel.message.is_empty());
+    // The audit only grows, so a secret in it could never be removed.
     let text = format!("{by_admin:?}");
     assert!(!text.contains(&secret), "a secret is in the audit");
 
@@ -59,7 +61,7 @@ async fn who_changed_what_and_who_was_refused_is_recorded_with_credential_and_ad
     assert_eq!(told, [("CancelOperation", operation.as_str()), ("GetNode", "nodes/in-1")]);
     assert!(by_token.iter().all(|event| event.credential == "apiTokens/script"), "{by_token:?}");
 
-    // Whoever has no credentials is recorded too, and cannot fill the disk.
+    // Callers without credentials are recorded too, but only so often: their calls must not fill the disk.
     for _ in 0..300 {
         call(&anonymous, &path("NodeService/DeleteNode"), named("in-1"), None).await.unwrap_err();
     }

@@ -1,5 +1,5 @@
-//! A controller whose clock is wrong, and right again: nodes and operators get in again by themselves, and no node renews
-//! without end.
+//! A controller with a wrong clock that becomes right again: nodes and operators recover by themselves, and no node
+//! renews endlessly.
 
 use std::time::{Duration, Instant};
 
@@ -20,12 +20,12 @@ use crate::scene::{access, api_token, enrollment, wish};
 
 const HOUR: i64 = 3600;
 const DAY: i64 = 24 * HOUR;
-/// Nodes of a fleet that meets a wrong clock.
+/// Nodes of a fleet whose controller gets a wrong clock.
 const NODES: usize = 3;
-/// How long nodes are looked at afterwards: one that renews each second has done so often by then.
+/// Duration of the observation afterwards. A node that renews each second has done so many times by then.
 const LOOK: Duration = Duration::from_secs(20);
 
-/// How often nodes renewed, as they say.
+/// Number of renewals, by the agents' logs.
 fn renewals(fleet: &Fleet) -> Result<usize> {
     Ok(fleet.agents_log()?.matches("certificate renewed").count())
 }
@@ -34,7 +34,7 @@ async fn says(fleet: &Fleet, text: &str) -> Result<()> {
     wait_until(seconds(30), text, async || Ok(fleet.controller_log(0)?.contains(text).then_some(()))).await
 }
 
-/// Sets the controller's clock, and waits until the controller goes by it.
+/// Sets the controller's clock `ahead` seconds off, and waits until the controller uses the new time.
 async fn set_clock(fleet: &Fleet, ahead: i64) -> Result<()> {
     let said = "the controller's clock was set";
     let before = fleet.controller_log(0)?.matches(said).count();
@@ -45,7 +45,7 @@ async fn set_clock(fleet: &Fleet, ahead: i64) -> Result<()> {
     .await
 }
 
-/// Waits until an operator with a connection of its own, whose clock is right, sees every node connected.
+/// Waits until all nodes are connected, as seen by an operator with a right clock on a new connection.
 async fn everybody_is_in(fleet: &Fleet, nodes: usize) -> Result<()> {
     wait_until(seconds(90), "nodes and operators are in again", async || {
         let mut operator = NodeServiceClient::new(fleet.channel_of(0)?);
@@ -58,7 +58,7 @@ async fn everybody_is_in(fleet: &Fleet, nodes: usize) -> Result<()> {
     Ok(())
 }
 
-/// What an operator is told who lists the nodes.
+/// The output of an operator's `nodes list`.
 async fn list_nodes(fleet: &Fleet) -> Result<Output> {
     let address = format!("localhost:{}", fleet.addresses().api.port());
     let certs = fleet.certs().display().to_string();
@@ -66,7 +66,7 @@ async fn list_nodes(fleet: &Fleet) -> Result<Output> {
     run(&binary("marcoctl")?, &arguments, seconds(30)).await
 }
 
-/// Has nodes work for a while.
+/// Keeps the nodes working for a while.
 async fn works(fleet: &Fleet) -> Result<()> {
     let ids = fleet.ids().await?;
     let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
@@ -77,7 +77,7 @@ async fn works(fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
-/// Agents start again, and meet the controller.
+/// Restarts the agents, and waits until each has a session.
 async fn meet(fleet: &mut Fleet) -> Result<()> {
     fleet.kill_agents().await?;
     let sessions = fleet.agents_log()?.matches("session open").count();
@@ -88,7 +88,7 @@ async fn meet(fleet: &mut Fleet) -> Result<()> {
     .await
 }
 
-/// Nodes meet a controller whose clock is wrong, renew, and meet it again when its clock is right.
+/// Nodes meet a controller whose clock is `wrong` seconds off, renew, and meet it again when it is `right` seconds off.
 async fn wrong_and_right_again(wrong: i64, right: i64) -> Result<()> {
     let mut fleet = Fleet::builder().pis(NODES).own_clocks().start().await?;
     if right != 0 {
@@ -97,13 +97,14 @@ async fn wrong_and_right_again(wrong: i64, right: i64) -> Result<()> {
     }
     let before = renewals(&fleet)?;
     set_clock(&fleet, wrong).await?;
-    // Agents believe the time of the session, remember it, and renew by it when they start again.
+    // Agents believe the session's time, store it, and renew by it at their next start.
     meet(&mut fleet).await?;
     meet(&mut fleet).await?;
     wait_until(seconds(60), "each node renewed by the wrong time", async || {
         Ok((renewals(&fleet)? >= before + NODES).then_some(()))
     })
     .await?;
+    // A clock that is a year ahead also makes the certificates of operators expire.
     if wrong >= 365 * DAY {
         let shut_out = list_nodes(&fleet).await?;
         assert!(!shut_out.status.success() && shut_out.stderr.contains("clock"), "{shut_out:?}");
@@ -113,7 +114,8 @@ async fn wrong_and_right_again(wrong: i64, right: i64) -> Result<()> {
     fleet.start_agents()?;
     everybody_is_in(&fleet, NODES).await?;
     works(&fleet).await?;
-    // One by the wrong time, one by the right one; another one where the first met both.
+    // One renewal by the wrong time, and one by the right time. One more if a node met both times with its first
+    // certificate.
     let renewed = renewals(&fleet)? - before;
     assert!(renewed <= 3 * NODES, "{renewed} renewals of {NODES} nodes");
     let filter = AuditFilter { method: "RenewCertificate".to_owned(), ..AuditFilter::default() };
@@ -151,7 +153,7 @@ async fn an_hour_behind_does_no_harm() -> Result<()> {
     let asked = wish(&fleet.token(1).await?, &NodeKey::generate()?, "by-hand", "")?;
     enrollment(&fleet, fleet.addresses().enroll)?.enroll(asked).await?;
     assert_eq!(renewals(&fleet)?, 0);
-    // Its next start finds that its last rows are of a later time than now.
+    // At its next start it finds that its last rows are from the future.
     fleet.kill_controller().await?;
     fleet.jump_clock(0, -2 * HOUR)?;
     fleet.start_controller().await?;
@@ -164,10 +166,12 @@ async fn an_hour_behind_does_no_harm() -> Result<()> {
 async fn controller_without_a_clock_signs_nothing_and_says_so() -> Result<()> {
     let mut fleet = Fleet::builder().pis(1).own_clocks().start().await?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    // A minute after the epoch, as a machine without a real-time clock starts.
     let in_1970 = 60 - i64::try_from(now)?;
     let token = fleet.token(1).await?;
     let secret = api_token(&fleet, "monitor", Role::Viewer, None).await?;
     let health = async || {
+        // By token, because in 1970 the certificate of no operator is valid yet.
         let mut request = tonic::Request::new(HealthCheckRequest::default());
         request.metadata_mut().insert("authorization", format!("Bearer {secret}").parse()?);
         let mut client = HealthClient::new(fleet.admin().anonymous().channel(fleet.addresses().api)?);
@@ -175,7 +179,7 @@ async fn controller_without_a_clock_signs_nothing_and_says_so() -> Result<()> {
     };
     assert_eq!(health().await?, ServingStatus::Serving);
 
-    // While it runs.
+    // First case: the clock becomes wrong while the controller runs.
     set_clock(&fleet, in_1970).await?;
     wait_until(seconds(30), "its health says it", async || {
         Ok((health().await? == ServingStatus::NotServing).then_some(()))
@@ -193,7 +197,7 @@ async fn controller_without_a_clock_signs_nothing_and_says_so() -> Result<()> {
     wait_until(seconds(30), "it serves again", async || Ok((health().await? == ServingStatus::Serving).then_some(())))
         .await?;
 
-    // At its start: it waits, says why, and goes on by itself.
+    // Second case: the clock is wrong at the start. The controller waits, logs why, and continues by itself.
     fleet.kill(0).await?;
     fleet.jump_clock(0, in_1970)?;
     fleet.revive(0)?;
@@ -202,6 +206,7 @@ async fn controller_without_a_clock_signs_nothing_and_says_so() -> Result<()> {
     let certificate = std::fs::read(fleet.certs().join("controller.crt"))?;
     fleet.jump_clock(0, 0)?;
     fleet.controller_is_healthy().await?;
+    // A certificate that it had signed in 1970 would be useless later.
     assert_eq!(std::fs::read(fleet.certs().join("controller.crt"))?, certificate);
     everybody_is_in(&fleet, 1).await?;
     enrollment(&fleet, fleet.addresses().enroll)?.enroll(wish(&token, &key, "by-hand", "")?).await?;

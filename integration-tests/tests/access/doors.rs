@@ -1,4 +1,4 @@
-//! Certificates and labels: what an admin alone may, and what acts without a restart.
+//! Certificates and labels: changes that only an admin may make, and changes that act without a restart.
 
 use anyhow::{Context as _, Result};
 use integration_tests::client::reason;
@@ -28,6 +28,7 @@ async fn only_an_admin_changes_a_label_that_limits_somebody() -> Result<()> {
     node(&fleet, "in-1", "in").await?;
     let mut pat = NodeServiceClient::new(fleet.user("operator")?.channel(fleet.addresses().api)?);
     pat.update_node(relabel("in-1", "in", &[("colour", "red")])).await?;
+    // Moving a node out of someone's scope, or into it, is a change of their rights.
     pat.update_node(relabel("in-1", "elsewhere", &[])).await.context("nobody is limited by it yet")?;
     fleet.nodes().update_node(relabel("in-1", "in", &[])).await?;
     let kim = user(&fleet, "kim", Role::Operator, Some("in")).await?;
@@ -100,7 +101,7 @@ async fn grpcurl_and_marcoctl_need_a_token_and_no_certificate() -> Result<()> {
     let refused = marcoctl(&["--api-token-file", &file, "nodes", "approve", "in-1"]).await?;
     assert!(refused.status.code() == Some(1) && refused.stderr.contains("ROLE_NOT_ALLOWED"), "{refused:?}");
 
-    // A user with a key that is made here, for its owner alone; shut out again.
+    // A user whose key is made on this machine, readable to its owner only; revoked afterwards.
     let out = fleet.dir().join("kim").display().to_string();
     marcoctl(&["users", "create", "kim", "--role", "operator", "--selector", "room=in", "--out", &out])
         .await?
@@ -124,7 +125,7 @@ async fn grpcurl_and_marcoctl_need_a_token_and_no_certificate() -> Result<()> {
     Ok(())
 }
 
-/// The certificates folder of a further controller with the fleet's CA, which ran for a moment.
+/// Runs another controller with the fleet's CA for a moment, and returns its certificates folder.
 async fn pair_of_another_controller(fleet: &Fleet) -> Result<std::path::PathBuf> {
     let (data, certs) = (fleet.dir().join("further-data"), fleet.dir().join("further-certs"));
     std::fs::create_dir_all(data.join("pki"))?;
@@ -132,6 +133,7 @@ async fn pair_of_another_controller(fleet: &Fleet) -> Result<std::path::PathBuf>
     std::fs::copy(fleet.data().join("pki/ca.key"), data.join("pki/ca.key"))?;
     std::fs::copy(fleet.certs().join("ca.crt"), certs.join("ca.crt"))?;
     let mut arguments: Vec<String> = vec!["serve".to_owned()];
+    // Any free ports: it only has to issue its certificate.
     let nowhere = || "127.0.0.1:0".to_owned();
     for (flag, value) in [
         ("--data-dir", data.display().to_string()),
@@ -150,7 +152,7 @@ async fn pair_of_another_controller(fleet: &Fleet) -> Result<std::path::PathBuf>
     Ok(certs)
 }
 
-/// The certificate that is presented at an address, PEM.
+/// The certificate that a listener presents, PEM.
 async fn presented(address: std::net::SocketAddr) -> Result<String> {
     let script = "import socket, ssl, sys; c = ssl._create_unverified_context(); c.set_alpn_protocols(['h2']); \
                   s = c.wrap_socket(socket.create_connection((sys.argv[1], int(sys.argv[2])))); \
@@ -164,10 +166,12 @@ async fn a_changed_server_certificate_is_presented_without_a_restart() -> Result
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let file = fleet.certs().join("controller.crt");
     let before = std::fs::read_to_string(&file)?;
-    // Another pair of the same CA, as an operator would put it there: here one that another controller made for itself.
+    // Another certificate and key of the same CA, as an operator would install them. Another controller made this pair
+    // for itself.
     let other = pair_of_another_controller(&fleet).await?;
     let fresh = std::fs::read_to_string(other.join("controller.crt"))?;
     assert_ne!(before, fresh);
+    // Between the two copies the files do not match. The controller then keeps its present pair, and looks again.
     std::fs::copy(other.join("controller.key"), fleet.certs().join("controller.key"))?;
     std::fs::copy(other.join("controller.crt"), &file)?;
     wait_until(seconds(30), "the new certificate is presented", async || {
@@ -176,7 +180,7 @@ async fn a_changed_server_certificate_is_presented_without_a_restart() -> Result
     })
     .await?;
     assert_eq!(presented(fleet.addresses().api).await?.trim(), fresh.replace("\r\n", "\n").trim());
-    // What is wrong is not taken, and the one before stays.
+    // A broken file is not used, and the previous certificate stays.
     std::fs::write(&file, "nonsense")?;
     wait_until(seconds(30), "it is said that it is not used", async || {
         Ok(fleet.controller_log(0)?.contains("is not used").then_some(()))

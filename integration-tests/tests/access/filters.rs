@@ -1,4 +1,4 @@
-//! What a filter must not tell.
+//! Filters must not reveal nodes outside the caller's scope.
 
 use anyhow::Result;
 use integration_tests::client::reason;
@@ -28,7 +28,8 @@ async fn tells_nothing_of_nodes_outside(fleet: Fleet) -> Result<()> {
         let kim = kim.channel(fleet.addresses().api)?;
         assert_eq!(with(&kim, "in-1").await?, [both.clone(), inside.clone()]);
         assert_eq!(with(&kim, "nodes/in-2").await?, Vec::<String>::new());
-        // Of `both` the half inside is seen, but not with whom it shares its operation.
+        // A limited user sees the half of `both` that is inside, but not the node that shares it. The answers for
+        // existing and for unknown nodes outside are the same.
         let (there, nowhere) = (with(&kim, "out-1").await.unwrap_err(), with(&kim, "out-2").await.unwrap_err());
         assert_eq!((there.code(), reason(&there).as_str()), (Code::PermissionDenied, "OUTSIDE_SCOPE"));
         assert_eq!((there.message(), there.details()), (nowhere.message(), nowhere.details()));

@@ -1,4 +1,4 @@
-//! Keys of nodes: a stranger's changes nothing, and whoever was away for long comes back by itself.
+//! Keys of nodes: a stranger's key changes nothing, and a node that was away for long comes back by itself.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ async fn events(fleet: &Fleet, filter: AuditFilter) -> Result<Vec<AuditEvent>> {
     Ok(access(fleet).list_audit_events(request).await?.into_inner().audit_events)
 }
 
-/// What a session is answered that says that an execution succeeded.
+/// Opens a session with a false report of success, and returns the status with which it is refused.
 async fn says_hello(fleet: &Fleet, node: &Credentials, execution: &str, board: Option<Board>) -> Result<Status> {
     let report = Report {
         execution: execution.to_owned(),
@@ -82,6 +82,7 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     assert_eq!((read.code(), reason(&read).as_str()), (Code::PermissionDenied, "KEY_AWAITS_APPROVAL"));
     let refused = says_hello(&fleet, &stolen, &work, before.board.clone()).await?;
     assert_eq!((refused.code(), reason(&refused).as_str()), (Code::PermissionDenied, "KEY_AWAITS_APPROVAL"));
+    // A pending key must not get anything by a renewal either.
     let signed = NodeKey::generate()?.request(&thief)?;
     let renewal = RenewCertificateRequest {
         certificate: enrolled.certificate,
@@ -91,11 +92,12 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     let refused = enrollment(&fleet, fleet.addresses().enroll)?.renew_certificate(renewal).await.unwrap_err();
     assert_eq!(reason(&refused), "KEY_AWAITS_APPROVAL");
 
-    // The node is what it was, and does its work.
+    // The node is unchanged, and still works.
     let now = fleet.node(&id).await?;
     assert_eq!((now.state(), now.connected, &now.boot_id), (node::State::Approved, true, &before.boot_id));
     assert_eq!(now.key_sha256, before.key_sha256);
     assert_eq!(fleet.execution(&operation.name, &id).await?.state(), execution::State::Running);
+    // Otherwise anyone with a token could disconnect a node by naming its serial number.
     assert_eq!(fleet.agents_log()?.matches("session open").count(), 1, "its session was ended");
     let [waits] = now.pending_keys.as_slice() else { anyhow::bail!("{:?}", now.pending_keys) };
     assert_eq!((waits.serial.as_str(), waits.from.as_str()), (board.serial.as_str(), "127.0.0.1"));
@@ -103,7 +105,7 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     assert_eq!(told.len(), 1, "{told:?}");
     assert_eq!((told[0].caller.as_str(), told[0].resource.as_str()), (now.name.as_str(), now.name.as_str()));
 
-    // An admin says which key it is. Then the one before is held, and never shut out.
+    // An admin approves one key. The previous key is then held, but not revoked.
     let approve = |fingerprint: &str| ApproveNodeRequest { name: id.clone(), fingerprint: fingerprint.to_owned() };
     let unclear = fleet.nodes().approve_node(approve("")).await.unwrap_err();
     assert_eq!((unclear.code(), reason(&unclear).as_str()), (Code::FailedPrecondition, "FINGERPRINT_NEEDED"));
@@ -122,7 +124,7 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     .await?;
     let held = events(&fleet, AuditFilter { method: "HOLD_KEY".to_owned(), ..AuditFilter::default() }).await?;
     assert_eq!((held.len(), held[0].resource.as_str()), (1, before.name.as_str()));
-    // It was the right one after all: one approval, and it is back at its work.
+    // The previous key was the right one after all: one approval brings the node back to its work.
     fleet.nodes().approve_node(approve(&before.key_sha256.to_uppercase())).await?;
     wait_until(seconds(90), "the node is back", async || Ok(fleet.node(&id).await?.connected.then_some(()))).await?;
     fleet.cancel(&operation.name).await?;
@@ -131,7 +133,7 @@ async fn a_token_and_a_serial_number_get_nothing_of_a_node_until_its_key_is_appr
     Ok(())
 }
 
-/// What a controller's clock says, seconds since 1970.
+/// The controller's clock, in seconds since 1970.
 async fn controller_time(fleet: &Fleet) -> Result<i64> {
     let token = fleet.nodes().create_join_token(CreateJoinTokenRequest::default()).await?.into_inner();
     Ok(token.create_time.context("no time")?.seconds)
@@ -142,7 +144,7 @@ async fn a_node_that_was_off_for_months_comes_back_by_itself_whatever_its_clock_
     let mut fleet = Fleet::builder().pis(1).own_clocks().start().await?;
     let id = fleet.ids().await?.remove(0);
     let begun = controller_time(&fleet).await?;
-    // What it remembers: what it was told last, the year 2040, and nothing but a time long ago.
+    // The time that the node remembers: that of its last session, the year 2040, and one long ago.
     for (number, remembered) in [(1, None), (2, Some("2208988800000000")), (3, Some("1000000"))] {
         fleet.kill_agents().await?;
         if let Some(time) = remembered {
@@ -164,7 +166,7 @@ async fn a_node_that_was_off_for_months_comes_back_by_itself_whatever_its_clock_
         })
         .await?;
         assert_eq!((node.state(), node.pending_keys.len()), (node::State::Approved, 0));
-        // It has another key now, and the one before is gone.
+        // The node has a new key, and the previous one is deleted.
         let key = NodeKey::read(&fleet.pi(&id).path("agent/node.key"))?;
         assert_eq!(key.fingerprint(), node.key_sha256, "{number}");
         assert!(!fleet.pi(&id).path("agent/next.key").exists());
@@ -193,6 +195,7 @@ async fn an_admin_reads_why_a_join_was_refused_and_the_caller_does_not() -> Resu
         let refused = enrollment(&fleet, fleet.addresses().enroll)?.enroll(asked).await.unwrap_err();
         answers.push((refused.code(), refused.message().to_owned(), refused.details().to_vec()));
     }
+    // An attacker who could tell the refusals apart would learn ids, serial numbers and names.
     assert!(answers.windows(2).all(|pair| pair[0] == pair[1]), "they tell one from the other: {answers:?}");
     let refused = AuditFilter { method: "Enroll".to_owned(), refused: true, ..AuditFilter::default() };
     let told = events(&fleet, refused).await?;
@@ -230,6 +233,7 @@ async fn a_session_that_is_refused_again_and_again_is_recorded_a_few_times() -> 
         assert_eq!(says_hello(&fleet, &node, "", None).await?.code(), Code::PermissionDenied);
     }
     let told = events(&fleet, AuditFilter { method: "Connect".to_owned(), ..AuditFilter::default() }).await?;
+    // Twenty refusals must not fill the audit with twenty rows.
     assert_eq!(told.len(), 3, "{told:?}");
     assert!(told.iter().all(|event| event.credential.starts_with("certificates/")), "{told:?}");
     fleet.went_well();

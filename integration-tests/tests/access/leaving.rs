@@ -1,4 +1,4 @@
-//! Callers that go away before they are answered.
+//! Callers that leave before they are answered.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -21,17 +21,16 @@ use tonic::transport::Channel;
 
 use crate::scene::{later, node, wish};
 
-/// A database whose audit nobody can write to while it is held: what a call changes waits for its record before it is
-/// committed.
+/// A database whose audit this test can lock. A change commits together with its audit row, so a call waits then.
 struct Ledger {
     server: &'static Postgres,
     url: String,
 }
 
-/// Who holds the audit.
+/// Sessions that hold the lock on the audit.
 const HOLDERS: &str = "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database \
      WHERE d.datname = current_database() AND relation = 'audit'::regclass AND mode = 'ExclusiveLock' AND granted";
-/// Who waits for it.
+/// Sessions that wait for the lock on the audit.
 const WAITERS: &str = "SELECT pid FROM pg_locks JOIN pg_database d ON d.oid = database \
      WHERE d.datname = current_database() AND relation = 'audit'::regclass AND NOT granted";
 
@@ -43,6 +42,7 @@ impl Ledger {
 
     async fn hold(&self) -> Result<()> {
         let (server, url) = (self.server, self.url.clone());
+        // EXCLUSIVE blocks writers and lets readers pass.
         let hold = "BEGIN; LOCK TABLE audit IN EXCLUSIVE MODE; SELECT pg_sleep(60)";
         tokio::task::spawn_blocking(move || server.by_hand(&url, hold));
         wait_until(seconds(20), "the audit is held", async || {
@@ -56,7 +56,7 @@ impl Ledger {
         self.server.by_hand(&self.url, &release)?.map_err(anyhow::Error::msg)
     }
 
-    /// The texts of a query's column `found`, sorted.
+    /// The column `found` of a query, sorted.
     fn texts(&self, query: &str) -> Result<Vec<String>> {
         let rows = self.server.rows(&self.url, query)?;
         let mut texts: Vec<String> =
@@ -66,7 +66,7 @@ impl Ledger {
         Ok(texts)
     }
 
-    /// What the calls of this test have made, by method and name.
+    /// All resources created by the calls of this test, as method and name.
     fn made(&self) -> Result<Vec<String>> {
         self.texts(
             "SELECT 'CreateJoinToken joinTokens/' || id AS found FROM tokens \
@@ -76,14 +76,13 @@ impl Ledger {
         )
     }
 
-    /// What the audit says that calls have made.
+    /// The audit's successful calls, as method and name.
     fn recorded(&self) -> Result<Vec<String>> {
         self.texts("SELECT method || ' ' || target AS found FROM audit WHERE result = 'OK'")
     }
 
-    /// Lets a call go on until it waits for its record, does away with it, and with whatever it holds, and lets go of the
-    /// audit once `noticed`. A call waits no longer than its caller may; one that waited too long changed nothing, and
-    /// another one is made.
+    /// Lets a call wait for its audit row, cancels it together with everything it holds, and releases the lock after
+    /// `noticed`. A call that waited longer than its deadline has changed nothing, and then another one is made.
     async fn leave(
         &self,
         what: &str,
@@ -101,6 +100,7 @@ impl Ledger {
             .await?;
             calling.abort();
             let left = calling.await.is_err_and(|error| error.is_cancelled());
+            // A change that is visible without its audit row would be lost from the audit in a crash.
             ensure!(self.made()?.len() == before, "{what}: it is there, and its record is not");
             noticed().await?;
             self.release()?;
@@ -115,7 +115,7 @@ impl Ledger {
         bail!("{what} was never made")
     }
 
-    /// Whether so many are made and recorded, after a moment for what is on its way.
+    /// True if so many resources are created and recorded. Waits a moment, and fails if the two ever differ.
     async fn settled(&self, number: usize) -> Result<bool> {
         let waited = wait_until(seconds(3), "it is made and recorded", async || {
             let made = self.made()?;
@@ -127,20 +127,21 @@ impl Ledger {
     }
 }
 
-/// A call that is made when it is awaited.
+/// A call that starts when it is awaited.
 type Call = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Calls of a kind that are made until one of them is cut where it is meant to be.
+/// Attempts to cancel a call at the right moment.
 const TRIES: usize = 5;
 
 impl Drop for Ledger {
     fn drop(&mut self) {
-        // When the test failed, nobody else lets go of it; when it went well, nobody holds it.
+        // A failed test leaves the lock held. After a successful one there is no holder, and an error is of no
+        // interest.
         let _ = self.release();
     }
 }
 
-/// A channel that is connected.
+/// A channel that is connected already.
 async fn connected(who: &Credentials, fleet: &Fleet) -> Result<Channel> {
     let channel = who.channel(fleet.addresses().api)?;
     NodeServiceClient::new(channel.clone()).list_nodes(ListNodesRequest::default()).await?;
@@ -160,7 +161,7 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
     let stays = connected(fleet.admin(), &fleet).await?;
     assert_eq!(ledger.made()?, ledger.recorded()?);
     let before = ledger.made()?.len();
-    // By then the controller has read that they left.
+    // Three calls on the same connection: after them the controller has read that the earlier call was cancelled.
     let noticed = &async || {
         for _ in 0..3 {
             NodeServiceClient::new(stays.clone()).list_nodes(ListNodesRequest::default()).await?;
@@ -168,7 +169,7 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
         Ok(())
     };
 
-    // Its stream is reset.
+    // The caller resets its stream.
     let token_on = |channel: Channel| -> Call {
         Box::pin(async move {
             let _ = create_join_token(channel).await;
@@ -184,10 +185,10 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
         Ok(call)
     };
     ledger.leave("an operation", operation, noticed).await?;
-    // Its connection is closed.
+    // The caller closes its connection.
     let leaves = async || Ok(token_on(connected(fleet.admin(), &fleet).await?));
     ledger.leave("a join token on a connection of its own", leaves, noticed).await?;
-    // And one without a certificate.
+    // A caller without a certificate closes its connection.
     let key = NodeKey::generate()?;
     let enroll = wish(&token, &key, "pi-2", "")?;
     let node = async || -> Result<Call> {
@@ -199,7 +200,7 @@ async fn what_a_caller_changed_before_it_left_is_in_the_audit() -> Result<()> {
         Ok(call)
     };
     ledger.leave("a node", node, noticed).await?;
-    // Its time is up.
+    // The caller's own deadline passes.
     let late = async || -> Result<Call> {
         let api_token = ApiToken { role: Role::Viewer.into(), ..ApiToken::default() };
         let create = CreateApiTokenRequest { api_token: Some(api_token), api_token_id: "late".to_owned(), ttl: None };
@@ -236,7 +237,7 @@ async fn a_controller_that_stops_ends_what_callers_left_behind() -> Result<()> {
         Ok(())
     };
     let lets_go = async {
-        // Nobody is served any more, and still it waits.
+        // The controller accepts no new connections, but the abandoned call still waits.
         wait_until(seconds(20), "the controller listens no longer", async || {
             let connected = tokio::net::TcpStream::connect(api).await;
             Ok(connected.is_err().then_some(()))
@@ -245,7 +246,7 @@ async fn a_controller_that_stops_ends_what_callers_left_behind() -> Result<()> {
         ledger.release()
     };
     tokio::try_join!(ends, lets_go)?;
-    // It waited as long as its caller may: it was done with its record, or not at all.
+    // The call waited until its deadline. It was either done and recorded, or not done.
     assert!(ledger.made()?.len() <= 1 && ledger.made()? == ledger.recorded()?, "{:?}", ledger.made()?);
     fleet.went_well();
     Ok(())

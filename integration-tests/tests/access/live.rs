@@ -1,4 +1,4 @@
-//! What an admin changes acts on streams that are open, within 5 s, at the other controller, without notifications.
+//! An admin's changes act on open streams within 5 s, also on the other controller, without notifications.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use tonic::{Code, Request, Status, Streaming};
 
 use crate::scene::{access, api_token, later, node, room, user};
 
-/// What is promised.
+/// The documented deadline.
 const PROMISED: Duration = seconds(5);
 
 /// Two controllers without notifications.
@@ -27,13 +27,14 @@ async fn fleet(pis: usize) -> Result<Fleet> {
     Fleet::builder().pis(pis).controllers(2).notifications(false).database(Database::Url(url)).start().await
 }
 
-/// Waits until a stream ends; with which status, and how long it took.
+/// Waits for the end of a stream, and returns its status and the time that took.
 async fn end<T>(mut stream: Streaming<T>) -> Result<(Status, Duration)> {
     let begun = Instant::now();
     let ended = tokio::time::timeout(seconds(20), async {
         loop {
             match stream.message().await {
                 Ok(Some(_)) => {}
+                // A clean end would tell a client that there is nothing more to hear, and it would not ask again.
                 Ok(None) => bail!("it ended as if all were well"),
                 Err(status) => return Ok(status),
             }
@@ -45,6 +46,7 @@ async fn end<T>(mut stream: Streaming<T>) -> Result<(Status, Duration)> {
 
 async fn watch_nodes(channel: Channel) -> Result<Streaming<WatchNodesResponse>> {
     let mut stream = NodeServiceClient::new(channel).watch_nodes(WatchNodesRequest::default()).await?.into_inner();
+    // After the first message the stream is surely open at the controller.
     stream.message().await?.context("it ended")?;
     Ok(stream)
 }
@@ -71,13 +73,14 @@ async fn a_certificate_a_user_and_a_token_that_are_revoked_are_out_of_open_strea
     }
     let mut by_token = Vec::new();
     let shown: tonic::metadata::MetadataValue<_> = format!("Bearer {secret}").parse()?;
+    // A token travels in each call and not in the handshake, so its streams are ended in another way.
     for channel in channels(&mut fleet, &anonymous)? {
         let mut request = Request::new(WatchOperationRequest { name: operation.clone() });
         request.metadata_mut().insert("authorization", shown.clone());
         by_token.push(OperationServiceClient::new(channel).watch_operation(request).await?.into_inner());
     }
 
-    // All of it is said to controller 0.
+    // All changes are made on controller 0.
     let list = access(&fleet).list_certificates(ListCertificatesRequest::default()).await?.into_inner();
     let of_kim = list.certificates.iter().find(|found| found.subject == "kim").context("no certificate of kim")?;
     let name = of_kim.name.clone();
@@ -100,7 +103,7 @@ async fn a_certificate_a_user_and_a_token_that_are_revoked_are_out_of_open_strea
     for (status, _) in &tokens {
         assert_eq!((status.code(), reason(status).as_str()), (Code::Unauthenticated, "API_TOKEN_REFUSED"));
     }
-    // And new calls are refused, at either controller.
+    // New calls are refused too, on each controller.
     for channel in channels(&mut fleet, &kim)?.into_iter().chain(channels(&mut fleet, &lee)?) {
         let status = NodeServiceClient::new(channel).watch_nodes(WatchNodesRequest::default()).await.unwrap_err();
         assert_eq!(reason(&status), "CERTIFICATE_REVOKED");
@@ -119,7 +122,7 @@ async fn a_changed_scope_takes_nodes_out_of_open_watches_and_a_changed_role_acts
     let mut nodes = NodeServiceClient::new(other.clone());
     let mut watch = nodes.watch_nodes(WatchNodesRequest::default()).await?.into_inner();
     assert_eq!(watch.message().await?.context("it ended")?.nodes.len(), 2);
-    // An operation outside, which is watched: nothing of it may be seen soon.
+    // A watched operation outside the new scope: this watch must end.
     let operation = fleet.create(later(&["out-1"])).await?.name;
     let request = WatchOperationRequest { name: operation };
     let outside = OperationServiceClient::new(other.clone()).watch_operation(request).await?.into_inner();
@@ -169,7 +172,7 @@ async fn a_quarantined_node_is_out_within_5_s_whichever_controller_is_told() -> 
     })
     .await?;
     assert!(!fleet.node(&id).await?.connected);
-    // Its certificate opens nothing else either.
+    // The certificate gives no other access either.
     let pi = fleet.pi(&id);
     let identity = Some((pi.read("agent/node.crt")?, pi.read("agent/node.key")?));
     let certificate = Credentials { ca: fleet.admin().ca.clone(), identity };

@@ -1,4 +1,4 @@
-//! Who gets in, what they may do there, and how fast they are out again: a real controller over TLS.
+//! Access: authentication, rights, and how fast they end. A real controller over TLS.
 
 #![allow(
     clippy::indexing_slicing,

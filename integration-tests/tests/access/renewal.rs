@@ -13,12 +13,13 @@ async fn a_controller_looks_at_its_certificate_when_it_is_told_to_and_goes_on() 
     let said = "the controller's certificate is the one that is presented";
     assert!(!fleet.controller_log(0)?.contains(said));
     let pid = fleet.controller_pid(0)?.to_string();
+    // SIGHUP makes the controller look at once, instead of at its next interval.
     run(&tool("kill")?, &["-HUP", &pid], seconds(10)).await?.success()?;
     wait_until(seconds(30), "it says what it presents", async || {
         Ok(fleet.controller_log(0)?.contains(said).then_some(()))
     })
     .await?;
-    // No stream was cut for it, and it still works.
+    // The reload cut no stream, and the session still works.
     assert!(fleet.node(&id).await?.connected);
     assert_eq!(fleet.agents_log()?.matches("session open").count(), 1, "{}", fleet.agents_log()?);
     fleet.went_well();
@@ -44,7 +45,7 @@ async fn the_first_admin_takes_another_certificate_and_gives_up_the_one_before()
     let old = valid(&before).await?;
     marcoctl(&before, &["users", "create", "admin", "--role", "admin", "--out", &after]).await?.success()?;
     assert_eq!((old.len(), valid(&after).await?.len()), (1, 2));
-    // Nobody can revoke what he shows himself, so the new one revokes the old one.
+    // No caller may revoke the certificate that it uses, so the new one revokes the old one.
     marcoctl(&after, &["certs", "revoke", &old[0]]).await?.success()?;
     assert_eq!(valid(&after).await?.len(), 1);
     let refused = marcoctl(&before, &["nodes", "list"]).await?;

@@ -1,4 +1,4 @@
-//! Nodes, operations and schedules inside and outside a scope, and callers of every kind.
+//! Nodes, operations and schedules inside and outside a scope, and callers of all kinds.
 
 use std::net::SocketAddr;
 
@@ -16,7 +16,7 @@ use marco_proto::v1::{
 };
 use tonic::transport::Channel;
 
-/// The label that scopes use.
+/// The label that scopes select by.
 pub(crate) const ROOM: &str = "room";
 
 pub(crate) fn room(value: &str) -> std::collections::HashMap<String, String> {
@@ -27,7 +27,7 @@ pub(crate) fn access(fleet: &Fleet) -> AccessServiceClient<Channel> {
     AccessServiceClient::new(fleet.admin_channel())
 }
 
-/// An API token: its secret.
+/// Creates an API token, and returns its secret.
 pub(crate) async fn api_token(fleet: &Fleet, id: &str, role: Role, limited_to: Option<&str>) -> Result<String> {
     let selector = limited_to.map(room).unwrap_or_default();
     let token = ApiToken { role: role.into(), selector, ..ApiToken::default() };
@@ -35,7 +35,7 @@ pub(crate) async fn api_token(fleet: &Fleet, id: &str, role: Role, limited_to: O
     Ok(access(fleet).create_api_token(request).await?.into_inner().token)
 }
 
-/// A user with a key of its own.
+/// Creates a user with a new key.
 pub(crate) async fn user(fleet: &Fleet, id: &str, role: Role, limited_to: Option<&str>) -> Result<Credentials> {
     let key = NodeKey::generate()?;
     let selector = limited_to.map(room).unwrap_or_default();
@@ -74,16 +74,17 @@ pub(crate) async fn node(fleet: &Fleet, id: &str, in_room: &str) -> Result<Crede
 
 /// A reboot of nodes in an hour.
 pub(crate) fn later(nodes: &[&str]) -> Operation {
+    // Far enough ahead that it never begins while a test looks at it.
     let time = std::time::SystemTime::now() + std::time::Duration::from_secs(3600);
     Operation { schedule_time: Some(time.into()), ..reboot(nodes, std::time::Duration::ZERO) }
 }
 
-/// What the calls are about.
+/// The resources that calls refer to.
 pub(crate) struct Scene {
     pub(crate) fleet: Fleet,
-    /// The certificate of the node `in-1`.
+    /// The credentials of the node `in-1`.
     pub(crate) node: Credentials,
-    /// Operations with nodes inside, outside, and both.
+    /// An operation on a node inside the scope, one on a node outside, and one on both.
     pub(crate) operations: [String; 3],
 }
 
@@ -94,6 +95,7 @@ impl Scene {
 
     pub(crate) async fn of(fleet: Fleet) -> Result<Self> {
         let node = node(&fleet, "in-1", "in").await?;
+        // A second node inside, because calls like a quarantine would take the calling node away.
         self::node(&fleet, "in-2", "in").await?;
         self::node(&fleet, "out-1", "out").await?;
         let inside = fleet.create(later(&["in-1"])).await?.name;
@@ -102,7 +104,8 @@ impl Scene {
         Ok(Self { fleet, node, operations: [inside, outside, both] })
     }
 
-    /// Makes the schedules that are not there (any more): `s-in`, `s-out` and `s-both`.
+    /// Creates those of the schedules `s-in`, `s-out` and `s-both` that are missing: calls under test may have deleted
+    /// them.
     pub(crate) async fn schedules(&self) -> Result<()> {
         for (id, nodes) in [("s-in", &["in-2"][..]), ("s-out", &["out-1"]), ("s-both", &["in-2", "out-1"])] {
             let schedule = Schedule {
@@ -115,6 +118,7 @@ impl Scene {
                 CreateScheduleRequest { schedule: Some(schedule), schedule_id: id.to_owned(), validate_only: false };
             let created = ScheduleServiceClient::new(self.fleet.admin_channel()).create_schedule(request).await;
             if let Err(status) = created
+                // Only those that an earlier call has deleted are missing.
                 && status.code() != tonic::Code::AlreadyExists
             {
                 return Err(status).context(id);

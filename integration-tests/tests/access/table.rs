@@ -1,4 +1,4 @@
-//! The one table: every method, who may call it, and what becomes of targets outside the caller's scope.
+//! The table of rights: each method, its roles, and its treatment of targets outside the caller's scope.
 
 use marco_proto::v1::*;
 use prost::Message;
@@ -6,7 +6,7 @@ use prost_types::FieldMask;
 
 use crate::scene::later;
 
-/// On what a call is made, seen from a caller that is limited to `room=in`.
+/// Target of a call, relative to a caller that is limited to `room=in`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Target {
     Inside,
@@ -47,22 +47,22 @@ impl Target {
     }
 }
 
-/// What a caller that is limited to nodes gets.
+/// Treatment of a caller that is limited to some nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Limit {
-    /// What everybody in its role gets: there is no node in it.
+    /// The same as for others of its role, because no node is involved.
     Free,
-    /// Only what lies inside; the rest is left out of the answer.
+    /// Only the part inside the scope is shown.
     Filtered,
-    /// Refused when nothing of the target lies inside; the rest is left out of the answer.
+    /// Refused if the whole target is outside. Otherwise only the part inside is shown.
     Any,
-    /// Refused when a part of the target lies outside.
+    /// Refused if any part of the target is outside.
     All,
 }
 
 type Make = fn(Target, &[String; 3]) -> Vec<u8>;
 
-/// A row: the method, the roles that may call it (v o p a n), the limit, and how a request is made.
+/// A row: method, letters of the roles that may call it (viewer, operator, publisher, admin, node), limit, and request.
 pub(crate) type Row = (&'static str, &'static str, Limit, Make);
 
 fn empty(_: Target, _: &[String; 3]) -> Vec<u8> {
@@ -78,7 +78,7 @@ fn node(target: Target, _: &[String; 3]) -> Vec<u8> {
     named(target.node())
 }
 
-/// Not the node that calls, which has to call again.
+/// Another node than the one that calls, because that one has to call again.
 fn quarantine(target: Target, _: &[String; 3]) -> Vec<u8> {
     named(target.node().replace("in-1", "in-2"))
 }
@@ -92,7 +92,7 @@ fn operation(target: Target, operations: &[String; 3]) -> Vec<u8> {
     named(target.operation(operations))
 }
 
-/// The execution on a node of the operation with both, and of the others on theirs.
+/// The execution of the operation on a node. In the operation with both nodes, it is the one inside.
 fn execution(target: Target, operations: &[String; 3]) -> Vec<u8> {
     let node = if target == Target::Outside { "out-1" } else { "in-1" };
     named(format!("{}/executions/{node}", target.operation(operations)))
@@ -152,13 +152,14 @@ pub(crate) const TABLE: &[Row] = &[
     ("AccessService/UpdateUser", "a", Free, empty),
     ("AgentService/Connect", "n", Free, empty),
     ("ArtifactService/DeleteArtifact", "pa", Free, nobody),
+    // Images hold secrets such as Wi-Fi keys, so viewers and operators get none.
     ("ArtifactService/DownloadArtifact", "pan", Free, nobody),
     ("ArtifactService/GetArtifact", "vopan", Free, nobody),
     ("ArtifactService/ListArtifacts", "vopa", Free, empty),
     ("ArtifactService/OpenArtifact", "pa", Free, nobody),
     ("ArtifactService/SetDefaultArtifact", "pa", Free, nobody),
     ("ArtifactService/UploadArtifact", "pa", Free, empty),
-    // The enrolment has a listener of its own; on this one nobody may.
+    // Enrolment has a listener of its own. On this listener no caller may use it.
     ("EnrollmentService/Enroll", "", Free, empty),
     ("EnrollmentService/RenewCertificate", "", Free, empty),
     ("NodeService/ApproveNode", "a", Free, nobody),
@@ -166,6 +167,7 @@ pub(crate) const TABLE: &[Row] = &[
     ("NodeService/DeleteNode", "a", Free, nobody),
     ("NodeService/GetNode", "vopan", All, node),
     ("NodeService/ListJoinTokens", "a", Free, empty),
+    // A list has no target that could be refused, so it is filtered.
     ("NodeService/ListNodes", "vopa", Filtered, empty),
     ("NodeService/QuarantineNode", "oa", All, quarantine),
     ("NodeService/ResolveNode", "oa", All, resolve_node),
@@ -173,8 +175,9 @@ pub(crate) const TABLE: &[Row] = &[
     ("NodeService/UpdateNode", "oa", All, update_node),
     ("NodeService/WatchNodes", "vopa", Filtered, empty),
     ("OperationService/AbandonExecution", "oa", All, execution),
+    // Steering acts on all nodes of an operation, so all of them must be inside.
     ("OperationService/CancelOperation", "oa", All, operation),
-    // Its request begins with the same field.
+    // Its request begins with the same field as that of `CreateOperation`.
     ("OperationService/CheckOperation", "oa", All, create_operation),
     ("OperationService/CreateOperation", "oa", All, create_operation),
     ("OperationService/ExplainExecution", "vopa", Any, execution),

@@ -1,4 +1,4 @@
-//! Join tokens: who may use one, and how often.
+//! Join tokens: their limits to nodes, networks and boards, and the number of uses.
 
 use anyhow::{Context as _, Result};
 use futures_util::future::join_all;
@@ -21,7 +21,7 @@ fn words(status: &Status) -> Words {
     (status.code(), status.message().to_owned(), status.details().to_vec())
 }
 
-/// 50 nodes use one token for one at once, at each controller in turn.
+/// 50 nodes use one single-use token at once, spread over the controllers.
 async fn fifty_at_once(fleet: &mut Fleet, controllers: usize) -> Result<()> {
     let token = fleet.token(1).await?;
     let mut listeners = Vec::new();
@@ -38,12 +38,14 @@ async fn fifty_at_once(fleet: &mut Fleet, controllers: usize) -> Result<()> {
     }
     let answers = join_all(tries).await;
     let admitted = answers.iter().filter(|answer| answer.is_ok()).count();
+    // The same words for each refusal: a guesser must not learn why a token does not work.
     let refused: Vec<Words> = answers.iter().filter_map(|answer| answer.as_ref().err()).map(words).collect();
     assert_eq!((admitted, refused.len()), (1, 49), "{refused:?}");
     assert!(refused.iter().all(|words| *words == refused[0]), "they are told different things: {refused:?}");
     assert_eq!(refused[0].0, Code::PermissionDenied);
     assert_eq!(fleet.list_nodes().await?.len(), 1);
     let certificates = access(fleet).list_certificates(ListCertificatesRequest::default()).await?.into_inner();
+    // A certificate that was issued for a refused enrolment would be valid all the same.
     let of_nodes = certificates.certificates.iter().filter(|found| found.subject.starts_with("one-of-fifty"));
     assert_eq!(of_nodes.count(), 1, "{certificates:?}");
     Ok(())
@@ -105,7 +107,7 @@ async fn a_token_is_for_the_networks_boards_and_ids_that_it_names_and_says_no_mo
     let first_key = NodeKey::generate()?;
     let first = enroll(&board, &first_key, "pi-board", "00AB").await??;
     assert!(!first.held);
-    // The board with a new key: it was made for this board, so nobody need approve it, and the old key is out.
+    // The same board with a new key. The token names the board, so no approval is needed, and the old key is held.
     let again = enroll(&board, &NodeKey::generate()?, "", "00ab").await??;
     assert_eq!((again.node.as_str(), again.held), ("nodes/pi-board", false));
     let filter = CertificateFilter { subject: "pi-board".to_owned(), valid: true };
@@ -119,7 +121,7 @@ async fn a_token_is_for_the_networks_boards_and_ids_that_it_names_and_says_no_mo
     let out = before.get_node(GetNodeRequest { name: "pi-board".to_owned() }).await.unwrap_err();
     assert!(out.message().contains("waits for an admin's approval"), "{out}");
 
-    // Who is left without a way in.
+    // Revoking a token lists the nodes and boards that can no longer enrol.
     let revoke = async |token: &JoinToken| {
         let request = RevokeJoinTokenRequest { name: token.name.clone() };
         anyhow::Ok(fleet.nodes().revoke_join_token(request).await?.into_inner())
@@ -139,6 +141,7 @@ async fn an_address_that_is_refused_too_often_waits_and_its_tries_do_not_fill_th
     let mut fleet = Fleet::builder().pis(0).start().await?;
     let token = fleet.token(1).await?;
     let parts: Vec<&str> = token.split('.').collect();
+    // The right id with a wrong secret, as in an attempt to guess it.
     let wrong = [parts[0], parts[1], "A".repeat(43).as_str(), parts[3]].join(".");
     let key = NodeKey::generate()?;
     let mut client = enrollment(&fleet, fleet.addresses().enroll)?;
@@ -155,6 +158,7 @@ async fn an_address_that_is_refused_too_often_waits_and_its_tries_do_not_fill_th
     let request = marco_proto::v1::ListAuditEventsRequest { page_size: 1000, ..Default::default() };
     let events = access(&fleet).list_audit_events(request).await?.into_inner().audit_events;
     let of_it = events.iter().filter(|event| event.method == "Enroll").count();
+    // Twenty at once, then one each ten seconds, for an unknown address.
     assert!((10..=40).contains(&of_it), "{of_it} of 150 are recorded");
     fleet.went_well();
     Ok(())

@@ -1,4 +1,4 @@
-//! What a user may, changed by several at once, and names that no user can have.
+//! Rights of users that are changed concurrently, and names that no user may have.
 
 use anyhow::{Context as _, Result};
 use integration_tests::client::{bad_fields, reason};
@@ -11,7 +11,7 @@ use tonic::Code;
 
 use crate::scene::{access, api_token, room, user};
 
-/// Changes a user as another controller would, and commits only when the advisory lock 7 is let go.
+/// Changes a user as another controller would, but commits only after advisory lock 7 is released.
 const OTHER: &str = "BEGIN; UPDATE users SET role = 'admin' WHERE id = 'kim'; \
      SELECT pg_advisory_xact_lock(7); COMMIT";
 const HOLD: &str = "SELECT pg_advisory_lock(7), pg_sleep(60)";
@@ -43,13 +43,14 @@ async fn two_who_change_a_user_at_once_make_nothing_that_neither_decided() -> Re
     .await?;
     let other = by_hand(OTHER);
     waits("pg_advisory_xact_lock").await?;
-    // An operator may be limited; the admin that kim is about to be may not.
+    // An operator may be limited to some nodes, but an admin, which kim is about to become, may not.
     let limit = UpdateUserRequest {
         user: Some(User { name: "users/kim".to_owned(), selector: room("in"), ..User::default() }),
         update_mask: Some(FieldMask { paths: vec!["selector".to_owned()] }),
     };
     let mut client = access(&fleet);
     let (again, limiting) = (limit.clone(), tokio::spawn(async move { client.update_user(limit).await }));
+    // Now the controller's change waits for the other one's row.
     waits("UPDATE users").await?;
     by_hand(LET_GO).await??.map_err(anyhow::Error::msg)?;
     other.await??.map_err(anyhow::Error::msg)?;
@@ -58,7 +59,7 @@ async fn two_who_change_a_user_at_once_make_nothing_that_neither_decided() -> Re
     let users = access(&fleet).list_users(ListUsersRequest::default()).await?.into_inner().users;
     let kim = users.iter().find(|user| user.name == "users/kim").context("no kim")?;
     assert_eq!((kim.role(), kim.selector.len()), (Role::Admin, 0));
-    // Whoever looks again is told why not.
+    // The caller that reads the user again gets the reason.
     let refused = access(&fleet).update_user(again).await.unwrap_err();
     assert_eq!(bad_fields(&refused), ["user.selector"]);
     fleet.went_well();
@@ -90,7 +91,7 @@ async fn no_user_has_the_name_of_the_cas_file_and_no_token_is_an_empty_file() ->
     assert_eq!(std::fs::read(fleet.certs().join("ca.crt"))?, ca);
     assert!(!fleet.certs().join("ca.key").exists());
 
-    // Nobody becomes the admin of the folder because the file of a viewer's token is empty.
+    // An empty token file must not fall back to the admin's certificate in the same folder.
     let file = fleet.dir().join("token");
     let named = file.display().to_string();
     let list = ["--api-token-file", &named, "users", "list"];

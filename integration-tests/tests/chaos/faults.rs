@@ -1,4 +1,4 @@
-//! The faults, and how each is healed.
+//! Faults, and their healing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use integration_tests::seconds;
 
 use super::CONTROLLERS;
 
-/// What is done. The first faults are these in turn, then they come at random, up to three at a time.
+/// Kinds of faults. The first ones are injected in the order of `KINDS`, later ones at random, up to three at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     Kill,
@@ -57,30 +57,30 @@ pub(crate) const KINDS: [Kind; 19] = [
     Kind::AgentsBlackHole,
     Kind::FailOver,
 ];
-/// How long a controller stands still: below every limit, beyond those of transactions and sessions, beyond all of them.
+/// Durations of a freeze: below all timeouts, beyond those of transactions and sessions, and beyond all of them.
 const FREEZES: [Duration; 3] = [seconds(5), seconds(40), seconds(180)];
 
-/// A fault that is under way.
+/// A fault that has not been healed yet.
 struct Active {
     kind: Kind,
     controller: usize,
     until: Instant,
-    /// Rows locked and connections taken: held by these programs, which end with it.
+    /// Processes that hold locked rows or connections; killing them heals the fault.
     holders: Vec<tokio::process::Child>,
 }
 
-/// The fleet, what is broken in it now, and what was.
+/// The fleet, its present faults, and the counts of past ones.
 pub(crate) struct Chaos {
     fleet: Fleet,
     postgres: Postgres,
-    /// The server before a fail-over: it ends with the run.
+    /// The former primary after a fail-over; it ends with the run.
     retired: Vec<Postgres>,
     url: String,
     dice: Dice,
     active: Vec<Active>,
     injected: BTreeMap<Kind, usize>,
     calm_since: Instant,
-    /// No fault lasts longer, so that a short run has several.
+    /// Upper limit of a freeze, so that a short run has several faults.
     longest: Duration,
 }
 
@@ -111,12 +111,12 @@ impl Chaos {
         &self.url
     }
 
-    /// Whether nothing that holds up everybody was broken for so long: the database itself.
+    /// True if for this time there was no fault that stops all controllers.
     pub(crate) fn has_been_calm_for(&self, time: Duration) -> bool {
         self.calm_since.elapsed() > time
     }
 
-    /// A second of chaos: heals what has been broken long enough, and breaks something.
+    /// A second of chaos: heals faults that are over, and injects a new one.
     pub(crate) async fn step(&mut self) -> Result<()> {
         let now = Instant::now();
         let (over, on): (Vec<_>, Vec<_>) =
@@ -129,7 +129,7 @@ impl Chaos {
             self.calm_since = now;
         }
         let missing = KINDS.iter().copied().find(|kind| !self.injected.contains_key(kind));
-        // A short run has every kind, too.
+        // Missing kinds come first, so that even a short run has every kind.
         if self.active.len() >= 3 || missing.is_none() && self.dice.below(3) > 0 {
             return Ok(());
         }
@@ -138,7 +138,8 @@ impl Chaos {
         let controller = self.dice.below(CONTROLLERS);
         let busy: BTreeSet<usize> =
             self.active.iter().filter(|fault| is_of_one(fault.kind)).map(|fault| fault.controller).collect();
-        // One controller always stays well, and no database is broken twice at the same time.
+        // One controller always stays well, and no two faults of the shared parts overlap. There is only one standby to
+        // fail over to.
         let impossible = is_of_one(kind) && (busy.contains(&controller) || busy.len() + 1 >= CONTROLLERS)
             || is_of_everybody(kind) && self.active.iter().any(|fault| is_of_everybody(fault.kind))
             || kind == Kind::FailOver && !self.retired.is_empty();
@@ -165,6 +166,8 @@ impl Chaos {
             Kind::HostGone => {
                 lasts = seconds(25);
                 self.fleet.freeze(controller).await?;
+                // A frozen process alone would still have its kernel acknowledge packets. A host that is gone
+                // acknowledges nothing.
                 for direction in [Direction::Up, Direction::Down] {
                     self.fleet.database_proxy(controller)?.hold(direction);
                 }
@@ -188,13 +191,15 @@ impl Chaos {
                     self.fleet.database_proxy(controller)?.swallow_answer_to(b"COMMIT");
                 }
             }
+            // Beyond the controllers' `lock_timeout` of 2 s, so that they give up and try again.
             Kind::RowsLocked => {
                 let statement = "BEGIN; SELECT 1 FROM operations FOR UPDATE; SELECT pg_sleep(4)";
                 holders.push(self.postgres.session(&self.url, statement)?);
             }
             Kind::ConnectionsTaken => {
                 for _ in 0..self.postgres.connections_left(&self.url)? {
-                    // A server notices that its client is gone only when it answers: these end by themselves.
+                    // Postgres notices a lost client only when it sends an answer, so these sessions also end by
+                    // themselves.
                     holders.push(self.postgres.session(&self.url, "SELECT pg_sleep(5)")?);
                 }
             }
@@ -242,18 +247,18 @@ impl Chaos {
     async fn heal(&mut self, fault: Active) -> Result<()> {
         let Active { kind, controller, holders, .. } = fault;
         for mut holder in holders {
-            // One that has ended by itself is as good.
+            // It may have ended by itself already.
             let _ = holder.kill().await;
         }
         match kind {
-            // A controller cannot start while its database is away: it is tried again.
+            // A controller cannot start while its database is away, so this is tried again later.
             Kind::Kill if self.active.iter().any(|other| is_of_everybody(other.kind)) => {
                 self.active.push(Active { kind, controller, until: Instant::now() + seconds(1), holders: Vec::new() });
             }
             Kind::Kill => self.fleet.revive(controller)?,
             Kind::Freeze | Kind::FreezeInTransaction => self.fleet.thaw(controller).await?,
             Kind::HostGone => {
-                // The machine is back; its connections were never closed.
+                // The host is back, but its old connections were never closed properly.
                 let proxy = self.fleet.database_proxy(controller)?;
                 proxy.drop_connections();
                 for direction in [Direction::Up, Direction::Down] {
@@ -284,7 +289,7 @@ impl Chaos {
         Ok(())
     }
 
-    /// Stops the controller while one of its transactions is open.
+    /// Freezes the controller while one of its transactions is open.
     async fn freeze_in_transaction(&mut self, controller: usize) -> Result<()> {
         let open = "SELECT count(*) AS open FROM pg_stat_activity WHERE state = 'idle in transaction'";
         for _ in 0..40 {
@@ -296,7 +301,7 @@ impl Chaos {
             self.fleet.thaw(controller).await?;
             tokio::task::yield_now().await;
         }
-        // It was never caught inside one: frozen outside.
+        // No open transaction was found in 40 attempts: freeze it anyway.
         self.fleet.freeze(controller).await
     }
 
@@ -305,6 +310,7 @@ impl Chaos {
         let admin = format!("{admin}/postgres");
         for statement in [
             format!("ALTER DATABASE {database} SET default_transaction_read_only = {on}"),
+            // Existing sessions keep their setting, so they are terminated.
             format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{database}'"),
         ] {
             self.postgres.by_hand(&admin, &statement)?.map_err(anyhow::Error::msg)?;
@@ -312,13 +318,15 @@ impl Chaos {
         Ok(())
     }
 
-    /// The server dies, a standby that has all that was acknowledged takes its place.
+    /// Fails over: the primary dies, and a synchronous standby with all acknowledged data replaces it.
     fn fail_over(&mut self) -> Result<()> {
+        // Made only now: until then no commit has to wait for a second server.
         let standby = self.postgres.standby()?;
         self.postgres.pause()?;
         standby.promote()?;
         for number in 0..CONTROLLERS {
             let proxy = self.fleet.database_proxy(number)?;
+            // The controllers keep their URLs: the proxy plays the virtual address of a cluster.
             proxy.retarget(standby.address());
             proxy.drop_connections();
         }
@@ -329,10 +337,10 @@ impl Chaos {
         Ok(())
     }
 
-    /// Heals everything.
+    /// Heals all faults, and returns the fleet, the database and the counts.
     pub(crate) async fn end(mut self) -> Result<(Fleet, Postgres, String, BTreeMap<String, usize>)> {
         let mut left = std::mem::take(&mut self.active);
-        // The database first: a controller cannot start without.
+        // The shared parts first: a controller cannot start without its database.
         left.sort_by_key(|fault| !is_of_everybody(fault.kind));
         for fault in left {
             self.heal(fault).await?;
@@ -342,7 +350,7 @@ impl Chaos {
     }
 }
 
-/// Whether it is done to one controller.
+/// True if the fault affects a single controller.
 fn is_of_one(kind: Kind) -> bool {
     use Kind::{
         BlackHoleDown, BlackHoleUp, ClockHour, ClockMinutes, Freeze, FreezeInTransaction, HostGone, Kill, Latency,
@@ -360,7 +368,7 @@ fn is_of_one(kind: Kind) -> bool {
     )
 }
 
-/// Whether it is done to the database or to the agents, so that no controller can work.
+/// True if the fault affects the database or the agents, so that no controller can work.
 fn is_of_everybody(kind: Kind) -> bool {
     use Kind::{
         AgentsBlackHole, AgentsKilled, AgentsLatency, ConnectionsTaken, FailOver, ReadOnly, Restart, RowsLocked,

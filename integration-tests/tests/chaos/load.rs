@@ -1,4 +1,4 @@
-//! The load: schedules, and a client that asks for operations under request ids until each was acknowledged.
+//! The load: schedules, and a client that creates operations under request ids, and retries until each is acknowledged.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -16,16 +16,16 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
 pub(crate) const SCHEDULES: usize = 20;
-/// How often the client asks for something new.
+/// Interval between the client's requests.
 const EVERY: Duration = Duration::from_millis(400);
-/// How long the client waits for an answer before it asks somebody else.
+/// Time after which the client tries another controller.
 const PATIENCE: Duration = seconds(5);
 
 fn id(number: usize) -> String {
     format!("chaos-{number:02}")
 }
 
-/// How often the schedule of this id fires, in seconds.
+/// Interval of the schedule with this id, in seconds.
 pub(crate) fn period(id: &str) -> Result<u64> {
     let number: usize = id.trim_start_matches("chaos-").parse().context("the number of a schedule")?;
     Ok([6, 10, 12, 15, 20, 30].get(number % 6).copied().unwrap_or(30))
@@ -36,6 +36,7 @@ pub(crate) async fn create_schedules(fleet: &Fleet, ids: &[String], dice: &mut D
     for number in 0..SCHEDULES {
         let nodes: BTreeSet<&String> = (0..3).filter_map(|_| ids.get(dice.below(ids.len()))).collect();
         let nodes: Vec<&String> = nodes.into_iter().collect();
+        // Half of each policy: one leaves gaps that must have a reason, the other one queues.
         let overlap = if number % 2 == 0 { schedule::Overlap::Skip } else { schedule::Overlap::Queue };
         let request = CreateScheduleRequest {
             schedule: Some(Schedule {
@@ -58,7 +59,7 @@ pub(crate) async fn pause_schedules(fleet: &Fleet) -> Result<()> {
         wait_until(seconds(30), "a schedule is paused", async || {
             let mut client = ScheduleServiceClient::new(fleet.admin_channel());
             let name = format!("schedules/{}", id(number));
-            // The controllers have only just found their database again.
+            // A controller may still be reconnecting to the database, so errors are retried.
             Ok(client.pause_schedule(PauseScheduleRequest { name, reason: "over".to_owned() }).await.ok().map(|_| ()))
         })
         .await?;
@@ -66,7 +67,7 @@ pub(crate) async fn pause_schedules(fleet: &Fleet) -> Result<()> {
     Ok(())
 }
 
-/// What the client asked for: request ids, with the operation that was acknowledged once one was.
+/// The client's request ids, each with its request, and with the operation once it was acknowledged.
 #[derive(Debug, Default)]
 pub(crate) struct Asked(Mutex<BTreeMap<String, (CreateOperationRequest, Option<String>)>>);
 
@@ -79,7 +80,7 @@ impl Asked {
         self.lock().values().find(|(_, answer)| answer.is_none()).map(|(request, _)| request.clone())
     }
 
-    /// Checks that a request id has one operation for ever, whoever is asked how often.
+    /// Checks that a request id always stands for the same operation, on all controllers.
     fn answered(&self, request_id: &str, operation: &str) -> Result<()> {
         let mut asked = self.lock();
         let (_, answer) = asked.get_mut(request_id).context("it was never asked")?;
@@ -88,7 +89,8 @@ impl Asked {
         Ok(())
     }
 
-    /// Every acknowledged operation is stored, and no request id stands for another one. Answers how many there are.
+    /// Checks that each acknowledged operation is stored, and that no request id stands for another one. Returns their
+    /// number.
     pub(crate) fn compare(&self, stored: &[Value]) -> Result<usize> {
         let stored: BTreeMap<String, &str> = stored
             .iter()
@@ -100,13 +102,14 @@ impl Asked {
             let kept = stored.get(request_id).with_context(|| format!("{answer} was acknowledged and is lost"))?;
             ensure!(answer == format!("operations/{kept}"), "{request_id} is {answer} and {kept}");
         }
+        // Fewer would be lost, and more would be duplicates.
         ensure!(stored.len() == asked.len(), "{} were asked for, {} are stored", asked.len(), stored.len());
         Ok(asked.len())
     }
 }
 
-/// Asks for restarts of nodes until told to stop. What was not acknowledged is asked again, at any controller; what was
-/// is asked again now and then, too.
+/// Creates operations until `stop`. Unacknowledged requests are retried at any controller; acknowledged ones are never
+/// repeated.
 pub(crate) async fn ask(
     channels: Vec<Channel>,
     ids: Vec<String>,
@@ -116,6 +119,7 @@ pub(crate) async fn ask(
 ) {
     let mut number = 0_usize;
     while !stop.is_cancelled() {
+        // At another controller than the first time, most likely: the request id must be unique in the database.
         let again = if dice.below(3) == 0 { asked.open() } else { None };
         let request = again.unwrap_or_else(|| {
             number += 1;
@@ -131,7 +135,7 @@ pub(crate) async fn ask(
         if let Some(channel) = channels.get(dice.below(channels.len())) {
             submit(channel, &asked, request).await;
         }
-        // Paces the load; nothing is waited for.
+        // Paces the load: there is no condition to wait for.
         tokio::select! {
             () = stop.cancelled() => {}
             () = tokio::time::sleep(EVERY) => {}
@@ -142,13 +146,14 @@ pub(crate) async fn ask(
 async fn submit(channel: &Channel, asked: &Asked, request: CreateOperationRequest) {
     let request_id = request.request_id.clone();
     let mut client = OperationServiceClient::new(channel.clone());
+    // An error proves nothing: the operation may be stored although its answer was lost.
     let answer = tokio::time::timeout(PATIENCE, client.create_operation(request)).await;
     if let Ok(Ok(operation)) = answer {
         asked.answered(&request_id, &operation.into_inner().name).expect("a request id has one operation");
     }
 }
 
-/// Asks again for all that was never acknowledged, until it is.
+/// Retries all unacknowledged requests until each is acknowledged.
 pub(crate) async fn settle(asked: &Asked, fleet: &Fleet) -> Result<()> {
     wait_until(seconds(60), "everything is acknowledged", async || {
         let Some(request) = asked.open() else { return Ok(Some(())) };

@@ -1,7 +1,8 @@
-//! Chaos: three controllers on one Postgres under load, each with a way of its own to it, and every fault of a machine
-//! room in turn and mixed. Afterwards the acknowledgements, the database and the nodes' own logs are compared.
+//! A chaos test: three controllers on one Postgres under load, each with its own proxy to it, and all faults of a
+//! machine room, first in turn and then mixed. Afterwards it compares the acknowledgements, the database and the nodes'
+//! own logs.
 //!
-//! `CHAOS_SECONDS` says how long the faults last (default 120), `CHAOS_SEED` repeats a run's choices.
+//! `CHAOS_SECONDS`: duration of the faults (default 120). `CHAOS_SEED`: repeats the choices of a run.
 
 #![allow(clippy::print_stdout, reason = "what a run did is worth reading, also when it passed")]
 
@@ -23,16 +24,16 @@ use load::{Asked, SCHEDULES};
 
 const PIS: usize = 40;
 const CONTROLLERS: usize = 3;
-/// Of the database: three controllers of 16 each and what they left behind when they were cut off, and some for what
-/// looks on.
+/// The database's limit: 16 for each of three controllers, as many again for connections that were cut off, and some
+/// for observers.
 const CONNECTIONS: u32 = 130;
-/// How long everything may take to settle when the faults are over.
+/// Timeout for everything to settle after the faults.
 const QUIET: Duration = seconds(120);
-/// The longest that a node which is well may wait for work that is due.
+/// Longest time that a healthy node may wait for due work, in microseconds.
 const IDLE: i64 = 30_000_000;
 
-/// Nodes that are connected to a living controller, have work that is due since long, and are not given it. Times are
-/// the database's own, so that no controller's clock can excuse anything.
+/// Query for nodes that are connected to a live controller and have been without their due work for too long. Times are
+/// the database's, because a controller's clock may be wrong.
 fn idle_nodes() -> String {
     let now = "(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000)";
     format!(
@@ -47,9 +48,9 @@ fn idle_nodes() -> String {
     )
 }
 
-/// Fails when a node is without work for too long though nothing is broken that would excuse it.
+/// Returns an error if a node has been idle for too long and no fault excuses that.
 fn nobody_is_idle(postgres: &Postgres, url: &str) -> Result<()> {
-    // A database that cannot be asked excuses every node.
+    // A database that cannot be queried excuses all nodes.
     let Ok(idle) = postgres.rows(url, &idle_nodes()) else { return Ok(()) };
     ensure!(idle.is_empty(), "for more than 30 s these have work that is due and are not given it: {idle:?}");
     Ok(())
@@ -78,6 +79,7 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     let channels = (0..CONTROLLERS).map(|number| fleet.channel_of(number)).collect::<Result<Vec<_>>>()?;
     let stop = CancellationToken::new();
     let asked = Arc::new(Asked::default());
+    // Another seed than that of the faults, so that the two sequences are independent.
     let asking = tokio::spawn(load::ask(channels, ids.clone(), Arc::clone(&asked), Dice(seed ^ 1), stop.clone()));
 
     let begun = Instant::now();
@@ -87,12 +89,14 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     while begun.elapsed() < length {
         ticks.tick().await;
         chaos.step().await?;
+        // As long as a healthy node may be idle: before, each fault would excuse it.
         if chaos.has_been_calm_for(seconds(30)) {
             nobody_is_idle(chaos.postgres(), chaos.url())?;
         }
     }
     let (mut fleet, postgres, url, injected) = chaos.end().await?;
     println!("chaos: {injected:?}");
+    // A run shorter than that has no time for all kinds.
     ensure!(length < seconds(100) || injected.len() == faults::KINDS.len(), "not every kind of fault was injected");
     stop.cancel();
     asking.await?;
@@ -104,11 +108,12 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     let quiet = Instant::now();
     let behind = "SELECT id FROM schedules WHERE NOT paused AND next_fire < (EXTRACT(EPOCH FROM clock_timestamp()) - 1) * 1000000";
     wait_until(QUIET, "the schedules have caught up", async || {
-        // What took the connections has only just ended.
+        // Processes that took all connections have only just ended, so errors are retried.
         Ok(postgres.rows(&url, behind).ok().filter(Vec::is_empty).map(|_| ()))
     })
     .await?;
     load::pause_schedules(&fleet).await?;
+    // A request without an acknowledgement may or may not be stored. Retrying under the same id settles that.
     load::settle(&asked, &fleet).await?;
     let unfinished = "SELECT o.id AS operation, e.node AS node, o.state AS state, e.state AS part, e.phase AS phase \
                       FROM operations o JOIN executions e ON e.operation = o.id \

@@ -1,5 +1,5 @@
-//! Images that are no system: refused at the push, at creation and in the dry run, and by the running system; and what is
-//! said after one that only the installer could find out.
+//! Images that are no system: refused at the push, at the creation of an operation, by the dry run, and by the running
+//! system; and the explanation after a failure that only the installer could notice.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ use tonic::{Code, Status};
 use super::unchecked::smuggle;
 use super::{INSTALL, image, other_image};
 
-/// A root that lacks these files, as a tarball.
+/// A tarball of a root without these files.
 fn without(fleet: &Fleet, name: &str, files: &[&str]) -> Result<Vec<u8>> {
     let root = fleet.dir().join(name);
     lay_out_root(&root, name)?;
@@ -42,6 +42,7 @@ async fn image_that_is_no_system_is_refused_at_the_push_with_all_it_lacks() -> R
     let root = fleet.dir().join("bad");
     let nested = fleet.dir().join("nested");
     fs::create_dir(&nested)?;
+    // The usual mistake in packing: the root is one folder too deep.
     fs::rename(root, nested.join("rootfs"))?;
     fs::write(nested.join("rootfs/usr/sbin/init"), "#!/bin/sh\n")?;
     let file = pack(&nested, &fleet.dir().join("nested.tar"), Compression::None)?;
@@ -72,7 +73,7 @@ async fn dry_run_names_the_nodes_that_an_image_is_not_for() -> Result<()> {
     let mut fleet = Fleet::builder().pis(1).start().await?;
     let other = image(&fleet, "other").await?;
     let bytes = without(&fleet, "no-tree", &[])?;
-    // Of the whole image nothing but its boot files counts here.
+    // Only the boot files matter to this check.
     let facts = r#"{"boot_files":["kernel8.img","cmdline.txt","config.txt","bcm2710-rpi-3-b.dtb"],
                     "texts":{"config.txt":"arm_64bit=1"}}"#;
     smuggle(&mut fleet, &[(&other, &bytes)], Some(facts)).await?;
@@ -81,7 +82,7 @@ async fn dry_run_names_the_nodes_that_an_image_is_not_for() -> Result<()> {
     let check = checks.first().context("a check")?;
     assert_eq!(check.reason, "NOT_A_SYSTEM", "{check:?}");
     assert!(check.message.contains("bcm2711-rpi-4-b.dtb"), "{check:?}");
-    // The creation of the operation lets it pass: the running system does not.
+    // The creation accepts it, and then the running system refuses it.
     let operation = fleet.create(update(&["pi-01"], &other.name, "")).await?;
     fleet.ends(&operation.name, INSTALL, OperationState::Failed).await?;
     assert_eq!(fleet.pi("pi-01").reboots(&execution_name(&operation, "pi-01"))?, 0);
@@ -104,6 +105,7 @@ async fn after_a_failure_that_another_try_cannot_heal_the_image_to_put_back_is_n
     assert_eq!(fleet.execution(&operation.name, "pi-01").await?.state(), State::Failed);
     assert_eq!(fleet.node("pi-01").await?.mode(), NodeMode::Installer);
 
+    // A retry would fail in the same way, so it is refused, and the message names the image to put back.
     let request = RetryOperationRequest { name: operation.name.clone(), request_id: String::new() };
     let refused = fleet.operations().retry_operation(request).await.err().context("it is tried again")?;
     assert_eq!(refused.code(), Code::FailedPrecondition);

@@ -1,4 +1,4 @@
-//! Tarballs that the controller never checked, as one that was taken over would give them.
+//! Tarballs that the controller has not checked, as a compromised controller would serve them.
 
 use std::fs;
 
@@ -15,12 +15,13 @@ use sha2::{Digest as _, Sha256};
 
 use super::{INSTALL, MIB, blob, card_log, image};
 
-/// Facts that say nothing against an image: whoever judges by them lets it pass.
+/// Facts without any objection to an image, so that the controller's checks accept it.
 pub(super) const NOTHING_KNOWN: Option<&str> = Some("{}");
 
-/// Gives artifacts other bytes than were pushed, with digests that are right. `facts`: what the controller knows of them;
-/// `None`: they were never judged, as by a controller of former times.
+/// Replaces the bytes of pushed artifacts, with correct digests. `facts`: the stored result of the controller's checks;
+/// `None`: never checked, as by an earlier release.
 pub(super) async fn smuggle(fleet: &mut Fleet, images: &[(&Artifact, &[u8])], facts: Option<&str>) -> Result<()> {
+    // The store's lock allows one process, so the controller must be stopped.
     fleet.kill_controller().await?;
     let store = Store::open(&format!("sqlite://{}", fleet.data().join("marco.db").display())).await?;
     for (pushed, bytes) in images {
@@ -37,12 +38,12 @@ pub(super) async fn smuggle(fleet: &mut Fleet, images: &[(&Artifact, &[u8])], fa
             store.put_facts(&sha256, facts).await?;
         }
     }
-    // The file's lock goes with it.
+    // Releases the lock on the database file.
     drop(store);
     fleet.start_controller().await
 }
 
-/// A tarball with one entry more than a system has.
+/// A tarball with a system and one more entry.
 fn tarball(
     fleet: &Fleet,
     name: &str,
@@ -60,9 +61,10 @@ fn tarball(
     Ok(bytes)
 }
 
-/// An entry whose name the tar crate would not write.
+/// Appends an entry with a name that the tar crate refuses to write.
 fn append_as(packed: &mut tar::Builder<&mut Vec<u8>>, name: &str, text: &[u8]) -> Result<()> {
     let mut header = tar::Header::new_gnu();
+    // The crate's own setter refuses `..`, so the bytes go into the header directly.
     header.as_mut_bytes().get_mut(..name.len()).context("a short name")?.copy_from_slice(name.as_bytes());
     header.set_size(u64::try_from(text.len())?);
     header.set_mode(0o644);
@@ -107,7 +109,7 @@ async fn a_truncated_and_a_hostile_tarball_that_the_controller_never_checked_are
         assert!(!fleet.pi(pi).path("escaped").exists() && !fleet.dir().join("pis/escaped").exists(), "{pi}");
     }
     assert!(!fleet.dir().join("escaped").exists());
-    // And the way back is another image.
+    // Another image repairs the node.
     let good = image(&fleet, "good").await?;
     fleet.succeeds(update(&["pi-01", "pi-02", "pi-03"], &good.name, ""), INSTALL).await?;
     Ok(())

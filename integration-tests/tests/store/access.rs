@@ -31,20 +31,21 @@ pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixtur
     let refused = f.store.create_user(&other, &certificate_of(&other, "0b")).await.unwrap();
     assert_eq!(refused, CreateUserOutcome::Differs(kim.clone()));
     assert!(f.store.certificate("0b").await.unwrap().is_none(), "a certificate of a user that was refused is stored");
-    // A second certificate of the same user; one that was made by hand says what it likes.
+    // A second certificate of the same user. The role in a certificate made by hand does not count.
     f.store.create_user(&kim, &certificate_of(&kim, "0c")).await.unwrap();
     f.store.enter_certificate(&other, &certificate_of(&other, "0d")).await.unwrap();
     let serials = ["0a", "0c", "0d", "0e"].map(str::to_owned);
     let found = f.store.standings(&serials).await.unwrap();
     assert_eq!(found.len(), 3);
     assert!(found.iter().all(|one| one.role.as_deref() == Some("operator") && one.scope == blue() && !one.revoked));
+    // Labels that scopes use may be changed by admins only, so the store knows their keys.
     assert!(f.store.scope_keys().await.unwrap().contains("room"));
 
     let everything = Scope::everything();
     let changed = f.store.update_user(&kim, "viewer", &everything).await.unwrap();
     let viewer = user("kim", "viewer", everything.clone());
     assert_eq!(changed, UpdateUserOutcome::Updated(viewer.clone()));
-    // Whoever saw it as it was before would make something that nobody decided.
+    // A change based on an outdated row would give a combination that nobody decided.
     let late = f.store.update_user(&kim, "operator", &Scope::new(labels(&[("room", "red")]))).await.unwrap();
     assert_eq!(late, UpdateUserOutcome::ChangedMeanwhile);
     assert_eq!(f.store.user(&kim.id).await.unwrap(), Some(viewer.clone()));
@@ -52,10 +53,10 @@ pub(crate) async fn a_user_is_what_the_store_says_until_it_is_shut_out(f: Fixtur
     assert_eq!(f.store.revoke_user(&kim.id, after(5)).await.unwrap().unwrap().revoke_time, Some(after(5)));
     assert!(f.store.standings(&serials).await.unwrap().iter().all(|one| one.revoked));
     assert_eq!(f.store.update_user(&viewer, "admin", &everything).await.unwrap(), UpdateUserOutcome::Revoked);
-    // One that is seen for the first time now is as useless as the others, for good.
+    // A certificate that is seen for the first time after the revocation is revoked too.
     f.store.enter_certificate(&other, &certificate_of(&other, "0e")).await.unwrap();
     assert_eq!(f.store.certificate("0e").await.unwrap().unwrap().revoke_time, Some(after(5)));
-    // One who comes back gets a new certificate; the old ones stay useless.
+    // A user who is created again gets a new certificate; the old ones stay revoked.
     f.store.create_user(&other, &certificate_of(&other, "0f")).await.unwrap();
     let now = f.store.standings(&["0a", "0e", "0f"].map(str::to_owned)).await.unwrap();
     assert_eq!(now.len(), 3);
@@ -78,6 +79,7 @@ pub(crate) async fn a_revoked_certificate_is_not_renewed(f: Fixture) {
 }
 
 pub(crate) async fn a_certificate_that_is_seen_while_its_user_is_shut_out_is_out_with_it(f: Fixture) {
+    // Many rounds, because the race has two orders.
     for round in 0..20 {
         let kim = user(&format!("kim-{round}"), "operator", blue());
         f.store.create_user(&kim, &certificate_of(&kim, &format!("a{round}"))).await.unwrap();
@@ -105,7 +107,7 @@ pub(crate) async fn renewals_and_the_deletion_of_a_node_wait_for_each_other(f: F
             f.store.quarantine(&id, "smoke", after(1)),
             f.store.delete_node(&id, false, "pat", after(2)),
         );
-        // Before the deletion or not at all; and nobody is told that the database is not there.
+        // Each renewal happens before the deletion or not at all, and no caller gets a database error.
         let stored =
             [f.store.certificate(&one.serial).await.unwrap(), f.store.certificate(&other.serial).await.unwrap()];
         let renewed = [renewed, again].map(|outcome| outcome == RenewOutcome::Renewed);
@@ -135,6 +137,7 @@ pub(crate) async fn an_api_token_works_until_it_expires_or_is_revoked(f: Fixture
     assert_eq!((found.works(after(99)), found.works(after(100)), &found), (true, false, &row));
     assert_eq!(f.store.api_token_of("wrong").await.unwrap(), None);
     assert!(!f.store.revoke_api_token(&id, after(1)).await.unwrap().unwrap().works(after(1)));
+    // A reused id would make two tokens look like one in the audit.
     assert!(!f.store.create_api_token(&row, "again").await.unwrap(), "the id of a revoked one was given again");
 }
 
@@ -167,7 +170,7 @@ pub(crate) async fn a_node_outside_the_scope_is_neither_shown_nor_given_its_part
     assert_eq!((row.state, row.error.unwrap().reason.as_str()), (ExecutionState::Cancelled, "OUTSIDE_SCOPE"));
     assert_eq!(f.store.events_within(&blue(), &new.id, 0, 99).await.unwrap().len(), 2, "made, and assigned to pi-1");
     assert_eq!(f.operation_state(&new.id).await, OperationState::Running);
-    // Nobody's scope limits what has none.
+    // An operation without a scope is not limited to any nodes.
     let free = f.create(reboot(), &nodes[1..]).await;
     assert!(f.store.cancel_outside_scope(after(2)).await.unwrap().is_empty());
     assert_eq!(f.claim(&sessions[1..], after(2)).await[0].execution.operation, free);

@@ -17,6 +17,7 @@ pub(crate) async fn a_name_moves_to_other_bytes(f: Fixture) {
     let alias = ArtifactRow { id: id("alias"), ..first.clone() };
     f.store.put_artifact(&alias).await.unwrap();
     let second = ArtifactRow { sha256: digest("other"), ..first.clone() };
+    // The returned digest is that of bytes which nothing uses any more, so that they can be deleted.
     assert_eq!(f.store.put_artifact(&second).await.unwrap(), None, "another name has the old bytes");
     assert_eq!(f.store.artifact_by_sha256(&first.sha256).await.unwrap(), Some(alias.clone()));
     let third = ArtifactRow { sha256: digest("third"), ..first.clone() };
@@ -30,6 +31,7 @@ pub(crate) async fn what_an_unfinished_operation_needs_is_not_removed(f: Fixture
     let os = artifact("os", Kind::Image, Purpose::None);
     let (node, _) = f.online("pi-1").await;
     let new = new_operation(update(Some("os")), std::slice::from_ref(&node));
+    // The API resolves names before it creates. The image may be deleted between the two.
     let gone = f.store.create_operation(&new, start()).await.unwrap();
     assert!(matches!(gone, CreateOutcome::ArtifactGone), "{gone:?}");
     assert!(f.store.operation(&new.id).await.unwrap().is_none());
@@ -38,11 +40,13 @@ pub(crate) async fn what_an_unfinished_operation_needs_is_not_removed(f: Fixture
     let refused = f.store.delete_artifact(&os.id).await.unwrap();
     assert_eq!(refused, DeleteArtifactOutcome::InUse(vec![operation.clone()]));
     let moved = ArtifactRow { sha256: digest("newer"), ..os.clone() };
+    // The name moves on, but the operation's frozen digest keeps the old bytes.
     assert_eq!(f.store.put_artifact(&moved).await.unwrap(), None);
     let held = f.store.artifact_by_sha256(&os.sha256).await.unwrap().unwrap();
     assert_eq!((held.id, held.size, held.chunk_sha256), (os.id.clone(), os.size, os.chunk_sha256.clone()));
     assert!(f.store.sweep_blobs().await.unwrap().is_empty());
     f.store.request_cancel(&operation, "pat", after(1)).await.unwrap();
+    // The operation has ended, so nothing holds the old bytes.
     assert_eq!(f.store.sweep_blobs().await.unwrap(), std::slice::from_ref(&os.sha256));
     assert!(f.store.artifact_by_sha256(&os.sha256).await.unwrap().is_none());
     let deleted = f.store.delete_artifact(&os.id).await.unwrap();
@@ -67,6 +71,7 @@ pub(crate) async fn defaults_are_by_board_with_one_for_any(f: Fixture) {
     f.store.set_default(&id("any"), "pi4").await.unwrap();
     assert_eq!(f.store.artifact(&id("any")).await.unwrap().unwrap().default_for, ["*", "pi4"]);
     assert!(f.store.set_default(&id("nope"), "pi4").await.unwrap().is_none());
+    // A default goes with its artifact: the board has none then, instead of one that does not exist.
     f.store.delete_artifact(&id("any")).await.unwrap();
     assert!(of("pi4").await.unwrap().is_none());
 }
@@ -79,6 +84,7 @@ pub(crate) async fn node_gets_the_bytes_of_its_work_and_its_defaults(f: Fixture)
     let (other, _) = f.online("pi-2").await;
     let may = async |node: &NodeId, name: &str| f.store.node_may_have(node, &digest(name)).await.unwrap();
     f.create(update(Some("os")), std::slice::from_ref(&node)).await;
+    // Images hold passwords and Wi-Fi keys, so a node gets only those of its own work.
     assert_eq!(may(&node, "os").await, Allowance::NotAsked, "what waits is not given to it yet");
     assert_eq!(f.claim(&[(node.clone(), epoch)], after(1)).await.len(), 1);
     assert_eq!(may(&node, "os").await, Allowance::Granted);
@@ -86,7 +92,7 @@ pub(crate) async fn node_gets_the_bytes_of_its_work_and_its_defaults(f: Fixture)
 
     f.store.set_default(&id("usual"), "").await.unwrap();
     assert_eq!(may(&other, "usual").await, Allowance::Granted);
-    // Its board has a default of its own now.
+    // The node's board now has its own default, which replaces the general one.
     f.store.set_default(&id("own"), "pi4").await.unwrap();
     assert_eq!((may(&other, "usual").await, may(&other, "own").await), (Allowance::NotAsked, Allowance::Granted));
     f.store.set_default(&id("os"), "pi5").await.unwrap();

@@ -1,4 +1,5 @@
-//! What a node says that the store does not know: a fail-over or a backup lost it, or the node lies.
+//! Contradictions: a node reports work that the store does not know, because a fail-over or a backup lost it, or
+//! because the node lies.
 
 use marco_controller::operation::{Conflict, Decision, ExecutionState as E, WaitReason, reason};
 use marco_controller::store::{NodeRow, ReportOutcome, ReportRow, ResolveOutcome};
@@ -6,7 +7,7 @@ use marco_proto::names::{ExecutionId, NodeId};
 
 use crate::support::*;
 
-/// What an agent reports of a job that it did: the boot id before, and the one that it has now.
+/// An agent's report of a finished job, with the boot ids before the reboot and after it.
 fn done(execution: &ExecutionId, attempt: u32, before: &str, now: &str) -> ReportRow {
     ReportRow {
         execution: execution.clone(),
@@ -36,6 +37,7 @@ async fn event_count(f: &Fixture, id: &ExecutionId) -> u64 {
 pub(crate) async fn later_delivery_is_taken_as_the_node_says(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     let execution = &assignment.execution;
+    // The largest lead that the store still explains by a fail-over.
     let ahead = ReportRow { attempt: 1 + 1000, ..report(&assignment, 1, E::Running, "boot-1") };
     assert_eq!(f.report(epoch, &ahead, after(1)).await, ReportOutcome::Acked);
     let row = f.execution(execution).await;
@@ -43,7 +45,7 @@ pub(crate) async fn later_delivery_is_taken_as_the_node_says(f: Fixture) {
     let done = done(execution, 1001, "boot-1", "boot-2");
     assert_eq!(f.report(epoch, &done, after(2)).await, ReportOutcome::Acked);
     assert_eq!(f.state(execution).await, E::Succeeded);
-    // What waits as far as the store knows is at work in truth, and keeps the node from other work.
+    // The store takes this execution for waiting, but the node is working on it. It must keep the node from other work.
     let waiting = f.create(reboot(), std::slice::from_ref(&id)).await;
     let lost = ExecutionId { operation: waiting, node: id.clone() };
     let other = f.create(reboot(), std::slice::from_ref(&id)).await;
@@ -61,11 +63,11 @@ pub(crate) async fn lost_assignment_that_was_done_succeeds(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
     let execution = ExecutionId { operation, node: id.clone() };
-    // The store lost that it was assigned and done: it assigns it again, after the reboot.
+    // The store has lost that the execution was assigned and done. After the reboot it assigns it again.
     let epoch = f.session(&id, "boot-2", after(5)).await;
     let again = f.claim(&[(id.clone(), epoch)], after(6)).await.remove(0);
     assert_eq!((again.attempt, &again.execution), (1, &execution));
-    // The node's own record proves it; a node whose boot is still the old one proves nothing.
+    // The node's own record proves the reboot. A node that still has the old boot id proves nothing.
     let lie = done(&execution, 2, "boot-2", "boot-2");
     let outcome = f.report(epoch, &lie, after(7)).await;
     assert!(matches!(outcome, ReportOutcome::Conflict { acknowledge: false, .. }), "{outcome:?}");
@@ -83,7 +85,7 @@ pub(crate) async fn settled_execution_that_the_store_lost_is_asked_for(f: Fixtur
         let assignment = f.claim(&[(id.clone(), epoch)], start()).await.remove(0);
         let execution = &assignment.execution;
         f.report(epoch, &report(&assignment, 1, E::Running, "boot-1"), after(1)).await;
-        // All that followed was acknowledged, and lost with the database's last seconds.
+        // All later reports were acknowledged, and then lost with the database's last seconds.
         let epoch = f.session(&id, "boot-2", after(5)).await;
         let hello = f.hello(&id, epoch, "boot-2", &[], answers, 5).await;
         assert_eq!(hello.queries, if answers { vec![execution.clone()] } else { Vec::new() });
@@ -114,7 +116,7 @@ pub(crate) async fn absurd_attempt_is_held_for_an_operator(f: Fixture) {
     assert_eq!((row.state, row.attempt), (E::Assigned, 1));
     let shown = node_row(&f, &id).await.conflicts;
     assert_eq!((shown.len(), shown[0].kind, shown[0].attempt, shown[0].holds), (1, Conflict::Ahead, u32::MAX, true));
-    // The dispatch goes on, for others and for itself.
+    // Other work continues, for other nodes and for this one.
     f.create(reboot(), std::slice::from_ref(&other)).await;
     assert_eq!(f.claim(&[(id.clone(), epoch), (other, other_epoch)], after(5)).await.len(), 1);
     let resolved = f.store.resolve(&id, Decision::Accept, "pat", after(6)).await.unwrap();
@@ -126,7 +128,7 @@ pub(crate) async fn absurd_attempt_is_held_for_an_operator(f: Fixture) {
     assert_eq!(f.store.resolve(&id, Decision::Accept, "pat", after(8)).await.unwrap(), ResolveOutcome::NoConflict);
     let nobody = f.store.resolve(&node("pi-9"), Decision::Accept, "pat", after(8)).await.unwrap();
     assert_eq!(nobody, ResolveOutcome::NotFound);
-    // The node forgets it; it is not delivered under a number beyond all numbers.
+    // The node forgets the execution. It cannot be delivered again, because there is no larger attempt number.
     let epoch = f.session(&id, "boot-2", after(9)).await;
     f.hello(&id, epoch, "boot-2", &[], true, 9).await;
     assert!(f.store.not_held(execution, None, epoch, after(10)).await.unwrap());
@@ -142,7 +144,7 @@ pub(crate) async fn abandoned_conflict_ends_failed_and_is_cancelled(f: Fixture) 
     assert!(failed_as(reason::CONFLICT_ABANDONED, &f.execution(execution).await));
     assert!(node_row(&f, &id).await.conflicts.is_empty());
     assert_eq!(f.store.cancels_due("c1", after(0)).await.unwrap(), std::slice::from_ref(execution));
-    // Until it answers it would refuse other work.
+    // The node would refuse other work until it answers.
     f.create(reboot(), std::slice::from_ref(&id)).await;
     assert!(f.claim(&[(id.clone(), epoch)], after(3)).await.is_empty());
     let before = event_count(&f, execution).await;
@@ -170,7 +172,7 @@ pub(crate) async fn unknown_execution_is_shown_and_keeps_a_busy_node_free(f: Fix
     let shown = node_row(&f, &id).await.conflicts;
     assert_eq!((shown.len(), shown[0].reported, shown[0].holds), (1, E::Succeeded, false));
     assert_eq!(f.claim(&[(id.clone(), epoch)], after(4)).await.len(), 1);
-    // What a later Hello does not list is not at work any more.
+    // Work that a later Hello does not list has ended.
     let other = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
     f.report(epoch, &ReportRow { execution: other, ..running }, after(5)).await;
     let epoch = f.session(&id, "boot-3", after(6)).await;
@@ -185,7 +187,7 @@ pub(crate) async fn refused_assignment_waits_for_what_the_node_is_at(f: Fixture)
     let lost = f.create(reboot(), std::slice::from_ref(&id)).await;
     let lost = ExecutionId { operation: lost, node: id.clone() };
     let later = f.create(reboot(), std::slice::from_ref(&id)).await;
-    // The store has lost that the first was assigned, paused it, and gives the node the second.
+    // The store has lost that the first execution was assigned. It is paused, and the node gets the second one.
     f.store.pause(&lost.operation, "pat", "", after(1)).await.unwrap();
     let second = f.claim(&[(id.clone(), epoch)], after(2)).await.remove(0);
     assert_eq!(second.execution.operation, later);
@@ -197,7 +199,8 @@ pub(crate) async fn refused_assignment_waits_for_what_the_node_is_at(f: Fixture)
     f.report(epoch, &done(&lost, 1, "boot-1", "boot-2"), after(5)).await;
     assert_eq!(f.state(&lost).await, E::Succeeded);
     assert_eq!(f.claim(&[(id.clone(), epoch)], after(6)).await.len(), 1);
-    // The store takes it for ended and the node is at it: it gets nothing else until it says that it is over.
+    // The store takes the execution for ended, but the node is working on it. The node gets nothing else until it
+    // reports the end.
     let busy = ReportRow { state: E::Running, sequence: 9, ..busy };
     f.store.not_held(&second.execution, Some(&busy), epoch, after(7)).await.unwrap();
     assert!(f.claim(&[(id.clone(), epoch)], after(8)).await.is_empty());
@@ -213,6 +216,7 @@ pub(crate) async fn conflicts_of_a_node_are_bounded(f: Fixture) {
         let invented = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
         f.report(epoch, &done(&invented, 1, "boot-1", "boot-2"), after(1)).await;
     }
+    // A compromised node invents executions without end, and each would be a row.
     assert_eq!(node_row(&f, &id).await.conflicts.len(), 32);
     f.store.resolve(&id, Decision::Abandon, "pat", after(2)).await.unwrap();
     let invented = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
@@ -238,6 +242,7 @@ pub(crate) async fn broken_record_fails_alone(f: Fixture) {
     {
         statement.unwrap();
     }
+    // One claim for all nodes: a row that cannot be read must not fail the others.
     let claimed = f.claim(&sessions, after(1)).await;
     assert_eq!(claimed.len(), 1, "{claimed:?}");
     assert_eq!(claimed[0].execution.operation, sound);
@@ -266,7 +271,7 @@ pub(crate) async fn repeated_state_writes_no_event(f: Fixture) {
     f.report(epoch, &further, after(70)).await;
     assert_eq!(f.execution(id).await.deadline, Some(after(70 + 900)));
     assert_eq!(event_count(&f, id).await, before);
-    // Two states in turn are events, and come to an end.
+    // Alternating between two states writes events, but only up to the limit.
     f.by_hand(&["UPDATE executions SET changes = 998"]).await.remove(0).unwrap();
     for sequence in 51..60 {
         let state = if sequence % 2 == 0 { E::Running } else { E::Rebooting };
@@ -283,7 +288,7 @@ pub(crate) async fn late_cancel_is_kept_when_it_comes_as_progress(f: Fixture) {
     f.store.request_cancel(&id.operation, "pat", after(2)).await.unwrap();
     assert_eq!(f.store.cancels_due("c1", after(0)).await.unwrap().len(), 1);
     let refused = ReportRow { cancel_refused: true, phase: "restarting".to_owned(), ..armed };
-    // The progress itself waits in memory, where newer progress takes its place.
+    // Progress is buffered in memory and may be replaced by newer progress, so the refusal must be stored at once.
     assert_eq!(f.report(epoch, &refused, after(3)).await, ReportOutcome::Progress);
     assert!(f.execution(id).await.cancel_refused);
     assert!(f.store.cancels_due("c1", after(0)).await.unwrap().is_empty(), "the node has answered");
@@ -293,7 +298,7 @@ pub(crate) async fn execution_of_a_deleted_node_ends_at_once(f: Fixture) {
     let (gone, _) = f.online("pi-1").await;
     let (stays, _) = f.online("pi-2").await;
     f.store.delete_node(&gone, false, "pat", after(1)).await.unwrap();
-    // Its targets were chosen before.
+    // The targets were resolved before the node was deleted.
     let operation = f.create(reboot(), &[gone.clone(), stays.clone()]).await;
     let ended = f.store.cancel_orphans(after(2)).await.unwrap();
     assert_eq!(ended.iter().map(|ended| &ended.execution.node).collect::<Vec<_>>(), [&gone]);

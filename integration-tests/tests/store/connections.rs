@@ -1,4 +1,4 @@
-//! Connections that fail in the middle of something, and poolers.
+//! Connections that fail in the middle of a transaction, and connection poolers.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
@@ -21,13 +21,14 @@ async fn a_commit_whose_answer_was_lost_is_stored_and_costs_nothing_else() {
     let cut = Fixture { store: through, url: f.url.clone(), folder: None };
     trap.set(3);
     let mut uncertain = Vec::new();
+    // The answer to COMMIT is lost, so the caller cannot know that the row is stored.
     while trap.left() > 0 {
         let new = token(&format!("cut-{}", trap.left()));
         let error = cut.store.create_token(&new, start()).await.unwrap_err();
         assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
         uncertain.push(new);
     }
-    // What is acknowledged afterwards is there for everybody.
+    // Later writes are visible to everyone once they are acknowledged.
     for number in 0..20 {
         let new = token(&format!("after-{number}"));
         cut.store.create_token(&new, start()).await.unwrap();
@@ -62,14 +63,14 @@ async fn a_controller_that_froze_within_a_transaction_holds_nobody_up() {
         tokio::spawn(async move { store.claim("c1", &sessions, start()).await })
     };
     wait_until(seconds(10), "it froze", async || Ok((trap.left() == 0).then_some(()))).await.unwrap();
-    // The row of the first node is held now.
+    // The frozen transaction now holds the first node's row.
     tokio::time::timeout(seconds(10), async { while locked(&f).await == 0 {} }).await.unwrap();
     let second = f.create(reboot(), &nodes[1..]).await;
     let begun = Instant::now();
     let claimed = f.store.claim("c1", &sessions, start()).await.unwrap();
     assert!(begun.elapsed() < seconds(3), "a round stood still for {:?}", begun.elapsed());
     assert!(claimed.iter().any(|one| one.execution.operation == second), "the other node has work at once");
-    // The frozen one loses its rows, and the first node gets its work well within a beat or two.
+    // Postgres ends the frozen transaction by its timeout, and the first node gets its work soon after.
     wait_until(seconds(8), "the first node has work", async || {
         let now = f.store.claim("c1", &sessions, start()).await?;
         let had = claimed.iter().chain(&now).any(|one| one.execution.node == nodes[0]);
@@ -81,7 +82,7 @@ async fn a_controller_that_froze_within_a_transaction_holds_nobody_up() {
     assert!(matches!(lost, Err(StoreError::Unavailable(_))), "{lost:?}");
 }
 
-/// How many sessions of the database stand within a transaction.
+/// Number of database sessions inside a transaction.
 async fn locked(f: &Fixture) -> usize {
     let url = f.url.clone();
     let query = "SELECT pid FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()";
@@ -95,7 +96,7 @@ async fn callers_are_answered_though_no_statement_is() {
     let proxy = Proxy::start(target).await.unwrap();
     let url = f.url.replace(&target.to_string(), &proxy.address().to_string());
     let store = Store::open(&url).await.unwrap();
-    // Connections that are there already, and in the midst of a statement.
+    // Connections that are already open, with statements under way.
     let all = BTreeMap::new();
     join_all((0..8).map(|_| store.approved_nodes(&all))).await;
     proxy.hold(Direction::Down);
@@ -109,10 +110,10 @@ async fn callers_are_answered_though_no_statement_is() {
     for answer in reads.into_iter().chain(writes) {
         assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
     }
-    // Their budget is 1.7 s; forty of them at once take this machine a while besides.
+    // Each caller's budget is 1.7 s. Forty callers at once keep this machine busy longer.
     assert!(begun.elapsed() < Duration::from_secs(4), "callers waited {:?}", begun.elapsed());
     assert!(store.ailment().is_some());
-    // Some of it was only late, and none of the connections is asked again.
+    // Some answers were only late. Connections with such answers must not be used again.
     proxy.release(Direction::Down);
     wait_until(seconds(10), "it answers again", async || {
         Ok(store.create_token(&token("again"), start()).await.is_ok().then_some(()))
@@ -134,18 +135,18 @@ async fn caller_is_answered_whose_statement_never_is() {
         waiting(&f, "granted").await;
         let begun = Instant::now();
         let call = tokio::spawn(deadline::of_caller(async move { store.approved_nodes(&BTreeMap::new()).await }));
-        // Its connection was found well, and its statement is at the server, when the way back is lost.
+        // The connection passed its check, and its statement has reached the server, before the way back is cut.
         waiting(&f, "NOT granted").await;
         proxy.hold(Direction::Down);
         let answer = call.await.unwrap();
         assert!(matches!(answer, Err(StoreError::Unavailable(_))), "{answer:?}");
-        // Its budget is 1.7 s.
+        // The caller's budget is 1.7 s.
         assert!(begun.elapsed() < seconds(4), "the caller waited {:?}", begun.elapsed());
     };
     tokio::join!(f.by_hand(&lock), asked);
 }
 
-/// Waits until the lock of the nodes' table is held, or waited for.
+/// Waits until the table lock on `nodes` is held, or until another session waits for it.
 async fn waiting(f: &Fixture, how: &str) {
     let query = format!("SELECT pid FROM pg_locks WHERE relation = 'nodes'::regclass AND {how}");
     wait_until(seconds(10), how, async || {
@@ -170,9 +171,11 @@ async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_nam
     let refused = Store::open(&url).await.unwrap_err();
     assert!(matches!(&refused, StoreError::Pooler { why, .. } if why.contains("PgBouncer")), "{refused:?}");
     let unset = Store::open(&asked).await.unwrap_err().to_string();
+    // The refusal prints the statements that an administrator has to run. They must work as they are.
     let statements: Vec<&str> = unset.lines().filter(|line| line.contains("ALTER ROLE")).collect();
     assert!(statements.len() >= 3 && unset.contains("idle_in_transaction_session_timeout"), "{unset}");
     server.by_hand(&direct, &statements.concat()).unwrap().unwrap();
+    // Settings of a role act on new server connections only.
     pooler.restart().unwrap();
 
     let stores = join_all((0..2).map(|_| Store::open(&asked))).await;
@@ -190,9 +193,10 @@ async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_nam
     join_all(tasks).await;
     let query = "SELECT name FROM pg_prepared_statements";
     for _ in 0..5 {
+        // A named statement would stay on a server connection that the pooler hands to another client.
         assert!(server.rows(&url, query).unwrap().is_empty(), "names stay on servers that others get next");
     }
-    // Who opens it directly meanwhile sees the same.
+    // A client without the pooler sees the same data.
     let other = Store::open(&direct).await.unwrap();
     assert_eq!(other.approved_nodes(&BTreeMap::new()).await.unwrap().len(), 4);
 }

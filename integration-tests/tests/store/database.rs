@@ -16,11 +16,13 @@ pub(crate) async fn a_database_is_opened_again_with_everything_in_it(f: Fixture)
         let second = Store::open(&f.url).await;
         assert!(matches!(second, Err(StoreError::Locked(_))), "one process holds the file");
     }
+    // Releases the lock on SQLite's file.
     drop(f.store);
     let store = Store::open(&f.url).await.unwrap();
     store.ping().await.unwrap();
     assert_eq!(store.operation(&operation).await.unwrap().unwrap().counts.pending, 1);
     assert_eq!(store.database_time().await.unwrap().is_some(), f.folder.is_none());
+    // A database in memory would lose everything at the next start.
     for bad in ["mysql://x", "sqlite://", "sqlite://:memory:", "postgres", ""] {
         assert!(matches!(Store::open(bad).await, Err(StoreError::Url(_))), "{bad}");
     }
@@ -61,7 +63,7 @@ pub(crate) async fn a_call_is_audited(f: Fixture) {
         assert_eq!(f.store.audit(&query).await.unwrap().len(), found, "{query:?}");
     }
 
-    // Neither this program nor somebody with the database's password changes it by mistake.
+    // A trigger protects the audit from this program, and from mistakes of an administrator.
     let statements = ["UPDATE audit SET actor = 'nobody'", "DELETE FROM audit"];
     let answers = f.by_hand(&statements).await;
     assert!(answers.iter().all(|answer| answer.as_ref().is_err_and(|why| why.contains("only grows"))), "{answers:?}");
@@ -70,6 +72,7 @@ pub(crate) async fn a_call_is_audited(f: Fixture) {
 
 pub(crate) async fn a_change_is_hinted(f: Fixture) {
     let mut hints = f.store.subscribe_changes();
+    // Only hints from now on count.
     hints.mark_unchanged();
     f.token("t", 1).await;
     assert!(hints.has_changed().unwrap());
@@ -78,6 +81,7 @@ pub(crate) async fn a_change_is_hinted(f: Fixture) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_controllers_bring_up_one_postgres_database() {
     let url = tokio::task::spawn_blocking(|| Postgres::start().unwrap().database().unwrap()).await.unwrap();
+    // Four migrations at once: an advisory lock lets one of them work, and the others wait.
     for store in join_all((0..4).map(|_| Store::open(&url))).await {
         store.unwrap().ping().await.unwrap();
     }
@@ -89,6 +93,7 @@ async fn an_outage_of_postgres_is_said_and_survived() {
     let store = Store::open(&server.database().unwrap()).await.unwrap();
     server.pause().unwrap();
     let begun = Instant::now();
+    // Several calls, because the first one may use a connection that was open before.
     for _ in 0..3 {
         let error = store.approved_nodes(&BTreeMap::new()).await.unwrap_err();
         assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");

@@ -1,4 +1,4 @@
-//! Tokens, enrolment and certificates.
+//! Join tokens, enrolment and certificates.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use marco_proto::names::{JoinTokenId, NodeId};
 
 use crate::support::*;
 
-/// Why it was refused.
+/// The reason of a refusal.
 pub(crate) fn refusal(outcome: EnrolOutcome) -> String {
     match outcome {
         EnrolOutcome::Refused(refusal) => refusal.why,
@@ -42,6 +42,7 @@ pub(crate) async fn concurrent_enrolments_never_use_a_token_too_often(f: Fixture
             matches!(store.enrol(&wish, after(1), issue).await.unwrap(), EnrolOutcome::Admitted { .. })
         })
     });
+    // The use is counted in the transaction that admits the node, so no two enrolments share the last one.
     let admitted = join_all(wishes).await.into_iter().filter(|done| *done.as_ref().unwrap()).count();
     assert_eq!(admitted, 3);
 }
@@ -50,6 +51,7 @@ pub(crate) async fn a_lost_answer_to_an_enrolment_costs_no_second_use(f: Fixture
     f.token("t", 1).await;
     let first = f.enrol("t", "key", Some("lab-1"), "1").await;
     assert_eq!(first, admitted("lab-1", false, 1));
+    // The same key proves that it is the same node, so the used-up token does not matter.
     let again = f.enrol("t", "key", Some("lab-1"), "1").await;
     let EnrolOutcome::Admitted { node: same, again: Some(pem), .. } = again else { panic!("{again:?}") };
     assert_eq!(same, node("lab-1"));
@@ -65,6 +67,7 @@ pub(crate) async fn ids_that_are_taken_get_a_suffix(f: Fixture) {
         let outcome = f.enrol("t", &format!("key-{serial}"), Some("lab"), serial).await;
         assert_eq!(outcome, admitted(expected, false, 1));
     }
+    // A board without a serial number is named after its key.
     let nameless = f.enrol("t", "0123456789abcdef", None, "").await;
     assert_eq!(nameless, admitted("pi-89abcdef", false, 1));
 }
@@ -75,6 +78,7 @@ pub(crate) async fn a_revoked_or_expired_token_is_refused(f: Fixture) {
     assert!(f.store.revoke_token(&token.id).await.unwrap().unwrap().0.revoked);
     assert_eq!(refusal(f.enrol("t", "key", None, "1").await), "the join token was revoked");
     assert!(f.store.revoke_token(&JoinTokenId::parse("nope").unwrap()).await.unwrap().is_none());
+    // Expiry counts from the second itself: 1800 seconds after the creation the token is dead.
     let late = f.store.enrol(&wish("u", "key", None, "1"), after(1800), |_, _| panic!("nothing is issued")).await;
     assert_eq!(refusal(late.unwrap()), "the join token has expired");
     let page = f.store.tokens(None, 1).await.unwrap();
@@ -88,5 +92,6 @@ pub(crate) async fn a_certificate_that_was_not_issued_leaves_nothing(f: Fixture)
     let outcome = f.store.enrol(&wish("t", "key", None, "1"), after(1), |_, _| None).await.unwrap();
     assert_eq!(outcome, EnrolOutcome::NotIssued);
     assert!(f.store.nodes(&NodeQuery { limit: 10, ..NodeQuery::default() }).await.unwrap().is_empty());
+    // The use is in the same transaction as the certificate, so both are rolled back.
     assert_eq!(f.store.tokens(None, 10).await.unwrap().remove(0).uses, 0);
 }

@@ -1,4 +1,4 @@
-//! Instants that go wrong: whose trouble they are, and that they come only once.
+//! Due times that fail: each affects only its own schedule, and comes only once.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use marco_proto::names::OperationId;
 use crate::schedules::{fires_of, minutely, operations, outcomes, preparing, scheduler};
 use crate::support::*;
 
-/// Panics for the schedules with these names, for as many fires as the number says.
+/// Panics for the schedule with this name, for its first `times` fires.
 fn panicking(name: &'static str, times: u32, otherwise: Prepare) -> Prepare {
     let left = Arc::new(AtomicU32::new(times));
     Arc::new(move |schedule: ScheduleRow, fire_time, begins| {
@@ -50,7 +50,7 @@ pub(crate) async fn panic_of_one_schedule_pauses_it_and_stops_no_other(f: Fixtur
     let row = f.store.schedule(&bad.id).await.unwrap().unwrap();
     assert!(row.pause_reason.ends_with("`DateTime + TimeDelta` overflowed"), "{}", row.pause_reason);
 
-    // Its defect is mended: it goes on.
+    // The defect is fixed, so the schedule continues.
     let row = f.store.resume_schedule(&bad.id, None, after(290)).await.unwrap().unwrap();
     assert_eq!((row.paused, row.failures, row.failure.as_str(), row.pause_reason.as_str()), (false, 0, "", ""));
     fires.round(after(301)).await.unwrap();
@@ -61,8 +61,9 @@ pub(crate) async fn failures_that_do_not_follow_each_other_pause_nothing(f: Fixt
     let new = minutely("flaky");
     f.store.create_schedule(&new).await.unwrap();
     for minute in 0..9 {
-        // Two fail, one is well, and so on.
+        // Two fires fail, one succeeds, and so on.
         let times = u32::from(minute % 3 != 2);
+        // A new scheduler each time: failures are counted in the store and not in memory.
         let fires = scheduler(&f.store, start(), panicking("flaky", times, preparing(&[], 0)));
         fires.round(after(60 * minute + 1)).await.unwrap();
         let row = f.store.schedule(&new.id).await.unwrap().unwrap();
@@ -74,7 +75,7 @@ pub(crate) async fn failures_that_do_not_follow_each_other_pause_nothing(f: Fixt
 }
 
 pub(crate) async fn unreadable_schedule_is_paused_with_the_reason(f: Fixture) {
-    // Releases before took these.
+    // Earlier releases accepted these.
     let month = ScheduleRow { cron: "45 12 * * TUE,THU *".to_owned(), ..minutely("aws") };
     let zone = ScheduleRow { time_zone: "Mars/Olympus".to_owned(), ..minutely("mars") };
     let never = ScheduleRow { cron: "0 0 30 2 *".to_owned(), ..minutely("never") };
@@ -92,7 +93,7 @@ pub(crate) async fn unreadable_schedule_is_paused_with_the_reason(f: Fixture) {
         assert!(row.pause_reason.contains(why) && row.failure.contains("schedules update"), "{row:?}");
         assert_eq!(outcomes(&f.store, id).await, [(0, FireOutcome::Skipped)], "said once");
     }
-    // What was promised for the next instant is kept; after it there is none.
+    // The due time that was promised is kept; there is none after it.
     let over = f.store.schedule(&never.id).await.unwrap().unwrap();
     assert_eq!((over.paused, over.next_fire), (false, None));
     assert_eq!(outcomes(&f.store, &good.id).await, [(0, FireOutcome::Fired), (60, FireOutcome::Fired)]);
@@ -109,9 +110,10 @@ pub(crate) async fn row_that_nobody_can_read_holds_up_no_other(f: Fixture) {
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(1)).await.unwrap();
     assert_eq!(outcomes(&f.store, &good.id).await, [(0, FireOutcome::Fired)]);
+    // The list leaves the row out, as it cannot show it.
     let listed = f.store.schedules(None, 10).await.unwrap();
     assert_eq!(listed.iter().map(|row| row.id.as_str()).collect::<Vec<_>>(), ["good"]);
-    // Another controller can: it is as it was.
+    // Another controller can read the row, so it must not have been changed.
     f.by_hand(&["UPDATE schedules SET overlap = 'QUEUE' WHERE id = 'a-newer'"]).await.remove(0).unwrap();
     fires.round(after(2)).await.unwrap();
     assert_eq!(outcomes(&f.store, &newer.id).await, [(0, FireOutcome::Fired)]);
@@ -129,7 +131,7 @@ pub(crate) async fn window_that_never_opens_stops_no_round(f: Fixture) {
     for new in [&never, &damaged, &good] {
         f.store.create_operation(new, start()).await.unwrap();
     }
-    // As releases before stored them: the end of chrono's calendar, and a window of a form that is not known.
+    // As earlier releases stored them: the end of chrono's calendar, and an unknown form of window.
     let old_end = DateTime::<chrono::Utc>::MAX_UTC.timestamp_micros();
     let old =
         format!("UPDATE operations SET closed_until = {old_end}, expire_time = {old_end} WHERE id = '{}'", never.id);
@@ -146,7 +148,7 @@ pub(crate) async fn window_that_never_opens_stops_no_round(f: Fixture) {
     assert_eq!(read.expire_time, END_OF_TIME, "nothing beyond the year 9999 leaves the store");
 }
 
-/// As the API makes them: the id follows from the schedule and the instant.
+/// Prepares operations as the API does: the id is derived from the schedule and the due time.
 fn deriving() -> Prepare {
     Arc::new(move |schedule: ScheduleRow, fire_time, begins| {
         let id = operation_uuid(schedule.id.as_str(), schedule.create_time, fire_time);
@@ -169,7 +171,7 @@ pub(crate) async fn lost_instant_makes_the_same_operation_again(f: Fixture) {
     let before = operations(&f.store).await;
     assert_eq!(before.len(), 2);
 
-    // A fail-over lost the last commits: the second instant and its operation; of the first only what became of it.
+    // A fail-over lost the last commits: of the second due time everything, of the first only its outcome.
     let second = before[1].id.as_str();
     let lose = [
         "DELETE FROM fires".to_owned(),
@@ -188,7 +190,7 @@ pub(crate) async fn lost_instant_makes_the_same_operation_again(f: Fixture) {
     let named: Vec<_> = fires_of(&f.store, &new.id).await.into_iter().filter_map(|row| row.operation).collect();
     assert_eq!(named, ids(&before));
 
-    // A schedule of the same name that was made later is another one.
+    // A new schedule of the same name gives other ids.
     f.store.delete_schedule(&new.id).await.unwrap();
     f.store.create_schedule(&ScheduleRow { create_time: after(-29), ..new.clone() }).await.unwrap();
     fires.round(after(63)).await.unwrap();
@@ -196,7 +198,7 @@ pub(crate) async fn lost_instant_makes_the_same_operation_again(f: Fixture) {
 }
 
 pub(crate) async fn coming_instants_follow_new_rules(f: Fixture) {
-    // Stored under other rules, or when the expression was read otherwise.
+    // Stored under other time zone rules, or when the expression was read differently.
     let moved = ScheduleRow { cron: "0 3 * * *".to_owned(), next_fire: Some(after(7000)), ..minutely("moved") };
     let same = ScheduleRow { next_fire: Some(after(60)), ..minutely("same") };
     let due = ScheduleRow { cron: "0 3 * * *".to_owned(), next_fire: Some(start()), ..minutely("due") };
@@ -205,7 +207,7 @@ pub(crate) async fn coming_instants_follow_new_rules(f: Fixture) {
     for new in [&moved, &same, &due, &unreadable] {
         f.store.create_schedule(new).await.unwrap();
     }
-    // On Postgres the clock is the database's, which is before all of this.
+    // On Postgres the database's clock counts, and it is earlier than all these times.
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.aim().await.unwrap();
     let now = fires.now().await.unwrap();
@@ -223,7 +225,7 @@ pub(crate) async fn coming_instants_follow_new_rules(f: Fixture) {
 pub(crate) async fn operations_are_listed_by_when_they_were_made(f: Fixture) {
     let mut made = Vec::new();
     for number in 0..7_i64 {
-        // The ids run the other way round, as those of instants that were made up for may.
+        // Ids in the opposite order, as those of late due times may be.
         let id = operation_uuid("nightly", start(), after(-number));
         let new = NewOperation { id: OperationId::parse(&id.to_string()).unwrap(), ..new_operation(reboot(), &[]) };
         f.store.create_operation(&new, after(number)).await.unwrap();

@@ -1,4 +1,4 @@
-//! What is remembered, and that it is what happened.
+//! The recorded history: its retention, and that it is true.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,11 +31,11 @@ pub(crate) async fn events_of_operations_that_ended_long_ago_are_removed_and_the
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Succeeded);
 }
 
-/// Nodes that race at the same time, and how often each does.
+/// Number of nodes that race, and of races for each.
 const RACERS: usize = 20;
 const ROUNDS: usize = 50;
 
-/// Gives others a turn, so often that it is another order each time.
+/// Yields a random number of times, so that each race has another order.
 async fn dawdle(random: &mut u64, most: u64) {
     *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     for _ in 0..(*random >> 33) % most {
@@ -43,8 +43,8 @@ async fn dawdle(random: &mut u64, most: u64) {
     }
 }
 
-/// A node's part of a race: takes what it is given, and obeys a cancel up to the point of no return. Whether it
-/// restarted: its log. `steps` counts what it has done.
+/// A node's part of a race: takes its assignment, and obeys a cancel until the point of no return. Returns true if it
+/// rebooted. `steps` counts its progress.
 async fn play(
     f: &Fixture,
     id: &NodeId,
@@ -77,6 +77,7 @@ async fn play(
         steps.fetch_add(1, Ordering::Relaxed);
         dawdle(&mut random, 200).await;
         let rebooting = report(&assignment, 2, ExecutionState::Rebooting, &name(*boot));
+        // Half of the nodes reboot before this report arrives, as after a broken stream.
         let told = random & 8 != 0;
         if told {
             assert_eq!(f.report(*epoch, &rebooting, after(4)).await, ReportOutcome::Acked);
@@ -84,7 +85,7 @@ async fn play(
         steps.fetch_add(1, Ordering::Relaxed);
         *boot += 1;
         *epoch = f.session(id, &name(*boot), after(5)).await;
-        // It says the last that it has journalled, whether or not that was heard before.
+        // A returning node repeats its last journalled state, even if the controller has it already.
         let back = f.reconcile(id, *epoch, &name(*boot), &[rebooting], 5).await;
         assert!(back.holder && back.refused.is_empty(), "{back:?}");
         let done = report(&assignment, 3, ExecutionState::Succeeded, &name(*boot));
@@ -98,6 +99,7 @@ pub(crate) async fn races_of_cancel_against_dispatch_and_completion_end_as_the_n
     let names: Vec<String> = (0..RACERS).map(|number| format!("pi-{number}")).collect();
     let nodes = f.enrolled(&names.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let f = Arc::new(f);
+    // A new seed for each run: the races should explore new orders, and failures print it.
     let seed = std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos();
     let racers = nodes.into_iter().zip(1_u64..).map(|(id, number)| {
         let f = Arc::clone(&f);
@@ -109,6 +111,7 @@ pub(crate) async fn races_of_cancel_against_dispatch_and_completion_end_as_the_n
                 let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
                 let execution = ExecutionId { operation: operation.clone(), node: id.clone() };
                 dawdle(&mut random, 50).await;
+                // The canceller waits for a random step of the node, so that cancels hit each phase of an execution.
                 let (steps, mut cancellers) = (AtomicU64::new(0), random);
                 let (restarted, ()) =
                     tokio::join!(play(&f, &id, (&mut epoch, &mut boot), random, &execution, &steps), async {
@@ -135,5 +138,6 @@ pub(crate) async fn races_of_cancel_against_dispatch_and_completion_end_as_the_n
         all = [all[0] + cancelled, all[1] + restarted];
     }
     assert_eq!(all[0] + all[1], RACERS * ROUNDS);
+    // The control: both outcomes must occur, otherwise there was no race.
     assert!(all.iter().all(|count| *count > 10), "a race that always ends the same is none: {all:?}, seed {seed}");
 }

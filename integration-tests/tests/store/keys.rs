@@ -1,4 +1,4 @@
-//! Keys of nodes: new ones wait for approval, renewals change them, and an admin shuts them out.
+//! Keys of nodes: new ones wait for approval, renewals replace them, and an admin revokes them.
 
 use chrono::TimeDelta;
 use marco_controller::operation::NodeState;
@@ -12,7 +12,7 @@ use crate::support::*;
 
 const HOUR: i64 = 3600;
 
-/// A Hello of somebody with this key.
+/// A Hello with this key.
 fn hello_with(key: &str, boot_id: &str, second: i64) -> SessionStart {
     SessionStart { key_sha256: key.to_owned(), ..hello(boot_id, &serial_of("pi-1"), after(second)) }
 }
@@ -45,6 +45,7 @@ pub(crate) async fn a_new_key_of_a_known_board_changes_nothing_until_it_is_appro
     let (id, epoch) = f.online("pi-1").await;
     f.token("t", 5).await;
     let before = f.store.node(&id).await.unwrap().unwrap();
+    // Upper case, because serial numbers must match without regard to case.
     let thief = f.enrol("t", "key-new", Some("another-name"), &serial_of("pi-1").to_uppercase()).await;
     assert_eq!(thief, admitted("pi-1", true, 1));
     let row = f.store.node(&id).await.unwrap().unwrap();
@@ -53,7 +54,7 @@ pub(crate) async fn a_new_key_of_a_known_board_changes_nothing_until_it_is_appro
     let [waits] = row.pending_keys.as_slice() else { panic!("{:?}", row.pending_keys) };
     assert_eq!((waits.key_sha256.as_str(), waits.serial.as_str()), ("key-new", serial_of("pi-1").as_str()));
     assert!(!waits.origin.is_empty() && waits.reason.contains("another key"), "{waits:?}");
-    // It begins no session, under whatever boot id, and its certificate is held.
+    // The pending key begins no session, under any boot id, and its certificate is held.
     for boot in ["boot-1", "boot-9"] {
         let outcome = f.say_hello(&id, &hello_with("key-new", boot, 2), after(2)).await;
         assert!(matches!(outcome, SessionOutcome::KeyHeld { just_now: false }), "{outcome:?}");
@@ -70,7 +71,7 @@ pub(crate) async fn a_new_key_of_a_known_board_changes_nothing_until_it_is_appro
     let after_all = f.store.node(&id).await.unwrap().unwrap();
     assert_eq!((after_all.boot_id, after_all.board), (before.boot_id, before.board));
 
-    // Whoever approves says which; then the one before is out, and held when it turns up.
+    // The approval must name the key. The previous key is replaced then, and held if it is used again.
     let choose = f.store.approve(&id, None, after(4)).await.unwrap();
     assert_eq!(choose, ApproveOutcome::Choose(fingerprints(&["key-new"])));
     let wrong = f.store.approve(&id, Some("key-x"), after(4)).await.unwrap();
@@ -106,6 +107,7 @@ pub(crate) async fn a_token_that_names_the_node_or_the_serial_approves_the_key(f
         );
         f.begin(&id, &hello_with(&key, &format!("boot-{secret}"), 2), after(2)).await;
     }
+    // The previous key is not revoked: a restored card needs one approval then, and no new token.
     assert_eq!(state(&f, &node("pi-1"), "key-pi-1").await, KeyState::Previous);
 }
 
@@ -116,13 +118,13 @@ pub(crate) async fn a_node_with_one_key_that_waits_needs_no_fingerprint(f: Fixtu
     let first = f.enrol("t", "key-1", Some("lab"), "1").await;
     assert_eq!(first, admitted("lab", true, 1));
     let id = node("lab");
-    // Another one for the same board: now two wait, and it must be said which.
+    // A second key for the same board: now two are waiting, and the approval must name one.
     assert_eq!(f.enrol("t", "key-2", Some("lab"), "1").await, admitted("lab", true, 1));
     let choose = f.store.approve(&id, None, after(2)).await.unwrap();
     assert_eq!(choose, ApproveOutcome::Choose(fingerprints(&["key-1", "key-2"])));
     let row = f.approve(&id, Some("key-1"), after(3)).await;
     assert_eq!((row.state, row.key_sha256.as_str(), row.pending_keys.len()), (NodeState::Approved, "key-1", 1));
-    // Alone, it needs none; and whose key was shut out is let in with the only one that waits.
+    // A single pending key needs no fingerprint, also after the node's own key was revoked.
     assert_eq!(f.enrol("t", "key-3", Some("desk"), "3").await, admitted("desk", true, 1));
     assert_eq!(f.approve(&node("desk"), None, after(3)).await.state, NodeState::Approved);
     f.store.insert_certificate(&certificate("0a", &id, "key-1", 1)).await.unwrap();
@@ -153,12 +155,12 @@ pub(crate) async fn a_node_is_renewed_once_in_an_hour_and_the_same_request_gets_
     let soon = f.renew(&id, ("0a", "key-pi-1"), ("0c", "key-3"), after(2)).await;
     assert_eq!(soon, RenewOutcome::TooSoon { again: after(1 + HOUR) });
     assert!(f.store.certificate("0c").await.unwrap().is_none());
-    // The next hour, by the key that was given; one that was never used is worth nothing after that.
+    // An hour later, with the renewed key. An unused renewed key expires with the next renewal.
     assert_eq!(f.renew(&id, ("0b", "key-2"), ("0d", "key-4"), after(2 + HOUR)).await, RenewOutcome::Renewed);
     assert_eq!(state(&f, &id, "key-2").await, KeyState::InService);
     assert_eq!(state(&f, &id, "key-4").await, KeyState::Next);
     assert_eq!(state(&f, &id, "key-pi-1").await, KeyState::Previous);
-    // Not while it is quarantined.
+    // Renewals are refused during a quarantine.
     f.store.quarantine(&id, "smoke", after(3 * HOUR)).await.unwrap();
     let shut = f.renew(&id, ("0d", "key-4"), ("0e", "key-5"), after(3 * HOUR)).await;
     assert_eq!(shut, RenewOutcome::Quarantined);
@@ -170,9 +172,10 @@ pub(crate) async fn a_certificate_that_is_not_valid_yet_is_replaced_at_once(f: F
     // A controller whose clock is 20 years ahead.
     let ahead = 20 * 365 * 24 * HOUR;
     assert_eq!(f.renew(&id, ("0a", "key-pi-1"), ("0b", "key-2"), after(ahead)).await, RenewOutcome::Renewed);
+    // A certificate from the future proves only that some clock was ahead, so the limit of one an hour does not apply.
     let early = f.renew(&id, ("0b", "key-2"), ("0c", "key-3"), after(1)).await;
     assert_eq!(early, RenewOutcome::Renewed);
-    // Once: then the hour counts.
+    // Only once: after that the limit of one an hour applies.
     let soon = f.renew(&id, ("0b", "key-2"), ("0d", "key-4"), after(2)).await;
     assert_eq!(soon, RenewOutcome::TooSoon { again: after(1 + HOUR) });
 }
@@ -189,7 +192,7 @@ pub(crate) async fn both_keys_of_a_renewal_serve_until_the_new_one_was_used(f: F
     f.begin(&id, &hello_with("key-pi-1", "boot-1", 2), after(2)).await;
     f.begin(&id, &hello_with("key-2", "boot-1", 3), after(3)).await;
     assert_eq!(serve(["0a", "0b"]).await, ["0b"]);
-    // The card was put back to an earlier state, or the root is an overlay: it is held, and never shut out.
+    // The card was restored from a backup, or its root is an overlay. The old key is held, but not revoked.
     let back = f.say_hello(&id, &hello_with("key-pi-1", "boot-4", 4), after(4)).await;
     assert!(matches!(back, SessionOutcome::KeyHeld { just_now: true }), "{back:?}");
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
@@ -212,7 +215,7 @@ pub(crate) async fn a_previous_key_that_asks_for_a_renewal_is_held(f: Fixture) {
 pub(crate) async fn revoking_a_certificate_shuts_its_key_out(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     f.token("t", 9).await;
-    // Two certificates of one key, as agents of earlier versions have them, and what was renewed from it.
+    // Two certificates for one key, as earlier agents have them, and a key that was renewed from them.
     f.store.insert_certificate(&certificate("0a", &id, "key-pi-1", 1)).await.unwrap();
     assert_eq!(f.renew(&id, ("0a", "key-pi-1"), ("0b", "key-pi-1"), after(1)).await, RenewOutcome::Renewed);
     let next = f.renew(&id, ("0b", "key-pi-1"), ("0c", "key-2"), after(2 * HOUR)).await;
@@ -224,7 +227,7 @@ pub(crate) async fn revoking_a_certificate_shuts_its_key_out(f: Fixture) {
     assert!(matches!(shut, SessionOutcome::KeyRevoked), "{shut:?}");
     let why = refusal(f.enrol("t", "key-pi-1", None, &serial_of("pi-1")).await);
     assert!(why.contains("shut out"), "{why}");
-    // What its holder got before is in whose hands nobody knows.
+    // The thief may own the renewed key too, so it has to be approved.
     assert_eq!(state(&f, &id, "key-2").await, KeyState::Pending);
     f.approve(&id, Some("key-2"), after(5 * HOUR)).await;
     f.begin(&id, &hello_with("key-2", "boot-3", 10), after(10)).await;
@@ -266,7 +269,7 @@ pub(crate) async fn names_of_users_and_of_the_controller_and_other_cases_are_ref
         let made = f.store.create_user(&user, &crate::access::certificate_of(&user, &format!("c-{id}"))).await.unwrap();
         assert!(matches!(made, marco_controller::store::CreateUserOutcome::NameTaken(_)), "{id}: {made:?}");
     }
-    // A name that nobody asked for goes on to the next, and one that was given back is free.
+    // A name that was not asked for gets the next free suffix. The name of a deleted node is free again.
     assert_eq!(f.enrol("t", "key-1", Some("PI-abcd"), "5").await, admitted("PI-abcd", false, 1));
     assert_eq!(f.enrol("t", "key-2", None, "abcd").await, admitted("pi-abcd-2", false, 1));
     f.store.delete_node(&node("PI-abcd"), false, "pat", after(9)).await.unwrap();
@@ -284,7 +287,7 @@ pub(crate) async fn what_expires_in_14_days_is_told_once(f: Fixture) {
     let found = told(17).await;
     assert!(!found.is_empty() && found.iter().any(|one| one.credential == "certificates/0a"), "{found:?}");
     assert_eq!(told(17).await, []);
-    // One that another has taken the place of is no news.
+    // A certificate that was replaced by a renewal is not reported.
     let id = f.enrolled(&["pi-2"]).await.remove(0);
     f.store.insert_certificate(&certificate("0b", &id, "key-pi-2", 1)).await.unwrap();
     f.renew(&id, ("0b", "key-pi-2"), ("0c", "key-pi-2"), after(10 * 24 * HOUR)).await;

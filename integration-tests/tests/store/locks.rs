@@ -1,4 +1,4 @@
-//! One order of locks: what is done at once to the same rows waits, and nobody dies of it.
+//! One order of locks: concurrent work on the same rows waits and never deadlocks.
 
 use futures_util::future::join_all;
 use integration_tests::postgres::Postgres;
@@ -8,9 +8,9 @@ use marco_proto::names::NodeId;
 
 use crate::support::*;
 
-/// Nodes of the operation that everybody wants.
+/// Nodes of the operation that all tasks use.
 const NODES: usize = 2000;
-/// Rounds of each of those who want it.
+/// Rounds of each task.
 const ROUNDS: usize = 12;
 
 fn failed(error: &StoreError) -> String {
@@ -22,11 +22,12 @@ fn failed(error: &StoreError) -> String {
     text
 }
 
-/// Progress of 2,000 nodes is written by two controllers, in opposite orders, while operators pause, resume and cancel
-/// and nodes report.
+/// Two controllers write the progress of 2,000 nodes in opposite orders, while operators pause, resume and cancel, and
+/// nodes report.
 pub(crate) async fn progress_cancels_and_resumes_of_one_operation_wait_for_each_other(f: Fixture) {
     let ids: Vec<String> = (0..NODES).map(|number| format!("pi-{number:04}")).collect();
     let mut nodes: Vec<NodeId> = Vec::new();
+    // A token of the fixture is good for 1000 nodes.
     for chunk in ids.chunks(1000) {
         nodes.extend(f.enrolled(&chunk.iter().map(String::as_str).collect::<Vec<_>>()).await);
     }
@@ -51,6 +52,7 @@ pub(crate) async fn progress_cancels_and_resumes_of_one_operation_wait_for_each_
         .collect();
     let mut doing = Vec::new();
     for reversed in [false, true] {
+        // Opposite orders deadlock unless both tasks lock the operation's row first.
         if reversed {
             progress.reverse();
         }
@@ -86,12 +88,14 @@ pub(crate) async fn progress_cancels_and_resumes_of_one_operation_wait_for_each_
         Ok(())
     }));
     for done in join_all(doing).await {
+        // A deadlock would be retried three times. More of them would show here as an error.
         assert_eq!(done.unwrap(), Ok(()));
     }
     assert_eq!(f.operation_state(&operation).await, OperationState::Cancelling);
 }
 
-/// Ends transactions that write operations as a deadlock does; a sequence counts them, because it is not rolled back.
+/// Aborts updates of operations as a deadlock does. A sequence counts the attempts, because a rollback does not reset
+/// it.
 const CONFLICTS: &str = "CREATE SEQUENCE tries; \
     CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN \
         IF nextval('tries') <= 2 THEN RAISE EXCEPTION 'for another one' USING ERRCODE = '40P01'; END IF; \
@@ -122,7 +126,7 @@ async fn what_the_database_ends_for_another_one_is_done_again_a_few_times() {
     });
     let paused = recorded(record, f.store.pause(&operation, "pat", "to see", after(1))).await.unwrap();
     assert!(matches!(paused, SteerOutcome::Changed(_)), "{paused:?}");
-    // Twice in vain, and the third time with its event, each once.
+    // Two attempts failed; the third one wrote the change with its event and its audit row, each once.
     assert_eq!(tries(), 4);
     let events = f.store.events(&operation, 0, 10).await.unwrap();
     assert_eq!(events.iter().filter(|event| event.to == "PAUSED").count(), 1);

@@ -1,4 +1,4 @@
-//! The store on both databases: the same claims, once on SQLite and once on a real Postgres.
+//! The store on both databases: each claim runs on SQLite and on a real Postgres.
 
 #![allow(
     clippy::indexing_slicing,
@@ -33,9 +33,10 @@ mod torn;
 mod trap;
 mod windows;
 
-/// Runs each claim on both databases.
+/// Defines a test on each database for each claim.
 macro_rules! on_both {
     ($($part:ident: $($claim:ident),+;)+) => {
+        // The databases differ in locking and in types, so a claim that holds on one may fail on the other.
         mod on_sqlite { $(mod $part { $(
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $claim() { crate::$part::$claim(crate::support::sqlite().await).await; }

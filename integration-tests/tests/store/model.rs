@@ -1,7 +1,8 @@
-//! Random histories of operators, controllers, nodes, databases and the time against the real store and dispatcher,
-//! checked after every step. A history that fails is made smaller, and printed with the seed.
+//! Runs random histories against the real store and dispatcher and checks them after every step. Their steps come from
+//! operators, controllers, nodes, databases and the clock. A failing history is shrunk and printed with its seed.
 //!
-//! `HISTORIES` says how many (default 200), `MODEL_SEED` repeats a run. One in three runs on Postgres.
+//! `HISTORIES` sets the number of histories (default 200). `MODEL_SEED` repeats a run. One history in three uses
+//! Postgres, the others SQLite.
 
 mod bytes;
 mod checks;
@@ -21,12 +22,13 @@ use database::Template;
 use step::history;
 use world::World;
 
-/// Most scenes of a history.
+/// Upper bound of the scenes of a history, exclusive.
 const SCENES: usize = 100;
-/// Nodes and controllers of a history.
+/// Number of nodes in a history.
 const PIS: usize = 4;
+/// Number of controllers in a history.
 const CONTROLLERS: usize = 2;
-/// What a pool says whose connections were not there in time.
+/// Error text of a pool that got no connection in time.
 const LATE: &str = "no connection to postgres";
 
 fn pick(number: u8, of: usize) -> usize {
@@ -47,6 +49,7 @@ fn random_histories_lose_nothing_and_prove_every_success() {
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let config = Config {
         cases: u32::try_from(histories).unwrap(),
+        // The printed seed repeats a failure, so proptest needs no file for it.
         failure_persistence: None,
         max_shrink_iters: 1000,
         ..Config::default()
@@ -73,23 +76,25 @@ fn random_histories_lose_nothing_and_prove_every_success() {
                 ran.set(ran.get() + 1);
                 Ok(())
             }
-            // A machine that has much else to do keeps even a database that is well from answering in time.
+            // On a busy machine even a healthy database may answer too late, so this is no failure of the history.
             Err(wrong) if place == 2 && wrong.contains(LATE) => {
                 late.set(late.get() + 1);
                 Ok(())
             }
             Err(wrong) => {
-                // The first is the history as it was found; those that follow make it smaller.
+                // The first failure is the original history. Each later one is an attempt to shrink it.
                 println!("model: after {} histories: {wrong}", ran.get());
                 Err(TestCaseError::fail(wrong))
             }
         }
     });
     println!("model: {}, {} cut short by a late database", done.borrow(), late.get());
+    // A bound, because otherwise a Postgres that never answers would pass.
     assert!(late.get() * 10 <= histories, "MODEL_SEED={seed}: the database was late in {} histories", late.get());
     if let Err(failure) = outcome {
         panic!("MODEL_SEED={seed}: {failure}");
     }
+    // A shorter run may miss a kind of step by chance.
     if histories >= 200 {
         let missing = done.borrow().missing(template.has_small_disk());
         assert!(missing.is_empty(), "MODEL_SEED={seed}: none of {histories} histories reached: {missing:?}");

@@ -1,4 +1,4 @@
-//! Storing, claiming and steering operations.
+//! Operations: creating, claiming and steering them.
 
 use futures_util::future::join_all;
 use marco_controller::operation::{ExecutionError, ExecutionState, NodeMode, NodeState, OperationState, WaitReason};
@@ -19,6 +19,7 @@ pub(crate) async fn an_operation_is_read_back_as_it_was_stored(f: Fixture) {
     assert_eq!((read.action, read.target, read.retry_of), (new.action, new.target, new.retry_of));
     assert_eq!((read.schedule_time, read.expire_time, read.create_time), (start(), after(24 * 3600), after(5)));
     assert_eq!((read.state, read.counts.total, read.event_count), (OperationState::Running, 2, 1));
+    // The cursor is the last node that was read, so the page begins after it.
     let page = f.store.executions(&new.id, Some(&node("pi-1")), 10, &[]).await.unwrap();
     assert_eq!(page.iter().map(|row| row.id.node.as_str()).collect::<Vec<_>>(), ["pi-2"]);
     assert!(f.store.executions(&new.id, None, 10, &[ExecutionState::Failed]).await.unwrap().is_empty());
@@ -37,6 +38,7 @@ pub(crate) async fn the_same_request_makes_one_operation(f: Fixture) {
     }
     let other_body = NewOperation { request: key("b"), ..new_operation(reboot(), &nodes) };
     assert!(matches!(f.store.create_operation(&other_body, after(9)).await.unwrap(), CreateOutcome::RequestReused));
+    // Request ids belong to their caller, so two callers may use the same one.
     let other_user = NewOperation { creator: "kim".to_owned(), ..other_body };
     assert!(matches!(f.store.create_operation(&other_user, after(9)).await.unwrap(), CreateOutcome::Created(_)));
     let all = OperationQuery { limit: 10, ..OperationQuery::default() };
@@ -51,6 +53,7 @@ pub(crate) async fn concurrent_requests_with_one_id_make_one_operation(f: Fixtur
         let new = NewOperation { request: request.clone(), ..new_operation(reboot(), &nodes) };
         tokio::spawn(async move { store.create_operation(&new, start()).await.unwrap() })
     });
+    // At once: a check before the insert alone would let several of them pass.
     let outcomes = join_all(calls).await;
     let created = outcomes.iter().filter(|made| matches!(made, Ok(CreateOutcome::Created(_)))).count();
     let existing = outcomes.iter().filter(|made| matches!(made, Ok(CreateOutcome::Existing(_)))).count();
@@ -63,6 +66,7 @@ pub(crate) async fn pages_of_operations_are_newest_first_without_gaps(f: Fixture
     for number in 0..5 {
         made.push(f.create(reboot(), &nodes[number % 2..=number % 2]).await);
     }
+    // Ids are UUIDs of version 7, so their order is that of creation.
     made.sort();
     made.reverse();
     let mut read = Vec::new();
@@ -96,6 +100,7 @@ pub(crate) async fn a_claim_takes_the_first_due_execution_of_each_free_node(f: F
         assert_eq!((row.state, row.assign_boot_id.as_str()), (ExecutionState::Assigned, "boot-1"));
         assert_eq!(row.deadline, Some(after(60)));
     }
+    // A node runs one execution at a time. Another one waits, and its reason says so.
     assert!(f.claim(&sessions, start()).await.is_empty(), "both are busy");
     let waiting = ExecutionId { operation: second, node: a.clone() };
     assert_eq!(f.execution(&waiting).await.wait_reason, Some(WaitReason::NodeBusy));
@@ -117,12 +122,14 @@ pub(crate) async fn a_node_has_one_active_execution_whoever_claims(f: Fixture) {
         tokio::spawn(async move { store.claim("c1", &sessions, start()).await.unwrap().len() })
     });
     let taken: usize = join_all(claims).await.into_iter().map(Result::unwrap).sum();
+    // A partial unique index allows one active execution of a node, so seven of the claims lose.
     assert_eq!(taken, 1);
 }
 
 pub(crate) async fn nothing_is_claimed_for_a_session_that_is_not_held(f: Fixture) {
     let (id, epoch) = f.online("pi-1").await;
     let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
+    // Neither a later epoch nor another controller holds this session.
     assert!(f.claim(&[(id.clone(), epoch + 1)], start()).await.is_empty());
     assert!(f.store.claim("c2", &[(id.clone(), epoch)], start()).await.unwrap().is_empty());
     assert!(f.store.end_session(&id, epoch, after(1)).await.unwrap());
@@ -134,6 +141,7 @@ pub(crate) async fn nothing_is_claimed_for_a_session_that_is_not_held(f: Fixture
 pub(crate) async fn an_installer_takes_only_an_update_with_an_image(f: Fixture) {
     f.store.put_artifact(&artifact("os", Kind::Image, Purpose::None)).await.unwrap();
     let id = f.enrolled(&["pi-1"]).await.remove(0);
+    // The installer has no system that it could reboot into, so it takes only what gives it one.
     let installer = SessionStart { mode: NodeMode::Installer, ..hello("boot-1", &serial_of("pi-1"), start()) };
     let epoch = f.begin(&id, &installer, start()).await;
     let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
@@ -148,6 +156,7 @@ pub(crate) async fn a_held_node_gets_no_work_and_is_told_so(f: Fixture) {
     let (id, epoch) = f.online("pi-1").await;
     let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
     let execution = ExecutionId { operation, node: id.clone() };
+    // A quarantine ends the session at once, and the node's stream is cut by the controller that holds it.
     let row = f.store.quarantine(&id, "smoke", after(1)).await.unwrap().unwrap();
     assert_eq!((row.state, row.state_reason.as_str(), row.connected), (NodeState::Quarantined, "smoke", false));
     let session = (id.clone(), epoch);
@@ -178,8 +187,10 @@ pub(crate) async fn a_scheduled_operation_begins_when_due_and_expires_later(f: F
     assert!(f.store.begin_due(after(99)).await.unwrap().is_empty());
     assert!(f.claim(&[(id.clone(), epoch)], after(99)).await.is_empty());
     assert_eq!(f.store.begin_due(after(100)).await.unwrap(), std::slice::from_ref(&new.id));
+    // The same call again changes nothing: another controller may have been first.
     assert!(f.store.begin_due(after(100)).await.unwrap().is_empty());
     assert!(f.store.expire(after(199)).await.unwrap().is_empty());
+    // A claim at the moment of the expiry must not win, because the node would run expired work.
     assert!(f.claim(&[(id.clone(), epoch)], after(200)).await.is_empty(), "its time is over");
     let expired = f.store.expire(after(200)).await.unwrap();
     assert_eq!((expired.len(), &expired[0].execution, expired[0].to), (1, &execution, ExecutionState::Expired));
@@ -195,6 +206,7 @@ pub(crate) async fn a_cancelled_operation_is_never_assigned(f: Fixture) {
     assert_eq!((row.state, row.counts.cancelled), (OperationState::Cancelled, 1));
     assert_eq!(row.finish_time, Some(after(1)));
     assert!(f.claim(&[(id, epoch)], after(2)).await.is_empty());
+    // A repeated cancel is no error: the caller may not have heard the first answer.
     let again = f.store.request_cancel(&operation, "pat", after(3)).await.unwrap();
     assert!(matches!(again, SteerOutcome::Unchanged(_)));
     assert!(matches!(f.store.pause(&operation, "pat", "", after(3)).await.unwrap(), SteerOutcome::Refused(_)));
@@ -212,6 +224,7 @@ pub(crate) async fn a_cancel_is_asked_of_the_node_until_it_answers(f: Fixture) {
     assert_eq!(row.state, OperationState::Cancelling);
     assert_eq!(f.store.cancels_due("c1", after(0)).await.unwrap(), std::slice::from_ref(&assignment.execution));
     assert!(f.store.cancels_due("c2", after(0)).await.unwrap().is_empty());
+    // The node had passed the point of no return. Its refusal ends the asking, and the reboot goes on.
     let too_late = ReportRow { cancel_refused: true, ..report(&assignment, 1, ExecutionState::Rebooting, "boot-1") };
     assert_eq!(f.report(epoch, &too_late, after(2)).await, ReportOutcome::Acked);
     assert!(f.store.cancels_due("c1", after(0)).await.unwrap().is_empty());
@@ -255,6 +268,7 @@ pub(crate) async fn an_operation_ends_with_its_last_execution(f: Fixture) {
     assert_eq!((row.state, row.finish_time), (OperationState::Failed, Some(after(9))));
     assert_eq!((row.counts.succeeded, row.counts.rolled_back, row.counts.active), (1, 1, 0));
     assert_eq!(f.execution(&assignments[1].execution).await.error.unwrap().reason, "TRIAL_FAILED");
+    // The last report has already ended the operation, so the sweep finds nothing.
     assert!(f.store.finish_operations(after(10)).await.unwrap().is_empty());
 }
 
@@ -263,6 +277,7 @@ pub(crate) async fn events_are_numbered_without_gaps(f: Fixture) {
     let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let operation = f.create(reboot(), &nodes).await;
     let sessions = all_online(&f, &nodes).await;
+    // Concurrent reports want event numbers of the same operation, which is where gaps would arise.
     let reports = f.claim(&sessions, start()).await.into_iter().map(|assignment| {
         let store = f.store.clone();
         let epoch = sessions.iter().find(|(id, _)| *id == assignment.execution.node).unwrap().1;
@@ -285,7 +300,7 @@ pub(crate) async fn events_are_numbered_without_gaps(f: Fixture) {
         }
         events.extend(page);
     }
-    // Created, 20 times assigned, running and succeeded, and the operation's end.
+    // The creation, 20 times assigned, running and succeeded, and the operation's end.
     assert_eq!(events.iter().map(|event| event.number).collect::<Vec<_>>(), (1..=62).collect::<Vec<_>>());
     let last = events.last().unwrap();
     assert_eq!((last.from.as_str(), last.to.as_str(), &last.node), ("RUNNING", "SUCCEEDED", &None));
@@ -301,7 +316,7 @@ async fn all_online(f: &Fixture, nodes: &[NodeId]) -> Vec<(NodeId, i64)> {
     sessions
 }
 
-/// Two controllers, operators, reports, Hellos and the clock all at once, on the same rows.
+/// Two controllers, operators, reports, Hellos and timeouts, all at once on the same rows.
 pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fixture) {
     let ids: Vec<String> = (0..12).map(|number| format!("pi-{number:02}")).collect();
     let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
@@ -334,6 +349,7 @@ pub(crate) async fn everything_at_once_neither_locks_up_nor_loses_anything(f: Fi
                 }
                 for assignment in store.claim(&controller, &sessions, after(round)).await.unwrap() {
                     let epoch = sessions.iter().find(|(id, _)| *id == assignment.execution.node).unwrap().1;
+                    // Straight to success, so that each round of claims ends with free nodes.
                     let done = report(&assignment, 1, ExecutionState::Succeeded, "another boot");
                     let outcome = store.apply_report(&assignment.execution.node, epoch, &done, after(round)).await;
                     assert_eq!(outcome.unwrap(), ReportOutcome::Acked);

@@ -1,4 +1,4 @@
-//! When a node is believed to be off.
+//! Proof that a node is off.
 
 use marco_controller::operation::{ExecutionError, ExecutionState, OperationState, reason};
 use marco_controller::store::{ReportOutcome, ReportRow};
@@ -15,7 +15,7 @@ pub(crate) async fn goodbye_and_sixty_silent_seconds_prove_it(f: Fixture) {
     assert!(f.store.power_off_done(start(), after(500)).await.unwrap().is_empty(), "its stream is open");
     f.store.end_session(&id, epoch, after(20)).await.unwrap();
     assert!(f.store.power_off_done(start(), after(79)).await.unwrap().is_empty());
-    // A controller that was away does not know whether the node would have come back.
+    // A controller that was away cannot know whether the node would have come back.
     assert!(f.store.power_off_done(after(450), after(500)).await.unwrap().is_empty());
     let done = f.store.power_off_done(after(20), after(80)).await.unwrap();
     assert_eq!((done.len(), done[0].to), (1, ExecutionState::Succeeded));
@@ -30,12 +30,13 @@ pub(crate) async fn broken_stream_proves_nothing(f: Fixture) {
     f.report(epoch, &armed, after(10)).await;
     f.store.end_session(&id, epoch, after(20)).await.unwrap();
     assert!(f.store.power_off_done(start(), after(500)).await.unwrap().is_empty(), "it only broke");
-    // It connects again while the shutdown hangs; a goodbye of the session before would be void by now.
+    // The node connects again while its shutdown hangs. The goodbye of its earlier session would not count any more.
     let epoch = f.session(&id, "boot-1", after(501)).await;
     f.hello(&id, epoch, "boot-1", std::slice::from_ref(&armed), true, 501).await;
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Rebooting, "it is on its way down");
     assert!(f.store.say_goodbye(&assignment.execution, epoch, after(502)).await.unwrap());
     f.store.end_session(&id, epoch, after(502)).await.unwrap();
+    // Any later session makes the goodbye void, because the machine was not off.
     let later = f.session(&id, "boot-1", after(503)).await;
     f.store.end_session(&id, later, after(504)).await.unwrap();
     assert!(f.store.power_off_done(start(), after(9000)).await.unwrap().is_empty(), "it was heard of since");
@@ -90,7 +91,7 @@ pub(crate) async fn contradiction_of_an_end_is_kept_and_shown(f: Fixture) {
     let shown = f.store.node(&id).await.unwrap().unwrap().conflicts;
     assert_eq!((shown.len(), shown[0].holds), (1, false), "{shown:?}");
     assert!(f.store.conflict(execution).await.unwrap().is_some());
-    // It keeps the node from nothing.
+    // The conflict does not keep the node from other work.
     f.create(reboot(), std::slice::from_ref(&id)).await;
     assert_eq!(f.claim(&[(id, epoch)], after(103)).await.len(), 1);
     assert_eq!(reason::STILL_ON, "STILL_ON");

@@ -1,4 +1,4 @@
-//! What nodes say, and what becomes of it.
+//! Reports of nodes and their effects.
 
 use marco_controller::operation::{ExecutionError, ExecutionState, NodeMode, OperationState, reason};
 use marco_controller::store::{
@@ -10,6 +10,7 @@ use crate::support::*;
 
 pub(crate) async fn a_reboot_succeeds_only_with_a_new_boot_id(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
+    // A success under the old boot id: the node did not reboot.
     let lie = report(&assignment, 1, ExecutionState::Succeeded, "boot-1");
     assert_eq!(f.report(epoch, &lie, after(1)).await, ReportOutcome::Acked);
     assert!(failed_as(reason::NOT_VERIFIED, &f.execution(&assignment.execution).await));
@@ -32,6 +33,7 @@ pub(crate) async fn an_update_is_accepted_only_when_the_release_is_right(f: Fixt
     f.store.put_artifact(&artifact("boot4", Kind::Bootcode, Purpose::System)).await.unwrap();
     f.store.put_artifact(&artifact("boot", Kind::Bootcode, Purpose::System)).await.unwrap();
     let (id, epoch) = f.online("pi-1").await;
+    // Each action with a missing, a wrong, an empty and the right release.
     let sha = |id: &str| if id.is_empty() { String::new() } else { digest(id) };
     for (action, image, boot) in [(update(Some("os")), "os", ""), (update(None), "", "boot4")] {
         for (right, named, image, boot) in [
@@ -93,6 +95,7 @@ pub(crate) async fn a_report_of_another_delivery_is_answered_by_an_assignment(f:
     let nowhere = ExecutionId { operation: new_operation(reboot(), &[]).id, node: id.clone() };
     let unknown = ReportRow { execution: nowhere, ..truth.clone() };
     assert_eq!(f.report(epoch, &unknown, after(3)).await, ReportOutcome::Unknown);
+    // A node must not end the work of another one.
     let elsewhere = ExecutionId { operation: again.execution.operation.clone(), node: node("pi-2") };
     let foreign = ReportRow { execution: elsewhere, ..truth };
     let outcome = f.store.apply_report(&id, epoch, &foreign, after(3)).await.unwrap();
@@ -106,7 +109,7 @@ pub(crate) async fn a_node_brings_about_a_thousand_deliveries_of_an_execution_at
         async move { store.operation(&id).await.unwrap().unwrap().event_count }
     };
     let stale = |attempt| ReportRow { attempt, ..report(&assignment, 1, ExecutionState::Running, "boot-1") };
-    // It has brought about so many changes that one is left.
+    // The execution has used up all its changes but one.
     f.by_hand(&["UPDATE executions SET changes = 999"]).await.remove(0).unwrap();
     assert_eq!(f.report(epoch, &stale(1), after(1)).await, ReportOutcome::Acked);
     let before = events(&f).await;
@@ -123,7 +126,7 @@ pub(crate) async fn reports_of_an_earlier_delivery_get_one_and_the_same(f: Fixtu
     let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
     assert_eq!(f.report(epoch, &running, after(1)).await, ReportOutcome::Acked);
     let events = async || f.store.operation(&assignment.execution.operation).await.unwrap().unwrap().event_count;
-    // As a backup or a switch leaves it: the store is ahead, or has taken it back.
+    // The store is ahead, as after a backup or a fail-over, or the execution was reset to pending.
     for (state, attempt) in [("RUNNING", 5), ("PENDING", 4)] {
         let set = format!("UPDATE executions SET state = '{state}', attempt = {attempt}");
         f.by_hand(&[&set]).await.remove(0).unwrap();
@@ -131,7 +134,7 @@ pub(crate) async fn reports_of_an_earlier_delivery_get_one_and_the_same(f: Fixtu
         let before = events().await;
         let hello = f.reconcile(&id, epoch, "boot-1", std::slice::from_ref(&running), 2).await;
         assert_eq!(hello.assigns.iter().map(|given| given.attempt).collect::<Vec<_>>(), [5]);
-        // It was said in the Hello, and is repeated before the answer arrives.
+        // The node repeats a report from its Hello until the answer arrives.
         for _ in 0..3 {
             let ReportOutcome::Stale(again) = f.report(epoch, &running, after(3)).await else { panic!() };
             assert_eq!(again.attempt, 5);
@@ -156,8 +159,10 @@ pub(crate) async fn a_report_under_a_lost_session_changes_nothing(f: Fixture) {
 
 pub(crate) async fn an_assignment_that_never_arrived_is_given_again(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
+    // Within one session nothing is lost, so an empty Hello means that the assignment is still under way.
     f.reconcile(&id, epoch, "boot-1", &[], 1).await;
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Assigned, "it was sent in this session");
+    // A new session that does not list it proves that it never arrived.
     let epoch = f.session(&id, "boot-1", after(2)).await;
     f.reconcile(&id, epoch, "boot-1", &[], 2).await;
     assert_eq!(f.state(&assignment.execution).await, ExecutionState::Pending);
@@ -184,7 +189,7 @@ pub(crate) async fn an_assignment_is_never_taken_back_by_time(f: Fixture) {
     f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(23 * 3600)).await;
     let row = f.execution(&assignment.execution).await;
     assert_eq!((row.state, row.overdue), (ExecutionState::Running, false));
-    // Each phase has a deadline of its own: half an hour without news, ten minutes for the restart.
+    // Each phase has its own deadline: half an hour without news, ten minutes for the reboot.
     assert_eq!(row.deadline, Some(after(23 * 3600 + 1800)));
     f.report(epoch, &report(&assignment, 2, ExecutionState::Rebooting, "boot-1"), after(23 * 3600 + 1)).await;
     assert_eq!(f.execution(&assignment.execution).await.deadline, Some(after(23 * 3600 + 601)));
@@ -232,6 +237,7 @@ pub(crate) async fn a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sig
     let id = &assignment.execution;
     f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(0)).await;
     let flush = async |phase: &str, bytes_done: u64, at: i64| {
+        // Progress that repeats the same bytes must not extend the deadline, or a stuck node would never be overdue.
         let row = ProgressRow { phase: phase.to_owned(), ..progress(id, 1, bytes_done) };
         f.store.flush_progress(&[row], after(at)).await.unwrap();
         let row = f.execution(id).await;
@@ -251,7 +257,7 @@ pub(crate) async fn a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sig
     assert_eq!(flush("unpacking image", 7, 1800).await, (true, Some(1700)));
     assert_eq!(flush("unpacking image", 8, 1900).await, (false, Some(2500)), "it lives");
     assert_eq!(f.execution(id).await.overdue_reason, "");
-    // A day after its assignment it is late, however lively it is.
+    // One day after its assignment it is late, in spite of its progress.
     let day = 86_400 + (f.execution(id).await.assign_time.unwrap() - after(0)).num_seconds();
     assert_eq!(flush("unpacking image", 9, day - 60).await, (false, Some(day)));
     assert_eq!(f.store.mark_overdue(after(day)).await.unwrap()[0].why, "it is not done 1day after it was assigned");
@@ -317,6 +323,7 @@ pub(crate) async fn progress_is_kept_and_holds_off_the_deadline(f: Fixture) {
         ("unpacking image", 5_000_000_000, 6_000_000_000)
     );
     assert_eq!((row.overdue, row.deadline), (false, Some(after(2500))));
+    // Progress is flushed once a second, so it may belong to a delivery that was replaced meanwhile.
     f.store.flush_progress(&[progress(id, 9, 1)], after(1901)).await.unwrap();
     assert_eq!(f.execution(id).await.bytes_done, 5_000_000_000, "of another delivery");
     f.store.flush_progress(&[], after(1902)).await.unwrap();
@@ -366,7 +373,7 @@ pub(crate) async fn what_a_node_logged_is_kept_once_and_only_of_what_did_not_suc
         |sequence, state, lines: &str| ReportRow { log: said(lines), ..report(&assignment, sequence, state, "boot-1") };
     assert_eq!(f.report(epoch, &with(1, ExecutionState::Running, "at work\n"), after(1)).await, ReportOutcome::Acked);
     assert_eq!(f.store.execution_log(execution).await.unwrap(), None);
-    // A Hello without it, then the report with it, twice, and another one.
+    // A Hello without the log, then the report with it, twice, and one with another log.
     let silent = report(&assignment, 2, ExecutionState::Failed, "boot-1");
     let hello = f.reconcile(&id, epoch, "boot-1", std::slice::from_ref(&silent), 2).await;
     assert_eq!(hello.acks, [(execution.clone(), 2)]);
@@ -381,7 +388,7 @@ pub(crate) async fn what_a_node_logged_is_kept_once_and_only_of_what_did_not_suc
     let events = f.store.events(&execution.operation, 0, 100).await.unwrap();
     assert_eq!(events.iter().filter(|event| event.to == "FAILED" && event.node.is_some()).count(), 1);
 
-    // It goes with the events, also when it came after they had gone.
+    // The log is removed with the events, also if it came after them.
     f.store.finish_operations(after(6)).await.unwrap();
     assert_eq!(f.store.prune_events(after(7)).await.unwrap(), 1);
     assert_eq!(f.store.execution_log(execution).await.unwrap(), None);
@@ -390,7 +397,7 @@ pub(crate) async fn what_a_node_logged_is_kept_once_and_only_of_what_did_not_suc
     assert_eq!(f.store.prune_events(after(7)).await.unwrap(), 1);
     assert!(!f.store.has_log(execution).await.unwrap());
 
-    // Of a success nothing is kept, whatever is said later.
+    // Nothing is kept of a success, and a later failure does not change that.
     f.create(reboot(), std::slice::from_ref(&id)).await;
     let assignment = f.claim(&[(id, epoch)], after(9)).await.remove(0);
     let done = ReportRow { log: said("x\n"), ..report(&assignment, 1, ExecutionState::Succeeded, "boot-2") };
@@ -406,7 +413,7 @@ pub(crate) async fn what_ended_during_an_outage_is_called_off(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     let running = report(&assignment, 1, ExecutionState::Running, "boot-1");
     f.report(epoch, &running, after(0)).await;
-    // While it stands, a node that comes back hears of no cancel.
+    // While the execution is active, a returning node gets no cancel.
     let epoch = f.session(&id, "boot-2", after(1)).await;
     let again = f.reconcile(&id, epoch, "boot-2", std::slice::from_ref(&running), 1).await;
     assert_eq!((again.cancels, again.acks.len()), (vec![], 1));
@@ -416,7 +423,7 @@ pub(crate) async fn what_ended_during_an_outage_is_called_off(f: Fixture) {
     let epoch = f.session(&id, "boot-3", after(1802)).await;
     let back = f.reconcile(&id, epoch, "boot-3", std::slice::from_ref(&running), 1802).await;
     assert_eq!((back.cancels, back.acks.len()), (vec![assignment.execution.clone()], 1));
-    // The same for a cancel that the node has not heard, and not for what cannot be let be any more.
+    // A returning node also hears of a cancel that it missed, but not once its execution has ended.
     let operation = f.create(reboot(), std::slice::from_ref(&id)).await;
     let other = f.claim(&[(id.clone(), epoch)], after(1803)).await.remove(0);
     let running = report(&other, 1, ExecutionState::Running, "boot-3");

@@ -1,4 +1,4 @@
-//! Rollouts: how many at once, and when an operation pauses by itself.
+//! Rollouts: limits of concurrency, and automatic pauses.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -9,7 +9,7 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
 use crate::support::{Fixture, after, labels, new_operation, power_off, reboot, report, start};
 
-/// A fleet that is online, and an operation on all of it.
+/// A fleet whose nodes are all online, and an operation on all of them.
 struct Fleet {
     f: Fixture,
     sessions: Vec<(NodeId, i64)>,
@@ -29,7 +29,7 @@ impl Fleet {
         Self { f, sessions, operation: new.id }
     }
 
-    /// A round of the dispatcher.
+    /// The part of a dispatcher's round that rollouts need, at this second.
     async fn round(&self, at: i64) -> Vec<Assignment> {
         self.f.store.mark_overdue(after(at)).await.unwrap();
         self.f.store.pause_rollouts(after(at)).await.unwrap();
@@ -57,7 +57,7 @@ impl Fleet {
         self.say(assignment, 1, ExecutionState::Failed, at).await;
     }
 
-    /// The last words of agents whose power-off this is.
+    /// Records the goodbyes of agents before their power-off.
     async fn say_goodbye(&self, numbers: std::ops::Range<usize>, at: i64) {
         for (id, epoch) in &self.sessions[numbers] {
             let execution = ExecutionId { operation: self.operation.clone(), node: id.clone() };
@@ -101,7 +101,7 @@ pub(crate) async fn a_hundred_nodes_ten_at_once_pause_when_too_many_fail(f: Fixt
     let (mut flying, mut done, mut failed) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
     let mut at = 0;
     let mut pauses = 0;
-    // Every eighth fails: twelve.
+    // Every eighth node fails: twelve of a hundred.
     while done.len() < 100 {
         at += 1;
         for assignment in fleet.round(at).await {
@@ -128,7 +128,7 @@ pub(crate) async fn a_hundred_nodes_ten_at_once_pause_when_too_many_fail(f: Fixt
         }
         done.insert(node);
     }
-    // At the sixth. Those that failed while the last in flight ended were seen by whoever resumed it.
+    // It paused at the sixth failure. The operator who resumed it had seen those that failed while the last ones ended.
     assert_eq!((pauses, failed.len()), (1, 12));
     let row = fleet.f.store.operation(&fleet.operation).await.unwrap().unwrap();
     assert_eq!((row.state, row.counts.succeeded, row.counts.failed), (OperationState::Failed, 88, 12));
@@ -139,12 +139,14 @@ pub(crate) async fn a_hundred_nodes_ten_at_once_pause_when_too_many_fail(f: Fixt
 
 pub(crate) async fn several_controllers_never_exceed_the_limit(f: Fixture) {
     let fleet = Fleet::start(f, 40, reboot(), Some(at_once(3))).await;
+    // Each chunk is claimed twice at once, as two controllers would.
     let claims = fleet.sessions.chunks(10).flat_map(|chunk| [chunk.to_vec(), chunk.to_vec()]).map(|chunk| {
         let store = fleet.f.store.clone();
         tokio::spawn(async move { store.claim("c1", &chunk, start()).await.unwrap().len() })
     });
     let taken: usize = futures_util::future::join_all(claims).await.into_iter().map(Result::unwrap).sum();
     assert!((1..=3).contains(&taken), "{taken}");
+    // Claims that lost the race may have left slots free, so one more round fills them.
     let rest = fleet.round(0).await.len();
     assert_eq!(taken + rest, 3);
 }
@@ -159,7 +161,7 @@ pub(crate) async fn an_overdue_node_holds_no_slot_and_counts_as_failed(f: Fixtur
     let holders = fleet.f.store.slot_holders(&waiting, after(1)).await.unwrap();
     assert_eq!(holders, std::slice::from_ref(&first[0].execution));
     assert!(fleet.round(59).await.is_empty());
-    // An assignment is answered within a minute.
+    // The deadline for the answer to an assignment is a minute.
     assert_eq!(fleet.round(61).await.len(), 1);
     assert_eq!(fleet.state().await.0, OperationState::Running);
     assert!(fleet.round(122).await.is_empty());
@@ -168,12 +170,12 @@ pub(crate) async fn an_overdue_node_holds_no_slot_and_counts_as_failed(f: Fixtur
 
 pub(crate) async fn a_node_without_a_stream_holds_no_slot(f: Fixture) {
     let mut fleet = Fleet::start(f, 4, reboot(), Some(at_once(1))).await;
-    // The first in order is offline: the next takes the slot.
+    // The first node in order is offline, so the next one takes the slot.
     fleet.disconnect(0..1, 0).await;
     let next = fleet.round(1).await;
     assert_eq!(next[0].execution.node.as_str(), "pi-001");
     fleet.say(&next[0], 1, ExecutionState::Running, 1).await;
-    // It loses its stream at work: only after a minute it is believed gone.
+    // A node that loses its stream during its work keeps the slot for a minute.
     fleet.disconnect(0..1, 10).await;
     assert!(fleet.round(69).await.is_empty());
     assert_eq!(fleet.round(70).await[0].execution.node.as_str(), "pi-002");
@@ -187,6 +189,7 @@ pub(crate) async fn never_more_than_the_limit_of_a_group_at_once(f: Fixture) {
         let switch = if number < 8 { "a" } else { "b" };
         fleet.f.store.update_node(id, None, Some(&labels(&[("switch", switch)])), None).await.unwrap();
     }
+    // Labels come after the enrolment, so the fixture's operation ends here and a new one begins.
     fleet.f.store.request_cancel(&fleet.operation, "pat", start()).await.unwrap();
     let nodes: Vec<NodeId> = fleet.sessions.iter().map(|(id, _)| id.clone()).collect();
     let new = NewOperation { rollout: Some(rollout), ..new_operation(reboot(), &nodes) };
@@ -226,7 +229,7 @@ pub(crate) async fn the_rest_waits_for_the_canaries(f: Fixture) {
     let (state, why) = fleet.state().await;
     assert_eq!(state, OperationState::Paused);
     assert!(why.starts_with("canary failed"), "{why}");
-    // An operator lets it pass: one more has to succeed first.
+    // After an operator's resume one more node has to succeed as a canary.
     fleet.resume(5).await;
     let more = fleet.round(6).await;
     assert_eq!(more.len(), 1);
@@ -236,7 +239,7 @@ pub(crate) async fn the_rest_waits_for_the_canaries(f: Fixture) {
 
 pub(crate) async fn a_reboot_of_all_nodes_does_not_pause_itself(f: Fixture) {
     let mut fleet = Fleet::start(f, 10, reboot(), Some(Rollout::default())).await;
-    // One is away: something is left to hold back.
+    // One node is away, so there is work left that a pause could hold back.
     fleet.disconnect(9..10, 0).await;
     let all = fleet.round(0).await;
     assert_eq!(all.len(), 9);
@@ -252,7 +255,7 @@ pub(crate) async fn it_pauses_when_a_third_of_the_targets_vanish(f: Fixture) {
     let mut fleet = Fleet::start(f, 12, reboot(), Some(at_once(2))).await;
     let first = fleet.round(0).await;
     for assignment in &first {
-        // These two are restarting within their deadline, which is ten minutes.
+        // These two are rebooting within their deadline of ten minutes.
         fleet.say(assignment, 1, ExecutionState::Rebooting, 1).await;
     }
     fleet.disconnect(0..5, 10).await;
@@ -264,7 +267,7 @@ pub(crate) async fn it_pauses_when_a_third_of_the_targets_vanish(f: Fixture) {
     let (state, why) = fleet.state().await;
     assert_eq!(state, OperationState::Paused);
     assert_eq!(why, "nodes vanished: 4 of 12 lost their streams and were not restarting");
-    // Who resumes it has seen who is away: they count no more.
+    // The operator who resumes it has seen which nodes are away, so they do not count again.
     fleet.resume(400).await;
     assert!(fleet.f.store.pause_rollouts(after(500)).await.unwrap().is_empty());
     assert_eq!(fleet.state().await.0, OperationState::Running);
@@ -272,6 +275,7 @@ pub(crate) async fn it_pauses_when_a_third_of_the_targets_vanish(f: Fixture) {
 
 pub(crate) async fn who_was_away_at_the_start_does_not_vanish(f: Fixture) {
     let mut fleet = Fleet::start(f, 9, reboot(), None).await;
+    // The operation is created after these nodes left.
     fleet.disconnect(0..6, 1).await;
     let nodes: Vec<NodeId> = (0..9).map(|number| NodeId::parse(&format!("pi-{number:03}")).unwrap()).collect();
     let new = NewOperation { rollout: Some(at_once(1)), ..new_operation(reboot(), &nodes) };
@@ -283,6 +287,8 @@ pub(crate) async fn who_was_away_at_the_start_does_not_vanish(f: Fixture) {
 
 pub(crate) async fn nobody_vanished_while_the_controller_was_stopped(f: Fixture) {
     let fleet = Fleet::start(f, 6, reboot(), Some(at_once(1))).await;
+    // The controller was stopped, so every session ended at once. The nodes get time to reconnect before they count as
+    // vanished.
     fleet.f.store.retire("c1", after(1)).await.unwrap();
     fleet.f.store.keep_watch(after(1000));
     assert!(fleet.f.store.pause_rollouts(after(1074)).await.unwrap().is_empty());
@@ -319,6 +325,7 @@ pub(crate) async fn an_operation_without_room_keeps_a_node_from_nothing_else(f: 
     let nodes: Vec<NodeId> = fleet.sessions.iter().map(|(id, _)| id.clone()).collect();
     let other = fleet.f.create(reboot(), &nodes[1..]).await;
     let first = fleet.round(0).await;
+    // The nodes that the rollout keeps waiting are free for the other operation.
     let of_other = first.iter().filter(|assignment| assignment.execution.operation == other).count();
     assert_eq!((first.len(), of_other), (3, 2));
 }
@@ -337,7 +344,8 @@ pub(crate) async fn an_abandoned_node_stays_a_failure(f: Fixture) {
     assert_eq!(fleet.state().await.0, OperationState::Running);
 }
 
-/// Seven nodes of which none may fail; the first is overdue, and an operator let that pass.
+/// Seven nodes of which none may fail. The first one is overdue, and an operator has resumed the operation in spite of
+/// it.
 async fn one_was_let_pass(f: Fixture) -> (Fleet, Assignment, Assignment) {
     let rollout = Rollout { max_failures: Some(Limit::Number(0)), ..at_once(1) };
     let fleet = Fleet::start(f, 7, reboot(), Some(rollout)).await;
@@ -356,7 +364,7 @@ pub(crate) async fn a_forgiven_node_that_succeeds_leaves_no_room_for_failures(f:
     assert!(fleet.round(66).await.is_empty(), "a node failed, and none may");
     let (state, why) = fleet.state().await;
     assert_eq!((state, why.as_str()), (OperationState::Paused, "max_failures passed: 1 failed or overdue, 0 may be"));
-    // What is let pass at a second resume is that failure alone.
+    // The second resume forgives only that one failure.
     fleet.resume(67).await;
     let third = fleet.round(68).await.remove(0);
     fleet.fails(&third, 69).await;
@@ -392,7 +400,7 @@ pub(crate) async fn a_forgiven_node_that_is_at_work_again_can_fail_again(f: Fixt
     let (fleet, late, next) = one_was_let_pass(f).await;
     fleet.say(&late, 1, ExecutionState::Running, 64).await;
     fleet.succeeds(&next, 65).await;
-    // Not in time to take a slot from it: one at once.
+    // The forgiven node works again and holds the only slot.
     assert!(fleet.round(66).await.is_empty());
     fleet.say(&late, 2, ExecutionState::Failed, 67).await;
     assert!(fleet.round(68).await.is_empty());

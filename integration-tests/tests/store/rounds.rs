@@ -1,5 +1,5 @@
-//! Whole rounds of a dispatcher: what one step cannot do keeps no other from being done, and what no round heard is no
-//! silence of a node.
+//! Whole rounds of a dispatcher: a step that fails does not prevent the others, and a round that could not listen does
+//! not count as silence of a node.
 
 use std::sync::Arc;
 
@@ -16,10 +16,10 @@ use marco_proto::names::{ExecutionId, NodeId};
 use crate::support::*;
 use crate::trap::{Snap, Trap};
 
-/// Longer than nodes get to come back, in seconds.
+/// Seconds of listening after which a node's silence counts.
 const LONG_ENOUGH: u32 = 80;
 
-/// A controller without listeners, whose time is moved.
+/// A controller without listeners, on a manual clock.
 struct Controller {
     clock: Arc<ManualClock>,
     sessions: Arc<Sessions>,
@@ -35,15 +35,16 @@ impl Controller {
         Self { clock, sessions, dispatcher }
     }
 
-    /// A node whose stream it holds.
+    /// A node with a session whose stream this controller holds.
     async fn node(&self, f: &Fixture, id: &str) -> (NodeId, i64, Handle) {
         let (id, epoch) = f.online(id).await;
         let handle = self.sessions.open(&id, epoch, "").unwrap();
+        // A session gets work only after its Hello was reconciled.
         self.sessions.set_ready(&id, epoch, true);
         (id, epoch, handle)
     }
 
-    /// So many rounds, a second apart.
+    /// Runs so many rounds, a second apart.
     async fn listen(&self, rounds: u32) {
         for _ in 0..rounds {
             self.dispatcher.round(false).await.unwrap();
@@ -52,7 +53,7 @@ impl Controller {
     }
 }
 
-/// An operation whose time has come by the next round.
+/// An operation that is due at the next round.
 async fn due(f: &Fixture, controller: &Controller, nodes: &[NodeId]) -> NewOperation {
     let now = controller.clock.now();
     let new = NewOperation { schedule_time: now + TimeDelta::seconds(1), ..new_operation(reboot(), nodes) };
@@ -84,12 +85,12 @@ async fn a_round_goes_on_where_another_transaction_holds_a_row() {
     })
     .await
     .unwrap();
-    // To begin the first operation it waits for its row, in vain.
+    // The round needs the locked row to begin the first operation, and gives up on it.
     let error = controller.dispatcher.round(false).await.unwrap_err();
     assert!(error.is_contention(), "{error:?}");
     let Ok(Command::Assign(assigned)) = handle.commands.try_recv() else { panic!("the other node has no work") };
     assert_eq!(assigned.execution, ExecutionId { operation, node: second });
-    // That was no outage: nodes were heard, and their silence counts.
+    // That was no outage. Nodes were heard, so their silence counts.
     by_hand(&f, "UPDATE executions SET deadline = 1 WHERE node = 'pi-2'").await;
     assert_eq!(f.store.mark_overdue(controller.clock.now()).await.unwrap().len(), 1);
 }
@@ -107,9 +108,11 @@ async fn nobody_is_judged_by_the_silence_of_a_round_that_lost_the_database() {
     assert_eq!(f.state(&execution).await, ExecutionState::Assigned);
     by_hand(&f, "UPDATE executions SET deadline = 1").await;
     due(&f, &controller, &[id]).await;
+    // The COMMIT of this round gets no answer, so the round fails and counts as a break.
     trap.set(1);
     let error = controller.dispatcher.round(false).await.unwrap_err();
     assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+    // An agent's longest pause between two attempts is 60 s; the store allows 75 s.
     controller.listen(70).await;
     assert!(!f.execution(&execution).await.overdue, "it had no time to come back");
     controller.listen(10).await;
@@ -126,7 +129,7 @@ pub(crate) async fn an_overdue_node_is_asked_what_became_of_it(f: Fixture) {
     f.report(epoch, &report(&assigned, 1, ExecutionState::Running, "boot-1"), controller.clock.now()).await;
     controller.listen(1).await;
     assert!(handle.commands.try_recv().is_err(), "a node that is in time is asked nothing");
-    // The store may have lost what it said since.
+    // The store may have lost the node's later reports.
     by_hand(&f, "UPDATE executions SET deadline = 1").await;
     controller.listen(3).await;
     let Ok(Command::Query(asked)) = handle.commands.try_recv() else { panic!("it is not asked") };

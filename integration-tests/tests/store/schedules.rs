@@ -1,4 +1,4 @@
-//! Schedules: what becomes of each instant, whoever looks at it and when.
+//! Schedules: the outcome of each due time, for any number of schedulers and at any moment.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::support::*;
 
 const PATIENCE: TimeDelta = TimeDelta::minutes(5);
 
-/// Each minute, the first instant being `start()`.
+/// A schedule that fires each minute; its first due time is `start()`.
 pub(crate) fn minutely(id: &str) -> ScheduleRow {
     ScheduleRow {
         id: ScheduleId::parse(id).unwrap(),
@@ -45,7 +45,7 @@ pub(crate) fn minutely(id: &str) -> ScheduleRow {
     }
 }
 
-/// Makes operations for these nodes; each node waits the given seconds more than the one before.
+/// Prepares operations for these nodes. Each node starts `apart` seconds after the one before.
 pub(crate) fn preparing(nodes: &[NodeId], apart: i64) -> Prepare {
     let nodes = nodes.to_vec();
     Arc::new(move |schedule: ScheduleRow, fire_time, begins| {
@@ -92,6 +92,7 @@ pub(crate) async fn a_schedule_is_read_back_as_it_was_stored(f: Fixture) {
     assert_eq!(f.store.schedule(&new.id).await.unwrap(), Some(new.clone()));
     let changed = ScheduleRow { jitter: Duration::from_secs(60), next_fire: None, ..new.clone() };
     assert!(f.store.update_schedule(&changed, after(1)).await.unwrap());
+    // A change carries the revision that it read, so the second one is refused.
     assert!(!f.store.update_schedule(&changed, after(2)).await.unwrap(), "it has changed since");
     let paused = f.store.pause_schedule(&new.id, "exam", after(3)).await.unwrap().unwrap();
     assert_eq!((paused.paused, paused.pause_reason.as_str(), paused.update_time), (true, "exam", after(3)));
@@ -112,7 +113,7 @@ pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race
     f.store.create_schedule(&new).await.unwrap();
     let mut stores = vec![f.store.clone()];
     for _ in 1..4 {
-        // SQLite has one controller; its store is shared.
+        // SQLite has a single controller, so all schedulers share its store.
         stores.push(if f.folder.is_some() { f.store.clone() } else { Store::open(&f.url).await.unwrap() });
     }
     let racers: Vec<Arc<Fires>> =
@@ -123,6 +124,7 @@ pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race
             let fires = Arc::clone(fires);
             tokio::spawn(async move { fires.round(now).await.unwrap() })
         });
+        // All rounds at once, on the same due time.
         for ended in join_all(rounds).await {
             ended.unwrap();
         }
@@ -134,6 +136,7 @@ pub(crate) async fn each_of_500_instants_fires_once_however_many_schedulers_race
     for (row, minute) in made.iter().zip(0..) {
         assert_eq!((row.schedule.as_ref(), row.fire_time), (Some(&new.id), Some(after(60 * minute))));
     }
+    // In both directions: each operation has a fire, and each fire its operation.
     let named: BTreeSet<_> = fires_of(&f.store, &new.id).await.into_iter().filter_map(|row| row.operation).collect();
     assert_eq!(named, made.into_iter().map(|row| row.id).collect());
 }
@@ -142,14 +145,14 @@ pub(crate) async fn instants_that_are_found_too_late_are_each_a_row(f: Fixture) 
     let nodes = f.enrolled(&["pi-1"]).await;
     let skip = minutely("skip");
     let once = ScheduleRow { missed_fire: MissedFire::Once, ..minutely("once") };
-    // Only what is late: the next instant comes an hour later.
+    // Only one late due time: the next one is half an hour later.
     let rare = ScheduleRow { cron: "*/30 * * * *".to_owned(), ..once.clone() };
     let rare = ScheduleRow { id: ScheduleId::parse("rare").unwrap(), ..rare };
     for new in [&skip, &once, &rare] {
         f.store.create_schedule(new).await.unwrap();
     }
     let fires = scheduler(&f.store, start(), preparing(&nodes, 0));
-    // Down for a quarter after the first half hour, and a little.
+    // The scheduler was down until half a minute before the 45th minute.
     let now = after(44 * 60 + 30);
     fires.round(now).await.unwrap();
     fires.round(now).await.unwrap();
@@ -172,11 +175,12 @@ pub(crate) async fn instants_that_are_found_too_late_are_each_a_row(f: Fixture) 
 pub(crate) async fn a_long_outage_is_summed_up_after_a_thousand_rows(f: Fixture) {
     let new = minutely("long");
     f.store.create_schedule(&new).await.unwrap();
+    // Only the latest thousand missed due times get rows. The newest of these counts the others.
     scheduler(&f.store, start(), preparing(&[], 0)).round(after(3000 * 60)).await.unwrap();
     let query = FireQuery { limit: 100_000, outcomes: vec![FireOutcome::Missed], ..FireQuery::default() };
     let missed = f.store.fires(&new.id, &query).await.unwrap();
     assert_eq!(missed.len(), 1000);
-    // 3001 instants, 6 of them in time.
+    // 3001 due times, of which 6 are in time.
     assert_eq!(missed[0].fire_time, after(2994 * 60));
     assert!(missed[0].reason.ends_with("so were 1995 before it that are not listed"), "{}", missed[0].reason);
     assert_eq!(operations(&f.store).await.len(), 6);
@@ -193,12 +197,13 @@ pub(crate) async fn an_unfinished_operation_is_not_overtaken(f: Fixture) {
     let rows = fires_of(&f.store, &skip.id).await;
     assert_eq!((rows[1].outcome, rows[1].operation.as_ref()), (FireOutcome::Skipped, None));
     assert_eq!(rows[1].reason, format!("{} of this schedule has not ended", first.id.name()));
+    // Once the first operation has ended, the next due time fires again.
     f.store.request_cancel(&first.id, "pat", after(62)).await.unwrap();
     assert_eq!(f.operation_state(&first.id).await, OperationState::Cancelled);
     fires.round(after(121)).await.unwrap();
     assert_eq!(outcomes(&f.store, &skip.id).await[2], (120, FireOutcome::Fired));
 
-    // One that queues makes its operation; the node takes it after the first.
+    // A queueing schedule creates its operation at once. The node runs it after the first.
     let queue = minutely("queue");
     f.store.create_schedule(&queue).await.unwrap();
     fires.round(after(121)).await.unwrap();
@@ -214,13 +219,14 @@ pub(crate) async fn what_queues_is_done_one_after_another_in_the_order_of_its_in
     let order: Vec<OperationId> =
         fires_of(&f.store, &queue.id).await.into_iter().map(|fire| fire.operation.unwrap()).collect();
     assert_eq!(order.len(), 3);
+    // The node was away at all three due times, so the queue is full when it comes.
     let epoch = f.session(&nodes[0], "boot-0", after(122)).await;
     let sessions = [(nodes[0].clone(), epoch)];
     for (place, operation) in order.iter().enumerate() {
         let claimed = f.claim(&sessions, after(122)).await;
         let ids: Vec<&OperationId> = claimed.iter().map(|assignment| &assignment.execution.operation).collect();
         assert_eq!(ids, [operation]);
-        // While it is at work, the rest waits for it.
+        // All others wait while one is running.
         assert!(f.claim(&sessions, after(122)).await.is_empty());
         if let Some(next) = order.get(place + 1) {
             let waiting = ExecutionId { operation: next.clone(), node: nodes[0].clone() };
@@ -239,6 +245,7 @@ pub(crate) async fn a_change_that_saw_less_than_the_scheduler_decided_is_refused
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(1)).await.unwrap();
     let stale = ScheduleRow { jitter: Duration::from_secs(60), ..seen.clone() };
+    // Otherwise the change would write the old `next_fire` back, and a due time would fire twice.
     assert!(!f.store.update_schedule(&stale, after(2)).await.unwrap(), "its next instant has been decided about");
     let now = f.store.schedule(&seen.id).await.unwrap().unwrap();
     assert_eq!(now.next_fire, Some(after(60)));
@@ -256,6 +263,7 @@ pub(crate) async fn a_paused_schedule_skips_and_says_so(f: Fixture) {
     let fires = scheduler(&f.store, start(), preparing(&[], 0));
     fires.round(after(601)).await.unwrap();
     let rows = fires_of(&f.store, &new.id).await;
+    // A gap in the rows would mean a defect, so a pause has rows too.
     assert_eq!(rows.len(), 11);
     for row in rows {
         assert_eq!(row.outcome, FireOutcome::Skipped);
@@ -310,8 +318,8 @@ pub(crate) async fn a_node_begins_after_its_own_share_of_the_jitter(f: Fixture) 
     assert_eq!(assigned.into_iter().map(|given| given.execution).collect::<Vec<_>>(), [second]);
 }
 
-/// Four controllers on one Postgres, in real time: one has a clock an hour ahead, one an hour behind, and two are
-/// killed at work.
+/// Four controllers on one Postgres, in real time. One clock is an hour ahead and one an hour behind. Two controllers
+/// are killed while they work.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn kills_and_wrong_clocks_neither_lose_nor_double_a_fire() {
     const SCHEDULES: i64 = 60;
@@ -332,6 +340,7 @@ async fn kills_and_wrong_clocks_neither_lose_nor_double_a_fire() {
         let stop = stop.clone();
         controllers.push(tokio::spawn(async move {
             while !stop.is_cancelled() {
+                // On Postgres this is the database's clock, which is why the wrong clocks do no harm.
                 let now = fires.now().await.unwrap();
                 fires.round(now).await.unwrap();
                 tokio::task::yield_now().await;
@@ -347,6 +356,7 @@ async fn kills_and_wrong_clocks_neither_lose_nor_double_a_fire() {
         wait_until(seconds(120), "the schedules go on", ahead).await.unwrap();
     };
     reached(2).await;
+    // Aborted in the middle of a round, like a process that is killed.
     controllers[0].abort();
     reached(4).await;
     controllers[3].abort();

@@ -1,4 +1,4 @@
-//! Sessions, and the nodes that have them.
+//! Sessions of nodes, and the nodes themselves.
 
 use std::collections::BTreeMap;
 
@@ -18,10 +18,12 @@ pub(crate) async fn a_second_session_ends_the_first(f: Fixture) {
     assert!(second > first);
     let lost = f.store.lost_sessions("c1", &[(id.clone(), first)]).await.unwrap();
     assert_eq!(lost, [(id.clone(), first)], "the old session is named, not the node");
+    // A stream that ends late must not disconnect its node's new session.
     assert!(!f.store.end_session(&id, first, after(2)).await.unwrap(), "a loser must not end the winner's");
     assert!(!f.store.update_system(&id, first, &System::default(), after(2)).await.unwrap());
     let row = f.store.node(&id).await.unwrap().unwrap();
     assert_eq!((row.connected, row.controller_id.as_deref(), row.system.os.as_str()), (true, Some("c2"), "Marco OS"));
+    // Only the controller that holds the session may refresh it.
     f.store.touch("c1", std::slice::from_ref(&id), after(50)).await.unwrap();
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().last_seen, Some(after(1)));
     f.store.touch("c2", std::slice::from_ref(&id), after(50)).await.unwrap();
@@ -44,6 +46,7 @@ pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     let serial = serial_of("pi-1");
     f.session(&id, "boot-2", after(10)).await;
+    // A controller that stood still may read an old Hello late. That is no clone: its connection is older.
     let late = f.say_hello(&id, &hello("boot-1", &serial, after(9)), after(11)).await;
     assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second boot");
     assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
@@ -61,7 +64,7 @@ pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fix
         instance: instance.to_owned(),
         ..hello("boot-1", &serial_of("pi-1"), after(second))
     };
-    // An agent that is started a hundred times, and one that loses its stream again and again, is one.
+    // One agent that restarts a hundred times, or that loses its stream again and again, is no clone.
     for number in 0..100 {
         f.begin(&id, &start(&number.to_string(), number), after(number)).await;
         f.begin(&id, &start(&number.to_string(), number), after(number)).await;
@@ -72,7 +75,7 @@ pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fix
     assert!(matches!(late, SessionOutcome::Superseded), "its connection is older than the second start");
     let back = f.say_hello(&id, &start("a", 203), after(203)).await;
     assert!(matches!(back, SessionOutcome::Cloned));
-    // An admin who has found the other one lets this one in.
+    // An admin who has found the clone approves this one.
     f.approve(&id, None, after(204)).await;
     f.begin(&id, &start("a", 205), after(205)).await;
     f.begin(&id, &start("a", 206), after(206)).await;
@@ -80,6 +83,7 @@ pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fix
 
 pub(crate) async fn a_card_in_another_board_waits_for_approval(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
+    // A card in another board keeps its key, so only the serial number of the board shows the move.
     let moved = f.say_hello(&id, &hello("boot-2", "00000000ffffffff", after(5)), after(5)).await;
     let SessionOutcome::Begun { node: row, .. } = moved else { panic!() };
     assert_eq!((row.state, row.connected), (NodeState::AwaitingApproval, true));
@@ -96,7 +100,7 @@ pub(crate) async fn sessions_of_a_dead_controller_end(f: Fixture) {
     f.store.beat("c2", "10.0.0.2:1346", after(10)).await.unwrap();
     f.store.beat("c2", "10.0.0.3:1346", after(12)).await.unwrap();
     if f.store.is_shared() {
-        // A controller whose clock is an hour ahead takes nobody for dead: Postgres' clock decides.
+        // A controller whose clock is an hour ahead declares no other one dead, because Postgres' clock decides.
         assert!(f.store.end_dead_sessions(after(3600)).await.unwrap().is_empty());
         assert_eq!(f.store.live_controllers(after(3600)).await.unwrap().len(), 2);
         age(&f, "c1", 14).await;
@@ -116,7 +120,7 @@ pub(crate) async fn sessions_of_a_dead_controller_end(f: Fixture) {
     assert!(f.store.live_controllers(after(17)).await.unwrap().is_empty());
 }
 
-/// Lets a controller's last sign of life be so many seconds older.
+/// Backdates a controller's last heartbeat by so many seconds.
 async fn age(f: &Fixture, controller: &str, seconds: u64) {
     let micros = seconds * 1_000_000;
     let statement = format!("UPDATE controllers SET beat_time = beat_time - {micros} WHERE id = '{controller}'");
@@ -124,6 +128,7 @@ async fn age(f: &Fixture, controller: &str, seconds: u64) {
 }
 
 pub(crate) async fn a_fleet_that_comes_back_at_once_is_served(f: Fixture) {
+    // All sessions at once, as after a power failure of a building.
     let ids: Vec<String> = (0..200).map(|number| format!("pi-{number:03}")).collect();
     let nodes = f.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let operation = f.create(reboot(), &nodes).await;
@@ -155,6 +160,7 @@ pub(crate) async fn nodes_are_found_by_label(f: Fixture) {
         UpdateNodeOutcome::Updated(row) => row,
         other => panic!("{other:?}"),
     };
+    // The change names the labels that it read, so that two operators do not overwrite each other.
     let late = f.store.update_node(&nodes[0], Some(&labels(&[("room", "blue")])), Some(&red), None).await.unwrap();
     assert_eq!(late, UpdateNodeOutcome::ChangedMeanwhile);
     assert_eq!((named.display_name.as_str(), &named.labels), ("the second", &blue));

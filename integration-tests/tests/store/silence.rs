@@ -1,4 +1,4 @@
-//! Silence proves something only while somebody listened.
+//! Silence proves something only while a controller was listening.
 
 use chrono::TimeDelta;
 use marco_controller::operation::{ExecutionState, reason};
@@ -8,7 +8,7 @@ use marco_proto::names::NodeId;
 
 use crate::support::*;
 
-/// One round of everything that judges; how many nodes and operations it found wanting.
+/// One round of all judgements by silence; returns how many nodes and operations each one found.
 async fn judge(f: &Fixture, at: i64) -> [usize; 4] {
     [
         f.store.mark_overdue(after(at)).await.unwrap().len(),
@@ -18,7 +18,7 @@ async fn judge(f: &Fixture, at: i64) -> [usize; 4] {
     ]
 }
 
-/// Rounds of every second from one time until before another.
+/// Rounds at each second from `from` to before `until`.
 fn listen(f: &Fixture, from: i64, until: i64) {
     for second in from..until {
         f.store.keep_watch(after(second));
@@ -36,7 +36,7 @@ pub(crate) async fn nobody_is_judged_in_the_first_round_after_an_outage(f: Fixtu
     f.store.create_operation(&new, start()).await.unwrap();
     f.create(power_off(), &nodes[4..]).await;
     listen(&f, 0, 100);
-    // The last is kept back, so that there is something to pause.
+    // The fourth node gets no work, so that there is something left to pause.
     let all = f.claim(&[&sessions[..3], &sessions[4..]].concat(), after(99)).await;
     assert_eq!(all.len(), 4);
     for assignment in &all {
@@ -44,14 +44,14 @@ pub(crate) async fn nobody_is_judged_in_the_first_round_after_an_outage(f: Fixtu
         f.report(epoch, &report(assignment, 1, ExecutionState::Rebooting, "boot-1"), after(99)).await;
     }
 
-    // The database is away for two days. When it is back, what nodes said meanwhile is not stored.
+    // The database is away for two days. Reports of that time are not stored.
     f.store.interrupt_watch();
     f.store.retire("c1", after(100)).await.unwrap();
     let back = 100 + 2 * 86_400;
     assert_eq!(judge(&f, back).await, [0; 4], "the database is back, and nobody listened yet");
     listen(&f, back, back + 75);
     assert_eq!(judge(&f, back + 74).await, [0; 4], "a node is back within its longest pause");
-    // One has come back in time, and is listed as it was.
+    // One node came back in time, and listed its execution.
     let epoch = f.session(&nodes[0], "boot-1", after(back + 60)).await;
     f.reconcile(&nodes[0], epoch, "boot-1", &[report(&all[0], 1, ExecutionState::Rebooting, "boot-1")], back + 60)
         .await;
@@ -79,7 +79,7 @@ pub(crate) async fn nothing_that_was_about_to_end_ends_with_an_outage(f: Fixture
     assert!(f.store.say_goodbye(&off.execution, epoch, after(100)).await.unwrap());
     assert!(f.store.end_session(&nodes[1], epoch, after(100)).await.unwrap());
 
-    // Both could have come back during the two days in which nobody listened.
+    // Both nodes could have come back during the two days in which no controller listened.
     f.store.interrupt_watch();
     let back = 100 + 2 * 86_400;
     assert_eq!(judge(&f, back).await, [0; 4]);
@@ -92,7 +92,7 @@ pub(crate) async fn nothing_that_was_about_to_end_ends_with_an_outage(f: Fixture
 
 pub(crate) async fn a_node_has_its_day_from_when_it_was_found_overdue(f: Fixture) {
     let (_, _, assignment) = f.assigned(reboot()).await;
-    // Nobody ran for a month.
+    // No controller ran for a month.
     let back = 30 * 86_400;
     listen(&f, back, back + 76);
     assert_eq!(judge(&f, back + 75).await, [1, 0, 0, 0]);
@@ -107,12 +107,13 @@ pub(crate) async fn a_node_has_its_day_from_when_it_was_found_overdue(f: Fixture
 pub(crate) async fn nobody_is_judged_while_a_report_waits(f: Fixture) {
     let (_, epoch, assignment) = f.assigned(reboot()).await;
     listen(&f, 0, 200);
+    // Two waiting reports: the first one that is stored must not end the guard of the other.
     let waits = [f.store.backlog(), f.store.backlog()];
     assert_eq!(judge(&f, 199).await, [0; 4]);
     let [first, second] = waits;
     drop(first);
     assert_eq!(judge(&f, 199).await, [0; 4]);
-    // What waited is stored, and says that the node is at work.
+    // The waiting report is stored, and shows that the node is working.
     f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(199)).await;
     drop(second);
     assert_eq!(judge(&f, 199).await, [0; 4]);
@@ -126,7 +127,7 @@ pub(crate) async fn other_controllers_get_the_time_to_beat_again(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     f.store.beat("c1", "10.0.0.1:1346", start()).await.unwrap();
     listen(&f, 0, 60);
-    // The database is away for longer than a controller may be silent, and nobody can beat.
+    // The database is away longer than a controller may be silent, and no controller can send its heartbeat.
     f.store.interrupt_watch();
     assert!(f.by_hand(&["UPDATE controllers SET beat_time = 0"]).await.iter().all(Result::is_ok));
     if f.store.is_shared() {

@@ -1,5 +1,5 @@
-//! A database whose disk is full, takes no writes or fails, under load: nothing that was acknowledged is lost, it says
-//! what is wrong, and it serves again by itself.
+//! A database whose disk is full, read-only or failing, under load. No acknowledged write is lost, the store names the
+//! fault, and it recovers by itself.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -16,13 +16,13 @@ use marco_controller::store::{AuditQuery, AuditRow, Fault, Store, StoreError};
 
 use crate::support::*;
 
-/// Room for the database, some of which the test takes away.
+/// Size of the database's disk; the test fills it.
 const ROOM: &str = "64m";
 const WRITERS: u64 = 4;
-/// Each writer rests so long after a write, so that the load alone does not fill the disk.
+/// Pause of each writer after a write, so that the load alone does not fill the disk.
 const REST: Duration = Duration::from_millis(15);
 
-/// What was written at the same time as the disk failed.
+/// Concurrent writers, and their results.
 struct Load {
     store: Store,
     acknowledged: Mutex<BTreeSet<String>>,
@@ -53,7 +53,7 @@ impl Load {
 
     async fn write(&self) {
         let number = self.next.fetch_add(1, Ordering::SeqCst);
-        // Large and small ones: on a disk that is nearly full the small ones still succeed.
+        // Large and small rows: small ones still fit on a disk that is nearly full.
         let message = "x".repeat(if number.is_multiple_of(3) { 8_000 } else { 10 });
         let row = AuditRow {
             time: start(),
@@ -67,6 +67,7 @@ impl Load {
         };
         match self.store.record_audit(&row).await {
             Ok(_) => {
+                // Only acknowledged rows count. Others may or may not be stored.
                 self.acknowledged.lock().unwrap().insert(row.actor);
             }
             Err(error) => {
@@ -84,7 +85,7 @@ impl Load {
         self.acknowledged.lock().unwrap().len()
     }
 
-    /// Waits until writes fail with this fault, which names the place, and the store says so.
+    /// Waits until writes fail with this fault and the store reports it. The message must name the place.
     async fn fails(&self, fault: Fault, place: &str) {
         wait_until(seconds(30), &format!("writes fail: {fault}"), async || {
             let faults = std::mem::take(&mut *self.faults.lock().unwrap());
@@ -93,14 +94,14 @@ impl Load {
                 found.is_none_or(|(_, said)| said.contains(&fault.to_string()) && said.contains(place)),
                 "{found:?}"
             );
-            // What is small may still fit, and says for a moment that all is well.
+            // A small row may still fit, and then the store reports for a moment that all is well.
             Ok(found.filter(|_| self.store.ailment().is_some()).map(|_| ()))
         })
         .await
         .unwrap();
     }
 
-    /// Waits until writes succeed again by themselves, and the store says so.
+    /// Waits until writes succeed again by themselves, and the store reports no fault.
     async fn heals(&self) {
         let before = self.count();
         wait_until(seconds(30), "it serves again", async || {
@@ -110,7 +111,7 @@ impl Load {
         .unwrap();
     }
 
-    /// Everything that was acknowledged is there for who opens the database.
+    /// Checks that each acknowledged write is in the database.
     async fn nothing_is_lost(&self, store: &Store) {
         let query = AuditQuery { limit: u32::MAX / 2, ..AuditQuery::default() };
         let stored: BTreeSet<String> =
@@ -121,7 +122,7 @@ impl Load {
     }
 }
 
-/// Takes what room is left, at once.
+/// Fills the disk completely.
 fn fill(folder: &Path) {
     let mut file = fs::File::create(folder.join("ballast")).unwrap();
     let block = vec![1; 4096];
@@ -132,7 +133,7 @@ fn empty(folder: &Path) {
     fs::remove_file(folder.join("ballast")).unwrap();
 }
 
-/// A tmpfs, if this process may mount one.
+/// A tmpfs; `None` if this process may not mount one.
 async fn small_disk(folder: &Path) -> Option<Mount> {
     let mounted = Mount::tmpfs(folder.join("disk"), ROOM).await.ok();
     assert!(mounted.is_some() || !rustix::process::geteuid().is_root(), "root can mount a tmpfs");
@@ -159,9 +160,10 @@ async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
         writer.await.unwrap();
     }
     load.nothing_is_lost(&load.store).await;
-    // Also for the next process, which sees what is on the disk only.
+    // A new process sees only the files on the disk, so the test opens a copy of them.
     let copy = folder.path().join("copy");
     fs::create_dir(&copy).unwrap();
+    // The latest transactions are in the write-ahead log until a checkpoint.
     for ending in ["", "-wal"] {
         fs::copy(format!("{file}{ending}"), copy.join(format!("marco.db{ending}"))).unwrap();
     }
@@ -169,7 +171,8 @@ async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
     load.nothing_is_lost(&next).await;
 }
 
-/// Compiled and preloaded into a process of its own: while a file exists, what it names fails on the database's files.
+/// Source of a library that is preloaded into a process of its own. While a file exists, the system calls that it names
+/// fail on the database's files.
 const FAILING: &str = r#"
 #include <errno.h>
 #include <fcntl.h>
@@ -214,11 +217,13 @@ async fn sqlite_whose_fsync_or_writes_fail_loses_nothing_that_was_acknowledged()
     let folder = tempfile::tempdir().unwrap();
     let (source, library) = (folder.path().join("fault.c"), folder.path().join("fault.so"));
     fs::write(&source, FAILING).unwrap();
+    // Only a library that is preloaded reaches the calls of SQLite, which is C.
     let built = command(Path::new("cc")).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().unwrap();
     assert!(built.success(), "the library cannot be compiled");
     let fault = folder.path().join("fault");
     let run = move || -> ExitStatus {
         command(&std::env::current_exe().unwrap())
+            // In a process of its own, because LD_PRELOAD acts when a process starts.
             .args(["--exact", "storage::under_failing_system_calls", "--ignored", "--nocapture"])
             .env("LD_PRELOAD", &library)
             .env("MARCO_FAULT_FILE", &fault)
@@ -256,7 +261,7 @@ async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_ack
     let server = tokio::task::spawn_blocking(|| Postgres::start_own().unwrap()).await.unwrap();
     let disk = small_disk(folder.path()).await;
     let url = match &disk {
-        // Its own log stays on the large disk: a server that cannot write that ends.
+        // The write-ahead log stays on the large disk: a server that cannot write its log ends.
         Some(disk) => server.database_in(disk.folder()).unwrap(),
         None => server.database().unwrap(),
     };
@@ -271,6 +276,7 @@ async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_ack
             empty(disk.folder());
             load.heals().await;
         }
+        // A server that was demoted to a standby refuses writes with the same error.
         let set = |value: &str| {
             let set = format!("ALTER SYSTEM SET default_transaction_read_only = {value}");
             for statement in [set.as_str(), "SELECT pg_reload_conf()"] {
@@ -281,6 +287,7 @@ async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_ack
         load.fails(Fault::ReadOnly, &place).await;
         set("off");
         load.heals().await;
+        // A server that stops is another fault, from which the store must recover too.
         server.pause().unwrap();
         wait_until(seconds(30), "writes fail", async || Ok(load.store.ailment().is_some().then_some(())))
             .await

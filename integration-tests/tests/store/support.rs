@@ -1,4 +1,4 @@
-//! Making what the claims are about.
+//! Fixtures: a store on a fresh database, and shorthands that create nodes, sessions, operations and reports.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use marco_controller::store::{
 };
 use marco_proto::names::{ArtifactId, ExecutionId, JoinTokenId, NodeId, OperationId};
 
-/// A store on a database of its own.
+/// A store on a fresh database.
 pub(crate) struct Fixture {
     pub(crate) store: Store,
     pub(crate) url: String,
@@ -29,11 +29,13 @@ pub(crate) async fn sqlite() -> Fixture {
 }
 
 pub(crate) async fn postgres() -> Fixture {
+    // Starting a server blocks for seconds, which a runtime's thread must not.
     let url = tokio::task::spawn_blocking(|| Postgres::start().unwrap().database().unwrap()).await.unwrap();
     Fixture { store: Store::open(&url).await.unwrap(), url, folder: None }
 }
 
 pub(crate) fn start() -> DateTime<Utc> {
+    // A fixed time (January 2027), so that failures print the same numbers in each run.
     DateTime::from_timestamp(1_800_000_000, 0).unwrap()
 }
 
@@ -61,16 +63,18 @@ fn frozen(id: &str) -> FrozenArtifact {
     FrozenArtifact { id: id.to_owned(), sha256: digest(id) }
 }
 
-/// A digest that stands for the bytes of this name.
+/// A stand-in for the digest of this artifact's bytes.
 pub(crate) fn digest(id: &str) -> String {
     format!("{:0>64}", hex::encode(id))
 }
 
-/// An update with an image; or of the boot files only, with the defaults `boot4` and `boot`.
+/// An update with an image. Without one: of the boot files only, with the defaults `boot4` for the family `pi4` and
+/// `boot` for all others.
 pub(crate) fn update(image: Option<&str>) -> Action {
     let mut bootcodes = BTreeMap::new();
     if image.is_none() {
         bootcodes.insert("pi4".to_owned(), frozen("boot4"));
+        // `*` stands for all families without an entry of their own.
         bootcodes.insert("*".to_owned(), frozen("boot"));
     }
     Action::Update(Update {
@@ -89,6 +93,7 @@ pub(crate) fn artifact(id: &str, kind: Kind, purpose: Purpose) -> ArtifactRow {
         kind,
         purpose,
         sha256: digest(id),
+        // Larger than 32 bits, so that a column that is too small would show.
         size: 5_000_000_000,
         chunk_size: 4 * 1024 * 1024,
         chunk_sha256: vec![7; 64],
@@ -104,6 +109,7 @@ pub(crate) fn artifact(id: &str, kind: Kind, purpose: Purpose) -> ArtifactRow {
 
 pub(crate) fn new_operation(action: Action, nodes: &[NodeId]) -> NewOperation {
     NewOperation {
+        // Version 7, as in production: ids sort by time.
         id: OperationId::parse(&uuid::Uuid::now_v7().to_string()).unwrap(),
         action,
         target: Target::Nodes(nodes.iter().map(NodeId::name).collect()),
@@ -134,7 +140,7 @@ pub(crate) fn hello(boot_id: &str, serial: &str, accepted: DateTime<Utc>) -> Ses
     SessionStart {
         controller_id: "c1".to_owned(),
         accept_time: accepted,
-        // That of the node, unless a test says otherwise.
+        // Empty: `say_hello` fills in the node's own key.
         key_sha256: String::new(),
         origin: "192.0.2.7".to_owned(),
         boot_id: boot_id.to_owned(),
@@ -146,7 +152,7 @@ pub(crate) fn hello(boot_id: &str, serial: &str, accepted: DateTime<Utc>) -> Ses
     }
 }
 
-/// A node that was let in for the first time.
+/// The outcome of a first enrolment.
 pub(crate) fn admitted(id: &str, held: bool, generation: i64) -> EnrolOutcome {
     EnrolOutcome::Admitted { node: node(id), held, generation, again: None }
 }
@@ -170,7 +176,7 @@ pub(crate) fn certificate(serial: &str, id: &NodeId, key: &str, generation: i64)
     }
 }
 
-/// A join token that is not stored yet.
+/// A join token, not stored yet.
 pub(crate) fn token(secret: &str) -> NewToken {
     NewToken {
         id: JoinTokenId::parse(secret).unwrap(),
@@ -204,25 +210,28 @@ pub(crate) fn report(assignment: &Assignment, sequence: u64, state: ExecutionSta
     }
 }
 
-/// Whether it ended FAILED for this reason, with all that belongs to an end.
+/// True if the execution is FAILED for this reason, and consistent with that: it has a finish time and no deadline.
 pub(crate) fn failed_as(reason: &str, row: &ExecutionRow) -> bool {
     row.state == ExecutionState::Failed
         && row.error.as_ref().is_some_and(|error| error.reason == reason)
         && row.finish_time.is_some()
+        // An ended execution with a deadline would become overdue.
         && row.deadline.is_none()
 }
 
-/// An empty Hello of the running system of an agent of today's protocol.
+/// An empty Hello of the running system, from an agent that answers no queries.
 pub(crate) fn said(boot_id: &str) -> Hello<'_> {
     Hello { greeting: Greeting { mode: NodeMode::Running, boot_id, answers_queries: false }, listed: &[] }
 }
 
 impl Fixture {
-    /// Runs statements by hand, as somebody with the database's password or file could; what the database says to each.
+    /// Runs statements by hand, as an attacker with the database's password or file could. The errors are the
+    /// database's messages.
     #[allow(clippy::disallowed_methods, reason = "a test that plays somebody with the file")]
     pub(crate) async fn by_hand(&self, statements: &[&str]) -> Vec<Result<(), String>> {
         let (url, statements) = (self.url.clone(), statements.iter().map(|&text| text.to_owned()).collect::<Vec<_>>());
         let run = move |statement: String| match url.strip_prefix("sqlite://") {
+            // Python's sqlite3 ignores the store's own lock file, as an attacker would.
             Some(file) => {
                 let script =
                     "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2]); c.commit()";
@@ -243,14 +252,16 @@ impl Fixture {
 
     pub(crate) async fn enrol(&self, token: &str, key: &str, wanted: Option<&str>, serial: &str) -> EnrolOutcome {
         let wish = wish(token, key, wanted, serial);
+        // Each issue has its own serial number, also when the same key enrols twice.
         let serial = uuid::Uuid::now_v7().simple().to_string();
         let issue = |id: &NodeId, generation| Some(certificate(&serial, id, key, generation));
         self.store.enrol(&wish, after(1), issue).await.unwrap()
     }
 
-    /// Approved nodes without a session.
+    /// Enrols nodes and returns them: approved, without sessions.
     pub(crate) async fn enrolled(&self, ids: &[&str]) -> Vec<NodeId> {
         let token = format!("token-{}", ids[0]);
+        // One token for all of them: the number of its uses is no part of these claims.
         self.token(&token, 1000).await;
         for id in ids {
             let outcome = self.enrol(&token, &format!("key-{id}"), Some(id), &serial_of(id)).await;
@@ -263,14 +274,14 @@ impl Fixture {
         self.begin(id, &hello(boot_id, &serial_of(id.as_str()), now), now).await
     }
 
-    /// Says hello, with the key that [`Fixture::enrolled`] gives unless another one is named.
+    /// Begins a session. `start.key_sha256` empty: the key of [`Fixture::enrolled`].
     pub(crate) async fn say_hello(&self, id: &NodeId, start: &SessionStart, now: DateTime<Utc>) -> SessionOutcome {
         let key_sha256 = if start.key_sha256.is_empty() { format!("key-{id}") } else { start.key_sha256.clone() };
         let start = SessionStart { key_sha256, ..start.clone() };
         self.store.begin_session(id, &start, now).await.unwrap()
     }
 
-    /// Approves a node, or a key of it.
+    /// Approves a node, or one of its pending keys.
     pub(crate) async fn approve(&self, id: &NodeId, fingerprint: Option<&str>, now: DateTime<Utc>) -> NodeRow {
         match self.store.approve(id, fingerprint, now).await.unwrap() {
             ApproveOutcome::Approved(row) => *row,
@@ -278,7 +289,7 @@ impl Fixture {
         }
     }
 
-    /// Asks for a renewal of the certificate with this serial number, from one key to another.
+    /// Renews the certificate with this serial number, from one key to another.
     pub(crate) async fn renew(
         &self,
         id: &NodeId,
@@ -307,7 +318,7 @@ impl Fixture {
         }
     }
 
-    /// A node with a session under the boot id `boot-1`.
+    /// Enrols a node and begins its session under the boot id `boot-1`.
     pub(crate) async fn online(&self, id: &str) -> (NodeId, i64) {
         let id = self.enrolled(&[id]).await.remove(0);
         let epoch = self.session(&id, "boot-1", start()).await;
@@ -317,6 +328,7 @@ impl Fixture {
     pub(crate) async fn create(&self, action: Action, nodes: &[NodeId]) -> OperationId {
         let new = new_operation(action, nodes);
         match self.store.create_operation(&new, start()).await.unwrap() {
+            // Each creation of all tests checks this, because the counts are kept beside the rows.
             CreateOutcome::Created(row) => assert_eq!(row.counts.pending, u32::try_from(nodes.len()).unwrap()),
             other => panic!("{other:?}"),
         }
@@ -324,10 +336,11 @@ impl Fixture {
     }
 
     pub(crate) async fn claim(&self, nodes: &[(NodeId, i64)], now: DateTime<Utc>) -> Vec<Assignment> {
+        // The controller of all fixtures, whose sessions `hello` begins.
         self.store.claim("c1", nodes, now).await.unwrap()
     }
 
-    /// The node `pi-1` with a session, and what it was given to do.
+    /// The node `pi-1` with a session and an assignment.
     pub(crate) async fn assigned(&self, action: Action) -> (NodeId, i64, Assignment) {
         let (id, epoch) = self.online("pi-1").await;
         self.create(action, std::slice::from_ref(&id)).await;
@@ -339,7 +352,7 @@ impl Fixture {
         self.store.apply_report(&report.execution.node, epoch, report, now).await.unwrap()
     }
 
-    /// A Hello of the running system.
+    /// Reconciles a Hello of the running system, from an agent that answers no queries.
     pub(crate) async fn reconcile(
         &self,
         id: &NodeId,
@@ -351,7 +364,7 @@ impl Fixture {
         self.hello(id, epoch, boot_id, listed, false, at).await
     }
 
-    /// A Hello of the running system, whose agent answers queries or does not.
+    /// Reconciles a Hello of the running system.
     pub(crate) async fn hello(
         &self,
         id: &NodeId,

@@ -1,4 +1,4 @@
-//! A way to Postgres that fails at a chosen statement.
+//! A proxy to Postgres that fails at a chosen statement.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,20 +8,20 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-/// How long the server has for what it was sent before the way is cut.
+/// Time that the server gets to work on the statement before the connection is cut.
 const AT_WORK: Duration = Duration::from_millis(200);
 
-/// What happens to a connection on which the word was seen.
+/// Fault of a connection that carries the word.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Snap {
-    /// The server gets the statement, and its answer is lost with the connection.
+    /// The server gets the statement; its answer is lost with the connection.
     Cut,
-    /// The server gets the statement and what follows it at once, and then hears nothing more: as if the controller froze,
-    /// or its host were gone.
+    /// The server gets the statement and the message after it, and then hears nothing: the controller froze, or its
+    /// host is gone.
     Freeze,
 }
 
-/// A proxy to a Postgres.
+/// A proxy in front of a Postgres.
 pub(crate) struct Trap {
     address: SocketAddr,
     left: Arc<AtomicUsize>,
@@ -29,7 +29,7 @@ pub(crate) struct Trap {
 }
 
 impl Trap {
-    /// A way to the server of `url` that snaps at `word`, as often as it is set to.
+    /// Starts a proxy to the server of `url`. It fails at `word` as often as [`Trap::set`] says.
     pub(crate) async fn lay(url: &str, word: &'static str, snap: Snap) -> Self {
         let target: SocketAddr = url.split('@').nth(1).unwrap().split('/').next().unwrap().parse().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -44,7 +44,7 @@ impl Trap {
         Self { address, left, task }
     }
 
-    /// The URL of the same database by this way.
+    /// The URL of the same database through this proxy.
     pub(crate) fn url(&self, url: &str) -> String {
         let (user, rest) = url.split_once('@').unwrap();
         format!("{user}@{}/{}", self.address, rest.split_once('/').unwrap().1)
@@ -74,10 +74,11 @@ async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Sn
     while let Ok(count @ 1..) = from_client.read(&mut block).await {
         let sent = &block[..count];
         let take = |left: usize| left.checked_sub(1);
+        // A statement of these tests fits into one read of the proxy.
         let snaps = sent.windows(word.len()).any(|part| part == word.as_bytes())
             && left.try_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
         if snap == Snap::Cut && snaps {
-            // The answer stays behind.
+            // Stops forwarding answers before the statement is sent, so that its answer cannot slip through.
             down.abort();
         }
         if to_server.write_all(sent).await.is_err() {
@@ -88,7 +89,7 @@ async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Sn
                 tokio::time::sleep(AT_WORK).await;
                 break;
             }
-            // A statement is prepared first; what runs it comes next.
+            // A statement is prepared first; the next message executes it.
             Snap::Freeze if seen => {
                 down.abort();
                 std::future::pending::<()>().await;

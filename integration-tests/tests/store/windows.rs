@@ -1,4 +1,4 @@
-//! Maintenance windows: what waits for one, and when it goes on.
+//! Maintenance windows: work waits for them, and continues when they open.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use marco_proto::names::ExecutionId;
 
 use crate::support::{Fixture, after, new_operation, reboot, report, start};
 
-/// Two hours from every midnight of UTC.
+/// Two hours from each midnight, UTC.
 fn nightly() -> MaintenanceWindow {
     MaintenanceWindow { cron: "0 0 * * *".to_owned(), duration: Duration::from_secs(7200), time_zone: String::new() }
 }
@@ -34,7 +34,7 @@ pub(crate) async fn nothing_is_begun_while_the_window_is_closed(f: Fixture) {
     assert_eq!((row.wait_reason, row.next_attempt_time), (Some(WaitReason::Due), None));
     let assignment = f.claim(&[(id, epoch)], midnight()).await.remove(0);
     assert_eq!(f.store.operation(&new.id).await.unwrap().unwrap().window, Some(nightly()));
-    // What has begun goes on when it closes.
+    // Work that has begun continues after the window closes.
     let closes = midnight() + TimeDelta::hours(2);
     f.store.move_windows(closes).await.unwrap();
     f.report(epoch, &report(&assignment, 1, ExecutionState::Succeeded, "boot-2"), closes).await;
@@ -50,6 +50,7 @@ pub(crate) async fn what_was_not_begun_in_a_window_waits_for_the_next(f: Fixture
     };
     f.store.create_operation(&window, start()).await.unwrap();
     f.store.move_windows(midnight()).await.unwrap();
+    // The pause covers the whole window, so that nothing begins in it.
     f.store.pause(&window.id, "pat", "", midnight()).await.unwrap();
     let closes = midnight() + TimeDelta::hours(2);
     assert_eq!(f.store.move_windows(closes).await.unwrap().len(), 1);
@@ -57,7 +58,7 @@ pub(crate) async fn what_was_not_begun_in_a_window_waits_for_the_next(f: Fixture
     let execution = f.execution(&ExecutionId { operation: window.id.clone(), node: id.clone() }).await;
     assert_eq!(execution.wait_reason, Some(WaitReason::WindowClosed));
     assert_eq!(execution.next_attempt_time, Some(midnight() + TimeDelta::days(1)));
-    // A closed window keeps the node from nothing else.
+    // A closed window does not keep the node from other operations.
     let other = f.create(reboot(), std::slice::from_ref(&id)).await;
     assert_eq!(f.claim(&[(id, epoch)], closes).await.remove(0).execution.operation, other);
 }

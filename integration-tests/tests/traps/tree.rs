@@ -1,4 +1,4 @@
-//! The tree: everything that Linux can keep in a file system and that is easily lost on the way.
+//! The tree: everything that Linux stores in a file system and that is easily lost on the way.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags,
 
 use crate::{command, name};
 
-/// A gigabyte with a few bytes in it.
+/// A sparse file of a gigabyte with a few bytes of data.
 pub(crate) const SPARSE: &str = "usr/traps/sparse";
 
 pub(crate) async fn lay(root: &Path) -> Result<()> {
@@ -21,6 +21,7 @@ pub(crate) async fn lay(root: &Path) -> Result<()> {
     special(&traps)?;
     sparse(root)?;
     let many = traps.join("many");
+    // Many small files: an installation must not sync each of them.
     for number in 0..10_000 {
         let folder = many.join(format!("{:02}", number % 100));
         if number < 100 {
@@ -32,6 +33,7 @@ pub(crate) async fn lay(root: &Path) -> Result<()> {
 }
 
 fn names(traps: &Path) -> Result<()> {
+    // The longest name that ext4 has.
     let long = [b'n'; 255];
     for bytes in [
         &b"a\nnewline"[..],
@@ -53,6 +55,7 @@ fn names(traps: &Path) -> Result<()> {
     }
     fs::create_dir_all(&deep)?;
     fs::write(deep.join("file"), "far down")?;
+    // Longer than the header's field and than a path of most programs: it needs an extended header.
     symlink(name(&[b't'; 3000]), traps.join("long-target"))?;
     Ok(())
 }
@@ -63,8 +66,10 @@ fn links(root: &Path, traps: &Path) -> Result<()> {
     fs::hard_link(&several, root.join("etc/another-name"))?;
     fs::hard_link(&several, traps.join(name(b"a third\xff")))?;
     symlink("../../nowhere/\nat all", traps.join("dangling"))?;
+    // A link to itself must be copied and never followed.
     symlink("loop", traps.join("loop"))?;
     symlink("/etc/hostname", traps.join("absolute"))?;
+    // Also symbolic links can have several names.
     fs::hard_link(traps.join("dangling"), traps.join("dangling-too"))?;
     Ok(())
 }
@@ -105,7 +110,7 @@ async fn attributes(traps: &Path) -> Result<()> {
         std::os::unix::fs::chown(&path, Some(33), Some(33))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
-    // Changing the owner of a file takes its capabilities; the other way round they are kept.
+    // Changing the owner of a file clears its capabilities, so `ping` keeps its owner.
     std::os::unix::fs::lchown(traps.join("dangling"), Some(7), Some(8))?;
     Ok(())
 }
@@ -113,6 +118,7 @@ async fn attributes(traps: &Path) -> Result<()> {
 fn special(traps: &Path) -> Result<()> {
     for (what, kind, device) in [
         ("null", FileType::CharacterDevice, makedev(1, 3)),
+        // Both numbers are beyond 8 bits, the limit of old kernels.
         ("far-device", FileType::CharacterDevice, makedev(4095, 123_456)),
         ("disk", FileType::BlockDevice, makedev(179, 2)),
         ("fifo", FileType::Fifo, 0),
@@ -135,7 +141,7 @@ fn sparse(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Last of all, since whatever is put into a folder changes its time.
+/// Must be last: adding an entry to a folder changes the folder's time.
 fn times(traps: &Path) -> Result<()> {
     for (what, seconds, nanoseconds) in [
         ("before-1970", -300_000_000, 250_000_000),

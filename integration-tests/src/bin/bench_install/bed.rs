@@ -1,4 +1,4 @@
-//! A file system to install into: on tmpfs, or on a loop device held to a card's speed; and what was written to it.
+//! A file system to install on: tmpfs, or ext4 on a loop device throttled to a card's speed. Counts the bytes written.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,25 +10,25 @@ use anyhow::{Context as _, Result, bail, ensure};
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 
-/// Where the kernel's older control groups hold a device to a speed: the root group's limit holds for write-back, too.
+/// Throttle file of cgroup v1. The root group's limit also holds for write-back.
 const THROTTLE: &str = "/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device";
-/// The newer control groups; the limit is a group's own, and this process and its children go into it.
+/// Mount point of cgroup v2. A limit belongs to a group, so this process and its children enter one.
 const UNIFIED: &str = "/sys/fs/cgroup";
-/// Large enough for everything that the old steps keep beside the tree.
+/// Large enough for the tarballs that the old steps keep beside the tree.
 const SIZE: &str = "4G";
 
-/// How much the kernel lets lie in memory before it writes it back, and before it makes writers wait: its defaults of 10 and
-/// 20 % (kernel documentation, admin-guide/sysctl/vm, `dirty_background_ratio` and `dirty_ratio`), of what a Pi with 1 GiB
-/// has to spare. With the memory of a large machine, what is removed soon would never reach the card.
+/// Thresholds of dirty memory, for background write-back and for blocked writers: the kernel's defaults of 10 and 20 %
+/// (kernel documentation, admin-guide/sysctl/vm, `dirty_background_ratio` and `dirty_ratio`) of the memory that a Pi
+/// with 1 GiB has to spare. With a large machine's memory, files that are removed soon would never reach the card.
 const PI_MEMORY: [(&str, &str, u64); 2] =
     [("dirty_background_bytes", "dirty_background_ratio", 90 << 20), ("dirty_bytes", "dirty_ratio", 180 << 20)];
 
-/// Where to install to.
+/// The kind of file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// In memory.
+    /// tmpfs, in memory.
     Tmpfs,
-    /// ext4 on a device that writes so many bytes a second.
+    /// ext4 on a device limited to this many bytes written a second.
     Card(u64),
 }
 
@@ -38,7 +38,7 @@ pub(crate) struct Bed {
     disk: Option<Disk>,
 }
 
-/// The kernel's write-back as on a Pi; as before when dropped.
+/// Write-back limits of a Pi; restores the machine's own on drop.
 struct WriteBack(Vec<(PathBuf, String)>);
 
 impl WriteBack {
@@ -46,7 +46,7 @@ impl WriteBack {
         let mut before = Self(Vec::new());
         for (bytes, ratio, limit) in PI_MEMORY {
             let [bytes, ratio] = [bytes, ratio].map(|name| Path::new("/proc/sys/vm").join(name));
-            // Of the two only one counts; the other is 0.
+            // Only one of the two is in effect; the other one reads 0.
             let counts = if fs::read_to_string(&bytes)?.trim() == "0" { ratio } else { bytes.clone() };
             before.0.push((counts.clone(), fs::read_to_string(&counts)?));
             fs::write(&bytes, limit.to_string()).context("cannot hold write-back as on a Pi")?;
@@ -58,7 +58,7 @@ impl WriteBack {
 impl Drop for WriteBack {
     fn drop(&mut self) {
         for (path, value) in &self.0 {
-            // There is nobody to tell, and nothing else to be done.
+            // `drop` cannot report an error, and there is no remedy.
             let _ = fs::write(path, value);
         }
     }
@@ -68,7 +68,7 @@ struct Disk {
     _write_back: WriteBack,
     image: PathBuf,
     device: String,
-    /// Major and minor number.
+    /// The device's major and minor number, as `MAJOR:MINOR`.
     number: String,
 }
 
@@ -85,6 +85,7 @@ impl Bed {
         let image = dir.join("card.img");
         let path = image.display().to_string();
         run("truncate", &["-s", SIZE, &path]).await?;
+        // Without lazy initialisation, which would write to the device during the measurement.
         run("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", &path]).await?;
         let device = run("losetup", &["--find", "--show", &path]).await?;
         let number = fs::read_to_string(format!("/sys/class/block/{}/dev", device.trim_start_matches("/dev/")))?;
@@ -95,6 +96,7 @@ impl Bed {
             number: number.trim().to_owned(),
         });
         run("mount", &[&disk.device, &shown]).await?;
+        // The limit begins after the file system's own metadata is on the device.
         run("sync", &["-f", &shown]).await?;
         limit(&disk.number, Some(rate))?;
         Ok(bed)
@@ -104,7 +106,7 @@ impl Bed {
         &self.folder
     }
 
-    /// Bytes that the device was given so far; none on tmpfs.
+    /// Bytes written to the device so far; `None` on tmpfs.
     pub(crate) fn written(&self) -> Result<Option<u64>> {
         let Some(disk) = &self.disk else { return Ok(None) };
         let text = fs::read_to_string(format!("/sys/dev/block/{}/stat", disk.number))?;
@@ -118,7 +120,7 @@ impl Bed {
         Ok((found.f_blocks - found.f_bfree) * found.f_frsize)
     }
 
-    /// Watches how full it gets.
+    /// Records the peak of used space, until [`Peak::end`].
     pub(crate) fn watch(&self) -> Result<Peak> {
         let (folder, before) = (self.folder.clone(), Self::used(&self.folder)?);
         let (highest, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
@@ -134,6 +136,7 @@ impl Bed {
     }
 
     pub(crate) async fn remove(self) -> Result<()> {
+        // Unmounting writes everything back, which would take minutes at the card's speed.
         if let Some(disk) = &self.disk {
             limit(&disk.number, None)?;
         }
@@ -146,7 +149,7 @@ impl Bed {
     }
 }
 
-/// How full a bed got.
+/// A running record of the peak of used space.
 pub(crate) struct Peak {
     highest: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
@@ -161,7 +164,7 @@ impl Peak {
     }
 }
 
-/// Holds a device to a speed, or lets it go.
+/// Limits a device to `rate` bytes written a second; `None` removes the limit.
 fn limit(number: &str, rate: Option<u64>) -> Result<()> {
     if Path::new(THROTTLE).exists() {
         return fs::write(THROTTLE, format!("{number} {}", rate.unwrap_or(0))).context("cannot hold the device back");
@@ -175,7 +178,7 @@ fn limit(number: &str, rate: Option<u64>) -> Result<()> {
     fs::write(group.join("cgroup.procs"), std::process::id().to_string()).context("cannot enter the control group")
 }
 
-/// Runs a program; its standard output, trimmed.
+/// Runs a program and returns its standard output, trimmed. Returns an error unless it succeeds.
 pub(crate) async fn run(program: &str, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program).args(arguments).output().await.with_context(|| format!("starting {program}"))?;
     if !output.status.success() {

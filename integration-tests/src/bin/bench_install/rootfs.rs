@@ -1,4 +1,4 @@
-//! A root file system like a Pi's, made of this machine's own `/usr`: as many small files as a real one has.
+//! A root file system like a Pi's, made of this machine's `/usr`: it has as many small files as a real one.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -9,21 +9,21 @@ use integration_tests::image::lay_out_root;
 
 use crate::bed::run;
 
-/// No single file may be most of it.
+/// Largest file that is taken, so that no single one dominates.
 const LARGEST: u64 = 16 << 20;
-/// Where it is taken from, and which part of the whole, in percent.
+/// Source folders, with their share of the whole in percent.
 const SOURCES: [(&str, u64); 3] = [("usr/share", 45), ("usr/lib/x86_64-linux-gnu", 40), ("usr/bin", 15)];
 
-/// The same root file system, packed three ways.
+/// One root file system, packed twice.
 pub(crate) struct Images {
     pub(crate) gzip: PathBuf,
     pub(crate) zstd: PathBuf,
-    /// Bytes of its files, and how many there are.
+    /// Sum of its files' sizes in bytes.
     pub(crate) size: u64,
     pub(crate) files: u64,
 }
 
-/// Makes it in `dir`, with at least so many bytes.
+/// Makes the root file system of about `bytes` bytes in `dir`.
 pub(crate) async fn make(dir: &Path, bytes: u64) -> Result<Images> {
     let overlay = dir.join("overlay");
     lay_out_root(&overlay, "bench")?;
@@ -42,19 +42,20 @@ pub(crate) async fn make(dir: &Path, bytes: u64) -> Result<Images> {
     let from_usr = ["--create", "--numeric-owner", "--no-recursion", "--file", &path, "--directory", "/", "--null"];
     run("tar", &[&from_usr[..], &["--files-from", &names]].concat()).await?;
     run("tar", &["--append", "--numeric-owner", "--file", &path, "--directory", &overlay, "."]).await?;
-    // As 2015's images were packed; and as one would pack today.
+    // gzip -6 as for the images of 2015, and zstd as for an image of today.
     run("gzip", &["--keep", "--force", "-6", &path]).await?;
     run("zstd", &["-q", "-f", "-9", "-T2", &path]).await?;
     fs::remove_file(&tar)?;
     Ok(Images { gzip: tar.with_extension("tar.gz"), zstd: tar.with_extension("tar.zst"), size, files })
 }
 
-/// Folders, files and links below a folder in the order of their names, until there are enough bytes.
+/// Adds folders, files and links below a folder, in the order of their names, until `left` is used up.
 fn take(folder: &Path, left: &mut u64, list: &mut Vec<u8>, files: &mut u64) -> Result<()> {
     let mut entries: Vec<PathBuf> = fs::read_dir(folder)
         .with_context(|| folder.display().to_string())?
         .map(|entry| entry.map(|entry| entry.path()))
         .collect::<std::io::Result<_>>()?;
+    // In the order of names, so that two runs on one machine pack the same files.
     entries.sort();
     for path in entries {
         let found = fs::symlink_metadata(&path)?;

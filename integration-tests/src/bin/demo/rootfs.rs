@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use integration_tests::image::{Compression, lay_out_boot, pack};
 
-/// What is copied, and how many bytes of it at most.
+/// Source folders, with the most bytes copied of each.
 const PARTS: [(&str, u64); 4] =
     [("usr/bin", 40_000_000), ("usr/sbin", 10_000_000), ("usr/lib", 40_000_000), ("usr/share", 10_000_000)];
 /// Larger files would crowd out the many small ones.
@@ -28,6 +28,7 @@ pub(super) fn make(folder: &Path) -> Result<(PathBuf, PathBuf)> {
         std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name))?;
     }
     let init = root.join("usr/sbin/init");
+    // `init` is usually a symbolic link, and `fs::copy` would write to its target.
     let _ = fs::remove_file(&init);
     fs::create_dir_all(root.join("usr/sbin"))?;
     fs::copy("/bin/sh", &init).context("something for init")?;
@@ -41,7 +42,7 @@ pub(super) fn make(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     Ok((root, image))
 }
 
-/// Copies files, folders and links, with their modes, until the limit is reached. What may not be read is left out.
+/// Copies files, folders and links, with their modes, until the limit is reached. Unreadable files are left out.
 fn copy(from: &Path, to: &Path, left: &mut u64) -> Result<()> {
     fs::create_dir_all(to)?;
     let Ok(entries) = fs::read_dir(from) else { return Ok(()) };

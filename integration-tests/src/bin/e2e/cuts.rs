@@ -1,5 +1,5 @@
-//! The power of a machine that is being updated is cut, again and again; each time the same card must come back as the
-//! old system, the installer, which then finishes by itself, or the new system.
+//! Cuts the power of a machine during updates, again and again. Each time the same card must come back as the old
+//! system, as the installer, which then finishes by itself, or as the new system.
 
 use std::path::Path;
 use std::time::Instant;
@@ -16,16 +16,16 @@ use node_agent::system::virtual_pi::firmware::{Boot, Outcome, Partitions, boot};
 
 mod moment;
 
-/// Random moments, when nothing else is asked for; the boundary of each phase comes on top.
+/// Random cuts unless `CUTS` says otherwise. The start of each phase is cut in addition.
 const RANDOM: usize = 30;
-/// How many updates may end before the moment of the cut came; then it is another one, early in the next.
+/// Attempts at a moment that each update may miss. After them the cut comes `EARLY` in the next update.
 const TRIES: usize = 4;
 const EARLY: std::time::Duration = seconds(4);
 const IMAGES: [&str; 2] = ["first", "second"];
-/// One more than a card holds, so that every update has one to write.
+/// One more than a card holds, so that each update has one to write.
 const SETS: [&str; 3] = ["installer-1", "installer-2", "installer-3"];
 
-/// What is known of a card: which sets and systems there are to be on it.
+/// All boot sets and systems that a card may hold.
 struct Known {
     sets: Vec<Manifest>,
     systems: Vec<Manifest>,
@@ -60,6 +60,7 @@ pub(crate) async fn cut(options: Options, dir: &Path) -> Result<()> {
     println!("\ncut  {:58} {:12} {:32} ended", "power cut at", "came back as", "whole on the card");
     let mut outcomes = Vec::new();
     for (number, moment) in moments.iter().enumerate() {
+        // The same card throughout, so that damage of one cut shows in the next.
         let (after, outcome) =
             play.cut_once(power, moment).await.with_context(|| format!("cut {}: {moment:?}", number + 1))?;
         println!("{:>3}  {outcome}", number + 1);
@@ -84,18 +85,18 @@ struct Image {
     sha256: String,
 }
 
-/// The machine and what it runs.
+/// The machine and the test's view of its state.
 struct Play {
     rig: Rig,
     known: Known,
     node: String,
-    /// What it runs.
+    /// The image that the machine runs.
     runs: Image,
-    /// What it does not run.
+    /// The image for the next update.
     other: Image,
     /// The set that the firmware takes for the installer.
     default_set: &'static str,
-    /// The other set on the card, perhaps in pieces.
+    /// The other set on the card; it may be incomplete.
     idle_set: &'static str,
 }
 
@@ -110,6 +111,7 @@ impl Play {
         let [runs, other] = IMAGES;
         let runs = Image { name: runs, sha256: rig.push_image(Kind::Good, runs).await? };
         let other = Image { name: other, sha256: rig.push_image(Kind::Good, other).await? };
+        // The blank card gets this image without an operator's request.
         rig.lab.ask(&["artifacts", "default", runs.name]).await?;
         let sets = SETS.iter().map(|name| Manifest::of_zip(name, &rig.folder(&format!("{name}.zip"))));
         let system = |name| {
@@ -136,8 +138,9 @@ impl Play {
         Ok(power)
     }
 
-    /// Begins an update to the other image by a set that the card does not hold.
+    /// Starts an update to the other image, with a set that the card does not hold.
     async fn begin(&mut self) -> Result<(String, Watch)> {
+        // A set that the card holds already would not be written, and the cut could not hit the writing.
         let held = [self.default_set, self.idle_set];
         let set = SETS.into_iter().find(|set| !held.contains(set)).context("the card holds every set")?;
         self.idle_set = set;
@@ -148,13 +151,13 @@ impl Play {
         Ok((operation, watch))
     }
 
-    /// The update that was begun last has succeeded.
+    /// Records that the last update has succeeded.
     fn updated(&mut self) {
         std::mem::swap(&mut self.runs, &mut self.other);
         std::mem::swap(&mut self.default_set, &mut self.idle_set);
     }
 
-    /// An update to its end: every moment at which something of it begins.
+    /// Runs an update to its end without a cut, and returns the moments at which its phases begin.
     async fn undisturbed(&mut self, power: &mut Power) -> Result<Vec<Moment>> {
         let starts = self.rig.machine.starts().len();
         let (operation, watch) = self.begin().await?;
@@ -165,10 +168,11 @@ impl Play {
         Ok(moments)
     }
 
-    /// One cut, and what became of it: the machine, running again, and the line of the table.
+    /// Cuts the power once. Returns the machine, running again, and the line of the table.
     async fn cut_once(&mut self, mut power: Power, moment: &Moment) -> Result<(Power, String)> {
         let (mut moment, mut tries) = (moment.clone(), 0);
         let (operation, begun_with, at) = loop {
+            // Each attempt is a new update, with its own starts.
             let begun_with = self.rig.machine.starts().len();
             let (operation, watch) = self.begin().await?;
             if let Some(at) = moment.reach(watch, &self.rig.machine, begun_with).await? {
@@ -206,6 +210,7 @@ impl Play {
         };
         match state.as_str() {
             "SUCCEEDED" => self.updated(),
+            // A rollback is right only if nothing was erased yet.
             "ROLLED_BACK" if came_back == "old system" => {}
             _ => bail!("it came back as {came_back} and ended {state}: {execution}\n{}", self.rig.tail()),
         }
@@ -216,11 +221,12 @@ impl Play {
         Ok((power, format!("{at:58} {came_back:12} {files:32} {state}")))
     }
 
-    /// From outside, with the power off: what the firmware boots next is one whole set, bit for bit.
+    /// Checks the card from outside, with the power off: the firmware's next boot is one complete set, bit for bit.
     async fn check_boot_files(&self) -> Result<Found> {
         let Firmware { outcome, recovery, boot: system, unreadable } = self.rig.machine.firmware(false).await?;
         let Outcome::Booted(found) = outcome else { bail!("nothing boots: {outcome:?}") };
-        // The installer's set is whole at any time, also when the system boots by default.
+        // The installer's set must be complete at all times, also if the system boots by default. Without
+        // `autoboot.txt` the firmware takes the installer.
         let nowhere = Path::new("/nonexistent");
         std::fs::remove_file(recovery.join("autoboot.txt")).context("p1 has no autoboot.txt")?;
         let partitions = Partitions { recovery: &recovery, boot: nowhere };
@@ -228,6 +234,7 @@ impl Play {
             Outcome::Booted(installer) => installer,
             Outcome::Dead(reason) => bail!("the installer does not boot: {reason}"),
         };
+        // Files of two sets in one boot are what the order of writes has to prevent.
         ensure!(installer.mixed.is_empty() && found.mixed.is_empty(), "sets are mixed: {installer:?}, {found:?}");
         let set = Manifest::of_folder("p1's set", &recovery.join(&installer.prefix))?;
         let set = set.which(&self.known.sets)?.to_owned();
@@ -239,13 +246,13 @@ impl Play {
     }
 }
 
-/// What is whole on a card.
+/// Complete boot sets on a card.
 struct Found {
-    /// The installer's set.
+    /// Name of the installer's set.
     set: String,
-    /// The system's boot files; none when the installer is what boots.
+    /// Name of the system's boot files; `None` if the installer boots by default.
     system: Option<String>,
-    /// Other files, which a power cut has torn.
+    /// Other files, torn by a power cut.
     unreadable: Vec<String>,
 }
 
@@ -260,7 +267,7 @@ impl std::fmt::Display for Found {
     }
 }
 
-/// What runs in the starts of an update.
+/// The system that runs in this start of an update.
 fn describe(start: &Start) -> &'static str {
     match &start.outcome {
         Outcome::Booted(Boot { partition: 1, .. }) => "installer",

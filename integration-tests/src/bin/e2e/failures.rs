@@ -1,5 +1,5 @@
-//! What an installer does when it cannot do its work: each policy of `install.toml` after an installation that failed,
-//! and a network on which nobody is.
+//! The installer's failures: each policy of `install.toml` after a failed installation, and a network without any other
+//! host.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use integration_tests::machine::{End, Power};
 use integration_tests::wait::seconds;
 use serde_json::Value;
 
-/// What an emulated board is called that never got another name.
+/// Default id of an emulated board, from its serial number.
 const NODE: &str = "pi-e2e00001";
 
 pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
@@ -23,6 +23,7 @@ pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     let rig = Rig::start(options, dir).await?;
     rig.push_image(Kind::NoSystem, "no-system").await?;
     rig.lab.ask(&["artifacts", "default", "no-system"]).await?;
+    // The cable is out before the machine starts, so that no packet ever passes.
     rig.lab.plug(false).await?;
     let mut power = rig.machine.power_on();
     says(&rig, &mut power, "node cannot be enrolled yet").await?;
@@ -54,6 +55,7 @@ pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     println!("it is off");
 
     step("policy shell, with an initramfs that has one");
+    // This policy needs a shell in the initramfs, and the usual set has none.
     rig.build_bootcode("installer-sh", &["--program", "/bin/sh"]).await?;
     renew(&rig, "installer-sh", "shell").await?;
     let mut power = rig.machine.power_on();
@@ -66,21 +68,21 @@ pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Switches off, and on again with a new card whose installer has this policy.
+/// Cuts the power, and switches on with a new card whose installer has this policy.
 async fn again(rig: &Rig, power: Power, set: &str, policy: &str) -> Result<Power> {
     power.cut().await?;
     renew(rig, set, policy).await?;
     Ok(rig.machine.power_on())
 }
 
-/// A new card, for a node that nobody knows.
+/// Writes a new card, and deletes the node, so that the controller takes it for a new one.
 async fn renew(rig: &Rig, set: &str, policy: &str) -> Result<()> {
     rig.lab.call(&["nodes", "delete", NODE], START).await?.success().context("marcoctl nodes delete")?;
     let settings = format!("[failure]\npolicy = \"{policy}\"\nafter = \"3s\"\n");
     rig.write_card(&rig.folder(&format!("{set}.zip")), &settings).await
 }
 
-/// The controller hears of an installation that failed, and why.
+/// Waits for the controller's next operation, and checks that it failed because the image is no system.
 async fn is_refused(rig: &Rig, power: &mut Power) -> Result<()> {
     let known = operations(rig).await?;
     let operation = rig
@@ -95,14 +97,14 @@ async fn is_refused(rig: &Rig, power: &mut Power) -> Result<()> {
     Ok(())
 }
 
-/// Names of all operations.
+/// The names of all operations.
 async fn operations(rig: &Rig) -> Result<Vec<String>> {
     let listed = rig.lab.ask(&["operations", "list"]).await?;
     let listed = listed.get("operations").and_then(Value::as_array).cloned().unwrap_or_default();
     listed.iter().map(|operation| Ok(text(operation, "name")?.to_owned())).collect()
 }
 
-/// Waits until the machine's console has said something.
+/// Waits until the machine's console contains this text.
 async fn says(rig: &Rig, power: &mut Power, what: &str) -> Result<()> {
     rig.until(power, START, &format!("the console says {what:?}"), async || {
         let starts = rig.machine.starts();

@@ -1,4 +1,4 @@
-//! From a card with nothing but the installer to a system, to another, to one that does not come up, and back.
+//! From a card with only the installer to a system, to another one, to a broken one, and back.
 
 use std::path::Path;
 use std::time::Instant;
@@ -12,22 +12,22 @@ use integration_tests::tree::{compare_with_source, list};
 use integration_tests::wait::seconds;
 use node_agent::system::virtual_pi::firmware::Outcome;
 
-/// How long an installation with all its boots may take on an emulated processor that it shares with others.
+/// Timeout of an installation with all its boots, on an emulated processor shared with others.
 const UPDATE: std::time::Duration = seconds(600);
 
-/// How often a console is looked at for words that are followed by a cut.
+/// Interval between two looks at a console for a text that triggers a cut.
 const LOOK: std::time::Duration = std::time::Duration::from_millis(20);
 
-/// How the card is divided after an installation.
+/// Division of the card after an installation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// By the installer.
+    /// The installer's: recovery partition, root, home and boot partition.
     Resident,
-    /// By the image: a FAT and a root.
+    /// The image's: a FAT and a root.
     Single,
 }
 
-/// What every update must leave as it is.
+/// The node's own data, which each update must preserve.
 #[derive(Debug, PartialEq, Eq)]
 struct Own {
     machine_id: Vec<u8>,
@@ -51,6 +51,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let fresh = rig.folder("fresh");
     rig.machine.card().copy_fat(1, &fresh).await?.context("the card has no recovery partition")?;
     let join = std::fs::read_to_string(fresh.join("marco/join.toml")).context("the card has no join file")?;
+    // The node must discover its controller, so the card may not tell its address.
     ensure!(!join.contains(ADDRESS), "the join file says where the controller is: {join}");
 
     step("power on: it finds the controller, enrols, and installs what the controller has for it");
@@ -75,6 +76,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     rig.power_off(power, &node).await?;
     let before = look(&rig, "first", Layout::Resident).await?;
     let label = rig.machine.card().label(4).await?;
+    // The first image has no cloud-init, so nothing looks for a label.
     ensure!(label == "BOOT", "the boot partition's label is {label}, though nobody looks for it");
     println!(
         "machine-id {}, {} host keys, {} files at home",
@@ -112,6 +114,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     println!("of the installer's log the controller has {} lines", log.lines().count());
     let history = rig.machine.starts();
     let trials = history.iter().skip(starts).filter(|start| {
+        // A trial that ends by a reset is one that did not come up.
         let of_system = matches!(&start.outcome, Outcome::Booted(boot) if boot.partition == 4 && boot.tryboot);
         of_system && start.end == Some(End::Reset)
     });
@@ -142,6 +145,8 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
     let operation = update(&rig, &node, "third", &["--raw"]).await?;
+    // The two dangerous moments of a raw installation: the recovery partition moves to the card's end, and the image is
+    // half written.
     power = cut_when(&rig, power, "the recovery partition moves").await?;
     power = cut_when(&rig, power, "phase=\"unpacking image\"").await?;
     arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &third, Layout::Single).await?;
@@ -153,7 +158,7 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     step("and an update of that to the second image, in layout resident again");
     let mut power = rig.machine.power_on();
     rig.connected(&mut power, &node, "NODE_MODE_RUNNING").await?;
-    // Such a card has no installer of its own.
+    // A card in layout single has no installer, so the update brings one.
     let operation = update(&rig, &node, "second", &["--bootcode", "installer-1"]).await?;
     arrives(&rig, &mut power, &format!("nodes/{node}"), &operation, &second, Layout::Resident).await?;
     rig.power_off(power, &node).await?;
@@ -172,7 +177,8 @@ pub(crate) async fn travel(options: Options, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Cuts the power as soon as the machine's console says this. The installer is what boots then; it is started.
+/// Cuts the power as soon as the machine's console contains this text. Checks that the installer boots next, and starts
+/// it.
 async fn cut_when(rig: &Rig, mut power: Power, words: &str) -> Result<Power> {
     let begun = Instant::now();
     loop {
@@ -193,14 +199,14 @@ async fn cut_when(rig: &Rig, mut power: Power, words: &str) -> Result<Power> {
     Ok(rig.machine.power_on())
 }
 
-/// Asks for an update without notice; answers with the operation's name.
+/// Creates an update without notice, and returns the operation's name.
 async fn update(rig: &Rig, node: &str, image: &str, more: &[&str]) -> Result<String> {
     let arguments = ["operations", "update", node, "--image", image, "--notice", "0s"];
     let operation = rig.lab.ask(&[&arguments, more].concat()).await?;
     Ok(text(&operation, "name")?.to_owned())
 }
 
-/// The operation succeeds, and the controller says that the node runs that image.
+/// Waits until the operation has succeeded, and checks that the controller reports this image and layout for the node.
 async fn arrives(
     rig: &Rig,
     power: &mut Power,
@@ -228,8 +234,8 @@ async fn arrives(
     Ok(())
 }
 
-/// Reads the card from outside: the file systems are whole, the root and the boot partition are those of the image, the
-/// firmware boots the system by default. Answers with what is the node's own.
+/// Checks the card from outside: its file systems are intact, root and boot partition are those of the image, and the
+/// firmware boots the system by default. Returns the node's own data.
 async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
     let card = rig.machine.card();
     let (table, boot_number): ([Option<bool>; 4], u32) = match layout {
@@ -260,6 +266,7 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
         Layout::Resident => card.copy_ext4(3, "/pi", &home).await?,
         Layout::Single => {
             card.copy_ext4(2, "/home/pi", &home).await?;
+            // Removed because it is the node's own data and not part of the image's tree.
             std::fs::remove_dir_all(root.join("home/pi")).context("its home is on its root")?;
             let (tree, own) = (rig.tree(image), ["etc/fstab", "boot/firmware/cmdline.txt"]);
             for (own, found) in own.into_iter().zip([root.join("etc/fstab"), boot.join("cmdline.txt")]) {
@@ -267,6 +274,7 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
             }
         }
     }
+    // mkfs makes this folder; it is not part of the image.
     std::fs::remove_dir(root.join("lost+found")).context("every ext4 has one")?;
     let same = compare_with_source(&rig.tree(image), &seen)?;
     println!("root and boot partition hold the {same} files and folders of image {image}");
@@ -274,12 +282,13 @@ async fn look(rig: &Rig, image: &str, layout: Layout) -> Result<Own> {
     let host_keys =
         files(&root.join("etc/ssh"))?.into_iter().filter(|(name, _)| name.starts_with("ssh_host_")).collect();
     let own = Own { machine_id: std::fs::read(root.join("etc/machine-id"))?, host_keys, home: files(&home)? };
+    // 32 hexadecimal digits and a line feed (machine-id(5)).
     ensure!(own.machine_id.len() == 33, "the machine-id is {:?}", String::from_utf8_lossy(&own.machine_id));
     ensure!(own.host_keys.len() >= 2 && !own.home.is_empty(), "host keys or home are missing: {own:?}");
     Ok(own)
 }
 
-/// Every file below a folder, with its bytes.
+/// All files below a folder: relative path and contents.
 fn files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let paths = list(folder)?.into_iter().filter(|path| folder.join(path).is_file());
     paths.map(|path| Ok((path.display().to_string(), std::fs::read(folder.join(&path))?))).collect()

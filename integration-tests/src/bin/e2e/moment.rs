@@ -1,4 +1,4 @@
-//! When the power is cut: at random moments, and as soon as a phase begins.
+//! The moments of power cuts: random ones, and the start of each phase.
 
 use std::time::{Duration, Instant};
 
@@ -8,23 +8,23 @@ use integration_tests::machine::lab::{Watch, text};
 use integration_tests::wait::seconds;
 use serde_json::Value;
 
-/// How long an update with all its boots may take on an emulated processor that it shares with others.
+/// Timeout of an update with all its boots, on an emulated processor shared with others.
 pub(super) const UPDATE: Duration = seconds(600);
-/// How often the console is looked at: the shortest phases take some hundred milliseconds.
+/// Interval between two looks at the console; the shortest phases take a few hundred milliseconds.
 const LOOK: Duration = Duration::from_millis(20);
-/// States in which the machine does nothing yet, or nothing any more.
+/// States in which the machine has not begun or has finished.
 const NOT_THE_MACHINES: [&str; 3] = ["PENDING", "ASSIGNED", "SUCCEEDED"];
-/// What the installer logs at the beginning of each phase, up to the phase's name.
+/// Markers of the installer's log line at the start of each phase; the phase's name follows the second.
 const INSTALLING: (&str, &str) = (": installing execution=", "phase=\"");
 
-/// When the power is cut.
+/// The moment of a power cut.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Moment {
-    /// As soon as the controller knows of this state or phase.
+    /// As soon as the controller reports this state or phase.
     Heard(String),
-    /// As soon as the installer says on its console that it begins this phase.
+    /// As soon as the installer logs on its console that it begins this phase.
     Said(String),
-    /// So long after the operation was created.
+    /// This long after the operation was created.
     After(Duration),
 }
 
@@ -37,7 +37,7 @@ impl std::fmt::Display for Moment {
     }
 }
 
-/// The phases that were heard of, in order. One that comes again, as writing boot files does, gets a number.
+/// The phases so far, in order. A phase that comes again, such as writing boot files, gets a number.
 #[derive(Debug, Default)]
 pub(super) struct Phases(Vec<String>);
 
@@ -55,14 +55,15 @@ impl Phases {
         self.0.last().map(String::as_str).unwrap_or_default()
     }
 
-    /// Every moment at which something begins, from the beginning of an update that nothing disturbs to before its end:
-    /// what the controller hears, and what it does not hear of because it passes too fast.
+    /// The starts of all phases of an undisturbed update: those that the controller reports, and those that only the
+    /// console shows because they pass too fast.
     pub(super) async fn boundaries(mut watch: Watch, machine: &Machine, begun_with: usize) -> Result<Vec<Moment>> {
         let mut heard = Self::default();
         while let Some(message) = watch.next().await? {
             heard.hear(&phase(&message));
         }
         let said = said(machine, begun_with)?;
+        // The controller gets progress at most once a second, so it misses short phases.
         let not_heard = said.0.into_iter().filter(|phase| !heard.0.contains(phase)).map(Moment::Said);
         let heard = heard.0.iter().filter(|phase| !NOT_THE_MACHINES.contains(&phase.as_str()));
         let heard = heard.cloned().map(Moment::Heard);
@@ -71,7 +72,7 @@ impl Phases {
 }
 
 impl Moment {
-    /// The same, for a machine that is faster than when it was measured.
+    /// The same moment for a machine that has become faster since it was measured.
     pub(super) fn sooner(self) -> Self {
         match self {
             Self::After(time) => Self::After(time / 2),
@@ -79,9 +80,9 @@ impl Moment {
         }
     }
 
-    /// Waits for it; says what was known then, or nothing when the update has ended before: it was faster, or the
-    /// controller never heard of the phase, as states that pass faster than they are told are passed over. `begun_with` is
-    /// how often the machine had been started when the update began.
+    /// Waits for the moment. Returns the phase reached then. `None`: the update ended before, because it was faster, or
+    /// because the controller never heard of the phase (states shorter than a report are skipped). `begun_with`:
+    /// number of the machine's starts before the update.
     pub(super) async fn reach(&self, mut watch: Watch, machine: &Machine, begun_with: usize) -> Result<Option<String>> {
         let (begun, update) = (Instant::now(), machine.board().patience(UPDATE));
         let mut phases = Phases::default();
@@ -91,7 +92,7 @@ impl Moment {
                 Self::Said(_) => LOOK,
                 Self::After(time) => time.saturating_sub(begun.elapsed()),
             };
-            // A message that is half read when the time is over is not needed any more, or not at all.
+            // A timeout may drop a half-read message. Nothing is read after it: each arm below returns.
             let message = match self {
                 Self::Said(wanted) => {
                     tokio::time::sleep(limit).await;
@@ -126,13 +127,13 @@ impl Moment {
     }
 }
 
-/// What the installer has said that it began, in the starts from this one on.
+/// The phases that the installer has logged, in the starts from number `from` on.
 fn said(machine: &Machine, from: usize) -> Result<Phases> {
     let mut phases = Phases::default();
     for start in machine.starts().iter().skip(from) {
         let console = std::fs::read(&start.console)?;
         for line in String::from_utf8_lossy(&console).lines().filter(|line| line.contains(INSTALLING.0)) {
-            // Whoever writes it has begun a line that it may not have ended.
+            // The last line may be incomplete while the installer writes it.
             let phase = line.split_once(INSTALLING.1).and_then(|(_, rest)| rest.split_once('"'));
             phases.hear(phase.map(|(phase, _)| phase).unwrap_or_default());
         }
@@ -140,14 +141,15 @@ fn said(machine: &Machine, from: usize) -> Result<Phases> {
     Ok(phases)
 }
 
-/// State and phase of the only execution.
+/// The phase of the only execution, or its state if it is not running or has no phase.
 fn phase(message: &Value) -> String {
     let get = |name: &str| text(message, &format!("executions.0.{name}")).unwrap_or_default().to_owned();
     let (state, phase) = (get("state").trim_start_matches("STATE_").to_owned(), get("phase"));
+    // A phase is of interest only while the execution runs; otherwise the state says more.
     if phase.is_empty() || state != "RUNNING" { state } else { phase }
 }
 
-/// SplitMix64 (Steele, Lea, Flood 2014): enough to draw moments that can be drawn again.
+/// SplitMix64 (Steele, Lea, Flood 2014), reproducible by its seed.
 #[derive(Debug)]
 pub(super) struct Random(pub(super) u64);
 
@@ -160,8 +162,9 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// From 0 up to 1.
+    /// A number from 0 up to, but not including, 1.
     pub(super) fn fraction(&mut self) -> f64 {
+        // The upper 32 bits: an f64 holds each of these numbers exactly.
         f64::from(u32::try_from(self.next() >> 32).unwrap_or_default()) / (f64::from(u32::MAX) + 1.0)
     }
 
