@@ -50,10 +50,10 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 const RETRY_AFTER_STOP: Duration = Duration::from_millis(500);
 /// Pause between two tries to store the end of a session, while the store is away.
 const END_AGAIN: Duration = Duration::from_secs(1);
-/// Least time for a node to stay away that is not admitted.
+/// Least time for a refused node to stay away.
 const RETRY_WHEN_REFUSED: Duration = Duration::from_secs(30);
-/// Least time for a node to stay away whose session was superseded. Short, because it may be one of two clones: the
-/// sooner it returns, the sooner both are in quarantine.
+/// Least time for a superseded node to stay away. Short, because it may be one of two clones: the sooner it returns,
+/// the sooner both are in quarantine.
 const RETRY_WHEN_SUPERSEDED: Duration = Duration::from_secs(5);
 
 /// Progress rows that may wait to be written, of all nodes. Rows that do not fit are dropped.

@@ -91,7 +91,7 @@ pub enum HelloVerdict {
     Change(ExecutionState, Option<ExecutionError>),
 }
 
-/// Decides about a report, from the stored state alone.
+/// Decides about a report, by the stored state and the facts that a success has to match.
 pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     if matches!(reported.state, ExecutionState::Pending | ExecutionState::Assigned | ExecutionState::Expired) {
         return ReportVerdict::Refuse("a node does not report this state");
@@ -192,8 +192,8 @@ fn judge(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Repor
     }
 }
 
-/// Proves a success by a new boot id and, for an update, by the running system's /etc/marco-release. The node's word
-/// alone is no proof.
+/// Proves a success by a new boot id and, for an update, by the running system's /etc/marco-release. Without
+/// this proof SUCCEEDED is not believed.
 fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Result<(), ExecutionError> {
     let refuse = |message: String| Err(ExecutionError::new(reason::NOT_VERIFIED, message));
     if reported.boot_id.is_empty() {
@@ -211,7 +211,7 @@ fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Resul
     if reported.boot_id == before {
         return refuse(format!("the node still runs under boot id {before}"));
     }
-    // For a reboot or a power-off the new boot id proves all.
+    // For a reboot or a power-off the new boot id suffices.
     let Action::Update(update) = expected.action else { return Ok(()) };
     if reported.release_execution != expected.execution {
         return refuse(format!("the running system was installed by {:?}", reported.release_execution));

@@ -39,7 +39,7 @@ pub struct SessionStart {
     pub system: System,
 }
 
-/// Reason of the quarantine of a node whose identity two machines have.
+/// Reason of the quarantine of a node whose identity two agents have, on one machine or on two.
 pub const CLONED: &str = "two nodes have this identity: one that was superseded by the other came back";
 
 /// Result of a Hello.
@@ -64,7 +64,7 @@ pub enum SessionOutcome {
     KeyRevoked,
     /// The node was in quarantine before.
     Quarantined,
-    /// The node is in quarantine from now on, because two machines have its identity.
+    /// The node is in quarantine from now on, because two agents have its identity.
     Cloned,
     /// The connection is older than the node's present session, and from an earlier boot or start of the agent: close
     /// it.
@@ -127,8 +127,8 @@ impl Store {
         if came_back(new_boot, &start.boot_id, &previous)
             || came_back(new_instance, &start.instance, &previous_instance)
         {
-            // An earlier boot id or instance never returns on one machine. Either this connection was made before the
-            // present session was known, or two machines have this identity.
+            // A boot id or an instance never comes back after another one. Either this connection was made before the
+            // present session was known, or two agents have this identity.
             if row.maybe_time("session_time")?.is_some_and(|begun| start.accept_time <= begun) {
                 return Ok(SessionOutcome::Superseded);
             }
@@ -201,7 +201,8 @@ impl Store {
     }
 
     /// Stores that an agent ends because its machine powers off, under the session in which the agent said so. Returns
-    /// false if the execution is not a power-off in REBOOTING, or the session is no longer the node's.
+    /// false if the execution is not a power-off in REBOOTING, the session has said so before, or is no longer the
+    /// node's.
     pub async fn say_goodbye(&self, id: &ExecutionId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
         self.again(|| self.say_goodbye_once(id, epoch, now)).await
     }

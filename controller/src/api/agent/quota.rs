@@ -35,6 +35,7 @@ impl Quota {
     pub(super) fn refill(&mut self, now: Instant) {
         let seconds = now.duration_since(self.filled).as_secs();
         if seconds > 0 {
+            // Saturating: a session that was silent for years must not overflow, and only the burst counts.
             let more = u32::try_from(seconds).unwrap_or(u32::MAX).saturating_mul(PER_SECOND);
             self.left = self.left.saturating_add(more).min(BURST);
             // Not `now`: the rest of a second counts for the next refill.

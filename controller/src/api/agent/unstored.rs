@@ -37,7 +37,7 @@ impl Unstored {
                 == (&report.execution, report.attempt, report.sequence, report.state, report.cancel_refused)
         };
         match self.reports.iter_mut().find(same) {
-            // The log comes with one report only, and a repetition without it must not lose it.
+            // Not every report carries the log, and a newer one without it must not lose it.
             Some(other) if report.log.lines.is_empty() => {
                 let log = std::mem::take(&mut other.log);
                 *other = ReportRow { log, ..report };
