@@ -1,7 +1,7 @@
-//! Model test: random histories of operators, controllers, nodes, databases and the clock against the real store and
-//! dispatcher, checked after every step. A history that fails is shrunk, and printed with the seed.
+//! Random histories of operators, controllers, nodes, databases and the time against the real store and dispatcher,
+//! checked after every step. A history that fails is made smaller, and printed with the seed.
 //!
-//! `HISTORIES` sets the number of histories (default 200), `MODEL_SEED` repeats a run. One in three runs on Postgres.
+//! `HISTORIES` says how many (default 200), `MODEL_SEED` repeats a run. One in three runs on Postgres.
 
 mod bytes;
 mod checks;
@@ -26,7 +26,7 @@ const SCENES: usize = 100;
 /// Nodes and controllers of a history.
 const PIS: usize = 4;
 const CONTROLLERS: usize = 2;
-/// Part of the error of a pool that got no connection in time.
+/// What a pool says whose connections were not there in time.
 const LATE: &str = "no connection to postgres";
 
 fn pick(number: u8, of: usize) -> usize {
@@ -73,14 +73,13 @@ fn random_histories_lose_nothing_and_prove_every_success() {
                 ran.set(ran.get() + 1);
                 Ok(())
             }
-            // On a busy machine even a healthy database may not answer in time. That proves nothing against the store,
-            // so the history is left out; the assertion below bounds how many are.
+            // A machine that has much else to do keeps even a database that is well from answering in time.
             Err(wrong) if place == 2 && wrong.contains(LATE) => {
                 late.set(late.get() + 1);
                 Ok(())
             }
             Err(wrong) => {
-                // The first message is of the history as found. Later ones are of shrunk histories.
+                // The first is the history as it was found; those that follow make it smaller.
                 println!("model: after {} histories: {wrong}", ran.get());
                 Err(TestCaseError::fail(wrong))
             }
@@ -91,7 +90,6 @@ fn random_histories_lose_nothing_and_prove_every_success() {
     if let Err(failure) = outcome {
         panic!("MODEL_SEED={seed}: {failure}");
     }
-    // Fewer histories may miss an event by chance.
     if histories >= 200 {
         let missing = done.borrow().missing(template.has_small_disk());
         assert!(missing.is_empty(), "MODEL_SEED={seed}: none of {histories} histories reached: {missing:?}");
