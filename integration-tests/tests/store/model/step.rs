@@ -223,7 +223,7 @@ fn kind(step: &Step) -> Option<usize> {
     })
 }
 
-/// A history of at most this many scenes. It begins with an operation, because without one most steps have no effect.
+/// A history of fewer than this many scenes. It begins with an operation, because without one most steps have no effect.
 pub(super) fn history(scenes: usize) -> impl Strategy<Value = Vec<Step>> {
     // Each kind is left out of half of the histories.
     let without = proptest::collection::vec(any::<bool>(), KINDS);
