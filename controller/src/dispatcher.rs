@@ -1,5 +1,5 @@
 //! The one reconciler. It takes no input: each round reads store, sessions and clock, and does what is due. A change of
-//! the store or a tick only wakes it, so a restart, a reconnect and the normal path are the same code.
+//! the store or a tick only wakes it, so restart, reconnect and the normal path are the same code.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,30 +14,31 @@ use crate::sessions::{Command, End, Sessions};
 use crate::store::{Store, StoreError};
 use crate::watchdog::Pulses;
 
-/// The longest time between two rounds, before jitter. Times of operations are kept to this precision.
+/// Longest time between two rounds, before jitter. Scheduled times are kept to this precision.
 const TICK: Duration = Duration::from_secs(1);
-/// Changes that come close together are handled in one round.
+/// Pause after a change, so that one round handles several changes.
 const SETTLE: Duration = Duration::from_millis(15);
-/// How often the right of live sessions to be there is checked: quarantine acts within 5 s on every controller.
+/// Interval of the sweep, which checks that live sessions are still admitted. A quarantine takes effect within 5 s on
+/// every controller.
 const SWEEP: Duration = Duration::from_secs(2);
-/// After this time without an answer from the store, it is said again that it does not answer.
+/// Least time between two log messages about failed rounds.
 const COMPLAIN: Duration = Duration::from_secs(60);
 
-/// Does what is due.
+/// The reconciler of one controller.
 pub struct Dispatcher {
     store: Store,
     sessions: Arc<Sessions>,
     clock: Arc<dyn Clock>,
     controller: String,
     address: String,
-    /// A claim failed, and may be committed all the same.
+    /// A claim failed, but may be committed nevertheless: the answer to the commit was lost.
     unsure: AtomicBool,
-    /// What the watchdog sees of it.
+    /// Signs of life for the watchdog.
     pulses: Pulses,
 }
 
 impl Dispatcher {
-    /// A dispatcher for the sessions of the controller with this id.
+    /// A dispatcher for the sessions of the controller with this id. Other controllers and nodes find it at `address`.
     pub fn new(
         store: Store,
         sessions: Arc<Sessions>,
@@ -48,24 +49,26 @@ impl Dispatcher {
         Self { store, sessions, clock, controller, address, unsure: AtomicBool::new(false), pulses: Pulses::default() }
     }
 
-    /// Lets a watchdog see its rounds.
+    /// Reports the rounds to a watchdog.
     #[must_use]
     pub fn watched(self, pulses: Pulses) -> Self {
         Self { pulses, ..self }
     }
 
-    /// Rounds until cancelled.
+    /// Runs rounds until cancelled.
     pub async fn run(self, stop: CancellationToken) {
         let mut changes = self.store.subscribe_changes();
         let mut swept = None::<tokio::time::Instant>;
         let mut complained = None::<tokio::time::Instant>;
         loop {
+            // Before the round: a change that comes during it wakes the next one.
             changes.mark_unchanged();
             let sweep = swept.is_none_or(|last| last.elapsed() >= SWEEP);
             let done = self.round(sweep).await;
             self.pulses.dispatcher.beat(&done);
             if done.is_err() {
-                // A store that is away ends the round before the sign of life: the beat failed, it does not stand still.
+                // A round that the store's absence ends early never reaches the beat. The beat failed then; without
+                // this the watchdog would say that it stands still.
                 self.pulses.beat.beat(&done);
             }
             let away = is_away(&done);
@@ -87,7 +90,8 @@ impl Dispatcher {
                 }
                 Err(_) => {}
             }
-            // Every arm only wakes; dropping the others loses a wake-up at most until the next tick.
+            // Each arm only wakes, so dropping the others loses nothing for longer than a tick. Changes wake nothing
+            // while the store is away: that would only repeat the failure faster.
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(jittered(TICK)) => {}
@@ -102,13 +106,13 @@ impl Dispatcher {
     /// One round. Public so that tests can step through time with a manual clock.
     ///
     /// # Errors
-    /// The store's first; what was done stays done, and the next round goes on. Only a store that is away ends a round
-    /// early: what one step cannot do must not keep the others from being done.
+    /// Returns the first error of the store. Finished steps stay done, and the next round goes on. Only a
+    /// store that is away ends a round early: a failure of one step must not keep the others from being done.
     #[tracing::instrument(level = "debug", skip_all, name = "round")]
     pub async fn round(&self, sweep: bool) -> Result<(), StoreError> {
         let done = self.steps(sweep).await;
         if is_away(&done) {
-            // Neither could nodes be heard nor other controllers give a sign of life.
+            // Reports could not be stored, nor could other controllers send beats. Their silence proves nothing now.
             self.store.interrupt_watch();
         }
         done
@@ -116,6 +120,7 @@ impl Dispatcher {
 
     async fn steps(&self, sweep: bool) -> Result<(), StoreError> {
         let now = self.clock.now();
+        // First, because the steps below judge silence only if this process has listened long enough.
         let listening = self.store.keep_watch(now);
         let mut failed = None;
         for operation in kept(self.store.move_windows(now).await, &mut failed)? {
@@ -138,6 +143,7 @@ impl Dispatcher {
         if sweep {
             kept(self.sweep(now).await, &mut failed)?;
         }
+        // Before anything is assigned: a rollout with too many failures must not take another node.
         for (operation, why) in kept(self.store.pause_rollouts(now).await, &mut failed)? {
             tracing::warn!(%operation, why = %why, "an operation paused by itself");
         }
@@ -170,7 +176,8 @@ impl Dispatcher {
             let node = assignment.execution.node.clone();
             let Some((_, epoch)) = live.iter().find(|(id, _)| *id == node) else { continue };
             tracing::info!(execution = %assignment.execution, attempt = assignment.attempt, "assigned");
-            // Not sent is not lost: the node's next Hello does not list it, and it is PENDING again.
+            // An assignment that is not sent is not lost: the node's next Hello does not list it, so it becomes PENDING
+            // again.
             self.sessions.send(&node, *epoch, Command::Assign(Box::new(assignment)));
         }
         Ok(())
@@ -194,8 +201,9 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// Ends the sessions of nodes that were quarantined, deleted, or lost their certificate, here or on another
-    /// controller.
+    /// Ends the sessions of nodes that were quarantined, deleted, or lost their certificate, on this or another
+    /// controller. Also notes which nodes are connected, cancels executions of deleted nodes, sends the beat of this
+    /// controller, and ends the sessions of dead ones.
     async fn sweep(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
         let live = self.sessions.live();
         let nodes: Vec<NodeId> = live.iter().map(|session| session.node.clone()).collect();
@@ -204,7 +212,7 @@ impl Dispatcher {
         for (node, epoch) in self.store.lost_sessions(&self.controller, &epochs).await? {
             let admitted = self.store.node(&node).await?.is_some_and(|row| row.state != NodeState::Quarantined);
             tracing::warn!(%node, admitted, "a session is cut: the node is barred, or it is not the node's any more");
-            // The picture is old by now: the node may have a newer session.
+            // By its epoch: the node may have a newer session by now, which must not end.
             self.sessions.end_one(&node, epoch, if admitted { End::Lost } else { End::Barred });
         }
         let serials: Vec<String> = live.iter().map(|session| session.certificate.clone()).collect();
@@ -216,6 +224,7 @@ impl Dispatcher {
         for changed in self.store.cancel_orphans(now).await? {
             tracing::warn!(execution = %changed.execution, "an execution was cancelled: its node is deleted");
         }
+        // The watchdog learns of a failed beat too, so the error is returned only after that.
         let beat = self.store.beat(&self.controller, &self.address, now).await;
         self.pulses.beat.beat(&beat);
         beat?;
@@ -226,13 +235,16 @@ impl Dispatcher {
     }
 }
 
-/// Whether a round ended because the store is away. One that met other transactions' locks has heard the nodes.
+/// True if a round ended because the store is away. Contention for locks does not count: the store answers nodes then.
 fn is_away(done: &Result<(), StoreError>) -> bool {
     matches!(done, Err(error @ StoreError::Unavailable(_)) if !error.is_contention())
 }
 
-/// What a step did; nothing where it failed, for a reason that is kept if it is the first: other transactions' locks, for
-/// example. A store that is away ends the round.
+/// Returns the result of a step. If the step failed, for instance on the locks of other transactions, returns an empty
+/// result, and keeps the error in `failed` if it is the first.
+///
+/// # Errors
+/// Passes on the error if the store is away, which ends the round.
 fn kept<T: Default>(done: Result<T, StoreError>, failed: &mut Option<StoreError>) -> Result<T, StoreError> {
     match done {
         Ok(done) => Ok(done),
@@ -245,10 +257,10 @@ fn kept<T: Default>(done: Result<T, StoreError>, failed: &mut Option<StoreError>
     }
 }
 
-/// Up to a tenth more or less, so that several controllers do not ask in step.
+/// Varies a pause by up to a tenth in either direction, so that several controllers do not run their rounds in step.
 fn jittered(base: Duration) -> Duration {
     let mut random = [0u8; 1];
-    // Without randomness there is merely no jitter.
+    // If there is no randomness, only the jitter is lost.
     let _ = getrandom::fill(&mut random);
     base.mul_f64(0.9 + 0.2 * f64::from(u8::from_ne_bytes(random)) / 255.0)
 }

@@ -1,5 +1,5 @@
-//! The live sessions of this controller: which node has an open stream, and how to reach it. A hint only: what a
-//! session was told is in the store before it is told.
+//! Registry of this controller's live sessions: nodes with an open stream, and a queue of commands to each. Only a
+//! hint: all that a session is told is stored before.
 
 mod acked;
 
@@ -13,48 +13,49 @@ use tokio::sync::{mpsc, watch};
 use crate::store::Assignment;
 pub use acked::Acked;
 
-/// Commands that may wait for one session. A node has one execution at a time, so a queue this long means that it does
-/// not read: it is cut, not buffered.
+/// Commands that may wait for one session. A node has one execution at a time, so a full queue means that it does not
+/// read. Its session then ends.
 const QUEUE: usize = 64;
-/// A node is asked where its execution is at most this often.
+/// Least time between two queries to a node.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
 
-/// What a session is told.
+/// Message from the controller to a session.
 #[derive(Debug, Clone)]
 pub enum Command {
-    /// Do this.
+    /// Carry out this delivery.
     Assign(Box<Assignment>),
-    /// Stop this, if it can still be helped.
+    /// Stop this execution, if it is not too late.
     Cancel(ExecutionId),
-    /// A report up to this sequence is committed.
+    /// Reports of this execution are committed up to this sequence.
     Ack(ExecutionId, u64),
-    /// Say where this is.
+    /// Report the state of this execution.
     Query(ExecutionId),
 }
 
-/// Why a session ends.
+/// Reason that a session ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// The node opened another one.
+    /// The node opened another session on this controller.
     Superseded,
-    /// It is another controller's, or was ended because this one gave no sign of life.
+    /// The session in the store is another one, on any controller, or another controller ended it because this one gave
+    /// no sign of life.
     Lost,
     /// The node was quarantined, deleted, or its certificate revoked.
     Barred,
-    /// It does not read what it is sent.
+    /// The node does not read its messages.
     SlowReader,
     /// The controller stops.
     Shutdown,
-    /// This controller does no work: another one may.
+    /// This controller cannot work, and another one may serve the node.
     Away,
 }
 
-/// The session's own end of the registry's entry.
+/// The session's side of its entry in the registry.
 #[derive(Debug)]
 pub struct Handle {
-    /// What the session is told, in order.
+    /// Commands, in the order in which to send them.
     pub commands: mpsc::Receiver<Command>,
-    /// Why it ends, once it does.
+    /// Reason that the session has to end. `None`: it goes on.
     pub end: watch::Receiver<Option<End>>,
 }
 
@@ -65,35 +66,35 @@ struct Entry {
     commands: mpsc::Sender<Command>,
     end: watch::Sender<Option<End>>,
     cancels_sent: HashSet<ExecutionId>,
-    /// The delivery that was sent last: a node has one at a time.
+    /// Execution and attempt of the last delivery that was sent. A node has one at a time.
     assigned: Option<(ExecutionId, u32)>,
-    /// Its Hello is dealt with: work that is given to it now cannot cross with what it lists.
+    /// Its Hello is reconciled, so new work cannot cross with the executions that Hello lists.
     ready: bool,
-    /// It answers queries.
+    /// Its agent answers queries.
     answers: bool,
-    /// When it was last asked.
+    /// Time of the last query. `None`: not queried yet.
     asked: Option<tokio::time::Instant>,
 }
 
-/// A session as the dispatcher and the sweep see it.
+/// Snapshot of a session for the dispatcher.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Live {
     /// The node.
     pub node: NodeId,
-    /// Its session epoch, as in the store.
+    /// Session epoch, as in the store.
     pub epoch: i64,
     /// Serial number of the certificate that opened it.
     pub certificate: String,
-    /// Its Hello is dealt with, and it may be given work.
+    /// True if its Hello is reconciled, so that it may be given work.
     pub ready: bool,
 }
 
-/// The registry.
+/// The registry. At most one session for each node.
 #[derive(Debug, Default)]
 pub struct Sessions {
     entries: Mutex<HashMap<NodeId, Entry>>,
     stopping: Mutex<bool>,
-    /// This controller does no work, so nobody is let in.
+    /// This controller cannot work, so no session may begin.
     away: Mutex<bool>,
 }
 
@@ -102,15 +103,18 @@ impl Sessions {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters a session; an older one of the same node ends. `None` when a newer one is there already, or the
-    /// controller stops.
+    /// Enters a session and ends an older one of the same node. `None`: a newer one is entered already, the controller
+    /// stops, or nodes are sent away.
     pub fn open(&self, node: &NodeId, epoch: i64, certificate: &str) -> Option<Handle> {
         let (commands, receiver) = mpsc::channel(QUEUE);
         let (end, end_receiver) = watch::channel(None);
+        // Both flags are read under this lock. Otherwise a session could be entered after `end_all` or `send_away` has
+        // ended the others, and stay.
         let mut entries = self.lock();
         if self.is_away() || *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) {
             return None;
         }
+        // The epochs come from the store, but their sessions may arrive here in another order.
         if entries.get(node).is_some_and(|present| present.epoch > epoch) {
             return None;
         }
@@ -139,7 +143,7 @@ impl Sessions {
         }
     }
 
-    /// Its Hello is dealt with; `answers` tells whether it answers queries.
+    /// Marks the session's Hello as reconciled. `answers`: its agent answers queries.
     pub fn set_ready(&self, node: &NodeId, epoch: i64, answers: bool) {
         if let Some(entry) = self.lock().get_mut(node).filter(|entry| entry.epoch == epoch) {
             entry.ready = true;
@@ -154,14 +158,14 @@ impl Sessions {
         }
     }
 
-    /// Tells whatever session a node has to end; the session then removes itself.
+    /// Tells the node's present session to end. The session removes itself.
     pub fn end(&self, node: &NodeId, why: End) {
         if let Some(entry) = self.lock().get(node) {
             entry.end.send_replace(Some(why));
         }
     }
 
-    /// Tells every session to end, and lets none in any more.
+    /// Tells every session to end, and refuses new ones from now on.
     pub fn end_all(&self, why: End) {
         *self.stopping.lock().unwrap_or_else(PoisonError::into_inner) = true;
         for entry in self.lock().values() {
@@ -169,14 +173,14 @@ impl Sessions {
         }
     }
 
-    /// Whether nodes are sent to other controllers.
+    /// True if nodes are sent to other controllers.
     pub fn is_away(&self) -> bool {
         *self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells every session to end and lets none in, or lets them in again.
+    /// True: tells every session to end, and refuses new ones. False: accepts new ones again.
     pub fn send_away(&self, away: bool) {
-        // Held while it changes, so that none is entered in between.
+        // Held during the change, so that no session is entered between the two steps.
         let entries = self.lock();
         *self.away.lock().unwrap_or_else(PoisonError::into_inner) = away;
         if away {
@@ -186,11 +190,13 @@ impl Sessions {
         }
     }
 
-    /// Queues a command for the session with this epoch; one that was sent in it before is not sent again. False when there is none; one whose queue is full is cut, and
-    /// its next Hello brings the truth.
+    /// Queues a command for the session with this epoch. Cancels and deliveries are sent once in a session. Returns
+    /// false if there is no such session, or its queue is full. A session with a full queue ends, and the node's next
+    /// Hello tells what it received.
     pub fn send(&self, node: &NodeId, epoch: i64, command: Command) -> bool {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(node).filter(|entry| entry.epoch == epoch) else { return false };
+        // The dispatcher keeps no memory of what it sent and repeats it in each round, so repetitions are dropped here.
         if let Command::Cancel(execution) = &command
             && !entry.cancels_sent.insert(execution.clone())
         {
@@ -204,6 +210,7 @@ impl Sessions {
         }
         if let Command::Query(_) = &command {
             let now = tokio::time::Instant::now();
+            // An older agent does not know this message, and would end its session.
             if !entry.answers || entry.asked.is_some_and(|asked| now.duration_since(asked) < ASK_AGAIN) {
                 return true;
             }
@@ -212,6 +219,7 @@ impl Sessions {
         match entry.commands.try_send(command) {
             Ok(()) => true,
             Err(mpsc::error::TrySendError::Full(_)) => {
+                // Waiting would let one node stop the dispatcher, and an unbounded queue would grow without limit.
                 entry.end.send_replace(Some(End::SlowReader));
                 false
             }
@@ -219,7 +227,7 @@ impl Sessions {
         }
     }
 
-    /// Every live session.
+    /// All sessions that have not been told to end.
     pub fn live(&self) -> Vec<Live> {
         self.lock()
             .iter()
@@ -233,7 +241,7 @@ impl Sessions {
             .collect()
     }
 
-    /// Waits until no session is left, at most for `limit`; true when none is.
+    /// Waits until no session is left, at most for `limit`. Returns true if none is.
     pub async fn drained(&self, limit: Duration) -> bool {
         let deadline = tokio::time::Instant::now() + limit;
         while !self.lock().is_empty() {

@@ -1,4 +1,4 @@
-//! Opens what may not be there yet when the machine starts its services: the database and a clock that is right.
+//! Waits at startup for things that a booting machine may not have yet: the database, and the right time.
 
 use std::time::{Duration, Instant};
 
@@ -10,19 +10,20 @@ use crate::identity::ca::{Pki, PkiError};
 use crate::store::{Store, StoreError};
 use crate::{ask_time, chain};
 
-/// Pause between two looks at a clock that is wrong, or at a database that does not answer.
+/// Pause between two tries, for the clock and for the database.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Time between two log messages about the same wait.
+/// Time between two log messages about the wait for the clock.
 const REMIND: Duration = Duration::from_secs(60);
-/// How long a database that answered and went away again is waited for: longer than its restart or fail-over.
+/// Longest wait for a database that answered once and then went away. Longer than its restart or fail-over.
 const DATABASE: Duration = Duration::from_secs(60);
 
-/// Opens the database and asks it for its time, which is `None` on SQLite. One that answered and went away before everything
-/// was opened (a restart, a cut connection) is tried again for [`DATABASE`].
+/// Opens the database and asks for its time, which is `None` on SQLite. Retries for [`DATABASE`] if the database
+/// answered and then went away before everything was opened (a restart, a cut connection).
 ///
 /// # Errors
-/// A database that does not answer the first connection, and whatever waiting does not change, at once: that is a wrong
-/// address more often than an outage, and the service manager tries again. Otherwise the last error.
+/// Fails at once if the database does not answer the first connection, or with an error that time does not
+/// heal. The first is a wrong address more often than an outage, and the service manager starts the controller again.
+/// After [`DATABASE`] fails with the last error.
 pub(crate) async fn open_store(url: &str) -> anyhow::Result<(Store, Option<Sample>)> {
     let mut answered: Option<Instant> = None;
     loop {
@@ -35,6 +36,8 @@ pub(crate) async fn open_store(url: &str) -> anyhow::Result<(Store, Option<Sampl
             }
             Err(error) => error,
         };
+        // A refused first connection is a wrong address or password more often than an outage, unless one succeeded
+        // before.
         let may_heal = match error.downcast_ref() {
             Some(StoreError::Unavailable(_)) => true,
             Some(StoreError::Postgres { .. }) => answered.is_some(),
@@ -48,7 +51,7 @@ pub(crate) async fn open_store(url: &str) -> anyhow::Result<(Store, Option<Sampl
             let seconds = DATABASE.as_secs();
             tracing::error!(error = chain(&*error), seconds, "waiting for the database: nobody is served before");
         }
-        // Dropping the wait loses nothing.
+        // Dropping this future loses nothing: nothing is open yet.
         tokio::time::sleep(AGAIN).await;
     }
 }
@@ -59,9 +62,9 @@ async fn try_store(url: &str) -> anyhow::Result<(Store, Option<Sample>)> {
     Ok((store, time))
 }
 
-/// Opens the certificates. A machine without a real-time clock starts its services before a time server has told it the
-/// time: until the clock can be right nothing is signed and nobody is let in, and the log says why. Ending instead would
-/// be a loop of restarts.
+/// Opens the certificates, once the clock can be right. A machine without a real-time clock starts its services before
+/// it has the time from a time server. Until then the controller signs nothing and serves nobody, and the log says
+/// why. Ending instead would be a loop of restarts.
 pub(crate) async fn open_pki(config: &Config, clock: &dyn Clock) -> anyhow::Result<Pki> {
     let mut said: Option<Instant> = None;
     loop {

@@ -1,4 +1,4 @@
-//! `AgentService`: the session of a node.
+//! `AgentService`: sessions of nodes.
 
 mod blank;
 mod ending;
@@ -38,25 +38,25 @@ use quota::Quota;
 use refused::Refused;
 use unstored::Unstored;
 
-/// The first message must come this soon.
+/// Deadline of the first message, the Hello.
 const HELLO: Duration = Duration::from_secs(10);
-/// A node that takes nothing for this long is cut.
+/// Longest time for a node to take a message. A session that exceeds it ends.
 const SLOW: Duration = Duration::from_secs(15);
-/// Messages that wait for the connection.
+/// Messages that may wait for one connection.
 const QUEUE: usize = 16;
-/// The least time between two progress reports of an execution; also how often they are written.
+/// Least time between two progress reports of an execution. They are written at the same interval.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a node stays away after a good-bye, at least: a restart takes about this long.
+/// Least time for a node to stay away after a Goodbye: about the duration of a restart.
 const RETRY_AFTER_STOP: Duration = Duration::from_millis(500);
-/// How often the end of a session is stored again while the store is away.
+/// Pause between two tries to store the end of a session, while the store is away.
 const END_AGAIN: Duration = Duration::from_secs(1);
-/// A node that is not admitted tries again after this long, at least.
+/// Least time for a refused node to stay away.
 const RETRY_WHEN_REFUSED: Duration = Duration::from_secs(30);
-/// A node whose session was superseded is gone, or there are two of it: the sooner the other one says so, the sooner both
-/// are shut out.
+/// Least time for a superseded node to stay away. Short, because it may be one of two clones: the sooner it returns,
+/// the sooner both are in quarantine.
 const RETRY_WHEN_SUPERSEDED: Duration = Duration::from_secs(5);
 
-/// Progress that waits to be written: one row for each of many nodes at once. What does not fit is left out.
+/// Progress rows that may wait to be written, of all nodes. Rows that do not fit are dropped.
 const PROGRESS_QUEUE: usize = 4096;
 
 /// The service.
@@ -76,13 +76,14 @@ impl Agent {
     }
 }
 
-/// Writes progress in one statement a second, the newest of each execution. What is lost with the process was a hint.
+/// Writes the newest progress of each execution, in one statement a second. Progress lost with the process was only a
+/// hint.
 async fn write_progress(context: Context, mut receiver: mpsc::Receiver<ProgressRow>) {
     let mut newest: HashMap<ExecutionId, ProgressRow> = HashMap::new();
     let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        // A tick between two rows writes what is there; no row is lost by it.
+        // `recv` and `tick` are cancel safe, so no row is lost.
         tokio::select! {
             () = context.stop.cancelled() => return,
             row = receiver.recv() => match row {
@@ -93,7 +94,7 @@ async fn write_progress(context: Context, mut receiver: mpsc::Receiver<ProgressR
                 let rows: Vec<ProgressRow> = newest.drain().map(|(_, row)| row).collect();
                 if let Err(error) = context.store.flush_progress(&rows, context.clock.now()).await {
                     tracing::debug!(error = &*crate::chain(&error), "progress was not written");
-                    // It holds off deadlines: what nothing newer replaced is written with the next.
+                    // Kept, because progress postpones deadlines. Rows that are newer by now take precedence.
                     for row in rows {
                         newest.entry(row.execution.clone()).or_insert(row);
                     }
@@ -110,24 +111,24 @@ struct Session {
     node: NodeId,
     epoch: i64,
     out: Out,
-    /// The node waits in its installer, with a card that has no system.
+    /// The node waits in its installer with a card without a system. `None`: any other node.
     blank: Option<Blank>,
-    /// What was acknowledged in this session: attempt and sequence.
+    /// Attempts and sequences that this session acknowledged.
     acked: Acked,
-    /// The power-off with which its agent ends, once it has said so.
+    /// The power-off that ends the agent, once the agent has said so.
     leaving: OnceLock<ExecutionId>,
-    /// The node waits for approval. What it says of executions is neither stored nor acknowledged: it may be another
-    /// machine than the one that did them. Its approval ends the session.
+    /// The node waits for approval. Its reports are neither stored nor acknowledged: it may be another machine than the
+    /// one that did the executions. Its approval ends the session.
     held: bool,
 }
 
-/// How a session ended.
+/// End of a session.
 enum Ended {
     /// By the node.
     ByNode,
-    /// By us, for a reason.
+    /// By the controller, with a Goodbye.
     ByUs(End),
-    /// It lost its place, or did what it may not.
+    /// By an error: the node broke the protocol, or the store refused.
     Refused(Status),
 }
 
@@ -140,13 +141,13 @@ impl Session {
         })
     }
 
-    /// Gives the node a delivery, which the registry lets through once in a session, whoever it came from. If the session
-    /// is cut, the next Hello brings the truth.
+    /// Sends a delivery by way of the registry, which sends each once in a session: the dispatcher may send it too. If
+    /// the session is cut, the next Hello shows that the node lacks it.
     fn deliver(&self, assignment: Box<Assignment>) {
         self.context.sessions.send(&self.node, self.epoch, Command::Assign(assignment));
     }
 
-    /// Acknowledges a sequence.
+    /// Acknowledges a sequence, and remembers that.
     async fn ack(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> Result<(), Ended> {
         self.acked.add(execution, attempt, sequence);
         self.send(ack(execution, sequence)).await
@@ -182,7 +183,7 @@ impl Session {
         self.store_what_waits(unstored).await
     }
 
-    /// Stores what the node said, oldest first, as far as the store answers; the rest waits.
+    /// Stores waiting reports, oldest first, then the facts. If the store does not answer, the rest waits.
     async fn store_what_waits(&self, unstored: &mut Unstored) -> Result<(), Ended> {
         if unstored.due().is_none_or(|due| due > Instant::now()) {
             return Ok(());
@@ -194,6 +195,7 @@ impl Session {
                     unstored.report_stored();
                     self.answer(row, outcome).await?;
                 }
+                // The session stays open: in an outage no controller could let the node in again.
                 Err(StoreError::Unavailable(_)) => {
                     unstored.later(|| self.context.store.backlog());
                     return Ok(());
@@ -233,7 +235,7 @@ impl Session {
         }
         match outcome {
             ReportOutcome::Progress => {
-                // Full means that the store is slow; the next report brings newer progress.
+                // A full queue means that the store is slow. The next report brings newer progress.
                 outbox::offer(&self.progress, row.into());
                 Ok(())
             }
@@ -253,7 +255,8 @@ impl Session {
         let mut quota = Quota::new(Instant::now());
         loop {
             let due = unstored.due();
-            // A message that is half read stays in the stream's own buffer; commands and the end stay in their channels.
+            // Cancel safe: a half-read message stays in the stream's buffer, commands and the end in their channels.
+            // Biased, so that a node that floods cannot delay its own end.
             let result = tokio::select! {
                 biased;
                 changed = handle.end.changed() => match *handle.end.borrow() {
@@ -268,6 +271,7 @@ impl Session {
                     quota.refill(Instant::now());
                     Ok(())
                 }
+                // Unread messages fill HTTP/2's window, so the node waits instead of the controller's memory growing.
                 message = messages.message(), if unstored.has_room() && quota.has_room() => match message {
                     Ok(Some(v1::ConnectRequest { message: Some(message) })) => match message {
                         connect_request::Message::Report(report) => {
@@ -303,7 +307,7 @@ impl Session {
         }
     }
 
-    /// Says why it ends, as far as the node still listens.
+    /// Tells the node why the session ends. Best effort.
     async fn farewell(&self, ended: Ended) {
         let (status, reason, delay) = match ended {
             Ended::ByNode => return,
@@ -332,6 +336,7 @@ impl Session {
         of_peer!(info, &self.node, reason, "session ended by the controller");
         let goodbye = v1::Goodbye { reason: reason.to_owned(), retry_delay: convert::duration(delay) };
         let last = Ok(v1::ConnectResponse { message: Some(connect_response::Message::Goodbye(goodbye)) });
+        // Bounded, because this may be a node that is cut for not reading.
         for message in [last, Err(status)] {
             if tokio::time::timeout(Duration::from_secs(1), self.out.send(message)).await.is_err() {
                 return;
@@ -344,12 +349,12 @@ fn ack(execution: &ExecutionId, sequence: u64) -> connect_response::Message {
     connect_response::Message::Ack(v1::Ack { execution: execution.name(), sequence })
 }
 
-/// Another controller may do better.
+/// UNAVAILABLE, so that the node tries another controller.
 fn away() -> Status {
     Status::unavailable("the controller does no work at present")
 }
 
-/// For ever when there is nothing to wait for.
+/// Pends forever if `due` is `None`.
 async fn wait_until(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due).await,
@@ -357,7 +362,7 @@ async fn wait_until(due: Option<Instant>) {
     }
 }
 
-/// What could not be stored is not acknowledged: the session ends, and the node says it again.
+/// Ends the session. The report was not acknowledged, so the node repeats it in the next one.
 fn store_down(error: StoreError) -> Ended {
     Ended::Refused(ApiError::from(error).into())
 }
@@ -375,7 +380,7 @@ async fn session(
         let _ = out.try_send(Err(away()));
         return;
     }
-    // A controller that stood still takes up what came meanwhile: the connection counts, not when it was read.
+    // Dated by its accept: a controller that stood still reads an old Hello late, and would take the node for a clone.
     let accepted = crate::calendar::earlier(context.clock.now(), crate::calendar::delta(peer.accepted.elapsed()));
     let first = tokio::time::timeout(HELLO, messages.message()).await;
     let Ok(Ok(Some(v1::ConnectRequest { message: Some(connect_request::Message::Hello(hello)) }))) = first else {
@@ -386,6 +391,7 @@ async fn session(
         Ok(begun) => begun,
         Err(error) => {
             refused.note(&context, &node, &peer, &error).await;
+            // The connection is closed once the answer has had time to leave: a refused credential holds no place.
             if let (Some(connection), ApiError::Forbidden { .. } | ApiError::Unauthenticated { .. }) =
                 (&peer.connection, &error)
             {
@@ -405,13 +411,14 @@ async fn session(
         Err(ended) => ended,
     };
     session.farewell(ended).await;
+    // Out of the registry first: the store may be away for long, and nothing must be sent into an ended stream.
     session.context.sessions.close(&session.node, epoch);
     session.end().await;
     of_peer!(info, &session.node, session = id, "session ended");
 }
 
 impl Session {
-    /// Welcome, then what the journal of the node has to do with what the store knows.
+    /// Sends Welcome, then reconciles the node's journal with the store.
     async fn welcome(&self, id: &str, labels: BTreeMap<String, String>, hello: &v1::Hello) -> Result<(), Ended> {
         let welcome = v1::Welcome {
             session: id.to_owned(),
@@ -437,11 +444,13 @@ impl Session {
         if !reconciled.holder {
             return Err(Ended::ByUs(End::Lost));
         }
+        // Only now may the dispatcher assign: work that is sent earlier would cross with the executions that Hello
+        // lists.
         self.context.sessions.set_ready(&self.node, self.epoch, hello.answers_queries);
         for (execution, reason) in reconciled.refused {
             of_peer!(warn, &self.node, %execution, reason = %cut(&reason), "a report was refused");
         }
-        // A node that has just started begins with what is acknowledged, so it hears first of what was called off.
+        // Before the acknowledgements: a node that has just started resumes its work with those.
         for execution in reconciled.cancels {
             self.command(Command::Cancel(execution)).await?;
         }
@@ -482,6 +491,7 @@ impl AgentService for Agent {
         let span = tracing::info_span!("session", %node);
         let (context, progress, refused) = (self.context.clone(), self.progress.clone(), Arc::clone(&self.refused));
         let task = session(context, progress, refused, node, peer, request.into_inner(), out);
+        // A task of its own: tonic drops the stream when the client is gone, and the end has to be stored even then.
         self.context.tasks.spawn(task.instrument(span));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

@@ -1,96 +1,97 @@
-//! What a report or a Hello of a node changes: decisions only, the store applies them.
+//! Decisions about reports and Hellos of nodes. Pure: the store applies them.
 
 use super::{Action, Conflict, ExecutionError, ExecutionState, NodeMode, reason};
 
-/// How far ahead of the store a node is believed: a fail-over or an old backup loses deliveries, not thousands of them.
+/// Most deliveries that a node may be ahead of the store. A fail-over or an old backup loses fewer. A higher number is
+/// defective or a lie, and attempt 4294967295 once stopped every dispatch round.
 const MAX_AHEAD: u32 = 1_000;
-/// The highest attempt that is ever given out or taken from a node.
+/// Highest attempt that is ever assigned, or adopted from a node.
 pub const MAX_ATTEMPT: u32 = 1_000_000;
 
-/// What the controller has stored of an execution.
+/// The stored state of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stored {
-    /// Its state.
+    /// State that the last accepted change led to.
     pub state: ExecutionState,
-    /// Its delivery.
+    /// Number of its delivery; 0: never assigned.
     pub attempt: u32,
-    /// The last sequence that was committed.
+    /// The node's sequence of the last stored change; 0: none.
     pub sequence: u64,
-    /// The reason of its error, if it has one.
+    /// Reason of its error. `None`: no error.
     pub error_reason: Option<String>,
-    /// The node's boot id when it was assigned.
+    /// Boot id of the node when it was assigned; empty if unknown.
     pub assign_boot_id: String,
-    /// Whether a cancel was asked for.
+    /// True if a cancel was requested.
     pub cancel_requested: bool,
 }
 
-/// What makes a success true.
+/// Facts that a success has to match.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected<'a> {
-    /// The execution's name.
+    /// Name of the execution, `operations/{id}/executions/{node}`.
     pub execution: &'a str,
-    /// What was asked.
+    /// Requested action.
     pub action: &'a Action,
-    /// The node's board family, by which its bootcode was chosen.
+    /// The node's board family, by which its bootcode was chosen; empty if unknown.
     pub family: &'a str,
 }
 
-/// What the node says.
+/// A report of the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reported {
-    /// Under which delivery.
+    /// Number of the delivery that the node works on.
     pub attempt: u32,
-    /// The number of the state change.
+    /// Number of the state change in the node's journal.
     pub sequence: u64,
-    /// The state.
+    /// State in the node's journal.
     pub state: ExecutionState,
-    /// Why it did not succeed.
+    /// Reason of a failure or rollback.
     pub error: Option<ExecutionError>,
-    /// The boot id under which it is said.
+    /// Boot id of the node now; empty if not reported.
     pub boot_id: String,
-    /// The boot id under which the node accepted the execution; empty: the agent does not say.
+    /// Boot id under which the node accepted the execution; empty if the agent does not report it.
     pub accept_boot_id: String,
-    /// The execution that the running system says it was installed by; empty: none.
+    /// Execution that installed the running system, from its /etc/marco-release; empty: none.
     pub release_execution: String,
-    /// The digest of the image that it says it was installed from.
+    /// SHA-256 of the image that the running system was installed from, in hex; empty: none.
     pub release_image: String,
-    /// The digest of the boot files that were booted.
+    /// SHA-256 of the boot files, in hex, if only they were replaced; empty: none.
     pub release_boot: String,
 }
 
-/// What to do about a report.
+/// Decision about a report.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReportVerdict {
     /// Store this state and acknowledge.
     Change(ExecutionState, Option<ExecutionError>),
-    /// Store this end; the report is not acknowledged, since the node would take that for its acceptance.
+    /// Store this end. Do not acknowledge: the node would take that for the acceptance of its new system.
     Reject(ExecutionError),
-    /// Nothing new; acknowledge again. Never said of VERIFYING without proof.
+    /// Nothing new: acknowledge again. VERIFYING gets this verdict only with proof.
     Duplicate,
-    /// This state change is stored; what is left is progress.
+    /// The state change is stored already. The report only brings progress.
     Progress,
-    /// The report is of an earlier delivery: answer with the delivery that counts, which is the store's.
+    /// The report belongs to an earlier delivery: answer with the stored one.
     Stale,
     /// The node knows a later delivery than the store: store its attempt and this state, and acknowledge.
     Adopt(ExecutionState, Option<ExecutionError>),
-    /// It can neither be taken nor proved wrong: it is kept for an operator.
+    /// Neither acceptable nor provably wrong: keep it for an operator.
     Conflict(Conflict),
-    /// Neither stored nor acknowledged.
+    /// Neither store nor acknowledge it.
     Refuse(&'static str),
 }
 
-/// What to do about an active execution after a Hello.
+/// Decision about an active execution after a Hello.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HelloVerdict {
-    /// Nothing.
+    /// No change.
     Keep,
-    /// Ask the node what became of it.
+    /// Ask the node for its state.
     Ask,
     /// Store this state.
     Change(ExecutionState, Option<ExecutionError>),
 }
 
-/// What a report changes.
+/// Decides about a report, by the stored state and the facts that a success has to match.
 pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     if matches!(reported.state, ExecutionState::Pending | ExecutionState::Assigned | ExecutionState::Expired) {
         return ReportVerdict::Refuse("a node does not report this state");
@@ -106,7 +107,8 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
     }
     if reported.sequence == stored.sequence && reported.state == stored.state {
         return match reported.state {
-            // The acknowledgement is the verdict, and a Hello may have stored this state without proof.
+            // The node makes its new system the default once this is acknowledged, and a Hello may have stored
+            // VERIFYING without proof. So it is proved again each time.
             ExecutionState::Verifying if prove(stored, reported, expected).is_err() => {
                 ReportVerdict::Refuse("what the node runs is not what was asked")
             }
@@ -120,15 +122,16 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
     judge(stored, reported, expected)
 }
 
-/// Whether a report below the stored sequence is news all the same: the node counts from an older copy of its journal, as
-/// the newest was torn. The sequence tells nothing then, and the state does. An end of what has not ended was never
-/// stored. VERIFYING asks for a verdict, which its acknowledgement is, so it is proved and stored first, each time.
+/// True if a report in this state is news even below the stored sequence. A node whose newest journal was torn counts
+/// from an older copy, so only the state tells: an end of an execution that has not ended here was never stored.
+/// VERIFYING asks for a verdict, which its acknowledgement is, so it is proved and stored first, each time.
 fn was_never_stored(state: ExecutionState) -> bool {
     state.is_final() || state == ExecutionState::Verifying
 }
 
-/// A report of a delivery that the store does not know: it lost the latest ones (a fail-over, a backup), or the node lies.
-/// What is taken is bounded by what was sent, and nothing fails because the store forgot.
+/// Decides about a later delivery than the stored one: the store lost deliveries (a fail-over, a restored backup), or
+/// the node lies. The number is bounded by `MAX_AHEAD` and success needs its proof, but nothing fails because the store
+/// forgot.
 fn on_later_delivery(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     let ahead = reported.attempt.saturating_sub(stored.attempt);
     if ahead > MAX_AHEAD || reported.attempt > MAX_ATTEMPT {
@@ -143,14 +146,16 @@ fn on_later_delivery(stored: &Stored, reported: &Reported, expected: &Expected<'
     }
 }
 
-/// A report on what has ended. Only a node that was given up may still change its end, and only to another end.
+/// Decides about an ended execution. Only that of a node that was given up (NEVER_RETURNED) may change, and only to
+/// another end.
 fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     let given_up = stored.error_reason.as_deref() == Some(reason::NEVER_RETURNED);
-    // This state change was judged before, and perhaps not believed; attempt 0 is a cancel of what the node never had.
+    // A repetition of a change that was judged before and may have been rejected must not become a conflict. Attempt 0
+    // is the cancel of an execution that the node never had.
     let judged = reported.attempt == 0 || (reported.attempt == stored.attempt && reported.sequence <= stored.sequence);
     match reported.state {
         state if given_up && state.is_final() => judge(stored, reported, expected),
-        // The acknowledgement of this report is the acceptance of the new system.
+        // Acknowledging this report accepts the new system, so it needs proof here too.
         ExecutionState::Verifying if given_up || stored.state == ExecutionState::Succeeded => {
             match prove(stored, reported, expected) {
                 Ok(()) => ReportVerdict::Duplicate,
@@ -158,7 +163,7 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
             }
         }
         ExecutionState::Verifying => ReportVerdict::Refuse("the execution has ended without success"),
-        // It was believed to be off, and speaks under the boot that was to end.
+        // The node was believed to be off, but reports under the boot id that the power-off was to end.
         ExecutionState::Rebooting
             if stored.state == ExecutionState::Succeeded
                 && matches!(expected.action, Action::PowerOff(_))
@@ -166,7 +171,7 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
         {
             ReportVerdict::Conflict(Conflict::Ended)
         }
-        // Nothing was done, as what is stored says.
+        // Agrees with the stored end: nothing was done.
         ExecutionState::Cancelled if stored.state != ExecutionState::Succeeded => ReportVerdict::Duplicate,
         state if state.is_final() && state != stored.state && !judged => ReportVerdict::Conflict(Conflict::Ended),
         _ => ReportVerdict::Duplicate,
@@ -187,14 +192,15 @@ fn judge(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Repor
     }
 }
 
-/// Success is not believed but proved: a new boot id, and for an update what the running system says it is.
+/// Proves a success by a new boot id and, for an update, by the running system's /etc/marco-release. Without
+/// this proof SUCCEEDED is not believed.
 fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Result<(), ExecutionError> {
     let refuse = |message: String| Err(ExecutionError::new(reason::NOT_VERIFIED, message));
     if reported.boot_id.is_empty() {
         return refuse("the report carries no boot id".to_owned());
     }
-    // An execution that was done before it was assigned again has the same boot id as the assignment: the node's own
-    // record of when it accepted it tells the two apart.
+    // The controller may have assigned an execution again after the node had done it. The boot id of that assignment is
+    // the one after the restart, so the node's own record of its acceptance takes precedence.
     let before = match reported.accept_boot_id.as_str() {
         "" => stored.assign_boot_id.as_str(),
         accepted => accepted,
@@ -205,6 +211,7 @@ fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Resul
     if reported.boot_id == before {
         return refuse(format!("the node still runs under boot id {before}"));
     }
+    // For a reboot or a power-off the new boot id suffices.
     let Action::Update(update) = expected.action else { return Ok(()) };
     if reported.release_execution != expected.execution {
         return refuse(format!("the running system was installed by {:?}", reported.release_execution));
@@ -221,33 +228,33 @@ fn prove(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> Resul
     }
 }
 
-/// Who says Hello.
+/// Sender of a Hello.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Greeting<'a> {
-    /// The role of its agent.
+    /// Role of its agent: the installed system's, or the installer's.
     pub mode: NodeMode,
-    /// Its boot id.
+    /// Boot id of the node now.
     pub boot_id: &'a str,
-    /// It can be asked about an execution that it does not list.
+    /// True if it answers queries about executions that it does not list. Older agents do not.
     pub answers_queries: bool,
 }
 
-/// What a Hello changes of an active execution, after the Hello's own report of it (if `listed`) was applied.
+/// Decides about an active execution after a Hello. If it is `listed`, the caller has applied the Hello's report of it.
 pub fn on_hello(stored: &Stored, action: &Action, listed: bool, greeting: Greeting<'_>) -> HelloVerdict {
     let boot_id = greeting.boot_id;
     let new_boot = boot_id != stored.assign_boot_id;
     match (stored.state, action, greeting.mode) {
         (ExecutionState::Assigned, ..) if listed => HelloVerdict::Keep,
-        // It was never accepted, so it can be given again, or dropped.
+        // The node never journalled it, so it can be assigned again or cancelled without harm.
         (ExecutionState::Assigned, ..) if stored.cancel_requested => {
             HelloVerdict::Change(ExecutionState::Cancelled, None)
         }
         (ExecutionState::Assigned, ..) => HelloVerdict::Change(ExecutionState::Pending, None),
-        // Off and on again is what was asked, whatever became of the journal.
+        // A new boot id proves that the machine was off, even if the journal is lost.
         (ExecutionState::Rebooting, Action::PowerOff(_), _) if new_boot => {
             HelloVerdict::Change(ExecutionState::Succeeded, None)
         }
-        // Its stream broke on its way down: it stays connected until it is killed.
+        // The stream broke during the shutdown. The agent reconnects until it is killed.
         (ExecutionState::Rebooting, Action::PowerOff(_), _) if listed => HelloVerdict::Keep,
         (ExecutionState::Rebooting, Action::PowerOff(_), _) => HelloVerdict::Change(
             ExecutionState::Failed,
@@ -256,8 +263,10 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, greeting: Greeti
                 format!("the node was to power off and is still on under boot id {boot_id}"),
             )),
         ),
-        // A journal lists what is not settled: the node lost it, or it was settled and the store lost that.
+        // A journal lists all that is unsettled. Either the node lost the execution, or the store lost its end, as
+        // after a restored backup. Only the node's answer tells these apart.
         (state, ..) if state.is_active() && !listed && greeting.answers_queries => HelloVerdict::Ask,
+        // An agent that answers no queries: its silence has to count as the answer.
         (state, ..) if state.is_active() && !listed => {
             HelloVerdict::Change(ExecutionState::Failed, Some(journal_lost()))
         }
@@ -271,7 +280,7 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, greeting: Greeti
     }
 }
 
-/// What a node's answer that its journal does not hold an execution changes, if anything.
+/// Change that follows from a node's answer that its journal does not hold the execution. `None`: no change.
 pub fn on_not_held(stored: &Stored) -> Option<(ExecutionState, Option<ExecutionError>)> {
     match stored.state {
         ExecutionState::Assigned if stored.cancel_requested => Some((ExecutionState::Cancelled, None)),

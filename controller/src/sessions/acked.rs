@@ -1,29 +1,30 @@
-//! What a session has acknowledged. A report that is stored already is acknowledged once more when it was not in this
-//! session: the answer to its commit may have been lost, and then nobody has.
+//! Acknowledgements of one session. A report that is stored already is acknowledged again unless this session has done
+//! so: the answer to its commit may have been lost, and then no acknowledgement was sent.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 use marco_proto::names::ExecutionId;
 
-/// Executions that are remembered; a node reports on few. Beyond that an acknowledgement may be given twice.
+/// Executions that are remembered. A node reports on few; with more, an acknowledgement may be sent twice.
 const MOST: usize = 64;
 
-/// Executions with the attempt and the sequence that were acknowledged last.
+/// The last acknowledged attempt and sequence of each execution.
 #[derive(Debug, Default)]
 pub struct Acked(Mutex<HashMap<ExecutionId, (u32, u64)>>);
 
 impl Acked {
-    /// Notes an acknowledgement.
+    /// Remembers an acknowledgement. It replaces an earlier one of the same execution.
     pub fn add(&self, execution: &ExecutionId, attempt: u32, sequence: u64) {
         let mut acked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if acked.len() >= MOST && !acked.contains_key(execution) {
+            // All of them: a second acknowledgement does no harm, so an order of eviction is not worth keeping.
             acked.clear();
         }
         acked.insert(execution.clone(), (attempt, sequence));
     }
 
-    /// Whether this or a later sequence of the attempt was acknowledged.
+    /// True if this or a later sequence of the attempt was acknowledged.
     pub fn has(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> bool {
         let acked = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         acked.get(execution).is_some_and(|(of, up_to)| *of == attempt && *up_to >= sequence)

@@ -1,4 +1,4 @@
-//! Giving executions to nodes.
+//! Assignment of due executions to free nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,27 +18,28 @@ use crate::operation::{Action, ExecutionState, MAX_ATTEMPT};
 /// A delivery of an execution to its node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
-    /// Which execution; its node is the receiver.
+    /// The execution. Its node is the receiver.
     pub execution: ExecutionId,
-    /// The number of the delivery.
+    /// Number of the delivery, from 1 to `MAX_ATTEMPT`. It fences off reports of earlier deliveries.
     pub attempt: u32,
-    /// What to do.
+    /// The action, with digests instead of names.
     pub action: Action,
-    /// The node's board family, for `Update::bootcode_for`; empty: unknown.
+    /// The node's board family, for `Update::bootcode_for`; empty if unknown.
     pub family: String,
-    /// The state that is stored.
+    /// Stored state, so that the agent can tell that it is ahead.
     pub known_state: ExecutionState,
-    /// Whether a cancel was asked for meanwhile.
+    /// True if a cancel was requested meanwhile.
     pub cancel_requested: bool,
-    /// The node's labels.
+    /// The node's labels at the time of the delivery.
     pub labels: BTreeMap<String, String>,
 }
 
-/// How long a claim waits for rows that another transaction holds.
+/// Longest wait of a claim for rows that another transaction holds, on Postgres.
 const LOCK_MILLIS: u32 = 500;
 
 impl Store {
-    /// Assigns to each of these nodes, whose sessions this controller holds, its first due execution if it is free.
+    /// Assigns its first due execution to each of these nodes that is free. Each comes with the epoch of its session.
+    /// Skips those whose session this controller no longer holds.
     pub async fn claim(
         &self,
         controller_id: &str,
@@ -59,6 +60,7 @@ impl Store {
         if sessions.is_empty() {
             return Ok(Vec::new());
         }
+        // Read outside of a transaction first: most rounds find nothing, and need no turn to write.
         let found: Vec<ExecutionId> = first_due(self.reader(), controller_id, &sessions, self.gone(now), now)
             .await?
             .iter()
@@ -67,8 +69,8 @@ impl Store {
         if found.is_empty() {
             return Ok(Vec::new());
         }
-        // Rows that another transaction holds are left for a second look, so that one controller that stands still
-        // within a transaction keeps nobody else's nodes from their work.
+        // Locked rows are skipped at first, so that a controller that hangs within a transaction does not keep the
+        // nodes of the others from their work. The second try waits for them, but not for long.
         let mut taken = Vec::new();
         let left = self.take_each(controller_id, &sessions, &found, Locks::Free, now, &mut taken).await?;
         if !left.is_empty() {
@@ -82,8 +84,8 @@ impl Store {
         Ok(taken)
     }
 
-    /// Takes these at once, or one by one when one of them spoils the statement for all: its node was given other work
-    /// meanwhile, or its record is broken. Returns those that were locked.
+    /// Assigns these in one transaction, or each in its own if one makes it fail for all: its node was given other work
+    /// meanwhile, or its record is defective. Returns those that were locked.
     async fn take_each(
         &self,
         controller_id: &str,
@@ -101,6 +103,7 @@ impl Store {
         for id in found {
             match self.take_once(controller_id, sessions, std::slice::from_ref(id), locks, now, taken).await {
                 Ok(left) => locked.extend(left),
+                // The node was given other work, so this one stays PENDING.
                 Err(error) if error.is_duplicate() => {}
                 Err(error @ (StoreError::Refused(_) | StoreError::Unknown { .. })) => {
                     self.not_assignable(id, &error, now).await?;
@@ -111,7 +114,8 @@ impl Store {
         Ok(locked)
     }
 
-    /// Ends an execution that can never be assigned, so that it stands in nobody's way.
+    /// Ends an execution that can never be assigned. Otherwise it would be the first due one of its node in every
+    /// round, and keep the node from all later work.
     async fn not_assignable(&self, id: &ExecutionId, error: &StoreError, now: DateTime<Utc>) -> Result<(), StoreError> {
         let why = crate::chain(error);
         tracing::error!(execution = %id, error = why, "an execution cannot be assigned");
@@ -119,8 +123,9 @@ impl Store {
         Ok(())
     }
 
-    /// What was assigned to the present sessions of this controller and not answered, with the sessions' epochs. When a
-    /// claim fails, it may be committed all the same, and then nobody has sent it.
+    /// Unanswered assignments to the present sessions of this controller, with the sessions' epochs. A claim that
+    /// failed may be committed nevertheless (the answer to the commit was lost), and then its assignments were never
+    /// sent.
     pub async fn unanswered(&self, controller_id: &str) -> Result<Vec<(Assignment, i64)>, StoreError> {
         sql("SELECT e.operation AS operation, e.node AS node, e.attempt AS attempt, o.action AS action, \
                  n.family AS family, n.labels AS labels, n.session_epoch AS epoch, \
@@ -147,8 +152,8 @@ impl Store {
         .collect()
     }
 
-    /// Assigns those of these executions that still are the first due ones of their nodes, and returns those that are
-    /// locked.
+    /// Assigns these executions in one transaction, except those that are no longer the first due ones of their nodes.
+    /// Returns those that are locked.
     async fn take_once(
         &self,
         controller_id: &str,
@@ -159,7 +164,8 @@ impl Store {
         taken: &mut Vec<Assignment>,
     ) -> Result<Vec<ExecutionId>, StoreError> {
         let tx = self.begin().await?;
-        // A session that begins meanwhile waits until its Hello can see what was assigned.
+        // Nodes are locked too: a session that begins meanwhile waits, and its Hello then sees the new assignment. Both
+        // locks are taken in the order of ids, nodes first. See `store/order.rs`.
         let nodes = locks
             .of("SELECT id FROM nodes WHERE id IN {each} ORDER BY id ")
             .each(found.iter().map(|id| id.node.as_str()));
@@ -173,6 +179,8 @@ impl Store {
         let (found, locked): (Vec<&ExecutionId>, Vec<&ExecutionId>) =
             found.iter().partition(|id| nodes.contains(id.node.as_str()) && operations.contains(id.operation.as_str()));
         let locked: Vec<ExecutionId> = locked.into_iter().cloned().collect();
+        // Read again under the locks: work may have been assigned, cancelled or paused since the first look, and a
+        // rollout's free slots are exact only while its operation is locked.
         let mut due = Vec::with_capacity(found.len());
         let mut broken = Vec::new();
         for row in &first_due(&*tx, controller_id, sessions, self.gone(now), now).await? {
@@ -185,6 +193,7 @@ impl Store {
             }
         }
         if due.is_empty() {
+            // Ended after the rollback, because `not_assignable` takes a transaction of its own.
             tx.rollback().await?;
             for (id, error) in broken {
                 self.not_assignable(&id, &error, now).await?;
@@ -231,7 +240,7 @@ impl Store {
         self.commit(tx).await?;
         taken.extend(assignments);
         for (id, error) in broken {
-            // What was assigned is committed, and must be sent: the next round tries this again.
+            // Not returned: the assignments above are committed and have to be sent. The next round tries this again.
             if let Err(error) = self.not_assignable(&id, &error, now).await {
                 tracing::warn!(execution = %id, error = &*crate::chain(&error), "an execution was not ended");
             }
@@ -240,12 +249,12 @@ impl Store {
     }
 }
 
-/// What becomes of rows that another transaction holds.
+/// Treatment of rows that another transaction holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Locks {
-    /// They are left out.
+    /// Skipped.
     Free,
-    /// They are waited for, not for long.
+    /// Waited for, on Postgres at most `LOCK_MILLIS`.
     Wait,
 }
 
@@ -262,14 +271,14 @@ fn ids(rows: &[Row]) -> Result<BTreeSet<String>, StoreError> {
     rows.iter().map(|row| row.text("id")).collect()
 }
 
-/// A session that a controller holds.
+/// A session of the controller. A row of `{rows ...}`.
 #[derive(Serialize)]
 struct Session<'a> {
     node: &'a str,
     epoch: i64,
 }
 
-/// Executions that are due, of these nodes as far as they are free.
+/// Due executions of those of these nodes that are free.
 const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
     JOIN nodes n ON n.id = r.node AND n.session_epoch = r.epoch \
     JOIN executions e ON e.node = n.id AND e.state = 'PENDING' \
@@ -281,8 +290,8 @@ const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
       AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
                       AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))";
 
-/// The first due execution of each of these nodes that is free to take it. Those of operations with a rollout are due
-/// only as far as it has room, and then keep the node from nothing else.
+/// The first due execution of each free node. An execution whose rollout has no free slot is not due, so it does not
+/// keep its node from work of other operations.
 async fn first_due(
     db: &impl Connection,
     controller_id: &str,
@@ -300,6 +309,7 @@ async fn first_due(
         .time(now)
         .all(db)
         .await?;
+    // Only a forecast without locks. Exact once the caller holds the operations, as every change of an execution does.
     let admitted = rollouts::admit(db, &waiting, gone).await?;
     sql("SELECT operation, node, epoch, boot_id, family, labels, action, attempt FROM ( \
              SELECT e.attempt AS attempt, e.operation AS operation, e.node AS node, n.session_epoch AS epoch, n.boot_id AS boot_id, \
@@ -338,6 +348,7 @@ struct DueRow {
 
 impl Due {
     fn read(id: ExecutionId, row: &Row, now: DateTime<Utc>) -> Result<Self, StoreError> {
+        // A counter out of range is a defective record. The agent compares attempts, so none may wrap around.
         let attempt = row.int("attempt")?;
         if !(0..i64::from(MAX_ATTEMPT)).contains(&attempt) {
             return Err(StoreError::Unknown { what: "attempt", value: attempt.to_string() });

@@ -1,4 +1,4 @@
-//! Reports of nodes.
+//! Reports of nodes: validation, storage, and the answer to each.
 
 use std::collections::BTreeMap;
 
@@ -20,76 +20,77 @@ use crate::operation::{
 /// A report of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReportRow {
-    /// On which execution.
+    /// The execution. Its node must be the reporting one.
     pub execution: ExecutionId,
-    /// Under which delivery.
+    /// Number of the delivery, counted by the controller.
     pub attempt: u32,
-    /// The number of the state change.
+    /// Number of the state change, counted by the node. Progress repeats it.
     pub sequence: u64,
-    /// The state.
+    /// State in the node's journal.
     pub state: ExecutionState,
-    /// What the node is doing.
+    /// Current phase of the work; empty if there is none.
     pub phase: String,
     /// Bytes of the phase that are done.
     pub bytes_done: u64,
-    /// Bytes of the phase in all; 0: unknown.
+    /// Bytes of the phase in total; 0 if unknown.
     pub bytes_total: u64,
-    /// Why it did not succeed.
+    /// Reason of a failure or rollback.
     pub error: Option<ExecutionError>,
-    /// The boot id under which it is said.
+    /// Boot id of the node now.
     pub boot_id: String,
-    /// The boot id under which the node accepted it; empty: the agent does not say.
+    /// Boot id under which the node accepted the execution; empty if the agent does not report it.
     pub accept_boot_id: String,
-    /// What the running system says it is.
+    /// Contents of the running system's /etc/marco-release. `None`: not reported.
     pub release: Option<Release>,
-    /// It was too late for a cancel.
+    /// The node answered that it is too late to cancel.
     pub cancel_refused: bool,
-    /// What the node logged of it, where it did not succeed.
+    /// Last log lines about the execution, if it failed or was rolled back.
     pub log: SentLog,
 }
 
-/// What a running system says it is.
+/// Contents of a running system's /etc/marco-release.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Release {
-    /// The name of the execution that installed it.
+    /// Name of the execution that installed the system or its boot files; empty: none.
     pub execution: String,
-    /// SHA-256 of its image; empty: none.
+    /// SHA-256 of the image, in hex; empty: none.
     pub image_sha256: String,
-    /// SHA-256 of its boot files; empty: none.
+    /// SHA-256 of the boot files, in hex; empty: none.
     pub boot_sha256: String,
 }
 
-/// What became of a report.
+/// Result of a report, from which the session answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReportOutcome {
     /// It is stored, now or before: acknowledge its sequence.
     Acked,
-    /// Its state is stored, perhaps by a commit whose answer was lost; what is new is progress: keep that for
-    /// `flush_progress`, and acknowledge the sequence unless that was done in this session.
+    /// The state was stored before, perhaps by a commit whose answer was lost. Only the progress is new: keep it for
+    /// `flush_progress`, and acknowledge the sequence unless this session has done so.
     Progress,
-    /// It is of another delivery: answer with this one.
+    /// It belongs to an earlier delivery: answer with this one.
     Stale(Box<Assignment>),
-    /// There is no such execution of this node: acknowledge, so that the node forgets it. It is kept as a conflict.
+    /// The store has no such execution: acknowledge, so that the node stops reporting it. Kept as a conflict.
     Unknown,
-    /// It was kept for an operator to decide about.
+    /// Kept as a conflict, for an operator to decide.
     Conflict {
-        /// Whether to acknowledge it.
+        /// True if the report is acknowledged nevertheless.
         acknowledge: bool,
-        /// Why it was not taken.
+        /// Reason that it was not accepted.
         why: String,
     },
-    /// The session is not the node's any more: end it.
+    /// The session is no longer the node's: end it.
     NotHolder,
-    /// Not accepted and not to be acknowledged; the text says why.
+    /// Rejected with a reason. Not acknowledged.
     Refused(String),
 }
 
 impl ReportOutcome {
-    /// Whether the session acknowledges the report's sequence; `before`: it has acknowledged it already.
+    /// True if the session has to acknowledge the report's sequence. `before`: it has already done so.
     pub fn acknowledges(&self, before: bool) -> bool {
         match self {
             Self::Acked | Self::Unknown => true,
-            // It was stored by a commit whose answer was lost, or in another session: nobody may have acknowledged it.
+            // The answer to the commit may have been lost, or the session that stored it may have ended before its
+            // acknowledgement. Without one the node repeats the report forever.
             Self::Progress => !before,
             Self::Conflict { acknowledge, .. } => *acknowledge,
             Self::Stale(_) | Self::NotHolder | Self::Refused(_) => false,
@@ -98,7 +99,7 @@ impl ReportOutcome {
 }
 
 impl Store {
-    /// Stores a report, if it is news.
+    /// Stores a report unless it is stored already.
     pub async fn apply_report(
         &self,
         node: &NodeId,
@@ -116,11 +117,13 @@ impl Store {
         report: &ReportRow,
         now: DateTime<Utc>,
     ) -> Result<ReportOutcome, StoreError> {
+        // A compromised node must not change the executions of another one.
         if &report.execution.node != node {
             return Ok(ReportOutcome::Refused("it is about another node".to_owned()));
         }
         let tx = self.begin().await?;
         let Some(holder) = hold_node(&tx, node, epoch).await? else { return Ok(ReportOutcome::NotHolder) };
+        // The node is locked before the operation, the order that every transaction keeps. See `store/order.rs`.
         lock(&*tx, [&report.execution.operation]).await?;
         let outcome = apply(&tx, &holder, report, now).await?;
         self.commit(tx).await?;
@@ -128,7 +131,7 @@ impl Store {
     }
 }
 
-/// The node of a session, locked.
+/// The locked node row of a session.
 pub(super) struct Holder {
     epoch: i64,
     boot_id: String,
@@ -137,13 +140,13 @@ pub(super) struct Holder {
 }
 
 impl Holder {
-    /// The number of the session.
+    /// Session epoch.
     pub(super) fn epoch(&self) -> i64 {
         self.epoch
     }
 }
 
-/// Locks a node, if the session still is its own.
+/// Locks a node. `None`: the session is no longer the node's.
 pub(super) async fn hold_node(tx: &Transaction, node: &NodeId, epoch: i64) -> Result<Option<Holder>, StoreError> {
     let row = sql("SELECT boot_id, family, labels FROM nodes WHERE id = ? AND session_epoch = ? \
                    AND controller_id IS NOT NULL {lock}")
@@ -158,23 +161,23 @@ pub(super) async fn hold_node(tx: &Transaction, node: &NodeId, epoch: i64) -> Re
     .transpose()
 }
 
-/// An execution with what a decision needs.
+/// An execution, as the decision about a report needs it.
 pub(super) struct Found {
     pub(super) stored: Stored,
     pub(super) action: Action,
-    /// What the node said last that it does.
+    /// Phase of the last report.
     pub(super) phase: String,
-    /// The session to which it was last delivered.
+    /// Epoch of the session to which it was last delivered.
     pub(super) epoch: i64,
     bytes: (u64, u64),
     cancel_refused: bool,
-    /// State changes that the node brought about.
+    /// Changes caused by the node, limited by `MAX_CHANGES`.
     changes: u32,
-    /// It is in conflict: what was decided about that, empty while nothing was.
+    /// Resolution of its conflict; empty if undecided. `None`: no conflict.
     conflict: Option<String>,
 }
 
-/// Reads what a decision needs; the caller holds the operation's row.
+/// Reads an execution. The caller holds the operation's row.
 pub(super) async fn find(tx: &Transaction, id: &ExecutionId) -> Result<Option<Found>, StoreError> {
     let row = sql("SELECT e.state AS state, e.attempt AS attempt, e.sequence AS sequence, e.session_epoch AS epoch, \
              e.error_reason AS error_reason, e.assign_boot_id AS assign_boot_id, \
@@ -210,7 +213,7 @@ fn read(row: &Row) -> Result<Found, StoreError> {
     })
 }
 
-/// Decides about a report, and stores the decision; the caller holds the rows of the node and of the operation.
+/// Decides about a report and stores the decision. The caller holds the rows of the node and of the operation.
 pub(super) async fn apply(
     tx: &Transaction,
     holder: &Holder,
@@ -224,7 +227,8 @@ pub(super) async fn apply(
     let name = report.execution.name();
     let expected = Expected { execution: &name, action: &found.action, family: &holder.family };
     let verdict = match on_report(&found.stored, &reported(report), &expected) {
-        // The index allows one active execution of a node: what the store has given it meanwhile is taken back first.
+        // A unique index allows one active execution for each node, and the store has given the node other work
+        // meanwhile. That has to be taken back before this one can become active again.
         ReportVerdict::Adopt(to, _)
             if to.is_active() && !found.stored.state.is_active() && is_at_work(tx, &report.execution.node).await? =>
         {
@@ -233,7 +237,8 @@ pub(super) async fn apply(
         verdict => verdict,
     };
     if found.conflict.is_some() && !matches!(verdict, ReportVerdict::Conflict(_) | ReportVerdict::Refuse(_)) {
-        // What it said before of what has ended stays shown, unless it agrees now: nothing was done, where it was cancelled.
+        // A conflict about an ended execution stays visible until the node reports the stored end. CANCELLED agrees
+        // with every end except SUCCEEDED: nothing was done.
         let (known, said) = (found.stored.state, report.state);
         let nothing_done = said == ExecutionState::Cancelled && known != ExecutionState::Succeeded;
         if !known.is_final() || known == said || nothing_done {
@@ -266,27 +271,28 @@ pub(super) async fn apply(
         }
         ReportVerdict::Duplicate => {
             refuse_cancel(tx, report, &found).await?;
-            // The Hello that said it first may have had no room for it.
+            // The Hello that reported this end first may have had no room for the log.
             if tells_why(report.state) && report.state == found.stored.state {
                 logs::keep(tx, &report.execution, &report.log, now).await?;
             }
             Ok(ReportOutcome::Acked)
         }
         ReportVerdict::Progress => {
-            // Progress waits in memory, and the newest takes the place of older: a refusal must not be lost with it.
+            // Stored at once: progress waits in memory, where newer progress replaces older, and the refused cancel
+            // would be lost with it.
             refuse_cancel(tx, report, &found).await?;
             let same = (report.phase.as_str(), report.bytes_done, report.bytes_total)
                 == (found.phase.as_str(), found.bytes.0, found.bytes.1);
             Ok(if same { ReportOutcome::Acked } else { ReportOutcome::Progress })
         }
         ReportVerdict::Stale => redeliver(tx, holder, report, found, now).await,
-        // An operator took what the node says: it may have its acknowledgement.
+        // An operator accepted the node's report, so the node gets its acknowledgement.
         ReportVerdict::Conflict(_) | ReportVerdict::Refuse(_) if found.conflict.as_deref() == Some("ACCEPTED") => {
             Ok(ReportOutcome::Acked)
         }
         ReportVerdict::Conflict(conflict) => {
             conflicts::note(tx, report, conflict, Some(found.stored.state), now).await?;
-            // What an operator gave up is settled with its end.
+            // An operator abandoned the execution, so any end settles it.
             let given_up = found.conflict.as_deref() == Some("ABANDONED") && report.state.is_final();
             let why = conflict.sentence(report.state.as_str(), report.attempt, Some(found.stored.state));
             Ok(ReportOutcome::Conflict { acknowledge: conflict.is_acknowledged() || given_up, why })
@@ -295,7 +301,7 @@ pub(super) async fn apply(
     }
 }
 
-/// Whether an end in this state is one of which the node's log is kept.
+/// True if the node's log is kept for an end in this state.
 fn tells_why(state: ExecutionState) -> bool {
     matches!(state, ExecutionState::Failed | ExecutionState::RolledBack)
 }
@@ -315,7 +321,7 @@ fn reported(report: &ReportRow) -> Reported {
     }
 }
 
-/// Stores that it is too late for a cancel, if that is news.
+/// Stores that it is too late to cancel, unless it is stored already.
 async fn refuse_cancel(tx: &Transaction, report: &ReportRow, found: &Found) -> Result<(), StoreError> {
     if report.cancel_refused && !found.cancel_refused {
         sql("UPDATE executions SET cancel_refused = TRUE WHERE operation = ? AND node = ?")
@@ -327,8 +333,8 @@ async fn refuse_cancel(tx: &Transaction, report: &ReportRow, found: &Found) -> R
     Ok(())
 }
 
-/// Most changes of an execution's state or delivery that its node can bring about: each is an event, and a node that is
-/// led by somebody else must not fill the database with them. An honest one needs a few dozen.
+/// Limit of changes of an execution's state or delivery that its node can cause. Each writes an event, and a
+/// compromised node must not fill the database with them. An honest node needs a few dozen.
 pub(super) const MAX_CHANGES: u32 = 1000;
 
 async fn change(
@@ -356,6 +362,7 @@ async fn change(
     if !moves::apply(tx, &changed, now).await? {
         return Ok(false);
     }
+    // Only another boot id than that of the assignment proves a restart, so no other is kept.
     let came_back = !report.boot_id.is_empty() && report.boot_id != found.stored.assign_boot_id;
     sql("UPDATE executions SET sequence = ?, bytes_done = ?, bytes_total = ?, changes = changes + 1, \
              cancel_refused = cancel_refused OR ?, boot_id = CASE WHEN ? THEN ? ELSE boot_id END, \
@@ -368,6 +375,7 @@ async fn change(
     .bind(report.cancel_refused)
     .bind(came_back)
     .bind(report.boot_id.as_str())
+    // The store lost the session of an adopted delivery, and perhaps its boot id. The node's own record replaces them.
     .bind(adopts.is_some())
     .bind(holder.epoch)
     .bind(report.accept_boot_id.as_str())
@@ -378,9 +386,9 @@ async fn change(
     Ok(true)
 }
 
-/// Answers a report of an earlier delivery. The store's delivery counts: it is given again as it is, so that a report that
-/// is repeated, or crosses with the answer, gets the same one. A further one would be overtaken by the next report, and
-/// so on. Only what is not under way at all is delivered anew.
+/// Answers a report of an earlier delivery with the stored delivery, unchanged. A report that is repeated, or that
+/// crosses with the answer, gets the same one: a new attempt would be stale before it arrived, and the exchange would
+/// never end. Only a PENDING execution gets a new attempt.
 async fn redeliver(
     tx: &Transaction,
     holder: &Holder,
@@ -395,6 +403,7 @@ async fn redeliver(
         return Ok(ReportOutcome::Refused(format!("it was delivered {MAX_ATTEMPT} times")));
     };
     let to = if fresh { ExecutionState::Assigned } else { from };
+    // One write for each session: repeated reports would cost an fsync each.
     let given_here = !fresh && found.epoch == holder.epoch;
     if !given_here && !deliver(tx, holder, report, &found, (to, attempt), now).await? {
         return Ok(ReportOutcome::Refused("the node holds other work".to_owned()));
@@ -410,7 +419,7 @@ async fn redeliver(
     })))
 }
 
-/// Stores a delivery to this session; `false`: the node has been given something else.
+/// Stores a delivery to this session. Returns false if the node has been given other work.
 async fn deliver(
     tx: &Transaction,
     holder: &Holder,
@@ -420,6 +429,7 @@ async fn deliver(
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
     let from = found.stored.state;
+    // Other work of the node is excluded here: a violation of the unique index would abort the whole transaction.
     let changed =
         sql("UPDATE executions SET state = ?, attempt = ?, session_epoch = ?, update_time = ?, assign_time = ?, \
              deadline = ?, patience = ?, overdue = FALSE, forgiven_time = NULL, changes = changes + 1, \

@@ -1,4 +1,4 @@
-//! Which controller holds the stream of which node.
+//! Sessions of nodes: the controller that holds each node's stream.
 
 use chrono::{DateTime, Utc};
 use marco_proto::names::{ExecutionId, NodeId};
@@ -14,66 +14,67 @@ use super::sql::sql;
 use super::{Board, NodeRow, Store, StoreError, System, audit, nodes};
 use crate::operation::{ExecutionState, NodeMode, NodeState};
 
-/// A Hello, as far as the store needs it.
+/// The part of a Hello that the store needs, and the circumstances of its connection.
 #[derive(Debug, Clone)]
 pub struct SessionStart {
     /// The controller that holds the stream.
     pub controller_id: String,
-    /// When it accepted the connection.
+    /// Time at which the connection was accepted; for a later session on the same connection, when it was asked for.
     pub accept_time: DateTime<Utc>,
-    /// SHA-256 of the SubjectPublicKeyInfo of the key that it showed.
+    /// SHA-256 of the SubjectPublicKeyInfo of the node's key, in hex.
     pub key_sha256: String,
-    /// From which address.
+    /// IP address of the node.
     pub origin: String,
-    /// Which start of the agent this is; empty: it does not say.
+    /// Random value of this start of the agent; empty if the agent sends none.
     pub instance: String,
-    /// The node's boot id.
+    /// Boot id of the node now.
     pub boot_id: String,
-    /// The role of its agent.
+    /// Role of its agent: the installed system's, or the installer's.
     pub mode: NodeMode,
     /// The version of its agent.
     pub agent_version: String,
     /// Its hardware.
     pub board: Board,
-    /// What it runs.
+    /// Facts of the running system.
     pub system: System,
 }
 
-/// Why a node is shut out whose identity somebody else has too.
+/// Reason of the quarantine of a node whose identity two agents have, on one machine or on two.
 pub const CLONED: &str = "two nodes have this identity: one that was superseded by the other came back";
 
-/// What became of a Hello.
+/// Result of a Hello.
 #[derive(Debug, Clone)]
 pub enum SessionOutcome {
-    /// The session is the node's only one. A node whose state is not APPROVED stays connected and gets no work; it may
-    /// have become so just now, because its board has another serial number than it enrolled with.
+    /// The session is the node's only one. A node whose state is not APPROVED stays connected and gets no work. This
+    /// Hello may have changed the state: the board has another serial number than the node enrolled with.
     Begun {
-        /// The number of the session, a condition of every write for it.
+        /// Session epoch: every write for the session has it in its condition.
         epoch: i64,
-        /// The node, as it is now.
+        /// The node after the Hello.
         node: Box<NodeRow>,
-        /// It was approved until now, and waits for an admin because its card is in another board.
+        /// True if this Hello took its approval away, because its card is in another board.
         moved: bool,
     },
-    /// Its key waits for approval; nothing of the node is touched. `just_now`: it does so since this Hello.
+    /// Its key waits for approval. The node is unchanged.
     KeyHeld {
-        /// It was not known to wait before.
+        /// True if this Hello made it wait. False if it waited before, or too many others do.
         just_now: bool,
     },
-    /// Its key was shut out.
+    /// Its key was revoked.
     KeyRevoked,
-    /// The node was shut out before.
+    /// The node was in quarantine before.
     Quarantined,
-    /// The node is shut out from now on, because two nodes have its identity.
+    /// The node is in quarantine from now on, because two agents have its identity.
     Cloned,
-    /// The connection is older than the node's present session and of an earlier boot: close it.
+    /// The connection is older than the node's present session, and from an earlier boot or start of the agent: close
+    /// it.
     Superseded,
-    /// No such node: it was deleted.
+    /// No such node. It was deleted.
     UnknownNode,
 }
 
 impl Store {
-    /// Begins a session and thereby ends the node's last one, wherever it was.
+    /// Begins a session. This ends the node's previous one, on any controller.
     pub async fn begin_session(
         &self,
         node: &NodeId,
@@ -97,7 +98,7 @@ impl Store {
         .await?;
         let Some(row) = row else { return Ok(SessionOutcome::UnknownNode) };
         let mut state = row.word("state", NodeState::parse)?;
-        // The key first: whoever has one that is not the node's learns nothing of the node.
+        // Checked before the node's state: a caller with a key that is not the node's learns nothing about the node.
         let standing = keys::state(&*tx, node, &start.key_sha256).await?.unwrap_or(KeyState::Revoked);
         match standing {
             KeyState::InService | KeyState::Next => {}
@@ -109,6 +110,7 @@ impl Store {
                 let just_now = keys::hold(&*tx, node, &start.key_sha256, shown, now).await?;
                 if just_now {
                     audit::note("HOLD_KEY", &format!("an earlier key of it turned up: {}", start.key_sha256));
+                    // Nothing is written if too many keys wait already: a flood must not fill the audit either.
                     self.commit(tx).await?;
                 }
                 return Ok(SessionOutcome::KeyHeld { just_now });
@@ -125,8 +127,8 @@ impl Store {
         if came_back(new_boot, &start.boot_id, &previous)
             || came_back(new_instance, &start.instance, &previous_instance)
         {
-            // Neither a boot nor a start of an agent comes back. Either this connection was made before the present one
-            // was known, or two nodes have this identity.
+            // A boot id or an instance never comes back after another one. Either this connection was made before the
+            // present session was known, or two agents have this identity.
             if row.maybe_time("session_time")?.is_some_and(|begun| start.accept_time <= begun) {
                 return Ok(SessionOutcome::Superseded);
             }
@@ -138,6 +140,7 @@ impl Store {
         let mut reason = row.text("state_reason")?;
         let (enrolled, serial) = (row.text("serial")?, nodes::normal_serial(&start.board.serial));
         let moved = state == NodeState::Approved && !serial.is_empty() && !enrolled.is_empty() && serial != enrolled;
+        // The identity lies on the card, so another machine may have it now. An admin has to approve the node again.
         if moved {
             state = NodeState::AwaitingApproval;
             reason = format!("its card is in the board {serial}, it was enrolled on {enrolled}");
@@ -166,7 +169,8 @@ impl Store {
         .run(&*tx)
         .await?;
         if standing == KeyState::Next {
-            // It works: the one before has served its time.
+            // The agent has proved that it holds the renewed key, so the one before is retired. Retiring it at the
+            // renewal would lock out a node that lost its power before it had stored the new key.
             keys::put_in_service(&*tx, node, &start.key_sha256, now).await?;
         }
         let found = nodes::find(&*tx, node).await?;
@@ -177,7 +181,7 @@ impl Store {
         })
     }
 
-    /// Ends a session, unless a later one has begun; tells whether it did.
+    /// Ends a session. Returns false if it has ended already or a later one has begun.
     pub async fn end_session(&self, node: &NodeId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
         self.again(|| self.end_session_once(node, epoch, now)).await
     }
@@ -196,8 +200,9 @@ impl Store {
         Ok(ended == 1)
     }
 
-    /// Stores the last words of an agent that ends because its machine powers off, under the session in which they were
-    /// said; tells whether they were about such a power-off.
+    /// Stores that an agent ends because its machine powers off, under the session in which the agent said so. Returns
+    /// false if the execution is not a power-off in REBOOTING, the session has said so before, or is no longer the
+    /// node's.
     pub async fn say_goodbye(&self, id: &ExecutionId, epoch: i64, now: DateTime<Utc>) -> Result<bool, StoreError> {
         self.again(|| self.say_goodbye_once(id, epoch, now)).await
     }
@@ -208,6 +213,8 @@ impl Store {
             return Ok(false);
         }
         lock(&*tx, [&id.operation]).await?;
+        // A retry after a lost answer must not move the time, from which the node's silence counts. Any later session
+        // has another epoch, which makes these last words void.
         let noted = sql("UPDATE executions SET goodbye_epoch = ?, goodbye_time = ? WHERE operation = ? AND node = ? \
                          AND state = 'REBOOTING' AND goodbye_epoch <> ? AND EXISTS \
                              (SELECT 1 FROM operations o WHERE o.id = executions.operation AND o.action_kind = 'power-off')")
@@ -228,7 +235,8 @@ impl Store {
         Ok(noted == 1)
     }
 
-    /// Notes that these nodes, whose sessions the controller holds, were heard of.
+    /// Updates the time of the last sign of life of these nodes. Skips those whose session this controller does not
+    /// hold.
     pub async fn touch(&self, controller_id: &str, nodes: &[NodeId], now: DateTime<Utc>) -> Result<(), StoreError> {
         self.again(|| self.touch_once(controller_id, nodes, now)).await
     }
@@ -238,7 +246,7 @@ impl Store {
             return Ok(());
         }
         let tx = self.begin().await?;
-        // A row that somebody holds is about to be written anyway, and is not worth waiting for.
+        // Locked rows are skipped: another transaction is about to write them anyway.
         sql("UPDATE nodes SET last_seen = ? WHERE id IN \
              (SELECT id FROM nodes WHERE controller_id = ? AND id IN {each} {skip})")
         .time(now)
@@ -246,12 +254,12 @@ impl Store {
         .each(nodes.iter().map(NodeId::as_str))
         .run(&*tx)
         .await?;
-        // Not worth a hint: nobody waits for it.
+        // Without the hint of `Store::commit`: no work becomes due by it, and it would wake every dispatcher.
         tx.commit().await?;
         Ok(())
     }
 
-    /// Of these sessions, those that are not their node's any more, or that may not be: to be closed.
+    /// Those of these sessions that have to be closed: replaced, ended, or of a node in quarantine.
     pub async fn lost_sessions(
         &self,
         controller_id: &str,
@@ -271,7 +279,7 @@ impl Store {
         .collect()
     }
 
-    /// Stores changed facts of the system of a node; tells whether the session is still the node's.
+    /// Stores changed facts of the running system. Returns false if the session is no longer the node's.
     pub async fn update_system(
         &self,
         node: &NodeId,
@@ -309,7 +317,7 @@ struct Held<'a> {
     epoch: i64,
 }
 
-/// Quarantines a node and ends its session; its controller finds that out with `lost_sessions`.
+/// Quarantines a node and ends its session. The controller that holds the stream finds it with `lost_sessions`.
 pub(super) async fn shut_out(
     tx: &impl Connection,
     node: &NodeId,

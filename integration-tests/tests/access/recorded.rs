@@ -1,5 +1,5 @@
-//! A change and its row in the audit are one: every method that changes something, with an audit that takes no rows and
-//! with one that does.
+//! Each change is committed with its audit row. Every method that changes something is called twice: with an audit that
+//! refuses rows, and with one that takes them.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -21,12 +21,12 @@ use tonic::{Code, Status};
 
 use crate::scene::{enrollment, later, node, wish};
 
-/// Refuses every row of the audit.
+/// Makes the audit refuse every row.
 const BREAK: &str = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS \
      $$BEGIN RAISE EXCEPTION 'the audit takes no rows'; END$$; \
      CREATE TRIGGER refuse BEFORE INSERT ON audit FOR EACH ROW EXECUTE FUNCTION refuse()";
 const MEND: &str = "DROP TRIGGER refuse ON audit; DROP FUNCTION refuse";
-/// Everything that is stored, but for signs of life and the audit itself.
+/// Reads all tables except the audit itself and `controllers`, which changes by itself with each sign of life.
 const EVERYTHING: &str = "SELECT table_name, query_to_xml(format('SELECT * FROM %I t ORDER BY t::text', table_name), \
          false, true, '')::text AS rows FROM information_schema.tables WHERE table_schema = 'public' \
      AND table_name NOT IN ('audit', 'controllers') ORDER BY table_name";
@@ -48,7 +48,7 @@ impl Walk {
         self.server.by_hand(&self.url, statement)?.map_err(anyhow::Error::msg)
     }
 
-    /// Makes a call twice. Where its row cannot be written nothing changes; where it can, there is one row.
+    /// Makes a call twice. Checks that nothing changes if its row cannot be written, and that otherwise it has one row.
     async fn twice<T, F>(&mut self, method: &str, make: impl Fn(&Fleet) -> F) -> Result<T>
     where
         F: Future<Output = Result<T, Status>>,
@@ -56,6 +56,7 @@ impl Walk {
         self.walked.insert(method.to_owned());
         let before = self.rows(EVERYTHING)?;
         self.by_hand(BREAK)?;
+        // A change that was not rolled back would be a change without a record.
         let refused = make(&self.fleet).await;
         let code = refused.err().with_context(|| format!("{method}: it was done without a record"))?.code();
         ensure!(self.rows(EVERYTHING)? == before, "{method}: it was answered {code:?} and changed something");
@@ -70,7 +71,7 @@ impl Walk {
         Ok(answer)
     }
 
-    /// The same by the method's path, as the first admin.
+    /// Makes a call twice, given the method's path, as the first admin.
     async fn admin<T: Message + Default>(&mut self, method: &str, request: impl Message) -> Result<T> {
         let (path, message) = (format!("/marco.bootstrap.v1.{method}"), request.encode_to_vec());
         let answer: Bytes = self
@@ -95,6 +96,7 @@ impl Walk {
         let retry = RetryOperationRequest { name, request_id: String::new() };
         let again: Operation = self.admin("OperationService/RetryOperation", retry).await?;
         let id = again.name.trim_start_matches("operations/");
+        // Only an overdue execution can be abandoned, and no agent runs here that could become overdue.
         self.by_hand(&format!(
             "UPDATE executions SET state = 'RUNNING', overdue = TRUE, attempt = 1, \
                  assign_time = EXTRACT(EPOCH FROM now())::bigint * 1000000, \
@@ -143,7 +145,7 @@ impl Walk {
         self.admin::<Node>("NodeService/QuarantineNode", quarantine).await?;
         let approve = named(&name);
         self.admin::<Node>("NodeService/ApproveNode", approve).await?;
-        // The node knows something that the store does not.
+        // `ResolveNode` needs a conflict, and no agent runs here that could cause one.
         self.by_hand(
             "INSERT INTO conflicts (node, operation, kind, attempt, sequence, state, boot_id, holds, time) VALUES \
                  ('in-2', '0198a6e0-0000-7000-8000-000000000001', 'UNKNOWN', 1, 1, 'RUNNING', '', TRUE, 1)",
@@ -157,6 +159,7 @@ impl Walk {
         let token: JoinToken = self.admin("NodeService/CreateJoinToken", create).await?;
         let (key, fresh) = (NodeKey::generate()?, NodeKey::generate()?);
         let enroll = wish(&token.token, &key, "in-3", "")?;
+        // Not by `admin`: the enrolment has a listener of its own, and takes callers without a certificate.
         let enrolled = self
             .twice("EnrollmentService/Enroll", |fleet| {
                 let (client, enroll) = (enrollment(fleet, fleet.addresses().enroll), enroll.clone());
@@ -213,6 +216,7 @@ impl Walk {
 
     async fn artifacts(&mut self) -> Result<()> {
         let file = make_image(self.fleet.dir(), "image", Compression::Gzip)?;
+        // Not by `admin`: an upload is a stream of requests.
         self.twice("ArtifactService/UploadArtifact", |fleet| {
             let (mut client, file) = (fleet.artifacts(), file.clone());
             async move {
@@ -236,12 +240,12 @@ impl Walk {
     }
 }
 
-/// A request whose first field is a name, whatever else it may say.
+/// A request with a name in its first field. It encodes like any other request that has only that.
 fn named(name: &str) -> GetNodeRequest {
     GetNodeRequest { name: name.to_owned() }
 }
 
-/// The methods of the descriptor set that change something, those of the enrolment too.
+/// Methods of the API and of the enrolment that change something, from the descriptor set.
 fn mutating() -> BTreeSet<String> {
     let set = FileDescriptorSet::decode(marco_proto::DESCRIPTOR_SET).unwrap();
     let ours = set.file.iter().filter(|file| file.package() == "marco.bootstrap.v1");
@@ -264,12 +268,13 @@ async fn every_change_is_committed_with_its_one_row_or_not_at_all() -> Result<()
     walk.nodes().await?;
     walk.doors().await?;
     walk.artifacts().await?;
+    // A new method of the API fails here until it is added above.
     assert_eq!(walk.walked, mutating(), "a method that changes something was not walked");
     walk.fleet.went_well();
     Ok(())
 }
 
-/// What fails or changes nothing is recorded by itself, once.
+/// A call that fails or changes nothing gets one row, outside of any change.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_changes_nothing_has_its_own_row() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
@@ -279,7 +284,7 @@ async fn what_changes_nothing_has_its_own_row() -> Result<()> {
     let status = fleet.operations().cancel_operation(missing).await.err().context("it was cancelled")?;
     assert_eq!(status.code(), Code::NotFound);
     fleet.cancel(&operation).await?;
-    // The second time nothing is left to do, and it was asked for all the same.
+    // The second cancel changes nothing, but the audit shows it: an operator requested it.
     fleet.cancel(&operation).await?;
     let revoke = || RevokeApiTokenRequest { name: "nobody".to_owned() };
     let mut access = crate::scene::access(&fleet);

@@ -1,4 +1,4 @@
-//! A change and its row in the audit are one transaction.
+//! Each change is stored in one transaction with its audit row.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ fn row(method: &str) -> AuditRow {
     }
 }
 
-/// Cuts of a connection, evenly over what a change and its row have on the way.
+/// Number of cuts, spread evenly over the bytes that a change and its row send.
 const STEPS: u64 = 150;
 
 async fn rows(f: &Fixture) -> Vec<AuditRow> {
@@ -32,6 +32,7 @@ async fn rows(f: &Fixture) -> Vec<AuditRow> {
 
 pub(crate) async fn a_change_that_cannot_be_recorded_is_not_made(f: Fixture) {
     let nodes = f.enrolled(&["pi-1"]).await;
+    // A trigger that refuses the row stands for any failure of the second write. The change must fail with it.
     let (break_it, mend_it): (&[&str], &[&str]) = if f.folder.is_some() {
         (
             &["CREATE TRIGGER refuse BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no rows'); END"],
@@ -56,7 +57,7 @@ pub(crate) async fn a_change_that_cannot_be_recorded_is_not_made(f: Fixture) {
 
     recorded(Arc::clone(&record), f.store.create_operation(&new, start())).await.unwrap();
     assert!(record.is_stored());
-    // What the same call commits besides has no row of its own.
+    // A second change of the same call gets no row of its own: the audit has one row for each call.
     recorded(Arc::clone(&record), f.store.pause(&new.id, "pat", "", start())).await.unwrap();
     assert_eq!(rows(&f).await, [row("CreateOperation")]);
 }
@@ -91,7 +92,7 @@ pub(crate) async fn what_the_controller_does_by_itself_is_recorded_with_it(f: Fi
     assert_eq!(told, ["QUARANTINE", "HOLD"]);
 }
 
-/// The connection to the database is cut after each number of bytes that a change and its row have on the way.
+/// Cuts the connection to the database at `STEPS` places within the bytes of a change and its row.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_is_cut_leaves_both_or_neither() {
     let url = tokio::task::spawn_blocking(|| Postgres::start().unwrap().database().unwrap()).await.unwrap();
@@ -106,7 +107,7 @@ async fn a_connection_that_is_cut_leaves_both_or_neither() {
         let new = new_operation(reboot(), &nodes);
         recorded(Arc::clone(&record), store.create_operation(&new, start())).await.map(|_| ())
     };
-    // On a connection of its own each time, so that the number of bytes says how far it came.
+    // A new connection for each try, so that the number of bytes tells how far the try got.
     proxy.drop_connections();
     let before = proxy.bytes(Direction::Up);
     while create().await.is_err() {}
@@ -120,7 +121,7 @@ async fn a_connection_that_is_cut_leaves_both_or_neither() {
         }
     }
     assert!(cut > 0, "nothing was cut");
-    // Of one moment: the last COMMIT may still be under way, though nobody waits for its answer.
+    // Both counts come from one snapshot: the last COMMIT may still be under way, although its caller has given up.
     let server = Postgres::start().unwrap();
     let counts = ["SELECT COUNT(*) AS rows FROM operations", "SELECT COUNT(*) AS rows FROM audit"];
     let [operations, recorded] = server.snapshot(&url, counts).unwrap().map(|rows| rows[0]["rows"].as_u64().unwrap());

@@ -1,4 +1,4 @@
-//! A node whose journal was torn counts from an older copy: its numbers are below those that the store has.
+//! Torn journals. The node counts from an older copy, so its sequences are below the stored ones.
 
 use marco_controller::operation::{Action, ExecutionState, reason};
 use marco_controller::store::{Assignment, Kind, Purpose, Release, ReportOutcome, ReportRow};
@@ -13,7 +13,7 @@ async fn assigned(f: &Fixture, node: &str, action: Action) -> (NodeId, i64, Assi
     (id, epoch, assignment)
 }
 
-/// What the node says before its journal is torn; all of it is stored.
+/// Reports of the node before its journal is torn. All of them are stored.
 async fn says(f: &Fixture, epoch: i64, assignment: &Assignment, way: &[(u64, ExecutionState, &str)]) {
     for (sequence, state, boot_id) in way {
         let outcome = f.report(epoch, &report(assignment, *sequence, *state, boot_id), after(1)).await;
@@ -21,12 +21,13 @@ async fn says(f: &Fixture, epoch: i64, assignment: &Assignment, way: &[(u64, Exe
     }
 }
 
-/// A reboot's way to the restart.
+/// States of a reboot until the restart: sequence, state and boot id.
 const WAY_DOWN: &[(u64, ExecutionState, &str)] =
     &[(1, ExecutionState::Running, "boot-1"), (4, ExecutionState::Rebooting, "boot-1")];
 
-/// An update's way to the trial boot, with the numbers of agents of protocol 1: the running system says 1 and 2, the
-/// installer 3 and 4. The new system then says VERIFYING with 5 and SUCCEEDED with 6, unless its journal was torn.
+/// States of an update until the trial boot, with the sequences of agents of protocol 1: 1 and 2 from the running
+/// system, 3 and 4 from the installer. Without a torn journal the new system then sends VERIFYING with 5 and SUCCEEDED
+/// with 6.
 const TO_THE_TRIAL: &[(u64, ExecutionState, &str)] = &[
     (1, ExecutionState::Running, "boot-1"),
     (2, ExecutionState::Rebooting, "boot-1"),
@@ -51,7 +52,8 @@ pub(crate) async fn torn_journal_gets_its_verdict_once_that_is_stored(f: Fixture
         } else {
             assert_eq!(f.report(epoch, &asks, after(2)).await, ReportOutcome::Acked);
         }
-        // The acknowledgement is the verdict of an agent of protocol 1.
+        // An agent of protocol 1 takes the acknowledgement as its verdict. An unstored VERIFYING once left it waiting
+        // forever.
         assert_eq!(f.state(execution).await, ExecutionState::Verifying, "{node}: acknowledged and not stored");
         let stored = f.execution(execution).await;
         assert_eq!(f.report(epoch, &asks, after(3)).await, ReportOutcome::Acked);
@@ -88,6 +90,7 @@ pub(crate) async fn end_told_from_a_torn_journal_is_the_end(f: Fixture) {
 pub(crate) async fn step_told_from_a_torn_journal_takes_nothing_back(f: Fixture) {
     let (_, epoch, assignment) = assigned(&f, "pi-1", reboot()).await;
     says(&f, epoch, &assignment, WAY_DOWN).await;
+    // RUNNING below the stored sequence may cross with a newer report, so it must not take the execution back.
     let earlier = report(&assignment, 2, ExecutionState::Running, "boot-1");
     assert_eq!(f.report(epoch, &earlier, after(2)).await, ReportOutcome::Acked);
     let row = f.execution(&assignment.execution).await;

@@ -1,5 +1,5 @@
-//! A node whose installer found no system on its card, and nothing to do: it gets the default image of its board by an
-//! operation of its own, which is listed, followed and retried as any other.
+//! Default images for blank cards. A node whose installer finds no system on its card, and has no work, gets an
+//! operation of its own. That is listed, followed and retried like any other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -17,21 +17,21 @@ use crate::identity::peer_log::{cut, of_peer};
 use crate::operation::{Action, FrozenArtifact, NodeState, Notice, OperationState, Target, Update};
 use crate::store::{Kind, NewOperation, OperationQuery, Purpose, Scope, StoreError};
 
-/// How often an image is looked for: somebody may push one, or make it the default, while nodes wait for it.
+/// Interval of the search for an image. An operator may push one, or make it the default, while nodes wait for it.
 pub(super) const EVERY: Duration = Duration::from_secs(5);
-/// Who asked for such operations.
+/// Creator of such operations, followed by `/` and the node.
 const CREATOR: &str = "marco-controller";
-/// A card is installed now or, if the node goes away, at another Hello.
+/// Expiry of such an operation. The card is installed now or, if the node goes away, after a later Hello.
 const LIFETIME: TimeDelta = TimeDelta::hours(1);
-/// What the 2015 installer took: by the board alone.
+/// Images that the 2015 installer took, by the board alone.
 const PI_1: &str = "ArchLinuxARM-rpi-latest";
 const OTHERS: &str = "ArchLinuxARM-rpi-2-latest";
 
-/// What a Hello says of such a node.
+/// Facts from the Hello of a node with a blank card.
 pub(super) struct Blank {
     family: String,
     boot_id: String,
-    /// The image that the card itself names.
+    /// Image that a file of the 2015 system on the card names, without `.tar.gz`; empty: none.
     named: String,
 }
 
@@ -45,8 +45,8 @@ impl Blank {
         })
     }
 
-    /// Makes the operation, unless the node has work already, may have none, or no image is known. For the same image it
-    /// is made once in a boot: one that failed would only fail again.
+    /// Creates the operation, unless the node has work, is not approved, or no image is known. Creates one for each
+    /// image and boot: an installation that failed would only fail again.
     pub(super) async fn install(&self, context: &Context, node: &NodeId) -> Result<(), ApiError> {
         let rows = context.store.nodes_by_id(std::slice::from_ref(node)).await?;
         if rows.first().is_none_or(|row| row.state != NodeState::Approved || row.active_execution.is_some()) {
@@ -55,7 +55,7 @@ impl Blank {
         let unfinished = OperationState::ALL.iter().copied().filter(|state| !state.is_final()).collect();
         let query =
             OperationQuery { limit: 50, states: unfinished, node: Some(node.clone()), ..OperationQuery::default() };
-        // A restart that was asked for does not keep a blank card from its system.
+        // Only operations with an image count: a requested reboot must not keep a blank card from its system.
         if context.store.operations(&query).await?.iter().any(|row| row.action.image().is_some()) {
             return Ok(());
         }
@@ -73,6 +73,8 @@ impl Blank {
         let now = context.clock.now();
         let id =
             OperationId::parse(&Uuid::now_v7().to_string()).map_err(|error| ApiError::Internal(error.to_string()))?;
+        // The request key makes this idempotent: within one boot, each tick and each controller gets the same
+        // operation.
         let body = [b"blank card".as_slice(), node.as_str().as_bytes(), image.sha256.as_bytes()];
         let request = format!("{}:{}", self.boot_id, image.sha256);
         let new = NewOperation {
@@ -88,17 +90,19 @@ impl Blank {
             rollout: None,
             window: None,
             origin: None,
-            // The controller itself asks.
+            // The creator is the controller, and no user's scope limits it.
             scope: Scope::everything(),
         };
         let row = operations.stored(&new, now).await?;
+        // Another id is that of an earlier operation with the same request key.
         if row.id == id {
             tracing::info!(operation = %id, image = image.id, "a blank card gets an image");
         }
         Ok(())
     }
 
-    /// What the card names, else the board's default, else what the 2015 installer took; the first that there is.
+    /// The first of these that exists: the image that the card names, the board's default, the image of the 2015
+    /// installer.
     async fn image(&self, context: &Context) -> Result<Option<FrozenArtifact>, StoreError> {
         let frozen =
             |row: crate::store::ArtifactRow| FrozenArtifact { id: row.id.as_str().to_owned(), sha256: row.sha256 };
@@ -119,7 +123,8 @@ impl Blank {
 }
 
 impl Session {
-    /// A node with a blank card gets an image as soon as there is one for it; without one it waits.
+    /// Creates the operation for a blank card as soon as an image exists. Errors are logged, and the next tick tries
+    /// again.
     pub(super) async fn look_for_an_image(&self) -> Result<(), Ended> {
         if let Some(blank) = &self.blank
             && let Err(error) = blank.install(&self.context, &self.node).await

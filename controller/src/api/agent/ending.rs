@@ -1,4 +1,4 @@
-//! How a session ends, and what a node says besides its reports: its last words, and what it does not hold.
+//! The end of a session, and the messages of a node that are not reports: Leaving and NotHeld.
 
 use marco_proto::names::ExecutionId;
 use marco_proto::v1;
@@ -11,8 +11,8 @@ use crate::sessions::End;
 use crate::store::StoreError;
 
 impl Session {
-    /// Stores that it has ended, however long the store is away: a node that is shown as connected for ever would never
-    /// be known to be off.
+    /// Stores that the session has ended, and tries without limit while the store is away. Otherwise the node would
+    /// count as connected forever, and its power-off would never be proved.
     pub(super) async fn end(&self) {
         loop {
             match self.store_end().await {
@@ -23,7 +23,7 @@ impl Session {
                     return;
                 }
             }
-            // Either wakes; the end is tried again or given up.
+            // `stop` only wakes: the loop makes one last try, and then gives up.
             tokio::select! {
                 () = self.context.stop.cancelled() => {}
                 () = tokio::time::sleep(END_AGAIN) => {}
@@ -31,7 +31,7 @@ impl Session {
         }
     }
 
-    /// Its last words first: they count only under the session in which they were said.
+    /// Stores the last words before the end, because they count only under the session in which the agent said them.
     async fn store_end(&self) -> Result<bool, StoreError> {
         let now = self.context.clock.now();
         if let Some(execution) = self.leaving.get()
@@ -48,12 +48,12 @@ impl Session {
             return Ok(());
         }
         let execution = self.own("leaving.execution", &leaving.execution)?;
-        // Said twice, the first one counts.
+        // A repeated Leaving changes nothing: the first one counts.
         let _ = self.leaving.set(execution);
         Ok(())
     }
 
-    /// Stores that the node does not hold an execution.
+    /// Stores that the node's journal does not hold an execution.
     pub(super) async fn not_held(&self, answer: v1::NotHeld) -> Result<(), Ended> {
         if self.held {
             return Ok(());
@@ -68,13 +68,13 @@ impl Session {
         match self.context.store.not_held(&execution, busy_with.as_ref(), self.epoch, now).await {
             Ok(true) => Ok(()),
             Ok(false) => Err(Ended::ByUs(End::Lost)),
-            // It is asked again.
+            // Not kept: the dispatcher asks the node again.
             Err(StoreError::Unavailable(_)) => Ok(()),
             Err(error) => Err(store_down(error)),
         }
     }
 
-    /// An execution of this node, by its name.
+    /// Parses the name of an execution. Refuses those of other nodes.
     fn own(&self, field: &str, name: &str) -> Result<ExecutionId, Ended> {
         let execution = ExecutionId::parse(name)
             .map_err(|error| Ended::Refused(ApiError::invalid(field, error.to_string()).into()))?;

@@ -1,4 +1,4 @@
-//! Whether a node is let in that says hello: once, from one place, in the board that it is known in.
+//! Admission of a node that says Hello: one session for each node, its own key, and the board that it enrolled with.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,19 +20,19 @@ use crate::operation::NodeState;
 use crate::sessions::Handle;
 use crate::store::{AuditRow, Record, SessionOutcome, SessionStart, recorded};
 
-/// Longest instance of an agent, in bytes: ours has 32.
+/// Longest `instance` of an agent in bytes. Our agent sends 32.
 const INSTANCE_MAX: usize = 64;
-/// Most executions in a Hello: a node has one at a time, and few that wait for an acknowledgement.
+/// Most executions in a Hello. An honest node lists one at work, and a few that wait for an acknowledgement.
 const EXECUTIONS_MAX: usize = 256;
 
-/// Who opens a session.
+/// Caller that opens a session.
 pub(super) struct Peer {
     pub(super) from: SocketAddr,
-    /// Serial number of its certificate.
+    /// Serial number of its certificate, as in the store.
     pub(super) certificate: String,
-    /// Its connection, when the listener made one.
+    /// Its connection. `None`: the listener does not track connections.
     pub(super) connection: Option<Arc<Connection>>,
-    /// When its connection was accepted; when it had a session before, when it asked for another.
+    /// Time at which its connection was accepted; for a later session on it, the time at which that was requested.
     pub(super) accepted: Instant,
 }
 
@@ -50,7 +50,7 @@ fn revoked() -> ApiError {
     }
 }
 
-/// The key of a caller waits for approval.
+/// PERMISSION_DENIED: the caller's key waits for approval.
 pub(in crate::api) fn key_held(node: &NodeId, fingerprint: &str) -> ApiError {
     ApiError::Forbidden {
         reason: "KEY_AWAITS_APPROVAL",
@@ -60,7 +60,7 @@ pub(in crate::api) fn key_held(node: &NodeId, fingerprint: &str) -> ApiError {
     }
 }
 
-/// Which start of its agent says hello.
+/// Checks the random value of an agent's start.
 fn instance(text: &str) -> Result<String, ApiError> {
     if text.len() > INSTANCE_MAX {
         return Err(ApiError::invalid("hello.instance", format!("must be at most {INSTANCE_MAX} bytes")));
@@ -68,7 +68,7 @@ fn instance(text: &str) -> Result<String, ApiError> {
     Ok(convert::text("hello.instance", text)?.to_owned())
 }
 
-/// The record of what the controller does to a node by itself; the store says in it what that is.
+/// Audit record of an action that the controller takes by itself. The store fills in the method and the reason.
 fn record(context: &Context, node: &NodeId, from: SocketAddr) -> Arc<Record> {
     Record::new(AuditRow {
         time: context.clock.now(),
@@ -84,13 +84,13 @@ fn record(context: &Context, node: &NodeId, from: SocketAddr) -> Arc<Record> {
 
 /// A session that has begun in the store and in the registry.
 pub(super) struct Begun {
-    /// Its number.
+    /// Session epoch.
     pub(super) epoch: i64,
-    /// Whether the node is held.
+    /// True if the node is not approved. It stays connected and gets no work.
     pub(super) held: bool,
-    /// The node's labels.
+    /// The node's labels, for Welcome.
     pub(super) labels: BTreeMap<String, String>,
-    /// Its place in the registry.
+    /// The session's side of its entry in the registry.
     pub(super) handle: Handle,
 }
 
@@ -102,6 +102,7 @@ pub(super) async fn begin(
     hello: &v1::Hello,
     accept_time: DateTime<Utc>,
 ) -> Result<Begun, ApiError> {
+    // Checked before the store is asked: each listed execution costs a locked row and statements.
     if hello.executions.len() > EXECUTIONS_MAX {
         let message = format!("must be at most {EXECUTIONS_MAX}: those that were not acknowledged");
         return Err(ApiError::invalid("hello.executions", message));
@@ -115,6 +116,7 @@ pub(super) async fn begin(
             ),
         });
     }
+    // The gate checked the certificate when the call began, but up to 10 s may pass until the Hello.
     let known = context.store.certificate(&peer.certificate).await?;
     let known = known.filter(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node));
     let Some(key_sha256) = known.map(|known| known.certificate.key_sha256) else { return Err(revoked()) };
@@ -131,6 +133,7 @@ pub(super) async fn begin(
         system: convert::system(hello.system.clone().unwrap_or_default(), hello.conditions.clone())?,
     };
     let record = record(context, node, peer.from);
+    // Written only if the store shuts the node out or holds it: sessions begin all day.
     let begun = recorded(Arc::clone(&record), context.store.begin_session(node, &start, context.clock.now())).await?;
     if record.is_stored() {
         let row = record.row();
@@ -139,9 +142,12 @@ pub(super) async fn begin(
     }
     match begun {
         SessionOutcome::Begun { epoch, node: row, .. } => {
+            // If the store did not answer during the handshake, the connection still counts as a stranger's, which
+            // gives way to newcomers.
             if let Some(connection) = &peer.connection {
                 connection.accept(Role::Node, node.as_str());
             }
+            // The store decided already, but a later session may have overtaken this one on its way here.
             let handle = context.sessions.open(node, epoch, &peer.certificate).ok_or_else(|| ApiError::Aborted {
                 reason: "SESSION_SUPERSEDED",
                 message: "the node opened another session, or the controller is stopping".to_owned(),

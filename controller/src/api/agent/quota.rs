@@ -1,15 +1,15 @@
-//! How much a node may say: what is beyond it is not read until later, and so the node waits.
+//! Limit of a node's messages. Messages beyond it stay unread until later, so the node waits and loses nothing.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Messages that a node may send at once: all that its journal holds, after a long time without a stream.
+/// Messages that a node may send at once: its whole journal, after a long time without a stream.
 const BURST: u32 = 200;
-/// Messages a second for ever. An agent reports progress once a second and a state now and then.
+/// Messages a second, without a limit in time. An agent reports progress once a second and a state now and then.
 const PER_SECOND: u32 = 20;
 
-/// The messages of one session.
+/// Message budget of one session: a token bucket.
 #[derive(Debug)]
 pub(super) struct Quota {
     left: u32,
@@ -21,28 +21,31 @@ impl Quota {
         Self { left: BURST, filled: now }
     }
 
-    /// Whether another message may be read.
+    /// True if another message may be read.
     pub(super) fn has_room(&self) -> bool {
         self.left > 0
     }
 
-    /// When there is room again, if there is none.
+    /// Time at which there is room again. Only meaningful while there is none.
     pub(super) fn room_at(&self) -> Instant {
         self.filled + Duration::from_secs(1)
     }
 
-    /// Adds what has become free.
+    /// Adds the budget of the whole seconds since the last refill, up to the burst.
     pub(super) fn refill(&mut self, now: Instant) {
         let seconds = now.duration_since(self.filled).as_secs();
         if seconds > 0 {
+            // Saturating: a session that was silent for years must not overflow, and only the burst counts.
             let more = u32::try_from(seconds).unwrap_or(u32::MAX).saturating_mul(PER_SECOND);
             self.left = self.left.saturating_add(more).min(BURST);
+            // Not `now`: the rest of a second counts for the next refill.
             self.filled += Duration::from_secs(seconds);
         }
     }
 
-    /// A message was read.
+    /// Takes one message out of the budget.
     pub(super) fn spend(&mut self, now: Instant) {
+        // The run loop refills only while the budget is empty, so all other seconds are credited here.
         self.refill(now);
         self.left = self.left.saturating_sub(1);
     }

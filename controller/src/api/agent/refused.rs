@@ -1,4 +1,4 @@
-//! The record of sessions that were refused: a node that is not let in tries again and again, and says nothing new.
+//! Audit records of refused sessions. A refused node tries again and again, so they are limited for each node.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use crate::identity::rate::Rate;
 use crate::identity::shown;
 use crate::store::AuditRow;
 
-/// Refusals of a node that are recorded at once, and then how often.
+/// Refusals of a node that are recorded at once. After that, one in each `EVERY`.
 const BURST: u32 = 3;
 const EVERY: Duration = Duration::from_secs(10 * 60);
 
-/// Records refused sessions, as far as they are not too many.
+/// Records refused sessions, up to the limit.
 pub(super) struct Refused {
     rate: Rate<NodeId>,
 }
@@ -28,7 +28,7 @@ impl Refused {
 
     pub(super) async fn note(&self, context: &Context, node: &NodeId, peer: &Peer, error: &ApiError) {
         let now = context.clock.now();
-        // An error of the database changes nothing and is told elsewhere.
+        // An error of the database refuses nobody and is logged elsewhere. The record would most likely fail too.
         if matches!(error, ApiError::Store(_)) || !self.rate.take(node.clone(), now) {
             tracing::debug!(%error, "session refused");
             return;

@@ -1,5 +1,5 @@
-//! What a node said and the store could not take yet. It is kept in order, not acknowledged, and tried again until the
-//! store answers; the stream stays open meanwhile.
+//! Reports that the store could not take yet. They are kept in order, not acknowledged, and stored once the store
+//! answers. The stream stays open meanwhile.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -8,19 +8,20 @@ use tokio::time::Instant;
 
 use crate::store::{Backlog, ReportRow, System};
 
-/// Reports that wait for one session. A node has few at a time; when so many wait, no more is read from it.
+/// Reports that may wait in one session. A node has few at a time. With this many, no more are read from it.
 const MOST: usize = 32;
-/// The store is asked again after this time.
+/// Pause between two tries.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What waits.
+/// Waiting reports and facts of one session.
 #[derive(Debug)]
 pub(super) struct Unstored {
     reports: VecDeque<ReportRow>,
     system: Option<System>,
-    /// Not before this.
+    /// Time of the next try.
     due: Instant,
-    /// The store did not answer, and knows that something waits.
+    /// Mark for the store that reports wait, set while it does not answer. The store then judges no node by its
+    /// silence.
     away: Option<Backlog>,
 }
 
@@ -29,14 +30,14 @@ impl Unstored {
         Self { reports: VecDeque::new(), system: None, due: Instant::now(), away: None }
     }
 
-    /// Adds a report. One that only brings newer progress of the same state takes the place of the older one.
+    /// Adds a report. Newer progress of the same state replaces the older one, so a long outage needs no more room.
     pub(super) fn add(&mut self, report: ReportRow) {
         let same = |other: &&mut ReportRow| {
             (&other.execution, other.attempt, other.sequence, other.state, other.cancel_refused)
                 == (&report.execution, report.attempt, report.sequence, report.state, report.cancel_refused)
         };
         match self.reports.iter_mut().find(same) {
-            // What it logged is not said with every report.
+            // Not every report carries the log, and a newer one without it must not lose it.
             Some(other) if report.log.lines.is_empty() => {
                 let log = std::mem::take(&mut other.log);
                 *other = ReportRow { log, ..report };
@@ -46,7 +47,7 @@ impl Unstored {
         }
     }
 
-    /// Newer facts of the system replace those that wait.
+    /// Sets the facts of the system. They replace older ones that wait.
     pub(super) fn set_system(&mut self, system: System) {
         self.system = Some(system);
     }
@@ -59,13 +60,13 @@ impl Unstored {
         self.system.as_ref()
     }
 
-    /// The oldest report is stored.
+    /// Removes the oldest report, which is stored.
     pub(super) fn report_stored(&mut self) {
         self.reports.pop_front();
         self.answered();
     }
 
-    /// The facts are stored.
+    /// Removes the facts, which are stored.
     pub(super) fn system_stored(&mut self) {
         self.system = None;
         self.answered();
@@ -77,8 +78,9 @@ impl Unstored {
         }
     }
 
-    /// The store did not answer; `backlog` tells it that something waits.
+    /// Postpones the next try. `backlog` marks for the store that reports wait.
     pub(super) fn later(&mut self, backlog: impl FnOnce() -> Backlog) {
+        // Logged once for each outage, not with each try.
         self.away.get_or_insert_with(|| {
             tracing::warn!("the store does not answer; what the node says waits");
             backlog()
@@ -86,12 +88,12 @@ impl Unstored {
         self.due = Instant::now() + RETRY;
     }
 
-    /// When to try; `None`: nothing waits.
+    /// Time of the next try. `None`: nothing waits.
     pub(super) fn due(&self) -> Option<Instant> {
         (!self.reports.is_empty() || self.system.is_some()).then_some(self.due)
     }
 
-    /// Whether more can be taken from the node.
+    /// True if another report may be read from the node.
     pub(super) fn has_room(&self) -> bool {
         self.reports.len() < MOST
     }
@@ -176,7 +178,7 @@ mod tests {
             leaving: OnceLock::new(),
             held: false,
         };
-        // Another process, a backup for example, holds the database for longer than a write waits.
+        // Another process, such as a backup, holds the database for longer than a write waits.
         let mut options = ConnectOptions::new(database);
         options.max_connections(1);
         let other = Database::connect(options).await.unwrap();
@@ -197,7 +199,7 @@ mod tests {
 
         other.execute_unprepared("ROLLBACK").await.unwrap();
         tokio::time::sleep_until(unstored.due().unwrap()).await;
-        // No such node has a session. The store answered, though.
+        // An error, because no such node has a session. But the store answered, so nothing waits any longer.
         assert!(session.store_what_waits(&mut unstored).await.is_err());
         assert!(unstored.report().is_none() && !store.has_backlog());
     }

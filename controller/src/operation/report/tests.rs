@@ -94,7 +94,7 @@ fn verifying_below_the_stored_sequence_is_stored_first() {
             assert_eq!(verdict, ReportVerdict::Change(E::Verifying, None), "{from} {sequence}");
         }
     }
-    // The same number in another state is no repetition.
+    // The same sequence in another state is no repetition: a torn journal counts some numbers twice.
     let same = verdict(&stored(E::Rebooting), &reported(E::Verifying, 2, 3));
     assert_eq!(same, ReportVerdict::Change(E::Verifying, None));
 }
@@ -161,11 +161,11 @@ fn a_lost_delivery_succeeds_with_the_nodes_own_proof_and_never_fails_for_the_lac
     assert_eq!(verdict(&again, &done(3, "old")), ReportVerdict::Adopt(E::Succeeded, None));
     assert_eq!(verdict(&again, &done(3, "new")), ReportVerdict::Conflict(Conflict::Unproved));
     assert_eq!(verdict(&again, &done(3, "")), ReportVerdict::Conflict(Conflict::Unproved));
-    // It was never assigned as far as the store knows.
+    // The store lost the assignment itself.
     let never = Stored { attempt: 0, sequence: 0, assign_boot_id: String::new(), ..stored(E::Pending) };
     assert_eq!(verdict(&never, &done(1, "old")), ReportVerdict::Adopt(E::Succeeded, None));
     assert_eq!(verdict(&never, &done(1, "")), ReportVerdict::Conflict(Conflict::Unproved));
-    // The same delivery without a reboot is a lie, as ever.
+    // The same delivery without a reboot is a lie: it fails.
     let lie =
         verdict(&stored(E::Rebooting), &Reported { accept_boot_id: "new".to_owned(), ..reported(E::Succeeded, 2, 4) });
     assert!(matches!(lie, ReportVerdict::Change(E::Failed, Some(_))), "{lie:?}");
@@ -196,7 +196,7 @@ fn a_hello_is_concluded_from_as_the_table_says() {
     let off = Action::PowerOff(notice);
     let lost = Some(reason::JOURNAL_LOST);
     let cases = [
-        // Given again only when a later Hello does not list it.
+        // Assigned again only if a later Hello does not list it.
         (E::Assigned, reboot(), true, Running, "old", None),
         (E::Assigned, reboot(), false, Running, "old", Some((E::Pending, None))),
         (E::Assigned, reboot(), false, Running, "new", Some((E::Pending, None))),
@@ -210,9 +210,9 @@ fn a_hello_is_concluded_from_as_the_table_says() {
         (E::Rebooting, reboot(), true, Running, "new", Some((E::Verifying, None))),
         (E::Rebooting, update.clone(), true, Running, "new", Some((E::Verifying, None))),
         (E::Rebooting, update, true, Installer, "new", Some((E::Running, None))),
-        // On its way down: the stream broke, and it connected again.
+        // The stream broke during the shutdown, and the node connected again.
         (E::Rebooting, off.clone(), true, Running, "old", None),
-        // Back from a power-off, whatever is in its journal.
+        // Back from a power-off. The journal does not matter.
         (E::Rebooting, off.clone(), false, Running, "old", Some((E::Failed, Some(reason::STILL_ON)))),
         (E::Rebooting, off.clone(), true, Running, "new", Some((E::Succeeded, None))),
         (E::Rebooting, off, false, Running, "new", Some((E::Succeeded, None))),

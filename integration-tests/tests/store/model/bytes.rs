@@ -1,4 +1,4 @@
-//! Artifacts: names in the store, bytes in a folder, and what must hold between the two.
+//! Artifacts: names in the store, bytes in a folder, and the invariants between the two.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -16,20 +16,20 @@ use super::pick;
 use super::world::{Outcome, World};
 use crate::support::artifact;
 
-/// Names and contents that a history chooses from.
+/// Names and contents from which a history chooses.
 const NAMES: [&str; 2] = ["os", "other"];
 const CONTENTS: usize = 3;
-/// Longer than the grace of files without a row.
+/// Longer than the grace period of files without a row.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// Something that is pushed.
+/// Content of a push.
 pub(super) struct Content {
     bytes: Bytes,
     sha256: String,
     digest: Digest,
 }
 
-/// Small images that are taken for systems.
+/// Small images that pass the check of pushed systems. They differ in one file.
 pub(super) fn contents() -> Vec<Content> {
     let image = |number: usize| {
         let mut tarball = tar::Builder::new(Vec::new());
@@ -65,23 +65,23 @@ impl From<ArtifactError> for Failed {
     }
 }
 
-/// A push whose bytes are stored, and whose name does not point at them yet.
+/// A push with stored bytes. Its name does not point at them yet.
 struct Pushed {
     row: ArtifactRow,
-    /// Keeps the bytes from being removed.
+    /// Protects the bytes from removal until it is dropped.
     _upload: Upload,
 }
 
-/// What is pushed, and what names it.
+/// The bytes, and the expected contents of the names.
 pub(super) struct Shelf {
     artifacts: Artifacts,
     folder: tempfile::TempDir,
-    /// What each name may point at; `None`: nothing. More than one while a caller does not know.
+    /// Possible contents of each name; `None`: no such name. More than one after a call without an answer.
     names: [BTreeSet<Option<usize>>; NAMES.len()],
     pushed: Option<(usize, usize, Pushed)>,
 }
 
-/// A copy of the bytes with what names them.
+/// A backup of the bytes and of the expected names.
 pub(super) struct SavedShelf {
     folder: tempfile::TempDir,
     names: [BTreeSet<Option<usize>>; NAMES.len()],
@@ -107,12 +107,12 @@ impl Shelf {
         *self = Self { artifacts, folder: fresh, names: saved.names.clone(), pushed: None };
     }
 
-    /// A controller dies: what it was about to name is left.
+    /// A controller dies. The bytes of its push stay without a name.
     pub(super) fn forget_push(&mut self) {
         self.pushed = None;
     }
 
-    /// Removes bytes as the API does: only if nothing needs them while they are held.
+    /// Removes bytes as the API does: checked under their lock, so that no push can begin to need them meanwhile.
     async fn remove(&self, store: &Store, digest: Digest) -> Result<bool, Failed> {
         let unneeded = async { Ok(!store.needs_bytes(&digest.to_string()).await.map_err(Failed::Store)?) };
         self.artifacts.remove_if(digest, unneeded).await
@@ -121,6 +121,7 @@ impl Shelf {
     async fn upload(&self, content: &Content) -> Result<(Upload, ArtifactRow), ArtifactError> {
         let size = u64::try_from(content.bytes.len()).unwrap();
         let mut upload = self.artifacts.begin(content.digest, size).await?;
+        // Bytes that an earlier upload of the same content stored are not sent again.
         let rest = content.bytes.slice(usize::try_from(upload.offset()).unwrap()..);
         upload.append(upload.offset(), rest).await?;
         let blob = upload.finish(Meant::Image, |_| ()).await?;
@@ -143,21 +144,23 @@ impl World {
         }
     }
 
-    /// The bytes are stored; if `whole`, the name points at them at once.
+    /// Pushes a content. `whole`: the name points at it at once; otherwise a later step may set it.
     pub(super) async fn push(&mut self, name: u8, content: u8, whole: bool) -> Outcome {
         let (name, content) = (pick(name, NAMES.len()), pick(content, CONTENTS));
+        // One push at a time: an earlier one is finished first.
         self.name(true).await?;
         match self.shelf.upload(&self.contents[content]).await {
             Ok((upload, row)) => {
                 let row = ArtifactRow { id: ArtifactId::parse(NAMES[name]).unwrap(), ..row };
                 self.shelf.pushed = Some((name, content, Pushed { row, _upload: upload }));
             }
+            // Never excused: the bytes do not lie on the disk that steps fill.
             Err(error) => return Err(format!("a push: {error:?}")),
         }
         if whole { self.name(true).await } else { Ok(()) }
     }
 
-    /// The name of the push that is under way points at its bytes, unless the controller `dies` before.
+    /// Finishes the push under way: its name points at its bytes. Not `lives`: the controller dies before.
     pub(super) async fn name(&mut self, lives: bool) -> Outcome {
         let Some((name, content, pushed)) = self.shelf.pushed.take() else { return Ok(()) };
         if !lives {
@@ -172,18 +175,19 @@ impl World {
                 if let Some(digest) = unused.map(|unused| Digest::parse(&unused).unwrap())
                     && let Err(error) = self.shelf.remove(&store, digest).await
                 {
-                    // The name is moved; the sweep removes what is left.
+                    // The name has moved already. The sweep removes the old bytes.
                     self.bytes_failed("removing bytes", error)?;
                 }
             }
             None => {
+                // Without an answer the name may point at the old content or the new one.
                 self.shelf.names[name].insert(Some(content));
             }
         }
         Ok(())
     }
 
-    /// Removes a name; the bytes stay if the controller `dies` before it removes them.
+    /// Deletes a name. `dies`: the controller dies before it removes the bytes.
     pub(super) async fn delete(&mut self, name: u8, dies: bool) -> Outcome {
         let name = pick(name, NAMES.len());
         let store = self.store();
@@ -201,6 +205,7 @@ impl World {
                     self.bytes_failed("removing bytes", error)?;
                 }
             }
+            // Right only if an earlier deletion may have been stored without an answer.
             Some(DeleteArtifactOutcome::NotFound) if !self.shelf.names[name].contains(&None) => {
                 return Err(format!("{} was acknowledged and is gone", NAMES[name]));
             }
@@ -212,11 +217,13 @@ impl World {
         Ok(())
     }
 
-    /// Housekeeping: rows that nothing needs, then files that no row names.
+    /// Housekeeping: removes rows that nothing needs, then files without a row.
     pub(super) async fn sweep(&mut self) -> Outcome {
         let store = self.store();
         let swept = store.sweep_blobs().await;
         let mut digests = self.heard("a sweep", swept)?.unwrap_or_default();
+        // Files before rows, as in the controller: the file of a push in between has its row by the time of the second
+        // list.
         let files = self.shelf.artifacts.stored().await.map_err(|error| format!("a sweep: {error:?}"))?;
         let needed = store.digests().await;
         let Some(needed) = self.heard("a sweep", needed)? else { return Ok(()) };
@@ -233,14 +240,15 @@ impl World {
         Ok(())
     }
 
-    /// What a name points at, to be frozen by an operation.
+    /// The image that an operation freezes: the present content of the first name.
     pub(super) async fn frozen(&mut self) -> Outcome<Option<FrozenArtifact>> {
         let found = self.store().artifact(&ArtifactId::parse(NAMES[0]).unwrap()).await;
         let row = self.heard("an artifact", found)?.flatten();
         Ok(row.map(|row| FrozenArtifact { id: NAMES[0].to_owned(), sha256: row.sha256 }))
     }
 
-    /// Each name points at what was acknowledged, and the bytes can be read; so can those that an operation needs.
+    /// Checks that each name points at its acknowledged content, and that the bytes of all names and operations can be
+    /// read.
     pub(super) async fn check_bytes(&mut self, needed: BTreeSet<String>) -> Outcome {
         let store = self.store();
         let mut digests = needed;
@@ -252,7 +260,7 @@ impl World {
             if !self.shelf.names[number].contains(&content) {
                 return Err(format!("{name} is {content:?}, and may be {:?}", self.shelf.names[number]));
             }
-            // It is read, and so it is known.
+            // The read settles the doubt: from now on any other content is an error.
             self.shelf.names[number] = BTreeSet::from([content]);
             digests.extend(row.map(|row| row.sha256));
         }
@@ -268,7 +276,7 @@ impl World {
         Ok(())
     }
 
-    /// After housekeeping each file has its row, and each row its file.
+    /// Checks that after housekeeping each file has its row, and each row its file.
     pub(super) async fn check_shelf(&mut self) -> Outcome {
         self.name(true).await?;
         self.sweep().await?;
@@ -278,7 +286,7 @@ impl World {
         if files == rows { Ok(()) } else { Err(format!("files {files:?}, rows {rows:?}")) }
     }
 
-    /// Where the bytes are saved with the database.
+    /// Folder of a backup of the database.
     pub(super) fn saved_folder(number: u32, folder: &tempfile::TempDir) -> PathBuf {
         folder.path().join(format!("saved-{number}"))
     }

@@ -1,4 +1,4 @@
-//! What has to be true of a world: at any time, and of each round.
+//! Invariants of a world: at any time, and of each round.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
 use super::world::{Asked, Outcome, World};
 
-/// Ended without success, or overdue: what a rollout counts as a failure.
+/// True if a rollout counts the execution as a failure: it failed, was rolled back, or is overdue.
 pub(super) fn failed(row: &ExecutionRow) -> bool {
     row.overdue || matches!(row.state, ExecutionState::Failed | ExecutionState::RolledBack)
 }
@@ -19,11 +19,11 @@ fn number(limit: u32) -> usize {
     usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
-/// The executions of an operation.
+/// Executions of each operation.
 type Rows = BTreeMap<OperationId, Vec<ExecutionRow>>;
 
 impl World {
-    /// The operations that were acknowledged.
+    /// Operations that were acknowledged to an operator.
     pub(super) fn acknowledged(&self) -> Vec<(OperationId, Asked)> {
         self.operations.iter().filter_map(|asked| Some((asked.id.clone()?, asked.clone()))).collect()
     }
@@ -39,7 +39,7 @@ impl World {
         Ok(rows)
     }
 
-    /// A round does not fail, and gives out no more than the rollouts allow.
+    /// Runs a round. Checks that it does not fail, and assigns no more than windows, expiries and rollouts allow.
     pub(super) async fn round(&mut self, place: usize) -> Outcome {
         if !self.controllers[place].is_alive {
             return Ok(());
@@ -55,6 +55,7 @@ impl World {
         let paused = self.paused().await?;
         let done = self.controllers[place].dispatcher.round(true).await;
         if matches!(done, Err(StoreError::Unavailable(_))) {
+            // Reports were not stored either, so silence proves nothing for a while.
             self.controllers[place].store.interrupt_watch();
         }
         self.heard("a round failed", done)?;
@@ -77,7 +78,7 @@ impl World {
         Ok(rows.into_iter().map(|row| row.id).collect())
     }
 
-    /// The nodes that the store takes for connected.
+    /// Nodes that are connected according to the store.
     async fn connected(&mut self) -> Outcome<BTreeSet<NodeId>> {
         let ids: Vec<NodeId> = self.pis.iter().map(|pi| pi.id.clone()).collect();
         let found = self.store().nodes_by_id(&ids).await;
@@ -85,7 +86,7 @@ impl World {
         Ok(rows.into_iter().filter(|row| row.connected).map(|row| row.id).collect())
     }
 
-    /// Ends and other things that only a round brings about.
+    /// Counts ends and other changes that only a round makes.
     fn count_ends(&mut self, before: &Rows, after: &Rows) {
         for (id, rows) in after {
             for row in rows {
@@ -121,6 +122,7 @@ impl World {
             row.state == ExecutionState::Assigned && old.is_some_and(|old| old.state == ExecutionState::Pending)
         };
         let Some(fresh) = after.iter().find(is_new) else { return Ok(()) };
+        // The window of all operations that have one is the first half of each hour.
         if asked.new.window.is_some() && now.minute() >= 30 {
             return Err(format!("{} is begun at {now}, outside of its window", fresh.id));
         }
@@ -128,6 +130,7 @@ impl World {
             return Err(format!("{} is begun at {now}, and expired at {}", fresh.id, asked.new.expire_time));
         }
         let Some(rollout) = &asked.new.rollout else { return Ok(()) };
+        // Overdue nodes and lost ones hold no slot, so that they do not stop a rollout forever.
         let at_work = |row: &&ExecutionRow| row.state.is_active() && !row.overdue && connected.contains(&row.id.node);
         let in_flight = after.iter().filter(at_work).count();
         let most = rollout.max_in_flight.map_or(usize::MAX, number);
@@ -145,7 +148,7 @@ impl World {
         Ok(())
     }
 
-    /// What is true at any time.
+    /// Checks the invariants that hold at any time.
     pub(super) async fn check(&mut self) -> Outcome {
         self.check_nodes()?;
         let (mut active, mut needed): (BTreeSet<NodeId>, BTreeSet<String>) = Default::default();
@@ -155,17 +158,19 @@ impl World {
             let Some(state) = self.state(id).await? else { continue };
             let rows = self.executions(id).await?;
             if rows.len() != asked.new.nodes.len() {
+                // Without an answer of the database the list is empty, which proves nothing.
                 if self.database.trouble().is_some() {
                     continue;
                 }
                 return Err(format!("{} of {} parts are there", rows.len(), asked.new.nodes.len()));
             }
-            // Whoever is at work again, or succeeded, can fail once more, which nobody has let pass.
+            // A node that works again, or succeeded, can fail once more. No operator has forgiven that failure.
             let forgiven = |node: &NodeId| rows.iter().any(|row| row.id.node == *node && failed(row));
             self.operations[place].forgiven.retain(forgiven);
             if !state.is_final() {
                 needed.extend(asked.new.action.image().map(|image| image.sha256.clone()));
             }
+            // A node that was given up may still report another end, so its operation is not settled.
             let may_return =
                 |row: &ExecutionRow| row.error.as_ref().is_some_and(|why| why.reason == reason::NEVER_RETURNED);
             if state.is_final() && !rows.iter().any(may_return) {
@@ -181,7 +186,7 @@ impl World {
         self.check_bytes(needed).await
     }
 
-    /// Nothing is done twice, whatever became of the operation.
+    /// Checks that no node rebooted or powered off twice for one execution.
     fn check_nodes(&self) -> Outcome {
         for pi in &self.pis {
             let mut seen = BTreeSet::new();
@@ -215,11 +220,11 @@ impl World {
         self.check_end(row, why == reason::NEVER_RETURNED)
     }
 
-    /// No state leaves a final one, and what was acknowledged to a node as its end has ended.
+    /// Checks that final states stay, and that an acknowledged end is stored.
     fn check_end(&mut self, row: &ExecutionRow, given_up: bool) -> Outcome {
         match self.ended.get(&row.id) {
             Some(end) if *end != row.state => return Err(format!("{} was {end} and is {}", row.id, row.state)),
-            // One that was given up may still tell how it ended.
+            // A node that was given up may still report another end.
             None if row.state.is_final() && !given_up => {
                 self.ended.insert(row.id.clone(), row.state);
             }
@@ -233,10 +238,11 @@ impl World {
         }
     }
 
-    /// How executions ended; each is looked at once more.
+    /// Checks each execution again, and counts the ends.
     pub(super) async fn count_all(&mut self) -> Outcome {
         self.settled.clear();
         self.check().await?;
+        // The check has settled them again, and `rows` skips settled ones.
         self.settled.clear();
         for row in self.rows().await?.into_values().flatten() {
             match row.state {
@@ -249,7 +255,7 @@ impl World {
         Ok(())
     }
 
-    /// The first execution that has not ended.
+    /// An execution that has not ended, if there is one.
     pub(super) async fn open_execution(&mut self) -> Outcome<Option<ExecutionRow>> {
         Ok(self.rows().await?.into_values().flatten().find(|row| !row.state.is_final()))
     }

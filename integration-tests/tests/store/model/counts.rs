@@ -1,13 +1,14 @@
-//! What histories came to.
+//! Coverage of the histories.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// How often something happened that had an effect.
+/// Number of times that each event had an effect.
 #[derive(Clone, Default)]
 pub(super) struct Counts(BTreeMap<&'static str, usize>);
 
-/// What two hundred histories have to reach, or they prove less than they seem to.
+/// Events that 200 histories have to reach. Without them a change of the generator could make the test pass for
+/// nothing.
 const EXPECTED: [&str; 19] = [
     "acknowledged",
     "agents restarted",
@@ -29,9 +30,9 @@ const EXPECTED: [&str; 19] = [
     "succeeded",
     "updates accepted",
 ];
-/// The same, where Postgres has a part.
+/// The same, for histories on Postgres.
 const ON_POSTGRES: [&str; 2] = ["answers lost", "commits cut"];
-/// The same, where a small disk could be mounted.
+/// The same, if a small disk could be mounted.
 const ON_A_SMALL_DISK: [&str; 1] = ["writes on a full disk"];
 const ON_SQLITE: [&str; 2] = ["saved", "restored"];
 
@@ -50,8 +51,9 @@ impl Counts {
         }
     }
 
-    /// What did not happen, of all that has to.
+    /// Expected events that did not happen.
     pub(super) fn missing(&self, small_disk: bool) -> Vec<&'static str> {
+        // Not every user may mount a small disk, so its events are expected only where there is one.
         let disk: &[&'static str] = if small_disk { &ON_A_SMALL_DISK } else { &[] };
         let expected = EXPECTED.iter().chain(&ON_POSTGRES).chain(&ON_SQLITE).chain(disk);
         expected.copied().filter(|what| !self.0.contains_key(what)).collect()

@@ -1,4 +1,4 @@
-//! The databases of histories, and what may happen to them.
+//! Databases of histories, and the faults that are injected into them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,29 +15,30 @@ use super::PIS;
 use super::bytes::{self, Content};
 use crate::support::Fixture;
 
-/// Room for the database of one history and its log.
+/// Size of the disk: room for the database of one history and its write-ahead log.
 const ROOM: &str = "32m";
 const FILE: &str = "marco.db";
 
-/// A folder in memory where there is one: a history commits hundreds of times, each time to the disk.
+/// A folder, in memory if possible: a history commits hundreds of times, each with an fsync.
 pub(super) fn folder() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
 }
 
-/// Databases with nodes enrolled, made once and copied for each history.
+/// Databases with enrolled nodes. Made once and copied for each history, to save time.
 pub(super) struct Template {
     file: PathBuf,
-    /// The name of the one on Postgres.
+    /// Name of the template database on Postgres.
     name: String,
-    /// The administrator's way to Postgres.
+    /// URL of the administrator's database on Postgres.
     admin: String,
     pub(super) nodes: Vec<NodeId>,
-    /// The serial numbers of their certificates.
+    /// Serial numbers of their certificates.
     pub(super) serials: Vec<String>,
-    /// What is pushed.
+    /// Contents of pushes.
     pub(super) contents: Arc<Vec<Content>>,
-    /// A disk that can be filled, if this process may mount one; unmounted before its folder goes.
+    /// A disk that can be filled. `None`: this process may not mount one. Before `folder`, so that it is unmounted
+    /// first.
     disk: Option<Mount>,
     folder: tempfile::TempDir,
 }
@@ -47,7 +48,7 @@ async fn enrolled(fixture: &Fixture) -> Vec<NodeId> {
     fixture.enrolled(&ids.iter().map(String::as_str).collect::<Vec<_>>()).await
 }
 
-/// By an administrator's hand.
+/// Runs a statement as the administrator of Postgres.
 fn administer(admin: &str, statement: &str) {
     Postgres::start().unwrap().by_hand(admin, statement).unwrap().unwrap();
 }
@@ -56,13 +57,14 @@ impl Template {
     pub(super) async fn make() -> Self {
         let folder = folder();
         let disk = Mount::tmpfs(folder.path().join("disk"), ROOM).await.ok();
+        // Otherwise the histories with a full disk could vanish without notice.
         assert!(disk.is_some() || !rustix::process::geteuid().is_root(), "root can mount a tmpfs");
         let url = format!("sqlite://{}", folder.path().join(FILE).display());
         let fixture = Fixture { store: Store::open(&url).await.unwrap(), url, folder: None };
         let nodes = enrolled(&fixture).await;
         let serials = serials(&fixture.store, &nodes).await;
         let file = folder.path().join("template.db");
-        // A copy without a write-ahead log, whatever the pool of the first one does with its own.
+        // One complete file. The original may still have commits in its write-ahead log only.
         fixture.by_hand(&[&format!("VACUUM INTO '{}'", file.display())]).await.remove(0).unwrap();
         let url = Postgres::start().unwrap().database().unwrap();
         let (server, name) = url.rsplit_once('/').map(|(server, name)| (server.to_owned(), name.to_owned())).unwrap();
@@ -71,6 +73,7 @@ impl Template {
         enrolled(&fixture).await;
         assert_eq!(self::serials(&fixture.store, &nodes).await.len(), serials.len());
         drop(fixture);
+        // Postgres copies no template that has connections, and a dropped pool closes its own only some time later.
         let end = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'");
         administer(&admin, &end);
         let contents = Arc::new(bytes::contents());
@@ -81,7 +84,7 @@ impl Template {
         self.disk.is_some()
     }
 
-    /// The serial numbers of the nodes' certificates in a database: random in each of the two.
+    /// Serial numbers of the nodes' certificates in a database. Random, so they differ between the two templates.
     pub(super) async fn serials_in(&self, store: &Store) -> Vec<String> {
         serials(store, &self.nodes).await
     }
@@ -97,7 +100,7 @@ async fn serials(store: &Store, nodes: &[NodeId]) -> Vec<String> {
     serials
 }
 
-/// Copies what is in one folder into another one.
+/// Copies a folder with all that it contains.
 pub(super) fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap() {
@@ -123,7 +126,7 @@ pub(super) struct Database {
     can_fill: bool,
 }
 
-/// What an error of the database came from.
+/// Injected fault that explains an error of the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trouble {
     FullDisk,
@@ -138,6 +141,7 @@ impl Database {
         if on_postgres {
             let name = format!("model_{number}");
             administer(&template.admin, &format!("CREATE DATABASE {name} TEMPLATE {}", template.name));
+            // Through a proxy, which can lose a commit or its answer.
             let server = Postgres::start().unwrap().address();
             let proxy = Proxy::start(server).await.unwrap();
             let url = format!("postgres://postgres@{}/{name}", proxy.address());
@@ -156,7 +160,7 @@ impl Database {
         matches!(self.kind, Kind::Postgres { .. })
     }
 
-    /// What may keep it from answering now.
+    /// Fault that may keep the database from answering now. `None`: an error would be a defect.
     pub(super) fn trouble(&self) -> Option<Trouble> {
         match &self.kind {
             Kind::Sqlite { is_full, .. } => is_full.then_some(Trouble::FullDisk),
@@ -164,14 +168,15 @@ impl Database {
         }
     }
 
-    /// An error was seen.
+    /// Notes an error, which may have used up an injected fault.
     pub(super) fn note_error(&mut self) {
         if let Kind::Postgres { proxy, armed, .. } = &mut self.kind {
             *armed = proxy.swallows_left();
         }
     }
 
-    /// The next commit is stored and its answer is lost; or, `before`, it does not arrive.
+    /// Loses the next commit's answer after the commit is stored. `before`: loses the commit itself. Returns false on
+    /// SQLite.
     pub(super) fn cut(&mut self, before: bool) -> bool {
         let Kind::Postgres { proxy, armed, .. } = &mut self.kind else { return false };
         if before {
@@ -191,13 +196,14 @@ impl Database {
         }
         *is_full = true;
         let mut ballast = fs::File::create(folder.join("ballast")).unwrap();
+        // Large blocks first, then small ones into the rest: otherwise a commit of a few pages would still fit.
         for size in [256 * 1024, 4096] {
             let block = vec![1; size];
             while std::io::Write::write_all(&mut ballast, &block).is_ok() {}
         }
     }
 
-    /// Nothing happens to it any more.
+    /// Takes back all injected faults.
     pub(super) fn heal(&mut self) {
         match &mut self.kind {
             Kind::Sqlite { folder, is_full, .. } => {
@@ -212,7 +218,7 @@ impl Database {
         }
     }
 
-    /// Copies it; nobody writes meanwhile. `None`: not this kind, or its disk is full.
+    /// Backs the database up. There are no writers meanwhile. `None`: it is on Postgres, or its disk is full.
     pub(super) fn save(&self, to: &Path) -> Option<()> {
         let Kind::Sqlite { is_full: false, .. } = &self.kind else { return None };
         fs::create_dir_all(to).unwrap();
@@ -226,7 +232,8 @@ impl Database {
         Some(())
     }
 
-    /// Puts what was saved where it is opened next. The one before is forgotten, with whoever still has it open.
+    /// Restores a backup under a new path. The previous files are deleted; stores that still have them open see the old
+    /// data.
     pub(super) fn restore(&mut self, from: &Path) {
         let Kind::Sqlite { folder, restored, .. } = &mut self.kind else { return };
         *restored += 1;
@@ -235,7 +242,7 @@ impl Database {
         let before = PathBuf::from(self.url.trim_start_matches("sqlite://"));
         self.url = format!("sqlite://{}", next.join(FILE).display());
         for ending in ["", "-wal", "-shm", ".lock"] {
-            // One that is not there takes no room.
+            // Best effort: a missing file takes no room on the small disk.
             let _ = fs::remove_file(before.with_file_name(format!("{FILE}{ending}")));
         }
     }
@@ -247,7 +254,7 @@ impl Drop for Database {
             Kind::Sqlite { folder, .. } => {
                 let _ = fs::remove_dir_all(folder);
             }
-            // The server goes with this process, and so does what it does not drop.
+            // Best effort: the server ends with this process, and its databases with it.
             Kind::Postgres { name, admin, .. } => {
                 let drop = format!("DROP DATABASE {name} WITH (FORCE)");
                 let _ = Postgres::start().and_then(|server| server.by_hand(admin, &drop));

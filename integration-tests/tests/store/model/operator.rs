@@ -1,4 +1,4 @@
-//! What operators ask for, and what they do when nobody answers: they ask again.
+//! Requests of operators. Without an answer, operators repeat them.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::world::{Asked, Outcome, World};
 use super::{PIS, pick};
 use crate::support::{new_operation, power_off, reboot};
 
-/// The first half of each hour.
+/// The maintenance window: the first half of each hour.
 fn window() -> MaintenanceWindow {
     MaintenanceWindow { cron: "0 * * * *".to_owned(), duration: Duration::from_secs(1800), time_zone: String::new() }
 }
@@ -75,7 +75,7 @@ impl World {
         self.ask(new).await
     }
 
-    /// Asks for an operation that nobody has asked for before.
+    /// Requests a new operation.
     async fn ask(&mut self, new: NewOperation) -> Outcome {
         let request_id = Uuid::now_v7().to_string();
         let request = Some(RequestKey { request_id, body_sha256: "body".to_owned() });
@@ -88,12 +88,14 @@ impl World {
         if self.operations.is_empty() { Ok(()) } else { self.send(pick(number, self.operations.len())).await }
     }
 
-    /// Sends a request, perhaps not for the first time. Whenever it is answered, it is by the first result.
+    /// Sends a request, perhaps again. Checks that every answer names the operation of the first try that was stored.
     pub(super) async fn send(&mut self, number: usize) -> Outcome {
         let now = self.now();
         let asked = &mut self.operations[number];
         let id = fresh_id();
         let is_first = asked.tried.is_empty();
+        // A new id for each try, as the API makes one for each call. The request key alone tells that it is a
+        // repetition.
         let new = NewOperation { id: id.clone(), ..asked.new.clone() };
         let made = self.store().create_operation(&new, now).await;
         self.operations[number].tried.insert(id.clone());
@@ -103,7 +105,7 @@ impl World {
             None => return Ok(()),
             Some(CreateOutcome::Created(row)) => (row.id, None),
             Some(CreateOutcome::Existing(row)) => (row.id, Some(())),
-            // Its name was deleted meanwhile: nothing is stored, unless it was before.
+            // The artifact was deleted meanwhile, so nothing was stored, now or by an earlier try.
             Some(CreateOutcome::ArtifactGone) if asked.id.is_none() => {
                 self.operations.remove(number);
                 return Ok(());
@@ -128,7 +130,7 @@ impl World {
         Ok(())
     }
 
-    /// One of the operations that were acknowledged.
+    /// Picks an operation that was acknowledged.
     fn known(&self, number: u8) -> Option<(usize, OperationId)> {
         let known: Vec<(usize, OperationId)> =
             self.operations.iter().enumerate().filter_map(|(place, asked)| Some((place, asked.id.clone()?))).collect();
@@ -162,11 +164,12 @@ impl World {
                     "pause" => "paused",
                     _ => "resumed",
                 });
+                // A resume of a running operation changes nothing, so it forgives nothing either.
                 if how == "resume" && was_paused {
                     self.operations[place].forgiven = failures.collect();
                 }
             }
-            // It may be resumed, or not.
+            // Without an answer it may be resumed or not, so failures of both cases count as forgiven.
             None if how == "resume" => self.operations[place].forgiven.extend(failures),
             _ => {}
         }
@@ -175,7 +178,7 @@ impl World {
 
     pub(super) async fn abandon(&mut self, operation: u8, node: u8) -> Outcome {
         let Some((_, operation)) = self.known(operation) else { return Ok(()) };
-        // Preferably one that can be abandoned.
+        // Prefers an overdue execution: others cannot be abandoned, and the step would have no effect.
         let rows = self.executions(&operation).await?;
         let overdue = rows.into_iter().find(|row| row.overdue).map(|row| row.id);
         let id = overdue.unwrap_or(ExecutionId { operation, node: self.pis[pick(node, PIS)].id.clone() });
@@ -191,7 +194,7 @@ impl World {
         Ok(())
     }
 
-    /// What did not succeed is asked for once more, as the API does it.
+    /// Retries the executions that did not succeed, as the API does.
     pub(super) async fn retry(&mut self, number: u8) -> Outcome {
         let Some((place, id)) = self.known(number) else { return Ok(()) };
         if self.state(&id).await?.is_none_or(|state| !state.is_final()) {
@@ -227,7 +230,7 @@ impl World {
             Some(ResolveOutcome::Resolved(_)) => self.counts.add("conflicts resolved"),
             None => {}
         }
-        // An operator may change an end.
+        // The decision may change a final state, which `check_end` would take for an error.
         self.ended.retain(|execution, _| execution.node != id);
         self.settled.clear();
         self.resolved.insert(id);

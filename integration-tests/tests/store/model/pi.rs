@@ -1,5 +1,5 @@
-//! A node: the agent's own journal and its own decisions on what it finds there, a session that does not survive, and a
-//! log of what was really done, which nobody but the checks reads.
+//! A simulated node. Its journal and the decisions about it are the agent's real code, its session is lost with each
+//! break, and a log of the real reboots and power-offs is read by the checks only.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -14,21 +14,21 @@ use node_agent::journal::{Entry, Journal, JournalError};
 
 use super::database::folder;
 
-/// A stream to a controller, with what the controller's session remembers.
+/// A stream to a controller, with the state of the controller's session.
 pub(super) struct Link {
-    /// Which controller, by its place and its life.
+    /// The controller: its place and its life.
     pub(super) controller: (usize, u32),
     pub(super) epoch: i64,
     pub(super) handle: Handle,
     pub(super) acked: Acked,
-    /// What the store could not take yet.
+    /// Reports that the store could not take yet, oldest first.
     pub(super) unstored: VecDeque<ReportRow>,
     pub(super) backlog: Option<Backlog>,
-    /// The power-off with which the agent ends.
+    /// The power-off that ends the agent, once the agent has said so.
     pub(super) leaving: Option<ExecutionId>,
 }
 
-/// What a node says without a change of its journal.
+/// A message of a node that does not change its journal.
 pub(super) enum Message {
     Report(ReportRow),
     NotHeld(ExecutionId, Option<ReportRow>),
@@ -38,30 +38,30 @@ pub(super) type Done<T = ()> = Result<T, String>;
 
 pub(super) struct Pi {
     pub(super) id: NodeId,
-    /// The serial number of its certificate.
+    /// Serial number of its certificate.
     pub(super) certificate: String,
     boot: u32,
-    /// How often its agent was started.
+    /// Starts of its agent, also after reboots.
     starts: u32,
     pub(super) is_on: bool,
     pub(super) mode: Mode,
-    /// The execution that installed the system that runs, and its image; empty: the first one.
+    /// Execution that installed the running system, and SHA-256 of its image. Empty: the first system.
     system: (String, String),
-    /// What its firmware starts.
+    /// System that the firmware starts without a trial boot.
     default: Mode,
-    /// The job was armed by this process, which therefore knows that no command was given before.
+    /// True if this process armed the job, so it knows that it has not given the command before.
     armed_here: bool,
     verifying_since: Option<DateTime<Utc>>,
-    /// Bytes of the present phase.
+    /// Bytes of the present phase that are done.
     bytes: u64,
     pub(super) link: Option<Link>,
     journal: Journal,
     folder: tempfile::TempDir,
-    /// What the machine went down for, and whether that was a power-off.
+    /// Executions for which the machine went down. True: by a power-off.
     pub(super) log: Vec<(ExecutionId, bool)>,
-    /// New systems that were accepted.
+    /// Updates whose new system became the default.
     pub(super) accepted: BTreeSet<ExecutionId>,
-    /// What it could not do, and why.
+    /// Executions that failed on the node, with the reason.
     pub(super) failures: BTreeMap<ExecutionId, String>,
 }
 
@@ -89,7 +89,7 @@ fn action(action: theirs::Action) -> Action {
     }
 }
 
-/// A job's state as it is reported.
+/// Maps a job's state to the reported one, as the agent does.
 pub(super) fn reported(state: State) -> ExecutionState {
     match state {
         State::Accepted | State::Installing => ExecutionState::Running,
@@ -147,7 +147,7 @@ impl Pi {
         self.journal.entries().unfinished().cloned()
     }
 
-    /// What a Hello lists.
+    /// Reports of a Hello: all entries but ends that are acknowledged.
     pub(super) fn listed(&self) -> Vec<ReportRow> {
         let entries = self.entries();
         entries
@@ -157,7 +157,7 @@ impl Pi {
             .collect()
     }
 
-    /// What it has to say in a session: each entry that is not acknowledged.
+    /// Reports that the node has to send in a session: of each entry that is not acknowledged.
     pub(super) fn unsaid(&self) -> Vec<ReportRow> {
         self.entries().iter().filter(|entry| !entry.is_acked()).map(|entry| self.report(entry)).collect()
     }
@@ -201,7 +201,7 @@ impl Pi {
         }
     }
 
-    /// Answers for an execution, whether that was acknowledged or not.
+    /// Answers for an execution, even if its state is acknowledged.
     fn answer(&self, id: &ExecutionId) -> Message {
         match self.entry(id) {
             Some(entry) => Message::Report(self.report(&entry)),
@@ -209,13 +209,14 @@ impl Pi {
         }
     }
 
-    /// Takes a command, and says what it has to say to it.
+    /// Handles a command. Returns the answer, if there is one.
     pub(super) async fn hear(&mut self, command: Command, now: DateTime<Utc>) -> Done<Option<Message>> {
         match command {
             Command::Assign(assignment) => {
                 let Assignment { execution: id, attempt, action: asked, .. } = *assignment;
                 match self.journal.accept(&id.name(), attempt, action(asked)).await {
                     Ok(_) => Ok(None),
+                    // The controller lost later deliveries, such as by a restored backup. The node tells what it knows.
                     Err(JournalError::Stale { .. }) => Ok(Some(self.answer(&id))),
                     Err(JournalError::Busy(other)) => {
                         let busy_with = self.journal.entries().get(&other).map(|entry| self.report(entry));
@@ -227,13 +228,14 @@ impl Pi {
             Command::Cancel(id) => self.journal.request_cancel(&id.name()).await.map(|()| None).map_err(wrong),
             Command::Query(id) => Ok(Some(self.answer(&id))),
             Command::Ack(id, sequence) => match self.journal.ack(&id.name(), sequence, now.timestamp_micros()).await {
+                // A journal forgets settled entries after a while, so an acknowledgement may come too late.
                 Ok(()) | Err(JournalError::NotFound(_)) => Ok(None),
                 Err(error) => Err(wrong(error)),
             },
         }
     }
 
-    /// Bytes move.
+    /// Advances the bytes of the phase.
     pub(super) fn move_bytes(&mut self, by: u8) {
         self.bytes += u64::from(by);
     }
@@ -253,13 +255,14 @@ impl Pi {
         self.journal.fail(&entry.execution, Failure::new(reason, "it cannot")).await.map_err(wrong)
     }
 
-    /// Does the next thing; answers what the machine goes down for.
+    /// Does the next step of the job. Returns the execution for which the machine goes down, if it does.
     pub(super) async fn work(&mut self, now: DateTime<Utc>) -> Done<Option<ExecutionId>> {
         let Some(entry) = self.unfinished() else { return Ok(None) };
         self.bytes = 0;
         let (name, kind) = (entry.execution.as_str(), entry.action.kind());
         match self.decide(&entry) {
-            // This process has armed it, and gives the command.
+            // This process armed it, so the command has not been given yet. `resume` cannot know that: it decides for a
+            // process that has just started.
             _ if entry.state == State::Armed && self.armed_here => return Ok(Some(self.go_down(&entry))),
             Resume::GoDown | Resume::TryBoot => return Ok(Some(self.go_down(&entry))),
             Resume::Begin => {
@@ -271,6 +274,8 @@ impl Pi {
                     (_, Mode::Running) => self.journal.arm(name).await,
                 };
                 match begun {
+                    // An installer becomes the default before it empties the root, so that a power cut leads back to
+                    // it.
                     Ok(()) if self.mode == Mode::Installer => self.default = Mode::Installer,
                     Ok(()) => self.armed_here = true,
                     Err(JournalError::CancelRequested) => self.journal.cancelled(name).await.map_err(wrong)?,
@@ -282,11 +287,13 @@ impl Pi {
                 self.default = Mode::Installer;
                 self.journal.install(name).await.map_err(wrong)?;
             }
+            // The acknowledgement of VERIFYING is the verdict.
             Resume::AwaitVerdict if entry.is_acked() => {
                 self.default = Mode::Running;
                 self.accepted.insert(named(&entry));
                 self.journal.succeed(name).await.map_err(wrong)?;
             }
+            // No verdict in time: the restart leads to the default, which is still the installer.
             Resume::AwaitVerdict
                 if self
                     .verifying_since
@@ -306,7 +313,8 @@ impl Pi {
         named(entry)
     }
 
-    /// A machine that goes down when it was armed does what it was armed for, whatever took its power.
+    /// Logs the action of an armed machine that goes down. A power cut counts too: the machine comes back under a new
+    /// boot id, so the job is done either way.
     fn note_down(&mut self, entry: &Entry) {
         if entry.state == State::Armed && self.mode == Mode::Running {
             self.log.push((named(entry), entry.action.kind() == Kind::PowerOff));
@@ -320,7 +328,7 @@ impl Pi {
         self.is_on = false;
     }
 
-    /// Cannot do what it was asked to.
+    /// Fails the job, if it is accepted or installing.
     pub(super) async fn fail(&mut self) -> Done {
         match self.unfinished() {
             Some(entry) if self.is_on && matches!(entry.state, State::Accepted | State::Installing) => {
@@ -330,7 +338,7 @@ impl Pi {
         }
     }
 
-    /// Comes up: in the installer, the system before, or a new one, if there is one and it comes up.
+    /// Boots the installer, the previous system, or the new one. `new_system`: the trial boot succeeds.
     pub(super) async fn boot(&mut self, new_system: bool, now: DateTime<Utc>) -> Done {
         if self.is_on {
             return Ok(());
@@ -338,7 +346,8 @@ impl Pi {
         (self.is_on, self.boot) = (true, self.boot + 1);
         let update = self.unfinished().filter(|entry| entry.action.kind() == Kind::Update);
         self.mode = match update {
-            // Somebody puts a system onto a card whose installation failed.
+            // A technician writes a system onto a card whose installation failed. Otherwise the node would never
+            // return.
             None => {
                 self.default = Mode::Running;
                 Mode::Running
@@ -355,7 +364,7 @@ impl Pi {
         self.start(now).await
     }
 
-    /// The agent is killed and starts again.
+    /// Kills the agent and starts it again.
     pub(super) async fn restart(&mut self, now: DateTime<Utc>) -> Done {
         if self.is_on { self.start(now).await } else { Ok(()) }
     }
@@ -363,11 +372,12 @@ impl Pi {
     async fn start(&mut self, now: DateTime<Utc>) -> Done {
         self.starts += 1;
         (self.armed_here, self.bytes) = (false, 0);
+        // Read from the disk again: anything that the agent did not fsync is lost with the process.
         self.journal = Journal::open(self.folder.path(), &self.boot_id()).map_err(wrong)?;
         self.settle(now).await
     }
 
-    /// Draws the conclusions from the boot itself.
+    /// Draws the conclusions that need no controller, as an agent does at its start.
     async fn settle(&mut self, now: DateTime<Utc>) -> Done {
         while let Some(entry) = self.unfinished() {
             let name = entry.execution.as_str();

@@ -1,4 +1,4 @@
-//! With everything healed, everything ends.
+//! Liveness: after all faults are healed, every execution ends.
 
 use std::collections::BTreeSet;
 
@@ -12,11 +12,12 @@ use super::counts::Counts;
 use super::world::{Outcome, World};
 use super::{CONTROLLERS, PIS};
 
-/// Turns in which everything has to come to an end once nothing is broken any more.
+/// Turns until everything must have ended, once all faults are healed.
 const REST: usize = 160;
-/// Windows open again, and patience ends, in a turn of so many.
+/// One in this many turns takes long, so that windows open and time limits run out.
 const LONG_TURN: usize = 24;
-/// From this turn on operators decide about what nodes and store disagree on.
+/// Turn from which operators resolve conflicts between nodes and the store. Late, so that a history that can end
+/// without them does.
 const DECIDE: usize = 50;
 
 impl World {
@@ -28,7 +29,8 @@ impl World {
                 self.start(number).await?;
             }
             for number in 0..self.operations.len() {
-                // Who does not know asks again. One that cannot be made any more is gone from the list.
+                // A caller without an answer repeats its request. `send` may remove a request that cannot succeed any
+                // more, so the length is not the one of the loop's beginning.
                 if self.operations.get(number).is_some_and(|asked| asked.id.is_none()) {
                     self.send(number).await?;
                 }
@@ -54,7 +56,7 @@ impl World {
 
     async fn node_goes_on(&mut self, number: usize, turn: usize) -> Outcome {
         let now = self.now();
-        // Nobody else puts a system onto a card without one.
+        // An installer without a job would wait forever. A technician takes the card out and writes a system onto it.
         if self.pis[number].mode == Mode::Installer && self.pis[number].unfinished().is_none() {
             self.cut_power(number).await?;
         }
@@ -76,6 +78,7 @@ impl World {
         }
         if turn >= DECIDE {
             for number in 0..PIS {
+                // A lie must not be accepted: the delivery that it claims never existed.
                 let lied = self.liars.contains(&self.pis[number].id);
                 self.resolve(number, !lied).await?;
             }
@@ -107,7 +110,7 @@ impl World {
         Ok(None)
     }
 
-    /// What was acknowledged is all that there is.
+    /// Checks that the store holds the acknowledged operations and no others.
     async fn rests(mut self) -> Outcome<Counts> {
         let query = OperationQuery { limit: 1000, ..OperationQuery::default() };
         let found = self.store().operations(&query).await.map_err(|error| format!("{error:?}"))?;

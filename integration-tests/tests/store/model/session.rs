@@ -1,4 +1,4 @@
-//! Sessions as the controller keeps them and as the agent does: what is acknowledged, what waits, how they end.
+//! Sessions, from the controller's side and the agent's: acknowledgements, waiting reports, and ends.
 
 use std::collections::VecDeque;
 
@@ -12,7 +12,7 @@ use super::pi::{Link, Message};
 use super::world::{Outcome, World, controller_id};
 use crate::support::{hello, serial_of};
 
-/// The end of a session that its controller has to store, with the last words that were said in it.
+/// The end of a session that its controller still has to store, with the agent's last words.
 pub(super) struct Ending {
     pub(super) controller: (usize, u32),
     node: NodeId,
@@ -20,7 +20,7 @@ pub(super) struct Ending {
     leaving: Option<ExecutionId>,
 }
 
-/// Newer progress of the same state takes the place of older.
+/// Queues a report. Newer progress of the same state replaces older, as in `api/agent/unstored.rs`.
 fn add(unstored: &mut VecDeque<ReportRow>, report: ReportRow) {
     let key = |row: &ReportRow| (row.execution.clone(), row.attempt, row.sequence, row.state, row.cancel_refused);
     match unstored.iter_mut().find(|other| key(other) == key(&report)) {
@@ -39,7 +39,7 @@ impl World {
         self.pis[number].link.as_ref().is_some_and(|link| self.is_live(link))
     }
 
-    /// The stream ends; its controller, if it lives, has to store that.
+    /// Ends the stream. Its controller has to store the end, if it is alive.
     fn drop_link(&mut self, number: usize) {
         let Some(link) = self.pis[number].link.take() else { return };
         if self.is_live(&link) {
@@ -53,7 +53,7 @@ impl World {
         self.store_ends().await
     }
 
-    /// Stores the ends of sessions, as far as the database answers.
+    /// Stores the ends of sessions. Those that the database did not take wait for the next call.
     pub(super) async fn store_ends(&mut self) -> Outcome {
         let now = self.now();
         for end in std::mem::take(&mut self.ends) {
@@ -75,7 +75,7 @@ impl World {
         Ok(())
     }
 
-    /// A node says hello. If its stream before is dead and nobody has noticed, that is stored later.
+    /// Opens a session. `silent`: the controller has not noticed the end of the previous stream, and stores it later.
     pub(super) async fn connect(&mut self, number: usize, place: usize, silent: bool) -> Outcome {
         if !self.pis[number].is_on || !self.controllers[place].is_alive {
             return Ok(());
@@ -88,7 +88,7 @@ impl World {
         let (node, boot_id) = (self.pis[number].id.clone(), self.pis[number].boot_id());
         let mut said = hello(&boot_id, &serial_of(node.as_str()), now);
         said.controller_id = controller_id((place, life));
-        // The key that it was enrolled with.
+        // The key of its enrolment: a session with any other key is refused.
         said.key_sha256 = format!("key-{node}");
         said.instance = self.pis[number].instance();
         said.mode = match self.pis[number].mode {
@@ -120,7 +120,7 @@ impl World {
         let greeting = Greeting { mode: said.mode, boot_id: &boot_id, answers_queries: true };
         let reconciled = store.reconcile(&node, epoch, Hello { greeting, listed: &listed }, now).await;
         let Some(answer) = self.heard("a hello", reconciled)?.filter(|answer| answer.holder) else {
-            // What could not be stored ends the session.
+            // As in the controller, a Hello that cannot be reconciled ends the session.
             return self.cut(number).await;
         };
         sessions.set_ready(&node, epoch, true);
@@ -142,31 +142,31 @@ impl World {
         Ok(())
     }
 
-    /// An acknowledgement reaches the node.
+    /// Delivers an acknowledgement to the node.
     async fn acknowledge(&mut self, number: usize, report: &ReportRow, sequence: u64) -> Outcome {
         if let Some(link) = &self.pis[number].link {
             link.acked.add(&report.execution, report.attempt, sequence);
         }
         self.counts.add("acknowledged");
-        // A cancel of what the node never had is no end of it.
+        // Attempt 0 is the cancel of an execution that the node never had. That is no end of it.
         if report.state.is_final() && report.attempt > 0 {
             self.acked.insert(report.execution.clone(), report.state);
         }
         self.tell_node(number, Command::Ack(report.execution.clone(), sequence)).await
     }
 
-    /// A command reaches the node, and what it answers its controller.
+    /// Delivers a command to the node, and the node's answer to its controller.
     async fn tell_node(&mut self, number: usize, command: Command) -> Outcome {
         let now = self.now();
         let answer = self.pis[number].hear(command, now).await?;
         match answer {
             None => Ok(()),
-            // The session reads it in its next turn.
+            // Boxed, because an answer may cause another command, and async recursion needs a bound size.
             Some(message) => Box::pin(self.told(number, message)).await,
         }
     }
 
-    /// The controller hears of a node.
+    /// Delivers a message to the controller.
     async fn told(&mut self, number: usize, message: Message) -> Outcome {
         if !self.has_live_link(number) {
             return Ok(());
@@ -186,14 +186,14 @@ impl World {
                 let told = self.controllers[place].store.not_held(&execution, busy_with.as_ref(), epoch, now).await;
                 match self.heard("not held", told)? {
                     Some(false) => self.cut(number).await,
-                    // It is asked again.
+                    // A lost answer needs no retry: the dispatcher asks the node again.
                     Some(true) | None => Ok(()),
                 }
             }
         }
     }
 
-    /// Stores what a node said, oldest first, as far as the store answers; the rest waits.
+    /// Stores waiting reports, oldest first. If the store does not answer, the rest waits.
     pub(super) async fn store_what_waits(&mut self, number: usize) -> Outcome {
         let now = self.now();
         while self.has_live_link(number) {
@@ -224,7 +224,7 @@ impl World {
         Ok(())
     }
 
-    /// What a session answers to a report.
+    /// Answers a report, as a session does.
     async fn answer(&mut self, number: usize, row: ReportRow, outcome: ReportOutcome) -> Outcome {
         let Some(link) = &self.pis[number].link else { return Ok(()) };
         let place = link.controller.0;
@@ -234,7 +234,7 @@ impl World {
         }
         match outcome {
             ReportOutcome::Acked | ReportOutcome::Progress | ReportOutcome::Unknown => {
-                // Nothing else would ever tell the node that it is stored: it may wait for just that.
+                // No other message tells the node that its report is stored, and a new system waits for just that.
                 if !self.pis[number].is_acked(&row.execution, row.attempt, row.sequence) {
                     let (execution, state) = (&row.execution, row.state);
                     return Err(format!("{execution}: {state} is stored and is not acknowledged ({outcome:?})"));
@@ -258,13 +258,14 @@ impl World {
         }
     }
 
-    /// Takes what the controller sent; a session that was ended is cut.
+    /// Delivers the controller's commands. A session that the controller ended is cut.
     pub(super) async fn read(&mut self, number: usize) -> Outcome {
         let Some(link) = &mut self.pis[number].link else { return Ok(()) };
         let mut commands = Vec::new();
         while let Ok(command) = link.handle.commands.try_recv() {
             commands.push(command);
         }
+        // An error of `has_changed` means that the registry has dropped the session.
         let ended = link.handle.end.borrow().is_some() || link.handle.end.has_changed().is_err();
         self.counts.add_many("deliveries", commands.len());
         for command in commands {
@@ -284,7 +285,7 @@ impl World {
         let Some(id) = down else { return Ok(()) };
         let is_off = self.pis[number].log.last() == Some(&(id.clone(), true));
         if is_off && self.has_live_link(number) {
-            // Its last words: the agent is told to end by the shutdown that it gave the command for.
+            // The shutdown sends the agent SIGTERM, and the agent then says its last words.
             self.say_all(number).await?;
             if let Some(link) = &mut self.pis[number].link {
                 link.leaving = Some(id);
@@ -308,7 +309,7 @@ impl World {
         self.pis[number].restart(now).await
     }
 
-    /// Reports everything that is not acknowledged.
+    /// Sends a report of each entry that is not acknowledged.
     pub(super) async fn say_all(&mut self, number: usize) -> Outcome {
         self.store_what_waits(number).await?;
         for report in self.pis[number].unsaid() {
@@ -326,7 +327,7 @@ impl World {
         if !lost {
             return self.told(number, Message::Report(report)).await;
         }
-        // It arrives and is stored, and the stream breaks before the answer.
+        // The report is stored, but the stream breaks before the acknowledgement. The node has to repeat it.
         let Some(link) = &self.pis[number].link else { return Ok(()) };
         let (place, epoch, now) = (link.controller.0, link.epoch, self.now());
         let applied = self.controllers[place].store.apply_report(&self.pis[number].id, epoch, &report, now).await;
@@ -335,7 +336,7 @@ impl World {
         self.cut(number).await
     }
 
-    /// Progress is told whether the state was acknowledged or not.
+    /// Sends progress, even if the state is acknowledged.
     pub(super) async fn tell(&mut self, number: usize, bytes: u8) -> Outcome {
         self.pis[number].move_bytes(bytes);
         match self.pis[number].unfinished() {
@@ -355,17 +356,19 @@ impl World {
         }
         let report = self.pis[number].report(&entry);
         let report = ReportRow { attempt: report.attempt.saturating_add(by), ..report };
+        // A lie may cost the node its execution, so the checks allow operators to give that up.
         self.liars.insert(self.pis[number].id.clone());
         self.counts.add("lies");
         let applied = self.controllers[place].store.apply_report(&self.pis[number].id, epoch, &report, now).await;
         self.heard("a lie", applied).map(|_| ())
     }
 
-    /// Writes the progress that a controller holds.
+    /// Writes the progress that waits in a controller.
     pub(super) async fn flush_progress(&mut self, place: usize) -> Outcome {
         let (now, rows) = (self.now(), std::mem::take(&mut self.controllers[place].progress));
         let all: Vec<ProgressRow> = rows.values().cloned().collect();
         let flushed = self.controllers[place].store.flush_progress(&all, now).await;
+        // Kept for the next flush, as in the controller: progress postpones deadlines.
         if self.heard("progress", flushed)?.is_none() {
             self.controllers[place].progress = rows;
         }

@@ -1,8 +1,8 @@
-//! What may happen in a history.
+//! Steps of a history, and their generators.
 
 use proptest::prelude::*;
 
-/// What an operation does.
+/// Action of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum What {
     Reboot,
@@ -10,19 +10,19 @@ pub(super) enum What {
     Update,
 }
 
-/// When an operation may be begun.
+/// Time in which an operation may begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum When {
     /// Within a day.
     Always,
     /// In the first half of each hour.
     Window,
-    /// Within so many seconds.
+    /// Within this many seconds.
     Within(u16),
 }
 
-/// Something that happens. Numbers choose among what there is, so that a step means something in every history, also
-/// when the steps before it were taken out.
+/// A step. Its numbers choose among the things that exist, modulo their count, so that a step still has a meaning after
+/// the steps before it were shrunk away.
 #[derive(Debug, Clone)]
 pub(super) enum Step {
     /// An operator creates an operation on some of the nodes.
@@ -33,7 +33,7 @@ pub(super) enum Step {
         in_flight: Option<u8>,
         failures: Option<u8>,
     },
-    /// An operator repeats a request, whether it was answered or not.
+    /// An operator repeats a request, answered or not.
     Repeat(u8),
     /// An operator steers an operation.
     Cancel(u8),
@@ -43,56 +43,56 @@ pub(super) enum Step {
     Abandon(u8, u8),
     /// An operator decides about the conflicts of a node: accepts or abandons.
     Resolve(u8, bool),
-    /// A node says hello to a controller; `true`: nobody has noticed yet that its stream before is dead.
+    /// A node says Hello to a controller. `true`: its previous controller has not noticed the end of that stream yet.
     Connect(u8, u8, bool),
     /// Its stream breaks, and its controller notices.
     Break(u8),
-    /// It reads what it was sent, does the next thing and reports it.
+    /// It reads its commands, does the next step of its job and reports it.
     GoOn(u8),
-    /// It reads what it was sent.
+    /// It reads its commands.
     Read(u8),
-    /// It does the next thing that its journal says.
+    /// It does the next step of the job in its journal.
     Work(u8),
-    /// It cannot do what it was asked to.
+    /// Its job fails.
     Fail(u8),
-    /// It reports a state of its journal; `true`: the controller's answer is lost with the stream.
+    /// It reports a state of its journal. `true`: the answer is lost with the stream.
     Say(u8, bool),
-    /// It tells how far it is.
+    /// It sends progress.
     Tell(u8, u8),
-    /// A node that was broken into reports a delivery that there never was.
+    /// A compromised node reports a delivery that never existed.
     Lie(u8, u32),
-    /// Its power comes back; `true`: into the system that its job is about, if there is one.
+    /// Its power comes back. `true`: the trial boot of its job's system succeeds, if there is one.
     Boot(u8, bool),
     /// Its power fails.
     PowerCut(u8),
     /// Its agent is killed and starts again.
     Restart(u8),
-    /// A controller does what is due, so many seconds later.
+    /// A controller runs a round, this many seconds later.
     Round(u8, u16),
-    /// All controllers do what is due for a minute and a half, after so many seconds in which none did.
+    /// All controllers run rounds for 91 s, after this many seconds without any.
     Listen(u16),
-    /// A controller dies, or another takes its place.
+    /// A controller dies, or a new one takes its place.
     Kill(u8),
     Start(u8),
-    /// The clock jumps, by so many seconds.
+    /// The clock jumps by this many seconds.
     Jump(i16),
-    /// The database stores the next commit, and its answer is lost (Postgres).
+    /// The database stores the next commit, but its answer is lost (Postgres).
     LoseAnswer,
     /// The next commit does not reach the database (Postgres).
     CutBefore,
     /// The database's disk fills, or has room again (SQLite).
     Fill,
     Empty,
-    /// The database and the bytes are saved, or what was saved takes their place (SQLite).
+    /// The database and the bytes are backed up, or the backup is restored (SQLite).
     Save,
     Restore,
-    /// An operator pushes bytes under a name; `false`: the name does not point at them yet when they are stored.
+    /// An operator pushes bytes under a name. `false`: the bytes are stored, but the name does not point at them yet.
     Push(u8, u8, bool),
-    /// The name of a push points at its bytes; `false`: the controller dies before.
+    /// The name of a push is set. `false`: the controller dies before.
     Name(bool),
-    /// An operator deletes a name; `true`: the controller dies before it removes the bytes.
+    /// An operator deletes a name. `true`: the controller dies before it removes the bytes.
     Delete(u8, bool),
-    /// Housekeeping removes what nobody needs, long after.
+    /// Housekeeping removes unneeded bytes, after their grace period.
     Sweep,
 }
 
@@ -122,6 +122,7 @@ fn operators() -> impl Strategy<Value = Step> {
         3 => n().prop_map(Step::Repeat),
         2 => n().prop_map(Step::Cancel),
         2 => n().prop_map(Step::Pause),
+        // Often, because rollouts also pause by themselves, and a paused operation does nothing.
         5 => n().prop_map(Step::Resume),
         3 => n().prop_map(Step::Retry),
         2 => (n(), n()).prop_map(|(operation, node)| Step::Abandon(operation, node)),
@@ -135,6 +136,8 @@ fn operators() -> impl Strategy<Value = Step> {
 
 fn nodes() -> impl Strategy<Value = Step> {
     let n = any::<u8>;
+    // Attempt `u32::MAX` once stopped every dispatch round. The range has both attempts that a controller adopts (up to
+    // a thousand ahead) and attempts that it must not adopt.
     let absurd = || prop_oneof![Just(u32::MAX), Just(u32::MAX - 1), 2_u32..2000];
     prop_oneof![
         12 => (n(), n(), any::<bool>()).prop_map(|(node, controller, silent)| Step::Connect(node, controller, silent)),
@@ -169,7 +172,9 @@ fn troubles() -> impl Strategy<Value = Step> {
         4 => Just(Step::LoseAnswer),
         3 => Just(Step::CutBefore),
         1 => Just(Step::Fill),
+        // More often than the disk fills: on a full disk no write succeeds.
         4 => Just(Step::Empty),
+        // Likely, because a restore needs a backup before it, and neither has an effect on Postgres.
         6 => Just(Step::Save),
         8 => Just(Step::Restore),
     ]
@@ -179,7 +184,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![5 => operators(), 16 => nodes(), 6 => controllers(), 3 => troubles()]
 }
 
-/// What belongs together, so that a history comes further than its beginning.
+/// Steps that belong together. Single random steps hardly ever get an execution to its end.
 fn scene() -> impl Strategy<Value = Vec<Step>> {
     use Step::{Boot, Connect, Fail, GoOn, Listen, Read, Round, Say, Work};
     let both = || (any::<u8>(), any::<u8>());
@@ -188,7 +193,7 @@ fn scene() -> impl Strategy<Value = Vec<Step>> {
         2 => both().prop_map(|(node, controller)| vec![
             Connect(node, controller, false), Round(controller, 0), GoOn(node),
         ]),
-        // It goes down, and is back too late or never.
+        // The node goes down and stays away until its execution is overdue.
         1 => any::<u8>().prop_map(|node| vec![GoOn(node), Work(node), Listen(2400)]),
         2 => both().prop_map(|(node, controller)| vec![
             Boot(node, true), Connect(node, controller, false), GoOn(node), GoOn(node),
@@ -200,7 +205,7 @@ fn scene() -> impl Strategy<Value = Vec<Step>> {
     ]
 }
 
-/// What a history may be without. With everything in each of them, none comes far: something always comes between.
+/// Kinds of steps that a history may leave out. With all kinds of trouble in each history, none gets far.
 const KINDS: usize = 9;
 
 fn kind(step: &Step) -> Option<usize> {
@@ -218,8 +223,9 @@ fn kind(step: &Step) -> Option<usize> {
     })
 }
 
-/// A history of that many scenes at most. It begins with work: without any, nothing that follows means much.
+/// A history of fewer than this many scenes. It begins with an operation, because without one most steps have no effect.
 pub(super) fn history(scenes: usize) -> impl Strategy<Value = Vec<Step>> {
+    // Each kind is left out of half of the histories.
     let without = proptest::collection::vec(any::<bool>(), KINDS);
     (create(), without, proptest::collection::vec(scene(), 1..scenes)).prop_map(|(first, without, scenes)| {
         let is_in = |step: &Step| kind(step).is_none_or(|kind| !without[kind]);

@@ -1,4 +1,4 @@
-//! The store, two controllers on it, nodes, and what operators were told.
+//! The simulated world: a database, two controllers on it, nodes, and the answers that operators got.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::support::start;
 pub(super) type Outcome<T = ()> = Result<T, String>;
 
 pub(super) struct Controller {
-    /// How often it was started: each life has an id of its own.
+    /// Starts so far. Each life has a controller id of its own.
     pub(super) life: u32,
     pub(super) is_alive: bool,
     pub(super) store: Store,
@@ -47,20 +47,20 @@ pub(super) fn controller_id((number, life): (usize, u32)) -> String {
     format!("c{number}-{life}")
 }
 
-/// An operation that somebody asked for.
+/// An operation that an operator requested.
 #[derive(Clone)]
 pub(super) struct Asked {
-    /// The request, which can be repeated.
+    /// The request, kept for repetitions.
     pub(super) new: NewOperation,
-    /// Each try has an id of its own; one of them at most is stored.
+    /// Ids of all tries. Each try has its own, and at most one is stored.
     pub(super) tried: BTreeSet<OperationId>,
-    /// The one that was acknowledged; `None`: the caller does not know.
+    /// The acknowledged id. `None`: no answer came, so the operation may be stored or not.
     pub(super) id: Option<OperationId>,
-    /// Those that had failed, or were overdue, when it was last resumed.
+    /// Nodes that had failed, or were overdue, at the last resume.
     pub(super) forgiven: BTreeSet<NodeId>,
 }
 
-/// What is saved besides the database: what was true then.
+/// Expectations at the time of a backup. They are restored with the database.
 struct Saved {
     number: u32,
     operations: Vec<Asked>,
@@ -77,15 +77,15 @@ pub(super) struct World {
     pub(super) contents: Arc<Vec<Content>>,
     pub(super) shelf: Shelf,
     pub(super) operations: Vec<Asked>,
-    /// Operations that have ended for good, which are not looked at again until the end.
+    /// Operations whose end cannot change any more. They are skipped until the last check, to save time.
     pub(super) settled: BTreeSet<OperationId>,
-    /// Executions that have ended, and how.
+    /// Executions that have ended, with their final state.
     pub(super) ended: BTreeMap<ExecutionId, ExecutionState>,
-    /// Ends that were acknowledged to their nodes.
+    /// Final states that were acknowledged to the nodes.
     pub(super) acked: BTreeMap<ExecutionId, ExecutionState>,
-    /// Nodes that lied: operators may have to give up what they are at.
+    /// Nodes that lied. Operators may have to abandon their executions.
     pub(super) liars: BTreeSet<NodeId>,
-    /// Nodes whose conflicts an operator has decided about.
+    /// Nodes whose conflicts an operator has resolved.
     pub(super) resolved: BTreeSet<NodeId>,
     /// Ends of sessions that are not stored yet.
     pub(super) ends: Vec<Ending>,
@@ -102,11 +102,12 @@ impl World {
         let first = Store::open(&database.url).await.unwrap();
         let mut controllers = Vec::new();
         for number in 0..CONTROLLERS {
-            // On Postgres each has connections of its own, and its own watch over silence.
+            // On Postgres each controller has a store of its own, as in production. An SQLite file takes only one.
             let store =
                 if on_postgres && number > 0 { Store::open(&database.url).await.unwrap() } else { first.clone() };
             controllers.push(Controller::new(store, &clock, number, 0));
         }
+        // The template of each database was enrolled by itself, and serial numbers are random.
         let serials = if on_postgres { template.serials_in(&first).await } else { template.serials.clone() };
         let pis = template.nodes.iter().cloned().zip(serials).map(|(id, serial)| Pi::new(id, serial)).collect();
         Self {
@@ -134,12 +135,13 @@ impl World {
         self.clock.now()
     }
 
-    /// The store as operators reach it.
+    /// The store that serves operators: that of the first controller.
     pub(super) fn store(&self) -> Store {
         self.controllers[0].store.clone()
     }
 
-    /// What a call came to; `None`: the database did not answer, as it may when something was done to it.
+    /// Checks the result of a call. `None`: the database did not answer, and a fault was injected that explains it. Any
+    /// other error fails the history.
     pub(super) fn heard<T>(&mut self, what: &str, done: Result<T, StoreError>) -> Outcome<Option<T>> {
         match (done, self.database.trouble()) {
             (Ok(done), _) => Ok(Some(done)),
@@ -220,10 +222,12 @@ impl World {
             Step::Delete(name, dies) => self.delete(name, dies).await,
             Step::Sweep => self.sweep().await,
         }?;
+        // Ends of sessions that the database did not take are tried again after each step, as the controller does each
+        // second.
         self.store_ends().await
     }
 
-    /// All nodes have a stream, as they mostly do.
+    /// Connects all nodes: the usual state of a fleet.
     pub(super) async fn begin(&mut self) -> Outcome {
         for number in 0..PIS {
             self.connect(number, number % CONTROLLERS, false).await?;
@@ -237,9 +241,10 @@ impl World {
         self.say(number, false).await
     }
 
-    /// Rounds until silence means something.
+    /// Runs rounds until silence proves something: 91 s without a break of 15 s.
     async fn listen(&mut self, seconds: u16) -> Outcome {
         self.clock.advance(TimeDelta::seconds(seconds.into()));
+        // Steps of 13 s, because a break of more than 15 s counts as one in which nobody listened.
         for _ in 0..7 {
             self.clock.advance(TimeDelta::seconds(13));
             for number in 0..CONTROLLERS {
@@ -256,7 +261,7 @@ impl World {
         self.counts.add("controllers killed");
         let controller = &mut self.controllers[number];
         controller.is_alive = false;
-        // What was in its memory is gone; the nodes' streams break without a word to the store.
+        // Its memory is lost, and its streams break without an end in the store.
         controller.sessions = Arc::new(Sessions::default());
         controller.progress.clear();
         self.shelf.forget_push();
@@ -272,6 +277,7 @@ impl World {
         }
         let mut store = self.controllers[number].store.clone();
         if self.database.is_postgres() {
+            // `Store::open` does not retry, so a pending fault would only fail this start.
             self.database.heal();
             store = Store::open(&self.database.url).await.map_err(|error| format!("a start: {error:?}"))?;
         }
@@ -296,10 +302,11 @@ impl World {
         Ok(())
     }
 
-    /// All controllers stop, and start on what was saved. The nodes know more than that.
+    /// Restarts all controllers on the backup. The nodes' journals are newer than it.
     async fn restore(&mut self) -> Outcome {
         let Some(saved) = self.saved.take() else { return Ok(()) };
         self.counts.add("restored");
+        // A full disk has no room for the backup.
         self.database.heal();
         self.database.restore(&Self::saved_folder(saved.number, &self.folder));
         let store = Store::open(&self.database.url).await.map_err(|error| format!("a restore: {error:?}"))?;
@@ -309,6 +316,7 @@ impl World {
             self.controllers[number] = Controller::new(store.clone(), &self.clock, number, life);
         }
         self.shelf.restore(&saved.shelf);
+        // Operations that were settled since the backup may be open again in it.
         self.settled.clear();
         (self.operations, self.ended, self.acked) = (saved.operations, saved.ended, saved.acked);
         Ok(())
@@ -323,7 +331,7 @@ impl World {
         }
     }
 
-    /// Nothing while the database does not answer.
+    /// Executions of an operation; none while the database does not answer.
     pub(super) async fn executions(&mut self, id: &OperationId) -> Outcome<Vec<ExecutionRow>> {
         let found = self.store().executions(id, None, 100, &[]).await;
         Ok(self.heard("executions", found)?.unwrap_or_default())
