@@ -1,4 +1,4 @@
-//! What the controller says about an image, before anything is armed.
+//! The controller's facts about an image, before anything is armed.
 
 use marco_proto::v1::ImageFacts;
 

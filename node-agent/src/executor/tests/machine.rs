@@ -25,7 +25,7 @@ pub(super) struct Machine {
     pub(super) patience: Duration,
     /// No file system can be made on its card.
     pub(super) broken: bool,
-    /// What it was told; a command with the state that was in the journal then.
+    /// Calls in order; a command to go down with the state that was in the journal then.
     pub(super) told: Mutex<Vec<String>>,
 }
 
@@ -38,7 +38,7 @@ impl Machine {
         self.told.lock().unwrap().clone()
     }
 
-    /// While this file is there, somebody sits at the console after a failure.
+    /// While this file exists, a user sits at the console after a failure.
     pub(super) fn shell(&self) -> PathBuf {
         self.dir.join("shell")
     }
@@ -47,7 +47,7 @@ impl Machine {
         Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
     }
 
-    /// What a power cut would leave of the job.
+    /// The job's state in the journal on the disk, as a power cut would leave it.
     fn journalled(&self, execution: Option<&str>) -> String {
         let Some(execution) = execution else { return "idle".to_owned() };
         let journal = Journal::open(&self.state_dir(), "reader").unwrap();
