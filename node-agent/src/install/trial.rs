@@ -30,6 +30,7 @@ fn without_words(start: &[u8]) -> Option<Vec<u8>> {
     let find = |word: &str| start.windows(word.len()).position(|window| window == word.as_bytes());
     let (from, to) = (find(BEGIN)?, find(END)? + END.len());
     let mut changed = start.to_owned();
+    // Marks in the wrong order are not ours.
     changed.get_mut(from..to)?.fill(b' ');
     Some(changed)
 }
