@@ -204,7 +204,7 @@ impl Executor {
         let mut changes = self.journal.changes();
         let mut failures: u32 = 0;
         loop {
-            // Dropping the wait loses nothing: the journal keeps what it waits for.
+            // Cancel-safe: the journal keeps the jobs that the wait looks for.
             let waited = tokio::select! {
                 () = stop.cancelled() => return,
                 waited = changes.wait_for(|entries| entries.unfinished().is_some()) => {

@@ -1,8 +1,8 @@
-//! The first process of the installer's initramfs: mounts what a kernel needs to be talked to, loads the modules of
+//! The first process of the installer's initramfs: mounts the kernel's file systems, loads the modules of
 //! the boards' networks and cards, and keeps `marco-agent install` running. It never ends: that would be a panic.
 //!
-//! The installer itself is a process of its own, so that one that crashes is started again, and so that the children of
-//! programs that went away are reaped here without getting in its way.
+//! The installer itself is a process of its own, so one that crashes is started again. Children of programs that went
+//! away are reaped here, without getting in its way.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;

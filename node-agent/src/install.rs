@@ -107,7 +107,7 @@ pub enum Next {
     Installer,
 }
 
-/// An installation failed; the installer stays what boots if the card was touched.
+/// An installation failed. The installer stays the default boot if the card was touched.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct InstallError {
@@ -255,7 +255,7 @@ impl Work<'_> {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
         }
 
-        // Before the commit: an installer that waits for nothing can still go back.
+        // Before the commit: an installer that gets no labels can still go back.
         self.labels_are_known().await?;
         let keep = self.keep().await?;
         let erase = Erase { root: true, home: self.job.discard_home };

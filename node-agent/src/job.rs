@@ -154,7 +154,7 @@ pub enum State {
     Succeeded,
     /// Not done.
     Failed,
-    /// Not done; what ran before runs again.
+    /// Not done; the system that ran before runs again.
     RolledBack,
     /// Cancelled before the point of no return.
     Cancelled,
@@ -314,7 +314,7 @@ pub struct Found {
     pub release_is_ours: bool,
 }
 
-/// Decides what an agent that starts does with a job it finds.
+/// Decides about a job that a starting agent finds.
 pub fn resume(found: Found) -> Resume {
     let Found { kind, state, mode, same_boot, release_is_ours } = found;
     match (state, kind, mode) {

@@ -119,7 +119,7 @@ pub struct Journal {
     powering_off: AtomicBool,
     /// Ailments of the node.
     health: Arc<Health>,
-    /// By execution. Kept in memory only: what was said to an earlier process may be out of date.
+    /// By execution. Kept in memory only: the answers to an earlier process may be out of date.
     confirmations: watch::Sender<HashMap<String, Confirmation>>,
 }
 
@@ -167,7 +167,7 @@ impl Journal {
         self.powering_off.store(told, Ordering::Release);
     }
 
-    /// The execution by which the machine was told to power off and goes down.
+    /// Returns the power-off for which the command was given under this boot; `None`: there is none.
     pub fn powering_off(&self) -> Option<String> {
         let entries = self.entries();
         let entry = entries.unfinished().filter(|_| self.powering_off.load(Ordering::Acquire))?;
@@ -319,7 +319,7 @@ impl Journal {
         .await
     }
 
-    /// The new system is up, and says what it is.
+    /// The new system is up, and describes itself in `release`.
     pub async fn verify(&self, execution: &str, release: Release) -> Result<(), JournalError> {
         self.conclude(execution, |entry, boot_id| {
             entry.release = Some(release);
@@ -380,7 +380,7 @@ impl Journal {
         .await
     }
 
-    /// The file's contents as they will be once this job is armed: what the installer finds on the card.
+    /// Returns the file's contents for the installer on the card: this job is armed in them.
     pub fn for_the_installer(&self, execution: &str) -> Result<Vec<u8>, JournalError> {
         self.preview(execution, |entry, boot_id| {
             entry.step(entry.state.arm(entry.kind())?, 1, boot_id);
@@ -388,7 +388,7 @@ impl Journal {
         })
     }
 
-    /// The file's contents as they will be once the card is written: what the new system finds in its root.
+    /// Returns the file's contents for the new system's root: this job is on trial in them.
     pub fn for_the_new_root(&self, execution: &str) -> Result<Vec<u8>, JournalError> {
         self.preview(execution, try_boot)
     }

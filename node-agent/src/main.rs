@@ -1,4 +1,4 @@
-//! `marco-agent`: reads the command line and starts what it names.
+//! `marco-agent`: reads the command line and runs its command.
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal as _, Write as _};

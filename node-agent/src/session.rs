@@ -294,7 +294,7 @@ impl Said {
 struct Open<'a> {
     session: &'a Session,
     outbox: mpsc::Sender<ConnectRequest>,
-    /// A value that is marked as seen was told to the controller.
+    /// Marked as seen once the value was sent.
     refusal: watch::Receiver<Option<Refusal>>,
     /// The same for the node's ailments.
     health: watch::Receiver<Vec<Condition>>,

@@ -13,7 +13,7 @@ impl Executor {
             // Without a limit: a node compares no wall clocks, so it cannot tell how old the job is. Waiting loses
             // nothing, since the controller shows the job as overdue meanwhile.
             Resume::Begin | Resume::GoDown => self.journal.confirmation(execution).await,
-            // It downloads from a controller, so it needs to hear one in any case.
+            // It downloads from a controller, so it cannot go on without one anyway.
             Resume::Install if self.installer_boots().await => self.journal.confirmation(execution).await,
             // The old system is whole, and waits for this no longer than for the image. On a network of its own the
             // installer may never be heard.

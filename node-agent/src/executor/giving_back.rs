@@ -61,7 +61,7 @@ impl Executor {
         }
     }
 
-    /// Starts the old system if this installer is idle beside it. Returns if the machine stays up.
+    /// Starts the old system if this installer has nothing to do. Returns if the machine stays up.
     pub(super) async fn leave_when_idle(&self) {
         if self.is_idle_on_trial().await {
             tracing::warn!("nothing is to be installed, and the old system is whole: it is started again");

@@ -37,7 +37,7 @@ impl Executor {
         // Taken before the announcement, which then never ends earlier than the notice.
         let end = Instant::now() + notice.delay;
         let stands = self.system.announce(down, notice.delay, &notice.message).await.unwrap_or_else(|error| {
-            // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
+            // Without a user or a writable terminal the node still does its work.
             tracing::warn!(execution, error = %chain(&error), "users could not be warned");
             false
         });

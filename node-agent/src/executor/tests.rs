@@ -1,4 +1,4 @@
-//! The executor on a machine that only writes down what it is told, with a real recovery partition.
+//! The executor on a machine that only records its calls, with a real recovery partition.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -36,7 +36,7 @@ const SHORT: Duration = Duration::from_millis(30);
 /// The image of every update; nothing unpacks it.
 const IMAGE: &[u8] = b"raspios";
 
-/// A machine with a card, and what runs on it.
+/// A machine with a card, and the limits and answers that its executor meets.
 struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
@@ -47,7 +47,7 @@ struct Bench {
     fault: Wrong,
     /// The controller's answer about the image's facts.
     said: Option<ImageFacts>,
-    /// A controller has let the jobs of earlier processes stand.
+    /// A controller has confirmed the jobs of earlier processes.
     heard: bool,
 }
 
@@ -81,7 +81,7 @@ impl Bench {
             verdict: LONG,
             confirmation: LONG,
             max_pause: Duration::from_secs(60),
-            // No installation comes further than to its download.
+            // No installation gets further than its download.
             fault: Wrong::Withheld,
             said: Some(judged::good()),
             heard: true,
@@ -92,7 +92,7 @@ impl Bench {
         BootPart::new(self.machine.dir.join("recovery"), &self.machine.facts.board)
     }
 
-    /// The machine after its next boot.
+    /// Boots the machine again, with no calls recorded yet.
     fn reboot(mut self, boot_id: &str, mode: Mode) -> Self {
         self.machine.boot_id = boot_id.to_owned();
         self.machine.mode = mode;
@@ -104,7 +104,7 @@ impl Bench {
         Arc::new(Journal::open(&self.machine.state_dir(), &self.machine.boot_id).unwrap())
     }
 
-    /// Runs the agent's part until `done`, then kills it.
+    /// Runs the executor until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
         let Self { _dir, machine, verdict, confirmation, max_pause, fault, said, heard } = self;
         let machine = Arc::new(machine);
@@ -387,7 +387,7 @@ async fn an_update_that_is_cancelled_during_its_notice_leaves_no_job_on_the_card
     assert_eq!(bench.machine.told(), ["announce Reboot 3600s maintenance", "withdraw"]);
 }
 
-/// The new system after its trial boot.
+/// Brings the machine into its new system, after the trial boot. The release names the execution `release`.
 async fn on_trial(release: &str) -> Bench {
     let bench = armed_update().await.reboot("boot-b", Mode::Installer);
     let installer = bench.journal();

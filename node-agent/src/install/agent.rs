@@ -1,7 +1,7 @@
 //! Puts the agent and the node's identity into the new root, so that the node comes back as itself.
 //!
-//! An image with an agent of its own keeps the newer of both, by when they were built; one whose build is not told is
-//! taken for older than ours.
+//! An image with an agent of its own keeps the newer of the two, by the times of their builds. One without such a time
+//! counts as older.
 
 use std::fs::File;
 use std::io::{Read, Result};
@@ -18,7 +18,7 @@ const UNIT_NAME: &str = "marco-agent.service";
 const UNIT_FOLDERS: [&str; 3] = ["etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system"];
 /// Folder of links to the units that start by themselves.
 const WANTS: &str = "etc/systemd/system/multi-user.target.wants";
-/// The agent's files beside its key that tell it its way: the controllers it knew, and the time.
+/// The agent's identity and its way: key, certificates, controllers that it knew, and the time.
 const FILES: [(&str, u32); 6] = [
     ("node.key", 0o600),
     ("node.crt", 0o644),
@@ -156,7 +156,7 @@ mod tests {
         assert!(image.read("etc/systemd/system/marco-agent.service").contains("ExecStart=/usr/bin/marco-agent run"));
         let link = image.dir.path().join("etc/systemd/system/multi-user.target.wants/marco-agent.service");
         assert_eq!(fs::read_link(link).unwrap().to_str(), Some("/etc/systemd/system/marco-agent.service"));
-        // Once more, over what is there.
+        // A second installation replaces the files of the first.
         install(&image.root, &program).unwrap();
     }
 

@@ -75,7 +75,8 @@ pub(super) fn mounted(root: &Rooted) -> std::result::Result<BootMount, InstallEr
     Ok(BootMount::of_fstab(&String::from_utf8_lossy(&fstab)).unwrap_or(BootMount::Firmware))
 }
 
-/// FAT has files and folders only: a link to a file becomes that file, and what else there is stays behind.
+/// Copies a folder to a FAT, which has files and folders only: a link to a file becomes that file, and everything else
+/// is left out.
 fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) -> Result<()> {
     for (name, kind) in from.list(source)? {
         let (source, dest) = (source.join(&name), dest.join(&name));

@@ -96,7 +96,7 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    /// Of a download of so many bytes, whose first chunk was taken off already.
+    /// Creates the reader of a download of `total` bytes, whose first chunk was taken off already.
     pub(super) fn new(
         first: Option<Bytes>,
         chunks: mpsc::Receiver<std::result::Result<Bytes, DownloadError>>,

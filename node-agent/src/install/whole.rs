@@ -226,7 +226,7 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
-    /// A card with something everywhere, on which an image may take so many bytes.
+    /// A card full of nines, on which an image may take `limit` bytes.
     fn card(limit: usize) -> (tempfile::TempDir, Place) {
         let dir = tempfile::tempdir().unwrap();
         let device = dir.path().join("card");

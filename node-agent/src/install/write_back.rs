@@ -1,5 +1,5 @@
-//! Write-back at the card's own pace: what is unpacked goes to the card while more arrives, so that little is left for
-//! the sync at the end, and memory is not filled with what the card has yet to take.
+//! Write-back at the card's own pace: unpacked bytes go to the card while more arrive. So little is left for the sync
+//! at the end, and memory is not filled with bytes that the card has yet to take.
 
 use std::fs::File;
 use std::io::Result;

@@ -1,4 +1,4 @@
-//! The journal across crashes, deliveries and cancels.
+//! The journal over crashes, deliveries and cancels.
 
 use std::time::Duration;
 

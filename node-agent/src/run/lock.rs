@@ -37,7 +37,7 @@ impl Lock {
     }
 }
 
-/// `None`: the file system is read-only or full and has no lock yet. The agent still runs, to say that its node is ill.
+/// `None`: the file system is read-only or full and has no lock file yet. The agent still runs, to report that.
 fn take(folder: &Path) -> Result<Option<File>, RunError> {
     let path = folder.join(FILE);
     let mut file = match open(folder, &path) {

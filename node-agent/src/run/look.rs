@@ -31,7 +31,7 @@ impl Look {
             let message = found.iter().find(|found| found.ailment == ailment).map(|found| found.message.clone());
             self.health.set(ailment, message);
         }
-        // Before a controller was heard the agent's time is only a lower bound, and convicts no clock.
+        // Before a controller was heard, the agent's time is only a lower bound, and proves no clock wrong.
         let clock = self.system.clock().filter(|_| self.labels.borrow().is_some());
         let wrong = clock.and_then(|clock| health::wrong_clock(clock, self.identity.time().now()));
         self.health.set(Ailment::Clock, wrong);

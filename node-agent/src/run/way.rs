@@ -99,7 +99,7 @@ impl Way {
     }
 }
 
-/// The last way of an enrolled node, beside its identity. It serves when no file names a controller any more.
+/// The last way of an enrolled node, in a file beside its identity, for a time without any named controller.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LastGood {
     pub(super) controllers: Vec<String>,

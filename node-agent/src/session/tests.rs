@@ -314,7 +314,7 @@ async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
     for attempt in [1, 2] {
         session.say(assign(attempt)).await;
         let (mut failed, mut conditions) = (None, None);
-        // The two come in any order; the second time only the end is news.
+        // They come in any order. In the second round only the end is new.
         while failed.is_none() || (attempt == 1 && conditions.is_none()) {
             match session.next().await.expect("the session goes on").message {
                 Some(connect_request::Message::Report(report)) => failed = Some(report),
@@ -325,13 +325,13 @@ async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
         let failed = failed.unwrap();
         assert_eq!((failed.state(), failed.attempt, failed.sequence), (WireState::Failed, attempt, 1));
         assert_eq!(failed.error.unwrap().reason, "JOURNAL_NOT_WRITABLE");
-        // The acknowledgement is of what the journal does not hold.
+        // The journal holds no such execution, and the session goes on.
         session.say(ack(1)).await;
         if let Some(conditions) = conditions {
             assert_eq!(conditions.first().map(|ill| ill.r#type()), Some(node_condition::Type::Journal));
         }
     }
-    // With the disk the node is well again, and takes what it is given.
+    // The disk takes writes again: the ailment is over, and the node takes work.
     std::fs::remove_dir_all(blocked).unwrap();
     session.say(assign(3)).await;
     let mut said = Vec::new();
@@ -372,11 +372,11 @@ async fn query_is_answered_from_the_journal_and_changes_nothing() {
     bench.journal.ack(ONE, failed.sequence, 1).await.unwrap();
     session.say(query(ONE)).await;
     assert_eq!(report(&mut session).await.state(), WireState::Failed);
-    // An assignment that the controller numbers lower is answered with what the node knows.
+    // An assignment with a lower attempt is answered with the node's state.
     session.say(assign(2)).await;
     let answer = report(&mut session).await;
     assert_eq!((answer.attempt, answer.state()), (3, WireState::Failed));
-    // A node that is at work takes nothing else, and says at what.
+    // A busy node refuses other work, and names its job.
     bench
         .journal
         .accept(TWO, 1, Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() }))

@@ -1,4 +1,4 @@
-//! A machine that only writes down what it is told.
+//! A machine that only records its calls.
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -12,7 +12,7 @@ use crate::system::{
     Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, Standing, System, SystemError, Target,
 };
 
-/// A machine that stays up whatever it is told.
+/// A machine that stays up after every command.
 pub(super) struct Machine {
     pub(super) dir: PathBuf,
     pub(super) boot_id: String,
@@ -20,7 +20,7 @@ pub(super) struct Machine {
     pub(super) facts: Facts,
     pub(super) release: Option<Release>,
     pub(super) refusal: Option<Refusal>,
-    /// Why it does not keep its home.
+    /// Refusal of an update that keeps the home; `None`: it can be kept.
     pub(super) unkept: Option<Refusal>,
     pub(super) patience: Duration,
     /// No file system can be made on its card.
@@ -67,7 +67,7 @@ impl System for Machine {
         self.mode
     }
     fn booted(&self) -> Option<Booted> {
-        // Nothing of ours comes further than to the first trial boot of the installer.
+        // The tests get no further than the first trial boot of the installer.
         (self.mode == Mode::Installer).then_some(Booted { partition: 1, tryboot: true })
     }
     fn card(&self) -> Option<Card> {

@@ -1,4 +1,4 @@
-//! Jobs that were accepted before an outage.
+//! Jobs that were accepted before an outage, and wait for a controller's word after it.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ fn unheard(bench: Bench) -> (Bench, Arc<Journal>) {
     (Bench { heard: false, ..bench }, journal)
 }
 
-/// Lets everything go on that can.
+/// Gives every task time to go on.
 async fn settle() {
     for _ in 0..1000 {
         tokio::task::yield_now().await;

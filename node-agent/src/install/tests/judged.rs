@@ -79,7 +79,7 @@ async fn what_is_kept_and_not_understood_stays_and_the_old_system_comes_back() {
     }
 }
 
-/// The front of a disk image whose root has so many MiB.
+/// The front of a disk image whose root has `root` MiB.
 fn disk(root: u32) -> Vec<u8> {
     let mut disk = vec![0; 64 << 10];
     for (number, kind, start, length) in [(0, 0x0c, 2048, 64 << 11), (1, 0x83, 65 << 11, root << 11)] {
