@@ -1,4 +1,4 @@
-//! The command line, the configuration file, and which of them says what.
+//! The command line, the configuration file, and the order in which they count.
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ use crate::discovery::Address;
 use crate::identity::JoinToken;
 use crate::run::{Asking, Connection};
 
-/// Read when no other file is named, if it is there.
+/// Configuration file if no other is named; it need not exist.
 const DEFAULT_FILE: &str = "/etc/marco/agent.toml";
 const DEFAULT_LOG: &str = "info";
-/// What helps whoever has no join token.
+/// Hint for a user without a join token.
 const MAKE_ONE: &str = "`marcoctl tokens create` prints one";
 
 /// The agent of Marco Bootstrap: runs on every Raspberry Pi of a fleet, does what its controller asks (reboot, power
@@ -38,15 +38,15 @@ pub struct Cli {
     /// Configuration file [default: /etc/marco/agent.toml, if it is there]
     #[arg(long, global = true, env = "MARCO_AGENT_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// What to log, on stderr: a level or a filter such as `info,node_agent=debug`; RUST_LOG is heeded, too
+    /// Filter of the log on stderr: a level, or a filter such as `info,node_agent=debug`; RUST_LOG is heeded, too
     #[arg(long, global = true, env = "MARCO_LOG", value_name = "FILTER")]
     pub log: Option<String>,
-    /// What to do
+    /// The command to run
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What the agent can be started as.
+/// Commands of the agent.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run as the daemon of this machine until it is told to stop (SIGTERM)
@@ -58,15 +58,15 @@ pub enum Command {
     /// Ask the network for controllers, print their addresses, one a line and without a port, and end
     ///
     /// Asks by mDNS (the service _marco-bootstrap._tcp) and by MarcoPolo, the protocol of the 2015 system (UDP 1337,
-    /// groups 224.0.0.112 and 224.0.0.113), on every interface. It takes two seconds when somebody answers, and six when
-    /// nobody does; then it exits with 1. Nobody who answers is trusted for that: `run`, `enroll` and `install`, which
-    /// ask in the same way when no controller is named, go on only with one of the CA that the node knows.
+    /// groups 224.0.0.112 and 224.0.0.113), on every interface. It takes two seconds if a controller answers, and six
+    /// if none does; then it exits with 1. An answer alone gains no trust: `run`, `enroll` and `install`, which ask in
+    /// the same way if no controller is named, go on only with one of the CA that the node knows.
     Discover(DiscoverArgs),
     /// Run virtual Pis, each in a folder of its own, in this one process, until it is told to stop (SIGTERM)
     Simulate(SimulateArgs),
 }
 
-/// What is printed of what is found.
+/// Options of `discover`.
 #[derive(Debug, Args)]
 pub struct DiscoverArgs {
     /// Print the address that answers first, and do not wait for others
@@ -74,7 +74,7 @@ pub struct DiscoverArgs {
     pub first: bool,
 }
 
-/// How the agent finds its controllers and gets in.
+/// Options by which the agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ConnectionArgs {
     /// A controller's API; repeat it for several, tried in this order [port: 1346] [default: those of marco/join.toml on
@@ -98,16 +98,16 @@ pub struct ConnectionArgs {
     pub name: Option<String>,
 }
 
-/// What is simulated.
+/// Options of `simulate`.
 #[derive(Debug, Args)]
 pub struct SimulateArgs {
-    /// How many Pis
+    /// Number of Pis
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub count: u32,
     /// Folder for them: DIR/ID/{recovery,boot,root,home,agent,log.jsonl}; what is there is used again
     #[arg(long, value_name = "DIR")]
     pub dir: PathBuf,
-    /// What the ids begin with; a number follows
+    /// Prefix of the ids; a number follows
     #[arg(long, value_name = "TEXT", default_value = "pi-")]
     pub prefix: String,
     /// From power or reset until the agent runs
@@ -119,7 +119,7 @@ pub struct SimulateArgs {
     /// New Pis have only the installer on their cards, and no system: they get the default image of their board
     #[arg(long, conflicts_with = "stock")]
     pub blank: bool,
-    /// New Pis have cards as a stock image has them, with one boot partition: their first update lays them out anew
+    /// New Pis have cards as a stock image has them, with one boot partition: their first update partitions them again
     #[arg(long)]
     pub stock: bool,
     /// The way to the controller
@@ -131,23 +131,23 @@ pub struct SimulateArgs {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct File {
-    /// Controllers, in the order in which they are tried.
+    /// Controllers, host or host:port, in the order to try.
     pub controllers: Vec<String>,
-    /// Enrolment listeners.
+    /// Enrolment listeners; empty: the controllers' hosts, port 1347.
     pub enroll: Vec<String>,
-    /// Controllers for when none is named and none is found.
+    /// Controllers to try if none is named and none is found.
     pub fallback: Vec<String>,
-    /// File with a join token.
+    /// File with a join token. It may be gone once the node is enrolled.
     pub token_file: Option<PathBuf>,
-    /// The id to ask for.
+    /// The id to ask for; unset: the controller makes one.
     pub name: Option<String>,
-    /// What to log.
+    /// Filter of the log; unset: `info`.
     pub log: Option<String>,
-    /// Where the journal is.
+    /// Folder of the journal.
     pub state_dir: Option<PathBuf>,
-    /// Where the key and the certificates are.
+    /// Folder of the key and the certificates.
     pub identity_dir: Option<PathBuf>,
-    /// The program, and its first arguments, that reboots and powers off.
+    /// Program that reboots and powers off, with its first arguments.
     pub shutdown_command: Option<Vec<String>>,
 }
 
@@ -157,13 +157,14 @@ impl File {
         let path = named.unwrap_or(Path::new(DEFAULT_FILE));
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
+            // A file that was named must exist.
             Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
         toml::from_str(&text).with_context(|| format!("{} is not a configuration of marco-agent", path.display()))
     }
 
-    /// What to log: the option, else RUST_LOG, else the file.
+    /// Returns the filter of the log: the option, else RUST_LOG, else the file.
     pub fn log(&self, option: Option<&str>) -> String {
         let variable = || std::env::var("RUST_LOG").ok().filter(|filter| !filter.is_empty());
         let chosen = option.map(str::to_owned).or_else(variable).or_else(|| self.log.clone());
@@ -172,7 +173,7 @@ impl File {
 }
 
 impl ConnectionArgs {
-    /// Options over the file, and the token from where it is kept.
+    /// Merges the options over the file, and reads the token.
     pub fn resolve(&self, file: &File) -> anyhow::Result<Connection> {
         let addresses = |given: &[Address], key: &str, texts: &[String]| -> anyhow::Result<Vec<Address>> {
             if !given.is_empty() {
@@ -208,6 +209,7 @@ impl ConnectionArgs {
             enroll: addresses(&self.enroll, "enroll", &file.enroll)?,
             token,
             name,
+            // A search happens only if no controllers are named.
             search: Some(Asking { fallback, ..Asking::default() }),
         })
     }
@@ -219,6 +221,7 @@ fn read_token(path: &Path) -> anyhow::Result<String> {
 }
 
 fn token(bytes: &[u8], place: &str) -> anyhow::Result<String> {
+    // Names the kind of the contents, never the contents: the file may be another secret.
     let wrong = |holds: &str| anyhow::anyhow!("{place} is not a join token: it holds {holds}. {MAKE_ONE}");
     let text = secrets::join_token(bytes).map_err(wrong)?;
     JoinToken::parse(&text).map_err(|_| wrong("a join token with a slip of the pen"))?;
@@ -226,7 +229,7 @@ fn token(bytes: &[u8], place: &str) -> anyhow::Result<String> {
 }
 
 fn read_standard_input() -> anyhow::Result<String> {
-    /// A token is not longer.
+    /// Most bytes that are read; a token is shorter.
     const LIMIT: u64 = 4096;
     let mut bytes = Vec::new();
     std::io::stdin().take(LIMIT).read_to_end(&mut bytes).context("cannot read a token from standard input")?;
@@ -259,6 +262,7 @@ mod tests {
     fn the_example_in_dist_shows_every_key_and_changes_nothing() {
         let example = include_str!("../dist/agent.toml");
         assert_eq!(toml::from_str::<File>(example).unwrap(), File::default());
+        // `#key = value` is an example, `# text` is prose.
         let keys: String = example
             .lines()
             .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))

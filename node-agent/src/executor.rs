@@ -1,7 +1,7 @@
-//! Does the jobs of the journal, one at a time: each step is journalled before it is done.
+//! Runs the jobs of the journal, one at a time. Each step is journalled before it is done.
 //!
-//! What to do next follows from the journal alone ([`job::resume`]), so an agent that was killed goes on by the same
-//! code as one that was not.
+//! The journal alone decides the next step ([`job::resume`]), so an agent that was killed goes on by the same code as
+//! one that was not.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,53 +29,54 @@ mod switch;
 mod update;
 mod way_down;
 
-/// The journal cannot be written, so nothing is begun.
+/// Reason: the journal cannot be written, so nothing is begun.
 pub use crate::journal::NOT_WRITABLE as JOURNAL_NOT_WRITABLE;
 
-/// The installer takes only updates with an image.
+/// Reason: the installer takes only updates with an image.
 pub const ONLY_IMAGES: &str = "INSTALLER_TAKES_ONLY_IMAGES";
-/// Pause before a job that cannot go on is tried again; it grows from try to try.
+/// First pause before a job that cannot go on is tried again. It doubles with each failure, up to
+/// `Settings::max_pause`.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// How often a job is gone on with that the journal does not let go on.
+/// Steps in a row that may fail to be journalled. The job then ends FAILED.
 const MAX_FAILURES: u32 = 5;
 pub use crate::job::CALLED_OFF;
-/// Somebody has a shell on the node's console.
+/// Reason: after a failed installation a user has a shell on the node's console.
 pub const CONSOLE_IN_USE: &str = "CONSOLE_IN_USE";
-/// No controller answered for an update whose installer was started.
+/// Reason: the installer was started for an update, and no controller confirmed it.
 pub const NO_CONTROLLER: &str = "NO_CONTROLLER";
-/// A user of the node took the announced shutdown back.
+/// Reason: a user of the node cancelled or replaced the announced shutdown.
 pub const CALLED_OFF_ON_NODE: &str = "CALLED_OFF_ON_NODE";
-/// The machine was told to restart three times, and did not.
+/// Reason: the machine was told to restart three times, and did not.
 pub const DID_NOT_REBOOT: &str = "REBOOT_DID_NOT_HAPPEN";
 
 /// Addresses at which an installer finds its controllers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Addresses {
-    /// Addresses of controllers, host:port, in the order in which they are to be tried.
+    /// Addresses of controllers, host:port, in the order to try.
     pub controllers: Vec<String>,
-    /// Address of the enrolment listener, host:port; empty: derived from the controllers.
+    /// Address of the enrolment listener, host:port. Empty: derived from the controllers.
     pub enroll: String,
 }
 
-/// What the executor is told about the node.
+/// The node's facts and limits that the executor needs.
 #[derive(Clone)]
 pub struct Settings {
     /// The node's id.
     pub node: String,
-    /// The addresses of controllers that are known at this moment, for the installer.
+    /// Returns the addresses of controllers that are known at this moment, for the installer.
     pub addresses: Arc<dyn Fn() -> Addresses + Send + Sync>,
-    /// How long a power-off waits, once armed, for the controller to know it: it hears nothing afterwards. A restart
-    /// waits a fifth of that, for the operators' sake only.
+    /// Longest wait of an armed power-off for the controller's acknowledgement: the controller hears nothing
+    /// afterwards. A restart waits a fifth of it, so that operators see the state.
     pub farewell: Duration,
-    /// How long a new system waits for the controller to accept it before it gives the machine back to the installer.
+    /// Longest wait of a new system for the controller's acceptance. It then gives the machine back to the installer.
     pub verdict: Duration,
     /// An installer that has not touched the card waits this long for a controller, then leaves the card to the old system.
     pub confirmation: Duration,
-    /// The longest pause before an installation that failed on the way is tried again.
+    /// Longest pause between two tries of an installation, or of a job that cannot go on.
     pub max_pause: Duration,
-    /// The controller's time.
+    /// Returns the present time by the controller's clock. The new system's release file says it.
     pub now: Arc<dyn Fn() -> DateTime<Utc> + Send + Sync>,
-    /// The node's labels, once a controller has said them.
+    /// The node's labels; `None`: no controller has said them yet.
     pub labels: watch::Receiver<Option<Labels>>,
 }
 
@@ -88,13 +89,13 @@ impl std::fmt::Debug for Settings {
 /// A step of a job could not be done.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StepError {
-    /// It was called off in time.
+    /// A cancel came before the point of no return.
     #[error("the job was cancelled")]
     Cancelled,
-    /// It cannot be done; final.
+    /// Final: the job ends with this failure.
     #[error("{}: {}", .0.reason, .0.message)]
     Failed(Failure),
-    /// The journal could not be written: nothing more is done until it can.
+    /// The journal could not be written. Nothing more is done until it can.
     #[error(transparent)]
     Journal(JournalError),
 }
@@ -131,15 +132,15 @@ impl From<DownloadError> for StepError {
 
 /// The end of a wait for work.
 enum Waited {
-    /// There is a job.
+    /// A job is unfinished.
     Job,
-    /// The machine's owner has other plans after a failure.
+    /// The time after a failed installation is over; the card's settings name what follows.
     Owner,
-    /// The old system is to run again.
+    /// An idle installer leaves the machine to the old system.
     OldSystem,
 }
 
-/// Does the jobs of one node under one boot.
+/// Runs the jobs of one node under one boot.
 pub struct Executor {
     system: Arc<dyn System>,
     journal: Arc<Journal>,
@@ -147,7 +148,7 @@ pub struct Executor {
     boot_id: String,
     board: Board,
     settings: Settings,
-    /// Since when an installation has failed for good, and nothing else has come.
+    /// Time at which a job failed for good; `None`: none has, or other work has come since.
     failed: std::sync::Mutex<Option<Instant>>,
 }
 
@@ -158,7 +159,7 @@ impl std::fmt::Debug for Executor {
 }
 
 impl Executor {
-    /// For this machine and this journal, which was opened under the present boot.
+    /// Creates the executor of this machine. The journal must have been opened under the present boot.
     pub fn new(
         system: Arc<dyn System>,
         journal: Arc<Journal>,
@@ -169,16 +170,16 @@ impl Executor {
         Ok(Self { system, journal, downloader, boot_id, board, settings, failed: std::sync::Mutex::default() })
     }
 
-    /// Draws the conclusions from the boot itself: what succeeded, failed or was rolled back by it. To be called before
-    /// the first session, so that its Hello tells the truth.
+    /// Journals the outcomes that the boot itself decided: success, failure or rollback. Call it before the first
+    /// session, so that the Hello reports them.
     pub async fn settle(&self) {
         if let Err(error) = self.conclude_all().await {
-            // It is tried again. The node connects meanwhile, and says what ails it.
+            // `run` tries it again. The node connects meanwhile, and reports that its journal cannot be written.
             tracing::error!(error = %chain(&error), "what the boot decided is not journalled");
         }
         match self.mode() {
             Mode::Running => self.tidy_recovery().await,
-            // Before a session: the old system still holds the job, and tells its end.
+            // Without a session: the old system still holds the job, and reports its end.
             Mode::Installer => self.leave_when_idle().await,
         }
     }
@@ -198,12 +199,12 @@ impl Executor {
         Ok(())
     }
 
-    /// Does what the journal asks for, until `stop`. A job that is interrupted goes on when the agent starts again.
+    /// Runs the jobs of the journal until `stop`. An interrupted job goes on when the agent starts again.
     pub async fn run(&self, stop: CancellationToken) {
         let mut changes = self.journal.changes();
         let mut failures: u32 = 0;
         loop {
-            // Dropping the wait loses nothing: the journal keeps what it waits for.
+            // Cancel-safe: the journal keeps the jobs that the wait looks for.
             let waited = tokio::select! {
                 () = stop.cancelled() => return,
                 waited = changes.wait_for(|entries| entries.unfinished().is_some()) => {
@@ -220,7 +221,7 @@ impl Executor {
                 Waited::OldSystem => drop(stop.run_until_cancelled(self.leave_when_idle()).await),
             }
             let Some(entry) = self.journal.entries().unfinished().cloned() else { continue };
-            // Dropping the step is what a kill does, too: whatever it was, the journal says how to go on.
+            // Dropping the step at any point equals a kill: the journal says how to go on.
             let done = tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.journal.replaced(&entry.execution) => {
@@ -235,6 +236,7 @@ impl Executor {
             };
             tracing::error!(execution = %entry.execution, error = %chain(&error), "job cannot go on, trying again");
             failures = failures.saturating_add(1);
+            // Endless tries would keep an installer on its trial boot forever, beside a whole old system.
             if failures >= MAX_FAILURES {
                 failures = 0;
                 stop.run_until_cancelled(self.end_unwritten(&entry, &error)).await;
@@ -247,10 +249,11 @@ impl Executor {
         }
     }
 
-    /// Ends a job whose next step cannot be journalled, however often that is tried.
+    /// Ends a job whose next step could not be journalled in [`MAX_FAILURES`] tries.
     async fn end_unwritten(&self, entry: &Entry, error: &JournalError) {
         let reason = match error {
             JournalError::Io { .. } => JOURNAL_NOT_WRITABLE,
+            // Not the disk: the program took a step that does not follow from the job's state.
             _ => "AGENT_BUG",
         };
         if let Err(error) = self.failed(entry, Failure::new(reason, chain(error))).await {
@@ -260,6 +263,7 @@ impl Executor {
 
     fn keep_failure(&self, execution: &str, failure: &Failure) {
         if self.mode() == Mode::Installer {
+            // The card's log can be read on any machine, also if the node never reaches its controller again.
             self.system.keep_line(&format!("{execution}: {}: {}", failure.reason, failure.message));
         }
     }
@@ -284,6 +288,7 @@ impl Executor {
             },
             Ok(None) => Release::default(),
             Err(error) => {
+                // An unreadable release proves nothing: a trial then ends as a mismatch, never as a success.
                 tracing::warn!(error = %chain(&error), "release not readable");
                 Release::default()
             }
@@ -300,7 +305,7 @@ impl Executor {
         })
     }
 
-    /// One stretch of a job: to its end, to the next state, or to the end of this boot.
+    /// Advances a job to its end, to its next state, or to the end of this boot.
     async fn advance(&self, entry: &Entry) -> Result<(), JournalError> {
         let execution = entry.execution.as_str();
         let decision = self.decide(entry);
@@ -312,6 +317,7 @@ impl Executor {
             Resume::GoDown => match asked {
                 Ok(()) => self.go_down(entry, self.way_down(entry).await).await,
                 Err(failure) => {
+                    // An earlier process of the agent has warned the users.
                     self.withdraw(execution).await;
                     Err(StepError::Failed(failure))
                 }
@@ -331,8 +337,7 @@ impl Executor {
         };
         match outcome {
             Ok(()) => Ok(()),
-            // Before the point of no return it is a failure like any other. A job that was only tried again would warn
-            // users forever.
+            // Before the point of no return this ends the job. One that was only tried again would warn users forever.
             Err(StepError::Journal(error @ JournalError::Io { .. })) if self.is_still_accepted(execution) => {
                 self.failed(entry, Failure::new(JOURNAL_NOT_WRITABLE, chain(&error))).await
             }
@@ -352,7 +357,7 @@ impl Executor {
         self.journal.entries().get(execution).is_some_and(|entry| entry.state == job::State::Accepted)
     }
 
-    /// Journals what the boot itself decided.
+    /// Journals the outcome that the boot itself decided.
     async fn conclude(&self, entry: &Entry) -> Result<(), JournalError> {
         let execution = entry.execution.as_str();
         let decision = self.decide(entry);
@@ -381,6 +386,7 @@ impl Executor {
                 self.journal.fail(execution, failure).await
             }
             Resume::TrialFailed => {
+                // The card's file before the journal: after a power cut between them the same number is counted again.
                 self.count_trial(entry).await;
                 self.journal.trial_failed(execution).await
             }
@@ -389,7 +395,7 @@ impl Executor {
         }
     }
 
-    /// From the beginning to the point of no return and over it. A cancel ends it at every point before.
+    /// Takes a job from its beginning past the point of no return. A cancel ends it at every step before that.
     async fn begin(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         let cancel = CancellationToken::new();
@@ -401,8 +407,8 @@ impl Executor {
             }
             std::future::pending::<()>().await;
         };
-        // The watcher never ends; the work is not dropped by a cancel, but ends by itself, so that no thread of it
-        // goes on writing.
+        // A cancel does not drop the work, whose blocking threads would go on writing. The work sees the token, and
+        // ends by itself. The watcher never ends.
         tokio::select! {
             done = self.begin_until(entry, &cancel) => done,
             () = watcher => Ok(()),
@@ -429,7 +435,9 @@ impl Executor {
             (Action::Update(update), Mode::Running) => {
                 let prefix = self.prepare_update(execution, update, cancel).await?;
                 self.give_notice(execution, Down::Reboot, &update.notice, cancel).await?;
+                // After the notice, in which the agent may have renewed its key: the installer needs the present one.
                 self.hand_over(entry, update, prefix).await?;
+                // After all files of the installer: an armed update restarts at once, also if the agent starts again.
                 self.journal.arm(execution).await?;
                 self.go_down(entry, self.way_down(entry).await).await
             }
@@ -449,7 +457,7 @@ impl Executor {
     }
 }
 
-/// What a reason means, for people.
+/// Explains a reason to people.
 fn sentence(reason: &str) -> &'static str {
     match reason {
         job::DID_NOT_POWER_OFF => "the machine was told to power off and is still running under the same boot",

@@ -1,8 +1,8 @@
-//! The first process of the installer's initramfs: mounts what a kernel needs to be talked to, loads the modules of
+//! The first process of the installer's initramfs: mounts the kernel's file systems, loads the modules of
 //! the boards' networks and cards, and keeps `marco-agent install` running. It never ends: that would be a panic.
 //!
-//! The installer itself is a process of its own, so that one that crashes is started again, and so that the children of
-//! programs that went away are reaped here without getting in its way.
+//! The installer itself is a process of its own, so one that crashes is started again. Children of programs that went
+//! away are reaped here, without getting in its way.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -15,37 +15,38 @@ use rustix::process::WaitOptions;
 
 /// Modules to load, one path below `/` a line, dependencies first.
 const MODULES: &str = "/etc/marco/modules";
-/// What `marcoctl bootcode build` says of itself; only the installer's initramfs has it.
+/// Description by `marcoctl bootcode build`; only the installer's initramfs has it.
 pub const BUILD: &str = "/etc/marco/build";
 const AGENT: &str = "/usr/bin/marco-agent";
 const CONSOLE: &str = "/dev/console";
-/// What is mounted: type, where.
+/// Mounts: type and mount point.
 const MOUNTS: [(&str, &str); 4] = [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/run")];
-/// The longest pause before an installer that ended is started again.
+/// Longest pause before an installer that ended is started again.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
-/// One that ran so long did not end at once.
+/// Run time after which the pause begins at a second again.
 const LONG: Duration = Duration::from_secs(120);
 
-/// Whether this process is the first of an installer's initramfs.
+/// Returns true in the first process of an installer's initramfs.
 pub fn is_init() -> bool {
     std::process::id() == 1 && Path::new(BUILD).exists()
 }
 
-/// Whether this is the system of an installer's initramfs, which lives in memory: what runs on a card, or on any other
+/// Returns true in the system of an installer's initramfs, which lives in memory. A system on a card, or on any other
 /// machine, must never be taken for it.
 pub fn in_initramfs() -> bool {
     /// `RAMFS_MAGIC` and `TMPFS_MAGIC` of linux/magic.h.
     const IN_MEMORY: [u64; 2] = [0x8584_58f6, 0x0102_1994];
+    // The file alone proves nothing: a card could hold it, and the installer erases cards.
     let kind = rustix::fs::statfs("/").ok().and_then(|found| u64::try_from(found.f_type).ok());
     Path::new(BUILD).exists() && kind.is_some_and(|kind| IN_MEMORY.contains(&kind))
 }
 
-/// Is the first process, for ever.
+/// Runs as the first process. Never returns.
 pub fn main() -> ! {
     for (kind, at) in MOUNTS {
         let mounted = std::fs::create_dir_all(at)
             .and_then(|()| Ok(rustix::mount::mount(kind, at, kind, MountFlags::NOSUID, Some(c""))?));
-        // The kernel may have mounted /dev by itself.
+        // The kernel may have mounted /dev already.
         if let Err(error) = mounted
             && error.raw_os_error() != Some(rustix::io::Errno::BUSY.raw_os_error())
         {
@@ -58,7 +59,7 @@ pub fn main() -> ! {
     supervise()
 }
 
-/// An initramfs without /dev/console starts its first process with nothing open.
+/// Opens the console: an initramfs without /dev/console starts its first process with nothing open.
 fn take_console() {
     let Ok(console) = OpenOptions::new().read(true).write(true).open(CONSOLE) else { return };
     let _ = rustix::stdio::dup2_stdin(&console);
@@ -74,6 +75,7 @@ fn load_modules() {
         if let Err(error) = loaded
             && error.kind() != std::io::ErrorKind::AlreadyExists
         {
+            // Goes on: the list is for all boards, and this one may do without the module.
             say(&format!("module {} not loaded: {error}", path.display()));
         }
     }
@@ -102,7 +104,7 @@ fn supervise() -> ! {
     }
 }
 
-/// Waits for whatever ends, until this child does; how it ended.
+/// Reaps every child that ends, until this one does. Returns how that one ended.
 fn reap_until(child: u32) -> String {
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
@@ -113,13 +115,14 @@ fn reap_until(child: u32) -> String {
                     (None, None) => "for no known reason".into(),
                 };
             }
+            // Others are orphans of programs that went away: the kernel makes them children of this process.
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return error.to_string(),
         }
     }
 }
 
-/// The log begins only with the installer.
+/// Writes to the console: the log begins only with the installer.
 fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "init: {text}");
 }

@@ -44,26 +44,26 @@ pub(crate) use boot_files::end_trial;
 const STATE_DIR: &str = "var/lib/marco-agent";
 /// Reason of a failure: the image cannot start this board.
 pub(crate) const NOT_A_SYSTEM: &str = "NOT_A_SYSTEM";
-/// Progress of the stream is told in steps of so many bytes.
+/// Bytes of the stream between two reports of progress.
 const STEP: u64 = 512 * 1024;
 
-/// What the installer is doing, with bytes done and in all (0 when unknown).
+/// Receives the phase, the bytes done and the bytes in all (0: unknown).
 pub type Progress = Arc<dyn Fn(Phase, u64, u64) + Send + Sync>;
 /// Writes the running execution, in state trial, into the agent's state folder of the new root. Blocking.
 pub type WriteJournal = Arc<dyn Fn(&Path) -> std::io::Result<()> + Send + Sync>;
 
-/// What an installation is told, and whom it tells.
+/// Inputs of an installation, and its callbacks.
 #[derive(Clone)]
 pub struct Context {
     /// Writes the journal of the new root.
     pub journal: WriteJournal,
     /// The controller's time, for `/etc/marco-release`.
     pub now: DateTime<Utc>,
-    /// Told how far it is. The first report of [`Phase::Partitioning`] comes before anything of the card is touched.
+    /// Receives progress. The first report of [`Phase::Partitioning`] comes before anything of the card is touched.
     pub progress: Progress,
-    /// The node's labels, once a controller has said them.
+    /// The node's labels; `None`: no controller has said them yet.
     pub labels: watch::Receiver<Option<Labels>>,
-    /// Whether the installation still stands; asked right before the card is touched for the first time.
+    /// Returns false if the installation was called off. Asked right before the card is touched for the first time.
     pub stands: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
@@ -78,14 +78,14 @@ pub enum Phase {
     Unpacking,
     /// Putting boot files where the firmware finds them, and checking them.
     BootFiles,
-    /// Making the system this node's own.
+    /// Writing host name, keys, agent and identity into the new root.
     Personalising,
     /// Writing everything to the card.
     Syncing,
 }
 
 impl Phase {
-    /// For a report.
+    /// Returns the word for a report.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Connecting => phase::CONNECTING,
@@ -98,7 +98,7 @@ impl Phase {
     }
 }
 
-/// What has to boot after an installation.
+/// The system that has to boot after an installation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// The new system.
@@ -107,7 +107,7 @@ pub enum Next {
     Installer,
 }
 
-/// An installation failed; the installer stays what boots if the card was touched.
+/// An installation failed. The installer stays the default boot if the card was touched.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct InstallError {
@@ -115,7 +115,7 @@ pub struct InstallError {
     pub reason: &'static str,
     /// A sentence for people.
     pub message: String,
-    /// Whether a further try with the same artifact can end otherwise (a cut connection, not a bad image).
+    /// Another try with the same artifact can end otherwise (a cut connection, not a bad image).
     pub retryable: bool,
 }
 
@@ -143,7 +143,7 @@ impl InstallError {
     }
 }
 
-/// The sentence and the causes behind it, for people far from the log.
+/// Joins the error and its causes in one sentence, for people far from the log.
 fn sentence(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -192,12 +192,11 @@ impl From<marco_archive::Error> for InstallError {
     }
 }
 
-/// Does what the job says to the card: first chunk (or whole zip) verified → the job's set and the installer made the
-/// default (step 4 of an update) → file systems → everything unpacked → personalised → on the card. Then a restart is
-/// due.
+/// Runs the job on the card: first chunk (or whole zip) verified → the job's set and the installer made the default
+/// (step 4 of an update) → file systems → everything unpacked → personalised → on the card. Then a restart is due.
 ///
 /// # Errors
-/// With a reason of its own: `IMAGE_REFUSED` and `BOOTCODE_REFUSED` (the archive breaks a rule), `NOT_A_SYSTEM` (it has
+/// Each with its reason: `IMAGE_REFUSED` and `BOOTCODE_REFUSED` (the archive breaks a rule), `NOT_A_SYSTEM` (it has
 /// no boot files for this board), `NO_ROOM`, `DISK_IO`, and those of downloads and of the recovery partition.
 pub async fn install(
     job: &InstallJob,
@@ -229,7 +228,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Removes what interrupted installations left on the recovery partition, which has room for one.
+    /// Removes leftovers of interrupted installations from the recovery partition, which has room for one download.
     async fn sweep_downloads(&self, keep: Option<&str>) -> Result<(), InstallError> {
         let (folder, keep) = (self.part.marco_dir(), keep.map(str::to_owned));
         blocking(move || {
@@ -243,18 +242,20 @@ impl Work<'_> {
         self.sweep_downloads(None).await?;
         self.phase(Phase::Connecting);
         let mut download = self.downloader.stream(sha256, cancel).await?;
+        // Shows the kind of the image, and that bytes arrive, before anything is touched.
         let first = download.chunks.recv().await.transpose()?;
 
         let verdict = Verdict::of(&download, first.as_deref().unwrap_or_default())?;
         self.judge(&download)?;
         let disk = verdict.disk;
-        // Before the card's kind: what does not fit is refused wherever it would go.
+        // Before the card's kind: an image that does not fit is refused on every card.
         let room = Room::Resident(verdict.needs(&download)?);
         self.system.check_target(room).await?;
         if disk && !self.system.takes_disk_images() {
             return Err(SystemError::Unsupported(NO_PARTITIONS).into());
         }
 
+        // Before the commit: an installer that gets no labels can still go back.
         self.labels_are_known().await?;
         let keep = self.keep().await?;
         let erase = Erase { root: true, home: self.job.discard_home };
@@ -270,6 +271,7 @@ impl Work<'_> {
         self.unpack(download, verdict.compression, first, into, target.lease.clone()).await?;
         if disk {
             self.system.mount_raw(&target).await?;
+            // The image brings its own file system, whatever `install.toml` says.
             "ext4".clone_into(&mut target.root_type);
         }
 
@@ -302,19 +304,21 @@ impl Work<'_> {
         self.installed(Next::System)
     }
 
-    /// Whether the image can start this board, by what is known of it before the card is touched.
+    /// Fails if the image cannot start this board, by the controller's facts. Without facts this passes, and the
+    /// installation notices it after unpacking.
     fn judge(&self, download: &Download) -> Result<(), InstallError> {
+        // Unknown is no refusal: a wrong one could not be overruled, and the real files are checked later.
         let Some(facts) = &download.facts else { return Ok(()) };
         facts.judge(&self.board.family, self.board.device_tree()).map_err(InstallError::not_a_system)
     }
 
-    /// What is the node's own, saved before anything touches the old system.
+    /// Saves the node's own files before anything touches the old system.
     async fn keep(&self) -> Result<Keep, InstallError> {
         let (part, old, job) = (self.part.clone(), self.card.root.clone(), self.job.clone());
         blocking(move || Keep::save(&part, Rooted::open(&old).ok().as_ref(), &job)).await
     }
 
-    /// The stream, with its progress told.
+    /// Streams the image to its place, and reports progress.
     async fn unpack(
         &self,
         download: Download,
@@ -359,6 +363,7 @@ impl Work<'_> {
         self.sweep_downloads(Some(sha256)).await?;
         let progress = Arc::clone(&self.context.progress);
         let tell: download::Progress = Arc::new(move |done, total| progress(Phase::Connecting, done, total));
+        // Boot files are small: all of the zip is on the card and checked before anything is replaced.
         self.downloader.to_file(sha256, &zip, tell, cancel).await?;
         let (path, board) = (zip.clone(), self.board.clone());
         let brings_data = blocking(move || {
@@ -377,7 +382,7 @@ impl Work<'_> {
         }
         let target = self.system.prepare_target(erase).await?;
         self.phase(Phase::BootFiles);
-        // It would take itself to be on another machine without what it found there when it first came up.
+        // Without the data of its first boot cloud-init takes itself to be on another machine.
         let given = self.given().await?.of_cloud_init();
         self.label_boot(&target, &given, Some(brings_data)).await?;
         let (fitted, board, path, node) = (target.clone(), self.board.clone(), zip.clone(), self.job.node.clone());
@@ -396,10 +401,10 @@ impl Work<'_> {
         self.installed(Next::System)
     }
 
-    /// Step 4: from here on every boot is this installer, which starts over by itself. Then the card may be touched, at
-    /// once or after a restart.
+    /// Step 4 of an update: from here on every boot is this installer, which starts over by itself. Then the card may
+    /// be touched, at once or after a restart.
     async fn commit(&self, room: Room, erase: Erase) -> Result<Ready, InstallError> {
-        // While the old system is still what boots.
+        // Refused while the old system still boots.
         if matches!(room, Room::Resident(_)) {
             self.system.check_kept(erase).await.map_err(SystemError::from)?;
         }
@@ -407,7 +412,7 @@ impl Work<'_> {
         self.phase(Phase::Partitioning);
         let (part, prefix, stands) = (self.part.clone(), self.job.prefix, Arc::clone(&self.context.stands));
         blocking(move || {
-            // Later there is nothing to go back to.
+            // Not asked again later: once the installer is the default, there is nothing to go back to.
             if !stands() && part.default_boot()? == DefaultBoot::System {
                 let message = "it was called off before the card was touched";
                 return Err(InstallError { reason: CALLED_OFF, message: message.into(), retryable: false });
@@ -423,7 +428,7 @@ impl Work<'_> {
         Ok(ready)
     }
 
-    /// The last files, which name this execution.
+    /// Writes the last files, which name this execution.
     async fn name(&self, target: &Target, release: &Release) -> Result<(), InstallError> {
         self.phase(Phase::Syncing);
         let (named, journal, text) = (target.clone(), Arc::clone(&self.context.journal), release.render()?);
@@ -456,7 +461,7 @@ impl Work<'_> {
     }
 }
 
-/// Both file systems. The lease is in the target that the caller holds.
+/// Opens both file systems. The lease is in the target that the caller holds.
 fn open(target: &Target) -> Result<(Rooted, Rooted), InstallError> {
     let rooted = |path: &Path| Rooted::open(path).map_err(InstallError::disk("open the new file systems"));
     Ok((rooted(&target.root)?, rooted(&target.boot)?))
@@ -466,13 +471,13 @@ fn open_zip(path: &Path) -> Result<std::fs::File, InstallError> {
     std::fs::File::open(path).map_err(InstallError::disk("open the boot files' zip"))
 }
 
-/// The same error, for boot files.
+/// Converts an error, with the reason for boot files instead of that for an image.
 fn bootcode(error: marco_archive::Error) -> InstallError {
     let error = InstallError::from(error);
     if error.reason == "IMAGE_REFUSED" { InstallError { reason: "BOOTCODE_REFUSED", ..error } } else { error }
 }
 
-/// Work on files, off the runtime.
+/// Runs work on files on a blocking thread.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, InstallError> + Send + 'static,
 ) -> Result<T, InstallError> {

@@ -1,5 +1,5 @@
-//! What a node's part of an operation is, which states it has, and what an agent that starts does with a job it finds.
-//! Pure: no clock, no disk, no wire.
+//! A job is a node's part of an operation: its action, its states, and the decision of a starting agent about it. Pure:
+//! no clock, no disk, no wire.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,12 +11,12 @@ mod tries;
 
 pub use tries::{NEVER_ENDED, Tries};
 
-/// How often a new system is tried before the installer gives up and waits.
+/// Trial boots of a new system, after which the installer gives up and waits.
 pub const MAX_TRIALS: u32 = 3;
 
-/// How far the sequence number leaps where two systems on one card go on from the same entry: the old system and the
+/// Leap of the sequence number where two systems on one card go on from the same entry: the old system and the
 /// installer after ARMED, the new system and the installer after a trial boot. The one that comes back later must be
-/// ahead of whatever the other one may have reported.
+/// ahead of every report of the other one.
 pub const FORK_LEAP: u64 = 100;
 
 /// A node's labels, by their keys.
@@ -34,13 +34,13 @@ pub struct Artifact {
 /// The warning to logged-in users before a node goes down.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Notice {
-    /// How long they are warned; zero is at once.
+    /// Time between the warning and the command; zero: at once.
     pub delay: Duration,
-    /// What they are told.
+    /// Text for the users; may be empty.
     pub message: String,
 }
 
-/// An installation.
+/// An installation of an image, or of boot files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Update {
     /// The image; `None`: only the boot files change.
@@ -49,25 +49,25 @@ pub struct Update {
     pub bootcode: Option<Artifact>,
     /// The warning before the restart.
     pub notice: Notice,
-    /// Make the home partition anew.
+    /// Formats the home partition; otherwise it is kept.
     pub discard_home: bool,
-    /// Write the image, a whole disk's, to the whole card as it is.
+    /// Writes the image, which is a whole disk's, to the whole card as it is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub raw: bool,
 }
 
-/// What the running system says it is (`/etc/marco-release`).
+/// The running system's description of itself (`/etc/marco-release`).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Release {
     /// The execution that installed the system or its boot files.
     pub execution: String,
     /// SHA-256 of the image; empty when no installer of ours wrote the root.
     pub image_sha256: String,
-    /// SHA-256 of the boot files, where only they were replaced; else empty.
+    /// SHA-256 of the boot files if only they were replaced since; otherwise empty.
     pub boot_sha256: String,
 }
 
-/// Why a job did not succeed.
+/// Reason of a job that did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// A stable word for programs.
@@ -77,13 +77,13 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// A failure of this reason, said in this sentence.
+    /// Creates a failure.
     pub fn new(reason: impl Into<String>, message: impl Into<String>) -> Self {
         Self { reason: reason.into(), message: message.into() }
     }
 }
 
-/// What to do.
+/// An action on a node.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
@@ -98,7 +98,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// Which of the actions it is.
+    /// Returns the action without its particulars.
     pub fn kind(&self) -> Kind {
         match self {
             Self::Reboot(_) => Kind::Reboot,
@@ -108,7 +108,7 @@ impl Action {
         }
     }
 
-    /// Whether it writes an image to the whole card as it is.
+    /// Returns true for an update that writes an image to the whole card as it is.
     pub fn is_raw(&self) -> bool {
         matches!(self, Self::Update(update) if update.raw)
     }
@@ -127,7 +127,7 @@ pub enum Kind {
     Unknown,
 }
 
-/// In which role the agent runs.
+/// Role of the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// As a daemon of the installed system.
@@ -136,11 +136,11 @@ pub enum Mode {
     Installer,
 }
 
-/// Where a job is.
+/// State of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
-    /// In the journal; still to be cancelled.
+    /// In the journal; can still be cancelled.
     Accepted,
     /// The point of no return: the command to go down follows at once.
     Armed,
@@ -154,7 +154,7 @@ pub enum State {
     Succeeded,
     /// Not done.
     Failed,
-    /// Not done; what ran before runs again.
+    /// Not done; the system that ran before runs again.
     RolledBack,
     /// Cancelled before the point of no return.
     Cancelled,
@@ -174,7 +174,7 @@ impl State {
         Self::Cancelled,
     ];
 
-    /// Whether nothing follows.
+    /// Returns true if no other state follows.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::RolledBack | Self::Cancelled)
     }
@@ -212,15 +212,16 @@ impl State {
         }
     }
 
-    /// What was asked was done, and it shows.
+    /// The action is done, with proof: another boot id, or the controller's acceptance.
     pub fn succeed(self, kind: Kind) -> Result<Self, WrongState> {
         match (self, kind) {
+            // A new boot id alone does not prove an update: an old system boots, too.
             (Self::Armed, Kind::Reboot | Kind::PowerOff) | (Self::Verifying, Kind::Update) => Ok(Self::Succeeded),
             _ => self.refuse("completed", kind),
         }
     }
 
-    /// It cannot be done.
+    /// The job has failed for good.
     pub fn fail(self, kind: Kind) -> Result<Self, WrongState> {
         if self.is_final() { self.refuse("failed", kind) } else { Ok(Self::Failed) }
     }
@@ -228,14 +229,16 @@ impl State {
     /// The old system came back.
     pub fn roll_back(self, kind: Kind) -> Result<Self, WrongState> {
         match (self, kind) {
+            // Only the old system rolls back, and its own journal ends at ARMED.
             (Self::Armed, Kind::Update) => Ok(Self::RolledBack),
             _ => self.refuse("rolled back", kind),
         }
     }
 
-    /// It was called off in time.
+    /// A cancel came before the point of no return.
     pub fn cancel(self, kind: Kind) -> Result<Self, WrongState> {
         match self {
+            // Once ARMED is on the disk, the command to go down may be under way.
             Self::Accepted => Ok(Self::Cancelled),
             _ => self.refuse("cancelled", kind),
         }
@@ -252,24 +255,24 @@ impl State {
 pub struct WrongState {
     /// The state it is in.
     pub state: State,
-    /// What was to be done.
+    /// The refused step, for the message: armed, installed, ...
     pub step: &'static str,
-    /// Of which action.
+    /// Kind of the job's action.
     pub kind: Kind,
 }
 
-/// What an agent that starts does with a job it finds.
+/// Decision of a starting agent about a job that it finds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Resume {
     /// Nothing: it is over.
     Nothing,
-    /// Begin at the beginning; a notice starts anew.
+    /// Begin at the beginning; the notice starts again.
     Begin,
     /// The command to go down was journalled and has not worked: give it again.
     GoDown,
-    /// What was asked has happened.
+    /// The action has happened.
     Succeed,
-    /// It did not happen, or cannot: the reason.
+    /// The action did not happen, or cannot happen, for this reason.
     Fail(&'static str),
     /// The old system runs again.
     RollBack,
@@ -279,29 +282,29 @@ pub enum Resume {
     TrialFailed,
     /// The card is written, but the boot into it was not seen: order it again.
     TryBoot,
-    /// The new system is up: say so.
+    /// The new system is up: report it.
     Verify,
     /// Wait until the controller accepts the new system.
     AwaitVerdict,
 }
 
-/// A power-off that was ordered under this very boot, and did not happen.
+/// Reason: the power-off was ordered under this very boot, and did not happen.
 pub const DID_NOT_POWER_OFF: &str = "POWER_OFF_DID_NOT_HAPPEN";
-/// The controller gave the job up: while the agent was not running, or before its next try.
+/// Reason: the controller gave the job up while the agent was not running, or before the next try.
 pub const CALLED_OFF: &str = "CALLED_OFF";
-/// The running system is not the one that the trial was for.
+/// Reason: the running system is not the one that the trial was for.
 pub const RELEASE_MISMATCH: &str = "RELEASE_MISMATCH";
-/// The journal holds a state that this role of the agent cannot have.
+/// Reason: the journal holds a state that this role of the agent cannot have.
 pub const WRONG_MODE: &str = "WRONG_MODE";
-/// The action is not one that this agent knows.
+/// Reason: this agent does not know the action.
 pub const UNKNOWN_ACTION: &str = "UNKNOWN_ACTION";
 
-/// What is known when an agent starts and finds a job.
+/// Facts by which a starting agent decides about a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Found {
-    /// What was asked.
+    /// Kind of the job's action.
     pub kind: Kind,
-    /// Where it stood.
+    /// State in the journal.
     pub state: State,
     /// The role in which the agent starts.
     pub mode: Mode,
@@ -311,30 +314,35 @@ pub struct Found {
     pub release_is_ours: bool,
 }
 
-/// Decides what an agent that starts does with a job it finds.
+/// Decides about a job that a starting agent finds.
 pub fn resume(found: Found) -> Resume {
     let Found { kind, state, mode, same_boot, release_is_ours } = found;
     match (state, kind, mode) {
         (State::Succeeded | State::Failed | State::RolledBack | State::Cancelled, _, _) => Resume::Nothing,
+        // The entry of a newer agent. An unknown action that arrives here is journalled as FAILED at once.
         (_, Kind::Unknown, _) => Resume::Fail(UNKNOWN_ACTION),
 
         (State::Accepted, _, _) => Resume::Begin,
 
         (State::Armed, Kind::Reboot, _) if same_boot => Resume::GoDown,
-        // Never powered off by surprise, long after it was asked for.
+        // The command may be hours old. A machine that is in use must not power off by surprise.
         (State::Armed, Kind::PowerOff, _) if same_boot => Resume::Fail(DID_NOT_POWER_OFF),
+        // Another boot id proves a restart, and also that a machine that powers off was down.
         (State::Armed, Kind::Reboot | Kind::PowerOff, _) => Resume::Succeed,
         (State::Armed, Kind::Update, Mode::Running) if same_boot => Resume::GoDown,
+        // The machine restarted, and this is not the installer: its trial boot has ended, or never came.
         (State::Armed, Kind::Update, Mode::Running) => Resume::RollBack,
         (State::Armed | State::Installing, Kind::Update, Mode::Installer) => Resume::Install,
 
+        // Only the agent restarted: the new system has not been tried yet.
         (State::Trial, Kind::Update, Mode::Installer) if same_boot => Resume::TryBoot,
         (State::Trial | State::Verifying, Kind::Update, Mode::Installer) => Resume::TrialFailed,
         (State::Trial, Kind::Update, Mode::Running) if release_is_ours => Resume::Verify,
         (State::Trial, Kind::Update, Mode::Running) => Resume::Fail(RELEASE_MISMATCH),
-        // Whatever the boot id: a power cut between the confirmation and its journal entry leaves this state, too.
+        // Under any boot id: a power cut between the confirmation and its journal entry leaves this state, too.
         (State::Verifying, Kind::Update, Mode::Running) => Resume::AwaitVerdict,
 
+        // A new root gets its journal in TRIAL, and the old system's ends at ARMED.
         (State::Installing, Kind::Update, Mode::Running) => Resume::Fail(WRONG_MODE),
         (State::Installing | State::Trial | State::Verifying, Kind::Reboot | Kind::PowerOff, _) => {
             Resume::Fail(WRONG_MODE)

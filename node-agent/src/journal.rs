@@ -1,8 +1,8 @@
-//! What the node was asked to do and how far it is: written before it is done.
+//! The node's jobs and how far each is: written before it is done.
 //!
-//! One JSON file, replaced whole. A method that changes it returns after the change is on the disk, and then tells those
-//! who wait on [`Journal::changes`]. When the disk takes nothing, only conclusions are kept, in memory: no work is begun.
-//! Progress is not written: it is only true of the process that makes it.
+//! One JSON file, replaced whole. A method that changes it returns after the change is on the disk, and then wakes the
+//! receivers of [`Journal::changes`]. If the disk takes no writes, only conclusions are kept, in memory, and no work is
+//! begun. Progress is not written: it is only true of the process that makes it.
 
 use std::collections::HashMap;
 use std::io;
@@ -38,29 +38,29 @@ pub const NOT_WRITABLE: &str = "JOURNAL_NOT_WRITABLE";
 /// Pause between two tries of a journal that cannot be written.
 const HEAL: Duration = Duration::from_secs(10);
 
-/// Requirement of a change: does it count when it cannot be written?
+/// Requirement of a change: must it be on the disk to count?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Needed {
-    /// No: what follows must never be done without it.
+    /// Yes: the next step must never be done without it.
     OnDisk,
-    /// Yes: nothing is done because of it.
+    /// No: nothing is done because of it, so losing it does no harm.
     InMemory,
 }
 
-/// How far the process is with what it is doing now.
+/// Progress of the present step.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Of which execution.
+    /// Name of the execution.
     pub execution: String,
-    /// What it is doing.
+    /// The present step, in the words of `job::phase`.
     pub phase: String,
-    /// Bytes that are done.
+    /// Bytes done; 0 in a phase that counts none.
     pub done: u64,
     /// Bytes in all; 0 when unknown.
     pub total: u64,
 }
 
-/// What an assignment came to.
+/// Outcome of an assignment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accepted {
     /// It is a new job.
@@ -71,37 +71,37 @@ pub enum Accepted {
     Refused,
 }
 
-/// Why the journal did not do what was asked.
+/// A request that the journal did not carry out.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// The disk.
+    /// The file could not be read or replaced.
     #[error("the journal {path} could not be {what}", path = path.display())]
     Io {
-        /// Which file.
+        /// The journal's file.
         path: PathBuf,
-        /// What was tried.
+        /// The action that failed, for the message: read, written, set aside, encoded.
         what: &'static str,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// Not in the journal.
+    /// The execution is not in the journal.
     #[error("{0} is not in the journal")]
     NotFound(String),
     /// Another job is unfinished. A controller sends none then, unless its store has lost that job.
     #[error("the node is at work on {0}")]
     Busy(String),
-    /// A delivery that another one has overtaken.
+    /// A later delivery of the same execution came before this one.
     #[error("attempt {got} is older than {have}")]
     Stale {
-        /// The one in the journal.
+        /// Attempt in the journal.
         have: u32,
-        /// The one that came.
+        /// Attempt that came.
         got: u32,
     },
-    /// It was called off before the point of no return.
+    /// A cancel came before the point of no return.
     #[error("the job was cancelled")]
     CancelRequested,
-    /// It does not follow.
+    /// The step does not follow from the job's state.
     #[error(transparent)]
     WrongState(#[from] WrongState),
 }
@@ -117,9 +117,9 @@ pub struct Journal {
     progress: watch::Sender<Progress>,
     /// The command to power off was given under this boot.
     powering_off: AtomicBool,
-    /// Illnesses of the node.
+    /// Ailments of the node.
     health: Arc<Health>,
-    /// By execution. Kept in memory only: what was said to an earlier process may be out of date.
+    /// By execution. Kept in memory only: the answers to an earlier process may be out of date.
     confirmations: watch::Sender<HashMap<String, Confirmation>>,
 }
 
@@ -146,35 +146,35 @@ impl Journal {
         self.entries.borrow().clone()
     }
 
-    /// Tells of every change.
+    /// Wakes at every change.
     pub fn changes(&self) -> watch::Receiver<Arc<Entries>> {
         self.entries.subscribe()
     }
 
-    /// Illnesses of the node: a journal that cannot be written, and those that others note.
+    /// Ailments of the node: a journal that cannot be written, and those that others note.
     pub fn health(&self) -> &Arc<Health> {
         &self.health
     }
 
-    /// Tells of progress.
+    /// Wakes when the progress changes.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
     }
 
-    /// Says whether the machine was told to power off; kept in memory only, as another process does not know what became
-    /// of the command.
+    /// Notes whether the machine was told to power off. Kept in memory only: another process does not know whether the
+    /// command had any effect.
     pub fn set_powering_off(&self, told: bool) {
         self.powering_off.store(told, Ordering::Release);
     }
 
-    /// The execution by which the machine was told to power off and goes down.
+    /// Returns the power-off for which the command was given under this boot; `None`: there is none.
     pub fn powering_off(&self) -> Option<String> {
         let entries = self.entries();
         let entry = entries.unfinished().filter(|_| self.powering_off.load(Ordering::Acquire))?;
         (entry.state == State::Armed && entry.kind() == Kind::PowerOff).then(|| entry.execution.clone())
     }
 
-    /// Says how far the process is; kept in memory only.
+    /// Sets the progress, in memory only.
     pub fn set_progress(&self, progress: Progress) {
         self.progress.send_if_modified(|now| {
             let changed = *now != progress;
@@ -200,7 +200,7 @@ impl Journal {
                     return Err(JournalError::Stale { have: entry.attempt, got: attempt });
                 }
                 entry.attempt = attempt;
-                // Whatever was stored was stored under another attempt.
+                // The controller stored the earlier reports under another attempt, so it must hear of it again.
                 entry.acked = 0;
                 return Ok(Accepted::Known);
             }
@@ -213,7 +213,7 @@ impl Journal {
                     Accepted::Refused
                 }
                 (_, Some(_)) if entries.make_way(&entry, boot_id) => Accepted::New,
-                // Nothing is wrong with it: it is not journalled, and can be given again.
+                // Not journalled as failed: the controller may give it again.
                 (_, Some(other)) => return Err(JournalError::Busy(other)),
                 (_, None) => Accepted::New,
             };
@@ -234,14 +234,14 @@ impl Journal {
         .await
     }
 
-    /// Notes that a cancel was asked for, or that it came too late. An execution that is not known is journalled as
-    /// cancelled, so that an assignment that arrives later is answered so, and not begun.
+    /// Notes that a cancel was asked for, or that it came too late. An unknown execution is journalled as cancelled, so
+    /// that an assignment that arrives later is answered so, and not begun.
     pub async fn request_cancel(&self, execution: &str) -> Result<(), JournalError> {
         let first = self.note_confirmation(execution, Confirmation::CalledOff);
         self.change(Needed::InMemory, |entries, boot_id| {
             match entries.get_mut(execution) {
                 Ok(entry) if entry.state == State::Accepted => entry.cancel_requested = true,
-                // What is under way comes to its end, and is not tried again.
+                // The try under way goes on to its end, and no other follows.
                 Ok(entry) if entry.state == State::Installing => entry.cancel_requested = true,
                 // An earlier process passed the point of no return. This one has not gone on yet, and will not.
                 Ok(entry) if entry.state == State::Armed && first => {}
@@ -260,6 +260,7 @@ impl Journal {
             let entry = entries.get_mut(execution)?;
             entry.acked = entry.acked.max(sequence.min(entry.sequence));
             entry.acked_at = Some(now);
+            // A store that lost its last reports may ask for them, but not a month later.
             entries.0.retain(|entry| {
                 let settled = entry.state.is_final() && entry.is_acked();
                 !(settled && entry.acked_at.is_some_and(|at| now.saturating_sub(at) > KEEP_MICROS))
@@ -283,7 +284,7 @@ impl Journal {
         .await
     }
 
-    /// The installer begins; unless a cancel was quicker, where the job was given to the installer itself.
+    /// The installer begins. Fails if the job was given to the installer itself, and a cancel was quicker.
     pub async fn install(&self, execution: &str) -> Result<(), JournalError> {
         self.step(execution, |entry, boot_id| {
             if entry.state == State::Accepted && entry.cancel_requested {
@@ -293,7 +294,7 @@ impl Journal {
             if entry.state == State::Installing && entry.boot_id != boot_id {
                 entry.tries.begin_again();
             }
-            // A restarted installer is in the state that it was in.
+            // A restarted installer is in the same state, so there is nothing new to report.
             let leap = u64::from(entry.state != State::Installing);
             entry.step(to, leap, boot_id);
             Ok(())
@@ -318,7 +319,7 @@ impl Journal {
         .await
     }
 
-    /// The new system is up, and says what it is.
+    /// The new system is up, and describes itself in `release`.
     pub async fn verify(&self, execution: &str, release: Release) -> Result<(), JournalError> {
         self.conclude(execution, |entry, boot_id| {
             entry.release = Some(release);
@@ -328,7 +329,7 @@ impl Journal {
         .await
     }
 
-    /// Done.
+    /// The job has succeeded. Clears the failure of an earlier try.
     pub async fn succeed(&self, execution: &str) -> Result<(), JournalError> {
         self.conclude(execution, |entry, boot_id| {
             entry.error = None;
@@ -338,11 +339,11 @@ impl Journal {
         .await
     }
 
-    /// It cannot be done.
+    /// The job has failed for good.
     pub async fn fail(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
         self.conclude(execution, |entry, boot_id| {
             entry.error = Some(failure);
-            // A trial that ends here was perhaps reported further by the new system.
+            // The new system may have reported later states of this trial.
             let leap = if entry.state == State::Trial { FORK_LEAP } else { 1 };
             entry.step(entry.state.fail(entry.kind())?, leap, boot_id);
             Ok(())
@@ -350,7 +351,7 @@ impl Journal {
         .await
     }
 
-    /// The old system is back.
+    /// The old system is back: `failure` says why.
     pub async fn roll_back(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
         self.conclude(execution, |entry, boot_id| {
             entry.error = Some(failure);
@@ -360,7 +361,7 @@ impl Journal {
         .await
     }
 
-    /// Called off in time.
+    /// The job was cancelled before the point of no return.
     pub async fn cancelled(&self, execution: &str) -> Result<(), JournalError> {
         self.conclude(execution, |entry, boot_id| {
             entry.error = Some(Failure::new("CANCELLED", "cancelled before the point of no return"));
@@ -370,7 +371,7 @@ impl Journal {
         .await
     }
 
-    /// Notes what stands in the way of a job that goes on, for the one who takes it up after the next boot.
+    /// Notes a failure without an end, for the system that goes on with the job after the next boot.
     pub async fn note(&self, execution: &str, failure: Failure) -> Result<(), JournalError> {
         self.conclude(execution, |entry, _| {
             entry.error = Some(failure);
@@ -379,7 +380,7 @@ impl Journal {
         .await
     }
 
-    /// The file's contents as they will be once this job is armed: what the installer finds on the card.
+    /// Returns the file's contents for the installer on the card: this job is armed in them.
     pub fn for_the_installer(&self, execution: &str) -> Result<Vec<u8>, JournalError> {
         self.preview(execution, |entry, boot_id| {
             entry.step(entry.state.arm(entry.kind())?, 1, boot_id);
@@ -387,7 +388,7 @@ impl Journal {
         })
     }
 
-    /// The file's contents as they will be once the card is written: what the new system finds in its root.
+    /// Returns the file's contents for the new system's root: this job is on trial in them.
     pub fn for_the_new_root(&self, execution: &str) -> Result<Vec<u8>, JournalError> {
         self.preview(execution, try_boot)
     }
@@ -402,7 +403,7 @@ impl Journal {
         file::encode(&self.path, &entries)
     }
 
-    /// A step that the agent takes only when it is on the disk.
+    /// Journals a step that the agent takes only when it is on the disk.
     async fn step(
         &self,
         execution: &str,
@@ -411,7 +412,7 @@ impl Journal {
         self.change(Needed::OnDisk, |entries, boot_id| step(entries.get_mut(execution)?, boot_id)).await
     }
 
-    /// A conclusion of what has happened. One that a restart loses is drawn again, or asked of the controller.
+    /// Journals something that has happened. A restart that loses it concludes the same again, or asks the controller.
     async fn conclude(
         &self,
         execution: &str,
@@ -433,6 +434,7 @@ impl Journal {
             return Ok(answer);
         }
         match (self.write(&entries).await, needed) {
+            // Readers never see a step that a restart would not find.
             (Err(error), Needed::OnDisk) => return Err(error),
             (Err(error), Needed::InMemory) => tracing::warn!(error = %chain(&error), "journal kept in memory only"),
             (Ok(()), _) => {}
@@ -441,13 +443,13 @@ impl Journal {
         Ok(answer)
     }
 
-    /// Writes the journal as it is: finds out whether that is possible, and makes up for what was kept in memory.
+    /// Writes the journal as it is. This shows whether that is possible, and makes up for changes kept in memory.
     pub async fn probe(&self) -> Result<(), JournalError> {
         let _writer = self.writer.lock().await;
         self.write(&self.entries()).await
     }
 
-    /// Writes the journal again and again while that fails. Never ends.
+    /// Tries every ten seconds to write a journal that cannot be written. Never ends.
     pub async fn heal(&self) {
         let mut changes = self.health.changes();
         let ill = |conditions: &Vec<Condition>| conditions.iter().any(|ill| ill.ailment == Ailment::Journal);
@@ -473,12 +475,13 @@ impl Journal {
 }
 
 fn try_boot(entry: &mut Entry, boot_id: &str) -> Result<(), JournalError> {
+    // A cancel that came during the installation is too late now, and the controller must hear that.
     entry.cancel_refused |= entry.cancel_requested;
     entry.step(entry.state.try_boot(entry.kind())?, 1, boot_id);
     Ok(())
 }
 
-/// What a journal elsewhere on the card noted against an execution, if it can be read.
+/// Reads the failure of an execution in a journal elsewhere on the card; `None`: no failure, or unreadable.
 pub fn noted(directory: &Path, execution: &str) -> Option<Failure> {
     let entries = Entries(file::read(&directory.join(FILE_NAME)).ok().flatten()?);
     entries.get(execution)?.error.clone()

@@ -1,4 +1,4 @@
-//! `marco-agent`: reads the command line and starts what it names.
+//! `marco-agent`: reads the command line and runs its command.
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal as _, Write as _};
@@ -23,16 +23,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
-/// How often it is written there, when something was said.
+/// Interval of writes of the log to the card. A write is skipped if nothing was logged.
 const KEEP_LOG: Duration = Duration::from_secs(10);
-/// How often the card is looked for.
+/// Interval of looks for the card.
 const LOOK_FOR_CARD: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
+    // Before the command line: the kernel passes words of its own to the first process.
     if init::is_init() {
         init::main();
     }
     let mut arguments = std::env::args();
+    // udhcpc calls this program under another name, with an event instead of options.
     if arguments.next().is_some_and(|name| name == hook::PROGRAM) {
         return lease_changed(&arguments.next().unwrap_or_default());
     }
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
     match start(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // The log may be filtered; why it ended is always said.
+            // The log may be filtered, but the reason for the end must be seen.
             let _ = writeln!(std::io::stderr().lock(), "marco-agent: {error:#}");
             ExitCode::FAILURE
         }
@@ -50,15 +52,18 @@ fn main() -> ExitCode {
 fn start(cli: Cli) -> anyhow::Result<()> {
     let file = File::read(cli.config.as_deref())?;
     let filter = file.log(cli.log.as_deref());
+    // A wrong filter ends the start: it would only show as a silent log.
     let filter = tracing_subscriber::EnvFilter::try_new(&filter).with_context(|| format!("log filter {filter:?}"))?;
+    // The installer's log is also kept in a file on the card, where colours are noise.
     let colours = std::io::stderr().is_terminal() && !init::in_initramfs();
     let logbook = Logbook::default();
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
     let mut set_log: SetLog = Box::new(|_| {});
     if matches!(cli.command, Command::Run(_)) {
-        // Its last part goes to the controller when a job fails.
+        // The last part of the log goes to the controller with the report of a failed job.
         builder.with_writer(logbook.clone()).init();
     } else if matches!(cli.command, Command::Install(_)) {
+        // The card's `install.toml` may name another filter, and is read later.
         let builder = builder.with_writer(logbook.clone()).with_filter_reloading();
         let handle = builder.reload_handle();
         set_log = Box::new(move |filter| {
@@ -69,6 +74,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         });
         builder.init();
     } else {
+        // Standard output has the results, which scripts read.
         builder.with_writer(std::io::stderr).init();
     }
 
@@ -78,7 +84,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         match cli.command {
             Command::Run(args) => agent(&args, &file, logbook, stop).await,
             Command::Install(args) => installer(&args, &file, logbook, set_log, stop).await,
-            // Dropping it loses nothing: the key is stored before it is used.
+            // Cancel-safe: the key is stored before it is used.
             Command::Enroll(args) => tokio::select! {
                 () = stop.cancelled() => bail!("interrupted"),
                 enrolled = enroll(&args, &file) => enrolled,
@@ -104,7 +110,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             }
         }
     });
-    // A thread that still writes must not hold up the end: whatever it writes is replaced whole or begun again.
+    // A thread that still writes must not hold up the end: its file is replaced whole, or begun again.
     runtime.shutdown_background();
     outcome
 }
@@ -115,7 +121,7 @@ fn stop_on_signals() -> anyhow::Result<CancellationToken> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
     let token = stop.clone();
-    // It lives as long as the runtime, and holds nothing.
+    // Nobody awaits it: it lives as long as the runtime, and holds nothing.
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -132,7 +138,7 @@ fn host(file: &File) -> anyhow::Result<Host> {
     Ok(Host::new(HostOptions {
         state_dir: file.state_dir.clone().unwrap_or(usual.state_dir),
         identity_dir: file.identity_dir.clone().unwrap_or(usual.identity_dir),
-        // Whoever has a command of their own does not expect systemd to be asked behind it.
+        // With a command of the operator's own, systemd must not be asked behind it.
         force_command: if file.shutdown_command.is_some() { Vec::new() } else { usual.force_command },
         shutdown_command: file.shutdown_command.clone().unwrap_or(usual.shutdown_command),
         ..usual
@@ -146,15 +152,17 @@ async fn agent(args: &ConnectionArgs, file: &File, logbook: Logbook, stop: Cance
     let host = Arc::new(host(file)?);
     host.log_is_from(move || logbook.last());
     let connection = args.resolve(file)?;
+    // Before the enrolment, which may wait for days: that is no failed start.
     notify(Status::Ready);
     run::run(host, connection, Arc::new(|_, _| {}), stop).await?;
     Ok(())
 }
 
-/// Sets what is logged.
+/// Sets the filter of the log.
 type SetLog = Box<dyn Fn(&str) + Send>;
 
-/// The installer: until the machine restarts, or something is so wrong that the first process has to start it again.
+/// Runs the installer until the machine restarts, or until an error is so wrong that the first process has to start it
+/// again.
 async fn installer(
     args: &ConnectionArgs,
     file: &File,
@@ -170,13 +178,15 @@ async fn installer(
     }
     let Some(found) = find_card(&stop).await else { return Ok(()) };
     if let Some(card) = found.card() {
+        // A node that was never online has nothing else to tell what happened.
         logbook.keep_in(&card.recovery.join(LOG_FILE));
     }
     let kept = logbook.clone();
+    // The lines since the last interval are those about the restart.
     found.on_going_down(move || kept.write());
     let kept = logbook.clone();
     found.log_is_from(move || kept.last());
-    // Dropped with this function: nothing of it must be kept.
+    // Ends with this function: the log is written once more on the way down.
     let _keeping = AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(KEEP_LOG).await;
@@ -203,6 +213,7 @@ async fn find_card(stop: &CancellationToken) -> Option<Installer> {
             Ok(None) => "no card with a recovery partition yet (FAT, first partition, label RECOVERY)".to_owned(),
             Err(error) => format!("{:#}", anyhow::Error::from(error)),
         };
+        // Each problem once: the card is looked for twice a second.
         if problem != last {
             tracing::warn!("{problem}");
             last = problem;
@@ -214,18 +225,19 @@ async fn find_card(stop: &CancellationToken) -> Option<Installer> {
     }
 }
 
-/// What udhcpc calls: sets the interface up, and ends.
+/// Handles a call by udhcpc: sets the interface up, and ends.
 fn lease_changed(event: &str) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| Ok(runtime.block_on(hook::main(event))?));
     if done.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Prints who is found. The addresses stand alone: scripts read them.
+/// Prints the controllers that are found. The addresses stand alone: scripts read them.
 async fn discover(first: bool) -> anyhow::Result<()> {
     let found = if first { discovery::first().await.into_iter().collect() } else { discovery::survey().await };
     let mut printed = BTreeSet::new();
     for address in found.iter().filter_map(discovery::Found::address) {
+        // A controller may answer on several interfaces, and by both protocols.
         if printed.insert(address) {
             writeln!(std::io::stdout().lock(), "{address}").context("cannot write to standard output")?;
         }

@@ -35,73 +35,74 @@ use lock::Lock;
 use look::{Look, keep_looking};
 use way::{LastGood, Way};
 
-/// How long a power-off waits for the controller to know of it.
+/// Longest wait of a power-off for the controller's acknowledgement.
 const FAREWELL: Duration = Duration::from_secs(5);
-/// An installer waits this long to get in, and to hear that its update stands: about as long as it tries to get the image.
+/// Longest wait of an installer to get in, and to hear that its update stands: about as long as it tries to get the
+/// image.
 const CONFIRMATION: Duration = Duration::from_secs(10 * 60);
-/// The longest pause before an installation that failed on the way is tried again.
+/// Longest pause before a failed installation is tried again.
 const MAX_INSTALL_PAUSE: Duration = Duration::from_secs(60);
-/// The longest pause between two tries to enrol.
+/// Longest pause between two tries to enrol.
 const MAX_ENROLL_PAUSE: Duration = Duration::from_secs(15);
-/// How long the parts of an agent may take to end.
+/// Longest time from `stop` until the agent's tasks have ended.
 const DRAIN: Duration = Duration::from_secs(4);
 
-/// Beside the identity: the controllers that lived when the agent was last connected.
+/// File beside the identity: the controllers that were alive when the agent was last connected.
 const LIVE: &str = "live-controllers.json";
 
-/// How an agent finds its controllers and gets in.
+/// Settings by which an agent finds its controllers and gets in.
 #[derive(Debug, Clone, Default)]
 pub struct Connection {
-    /// Controllers, in the order in which they are tried; empty: those of the join file on the card, or of the job that
-    /// the installer was left.
+    /// Controllers, in the order to try; empty: those of the join file on the card, or of the job that the installer
+    /// was left.
     pub controllers: Vec<Address>,
     /// Enrolment listeners; empty: the controllers' hosts, port 1347.
     pub enroll: Vec<Address>,
-    /// The join token; none: that of the join file on the card.
+    /// The join token; `None`: that of the join file on the card.
     pub token: Option<JoinToken>,
-    /// The id to ask for; empty: that of the join file, else one that the controller makes from the serial number.
+    /// The id to ask for, unless the join file names one; empty: the controller makes one from the serial number.
     pub name: String,
-    /// Whether, when no controllers were named, the network is asked for some; none: it is not.
+    /// Search of the network if no controllers were named; `None`: no search.
     pub search: Option<Asking>,
 }
 
-/// How the network is asked for controllers.
+/// A search of the network for controllers.
 #[derive(Debug, Clone, Default)]
 pub struct Asking {
-    /// Asks for all agents of this process.
+    /// One searcher for all agents of this process.
     pub searcher: Arc<Searcher>,
-    /// Controllers to be tried when nobody else was found.
+    /// Controllers to try if no other was found.
     pub fallback: Vec<Address>,
 }
 
 /// An agent cannot run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The machine did not answer.
+    /// Facts of the machine could not be read.
     #[error("this machine cannot be asked")]
     System(#[from] SystemError),
     /// The journal cannot be read or written.
     #[error("the journal cannot be used")]
     Journal(#[from] JournalError),
-    /// There is no identity.
+    /// The node's identity cannot be loaded, or the node cannot be enrolled.
     #[error(transparent)]
     Identity(#[from] IdentityError),
     /// The join file cannot be used.
     #[error("the join file cannot be used")]
     Join(#[from] JoinError),
-    /// An address in the join file makes no sense.
+    /// The join file holds an invalid address.
     #[error("the join file names a wrong address")]
     Address(#[from] crate::discovery::InvalidAddress),
-    /// A token in the join file makes no sense.
+    /// The join file holds an invalid token.
     #[error("the join file names a wrong token")]
     Token(#[from] identity::InvalidToken),
-    /// No controller is known.
+    /// No controller was named, remembered or found.
     #[error(
         "no controller is known, and none was found on the network: give --controller HOST:PORT, or put \
          marco/join.toml on the boot partition of the card"
     )]
     NoController,
-    /// What the controllers say, and no time heals.
+    /// The controllers refuse for good: another try cannot help.
     #[error("this cannot go well, however often it is tried")]
     Permanent(#[source] IdentityError),
     /// Another agent runs on these folders.
@@ -113,18 +114,19 @@ pub enum RunError {
     InUse {
         /// The folder of the journal or of the identity.
         folder: PathBuf,
-        /// Its process, as far as it said so.
+        /// The other agent's process, as far as it is known.
         holder: String,
     },
-    /// A part of the agent ended by itself.
+    /// A task of the agent ended by itself.
     #[error("a part of the agent stopped working")]
     Broken,
 }
 
-/// Told once, when a node has been enrolled: its id, and whether it is held until an admin approves it.
+/// Called once, after a node was enrolled: its id, and whether it is held until an admin approves it.
 pub type OnEnrolled = Arc<dyn Fn(&str, bool) + Send + Sync>;
 
-/// Loads the node's identity, or enrols it once. The last part says whether it was enrolled just now and is held.
+/// Loads the node's identity, or enrols the node once. The second part is `None` if it was enrolled before, otherwise
+/// whether it is held.
 async fn identify(
     system: &dyn System,
     facts: &Facts,
@@ -140,14 +142,15 @@ async fn identify(
             (identity, Some(held))
         }
     };
-    // Also when it was enrolled before: the power may have failed between the two.
+    // For a node that was enrolled before, too: the power may have failed between the enrolment and this.
     if let Some(path) = &way.join_file {
         forget_token(system, facts, path)?;
     }
     Ok((identity, held))
 }
 
-/// A running system has the recovery partition mounted for reading only.
+/// Removes the token from the join file. A running system has the recovery partition mounted read-only, so it is opened
+/// for writing.
 fn forget_token(system: &dyn System, facts: &Facts, path: &Path) -> Result<(), RunError> {
     let refused = match JoinFile::forget_token(path) {
         Err(JoinError::Io { source, .. }) if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem => source,
@@ -165,15 +168,15 @@ fn forget_token(system: &dyn System, facts: &Facts, path: &Path) -> Result<(), R
     Ok(JoinFile::forget_token(path)?)
 }
 
-/// Enrols the node where the way leads, and where that fails, at a controller that is found. Nobody has to be trusted
-/// for that: the token says of which CA the right one is.
+/// Enrols the node at the known listeners and, if that fails, at one that is found. A found one needs no trust: the
+/// token names the CA of the right one.
 async fn enroll_somewhere(directory: &Path, facts: &Facts, way: &Way, time: &Arc<TlsTime>) -> Result<bool, RunError> {
     let token = way.token.clone().ok_or(IdentityError::NoToken)?;
     let ca = token.ca();
     let mut enrollment =
         Enrollment { listeners: way.enroll.clone(), token, name: way.name.clone(), board: board(facts) };
     let mut outcome = Err(RunError::NoController);
-    // As they are, then with who was found quickly, then with everybody who answers.
+    // First the known listeners, then those that answer quickly, then all that answer.
     for look in [false, true, true] {
         if look {
             if !way.discovery.searches() {
@@ -182,7 +185,7 @@ async fn enroll_somewhere(directory: &Path, facts: &Facts, way: &Way, time: &Arc
             way.discovery.look(&ca).await;
             enrollment.listeners = way.discovery.listeners();
         }
-        // An answer may be lost on the way: who asked in vain asks once more.
+        // An answer may be lost on the network, so an empty search is repeated once.
         if enrollment.listeners.is_empty() {
             continue;
         }
@@ -197,7 +200,7 @@ async fn enroll_somewhere(directory: &Path, facts: &Facts, way: &Way, time: &Arc
     outcome
 }
 
-/// Enrols the machine unless it is; the id, and whether it is held (none: it was enrolled before).
+/// Enrols the machine unless it is enrolled. Returns its id, and whether it is held (`None`: it was enrolled before).
 pub async fn enroll_once(system: &dyn System, connection: &Connection) -> Result<(String, Option<bool>), RunError> {
     let facts = system.facts()?;
     let way = Way::find(system, &facts.board, connection)?;
@@ -205,7 +208,7 @@ pub async fn enroll_once(system: &dyn System, connection: &Connection) -> Result
     Ok((identity.node().to_owned(), held))
 }
 
-/// Enrols the machine, however long it takes. Every try reads the join file anew: somebody may just be writing it.
+/// Enrols the machine, without a limit of time. Each try reads the join file again: an operator may just be writing it.
 async fn identify_patiently(
     system: &dyn System,
     connection: &Connection,
@@ -222,8 +225,8 @@ async fn identify_patiently(
         };
         let error = match tried.await {
             Ok(found) => return Ok(found),
-            // Somebody is to see it. Nobody looks at an installer's exit code, and an operator may just be putting
-            // things right at the controller.
+            // An operator or a script sees the exit code of a running system's agent. Nobody looks at an installer's,
+            // and an operator may just be putting things right at the controller.
             Err(RunError::Identity(error))
                 if system.mode() == system::Mode::Running && is_final(&error, connection) =>
             {
@@ -231,6 +234,7 @@ async fn identify_patiently(
             }
             Err(error) => chain(&error),
         };
+        // Each error once: the tries may go on for days, and the log on the card is bounded.
         if error != last {
             tracing::warn!(error = %error, "node cannot be enrolled yet");
             if system.mode() == system::Mode::Installer {
@@ -244,7 +248,8 @@ async fn identify_patiently(
     }
 }
 
-/// Whether it is no use to try again. Where controllers are looked for, a foreign one says nothing of those to come.
+/// Returns true if another try cannot help. In a search a controller of another CA is not final: the right one may
+/// answer next.
 fn is_final(error: &IdentityError, connection: &Connection) -> bool {
     let searches = connection.search.is_some() && connection.controllers.is_empty();
     error.is_permanent() && !(searches && matches!(error, IdentityError::Connect { .. }))
@@ -257,9 +262,10 @@ pub async fn run(
     on_enrolled: OnEnrolled,
     stop: CancellationToken,
 ) -> Result<(), RunError> {
+    // Before anything is read: a second agent would overwrite the journal of the first.
     let _lock = Lock::take(system.as_ref())?;
     let facts = system.facts()?;
-    // Dropping a try to enrol loses nothing: the key is stored before it is used.
+    // Cancel-safe: the key is stored before it is used.
     let identified = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         identified = identify_patiently(system.as_ref(), &connection, &facts) => identified,
@@ -273,7 +279,7 @@ pub async fn run(
     let identity = Arc::new(identity);
     let boot_id = system.boot_id()?;
     let journal = Arc::new(Journal::open(&system.state_dir(), &boot_id)?);
-    // Those that are found are remembered when they have proved to be controllers.
+    // Named controllers only. Found ones are remembered after they have proved to be controllers.
     let known = way.discovery.known();
     if !known.is_empty() {
         LastGood { controllers: known, enroll: way.enroll.clone() }.remember(system.as_ref());
@@ -288,7 +294,8 @@ pub async fn run(
     let settings = Settings {
         node: identity.node().to_owned(),
         addresses: {
-            // Read when a job is handed over, not now: addresses learnt from controllers and the network go along.
+            // Called when a job is handed over, so that addresses learnt since from controllers and the network go
+            // along.
             let (controllers, listeners) = (controllers.clone(), listeners.clone());
             Arc::new(move || executor::Addresses {
                 controllers: controllers.in_order(),
@@ -307,6 +314,7 @@ pub async fn run(
     };
     let downloader = Downloader::new(connect_in_turn(identity.clone(), controllers.clone()));
     let executor = Executor::new(system.clone(), journal.clone(), downloader, settings)?;
+    // Before the first Hello, which then reports a journal that cannot be written.
     if let Err(error) = journal.probe().await {
         tracing::error!(error = %chain(&error), "journal cannot be written: the node takes no work");
     }
@@ -327,7 +335,7 @@ pub async fn run(
     let healed = journal.clone();
     let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log, labels };
 
-    // What ends a part by itself, if it has a reason.
+    // The agent's tasks. A task that ends by itself returns its reason.
     let mut parts: JoinSet<Option<IdentityError>> = JoinSet::new();
     parts.spawn({
         let stop = stop.clone();
@@ -345,6 +353,7 @@ pub async fn run(
         let stop = stop.clone();
         let policy = match system.mode() {
             system::Mode::Running => KeyPolicy::Rotate,
+            // The installer's identity is a copy: a new key in it would leave the system with an old one.
             system::Mode::Installer => KeyPolicy::Keep,
         };
         async move {
@@ -364,13 +373,13 @@ pub async fn run(
     parts.spawn({
         let stop = stop.clone();
         async move {
-            // Dropping a write loses nothing: the file is replaced whole.
+            // Cancel-safe: the file is replaced whole.
             stop.run_until_cancelled(healed.heal()).await;
             None
         }
         .in_current_span()
     });
-    // None of them ends by itself but the session, which may find that it is no use.
+    // Only the session ends by itself, if no controller can ever take this node.
     let ended = tokio::select! {
         () = stop.cancelled() => None,
         ended = parts.join_next() => (!stop.is_cancelled()).then_some(ended),
@@ -380,13 +389,14 @@ pub async fn run(
         Some(Some(Ok(Some(error)))) => return Err(RunError::Permanent(error)),
         Some(_) => return Err(RunError::Broken),
     }
+    // Bounded, so that a task that hangs does not hold up a shutdown. Each write of the tasks is atomic or begun again.
     if tokio::time::timeout(DRAIN, async { while parts.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!("agent did not end in time");
     }
     Ok(())
 }
 
-/// A fresh connection for each try, to one controller after the other.
+/// Makes a fresh connection for each try, to one controller after the other.
 fn connect_in_turn(identity: Arc<Identity>, controllers: Arc<Controllers>) -> Connect {
     let turn = Arc::new(AtomicUsize::new(0));
     Arc::new(move || {
@@ -410,10 +420,10 @@ fn board(facts: &Facts) -> identity::Board {
     }
 }
 
-/// Something that no other start of an agent has.
+/// Returns a random id that no other start of an agent has.
 fn instance() -> String {
     let mut bytes = [0; 16];
-    // Without randomness there are no keys and no TLS either; the boot id then tells as much as it can.
+    // Without randomness there are no keys and no TLS either. The boot id alone then tells clones apart.
     if getrandom::fill(&mut bytes).is_err() {
         return String::new();
     }
@@ -446,12 +456,13 @@ fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Nod
         },
         image_sha256: release.image_sha256,
         boot_sha256: release.boot_sha256,
+        // Only a blank card gets its board's default image unasked; a system is erased on request only.
         card_is_blank: system.mode() == system::Mode::Installer && !system.holds_system(),
         image: if system.mode() == system::Mode::Installer { image_of_2015(system) } else { String::new() },
     }
 }
 
-/// What `installer-config.txt` on the card names; what it says else is warned of.
+/// Returns the image that the card's `installer-config.txt` names; empty: none. Warns of unknown settings in it.
 fn image_of_2015(system: &dyn System) -> String {
     let Some(card) = system.card() else { return String::new() };
     let seed = Seed::read(&card.recovery);

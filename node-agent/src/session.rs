@@ -1,5 +1,5 @@
-//! The stream to a controller: says hello from the journal, reports what the journal holds until it is acknowledged,
-//! and puts into the journal what it is told. It does nothing else; a job goes on without it.
+//! The stream to a controller. It says hello from the journal, reports each state of the journal until it is
+//! acknowledged, and journals what the controller asks for. It does nothing else; a job goes on without it.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -30,25 +30,25 @@ pub use log::KeptLog;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
-/// When no controller took the session so often, the network is asked for others.
+/// Failed rounds over the known controllers, after which the network is asked for others.
 const SEARCH_AFTER: u32 = 2;
 /// Longest pause that a controller may ask for.
 const MAX_ASKED_PAUSE: Duration = Duration::from_secs(60 * 60);
-/// From Hello to Welcome.
+/// Longest wait from Hello to Welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
-/// A message that cannot be handed to the connection for so long shows that nobody reads at the other end.
+/// Longest wait to hand a message to the connection: the other end reads no more.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// A report that was not acknowledged is sent again after this time.
 const RESEND_AFTER: Duration = Duration::from_secs(30);
-/// How long the end of a session may take at shutdown.
+/// Longest wait at shutdown for the controller to end the session.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Progress is reported at most this often when the controller does not say.
+/// Shortest time between two progress reports if the controller names none.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 const MIN_PROGRESS_INTERVAL: Duration = Duration::from_millis(50);
-/// Messages under way to the connection.
+/// Most messages that wait for the connection.
 const OUTBOX: usize = 16;
 
-/// How a card is laid out.
+/// Layout of a card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     /// Not known.
@@ -59,28 +59,28 @@ pub enum Layout {
     Resident,
 }
 
-/// What a node says about itself in its Hello.
+/// A node's description of itself for its Hello.
 #[derive(Debug, Clone)]
 pub struct Node {
-    /// The id of this boot.
+    /// Id of this boot.
     pub boot_id: String,
-    /// Of this start of the agent: random.
+    /// Random id of this start of the agent, by which the controller tells clones apart; empty: no randomness.
     pub instance: String,
-    /// In which role the agent runs.
+    /// Role of the agent.
     pub mode: Mode,
-    /// The hardware.
+    /// Model, serial number and other facts of the hardware.
     pub board: Board,
-    /// As `uname -m` prints it.
+    /// Architecture of the kernel, as `uname -m` prints it.
     pub kernel_arch: String,
-    /// For which architecture this agent was built.
+    /// Architecture that this agent was built for.
     pub userspace_arch: String,
     /// Memory page size in bytes.
     pub page_size: u32,
-    /// As `uname -r` prints it.
+    /// Release of the kernel, as `uname -r` prints it.
     pub kernel_release: String,
     /// PRETTY_NAME of `/etc/os-release`.
     pub os: String,
-    /// How the card is laid out.
+    /// Layout of the card.
     pub layout: Layout,
     /// SHA-256 of the image that runs; empty when not known.
     pub image_sha256: String,
@@ -95,23 +95,23 @@ pub struct Node {
 /// Keeps a session open.
 #[derive(Debug)]
 pub struct Session {
-    /// Where controllers are.
+    /// Addresses of controllers, in the order to try.
     pub controllers: Arc<Controllers>,
-    /// Who the node is.
+    /// Key and certificates of the node.
     pub identity: Arc<Identity>,
-    /// What it has to do.
+    /// The node's jobs: everything that is reported stands here first.
     pub journal: Arc<Journal>,
-    /// What it is.
+    /// Facts for the Hello.
     pub node: Node,
-    /// Why it would refuse an update now, if it would.
+    /// Reason to refuse an update at this moment; `None`: the node would take one.
     pub refusal: watch::Receiver<Option<Refusal>>,
-    /// What goes with the report of a job that did not succeed.
+    /// Source of the lines that go with the report of a job that did not succeed.
     pub log: KeptLog,
-    /// Told the node's labels whenever a controller says them; none before the first one has.
+    /// Receives the node's labels from each Welcome and Assign; `None` before the first.
     pub labels: watch::Sender<Option<Labels>>,
 }
 
-/// Why a session ended.
+/// Error that ended a session.
 #[derive(Debug, thiserror::Error)]
 enum SessionError {
     #[error("no controller can be reached")]
@@ -130,13 +130,13 @@ enum SessionError {
     Journal(#[from] JournalError),
 }
 
-/// How a session ended.
+/// End of a session.
 struct Ended {
-    /// Whether the controller had said welcome.
+    /// The controller had said Welcome.
     welcomed: bool,
-    /// How long to stay away at least.
+    /// Shortest pause until the next session, as the controller asked for.
     stay_away: Duration,
-    /// Why, unless it was asked for.
+    /// `None`: one of the two sides ended it in order.
     error: Option<SessionError>,
 }
 
@@ -147,8 +147,8 @@ impl Ended {
 }
 
 impl Session {
-    /// Keeps one session open until `stop`; then says good-bye. An error: every controller that was named is of another CA
-    /// than the node, none has ever said welcome, and nothing is left to be done.
+    /// Keeps one session open until `stop`, then says good-bye. Returns an error if every named controller is of
+    /// another CA than the node, none has ever said Welcome, and no job is unfinished. The installer never gets one.
     pub async fn run(&self, stop: CancellationToken) -> Option<IdentityError> {
         let mut failures: u32 = 0;
         let mut ever_welcomed = false;
@@ -156,7 +156,7 @@ impl Session {
             let mut ended = Ended::before_welcome(SessionError::NoController);
             let mut all_foreign = true;
             for address in self.controllers.in_order() {
-                // Dropping a half-open connection loses nothing: what was to be said is in the journal.
+                // Cancel-safe: everything that a half-open connection was to report is in the journal.
                 ended = tokio::select! {
                     () = stop.cancelled() => return None,
                     connected = self.identity.connect(&address, Purpose::Session) => match connected {
@@ -171,12 +171,13 @@ impl Session {
                 if let Some(error) = &ended.error {
                     tracing::info!(address, error = %chain(error), "controller did not take the session");
                     if matches!(error, SessionError::Status(status) if status.code() == tonic::Code::Unauthenticated) {
+                        // A controller that lost its last commits may know only the certificate before this one.
                         self.identity.not_known();
                     }
                 }
             }
             ever_welcomed |= ended.welcomed;
-            // A node with work goes on: it may be a new system that has to give up, or an installer that writes.
+            // A node with work stays: it may be a new system that has to give up in time, or an installer that writes.
             let may_end = !ever_welcomed && self.node.mode == Mode::Running && self.controllers.are_named();
             if may_end
                 && all_foreign
@@ -189,7 +190,7 @@ impl Session {
             // A controller that only restarts is back before the second try.
             if failures >= SEARCH_AFTER || self.controllers.in_order().is_empty() {
                 let ca = self.identity.ca();
-                // Dropping the question loses nothing: it is asked again.
+                // Cancel-safe: the next round asks again.
                 tokio::select! {
                     () = stop.cancelled() => return None,
                     () = self.controllers.look_again(&ca) => {}
@@ -208,7 +209,7 @@ impl Session {
         None
     }
 
-    /// One session, from Hello to its end.
+    /// Runs one session, from Hello to its end.
     async fn talk(&self, address: &str, channel: tonic::transport::Channel, stop: &CancellationToken) -> Ended {
         let (outbox, messages) = mpsc::channel(OUTBOX);
         let (mut refusal, mut health) = (self.refusal.clone(), self.journal.health().changes());
@@ -248,6 +249,7 @@ impl Session {
             Ok(Err(error)) => return Ended::before_welcome(error),
             Err(_) => return Ended::before_welcome(SessionError::NoWelcome),
         };
+        // A controller knows the new key, so the pair that was kept for a power cut may go.
         self.identity.accepted();
         if let Some(time) = &welcome.time {
             self.identity.learn_time(wire::micros(time));
@@ -266,6 +268,7 @@ impl Session {
 
 impl From<tonic::Status> for SessionError {
     fn from(status: tonic::Status) -> Self {
+        // The enrolment listener has no such service, and speaks the same TLS.
         if status.code() == tonic::Code::Unimplemented {
             return Self::WrongPort;
         }
@@ -273,7 +276,7 @@ impl From<tonic::Status> for SessionError {
     }
 }
 
-/// What was last said of an execution in this session.
+/// The last report of an execution in this session.
 #[derive(Clone, PartialEq, Eq)]
 struct Said {
     attempt: u32,
@@ -291,13 +294,13 @@ impl Said {
 struct Open<'a> {
     session: &'a Session,
     outbox: mpsc::Sender<ConnectRequest>,
-    /// As it was told last, or newer.
+    /// Marked as seen once the value was sent.
     refusal: watch::Receiver<Option<Refusal>>,
-    /// The same of its health.
+    /// The same for the node's ailments.
     health: watch::Receiver<Vec<Condition>>,
     progress_interval: Duration,
     said: HashMap<String, Said>,
-    /// The progress that was last told.
+    /// The last progress that was reported.
     told: Progress,
 }
 
@@ -321,7 +324,7 @@ impl<'a> Open<'a> {
         }
     }
 
-    /// Until one side ends it. The answer is how long to stay away.
+    /// Serves the session until one side ends it. Returns the pause that the controller asks for.
     async fn serve(
         &mut self,
         mut answers: Streaming<ConnectResponse>,
@@ -330,12 +333,13 @@ impl<'a> Open<'a> {
         let journal = self.session.journal.clone();
         let mut changes = journal.changes();
         let mut progress = journal.progress();
+        // Repeats the reports of the Hello, which has room for the log of a few jobs only.
         changes.mark_changed();
         let mut resend = tokio::time::interval_at(Instant::now() + RESEND_AFTER, RESEND_AFTER);
         let mut may_tell = Instant::now();
         let mut to_tell = true;
         loop {
-            // Each arm only waits; what has arrived is handled to its end below, so dropping the others loses nothing.
+            // Cancel-safe: each arm only waits, and an arrived event is handled to its end below.
             let event = tokio::select! {
                 biased;
                 () = stop.cancelled() => Event::Stop,
@@ -375,6 +379,7 @@ impl<'a> Open<'a> {
                     }
                 }
                 Event::Resend => {
+                    // The controller may have died before it stored them.
                     self.said.clear();
                     self.report(&journal.entries()).await?;
                 }
@@ -388,6 +393,7 @@ impl<'a> Open<'a> {
             connect_response::Message::Assign(mut assign) => {
                 let attempt = assign.attempt;
                 let labels = std::mem::take(&mut assign.labels);
+                // The labels may have changed since the Welcome of a long session.
                 self.session.labels.send_replace(Some(labels.into_iter().collect()));
                 let Some((execution, action)) = wire::assignment(assign) else {
                     tracing::error!("assignment without an execution's name");
@@ -395,7 +401,7 @@ impl<'a> Open<'a> {
                 };
                 match journal.accept(&execution, attempt, action).await {
                     Ok(accepted) => tracing::info!(execution, attempt, ?accepted, "assignment"),
-                    // The controller has lost later deliveries: it is told what the node knows.
+                    // The controller's store has lost later deliveries: it is told the node's state.
                     Err(error @ JournalError::Stale { .. }) => {
                         tracing::warn!(execution, attempt, error = %error, "assignment refused");
                         self.answer(&execution).await?;
@@ -404,7 +410,7 @@ impl<'a> Open<'a> {
                         tracing::warn!(execution, attempt, other, "assignment refused: the node is at work");
                         self.say_busy(execution, &other).await?;
                     }
-                    // The controller would give it again and again: it is over, and says why.
+                    // Ends as FAILED with the reason: otherwise the controller would assign it several times a second.
                     Err(error @ JournalError::Io { .. }) => {
                         tracing::error!(execution, attempt, error = %chain(&error), "assignment cannot be journalled");
                         self.say_not_journalled(&execution, attempt, &error).await?;
@@ -443,14 +449,14 @@ impl<'a> Open<'a> {
         Ok(())
     }
 
-    /// Reports every state that the controller has not acknowledged and has not been told in this session.
+    /// Reports every state that is not acknowledged and was not reported in this session.
     async fn report(&mut self, entries: &Arc<Entries>) -> Result<(), SessionError> {
         for entry in entries.iter() {
             let now = Said::of(entry);
             let before = self.said.get(&entry.execution);
             let newly_refused = entry.cancel_refused && before.is_some_and(|before| !before.cancel_refused);
             if before == Some(&now) || (entry.is_acked() && !newly_refused) {
-                // What was acknowledged counts as said, so that a refusal that comes later is noticed.
+                // An acknowledged state counts as said, so that a cancel that is refused later is noticed.
                 self.said.entry(entry.execution.clone()).or_insert(now);
                 continue;
             }

@@ -1,5 +1,5 @@
-//! `marco-agent simulate`: virtual Pis in one process, through the same code as the real agent. For trying things out
-//! without hardware, and for load tests.
+//! `marco-agent simulate`: virtual Pis in one process, through the same code as the real agent. It serves trials
+//! without hardware, and load tests.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -17,18 +17,18 @@ use crate::run::{self, Connection, OnEnrolled};
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{System, SystemError};
 
-/// What to simulate.
+/// A simulation of several Pis.
 #[derive(Debug, Clone)]
 pub struct Simulation {
-    /// How many Pis.
+    /// Number of Pis.
     pub count: u32,
-    /// The folder that holds a folder for each.
+    /// Folder that holds a folder for each Pi, with its id as its name.
     pub directory: PathBuf,
-    /// What their ids begin with; a number follows.
+    /// Prefix of their ids; a number follows.
     pub prefix: String,
-    /// How fast they are.
+    /// Times of boot and shutdown, and the contents of new cards.
     pub options: Options,
-    /// How they find the controller.
+    /// Settings by which they find the controller.
     pub connection: Connection,
 }
 
@@ -38,45 +38,46 @@ pub enum SimulateError {
     /// A Pi could not be made or driven.
     #[error("virtual Pi {id}")]
     Pi {
-        /// Which one.
+        /// Id of the Pi.
         id: String,
-        /// Why.
+        /// Cause.
         source: SystemError,
     },
-    /// The ids that come of the prefix are none.
+    /// The prefix makes invalid ids.
     #[error("--prefix {prefix:?} makes the id {id:?}: {why}")]
     Prefix {
-        /// As it was given.
+        /// The prefix as it was given.
         prefix: String,
-        /// The first id.
+        /// The first invalid id.
         id: String,
-        /// Why it is none.
+        /// Reason that it is invalid.
         why: String,
     },
-    /// No Pi's agent can go on.
+    /// The agents of all Pis were refused for good.
     #[error("no virtual Pi can get in; {id}")]
     Refused {
-        /// One of them.
+        /// Id of one of them.
         id: String,
-        /// Why.
+        /// Cause.
         source: run::RunError,
     },
-    /// A Pi's task ended badly.
+    /// The task of a Pi panicked.
     #[error("a virtual Pi stopped working")]
     Broken,
 }
 
 impl Simulation {
-    /// The Pis' ids: numbered from 1, all of one width.
+    /// Returns the Pis' ids: numbered from 1, all of one width.
     pub fn ids(&self) -> Vec<String> {
         let width = self.count.to_string().len().max(2);
         (1..=self.count).map(|number| format!("{}{number:0width$}", self.prefix)).collect()
     }
 
-    /// Each id is a folder's name, so it must be an id before it is one.
+    /// Fails if the prefix makes invalid ids. Each id becomes the name of a folder.
     fn check_prefix(&self) -> Result<(), SimulateError> {
         for id in self.ids() {
             let why = match NodeId::parse(&id) {
+                // `nodes/pi-01` parses, too, but its folder would be below another one.
                 Ok(parsed) if parsed.as_str() == id => continue,
                 Ok(_) => "it is a name, not an id; leave nodes/ out".to_owned(),
                 Err(error) => error.to_string(),
@@ -114,7 +115,7 @@ impl Simulation {
                             if let Err(error) = run::run(system, connection, say_enrolled(), stop).await {
                                 tracing::error!(error = %chain(&error), "agent ended");
                                 if matches!(error, run::RunError::Permanent(_)) {
-                                    // Full: the others have said as much.
+                                    // A full channel holds a refusal of every Pi, and that is enough.
                                     let _ = refused.try_send((id, error));
                                 }
                             }
@@ -125,14 +126,16 @@ impl Simulation {
                 pi.power(agent, stop).await.map_err(|source| SimulateError::Pi { id, source })
             });
         }
+        // The channel then closes with the last Pi.
         drop(refused);
         let mut outcome = Ok(());
         let mut out: BTreeSet<String> = BTreeSet::new();
         loop {
-            // Both only wait; what one of them brought is handled below.
+            // Cancel-safe: both only wait, and the result of one is handled below.
             let ended = tokio::select! {
                 Some((id, source)) = refusals.recv() => {
                     out.insert(id.clone());
+                    // Others may still get in.
                     if out.len() < count {
                         continue;
                     }
@@ -144,7 +147,7 @@ impl Simulation {
                 },
             };
             if let Err(error) = ended {
-                // The others go on to their end first.
+                // The others end in order first.
                 tracing::error!(error = %chain(&error), "virtual Pi ended");
                 stop.cancel();
                 outcome = Err(error);
@@ -154,11 +157,11 @@ impl Simulation {
     }
 }
 
-/// One line on standard output for each node.
+/// Prints a line on standard output for each node that was enrolled.
 fn say_enrolled() -> OnEnrolled {
     Arc::new(|node, held| {
         let held = if held { ", held until an admin approves it" } else { "" };
-        // Nobody may be reading any more; that does not concern the Pi.
+        // Best effort: a reader that went away does not concern the Pi.
         let _ = writeln!(std::io::stdout().lock(), "{node} enrolled{held}");
     })
 }
@@ -183,7 +186,7 @@ mod tests {
 
     #[test]
     fn prefix_stays_below_its_folder() {
-        // The number takes two more.
+        // The number takes two more characters.
         let (longest, too_long) = ("x".repeat(NODE_ID_MAX - 2), "x".repeat(NODE_ID_MAX - 1));
         assert!(simulation(2, &longest).check_prefix().is_ok());
         for bad in ["../", "a/../../b", "/etc/", "nodes/pi-", "pi 1", ".", "-", "p\u{ef}-", &too_long] {

@@ -1,4 +1,4 @@
-//! A controller for tests: real TLS, real gRPC, and answers that the test gives.
+//! A controller for tests, with real TLS and gRPC. The test gives its answers.
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -38,11 +38,11 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::system::{Lease, Target};
 
-/// What the test does with an enrolment: an error, or the certificate is issued.
+/// The test's answer to an enrolment: `Ok` issues the certificate, an error refuses.
 type Verdict = Box<dyn FnMut(&EnrollRequest) -> Result<(), Status> + Send>;
 type Answers = mpsc::Sender<Result<ConnectResponse, Status>>;
 
-/// A session as the test's end of it sees it.
+/// The controller's end of a session.
 pub(crate) struct TestSession {
     pub(crate) requests: Streaming<ConnectRequest>,
     pub(crate) answers: Answers,
@@ -59,7 +59,9 @@ impl TestSession {
     }
 
     pub(crate) async fn welcome(&self) {
+        // Far from the time of the test machine, so that a test sees which one counts.
         let time = prost_types::Timestamp { seconds: 4_000_000_000, nanos: 0 };
+        // The shortest that an agent takes.
         let progress_interval = prost_types::Duration { seconds: 0, nanos: 50_000_000 };
         let session = "test".to_owned();
         let (time, progress_interval) = (Some(time), Some(progress_interval));
@@ -163,11 +165,12 @@ impl Controller {
         let mut roots = rustls::RootCertStore::empty();
         roots.add(pki.ca.der().clone()).unwrap();
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+            // Enrolments come without a certificate, and here to the same listener.
             .allow_unauthenticated()
             .build()
             .unwrap();
         let (leaf, key) = pki.controller(name);
-        // By the clock of the certificates themselves.
+        // The certificates need not be valid at the time of the test machine.
         let micros = pki.valid.0.timestamp_micros() + 1_000_000;
         let time = Arc::new(super::identity::TlsTime::starting_at(micros));
         let mut config = rustls::ServerConfig::builder_with_details(provider, time)
@@ -204,7 +207,7 @@ impl Controller {
         *self.shared.verdict.lock().unwrap() = Box::new(verdict);
     }
 
-    /// Stores an artifact; its digest.
+    /// Stores an artifact. Returns its digest.
     pub(crate) fn store(&self, contents: Vec<u8>) -> String {
         let sha256 = hex::encode(Sha256::digest(&contents));
         self.shared.artifacts.lock().unwrap().insert(sha256.clone(), contents.into());
@@ -219,7 +222,7 @@ impl Controller {
         self.shared.renewed.lock().unwrap().clone()
     }
 
-    /// The next session that an agent opens.
+    /// Waits for the next session that an agent opens.
     pub(crate) async fn session(&mut self) -> TestSession {
         let opened = tokio::time::timeout(Duration::from_secs(10), self.sessions.recv());
         opened.await.expect("no session was opened").unwrap()
@@ -272,7 +275,7 @@ impl AgentService for Services {
 type Stream<T> = tokio_stream::Iter<std::vec::IntoIter<Result<T, Status>>>;
 
 impl Services {
-    /// Digest and bytes of an artifact by its name.
+    /// Returns digest and bytes of an artifact by its name.
     fn stored(&self, name: &str) -> Result<(String, bytes::Bytes), Status> {
         let sha256 = name.strip_prefix("artifacts/sha256:").unwrap_or(name).to_owned();
         let stored = self.0.artifacts.lock().unwrap().get(&sha256).cloned();
@@ -317,7 +320,7 @@ impl ArtifactService for Services {
     ) -> Result<Response<Self::UploadArtifactStream>, Status> {
         Err(Status::unimplemented("agents do not call it"))
     }
-    /// As a controller that judges no images: without facts.
+    /// Answers without facts, like a controller that judges no images.
     async fn get_artifact(&self, request: Request<GetArtifactRequest>) -> Result<Response<Artifact>, Status> {
         let name = request.into_inner().name;
         let (sha256, contents) = self.stored(&name)?;
@@ -344,7 +347,7 @@ impl ArtifactService for Services {
     }
 }
 
-/// SHA-256 of a text, for tokens that are wrong.
+/// Returns the SHA-256 of a text, for wrong tokens.
 pub(crate) fn digest(text: &str) -> [u8; 32] {
     Sha256::digest(text).into()
 }
@@ -375,7 +378,7 @@ impl AsyncWrite for Conn {
 }
 
 impl Target {
-    /// One of which nothing is there.
+    /// Creates a target whose folders and devices do not exist.
     pub(crate) fn in_test() -> Self {
         Self {
             root: "/t".into(),

@@ -1,4 +1,4 @@
-//! A machine whose installation failed waits for its controller, or does what its owner wants.
+//! A machine whose installation failed waits for its controller, or does what its card's settings say (`[failure]`).
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -14,7 +14,8 @@ impl Executor {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Never, unless an installation has failed and the machine has other plans than to wait.
+    /// Pends until the time that the card's settings name is over after a failure. Pends forever if nothing failed, or
+    /// if the machine is to wait for its controller.
     pub(super) async fn patience_is_over(&self) {
         let since = *self.failed_since();
         match (since, self.system.gives_up_after()) {
@@ -23,15 +24,17 @@ impl Executor {
         }
     }
 
-    /// Does what the machine's owner wants after a failure. That may be a shell, for as long as somebody sits there: the
-    /// card is theirs meanwhile, and work that arrives ends with the reason.
+    /// Does what the card's settings say for after a failure. That may be a shell: until it ends the card belongs to
+    /// its user, and work that arrives ends with `CONSOLE_IN_USE`.
     pub(super) async fn give_up(&self) {
         let mut given_up = std::pin::pin!(self.system.give_up());
         loop {
-            // Polled again after the other arm won: it outlives the loop. The journal keeps what the other one waits for.
+            // Pinned outside of the loop, so the shell survives when the other arm wins. The journal keeps what that
+            // one waits for.
             let ended = tokio::select! {
                 ended = &mut given_up => ended,
                 entry = self.arrived() => {
+                    // Refused at once. Work that waited for the shell was shown as RUNNING while nothing happened.
                     self.refuse_beside_console(&entry).await;
                     continue;
                 }
@@ -43,7 +46,7 @@ impl Executor {
         }
     }
 
-    /// The next job that is not over.
+    /// Waits for an unfinished job.
     async fn arrived(&self) -> Entry {
         let mut changes = self.journal.changes();
         let entry = changes.wait_for(|entries| entries.unfinished().is_some()).await;
@@ -57,6 +60,7 @@ impl Executor {
         let failure = Failure::new(CONSOLE_IN_USE, sentence(CONSOLE_IN_USE));
         if let Err(error) = self.journal.fail(&entry.execution, failure).await {
             tracing::error!(execution = %entry.execution, error = %chain(&error), "job not refused");
+            // The job is still unfinished, so the caller comes back at once: do not spin.
             tokio::time::sleep(FIRST_PAUSE).await;
         }
     }

@@ -1,5 +1,4 @@
-//! The end of a job that failed, and the way of an installer back to the old system, which is whole until the card is
-//! touched.
+//! The end of a failed job, and the installer's way back to the old system, which is whole until the card is touched.
 
 use tokio::time::Instant;
 
@@ -14,6 +13,7 @@ impl Executor {
         tracing::warn!(execution, reason = %failure.reason, error = %failure.message, "job failed");
         self.keep_failure(execution, &failure);
         if entry.state == State::Accepted {
+            // Users may have been warned of a shutdown that does not come.
             self.withdraw(execution).await;
         }
         let failure = if self.is_handed_over(entry).await { self.give_back(entry, failure).await? } else { failure };
@@ -23,13 +23,16 @@ impl Executor {
         Ok(())
     }
 
-    /// Whether the old system waits for the end of this job, and knows of it.
+    /// Returns true if the old system is whole and holds this job, so that it reports the end.
     async fn is_handed_over(&self, entry: &Entry) -> bool {
+        // A job that was accepted under this boot came to the installer itself: the old system does not know it.
         self.mode() == Mode::Installer && entry.accept_boot_id != self.boot_id && !self.installer_boots().await
     }
 
-    /// Leaves the machine to the old system. Returns only when the machine stays up, with what is to be said then.
+    /// Notes the failure and restarts into the old system. Returns only if the machine stays up, with the failure to
+    /// report.
     async fn give_back(&self, entry: &Entry, failure: Failure) -> Result<Failure, JournalError> {
+        // The old system reads the reason from this journal (`why_rolled_back`); its own journal ends at ARMED.
         self.journal.note(&entry.execution, failure.clone()).await?;
         match self.go_down(entry, WayDown::Reboot).await {
             Err(StepError::Failed(stuck)) => Ok(stuck),
@@ -38,14 +41,15 @@ impl Executor {
         }
     }
 
-    /// Whether this installer has nothing to do, while the old system is whole and what boots otherwise: its job was lost,
-    /// or has ended.
+    /// Returns true for an installer that has nothing to do (its job was lost, or has ended) while the old system is
+    /// whole and boots by default.
     async fn is_idle_on_trial(&self) -> bool {
         let idle = self.mode() == Mode::Installer && self.journal.entries().unfinished().is_none();
         idle && !self.installer_boots().await
     }
 
-    /// Pends until an installer that has nothing to do has told its controller so, or has tried for long enough.
+    /// Pends until an idle installer has told its controller so, at most for `Settings::confirmation`. Pends forever
+    /// elsewhere.
     pub(super) async fn old_system_waits(&self) {
         if !self.is_idle_on_trial().await {
             std::future::pending::<()>().await;
@@ -57,7 +61,7 @@ impl Executor {
         }
     }
 
-    /// Starts the old system, unless there is something to do. Returns when the machine stays up.
+    /// Starts the old system if this installer has nothing to do. Returns if the machine stays up.
     pub(super) async fn leave_when_idle(&self) {
         if self.is_idle_on_trial().await {
             tracing::warn!("nothing is to be installed, and the old system is whole: it is started again");

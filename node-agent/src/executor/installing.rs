@@ -18,7 +18,8 @@ use crate::job::{self, Action, Artifact, Failure, Notice, State, Update, phase};
 use crate::journal::{self, Entry, JournalError, Progress};
 
 impl Executor {
-    /// A job that reached the installer itself: there is nothing to go back to, and nobody to warn.
+    /// Begins a job that the controller gave to the installer itself: it has no system to go back to, and no user to
+    /// warn.
     pub(super) async fn begin_in_installer(
         &self,
         entry: &Entry,
@@ -46,7 +47,8 @@ impl Executor {
         Ok(())
     }
 
-    /// In the installer: the job that the running system left on the card becomes ours, should its journal be lost.
+    /// Takes over the job that the running system left on the card (`install.json`), in case the installer's journal is
+    /// lost.
     pub(super) async fn adopt(&self) -> Result<(), JournalError> {
         let Some(recovery) = self.recovery() else { return Ok(()) };
         let read = off_runtime(move || Ok(recovery.read_job()?)).await;
@@ -54,6 +56,7 @@ impl Executor {
             Ok(Some(job)) => job,
             Ok(None) => return Ok(()),
             Err(error) => {
+                // Not fatal: the journal may hold the job. Without either, this installer is idle and leaves.
                 tracing::error!(error = %chain(&error), "installation job not readable");
                 return Ok(());
             }
@@ -70,8 +73,8 @@ impl Executor {
         self.journal.adopt(entry).await
     }
 
-    /// Steps 4 and 5. What fails and may end otherwise is tried again, so often for each cause and so long in all; what
-    /// was called off meanwhile is not.
+    /// Steps 4 and 5 of an update. Tries again what may heal, within the limits of [`job::Tries`]. An installation that
+    /// was called off meanwhile is not tried again.
     pub(super) async fn install(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         let recovery = self.recovery_or_fail()?;
@@ -81,6 +84,7 @@ impl Executor {
             return Err(StepError::Failed(Failure::new("INSTALL_JOB_LOST", message)));
         };
         self.journal.install(execution).await?;
+        // Counted over boots: an image or a card that hangs the machine each time leaves no other trace.
         let before = self.journal.entries().get(execution).and_then(|entry| entry.tries.never_ended());
         if let Some(message) = before {
             return Err(StepError::Failed(Failure::new(job::NEVER_ENDED, message)));
@@ -93,7 +97,9 @@ impl Executor {
                 Err(error) => error,
             };
             let failure = Failure::new(error.reason, chain(&error));
+            // Asked after each try: it may have made the installer the default, and then there is no way back.
             let committed = self.installer_boots().await;
+            // Before the pause: a machine that is reset during it forgets no try.
             let tries = self.journal.tried(execution, failure.clone(), begun.elapsed()).await?;
             let failed = tries.failed();
             tracing::warn!(
@@ -109,7 +115,7 @@ impl Executor {
             self.keep_failure(execution, &failure);
             self.phase(execution, phase::ANOTHER_TRY);
             let pause = self.pause(failed);
-            // Neither wait holds anything.
+            // Cancel-safe: neither wait holds anything.
             tokio::select! {
                 biased;
                 () = self.journal.called_off(execution) => {
@@ -126,7 +132,7 @@ impl Executor {
         self.go_down(entry, Self::into_new_system(entry)).await
     }
 
-    /// How the installer restarts into what it has installed. Of a raw image every boot is the new system.
+    /// Selects the restart into the installed system. A raw image needs no trial: every boot is the new system.
     pub(super) fn into_new_system(entry: &Entry) -> WayDown {
         if entry.action.is_raw() { WayDown::Reboot } else { WayDown::TryBoot }
     }
@@ -150,7 +156,7 @@ impl Executor {
                 durable::replace(&folder.join(journal::FILE_NAME), &contents, 0o600)
             })
         };
-        // Nothing cancels an installation but the end of the process.
+        // An installation is never cancelled. It ends with the process, or is dropped for another image.
         let never = CancellationToken::new();
         let context = install::Context {
             journal: write,
@@ -162,13 +168,13 @@ impl Executor {
         install::install(job, &self.system, &self.downloader, context, &never).await
     }
 
-    /// Full jitter, doubling from a second.
+    /// Pause after so many failed tries: full jitter, doubling from a second up to `Settings::max_pause`.
     pub(super) fn pause(&self, tries: u32) -> Duration {
         let ceiling = backoff::doubled(Duration::from_secs(1), tries);
         backoff::full_jitter(ceiling.min(self.settings.max_pause))
     }
 
-    /// Tells the installer's file, too, that a trial failed: its journal lies on a file system that may tear it.
+    /// Counts a failed trial in `install.json`, too: the journal lies on a file system that a power cut may tear.
     pub(super) async fn count_trial(&self, entry: &Entry) {
         let Some(recovery) = self.recovery() else { return };
         let (execution, trials) = (entry.execution.clone(), entry.trials.saturating_add(1));

@@ -1,4 +1,4 @@
-//! The warning before a machine goes down, which its users may take back.
+//! The warning before a machine goes down. Its users may cancel the shutdown.
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use crate::cause::chain;
 use crate::job::{Failure, Notice, phase};
 use crate::system::{Down, Standing};
 
-/// Interval of looks at the announcement.
+/// Interval at which the announcement is checked.
 const LOOK: Duration = Duration::from_secs(1);
 
 impl Executor {
-    /// Warns logged-in users and lets the notice pass, by monotonic time.
+    /// Warns logged-in users and waits until the notice has passed, by monotonic time.
     pub(super) async fn give_notice(
         &self,
         execution: &str,
@@ -22,24 +22,26 @@ impl Executor {
         notice: &Notice,
         cancel: &CancellationToken,
     ) -> Result<(), StepError> {
+        // Users must not be warned of a shutdown that was cancelled already.
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);
         }
         match self.system.standing() {
+            // logind keeps one shutdown, so ours would replace the user's. Users are warned by `wall` only.
             Standing::Theirs(other) => {
                 tracing::warn!(execution, %other, "another user has announced a shutdown, which stays");
                 self.phase(execution, &format!("{}, beside {other} that somebody else announced", phase::NOTICE));
             }
             Standing::Ours | Standing::Nothing => self.phase(execution, phase::NOTICE),
         }
-        // Before the announcement, which then never ends earlier than the notice.
+        // Taken before the announcement, which then never ends earlier than the notice.
         let end = Instant::now() + notice.delay;
         let stands = self.system.announce(down, notice.delay, &notice.message).await.unwrap_or_else(|error| {
-            // Nobody may be logged in, and no terminal writable: that must not keep a node from its work.
+            // Without a user or a writable terminal the node still does its work.
             tracing::warn!(execution, error = %chain(&error), "users could not be warned");
             false
         });
-        // None of these holds anything.
+        // Cancel-safe: none of the waits holds anything.
         tokio::select! {
             () = cancel.cancelled() => Err(StepError::Cancelled),
             () = tokio::time::sleep_until(end) => Ok(()),
@@ -47,7 +49,7 @@ impl Executor {
         }
     }
 
-    /// Ends when somebody on the machine takes back what was announced, before `end`.
+    /// Returns if a user of the machine cancels or replaces the announced shutdown before `end`.
     async fn called_off_here(&self, end: Instant) -> Failure {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -64,7 +66,7 @@ impl Executor {
         }
     }
 
-    /// Takes back what was announced.
+    /// Withdraws the agent's own announcement; another user's shutdown stays.
     pub(super) async fn withdraw(&self, execution: &str) {
         if let Err(error) = self.system.withdraw().await {
             tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");

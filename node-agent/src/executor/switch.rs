@@ -1,4 +1,4 @@
-//! Between the two systems of a card: which of them boots, and the last step of an update, which decides that.
+//! The choice between the two systems of a card, and the last step of an update, which makes it.
 
 use super::update::off_runtime;
 use super::{Executor, StepError, WayDown};
@@ -8,23 +8,24 @@ use crate::install;
 use crate::job::{Failure, Kind};
 use crate::journal::Entry;
 
-/// How often the switch to the new system is tried. A card that is busy with itself fails for seconds, not for longer.
+/// Tries of the switch to the new system. A card that is busy with itself fails for seconds, not for longer.
 const TRIES: u32 = 5;
 
 impl Executor {
-    /// Makes the new system what boots, and reads that back. Until then the installer is, so nothing that it needs goes.
+    /// Makes the new system the default boot, and reads that back. Until then the installer is, so its files stay.
     pub(super) async fn make_system_default(&self, execution: &str) -> Result<(), StepError> {
         let mut tries = 1;
         loop {
             let recovery = self.recovery_or_fail()?;
             let (system, board) = (self.system.card().map(|card| card.boot), self.system.facts()?.board);
             let switched = off_runtime(move || {
-                // Before the switch: a system that stays must not keep the words of its trial.
+                // Before the switch: an accepted system must not keep `panic=` of its trial. Its owner decides that.
                 if let Some(boot) = system {
                     let _writable = Writable::open(&boot)?;
                     install::end_trial(&boot, &board).map_err(BootError::io("end the trial in", &boot))?;
                 }
                 recovery.set_boot_partition(DefaultBoot::System)?;
+                // Read past the page cache: a card may acknowledge a write that it has not kept.
                 match recovery.default_boot()? {
                     DefaultBoot::System => Ok(()),
                     DefaultBoot::Installer => {
@@ -51,7 +52,8 @@ impl Executor {
         }
     }
 
-    /// Whether every boot is the installer, by what the card says. A card that does not say it boots the installer, too.
+    /// Returns true if the card boots the installer by default. An unreadable card counts as such, so that nothing is
+    /// removed that an installer may need.
     pub(super) async fn installer_boots(&self) -> bool {
         let Some(recovery) = self.recovery() else { return false };
         let found = off_runtime(move || Ok(recovery.default_boot()?)).await;
@@ -61,8 +63,8 @@ impl Executor {
         !matches!(found, Ok(DefaultBoot::System))
     }
 
-    /// How the machine leaves a running system for this job. A trial boot takes the one that is not the default: after a
-    /// switch that failed, that would be this very system.
+    /// Selects the way down from a running system. A trial boot starts the system that is not the default. After a
+    /// failed switch that is this very system, so the machine restarts plainly.
     pub(super) async fn way_down(&self, entry: &Entry) -> WayDown {
         match entry.action.kind() {
             Kind::Update if self.installer_boots().await => WayDown::Reboot,

@@ -1,4 +1,4 @@
-//! The executor on a machine that only writes down what it is told, with a real recovery partition.
+//! The executor on a machine that only records its calls, with a real recovery partition.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -29,25 +29,25 @@ mod users;
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 const TWO: &str = "operations/0198a6e0-0000-7000-8000-000000000002/executions/pi-01";
 const DEADLINE: Duration = Duration::from_secs(30);
-/// Long enough to be cancelled in.
+/// Notice that is long enough for a cancel.
 const LONG: Duration = Duration::from_secs(3600);
-/// Over soon.
+/// Notice that is over soon.
 const SHORT: Duration = Duration::from_millis(30);
 /// The image of every update; nothing unpacks it.
 const IMAGE: &[u8] = b"raspios";
 
-/// A machine with a card, and what runs on it.
+/// A machine with a card, and the limits and answers that its executor meets.
 struct Bench {
     _dir: tempfile::TempDir,
     machine: Machine,
     verdict: Duration,
     confirmation: Duration,
     max_pause: Duration,
-    /// What becomes of the image's download.
+    /// Outcome of the image's download.
     fault: Wrong,
-    /// What the controller says about the image.
+    /// The controller's answer about the image's facts.
     said: Option<ImageFacts>,
-    /// A controller has let the jobs of earlier processes stand.
+    /// A controller has confirmed the jobs of earlier processes.
     heard: bool,
 }
 
@@ -81,7 +81,7 @@ impl Bench {
             verdict: LONG,
             confirmation: LONG,
             max_pause: Duration::from_secs(60),
-            // No installation comes further than to its download.
+            // No installation gets further than its download.
             fault: Wrong::Withheld,
             said: Some(judged::good()),
             heard: true,
@@ -92,7 +92,7 @@ impl Bench {
         BootPart::new(self.machine.dir.join("recovery"), &self.machine.facts.board)
     }
 
-    /// The machine after its next boot.
+    /// Boots the machine again, with no calls recorded yet.
     fn reboot(mut self, boot_id: &str, mode: Mode) -> Self {
         self.machine.boot_id = boot_id.to_owned();
         self.machine.mode = mode;
@@ -104,7 +104,7 @@ impl Bench {
         Arc::new(Journal::open(&self.machine.state_dir(), &self.machine.boot_id).unwrap())
     }
 
-    /// Runs the agent's part until `done`, then kills it.
+    /// Runs the executor until `done`, then kills it.
     async fn run(self, journal: &Arc<Journal>, done: impl AsyncFnOnce(&Arc<Journal>, &Machine)) -> Self {
         let Self { _dir, machine, verdict, confirmation, max_pause, fault, said, heard } = self;
         let machine = Arc::new(machine);
@@ -128,6 +128,7 @@ impl Bench {
             },
         )
         .unwrap();
+        // As `run::run` does it: first the outcome of the boot, then the session.
         executor.settle().await;
         for entry in journal.entries().iter().filter(|_| heard) {
             journal.note_confirmation(&entry.execution, Confirmation::Stands);
@@ -140,6 +141,7 @@ impl Bench {
         tokio::time::timeout(DEADLINE, done(journal, &machine)).await.expect("it did not come to that");
         stop.cancel();
         task.await.unwrap();
+        // Fails if the executor left a task or a thread behind that still holds the machine.
         let machine = Arc::into_inner(machine).unwrap();
         Self { _dir, machine, verdict, confirmation, max_pause, fault, said, heard }
     }
@@ -262,6 +264,7 @@ async fn a_power_off_that_did_not_happen_does_not_happen_later() {
     journal.arm(ONE).await.unwrap();
     let journal = bench.journal();
     let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Failed).await).await;
+    // The boot id is the same, so the command had no effect. A user may be at the machine by now.
     assert_eq!(error(&journal, ONE).reason, DID_NOT_POWER_OFF);
     assert_eq!(bench.machine.told(), [""; 0]);
 }
@@ -321,6 +324,7 @@ async fn an_update_leaves_the_installer_all_it_needs_before_it_is_armed() {
         job.instruction,
         Instruction::Install { image: "raspios.tar.gz".into(), sha256: image_sha256(), raw: false }
     );
+    // 2 is the sequence of ARMED, which is not journalled yet when the job is written.
     assert_eq!((job.execution.as_str(), job.attempt, job.sequence), (ONE, 7, 2));
     assert_eq!(job.controllers, ["controller:1346"]);
     let recovery = bench.machine.dir.join("recovery");
@@ -352,6 +356,7 @@ async fn the_old_system_that_comes_back_reports_a_rollback_and_cleans_the_card()
 async fn the_key_is_not_on_the_card_while_the_notice_passes() {
     let bench = Bench::new();
     let journal = bench.journal();
+    // A system on a stock card mounts this partition for every user to read.
     let folder = bench.machine.dir.join("recovery/marco");
     let on_card = || ["node.key", "node.crt", "next.key"].into_iter().find(|name| folder.join(name).exists());
     journal.accept(ONE, 1, update(LONG)).await.unwrap();
@@ -382,7 +387,7 @@ async fn an_update_that_is_cancelled_during_its_notice_leaves_no_job_on_the_card
     assert_eq!(bench.machine.told(), ["announce Reboot 3600s maintenance", "withdraw"]);
 }
 
-/// The new system after its trial boot.
+/// Brings the machine into its new system, after the trial boot. The release names the execution `release`.
 async fn on_trial(release: &str) -> Bench {
     let bench = armed_update().await.reboot("boot-b", Mode::Installer);
     let installer = bench.journal();
@@ -414,6 +419,7 @@ async fn the_new_system_becomes_the_default_only_when_the_controller_has_accepte
             let entry = entries.get(ONE).unwrap();
             assert_eq!((entry.state, entry.sequence), (State::Verifying, 5));
             assert_eq!(entry.release.as_ref().unwrap().image_sha256, image_sha256());
+            // The acknowledgement of TRIAL, an earlier state: no verdict.
             journal.ack(ONE, 4, 1).await.unwrap();
             for _ in 0..1000 {
                 tokio::task::yield_now().await;
@@ -424,7 +430,7 @@ async fn the_new_system_becomes_the_default_only_when_the_controller_has_accepte
         })
         .await;
     assert_ne!(std::fs::read_to_string(&autoboot).unwrap(), before);
-    // The next start finds the card clean, whenever the last one was killed.
+    // The next start tidies the card, at whatever point the last one was killed.
     let journal = bench.journal();
     let bench = bench.run(&journal, async |_, _| {}).await;
     assert_eq!(bench.recovery().read_job().unwrap(), None);

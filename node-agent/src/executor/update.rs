@@ -22,7 +22,7 @@ use crate::system::{Erase, Refusal};
 const DOWNLOADS: &str = "downloads";
 
 impl Executor {
-    /// Steps 1 and 2: nothing is touched but the idle installer set.
+    /// Steps 1 and 2 of an update. They write nothing but the idle installer set.
     pub(super) async fn prepare_update(
         &self,
         execution: &str,
@@ -31,30 +31,31 @@ impl Executor {
     ) -> Result<Prefix, StepError> {
         self.phase(execution, phase::CHECKING);
         self.system.preflight_update().await.map_err(refused)?;
-        // A raw image keeps nothing.
+        // A raw image replaces the whole card, so there is nothing to keep.
         if !update.raw {
             self.system.check_kept(erased_by(update)).await.map_err(refused)?;
         }
         self.judge(update, cancel).await?;
-        // Without an image the bootcode is what goes into the system's boot partition, not what installs it.
+        // Without an image the bootcode goes into the system's boot partition, and the fallback installer writes it.
         let installer = if update.image.is_some() { update.bootcode.as_ref() } else { None };
         self.installer_set(execution, installer, cancel).await
     }
 
-    /// Whether the image can start this board, by what the controller knows of it: before anything is armed.
+    /// Fails if the image cannot start this board, by the controller's facts about it. Runs before anything is armed.
     pub(super) async fn judge(&self, update: &Update, cancel: &CancellationToken) -> Result<(), StepError> {
         let Some(image) = &update.image else { return Ok(()) };
         let facts = self.downloader.facts(&image.sha256, cancel).await;
         if cancel.is_cancelled() {
             return Err(StepError::Cancelled);
         }
+        // No facts (an older controller, or none that answers): the installer judges by the download's header.
         let Some(facts) = facts else { return Ok(()) };
         let board = self.system.facts()?.board;
         let judged = facts.judge(&board.family, board.device_tree());
         judged.map_err(|message| StepError::Failed(Failure::new(install::NOT_A_SYSTEM, message)))
     }
 
-    /// The installer set asked for, or the fallback, complete on p1.
+    /// Makes the set that was asked for, or the fallback, complete on p1 (the recovery partition).
     pub(super) async fn installer_set(
         &self,
         execution: &str,
@@ -64,6 +65,7 @@ impl Executor {
         let recovery = self.recovery_or_fail()?;
         let Some(bootcode) = bootcode else {
             if self.mode() == Mode::Installer {
+                // In the installer the set that runs is there: it needs no fallback.
                 let present = recovery.clone();
                 if let Some(prefix) = off_runtime(move || Ok(present.present()?)).await? {
                     return Ok(prefix);
@@ -82,6 +84,7 @@ impl Executor {
         };
 
         let digest = bootcode.sha256.clone();
+        // Saves the download: a set is recorded with the digest of its zip.
         let held = off_runtime({
             let (recovery, digest) = (recovery.clone(), digest.clone());
             move || Ok(recovery.holds(&digest)?)
@@ -96,6 +99,7 @@ impl Executor {
         tokio::fs::create_dir_all(self.downloads()).await.map_err(DownloadError::from)?;
         let (folder, keep) = (self.downloads(), digest.clone());
         off_runtime(move || {
+            // Downloads are named by digest. Leftovers of others only take room.
             download::sweep(&folder, Some(&keep));
             Ok(())
         })
@@ -113,13 +117,14 @@ impl Executor {
         .await
     }
 
-    /// The end of step 2: everything that the installer needs to know, on p1. Until the trial boot it changes nothing.
+    /// The end of step 2: writes everything that the installer needs to p1. It has no effect before the trial boot.
     pub(super) async fn hand_over(&self, entry: &Entry, update: &Update, prefix: Prefix) -> Result<(), StepError> {
         let recovery = self.recovery_or_fail()?;
         let folder = self.recovery_folder().ok_or_else(no_recovery)?;
         let journal = self.journal.for_the_installer(&entry.execution)?;
-        // As it is now: the attempt may have been raised since the job began.
+        // The present entry: the attempt may have been raised since the job began.
         let entry = self.journal.entries().get(&entry.execution).cloned().unwrap_or_else(|| entry.clone());
+        // The next sequence is that of ARMED, which an installer without a journal goes on from.
         let job = self.install_job(&entry, update, prefix, entry.sequence.saturating_add(1))?;
         let identity = self.system.identity_dir();
         let image = update.image.as_ref().map(|image| image.id.clone());
@@ -172,21 +177,22 @@ impl Executor {
         })
     }
 
-    /// In the new system: the controller's acknowledgement is its verdict. Only then the system becomes the default.
+    /// Waits in the new system for the controller's acknowledgement, which is its verdict. Only then makes it the
+    /// default.
     pub(super) async fn await_verdict(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         self.phase(execution, phase::VERDICT);
         let mut changes = self.journal.changes();
         let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked));
-        // A raw image is what boots in any case.
+        // A raw image boots in any case: there is no installer to go back to.
         let patience = if entry.action.is_raw() { Duration::MAX } else { self.settings.verdict };
         if tokio::time::timeout(patience, accepted).await.is_err() {
-            // A system that cannot reach its controller, or is not the one asked for, is no better than one that does
-            // not come up. The installer is still the default, and counts the trial.
+            // A system that cannot reach its controller, or is the wrong one, is no better than one that does not come
+            // up. The installer is still the default, and counts the trial.
             tracing::warn!(execution, "controller has not accepted the new system, back to the installer");
             return self.go_down(entry, WayDown::Reboot).await;
         }
-        // A raw image is what boots already, and has no installer beside it.
+        // A raw image is the default already.
         if !entry.action.is_raw() {
             self.make_system_default(execution).await?;
         }
@@ -195,7 +201,7 @@ impl Executor {
         Ok(())
     }
 
-    /// What the installer noted before it gave the machine back.
+    /// Returns the reason that the installer noted before it gave the machine back.
     pub(super) fn why_rolled_back(&self, execution: &str) -> Failure {
         let noted = self.recovery_folder().and_then(|folder| journal::noted(&folder, execution));
         noted.unwrap_or_else(|| {
@@ -203,20 +209,21 @@ impl Executor {
         })
     }
 
-    /// After an update that is over, in the running system.
+    /// Tidies the recovery partition after an update that is over, in the running system only.
     pub(super) async fn tidy_after(&self, entry: &Entry) {
         if entry.action.kind() == Kind::Update && self.mode() == Mode::Running {
             self.tidy_recovery().await;
         }
     }
 
-    /// Removes from p1 what only an unfinished update may leave there: the job, the identity, the installer's journal.
-    /// While every boot is the installer, it needs them all, however the update ended.
+    /// Removes the job, the identity and the installer's journal from p1: only an unfinished update may leave them
+    /// there. Removes nothing while the installer boots by default, since it needs them however the update ended.
     pub(super) async fn tidy_recovery(&self) {
         let busy = self.journal.entries().unfinished().is_some_and(|entry| entry.action.kind() == Kind::Update);
         let (Some(recovery), Some(folder), false) = (self.recovery(), self.recovery_folder(), busy) else { return };
         let downloads = self.downloads();
         let tidied = off_runtime(move || {
+            // A failed switch once left the installer as the default, and this function took its key away.
             if recovery.default_boot()? == DefaultBoot::Installer {
                 tracing::warn!("the installer is what boots: what it needs stays on the recovery partition");
                 return Ok(());
@@ -232,7 +239,7 @@ impl Executor {
             if downloads.exists() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }
-            // The rest of an installer's download takes room from the next set.
+            // Leftovers of an installer's download take room from the next set.
             let left = [folder.clone(), folder.join(DOWNLOADS)];
             if left.iter().any(|folder| download::is_to_sweep(folder)) {
                 let _writable = recovery.open_for_writing()?;
@@ -269,7 +276,7 @@ fn refused(refusal: Refusal) -> StepError {
     StepError::Failed(Failure::new(refusal.reason, refusal.message))
 }
 
-/// The file systems that the installer makes anew for this.
+/// Returns the file systems that the installer formats for this update.
 fn erased_by(update: &Update) -> Erase {
     let root = update.image.is_some();
     Erase { root, home: root && update.discard_home }
@@ -291,7 +298,7 @@ fn digest_of(path: &Path) -> std::io::Result<String> {
     Ok(hex::encode(hasher.finalize()))
 }
 
-/// Feeds a hasher.
+/// Writes into a hasher, for `io::copy`.
 struct Hashing<'a>(&'a mut Sha256);
 
 impl std::io::Write for Hashing<'_> {
@@ -305,7 +312,7 @@ impl std::io::Write for Hashing<'_> {
     }
 }
 
-/// Removes a file that is of no more use; one that stays does no harm.
+/// Removes a file that is no longer needed. Best effort: one that stays does no harm.
 fn remove(path: &Path) {
     if let Err(error) = std::fs::remove_file(path)
         && error.kind() != std::io::ErrorKind::NotFound

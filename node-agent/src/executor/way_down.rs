@@ -1,4 +1,4 @@
-//! How the machine goes down, and what is said of it.
+//! The commands that take the machine down, and the phases that are reported with them.
 
 use super::{DID_NOT_REBOOT, Executor, StepError};
 use crate::cause::chain;
@@ -6,10 +6,10 @@ use crate::job::{self, Action, Failure, phase};
 use crate::journal::Entry;
 use crate::system::{Down, Force, Reboot};
 
-/// How often the command to go down is given before the job fails.
+/// Commands to go down, each stronger than the one before, until the job fails.
 const MAX_COMMANDS: u32 = 3;
 
-/// How the machine goes down.
+/// The ways to go down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum WayDown {
     Reboot,
@@ -18,7 +18,7 @@ pub(super) enum WayDown {
 }
 
 impl WayDown {
-    /// What is said of the command with this number, from 1.
+    /// Returns the phase to report with a command; `command` counts from 1.
     pub(super) fn phase(self, command: u32) -> &'static str {
         match (self, command) {
             (Self::Reboot, 1) => phase::RESTARTING,
@@ -32,7 +32,8 @@ impl WayDown {
 }
 
 impl Executor {
-    /// Gives the command, and a stronger one when the machine is still up after a while. Returns only with an error.
+    /// Gives the command, and stronger ones if the machine is still up after `System::patience`. Returns only with an
+    /// error.
     pub(super) async fn go_down(&self, entry: &Entry, way: WayDown) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         let message = match &entry.action {
@@ -52,7 +53,8 @@ impl Executor {
         Err(StepError::Failed(Failure::new(reason, message)))
     }
 
-    /// Gives the commands, one after the other. Returns when the machine stays up; the error of the last that failed.
+    /// Gives the commands, one after the other. Returns if the machine stays up, with the last error (`None`: no
+    /// command failed).
     pub(super) async fn command_down(&self, execution: Option<&str>, way: WayDown, message: &str) -> Option<String> {
         let mut last = None;
         for command in 1..=MAX_COMMANDS {
@@ -65,7 +67,7 @@ impl Executor {
                 WayDown::TryBoot => (Down::Reboot, Reboot::TryBoot),
                 WayDown::PowerOff => (Down::PowerOff, Reboot::Plain),
             };
-            // Before the command: the agent may be told to end before the command returns.
+            // Before the command: the agent may be told to end before the command returns, and must say `Leaving`.
             self.journal.set_powering_off(way == WayDown::PowerOff);
             let issued = match (command, down) {
                 (1, Down::Reboot) => self.system.reboot(how, execution, message).await,
@@ -74,6 +76,7 @@ impl Executor {
                 _ => self.system.force(down, how, Force::Everything, execution).await,
             };
             if let Err(error) = issued {
+                // The command had no effect: an agent that ends now must not claim a power-off.
                 self.journal.set_powering_off(false);
                 tracing::error!(execution, error = %chain(&error), "command to go down failed");
                 last = Some(chain(&error));
@@ -84,9 +87,10 @@ impl Executor {
         last
     }
 
-    /// Lets the controller acknowledge that the machine goes down; without a session it goes down all the same.
+    /// Waits, best effort, until the controller has acknowledged that the machine goes down.
     async fn say_farewell(&self, execution: &str, way: WayDown) {
         let patience = match way {
+            // Longer for a power-off: nothing is heard afterwards, while a restarted node reports by itself.
             WayDown::PowerOff => self.settings.farewell,
             WayDown::Reboot | WayDown::TryBoot => self.settings.farewell / 5,
         };

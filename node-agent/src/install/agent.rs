@@ -1,7 +1,7 @@
 //! Puts the agent and the node's identity into the new root, so that the node comes back as itself.
 //!
-//! An image with an agent of its own keeps the newer of both, by when they were built; one whose build is not told is
-//! taken for older than ours.
+//! An image with an agent of its own keeps the newer of the two, by the times of their builds. One without such a time
+//! counts as older.
 
 use std::fs::File;
 use std::io::{Read, Result};
@@ -9,16 +9,16 @@ use std::path::Path;
 
 use crate::system::rooted::Rooted;
 
-/// Where the agent is in a root.
+/// Path of the agent in a root.
 const PROGRAM: &str = "usr/bin/marco-agent";
 /// Its unit, for images that have none.
 const UNIT: &str = include_str!("../../dist/marco-agent.service");
 const UNIT_NAME: &str = "marco-agent.service";
-/// Where images have units of their packages.
+/// Folders in which images have the units of their packages.
 const UNIT_FOLDERS: [&str; 3] = ["etc/systemd/system", "usr/lib/systemd/system", "lib/systemd/system"];
-/// Where a unit is linked that starts by itself.
+/// Folder of links to the units that start by themselves.
 const WANTS: &str = "etc/systemd/system/multi-user.target.wants";
-/// The agent's files beside its key that tell it its way: the controllers it knew, and the time.
+/// The agent's identity and its way: key, certificates, controllers that it knew, and the time.
 const FILES: [(&str, u32); 6] = [
     ("node.key", 0o600),
     ("node.crt", 0o644),
@@ -27,9 +27,9 @@ const FILES: [(&str, u32); 6] = [
     ("live-controllers.json", 0o644),
     ("time", 0o644),
 ];
-/// What this very text in a program is followed by: when it was built, in seconds since 1970, and a space.
+/// Text in a program. The time of its build follows, in seconds since 1970, and a space.
 const MARK: &str = "marco-agent was built at ";
-/// What `--version` prints: the version, and the mark, which so cannot be optimised away.
+/// Output of `--version`: the version, and the mark, which so cannot be optimised away.
 pub const LONG_VERSION: &str = concat!(
     env!("CARGO_PKG_VERSION"),
     "\nmarco-agent was built at ",
@@ -37,18 +37,21 @@ pub const LONG_VERSION: &str = concat!(
     " (seconds since 1970)"
 );
 
-/// Installs program and unit; says whether the image's own program was kept.
+/// Installs program and unit. Returns true if the image's own program was kept.
 pub(super) fn install(root: &Rooted, program: &Path) -> Result<bool> {
     let own = root.open_file(PROGRAM).ok().and_then(built);
+    // The image's newer agent must not give way to that of an older installer.
     let keep = own.is_some_and(|own| Some(own) >= File::open(program).ok().and_then(built));
     if !keep {
         let mut file = root.create(PROGRAM, 0o755)?;
         std::io::copy(&mut File::open(program)?, &mut file)?;
-        // Whatever the umask of an initramfs.
+        // `create` is subject to the umask, which an initramfs may set to anything.
         rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o755))?;
     }
+    // Both paths: `/lib` is a link to `/usr/lib` in newer images only.
     let systemd = ["usr/lib/systemd/systemd", "lib/systemd/systemd"];
     if !systemd.iter().any(|init| root.is_file(init, true)) {
+        // Not an error: an image may start the agent by another init.
         tracing::warn!("the image has no systemd: it must start `marco-agent run` by itself");
         return Ok(keep);
     }
@@ -62,27 +65,30 @@ pub(super) fn install(root: &Rooted, program: &Path) -> Result<bool> {
             unit
         }
     };
+    // The link that `systemctl enable` makes: no program of the image runs here.
     root.link(format!("{WANTS}/{UNIT_NAME}"), format!("/{unit}"))?;
     Ok(keep)
 }
 
 /// Copies the node's identity to the agent's folder in the root.
 pub(super) fn identify(root: &Rooted, identity_dir: &Path) -> Result<()> {
+    // These only: the folder may also hold a log and a journal of the installer.
     for (name, mode) in FILES {
         match std::fs::read(identity_dir.join(name)) {
             Ok(bytes) => root.write(Path::new(super::STATE_DIR).join(name), &bytes, mode)?,
-            // What was never learnt.
+            // The node never learnt it, for example the time.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
     }
+    // The key is in it, and the image may bring the folder with any mode.
     let folder = root.folder(super::STATE_DIR)?;
     Ok(rustix::fs::fchmod(&folder, rustix::fs::Mode::from_raw_mode(0o700))?)
 }
 
-/// When a program was built, as it says itself; none when it does not.
+/// Returns the time of a program's build in seconds since 1970; `None`: it has no mark.
 fn built(mut program: File) -> Option<u64> {
-    /// How much is looked at at once; the mark may lie over the border of two.
+    /// Bytes that are searched at once; the mark may lie over the border of two windows.
     const WINDOW: usize = 1 << 20;
     /// Longer than the mark, ten digits and the space.
     const OVERLAP: usize = 64;
@@ -95,6 +101,7 @@ fn built(mut program: File) -> Option<u64> {
             |(at, _)| {
                 let rest = bytes.get(at + MARK.len()..)?;
                 let digits: Vec<u8> = rest.iter().take_while(|byte| byte.is_ascii_digit()).copied().collect();
+                // The space shows that no digit is cut off by the window.
                 (rest.get(digits.len()) == Some(&b' ')).then(|| std::str::from_utf8(&digits).ok()?.parse().ok())?
             },
         );
@@ -149,7 +156,7 @@ mod tests {
         assert!(image.read("etc/systemd/system/marco-agent.service").contains("ExecStart=/usr/bin/marco-agent run"));
         let link = image.dir.path().join("etc/systemd/system/multi-user.target.wants/marco-agent.service");
         assert_eq!(fs::read_link(link).unwrap().to_str(), Some("/etc/systemd/system/marco-agent.service"));
-        // Once more, over what is there.
+        // A second installation replaces the files of the first.
         install(&image.root, &program).unwrap();
     }
 

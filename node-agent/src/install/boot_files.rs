@@ -14,15 +14,14 @@ use crate::system::{Board, Target};
 /// No boot partition has folders within folders deeper than this.
 const DEPTH: usize = 16;
 
-/// A folder of boot files, as the one reader of what the firmware takes sees it.
+/// A folder of boot files, for `marco_archive::firmware`, the one reader of what the firmware takes.
 struct Folder<'a> {
     root: &'a Rooted,
     folder: &'a Path,
 }
 
 impl Folder<'_> {
-    /// The path of this file, however it is written there: a root tells cases apart, and the FAT that the file goes to does
-    /// not.
+    /// Finds a file in any case of letters: a root tells cases apart, and the FAT that the file goes to does not.
     fn path(&self, name: &str) -> Option<PathBuf> {
         let mut path = self.folder.to_owned();
         for part in lookup(name).split('/') {
@@ -49,7 +48,7 @@ fn tree(board: &Board) -> Tree<'static> {
     board.device_tree().map_or(Tree::Unknown, Tree::Named)
 }
 
-/// Where the image's boot files are: in what it mounts as vfat, or in the other place.
+/// Finds the image's boot files: in the folder that it mounts as vfat, or in the other one.
 pub(super) fn find(root: &Rooted, board: &Board) -> std::result::Result<BootMount, InstallError> {
     let fstab = root.read("etc/fstab").map_err(InstallError::disk("read /etc/fstab of the image"))?.unwrap_or_default();
     let folders = BootMount::ALL.map(|mount| (mount, Folder { root, folder: Path::new(mount.folder()) }));
@@ -62,29 +61,33 @@ pub(super) fn find(root: &Rooted, board: &Board) -> std::result::Result<BootMoun
     })
 }
 
-/// Moves them to the boot partition.
+/// Moves the boot files from the root to the boot partition.
 pub(super) fn move_from(root: &Rooted, mount: BootMount, boot: &Rooted) -> std::result::Result<(), InstallError> {
+    // Copied first: after a power cut the whole installation begins again, from an empty root.
     copy(root, Path::new(mount.folder()), boot, Path::new(""), DEPTH)
         .map_err(InstallError::disk("copy the image's boot files"))?;
     root.clear(mount.folder()).map_err(InstallError::disk("empty the image's boot folder"))
 }
 
-/// Where a system mounts the boot partition that came with its disk image.
+/// Returns the mount point of the boot partition that came with a disk image; `/boot/firmware` if its fstab names none.
 pub(super) fn mounted(root: &Rooted) -> std::result::Result<BootMount, InstallError> {
     let fstab = root.read("etc/fstab").map_err(InstallError::disk("read /etc/fstab of the image"))?.unwrap_or_default();
     Ok(BootMount::of_fstab(&String::from_utf8_lossy(&fstab)).unwrap_or(BootMount::Firmware))
 }
 
-/// FAT has files and folders only: a link to a file becomes that file, and what else there is stays behind.
+/// Copies a folder to a FAT, which has files and folders only: a link to a file becomes that file, and everything else
+/// is left out.
 fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) -> Result<()> {
     for (name, kind) in from.list(source)? {
         let (source, dest) = (source.join(&name), dest.join(&name));
         match kind {
+            // Bounds the recursion, whatever the image holds.
             Kind::Folder if depth == 0 => return Err(std::io::Error::new(ErrorKind::InvalidInput, "folders too deep")),
             Kind::Folder => {
                 to.folder(&dest)?;
                 copy(from, &source, to, &dest, depth - 1)?;
             }
+            // A link to a folder, or to nothing.
             Kind::Link if !from.is_file(&source, false) => {}
             Kind::File | Kind::Link => {
                 std::io::copy(&mut from.open_file(&source)?, &mut to.create(&dest, 0o755)?)?;
@@ -103,9 +106,12 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     let place = files.path(&file).ok_or_else(lacks)?;
     let text = boot.read(&place).map_err(InstallError::disk("read the command line"))?.ok_or_else(lacks)?;
     let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
+    // Not as `[tryboot] cmdline=` in config.txt: firmware that ignores that would boot without the words.
     let text = trial::with_words(&text);
     boot.write(&place, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
 
+    // Images of Ubuntu name other files in `[tryboot]`, for trial boots of their own. Our trial must try the files that
+    // every later boot takes.
     let lines = same_on_trial(&files, &board.family, tree(board));
     if lines.is_empty() {
         return Ok(());
@@ -118,8 +124,8 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     boot.write(&place, &config, 0o755).map_err(InstallError::disk("write config.txt"))
 }
 
-/// Ends the trial on the command line that the firmware reads here: its words go. `false`: there were none. The partition is
-/// mounted for writing.
+/// Ends the trial: removes its words from the command line that the firmware reads here. Returns false if there were
+/// none. The partition must be mounted for writing.
 pub(crate) fn end_trial(boot: &Path, board: &Board) -> Result<bool> {
     let root = Rooted::open(boot)?;
     let files = Folder { root: &root, folder: Path::new("") };
@@ -127,7 +133,7 @@ pub(crate) fn end_trial(boot: &Path, board: &Board) -> Result<bool> {
     files.path(&file).map_or(Ok(false), |place| trial::take_away(&boot.join(place)))
 }
 
-/// Whether this board can boot from these files: a kernel, a command line, `config.txt`, and the board's device tree.
+/// Fails if this board cannot boot from these files: a kernel, a command line, `config.txt`, and its device tree.
 pub(super) fn check(boot: &Rooted, board: &Board) -> std::result::Result<(), InstallError> {
     let files = Folder { root: boot, folder: Path::new("") };
     match select(&files, &board.family, tree(board), false).lacks.as_slice() {
@@ -170,7 +176,7 @@ mod tests {
         dir
     }
 
-    /// The push's view of the same files.
+    /// The facts of the same files that a push would store.
     fn pushed(boot: &Path) -> Facts {
         let mut facts = Facts::default();
         let mut folders = vec![boot.to_owned()];

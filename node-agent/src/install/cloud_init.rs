@@ -1,4 +1,4 @@
-//! cloud-init in the installed system: how it finds its data on the boot partition.
+//! cloud-init in the installed system, and its search for data on the boot partition.
 //!
 //! Its data source NoCloud mounts the file system with a certain label and reads `user-data` and `meta-data` there, which
 //! must both be present (cloud-init's documentation, "NoCloud", and `cloudinit/sources/DataSourceNoCloud.py`). The label is
@@ -13,26 +13,27 @@ use crate::system::rooted::{Kind, Rooted};
 /// The file that makes a boot partition one with data.
 pub(super) const USER_DATA: &str = "user-data";
 const CONFIGURATION: &str = "etc/cloud/cloud.cfg";
-/// Read after it, in the order of their names: what is said last counts.
+/// Folder of files that are read after it, in the order of their names: the last value counts.
 const FOLDER: &str = "etc/cloud/cloud.cfg.d";
-/// With this file it does nothing.
+/// cloud-init does nothing if this file exists.
 const DISABLED: &str = "etc/cloud/cloud-init.disabled";
 const USUAL_LABEL: &str = "CIDATA";
-/// Length of a FAT's label.
+/// Most bytes of a FAT's label.
 const LABEL_MAX: usize = 11;
 
-/// Whether the system has one that works.
+/// Returns true if the system has cloud-init, and it is not disabled.
 pub(super) fn is_there(root: &Rooted) -> bool {
     root.is_dir("etc/cloud") && !root.is_there(DISABLED)
 }
 
-/// The label under which cloud-init of this root looks for a boot partition with data; none when it has no use for one.
+/// Returns the label of the boot partition with data that this root's cloud-init looks for; `None`: it needs none.
 pub(super) fn label(root: &Rooted) -> Result<Option<String>> {
     if !is_there(root) {
         return Ok(None);
     }
     let (mut label, mut folder) = (None, None);
     let files = root.list(FOLDER)?.into_iter().filter(|(name, kind)| {
+        // cloud-init reads no others. A README may show the key as an example.
         matches!(kind, Kind::File | Kind::Link) && Path::new(name).extension().is_some_and(|ending| ending == "cfg")
     });
     for path in [CONFIGURATION.into()].into_iter().chain(files.map(|(name, _)| Path::new(FOLDER).join(name))) {
@@ -41,6 +42,7 @@ pub(super) fn label(root: &Rooted) -> Result<Option<String>> {
         label = last_value(&text, "fs_label").or(label);
         folder = last_value(&text, "seedfrom").or(folder);
     }
+    // It reads a folder then, and looks for no label.
     if folder.is_some_and(|folder| folder.starts_with('/') || folder.starts_with("file:")) {
         return Ok(None);
     }
@@ -49,17 +51,18 @@ pub(super) fn label(root: &Rooted) -> Result<Option<String>> {
     if label.is_empty() || label == "~" || label.eq_ignore_ascii_case("null") || label == "None" {
         return Ok(None);
     }
-    // What mkfs.vfat takes, and a FAT holds (Microsoft's FAT32 File System Specification, 6.1).
+    // Characters that mkfs.vfat takes and a FAT holds (Microsoft's FAT32 File System Specification, 6.1).
     let fits = label.len() <= LABEL_MAX
         && label.bytes().all(|byte| matches!(byte, 0x20..=0x7e) && !b"\"*+,./:;<=>?[\\]|".contains(&byte));
     if !fits {
+        // Not an error: the system works, only without the data.
         tracing::warn!(label, "cloud-init of the image looks for a label that a FAT cannot have");
     }
     Ok(fits.then_some(label))
 }
 
-/// Gives cloud-init the file that it does not do without: an instance, which is this node. To the same system it must not
-/// become another one, or cloud-init would begin anew.
+/// Writes `meta-data`, without which cloud-init ignores `user-data`. The instance is the node: with another one for the
+/// same system cloud-init would set everything up again.
 pub(super) fn complete(boot: &Rooted, node: &str) -> Result<()> {
     if boot.is_there(USER_DATA) && !boot.is_there("meta-data") {
         boot.write("meta-data", format!("instance-id: {node}\n").as_bytes(), 0o700)?;
@@ -67,10 +70,11 @@ pub(super) fn complete(boot: &Rooted, node: &str) -> Result<()> {
     Ok(())
 }
 
-/// The value that a key of a YAML text has last, in block or flow style; enough for two keys that stand nowhere but below
-/// `NoCloud`, and have a word as their value.
+/// Returns the last value of a key in a YAML text, in block or flow style. Enough for two keys that stand nowhere but
+/// below `NoCloud`, and have a word as their value.
 fn last_value(text: &str, key: &str) -> Option<String> {
     text.lines().rev().find_map(|line| {
+        // In YAML a `#` begins a comment only after white space.
         let line = line.find(" #").and_then(|at| line.get(..at)).unwrap_or(line);
         if line.trim_start().starts_with('#') {
             return None;
@@ -118,7 +122,7 @@ mod tests {
         );
         assert_eq!(with(&[("cloud.cfg", ""), ("cloud.cfg.d/99_raspberry-pi.cfg", RASPBERRY_PI_OS)]), None);
         assert_eq!(with(&[("cloud.cfg", UBUNTU), ("cloud-init.disabled", "")]), None);
-        // What comes last counts, however the files lie on the disk.
+        // The last value in the order of names counts, not in that of the disk.
         let files =
             [("cloud.cfg.d/90.cfg", UBUNTU), ("cloud.cfg.d/10.cfg", "fs_label: ten"), ("cloud.cfg", "fs_label: x")];
         assert_eq!(with(&files).as_deref(), Some("system-boot"));

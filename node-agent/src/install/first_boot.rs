@@ -1,5 +1,6 @@
-//! What somebody put on the recovery partition for the first boot of every system that is installed: for all nodes, or for
-//! those with a label. It stays there, for the next installation. Its contents are nobody's business: they are never logged.
+//! Files that an operator put on the recovery partition for the first boot of every system that is installed: for all
+//! nodes, or for those with a label. They stay there for the next installation. Their contents may be secret, so they
+//! are never logged.
 
 use std::collections::BTreeMap;
 use std::io::Result;
@@ -16,10 +17,10 @@ use crate::system::rooted::{Kind, Rooted};
 
 /// On the recovery partition: files of any name for the system's boot partition.
 const ANY_NAME: &str = "marco/boot";
-/// The files of which cloud-init reads its data.
+/// Files from which cloud-init reads its data.
 const CLOUD_INIT: [&str; 3] = ["meta-data", "network-config", "user-data"];
 
-/// How long the labels are waited for: a node that can download has, or gets, a session as well.
+/// Longest wait for the labels: a node that can download has, or gets, a session as well.
 const LABELS: Duration = Duration::from_secs(120);
 
 /// Files for a system's boot partition.
@@ -27,12 +28,12 @@ const LABELS: Duration = Duration::from_secs(120);
 pub(super) struct Given(BTreeMap<String, File>);
 
 struct File {
-    /// Where it is on the recovery partition.
+    /// Path on the recovery partition.
     from: PathBuf,
     bytes: Vec<u8>,
 }
 
-/// Without what is in them: passwords and keys.
+/// Paths only: the contents are passwords and keys.
 impl std::fmt::Debug for Given {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.0.values().map(|file| &file.from)).finish()
@@ -40,7 +41,7 @@ impl std::fmt::Debug for Given {
 }
 
 impl Work<'_> {
-    /// Waits until a controller has said the node's labels, if the card has files that depend on them.
+    /// Waits until a controller has said the node's labels, but only if the card has files that depend on them.
     pub(super) async fn labels_are_known(&self) -> std::result::Result<(), InstallError> {
         let recovery = self.card.recovery.clone();
         let looked = move || depends_on_labels(&recovery).map_err(InstallError::disk("read the files given"));
@@ -55,19 +56,21 @@ impl Work<'_> {
                 message:
                     "the card has files for nodes with certain labels, and no controller has said which this node has"
                         .into(),
+                // A controller that is away comes back.
                 retryable: true,
             }),
         }
     }
 
-    /// What the card has for the first boot of this node.
+    /// Reads the card's files for the first boot of this node.
     pub(super) async fn given(&self) -> std::result::Result<Given, InstallError> {
         let (recovery, labels) = (self.card.recovery.clone(), self.context.labels.borrow().clone().unwrap_or_default());
         blocking(move || Given::find(&recovery, &labels).map_err(InstallError::disk("read the files given"))).await
     }
 
-    /// Gives the boot partition, which is still empty, the label by which cloud-init of the new root looks for its data,
-    /// if there will be any. Whether the boot files bring some is `None` where they are still in the root.
+    /// Gives the boot partition, which is still empty, the label by which cloud-init of the new root looks for its
+    /// data, if there will be any. `bring` says whether the boot files bring some; `None`: they are still in the root,
+    /// which is searched.
     pub(super) async fn label_boot(
         &self,
         target: &Target,
@@ -86,13 +89,14 @@ impl Work<'_> {
             }
             cloud_init::label(&root).map_err(InstallError::disk("read the configuration of cloud-init"))
         });
+        // A label is given by making the file system again, so this comes before any file.
         let Some(label) = label.await? else { return Ok(()) };
         tracing::info!(label, "label of the boot partition, for cloud-init");
         Ok(self.system.label_boot(target, &label).await?)
     }
 }
 
-/// Puts what is for the first boot on the boot partition.
+/// Copies the files for the first boot to the boot partition.
 pub(super) fn give_on(
     given: &Given,
     root: &Rooted,
@@ -106,18 +110,20 @@ pub(super) fn give_on(
     Ok(())
 }
 
-/// Whether there are files for nodes with certain labels, so that those of this node must be known.
+/// Returns true if there are files for nodes with certain labels, so that those of this node must be known.
 fn depends_on_labels(recovery: &Path) -> Result<bool> {
     let entries = Rooted::open(recovery)?.list(FOLDER)?;
     Ok(entries.iter().any(|(name, kind)| *kind == Kind::Folder && name.to_str().and_then(label).is_some()))
 }
 
 impl Given {
-    /// What is there for a node with these labels. Of two files with one name the more special one counts: one of the
-    /// root gives way to one of `marco/boot`, that to one of `marco/first-boot`, and that to one of a label's folder there.
+    /// Collects the files for a node with these labels. Of two files with one name the more special one counts: one of
+    /// the root gives way to one of `marco/boot`, that to one of `marco/first-boot`, and that to one of a label's
+    /// folder there.
     fn find(recovery: &Path, labels: &Labels) -> Result<Self> {
         let recovery = Rooted::open(recovery)?;
         let mut given = Self::default();
+        // From the least special place to the most special one: a later file replaces one of its name.
         for name in NAMES.into_iter().filter(|name| recovery.is_there(name)) {
             given.take(&recovery, Path::new(""), name)?;
         }
@@ -127,7 +133,7 @@ impl Given {
             }
         }
         given.take_known(&recovery, Path::new(FOLDER))?;
-        // Sorted, so that which of two folders counts is the same each time.
+        // `list` is sorted, so of two folders the same one counts each time.
         let mut of_labels: BTreeMap<String, PathBuf> = BTreeMap::new();
         for (folder, _) in recovery.list(FOLDER)?.into_iter().filter(|(_, kind)| *kind == Kind::Folder) {
             let Some((key, value)) = folder.to_str().and_then(label) else {
@@ -148,18 +154,18 @@ impl Given {
         Ok(given)
     }
 
-    /// Only what cloud-init reads: a system that is not new has no use for the rest.
+    /// Keeps only the files that cloud-init reads: a system that is not new has no use for the rest.
     pub(super) fn of_cloud_init(mut self) -> Self {
         self.0.retain(|name, _| CLOUD_INIT.contains(&name.as_str()));
         self
     }
 
-    /// Whether there is a file of this name.
+    /// Returns true if there is a file of this name.
     fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
 
-    /// Puts them on the boot partition, for its owner alone to read.
+    /// Writes the files to the boot partition, for its owner alone to read.
     fn give_on(&self, boot: &Rooted) -> Result<()> {
         for (name, file) in &self.0 {
             boot.write(Path::new(name), &file.bytes, 0o700)?;
@@ -168,7 +174,7 @@ impl Given {
         Ok(())
     }
 
-    /// The files of a folder that have names of the first boot: these names.
+    /// Takes the files of a folder that have names of the first boot. Returns these names.
     fn take_known(&mut self, recovery: &Rooted, folder: &Path) -> Result<Vec<String>> {
         let mut taken = Vec::new();
         for (name, kind) in recovery.list(folder)? {
@@ -217,7 +223,7 @@ mod tests {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     }
 
-    /// What a node with these labels gets.
+    /// Names and contents of the files that a node with these labels gets.
     fn given(card: &Path, labels: &Labels) -> Vec<(String, String)> {
         let boot = tempfile::tempdir().unwrap();
         Given::find(card, labels).unwrap().give_on(&Rooted::open(boot.path()).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! What makes a system this node's own: its host name, and the machine id and SSH host keys that it had before.
+//! Files that make a system this node's own: its host name, and the machine id and SSH host keys that it had before.
 
 use std::collections::BTreeMap;
 use std::io::Result;
@@ -18,13 +18,13 @@ const SSH: &str = "etc/ssh";
 /// The version of the file that is written, and the highest that is read.
 const VERSION: u32 = 1;
 
-/// What a node keeps over an installation; on p1, too, for a power cut between erasing the old root and finishing the
-/// new one.
+/// Files that a node keeps over an installation. They are on p1, too, for a power cut between erasing the old root and
+/// finishing the new one.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Keep {
-    /// Version of the file; 0 or absent: written before there was one, otherwise as version 1. Another installer may go on
-    /// with it: fields are only added, and readers leave alone what they do not know.
+    /// Version of the file. 0 or absent: written before there was one, otherwise as version 1. Another installer may go
+    /// on with it, so fields are only added, and readers leave alone those that they do not know.
     version: u32,
     /// The execution that saved it.
     execution: String,
@@ -35,8 +35,8 @@ pub(super) struct Keep {
 }
 
 impl Keep {
-    /// What this execution saved before; else what the old root has, saved now, before anything touches that. (A root
-    /// that an interrupted try has begun to fill has the image's, which are nobody's.)
+    /// Returns the files that this execution saved before. Otherwise saves those of the old root now, before anything
+    /// touches it. (A root that an interrupted try has begun to fill has the image's, which are no node's own.)
     pub(super) fn save(
         part: &BootPart,
         old: Option<&Rooted>,
@@ -50,7 +50,7 @@ impl Keep {
         let mut keep =
             old.map(read).transpose().map_err(super::InstallError::disk("read the old root"))?.unwrap_or_default();
         if let Some(saved) = saved {
-            // After a failed installation the root may have nothing, or only the image's.
+            // After a failed installation the root may have nothing, or only the image's files.
             if keep.machine_id.is_empty() {
                 keep.machine_id = saved.machine_id;
             }
@@ -64,6 +64,7 @@ impl Keep {
                 .map_err(|error| super::InstallError::io(format!("no random numbers: {error}")))?;
             keep.machine_id = hex::encode(bytes);
         }
+        // Made now and saved: the system has the same keys after an installation that begins again.
         if keep.ssh.is_empty()
             && let Some((private, public)) = ssh::fresh(&format!("root@{}", plan::host_name(&job.node)))
         {
@@ -77,12 +78,12 @@ impl Keep {
         Ok(keep)
     }
 
-    /// `None`: torn, or of a version that is not known here.
+    /// `None`: torn, or of a later version.
     fn parse(bytes: &[u8]) -> Option<Self> {
         serde_json::from_slice::<Self>(bytes).ok().filter(|saved| saved.version <= VERSION)
     }
 
-    /// Puts it into the new root, with the node's name. Host keys only where there is an sshd to use them.
+    /// Writes the files into the new root, with the node's name. Host keys only if there is an sshd to use them.
     pub(super) fn restore(&self, root: &Rooted, node: &str) -> Result<()> {
         let host = plan::host_name(node);
         root.write("etc/hostname", format!("{host}\n").as_bytes(), 0o644)?;
@@ -93,6 +94,7 @@ impl Keep {
         if !root.is_dir(SSH) {
             return Ok(());
         }
+        // An image's own host keys would be the same on every node.
         for (name, _) in host_keys(root)? {
             root.remove(Path::new(SSH).join(name))?;
         }
@@ -107,6 +109,7 @@ impl Keep {
 fn read(root: &Rooted) -> Result<Keep> {
     let machine_id = root.read("etc/machine-id")?.unwrap_or_default();
     let machine_id = String::from_utf8_lossy(&machine_id).trim().to_owned();
+    // Images ship `uninitialized`, or an empty file, for systemd to fill (machine-id(5)).
     let good = machine_id.len() == 32 && machine_id.bytes().all(|byte| byte.is_ascii_hexdigit());
     let mut ssh = BTreeMap::new();
     for (name, bytes) in host_keys(root)? {

@@ -1,4 +1,4 @@
-//! What an installation changes in an image's own texts, so that they fit the card. Pure.
+//! Changes to an image's own texts, so that they fit the card. Pure.
 
 pub(super) use marco_archive::firmware::BootMount;
 
@@ -13,6 +13,7 @@ pub(super) fn cmdline(text: &str, root_device: &str, root_type: &str) -> String 
     let kind = format!("rootfstype={root_type}");
     let mut words: Vec<String> = text
         .split_whitespace()
+        // `resize` has an initramfs grow the root, which would run into our home partition.
         .filter(|word| *word != "resize" && !word.starts_with("root="))
         .filter(|word| !(word.starts_with("init=") && RESIZERS.iter().any(|program| word.contains(program))))
         .map(|word| if word.starts_with("rootfstype=") { kind.clone() } else { word.to_owned() })
@@ -21,6 +22,7 @@ pub(super) fn cmdline(text: &str, root_device: &str, root_type: &str) -> String 
         words.push(kind);
     }
     words.push(format!("root={root_device}"));
+    // The card may show up after the kernel first looks for its root.
     if !words.iter().any(|word| word == "rootwait") {
         words.push("rootwait".into());
     }
@@ -32,6 +34,7 @@ pub(super) fn fstab(text: &str, target: &Target, boot: BootMount) -> String {
     let ours = [
         ("/", target.root_device.as_str(), target.root_type.as_str(), "defaults,noatime", "1"),
         (boot.mount_point(), target.boot_device.as_str(), "vfat", "defaults", "2"),
+        // `nofail`: without its home the node still reaches its controller, and can be repaired.
         ("/home", target.home_device.as_str(), target.home_type.as_str(), "defaults,noatime,nofail", "2"),
     ];
     let mut lines = Vec::new();
@@ -50,7 +53,7 @@ pub(super) fn fstab(text: &str, target: &Target, boot: BootMount) -> String {
                 lines.push(format!("{device} {point} {kind} {options} 0 {pass}"));
                 found.push(*point);
             }
-            // The same mount point a second time would mount what we do not have over it.
+            // A second line for a mount point would mount a device over ours that this card does not have.
             Some(_) => {}
             None => lines.push(line.to_owned()),
         }

@@ -13,12 +13,12 @@ use super::InstallError;
 use super::write_back::WriteBack;
 use crate::system::RawTarget;
 
-/// A partition of the card, and what has become of it.
+/// A partition of the card that is filled from the image.
 struct Place {
     what: &'static str,
     file: File,
     size: u64,
-    /// Whether it holds nothing but zeros, so that none need be written.
+    /// It holds nothing but zeros, so none need be written.
     blank: bool,
     filled: bool,
 }
@@ -27,7 +27,7 @@ impl Place {
     fn open(what: &'static str, device: &Path) -> std::io::Result<Self> {
         let mut file = File::options().write(true).open(device)?;
         let size = file.seek(SeekFrom::End(0))?;
-        // On a card that can do so this costs nothing, and spares it what it would have to write.
+        // Costs nothing on a card that can do it, and spares the card all zeros of the image.
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let blank = rustix::fs::fallocate(&file, flags, 0, size).is_ok();
         Ok(Self { what, file, size, blank, filled: false })
@@ -54,8 +54,10 @@ impl Places {
 impl Partitions for Places {
     fn begin(&mut self, partition: &Partition, file_system: FileSystem) -> Result<bool, marco_archive::Error> {
         self.filling = None;
-        // The first of each kind; what else an image has (recovery systems, swap) the card has no place for.
+        // The first of each kind. The card has no place for others, such as recovery systems and swap.
         let Some(place) = self.place(file_system).filter(|place| !place.filled) else { return Ok(false) };
+        // Refused before the commit if the room was known then. A first chunk that unpacks to little does not show the
+        // table.
         if partition.length > place.size {
             let (what, needed, size) = (place.what, partition.length, place.size);
             let action = format!("put the image's {what} of {needed} bytes into one of {size} bytes");
@@ -91,6 +93,7 @@ pub(super) fn write(from: impl BufRead, target: &RawTarget) -> Result<(), Instal
             let kind = if place.what == "root" { "ext4" } else { "FAT" };
             return Err(InstallError::not_a_system(format!("the disk image has no {kind} for the {}", place.what)));
         }
+        // The write-back ends with its last full step.
         place.file.sync_all().map_err(&disk)?;
     }
     Ok(())

@@ -17,14 +17,15 @@ const BLOCK: usize = 256 * 1024;
 /// Blocks that wait between the stages.
 const BLOCKS: usize = 8;
 
-/// Told how many bytes of the download are used up.
+/// Receives the number of bytes of the download that are used up.
 pub(super) type Progress = Box<dyn FnMut(u64) + Send>;
-/// Why the download ended, when a stage further on only sees a read that failed.
+/// Error that ended the download: later stages only see a read that failed.
 pub(super) type Cause = Arc<Mutex<Option<DownloadError>>>;
 
-/// Decompressed bytes on their way, and where blocks go back to when they were used.
+/// Creates the channel for decompressed blocks, and the one on which used blocks go back.
 pub(super) fn pipe(stop: CancellationToken) -> (Sender, Blocks) {
     let (sender, blocks) = sync_channel(BLOCKS);
+    // Room for all blocks: those that wait, the one that is filled, and the one that is read.
     let (used, free) = sync_channel(BLOCKS + 2);
     (Sender { sender, free }, Blocks { blocks, used, current: Block::default(), at: 0, stop })
 }
@@ -42,6 +43,7 @@ pub(super) fn decompress(mut raw: Chunks, compression: Compression, sender: &Sen
 
 fn decompress_all(raw: &mut Chunks, compression: Compression, sender: &Sender) -> Result<()> {
     let outcome = compression.decoder(raw).and_then(|decoder| sender.pump(decoder));
+    // A decoder's own words do not say what to do about a window that is too large.
     outcome.map_err(|error| match compression.explain_window(&error.to_string()) {
         Some(window) => Error::new(ErrorKind::InvalidData, window),
         None => error,
@@ -62,7 +64,7 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    /// Until the end, or until the unpacker has seen the end of the archive and went away.
+    /// Hands blocks on until the input ends, or until the unpacker has seen the archive's end and went away.
     fn pump(&self, mut from: impl Read) -> Result<()> {
         loop {
             let mut bytes = self.free.try_recv().unwrap_or_else(|_| vec![0; BLOCK]);
@@ -94,7 +96,7 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    /// Of a download of so many bytes, whose first chunk was taken off already.
+    /// Creates the reader of a download of `total` bytes, whose first chunk was taken off already.
     pub(super) fn new(
         first: Option<Bytes>,
         chunks: mpsc::Receiver<std::result::Result<Bytes, DownloadError>>,
@@ -111,11 +113,11 @@ impl BufRead for Chunks {
     fn fill_buf(&mut self) -> Result<&[u8]> {
         given_up(&self.stop)?;
         while self.current.is_empty() {
-            // The memory of the chunk before goes before another one is waited for.
+            // Frees the used chunk before the wait: chunks are most of an installer's memory.
             self.current = Bytes::new();
             match self.chunks.blocking_recv() {
                 Some(Ok(chunk)) => self.current = chunk,
-                // The end counts only when everything was there: a task that is gone is no end.
+                // A closed channel is the end only after all bytes; otherwise the task of the download is gone.
                 None if self.left == 0 => break,
                 None => return Err(Error::new(ErrorKind::UnexpectedEof, "the download ended early")),
                 Some(Err(error)) => {
@@ -125,7 +127,7 @@ impl BufRead for Chunks {
                 }
             }
         }
-        // A decoder takes what it gets at once: in pieces, so that it is told now and then how far it is.
+        // In pieces, for progress: a decoder takes everything that it gets at once.
         Ok(self.current.get(..BLOCK.min(self.current.len())).unwrap_or_default())
     }
 
@@ -158,9 +160,10 @@ impl BufRead for Blocks {
             let used = std::mem::take(&mut self.current);
             self.at = 0;
             if !used.bytes.is_empty() {
-                // Nobody decompresses any more: then nobody needs it.
+                // An error: the decompressor has ended, and needs no more blocks.
                 let _ = self.used.try_send(used.bytes);
             }
+            // A closed channel is the end: a failure is sent as an error before it.
             if let Ok(block) = self.blocks.recv() {
                 self.current = block?;
             }
@@ -188,6 +191,7 @@ fn read(from: &mut impl BufRead, buffer: &mut [u8]) -> Result<usize> {
 
 fn given_up(stop: &CancellationToken) -> Result<()> {
     if stop.is_cancelled() {
+        // `unpack` tells by this kind that the image is not to blame.
         return Err(Error::new(ErrorKind::BrokenPipe, "the installation was given up"));
     }
     Ok(())

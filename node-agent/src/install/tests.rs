@@ -31,6 +31,7 @@ const EXECUTION: &str = "operations/x/executions/pi-01";
 /// A system with its boot files in `boot`; `big` bytes make it longer than a few chunks.
 fn image(boot: &str, big: usize, without: &str) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
+    // Hardly compressible, so that it is several chunks of the download, too.
     let noise: Vec<u8> = (0..big).map(|at| (at * at / 7 + at / 13) as u8).collect();
     let files: [(String, u32, &[u8]); 12] = [
         ("usr/share/noise".into(), 0o644, &noise),
@@ -84,7 +85,7 @@ fn zip(kernel: &str, without: &str) -> Vec<u8> {
     zip.finish().unwrap().into_inner()
 }
 
-/// A Pi in its installer, on trial, as step 3 of an update leaves it.
+/// A Pi in its installer, on a trial boot, as step 3 of an update leaves it.
 struct Bed {
     dir: TempDir,
     powered: Powered,
@@ -134,7 +135,7 @@ impl Bed {
         Ok(phases)
     }
 
-    /// The trial boot; the system that came up, if it did.
+    /// Makes the trial boot. Returns the system that came up.
     async fn trial(&mut self) -> Arc<dyn System> {
         self.installer.reboot(Reboot::TryBoot, Some(EXECUTION), "").await.unwrap();
         self.powered.boot().await
@@ -243,7 +244,7 @@ async fn a_card_with_files_for_labels_is_not_touched_before_the_nodes_labels_are
     }
     let job = image_job(&tar);
     let (installed, ()) = tokio::join!(bed.install(&job, &downloader), async {
-        // One is the installation's own, the other one waits.
+        // Two receivers: the installation's own, and the one that waits.
         while bed.labels.receiver_count() < 2 {
             tokio::task::yield_now().await;
         }
@@ -409,11 +410,12 @@ async fn a_link_in_an_image_leads_nothing_out_of_the_root() {
     tar.append_link(&mut header, "var", &outside).unwrap();
     let whole = image("boot/firmware", 10, "");
     let mut bytes = tar.into_inner().unwrap();
+    // Without the two blocks that end a tarball, so that the rest of the image follows the link.
     bytes.truncate(bytes.len() - 1024);
     bytes.extend_from_slice(&whole);
     let (downloader, _server) = downloader(bytes.clone(), |_| Wrong::Nothing).await;
     let bed = Bed::new().await;
-    // Whether it is refused or the link is followed inside the root: nothing outside changes.
+    // The image may be refused, or the link followed inside the root. Nothing outside changes.
     let _ = bed.install(&image_job(&bytes), &downloader).await;
     assert_eq!(fs::read_dir(outside.join("lib/marco-agent")).unwrap().count(), 0);
     bed.powered.kill().await;
@@ -422,6 +424,7 @@ async fn a_link_in_an_image_leads_nothing_out_of_the_root() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_whole_disk_is_refused_by_a_card_of_folders_before_anything_is_touched() {
     let mut disk = vec![0; 2 << 20];
+    // One partition of type Linux: 2048 sectors from sector 2048.
     disk[446 + 4] = 0x83;
     disk[446 + 9..446 + 14].copy_from_slice(&[8, 0, 0, 0, 8]);
     disk[510..512].copy_from_slice(&[0x55, 0xaa]);

@@ -1,4 +1,4 @@
-//! Words that stand on the command line of a new system while it is on trial, and are taken away when it is accepted.
+//! Words on the command line of a new system while it is on trial. They are removed when it is accepted.
 //!
 //! A kernel that panics halts by default (`PANIC_TIMEOUT=0` in Debian's and Raspberry Pi OS's kernels): without `panic=` a
 //! trial that cannot mount its root or has no init never returns to the installer.
@@ -25,11 +25,12 @@ pub(super) fn with_words(cmdline: &str) -> String {
     words.collect::<Vec<_>>().join(" ") + "\n"
 }
 
-/// The beginning of a command line with spaces in place of the words, as long as before; `None`: they are not there.
+/// Replaces the words in the beginning of a command line with as many spaces; `None`: they are not there.
 fn without_words(start: &[u8]) -> Option<Vec<u8>> {
     let find = |word: &str| start.windows(word.len()).position(|window| window == word.as_bytes());
     let (from, to) = (find(BEGIN)?, find(END)? + END.len());
     let mut changed = start.to_owned();
+    // Marks in the wrong order are not ours.
     changed.get_mut(from..to)?.fill(b' ');
     Some(changed)
 }

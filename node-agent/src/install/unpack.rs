@@ -17,10 +17,10 @@ use super::{InstallError, raw};
 use crate::download::Download;
 use crate::system::{Lease, RawTarget, System};
 
-/// Well under the ten seconds that the watchdog allows.
+/// Interval of feeding the watchdog, well under the ten seconds that it allows.
 const FEED: Duration = Duration::from_secs(4);
 
-/// Where an image goes.
+/// Target of an image.
 pub(super) enum Destination {
     /// A tarball, into this folder.
     Folder(PathBuf),
@@ -30,8 +30,8 @@ pub(super) enum Destination {
     Card(Place),
 }
 
-/// Unpacks an image. When the caller gives up (drops this), the threads stop at their next read; the lease
-/// is held until they did.
+/// Unpacks an image. If the caller gives up (drops this), the threads stop at their next read; the lease is held until
+/// they have.
 pub(super) async fn unpack(
     download: Download,
     compression: Compression,
@@ -41,14 +41,17 @@ pub(super) async fn unpack(
     system: &dyn System,
     progress: Progress,
 ) -> Result<Option<Written>, InstallError> {
+    // `receiving` is kept: the download ends with it.
     let Download { size_bytes, chunks, receiving: _receiving, .. } = download;
     let stop = CancellationToken::new();
+    // Also if this future is dropped, for example for another image.
     let _stop = stop.clone().drop_guard();
     let cause = Cause::default();
     let raw = Chunks::new(first, chunks, size_bytes, progress, stop.clone(), Cause::clone(&cause));
     let (sender, blocks) = pipe(stop.clone());
     let decompressing = tokio::task::spawn_blocking(move || decompress(raw, compression, &sender));
     let mut unpacking = tokio::task::spawn_blocking(move || {
+        // The file systems must not be unmounted while this thread writes.
         let _lease = lease;
         let root = match into {
             Destination::Folder(root) => root,
@@ -65,7 +68,7 @@ pub(super) async fn unpack(
     });
     let unpacked = loop {
         tokio::select! {
-            // The timer loses nothing, and the task is polled again.
+            // Cancel-safe: the timer starts again, and the task is polled again.
             unpacked = &mut unpacking => break unpacked,
             () = tokio::time::sleep(FEED) => system.feed_watchdog(),
         }
@@ -73,15 +76,16 @@ pub(super) async fn unpack(
     let ended = |error: tokio::task::JoinError| InstallError::io(format!("unpacking did not end: {error}"));
     let unpacked = unpacked.map_err(ended)?;
     if unpacked.is_err() {
-        // What is left of the download is of no use any more.
+        // The rest of the download is not needed.
         stop.cancel();
     }
     let decompressed = decompressing.await.map_err(ended)?;
-    // What went wrong first explains what the stages behind it saw.
+    // The first failure explains those of the later stages.
     if let Some(error) = cause.lock().unwrap_or_else(PoisonError::into_inner).take() {
         return Err(error.into());
     }
     match decompressed {
+        // A broken pipe is our own stop: then the unpacker has the reason.
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(InstallError::image(format!("the image cannot be decompressed: {error}")))
         }

@@ -8,8 +8,8 @@ use marco_archive::{Compression, Packing, foreign};
 use super::InstallError;
 use crate::download::Download;
 
-/// An image, judged before anything is erased. The push has read all of it, so its verdict counts; an older controller does
-/// not pass it on, and then the first chunk decides.
+/// The kind of an image, judged before anything is erased. The push has read the whole image, so its verdict counts. An
+/// older controller does not pass it on, and then the first chunk decides.
 #[derive(Debug)]
 pub(super) struct Verdict {
     /// Its compression.
@@ -21,9 +21,10 @@ pub(super) struct Verdict {
 }
 
 impl Verdict {
-    /// Of a download whose first chunk is here.
+    /// Judges a download by the controller's word, else by its first chunk.
     pub(super) fn of(download: &Download, first: &[u8]) -> Result<Self, InstallError> {
         let by_itself = Compression::detect(first);
+        // A frame that decoders skip, at the front of a compressed disk, once made it a tarball here.
         let (compression, told) = match download.packing {
             Some(Packing::Tar(compression)) => (compression, Some(false)),
             Some(Packing::Disk(compression)) => (compression, Some(true)),
@@ -34,6 +35,7 @@ impl Verdict {
         let disk = match told {
             Some(disk) => disk,
             None => {
+                // Only here: a push refuses foreign formats itself.
                 foreign::refuse(&front).map_err(|refused| InstallError::image(refused.to_string()))?;
                 is_disk(&front)
             }
@@ -41,7 +43,7 @@ impl Verdict {
         Ok(Self { compression, disk, front })
     }
 
-    /// The room that a disk's file systems need: as the push saw them, else by what its table says.
+    /// Returns the room that a disk's file systems need: as the push saw it, else by the table.
     pub(super) fn needs(&self, download: &Download) -> Result<Needs, InstallError> {
         let seen = download.facts.as_ref().map(|facts| facts.needs).unwrap_or_default();
         if !self.disk || seen != Needs::default() {
@@ -52,11 +54,11 @@ impl Verdict {
     }
 }
 
-/// The first bytes of an image, unpacked.
+/// Unpacks the first bytes of an image, at most [`FRONT`].
 fn front(compression: Compression, first: &[u8]) -> Vec<u8> {
     let mut front = Vec::new();
     if let Ok(decoder) = compression.decoder(first) {
-        // A stream that breaks off here still tells what came before.
+        // The chunk ends in the middle of the stream: bytes before the error count.
         let _ = decoder.take(u64::try_from(FRONT).unwrap_or_default()).read_to_end(&mut front);
     }
     front

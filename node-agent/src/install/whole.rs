@@ -18,30 +18,30 @@ use crate::system::{Erase, Ready, Release, Room, Stretch};
 
 /// Bytes of the sector that is written last.
 const FIRST: usize = 512;
-/// From here on the card may be emptied at once; what lies before belongs to the table.
+/// Offset from which the card may be emptied at once; the bytes before belong to the table.
 const EMPTIED: u64 = 1 << 20;
 
-/// Where the image goes.
+/// The part of the card that the image may take.
 pub(super) struct Place {
-    /// The card.
+    /// Device of the card.
     pub(super) device: PathBuf,
-    /// Where the image must end.
+    /// Offset before which the image must end: the recovery partition begins there.
     pub(super) limit: u64,
 }
 
-/// What was written.
+/// Result of writing an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Written {
     /// The first sector, which is not on the card yet.
     first: [u8; FIRST],
-    /// The first FAT.
+    /// The first FAT, from which the image boots.
     boot: Stretch,
     /// The first ext2, ext3 or ext4.
     root: Stretch,
 }
 
 impl Work<'_> {
-    /// Writes the image to the whole card; what makes it this node's is added in its own file systems, which stay as they
+    /// Writes the image to the whole card, and this node's own files into the image's file systems. They stay as they
     /// are otherwise: command line, fstab and the resizing at the first boot are the image's.
     pub(super) async fn whole(
         &self,
@@ -56,6 +56,7 @@ impl Work<'_> {
             return Err(InstallError::image("it was to be written as it is, but is no image of a whole disk"));
         }
         self.judge(&download)?;
+        // The room must be known before the commit, which moves the recovery partition out of the image's way.
         if verdict.front.len() < FRONT {
             return Err(InstallError::image(
                 "its partition table does not lie within the first 4 MiB of the compressed image, so the card's room cannot \
@@ -76,12 +77,14 @@ impl Work<'_> {
             self.unpack(download, verdict.compression, first, Destination::Card(place), card.lease.clone()).await?;
         let written = written.ok_or_else(|| InstallError::io("nothing was written to the card"))?;
 
+        // By offset: the table that would name the partitions is not on the card yet.
         let target = self.system.mount_whole(written.boot, written.root, card.lease).await?;
         self.phase(Phase::BootFiles);
         let given = self.given().await?;
         let (mounted, board, node) = (target.clone(), self.board.clone(), self.job.node.clone());
         blocking(move || {
             let (root, boot) = open(&mounted)?;
+            // Checked, not fitted: a raw image has no trial boot, and its texts are its own.
             boot_files::check(&boot, &board)?;
             give_on(&given, &root, &boot, &node)
         })
@@ -94,14 +97,14 @@ impl Work<'_> {
     }
 }
 
-/// Hands the image on to whoever looks at its partitions, and puts what went by on the card.
+/// Reader that hands the image to the search for its partitions, and writes every byte that is used up to the card.
 struct Onto<R> {
     from: R,
     card: File,
     limit: u64,
     at: u64,
     first: [u8; FIRST],
-    /// Whether the card holds nothing but zeros from [`EMPTIED`] on.
+    /// The card holds nothing but zeros from [`EMPTIED`] on.
     blank: bool,
     failed: Option<Error>,
 }
@@ -114,12 +117,14 @@ impl<R: BufRead> Onto<R> {
         for (place, byte) in self.first.iter_mut().skip(offset).zip(block) {
             *place = *byte;
         }
+        // Until the first sector is written, the old table stands and every boot is the installer.
         let held_back = FIRST.saturating_sub(offset).min(block.len());
         let (start, rest) = (self.at + u64::try_from(held_back).unwrap_or_default(), block.get(held_back..));
         let rest = rest.unwrap_or_default();
         if self.blank && start >= EMPTIED && rest.iter().all(|&byte| byte == 0) {
             return Ok(());
         }
+        // The recovery partition is the only way back now.
         if start + u64::try_from(rest.len()).unwrap_or(u64::MAX) > self.limit {
             return Err(ErrorKind::StorageFull.into());
         }
@@ -136,6 +141,7 @@ impl<R: BufRead> BufRead for Onto<R> {
     }
 
     fn consume(&mut self, count: usize) {
+        // `consume` cannot fail, so the next read does.
         if let Err(error) = self.put(count) {
             self.failed.get_or_insert(error);
         }
@@ -152,7 +158,7 @@ impl<R: BufRead> Read for Onto<R> {
     }
 }
 
-/// What the image has for a system to start from.
+/// The partitions of the image from which a system starts.
 #[derive(Default)]
 struct Found {
     boot: Option<Partition>,
@@ -170,6 +176,7 @@ impl Partitions for Found {
             FileSystem::Ext => self.root.get_or_insert(*partition),
             FileSystem::Other => partition,
         };
+        // Only noted: all bytes go to the card anyway.
         Ok(false)
     }
 
@@ -182,6 +189,7 @@ impl Partitions for Found {
 pub(super) fn write(from: impl BufRead, place: &Place) -> std::result::Result<Written, InstallError> {
     let disk = InstallError::disk("write the image to the card");
     let card = File::options().write(true).open(&place.device).map_err(&disk)?;
+    // Spares the card all zeros of the image, if it can do that.
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let blank = place.limit > EMPTIED && rustix::fs::fallocate(&card, flags, EMPTIED, place.limit - EMPTIED).is_ok();
     let synced = card.try_clone().map_err(&disk)?;
@@ -218,7 +226,7 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
-    /// A card with something everywhere, on which an image may take so many bytes.
+    /// A card full of nines, on which an image may take `limit` bytes.
     fn card(limit: usize) -> (tempfile::TempDir, Place) {
         let dir = tempfile::tempdir().unwrap();
         let device = dir.path().join("card");

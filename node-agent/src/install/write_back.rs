@@ -1,5 +1,5 @@
-//! Write-back at the card's own pace: what is unpacked goes to the card while more arrives, so that little is left for
-//! the sync at the end, and memory is not filled with what the card has yet to take.
+//! Write-back at the card's own pace: unpacked bytes go to the card while more arrive. So little is left for the sync
+//! at the end, and memory is not filled with bytes that the card has yet to take.
 
 use std::fs::File;
 use std::io::Result;
@@ -8,12 +8,12 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// The card is told to write after so many bytes.
+/// Bytes after which the card is told to write.
 const STEP: u64 = 16 << 20;
-/// Most bytes that are unpacked and not written: seconds of a slow card's work.
+/// Most bytes that are unpacked and not on the card: seconds of work for a slow card.
 const WINDOW: u64 = 64 << 20;
 
-/// Paces whoever writes into one file system.
+/// Paces the writer of one file system.
 pub(super) struct WriteBack {
     ask: Option<SyncSender<u64>>,
     asked: u64,
@@ -35,13 +35,14 @@ impl Shared {
 }
 
 impl WriteBack {
-    /// For the file system that holds this folder.
+    /// Starts for the file system that holds this folder.
     pub(super) fn of_folder(folder: &Path) -> Result<Self> {
         let folder = File::open(folder)?;
+        // Not `sync_file_range`: it does not reach metadata, and small files are most of a root.
         Self::start(move || Ok(rustix::fs::syncfs(&folder)?))
     }
 
-    /// For what `sync` writes to the card.
+    /// Starts a thread that calls `sync` on request.
     pub(super) fn start(sync: impl Fn() -> Result<()> + Send + 'static) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let (ask, asked) = sync_channel::<u64>(1);
@@ -61,16 +62,17 @@ impl WriteBack {
         Ok(Self { ask: Some(ask), asked: 0, shared, thread: Some(thread) })
     }
 
-    /// So many bytes were unpacked in all. Returns when not too many of them are still on their way to the card.
+    /// Reports the bytes that were unpacked in all. Blocks while too many of them are not on the card.
     pub(super) fn unpacked(&mut self, bytes: u64) {
         loop {
+            // Never waits here: with one sync under way and one requested, a later call requests the next.
             let due = bytes.saturating_sub(self.asked) >= STEP;
             if due && self.ask.as_ref().is_some_and(|ask| ask.try_send(bytes).is_ok()) {
                 self.asked = bytes;
             }
             let written = self.shared.lock();
             let before = written.0;
-            // What nobody was asked for would never be written.
+            // Without a sync under way nothing would end the wait.
             if bytes.saturating_sub(before) <= WINDOW || self.asked <= before {
                 return;
             }
@@ -78,7 +80,7 @@ impl WriteBack {
         }
     }
 
-    /// Waits for what was asked for; the first error, if there was one.
+    /// Waits for the requested syncs. Returns the first error.
     pub(super) fn finish(mut self) -> Result<()> {
         self.join();
         let error = self.shared.lock().1.take();
@@ -86,6 +88,7 @@ impl WriteBack {
     }
 
     fn join(&mut self) {
+        // The thread ends when its channel closes.
         drop(self.ask.take());
         if let Some(thread) = self.thread.take() {
             // It does not panic.

@@ -1,4 +1,4 @@
-//! What a node says that it does: words for people, and for the controller, which knows how long each of it may take.
+//! Phases that a node reports: words for people, and for the controller, which knows a deadline for each.
 
 /// Before an update: nothing is written.
 pub const CHECKING: &str = "checking whether it can be updated";

@@ -120,6 +120,7 @@ fn nothing_goes_down_again_after_the_boot_id_changed() {
         for state in State::ALL {
             for mode in [Mode::Running, Mode::Installer] {
                 let decision = found(kind, state, mode, false, true);
+                // A machine that restarts for the same job at every boot could never be used again.
                 assert_ne!(decision, Resume::GoDown, "{kind:?} {state:?} {mode:?}");
                 assert_ne!(decision, Resume::TryBoot, "{kind:?} {state:?} {mode:?}");
             }

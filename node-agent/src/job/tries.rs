@@ -1,43 +1,43 @@
-//! How often an installation is tried: bounded for each cause, and in all.
+//! Limits of an installation's tries: for each cause, and in all.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// Tries that may end for one cause. The card may heal itself, and a program may have been killed for its memory once.
+/// Failed tries for one cause. The card may heal itself, and a program may have been killed for its memory once.
 const PER_CAUSE: u32 = 5;
 /// The same while the old system is whole: going back costs nothing.
 const UNCOMMITTED: u32 = 3;
 /// Boots in which an installation may begin without coming to an end. A power supply that fails is not the image's fault,
 /// but one that hangs the machine each time never ends otherwise.
 const BEGUN: u32 = 50;
-/// How long an installation is tried, whatever the causes. The controller takes it for overdue then, too.
+/// Time of all tries together, over all causes. The controller takes the node for overdue then, too.
 const IN_ALL: Duration = Duration::from_secs(24 * 60 * 60);
 /// Causes that lie outside of the node: those end with time, and are bounded by it alone once the card is touched.
 const OUTSIDE: [&str; 2] = ["DOWNLOAD_FAILED", "LABELS_UNKNOWN"];
-/// Reason of an installation that began in boot after boot.
+/// Reason: the installation began in boot after boot, without an end.
 pub const NEVER_ENDED: &str = "INSTALLATION_NEVER_ENDED";
 
-/// Tries of an installation that failed. It is journalled, so that a restart forgets none.
+/// Failed tries of an installation. They are journalled, so that a restart forgets none.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Tries {
-    /// By the reason that ended them.
+    /// Failed tries by their reason.
     causes: BTreeMap<String, u32>,
-    /// Boots in which it was found under way.
+    /// Boots that found the installation under way.
     begun: u32,
-    /// Time that they took, by the clocks of all boots together.
+    /// Seconds that all tries took, over all boots.
     seconds: u64,
 }
 
 impl Tries {
-    /// True for an installation that has not failed yet.
+    /// Returns true if nothing was counted yet.
     pub fn is_none(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Counts one that failed, `spent` after the count before.
+    /// Counts a failed try that took `spent`.
     pub fn count(&mut self, reason: &str, spent: Duration) {
         let count = self.causes.entry(reason.to_owned()).or_default();
         *count = count.saturating_add(1);
@@ -49,34 +49,37 @@ impl Tries {
         self.begun = self.begun.saturating_add(1);
     }
 
-    /// Begins anew for a further trial boot; the time in all goes on.
+    /// Resets the counts for a further trial boot; the total time goes on.
     pub fn for_next_trial(&mut self) {
         self.causes.clear();
         self.begun = 0;
     }
 
-    /// All that failed in this boot and before.
+    /// Failed tries of all boots since the last trial boot.
     pub fn failed(&self) -> u32 {
         self.causes.values().fold(0, |sum, count| sum.saturating_add(*count))
     }
 
-    /// Why the installation is not begun once more after a boot that did not end it; `None`: it is.
+    /// Returns the reason not to begin again after a boot that did not end the installation; `None`: begin.
     pub fn never_ended(&self) -> Option<String> {
         let over = self.begun > BEGUN;
         over.then(|| format!("the machine restarted {} times while the image was being installed", self.begun))
     }
 
-    /// Why it is not tried again after it failed for this reason; `None`: it is.
+    /// Returns the reason not to try again after a failure of this cause; `None`: try.
     pub fn over(&self, reason: &str, committed: bool) -> Option<String> {
         let count = self.causes.get(reason).copied().unwrap_or_default();
         let limit = match (committed, OUTSIDE.contains(&reason)) {
+            // A network that is away for a night comes back. A card that takes no file system never will.
             (true, true) => u32::MAX,
             (true, false) => PER_CAUSE,
+            // The old system is whole, so outside causes are counted as well.
             (false, _) => UNCOMMITTED,
         };
         if count >= limit {
             return Some(format!("tried {count} times"));
         }
+        // Causes may take turns, and each stay below its own limit.
         let spent = Duration::from_secs(self.seconds);
         (spent >= IN_ALL).then(|| format!("tried for {}", humantime::format_duration(spent)))
     }
@@ -102,6 +105,7 @@ mod tests {
 
     #[test]
     fn every_cause_is_tried_a_bounded_number_of_times() {
+        // Every known reason, so that a new one cannot be tried without a limit.
         for (reason, _) in marco_proto::reasons::REASONS {
             assert_eq!(tries(reason, false, Duration::ZERO), UNCOMMITTED, "{reason}");
             let minutes = Duration::from_secs(600);

@@ -1,4 +1,4 @@
-//! A job, and all of them.
+//! A journalled job, and the list of all.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,36 +10,36 @@ use crate::job::{Action, Failure, Kind, Release, State, Tries};
 pub struct Entry {
     /// Name of the execution.
     pub execution: String,
-    /// Under which delivery it is reported; 0: it was cancelled before it was ever assigned.
+    /// Number of the delivery (attempt) that reports name; 0: cancelled before it was ever assigned.
     pub attempt: u32,
-    /// Number of the last state change.
+    /// Number of the last state change, from 1. It rises by more than 1 where two systems may count on from one entry.
     pub sequence: u64,
-    /// What was asked.
+    /// The action, with its artifacts and notice.
     pub action: Action,
-    /// Where it is.
+    /// State as of `sequence`.
     pub state: State,
-    /// The boot under which that state was journalled.
+    /// Id of the boot under which that state was journalled.
     pub boot_id: String,
-    /// The boot under which it was accepted; empty in an entry of an older agent. It goes with the entry to the installer
-    /// and into the new root.
+    /// Id of the boot under which it was accepted; empty in an entry of an older agent. It goes with the entry to the
+    /// installer and into the new root.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub accept_boot_id: String,
-    /// Why it did not succeed; of an unfinished job: what stood in the way last.
+    /// Reason of a job that did not succeed; of an unfinished one its last obstacle. `None`: nothing failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
     /// Trial boots that did not come up.
     #[serde(default)]
     pub trials: u32,
-    /// Tries of the installation that failed.
+    /// Failed tries of the installation.
     #[serde(default, skip_serializing_if = "Tries::is_none")]
     pub tries: Tries,
-    /// What the new system says it is.
+    /// The new system's release; `None` before VERIFYING.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<Release>,
-    /// Up to this sequence the controller has stored it.
+    /// Highest sequence that the controller has stored; 0: none of this attempt.
     #[serde(default)]
     pub acked: u64,
-    /// When it last said so: the controller's time, microseconds since 1970.
+    /// Time of the last acknowledgement: the controller's clock, microseconds since 1970; `None`: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acked_at: Option<i64>,
     /// A cancel arrived in time.
@@ -51,7 +51,7 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// Whether the controller has stored the state that it is in.
+    /// Returns true if the controller has stored the present state.
     pub fn is_acked(&self) -> bool {
         self.acked >= self.sequence
     }
@@ -62,6 +62,7 @@ impl Entry {
 
     pub(super) fn step(&mut self, to: State, leap: u64, boot_id: &str) {
         self.state = to;
+        // Saturating: a damaged number must not stop the node. Its reports are then repetitions.
         self.sequence = self.sequence.saturating_add(leap);
         boot_id.clone_into(&mut self.boot_id);
     }
@@ -82,7 +83,7 @@ impl Entries {
         self.0.iter().find(|entry| !entry.state.is_final())
     }
 
-    /// All of them.
+    /// All jobs, oldest first.
     pub fn iter(&self) -> impl Iterator<Item = &Entry> {
         self.0.iter()
     }
@@ -95,7 +96,7 @@ impl Entries {
     }
 }
 
-/// A job as it stands in the journal when it is first heard of.
+/// Creates the first entry of a job, with sequence 1.
 pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, boot_id: &str) -> Entry {
     Entry {
         execution: execution.to_owned(),

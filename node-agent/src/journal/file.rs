@@ -17,7 +17,7 @@ struct Document {
     entries: Vec<Entry>,
 }
 
-/// The same, as it is read: another agent may have written it, whose entries are not all understood here.
+/// The document as it is read: a newer agent may have written entries that are not understood here.
 #[derive(Deserialize)]
 struct Written {
     version: u32,
@@ -43,6 +43,7 @@ pub(super) fn read(path: &Path) -> io::Result<Option<Vec<Entry>>> {
     };
     let invalid = |error: serde_json::Error| io::Error::new(io::ErrorKind::InvalidData, error);
     let document: Written = serde_json::from_slice(&contents).map_err(invalid)?;
+    // Within a version entries and fields are only added, so another version is not understood at all.
     if document.version == VERSION {
         Ok(Some(document.entries.into_iter().filter_map(entry).collect()))
     } else {
@@ -50,8 +51,8 @@ pub(super) fn read(path: &Path) -> io::Result<Option<Vec<Entry>>> {
     }
 }
 
-/// An entry, as far as it is understood: one of an action that is not known keeps its place, so that it is answered for. One
-/// in a state that is not known says nothing to this agent, and must not take the others with it.
+/// Reads an entry as far as it is understood. One with an unknown action keeps its place, so that it is answered for.
+/// One in an unknown state says nothing to this agent, and must not take the others with it.
 fn entry(mut value: Value) -> Option<Entry> {
     if let Ok(entry) = serde_json::from_value(value.clone()) {
         return Some(entry);
@@ -69,7 +70,7 @@ fn entry(mut value: Value) -> Option<Entry> {
     }
 }
 
-/// What was journalled, from wherever a crash left it.
+/// Reads the entries from the file, or from the place where a crash left them.
 pub(super) fn load(path: &Path) -> Result<Vec<Entry>, JournalError> {
     let failed = |what, source| JournalError::Io { path: path.to_owned(), what, source };
     match read(path) {
@@ -85,12 +86,14 @@ pub(super) fn load(path: &Path) -> Result<Vec<Entry>, JournalError> {
     let successor = durable::successor(path);
     match read(&successor) {
         Ok(entries) => Ok(entries.unwrap_or_default()),
+        // A crash may tear the successor, which was not in force yet: nothing of it was done.
         Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Vec::new()),
         Err(source) => Err(failed("read", source)),
     }
 }
 
 fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    // Never overwritten: an earlier torn journal may explain the jobs that it held.
     for number in 1..=u32::MAX {
         let aside = path.with_file_name(format!("{FILE_NAME}.bad-{number}"));
         if !aside.try_exists()? {

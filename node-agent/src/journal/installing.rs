@@ -5,11 +5,11 @@ use std::time::Duration;
 use super::{Entries, Entry, Journal, JournalError};
 use crate::job::{Action, Failure, State, Tries};
 
-/// The controller gave an installer another image.
+/// Reason: the controller gave the installer another image.
 pub const REPLACED: &str = "REPLACED";
 
 impl Journal {
-    /// Notes why an installation failed, `spent` after it was begun or failed before; all of its tries so far.
+    /// Counts a failed try that took `spent`, and notes its failure. Returns all tries so far.
     pub async fn tried(&self, execution: &str, failure: Failure, spent: Duration) -> Result<Tries, JournalError> {
         self.conclude(execution, |entry, _| {
             entry.tries.count(&failure.reason, spent);
@@ -40,9 +40,10 @@ impl Journal {
 }
 
 impl Entries {
-    /// Ends an installation for another image: its controller gives work only to a node that it takes for free, and an
-    /// installer that cannot finish what it has must be able to get something else. Tells whether it did.
+    /// Ends an installation for another image, and returns true if it did. The controller gives work only to a node
+    /// that it takes for free, and an installer that cannot finish its image must be able to get another one.
     pub(super) fn make_way(&mut self, next: &Entry, boot_id: &str) -> bool {
+        // The installer takes nothing but images, so nothing else may end an installation.
         let brings_image = matches!(&next.action, Action::Update(update) if update.image.is_some());
         let under_way = self.0.iter_mut().find(|entry| entry.state == State::Installing);
         let Some(entry) = under_way.filter(|_| brings_image) else { return false };

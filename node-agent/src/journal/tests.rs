@@ -1,4 +1,4 @@
-//! The journal across crashes, deliveries and cancels.
+//! The journal over crashes, deliveries and cancels.
 
 use std::time::Duration;
 
@@ -42,6 +42,7 @@ async fn a_crash_before_the_rename_leaves_the_old_state() {
     let dir = tempfile::tempdir().unwrap();
     let journal = Journal::open(dir.path(), "a").unwrap();
     journal.accept(ONE, 1, reboot()).await.unwrap();
+    // Contents that differ from the journal's, as a crash before the rename leaves them.
     let armed = journal.for_the_installer(ONE);
     assert!(armed.is_ok());
     std::fs::write(dir.path().join("journal.json.new"), armed.unwrap()).unwrap();
@@ -50,7 +51,7 @@ async fn a_crash_before_the_rename_leaves_the_old_state() {
     std::fs::write(dir.path().join("journal.json.new"), "{\"version\":1,\"ent").unwrap();
     let journal = Journal::open(dir.path(), "a").unwrap();
     assert_eq!(state(&journal, ONE), State::Accepted);
-    // And the leftover stands in nobody's way.
+    // The leftover does not keep the next write from its place.
     journal.arm(ONE).await.unwrap();
     assert_eq!(state(&Journal::open(dir.path(), "a").unwrap(), ONE), State::Armed);
 }
@@ -84,6 +85,7 @@ async fn a_known_execution_is_answered_under_the_new_attempt_and_not_begun_again
     journal.succeed(ONE).await.unwrap();
     journal.ack(ONE, 3, 1).await.unwrap();
 
+    // The controller lost the end and delivers again.
     assert_eq!(journal.accept(ONE, 3, reboot()).await.unwrap(), Accepted::Known);
     let entries = journal.entries();
     let entry = entries.get(ONE).unwrap();
@@ -136,6 +138,7 @@ async fn a_cancel_that_overtakes_its_assignment_wins() {
     let dir = tempfile::tempdir().unwrap();
     let journal = Journal::open(dir.path(), "a").unwrap();
     journal.request_cancel(ONE).await.unwrap();
+    // Known, not new: the assignment that comes late is answered with CANCELLED.
     assert_eq!(journal.accept(ONE, 1, reboot()).await.unwrap(), Accepted::Known);
     assert_eq!(state(&journal, ONE), State::Cancelled);
 }
@@ -151,6 +154,7 @@ async fn what_was_settled_thirty_days_ago_is_dropped_and_nothing_else() {
     journal.accept(TWO, 1, reboot()).await.unwrap();
     journal.ack(TWO, 1, 1000 + KEEP_MICROS).await.unwrap();
     assert!(journal.entries().get(ONE).is_some());
+    // A microsecond more than thirty days.
     journal.ack(TWO, 1, 1001 + KEEP_MICROS).await.unwrap();
     assert!(journal.entries().get(ONE).is_none());
     assert!(journal.entries().get(TWO).is_some(), "an unfinished job was dropped");
@@ -158,6 +162,7 @@ async fn what_was_settled_thirty_days_ago_is_dropped_and_nothing_else() {
 
 #[tokio::test]
 async fn an_update_is_handed_from_system_to_installer_to_system_with_rising_numbers() {
+    // Each system of an update has a journal of its own, on a file system of its own.
     let [old, recovery, new] = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let running = Journal::open(old.path(), "a").unwrap();
     running.accept(ONE, 1, update()).await.unwrap();
@@ -167,6 +172,7 @@ async fn an_update_is_handed_from_system_to_installer_to_system_with_rising_numb
     let installer = Journal::open(recovery.path(), "b").unwrap();
     assert_eq!(installer.entries().get(ONE), running.entries().get(ONE));
     installer.install(ONE).await.unwrap();
+    // A restarted installer begins again, and that is no new state.
     installer.install(ONE).await.unwrap();
     std::fs::write(new.path().join(FILE_NAME), installer.for_the_new_root(ONE).unwrap()).unwrap();
     installer.try_boot(ONE).await.unwrap();

@@ -6,8 +6,8 @@ use crate::bootpart::{BootPart, DefaultBoot};
 use crate::cause::chain;
 use crate::system::{self, Board, Down, Force, Reboot, System};
 
-/// Pends for `after`, and then starts the old system where this is an installer that only a trial booted. Elsewhere, and
-/// when the machine stays up, it pends forever: on a card that has no other system the installer goes on trying.
+/// Waits for `after`, and then starts the old system if this is an installer on a trial boot. Pends forever otherwise,
+/// and if the machine stays up: an installer on a card without another system goes on trying.
 pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, after: Duration) {
     tokio::time::sleep(after).await;
     if has_old_system(system, board).await {
@@ -15,6 +15,7 @@ pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, a
             "the installer has no way in (its identity, or a controller, is missing): the old system is started again";
         tracing::error!("{why}");
         system.keep_line(why);
+        // Plain: the default is the old system, and a trial boot would start the installer again.
         if let Err(error) = system.reboot(Reboot::Plain, None, "").await {
             tracing::error!(error = %chain(&error), "machine does not restart, forced");
             if let Err(error) = system.force(Down::Reboot, Reboot::Plain, Force::Everything, None).await {
@@ -25,7 +26,7 @@ pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, a
     std::future::pending().await
 }
 
-/// Whether this is an installer on a card that boots its old system by default.
+/// Returns true for an installer on a card that boots its old system by default.
 async fn has_old_system(system: &dyn System, board: &Board) -> bool {
     let Some(card) = system.card().filter(|_| system.mode() == system::Mode::Installer) else { return false };
     let part = BootPart::new(card.recovery, board);

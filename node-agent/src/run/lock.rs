@@ -29,6 +29,7 @@ impl Lock {
     pub(super) fn take(system: &dyn System) -> Result<Self, RunError> {
         let (state, identity) = (system.state_dir(), system.identity_dir());
         let mut held = Vec::new();
+        // Once if both are the same folder: a second lock of one file refuses itself, also within a process.
         for folder in [Some(&state), Some(&identity).filter(|identity| **identity != state)].into_iter().flatten() {
             held.extend(take(folder)?);
         }
@@ -36,7 +37,7 @@ impl Lock {
     }
 }
 
-/// `None`: the file system is read-only or full and has no lock yet. The agent still runs, to say that its node is ill.
+/// `None`: the file system is read-only or full and has no lock file yet. The agent still runs, to report that.
 fn take(folder: &Path) -> Result<Option<File>, RunError> {
     let path = folder.join(FILE);
     let mut file = match open(folder, &path) {
@@ -53,7 +54,7 @@ fn take(folder: &Path) -> Result<Option<File>, RunError> {
         }
         Err(error) => return Err(SystemError::io("lock", path)(error.into()).into()),
     }
-    // Only for the error of a later agent.
+    // The process id is only for the error of a later agent; the lock itself is the kernel's.
     if let Err(error) = std::fs::write(&path, format!("{}\n", std::process::id())) {
         tracing::debug!(file = %path.display(), error = %error, "holder of the lock not written");
     }
@@ -70,7 +71,7 @@ fn open(folder: &Path, path: &Path) -> std::io::Result<File> {
     });
     match made {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Err(error),
-        // A file that is there can be locked all the same.
+        // A full or read-only file system may still have the file, and that can be locked.
         Err(error) => File::open(path).map_err(|_| error),
         Ok(()) => File::open(path),
     }
@@ -83,6 +84,7 @@ fn holder(file: &mut File) -> String {
     let Some(pid) = read.ok().and_then(|_| text.trim().parse::<u32>().ok()) else {
         return "another process".to_owned();
     };
+    // Only shown, never acted on: in another container the same number is another process.
     let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let command = String::from_utf8_lossy(&command).replace('\0', " ");
     let command: String = command.trim().chars().take(COMMAND).collect();
@@ -103,7 +105,7 @@ mod tests {
         let Err(RunError::InUse { folder: named, holder }) = take(&folder) else { panic!("both hold it") };
         assert_eq!(named, folder);
         assert!(holder.starts_with(&format!("process {}: ", std::process::id())), "{holder}");
-        // However the first one ended, and whatever it left in the file.
+        // The lock goes with its holder. A file that it left, with whatever text, does not count.
         drop(first);
         std::fs::write(folder.join(FILE), "4294967295 and much more").unwrap();
         assert!(take(&folder).unwrap().is_some());

@@ -1,4 +1,4 @@
-//! Looks at the machine from time to time, for the controller to show.
+//! Periodic looks at the machine, for the controller to show.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,33 +11,33 @@ use crate::identity::Identity;
 use crate::job::Labels;
 use crate::system::{Refusal, System};
 
-/// How often the node looks whether it could be updated: cables are pulled, and power supplies become weak.
+/// Interval of the looks: cables are pulled, and power supplies become weak.
 const LOOK_AGAIN: Duration = Duration::from_secs(5 * 60);
 
-/// Everything that a look needs.
+/// The parts that a look needs.
 pub(super) struct Look {
     pub(super) system: Arc<dyn System>,
     pub(super) health: Arc<Health>,
     pub(super) identity: Arc<Identity>,
-    /// Known once a controller has been heard, and with it the time.
+    /// `Some` once a controller was heard, and with it the time.
     pub(super) labels: watch::Receiver<Option<Labels>>,
 }
 
 impl Look {
-    /// At the machine.
+    /// Looks at disk, power and clock, and notes what ails the node.
     pub(super) fn at_health(&self) {
         let found = self.system.conditions();
         for ailment in [Ailment::Disk, Ailment::UnderVoltage] {
             let message = found.iter().find(|found| found.ailment == ailment).map(|found| found.message.clone());
             self.health.set(ailment, message);
         }
-        // Before that the time is only known not to be earlier.
+        // Before a controller was heard, the agent's time is only a lower bound, and proves no clock wrong.
         let clock = self.system.clock().filter(|_| self.labels.borrow().is_some());
         let wrong = clock.and_then(|clock| health::wrong_clock(clock, self.identity.time().now()));
         self.health.set(Ailment::Clock, wrong);
     }
 
-    /// Pends until it is time for another look: after a while, and when a controller was heard for the first time.
+    /// Pends until another look is due: after the interval, or when a controller was heard for the first time.
     async fn again(&mut self) {
         let heard = self.labels.borrow().is_some();
         let first = async {
@@ -45,7 +45,7 @@ impl Look {
                 std::future::pending::<()>().await;
             }
         };
-        // Neither wait holds anything.
+        // Cancel-safe: neither wait holds anything.
         tokio::select! {
             () = tokio::time::sleep(LOOK_AGAIN) => {}
             () = first => {}
@@ -53,10 +53,10 @@ impl Look {
     }
 }
 
-/// Looks from time to time what ails the node and whether it could be updated, until `stop`.
+/// Looks again and again, until `stop`: at the node's ailments, and whether it would take an update.
 pub(super) async fn keep_looking(mut look: Look, refusal: &watch::Sender<Option<Refusal>>, stop: &CancellationToken) {
     loop {
-        // A look changes nothing, so dropping one loses nothing.
+        // Cancel-safe: a look changes nothing.
         let now = tokio::select! {
             () = stop.cancelled() => return,
             now = async {
@@ -65,6 +65,7 @@ pub(super) async fn keep_looking(mut look: Look, refusal: &watch::Sender<Option<
                 look.system.preflight_update().await.err()
             } => now,
         };
+        // Each change becomes a message to the controller.
         refusal.send_if_modified(|told| {
             let changed = *told != now;
             *told = now;

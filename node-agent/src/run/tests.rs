@@ -106,7 +106,7 @@ async fn ack(session: &TestSession, report: &Report) {
     let _ = session.answers.send(Ok(answer)).await;
 }
 
-/// Acknowledges what is reported until this state is.
+/// Acknowledges each report until one has this state.
 async fn reported(session: &mut TestSession, state: WireState) -> Report {
     loop {
         let message = session.next().await.unwrap_or_else(|| panic!("the session ended before {state:?}"));
@@ -191,13 +191,14 @@ async fn power_off_given_up_during_an_outage_never_happens() {
     // The controller says so before it acknowledges anything.
     session.say(connect_response::Message::Cancel(Cancel { execution: execution(1) })).await;
     reported(&mut session, WireState::Cancelled).await;
+    // Warned before the cut, and not again after it.
     let words = std::fs::read_to_string(fleet.pi().join("wall.log")).unwrap();
     assert_eq!(words.matches("powers off in").count(), 1, "{words}");
     assert_eq!(fleet.log("power-off").len(), 0);
     fleet.end().await;
 }
 
-/// What the agent says until its stream ends: states, and last words.
+/// Collects the agent's states and last words until its stream ends.
 async fn last_words(session: &mut TestSession) -> Vec<String> {
     let mut said = Vec::new();
     while let Some(message) = session.next().await {
@@ -234,13 +235,14 @@ async fn a_machine_that_hangs_on_its_way_off_stays_connected_until_its_agent_is_
     let mut fleet = Fleet::with_token().await;
     let (mut session, first) = fleet.session().await;
     let hang = fleet.pi().join("hang");
+    // The machine hangs before its shutdown ends the agent.
     std::fs::write(&hang, "agent").unwrap();
     assign(&session, 1, assign::Action::PowerOff(PowerOff { notice: at_once(), message: String::new() })).await;
     reported(&mut session, WireState::Rebooting).await;
     while fleet.log("power-off").is_empty() {
         tokio::task::yield_now().await;
     }
-    // The stream breaks; the agent comes back and lists what it is at.
+    // The stream breaks. The agent comes back and lists its unfinished jobs.
     drop(session);
     let (mut session, again) = fleet.session().await;
     assert_eq!(again.boot_id, first.boot_id);
@@ -335,7 +337,8 @@ async fn an_update_ends_in_the_new_system_and_leaves_nothing_behind() {
     let autoboot = std::fs::read_to_string(fleet.pi().join("recovery/autoboot.txt")).unwrap();
     assert!(autoboot.contains("[all]\ntryboot_a_b=1\nboot_partition=4"), "{autoboot}");
 
-    // Whatever happens to it later, it comes back by itself. (Once it has written down that the controller knows.)
+    // The new system is the default now, so it comes back after any reset. (Once it has written down that the
+    // controller knows.)
     let journal = fleet.pi().join("root/var/lib/marco-agent/journal.json");
     let acknowledged = || {
         let entries: serde_json::Value = serde_json::from_slice(&std::fs::read(&journal).ok()?).ok()?;

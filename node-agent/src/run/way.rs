@@ -1,4 +1,4 @@
-//! The way to a controller: what the operator said, what the card says, and what worked before.
+//! The way to a controller: from the operator, from the card, and from the last success.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,17 +13,17 @@ use crate::durable;
 use crate::identity::{JoinFile, JoinToken};
 use crate::system::{self, System};
 
-/// What an agent knows of its way to a controller, from every source.
+/// An agent's way to a controller, from every source.
 pub(super) struct Way {
-    /// Where controllers are.
+    /// Named controllers, or a search for some.
     pub(super) discovery: Discovery,
-    /// Enrolment listeners that need not be looked for, host:port.
+    /// Known enrolment listeners, host:port.
     pub(super) enroll: Vec<String>,
-    /// The join token, if there is one.
+    /// The join token; `None`: an enrolled node needs none.
     pub(super) token: Option<JoinToken>,
-    /// The id to ask for.
+    /// The id to ask for; empty: the controller makes one.
     pub(super) name: String,
-    /// The join file that was found.
+    /// Path of the join file, from which the token is removed after the enrolment; `None`: there is no file.
     pub(super) join_file: Option<PathBuf>,
 }
 
@@ -37,7 +37,7 @@ impl Way {
         let last_good = LastGood::read(system);
         let found = match JoinFile::find(&partitions) {
             Ok(found) => found,
-            // A torn join file must not cut off a node that has been in before.
+            // A torn join file must not cut off a node that was in before.
             Err(error) if last_good.is_some() => {
                 tracing::warn!(error = %chain(&error), "join file not usable");
                 None
@@ -69,11 +69,13 @@ impl Way {
                 enroll.splice(0..0, listener);
             }
         }
+        // Last resort: the operator, the join file and the job know more recent addresses.
         if let Some(last_good) = last_good.filter(|_| controllers.is_empty()) {
             controllers = parse(&last_good.controllers)?;
             enroll = parse(&last_good.enroll)?;
         }
         let discovery = match &connection.search {
+            // Only without controllers that an operator named: those are final.
             Some(asking) if connection.controllers.is_empty() => {
                 let (fallback, searcher) = (asking.fallback.clone(), Arc::clone(&asking.searcher));
                 Discovery::Search(Search::new(controllers.clone(), fallback, searcher))
@@ -91,13 +93,13 @@ impl Way {
             None if join.token.is_empty() => None,
             None => Some(JoinToken::parse(&join.token)?),
         };
-        // A file that somebody put on this very card says more than a default.
+        // A join file on this very card says more than an option that many nodes may share.
         let name = if join.name.is_empty() { connection.name.clone() } else { join.name };
         Ok(Self { discovery, enroll: listeners, token, name, join_file })
     }
 }
 
-/// The way that an enrolled node took last, beside its identity: for when no file names one any more.
+/// The last way of an enrolled node, in a file beside its identity, for a time without any named controller.
 #[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LastGood {
     pub(super) controllers: Vec<String>,
@@ -113,6 +115,7 @@ impl LastGood {
     }
 
     pub(super) fn remember(self, system: &dyn System) {
+        // Spares the card a write at each start.
         if Self::read(system).is_some_and(|before| before == self) {
             return;
         }

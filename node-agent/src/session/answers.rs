@@ -1,4 +1,4 @@
-//! What an agent says without a change of its journal: answers, and its last words.
+//! Messages that need no change of the journal: answers, the node's status, and the last words before a power-off.
 
 use marco_proto::v1::{ConnectResponse, Leaving, NodeStatus, NotHeld, Report, connect_request};
 use tokio::sync::mpsc;
@@ -8,7 +8,7 @@ use super::{CLOSE_TIMEOUT, Open, Said, SessionError, wire};
 use crate::journal::{Entry, JournalError, Progress};
 
 impl Open<'_> {
-    /// Says what the node runs and what ails it, whole.
+    /// Sends the node's system and its ailments, always all of them.
     pub(super) async fn tell_facts(&mut self) -> Result<(), SessionError> {
         let facts = wire::Facts {
             node: &self.session.node,
@@ -19,18 +19,21 @@ impl Open<'_> {
         self.send(connect_request::Message::Status(status)).await
     }
 
-    /// The last words of an agent that ends because its machine powers off: the controller believes that it is off only
-    /// when it has heard them.
+    /// Sends `Leaving` if the agent ends because its machine powers off. Only with these last words the controller
+    /// believes that the machine is off.
     pub(super) async fn leave(&mut self) -> Result<(), SessionError> {
         let Some(execution) = self.session.journal.powering_off() else { return Ok(()) };
+        // The states that are not reported yet go first: last words are about one that the controller knows.
         self.report(&self.session.journal.entries()).await?;
+        // A broken stream looks like silence, too; these words tell an orderly end from it.
         self.send(connect_request::Message::Leaving(Leaving { execution })).await
     }
 
-    /// Says where an execution is, whether that was acknowledged or not.
+    /// Reports an execution, even if its state was acknowledged.
     pub(super) async fn answer(&mut self, execution: &str) -> Result<(), SessionError> {
         let entries = self.session.journal.entries();
         let Some(entry) = entries.get(execution) else {
+            // The journal may have been lost with its card.
             let not_held = NotHeld { execution: execution.to_owned(), busy_with: None };
             return self.send(connect_request::Message::NotHeld(not_held)).await;
         };
@@ -40,7 +43,7 @@ impl Open<'_> {
         Ok(())
     }
 
-    /// Tells progress, if there is any to tell.
+    /// Reports progress of an unfinished job. Returns false if there is nothing new.
     pub(super) async fn tell(&mut self, progress: Progress) -> Result<bool, SessionError> {
         let entries = self.session.journal.entries();
         let Some(entry) = entries.get(&progress.execution).filter(|entry| !entry.state.is_final()) else {
@@ -56,9 +59,10 @@ impl Open<'_> {
         Ok(true)
     }
 
-    /// Says that an assignment is not taken because of another job.
+    /// Refuses an assignment because of another job, and reports that job.
     pub(super) async fn say_busy(&mut self, execution: String, other: &str) -> Result<(), SessionError> {
         let entries = self.session.journal.entries();
+        // A controller assigns to a busy node only if its store has lost the other job.
         let busy_with = match entries.get(other) {
             Some(entry) => Some(self.whole(entry).await),
             None => None,
@@ -66,7 +70,7 @@ impl Open<'_> {
         self.send(connect_request::Message::NotHeld(NotHeld { execution, busy_with })).await
     }
 
-    /// Says that an assignment has ended because it cannot be journalled.
+    /// Reports an assignment as FAILED because it cannot be journalled.
     pub(super) async fn say_not_journalled(
         &mut self,
         execution: &str,
@@ -86,6 +90,7 @@ impl Open<'_> {
 
     /// Ends our half of the stream and lets the controller end its own.
     pub(super) async fn close(&mut self, mut answers: Streaming<ConnectResponse>) {
+        // Dropping the only sender is the orderly end of our half.
         let (closed, _) = mpsc::channel(1);
         self.outbox = closed;
         let rest = async { while let Ok(Some(_)) = answers.message().await {} };

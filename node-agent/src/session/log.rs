@@ -1,4 +1,4 @@
-//! What goes with the report of a job that did not succeed: the lines that were logged of it.
+//! The log lines that go with the report of a job that did not succeed.
 
 use std::sync::Arc;
 
@@ -10,17 +10,17 @@ use crate::job::State;
 use crate::journal::{Entries, Entry};
 use crate::system::STARTED_AGAIN;
 
-/// So many reports of a Hello have it, those of the newest jobs: all of them could be too much for one message.
+/// Reports of a Hello that carry a log, those of the newest jobs: all of them could be too much for one message.
 const IN_HELLO: usize = 4;
-/// What the name of every execution has in its middle, and hardly anything else.
+/// The middle of every execution's name, and of hardly any other text.
 const EXECUTION: &[u8] = b"/executions/";
 
-/// Reads all that the machine has logged. Blocking.
+/// Reads everything that the machine has logged. Blocking.
 #[derive(Clone)]
 pub struct KeptLog(Arc<dyn Fn() -> Vec<u8> + Send + Sync>);
 
 impl KeptLog {
-    /// By this function.
+    /// Creates a source that calls this function.
     pub fn new(read: impl Fn() -> Vec<u8> + Send + Sync + 'static) -> Self {
         Self(Arc::new(read))
     }
@@ -33,19 +33,19 @@ impl std::fmt::Debug for KeptLog {
 }
 
 impl Session {
-    /// Adds what was logged of the job, if it is one that did not succeed. It is read when it is said, and kept nowhere
-    /// else: where it came from, it stays until it is heard.
+    /// Adds the lines that were logged of a job that did not succeed. They are read for each report, and no copy is
+    /// kept: they stay in the log.
     pub(super) async fn add_log(&self, entry: &Entry, report: &mut Report) {
         if !matches!(entry.state, State::Failed | State::RolledBack) {
             return;
         }
         let (log, execution) = (self.log.clone(), entry.execution.clone());
         let read = tokio::task::spawn_blocking(move || last_lines(&(log.0)(), &execution));
-        // What is not there is left out: the report itself says why.
+        // Best effort: the report itself has the reason.
         (report.log, report.log_cut) = read.await.unwrap_or_default();
     }
 
-    /// The same for the reports of a Hello.
+    /// Adds logs to the newest reports of a Hello.
     pub(super) async fn add_logs(&self, entries: &Entries, reports: &mut [Report]) {
         let mut added = 0;
         for report in reports.iter_mut().rev() {
@@ -56,9 +56,9 @@ impl Session {
     }
 }
 
-/// The newest lines of a log that tell of an execution, as many as a report may carry, and whether older ones were left
-/// out: from the start of the agent under which it is first named, or the last line before that of another execution, to
-/// the next line of another one after it is last named. Empty when it is not named at all.
+/// Returns the newest lines of a log that tell of an execution, as many as a report may carry, and whether older ones
+/// were left out. They begin after the last start of the agent, or the last line of another execution, before the first
+/// line that names this one. They end before the next line of another execution. Empty if no line names it.
 fn last_lines(log: &[u8], execution: &str) -> (String, bool) {
     let lines: Vec<&[u8]> = log.split_inclusive(|byte| *byte == b'\n').collect();
     let has = |line: &[u8], what: &[u8]| line.windows(what.len()).any(|window| window == what);
@@ -67,6 +67,7 @@ fn last_lines(log: &[u8], execution: &str) -> (String, bool) {
     let (Some(first), Some(last)) = (lines.iter().position(ours), lines.iter().rposition(ours)) else {
         return (String::new(), false);
     };
+    // Lines without a name before the first one belong to it, too: the card and the network are found first.
     let before = lines.get(..first).unwrap_or_default();
     let begin =
         before.iter().rposition(|line| others(line) || *line == STARTED_AGAIN.as_bytes()).map_or(0, |at| at + 1);
@@ -81,6 +82,7 @@ fn last_lines(log: &[u8], execution: &str) -> (String, bool) {
         if !line.ends_with('\n') {
             line.push('\n');
         }
+        // Counted as it is sent: a byte that is no UTF-8 becomes three.
         length += line.len();
         if length > LOG_MAX {
             break;
@@ -132,7 +134,7 @@ mod tests {
         let (text, cut) = last_lines(log.as_bytes(), ONE);
         assert!(cut && text.len() <= LOG_MAX && text.len() > LOG_MAX - 100);
         assert!(text.ends_with(&format!("9999 {ONE}\n")) && text.lines().all(|line| line.ends_with(ONE)), "{text}");
-        // Bytes that are no text become longer.
+        // Replacement characters make the text longer than the log.
         let wild = [ONE.as_bytes(), b"\n", &[0xff; 20_000], b"\nend\n"].concat();
         assert_eq!(last_lines(&wild, ONE), ("end\n".to_owned(), true));
     }

@@ -22,7 +22,7 @@ use crate::testing::{Controller, Pki, TestSession};
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 
-/// What the machine has logged.
+/// The machine's log.
 const LOG: &str = "network up\noperations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01 fails\n";
 
 struct Bench {
@@ -68,7 +68,7 @@ impl Bench {
         let stop = CancellationToken::new();
         let task = tokio::spawn({
             let stop = stop.clone();
-            // What a session ends for is told by the tests of whoever runs it.
+            // The tests of `run` check the reasons for which a session ends.
             async move { drop(session.run(stop).await) }
         });
         Self { dir, controller, journal, refusal, labels: known, stop, task: AbortOnDropHandle::new(task) }
@@ -189,6 +189,7 @@ async fn what_was_acknowledged_as_final_is_not_told_again_until_it_is_assigned_a
     assert_eq!(hello.executions, []);
     session.say(assign(2)).await;
     let report = report(&mut session).await;
+    // The store lost the end and assigned again; the job must not run twice.
     assert_eq!((report.attempt, report.sequence, report.state()), (2, 3, WireState::Succeeded));
     assert_eq!(bench.journal.entries().get(ONE).unwrap().state, State::Succeeded);
 }
@@ -199,6 +200,7 @@ async fn progress_is_told_under_the_sequence_of_the_state() {
     let (mut session, _) = bench.welcomed().await;
     session.say(assign(1)).await;
     report(&mut session).await;
+    // Progress changes no state, so it has the sequence of the last one.
     let progress = Progress { execution: ONE.into(), phase: "unpacking image".into(), done: 5, total: 9 };
     bench.journal.set_progress(progress);
     let told = report(&mut session).await;
@@ -290,6 +292,7 @@ async fn the_labels_are_those_that_a_controller_said_last() {
     let mut bench = Bench::new().await;
     assert_eq!(*bench.labels.borrow(), None, "nobody has said any");
     let (mut session, _) = bench.welcomed().await;
+    // The Welcome has none, and the assignment has some.
     let said = async |labels: &mut watch::Receiver<Option<Labels>>, wanted: Option<Labels>| {
         let there = labels.wait_for(|labels| *labels == wanted);
         tokio::time::timeout(Duration::from_secs(10), there).await.expect("other labels").unwrap();
@@ -306,11 +309,12 @@ async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
     let (mut session, hello) = bench.welcomed().await;
     assert_eq!(hello.conditions, []);
     let blocked = bench.dir.path().join("journal.json.new");
+    // A folder that is not empty cannot be replaced by a file.
     std::fs::create_dir_all(blocked.join("in the way")).unwrap();
     for attempt in [1, 2] {
         session.say(assign(attempt)).await;
         let (mut failed, mut conditions) = (None, None);
-        // The two come in any order; the second time only the end is news.
+        // They come in any order. In the second round only the end is new.
         while failed.is_none() || (attempt == 1 && conditions.is_none()) {
             match session.next().await.expect("the session goes on").message {
                 Some(connect_request::Message::Report(report)) => failed = Some(report),
@@ -321,13 +325,13 @@ async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
         let failed = failed.unwrap();
         assert_eq!((failed.state(), failed.attempt, failed.sequence), (WireState::Failed, attempt, 1));
         assert_eq!(failed.error.unwrap().reason, "JOURNAL_NOT_WRITABLE");
-        // The acknowledgement is of what the journal does not hold.
+        // The journal holds no such execution, and the session goes on.
         session.say(ack(1)).await;
         if let Some(conditions) = conditions {
             assert_eq!(conditions.first().map(|ill| ill.r#type()), Some(node_condition::Type::Journal));
         }
     }
-    // With the disk the node is well again, and takes what it is given.
+    // The disk takes writes again: the ailment is over, and the node takes work.
     std::fs::remove_dir_all(blocked).unwrap();
     session.say(assign(3)).await;
     let mut said = Vec::new();
@@ -359,7 +363,7 @@ async fn query_is_answered_from_the_journal_and_changes_nothing() {
     let answer = not_held(&mut session).await;
     assert_eq!((answer.execution.as_str(), answer.busy_with), (ONE, None));
     assert!(bench.journal.entries().get(ONE).is_none());
-    // What was acknowledged is said again.
+    // An acknowledged end is reported again.
     session.say(assign(3)).await;
     let running = report(&mut session).await;
     assert_eq!(running.accept_boot_id, "boot-a");
@@ -368,11 +372,11 @@ async fn query_is_answered_from_the_journal_and_changes_nothing() {
     bench.journal.ack(ONE, failed.sequence, 1).await.unwrap();
     session.say(query(ONE)).await;
     assert_eq!(report(&mut session).await.state(), WireState::Failed);
-    // An assignment that the controller numbers lower is answered with what the node knows.
+    // An assignment with a lower attempt is answered with the node's state.
     session.say(assign(2)).await;
     let answer = report(&mut session).await;
     assert_eq!((answer.attempt, answer.state()), (3, WireState::Failed));
-    // A node that is at work takes nothing else, and says at what.
+    // A busy node refuses other work, and names its job.
     bench
         .journal
         .accept(TWO, 1, Action::Reboot(Notice { delay: Duration::ZERO, message: String::new() }))

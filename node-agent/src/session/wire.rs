@@ -1,4 +1,4 @@
-//! Between the journal's words and those of the API.
+//! Translation between the journal's types and those of the API.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ use crate::job::{Action, Artifact, Mode, Notice, State, Update};
 use crate::journal::{Entries, Entry, JournalError, NOT_WRITABLE, Progress};
 use crate::system::Refusal;
 
-/// How long users are warned when the operation does not say.
+/// Notice if the operation names none. The controller reckons with the same.
 const DEFAULT_NOTICE: Duration = Duration::from_secs(120);
 
-/// Facts of a node, as they are now.
+/// Facts of a node at this moment.
 pub(super) struct Facts<'a> {
     pub(super) node: &'a Node,
     pub(super) refusal: Option<Refusal>,
@@ -27,7 +27,7 @@ pub(super) struct Facts<'a> {
 }
 
 impl Facts<'_> {
-    /// Its system, and the reason why it would refuse an update.
+    /// The node's system, and the reason to refuse an update, if there is one.
     pub(super) fn system(&self) -> System {
         let node = self.node;
         let refusal =
@@ -50,7 +50,7 @@ impl Facts<'_> {
         }
     }
 
-    /// Its illnesses.
+    /// The node's ailments.
     pub(super) fn conditions(&self) -> Vec<NodeCondition> {
         let one = |condition: &Condition| NodeCondition {
             r#type: match condition.ailment {
@@ -68,6 +68,7 @@ impl Facts<'_> {
 
 pub(super) fn hello(facts: &Facts<'_>, entries: &Entries, progress: &Progress) -> Hello {
     let node = facts.node;
+    // A journal holds a month of settled jobs. The controller asks for one that it misses.
     let open = entries.iter().filter(|entry| !(entry.state.is_final() && entry.is_acked()));
     Hello {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -90,11 +91,12 @@ pub(super) fn hello(facts: &Facts<'_>, entries: &Entries, progress: &Progress) -
     }
 }
 
-/// The end of an execution that was not taken because the journal cannot be written.
+/// Reports the end of an execution that was not taken because the journal cannot be written.
 pub(super) fn not_journalled(execution: &str, attempt: u32, boot_id: &str, error: &JournalError) -> Report {
     Report {
         execution: execution.to_owned(),
         attempt,
+        // Any number will do: no other report of this delivery exists.
         sequence: 1,
         state: WireState::Failed.into(),
         error: Some(ExecutionError { reason: NOT_WRITABLE.to_owned(), message: chain(error) }),
@@ -104,8 +106,9 @@ pub(super) fn not_journalled(execution: &str, attempt: u32, boot_id: &str, error
     }
 }
 
-/// An entry, whole, as it is said under this boot.
+/// Reports a whole entry under this boot.
 pub(super) fn report(entry: &Entry, progress: &Progress, boot_id: &str) -> Report {
+    // Progress belongs to the process, and may be of another job.
     let ours = progress.execution == entry.execution && !entry.state.is_final();
     Report {
         execution: entry.execution.clone(),
@@ -144,13 +147,13 @@ fn state(state: State) -> WireState {
     }
 }
 
-/// The full name of an execution, if it is one.
+/// Returns the full name of an execution; `None`: not a name of one.
 pub(super) fn execution(name: &str) -> Option<String> {
     ExecutionId::parse(name).ok().map(|execution| execution.name())
 }
 
-/// An assignment's execution and action. What this agent does not know, or cannot make sense of, is an unknown action;
-/// without an execution's name there is nothing to answer for.
+/// Returns an assignment's execution and action. An action that this agent does not know, or that makes no sense, is
+/// [`Action::Unknown`]. `None`: no execution's name, so there is nothing to answer for.
 pub(super) fn assignment(assign: Assign) -> Option<(String, Action)> {
     let execution = execution(&assign.execution)?;
     let action = match assign.action {
@@ -180,7 +183,7 @@ fn update(update: WireUpdate) -> Option<Update> {
     })
 }
 
-/// `Some(None)`: none was named. A digest becomes part of a file's name, so it must be one.
+/// `Some(None)`: no artifact was named. `None`: invalid; a digest becomes part of a file's name, so it must be one.
 fn artifact(id: String, sha256: String) -> Option<Option<Artifact>> {
     if sha256.is_empty() {
         return id.is_empty().then_some(None);
@@ -192,7 +195,7 @@ fn artifact(id: String, sha256: String) -> Option<Option<Artifact>> {
     (digest && plain).then_some(Some(Artifact { id, sha256 }))
 }
 
-/// A duration that is not negative.
+/// `None`: unset or negative.
 pub(super) fn duration(duration: Option<&prost_types::Duration>) -> Option<Duration> {
     let duration = duration?;
     let seconds = u64::try_from(duration.seconds).ok()?;

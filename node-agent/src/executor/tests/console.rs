@@ -25,7 +25,7 @@ async fn shell_on_the_console_refuses_work_and_does_not_swallow_it() {
                 assert_eq!(error(journal, &execution).reason, CONSOLE_IN_USE);
             }
             std::fs::remove_file(machine.shell()).unwrap();
-            // The shell may be ending just now: then the next one is refused, too.
+            // The shell may end at this moment, and the next job is refused as well.
             for number in 4.. {
                 let last = format!("operations/0198a6e0-0000-7000-8000-{number:012}/executions/pi-01");
                 journal.accept(&last, 1, update(SHORT)).await.unwrap();

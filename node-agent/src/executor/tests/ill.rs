@@ -9,8 +9,8 @@ use crate::job::{Action, State};
 use crate::journal::{Journal, JournalError};
 use crate::system::{Mode, System as _};
 
-/// Makes the journal's next contents impossible to write, as a file system does that became read-only: whatever is read
-/// is still there.
+/// Makes the journal's next contents impossible to write, like a file system that became read-only: everything can
+/// still be read.
 fn block(bench_state: PathBuf) -> PathBuf {
     let successor = bench_state.join("journal.json.new");
     std::fs::create_dir_all(successor.join("in the way")).unwrap();

@@ -50,6 +50,7 @@ fn other_image() -> Action {
 #[tokio::test]
 async fn an_installer_whose_journal_is_torn_goes_by_the_job_on_the_card() {
     let bench = armed_update().await.reboot("boot-b", Mode::Installer);
+    // A power cut on FAT may leave an empty file.
     std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
     let journal = bench.journal();
     bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Installing).await).await;
@@ -75,7 +76,7 @@ async fn after_three_trials_the_installer_gives_up_and_waits() {
         .run(&journal, async |journal, _| {
             reaches(journal, ONE, State::Failed).await;
             assert_eq!(error(journal, ONE).reason, "IMAGE_DID_NOT_COME_UP");
-            // And it is ready for the next one, if that is an image.
+            // The installer is ready for the next job, if that is an image.
             journal.accept(TWO, 1, reboot(SHORT)).await.unwrap();
             reaches(journal, TWO, State::Failed).await;
             assert_eq!(error(journal, TWO).reason, ONLY_IMAGES);
@@ -192,6 +193,7 @@ async fn card_that_takes_no_file_system_ends_failed_and_takes_other_work() {
     let failure = error(&journal, ONE);
     assert_eq!(failure.reason, "SYSTEM_ERROR");
     assert!(failure.message.ends_with("mkfs ended with status 1 (tried 5 times)"), "{}", failure.message);
+    // Five tries of each image; the count of the first is not the second's.
     assert_eq!(bench.machine.told(), ["prepare"; 10]);
     let marco = bench.machine.dir.join("recovery/marco");
     assert!(marco.join("node.key").exists() && marco.join("install.json").exists());
@@ -200,6 +202,7 @@ async fn card_that_takes_no_file_system_ends_failed_and_takes_other_work() {
 #[tokio::test]
 async fn restarts_do_not_begin_the_count_anew() {
     let mut bench = on_broken_card().await;
+    // One try for each boot: the machine is reset during the pause.
     bench.max_pause = LONG;
     let mut told = 0;
     for boot in ["boot-c", "boot-d", "boot-e", "boot-f"] {
@@ -228,7 +231,7 @@ async fn network_that_stays_away_is_waited_for_once_the_card_is_touched() {
             };
             changes.wait_for(tried(12)).await.unwrap();
             assert_eq!(journal.entries().get(ONE).unwrap().state, State::Installing);
-            // Called off, it is not tried for longer.
+            // A cancel ends the tries.
             journal.request_cancel(ONE).await.unwrap();
             reaches(journal, ONE, State::Failed).await;
         })
@@ -246,7 +249,7 @@ async fn cancel_before_the_card_is_touched_leads_back_to_the_old_system() {
     bench.fault = Wrong::Nothing;
     let journal = bench.journal();
     journal.install(ONE).await.unwrap();
-    // In the middle of its way: a controller has let it stand before.
+    // The installation is under way: a controller has confirmed it before.
     journal.note_confirmation(ONE, Confirmation::Stands);
     journal.request_cancel(ONE).await.unwrap();
     let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
@@ -273,7 +276,7 @@ async fn another_image_takes_the_place_of_one_that_is_being_installed() {
     let entries = journal.entries();
     assert_eq!((entries.get(ONE).unwrap().state, error(&journal, ONE).reason.as_str()), (State::Failed, REPLACED));
     assert_eq!(bench.recovery().read_job().unwrap().unwrap().execution, TWO);
-    // And after a restart.
+    // The same holds after a restart.
     let bench = bench.reboot("boot-c", Mode::Installer);
     let journal = bench.journal();
     bench.run(&journal, async |journal, _| phase(journal, phases::CONNECTING).await).await;
@@ -299,6 +302,7 @@ async fn touched_card_goes_on_only_when_a_controller_lets_the_job_stand() {
 
 #[tokio::test]
 async fn installer_whose_own_work_failed_leads_back_to_the_old_system() {
+    // The job came to the installer itself, so the old system does not know it and cannot report its end.
     let mut bench = Bench::new().reboot("boot-b", Mode::Installer);
     bench.fault = Wrong::Missing;
     let journal = bench.journal();

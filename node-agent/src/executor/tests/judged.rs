@@ -1,4 +1,4 @@
-//! What the controller says about an image, before anything is armed.
+//! The controller's facts about an image, before anything is armed.
 
 use marco_proto::v1::ImageFacts;
 
@@ -6,7 +6,7 @@ use super::{Bench, ONE, SHORT, error, reaches, update};
 use crate::job::{Action, Failure, State, Update};
 use crate::system::{Mode, Refusal};
 
-/// Of an image that starts the bench's board.
+/// Facts of an image that starts the bench's board.
 pub(super) fn good() -> ImageFacts {
     let files = ["kernel8.img", "config.txt", "cmdline.txt", "bcm2711-rpi-4-b.dtb"];
     ImageFacts {

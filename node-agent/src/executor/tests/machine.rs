@@ -1,4 +1,4 @@
-//! A machine that only writes down what it is told.
+//! A machine that only records its calls.
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -12,7 +12,7 @@ use crate::system::{
     Booted, Card, Down, Erase, Facts, Force, Mode, Reboot, Refusal, Release, Standing, System, SystemError, Target,
 };
 
-/// A machine that stays up whatever it is told.
+/// A machine that stays up after every command.
 pub(super) struct Machine {
     pub(super) dir: PathBuf,
     pub(super) boot_id: String,
@@ -20,12 +20,12 @@ pub(super) struct Machine {
     pub(super) facts: Facts,
     pub(super) release: Option<Release>,
     pub(super) refusal: Option<Refusal>,
-    /// Why it does not keep its home.
+    /// Refusal of an update that keeps the home; `None`: it can be kept.
     pub(super) unkept: Option<Refusal>,
     pub(super) patience: Duration,
     /// No file system can be made on its card.
     pub(super) broken: bool,
-    /// What it was told; a command with the state that was in the journal then.
+    /// Calls in order; a command to go down with the state that was in the journal then.
     pub(super) told: Mutex<Vec<String>>,
 }
 
@@ -38,7 +38,7 @@ impl Machine {
         self.told.lock().unwrap().clone()
     }
 
-    /// While this file is there, somebody sits at the console after a failure.
+    /// While this file exists, a user sits at the console after a failure.
     pub(super) fn shell(&self) -> PathBuf {
         self.dir.join("shell")
     }
@@ -47,7 +47,7 @@ impl Machine {
         Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
     }
 
-    /// What a power cut would leave of the job.
+    /// The job's state in the journal on the disk, as a power cut would leave it.
     fn journalled(&self, execution: Option<&str>) -> String {
         let Some(execution) = execution else { return "idle".to_owned() };
         let journal = Journal::open(&self.state_dir(), "reader").unwrap();
@@ -67,7 +67,7 @@ impl System for Machine {
         self.mode
     }
     fn booted(&self) -> Option<Booted> {
-        // Nothing of ours comes further than to the first trial boot of the installer.
+        // The tests get no further than the first trial boot of the installer.
         (self.mode == Mode::Installer).then_some(Booted { partition: 1, tryboot: true })
     }
     fn card(&self) -> Option<Card> {

@@ -1,4 +1,4 @@
-//! Jobs that were accepted before an outage.
+//! Jobs that were accepted before an outage, and wait for a controller's word after it.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ fn unheard(bench: Bench) -> (Bench, Arc<Journal>) {
     (Bench { heard: false, ..bench }, journal)
 }
 
-/// Lets everything go on that can.
+/// Gives every task time to go on.
 async fn settle() {
     for _ in 0..1000 {
         tokio::task::yield_now().await;
@@ -30,6 +30,7 @@ async fn job_of_an_earlier_boot_waits_for_a_word() {
         let bench = bench
             .run(&journal, async |journal, machine| {
                 settle().await;
+                // Not even a warning to users: the job may have been given up hours ago.
                 assert_eq!((machine.told(), journal.entries().get(ONE).unwrap().state), (vec![], State::Accepted));
                 journal.request_cancel(ONE).await.unwrap();
                 reaches(journal, ONE, State::Cancelled).await;
@@ -46,7 +47,7 @@ async fn job_of_an_earlier_boot_goes_on_when_it_stands() {
     let (bench, journal) = unheard(bench.reboot("boot-b", Mode::Running));
     bench
         .run(&journal, async |journal, _| {
-            // It was acknowledged before: the acknowledgement is said again, and changes nothing in the journal.
+            // The acknowledgement is a repetition and changes nothing in the journal, but it confirms the job.
             journal.ack(ONE, 1, 1).await.unwrap();
             phase(journal, "waiting for the notice to pass").await;
         })

@@ -8,7 +8,7 @@ use crate::job::{RELEASE_MISMATCH, State};
 use crate::journal::FILE_NAME;
 use crate::system::{Mode, System as _};
 
-/// Everything without which an installer is of no use.
+/// The files that an installer cannot do without.
 fn assert_installer_has_everything(bench: &Bench) {
     let marco = bench.machine.dir.join("recovery/marco");
     for name in ["node.key", "node.crt", "ca.crt", FILE_NAME, "install.json"] {
@@ -17,7 +17,7 @@ fn assert_installer_has_everything(bench: &Bench) {
     assert_eq!(bench.recovery().read_job().unwrap().unwrap().execution, ONE);
 }
 
-/// Nothing can be written to the file that says what boots; it says nothing either, so the first FAT boots.
+/// Makes `autoboot.txt` impossible to write. It says nothing either, so the first FAT boots.
 fn break_autoboot(bench: &Bench) {
     let autoboot = bench.machine.dir.join("recovery/autoboot.txt");
     std::fs::remove_file(&autoboot).unwrap();
@@ -43,7 +43,7 @@ async fn switch_that_fails_leaves_the_installer_all_it_needs() {
     assert!(failure.message.contains("the next boot is the installer"), "{}", failure.message);
     assert_installer_has_everything(&bench);
 
-    // Nor does the next start of the new system's agent take anything away.
+    // The next start of the new system's agent removes nothing either.
     let journal = bench.journal();
     bench = bench.run(&journal, async |_, _| {}).await;
     assert_installer_has_everything(&bench);
@@ -55,6 +55,7 @@ async fn switch_that_fails_leaves_the_installer_all_it_needs() {
 #[tokio::test]
 async fn new_system_without_its_journal_takes_nothing_from_the_installer() {
     let bench = on_trial(ONE).await;
+    // Without the journal the update looks as if it were over.
     std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
     let journal = bench.journal();
     let bench = bench.run(&journal, async |_, _| {}).await;

@@ -11,6 +11,7 @@ const THEIRS: &str = "USEC=4102444800000000\nMODE=poweroff\nWALL_MESSAGE=cleanin
 async fn shutdown_of_somebody_else_stays_and_is_named() {
     let bench = Bench::new();
     let journal = bench.journal();
+    // logind's file of the one shutdown that it keeps.
     std::fs::write(bench.machine.schedule().file, THEIRS).unwrap();
     journal.accept(ONE, 1, reboot(LONG)).await.unwrap();
     let bench = bench
@@ -45,6 +46,7 @@ async fn notice_that_a_user_takes_back_ends_the_job() {
         let bench = bench
             .run(&journal, async |journal, machine| {
                 phase(journal, "waiting for the notice to pass").await;
+                // The phase is set before the announcement, and a user can only take back what is announced.
                 while machine.standing() != Standing::Ours {
                     tokio::task::yield_now().await;
                 }

@@ -9,13 +9,13 @@ pub(super) const NAME: &str = "ssh_host_ed25519_key";
 const KIND: &[u8] = b"ssh-ed25519";
 /// In PKCS#8 the Ed25519 seed is an octet string of 32 bytes within an octet string (RFC 8410, section 7).
 const SEED: [u8; 4] = [0x04, 0x22, 0x04, 0x20];
-/// The cipher's block size, which unencrypted private keys are padded to.
+/// Block size of the cipher; unencrypted private keys are padded to it, too.
 const BLOCK: usize = 8;
 /// Characters of a line.
 const LINE: usize = 70;
 
-/// A private key's file and its public key's, as `ssh-keygen -t ed25519 -N ""` makes them (PROTOCOL.key of OpenSSH);
-/// none when there is no randomness.
+/// Makes a private key's file and its public key's, as `ssh-keygen -t ed25519 -N ""` does (PROTOCOL.key of OpenSSH);
+/// `None`: there is no randomness.
 pub(super) fn fresh(comment: &str) -> Option<(String, String)> {
     let pair = KeyPair::generate_for(&PKCS_ED25519).ok()?;
     let der = pair.serialized_der();
@@ -31,9 +31,11 @@ pub(super) fn fresh(comment: &str) -> Option<(String, String)> {
     private.extend_from_slice(&public_key);
     string(&mut private, &[seed, public].concat())?;
     string(&mut private, comment.as_bytes())?;
+    // The padding is 1, 2, 3, ...
     private.extend((1_u8..).take((BLOCK - private.len() % BLOCK) % BLOCK));
 
     let mut file = b"openssh-key-v1\0".to_vec();
+    // Cipher, key derivation, and its options. sshd reads the key without a passphrase.
     for text in [b"none".as_slice(), b"none", b""] {
         string(&mut file, text)?;
     }

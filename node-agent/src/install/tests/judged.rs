@@ -1,4 +1,4 @@
-//! What is known of an image before the card is touched, and boot files below a prefix.
+//! Images that are judged before the card is touched, and boot files below a prefix.
 
 use std::sync::Arc;
 
@@ -79,7 +79,7 @@ async fn what_is_kept_and_not_understood_stays_and_the_old_system_comes_back() {
     }
 }
 
-/// The front of a disk image whose root has so many MiB.
+/// The front of a disk image whose root has `root` MiB.
 fn disk(root: u32) -> Vec<u8> {
     let mut disk = vec![0; 64 << 10];
     for (number, kind, start, length) in [(0, 0x0c, 2048, 64 << 11), (1, 0x83, 65 << 11, root << 11)] {
@@ -95,6 +95,7 @@ fn disk(root: u32) -> Vec<u8> {
 /// The first chunk tells it: this card's root would have two thirds of 1228 MiB.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn disk_that_does_not_fit_is_refused_before_anything_is_touched() {
+    // Its root begins within the boot partition.
     let mut senseless = disk(1);
     senseless[446 + 16 + 8..446 + 16 + 12].copy_from_slice(&[0, 9, 0, 0]);
     for (bytes, reason, word) in [
@@ -118,6 +119,7 @@ async fn disk_that_does_not_fit_is_refused_before_anything_is_touched() {
 /// The push has seen that it is a disk. Its first chunk alone, a frame that is skipped, would make it a tarball.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn push_decides_what_an_image_is_and_not_its_first_chunk() {
+    // A skippable frame of zstd (RFC 8878, 3.1.2) that fills the first chunk.
     let length = u32::try_from(CHUNK).unwrap();
     let skipped = [&[0x50, 0x2a, 0x4d, 0x18], length.to_le_bytes().as_slice(), &vec![0; CHUNK]].concat();
     let bytes = [skipped, zstd::encode_all(disk(1000).as_slice(), 1).unwrap()].concat();

@@ -1,4 +1,4 @@
-//! Journals as they were written, and as a newer agent may write them.
+//! Recorded journals: as each version wrote them, and as a newer agent may write them.
 
 use super::{ONE, TWO, state};
 use crate::job::{Action, Failure, State};
@@ -32,10 +32,10 @@ async fn journal_of_a_newer_agent_loses_no_job() {
     assert!(!dir.path().join("journal.json.bad-1").exists());
     let (entries, today) = (journal.entries(), open(TODAY).1.entries());
     assert_eq!(entries.unfinished(), today.unfinished(), "unknown fields change nothing");
-    // An action that is not known here keeps its place; a state that is not says nothing.
+    // An unknown action keeps its place; an entry in an unknown state is left out.
     assert_eq!((state(&journal, TWO), &entries.get(TWO).unwrap().action), (State::Cancelled, &Action::Unknown));
     assert_eq!(entries.iter().count(), 3);
-    // And it can be gone on with.
+    // The unfinished job still goes on.
     journal.install(ONE).await.unwrap();
     assert_eq!(state(&Journal::open(dir.path(), "b").unwrap(), ONE), State::Installing);
 }
