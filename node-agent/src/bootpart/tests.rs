@@ -22,7 +22,7 @@ impl Card {
         Self { part: BootPart::new(dir.path(), &board), dir }
     }
 
-    /// An installer's zip; its digest.
+    /// An installer's zip, and its digest.
     fn zip(&self, name: &str, kernel: &str, without: &str) -> (PathBuf, String) {
         let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
         for (file, text) in [
@@ -224,7 +224,7 @@ fn recorded_job_is_read_and_written_as_it_was() {
     card.part.write_job(&job).unwrap();
     assert_eq!(card.read("marco/install.json"), today, "an older installer refuses a field that it does not know");
 
-    // Of a newer agent: what it says besides changes nothing, and is still there when a trial has been counted.
+    // A newer agent's job: its unknown fields change nothing, and are still there after a trial is counted.
     let next = include_str!("../../testdata/card/install-next.json");
     fs::write(&path, next).unwrap();
     assert_eq!(card.part.read_job().unwrap().as_ref(), Some(&job));
@@ -232,7 +232,7 @@ fn recorded_job_is_read_and_written_as_it_was() {
     assert_eq!(card.read("marco/install.json"), next.replace("\"trials\": 0", "\"trials\": 1"));
     assert_eq!(card.part.read_job().unwrap(), Some(InstallJob { trials: 1, ..job }));
 
-    // What this installer cannot do it does not begin.
+    // An installer does not begin a job that it cannot do.
     for other in [today.replacen('{', "{ \"version\": 2,", 1), today.replace("\"install\"", "\"install-delta\"")] {
         fs::write(&path, other).unwrap();
         assert_eq!(card.part.read_job().unwrap(), None);

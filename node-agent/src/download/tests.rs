@@ -32,27 +32,27 @@ const MESSAGE: usize = 10_000;
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// What the controller of a test does wrong, by how often it was asked.
+/// Fault of a test's controller, by the number of the request.
 pub(crate) type Fault = Arc<dyn Fn(usize) -> Wrong + Send + Sync>;
 
 #[derive(Clone, Copy)]
 pub(crate) enum Wrong {
     Nothing,
-    /// Ends with an error after so many bytes.
+    /// Ends with an error after this many bytes.
     CutAfter(usize),
-    /// Ends without an error after so many bytes.
+    /// Ends without an error after this many bytes.
     EndAfter(usize),
-    /// Sends this byte flipped, when it comes by.
+    /// Flips this byte when it is sent.
     Flip(usize),
     /// Names another digest in the header.
     OtherDigest,
     /// Lists another digest for the last chunk.
     OtherList,
-    /// Sends a byte more than there are.
+    /// Sends one byte too many.
     Endless,
-    /// Is silent.
+    /// Sends nothing.
     Silent,
-    /// Says what it knows of the artifact, and sends nothing of it.
+    /// Sends the header and no data.
     Withheld,
     /// Has no such artifact.
     Missing,
@@ -65,17 +65,17 @@ pub(crate) struct Controller {
     asked: Arc<Mutex<Vec<(String, u64)>>>,
     sent: Arc<AtomicU64>,
     facts: Option<ImageFacts>,
-    /// The push's verdict; empty, as an older controller says.
+    /// Packing by the push; empty, as an older controller sends it.
     packing: &'static str,
 }
 
 impl Controller {
-    /// One that says nothing of the artifact but its digests.
+    /// A controller that knows only the digests of the artifact.
     fn new(bytes: Bytes, fault: Fault) -> Self {
         Self { bytes, fault, asked: Arc::default(), sent: Arc::default(), facts: None, packing: "" }
     }
 
-    /// How often it was asked before.
+    /// Number of earlier requests.
     fn round(&self, name: String, offset: u64) -> usize {
         let mut asked = self.asked.lock().unwrap();
         asked.push((name, offset));
@@ -225,12 +225,12 @@ impl Bed {
     }
 }
 
-/// A downloader of these bytes, and what keeps their controller alive.
+/// A downloader of these bytes, and the handle that keeps their controller alive.
 pub(crate) async fn serve_bytes(bytes: Bytes, fault: Fault) -> (Downloader, AbortOnDropHandle<()>) {
     serve_judged(bytes, fault, None).await
 }
 
-/// The same, of an image of which the controller says this.
+/// Same, for an image with these facts.
 pub(crate) async fn serve_judged(
     bytes: Bytes,
     fault: Fault,
@@ -240,7 +240,7 @@ pub(crate) async fn serve_judged(
     (Downloader::with_policy(connect, QUICK), server)
 }
 
-/// The same, of an image that the push found to be this, by the word of the API.
+/// Same, for an image with this packing, by the API's word.
 pub(crate) async fn serve_packed(bytes: Bytes, packing: &'static str) -> (Downloader, AbortOnDropHandle<()>) {
     let controller = Controller { packing, ..Controller::new(bytes, Arc::new(|_| Wrong::Nothing)) };
     let (connect, server) = serve(controller).await;
@@ -369,7 +369,7 @@ async fn a_header_that_changes_is_refused() {
 #[tokio::test]
 async fn more_than_was_promised_is_not_taken() {
     let bed = Bed::new(CHUNK + 1, |_| Wrong::Endless).await;
-    // The chunks are all right; what follows them is not even looked at.
+    // The chunks are all right, so the bytes behind them are not read.
     bed.to_file().await.unwrap();
     bed.assert_right();
 }
@@ -418,7 +418,7 @@ async fn a_cancelled_download_ends_and_keeps_what_is_right() {
 }
 
 impl Bed {
-    /// What it learns of the image; how often it asked; how long that took.
+    /// The facts it learns, the number of requests, and the time that took.
     async fn facts(&self, cancel: &CancellationToken) -> (Option<Facts>, usize, Duration) {
         let began = Instant::now();
         let facts = self.downloader.facts(&self.sha256, cancel).await;
