@@ -46,7 +46,7 @@ async fn enrolled(directory: &Path, controller: &Controller) -> Identity {
 #[tokio::test]
 async fn a_token_is_exchanged_for_an_identity_whatever_the_clock_says() {
     let dir = tempfile::tempdir().unwrap();
-    // The node's floor is 1970: certificates of 2026 are not valid yet by its own reckoning.
+    // The node's time starts in 1970, so certificates of 2026 are not valid yet by it.
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     let identity = enrolled(dir.path(), &controller).await;
     assert_eq!(identity.node(), "pi-01");
@@ -166,7 +166,7 @@ async fn a_certificate_that_is_refused_as_expired_is_renewed_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     enrolled(dir.path(), &controller).await;
-    // The same CA 200 days later: it takes the node's certificate for an expired one.
+    // The same CA 200 days later: it takes the node's certificate for expired.
     let later = Controller::start(controller.pki.at("2026-07-20T00:00:00Z", "2026-08-20T00:00:00Z")).await;
     let identity = Arc::new(Identity::load(dir.path(), time()).unwrap().unwrap());
     assert!(identity.time().now_micros() < micros("2026-01-02T00:00:00Z"), "it thinks that its certificate is new");
@@ -205,12 +205,12 @@ async fn a_renewal_has_a_new_key_and_the_one_before_is_kept_until_it_was_used() 
     let next = read("next.key").unwrap();
     assert_ne!(next, first.0);
     assert_eq!(std::fs::metadata(dir.path().join("next.key")).unwrap().permissions().mode() & 0o777, 0o600);
-    // The next one is shown from now on, and the first to a controller that does not know that.
+    // The next certificate is shown from now on, and the first one to a controller that does not know the next.
     let shown = |identity: &Identity| identity.held().present.pair.key.clone();
     assert_eq!(shown(&identity), next);
     identity.not_known();
     assert_eq!(shown(&identity), first.0, "it is kept in memory as well");
-    // So it is in an agent that starts now.
+    // An agent that starts now does the same.
     let identity = Identity::load(dir.path(), time()).unwrap().unwrap();
     assert_eq!(shown(&identity), next);
     identity.not_known();
@@ -222,7 +222,7 @@ async fn a_renewal_has_a_new_key_and_the_one_before_is_kept_until_it_was_used() 
     assert_eq!((read("node.key").unwrap(), read("next.key"), read("next.crt")), (next.clone(), None, None));
     identity.not_known();
     assert_eq!(shown(&identity), next);
-    // The next renewal has a key of its own again.
+    // The next renewal has a new key again.
     identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Rotate).await.unwrap();
     assert_ne!(read("next.key").unwrap(), next);
 }
@@ -259,7 +259,7 @@ async fn a_time_that_the_certificate_does_not_bear_out_is_not_believed() {
     identity.learn_time(micros("2040-01-01T00:00:00Z"));
     let time = identity.time().now_micros();
     assert!((micros(TO)..micros("2026-02-01T00:00:00Z")).contains(&time), "{time}");
-    // A later one corrects it, also backwards.
+    // A later time corrects it, also backwards.
     identity.learn_time(micros("2026-01-05T00:00:00Z"));
     let time = identity.time().now_micros();
     assert!((micros("2026-01-05T00:00:00Z")..micros("2026-01-06T00:00:00Z")).contains(&time), "{time}");
