@@ -72,7 +72,7 @@ pub(super) async fn prepare(
             std::fs::write(at.join(NEW_HOME), "").map_err(SystemError::io("write", at.join(NEW_HOME)))?;
             let folder = std::fs::File::open(&at).map_err(SystemError::io("open", &at))?;
             // The marker must be on the card before `end` removes the record: until `finish` one of them marks this
-            // home as nobody's.
+            // home as no user's.
             rustix::fs::syncfs(&folder).map_err(|error| SystemError::io("sync", &at)(error.into()))?;
         }
         kept::end(&card.recovery)?;
