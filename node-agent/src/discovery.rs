@@ -199,6 +199,7 @@ mod tests {
         let found = controllers(Searcher::with(vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()]));
         assert_eq!(found.in_order(), ["known:1346", "10.0.0.1:1", "[fd00::1]:1", "last:9"]);
         assert_eq!(found.listeners(&["named:3".to_owned()]), ["named:3", "10.0.0.1:2", "[fd00::1]:2", "last:1347"]);
+        // An empty list: the controller does not know its own address.
         found.learn("[fd00::1]:1", &[]);
         assert_eq!(found.in_order(), ["known:1346", "[fd00::1]:1", "10.0.0.1:1", "last:9"]);
         let later = controllers(Searcher::default());
@@ -221,6 +222,7 @@ mod tests {
         assert_eq!(again.in_order(), ["a:1346", "b:1", "c:2", "d:1346"]);
         again.learn("b:1", &texts(&["e:3"]));
         assert_eq!(Controllers::remembered(given(), file.clone()).in_order(), ["a:1346", "b:1", "e:3"]);
+        // A torn file must not keep the node from its given controllers.
         std::fs::write(&file, "{").unwrap();
         assert_eq!(Controllers::remembered(given(), file).in_order(), ["a:1346", "b:1"]);
     }

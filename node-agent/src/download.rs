@@ -205,6 +205,7 @@ impl Downloader {
                     progress(done, size_bytes);
                 }
                 Err(error) => {
+                    // tokio writes in the background: without this the next try could miss the last chunk.
                     file.flush().await?;
                     // Every chunk is right and the whole is not: a resumed download would fail the same way.
                     if matches!(error, DownloadError::Corrupt(_)) {
@@ -273,6 +274,7 @@ impl Downloader {
         let (opened, header) = tokio::sync::oneshot::channel();
         let fetch = Fetch::new(Arc::clone(&self.connect), self.policy, sha256, existing, opened, sender);
         let cancel = cancel.clone();
+        // A task of its own: the next chunk arrives while the caller writes the last one.
         let task = AbortOnDropHandle::new(tokio::spawn(fetch.run(cancel)));
         match header.await {
             Ok(Ok(Opened { size_bytes, facts, packing })) => {

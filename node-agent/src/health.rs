@@ -39,6 +39,7 @@ impl Health {
             let before = conditions.clone();
             conditions.retain(|condition| condition.ailment != ailment);
             conditions.extend(message.map(|message| Condition { ailment, message }));
+            // Sorted, so that the comparison below sees only real changes.
             conditions.sort_by_key(|condition| condition.ailment);
             // Wakes the session only on a change: conditions are checked periodically.
             *conditions != before

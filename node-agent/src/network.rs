@@ -85,6 +85,8 @@ async fn serve(interface: String, settings: Network) {
 
 /// Runs the client until it ends, and logs each new lease.
 async fn dhcp(interface: &str) -> Result<(), SystemError> {
+    // `-f`: in the foreground, so that its end is noticed. `-t 4 -T 2 -A 4`: four requests, two seconds apart, then
+    // again after four seconds, without end.
     let command = [BUSYBOX, "udhcpc", "-f", "-i", interface, "-s", hook::PROGRAM, "-t", "4", "-T", "2", "-A", "4"];
     let mut client = start(&command)?;
     let mut last = String::new();
@@ -118,6 +120,7 @@ async fn fixed(interface: &str, address: &str, settings: &Network) -> Result<(),
 async fn configure(interface: &str, address: &str, gateway: Option<&str>, dns: &[String]) -> Result<(), SystemError> {
     // An address of an earlier lease would stay beside the new one.
     ip(&["addr", "flush", "dev", interface]).await?;
+    // `+` derives the broadcast address from the prefix.
     ip(&["addr", "add", address, "broadcast", "+", "dev", interface]).await?;
     if let Some(gateway) = gateway {
         ip(&["route", "replace", "default", "via", gateway, "dev", interface]).await?;

@@ -18,6 +18,7 @@ pub enum Status {
 /// Reports to systemd. Does nothing without `NOTIFY_SOCKET`.
 pub fn notify(status: Status) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    // Best effort: the agent works without systemd too.
     if let Err(error) = send(&socket, status) {
         tracing::warn!(error = %error, "systemd could not be notified");
     }

@@ -97,6 +97,7 @@ pub struct Failure {
 
 impl Default for Failure {
     fn default() -> Self {
+        // A node that waits can get another image. One that is off cannot.
         Self { policy: Policy::Retry, after: Duration::from_secs(60) }
     }
 }
@@ -184,6 +185,7 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error
 
 fn file_system<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let text = String::deserialize(deserializer)?;
+    // Checked here: later, the old root would be gone already.
     if FILE_SYSTEMS.iter().any(|(name, _)| *name == text) {
         return Ok(text);
     }
@@ -207,6 +209,7 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_values_are_refused() {
+        // A typing error must not lead to the defaults, which would divide the card.
         for wrong in ["sizes = 1", "[root]\ntype = \"ntfs\"", "[failure]\npolicy = \"pray\"", "[boot]\nsize = \"big\""]
         {
             assert!(toml::from_str::<Settings>(wrong).is_err(), "{wrong}");
@@ -219,6 +222,7 @@ mod tests {
         assert_eq!(toml::from_str::<Settings>(example).unwrap(), Settings::default());
         let keys: String = example
             .lines()
+            // In the example a space follows the `#` of a sentence, but not that of a key.
             .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
             .map(|line| format!("{line}\n"))
             .collect();

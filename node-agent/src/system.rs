@@ -390,7 +390,7 @@ pub trait System: Send + Sync + 'static {
     /// Checks that an update can begin. Nothing is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 
-    /// Refuses an installation that would keep something which the installer does not understand or cannot read. Nothing is
+    /// Refuses an installation that would keep data which the installer does not understand or cannot read. Nothing is
     /// written.
     async fn check_kept(&self, _erase: Erase) -> Result<(), Refusal> {
         Ok(())
@@ -400,6 +400,7 @@ pub trait System: Send + Sync + 'static {
     /// Nothing is written.
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
         match room {
+            // A card without partitions has nothing to measure or to move.
             Room::Resident(_) => Ok(Ready::Now),
             Room::Whole(_) => Err(SystemError::Unsupported(NO_PARTITIONS)),
         }

@@ -81,9 +81,11 @@ fn sockets() -> io::Result<Vec<Arc<UdpSocket>>> {
 
 fn open(address: Ipv4Addr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+    // Otherwise the kernel would send every question out on the same interface.
     socket.set_multicast_if_v4(&address)?;
     socket.set_multicast_ttl_v4(HOPS)?;
     socket.set_nonblocking(true)?;
+    // Any port: answers come back by unicast.
     socket.bind(&SocketAddr::V4(SocketAddrV4::new(address, 0)).into())?;
     UdpSocket::from_std(socket.into())
 }

@@ -244,6 +244,7 @@ async fn ask(thorough: bool, ca: &CaHint) -> Vec<Found> {
         .await;
     }
     let mut found = answers.0;
+    // An answer by MarcoPolo claims no CA. It may be our controller, but is tried last.
     found.sort_by_key(|found| found.ca.is_none());
     found
 }

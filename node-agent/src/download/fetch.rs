@@ -160,12 +160,14 @@ impl Fetch {
         let answer = timeout(self.policy.stall, client.download_artifact(request)).await.map_err(late)?;
         let mut stream = match answer {
             Ok(answer) => answer.into_inner(),
+            // At offset zero the same status refuses the artifact itself.
             Err(status) if offset > 0 && is_past_the_end(&status) => return Err(self.start_over(&status).await),
             Err(status) => return Err(judge(&status)),
         };
 
         match self.next(&mut stream).await? {
             Some(DownloadArtifactResponse { part: Some(Part::Header(mut sent)) }) => {
+                // Not part of the comparison: controllers of different versions may describe an artifact differently.
                 let (facts, packing) = (sent.facts.take().map(facts), Packing::parse(&sent.compression));
                 let header = Header::check(sent, &self.sha256).map_err(DownloadError::Corrupt)?;
                 let opened = Opened { size_bytes: header.size, facts, packing };
@@ -281,6 +283,7 @@ impl Fetch {
                 return Err(Ended::Retry("more bytes arrived than the artifact has".into()));
             }
             if self.partial.capacity() < missing {
+                // Once for each chunk: growing in steps would copy it several times.
                 self.partial.reserve(missing);
             }
             self.advanced = true;
@@ -330,8 +333,10 @@ impl Fetch {
             self.chunk = chunk;
             self.partial.clear();
             self.wrong += 1;
+            // A wrong chunk is no progress, although it brought bytes.
             self.advanced = false;
             let message = format!("chunk {chunk} does not have its SHA-256");
+            // One wrong chunk may be the fault of one controller: the next try can take another.
             let give_up = self.wrong >= WRONG_CHUNKS;
             return Err(if give_up { DownloadError::Corrupt(message).into() } else { Ended::Retry(message) });
         }
@@ -382,6 +387,7 @@ fn check_file(header: &Header, path: &std::path::Path) -> std::io::Result<(u64, 
         let wanted = u64::try_from(length).unwrap_or_default();
         if length == 0 || (&mut file).take(wanted).read_to_end(&mut buffer)? < length || !header.matches(chunk, &buffer)
         {
+            // The download continues with the first chunk that is missing or wrong.
             file.set_len(header.start(chunk))?;
             return Ok((chunk, whole));
         }

@@ -33,6 +33,7 @@ impl Header {
     /// Checks a header against the requested artifact.
     pub(super) fn check(sent: DownloadHeader, sha256: &str) -> Result<Self, String> {
         let (size, chunk_size) = (sent.size_bytes, u64::from(sent.chunk_size));
+        // Otherwise the download would fail only after its last byte.
         if sent.sha256 != sha256 {
             return Err(format!("the controller sends {} instead of {sha256}", sent.sha256.escape_debug()));
         }

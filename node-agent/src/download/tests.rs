@@ -133,6 +133,7 @@ impl ArtifactService for Controller {
             let data = bytes[at..stop.min(at + MESSAGE)].to_vec();
             let chunk = Chunk { offset: at as u64, data: data.into() };
             at += MESSAGE;
+            // Messages do not end at the borders of chunks, as on the wire.
             messages.push(Ok(DownloadArtifactResponse { part: Some(Part::Chunk(chunk)) }));
         }
         messages.extend(end.map(Err));
@@ -282,6 +283,7 @@ async fn file_that_is_longer_than_the_artifact_is_no_beginning_of_it() {
     std::fs::write(bed.path(), vec![7; more]).unwrap();
     bed.to_file().await.unwrap();
     bed.assert_right();
+    // The controller refuses the offset past the end, so the second request starts at zero.
     assert_eq!(bed.offsets(), [more as u64, 0]);
 }
 
@@ -289,6 +291,7 @@ async fn file_that_is_longer_than_the_artifact_is_no_beginning_of_it() {
 fn rests_of_downloads_are_swept_and_nothing_else() {
     let dir = TempDir::new().unwrap();
     let (present, other) = (super::file_in(dir.path(), "aa"), super::file_in(dir.path(), "bb"));
+    // An agent before digests in names left `boot.zip`.
     let (before, key) = (dir.path().join("boot.zip"), dir.path().join("node.key"));
     for path in [&present, &other, &before, &key] {
         std::fs::write(path, "x").unwrap();
@@ -313,6 +316,7 @@ async fn ten_cuts_send_at_most_a_chunk_each_again() {
     let bed = Bed::new(20 * CHUNK + 1, cuts).await;
     bed.to_file().await.unwrap();
     bed.assert_right();
+    // Each of the ten cuts brought data, so none counts as a try without progress.
     assert_eq!(bed.offsets().len(), 11);
     let again = bed.sent() - bed.controller.bytes.len() as u64;
     assert!(again <= 10 * CHUNK as u64, "{again} bytes were sent again");
@@ -323,6 +327,7 @@ async fn a_stream_that_ends_without_an_error_is_a_cut() {
     let bed = Bed::new(3 * CHUNK, |round| if round == 0 { Wrong::EndAfter(CHUNK + 5) } else { Wrong::Nothing }).await;
     bed.to_file().await.unwrap();
     bed.assert_right();
+    // A clean end of the stream does not prove completeness.
     assert_eq!(bed.offsets(), [0, (CHUNK + 5) as u64]);
 }
 
@@ -363,6 +368,7 @@ async fn a_header_for_something_else_is_refused() {
 async fn a_header_that_changes_is_refused() {
     let bed = Bed::new(4 * CHUNK, |round| if round == 0 { Wrong::CutAfter(CHUNK) } else { Wrong::OtherList }).await;
     assert!(matches!(bed.to_file().await, Err(DownloadError::Corrupt(_))));
+    // Some chunk in the file may be of the wrong list, so none of it is kept.
     assert!(!bed.path().exists());
 }
 
@@ -378,6 +384,7 @@ async fn more_than_was_promised_is_not_taken() {
 async fn what_does_not_exist_is_not_tried_again() {
     let bed = Bed::new(CHUNK, |_| Wrong::Missing).await;
     let error = bed.to_file().await.unwrap_err();
+    // One request: a retry would get the same refusal.
     assert_eq!((error.reason(), bed.offsets().len()), ("DOWNLOAD_REFUSED", 1));
 }
 
@@ -391,6 +398,7 @@ async fn it_is_given_up_after_tries_without_a_byte() {
 #[tokio::test]
 async fn a_file_that_was_begun_is_gone_on_with() {
     let bed = Bed::new(10 * CHUNK, |_| Wrong::Nothing).await;
+    // A complete file, one that ends within a chunk, and one with a flipped bit.
     for (kept, damaged) in [(10 * CHUNK, None), (3 * CHUNK + 100, None), (4 * CHUNK, Some(2 * CHUNK))] {
         let mut begun = bed.controller.bytes[..kept].to_vec();
         if let Some(at) = damaged {
@@ -414,6 +422,7 @@ async fn a_cancelled_download_ends_and_keeps_what_is_right() {
     });
     let error = bed.downloader.to_file(&bed.sha256, &bed.path(), progress, &token).await.unwrap_err();
     assert_eq!(error.reason(), "CANCELLED");
+    // The next try continues behind these chunks.
     assert_eq!(std::fs::metadata(bed.path()).unwrap().len(), 2 * CHUNK as u64);
 }
 
@@ -440,6 +449,7 @@ async fn facts_are_those_of_the_controller() {
 
 #[tokio::test]
 async fn facts_are_asked_for_again_only_where_that_helps() {
+    // A refusal is an answer. An unavailable controller may be back at the next try.
     for (fault, tries) in [(Wrong::Missing, 1), (Wrong::CutAfter(0), 3)] {
         let bed = Bed::new(CHUNK, move |_| fault).await;
         let (facts, asked, _) = bed.facts(&CancellationToken::new()).await;
@@ -456,6 +466,7 @@ async fn silent_controller_does_not_hold_up_the_facts() {
 
     let cancel = CancellationToken::new();
     cancel.cancel();
+    // A cancelled update must not wait for a connection either.
     let never: Connect = Arc::new(|| Box::pin(std::future::pending()));
     assert_eq!(Downloader::new(never).facts(&bed.sha256, &cancel).await, None);
 }

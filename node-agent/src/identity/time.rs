@@ -61,8 +61,8 @@ impl TlsTime {
     }
 
     fn elapsed(&self) -> i64 {
+        // `Instant` is monotonic: a step of the system's clock changes nothing here.
         i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX)
-    // `Instant` is monotonic: a step of the system's clock changes nothing here.
     }
 }
 

@@ -31,6 +31,7 @@ impl Lease {
         Some(Self {
             interface,
             address: format!("{ip}/{prefix}"),
+            // Routers are listed by preference (RFC 2132, section 3.5).
             gateway: words("router").into_iter().next(),
             dns: words("dns"),
         })
@@ -45,6 +46,7 @@ pub async fn main(event: &str) -> Result<(), SystemError> {
     let lease = Lease::read(|key| std::env::var(key).ok());
     match (event, lease) {
         ("deconfig", _) => {
+            // udhcpc calls this at its start and after it lost a lease.
             let Ok(interface) = std::env::var("interface") else { return Ok(()) };
             ip(&["link", "set", "dev", &interface, "up"]).await?;
             ip(&["addr", "flush", "dev", &interface]).await

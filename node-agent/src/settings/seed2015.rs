@@ -36,8 +36,10 @@ impl Seed {
             let value =
                 ['"', '\''].iter().find_map(|quote| value.strip_prefix(*quote)?.strip_suffix(*quote)).unwrap_or(value);
             let value = value.strip_suffix(".tar.gz").unwrap_or(value);
+            // Characters of a file name only: no path, and nothing that a shell would expand.
             let plain = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
             match key.trim() {
+                // The 2015 system wrote an empty name for "no image".
                 "OS_IMG" if value.is_empty() => {}
                 "OS_IMG" if plain => seed.image = Some(value.to_owned()),
                 key => seed.unknown.push(key.to_owned()),

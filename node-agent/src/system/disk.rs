@@ -279,6 +279,7 @@ impl Disk {
         let Some(name) = find::kernel_name(&self.device) else { return Ok(()) };
         let device = self.open(true)?;
         let shown = find::kernel_parts(&name);
+        // Removed first: the kernel refuses a new partition that overlaps an old one.
         for old in &shown {
             let stays = parts
                 .iter()
@@ -316,6 +317,7 @@ fn fill(from: &File, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
 /// The used entries among the four primary partitions.
 fn parts(table: &MBR) -> Vec<Part> {
     let used = |(number, entry): (usize, &MBRPartitionEntry)| {
+        // The table also lists logical partitions, from number 5 on. They are not supported.
         let number = u32::try_from(number).ok().filter(|number| *number <= 4 && entry.is_used())?;
         let (start, sectors) = (entry.starting_lba.into(), entry.sectors.into());
         Some(Part { number, kind: entry.sys, start, sectors })
@@ -378,6 +380,7 @@ pub(crate) fn make_writable(at: &Path) -> Result<(), SystemError> {
 }
 
 fn remount(at: &Path, access: Access) -> Result<(), SystemError> {
+    // A remount replaces all flags, so those of the mount are repeated.
     let mut flags = MountFlags::NOATIME | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     if access == Access::ReadOnly {
         flags |= MountFlags::RDONLY;

@@ -67,8 +67,10 @@ pub enum Layout {
 /// PRETTY_NAME of a root's os-release, unquoted (os-release(5)). `None`: no file or no such line.
 pub(super) fn pretty_name(root: &Rooted) -> Option<String> {
     let read = |path| root.read(path).ok().flatten();
+    // os-release(5): `/usr/lib` is the fallback for a missing file in `/etc`.
     let text = read("etc/os-release").or_else(|| read("usr/lib/os-release"))?;
     let text = String::from_utf8_lossy(&text).into_owned();
+    // The last assignment counts, as in a shell.
     let value = text.lines().rev().find_map(|line| line.trim().strip_prefix("PRETTY_NAME="))?;
     Some(value.trim_matches(['"', '\'']).to_owned())
 }

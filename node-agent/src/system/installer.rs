@@ -169,6 +169,7 @@ impl Installer {
         let move_to = self.move_to.lock().unwrap_or_else(PoisonError::into_inner).take();
         blocking(move || {
             rustix::fs::sync();
+            // Home first: it is mounted within the root.
             for at in [&card.root.join("home"), &card.root, &card.boot, &card.recovery] {
                 // A file may still be open. Then its file system is synced and made read-only instead.
                 if let Err(error) = disk::unmount(at).or_else(|_| disk::make_read_only(at)) {
@@ -256,6 +257,7 @@ impl System for Installer {
     }
 
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
+        // No user can be logged in to an initramfs.
         tracing::info!("{}", super::announcement(down, delay, message));
         Ok(false)
     }

@@ -34,6 +34,7 @@ impl Release {
         let boot = boot.map(|boot| parse(boot, BOOT_FILE)).transpose()?.flatten();
         Ok(match (root, boot) {
             (root, None) => root,
+            // Boot files were replaced in a system that Marco did not install: its image is unknown.
             (None, Some(boot)) => Some(Self { image_sha256: String::new(), ..boot }),
             (Some(root), Some(boot)) => Some(Self { image_sha256: root.image_sha256, ..boot }),
         })

@@ -32,6 +32,7 @@ impl Scheduled {
         Self {
             mode: value("MODE").unwrap_or_default().trim().to_owned(),
             at: micros.and_then(DateTime::from_timestamp_micros),
+            // logind escapes quotes and backslashes in its file.
             message: value("WALL_MESSAGE").unwrap_or_default().replace("\\\"", "\"").replace("\\\\", "\\"),
         }
     }
@@ -39,6 +40,7 @@ impl Scheduled {
 
 impl fmt::Display for Scheduled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The message is another user's: control characters could forge a line of a log or change a terminal.
         let plain = |text: &str| text.chars().filter(|c| !c.is_control()).take(MESSAGE).collect::<String>();
         match self.mode.as_str() {
             "reboot" => f.write_str("a reboot")?,
@@ -83,6 +85,7 @@ impl Schedule {
         let read = |path| std::fs::read(path).ok().map(|text| Scheduled::parse(&String::from_utf8_lossy(&text)));
         match (read(&self.file), read(&self.ours)) {
             (None, _) => Standing::Nothing,
+            // Compared by contents: every `shutdown` replaces the one file.
             (Some(stands), Some(ours)) if stands == ours => Standing::Ours,
             (Some(stands), _) => Standing::Theirs(stands),
         }
@@ -107,6 +110,7 @@ impl Schedule {
 
     /// Announces a shutdown as logind does, unless another's stands. True if it was announced.
     pub(crate) fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool> {
+        // logind schedules no shutdown without a delay.
         if delay.is_zero() || matches!(self.standing(), Standing::Theirs(_)) {
             return Ok(false);
         }
@@ -127,6 +131,7 @@ impl Schedule {
         if stood {
             remove(&self.file)?;
         }
+        // The copy goes in any case: another shutdown may have replaced the agent's.
         remove(&self.ours)?;
         Ok(stood)
     }

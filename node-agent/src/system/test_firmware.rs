@@ -39,6 +39,7 @@ impl TestFirmware {
     }
 
     fn parse(cmdline: &str, console: &Path) -> Option<Self> {
+        // The last one counts, as for most of the kernel's own parameters.
         let word = |key: &str| cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix(key));
         let (partition, tryboot) = word("marco.test_firmware=")?.split_once(',')?;
         let join = word("marco.join=").and_then(|text| STANDARD.decode(text).ok());

@@ -192,6 +192,7 @@ impl VirtualPi {
         let time = DateTime::<Utc>::from(SystemTime::now()).to_rfc3339_opts(SecondsFormat::Micros, true);
         let append = || {
             let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&path)?;
+            // Escaped, so that each message is one line.
             std::io::Write::write_all(&mut file, format!("{time} {}\n", text.escape_debug()).as_bytes())
         };
         append().map_err(SystemError::io("write", &path))
@@ -243,6 +244,7 @@ impl System for VirtualPi {
 
     fn mode(&self) -> Mode {
         match self.up() {
+            // A state of an older version knows only installers on the first partition.
             Some(up) if up.installer.unwrap_or(up.partition == 1) => Mode::Installer,
             _ => Mode::Running,
         }
@@ -430,8 +432,10 @@ fn board(id: &str) -> Board {
     let mac: Vec<&str> = [(0, 2), (2, 4), (4, 6)].into_iter().filter_map(|(from, to)| digest.get(from..to)).collect();
     Board {
         model: "Raspberry Pi 4 Model B Rev 1.4".into(),
+        // New-style code of a Pi 4 B with 4 GiB.
         revision: "c03114".into(),
         serial: format!("10000000{tail}"),
+        // An OUI of Raspberry Pi.
         macs: vec![format!("dc:a6:32:{}", mac.join(":"))],
         memory_bytes: 4 * 1024 * 1024 * 1024,
         family: "pi4".into(),

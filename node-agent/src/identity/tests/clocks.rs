@@ -105,6 +105,7 @@ async fn years_ahead_and_back_again_cost_two_renewals() {
         identity.accepted();
         identity.learn_time(micros(told));
     }
+    // A node used to renew every second in this case, and its time never went back.
     assert_eq!((ahead.renewed().len(), right.renewed().len()), (1, 1));
     assert!(rests(&identity) > Duration::from_secs(5 * 86_400));
     stop.cancel();

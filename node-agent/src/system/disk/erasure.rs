@@ -162,6 +162,7 @@ fn laid_out_anew(parts: &[Part], erase: Erase) -> Result<(), Refusal> {
                        instead of boot files alone";
         return Err(Refusal { reason: "LAYOUT_NOT_RESIDENT", message: message.into() });
     }
+    // Numbers 1 and 2 are a stock card's boot partition and root.
     match parts.iter().find(|part| part.number > 2) {
         Some(other) if !erase.home => {
             let message = format!(

@@ -70,6 +70,7 @@ pub(crate) enum Plan {
 pub(crate) fn is_resident(parts: &[Part]) -> bool {
     let get = |number| parts.iter().find(|part| part.number == number);
     let (Some(p1), Some(p2), Some(p3), Some(p4)) = (get(1), get(2), get(3), get(4)) else { return false };
+    // By order, not by size: an older `install.toml` may have set other sizes.
     p1.is_fat()
         && p4.is_fat()
         && p2.kind == LINUX
@@ -92,6 +93,7 @@ pub(crate) fn plan(parts: &[Part], sectors: u64, settings: &Settings) -> Result<
     if is_resident(parts) {
         return Ok(Plan::Keep);
     }
+    // A first partition that is a FAT is kept: it holds the installer, or a stock card's firmware.
     let found = parts.iter().find(|part| part.number == 1 && part.is_fat()).copied();
     let recovery = found.unwrap_or(Part { number: 1, kind: FAT, start: ALIGN, sectors: RECOVERY });
     // An interrupted raw installation left the recovery partition at the card's end, and no room behind it.

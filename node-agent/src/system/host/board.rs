@@ -61,6 +61,7 @@ fn macs(net: &Path) -> Vec<String> {
     let mut macs: Vec<String> = interfaces
         .filter(|path| path.join("device").exists())
         .filter_map(|path| Some(address(&path)?.trim().to_lowercase()))
+        // Other kinds of links have longer addresses, and some drivers report only zeros.
         .filter(|mac| mac.len() == 17 && mac != "00:00:00:00:00:00")
         .collect();
     macs.sort();

@@ -67,6 +67,7 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
         return refuse("TRIAL_BOOT_UNUSABLE", message.into());
     }
     match cell(&loader.join("build-timestamp")) {
+        // Only a Pi 4 can have a boot loader that old.
         Some(built) if board.family == "pi4" && built < PI4_LOADER => {
             let message = "the boot loader in the board's EEPROM is older than 2022-12-01, and does not know \
                            autoboot.txt's sections: run rpi-eeprom-update";

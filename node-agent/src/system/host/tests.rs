@@ -51,6 +51,7 @@ fn a_pi_is_described_from_its_device_tree() {
         put(root.path(), &format!("sys/class/net/{interface}/address"), address);
         put(root.path(), &format!("sys/class/net/{interface}/device/uevent"), "");
     }
+    // No device behind it, so it is not the board's.
     put(root.path(), "sys/class/net/docker0/address", "02:42:00:00:00:01");
     let host = host(root.path());
     let facts = host.facts().unwrap();
@@ -141,6 +142,7 @@ async fn only_the_agents_own_shutdown_is_taken_back() {
 async fn commands_get_the_message_as_one_argument_and_no_shell() {
     let root = TempDir::new().unwrap();
     let host = host(root.path());
+    // An operator writes the message. It must never reach a shell.
     host.reboot(Reboot::Plain, None, "$(touch /tmp/x); `id` 'now'").await.unwrap();
     assert_eq!(said(root.path()), ["-r", "now", "This machine reboots now: $(touch /tmp/x); `id` 'now'"]);
     host.power_off(None, "").await.unwrap();
@@ -156,6 +158,7 @@ async fn a_trial_boot_is_prepared_before_the_command_and_forgotten_when_it_fails
     assert_eq!(fs::read_to_string(&parameter).unwrap(), "0 tryboot");
     host.withdraw().await.unwrap();
     assert!(!parameter.exists());
+    // A failed command must leave no trial boot for the next reboot.
     put(root.path(), "bin/shutdown.status", "1");
     assert!(host.reboot(Reboot::TryBoot, None, "").await.is_err());
     assert!(!parameter.exists());

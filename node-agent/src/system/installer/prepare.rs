@@ -29,6 +29,7 @@ pub(super) async fn prepare(
 ) -> Result<Target, SystemError> {
     let (closed, wanted, at) = (disk.clone(), settings.clone(), card.clone());
     blocking(move || {
+        // An earlier try in this boot may have left them mounted.
         for at in [&at.root.join("home"), &at.root, &at.boot, &at.home] {
             disk::unmount(at)?;
         }
@@ -46,6 +47,7 @@ pub(super) async fn prepare(
         appear(device).await?;
     }
     tracing::info!(disk = %disk.device.display(), new_table, "card partitioned");
+    // The boot partition first: a card that cannot be written must fail before the root is erased.
     disk.make_fat(Erasure::of_boot(), "BOOT", &settings.boot.mkfs_options).await?;
     let (new_root, new_home) = (decided.root.is_some(), decided.home.is_some());
     let begin = async |begun| {

@@ -36,6 +36,7 @@ pub(super) async fn mount(card: &Disk, places: &Card, target: &Target) -> Result
 
 async fn grow(root: &Path) -> Result<(), SystemError> {
     let device = root.to_string_lossy();
+    // resize2fs refuses a file system that was not checked just before.
     let check = ["/sbin/e2fsck", "-f", "-y", &*device];
     if let Err(error) = run(&check, TIME).await {
         // e2fsck also exits with 1 after a repair. The second run then finds nothing.

@@ -94,6 +94,7 @@ impl Log {
 
 /// The last line, if it can be parsed, and true if it has no final newline.
 fn last_line(file: &mut File) -> std::io::Result<(Option<Line>, bool)> {
+    // Longer than any line.
     const TAIL: u64 = 4096;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;

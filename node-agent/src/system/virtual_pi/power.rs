@@ -164,6 +164,7 @@ impl VirtualPi {
                         if let Err(error) = ended {
                             tracing::error!(node = %self.id, error = %error, "agent of the virtual Pi crashed");
                         }
+                        // systemd restarts an agent that ended, whatever its exit status.
                         let again = agent(Arc::clone(&system), terminate.clone());
                         running.spawn(async move {
                             sleep(RESTART).await;

@@ -121,6 +121,7 @@ impl State {
             let mut file = File::create(&temporary)?;
             file.write_all(&serde_json::to_vec_pretty(self)?)?;
             file.sync_all()?;
+            // Atomic: a process that is killed leaves the old state or the new one.
             std::fs::rename(&temporary, &path)?;
             File::open(dir)?.sync_all()
         };
