@@ -226,7 +226,7 @@ pub struct Stretch {
 /// Room that an installation needs on the card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Room {
-    /// The partitions of layout resident, the recovery partition first, with these sizes for boot partition and root.
+    /// The partitions of layout resident, the recovery partition first, with this room in boot partition and root.
     Resident(Needs),
     /// An image of this many bytes from the card's beginning, and the recovery partition behind it.
     Whole(u64),
@@ -241,7 +241,7 @@ pub enum Ready {
     AfterRestart,
 }
 
-/// Partitions to make again before an installation. The boot partition always is.
+/// Partitions to format before an installation. The boot partition always is formatted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Erase {
     /// The root.
@@ -415,7 +415,7 @@ pub trait System: Send + Sync + 'static {
     /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError>;
 
-    /// Makes the target's boot partition again, empty and mounted, with a label of at most 11 bytes. cloud-init finds
+    /// Formats the target's boot partition again, empty and mounted, with a label of at most 11 bytes. cloud-init finds
     /// its data by that label. A card of folders has no labels.
     async fn label_boot(&self, _target: &Target, _label: &str) -> Result<(), SystemError> {
         Ok(())

@@ -32,7 +32,7 @@ pub struct InstallJob {
     pub enroll: String,
     /// The node's id, which is also its host name.
     pub node: String,
-    /// True: home is made again.
+    /// True: home is formatted, and its files are lost.
     pub discard_home: bool,
     /// Trial boots that failed so far.
     pub trials: u32,

@@ -1,6 +1,6 @@
 //! The machine that the agent runs on: a Raspberry Pi, or any other Linux host, under systemd.
 //!
-//! It reboots and powers off. It is updated if [`Host::card`] finds a card that an installer can work on. The recovery
+//! It reboots and powers off. It is updated if [`Host::card`] finds a card that an installer can work on. Its recovery
 //! partition is mounted read-only except while it is written. The installer's operations are unsupported here.
 
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ mod preflight;
 
 use card::FoundCard;
 
-/// Commands here only talk to logind. Longer means that logind hangs.
+/// Time limit of a command, which only talks to logind.
 const COMMAND_TIME: Duration = Duration::from_secs(30);
 /// systemd reads the argument of reboot(2) from here (systemd-reboot.service(8)).
 const REBOOT_PARAM: &str = "run/systemd/reboot-param";

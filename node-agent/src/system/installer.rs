@@ -28,7 +28,7 @@ use watchdog::Watchdog;
 
 /// Folder of the card's mount points.
 const MOUNTS: &str = "/run/marco";
-/// The running program, which an installation copies into the new root. It is read from `/proc`, not by a path.
+/// The running program, which an installation copies into the new root.
 const PROGRAM: &str = "/proc/self/exe";
 /// Time limit: checking a FAT of 256 MiB takes seconds, on a failing card perhaps more.
 const CHECK_TIME: Duration = Duration::from_secs(120);
@@ -96,8 +96,8 @@ impl Installer {
                 disk::unmount(at)?;
                 std::fs::create_dir_all(at).map_err(SystemError::io("make", at))?;
                 let device = mounted.partition(number);
+                // A damaged old system must not stop the installation that replaces it.
                 if device.exists()
-                    // A damaged old system must not stop the installation that replaces it.
                     && !disk::is_blank(&device).unwrap_or(false)
                     && let Err(error) = disk::mount(&device, at, Access::ReadOnly)
                 {
@@ -358,7 +358,7 @@ impl System for Installer {
     }
 
     fn kept_log(&self) -> Vec<u8> {
-        // The own log begins with the card's log of earlier starts.
+        // It begins with the log of earlier starts that the card had.
         self.log.read()
     }
 

@@ -36,7 +36,7 @@ mod tree;
 
 /// Bytes that must be free for another installer set.
 const SET_ROOM: u64 = 64 * 1024 * 1024;
-/// Time after the expected end of a shutdown before a stronger command. A longer shutdown hangs.
+/// Time after the expected end of a shutdown before a stronger command: a Pi that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Error for a board with a weak power supply.
@@ -157,8 +157,8 @@ impl VirtualPi {
         }
     }
 
-    /// Decides what an installation makes again. Folders count as ext4, unless a test's file `root-holds` or
-    /// `home-holds` names other contents: the name of something, `unreadable`, or nothing at all.
+    /// Decides what an installation formats. Folders count as ext4, unless a test's file `root-holds` or
+    /// `home-holds` names other contents: a format, `unreadable`, or empty for a blank partition.
     fn decide(&self, erase: Erase) -> Result<Decided, Refusal> {
         let plan = if self.is_stock() { Plan::Write(Vec::new()) } else { Plan::Keep };
         erasure::decide(&plan, &[], erase, Begun::default(), |place| {

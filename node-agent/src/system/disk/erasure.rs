@@ -129,7 +129,7 @@ pub(crate) fn undecided(plan: &Plan, erase: Erase, begun: Begun) -> Vec<Place> {
     decided.into_iter().filter(|(_, decided)| !decided).map(|(place, _)| place).collect()
 }
 
-/// Decides what is made again. `look` returns a partition's contents and is called for the [`undecided`] ones.
+/// Decides what is formatted. `look` returns a partition's contents and is called for the [`undecided`] ones.
 ///
 /// # Errors
 /// Returns an error if contents that are to be kept are not understood, or have no place in the new table.

@@ -1,4 +1,4 @@
-//! Probes a card to decide what an installation makes again, and records that decision on the card.
+//! Probes a card to decide what an installation formats, and records that decision on the card.
 
 use std::path::Path;
 
@@ -41,7 +41,7 @@ pub(crate) fn end(recovery: &Path) -> Result<(), SystemError> {
     }
 }
 
-/// Decides what an installation makes again on this card. Nothing is written.
+/// Decides what an installation formats on this card. Nothing is written.
 ///
 /// # Errors
 /// Returns an error if something is to be kept that is not understood or cannot be read.

@@ -12,8 +12,8 @@ const MEMORY: u64 = 200 << 20;
 /// Unix time of 2022-12-01: boot loaders of a Pi 4 read `autoboot.txt` from then on.
 const PI4_LOADER: u32 = 1_669_852_800;
 
-/// Runs all checks, the most certain reason first. `stock`: result for a stock card that must be laid out again; `None`
-/// for others. An emulated board has no firmware to check.
+/// Runs all checks, the most certain reason first. `stock`: result of planning the installer's layout on a
+/// stock card; `None` for other cards. An emulated board has no firmware to check.
 pub(super) fn check(
     sysroot: &Path,
     board: &Board,
