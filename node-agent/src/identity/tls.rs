@@ -162,8 +162,8 @@ impl ServerCertVerifier for ControllerVerifier {
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
         // A node that was off for long knows an old time, and meets a newer certificate. The CA signed the beginning of
-        // the validity, so that time has passed too. The signature is verified below, and an end that has passed still
-        // counts.
+        // the validity, so that time has passed too. The signature is verified below. The later time cannot hide that a
+        // certificate has expired.
         let began = [ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
         let began = began.filter_map(|(from, _)| u64::try_from(from).ok()).max().unwrap_or(0);
         let mut now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));

@@ -126,8 +126,8 @@ pub(super) async fn check_kept(disk: &Disk, card: &Card, settings: &Settings, er
     .await
 }
 
-/// Formats the boot partition again under this label, while nothing is on it. The owner's options follow it, and a label
-/// among them wins.
+/// Formats the boot partition again under this label, while nothing is on it. The owner's options follow it, and a
+/// label among them wins.
 pub(super) async fn label_boot(
     disk: &Disk,
     target: &Target,
