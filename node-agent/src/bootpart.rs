@@ -1,6 +1,6 @@
-//! The recovery partition (p1) of a card in layout resident: stage an installer set, switch to it, confirm.
+//! The recovery partition (p1) of a card in layout resident: staging an installer set, switching to it, confirming it.
 //!
-//! Everything here blocks: call it off the runtime.
+//! All functions block: call them off the runtime.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,23 +23,23 @@ use file::{read_json, remove_file, sha256_of_card, write_json};
 pub use job::{InstallJob, Instruction, JOB_VERSION};
 pub use writable::Writable;
 
-/// The partition could not be read, written, or did not hold what was written.
+/// The partition could not be read or written, or does not hold the written data.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file or folder could not be read or written.
     #[error("cannot {doing} {path}")]
     Io {
-        /// What was tried, as a verb.
+        /// The operation that failed, as a verb: `read`, `make`.
         doing: &'static str,
-        /// On which file or folder.
+        /// The file or folder.
         path: PathBuf,
-        /// Why not.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// The set is not one that can be booted.
+    /// This board cannot boot the set.
     #[error("the boot files are refused: {0}")]
     Refused(String),
-    /// What was read back is not what was written.
+    /// The data read back differs from the data written.
     #[error("{path} does not hold what was written to it: the card may be failing")]
     NotWritten {
         /// The file.
@@ -53,7 +53,7 @@ impl BootError {
         move |source| Self::Io { doing, path, source }
     }
 
-    /// A stable word for programs, for an execution's error.
+    /// Stable word for programs, used as the reason of an execution's error.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Io { .. } => "BOOT_PARTITION_IO",
@@ -63,7 +63,7 @@ impl BootError {
     }
 }
 
-/// A prefix that an installer set lives under on p1.
+/// Folder of an installer set on p1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prefix {
@@ -74,7 +74,7 @@ pub enum Prefix {
 }
 
 impl Prefix {
-    /// As in `os_prefix=`.
+    /// Value for `os_prefix=`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::B0 => "b0/",
@@ -89,7 +89,7 @@ impl Prefix {
         }
     }
 
-    /// Where it says which zip the set came from. Not within the set, which a publisher's zip fills.
+    /// File that records the zip of the set. It is not within the set: a publisher's zip could overwrite it there.
     fn record(self) -> &'static str {
         match self {
             Self::B0 => "marco/b0.json",
@@ -98,21 +98,21 @@ impl Prefix {
     }
 }
 
-/// What boots by default; a trial boot takes the other one.
+/// System that boots by default. A trial boot takes the other one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DefaultBoot {
-    /// The installed system: `boot_partition=4`, on trial 1.
+    /// The installed system: `boot_partition=4`, in a trial 1.
     System,
-    /// The installer: `boot_partition=1`, on trial 4.
+    /// The installer: `boot_partition=1`, in a trial 4.
     Installer,
 }
 
-/// Which zip a set came from, written last: a set without a record is not whole.
+/// Record of a complete set. It is written last: a set without a record is incomplete.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
-    /// SHA-256 of the zip.
+    /// SHA-256 of the zip that the set comes from.
     sha256: String,
-    /// SHA-256 of each file.
+    /// SHA-256 of each file, by its path within the set.
     files: BTreeMap<String, String>,
 }
 
@@ -125,22 +125,23 @@ pub struct BootPart {
 }
 
 impl BootPart {
-    /// The partition that is mounted at `recovery` ([`Card::recovery`](crate::system::Card)) on this board.
+    /// The partition that is mounted at `recovery` ([`Card::recovery`](crate::system::Card)), of this board.
     pub fn new(recovery: impl Into<PathBuf>, board: &Board) -> Self {
         Self { recovery: recovery.into(), family: board.family.clone(), device_tree: board.device_tree() }
     }
 
-    /// The installer zip that the node keeps for when no controller has one.
+    /// Installer zip on the card, for the case that no controller has one.
     pub fn fallback_zip(&self) -> PathBuf {
         self.recovery.join("marco/fallback.zip")
     }
 
-    /// The agent's own folder on the partition.
+    /// The agent's folder on the partition.
     pub fn marco_dir(&self) -> PathBuf {
         self.recovery.join("marco")
     }
 
-    /// The complete set with this digest, if the card holds one. Reads it all, past the page cache.
+    /// Folder of the complete set with this digest. `None`: the card holds none. Reads the whole set, past the page
+    /// cache.
     pub fn holds(&self, sha256: &str) -> Result<Option<Prefix>, BootError> {
         for prefix in [Prefix::B0, Prefix::B1] {
             let Some(record) = self.record(prefix)? else { continue };
@@ -151,13 +152,13 @@ impl BootPart {
         Ok(None)
     }
 
-    /// The set that every boot of the installer takes, if it is there for this board: in the installer, what runs.
+    /// The default set, if it is complete for this board. In the installer this is the running set.
     pub fn present(&self) -> Result<Option<Prefix>, BootError> {
         Ok(self.default_prefix()?.filter(|prefix| self.lines(*prefix).is_ok()))
     }
 
-    /// Unpacks the zip, whose digest is `sha256`, into the set that is not the default, and reads it back past the page
-    /// cache; does nothing when the card holds that set already. The zip is checked before anything is written.
+    /// Unpacks the zip with digest `sha256` into the set that is not the default, and reads it back past the page
+    /// cache. Does nothing if the card already holds that set. The zip is checked before anything is written.
     pub fn stage(&self, zip: &Path, sha256: &str) -> Result<Prefix, BootError> {
         let _lock = self.lock()?;
         if let Some(prefix) = self.holds(sha256)? {
@@ -172,6 +173,7 @@ impl BootPart {
 
         let prefix = self.default_prefix()?.map_or(Prefix::B0, Prefix::other);
         let (folder, record) = (self.recovery.join(prefix.as_str()), self.recovery.join(prefix.record()));
+        // A power cut from here on leaves a set without a record, which no one takes for complete.
         remove_file(&record)?;
         match std::fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(BootError::io("empty", &folder)(error)),
@@ -185,19 +187,20 @@ impl BootPart {
         Ok(prefix)
     }
 
-    /// Makes the set the one that a trial boot of the installer takes.
+    /// Makes this set the one that a trial boot of the installer takes.
     pub fn name_for_tryboot(&self, prefix: Prefix) -> Result<(), BootError> {
         let _lock = self.lock()?;
         if self.is_stock() {
             return stock::name_for_tryboot(&self.recovery, &render::config_txt((prefix, &self.lines(prefix)?), None)?);
         }
+        // Both blocks are in one text: only a single write in place survives a power cut.
         let default = self.default_prefix()?.unwrap_or(prefix);
         let (default_lines, lines) = (self.lines(default)?, self.lines(prefix)?);
         let trial = (prefix != default).then_some((prefix, lines.as_slice()));
         file::write_in_place(&self.recovery.join("config.txt"), &render::config_txt((default, &default_lines), trial)?)
     }
 
-    /// Makes the set the one that every boot of the installer takes.
+    /// Makes this set the one that every boot of the installer takes.
     pub fn make_default(&self, prefix: Prefix) -> Result<(), BootError> {
         let _lock = self.lock()?;
         if self.is_stock() {
@@ -209,19 +212,20 @@ impl BootPart {
         )
     }
 
-    /// Says what boots by default.
+    /// Sets the default system.
     pub fn set_boot_partition(&self, default: DefaultBoot) -> Result<(), BootError> {
         let _lock = self.lock()?;
         file::write_in_place(&self.recovery.join("autoboot.txt"), &render::autoboot_txt(default))
     }
 
-    /// Which system boots by default, by what the card itself holds now. What cannot be made out is the first FAT, as for
-    /// the firmware: the installer. On a stock card it is the card's only system.
+    /// Default system by the card's present contents. If `autoboot.txt` is missing or unclear, the firmware takes the
+    /// first FAT: the installer. A stock card has one system only.
     pub fn default_boot(&self) -> Result<DefaultBoot, BootError> {
         if self.is_stock() {
             return Ok(DefaultBoot::System);
         }
         let path = self.recovery.join("autoboot.txt");
+        // Past the page cache: on a failing card the cache may hold what the firmware will not read.
         let text = file::read_from_card(&path).map_err(BootError::io("read back", path))?.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let config = marco_archive::config_txt::ConfigTxt::parse(&text);
@@ -230,7 +234,7 @@ impl BootPart {
         Ok(if is_system { DefaultBoot::System } else { DefaultBoot::Installer })
     }
 
-    /// Removes the job, and what an installation kept of the old system for the new one.
+    /// Removes the job, and the data that an installation kept from the old system for the new one.
     pub fn clear_job(&self) -> Result<(), BootError> {
         let _lock = self.lock()?;
         stock::withdraw_tryboot(&self.recovery, self.is_stock())?;
@@ -238,29 +242,30 @@ impl BootPart {
         remove_file(&self.job_file())
     }
 
-    /// Whether this is the only boot partition of a stock card: its `config.txt` is somebody else's.
+    /// True if this is the only boot partition of a stock card: its `config.txt` is not the agent's.
     pub fn is_stock(&self) -> bool {
         std::fs::read(self.recovery.join("config.txt")).is_ok_and(|text| !text.starts_with(render::HEAD.as_bytes()))
     }
 
-    /// Where an installation keeps what outlives it: secrets, so not for longer than the job.
+    /// File for data that outlives an installation. It holds secrets, so it goes with the job.
     pub(crate) fn keep_file(&self) -> PathBuf {
         self.marco_dir().join("keep.json")
     }
 
-    /// Writes `installer-config.txt` as the 2015 system did: `export OS_IMG=NAME`, with no name when there is no image.
+    /// Writes `installer-config.txt` as the 2015 system did: `export OS_IMG=NAME`, with an empty name for no image.
     pub fn write_installer_config(&self, image: Option<&str>) -> Result<(), BootError> {
         let _lock = self.lock()?;
         let name = image.unwrap_or_default();
+        // The 2015 format gives names without the suffix.
         let name = name.strip_suffix(".tar.gz").unwrap_or(name);
         write_whole(&self.recovery.join("installer-config.txt"), format!("export OS_IMG={name}\n").as_bytes())
     }
 
-    /// Copies the node's key and certificates from `identity_dir` to `marco/`, for the installer to use. On a stock card
-    /// every user of the machine can read them there: not before the machine goes down.
+    /// Copies the node's key and certificates from `identity_dir` to `marco/` for the installer. On a stock card every
+    /// user of the machine can read them there, so call it only right before the machine goes down.
     pub fn stage_identity(&self, identity_dir: &Path) -> Result<(), BootError> {
         let _lock = self.lock()?;
-        // A renewal that ends just now must not leave the key of one certificate beside another.
+        // A renewal at this moment must not leave the key of one certificate beside another.
         let _held = durable::hold(identity_dir).map_err(BootError::io("lock", identity_dir))?;
         for name in IDENTITY {
             let from = identity_dir.join(name);
@@ -270,8 +275,9 @@ impl BootPart {
         Ok(())
     }
 
-    /// Removes them again.
+    /// Removes the copies of [`Self::stage_identity`].
     pub fn remove_identity(&self) -> Result<(), BootError> {
+        // Checked before the lock, which mounts the partition for writing.
         if !IDENTITY.iter().any(|name| self.marco_dir().join(name).exists()) {
             return Ok(());
         }
@@ -279,13 +285,13 @@ impl BootPart {
         IDENTITY.iter().try_for_each(|name| remove_file(&self.marco_dir().join(name)))
     }
 
-    /// Lets files be written to the partition, which a running system has mounted for reading only: every write goes
-    /// through the same door.
+    /// Holds the partition open for writing. A running system has it mounted read-only, and every write goes through
+    /// [`Writable`].
     pub fn open_for_writing(&self) -> Result<Writable, BootError> {
         self.lock()
     }
 
-    /// Keeps out a thread of ours whose task was given up but which still writes.
+    /// Locks the partition, also against a thread of this agent that still writes for a cancelled task.
     fn lock(&self) -> Result<Writable, BootError> {
         let writable = Writable::open(&self.recovery)?;
         let folder = self.marco_dir();
@@ -293,7 +299,7 @@ impl BootPart {
         Ok(writable)
     }
 
-    /// The set that every boot of the installer takes now.
+    /// Folder of the set that every boot of the installer takes. `None`: `config.txt` names no set of the agent's.
     fn default_prefix(&self) -> Result<Option<Prefix>, BootError> {
         let path = self.recovery.join("config.txt");
         let config = match std::fs::read(&path) {
@@ -307,7 +313,7 @@ impl BootPart {
         Ok([Prefix::B0, Prefix::B1].into_iter().find(|known| Some(known.as_str()) == prefix))
     }
 
-    /// What the set's own configuration gives p1's.
+    /// Lines of the set's own `config.txt` that p1's takes over.
     fn lines(&self, prefix: Prefix) -> Result<Vec<String>, BootError> {
         let folder = self.recovery.join(prefix.as_str());
         let path = folder.join("config.txt");
@@ -316,7 +322,7 @@ impl BootPart {
         self.check_board(|name| folder.join(name).is_file(), &config)
     }
 
-    /// The same, from the text of its configuration; refuses a set that this board cannot boot.
+    /// Same, from the text of the set's configuration. Returns an error for a set that this board cannot boot.
     fn check_board(&self, has: impl Fn(&str) -> bool, config: &str) -> Result<Vec<String>, BootError> {
         let lines = render::set_lines(config, &self.family, self.device_tree);
         let named = |key: &str| lines.iter().rev().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
@@ -328,6 +334,7 @@ impl BootPart {
         if let Some(missing) = named("device_tree").filter(|name| !has(name)) {
             return Err(BootError::Refused(format!("they have no device tree for this board ({missing})")));
         }
+        // Always explicit: otherwise a kernel named in the other block of p1's `config.txt` would count.
         let explicit = format!("kernel={kernel}");
         Ok(if lines.contains(&explicit) { lines } else { lines.into_iter().chain([explicit]).collect() })
     }
@@ -336,7 +343,7 @@ impl BootPart {
         read_json(&self.recovery.join(prefix.record()))
     }
 
-    /// Whether the set holds exactly these contents on the card itself.
+    /// Checks that the card itself holds exactly these contents.
     fn compare(&self, prefix: Prefix, files: &BTreeMap<String, String>) -> Result<(), BootError> {
         for (name, digest) in files {
             let path = self.recovery.join(prefix.as_str()).join(name);
@@ -348,7 +355,7 @@ impl BootPart {
     }
 }
 
-/// The files of a node's identity.
+/// Files of a node's identity.
 pub(crate) const IDENTITY: [&str; 3] = ["node.key", "node.crt", "ca.crt"];
 
 fn refused(error: marco_archive::Error, path: &Path) -> BootError {

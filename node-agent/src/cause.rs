@@ -1,7 +1,6 @@
-//! Errors, told with their causes.
+//! Errors, printed with their causes.
 
-/// An error's message and those of its causes, in one line. A cause whose message the one before it already ends with
-/// is not repeated.
+/// An error's message and its causes' in one line. A cause is skipped if the message before it already ends with it.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

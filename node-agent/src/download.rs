@@ -1,5 +1,5 @@
-//! Downloads of artifacts: resumable at the byte where they stopped, from any controller, each chunk checked before
-//! anything else sees it.
+//! Downloads of artifacts: resumable at the byte where they stopped, from any controller. Each chunk is checked before
+//! it is used.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,31 +22,32 @@ use fetch::{Fetch, Opened};
 mod fetch;
 mod header;
 
-/// Verified chunks that wait for whoever writes them, besides the one being received.
+/// Verified chunks that wait for the writer, in addition to the one being received.
 const WAITING: usize = 1;
-/// Tries to get the facts of an image, one controller after the other, before the node goes on without them.
+/// Tries to get the facts of an image, each at the next controller, before the node goes on without them.
 const FACTS_TRIES: u32 = 3;
-/// Longest wait for one of them. A Pi 1 needs a second for TLS; an update must not stand still for a silent controller,
+/// Longest wait for one try. A Pi 1 needs a second for TLS. An update must not stand still for a silent controller,
 /// since the installer judges the image again.
 const FACTS_WAIT: Duration = Duration::from_secs(5);
 
 /// Prefix of the names of downloads.
 const PREFIX: &str = "download-";
-/// The name that one had in earlier agents, whatever it was a download of.
+/// Name of every download in earlier agents.
 const BEFORE: &str = "boot.zip";
 
-/// File of the download with this digest. Under one name for all, the rest of an interrupted download would be taken for
+/// File of the download with this digest. With one name for all, the rest of an interrupted download would be taken for
 /// the beginning of the next.
 pub(crate) fn file_in(folder: &Path, sha256: &str) -> PathBuf {
     folder.join(format!("{PREFIX}{sha256}"))
 }
 
-/// True when downloads left something in a folder.
+/// True if downloads left files in a folder.
 pub(crate) fn is_to_sweep(folder: &Path) -> bool {
     !left_in(folder, None).is_empty()
 }
 
-/// Removes what downloads left in a folder, except the one with this digest. Best effort: what stays only takes room.
+/// Removes the files that downloads left in a folder, except the one with this digest. Best effort: a file that stays
+/// only takes room.
 pub(crate) fn sweep(folder: &Path, keep: Option<&str>) {
     for path in left_in(folder, keep) {
         match std::fs::remove_file(&path) {
@@ -66,40 +67,40 @@ fn left_in(folder: &Path, keep: Option<&str>) -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).filter(ours).collect()
 }
 
-/// An error of whoever makes connections.
+/// Error of making a connection.
 pub type ConnectError = Box<dyn std::error::Error + Send + Sync>;
-/// Makes a fresh connection to some controller; called once for each try, so that it can take another one each time.
+/// Opens a fresh connection to a controller. Called once for each try, so that each try can take another controller.
 pub type Connect = Arc<dyn Fn() -> BoxFuture<'static, Result<Channel, ConnectError>> + Send + Sync>;
-/// Told how many bytes are verified, of how many.
+/// Called with the verified bytes and the total.
 pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 
-/// A download was given up.
+/// A download failed for good.
 #[derive(Debug, thiserror::Error)]
 pub enum DownloadError {
-    /// The caller wanted no more of it.
+    /// The caller cancelled it.
     #[error("the download was cancelled")]
     Cancelled,
-    /// The controller has no such artifact, or does not let this node have it.
+    /// The controller has no such artifact, or this node may not have it.
     #[error("the controller refuses the download: {0}")]
     Refused(String),
-    /// What was sent is not what was asked for.
+    /// The received data is not the requested artifact.
     #[error("{0}")]
     Corrupt(String),
-    /// Too many tries in a row without a chunk.
+    /// Too many tries in a row brought no data.
     #[error("no progress in {tries} tries; the last one: {last}")]
     GivenUp {
-        /// How many.
+        /// Number of tries.
         tries: u32,
-        /// Why the last one failed.
+        /// Error of the last try.
         last: String,
     },
-    /// The file could not be written.
+    /// The local file could not be written.
     #[error("cannot write the download")]
     Io(#[from] std::io::Error),
 }
 
 impl DownloadError {
-    /// A stable word for programs, for an execution's error.
+    /// Stable word for programs, used as the reason of an execution's error.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Cancelled => "CANCELLED",
@@ -111,16 +112,16 @@ impl DownloadError {
     }
 }
 
-/// When to try again, and when not any more.
+/// Retry policy of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Ceiling of the first pause; doubled with each further try.
+    /// Upper bound of the first pause. It doubles with each further try.
     pub first_pause: Duration,
-    /// Ceiling of every pause.
+    /// Upper bound of every pause.
     pub longest_pause: Duration,
-    /// Given up after so many tries in a row that brought no byte.
+    /// Number of tries in a row without a new byte after which the download fails.
     pub tries: u32,
-    /// A connection on which nothing arrives for so long is given up for another.
+    /// Time without data after which a connection is given up for another.
     pub stall: Duration,
 }
 
@@ -135,7 +136,7 @@ impl Default for Policy {
     }
 }
 
-/// Downloads artifacts.
+/// Downloads artifacts from the controllers.
 #[derive(Clone)]
 pub struct Downloader {
     connect: Connect,
@@ -148,41 +149,41 @@ impl std::fmt::Debug for Downloader {
     }
 }
 
-/// A download whose header is here; its chunks arrive in order, each checked.
+/// A download with a valid header. Its chunks arrive in order, each checked.
 #[derive(Debug)]
 pub struct Download {
-    /// Size of the whole in bytes.
+    /// Size of the artifact in bytes.
     pub size_bytes: u64,
-    /// What an image says about itself; `None`: the controller did not say.
+    /// Facts of an image. `None`: the controller did not send any.
     pub facts: Option<Facts>,
-    /// The push's verdict; `None`: the controller did not say.
+    /// Packing of an image as the push found it. `None`: the controller did not send it.
     pub packing: Option<Packing>,
-    /// The chunks. They end after the last one, when the digest of the whole was right too; or with an error.
+    /// The chunks. They end after the last one, if the digest of the whole artifact is right, or with an error.
     pub chunks: mpsc::Receiver<Result<Bytes, DownloadError>>,
-    /// Ends with this value; to be kept while chunks are wanted.
+    /// Keeps the download running. Drop it to stop.
     pub receiving: Receiving,
 }
 
-/// The task that receives; it ends when this is dropped.
+/// The receiving task, which ends when this is dropped.
 #[derive(Debug)]
 pub struct Receiving(#[expect(dead_code, reason = "held for its Drop only")] AbortOnDropHandle<()>);
 
 impl Downloader {
-    /// With the default policy.
+    /// Downloads with the default policy.
     pub fn new(connect: Connect) -> Self {
         Self::with_policy(connect, Policy::default())
     }
 
-    /// With a policy.
+    /// Downloads with this policy.
     pub fn with_policy(connect: Connect, policy: Policy) -> Self {
         Self { connect, policy }
     }
 
-    /// Downloads the bytes with this digest to a file; goes on from what an interrupted try left there, as far as that
-    /// is right. The file is synced. One that turns out to be wrong in the end is removed.
+    /// Downloads the artifact with this digest to a file. Continues an interrupted download, as far as its chunks are
+    /// right. The file is synced, and removed if its digest is wrong in the end.
     ///
     /// # Errors
-    /// As [`DownloadError`]; except when the whole is corrupt, what is there is kept for the next try.
+    /// Returns a [`DownloadError`]. Except after `Corrupt`, the file is kept for the next try.
     pub async fn to_file(
         &self,
         sha256: &str,
@@ -193,7 +194,7 @@ impl Downloader {
         let Download { size_bytes, mut chunks, receiving: _receiving, .. } =
             self.start(sha256, Some(path.to_owned()), cancel).await?;
         let mut file = tokio::fs::OpenOptions::new().append(true).create(true).open(path).await?;
-        // The task has cut the file back to the chunks that are right.
+        // `start` has cut the file back to its correct chunks.
         let mut done = file.metadata().await?.len();
         progress(done, size_bytes);
         while let Some(chunk) = chunks.recv().await {
@@ -204,7 +205,9 @@ impl Downloader {
                     progress(done, size_bytes);
                 }
                 Err(error) => {
+                    // tokio writes in the background: without this the next try could miss the last chunk.
                     file.flush().await?;
+                    // Every chunk is right and the whole is not: a resumed download would fail the same way.
                     if matches!(error, DownloadError::Corrupt(_)) {
                         tokio::fs::remove_file(path).await?;
                     }
@@ -217,16 +220,16 @@ impl Downloader {
         if done == size_bytes { Ok(()) } else { Err(DownloadError::Corrupt("the download ended early".into())) }
     }
 
-    /// Starts to download the bytes with this digest. Returns with the header; dropping the result ends it.
+    /// Starts the download of the artifact with this digest. Returns after the header. Dropping the result stops it.
     ///
     /// # Errors
-    /// No header could be had. What goes wrong later arrives among the chunks.
+    /// Returns an error if no header arrived. Later errors arrive among the chunks.
     pub async fn stream(&self, sha256: &str, cancel: &CancellationToken) -> Result<Download, DownloadError> {
         self.start(sha256, None, cancel).await
     }
 
-    /// Facts of an image. `None`: the controller did not judge it, is too old to, or does not answer soon,
-    /// or `cancel` came. The installer asks again before it touches the card.
+    /// Facts of an image. `None`: the controller did not judge it, is too old to, did not answer in time, or `cancel`
+    /// was raised. The installer asks again before it touches the card.
     pub async fn facts(&self, sha256: &str, cancel: &CancellationToken) -> Option<Facts> {
         cancel.run_until_cancelled(self.ask_until_answered(sha256)).await.flatten()
     }
@@ -235,6 +238,7 @@ impl Downloader {
         let wait = FACTS_WAIT.min(self.policy.stall);
         for attempt in 0..FACTS_TRIES {
             if attempt > 0 {
+                // Jitter: all nodes of an operation ask at once.
                 tokio::time::sleep(full_jitter(self.policy.first_pause)).await;
             }
             match tokio::time::timeout(wait, self.ask_for_facts(sha256)).await {
@@ -251,7 +255,7 @@ impl Downloader {
         let request = GetArtifactRequest { name: format!("artifacts/sha256:{sha256}") };
         match ArtifactServiceClient::new(channel).get_artifact(request).await {
             Ok(artifact) => Ok(artifact.into_inner().facts.map(header::facts)),
-            // An answer, too: an older controller does not know the call, or does not let nodes make it.
+            // Also an answer: an older controller does not know the call, or does not let nodes make it.
             Err(status) if fetch::is_final(status.code()) => {
                 tracing::info!(artifact = sha256, error = %status, "controller does not tell the facts of the image");
                 Ok(None)
@@ -270,6 +274,7 @@ impl Downloader {
         let (opened, header) = tokio::sync::oneshot::channel();
         let fetch = Fetch::new(Arc::clone(&self.connect), self.policy, sha256, existing, opened, sender);
         let cancel = cancel.clone();
+        // A task of its own: the next chunk arrives while the caller writes the last one.
         let task = AbortOnDropHandle::new(tokio::spawn(fetch.run(cancel)));
         match header.await {
             Ok(Ok(Opened { size_bytes, facts, packing })) => {

@@ -1,38 +1,38 @@
-//! A file that is replaced whole, or not at all.
+//! Atomic replacement of a file.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// Where the next contents of `path` are written before they take its name.
+/// Path at which the next contents of `path` are written before the rename.
 pub(crate) fn successor(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     path.with_file_name(name)
 }
 
-/// Gives a file another name in its directory, over what had it. When it returns, that is on the disk.
+/// Renames a file within its directory, over any file of that name. Synced to the disk on return.
 pub(crate) fn rename(from: &Path, to: &Path) -> io::Result<()> {
     let directory = to.parent().ok_or_else(|| io::Error::other("the path has no directory"))?;
     std::fs::rename(from, to)?;
     File::open(directory)?.sync_all()
 }
 
-/// Holds a directory until the file is dropped, and waits for whoever else does.
+/// Locks a directory until the returned file is dropped. Waits for another holder.
 pub(crate) fn hold(directory: &Path) -> io::Result<File> {
     let file = File::open(directory)?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)?;
     Ok(file)
 }
 
-/// Replaces the file at `path` by `contents`, with permissions `mode`. When it returns, the new contents are on the
-/// disk; when it fails, or the power does, the old ones are.
+/// Replaces the file at `path` by `contents`, with permissions `mode`. The new contents are on the disk on return.
+/// After an error or a power cut, the old ones are.
 pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     let directory = path.parent().ok_or_else(|| io::Error::other("the path has no directory"))?;
     std::fs::create_dir_all(directory)?;
     let successor = successor(path);
-    // Left by a crash, perhaps with other permissions.
+    // A crash may have left one, perhaps with other permissions.
     match std::fs::remove_file(&successor) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -41,8 +41,8 @@ pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()>
     file.write_all(contents)?;
     file.sync_all()?;
     std::fs::rename(&successor, path)?;
-    // On FAT a rename over a file leaves the entry with the old start, whose clusters are free by now, until the renamed
-    // file's own metadata are written: the directory alone is not enough.
+    // On FAT, a rename over a file leaves the entry with the old start, whose clusters are free by then, until the
+    // renamed file's own metadata is written. So syncing the directory alone is not enough.
     file.sync_all()?;
     File::open(directory)?.sync_all()
 }

@@ -1,12 +1,12 @@
-//! Illnesses of the node, for the controller to show.
+//! Problems of the node, which the controller shows.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::watch;
 
-/// A clock may be off by this before it is an illness: certificates and logs bear minutes.
+/// Tolerance of the clock: certificates and logs bear some minutes.
 const CLOCK: TimeDelta = TimeDelta::minutes(5);
 
-/// A kind of illness; a node has each at most once.
+/// Kind of a problem. A node has each at most once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Ailment {
     /// The journal cannot be written: the node takes no work.
@@ -19,48 +19,50 @@ pub enum Ailment {
     UnderVoltage,
 }
 
-/// An illness that the node has now.
+/// A problem that the node has now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Condition {
-    /// Of which kind.
+    /// Its kind.
     pub ailment: Ailment,
-    /// A sentence for people.
+    /// A sentence for operators.
     pub message: String,
 }
 
-/// Everything that ails the node, sorted by kind.
+/// All problems of the node, sorted by kind.
 #[derive(Debug, Default)]
 pub struct Health(watch::Sender<Vec<Condition>>);
 
 impl Health {
-    /// Notes an illness, or with `None` that it has passed.
+    /// Sets or updates a problem. `None`: it has passed.
     pub fn set(&self, ailment: Ailment, message: Option<String>) {
         self.0.send_if_modified(|conditions| {
             let before = conditions.clone();
             conditions.retain(|condition| condition.ailment != ailment);
             conditions.extend(message.map(|message| Condition { ailment, message }));
+            // Sorted, so that the comparison below sees only real changes.
             conditions.sort_by_key(|condition| condition.ailment);
+            // Wakes the session only on a change: conditions are checked periodically.
             *conditions != before
         });
     }
 
-    /// Its illnesses now.
+    /// The present problems.
     pub fn conditions(&self) -> Vec<Condition> {
         self.0.borrow().clone()
     }
 
-    /// True when it has this illness.
+    /// True if the node has this problem.
     pub fn has(&self, ailment: Ailment) -> bool {
         self.0.borrow().iter().any(|condition| condition.ailment == ailment)
     }
 
-    /// Tells of every change.
+    /// A receiver that sees every change.
     pub fn changes(&self) -> watch::Receiver<Vec<Condition>> {
         self.0.subscribe()
     }
 }
 
-/// Why a system's clock is wrong, judged by a controller's time; `None`: it is right.
+/// Describes a wrong clock, compared with the controller's time. `None`: the clock is right.
 pub fn wrong_clock(clock: DateTime<Utc>, time: DateTime<Utc>) -> Option<String> {
     let off = clock.signed_duration_since(time);
     let length = humantime::format_duration(std::time::Duration::from_secs(off.num_seconds().unsigned_abs()));

@@ -1,4 +1,5 @@
-//! Who the node is: a key that is made here and never leaves, a certificate for it, and the CA that both sides trust.
+//! Identity of the node: a key that is made here and never leaves, a certificate for it, and the CA that both sides
+//! trust.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -33,17 +34,17 @@ use watched::{Refusals, Told};
 const KEY_FILE: &str = "node.key";
 const CERTIFICATE_FILE: &str = "node.crt";
 const CA_FILE: &str = "ca.crt";
-/// When a controller last told the time, microseconds since 1970.
+/// File with the last time that a controller told, microseconds since 1970.
 const TIME_FILE: &str = "time";
 const SECRET_MODE: u32 = 0o600;
 const PUBLIC_MODE: u32 = 0o644;
-/// The remembered time is written again when it has moved on this far.
+/// Step in which the remembered time is written again: certificates do not need minutes, and the card is spared.
 const REMEMBER_EVERY_MICROS: i64 = 60 * 60 * 1_000_000;
 
-/// The board, as enrolment and session describe it.
+/// The board as described in enrolment and session.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Board {
-    /// From the device tree.
+    /// Model from the device tree. Empty: unknown.
     pub model: String,
     /// The revision code, hexadecimal.
     pub revision: String,
@@ -58,7 +59,7 @@ pub struct Board {
 }
 
 impl Board {
-    /// As it goes over the wire.
+    /// The board in the wire format.
     pub(crate) fn to_wire(&self) -> marco_proto::v1::Board {
         marco_proto::v1::Board {
             model: self.model.clone(),
@@ -77,42 +78,42 @@ pub enum IdentityError {
     /// A file could not be read or written.
     #[error("cannot {doing} {path}")]
     Io {
-        /// What was tried, as a verb.
+        /// The operation that failed, as a verb: `read`, `write`.
         doing: &'static str,
-        /// On which file.
+        /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// A key or certificate makes no sense.
+    /// A key or certificate is invalid.
     #[error("{what} cannot be used: {why}")]
     Invalid {
-        /// Which one.
+        /// The invalid thing.
         what: String,
-        /// Why.
+        /// The reason.
         why: String,
     },
-    /// The controller could not be reached, or is not the right one.
+    /// The controller could not be reached, or proved to be another one.
     #[error("cannot connect to {address}: {why}")]
     Connect {
-        /// Which address.
+        /// Address, host:port. Empty: no address is known.
         address: String,
-        /// Why, with causes.
+        /// The reason, with its causes.
         why: String,
-        /// True when somebody answered and proved to be of another CA.
+        /// True if the other side answered and proved to be of another CA.
         foreign: bool,
     },
-    /// The controller said no.
+    /// The controller refused the request.
     #[error("the controller refuses: {message}")]
     Refused {
-        /// What it said.
+        /// The controller's message.
         message: String,
-        /// Whether asking again may help.
+        /// True if a retry may succeed.
         retryable: bool,
-        /// Whether the wish itself is wrong, for example the name: nothing but another wish helps.
+        /// True if the request itself is wrong, its name for example. Only another request can succeed.
         permanent: bool,
     },
-    /// There is nothing to enrol with.
+    /// The node has neither an identity nor a join token.
     #[error(
         "this node is not enrolled and has no join token: give --token-file, --token - or MARCO_TOKEN, or put \
          marco/join.toml on the boot partition"
@@ -130,7 +131,7 @@ impl IdentityError {
         move |source| Self::Io { doing, path, source }
     }
 
-    /// Whether no time and no network heals it: the node asks for what cannot be, or at a controller of another CA.
+    /// True if neither time nor network can help: the request is impossible, or the controller is of another CA.
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Connect { foreign, .. } => *foreign,
@@ -139,7 +140,7 @@ impl IdentityError {
         }
     }
 
-    /// Whether the same thing, tried again, may go well.
+    /// True if the same request may succeed later.
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Connect { .. } => true,
@@ -149,7 +150,7 @@ impl IdentityError {
     }
 }
 
-/// A certificate and what is made of it.
+/// A certificate and its derived values.
 struct Credentials {
     pair: Pair,
     leaf: CertificateDer<'static>,
@@ -160,10 +161,10 @@ struct Credentials {
     not_after: i64,
 }
 
-/// What the node shows now, and what it can show instead.
+/// The certificate that the node shows now, and the one that it can show instead.
 struct Held {
     present: Credentials,
-    /// The pair before or after, until the next one was used.
+    /// The previous or the next pair, until the next one was used.
     other: Option<Credentials>,
 }
 
@@ -173,7 +174,7 @@ pub struct Identity {
     node: String,
     time: Arc<TlsTime>,
     held: RwLock<Held>,
-    /// Certificates that were refused because of the time.
+    /// Refusals of certificates because of the time.
     refusals: Arc<Refusals>,
 }
 
@@ -184,9 +185,10 @@ impl std::fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// Reads the identity in `directory`; none when the node has not been enrolled.
+    /// Reads the identity in `directory`. `None`: the node is not enrolled.
     pub fn load(directory: &Path, time: Arc<TlsTime>) -> Result<Option<Self>, IdentityError> {
         let mut usable = Vec::new();
+        // The next pair comes first. If it is damaged, the pair before still opens sessions.
         for pair in keys::pairs(directory)? {
             let is_next = pair.is_next;
             match credentials(directory, pair, &time) {
@@ -200,13 +202,14 @@ impl Identity {
         let Some(present) = usable.next() else { return Ok(None) };
         let node = tls::common_name(&present.leaf)?;
         if let Some(told) = read(&directory.join(TIME_FILE))?.and_then(|text| text.trim().parse::<i64>().ok()) {
+            // The file may hold a wrong controller's future: never past the certificate's end.
             time.advance(told.min(present.not_after));
         }
         let held = RwLock::new(Held { present, other: usable.next() });
         Ok(Some(Self { directory: directory.to_owned(), node, time, held, refusals: Arc::default() }))
     }
 
-    /// The node's id, as its certificate says.
+    /// The node's id, from its certificate.
     pub fn node(&self) -> &str {
         &self.node
     }
@@ -224,13 +227,14 @@ impl Identity {
         self.held.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// By what answers of controllers of the same CA are known.
+    /// Hint by which answers of controllers of the same CA are recognised.
     pub fn ca(&self) -> CaHint {
         self.held().present.ca.clone()
     }
 
-    /// Takes the time that a controller told which took our certificate, microseconds since 1970, and remembers it for the
-    /// next boot. By that controller's clock the certificate is valid, so that no other time is believed.
+    /// Takes the time told by a controller that accepted this node's certificate, microseconds since 1970, and
+    /// remembers it for the next boot. By that controller's clock the certificate is valid, so a time outside its
+    /// validity is not believed.
     pub fn learn_time(&self, told: i64) {
         let told = {
             let held = self.held();
@@ -239,7 +243,7 @@ impl Identity {
         self.believe(told);
     }
 
-    /// Takes a time that an authenticated controller bore out for the right one, and remembers it.
+    /// Takes a time that an authenticated controller vouched for, and remembers it.
     fn believe(&self, now: i64) {
         self.time.set(now);
         let path = self.directory.join(TIME_FILE);
@@ -252,8 +256,8 @@ impl Identity {
         }
     }
 
-    /// Opens a connection to the controller at `address` (host:port), whose certificate must name
-    /// `controller.marco.internal` under the stored CA, whatever address that is.
+    /// Opens a connection to the controller at `address` (host:port). Its certificate must name
+    /// `controller.marco.internal` under the stored CA, whatever that address is.
     pub async fn connect(&self, address: &str, purpose: Purpose) -> Result<Channel, IdentityError> {
         let (tls, shown) = {
             let held = self.held();
@@ -264,7 +268,7 @@ impl Identity {
     }
 }
 
-/// Checks a certificate against its key and the CA in `directory`, and makes what connections need of them.
+/// Checks a certificate against its key and the CA in `directory`, and derives the values for connections.
 fn credentials(directory: &Path, pair: Pair, time: &Arc<TlsTime>) -> Result<Credentials, IdentityError> {
     let ca_pem = read_needed(&directory.join(CA_FILE))?;
     let invalid = |what: &str| {
@@ -276,7 +280,7 @@ fn credentials(directory: &Path, pair: Pair, time: &Arc<TlsTime>) -> Result<Cred
     let key = PrivateKeyDer::from_pem_slice(pair.key.as_bytes()).map_err(invalid(KEY_FILE))?;
     let (not_before, not_after) = tls::validity(&leaf)?;
     tls::check_issued(&leaf, &ca, time)?;
-    // Only what the CA signed proves that a time has passed.
+    // Only a date that the CA signed proves that a time has passed.
     time.advance(not_before);
     time.advance(tls::validity(&ca)?.0);
     let hint = CaHint::of(&tls::spki_sha256(&ca)?);
@@ -296,7 +300,7 @@ fn read_needed(path: &Path) -> Result<String, IdentityError> {
     std::fs::read_to_string(path).map_err(IdentityError::io("read", path))
 }
 
-/// The pin of a CA, as tokens carry it.
+/// The pin of a CA, as in tokens.
 #[cfg(test)]
 pub(crate) fn pin_of(ca: &CertificateDer<'_>) -> [u8; 32] {
     tls::spki_sha256(ca).unwrap()

@@ -1,5 +1,5 @@
-//! The agent's log: on the console, its last part in memory, and the installer's, once there is a card, in a file there. A
-//! node that was never online has nothing else to tell why.
+//! The agent's log: on the console, its last part in memory and, for the installer, in a file on the card. For a node
+//! that was never online, that file is the only record of the reason.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -11,10 +11,10 @@ use tracing_subscriber::fmt::MakeWriter;
 use crate::bootpart::write_whole;
 use crate::system::STARTED_AGAIN;
 
-/// Bytes that are kept.
+/// Most bytes that are kept.
 const KEPT: usize = 128 * 1024;
 
-/// Everything said so far, as far as it is kept. Clones share it.
+/// The last part of the log. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Logbook(Arc<Mutex<Book>>);
 
@@ -30,13 +30,14 @@ impl Logbook {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps it in this file from now on, after what an earlier boot left there.
+    /// Writes the log to this file from now on, after the log of earlier boots in it.
     pub fn keep_in(&self, file: &Path) {
         let mut book = self.book();
         let mut before = std::fs::read(file).unwrap_or_default();
         if !before.is_empty() {
             before.extend_from_slice(STARTED_AGAIN.as_bytes());
         }
+        // In front: lines that were logged before the card was found are newer than the file.
         for byte in before.into_iter().rev() {
             book.last.push_front(byte);
         }
@@ -44,13 +45,14 @@ impl Logbook {
         book.bound();
     }
 
-    /// What is kept of it.
+    /// The kept part of the log.
     pub fn last(&self) -> Vec<u8> {
         self.book().last.make_contiguous().to_vec()
     }
 
-    /// Writes it to its file, if something was said since the last time.
+    /// Writes the log to its file, unless it is unchanged.
     pub fn write(&self) {
+        // The lock is not held during the write: a slow card must not block every log message.
         let (file, bytes) = {
             let mut book = self.book();
             let Some(file) = book.file.clone().filter(|_| book.changed) else { return };
@@ -58,7 +60,7 @@ impl Logbook {
             (file, book.last.make_contiguous().to_vec())
         };
         if let Err(error) = write_whole(&file, &bytes) {
-            // To the console only: it would be the reason to write again.
+            // Only to the console: a log message would cause the next write.
             let _ = writeln!(io::stderr(), "log not kept: {error}");
         }
     }
@@ -70,7 +72,7 @@ impl Book {
         self.bound();
     }
 
-    /// Whole lines only.
+    /// Drops the oldest lines beyond [`KEPT`]. Never a part of a line.
     fn bound(&mut self) {
         self.changed = true;
         let excess = self.last.len().saturating_sub(KEPT);
@@ -83,7 +85,7 @@ impl Book {
 
 impl Write for Logbook {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // The console may be gone; the card is not.
+        // The console may be gone. The log must still reach the card.
         let _ = io::stderr().write_all(bytes);
         self.book().add(bytes);
         Ok(bytes.len())

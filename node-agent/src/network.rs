@@ -1,8 +1,8 @@
-//! The installer's network: every wired interface with a carrier gets an address, by DHCP or a fixed one, however long
-//! that takes. An installed system has its own ways.
+//! The installer's network. Every wired interface with a carrier gets an address, fixed or by DHCP, with no limit on
+//! the retries. An installed system configures its network itself.
 //!
-//! DHCP is busybox's udhcpc with this very program as its script. It sends the client id that it sends by default, the
-//! MAC address as option 61 has it, as the clients of the usual systems do, so that the node keeps its address.
+//! The DHCP client is busybox's udhcpc, with this program as its script. It sends its default client id, the MAC
+//! address as option 61. The usual systems send the same, so the node keeps its address.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -17,16 +17,16 @@ pub mod hook;
 
 const NET: &str = "/sys/class/net";
 const BUSYBOX: &str = "/bin/busybox";
-/// How often interfaces and carriers are looked at.
+/// Interval at which interfaces and carriers are checked.
 const LOOK: Duration = Duration::from_millis(500);
-/// Before a client that ended is started again.
+/// Pause before a client that ended is started again.
 const PAUSE: Duration = Duration::from_secs(2);
-/// Setting an address takes no time.
+/// Time limit of `ip`, which takes no time.
 const COMMAND_TIME: Duration = Duration::from_secs(10);
-/// How often the log says that there is still no carrier.
+/// Interval of the warning about a missing carrier.
 const COMPLAIN: Duration = Duration::from_secs(30);
 
-/// Brings the network up and keeps it up, until it is dropped.
+/// Brings the network up and keeps it up until the future is dropped.
 pub async fn keep_up(settings: Network) {
     if let Err(error) = ip(&["link", "set", "dev", "lo", "up"]).await {
         tracing::warn!(error = %chain(&error), "loopback not up");
@@ -35,6 +35,7 @@ pub async fn keep_up(settings: Network) {
     let mut looked_at = Vec::new();
     let mut complained = None;
     loop {
+        // Checked again and again: drivers load late, and a cable may be plugged in later.
         let interfaces = wired(Path::new(NET), settings.interface.as_deref());
         for interface in &interfaces {
             if !looked_at.contains(interface) {
@@ -57,7 +58,7 @@ pub async fn keep_up(settings: Network) {
     }
 }
 
-/// Gives an interface its address and keeps it.
+/// Configures an interface and keeps it configured.
 async fn serve(interface: String, settings: Network) {
     let mut last = String::new();
     loop {
@@ -71,6 +72,7 @@ async fn serve(interface: String, settings: Network) {
                 return;
             }
             Ok(()) => tracing::warn!(interface, "DHCP client ended, starting it again"),
+            // Only a new error: a node may wait for its network for days, and the log on the card is bounded.
             Err(error) if chain(&error) != last => {
                 last = chain(&error);
                 tracing::warn!(interface, error = last, "no address yet");
@@ -81,14 +83,16 @@ async fn serve(interface: String, settings: Network) {
     }
 }
 
-/// Runs the client for as long as it goes on; says each lease that it gets.
+/// Runs the client until it ends, and logs each new lease.
 async fn dhcp(interface: &str) -> Result<(), SystemError> {
+    // `-f`: in the foreground, so that its end is noticed. `-t 4 -T 2 -A 4`: four requests, two seconds apart, then
+    // again after four seconds, without end.
     let command = [BUSYBOX, "udhcpc", "-f", "-i", interface, "-s", hook::PROGRAM, "-t", "4", "-T", "2", "-A", "4"];
     let mut client = start(&command)?;
     let mut last = String::new();
     loop {
         tokio::select! {
-            // A client that ended stays ended.
+            // Cancel-safe: the exit status of an ended client stays available.
             ended = client.wait() => {
                 let ended = ended.map_err(SystemError::io("wait for", BUSYBOX))?;
                 return if ended.success() { Ok(()) } else {
@@ -114,7 +118,9 @@ async fn fixed(interface: &str, address: &str, settings: &Network) -> Result<(),
 
 /// Sets address, router and name servers of an interface.
 async fn configure(interface: &str, address: &str, gateway: Option<&str>, dns: &[String]) -> Result<(), SystemError> {
+    // An address of an earlier lease would stay beside the new one.
     ip(&["addr", "flush", "dev", interface]).await?;
+    // `+` derives the broadcast address from the prefix.
     ip(&["addr", "add", address, "broadcast", "+", "dev", interface]).await?;
     if let Some(gateway) = gateway {
         ip(&["route", "replace", "default", "via", gateway, "dev", interface]).await?;
@@ -131,7 +137,7 @@ async fn ip(arguments: &[&str]) -> Result<(), SystemError> {
     run(&command, COMMAND_TIME).await
 }
 
-/// Interfaces with a device behind them that are not wireless, sorted; or the one that was named, once it is there.
+/// Wired interfaces with a device behind them, sorted. With `named` only that one, once it exists.
 fn wired(net: &Path, named: Option<&str>) -> Vec<String> {
     let entries = std::fs::read_dir(net).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries
@@ -147,7 +153,7 @@ fn wired(net: &Path, named: Option<&str>) -> Vec<String> {
     names
 }
 
-/// Reading it fails as long as the interface is down.
+/// True if the interface has a carrier. The file cannot be read while the interface is down.
 fn has_carrier(net: &Path, interface: &str) -> bool {
     std::fs::read_to_string(net.join(interface).join("carrier")).is_ok_and(|carrier| carrier.trim() == "1")
 }

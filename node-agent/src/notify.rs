@@ -1,4 +1,4 @@
-//! Tells systemd how the service is (sd_notify(3)): one datagram to the socket that it names.
+//! Reports the state of the service to systemd (sd_notify(3)): one datagram to the socket that systemd names.
 
 use std::ffi::OsStr;
 use std::io;
@@ -6,18 +6,19 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
-/// What is told.
+/// State of the service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
     /// The service is up.
     Ready,
-    /// The service is on its way down.
+    /// The service is going down.
     Stopping,
 }
 
-/// Tells systemd; without a socket in `NOTIFY_SOCKET` it does nothing.
+/// Reports to systemd. Does nothing without `NOTIFY_SOCKET`.
 pub fn notify(status: Status) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    // Best effort: the agent works without systemd too.
     if let Err(error) = send(&socket, status) {
         tracing::warn!(error = %error, "systemd could not be notified");
     }

@@ -1,5 +1,4 @@
-//! `marco/install.toml` on the recovery partition: what the installer does otherwise than by default. Every key is shown
-//! in `dist/install.toml`.
+//! `marco/install.toml` on the recovery partition: settings of the installer. `dist/install.toml` shows every key.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -9,13 +8,13 @@ use serde::{Deserialize, Deserializer};
 
 pub mod seed2015;
 
-/// Where it is on the recovery partition.
+/// Path on the recovery partition.
 pub const FILE: &str = "marco/install.toml";
-/// File systems that a root or home may have, and the program that makes each.
+/// File systems for root and home, and the program that makes each.
 pub const FILE_SYSTEMS: [(&str, &str); 4] =
     [("ext4", "/sbin/mke2fs"), ("btrfs", "/sbin/mkfs.btrfs"), ("f2fs", "/sbin/mkfs.f2fs"), ("xfs", "/sbin/mkfs.xfs")];
 
-/// The settings of an installer.
+/// Settings of an installer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
@@ -27,9 +26,9 @@ pub struct Settings {
     pub home: FileSystem,
     /// The wired network.
     pub network: Network,
-    /// What happens when an installation fails.
+    /// Reaction to a failed installation.
     pub failure: Failure,
-    /// What to log: a level or a filter of tracing-subscriber.
+    /// Log level or filter, as tracing-subscriber reads it. `None`: the default.
     pub log: Option<String>,
 }
 
@@ -37,10 +36,10 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Boot {
-    /// Its size.
+    /// Size in bytes. In the file also `512MiB`.
     #[serde(deserialize_with = "bytes")]
     pub size: u64,
-    /// Further options of mkfs.vfat.
+    /// Extra options for mkfs.vfat.
     pub mkfs_options: Vec<String>,
 }
 
@@ -50,17 +49,18 @@ impl Default for Boot {
     }
 }
 
-/// Root or home.
+/// The root or home.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FileSystem {
-    /// Its size; none: two thirds of what is left for the root, but no more than 32 GiB, and the rest for home.
+    /// Size in bytes. `None`: for the root two thirds of the rest of the card, at most 32 GiB; for home all that is
+    /// left.
     #[serde(deserialize_with = "some_bytes")]
     pub size: Option<u64>,
-    /// Its type, one of [`FILE_SYSTEMS`].
+    /// Type, one of [`FILE_SYSTEMS`].
     #[serde(rename = "type", deserialize_with = "file_system")]
     pub kind: String,
-    /// Further options of the program that makes it.
+    /// Extra options for the program that makes it.
     pub mkfs_options: Vec<String>,
 }
 
@@ -74,63 +74,65 @@ impl Default for FileSystem {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Network {
-    /// The interface; none: every wired one that has a carrier.
+    /// Name of the interface. `None`: every wired one with a carrier.
     pub interface: Option<String>,
-    /// A fixed address with its prefix length, for example `10.0.0.5/24`; none: DHCP.
+    /// Fixed address with its prefix length, for example `10.0.0.5/24`. `None`: DHCP.
     pub address: Option<String>,
-    /// The router, with a fixed address.
+    /// Router; only with a fixed address.
     pub gateway: Option<IpAddr>,
-    /// Name servers, with a fixed address.
+    /// Name servers; only with a fixed address.
     pub dns: Vec<IpAddr>,
 }
 
-/// What happens when an installation fails, or the installer itself cannot go on.
+/// Reaction to a failed installation, or to an installer that cannot continue.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Failure {
-    /// What to do then.
+    /// The reaction itself.
     pub policy: Policy,
-    /// How long the failure stays, for whoever looks at the screen or asks the controller, before it is done.
+    /// Wait before the reaction, so that the failure can be seen on the screen and at the controller.
     #[serde(deserialize_with = "time")]
     pub after: Duration,
 }
 
 impl Default for Failure {
     fn default() -> Self {
+        // A node that waits can get another image. One that is off cannot.
         Self { policy: Policy::Retry, after: Duration::from_secs(60) }
     }
 }
 
-/// What to do after a failure.
+/// Reaction to a failure.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// What may end otherwise is tried again, with growing pauses; else the node waits for its controller.
+    /// Retry with backoff if a retry can help. Otherwise the node waits for its controller.
     #[default]
     Retry,
-    /// Restart.
+    /// Restarts the node.
     Reboot,
-    /// Power off.
+    /// Powers the node off.
     PowerOff,
-    /// A shell on the console, where the initramfs has one; else as `retry`.
+    /// Opens a shell on the console. Without a shell in the initramfs, same as `retry`.
     Shell,
 }
 
-/// The settings cannot be used.
+/// The settings are unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// The file cannot be read.
+    /// The file exists and cannot be read.
     #[error("cannot read {FILE}")]
     Read(#[source] std::io::Error),
-    /// The file says what it may not.
+    /// The file has an unknown key or an invalid value.
     #[error("{FILE} is wrong: {0}")]
     Wrong(String),
 }
 
 impl Settings {
-    /// Reads the file of this recovery partition; the defaults when there is none.
+    /// Reads the file of this recovery partition. Without a file: the defaults.
     pub fn read(recovery: &Path) -> Result<Self, SettingsError> {
         match std::fs::read_to_string(recovery.join(FILE)) {
+            // Never the defaults for a wrong file: they would divide the card against its owner's wish.
             Ok(text) => toml::from_str(&text).map_err(|error| SettingsError::Wrong(error.to_string())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(error) => Err(SettingsError::Read(error)),
@@ -138,7 +140,8 @@ impl Settings {
     }
 }
 
-/// A number of bytes: `512MiB`, `8GiB`, `1TiB`, `4096KiB`, or plain bytes. `M`, `G` and so on are the same.
+/// Number of bytes: `512MiB`, `8GiB`, `1TiB`, `4096KiB`, or plain bytes. `M` equals `MiB`, and so on. `None`: not a
+/// size.
 fn size(text: &str) -> Option<u64> {
     let text = text.trim();
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
@@ -150,6 +153,7 @@ fn size(text: &str) -> Option<u64> {
         "T" => 40,
         _ => return None,
     };
+    // Checked: a size that overflows would divide the card wrongly.
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
@@ -181,6 +185,7 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error
 
 fn file_system<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let text = String::deserialize(deserializer)?;
+    // Checked here: later, the old root would be gone already.
     if FILE_SYSTEMS.iter().any(|(name, _)| *name == text) {
         return Ok(text);
     }
@@ -204,6 +209,7 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_values_are_refused() {
+        // A typing error must not lead to the defaults, which would divide the card.
         for wrong in ["sizes = 1", "[root]\ntype = \"ntfs\"", "[failure]\npolicy = \"pray\"", "[boot]\nsize = \"big\""]
         {
             assert!(toml::from_str::<Settings>(wrong).is_err(), "{wrong}");
@@ -216,6 +222,7 @@ mod tests {
         assert_eq!(toml::from_str::<Settings>(example).unwrap(), Settings::default());
         let keys: String = example
             .lines()
+            // In the example a space follows the `#` of a sentence, but not that of a key.
             .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
             .map(|line| format!("{line}\n"))
             .collect();

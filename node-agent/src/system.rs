@@ -1,5 +1,5 @@
-//! What the agent can find out about the machine, and what it can do to it: the one trait between the agent and a
-//! board, because a test can neither reboot a machine nor partition a card.
+//! The machine as the agent sees and changes it. The trait [`System`] is the only seam between the agent and a board,
+//! because a test can neither reboot a machine nor partition a card.
 
 use std::any::Any;
 use std::path::{Path, PathBuf};
@@ -29,12 +29,12 @@ pub use release::Release;
 use rooted::Rooted;
 pub use scheduled::{Scheduled, Standing};
 
-/// A state folder needs room for a journal and its successor.
+/// Bytes that the state folder must have free: a journal and its successor, which is written before the old one goes.
 const STATE_ROOM: u64 = 1 << 20;
 
-/// Illness of the file system of a folder, if it has one.
+/// Checks the file system of a folder: it must be writable and have room for the journal. `None`: healthy.
 pub(crate) fn ailing_disk(folder: &Path) -> Option<Condition> {
-    // The agent makes the folder itself.
+    // The agent creates the folder itself, so ask the nearest ancestor that exists.
     let there = folder.ancestors().find(|folder| folder.exists())?;
     let message = match rustix::fs::statvfs(there) {
         Ok(found) if found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) => "is read-only".to_owned(),
@@ -47,17 +47,17 @@ pub(crate) fn ailing_disk(folder: &Path) -> Option<Condition> {
     Some(Condition { ailment: Ailment::Disk, message: format!("the file system of {} {message}", folder.display()) })
 }
 
-/// A machine could not be asked or told something.
+/// A query or a command to the machine failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SystemError {
     /// A file or folder could not be read or written.
     #[error("cannot {doing} {path}")]
     Io {
-        /// What was tried, as a verb.
+        /// The operation that failed, as a verb: `read`, `make`.
         doing: &'static str,
-        /// On which file or folder.
+        /// The file or folder.
         path: PathBuf,
-        /// Why not.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// A program could not be started, failed, or did not end in time.
@@ -65,29 +65,29 @@ pub enum SystemError {
     Command {
         /// The program's path.
         program: String,
-        /// Exit status and last words, or why it did not start.
+        /// Exit status and the beginning of its standard error, or the reason that it did not start or end.
         message: String,
     },
-    /// What was found makes no sense, for example an unreadable power state.
+    /// A value read from the machine is invalid, for example an unreadable power state.
     #[error("{0}")]
     Invalid(String),
-    /// This machine cannot do that.
+    /// This kind of machine does not support the operation.
     #[error("{0}")]
     Unsupported(&'static str),
-    /// It will not be done, for a reason that trying again does not change.
+    /// The operation is refused for a reason that a retry does not change.
     #[error(transparent)]
     Refused(#[from] Refusal),
 }
 
 impl SystemError {
-    /// For `map_err` on I/O: says what was tried on what.
+    /// For `map_err` on I/O: adds the operation and the path to the error.
     pub fn io(doing: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { doing, path, source }
     }
 }
 
-/// In which role the machine was started.
+/// Role in which the machine was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// The installed system runs.
@@ -96,16 +96,16 @@ pub enum Mode {
     Installer,
 }
 
-/// What the firmware booted, as it says itself.
+/// This boot, as reported by the firmware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Booted {
     /// Number of the partition that it booted from.
     pub partition: u32,
-    /// Whether it was a trial boot.
+    /// True for a trial boot, which is one-shot.
     pub tryboot: bool,
 }
 
-/// Where the partitions of a card in layout resident are.
+/// Mount points of the card's partitions. On a stock card `recovery` and `boot` are the same partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Card {
     /// p1: firmware files, installer sets, `marco/`.
@@ -118,7 +118,7 @@ pub struct Card {
     pub home: PathBuf,
 }
 
-/// How a machine goes down.
+/// The two ways to go down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Down {
     /// It comes back.
@@ -127,25 +127,25 @@ pub enum Down {
     PowerOff,
 }
 
-/// Which way a reboot takes.
+/// Target of a reboot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reboot {
-    /// Into the default.
+    /// The default system.
     Plain,
     /// Once into what `[tryboot]` names (reboot argument `0 tryboot`); any later reset returns to the default.
     TryBoot,
 }
 
-/// What a stronger command does not wait for any more.
+/// Part of an orderly shutdown that a stronger command skips.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Force {
-    /// Services: they are killed; file systems are unmounted.
+    /// Services are killed instead of stopped. File systems are still unmounted.
     Services,
-    /// Anything: the data is written and the kernel restarts.
+    /// Everything: the data is written and the kernel restarts.
     Everything,
 }
 
-/// Why a machine will not be updated. Nothing was written.
+/// Reason that a machine refuses an update. Nothing was written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
@@ -155,13 +155,13 @@ pub struct Refusal {
     pub message: String,
 }
 
-/// Keeps everybody else from the target's file systems until the last clone is dropped. A thread that still writes
-/// after its job was given up (a power cut of a virtual Pi drops only the job) thereby holds up the next job.
+/// Exclusive access to the target's file systems until the last clone is dropped. A power cut of a virtual Pi drops
+/// only the job, and a thread of it may still write. The lease makes the next job wait for that thread.
 #[derive(Clone)]
 pub struct Lease(#[expect(dead_code, reason = "held for its Drop only")] Arc<dyn Any + Send + Sync>);
 
 impl Lease {
-    /// Wraps whatever must be held.
+    /// Wraps the guard that is released with the last clone.
     pub fn new(guard: impl Any + Send + Sync) -> Self {
         Self(Arc::new(guard))
     }
@@ -176,21 +176,21 @@ impl std::fmt::Debug for Lease {
 /// File systems that are ready to be installed into, mounted.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// The new root (p2): empty when it was asked to be made anew, else as it was.
+    /// The new root (p2): empty if it was to be erased, otherwise unchanged.
     pub root: PathBuf,
     /// The system's boot partition (p4), empty.
     pub boot: PathBuf,
-    /// What `root=` and fstab must call the root, for example `PARTUUID=1a2b3c4d-02`.
+    /// Name of the root in `root=` and fstab, for example `PARTUUID=1a2b3c4d-02`.
     pub root_device: String,
-    /// What fstab must call the boot partition.
+    /// Name of the boot partition in fstab.
     pub boot_device: String,
-    /// What fstab must call home.
+    /// Name of home in fstab.
     pub home_device: String,
-    /// The root's file system, as mount(8) calls it.
+    /// The root's file system, as in mount(8).
     pub root_type: String,
-    /// Home's.
+    /// Home's file system, as in mount(8).
     pub home_type: String,
-    /// To be held by whatever writes into the target.
+    /// Held by every writer into the target.
     pub lease: Lease,
 }
 
@@ -203,45 +203,45 @@ pub struct RawTarget {
     pub root: PathBuf,
 }
 
-/// A card that an image is written to as it is: nothing is left on it but the recovery partition, behind the image.
+/// A card for an image that is written to it unchanged. Only the recovery partition is left, behind the image.
 #[derive(Debug)]
 pub struct WholeCard {
     /// The device of the card.
     pub device: PathBuf,
-    /// Where the recovery partition begins, in bytes: the image must end before it.
+    /// First byte of the recovery partition: the image must end before it.
     pub limit: u64,
-    /// To be held by whoever writes to the card.
+    /// Held by every writer to the card.
     pub lease: Lease,
 }
 
-/// A stretch of the card, in bytes.
+/// A range of the card, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stretch {
-    /// Where it begins.
+    /// Offset from the card's beginning.
     pub start: u64,
-    /// How long it is.
+    /// Size of the range.
     pub length: u64,
 }
 
-/// What a card must have room for.
+/// Room that an installation needs on the card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Room {
-    /// The partitions of layout resident, the recovery partition before all others, with so much room in the system's.
+    /// The partitions of layout resident, the recovery partition first, with this room in boot partition and root.
     Resident(Needs),
-    /// An image of so many bytes, from the card's beginning, and the recovery partition behind it.
+    /// An image of this many bytes from the card's beginning, and the recovery partition behind it.
     Whole(u64),
 }
 
-/// Whether the card can be worked on at once.
+/// Result of [`System::check_target`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ready {
-    /// It can.
+    /// The card can be prepared at once.
     Now,
-    /// The recovery partition has to lie elsewhere first: [`System::move_recovery`], and a restart.
+    /// The recovery partition must be moved first: [`System::move_recovery`], then a restart.
     AfterRestart,
 }
 
-/// What is made anew before an installation; the boot partition always is.
+/// Partitions to format before an installation. The boot partition always is formatted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Erase {
     /// The root.
@@ -250,21 +250,21 @@ pub struct Erase {
     pub home: bool,
 }
 
-/// Between what an earlier start left in a log and what a later one says.
+/// Separates the log of an earlier start from that of a later one.
 pub const STARTED_AGAIN: &str = "--- started again ---\n";
 
-/// Where a machine finds what its own agent logged; nothing until somebody says.
+/// Source of the agent's own log. Empty until [`OwnLog::is_from`] sets it.
 #[derive(Default)]
 pub struct OwnLog(OnceLock<Box<dyn Fn() -> Vec<u8> + Send + Sync>>);
 
 impl OwnLog {
-    /// Takes it from here from now on.
+    /// Sets the source. Later calls have no effect.
     pub fn is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
-        // The first one stays: there is one log.
+        // The first source stays: a process has one log.
         let _ = self.0.set(Box::new(read));
     }
 
-    /// What it says now.
+    /// The log up to now. Empty without a source.
     pub fn read(&self) -> Vec<u8> {
         self.0.get().map(|read| read()).unwrap_or_default()
     }
@@ -278,17 +278,17 @@ impl std::fmt::Debug for OwnLog {
 
 /// The installer's log, on the recovery partition.
 pub const LOG_FILE: &str = "marco/install.log";
-/// Bytes of it that are kept.
+/// Bytes of [`LOG_FILE`] that are kept.
 const LOG_LENGTH: usize = 128 * 1024;
 
-/// Why a whole-disk image is refused where there is no disk.
+/// Error for a whole-disk image on a card made of folders.
 pub(crate) const NO_PARTITIONS: &str =
     "the image is a whole disk's, and this node's card is made of folders: push a tarball of its root instead";
 
-/// What users read when nothing goes down after all.
+/// Message to logged-in users after a cancelled shutdown.
 pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
 
-/// What users read before the machine goes down.
+/// Message to logged-in users before the machine goes down.
 pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String {
     let what = match down {
         Down::Reboot => "reboots",
@@ -303,109 +303,110 @@ pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String
     }
 }
 
-/// A machine.
+/// A machine: the real host, its installer, or a virtual Pi.
 #[async_trait]
 pub trait System: Send + Sync + 'static {
-    /// The id of this boot; another boot has another one.
+    /// Id of this boot. It changes with each boot, which proves a reboot to the controller.
     fn boot_id(&self) -> Result<String, SystemError>;
 
-    /// What the board is and what runs on it. Reads files: not for a hot path.
+    /// Facts about the board and its system. Reads files: not for a hot path.
     fn facts(&self) -> Result<Facts, SystemError>;
 
-    /// In which role it was started.
+    /// Role in which the machine was started.
     fn mode(&self) -> Mode;
 
-    /// What the firmware booted; none when it does not say (not a Raspberry Pi, or an old firmware).
+    /// The firmware's report of this boot. `None`: it reports nothing (not a Raspberry Pi, or an old firmware).
     fn booted(&self) -> Option<Booted>;
 
-    /// Where the partitions are; none unless the card is in layout resident.
+    /// Mount points of the card. `None`: neither a card in layout resident nor a stock card.
     fn card(&self) -> Option<Card>;
 
     /// The root of the installed system, in either mode.
     fn root(&self) -> PathBuf;
 
-    /// Where the agent keeps its journal: on the root when running, on p1 in the installer.
+    /// Folder of the agent's journal: on the root when running, on p1 in the installer.
     fn state_dir(&self) -> PathBuf;
 
-    /// Where the node's key and certificates are.
+    /// Folder of the node's key and certificates.
     fn identity_dir(&self) -> PathBuf;
 
-    /// Which installation the system comes from, as `/etc/marco-release` says (and, when only boot files were
-    /// replaced since, the boot partition's `marco-release`); none when no installer of ours was at work.
+    /// The installation that the system comes from, by the root's `/etc/marco-release` and the boot partition's
+    /// `marco-release`, which is newer if only boot files were replaced. `None`: not installed by Marco.
     fn release(&self) -> Result<Option<Release>, SystemError> {
         Release::read(&self.root(), self.card().as_ref().map(|card| card.boot.as_path()))
     }
 
-    /// Whether the card holds a system, whoever installed it: then only somebody who says so may erase it.
+    /// True if the card holds any system, also one that Marco did not install. Only an operator's order may erase it.
     fn holds_system(&self) -> bool {
         Rooted::open(&self.root()).is_ok_and(|root| !root.list("").unwrap_or_default().is_empty())
     }
 
-    /// The agent's own program, where an installation has to put it into the new root together with the node's
-    /// identity; none: it is not on the card, as a virtual Pi's.
+    /// Path of the agent's program, which an installation copies into the new root together with the node's identity.
+    /// `None`: the program is not on the card, as on a virtual Pi.
     fn agent_program(&self) -> Option<PathBuf> {
         None
     }
 
-    /// Warns logged-in users that the machine goes down after `delay`. Nothing goes down by that, and a shutdown that
-    /// somebody else announced stays. Tells whether the warning stands as an announced shutdown
-    /// ([`Standing::Ours`]) until `delay` has passed, so that a user can take it back.
+    /// Warns logged-in users that the machine goes down after `delay`. The warning itself shuts nothing down, and a
+    /// user's own announced shutdown stays. Returns true if the warning stands as an announced shutdown
+    /// ([`Standing::Ours`]) until `delay` has passed: then a user can cancel it.
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError>;
 
-    /// Tells whose shutdown is announced now.
+    /// The announced shutdown and its owner.
     fn standing(&self) -> Standing {
         Standing::Nothing
     }
 
-    /// Tells logged-in users that what the agent announced does not happen, and takes back a trial boot that it prepared.
-    /// Somebody else's shutdown stays, and nothing is said when nothing was announced.
+    /// Tells logged-in users that the agent's shutdown is cancelled, and removes a trial boot that it prepared. A
+    /// user's own shutdown stays. Says nothing if nothing was announced.
     async fn withdraw(&self) -> Result<(), SystemError>;
 
-    /// Reboots at once. Returns when the command was issued: what follows may not run any more. `execution` is who
-    /// asked, for the log of a virtual Pi.
+    /// Reboots at once. Returns after the command is issued: the caller may be killed at any time from then on.
+    /// `execution` names the execution that asked, for the log of a virtual Pi.
     async fn reboot(&self, how: Reboot, execution: Option<&str>, message: &str) -> Result<(), SystemError>;
 
     /// Powers off at once. Returns when the command was issued.
     async fn power_off(&self, execution: Option<&str>, message: &str) -> Result<(), SystemError>;
 
-    /// Goes down at once by a stronger command, for a machine that is still up although it was told to. A reboot keeps
-    /// its argument: a trial boot stays one. Returns when the command was issued.
+    /// Goes down at once by a stronger command, for a machine that is still up after an orderly one. A reboot keeps its
+    /// argument: a trial boot stays one. Returns when the command was issued.
     async fn force(&self, down: Down, how: Reboot, force: Force, execution: Option<&str>) -> Result<(), SystemError>;
 
-    /// How long it may take to go down before a stronger command is given.
+    /// Time that an orderly shutdown may take before a stronger command is given.
     fn patience(&self) -> Duration {
         Duration::from_secs(60)
     }
 
-    /// Illnesses of the machine, as far as they can be seen. Reads files: not for a hot path.
+    /// Problems of the machine that can be seen from here. Reads files: not for a hot path.
     fn conditions(&self) -> Vec<Condition> {
         Vec::new()
     }
 
-    /// The system's clock; `None`: nothing relies on it.
+    /// The system's clock, to compare with the controller's. `None`: nothing relies on it.
     fn clock(&self) -> Option<DateTime<Utc>> {
         None
     }
 
-    /// Whether an update can be begun, before anything is written.
+    /// Checks that an update can begin. Nothing is written.
     async fn preflight_update(&self) -> Result<(), Refusal>;
 
-    /// Refuses an installation that would keep something which the installer does not understand or cannot read. Nothing is
+    /// Refuses an installation that would keep data which the installer does not understand or cannot read. Nothing is
     /// written.
     async fn check_kept(&self, _erase: Erase) -> Result<(), Refusal> {
         Ok(())
     }
 
-    /// Whether [`prepare_target`](Self::prepare_target), or [`whole_card`](Self::whole_card), can work on this card. Nothing
-    /// is written.
+    /// Checks that [`prepare_target`](Self::prepare_target) or [`whole_card`](Self::whole_card) can work on this card.
+    /// Nothing is written.
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
         match room {
+            // A card without partitions has nothing to measure or to move.
             Room::Resident(_) => Ok(Ready::Now),
             Room::Whole(_) => Err(SystemError::Unsupported(NO_PARTITIONS)),
         }
     }
 
-    /// Has the recovery partition moved when the machine restarts next, so that there is this room. Everything else on the
+    /// Schedules the move of the recovery partition for the next restart, to make this room. Everything else on the
     /// card is lost then.
     async fn move_recovery(&self, _room: Room) -> Result<(), SystemError> {
         Err(SystemError::Unsupported(NO_PARTITIONS))
@@ -414,13 +415,13 @@ pub trait System: Send + Sync + 'static {
     /// Makes the card's file systems ready to be installed into, and mounts them. Installer only.
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError>;
 
-    /// Makes the boot partition of a target anew, empty and mounted again, under this label of at most 11 bytes, for what
-    /// looks for it by that. A card of folders has no labels.
+    /// Formats the target's boot partition again, empty and mounted, with a label of at most 11 bytes. cloud-init finds
+    /// its data by that label. A card of folders has no labels.
     async fn label_boot(&self, _target: &Target, _label: &str) -> Result<(), SystemError> {
         Ok(())
     }
 
-    /// Whether the card has partitions that the file systems of a whole-disk image can be written to.
+    /// True if the card has partitions that the file systems of a whole-disk image can be written to.
     fn takes_disk_images(&self) -> bool {
         false
     }
@@ -435,20 +436,19 @@ pub trait System: Send + Sync + 'static {
         Err(SystemError::Unsupported(NO_PARTITIONS))
     }
 
-    /// Takes every partition but the recovery partition off the card, so that an image can be written before that.
-    /// Installer only.
+    /// Removes every partition but the recovery partition, so that an image can be written before that. Installer only.
     async fn whole_card(&self) -> Result<WholeCard, SystemError> {
         Err(SystemError::Unsupported(NO_PARTITIONS))
     }
 
-    /// Mounts the boot partition and the root of an image that was written to the whole card, which the card's table does
-    /// not know yet.
+    /// Mounts the boot partition and the root of an image that was written to the whole card. The card's table does not
+    /// list them yet.
     async fn mount_whole(&self, _boot: Stretch, _root: Stretch, _lease: Lease) -> Result<Target, SystemError> {
         Err(SystemError::Unsupported(NO_PARTITIONS))
     }
 
-    /// Writes everything to the card, unmounts it, and then writes the image's first sector, with its table: from then on
-    /// the image is what boots.
+    /// Writes everything to the card, unmounts it, and then writes the image's first sector, with its table. From then
+    /// on the image boots.
     async fn finish_whole(&self, _target: Target, _first: [u8; 512]) -> Result<(), SystemError> {
         Err(SystemError::Unsupported(NO_PARTITIONS))
     }
@@ -456,9 +456,10 @@ pub trait System: Send + Sync + 'static {
     /// Writes everything to the card and unmounts what [`prepare_target`](Self::prepare_target) mounted.
     async fn finish_target(&self, target: Target) -> Result<(), SystemError>;
 
-    /// Keeps a line of the installer's log on the card, for whoever takes the card out. Not for a secret.
+    /// Appends a line to the installer's log on the card, for an operator who reads the card elsewhere. Never a secret.
     fn keep_line(&self, line: &str) {
         let Some(card) = self.card() else { return };
+        // Read and rewritten, not appended: the file keeps only its newest part. A failure must not fail the job.
         let path = card.recovery.join(LOG_FILE);
         let kept = std::fs::read(&path).unwrap_or_default();
         let from = kept.len().saturating_sub(LOG_LENGTH);
@@ -468,19 +469,18 @@ pub trait System: Send + Sync + 'static {
         }
     }
 
-    /// What is logged of what happened to this machine, oldest first: by its installer, and by this agent. Reads a file:
-    /// not for a hot path.
+    /// Log of this machine, oldest first: of its installer, then of this agent. Reads a file: not for a hot path.
     fn kept_log(&self) -> Vec<u8> {
         self.card().map(|card| std::fs::read(card.recovery.join(LOG_FILE)).unwrap_or_default()).unwrap_or_default()
     }
 
-    /// How long an installation that failed for good is left as it is before [`give_up`](Self::give_up); none: for ever,
-    /// waiting for the controller.
+    /// Wait between the final failure of an installation and [`give_up`](Self::give_up). `None`: no limit, the node
+    /// waits for the controller.
     fn gives_up_after(&self) -> Option<Duration> {
         None
     }
 
-    /// Does what its owner wants of a machine whose installation failed.
+    /// Applies the owner's policy for a failed installation (`failure` in `install.toml`).
     async fn give_up(&self) -> Result<(), SystemError> {
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! Files on a card that may fail, on a file system that tears: written through, and read back past the page cache.
+//! Files on a card that may fail, on a file system without atomic updates: written through, and read back past the page
+//! cache.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
@@ -11,14 +12,16 @@ use sha2::{Digest, Sha256};
 
 use super::BootError;
 
-/// One write over the old contents: the file keeps its sectors, its folder entry and its length.
+/// Overwrites the old contents with one write: the file keeps its sectors, its folder entry and its length.
 pub(super) fn write_in_place(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
     let write = || {
+        // O_SYNC and no truncation: the firmware finds the old text or the new one after a power cut, never an empty
+        // file.
         let flags = i32::try_from(OFlags::SYNC.bits()).unwrap_or_default();
         let mut options = OpenOptions::new();
         let file = options.write(true).create(true).truncate(false).mode(0o600).custom_flags(flags).open(path)?;
         file.write_all_at(bytes, 0)?;
-        // Only a file that somebody else wrote has another length.
+        // The agent's own texts all have one length; only another program's file differs.
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         if file.metadata()?.len() != length {
             file.set_len(length)?;
@@ -34,12 +37,12 @@ pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Boot
     write_whole(path, &json(path, value)?)
 }
 
-/// What [`write_json`] writes to the file.
+/// The bytes that [`write_json`] writes.
 pub(super) fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, BootError> {
     serde_json::to_vec_pretty(value).map_err(|error| BootError::io("write", path)(error.into()))
 }
 
-/// What a file says; none when it is not there or torn.
+/// Parses a file. `None`: it is missing or torn.
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, BootError> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
@@ -48,7 +51,7 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<O
     }
 }
 
-/// A file's bytes; none when it is not there.
+/// A file's bytes. `None`: it is missing.
 pub(super) fn read_whole(path: &Path) -> Result<Option<Vec<u8>>, BootError> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
@@ -57,8 +60,8 @@ pub(super) fn read_whole(path: &Path) -> Result<Option<Vec<u8>>, BootError> {
     }
 }
 
-/// Writes a file that only its owner reads, to the card, and reads it back. FAT has no atomic rename, so a cut may leave
-/// it torn: readers take a torn file for none.
+/// Writes a file that only its owner may read, syncs it, and reads it back. FAT has no atomic rename, so a power cut
+/// may leave it torn. Readers treat a torn file as missing.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
     let write = || {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
@@ -82,7 +85,7 @@ fn check_written(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
     }
 }
 
-/// Removes a file; nothing happens when it is not there.
+/// Removes a file. Does nothing if it is missing.
 pub(super) fn remove_file(path: &Path) -> Result<(), BootError> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(BootError::io("remove", path)(error)),
@@ -90,7 +93,7 @@ pub(super) fn remove_file(path: &Path) -> Result<(), BootError> {
     }
 }
 
-/// A file's bytes as the card holds them, not as the page cache remembers them; `None`: there is no such file.
+/// A file's bytes on the card, past the page cache. `None`: it is missing.
 pub(super) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     let mut file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -102,7 +105,7 @@ pub(super) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     Ok(Some(bytes))
 }
 
-/// The digest of what the card holds, not of what the page cache remembers.
+/// SHA-256 of a file on the card, past the page cache.
 pub(super) fn sha256_of_card(path: &Path) -> std::io::Result<String> {
     let mut file = File::open(path)?;
     rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;

@@ -1,4 +1,4 @@
-//! What a running system leaves for its installer: `marco/install.json` on p1.
+//! The job that a running system leaves for its installer: `marco/install.json` on p1.
 
 use std::path::PathBuf;
 
@@ -6,42 +6,41 @@ use serde::{Deserialize, Serialize};
 
 use super::{BootError, BootPart, Prefix, file, read_json, write_json};
 
-/// What the installer is to do.
+/// Job of an installer.
 ///
-/// An installer may be older or newer than the system that wrote it: fields are only added, and readers leave alone what
-/// they do not know. Installers before that rule refuse a field that they do not know, so nothing is written that says only
-/// what its absence says, too.
+/// The installer may be older or newer than the system that wrote the job. Fields are only added, and readers ignore
+/// unknown ones. The first installers refuse unknown fields, so a field is not written while it has its default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstallJob {
-    /// Version of the file; absent: 1. A higher one would mean that this job cannot be done by who knows only version 1.
+    /// Version of the file; absent: 1. A higher one means that a reader of version 1 cannot do the job.
     #[serde(default = "first_version", skip_serializing_if = "is_first_version")]
     pub version: u32,
-    /// What to install.
+    /// The work to do.
     pub instruction: Instruction,
-    /// Name of the execution.
+    /// Name of the execution that the installer reports for.
     pub execution: String,
-    /// Its attempt when it was armed.
+    /// Attempt of the execution when it was armed.
     pub attempt: u32,
-    /// The sequence of the last report when it was armed.
+    /// Sequence of the last report before the restart. The installer continues from it.
     pub sequence: u64,
-    /// The boot id under which it was accepted.
+    /// Id of the boot in which the execution was accepted.
     pub boot_id: String,
-    /// Addresses of controllers, host:port, in order.
+    /// Controller addresses, host:port, in the order in which to try them.
     pub controllers: Vec<String>,
-    /// Address of the enrolment listener, host:port; empty: derived from the controllers.
+    /// Address of the enrolment listener, host:port. Empty: derived from the controllers.
     #[serde(default)]
     pub enroll: String,
     /// The node's id, which is also its host name.
     pub node: String,
-    /// Make home anew.
+    /// True: home is formatted, and its files are lost.
     pub discard_home: bool,
-    /// How many trial boots were armed so far.
+    /// Trial boots that failed so far.
     pub trials: u32,
-    /// Where the installer set of this job is.
+    /// Folder of the installer set of this job.
     pub prefix: Prefix,
 }
 
-/// What an installer does to the card.
+/// Work of an installer on the card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case")]
 pub enum Instruction {
@@ -51,18 +50,18 @@ pub enum Instruction {
         image: String,
         /// Its SHA-256.
         sha256: String,
-        /// Writes it, a whole disk's, to the whole card as it is.
+        /// True: a whole-disk image is written to the whole card unchanged.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         raw: bool,
     },
-    /// Replaces the boot partition's files and leaves root alone.
+    /// Replaces the boot partition's files and leaves the root alone.
     BootOnly {
-        /// SHA-256 of the zip.
+        /// SHA-256 of the zip of boot files.
         sha256: String,
     },
 }
 
-/// The version of the file that is written, and the highest that is read.
+/// Version of the file that is written, and the highest that is read.
 pub const JOB_VERSION: u32 = 1;
 
 fn first_version() -> u32 {
@@ -75,20 +74,20 @@ fn is_first_version(version: &u32) -> bool {
 }
 
 impl BootPart {
-    /// Says what the installer is to do. Written as a whole, read back.
+    /// Writes the job as a whole and reads it back.
     pub fn write_job(&self, job: &InstallJob) -> Result<(), BootError> {
         let _lock = self.lock()?;
         write_json(&self.job_file(), job)
     }
 
-    /// Says in this execution's job, if that is there, how many trial boots failed. Only a digit changes, so this is done in
-    /// place: a cut leaves the old number or the new one, never no job.
+    /// Stores the number of failed trial boots in this execution's job, if there is one. Only a digit changes, so the
+    /// file is written in place: a power cut leaves the old number or the new one, never no job.
     pub fn count_trial(&self, execution: &str, trials: u32) -> Result<(), BootError> {
         let _lock = self.lock()?;
         let Some(job) = self.read_job()?.filter(|job| job.execution == execution) else { return Ok(()) };
         let path = self.job_file();
         let text = std::fs::read(&path).map_err(BootError::io("read", &path))?;
-        // What else stands in the file may be of a newer agent, and stays where it is.
+        // Other parts of the file may be of a newer agent, and stay as they are.
         let (before, after) = (format!("\"trials\": {}", job.trials), format!("\"trials\": {trials}"));
         let text = match String::from_utf8_lossy(&text).split(&before).collect::<Vec<_>>().as_slice() {
             [head, tail] => format!("{head}{after}{tail}").into_bytes(),
@@ -97,10 +96,11 @@ impl BootPart {
         file::write_in_place(&path, &text)
     }
 
-    /// What the installer is to do; none when nothing, or nothing readable, is there.
+    /// Reads the job. `None`: missing, unreadable, or of a newer version.
     pub fn read_job(&self) -> Result<Option<InstallJob>, BootError> {
         let Some(job) = read_json::<InstallJob>(&self.job_file())? else { return Ok(None) };
         if job.version > JOB_VERSION {
+            // Not an error: an installer that finds no job it can do goes back to the old system.
             tracing::error!(
                 version = job.version,
                 "the installation job is of a newer agent, and cannot be done by this one"

@@ -1,4 +1,5 @@
-//! The texts of p1's `config.txt` and `autoboot.txt`, always of the same length, so that a switch is one write in place.
+//! The texts of p1's `config.txt` and `autoboot.txt`. They always have the same length, so that a switch is one write
+//! in place.
 
 use marco_archive::config_txt::{Conditions, ConfigTxt};
 use marco_archive::switch::{self, INSTALLER, LINE, SYSTEM};
@@ -8,9 +9,9 @@ use super::{BootError, DefaultBoot, Prefix};
 pub use marco_archive::firmware::kernels;
 pub(super) use marco_archive::switch::HEAD;
 
-/// The lines that a set's own `config.txt` gives p1's for this board. The firmware reads no `config.txt` under a prefix,
-/// so they are copied. What would reach out of the set (`os_prefix`, `include`) or belongs to other boards is left out;
-/// command line and device tree are always named, since a key that is not would come from the other block.
+/// Lines of a set's own `config.txt` that p1's takes over for this board. The firmware reads no `config.txt` under a
+/// prefix, so they are copied. Keys that reach out of the set (`os_prefix`, `include`) and lines of other boards are
+/// left out. Command line and device tree are always named: otherwise the other block's would count.
 pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<String> {
     let conditions = Conditions { models: vec![family.to_owned()], ..Conditions::default() };
     let mut lines = Vec::new();
@@ -26,7 +27,7 @@ pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<S
             "initramfs" => lines.push(format!("initramfs {value}")),
             _ => match fixed.iter_mut().find(|(name, _)| *name == key) {
                 Some((_, named)) if !value.is_empty() => value.clone_into(named),
-                // An empty `device_tree=` belongs to machines that have none.
+                // An empty `device_tree=` stands for a machine without a device tree.
                 _ if key == "device_tree" && value.is_empty() => {}
                 Some(_) => {}
                 None => lines.push(format!("{key}={value}")),
@@ -37,13 +38,14 @@ pub fn set_lines(config: &str, family: &str, device_tree: Option<&str>) -> Vec<S
     lines
 }
 
-/// p1's `config.txt`: the set that every boot of the installer takes, then the one that a trial boot takes.
+/// p1's `config.txt`: the default set of the installer, then the set of a trial boot.
 pub fn config_txt(
     (default, default_lines): (Prefix, &[String]),
     trial: Option<(Prefix, &[String])>,
 ) -> Result<Vec<u8>, BootError> {
     let mut text = format!("{HEAD}[all]\nos_prefix={}\n", default.as_str());
     let trial_lines = trial.map(|(_, lines)| lines).unwrap_or_default();
+    // The firmware ignores the rest of a longer line, so the set would boot with half of a setting.
     if let Some(long) = default_lines.iter().chain(trial_lines).find(|line| line.len() > LINE) {
         return Err(BootError::Refused(format!("a line of their config.txt is longer than {LINE} characters: {long}")));
     }
@@ -62,7 +64,7 @@ fn push(text: &mut String, lines: &[String]) {
     }
 }
 
-/// `autoboot.txt`.
+/// Text of `autoboot.txt`.
 pub fn autoboot_txt(default: DefaultBoot) -> Vec<u8> {
     match default {
         DefaultBoot::System => switch::autoboot_txt(SYSTEM, INSTALLER),

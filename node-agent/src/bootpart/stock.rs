@@ -1,5 +1,5 @@
-//! The boot partition of a stock card, which has no other: the installer's set lies beside the system's boot files, and a
-//! complete `tryboot.txt` starts it once. Nothing that the firmware or the system boots from is changed by that.
+//! The boot partition of a stock card, which has no other. The installer's set lies beside the system's boot files, and
+//! a complete `tryboot.txt` starts it once. The files that the firmware and the system boot from do not change.
 
 use std::path::Path;
 
@@ -10,13 +10,13 @@ use super::{BootError, render, write_whole};
 
 const TRYBOOT: &str = "tryboot.txt";
 const AUTOBOOT: &str = "autoboot.txt";
-/// Where somebody else's files wait.
+/// Copies of the owner's files.
 const TRYBOOT_ASIDE: &str = "marco/tryboot.stock";
 const AUTOBOOT_ASIDE: &str = "marco/autoboot.stock";
 const CONFIG_ASIDE: &str = "marco/config.stock";
 
-/// Makes a trial boot start this configuration. An `autoboot.txt` under which a trial boot would look elsewhere is set
-/// aside first, and so is somebody else's `tryboot.txt`; a card that boots from another partition is refused.
+/// Makes a trial boot start this configuration. An `autoboot.txt` that leads a trial boot elsewhere and the owner's own
+/// `tryboot.txt` are set aside first. Returns an error for a card that boots from another partition.
 pub(super) fn name_for_tryboot(boot: &Path, config: &[u8]) -> Result<(), BootError> {
     if let Some(text) = read_whole(&boot.join(AUTOBOOT))? {
         let autoboot = ConfigTxt::parse(&String::from_utf8_lossy(&text));
@@ -33,8 +33,8 @@ pub(super) fn name_for_tryboot(boot: &Path, config: &[u8]) -> Result<(), BootErr
         }
     }
     if let Some(text) = read_whole(&boot.join(TRYBOOT))?.filter(|text| !is_ours(text)) {
-        // What is aside is theirs, and what is not stays if it was not written to its end. Otherwise a cut while ours was
-        // written has left something in its place that is nobody's.
+        // The copy is the owner's file. The present file is the owner's too if the copy is its beginning: then a power
+        // cut left the copy incomplete. Otherwise a power cut left the present file half overwritten by the agent's.
         let aside = read_whole(&boot.join(TRYBOOT_ASIDE))?;
         if aside.is_none_or(|aside| text.starts_with(&aside)) {
             write_whole(&boot.join(TRYBOOT_ASIDE), &text)?;
@@ -43,13 +43,13 @@ pub(super) fn name_for_tryboot(boot: &Path, config: &[u8]) -> Result<(), BootErr
     write_whole(&boot.join(TRYBOOT), config)
 }
 
-/// Whether a `tryboot.txt` is the agent's, or the beginning of one that a cut has left.
+/// True for the agent's `tryboot.txt`, or the beginning of one that a power cut left.
 fn is_ours(text: &[u8]) -> bool {
     let head = render::HEAD.as_bytes();
     text.starts_with(head) || head.starts_with(text)
 }
 
-/// Keeps the system's own configuration for people, before the installer's takes its place.
+/// Keeps a copy of the system's own `config.txt` for the owner, before the installer's replaces it.
 pub(super) fn set_config_aside(boot: &Path) -> Result<(), BootError> {
     match read_whole(&boot.join("config.txt"))? {
         Some(text) => write_whole(&boot.join(CONFIG_ASIDE), &text),
@@ -57,13 +57,14 @@ pub(super) fn set_config_aside(boot: &Path) -> Result<(), BootError> {
     }
 }
 
-/// Takes the trial boot back; on a card that is still stock, everything is as it was.
+/// Undoes [`name_for_tryboot`]. On a card that is still stock, the owner's files come back.
 pub(super) fn withdraw_tryboot(boot: &Path, still_stock: bool) -> Result<(), BootError> {
     if read_whole(&boot.join(TRYBOOT))?.is_some_and(|text| is_ours(&text)) {
         remove_file(&boot.join(TRYBOOT))?;
     }
     for (name, aside) in [(TRYBOOT, TRYBOOT_ASIDE), (AUTOBOOT, AUTOBOOT_ASIDE)] {
         if let Some(text) = read_whole(&boot.join(aside))? {
+            // On a laid-out card the owner's files would start a system that is gone.
             if still_stock {
                 write_whole(&boot.join(name), &text)?;
             }
@@ -80,7 +81,7 @@ mod tests {
     use super::{name_for_tryboot, withdraw_tryboot};
     use crate::bootpart::render::HEAD;
 
-    /// A card with somebody's `tryboot.txt`.
+    /// A card with an owner's `tryboot.txt`.
     fn card(text: &str) -> tempfile::TempDir {
         let boot = tempfile::tempdir().unwrap();
         fs::create_dir(boot.path().join("marco")).unwrap();
@@ -94,7 +95,7 @@ mod tests {
         let boot = card(theirs);
         let read = |name: &str| fs::read_to_string(boot.path().join(name)).ok();
         let ours = format!("{HEAD}os_prefix=b0/\n");
-        // Once more, as after a cut.
+        // Twice, as after a power cut.
         for _ in 0..2 {
             name_for_tryboot(boot.path(), ours.as_bytes()).unwrap();
             assert_eq!(read("tryboot.txt").as_deref(), Some(ours.as_str()));
@@ -105,7 +106,7 @@ mod tests {
         withdraw_tryboot(boot.path(), true).unwrap();
         assert_eq!(read("tryboot.txt").as_deref(), Some(theirs));
 
-        // On a card that is ours now it would start nothing that is there any more.
+        // On a card that Marco has laid out, the owner's file would start a system that is gone.
         name_for_tryboot(boot.path(), ours.as_bytes()).unwrap();
         withdraw_tryboot(boot.path(), false).unwrap();
         assert_eq!((read("tryboot.txt"), read("marco/tryboot.stock")), (None, None));
@@ -115,7 +116,8 @@ mod tests {
     fn what_a_cut_left_of_either_file_is_not_taken_for_the_whole() {
         let theirs = "arm_64bit=1\nos_prefix=new/\n";
         let ours = format!("{HEAD}os_prefix=b0/\n");
-        // While theirs was set aside; while ours was written over it: nothing yet, a part, or what the sectors held before.
+        // Cut while the owner's file was set aside, or while the agent's was written over it: nothing yet, a part of
+        // it, or the sectors' old contents.
         let (torn, garbage) = (HEAD.get(..5).unwrap(), "\0\0\0\0");
         for (aside, tryboot) in [("arm_64", theirs), (theirs, ""), (theirs, torn), (theirs, garbage)] {
             let boot = card(tryboot);

@@ -22,7 +22,7 @@ impl Card {
         Self { part: BootPart::new(dir.path(), &board), dir }
     }
 
-    /// An installer's zip; its digest.
+    /// An installer's zip, and its digest.
     fn zip(&self, name: &str, kernel: &str, without: &str) -> (PathBuf, String) {
         let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
         for (file, text) in [
@@ -59,6 +59,7 @@ fn a_set_goes_where_the_default_is_not() {
     card.part.make_default(Prefix::B0).unwrap();
     let (zip, digest) = card.zip("b.zip", "two", "");
     assert_eq!(card.part.stage(&zip, &digest).unwrap(), Prefix::B1);
+    // The running installer's set is never overwritten, the other one is.
     let (zip, digest) = card.zip("c.zip", "three", "");
     assert_eq!(card.part.stage(&zip, &digest).unwrap(), Prefix::B1);
     assert_eq!((card.read("b0/kernel8.img").as_str(), card.read("b1/kernel8.img").as_str()), ("one", "three"));
@@ -71,6 +72,7 @@ fn a_set_that_the_card_holds_is_not_written_again() {
     let prefix = card.part.stage(&zip, &digest).unwrap();
     card.part.make_default(prefix).unwrap();
     let before = fs::metadata(card.dir.path().join("b0/kernel8.img")).unwrap().ino();
+    // Without the zip, any attempt to unpack it fails.
     fs::remove_file(&zip).unwrap();
     assert_eq!(card.part.holds(&digest).unwrap(), Some(prefix));
     assert_eq!(card.part.stage(&zip, &digest).unwrap(), prefix);
@@ -94,6 +96,7 @@ fn a_set_for_another_board_or_without_a_part_is_refused_before_anything_is_writt
         let card = Card::new();
         let (zip, digest) = card.zip("a.zip", "one", without);
         assert!(matches!(card.part.stage(&zip, &digest), Err(BootError::Refused(_))), "without {without}");
+        // A refused set must not cost the card the idle set that it had.
         assert!(!card.dir.path().join("b0").exists(), "without {without}");
     }
 }
@@ -101,6 +104,7 @@ fn a_set_for_another_board_or_without_a_part_is_refused_before_anything_is_writt
 #[test]
 fn a_switch_is_one_write_of_the_same_length_into_the_same_file() {
     let card = Card::new();
+    // On a FAT, the same file with the same length means that only its one sector changes.
     let identity = |name: &str| {
         let found = fs::metadata(card.dir.path().join(name)).unwrap();
         (found.ino(), found.len())
@@ -148,6 +152,7 @@ fn default_boot_is_what_the_firmware_would_boot() {
         assert_eq!(card.part.default_boot().unwrap(), DefaultBoot::Installer, "{torn:?}");
     }
     fs::remove_file(&autoboot).unwrap();
+    // A read error is no answer: an agent that guessed could remove what an installer needs.
     fs::create_dir(&autoboot).unwrap();
     assert!(card.part.default_boot().is_err());
     // A stock card has no other system.
@@ -177,12 +182,14 @@ fn a_job_is_read_back_and_a_torn_one_is_none() {
     assert_eq!(card.part.read_job().unwrap().as_ref(), Some(&job));
     let path = card.dir.path().join("marco/install.json");
     let before = fs::read(&path).unwrap();
+    // Another execution's job is not changed.
     card.part.count_trial("operations/y/executions/pi-01", 7).unwrap();
     assert_eq!(fs::read(&path).unwrap(), before);
     card.part.count_trial(&job.execution, 2).unwrap();
     assert_eq!(card.part.read_job().unwrap(), Some(InstallJob { trials: 2, ..job }));
     let whole = fs::read(&path).unwrap();
     let changed = before.iter().zip(&whole).filter(|(before, after)| before != after).count();
+    // A single byte differs, so the write is atomic within its sector.
     assert_eq!((whole.len(), changed), (before.len(), 1));
     fs::write(&path, &whole[..whole.len() / 2]).unwrap();
     assert_eq!(card.part.read_job().unwrap(), None);
@@ -224,7 +231,7 @@ fn recorded_job_is_read_and_written_as_it_was() {
     card.part.write_job(&job).unwrap();
     assert_eq!(card.read("marco/install.json"), today, "an older installer refuses a field that it does not know");
 
-    // Of a newer agent: what it says besides changes nothing, and is still there when a trial has been counted.
+    // A newer agent's job: its unknown fields change nothing, and are still there after a trial is counted.
     let next = include_str!("../../testdata/card/install-next.json");
     fs::write(&path, next).unwrap();
     assert_eq!(card.part.read_job().unwrap().as_ref(), Some(&job));
@@ -232,7 +239,7 @@ fn recorded_job_is_read_and_written_as_it_was() {
     assert_eq!(card.read("marco/install.json"), next.replace("\"trials\": 0", "\"trials\": 1"));
     assert_eq!(card.part.read_job().unwrap(), Some(InstallJob { trials: 1, ..job }));
 
-    // What this installer cannot do it does not begin.
+    // An installer does not begin a job that it cannot do.
     for other in [today.replacen('{', "{ \"version\": 2,", 1), today.replace("\"install\"", "\"install-delta\"")] {
         fs::write(&path, other).unwrap();
         assert_eq!(card.part.read_job().unwrap(), None);

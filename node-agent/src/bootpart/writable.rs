@@ -1,5 +1,6 @@
-//! The one door for a running system's writes to the card's FATs. They are mounted for reading only where it is ours to say,
-//! since a FAT that is not written cannot be torn; one is mounted for writing only while this is held.
+//! The only way for a running system to write to the card's FATs. They are mounted read-only as far as the agent
+//! decides it, since a power cut cannot tear a FAT that is not written. One is mounted for writing only while a
+//! [`Writable`] exists.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -11,23 +12,24 @@ use rustix::fs::{FlockOperation, StatVfsMountFlags};
 use super::BootError;
 use crate::system::{self, SystemError};
 
-/// A program that another thread starts has, until it is there, whatever file we have open for writing, and as long the
-/// partition cannot be closed: that often, and with that pause, it is tried.
+/// Tries to make the partition read-only again, and the pause between them. A program that another thread starts holds
+/// the agent's open files until its `exec`, and the partition stays busy until then.
 const TRIES: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(25);
 
-/// Holds the partition open for writing, and others off.
+/// Exclusive access to a partition that is open for writing.
 #[derive(Debug)]
 pub struct Writable {
     folder: PathBuf,
-    /// It was mounted for reading only, and is again afterwards.
+    /// True: it was mounted read-only, and is made so again.
     closes: bool,
     _lock: File,
 }
 
 impl Writable {
-    /// Waits until nobody else holds the partition that is mounted at this folder.
+    /// Waits for exclusive access to the partition that is mounted at this folder.
     pub(crate) fn open(folder: &Path) -> Result<Self, BootError> {
+        // The folder itself is locked: on a read-only mount no lock file can be made.
         let lock = File::open(folder).and_then(|file| {
             rustix::fs::flock(&file, FlockOperation::LockExclusive)?;
             Ok(file)
@@ -48,7 +50,7 @@ impl Drop for Writable {
         if self.closes
             && let Err(error) = close(&self.folder)
         {
-            // Everything was synced where it was written; it only stays open to others.
+            // Everything was synced when it was written. The partition only stays writable.
             tracing::warn!(folder = %self.folder.display(), error = %crate::cause::chain(&error), "partition stays writable");
         }
     }

@@ -1,4 +1,4 @@
-//! Addresses as people write them.
+//! Addresses as operators write them.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -6,14 +6,14 @@ use std::str::FromStr;
 
 use marco_proto::names::{API_PORT, ENROLL_PORT};
 
-/// Where a controller listens: a host name or IP address, and perhaps a port.
+/// Address of a controller: a host name or IP address, and an optional port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
     host: String,
     port: Option<u16>,
 }
 
-/// Not an address.
+/// The text is not an address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not an address: it must read HOST, HOST:PORT or [IPV6]:PORT")]
 pub struct InvalidAddress {
@@ -21,17 +21,17 @@ pub struct InvalidAddress {
 }
 
 impl Address {
-    /// `host:port` of the API, with its usual port when none was given.
+    /// `host:port` of the API. Without a port: the usual one.
     pub fn api(&self) -> String {
         self.with_port(API_PORT)
     }
 
-    /// `host:port` of an enrolment listener that was named itself.
+    /// `host:port` of an enrolment listener that an operator named.
     pub fn enroll(&self) -> String {
         self.with_port(ENROLL_PORT)
     }
 
-    /// `host:port` of the enrolment listener beside this API.
+    /// `host:port` of the enrolment listener of the controller with this API.
     pub fn enroll_beside(&self) -> String {
         format!("{}:{ENROLL_PORT}", self.host)
     }
@@ -42,7 +42,7 @@ impl Address {
 }
 
 impl Address {
-    /// An address that was found.
+    /// An address from an answer.
     pub(super) fn found(ip: IpAddr, port: u16) -> Self {
         let host = if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() };
         Self { host, port: Some(port) }
@@ -57,7 +57,7 @@ impl FromStr for Address {
         let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
             Some((host, "")) => (host, None),
             Some((host, port)) => (host, Some(port.strip_prefix(':').ok_or_else(invalid)?)),
-            // More than one colon and no brackets: an IPv6 address without a port.
+            // More than one colon without brackets: an IPv6 address without a port.
             None if text.matches(':').count() > 1 => (text, None),
             None => text.split_once(':').map_or((text, None), |(host, port)| (host, Some(port))),
         };

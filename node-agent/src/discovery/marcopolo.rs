@@ -1,5 +1,5 @@
-//! Asks by the MarcoPolo protocol of the 2015 system: a question in JSON to a multicast group. Who answers gives only its
-//! address, so its ports are the usual ones.
+//! Asks by the MarcoPolo protocol of the 2015 system: a question in JSON to a multicast group. An answer has only the
+//! sender's address, so the usual ports are assumed.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,22 +19,22 @@ use tokio::task::JoinSet;
 use super::search::Found;
 
 const PORT: u16 = 1337;
-/// The second one is asked when nobody answers on the first.
+/// Multicast groups. The second one is asked if there is no answer in the first.
 const GROUPS: [Ipv4Addr; 2] = [Ipv4Addr::new(224, 0, 0, 112), Ipv4Addr::new(224, 0, 0, 113)];
 const QUESTION: &[u8] = br#"{"Command": "Request-For", "Params": "marcobootstrap"}"#;
-/// Routers that a question may pass.
+/// Multicast TTL: the question may pass one router.
 const HOPS: u32 = 2;
 const ROUNDS: usize = 3;
 const ROUND: Duration = Duration::from_secs(1);
-/// What is longer than this is no answer.
+/// Longest answer in bytes. A longer datagram is ignored.
 const LONGEST: usize = 1024;
 
-/// Asks three times, a second apart, one group after the other, and passes on who answers. It ends with the first round
-/// that had an answer, unless it is to be thorough.
+/// Asks three times, a second apart, in one group after the other, and passes on each answer. Unless `thorough`, it
+/// ends with the first round that had an answer.
 pub(super) async fn ask(answers: &mpsc::Sender<Found>, thorough: bool) -> io::Result<()> {
     let sockets = sockets()?;
     let answered = Arc::new(AtomicBool::new(false));
-    // Ended when this is dropped.
+    // Dropping it ends the listeners.
     let mut ears = JoinSet::new();
     for socket in &sockets {
         ears.spawn(listen(Arc::clone(socket), answers.clone(), Arc::clone(&answered)));
@@ -43,7 +43,7 @@ pub(super) async fn ask(answers: &mpsc::Sender<Found>, thorough: bool) -> io::Re
         for _ in 0..ROUNDS {
             let mut sent = Err(io::ErrorKind::NotConnected.into());
             for socket in &sockets {
-                // One interface that is going down does not matter while there are others.
+                // One interface may be going down while others work.
                 sent = sent.or(socket.send_to(QUESTION, (group, PORT)).await.map(|_| ()));
             }
             sent?;
@@ -56,7 +56,8 @@ pub(super) async fn ask(answers: &mpsc::Sender<Found>, thorough: bool) -> io::Re
     Ok(())
 }
 
-/// One for each address of this machine, so that the question goes out everywhere and the answer comes back there.
+/// One socket for each address of this machine: the question goes out on every interface, and the answers come back
+/// there.
 fn sockets() -> io::Result<Vec<Arc<UdpSocket>>> {
     let interfaces = if_addrs::get_if_addrs()?;
     let addresses: BTreeSet<Ipv4Addr> = interfaces
@@ -80,9 +81,11 @@ fn sockets() -> io::Result<Vec<Arc<UdpSocket>>> {
 
 fn open(address: Ipv4Addr) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+    // Otherwise the kernel would send every question out on the same interface.
     socket.set_multicast_if_v4(&address)?;
     socket.set_multicast_ttl_v4(HOPS)?;
     socket.set_nonblocking(true)?;
+    // Any port: answers come back by unicast.
     socket.bind(&SocketAddr::V4(SocketAddrV4::new(address, 0)).into())?;
     UdpSocket::from_std(socket.into())
 }
@@ -99,6 +102,7 @@ async fn listen(socket: Arc<UdpSocket>, answers: mpsc::Sender<Found>, answered: 
         };
         let IpAddr::V4(ip) = from.ip() else { continue };
         let is_answer = datagram.get(..length).is_some_and(|datagram| length <= LONGEST && is_yes(datagram));
+        // A sender's address is easily forged, and these could not be dialled.
         if !is_answer || ip.is_unspecified() || ip.is_multicast() {
             continue;
         }
@@ -111,7 +115,7 @@ async fn listen(socket: Arc<UdpSocket>, answers: mpsc::Sender<Found>, answered: 
     }
 }
 
-/// Whether it says that the service is here.
+/// True if the answer says that the service is available.
 fn is_yes(datagram: &[u8]) -> bool {
     let answer: Option<Value> = serde_json::from_slice(datagram).ok();
     answer.and_then(|answer| answer.get("Command")?.as_str().map(|word| word == "OK")).unwrap_or(false)
@@ -128,7 +132,7 @@ mod tests {
         for other in [r#"{"Command":"Polo","Params":{}}"#, r#"{"Command":1}"#, r#""OK""#, "OK", "", "{", "[]"] {
             assert!(!is_yes(other.as_bytes()), "{other}");
         }
-        // Our own question, which comes back on a machine that is a member of the group.
+        // The agent's own question comes back on a machine that is a member of the group.
         assert!(!is_yes(QUESTION));
     }
 }

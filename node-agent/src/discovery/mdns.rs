@@ -10,12 +10,12 @@ use tokio::sync::mpsc;
 use super::search::{CaHint, Found};
 
 const SERVICE: &str = "_marco-bootstrap._tcp.local.";
-/// Version of what the TXT record says. One that is not known may mean anything.
+/// Version of the TXT record. An unknown one may mean anything, so its answer is ignored.
 const VERSION: &str = "1";
-/// Addresses that are taken of one answerer.
+/// Most addresses taken from one controller.
 const MOST_ADDRESSES: usize = 8;
 
-/// Ends its thread when nobody listens any more.
+/// Ends its thread when dropped.
 struct Daemon(ServiceDaemon);
 
 impl Drop for Daemon {
@@ -24,12 +24,12 @@ impl Drop for Daemon {
     }
 }
 
-/// Asks for so long, and passes on who answers.
+/// Asks for this long, and passes on each answer.
 pub(super) async fn ask(answers: &mpsc::Sender<Found>, window: Duration) -> Result<(), mdns_sd::Error> {
     let daemon = Daemon(ServiceDaemon::new()?);
     let events = daemon.0.browse(SERVICE)?;
     let listening = async {
-        // Ends when the thread does.
+        // The channel closes when the daemon's thread ends.
         while let Ok(event) = events.recv_async().await {
             if let ServiceEvent::ServiceResolved(service) = event
                 && let Some(found) = found(&service)
@@ -39,7 +39,7 @@ pub(super) async fn ask(answers: &mpsc::Sender<Found>, window: Duration) -> Resu
             }
         }
     };
-    // What comes later is not waited for.
+    // Later answers are not waited for.
     let _ = tokio::time::timeout(window, listening).await;
     Ok(())
 }
@@ -49,13 +49,14 @@ fn found(service: &ResolvedService) -> Option<Found> {
     if text("v").is_some_and(|version| version != VERSION) {
         return None;
     }
-    // An address of one link means nothing without the link, which a configuration file cannot say either.
+    // A link-local IPv6 address means nothing without its interface, which no file can name for another machine.
     let usable = |ip: &IpAddr| match ip {
         IpAddr::V4(ip) => !ip.is_unspecified() && !ip.is_multicast() && !ip.is_broadcast(),
         IpAddr::V6(ip) => !ip.is_unspecified() && !ip.is_multicast() && !ip.is_unicast_link_local(),
     };
     let mut addresses: Vec<IpAddr> =
         service.get_addresses().iter().map(mdns_sd::ScopedIp::to_ip_addr).filter(usable).collect();
+    // Loopback last: it works only if the controller runs on this machine.
     addresses.sort_by_key(|ip| (ip.is_loopback(), ip.is_ipv6(), *ip));
     addresses.dedup();
     addresses.truncate(MOST_ADDRESSES);

@@ -11,48 +11,48 @@ use super::address::Address;
 use super::{marcopolo, mdns};
 use crate::cause::chain;
 
-/// How long mDNS may take: two questions, a second apart, and the answers to the last one.
+/// Time for mDNS: two questions, a second apart, and the answers to the last one.
 const WINDOW: Duration = Duration::from_secs(2);
-/// How long others may still answer when one has.
+/// Time for other answers after the first one.
 const SETTLE: Duration = Duration::from_millis(300);
-/// Answers that are looked at. A network that gives more is hostile or very large; every search takes others of them.
+/// Most answers that are kept. A network with more is hostile or very large, and each search keeps a random choice.
 const MOST: usize = 64;
-/// Answers that wait to be looked at.
+/// Answers that wait for the searcher.
 const QUEUE: usize = 16;
-/// What was found so long ago is asked for again by an agent that begins.
+/// Age up to which an agent takes another agent's result instead of asking.
 const STALE: Duration = Duration::from_secs(10);
 
-/// The first 16 hexadecimal digits of a CA's pin: what controllers say of theirs, and anybody may.
+/// The first 16 hexadecimal digits of a CA's pin, as a controller claims them. Not a proof: any sender can claim them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CaHint(String);
 
 impl CaHint {
     const DIGITS: usize = 16;
 
-    /// Of a pin: the SHA-256 of the CA's SubjectPublicKeyInfo.
+    /// Hint of a pin: the SHA-256 of the CA's SubjectPublicKeyInfo.
     pub fn of(pin: &[u8; 32]) -> Self {
         Self(hex::encode(pin).chars().take(Self::DIGITS).collect())
     }
 
-    /// As somebody says it; none when it makes no sense.
+    /// Reads the hint of an answer. `None`: not a hint.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let sound = text.len() == Self::DIGITS && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         sound.then(|| Self(text.to_ascii_lowercase()))
     }
 }
 
-/// Somebody who answered.
+/// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// Its addresses, the one to be tried first first; there is one at least.
+    /// Addresses in the order in which to try them; at least one.
     pub(super) addresses: Vec<IpAddr>,
     /// Port of its API.
     pub(super) api: u16,
     /// Port of its enrolment listener.
     pub(super) enroll: u16,
-    /// Of which CA it says to be.
+    /// CA that it claims. `None`: it claims none.
     pub(super) ca: Option<CaHint>,
-    /// Who it says to be: another answer of the same one takes this one's place.
+    /// Name that it claims. A later answer of the same name replaces this one.
     pub(super) name: String,
 }
 
@@ -67,13 +67,13 @@ impl Found {
         self.addresses.iter().map(|ip| Address::found(*ip, self.enroll).api())
     }
 
-    /// The address to be tried first.
+    /// The address to try first.
     pub fn address(&self) -> Option<IpAddr> {
         self.addresses.first().copied()
     }
 }
 
-/// Answers as they came, each answerer once.
+/// The answers, one for each name.
 #[derive(Default)]
 struct Answers(Vec<Found>);
 
@@ -84,7 +84,7 @@ impl Answers {
         } else if self.0.len() < MOST {
             self.0.push(found);
         } else {
-            // Of too many, each has the same chance to be among those that are kept.
+            // Random replacement: a flood of forged answers must not keep the real one out for certain.
             let place = usize::try_from(getrandom::u32().unwrap_or_default()).unwrap_or_default() % MOST;
             if let Some(other) = self.0.get_mut(place) {
                 *other = found;
@@ -93,7 +93,7 @@ impl Answers {
     }
 }
 
-/// Asks both ways at once, to the end: whoever answers, best first.
+/// Asks both ways at once, to the end. Returns all answers.
 pub async fn survey() -> Vec<Found> {
     let (sender, mut receiver) = mpsc::channel(QUEUE);
     let asking = async {
@@ -108,7 +108,7 @@ pub async fn survey() -> Vec<Found> {
     };
     tokio::join!(asking, listening);
     let mut found = answers.0;
-    // A controller of this very machine is heard here as well; that address means nothing to others.
+    // A controller on this machine answers too. Its loopback address means nothing to other machines.
     let elsewhere = |found: &Found| found.address().is_some_and(|ip| !ip.is_loopback());
     if found.iter().any(elsewhere) {
         found.retain(elsewhere);
@@ -116,14 +116,14 @@ pub async fn survey() -> Vec<Found> {
     found
 }
 
-/// Asks both ways at once, until somebody answers.
+/// Asks both ways at once and returns the first answer.
 pub async fn first() -> Option<Found> {
     let (sender, mut receiver) = mpsc::channel(QUEUE);
     let asking = async {
         tokio::join!(report("mDNS", mdns::ask(&sender, WINDOW)), report("MarcoPolo", marcopolo::ask(&sender, false)));
         drop(sender);
     };
-    // Whoever would have answered later is not wanted.
+    // Later answers are dropped.
     tokio::select! {
         biased;
         found = receiver.recv() => found,
@@ -131,49 +131,51 @@ pub async fn first() -> Option<Found> {
     }
 }
 
-/// A way that does not work here is not an answer.
+/// A method that does not work on this machine is logged and counts as no answer.
 async fn report(way: &str, asking: impl Future<Output = Result<(), impl std::error::Error>>) {
     if let Err(error) = asking.await {
         tracing::info!(error = %chain(&error), "{way} cannot ask for controllers");
     }
 }
 
-/// Asks the network for all agents of this process, and remembers the answers.
+/// Asks the network on behalf of all agents of this process, and keeps the result.
 #[derive(Debug, Default)]
 pub struct Searcher {
     state: Mutex<State>,
-    /// Held while somebody asks.
+    /// Held during a search.
     asking: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     found: Vec<Found>,
-    /// How often it was asked.
+    /// Number of searches so far.
     times: u64,
-    /// When.
+    /// Time of the last search.
     last: Option<Instant>,
-    /// Whether what was found last has proved to be a controller since.
+    /// True if the last result has led to a controller since.
     worked: bool,
 }
 
 impl Searcher {
-    /// What was found last.
+    /// Result of the last search that had one.
     pub(super) fn latest(&self) -> Vec<Found> {
         self.lock().found.clone()
     }
 
-    /// What was found proved to be good: the next search need not be thorough.
+    /// Records that the last result led to a controller. The next search need not be thorough.
     pub(super) fn worked(&self) {
         self.lock().worked = true;
     }
 
-    /// Asks, unless somebody else did after `seen`; answers the number of the search whose answers are there now.
+    /// Searches, unless another agent did after search `seen`. Returns the number of the search whose result is there
+    /// now.
     pub(super) async fn look(&self, seen: u64, ca: &CaHint) -> u64 {
-        // Nobody can answer: whoever waits for the network tries again before a search would end.
+        // There can be no answer. The agent's next try comes sooner than the end of a search.
         if !is_connected() {
             return seen;
         }
+        // One search for all virtual Pis of a process: a thousand at once would flood the network.
         let _asking = self.asking.lock().await;
         let thorough = {
             let state = self.lock();
@@ -181,7 +183,7 @@ impl Searcher {
             if state.times > seen && fresh {
                 return state.times;
             }
-            // What was found before did not help: somebody else may hide behind who answers first.
+            // The last result did not help: another controller may be hidden behind the first that answered.
             state.times > 0 && !state.worked
         };
         let found = ask(thorough, ca).await;
@@ -194,14 +196,14 @@ impl Searcher {
             found = found.iter().flat_map(Found::apis).collect::<Vec<_>>().join(" "),
             "the network was asked for controllers"
         );
-        // A network that is down for a moment does not make the old answers wrong.
+        // A network that is down for a moment does not invalidate the last result.
         if !found.is_empty() {
             state.found = found;
         }
         state.times
     }
 
-    /// One that found somebody at these addresses.
+    /// A searcher that found these addresses.
     #[cfg(test)]
     pub(super) fn with(addresses: Vec<IpAddr>) -> Self {
         let found = Found { addresses, api: 1, enroll: 2, ca: None, name: String::new() };
@@ -214,18 +216,18 @@ impl Searcher {
     }
 }
 
-/// Whether this machine has an address by which others could reach it. Where that cannot be told, it may.
+/// True if this machine has an address at which others can reach it, or if that is unknown.
 fn is_connected() -> bool {
     let reaches = |interface: &if_addrs::Interface| {
-        // Every interface that is up gives itself one of IPv6, long before it is of use.
+        // Each interface that is up gives itself an IPv6 link-local address, long before the network is usable.
         let given_to_itself = interface.addr.ip().is_ipv6() && interface.is_link_local();
         interface.is_oper_up() && !interface.is_loopback() && !given_to_itself
     };
     if_addrs::get_if_addrs().map_or(true, |interfaces| interfaces.iter().any(reaches))
 }
 
-/// mDNS, then MarcoPolo if nobody answered or if all are to be heard. Who says to be of our CA comes first, who says to
-/// be of another one is left out.
+/// Asks by mDNS, then by MarcoPolo if there was no answer or all answers are wanted. Controllers that claim our CA come
+/// first, those that claim another are left out.
 async fn ask(thorough: bool, ca: &CaHint) -> Vec<Found> {
     let mut answers = Answers::default();
     let ours = |found: &Found| found.ca.as_ref().is_none_or(|said| said == ca);
@@ -234,6 +236,7 @@ async fn ask(thorough: bool, ca: &CaHint) -> Vec<Found> {
     })
     .await;
     if thorough || answers.0.is_empty() {
+        // Long enough for MarcoPolo's six rounds of a second in two groups.
         let all = WINDOW * 5;
         collect(&mut answers, all, ours, async |sender| {
             report("MarcoPolo", marcopolo::ask(&sender, thorough)).await;
@@ -241,11 +244,12 @@ async fn ask(thorough: bool, ca: &CaHint) -> Vec<Found> {
         .await;
     }
     let mut found = answers.0;
+    // An answer by MarcoPolo claims no CA. It may be our controller, but is tried last.
     found.sort_by_key(|found| found.ca.is_none());
     found
 }
 
-/// Takes answers until the asking ends, or for `settle` after the first.
+/// Takes answers until the search ends, or for `settle` after the first.
 async fn collect(
     answers: &mut Answers,
     settle: Duration,
@@ -268,7 +272,7 @@ async fn collect(
         }
     };
     tokio::pin!(listening);
-    // Whoever asks longer than it is listened to is not needed any more.
+    // A search that lasts longer than the listening is dropped.
     tokio::select! {
         () = &mut listening => {}
         () = asking(sender) => listening.await,
@@ -319,7 +323,7 @@ mod tests {
         })
         .await;
         assert_eq!(names(answers), ["one", "two"]);
-        // And when nobody did, until the asking ends.
+        // Without an answer, until the search ends.
         let mut answers = Answers::default();
         collect(&mut answers, Duration::MAX, wanted, async |_| {}).await;
         assert_eq!(names(answers), [""; 0]);

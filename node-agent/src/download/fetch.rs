@@ -1,4 +1,4 @@
-//! The task behind a download: connects, receives, checks, and goes on where it was cut.
+//! The task behind a download: connects, receives, checks, and resumes.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -20,16 +20,16 @@ use super::header::{Header, facts};
 use super::{Connect, DownloadError, Policy};
 use crate::backoff::{doubled, full_jitter};
 
-/// A chunk that was wrong so often in a row is wrong at its source.
+/// Wrong tries in a row after which a chunk counts as wrong at its source.
 const WRONG_CHUNKS: u32 = 3;
 
-/// Why a try ended.
+/// Reason that a try ended.
 enum Ended {
-    /// Another one may do better.
+    /// Another try may succeed.
     Retry(String),
-    /// None will.
+    /// No try can succeed.
     Failed(DownloadError),
-    /// Nobody listens any more.
+    /// The receiver is gone.
     Unwanted,
 }
 
@@ -39,7 +39,7 @@ impl From<DownloadError> for Ended {
     }
 }
 
-/// The first header.
+/// Contents of the first header.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) size_bytes: u64,
@@ -47,37 +47,37 @@ pub(super) struct Opened {
     pub(super) packing: Option<Packing>,
 }
 
-/// A chunk that is looked at on a thread of its own while the next one arrives.
+/// A chunk that is hashed on a thread of its own while the next one arrives.
 struct Checking {
     chunk: u64,
     task: JoinHandle<Checked>,
 }
 
-/// Whether it is right, its bytes, and the digest over the whole as far as it is right.
+/// True if the chunk is right, its bytes, and the digest of the whole up to here.
 type Checked = (bool, Bytes, Sha256);
 
-/// A download and how far it is.
+/// A download in progress.
 pub(super) struct Fetch {
     connect: Connect,
     policy: Policy,
     sha256: String,
-    /// A file with the beginning, as long as it was not looked at.
+    /// File with the beginning of the artifact. `None` once it was checked.
     existing: Option<PathBuf>,
     opened: Option<oneshot::Sender<Result<Opened, DownloadError>>>,
     chunks: mpsc::Sender<Result<Bytes, DownloadError>>,
-    /// From the first controller that answered; the others must say the same.
+    /// Header of the first controller that answered. Those of the others must be equal.
     header: Option<Header>,
-    /// The chunk that is being received.
+    /// Number of the chunk that is being received.
     chunk: u64,
-    /// What is here of it, unchecked. A cut connection goes on behind it.
+    /// Its bytes so far, unchecked. After an interruption the download continues behind them.
     partial: BytesMut,
-    /// The chunk before.
+    /// The previous chunk, while it is checked.
     checking: Option<Checking>,
-    /// Over all checked chunks.
+    /// Digest over all checked chunks.
     whole: Sha256,
-    /// How often in a row this chunk was wrong.
+    /// Times in a row that this chunk was wrong.
     wrong: u32,
-    /// Whether this try brought anything.
+    /// True if this try brought any data.
     advanced: bool,
 }
 
@@ -107,18 +107,18 @@ impl Fetch {
         }
     }
 
-    /// Until the end, good or bad, which the receiver of the header or of the chunks is told.
+    /// Runs to the end. The receiver of the header or of the chunks gets the error.
     pub(super) async fn run(mut self, cancel: CancellationToken) {
         let chunks = self.chunks.clone();
         let ended = tokio::select! {
-            // Whatever is dropped half done, nothing was handed on that was not checked.
+            // Cancel-safe: only checked chunks were handed on.
             ended = self.until_done() => ended,
             () = cancel.cancelled() => Err(DownloadError::Cancelled),
             () = chunks.closed() => Ok(()),
         };
         if let Err(error) = ended {
             match self.opened.take() {
-                // A closed channel: nobody wants to know.
+                // A closed channel: no caller waits for the error.
                 Some(opened) => drop(opened.send(Err(error))),
                 None => drop(self.chunks.send(Err(error)).await),
             }
@@ -134,6 +134,7 @@ impl Fetch {
                 Err(Ended::Failed(error)) => return Err(error),
                 Err(Ended::Retry(last)) => last,
             };
+            // Progress resets the count: a slow but steady network must not end a long download.
             tries = if self.advanced { 1 } else { tries + 1 };
             if tries >= self.policy.tries {
                 return Err(DownloadError::GivenUp { tries, last });
@@ -144,8 +145,9 @@ impl Fetch {
         }
     }
 
-    /// One connection.
+    /// Downloads over one connection.
     async fn attempt(&mut self) -> Result<(), Ended> {
+        // A chunk of the last connection may still be in its check.
         self.settle().await?;
         let late = |_| Ended::Retry(format!("nothing arrived for {} s", self.policy.stall.as_secs_f32()));
         let channel = timeout(self.policy.stall, (self.connect)())
@@ -158,12 +160,14 @@ impl Fetch {
         let answer = timeout(self.policy.stall, client.download_artifact(request)).await.map_err(late)?;
         let mut stream = match answer {
             Ok(answer) => answer.into_inner(),
+            // At offset zero the same status refuses the artifact itself.
             Err(status) if offset > 0 && is_past_the_end(&status) => return Err(self.start_over(&status).await),
             Err(status) => return Err(judge(&status)),
         };
 
         match self.next(&mut stream).await? {
             Some(DownloadArtifactResponse { part: Some(Part::Header(mut sent)) }) => {
+                // Not part of the comparison: controllers of different versions may describe an artifact differently.
                 let (facts, packing) = (sent.facts.take().map(facts), Packing::parse(&sent.compression));
                 let header = Header::check(sent, &self.sha256).map_err(DownloadError::Corrupt)?;
                 let opened = Opened { size_bytes: header.size, facts, packing };
@@ -172,7 +176,7 @@ impl Fetch {
             _ => return Err(Ended::Retry("the controller did not begin with a header".into())),
         }
         if self.missing() > 0 && self.position() != offset {
-            // What the file holds was less than its length promised; this stream begins behind that.
+            // The file held less than its length promised, and this stream begins behind that.
             self.advanced = true;
             return Err(Ended::Retry("the file that was there is not the beginning of this artifact".into()));
         }
@@ -196,14 +200,14 @@ impl Fetch {
         Err(DownloadError::Corrupt(format!("the whole has the SHA-256 {found} instead of {}", self.sha256)).into())
     }
 
-    /// The next message; what was checked in the meantime is handed on.
+    /// Receives the next message. A chunk that is checked meanwhile is handed on.
     async fn next(
         &mut self,
         stream: &mut Streaming<DownloadArtifactResponse>,
     ) -> Result<Option<DownloadArtifactResponse>, Ended> {
         loop {
             tokio::select! {
-                // What has arrived of a message stays in the stream, and what was checked in its task.
+                // Cancel-safe: a partial message stays in the stream, and a checked chunk in its task.
                 message = timeout(self.policy.stall, stream.message()) => {
                     return match message {
                         Ok(Ok(message)) => Ok(message),
@@ -219,14 +223,15 @@ impl Fetch {
         }
     }
 
-    /// Where to go on. Before the first header that is a guess: whole chunks of the usual size that the file has.
+    /// Offset to continue at. Before the first header it is a guess: the whole chunks of the usual size in the file.
     async fn offset(&self) -> u64 {
         let Some(existing) = &self.existing else { return self.position() };
         let length = tokio::fs::metadata(existing).await.map_or(0, |file| file.len());
         length - length % u64::from(CHUNK_SIZE)
     }
 
-    /// A file that is longer than the artifact is not its beginning: it is removed, and nobody refused anything.
+    /// A file that is longer than the artifact is not its beginning. It is removed and the download starts over: the
+    /// controller refused the offset, not the artifact.
     async fn start_over(&mut self, status: &Status) -> Ended {
         let Some(existing) = self.existing.take() else { return judge(status) };
         match tokio::fs::remove_file(&existing).await {
@@ -235,22 +240,23 @@ impl Fetch {
         }
     }
 
-    /// Bytes that are here, checked or not.
+    /// Bytes received, checked or not.
     fn position(&self) -> u64 {
         let start = self.header.as_ref().map_or(0, |header| header.start(self.chunk));
         start + u64::try_from(self.partial.len()).unwrap_or_default()
     }
 
-    /// Bytes that the present chunk still lacks; 0 at the end of the whole.
+    /// Bytes that the present chunk still lacks; 0 at the end of the artifact.
     fn missing(&self) -> usize {
         let length = self.header.as_ref().map_or(0, |header| header.length(self.chunk));
         length.saturating_sub(self.partial.len())
     }
 
-    /// The first header is kept, and tells how much of an existing file is right; every other must equal it.
+    /// Stores the first header, and finds the correct part of an existing file by it. Every later header must be equal.
     async fn accept(&mut self, header: Header, said: Opened) -> Result<(), Ended> {
         if let Some(before) = &self.header {
             let same = *before == header;
+            // Chunks of two different lists cannot be mixed in one download.
             let differs = || DownloadError::Corrupt("the controllers disagree about the artifact's chunks".into());
             return if same { Ok(()) } else { Err(differs().into()) };
         }
@@ -269,7 +275,7 @@ impl Fetch {
         Ok(())
     }
 
-    /// Adds bytes; hands on each chunk that they complete, when it is right.
+    /// Adds bytes. A chunk that they complete goes into its check.
     async fn take(&mut self, mut data: Bytes) -> Result<(), Ended> {
         while !data.is_empty() {
             let missing = self.missing();
@@ -277,6 +283,7 @@ impl Fetch {
                 return Err(Ended::Retry("more bytes arrived than the artifact has".into()));
             }
             if self.partial.capacity() < missing {
+                // Once for each chunk: growing in steps would copy it several times.
                 self.partial.reserve(missing);
             }
             self.advanced = true;
@@ -288,8 +295,9 @@ impl Fetch {
         Ok(())
     }
 
-    /// A chunk is whole: the one before must be right by now.
+    /// Starts the check of a complete chunk. The chunk before it must be checked by now.
     async fn finish_chunk(&mut self) -> Result<(), Ended> {
+        // One check at a time: the digest of the whole needs the chunks in order, and memory is bounded.
         self.settle().await?;
         let Some(header) = self.header.clone() else { return Ok(()) };
         let (bytes, chunk, mut whole) = (self.partial.split().freeze(), self.chunk, std::mem::take(&mut self.whole));
@@ -305,7 +313,7 @@ impl Fetch {
         Ok(())
     }
 
-    /// Waits for the chunk that is being checked, and hands it on.
+    /// Waits for the check of a chunk, and hands the chunk on.
     async fn settle(&mut self) -> Result<(), Ended> {
         if self.checking.is_none() {
             return Ok(());
@@ -316,17 +324,19 @@ impl Fetch {
 
     async fn hand_on(&mut self, checked: Result<Checked, JoinError>) -> Result<(), Ended> {
         let Some(Checking { chunk, .. }) = self.checking.take() else { return Ok(()) };
-        // A thread that panicked took the digest with it.
+        // A thread that panicked took the digest of the whole with it, so the download cannot continue.
         let (right, bytes, whole) =
             checked.map_err(|error| DownloadError::Io(std::io::Error::other(format!("checking a chunk: {error}"))))?;
         self.whole = whole;
         if !right {
-            // What came behind it is fetched again.
+            // The next chunk's bytes are dropped and fetched again.
             self.chunk = chunk;
             self.partial.clear();
             self.wrong += 1;
+            // A wrong chunk is no progress, although it brought bytes.
             self.advanced = false;
             let message = format!("chunk {chunk} does not have its SHA-256");
+            // One wrong chunk may be the fault of one controller: the next try can take another.
             let give_up = self.wrong >= WRONG_CHUNKS;
             return Err(if give_up { DownloadError::Corrupt(message).into() } else { Ended::Retry(message) });
         }
@@ -335,7 +345,7 @@ impl Fetch {
     }
 }
 
-/// The outcome of the check that is under way; for ever when there is none.
+/// Result of the running check. Pends forever if there is none.
 async fn checked(checking: &mut Option<Checking>) -> Result<Checked, JoinError> {
     match checking {
         Some(checking) => (&mut checking.task).await,
@@ -343,18 +353,18 @@ async fn checked(checking: &mut Option<Checking>) -> Result<Checked, JoinError> 
     }
 }
 
-/// Whether another try, perhaps at another controller, can do better.
+/// Decides if another try, perhaps at another controller, can succeed.
 fn judge(status: &Status) -> Ended {
     let said = format!("{:?}: {}", status.code(), status.message());
     if is_final(status.code()) { Ended::Failed(DownloadError::Refused(said)) } else { Ended::Retry(said) }
 }
 
-/// True for the answer to an offset that lies past the end.
+/// True for the answer to an offset past the end.
 fn is_past_the_end(status: &Status) -> bool {
     matches!(status.code(), Code::InvalidArgument | Code::OutOfRange)
 }
 
-/// A refusal that another try meets again.
+/// True for a refusal that every retry would meet.
 pub(super) fn is_final(code: Code) -> bool {
     matches!(
         code,
@@ -367,7 +377,7 @@ pub(super) fn is_final(code: Code) -> bool {
     )
 }
 
-/// How many chunks at the beginning of the file are right, and the digest over them; the rest is cut off.
+/// Number of correct chunks at the file's beginning, and the digest over them. The rest is cut off.
 fn check_file(header: &Header, path: &std::path::Path) -> std::io::Result<(u64, Sha256)> {
     let (mut chunk, mut whole, mut buffer) = (0, Sha256::new(), Vec::new());
     let mut file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
@@ -377,6 +387,7 @@ fn check_file(header: &Header, path: &std::path::Path) -> std::io::Result<(u64, 
         let wanted = u64::try_from(length).unwrap_or_default();
         if length == 0 || (&mut file).take(wanted).read_to_end(&mut buffer)? < length || !header.matches(chunk, &buffer)
         {
+            // The download continues with the first chunk that is missing or wrong.
             file.set_len(header.start(chunk))?;
             return Ok((chunk, whole));
         }

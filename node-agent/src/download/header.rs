@@ -1,4 +1,4 @@
-//! What a controller says about an artifact before it sends it.
+//! The header that a controller sends before an artifact.
 
 use bytes::Bytes;
 use marco_archive::Facts;
@@ -6,10 +6,10 @@ use marco_archive::disk::Needs;
 use marco_proto::v1::{DownloadHeader, ImageFacts};
 use sha2::{Digest, Sha256};
 
-/// A larger chunk than this is not held in memory for anybody.
+/// Largest accepted chunk in bytes. A chunk is held in memory as a whole.
 const LARGEST_CHUNK: u64 = 64 * 1024 * 1024;
 
-/// What the controller says about an image.
+/// Facts of an image, from the wire format.
 pub(super) fn facts(sent: ImageFacts) -> Facts {
     let ImageFacts { refusal, boot_files, texts, boot_bytes, root_bytes } = sent;
     Facts {
@@ -20,8 +20,8 @@ pub(super) fn facts(sent: ImageFacts) -> Facts {
     }
 }
 
-/// A header that makes sense. The list of digests is taken from an authenticated controller; the digest of the whole is
-/// the one that was asked for, and is checked besides.
+/// A consistent header. The list of chunk digests comes from an authenticated controller. The digest of the whole is
+/// the requested one, and is checked too.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) size: u64,
@@ -30,9 +30,10 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Checks what was sent against what was asked for.
+    /// Checks a header against the requested artifact.
     pub(super) fn check(sent: DownloadHeader, sha256: &str) -> Result<Self, String> {
         let (size, chunk_size) = (sent.size_bytes, u64::from(sent.chunk_size));
+        // Otherwise the download would fail only after its last byte.
         if sent.sha256 != sha256 {
             return Err(format!("the controller sends {} instead of {sha256}", sent.sha256.escape_debug()));
         }
@@ -40,23 +41,24 @@ impl Header {
             return Err(format!("chunks of {chunk_size} bytes are not taken"));
         }
         let digests = u64::try_from(sent.chunk_sha256.len()).unwrap_or(u64::MAX);
+        // `checked_mul`: a size near 2^64 must not overflow.
         if Some(digests) != size.div_ceil(chunk_size).checked_mul(32) {
             return Err("the list of the chunks' digests does not fit the size".into());
         }
         Ok(Self { size, chunk_size, digests: sent.chunk_sha256 })
     }
 
-    /// Where the chunk begins.
+    /// First byte of a chunk.
     pub(super) fn start(&self, chunk: u64) -> u64 {
         chunk.saturating_mul(self.chunk_size).min(self.size)
     }
 
-    /// How long the chunk is; 0 behind the last one.
+    /// Length of a chunk in bytes; 0 behind the last one.
     pub(super) fn length(&self, chunk: u64) -> usize {
         usize::try_from(self.start(chunk.saturating_add(1)) - self.start(chunk)).unwrap_or_default()
     }
 
-    /// Whether these are the chunk's bytes.
+    /// True if these are the chunk's bytes.
     pub(super) fn matches(&self, chunk: u64, bytes: &[u8]) -> bool {
         let from = usize::try_from(chunk).ok().and_then(|chunk| chunk.checked_mul(32));
         let digest = from.and_then(|from| self.digests.get(from..from.checked_add(32)?));

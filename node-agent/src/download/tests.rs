@@ -32,27 +32,27 @@ const MESSAGE: usize = 10_000;
 
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// What the controller of a test does wrong, by how often it was asked.
+/// Fault of a test's controller, by the number of the request.
 pub(crate) type Fault = Arc<dyn Fn(usize) -> Wrong + Send + Sync>;
 
 #[derive(Clone, Copy)]
 pub(crate) enum Wrong {
     Nothing,
-    /// Ends with an error after so many bytes.
+    /// Ends with an error after this many bytes.
     CutAfter(usize),
-    /// Ends without an error after so many bytes.
+    /// Ends without an error after this many bytes.
     EndAfter(usize),
-    /// Sends this byte flipped, when it comes by.
+    /// Flips this byte when it is sent.
     Flip(usize),
     /// Names another digest in the header.
     OtherDigest,
     /// Lists another digest for the last chunk.
     OtherList,
-    /// Sends a byte more than there are.
+    /// Sends one byte too many.
     Endless,
-    /// Is silent.
+    /// Sends nothing.
     Silent,
-    /// Says what it knows of the artifact, and sends nothing of it.
+    /// Sends the header and no data.
     Withheld,
     /// Has no such artifact.
     Missing,
@@ -65,17 +65,17 @@ pub(crate) struct Controller {
     asked: Arc<Mutex<Vec<(String, u64)>>>,
     sent: Arc<AtomicU64>,
     facts: Option<ImageFacts>,
-    /// The push's verdict; empty, as an older controller says.
+    /// Packing by the push; empty, as an older controller sends it.
     packing: &'static str,
 }
 
 impl Controller {
-    /// One that says nothing of the artifact but its digests.
+    /// A controller that knows only the digests of the artifact.
     fn new(bytes: Bytes, fault: Fault) -> Self {
         Self { bytes, fault, asked: Arc::default(), sent: Arc::default(), facts: None, packing: "" }
     }
 
-    /// How often it was asked before.
+    /// Number of earlier requests.
     fn round(&self, name: String, offset: u64) -> usize {
         let mut asked = self.asked.lock().unwrap();
         asked.push((name, offset));
@@ -133,6 +133,7 @@ impl ArtifactService for Controller {
             let data = bytes[at..stop.min(at + MESSAGE)].to_vec();
             let chunk = Chunk { offset: at as u64, data: data.into() };
             at += MESSAGE;
+            // Messages do not end at the borders of chunks, as on the wire.
             messages.push(Ok(DownloadArtifactResponse { part: Some(Part::Chunk(chunk)) }));
         }
         messages.extend(end.map(Err));
@@ -225,12 +226,12 @@ impl Bed {
     }
 }
 
-/// A downloader of these bytes, and what keeps their controller alive.
+/// A downloader of these bytes, and the handle that keeps their controller alive.
 pub(crate) async fn serve_bytes(bytes: Bytes, fault: Fault) -> (Downloader, AbortOnDropHandle<()>) {
     serve_judged(bytes, fault, None).await
 }
 
-/// The same, of an image of which the controller says this.
+/// Same, for an image with these facts.
 pub(crate) async fn serve_judged(
     bytes: Bytes,
     fault: Fault,
@@ -240,7 +241,7 @@ pub(crate) async fn serve_judged(
     (Downloader::with_policy(connect, QUICK), server)
 }
 
-/// The same, of an image that the push found to be this, by the word of the API.
+/// Same, for an image with this packing, by the API's word.
 pub(crate) async fn serve_packed(bytes: Bytes, packing: &'static str) -> (Downloader, AbortOnDropHandle<()>) {
     let controller = Controller { packing, ..Controller::new(bytes, Arc::new(|_| Wrong::Nothing)) };
     let (connect, server) = serve(controller).await;
@@ -282,6 +283,7 @@ async fn file_that_is_longer_than_the_artifact_is_no_beginning_of_it() {
     std::fs::write(bed.path(), vec![7; more]).unwrap();
     bed.to_file().await.unwrap();
     bed.assert_right();
+    // The controller refuses the offset past the end, so the second request starts at zero.
     assert_eq!(bed.offsets(), [more as u64, 0]);
 }
 
@@ -289,6 +291,7 @@ async fn file_that_is_longer_than_the_artifact_is_no_beginning_of_it() {
 fn rests_of_downloads_are_swept_and_nothing_else() {
     let dir = TempDir::new().unwrap();
     let (present, other) = (super::file_in(dir.path(), "aa"), super::file_in(dir.path(), "bb"));
+    // An agent before digests in names left `boot.zip`.
     let (before, key) = (dir.path().join("boot.zip"), dir.path().join("node.key"));
     for path in [&present, &other, &before, &key] {
         std::fs::write(path, "x").unwrap();
@@ -313,6 +316,7 @@ async fn ten_cuts_send_at_most_a_chunk_each_again() {
     let bed = Bed::new(20 * CHUNK + 1, cuts).await;
     bed.to_file().await.unwrap();
     bed.assert_right();
+    // Each of the ten cuts brought data, so none counts as a try without progress.
     assert_eq!(bed.offsets().len(), 11);
     let again = bed.sent() - bed.controller.bytes.len() as u64;
     assert!(again <= 10 * CHUNK as u64, "{again} bytes were sent again");
@@ -323,6 +327,7 @@ async fn a_stream_that_ends_without_an_error_is_a_cut() {
     let bed = Bed::new(3 * CHUNK, |round| if round == 0 { Wrong::EndAfter(CHUNK + 5) } else { Wrong::Nothing }).await;
     bed.to_file().await.unwrap();
     bed.assert_right();
+    // A clean end of the stream does not prove completeness.
     assert_eq!(bed.offsets(), [0, (CHUNK + 5) as u64]);
 }
 
@@ -363,13 +368,14 @@ async fn a_header_for_something_else_is_refused() {
 async fn a_header_that_changes_is_refused() {
     let bed = Bed::new(4 * CHUNK, |round| if round == 0 { Wrong::CutAfter(CHUNK) } else { Wrong::OtherList }).await;
     assert!(matches!(bed.to_file().await, Err(DownloadError::Corrupt(_))));
+    // Some chunk in the file may be of the wrong list, so none of it is kept.
     assert!(!bed.path().exists());
 }
 
 #[tokio::test]
 async fn more_than_was_promised_is_not_taken() {
     let bed = Bed::new(CHUNK + 1, |_| Wrong::Endless).await;
-    // The chunks are all right; what follows them is not even looked at.
+    // The chunks are all right, so the bytes behind them are not read.
     bed.to_file().await.unwrap();
     bed.assert_right();
 }
@@ -378,6 +384,7 @@ async fn more_than_was_promised_is_not_taken() {
 async fn what_does_not_exist_is_not_tried_again() {
     let bed = Bed::new(CHUNK, |_| Wrong::Missing).await;
     let error = bed.to_file().await.unwrap_err();
+    // One request: a retry would get the same refusal.
     assert_eq!((error.reason(), bed.offsets().len()), ("DOWNLOAD_REFUSED", 1));
 }
 
@@ -391,6 +398,7 @@ async fn it_is_given_up_after_tries_without_a_byte() {
 #[tokio::test]
 async fn a_file_that_was_begun_is_gone_on_with() {
     let bed = Bed::new(10 * CHUNK, |_| Wrong::Nothing).await;
+    // A complete file, one that ends within a chunk, and one with a flipped bit.
     for (kept, damaged) in [(10 * CHUNK, None), (3 * CHUNK + 100, None), (4 * CHUNK, Some(2 * CHUNK))] {
         let mut begun = bed.controller.bytes[..kept].to_vec();
         if let Some(at) = damaged {
@@ -414,11 +422,12 @@ async fn a_cancelled_download_ends_and_keeps_what_is_right() {
     });
     let error = bed.downloader.to_file(&bed.sha256, &bed.path(), progress, &token).await.unwrap_err();
     assert_eq!(error.reason(), "CANCELLED");
+    // The next try continues behind these chunks.
     assert_eq!(std::fs::metadata(bed.path()).unwrap().len(), 2 * CHUNK as u64);
 }
 
 impl Bed {
-    /// What it learns of the image; how often it asked; how long that took.
+    /// The facts it learns, the number of requests, and the time that took.
     async fn facts(&self, cancel: &CancellationToken) -> (Option<Facts>, usize, Duration) {
         let began = Instant::now();
         let facts = self.downloader.facts(&self.sha256, cancel).await;
@@ -440,6 +449,7 @@ async fn facts_are_those_of_the_controller() {
 
 #[tokio::test]
 async fn facts_are_asked_for_again_only_where_that_helps() {
+    // A refusal is an answer. An unavailable controller may be back at the next try.
     for (fault, tries) in [(Wrong::Missing, 1), (Wrong::CutAfter(0), 3)] {
         let bed = Bed::new(CHUNK, move |_| fault).await;
         let (facts, asked, _) = bed.facts(&CancellationToken::new()).await;
@@ -456,6 +466,7 @@ async fn silent_controller_does_not_hold_up_the_facts() {
 
     let cancel = CancellationToken::new();
     cancel.cancel();
+    // A cancelled update must not wait for a connection either.
     let never: Connect = Arc::new(|| Box::pin(std::future::pending()));
     assert_eq!(Downloader::new(never).facts(&bed.sha256, &cancel).await, None);
 }

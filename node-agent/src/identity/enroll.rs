@@ -1,4 +1,4 @@
-//! How a node gets its certificate: the first one for a join token, the next ones for the one before.
+//! Certificates of a node: the first one for a join token, each later one for the one before.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,24 +18,24 @@ use super::token::JoinToken;
 use super::{Board, CA_FILE, CERTIFICATE_FILE, IdentityError, PUBLIC_MODE, credentials};
 use crate::durable;
 
-/// An answer takes a few writes on the controller.
+/// Time limit of a call. The controller needs a few writes to answer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a node enrols with.
+/// Input of an enrolment.
 #[derive(Debug, Clone)]
 pub struct Enrollment {
-    /// Enrolment listeners, host:port, in the order in which they are tried.
+    /// Enrolment listeners, host:port, in the order in which to try them.
     pub listeners: Vec<String>,
-    /// The token.
+    /// The join token.
     pub token: JoinToken,
-    /// The id asked for; empty: the controller makes one from the serial number.
+    /// The id to ask for. Empty: the controller derives it from the serial number.
     pub name: String,
-    /// The board.
+    /// Description of the board, sent with the request.
     pub board: Board,
 }
 
-/// Makes a key in `directory` unless one is there from an earlier try, exchanges the token for a certificate, and stores
-/// certificate and CA. Tells whether the node is held until an admin approves it.
+/// Makes a key in `directory` unless an earlier try left one, exchanges the token for a certificate, and stores
+/// certificate and CA. Returns true if the node is held until an admin approves it.
 pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTime>) -> Result<bool, IdentityError> {
     let key = keys::first_key(directory)?;
     let request = signing_request(&key)?;
@@ -46,7 +46,7 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
         let channel = match tls::connect(address, config.clone(), Purpose::Session, None).await {
             Ok(channel) => channel,
             Err(error) => {
-                // One that is merely away may be the right one: that counts more than one of another CA.
+                // An unreachable listener may be the right one, so its error counts more than that of another CA.
                 if last.as_ref().is_none_or(IdentityError::is_permanent) || !error.is_permanent() {
                     last = Some(error);
                 }
@@ -71,12 +71,13 @@ pub async fn enroll(directory: &Path, enrollment: &Enrollment, time: &Arc<TlsTim
                 return Err(error);
             }
         };
+        // The pin is all that the node trusts: the CA in the answer must be the one of the handshake.
         check_ca(&answer.ca_certificate, enrollment.token.pin())?;
         let write = |file: &str, text: &str| {
             let path = directory.join(file);
             durable::replace(&path, text.as_bytes(), PUBLIC_MODE).map_err(IdentityError::io("write", &path))
         };
-        // The certificate comes last: where it is, the node is enrolled.
+        // The certificate is written last: it marks the node as enrolled.
         write(CA_FILE, &answer.ca_certificate)?;
         let pair = Pair { key: key.serialize_pem(), certificate: answer.certificate.clone(), is_next: false };
         credentials(directory, pair, time)?;
@@ -90,7 +91,7 @@ fn no_address() -> IdentityError {
     IdentityError::Connect { address: String::new(), why: "no address is known".to_owned(), foreign: false }
 }
 
-/// Exchanges a certificate for a fresh one of another key, or of the same, at the first listener that answers.
+/// Exchanges a certificate for a new one, of the same or another key, at the first listener that answers.
 pub(super) async fn renew(
     listeners: &[String],
     pair: &Pair,
@@ -102,6 +103,7 @@ pub(super) async fn renew(
     let (key, new_key) = (read(&pair.key)?, read(new_key_pem)?);
     let request = signing_request(&new_key)?;
     let invalid = |error: rcgen::Error| IdentityError::invalid("the signing request", error);
+    // The old key's signature proves the node. A client certificate would also need a right clock.
     let signature = key.sign(request.der()).map_err(invalid)?;
     let pem = request.pem().map_err(invalid)?;
     let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes())

@@ -1,4 +1,4 @@
-//! `marco/join.toml`: how a card that has never been online finds its controller, and with what it enrols.
+//! `marco/join.toml`: controller addresses and token for a card that was never online.
 
 use std::path::{Path, PathBuf};
 
@@ -9,23 +9,24 @@ use crate::durable;
 const FILE: &str = "marco/join.toml";
 const FILE_MODE: u32 = 0o600;
 
-/// What a join file says.
+/// Contents of a join file.
 #[derive(Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JoinFile {
-    /// Addresses of controllers, host:port.
+    /// Controller addresses, host:port.
     pub controllers: Vec<String>,
-    /// Addresses of enrolment listeners, host:port, one or a list; empty: the controllers' hosts, port 1347.
+    /// Addresses of enrolment listeners, host:port, one or a list. Empty: the controllers' hosts, port 1347.
     #[serde(deserialize_with = "one_or_more")]
     pub enroll: Vec<String>,
-    /// The join token; empty once it has been used.
+    /// The join token. Empty after its use.
     pub token: String,
-    /// The id that the node asks for; empty: made from its serial number.
+    /// The id to ask for. Empty: derived from the serial number.
     pub name: String,
 }
 
 impl std::fmt::Debug for JoinFile {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Without the token: debug output may be logged.
         f.debug_struct("JoinFile")
             .field("controllers", &self.controllers)
             .field("enroll", &self.enroll)
@@ -40,27 +41,27 @@ pub enum JoinError {
     /// It could not be read or written.
     #[error("cannot {doing} {path}")]
     Io {
-        /// What was tried, as a verb.
+        /// The operation that failed, as a verb: `read`, `write`.
         doing: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The operating system's error.
         source: std::io::Error,
     },
-    /// It does not say what a join file may say. The text is not shown: it may hold a token.
+    /// It is not a valid join file. The error does not quote the text, which may hold a token.
     #[error("{path}, line {line}: {message}")]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// Where, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What is wrong.
+        /// Description of the error.
         message: String,
     },
 }
 
 impl JoinFile {
-    /// The first join file in these boot partitions, with its path.
+    /// The first join file in these boot partitions, with its path. `None`: none of them has one.
     pub fn find(partitions: &[PathBuf]) -> Result<Option<(PathBuf, Self)>, JoinError> {
         for partition in partitions {
             let path = partition.join(FILE);
@@ -80,15 +81,16 @@ impl JoinFile {
         Ok(None)
     }
 
-    /// Removes the token from the file at `path`; everything else in it stays as it is.
+    /// Removes the token from the file at `path`. The rest stays unchanged.
     pub fn forget_token(path: &Path) -> Result<(), JoinError> {
         let io = |doing| {
             let path = path.to_owned();
             move |source| JoinError::Io { doing, path, source }
         };
+        // Edited as text: an owner's comments would be lost if the file were parsed and written again.
         let text = std::fs::read_to_string(path).map_err(io("read"))?;
         let mut kept: String = text.split_inclusive('\n').filter(|line| !names_token(line)).collect();
-        // A token that spans lines would leave its tail behind.
+        // A token that spans lines would leave its tail behind, so then the whole file is emptied.
         if toml::from_str::<Self>(&kept).is_ok_and(|file| file.token.is_empty()) {
             if kept == text {
                 return Ok(());

@@ -1,7 +1,7 @@
-//! Key and certificate on the disk. Each renewal has a new key: `next.key` is there before it is asked for, `next.crt` when
-//! it was certified, and both take the place of `node.key` and `node.crt` when a controller has let the node in with
-//! them. Until then the pair before is kept, so that a power cut or a controller that lost its last commits locks nobody
-//! out.
+//! Key and certificate on the disk. Each renewal has a new key. `next.key` is stored before it is sent for signing, and
+//! `next.crt` when it is signed. Both replace `node.key` and `node.crt` when a controller has accepted a session with
+//! them. Until then the pair before is kept, so that neither a power cut nor a controller that lost its last commits
+//! locks a node out.
 
 use std::path::Path;
 
@@ -20,11 +20,12 @@ const NEXT_CERTIFICATE_FILE: &str = "next.crt";
 pub(super) struct Pair {
     pub(super) key: String,
     pub(super) certificate: String,
-    /// It has not been used yet.
+    /// True until a controller has accepted it.
     pub(super) is_next: bool,
 }
 
-/// The pairs that there are, newest first; none when the node has not been enrolled. Ends what a power cut interrupted.
+/// The stored pairs, newest first. Empty: the node is not enrolled. Completes a replacement that a power cut
+/// interrupted.
 pub(super) fn pairs(directory: &Path) -> Result<Vec<Pair>, IdentityError> {
     if read(&directory.join(CERTIFICATE_FILE))?.is_none() {
         return Ok(Vec::new());
@@ -33,7 +34,7 @@ pub(super) fn pairs(directory: &Path) -> Result<Vec<Pair>, IdentityError> {
     let get = |name: &str| read(&directory.join(name));
     let next = match (get(NEXT_KEY_FILE)?, get(NEXT_CERTIFICATE_FILE)?) {
         (Some(key), Some(certificate)) => Some(Pair { key, certificate, is_next: true }),
-        // The key has taken its place and the certificate has not.
+        // Cut between the two renames of `promote`: the key was replaced, the certificate not yet.
         (None, Some(certificate)) => {
             if get(KEY_FILE)?.is_some_and(|key| fit(&key, &certificate)) {
                 rename(directory, NEXT_CERTIFICATE_FILE, CERTIFICATE_FILE)?;
@@ -47,12 +48,12 @@ pub(super) fn pairs(directory: &Path) -> Result<Vec<Pair>, IdentityError> {
     Ok(next.into_iter().chain([pair]).collect())
 }
 
-/// The key to be certified next: the same one until it is.
+/// The key for the next certificate. It stays the same until it has one.
 pub(super) fn next_key(directory: &Path) -> Result<String, IdentityError> {
     key(directory, NEXT_KEY_FILE).map(|key| key.serialize_pem())
 }
 
-/// The node's first key. It is stored before it is used, so that a try after a cut asks for the same node.
+/// The node's first key. It is stored before it is used, so that a retry after a power cut asks for the same node.
 pub(super) fn first_key(directory: &Path) -> Result<KeyPair, IdentityError> {
     key(directory, KEY_FILE)
 }
@@ -62,7 +63,7 @@ fn key(directory: &Path, name: &str) -> Result<KeyPair, IdentityError> {
     if let Some(pem) = read(&path)? {
         match KeyPair::from_pem(&pem) {
             Ok(key) => return Ok(key),
-            // Nobody has certified one that was never whole.
+            // A file that was never complete was never certified.
             Err(error) if name == NEXT_KEY_FILE => {
                 tracing::warn!(error = %error, "next key not usable, making another")
             }
@@ -75,12 +76,12 @@ fn key(directory: &Path, name: &str) -> Result<KeyPair, IdentityError> {
     Ok(key)
 }
 
-/// Keeps the certificate of the next key beside the pair in use.
+/// Stores the certificate of the next key beside the pair in use.
 pub(super) fn keep_next(directory: &Path, certificate: &str) -> Result<(), IdentityError> {
     write(directory, NEXT_CERTIFICATE_FILE, certificate)
 }
 
-/// Replaces the certificate of a pair whose key stays.
+/// Replaces the certificate of a pair that keeps its key.
 pub(super) fn keep_renewed(directory: &Path, pair: &Pair, certificate: &str) -> Result<(), IdentityError> {
     write(directory, if pair.is_next { NEXT_CERTIFICATE_FILE } else { CERTIFICATE_FILE }, certificate)
 }
@@ -90,14 +91,15 @@ fn write(directory: &Path, name: &str, text: &str) -> Result<(), IdentityError> 
     durable::replace(&path, text.as_bytes(), PUBLIC_MODE).map_err(IdentityError::io("write", &path))
 }
 
-/// Puts the next pair in the place of the one before, which is worth nothing any more.
+/// Replaces the pair in use by the next one. The old one has no value from then on.
 pub(super) fn promote(directory: &Path) -> Result<(), IdentityError> {
     let _held = hold(directory)?;
+    // Key first: `pairs` recognises this order after a cut, since `next.crt` fits `node.key` then.
     rename(directory, NEXT_KEY_FILE, KEY_FILE)?;
     rename(directory, NEXT_CERTIFICATE_FILE, CERTIFICATE_FILE)
 }
 
-/// So that nobody copies one half of each pair.
+/// Locks the directory, so that no copy of it mixes two pairs.
 fn hold(directory: &Path) -> Result<std::fs::File, IdentityError> {
     durable::hold(directory).map_err(IdentityError::io("lock", directory))
 }
@@ -120,7 +122,7 @@ mod tests {
     use super::*;
     use crate::testing::Pki;
 
-    /// A directory with the files of a pair, and what the next one is made of.
+    /// A directory with a node's pair, and the means to make the next one.
     struct Bench {
         dir: tempfile::TempDir,
         pki: Pki,
@@ -140,7 +142,7 @@ mod tests {
         pki.issue(&request.pem().unwrap(), "pi-01")
     }
 
-    /// Keys of the pairs, newest first, after checking that each fits its certificate.
+    /// Keys of the pairs, newest first. Each must fit its certificate.
     fn keys(bench: &Bench) -> Vec<String> {
         let pairs = pairs(bench.dir.path()).unwrap();
         assert!(pairs.iter().all(|pair| fit(&pair.key, &pair.certificate)));
@@ -152,7 +154,7 @@ mod tests {
         let bench = bench();
         let path = bench.dir.path();
         let next = next_key(path).unwrap();
-        // Asked, and not answered: the same key is asked for again.
+        // Not answered: the same key is sent again.
         assert_eq!(keys(&bench), std::slice::from_ref(&bench.first));
         assert_eq!(next_key(path).unwrap(), next);
         keep_next(path, &certificate(&bench.pki, &KeyPair::from_pem(&next).unwrap())).unwrap();

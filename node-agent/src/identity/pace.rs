@@ -1,4 +1,4 @@
-//! How often a node renews its certificate, by monotonic time: two clocks that disagree must not make it renew all day.
+//! Limits the renewals of a node, by monotonic time: two clocks that disagree must not make it renew all day.
 
 use std::time::Duration;
 
@@ -6,39 +6,39 @@ use tokio::time::Instant;
 
 use crate::backoff::{doubled, full_jitter};
 
-/// The longest pause between two tries.
+/// Longest pause between two tries.
 const MAX_PAUSE: Duration = Duration::from_secs(60 * 60);
-/// First pause after a renewal before a refusal causes the next one. It doubles with each renewal in a row: the second
-/// one heals a controller whose clock was wrong and is right again, the tenth one heals nothing.
+/// First pause after a renewal before a refusal causes the next one. It doubles with each renewal in a row. The second
+/// one helps if a controller's clock was wrong and is right again. The tenth helps nothing.
 const FIRST_REST: Duration = Duration::from_secs(5);
-/// Certificates live for weeks, so that two renewals within a day belong to one trouble.
+/// Longest gap in a row of renewals. Certificates live for weeks, so two renewals within a day have one cause.
 const ROW: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// When the next renewal may be tried.
+/// Earliest times of the next renewal.
 #[derive(Debug, Default)]
 pub(super) struct Pace {
     /// Failures since the last success.
     failures: u32,
-    /// Renewals in a row, each within a day of the one before.
+    /// Renewals in a row, each within [`ROW`] of the one before.
     in_a_row: u32,
     succeeded: Option<Instant>,
     rests_until: Option<Instant>,
 }
 
 impl Pace {
-    /// How long a renewal waits that is due because a certificate was refused.
+    /// Wait before a renewal that a refusal caused.
     pub(super) fn refused(&self, now: Instant) -> Duration {
         self.rests_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
     }
 
-    /// How long a renewal waits that is due by the calendar. One that succeeded is not due again at once, whatever time
-    /// it is now taken for.
+    /// Wait before a scheduled renewal. After a success it is not due again at once, whatever the time is believed to
+    /// be.
     pub(super) fn scheduled(&self, now: Instant) -> Duration {
         let again = self.succeeded.map_or(Duration::ZERO, |last| (last + MAX_PAUSE).saturating_duration_since(now));
         again.max(self.refused(now))
     }
 
-    /// Notes a renewal.
+    /// Records a renewal.
     pub(super) fn succeed(&mut self, now: Instant) {
         let in_a_row = self.succeeded.is_some_and(|last| now.saturating_duration_since(last) < ROW);
         self.in_a_row = if in_a_row { self.in_a_row.saturating_add(1) } else { 0 };
@@ -47,9 +47,10 @@ impl Pace {
         self.rests_until = Some(now + doubled(FIRST_REST, self.in_a_row).min(MAX_PAUSE));
     }
 
-    /// Notes a try that failed.
+    /// Records a failed try.
     pub(super) fn fail(&mut self, now: Instant) {
         self.failures = self.failures.saturating_add(1);
+        // Jitter: after an outage of the controller the whole fleet retries.
         let pause = full_jitter(doubled(FIRST_REST, self.failures).min(MAX_PAUSE));
         self.rests_until = Some(now + pause.max(Duration::from_secs(1)));
     }
@@ -81,7 +82,7 @@ mod tests {
         let begin = Instant::now();
         pace.succeed(begin);
         assert!(pace.refused(begin + Duration::from_secs(5)).is_zero());
-        // A week later the trouble is another one.
+        // A week later it is another problem.
         for _ in 0..9 {
             pace.succeed(begin);
         }
@@ -97,7 +98,7 @@ mod tests {
         assert!(pace.scheduled(begin).is_zero());
         pace.succeed(begin);
         assert_eq!(pace.scheduled(begin), MAX_PAUSE);
-        // One that failed is tried again soon.
+        // A failed one is tried again soon.
         let mut pace = Pace::default();
         pace.fail(begin);
         assert!(!pace.scheduled(begin).is_zero() && pace.scheduled(begin) <= FIRST_REST * 2);

@@ -1,4 +1,4 @@
-//! How a node keeps its certificate fresh, and which of its keys it shows.
+//! Renewals of the node's certificate, and the choice of the key to show.
 
 use std::time::Duration;
 
@@ -9,24 +9,24 @@ use tokio_util::sync::CancellationToken;
 use super::pace::Pace;
 use super::{CA_FILE, Credentials, Identity, IdentityError, Pair, credentials, enroll, keys, read_needed, tls};
 
-/// Long waits are cut up: a suspended machine's monotonic clock may have stood still, and a controller may have told
-/// another time since.
+/// Longest single wait. A suspended machine's monotonic clock may have stopped, and a controller may have told another
+/// time meanwhile.
 const LOOK_AGAIN: Duration = Duration::from_secs(60 * 60);
 
-/// Whether a renewal changes the key.
+/// Treatment of the key in a renewal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyPolicy {
-    /// Another key each time.
+    /// A new key each time.
     Rotate,
-    /// The same one: for the installer, whose identity is a copy. The system that comes back when an installation is given
-    /// up would show a key that is not in service any more.
+    /// The same key: for the installer, whose identity is a copy. Otherwise the system that comes back after a failed
+    /// installation would show a key that is out of service.
     Keep,
 }
 
 impl Credentials {
-    /// When the certificate is due for renewal, microseconds since 1970: at half its life at the latest, spread over a
-    /// tenth of it. Two weeks before its end a controller warns of it. The spread is the certificate's own, so that it is
-    /// the same each time somebody asks.
+    /// Time of the renewal, microseconds since 1970: between 40 % and 50 % of the certificate's life. The controller
+    /// warns two weeks before its end. The offset is derived from the certificate, so that it is the same on every call
+    /// and spreads a fleet.
     fn due(&self) -> i64 {
         let life = self.not_after.saturating_sub(self.not_before).max(0);
         let [first, second, ..] = <[u8; 32]>::from(Sha256::digest(&self.leaf));
@@ -36,8 +36,8 @@ impl Credentials {
 }
 
 impl Identity {
-    /// How long the certificate is not due for renewal. One that is not valid yet is due at once: it was issued by a
-    /// clock that was wrong.
+    /// Time until the certificate is due for renewal. One that is not valid yet is due at once: it was issued by a
+    /// wrong clock.
     pub(super) fn renewal_in(&self) -> Duration {
         let now = self.time().now_micros();
         let held = self.held();
@@ -47,21 +47,21 @@ impl Identity {
         Duration::from_micros(u64::try_from(held.present.due().saturating_sub(now)).unwrap_or(0))
     }
 
-    /// Whether a controller took the present certificate for one that is not valid now.
+    /// True if a controller refused the present certificate as not valid now.
     pub(super) fn is_refused(&self) -> bool {
         self.refusals.concern(&self.held().present.leaf)
     }
 
-    /// Keeps the certificate fresh until `stop`: at half its life, and at once when a controller takes it for one that is not
-    /// valid now, whatever the time is here. `listeners` tells the enrolment listeners, host:port, in order.
+    /// Keeps the certificate fresh until `stop`: at half its life, and at once when a controller refuses it as not
+    /// valid now, whatever the time is here. `listeners` returns the enrolment listeners, host:port, in order.
     pub async fn keep_fresh(&self, listeners: impl Fn() -> Vec<String>, policy: KeyPolicy, stop: &CancellationToken) {
         let mut pace = Pace::default();
         loop {
-            // Decided again after each wait: the time that is known now may be another one, and so may the certificate.
+            // Decided again after each wait: time and certificate may have changed.
             let (refused, now) = (self.is_refused(), Instant::now());
             let wait = if refused { pace.refused(now) } else { self.renewal_in().max(pace.scheduled(now)) };
             if !wait.is_zero() {
-                // Dropping a wait loses nothing: that a certificate was refused is kept until it is answered.
+                // Cancel-safe: a refusal is kept until it is answered.
                 tokio::select! {
                     () = stop.cancelled() => return,
                     () = tokio::time::sleep(wait.min(LOOK_AGAIN)) => {}
@@ -89,11 +89,11 @@ impl Identity {
     pub async fn renew(&self, listeners: &[String], policy: KeyPolicy) -> Result<(), IdentityError> {
         let pair = self.held().present.pair.clone();
         let ca = read_needed(&self.directory.join(CA_FILE))?;
-        // There is one place for a key that has not been used yet.
+        // There is room for one unused key only.
         let rotates = policy == KeyPolicy::Rotate && !pair.is_next;
         let key = if rotates { keys::next_key(&self.directory)? } else { pair.key.clone() };
         let certificate = enroll::renew(listeners, &pair, &key, &ca, self.time()).await?;
-        // It must be for this key, from the same CA and for the same node before it is kept.
+        // Before it is stored, it must be for this key, of the same CA and for the same node.
         let fresh = Pair { key, certificate: certificate.clone(), is_next: rotates || pair.is_next };
         let fresh = credentials(&self.directory, fresh, self.time())?;
         let node = tls::common_name(&fresh.leaf)?;
@@ -105,9 +105,9 @@ impl Identity {
         } else {
             keys::keep_renewed(&self.directory, &pair, &certificate)?;
         }
-        // The CA signed it just now, so its life has only begun. A time before that, or after the half of it, is wrong: by
-        // it the new certificate would be useless or due again. The beginning is a little early, until a session tells
-        // the time.
+        // The CA signed it just now, so its life has only begun. A time before that, or after half of it, is wrong: by
+        // that time the new certificate would be useless or due again. Its beginning is slightly early, until a session
+        // tells the time.
         if !(fresh.not_before..fresh.due()).contains(&self.time().now_micros()) {
             self.believe(fresh.not_before);
         }
@@ -119,7 +119,7 @@ impl Identity {
         Ok(())
     }
 
-    /// A controller took the certificate: the key before is not needed any more, and another one's refusal needs no answer.
+    /// A controller accepted the certificate. The previous key is not needed, and an older refusal needs no answer.
     pub fn accepted(&self) {
         self.refusals.clear();
         let mut held = self.held_mut();
@@ -131,12 +131,12 @@ impl Identity {
                 held.present.pair.is_next = false;
                 held.other = None;
             }
-            // It is tried again when the next session is opened.
+            // The next session tries it again.
             Err(error) => tracing::warn!(error = %error, "next key not put in place of the one before"),
         }
     }
 
-    /// A controller does not know the certificate: one that lost its last commits knows the one before.
+    /// A controller does not know the certificate. If it lost its last commits, it knows the one before.
     pub fn not_known(&self) {
         let mut held = self.held_mut();
         if let Some(other) = held.other.take() {

@@ -46,7 +46,7 @@ async fn enrolled(directory: &Path, controller: &Controller) -> Identity {
 #[tokio::test]
 async fn a_token_is_exchanged_for_an_identity_whatever_the_clock_says() {
     let dir = tempfile::tempdir().unwrap();
-    // The node's floor is 1970: certificates of 2026 are not valid yet by its own reckoning.
+    // The node's time starts in 1970, so certificates of 2026 are not valid yet by it.
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     let identity = enrolled(dir.path(), &controller).await;
     assert_eq!(identity.node(), "pi-01");
@@ -67,6 +67,7 @@ async fn a_controller_of_another_ca_never_sees_the_token() {
     let token = format!("mj1.one.{secret}.{pin}");
     let refused = enroll(dir.path(), &enrollment(&controller, &token), &time()).await;
     assert!(matches!(refused, Err(IdentityError::Connect { .. })), "{refused:?}");
+    // The pin is checked in the handshake, before the token is sent.
     assert_eq!(controller.enrolled(), []);
 }
 
@@ -74,6 +75,7 @@ async fn a_controller_of_another_ca_never_sees_the_token() {
 async fn a_certificate_for_another_name_is_refused_under_the_right_ca() {
     let dir = tempfile::tempdir().unwrap();
     let pki = Arc::new(Pki::new(FROM, TO));
+    // Nodes have certificates of the same CA, so the CA alone does not make a controller.
     let controller = Controller::start_as(pki, "localhost").await;
     let token = controller.pki.token();
     let refused = enroll(dir.path(), &enrollment(&controller, &token), &time()).await;
@@ -94,6 +96,7 @@ async fn a_certificate_that_has_expired_is_refused() {
 async fn a_try_after_a_cut_asks_with_the_same_key() {
     let dir = tempfile::tempdir().unwrap();
     let controller = Controller::start(Pki::new(FROM, TO)).await;
+    // The controller got the request, and its answer was lost.
     let mut first = true;
     controller.judge(move |_| if std::mem::take(&mut first) { Err(Status::unavailable("cut")) } else { Ok(()) });
     let token = controller.pki.token();
@@ -108,6 +111,7 @@ async fn a_try_after_a_cut_asks_with_the_same_key() {
         .map(|request| request.public_key.der_bytes().to_vec())
         .collect();
     assert_eq!(keys.len(), 2);
+    // With another key the second try would be another node to the controller.
     assert_eq!(keys[0], keys[1]);
 }
 
@@ -134,6 +138,7 @@ async fn a_renewal_is_signed_by_the_old_key_and_takes_the_place_of_the_old_certi
     let request = CertificateSigningRequestDer::from_pem_slice(renewed[0].certificate_request.as_bytes()).unwrap();
     let key = KeyPair::from_pem(&std::fs::read_to_string(dir.path().join("node.key")).unwrap()).unwrap();
     let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
+    // Checked as the controller does: the signature is over the request, by the key in service.
     let verified = algorithms.all.iter().any(|algorithm| {
         algorithm.signature_alg_id() == alg_id::ECDSA_SHA256
             && algorithm.verify_signature(key.der_bytes(), &request, &renewed[0].signature).is_ok()
@@ -150,6 +155,7 @@ async fn a_node_whose_time_is_wrong_renews_all_the_same_and_learns_the_time() {
         let controller = Controller::start(Pki::new(FROM, TO)).await;
         let identity = enrolled(dir.path(), &controller).await;
         identity.time().set(micros(wrong));
+        // A time in the past is corrected by the controller's certificate alone.
         if wrong.starts_with("2040") {
             let refused = identity.connect(&controller.address, Purpose::Session).await;
             assert!(matches!(refused, Err(IdentityError::Connect { .. })), "{refused:?}");
@@ -166,7 +172,7 @@ async fn a_certificate_that_is_refused_as_expired_is_renewed_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     enrolled(dir.path(), &controller).await;
-    // The same CA 200 days later: it takes the node's certificate for an expired one.
+    // The same CA 200 days later: it takes the node's certificate for expired.
     let later = Controller::start(controller.pki.at("2026-07-20T00:00:00Z", "2026-08-20T00:00:00Z")).await;
     let identity = Arc::new(Identity::load(dir.path(), time()).unwrap().unwrap());
     assert!(identity.time().now_micros() < micros("2026-01-02T00:00:00Z"), "it thinks that its certificate is new");
@@ -188,6 +194,7 @@ async fn a_certificate_that_is_refused_as_expired_is_renewed_at_once() {
     })
     .await
     .unwrap_or_else(|_| panic!("it did not come back: {refused}"));
+    // One renewal is enough: the time came with the certificate.
     assert_eq!(later.renewed().len(), 1);
     stop.cancel();
     keeping.await.unwrap();
@@ -205,12 +212,12 @@ async fn a_renewal_has_a_new_key_and_the_one_before_is_kept_until_it_was_used() 
     let next = read("next.key").unwrap();
     assert_ne!(next, first.0);
     assert_eq!(std::fs::metadata(dir.path().join("next.key")).unwrap().permissions().mode() & 0o777, 0o600);
-    // The next one is shown from now on, and the first to a controller that does not know that.
+    // The next certificate is shown from now on, and the first one to a controller that does not know the next.
     let shown = |identity: &Identity| identity.held().present.pair.key.clone();
     assert_eq!(shown(&identity), next);
     identity.not_known();
     assert_eq!(shown(&identity), first.0, "it is kept in memory as well");
-    // So it is in an agent that starts now.
+    // An agent that starts now does the same.
     let identity = Identity::load(dir.path(), time()).unwrap().unwrap();
     assert_eq!(shown(&identity), next);
     identity.not_known();
@@ -222,7 +229,7 @@ async fn a_renewal_has_a_new_key_and_the_one_before_is_kept_until_it_was_used() 
     assert_eq!((read("node.key").unwrap(), read("next.key"), read("next.crt")), (next.clone(), None, None));
     identity.not_known();
     assert_eq!(shown(&identity), next);
-    // The next renewal has a key of its own again.
+    // The next renewal has a new key again.
     identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Rotate).await.unwrap();
     assert_ne!(read("next.key").unwrap(), next);
 }
@@ -232,6 +239,7 @@ async fn an_identity_for_another_key_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let controller = Controller::start(Pki::new(FROM, TO)).await;
     enrolled(dir.path(), &controller).await;
+    // A copy that mixed two nodes' files must not connect as either.
     std::fs::write(dir.path().join("node.key"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
     assert!(matches!(Identity::load(dir.path(), time()), Err(IdentityError::Invalid { .. })));
 }
@@ -259,7 +267,7 @@ async fn a_time_that_the_certificate_does_not_bear_out_is_not_believed() {
     identity.learn_time(micros("2040-01-01T00:00:00Z"));
     let time = identity.time().now_micros();
     assert!((micros(TO)..micros("2026-02-01T00:00:00Z")).contains(&time), "{time}");
-    // A later one corrects it, also backwards.
+    // A later time corrects it, also backwards.
     identity.learn_time(micros("2026-01-05T00:00:00Z"));
     let time = identity.time().now_micros();
     assert!((micros("2026-01-05T00:00:00Z")..micros("2026-01-06T00:00:00Z")).contains(&time), "{time}");
@@ -280,6 +288,7 @@ fn what_is_no_token_is_refused_and_a_token_is_not_shown() {
     let good = format!("mj1.one.{bits}.{bits}");
     let token = JoinToken::parse(&format!(" {good}\n")).unwrap();
     assert_eq!(token.reveal(), good);
+    // Debug output may be logged.
     assert!(!format!("{token:?}").contains(&bits));
     let short = URL_SAFE_NO_PAD.encode([7; 31]);
     for bad in [
@@ -324,6 +333,7 @@ fn a_join_file_with_one_listener_or_a_wrong_key_is_read_or_refused() {
     std::fs::write(&path, "controllers = []\ntokn = \"mj1.secret\"\n").unwrap();
     let error = JoinFile::find(&partitions).unwrap_err().to_string();
     assert!(error.contains("line 2") && !error.contains("secret"), "{error}");
+    // Removing only the line of the key would leave the secret behind.
     std::fs::write(&path, "token = '''\nmj1.secret\n'''\n").unwrap();
     JoinFile::forget_token(&path).unwrap();
     assert!(!std::fs::read_to_string(&path).unwrap().contains("secret"));

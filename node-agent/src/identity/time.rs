@@ -1,5 +1,5 @@
 //! The time by which a node judges certificates. A Pi has no clock that runs without power: after a boot its system
-//! clock may say 1970, or anything.
+//! clock may show 1970 or any other time.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,12 +11,12 @@ use rustls::time_provider::TimeProvider;
 /// Seconds since 1970 at which this agent was built.
 const BUILD_SECONDS: &str = env!("MARCO_BUILD_SECONDS");
 
-/// The last word of an authenticated controller, within the validity of the certificate that it took or issued, and the
-/// time that went by since. Before the first word: the latest of when this agent was built, what it remembers, and when
-/// its certificates began to be valid. Never the system's clock.
+/// The last time told by an authenticated controller, within the validity of the certificate that it accepted or
+/// issued, plus the time since. Before the first one: the latest of the agent's build, the remembered time, and the
+/// beginnings of its certificates' validity. Never the system's clock.
 ///
-/// A later word corrects an earlier one, forwards and backwards, also to before the build: the controller judges this
-/// node's certificate by its own clock, so a node that insists on another time finds a good controller expired.
+/// A later word corrects an earlier one, forwards and backwards, also to before the build. The controller judges this
+/// node's certificate by its own clock, so a node that insists on another time locks itself out.
 #[derive(Debug)]
 pub struct TlsTime {
     began: Instant,
@@ -36,31 +36,32 @@ impl TlsTime {
         Self { began: Instant::now(), floor: Mutex::new(floor) }
     }
 
-    /// Takes a time that is known to have come, microseconds since 1970; an earlier one changes nothing.
+    /// Takes a time that has certainly passed, microseconds since 1970. An earlier one changes nothing.
     pub fn advance(&self, known: i64) {
         let elapsed = self.elapsed();
         let mut floor = self.floor.lock().unwrap_or_else(PoisonError::into_inner);
         *floor = (*floor).max(known.saturating_sub(elapsed));
     }
 
-    /// Takes the time that is now, microseconds since 1970, also when it is earlier than what was taken for it.
+    /// Sets the present time, microseconds since 1970, forwards or backwards.
     pub fn set(&self, now: i64) {
         let elapsed = self.elapsed();
         *self.floor.lock().unwrap_or_else(PoisonError::into_inner) = now.saturating_sub(elapsed);
     }
 
-    /// Microseconds since 1970.
+    /// The present time, microseconds since 1970.
     pub fn now_micros(&self) -> i64 {
         let floor = *self.floor.lock().unwrap_or_else(PoisonError::into_inner);
         floor.saturating_add(self.elapsed())
     }
 
-    /// The same as a date.
+    /// The present time as a date.
     pub fn now(&self) -> DateTime<Utc> {
         DateTime::from_timestamp_micros(self.now_micros()).unwrap_or(DateTime::UNIX_EPOCH)
     }
 
     fn elapsed(&self) -> i64 {
+        // `Instant` is monotonic: a step of the system's clock changes nothing here.
         i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX)
     }
 }

@@ -1,4 +1,4 @@
-//! TLS towards controllers: version 1.3 only, their name verified under our CA, our certificate shown.
+//! TLS to controllers: version 1.3 only. Their name is verified under our CA, and our certificate is shown.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -27,15 +27,15 @@ use super::time::TlsTime;
 use super::watched::{self, Told, Watched};
 use crate::cause::chain;
 
-/// TCP and TLS together; a Pi 1 takes a second for the handshake.
+/// Time limit of TCP and TLS together. A Pi 1 takes a second for the handshake.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What a connection is for.
+/// Purpose of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Small messages: small buffers.
+    /// Small messages, so small buffers: an idle session should cost little memory.
     Session,
     /// Image bytes: large frames, read in large pieces.
     Download,
@@ -60,16 +60,16 @@ impl Purpose {
     }
 }
 
-/// By what a controller's CA is known.
+/// Way to recognise a controller's CA.
 #[derive(Debug, Clone)]
 pub(super) enum Trust {
     /// The stored CA.
     Ca(CertificateDer<'static>),
-    /// SHA-256 of the CA's SubjectPublicKeyInfo; the controller shows the CA itself.
+    /// SHA-256 of the CA's SubjectPublicKeyInfo. The controller sends the CA's certificate itself.
     Pin([u8; 32]),
 }
 
-/// Why the other end is not a controller of ours, as an operator has to know it.
+/// Reason that the other end is not one of our controllers, worded for an operator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 enum Foreign {
     #[error(
@@ -100,7 +100,7 @@ impl From<Foreign> for Error {
 }
 
 impl Foreign {
-    /// What the verifier said, if it was that which ended a handshake.
+    /// The verifier's reason, if it ended the handshake.
     fn ended(error: &std::io::Error) -> Option<Self> {
         match error.get_ref()?.downcast_ref()? {
             Error::InvalidCertificate(CertificateError::Other(other)) => other.0.downcast_ref().copied(),
@@ -110,17 +110,17 @@ impl Foreign {
     }
 }
 
-/// How a controller's certificate is judged by the time.
+/// Treatment of a controller's certificate that is not valid at this time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Validity {
-    /// One that has expired is refused.
+    /// A certificate that has expired is refused.
     Needed,
-    /// Whatever the time is: for a renewal, whose answer proves itself by the CA's signature over our key, and by which a
-    /// node learns the time whose own is wrong.
+    /// Any time is accepted. For a renewal: the answer is proved by the CA's signature over our key, and tells the time
+    /// to a node with a wrong one.
     AtAnyTime,
 }
 
-/// Verifies that the other end is a controller of ours.
+/// Verifies that the other end is one of our controllers.
 #[derive(Debug)]
 struct ControllerVerifier {
     trust: Trust,
@@ -136,6 +136,7 @@ impl ControllerVerifier {
     ) -> Result<&'a CertificateDer<'a>, Error> {
         match &self.trust {
             Trust::Ca(ca) => Ok(ca),
+            // The pin names a key, so the CA's certificate may be renewed without new tokens.
             Trust::Pin(pin) => intermediates
                 .iter()
                 .chain(std::iter::once(end_entity))
@@ -160,9 +161,9 @@ impl ServerCertVerifier for ControllerVerifier {
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), self.provider.clone())
             .build()
             .map_err(|error| Error::General(error.to_string()))?;
-        // A node that lay in a drawer knows only that a certain time has passed, and meets a certificate that is newer.
-        // The CA signed the beginning of its validity, so that time has passed, too; whether the signature is the CA's
-        // is verified below, and an end that has passed counts as before.
+        // A node that was off for long knows an old time, and meets a newer certificate. The CA signed the beginning of
+        // the validity, so that time has passed too. The signature is verified below. The later time cannot hide that a
+        // certificate has expired.
         let began = [ca, end_entity].into_iter().filter_map(|certificate| validity(certificate).ok());
         let began = began.filter_map(|(from, _)| u64::try_from(from).ok()).max().unwrap_or(0);
         let mut now = now.max(UnixTime::since_unix_epoch(Duration::from_micros(began)));
@@ -173,7 +174,7 @@ impl ServerCertVerifier for ControllerVerifier {
             now = now.min(UnixTime::since_unix_epoch(Duration::from_micros(end)));
         }
         verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now).map_err(|error| {
-            // CAs of controllers may bear one name: then it is the signature that does not fit.
+            // CAs of different controllers may have the same name. Then the signature is what fails.
             match error {
                 Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
                     Foreign::Identity.into()
@@ -189,6 +190,7 @@ impl ServerCertVerifier for ControllerVerifier {
         _cert: &CertificateDer<'_>,
         _dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
+        // Only TLS 1.3 is configured, so this is never called.
         Err(Error::General("TLS 1.2 is not spoken here".to_owned()))
     }
 
@@ -230,7 +232,7 @@ fn speak_http2(mut config: ClientConfig) -> Arc<ClientConfig> {
     Arc::new(config)
 }
 
-/// For a node with a certificate.
+/// TLS configuration of an enrolled node.
 pub(super) fn node_config(
     leaf: CertificateDer<'static>,
     key: PrivateKeyDer<'static>,
@@ -243,7 +245,7 @@ pub(super) fn node_config(
         .map_err(|error| IdentityError::invalid("the node's key or certificate", error))
 }
 
-/// For the enrolment listener, which asks for no certificate.
+/// TLS configuration for the enrolment listener, which asks for no certificate.
 pub(super) fn anonymous_config(
     trust: Trust,
     validity: Validity,
@@ -252,28 +254,29 @@ pub(super) fn anonymous_config(
     Ok(speak_http2(config_builder(trust, validity, time)?.with_no_client_auth()))
 }
 
-/// Opens an HTTP/2 connection over TLS to `address` (host:port). `told` hears when either side takes the other's
-/// certificate for one that is not valid at this time; `None`: this side shows none.
+/// Opens an HTTP/2 connection over TLS to `address` (host:port). `told` receives each refusal of a certificate, by
+/// either side, as not valid at this time. `None`: this side shows no certificate.
 pub(super) async fn connect(
     address: &str,
     config: Arc<ClientConfig>,
     purpose: Purpose,
     told: Option<Told>,
 ) -> Result<Channel, IdentityError> {
-    // What the transport's error keeps of the handshake's is only its text.
+    // The transport's error keeps only the text of the handshake's error, so the reason is passed on here.
     let ended: Arc<OnceLock<Foreign>> = Arc::default();
     let failed = |why: String| {
         let why = ended.get().map_or(why, ToString::to_string);
-        // Without a CA it may be the right controller, on another port.
+        // `NoCa` is not foreign: it may be the right controller on another port.
         let foreign = matches!(ended.get(), Some(Foreign::Token | Foreign::Identity));
         IdentityError::Connect { address: address.to_owned(), why, foreign }
     };
-    // The address is dialled by the connector below; the URI only carries the name for the requests.
+    // The connector below dials the address. The URI only carries the name for the requests.
     let endpoint = Endpoint::from_shared(format!("http://{CONTROLLER_TLS_NAME}"))
         .map_err(|error| failed(error.to_string()))?
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        // A dead NAT entry or an unplugged cable ends an idle connection silently.
         .keep_alive_while_idle(true);
     let connector = TlsConnector::from(config);
     let dial = {
@@ -286,7 +289,7 @@ pub(super) async fn connect(
                     let name = ServerName::try_from(CONTROLLER_TLS_NAME).map_err(std::io::Error::other)?;
                     let tcp = TcpStream::connect(&address).await?;
                     tcp.set_nodelay(true)?;
-                    // rustls asks for 4 KiB at a time.
+                    // rustls reads 4 KiB at a time.
                     connector.connect(name, BufReader::with_capacity(purpose.read_buffer(), tcp)).await
                 };
                 match tokio::time::timeout(CONNECT_TIMEOUT, open).await {
@@ -322,21 +325,21 @@ pub(super) fn spki_sha256(certificate: &CertificateDer<'_>) -> Result<[u8; 32], 
     Ok(Sha256::digest(parse(certificate)?.public_key().raw).into())
 }
 
-/// From when to when a certificate is valid, microseconds since 1970.
+/// Validity of a certificate, microseconds since 1970: first and last moment.
 pub(super) fn validity(certificate: &CertificateDer<'_>) -> Result<(i64, i64), IdentityError> {
     let parsed = parse(certificate)?;
     let micros = |time: x509_parser::time::ASN1Time| time.timestamp().saturating_mul(1_000_000);
     Ok((micros(parsed.validity().not_before), micros(parsed.validity().not_after)))
 }
 
-/// The common name of a certificate's subject: the node's id.
+/// The node's id: the common name of a certificate's subject.
 pub(super) fn common_name(certificate: &CertificateDer<'_>) -> Result<String, IdentityError> {
     let parsed = parse(certificate)?;
     let name = parsed.subject().iter_common_name().next().and_then(|name| name.as_str().ok().map(str::to_owned));
     name.ok_or_else(|| IdentityError::invalid("the node's certificate", "it names no node"))
 }
 
-/// Checks that the CA issued the node's certificate. One that is expired or not valid yet passes: it is still good for being
+/// Checks that the CA issued the node's certificate. One that is expired or not valid yet passes: it can still be
 /// renewed.
 pub(super) fn check_issued(
     leaf: &CertificateDer<'_>,

@@ -7,7 +7,7 @@ use marco_proto::names::JoinTokenId;
 
 use crate::discovery::CaHint;
 
-/// A join token. What it holds is a secret: it is neither printed nor logged.
+/// A join token. Its text is a secret, and is neither printed nor logged.
 #[derive(Clone)]
 pub struct JoinToken {
     text: String,
@@ -15,13 +15,13 @@ pub struct JoinToken {
     pin: [u8; 32],
 }
 
-/// Not a join token. What it was is not repeated: it may be one with a slip of the pen.
+/// The text is not a join token. The error does not repeat it: it may be a token with a typing error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("this is not a join token: one reads mj1.ID.SECRET.PIN")]
 pub struct InvalidToken;
 
 impl JoinToken {
-    /// Reads a token's text; blanks around it do not matter.
+    /// Parses a token. White space around it is ignored.
     pub fn parse(text: &str) -> Result<Self, InvalidToken> {
         let text = text.trim();
         let mut parts = text.split('.');
@@ -38,17 +38,17 @@ impl JoinToken {
         Ok(Self { text: text.to_owned(), id, pin: bits(pin)? })
     }
 
-    /// The whole text, secret included.
+    /// The whole text, with the secret.
     pub(super) fn reveal(&self) -> &str {
         &self.text
     }
 
-    /// By what answers of controllers of that CA are known.
+    /// Hint by which answers of controllers of that CA are recognised.
     pub fn ca(&self) -> CaHint {
         CaHint::of(&self.pin)
     }
 
-    /// SHA-256 of the SubjectPublicKeyInfo of the CA that made it.
+    /// SHA-256 of the SubjectPublicKeyInfo of the CA that made the token.
     pub(super) fn pin(&self) -> [u8; 32] {
         self.pin
     }

@@ -1,5 +1,5 @@
-//! A connection that notices when a certificate is refused because of the time. In TLS 1.3 a server judges the client's
-//! certificate after the client takes the handshake for done, so that this comes with the first bytes that are read.
+//! A connection that notices refusals of a certificate because of the time. In TLS 1.3 the server judges the client's
+//! certificate after the client considers the handshake complete, so the refusal arrives with the first read.
 
 use std::io;
 use std::pin::Pin;
@@ -11,7 +11,7 @@ use rustls::{AlertDescription, CertificateError, Error};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 
-/// Refusals because of the time, and the certificate that this node showed meanwhile.
+/// The last refusal because of the time, with the certificate that this node showed.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
     told: Notify,
@@ -24,31 +24,32 @@ impl Refusals {
         self.told.notify_one();
     }
 
-    /// Waits for the next refusal. Dropping the wait loses nothing.
+    /// Waits for the next refusal. Cancel-safe.
     pub(super) async fn next(&self) {
         self.told.notified().await;
     }
 
-    /// Whether the last refusal was of a connection that showed `certificate`. One that was replaced since needs nothing.
+    /// True if the last refusal concerns a connection with `certificate`. A certificate that was replaced since needs
+    /// no renewal.
     pub(super) fn concern(&self, certificate: &CertificateDer<'_>) -> bool {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner).as_ref() == Some(certificate)
     }
 
-    /// Forgets the last refusal: a controller let the node in.
+    /// Forgets the last refusal: a controller accepted the node.
     pub(super) fn clear(&self) {
         *self.shown.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-/// Who is told of a refusal on a connection.
+/// Receiver of refusals on a connection.
 #[derive(Debug, Clone)]
 pub(super) struct Told {
     pub(super) refusals: Arc<Refusals>,
-    /// The certificate that the connection shows.
+    /// Certificate that the connection shows.
     pub(super) shown: CertificateDer<'static>,
 }
 
-/// A stream, and who is told. `None`: the connection shows no certificate.
+/// A stream and the receiver of its refusals. `None`: the connection shows no certificate.
 pub(super) struct Watched<S> {
     stream: S,
     told: Option<Told>,
@@ -60,11 +61,11 @@ impl<S> Watched<S> {
     }
 }
 
-/// Tells when an error says that a certificate is not valid at this time: ours, as the other side sees it, or the other
-/// way round.
+/// Reports an error that means "not valid at this time": our certificate by the other side's clock, or the other way
+/// round.
 pub(super) fn note(error: &io::Error, told: Option<&Told>) {
     let refused = match error.get_ref().and_then(|cause| cause.downcast_ref::<Error>()) {
-        // TLS has one alert for both: expired, and not valid yet.
+        // TLS has one alert for both: expired and not yet valid.
         Some(Error::AlertReceived(alert)) => *alert == AlertDescription::CertificateExpired,
         Some(Error::InvalidCertificate(why)) => matches!(
             why,

@@ -1,17 +1,17 @@
-//! What udhcpc calls with each change of its lease: this program, under another name. The lease is in the environment
-//! (busybox, networking/udhcp/dhcpc.c).
+//! The script of udhcpc: this program under another name. udhcpc calls it with each change of its lease, which is in
+//! the environment (busybox, networking/udhcp/dhcpc.c).
 
 use std::net::Ipv4Addr;
 
 use super::{configure, ip};
 use crate::system::SystemError;
 
-/// Its name, a link to the agent.
+/// Path of the script, a link to the agent.
 pub const PROGRAM: &str = "/usr/lib/marco/udhcpc-hook";
-/// One line for each interface, for the log.
+/// Folder of the files `lease-INTERFACE`, one line each, for the log.
 const LEASES: &str = "/run/marco";
 
-/// What the environment says of a lease.
+/// A lease from the environment.
 #[derive(Debug, PartialEq, Eq)]
 struct Lease {
     interface: String,
@@ -31,26 +31,28 @@ impl Lease {
         Some(Self {
             interface,
             address: format!("{ip}/{prefix}"),
+            // Routers are listed by preference (RFC 2132, section 3.5).
             gateway: words("router").into_iter().next(),
             dns: words("dns"),
         })
     }
 }
 
-/// Does what udhcpc asks for in its argument.
+/// Handles the event in udhcpc's argument.
 ///
 /// # Errors
-/// The interface could not be set up; udhcpc goes on all the same.
+/// Returns an error if the interface could not be set up. udhcpc continues anyway.
 pub async fn main(event: &str) -> Result<(), SystemError> {
     let lease = Lease::read(|key| std::env::var(key).ok());
     match (event, lease) {
         ("deconfig", _) => {
+            // udhcpc calls this at its start and after it lost a lease.
             let Ok(interface) = std::env::var("interface") else { return Ok(()) };
             ip(&["link", "set", "dev", &interface, "up"]).await?;
             ip(&["addr", "flush", "dev", &interface]).await
         }
         ("bound" | "renew", Some(lease)) => {
-            // A renewal changes nothing as a rule, and flushing the address would cut every connection.
+            // A renewal usually changes nothing, and flushing the address would cut every connection.
             let text = format!("{} via {}", lease.address, lease.gateway.as_deref().unwrap_or("nobody"));
             if event == "renew" && self::lease(&lease.interface) == text {
                 return Ok(());
@@ -64,7 +66,7 @@ pub async fn main(event: &str) -> Result<(), SystemError> {
     }
 }
 
-/// The last lease of an interface, as a line.
+/// Last lease of an interface as a line. Empty: none.
 pub(super) fn lease(interface: &str) -> String {
     std::fs::read_to_string(format!("{LEASES}/lease-{interface}")).unwrap_or_default()
 }

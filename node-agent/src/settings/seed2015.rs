@@ -1,29 +1,29 @@
-//! `installer-config.txt`, as the 2015 system left it for its installer: lines of a shell script, which are parsed here
-//! and never run.
+//! `installer-config.txt`, which the 2015 system left for its installer. Its lines are those of a shell script. They
+//! are parsed here and never run.
 
 use std::path::Path;
 
-/// In the root of the recovery partition.
+/// Path on the recovery partition.
 pub const FILE: &str = "installer-config.txt";
 
-/// What such a file says.
+/// Contents of the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Seed {
-    /// The image's name, without `.tar.gz`.
+    /// Name of the image, without `.tar.gz`. `None`: the file names none.
     pub image: Option<String>,
-    /// What was not understood, for a warning: a key, or a whole line.
+    /// Keys or whole lines that were not understood, for a warning.
     pub unknown: Vec<String>,
 }
 
 impl Seed {
-    /// Reads the file of this recovery partition; one that is not there, or cannot be read, says nothing.
+    /// Reads the file of this recovery partition. A missing or unreadable file gives no image.
     pub fn read(recovery: &Path) -> Self {
         let bytes = std::fs::read(recovery.join(FILE)).unwrap_or_default();
         Self::parse(&String::from_utf8_lossy(&bytes))
     }
 
-    /// `export OS_IMG=name`, with or without quotes; comments and empty lines are skipped. A value that a shell would
-    /// expand or run is not taken.
+    /// Parses `export OS_IMG=name`, with or without quotes. Comments and empty lines are skipped. Values that a shell
+    /// would expand or run are rejected.
     pub fn parse(text: &str) -> Self {
         let mut seed = Self::default();
         for line in text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')) {
@@ -36,8 +36,10 @@ impl Seed {
             let value =
                 ['"', '\''].iter().find_map(|quote| value.strip_prefix(*quote)?.strip_suffix(*quote)).unwrap_or(value);
             let value = value.strip_suffix(".tar.gz").unwrap_or(value);
+            // Characters of a file name only: no path, and nothing that a shell would expand.
             let plain = value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
             match key.trim() {
+                // The 2015 system wrote an empty name for "no image".
                 "OS_IMG" if value.is_empty() => {}
                 "OS_IMG" if plain => seed.image = Some(value.to_owned()),
                 key => seed.unknown.push(key.to_owned()),

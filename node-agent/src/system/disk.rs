@@ -22,12 +22,12 @@ pub(crate) mod kept;
 pub(crate) mod plan;
 pub(crate) mod probe;
 
-/// No file system of a card takes longer to make; discarding a large one is slow.
+/// Time limit for making a file system. Discarding a large card is slow.
 const MKFS_TIME: Duration = Duration::from_secs(15 * 60);
-/// Bytes that are emptied at the beginning and at the end of a new partition, so that nothing there is taken for a file
-/// system or a member of a RAID.
+/// Bytes zeroed at the beginning and at the end of a new partition. Leftovers there would be taken for a file system or
+/// a member of a RAID.
 const WIPE: usize = 1 << 20;
-/// The last bytes of a sector that holds a table.
+/// The last bytes of a sector that holds a partition table.
 const BOOT_SIGNATURE: [u8; 2] = [0x55, 0xaa];
 /// The label of a recovery partition.
 pub(crate) const RECOVERY_LABEL: &str = "RECOVERY";
@@ -61,7 +61,7 @@ impl Disk {
         Ok(end / SECTOR)
     }
 
-    /// The table; `None`: the disk can be read, and has none.
+    /// The table. `None`: the disk can be read and has no table.
     fn table(&self) -> Result<Option<MBR>, SystemError> {
         let mut device = self.open(false)?;
         let mut first = [0; 512];
@@ -72,7 +72,7 @@ impl Disk {
         match MBR::read_from(&mut device, 512) {
             Ok(table) => Ok(Some(table)),
             Err(mbrman::Error::Io(error)) => Err(SystemError::io("read the partition table of", &self.device)(error)),
-            // A card whose table cannot be followed may hold anything.
+            // A card with a table that cannot be parsed may hold anything, so it must not count as blank.
             Err(error) => {
                 let message = format!("the partition table of {} makes no sense: {error}", self.device.display());
                 Err(Refusal { reason: "PARTITION_TABLE_UNREADABLE", message }.into())
@@ -80,28 +80,29 @@ impl Disk {
         }
     }
 
-    /// The partitions in its table.
+    /// The partitions in the table. Empty: no table.
     pub(crate) fn parts(&self) -> Result<Vec<Part>, SystemError> {
         Ok(self.table()?.as_ref().map(parts).unwrap_or_default())
     }
 
-    /// What a partition is called that is named by its place in the table: `PARTUUID=1a2b3c4d-02`. It survives a card
-    /// that is plugged in elsewhere.
+    /// Name of a partition by its place in the table: `PARTUUID=1a2b3c4d-02`. It stays the same if the card is plugged
+    /// in elsewhere.
     pub(crate) fn partuuid(&self, number: u32) -> Result<String, SystemError> {
         let table = self.table()?.ok_or_else(|| SystemError::Invalid("the card has no partition table".into()))?;
         Ok(format!("PARTUUID={:08x}-{number:02x}", u32::from_le_bytes(table.header.disk_signature)))
     }
 
-    /// What has to become of the table.
+    /// Decides what an installation does with the table.
     pub(crate) fn plan(&self, settings: &Settings) -> Result<Plan, SystemError> {
         Ok(plan(&self.parts()?, self.sectors()?, settings)?)
     }
 
-    /// Checks that the partitions that the card has, or will have, are large enough.
+    /// Checks that the card's partitions, present or planned, are large enough.
     pub(crate) fn fits(&self, settings: &Settings, needs: Needs) -> Result<(), SystemError> {
         let parts = match self.plan(settings)? {
             Plan::Keep => self.parts()?,
             Plan::Write(parts) => parts,
+            // After the move the card has only this partition, so the sizes are those of a card with nothing else.
             Plan::Move(recovery) => match plan(&[recovery], self.sectors()?, settings)? {
                 Plan::Write(parts) => parts,
                 Plan::Keep | Plan::Move(_) => Vec::new(),
@@ -110,16 +111,17 @@ impl Disk {
         Ok(plan::fits(&parts, needs)?)
     }
 
-    /// Where the recovery partition has to lie when an image of so many bytes is written before it; none: where it is.
+    /// New place of the recovery partition for an image of this many bytes before it. `None`: it can stay.
     pub(crate) fn behind(&self, image: u64) -> Result<Option<Part>, SystemError> {
         Ok(plan::behind(&self.parts()?, self.sectors()?, image)?)
     }
 
-    /// Puts the card into layout resident, unless it is; says whether it was not. Partitions that stay where they were
-    /// may be mounted, others may not.
+    /// Puts the card into layout resident. Returns true if it was not. Partitions that keep their place may be mounted,
+    /// others must not be.
     pub(crate) fn partition_resident(&self, settings: &Settings) -> Result<bool, SystemError> {
         let parts = match self.plan(settings)? {
             Plan::Keep => {
+                // The table is right, but the kernel may still show that of a raw image.
                 self.tell_kernel(&self.parts()?)?;
                 return Ok(false);
             }
@@ -131,7 +133,7 @@ impl Disk {
         Ok(true)
     }
 
-    /// Leaves nothing on the card but its recovery partition, which is answered. Others may not be mounted.
+    /// Removes every partition but the recovery partition, which it returns. The others must not be mounted.
     pub(crate) fn keep_recovery(&self) -> Result<Part, SystemError> {
         let found = self.parts()?.into_iter().find(|part| part.number == 1);
         let recovery = found.ok_or_else(|| SystemError::Invalid("the card has no recovery partition".into()))?;
@@ -140,8 +142,8 @@ impl Disk {
         Ok(recovery)
     }
 
-    /// Copies the recovery partition to where it has to lie, reads it back past the page cache, and only then says so in
-    /// the table, which then has nothing else. It may not be mounted for writing. The kernel learns of it when it restarts.
+    /// Copies the recovery partition to its new place, reads it back past the page cache, and only then writes the
+    /// table, which lists nothing else. It must not be mounted for writing. The kernel sees the change after a restart.
     pub(crate) fn move_recovery(&self, to: Part) -> Result<(), SystemError> {
         let failed = || SystemError::io("move the recovery partition of", &self.device);
         let from = File::open(self.partition(1)).map_err(failed())?;
@@ -154,6 +156,7 @@ impl Disk {
         }
         device.sync_all().map_err(failed())?;
         let (length, advice) = (std::num::NonZero::new(to.sectors * SECTOR), rustix::fs::Advice::DontNeed);
+        // Otherwise the page cache would be compared with itself, and a failing card would pass.
         rustix::fs::fadvise(&device, start, length, advice).map_err(|error| failed()(error.into()))?;
         for at in (0..to.sectors * SECTOR).step_by(WIPE) {
             let count = fill(&from, &mut read, at).map_err(failed())?;
@@ -163,11 +166,12 @@ impl Disk {
                 return Err(failed()(std::io::Error::other(message)));
             }
         }
+        // A power cut before this leaves the old table, and with it the old copy.
         self.put_table(&[to])
     }
 
-    /// Makes the kernel know boot partition and root of an image that lies on the card without a table, as partitions 4
-    /// and 2.
+    /// Shows the kernel the boot partition and root of an image as partitions 4 and 2. The card's own table does not
+    /// list them.
     pub(crate) fn show(&self, boot: Stretch, root: Stretch) -> Result<(), SystemError> {
         let part = |number, stretch: Stretch| {
             let (start, sectors) = (stretch.start / SECTOR, stretch.length / SECTOR);
@@ -179,14 +183,14 @@ impl Disk {
         self.tell_kernel(&parts)
     }
 
-    /// Writes the first sector of an image, and makes sure that the card has it.
+    /// Writes the first sector of an image and syncs it.
     pub(crate) fn write_first(&self, sector: &[u8; 512]) -> Result<(), SystemError> {
         let failed = || SystemError::io("write the partition table of", &self.device);
         let device = self.open(true)?;
         device.write_all_at(sector, 0).and_then(|()| device.sync_all()).map_err(failed())
     }
 
-    /// Empties both ends of partitions that are new, and then writes the table.
+    /// Zeroes both ends of new partitions, then writes the table.
     fn write_table(&self, parts: &[Part]) -> Result<(), SystemError> {
         let kept = self.parts()?;
         let device = self.open(true)?;
@@ -203,13 +207,14 @@ impl Disk {
         self.put_table(parts)
     }
 
-    /// Writes the table; a card that had one keeps its signature.
+    /// Writes the table. A card that had one keeps its signature, which PARTUUIDs are made of.
     fn put_table(&self, parts: &[Part]) -> Result<(), SystemError> {
         let before = self.table()?;
         let mut device = self.open(true)?;
         let write = || -> std::io::Result<()> {
             let mut signature = [0; 4];
             getrandom::fill(&mut signature).map_err(std::io::Error::other)?;
+            // A signature of zero would give every such card the same PARTUUIDs.
             if let Some(table) = before.filter(|table| table.header.disk_signature != [0; 4]) {
                 signature = table.header.disk_signature;
             }
@@ -234,7 +239,7 @@ impl Disk {
         write().map_err(SystemError::io("partition", &self.device))
     }
 
-    /// Makes a FAT on the partition that may be erased.
+    /// Makes a FAT on the partition of this erasure.
     pub(crate) async fn make_fat(&self, erasure: Erasure, label: &str, options: &[String]) -> Result<(), SystemError> {
         let device = self.partition(erasure.number());
         let device = device.to_string_lossy();
@@ -244,7 +249,7 @@ impl Disk {
         run(&command, MKFS_TIME).await
     }
 
-    /// Makes a file system of one of the [`FILE_SYSTEMS`] on the partition that may be erased, whatever was there.
+    /// Makes a file system of one of the [`FILE_SYSTEMS`] on the partition of this erasure. Anything there is lost.
     pub(crate) async fn make(
         &self,
         erasure: Erasure,
@@ -256,6 +261,7 @@ impl Disk {
         let program = program.ok_or(SystemError::Unsupported("the installer does not make that file system"))?;
         let device = self.partition(erasure.number());
         let device = device.to_string_lossy();
+        // Each program asks before it overwrites a file system, or refuses, unless it is forced.
         let mut command = match kind {
             "ext4" => vec![program, "-t", "ext4", "-F", "-q", "-L", label],
             "f2fs" => vec![program, "-f", "-l", label],
@@ -266,11 +272,14 @@ impl Disk {
         run(&command, MKFS_TIME).await
     }
 
-    /// Makes the kernel see these partitions. One that is mounted is never taken away, so it must be where it was.
+    /// Updates the kernel's list of partitions. The kernel never drops a mounted partition, so one must be where it
+    /// was.
     fn tell_kernel(&self, parts: &[Part]) -> Result<(), SystemError> {
+        // A file that stands for a disk in a test has no partitions in the kernel.
         let Some(name) = find::kernel_name(&self.device) else { return Ok(()) };
         let device = self.open(true)?;
         let shown = find::kernel_parts(&name);
+        // Removed first: the kernel refuses a new partition that overlaps an old one.
         for old in &shown {
             let stays = parts
                 .iter()
@@ -293,7 +302,7 @@ impl Disk {
     }
 }
 
-/// Reads a whole buffer, or up to the end.
+/// Fills the buffer, or reads up to the end. Returns the bytes read.
 fn fill(from: &File, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
     let mut filled = 0;
     while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
@@ -305,9 +314,10 @@ fn fill(from: &File, buffer: &mut [u8], at: u64) -> std::io::Result<usize> {
     Ok(filled)
 }
 
-/// The four primary partitions of a table.
+/// The used entries among the four primary partitions.
 fn parts(table: &MBR) -> Vec<Part> {
     let used = |(number, entry): (usize, &MBRPartitionEntry)| {
+        // The table also lists logical partitions, from number 5 on. They are not supported.
         let number = u32::try_from(number).ok().filter(|number| *number <= 4 && entry.is_used())?;
         let (start, sectors) = (entry.starting_lba.into(), entry.sectors.into());
         Some(Part { number, kind: entry.sys, start, sectors })
@@ -315,27 +325,27 @@ fn parts(table: &MBR) -> Vec<Part> {
     table.iter().filter_map(used).collect()
 }
 
-/// The file system on a device by its magic number, as mount(2) calls it; `None`: none that an installation makes. Only
-/// [`probe::probe`] tells whether anything is there at all.
+/// The file system on a device by its magic number, as in mount(2). `None`: none that an installation makes.
+/// [`probe::probe`] tells if the device is empty.
 pub(crate) fn file_system(device: &Path) -> Result<Option<&'static str>, SystemError> {
     Ok(probe::look(device).map_err(SystemError::io("read", device))?.kind)
 }
 
-/// True if a device holds nothing, as far as its beginning tells.
+/// True if the beginning of a device holds no data.
 pub(crate) fn is_blank(device: &Path) -> Result<bool, SystemError> {
     Ok(probe::look(device).map_err(SystemError::io("read", device))?.blank)
 }
 
-/// How something is mounted.
+/// Access of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// For reading only.
+    /// Reading only.
     ReadOnly,
-    /// For writing, too.
+    /// Reading and writing.
     ReadWrite,
 }
 
-/// Mounts a device, by what its file system says it is. On a FAT only its owner sees anything.
+/// Mounts a device by the file system that it holds. On a FAT only root can read, since it may hold the node's key.
 pub(crate) fn mount(device: &Path, at: &Path, access: Access) -> Result<(), SystemError> {
     let kind = file_system(device)?.ok_or_else(|| {
         SystemError::Invalid(format!("there is no file system that can be mounted on {}", device.display()))
@@ -350,7 +360,7 @@ pub(crate) fn mount(device: &Path, at: &Path, access: Access) -> Result<(), Syst
         .map_err(|error| SystemError::io("mount", device)(error.into()))
 }
 
-/// Unmounts whatever is there; nothing happens when nothing is.
+/// Unmounts the file system at this folder. Does nothing if none is mounted.
 pub(crate) fn unmount(at: &Path) -> Result<(), SystemError> {
     match rustix::mount::unmount(at, UnmountFlags::empty()) {
         // EINVAL: not a mount point.
@@ -359,17 +369,18 @@ pub(crate) fn unmount(at: &Path) -> Result<(), SystemError> {
     }
 }
 
-/// Writes what is mounted there to its device, and lets nobody write to it any more.
+/// Writes the mounted file system to its device and makes it read-only.
 pub(crate) fn make_read_only(at: &Path) -> Result<(), SystemError> {
     remount(at, Access::ReadOnly)
 }
 
-/// Lets it be written to.
+/// Makes a mounted file system writable again.
 pub(crate) fn make_writable(at: &Path) -> Result<(), SystemError> {
     remount(at, Access::ReadWrite)
 }
 
 fn remount(at: &Path, access: Access) -> Result<(), SystemError> {
+    // A remount replaces all flags, so those of the mount are repeated.
     let mut flags = MountFlags::NOATIME | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     if access == Access::ReadOnly {
         flags |= MountFlags::RDONLY;

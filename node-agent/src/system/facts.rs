@@ -1,17 +1,17 @@
-//! Plain facts about a board and what runs on it.
+//! Plain facts about a board and its system.
 
 use super::rooted::Rooted;
 
-/// What [`System::facts`](super::System::facts) finds out.
+/// Result of [`System::facts`](super::System::facts).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Facts {
     /// The hardware.
     pub board: Board,
-    /// What runs on it.
+    /// The system that runs on it.
     pub system: SystemFacts,
 }
 
-/// The hardware. What could not be found out is empty or zero.
+/// The hardware. A fact that is unknown is empty or zero.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Board {
     /// From the device tree, for example `Raspberry Pi 4 Model B Rev 1.4`.
@@ -29,30 +29,30 @@ pub struct Board {
 }
 
 impl Board {
-    /// The device tree that the firmware takes for this board; none when the board is not known.
+    /// The device tree that the firmware loads for this board. `None`: unknown board.
     pub fn device_tree(&self) -> Option<&'static str> {
         marco_archive::firmware::device_tree(&self.family, &self.model)
     }
 }
 
-/// What runs on a board. What could not be found out is empty or zero.
+/// The system on a board. A fact that is unknown is empty or zero.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SystemFacts {
-    /// As `uname -m` prints it.
+    /// Kernel architecture, as `uname -m` prints it.
     pub kernel_arch: String,
-    /// For which architecture this agent was built.
+    /// Architecture that this agent was built for.
     pub userspace_arch: String,
     /// Memory page size in bytes.
     pub page_size: u32,
-    /// As `uname -r` prints it.
+    /// Kernel release, as `uname -r` prints it.
     pub kernel_release: String,
     /// PRETTY_NAME of `/etc/os-release`.
     pub os: String,
-    /// How the card is laid out.
+    /// Layout of the card.
     pub layout: Layout,
 }
 
-/// How a card is laid out.
+/// Layout of a card.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Layout {
     /// Not known.
@@ -64,11 +64,13 @@ pub enum Layout {
     Resident,
 }
 
-/// PRETTY_NAME of a root's os-release, unquoted (os-release(5)); none when it has none.
+/// PRETTY_NAME of a root's os-release, unquoted (os-release(5)). `None`: no file or no such line.
 pub(super) fn pretty_name(root: &Rooted) -> Option<String> {
     let read = |path| root.read(path).ok().flatten();
+    // os-release(5): `/usr/lib` is the fallback for a missing file in `/etc`.
     let text = read("etc/os-release").or_else(|| read("usr/lib/os-release"))?;
     let text = String::from_utf8_lossy(&text).into_owned();
+    // The last assignment counts, as in a shell.
     let value = text.lines().rev().find_map(|line| line.trim().strip_prefix("PRETTY_NAME="))?;
     Some(value.trim_matches(['"', '\'']).to_owned())
 }

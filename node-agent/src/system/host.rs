@@ -1,8 +1,7 @@
 //! The machine that the agent runs on: a Raspberry Pi, or any other Linux host, under systemd.
 //!
-//! It reboots and powers off. It is updated when the installer has laid its card out: then [`Host::card`] says where the
-//! partitions are, and the recovery partition is mounted for reading only, but while something is written there. What
-//! belongs to the installer is unsupported here.
+//! It reboots and powers off. It is updated if [`Host::card`] finds a card that an installer can work on. Its recovery
+//! partition is mounted read-only except while it is written. The installer's operations are unsupported here.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -27,36 +26,36 @@ mod preflight;
 
 use card::FoundCard;
 
-/// No command that only talks to logind takes longer.
+/// Time limit of a command, which only talks to logind.
 const COMMAND_TIME: Duration = Duration::from_secs(30);
-/// From here systemd takes the argument of reboot(2) (systemd-reboot.service(8)).
+/// systemd reads the argument of reboot(2) from here (systemd-reboot.service(8)).
 const REBOOT_PARAM: &str = "run/systemd/reboot-param";
-/// File of logind with the announced shutdown.
+/// logind's file with the announced shutdown.
 const SCHEDULED: &str = "run/systemd/shutdown/scheduled";
-/// A copy of it, when it is ours.
+/// A copy of it, if the agent announced it.
 const SCHEDULED_BY_US: &str = "run/marco-agent/scheduled";
 /// The firmware's word for a trial boot, after the partition number 0, "the default".
 const TRYBOOT: &str = "0 tryboot";
-/// From util-linux; when logind cannot be asked to warn.
+/// From util-linux: warns users if logind cannot be asked to.
 const WALL: &str = "/usr/bin/wall";
 /// logind's scheduled warnings count in minutes.
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// Where things are on this host.
+/// Paths and commands of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostOptions {
-    /// Where `/proc`, `/sys`, `/etc` and `/run` are looked for.
+    /// Root under which `/proc`, `/sys`, `/etc` and `/run` are read; `/` except in tests.
     pub sysroot: PathBuf,
     /// The journal's folder.
     pub state_dir: PathBuf,
     /// The identity's folder.
     pub identity_dir: PathBuf,
-    /// Where the card's recovery partition is mounted, and its boot partition when nobody has mounted that.
+    /// Mount points for the recovery partition, and for the boot partition if nothing else mounts it.
     pub mounts: PathBuf,
-    /// The program for shutdown(8) and arguments that go before ours; the program by its absolute path.
+    /// shutdown(8) by its absolute path, and arguments that precede the agent's.
     pub shutdown_command: Vec<String>,
-    /// The program for systemctl(1), when shutdown(8) was not enough; empty: the shutdown command once more, which is
-    /// all that is known of a machine with a command of its own.
+    /// systemctl(1) and arguments, for a shutdown that needs force. Empty: the shutdown command is repeated, since a
+    /// machine with a command of its own may have no systemd.
     pub force_command: Vec<String>,
 }
 
@@ -73,17 +72,17 @@ impl Default for HostOptions {
     }
 }
 
-/// The last warning to users.
+/// Kind of the last warning to users.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 enum Warned {
-    /// Not at all, or what was said was taken back.
+    /// No warning, or it was taken back.
     #[default]
     Not,
-    /// By a shutdown that logind keeps where everybody sees it.
+    /// By a shutdown in logind, which every user can see.
     Visibly,
-    /// By a shutdown command that shows nobody what it keeps.
+    /// By a shutdown command that leaves no visible record.
     Blindly,
-    /// By words on their terminals.
+    /// By text on their terminals.
     ByWall,
 }
 
@@ -98,7 +97,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// With these paths and commands.
+    /// Opens this machine with these paths and commands.
     ///
     /// # Errors
     /// The shutdown command is empty or not an absolute path.
@@ -110,7 +109,7 @@ impl Host {
         Ok(Self { options, warned: Mutex::default(), test, card: FoundCard::default(), log: OwnLog::default() })
     }
 
-    /// Says where the log of this agent is.
+    /// Sets the source of this agent's log.
     pub fn log_is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
         self.log.is_from(read);
     }
@@ -119,7 +118,7 @@ impl Host {
         Schedule { file: self.path(SCHEDULED), ours: self.path(SCHEDULED_BY_US) }
     }
 
-    /// Notes how users were warned; returns how they were before.
+    /// Records how users were warned. Returns the record before.
     fn set_warned(&self, warned: Warned) -> Warned {
         std::mem::replace(&mut *self.warned.lock().unwrap_or_else(PoisonError::into_inner), warned)
     }
@@ -133,7 +132,7 @@ impl Host {
         run(&prefix.chain(arguments.iter().copied()).collect::<Vec<_>>()).await
     }
 
-    /// Gives a command to reboot, with its argument where systemd looks for it, however it is told to reboot.
+    /// Runs a reboot command. Its argument goes into systemd's file first, which every way to reboot reads.
     async fn with_argument(
         &self,
         how: Reboot,
@@ -141,7 +140,7 @@ impl Host {
     ) -> Result<(), SystemError> {
         let parameter = self.path(REBOOT_PARAM);
         match how {
-            // An emulated machine may have no systemd, and its firmware is asked otherwise.
+            // Without systemd, an emulated machine tells its firmware by `announce` below.
             Reboot::TryBoot if self.test.is_some() && !self.path(REBOOT_PARAM).parent().is_some_and(Path::exists) => {}
             Reboot::TryBoot => std::fs::write(&parameter, TRYBOOT).map_err(SystemError::io("write", &parameter))?,
             Reboot::Plain => remove(&parameter)?,
@@ -151,7 +150,7 @@ impl Host {
         }
         let done = command.await;
         if done.is_err() {
-            // Whoever reboots next must not find a trial boot prepared.
+            // The next reboot, by any user, must not be a trial boot.
             remove(&parameter)?;
         }
         done
@@ -190,7 +189,7 @@ impl System for Host {
     }
 
     fn card(&self) -> Option<Card> {
-        // Another root than this machine's own is a test's: it has no disk.
+        // Another sysroot is a test's, which has no disk.
         if self.options.sysroot == Path::new("/") { self.card.get(&self.options.mounts) } else { None }
     }
 
@@ -208,10 +207,11 @@ impl System for Host {
 
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         let text = super::announcement(down, delay, message);
-        // logind keeps one shutdown only: ours would take the place of theirs.
+        // logind keeps one shutdown only: the agent's would replace the user's.
         let theirs = matches!(self.standing(), Standing::Theirs(_));
-        // With -k logind schedules a dry run: it warns, again and again, and in the end does nothing (shutdown(8)).
-        // Not with a delay of zero, which would not be scheduled.
+        // With -k logind schedules a dry run: it warns again and again, and in the end does nothing (shutdown(8)). A
+        // real `shutdown +N` could not be cancelled honestly: it would go down whatever the journal says. logind counts
+        // in minutes and does not schedule a delay of zero.
         let minutes = delay.as_secs().div_ceil(MINUTE.as_secs());
         let may_schedule = delay >= MINUTE && !theirs;
         if may_schedule && self.shutdown(&["-k", flag(down), &format!("+{minutes}"), &text]).await.is_ok() {
@@ -235,13 +235,14 @@ impl System for Host {
         }
         let (standing, warned) = (self.standing(), self.set_warned(Warned::Not));
         self.schedule().forget();
+        // `-c` cancels any shutdown, so never while a user's stands.
         match (standing, warned) {
-            // Also what an earlier process of ours left.
+            // Covers an announcement that a killed process of this agent left.
             (Standing::Ours, _) | (Standing::Nothing, Warned::Blindly) => {
                 self.shutdown(&["-c", super::WITHDRAWN]).await
             }
             (_, Warned::ByWall) => run(&[WALL, super::WITHDRAWN]).await,
-            // The user who took ours back, or put theirs in its place, has said so.
+            // A user cancelled the agent's shutdown or replaced it, and so knows.
             (_, Warned::Not | Warned::Visibly | Warned::Blindly) => Ok(()),
         }
     }
@@ -263,6 +264,7 @@ impl System for Host {
             Down::PowerOff => "poweroff",
         };
         let mut command: Vec<&str> = self.options.force_command.iter().map(String::as_str).collect();
+        // systemctl(1): once skips the services' stop, twice also the unmounting.
         command.extend([verb, "--force"]);
         if force == Force::Everything {
             command.push("--force");
@@ -284,6 +286,7 @@ impl System for Host {
     }
 
     fn conditions(&self) -> Vec<Condition> {
+        // An emulated board has no firmware that reports its power.
         let weak = preflight::under_voltage(&self.options.sysroot).err().filter(|_| self.test.is_none());
         let weak = weak.map(|refusal| Condition { ailment: Ailment::UnderVoltage, message: refusal.message });
         super::ailing_disk(&self.options.state_dir).into_iter().chain(weak).collect()
@@ -301,7 +304,7 @@ impl System for Host {
     }
 
     async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
-        // Only a card that can be installed is looked at; another one is refused by the preflight.
+        // Without a card there is nothing to keep; the preflight refuses it.
         if self.card().is_some() { card::keeps_the_rest(erase).await } else { Ok(()) }
     }
 
@@ -333,14 +336,14 @@ async fn run(command: &[&str]) -> Result<(), SystemError> {
     super::command::run(command, COMMAND_TIME).await
 }
 
-/// The kernel's id of this boot.
+/// Id of this boot, from the kernel.
 pub(super) fn boot_id(sysroot: &Path) -> Result<String, SystemError> {
     let path = sysroot.join("proc/sys/kernel/random/boot_id");
     let text = std::fs::read_to_string(&path).map_err(SystemError::io("read", path))?;
     Ok(text.trim().to_owned())
 }
 
-/// What the kernel says of itself; the rest is empty.
+/// Facts from the kernel. The other fields are empty.
 pub(super) fn kernel_facts() -> SystemFacts {
     let uname = rustix::system::uname();
     SystemFacts {

@@ -1,5 +1,4 @@
-//! A Raspberry Pi whose installer runs: the agent is the only program of an initramfs, and the card is there to be
-//! installed.
+//! A Raspberry Pi that runs its installer: the agent is the only program of an initramfs, and the card can be erased.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,14 +26,14 @@ mod whole;
 
 use watchdog::Watchdog;
 
-/// Where the card's partitions are mounted.
+/// Folder of the card's mount points.
 const MOUNTS: &str = "/run/marco";
-/// The image of the running program: what an installation puts into the new root.
+/// The running program, which an installation copies into the new root.
 const PROGRAM: &str = "/proc/self/exe";
-/// Checking a FAT of 256 MiB takes seconds, on a failing card perhaps more.
+/// Time limit: checking a FAT of 256 MiB takes seconds, on a failing card perhaps more.
 const CHECK_TIME: Duration = Duration::from_secs(120);
 const FSCK_FAT: &str = "/sbin/fsck.vfat";
-/// The bootcode has none unless somebody put one there.
+/// Only in a bootcode to which an operator added a shell.
 const SHELL: &str = "/bin/sh";
 
 /// This machine, in its installer.
@@ -44,12 +43,12 @@ pub struct Installer {
     settings: Settings,
     wrong: Option<SettingsError>,
     test: Option<TestFirmware>,
-    /// Held by whoever writes into the target.
+    /// Held by every writer into the target.
     target: Arc<tokio::sync::Mutex<()>>,
     watchdog: Watchdog,
     /// Called right before the machine goes down.
     last_words: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-    /// Where the recovery partition is to lie after the next restart.
+    /// New place of the recovery partition after the next restart. `None`: it stays.
     move_to: Mutex<Option<Part>>,
     log: OwnLog,
 }
@@ -61,7 +60,7 @@ impl std::fmt::Debug for Installer {
 }
 
 impl Installer {
-    /// Looks for the card and mounts its recovery partition; none when there is no card with one (yet).
+    /// Finds the card and mounts its recovery partition. `None`: no card has one yet.
     ///
     /// # Errors
     /// The card is there, but cannot be used.
@@ -71,7 +70,7 @@ impl Installer {
         let disk = match found {
             Some(disk) => disk,
             None => match test.as_ref().and_then(|test| test.join.as_deref()) {
-                // Nothing is on it that could be lost.
+                // Only a disk without any partition: nothing on it can be lost.
                 Some(join) => match find::disks().into_iter().find(|disk| disk.parts().is_ok_and(|all| all.is_empty()))
                 {
                     Some(disk) => prepare::blank(disk, join, Path::new(MOUNTS)).await?,
@@ -84,7 +83,7 @@ impl Installer {
         let card = Card { recovery: part("recovery"), boot: part("boot"), root: part("root"), home: part("home") };
         let recovery = disk.partition(1);
         if Path::new(FSCK_FAT).exists() {
-            // Its exit status says what it repaired; what it cannot repair shows when it is mounted.
+            // fsck's exit status only reports repairs. Damage that it cannot repair shows at the mount.
             let checked = super::command::run(&[FSCK_FAT, "-a", &recovery.to_string_lossy()], CHECK_TIME).await;
             tracing::debug!(outcome = ?checked, "recovery partition checked");
         }
@@ -92,11 +91,12 @@ impl Installer {
         blocking(move || {
             disk::unmount(&at.recovery)?;
             disk::mount(&recovery, &at.recovery, Access::ReadWrite)?;
-            // What was installed before, for its keys; a card without one has nothing there.
+            // The old system is mounted for its keys. A blank card has none.
             for (number, at) in [(2, &at.root), (4, &at.boot)] {
                 disk::unmount(at)?;
                 std::fs::create_dir_all(at).map_err(SystemError::io("make", at))?;
                 let device = mounted.partition(number);
+                // A damaged old system must not stop the installation that replaces it.
                 if device.exists()
                     && !disk::is_blank(&device).unwrap_or(false)
                     && let Err(error) = disk::mount(&device, at, Access::ReadOnly)
@@ -107,6 +107,7 @@ impl Installer {
             Ok(())
         })
         .await?;
+        // The error is kept for `settings`: the caller first sets up the log on the card, which then shows it.
         let (settings, wrong) = match Settings::read(&card.recovery) {
             Ok(settings) => (settings, None),
             Err(error) => (Settings::default(), Some(error)),
@@ -128,7 +129,7 @@ impl Installer {
     /// The settings on the card.
     ///
     /// # Errors
-    /// They are wrong: then nothing may be installed.
+    /// Returns an error if they are invalid: then nothing may be installed.
     pub fn settings(&self) -> Result<&Settings, SystemError> {
         match &self.wrong {
             Some(error) => Err(SystemError::Invalid(crate::cause::chain(error))),
@@ -136,12 +137,12 @@ impl Installer {
         }
     }
 
-    /// Has this called right before the machine goes down, for what must be on the card by then.
+    /// Sets a function that is called right before the machine goes down, for data that must be on the card by then.
     pub fn on_going_down(&self, last_words: impl FnOnce() + Send + 'static) {
         *self.last_words.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(last_words));
     }
 
-    /// Where the recovery partition has to lie for this; none: where it is.
+    /// New place for the recovery partition, if it lies in the way. `None`: it can stay.
     async fn recovery_in_the_way_of(&self, room: Room) -> Result<Option<Part>, SystemError> {
         let (disk, settings) = (self.disk.clone(), self.settings.clone());
         blocking(move || match room {
@@ -154,12 +155,12 @@ impl Installer {
         .await
     }
 
-    /// Says where the log is that is kept on the card.
+    /// Sets the source of the log that is kept on the card.
     pub fn log_is_from(&self, read: impl Fn() -> Vec<u8> + Send + Sync + 'static) {
         self.log.is_from(read);
     }
 
-    /// Goes down at once: no service is there to be stopped, but the card's file systems are closed first.
+    /// Goes down at once. There are no services to stop, but the card's file systems are closed first.
     async fn go_down(&self, down: Down, how: Reboot) -> Result<(), SystemError> {
         if let Some(last_words) = self.last_words.lock().unwrap_or_else(PoisonError::into_inner).take() {
             last_words();
@@ -168,14 +169,15 @@ impl Installer {
         let move_to = self.move_to.lock().unwrap_or_else(PoisonError::into_inner).take();
         blocking(move || {
             rustix::fs::sync();
+            // Home first: it is mounted within the root.
             for at in [&card.root.join("home"), &card.root, &card.boot, &card.recovery] {
-                // Somebody may still have a file open; then everything is at least written.
+                // A file may still be open. Then its file system is synced and made read-only instead.
                 if let Err(error) = disk::unmount(at).or_else(|_| disk::make_read_only(at)) {
                     tracing::warn!(error = %crate::cause::chain(&error), "file system not closed");
                 }
             }
             rustix::fs::sync();
-            // Now that nobody writes to it any more.
+            // Only now, since nothing writes to the recovery partition any longer.
             move_to.map_or(Ok(()), |to| disk.move_recovery(to))
         })
         .await?;
@@ -207,7 +209,7 @@ impl System for Installer {
             Some(test) => test.board(found),
             None => found,
         };
-        // A table that cannot be read says nothing of the layout, and is refused when it matters.
+        // A table that cannot be read tells no layout. An installation refuses it later, with the reason.
         let parts = self.disk.parts().unwrap_or_default();
         let layout = match (disk::plan::is_resident(&parts), parts.is_empty()) {
             (true, _) => Layout::Resident,
@@ -242,7 +244,7 @@ impl System for Installer {
     }
 
     fn holds_system(&self) -> bool {
-        // What cannot be looked into may be somebody's system.
+        // If in doubt, the card holds a system: data that cannot be read may still be an owner's.
         let device = self.disk.partition(2);
         let there = device.exists() && !disk::is_blank(&device).unwrap_or(false);
         let entries = Rooted::open(&self.card.root).and_then(|root| root.list("")).unwrap_or_default();
@@ -255,6 +257,7 @@ impl System for Installer {
     }
 
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
+        // No user can be logged in to an initramfs.
         tracing::info!("{}", super::announcement(down, delay, message));
         Ok(false)
     }
@@ -351,11 +354,11 @@ impl System for Installer {
     }
 
     fn keep_line(&self, _line: &str) {
-        // The whole log is kept by whoever started us.
+        // The process that started the agent already keeps the whole log.
     }
 
     fn kept_log(&self) -> Vec<u8> {
-        // It begins with what the card had.
+        // It begins with the log of earlier starts that the card had.
         self.log.read()
     }
 
@@ -384,7 +387,7 @@ impl System for Installer {
     }
 }
 
-/// Work on files and devices, off the runtime.
+/// Runs work on files and devices off the runtime, which it would block.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, SystemError> + Send + 'static,
 ) -> Result<T, SystemError> {

@@ -1,4 +1,4 @@
-//! `/etc/marco-release`: which installation a system comes from.
+//! `/etc/marco-release`: the installation that a system comes from.
 
 use std::path::Path;
 
@@ -7,46 +7,46 @@ use serde::{Deserialize, Serialize};
 use super::SystemError;
 use super::rooted::Rooted;
 
-/// Where the root says what it was installed from, within the root.
+/// Record of the installation, relative to the root.
 pub const ROOT_FILE: &str = "etc/marco-release";
-/// Where the boot partition says which boot files it got last, within the partition. Replacing only boot files leaves
-/// the root alone, so the root cannot say it.
+/// Record of the last boot files, relative to the boot partition. Replacing only boot files does not touch the root, so
+/// the record cannot be there.
 pub const BOOT_FILE: &str = "marco-release";
 
-/// Which installation a system comes from; as TOML, the contents of the file.
+/// The installation that a system comes from. The file holds it as TOML.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Release {
     /// Name of the execution that installed the system or, last, its boot files.
     pub execution: String,
-    /// SHA-256 of the image; empty when no image was installed by us.
+    /// SHA-256 of the image. Empty: Marco did not install the image.
     pub image_sha256: String,
-    /// SHA-256 of the boot files that replaced the image's own; empty when they are the image's.
+    /// SHA-256 of the boot files that replaced the image's own. Empty: they are the image's.
     pub boot_sha256: String,
-    /// When, RFC 3339, by the controller's time.
+    /// Time of the installation, RFC 3339, by the controller's clock.
     pub time: String,
 }
 
 impl Release {
-    /// Reads what the root's `etc/marco-release` and the boot partition's `marco-release` say together: the image is
-    /// the root's, the rest is the boot partition's, which every installation writes.
+    /// Reads both records. The image is the root's; the rest is the boot partition's, which every installation writes.
     pub fn read(root: &Path, boot: Option<&Path>) -> Result<Option<Self>, SystemError> {
         let root = parse(root, ROOT_FILE)?;
         let boot = boot.map(|boot| parse(boot, BOOT_FILE)).transpose()?.flatten();
         Ok(match (root, boot) {
             (root, None) => root,
+            // Boot files were replaced in a system that Marco did not install: its image is unknown.
             (None, Some(boot)) => Some(Self { image_sha256: String::new(), ..boot }),
             (Some(root), Some(boot)) => Some(Self { image_sha256: root.image_sha256, ..boot }),
         })
     }
 
-    /// The contents of the file.
+    /// The contents of the file, as TOML.
     pub fn render(&self) -> Result<String, SystemError> {
         toml::to_string(self).map_err(|error| SystemError::Invalid(format!("cannot write the release: {error}")))
     }
 }
 
-/// What is there but cannot be read as a release (torn, or somebody else's file) says nothing.
+/// A file that cannot be read as a release (torn, or not Marco's) counts as none.
 fn parse(root: &Path, file: &str) -> Result<Option<Release>, SystemError> {
     let bytes =
         Rooted::open(root).and_then(|root| root.read(file)).map_err(SystemError::io("read", root.join(file)))?;

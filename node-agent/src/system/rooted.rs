@@ -1,5 +1,5 @@
 //! Files of another root: an installed system's, seen from outside. Its links are followed as that system would follow
-//! them, never out of it (`openat2` with `RESOLVE_IN_ROOT`): a root may come from an image that nobody here wrote.
+//! them, never out of it (`openat2` with `RESOLVE_IN_ROOT`). The root may come from an image of unknown origin.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
 
-/// No file that is read whole may be larger.
+/// Largest file that is read whole, in bytes.
 const LARGEST: u64 = 16 * 1024 * 1024;
 
-/// What a name in a folder stands for, links not followed.
+/// Kind of a folder's entry. Links are not followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// A regular file.
@@ -27,7 +27,7 @@ pub enum Kind {
     Other,
 }
 
-/// A root, held open.
+/// A root, held open by its descriptor.
 #[derive(Debug)]
 pub struct Rooted(OwnedFd);
 
@@ -43,9 +43,9 @@ impl Rooted {
         Ok(rustix::fs::openat2(&self.0, path, flags, Mode::empty(), ResolveFlags::IN_ROOT)?.into())
     }
 
-    /// Reads a regular file whole; none when it is not there.
+    /// Reads a whole regular file. `None`: there is none.
     pub fn read(&self, path: impl AsRef<Path>) -> Result<Option<Vec<u8>>> {
-        // Without O_NONBLOCK a FIFO of a hostile image would hold us up for ever.
+        // Without O_NONBLOCK a FIFO in a hostile image would block the agent forever.
         let file = match self.at(path.as_ref(), OFlags::RDONLY | OFlags::NONBLOCK) {
             Ok(file) => file,
             Err(error) if absent(&error) => return Ok(None),
@@ -55,35 +55,36 @@ impl Rooted {
             return Ok(None);
         }
         let mut bytes = Vec::new();
+        // One byte more than allowed, to tell a file of the largest size from a larger one.
         file.take(LARGEST + 1).read_to_end(&mut bytes)?;
         let fits = u64::try_from(bytes.len()).is_ok_and(|length| length <= LARGEST);
         if fits { Ok(Some(bytes)) } else { Err(Error::new(ErrorKind::FileTooLarge, "larger than 16 MiB")) }
     }
 
-    /// Whether a regular file with something in it is there; with `executable`, also an x bit.
+    /// True for a regular file that is not empty and, with `executable`, has an x bit.
     pub fn is_file(&self, path: impl AsRef<Path>, executable: bool) -> bool {
         self.at(path.as_ref(), OFlags::PATH)
             .and_then(|file| file.metadata())
             .is_ok_and(|found| found.is_file() && found.len() > 0 && (!executable || found.mode() & 0o111 != 0))
     }
 
-    /// Whether a regular file is there, even an empty one.
+    /// True for a regular file, even an empty one.
     pub fn is_there(&self, path: impl AsRef<Path>) -> bool {
         self.at(path.as_ref(), OFlags::PATH).and_then(|file| file.metadata()).is_ok_and(|found| found.is_file())
     }
 
-    /// Whether a folder is there.
+    /// True for a folder.
     pub fn is_dir(&self, path: impl AsRef<Path>) -> bool {
         self.at(path.as_ref(), OFlags::PATH).and_then(|file| file.metadata()).is_ok_and(|found| found.is_dir())
     }
 
-    /// Opens a regular file for reading.
+    /// Opens a regular file for reading. Returns an error for anything else, a device or FIFO for example.
     pub fn open_file(&self, path: impl AsRef<Path>) -> Result<File> {
         let file = self.at(path.as_ref(), OFlags::RDONLY | OFlags::NONBLOCK)?;
         if file.metadata()?.is_file() { Ok(file) } else { Err(Error::new(ErrorKind::InvalidInput, "not a file")) }
     }
 
-    /// What is in a folder, sorted by name; nothing when it is not there.
+    /// Entries of a folder, sorted by name. Empty if there is no folder.
     pub fn list(&self, path: impl AsRef<Path>) -> Result<Vec<(OsString, Kind)>> {
         let folder = match self.at(path.as_ref(), OFlags::DIRECTORY) {
             Ok(folder) => folder,
@@ -126,10 +127,11 @@ impl Rooted {
         Ok(())
     }
 
-    /// Puts a new empty file in place of whatever has that name, to be written into.
+    /// Creates an empty file, open for writing, in place of any file or link of that name.
     pub fn create(&self, path: impl AsRef<Path>, mode: u32) -> Result<File> {
         self.remove(path.as_ref())?;
         let (folder, name) = self.parent(path.as_ref())?;
+        // O_EXCL never follows a link, whatever appears after the removal.
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&folder, name, flags, Mode::from_raw_mode(mode))?.into())
     }
@@ -139,7 +141,7 @@ impl Rooted {
         Ok((self.folder(path.parent().unwrap_or(Path::new("")))?, name))
     }
 
-    /// Makes a folder and those above it, and opens it.
+    /// Opens a folder. Missing ones on its path are made.
     pub fn folder(&self, path: impl AsRef<Path>) -> Result<File> {
         let mut sofar = PathBuf::new();
         let mut folder = self.at(&sofar, OFlags::DIRECTORY)?;
@@ -157,29 +159,31 @@ impl Rooted {
         Ok(folder)
     }
 
-    /// Puts a file in place of whatever has that name, a link included.
+    /// Replaces any file or link of that name atomically, synced to the disk.
     pub fn write(&self, path: impl AsRef<Path>, bytes: &[u8], mode: u32) -> Result<()> {
         let path = path.as_ref();
         let (folder, name) = self.parent(path)?;
         let mut temporary = OsString::from(".marco-");
         temporary.push(name);
+        // O_NOFOLLOW: the image may hold a link of the temporary name.
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file: File = rustix::fs::openat(&folder, &temporary, flags, Mode::from_raw_mode(0o600))?.into();
         file.write_all(bytes)?;
+        // `openat` would reduce the mode by the umask.
         rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
         file.sync_all()?;
         rustix::fs::renameat(&folder, &temporary, &folder, name)?;
         folder.sync_all()
     }
 
-    /// Puts a symbolic link in place of whatever file or link has that name.
+    /// Creates a symbolic link in place of any file or link of that name.
     pub fn link(&self, path: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
         self.remove(path.as_ref())?;
         let (folder, name) = self.parent(path.as_ref())?;
         Ok(rustix::fs::symlinkat(to.as_ref(), &folder, name)?)
     }
 
-    /// Removes a file or link; nothing happens when it is not there.
+    /// Removes a file or link. Does nothing if there is none.
     pub fn remove(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let Some(name) = path.file_name() else { return Ok(()) };

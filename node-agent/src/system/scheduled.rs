@@ -1,5 +1,5 @@
-//! The shutdown that is announced on a machine. logind keeps one, whoever asked for it, in
-//! `/run/systemd/shutdown/scheduled`: `shutdown` replaces it, and `shutdown -c` takes it back, without asking whose it is.
+//! The shutdown that is announced on a machine. logind keeps only one, in `/run/systemd/shutdown/scheduled`: `shutdown`
+//! replaces it and `shutdown -c` cancels it, no matter who announced it.
 
 use std::fmt;
 use std::io::{ErrorKind, Result};
@@ -10,28 +10,29 @@ use chrono::{DateTime, SecondsFormat, Utc};
 
 use super::Down;
 
-/// Characters of its message that are repeated to others.
+/// Characters of a message that are repeated to others.
 const MESSAGE: usize = 120;
 
-/// A shutdown that is announced.
+/// An announced shutdown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scheduled {
-    /// `reboot`, `poweroff`, `halt` or another word of systemd.
+    /// systemd's word: `reboot`, `poweroff`, `halt` or another.
     pub mode: String,
-    /// Its time; `None`: it does not say.
+    /// Its time. `None`: not in the file.
     pub at: Option<DateTime<Utc>>,
-    /// Message to users; empty: none.
+    /// Message to users. Empty: none.
     pub message: String,
 }
 
 impl Scheduled {
-    /// Reads lines of `KEY=VALUE`; keys that are not known are left out.
+    /// Reads lines of `KEY=VALUE` and skips unknown keys.
     fn parse(text: &str) -> Self {
         let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
         let micros = value("USEC").and_then(|micros| micros.trim().parse().ok());
         Self {
             mode: value("MODE").unwrap_or_default().trim().to_owned(),
             at: micros.and_then(DateTime::from_timestamp_micros),
+            // logind escapes quotes and backslashes in its file.
             message: value("WALL_MESSAGE").unwrap_or_default().replace("\\\"", "\"").replace("\\\\", "\\"),
         }
     }
@@ -39,6 +40,7 @@ impl Scheduled {
 
 impl fmt::Display for Scheduled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The message is another user's: control characters could forge a line of a log or change a terminal.
         let plain = |text: &str| text.chars().filter(|c| !c.is_control()).take(MESSAGE).collect::<String>();
         match self.mode.as_str() {
             "reboot" => f.write_str("a reboot")?,
@@ -56,38 +58,40 @@ impl fmt::Display for Scheduled {
     }
 }
 
-/// The owner of the announcement that stands on a machine.
+/// Owner of the announced shutdown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
-    /// Nobody's.
+    /// No shutdown is announced.
     Nothing,
-    /// The agent's own.
+    /// The agent's own announcement.
     Ours,
-    /// Somebody else's.
+    /// Another program's or a user's.
     Theirs(Scheduled),
 }
 
-/// Files of a machine's announcement.
+/// Files that hold a machine's announcement.
 #[derive(Debug, Clone)]
 pub(crate) struct Schedule {
-    /// The announcement that stands.
+    /// logind's file.
     pub(crate) file: PathBuf,
-    /// A copy of ours: it tells the two apart also after the agent was killed, and is gone with the boot as `file` is.
+    /// Copy of the agent's announcement. It identifies that even after the agent was killed, and disappears with the
+    /// boot, as `file` does.
     pub(crate) ours: PathBuf,
 }
 
 impl Schedule {
-    /// Tells whose announcement stands.
+    /// The announcement that stands, and its owner.
     pub(crate) fn standing(&self) -> Standing {
         let read = |path| std::fs::read(path).ok().map(|text| Scheduled::parse(&String::from_utf8_lossy(&text)));
         match (read(&self.file), read(&self.ours)) {
             (None, _) => Standing::Nothing,
+            // Compared by contents: every `shutdown` replaces the one file.
             (Some(stands), Some(ours)) if stands == ours => Standing::Ours,
             (Some(stands), _) => Standing::Theirs(stands),
         }
     }
 
-    /// Notes that what stands now is ours; tells whether anything stands.
+    /// Records the present announcement as the agent's. False: there is none that can be copied.
     pub(crate) fn remember(&self) -> bool {
         let copied = || {
             let text = std::fs::read(&self.file)?;
@@ -99,13 +103,14 @@ impl Schedule {
         copied().is_ok()
     }
 
-    /// Notes that none is ours.
+    /// Forgets the agent's announcement.
     pub(crate) fn forget(&self) {
         let _ = remove(&self.ours);
     }
 
-    /// As logind does it: schedules ours, unless somebody else's stands. Tells whether it did.
+    /// Announces a shutdown as logind does, unless another's stands. True if it was announced.
     pub(crate) fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool> {
+        // logind schedules no shutdown without a delay.
         if delay.is_zero() || matches!(self.standing(), Standing::Theirs(_)) {
             return Ok(false);
         }
@@ -120,17 +125,18 @@ impl Schedule {
         Ok(self.remember())
     }
 
-    /// As `shutdown -c` does it, for ours only. Tells whether it stood.
+    /// Cancels the agent's own announcement, as `shutdown -c` does. True if it stood.
     pub(crate) fn withdraw(&self) -> Result<bool> {
         let stood = self.standing() == Standing::Ours;
         if stood {
             remove(&self.file)?;
         }
+        // The copy goes in any case: another shutdown may have replaced the agent's.
         remove(&self.ours)?;
         Ok(stood)
     }
 
-    /// As a boot leaves it.
+    /// Removes both files, as a boot does.
     pub(crate) fn clear(&self) -> Result<()> {
         remove(&self.file)?;
         remove(&self.ours)
@@ -171,7 +177,7 @@ mod tests {
         assert_eq!(schedule.standing(), Standing::Ours);
         assert!(schedule.withdraw().unwrap());
         assert_eq!(schedule.standing(), Standing::Nothing);
-        // Theirs is neither replaced nor withdrawn, also when it took the place of ours.
+        // Another's announcement is neither replaced nor withdrawn, even if it replaced the agent's.
         assert!(announce());
         std::fs::write(&schedule.file, "USEC=1\nMODE=poweroff\n").unwrap();
         assert!(matches!(schedule.standing(), Standing::Theirs(theirs) if theirs.mode == "poweroff"));

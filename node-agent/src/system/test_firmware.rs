@@ -1,12 +1,12 @@
-//! Stands in for a Raspberry Pi's firmware in an emulated machine, which has none: only the kernel's command line
-//! switches it on, and a real board, whose firmware speaks for itself, refuses it.
+//! Replaces a Raspberry Pi's firmware in an emulated machine, which has none. Only the kernel's command line enables
+//! it, and a real board refuses it, since its own firmware reports the boot.
 //!
-//! - `marco.test_firmware=PARTITION,TRYBOOT` says what was booted: `1,0` or `4,1`.
-//! - `marco.test_board=FAMILY` and `marco.test_serial=HEX` say what the board is.
-//! - `marco.join=BASE64` is a join file, for a disk without a recovery partition.
+//! - `marco.test_firmware=PARTITION,TRYBOOT`: the boot, `1,0` or `4,1`.
+//! - `marco.test_board=FAMILY` and `marco.test_serial=HEX`: the board.
+//! - `marco.join=BASE64`: a join file, for a disk without a recovery partition.
 //!
-//! Right before it restarts, the agent writes `marco-test-firmware: tryboot` or `marco-test-firmware: reboot` to the
-//! console, which tells whoever emulates the firmware what to boot next.
+//! Right before a restart the agent writes `marco-test-firmware: tryboot` or `marco-test-firmware: reboot` to the
+//! console. The emulator reads there what to boot next.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,21 +16,22 @@ use base64::engine::general_purpose::STANDARD;
 
 use super::{Board, Booted, Reboot};
 
-/// What the command line says.
+/// The settings on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TestFirmware {
-    /// What was booted.
+    /// The boot that the emulator reports.
     pub(crate) booted: Booted,
     family: Option<String>,
     serial: Option<String>,
-    /// A join file.
+    /// A join file for a blank disk.
     pub(crate) join: Option<String>,
     console: PathBuf,
 }
 
 impl TestFirmware {
-    /// From `/proc/cmdline` below this root; none when it is not switched on, or this is a real board.
+    /// Reads `/proc/cmdline` below this root. `None`: not enabled, or a real board.
     pub(crate) fn find(sysroot: &Path) -> Option<Self> {
+        // The command line of a real board is on the card, which an image can write.
         if sysroot.join("proc/device-tree/chosen/bootloader").exists() {
             return None;
         }
@@ -38,6 +39,7 @@ impl TestFirmware {
     }
 
     fn parse(cmdline: &str, console: &Path) -> Option<Self> {
+        // The last one counts, as for most of the kernel's own parameters.
         let word = |key: &str| cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix(key));
         let (partition, tryboot) = word("marco.test_firmware=")?.split_once(',')?;
         let join = word("marco.join=").and_then(|text| STANDARD.decode(text).ok());
@@ -50,7 +52,7 @@ impl TestFirmware {
         })
     }
 
-    /// Puts what the command line says of the board over what was found.
+    /// Replaces the facts of the board by those on the command line.
     pub(crate) fn board(&self, found: Board) -> Board {
         let mut board = found;
         if let Some(family) = &self.family {
@@ -63,7 +65,7 @@ impl TestFirmware {
         board
     }
 
-    /// Says how the machine restarts. A console that cannot be written is only logged: the machine goes down anyway.
+    /// Writes the kind of restart to the console. A failure is only logged: the machine goes down anyway.
     pub(crate) fn announce(&self, how: Reboot) {
         let word = match how {
             Reboot::Plain => "reboot",

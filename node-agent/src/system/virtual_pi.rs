@@ -1,5 +1,5 @@
-//! A Raspberry Pi 4 B made of a directory, with firmware that obeys the same rules as the real one: for trying the
-//! project without hardware, for load tests, and for every test that must reboot something.
+//! A Raspberry Pi 4 B made of a directory, with firmware that follows the rules of the real one. For trying the project
+//! without hardware, for load tests, and for every test that must reboot something.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,24 +34,24 @@ mod power;
 mod state;
 mod tree;
 
-/// Bytes that must be free for a further installer set.
+/// Bytes that must be free for another installer set.
 const SET_ROOM: u64 = 64 * 1024 * 1024;
-/// How long after it should be down a Pi is told more strongly: it only takes longer when it hangs.
+/// Time after the expected end of a shutdown before a stronger command: a Pi that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Message about a board with a weak power supply.
+/// Error for a board with a weak power supply.
 const WEAK_POWER: &str = "the board's power supply is too weak at this moment (under-voltage)";
 
-/// How fast a virtual Pi is.
+/// Speed of a virtual Pi, and the card of a new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// From power or reset until the agent runs.
+    /// Time from power or reset until the agent runs.
     pub boot_time: Duration,
-    /// From the command to go down until the machine is down.
+    /// Time from the command to go down until the machine is down.
     pub shutdown_time: Duration,
-    /// A new one's card has only the installer on it, and no system.
+    /// A new Pi's card has only the installer on it, and no system.
     pub blank: bool,
-    /// A new one's card is a stock image's, in layout single.
+    /// A new Pi's card is a stock image's, in layout single.
     pub stock: bool,
 }
 
@@ -63,11 +63,11 @@ pub struct VirtualPi {
     options: Options,
     log: Log,
     state: Mutex<State>,
-    /// Raised with each change of the power state, for the task that drives this Pi.
+    /// Incremented with each change of the power state, for the task that drives this Pi.
     changed: watch::Sender<u64>,
-    /// Held by whoever writes into the card's file systems.
+    /// Held by every writer into the card's file systems.
     target: Arc<tokio::sync::Mutex<()>>,
-    /// Users were warned, and not told otherwise since.
+    /// Users were warned, and not yet told otherwise.
     told: AtomicBool,
     /// Held for the life of this value: two processes must not drive one Pi.
     _lock: std::fs::File,
@@ -119,10 +119,11 @@ impl VirtualPi {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Decides under the lock what comes after the present state, commits that, then writes the line that goes with it.
+    /// Computes the next state under the lock, commits it, then writes its line of the log.
     fn advance(&self, decide: impl FnOnce(&State) -> Option<State>) -> Result<(), SystemError> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(next) = decide(&state) else { return Ok(()) };
+        // State first, line second: a process killed in between writes the line at its next start, exactly once.
         next.save(&self.dir)?;
         *state = next;
         let logged = self.ensure_logged(&state);
@@ -131,7 +132,7 @@ impl VirtualPi {
         logged
     }
 
-    /// Writes the line of the last thing done, unless it is there.
+    /// Writes the line of the last change, unless it is there.
     fn ensure_logged(&self, state: &State) -> Result<(), SystemError> {
         match &state.line {
             Some(line) => self.log.ensure(line).map_err(SystemError::io("write", self.dir.join("log.jsonl"))),
@@ -146,8 +147,8 @@ impl VirtualPi {
         }
     }
 
-    /// Whether something holds a way down up. The file `stuck` says that, and what: a service, if it is empty; with
-    /// `services` also what kills these; with `everything` whatever is tried.
+    /// True if the file `stuck` holds up a way down. Empty, it is a service that does not stop; `services`: killing
+    /// services does not help either; `everything`: no command helps.
     fn stuck(&self, force: Option<Force>) -> bool {
         let Ok(what) = std::fs::read_to_string(self.dir.join("stuck")) else { return false };
         match (what.trim(), force) {
@@ -156,8 +157,8 @@ impl VirtualPi {
         }
     }
 
-    /// Decides what an installation makes anew. A card of folders is always understood, but in a test that says what its root or
-    /// home holds instead: the name of something, `unreadable`, or nothing at all.
+    /// Decides what an installation formats. Folders count as ext4, unless a test's file `root-holds` or
+    /// `home-holds` names other contents: a format, `unreadable`, or empty for a blank partition.
     fn decide(&self, erase: Erase) -> Result<Decided, Refusal> {
         let plan = if self.is_stock() { Plan::Write(Vec::new()) } else { Plan::Keep };
         erasure::decide(&plan, &[], erase, Begun::default(), |place| {
@@ -174,7 +175,7 @@ impl VirtualPi {
         })
     }
 
-    /// Goes down, once: a second command finds it going down already.
+    /// Goes down once. A second command finds it going down already and changes nothing.
     fn go_down(&self, going: Going, event: Event, execution: Option<&str>) -> Result<(), SystemError> {
         self.advance(|state| match &state.power {
             Power::On(up) => Some(State {
@@ -191,18 +192,19 @@ impl VirtualPi {
         let time = DateTime::<Utc>::from(SystemTime::now()).to_rfc3339_opts(SecondsFormat::Micros, true);
         let append = || {
             let mut file = std::fs::OpenOptions::new().append(true).create(true).open(&path)?;
+            // Escaped, so that each message is one line.
             std::io::Write::write_all(&mut file, format!("{time} {}\n", text.escape_debug()).as_bytes())
         };
         append().map_err(SystemError::io("write", &path))
     }
 
-    /// The file `scheduled` is what logind has in `/run/systemd/shutdown`: whoever writes it announces a shutdown, and
-    /// whoever removes it takes it back.
+    /// The file `scheduled` stands for logind's `/run/systemd/shutdown`: a test that writes it announces a shutdown,
+    /// and one that removes it cancels it.
     fn schedule(&self) -> Schedule {
         Schedule { file: self.dir.join("scheduled"), ours: self.dir.join("scheduled-by-agent") }
     }
 
-    /// The file says so.
+    /// A test creates the file `under-voltage`.
     fn weak_power(&self) -> bool {
         self.dir.join("under-voltage").exists()
     }
@@ -242,6 +244,7 @@ impl System for VirtualPi {
 
     fn mode(&self) -> Mode {
         match self.up() {
+            // A state of an older version knows only installers on the first partition.
             Some(up) if up.installer.unwrap_or(up.partition == 1) => Mode::Installer,
             _ => Mode::Running,
         }
@@ -269,7 +272,7 @@ impl System for VirtualPi {
     fn identity_dir(&self) -> PathBuf {
         match self.mode() {
             Mode::Running => self.dir.join("agent"),
-            // As on a real card: an installer has the identity that was left on its own partition, and no other.
+            // As on a real card: an installer has only the identity that was left on its own partition.
             Mode::Installer => self.card().recovery.join("marco"),
         }
     }
@@ -333,7 +336,7 @@ impl System for VirtualPi {
     }
 
     fn clock(&self) -> Option<DateTime<Utc>> {
-        // It has none of its own, but in a test that gives it one.
+        // Only a test gives it a clock, in the file `clock`.
         std::fs::read_to_string(self.dir.join("clock")).ok()?.trim().parse().ok()
     }
 
@@ -364,7 +367,7 @@ impl System for VirtualPi {
 
     async fn check_target(&self, room: Room) -> Result<Ready, SystemError> {
         let Room::Resident(needs) = room else { return Err(SystemError::Unsupported(NO_PARTITIONS)) };
-        // A card of folders has no size, but in a test that gives it one, in MiB.
+        // A card of folders has no size, unless a test gives it one in MiB.
         let size = std::fs::read_to_string(self.dir.join("card-size")).unwrap_or_default();
         let Ok(mebibytes) = size.trim().parse::<u64>() else { return Ok(Ready::Now) };
         let settings = Settings::read(&self.card().recovery);
@@ -380,7 +383,7 @@ impl System for VirtualPi {
             return Err(SystemError::Unsupported("a card is installed only by the installer, not by what runs on it"));
         }
         let decided = self.decide(erase)?;
-        // The file says that its card takes no file system.
+        // The file `mkfs-fails` stands for a card on which no file system can be made.
         if self.dir.join("mkfs-fails").exists() {
             let failed = std::io::Error::other("mke2fs ended with status 1");
             return Err(SystemError::io("make a file system on", self.card().root)(failed));
@@ -390,6 +393,7 @@ impl System for VirtualPi {
         let (root, home) = (decided.root.is_some(), decided.home.is_some());
         let (held, emptied) = (lease.clone(), card.clone());
         let job = tokio::task::spawn_blocking(move || {
+            // The thread goes on if the job is dropped (a power cut), and so keeps the lease.
             let _held = held;
             let folders = [Some(&emptied.boot), root.then_some(&emptied.root), home.then_some(&emptied.home)];
             folders.into_iter().flatten().try_for_each(|folder| tree::empty(folder))
@@ -410,6 +414,8 @@ impl System for VirtualPi {
 
     async fn finish_target(&self, target: Target) -> Result<(), SystemError> {
         let (from, to) = (self.card().recovery.join("marco"), self.dir.join("agent"));
+        // An installation on a real card puts the identity into the new root. Here the running system reads it from
+        // `agent`.
         let job = tokio::task::spawn_blocking(move || {
             tree::copy_identity(&from, &to)?;
             let folder = std::fs::File::open(&target.root).map_err(SystemError::io("open", &target.root))?;
@@ -419,15 +425,17 @@ impl System for VirtualPi {
     }
 }
 
-/// The same board for the same id, whenever it is made.
+/// Derived from the id, so that the same Pi always has the same board.
 fn board(id: &str) -> Board {
     let digest = hex::encode(Sha256::digest(id.as_bytes()));
     let tail: String = digest.chars().skip(digest.len() - 8).collect();
     let mac: Vec<&str> = [(0, 2), (2, 4), (4, 6)].into_iter().filter_map(|(from, to)| digest.get(from..to)).collect();
     Board {
         model: "Raspberry Pi 4 Model B Rev 1.4".into(),
+        // New-style code of a Pi 4 B with 4 GiB.
         revision: "c03114".into(),
         serial: format!("10000000{tail}"),
+        // An OUI of Raspberry Pi.
         macs: vec![format!("dc:a6:32:{}", mac.join(":"))],
         memory_bytes: 4 * 1024 * 1024 * 1024,
         family: "pi4".into(),

@@ -1,17 +1,17 @@
-//! Controllers whose clocks are wrong, and right again.
+//! Controllers with wrong clocks, which are right again later.
 
 use super::*;
 
 const DAY: i64 = 24 * 60 * 60 * 1_000_000;
 
-/// Until when the certificate needs no renewal.
+/// End of the time in which the certificate needs no renewal.
 fn rests(identity: &Identity) -> Duration {
     identity.renewal_in()
 }
 
 #[tokio::test]
 async fn renewal_that_succeeded_is_not_due_again() {
-    // 20 days ahead, which its certificate of 30 days bore out; a build after the controller's time; and long ago.
+    // 20 days ahead, within the certificate's 30 days; a build after the controller's time; and a time long ago.
     for wrong in ["2026-01-21T00:00:00Z", "2026-06-01T00:00:00Z", "1970-01-02T00:00:00Z"] {
         let dir = tempfile::tempdir().unwrap();
         let controller = Controller::start(Pki::new(FROM, TO)).await;
@@ -21,13 +21,13 @@ async fn renewal_that_succeeded_is_not_due_again() {
         identity.renew(std::slice::from_ref(&controller.address), KeyPolicy::Rotate).await.unwrap();
         assert!(rests(&identity) > Duration::from_secs(5 * 86_400), "{wrong}: due in {:?}", rests(&identity));
         identity.connect(&controller.address, Purpose::Session).await.unwrap();
-        // Nor after a restart.
+        // The same after a restart.
         let again = Identity::load(dir.path(), time_of_build()).unwrap().unwrap();
         assert!(rests(&again) > Duration::from_secs(5 * 86_400), "{wrong}: due in {:?}", rests(&again));
     }
 }
 
-/// An agent that was built before the certificates.
+/// An agent that was built before the certificates were issued.
 fn time_of_build() -> Arc<TlsTime> {
     Arc::new(TlsTime::starting_at(micros(FROM) - 100 * DAY))
 }
@@ -39,7 +39,7 @@ async fn time_before_the_build_is_believed_when_proved() {
     enrolled(dir.path(), &controller).await;
     let built = Arc::new(TlsTime::starting_at(micros("2027-06-01T00:00:00Z")));
     let identity = Identity::load(dir.path(), built).unwrap().unwrap();
-    // It takes the controller for an expired one until it has proof of another time.
+    // It takes the controller's certificate for expired until another time is proved.
     let refused = identity.connect(&controller.address, Purpose::Session).await;
     assert!(matches!(refused, Err(IdentityError::Connect { .. })), "{refused:?}");
     assert!(identity.is_refused());
@@ -67,7 +67,7 @@ async fn certificate_of_another_ca_proves_no_time() {
     let foreign = Controller::start(Pki::new("2060-01-01T00:00:00Z", "2060-01-31T00:00:00Z")).await;
     let other = tempfile::tempdir().unwrap();
     enrolled(other.path(), &foreign).await;
-    // As a card that was put together from two.
+    // A card that was put together from two.
     for file in ["node.crt", "node.key"] {
         std::fs::copy(other.path().join(file), dir.path().join(file)).unwrap();
     }
@@ -105,6 +105,7 @@ async fn years_ahead_and_back_again_cost_two_renewals() {
         identity.accepted();
         identity.learn_time(micros(told));
     }
+    // A node used to renew every second in this case, and its time never went back.
     assert_eq!((ahead.renewed().len(), right.renewed().len()), (1, 1));
     assert!(rests(&identity) > Duration::from_secs(5 * 86_400));
     stop.cancel();

@@ -1,11 +1,11 @@
-//! The one decision that something on a card is lost. A file system is made only with an [`Erasure`], and nothing else
-//! makes one. Pure.
+//! The only decision that erases data on a card. A file system is made only with an [`Erasure`], and only this module
+//! creates one. Pure.
 
 use super::plan::{Part, Plan};
 use super::probe::Contents;
 use crate::system::{Erase, Refusal};
 
-/// Leave to make a file system on one partition, whatever is there.
+/// Permission to make a file system on one partition, whatever it holds.
 #[derive(Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) struct Erasure(u32);
@@ -19,17 +19,17 @@ pub(crate) enum Place {
     Home,
 }
 
-/// The decisions of an interrupted installation, which still hold: a file system that was being made cannot be told from
-/// its bytes.
+/// The decisions of an interrupted installation. They still hold: a half-made file system cannot be recognised by its
+/// bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Begun {
     /// The root was being made.
     pub(crate) root: bool,
-    /// Home was.
+    /// Home was being made.
     pub(crate) home: bool,
 }
 
-/// The file systems that are made anew.
+/// Permissions for the file systems that an installation makes. `None`: the partition is kept.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Decided {
     /// The root.
@@ -39,7 +39,7 @@ pub(crate) struct Decided {
 }
 
 impl Place {
-    /// Its number in the table.
+    /// Number in the partition table.
     pub(crate) fn number(self) -> u32 {
         match self {
             Self::Root => 2,
@@ -51,10 +51,10 @@ impl Place {
         Erasure(self.number())
     }
 
-    /// Decides over a partition that nobody asked to erase; `None`: it is kept.
+    /// Decides about a partition that no operator asked to erase. `None`: it is kept.
     ///
     /// # Errors
-    /// It is neither blank nor a file system that the installer can mount, or cannot be read.
+    /// Returns an error if it is neither blank nor a file system that the installer can mount, or if it cannot be read.
     pub(crate) fn unasked(self, contents: &Contents) -> Result<Option<Erasure>, Refusal> {
         let number = self.number();
         let (name, cure) = match self {
@@ -64,6 +64,7 @@ impl Place {
         let refuse = |reason, message| Err(Refusal { reason, message });
         match (contents, self) {
             (Contents::FileSystem(_), _) => Ok(None),
+            // A blank home holds nothing that could be lost. A blank root needs an image.
             (Contents::Nothing, Self::Home) => Ok(Some(self.erasure())),
             (Contents::Nothing, Self::Root) => {
                 refuse("ROOT_EMPTY", format!("the root (p2) is empty, and boot files alone make no system: {cure}"))
@@ -87,20 +88,20 @@ impl Place {
 }
 
 impl Erasure {
-    /// The partition's number.
+    /// Number of the partition.
     pub(crate) fn number(&self) -> u32 {
         self.0
     }
 
-    /// The system's boot partition (p4): every installation brings all that is in it.
+    /// The system's boot partition (p4). Every installation brings all of its files, so nothing there is worth keeping.
     pub(crate) fn of_boot() -> Self {
         Self(4)
     }
 
-    /// The recovery partition that a disk gets on which nothing lies.
+    /// The recovery partition of a disk that is blank.
     ///
     /// # Errors
-    /// Something lies on it, or it cannot be read.
+    /// Returns an error if the disk holds data or cannot be read.
     pub(crate) fn of_blank_disk(contents: &Contents) -> Result<Self, Refusal> {
         let why = match contents {
             Contents::Nothing => return Ok(Self(1)),
@@ -118,8 +119,9 @@ impl Erasure {
     }
 }
 
-/// Partitions that have to be looked at first, since nobody gave leave to erase them.
+/// Partitions whose contents decide, since no operator gave permission to erase them.
 pub(crate) fn undecided(plan: &Plan, erase: Erase, begun: Begun) -> Vec<Place> {
+    // A new table takes these partitions anyway: their contents cannot change the decision.
     if *plan != Plan::Keep {
         return Vec::new();
     }
@@ -127,10 +129,10 @@ pub(crate) fn undecided(plan: &Plan, erase: Erase, begun: Begun) -> Vec<Place> {
     decided.into_iter().filter(|(_, decided)| !decided).map(|(place, _)| place).collect()
 }
 
-/// Decides what is made anew. `look` says what lies on a partition, and is asked of the [`undecided`] ones.
+/// Decides what is formatted. `look` returns a partition's contents and is called for the [`undecided`] ones.
 ///
 /// # Errors
-/// Something is to be kept that is not understood, or that the new table has no place for.
+/// Returns an error if contents that are to be kept are not understood, or have no place in the new table.
 pub(crate) fn decide(
     plan: &Plan,
     parts: &[Part],
@@ -145,20 +147,22 @@ pub(crate) fn decide(
     let unasked = undecided(plan, erase, begun);
     let of = |place: Place| match place {
         place if unasked.contains(&place) => place.unasked(&look(place)),
-        // It was being made for an image, which is not there.
+        // An interrupted installation was making it for an image. This one brings only boot files.
         Place::Root if !erase.root => place.unasked(&Contents::Nothing),
         place => Ok(Some(place.erasure())),
     };
     Ok(Decided { root: of(Place::Root)?, home: of(Place::Home)? })
 }
 
-/// A new table takes every partition but the first. The root may go, and what else there is only when home may.
+/// A new table removes every partition but the first. The root may go; any other partition only with permission for
+/// home.
 fn laid_out_anew(parts: &[Part], erase: Erase) -> Result<(), Refusal> {
     if !erase.root {
         let message = "the card is not in the installer's layout, and laying it out makes the root anew: install an image \
                        instead of boot files alone";
         return Err(Refusal { reason: "LAYOUT_NOT_RESIDENT", message: message.into() });
     }
+    // Numbers 1 and 2 are a stock card's boot partition and root.
     match parts.iter().find(|part| part.number > 2) {
         Some(other) if !erase.home => {
             let message = format!(
@@ -196,7 +200,7 @@ mod tests {
             assert_eq!(on_resident(IMAGE, none, &ext4, contents), Err(reason));
             assert_eq!(on_resident(BOOT_ONLY, none, &ext4, contents), Err(reason));
             assert_eq!(on_resident(BOOT_ONLY, none, contents, &ext4), Err(reason));
-            // It was asked for, in so many words.
+            // The operator asked for it explicitly.
             let all = Decided { root: Some(Erasure(2)), home: Some(Erasure(3)) };
             assert_eq!(on_resident(ALL, none, contents, contents), Ok(all));
         }
@@ -210,7 +214,7 @@ mod tests {
         let root = Contents::FileSystem("ext4");
         let decided = on_resident(IMAGE, Begun::default(), &root, &Contents::Nothing).unwrap();
         assert_eq!(decided.home, Some(Erasure(3)));
-        // Of a home that was being made nothing is known, and yet it is decided.
+        // A home that was being made can hold anything, and is still decided.
         let half = Contents::Unknown("data of no known kind".into());
         let begun = Begun { root: false, home: true };
         assert_eq!(on_resident(IMAGE, begun, &root, &half).unwrap().home, Some(Erasure(3)));

@@ -1,4 +1,4 @@
-//! Which disk is the card: what the kernel shows in `/sys/class/block` and `/proc/self/mountinfo`.
+//! Finds the card from the kernel's `/sys/class/block` and `/proc/self/mountinfo`.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -10,7 +10,7 @@ use super::{Access, Disk, RECOVERY_LABEL, file_system, mount, unmount};
 
 const BLOCK: &str = "/sys/class/block";
 
-/// Whole disks that have a device behind them, sorted: cards before USB sticks before others, by name.
+/// Whole disks with a device behind them. Cards come before USB disks, USB disks before others; then by name.
 pub(crate) fn disks() -> Vec<Disk> {
     let mut names: Vec<String> = names().into_iter().filter(|name| is_disk(name)).collect();
     names.sort_by_key(|name| (!name.starts_with("mmcblk"), !name.starts_with("sd"), name.clone()));
@@ -24,7 +24,7 @@ fn names() -> Vec<String> {
 
 fn is_disk(name: &str) -> bool {
     let folder = Path::new(BLOCK).join(name);
-    // An eMMC shows its own boot areas as disks.
+    // An eMMC also shows its own boot areas as disks.
     let area = name.starts_with("mmcblk") && (name.contains("boot") || name.contains("rpmb"));
     !area && !folder.join("partition").exists() && folder.join("device").exists() && number(&folder, "size") > 0
 }
@@ -34,7 +34,7 @@ fn number(folder: &Path, file: &str) -> u64 {
     text.trim().parse().unwrap_or_default()
 }
 
-/// The kernel's name of a block device; none of what is no block device.
+/// The kernel's name of a block device. `None`: not a block device.
 pub(super) fn kernel_name(device: &Path) -> Option<String> {
     let found = std::fs::metadata(device).ok()?;
     found.file_type().is_block_device().then(|| name_of(found.rdev()))?
@@ -46,7 +46,7 @@ fn name_of(device: u64) -> Option<String> {
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
-/// The partitions of a disk that the kernel knows; their types it does not.
+/// The partitions of a disk as the kernel lists them. Their types are not known there: `kind` is 0.
 pub(super) fn kernel_parts(disk: &str) -> Vec<Part> {
     let folder = std::fs::canonicalize(Path::new(BLOCK).join(disk)).unwrap_or_default();
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -60,11 +60,12 @@ pub(super) fn kernel_parts(disk: &str) -> Vec<Part> {
     parts.map(part).collect()
 }
 
-/// The card: the first disk with a recovery partition, which is a first partition that is FAT and has the label
-/// RECOVERY or, failing that, a folder `marco`. `scratch` is a folder to mount at for a look.
+/// The card: the first disk with a FAT as first partition that is labelled RECOVERY or, if no disk has the label, holds
+/// a folder `marco`. `scratch` is a folder to mount a candidate at.
 pub(crate) fn card(scratch: &Path) -> Option<Disk> {
     let candidates: Vec<Disk> =
         disks().into_iter().filter(|disk| matches!(file_system(&disk.partition(1)), Ok(Some("vfat")))).collect();
+    // Labels first: reading one needs no mount of a stranger's file system.
     let labelled = candidates.iter().find(|disk| label(&disk.partition(1)).as_deref() == Some(RECOVERY_LABEL));
     labelled.or_else(|| candidates.iter().find(|disk| has_marco(&disk.partition(1), scratch))).cloned()
 }
@@ -83,13 +84,13 @@ fn has_marco(device: &Path, scratch: &Path) -> bool {
 pub(crate) fn label(device: &Path) -> Option<String> {
     let mut sector = [0; 512];
     File::open(device).ok()?.read_exact(&mut sector).ok()?;
-    // FAT32 has it after its longer parameter block.
+    // FAT32 has a longer parameter block, so the label lies further behind.
     let place = if sector.get(82..87) == Some(b"FAT32") { 71 } else { 43 };
     let label = sector.get(place..place + 11)?;
     Some(String::from_utf8_lossy(label).trim_end().to_owned())
 }
 
-/// The disk that the file system mounted at `/` lies on.
+/// The disk of the root file system. `None`: the root is not on a partition.
 pub(crate) fn disk_of_root() -> Option<Disk> {
     let name = name_of(std::fs::metadata("/").ok()?.dev())?;
     let folder = std::fs::canonicalize(Path::new(BLOCK).join(&name)).ok()?;
@@ -100,7 +101,7 @@ pub(crate) fn disk_of_root() -> Option<Disk> {
     Some(Disk { device: Path::new("/dev").join(disk) })
 }
 
-/// Where a device is mounted, if it is.
+/// Mount point of a device. `None`: not mounted.
 pub(crate) fn mounted_at(device: &Path) -> Option<PathBuf> {
     let rdev = std::fs::metadata(device).ok()?.rdev();
     let wanted = format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev));
@@ -108,11 +109,12 @@ pub(crate) fn mounted_at(device: &Path) -> Option<PathBuf> {
     point(&table, &wanted)
 }
 
-/// The mount point of the whole file system on `device`, major:minor, by proc_pid_mountinfo(5).
+/// Mount point of the whole file system on `device` (major:minor), by proc_pid_mountinfo(5).
 fn point(table: &str, device: &str) -> Option<PathBuf> {
     table.lines().find_map(|line| {
         let mut words = line.split(' ').skip(2);
         let (found, root, point) = (words.next()?, words.next()?, words.next()?);
+        // A bind mount of a subfolder does not show the whole file system.
         (found == device && root == "/").then(|| PathBuf::from(point.replace("\\040", " ")))
     })
 }

@@ -1,4 +1,4 @@
-//! Looks at a card for the decision what of it is made anew, and keeps that decision over an interruption.
+//! Probes a card to decide what an installation formats, and records that decision on the card.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use crate::durable;
 use crate::settings::Settings;
 use crate::system::Erase;
 
-/// On the recovery partition, while file systems are being made: which, by name, one a line.
+/// File on the recovery partition that lists the file systems being made, one name a line.
 const MARK: &str = "marco/erasing";
 
-/// The decisions of an interrupted installation.
+/// The decisions of an interrupted installation. Empty: none was interrupted.
 pub(crate) fn begun(recovery: &Path) -> Result<Begun, SystemError> {
     let path = recovery.join(MARK);
     let text = match std::fs::read_to_string(&path) {
@@ -23,8 +23,8 @@ pub(crate) fn begun(recovery: &Path) -> Result<Begun, SystemError> {
     Ok(Begun { root: has("root"), home: has("home") })
 }
 
-/// Keeps what is being made from now on. Called right before each file system is made, and not earlier: until then its
-/// partition is as it was, and another operation may decide otherwise.
+/// Records what is being made. Called right before each file system is made, and not earlier: until then its partition
+/// is unchanged, and another operation may decide otherwise.
 pub(crate) fn begin(recovery: &Path, begun: Begun) -> Result<(), SystemError> {
     let named = [("root\n", begun.root), ("home\n", begun.home)];
     let text: String = named.iter().filter(|(_, begun)| *begun).map(|(name, _)| *name).collect();
@@ -32,7 +32,7 @@ pub(crate) fn begin(recovery: &Path, begun: Begun) -> Result<(), SystemError> {
     durable::replace(&path, text.as_bytes(), 0o600).map_err(SystemError::io("write", path))
 }
 
-/// Everything that was to be made is there.
+/// Removes the record: everything was made.
 pub(crate) fn end(recovery: &Path) -> Result<(), SystemError> {
     let path = recovery.join(MARK);
     match std::fs::remove_file(&path) {
@@ -41,10 +41,10 @@ pub(crate) fn end(recovery: &Path) -> Result<(), SystemError> {
     }
 }
 
-/// Decides what an installation makes anew on this card. Nothing is written.
+/// Decides what an installation formats on this card. Nothing is written.
 ///
 /// # Errors
-/// Something is to be kept that is not understood, or cannot be read.
+/// Returns an error if something is to be kept that is not understood or cannot be read.
 pub(crate) async fn decide(
     disk: &Disk,
     settings: &Settings,
@@ -55,6 +55,7 @@ pub(crate) async fn decide(
     let planned = tokio::task::spawn_blocking(move || Ok::<_, SystemError>((card.plan(&wanted)?, card.parts()?)));
     let ended = |error| SystemError::Invalid(format!("looking at the card did not end: {error}"));
     let (plan, parts) = planned.await.map_err(ended)??;
+    // `decide` is pure and `probe` is async, so the contents are collected first.
     let mut seen = Vec::new();
     for place in erasure::undecided(&plan, erase, begun) {
         seen.push((place, probe(&disk.partition(place.number())).await));
@@ -96,7 +97,7 @@ mod tests {
         end(recovery).unwrap();
         end(recovery).unwrap();
         assert_eq!(begun(recovery).unwrap(), Begun::default());
-        // A mark that cannot be read decides nothing.
+        // An unreadable record is an error, not "nothing was begun".
         std::fs::create_dir(recovery.join(super::MARK)).unwrap();
         assert!(begun(recovery).is_err());
     }

@@ -1,4 +1,4 @@
-//! How a card is divided: four primary partitions in an MBR, in layout resident. Pure.
+//! The division of a card: four primary partitions in an MBR, in layout resident. Pure.
 //!
 //! On the card p1 (recovery, as it was found) comes first, then p4 (the system's boot partition), p2 (root), p3 (home).
 
@@ -7,40 +7,40 @@ use marco_archive::disk::Needs;
 use crate::settings::Settings;
 use crate::system::Refusal;
 
-/// Bytes of a sector; all cards have this.
+/// Bytes of a sector, the same on every card.
 pub(crate) const SECTOR: u64 = 512;
-/// Sectors between two borders that a partition may begin at: 4 MiB, what cards erase at once.
+/// Alignment of partitions in sectors: 4 MiB, the size that cards erase at once.
 const ALIGN: u64 = 8192;
-/// Sectors of a recovery partition that is made anew: 256 MiB.
+/// Sectors of a new recovery partition: 256 MiB.
 const RECOVERY: u64 = 256 << 11;
-/// A root is not worth making with fewer sectors than 64 MiB.
+/// Fewest sectors of a root: 64 MiB.
 const SMALLEST_ROOT: u64 = 64 << 11;
-/// Nor a home with fewer than 8 MiB.
+/// Fewest sectors of a home: 8 MiB.
 const SMALLEST_HOME: u64 = 8 << 11;
-/// Sectors that a root has at most by default: 32 GiB.
+/// Most sectors of a root by default: 32 GiB. The rest of a large card is for home.
 const LARGEST_ROOT: u64 = 32 << 21;
-/// An MBR counts sectors in 32 bits.
+/// Most sectors that an MBR can count, in 32 bits.
 const MOST: u64 = 0xffff_ffff;
 
-/// FAT with LBA, as a partition's type in an MBR.
+/// Type of a FAT partition with LBA in an MBR.
 pub(crate) const FAT: u8 = 0x0c;
-/// Linux.
+/// Type of a Linux partition.
 const LINUX: u8 = 0x83;
-/// Every type that means FAT.
+/// Every type that stands for a FAT.
 const FATS: [u8; 6] = [0x01, 0x04, 0x06, 0x0b, 0x0c, 0x0e];
-/// What stands in the MBR of a card with a GPT.
+/// Type of the only entry in the MBR of a card with a GPT.
 const PROTECTIVE: u8 = 0xee;
 
 /// A partition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Part {
-    /// From 1.
+    /// Number in the table, from 1.
     pub(crate) number: u32,
-    /// Its type.
+    /// Type byte in the MBR; 0 if unknown.
     pub(crate) kind: u8,
-    /// Its first sector.
+    /// First sector.
     pub(crate) start: u64,
-    /// How many it has.
+    /// Length in sectors.
     pub(crate) sectors: u64,
 }
 
@@ -49,27 +49,28 @@ impl Part {
         self.start + self.sectors
     }
 
-    /// Whether it is meant to hold a FAT.
+    /// True if its type stands for a FAT.
     pub(crate) fn is_fat(&self) -> bool {
         FATS.contains(&self.kind)
     }
 }
 
-/// What becomes of a card's table.
+/// Decision about a card's table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Plan {
-    /// It is in layout resident.
+    /// The card is in layout resident.
     Keep,
-    /// These partitions, by number; those that were there before in the same place are kept.
+    /// Write these partitions, ordered by number. A partition that had the same place before keeps its contents.
     Write(Vec<Part>),
-    /// Nothing yet: the recovery partition has to lie here first.
+    /// First move the recovery partition to this place.
     Move(Part),
 }
 
-/// Whether these partitions are a card in layout resident.
+/// True if these partitions are a card in layout resident.
 pub(crate) fn is_resident(parts: &[Part]) -> bool {
     let get = |number| parts.iter().find(|part| part.number == number);
     let (Some(p1), Some(p2), Some(p3), Some(p4)) = (get(1), get(2), get(3), get(4)) else { return false };
+    // By order, not by size: an older `install.toml` may have set other sizes.
     p1.is_fat()
         && p4.is_fat()
         && p2.kind == LINUX
@@ -79,10 +80,10 @@ pub(crate) fn is_resident(parts: &[Part]) -> bool {
         && p2.end() <= p3.start
 }
 
-/// Divides a card of this many sectors that has these partitions.
+/// Plans the table of a card of this many sectors with these partitions.
 ///
 /// # Errors
-/// It is too small (`DISK_TOO_SMALL`), or has a GPT (`PARTITION_TABLE_GPT`).
+/// Returns an error if the card is too small (`DISK_TOO_SMALL`) or has a GPT (`PARTITION_TABLE_GPT`).
 pub(crate) fn plan(parts: &[Part], sectors: u64, settings: &Settings) -> Result<Plan, Refusal> {
     if parts.iter().any(|part| part.kind == PROTECTIVE) {
         let message = "the card has a GPT, with which several boards' firmware cannot try a boot partition; write it \
@@ -92,21 +93,23 @@ pub(crate) fn plan(parts: &[Part], sectors: u64, settings: &Settings) -> Result<
     if is_resident(parts) {
         return Ok(Plan::Keep);
     }
+    // A first partition that is a FAT is kept: it holds the installer, or a stock card's firmware.
     let found = parts.iter().find(|part| part.number == 1 && part.is_fat()).copied();
     let recovery = found.unwrap_or(Part { number: 1, kind: FAT, start: ALIGN, sectors: RECOVERY });
-    // Where an image that was to be written to the whole card has left it.
+    // An interrupted raw installation left the recovery partition at the card's end, and no room behind it.
     let front = Part { start: ALIGN, ..recovery };
+    // Moving costs a restart, so only if the partition's present place leaves no room.
     match divide(recovery, sectors, settings) {
         Err(_) if front.end() <= recovery.start && divide(front, sectors, settings).is_ok() => Ok(Plan::Move(front)),
         divided => Ok(Plan::Write(divided?)),
     }
 }
 
-/// The partitions on a card with this one for recovery.
+/// The partitions of a card with this recovery partition.
 fn divide(recovery: Part, sectors: u64, settings: &Settings) -> Result<Vec<Part>, Refusal> {
     let wanted = |bytes: u64| up(bytes.div_ceil(SECTOR));
     let boot = Part { number: 4, kind: FAT, start: up(recovery.end()), sectors: wanted(settings.boot.size) };
-    // The border of the last whole step; what is behind it is not used.
+    // The last aligned sector. The rest of the card stays unused.
     let end = sectors.min(MOST) / ALIGN * ALIGN;
     let left = end.saturating_sub(boot.end());
     let root_sectors = match (settings.root.size, settings.home.size) {
@@ -134,7 +137,7 @@ fn divide(recovery: Part, sectors: u64, settings: &Settings) -> Result<Vec<Part>
 /// Checks that boot partition and root have the room that an image needs.
 ///
 /// # Errors
-/// One of them has not (`NO_ROOM`).
+/// Returns an error if one of them is too small (`NO_ROOM`).
 pub(crate) fn fits(parts: &[Part], needs: Needs) -> Result<(), Refusal> {
     for (number, name, needed) in [(4, "boot partition", needs.boot), (2, "root", needs.root)] {
         let Some(part) = parts.iter().find(|part| part.number == number) else { continue };
@@ -153,11 +156,11 @@ pub(crate) fn fits(parts: &[Part], needs: Needs) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Where the recovery partition of a card has to lie when an image of so many bytes is written from its beginning on; none:
-/// where it is.
+/// New place of a card's recovery partition for an image of this many bytes from the card's beginning. `None`: it can
+/// stay.
 ///
 /// # Errors
-/// There is no recovery partition, or the card is too small for both (`DISK_TOO_SMALL`).
+/// Returns an error if there is no recovery partition, or the card is too small for both (`DISK_TOO_SMALL`).
 pub(crate) fn behind(parts: &[Part], sectors: u64, image: u64) -> Result<Option<Part>, Refusal> {
     let image = up(image.div_ceil(SECTOR));
     let Some(recovery) = parts.iter().find(|part| part.number == 1 && part.is_fat()).copied() else {
@@ -168,6 +171,7 @@ pub(crate) fn behind(parts: &[Part], sectors: u64, image: u64) -> Result<Option<
         return Ok(None);
     }
     let start = sectors.min(MOST).saturating_sub(recovery.sectors) / ALIGN * ALIGN;
+    // The copy must not overlap its source: a power cut in the middle would destroy both.
     let needed = image.max(recovery.end());
     if start < needed {
         let message = format!(
@@ -275,7 +279,7 @@ mod tests {
         let refused = behind(&[p1], 4097 * MIB, (3840 << 20) + 1).unwrap_err();
         assert_eq!(refused.reason, "DISK_TOO_SMALL");
         assert!(refused.message.contains("it has 4097 MiB, and needs 4100 MiB"), "{}", refused.message);
-        // It must not be written over itself, however small the image is.
+        // The copy must not overwrite its source, however small the image is.
         assert_eq!(behind(&[p1], 400 * MIB, 8 << 20).unwrap_err().reason, "DISK_TOO_SMALL");
         assert_eq!(behind(&[], 4096 * MIB, 8 << 20).unwrap_err().reason, "NO_RECOVERY_PARTITION");
     }
@@ -285,7 +289,7 @@ mod tests {
         let front = part(1, FAT, 8192, 256 * MIB);
         let end = part(1, FAT, 3840 * MIB, 256 * MIB);
         assert_eq!(plan(&[end], 4096 * MIB, &Settings::default()), Ok(Plan::Move(front)));
-        // Where it has room behind it, it stays.
+        // With room behind it, the partition stays.
         let middle = part(1, FAT, 1024 * MIB, 256 * MIB);
         assert_eq!(written(&[middle], 4096 * MIB, "")[0], middle);
     }

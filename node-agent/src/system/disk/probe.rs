@@ -1,5 +1,5 @@
-//! The contents of a partition that may be somebody's. It is read here first, since libblkid takes a sector that cannot be
-//! read for one with nothing in it; then libblkid is asked, which knows many more kinds than this program.
+//! Tells what a partition holds that may be an owner's. The agent reads it first, because libblkid takes an unreadable
+//! sector for an empty one. Then it asks libblkid, which knows many more formats than this program.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result, Seek as _, SeekFrom};
@@ -9,44 +9,45 @@ use std::time::Duration;
 use super::fill;
 use crate::system::command;
 
-/// Bytes that are read at the beginning: every superblock that libblkid knows, but for those at the end.
+/// Bytes read at the beginning: every superblock that libblkid knows, except those at the end.
 const FRONT: usize = 1 << 20;
-/// Bytes that are read at the end: RAID members have their superblocks there.
+/// Bytes read at the end: some RAID formats have their superblocks there.
 const BACK: u64 = 256 << 10;
-/// Paths of the program: in the installer, and on systems with and without a merged `/usr`.
+/// Paths of blkid: in the installer, and on systems with and without a merged `/usr`.
 const BLKID: [&str; 2] = ["/sbin/blkid", "/usr/sbin/blkid"];
-/// It reads less than a mebibyte.
+/// Time limit. blkid reads less than a mebibyte.
 const BLKID_TIME: Duration = Duration::from_secs(30);
-/// Exit status of `blkid -p`: nothing found, and more than one thing found (blkid(8)).
+/// Exit statuses of `blkid -p` (blkid(8)): nothing found, and more than one format found.
 const NOTHING: i32 = 2;
 const AMBIVALENT: i32 = 8;
 
 /// The contents of a partition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Contents {
-    /// Nothing: its beginning was emptied, and libblkid finds nothing in the rest.
+    /// No data: the beginning is blank, and libblkid finds nothing in the rest.
     Nothing,
-    /// A file system that the installer can mount, by its name for mount(2).
+    /// A file system that the installer can mount, named as in mount(2).
     FileSystem(&'static str),
-    /// Something else, in words.
+    /// Other contents, described in words.
     Unknown(String),
-    /// It cannot be read, and why.
+    /// The contents cannot be read, with the error.
     Unreadable(String),
 }
 
-/// The findings of the bytes alone.
+/// Findings from the bytes alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Seen {
-    /// The beginning holds nothing: all zeros, or all ones, as an erased card may read.
+    /// True if the beginning is all zeros or all ones: some cards read erased blocks as ones.
     pub(super) blank: bool,
-    /// The file system by its magic number, one that an installation makes.
+    /// File system by its magic number, of those that an installation makes.
     pub(super) kind: Option<&'static str>,
 }
 
-/// Reads what superblocks can lie in.
+/// Reads every place where a superblock can be.
 pub(super) fn look(device: &Path) -> Result<Seen> {
     let mut file = File::open(device)?;
     let size = file.seek(SeekFrom::End(0))?;
+    // Zero bytes can always be read, and would count as blank.
     if size == 0 {
         return Err(Error::new(ErrorKind::UnexpectedEof, "it has no sectors"));
     }
@@ -54,6 +55,7 @@ pub(super) fn look(device: &Path) -> Result<Seen> {
     whole(&file, &mut front, 0)?;
     let from = size.saturating_sub(BACK);
     let mut back = vec![0; usize::try_from(size - from).unwrap_or_default()];
+    // Only for read errors: `blkid -p` reports "nothing found" for a device whose every sector fails.
     whole(&file, &mut back, from)?;
     let blank = front.iter().all(|byte| *byte == 0) || front.iter().all(|byte| *byte == 0xff);
     Ok(Seen { blank, kind: magic(&front) })
@@ -68,9 +70,9 @@ fn whole(file: &File, buffer: &mut [u8], at: u64) -> Result<()> {
     Ok(())
 }
 
-/// The file system that these first bytes say it is.
+/// File system by the magic number in these first bytes.
 fn magic(front: &[u8]) -> Option<&'static str> {
-    /// The type, the place, and the bytes there.
+    /// Type, offset of the magic number, and its bytes.
     const MAGIC: [(&str, usize, &[u8]); 6] = [
         ("ext4", 1024 + 56, &[0x53, 0xef]),
         ("btrfs", 65536 + 64, b"_BHRfS_M"),
@@ -83,8 +85,8 @@ fn magic(front: &[u8]) -> Option<&'static str> {
     found.map(|(kind, ..)| *kind)
 }
 
-/// Finds out what lies on a partition. Every doubt is an answer of its own: nothing here is an error that a caller could
-/// take for emptiness.
+/// Finds the contents of a partition. It returns doubts and failures as [`Contents`], so that no caller can take an
+/// error for emptiness.
 pub(crate) async fn probe(device: &Path) -> Contents {
     let path = device.to_owned();
     let seen = tokio::task::spawn_blocking(move || look(&path)).await.unwrap_or_else(|error| Err(Error::other(error)));
@@ -94,16 +96,16 @@ pub(crate) async fn probe(device: &Path) -> Contents {
     }
 }
 
-/// An answer of libblkid.
+/// The answer of libblkid.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Answer {
-    /// A kind, by its name there.
+    /// A format, by libblkid's name.
     Type(String),
-    /// A partition table where a file system should be.
+    /// A partition table in place of a file system.
     Table(String),
     Nothing,
     Ambivalent,
-    /// It could not be asked.
+    /// blkid could not be asked.
     Silent(String),
 }
 
@@ -121,7 +123,7 @@ async fn ask(device: &Path) -> Answer {
     }
 }
 
-/// Of the lines `KEY=value`: a partition without a type has only lines about its place in the table.
+/// Reads the lines `KEY=value`. For a partition without a type they only describe its place in the table.
 fn answer(text: &str) -> Answer {
     let value = |key| text.lines().find_map(|line| line.strip_prefix(key)).map(str::to_owned);
     match (value("TYPE="), value("PTTYPE=")) {
@@ -141,11 +143,12 @@ fn conclude(seen: Seen, answer: &Answer) -> Contents {
         Answer::Table(name) => unknown(format!("a partition table ({name})")),
         Answer::Ambivalent => unknown("more than one file system or volume (wipefs -n lists them)".to_owned()),
         Answer::Nothing if seen.blank => Contents::Nothing,
+        // libblkid also checks the superblock, so its "nothing" outweighs a magic number.
         Answer::Nothing => unknown(match seen.kind {
             Some(kind) => format!("what looks like {kind}, with a superblock that is damaged"),
             None => "data of no known kind, as an encrypted volume without a header is".to_owned(),
         }),
-        // Without libblkid: what is blank or ours is still told apart from what may be anything.
+        // Without libblkid, only blank partitions and the installer's own formats are certain.
         Answer::Silent(why) => match seen.kind {
             Some(kind) => Contents::FileSystem(kind),
             None if seen.blank => Contents::Nothing,
@@ -154,10 +157,10 @@ fn conclude(seen: Seen, answer: &Answer) -> Contents {
     }
 }
 
-/// The type for mount(2) of what libblkid calls so.
+/// libblkid's name of a format as a type for mount(2). `None`: the installer cannot mount it.
 fn mountable(name: &str) -> Option<&'static str> {
     Some(match name {
-        // One driver mounts all three.
+        // One kernel driver mounts all three.
         "ext2" | "ext3" | "ext4" => "ext4",
         "btrfs" => "btrfs",
         "f2fs" => "f2fs",

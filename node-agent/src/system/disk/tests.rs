@@ -1,5 +1,5 @@
-//! On a plain file, and, where the kernel lets us, on a loop device: real tables, real file systems, real mounts. (FAT is
-//! made there but not mounted: not every kernel that runs these tests has it.)
+//! Tests on a plain file and, if the kernel allows it, on a loop device: real tables, real file systems, real mounts.
+//! FAT is made there but not mounted, since some kernels that run these tests lack it.
 
 #![expect(clippy::disallowed_methods, reason = "losetup ends at once")]
 
@@ -33,7 +33,7 @@ fn settings() -> Settings {
 pub(in crate::system) struct Loop(pub(in crate::system) Disk);
 
 impl Loop {
-    /// None where that is not allowed.
+    /// `None`: the test may not use loop devices.
     pub(in crate::system) fn new(image: &Path) -> Option<Self> {
         let output = Command::new("/sbin/losetup").args(["-fP", "--show"]).arg(image).output().ok()?;
         if !output.status.success() {
@@ -57,7 +57,7 @@ impl Drop for Loop {
     }
 }
 
-/// A folder where something is mounted; unmounted when dropped, also by a test that fails.
+/// A mount point. Unmounted when dropped, so that a failed test leaves nothing mounted.
 struct Mounted(PathBuf);
 
 impl Mounted {
@@ -69,7 +69,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // What the test unmounted itself is there no more.
+        // A test may have unmounted it already.
         let _ = rustix::mount::unmount(&self.0, rustix::mount::UnmountFlags::DETACH);
     }
 }
@@ -83,6 +83,7 @@ fn a_blank_file_gets_the_four_partitions_and_keeps_them() {
     let parts = disk.parts().unwrap();
     assert!(is_resident(&parts), "{parts:?}");
     let name = disk.partuuid(2).unwrap();
+    // A changed `install.toml` must not divide a card again that holds a system.
     assert!(!disk.partition_resident(&Settings::default()).unwrap(), "kept, whatever the sizes are now");
     assert_eq!((disk.parts().unwrap(), disk.partuuid(2).unwrap()), (parts, name.clone()));
     assert!(name.starts_with("PARTUUID=") && name.ends_with("-02") && name.len() == 20, "{name}");
@@ -94,7 +95,7 @@ fn a_recovery_partition_stays_as_it_is_byte_for_byte() {
     let disk = Disk { device: image(&dir, 1024 * MIB) };
     let blank = disk.partition_resident(&settings()).unwrap();
     assert!(blank);
-    // Only the first of the four, with something in it, and something behind it that looks like an old file system.
+    // Only the first of the four, with data in it, and behind it the remains of an old file system.
     let mut file = fs::OpenOptions::new().read(true).write(true).open(&disk.device).unwrap();
     let mut table = mbrman::MBR::read_from(&mut file, 512).unwrap();
     let signature = table.header.disk_signature;
@@ -111,6 +112,7 @@ fn a_recovery_partition_stays_as_it_is_byte_for_byte() {
     assert_eq!(parts[0], Part { number: 1, kind: FAT, start: 8192, sectors: 256 * 2048 });
     let bytes = fs::read(&disk.device).unwrap();
     let at = |mib: usize| &bytes[mib << 20..][..16];
+    // The remains must be gone: they would be taken for a file system of the new partition.
     assert_eq!((&at(4)[..8], at(260)), (b"recovery".as_slice(), [0; 16].as_slice()));
     assert_eq!(disk.table().unwrap().unwrap().header.disk_signature, signature);
 }
@@ -121,6 +123,7 @@ fn a_file_that_is_too_small_is_refused_and_not_touched() {
     let disk = Disk { device: image(&dir, 300 * MIB) };
     let error = disk.partition_resident(&settings()).unwrap_err();
     assert!(error.to_string().contains("too small"), "{error}");
+    // Not even a table: the card may hold data of its owner.
     assert!(fs::read(&disk.device).unwrap().iter().all(|byte| *byte == 0));
 }
 
@@ -134,7 +137,7 @@ async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
     let mounted = Mounted::new(&disk.partition(1), dir.path().join("p1"), Access::ReadWrite);
     let at = &mounted.0;
     fs::write(at.join("keep"), "this").unwrap();
-    // As a card that has only its recovery partition.
+    // A card that has only its recovery partition.
     let mut device = disk.open(true).unwrap();
     let mut table = disk.table().unwrap().unwrap();
     for number in 2..=4 {
@@ -161,6 +164,7 @@ async fn on_a_loop_device_partitions_appear_while_another_one_is_mounted() {
     assert!(root.join("lost+found").exists() && fs::write(root.join("x"), "").is_err());
     assert_eq!(super::find::mounted_at(&disk.partition(2)), Some(root.clone()));
     unmount(root).unwrap();
+    // Twice: unmounting an unmounted folder is no error.
     unmount(root).unwrap();
     assert_eq!(fs::read_to_string(at.join("keep")).unwrap(), "this");
     unmount(at).unwrap();
@@ -186,7 +190,7 @@ async fn the_door_of_a_partition_that_is_mounted_for_reading_opens_for_a_write_o
     }
     assert!(fs::write(at.join("y"), "").is_err());
 
-    // As a program that is being started: it has what is open, until it is there.
+    // A program that is being started holds the agent's open files until its `exec`.
     let open = part.open_for_writing().unwrap();
     let child = fs::File::create(at.join("z")).unwrap();
     let (closing, closed) = std::sync::mpsc::channel();
@@ -207,6 +211,7 @@ async fn a_recovery_partition_goes_behind_an_image_and_comes_back() {
     let Some(card) = Loop::new(&image(&dir, 1024 * MIB)) else { return };
     let disk = &card.0;
     assert!(disk.partition_resident(&settings()).unwrap());
+    // Noise, so that a block copied to a wrong place shows.
     let noise: Vec<u8> =
         (0..64 * MIB).flat_map(|at| u32::try_from(at % 65521 * 65537).unwrap().to_le_bytes()).collect();
     fs::OpenOptions::new().write(true).open(disk.partition(1)).unwrap().write_all(&noise).unwrap();
@@ -215,12 +220,12 @@ async fn a_recovery_partition_goes_behind_an_image_and_comes_back() {
     let end = disk.behind(500 * MIB).unwrap().unwrap();
     disk.move_recovery(end).unwrap();
     assert_eq!(disk.parts().unwrap(), [end], "nothing else is in the table");
-    // As the kernel sees it after a restart.
+    // The kernel's view after a restart.
     disk.tell_kernel(&disk.parts().unwrap()).unwrap();
     assert!(fs::read(disk.partition(1)).unwrap() == noise && !disk.partition(2).exists());
     assert_eq!(disk.behind(500 * MIB).unwrap(), None);
 
-    // What an image brings is shown at its places, and is not in the table.
+    // The image's partitions are shown at their places, and are not in the table.
     let (boot, root) = (Stretch { start: MIB, length: 8 * MIB }, Stretch { start: 9 * MIB, length: 32 * MIB });
     disk.show(boot, root).unwrap();
     let size = |number| fs::File::open(disk.partition(number)).unwrap().seek(SeekFrom::End(0)).unwrap();
@@ -230,6 +235,7 @@ async fn a_recovery_partition_goes_behind_an_image_and_comes_back() {
 
     let Plan::Move(to) = disk.plan(&settings()).unwrap() else { panic!("it fits behind the end") };
     assert_eq!(to, front);
+    // The recovery partition must be moved first: nothing fits behind it.
     assert!(disk.partition_resident(&settings()).is_err());
     disk.move_recovery(to).unwrap();
     disk.tell_kernel(&disk.parts().unwrap()).unwrap();
@@ -259,7 +265,7 @@ fn a_table_that_cannot_be_read_is_not_a_card_without_one() {
     let dir = TempDir::new().unwrap();
     let disk = Disk { device: image(&dir, 1024 * MIB) };
     assert!(disk.table().unwrap().is_none(), "it can be read, and is blank");
-    // A chain of logical partitions that leads to nowhere.
+    // A chain of logical partitions that leads nowhere.
     let mut file = fs::OpenOptions::new().write(true).open(&disk.device).unwrap();
     let mut sector = [0; 512];
     sector[446 + 4] = 0x05;
@@ -276,7 +282,7 @@ fn a_table_that_cannot_be_read_is_not_a_card_without_one() {
     file.write_all(&first).unwrap();
     assert!(disk.parts().is_err() && disk.partition_resident(&settings()).is_err());
     assert_eq!(fs::read(&disk.device).unwrap()[..512], sector, "it was written to");
-    // One that is too short to have a sector.
+    // A disk that is too short for one sector.
     fs::write(dir.path().join("short"), "x").unwrap();
     assert!(Disk { device: dir.path().join("short") }.parts().is_err());
 }
@@ -290,7 +296,7 @@ fn room_is_that_of_the_partitions_that_are_there_or_will_be() {
     for _ in 0..2 {
         disk.fits(&planned, root(256)).unwrap();
         assert!(disk.fits(&planned, root(257)).is_err());
-        // The second time they are there, whatever the sizes are now.
+        // In the second round the partitions exist, and the settings' sizes do not count.
         disk.partition_resident(&planned).unwrap();
     }
     assert!(disk.fits(&settings(), root(257)).is_err());

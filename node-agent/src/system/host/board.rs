@@ -1,10 +1,10 @@
-//! The board, from the device tree and, where that is silent, `/proc/cpuinfo`.
+//! The board's facts, from the device tree or, as a fallback, `/proc/cpuinfo`.
 
 use std::path::Path;
 
 use crate::system::{Board, Booted};
 
-/// Reads what there is; what is not there stays empty, for this may be any machine.
+/// Reads the facts. Unknown ones stay empty, since any machine may run this.
 pub(in crate::system) fn read(sysroot: &Path) -> Board {
     let tree = sysroot.join("proc/device-tree");
     let cpuinfo = std::fs::read_to_string(sysroot.join("proc/cpuinfo")).unwrap_or_default();
@@ -22,19 +22,19 @@ pub(in crate::system) fn read(sysroot: &Path) -> Board {
     }
 }
 
-/// What the firmware says it booted; nothing else is to be believed.
+/// The firmware's report of this boot. There is no fallback: no other source tells a trial boot.
 pub(in crate::system) fn booted(sysroot: &Path) -> Option<Booted> {
     let number = |name| cell(&sysroot.join("proc/device-tree/chosen/bootloader").join(name));
     Some(Booted { partition: number("partition")?, tryboot: number("tryboot")? != 0 })
 }
 
-/// A property of the device tree that is one big-endian cell.
+/// A device tree property of one big-endian cell.
 pub(super) fn cell(path: &Path) -> Option<u32> {
     let bytes = std::fs::read(path).ok()?;
     Some(u32::from_be_bytes(bytes.try_into().ok()?))
 }
 
-/// A property that is a string; it ends with a NUL.
+/// A device tree property that is a string, without its final NUL.
 fn string(path: &Path) -> Option<String> {
     let bytes = std::fs::read(path).ok()?;
     let text = String::from_utf8_lossy(&bytes);
@@ -54,13 +54,14 @@ fn memory(sysroot: &Path) -> u64 {
     kibibytes.unwrap_or_default() * 1024
 }
 
-/// Of interfaces with a device behind them: no loopback, bridge or tunnel.
+/// Only interfaces with a device behind them: no loopback, bridge or tunnel.
 fn macs(net: &Path) -> Vec<String> {
     let interfaces = std::fs::read_dir(net).into_iter().flatten().flatten().map(|entry| entry.path());
     let address = |path: &Path| std::fs::read_to_string(path.join("address")).ok();
     let mut macs: Vec<String> = interfaces
         .filter(|path| path.join("device").exists())
         .filter_map(|path| Some(address(&path)?.trim().to_lowercase()))
+        // Other kinds of links have longer addresses, and some drivers report only zeros.
         .filter(|mac| mac.len() == 17 && mac != "00:00:00:00:00:00")
         .collect();
     macs.sort();
@@ -68,9 +69,10 @@ fn macs(net: &Path) -> Vec<String> {
     macs
 }
 
-/// The family by the revision code: the type in bits 4-11 of a new-style code (bit 23)
-/// (<https://www.raspberrypi.com/documentation/computers/raspberry-pi.html>, "new-style revision codes"); old-style ones
-/// are all of the first. By type, as the firmware's filters are: a Pi 2 of version 1.2 has the processor of a Pi 3.
+/// Board family by the revision code: the type in bits 4-11 of a new-style code (bit 23)
+/// (<https://www.raspberrypi.com/documentation/computers/raspberry-pi.html>, "new-style revision codes"). Old-style
+/// codes all belong to the first family. By type, not by processor, as the firmware's filters: a Pi 2 version 1.2 has
+/// the processor of a Pi 3.
 fn family(code: u32) -> &'static str {
     if code & (1 << 23) == 0 {
         return "pi1";

@@ -1,4 +1,4 @@
-//! The card of a running system in layout resident: found by the root's own disk.
+//! The card of a running system, found by the disk of its root.
 
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -21,12 +21,13 @@ fn stock(disk: &Disk, parts: &[Part]) -> Option<Card> {
     Some(Card { recovery: boot.clone(), boot, root: "/".into(), home: "/home".into() })
 }
 
-/// The card, once it was found, and why it was not, to be said once. A machine without one is asked again each time: it costs two reads.
+/// The card once it is found, and the last problem, so that each is logged once. Without a card every call looks again:
+/// it costs two reads, and a card may be mounted later.
 #[derive(Debug, Default)]
 pub(super) struct FoundCard(Mutex<(Option<Card>, String)>);
 
 impl FoundCard {
-    /// Where the partitions are; `mounts` is a folder for those that nobody else mounts.
+    /// The card's mount points. `mounts` is the folder for partitions that the system does not mount itself.
     pub(super) fn get(&self, mounts: &Path) -> Option<Card> {
         let mut found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (card, problem) = &mut *found;
@@ -55,12 +56,13 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
     let mounted = match find::mounted_at(&recovery) {
         Some(somewhere) => somewhere,
         None => {
+            // Read-only: a FAT that is not written cannot be torn by a power cut.
             disk::mount(&recovery, &at, Access::ReadOnly)?;
             at
         }
     };
     if find::label(&recovery).as_deref() != Some(disk::RECOVERY_LABEL) && !mounted.join("marco").is_dir() {
-        // Four partitions of somebody else's.
+        // A card with four partitions that Marco did not lay out.
         if mounted == mounts.join("recovery") {
             disk::unmount(&mounted)?;
         }
@@ -77,9 +79,10 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
     Ok(Some(Card { recovery: mounted, boot, root: "/".into(), home: "/home".into() }))
 }
 
-/// Refuses an installation that would not leave everything else on the disk of the root as it is.
+/// Refuses an installation that would change anything else on the root's disk.
 pub(super) async fn keeps_the_rest(erase: Erase) -> Result<(), Refusal> {
     let Some(disk) = find::disk_of_root() else { return Ok(()) };
+    // Defaults: the installer decides again with `install.toml` and the record of an interrupted try.
     match kept::decide(&disk, &Settings::default(), erase, Begun::default()).await {
         Err(SystemError::Refused(refusal)) => Err(refusal),
         Err(error) => Err(Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) }),
@@ -87,7 +90,7 @@ pub(super) async fn keeps_the_rest(erase: Erase) -> Result<(), Refusal> {
     }
 }
 
-/// Whether the disk of the root can be put into layout resident.
+/// Checks that the disk of the root can be put into layout resident.
 pub(super) fn can_be_laid_out() -> Result<(), Refusal> {
     let planned = find::disk_of_root().map(|disk| disk.plan(&Settings::default()));
     match planned {

@@ -1,18 +1,19 @@
-//! Whether an update may be begun: what is known now about everything that it needs. Nothing is written.
+//! Checks that an update can begin, with everything that is known before it. Nothing is written.
 
 use std::path::Path;
 
 use super::board::cell;
 use crate::system::{Board, Card, Refusal};
 
-/// Bytes that must be free on the recovery partition for a further installer set.
+/// Bytes that must be free on the recovery partition for another installer set.
 const SET_ROOM: u64 = 64 << 20;
-/// The installer runs in memory, with its set unpacked and an image's window.
+/// Bytes of memory that the installer needs: its unpacked set, an image's compression window, and itself.
 const MEMORY: u64 = 200 << 20;
-/// The boot loader of a Pi 4 reads `autoboot.txt` since 2022-12-01.
+/// Unix time of 2022-12-01: boot loaders of a Pi 4 read `autoboot.txt` from then on.
 const PI4_LOADER: u32 = 1_669_852_800;
 
-/// Everything, the surest reason first. `stock`: whether a stock card can be laid out anew. An emulated board has no firmware that could be asked.
+/// Runs all checks, the most certain reason first. `stock`: result of planning the installer's layout on a
+/// stock card; `None` for other cards. An emulated board has no firmware to check.
 pub(super) fn check(
     sysroot: &Path,
     board: &Board,
@@ -51,7 +52,7 @@ fn refuse(reason: &'static str, message: String) -> Result<(), Refusal> {
     Err(Refusal { reason, message })
 }
 
-/// Whether a trial boot can be asked for: by a kernel that passes the reboot's argument on, of a firmware that obeys.
+/// Checks that a trial boot works: the kernel must pass on the reboot's argument, and the firmware must obey it.
 fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
     let loader = sysroot.join("proc/device-tree/chosen/bootloader");
     if cell(&loader.join("partition")).is_none() || cell(&loader.join("tryboot")).is_none() {
@@ -59,13 +60,14 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
                        is no Raspberry Pi, or its firmware is too old";
         return refuse("FIRMWARE_TOO_OLD", message.into());
     }
-    // Only the vendor's kernel has it, and only that one passes on the argument of a reboot.
+    // Only the vendor's kernel has it, and only that kernel passes on the argument of a reboot.
     if !sysroot.join("dev/vcio").exists() {
         let message = "the running kernel has no Raspberry Pi firmware interface (/dev/vcio), and so cannot ask for a \
                        trial boot: use the vendor's kernel (linux-image-rpi, linux-rpi) instead of a generic one";
         return refuse("TRIAL_BOOT_UNUSABLE", message.into());
     }
     match cell(&loader.join("build-timestamp")) {
+        // Only a Pi 4 can have a boot loader that old.
         Some(built) if board.family == "pi4" && built < PI4_LOADER => {
             let message = "the boot loader in the board's EEPROM is older than 2022-12-01, and does not know \
                            autoboot.txt's sections: run rpi-eeprom-update";
@@ -75,11 +77,12 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
     }
 }
 
-/// Bit 0 of the firmware's throttling state is "under-voltage now".
+/// Bit 0 of the firmware's throttling state means under-voltage at this moment.
 pub(super) fn under_voltage(sysroot: &Path) -> Result<(), Refusal> {
     let path = sysroot.join("sys/devices/platform/soc/soc:firmware/get_throttled");
     let state = std::fs::read_to_string(path).unwrap_or_default();
     let state = u32::from_str_radix(state.trim().trim_start_matches("0x"), 16).unwrap_or_default();
+    // Kernels without that file report the state as an alarm of the driver `rpi_volt`.
     let alarm = |folder: &Path| {
         let read = |name| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
         read("name").trim() == "rpi_volt" && read("in0_lcrit_alarm").trim() == "1"
@@ -107,10 +110,11 @@ fn room(recovery: &Path) -> Result<(), Refusal> {
     }
 }
 
-/// The installer has the drivers and the keys for a wired network only.
+/// The installer has drivers and keys for a wired network only.
 fn wired(sysroot: &Path) -> Result<(), Refusal> {
     let interfaces = std::fs::read_dir(sysroot.join("sys/class/net")).into_iter().flatten().flatten();
     let usable = |folder: &Path| {
+        // An entry without a device is a bridge, a tunnel or the loopback.
         folder.join("device").exists()
             && !folder.join("wireless").exists()
             && !folder.join("phy80211").exists()
@@ -139,7 +143,7 @@ mod tests {
         fs::write(path, bytes).unwrap();
     }
 
-    /// A Pi 4 that may be updated.
+    /// A Pi 4 that passes all checks.
     fn good() -> (TempDir, Board, Card) {
         let root = TempDir::new().unwrap();
         let loader = "proc/device-tree/chosen/bootloader";

@@ -14,7 +14,7 @@ fn put(root: &Path, path: &str, bytes: impl AsRef<[u8]>) {
     fs::write(path, bytes).unwrap();
 }
 
-/// A host whose shutdown command writes down its arguments, one a line, and ends with the status in `status`.
+/// A host with a shutdown command that records its arguments, one a line, and exits with the status in `status`.
 fn host(root: &Path) -> Host {
     put(root, "bin/shutdown", "#!/bin/sh\nprintf '%s\\n' \"$@\" >> \"$0.log\"\nexit $(cat \"$0.status\")\n");
     put(root, "bin/shutdown.status", "0");
@@ -51,6 +51,7 @@ fn a_pi_is_described_from_its_device_tree() {
         put(root.path(), &format!("sys/class/net/{interface}/address"), address);
         put(root.path(), &format!("sys/class/net/{interface}/device/uevent"), "");
     }
+    // No device behind it, so it is not the board's.
     put(root.path(), "sys/class/net/docker0/address", "02:42:00:00:00:01");
     let host = host(root.path());
     let facts = host.facts().unwrap();
@@ -106,7 +107,7 @@ async fn only_the_agents_own_shutdown_is_taken_back() {
     let root = TempDir::new().unwrap();
     let scheduled = "run/systemd/shutdown/scheduled";
     let host = host(root.path());
-    // As logind does for `shutdown -k`, and for `shutdown -c`.
+    // Does what logind does for `shutdown -k` and for `shutdown -c`.
     let script = "#!/bin/sh\nprintf '%s\\n' \"$@\" >> \"$0.log\"\ncd \"$(dirname \"$0\")/..\"\ncase $1 in\n\
                   -k) mkdir -p run/systemd/shutdown; echo \"MODE=reboot\" > run/systemd/shutdown/scheduled ;;\n\
                   -c) rm run/systemd/shutdown/scheduled ;;\nesac\n";
@@ -117,20 +118,21 @@ async fn only_the_agents_own_shutdown_is_taken_back() {
     assert_eq!(said(root.path()), [""; 0], "nothing was announced");
     assert!(host.announce(Down::Reboot, minute, "").await.unwrap());
     assert_eq!(host.standing(), Standing::Ours);
-    // An agent that was killed in its notice takes back what it had announced.
+    // An agent that was killed during its notice withdraws its announcement.
     let again = Host::new(host.options.clone()).unwrap();
     again.withdraw().await.unwrap();
     assert_eq!((again.standing(), said(root.path()).len()), (Standing::Nothing, 6));
 
     let theirs = "USEC=1\nMODE=poweroff\n";
     put(root.path(), scheduled, theirs);
-    // There may be no terminal and no program to write to it.
+    // The test machine may have no terminal, or no program that writes to it.
     let _ = host.announce(Down::Reboot, minute, "").await;
     let _ = host.withdraw().await;
     assert_eq!(fs::read_to_string(root.path().join(scheduled)).unwrap(), theirs);
     assert_eq!(said(root.path()).len(), 6, "shutdown was not called");
 
     let parameter = "run/systemd/reboot-param";
+    // Another program asked for that reboot, so its argument stays.
     put(root.path(), parameter, "recovery");
     let _ = host.withdraw().await;
     assert!(root.path().join(parameter).exists(), "of somebody else's reboot");
@@ -140,6 +142,7 @@ async fn only_the_agents_own_shutdown_is_taken_back() {
 async fn commands_get_the_message_as_one_argument_and_no_shell() {
     let root = TempDir::new().unwrap();
     let host = host(root.path());
+    // An operator writes the message. It must never reach a shell.
     host.reboot(Reboot::Plain, None, "$(touch /tmp/x); `id` 'now'").await.unwrap();
     assert_eq!(said(root.path()), ["-r", "now", "This machine reboots now: $(touch /tmp/x); `id` 'now'"]);
     host.power_off(None, "").await.unwrap();
@@ -155,6 +158,7 @@ async fn a_trial_boot_is_prepared_before_the_command_and_forgotten_when_it_fails
     assert_eq!(fs::read_to_string(&parameter).unwrap(), "0 tryboot");
     host.withdraw().await.unwrap();
     assert!(!parameter.exists());
+    // A failed command must leave no trial boot for the next reboot.
     put(root.path(), "bin/shutdown.status", "1");
     assert!(host.reboot(Reboot::TryBoot, None, "").await.is_err());
     assert!(!parameter.exists());

@@ -1,4 +1,4 @@
-//! Makes the card's file systems ready to be installed into, and closes them when everything is in them.
+//! Prepares the card's file systems for an installation, and closes them after it.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,15 +11,15 @@ use super::super::{Card, Erase, Lease, Refusal, SystemError, Target};
 use super::blocking;
 use crate::settings::Settings;
 
-/// On a home that is new: until an installation is complete, what the image has for its users goes there.
+/// Marker file on a new home. Until the installation is complete, the image's files for its users go there.
 const NEW_HOME: &str = ".marco-new";
-/// How long a partition's device may take to show.
+/// Time limit for the kernel to show a partition's device.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Partitions, makes file systems, and mounts them. What is there of an interrupted try is begun again.
+/// Partitions, makes file systems, and mounts them. An interrupted try starts again from the beginning.
 ///
 /// # Errors
-/// The card's, and what is to be kept and is not understood: then nothing was written.
+/// Returns an error if the card fails, or if contents that are to be kept are not understood. Then nothing was written.
 pub(super) async fn prepare(
     disk: &Disk,
     card: &Card,
@@ -29,13 +29,15 @@ pub(super) async fn prepare(
 ) -> Result<Target, SystemError> {
     let (closed, wanted, at) = (disk.clone(), settings.clone(), card.clone());
     blocking(move || {
+        // An earlier try in this boot may have left them mounted.
         for at in [&at.root.join("home"), &at.root, &at.boot, &at.home] {
             disk::unmount(at)?;
         }
-        // The kernel may have been shown other partitions before, those of a raw image.
+        // The kernel may still show the partitions of a raw image.
         if closed.plan(&wanted)? == Plan::Keep { closed.partition_resident(&wanted).map(drop) } else { Ok(()) }
     })
     .await?;
+    // Everything is decided before anything is written: a refusal must leave the card as it is.
     let begun = begun(disk, card).await?;
     let decided = kept::decide(disk, settings, erase, begun).await?;
     let (closed, wanted) = (disk.clone(), settings.clone());
@@ -45,6 +47,7 @@ pub(super) async fn prepare(
         appear(device).await?;
     }
     tracing::info!(disk = %disk.device.display(), new_table, "card partitioned");
+    // The boot partition first: a card that cannot be written must fail before the root is erased.
     disk.make_fat(Erasure::of_boot(), "BOOT", &settings.boot.mkfs_options).await?;
     let (new_root, new_home) = (decided.root.is_some(), decided.home.is_some());
     let begin = async |begun| {
@@ -52,6 +55,7 @@ pub(super) async fn prepare(
         blocking(move || kept::begin(&recovery, begun)).await
     };
     if let Some(erasure) = decided.root {
+        // Recorded before each `mkfs`: a half-made file system is not recognised after a power cut.
         begin(Begun { root: true, ..begun }).await?;
         disk.make(erasure, &settings.root.kind, "ROOT", &settings.root.mkfs_options).await?;
     }
@@ -64,10 +68,13 @@ pub(super) async fn prepare(
         disk::mount(&root, &card.root, Access::ReadWrite)?;
         disk::mount(&boot, &card.boot, Access::ReadWrite)?;
         if new_home && new_root {
+            // Home is mounted within the root, so that the image's users get their files.
             let at = card.root.join("home");
             disk::mount(&home, &at, Access::ReadWrite)?;
             std::fs::write(at.join(NEW_HOME), "").map_err(SystemError::io("write", at.join(NEW_HOME)))?;
             let folder = std::fs::File::open(&at).map_err(SystemError::io("open", &at))?;
+            // The marker must be on the card before `end` removes the record: until `finish` one of them marks this
+            // home as no user's.
             rustix::fs::syncfs(&folder).map_err(|error| SystemError::io("sync", &at)(error.into()))?;
         }
         kept::end(&card.recovery)?;
@@ -86,7 +93,7 @@ pub(super) async fn prepare(
     .await
 }
 
-/// The decisions of an interrupted installation. A home that it has made is not somebody's yet.
+/// The decisions of an interrupted installation. A home that it made holds no owner's data yet.
 async fn begun(disk: &Disk, card: &Card) -> Result<Begun, SystemError> {
     let (recovery, home, at) = (card.recovery.clone(), disk.partition(3), card.home.clone());
     blocking(move || {
@@ -96,13 +103,13 @@ async fn begun(disk: &Disk, card: &Card) -> Result<Begun, SystemError> {
     .await
 }
 
-/// Checks that everything which stays is understood, while the old system is still what boots. Nothing is written.
+/// Checks that everything that is kept is understood, while the old system still boots. Nothing is written.
 pub(super) async fn check_kept(disk: &Disk, card: &Card, settings: &Settings, erase: Erase) -> Result<(), SystemError> {
     kept::decide(disk, settings, erase, begun(disk, card).await?).await?;
     if erase.root {
         return Ok(());
     }
-    // Its superblock alone does not make a file system that boot files can be fitted to.
+    // Boot files must fit the root, so its superblock alone is not enough: it must mount.
     let (root, at) = (disk.partition(2), card.root.clone());
     blocking(move || {
         if find::mounted_at(&root).is_some() {
@@ -119,8 +126,8 @@ pub(super) async fn check_kept(disk: &Disk, card: &Card, settings: &Settings, er
     .await
 }
 
-/// Makes the boot partition, on which nothing is yet, anew under this label. (The owner's options come after it, and a
-/// label among them counts.)
+/// Formats the boot partition again under this label, while nothing is on it. The owner's options follow it, and a
+/// label among them wins.
 pub(super) async fn label_boot(
     disk: &Disk,
     target: &Target,
@@ -145,7 +152,7 @@ pub(super) async fn appear(device: &Path) -> Result<(), SystemError> {
     Ok(())
 }
 
-/// Whether an installation that made this home was interrupted. One that cannot be mounted is somebody's, and kept.
+/// True if an interrupted installation made this home. A home that cannot be mounted is an owner's, and kept.
 pub(super) fn is_unfinished(home: &Path, at: &Path) -> bool {
     if disk::mount(home, at, Access::ReadOnly).is_err() {
         return false;
@@ -155,16 +162,17 @@ pub(super) fn is_unfinished(home: &Path, at: &Path) -> bool {
     unfinished
 }
 
-/// Everything to the card; then nothing of it is mounted any more.
+/// Writes everything to the card and unmounts it.
 pub(super) fn finish(target: &Target) -> Result<(), SystemError> {
     let home = target.root.join("home");
     let mark = home.join(NEW_HOME);
+    // From here on home belongs to its users, and a later installation keeps it.
     if mark.exists() {
         std::fs::remove_file(&mark).map_err(SystemError::io("remove", &mark))?;
     }
     for at in [&home, &target.root, &target.boot] {
         let folder = match std::fs::File::open(at) {
-            // An image without a home.
+            // The image has no home.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             opened => opened.map_err(SystemError::io("open", at))?,
         };
@@ -175,10 +183,10 @@ pub(super) fn finish(target: &Target) -> Result<(), SystemError> {
     Ok(())
 }
 
-/// Gives a disk without any partition a recovery partition with this join file.
+/// Creates a recovery partition with this join file on a disk without partitions.
 ///
 /// # Errors
-/// The disk's, and that something lies on it all the same, as a file system without a table does.
+/// Returns an error if the disk fails, or holds data: a file system without a table, for example.
 pub(super) async fn blank(disk: Disk, join: &str, mounts: &Path) -> Result<Disk, SystemError> {
     let erasure = Erasure::of_blank_disk(&probe(&disk.device).await)?;
     let empty = disk.clone();
@@ -257,7 +265,7 @@ mod tests {
             assert!(front(&disk.partition(3)) == secret, "home was written to");
             assert!(front(&disk.partition(2)) == root, "the root was written to");
         }
-        // It was being made when the power went: then it is nobody's.
+        // It was being made at a power cut, so it is no owner's.
         kept::begin(&card.recovery, Begun { root: false, home: true }).unwrap();
         assert_eq!(refused(check_kept(disk, &card, &settings, IMAGE).await), None);
     }
@@ -273,7 +281,7 @@ mod tests {
         }
         assert_eq!(refused(check_kept(disk, &card, &settings, BOOT_ONLY).await), None);
         let _ = rustix::mount::unmount(&card.root, rustix::mount::UnmountFlags::empty());
-        // Its magic number is right, and so is libblkid's answer; the journal's inode and all groups are gone.
+        // The magic number is right, and so is libblkid's answer. The journal's inode and all groups are gone.
         let broken = File::options().write(true).open(disk.partition(2)).unwrap();
         broken.write_all_at(&vec![0xff; 512 << 10], 2048).unwrap();
         broken.sync_all().unwrap();

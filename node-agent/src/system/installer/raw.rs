@@ -8,23 +8,24 @@ use super::super::disk::{self, Access, Disk};
 use super::super::{Card, RawTarget, SystemError, Target};
 use super::{blocking, prepare};
 
-/// No check of a card's file system takes longer.
+/// Time limit for checking or growing a card's file system.
 const TIME: Duration = Duration::from_secs(15 * 60);
 
-/// Unmounts what was made for a tarball.
+/// Unmounts the file systems that were made for a tarball.
 pub(super) async fn open(card: &Disk, target: &Target) -> Result<RawTarget, SystemError> {
     let (root, boot) = (target.root.clone(), target.boot.clone());
     blocking(move || [&root.join("home"), &root, &boot].into_iter().try_for_each(|at| disk::unmount(at))).await?;
     Ok(RawTarget { boot: card.partition(4), root: card.partition(2) })
 }
 
-/// Checks the root, lets it grow to its partition, and mounts everything again.
+/// Checks the root, grows it to its partition, and mounts everything again.
 pub(super) async fn mount(card: &Disk, places: &Card, target: &Target) -> Result<(), SystemError> {
     let (boot, root, home) = (card.partition(4), card.partition(2), card.partition(3));
     grow(&root).await?;
     let (at, places) = (target.clone(), places.clone());
     blocking(move || {
-        // A home that this installation made takes what the image has for its users; it was mounted within the root.
+        // A home that this installation made takes the image's files for its users. It was mounted within the root
+        // before.
         let new_home = prepare::is_unfinished(&home, &places.home);
         disk::mount(&root, &at.root, Access::ReadWrite)?;
         disk::mount(&boot, &at.boot, Access::ReadWrite)?;
@@ -35,9 +36,10 @@ pub(super) async fn mount(card: &Disk, places: &Card, target: &Target) -> Result
 
 async fn grow(root: &Path) -> Result<(), SystemError> {
     let device = root.to_string_lossy();
+    // resize2fs refuses a file system that was not checked just before.
     let check = ["/sbin/e2fsck", "-f", "-y", &*device];
     if let Err(error) = run(&check, TIME).await {
-        // It also says 1 when it has repaired something, and then has nothing to say the second time.
+        // e2fsck also exits with 1 after a repair. The second run then finds nothing.
         tracing::warn!(%error, "the image's root was not clean");
         run(&check, TIME).await?;
     }

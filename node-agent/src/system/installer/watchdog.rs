@@ -1,4 +1,4 @@
-//! The hardware watchdog: when the installer hangs, the machine is reset, and the installer begins again.
+//! The hardware watchdog: it resets the machine if the installer hangs, and the installer starts again.
 
 use std::fs::File;
 use std::io::Write as _;
@@ -8,10 +8,10 @@ use std::time::Duration;
 use tokio_util::task::AbortOnDropHandle;
 
 const DEVICE: &str = "/dev/watchdog";
-/// A Raspberry Pi's runs out after at most 15 s.
+/// Feeding interval. A Raspberry Pi's watchdog expires after at most 15 s.
 const EVERY: Duration = Duration::from_secs(4);
 
-/// Fed for as long as the runtime turns; one that is not closed by its magic goes on when the agent ends.
+/// Fed while the runtime makes progress. Closed without its magic byte, it keeps counting after the agent ends.
 pub(super) struct Watchdog {
     device: Arc<Mutex<Option<File>>>,
     _feeder: AbortOnDropHandle<()>,
@@ -42,7 +42,7 @@ impl Watchdog {
 
 fn feed(device: &Mutex<Option<File>>) {
     if let Some(device) = device.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
-        // Any byte but V feeds it (watchdog-api of the kernel); one that fails to be written will reset the machine.
+        // Any byte except V feeds it (kernel, watchdog-api). A write that fails leads to a reset, as a hang does.
         let _ = device.write_all(b"\0");
     }
 }

@@ -1,11 +1,11 @@
-//! The card while an image is written to it as it is: the recovery partition lies behind the image, and the card's table
-//! knows only that, until the image is complete. So every boot before that is the installer.
+//! The card during the installation of an unchanged image. The recovery partition lies behind the image, and until the
+//! image is complete the card's table lists only that, so that every boot until then is the installer.
 
 use super::super::disk::{self, Access, Disk};
 use super::super::{Card, Lease, Stretch, SystemError, Target, WholeCard};
 use super::{blocking, prepare};
 
-/// Unmounts what was there before, and takes it off the card.
+/// Unmounts the old partitions and removes them from the table.
 pub(super) fn open(disk: &Disk, card: &Card, lease: Lease) -> Result<WholeCard, SystemError> {
     for at in [&card.root.join("home"), &card.root, &card.boot, &card.home] {
         disk::unmount(at)?;
@@ -14,7 +14,7 @@ pub(super) fn open(disk: &Disk, card: &Card, lease: Lease) -> Result<WholeCard, 
     Ok(WholeCard { device: disk.device.clone(), limit: recovery.start * disk::plan::SECTOR, lease })
 }
 
-/// Mounts what the image brought.
+/// Mounts the image's partitions.
 pub(super) async fn mount(
     disk: &Disk,
     card: &Card,
@@ -33,7 +33,7 @@ pub(super) async fn mount(
         disk::mount(&root, &card.root, Access::ReadWrite)?;
         disk::mount(&boot, &card.boot, Access::ReadWrite)?;
         Ok(Target {
-            // The image names its file systems itself, and nothing of that is changed.
+            // The image's own fstab and command line stay unchanged, so no names are needed.
             root_device: String::new(),
             boot_device: String::new(),
             home_device: String::new(),

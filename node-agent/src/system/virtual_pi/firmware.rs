@@ -1,7 +1,8 @@
-//! The firmware of a Raspberry Pi as a pure function over its boot partitions: which partition boots, from which files,
-//! and what it silently mixes. The rules are those of the vendor's documentation of `autoboot.txt`, `config.txt`
-//! and `tryboot` (<https://www.raspberrypi.com/documentation/computers/config_txt.html>). Where the real one would try
-//! other boot devices or guess, this one is dead: a card that only boots by luck should fail in a test.
+//! The firmware of a Raspberry Pi as a pure function of its boot partitions. It decides which partition boots and from
+//! which files, and reports silent mixes of two sets. The rules are those of the vendor's documentation of
+//! `autoboot.txt`, `config.txt` and `tryboot` (<https://www.raspberrypi.com/documentation/computers/config_txt.html>).
+//! Where the real one would try other boot devices or guess, this one is dead: a card that only boots by luck should
+//! fail in a test.
 
 use std::path::{Path, PathBuf};
 
@@ -9,28 +10,28 @@ use marco_archive::config_txt::{Conditions, ConfigTxt, Setting};
 
 use crate::bootpart::render::kernels;
 
-/// What differs from board to board.
+/// Differences between boards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Model {
-    /// Its filter name, and what its kernels are called by.
+    /// Name of its filter in `config.txt`. Its kernels' names follow from it.
     pub family: &'static str,
-    /// The device tree that it takes unless its configuration names another; none for a machine that has its own.
+    /// Device tree that it loads by default. `None`: the machine brings its own.
     pub device_tree: Option<&'static str>,
 }
 
 /// A Raspberry Pi 4 B.
 pub const PI_4: Model = Model { family: "pi4", device_tree: Some("bcm2711-rpi-4-b.dtb") };
-/// The firmware reads no more of `autoboot.txt` and of a command line.
+/// Bytes that the firmware reads of `autoboot.txt` and of a command line.
 const SHORT_FILE: usize = 512;
-/// Where the search for a partition begins: the first FAT of the card.
+/// Partition that boots by default: the first FAT of the card.
 const FIRST: u32 = 1;
 
-/// The FAT partitions of the card, mounted.
+/// Mount points of the card's FAT partitions.
 #[derive(Debug, Clone, Copy)]
 pub struct Partitions<'a> {
-    /// Number 1.
+    /// Partition 1.
     pub recovery: &'a Path,
-    /// Number 4.
+    /// Partition 4.
     pub boot: &'a Path,
 }
 
@@ -44,46 +45,46 @@ impl Partitions<'_> {
     }
 }
 
-/// What the firmware did.
+/// Result of a boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// It started a kernel.
+    /// A kernel started.
     Booted(Boot),
-    /// It did not, for this reason; the board hangs until its watchdog resets it.
+    /// No kernel started, for this reason. The board hangs until its watchdog resets it.
     Dead(String),
 }
 
-/// A kernel that was started, and with what.
+/// A started kernel and its files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Boot {
-    /// The partition.
+    /// Number of the partition.
     pub partition: u32,
-    /// Whether the trial flag was set; it is cleared by now.
+    /// True for a trial boot. The flag is cleared by now.
     pub tryboot: bool,
-    /// The `os_prefix` in force; empty when there is none or it was ignored.
+    /// The `os_prefix` in force. Empty: none, or it was ignored.
     pub prefix: String,
     /// The kernel's path within the partition.
     pub kernel: PathBuf,
     /// The command line, trimmed.
     pub cmdline: String,
-    /// The device tree's path within the partition, where the board takes one.
+    /// The device tree's path within the partition. `None`: the board loads none.
     pub device_tree: Option<PathBuf>,
-    /// The initial RAM file systems' paths within the partition.
+    /// Paths of the initial RAM file systems within the partition.
     pub initramfs: Vec<PathBuf>,
-    /// What did not come from where the configuration said.
+    /// Silent mixes of two sets of boot files.
     pub mixed: Vec<Mixed>,
 }
 
 /// A silent mix of two sets of boot files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mixed {
-    /// Kernel or device tree are missing under the prefix, so everything came from the root.
+    /// Kernel or device tree are missing under the prefix, so everything came from the partition's root.
     PrefixIgnored,
-    /// The prefix has no `overlays/README`, so the overlays came from the root.
+    /// The prefix has no `overlays/README`, so the overlays came from the partition's root.
     OverlaysFromRoot,
 }
 
-/// Boots with the trial flag as the last reset left it. The flag is one-shot: the caller clears it, whatever came out.
+/// Boots with the trial flag of the last reset. The flag is one-shot: the caller clears it after either result.
 pub fn boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Outcome {
     match try_boot(model, partitions, tryboot) {
         Ok(boot) => Outcome::Booted(boot),
@@ -93,7 +94,7 @@ pub fn boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Outcome
 
 fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<Boot, String> {
     let mut conditions = Conditions { models: vec![model.family.to_owned()], tryboot, boot_partition: None };
-    // Missing, unreadable or torn, it says nothing, and the first FAT boots.
+    // A missing, unreadable or torn file counts as empty: the first FAT boots.
     let autoboot = ConfigTxt::parse(&read_short(&partitions.recovery.join("autoboot.txt")).unwrap_or_default());
     let partition = match autoboot.get("boot_partition", &conditions).map(str::trim) {
         None | Some("" | "0") => FIRST,
@@ -102,6 +103,7 @@ fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<
     let root = partitions.get(partition).ok_or_else(|| format!("partition {partition} is not FAT"))?;
     conditions.boot_partition = Some(partition);
 
+    // With `tryboot_a_b` the trial selects another partition, without it another file.
     let whole_partition_trial = autoboot.get("tryboot_a_b", &conditions).map(str::trim) == Some("1");
     let name = if tryboot && !whole_partition_trial { "tryboot.txt" } else { "config.txt" };
     let text = std::fs::read(root.join(name)).map_err(|_| format!("partition {partition} has no {name}"))?;
@@ -112,6 +114,7 @@ fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<
     let has_device_tree = |prefix| device_tree.is_none_or(|name| is_file(root, prefix, name));
 
     let mut mixed = Vec::new();
+    // As the real firmware: an incomplete prefix is ignored silently, and everything comes from the root.
     let mut prefix = get("os_prefix").unwrap_or_default();
     if !prefix.is_empty() && (kernel(model, root, prefix, get).is_none() || !has_device_tree(prefix)) {
         prefix = "";
@@ -127,6 +130,7 @@ fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<
     let cmdline = read_short(&root.join(format!("{prefix}{}", get("cmdline").unwrap_or("cmdline.txt"))))
         .ok_or_else(|| format!("partition {partition} has no command line"))?;
     let loads = |setting: &&Setting| ["initramfs", "ramfsfile"].contains(&setting.key.as_str());
+    // The last line that applies wins, as for every other key.
     let initramfs = config.settings().iter().rev().filter(loads).find(|setting| setting.applies(&conditions));
     let files = initramfs.and_then(|setting| setting.value.split_whitespace().next()).unwrap_or_default();
     let files = files.split(',').filter(|file| !file.is_empty());
@@ -153,7 +157,7 @@ fn kernel<'a>(
     names.copied().find_map(path)
 }
 
-/// Whether the file is there and has something in it. The prefix is put before the name as it is, as the firmware does.
+/// True if the file exists and is not empty. The prefix is put before the name unchanged, as the firmware does.
 fn is_file(root: &Path, prefix: &str, name: &str) -> bool {
     root.join(format!("{prefix}{name}")).metadata().is_ok_and(|file| file.is_file() && file.len() > 0)
 }

@@ -1,4 +1,4 @@
-//! `log.jsonl`: one line for each thing done to a virtual Pi, appended and synced.
+//! `log.jsonl`: one line for each event of a virtual Pi, appended and synced.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde::{Deserialize, Serialize};
 
-/// What was done.
+/// Kind of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Event {
@@ -22,33 +22,33 @@ pub enum Event {
     PowerCut,
 }
 
-/// A line.
+/// A line of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Line {
-    /// When, RFC 3339, by the clock of the machine that simulates.
+    /// Time of the event, RFC 3339, by the clock of the simulating machine.
     pub time: String,
-    /// The boot that came up, or that ended.
+    /// Id of the boot that started or ended.
     pub boot_id: String,
-    /// What was done.
+    /// Kind of the event.
     pub event: Event,
-    /// Who asked for it; empty when nobody did.
+    /// The execution that asked for it. Empty: none did.
     pub execution: String,
-    /// On a boot: what came before it, when it was not a command: `power-on`, `power-cut` or `watchdog`.
+    /// Of a boot: its cause, if that is not a command: `power-on`, `power-cut` or `watchdog`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub after: String,
-    /// On a boot: the partition that booted.
+    /// Of a boot: the partition that booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub partition: Option<u32>,
-    /// On a boot: whether it was a trial.
+    /// Of a boot: true for a trial boot.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub tryboot: bool,
-    /// On a boot: what the firmware mixed.
+    /// Of a boot: silent mixes of boot files. Empty: none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mixed: Vec<String>,
 }
 
 impl Line {
-    /// A line that says no more than what was done.
+    /// A line with the event only.
     pub fn new(boot_id: &str, event: Event, execution: &str) -> Self {
         Self {
             time: DateTime::<Utc>::from(SystemTime::now()).to_rfc3339_opts(SecondsFormat::Micros, true),
@@ -63,26 +63,27 @@ impl Line {
     }
 }
 
-/// The file.
+/// The log file.
 #[derive(Debug)]
 pub struct Log {
     path: PathBuf,
 }
 
 impl Log {
-    /// In this Pi's folder.
+    /// The log in this Pi's folder.
     pub fn new(dir: &Path) -> Self {
         Self { path: dir.join("log.jsonl") }
     }
 
-    /// Appends the line unless the last one already says so: the state is committed first and the line after it, so
-    /// that after a crash between the two the line is still missing, and after one behind both it is there once.
+    /// Appends the line unless the last line already is this event. The state is committed before its line, so a crash
+    /// between the two leaves the line missing, and one after both must not repeat it.
     pub fn ensure(&self, line: &Line) -> std::io::Result<()> {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(&self.path)?;
         let (last, torn) = last_line(&mut file)?;
         if last.is_some_and(|last| last.boot_id == line.boot_id && last.event == line.event) {
             return Ok(());
         }
+        // A torn line is ended first, so that this one can be parsed.
         let mut bytes = if torn { vec![b'\n'] } else { Vec::new() };
         serde_json::to_writer(&mut bytes, line)?;
         bytes.push(b'\n');
@@ -91,8 +92,9 @@ impl Log {
     }
 }
 
-/// The last line, if it can be read, and whether it lacks its end.
+/// The last line, if it can be parsed, and true if it has no final newline.
 fn last_line(file: &mut File) -> std::io::Result<(Option<Line>, bool)> {
+    // Longer than any line.
     const TAIL: u64 = 4096;
     let length = file.metadata()?.len();
     file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;

@@ -1,4 +1,4 @@
-//! The power of a virtual Pi: what boots, runs and goes down, and when.
+//! The power of a virtual Pi: boots, the running agent, shutdowns and power cuts.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use super::state::{After, Going, Power, State, Up};
 use super::{VirtualPi, tree};
 use crate::system::{System, SystemError};
 
-/// How often the trigger files `power-on` and `power-cut` are looked for.
+/// Interval at which the trigger files `power-on` and `power-cut` are looked for.
 const POLL: Duration = Duration::from_millis(150);
-/// How long the service manager waits before it starts an agent again that ended by itself.
+/// Pause of the service manager before it starts an agent again that ended by itself.
 const RESTART: Duration = Duration::from_secs(1);
-/// How long an agent may take to end by itself when the simulation ends, or the machine goes down.
+/// Time for an agent to end by itself when the simulation ends or the machine goes down.
 const GRACE: Duration = Duration::from_secs(5);
-/// After so many boots in a row that did not come up the Pi stays off, as somebody would see to it.
+/// Number of failed boots in a row after which the Pi stays off, as an operator would unplug it.
 const DEAD_BOOTS: u32 = 10;
 
-/// Why waiting ended.
+/// Reason that a wait ended.
 enum Woken {
     /// The time is over, or the power state has changed.
     Done,
@@ -36,13 +36,13 @@ enum Woken {
 }
 
 impl VirtualPi {
-    /// Lets the Pi run until `stop`: boots, starts `agent` (again a second after it returned), drops it when the
-    /// machine goes down, and boots again. The agent's token is its SIGTERM: it is cancelled when the machine goes down and
-    /// on `stop`, and the agent gets five seconds to return by itself. On `stop` the Pi stays as it is, and the next
-    /// process goes on under the same boot id.
+    /// Drives the Pi until `stop`: boots, starts `agent` (again a second after it returned), drops it when the machine
+    /// goes down, and boots again. The agent's token is its SIGTERM. It is cancelled when the machine goes down and on
+    /// `stop`, and the agent gets five seconds to return. On `stop` the Pi stays as it is, and the next process
+    /// continues under the same boot id.
     ///
-    /// The file `hang` holds a machine that goes down: with `agent` in it before the agent is told to end, else after
-    /// that, until the file is gone or the power is cut.
+    /// The file `hang` holds a machine that goes down: with `agent` in it before the agent is told to end, otherwise
+    /// after that, until the file is gone or the power is cut.
     ///
     /// # Errors
     /// The Pi's folder cannot be read or written.
@@ -50,7 +50,7 @@ impl VirtualPi {
     where
         F: Fn(Arc<dyn System>, CancellationToken) -> BoxFuture<'static, ()> + Send,
     {
-        // A process killed between a commit and its line left the line to us.
+        // A process that was killed between a commit and its line of the log left the line to this one.
         self.ensure_logged(&self.state())?;
         loop {
             let power = self.state().power;
@@ -68,7 +68,8 @@ impl VirtualPi {
 
     async fn off(&self, stop: &CancellationToken) -> Result<Woken, SystemError> {
         loop {
-            // Nothing is lost when the power of a machine that is off is cut.
+            // A power cut does nothing to a machine that is off. The trigger is removed so that it does not cut a later
+            // boot.
             take(&self.dir.join("power-cut"))?;
             if take(&self.dir.join("power-on"))? {
                 self.advance(|_| Some(State::first()))?;
@@ -93,6 +94,7 @@ impl VirtualPi {
             Woken::Done => {}
             woken => return Ok(woken),
         }
+        // A boot clears `/run`, and with it an announced shutdown.
         let schedule = self.schedule();
         schedule.clear().map_err(SystemError::io("remove", schedule.file))?;
         self.told.store(false, Ordering::Release);
@@ -134,7 +136,7 @@ impl VirtualPi {
                 self.advance(|state| {
                     let dead = state.dead + 1;
                     let again = Power::Booting { tryboot: false, after: After::Watchdog };
-                    // A kernel that halts waits for hands, as one that is started in vain does in the end.
+                    // A halted kernel waits for an operator, and so does a board after too many failed boots.
                     let power = if dead < DEAD_BOOTS && !halts { again } else { Power::Off };
                     Some(State { power, dead, line: None })
                 })?;
@@ -157,11 +159,12 @@ impl VirtualPi {
                 tokio::select! {
                     // Polled again after the other arm won: `down` outlives the loop.
                     woken = &mut down => break woken?,
-                    // A finished task is all that is lost, and it is not needed any more.
+                    // A lost result is of a finished task, which is not needed.
                     Some(ended) = running.join_next() => {
                         if let Err(error) = ended {
                             tracing::error!(node = %self.id, error = %error, "agent of the virtual Pi crashed");
                         }
+                        // systemd restarts an agent that ended, whatever its exit status.
                         let again = agent(Arc::clone(&system), terminate.clone());
                         running.spawn(async move {
                             sleep(RESTART).await;
@@ -177,7 +180,7 @@ impl VirtualPi {
                 self.end_agent(&now, &mut running, &terminate, stop).await?
             }
             Woken::Stopped => {
-                // Whether it returned or ran out of time: it is dropped below.
+                // Returned or out of time: the agent is dropped below.
                 let _ = tokio::time::timeout(GRACE, running.join_next()).await;
                 woken
             }
@@ -187,7 +190,7 @@ impl VirtualPi {
         Ok(woken)
     }
 
-    /// Tells the agent to end, as a machine that goes down tells all its services.
+    /// Tells the agent to end, as a machine that goes down sends SIGTERM to its services.
     async fn end_agent(
         &self,
         going_down: &Power,
@@ -201,13 +204,13 @@ impl VirtualPi {
         }
         terminate.cancel();
         tokio::select! {
-            // It is dropped by the caller, whether it has returned or not.
+            // The caller drops the agent, returned or not.
             _ = running.join_next() => Ok(Woken::Done),
             woken = self.wait(going_down, Some(GRACE), stop) => woken,
         }
     }
 
-    /// Waits while the file `hang` holds the machine: with or without its agent.
+    /// Waits while the file `hang` holds the machine, with its agent or without it.
     async fn hang(&self, going_down: &Power, with_agent: bool, stop: &CancellationToken) -> Result<Woken, SystemError> {
         loop {
             let held = std::fs::read_to_string(self.dir.join("hang"));
@@ -240,7 +243,7 @@ impl VirtualPi {
         Ok(woken)
     }
 
-    /// Waits for the time to pass, for the power state to be another than it was, for a power cut, or for the end.
+    /// Waits for the time to pass, a change of the power state, a power cut, or the end of the simulation.
     async fn wait(
         &self,
         before: &Power,
@@ -263,7 +266,7 @@ impl VirtualPi {
             }
             let poll = now + POLL;
             tokio::select! {
-                // None of these holds anything that dropping it would lose: each round looks at everything anew.
+                // Cancel-safe: each round checks every condition again.
                 () = sleep_until(end.map_or(poll, |end| end.min(poll))) => {}
                 _ = changed.changed() => {}
                 () = stop.cancelled() => return Ok(Woken::Stopped),
@@ -271,7 +274,7 @@ impl VirtualPi {
         }
     }
 
-    /// The trial flag lives in a register: it does not outlive the power.
+    /// Cuts the power. The trial flag is lost: it lives in a register that does not outlive the power.
     fn cut(&self) -> Result<(), SystemError> {
         self.advance(|state| {
             let line = match &state.power {
@@ -284,12 +287,12 @@ impl VirtualPi {
     }
 }
 
-/// An installer's set lies under a prefix of the first partition; there is a stock card's system in its root.
+/// An installer's set lies under a prefix of the first partition. A stock card has its system in that partition's root.
 fn is_installer(boot: &Boot) -> bool {
     boot.partition == 1 && !boot.prefix.is_empty()
 }
 
-/// Whether the trigger file was there; it is not any more.
+/// Removes a trigger file. True if it was there.
 fn take(trigger: &Path) -> Result<bool, SystemError> {
     match std::fs::remove_file(trigger) {
         Ok(()) => Ok(true),

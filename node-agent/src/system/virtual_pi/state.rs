@@ -1,4 +1,4 @@
-//! What a virtual Pi remembers when its process ends: `pi.json`, replaced as a whole.
+//! State of a virtual Pi that outlives its process: `pi.json`, replaced as a whole.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -9,83 +9,83 @@ use serde::{Deserialize, Serialize};
 use super::SystemError;
 use super::log::Line;
 
-/// Everything.
+/// All of the state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct State {
-    /// Where the power is.
+    /// Power state.
     pub(super) power: Power,
-    /// How many boots in a row did not come up.
+    /// Boots in a row that failed.
     pub(super) dead: u32,
-    /// The line of the log that goes with the last change: committed here first, so that it is there exactly once.
+    /// The log line of the last change. It is committed here first, so that the log gets it exactly once.
     pub(super) line: Option<Line>,
 }
 
-/// Where the power is.
+/// Power state of a Pi.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Power {
-    /// Off until somebody presses the button.
+    /// Off until a test or an operator writes `power-on`.
     Off,
     /// Between reset and a running agent.
     Booting {
-        /// The trial flag, as the last reset left it.
+        /// Trial flag of the last reset.
         tryboot: bool,
-        /// What came before, when it was not a command.
+        /// Cause of the boot.
         after: After,
     },
-    /// An agent runs.
+    /// The agent runs.
     On(Up),
-    /// The command was given.
+    /// A shutdown was commanded.
     GoingDown {
-        /// What goes down.
+        /// The boot that ends.
         up: Up,
-        /// To where.
+        /// Target of the shutdown.
         going: Going,
     },
 }
 
-/// What is up.
+/// A running boot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Up {
-    /// Its boot id.
+    /// Id of this boot.
     pub(super) boot_id: String,
-    /// The partition that booted.
+    /// Partition that booted.
     pub(super) partition: u32,
-    /// Whether it was a trial.
+    /// True for a trial boot.
     pub(super) tryboot: bool,
-    /// Whether it is an installer; none, in a state of an older version: the first partition has nothing else.
+    /// True for an installer. `None`: written by an older version, which had only installers on the first partition.
     #[serde(default)]
     pub(super) installer: Option<bool>,
 }
 
-/// Where a machine that goes down goes.
+/// Target of a shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Going {
-    /// Up again.
+    /// Boots again.
     Reboot,
-    /// Up again with the trial flag.
+    /// Boots again with the trial flag.
     TryBoot,
-    /// Off.
+    /// Stays off.
     Off,
 }
 
-/// What came before a boot.
+/// Cause of a boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum After {
-    /// A command.
+    /// A reboot command.
     Command,
-    /// The button, or the first power.
+    /// The power button, or the first power.
     PowerOn,
     /// A power cut.
     PowerCut,
-    /// A boot that hung, and a watchdog that reset it.
+    /// A watchdog reset after a boot that hung.
     Watchdog,
 }
 
 impl After {
-    /// As in the log.
+    /// Word in the log; empty for a command.
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Command => "",
@@ -97,12 +97,12 @@ impl After {
 }
 
 impl State {
-    /// Of a Pi that was just plugged in.
+    /// State of a Pi that was just plugged in.
     pub(super) fn first() -> Self {
         Self { power: Power::Booting { tryboot: false, after: After::PowerOn }, dead: 0, line: None }
     }
 
-    /// Reads it; none when this Pi was never laid out.
+    /// Reads the state. `None`: this Pi was never laid out.
     pub(super) fn load(dir: &Path) -> Result<Option<Self>, SystemError> {
         let path = dir.join("pi.json");
         match std::fs::read(&path) {
@@ -114,13 +114,14 @@ impl State {
         }
     }
 
-    /// Replaces it, to the disk.
+    /// Replaces the state atomically, synced to the disk.
     pub(super) fn save(&self, dir: &Path) -> Result<(), SystemError> {
         let (path, temporary) = (dir.join("pi.json"), dir.join("pi.json.new"));
         let write = || {
             let mut file = File::create(&temporary)?;
             file.write_all(&serde_json::to_vec_pretty(self)?)?;
             file.sync_all()?;
+            // Atomic: a process that is killed leaves the old state or the new one.
             std::fs::rename(&temporary, &path)?;
             File::open(dir)?.sync_all()
         };

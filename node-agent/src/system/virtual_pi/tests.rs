@@ -22,7 +22,7 @@ const FAST: Options = Options {
     stock: false,
 };
 
-/// A Pi under power, whose agent hands its `System` over and then does nothing.
+/// A powered Pi. Its agent hands over its `System` and then does nothing.
 pub(crate) struct Powered {
     pub(crate) pi: Arc<VirtualPi>,
     boots: mpsc::Receiver<Arc<dyn System>>,
@@ -46,7 +46,7 @@ impl Powered {
                     terminate.cancelled().await;
                 })
             };
-            // The agent of these tests never returns by itself: do not wait for it.
+            // The agent of these tests never returns by itself, so it is not waited for.
             let power = driven.power(agent, CancellationToken::new());
             tokio::select! {
                 ended = power => ended.unwrap(),
@@ -106,6 +106,7 @@ async fn a_reboot_changes_the_boot_id_and_is_logged_once() {
     let mut powered = Powered::new(dir.path());
     let first = powered.boot().await.boot_id().unwrap();
     powered.pi.reboot(Reboot::Plain, Some("operations/x/executions/pi-01"), "now").await.unwrap();
+    // A second command while the Pi goes down must leave no second line.
     powered.pi.reboot(Reboot::Plain, Some("operations/y/executions/pi-01"), "again").await.unwrap();
     assert_ne!(powered.boot().await.boot_id().unwrap(), first);
     let lines = log(dir.path());
@@ -122,6 +123,7 @@ async fn a_pi_that_hangs_on_its_way_down_needs_the_stronger_command_and_keeps_th
     let dir = TempDir::new().unwrap();
     let mut powered = Powered::new(dir.path());
     let first = powered.boot().await.boot_id().unwrap();
+    // The file stands for a service that does not stop.
     fs::write(powered.pi.dir().join("stuck"), "").unwrap();
     powered.pi.reboot(Reboot::TryBoot, Some("operations/x/executions/pi-01"), "").await.unwrap();
     assert_eq!(powered.pi.boot_id().unwrap(), first);
@@ -142,6 +144,7 @@ async fn a_trial_boot_starts_the_installer_once() {
     let system = powered.boot().await;
     assert_eq!((system.mode(), system.booted().unwrap().tryboot), (Mode::Installer, true));
     assert!(system.state_dir().ends_with("recovery/marco"));
+    // The trial flag is one-shot: this reboot returns to the default.
     system.reboot(Reboot::Plain, None, "").await.unwrap();
     assert_eq!(powered.boot().await.mode(), Mode::Running);
     powered.kill().await;
@@ -195,6 +198,7 @@ async fn a_line_that_a_kill_left_out_is_written_at_the_next_start() {
     let mut powered = Powered::new(dir.path());
     powered.boot().await;
     powered.kill().await;
+    // As after a kill between the commit of the state and the line of the log.
     fs::remove_file(dir.path().join("log.jsonl")).unwrap();
     let mut powered = Powered::new(dir.path());
     powered.boot().await;
@@ -221,6 +225,7 @@ async fn with_the_installer_as_default_a_system_that_does_not_come_up_brings_it_
     let target = installer.prepare_target(Erase { root: true, home: false }).await.unwrap();
     assert_eq!(fs::read_dir(&target.root).unwrap().count() + fs::read_dir(&target.boot).unwrap().count(), 0);
     drop(target);
+    // p4 is empty now, so the trial fails and the watchdog resets the board.
     installer.reboot(Reboot::TryBoot, None, "").await.unwrap();
     let back = powered.boot().await;
     assert_eq!((back.mode(), back.booted().unwrap().tryboot), (Mode::Installer, false));
@@ -250,6 +255,7 @@ async fn a_second_installation_waits_until_nothing_writes_any_more() {
     let installer = powered.boot().await;
     let erase = Erase { root: true, home: true };
     let first = installer.prepare_target(erase).await.unwrap();
+    // The first target's lease stands for a thread that still writes.
     let second = tokio::spawn(async move { installer.prepare_target(erase).await.unwrap() });
     tokio::task::yield_now().await;
     assert!(!second.is_finished());

@@ -1,5 +1,5 @@
-//! The folders of a virtual Pi: a fresh card in layout resident with a small running system, and what a kernel would
-//! find when it starts that system.
+//! The folders of a virtual Pi: a new card in layout resident with a small system, and the kernel's checks when it
+//! starts that system.
 
 use std::io::{Cursor, ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +12,7 @@ use super::{Board, Options, SystemError};
 use crate::bootpart::{BootPart, DefaultBoot, IDENTITY};
 use crate::system::rooted::Rooted;
 
-/// The installer set that a fresh card carries, and that its fallback zip holds.
+/// Installer set of a new card, also packed into its fallback zip.
 const INSTALLER: [(&str, &str); 8] = [
     ("bcm2711-rpi-4-b.dtb", "virtual device tree of a Raspberry Pi 4 B\n"),
     ("cmdline.txt", "console=serial0,115200 console=tty1 panic=10\n"),
@@ -23,9 +23,9 @@ const INSTALLER: [(&str, &str); 8] = [
     ("overlays/overlay_map.dtb", "virtual overlay map\n"),
     ("overlays/disable-bt.dtbo", "virtual overlay\n"),
 ];
-/// What the firmware itself is made of; never taken from a set.
+/// Files of the firmware itself. A set never contains them.
 const FIRMWARE: [(&str, &str); 2] = [("start4.elf", "virtual firmware\n"), ("fixup4.dat", "virtual firmware data\n")];
-/// The running system's own boot files.
+/// Boot files of the running system.
 const BOOT: [(&str, &str); 6] = [
     ("bcm2711-rpi-4-b.dtb", "virtual device tree of a Raspberry Pi 4 B\n"),
     ("config.txt", "arm_64bit=1\n"),
@@ -34,17 +34,17 @@ const BOOT: [(&str, &str); 6] = [
     ("overlays/README", "Overlays of this system.\n"),
     ("start4.elf", "virtual firmware\n"),
 ];
-/// The running system.
+/// Root of the running system.
 const ROOT: [(&str, &str); 4] = [
     ("etc/os-release", "ID=marco-virtual\nPRETTY_NAME=\"Marco virtual system\"\n"),
     ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n"),
     ("etc/group", "root:x:0:\n"),
     ("usr/share/doc/README", "The system that a virtual Pi is delivered with.\n"),
 ];
-/// What a kernel starts when its command line names nothing else; that of systemd where links are not followed.
+/// Paths that a kernel tries without `init=`. systemd's own path is listed, since links are not followed here.
 const INITS: [&str; 5] = ["sbin/init", "usr/sbin/init", "usr/lib/systemd/systemd", "lib/systemd/systemd", "init"];
 
-/// Lays out a card. Made again from the start when it was interrupted.
+/// Lays out a card. After an interruption it starts again from the beginning.
 pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, options: Options) -> Result<(), SystemError> {
     for part in ["boot", "root", "home"] {
         empty(&dir.join(part))?;
@@ -74,7 +74,7 @@ pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, options: Options) -> 
         .map_err(invalid)
 }
 
-/// Gives the new system the installer's identity, as an installation on a real card does.
+/// Copies the installer's identity to the new system, as an installation on a real card does.
 pub(super) fn copy_identity(from: &Path, to: &Path) -> Result<(), SystemError> {
     for name in IDENTITY {
         let path = from.join(name);
@@ -88,7 +88,7 @@ pub(super) fn copy_identity(from: &Path, to: &Path) -> Result<(), SystemError> {
     Ok(())
 }
 
-/// The running system, with its boot files in this partition.
+/// Lays out the running system, with its boot files in this partition.
 fn lay_out_system(dir: &Path, boot: &str, id: &str) -> Result<(), SystemError> {
     for folder in ["root/var/lib/marco-agent", "root/boot/firmware", "root/home"] {
         let folder = dir.join(folder);
@@ -114,7 +114,7 @@ fn write_all(folder: &Path, files: &[(&str, &str)]) -> Result<(), SystemError> {
     Ok(())
 }
 
-/// The same bytes at every call, so that the digest of the fallback is the same on every virtual Pi.
+/// Same bytes on every call, so that all virtual Pis have the same fallback digest.
 fn zip(files: &[(&str, &str)]) -> Result<Vec<u8>, zip::result::ZipError> {
     let mut writer = zip::ZipWriter::new(Cursor::new(Vec::new()));
     let options = zip::write::SimpleFileOptions::default()
@@ -127,20 +127,20 @@ fn zip(files: &[(&str, &str)]) -> Result<Vec<u8>, zip::result::ZipError> {
     Ok(writer.finish()?.into_inner())
 }
 
-/// The disk identifier in the card's partition table.
+/// Disk identifier in the partition table, derived from the Pi's id.
 pub(super) fn disk_id(id: &str) -> String {
     hex::encode(Sha256::digest(id.as_bytes())).chars().take(8).collect()
 }
 
-/// Makes the folder an empty file system.
+/// Empties the folder, as a new file system would be.
 pub(super) fn empty(folder: &Path) -> Result<(), SystemError> {
     match std::fs::remove_dir_all(folder) {
         Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-            // Without root's rights the folders of an image may be closed to their owner, too.
+            // Without root's rights, an image's folders may be closed to their owner too.
             open_folders(folder).and_then(|()| std::fs::remove_dir_all(folder))
         }
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        // A test has mounted a file system of a certain size there: it is empty, and stays.
+        // A test mounted a small file system there. It stays, and is empty.
         Err(error) if error.kind() == ErrorKind::ResourceBusy => Ok(()),
         other => other,
     }
@@ -159,15 +159,15 @@ fn open_folders(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Whether a kernel with this command line restarts when it panics. The default of Debian's and Raspberry Pi OS's kernels is
-/// to halt (`PANIC_TIMEOUT=0`), and the last of several values counts.
+/// True if a kernel with this command line restarts after a panic. The default of Debian's and Raspberry Pi OS's
+/// kernels is to halt (`PANIC_TIMEOUT=0`), and the last of several values counts.
 pub(super) fn restarts_after_panic(boot: &Boot) -> bool {
     let words = boot.cmdline.split_whitespace();
     let last = words.filter_map(|word| word.strip_prefix("panic=")).next_back();
     last.is_some_and(|seconds| seconds.parse::<i32>().is_ok_and(|seconds| seconds != 0))
 }
 
-/// Why the system does not come up once its kernel was started, and panics; none when it does.
+/// Reason that the started kernel panics. `None`: the system comes up.
 pub(super) fn cannot_come_up(root: &Path, boot: &Boot, id: &str) -> Option<String> {
     let word = |key: &str| boot.cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix(key));
     let devices = [format!("PARTUUID={}-02", disk_id(id)), "/dev/mmcblk0p2".to_owned()];

@@ -1,5 +1,5 @@
-//! With superblocks that real programs wrote (`superblocks/README`): as files, and, where the kernel lets us, as partitions
-//! of a loop device.
+//! Superblocks that real programs wrote (`superblocks/README`), in files and, if the kernel allows it, in partitions of
+//! a loop device.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
@@ -22,7 +22,7 @@ macro_rules! superblocks {
     ($($name:literal),*) => { [$(($name, include_bytes!(concat!("superblocks/", $name, ".zst")).as_slice())),*] };
 }
 
-/// The beginning of a partition of this kind.
+/// The beginning of a partition of this format.
 fn superblock(name: &str) -> Vec<u8> {
     let all = superblocks!["btrfs", "exfat", "ext4", "f2fs", "luks1", "luks2", "lvm", "ntfs", "swap", "vfat", "xfs"];
     let (_, packed) = all.into_iter().find(|(known, _)| *known == name).unwrap();
@@ -44,7 +44,7 @@ const KINDS: [(&str, &str, bool); 11] = [
     ("xfs", "xfs", true),
 ];
 
-/// A sparse file that begins so.
+/// A sparse file with this beginning.
 fn partition(dir: &TempDir, name: &str, first: &[u8]) -> PathBuf {
     let path = dir.path().join(name);
     let file = File::create(&path).unwrap();
@@ -69,20 +69,22 @@ async fn each_kind_is_known_or_called_by_its_name() {
         }
     }
     assert_eq!(probe(&partition(&dir, "blank", &[])).await, Contents::Nothing);
+    // Erased flash reads as ones on some cards.
     assert_eq!(probe(&partition(&dir, "erased", &[0xff; 1 << 20])).await, Contents::Nothing);
 }
 
 #[tokio::test]
 async fn data_without_a_superblock_is_not_nothing() {
     let dir = TempDir::new().unwrap();
-    // As a volume of plain dm-crypt or VeraCrypt: no byte of it says what it is.
+    // Like a volume of plain dm-crypt or VeraCrypt, which has no header at all.
     let noise: Vec<u8> = (0..1 << 20_u32).map(|at| u8::try_from(at * 37 % 251).unwrap()).collect();
+    // The second one has a single byte of data behind zeros. That is not blank.
     for first in [&noise[..], &[&[0; 900_000][..], b"x"].concat()] {
         let found = probe(&partition(&dir, "data", first)).await;
         assert!(matches!(found, Contents::Unknown(_)), "{found:?}");
     }
     let mut ext4 = superblock("ext4");
-    // Two at once: what mkfs would not have told the owner before it erased one of them.
+    // Two formats at once: mkfs would erase both without telling.
     let btrfs = superblock("btrfs");
     ext4[65536..131_072].copy_from_slice(&btrfs[65536..131_072]);
     let both = probe(&partition(&dir, "both", &ext4)).await;
@@ -156,11 +158,12 @@ async fn on_a_loop_device_nothing_that_is_kept_and_not_understood_is_erased() {
             let decided = kept::decide(disk, &settings, BOOT_ONLY, Begun::default()).await.unwrap();
             assert_eq!((decided.root, decided.home), (None, None), "{name}");
         }
+        // A refusal must not have changed a byte.
         assert!(first(&disk.partition(3)) == bytes, "{name} was written to");
     }
 }
 
-/// Sectors that cannot be read: those behind the end of the file that a loop device was made of.
+/// A loop device over a file that was cut: the sectors behind its end cannot be read.
 #[tokio::test]
 async fn on_a_loop_device_sectors_that_cannot_be_read_are_a_refusal() {
     let dir = TempDir::new().unwrap();
@@ -174,7 +177,7 @@ async fn on_a_loop_device_sectors_that_cannot_be_read_are_a_refusal() {
     let found = probe(&disk.partition(3)).await;
     assert!(matches!(&found, Contents::Unreadable(why) if why.contains("os error 5")), "{found:?}");
     assert_eq!(reason(kept::decide(disk, &settings, IMAGE, Begun::default()).await), Some("PARTITION_UNREADABLE"));
-    // The end of it alone is enough: a member of a RAID says there what it is.
+    // An unreadable end alone is enough: a RAID member has its superblock there.
     File::options().write(true).open(&file).unwrap().set_len((root.start + root.sectors) * 512 - 8192).unwrap();
     let found = probe(&disk.partition(2)).await;
     assert!(matches!(found, Contents::Unreadable(_)), "{found:?}");

@@ -107,6 +107,7 @@ fn a_torn_autoboot_boots_the_first_fat() {
 #[test]
 fn only_the_first_512_bytes_of_autoboot_count() {
     let card = Card::new();
+    // The settings begin behind the first 512 bytes.
     card.put("p1/autoboot.txt", &format!("{}\n{AUTOBOOT}", "#".repeat(511)));
     assert_eq!(card.booted(false).partition, 1);
 }
@@ -149,6 +150,7 @@ fn overlays_come_from_the_root_unless_the_set_has_their_readme() {
 #[test]
 fn configuration_never_comes_from_a_prefix() {
     let card = Card::new();
+    // The firmware reads these files only in the root of a partition.
     card.put("p1/b0/config.txt", "kernel=other.img\n");
     card.put("p1/b0/autoboot.txt", "boot_partition=1\n");
     assert_eq!(card.booted(false).partition, 4);
