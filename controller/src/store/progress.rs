@@ -28,7 +28,8 @@ const LIMIT: &str = "(CASE WHEN r.point > furthest \
         THEN CASE WHEN r.now + r.stretch < assign_time + r.in_all THEN r.now + r.stretch ELSE assign_time + r.in_all END \
     WHEN COALESCE(stretch_time, assign_time, r.now) + r.stretch < assign_time + r.in_all \
         THEN COALESCE(stretch_time, assign_time, r.now) + r.stretch \
-    ELSE assign_time + r.in_all END)";
+    ELSE assign_time + r.in_all END \
+    )";
 
 /// The last progress of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
