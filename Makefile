@@ -26,7 +26,7 @@ flaky: deps ## Fleet tests FLEETS (10) times and the suite SUITES (3) times whil
 	scripts/programs.sh
 	FLEETS=$(or $(FLEETS),10) SUITES=$(or $(SUITES),3) ONLY='$(ONLY)' scripts/flaky.sh
 
-quotas: deps ## Each kind of peer at each listener, greedy for QUOTA_SECONDS (30): memory, files, disk, log, an admin's calls
+quotas: deps ## Each kind of peer at each listener, greedy for QUOTA_SECONDS (30): memory, files, disk, log, an admin's calls [QUOTA_PEER=viewer]
 	scripts/programs.sh
 	QUOTA_SECONDS=$(or $(QUOTA_SECONDS),30) cargo test --workspace --test quotas -- --ignored --nocapture
 
