@@ -75,20 +75,28 @@ impl Found {
 
 /// The answers, one for each name.
 #[derive(Default)]
-struct Answers(Vec<Found>);
+struct Answers {
+    kept: Vec<Found>,
+    /// Answers with a name that was not kept when they came.
+    seen: usize,
+}
 
 impl Answers {
     fn take(&mut self, found: Found) {
-        if let Some(known) = self.0.iter_mut().find(|known| known.name == found.name) {
+        if let Some(known) = self.kept.iter_mut().find(|known| known.name == found.name) {
             *known = found;
-        } else if self.0.len() < MOST {
-            self.0.push(found);
-        } else {
-            // Random replacement: a flood of forged answers must not keep the real one out for certain.
-            let place = usize::try_from(getrandom::u32().unwrap_or_default()).unwrap_or_default() % MOST;
-            if let Some(other) = self.0.get_mut(place) {
-                *other = found;
-            }
+            return;
+        }
+        self.seen = self.seen.saturating_add(1);
+        if self.kept.len() < MOST {
+            self.kept.push(found);
+            return;
+        }
+        // Reservoir sampling: each answer stays with the same chance. If every late answer replaced another one, a flood of
+        // forged answers would push the real one out almost for certain.
+        let place = usize::try_from(getrandom::u32().unwrap_or_default()).unwrap_or_default() % self.seen;
+        if let Some(other) = self.kept.get_mut(place) {
+            *other = found;
         }
     }
 }
@@ -107,7 +115,7 @@ pub async fn survey() -> Vec<Found> {
         }
     };
     tokio::join!(asking, listening);
-    let mut found = answers.0;
+    let mut found = answers.kept;
     // A controller on this machine answers too. Its loopback address means nothing to other machines.
     let elsewhere = |found: &Found| found.address().is_some_and(|ip| !ip.is_loopback());
     if found.iter().any(elsewhere) {
@@ -235,7 +243,7 @@ async fn ask(thorough: bool, ca: &CaHint) -> Vec<Found> {
         report("mDNS", mdns::ask(&sender, WINDOW)).await;
     })
     .await;
-    if thorough || answers.0.is_empty() {
+    if thorough || answers.kept.is_empty() {
         // Long enough for MarcoPolo's six rounds of a second in two groups.
         let all = WINDOW * 5;
         collect(&mut answers, all, ours, async |sender| {
@@ -243,7 +251,7 @@ async fn ask(thorough: bool, ca: &CaHint) -> Vec<Found> {
         })
         .await;
     }
-    let mut found = answers.0;
+    let mut found = answers.kept;
     // An answer by MarcoPolo claims no CA. It may be our controller, but is tried last.
     found.sort_by_key(|found| found.ca.is_none());
     found
@@ -305,15 +313,30 @@ mod tests {
         for number in 0..10_000 {
             answers.take(found(&number.to_string(), None));
         }
-        assert_eq!(answers.0.len(), MOST);
-        assert!(answers.0.iter().any(|found| found.name.parse::<usize>().unwrap() > 5_000));
-        assert!(answers.0.iter().all(|found| found.apis().eq(["10.0.0.1:1"])));
+        assert_eq!(answers.kept.len(), MOST);
+        assert!(answers.kept.iter().any(|found| found.name.parse::<usize>().unwrap() > 5_000));
+        assert!(answers.kept.iter().all(|found| found.apis().eq(["10.0.0.1:1"])));
+    }
+
+    #[test]
+    fn early_answer_has_the_chance_of_a_late_one() {
+        let mut early = 0;
+        for _ in 0..200 {
+            let mut answers = Answers::default();
+            for number in 0..10 * MOST {
+                answers.take(found(&number.to_string(), None));
+            }
+            early += answers.kept.iter().filter(|found| found.name.parse::<usize>().unwrap() < MOST).count();
+        }
+        // A tenth of 200 times MOST is 1,280 with MOST at 64; six standard deviations are about 200.
+        let expected = 20 * MOST;
+        assert!(early.abs_diff(expected) < expected / 5, "{early} of {expected}");
     }
 
     #[tokio::test]
     async fn who_asks_on_is_not_waited_for_when_somebody_answered() {
         let wanted = |found: &Found| found.ca.is_none();
-        let names = |answers: Answers| answers.0.into_iter().map(|found| found.name).collect::<Vec<_>>();
+        let names = |answers: Answers| answers.kept.into_iter().map(|found| found.name).collect::<Vec<_>>();
         let mut answers = Answers::default();
         collect(&mut answers, Duration::from_millis(50), wanted, async |sender| {
             for (name, ca) in [("foreign", Some("abababababababab")), ("one", None), ("one", None), ("two", None)] {
