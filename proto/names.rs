@@ -29,7 +29,7 @@ pub const LOG_MAX: usize = 32 * 1024;
 pub const ERROR_DOMAIN: &str = "marco.bootstrap";
 /// Version of the session protocol (`Hello.protocol_version`).
 pub const PROTOCOL_VERSION: u32 = 1;
-/// How long a new system waits for the controller's verdict before it gives way to the installer, and how long the controller
+/// Time for which a new system waits for the controller's verdict before it gives way to the installer, and the controller
 /// waits for what it then says. Longer than a controller's or a switch's restart, since the installer writes the card again.
 pub const VERDICT_DEADLINE: Duration = Duration::from_secs(10 * 60);
 

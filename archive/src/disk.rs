@@ -211,10 +211,10 @@ impl Found<'_> {
             "push the image of a whole card; "
         };
         let mut facts = Facts::default();
-        match self.boot.map(BootPartition::list).transpose() {
+        match self.boot.map_or(Ok(None), BootPartition::list) {
             // Too large to keep gives no facts. What is not known is no reason to refuse.
-            Ok(None | Some(None)) => {}
-            Ok(Some(Some(folder))) => {
+            Ok(None) => {}
+            Ok(Some(folder)) => {
                 let missing = folder.best().lacks;
                 if !missing.is_empty() {
                     lacks.push(format!("in its boot partition {}", listed(&missing)));

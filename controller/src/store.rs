@@ -49,7 +49,6 @@ mod reconcile;
 mod renewals;
 mod reports;
 mod rollouts;
-mod rollouts_table;
 mod schedules;
 mod scope;
 mod sessions;

@@ -32,7 +32,7 @@ impl Mount {
         Self::new(folder, &["-o", "loop,acl,user_xattr", &image]).await
     }
 
-    /// This file, as one that can be read and not written, whoever tries.
+    /// Mounts this file over itself read-only, so that root cannot write it either.
     pub async fn read_only(file: PathBuf) -> Result<Self> {
         let shown = file.display().to_string();
         run(&tool("mount")?, &["--bind", &shown, &shown], seconds(60)).await?.success()?;

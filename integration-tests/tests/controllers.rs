@@ -253,13 +253,19 @@ async fn health(fleet: &Fleet, number: usize) -> Result<ServingStatus> {
     Ok(HealthClient::new(channel).check(HealthCheckRequest::default()).await?.into_inner().status())
 }
 
-#[tokio::test]
-async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
-    // Only this controller goes through the proxy, so that it alone loses the database.
+/// A database of its own on Postgres: its URL, a proxy in front of the server, and the URL that leads through the proxy.
+async fn behind_a_proxy() -> Result<(String, Proxy, String)> {
     let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
     let target = url.split(['@', '/']).nth(3).context("an address in the URL")?.to_owned();
     let way = Proxy::start(target.parse()?).await?;
-    let own = url.replace(&target, &way.address().to_string());
+    let through = url.replace(&target, &way.address().to_string());
+    Ok((url, way, through))
+}
+
+#[tokio::test]
+async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
+    // Only this controller goes through the proxy, so that it alone loses the database.
+    let (url, way, own) = behind_a_proxy().await?;
     let mut fleet =
         Fleet::builder().database(Database::Url(url)).database_of(0, &own).controllers(2).pis(2).start().await?;
     let ids = fleet.ids().await?;
@@ -291,10 +297,7 @@ async fn nodes_leave_a_controller_that_alone_lost_the_database() -> Result<()> {
 
 #[tokio::test]
 async fn database_that_goes_away_during_a_start_is_waited_for() -> Result<()> {
-    let url = tokio::task::spawn_blocking(|| Postgres::start()?.database()).await??;
-    let target = url.split(['@', '/']).nth(3).context("an address in the URL")?.to_owned();
-    let way = Proxy::start(target.parse()?).await?;
-    let own = url.replace(&target, &way.address().to_string());
+    let (_, way, own) = behind_a_proxy().await?;
     let mut fleet = Fleet::builder().database(Database::Url(own)).pis(0).start().await?;
     for statement in ["pg_advisory_xact_lock", "seaql_migrations"] {
         fleet.kill(0).await?;

@@ -29,7 +29,7 @@ const CONTROLLER: [(&str, &[&str]); 15] = [
     ("schedule", &[]),
     ("scheduler", &["store", "schedule", "clock", "watchdog"]),
     ("sessions", &["operation", "store"]),
-    // What the root opens first, and waits for.
+    // Opened first by the root: the database and the certificates.
     ("startup", &["clock", "config", "identity", "store"]),
     ("store", &["operation", "rollout", "schedule"]),
     ("watchdog", &["store", "sessions"]),

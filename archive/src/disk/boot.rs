@@ -1,7 +1,6 @@
 //! The boot partition of a disk image. A FAT can be listed only once all of it has arrived. Until then it is kept in an
 //! unnamed file.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt as _;
@@ -61,19 +60,13 @@ impl BootPartition {
             return Ok(None);
         }
         let fat = FileSystem::new(Bounded { file: self.file, left: READ }, FsOptions::new())?;
-        let mut found = Listing::default();
+        let mut found = Folder::default();
         found.list(&fat.root_dir(), "", 1)?;
-        Ok(Some(Folder { names: found.names, texts: found.texts }))
+        Ok(Some(found))
     }
 }
 
-#[derive(Default)]
-struct Listing {
-    names: BTreeSet<String>,
-    texts: BTreeMap<String, String>,
-}
-
-impl Listing {
+impl Folder {
     /// Lists the same files as for a boot folder in a tarball: no overlays, and no empty files.
     fn list(&mut self, folder: &Dir<'_, Bounded>, above: &str, depth: usize) -> io::Result<()> {
         for entry in folder.iter() {

@@ -18,8 +18,7 @@ const GIVE_UP_AFTER: TimeDelta = TimeDelta::hours(24);
 /// Silence after which a powered-off node is believed off. A node that only lost its stream would be back within its
 /// longest delay.
 const OFF_AFTER: TimeDelta = TimeDelta::seconds(60);
-
-/// How long an installer is told that its execution was given up.
+/// Time for which an installer is told that its execution was given up.
 const TOLD_FOR: TimeDelta = TimeDelta::seconds(60);
 
 /// An execution whose state the dispatcher changed.

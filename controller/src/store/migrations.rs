@@ -4,6 +4,7 @@ use sea_orm::{ConnectionTrait, DbBackend};
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, MigratorTrait, SchemaManager, async_trait};
 
 mod m0002_schedules;
+mod m0003_rollouts;
 mod m0010_access;
 mod m0020_instances;
 mod m0030_execution_logs;
@@ -24,20 +25,50 @@ impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
         vec![
             Box::new(Tables),
-            Box::new(m0002_schedules::Schedules),
-            Box::new(super::rollouts_table::Rollouts),
+            Box::new(m0002_schedules::SCHEDULES),
+            Box::new(m0003_rollouts::ROLLOUTS),
             Box::new(m0010_access::Access),
-            Box::new(m0020_instances::Instances),
-            Box::new(m0030_execution_logs::ExecutionLogs),
+            Box::new(m0020_instances::INSTANCES),
+            Box::new(m0030_execution_logs::EXECUTION_LOGS),
             Box::new(m0045_truth::Truth),
-            Box::new(m0050_overdue::Overdue),
-            Box::new(m0055_schedule_failures::ScheduleFailures),
-            Box::new(m0060_open_artifacts::OpenArtifacts),
-            Box::new(m0065_node_keys::NodeKeys),
-            Box::new(m0070_image_facts::ImageFacts),
-            Box::new(m0075_paused_by::PausedBy),
-            Box::new(m0083_stretches::Stretches),
+            Box::new(m0050_overdue::OVERDUE),
+            Box::new(m0055_schedule_failures::SCHEDULE_FAILURES),
+            Box::new(m0060_open_artifacts::OPEN_ARTIFACTS),
+            Box::new(m0065_node_keys::NODE_KEYS),
+            Box::new(m0070_image_facts::IMAGE_FACTS),
+            Box::new(m0075_paused_by::PAUSED_BY),
+            Box::new(m0083_stretches::STRETCHES),
         ]
+    }
+}
+
+/// The type of ids. They are sorted by their bytes, not by the rules of the database's language. Pages depend on that order.
+fn id_type(backend: DbBackend) -> &'static str {
+    if backend == DbBackend::Postgres { "TEXT COLLATE \"C\"" } else { "TEXT" }
+}
+
+/// A migration of statements that both databases take. `{ID}` stands for the type of ids.
+struct Statements {
+    name: &'static str,
+    statements: &'static [&'static str],
+}
+
+impl MigrationName for Statements {
+    fn name(&self) -> &str {
+        self.name
+    }
+}
+
+#[allow(elided_lifetimes_in_paths, reason = "the trait spells it so, and its macro takes no other")]
+#[async_trait::async_trait]
+impl MigrationTrait for Statements {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let db = manager.get_connection();
+        let id = id_type(db.get_database_backend());
+        for statement in self.statements {
+            db.execute_unprepared(&statement.replace("{ID}", id)).await?;
+        }
+        Ok(())
     }
 }
 
@@ -54,12 +85,12 @@ impl MigrationName for Tables {
 impl MigrationTrait for Tables {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
-        let postgres = db.get_database_backend() == DbBackend::Postgres;
-        // Ids are sorted by their bytes, not by the rules of the database's language. Pages depend on that order.
-        let (id, bytes, counter) = if postgres {
-            ("TEXT COLLATE \"C\"", "BYTEA", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
+        let backend = db.get_database_backend();
+        let id = id_type(backend);
+        let (bytes, counter) = if backend == DbBackend::Postgres {
+            ("BYTEA", "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY")
         } else {
-            ("TEXT", "BLOB", "INTEGER PRIMARY KEY")
+            ("BLOB", "INTEGER PRIMARY KEY")
         };
         for statement in TABLES {
             let text = statement.replace("{ID}", id).replace("{BYTES}", bytes).replace("{COUNTER}", counter);

@@ -17,19 +17,21 @@ use crate::operation::{Action, ExecutionState, Phase, deadline_after, deadline_i
 /// Any active state: the time limit of a known phase is the same in each of them.
 const SOME: ExecutionState = ExecutionState::Running;
 
-/// It says nothing new.
+/// True if the report repeats what is stored.
 const SAME: &str = "(executions.phase = r.phase AND bytes_done = r.done)";
-/// Its phase may take so long.
+/// Time limit of the phase.
 const WITHIN: &str = "CASE WHEN r.within > 0 THEN r.within ELSE patience END";
-/// It was further then than ever before in its state.
-const STRETCH: &str = "COALESCE(stretch_time, assign_time, r.now)";
-/// No deadline lies behind this: in all, and for not getting any further.
-const LIMIT: &str = "(CASE WHEN r.point > furthest \
-        THEN CASE WHEN r.now + r.stretch < assign_time + r.in_all THEN r.now + r.stretch ELSE assign_time + r.in_all END \
-    WHEN COALESCE(stretch_time, assign_time, r.now) + r.stretch < assign_time + r.in_all \
-        THEN COALESCE(stretch_time, assign_time, r.now) + r.stretch \
-    ELSE assign_time + r.in_all END \
-    )";
+/// Time since which the node has got no further in its state. A new furthest point counts from now.
+const SINCE: &str = "(CASE WHEN r.point > furthest THEN r.now ELSE COALESCE(stretch_time, assign_time, r.now) END)";
+
+/// The latest deadline: for the whole execution, and for a node that gets no further.
+fn latest_deadline() -> String {
+    format!(
+        "(CASE WHEN {SINCE} + r.stretch < assign_time + r.in_all THEN {SINCE} + r.stretch \
+         ELSE assign_time + r.in_all END \
+         )"
+    )
+}
 
 /// The last progress of an execution.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -101,15 +103,16 @@ impl Store {
         // Locked as by every writer of executions. Otherwise this statement would lock their rows in an order of its
         // own, and deadlock with a cancel that locks them in another one.
         operations::lock(&*tx, actions.keys()).await?;
+        let latest = latest_deadline();
         sql(&format!(
             "UPDATE executions SET phase = r.phase, bytes_done = r.done, bytes_total = r.total, \
                  cancel_refused = cancel_refused OR r.refused = 1, update_time = r.now, \
                  furthest = CASE WHEN r.point > furthest THEN r.point ELSE furthest END, \
-                 stretch_time = CASE WHEN r.point > furthest THEN r.now ELSE {STRETCH} END, \
-                 forgiven_time = CASE WHEN overdue AND ({SAME} OR {LIMIT} <= r.now) THEN forgiven_time END, \
-                 overdue = overdue AND ({SAME} OR {LIMIT} <= r.now), \
+                 stretch_time = {SINCE}, \
+                 forgiven_time = CASE WHEN overdue AND ({SAME} OR {latest} <= r.now) THEN forgiven_time END, \
+                 overdue = overdue AND ({SAME} OR {latest} <= r.now), \
                  deadline = CASE WHEN {SAME} THEN deadline \
-                     WHEN r.now + {WITHIN} > {LIMIT} THEN {LIMIT} ELSE r.now + {WITHIN} END \
+                     WHEN r.now + {WITHIN} > {latest} THEN {latest} ELSE r.now + {WITHIN} END \
              FROM {{rows operation TEXT, node TEXT, attempt BIGINT, sequence BIGINT, phase TEXT, done BIGINT, \
                    total BIGINT, refused BIGINT, within BIGINT, in_all BIGINT, stretch BIGINT, point BIGINT, now BIGINT}} \
              WHERE executions.operation = r.operation AND executions.node = r.node \
@@ -144,9 +147,9 @@ struct Stored<'a> {
     /// Time limit of this phase in microseconds; 0 if it is not a known phase.
     within: i64,
     in_all: i64,
-    /// How long it may go without getting any further.
+    /// Time limit in microseconds for a node that gets no further.
     stretch: i64,
-    /// How far it is.
+    /// Position in the work, see [`point`].
     point: i64,
     now: i64,
 }

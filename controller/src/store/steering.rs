@@ -142,7 +142,7 @@ impl Store {
         self.steered(tx, id).await
     }
 
-    /// Gives up an execution whose node is overdue, or is in its installer: there it may be at work for ever, and lively.
+    /// Gives up an execution whose node is overdue, or is in its installer: there it may work forever and seem alive.
     pub async fn abandon(
         &self,
         id: &ExecutionId,

@@ -13,7 +13,7 @@ use marco_proto::v1::{AbandonExecutionRequest, ExplainExecutionRequest, NodeMode
 
 use super::{INSTALL, MIB, image, not_tested, other_image};
 
-/// Whether every boot of this Pi is its installer.
+/// True if this Pi boots its installer by default.
 fn installer_boots(pi: &Pi) -> Result<bool> {
     let autoboot = pi.read("recovery/autoboot.txt")?;
     Ok(autoboot.split("[tryboot]").next().context("autoboot.txt")?.contains("boot_partition=1"))
@@ -116,7 +116,7 @@ async fn operator_replaces_the_image_of_a_node_that_is_at_work_in_its_installer(
     fleet.ends(&next.name, INSTALL, OperationState::Succeeded).await?;
     let node = fleet.node("pi-01").await?;
     assert_eq!(node.system.context("no system")?.image_sha256, right.sha256);
-    // What the node says of the first one is its end.
+    // The first execution ends by the node's own report.
     let (state, why) = reason(&fleet, &operation.name).await?;
     assert_eq!(state, State::Failed);
     assert!(["REPLACED", "CALLED_OFF", "NEVER_RETURNED"].contains(&why.as_str()), "{why}");

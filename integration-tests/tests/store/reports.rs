@@ -232,17 +232,20 @@ fn progress(id: &ExecutionId, attempt: u32, bytes_done: u64) -> ProgressRow {
     }
 }
 
+/// Stores progress. Returns whether the execution is overdue, and its deadline in seconds.
+async fn flush(f: &Fixture, id: &ExecutionId, phase: &str, bytes_done: u64, at: i64) -> (bool, Option<i64>) {
+    let row = ProgressRow { phase: phase.to_owned(), ..progress(id, 1, bytes_done) };
+    f.store.flush_progress(&[row], after(at)).await.unwrap();
+    let row = f.execution(id).await;
+    (row.overdue, row.deadline.map(|deadline| (deadline - after(0)).num_seconds()))
+}
+
 pub(crate) async fn a_phase_has_its_own_time_and_only_a_byte_that_moves_is_a_sign_of_life(f: Fixture) {
     let (_, epoch, assignment) = f.assigned(reboot()).await;
     let id = &assignment.execution;
     f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(0)).await;
-    let flush = async |phase: &str, bytes_done: u64, at: i64| {
-        // Progress that repeats the same bytes must not extend the deadline, or a stuck node would never be overdue.
-        let row = ProgressRow { phase: phase.to_owned(), ..progress(id, 1, bytes_done) };
-        f.store.flush_progress(&[row], after(at)).await.unwrap();
-        let row = f.execution(id).await;
-        (row.overdue, row.deadline.map(|deadline| (deadline - after(0)).num_seconds()))
-    };
+    // Progress that repeats the same bytes must not extend the deadline, or a stuck node would never be overdue.
+    let flush = async |phase: &str, bytes_done: u64, at: i64| flush(&f, id, phase, bytes_done, at).await;
     assert_eq!(flush("partitioning", 0, 10).await, (false, Some(10 + 900)));
     assert_eq!(flush("partitioning", 0, 500).await, (false, Some(10 + 900)), "said again is no news");
     assert_eq!(flush("unpacking image", 0, 600).await, (false, Some(1200)));
@@ -268,12 +271,7 @@ pub(crate) async fn phases_that_come_round_again_are_no_sign_of_life(f: Fixture)
     let (_, epoch, assignment) = f.assigned(reboot()).await;
     let id = &assignment.execution;
     f.report(epoch, &report(&assignment, 1, ExecutionState::Running, "boot-1"), after(0)).await;
-    let flush = async |phase: &str, bytes_done: u64, at: i64| {
-        let row = ProgressRow { phase: phase.to_owned(), ..progress(id, 1, bytes_done) };
-        f.store.flush_progress(&[row], after(at)).await.unwrap();
-        let row = f.execution(id).await;
-        (row.overdue, row.deadline.map(|deadline| (deadline - after(0)).num_seconds()))
-    };
+    let flush = async |phase: &str, bytes_done: u64, at: i64| flush(&f, id, phase, bytes_done, at).await;
     // An installer that makes no file system: each phase is another than the one before, and none is further.
     let mut at = 10;
     let furthest = loop {

@@ -106,8 +106,8 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     let place = files.path(&file).ok_or_else(lacks)?;
     let text = boot.read(&place).map_err(InstallError::disk("read the command line"))?.ok_or_else(lacks)?;
     let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
-    // Not as `[tryboot] cmdline=` in config.txt: firmware that ignores that would boot without the words.
-    let text = trial::with_words(&text);
+    // Not as `[tryboot] cmdline=` in config.txt: firmware that ignores that would boot without the parameters.
+    let text = trial::add_parameters(&text);
     boot.write(&place, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
 
     // Images of Ubuntu name other files in `[tryboot]`, for trial boots of their own. Our trial must try the files that
@@ -124,13 +124,13 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     boot.write(&place, &config, 0o755).map_err(InstallError::disk("write config.txt"))
 }
 
-/// Ends the trial: removes its words from the command line that the firmware reads here. Returns false if there were
+/// Ends the trial: removes its parameters from the command line that the firmware reads here. Returns false if there were
 /// none. The partition must be mounted for writing.
 pub(crate) fn end_trial(boot: &Path, board: &Board) -> Result<bool> {
     let root = Rooted::open(boot)?;
     let files = Folder { root: &root, folder: Path::new("") };
     let file = select(&files, &board.family, tree(board), false).cmdline;
-    files.path(&file).map_or(Ok(false), |place| trial::take_away(&boot.join(place)))
+    files.path(&file).map_or(Ok(false), |place| trial::remove_parameters(&boot.join(place)))
 }
 
 /// Fails if this board cannot boot from these files: a kernel, a command line, `config.txt`, and its device tree.

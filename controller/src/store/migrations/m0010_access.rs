@@ -17,7 +17,7 @@ impl MigrationTrait for Access {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
         let postgres = db.get_database_backend() == DbBackend::Postgres;
-        let id = if postgres { "TEXT COLLATE \"C\"" } else { "TEXT" };
+        let id = super::id_type(db.get_database_backend());
         let guards = if postgres { ON_POSTGRES } else { ON_SQLITE };
         for statement in STATEMENTS.iter().chain(guards) {
             db.execute_unprepared(&statement.replace("{ID}", id)).await?;

@@ -1,6 +1,6 @@
 //! Conflicting reports of nodes, and the last words of nodes that power off.
 
-use sea_orm::{ConnectionTrait as _, DbBackend};
+use sea_orm::ConnectionTrait as _;
 use sea_orm_migration::prelude::{DbErr, MigrationName, MigrationTrait, SchemaManager, async_trait};
 
 pub(super) struct Truth;
@@ -16,7 +16,7 @@ impl MigrationName for Truth {
 impl MigrationTrait for Truth {
     async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         let db = manager.get_connection();
-        let id = if db.get_database_backend() == DbBackend::Postgres { "TEXT COLLATE \"C\"" } else { "TEXT" };
+        let id = super::id_type(db.get_database_backend());
         for column in
             ["goodbye_epoch BIGINT NOT NULL DEFAULT 0", "goodbye_time BIGINT", "changes BIGINT NOT NULL DEFAULT 0"]
         {

@@ -37,6 +37,14 @@ async fn given_back(bench: Bench) -> Failure {
     error(&journal, ONE)
 }
 
+/// The installer restarts into the old system, which says that the job was lost.
+async fn assert_job_is_lost(bench: Bench) {
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
+    assert_eq!(given_back(bench).await.reason, "INSTALL_JOB_LOST");
+}
+
 fn job_file(bench: &Bench) -> std::path::PathBuf {
     bench.machine.dir.join("recovery/marco/install.json")
 }
@@ -109,10 +117,7 @@ async fn the_old_system_says_what_the_installer_could_not_do() {
 async fn lost_job_leads_back_to_the_old_system() {
     let bench = on_trial_boot().await;
     std::fs::remove_file(job_file(&bench)).unwrap();
-    let journal = bench.journal();
-    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
-    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
-    assert_eq!(given_back(bench).await.reason, "INSTALL_JOB_LOST");
+    assert_job_is_lost(bench).await;
 }
 
 #[tokio::test]
@@ -133,10 +138,7 @@ async fn job_that_only_a_newer_installer_can_do_leads_back_to_the_old_system() {
     let bench = on_trial_boot().await;
     let text = std::fs::read_to_string(job_file(&bench)).unwrap();
     std::fs::write(job_file(&bench), text.replace("\"do\": \"install\"", "\"do\": \"install-delta\"")).unwrap();
-    let journal = bench.journal();
-    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
-    assert_eq!(bench.machine.told(), ["reboot Plain Armed"]);
-    assert_eq!(given_back(bench).await.reason, "INSTALL_JOB_LOST");
+    assert_job_is_lost(bench).await;
 }
 
 #[tokio::test]

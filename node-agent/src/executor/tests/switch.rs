@@ -115,7 +115,7 @@ async fn accepted(mut bench: Bench, end: State) -> Bench {
 }
 
 #[tokio::test]
-async fn accepted_system_loses_the_words_of_its_trial() {
+async fn accepted_system_loses_the_parameters_of_its_trial() {
     let bench = on_trial(ONE).await;
     let cmdline = bench.machine.dir.join("boot/cmdline.txt");
     let words = "marco.trial=begin panic=10 marco.trial=end";
@@ -127,7 +127,7 @@ async fn accepted_system_loses_the_words_of_its_trial() {
 }
 
 #[tokio::test]
-async fn system_that_keeps_the_words_of_its_trial_does_not_become_the_default() {
+async fn system_that_keeps_the_parameters_of_its_trial_is_not_the_default() {
     let bench = on_trial(ONE).await;
     let cmdline = bench.machine.dir.join("boot/cmdline.txt");
     let _ = std::fs::remove_file(&cmdline);
