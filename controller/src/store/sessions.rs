@@ -123,13 +123,20 @@ impl Store {
         let new_boot = start.boot_id != boot_id;
         let (instance, previous_instance) = (row.text("instance")?, row.text("previous_instance")?);
         let new_instance = start.instance != instance;
+        let begun = row.maybe_time("session_time")?;
+        // The present session began while this connection waited for its Hello to be read, so it is a later start of the
+        // node that has it. Taken, an old Hello would put that start away, and its return would look like a clone's. A
+        // session of the future says that the clock was set back, and nothing about the order.
+        if (new_boot || new_instance) && begun.is_some_and(|begun| start.accept_time < begun && begun <= now) {
+            return Ok(SessionOutcome::Superseded);
+        }
         let came_back = |new: bool, present: &str, before: &str| new && !before.is_empty() && present == before;
         if came_back(new_boot, &start.boot_id, &previous)
             || came_back(new_instance, &start.instance, &previous_instance)
         {
             // A boot id or an instance never comes back after another one. Either this connection was made before the
             // present session was known, or two agents have this identity.
-            if row.maybe_time("session_time")?.is_some_and(|begun| start.accept_time <= begun) {
+            if begun.is_some_and(|begun| start.accept_time <= begun) {
                 return Ok(SessionOutcome::Superseded);
             }
             shut_out(&*tx, node, CLONED, now).await?;

@@ -103,6 +103,10 @@ impl Chaos {
         FREEZES.get(self.dice.below(FREEZES.len())).copied().unwrap_or_default().min(self.longest)
     }
 
+    pub(crate) fn fleet(&self) -> &Fleet {
+        &self.fleet
+    }
+
     pub(crate) fn postgres(&self) -> &Postgres {
         &self.postgres
     }

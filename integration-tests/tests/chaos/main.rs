@@ -12,7 +12,7 @@ mod load;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use integration_tests::fleet::Database;
 use integration_tests::ledger::{Dice, fires_are_complete, logs_agree, setting};
 use integration_tests::postgres::Postgres;
@@ -56,6 +56,22 @@ fn nobody_is_idle(postgres: &Postgres, url: &str) -> Result<()> {
     Ok(())
 }
 
+/// Returns an error if a node is held, with its row and the lines about it in the controllers' logs.
+fn nobody_is_held(chaos: &Chaos) -> Result<()> {
+    let Ok(held) = chaos.postgres().rows(chaos.url(), "SELECT * FROM nodes WHERE state <> 'APPROVED'") else {
+        return Ok(());
+    };
+    let Some(node) = held.first() else { return Ok(()) };
+    let id = node["id"].as_str().unwrap_or_default();
+    println!("chaos: {} nodes are held, the first of them: {node}", held.len());
+    for number in 0..CONTROLLERS {
+        println!("chaos: controller {number} says of {id}:");
+        let log = chaos.fleet().controller_log(number)?;
+        log.lines().filter(|line| line.contains(id)).for_each(|line| println!("  {line}"));
+    }
+    bail!("{id} is healthy, and is held as {}: {}", node["state"], node["state_reason"])
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "run by make chaos: it takes minutes, and the machine for itself"]
 async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> {
@@ -89,6 +105,8 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     while begun.elapsed() < length {
         ticks.tick().await;
         chaos.step().await?;
+        // No fault excuses this: every node of the test is healthy, and has its identity for itself.
+        nobody_is_held(&chaos)?;
         // As long as a healthy node may be idle: before, each fault would excuse it.
         if chaos.has_been_calm_for(seconds(30)) {
             nobody_is_idle(chaos.postgres(), chaos.url())?;

@@ -166,6 +166,7 @@ on_both!(
         a_second_session_ends_the_first,
         a_session_is_lost_to_a_later_one_of_its_node,
         two_nodes_with_one_identity_are_quarantined,
+        hello_that_is_read_late_takes_no_session_from_a_later_start,
         two_agents_of_one_boot_are_told_apart_by_their_starts,
         a_card_in_another_board_waits_for_approval,
         sessions_of_a_dead_controller_end,

@@ -58,6 +58,27 @@ pub(crate) async fn two_nodes_with_one_identity_are_quarantined(f: Fixture) {
     assert_eq!((row.state, row.connected), (NodeState::Quarantined, false));
 }
 
+pub(crate) async fn hello_that_is_read_late_takes_no_session_from_a_later_start(f: Fixture) {
+    let (id, _) = f.online("pi-1").await;
+    let start = |instance: &str, accepted| SessionStart {
+        instance: instance.to_owned(),
+        ..hello("boot-1", &serial_of("pi-1"), after(accepted))
+    };
+    // The second start never had a session: its Hello waited in a controller that stood still, and the third was faster.
+    f.begin(&id, &start("third", 10), after(10)).await;
+    let late = f.say_hello(&id, &start("second", 5), after(12)).await;
+    assert!(matches!(late, SessionOutcome::Superseded), "{late:?}");
+    // The same of a boot.
+    let late = SessionStart { boot_id: "boot-0".to_owned(), ..start("third", 5) };
+    let late = f.say_hello(&id, &late, after(12)).await;
+    assert!(matches!(late, SessionOutcome::Superseded), "{late:?}");
+    f.begin(&id, &start("third", 13), after(13)).await;
+    assert_eq!(f.store.node(&id).await.unwrap().unwrap().state, NodeState::Approved);
+    // The clock was set back: a session that begins in the future keeps no new start out.
+    f.begin(&id, &start("third", 5000), after(5000)).await;
+    f.begin(&id, &start("fourth", 20), after(20)).await;
+}
+
 pub(crate) async fn two_agents_of_one_boot_are_told_apart_by_their_starts(f: Fixture) {
     let (id, _) = f.online("pi-1").await;
     let start = |instance: &str, second| SessionStart {
