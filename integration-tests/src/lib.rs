@@ -5,6 +5,7 @@ pub mod certs;
 pub mod client;
 pub mod dynamic;
 pub mod extremes;
+pub mod failing;
 pub mod fleet;
 pub mod frames;
 pub mod greedy;

@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 
+use crate::failing::Failing;
+
 /// A running Postgres server.
 #[derive(Debug)]
 pub struct Postgres {
@@ -24,6 +26,8 @@ pub struct Postgres {
     /// `max_connections` of the server.
     connections: u32,
     databases: AtomicU32,
+    /// Its disk, if that can fail.
+    failing: Option<Failing>,
     /// Shell that stops the server at the end of its standard input. An `Option` only so that `drop` can close that
     /// pipe first.
     janitor: Option<Child>,
@@ -65,6 +69,16 @@ impl Postgres {
         Ok(server)
     }
 
+    /// Starts a server whose disk can fail below its write-ahead log.
+    pub fn start_own_failing() -> anyhow::Result<(Self, Failing)> {
+        let mut server = Self::start_own()?;
+        let failing = Failing::build(&server.folder, "pg_wal")?;
+        server.pause()?;
+        server.failing = Some(failing.clone());
+        server.resume()?;
+        Ok((server, failing))
+    }
+
     /// Prepares a folder and a port; starts nothing.
     fn empty() -> anyhow::Result<Self> {
         let programs = find_programs()?;
@@ -73,7 +87,7 @@ impl Postgres {
             std::os::unix::fs::chown(&folder, Some(user.uid), Some(user.gid))?;
         }
         let (port, databases) = (free_port()?, AtomicU32::new(0));
-        Ok(Self { programs, folder, port, connections: CONNECTIONS, databases, janitor: None })
+        Ok(Self { programs, folder, port, connections: CONNECTIONS, databases, failing: None, janitor: None })
     }
 
     /// Creates an empty database and returns its URL.
@@ -235,16 +249,19 @@ impl Postgres {
 
     /// Starts the server, also again, on the same port with the same databases, and waits until it answers.
     pub fn resume(&self) -> anyhow::Result<()> {
-        // Tests kill the server's processes and never the machine, so nothing is lost without fsync.
+        // Tests kill the server's processes and never the machine, so nothing is lost without fsync. A disk that fails
+        // is noticed only with it.
         let options = format!(
-            "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections={}",
+            "-p {} -k {} -c listen_addresses=127.0.0.1 -c fsync={} -c max_connections={}",
             self.port,
             self.folder.display(),
+            if self.failing.is_some() { "on" } else { "off" },
             self.connections
         );
         let log = self.folder.join("log");
         run(self
             .program("pg_ctl")?
+            .envs(self.failing.iter().flat_map(Failing::environment))
             .args(["start", "--wait", "--timeout=60", "--pgdata"])
             .arg(self.data())
             .arg("--log")

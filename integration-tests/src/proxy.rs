@@ -26,11 +26,15 @@ pub enum Direction {
     Down,
 }
 
-/// The message that is lost on the way.
+/// What happens at a marked request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Swallow {
+    /// The request is lost with its connection.
     Request,
+    /// Its answer is lost with the connection.
     Answer,
+    /// It waits here, with all that clients send after it.
+    Hold,
 }
 
 /// Faults and counters of one direction, for all connections.
@@ -45,7 +49,7 @@ struct Lane {
     delay: AtomicU64,
     /// Byte counts: the first connection that has carried that many is cut, and the entry is used up.
     cuts: Mutex<VecDeque<u64>>,
-    /// Byte strings: the connection that carries one is cut; see [`Proxy::swallow`] and [`Proxy::swallow_answer_to`].
+    /// Byte strings that mark a request; see [`Proxy::swallow`], [`Proxy::swallow_answer_to`] and [`Proxy::hold_at`].
     swallows: Mutex<VecDeque<(Vec<u8>, Swallow)>>,
 }
 
@@ -163,6 +167,18 @@ impl Proxy {
         self.push_swallow(bytes, Swallow::Request);
     }
 
+    /// Holds the upward direction, as [`Proxy::hold`] does, when the next request that contains these bytes comes by, and
+    /// before it is forwarded.
+    pub fn hold_at(&self, bytes: &[u8]) {
+        self.push_swallow(bytes, Swallow::Hold);
+    }
+
+    /// Waits until the upward direction is held.
+    pub async fn held(&self) {
+        // The sender lives as long as this proxy.
+        let _ = self.state.up.open.subscribe().wait_for(|open| !*open).await;
+    }
+
     fn push_swallow(&self, bytes: &[u8], what: Swallow) {
         self.state.up.swallows.lock().unwrap_or_else(PoisonError::into_inner).push_back((bytes.to_vec(), what));
     }
@@ -262,6 +278,12 @@ async fn forward(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, lane: &Lane, s
         match lane.swallows(bytes) {
             Some(Swallow::Request) => return,
             Some(Swallow::Answer) => swallow.store(true, Ordering::Relaxed),
+            Some(Swallow::Hold) => {
+                lane.open.send_replace(false);
+                if open.wait_for(|open| *open).await.is_err() {
+                    return;
+                }
+            }
             None => {}
         }
         let delay = lane.delay.load(Ordering::Relaxed);
@@ -364,6 +386,24 @@ mod tests {
         let mut heard = Vec::new();
         let _ = server.read_to_end(&mut heard).await;
         assert!(heard.is_empty() && proxy.swallows_left() == 0, "{heard:?}");
+    }
+
+    #[tokio::test]
+    async fn marked_request_waits_until_it_is_released() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let proxy = Proxy::start(listener.local_addr().unwrap()).await.unwrap();
+        proxy.hold_at(b"COMMIT");
+        let mut client = TcpStream::connect(proxy.address()).await.unwrap();
+        let (mut server, _) = listener.accept().await.unwrap();
+        let mut heard = [0; 6];
+        client.write_all(b"SELECT").await.unwrap();
+        server.read_exact(&mut heard).await.unwrap();
+        client.write_all(b"COMMIT").await.unwrap();
+        proxy.held().await;
+        assert!(server.try_read(&mut heard).is_err(), "{heard:?}");
+        proxy.release(Direction::Up);
+        server.read_exact(&mut heard).await.unwrap();
+        assert_eq!((&heard, proxy.swallows_left()), (b"COMMIT", 0));
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use sea_orm::sqlx;
 use sea_orm::sqlx::error::ErrorKind;
+use sea_orm::sqlx::postgres::{PgDatabaseError, PgSeverity};
 use sea_orm::{DbErr, RuntimeErr};
 
 use super::StoreError;
@@ -82,9 +83,14 @@ impl StoreError {
             return if is_of_connection(error) { Self::Unavailable(said) } else { Self::Refused(said) };
         };
         let code = answer.code().map(|code| code.into_owned());
-        let fault = code.as_deref().and_then(fault_of_code).map(|fault| (fault, Arc::clone(place)));
+        let of_postgres = answer.try_downcast_ref::<PgDatabaseError>();
+        let source = of_postgres.and_then(PgDatabaseError::file).unwrap_or_default();
+        let fault =
+            code.as_deref().and_then(|code| fault_of_code(code, source)).map(|fault| (fault, Arc::clone(place)));
+        // All sessions end with a panic of the server, whatever the code says. It recovers by itself.
+        let ended = of_postgres.is_some_and(|answer| matches!(answer.severity(), PgSeverity::Panic));
         // A fault counts as transient too: nothing was written, and the same call succeeds once the disk works.
-        let transient = fault.is_some() || code.as_deref().is_some_and(is_transient_code);
+        let transient = fault.is_some() || ended || code.as_deref().is_some_and(is_transient_code);
         let violation = match answer.kind() {
             ErrorKind::UniqueViolation => Some(Violation::Unique),
             ErrorKind::ForeignKeyViolation => Some(Violation::ForeignKey),
@@ -185,12 +191,18 @@ fn is_of_connection(error: &sqlx::Error) -> bool {
 }
 
 /// Takes an SQLSTATE (appendix A of Postgres' manual) or a result code of SQLite. The low byte of an extended code is
-/// the primary one: READONLY 8, IOERR 10, FULL 13, CANTOPEN 14.
-fn fault_of_code(code: &str) -> Option<Fault> {
+/// the primary one: READONLY 8, IOERR 10, FULL 13, CANTOPEN 14. `source`: the file of Postgres' source code that reports the
+/// error. Error numbers without a code of their own become general codes there (`errcode_for_file_access`), so that a
+/// read-only file system and a missing permission for a table have the same one.
+fn fault_of_code(code: &str, source: &str) -> Option<Fault> {
+    let of_files = ["fd.c", "md.c", "slru.c", "smgr.c", "xlog.c"].contains(&source);
     match code {
         "53100" => return Some(Fault::DiskFull),
         "25006" => return Some(Fault::ReadOnly),
-        "58030" => return Some(Fault::Io),
+        "42501" if of_files => return Some(Fault::ReadOnly),
+        // Also a file that is gone, and a page or an index that is damaged.
+        "58030" | "58P01" | "XX001" | "XX002" => return Some(Fault::Io),
+        "XX000" if of_files => return Some(Fault::Io),
         // Five characters are an SQLSTATE; SQLite's codes are shorter.
         _ if code.len() == 5 => return None,
         _ => {}
@@ -221,6 +233,9 @@ mod tests {
     #[test]
     fn faults_of_the_disk_are_told_from_other_errors() {
         for (code, fault) in [
+            ("42501", None),
+            ("XX000", None),
+            ("XX001", Some(Fault::Io)),
             ("13", Some(Fault::DiskFull)),
             ("53100", Some(Fault::DiskFull)),
             ("8", Some(Fault::ReadOnly)),
@@ -234,8 +249,10 @@ mod tests {
             ("23505", None),
             ("40P01", None),
         ] {
-            assert_eq!(fault_of_code(code), fault, "{code}");
+            assert_eq!(fault_of_code(code, "aclchk.c"), fault, "{code}");
         }
+        assert_eq!(fault_of_code("42501", "xlog.c"), Some(Fault::ReadOnly));
+        assert_eq!(fault_of_code("XX000", "md.c"), Some(Fault::Io));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use integration_tests::Fleet;
 use integration_tests::ledger::Dice;
 use integration_tests::postgres::Postgres;
@@ -60,6 +60,13 @@ pub(crate) const KINDS: [Kind; 19] = [
 /// Durations of a freeze: below all timeouts, beyond those of transactions and sessions, and beyond all of them.
 const FREEZES: [Duration; 3] = [seconds(5), seconds(40), seconds(180)];
 
+/// From each four minutes this long at their end is without faults of everybody, so that a healthy node can be told from
+/// one that such a fault excuses.
+const CALM: Duration = seconds(45);
+const CALM_EVERY: Duration = seconds(240);
+/// Answers to COMMIT that one fault loses.
+const ANSWERS: usize = 3;
+
 /// A fault that has not been healed yet.
 struct Active {
     kind: Kind,
@@ -79,6 +86,11 @@ pub(crate) struct Chaos {
     dice: Dice,
     active: Vec<Active>,
     injected: BTreeMap<Kind, usize>,
+    /// Freezes that stopped a controller inside one of its transactions.
+    inside: usize,
+    /// Answers to COMMIT that were lost.
+    lost: usize,
+    begun: Instant,
     calm_since: Instant,
     /// Upper limit of a freeze, so that a short run has several faults.
     longest: Duration,
@@ -94,6 +106,9 @@ impl Chaos {
             dice,
             active: Vec::new(),
             injected: BTreeMap::new(),
+            inside: 0,
+            lost: 0,
+            begun: Instant::now(),
             calm_since: Instant::now(),
             longest: length / 3,
         }
@@ -123,8 +138,10 @@ impl Chaos {
     /// A second of chaos: heals faults that are over, and injects a new one.
     pub(crate) async fn step(&mut self) -> Result<()> {
         let now = Instant::now();
-        let (over, on): (Vec<_>, Vec<_>) =
+        let (mut over, on): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.active).into_iter().partition(|fault| fault.until <= now);
+        // The shared parts first: a controller cannot start without its database.
+        over.sort_by_key(|fault| !is_of_everybody(fault.kind));
         self.active = on;
         for fault in over {
             self.heal(fault).await?;
@@ -144,7 +161,9 @@ impl Chaos {
             self.active.iter().filter(|fault| is_of_one(fault.kind)).map(|fault| fault.controller).collect();
         // One controller always stays well, and no two faults of the shared parts overlap. There is only one standby to
         // fail over to.
-        let impossible = is_of_one(kind) && (busy.contains(&controller) || busy.len() + 1 >= CONTROLLERS)
+        let at = Duration::from_secs(self.begun.elapsed().as_secs() % CALM_EVERY.as_secs());
+        let impossible = is_of_everybody(kind) && at + CALM >= CALM_EVERY
+            || is_of_one(kind) && (busy.contains(&controller) || busy.len() + 1 >= CONTROLLERS)
             || is_of_everybody(kind) && self.active.iter().any(|fault| is_of_everybody(fault.kind))
             || kind == Kind::FailOver && !self.retired.is_empty();
         if !impossible {
@@ -191,7 +210,7 @@ impl Chaos {
                 }
             }
             Kind::AnswerToCommitLost => {
-                for _ in 0..3 {
+                for _ in 0..ANSWERS {
                     self.fleet.database_proxy(controller)?.swallow_answer_to(b"COMMIT");
                 }
             }
@@ -260,7 +279,11 @@ impl Chaos {
                 self.active.push(Active { kind, controller, until: Instant::now() + seconds(1), holders: Vec::new() });
             }
             Kind::Kill => self.fleet.revive(controller)?,
-            Kind::Freeze | Kind::FreezeInTransaction => self.fleet.thaw(controller).await?,
+            Kind::Freeze => self.fleet.thaw(controller).await?,
+            Kind::FreezeInTransaction => {
+                self.fleet.database_proxy(controller)?.release(Direction::Up);
+                self.fleet.thaw(controller).await?;
+            }
             Kind::HostGone => {
                 // The host is back, but its old connections were never closed properly.
                 let proxy = self.fleet.database_proxy(controller)?;
@@ -277,7 +300,11 @@ impl Chaos {
                     self.fleet.database_proxy(controller)?.delay(direction, Duration::ZERO);
                 }
             }
-            Kind::AnswerToCommitLost => self.fleet.database_proxy(controller)?.forget_swallows(),
+            Kind::AnswerToCommitLost => {
+                let proxy = self.fleet.database_proxy(controller)?;
+                self.lost += ANSWERS.saturating_sub(proxy.swallows_left());
+                proxy.forget_swallows();
+            }
             Kind::ReadOnly => self.read_only(false)?,
             Kind::Restart => self.postgres.resume()?,
             Kind::ClockMinutes | Kind::ClockHour => self.fleet.jump_clock(controller, 0)?,
@@ -293,19 +320,16 @@ impl Chaos {
         Ok(())
     }
 
-    /// Freezes the controller while one of its transactions is open.
+    /// Freezes the controller inside a transaction: its COMMIT is held on the way, so that all locks of the transaction
+    /// stay until it is thawed. Postgres may end the transaction before that.
     async fn freeze_in_transaction(&mut self, controller: usize) -> Result<()> {
-        let open = "SELECT count(*) AS open FROM pg_stat_activity WHERE state = 'idle in transaction'";
-        for _ in 0..40 {
-            self.fleet.freeze(controller).await?;
-            let rows = self.postgres.rows(&self.url, open)?;
-            if rows.first().is_some_and(|row| row["open"].as_i64() > Some(0)) {
-                return Ok(());
-            }
-            self.fleet.thaw(controller).await?;
-            tokio::task::yield_now().await;
+        let proxy = self.fleet.database_proxy(controller)?;
+        proxy.hold_at(b"COMMIT");
+        // It commits at least once a second, unless another fault keeps it from its database. Then it is only frozen.
+        if tokio::time::timeout(seconds(5), proxy.held()).await.is_ok() {
+            self.inside += 1;
         }
-        // No open transaction was found in 40 attempts: freeze it anyway.
+        proxy.forget_swallows();
         self.fleet.freeze(controller).await
     }
 
@@ -341,16 +365,29 @@ impl Chaos {
         Ok(())
     }
 
-    /// Heals all faults, and returns the fleet, the database and the counts.
-    pub(crate) async fn end(mut self) -> Result<(Fleet, Postgres, String, BTreeMap<String, usize>)> {
+    /// Heals all faults.
+    pub(crate) async fn heal_all(&mut self) -> Result<()> {
         let mut left = std::mem::take(&mut self.active);
         // The shared parts first: a controller cannot start without its database.
         left.sort_by_key(|fault| !is_of_everybody(fault.kind));
         for fault in left {
             self.heal(fault).await?;
         }
-        let injected = self.injected.iter().map(|(kind, count)| (format!("{kind:?}"), *count)).collect();
-        Ok((self.fleet, self.postgres, self.url, injected))
+        self.calm_since = Instant::now();
+        Ok(())
+    }
+
+    /// Ends, says what was injected, and returns the fleet, the database and its URL. `whole`: the run had time for all
+    /// kinds, and one that is missing is an error.
+    pub(crate) fn end(self, whole: bool) -> Result<(Fleet, Postgres, String)> {
+        println!(
+            "chaos: {:?}, {} freezes inside a transaction, {} answers to COMMIT lost",
+            self.injected, self.inside, self.lost
+        );
+        ensure!(!whole || self.injected.len() == KINDS.len(), "not every kind of fault was injected");
+        ensure!(!whole || self.inside > 0, "no controller froze inside a transaction");
+        ensure!(!whole || self.lost > 0, "no answer to COMMIT was lost");
+        Ok((self.fleet, self.postgres, self.url))
     }
 }
 

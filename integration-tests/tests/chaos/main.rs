@@ -29,6 +29,8 @@ const CONTROLLERS: usize = 3;
 const CONNECTIONS: u32 = 130;
 /// Timeout for everything to settle after the faults.
 const QUIET: Duration = seconds(120);
+/// Time after the faults in which nodes may not be idle, under the same load.
+const WATCHED: Duration = seconds(45);
 /// Longest time that a healthy node may wait for due work, in microseconds.
 const IDLE: i64 = 30_000_000;
 
@@ -46,6 +48,18 @@ fn idle_nodes() -> String {
              AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING')) \
          AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id AND b.update_time > {now} - {IDLE})"
     )
+}
+
+/// Returns an error if a healthy node is held or idle. Returns how often it looked for idle nodes: 0 or 1.
+fn look(chaos: &Chaos) -> Result<u32> {
+    // No fault excuses this: every node has its identity for itself.
+    nobody_is_held(chaos)?;
+    // As long as a healthy node may be idle: before, each fault of everybody would excuse it.
+    if !chaos.has_been_calm_for(seconds(30)) {
+        return Ok(0);
+    }
+    nobody_is_idle(chaos.postgres(), chaos.url())?;
+    Ok(1)
 }
 
 /// Returns an error if a node has been idle for too long and no fault excuses that.
@@ -102,20 +116,23 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     let mut chaos = Chaos::new(fleet, primary, url, Dice(seed), length);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut looks = 0;
     while begun.elapsed() < length {
         ticks.tick().await;
         chaos.step().await?;
-        // No fault excuses this: every node of the test is healthy, and has its identity for itself.
-        nobody_is_held(&chaos)?;
-        // As long as a healthy node may be idle: before, each fault would excuse it.
-        if chaos.has_been_calm_for(seconds(30)) {
-            nobody_is_idle(chaos.postgres(), chaos.url())?;
-        }
+        looks += look(&chaos)?;
     }
-    let (mut fleet, postgres, url, injected) = chaos.end().await?;
-    println!("chaos: {injected:?}");
-    // A run shorter than that has no time for all kinds.
-    ensure!(length < seconds(100) || injected.len() == faults::KINDS.len(), "not every kind of fault was injected");
+    chaos.heal_all().await?;
+    let watched = Instant::now();
+    // The load goes on, and now nothing excuses a node without its work.
+    while watched.elapsed() < WATCHED {
+        ticks.tick().await;
+        looks += look(&chaos)?;
+    }
+    // A shorter run has no time for all kinds of faults.
+    let (mut fleet, postgres, url) = chaos.end(length >= seconds(100))?;
+    println!("chaos: looked for idle nodes {looks} times");
+    ensure!(looks > 0, "nobody looked for idle nodes");
     stop.cancel();
     asking.await?;
 
@@ -144,14 +161,19 @@ async fn whatever_breaks_acknowledgements_store_and_nodes_agree() -> Result<()> 
     .await;
     ended.with_context(|| format!("stuck: {:?}", postgres.rows(&url, unfinished)))?;
 
-    let schedules = postgres.rows(&url, "SELECT id, create_time, update_time FROM schedules")?;
+    let [schedules, fires, fired, stored, executions] = postgres.snapshot(
+        &url,
+        [
+            "SELECT id, create_time, update_time FROM schedules",
+            "SELECT schedule, fire_time, outcome, reason, operation FROM fires",
+            "SELECT id FROM operations WHERE schedule IS NOT NULL",
+            "SELECT id, request_id FROM operations WHERE request_id IS NOT NULL",
+            "SELECT operation, node, state FROM executions",
+        ],
+    )?;
     ensure!(schedules.len() == SCHEDULES, "{} schedules", schedules.len());
-    let fires = postgres.rows(&url, "SELECT schedule, fire_time, outcome, reason, operation FROM fires")?;
-    let fired = postgres.rows(&url, "SELECT id FROM operations WHERE schedule IS NOT NULL")?;
     let instants = fires_are_complete(&schedules, &fires, &fired, load::period)?;
-    let stored = postgres.rows(&url, "SELECT id, request_id FROM operations WHERE request_id IS NOT NULL")?;
     let acknowledged = asked.compare(&stored)?;
-    let executions = postgres.rows(&url, "SELECT operation, node, state FROM executions")?;
     let reboots = logs_agree(&fleet, &ids, &executions)?;
     let failed = executions.iter().filter(|execution| execution["state"] == "FAILED").count();
     println!(

@@ -9,10 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use integration_tests::failing::Failing;
+use integration_tests::ledger::{Dice, setting};
 use integration_tests::mount::Mount;
 use integration_tests::postgres::Postgres;
 use integration_tests::{seconds, wait_until};
-use marco_controller::store::{AuditQuery, AuditRow, Fault, Store, StoreError};
+use marco_controller::store::{AuditQuery, AuditRow, CreateOutcome, Fault, OperationQuery, Store, StoreError};
+use marco_proto::names::NodeId;
 
 use crate::support::*;
 
@@ -22,9 +25,15 @@ const WRITERS: u64 = 4;
 /// Pause of each writer after a write, so that the load alone does not fill the disk.
 const REST: Duration = Duration::from_millis(15);
 
+/// Faults of one run.
+const ROUNDS: usize = 6;
+/// Acknowledged writes between two faults: at least and at most.
+const BETWEEN: (usize, usize) = (5, 60);
+
 /// Concurrent writers, and their results.
 struct Load {
     store: Store,
+    node: NodeId,
     acknowledged: Mutex<BTreeSet<String>>,
     next: AtomicU64,
     faults: Mutex<Vec<(Fault, String)>>,
@@ -32,9 +41,12 @@ struct Load {
 }
 
 impl Load {
-    fn new(store: Store) -> Arc<Self> {
+    async fn new(store: Store, url: String) -> Arc<Self> {
+        let f = Fixture { store, url, folder: None };
+        let node = f.enrolled(&["pi-1"]).await.remove(0);
         Arc::new(Self {
-            store,
+            store: f.store,
+            node,
             acknowledged: Mutex::default(),
             next: AtomicU64::new(0),
             faults: Mutex::default(),
@@ -53,22 +65,14 @@ impl Load {
 
     async fn write(&self) {
         let number = self.next.fetch_add(1, Ordering::SeqCst);
-        // Large and small rows: small ones still fit on a disk that is nearly full.
-        let message = "x".repeat(if number.is_multiple_of(3) { 8_000 } else { 10 });
-        let row = AuditRow {
-            time: start(),
-            actor: format!("writer-{number}"),
-            credential: String::new(),
-            from: String::new(),
-            method: "CreateUser".to_owned(),
-            target: String::new(),
-            result: "OK".to_owned(),
-            message,
+        let written = match number % 4 {
+            0 => self.create_operation().await,
+            large => self.record_audit(number, large == 1).await,
         };
-        match self.store.record_audit(&row).await {
-            Ok(_) => {
-                // Only acknowledged rows count. Others may or may not be stored.
-                self.acknowledged.lock().unwrap().insert(row.actor);
+        match written {
+            // Only acknowledged writes count. Others may or may not be stored.
+            Ok(name) => {
+                self.acknowledged.lock().unwrap().insert(name);
             }
             Err(error) => {
                 assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
@@ -79,6 +83,32 @@ impl Load {
             }
         }
         tokio::time::sleep(REST).await;
+    }
+
+    /// Several statements in a transaction. Returns the operation's id.
+    async fn create_operation(&self) -> Result<String, StoreError> {
+        let new = new_operation(reboot(), std::slice::from_ref(&self.node));
+        let outcome = self.store.create_operation(&new, start()).await?;
+        assert!(matches!(outcome, CreateOutcome::Created(_)), "{outcome:?}");
+        Ok(new.id.to_string())
+    }
+
+    /// One statement. Returns the row's actor.
+    async fn record_audit(&self, number: u64, large: bool) -> Result<String, StoreError> {
+        // Large and small rows: small ones still fit on a disk that is nearly full.
+        let message = "x".repeat(if large { 8_000 } else { 10 });
+        let row = AuditRow {
+            time: start(),
+            actor: format!("writer-{number}"),
+            credential: String::new(),
+            from: String::new(),
+            method: "CreateUser".to_owned(),
+            target: String::new(),
+            result: "OK".to_owned(),
+            message,
+        };
+        self.store.record_audit(&row).await?;
+        Ok(row.actor)
     }
 
     fn count(&self) -> usize {
@@ -101,25 +131,58 @@ impl Load {
         .unwrap();
     }
 
-    /// Waits until writes succeed again by themselves, and the store reports no fault.
-    async fn heals(&self) {
-        let before = self.count();
-        wait_until(seconds(30), "it serves again", async || {
-            Ok((self.count() > before + 20 && self.store.ailment().is_none()).then_some(()))
+    /// Waits until writes succeed, again by themselves, and the store reports no fault; then until a random number of
+    /// them was acknowledged, so that the next fault comes at a random moment.
+    async fn runs_for(&self, dice: &mut Dice) {
+        let enough = self.count() + BETWEEN.0 + dice.below(BETWEEN.1 - BETWEEN.0);
+        wait_until(seconds(30), "it serves", async || {
+            Ok((self.count() > enough && self.store.ailment().is_none()).then_some(()))
         })
         .await
         .unwrap();
     }
 
+    /// Ends the load once the store serves again, and checks that nothing is lost.
+    async fn ends(&self, writers: Vec<tokio::task::JoinHandle<()>>) {
+        self.runs_for(&mut Dice(0)).await;
+        self.stop.store(true, Ordering::SeqCst);
+        for writer in writers {
+            writer.await.unwrap();
+        }
+        self.nothing_is_lost(&self.store).await;
+    }
+
     /// Checks that each acknowledged write is in the database.
     async fn nothing_is_lost(&self, store: &Store) {
         let query = AuditQuery { limit: u32::MAX / 2, ..AuditQuery::default() };
-        let stored: BTreeSet<String> =
+        let mut stored: BTreeSet<String> =
             store.audit(&query).await.unwrap().into_iter().map(|(_, row)| row.actor).collect();
+        let query = OperationQuery { limit: u32::MAX / 2, ..OperationQuery::default() };
+        stored.extend(store.operations(&query).await.unwrap().into_iter().map(|row| row.id.to_string()));
         let acknowledged = self.acknowledged.lock().unwrap();
         let lost: Vec<&String> = acknowledged.difference(&stored).collect();
         assert!(lost.is_empty(), "{} of {} are lost: {lost:?}", lost.len(), acknowledged.len());
     }
+}
+
+/// The choices of a run, and prints how to repeat them: `STORAGE_SEED`.
+fn dice() -> Dice {
+    let seed = setting("STORAGE_SEED", u64::from(std::process::id()));
+    println!("storage: STORAGE_SEED={seed}");
+    Dice(seed)
+}
+
+/// Each kind once, then random ones: `count` in all.
+fn in_random_order<T: Copy>(kinds: &[T], count: usize, dice: &mut Dice) -> Vec<T> {
+    let mut left = kinds.to_vec();
+    let mut order = Vec::new();
+    while order.len() < count {
+        if left.is_empty() {
+            left.extend_from_slice(kinds);
+        }
+        order.push(left.swap_remove(dice.below(left.len())));
+    }
+    order
 }
 
 /// Fills the disk completely.
@@ -146,20 +209,16 @@ async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
     let Some(disk) = small_disk(folder.path()).await else { return };
     let file = disk.folder().join("marco.db").display().to_string();
     let url = format!("sqlite://{file}");
-    let load = Load::new(Store::open(&url).await.unwrap());
+    let load = Load::new(Store::open(&url).await.unwrap(), url).await;
     let writers = load.start();
+    let mut dice = dice();
     for _ in 0..3 {
-        load.heals().await;
+        load.runs_for(&mut dice).await;
         fill(disk.folder());
         load.fails(Fault::DiskFull, &file).await;
         empty(disk.folder());
     }
-    load.heals().await;
-    load.stop.store(true, Ordering::SeqCst);
-    for writer in writers {
-        writer.await.unwrap();
-    }
-    load.nothing_is_lost(&load.store).await;
+    load.ends(writers).await;
     // A new process sees only the files on the disk, so the test opens a copy of them.
     let copy = folder.path().join("copy");
     fs::create_dir(&copy).unwrap();
@@ -171,62 +230,20 @@ async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
     load.nothing_is_lost(&next).await;
 }
 
-/// Source of a library that is preloaded into a process of its own. While a file exists, the system calls that it names
-/// fail on the database's files.
-const FAILING: &str = r#"
-#include <errno.h>
-#include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-static int fails(int fd, const char *what, int error) {
-    char link[64], path[4096], asked[16] = "";
-    const char *fault = getenv("MARCO_FAULT_FILE");
-    int file = fault ? syscall(SYS_openat, AT_FDCWD, fault, O_RDONLY) : -1;
-    if (file < 0) return 0;
-    syscall(SYS_read, file, asked, sizeof asked - 1);
-    syscall(SYS_close, file);
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    if (length < 0) return 0;
-    path[length] = 0;
-    if (strcmp(asked, what) != 0 || !strstr(path, "marco.db")) return 0;
-    errno = error;
-    return 1;
-}
-int fsync(int fd) { return fails(fd, "fsync", EIO) ? -1 : (int)syscall(SYS_fsync, fd); }
-int fdatasync(int fd) { return fails(fd, "fsync", EIO) ? -1 : (int)syscall(SYS_fdatasync, fd); }
-ssize_t write(int fd, const void *from, size_t count) {
-    return fails(fd, "write", EROFS) ? -1 : syscall(SYS_write, fd, from, count);
-}
-ssize_t pwrite64(int fd, const void *from, size_t count, off_t at) {
-    return fails(fd, "write", EROFS) ? -1 : syscall(SYS_pwrite64, fd, from, count, at);
-}
-ssize_t pwrite(int fd, const void *from, size_t count, off_t at) { return pwrite64(fd, from, count, at); }
-"#;
-
 #[allow(clippy::disallowed_methods, reason = "the test runs itself once more, under a library that fails")]
 fn command(program: &Path) -> Command {
     Command::new(program)
 }
 
 #[tokio::test]
-async fn sqlite_whose_fsync_or_writes_fail_loses_nothing_that_was_acknowledged() {
+async fn sqlite_on_a_disk_that_fails_loses_nothing_that_was_acknowledged() {
     let folder = tempfile::tempdir().unwrap();
-    let (source, library) = (folder.path().join("fault.c"), folder.path().join("fault.so"));
-    fs::write(&source, FAILING).unwrap();
-    // Only a library that is preloaded reaches the calls of SQLite, which is C.
-    let built = command(Path::new("cc")).args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status().unwrap();
-    assert!(built.success(), "the library cannot be compiled");
-    let fault = folder.path().join("fault");
+    let failing = Failing::build(folder.path(), "marco.db").unwrap();
     let run = move || -> ExitStatus {
         command(&std::env::current_exe().unwrap())
             // In a process of its own, because LD_PRELOAD acts when a process starts.
-            .args(["--exact", "storage::under_failing_system_calls", "--ignored", "--nocapture"])
-            .env("LD_PRELOAD", &library)
-            .env("MARCO_FAULT_FILE", &fault)
+            .args(["--exact", "storage::on_a_failing_disk", "--ignored", "--nocapture"])
+            .envs(failing.environment())
             .status()
             .unwrap()
     };
@@ -235,24 +252,46 @@ async fn sqlite_whose_fsync_or_writes_fail_loses_nothing_that_was_acknowledged()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "runs in a process of its own, by the test above"]
-async fn under_failing_system_calls() {
-    let fault = std::env::var("MARCO_FAULT_FILE").unwrap();
+async fn on_a_failing_disk() {
+    let fault = Failing::file().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("marco.db").display().to_string();
-    let load = Load::new(Store::open(&format!("sqlite://{file}")).await.unwrap());
+    let url = format!("sqlite://{file}");
+    let load = Load::new(Store::open(&url).await.unwrap(), url).await;
     let writers = load.start();
-    for what in ["fsync", "write", "fsync"] {
-        load.heals().await;
+    let mut dice = dice();
+    // A kernel that meets an error makes a file system read-only: writes to open files fail, and SQLite says "I/O error";
+    // files that are opened from then on say so.
+    let kinds = [("fsync", Fault::Io), ("write", Fault::Io), ("readonly", Fault::ReadOnly)];
+    for (what, said) in in_random_order(&kinds, ROUNDS, &mut dice) {
+        load.runs_for(&mut dice).await;
         fs::write(&fault, what).unwrap();
-        load.fails(Fault::Io, &file).await;
+        load.fails(said, &file).await;
         fs::remove_file(&fault).unwrap();
     }
-    load.heals().await;
-    load.stop.store(true, Ordering::SeqCst);
-    for writer in writers {
-        writer.await.unwrap();
+    load.ends(writers).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn postgres_on_a_disk_that_fails_loses_nothing_that_was_acknowledged() {
+    let (server, failing) = tokio::task::spawn_blocking(|| Postgres::start_own_failing().unwrap()).await.unwrap();
+    let url = server.database().unwrap();
+    let load = Load::new(Store::open(&url).await.unwrap(), url).await;
+    let writers = load.start();
+    let mut dice = dice();
+    for what in in_random_order(&["fsync", "write", "readonly"], ROUNDS, &mut dice) {
+        load.runs_for(&mut dice).await;
+        failing.fail(what).unwrap();
+        // A server that cannot write its log ends, and its clients hear that or nothing.
+        wait_until(seconds(30), "writes fail", async || Ok(load.store.ailment().is_some().then_some(())))
+            .await
+            .unwrap();
+        failing.heal().unwrap();
+        // It recovers by itself, or gave up while the disk failed: whoever watches over it starts it.
+        let _ = server.pause();
+        server.resume().unwrap();
     }
-    load.nothing_is_lost(&load.store).await;
+    load.ends(writers).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -266,38 +305,38 @@ async fn postgres_whose_disk_fills_or_takes_no_writes_loses_nothing_that_was_ack
         None => server.database().unwrap(),
     };
     let place = url.split('@').nth(1).unwrap().to_owned();
-    let load = Load::new(Store::open(&url).await.unwrap());
+    let load = Load::new(Store::open(&url).await.unwrap(), url.clone()).await;
     let writers = load.start();
-    for _ in 0..2 {
-        load.heals().await;
-        if let Some(disk) = &disk {
-            fill(disk.folder());
-            load.fails(Fault::DiskFull, &place).await;
-            empty(disk.folder());
-            load.heals().await;
+    let mut dice = dice();
+    let set = |value: &str| {
+        let set = format!("ALTER SYSTEM SET default_transaction_read_only = {value}");
+        for statement in [set.as_str(), "SELECT pg_reload_conf()"] {
+            server.by_hand(&url, statement).unwrap().unwrap();
         }
-        // A server that was demoted to a standby refuses writes with the same error.
-        let set = |value: &str| {
-            let set = format!("ALTER SYSTEM SET default_transaction_read_only = {value}");
-            for statement in [set.as_str(), "SELECT pg_reload_conf()"] {
-                server.by_hand(&url, statement).unwrap().unwrap();
+    };
+    for what in in_random_order(&["full", "readonly", "away"], ROUNDS, &mut dice) {
+        load.runs_for(&mut dice).await;
+        match (what, &disk) {
+            ("full", Some(disk)) => {
+                fill(disk.folder());
+                load.fails(Fault::DiskFull, &place).await;
+                empty(disk.folder());
             }
-        };
-        set("on");
-        load.fails(Fault::ReadOnly, &place).await;
-        set("off");
-        load.heals().await;
-        // A server that stops is another fault, from which the store must recover too.
-        server.pause().unwrap();
-        wait_until(seconds(30), "writes fail", async || Ok(load.store.ailment().is_some().then_some(())))
-            .await
-            .unwrap();
-        server.resume().unwrap();
+            // A server that was demoted to a standby refuses writes with the same error.
+            ("readonly", _) => {
+                set("on");
+                load.fails(Fault::ReadOnly, &place).await;
+                set("off");
+            }
+            // A server that stops is another fault, from which the store must recover too.
+            _ => {
+                server.pause().unwrap();
+                wait_until(seconds(30), "writes fail", async || Ok(load.store.ailment().is_some().then_some(())))
+                    .await
+                    .unwrap();
+                server.resume().unwrap();
+            }
+        }
     }
-    load.heals().await;
-    load.stop.store(true, Ordering::SeqCst);
-    for writer in writers {
-        writer.await.unwrap();
-    }
-    load.nothing_is_lost(&load.store).await;
+    load.ends(writers).await;
 }
