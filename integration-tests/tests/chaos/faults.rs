@@ -328,6 +328,9 @@ impl Chaos {
         // It commits at least once a second, unless another fault keeps it from its database. Then it is only frozen.
         if tokio::time::timeout(seconds(5), proxy.held()).await.is_ok() {
             self.inside += 1;
+        } else {
+            // Missing again, so that it is tried again.
+            self.injected.remove(&Kind::FreezeInTransaction);
         }
         proxy.forget_swallows();
         self.fleet.freeze(controller).await
