@@ -1,5 +1,6 @@
 //! Checks that the numbers in `docs/security.md` are the program's constants.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use crate::api::downloads;
@@ -46,4 +47,114 @@ fn account_of_the_doors_is_that_of_the_program() {
     assert_eq!(written, expected);
     let times = (peer_log::ADDRESS_EVERY, peer_log::ALL_EVERY, peer_log::CALLER_EVERY);
     assert_eq!(times, (Duration::from_secs(2), Duration::from_millis(200), Duration::from_millis(200)));
+}
+
+/// Cells of a table of the document, by row, without the heading.
+fn table(heading: &str) -> Vec<Vec<&'static str>> {
+    let rows = SECURITY.lines().skip_while(|line| *line != heading).skip(4).take_while(|line| line.starts_with('|'));
+    rows.map(|row| row.trim_matches('|').split('|').map(str::trim).collect()).collect()
+}
+
+/// Checks that the rows are these, and that each cell says these sums of the program's constants.
+fn compare(heading: &str, expected: &[(&str, &[&[String]])]) {
+    let rows = table(heading);
+    let names: Vec<&str> = rows.iter().filter_map(|row| row.first().copied()).collect();
+    assert_eq!(names, expected.iter().map(|(name, _)| *name).collect::<Vec<_>>(), "{heading}");
+    for (row, (name, cells)) in rows.iter().zip(expected) {
+        assert_eq!(row.len(), cells.len() + 1, "{heading}: {name}");
+        for (cell, phrases) in row.iter().skip(1).zip(*cells) {
+            for phrase in *phrases {
+                assert!(cell.contains(phrase.as_str()), "{heading}, {name}: no \"{phrase}\" in \"{cell}\"");
+            }
+        }
+    }
+}
+
+fn number(value: impl Display) -> u64 {
+    value.to_string().parse().unwrap()
+}
+
+#[test]
+fn each_peers_share_is_that_of_the_program() {
+    let (strangers, age, streams) = (places::STRANGERS, places::STRANGER_AGE.as_secs(), places::STRANGER_STREAMS);
+    let unread = number(places::STRANGER_MESSAGE) >> 10;
+    // KiB: its connection's buffers, and its calls.
+    let stranger = 128 + number(streams) * unread;
+    let enrolment = (number(strangers) * stranger) >> 10;
+    let (node, person) = (places::OF_A_NODE, places::OF_A_PERSON);
+    compare(
+        "## Listener by peer",
+        &[
+            (
+                "nobody",
+                &[
+                    &[format!("{strangers} connections, {age} s, {streams} calls")],
+                    &[format!("up to {unread} KiB"), format!("{enrolment} MiB in all")],
+                    &[],
+                ],
+            ),
+            ("expired", &[&[], &[], &[]]),
+            ("revoked", &[&[], &[], &[]]),
+            ("quarantined", &[&[], &[], &[]]),
+            ("held", &[&[format!("{node} connections, {} calls", callers::OF_A_NODE)], &[], &["403".to_owned()]]),
+            ("node", &[&[format!("{} downloads", downloads::OF_A_NODE)], &[], &[format!("{node} places")]]),
+            (
+                "person",
+                &[
+                    &[
+                        format!(
+                            "{person} connections, {} calls, of which {}",
+                            callers::OF_A_PERSON,
+                            callers::RECEIVING
+                        ),
+                        format!("{} downloads", downloads::OF_A_PERSON),
+                    ],
+                    &[],
+                    &[format!("{person} connections, among the {} places", places::MIRROR_PLACES)],
+                ],
+            ),
+        ],
+    );
+    let handshakes = incoming::MAX_HANDSHAKES;
+    let count = strangers.to_string();
+    let silent = format!("128 KiB each, {} MiB", (number(strangers) * 128) >> 10);
+    // MiB: each download and each message that is being received is at most one.
+    let halves = format!("{} MiB for what it sends by halves", callers::RECEIVING);
+    let for_downloads = |most: usize| format!("{most} MiB for downloads");
+    compare(
+        "## What that comes to",
+        &[
+            (
+                "handshakes",
+                &[
+                    &[format!("12 KiB each, {} MiB a listener", (number(handshakes) * 12) >> 10)],
+                    &[format!("{handshakes} a listener")],
+                    &[],
+                ],
+            ),
+            ("strangers of the API", &[&[silent.clone()], &[count.clone()], &[]]),
+            (
+                "strangers of the enrolment",
+                &[&[format!("{stranger} KiB each, {enrolment} MiB")], &[count.clone()], &[]],
+            ),
+            ("strangers of the mirror", &[&[silent], &[count], &[]]),
+            (
+                "one node",
+                &[
+                    &[for_downloads(downloads::OF_A_NODE), halves.clone(), format!("{node} MiB for its connections")],
+                    // Of the API and of the mirror, and a file for each download.
+                    &[(2 * node + downloads::OF_A_NODE).to_string()],
+                    &["five a second".to_owned()],
+                ],
+            ),
+            (
+                "one person",
+                &[
+                    &[for_downloads(downloads::OF_A_PERSON), halves, format!("and {} answers", callers::OF_A_PERSON)],
+                    &[(person + downloads::OF_A_PERSON).to_string()],
+                    &[],
+                ],
+            ),
+        ],
+    );
 }

@@ -58,7 +58,7 @@ pub struct Pass {
 
 impl Pass {
     /// State for a caller that is limited to these nodes.
-    fn new(scope: Scope) -> Self {
+    pub(crate) fn new(scope: Scope) -> Self {
         Self {
             scope: Mutex::new(scope),
             cut: CancellationToken::new(),

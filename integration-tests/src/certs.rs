@@ -84,6 +84,11 @@ impl NodeKey {
         Ok(Self(KeyPair::from_pem(&pem)?))
     }
 
+    /// A key in PEM.
+    pub fn parse(pem: &str) -> Result<Self> {
+        Ok(Self(KeyPair::from_pem(pem)?))
+    }
+
     /// A certificate request for `self`, signed over by `signer`: the old key for a renewal, otherwise `self`.
     pub fn request(&self, signer: &Self) -> Result<SigningRequest> {
         let request = CertificateParams::default().serialize_request(&self.0)?;

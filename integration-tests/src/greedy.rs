@@ -1,5 +1,5 @@
-//! A greedy peer: it opens all connections and calls that the protocol allows, leaves each message half sent, and reads
-//! no answer.
+//! Greedy peers. One opens all connections and calls that the protocol allows, leaves each message half sent, and reads
+//! no answer. Another one makes whole calls without end, each of which may be stored, and a connection for every few.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,6 +22,9 @@ const HELD: Duration = Duration::from_secs(15);
 /// measures its own handshakes.
 const REFUSED: Duration = Duration::from_secs(1);
 const NEXT: Duration = Duration::from_millis(5);
+
+/// Calls that [`Greedy::repeat`] makes on a connection.
+const ON_ONE: usize = 8;
 
 /// Threads for greedy peers, at the lowest priority. Real attackers bring processors of their own; at normal priority a
 /// test on two processors would measure how these are shared.
@@ -77,6 +80,15 @@ pub struct Call {
     pub message: Option<Vec<u8>>,
 }
 
+/// A gRPC call with all its messages.
+#[derive(Debug, Clone)]
+pub struct Whole {
+    /// `/package.Service/Method`.
+    pub path: &'static str,
+    /// The requests, in their order.
+    pub messages: Vec<Vec<u8>>,
+}
+
 /// A greedy client of one listener.
 #[derive(Debug, Clone)]
 pub struct Greedy {
@@ -101,6 +113,44 @@ impl Greedy {
             }
         }))
         .await;
+    }
+
+    /// Makes these calls in turn on each connection until `until`, each with its messages whole, and reads the answers.
+    /// Every connection is replaced after a few calls. Returns the number of calls that were answered.
+    pub async fn repeat(&self, calls: &[Whole], until: Instant) -> usize {
+        let made = join_all((0..self.connections).map(|number| async move {
+            let mut made = 0;
+            let mut next = number;
+            while Instant::now() < until && !calls.is_empty() {
+                // A refused connection is opened again at once: that is this peer's greed.
+                made += self.repeat_on_one(calls, &mut next, until).await.unwrap_or_default();
+                sleep(NEXT).await;
+            }
+            made
+        }));
+        made.await.into_iter().sum()
+    }
+
+    async fn repeat_on_one(&self, calls: &[Whole], next: &mut usize, until: Instant) -> Result<usize> {
+        let stream = timeout_at(until, tls(self.address, &self.who, b"h2")).await??;
+        let (send, connection) = timeout_at(until, h2::client::handshake(stream)).await??;
+        let made = async {
+            let mut made = 0;
+            for _ in 0..ON_ONE {
+                let Some(call) = calls.get(*next % calls.len().max(1)) else { break };
+                *next += 1;
+                // A refused call ends alone, unless the connection ends with it.
+                if whole_call(send.clone(), call).await.is_ok() {
+                    made += 1;
+                }
+            }
+            made
+        };
+        tokio::select! {
+            made = made => Ok(made),
+            _ = connection => Ok(0),
+            () = sleep_until(until) => Ok(0),
+        }
     }
 
     async fn hold_calls(&self, calls: &[Call], streams: usize, until: Instant) -> Result<()> {
@@ -157,6 +207,32 @@ impl Greedy {
             }
         }
     }
+}
+
+/// Makes a call and reads its answer, for at most a second: a session stays open until its caller goes.
+async fn whole_call(send: h2::client::SendRequest<Bytes>, call: &Whole) -> Result<()> {
+    let mut send = timeout(HELD, send.ready()).await??;
+    let request = http::Request::post(format!("http://controller{}", call.path))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())?;
+    let (answer, mut body) = send.send_request(request, false)?;
+    let mut bytes = Vec::new();
+    for message in &call.messages {
+        bytes.push(0);
+        bytes.extend(u32::try_from(message.len())?.to_be_bytes());
+        bytes.extend(message);
+    }
+    body.send_data(Bytes::from(bytes), true)?;
+    timeout(REFUSED, async {
+        let mut answer = answer.await?.into_body();
+        while let Some(part) = answer.data().await {
+            let length = part?.len();
+            answer.flow_control().release_capacity(length)?;
+        }
+        anyhow::Ok(())
+    })
+    .await?
 }
 
 async fn hold_call(send: h2::client::SendRequest<Bytes>, call: Call) -> Result<()> {

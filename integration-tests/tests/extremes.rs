@@ -3,6 +3,9 @@
 
 #![allow(clippy::print_stdout, reason = "how many messages were sent is worth reading, also when all went well")]
 
+#[path = "extremes/speaker.rs"]
+mod speaker;
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,23 +15,19 @@ use integration_tests::certs::NodeKey;
 use integration_tests::client::Credentials;
 use integration_tests::dynamic::{methods, pool};
 use integration_tests::extremes::{Extreme, extremes};
-use integration_tests::fleet::{execution_name, is_final, reboot};
+use integration_tests::fleet::reboot;
 use integration_tests::image::{Compression, make_image};
 use integration_tests::postgres::Postgres;
 use integration_tests::upload::push;
 use integration_tests::{Database, Fleet, raw, seconds};
-use marco_proto::names::PROTOCOL_VERSION;
+use marco_controller::identity::roles::{Role, allowed};
 use marco_proto::v1::artifact::{Kind, Purpose};
-use marco_proto::v1::connect_request::Message;
 use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
-use marco_proto::v1::{
-    Board, ConnectRequest, EnrollRequest, Hello, ListNodesRequest, NodeMode, NodeStatus, Operation, Report, execution,
-    operation,
-};
+use marco_proto::v1::{Board, EnrollRequest, ListNodesRequest, QuarantineNodeRequest, operation};
 use prost::Message as _;
 use prost_reflect::{DescriptorPool, DynamicMessage, MethodDescriptor};
 use serde_json::{Value, json};
-use tokio_stream::wrappers::ReceiverStream;
+use speaker::messages;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -37,8 +36,9 @@ const ANSWER: Duration = seconds(2);
 /// Concurrent calls.
 const AT_ONCE: usize = 4;
 /// Timeout of another node's reboot meanwhile. Virtual Pis boot within a second, but this machine is busy.
-const OTHER_NODE: Duration = seconds(60);
-/// Roles other than admin try one in so many extremes: most of their calls are refused before the body is read.
+const OTHER_NODE: Duration = seconds(20);
+/// Callers try one in so many extremes of the methods that they may not call: those calls are refused before the body
+/// is read. Each of the seven callers begins at another one, so that together they try all.
 const STRIDE: usize = 7;
 
 /// Existing resources that the extremes refer to, so that they get past the first check. The other node does not need
@@ -162,8 +162,8 @@ async fn call(
     raw::call(channel, &path, bytes, bearer).await
 }
 
-/// The fault of an answer; `None` if there is none.
-async fn complaint(channel: &Channel, method: &MethodDescriptor, extreme: &Extreme) -> Option<String> {
+/// The fault of an answer; `None` if there is none. `may`: the caller may call the method.
+async fn complaint(channel: &Channel, method: &MethodDescriptor, extreme: &Extreme, may: bool) -> Option<String> {
     let mut slow = None;
     // Three attempts. A busy machine is slow now and then. A refused caller loses its connection, and concurrent calls
     // on it fail too. A call that really hangs, or ends its connection, does so each time.
@@ -179,7 +179,7 @@ async fn complaint(channel: &Channel, method: &MethodDescriptor, extreme: &Extre
             Ok(Err(status)) if matches!(status.code(), Code::Internal | Code::Unknown | Code::DataLoss) => {
                 return Some(format!("{status:?}"));
             }
-            Ok(Err(status)) if extreme.what.ends_with("bad UTF-8") && is_taken_for_good(&status) => {
+            Ok(Err(status)) if extreme.what.ends_with("bad UTF-8") && is_taken_for_good(&status, may) => {
                 return Some(format!("bad UTF-8 is {status:?}"));
             }
             Ok(_) if asked.elapsed() > ANSWER => slow = Some(format!("answered after {:?}", asked.elapsed())),
@@ -194,153 +194,92 @@ fn is_cut(status: &Status) -> bool {
     status.code() == Code::Unknown && std::error::Error::source(status).is_some()
 }
 
-/// True for each status that does not reject the request or its caller.
-fn is_taken_for_good(status: &Status) -> bool {
+/// True for each status that does not reject the request or, unless it may call the method, the caller.
+fn is_taken_for_good(status: &Status, may: bool) -> bool {
+    if may {
+        return status.code() != Code::InvalidArgument;
+    }
     let refusals = [Code::InvalidArgument, Code::PermissionDenied, Code::Unauthenticated, Code::ResourceExhausted];
     !refusals.contains(&status.code())
 }
 
-/// Sends each request at its extremes, as one caller. `stride`: only every so many-th.
+/// A caller of all methods.
+struct Caller {
+    who: &'static str,
+    /// Its role. `None`: it may call nothing.
+    role: Option<Role>,
+    channel: Channel,
+}
+
+impl Caller {
+    async fn all(fleet: &Fleet, scene: &Scene) -> Result<Vec<Self>> {
+        let api = fleet.addresses().api;
+        let held = fleet.enrol_by_hand("held", true).await?;
+        let quarantined = fleet.enrol_by_hand("quarantined", false).await?;
+        let request =
+            QuarantineNodeRequest { name: "nodes/quarantined".to_owned(), ..QuarantineNodeRequest::default() };
+        fleet.nodes().quarantine_node(request).await?;
+        let mut callers = vec![
+            Self { who: "node", role: Some(Role::Node), channel: scene.node.channel(api)? },
+            Self { who: "held node", role: None, channel: held.channel(api)? },
+            Self { who: "quarantined node", role: None, channel: quarantined.channel(api)? },
+            Self { who: "nobody", role: None, channel: fleet.admin().anonymous().channel(api)? },
+        ];
+        for role in [Role::Viewer, Role::Operator, Role::Publisher] {
+            callers.push(Self {
+                who: role.as_str(),
+                role: Some(role),
+                channel: fleet.user(role.as_str())?.channel(api)?,
+            });
+        }
+        // Last, because it may delete what the others call about.
+        callers.push(Self { who: "admin", role: Some(Role::Admin), channel: fleet.admin_channel() });
+        Ok(callers)
+    }
+
+    fn may(&self, method: &MethodDescriptor) -> bool {
+        let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
+        self.role.is_some_and(|role| allowed(&path).contains(&role))
+    }
+}
+
+/// Sends each request at its extremes, as one caller: all of the methods that it may call, and every `STRIDE`-th of the
+/// others, from `first` on.
 async fn requests(
     scene: &Scene,
     pool: &DescriptorPool,
-    (who, api, enrolment): (&str, &Channel, &Channel),
-    stride: usize,
+    (caller, enrolment): (&Caller, &Channel),
+    first: usize,
 ) -> Result<(usize, Vec<String>)> {
-    let mut cases = Vec::new();
+    let (mut cases, mut at) = (Vec::new(), 0);
     for method in methods(pool) {
         // A session is a dialogue; `messages` tests it.
         if method.name() == "Connect" {
             continue;
         }
-        let channel = if method.parent_service().name() == "EnrollmentService" { enrolment } else { api };
-        let found = extremes(&scene.base(&method)?);
-        cases.extend(found.into_iter().map(|extreme| (method.clone(), channel, extreme)));
+        let enrols = method.parent_service().name() == "EnrollmentService";
+        let channel = if enrols { enrolment } else { &caller.channel };
+        let may = caller.may(&method);
+        // Nobody's role counts at the enrolment. One caller sends its requests in full.
+        let whole = may || (enrols && caller.role == Some(Role::Admin));
+        for extreme in extremes(&scene.base(&method)?) {
+            // Counted over all methods together, so that a method with few fields is not left out.
+            at += 1;
+            if whole || at % STRIDE == first % STRIDE {
+                cases.push((method.clone(), channel, extreme, may));
+            }
+        }
     }
-    // Over all methods together, so that the stride goes on from one method into the next.
-    let cases: Vec<_> = cases.into_iter().step_by(stride).collect();
     let count = cases.len();
     let wrong = futures_util::stream::iter(cases)
-        .map(|(method, channel, extreme)| async move {
-            let told = complaint(channel, &method, &extreme).await?;
-            Some(format!("{who}: {} {}: {told}", method.name(), extreme.what))
+        .map(|(method, channel, extreme, may)| async move {
+            let told = complaint(channel, &method, &extreme, may).await?;
+            Some(format!("{}: {} {}: {told}", caller.who, method.name(), extreme.what))
         })
         .buffer_unordered(AT_ONCE)
         .filter_map(std::future::ready)
         .collect()
         .await;
-    Ok((count, wrong))
-}
-
-/// A node's first message.
-fn hello(reports: Vec<Report>) -> Hello {
-    Hello {
-        protocol_version: PROTOCOL_VERSION,
-        boot_id: "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c11".to_owned(),
-        mode: NodeMode::Running.into(),
-        agent_version: "0".to_owned(),
-        supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
-        executions: reports,
-        instance: "speaker".to_owned(),
-        ..Hello::default()
-    }
-}
-
-/// The node `speaker`, played by this test.
-struct Speaker<'a> {
-    fleet: &'a Fleet,
-    channel: Channel,
-    work: Option<Operation>,
-}
-
-impl Speaker<'_> {
-    /// A report about the node's present work. Creates an operation if it has none.
-    async fn report(&mut self) -> Result<Report> {
-        // An extreme report may have ended the execution.
-        let open = match &self.work {
-            Some(work) => !is_final(self.fleet.execution(&work.name, "speaker").await?.state()),
-            None => false,
-        };
-        if !open {
-            self.work = Some(self.fleet.create(reboot(&["speaker"], seconds(3600))).await?);
-        }
-        let work = self.work.as_ref().context("there is work")?;
-        let execution = self.fleet.execution(&work.name, "speaker").await?;
-        Ok(Report {
-            execution: execution_name(work, "speaker"),
-            attempt: execution.attempt.max(1),
-            sequence: 1,
-            state: execution::State::Running.into(),
-            boot_id: hello(Vec::new()).boot_id,
-            ..Report::default()
-        })
-    }
-
-    /// Sends these messages in a new session, and listens until the controller falls silent.
-    async fn say(&self, messages: Vec<Vec<u8>>) -> Result<(), Status> {
-        let (says, said) = tokio::sync::mpsc::channel(messages.len().max(1));
-        for message in messages {
-            says.try_send(bytes::Bytes::from(message)).map_err(|error| Status::aborted(error.to_string()))?;
-        }
-        let path = "/marco.bootstrap.v1.AgentService/Connect";
-        let mut hears = raw::open(&self.channel, path, ReceiverStream::new(said)).await?;
-        // The controller answers at once. Waiting longer would only slow down hundreds of sessions.
-        let quiet = Duration::from_millis(150);
-        let mut heard = 0_usize;
-        while let Ok(next) = tokio::time::timeout(if heard == 0 { ANSWER } else { quiet }, hears.message()).await {
-            if next?.is_none() {
-                return Ok(());
-            }
-            heard += 1;
-        }
-        drop(says);
-        if heard == 0 { Err(Status::unknown("no answer to hello")) } else { Ok(()) }
-    }
-}
-
-fn encoded(message: Message) -> Vec<u8> {
-    ConnectRequest { message: Some(message) }.encode_to_vec()
-}
-
-/// Sends each kind of node message at its extremes, each in a session of its own.
-async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool) -> Result<(usize, Vec<String>)> {
-    let connect = pool.get_message_by_name("marco.bootstrap.v1.ConnectRequest").context("ConnectRequest")?;
-    let mut speaker = Speaker { fleet, channel: scene.node.channel(fleet.addresses().api)?, work: None };
-    let (mut count, mut wrong) = (0, Vec::new());
-    let kinds = ["hello", "report", "status"];
-    let bases = |kind: &str, report: &Report| match kind {
-        "hello" => Message::Hello(hello(vec![report.clone()])),
-        "report" => Message::Report(report.clone()),
-        _ => Message::Status(NodeStatus::default()),
-    };
-    for kind in kinds {
-        let report = speaker.report().await?;
-        let base = DynamicMessage::decode(connect.clone(), &*encoded(bases(kind, &report)))?;
-        // Setting another field of the oneof would replace the message under test.
-        let names: Vec<String> =
-            extremes(&base).into_iter().map(|extreme| extreme.what).filter(|what| what.starts_with(kind)).collect();
-        for what in names {
-            // Built again for each extreme: the report must name an execution that is still open.
-            let report = speaker.report().await?;
-            let base = DynamicMessage::decode(connect.clone(), &*encoded(bases(kind, &report)))?;
-            let Some(extreme) = extremes(&base).into_iter().find(|extreme| extreme.what == what) else { continue };
-            let first = if kind == "hello" { None } else { Some(encoded(Message::Hello(hello(Vec::new())))) };
-            count += 1;
-            let said: Vec<Vec<u8>> = first.into_iter().chain([extreme.bytes]).collect();
-            let mut told = speaker.say(said.clone()).await;
-            // The controller refused the previous session and closed its connection.
-            for _ in 0..2 {
-                if told.as_ref().is_err_and(is_cut) {
-                    told = speaker.say(said.clone()).await;
-                }
-            }
-            if let Err(status) = told
-                && matches!(status.code(), Code::Internal | Code::Unknown)
-            {
-                wrong.push(format!("node: {what}: {status:?}"));
-            }
-        }
-    }
     Ok((count, wrong))
 }
 
@@ -362,16 +301,8 @@ async fn every_field_at_its_extremes(database: Database) -> Result<()> {
     let pool = pool()?;
     let scene = Scene::set(&fleet, &pool).await?;
     let id = fleet.ids().await?.into_iter().find(|id| id.starts_with("pi-")).context("a Pi")?;
-    let addresses = fleet.addresses();
-    let enrolment = fleet.admin().anonymous().channel(addresses.enroll)?;
-    let mut callers = vec![
-        ("node", scene.node.channel(addresses.api)?, STRIDE),
-        ("nobody", fleet.admin().anonymous().channel(addresses.api)?, STRIDE),
-    ];
-    for role in ["viewer", "operator", "publisher"] {
-        callers.push((role, fleet.user(role)?.channel(addresses.api)?, STRIDE));
-    }
-    callers.push(("admin", fleet.admin_channel(), 1));
+    let enrolment = fleet.admin().anonymous().channel(fleet.addresses().enroll)?;
+    let callers = Caller::all(&fleet, &scene).await?;
 
     let stop = AtomicBool::new(false);
     let sent = AtomicUsize::new(0);
@@ -379,11 +310,13 @@ async fn every_field_at_its_extremes(database: Database) -> Result<()> {
     let at_work = async {
         let mut wrong = Vec::new();
         let (count, found) = messages(&fleet, &scene, &pool).await?;
-        ensure!(count > 100, "only {count} messages of a node");
+        ensure!(count > 200, "only {count} messages of a node");
+        println!("extremes: {count} messages of a node in {:?}", begun.elapsed());
         sent.fetch_add(count, Ordering::Relaxed);
         wrong.extend(found);
-        for (who, channel, stride) in &callers {
-            let (count, found) = requests(&scene, &pool, (who, channel, &enrolment), *stride).await?;
+        for (first, caller) in callers.iter().enumerate() {
+            let (count, found) = requests(&scene, &pool, (caller, &enrolment), first).await?;
+            println!("extremes: {count} requests as {}, {:?} after the begin", caller.who, begun.elapsed());
             sent.fetch_add(count, Ordering::Relaxed);
             wrong.extend(found);
         }

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use integration_tests::certs::NodeKey;
-use integration_tests::client::{Credentials, bad_fields};
-use integration_tests::fleet::{Database, reboot};
+use integration_tests::client::{Credentials, bad_fields, reason};
+use integration_tests::fleet::{Database, execution_name, reboot};
 use integration_tests::postgres::Postgres;
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_controller::operation::ExecutionState;
@@ -17,8 +17,8 @@ use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::resolve_node_request::Decision;
 use marco_proto::v1::{
-    Assign, Board, ConnectRequest, ConnectResponse, EnrollRequest, ExplainExecutionRequest, Hello, NodeMode, Report,
-    ResolveNodeRequest, connect_response, execution, operation,
+    Assign, Board, ConnectRequest, ConnectResponse, EnrollRequest, ExplainExecutionRequest, Hello, Leaving, NodeMode,
+    NotHeld, Report, ResolveNodeRequest, connect_response, execution, operation,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -302,6 +302,53 @@ async fn node_with_an_absurd_attempt_keeps_nobody_from_work() -> Result<()> {
         NodeServiceClient::new(fleet.admin_channel()).resolve_node(abandon).await.err().context("no conflict")?;
     assert_eq!(again.code(), Code::FailedPrecondition);
     drop(session);
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn node_busy_with_absurd_or_foreign_work_harms_nobody() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(1).start().await?;
+    let other = fleet.ids().await?.remove(0);
+    let node = Node::enrol(&fleet).await?;
+    let mut session = node.session(&fleet).await?;
+    session.say(Message::Hello(hello())).await?;
+    let operation = fleet.create(reboot(&["talkative"], Duration::ZERO)).await?;
+    let assign = session.assignment().await?;
+    let busy_with = |execution: &str, attempt| {
+        let report = Report { execution: execution.to_owned(), attempt, ..report(1) };
+        Message::NotHeld(NotHeld { execution: assign.execution.clone(), busy_with: Some(report) })
+    };
+    session.say(busy_with(&assign.execution, u32::MAX)).await?;
+    let kept =
+        wait_until(seconds(30), "the conflict is shown", async || Ok(fleet.node("talkative").await?.conflicts.pop()))
+            .await?;
+    assert_eq!((&kept.execution, kept.attempt), (&assign.execution, u32::MAX));
+    // The attempt is not taken over: the next claim would count on from it.
+    let stored = fleet.execution(&operation.name, "talkative").await?;
+    assert!(stored.attempt < 10, "{stored:?}");
+    fleet.succeeds(reboot(&[&other], Duration::ZERO), seconds(60)).await?;
+
+    // Long enough that it still runs at the end.
+    let foreign = fleet.create(reboot(&[&other], seconds(600))).await?;
+    fleet.execution_is(&foreign.name, &other, execution::State::Running, seconds(30)).await?;
+    let theirs = execution_name(&foreign, &other);
+    session.say(busy_with(&theirs, 1)).await?;
+    let status = session.end().await?;
+    assert_eq!((status.code(), reason(&status)), (Code::PermissionDenied, "NOT_YOURS".to_owned()));
+    for (message, field) in [
+        (Message::NotHeld(NotHeld { execution: theirs.clone(), busy_with: None }), "not_held.execution"),
+        (Message::Leaving(Leaving { execution: theirs.clone() }), "leaving.execution"),
+    ] {
+        let session = node.session(&fleet).await?;
+        session.say(Message::Hello(hello())).await?;
+        session.say(message).await?;
+        let status = session.end().await?;
+        assert_eq!((status.code(), bad_fields(&status)), (Code::InvalidArgument, vec![field.to_owned()]));
+    }
+    fleet.execution_is(&foreign.name, &other, execution::State::Running, seconds(30)).await?;
+    fleet.cancel(&foreign.name).await?;
+    fleet.succeeds(reboot(&[&other], Duration::ZERO), seconds(60)).await?;
     fleet.went_well();
     Ok(())
 }

@@ -84,6 +84,26 @@ const KEPT: [(&str, &str, &[&str]); 7] = [
     ("Utc::now", "controller", &["clock"]),
 ];
 
+/// Lines of the log that these files write without `of_peer!`, which cuts and limits what a peer brings about. They hold
+/// no text of a peer, and none can have them written at will: by the operators' changes, at the start, by the clock.
+const OWN_LINES: [(&str, usize); 12] = [
+    ("api/agent/unstored.rs", 2),
+    ("api/artifact.rs", 1),
+    ("api/artifact/bytes.rs", 3),
+    ("api/artifact/judge.rs", 4),
+    ("api/node.rs", 1),
+    ("api/operation.rs", 1),
+    // Calls that panicked.
+    ("identity/calls.rs", 2),
+    ("identity/expiry.rs", 2),
+    ("identity/peer_log.rs", 1),
+    // `log`, which asks `may_log` itself.
+    ("identity/record.rs", 1),
+    // Once for each shortage of files, and for a handshake that panicked.
+    ("identity/tls/incoming.rs", 2),
+    ("identity/upkeep.rs", 6),
+];
+
 /// Names without meaning, which collect unrelated code.
 const EMPTY_NAMES: [&str; 8] = ["common", "core", "helper", "helpers", "misc", "models", "util", "utils"];
 
@@ -264,6 +284,22 @@ fn what_belongs_to_one_place_stays_there() -> Result<()> {
         }
     }
     assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
+/// Otherwise a peer fills the disk with lines, or writes into an operator's terminal.
+#[test]
+fn lines_about_peers_are_cut_and_limited() -> Result<()> {
+    let mut written = Vec::new();
+    for source in sources("controller")?.iter().filter(|s| ["api", "identity", "mirror"].contains(&&*s.module())) {
+        let count: usize = ["info!(", "warn!(", "error!("].iter().map(|line| source.code.matches(line).count()).sum();
+        if count > 0 {
+            written.push((source.path.display().to_string(), count));
+        }
+    }
+    written.sort();
+    let allowed = OWN_LINES.map(|(file, count)| (file.to_owned(), count));
+    assert_eq!(written, allowed, "use of_peer! and cut(), or say in OWN_LINES why no peer brings the line about");
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use marco_proto::v1::{connect_request, connect_response};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tracing::Instrument as _;
 use uuid::Uuid;
 
@@ -157,12 +157,12 @@ impl Session {
         let message = match command {
             Command::Assign(assignment) => connect_response::Message::Assign(convert::assign(&assignment)),
             Command::Cancel(execution) => {
-                tracing::info!(%execution, "cancel asked of the node");
+                of_peer!(info, &self.node, %execution, "cancel asked of the node");
                 connect_response::Message::Cancel(v1::Cancel { execution: execution.name() })
             }
             Command::Ack(execution, sequence) => ack(&execution, sequence),
             Command::Query(execution) => {
-                tracing::info!(%execution, "the node is asked what became of it");
+                of_peer!(info, &self.node, %execution, "the node is asked what became of it");
                 connect_response::Message::Query(v1::Query { execution: execution.name() })
             }
         };
@@ -297,7 +297,8 @@ impl Session {
                     Ok(Some(v1::ConnectRequest { message: None })) => Err(Ended::Refused(
                         ApiError::invalid("message", "is of a kind that this controller does not know").into(),
                     )),
-                    Ok(None) | Err(_) => Err(Ended::ByNode),
+                    Ok(None) => Err(Ended::ByNode),
+                    Err(status) => Err(unread(status)),
                 },
                 () = self.out.closed() => Err(Ended::ByNode),
             };
@@ -342,6 +343,15 @@ impl Session {
                 return;
             }
         }
+    }
+}
+
+/// End of a session whose next message could not be read.
+fn unread(status: Status) -> Ended {
+    match status.code() {
+        // By the decoder: the bytes are no message, or too many. Told to the node, which would send them again.
+        Code::InvalidArgument | Code::OutOfRange => Ended::Refused(status),
+        _ => Ended::ByNode,
     }
 }
 

@@ -59,6 +59,10 @@ impl Downloads {
     /// # Errors
     /// Returns an error if the caller has too many downloads, or if no place was free in time.
     pub(super) async fn begin(&self, caller: &Caller) -> Result<Underway, ApiError> {
+        self.begin_within(caller, PATIENCE).await
+    }
+
+    async fn begin_within(&self, caller: &Caller, patience: Duration) -> Result<Underway, ApiError> {
         let most = match caller.role {
             Role::Node => OF_A_NODE,
             Role::Controller => OF_A_CONTROLLER,
@@ -79,7 +83,7 @@ impl Downloads {
             *count += 1;
             Counted { downloads: self.clone(), key }
         };
-        let place = tokio::time::timeout(PATIENCE, Arc::clone(&self.all).acquire_owned()).await;
+        let place = tokio::time::timeout(patience, Arc::clone(&self.all).acquire_owned()).await;
         let Ok(Ok(place)) = place else {
             return Err(ApiError::Aborted {
                 reason: "DOWNLOADS_BUSY",
@@ -184,5 +188,79 @@ pub(super) async fn send_blob(sending: Sending, mut offset: u64) {
             }
         }
         offset += u64::try_from(length).unwrap_or(u64::MAX);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use futures_util::FutureExt as _;
+
+    use super::{Downloads, OF_A_CONTROLLER, OF_A_NODE, OF_A_PERSON, Underway};
+    use crate::api::status::ApiError;
+    use crate::identity::roles::Role;
+    use crate::identity::{Caller, Pass};
+    use crate::store::Scope;
+
+    fn caller(role: Role, name: &str) -> Caller {
+        Caller {
+            name: name.to_owned(),
+            role,
+            node: None,
+            from: "127.0.0.1:1".parse().unwrap(),
+            serial: String::new(),
+            api_token: None,
+            pass: Arc::new(Pass::new(Scope::everything())),
+        }
+    }
+
+    fn reason(begun: Result<Underway, ApiError>) -> &'static str {
+        match begun {
+            Err(ApiError::Exhausted { reason, .. } | ApiError::Aborted { reason, .. }) => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn downloads_in_all_are_bounded() {
+        // A sixteenth of the open files: two places.
+        let downloads = Downloads::new(32);
+        let nodes = ["a", "b", "c", "d"].map(|name| caller(Role::Node, name));
+        let first = downloads.begin(&nodes[0]).await.unwrap();
+        let _second = downloads.begin(&nodes[1]).await.unwrap();
+        let mut third = Box::pin(downloads.begin(&nodes[2]));
+        assert!(third.as_mut().now_or_never().is_none(), "a third place was given");
+        assert_eq!(reason(downloads.begin_within(&nodes[3], Duration::ZERO).await), "DOWNLOADS_BUSY");
+        drop(first);
+        // The place goes to the one that waits.
+        let third = third.await.unwrap();
+        assert_eq!(reason(downloads.begin_within(&nodes[3], Duration::ZERO).await), "DOWNLOADS_BUSY");
+        drop(third);
+        drop(downloads.begin(&nodes[3]).await.unwrap());
+        // Those that ended or gave up are not counted any more.
+        assert_eq!(downloads.callers().len(), 1, "{downloads:?}");
+    }
+
+    #[tokio::test]
+    async fn each_kind_of_caller_has_so_many_downloads() {
+        let downloads = Downloads::new(1 << 20);
+        for (role, most) in [
+            (Role::Node, OF_A_NODE),
+            (Role::Publisher, OF_A_PERSON),
+            (Role::Admin, OF_A_PERSON),
+            (Role::Controller, OF_A_CONTROLLER),
+        ] {
+            let greedy = caller(role, "greedy");
+            let mut begun = Vec::new();
+            for _ in 0..most {
+                begun.push(downloads.begin(&greedy).await.unwrap());
+            }
+            assert_eq!(reason(downloads.begin(&greedy).await), "TOO_MANY_DOWNLOADS");
+            downloads.begin(&caller(role, "other")).await.unwrap();
+            begun.pop();
+            downloads.begin(&greedy).await.unwrap();
+        }
     }
 }

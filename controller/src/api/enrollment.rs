@@ -16,6 +16,7 @@ use super::convert;
 use super::status::ApiError;
 use crate::identity::ca::{Ca, Issued, PkiError, RequestError};
 use crate::identity::gate::code_word;
+use crate::identity::peer_log::of_peer;
 use crate::identity::rate::{Rate, source};
 use crate::identity::record::{self, OK};
 use crate::identity::shown;
@@ -322,7 +323,8 @@ fn request_error(error: RequestError) -> ApiError {
         }
         RequestError::Pki(PkiError::Clock(wrong)) => ApiError::wrong_clock(&wrong),
         RequestError::Pki(_) => {
-            tracing::error!(error = &*crate::chain(&error), "a certificate could not be issued");
+            // One budget for all callers: the cause is the CA's, and each of them can bring it about.
+            of_peer!(error, "the CA", error = &*crate::chain(&error), "a certificate could not be issued");
             ApiError::Internal("the certificate could not be issued".to_owned())
         }
     }

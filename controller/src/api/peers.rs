@@ -15,6 +15,7 @@ use super::Context;
 use super::artifact::{BY_DIGEST, artifact_error};
 use super::status::ApiError;
 use crate::artifacts::{ArtifactError, Content, Digest};
+use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::tls::dial;
 use crate::store::{ArtifactRow, ControllerRow, Kind, Purpose};
 use crate::watchdog::Others;
@@ -116,14 +117,16 @@ async fn serves(context: &Context, address: &str) -> bool {
     let channel = match dial(&context.ca, &context.clock, address).await {
         Ok(channel) => channel,
         Err(error) => {
-            tracing::warn!(address, error = &*crate::chain(&error), "another controller is not reached");
+            let why = crate::chain(&error);
+            of_peer!(warn, address, address, error = %cut(&why), "another controller is not reached");
             return false;
         }
     };
     match HealthClient::new(channel).check(HealthCheckRequest::default()).await {
         Ok(answer) => answer.into_inner().status() == ServingStatus::Serving,
         Err(status) => {
-            tracing::warn!(address, error = status.message(), "another controller does not say how it is");
+            let why = cut(status.message());
+            of_peer!(warn, address, address, error = %why, "another controller does not say how it is");
             false
         }
     }
@@ -140,11 +143,12 @@ async fn from_anyone(context: &Context, row: &ArtifactRow, digest: Digest) -> Re
     for address in others.flat_map(ControllerRow::addresses) {
         match from_one(context, row, digest, address).await {
             Ok(()) => {
-                tracing::info!(artifact = %digest, from = address, "bytes were fetched from another controller");
+                of_peer!(info, address, artifact = %digest, from = address, "bytes were fetched from another controller");
                 return Ok(());
             }
             Err(error) => {
-                tracing::info!(artifact = %digest, from = address, error = &*crate::chain(&error), "bytes were not fetched");
+                let why = crate::chain(&error);
+                of_peer!(info, address, artifact = %digest, from = address, error = %cut(&why), "bytes were not fetched");
                 failed = Some(error);
             }
         }

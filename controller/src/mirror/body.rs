@@ -61,7 +61,8 @@ pub(super) fn bytes(
         }
         let length = usize::try_from(state.left.end - state.left.start).unwrap_or(MESSAGE_SIZE).min(MESSAGE_SIZE);
         let data = state.file.read_chunk(state.left.start, length).await.map_err(|error| {
-            tracing::error!(error = &*crate::chain(&error), "the artifact store failed");
+            let caller = state.reader.asked.caller.name.as_str();
+            of_peer!(error, caller, error = &*crate::chain(&error), "the artifact store failed");
             io::Error::other(error)
         })?;
         // A range beyond the end of the file would otherwise make a stream without an end.

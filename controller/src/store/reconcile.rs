@@ -9,7 +9,7 @@ use super::events::CONTROLLER;
 use super::executions::read_id;
 use super::moves::{self, Move};
 use super::operations::lock;
-use super::reports::{self, Holder, ReportOutcome, hold_node};
+use super::reports::{self, Holder, MAX_CHANGES, ReportOutcome, hold_node};
 use super::sql::sql;
 use super::{Assignment, ReportRow, Store, StoreError};
 use crate::operation::{Conflict, ExecutionState, Greeting, HelloVerdict, on_hello, on_not_held};
@@ -136,6 +136,8 @@ impl Store {
         lock(&*tx, [&id.operation].into_iter().chain(busy_with.map(|other| &other.execution.operation))).await?;
         if let Some(found) = reports::find(&tx, id).await?
             && let Some((to, error)) = on_not_held(&found.stored)
+            // Each writes events, and a work that the node never takes would be delivered again and again.
+            && found.changes < MAX_CHANGES
         {
             let change = Move {
                 id,
@@ -149,6 +151,11 @@ impl Store {
                 adopts: None,
             };
             moves::apply(&*tx, &change, now).await?;
+            sql("UPDATE executions SET changes = changes + 1 WHERE operation = ? AND node = ?")
+                .bind(id.operation.as_str())
+                .bind(id.node.as_str())
+                .run(&*tx)
+                .await?;
         }
         if let Some(other) = busy_with {
             reports::apply(&tx, &holder, other, now).await?;

@@ -172,7 +172,7 @@ pub(super) struct Found {
     bytes: (u64, u64),
     cancel_refused: bool,
     /// Changes caused by the node, limited by `MAX_CHANGES`.
-    changes: u32,
+    pub(super) changes: u32,
     /// Resolution of its conflict; empty if undecided. `None`: no conflict.
     conflict: Option<String>,
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use futures_util::future::join_all;
+use integration_tests::certs::NodeKey;
 use integration_tests::client::{Credentials, reason};
 use integration_tests::frames::{Raw, tls};
 use integration_tests::image::{Compression, lay_out_root, noise, pack};
@@ -16,8 +17,8 @@ use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::{
-    ApiToken, CreateApiTokenRequest, DownloadArtifactRequest, DownloadArtifactResponse, ListNodesRequest,
-    OpenArtifactRequest, QuarantineNodeRequest, Role, SetDefaultArtifactRequest,
+    ApiToken, CreateApiTokenRequest, CreateUserRequest, DownloadArtifactRequest, DownloadArtifactResponse,
+    ListNodesRequest, OpenArtifactRequest, QuarantineNodeRequest, Role, SetDefaultArtifactRequest, User,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status, Streaming};
@@ -182,10 +183,31 @@ async fn node_gets_the_bytes_that_are_meant_for_it() -> Result<()> {
     assert_eq!(refusal(&fleet, &node, &format!("artifacts/sha256:{digest}")).await, "ARTIFACT_NOT_ASKED");
     fleet.artifacts().open_artifact(OpenArtifactRequest { open_to_mirror: false, ..open }).await?;
     assert!(ask_mirror(&fleet, &node, "/tar/open.tar.gz").await?.starts_with("HTTP/1.1 403"));
-    // The mirror applies the API's table of roles: a viewer may not download.
-    let viewer = fleet.user("viewer")?;
-    assert_eq!(refusal(&fleet, &viewer, "usual").await, "ROLE_NOT_ALLOWED");
-    assert!(ask_mirror(&fleet, &viewer, "/tar/usual.tar.gz").await?.starts_with("HTTP/1.1 403"));
+    // The mirror applies the API's table of roles. Viewers and operators may not download, also within a scope.
+    let scoped = async |id: &str, role: Role| {
+        let key = NodeKey::generate()?;
+        let selector = [("room".to_owned(), "in".to_owned())].into();
+        let request = CreateUserRequest {
+            user: Some(User { role: role.into(), selector, ..User::default() }),
+            user_id: id.to_owned(),
+            certificate_request: key.request(&key)?.pem,
+            ttl: None,
+        };
+        let user = AccessServiceClient::new(fleet.admin_channel()).create_user(request).await?.into_inner();
+        anyhow::Ok(Credentials { ca: user.ca_certificate, identity: Some((user.certificate, key.pem())) })
+    };
+    for (name, who, may) in [
+        ("viewer", fleet.user("viewer")?, false),
+        ("operator", fleet.user("operator")?, false),
+        ("scoped viewer", scoped("scoped-viewer", Role::Viewer).await?, false),
+        ("scoped operator", scoped("scoped-operator", Role::Operator).await?, false),
+        ("publisher", fleet.user("publisher")?, true),
+    ] {
+        let (by_call, by_mirror) = if may { ("served", "200") } else { ("ROLE_NOT_ALLOWED", "403") };
+        assert_eq!(refusal(&fleet, &who, "usual").await, by_call, "{name}");
+        let answer = ask_mirror(&fleet, &who, "/tar/usual.tar.gz").await?;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {by_mirror}")), "{name}: {answer}");
+    }
     fleet.went_well();
     Ok(())
 }

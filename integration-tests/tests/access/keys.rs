@@ -13,8 +13,9 @@ use marco_proto::v1::agent_service_client::AgentServiceClient;
 use marco_proto::v1::connect_request::Message as Said;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::{
-    ApproveNodeRequest, AuditEvent, AuditFilter, Board, ConnectRequest, CreateJoinTokenRequest, GetNodeRequest, Hello,
-    ListAuditEventsRequest, NodeMode, RenewCertificateRequest, Report, execution, node, operation,
+    ApproveNodeRequest, AuditEvent, AuditFilter, Board, CertificateFilter, ConnectRequest, CreateJoinTokenRequest,
+    GetNodeRequest, Hello, ListAuditEventsRequest, ListCertificatesRequest, NodeMode, RenewCertificateRequest,
+    RenewCertificateResponse, Report, execution, node, operation,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
@@ -236,6 +237,57 @@ async fn a_session_that_is_refused_again_and_again_is_recorded_a_few_times() -> 
     // Twenty refusals must not fill the audit with twenty rows.
     assert_eq!(told.len(), 3, "{told:?}");
     assert!(told.iter().all(|event| event.credential.starts_with("certificates/")), "{told:?}");
+    fleet.went_well();
+    Ok(())
+}
+
+/// Asks for a renewal on a connection of its own, because a stranger's connection lives for ten seconds.
+async fn renewed(fleet: &Fleet, request: &RenewCertificateRequest) -> Result<RenewCertificateResponse, Status> {
+    let client = enrollment(fleet, fleet.addresses().enroll);
+    let mut client = client.map_err(|error| Status::internal(error.to_string()))?;
+    Ok(client.renew_certificate(request.clone()).await?.into_inner())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn repeated_renewals_leave_one_certificate_and_one_row() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    // Held, because such a node has shown nothing but a token.
+    let node = fleet.enrol_by_hand("again", true).await?;
+    let (certificate, pem) = node.identity.context("no identity")?;
+    let key = NodeKey::parse(&pem)?;
+    let renewal = || -> Result<RenewCertificateRequest> {
+        let signed = NodeKey::generate()?.request(&key)?;
+        let signature = signed.signature.into();
+        Ok(RenewCertificateRequest { certificate: certificate.clone(), certificate_request: signed.pem, signature })
+    };
+    let certificates = async || {
+        let filter = CertificateFilter { subject: "again".to_owned(), ..CertificateFilter::default() };
+        let request = ListCertificatesRequest { filter: Some(filter), ..ListCertificatesRequest::default() };
+        anyhow::Ok(access(&fleet).list_certificates(request).await?.into_inner().certificates.len())
+    };
+    let rows = async || {
+        let filter = AuditFilter { method: "RenewCertificate".to_owned(), ..AuditFilter::default() };
+        events(&fleet, filter).await
+    };
+    let before = certificates().await?;
+    let request = renewal()?;
+    let first = renewed(&fleet, &request).await?;
+    // The same request gets the same answer. Takes most of the address's hundred tries.
+    for _ in 0..60 {
+        assert_eq!(renewed(&fleet, &request).await?.certificate, first.certificate);
+    }
+    let recorded = rows().await?;
+    assert_eq!(recorded.len(), 1, "{recorded:#?}");
+    // Each other request is refused, unread after the hundredth.
+    for number in 0..60 {
+        let refused =
+            renewed(&fleet, &renewal()?).await.err().with_context(|| format!("renewal {number} succeeded"))?;
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused:?}");
+    }
+    assert_eq!(certificates().await?, before + 1);
+    let recorded = rows().await?;
+    // The first one, and of those that were refused twenty at once and one in ten seconds.
+    assert!(recorded.len() < 40, "{} rows", recorded.len());
     fleet.went_well();
     Ok(())
 }

@@ -2,17 +2,24 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Result, bail};
-use integration_tests::client::reason;
+use anyhow::{Result, bail, ensure};
+use integration_tests::Fleet;
+use integration_tests::certs::NodeKey;
+use integration_tests::client::{Credentials, reason};
 use integration_tests::raw::call;
-use marco_proto::v1::Role;
+use marco_proto::v1::{QuarantineNodeRequest, Role};
 use prost::Message as _;
 use prost_types::FileDescriptorSet;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::scene::{Scene, api_token, user};
+use crate::scene::{Scene, api_token, enrollment, user, wish};
 use crate::table::{Limit, Row, TABLE, TARGETS, Target};
+
+/// Name of the caller that is a node and waits for approval.
+const HELD: &str = "a held node";
+/// The board of a node with two keys.
+const SERIAL: &str = "10000000abcdef42";
 
 /// A caller: its credentials, its role's letter, and whether it is limited to `room=in`.
 struct Caller {
@@ -21,6 +28,17 @@ struct Caller {
     limited: bool,
     channel: Channel,
     bearer: Option<String>,
+    /// The reason with which each of its calls is refused. Its connection is closed then, so each call has its own.
+    shut_out: Option<(&'static str, Credentials)>,
+}
+
+impl Caller {
+    fn channel(&self, scene: &Scene) -> Result<Channel> {
+        match &self.shut_out {
+            Some((_, who)) => who.channel(scene.fleet.addresses().api),
+            None => Ok(self.channel.clone()),
+        }
+    }
 }
 
 fn methods() -> BTreeSet<String> {
@@ -44,7 +62,7 @@ async fn callers(scene: &Scene) -> Result<Vec<Caller>> {
         let limited = user(fleet, &format!("limited-{name}"), role, Some("in")).await?;
         let token = api_token(fleet, &format!("limited-{name}"), role, Some("in")).await?;
         for (channel, bearer) in [(limited.channel(api)?, None), (anonymous.clone(), Some(token))] {
-            callers.push(Caller { name, role: letter, limited: true, channel, bearer });
+            callers.push(Caller { name, role: letter, limited: true, channel, bearer, shut_out: None });
         }
     }
     for (letter, name, role) in
@@ -52,22 +70,52 @@ async fn callers(scene: &Scene) -> Result<Vec<Caller>> {
     {
         let token = api_token(fleet, name, role, None).await?;
         for (channel, bearer) in [(fleet.user(name)?.channel(api)?, None), (anonymous.clone(), Some(token))] {
-            callers.push(Caller { name, role: letter, limited: false, channel, bearer });
+            callers.push(Caller { name, role: letter, limited: false, channel, bearer, shut_out: None });
         }
     }
     let node = scene.node.channel(api)?;
-    callers.push(Caller { name: "node", role: 'n', limited: false, channel: node, bearer: None });
+    let of = |name, role, channel, bearer| Caller { name, role, limited: false, channel, bearer, shut_out: None };
+    callers.push(of("node", 'n', node, None));
+    // Not the node of any target.
+    callers.push(of(HELD, 'n', fleet.enrol_by_hand("held", true).await?.channel(api)?, None));
+    let shut_out =
+        [("KEY_AWAITS_APPROVAL", pending_key(scene).await?), ("NODE_QUARANTINED", quarantined(fleet).await?)];
+    for (reason, who) in shut_out {
+        let channel = who.channel(api)?;
+        callers.push(Caller { shut_out: Some((reason, who)), ..of("a node that is shut out", 'n', channel, None) });
+    }
     let wrong = format!("ma1.{}", "A".repeat(43));
     // A wrong token is an error, and does not fall back to the certificate.
     let admin = fleet.admin_channel();
-    callers.push(Caller { name: "nobody", role: '-', limited: false, channel: anonymous, bearer: None });
-    callers.push(Caller { name: "a wrong token", role: '-', limited: false, channel: admin, bearer: Some(wrong) });
+    callers.push(of("nobody", '-', anonymous, None));
+    callers.push(of("a wrong token", '-', admin, Some(wrong)));
     Ok(callers)
+}
+
+/// A key that waits for approval, of a node that is approved with another one.
+async fn pending_key(scene: &Scene) -> Result<Credentials> {
+    let fleet = &scene.fleet;
+    let (first, second) = (NodeKey::generate()?, NodeKey::generate()?);
+    let mut client = enrollment(fleet, fleet.addresses().enroll)?;
+    client.enroll(wish(&fleet.token(1).await?, &first, "two-keys", SERIAL)?).await?;
+    let enrolled = client.enroll(wish(&fleet.token(1).await?, &second, "", SERIAL)?).await?.into_inner();
+    ensure!(enrolled.held && enrolled.node == "nodes/two-keys", "{enrolled:?}");
+    Ok(Credentials { ca: enrolled.ca_certificate, identity: Some((enrolled.certificate, second.pem())) })
+}
+
+async fn quarantined(fleet: &Fleet) -> Result<Credentials> {
+    let who = fleet.enrol_by_hand("quarantined", false).await?;
+    let request = QuarantineNodeRequest { name: "quarantined".to_owned(), reason: "a test".to_owned() };
+    fleet.nodes().quarantine_node(request).await?;
+    Ok(who)
 }
 
 /// The expected outcome of a call.
 fn expected(row: &Row, caller: &Caller, target: Target) -> &'static str {
     let (_, roles, limit, _) = row;
+    if let Some((reason, _)) = &caller.shut_out {
+        return *reason;
+    }
     if caller.role == '-' {
         return "UNAUTHENTICATED";
     }
@@ -76,6 +124,8 @@ fn expected(row: &Row, caller: &Caller, target: Target) -> &'static str {
     }
     let outside = match limit {
         Limit::Free | Limit::Filtered => false,
+        // A node may read only itself.
+        Limit::Any | Limit::All if caller.name == HELD => true,
         Limit::Any => target == Target::Outside,
         // A single node is either inside or outside.
         Limit::All => target == Target::Outside || (target == Target::Both && !row.0.starts_with("NodeService/")),
@@ -126,7 +176,7 @@ async fn every_method_is_for_whom_the_table_says_on_targets_inside_outside_and_b
                     scene.schedules().await?;
                 }
                 let message = make(target, &scene.operations);
-                let answer = call(&caller.channel, &path, message, caller.bearer.as_deref()).await;
+                let answer = call(&caller.channel(&scene)?, &path, message, caller.bearer.as_deref()).await;
                 calls += 1;
                 let (got, expected) = (got(&answer), expected(row, caller, target));
                 let shown = if caller.bearer.is_some() { "a token" } else { "a certificate" };
@@ -178,8 +228,9 @@ async fn health_reflection_and_what_is_not_there_are_behind_the_gate_too() -> Re
         ("/".to_owned(), false),
     ] {
         for caller in &callers {
-            let answer = call(&caller.channel, &path, Vec::new(), caller.bearer.as_deref()).await;
+            let answer = call(&caller.channel(&scene)?, &path, Vec::new(), caller.bearer.as_deref()).await;
             let expected = match caller.role {
+                _ if caller.shut_out.is_some() => caller.shut_out.as_ref().map_or("", |(reason, _)| *reason),
                 '-' => "UNAUTHENTICATED",
                 _ if may => "let in",
                 _ => "ROLE_NOT_ALLOWED",

@@ -72,6 +72,7 @@ on_both!(
         a_report_that_was_stored_is_acknowledged_again_and_changes_nothing,
         a_report_of_another_delivery_is_answered_by_an_assignment,
         a_node_brings_about_a_thousand_deliveries_of_an_execution_at_most,
+        a_node_declines_an_execution_a_thousand_times_at_most,
         reports_of_an_earlier_delivery_get_one_and_the_same,
         a_report_under_a_lost_session_changes_nothing,
         an_assignment_that_never_arrived_is_given_again,

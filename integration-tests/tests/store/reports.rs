@@ -121,6 +121,23 @@ pub(crate) async fn a_node_brings_about_a_thousand_deliveries_of_an_execution_at
     assert_eq!(events(&f).await, before);
 }
 
+pub(crate) async fn a_node_declines_an_execution_a_thousand_times_at_most(f: Fixture) {
+    let (id, epoch, assignment) = f.assigned(reboot()).await;
+    let execution = &assignment.execution;
+    let events = async || f.store.operation(&execution.operation).await.unwrap().unwrap().event_count;
+    // The execution has used up all its changes but one.
+    f.by_hand(&["UPDATE executions SET changes = 999"]).await.remove(0).unwrap();
+    assert!(f.store.not_held(execution, None, epoch, after(1)).await.unwrap());
+    assert_eq!(f.state(execution).await, ExecutionState::Pending);
+    assert_eq!(f.claim(&[(id, epoch)], after(2)).await.len(), 1);
+    let before = events().await;
+    for at in 3..6 {
+        assert!(f.store.not_held(execution, None, epoch, after(at)).await.unwrap());
+        assert_eq!(f.state(execution).await, ExecutionState::Assigned);
+    }
+    assert_eq!(events().await, before);
+}
+
 pub(crate) async fn reports_of_an_earlier_delivery_get_one_and_the_same(f: Fixture) {
     let (id, epoch, assignment) = f.assigned(reboot()).await;
     let running = report(&assignment, 1, ExecutionState::Running, "boot-1");

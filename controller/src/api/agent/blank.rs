@@ -96,7 +96,7 @@ impl Blank {
         let row = operations.stored(&new, now).await?;
         // Another id is that of an earlier operation with the same request key.
         if row.id == id {
-            tracing::info!(operation = %id, image = image.id, "a blank card gets an image");
+            of_peer!(info, node, operation = %id, image = image.id, "a blank card gets an image");
         }
         Ok(())
     }

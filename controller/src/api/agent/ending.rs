@@ -6,7 +6,7 @@ use marco_proto::v1;
 use super::{END_AGAIN, Ended, Session, store_down};
 use crate::api::convert;
 use crate::api::status::ApiError;
-use crate::identity::peer_log::of_peer;
+use crate::identity::peer_log::{cut, of_peer};
 use crate::sessions::End;
 use crate::store::StoreError;
 
@@ -19,7 +19,8 @@ impl Session {
                 Ok(_) => return,
                 Err(StoreError::Unavailable(_)) if !self.context.stop.is_cancelled() => {}
                 Err(error) => {
-                    tracing::warn!(error = &*crate::chain(&error), "the end of a session was not stored");
+                    let why = crate::chain(&error);
+                    of_peer!(warn, &self.node, error = %cut(&why), "the end of a session was not stored");
                     return;
                 }
             }

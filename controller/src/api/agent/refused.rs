@@ -8,6 +8,7 @@ use super::hello::Peer;
 use crate::api::Context;
 use crate::api::status::ApiError;
 use crate::identity::gate::code_word;
+use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::rate::Rate;
 use crate::identity::shown;
 use crate::store::AuditRow;
@@ -33,7 +34,8 @@ impl Refused {
             tracing::debug!(%error, "session refused");
             return;
         }
-        tracing::warn!(%error, from = %shown(peer.from), "session refused");
+        let text = error.to_string();
+        of_peer!(warn, node, %node, error = %cut(&text), from = %shown(peer.from), "session refused");
         let row = AuditRow {
             time: now,
             actor: node.name(),
@@ -42,7 +44,7 @@ impl Refused {
             method: "Connect".to_owned(),
             target: node.name(),
             result: code_word(error.code()).to_owned(),
-            message: error.to_string(),
+            message: text,
         };
         context.access.recorder().record(row, Some(peer.from.ip())).await;
     }
