@@ -107,6 +107,8 @@ on_both!(
         refused_assignment_waits_for_what_the_node_is_at,
         conflicts_of_a_node_are_bounded,
         broken_record_fails_alone,
+        unreadable_rollout_holds_up_no_other,
+        unreadable_action_keeps_no_assignment_and_no_progress,
         repeated_state_writes_no_event,
         late_cancel_is_kept_when_it_comes_as_progress,
         execution_of_a_deleted_node_ends_at_once;
