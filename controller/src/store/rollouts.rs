@@ -8,7 +8,7 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use super::connection::Connection;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
-use super::operations::{self, lock};
+use super::operations::{self, lock_free};
 use super::silence::Silent;
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError};
@@ -67,7 +67,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        let mut held: BTreeMap<_, _> = lock(&*tx, bad.iter().map(|(id, _)| id)).await?.into_iter().collect();
+        let mut held = lock_free(&*tx, bad.iter().map(|(id, _)| id)).await?;
         let mut paused = Vec::new();
         for (id, rollout) in bad {
             let Some(from) = held.remove(&id) else { continue };
