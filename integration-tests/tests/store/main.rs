@@ -14,6 +14,7 @@ mod connections;
 mod database;
 mod enrolment;
 mod fires;
+mod held;
 mod history;
 mod keys;
 mod locks;
