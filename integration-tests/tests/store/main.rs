@@ -97,7 +97,8 @@ on_both!(
         goodbye_and_sixty_silent_seconds_prove_it,
         broken_stream_proves_nothing,
         returning_node_is_told_by_its_boot_id,
-        contradiction_of_an_end_is_kept_and_shown;
+        contradiction_of_an_end_is_kept_and_shown,
+        work_on_what_has_ended_is_kept_and_shown;
     conflicts:
         later_delivery_is_taken_as_the_node_says,
         lost_assignment_that_was_done_succeeds,
