@@ -201,37 +201,39 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// Ends the sessions of nodes that were quarantined, deleted, or lost their certificate, on this or another
-    /// controller. Also notes which nodes are connected, cancels executions of deleted nodes, sends the beat of this
-    /// controller, and ends the sessions of dead ones.
+    /// Sends the beat of this controller. Ends the sessions of nodes that were quarantined, deleted, or lost their
+    /// certificate, on this or another controller. Also notes which nodes are connected, cancels executions of deleted
+    /// nodes, and ends the sessions of dead controllers.
     async fn sweep(&self, now: chrono::DateTime<chrono::Utc>) -> Result<(), StoreError> {
+        // First, and on its own: a step that fails must not make the other controllers take this one for dead. The
+        // watchdog learns of a failed beat too.
+        let beat = self.store.beat(&self.controller, &self.address, now).await;
+        self.pulses.beat.beat(&beat);
+        let mut failed = None;
+        kept(beat, &mut failed)?;
         let live = self.sessions.live();
         let nodes: Vec<NodeId> = live.iter().map(|session| session.node.clone()).collect();
-        self.store.touch(&self.controller, &nodes, now).await?;
+        kept(self.store.touch(&self.controller, &nodes, now).await, &mut failed)?;
         let epochs: Vec<(NodeId, i64)> = live.iter().map(|session| (session.node.clone(), session.epoch)).collect();
-        for (node, epoch) in self.store.lost_sessions(&self.controller, &epochs).await? {
+        for (node, epoch) in kept(self.store.lost_sessions(&self.controller, &epochs).await, &mut failed)? {
             let admitted = self.store.node(&node).await?.is_some_and(|row| row.state != NodeState::Quarantined);
             tracing::warn!(%node, admitted, "a session is cut: the node is barred, or it is not the node's any more");
             // By its epoch: the node may have a newer session by now, which must not end.
             self.sessions.end_one(&node, epoch, if admitted { End::Lost } else { End::Barred });
         }
         let serials: Vec<String> = live.iter().map(|session| session.certificate.clone()).collect();
-        let unacceptable = self.store.unacceptable(&serials).await?;
+        let unacceptable = kept(self.store.unacceptable(&serials).await, &mut failed)?;
         for session in live.iter().filter(|session| unacceptable.contains(&session.certificate)) {
             tracing::warn!(node = %session.node, "a session is cut: its certificate was revoked");
             self.sessions.end_one(&session.node, session.epoch, End::Barred);
         }
-        for changed in self.store.cancel_orphans(now).await? {
+        for changed in kept(self.store.cancel_orphans(now).await, &mut failed)? {
             tracing::warn!(execution = %changed.execution, "an execution was cancelled: its node is deleted");
         }
-        // The watchdog learns of a failed beat too, so the error is returned only after that.
-        let beat = self.store.beat(&self.controller, &self.address, now).await;
-        self.pulses.beat.beat(&beat);
-        beat?;
-        for node in self.store.end_dead_sessions(now).await? {
+        for node in kept(self.store.end_dead_sessions(now).await, &mut failed)? {
             tracing::warn!(%node, "the session of a controller that died was ended");
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 }
 

@@ -5,6 +5,8 @@
 
 #[cfg(test)]
 mod account;
+#[cfg(test)]
+mod anchor;
 pub mod api;
 pub mod artifacts;
 pub mod calendar;
@@ -31,7 +33,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -59,7 +61,7 @@ use crate::listen::{listen, listen_if_free};
 use crate::mirror::{Mirror, Patience};
 use crate::scheduler::{Fires, Prepare, Recurring, Unprepared};
 use crate::sessions::{End, Sessions};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 use crate::watchdog::{Pulses, Watchdog};
 
 /// Time for streams to end after they were told to, and for calls that change something. systemd's unit allows a little
@@ -286,7 +288,12 @@ impl Controller {
         parts.spawn(Arc::clone(&context.access).watch(context.stop.clone()));
         parts.spawn(Arc::clone(&watch).run(context.stop.clone()));
         if let Some(anchored) = self.anchored {
-            parts.spawn(keep_anchored(anchored, context.store.clone(), context.stop.clone()));
+            let store = context.store.clone();
+            let ask = move || {
+                let store = store.clone();
+                async move { ask_time(&store).await }
+            };
+            parts.spawn(keep_anchored(anchored, ask, ANCHOR, context.stop.clone()));
         }
         if self.config.notifications {
             parts.spawn(context.store.clone().share_changes(context.stop.clone()));
@@ -344,16 +351,19 @@ impl Controller {
     }
 }
 
-/// Sets the clock by the database's time every `ANCHOR`. Without an answer in time, monotonic time goes on from the
+/// Sets the clock by the database's time, again and again. Without an answer in time, monotonic time goes on from the
 /// last answer that came in time.
-async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: CancellationToken) {
+async fn keep_anchored<F>(clock: Arc<AnchoredClock>, ask: impl Fn() -> F, every: Duration, stop: CancellationToken)
+where
+    F: Future<Output = anyhow::Result<Option<Sample>>>,
+{
     loop {
         // Dropping the wait or the question on a stop loses nothing.
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(ANCHOR) => {}
+            () = tokio::time::sleep(every) => {}
         }
-        match ask_time(&store).await {
+        match ask().await {
             Ok(Some(sample)) => clock.anchor(sample),
             Ok(None) => return,
             Err(error) => tracing::debug!(error = format!("{error:#}"), "the clock was not set"),
@@ -363,11 +373,18 @@ async fn keep_anchored(clock: Arc<AnchoredClock>, store: Store, stop: Cancellati
 
 /// The database's time, by the fastest of several answers; `None`: the database has no clock of its own.
 async fn ask_time(store: &Store) -> anyhow::Result<Option<Sample>> {
+    fastest_answer(|| store.database_time()).await
+}
+
+async fn fastest_answer<F>(question: impl Fn() -> F) -> anyhow::Result<Option<Sample>>
+where
+    F: Future<Output = Result<Option<DateTime<Utc>>, StoreError>>,
+{
     let mut samples = Vec::new();
     let mut failed = None;
     for _ in 0..SAMPLES {
         let asked = Instant::now();
-        match store.database_time().await {
+        match question().await {
             Ok(Some(time)) => samples.push(Sample { time, asked, answered: Instant::now() }),
             Ok(None) => return Ok(None),
             Err(error) => failed = Some(error),

@@ -34,9 +34,13 @@ impl Conflict {
 
     /// True if the report is acknowledged without a verdict. UNKNOWN needs none, because this controller never asked
     /// for it; ENDED needs none, because the stored end stays. For the others an acknowledgement would accept the
-    /// report.
-    pub const fn is_acknowledged(self) -> bool {
-        matches!(self, Self::Unknown | Self::Ended)
+    /// report. That of VERIFYING always would.
+    pub const fn is_acknowledged(self, reported: ExecutionState) -> bool {
+        match self {
+            Self::Unknown => true,
+            Self::Ended => !matches!(reported, ExecutionState::Verifying),
+            Self::Ahead | Self::Unproved | Self::Busy => false,
+        }
     }
 
     /// A sentence for people: the node's report (`reported`: its state and perhaps its error) and the stored state.
@@ -87,10 +91,14 @@ mod tests {
     #[test]
     fn acknowledgement_is_never_an_acceptance_of_what_was_asked_here() {
         for conflict in [Conflict::Ahead, Conflict::Unproved, Conflict::Busy] {
-            assert!(!conflict.is_acknowledged());
+            assert!(!conflict.is_acknowledged(ExecutionState::Succeeded));
         }
         // Nobody decides about these two, and a node without an acknowledgement repeats its report with no limit.
-        assert!(Conflict::Unknown.is_acknowledged() && Conflict::Ended.is_acknowledged());
+        for state in [ExecutionState::Running, ExecutionState::Succeeded] {
+            assert!(Conflict::Unknown.is_acknowledged(state) && Conflict::Ended.is_acknowledged(state));
+        }
+        // The node would make its new system the default.
+        assert!(!Conflict::Ended.is_acknowledged(ExecutionState::Verifying));
         assert!(Conflict::Ahead.sentence("RUNNING", 7, None).contains("under attempt 7"));
     }
 }

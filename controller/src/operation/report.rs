@@ -150,18 +150,27 @@ fn on_later_delivery(stored: &Stored, reported: &Reported, expected: &Expected<'
 /// another end.
 fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     let given_up = stored.error_reason.as_deref() == Some(reason::NEVER_RETURNED);
-    // A repetition of a change that was judged before and may have been rejected must not become a conflict. Attempt 0
-    // is the cancel of an execution that the node never had.
-    let judged = reported.attempt == 0 || (reported.attempt == stored.attempt && reported.sequence <= stored.sequence);
+    // Attempt 0 is the cancel of an execution that the node never had.
+    let again = reported.attempt == 0 || (reported.attempt == stored.attempt && reported.sequence <= stored.sequence);
+    // A success without proof was stored as a failure. That very report must not become a conflict. Any other end
+    // contradicts the stored one, also below the stored sequence: the node may count from a torn journal.
+    let unproved =
+        reported.state == ExecutionState::Succeeded && stored.error_reason.as_deref() == Some(reason::NOT_VERIFIED);
+    let judged = reported.attempt == 0 || (again && unproved);
+    // A step that was never stored, of this delivery or a later one: the node goes on with what has ended. A node that
+    // was given up is expected to, until it tells its end.
+    let goes_on = !again && !given_up && reported.attempt >= stored.attempt;
     match reported.state {
         state if given_up && state.is_final() => judge(stored, reported, expected),
         // Acknowledging this report accepts the new system, so it needs proof here too.
         ExecutionState::Verifying if given_up || stored.state == ExecutionState::Succeeded => {
             match prove(stored, reported, expected) {
                 Ok(()) => ReportVerdict::Duplicate,
+                Err(_) if goes_on => ReportVerdict::Conflict(Conflict::Ended),
                 Err(_) => ReportVerdict::Refuse("what the node runs is not what was asked"),
             }
         }
+        ExecutionState::Verifying if goes_on => ReportVerdict::Conflict(Conflict::Ended),
         ExecutionState::Verifying => ReportVerdict::Refuse("the execution has ended without success"),
         // The node was believed to be off, but reports under the boot id that the power-off was to end.
         ExecutionState::Rebooting
@@ -174,6 +183,7 @@ fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>)
         // Agrees with the stored end: nothing was done.
         ExecutionState::Cancelled if stored.state != ExecutionState::Succeeded => ReportVerdict::Duplicate,
         state if state.is_final() && state != stored.state && !judged => ReportVerdict::Conflict(Conflict::Ended),
+        ExecutionState::Running | ExecutionState::Rebooting if goes_on => ReportVerdict::Conflict(Conflict::Ended),
         _ => ReportVerdict::Duplicate,
     }
 }

@@ -10,7 +10,7 @@ use super::connection::Connection;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
 use super::moves::{deadline, patience};
-use super::rollouts::{self, Gone};
+use super::rollouts::{self, Admission, Gone};
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError, micros};
 use crate::operation::{Action, ExecutionState, MAX_ATTEMPT};
@@ -61,11 +61,11 @@ impl Store {
             return Ok(Vec::new());
         }
         // Read outside of a transaction first: most rounds find nothing, and need no turn to write.
-        let found: Vec<ExecutionId> = first_due(self.reader(), controller_id, &sessions, self.gone(now), now)
-            .await?
-            .iter()
-            .map(read_id)
-            .collect::<Result<_, _>>()?;
+        let (due, broken) = first_due(self.reader(), controller_id, &sessions, self.gone(now), now).await?;
+        for (id, error) in broken {
+            self.not_assignable(&id, &error, now).await?;
+        }
+        let found: Vec<ExecutionId> = due.iter().map(read_id).collect::<Result<_, _>>()?;
         if found.is_empty() {
             return Ok(Vec::new());
         }
@@ -136,18 +136,13 @@ impl Store {
         .all(self.reader())
         .await?
         .iter()
-        .map(|row| {
-            let execution = read_id(row)?;
-            let assignment = Assignment {
-                execution,
-                attempt: row.number("attempt")?,
-                action: row.json("action")?,
-                family: row.text("family")?,
-                known_state: ExecutionState::Assigned,
-                cancel_requested: row.flag("cancel_requested")?,
-                labels: row.json("labels")?,
-            };
-            Ok((assignment, row.int("epoch")?))
+        .filter_map(|row| {
+            let read = read_unanswered(row);
+            if let Err(error) = &read {
+                // Left out, not an error: the others are sent. This one becomes overdue.
+                tracing::error!(error = crate::chain(error), "an assignment cannot be read; it is not sent");
+            }
+            read.ok().map(Ok)
         })
         .collect()
     }
@@ -183,7 +178,9 @@ impl Store {
         // rollout's free slots are exact only while its operation is locked.
         let mut due = Vec::with_capacity(found.len());
         let mut broken = Vec::new();
-        for row in &first_due(&*tx, controller_id, sessions, self.gone(now), now).await? {
+        // A rollout that cannot be read is left to the first look of the next round.
+        let (rows, _) = first_due(&*tx, controller_id, sessions, self.gone(now), now).await?;
+        for row in &rows {
             let id = read_id(row)?;
             if found.contains(&&id) {
                 match Due::read(id.clone(), row, now) {
@@ -290,15 +287,31 @@ const FREE: &str = "FROM {rows node TEXT, epoch BIGINT} \
       AND NOT EXISTS (SELECT 1 FROM executions b WHERE b.node = n.id \
                       AND b.state IN ('ASSIGNED', 'RUNNING', 'REBOOTING', 'VERIFYING'))";
 
+fn read_unanswered(row: &Row) -> Result<(Assignment, i64), StoreError> {
+    let assignment = Assignment {
+        execution: read_id(row)?,
+        attempt: row.number("attempt")?,
+        action: row.json("action")?,
+        family: row.text("family")?,
+        known_state: ExecutionState::Assigned,
+        cancel_requested: row.flag("cancel_requested")?,
+        labels: row.json("labels")?,
+    };
+    Ok((assignment, row.int("epoch")?))
+}
+
+/// Executions that can never be assigned, each with the reason.
+type Broken = Vec<(ExecutionId, StoreError)>;
+
 /// The first due execution of each free node. An execution whose rollout has no free slot is not due, so it does not
-/// keep its node from work of other operations.
+/// keep its node from work of other operations. Also returns those whose rollout cannot be read.
 async fn first_due(
     db: &impl Connection,
     controller_id: &str,
     sessions: &[Session<'_>],
     gone: Gone,
     now: DateTime<Utc>,
-) -> Result<Vec<Row>, StoreError> {
+) -> Result<(Vec<Row>, Broken), StoreError> {
     let waiting = sql("SELECT e.operation AS operation, e.node AS node, n.labels AS labels, o.rollout AS rollout ")
         .and(FREE)
         .and(" AND o.rollout IS NOT NULL ORDER BY o.schedule_time, o.id, e.node")
@@ -310,8 +323,8 @@ async fn first_due(
         .all(db)
         .await?;
     // Only a forecast without locks. Exact once the caller holds the operations, as every change of an execution does.
-    let admitted = rollouts::admit(db, &waiting, gone).await?;
-    sql("SELECT operation, node, epoch, boot_id, family, labels, action, attempt FROM ( \
+    let Admission { admitted, broken } = rollouts::admit(db, &waiting, gone).await?;
+    let due = sql("SELECT operation, node, epoch, boot_id, family, labels, action, attempt FROM ( \
              SELECT e.attempt AS attempt, e.operation AS operation, e.node AS node, n.session_epoch AS epoch, n.boot_id AS boot_id, \
                     n.family AS family, n.labels AS labels, o.action AS action, \
                     ROW_NUMBER() OVER (PARTITION BY e.node ORDER BY o.schedule_time, o.id) AS place ")
@@ -324,7 +337,8 @@ async fn first_due(
     .time(now)
     .each(admitted.iter().map(|id| format!("{}/{}", id.operation.as_str(), id.node.as_str())))
     .all(db)
-    .await
+    .await?;
+    Ok((due, broken))
 }
 
 struct Due {

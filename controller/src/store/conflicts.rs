@@ -115,8 +115,12 @@ pub(super) async fn note(
     if let Some(before) = &before {
         let same = (before.text("kind")?, before.text("state")?, before.int("attempt")?)
             == (kind.to_string(), report.state.to_string(), i64::from(report.attempt));
+        // A node that refused other work for this one is still at it. Without the hold it would be given other work,
+        // and refuse that, with each of its reports.
+        let still_busy =
+            kind == Conflict::Ended && !report.state.is_final() && before.text("kind")? == Conflict::Busy.as_str();
         // A node says the same with each Hello.
-        if same {
+        if same || still_busy {
             return Ok(());
         }
     } else if is_full(tx, &id.node).await? {

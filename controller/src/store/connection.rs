@@ -7,6 +7,7 @@
 //! failed on a full disk that count was wrong. Later transactions were savepoints without a transaction around them:
 //! acknowledged, and never stored.
 
+use std::borrow::Cow;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -118,7 +119,13 @@ impl Pool {
     /// once and is closed.
     pub(super) async fn begin(&self, turn: Option<OwnedSemaphorePermit>) -> Result<Transaction, StoreError> {
         let mut lease = self.lease(turn).await?;
-        lease.control(if lease.is_postgres() { "BEGIN" } else { "BEGIN IMMEDIATE" }, State::InTransaction).await?;
+        let word = match deadline::of_locks() {
+            _ if !lease.is_postgres() => Cow::Borrowed("BEGIN IMMEDIATE"),
+            None => Cow::Borrowed("BEGIN"),
+            // One message, so that it costs no further round trip.
+            Some(locks) => Cow::Owned(format!("BEGIN; SET LOCAL lock_timeout = {}", locks.as_millis())),
+        };
+        lease.control(word, State::InTransaction).await?;
         Ok(Transaction {
             postgres: lease.is_postgres(),
             lease: Mutex::new(lease),
@@ -201,11 +208,11 @@ impl Transaction {
             self.rollback().await?;
             return Err(StoreError::aborted());
         }
-        self.lease.into_inner().control(COMMIT, State::Clean).await
+        self.lease.into_inner().control(COMMIT.into(), State::Clean).await
     }
 
     pub(super) async fn rollback(self) -> Result<(), StoreError> {
-        self.lease.into_inner().control("ROLLBACK", State::Clean).await
+        self.lease.into_inner().control("ROLLBACK".into(), State::Clean).await
     }
 }
 
@@ -271,7 +278,9 @@ impl Lease {
     }
 
     /// Runs BEGIN, COMMIT or ROLLBACK. If it fails, the state of the connection is unknown, so it will be closed.
-    async fn control(&mut self, word: &'static str, after: State) -> Result<(), StoreError> {
+    async fn control(&mut self, word: Cow<'static, str>, after: State) -> Result<(), StoreError> {
+        let commits = word == COMMIT;
+        let word = AssertSqlSafe(word.into_owned());
         let done = self
             .step(after, |line| match line {
                 Line::Sqlite(line) => Box::pin(async move { line.execute(word).await.map(|_| ()) }),
@@ -281,7 +290,7 @@ impl Lease {
         match &done {
             Err(_) => self.state = State::Unsure,
             // Behind a pooler, reads commit too. Only a commit with a permit proves that writes work.
-            Ok(()) if word == COMMIT && self.turn.is_some() => self.vitals.wrote(),
+            Ok(()) if commits && self.turn.is_some() => self.vitals.wrote(),
             Ok(()) => {}
         }
         done

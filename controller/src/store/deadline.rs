@@ -1,7 +1,8 @@
 //! Deadlines for a step of the store: a connection, a statement or a commit.
 //!
-//! A caller of the API has a budget that only failed steps draw on; steps that succeed cost nothing. So a call of many
-//! statements may take its time while the database answers, and is answered within two seconds if it does not.
+//! A caller of the API has a budget that only failed steps and waits for the permit to write draw on; statements that
+//! succeed cost nothing. So a call of many statements may take its time while the database answers, and is answered
+//! within two seconds if it does not, or if other writers hold it up.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -12,6 +13,9 @@ use std::time::Duration;
 const CALLER: Duration = Duration::from_millis(1700);
 /// For rounds and sessions, for which no caller waits. Well above our longest statement.
 pub(super) const BACKGROUND: Duration = Duration::from_secs(10);
+/// Part of a caller's budget that is left for the statements after the permit to write came. Statements that get less
+/// would time out on a healthy database.
+const STATEMENTS: Duration = Duration::from_millis(500);
 /// Shortest deadline of a step, so that the failure can still be recorded.
 const LEAST: Duration = Duration::from_millis(50);
 
@@ -43,7 +47,22 @@ pub(super) fn next() -> Duration {
     BUDGET.try_with(|left| Duration::from_micros(left.load(Ordering::Relaxed)).max(LEAST)).unwrap_or(BACKGROUND)
 }
 
-/// Takes the time of a failed step from the budget.
+/// Longest wait for the permit to write.
+pub(super) fn of_queue() -> Duration {
+    BUDGET
+        .try_with(|left| Duration::from_micros(left.load(Ordering::Relaxed)).saturating_sub(STATEMENTS))
+        .unwrap_or(BACKGROUND)
+}
+
+/// Longest wait of the database for a lock. `None`: the session's own, because no caller waits.
+///
+/// Half of the budget, so that the database gives up first. A deadline on this side cannot tell a held row from a
+/// database that is silent, closes the connection and makes the health service say that writes fail.
+pub(super) fn of_locks() -> Option<Duration> {
+    BUDGET.try_with(|_| next() / 2).ok()
+}
+
+/// Takes the time of a failed step, or of a wait for the permit to write, from the budget.
 pub(super) fn in_vain(waited: Duration) {
     // Outside of a call there is no budget.
     let _ = BUDGET.try_with(|left| {
@@ -61,13 +80,14 @@ mod tests {
 
     #[tokio::test]
     async fn only_waits_in_vain_are_paid_for() {
-        assert_eq!(next(), BACKGROUND);
+        assert_eq!((next(), of_queue(), of_locks()), (BACKGROUND, BACKGROUND, None));
         of_caller(async {
-            assert_eq!(next(), CALLER);
+            assert_eq!((next(), of_queue()), (CALLER, CALLER - STATEMENTS));
+            assert!(of_locks().is_some_and(|locks| locks < CALLER));
             in_vain(Duration::from_millis(700));
             assert_eq!(next(), Duration::from_secs(1));
             tokio::spawn(carried(async { in_vain(Duration::from_secs(9)) })).await.unwrap();
-            assert_eq!(next(), LEAST);
+            assert_eq!((next(), of_queue()), (LEAST, Duration::ZERO));
         })
         .await;
     }

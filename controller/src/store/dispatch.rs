@@ -6,7 +6,7 @@ use marco_proto::names::{ExecutionId, OperationId};
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::{self, read_id};
 use super::moves::read_found;
-use super::operations::{self, finish_if_done, lock};
+use super::operations::{self, finish_if_done, lock_free};
 use super::rollouts::note_beginning;
 use super::silence::Silent;
 use super::sql::sql;
@@ -63,7 +63,7 @@ impl Store {
         }
         let tx = self.begin().await?;
         let mut begun = Vec::with_capacity(due.len());
-        for (id, from) in lock(&*tx, &due).await? {
+        for (id, from) in lock_free(&*tx, &due).await? {
             let Ok(to) = from.begin() else { continue };
             sql("UPDATE operations SET state = ? WHERE id = ? AND state = ?")
                 .bind(to.as_str())
@@ -141,10 +141,10 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        lock(&*tx, found.iter().map(|((id, _), _)| &id.operation)).await?;
+        let held = lock_free(&*tx, found.iter().map(|((id, _), _)| &id.operation)).await?;
         let mut marked = Vec::with_capacity(found.len());
         // Their nodes may have reported since the first look, so the conditions are checked again.
-        for ((id, state), why) in found {
+        for ((id, state), why) in found.into_iter().filter(|((id, _), _)| held.contains_key(&id.operation)) {
             let changed =
                 sql("UPDATE executions SET overdue = TRUE, overdue_time = ?, update_time = ? WHERE operation = ? \
                      AND node = ? AND state = ? AND deadline <= ? AND NOT overdue")
@@ -227,7 +227,7 @@ impl Store {
         }
         let tx = self.begin().await?;
         let mut finished = Vec::with_capacity(done.len());
-        for (id, _) in lock(&*tx, &done).await? {
+        for id in lock_free(&*tx, &done).await?.into_keys() {
             if finish_if_done(&*tx, &id, now).await? {
                 finished.push(id);
             }

@@ -11,7 +11,7 @@ use super::connection::Connection;
 use super::dispatch::Changed;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
-use super::operations::{finish_if_done, lock};
+use super::operations::{finish_if_done, lock_free};
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError, micros};
 use crate::operation::{Action, ExecutionError, ExecutionState, deadline_after, deadline_of_stretch, reason};
@@ -251,10 +251,11 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        lock(&*tx, &operations).await?;
+        let held = lock_free(&*tx, &operations).await?;
         let mut found = which.all(&*tx).await?.iter().map(read_found).collect::<Result<Vec<_>, _>>()?;
-        // Operations that appeared since the first query are not locked. Their executions are left to the next round.
-        found.retain(|(id, _)| operations.contains(&id.operation));
+        // Operations that appeared since the first query, or that another transaction holds, are left to the next
+        // round.
+        found.retain(|(id, _)| held.contains_key(&id.operation));
         let changed = end(&*tx, &found, &End { to, error, actor: CONTROLLER }, now).await?;
         self.commit(tx).await?;
         Ok(changed)

@@ -22,14 +22,11 @@ use super::connection::{Connection as _, Pool, Transaction};
 use super::migrations::Migrator;
 use super::sql::sql;
 use super::vitals::Vitals;
-use super::{Shared, Store, StoreError, audit, postgres};
+use super::{Shared, Store, StoreError, audit, deadline, postgres};
 
 /// Longest wait for a free or a new connection. sqlx's default of 30 s would hold up every RPC while the database is
 /// away.
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Longest wait for the permit to write. Separate from `CONNECT_TIMEOUT`, because a queue behind a busy database (a
-/// whole fleet that says hello at once) is no outage.
-const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval at which a writer in the queue checks if the database is away. If so, it stops waiting.
 const QUEUE_LOOK: Duration = Duration::from_millis(250);
 /// Longest wait of SQLite for a lock. It may be held by another process (a backup, for example), or by a connection of
@@ -174,24 +171,30 @@ impl Store {
         Ok(Tx { tx: begun? })
     }
 
-    /// Waits for the permit to write.
+    /// Waits for the permit to write: a caller within its budget, all others for longer than for a connection, because a
+    /// queue behind a busy database (a whole fleet that says hello at once) is no outage.
     async fn turn(&self) -> Result<OwnedSemaphorePermit, StoreError> {
         let busy = || StoreError::busy(&self.shared.writer.place);
         let turn = Arc::clone(&self.shared.turns).acquire_owned();
         tokio::pin!(turn);
-        let begun = tokio::time::Instant::now();
-        loop {
-            match tokio::time::timeout(QUEUE_LOOK, &mut turn).await {
-                Ok(turn) => return turn.map_err(|_| busy()),
+        let (begun, longest) = (tokio::time::Instant::now(), deadline::of_queue());
+        let turn = loop {
+            // The time that is left, so that a caller is answered to the moment.
+            let left = longest.saturating_sub(begun.elapsed());
+            match tokio::time::timeout(QUEUE_LOOK.min(left), &mut turn).await {
+                Ok(turn) => break turn.map_err(|_| busy()),
                 // The holder of the permit waits for a database that is away. The others need not queue to find that
                 // out.
                 Err(_) if self.shared.away.load(Ordering::Relaxed) || self.shared.writer.vitals.is_silent() => {
-                    return Err(busy());
+                    break Err(busy());
                 }
-                Err(_) if begun.elapsed() >= QUEUE_TIMEOUT => return Err(busy()),
+                Err(_) if begun.elapsed() >= longest => break Err(busy()),
                 Err(_) => {}
             }
-        }
+        };
+        // Paid for even if the permit came: the statements that follow must end within the rest.
+        deadline::in_vain(begun.elapsed());
+        turn
     }
 
     /// Runs a transaction, and runs it again if the database aborted it in favour of another one.

@@ -337,7 +337,25 @@ pub(super) async fn lock(
     tx: &impl Connection,
     ids: impl IntoIterator<Item = &OperationId>,
 ) -> Result<Vec<(OperationId, OperationState)>, StoreError> {
-    sql("SELECT id, state FROM operations WHERE id IN {each} ORDER BY id {lock}")
+    locked(tx, "SELECT id, state FROM operations WHERE id IN {each} ORDER BY id {lock}", ids).await
+}
+
+/// Locks those operations that no other transaction holds, and returns their states. For rounds: the next one takes the
+/// rest. A round that waited for one operation, in each of its steps, held up all others and the beat.
+pub(super) async fn lock_free(
+    tx: &impl Connection,
+    ids: impl IntoIterator<Item = &OperationId>,
+) -> Result<BTreeMap<OperationId, OperationState>, StoreError> {
+    let free = locked(tx, "SELECT id, state FROM operations WHERE id IN {each} ORDER BY id {skip}", ids).await?;
+    Ok(free.into_iter().collect())
+}
+
+async fn locked(
+    tx: &impl Connection,
+    select: &str,
+    ids: impl IntoIterator<Item = &OperationId>,
+) -> Result<Vec<(OperationId, OperationState)>, StoreError> {
+    sql(select)
         .each(ids.into_iter().map(OperationId::as_str))
         .all(tx)
         .await?

@@ -130,7 +130,17 @@ impl Store {
         let operations: BTreeSet<&str> = rows.iter().map(|row| row.execution.operation.as_str()).collect();
         let found =
             sql("SELECT id, action FROM operations WHERE id IN {each}").each(operations).all(self.reader()).await?;
-        found.iter().map(|row| Ok((operations::read_id(row)?, row.json("action")?))).collect()
+        let mut actions = BTreeMap::new();
+        for row in &found {
+            let id = operations::read_id(row)?;
+            match row.json("action") {
+                Ok(action) => drop(actions.insert(id, action)),
+                // Its progress is dropped. As an error it would keep all rows of this batch, which the caller tries
+                // again until it succeeds.
+                Err(error) => tracing::debug!(operation = %id, error = crate::chain(&error), "progress is dropped"),
+            }
+        }
+        Ok(actions)
     }
 }
 

@@ -295,7 +295,7 @@ pub(super) async fn apply(
             // An operator abandoned the execution, so any end settles it.
             let given_up = found.conflict.as_deref() == Some("ABANDONED") && report.state.is_final();
             let why = conflict.sentence(report.state.as_str(), report.attempt, Some(found.stored.state));
-            Ok(ReportOutcome::Conflict { acknowledge: conflict.is_acknowledged() || given_up, why })
+            Ok(ReportOutcome::Conflict { acknowledge: conflict.is_acknowledged(report.state) || given_up, why })
         }
         ReportVerdict::Refuse(why) => Ok(ReportOutcome::Refused(why.to_owned())),
     }

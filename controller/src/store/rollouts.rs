@@ -8,7 +8,7 @@ use marco_proto::names::{ExecutionId, NodeId, OperationId};
 use super::connection::Connection;
 use super::events::{self, CONTROLLER, Happened};
 use super::executions::read_id;
-use super::operations::{self, lock};
+use super::operations::{self, lock_free};
 use super::silence::Silent;
 use super::sql::{Row, Sql, sql};
 use super::{Store, StoreError};
@@ -50,7 +50,15 @@ impl Store {
         let mut bad = Vec::new();
         // Looked at without locks first, because mostly nothing has to pause.
         for row in running().all(self.reader()).await? {
-            let (id, rollout) = (operations::read_id(&row)?, row.json::<Rollout>("rollout")?);
+            let id = operations::read_id(&row)?;
+            // The next claim ends its nodes. Until then it must not keep the other rollouts from pausing.
+            let rollout = match row.json::<Rollout>("rollout") {
+                Ok(rollout) => rollout,
+                Err(error) => {
+                    tracing::debug!(operation = %id, error = crate::chain(&error), "a rollout cannot be read");
+                    continue;
+                }
+            };
             if rollout.pause(&standing(self.reader(), &id, &rollout, self.gone(now)).await?).is_some() {
                 bad.push((id, rollout));
             }
@@ -59,7 +67,7 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        let mut held: BTreeMap<_, _> = lock(&*tx, bad.iter().map(|(id, _)| id)).await?.into_iter().collect();
+        let mut held = lock_free(&*tx, bad.iter().map(|(id, _)| id)).await?;
         let mut paused = Vec::new();
         for (id, rollout) in bad {
             let Some(from) = held.remove(&id) else { continue };
@@ -187,28 +195,43 @@ pub(super) fn group(rollout: &Rollout, row: &Row) -> Result<Option<String>, Stor
 /// Executions, each with the group of its node.
 type Nodes = Vec<(ExecutionId, Option<String>)>;
 
-/// Returns the waiting executions that may go now. The rows of `waiting` have the columns `operation`, `node`, `labels`
+/// Waiting executions, by what their rollouts say.
+#[derive(Default)]
+pub(super) struct Admission {
+    /// Those that may go now.
+    pub(super) admitted: Vec<ExecutionId>,
+    /// Those that can never go, because their rollout or their node's labels cannot be read.
+    pub(super) broken: Vec<(ExecutionId, StoreError)>,
+}
+
+/// Decides which waiting executions may go now. The rows of `waiting` have the columns `operation`, `node`, `labels`
 /// and `rollout`, in the order of assignment.
-pub(super) async fn admit(db: &impl Connection, waiting: &[Row], gone: Gone) -> Result<Vec<ExecutionId>, StoreError> {
+pub(super) async fn admit(db: &impl Connection, waiting: &[Row], gone: Gone) -> Result<Admission, StoreError> {
     let mut operations: BTreeMap<OperationId, (Rollout, Nodes)> = BTreeMap::new();
+    let Admission { mut admitted, mut broken } = Admission::default();
     for row in waiting {
         let id = read_id(row)?;
-        if !operations.contains_key(&id.operation) {
-            operations.insert(id.operation.clone(), (row.json("rollout")?, Vec::new()));
-        }
-        if let Some((rollout, nodes)) = operations.get_mut(&id.operation) {
-            let group = group(rollout, row)?;
-            nodes.push((id, group));
+        // A newer release may have stored a limit that this one does not know. Returned beside the others: as an error
+        // it would keep every node of this controller from work, each round.
+        let read = match operations.get_mut(&id.operation) {
+            Some((rollout, nodes)) => group(rollout, row).map(|group| nodes.push((id.clone(), group))),
+            None => row.json::<Rollout>("rollout").and_then(|rollout| {
+                let nodes = vec![(id.clone(), group(&rollout, row)?)];
+                operations.insert(id.operation.clone(), (rollout, nodes));
+                Ok(())
+            }),
+        };
+        if let Err(error) = read {
+            broken.push((id, error));
         }
     }
-    let mut admitted = Vec::new();
     for (id, (rollout, nodes)) in operations {
         let (ids, groups): (Vec<ExecutionId>, Vec<Option<String>>) = nodes.into_iter().unzip();
         // Counted in the transaction that assigns. A list made earlier could give a slot to two controllers.
         let chosen = rollout.choose(&standing(db, &id, &rollout, gone).await?, &groups);
         admitted.extend(chosen.into_iter().filter_map(|place| ids.get(place).cloned()));
     }
-    Ok(admitted)
+    Ok(Admission { admitted, broken })
 }
 
 /// Stores which targets have a stream as the operation begins or resumes, because only those can vanish. Also forgives

@@ -37,7 +37,8 @@ impl Store {
             return Ok(Vec::new());
         }
         let tx = self.begin().await?;
-        operations::lock(&*tx, changed.iter().map(|(id, _)| id)).await?;
+        let held = operations::lock_free(&*tx, changed.iter().map(|(id, _)| id)).await?;
+        changed.retain(|(id, _)| held.contains_key(id));
         for (id, closed_until) in &changed {
             sql("UPDATE operations SET closed_until = ? WHERE id = ?")
                 .bind(closed_until.map(micros))

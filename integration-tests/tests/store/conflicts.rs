@@ -2,7 +2,8 @@
 //! because the node lies.
 
 use marco_controller::operation::{Conflict, Decision, ExecutionState as E, WaitReason, reason};
-use marco_controller::store::{NodeRow, ReportOutcome, ReportRow, ResolveOutcome};
+use marco_controller::rollout::{Limit, Rollout};
+use marco_controller::store::{NewOperation, NodeRow, ProgressRow, ReportOutcome, ReportRow, ResolveOutcome};
 use marco_proto::names::{ExecutionId, NodeId};
 
 use crate::support::*;
@@ -253,6 +254,69 @@ pub(crate) async fn broken_record_fails_alone(f: Fixture) {
     let row = f.execution(&broken).await;
     assert!(failed_as(reason::NOT_ASSIGNABLE, &row), "{row:?}");
     assert!(f.claim(&sessions[..2], after(2)).await.is_empty());
+}
+
+/// A limit of a release that this one does not know.
+const NEWER: &str = "{\"max_failures\":{\"tenths\":1}}";
+
+pub(crate) async fn unreadable_rollout_holds_up_no_other(f: Fixture) {
+    let mut sessions = Vec::new();
+    for id in ["pi-1", "pi-2", "pi-3", "pi-4"] {
+        sessions.push(f.online(id).await);
+    }
+    let node_at = |at: usize| sessions[at].0.clone();
+    let away = f.enrolled(&["pi-9"]).await.remove(0);
+    let paced = |nodes: &[NodeId]| NewOperation {
+        rollout: Some(Rollout { max_in_flight: Some(1), max_failures: Some(Limit::Number(0)), ..Rollout::default() }),
+        ..new_operation(reboot(), nodes)
+    };
+    // The node that is away keeps it RUNNING, whatever becomes of the others.
+    let (broken, sound) = (paced(&[node_at(0), node_at(3), away.clone()]), paced(&[node_at(1), node_at(2)]));
+    for new in [&broken, &sound] {
+        f.store.create_operation(new, start()).await.unwrap();
+    }
+    let plain = f.create(reboot(), &[node_at(3)]).await;
+    f.by_hand(&[&format!("UPDATE operations SET rollout = '{NEWER}' WHERE id = '{}'", broken.id)])
+        .await
+        .remove(0)
+        .unwrap();
+    let claimed = f.claim(&sessions, after(1)).await;
+    let given: Vec<_> = claimed.iter().map(|one| (&one.execution.operation, &one.execution.node)).collect();
+    assert_eq!(given, [(&sound.id, &node_at(1)), (&plain, &node_at(3))], "the others have work");
+    let row = f.execution(&ExecutionId { operation: broken.id.clone(), node: node_at(0) }).await;
+    assert!(failed_as(reason::NOT_ASSIGNABLE, &row), "{row:?}");
+    assert!(row.error.unwrap().message.contains("tenths"), "the reason is told");
+    assert_eq!(f.state(&ExecutionId { operation: broken.id.clone(), node: away }).await, E::Pending);
+    // Rollouts that can be read still pause by themselves.
+    let failed = report(&claimed[0], 1, E::Failed, "boot-1");
+    f.report(sessions[1].1, &failed, after(2)).await;
+    let paused = f.store.pause_rollouts(after(3)).await.unwrap();
+    assert_eq!(paused.iter().map(|(id, _)| id).collect::<Vec<_>>(), [&sound.id]);
+}
+
+pub(crate) async fn unreadable_action_keeps_no_assignment_and_no_progress(f: Fixture) {
+    let (first, second) = (f.online("pi-1").await, f.online("pi-2").await);
+    let broken = f.create(reboot(), std::slice::from_ref(&first.0)).await;
+    f.create(reboot(), std::slice::from_ref(&second.0)).await;
+    let claimed = f.claim(&[first, second], after(1)).await;
+    f.by_hand(&[&format!("UPDATE operations SET action = '{{\"juggle\":1}}' WHERE id = '{broken}'")])
+        .await
+        .remove(0)
+        .unwrap();
+    let unanswered = f.store.unanswered("c1").await.unwrap();
+    assert_eq!(unanswered.iter().map(|(one, _)| one).collect::<Vec<_>>(), [&claimed[1]], "the other is sent");
+    // One batch: an error would keep all of it, and it would be tried again forever.
+    let rows: Vec<ProgressRow> = claimed
+        .iter()
+        .map(|one| ProgressRow {
+            phase: "downloading".to_owned(),
+            bytes_done: 7,
+            ..report(one, 0, E::Running, "").into()
+        })
+        .collect();
+    f.store.flush_progress(&rows, after(2)).await.unwrap();
+    let row = f.execution(&claimed[1].execution).await;
+    assert_eq!((row.phase.as_str(), row.bytes_done), ("downloading", 7));
 }
 
 pub(crate) async fn repeated_state_writes_no_event(f: Fixture) {

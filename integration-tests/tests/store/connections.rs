@@ -46,6 +46,122 @@ async fn a_commit_whose_answer_was_lost_is_stored_and_costs_nothing_else() {
     assert!(left.is_empty(), "transactions were left open: {left:?}");
 }
 
+/// The servers of the store's connections.
+async fn servers(f: &Fixture) -> Vec<serde_json::Value> {
+    let query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'marco-controller' \
+                 AND datname = current_database() ORDER BY pid";
+    let url = f.url.clone();
+    tokio::task::spawn_blocking(move || Postgres::start().unwrap().rows(&url, query).unwrap()).await.unwrap()
+}
+
+/// Twenty writes, of which each is there when it is acknowledged.
+async fn writes_last(f: &Fixture) {
+    for number in 0..20 {
+        let new = token(&format!("after-{number}"));
+        f.store.create_token(&new, start()).await.unwrap();
+        let stored = f.store.tokens(None, 100).await.unwrap();
+        assert!(stored.iter().any(|row| row.id == new.id), "{number} is lost");
+    }
+    assert_eq!(f.store.ailment(), None);
+    assert_eq!(locked(f).await, 0, "transactions were left open");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connection_whose_commit_was_refused_is_not_used_again() {
+    let f = postgres().await;
+    // Postgres checks this at COMMIT, as it does with serialization failures. The connection stays open.
+    let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'refused'; END $$; \
+                  CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON tokens DEFERRABLE INITIALLY DEFERRED FOR EACH ROW \
+                  WHEN (NEW.id = 'refused') EXECUTE FUNCTION refuse()";
+    f.by_hand(&[refuse]).await.remove(0).unwrap();
+    f.store.create_token(&token("before"), start()).await.unwrap();
+    let before = servers(&f).await;
+    for _ in 0..3 {
+        let error = f.store.create_token(&token("refused"), start()).await.unwrap_err();
+        assert!(format!("{error:?}").contains("refused"), "{error:?}");
+    }
+    wait_until(seconds(10), "the connection is replaced", async || {
+        let now = servers(&f).await;
+        Ok(before.iter().any(|server| !now.contains(server)).then_some(()))
+    })
+    .await
+    .unwrap();
+    writes_last(&f).await;
+    assert!(f.store.tokens(None, 100).await.unwrap().iter().all(|row| row.id != token("refused").id));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connection_whose_rollback_was_not_answered_is_not_used_again() {
+    let f = postgres().await;
+    let trap = Trap::lay(&f.url, "ROLLBACK", Snap::Mute).await;
+    let store = Store::open(&trap.url(&f.url)).await.unwrap();
+    let muted = Fixture { store, url: f.url.clone(), folder: None };
+    let (id, epoch, assignment) = muted.assigned(reboot()).await;
+    let stale = report(&assignment, 1, marco_controller::operation::ExecutionState::Running, "boot-1");
+    // As many as may write at a time: each drops its transaction, and is answered before that is rolled back.
+    trap.set(12);
+    for _ in 0..12 {
+        let outcome = muted.store.apply_report(&id, epoch + 1, &stale, start()).await.unwrap();
+        assert!(matches!(outcome, marco_controller::store::ReportOutcome::NotHolder), "{outcome:?}");
+    }
+    // Each gave its permit back, though no answer came.
+    let begun = Instant::now();
+    writes_last(&muted).await;
+    assert!(begun.elapsed() < seconds(8), "writers waited {:?}", begun.elapsed());
+    assert_eq!(trap.left(), 0);
+    // The same for one that the caller waits for.
+    trap.set(1);
+    let gone = node("pi-9");
+    let error = deadline::of_caller(muted.store.quarantine(&gone, "", start())).await.unwrap_err();
+    assert!(matches!(error, StoreError::Unavailable(_)), "{error:?}");
+    assert_eq!(muted.store.quarantine(&gone, "", start()).await.unwrap(), None);
+}
+
+/// Names of the settings of each session, with their values.
+const SESSION: [(&str, &str); 7] = [
+    ("idle_in_transaction_session_timeout", "3s"),
+    ("lock_timeout", "2s"),
+    ("statement_timeout", "8s"),
+    ("tcp_user_timeout", "10s"),
+    ("tcp_keepalives_idle", "5"),
+    ("tcp_keepalives_interval", "2"),
+    ("tcp_keepalives_count", "3"),
+];
+
+/// Lets each new token note the settings of the session that stores it.
+async fn note_settings(f: &Fixture) {
+    let notes: String = SESSION
+        .iter()
+        .map(|(name, _)| format!("INSERT INTO noted VALUES ('{name}', current_setting('{name}'));"))
+        .collect();
+    let all = format!(
+        "CREATE TABLE noted (name text, value text); \
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {notes} RETURN NEW; END $$; \
+         CREATE TRIGGER note AFTER INSERT ON tokens FOR EACH ROW EXECUTE FUNCTION note()"
+    );
+    f.by_hand(&[&all]).await.remove(0).unwrap();
+}
+
+/// The settings that were noted, which must all be the ones that hold up nobody.
+fn check_settings(server: &Postgres, url: &str) {
+    let rows = server.rows(url, "SELECT DISTINCT name, value FROM noted").unwrap();
+    let found: BTreeMap<_, _> =
+        rows.iter().map(|row| (row["name"].as_str().unwrap(), row["value"].as_str().unwrap())).collect();
+    assert_eq!((rows.len(), found), (SESSION.len(), BTreeMap::from(SESSION)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_session_has_the_settings_by_which_the_server_ends_it() {
+    let f = postgres().await;
+    note_settings(&f).await;
+    // On several connections.
+    let new: Vec<_> = (0..12).map(|number| token(&format!("t-{number}"))).collect();
+    for made in join_all(new.iter().map(|new| f.store.create_token(new, start()))).await {
+        made.unwrap();
+    }
+    tokio::task::spawn_blocking(move || check_settings(Postgres::start().unwrap(), &f.url)).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_controller_that_froze_within_a_transaction_holds_nobody_up() {
     let f = postgres().await;
@@ -173,7 +289,10 @@ async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_nam
     let unset = Store::open(&asked).await.unwrap_err().to_string();
     // The refusal prints the statements that an administrator has to run. They must work as they are.
     let statements: Vec<&str> = unset.lines().filter(|line| line.contains("ALTER ROLE")).collect();
-    assert!(statements.len() >= 3 && unset.contains("idle_in_transaction_session_timeout"), "{unset}");
+    for (name, value) in SESSION {
+        let line = format!("SET {name} = '{value}';");
+        assert!(statements.iter().any(|statement| statement.ends_with(&line)), "{line} is missing: {unset}");
+    }
     server.by_hand(&direct, &statements.concat()).unwrap().unwrap();
     // Settings of a role act on new server connections only.
     pooler.restart().unwrap();
@@ -196,6 +315,10 @@ async fn a_pooler_in_transaction_mode_works_when_asked_for_and_is_refused_by_nam
         // A named statement would stay on a server connection that the pooler hands to another client.
         assert!(server.rows(&url, query).unwrap().is_empty(), "names stay on servers that others get next");
     }
+    // The sessions behind the pooler are ended by the same rules.
+    note_settings(&f).await;
+    f.store.create_token(&token("noted"), start()).await.unwrap();
+    check_settings(&server, &direct);
     // A client without the pooler sees the same data.
     let other = Store::open(&direct).await.unwrap();
     assert_eq!(other.approved_nodes(&BTreeMap::new()).await.unwrap().len(), 4);

@@ -14,6 +14,7 @@ mod connections;
 mod database;
 mod enrolment;
 mod fires;
+mod held;
 mod history;
 mod keys;
 mod locks;
@@ -97,7 +98,8 @@ on_both!(
         goodbye_and_sixty_silent_seconds_prove_it,
         broken_stream_proves_nothing,
         returning_node_is_told_by_its_boot_id,
-        contradiction_of_an_end_is_kept_and_shown;
+        contradiction_of_an_end_is_kept_and_shown,
+        work_on_what_has_ended_is_kept_and_shown;
     conflicts:
         later_delivery_is_taken_as_the_node_says,
         lost_assignment_that_was_done_succeeds,
@@ -108,6 +110,8 @@ on_both!(
         refused_assignment_waits_for_what_the_node_is_at,
         conflicts_of_a_node_are_bounded,
         broken_record_fails_alone,
+        unreadable_rollout_holds_up_no_other,
+        unreadable_action_keeps_no_assignment_and_no_progress,
         repeated_state_writes_no_event,
         late_cancel_is_kept_when_it_comes_as_progress,
         execution_of_a_deleted_node_ends_at_once;

@@ -1,7 +1,8 @@
 //! Proof that a node is off.
 
-use marco_controller::operation::{ExecutionError, ExecutionState, OperationState, reason};
+use marco_controller::operation::{Conflict, ExecutionError, ExecutionState, OperationState, reason};
 use marco_controller::store::{ReportOutcome, ReportRow};
+use marco_proto::names::ExecutionId;
 
 use crate::support::*;
 
@@ -95,4 +96,52 @@ pub(crate) async fn contradiction_of_an_end_is_kept_and_shown(f: Fixture) {
     f.create(reboot(), std::slice::from_ref(&id)).await;
     assert_eq!(f.claim(&[(id, epoch)], after(103)).await.len(), 1);
     assert_eq!(reason::STILL_ON, "STILL_ON");
+}
+
+pub(crate) async fn work_on_what_has_ended_is_kept_and_shown(f: Fixture) {
+    for end in [ExecutionState::Cancelled, ExecutionState::Expired, ExecutionState::Succeeded] {
+        let (id, epoch) = f.online(&format!("pi-{}", end.as_str().to_lowercase())).await;
+        f.create(reboot(), std::slice::from_ref(&id)).await;
+        let assignment = f.claim(&[(id.clone(), epoch)], start()).await.remove(0);
+        let execution = &assignment.execution;
+        let mut sequence = 1;
+        match end {
+            ExecutionState::Cancelled => {
+                f.store.request_cancel(&execution.operation, "pat", after(1)).await.unwrap();
+            }
+            ExecutionState::Succeeded => {
+                f.report(epoch, &report(&assignment, 1, ExecutionState::Rebooting, "boot-1"), after(1)).await;
+                f.report(epoch, &report(&assignment, 2, ExecutionState::Succeeded, "boot-2"), after(2)).await;
+                sequence = 3;
+            }
+            _ => {}
+        }
+        // The node did not say that it has it, so it is taken back.
+        let epoch = f.session(&id, "boot-1", after(3)).await;
+        f.hello(&id, epoch, "boot-1", &[], true, 3).await;
+        f.store.expire(after(25 * 3600)).await.unwrap();
+        assert_eq!(f.state(execution).await, end);
+        let events = async || f.store.events(&execution.operation, 0, 100).await.unwrap().len();
+        let before = events().await;
+        let running = report(&assignment, sequence, ExecutionState::Running, "boot-1");
+        for at in 4..8 {
+            let outcome = f.report(epoch, &running, after(at)).await;
+            assert!(matches!(outcome, ReportOutcome::Conflict { acknowledge: true, .. }), "{end}: {outcome:?}");
+        }
+        assert_eq!((f.state(execution).await, events().await), (end, before + 1), "an event, once");
+        let shown = f.store.node(&id).await.unwrap().unwrap().conflicts;
+        assert_eq!(shown.len(), 1, "{end}: {shown:?}");
+        assert_eq!((shown[0].kind, shown[0].reported, shown[0].holds), (Conflict::Ended, running.state, false));
+        // An acknowledgement would accept the system that it asks about.
+        let asks = report(&assignment, sequence + 1, ExecutionState::Verifying, "boot-1");
+        let outcome = f.report(epoch, &asks, after(8)).await;
+        assert!(matches!(outcome, ReportOutcome::Conflict { acknowledge: false, .. }), "{end}: {outcome:?}");
+        // The node refuses other work for it. What it goes on to say does not give it other work again.
+        let waiting = f.create(reboot(), std::slice::from_ref(&id)).await;
+        let refused = ExecutionId { operation: waiting, node: id.clone() };
+        let busy = ReportRow { sequence: sequence + 2, ..running };
+        assert!(f.store.not_held(&refused, Some(&busy), epoch, after(9)).await.unwrap());
+        f.report(epoch, &ReportRow { phase: "restarting".to_owned(), sequence: sequence + 3, ..busy }, after(10)).await;
+        assert!(f.claim(&[(id.clone(), epoch)], after(11)).await.is_empty(), "{end}: it would refuse it again");
+    }
 }

@@ -2,16 +2,18 @@
 //! not count as silence of a node.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use chrono::TimeDelta;
 use integration_tests::postgres::Postgres;
 use integration_tests::{seconds, wait_until};
 use marco_controller::clock::{Clock as _, ManualClock};
 use marco_controller::dispatcher::Dispatcher;
-use marco_controller::operation::ExecutionState;
+use marco_controller::operation::{ExecutionState, OperationState};
+use marco_controller::rollout::{Limit, Rollout};
 use marco_controller::sessions::{Command, Handle, Sessions};
 use marco_controller::store::{NewOperation, Store, StoreError};
-use marco_proto::names::{ExecutionId, NodeId};
+use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
 use crate::support::*;
 use crate::trap::{Snap, Trap};
@@ -85,9 +87,8 @@ async fn a_round_goes_on_where_another_transaction_holds_a_row() {
     })
     .await
     .unwrap();
-    // The round needs the locked row to begin the first operation, and gives up on it.
-    let error = controller.dispatcher.round(false).await.unwrap_err();
-    assert!(error.is_contention(), "{error:?}");
+    // The round skips the locked row, which it needs to begin the first operation.
+    controller.dispatcher.round(false).await.unwrap();
     let Ok(Command::Assign(assigned)) = handle.commands.try_recv() else { panic!("the other node has no work") };
     assert_eq!(assigned.execution, ExecutionId { operation, node: second });
     // That was no outage. Nodes were heard, so their silence counts.
@@ -144,4 +145,119 @@ pub(crate) async fn a_sweep_cancels_what_waits_for_a_deleted_node(f: Fixture) {
     let operation = f.create(reboot(), std::slice::from_ref(&gone)).await;
     controller.dispatcher.round(true).await.unwrap();
     assert_eq!(f.state(&ExecutionId { operation, node: gone }).await, ExecutionState::Cancelled);
+}
+
+/// What a round of the dispatcher has to do, one operation of each kind.
+struct Tasks {
+    begins: OperationId,
+    expires: ExecutionId,
+    is_overdue: ExecutionId,
+    orphan: ExecutionId,
+    pauses: OperationId,
+    finishes: OperationId,
+    /// Keeps the streams of its nodes.
+    _handles: Vec<Handle>,
+}
+
+impl Tasks {
+    async fn new(f: &Fixture, controller: &Controller, side: &str) -> Self {
+        let now = controller.clock.now();
+        let at = |seconds: i64| now + TimeDelta::seconds(seconds);
+        let (mut ids, mut handles) = (Vec::new(), Vec::new());
+        for kind in ["begins", "expires", "overdue", "failed", "done", "gone"] {
+            let (id, _, handle) = controller.node(f, &format!("pi-{side}-{kind}")).await;
+            ids.push(id);
+            handles.push(handle);
+        }
+        let away = f.enrolled(&[&format!("pi-{side}-away")]).await.remove(0);
+        f.store.delete_node(&ids[5], true, "pat", now).await.unwrap();
+        let create = async |new: NewOperation| {
+            f.store.create_operation(&new, now).await.unwrap();
+            new.id
+        };
+        let later = |nodes: &[NodeId]| NewOperation { schedule_time: at(10), ..new_operation(reboot(), nodes) };
+        let rollout = Rollout { max_failures: Some(Limit::Number(0)), ..Rollout::default() };
+        let execution =
+            |operation: &OperationId, node: &NodeId| ExecutionId { operation: operation.clone(), node: node.clone() };
+        Self {
+            begins: create(later(&ids[..1])).await,
+            expires: execution(&create(NewOperation { expire_time: at(5), ..later(&ids[1..2]) }).await, &ids[1]),
+            is_overdue: execution(&create(new_operation(reboot(), &ids[2..3])).await, &ids[2]),
+            orphan: execution(&create(later(&ids[5..])).await, &ids[5]),
+            // The node that is away keeps it from being done.
+            pauses: create(NewOperation { rollout: Some(rollout), ..new_operation(reboot(), &[ids[3].clone(), away]) })
+                .await,
+            finishes: create(later(&ids[4..5])).await,
+            _handles: handles,
+        }
+    }
+
+    fn operations(&self) -> [&OperationId; 6] {
+        let (expires, overdue) = (&self.expires.operation, &self.is_overdue.operation);
+        [&self.begins, expires, overdue, &self.orphan.operation, &self.pauses, &self.finishes]
+    }
+
+    /// For each of them, true if it was done.
+    async fn done(&self, f: &Fixture) -> [bool; 6] {
+        let finished = f.store.operation(&self.finishes).await.unwrap().unwrap().finish_time.is_some();
+        [
+            f.operation_state(&self.begins).await == OperationState::Running,
+            f.state(&self.expires).await == ExecutionState::Expired,
+            f.execution(&self.is_overdue).await.overdue,
+            f.state(&self.orphan).await == ExecutionState::Cancelled,
+            f.operation_state(&self.pauses).await == OperationState::Paused,
+            finished,
+        ]
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_step_of_a_round_waits_for_an_operation_that_is_held() {
+    let f = postgres().await;
+    let controller = Controller::new(&f.store);
+    controller.listen(LONG_ENOUGH).await;
+    let (held, free) = (Tasks::new(&f, &controller, "held").await, Tasks::new(&f, &controller, "free").await);
+    // Assigns what is due.
+    controller.listen(1).await;
+    for (node, change) in [
+        ("overdue", "deadline = 1"),
+        ("failed", "state = 'FAILED', finish_time = 1, deadline = NULL"),
+        ("done", "state = 'CANCELLED', finish_time = 1"),
+    ] {
+        by_hand(&f, &format!("UPDATE executions SET {change} WHERE node LIKE 'pi-%-{node}'")).await;
+    }
+    controller.clock.advance(TimeDelta::seconds(10));
+    let ids = held.operations().map(|id| format!("'{id}'")).join(", ");
+    let hold = format!("SELECT 1 FROM operations WHERE id IN ({ids}) FOR UPDATE; SELECT pg_sleep(60)");
+    // A session that works: no timeout of an idle transaction ends it.
+    let holder = Postgres::start().unwrap().session(&f.url, &hold).unwrap();
+    asleep(&f).await;
+    let begun = Instant::now();
+    controller.dispatcher.round(true).await.unwrap();
+    let took = begun.elapsed();
+    assert_eq!(held.done(&f).await, [false; 6], "its rows are held");
+    assert_eq!(free.done(&f).await, [true; 6]);
+    // Each step that waited would take the 2 s of `lock_timeout`, and fail for all its operations.
+    assert!(took < seconds(4), "the round took {took:?}");
+    // Other controllers would take one without a beat for dead, and end its sessions.
+    assert_eq!(f.store.live_controllers(controller.clock.now()).await.unwrap().len(), 1, "its beat was sent");
+    drop(holder);
+    wait_until(seconds(10), "the next round takes the rest", async || {
+        controller.dispatcher.round(true).await?;
+        Ok((held.done(&f).await == [true; 6]).then_some(()))
+    })
+    .await
+    .unwrap();
+}
+
+/// Waits until a session of this database sleeps.
+async fn asleep(f: &Fixture) {
+    wait_until(seconds(10), "the rows are held", async || {
+        let url = f.url.clone();
+        let query = "SELECT pid FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()";
+        let found = tokio::task::spawn_blocking(move || Postgres::start()?.rows(&url, query)).await?;
+        Ok((!found?.is_empty()).then_some(()))
+    })
+    .await
+    .unwrap();
 }

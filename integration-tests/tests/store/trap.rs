@@ -16,6 +16,8 @@ const AT_WORK: Duration = Duration::from_millis(200);
 pub(crate) enum Snap {
     /// The server gets the statement; its answer is lost with the connection.
     Cut,
+    /// The server gets the statement, and the connection stays open; nothing that the server says arrives any more.
+    Mute,
     /// The server gets the statement and the message after it, and then hears nothing: the controller froze, or its
     /// host is gone.
     Freeze,
@@ -77,7 +79,7 @@ async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Sn
         // A statement of these tests fits into one read of the proxy.
         let snaps = sent.windows(word.len()).any(|part| part == word.as_bytes())
             && left.try_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
-        if snap == Snap::Cut && snaps {
+        if matches!(snap, Snap::Cut | Snap::Mute) && snaps {
             // Stops forwarding answers before the statement is sent, so that its answer cannot slip through.
             down.abort();
         }

@@ -56,7 +56,9 @@ fn every_report_in_every_state_leads_to_a_legal_change_or_to_none() {
                         assert!(attempt == 3 && !from.is_final() && from.adopt(*end).is_ok(), "{from} to {to}");
                     }
                     ReportVerdict::Conflict(Conflict::Ended) => {
-                        assert!(from.is_final() && to.is_final() && from != to, "{from} to {to}");
+                        assert!(from.is_final() && from != to, "{from} to {to}");
+                        // A step that was stored before, or is older, is no news.
+                        assert!(to.is_final() || (attempt, sequence) > (2, 3), "{from} to {to}: {attempt} {sequence}");
                     }
                     ReportVerdict::Conflict(conflict) => panic!("{from} to {to}: {conflict}"),
                     ReportVerdict::Stale => assert!(!from.is_final() && (attempt == 1 || from == E::Pending)),
@@ -80,7 +82,10 @@ fn an_acknowledgement_of_verifying_is_never_given_without_proof() {
             stored.error_reason = given_up.then(|| reason::NEVER_RETURNED.to_owned());
             let lie = Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, sequence) };
             let verdict = verdict(&stored, &lie);
-            let acknowledged = matches!(verdict, ReportVerdict::Change(..) | ReportVerdict::Duplicate);
+            let acknowledged = match verdict {
+                ReportVerdict::Conflict(conflict) => conflict.is_acknowledged(E::Verifying),
+                _ => matches!(verdict, ReportVerdict::Change(..) | ReportVerdict::Duplicate),
+            };
             assert!(!acknowledged, "{from} {sequence}: {verdict:?}");
         }
     }
@@ -169,6 +174,42 @@ fn a_lost_delivery_succeeds_with_the_nodes_own_proof_and_never_fails_for_the_lac
     let lie =
         verdict(&stored(E::Rebooting), &Reported { accept_boot_id: "new".to_owned(), ..reported(E::Succeeded, 2, 4) });
     assert!(matches!(lie, ReportVerdict::Change(E::Failed, Some(_))), "{lie:?}");
+}
+
+#[test]
+fn work_on_what_has_ended_is_a_conflict_unless_it_was_said_before() {
+    let ended = ReportVerdict::Conflict(Conflict::Ended);
+    for from in [E::Succeeded, E::Failed, E::RolledBack, E::Cancelled, E::Expired] {
+        for to in [E::Running, E::Rebooting] {
+            for (attempt, sequence) in [(2, 4), (3, 1)] {
+                assert_eq!(verdict(&stored(from), &reported(to, attempt, sequence)), ended, "{from} to {to}");
+            }
+            // Stored before, or of an earlier delivery.
+            for (attempt, sequence) in [(2, 3), (2, 1), (1, 9)] {
+                let verdict = verdict(&stored(from), &reported(to, attempt, sequence));
+                assert_eq!(verdict, ReportVerdict::Duplicate, "{from} to {to}");
+            }
+        }
+        let unproved = |sequence| Reported { boot_id: "old".to_owned(), ..reported(E::Verifying, 2, sequence) };
+        assert_eq!(verdict(&stored(from), &unproved(4)), ended, "{from}");
+        assert!(matches!(verdict(&stored(from), &unproved(3)), ReportVerdict::Refuse(_)), "{from}");
+    }
+}
+
+#[test]
+fn another_end_is_a_conflict_whatever_its_sequence() {
+    let ended = ReportVerdict::Conflict(Conflict::Ended);
+    for sequence in [1, 3, 9] {
+        for (from, to) in [(E::Succeeded, E::Failed), (E::Failed, E::Succeeded), (E::Succeeded, E::Cancelled)] {
+            assert_eq!(verdict(&stored(from), &reported(to, 2, sequence)), ended, "{from} to {to} {sequence}");
+        }
+    }
+    // The success that was not proved, and was stored as a failure.
+    let refuted = Stored { error_reason: Some(reason::NOT_VERIFIED.to_owned()), ..stored(E::Failed) };
+    assert_eq!(verdict(&refuted, &reported(E::Succeeded, 2, 3)), ReportVerdict::Duplicate);
+    assert_eq!(verdict(&refuted, &reported(E::RolledBack, 2, 3)), ended);
+    // The cancel of an execution that the node never had.
+    assert_eq!(verdict(&stored(E::Succeeded), &reported(E::Cancelled, 0, 0)), ReportVerdict::Duplicate);
 }
 
 #[test]
