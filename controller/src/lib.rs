@@ -300,7 +300,8 @@ impl Controller {
         }
         context.tasks.spawn(api::judge_stored(context.clone()));
         let keep_events = self.config.keep_events;
-        let jobs = vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events, watch) }];
+        let jobs =
+            vec![Recurring { cron: HOUSEKEEPING, work: housekeeping(&context, keep_events, watch, ORPHAN_GRACE) }];
         let hangup = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let upkeep = Upkeep::new(self.pki, acceptors);
         parts.spawn(upkeep.run(Arc::clone(&context.clock), hangup, context.stop.clone()));
@@ -414,8 +415,14 @@ fn preparation(context: &api::Context) -> Prepare {
     })
 }
 
-/// Removes abandoned uploads, unneeded bytes, old events and old certificates, and warns of expiries.
-fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<ClockWatch>) -> scheduler::Work {
+/// Removes abandoned uploads, unneeded bytes, stored files without an artifact that are older than `orphans`, old events
+/// and old certificates, and warns of expiries.
+fn housekeeping(
+    context: &api::Context,
+    keep_events: TimeDelta,
+    watch: Arc<ClockWatch>,
+    orphans: Duration,
+) -> scheduler::Work {
     let context = context.clone();
     let warnings = Arc::new(Warnings::default());
     Arc::new(move || {
@@ -450,7 +457,7 @@ fn housekeeping(context: &api::Context, keep_events: TimeDelta, watch: Arc<Clock
                 Ok(removed) => tracing::info!(removed, "stale uploads were removed"),
                 Err(error) => tracing::warn!(error = chain(&error), "stale uploads could not be removed"),
             }
-            if let Err(error) = api::sweep(&context, SystemTime::now() - ORPHAN_GRACE).await {
+            if let Err(error) = api::sweep(&context, SystemTime::now() - orphans).await {
                 tracing::warn!(error = chain(&error), "stored files could not be compared with the artifacts");
             }
         })

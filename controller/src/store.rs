@@ -138,8 +138,8 @@ pub enum StoreError {
         why: String,
     },
     /// The file of an SQLite database, its folder or its lock file cannot be created or opened.
-    #[error("the database's file cannot be used")]
-    File(#[source] std::io::Error),
+    #[error("the database's file {0} cannot be used")]
+    File(std::path::PathBuf, #[source] std::io::Error),
 }
 
 /// The database of operations, nodes, artifacts and the rest. Cheap to clone.

@@ -50,6 +50,12 @@ impl Mount {
         Ok(Self { folder })
     }
 
+    /// Changes its options, for example `ro`. Fails while a file there is open for writing.
+    pub async fn remount(&self, options: &str) -> Result<()> {
+        let (options, shown) = (format!("remount,{options}"), self.folder.display().to_string());
+        run(&tool("mount")?, &["-o", &options, &shown], seconds(60)).await?.success().map(|_| ())
+    }
+
     /// The mount point.
     pub fn folder(&self) -> &Path {
         &self.folder

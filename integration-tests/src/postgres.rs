@@ -128,12 +128,11 @@ impl Postgres {
 
     /// Starts a PgBouncer in front of this server, in transaction mode; `None` if it is not installed.
     pub fn pooler(&self) -> anyhow::Result<Option<Pooler>> {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        let folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
-        let mut programs = folders.map(|folder| folder.join("pgbouncer"));
-        let Some(program) = programs.find(|program| program.is_file()) else {
-            return Ok(None);
-        };
+        pgbouncers().first().map(|program| self.pooler_of(program)).transpose()
+    }
+
+    /// Starts this PgBouncer in front of this server, in transaction mode.
+    pub fn pooler_of(&self, program: &Path) -> anyhow::Result<Pooler> {
         let (port, folder) = (free_port()?, tempfile::Builder::new().prefix("marco-pgbouncer-").tempdir()?);
         if let Some(user) = user()? {
             std::os::unix::fs::chown(folder.path(), Some(user.uid), Some(user.gid))?;
@@ -147,9 +146,10 @@ impl Postgres {
         // `auth_type = any` ignores the client's user name, so the server's user must be named here.
         let text = text.replace(&format!("port={}", self.port), &format!("port={} user=postgres", self.port));
         fs::write(&settings, text)?;
+        let program = program.to_owned();
         let mut pooler = Pooler { program, settings, port, child: None, _folder: folder };
         pooler.restart()?;
-        Ok(Some(pooler))
+        Ok(pooler)
     }
 
     /// The rows of a query on one of its databases, as JSON objects.
@@ -298,6 +298,23 @@ impl Postgres {
     }
 }
 
+/// The PgBouncers of this machine: the packaged one, and those that `scripts/pgbouncer.sh` put beside it.
+pub fn pgbouncers() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(["/usr/sbin".into()]);
+    let packaged = folders.map(|folder| folder.join("pgbouncer")).find(|program| program.is_file());
+    let mut beside: Vec<PathBuf> = fs::read_dir("/usr/local/lib")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("pgbouncer-"))
+        .map(|entry| entry.path().join("pgbouncer"))
+        .filter(|program| program.is_file())
+        .collect();
+    beside.sort();
+    packaged.into_iter().chain(beside).collect()
+}
+
 /// A running PgBouncer, killed on drop.
 #[derive(Debug)]
 pub struct Pooler {
@@ -309,6 +326,17 @@ pub struct Pooler {
 }
 
 impl Pooler {
+    /// Its version, for example `(1, 24)`.
+    pub fn version(&self) -> anyhow::Result<(u32, u32)> {
+        let said = command(&self.program).arg("--version").output().context("pgbouncer --version")?;
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let mut numbers = said.split_whitespace().nth(1).unwrap_or_default().split('.').map(str::parse);
+        match (numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor)),
+            _ => bail!("pgbouncer says of itself: {said}"),
+        }
+    }
+
     /// The pooler's URL for the database at `direct`.
     pub fn url(&self, direct: &str) -> String {
         let database = direct.rsplit('/').next().unwrap_or_default();

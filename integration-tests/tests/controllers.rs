@@ -368,7 +368,7 @@ async fn a_full_disk_is_said_by_its_name_and_no_operation_is_lost() -> Result<()
 async fn what_others_could_read_is_private_from_the_next_start() -> Result<()> {
     let mut fleet = Fleet::builder().pis(0).start().await?;
     fleet.kill_controller().await?;
-    let names = ["marco.db", "artifacts", "staging"];
+    let names = ["marco.db", "artifacts", "staging", "pki"];
     for name in names {
         std::fs::set_permissions(fleet.data().join(name), std::fs::Permissions::from_mode(0o755))?;
     }

@@ -232,6 +232,17 @@ async fn every_bad_schedule_is_refused_with_its_field_and_nothing_is_stored() ->
     let updated = schedules(&fleet)?.update_schedule(update).await?.into_inner();
     assert_eq!((updated.cron.as_str(), updated.time_zone.as_str()), ("0 4 * * *", "Europe/Madrid"));
     assert!(updated.operation.is_some_and(|operation| operation.target.is_some()));
+    // A change is checked as a new one is.
+    for (path, changed, word) in
+        [("cron", cron("0 0 30 2 *"), "never fires"), ("time_zone", zone("CEST"), "Europe/Madrid")]
+    {
+        let schedule = Some(Schedule { name: "good".to_owned(), ..changed });
+        let update_mask = Some(prost_types::FieldMask { paths: vec![path.to_owned()] });
+        let update = UpdateScheduleRequest { schedule, update_mask, validate_only: false };
+        let Err(status) = schedules(&fleet)?.update_schedule(update).await else { panic!("{path} was taken") };
+        assert_eq!((status.code(), bad_fields(&status)), (Code::InvalidArgument, vec![format!("schedule.{path}")]));
+        assert!(status.message().contains(word), "{status}");
+    }
     // No node is named pi-01, and a manual run resolves the targets at once.
     let run = RunScheduleRequest { name: "good".to_owned(), request_id: String::new() };
     let Err(status) = schedules(&fleet)?.run_schedule(run).await else { panic!("it ran on no node") };

@@ -7,6 +7,7 @@ use integration_tests::certs::NodeKey;
 use integration_tests::client::{Credentials, bad_fields, reason};
 use integration_tests::fleet::{Database, execution_name, reboot};
 use integration_tests::postgres::Postgres;
+use integration_tests::process::{Output, binary, run};
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_controller::operation::ExecutionState;
 use marco_controller::store::{ReportOutcome, ReportRow, SentLog, Store};
@@ -17,8 +18,8 @@ use marco_proto::v1::enrollment_service_client::EnrollmentServiceClient;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::resolve_node_request::Decision;
 use marco_proto::v1::{
-    Assign, Board, ConnectRequest, ConnectResponse, EnrollRequest, ExplainExecutionRequest, Hello, Leaving, NodeMode,
-    NotHeld, Report, ResolveNodeRequest, connect_response, execution, operation,
+    Assign, Board, ConnectRequest, ConnectResponse, EnrollRequest, ExplainExecutionRequest, Hello, Leaving,
+    ListEventsRequest, NodeMode, NotHeld, Report, ResolveNodeRequest, connect_response, execution, operation,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -349,6 +350,50 @@ async fn node_busy_with_absurd_or_foreign_work_harms_nobody() -> Result<()> {
     fleet.execution_is(&foreign.name, &other, execution::State::Running, seconds(30)).await?;
     fleet.cancel(&foreign.name).await?;
     fleet.succeeds(reboot(&[&other], Duration::ZERO), seconds(60)).await?;
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn operator_accepts_at_the_command_line_what_a_node_says() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let resolve = async |flag: &str| -> Result<Output> {
+        let (address, certs) = (fleet.addresses().api.to_string(), fleet.certs().display().to_string());
+        let command = ["--controller", &address, "--certs", &certs, "nodes", "resolve", "sure", flag];
+        run(&binary("marcoctl")?, &command, seconds(60)).await
+    };
+    let node = Node { credentials: fleet.enrol_by_hand("sure", false).await? };
+    let mut session = node.session(&fleet).await?;
+    session.say(Message::Hello(hello())).await?;
+    let operation = fleet.create(reboot(&["sure"], Duration::ZERO)).await?;
+    let assign = session.assignment().await?;
+    // More deliveries ahead than a store can have lost.
+    let ahead = Report {
+        execution: assign.execution.clone(),
+        attempt: assign.attempt + 5000,
+        state: execution::State::Succeeded.into(),
+        ..report(9)
+    };
+    session.say(Message::Report(ahead.clone())).await?;
+    wait_until(seconds(30), "the conflict is shown", async || {
+        Ok((fleet.node("sure").await?.conflicts.len() == 1).then_some(()))
+    })
+    .await?;
+    let accepted = resolve("--accept").await?;
+    assert_eq!(accepted.status.code(), Some(0), "{accepted:?}");
+    let ended = fleet.ends(&operation.name, seconds(30), operation::State::Succeeded).await?;
+    assert!(fleet.node("sure").await?.conflicts.is_empty());
+    let request = ListEventsRequest { parent: ended.name, page_size: 1000, ..ListEventsRequest::default() };
+    let events = fleet.operations().list_events(request).await?.into_inner().events;
+    let told = events.iter().find(|event| event.to == "SUCCEEDED" && event.node == "nodes/sure").context("no event")?;
+    assert!(told.actor.ends_with("admin") && told.reason.contains("accepted what the node says"), "{told:?}");
+    // From now on the node's report is acknowledged.
+    session.say(Message::Report(ahead)).await?;
+    assert_eq!(session.acknowledged().await?, (assign.execution, 9));
+    let again = resolve("--accept").await?;
+    assert_eq!(again.status.code(), Some(1), "{again:?}");
+    assert!(again.stderr.contains("NO_CONFLICT"), "{again:?}");
+    drop(session);
     fleet.went_well();
     Ok(())
 }

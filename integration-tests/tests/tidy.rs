@@ -73,7 +73,7 @@ const AGENT: [(&str, &[&str]); 16] = [
 ];
 
 /// Words confined to some places: the word, the package, and the modules or files that may contain it.
-const KEPT: [(&str, &str, &[&str]); 7] = [
+const KEPT: [(&str, &str, &[&str]); 8] = [
     ("marco_proto::v1", "controller", &["api"]),
     ("marco_proto::v1", "node-agent", &["session", "identity", "download"]),
     ("sea_orm", "controller", &["store"]),
@@ -82,6 +82,8 @@ const KEPT: [(&str, &str, &[&str]); 7] = [
     // PID 1 of an initramfs reaps every process, also those that tokio waits for, so it starts processes itself.
     ("std::process::Command", "node-agent", &["init"]),
     ("Utc::now", "controller", &["clock"]),
+    // Ends the present session whatever its epoch. A sweep knows an older picture, so it calls `end_one`.
+    ("sessions.end(", "controller", &["api/node.rs"]),
 ];
 
 /// Lines of the log that these files write without `of_peer!`, which cuts and limits what a peer brings about. They hold
@@ -327,6 +329,31 @@ fn every_transaction_of_the_store_is_one_that_is_done_again() -> Result<()> {
         }
     }
     assert!(begun > 50, "{begun} were found");
+    assert!(found.is_empty(), "{found:#?}");
+    Ok(())
+}
+
+/// After an outage nobody could be heard. So each function of the store that takes silence for something asks the guard.
+#[test]
+fn silence_counts_only_where_the_guard_was_asked() -> Result<()> {
+    let (mut judging, mut found) = (0, Vec::new());
+    for source in sources("controller")?.iter().filter(|source| source.module() == "store") {
+        for function in source.code.split("fn ").skip(1) {
+            let name = function.split(['(', '<']).next().unwrap_or_default();
+            // A deadline that is over, and a node or a controller that is away for so long.
+            let silent = ["deadline <= ?", "deadline) <= ?", "disconnect_time <= ?", "goodbye_time <= ?"];
+            let dead = function.contains("NOT EXISTS") && function.contains("self.lives(");
+            if !dead && !silent.iter().any(|word| function.contains(word)) {
+                continue;
+            }
+            judging += 1;
+            // `Gone` is made by the guard.
+            if !["self.may_judge(", "gone: Gone"].iter().any(|guard| function.contains(guard)) {
+                found.push(format!("{}: {name}", source.path.display()));
+            }
+        }
+    }
+    assert!(judging >= 5, "{judging} were found");
     assert!(found.is_empty(), "{found:#?}");
     Ok(())
 }

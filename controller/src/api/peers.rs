@@ -7,6 +7,7 @@ use futures_util::future::BoxFuture;
 use marco_proto::v1;
 use marco_proto::v1::artifact_service_client::ArtifactServiceClient;
 use marco_proto::v1::download_artifact_response::Part;
+use tonic::Code;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -27,7 +28,8 @@ const TRIES: u32 = 10;
 const PAUSE: Duration = Duration::from_secs(1);
 /// Time without data after which another controller is given up.
 const IDLE: Duration = Duration::from_secs(30);
-/// Interval at which addresses of other controllers are read, and time for one of them to report its health.
+/// Interval at which addresses of other controllers are read, and time for one of them to report its health, or whether
+/// it has some bytes.
 const LOOK: Duration = Duration::from_secs(5);
 const HEALTH: Duration = Duration::from_secs(2);
 
@@ -80,6 +82,50 @@ pub(crate) fn fetcher(context: &Context) -> Fetcher {
             }
         })
     })
+}
+
+/// Returns those of these artifacts that no other live controller has the bytes of. None are returned if a controller
+/// does not answer, because it may have them.
+///
+/// # Errors
+/// Returns the store's error.
+pub(super) async fn nowhere(context: &Context, artifacts: Vec<ArtifactRow>) -> Result<Vec<ArtifactRow>, ApiError> {
+    let mut missing = artifacts;
+    let live = context.store.live_controllers(context.clock.now()).await?;
+    for other in live.iter().filter(|other| other.id != context.controller) {
+        if missing.is_empty() {
+            break;
+        }
+        let Some(lacked) = lacked_by(context, other, missing).await else {
+            tracing::info!(controller = other.id, "another controller does not say which bytes it has");
+            return Ok(Vec::new());
+        };
+        missing = lacked;
+    }
+    Ok(missing)
+}
+
+/// Returns those of these artifacts that another controller has no bytes of; `None`: it does not answer.
+async fn lacked_by(context: &Context, other: &ControllerRow, artifacts: Vec<ArtifactRow>) -> Option<Vec<ArtifactRow>> {
+    let mut reached = None;
+    for address in other.addresses() {
+        reached = dial(&context.ca, &context.clock, address).await.ok();
+        if reached.is_some() {
+            break;
+        }
+    }
+    let mut client = ArtifactServiceClient::new(reached?);
+    let mut lacked = Vec::new();
+    for row in artifacts {
+        // From the end, so that only the header is sent.
+        let request = v1::DownloadArtifactRequest { name: format!("{BY_DIGEST}{}", row.sha256), offset: row.size };
+        match tokio::time::timeout(HEALTH, client.download_artifact(request)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) if status.code() == Code::NotFound => lacked.push(row),
+            Ok(Err(_)) | Err(_) => return None,
+        }
+    }
+    Some(lacked)
 }
 
 /// Asks the health services of the other controllers that were alive when the database last answered.

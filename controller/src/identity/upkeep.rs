@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ca::Pki;
 use super::tls::Acceptor;
+use crate::calendar::later;
 use crate::clock::Clock;
 
 /// Interval at which the files are checked.
@@ -69,7 +70,7 @@ impl Upkeep {
             self.written = written;
         }
         // A clock that was set back leaves `failed` in the future; then the renewal is tried.
-        if !asked && self.failed.is_some_and(|failed| (failed..failed + AGAIN).contains(&now)) {
+        if !asked && self.failed.is_some_and(|failed| (failed..later(failed, AGAIN)).contains(&now)) {
             return;
         }
         match self.pki.refresh(now) {

@@ -206,7 +206,7 @@ pub(super) fn why_overdue(row: &Row, action: &'static str) -> Result<String, Sto
     let deadline = row.maybe_time("deadline")?;
     let since = |column| {
         Ok::<_, StoreError>(match (row.maybe_time(column)?, deadline) {
-            (Some(begun), Some(deadline)) => (deadline - begun).to_std().unwrap_or_default(),
+            (Some(begun), Some(deadline)) => deadline.signed_duration_since(begun).to_std().unwrap_or_default(),
             _ => Duration::ZERO,
         })
     };

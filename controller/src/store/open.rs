@@ -283,11 +283,11 @@ async fn begin(database: DatabaseConnection) -> Result<sea_orm::DatabaseTransact
 
 async fn open_sqlite(path: &Path) -> Result<(Pool, Pool, File), StoreError> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder).map_err(StoreError::File)?;
+        std::fs::create_dir_all(folder).map_err(unusable(folder))?;
     }
     let lock = lock_file(path)?;
     // SQLite gives its `-wal` and `-shm` files the mode of the database's file.
-    File::options().create(true).append(true).mode(0o600).open(path).map_err(StoreError::File)?;
+    File::options().create(true).append(true).mode(0o600).open(path).map_err(unusable(path))?;
     for ending in ["", "-wal", "-shm", ".lock"] {
         crate::folders::keep_private(&beside(path, ending));
     }
@@ -319,6 +319,12 @@ fn sqlite_options(file: &Path) -> SqliteConnectOptions {
         .disable_statement_logging()
 }
 
+/// An error about this file or folder.
+fn unusable(path: &Path) -> impl FnOnce(std::io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |error| StoreError::File(path, error)
+}
+
 /// The path of a file next to the database, such as `-wal`.
 fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
@@ -330,11 +336,12 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
 fn lock_file(path: &Path) -> Result<File, StoreError> {
     let mut options = File::options();
     options.create(true).truncate(false).write(true).mode(0o600);
-    let file = options.open(beside(path, ".lock")).map_err(StoreError::File)?;
+    let place = beside(path, ".lock");
+    let file = options.open(&place).map_err(unusable(&place))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StoreError::Locked(path.to_owned())),
-        Err(TryLockError::Error(error)) => Err(StoreError::File(error)),
+        Err(TryLockError::Error(error)) => Err(unusable(&place)(error)),
     }
 }
 

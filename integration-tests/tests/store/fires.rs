@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta};
+use integration_tests::seconds;
 use marco_controller::calendar::END_OF_TIME;
-use marco_controller::schedule::{FireOutcome, MaintenanceWindow, operation_uuid};
+use marco_controller::schedule::{FireOutcome, MaintenanceWindow, MissedFire, Overlap, operation_uuid};
 use marco_controller::scheduler::Prepare;
 use marco_controller::store::{NewOperation, OperationQuery, Origin, ScheduleRow};
 use marco_proto::names::OperationId;
@@ -117,6 +118,40 @@ pub(crate) async fn row_that_nobody_can_read_holds_up_no_other(f: Fixture) {
     f.by_hand(&["UPDATE schedules SET overlap = 'QUEUE' WHERE id = 'a-newer'"]).await.remove(0).unwrap();
     fires.round(after(2)).await.unwrap();
     assert_eq!(outcomes(&f.store, &newer.id).await, [(0, FireOutcome::Fired)]);
+}
+
+pub(crate) async fn day_without_a_controller_ends_in_one_round_for_each_policy(f: Fixture) {
+    // More instants than are walked one by one; the clock stands within a second, as clocks do.
+    let now = after(101_400) + TimeDelta::milliseconds(250);
+    let mut each_second = Vec::new();
+    for (id, missed_fire, paused) in
+        [("skip", MissedFire::Skip, false), ("once", MissedFire::Once, false), ("paused", MissedFire::Skip, true)]
+    {
+        let overlap = Overlap::Skip;
+        let new = ScheduleRow { cron: "* * * * * *".to_owned(), missed_fire, paused, overlap, ..minutely(id) };
+        f.store.create_schedule(&new).await.unwrap();
+        each_second.push(new);
+    }
+    let hourly = ScheduleRow { cron: "0 * * * *".to_owned(), missed_fire: MissedFire::Once, ..minutely("z-hourly") };
+    f.store.create_schedule(&hourly).await.unwrap();
+    // A node that does nothing: the first operation of a schedule does not end, and the others overlap it.
+    let nodes = f.enrolled(&["pi-1"]).await;
+    let fires = scheduler(&f.store, start(), preparing(&nodes, 0));
+    tokio::time::timeout(seconds(180), fires.round(now)).await.expect("the round does not end").unwrap();
+    for new in &each_second {
+        let row = f.store.schedule(&new.id).await.unwrap().unwrap();
+        assert_eq!(row.next_fire, Some(after(101_401)), "{}", new.id);
+        let rows = fires_of(&f.store, &new.id).await;
+        let fired = rows.iter().filter(|row| row.outcome == FireOutcome::Fired).count();
+        assert_eq!(fired, usize::from(!new.paused), "{}", new.id);
+        let told = rows.iter().find(|row| row.reason.contains("that are not listed")).unwrap();
+        assert!(told.reason.contains("so were more than 100000 before it"), "{told:?}");
+    }
+    assert_eq!(
+        outcomes(&f.store, &hourly.id).await.last().unwrap().1,
+        FireOutcome::Fired,
+        "those after them are heard"
+    );
 }
 
 pub(crate) async fn window_that_never_opens_stops_no_round(f: Fixture) {

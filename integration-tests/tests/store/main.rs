@@ -131,6 +131,7 @@ on_both!(
         failures_that_do_not_follow_each_other_pause_nothing,
         unreadable_schedule_is_paused_with_the_reason,
         row_that_nobody_can_read_holds_up_no_other,
+        day_without_a_controller_ends_in_one_round_for_each_policy,
         window_that_never_opens_stops_no_round,
         lost_instant_makes_the_same_operation_again,
         coming_instants_follow_new_rules,

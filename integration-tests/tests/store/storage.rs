@@ -13,7 +13,7 @@ use integration_tests::failing::Failing;
 use integration_tests::ledger::{Dice, setting};
 use integration_tests::mount::Mount;
 use integration_tests::postgres::Postgres;
-use integration_tests::{seconds, wait_until};
+use integration_tests::{not_tested, seconds, wait_until};
 use marco_controller::store::{AuditQuery, AuditRow, CreateOutcome, Fault, OperationQuery, Store, StoreError};
 use marco_proto::names::NodeId;
 
@@ -200,6 +200,9 @@ fn empty(folder: &Path) {
 async fn small_disk(folder: &Path) -> Option<Mount> {
     let mounted = Mount::tmpfs(folder.join("disk"), ROOM).await.ok();
     assert!(mounted.is_some() || !rustix::process::geteuid().is_root(), "root can mount a tmpfs");
+    if mounted.is_none() {
+        not_tested("a full disk: only root may mount one");
+    }
     mounted
 }
 
@@ -228,6 +231,25 @@ async fn sqlite_on_a_disk_that_fills_loses_nothing_that_was_acknowledged() {
     }
     let next = Store::open(&format!("sqlite://{}/marco.db", copy.display())).await.unwrap();
     load.nothing_is_lost(&next).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sqlite_on_a_read_only_disk_names_its_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(disk) = small_disk(folder.path()).await else { return };
+    let file = disk.folder().join("marco.db").display().to_string();
+    let url = format!("sqlite://{file}");
+    let store = Store::open(&url).await.unwrap();
+    store.create_token(&token("kept"), start()).await.unwrap();
+    drop(store);
+    // The files are closed a moment after the store.
+    wait_until(seconds(30), "it is read-only", async || Ok(disk.remount("ro").await.ok())).await.unwrap();
+    let error = Store::open(&url).await.unwrap_err();
+    let said = marco_controller::chain(&error);
+    assert!(said.contains("Read-only") && said.contains(&file), "{said}");
+    disk.remount("rw").await.unwrap();
+    let store = Store::open(&url).await.unwrap();
+    assert_eq!(store.tokens(None, 10).await.unwrap().len(), 1);
 }
 
 #[allow(clippy::disallowed_methods, reason = "the test runs itself once more, under a library that fails")]

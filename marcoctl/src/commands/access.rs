@@ -205,7 +205,7 @@ const SOON_DAYS: i64 = 14;
 
 /// Returns true if it has expired, or will expire within two weeks.
 pub(super) fn expires_soon(expires: Option<&Timestamp>, now: DateTime<Utc>) -> bool {
-    timestamp(expires).is_some_and(|time| time - now <= TimeDelta::days(SOON_DAYS))
+    timestamp(expires).is_some_and(|time| time.signed_duration_since(now) <= TimeDelta::days(SOON_DAYS))
 }
 
 /// Formats an expiry for a list.

@@ -113,6 +113,9 @@ async fn a_wrong_command_line_is_2() {
     for wrong in [
         &["nodes", "lsit"][..],
         &["operations", "reboot"],
+        // The operator decides which side is right; neither is the default.
+        &["nodes", "resolve", "pi-01"],
+        &["nodes", "resolve", "pi-01", "--accept", "--abandon"],
         &["operations", "reboot", "--all", "--at", "tomorrow"],
         &["artifacts", "push", "/no/such/file", "--kind", "image"],
         &["--identity", "nobody", "nodes", "list"],

@@ -327,7 +327,7 @@ impl System for VirtualPi {
     }
 
     fn patience(&self) -> Duration {
-        self.options.shutdown_time + PATIENCE
+        self.options.shutdown_time.saturating_add(PATIENCE)
     }
 
     fn conditions(&self) -> Vec<Condition> {

@@ -43,7 +43,10 @@ fn every_instant_becomes_one_thing_whatever_the_policy() {
         // Across the hour that is left out, and the one that comes twice.
         for from in ["2026-03-29T00:10:00Z", "2026-10-24T23:50:00Z"] {
             let first = recurrence.next_after(from.parse().unwrap()).unwrap();
-            for away in [0, 1, 500, 999, 1000, 299_999, 300_000, 300_001, 900_500, 5_400_250, 90_000_750] {
+            // 28 hours of seconds are more late instants than are walked, so that some of them are jumped over.
+            let far = if cron == "* * * * * *" && from.starts_with("2026-03") { Some(101_400_250) } else { None };
+            let aways = [0, 1, 500, 999, 1000, 299_999, 300_000, 300_001, 900_500, 5_400_250, 90_000_750];
+            for away in aways.into_iter().chain(far) {
                 let now = first + TimeDelta::milliseconds(away);
                 for (missed_fire, paused) in [
                     (MissedFire::Skip, false),
