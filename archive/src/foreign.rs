@@ -76,6 +76,63 @@ pub fn refuse(front: &[u8]) -> Result<(), Refused> {
 mod tests {
     use super::{FILE_SYSTEMS, MARKS, refuse};
 
+    /// What the formats' own tools wrote (Debian 12): the tool, pieces of its output by offset, and a word of the answer.
+    const WRITTEN: [(&str, &[(usize, &str)], &str); 26] = [
+        ("7zz a", &[(0, "377abcaf271c000445351d8db2050000")], "7z x FILE"),
+        ("bzip2", &[(0, "425a6839314159265359ffbeaaa90001")], "bunzip2"),
+        ("lzip", &[(0, "4c5a4950010c0011880647e22a17ec1f")], "lzip -d"),
+        ("lz4", &[(0, "04224d186440a745080000f34623204e")], "lz4 -d"),
+        ("lzop", &[(0, "894c5a4f000d0a1a0a104020a0094001")], "lzop -d"),
+        ("lzma", &[(0, "5d00008000ffffffffffffffff001188")], "unlzma"),
+        ("xz", &[(0, "fd377a585a000004e6d6b44602002101")], "compressed twice"),
+        ("zstd", &[(0, "28b52ffd64b80a2d2e003a53cc0e2ae0")], "compressed twice"),
+        ("gzip", &[(0, "1f8b0808e3930d6b000366008d565d6f")], "compressed twice"),
+        ("zip", &[(0, "504b0304140000000800607a7e5d218e")], "a zip"),
+        ("cpio -H newc", &[(0, "30373037303130304246303231463030")], "cpio"),
+        ("cpio -H odc", &[(0, "30373037303731373730303036303130")], "cpio"),
+        ("ar", &[(0, "213c617263683e0a662f202020202020")], "a package"),
+        ("qemu-img, qcow2", &[(0, "514649fb000000030000000000000000")], "qcow2"),
+        ("qemu-img, vmdk", &[(0, "4b444d56010000000300000000400000")], "VMDK"),
+        ("qemu-img, vhdx", &[(0, "7668647866696c65510045004d005500")], "VHDX"),
+        ("img2simg", &[(0, "3aff26ed010000001c000c0000100000")], "simg2img"),
+        ("mksquashfs", &[(0, "6873717302000000e5930d6b00000200")], "unsquashfs"),
+        ("cryptsetup luksFormat", &[(0, "4c554b53babe00020000000000004000")], "encrypted"),
+        ("xorrisofs", &[(32768, "01434430303101002020202020202020")], "ISO 9660"),
+        ("mkfs.ext4", &[(1072, "e5930d6b0000ffff53ef010001000000")], "(ext4): mount it"),
+        ("mkfs.xfs", &[(0, "58465342000010000000000000019000")], "(XFS): mount it"),
+        ("mkfs.f2fs", &[(1024, "1020f5f201000f000900000003000000")], "(F2FS): mount it"),
+        (
+            "mkfs.btrfs",
+            &[(65536, "4597cc02"), (0x1_0030, "00000100000000000100000000000000 5f42485266535f4d")],
+            "(btrfs)",
+        ),
+        (
+            "mkfs.fat -F 16",
+            &[(0, "eb3c906d6b66732e6661740002040400"), (46, "4e414d452020202046415431362020200e1f"), (510, "55aa")],
+            "(FAT): mount it",
+        ),
+        (
+            "mkfs.fat -F 32",
+            &[(0, "eb58906d6b66732e6661740002010200"), (80, "202046415433322020200e1f"), (510, "55aa")],
+            "(FAT): mount it",
+        ),
+    ];
+
+    #[test]
+    fn output_of_real_tools_is_known() {
+        for (tool, pieces, word) in WRITTEN {
+            let mut front = vec![0; 0x1_0048];
+            for (place, text) in pieces {
+                let digits: Vec<u32> = text.chars().filter_map(|digit| digit.to_digit(16)).collect();
+                for (at, pair) in digits.chunks(2).enumerate() {
+                    front[place + at] = u8::try_from(pair[0] * 16 + pair[1]).unwrap();
+                }
+            }
+            let refused = refuse(&front).expect_err(tool).to_string();
+            assert!(refused.contains(word), "{tool}: {refused}");
+        }
+    }
+
     #[test]
     fn each_mark_is_known_and_says_what_to_do() {
         for (place, mark, word) in MARKS.iter().chain(FILE_SYSTEMS) {

@@ -104,7 +104,7 @@ fn walk<R: BufRead>(
         }
         let place = guard.admit(&member).map_err(refused)?;
         if let Some(collector) = &mut collector {
-            collector.member(&place.path, &member);
+            collector.member(&place, &member);
         }
         // Facts are collected only at the push. The agent that unpacks gets them with the artifact.
         match &mut root {

@@ -97,20 +97,6 @@ pub fn lay_out_boot(boot: &Path, marker: &str) -> Result<()> {
     Ok(())
 }
 
-/// Hides a root's boot files from the checks of an image's stream: `config.txt` becomes a hard link, so that its entry
-/// has no contents. Checks pass what they cannot read, so only the installer finds the missing files.
-pub fn hide_boot_files(root: &Path) -> Result<()> {
-    let config = root.join("boot/firmware/config.txt");
-    Ok(fs::hard_link(&config, config.with_file_name("a-config.txt"))?)
-}
-
-/// Removes a root's boot files and hides that: the folder becomes a dangling link.
-pub fn hide_missing_boot_files(root: &Path) -> Result<()> {
-    fs::remove_dir_all(root.join("boot"))?;
-    fs::create_dir(root.join("boot"))?;
-    Ok(symlink("../efi", root.join("boot/firmware"))?)
-}
-
 /// Pseudo-random bytes that do not compress; the same seed gives the same bytes.
 pub fn noise(seed: &str, length: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(length + 32);

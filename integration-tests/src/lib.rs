@@ -19,6 +19,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 pub mod raw;
+pub mod smuggle;
 pub mod tree;
 pub mod upload;
 pub mod wait;

@@ -1,11 +1,13 @@
-//! Clients by other people: grpcurl, and Python with generated stubs.
+//! Clients by other people: grpcurl, and Python with generated stubs. And `marcoctl` in the hands of a new user.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use integration_tests::fleet::reboot;
 use integration_tests::process::{Output, binary, run, tool, workspace};
 use integration_tests::{Fleet, seconds};
+use marco_proto::v1::Operation;
 use marco_proto::v1::operation::State;
 
 const TIME_OUT: Duration = seconds(120);
@@ -22,6 +24,56 @@ async fn grpcurl(fleet: &Fleet, options: &[&str], arguments: &[&str]) -> Result<
     all.push(&address);
     all.extend_from_slice(arguments);
     run(&tool("grpcurl")?, &all, TIME_OUT).await
+}
+
+/// Runs `marcoctl` against one of the fleet's ports, with the clock of Tokyo.
+async fn marcoctl_at(fleet: &Fleet, port: u16, arguments: &[&str]) -> Result<Output> {
+    let (program, certs) = (binary("marcoctl")?.display().to_string(), fleet.certs().display().to_string());
+    let address = format!("localhost:{port}");
+    let all = [&["TZ=Asia/Tokyo", &program, "--controller", &address, "--certs", &certs], arguments].concat();
+    run(&tool("env")?, &all, TIME_OUT).await
+}
+
+#[tokio::test]
+async fn marcoctl_explains_wrong_ports_and_empty_lists() -> Result<()> {
+    let fleet = Fleet::builder().pis(0).start().await?;
+    let (api, enroll, mirror) =
+        (fleet.addresses().api.port(), fleet.addresses().enroll.port(), fleet.addresses().mirror.port());
+    let asked = marcoctl_at(&fleet, mirror, &["nodes", "list"]).await?;
+    assert!(asked.status.code() == Some(3) && asked.stderr.contains("file mirror"), "{asked:?}");
+    assert!(asked.stderr.contains("1346") && !asked.stderr.contains("expired"), "{asked:?}");
+    let asked = marcoctl_at(&fleet, enroll, &["nodes", "list"]).await?;
+    assert!(asked.status.code() == Some(1) && asked.stderr.contains("enrolment (1347)"), "{asked:?}");
+    for (list, said) in [
+        ("nodes list", "no nodes\n"),
+        ("tokens list", "no join tokens\n"),
+        ("artifacts list", "no artifacts\n"),
+        ("operations list", "no operations\n"),
+        ("schedules list", "no schedules\n"),
+        ("api-tokens list", "no API tokens\n"),
+        ("certs list --subject nobody", "no certificates\n"),
+        ("audit list --caller users/nobody", "no events\n"),
+    ] {
+        let shown = marcoctl_at(&fleet, api, &list.split(' ').collect::<Vec<_>>()).await?.success()?;
+        assert_eq!(shown, said, "{list}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn marcoctl_shows_one_zone_in_lists_and_sentences() -> Result<()> {
+    let fleet = Fleet::builder().pis(0).start().await?;
+    fleet.enrol_by_hand("pi-1", false).await?;
+    let later = prost_types::Timestamp { seconds: 2_000_000_000, nanos: 0 };
+    let asked = Operation { schedule_time: Some(later), ..reboot(&["pi-1"], Duration::ZERO) };
+    let operation = fleet.create(asked).await?;
+    let api = fleet.addresses().api.port();
+    for command in ["get", "explain"] {
+        let shown = marcoctl_at(&fleet, api, &["operations", command, &operation.name]).await?.success()?;
+        assert!(shown.contains("2033-05-18 12:33:20 +09:00"), "{command}: {shown}");
+        assert!(!shown.contains("T03:33:20"), "{command}: {shown}");
+    }
+    Ok(())
 }
 
 #[tokio::test]

@@ -4,9 +4,10 @@ use std::fs;
 
 use anyhow::{Context as _, Result};
 use integration_tests::fleet::{execution_name, reboot, update};
-use integration_tests::image::{Compression, hide_boot_files, lay_out_root, pack};
+use integration_tests::image::{Compression, lay_out_root, pack};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{Output, binary, run};
+use integration_tests::smuggle::{NOTHING_KNOWN, smuggle};
 use integration_tests::upload::push;
 use integration_tests::{Database, Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
@@ -18,15 +19,16 @@ use serde_json::Value;
 /// Timeout of an installation, or of its failure.
 const INSTALL: std::time::Duration = seconds(180);
 
-/// An image without a kernel, with boot files that the checks cannot read: the installer notices only after it has
-/// erased the card.
-async fn not_a_system(fleet: &Fleet) -> Result<Artifact> {
+/// An image without a kernel that nobody judged: the installer notices only after it has erased the card.
+async fn not_a_system(fleet: &mut Fleet, database: &Database) -> Result<Artifact> {
     let root = fleet.dir().join("bad");
     lay_out_root(&root, "bad")?;
-    hide_boot_files(&root)?;
-    fs::remove_file(root.join("boot/firmware/kernel8.img"))?;
     let file = pack(&root, &fleet.dir().join("bad.tar"), Compression::None)?;
-    push(&mut fleet.artifacts(), "bad", Kind::Image, Purpose::Unspecified, &file).await
+    let pushed = push(&mut fleet.artifacts(), "bad", Kind::Image, Purpose::Unspecified, &file).await?;
+    fs::remove_file(root.join("boot/firmware/kernel8.img"))?;
+    let file = pack(&root, &fleet.dir().join("bad-unjudged.tar"), Compression::None)?;
+    smuggle(fleet, database, &[(&pushed, &fs::read(file)?)], NOTHING_KNOWN).await?;
+    Ok(pushed)
 }
 
 async fn marcoctl(fleet: &Fleet, arguments: &[&str]) -> Result<Output> {
@@ -41,8 +43,8 @@ async fn explained(fleet: &Fleet, name: &str) -> Result<String> {
 }
 
 async fn the_installers_lines_are_read_at_the_controller(database: Database) -> Result<()> {
-    let mut fleet = Fleet::builder().database(database).pis(2).start().await?;
-    let bad = not_a_system(&fleet).await?;
+    let mut fleet = Fleet::builder().database(database.clone()).pis(2).start().await?;
+    let bad = not_a_system(&mut fleet, &database).await?;
     // This card is too small, so its installer refuses before it erases anything.
     fs::write(fleet.pi("pi-02").path("card-size"), "500\n")?;
     for (pi, state, reason, phases) in [

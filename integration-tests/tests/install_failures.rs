@@ -15,12 +15,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use integration_tests::fleet::{Pi, update};
-use integration_tests::image::{
-    Compression, hide_boot_files, hide_missing_boot_files, lay_out_root, make_image, noise, pack,
-};
+use integration_tests::image::{Compression, lay_out_root, make_image, noise, pack};
 use integration_tests::mount::Mount;
 use integration_tests::process::{Recipe, binary};
 use integration_tests::proxy::Direction;
+use integration_tests::smuggle::NOTHING_KNOWN;
 use integration_tests::upload::push;
 use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
@@ -44,6 +43,17 @@ async fn other_image(fleet: &Fleet, name: &str, change: impl FnOnce(PathBuf) -> 
     change(root.clone())?;
     let file = pack(&root, &fleet.dir().join(format!("{name}.tar")), Compression::None)?;
     push(&mut fleet.artifacts(), name, Kind::Image, Purpose::Unspecified, &file).await
+}
+
+/// Stores an image that nobody judged. The checks pass what is not known, so only the installer finds its faults.
+async fn unjudged(fleet: &mut Fleet, name: &str, change: impl FnOnce(PathBuf) -> Result<()>) -> Result<Artifact> {
+    let pushed = image(fleet, name).await?;
+    let root = fleet.dir().join(format!("{name}-unjudged"));
+    lay_out_root(&root, name)?;
+    change(root.clone())?;
+    let file = pack(&root, &fleet.dir().join(format!("{name}-unjudged.tar")), Compression::None)?;
+    unchecked::smuggle(fleet, &[(&pushed, &fs::read(file)?)], NOTHING_KNOWN).await?;
+    Ok(pushed)
 }
 
 /// Path of an artifact's bytes in the controller's data folder.
@@ -77,7 +87,11 @@ struct Case {
 
 #[tokio::test]
 async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Result<()> {
-    let fleet = Fleet::builder().pis(5).start().await?;
+    let mut fleet = Fleet::builder().pis(5).start().await?;
+    // The controller checks images at the upload; only a fault that it does not know of reaches the installer.
+    let no_kernel =
+        unjudged(&mut fleet, "no-kernel", |root| Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)).await?;
+    let no_boot = unjudged(&mut fleet, "no-boot", |root| Ok(fs::remove_dir_all(root.join("boot"))?)).await?;
     let missing = image(&fleet, "missing").await?;
     fs::remove_file(blob(&fleet, &missing)?)?;
     let wrong = image(&fleet, "wrong-chunk").await?;
@@ -91,13 +105,6 @@ async fn each_failure_has_its_reason_in_the_execution_and_on_the_card() -> Resul
     fs::set_permissions(&path, permissions)?;
     fs::OpenOptions::new().write(true).open(&path)?.write_all(&bytes)?;
     let good = image(&fleet, "good").await?;
-    let no_kernel = other_image(&fleet, "no-kernel", |root| {
-        // The controller checks images at the upload; only a hidden fault reaches the installer.
-        hide_boot_files(&root)?;
-        Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)
-    })
-    .await?;
-    let no_boot = other_image(&fleet, "no-boot", |root| hide_missing_boot_files(&root)).await?;
     fs::write(fleet.pi("pi-03").path("card-size"), "500\n")?;
 
     let (back, stays) = ((State::RolledBack, NodeMode::Running), (State::Failed, NodeMode::Installer));

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::fleet::{execution_name, reboot, update};
-use integration_tests::image::{Compression, hide_missing_boot_files, lay_out_root, make_image, pack};
+use integration_tests::image::{Compression, lay_out_root, make_image, pack};
 use integration_tests::postgres::Postgres;
 use integration_tests::process::{binary, run};
+use integration_tests::smuggle::{NOTHING_KNOWN, smuggle};
 use integration_tests::tree::list;
 use integration_tests::upload::push;
 use integration_tests::{Database, Fleet, raw, seconds};
@@ -113,12 +114,14 @@ async fn list_nodes_by(fleet: &Fleet, api_token: &str) -> Result<()> {
 }
 
 /// Makes an installation fail on a node, and returns the node's log of it.
-async fn fails(fleet: &Fleet, id: &str) -> Result<String> {
-    let root = fleet.dir().join("not-a-system");
-    lay_out_root(&root, "not-a-system")?;
-    hide_missing_boot_files(&root)?;
-    let file = pack(&root, &fleet.dir().join("not-a-system.tar"), Compression::None)?;
+async fn fails(fleet: &mut Fleet, database: &Database, id: &str) -> Result<String> {
+    let file = make_image(fleet.dir(), "not-a-system", Compression::Gzip)?;
     let image = push(&mut fleet.artifacts(), "not-a-system", Kind::Image, Purpose::Unspecified, &file).await?;
+    let root = fleet.dir().join("without-boot-files");
+    lay_out_root(&root, "not-a-system")?;
+    fs::remove_dir_all(root.join("boot"))?;
+    let file = pack(&root, &fleet.dir().join("without-boot-files.tar"), Compression::None)?;
+    smuggle(fleet, database, &[(&image, &fs::read(file)?)], NOTHING_KNOWN).await?;
     let operation = fleet.create(update(&[id], &image.name, "")).await?;
     fleet.ends(&operation.name, seconds(180), OperationState::Failed).await?;
     let request = GetExecutionLogRequest { name: execution_name(&operation, id) };
@@ -142,7 +145,7 @@ async fn nobody_else_can_read_a_secret(database: Database) -> Result<()> {
     let image = push(&mut fleet.artifacts(), "secrets", Kind::Image, Purpose::Unspecified, &image).await?;
     fleet.succeeds(update(&ids, &image.name, ""), seconds(180)).await?;
     fleet.succeeds(reboot(&ids, Duration::ZERO), seconds(60)).await?;
-    let logged = fails(&fleet, ids.first().context("a node")?).await?;
+    let logged = fails(&mut fleet, &database, ids.first().context("a node")?).await?;
 
     let (api, certs) = (format!("localhost:{}", fleet.addresses().api.port()), fleet.certs().display().to_string());
     let user = ["--controller", &api, "--certs", &certs, "users", "create", "kim", "--role", "operator"];

@@ -1,10 +1,12 @@
 //! Collects facts of a tarball, member by member. Memory is bounded: names of boot files and a few small texts.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::Facts;
 use super::system::{Folder, Found, Inside};
 use crate::disk::is_disk;
 use crate::firmware::BootMount;
-use crate::tar::guard::{Guard, Known};
+use crate::tar::guard::{Guard, Known, Place};
 use crate::tar::reader::{Kind, Member};
 
 /// Maximum size of a text that is kept, in bytes. The firmware reads no more of `config.txt`.
@@ -14,6 +16,8 @@ pub(crate) const MAX_TEXTS: usize = 64;
 pub(crate) const MAX_NAMES: usize = 4000;
 /// Bytes needed to detect a disk image.
 const SECTOR: usize = 512;
+/// Folder that holds both boot folders.
+const BOOT: &str = "boot";
 /// Maximum depth below the boot folder. The firmware's files lie higher.
 pub(crate) const MAX_DEPTH: usize = 4;
 /// Paths that exist in every root. Found deeper in the tarball, they show the position of the root.
@@ -33,12 +37,12 @@ const NO_DISKS: [&str; 5] = ["kernel", "initr", "initramfs", "ramfs", "u-boot"];
 /// Collector of facts. The caller reports each member, then its contents.
 #[derive(Debug, Default)]
 pub(crate) struct Collector {
-    /// Files of each boot folder. `links`: links among them, with their paths in the archive.
-    folders: [Folder; 2],
-    links: Vec<(usize, String, Vec<u8>)>,
+    /// Paths of the files and links below [`BOOT`], without overlays, and the small texts among them.
+    paths: BTreeSet<String>,
+    texts: BTreeMap<String, String>,
     fstab: Option<String>,
     inside: Inside,
-    /// True after a limit was exceeded. The boot files are then not known.
+    /// True after a limit was exceeded. The boot files are then not all known.
     overflow: bool,
     /// Purpose of the current member's contents, and their first bytes.
     wanted: Wanted,
@@ -53,16 +57,16 @@ enum Wanted {
     Nothing,
     /// The first sector, to detect a disk image.
     Start,
-    /// The whole text of a file in a boot folder.
-    Text(usize, String),
+    /// The whole text of a file below [`BOOT`], by its path.
+    Text(String),
     Fstab,
 }
 
 impl Collector {
     /// Starts a member. The contents of the previous one are complete.
-    pub(crate) fn member(&mut self, path: &[Vec<u8>], member: &Member) {
+    pub(crate) fn member(&mut self, place: &Place, member: &Member) {
         self.settle();
-        let parts: Vec<String> = path.iter().map(|part| String::from_utf8_lossy(part).into_owned()).collect();
+        let parts: Vec<String> = place.path.iter().map(|part| String::from_utf8_lossy(part).into_owned()).collect();
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
         let Some((first, rest)) = parts.split_first() else { return };
         self.inside.top(first, rest.is_empty() && member.kind != Kind::Folder);
@@ -71,8 +75,8 @@ impl Collector {
         if file && member.size > 0 {
             self.inside.file(&parts.join("/"), DISKS.iter().any(|ending| holds(first_of(&parts), ending)));
         }
-        if let Some((folder, name)) = boot_file(&parts) {
-            self.boot_member(folder, name, path, member);
+        if is_boot_file(&parts) {
+            self.boot_member(parts.join("/"), place, member);
         } else if parts.as_slice() == ["etc", "fstab"] && file && member.size <= MAX_TEXT {
             self.wanted = Wanted::Fstab;
         } else if file && member.size >= SECTOR_SIZE {
@@ -86,7 +90,7 @@ impl Collector {
         let limit = match self.wanted {
             Wanted::Nothing => return,
             Wanted::Start => SECTOR,
-            Wanted::Text(..) | Wanted::Fstab => usize::try_from(MAX_TEXT).unwrap_or(usize::MAX),
+            Wanted::Text(_) | Wanted::Fstab => usize::try_from(MAX_TEXT).unwrap_or(usize::MAX),
         };
         // A sparse file may skip an offset. Only contiguous bytes from the start are kept.
         if offset == u64::try_from(self.start.len()).unwrap_or(u64::MAX) && self.start.len() < limit {
@@ -98,21 +102,23 @@ impl Collector {
     /// Ends the archive. `guard` knows all entries by now.
     pub(crate) fn finish(&mut self, guard: &Guard) {
         self.settle();
-        // A link may precede its target in the archive. Only now is it known to lead to a file.
-        for (folder, name, path) in std::mem::take(&mut self.links) {
-            if guard.find(&path) == Some(Known::Other)
-                && let Some(folder) = self.folders.get_mut(folder)
-            {
-                folder.names.insert(name);
-            }
+        let mut hidden = Vec::new();
+        if self.overflow {
+            hidden.push(format!("/{BOOT} has more than {MAX_NAMES} files or {MAX_TEXTS} texts: remove some"));
         }
-        // Members of a linked boot folder have other paths, so this collector did not see them.
-        let linked = BootMount::ALL.iter().any(|mount| guard.is_symlink(mount.folder().as_bytes()));
-        let found = Found {
-            folders: std::mem::take(&mut self.folders),
-            fstab: self.fstab.take().unwrap_or_default(),
-            known: !self.overflow && !linked,
-        };
+        let folders = BootMount::ALL.map(|mount| {
+            // The installer follows a link at the boot folder's place, and so does this.
+            let Some((path, Known::Folder)) = guard.follow(mount.folder().as_bytes()) else { return Folder::default() };
+            let path = String::from_utf8_lossy(&path).into_owned();
+            if path != BOOT && !path.starts_with("boot/") {
+                let mount = mount.mount_point();
+                hidden.push(format!(
+                    "{mount} is a link to /{path}, where no boot files are looked for: make it a folder"
+                ));
+            }
+            self.folder(&path, guard)
+        });
+        let found = Found { folders, fstab: self.fstab.take().unwrap_or_default(), hidden };
         self.facts = found.judge(&self.inside, guard);
     }
 
@@ -120,36 +126,43 @@ impl Collector {
         self.facts
     }
 
-    fn boot_member(&mut self, folder: usize, name: String, path: &[Vec<u8>], member: &Member) {
-        let Some(Folder { names, .. }) = self.folders.get_mut(folder) else { return };
+    /// The files of one folder, links to files among them. Only now, at the end, is a link known to lead to a file.
+    fn folder(&self, folder: &str, guard: &Guard) -> Folder {
+        let mut found = Folder::default();
+        for path in &self.paths {
+            let name = path.strip_prefix(folder).and_then(|rest| rest.strip_prefix('/'));
+            let Some(name) = name.filter(|name| name.split('/').count() <= MAX_DEPTH) else { continue };
+            let Some((target, Known::File)) = guard.follow(path.as_bytes()) else { continue };
+            if let Some(text) = std::str::from_utf8(&target).ok().and_then(|target| self.texts.get(target)) {
+                found.texts.insert(name.to_lowercase(), text.clone());
+            }
+            found.names.insert(name.to_lowercase());
+        }
+        found
+    }
+
+    fn boot_member(&mut self, path: String, place: &Place, member: &Member) {
         // A later member of the same name replaces the earlier one, as it does when unpacking.
-        names.remove(&name);
-        match member.kind {
-            Kind::File => {
-                if name.ends_with(".txt") && member.size <= MAX_TEXT {
-                    self.wanted = Wanted::Text(folder, name.clone());
-                }
-                if member.size > 0 {
-                    names.insert(name);
-                }
-            }
-            Kind::Symlink(_) | Kind::HardLink(_) => {
-                if name == "config.txt" {
-                    // The text of a linked config.txt was part of another member.
-                    self.overflow = true;
-                }
-                self.links.push((folder, name, path.join(&b'/')));
-            }
-            _ => {}
-        }
-        let names: usize = self.folders.iter().map(|folder| folder.names.len()).sum();
-        let texts: usize = self.folders.iter().map(|folder| folder.texts.len()).sum();
-        // Giving up means "not known", not a refusal.
-        if self.links.len() + names > MAX_NAMES || texts > MAX_TEXTS {
+        self.texts.remove(&path);
+        if self.paths.len() >= MAX_NAMES || self.texts.len() >= MAX_TEXTS {
             self.overflow = true;
-            self.folders = Default::default();
-            self.links.clear();
+            return;
         }
+        match (&member.kind, &place.target) {
+            (Kind::File, _) if path.to_lowercase().ends_with(".txt") && member.size <= MAX_TEXT => {
+                self.wanted = Wanted::Text(path.clone());
+            }
+            // The contents came with the other name. They stay, even if that name gets a new file.
+            (Kind::HardLink(_), Some(target)) => {
+                let target = String::from_utf8_lossy(&target.join(&b'/')).into_owned();
+                if let Some(text) = self.texts.get(&target).cloned() {
+                    self.texts.insert(path.clone(), text);
+                }
+            }
+            (Kind::File | Kind::Symlink(_), _) => {}
+            _ => return,
+        }
+        self.paths.insert(path);
     }
 
     /// Stores the wanted contents of the member that just ended.
@@ -163,10 +176,8 @@ impl Collector {
                 }
             }
             // The firmware reads bytes. Invalid UTF-8 occurs in comments only.
-            Wanted::Text(folder, name) => {
-                if let Some(folder) = self.folders.get_mut(folder) {
-                    folder.texts.insert(name, String::from_utf8_lossy(&start).into_owned());
-                }
+            Wanted::Text(path) => {
+                self.texts.insert(path, String::from_utf8_lossy(&start).into_owned());
             }
             Wanted::Fstab => self.fstab = Some(String::from_utf8_lossy(&start).into_owned()),
         }
@@ -187,16 +198,12 @@ impl Collector {
 /// [`SECTOR`] as the size of a member.
 const SECTOR_SIZE: u64 = 512;
 
-/// Returns the index of the boot folder and the name in it, in lower case. `None`: not a boot file, or an overlay.
-fn boot_file(parts: &[&str]) -> Option<(usize, String)> {
-    let (folder, rest) = match parts {
-        ["boot", "firmware", rest @ ..] => (0, rest),
-        ["boot", rest @ ..] => (1, rest),
-        _ => return None,
-    };
+/// Returns true for a path that may be a boot file in one of the folders, and no overlay.
+fn is_boot_file(parts: &[&str]) -> bool {
+    let Some((&BOOT, rest)) = parts.split_first() else { return false };
     let overlays = rest.iter().rev().skip(1).any(|part| part.eq_ignore_ascii_case("overlays"));
-    let wanted = !rest.is_empty() && rest.len() <= MAX_DEPTH && !overlays;
-    wanted.then(|| (folder, rest.join("/").to_lowercase()))
+    // One more for the folder /boot/firmware.
+    !rest.is_empty() && rest.len() <= MAX_DEPTH + 1 && !overlays
 }
 
 fn first_of<'a>(parts: &[&'a str]) -> &'a str {

@@ -117,16 +117,24 @@ impl Folder {
 
     /// Returns `config.txt` and its includes. Other texts are dropped: they may contain secrets.
     fn read_texts(&self) -> BTreeMap<String, String> {
-        let mut kept = BTreeMap::new();
+        self.configuration().0
+    }
+
+    /// Returns `config.txt` and its includes, and the names of those that exist and whose text is not known.
+    fn configuration(&self) -> (BTreeMap<String, String>, Vec<String>) {
+        let (mut kept, mut unknown) = (BTreeMap::new(), Vec::new());
         let mut todo = vec!["config.txt".to_owned()];
         while let Some(name) = todo.pop() {
-            let Some(text) = self.text(&name) else { continue };
+            let Some(text) = self.text(&name) else {
+                unknown.extend(self.has(&name).then_some(name));
+                continue;
+            };
             let included = text.lines().filter_map(|line| line.trim().strip_prefix("include"));
             let included = included.filter(|rest| rest.starts_with([' ', '\t'])).map(|name| lookup(name.trim()));
             todo.extend(included.filter(|name| !kept.contains_key(name)).collect::<Vec<_>>());
             kept.insert(name, text);
         }
-        kept
+        (kept, unknown)
     }
 }
 
@@ -134,8 +142,8 @@ impl Folder {
 pub(super) struct Found {
     pub(super) folders: [Folder; 2],
     pub(super) fstab: String,
-    /// True if all boot files were read.
-    pub(super) known: bool,
+    /// Reasons for which the boot files are not all known, each with its remedy.
+    pub(super) hidden: Vec<String>,
 }
 
 impl Found {
@@ -146,7 +154,7 @@ impl Found {
         let chosen = BootMount::choose(&self.fstab, &folders, whole).map(|(_, folder)| folder);
         let selection = chosen.map(Folder::best);
 
-        let file = |path: &str| guard.find(path.as_bytes()) == Some(Known::Other);
+        let file = |path: &str| guard.find(path.as_bytes()) == Some(Known::File);
         // `init=` on the command line overrides the kernel's list. The last one wins.
         let cmdline = chosen.zip(selection.as_ref()).and_then(|(folder, found)| folder.text(&found.cmdline));
         let named = cmdline.as_deref().unwrap_or_default().split_whitespace();
@@ -158,20 +166,28 @@ impl Found {
             }
             lacks.push("an init (sbin/init, lib/systemd/systemd, or what init= names)".to_owned());
         }
-        if self.known {
-            match &selection {
-                Some(selection) => lacks.extend(selection.lacks.iter().cloned()),
-                None => {
-                    // Without a config.txt or a kernel no folder can be chosen, so a file counts in either one.
-                    let any =
-                        |wanted: &dyn Fn(&str) -> bool| folders.iter().any(|(_, f)| f.names.iter().any(|n| wanted(n)));
-                    lacks.extend(["a kernel (kernel8.img or the like)", "config.txt"].map(str::to_owned));
-                    if !any(&|name| name == "cmdline.txt") {
-                        lacks.push("cmdline.txt".to_owned());
-                    }
-                    if !any(&|name| name.ends_with(".dtb")) {
-                        lacks.push("a device tree (bcm27*.dtb)".to_owned());
-                    }
+        // The firmware would read these files, so without them any verdict on the others would be a guess.
+        let unknown = chosen.map(|folder| folder.configuration().1).unwrap_or_default();
+        let unknown = unknown.iter().map(|name| {
+            format!("{name} is no file of at most 64 KiB named .txt, and no link to one below /boot: make it one")
+        });
+        let hidden: Vec<String> = self.hidden.into_iter().chain(unknown).collect();
+        if !hidden.is_empty() {
+            let lacks = if lacks.is_empty() { String::new() } else { format!("; it lacks {}", listed(&lacks)) };
+            return Facts::refused(format!("its boot files cannot be read here: {}{lacks}; {LIST}", listed(&hidden)));
+        }
+        match &selection {
+            Some(selection) => lacks.extend(selection.lacks.iter().cloned()),
+            None => {
+                // Without a config.txt or a kernel no folder can be chosen, so a file counts in either one.
+                let any =
+                    |wanted: &dyn Fn(&str) -> bool| folders.iter().any(|(_, f)| f.names.iter().any(|n| wanted(n)));
+                lacks.extend(["a kernel (kernel8.img or the like)", "config.txt"].map(str::to_owned));
+                if !any(&|name| name == "cmdline.txt") {
+                    lacks.push("cmdline.txt".to_owned());
+                }
+                if !any(&|name| name.ends_with(".dtb")) {
+                    lacks.push("a device tree (bcm27*.dtb)".to_owned());
                 }
             }
         }
@@ -184,9 +200,6 @@ impl Found {
                 BootMount::Boot.mount_point(),
             ));
         }
-        match chosen.filter(|_| self.known) {
-            Some(folder) => folder.facts(),
-            None => Facts::default(),
-        }
+        chosen.map_or_else(Facts::default, Folder::facts)
     }
 }

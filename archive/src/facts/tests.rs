@@ -161,16 +161,98 @@ fn files_below_os_prefix_and_in_the_old_boot_folder_are_found() {
     assert_eq!(facts(notes).refusal, None);
 }
 
+/// [`SYSTEM`] without its boot files, and these.
+fn booting<'a>(files: &[(&'a str, Entry<'a>)]) -> Vec<(&'a str, Entry<'a>)> {
+    let mut entries = without(&["config.txt", "cmdline.txt", "kernel8.img", ".dtb"]);
+    entries.extend_from_slice(files);
+    entries
+}
+
+// A linked config.txt once switched the whole judgement off, and the installer found the missing kernel on an erased card.
 #[test]
-fn boot_folders_that_cannot_be_read_are_no_refusal() {
-    // A linked boot folder is unknown, and unknown is no refusal.
-    let entries = [
-        ("sbin/init", File("elf")),
-        ("boot", Folder),
-        ("boot/firmware", Link("../efi")),
-        ("efi/config.txt", File("#\n")),
+fn linked_boot_files_are_judged_like_others() {
+    let early_bookworm = [
+        ("boot/config.txt", Link("firmware/config.txt")),
+        ("boot/cmdline.txt", Link("firmware/cmdline.txt")),
+        ("boot/overlays", Link("firmware/overlays")),
     ];
-    assert_eq!(facts(entries), Facts::default());
+    let hard = [
+        ("boot/firmware/a-config.txt", File("kernel=vmlinuz\n")),
+        ("boot/firmware/config.txt", Hard("boot/firmware/a-config.txt")),
+    ];
+    let absolute = [("boot/firmware/config.txt", Link("/boot/real.txt")), ("boot/real.txt", File("kernel=vmlinuz\n"))];
+    let included = [
+        ("boot/firmware/config.txt", File("include more.txt\n")),
+        ("boot/firmware/more.txt", Link("../more.txt")),
+        ("boot/more.txt", File("kernel=vmlinuz\n")),
+    ];
+    // The name that was packed first gets another file. The link keeps the contents.
+    let replaced = [hard[0], hard[1], ("boot/firmware/a-config.txt", File("kernel=gone\n"))];
+    let tree = ("boot/firmware/bcm2711-rpi-4-b.dtb", File("tree"));
+    let cmdline = ("boot/firmware/cmdline.txt", File("root=x\n"));
+    let kernel = ("boot/firmware/vmlinuz", File("k"));
+    for entries in [hard.as_slice(), &absolute, &included, &replaced] {
+        let found = facts(booting(&[entries, &[tree, cmdline, kernel]].concat()));
+        assert_eq!(found.refusal, None);
+        found.judge("pi4", Some("bcm2711-rpi-4-b.dtb")).unwrap();
+        found.judge("pi5", Some("bcm2712-rpi-5-b.dtb")).expect_err("it is judged for no board");
+        let refused = refusal(booting(&[entries, &[tree, cmdline]].concat()));
+        assert!(refused.contains("a kernel (vmlinuz)"), "{refused}");
+    }
+    let mut entries = SYSTEM.to_vec();
+    entries.extend(early_bookworm);
+    assert_eq!(facts(entries).refusal, None);
+    let mut entries = without(&["kernel8.img"]);
+    entries.extend(early_bookworm);
+    assert!(refusal(entries).contains("a kernel"));
+    // Empty files and devices behind a link count for nothing, as files do.
+    let mut entries = without(&["kernel8.img"]);
+    entries.extend([("boot/empty", File("")), ("boot/firmware/kernel8.img", Hard("boot/empty"))]);
+    assert!(refusal(entries).contains("a kernel"));
+}
+
+#[test]
+fn linked_boot_folder_is_judged_below_its_target() {
+    let files = |kernel: &'static str| {
+        [
+            ("boot", Folder),
+            ("boot/firmware", Link(".")),
+            ("boot/config.txt", File("#\n")),
+            ("boot/cmdline.txt", File("root=x\n")),
+            ("boot/bcm2711-rpi-4-b.dtb", File("tree")),
+            (kernel, File("k")),
+        ]
+    };
+    let found = facts(booting(&files("boot/kernel8.img")));
+    assert_eq!(found.refusal, None);
+    assert!(found.boot_files.contains("kernel8.img"), "{found:?}");
+    assert!(refusal(booting(&files("boot/nothing"))).contains("a kernel"));
+    // Nothing is there, so nothing would be after the installation.
+    assert!(refusal(booting(&[("boot/firmware", Link("../gone"))])).contains("a kernel"));
+}
+
+#[test]
+fn boot_files_that_cannot_be_read_are_refused_with_the_cure() {
+    let elsewhere = [("boot", Folder), ("boot/firmware", Link("../efi")), ("efi/config.txt", File("#\n"))];
+    let refused = refusal(booting(&elsewhere));
+    assert!(refused.contains("/boot/firmware is a link to /efi") && refused.contains("make it a folder"), "{refused}");
+
+    let large = "#".repeat(70_000);
+    for entries in [
+        [("etc/my.txt", File("#\n")), ("boot/firmware/config.txt", Hard("etc/my.txt"))],
+        [("etc/my.txt", File("#\n")), ("boot/firmware/config.txt", Link("../../etc/my.txt"))],
+        [("etc/my.txt", File("#\n")), ("boot/firmware/config.txt", File(&large))],
+    ] {
+        let mut all = without(&["config.txt"]);
+        all.extend(entries);
+        let refused = refusal(all);
+        assert!(refused.contains("config.txt is no file of at most 64 KiB"), "{refused}");
+    }
+
+    let names: Vec<String> = (0..4001).map(|number| format!("boot/firmware/{number}")).collect();
+    let many = SYSTEM.into_iter().chain(names.iter().map(|name| (name.as_str(), File("x"))));
+    let refused = refusal(many);
+    assert!(refused.contains("more than 4000 files"), "{refused}");
 }
 
 #[test]

@@ -22,7 +22,7 @@ const MAX_REMEMBERED: usize = 64 << 20;
 
 /// The place of a member.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// Parts of the path below the root, with the archive's links resolved. Empty: the root itself.
     pub path: Vec<Vec<u8>>,
     /// The resolved target of a hard link. `None` for other members.
@@ -34,6 +34,9 @@ pub(super) struct Place {
 pub(crate) enum Known {
     Folder,
     Symlink,
+    /// A regular file with contents.
+    File,
+    /// An empty file, a device or a FIFO.
     Other,
 }
 
@@ -61,7 +64,7 @@ impl Guard {
         let key = self.key(&path);
         match self.known.get(&key) {
             Some(Known::Folder) if !folder => return Err(Reason::FileAndFolder),
-            Some(Known::Symlink | Known::Other) if folder => return Err(Reason::FileAndFolder),
+            Some(Known::Symlink | Known::File | Known::Other) if folder => return Err(Reason::FileAndFolder),
             _ => {}
         }
         let (target, known) = match &member.kind {
@@ -73,6 +76,7 @@ impl Guard {
             }
             Kind::Symlink(_) => (None, Known::Symlink),
             Kind::Folder => (None, Known::Folder),
+            Kind::File if member.size > 0 => (None, Known::File),
             _ => (None, Known::Other),
         };
         // The new member replaces an earlier one at this place, also a link.
@@ -95,9 +99,14 @@ impl Guard {
         Ok(Place { path, target })
     }
 
-    /// Returns the entry that a running system would find at this path, with links followed. `None`: the archive has no
-    /// such entry. An absolute link starts at the archive's root, which becomes the system's root.
+    /// Returns the entry that a running system would find at this path. See [`Self::follow`].
     pub(crate) fn find(&self, path: &[u8]) -> Option<Known> {
+        self.follow(path).map(|(_, known)| known)
+    }
+
+    /// Returns the entry that a running system would find at this path, and its own path, with links followed. `None`:
+    /// the archive has no such entry. An absolute link starts at the archive's root, which becomes the system's root.
+    pub(crate) fn follow(&self, path: &[u8]) -> Option<(Vec<u8>, Known)> {
         let mut todo: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
         todo.reverse();
         let mut done: Vec<Vec<u8>> = Vec::new();
@@ -125,17 +134,11 @@ impl Guard {
                     }
                     todo.extend(parts(target).map(<[u8]>::to_vec).collect::<Vec<_>>().into_iter().rev());
                 }
-                Known::Other if !todo.is_empty() => return None,
-                Known::Other | Known::Folder => {}
+                Known::File | Known::Other if !todo.is_empty() => return None,
+                Known::File | Known::Other | Known::Folder => {}
             }
         }
-        last
-    }
-
-    /// Returns true if the archive created a symbolic link at this path. The path's parents must not be links.
-    pub(crate) fn is_symlink(&self, path: &[u8]) -> bool {
-        let path: Vec<Vec<u8>> = parts(path).map(<[u8]>::to_vec).collect();
-        self.known.get(&self.key(&path)) == Some(&Known::Symlink)
+        Some((joined(&done), last?))
     }
 
     /// Splits a path into parts and follows the archive's links. `follow_last`: also follow a link in the last part.
@@ -190,7 +193,7 @@ impl Guard {
                     done.pop();
                     todo.extend(parts(target).map(<[u8]>::to_vec).collect::<Vec<_>>().into_iter().rev());
                 }
-                Some(Known::Other) if !last => return Err(Reason::FileAndFolder),
+                Some(Known::File | Known::Other) if !last => return Err(Reason::FileAndFolder),
                 Some(_) => {}
                 // A parent without a member of its own is created on the way.
                 None if !last => self.know(&done, Known::Folder)?,

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::board::Board;
-use crate::image::{Compression, hide_missing_boot_files, noise, pack};
+use crate::image::{Compression, noise, pack};
 use crate::process::{run, tool};
 use crate::wait::seconds;
 
@@ -41,7 +41,7 @@ pub enum Kind {
     CloudInit,
     /// Its init ends at once, and the kernel panics.
     Panics,
-    /// It has no boot files. That is unknown until it is unpacked, and then the installer refuses it.
+    /// Its boot files are those of a board that is not emulated, so the installer refuses it.
     NoSystem,
 }
 
@@ -115,7 +115,11 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         symlink("../bin/busybox", root.join("sbin/init"))?;
     }
     if kind == Kind::NoSystem {
-        return hide_missing_boot_files(root);
+        // The push takes it, because a Pi 5 starts from it. No emulated board does.
+        for name in ["kernel_2712.img", "cmdline.txt", "config.txt", "bcm2712-rpi-5-b.dtb"] {
+            fs::write(root.join("boot/firmware").join(name), "# of another board\n")?;
+        }
+        return Ok(());
     }
     if kind == Kind::CloudInit {
         fs::create_dir_all(root.join("etc/cloud/cloud.cfg.d"))?;

@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Context as _, Result};
 use integration_tests::Fleet;
 use integration_tests::fleet::{execution_name, update};
-use integration_tests::image::{Compression, hide_boot_files, lay_out_root, pack};
+use integration_tests::image::{Compression, lay_out_root, pack};
 use integration_tests::upload::push;
 use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
@@ -15,7 +15,7 @@ use marco_proto::v1::{CheckOperationRequest, ExplainExecutionRequest, NodeMode, 
 use tonic::{Code, Status};
 
 use super::unchecked::smuggle;
-use super::{INSTALL, image, other_image};
+use super::{INSTALL, image, unjudged};
 
 /// A tarball of a root without these files.
 fn without(fleet: &Fleet, name: &str, files: &[&str]) -> Result<Vec<u8>> {
@@ -91,15 +91,11 @@ async fn dry_run_names_the_nodes_that_an_image_is_not_for() -> Result<()> {
 
 #[tokio::test]
 async fn after_a_failure_that_another_try_cannot_heal_the_image_to_put_back_is_named() -> Result<()> {
-    let fleet = Fleet::builder().pis(1).start().await?;
+    let mut fleet = Fleet::builder().pis(1).start().await?;
     let good = image(&fleet, "good").await?;
     fleet.succeeds(update(&["pi-01"], &good.name, ""), INSTALL).await?;
     assert_eq!(fleet.node("pi-01").await?.trouble, "");
-    let bad = other_image(&fleet, "bad", |root| {
-        hide_boot_files(&root)?;
-        Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)
-    })
-    .await?;
+    let bad = unjudged(&mut fleet, "bad", |root| Ok(fs::remove_file(root.join("boot/firmware/kernel8.img"))?)).await?;
     let operation = fleet.create(update(&["pi-01"], &bad.name, "")).await?;
     fleet.ends(&operation.name, INSTALL, OperationState::Failed).await?;
     assert_eq!(fleet.execution(&operation.name, "pi-01").await?.state(), State::Failed);

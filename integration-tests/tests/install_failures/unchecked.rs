@@ -1,46 +1,19 @@
 //! Tarballs that the controller has not checked, as a compromised controller would serve them.
 
-use std::fs;
-
 use anyhow::{Context as _, Result};
-use integration_tests::Fleet;
 use integration_tests::fleet::update;
 use integration_tests::image::{lay_out_root, noise};
-use marco_controller::store::{ArtifactRow, Store};
-use marco_proto::names::ArtifactId;
+use integration_tests::smuggle::{self, NOTHING_KNOWN};
+use integration_tests::{Database, Fleet};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
 use marco_proto::v1::{Artifact, NodeMode};
-use sha2::{Digest as _, Sha256};
 
-use super::{INSTALL, MIB, blob, card_log, image};
+use super::{INSTALL, MIB, card_log, image};
 
-/// Facts without any objection to an image, so that the controller's checks accept it.
-pub(super) const NOTHING_KNOWN: Option<&str> = Some("{}");
-
-/// Replaces the bytes of pushed artifacts, with correct digests. `facts`: the stored result of the controller's checks;
-/// `None`: never checked, as by an earlier release.
+/// [`smuggle::smuggle`] into a fleet with SQLite.
 pub(super) async fn smuggle(fleet: &mut Fleet, images: &[(&Artifact, &[u8])], facts: Option<&str>) -> Result<()> {
-    // The store's lock allows one process, so the controller must be stopped.
-    fleet.kill_controller().await?;
-    let store = Store::open(&format!("sqlite://{}", fleet.data().join("marco.db").display())).await?;
-    for (pushed, bytes) in images {
-        let sha256 = hex::encode(Sha256::digest(bytes));
-        let place = blob(fleet, &Artifact { sha256: sha256.clone(), ..(*pushed).clone() })?;
-        fs::create_dir_all(place.parent().context("a folder")?)?;
-        fs::write(place, bytes)?;
-        let row = store.artifact(&ArtifactId::parse(&pushed.name)?).await?.context("the artifact")?;
-        let chunks = bytes.chunks(usize::try_from(row.chunk_size)?);
-        let chunk_sha256 = chunks.flat_map(|chunk| Sha256::digest(chunk).to_vec()).collect();
-        let size = u64::try_from(bytes.len())?;
-        store.put_artifact(&ArtifactRow { sha256: sha256.clone(), size, chunk_sha256, ..row }).await?;
-        if let Some(facts) = facts {
-            store.put_facts(&sha256, facts).await?;
-        }
-    }
-    // Releases the lock on the database file.
-    drop(store);
-    fleet.start_controller().await
+    smuggle::smuggle(fleet, &Database::Sqlite, images, facts).await
 }
 
 /// A tarball with a system and one more entry.

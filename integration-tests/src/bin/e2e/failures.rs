@@ -19,7 +19,7 @@ pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     let begun = Instant::now();
     let step = |what: &str| println!("\n== {:4} s  {what}", begun.elapsed().as_secs());
 
-    step("a controller, an image without boot files, and a network on which nobody is");
+    step("a controller, an image of another board, and a network on which nobody is");
     let rig = Rig::start(options, dir).await?;
     rig.push_image(Kind::NoSystem, "no-system").await?;
     rig.lab.ask(&["artifacts", "default", "no-system"]).await?;
