@@ -347,6 +347,17 @@ pub trait System: Send + Sync + 'static {
         None
     }
 
+    /// Path of the program that supervises the trial of a new system. `None`: nothing does.
+    fn supervisor_program(&self) -> Option<PathBuf> {
+        self.agent_program()
+    }
+
+    /// Ends the supervision of this system's trial, which was accepted. Blocking. The trial's kernel parameters must be
+    /// gone by then.
+    fn end_supervision(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     /// Warns logged-in users that the machine goes down after `delay`. The warning itself shuts nothing down, and a
     /// user's own announced shutdown stays. Returns true if the warning stands as an announced shutdown
     /// ([`Standing::Ours`]) until `delay` has passed: then a user can cancel it.
