@@ -205,6 +205,10 @@ impl System for Host {
         self.options.identity_dir.clone()
     }
 
+    fn trial_lacks(&self) -> Option<&'static str> {
+        preflight::trial_lacks(&self.options.sysroot)
+    }
+
     fn end_supervision(&self) -> std::io::Result<()> {
         let told = crate::supervise::accept();
         // The supervisor left it for restarts during the trial. The next one must boot the system by default.
