@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model showings bench-install host-test fuzz e2e failures powercut check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model showings bench-install host-test fuzz e2e failures trials powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -68,6 +68,9 @@ e2e: ## Under QEMU, with a real kernel: an empty card installs itself, is update
 
 failures: ## The same machine, an image that cannot be installed, each policy of install.toml, and a network without anybody [ARCH=arm64]
 	scripts/e2e.sh failures $(or $(BOARD),$(ARCH),amd64)
+
+trials: ## The same machine, with systems that hang on trial: each ends within LIMIT (60) seconds, and the installer is back [ONLY='emergency'] [ARCH=arm64]
+	LIMIT=$(or $(LIMIT),60) ONLY='$(ONLY)' scripts/e2e.sh trials $(or $(BOARD),$(ARCH),amd64)
 
 powercut: ## The same machine, its power cut while it is updated: at 30 random moments and at each phase [CUTS=3] [SEED=1] [ARCH=arm64]
 	CUTS=$(CUTS) $(if $(SEED),SEED=$(SEED)) scripts/e2e.sh powercut $(or $(BOARD),$(ARCH),amd64)

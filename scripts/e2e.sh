@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Boots whole machines under QEMU with a real kernel and the installer, on a network of their own.
-# Usage: e2e.sh boot|failures|powercut [amd64|arm64|raspi3b|raspi0]
+# Usage: e2e.sh boot|failures|trials|powercut [amd64|arm64|raspi3b|raspi0]
 # It needs root, or user namespaces; what is missing is installed with apt-get, Debian's kernel is kept in target/e2e.
 # KEEP=DIR keeps the card and the consoles of a run that failed. For powercut: CUTS=N moments, SEED=N.
+# For trials: LIMIT=60 seconds of each trial, ONLY='names of faults'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-} machine=${2:-amd64}

@@ -211,6 +211,7 @@ impl Machine {
             initramfs: initramfs.as_deref(),
             device_tree: device_tree.as_deref(),
             cmdline: &cmdline,
+            held: boot.cmdline.split_whitespace().any(|word| word == system::HOLD),
         };
         let (program, arguments) = self.board.qemu(&kernel, self.card.path(), &self.tap, console);
         let mut qemu = Recipe::new(tool(program)?, arguments, self.dir.join("qemu.log")).start()?;
@@ -228,6 +229,10 @@ impl Machine {
                 });
                 qemu.kill().await?;
                 Ok(end(&String::from_utf8_lossy(&std::fs::read(console)?)))
+            }
+            () = unwatched(console, boot.watchdog) => {
+                qemu.kill().await?;
+                Ok(End::Reset)
             }
             () = halted(console) => {
                 qemu.kill().await?;
@@ -255,6 +260,18 @@ impl Machine {
         std::fs::write(&joined, bytes)?;
         Ok(Some(joined))
     }
+}
+
+/// Plays the watchdog that the firmware starts (`kernel_watchdog_timeout`): waits until its time is over, and returns if no
+/// kernel has said a word. Pends forever for a kernel that runs: QEMU's machines have no Pi's watchdog that it could feed.
+async fn unwatched(console: &Path, timeout: Option<Duration>) {
+    if let Some(timeout) = timeout {
+        tokio::time::sleep(timeout).await;
+        if std::fs::read(console).is_ok_and(|said| said.is_empty()) {
+            return;
+        }
+    }
+    std::future::pending().await
 }
 
 /// Waits until the kernel has halted on a board that can neither power off nor restart, so that QEMU does not end.

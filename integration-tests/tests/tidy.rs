@@ -36,7 +36,7 @@ const CONTROLLER: [(&str, &[&str]); 15] = [
 ];
 
 /// Allowed dependencies of the agent's modules.
-const AGENT: [(&str, &[&str]); 16] = [
+const AGENT: [(&str, &[&str]); 17] = [
     ("bootpart", &["system"]),
     ("discovery", &[]),
     ("download", &[]),
@@ -44,7 +44,7 @@ const AGENT: [(&str, &[&str]); 16] = [
     ("health", &[]),
     ("identity", &["discovery", "system"]),
     ("init", &[]),
-    ("install", &["discovery", "identity", "session", "download", "system", "bootpart", "job"]),
+    ("install", &["discovery", "identity", "session", "download", "system", "bootpart", "job", "supervise"]),
     ("job", &[]),
     ("journal", &["health", "job"]),
     ("logbook", &["bootpart", "system"]),
@@ -68,8 +68,9 @@ const AGENT: [(&str, &[&str]); 16] = [
     ),
     ("session", &["discovery", "health", "identity", "journal", "job", "system"]),
     ("simulate", &["run", "system", "config", "discovery", "identity"]),
+    ("supervise", &[]),
     // The virtual Pi lays out its card with the code that writes real cards.
-    ("system", &["bootpart", "health"]),
+    ("system", &["bootpart", "health", "supervise"]),
 ];
 
 /// Words confined to some places: the word, the package, and the modules or files that may contain it.
@@ -79,8 +80,9 @@ const KEPT: [(&str, &str, &[&str]); 8] = [
     ("sea_orm", "controller", &["store"]),
     ("tokio::process", "node-agent", &["system"]),
     ("tokio::process", "controller", &[]),
-    // PID 1 of an initramfs reaps every process, also those that tokio waits for, so it starts processes itself.
-    ("std::process::Command", "node-agent", &["init"]),
+    // PID 1 of an initramfs reaps every process, also those that tokio waits for, so it starts processes itself. That of a
+    // system on trial has no runtime.
+    ("std::process::Command", "node-agent", &["init", "supervise"]),
     ("Utc::now", "controller", &["clock"]),
     // Ends the present session whatever its epoch. A sweep knows an older picture, so it calls `end_one`.
     ("sessions.end(", "controller", &["api/node.rs"]),

@@ -211,6 +211,31 @@ async fn an_image_that_does_not_come_up_brings_the_installer_back_and_another_im
 }
 
 #[tokio::test]
+async fn systems_that_hang_on_trial_give_way_without_hands() -> Result<()> {
+    let fleet = Fleet::builder().pis(2).start().await?;
+    let ids = fleet.ids().await?;
+    for (id, at) in ids.iter().zip(["init", "kernel"]) {
+        let root = fleet.dir().join(format!("hangs-at-{at}"));
+        lay_out_root(&root, "hangs")?;
+        fs::create_dir_all(root.join("etc/marco-virtual"))?;
+        fs::write(root.join("etc/marco-virtual/hangs"), at)?;
+        // Raspberry Pi OS has the driver of the watchdog in its kernel.
+        fs::create_dir_all(root.join("lib/modules/6.12-v8"))?;
+        let built_in = root.join("lib/modules/6.12-v8/modules.builtin");
+        fs::write(built_in, "kernel/drivers/watchdog/bcm2835_wdt.ko\n")?;
+        let tarball = pack(&root, &root.with_extension("tar.gz"), Compression::Gzip)?;
+        let image = push(&mut fleet.artifacts(), at, Kind::Image, Purpose::Unspecified, &tarball).await?;
+        let operation = fleet.create(update(std::slice::from_ref(id), &image.name, "")).await?;
+        fleet.ends(&operation.name, seconds(300), OperationState::Failed).await?;
+        let error = fleet.execution(&operation.name, id).await?.error.context("no error")?;
+        assert_eq!(error.reason, "IMAGE_DID_NOT_COME_UP", "{error:?}");
+        // One restart into the installer, and three trials. No test has pressed the power button.
+        assert_eq!(fleet.pi(id).reboots(&execution_name(&operation, id))?, 4, "{:?}", fleet.pi(id).log()?);
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_power_cut_at_any_time_of_an_update_leaves_no_mix() -> Result<()> {
     let fleet = Fleet::builder().pis(1).start().await?;
     let ids = fleet.ids().await?;

@@ -14,12 +14,14 @@ use tokio_util::sync::CancellationToken;
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
 use crate::download::{self, Download, DownloadError, Downloader};
 use crate::job::{CALLED_OFF, Labels, phase};
+use crate::settings::Settings;
 use crate::system::rooted::Rooted;
 use crate::system::{
     Board, Card, Erase, Lease, NO_PARTITIONS, Ready, Release, Room, System, SystemError, Target, release,
 };
 use first_boot::give_on;
 use personal::Keep;
+use trial::Supervision;
 use unpack::Destination;
 use verdict::Verdict;
 
@@ -39,6 +41,7 @@ mod write_back;
 
 pub use agent::LONG_VERSION;
 pub(crate) use boot_files::end_trial;
+pub(crate) use trial::remove_supervisor;
 
 /// The agent's state folder within a root.
 const STATE_DIR: &str = "var/lib/marco-agent";
@@ -280,6 +283,7 @@ impl Work<'_> {
         if !disk {
             self.label_boot(&target, &given, None).await?;
         }
+        let supervision = self.supervision()?;
         let (fitted, board, node) = (target.clone(), self.board.clone(), self.job.node.clone());
         blocking(move || {
             let (root, boot) = open(&fitted)?;
@@ -288,7 +292,7 @@ impl Work<'_> {
                 boot_files::move_from(&root, mount, &boot)?;
             }
             boot_files::check(&boot, &board)?;
-            boot_files::fit(&boot, &board, &fitted)?;
+            boot_files::fit(&root, &boot, &board, &fitted, &supervision)?;
             give_on(&given, &root, &boot, &node)?;
             let disk = InstallError::disk("rewrite /etc/fstab");
             let fstab = root.read("etc/fstab").map_err(&disk)?.unwrap_or_default();
@@ -385,12 +389,13 @@ impl Work<'_> {
         // Without the data of its first boot cloud-init takes itself to be on another machine.
         let given = self.given().await?.of_cloud_init();
         self.label_boot(&target, &given, Some(brings_data)).await?;
+        let supervision = self.supervision()?;
         let (fitted, board, path, node) = (target.clone(), self.board.clone(), zip.clone(), self.job.node.clone());
         blocking(move || {
             marco_archive::unpack_zip(open_zip(&path)?, &fitted.boot).map_err(bootcode)?;
             let (root, boot) = open(&fitted)?;
             boot_files::check(&boot, &board)?;
-            boot_files::fit(&boot, &board, &fitted)?;
+            boot_files::fit(&root, &boot, &board, &fitted, &supervision)?;
             if cloud_init::is_there(&root) { give_on(&given, &root, &boot, &node) } else { Ok(()) }
         })
         .await?;
@@ -399,6 +404,12 @@ impl Work<'_> {
         self.system.finish_target(target).await?;
         blocking(move || std::fs::remove_file(&zip).map_err(InstallError::disk("remove the boot files' zip"))).await?;
         self.installed(Next::System)
+    }
+
+    fn supervision(&self) -> Result<Supervision, InstallError> {
+        let settings = Settings::read(&self.card.recovery);
+        let settings = settings.map_err(|error| SystemError::Invalid(sentence(&error)))?;
+        Ok(Supervision { program: self.system.supervisor_program(), limit: settings.trial.limit })
     }
 
     /// Step 4 of an update: from here on every boot is this installer, which starts over by itself. Then the card may

@@ -18,7 +18,7 @@ use node_agent::system::host::{Host, HostOptions};
 use node_agent::system::installer::Installer;
 use node_agent::system::virtual_pi::Options;
 use node_agent::system::{LOG_FILE, System as _};
-use node_agent::{init, network, run};
+use node_agent::{init, network, run, supervise};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -30,6 +30,9 @@ const LOOK_FOR_CARD: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     // Before the command line: the kernel passes words of its own to the first process.
+    if let Some(role) = supervise::role() {
+        supervise::main(role);
+    }
     if init::is_init() {
         init::main();
     }

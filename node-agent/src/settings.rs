@@ -14,6 +14,12 @@ pub const FILE: &str = "marco/install.toml";
 pub const FILE_SYSTEMS: [(&str, &str); 4] =
     [("ext4", "/sbin/mke2fs"), ("btrfs", "/sbin/mkfs.btrfs"), ("f2fs", "/sbin/mkfs.f2fs"), ("xfs", "/sbin/mkfs.xfs")];
 
+/// Longest trial of a new system. With the restart it stays below 15 minutes. Longer than the wait for the controller's
+/// verdict, after which the new system goes back by itself.
+pub const TRIAL_LIMIT: Duration = Duration::from_secs(14 * 60);
+/// Shortest one: a system must be able to start at all.
+const SHORTEST_TRIAL: Duration = Duration::from_secs(20);
+
 /// Settings of an installer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -28,6 +34,8 @@ pub struct Settings {
     pub network: Network,
     /// Reaction to a failed installation.
     pub failure: Failure,
+    /// The trial of a new system.
+    pub trial: Trial,
     /// Log level or filter, as tracing-subscriber reads it. `None`: the default.
     pub log: Option<String>,
 }
@@ -117,6 +125,22 @@ pub enum Policy {
     Shell,
 }
 
+/// The trial of a new system.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Trial {
+    /// Time from the start of the new system's kernel until the installer comes back, unless the controller has accepted
+    /// the system. At most [`TRIAL_LIMIT`].
+    #[serde(deserialize_with = "limit")]
+    pub limit: Duration,
+}
+
+impl Default for Trial {
+    fn default() -> Self {
+        Self { limit: TRIAL_LIMIT }
+    }
+}
+
 /// The settings are unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
@@ -183,6 +207,20 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error
     humantime::parse_duration(&text).map_err(|error| serde::de::Error::custom(format!("{text:?} is no time: {error}")))
 }
 
+fn limit<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let limit = time(deserializer)?;
+    if (SHORTEST_TRIAL..=TRIAL_LIMIT).contains(&limit) {
+        return Ok(limit);
+    }
+    let format = humantime::format_duration;
+    Err(serde::de::Error::custom(format!(
+        "a trial of {}: it can last from {} to {}",
+        format(limit),
+        format(SHORTEST_TRIAL),
+        format(TRIAL_LIMIT)
+    )))
+}
+
 fn file_system<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let text = String::deserialize(deserializer)?;
     // Checked here: later, the old root would be gone already.
@@ -210,8 +248,14 @@ mod tests {
     #[test]
     fn unknown_keys_and_values_are_refused() {
         // A typing error must not lead to the defaults, which would divide the card.
-        for wrong in ["sizes = 1", "[root]\ntype = \"ntfs\"", "[failure]\npolicy = \"pray\"", "[boot]\nsize = \"big\""]
-        {
+        for wrong in [
+            "sizes = 1",
+            "[root]\ntype = \"ntfs\"",
+            "[failure]\npolicy = \"pray\"",
+            "[boot]\nsize = \"big\"",
+            "[trial]\nlimit = \"15m\"",
+            "[trial]\nlimit = \"1s\"",
+        ] {
             assert!(toml::from_str::<Settings>(wrong).is_err(), "{wrong}");
         }
     }
@@ -232,6 +276,7 @@ mod tests {
         assert!(!all.boot.mkfs_options.is_empty() && !all.home.mkfs_options.is_empty());
         assert!(all.network.interface.is_some() && all.network.address.is_some() && all.network.gateway.is_some());
         assert_eq!((all.network.dns.len(), all.failure.policy), (1, Policy::Reboot));
+        assert_eq!(all.trial.limit.as_secs(), 300);
         assert!(all.log.is_some() && all.failure.after.as_secs() == 300);
     }
 }

@@ -28,6 +28,7 @@ pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
 use rooted::Rooted;
 pub use scheduled::{Scheduled, Standing};
+pub(crate) use scheduled::{WITHDRAWN, announcement};
 
 /// Bytes that the state folder must have free: a journal and its successor, which is written before the old one goes.
 const STATE_ROOM: u64 = 1 << 20;
@@ -285,24 +286,6 @@ const LOG_LENGTH: usize = 128 * 1024;
 pub(crate) const NO_PARTITIONS: &str =
     "the image is a whole disk's, and this node's card is made of folders: push a tarball of its root instead";
 
-/// Message to logged-in users after a cancelled shutdown.
-pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
-
-/// Message to logged-in users before the machine goes down.
-pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String {
-    let what = match down {
-        Down::Reboot => "reboots",
-        Down::PowerOff => "powers off",
-    };
-    let when = if delay.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(delay)) };
-    let message = message.trim();
-    if message.is_empty() {
-        format!("This machine {what} {when}.")
-    } else {
-        format!("This machine {what} {when}: {message}")
-    }
-}
-
 /// A machine: the real host, its installer, or a virtual Pi.
 #[async_trait]
 pub trait System: Send + Sync + 'static {
@@ -345,6 +328,23 @@ pub trait System: Send + Sync + 'static {
     /// `None`: the program is not on the card, as on a virtual Pi.
     fn agent_program(&self) -> Option<PathBuf> {
         None
+    }
+
+    /// Path of the program that supervises the trial of a new system. `None`: nothing does.
+    fn supervisor_program(&self) -> Option<PathBuf> {
+        self.agent_program()
+    }
+
+    /// Says what a trial on this machine lacks, so that some hang of it would need hands. `None`: nothing is known to be
+    /// missing. It is no reason to refuse an update.
+    fn trial_lacks(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Ends the supervision of this system's trial, which was accepted. Blocking. The trial's kernel parameters must be
+    /// gone by then.
+    fn end_supervision(&self) -> std::io::Result<()> {
+        Ok(())
     }
 
     /// Warns logged-in users that the machine goes down after `delay`. The warning itself shuts nothing down, and a

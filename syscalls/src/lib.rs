@@ -1,5 +1,6 @@
-//! Two system calls that the installer needs and no library offers: reboot(2) with an argument, and the ioctl BLKPG.
-//! BLKPG tells the kernel of one partition while others of the same disk are mounted.
+//! System calls that the agent needs and no library offers, or none as a safe function: reboot(2) with an argument, the
+//! ioctl BLKPG, and unshare(2) of the mounts. BLKPG tells the kernel of one partition while others of the same disk are
+//! mounted.
 
 use std::convert::Infallible;
 use std::ffi::CStr;
@@ -51,6 +52,16 @@ pub fn restart_with(argument: &CStr) -> Result<Infallible> {
     }
     // The call returns only if it failed.
     Err(Error::last_os_error())
+}
+
+/// Gives the calling process mounts of its own (unshare(2), `CLONE_NEWNS`). Threads that exist already keep the old ones.
+///
+/// # Errors
+/// Returns EPERM if the process lacks CAP_SYS_ADMIN.
+pub fn own_mounts() -> Result<()> {
+    // SAFETY: the call takes no pointer. With this flag alone it shares or closes no descriptor and no memory.
+    let done = unsafe { libc::unshare(libc::CLONE_NEWNS) };
+    if done == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
 /// Announces a partition to the kernel. `start` and `length` are in bytes, `number` counts from 1.

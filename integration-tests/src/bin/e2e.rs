@@ -1,4 +1,4 @@
-//! `make e2e`, `make failures` and `make powercut`: whole machines under QEMU, with a real kernel and installer.
+//! `make e2e`, `make failures`, `make trials` and `make powercut`: whole machines under QEMU, with a real kernel and installer.
 #![allow(clippy::print_stdout, reason = "what it prints is the point of it")]
 
 #[path = "e2e/cuts.rs"]
@@ -7,6 +7,8 @@ mod cuts;
 mod failures;
 #[path = "e2e/journey.rs"]
 mod journey;
+#[path = "e2e/trials.rs"]
+mod trials;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,8 +18,8 @@ use integration_tests::machine::board::Board;
 use integration_tests::machine::rig::Options;
 use tokio::signal::unix::{SignalKind, signal};
 
-const USAGE: &str = "usage: marco-e2e boot|failures|powercut BOARD DEBIAN-ROOT AGENT, in a network namespace of its own; the scripts in \
-                     scripts/ know how; for powercut CUTS=N and SEED=N in the environment";
+const USAGE: &str = "usage: marco-e2e boot|failures|trials|powercut BOARD DEBIAN-ROOT AGENT, in a network namespace of its own; the scripts in \
+                     scripts/ know how; in the environment for powercut CUTS=N and SEED=N, for trials LIMIT=SECONDS and ONLY='NAMES'";
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -50,6 +52,7 @@ async fn play() -> Result<()> {
     let played = match what.as_str() {
         "boot" => journey::travel(options, dir.path()).await,
         "failures" => failures::fail(options, dir.path()).await,
+        "trials" => trials::run(options, dir.path()).await,
         "powercut" => cuts::cut(options, dir.path()).await,
         _ => bail!("{USAGE}"),
     };

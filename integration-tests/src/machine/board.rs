@@ -30,6 +30,8 @@ pub struct Kernel<'a> {
     pub device_tree: Option<&'a Path>,
     /// The kernel's command line.
     pub cmdline: &'a str,
+    /// The processor never runs, as one whose kernel hangs at once.
+    pub held: bool,
 }
 
 impl Board {
@@ -98,8 +100,8 @@ impl Board {
     /// The kernel modules for its storage, its network and its file systems.
     pub fn modules(self) -> &'static [&'static str] {
         match self {
-            Self::Amd64 => &["virtio_pci", "virtio_blk", "virtio_net", "vfat", "nls_cp437", "nls_ascii"],
-            Self::Arm64 => &["virtio_mmio", "virtio_blk", "virtio_net", "vfat", "nls_cp437", "nls_ascii"],
+            Self::Amd64 => &["softdog", "virtio_pci", "virtio_blk", "virtio_net", "vfat", "nls_cp437", "nls_ascii"],
+            Self::Arm64 => &["softdog", "virtio_mmio", "virtio_blk", "virtio_net", "vfat", "nls_cp437", "nls_ascii"],
             Self::Raspi3b => &[
                 "sdhci-iproc",
                 "bcm2835",
@@ -248,6 +250,9 @@ impl Board {
         }
         add("-netdev", format!("tap,id=net,ifname={tap},script=no,downscript=no"));
         add("-device", format!("{network},netdev=net,mac=52:54:00:77:00:77"));
+        if start.held {
+            arguments.push("-S".to_owned());
+        }
         (program, arguments)
     }
 }

@@ -23,6 +23,22 @@ const UDHCPC: &str = include_str!("system/udhcpc");
 const SHUTDOWN: &str = include_str!("system/shutdown");
 /// Table of busybox's init, which starts the agent again whenever it ends.
 const INITTAB: &str = "::sysinit:/etc/rc\n::respawn:/etc/agent\n::shutdown:/bin/busybox umount -a -r\n";
+/// Table of an init that starts no agent.
+const INITTAB_NO_AGENT: &str = "::sysinit:/etc/rc\n::shutdown:/bin/busybox umount -a -r\n";
+/// An init that hangs.
+const HANG: &str = "#!/bin/sh\necho init hangs\nwhile :; do /bin/busybox sleep 1000; done\n";
+/// An init that waits for an operator.
+const EMERGENCY: &str = "#!/bin/sh\necho You are in emergency mode.\nwhile :; do /bin/sh; /bin/busybox sleep 1; done\n";
+/// First line of [`RC`] that sets the network up.
+const NETWORK: &str = "$b ip link set lo up\n";
+/// End of [`RC`] for a system that restarts after its first boot. The rest of systemd's part: it passes the argument in its
+/// file on to reboot(2).
+const RESTART: &str = "if ! [ -e /etc/booted ]; then\n    until [ -s /run/systemd/reboot-param ]; do $b usleep 200000; done\n    \
+                       echo booted >/etc/booted\n    $b sync\n    read -r number word </run/systemd/reboot-param\n    \
+                       echo \"marco-test-firmware: $word\" >/dev/console\n    $b reboot -f\nfi\n";
+/// Word on the kernel's command line for which the harness never lets the kernel run.
+pub const HOLD: &str = "marco.test_hold";
+
 /// Sends the agent's output to the console, which the harness records.
 const AGENT: &str = "#!/bin/sh\nexec /usr/bin/marco-agent run </dev/null >/dev/console 2>&1\n";
 
@@ -41,6 +57,20 @@ pub enum Kind {
     CloudInit,
     /// Its init ends at once, and the kernel panics.
     Panics,
+    /// Its kernel hangs before it starts a program: the harness holds the processor.
+    Holds,
+    /// It hangs in its initial RAM file system.
+    HangsEarly,
+    /// Its init hangs.
+    HangsInInit,
+    /// Its init waits at the console for an operator.
+    Emergency,
+    /// It boots, and never starts the agent.
+    NoAgent,
+    /// It boots, and never gets a network.
+    NoNetwork,
+    /// It boots, and restarts once by itself, as after a first boot.
+    Restarts,
     /// Its boot files are those of a board that is not emulated, so the installer refuses it.
     NoSystem,
 }
@@ -90,7 +120,7 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         ("etc/group", "root:x:0:\n"),
         ("etc/hostname", "image\n"),
         ("etc/hosts", "127.0.0.1\tlocalhost\n"),
-        ("etc/inittab", INITTAB),
+        ("etc/inittab", if kind == Kind::NoAgent { INITTAB_NO_AGENT } else { INITTAB }),
         ("etc/fstab", "PARTUUID=00000000-02 / ext4 defaults 0 1\nPARTUUID=00000000-01 /boot/firmware vfat ro 0 2\n"),
         ("etc/ssh/sshd_config", "# nobody listens here, but the host keys are the node's\n"),
         // Empty, as in published images: the installer must give each node an id of its own.
@@ -101,14 +131,28 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
     for (path, text) in texts {
         fs::write(root.join(path), text)?;
     }
-    for (path, text) in [("etc/rc", RC), ("etc/udhcpc", UDHCPC), ("etc/agent", AGENT), ("sbin/shutdown", SHUTDOWN)] {
+    let rc = match kind {
+        Kind::NoNetwork => RC.split(NETWORK).next().unwrap_or_default().to_owned(),
+        // Before the network, and so before the agent.
+        Kind::Restarts => RC.replace(NETWORK, &format!("{RESTART}{NETWORK}")),
+        _ => RC.to_owned(),
+    };
+    for (path, text) in
+        [("etc/rc", rc.as_str()), ("etc/udhcpc", UDHCPC), ("etc/agent", AGENT), ("sbin/shutdown", SHUTDOWN)]
+    {
         fs::write(root.join(path), text)?;
         fs::set_permissions(root.join(path), fs::Permissions::from_mode(0o755))?;
     }
     // Bytes that do not compress, so that the stream takes long enough to be observed.
     fs::write(root.join("usr/lib/noise/bytes"), noise(name, pieces.board.ballast()))?;
-    if kind == Kind::Panics {
-        fs::write(root.join("sbin/init"), "#!/bin/sh\nexit 1\n")?;
+    let init = match kind {
+        Kind::Panics => Some("#!/bin/sh\nexit 1\n"),
+        Kind::HangsInInit => Some(HANG),
+        Kind::Emergency => Some(EMERGENCY),
+        _ => None,
+    };
+    if let Some(init) = init {
+        fs::write(root.join("sbin/init"), init)?;
         fs::set_permissions(root.join("sbin/init"), fs::Permissions::from_mode(0o755))?;
     } else {
         // A symbolic link, as in real images: the checks have to follow it.
@@ -128,15 +172,25 @@ async fn lay_out(pieces: &Pieces, kind: Kind, name: &str, root: &Path) -> Result
         fs::write(root.join("boot/firmware/user-data"), "#cloud-config\n")?;
         fs::write(root.join("boot/firmware/meta-data"), "instance-id: a-test\n")?;
     }
-    lay_out_boot(pieces, &root.join("boot/firmware")).await
+    if kind == Kind::Holds {
+        // A kernel with the driver of a Pi's watchdog: for it the installer asks the firmware to start the watchdog.
+        fs::create_dir_all(root.join("lib/modules/e2e"))?;
+        fs::write(root.join("lib/modules/e2e/modules.builtin"), "kernel/drivers/watchdog/bcm2835_wdt.ko\n")?;
+    }
+    lay_out_boot(pieces, kind, &root.join("boot/firmware")).await
 }
 
 /// Lays out the system's own boot files.
-async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
+async fn lay_out_boot(pieces: &Pieces, kind: Kind, boot: &Path) -> Result<()> {
     let board = pieces.board;
     fs::copy(kernel(&pieces.debian)?, boot.join("kernel.img"))?;
     fs::write(boot.join("config.txt"), "auto_initramfs=0\nkernel=kernel.img\ninitramfs initramfs followkernel\n")?;
-    let cmdline = format!("console={} root=PARTUUID=00000000-02 rootfstype=ext4 rootwait\n", board.console());
+    let hold = if kind == Kind::Holds { HOLD } else { "" };
+    // The kernel's own watchdog in place of a Pi's, already running when its driver is loaded.
+    let cmdline = format!(
+        "console={} root=PARTUUID=00000000-02 rootfstype=ext4 rootwait softdog.soft_active_on_boot=1 {hold}\n",
+        board.console()
+    );
     fs::write(boot.join("cmdline.txt"), cmdline)?;
     fs::write(boot.join("overlays/README"), "no overlays\n")?;
     for tree in board.device_trees() {
@@ -147,7 +201,7 @@ async fn lay_out_boot(pieces: &Pieces, boot: &Path) -> Result<()> {
         fs::write(boot.join("bcm2711-rpi-4-b.dtb"), "not read by this machine\n")?;
     }
     let work = tempfile::tempdir()?;
-    initramfs(pieces, work.path(), &boot.join("initramfs")).await
+    initramfs(pieces, kind, work.path(), &boot.join("initramfs")).await
 }
 
 /// The kernel in Debian's packages; there is exactly one.
@@ -166,13 +220,15 @@ fn device_tree(debian: &Path, firmware_name: &str) -> Result<PathBuf> {
 }
 
 /// Packs busybox, the modules and a script.
-async fn initramfs(pieces: &Pieces, work: &Path, to: &Path) -> Result<()> {
+async fn initramfs(pieces: &Pieces, kind: Kind, work: &Path, to: &Path) -> Result<()> {
     for folder in ["bin", "dev", "modules", "proc", "root", "sys"] {
         fs::create_dir_all(work.join(folder))?;
     }
     fs::copy(pieces.debian.join("bin/busybox"), work.join("bin/busybox"))?;
     symlink("busybox", work.join("bin/sh"))?;
-    fs::write(work.join("init"), INIT)?;
+    let hang = "$b mount -t ext4";
+    let hangs = INIT.replace(hang, &format!("echo hangs early\nwhile :; do $b sleep 1000; done\n{hang}"));
+    fs::write(work.join("init"), if kind == Kind::HangsEarly { &hangs } else { INIT })?;
     fs::set_permissions(work.join("init"), fs::Permissions::from_mode(0o755))?;
     let mut order = String::new();
     for module in modules(&pieces.debian, pieces.board.modules())? {

@@ -1,5 +1,7 @@
 //! The choice between the two systems of a card, and the last step of an update, which makes it.
 
+use std::sync::Arc;
+
 use super::update::off_runtime;
 use super::{Executor, StepError, WayDown};
 use crate::bootpart::{BootError, DefaultBoot, Writable};
@@ -7,9 +9,19 @@ use crate::cause::chain;
 use crate::install;
 use crate::job::{Failure, Kind};
 use crate::journal::Entry;
+use crate::system::System;
 
 /// Tries of the switch to the new system. A card that is busy with itself fails for seconds, not for longer.
 const TRIES: u32 = 5;
+
+/// Ends the supervision of the trial, whose parameters are gone. A failure is only logged: the system is accepted. At worst
+/// the supervisor restarts it once, by default into this very system.
+fn end_supervision(system: &dyn System) {
+    let ended = system.end_supervision().and_then(|()| install::remove_supervisor(&system.root()));
+    if let Err(error) = ended {
+        tracing::warn!(error = %error, "supervision of the trial not ended");
+    }
+}
 
 impl Executor {
     /// Makes the new system the default boot, and reads that back. Until then the installer is, so its files stay.
@@ -17,13 +29,15 @@ impl Executor {
         let mut tries = 1;
         loop {
             let recovery = self.recovery_or_fail()?;
-            let (system, board) = (self.system.card().map(|card| card.boot), self.system.facts()?.board);
+            let (system, board) = (Arc::clone(&self.system), self.system.facts()?.board);
             let switched = off_runtime(move || {
                 // Before the switch: an accepted system must not keep `panic=` of its trial. Its owner decides that.
-                if let Some(boot) = system {
-                    let _writable = Writable::open(&boot)?;
-                    install::end_trial(&boot, &board).map_err(BootError::io("end the trial in", &boot))?;
+                if let Some(card) = system.card() {
+                    let _writable = Writable::open(&card.boot)?;
+                    let ended = install::end_trial(&card.boot, &board);
+                    ended.map_err(BootError::io("end the trial in", &card.boot))?;
                 }
+                end_supervision(system.as_ref());
                 recovery.set_boot_partition(DefaultBoot::System)?;
                 // Read past the page cache: a card may acknowledge a write that it has not kept.
                 match recovery.default_boot()? {

@@ -31,6 +31,10 @@ impl Executor {
     ) -> Result<Prefix, StepError> {
         self.phase(execution, phase::CHECKING);
         self.system.preflight_update().await.map_err(refused)?;
+        // In the log, which goes to the controller if the update fails. Not a refusal: most systems come up.
+        if let Some(lacks) = self.system.trial_lacks() {
+            tracing::warn!(execution, lacks, "a trial on this machine may need hands");
+        }
         // A raw image replaces the whole card, so there is nothing to keep.
         if !update.raw {
             self.system.check_kept(erased_by(update)).await.map_err(refused)?;

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use marco_archive::firmware::{BootFiles, Tree, lookup, same_on_trial, select};
 
+use super::InstallError;
 use super::plan::{self, BootMount};
-use super::{InstallError, trial};
+use super::trial::{self, Supervision};
 use crate::system::rooted::{Kind, Rooted};
 use crate::system::{Board, Target};
 
@@ -98,8 +99,16 @@ fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) ->
     Ok(())
 }
 
-/// Makes the command line name this card's root, and a trial boot take the same files as any other.
-pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result::Result<(), InstallError> {
+/// Makes the command line name this card's root, and a trial boot take the same files as any other. A trial gets its
+/// parameters and its supervisor.
+pub(super) fn fit(
+    root: &Rooted,
+    boot: &Rooted,
+    board: &Board,
+    target: &Target,
+    supervision: &Supervision,
+) -> std::result::Result<(), InstallError> {
+    supervision.install(root).map_err(InstallError::disk("install the supervisor of the trial"))?;
     let files = Folder { root: boot, folder: Path::new("") };
     let file = select(&files, &board.family, tree(board), false).cmdline;
     let lacks = || InstallError::not_a_system(format!("the boot files have no {file}"));
@@ -107,19 +116,27 @@ pub(super) fn fit(boot: &Rooted, board: &Board, target: &Target) -> std::result:
     let text = boot.read(&place).map_err(InstallError::disk("read the command line"))?.ok_or_else(lacks)?;
     let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
     // Not as `[tryboot] cmdline=` in config.txt: firmware that ignores that would boot without the parameters.
-    let text = trial::add_parameters(&text);
+    let text = supervision.add_parameters(&text);
     boot.write(&place, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
 
     // Images of Ubuntu name other files in `[tryboot]`, for trial boots of their own. Our trial must try the files that
     // every later boot takes.
     let lines = same_on_trial(&files, &board.family, tree(board));
-    if lines.is_empty() {
-        return Ok(());
-    }
-    tracing::info!(lines = lines.join(" "), "config.txt gets lines, so that a trial boot takes the same files");
     let place = files.path("config.txt").unwrap_or_else(|| "config.txt".into());
     let config = boot.read(&place).map_err(InstallError::disk("read config.txt"))?.unwrap_or_default();
-    let added = format!("\n# Marco Bootstrap: a trial boot takes the same files\n[all]\n{}\n", lines.join("\n"));
+    let mut added = String::new();
+    if !lines.is_empty() {
+        tracing::info!(lines = lines.join(" "), "config.txt gets lines, so that a trial boot takes the same files");
+        added += &format!("\n# Marco Bootstrap: a trial boot takes the same files\n[all]\n{}\n", lines.join("\n"));
+    }
+    // They stay after the trial: without the flag of a trial boot the firmware skips them.
+    let watched = trial::firmware_lines(root);
+    if !watched.is_empty() {
+        added += &format!("\n# Marco Bootstrap: a kernel that hangs on trial is reset\n{watched}");
+    }
+    if added.is_empty() {
+        return Ok(());
+    }
     let config = [config.as_slice(), added.as_bytes()].concat();
     boot.write(&place, &config, 0o755).map_err(InstallError::disk("write config.txt"))
 }
@@ -146,11 +163,12 @@ pub(super) fn check(boot: &Rooted, board: &Board) -> std::result::Result<(), Ins
 mod tests {
     use std::fs;
     use std::path::Path;
+    use std::time::Duration;
 
     use marco_archive::Facts;
     use marco_archive::firmware::{Tree, select};
 
-    use super::{Folder, check, end_trial, fit};
+    use super::{Folder, Supervision, check, end_trial, fit};
     use crate::system::rooted::Rooted;
     use crate::system::{Board, Target};
 
@@ -220,7 +238,9 @@ mod tests {
             let dir = lay_out(config, line, folder);
             let boot = Rooted::open(dir.path()).unwrap();
             check(&boot, &board).unwrap();
-            fit(&boot, &board, &target).unwrap();
+            let root = tempfile::tempdir().unwrap();
+            let supervision = Supervision { program: None, limit: Duration::from_secs(840) };
+            fit(&Rooted::open(root.path()).unwrap(), &boot, &board, &target, &supervision).unwrap();
             let cmdline = fs::read_to_string(dir.path().join(folder).join("cmdline.txt")).unwrap();
             assert!(cmdline.contains("root=PARTUUID=00-02"), "{line}: {cmdline}");
             assert!(cmdline.contains("panic=10"), "{line}: {cmdline}");

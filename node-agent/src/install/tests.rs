@@ -200,7 +200,9 @@ async fn an_image_becomes_this_nodes_system() {
     assert_eq!(bed.read("boot/kernel8.img"), "new kernel");
     assert!(!bed.has("root/boot/firmware/kernel8.img"));
     let cmdline = bed.read("boot/cmdline.txt");
-    let trial = "marco.trial=begin panic=10 marco.trial=end";
+    let trial = "marco.trial=begin panic=10 watchdog_disarm=0 watchdog.open_timeout=600 \
+                 init=/var/lib/marco-agent/supervise marco.limit=840 marco.trial=end";
+    assert!(bed.has("root/var/lib/marco-agent/supervise"));
     assert!(cmdline.starts_with(&format!("{trial} console=tty1 root=PARTUUID=")), "{cmdline}");
     assert!(!cmdline.contains("resize"), "{cmdline}");
     assert!(bed.read("root/etc/fstab").contains("-04 /boot/firmware vfat"));

@@ -1,12 +1,17 @@
-//! Kernel parameters of a new system that it has only while it is on trial.
+//! Parts of a new system that it has only while it is on trial: kernel parameters, and the supervisor.
 //!
-//! A kernel that panics halts by default (`PANIC_TIMEOUT=0` in Debian's and Raspberry Pi OS's kernels). Without `panic=` a
-//! trial that cannot mount its root or has no init never returns to the installer.
+//! A kernel that panics halts by default (`PANIC_TIMEOUT=0` in Debian's and Raspberry Pi OS's kernels), one that hangs is
+//! fed its watchdog by itself, and an init that hangs is noticed by nobody. Without these parts such a trial never returns
+//! to the installer.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::supervise;
+use crate::system::rooted::{Kind, Rooted};
 
 /// Begin and end of the trial's parameters. The kernel takes a name with a dot for a module's parameter and passes nothing on
 /// to init.
@@ -14,16 +19,79 @@ const BEGIN: &str = "marco.trial=begin";
 const END: &str = "marco.trial=end";
 /// Seconds after a panic until the kernel restarts (kernel documentation, kernel-parameters): a person can read it.
 const PANIC: &str = "panic=10";
+/// The kernel feeds a watchdog that the firmware started for this many seconds, and then expects the supervisor to do it
+/// (kernel documentation, watchdog-parameters). Long enough to check a large file system before that.
+const OPEN_TIMEOUT: u64 = 600;
+/// Raspberry Pi OS's initramfs stops the firmware's watchdog unless it finds this word.
+const KEEP_ARMED: &str = "watchdog_disarm=0";
 /// The parameters must lie in the first sector of the file: then a power cut leaves the old sector or the new one.
 const SECTOR: u64 = 512;
+/// Seconds that the firmware gives the kernel to take over the watchdog. Longer ones do not fit into its counter.
+const FIRMWARE_TIMEOUT: u64 = 15;
+/// Folder of the kernels' modules, and the driver of a Pi's watchdog.
+const MODULES: &str = "lib/modules";
+const DRIVER: &str = "bcm2835_wdt.ko";
 
-/// Adds the trial's parameters to a command line. The kernel takes the last of several values, so an image's own `panic=` goes
-/// to the front: it holds again after the trial.
-pub(super) fn add_parameters(cmdline: &str) -> String {
-    let (theirs, rest): (Vec<&str>, Vec<&str>) =
-        cmdline.split_whitespace().partition(|word| word.starts_with("panic="));
-    let words = theirs.into_iter().chain([BEGIN, PANIC, END]).chain(rest);
-    words.collect::<Vec<_>>().join(" ") + "\n"
+/// Supervision of a new system's trial.
+#[derive(Debug, Clone)]
+pub(super) struct Supervision {
+    /// The supervisor. `None`: this machine has none.
+    pub(super) program: Option<PathBuf>,
+    /// Time from the kernel's start until the supervisor resets the machine.
+    pub(super) limit: Duration,
+}
+
+impl Supervision {
+    /// Puts the supervisor into the new root. Done before the command line names it: a power cut in between must not leave
+    /// a line whose init does not exist.
+    pub(super) fn install(&self, root: &Rooted) -> io::Result<()> {
+        // Boot files alone are tried with the old root, which may hold one of an earlier trial.
+        root.remove(supervise::RECORD)?;
+        let Some(program) = &self.program else { return Ok(()) };
+        let mut file = root.create(supervise::PROGRAM, 0o755)?;
+        io::copy(&mut File::open(program)?, &mut file)?;
+        rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o755))?;
+        file.sync_all()
+    }
+
+    /// Adds the trial's parameters to a command line. The kernel takes the last of several values, so an image's own
+    /// `panic=` and `init=` go to the front: they hold again after the trial.
+    pub(super) fn add_parameters(&self, cmdline: &str) -> String {
+        let own = ["panic=", "watchdog.open_timeout=", "init="];
+        let (theirs, rest): (Vec<&str>, Vec<&str>) =
+            cmdline.split_whitespace().partition(|word| own.iter().any(|key| word.starts_with(key)));
+        let mut words: Vec<String> = [BEGIN, PANIC, KEEP_ARMED].map(str::to_owned).into();
+        if self.program.is_some() {
+            words.push(format!("watchdog.open_timeout={}", OPEN_TIMEOUT.min(self.limit.as_secs())));
+            words.extend(supervise::parameters(self.limit));
+        }
+        words.push(END.to_owned());
+        let words = theirs.into_iter().chain(words.iter().map(String::as_str)).chain(rest);
+        words.collect::<Vec<_>>().join(" ") + "\n"
+    }
+}
+
+/// Removes the supervisor and its record from an accepted system's root. Its parameters must be gone by then.
+pub(crate) fn remove_supervisor(root: &Path) -> io::Result<()> {
+    let root = Rooted::open(root)?;
+    root.remove(supervise::PROGRAM)?;
+    root.remove(supervise::RECORD)
+}
+
+/// Lines for `config.txt` that make the firmware start the watchdog on a trial boot. Empty if the root has a kernel that
+/// loads the watchdog's driver as a module: it might not take over within the few seconds that the counter holds, and each
+/// trial would end by a reset.
+pub(super) fn firmware_lines(root: &Rooted) -> String {
+    let kernels = root.list(MODULES).unwrap_or_default();
+    let kernels: Vec<_> = kernels.iter().filter(|(_, kind)| *kind == Kind::Folder).collect();
+    let built_in = |name: &std::ffi::OsStr| {
+        let list = root.read(Path::new(MODULES).join(name).join("modules.builtin")).ok().flatten().unwrap_or_default();
+        String::from_utf8_lossy(&list).lines().any(|line| line.ends_with(DRIVER))
+    };
+    if kernels.is_empty() || !kernels.iter().all(|(name, _)| built_in(name)) {
+        return String::new();
+    }
+    format!("[tryboot]\nkernel_watchdog_timeout={FIRMWARE_TIMEOUT}\n[all]\n")
 }
 
 /// Replaces the trial's parameters by as many spaces. `None`: it has none.
@@ -52,17 +120,33 @@ pub(super) fn remove_parameters(file: &Path) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::path::PathBuf;
+    use std::time::Duration;
 
-    use super::{SECTOR, add_parameters, remove_parameters};
+    use super::{SECTOR, Supervision, firmware_lines, remove_parameters, remove_supervisor};
+    use crate::supervise::{PROGRAM, RECORD};
+    use crate::system::rooted::Rooted;
+
+    fn supervision(program: Option<PathBuf>) -> Supervision {
+        Supervision { program, limit: Duration::from_secs(840) }
+    }
 
     #[test]
     fn parameters_come_and_go_within_the_first_sector() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("cmdline.txt");
-        let long = format!("console=tty1 panic=-1 {} root=PARTUUID=00-02 rootwait", "x".repeat(600));
-        for (line, panics) in [("console=tty1 root=/dev/mmcblk0p2\n", ""), (long.as_str(), "panic=-1")] {
-            let armed = add_parameters(line);
-            assert_eq!(armed.split_whitespace().rev().find(|word| word.starts_with("panic=")), Some("panic=10"));
+        let long = format!("console=tty1 panic=-1 init=/own {} root=PARTUUID=00-02 rootwait", "x".repeat(600));
+        for (line, panic, init) in
+            [("console=tty1 root=/dev/mmcblk0p2\n", "", ""), (long.as_str(), "panic=-1", "init=/own")]
+        {
+            let armed = supervision(Some("supervisor".into())).add_parameters(line);
+            let last = |text: &str, key: &str| {
+                text.split_whitespace().rev().find(|word| word.starts_with(key)).unwrap_or_default().to_owned()
+            };
+            assert_eq!(last(&armed, "panic="), "panic=10");
+            assert_eq!(last(&armed, "init="), format!("init=/{PROGRAM}"));
+            assert_eq!(last(&armed, "marco.limit="), "marco.limit=840");
+            assert_eq!(last(&armed, "watchdog.open_timeout="), "watchdog.open_timeout=600");
             assert!(u64::try_from(armed.find("marco.trial=end").unwrap()).unwrap() < SECTOR - 20);
             fs::write(&file, &armed).unwrap();
             assert!(remove_parameters(&file).unwrap());
@@ -74,7 +158,7 @@ mod tests {
                 words
             };
             assert_eq!(words(&after), words(line));
-            assert_eq!(after.split_whitespace().find(|word| word.starts_with("panic=")).unwrap_or_default(), panics);
+            assert_eq!((last(&after, "panic="), last(&after, "init=")), (panic.to_owned(), init.to_owned()));
             assert!(!remove_parameters(&file).unwrap(), "once is enough");
             assert_eq!(fs::read_to_string(&file).unwrap(), after);
         }
@@ -90,5 +174,41 @@ mod tests {
             assert_eq!(fs::read_to_string(&file).unwrap(), text);
         }
         assert!(remove_parameters(&dir.path().join("gone")).is_err());
+    }
+
+    #[test]
+    fn supervisor_comes_and_goes_with_the_trial() {
+        let dir = tempfile::tempdir().unwrap();
+        let (program, root) = (dir.path().join("program"), dir.path().join("root"));
+        fs::write(&program, "ELF").unwrap();
+        fs::create_dir_all(root.join("var/lib/marco-agent")).unwrap();
+        fs::write(root.join(RECORD), "800").unwrap();
+        let rooted = Rooted::open(&root).unwrap();
+        supervision(Some(program)).install(&rooted).unwrap();
+        assert!(rooted.is_file(PROGRAM, true));
+        assert!(!root.join(RECORD).exists(), "time of an earlier trial");
+        fs::write(root.join(RECORD), "30").unwrap();
+        remove_supervisor(&root).unwrap();
+        assert!(rooted.list("var/lib/marco-agent").unwrap().is_empty());
+        // Without a supervisor no command line names one.
+        supervision(None).install(&rooted).unwrap();
+        assert!(!rooted.is_there(PROGRAM));
+        let line = supervision(None).add_parameters("quiet");
+        assert!(!line.contains("init=") && !line.contains("open_timeout") && line.contains("panic=10"), "{line}");
+    }
+
+    #[test]
+    fn firmware_watches_only_kernels_that_take_over_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Rooted::open(dir.path()).unwrap();
+        assert_eq!(firmware_lines(&root), "");
+        let list = |kernel: &str, text: &str| {
+            fs::create_dir_all(dir.path().join("lib/modules").join(kernel)).unwrap();
+            fs::write(dir.path().join("lib/modules").join(kernel).join("modules.builtin"), text).unwrap();
+        };
+        list("6.12-rpi-v8", "kernel/fs/ext4/ext4.ko\nkernel/drivers/watchdog/bcm2835_wdt.ko\n");
+        assert_eq!(firmware_lines(&root), "[tryboot]\nkernel_watchdog_timeout=15\n[all]\n");
+        list("6.1-arm64", "kernel/fs/ext4/ext4.ko\n");
+        assert_eq!(firmware_lines(&root), "");
     }
 }

@@ -205,6 +205,20 @@ impl System for Host {
         self.options.identity_dir.clone()
     }
 
+    fn trial_lacks(&self) -> Option<&'static str> {
+        preflight::trial_lacks(&self.options.sysroot)
+    }
+
+    fn end_supervision(&self) -> std::io::Result<()> {
+        let told = crate::supervise::accept();
+        // The supervisor left it for restarts during the trial. The next one must boot the system by default.
+        let parameter = self.path(REBOOT_PARAM);
+        if std::fs::read_to_string(&parameter).is_ok_and(|text| text.trim() == TRYBOOT) {
+            std::fs::remove_file(&parameter)?;
+        }
+        told.map(|supervised| tracing::info!(supervised, "trial ended"))
+    }
+
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {
         let text = super::announcement(down, delay, message);
         // logind keeps one shutdown only: the agent's would replace the user's.

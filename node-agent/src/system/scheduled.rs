@@ -13,6 +13,24 @@ use super::Down;
 /// Characters of a message that are repeated to others.
 const MESSAGE: usize = 120;
 
+/// Message to logged-in users after a cancelled shutdown.
+pub(crate) const WITHDRAWN: &str = "The announced shutdown was cancelled.";
+
+/// Message to logged-in users before the machine goes down.
+pub(crate) fn announcement(down: Down, delay: Duration, message: &str) -> String {
+    let what = match down {
+        Down::Reboot => "reboots",
+        Down::PowerOff => "powers off",
+    };
+    let when = if delay.is_zero() { "now".to_owned() } else { format!("in {}", humantime::format_duration(delay)) };
+    let message = message.trim();
+    if message.is_empty() {
+        format!("This machine {what} {when}.")
+    } else {
+        format!("This machine {what} {when}: {message}")
+    }
+}
+
 /// An announced shutdown.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scheduled {

@@ -39,6 +39,9 @@ const SET_ROOM: u64 = 64 * 1024 * 1024;
 /// Time after the expected end of a shutdown before a stronger command: a Pi that takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Stands for the program that supervises a trial.
+const SUPERVISOR: &str = "supervisor";
+
 /// Error for a board with a weak power supply.
 const WEAK_POWER: &str = "the board's power supply is too weak at this moment (under-voltage)";
 
@@ -92,6 +95,9 @@ impl VirtualPi {
                 state
             }
         };
+        // The virtual kernel only looks whether it is there.
+        let supervisor = dir.join(SUPERVISOR);
+        std::fs::write(&supervisor, "virtual supervisor\n").map_err(SystemError::io("write", &supervisor))?;
         Ok(Arc::new(Self {
             dir: dir.to_owned(),
             id: id.to_owned(),
@@ -275,6 +281,10 @@ impl System for VirtualPi {
             // As on a real card: an installer has only the identity that was left on its own partition.
             Mode::Installer => self.card().recovery.join("marco"),
         }
+    }
+
+    fn supervisor_program(&self) -> Option<PathBuf> {
+        Some(self.dir.join(SUPERVISOR))
     }
 
     async fn announce(&self, down: Down, delay: Duration, message: &str) -> Result<bool, SystemError> {

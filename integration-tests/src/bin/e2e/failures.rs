@@ -13,7 +13,7 @@ use integration_tests::wait::seconds;
 use serde_json::Value;
 
 /// Default id of an emulated board, from its serial number.
-const NODE: &str = "pi-e2e00001";
+pub(crate) const NODE: &str = "pi-e2e00001";
 
 pub(crate) async fn fail(options: Options, dir: &Path) -> Result<()> {
     let begun = Instant::now();

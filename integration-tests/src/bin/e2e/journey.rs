@@ -230,7 +230,23 @@ async fn arrives(
         Layout::Single => "CARD_LAYOUT_SINGLE",
     };
     ensure!(laid_out == wanted, "the card is laid out as {laid_out}");
+    if layout == Layout::Resident {
+        was_supervised(rig)?;
+    }
     println!("{operation} ended {state}: {node} runs {}", text(&found, "system.os")?);
+    Ok(())
+}
+
+/// Checks by its console that the system that runs was supervised on its trial, until it was accepted.
+fn was_supervised(rig: &Rig) -> Result<()> {
+    let starts = rig.machine.starts();
+    let console = starts.last().map(|start| std::fs::read(&start.console)).transpose()?.unwrap_or_default();
+    let console = String::from_utf8_lossy(&console);
+    // QEMU's own machines have the softdog in place of a Pi's watchdog.
+    let fed = if rig.board().has_watchdog() { "the watchdog is fed" } else { "" };
+    for said in ["this system is on trial", fed, "the system is accepted"] {
+        ensure!(console.contains(said), "on trial the console does not say {said:?}\n{}", rig.tail());
+    }
     Ok(())
 }
 

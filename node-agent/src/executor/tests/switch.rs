@@ -120,7 +120,11 @@ async fn accepted_system_loses_the_parameters_of_its_trial() {
     let cmdline = bench.machine.dir.join("boot/cmdline.txt");
     let words = "marco.trial=begin panic=10 marco.trial=end";
     std::fs::write(&cmdline, format!("{words} root=/dev/mmcblk0p2\n")).unwrap();
+    let supervisor = bench.machine.root().join(crate::supervise::PROGRAM);
+    std::fs::create_dir_all(supervisor.parent().unwrap()).unwrap();
+    std::fs::write(&supervisor, "program").unwrap();
     let bench = accepted(bench, State::Succeeded).await;
+    assert!(!supervisor.exists());
     let spaces = " ".repeat(words.len());
     assert_eq!(std::fs::read_to_string(&cmdline).unwrap(), format!("{spaces} root=/dev/mmcblk0p2\n"));
     assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::System);

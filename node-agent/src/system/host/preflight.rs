@@ -77,6 +77,13 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
     }
 }
 
+/// Says what a trial needs and the running kernel does not show. The new system's kernel may differ.
+pub(super) fn trial_lacks(sysroot: &Path) -> Option<&'static str> {
+    let found = std::fs::read_dir(sysroot.join("sys/class/watchdog")).is_ok_and(|mut devices| devices.next().is_some());
+    (!found)
+        .then_some("no watchdog: a new system whose kernel hangs on trial waits until the power is switched off and on")
+}
+
 /// Bit 0 of the firmware's throttling state means under-voltage at this moment.
 pub(super) fn under_voltage(sysroot: &Path) -> Result<(), Refusal> {
     let path = sysroot.join("sys/devices/platform/soc/soc:firmware/get_throttled");
@@ -196,5 +203,15 @@ mod tests {
         let (root, board, card) = good();
         fs::remove_dir_all(root.path().join("proc/device-tree")).unwrap();
         assert_eq!(check(root.path(), &board, Some(&card), None, true), Ok(()));
+    }
+
+    #[test]
+    fn kernel_without_a_watchdog_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        assert!(super::trial_lacks(root.path()).is_some_and(|said| said.contains("no watchdog")));
+        std::fs::create_dir_all(root.path().join("sys/class/watchdog")).unwrap();
+        assert!(super::trial_lacks(root.path()).is_some(), "no driver is loaded");
+        std::fs::create_dir_all(root.path().join("sys/class/watchdog/watchdog0")).unwrap();
+        assert_eq!(super::trial_lacks(root.path()), None);
     }
 }

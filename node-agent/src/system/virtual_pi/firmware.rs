@@ -5,6 +5,7 @@
 //! fail in a test.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use marco_archive::config_txt::{Conditions, ConfigTxt, Setting};
 
@@ -71,6 +72,9 @@ pub struct Boot {
     pub device_tree: Option<PathBuf>,
     /// Paths of the initial RAM file systems within the partition.
     pub initramfs: Vec<PathBuf>,
+    /// Time after which the watchdog that the firmware starts resets a kernel that does not take it over. `None`: it starts
+    /// none.
+    pub watchdog: Option<Duration>,
     /// Silent mixes of two sets of boot files.
     pub mixed: Vec<Mixed>,
 }
@@ -140,7 +144,10 @@ fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<
     }
     let device_tree = device_tree.map(|name| PathBuf::from(format!("{prefix}{name}")));
     let (prefix, cmdline) = (prefix.to_owned(), cmdline.trim().to_owned());
-    Ok(Boot { partition, tryboot, prefix, kernel, cmdline, device_tree, initramfs, mixed })
+    let watchdog =
+        get("kernel_watchdog_timeout").and_then(|seconds| seconds.parse().ok()).filter(|seconds| *seconds > 0);
+    let watchdog = watchdog.map(Duration::from_secs);
+    Ok(Boot { partition, tryboot, prefix, kernel, cmdline, device_tree, initramfs, watchdog, mixed })
 }
 
 fn kernel<'a>(

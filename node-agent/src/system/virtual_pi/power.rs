@@ -108,7 +108,13 @@ impl VirtualPi {
                     halts = !tree::restarts_after_panic(&boot);
                     Outcome::Dead(reason)
                 }
-                None => Outcome::Booted(boot),
+                None => match tree::hangs(&card.root, &boot) {
+                    Some(hang) => {
+                        halts = !hang.is_reset;
+                        Outcome::Dead(format!("its {} hangs", hang.at))
+                    }
+                    None => Outcome::Booted(boot),
+                },
             },
             Outcome::Booted(boot) if boot.initramfs.is_empty() => {
                 Outcome::Dead("the installer has no initramfs".into())

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::firmware::Boot;
 use super::{Board, Options, SystemError};
 use crate::bootpart::{BootPart, DefaultBoot, IDENTITY};
+use crate::supervise;
 use crate::system::rooted::Rooted;
 
 /// Installer set of a new card, also packed into its fallback zip.
@@ -43,6 +44,11 @@ const ROOT: [(&str, &str); 4] = [
 ];
 /// Paths that a kernel tries without `init=`. systemd's own path is listed, since links are not followed here.
 const INITS: [&str; 5] = ["sbin/init", "usr/sbin/init", "usr/lib/systemd/systemd", "lib/systemd/systemd", "init"];
+
+/// Path of the supervisor on the command line.
+const SUPERVISOR: &str = "/var/lib/marco-agent/supervise";
+/// File of an image that hangs: at `kernel`, before it starts a program, or at `init`.
+const HANGS: &str = "etc/marco-virtual/hangs";
 
 /// Lays out a card. After an interruption it starts again from the beginning.
 pub(super) fn lay_out(dir: &Path, id: &str, board: &Board, options: Options) -> Result<(), SystemError> {
@@ -177,9 +183,38 @@ pub(super) fn cannot_come_up(root: &Path, boot: &Boot, id: &str) -> Option<Strin
         None => return Some("the command line names no root file system".into()),
     }
     let Ok(root) = Rooted::open(root) else { return Some("there is no root file system".into()) };
-    let found = match word("init=") {
+    // The supervisor of a trial becomes the init that the image itself names.
+    let mut named = boot.cmdline.split_whitespace().rev().filter_map(|word| word.strip_prefix("init="));
+    let supervised = named.clone().next() == Some(SUPERVISOR);
+    if supervised && !root.is_file(supervise::PROGRAM, true) {
+        return Some("the root file system has no supervisor".into());
+    }
+    let found = match named.find(|init| *init != SUPERVISOR) {
         Some(init) => root.is_file(init, true),
         None => INITS.iter().any(|init| root.is_file(init, true)),
     };
     (!found).then(|| "the root file system has no init".into())
+}
+
+/// A started system that never gets as far as its agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Hang {
+    /// Part of the system that hangs.
+    pub(super) at: &'static str,
+    /// A watchdog or the supervisor resets the machine. Otherwise it waits for hands.
+    pub(super) is_reset: bool,
+}
+
+/// Returns how the system hangs, by its file [`HANGS`]. `None`: it does not.
+pub(super) fn hangs(root: &Path, boot: &Boot) -> Option<Hang> {
+    let root = Rooted::open(root).ok()?;
+    let at = String::from_utf8_lossy(&root.read(HANGS).ok()??).trim().to_owned();
+    if at == "kernel" {
+        return Some(Hang { at: "kernel", is_reset: boot.watchdog.is_some() });
+    }
+    let words = || boot.cmdline.split_whitespace();
+    let named = words().rev().find_map(|word| word.strip_prefix("init="));
+    let limited =
+        words().any(|word| word.strip_prefix("marco.limit=").is_some_and(|limit| limit.parse::<u64>().is_ok()));
+    Some(Hang { at: "init", is_reset: named == Some(SUPERVISOR) && limited })
 }
