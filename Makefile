@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model bench-install host-test fuzz e2e failures powercut check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model bench-install host-test fuzz e2e failures powercut record-agent check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -48,6 +48,10 @@ extremes: deps ## Every field of every request and of every message of a node at
 
 model: deps ## Random histories against the real store, checked after each step: HISTORIES (10000) [MODEL_SEED]
 	HISTORIES=$(or $(HISTORIES),10000) cargo test --workspace --test store model:: -- --nocapture
+
+record-agent: ## Record the agent of this build (its messages, journal and card) in integration-tests/testdata/agent-N, N its protocol
+	scripts/programs.sh
+	cargo test --workspace --test agents -- --ignored record
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins
