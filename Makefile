@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model showings bench-install host-test fuzz e2e failures trials powercut check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model showings bench-install host-test fuzz e2e failures trials powercut record-agent check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -51,6 +51,10 @@ model: deps ## Random histories against the real store, checked after each step:
 
 showings: deps ## That the model finds the faults it is there for: one mending at a time taken out, in a copy [HISTORIES=1000] [MODEL_SEED=1]
 	scripts/showings.sh
+
+record-agent: ## Record the agent of this build (its messages, journal and card) in integration-tests/testdata/agent-N, N its protocol
+	scripts/programs.sh
+	cargo test --workspace --test agents -- --ignored record
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins

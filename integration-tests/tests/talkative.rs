@@ -332,7 +332,7 @@ async fn node_busy_with_absurd_or_foreign_work_harms_nobody() -> Result<()> {
 
     // Long enough that it still runs at the end.
     let foreign = fleet.create(reboot(&[&other], seconds(600))).await?;
-    fleet.execution_is(&foreign.name, &other, execution::State::Running, seconds(30)).await?;
+    fleet.execution_is(&foreign.name, &other, seconds(30), execution::State::Running).await?;
     let theirs = execution_name(&foreign, &other);
     session.say(busy_with(&theirs, 1)).await?;
     let status = session.end().await?;
@@ -347,7 +347,7 @@ async fn node_busy_with_absurd_or_foreign_work_harms_nobody() -> Result<()> {
         let status = session.end().await?;
         assert_eq!((status.code(), bad_fields(&status)), (Code::InvalidArgument, vec![field.to_owned()]));
     }
-    fleet.execution_is(&foreign.name, &other, execution::State::Running, seconds(30)).await?;
+    fleet.execution_is(&foreign.name, &other, seconds(30), execution::State::Running).await?;
     fleet.cancel(&foreign.name).await?;
     fleet.succeeds(reboot(&[&other], Duration::ZERO), seconds(60)).await?;
     fleet.went_well();
