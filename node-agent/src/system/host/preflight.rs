@@ -209,9 +209,9 @@ mod tests {
     fn kernel_without_a_watchdog_is_told() {
         let root = tempfile::tempdir().unwrap();
         assert!(super::trial_lacks(root.path()).is_some_and(|said| said.contains("no watchdog")));
-        std::fs::create_dir_all(root.path().join("sys/class/watchdog")).unwrap();
+        fs::create_dir_all(root.path().join("sys/class/watchdog")).unwrap();
         assert!(super::trial_lacks(root.path()).is_some(), "no driver is loaded");
-        std::fs::create_dir_all(root.path().join("sys/class/watchdog/watchdog0")).unwrap();
+        fs::create_dir_all(root.path().join("sys/class/watchdog/watchdog0")).unwrap();
         assert_eq!(super::trial_lacks(root.path()), None);
     }
 }
