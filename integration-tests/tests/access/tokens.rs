@@ -5,11 +5,11 @@ use futures_util::future::join_all;
 use integration_tests::certs::NodeKey;
 use integration_tests::client::Credentials;
 use integration_tests::postgres::Postgres;
-use integration_tests::{Database, Fleet};
+use integration_tests::{Database, Fleet, seconds, wait_until};
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::{
-    CertificateFilter, CreateJoinTokenRequest, GetNodeRequest, JoinToken, ListCertificatesRequest,
-    RevokeJoinTokenRequest,
+    ApiToken, AuditFilter, CertificateFilter, CreateApiTokenRequest, CreateJoinTokenRequest, GetNodeRequest, JoinToken,
+    ListAuditEventsRequest, ListCertificatesRequest, RevokeJoinTokenRequest, Role,
 };
 use tonic::{Code, Status};
 
@@ -160,6 +160,40 @@ async fn an_address_that_is_refused_too_often_waits_and_its_tries_do_not_fill_th
     let of_it = events.iter().filter(|event| event.method == "Enroll").count();
     // Twenty at once, then one each ten seconds, for an unknown address.
     assert!((10..=40).contains(&of_it), "{of_it} of 150 are recorded");
+    fleet.went_well();
+    Ok(())
+}
+
+/// The store, the housekeeping and the recorder together, under a clock of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn token_that_expires_soon_is_told_in_audit_and_log() -> Result<()> {
+    const DAY: i64 = 24 * 3600;
+    let mut fleet = Fleet::builder().pis(0).own_clocks().start().await?;
+    let lifetime = prost_types::Duration { seconds: 30 * DAY, nanos: 0 };
+    let request = CreateApiTokenRequest {
+        api_token: Some(ApiToken { role: Role::Viewer.into(), ..ApiToken::default() }),
+        api_token_id: "nightly".to_owned(),
+        ttl: Some(lifetime),
+    };
+    access(&fleet).create_api_token(request).await?;
+    // A clock that is set by weeks under a running controller is in doubt, and a start is not. The step of an hour makes
+    // the housekeeping due at once.
+    fleet.kill(0).await?;
+    fleet.jump_clock(0, 17 * DAY)?;
+    fleet.revive(0)?;
+    fleet.controller_is_healthy().await?;
+    fleet.jump_clock(0, 17 * DAY + 3600)?;
+    let told = wait_until(seconds(60), "the audit tells of it", async || {
+        let filter = Some(AuditFilter { method: "EXPIRES".to_owned(), ..AuditFilter::default() });
+        let request = ListAuditEventsRequest { filter, ..ListAuditEventsRequest::default() };
+        let events = access(&fleet).list_audit_events(request).await?.into_inner().audit_events;
+        Ok(events.into_iter().find(|event| event.resource == "apiTokens/nightly"))
+    })
+    .await?;
+    assert!(told.message.contains("make another one in time"), "{told:?}");
+    let log = fleet.controller_log(0)?;
+    let line = log.lines().find(|line| line.contains("a credential expires")).context("the log says nothing")?;
+    assert!(line.contains("apiTokens/nightly"), "{line}");
     fleet.went_well();
     Ok(())
 }

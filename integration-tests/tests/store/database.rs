@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use integration_tests::postgres::Postgres;
+use integration_tests::{seconds, wait_until};
 use marco_controller::store::{AuditQuery, AuditRow, Store, StoreError};
 
 use crate::support::*;
@@ -101,4 +102,42 @@ async fn an_outage_of_postgres_is_said_and_survived() {
     assert!(begun.elapsed() < Duration::from_secs(10), "callers are not held up");
     server.resume().unwrap();
     assert!(store.approved_nodes(&BTreeMap::new()).await.unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn error_of_postgres_names_its_cause_once() {
+    let (server, url) = tokio::task::spawn_blocking(|| {
+        let server = Postgres::start_own().unwrap();
+        let url = server.database().unwrap();
+        let hba = server.rows(&url, "SELECT current_setting('hba_file') AS place").unwrap().remove(0);
+        let hba = hba["place"].as_str().unwrap();
+        // The test's server trusts everyone. This role needs its password.
+        server.by_hand(&url, "CREATE ROLE kim LOGIN PASSWORD 'right'").unwrap().unwrap();
+        let rules = "VALUES ('host all kim all scram-sha-256'), ('host all all all trust')";
+        server.by_hand(&url, &format!("COPY ({rules}) TO '{hba}'")).unwrap().unwrap();
+        server.by_hand(&url, "SELECT pg_reload_conf()").unwrap().unwrap();
+        (server, url)
+    })
+    .await
+    .unwrap();
+    let (at, database) = url.rsplit_once('/').unwrap();
+    let address = server.address();
+    let of_kim = |password: &str| format!("postgres://kim:{password}@{address}/{database}");
+    for (url, cause) in [
+        (of_kim("s3cret"), "password authentication failed for user \"kim\""),
+        (format!("{at}/nowhere"), "database \"nowhere\" does not exist"),
+        (format!("postgres://kim:s3cret@no-such-host.invalid/{database}"), "failed to lookup address information"),
+    ] {
+        // The rules are read by the server in its own time.
+        let said = wait_until(seconds(20), cause, async || match Store::open(&url).await {
+            Ok(_) => Ok(None),
+            Err(error) => Ok(Some(marco_controller::chain(&error)).filter(|said| said.contains(cause))),
+        })
+        .await
+        .unwrap();
+        assert_eq!(said.matches(cause).count(), 1, "{url}: {said}");
+        assert!(!said.contains("s3cret"), "{said}");
+        let place = if url.contains("invalid") { "no-such-host.invalid:5432".to_owned() } else { address.to_string() };
+        assert_eq!(said.matches(&place).count(), 1, "{url}: {said}");
+    }
 }

@@ -1,11 +1,13 @@
 //! Keys of nodes: new ones wait for approval, renewals replace them, and an admin revokes them.
 
-use chrono::TimeDelta;
+use std::collections::BTreeSet;
+
+use chrono::{DateTime, TimeDelta, Utc};
 use marco_controller::operation::NodeState;
 use marco_controller::store::{
-    ApproveOutcome, EnrolOutcome, KeyState, NewToken, RenewOutcome, SessionOutcome, SessionStart,
+    ApiTokenRow, ApproveOutcome, EnrolOutcome, KeyState, NewToken, RenewOutcome, Scope, SessionOutcome, SessionStart,
 };
-use marco_proto::names::{JoinTokenId, NodeId};
+use marco_proto::names::{ApiTokenId, JoinTokenId, NodeId};
 
 use crate::enrolment::refusal;
 use crate::support::*;
@@ -279,14 +281,32 @@ pub(crate) async fn names_of_users_and_of_the_controller_and_other_cases_are_ref
 pub(crate) async fn what_expires_in_14_days_is_told_once(f: Fixture) {
     let id = f.enrolled(&["pi-1"]).await.remove(0);
     f.store.insert_certificate(&certificate("0a", &id, "key-pi-1", 1)).await.unwrap();
-    let told = async |days: i64| {
-        let found = f.store.newly_expiring(start() + TimeDelta::days(days)).await.unwrap();
-        found.into_iter().filter(|one| one.owner == "nodes/pi-1").collect::<Vec<_>>()
+    let token = |id: &str, days: i64| ApiTokenRow {
+        id: ApiTokenId::parse(id).unwrap(),
+        role: "viewer".to_owned(),
+        scope: Scope::everything(),
+        expire_time: after(days * 24 * HOUR),
+        create_time: start(),
+        creator: "pat".to_owned(),
+        revoke_time: None,
     };
-    assert_eq!(told(15).await, []);
-    let found = told(17).await;
-    assert!(!found.is_empty() && found.iter().any(|one| one.credential == "certificates/0a"), "{found:?}");
-    assert_eq!(told(17).await, []);
+    assert!(f.store.create_api_token(&token("nightly", 30), "hash").await.unwrap());
+    // It was made for two weeks, so its end is no surprise.
+    assert!(f.store.create_api_token(&token("guest", 16), "hash-2").await.unwrap());
+    let told = async |time: DateTime<Utc>| {
+        let found = f.store.newly_expiring(time).await.unwrap().into_iter();
+        let ours = found.filter(|one| ["nodes/pi-1", "apiTokens/nightly", "apiTokens/guest"].contains(&&*one.owner));
+        ours.map(|one| (one.credential, one.expire_time)).collect::<BTreeSet<_>>()
+    };
+    let end = after(30 * 24 * HOUR);
+    let before = |hours: i64| end - TimeDelta::days(14) - TimeDelta::hours(hours);
+    assert_eq!(told(before(2)).await, BTreeSet::new(), "14 days and 2 hours before the end");
+    // The enrolment made a certificate too.
+    let mut found = told(before(-2)).await;
+    found.retain(|(credential, _)| credential == "certificates/0a" || credential.starts_with("apiTokens/"));
+    let both = [("certificates/0a".to_owned(), end), ("apiTokens/nightly".to_owned(), end)];
+    assert_eq!(found, both.into(), "14 days less 2 hours before the end");
+    assert_eq!(told(before(-3)).await, BTreeSet::new(), "it was told already");
     // A certificate that was replaced by a renewal is not reported.
     let id = f.enrolled(&["pi-2"]).await.remove(0);
     f.store.insert_certificate(&certificate("0b", &id, "key-pi-2", 1)).await.unwrap();

@@ -32,18 +32,7 @@ pub(super) async fn api_tokens(
             })
             .await?;
             out.document(&ListApiTokensResponse { api_tokens, ..Default::default() }, |list, now| {
-                let rows = list.api_tokens.iter().map(|token| {
-                    let state = state(token.revoke_time.as_ref(), token.expire_time.as_ref(), now);
-                    let expires = expiry(token.expire_time.as_ref(), now);
-                    vec![
-                        id(&token.name),
-                        role(token.role()),
-                        nodes(&token.selector),
-                        state,
-                        expires,
-                        token.creator.clone(),
-                    ]
-                });
+                let rows = list.api_tokens.iter().map(|token| token_row(token, now));
                 listing("no API tokens", &["API TOKEN", "ROLE", "NODES", "STATE", "EXPIRES", "CREATOR"], rows)
             })
         }
@@ -60,6 +49,27 @@ pub(super) async fn api_tokens(
             })
         }
     }
+}
+
+fn token_row(token: &ApiToken, now: DateTime<Utc>) -> Vec<String> {
+    vec![
+        id(&token.name),
+        role(token.role()),
+        nodes(&token.selector),
+        state(token.revoke_time.as_ref(), token.expire_time.as_ref(), now),
+        expiry(token.expire_time.as_ref(), now),
+        token.creator.clone(),
+    ]
+}
+
+fn certificate_row(certificate: &Certificate, now: DateTime<Utc>) -> Vec<String> {
+    vec![
+        id(&certificate.name),
+        certificate.subject.clone(),
+        role(certificate.role()),
+        state(certificate.revoke_time.as_ref(), certificate.expire_time.as_ref(), now),
+        expiry(certificate.expire_time.as_ref(), now),
+    ]
 }
 
 async fn create_api_token(flags: CreateApiToken, connection: &Connection, out: &mut Out) -> Result<(), Failure> {
@@ -99,15 +109,7 @@ pub(super) async fn certs(command: CertsCommand, connection: &Connection, out: &
             })
             .await?;
             out.document(&ListCertificatesResponse { certificates, ..Default::default() }, |list, now| {
-                let rows = list.certificates.iter().map(|certificate| {
-                    vec![
-                        id(&certificate.name),
-                        certificate.subject.clone(),
-                        role(certificate.role()),
-                        state(certificate.revoke_time.as_ref(), certificate.expire_time.as_ref(), now),
-                        expiry(certificate.expire_time.as_ref(), now),
-                    ]
-                });
+                let rows = list.certificates.iter().map(|certificate| certificate_row(certificate, now));
                 listing("no certificates", &["SERIAL", "SUBJECT", "ROLE", "STATE", "EXPIRES"], rows)
             })
         }
@@ -229,9 +231,10 @@ pub(super) fn state(revoked: Option<&Timestamp>, expires: Option<&Timestamp>, no
 #[cfg(test)]
 mod tests {
     use chrono::{DateTime, TimeDelta};
+    use marco_proto::v1::{ApiToken, Certificate};
     use prost_types::Timestamp;
 
-    use super::expiry;
+    use super::{certificate_row, expiry, token_row};
 
     #[test]
     fn lists_warn_two_weeks_before_something_expires() {
@@ -244,5 +247,12 @@ mod tests {
         assert_eq!(expires(14), "in 14 days, soon");
         assert_eq!(expires(-3), "3 days ago");
         assert_eq!(expiry(None, now), "", "it never expires");
+        let end = now + TimeDelta::days(5);
+        let expire_time = Some(Timestamp { seconds: end.timestamp(), nanos: 0 });
+        let token = ApiToken { expire_time, ..ApiToken::default() };
+        let certificate = Certificate { expire_time, ..Certificate::default() };
+        for row in [token_row(&token, now), certificate_row(&certificate, now)] {
+            assert!(row.contains(&"in 5 days, soon".to_owned()), "{row:?}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Situations of a new user: several names, questions, empty lists, selectors, and waits that stand still.
 
 use marco_proto::v1::execution::{State, WaitReason};
-use marco_proto::v1::{Execution, Node, Operation, WatchOperationResponse, node, operation};
+use marco_proto::v1::{Execution, ExecutionError, Node, Operation, WatchOperationResponse, node, operation};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
@@ -127,6 +127,48 @@ async fn wait_for_an_operation_that_paused_by_itself_ends_1_and_says_what_can_be
     for command in ["marcoctl operations resume operations/one", "marcoctl operations cancel operations/one"] {
         assert!(run.stderr.contains(command), "{run:?}");
     }
+}
+
+/// A watch of an update that ended, with these failures on its nodes.
+fn ended(failures: &[&str]) -> WatchOperationResponse {
+    let operation = Operation {
+        name: "operations/one".to_owned(),
+        state: operation::State::Failed.into(),
+        finish_time: Some(prost_types::Timestamp::default()),
+        ..Default::default()
+    };
+    let failed = failures.iter().enumerate().map(|(number, reason)| Execution {
+        node: format!("nodes/pi-0{number}"),
+        state: State::Failed.into(),
+        error: Some(ExecutionError { reason: (*reason).to_owned(), message: "why".to_owned() }),
+        ..Default::default()
+    });
+    WatchOperationResponse { operation: Some(operation), executions: failed.collect() }
+}
+
+#[tokio::test]
+async fn wait_offers_a_retry_only_where_one_can_help() {
+    for (failures, retried) in [
+        (&["NOT_A_SYSTEM", "IMAGE_DID_NOT_COME_UP"][..], false),
+        (&["NOT_A_SYSTEM", "DOWNLOAD_FAILED"], true),
+        (&["DOWNLOAD_FAILED"], true),
+    ] {
+        let watches = [(vec![ended(failures)], Ending::Ok)].into();
+        let controller = Controller::start(Facts { watches, ..Default::default() }).await;
+        let run = controller.run(WAIT).await;
+        assert_eq!(run.code, 1, "{run:?}");
+        assert_eq!(run.stderr.contains("marcoctl operations retry operations/one"), retried, "{failures:?}: {run:?}");
+        assert_eq!(run.stderr.contains("which image to put back"), !retried, "{failures:?}: {run:?}");
+    }
+}
+
+#[tokio::test]
+async fn page_of_a_node_says_what_happened_and_which_image_to_put_back() {
+    let mut pi = node("a", node::State::Approved);
+    pi.trouble = "The update to bad failed with NOT_A_SYSTEM: no kernel. Put back good.".to_owned();
+    let controller = Controller::start(Facts { nodes: vec![pi.clone()], ..Default::default() }).await;
+    let run = controller.run(&["nodes", "get", "a"]).await;
+    assert!(run.code == 0 && run.stdout.contains(&pi.trouble), "{run:?}");
 }
 
 #[tokio::test]
