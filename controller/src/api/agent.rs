@@ -3,11 +3,12 @@
 mod blank;
 mod ending;
 mod hello;
+mod progress;
 mod quota;
 mod refused;
 mod unstored;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -71,36 +72,8 @@ type Out = mpsc::Sender<Result<v1::ConnectResponse, Status>>;
 impl Agent {
     pub(super) fn new(context: Context) -> Self {
         let (progress, receiver) = mpsc::channel(PROGRESS_QUEUE);
-        context.tasks.spawn(write_progress(context.clone(), receiver));
+        context.tasks.spawn(progress::write(context.clone(), receiver));
         Self { context, progress, refused: Arc::new(Refused::new()) }
-    }
-}
-
-/// Writes the newest progress of each execution, in one statement a second. Progress lost with the process was only a
-/// hint.
-async fn write_progress(context: Context, mut receiver: mpsc::Receiver<ProgressRow>) {
-    let mut newest: HashMap<ExecutionId, ProgressRow> = HashMap::new();
-    let mut ticks = tokio::time::interval(PROGRESS_INTERVAL);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        // `recv` and `tick` are cancel safe, so no row is lost.
-        tokio::select! {
-            () = context.stop.cancelled() => return,
-            row = receiver.recv() => match row {
-                Some(row) => { newest.insert(row.execution.clone(), row); }
-                None => return,
-            },
-            _ = ticks.tick(), if !newest.is_empty() => {
-                let rows: Vec<ProgressRow> = newest.drain().map(|(_, row)| row).collect();
-                if let Err(error) = context.store.flush_progress(&rows, context.clock.now()).await {
-                    tracing::debug!(error = &*crate::chain(&error), "progress was not written");
-                    // Kept, because progress postpones deadlines. Rows that are newer by now take precedence.
-                    for row in rows {
-                        newest.entry(row.execution.clone()).or_insert(row);
-                    }
-                }
-            }
-        }
     }
 }
 
