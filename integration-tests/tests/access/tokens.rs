@@ -155,7 +155,7 @@ async fn an_address_that_is_refused_too_often_waits_and_its_tries_do_not_fill_th
         }
     }
     assert!(limited > 20, "{limited}");
-    let request = marco_proto::v1::ListAuditEventsRequest { page_size: 1000, ..Default::default() };
+    let request = ListAuditEventsRequest { page_size: 1000, ..Default::default() };
     let events = access(&fleet).list_audit_events(request).await?.into_inner().audit_events;
     let of_it = events.iter().filter(|event| event.method == "Enroll").count();
     // Twenty at once, then one each ten seconds, for an unknown address.

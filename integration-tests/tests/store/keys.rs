@@ -254,7 +254,7 @@ pub(crate) async fn old_certificates_are_forgotten(f: Fixture) {
 pub(crate) async fn names_of_users_and_of_the_controller_and_other_cases_are_refused(f: Fixture) {
     f.token("t", 99).await;
     f.enrolled(&["lab"]).await;
-    let kim = crate::access::user("kim", "viewer", marco_controller::store::Scope::everything());
+    let kim = crate::access::user("kim", "viewer", Scope::everything());
     f.store.create_user(&kim, &crate::access::certificate_of(&kim, "ab")).await.unwrap();
     for (wanted, why) in [
         ("kim", "kim is the name of users/kim"),
@@ -267,7 +267,7 @@ pub(crate) async fn names_of_users_and_of_the_controller_and_other_cases_are_ref
     }
     assert_eq!(f.store.tokens(None, 9).await.unwrap().iter().map(|token| token.uses).sum::<u32>(), 1);
     for id in ["lab", "LAB", "Kim", "controller"] {
-        let user = crate::access::user(id, "viewer", marco_controller::store::Scope::everything());
+        let user = crate::access::user(id, "viewer", Scope::everything());
         let made = f.store.create_user(&user, &crate::access::certificate_of(&user, &format!("c-{id}"))).await.unwrap();
         assert!(matches!(made, marco_controller::store::CreateUserOutcome::NameTaken(_)), "{id}: {made:?}");
     }
