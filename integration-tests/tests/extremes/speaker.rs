@@ -15,22 +15,26 @@ use prost_reflect::{DescriptorPool, DynamicMessage};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
+use uuid::Uuid;
 
 use crate::{ANSWER, Scene, is_cut};
 
 /// An execution that the controller does not know. It acknowledges each report about it.
 const UNKNOWN: &str = "operations/01a21325-85a1-72ed-97de-94f7f1cf4a51/executions/speaker";
 
-/// A node's first message.
+/// Boot id of the reports. The node never proves a restart.
+const BOOT: &str = "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c11";
+
+/// A node's first message. Each is of another boot and start: one that comes back after another is a clone's.
 fn hello(reports: Vec<Report>) -> Hello {
     Hello {
         protocol_version: PROTOCOL_VERSION,
-        boot_id: "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c11".to_owned(),
+        boot_id: Uuid::now_v7().to_string(),
         mode: NodeMode::Running.into(),
         agent_version: "0".to_owned(),
         supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
         executions: reports,
-        instance: "speaker".to_owned(),
+        instance: Uuid::now_v7().to_string(),
         ..Hello::default()
     }
 }
@@ -103,7 +107,7 @@ fn report() -> Report {
         attempt: 1,
         sequence: 1,
         state: execution::State::Running.into(),
-        boot_id: hello(Vec::new()).boot_id,
+        boot_id: BOOT.to_owned(),
         ..Report::default()
     }
 }
@@ -147,7 +151,7 @@ pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool
     let connect = pool.get_message_by_name("marco.bootstrap.v1.ConnectRequest").context("ConnectRequest")?;
     let mut speaker = Speaker { fleet, channel: scene.node.channel(fleet.addresses().api)?, work: None };
     let (mut count, mut wrong) = (0, Vec::new());
-    let greeting = encoded(Message::Hello(hello(Vec::new())));
+    let greeting = || encoded(Message::Hello(hello(Vec::new())));
     let kinds: Vec<String> = connect
         .oneofs()
         .flat_map(|one| one.fields().collect::<Vec<_>>())
@@ -168,7 +172,7 @@ pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool
             let report = speaker.report().await?;
             let base = DynamicMessage::decode(connect.clone(), &*encoded(said(kind, &report)?))?;
             let Some(extreme) = extremes(&base).into_iter().find(|extreme| extreme.what == what) else { continue };
-            let first = (kind != "hello").then(|| greeting.clone());
+            let first = (kind != "hello").then(greeting);
             count += 1;
             let messages: Vec<Vec<u8>> = first.into_iter().chain([extreme.bytes]).collect();
             wrong.extend(fault(&what, &speaker.insist(&messages).await));
@@ -182,11 +186,11 @@ pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool
     // A message without content, and one of a kind that does not exist yet: field 1000 with two bytes.
     for (what, bytes) in [("(no content)", vec![]), ("(an unknown kind)", vec![0xc2, 0x3e, 0x02, 0x08, 0x01])] {
         count += 1;
-        wrong.extend(fault(what, &speaker.insist(&[greeting.clone(), bytes]).await));
+        wrong.extend(fault(what, &speaker.insist(&[greeting(), bytes]).await));
     }
     // Otherwise the last of the extremes shut the node out, and those after it tried nothing.
     speaker
-        .insist(&[greeting])
+        .insist(&[greeting()])
         .await
         .map_err(|status| anyhow::anyhow!("the node is not let in any more: {status:?}"))?;
     Ok((count, wrong))
