@@ -261,7 +261,7 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
 
     use super::{Config, ServeArgs, Shared};
     use chrono::DateTime;
@@ -275,7 +275,7 @@ mod tests {
     }
 
     /// The certificate folder that follows from `MARCO_CERTS`, the data directory and the flag.
-    fn certs(variable: &std::path::Path, data_dir: &std::path::Path, flag: Option<&str>) -> std::path::PathBuf {
+    fn certs(variable: &Path, data_dir: &Path, flag: Option<&str>) -> PathBuf {
         let args =
             ServeArgs { data_dir: Some(data_dir.to_owned()), certs: flag.map(Into::into), ..ServeArgs::default() };
         Config::load(args, Shared { certs: Some(variable.to_owned()), ..Shared::default() }).unwrap().certs

@@ -28,7 +28,7 @@ fn without(fleet: &Fleet, name: &str, files: &[&str]) -> Result<Vec<u8>> {
     for file in files {
         fs::remove_file(root.join(file))?;
     }
-    Ok(fs::read(pack(&root, &fleet.dir().join(format!("{name}.tar")), Compression::None)?)?)
+    Ok(fs::read(pack(&root, &fleet.dir().join(format!("{name}.tar")), Compression::Gzip)?)?)
 }
 
 #[tokio::test]
