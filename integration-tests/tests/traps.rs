@@ -144,9 +144,14 @@ async fn a_large_image_with_the_largest_window_is_installed_in_64_mib_of_memory(
     fleet.succeeds(update(&ids, &image.name, ""), LIMIT).await?;
 
     let status = fs::read_to_string(format!("/proc/{}/status", fleet.agents_id().context("no agent")?))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no highest memory")?;
-    let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
-    ensure!(kibibytes < 64 << 10, "the agent took {} MiB", kibibytes >> 10);
+    let kibibytes = |name: &str| -> Result<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| name.to_owned())?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    };
+    // Without the pages of the program itself, which depend on the build and on what the page cache holds. 16 of the 64 MiB
+    // are left for them.
+    let taken = kibibytes("VmHWM:")?.saturating_sub(kibibytes("RssFile:")?);
+    ensure!(taken < 48 << 10, "the agent took {taken} KiB beside its program: {status}");
     // The control: the image is small enough that packing must have used the window.
     ensure!(fs::metadata(&tarball)?.len() < 40 << 20, "the window was not used");
     fleet.went_well();
