@@ -261,6 +261,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use std::path::{Path, PathBuf};
+
     use super::{Config, ServeArgs, Shared};
     use chrono::DateTime;
 
@@ -273,7 +275,7 @@ mod tests {
     }
 
     /// The certificate folder that follows from `MARCO_CERTS`, the data directory and the flag.
-    fn certs(variable: &std::path::Path, data_dir: &std::path::Path, flag: Option<&str>) -> std::path::PathBuf {
+    fn certs(variable: &Path, data_dir: &Path, flag: Option<&str>) -> PathBuf {
         let args =
             ServeArgs { data_dir: Some(data_dir.to_owned()), certs: flag.map(Into::into), ..ServeArgs::default() };
         Config::load(args, Shared { certs: Some(variable.to_owned()), ..Shared::default() }).unwrap().certs
@@ -304,11 +306,22 @@ mod tests {
             // Named by a flag it is used. The refusal then must not advise to remove a CA.
             assert_eq!(certs(&own, data, Some(theirs.to_str().unwrap())), theirs);
         }
-        let refused = Pki::open(&dir.path().join("fresh"), &theirs, &[], now, DateTime::UNIX_EPOCH)
-            .map(|_| ())
-            .unwrap_err()
-            .to_string();
-        assert!(refused.contains("--certs") && !refused.contains("remove"), "{refused}");
+        let refused = |data: &Path, certs: &Path| {
+            let opened = Pki::open(data, certs, &[], now, DateTime::UNIX_EPOCH);
+            let refused = crate::chain(&opened.map(|_| ()).unwrap_err());
+            // A CA that is lost is lost for every node.
+            for advice in ["remove", "delete", "erase", "move away", "rm "] {
+                assert!(!refused.contains(advice), "{refused}");
+            }
+            refused
+        };
+        let said = refused(&dir.path().join("fresh"), &theirs);
+        assert!(said.contains("--certs"), "{said}");
+        // The other half is missing, and a CA that cannot be read.
+        std::fs::remove_file(given.join("ca.crt")).unwrap();
+        refused(&elsewhere, &given);
+        std::fs::write(own.join("ca.crt"), "no certificate").unwrap();
+        refused(&data, &own);
     }
 
     #[test]

@@ -51,7 +51,7 @@ async fn unjudged(fleet: &mut Fleet, name: &str, change: impl FnOnce(PathBuf) ->
     let root = fleet.dir().join(format!("{name}-unjudged"));
     lay_out_root(&root, name)?;
     change(root.clone())?;
-    let file = pack(&root, &fleet.dir().join(format!("{name}-unjudged.tar")), Compression::None)?;
+    let file = pack(&root, &fleet.dir().join(format!("{name}-unjudged.tar")), Compression::Gzip)?;
     unchecked::smuggle(fleet, &[(&pushed, &fs::read(file)?)], NOTHING_KNOWN).await?;
     Ok(pushed)
 }

@@ -122,7 +122,7 @@ async fn controller_on_a_read_only_postgres_says_so_and_serves_again() -> Result
     assert!(fleet.node(&id).await?.connected);
     let address = url.split('@').nth(1).context("no address")?;
     let log = fleet.controller_log(0)?;
-    assert!(log.contains(&format!("read-only: {address}")), "the log does not say why");
+    assert!(log.contains(&format!("read-only: postgres://{address}")), "the log does not say why");
     read_only("off")?;
     fleet.controller_is_healthy().await?;
     assert_eq!(health.check(HealthCheckRequest::default()).await?.into_inner().status(), ServingStatus::Serving);

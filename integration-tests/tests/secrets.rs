@@ -120,7 +120,7 @@ async fn fails(fleet: &mut Fleet, database: &Database, id: &str) -> Result<Strin
     let root = fleet.dir().join("without-boot-files");
     lay_out_root(&root, "not-a-system")?;
     fs::remove_dir_all(root.join("boot"))?;
-    let file = pack(&root, &fleet.dir().join("without-boot-files.tar"), Compression::None)?;
+    let file = pack(&root, &fleet.dir().join("without-boot-files.tar"), Compression::Gzip)?;
     smuggle(fleet, database, &[(&image, &fs::read(file)?)], NOTHING_KNOWN).await?;
     let operation = fleet.create(update(&[id], &image.name, "")).await?;
     fleet.ends(&operation.name, seconds(180), OperationState::Failed).await?;

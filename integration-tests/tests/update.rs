@@ -16,7 +16,7 @@ use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{Artifact, NodeMode, SetDefaultArtifactRequest};
+use marco_proto::v1::{Artifact, NodeMode, RetryOperationRequest, SetDefaultArtifactRequest};
 
 /// Timeout of an update of a few small Pis.
 const UPDATE: Duration = seconds(180);
@@ -186,7 +186,14 @@ async fn an_image_that_does_not_come_up_brings_the_installer_back_and_another_im
     let execution = fleet.execution(&operation.name, &ids[0]).await?;
     assert_eq!(execution.state(), State::Failed, "{execution:?}");
     let error = execution.error.context("no error")?;
-    assert!(!error.reason.is_empty() && !error.message.is_empty(), "{error:?}");
+    assert!(error.reason == "IMAGE_DID_NOT_COME_UP" && !error.message.is_empty(), "{error:?}");
+    // Three more trials would end as these did.
+    let request = RetryOperationRequest { name: operation.name.clone(), request_id: String::new() };
+    let refused = fleet.operations().retry_operation(request).await.err().context("it is tried again")?;
+    let trouble = fleet.node(&ids[0]).await?.trouble;
+    for said in [refused.message(), &trouble] {
+        assert!(said.contains("IMAGE_DID_NOT_COME_UP") && said.contains("update pi-01 --image good"), "{said}");
+    }
     // One reboot into the installer, and three trials.
     assert_eq!(pi.reboots(&execution_name(&operation, &ids[0]))?, 4, "{:?}", pi.log()?);
     wait_until(seconds(60), "the node waits in its installer", async || {
@@ -274,15 +281,25 @@ async fn an_image_without_boot_files_for_this_board_is_refused_before_anything_i
     fs::rename(root.join("boot/firmware/bcm2711-rpi-4-b.dtb"), root.join("boot/firmware/bcm2710-rpi-3-b.dtb"))?;
     let tarball = pack(&root, &fleet.dir().join("other-board.tar.gz"), Compression::Gzip)?;
     let image = push(&mut fleet.artifacts(), "other-board", Kind::Image, Purpose::Unspecified, &tarball).await?;
-    let operation = fleet.create(update(&ids, &image.name, "")).await?;
-    fleet.ends(&operation.name, UPDATE, OperationState::Failed).await?;
-    let execution = fleet.execution(&operation.name, &ids[0]).await?;
-    let error = execution.error.context("no error")?;
+    // The board of the second node is not known, so the operation might be worth it and is created.
+    fleet.enrol_by_hand("unknown", false).await?;
+    let operation = fleet.create(update(&[ids[0].as_str(), "unknown"], &image.name, "")).await?;
+    let failed = fleet.execution_is(&operation.name, &ids[0], UPDATE, State::Failed).await?;
+    let error = failed.error.context("no error")?;
     assert_eq!(error.reason, "NOT_A_SYSTEM", "{error:?}");
     assert!(error.message.contains("bcm2711-rpi-4-b.dtb"), "it does not say what is missing: {error:?}");
     // The running system itself refused it: nothing rebooted, and nothing was erased.
     assert_eq!(fleet.pi(&ids[0]).reboots(&execution_name(&operation, &ids[0]))?, 0);
     assert_eq!(fleet.node(&ids[0]).await?.mode(), NodeMode::Running);
+
+    // A retry goes to the node that it may help, and to no other.
+    fleet.cancel(&operation.name).await?;
+    fleet.ends(&operation.name, UPDATE, OperationState::Failed).await?;
+    let request = RetryOperationRequest { name: operation.name.clone(), request_id: String::new() };
+    let again = fleet.operations().retry_operation(request).await?.into_inner();
+    let nodes: Vec<String> = fleet.executions(&again.name).await?.into_iter().map(|row| row.node).collect();
+    assert_eq!(nodes, ["nodes/unknown"]);
+    fleet.cancel(&again.name).await?;
     Ok(())
 }
 

@@ -45,7 +45,8 @@ impl Operations {
         let nodes = self.resolve(&asked.target, &caller.scope()).await?;
         let mut action = asked.action;
         if let Action::Update(update) = &mut action {
-            self.freeze(update, &nodes.families).await?;
+            let facts = self.freeze(update, &nodes.families).await?;
+            nodes.startable(&action, facts.as_ref())?;
         }
         self.store_new(
             caller,

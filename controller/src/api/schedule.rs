@@ -65,7 +65,8 @@ impl Schedules {
         let targets = operations.resolve(&schedule.template.target, &scope).await?;
         let mut action = schedule.template.action.clone();
         if let Action::Update(update) = &mut action {
-            operations.freeze(update, &targets.families).await?;
+            let facts = operations.freeze(update, &targets.families).await?;
+            targets.startable(&action, facts.as_ref())?;
         }
         let most = delta(schedule.jitter);
         let start = |node: &str| later(begins, jitter(schedule.id.as_str(), node, most));

@@ -15,27 +15,26 @@ use prost_reflect::{DescriptorPool, DynamicMessage};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
+use uuid::Uuid;
 
 use crate::{ANSWER, Scene, is_cut};
 
 /// An execution that the controller does not know. It acknowledges each report about it.
 const UNKNOWN: &str = "operations/01a21325-85a1-72ed-97de-94f7f1cf4a51/executions/speaker";
 
-/// The boot id of a start.
-fn boot_id(start: u32) -> String {
-    format!("7f2c0e56-0f0c-4c8b-9a3e-{start:012x}")
-}
+/// Boot id of the reports. The node never proves a restart.
+const BOOT: &str = "7f2c0e56-0f0c-4c8b-9a3e-0d1f5a7b9c11";
 
-/// A node's first message.
-fn hello(start: u32, reports: Vec<Report>) -> Hello {
+/// A node's first message. Each is of another boot and start: one that comes back after another is a clone's.
+fn hello(reports: Vec<Report>) -> Hello {
     Hello {
         protocol_version: PROTOCOL_VERSION,
-        boot_id: boot_id(start),
+        boot_id: Uuid::now_v7().to_string(),
         mode: NodeMode::Running.into(),
         agent_version: "0".to_owned(),
         supported_actions: ["reboot", "power-off", "update"].map(str::to_owned).to_vec(),
         executions: reports,
-        instance: format!("speaker-{start}"),
+        instance: Uuid::now_v7().to_string(),
         ..Hello::default()
     }
 }
@@ -45,9 +44,6 @@ struct Speaker<'a> {
     fleet: &'a Fleet,
     channel: Channel,
     work: Option<Operation>,
-    /// Number of its start. A Hello with another boot id or instance is one of a later start, and an earlier start that
-    /// comes back is taken for a clone: the node would be quarantined, and what it says afterwards would try nothing.
-    start: u32,
 }
 
 impl Speaker<'_> {
@@ -63,16 +59,14 @@ impl Speaker<'_> {
         }
         let work = self.work.as_ref().context("there is work")?;
         let execution = self.fleet.execution(&work.name, "speaker").await?;
-        let attempt = execution.attempt.max(1);
-        Ok(Report { execution: execution_name(work, "speaker"), attempt, ..report(self.start) })
+        Ok(Report { execution: execution_name(work, "speaker"), attempt: execution.attempt.max(1), ..report() })
     }
 
     /// Sends these messages in a new session, and then a report that is acknowledged. Its acknowledgement or the end of
     /// the session shows that the controller has dealt with them.
     async fn say(&self, messages: &[Vec<u8>]) -> Result<(), Status> {
         let (says, said) = tokio::sync::mpsc::channel(messages.len() + 1);
-        let last =
-            Report { execution: UNKNOWN.to_owned(), state: execution::State::Succeeded.into(), ..report(self.start) };
+        let last = Report { execution: UNKNOWN.to_owned(), state: execution::State::Succeeded.into(), ..report() };
         for message in messages.iter().cloned().chain([encoded(Message::Report(last))]) {
             says.try_send(bytes::Bytes::from(message)).map_err(|error| Status::data_loss(error.to_string()))?;
         }
@@ -106,37 +100,34 @@ impl Speaker<'_> {
         }
         told
     }
-
-    fn greeting(&self) -> Vec<u8> {
-        encoded(Message::Hello(hello(self.start, Vec::new())))
-    }
-
-    /// A message of each kind, about the node's present work. A new kind fails here until it has one.
-    fn message(&self, kind: &str, report: &Report) -> Result<Message> {
-        let execution = report.execution.clone();
-        Ok(match kind {
-            "hello" => Message::Hello(hello(self.start, vec![report.clone()])),
-            "report" => Message::Report(report.clone()),
-            "status" => Message::Status(NodeStatus::default()),
-            "leaving" => Message::Leaving(Leaving { execution }),
-            "not_held" => Message::NotHeld(NotHeld { execution, busy_with: Some(report.clone()) }),
-            _ => bail!("a message of the kind {kind} has no base for its extremes"),
-        })
-    }
 }
 
-fn report(start: u32) -> Report {
+fn report() -> Report {
     Report {
         attempt: 1,
         sequence: 1,
         state: execution::State::Running.into(),
-        boot_id: boot_id(start),
+        boot_id: BOOT.to_owned(),
         ..Report::default()
     }
 }
 
 fn encoded(message: Message) -> Vec<u8> {
     ConnectRequest { message: Some(message) }.encode_to_vec()
+}
+
+/// A message of each kind, about the node's present work. A new kind fails here until it has one.
+fn said(kind: &str, report: &Report) -> Result<Message> {
+    Ok(match kind {
+        "hello" => Message::Hello(hello(vec![report.clone()])),
+        "report" => Message::Report(report.clone()),
+        "status" => Message::Status(NodeStatus::default()),
+        "leaving" => Message::Leaving(Leaving { execution: report.execution.clone() }),
+        "not_held" => {
+            Message::NotHeld(NotHeld { execution: report.execution.clone(), busy_with: Some(report.clone()) })
+        }
+        _ => bail!("a message of the kind {kind} has no base for its extremes"),
+    })
 }
 
 /// The fault of an answer to a node's message; `None` if there is none.
@@ -158,8 +149,9 @@ fn fault(what: &str, told: &Result<(), Status>) -> Option<String> {
 /// Sends each kind of node message at its extremes, each in a session of its own.
 pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool) -> Result<(usize, Vec<String>)> {
     let connect = pool.get_message_by_name("marco.bootstrap.v1.ConnectRequest").context("ConnectRequest")?;
-    let mut speaker = Speaker { fleet, channel: scene.node.channel(fleet.addresses().api)?, work: None, start: 0 };
+    let mut speaker = Speaker { fleet, channel: scene.node.channel(fleet.addresses().api)?, work: None };
     let (mut count, mut wrong) = (0, Vec::new());
+    let greeting = || encoded(Message::Hello(hello(Vec::new())));
     let kinds: Vec<String> = connect
         .oneofs()
         .flat_map(|one| one.fields().collect::<Vec<_>>())
@@ -167,7 +159,7 @@ pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool
         .collect();
     for kind in &kinds {
         let report = speaker.report().await?;
-        let base = DynamicMessage::decode(connect.clone(), &*encoded(speaker.message(kind, &report)?))?;
+        let base = DynamicMessage::decode(connect.clone(), &*encoded(said(kind, &report)?))?;
         // Setting another field of the oneof would replace the message under test.
         let names: Vec<String> = extremes(&base)
             .into_iter()
@@ -176,18 +168,17 @@ pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool
             .collect();
         ensure!(!names.is_empty(), "{kind} has no extremes");
         for what in names {
-            speaker.start += u32::from(kind == "hello");
             // Built again for each extreme: the report must name an execution that is still open.
             let report = speaker.report().await?;
-            let base = DynamicMessage::decode(connect.clone(), &*encoded(speaker.message(kind, &report)?))?;
+            let base = DynamicMessage::decode(connect.clone(), &*encoded(said(kind, &report)?))?;
             let Some(extreme) = extremes(&base).into_iter().find(|extreme| extreme.what == what) else { continue };
-            let first = (kind != "hello").then(|| speaker.greeting());
+            let first = (kind != "hello").then(greeting);
             count += 1;
             let messages: Vec<Vec<u8>> = first.into_iter().chain([extreme.bytes]).collect();
             wrong.extend(fault(&what, &speaker.insist(&messages).await));
         }
         if kind != "hello" {
-            let early = encoded(speaker.message(kind, &report)?);
+            let early = encoded(said(kind, &report)?);
             count += 1;
             wrong.extend(fault(&format!("({kind} as the first message)"), &speaker.insist(&[early]).await));
         }
@@ -195,12 +186,11 @@ pub(crate) async fn messages(fleet: &Fleet, scene: &Scene, pool: &DescriptorPool
     // A message without content, and one of a kind that does not exist yet: field 1000 with two bytes.
     for (what, bytes) in [("(no content)", vec![]), ("(an unknown kind)", vec![0xc2, 0x3e, 0x02, 0x08, 0x01])] {
         count += 1;
-        wrong.extend(fault(what, &speaker.insist(&[speaker.greeting(), bytes]).await));
+        wrong.extend(fault(what, &speaker.insist(&[greeting(), bytes]).await));
     }
-    speaker.start += 1;
-    // Otherwise one of the extremes shut the node out, and those after it tried nothing.
+    // Otherwise the last of the extremes shut the node out, and those after it tried nothing.
     speaker
-        .insist(&[speaker.greeting()])
+        .insist(&[greeting()])
         .await
         .map_err(|status| anyhow::anyhow!("the node is not let in any more: {status:?}"))?;
     Ok((count, wrong))

@@ -4,14 +4,18 @@
 use std::fs;
 
 use anyhow::{Context as _, Result};
-use integration_tests::Fleet;
 use integration_tests::fleet::{execution_name, update};
 use integration_tests::image::{Compression, lay_out_root, pack};
 use integration_tests::upload::push;
+use integration_tests::{Fleet, seconds, wait_until};
 use marco_proto::v1::artifact::{Kind, Purpose};
 use marco_proto::v1::execution::State;
 use marco_proto::v1::operation::State as OperationState;
-use marco_proto::v1::{CheckOperationRequest, ExplainExecutionRequest, NodeMode, RetryOperationRequest};
+use marco_proto::v1::schedule_service_client::ScheduleServiceClient;
+use marco_proto::v1::{
+    CheckOperationRequest, CreateScheduleRequest, ExplainExecutionRequest, ListOperationsRequest, NodeMode,
+    RetryOperationRequest, Schedule,
+};
 use tonic::{Code, Status};
 
 use super::unchecked::smuggle;
@@ -24,7 +28,7 @@ fn without(fleet: &Fleet, name: &str, files: &[&str]) -> Result<Vec<u8>> {
     for file in files {
         fs::remove_file(root.join(file))?;
     }
-    Ok(fs::read(pack(&root, &fleet.dir().join(format!("{name}.tar")), Compression::None)?)?)
+    Ok(fs::read(pack(&root, &fleet.dir().join(format!("{name}.tar")), Compression::Gzip)?)?)
 }
 
 #[tokio::test]
@@ -69,6 +73,21 @@ async fn image_stored_in_former_times_is_judged_at_its_first_use() -> Result<()>
 }
 
 #[tokio::test]
+async fn image_stored_in_former_times_is_judged_at_the_start_without_any_use() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let old = image(&fleet, "old").await?;
+    let bytes = without(&fleet, "old-bad", &["boot/firmware/kernel8.img"])?;
+    smuggle(&mut fleet, &[(&old, &bytes)], None).await?;
+    let said = wait_until(seconds(60), "it is judged", async || {
+        let log = fleet.controller_log(0)?;
+        Ok(log.lines().find(|line| line.contains("a stored image is no system")).map(str::to_owned))
+    })
+    .await?;
+    assert!(said.contains("a kernel"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
 async fn dry_run_names_the_nodes_that_an_image_is_not_for() -> Result<()> {
     let mut fleet = Fleet::builder().pis(1).start().await?;
     let other = image(&fleet, "other").await?;
@@ -82,10 +101,25 @@ async fn dry_run_names_the_nodes_that_an_image_is_not_for() -> Result<()> {
     let check = checks.first().context("a check")?;
     assert_eq!(check.reason, "NOT_A_SYSTEM", "{check:?}");
     assert!(check.message.contains("bcm2711-rpi-4-b.dtb"), "{check:?}");
-    // The creation accepts it, and then the running system refuses it.
-    let operation = fleet.create(update(&["pi-01"], &other.name, "")).await?;
-    fleet.ends(&operation.name, INSTALL, OperationState::Failed).await?;
-    assert_eq!(fleet.pi("pi-01").reboots(&execution_name(&operation, "pi-01"))?, 0);
+    // No target can start it, so there is nothing to create. A schedule is stored, and says that it would be skipped.
+    let refused = fleet.create(update(&["pi-01"], &other.name, "")).await.err().context("it was created")?;
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert!(refused.message().contains("bcm2711-rpi-4-b.dtb"), "{refused:?}");
+    assert_eq!(fleet.operations().list_operations(ListOperationsRequest::default()).await?.into_inner().operations, []);
+    let schedule = Schedule {
+        cron: "0 0 1 1 *".to_owned(),
+        time_zone: "UTC".to_owned(),
+        operation: Some(update(&["pi-01"], &other.name, "")),
+        ..Schedule::default()
+    };
+    let create = CreateScheduleRequest {
+        schedule: Some(schedule),
+        schedule_id: "yearly".to_owned(),
+        ..CreateScheduleRequest::default()
+    };
+    let mut schedules = ScheduleServiceClient::new(fleet.admin_channel());
+    let doubts = schedules.create_schedule(create).await?.into_inner().doubts.join("\n");
+    assert!(doubts.contains("would be skipped now") && doubts.contains("bcm2711-rpi-4-b.dtb"), "{doubts}");
     Ok(())
 }
 

@@ -123,7 +123,8 @@ const SESSION: [(&str, &str); 7] = [
     ("idle_in_transaction_session_timeout", "3s"),
     ("lock_timeout", "2s"),
     ("statement_timeout", "8s"),
-    ("tcp_user_timeout", "10s"),
+    // Shown in milliseconds, without a unit.
+    ("tcp_user_timeout", "10000"),
     ("tcp_keepalives_idle", "5"),
     ("tcp_keepalives_interval", "2"),
     ("tcp_keepalives_count", "3"),

@@ -242,6 +242,10 @@ async fn no_step_of_a_round_waits_for_an_operation_that_is_held() {
     // Other controllers would take one without a beat for dead, and end its sessions.
     assert_eq!(f.store.live_controllers(controller.clock.now()).await.unwrap().len(), 1, "its beat was sent");
     drop(holder);
+    // A server notices that its client is gone only when it has an answer.
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() \
+               AND query LIKE '%pg_sleep(60)%' AND pid <> pg_backend_pid()";
+    by_hand(&f, end).await;
     wait_until(seconds(10), "the next round takes the rest", async || {
         controller.dispatcher.round(true).await?;
         Ok((held.done(&f).await == [true; 6]).then_some(()))

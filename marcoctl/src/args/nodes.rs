@@ -67,11 +67,18 @@ Examples:
 
 /// Arguments of `nodes resolve`.
 #[derive(Debug, Args)]
-// Neither is the default: the operator must decide which side is right.
-#[group(id = "decision", required = true, multiple = false, args = ["accept", "abandon"])]
 pub(crate) struct Resolve {
     /// Name or id
     pub(crate) node: String,
+    #[command(flatten)]
+    pub(crate) decision: Decision,
+}
+
+/// Which side is right. Neither is the default: the operator must decide. A struct of its own, because a group of clap takes in
+/// every argument of the struct that it stands on.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Decision {
     /// Accept the node's report without proof; an end other than FAILED stays as it is
     #[arg(long)]
     pub(crate) accept: bool,

@@ -69,7 +69,7 @@ pub(super) async fn run(command: NodesCommand, connection: &Connection, out: &mu
             .await
         }
         NodesCommand::Resolve(resolve) => {
-            let decision = if resolve.accept { Decision::Accept } else { Decision::Abandon };
+            let decision = if resolve.decision.accept { Decision::Accept } else { Decision::Abandon };
             let request = ResolveNodeRequest { name: resolve.node, decision: decision.into() };
             out.document(&connection.nodes().resolve_node(call(request)).await?.into_inner(), detail)
         }

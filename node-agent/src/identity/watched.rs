@@ -81,6 +81,26 @@ pub(super) fn note(error: &io::Error, told: Option<&Told>) {
     }
 }
 
+impl<S: AsyncRead + Unpin> Watched<S> {
+    /// Looks for a refusal that arrived before a write failed: the server sends the alert and closes, and a write that
+    /// meets the closed connection would be all that its owner sees.
+    fn look(&mut self, cx: &mut Context<'_>) {
+        let mut byte = [0];
+        let read = Pin::new(&mut self.stream).poll_read(cx, &mut ReadBuf::new(&mut byte));
+        if let Poll::Ready(Err(error)) = read {
+            note(&error, self.told.as_ref());
+        }
+    }
+
+    /// Passes the result of a write on.
+    fn written<T>(&mut self, cx: &mut Context<'_>, result: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if let Poll::Ready(Err(_)) = result {
+            self.look(cx);
+        }
+        result
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let read = ready!(Pin::new(&mut self.stream).poll_read(cx, buf));
@@ -88,9 +108,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let result = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.written(cx, result)
     }
 
     fn poll_write_vectored(
@@ -98,7 +119,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.written(cx, result)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -106,10 +128,53 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        let result = Pin::new(&mut self.stream).poll_flush(cx);
+        self.written(cx, result)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection that the other side refused and closed: nothing can be written, and the refusal can be read.
+    struct Closed;
+
+    impl AsyncRead for Closed {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            let alert = Error::AlertReceived(AlertDescription::CertificateExpired);
+            Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, alert)))
+        }
+    }
+
+    impl AsyncWrite for Closed {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn refusal_is_heard_also_when_a_write_fails_first() {
+        use tokio::io::AsyncWriteExt as _;
+        let shown = CertificateDer::from(vec![1, 2, 3]);
+        for flushes in [false, true] {
+            let refusals = Arc::new(Refusals::default());
+            let told = Told { refusals: Arc::clone(&refusals), shown: shown.clone() };
+            let mut stream = Watched::new(Closed, Some(told));
+            let written = if flushes { stream.flush().await } else { stream.write_all(b"hello").await };
+            assert!(written.is_err() && refusals.concern(&shown), "{written:?}");
+        }
     }
 }

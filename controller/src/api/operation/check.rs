@@ -1,5 +1,7 @@
 //! Predictions for an operation, by the last reports of its nodes.
 
+use std::collections::BTreeSet;
+
 use chrono::{DateTime, Months, Utc};
 use marco_archive::Facts;
 use marco_archive::firmware::device_tree;
@@ -7,6 +9,7 @@ use marco_proto::names::NodeId;
 use marco_proto::v1;
 use marco_proto::v1::operation_check::Verdict;
 
+use super::create::Targets;
 use super::{Operations, read};
 use crate::api::explain::{powered_off, waiting};
 use crate::api::status::ApiError;
@@ -49,6 +52,24 @@ impl Operations {
         warnings.extend(quarantined(&rows));
         warnings.extend(asked.rollout.and_then(|rollout| without_group(&rollout, &rows)));
         Ok(v1::CheckOperationResponse { checks, warnings })
+    }
+}
+
+impl Targets {
+    /// Returns an error if the image can start none of the boards. With a board that it can start, the operation is
+    /// worth it, and each other node refuses the image by itself.
+    pub(in crate::api) fn startable(&self, action: &Action, facts: Option<&Facts>) -> Result<(), ApiError> {
+        let (Some(image), Some(facts)) = (action.image(), facts) else { return Ok(()) };
+        let mut refusals = BTreeSet::new();
+        for (family, model) in &self.boards {
+            match facts.judge(family, device_tree(family, model)) {
+                Ok(()) => return Ok(()),
+                Err(refusal) => refusals.insert(refusal),
+            };
+        }
+        let refusals = refusals.into_iter().collect::<Vec<_>>().join("; ");
+        let message = format!("{} starts on none of the targets: {refusals}; push an image for them", image.id);
+        Err(ApiError::Precondition { reason: "NOT_A_SYSTEM", message })
     }
 }
 
@@ -143,5 +164,46 @@ fn sentence(row: &NodeRow, reason: WaitReason, off: Option<&PoweredOff>) -> Stri
         (WaitReason::NodeOffline, None, _) => format!("{text} It was never heard of."),
         (WaitReason::NodeBusy, _, Some(execution)) => format!("{text} It is at work on {}.", execution.name()),
         _ => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::time::Duration;
+
+    use marco_archive::Facts;
+
+    use super::Targets;
+    use crate::operation::{Action, FrozenArtifact, Notice, Update};
+
+    #[test]
+    fn image_for_none_of_the_boards_is_refused() {
+        let action = Action::Update(Update {
+            image: Some(FrozenArtifact { id: "kiosk".into(), sha256: String::new() }),
+            bootcode: None,
+            bootcodes: BTreeMap::new(),
+            notice: Notice { delay: Duration::ZERO, message: String::new() },
+            discard_home: false,
+            raw: false,
+        });
+        let names = ["kernel8.img", "cmdline.txt", "config.txt", "bcm2710-rpi-3-b.dtb"];
+        let facts = Facts {
+            boot_files: names.map(str::to_owned).into(),
+            texts: [("config.txt".to_owned(), "arm_64bit=1\n".to_owned())].into(),
+            ..Facts::default()
+        };
+        let startable = |boards: &[(&str, &str)]| {
+            let boards = boards.iter().map(|(family, model)| ((*family).to_owned(), (*model).to_owned())).collect();
+            Targets { ids: Vec::new(), families: BTreeSet::new(), boards }.startable(&action, Some(&facts))
+        };
+        let (three, four) = (("pi3", "Raspberry Pi 3 Model B"), ("pi4", "Raspberry Pi 4 Model B"));
+        startable(&[three, four]).unwrap();
+        // A node that never said its board is judged by itself.
+        startable(&[four, ("", "")]).unwrap();
+        let refused = startable(&[four, ("pi5", "Raspberry Pi 5")]).unwrap_err().to_string();
+        for word in ["kiosk", "bcm2711-rpi-4-b.dtb", "bcm2712-rpi-5-b.dtb"] {
+            assert!(refused.contains(word), "{word}: {refused}");
+        }
     }
 }

@@ -82,6 +82,7 @@ impl Operations {
         }
         Ok(Targets {
             families: rows.iter().map(|row| row.board.family.clone()).collect(),
+            boards: rows.iter().map(|row| (row.board.family.clone(), row.board.model.clone())).collect(),
             ids: rows.into_iter().map(|row| row.id).collect(),
         })
     }
@@ -179,6 +180,8 @@ fn describe(kind: Kind, purpose: Purpose) -> &'static str {
 pub(in crate::api) struct Targets {
     pub(in crate::api) ids: Vec<NodeId>,
     pub(in crate::api) families: BTreeSet<String>,
+    /// Family and model of each board.
+    pub(in crate::api) boards: BTreeSet<(String, String)>,
 }
 
 pub(in crate::api) struct Asked {

@@ -1,7 +1,7 @@
 //! Findings about a schedule that are allowed but rarely intended. They are shown at its creation or change. None is an
 //! error, because nodes, labels and artifacts may appear before the first fire.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use chrono::{DateTime, TimeDelta, Utc};
 
@@ -31,19 +31,25 @@ impl Schedules {
             ApiError::Store(error) => Err(ApiError::Store(error)),
             refused => Ok(format!("a fire would be skipped now: {refused}")),
         };
-        let families = match operations.resolve(&row.template.target, &row.scope).await {
-            Ok(targets) => targets.families,
+        let targets = match operations.resolve(&row.template.target, &row.scope).await {
+            Ok(targets) => Some(targets),
             // All nodes, present or future: that names no missing one.
-            Err(ApiError::Precondition { .. }) if row.template.target == Target::All => BTreeSet::new(),
+            Err(ApiError::Precondition { .. }) if row.template.target == Target::All => None,
             Err(error) => {
                 doubts.push(refused(error)?);
-                BTreeSet::new()
+                None
             }
         };
-        if let Action::Update(update) = &row.template.action
-            && let Err(error) = operations.freeze(&mut update.clone(), &families).await
-        {
-            doubts.push(refused(error)?);
+        if let Action::Update(update) = &row.template.action {
+            let families = targets.as_ref().map(|targets| targets.families.clone()).unwrap_or_default();
+            let frozen = operations.freeze(&mut update.clone(), &families).await;
+            let startable = frozen.and_then(|facts| match &targets {
+                Some(targets) => targets.startable(&row.template.action, facts.as_ref()),
+                None => Ok(()),
+            });
+            if let Err(error) = startable {
+                doubts.push(refused(error)?);
+            }
         }
         // Approved or not: a misspelt label matches no node at all.
         if let Target::Labels(labels) = &row.template.target
