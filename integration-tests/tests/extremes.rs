@@ -311,12 +311,17 @@ async fn every_field_at_its_extremes(database: Database) -> Result<()> {
         let mut wrong = Vec::new();
         let (count, found) = messages(&fleet, &scene, &pool).await?;
         ensure!(count > 200, "only {count} messages of a node");
-        println!("extremes: {count} messages of a node in {:?}", begun.elapsed());
+        println!("extremes: {count} messages of a node in {:?}\n{}", begun.elapsed(), found.join("\n"));
         sent.fetch_add(count, Ordering::Relaxed);
         wrong.extend(found);
         for (first, caller) in callers.iter().enumerate() {
             let (count, found) = requests(&scene, &pool, (caller, &enrolment), first).await?;
-            println!("extremes: {count} requests as {}, {:?} after the begin", caller.who, begun.elapsed());
+            let who = caller.who;
+            println!(
+                "extremes: {count} requests as {who}, {:?} after the begin\n{}",
+                begun.elapsed(),
+                found.join("\n")
+            );
             sent.fetch_add(count, Ordering::Relaxed);
             wrong.extend(found);
         }
