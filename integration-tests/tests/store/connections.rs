@@ -118,23 +118,22 @@ async fn connection_whose_rollback_was_not_answered_is_not_used_again() {
     assert_eq!(muted.store.quarantine(&gone, "", start()).await.unwrap(), None);
 }
 
-/// Names of the settings of each session, with their values.
-const SESSION: [(&str, &str); 7] = [
-    ("idle_in_transaction_session_timeout", "3s"),
-    ("lock_timeout", "2s"),
-    ("statement_timeout", "8s"),
-    // Shown in milliseconds, without a unit.
-    ("tcp_user_timeout", "10000"),
-    ("tcp_keepalives_idle", "5"),
-    ("tcp_keepalives_interval", "2"),
-    ("tcp_keepalives_count", "3"),
+/// The settings of each session: the name, the value as a role gets it, and the value as the server shows it.
+const SESSION: [(&str, &str, &str); 7] = [
+    ("idle_in_transaction_session_timeout", "3s", "3s"),
+    ("lock_timeout", "2s", "2s"),
+    ("statement_timeout", "8s", "8s"),
+    ("tcp_user_timeout", "10s", "10000"),
+    ("tcp_keepalives_idle", "5", "5"),
+    ("tcp_keepalives_interval", "2", "2"),
+    ("tcp_keepalives_count", "3", "3"),
 ];
 
 /// Lets each new token note the settings of the session that stores it.
 async fn note_settings(f: &Fixture) {
     let notes: String = SESSION
         .iter()
-        .map(|(name, _)| format!("INSERT INTO noted VALUES ('{name}', current_setting('{name}'));"))
+        .map(|(name, ..)| format!("INSERT INTO noted VALUES ('{name}', current_setting('{name}'));"))
         .collect();
     let all = format!(
         "CREATE TABLE noted (name text, value text); \
@@ -149,7 +148,7 @@ fn check_settings(server: &Postgres, url: &str) {
     let rows = server.rows(url, "SELECT DISTINCT name, value FROM noted").unwrap();
     let found: BTreeMap<_, _> =
         rows.iter().map(|row| (row["name"].as_str().unwrap(), row["value"].as_str().unwrap())).collect();
-    assert_eq!((rows.len(), found), (SESSION.len(), BTreeMap::from(SESSION)));
+    assert_eq!((rows.len(), found), (SESSION.len(), BTreeMap::from(SESSION.map(|(name, _, shown)| (name, shown)))));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -302,7 +301,7 @@ async fn pooler_works(program: &Path) -> (u32, u32) {
     let unset = Store::open(&asked).await.unwrap_err().to_string();
     // The refusal prints the statements that an administrator has to run. They must work as they are.
     let statements: Vec<&str> = unset.lines().filter(|line| line.contains("ALTER ROLE")).collect();
-    for (name, value) in SESSION {
+    for (name, value, _) in SESSION {
         let line = format!("SET {name} = '{value}';");
         assert!(statements.iter().any(|statement| statement.ends_with(&line)), "{line} is missing: {unset}");
     }
