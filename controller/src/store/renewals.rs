@@ -13,6 +13,9 @@ use crate::operation::NodeState;
 /// Shortest time between two renewals of a node. A node asks every 15 days; one that asked all the time would fill the
 /// disk.
 const RENEWED_EVERY: TimeDelta = TimeDelta::hours(1);
+/// How far in the future a renewal may lie and still count: the clocks of controllers differ, and a request is dated before it
+/// waits for the node's row, so of two at once the later one may be stored first.
+const AHEAD: TimeDelta = TimeDelta::minutes(1);
 /// Least remaining validity of a certificate that is sent again as the answer to the same request.
 const WORTH_REPEATING: TimeDelta = TimeDelta::days(16);
 /// Number of a node's certificates that are kept, newest first: those of two and a half years.
@@ -112,9 +115,9 @@ impl Store {
         if let Some(pem) = answer(&*tx, &wish.node, &given_for, &wish.new_key_sha256, now).await? {
             return Ok(RenewOutcome::Again(pem));
         }
-        // A renewal in the future was made by a wrong clock. Its certificate is not valid yet, so it must not delay
+        // A renewal far in the future was made by a wrong clock. Its certificate is not valid yet, so it must not delay
         // this one.
-        let last = row.maybe_time("renew_time")?.filter(|last| *last <= now);
+        let last = row.maybe_time("renew_time")?.filter(|last| *last <= later(now, AHEAD));
         if let Some(again) = last.map(|last| later(last, RENEWED_EVERY)).filter(|again| *again > now) {
             return Ok(RenewOutcome::TooSoon { again });
         }
