@@ -322,7 +322,8 @@ async fn pooler_works(program: &Path) -> (u32, u32) {
         }
     });
     join_all(tasks).await;
-    let query = "SELECT name FROM pg_prepared_statements";
+    // From 1.21 on PgBouncer gives statements names of its own, and prepares them again wherever a client needs one.
+    let query = "SELECT name FROM pg_prepared_statements WHERE name NOT LIKE 'PGBOUNCER\\_%'";
     for _ in 0..5 {
         // A named statement would stay on a server connection that the pooler hands to another client.
         assert!(server.rows(&url, query).unwrap().is_empty(), "names stay on servers that others get next");
