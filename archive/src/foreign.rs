@@ -77,6 +77,7 @@ mod tests {
     use super::{FILE_SYSTEMS, MARKS, refuse};
 
     /// What the formats' own tools wrote (Debian 12): the tool, pieces of its output by offset, and a word of the answer.
+    #[allow(clippy::type_complexity, reason = "a table that is read once")]
     const WRITTEN: [(&str, &[(usize, &str)], &str); 26] = [
         ("7zz a", &[(0, "377abcaf271c000445351d8db2050000")], "7z x FILE"),
         ("bzip2", &[(0, "425a6839314159265359ffbeaaa90001")], "bunzip2"),

@@ -132,12 +132,12 @@ fn each_peers_share_is_that_of_the_program() {
                     &[],
                 ],
             ),
-            ("strangers of the API", &[&[silent.clone()], &[count.clone()], &[]]),
+            ("strangers of the API", &[std::slice::from_ref(&silent), std::slice::from_ref(&count), &[]]),
             (
                 "strangers of the enrolment",
-                &[&[format!("{stranger} KiB each, {enrolment} MiB")], &[count.clone()], &[]],
+                &[&[format!("{stranger} KiB each, {enrolment} MiB")], std::slice::from_ref(&count), &[]],
             ),
-            ("strangers of the mirror", &[&[silent], &[count], &[]]),
+            ("strangers of the mirror", &[std::slice::from_ref(&silent), std::slice::from_ref(&count), &[]]),
             (
                 "one node",
                 &[

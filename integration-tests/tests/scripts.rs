@@ -27,16 +27,21 @@ const FILES: [(&str, &str); 8] = [
     ),
 ];
 
+#[allow(clippy::disallowed_methods, reason = "scripts of this repository, run by a test without a runtime")]
+fn program(name: impl AsRef<std::ffi::OsStr>) -> Command {
+    Command::new(name)
+}
+
 /// Runs a line of shell in this folder, in which `$CARGO` is this cargo.
 fn shell(folder: &Path, line: &str) -> Result<Output> {
-    let mut command = Command::new("sh");
+    let mut command = program("sh");
     command.args(["-c", line]).current_dir(folder);
     command.env("CARGO", std::env::var_os("CARGO").context("not run by cargo")?);
     Ok(command.env("CARGO_TARGET_DIR", folder.join("target")).env("RUST_BACKTRACE", "0").output()?)
 }
 
 fn failed_tests(log: &Path) -> Result<String> {
-    let output = Command::new(workspace().join("scripts/failed-tests.sh")).arg(log).output()?;
+    let output = program(workspace().join("scripts/failed-tests.sh")).arg(log).output()?;
     anyhow::ensure!(output.status.success(), "{output:?}");
     Ok(String::from_utf8(output.stdout)?)
 }

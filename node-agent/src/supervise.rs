@@ -5,6 +5,8 @@
 //! starts its [`keeper`] and then becomes the image's own init. The keeper lives in memory, apart from the root, and
 //! survives what that init does to other processes. No failure here may keep the image's init from starting.
 
+#![allow(clippy::disallowed_methods, reason = "a process of its own without a runtime: it waits and replaces itself")]
+
 use std::io::{self, Read as _, Write as _};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixStream};

@@ -126,7 +126,7 @@ fn hello() -> Vec<u8> {
 fn expected(row: &Row, caller: &Caller, target: Target) -> &'static str {
     let (_, roles, limit, _) = row;
     if let Some((reason, _)) = &caller.shut_out {
-        return *reason;
+        return reason;
     }
     if caller.role == '-' {
         return "UNAUTHENTICATED";

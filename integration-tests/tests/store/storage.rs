@@ -166,6 +166,7 @@ impl Load {
 }
 
 /// The choices of a run, and prints how to repeat them: `STORAGE_SEED`.
+#[allow(clippy::print_stdout, reason = "a failing run is repeated by its seed")]
 fn dice() -> Dice {
     let seed = setting("STORAGE_SEED", u64::from(std::process::id()));
     println!("storage: STORAGE_SEED={seed}");

@@ -128,11 +128,14 @@ fn end(watchdog: &mut Watchdog, mut agent: UnixStream) -> ! {
     say("the system is accepted");
     let _ = agent.write_all(ACCEPTED);
     drop(agent);
-    while state == Left::Running {
+    if state != Left::Running {
+        std::process::exit(0);
+    }
+    // A watchdog that cannot be stopped is fed for as long as the machine runs.
+    loop {
         watchdog.feed();
         std::thread::sleep(FEED);
     }
-    std::process::exit(0)
 }
 
 /// Waits for the agent's word that the system is accepted. Other processes and users are not heard.

@@ -72,7 +72,7 @@ async fn fails(rig: &Rig, kind: Kind, name: &str, limit: Duration) -> Result<(Du
     rig.until(&mut power, limit + RESTART, "the installer comes back", async || {
         let starts = rig.machine.starts();
         let at = starts.iter().position(|start| start.console == trial.console);
-        let next = at.and_then(|at| starts.get(at + 1)).map(|next| is_trial(next));
+        let next = at.and_then(|at| starts.get(at + 1)).map(is_trial);
         Ok((next == Some(false)).then_some(()))
     })
     .await?;
