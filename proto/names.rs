@@ -27,8 +27,10 @@ pub const MESSAGE_SIZE: usize = 256 * 1024;
 pub const LOG_MAX: usize = 32 * 1024;
 /// `google.rpc.ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "marco.bootstrap";
-/// Version of the session protocol (`Hello.protocol_version`).
-pub const PROTOCOL_VERSION: u32 = 1;
+/// Version of the session protocol that this agent speaks (`Hello.protocol_versions`).
+pub const PROTOCOL_VERSION: u32 = 2;
+/// Versions of the session protocol that this controller serves. In 1 the acknowledgement of VERIFYING is the verdict.
+pub const SERVED_PROTOCOLS: [u32; 2] = [1, 2];
 /// Time for which a new system waits for the controller's verdict before it gives way to the installer, and the controller
 /// waits for what it then says. Longer than a controller's or a switch's restart, since the installer writes the card again.
 pub const VERDICT_DEADLINE: Duration = Duration::from_secs(10 * 60);

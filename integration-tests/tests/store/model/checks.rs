@@ -8,6 +8,7 @@ use marco_controller::rollout::Limit;
 use marco_controller::store::{ExecutionRow, OperationQuery, StoreError};
 use marco_proto::names::{ExecutionId, NodeId, OperationId};
 
+use super::pi::Pi;
 use super::world::{Asked, Outcome, World};
 
 /// True if a rollout counts the execution as a failure: it failed, was rolled back, or is overdue.
@@ -188,7 +189,10 @@ impl World {
 
     /// Checks that no node rebooted or powered off twice for one execution.
     fn check_nodes(&self) -> Outcome {
-        for pi in &self.pis {
+        // An agent of protocol 1 does not notice an older copy of its journal. Of what both the journal and a restored
+        // database have lost, nobody knows.
+        let remembers = |pi: &&Pi| !(pi.torn.ever && pi.protocol == 1) && !pi.torn.before_a_restore;
+        for pi in self.pis.iter().filter(remembers) {
             let mut seen = BTreeSet::new();
             if let Some((id, _)) = pi.log.iter().find(|(id, _)| !seen.insert(id)) {
                 return Err(format!("{id} was done twice: {:?}", pi.log));
@@ -212,6 +216,8 @@ impl World {
         let by_operator = match why {
             reason::NEVER_RETURNED => true,
             reason::CONFLICT_ABANDONED => self.resolved.contains(&row.id.node),
+            // Neither: the journal is gone.
+            reason::JOURNAL_LOST => pi.torn.ever,
             _ => false,
         };
         if row.state == ExecutionState::Failed && !said_by_node && !by_operator {
