@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model bench-install host-test fuzz e2e failures powercut check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes faults model bench-install host-test fuzz e2e failures powercut check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -48,6 +48,9 @@ extremes: deps ## Every field of every request and of every message of a node at
 
 model: deps ## Random histories against the real store, checked after each step: HISTORIES (10000) [MODEL_SEED]
 	HISTORIES=$(or $(HISTORIES),10000) cargo test --workspace --test store model:: -- --nocapture
+
+faults: ## An update with every fault at every step, and FAULTS (10000) random pairs of them [FAULT_SEED=7 plays one pair, FAULT_ONLY='CutTorn|config.txt' single ones]
+	$(if $(FAULT_SEED),,FAULTS=$(or $(FAULTS),10000)) cargo test --workspace --test faults -- --ignored --exact update_keeps_its_promises_under_faults --nocapture
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins
