@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use integration_tests::postgres::Postgres;
 use integration_tests::{seconds, wait_until};
-use marco_controller::store::{CreateOutcome, NewOperation, RequestKey, Store, StoreError, deadline};
+use marco_controller::store::{Assignment, CreateOutcome, NewOperation, RequestKey, Store, StoreError, deadline};
 use marco_proto::names::OperationId;
 
 use crate::support::*;
@@ -50,7 +50,7 @@ async fn callers_are_answered_though_others_hold_the_row_and_every_permit() {
     for (error, took) in &answers {
         assert!(error.is_contention() || format!("{error:?}").contains("busy"), "{error:?}");
         // A caller's budget is 1.7 s. In rows of twelve they took 1.7, 3.4, 5.1 and 6.8 s.
-        assert!(*took < Duration::from_millis(2500), "a caller waited {took:?}");
+        assert!(*took < seconds(3), "a caller waited {took:?}");
     }
     assert_eq!(f.store.ailment(), None, "a row that others hold is no outage");
     reading.abort();
@@ -79,13 +79,12 @@ async fn controller_that_froze_with_the_row_of_all_nodes_holds_up_no_other_work(
     let begun = Instant::now();
     let claimed = f.store.claim("c1", &live, start()).await.unwrap();
     assert!(begun.elapsed() < seconds(3), "a round stood still for {:?}", begun.elapsed());
-    let given: Vec<_> = claimed.iter().map(|one| &one.execution.operation).collect();
-    assert_eq!(given, [&other], "the frozen one holds all but this");
+    assert!(claimed.iter().any(|one| one.execution.operation == other), "the other work goes on: {claimed:?}");
     // Postgres ends the frozen transaction 3 s after its last statement.
-    let had = std::cell::Cell::new(0);
+    let of_all = |claimed: &[Assignment]| claimed.iter().filter(|one| one.execution.operation == all).count();
+    let had = std::cell::Cell::new(of_all(&claimed));
     wait_until(seconds(8), "all nodes have work", async || {
-        let claimed = f.store.claim("c1", &live, start()).await?;
-        had.set(had.get() + claimed.iter().filter(|one| one.execution.operation == all).count());
+        had.set(had.get() + of_all(&f.store.claim("c1", &live, start()).await?));
         Ok((had.get() == 3).then_some(()))
     })
     .await
@@ -115,7 +114,8 @@ async fn request_that_froze_with_its_controller_is_answered_by_another_one_withi
         let again = request();
         let asked = Instant::now();
         let answer = deadline::of_caller(f.store.create_operation(&again, start())).await;
-        assert!(asked.elapsed() < Duration::from_millis(2500), "a caller waited {:?}", asked.elapsed());
+        // The caller's budget is 1.7 s.
+        assert!(asked.elapsed() < seconds(4), "a caller waited {:?}", asked.elapsed());
         match answer {
             Ok(CreateOutcome::Created(row) | CreateOutcome::Existing(row)) => Ok(Some(row.id)),
             Ok(other) => panic!("{other:?}"),

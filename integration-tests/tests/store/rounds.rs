@@ -2,7 +2,6 @@
 //! not count as silence of a node.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use chrono::TimeDelta;
 use integration_tests::postgres::Postgres;
@@ -232,13 +231,10 @@ async fn no_step_of_a_round_waits_for_an_operation_that_is_held() {
     // A session that works: no timeout of an idle transaction ends it.
     let _holder = Postgres::start().unwrap().session(&f.url, &hold).unwrap();
     asleep(&f).await;
-    let begun = Instant::now();
+    // A step that waited would fail after the 2 s of `lock_timeout`, for the free ones too.
     controller.dispatcher.round(true).await.unwrap();
-    let took = begun.elapsed();
     assert_eq!(held.done(&f).await, [false; 6], "its rows are held");
     assert_eq!(free.done(&f).await, [true; 6]);
-    // Each step that waited would take the 2 s of `lock_timeout`, and fail for all its operations.
-    assert!(took < seconds(4), "the round took {took:?}");
     // Other controllers would take one without a beat for dead, and end its sessions.
     assert_eq!(f.store.live_controllers(controller.clock.now()).await.unwrap().len(), 1, "its beat was sent");
     // Ended in the server: one that sleeps does not see that its client is gone.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 
 /// Time that the server gets to work on the statement before the connection is cut.
 const AT_WORK: Duration = Duration::from_millis(200);
@@ -70,7 +71,16 @@ impl Drop for Trap {
 async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Snap, left: Arc<AtomicUsize>) {
     let (mut from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = server.into_split();
-    let down = tokio::spawn(async move { tokio::io::copy(&mut from_server, &mut to_client).await });
+    let mute = Arc::new(Notify::new());
+    let muted = Arc::clone(&mute);
+    let down = tokio::spawn(async move {
+        tokio::select! {
+            // Asked first, so that no answer slips through after it. The halves live on: to drop them is to hang up.
+            biased;
+            () = muted.notified() => std::future::pending().await,
+            _ = tokio::io::copy(&mut from_server, &mut to_client) => {}
+        }
+    });
     let mut block = vec![0; 64 * 1024];
     let mut seen = false;
     while let Ok(count @ 1..) = from_client.read(&mut block).await {
@@ -79,7 +89,10 @@ async fn pass(client: TcpStream, server: TcpStream, word: &'static str, snap: Sn
         // A statement of these tests fits into one read of the proxy.
         let snaps = sent.windows(word.len()).any(|part| part == word.as_bytes())
             && left.try_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok();
-        if matches!(snap, Snap::Cut | Snap::Mute) && snaps {
+        if snap == Snap::Mute && snaps {
+            mute.notify_one();
+        }
+        if snap == Snap::Cut && snaps {
             // Stops forwarding answers before the statement is sent, so that its answer cannot slip through.
             down.abort();
         }
