@@ -82,6 +82,8 @@ pub enum Ailment {
     Clock,
     /// The power supply is too weak.
     UnderVoltage,
+    /// The journal, or its newest copy, was lost.
+    JournalLost,
     /// A kind that this controller does not know, from a newer agent or a newer controller.
     #[serde(other)]
     Unknown,

@@ -98,6 +98,7 @@ fn condition(condition: &Condition) -> v1::NodeCondition {
             Ailment::Disk => Type::Disk,
             Ailment::Clock => Type::Clock,
             Ailment::UnderVoltage => Type::UnderVoltage,
+            Ailment::JournalLost => Type::JournalLost,
         }
         .into(),
         message: condition.message.clone(),
@@ -117,6 +118,7 @@ fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> 
             Type::Disk => Ailment::Disk,
             Type::Clock => Ailment::Clock,
             Type::UnderVoltage => Ailment::UnderVoltage,
+            Type::JournalLost => Ailment::JournalLost,
         };
         // It may be an operating system's text about a disk, so it is cut and not refused.
         let clean = said.message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(CONDITION_MAX).collect();
