@@ -231,7 +231,7 @@ impl Executor {
     pub(super) async fn tidy_recovery(&self) {
         let busy = self.journal.entries().unfinished().is_some_and(|entry| entry.action.kind() == Kind::Update);
         let (Some(recovery), Some(folder), false) = (self.recovery(), self.recovery_folder(), busy) else { return };
-        let downloads = self.downloads();
+        let (downloads, root) = (self.downloads(), self.system.root());
         let tidied = off_runtime(move || {
             // A failed switch once left the installer as the default, and this function took its key away.
             if recovery.default_boot()? == DefaultBoot::Installer {
@@ -246,6 +246,10 @@ impl Executor {
                 remove(&folder.join(journal::FILE_NAME));
             }
             recovery.remove_identity()?;
+            // A power cut right after the switch leaves it.
+            if let Err(error) = install::remove_supervisor(&root) {
+                tracing::warn!(error = %error, "supervisor of a trial left in the root");
+            }
             if downloads.exists() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }

@@ -59,8 +59,12 @@ pub(super) fn main() -> ! {
 
     let (sender, accepted) = mpsc::channel();
     std::thread::spawn(move || listen(&sender));
-    std::thread::spawn(move || account::keep(move || Duration::from_secs(used).saturating_add(clock.since_boot())));
-    watch(Duration::from_secs(limit.saturating_sub(used)), clock, &accepted)
+    let over = account::Over::default();
+    let kept = over.clone();
+    std::thread::spawn(move || {
+        account::keep(&kept, move || Duration::from_secs(used).saturating_add(clock.since_boot()));
+    });
+    watch(Duration::from_secs(limit.saturating_sub(used)), clock, &accepted, &over)
 }
 
 /// Time since the kernel's start.
@@ -92,7 +96,7 @@ fn leave_console() {
 }
 
 /// Watches the trial until its end. Never returns.
-fn watch(limit: Duration, clock: Clock, accepted: &Receiver<UnixStream>) -> ! {
+fn watch(limit: Duration, clock: Clock, accepted: &Receiver<UnixStream>, over: &account::Over) -> ! {
     let mut watchdog = Watchdog::new(Path::new("/"));
     say(&format!("this system is on trial: {} s are left for its acceptance", left(limit, clock).as_secs()));
     let mut warnings = WARNINGS.iter().filter(|warning| **warning < left(limit, clock)).peekable();
@@ -110,7 +114,11 @@ fn watch(limit: Duration, clock: Clock, accepted: &Receiver<UnixStream>) -> ! {
         }
         let next = warnings.peek().map_or(left, |warning| left.saturating_sub(**warning));
         match accepted.recv_timeout(next.min(FEED)) {
-            Ok(agent) => end(&mut watchdog, agent),
+            Ok(agent) => {
+                // Before the answer: the agent removes what the records leave.
+                over.set();
+                end(&mut watchdog, agent)
+            }
             Err(RecvTimeoutError::Timeout) => {}
             // The listener is gone. The limit still holds.
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left.min(FEED)),
