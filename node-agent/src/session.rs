@@ -90,6 +90,8 @@ pub struct Node {
     pub image_sha256: String,
     /// SHA-256 of the boot files that run; empty when they are the image's or not known.
     pub boot_sha256: String,
+    /// What the trial of a new system lacks here, as a sentence; empty: nothing is known to be missing.
+    pub trial_lacks: String,
     /// In the installer: the card holds no system.
     pub card_is_blank: bool,
     /// In the installer: the image that a file of the 2015 system on the card names; empty: none.

@@ -8,8 +8,8 @@ use marco_proto::v1::agent_service_client::AgentServiceClient;
 use marco_proto::v1::connect_response::Message as Answer;
 use marco_proto::v1::verdict::Decision;
 use marco_proto::v1::{
-    Ack, Assign, ConnectRequest, ConnectResponse, Hello, NodeCondition, NodeMode, Release, Report, Verdict,
-    connect_request, execution, node_condition,
+    Ack, Assign, CheckOperationRequest, ConnectRequest, ConnectResponse, Hello, NodeCondition, NodeMode, Release,
+    Report, System, Verdict, connect_request, execution, node_condition,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -103,6 +103,27 @@ async fn highest_common_version_is_chosen_and_none_is_refused() -> Result<()> {
         status.message(),
         "the agent speaks version 3 or 4 of the protocol, this controller 1 or 2; update the older one"
     );
+    fleet.went_well();
+    Ok(())
+}
+
+#[tokio::test]
+async fn node_says_what_a_trial_lacks_there() -> Result<()> {
+    let mut fleet = Fleet::builder().pis(0).start().await?;
+    let node = fleet.enrol_by_hand("pi-01", false).await?;
+    let system = System { trial_lacks: "no watchdog".to_owned(), ..System::default() };
+    let mut session = Node::open(&fleet, &node, Hello { system: Some(system), ..hello(&[2]) }).await?;
+    session.welcomed().await?;
+    assert_eq!(fleet.node("pi-01").await?.system.context("no system")?.trial_lacks, "no watchdog");
+    let (update, _) = recorder::operation(&fleet, "update").await?;
+    for (operation, warned) in [(update, true), (reboot(&["pi-01"], seconds(0)), false)] {
+        let request = CheckOperationRequest { operation: Some(operation) };
+        let warnings = fleet.operations().check_operation(request).await?.into_inner().warnings;
+        let told: Vec<_> =
+            warnings.iter().map(|warning| (warning.reason.as_str(), warning.ask, warning.message.as_str())).collect();
+        let expected = [("TRIAL_UNWATCHED", false, "no watchdog: pi-01")];
+        assert_eq!(told, if warned { expected.as_slice() } else { &[] });
+    }
     fleet.went_well();
     Ok(())
 }

@@ -101,6 +101,7 @@ fn node() -> Node {
         layout: Layout::Resident,
         image_sha256: String::new(),
         boot_sha256: String::new(),
+        trial_lacks: "no watchdog".into(),
         card_is_blank: false,
         image: String::new(),
     }
@@ -134,7 +135,8 @@ async fn until(journal: &Journal, mut is: impl FnMut(&crate::journal::Entry) -> 
 async fn whether_it_could_be_updated_is_said_in_hello_and_when_it_changes() {
     let mut bench = Bench::new().await;
     let (mut session, hello) = bench.welcomed().await;
-    assert_eq!(hello.system.unwrap().update_refusal, None);
+    let system = hello.system.unwrap();
+    assert_eq!((system.update_refusal, system.trial_lacks.as_str()), (None, "no watchdog"));
     let refusal = |message: &str| Some(Refusal { reason: "NOT_WIRED", message: message.into() });
     bench.refusal.send_replace(refusal("the cable is out"));
     let Some(connect_request::Message::Status(status)) = session.next().await.unwrap().message else {

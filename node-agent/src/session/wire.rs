@@ -49,6 +49,7 @@ impl Facts<'_> {
             image_sha256: node.image_sha256.clone(),
             boot_sha256: node.boot_sha256.clone(),
             update_refusal: self.refusal.as_ref().map(refusal),
+            trial_lacks: node.trial_lacks.clone(),
         }
     }
 

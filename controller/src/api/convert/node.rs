@@ -73,6 +73,7 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
                 .update_refusal
                 .as_ref()
                 .map(|refusal| v1::UpdateRefusal { reason: refusal.reason.clone(), message: refusal.message.clone() }),
+            trial_lacks: row.system.trial_lacks.clone(),
         }),
         boot_id: row.boot_id.clone(),
         agent_version: row.agent_version.clone(),
@@ -174,6 +175,7 @@ pub(in crate::api) fn system(system: v1::System, ailing: Vec<v1::NodeCondition>)
         ("system.os", &system.os),
         ("system.image_sha256", &system.image_sha256),
         ("system.boot_sha256", &system.boot_sha256),
+        ("system.trial_lacks", &system.trial_lacks),
     ] {
         text(field, value)?;
     }
@@ -196,6 +198,7 @@ pub(in crate::api) fn system(system: v1::System, ailing: Vec<v1::NodeCondition>)
         update_refusal: system
             .update_refusal
             .map(|refusal| UpdateRefusal { reason: refusal.reason, message: refusal.message }),
+        trial_lacks: system.trial_lacks,
         conditions: conditions(ailing)?,
     })
 }
