@@ -66,7 +66,7 @@ impl Installer {
     /// The card is there, but cannot be used.
     pub async fn find() -> Result<Option<Self>, SystemError> {
         let test = TestFirmware::find(Path::new("/"));
-        let found = blocking(|| Ok(find::card(&Path::new(MOUNTS).join("look")))).await?;
+        let found = blocking(|| Ok(find::card(&Path::new(MOUNTS).join("look"))?)).await?;
         let disk = match found {
             Some(disk) => disk,
             None => match test.as_ref().and_then(|test| test.join.as_deref()) {
@@ -107,11 +107,8 @@ impl Installer {
             Ok(())
         })
         .await?;
-        // The error is kept for `settings`: the caller first sets up the log on the card, which then shows it.
-        let (settings, wrong) = match Settings::read(&card.recovery) {
-            Ok(settings) => (settings, None),
-            Err(error) => (Settings::default(), Some(error)),
-        };
+        // The error is kept for `wrong_settings`: the caller first sets up the log on the card, which then shows it.
+        let (settings, wrong) = Settings::read_or_default(&card.recovery);
         Ok(Some(Self {
             disk,
             card,
@@ -126,15 +123,38 @@ impl Installer {
         }))
     }
 
-    /// The settings on the card.
-    ///
-    /// # Errors
-    /// Returns an error if they are invalid: then nothing may be installed.
-    pub fn settings(&self) -> Result<&Settings, SystemError> {
-        match &self.wrong {
-            Some(error) => Err(SystemError::Invalid(crate::cause::chain(error))),
-            None => Ok(&self.settings),
+    /// Restarts an installer on a trial boot, which found no card to work on, into the old system. Returns if it is on no
+    /// trial, which makes this restart the last one, or if the machine stays up.
+    pub fn leave_without_a_card() {
+        let test = TestFirmware::find(Path::new("/"));
+        let booted = test.as_ref().map_or_else(|| board::booted(Path::new("/")), |test| Some(test.booted));
+        if !booted.is_some_and(|booted| booted.tryboot) {
+            return;
         }
+        tracing::error!("no card to work on, the old system is started again");
+        if let Some(test) = &test {
+            test.announce(Reboot::Plain);
+        }
+        if let Err(error) = rustix::system::reboot(RebootCommand::Restart) {
+            tracing::error!(error = %error, "machine does not restart");
+        }
+    }
+
+    /// The settings on the card, or the defaults for wrong ones: an installer that ended instead could not say so.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The error of wrong settings.
+    pub fn wrong_settings(&self) -> Option<&SettingsError> {
+        self.wrong.as_ref()
+    }
+
+    /// Refuses an installation that would divide the card by the defaults because its settings are wrong.
+    async fn check_settings(&self) -> Result<(), SystemError> {
+        let Some(wrong) = &self.wrong else { return Ok(()) };
+        let (disk, wrong) = (self.disk.clone(), crate::cause::chain(wrong));
+        blocking(move || prepare::check_settings(&disk, &wrong)).await
     }
 
     /// Sets a function that is called right before the machine goes down, for data that must be on the card by then.
@@ -231,6 +251,10 @@ impl System for Installer {
         Some(self.card.clone())
     }
 
+    fn disk_to_name(&self) -> Option<String> {
+        find::to_be_named(&self.disk)
+    }
+
     fn root(&self) -> PathBuf {
         self.card.root.clone()
     }
@@ -280,7 +304,7 @@ impl System for Installer {
     }
 
     fn conditions(&self) -> Vec<Condition> {
-        super::ailing_disk(&self.state_dir()).into_iter().collect()
+        super::ailing_disk(&self.state_dir()).into_iter().chain(super::wrong_settings(&self.card.recovery)).collect()
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {
@@ -288,7 +312,11 @@ impl System for Installer {
     }
 
     async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
-        prepare::check_kept(&self.disk, &self.card, &self.settings, erase).await.map_err(|error| match error {
+        let checked = async {
+            self.check_settings().await?;
+            prepare::check_kept(&self.disk, &self.card, &self.settings, erase).await
+        };
+        checked.await.map_err(|error| match error {
             SystemError::Refused(refusal) => refusal,
             error => Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) },
         })
@@ -310,6 +338,7 @@ impl System for Installer {
     }
 
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {
+        self.check_settings().await?;
         let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
         prepare::prepare(&self.disk, &self.card, &self.settings, erase, lease).await
     }

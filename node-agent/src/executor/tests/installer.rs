@@ -9,7 +9,7 @@ use super::{
 use crate::bootpart::DefaultBoot;
 use crate::download::tests::Wrong;
 use crate::executor::{CALLED_OFF, JOURNAL_NOT_WRITABLE, ONLY_IMAGES};
-use crate::job::{Action, Artifact, Failure, State, Update, phase as phases};
+use crate::job::{Action, Artifact, Failure, NEVER_ENDED, State, Update, phase as phases};
 use crate::journal::{Accepted, Confirmation, FILE_NAME, JournalError, REPLACED};
 use crate::system::{Mode, System as _};
 
@@ -320,4 +320,44 @@ async fn installer_whose_own_work_failed_leads_back_to_the_old_system() {
         .await;
     assert_eq!(bench.machine.told(), ["reboot Plain idle"]);
     assert_eq!(error(&journal, ONE).reason, "DOWNLOAD_REFUSED");
+}
+
+#[tokio::test]
+async fn installer_that_comes_up_again_after_it_went_back_stays() {
+    let mut bench = on_trial_boot().await;
+    bench.machine.patience = SHORT;
+    std::fs::remove_file(job_file(&bench)).unwrap();
+    std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+
+    // The card boots the installer, whatever its files say.
+    let bench = bench.reboot("boot-c", Mode::Installer);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, _| {}).await;
+    assert_eq!(bench.machine.told(), [""; 0], "it would go back forever");
+
+    // A system that comes up nevertheless forgets that, so the next installer may go back once.
+    let bench = bench.reboot("boot-d", Mode::Running);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, _| {}).await.reboot("boot-e", Mode::Installer);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    assert_eq!(bench.machine.told().first().unwrap(), "reboot Plain idle");
+}
+
+#[tokio::test]
+async fn installation_that_hangs_fifty_boots_is_given_up() {
+    let mut bench = on_broken_card().await;
+    for boot in 0..=50 {
+        bench = bench.reboot(&format!("hung-{boot}"), Mode::Installer);
+        bench.journal().install(ONE).await.unwrap();
+    }
+    let journal = bench.journal();
+    assert_eq!(journal.entries().get(ONE).unwrap().tries.never_ended(), None);
+    let bench = bench.reboot("boot-z", Mode::Installer);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Failed).await).await;
+    assert_eq!(error(&journal, ONE).reason, NEVER_ENDED);
+    assert_eq!(bench.machine.told(), [""; 0], "it was not tried again");
 }

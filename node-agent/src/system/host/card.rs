@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use crate::settings::Settings;
-use crate::system::disk::erasure::Begun;
+use crate::system::disk::erasure::{self, Begun};
 use crate::system::disk::plan::Part;
 use crate::system::disk::{self, Access, Disk, find, kept};
 use crate::system::{Card, Erase, Refusal, SystemError};
@@ -79,11 +79,26 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
     Ok(Some(Card { recovery: mounted, boot, root: "/".into(), home: "/home".into() }))
 }
 
+/// The signature of the root's disk, if a job for the installer has to name it.
+pub(super) fn disk_to_name() -> Option<String> {
+    find::to_be_named(&find::disk_of_root()?)
+}
+
 /// Refuses an installation that would change anything else on the root's disk.
 pub(super) async fn keeps_the_rest(erase: Erase) -> Result<(), Refusal> {
-    let Some(disk) = find::disk_of_root() else { return Ok(()) };
+    match find::partition_of("/") {
+        Some((disk, root)) => keeps_the_rest_of(&disk, root, erase).await,
+        None => Ok(()),
+    }
+}
+
+/// Same, for a system whose root is this partition of the disk.
+async fn keeps_the_rest_of(disk: &Disk, root: u32, erase: Erase) -> Result<(), Refusal> {
+    if erase.root {
+        erasure::root_is_p2(root)?;
+    }
     // Defaults: the installer decides again with `install.toml` and the record of an interrupted try.
-    match kept::decide(&disk, &Settings::default(), erase, Begun::default()).await {
+    match kept::decide(disk, &Settings::default(), erase, Begun::default()).await {
         Err(SystemError::Refused(refusal)) => Err(refusal),
         Err(error) => Err(Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) }),
         Ok(_) => Ok(()),
@@ -97,5 +112,33 @@ pub(super) fn can_be_laid_out() -> Result<(), Refusal> {
         Some(Err(SystemError::Refused(refusal))) => Err(refusal),
         Some(Err(error)) => Err(Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) }),
         Some(Ok(_)) | None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt as _;
+
+    use super::keeps_the_rest_of;
+    use crate::settings::Settings;
+    use crate::system::Erase;
+    use crate::system::disk::tests::{Loop, image};
+
+    const IMAGE: Erase = Erase { root: true, home: false };
+
+    #[tokio::test]
+    async fn encrypted_home_is_refused_while_the_old_system_runs() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let Some(card) = Loop::new(&image(&dir, 1400 << 20)) else { return };
+        card.0.partition_resident(&Settings::default()).unwrap();
+        assert_eq!(keeps_the_rest_of(&card.0, 2, IMAGE).await, Ok(()), "its home is blank");
+        let reason = async |root, erase| keeps_the_rest_of(&card.0, root, erase).await.unwrap_err().reason;
+        assert_eq!(reason(3, IMAGE).await, "LAYOUT_NOT_UNDERSTOOD", "p2 is not the root");
+        let luks = zstd::decode_all(include_bytes!("../disk/probe/superblocks/luks2.zst").as_slice()).unwrap();
+        let home = File::options().write(true).open(card.0.partition(3)).unwrap();
+        home.write_all_at(&luks, 0).and_then(|()| home.sync_all()).unwrap();
+        assert_eq!(reason(2, IMAGE).await, "PARTITION_NOT_UNDERSTOOD");
+        assert_eq!(keeps_the_rest_of(&card.0, 2, Erase { home: true, ..IMAGE }).await, Ok(()));
     }
 }
