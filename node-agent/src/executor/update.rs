@@ -185,13 +185,15 @@ impl Executor {
     pub(super) async fn await_verdict(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         self.phase(execution, phase::VERDICT);
-        // A raw image boots in any case: there is no installer to go back to.
-        let patience = if entry.action.is_raw() { Duration::MAX } else { self.settings.verdict };
+        // Nothing to go back to: a raw image boots in any case, and so does a system that was accepted before a power cut
+        // took its journal's word for it. A restart would lead here again, every ten minutes.
+        let stays = entry.action.is_raw() || !self.installer_boots().await;
+        let patience = if stays { Duration::MAX } else { self.settings.verdict };
         // A system that cannot reach its controller, or is the wrong one, is no better than one that does not come up. The
         // installer is still the default, and counts the trial.
         match tokio::time::timeout(patience, self.journal.verdict(execution)).await {
             Ok(Verdict::Accepted) => {}
-            Ok(Verdict::Refused(failure)) if entry.action.is_raw() => return Err(StepError::Failed(failure)),
+            Ok(Verdict::Refused(failure)) if stays => return Err(StepError::Failed(failure)),
             Ok(Verdict::Refused(failure)) => {
                 let (reason, error) = (failure.reason, failure.message);
                 tracing::warn!(execution, reason, error, "controller refuses the new system, back to the installer");

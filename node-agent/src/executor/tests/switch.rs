@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Bench, ONE, SHORT, TWO, armed_update, error, goes_down, on_trial, phase, reaches, update};
 use crate::bootpart::DefaultBoot;
-use crate::job::{RELEASE_MISMATCH, State};
+use crate::job::{Failure, RELEASE_MISMATCH, State};
 use crate::journal::{FILE_NAME, Verdict};
 use crate::system::{Mode, System as _};
 
@@ -137,4 +137,39 @@ async fn system_that_keeps_the_parameters_of_its_trial_is_not_the_default() {
     let bench = accepted(bench, State::Failed).await;
     assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::Installer);
     assert_installer_has_everything(&bench);
+}
+
+#[tokio::test]
+async fn default_system_waits_for_its_verdict_without_a_limit() {
+    let mut bench = on_trial(ONE).await;
+    bench.verdict = Duration::ZERO;
+    // The switch was done, and the acceptance was in memory only.
+    bench.recovery().set_boot_partition(DefaultBoot::System).unwrap();
+    let journal = bench.journal();
+    let bench = bench
+        .run(&journal, async |journal, machine| {
+            phase(journal, "waiting for the controller to accept the new system").await;
+            // The executor's timer, which began earlier, is over before this one.
+            tokio::time::timeout(SHORT, goes_down(machine)).await.unwrap_err();
+            journal.judge(ONE, Verdict::Accepted);
+            reaches(journal, ONE, State::Succeeded).await;
+        })
+        .await;
+    assert_eq!(bench.machine.told(), [""; 0]);
+}
+
+#[tokio::test]
+async fn refusal_of_a_default_system_ends_the_job_and_not_the_boot() {
+    let bench = on_trial(ONE).await;
+    bench.recovery().set_boot_partition(DefaultBoot::System).unwrap();
+    let journal = bench.journal();
+    let bench = bench
+        .run(&journal, async |journal, _| {
+            phase(journal, "waiting for the controller to accept the new system").await;
+            journal.judge(ONE, Verdict::Refused(Failure::new("NOT_VERIFIED", "it is another one")));
+            reaches(journal, ONE, State::Failed).await;
+        })
+        .await;
+    assert_eq!(error(&journal, ONE).reason, "NOT_VERIFIED");
+    assert_eq!(bench.machine.told(), [""; 0]);
 }
