@@ -1,7 +1,7 @@
 //! The only decision that erases data on a card. A file system is made only with an [`Erasure`], and only this module
 //! creates one. Pure.
 
-use super::plan::{Part, Plan};
+use super::plan::{EXTENDED, LINUX, Part, Plan};
 use super::probe::Contents;
 use crate::system::{Erase, Refusal};
 
@@ -162,13 +162,11 @@ fn laid_out_anew(parts: &[Part], erase: Erase) -> Result<(), Refusal> {
                        instead of boot files alone";
         return Err(Refusal { reason: "LAYOUT_NOT_RESIDENT", message: message.into() });
     }
-    // Numbers 1 and 2 are a stock card's boot partition and root.
-    match parts.iter().find(|part| part.number > 2) {
+    match parts.iter().find_map(not_stock) {
         Some(other) if !erase.home => {
             let message = format!(
-                "the card is not in the installer's layout, and laying it out would erase its partition {}: save what is on \
-                 it, and update with --discard-home",
-                other.number
+                "the card is not in the installer's layout, and laying it out would erase {other}: save what is on it, and \
+                 update with --discard-home"
             );
             Err(Refusal { reason: "LAYOUT_NOT_UNDERSTOOD", message })
         }
@@ -176,11 +174,42 @@ fn laid_out_anew(parts: &[Part], erase: Erase) -> Result<(), Refusal> {
     }
 }
 
+/// Describes a partition that a stock card does not have. `None`: it is the boot partition or the root of one.
+fn not_stock(part: &Part) -> Option<String> {
+    let Part { number, kind, .. } = part;
+    match (number, kind) {
+        (1, _) if part.is_fat() => None,
+        (2, &LINUX) => None,
+        // The root may be one of the logical partitions. Others in there may hold anything.
+        (_, kind) if EXTENDED.contains(kind) => {
+            Some(format!("its extended partition {number} with every logical partition in it"))
+        }
+        (1, _) => Some(format!("its partition 1, which is no FAT (type 0x{kind:02x})")),
+        (2, _) => Some(format!("its partition 2, which is no Linux file system (type 0x{kind:02x})")),
+        _ => Some(format!("its partition {number}")),
+    }
+}
+
+/// Checks that the root of the running system is the partition that an installation makes anew as the root.
+///
+/// # Errors
+/// Returns an error if the root is another partition: then nobody gave up p2.
+pub(crate) fn root_is_p2(number: u32) -> Result<(), Refusal> {
+    if number == Place::Root.number() {
+        return Ok(());
+    }
+    let message = format!(
+        "the running system's root is partition {number} of the card, and an installation makes partition 2 anew as the \
+         root: nothing says that partition 2 may be erased"
+    );
+    Err(Refusal { reason: "LAYOUT_NOT_UNDERSTOOD", message })
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::plan::{FAT, Part, Plan};
+    use super::super::plan::{FAT, LINUX, Part, Plan};
     use super::super::probe::Contents;
-    use super::{Begun, Decided, Erase, Erasure, Place, decide};
+    use super::{Begun, Decided, Erase, Erasure, Place, decide, root_is_p2};
 
     const IMAGE: Erase = Erase { root: true, home: false };
     const BOOT_ONLY: Erase = Erase { root: false, home: false };
@@ -225,7 +254,8 @@ mod tests {
 
     #[test]
     fn a_new_table_erases_no_partition_that_nobody_gave_up() {
-        let part = |number| Part { number, kind: FAT, start: u64::from(number) << 13, sectors: 1 << 13 };
+        let of_kind = |number, kind| Part { number, kind, start: u64::from(number) << 13, sectors: 1 << 13 };
+        let part = |number| of_kind(number, if number == 1 { FAT } else { LINUX });
         let plan = Plan::Write(Vec::new());
         let look = |_| panic!("a card that is laid out anew is not looked at");
         let reason = |parts: &[Part], erase| {
@@ -236,6 +266,20 @@ mod tests {
         assert_eq!(reason(&stock, BOOT_ONLY), Some("LAYOUT_NOT_RESIDENT"));
         assert_eq!(reason(&more, IMAGE), Some("LAYOUT_NOT_UNDERSTOOD"));
         assert_eq!(reason(&more, ALL), None);
+        // Extended (two types of it), LVM, RAID, NTFS, swap.
+        for kind in [0x05, 0x0f, 0x8e, 0xfd, 0x07, 0x82] {
+            let other = [part(1), of_kind(2, kind)];
+            assert_eq!(reason(&other, IMAGE), Some("LAYOUT_NOT_UNDERSTOOD"), "{kind:#x}");
+            assert_eq!(reason(&other, ALL), None, "{kind:#x}");
+        }
+        assert_eq!(reason(&[of_kind(1, LINUX), part(2)], IMAGE), Some("LAYOUT_NOT_UNDERSTOOD"));
+        assert_eq!(reason(&[part(1)], IMAGE), None);
+    }
+
+    #[test]
+    fn root_of_another_number_is_refused() {
+        assert_eq!(root_is_p2(2), Ok(()));
+        assert_eq!(root_is_p2(5).unwrap_err().reason, "LAYOUT_NOT_UNDERSTOOD");
     }
 
     #[test]

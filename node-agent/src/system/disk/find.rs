@@ -92,13 +92,19 @@ pub(crate) fn label(device: &Path) -> Option<String> {
 
 /// The disk of the root file system. `None`: the root is not on a partition.
 pub(crate) fn disk_of_root() -> Option<Disk> {
-    let name = name_of(std::fs::metadata("/").ok()?.dev())?;
+    partition_of("/").map(|(disk, _)| disk)
+}
+
+/// The disk of the file system at this path, and its partition's number. `None`: it is not on a partition.
+pub(crate) fn partition_of(path: &str) -> Option<(Disk, u32)> {
+    let name = name_of(std::fs::metadata(path).ok()?.dev())?;
     let folder = std::fs::canonicalize(Path::new(BLOCK).join(&name)).ok()?;
     if !folder.join("partition").exists() {
         return None;
     }
     let disk = folder.parent()?.file_name()?.to_str()?.to_owned();
-    Some(Disk { device: Path::new("/dev").join(disk) })
+    let partition = u32::try_from(number(&folder, "partition")).ok()?;
+    Some((Disk { device: Path::new("/dev").join(disk) }, partition))
 }
 
 /// Mount point of a device. `None`: not mounted.

@@ -25,7 +25,9 @@ const MOST: u64 = 0xffff_ffff;
 /// Type of a FAT partition with LBA in an MBR.
 pub(crate) const FAT: u8 = 0x0c;
 /// Type of a Linux partition.
-const LINUX: u8 = 0x83;
+pub(crate) const LINUX: u8 = 0x83;
+/// Types of an extended partition, with logical partitions in it.
+pub(crate) const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
 /// Every type that stands for a FAT.
 const FATS: [u8; 6] = [0x01, 0x04, 0x06, 0x0b, 0x0c, 0x0e];
 /// Type of the only entry in the MBR of a card with a GPT.

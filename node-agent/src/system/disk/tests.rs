@@ -5,16 +5,18 @@
 
 use std::fs;
 use std::io::{Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::erasure::Erasure;
-use super::plan::{FAT, Part, Plan, is_resident};
-use super::{Access, Disk, Stretch, file_system, mount, unmount};
+use super::erasure::{Begun, Erasure};
+use super::plan::{FAT, LINUX, Part, Plan, SECTOR, is_resident};
+use super::{Access, Disk, Stretch, SystemError, file_system, kept, mount, unmount};
 use crate::settings::Settings;
+use crate::system::Erase;
 
 const MIB: u64 = 1 << 20;
 
@@ -125,6 +127,52 @@ fn a_file_that_is_too_small_is_refused_and_not_touched() {
     assert!(error.to_string().contains("too small"), "{error}");
     // Not even a table: the card may hold data of its owner.
     assert!(fs::read(&disk.device).unwrap().iter().all(|byte| *byte == 0));
+}
+
+/// A card in a file whose MBR says: p1 FAT, p2 of this type. In an extended p2 is one logical partition, p5.
+fn card_with_p2(dir: &TempDir, kind: u8) -> Disk {
+    let entry = |kind: u8, start: u32, sectors: u32| {
+        let mut bytes = vec![0, 0, 0, 0, kind, 0, 0, 0];
+        bytes.extend(start.to_le_bytes());
+        bytes.extend(sectors.to_le_bytes());
+        bytes
+    };
+    let table = |entries: &[Vec<u8>]| {
+        let mut sector = vec![0; 446];
+        entries.iter().for_each(|entry| sector.extend(entry));
+        sector.resize(510, 0);
+        sector.extend(super::BOOT_SIGNATURE);
+        sector
+    };
+    let (start, sectors) = (264 << 11, 512 << 11);
+    let disk = Disk { device: image(dir, 1024 * MIB) };
+    let file = disk.open(true).unwrap();
+    file.write_all_at(&table(&[entry(FAT, 8192, 256 << 11), entry(kind, start, sectors)]), 0).unwrap();
+    file.write_all_at(&table(&[entry(LINUX, 2048, sectors - 2048)]), u64::from(start) * SECTOR).unwrap();
+    disk
+}
+
+#[tokio::test]
+async fn card_with_logical_partitions_is_not_laid_out() {
+    let image = Erase { root: true, home: false };
+    for (kind, reason) in [(LINUX, None), (0x05, Some("its extended partition 2")), (0x8e, Some("(type 0x8e)"))] {
+        let dir = TempDir::new().unwrap();
+        let disk = card_with_p2(&dir, kind);
+        let numbers: Vec<u32> = disk.parts().unwrap().iter().map(|part| part.number).collect();
+        assert_eq!(numbers, [1, 2]);
+        let decided = kept::decide(&disk, &settings(), image, Begun::default()).await;
+        match (decided, reason) {
+            (Ok(_), None) => {}
+            (Err(SystemError::Refused(refusal)), Some(part)) => {
+                assert_eq!(refusal.reason, "LAYOUT_NOT_UNDERSTOOD");
+                assert!(refusal.message.contains(part), "{}", refusal.message);
+            }
+            (decided, _) => panic!("{kind:#x}: {decided:?}"),
+        }
+        // The operator gave everything up.
+        let all = Erase { root: true, home: true };
+        assert!(kept::decide(&disk, &settings(), all, Begun::default()).await.is_ok(), "{kind:#x}");
+    }
 }
 
 #[tokio::test]

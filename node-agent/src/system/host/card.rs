@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use crate::settings::Settings;
-use crate::system::disk::erasure::Begun;
+use crate::system::disk::erasure::{self, Begun};
 use crate::system::disk::plan::Part;
 use crate::system::disk::{self, Access, Disk, find, kept};
 use crate::system::{Card, Erase, Refusal, SystemError};
@@ -81,9 +81,19 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
 
 /// Refuses an installation that would change anything else on the root's disk.
 pub(super) async fn keeps_the_rest(erase: Erase) -> Result<(), Refusal> {
-    let Some(disk) = find::disk_of_root() else { return Ok(()) };
+    match find::partition_of("/") {
+        Some((disk, root)) => keeps_the_rest_of(&disk, root, erase).await,
+        None => Ok(()),
+    }
+}
+
+/// Same, for a system whose root is this partition of the disk.
+async fn keeps_the_rest_of(disk: &Disk, root: u32, erase: Erase) -> Result<(), Refusal> {
+    if erase.root {
+        erasure::root_is_p2(root)?;
+    }
     // Defaults: the installer decides again with `install.toml` and the record of an interrupted try.
-    match kept::decide(&disk, &Settings::default(), erase, Begun::default()).await {
+    match kept::decide(disk, &Settings::default(), erase, Begun::default()).await {
         Err(SystemError::Refused(refusal)) => Err(refusal),
         Err(error) => Err(Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) }),
         Ok(_) => Ok(()),
