@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::fill;
-use crate::system::command;
+use crate::system::{SystemError, command};
 
 /// Bytes read at the beginning: every superblock that libblkid knows, except those at the end.
 const FRONT: usize = 1 << 20;
@@ -39,6 +39,8 @@ pub(crate) enum Contents {
 pub(super) struct Seen {
     /// True if the beginning is all zeros or all ones: some cards read erased blocks as ones.
     pub(super) blank: bool,
+    /// The same of the end.
+    pub(super) blank_end: bool,
     /// File system by its magic number, of those that an installation makes.
     pub(super) kind: Option<&'static str>,
 }
@@ -55,10 +57,13 @@ pub(super) fn look(device: &Path) -> Result<Seen> {
     whole(&file, &mut front, 0)?;
     let from = size.saturating_sub(BACK);
     let mut back = vec![0; usize::try_from(size - from).unwrap_or_default()];
-    // Only for read errors: `blkid -p` reports "nothing found" for a device whose every sector fails.
+    // Also for read errors: `blkid -p` reports "nothing found" for a device whose every sector fails.
     whole(&file, &mut back, from)?;
-    let blank = front.iter().all(|byte| *byte == 0) || front.iter().all(|byte| *byte == 0xff);
-    Ok(Seen { blank, kind: magic(&front) })
+    Ok(Seen { blank: is_blank(&front), blank_end: is_blank(&back), kind: magic(&front) })
+}
+
+fn is_blank(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0) || bytes.iter().all(|byte| *byte == 0xff)
 }
 
 fn whole(file: &File, buffer: &mut [u8], at: u64) -> Result<()> {
@@ -92,7 +97,7 @@ pub(crate) async fn probe(device: &Path) -> Contents {
     let seen = tokio::task::spawn_blocking(move || look(&path)).await.unwrap_or_else(|error| Err(Error::other(error)));
     match seen {
         Err(error) => Contents::Unreadable(error.to_string()),
-        Ok(seen) => conclude(seen, &ask(device).await),
+        Ok(seen) => conclude(seen, &ask(&BLKID, device).await),
     }
 }
 
@@ -105,21 +110,27 @@ enum Answer {
     Table(String),
     Nothing,
     Ambivalent,
-    /// blkid could not be asked.
-    Silent(String),
+    /// This system has no blkid.
+    Absent,
+    /// blkid was asked and did not answer.
+    Failed(String),
 }
 
-async fn ask(device: &Path) -> Answer {
-    let Some(program) = BLKID.into_iter().find(|program| Path::new(program).exists()) else {
-        return Answer::Silent("there is no blkid here, which could name it".to_owned());
-    };
+async fn ask(programs: &[&str], device: &Path) -> Answer {
+    let Some(program) = programs.iter().find(|program| Path::new(program).exists()) else { return Answer::Absent };
     let device = device.to_string_lossy();
-    match command::output(&[program, "-p", "-o", "export", &*device], BLKID_TIME).await {
+    heard(program, command::output(&[program, "-p", "-o", "export", &*device], BLKID_TIME).await)
+}
+
+/// Reads the outcome of blkid: its status (`None` after a signal) and its output.
+fn heard(program: &str, outcome: std::result::Result<(Option<i32>, String), SystemError>) -> Answer {
+    match outcome {
         Ok((Some(0), text)) => answer(&text),
         Ok((Some(NOTHING), _)) => Answer::Nothing,
         Ok((Some(AMBIVALENT), _)) => Answer::Ambivalent,
-        Ok((status, _)) => Answer::Silent(format!("{program} ended with status {status:?}")),
-        Err(error) => Answer::Silent(error.to_string()),
+        Ok((Some(status), _)) => Answer::Failed(format!("{program} ended with status {status}")),
+        Ok((None, _)) => Answer::Failed(format!("{program} was killed")),
+        Err(error) => Answer::Failed(error.to_string()),
     }
 }
 
@@ -148,11 +159,17 @@ fn conclude(seen: Seen, answer: &Answer) -> Contents {
             Some(kind) => format!("what looks like {kind}, with a superblock that is damaged"),
             None => "data of no known kind, as an encrypted volume without a header is".to_owned(),
         }),
+        // It may have failed at the very sectors that hold the data, or known a format behind a blank beginning.
+        Answer::Failed(why) => Contents::Unreadable(why.clone()),
         // Without libblkid, only blank partitions and the installer's own formats are certain.
-        Answer::Silent(why) => match seen.kind {
+        Answer::Absent => match seen.kind {
             Some(kind) => Contents::FileSystem(kind),
-            None if seen.blank => Contents::Nothing,
-            None => unknown(format!("data of another kind than the installer knows by itself; {why}")),
+            // Some members of a RAID have their superblock at the end, behind a blank beginning.
+            None if seen.blank && seen.blank_end => Contents::Nothing,
+            None => unknown(
+                "data of another kind than the installer knows by itself; there is no blkid here, which could name it"
+                    .to_owned(),
+            ),
         },
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::{Answer, Contents, Seen, answer, conclude, probe};
+use super::{Answer, Contents, Seen, answer, ask, conclude, heard, look, probe};
 use crate::settings::Settings;
 use crate::system::disk::erasure::Begun;
 use crate::system::disk::kept;
@@ -106,12 +106,38 @@ async fn what_cannot_be_read_is_not_nothing() {
 
 #[test]
 fn without_blkid_only_what_is_blank_or_ours_is_told() {
-    let silent = Answer::Silent("there is no blkid here".into());
-    let seen = |blank, kind| Seen { blank, kind };
-    assert_eq!(conclude(seen(false, Some("ext4")), &silent), Contents::FileSystem("ext4"));
-    assert_eq!(conclude(seen(true, None), &silent), Contents::Nothing);
-    let unknown = conclude(seen(false, None), &silent);
-    assert!(matches!(&unknown, Contents::Unknown(what) if what.contains("no blkid")), "{unknown:?}");
+    let dir = TempDir::new().unwrap();
+    let found = |name, first: &[u8], last: &[u8]| {
+        let path = partition(&dir, name, first);
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(last, 320 * MIB - u64::try_from(last.len()).unwrap()).unwrap();
+        conclude(look(&path).unwrap(), &Answer::Absent)
+    };
+    assert_eq!(found("ext4", &superblock("ext4"), &[]), Contents::FileSystem("ext4"));
+    assert_eq!(found("blank", &[], &[]), Contents::Nothing);
+    assert_eq!(found("erased", &[0xff; 1 << 20], &[0xff; 256 << 10]), Contents::Nothing);
+    // A member of a RAID has its superblock at the end.
+    for (first, last) in [(&[0; 8][..], &[7; 4096][..]), (&[7; 8], &[0; 8])] {
+        let unknown = found("data", first, last);
+        assert!(matches!(&unknown, Contents::Unknown(what) if what.contains("no blkid")), "{unknown:?}");
+    }
+}
+
+#[tokio::test]
+async fn blkid_that_fails_is_no_answer() {
+    let path = partition(&TempDir::new().unwrap(), "blank", &[]);
+    assert_eq!(ask(&[], &path).await, Answer::Absent);
+    let timeout = SystemError::Command { program: "blkid".into(), message: "no end within 30 s".into() };
+    for (answer, why) in [
+        (ask(&["/bin/false"], &path).await, "ended with status 1"),
+        (heard("/sbin/blkid", Ok((None, String::new()))), "was killed"),
+        (heard("/sbin/blkid", Err(timeout)), "no end within"),
+    ] {
+        for (blank, kind) in [(true, None), (false, None), (false, Some("ext4"))] {
+            let found = conclude(Seen { blank, blank_end: blank, kind }, &answer);
+            assert!(matches!(&found, Contents::Unreadable(what) if what.contains(why)), "{found:?}");
+        }
+    }
 }
 
 #[test]
