@@ -63,6 +63,7 @@ pub const REASONS: &[(&str, Healing)] = &[
     ("RELEASE_MISMATCH", AnotherImage),
     ("REPLACED", AnotherTry),
     ("ROOT_EMPTY", ByHand),
+    ("SETTINGS_WRONG", ByHand),
     ("SYSTEM_ERROR", AnotherTry),
     ("TRIAL_BOOT_UNUSABLE", ByHand),
     ("UNDER_VOLTAGE", ByHand),

@@ -17,6 +17,8 @@ pub enum Ailment {
     Clock,
     /// The power supply is too weak.
     UnderVoltage,
+    /// The card's settings of the installer cannot be used.
+    Settings,
     /// The journal, or its newest copy, was lost.
     JournalLost,
 }

@@ -283,7 +283,7 @@ impl Work<'_> {
         if !disk {
             self.label_boot(&target, &given, None).await?;
         }
-        let supervision = self.supervision()?;
+        let supervision = self.supervision();
         let (fitted, board, node) = (target.clone(), self.board.clone(), self.job.node.clone());
         blocking(move || {
             let (root, boot) = open(&fitted)?;
@@ -389,7 +389,7 @@ impl Work<'_> {
         // Without the data of its first boot cloud-init takes itself to be on another machine.
         let given = self.given().await?.of_cloud_init();
         self.label_boot(&target, &given, Some(brings_data)).await?;
-        let supervision = self.supervision()?;
+        let supervision = self.supervision();
         let (fitted, board, path, node) = (target.clone(), self.board.clone(), zip.clone(), self.job.node.clone());
         blocking(move || {
             marco_archive::unpack_zip(open_zip(&path)?, &fitted.boot).map_err(bootcode)?;
@@ -406,10 +406,10 @@ impl Work<'_> {
         self.installed(Next::System)
     }
 
-    fn supervision(&self) -> Result<Supervision, InstallError> {
-        let settings = Settings::read(&self.card.recovery);
-        let settings = settings.map_err(|error| SystemError::Invalid(sentence(&error)))?;
-        Ok(Supervision { program: self.system.supervisor_program(), limit: settings.trial.limit })
+    fn supervision(&self) -> Supervision {
+        // The root is erased by now: settings that are wrong are told in the log, and are no reason to stop here.
+        let (settings, _) = Settings::read_or_default(&self.card.recovery);
+        Supervision { program: self.system.supervisor_program(), limit: settings.trial.limit }
     }
 
     /// Step 4 of an update: from here on every boot is this installer, which starts over by itself. Then the card may

@@ -9,13 +9,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use tokio::sync::{Mutex, watch};
 
 use crate::cause::chain;
 use crate::durable;
-use crate::health::{Ailment, Condition, Health};
+use crate::health::{Ailment, Health};
 use crate::job::{Action, FORK_LEAP, Failure, Kind, Release, State, WrongState};
 
 mod confirmation;
@@ -23,12 +22,14 @@ mod entry;
 mod file;
 mod installing;
 mod loss;
+mod unopened;
 mod verdict;
 
 pub use confirmation::Confirmation;
 pub use entry::{Entries, Entry, new_entry};
 pub use installing::REPLACED;
 use loss::Loss;
+use unopened::Unopened;
 pub use verdict::Verdict;
 
 /// Name of the journal's file in the state directory.
@@ -39,8 +40,6 @@ const KEEP_MICROS: i64 = 30 * 24 * 60 * 60 * 1_000_000;
 const FILE_MODE: u32 = 0o600;
 /// Reason of a job that ends, or is not taken, because the journal cannot be written.
 pub const NOT_WRITABLE: &str = "JOURNAL_NOT_WRITABLE";
-/// Pause between two tries of a journal that cannot be written.
-const HEAL: Duration = Duration::from_secs(10);
 
 /// Requirement of a change: must it be on the disk to count?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +113,8 @@ pub enum JournalError {
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
+    /// `Some`: the file could not be opened, and nothing is written over it.
+    unopened: Option<Unopened>,
     boot_id: String,
     /// Held while a change is being written, so that changes follow one another.
     writer: Mutex<()>,
@@ -136,9 +137,15 @@ impl Journal {
     /// `journal.json.bad-N`, and the journal says that it was lost.
     pub fn open(directory: &Path, boot_id: &str) -> Result<Self, JournalError> {
         let path = directory.join(FILE_NAME);
-        let file::Contents { entries, loss } = file::load(&path)?;
+        let contents = file::load(&path)?;
+        Ok(Self::with(path, boot_id, contents, None))
+    }
+
+    fn with(path: PathBuf, boot_id: &str, contents: file::Contents, unopened: Option<Unopened>) -> Self {
+        let file::Contents { entries, loss } = contents;
         let journal = Self {
             path,
+            unopened,
             boot_id: boot_id.to_owned(),
             writer: Mutex::new(()),
             entries: watch::Sender::new(Arc::new(Entries(entries))),
@@ -150,7 +157,7 @@ impl Journal {
             loss: std::sync::Mutex::default(),
         };
         journal.remember_loss(loss);
-        Ok(journal)
+        journal
     }
 
     /// The jobs as they are on the disk.
@@ -450,26 +457,11 @@ impl Journal {
         Ok(answer)
     }
 
-    /// Writes the journal as it is. This shows whether that is possible, and makes up for changes kept in memory.
-    pub async fn probe(&self) -> Result<(), JournalError> {
-        let _writer = self.writer.lock().await;
-        self.write(&self.entries()).await
-    }
-
-    /// Tries every ten seconds to write a journal that cannot be written. Never ends.
-    pub async fn heal(&self) {
-        let mut changes = self.health.changes();
-        let ill = |conditions: &Vec<Condition>| conditions.iter().any(|ill| ill.ailment == Ailment::Journal);
-        while changes.wait_for(ill).await.is_ok() {
-            tokio::time::sleep(HEAL).await;
-            if self.probe().await.is_ok() {
-                tracing::info!("journal can be written again");
-            }
-        }
-    }
-
     /// Replaces the file; the caller holds the writer.
     async fn write(&self, entries: &Entries) -> Result<(), JournalError> {
+        if let Some(unopened) = &self.unopened {
+            return Err(unopened.error(&self.path));
+        }
         let contents = file::encode(&self.path, entries, self.loss().as_ref())?;
         let path = self.path.clone();
         let written = tokio::task::spawn_blocking(move || durable::replace(&path, &contents, FILE_MODE)).await;

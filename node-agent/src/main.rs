@@ -197,7 +197,11 @@ async fn installer(
             let _ = tokio::task::spawn_blocking(move || logbook.write()).await;
         }
     }));
-    let settings = found.settings()?.clone();
+    if let Some(error) = found.wrong_settings() {
+        // Not an end: the installer would be started again and again, and nobody would hear why.
+        tracing::error!(error = %error, "settings of the card are wrong, the defaults hold");
+    }
+    let settings = found.settings().clone();
     if let Some(filter) = &settings.log {
         set_log(filter);
     }

@@ -21,7 +21,7 @@ use crate::identity::{
     self, Enrollment, Identity, IdentityError, JoinError, JoinFile, JoinToken, KeyPolicy, Purpose, TlsTime, enroll,
 };
 use crate::job;
-use crate::journal::{Journal, JournalError};
+use crate::journal::Journal;
 use crate::session::{self, Session};
 use crate::settings::seed2015::Seed;
 use crate::system::{self, Facts, System, SystemError};
@@ -81,9 +81,9 @@ pub enum RunError {
     /// Facts of the machine could not be read.
     #[error("this machine cannot be asked")]
     System(#[from] SystemError),
-    /// The journal cannot be read or written.
-    #[error("the journal cannot be used")]
-    Journal(#[from] JournalError),
+    /// A journal that could not be opened at the start now can be.
+    #[error("the journal can be opened again, and the agent has to start with it")]
+    JournalOpens,
     /// The node's identity cannot be loaded, or the node cannot be enrolled.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -278,7 +278,7 @@ pub async fn run(
     }
     let identity = Arc::new(identity);
     let boot_id = system.boot_id()?;
-    let journal = Arc::new(Journal::open(&system.state_dir(), &boot_id)?);
+    let journal = Arc::new(Journal::open_or_empty(&system.state_dir(), &boot_id));
     // Named controllers only. Found ones are remembered after they have proved to be controllers.
     let known = way.discovery.known();
     if !known.is_empty() {
@@ -336,7 +336,7 @@ pub async fn run(
     let session = Session { controllers, identity: identity.clone(), journal, node, refusal: refused, log, labels };
 
     // The agent's tasks. A task that ends by itself returns its reason.
-    let mut parts: JoinSet<Option<IdentityError>> = JoinSet::new();
+    let mut parts: JoinSet<Option<RunError>> = JoinSet::new();
     parts.spawn({
         let stop = stop.clone();
         async move {
@@ -347,7 +347,7 @@ pub async fn run(
     });
     parts.spawn({
         let stop = stop.clone();
-        async move { session.run(stop).await }.in_current_span()
+        async move { session.run(stop).await.map(RunError::Permanent) }.in_current_span()
     });
     parts.spawn({
         let stop = stop.clone();
@@ -374,19 +374,18 @@ pub async fn run(
         let stop = stop.clone();
         async move {
             // Cancel-safe: the file is replaced whole.
-            stop.run_until_cancelled(healed.heal()).await;
-            None
+            stop.run_until_cancelled(healed.heal()).await.map(|()| RunError::JournalOpens)
         }
         .in_current_span()
     });
-    // Only the session ends by itself, if no controller can ever take this node.
+    // Two of them may end by themselves: the session if no controller can ever take this node, and the journal's.
     let ended = tokio::select! {
         () = stop.cancelled() => None,
         ended = parts.join_next() => (!stop.is_cancelled()).then_some(ended),
     };
     match ended {
         None => {}
-        Some(Some(Ok(Some(error)))) => return Err(RunError::Permanent(error)),
+        Some(Some(Ok(Some(error)))) => return Err(error),
         Some(_) => return Err(RunError::Broken),
     }
     // Bounded, so that a task that hangs does not hold up a shutdown. Each write of the tasks is atomic or begun again.

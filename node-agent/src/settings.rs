@@ -14,6 +14,17 @@ pub const FILE: &str = "marco/install.toml";
 pub const FILE_SYSTEMS: [(&str, &str); 4] =
     [("ext4", "/sbin/mke2fs"), ("btrfs", "/sbin/mkfs.btrfs"), ("f2fs", "/sbin/mkfs.f2fs"), ("xfs", "/sbin/mkfs.xfs")];
 
+/// Sections of the file with their keys, and the only key outside of them.
+const SECTIONS: [(&str, &[&str]); 6] = [
+    ("boot", &["size", "mkfs_options"]),
+    ("root", &["size", "type", "mkfs_options"]),
+    ("home", &["size", "type", "mkfs_options"]),
+    ("network", &["interface", "address", "gateway", "dns"]),
+    ("failure", &["policy", "after"]),
+    ("trial", &["limit"]),
+];
+const LOG: &str = "log";
+
 /// Longest trial of a new system. With the restart it stays below 15 minutes. Longer than the wait for the controller's
 /// verdict, after which the new system goes back by itself.
 pub const TRIAL_LIMIT: Duration = Duration::from_secs(14 * 60);
@@ -22,7 +33,7 @@ const SHORTEST_TRIAL: Duration = Duration::from_secs(20);
 
 /// Settings of an installer.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Settings {
     /// The system's boot partition (p4).
     pub boot: Boot,
@@ -42,7 +53,7 @@ pub struct Settings {
 
 /// The system's boot partition.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Boot {
     /// Size in bytes. In the file also `512MiB`.
     #[serde(deserialize_with = "bytes")]
@@ -59,7 +70,7 @@ impl Default for Boot {
 
 /// The root or home.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct FileSystem {
     /// Size in bytes. `None`: for the root two thirds of the rest of the card, at most 32 GiB; for home all that is
     /// left.
@@ -80,7 +91,7 @@ impl Default for FileSystem {
 
 /// The wired network.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Network {
     /// Name of the interface. `None`: every wired one with a carrier.
     pub interface: Option<String>,
@@ -94,7 +105,7 @@ pub struct Network {
 
 /// Reaction to a failed installation, or to an installer that cannot continue.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Failure {
     /// The reaction itself.
     pub policy: Policy,
@@ -127,7 +138,7 @@ pub enum Policy {
 
 /// The trial of a new system.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(default)]
 pub struct Trial {
     /// Time from the start of the new system's kernel until the installer comes back, unless the controller has accepted
     /// the system. At most [`TRIAL_LIMIT`].
@@ -147,21 +158,59 @@ pub enum SettingsError {
     /// The file exists and cannot be read.
     #[error("cannot read {FILE}")]
     Read(#[source] std::io::Error),
-    /// The file has an unknown key or an invalid value.
+    /// The file is no TOML, or has an invalid value.
     #[error("{FILE} is wrong: {0}")]
     Wrong(String),
 }
 
 impl Settings {
+    /// Reads the text of a file. A key that is not known here is only warned of: a newer agent may have written it, and
+    /// an older installer must still do its job.
+    fn parse(text: &str) -> Result<Self, SettingsError> {
+        let wrong = |error: toml::de::Error| SettingsError::Wrong(error.to_string());
+        let table: toml::Table = toml::from_str(text).map_err(wrong)?;
+        let unknown = unknown(&table);
+        if !unknown.is_empty() {
+            tracing::warn!(?unknown, "{FILE} has keys that are not known here");
+        }
+        toml::from_str(text).map_err(wrong)
+    }
+
+    /// Reads the file of this recovery partition; the defaults hold for a wrong one, with the error.
+    pub fn read_or_default(recovery: &Path) -> (Self, Option<SettingsError>) {
+        match Self::read(recovery) {
+            Ok(settings) => (settings, None),
+            Err(error) => (Self::default(), Some(error)),
+        }
+    }
+
     /// Reads the file of this recovery partition. Without a file: the defaults.
     pub fn read(recovery: &Path) -> Result<Self, SettingsError> {
         match std::fs::read_to_string(recovery.join(FILE)) {
             // Never the defaults for a wrong file: they would divide the card against its owner's wish.
-            Ok(text) => toml::from_str(&text).map_err(|error| SettingsError::Wrong(error.to_string())),
+            Ok(text) => Self::parse(&text),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
             Err(error) => Err(SettingsError::Read(error)),
         }
     }
+}
+
+/// Keys of the file that are not known here, each with its section.
+fn unknown(table: &toml::Table) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, value) in table {
+        match (SECTIONS.iter().find(|(section, _)| section == name), value) {
+            (Some((_, known)), toml::Value::Table(keys)) => {
+                let unknown = keys.keys().filter(|key| !known.contains(&key.as_str()));
+                found.extend(unknown.map(|key| format!("{name}.{key}")));
+            }
+            // A section that is no table is an error, which names it.
+            (Some(_), _) => {}
+            (None, _) if name == LOG => {}
+            (None, _) => found.push(name.clone()),
+        }
+    }
+    found
 }
 
 /// Number of bytes: `512MiB`, `8GiB`, `1TiB`, `4096KiB`, or plain bytes. `M` equals `MiB`, and so on. `None`: not a
@@ -233,7 +282,7 @@ fn file_system<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::
 
 #[cfg(test)]
 mod tests {
-    use super::{Policy, Settings, size};
+    use super::{Policy, SECTIONS, Settings, size, unknown};
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -246,18 +295,30 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_and_values_are_refused() {
+    fn wrong_values_are_refused() {
         // A typing error must not lead to the defaults, which would divide the card.
         for wrong in [
-            "sizes = 1",
+            "boot = 1",
+            "[root",
             "[root]\ntype = \"ntfs\"",
             "[failure]\npolicy = \"pray\"",
             "[boot]\nsize = \"big\"",
             "[trial]\nlimit = \"15m\"",
             "[trial]\nlimit = \"1s\"",
         ] {
-            assert!(toml::from_str::<Settings>(wrong).is_err(), "{wrong}");
+            assert!(Settings::parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn file_of_a_newer_agent_is_read() {
+        let text = "log = \"debug\"\nspeed = 1\n[boot]\nsize = \"1GiB\"\nquiet = true\n[trial]\nlimit = \"5m\"\nhow = \"x\"\n\
+                    [next]\nkey = 1\n";
+        let read = Settings::parse(text).unwrap();
+        assert_eq!((read.boot.size, read.trial.limit.as_secs()), (1 << 30, 300));
+        let mut unknown = unknown(&toml::from_str(text).unwrap());
+        unknown.sort();
+        assert_eq!(unknown, ["boot.quiet", "next", "speed", "trial.how"]);
     }
 
     #[test]
@@ -270,7 +331,12 @@ mod tests {
             .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
             .map(|line| format!("{line}\n"))
             .collect();
-        let all: Settings = toml::from_str(&keys).unwrap();
+        let all = Settings::parse(&keys).unwrap();
+        let written: toml::Table = toml::from_str(&keys).unwrap();
+        assert_eq!(unknown(&written), [""; 0]);
+        for (section, keys) in SECTIONS {
+            assert_eq!(written[section].as_table().unwrap().len(), keys.len(), "{section}");
+        }
         assert_eq!((all.boot.size, all.root.size), (1 << 30, Some(16 << 30)));
         assert!(all.home.size.is_some() && !all.root.mkfs_options.is_empty() && all.root.kind != "ext4");
         assert!(!all.boot.mkfs_options.is_empty() && !all.home.mkfs_options.is_empty());

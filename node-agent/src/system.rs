@@ -2,7 +2,7 @@
 //! because a test can neither reboot a machine nor partition a card.
 
 use std::any::Any;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use marco_archive::disk::Needs;
 
+mod ailing;
 pub(crate) mod command;
 mod disk;
 pub mod facts;
@@ -23,30 +24,13 @@ pub mod virtual_pi;
 
 pub(crate) use disk::{make_read_only, make_writable};
 
-use crate::health::{Ailment, Condition};
+use crate::health::Condition;
+pub(crate) use ailing::{SETTINGS_WRONG, ailing_disk, check_settings, wrong_settings};
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
 use rooted::Rooted;
 pub use scheduled::{Scheduled, Standing};
 pub(crate) use scheduled::{WITHDRAWN, announcement};
-
-/// Bytes that the state folder must have free: a journal and its successor, which is written before the old one goes.
-const STATE_ROOM: u64 = 1 << 20;
-
-/// Checks the file system of a folder: it must be writable and have room for the journal. `None`: healthy.
-pub(crate) fn ailing_disk(folder: &Path) -> Option<Condition> {
-    // The agent creates the folder itself, so ask the nearest ancestor that exists.
-    let there = folder.ancestors().find(|folder| folder.exists())?;
-    let message = match rustix::fs::statvfs(there) {
-        Ok(found) if found.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY) => "is read-only".to_owned(),
-        Ok(found) => match found.f_bavail.saturating_mul(found.f_frsize) {
-            free if free < STATE_ROOM => format!("has {free} bytes free"),
-            _ => return None,
-        },
-        Err(error) => format!("cannot be asked: {error}"),
-    };
-    Some(Condition { ailment: Ailment::Disk, message: format!("the file system of {} {message}", folder.display()) })
-}
 
 /// A query or a command to the machine failed.
 #[derive(Debug, thiserror::Error)]

@@ -82,6 +82,8 @@ pub enum Ailment {
     Clock,
     /// The power supply is too weak.
     UnderVoltage,
+    /// The card's settings of the installer cannot be used.
+    Settings,
     /// The journal, or its newest copy, was lost.
     JournalLost,
     /// A kind that this controller does not know, from a newer agent or a newer controller.

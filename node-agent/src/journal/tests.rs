@@ -253,3 +253,25 @@ async fn a_rolled_back_job_is_ahead_of_what_the_installer_reported() {
     journal.roll_back(ONE, Failure::new("OLD_SYSTEM_CAME_BACK", "it did")).await.unwrap();
     assert_eq!(journal.entries().get(ONE).unwrap().sequence, 2 + FORK_LEAP);
 }
+
+#[tokio::test]
+async fn journal_that_cannot_be_opened_takes_no_work_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    // Reading a folder fails, like reading a bad sector.
+    let inside = dir.path().join(FILE_NAME).join("inside");
+    std::fs::create_dir_all(&inside).unwrap();
+    assert!(Journal::open(dir.path(), "a").is_err());
+    let journal = Journal::open_or_empty(dir.path(), "a");
+    assert!(journal.entries().iter().next().is_none());
+    assert!(journal.health().has(Ailment::Journal) && journal.is_lost());
+    assert!(matches!(journal.accept(ONE, 1, reboot()).await, Err(JournalError::Io { .. })));
+    assert!(journal.probe().await.is_err() && journal.health().has(Ailment::Journal));
+    // An installer goes by the job on the card.
+    let entry = super::new_entry(TWO, 1, update(), State::Armed, "a");
+    journal.adopt(entry).await.unwrap();
+    assert_eq!(state(&journal, TWO), State::Armed);
+    assert!(inside.exists() && !journal.can_be_opened().await, "it was written over");
+    std::fs::remove_dir_all(dir.path().join(FILE_NAME)).unwrap();
+    assert!(journal.can_be_opened().await);
+    assert!(journal.probe().await.is_err(), "what is in it is not known to this process");
+}

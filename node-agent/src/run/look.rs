@@ -24,10 +24,10 @@ pub(super) struct Look {
 }
 
 impl Look {
-    /// Looks at disk, power and clock, and notes what ails the node.
+    /// Looks at disk, power, settings and clock, and notes what ails the node.
     pub(super) fn at_health(&self) {
         let found = self.system.conditions();
-        for ailment in [Ailment::Disk, Ailment::UnderVoltage] {
+        for ailment in [Ailment::Disk, Ailment::UnderVoltage, Ailment::Settings] {
             let message = found.iter().find(|found| found.ailment == ailment).map(|found| found.message.clone());
             self.health.set(ailment, message);
         }

@@ -21,6 +21,8 @@ use crate::system::System as _;
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::testing::{Controller, Pki, TestSession, acceptance, acknowledgement};
 
+mod ill;
+
 const DEADLINE: Duration = Duration::from_secs(30);
 
 struct Fleet {

@@ -60,6 +60,7 @@ impl Facts<'_> {
                 Ailment::Disk => node_condition::Type::Disk,
                 Ailment::Clock => node_condition::Type::Clock,
                 Ailment::UnderVoltage => node_condition::Type::UnderVoltage,
+                Ailment::Settings => node_condition::Type::Settings,
                 Ailment::JournalLost => node_condition::Type::JournalLost,
             }
             .into(),

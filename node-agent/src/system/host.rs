@@ -303,7 +303,8 @@ impl System for Host {
         // An emulated board has no firmware that reports its power.
         let weak = preflight::under_voltage(&self.options.sysroot).err().filter(|_| self.test.is_none());
         let weak = weak.map(|refusal| Condition { ailment: Ailment::UnderVoltage, message: refusal.message });
-        super::ailing_disk(&self.options.state_dir).into_iter().chain(weak).collect()
+        let settings = self.card().and_then(|card| super::wrong_settings(&card.recovery));
+        super::ailing_disk(&self.options.state_dir).into_iter().chain(weak).chain(settings).collect()
     }
 
     fn clock(&self) -> Option<DateTime<Utc>> {

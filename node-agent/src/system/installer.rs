@@ -107,11 +107,8 @@ impl Installer {
             Ok(())
         })
         .await?;
-        // The error is kept for `settings`: the caller first sets up the log on the card, which then shows it.
-        let (settings, wrong) = match Settings::read(&card.recovery) {
-            Ok(settings) => (settings, None),
-            Err(error) => (Settings::default(), Some(error)),
-        };
+        // The error is kept for `wrong_settings`: the caller first sets up the log on the card, which then shows it.
+        let (settings, wrong) = Settings::read_or_default(&card.recovery);
         Ok(Some(Self {
             disk,
             card,
@@ -126,15 +123,21 @@ impl Installer {
         }))
     }
 
-    /// The settings on the card.
-    ///
-    /// # Errors
-    /// Returns an error if they are invalid: then nothing may be installed.
-    pub fn settings(&self) -> Result<&Settings, SystemError> {
-        match &self.wrong {
-            Some(error) => Err(SystemError::Invalid(crate::cause::chain(error))),
-            None => Ok(&self.settings),
-        }
+    /// The settings on the card, or the defaults for wrong ones: an installer that ended instead could not say so.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The error of wrong settings.
+    pub fn wrong_settings(&self) -> Option<&SettingsError> {
+        self.wrong.as_ref()
+    }
+
+    /// Refuses an installation that would divide the card by the defaults because its settings are wrong.
+    async fn check_settings(&self) -> Result<(), SystemError> {
+        let Some(wrong) = &self.wrong else { return Ok(()) };
+        let (disk, wrong) = (self.disk.clone(), crate::cause::chain(wrong));
+        blocking(move || prepare::check_settings(&disk, &wrong)).await
     }
 
     /// Sets a function that is called right before the machine goes down, for data that must be on the card by then.
@@ -280,7 +283,7 @@ impl System for Installer {
     }
 
     fn conditions(&self) -> Vec<Condition> {
-        super::ailing_disk(&self.state_dir()).into_iter().collect()
+        super::ailing_disk(&self.state_dir()).into_iter().chain(super::wrong_settings(&self.card.recovery)).collect()
     }
 
     async fn preflight_update(&self) -> Result<(), Refusal> {
@@ -288,7 +291,11 @@ impl System for Installer {
     }
 
     async fn check_kept(&self, erase: Erase) -> Result<(), Refusal> {
-        prepare::check_kept(&self.disk, &self.card, &self.settings, erase).await.map_err(|error| match error {
+        let checked = async {
+            self.check_settings().await?;
+            prepare::check_kept(&self.disk, &self.card, &self.settings, erase).await
+        };
+        checked.await.map_err(|error| match error {
             SystemError::Refused(refusal) => refusal,
             error => Refusal { reason: "CARD_UNREADABLE", message: crate::cause::chain(&error) },
         })
@@ -310,6 +317,7 @@ impl System for Installer {
     }
 
     async fn prepare_target(&self, erase: Erase) -> Result<Target, SystemError> {
+        self.check_settings().await?;
         let lease = Lease::new(Arc::clone(&self.target).lock_owned().await);
         prepare::prepare(&self.disk, &self.card, &self.settings, erase, lease).await
     }

@@ -342,7 +342,8 @@ impl System for VirtualPi {
 
     fn conditions(&self) -> Vec<Condition> {
         let weak = self.weak_power().then(|| Condition { ailment: Ailment::UnderVoltage, message: WEAK_POWER.into() });
-        super::ailing_disk(&self.state_dir()).into_iter().chain(weak).collect()
+        let settings = super::wrong_settings(&self.card().recovery);
+        super::ailing_disk(&self.state_dir()).into_iter().chain(weak).chain(settings).collect()
     }
 
     fn clock(&self) -> Option<DateTime<Utc>> {
@@ -357,7 +358,7 @@ impl System for VirtualPi {
         let recovery = self.card().recovery;
         let room = rustix::fs::statvfs(&recovery).map(|found| found.f_bavail.saturating_mul(found.f_frsize));
         match room {
-            Ok(room) if room >= SET_ROOM => Ok(()),
+            Ok(room) if room >= SET_ROOM => super::check_settings(&recovery),
             Ok(room) => Err(Refusal {
                 reason: "NO_ROOM",
                 message: format!(

@@ -98,6 +98,7 @@ fn condition(condition: &Condition) -> v1::NodeCondition {
             Ailment::Disk => Type::Disk,
             Ailment::Clock => Type::Clock,
             Ailment::UnderVoltage => Type::UnderVoltage,
+            Ailment::Settings => Type::Settings,
             Ailment::JournalLost => Type::JournalLost,
         }
         .into(),
@@ -118,6 +119,7 @@ fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> 
             Type::Disk => Ailment::Disk,
             Type::Clock => Ailment::Clock,
             Type::UnderVoltage => Ailment::UnderVoltage,
+            Type::Settings => Ailment::Settings,
             Type::JournalLost => Ailment::JournalLost,
         };
         // It may be an operating system's text about a disk, so it is cut and not refused.

@@ -37,6 +37,7 @@ pub(super) fn check(
         plan?;
     }
     room(&card.recovery)?;
+    crate::system::check_settings(&card.recovery)?;
     if board.memory_bytes < MEMORY {
         let message = format!(
             "the board has {} MiB of memory, and the installer needs {} MiB",
@@ -182,6 +183,10 @@ mod tests {
         assert_eq!(reason(root.path(), &board, None), "LAYOUT_NOT_RESIDENT");
         let little = Board { memory_bytes: 128 << 20, ..board.clone() };
         assert_eq!(reason(root.path(), &little, Some(&card)), "NOT_ENOUGH_MEMORY");
+        put(root.path(), "marco/install.toml", "[root]\ntype = \"ntfs\"\n");
+        assert_eq!(reason(root.path(), &board, Some(&card)), "SETTINGS_WRONG");
+        put(root.path(), "marco/install.toml", "[root]\nof_a_newer_agent = 1\n");
+        assert_eq!(check(root.path(), &board, Some(&card), None, false), Ok(()));
         put(root.path(), "sys/class/net/eth0/carrier", "0\n");
         assert_eq!(reason(root.path(), &board, Some(&card)), "NO_WIRED_NETWORK", "wireless does not count");
         put(root.path(), "sys/class/hwmon/hwmon1/name", "rpi_volt\n");

@@ -7,7 +7,7 @@ use super::super::disk::erasure::{Begun, Erasure};
 use super::super::disk::plan::Plan;
 use super::super::disk::probe::probe;
 use super::super::disk::{self, Access, Disk, find, kept};
-use super::super::{Card, Erase, Lease, Refusal, SystemError, Target};
+use super::super::{Card, Erase, Lease, Refusal, SETTINGS_WRONG, SystemError, Target};
 use super::blocking;
 use crate::settings::Settings;
 
@@ -91,6 +91,18 @@ pub(super) async fn prepare(
         })
     })
     .await
+}
+
+/// Checks a card whose settings are wrong. Its partitions may be made anew where they are, with the defaults.
+///
+/// # Errors
+/// Returns an error if the card has to be divided: that would be against its owner's wish.
+pub(super) fn check_settings(disk: &Disk, wrong: &str) -> Result<(), SystemError> {
+    if disk.plan(&Settings::default())? == Plan::Keep {
+        return Ok(());
+    }
+    let message = format!("{wrong}; the card is not in the installer's layout, and the defaults do not divide it");
+    Err(Refusal { reason: SETTINGS_WRONG, message }.into())
 }
 
 /// The decisions of an interrupted installation. A home that it made holds no owner's data yet.
@@ -214,10 +226,10 @@ mod tests {
     use tempfile::TempDir;
 
     use super::super::super::disk::erasure::{Begun, Erasure};
-    use super::super::super::disk::kept;
     use super::super::super::disk::tests::{Loop, image};
+    use super::super::super::disk::{Disk, kept};
     use super::super::super::{Card, Erase, Lease, SystemError};
-    use super::{check_kept, prepare};
+    use super::{check_kept, check_settings, prepare};
     use crate::settings::Settings;
 
     const IMAGE: Erase = Erase { root: true, home: false };
@@ -287,5 +299,14 @@ mod tests {
         broken.sync_all().unwrap();
         assert_eq!(refused(check_kept(disk, &card, &settings, BOOT_ONLY).await), Some("PARTITION_NOT_UNDERSTOOD"));
         assert_eq!(refused(check_kept(disk, &card, &settings, IMAGE).await), None, "an image makes it anew");
+    }
+
+    #[test]
+    fn wrong_settings_divide_no_card() {
+        let dir = TempDir::new().unwrap();
+        let disk = Disk { device: image(&dir, 1400 << 20) };
+        assert_eq!(refused(check_settings(&disk, "marco/install.toml is wrong")), Some("SETTINGS_WRONG"));
+        disk.partition_resident(&settings()).unwrap();
+        assert_eq!(refused(check_settings(&disk, "marco/install.toml is wrong")), None);
     }
 }
