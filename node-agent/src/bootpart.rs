@@ -16,6 +16,7 @@ mod file;
 mod job;
 pub mod render;
 mod stock;
+mod went_back;
 mod writable;
 
 pub(crate) use file::write_whole;

@@ -2,7 +2,9 @@
 
 use tokio::time::Instant;
 
+use super::update::off_runtime;
 use super::{Executor, StepError, WayDown};
+use crate::cause::chain;
 use crate::job::{Failure, Mode, State};
 use crate::journal::{Entry, JournalError};
 
@@ -26,7 +28,33 @@ impl Executor {
     /// Returns true if the old system is whole and holds this job, so that it reports the end.
     async fn is_handed_over(&self, entry: &Entry) -> bool {
         // A job that was accepted under this boot came to the installer itself: the old system does not know it.
-        self.mode() == Mode::Installer && entry.accept_boot_id != self.boot_id && !self.installer_boots().await
+        self.mode() == Mode::Installer && entry.accept_boot_id != self.boot_id && self.can_go_back().await
+    }
+
+    /// Returns true if a plain restart of this installer leads to the old system. The card's files alone do not tell:
+    /// an owner's line in `config.txt`, or a firmware that reads them otherwise, would restart the installer forever.
+    async fn can_go_back(&self) -> bool {
+        // The same boot without the argument of a trial leads here again.
+        let by_default = self.system.booted().is_some_and(|booted| !booted.tryboot);
+        if by_default || self.installer_boots().await {
+            return false;
+        }
+        let Some(recovery) = self.recovery() else { return true };
+        let boot_id = self.boot_id.clone();
+        let went_back = off_runtime(move || Ok(recovery.went_back(&boot_id))).await.unwrap_or(false);
+        if went_back {
+            tracing::error!("installer went back to the old system and came up again: it stays");
+        }
+        !went_back
+    }
+
+    /// Marks the card before the installer goes back. Without the mark it goes, too: the old system is whole.
+    async fn mark_going_back(&self) {
+        let Some(recovery) = self.recovery() else { return };
+        let boot_id = self.boot_id.clone();
+        if let Err(error) = off_runtime(move || Ok(recovery.note_going_back(&boot_id)?)).await {
+            tracing::warn!(error = %chain(&error), "way back not marked on the card");
+        }
     }
 
     /// Notes the failure and restarts into the old system. Returns only if the machine stays up, with the failure to
@@ -34,6 +62,7 @@ impl Executor {
     async fn give_back(&self, entry: &Entry, failure: Failure) -> Result<Failure, JournalError> {
         // The old system reads the reason from this journal (`why_rolled_back`); its own journal ends at ARMED.
         self.journal.note(&entry.execution, failure.clone()).await?;
+        self.mark_going_back().await;
         match self.go_down(entry, WayDown::Reboot).await {
             Err(StepError::Failed(stuck)) => Ok(stuck),
             Err(StepError::Journal(error)) => Err(error),
@@ -45,7 +74,7 @@ impl Executor {
     /// whole and boots by default.
     async fn is_idle_on_trial(&self) -> bool {
         let idle = self.mode() == Mode::Installer && self.journal.entries().unfinished().is_none();
-        idle && !self.installer_boots().await
+        idle && self.can_go_back().await
     }
 
     /// Pends until an idle installer has told its controller so, at most for `Settings::confirmation`. Pends forever
@@ -66,6 +95,7 @@ impl Executor {
         if self.is_idle_on_trial().await {
             tracing::warn!("nothing is to be installed, and the old system is whole: it is started again");
             self.system.keep_line("nothing is to be installed: the old system is started again");
+            self.mark_going_back().await;
             if let Some(error) = self.command_down(None, WayDown::Reboot, "").await {
                 tracing::error!(error, "the machine does not go down");
             }

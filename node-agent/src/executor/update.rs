@@ -248,6 +248,7 @@ impl Executor {
                 remove(&folder.join(journal::FILE_NAME));
             }
             recovery.remove_identity()?;
+            recovery.forget_going_back()?;
             if downloads.exists() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }

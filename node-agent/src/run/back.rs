@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::bootpart::{BootPart, DefaultBoot};
+use crate::bootpart::{BootError, BootPart, DefaultBoot};
 use crate::cause::chain;
 use crate::system::{self, Board, Down, Force, Reboot, System};
 
@@ -15,6 +15,7 @@ pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, a
             "the installer has no way in (its identity, or a controller, is missing): the old system is started again";
         tracing::error!("{why}");
         system.keep_line(why);
+        note(system, board).await;
         // Plain: the default is the old system, and a trial boot would start the installer again.
         if let Err(error) = system.reboot(Reboot::Plain, None, "").await {
             tracing::error!(error = %chain(&error), "machine does not restart, forced");
@@ -26,12 +27,28 @@ pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, a
     std::future::pending().await
 }
 
-/// Returns true for an installer on a card that boots its old system by default.
+/// Marks the card before the installer goes back.
+async fn note(system: &dyn System, board: &Board) {
+    let (Some(card), Ok(boot_id)) = (system.card(), system.boot_id()) else { return };
+    let part = BootPart::new(card.recovery, board);
+    match tokio::task::spawn_blocking(move || part.note_going_back(&boot_id)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(error = %chain(&error), "way back not marked on the card"),
+        Err(error) => tracing::warn!(error = %error, "way back not marked on the card"),
+    }
+}
+
+/// Returns true for an installer on a card that boots its old system by default. One that came up without a trial boot,
+/// or again after it went back, proves that the card does not do so, whatever its files say.
 async fn has_old_system(system: &dyn System, board: &Board) -> bool {
     let Some(card) = system.card().filter(|_| system.mode() == system::Mode::Installer) else { return false };
-    let part = BootPart::new(card.recovery, board);
-    let found = tokio::task::spawn_blocking(move || part.default_boot()).await;
-    matches!(found, Ok(Ok(DefaultBoot::System)))
+    if system.booted().is_some_and(|booted| !booted.tryboot) {
+        return false;
+    }
+    let (part, boot_id) = (BootPart::new(card.recovery, board), system.boot_id().unwrap_or_default());
+    let found =
+        tokio::task::spawn_blocking(move || Ok::<_, BootError>((part.default_boot()?, part.went_back(&boot_id))));
+    matches!(found.await, Ok(Ok((DefaultBoot::System, false))))
 }
 
 #[cfg(test)]
@@ -72,6 +89,22 @@ mod tests {
         let installer = powered.boot().await;
         assert_eq!(installer.mode(), Mode::Installer);
         let board = installer.facts().unwrap().board;
+        assert!(!has_old_system(installer.as_ref(), &board).await);
+        powered.kill().await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn installer_that_went_back_and_came_again_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut powered = Powered::new(dir.path());
+        powered.boot().await.reboot(Reboot::TryBoot, None, "").await.unwrap();
+        let installer = powered.boot().await;
+        let board = installer.facts().unwrap().board;
+        assert!(has_old_system(installer.as_ref(), &board).await);
+        // Killed between the mark and the restart, so it still has to go.
+        super::note(installer.as_ref(), &board).await;
+        assert!(has_old_system(installer.as_ref(), &board).await);
+        powered.bootpart().note_going_back("another boot").unwrap();
         assert!(!has_old_system(installer.as_ref(), &board).await);
         powered.kill().await;
     }

@@ -321,3 +321,27 @@ async fn installer_whose_own_work_failed_leads_back_to_the_old_system() {
     assert_eq!(bench.machine.told(), ["reboot Plain idle"]);
     assert_eq!(error(&journal, ONE).reason, "DOWNLOAD_REFUSED");
 }
+
+#[tokio::test]
+async fn installer_that_comes_up_again_after_it_went_back_stays() {
+    let mut bench = on_trial_boot().await;
+    bench.machine.patience = SHORT;
+    std::fs::remove_file(job_file(&bench)).unwrap();
+    std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+
+    // The card boots the installer, whatever its files say.
+    let bench = bench.reboot("boot-c", Mode::Installer);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, _| {}).await;
+    assert_eq!(bench.machine.told(), [""; 0], "it would go back forever");
+
+    // A system that comes up nevertheless forgets that, so the next installer may go back once.
+    let bench = bench.reboot("boot-d", Mode::Running);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, _| {}).await.reboot("boot-e", Mode::Installer);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    assert_eq!(bench.machine.told().first().unwrap(), "reboot Plain idle");
+}

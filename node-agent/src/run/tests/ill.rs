@@ -74,3 +74,18 @@ async fn update_beside_wrong_settings_is_refused_before_anything_is_armed() {
     assert_eq!((hello.mode(), ails(&hello)), (NodeMode::Installer, vec![Type::Settings]));
     fleet.end().await;
 }
+
+#[tokio::test]
+async fn installer_that_boots_by_default_never_goes_back() {
+    let mut fleet = Fleet::with_token().await;
+    fleet.session().await;
+    fleet.installer_boots();
+    // With this line the card looks like a stock one, which has nothing but its own system.
+    let config = fleet.pi().join("recovery/config.txt");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, format!("# the owner's\n{text}")).unwrap();
+    assert!(BootPart::new(fleet.pi().join("recovery"), &Board::default()).is_stock());
+    let (_session, hello) = fleet.after_a_power_cut().await;
+    assert_eq!((hello.mode(), fleet.log("reboot").len()), (NodeMode::Installer, 0));
+    fleet.end().await;
+}
