@@ -24,6 +24,7 @@ pub const REASONS: &[(&str, Healing)] = &[
     ("CALLED_OFF", AnotherTry),
     ("CALLED_OFF_ON_NODE", ByHand),
     ("CANCELLED", AnotherTry),
+    ("CARD_AMBIGUOUS", ByHand),
     ("CARD_UNREADABLE", ByHand),
     ("CONSOLE_IN_USE", ByHand),
     ("DIGEST_MISMATCH", ByHand),

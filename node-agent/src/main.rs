@@ -20,11 +20,14 @@ use node_agent::system::virtual_pi::Options;
 use node_agent::system::{LOG_FILE, System as _};
 use node_agent::{init, network, run, supervise};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 /// Interval of writes of the log to the card. A write is skipped if nothing was logged.
 const KEEP_LOG: Duration = Duration::from_secs(10);
+/// Longest wait of an installer on a trial boot for a card that it can use.
+const NO_CARD: Duration = Duration::from_secs(10 * 60);
 /// Interval of looks for the card.
 const LOOK_FOR_CARD: Duration = Duration::from_millis(500);
 
@@ -211,9 +214,11 @@ async fn installer(
     Ok(())
 }
 
-/// Waits for the card: its driver may still be looking for it.
+/// Waits for the card: its driver may still be looking for it. On a trial boot the old system gets the machine back after
+/// [`NO_CARD`].
 async fn find_card(stop: &CancellationToken) -> Option<Installer> {
     let mut last = String::new();
+    let mut leaves = Instant::now() + NO_CARD;
     loop {
         let problem = match Installer::find().await {
             Ok(Some(found)) => return Some(found),
@@ -224,6 +229,10 @@ async fn find_card(stop: &CancellationToken) -> Option<Installer> {
         if problem != last {
             tracing::warn!("{problem}");
             last = problem;
+        }
+        if Instant::now() >= leaves {
+            Installer::leave_without_a_card();
+            leaves = Instant::now() + NO_CARD;
         }
         tokio::select! {
             () = stop.cancelled() => return None,

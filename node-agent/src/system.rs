@@ -361,6 +361,11 @@ pub trait System: Send + Sync + 'static {
         Duration::from_secs(60)
     }
 
+    /// Signature of the card's disk for a job on it, if the installer could take another disk for it. Reads all disks.
+    fn disk_to_name(&self) -> Option<String> {
+        None
+    }
+
     /// Problems of the machine that can be seen from here. Reads files: not for a hot path.
     fn conditions(&self) -> Vec<Condition> {
         Vec::new()

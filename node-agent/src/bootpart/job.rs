@@ -38,6 +38,10 @@ pub struct InstallJob {
     pub trials: u32,
     /// Folder of the installer set of this job.
     pub prefix: Prefix,
+    /// Signature of the card's disk, in hexadecimal. `None`: no other disk could be taken for it, or an older agent wrote
+    /// the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
 }
 
 /// Work of an installer on the card.

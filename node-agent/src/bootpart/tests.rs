@@ -176,6 +176,7 @@ fn a_job_is_read_back_and_a_torn_one_is_none() {
         discard_home: false,
         trials: 0,
         prefix: Prefix::B1,
+        disk: None,
     };
     assert_eq!(card.part.read_job().unwrap(), None);
     card.part.write_job(&job).unwrap();

@@ -178,6 +178,7 @@ impl Executor {
             discard_home: update.discard_home,
             trials: entry.trials,
             prefix,
+            disk: self.system.disk_to_name(),
         })
     }
 

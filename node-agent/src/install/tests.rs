@@ -156,6 +156,7 @@ fn job(instruction: Instruction) -> InstallJob {
         discard_home: false,
         trials: 0,
         prefix: Prefix::B0,
+        disk: None,
     }
 }
 

@@ -162,6 +162,7 @@ mod tests {
             discard_home: false,
             trials: 0,
             prefix: Prefix::B0,
+            disk: None,
         };
         powered.bootpart().write_job(&job).unwrap();
         let board = installer.facts().unwrap().board;

@@ -85,6 +85,12 @@ impl Disk {
         Ok(self.table()?.as_ref().map(parts).unwrap_or_default())
     }
 
+    /// The signature in the table, as PARTUUIDs begin with it. `None`: no table that can be read, or no signature.
+    pub(crate) fn signature(&self) -> Option<String> {
+        let signature = u32::from_le_bytes(self.table().ok()??.header.disk_signature);
+        (signature != 0).then(|| format!("{signature:08x}"))
+    }
+
     /// Name of a partition by its place in the table: `PARTUUID=1a2b3c4d-02`. It stays the same if the card is plugged
     /// in elsewhere.
     pub(crate) fn partuuid(&self, number: u32) -> Result<String, SystemError> {

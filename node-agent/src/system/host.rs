@@ -193,6 +193,10 @@ impl System for Host {
         if self.options.sysroot == Path::new("/") { self.card.get(&self.options.mounts) } else { None }
     }
 
+    fn disk_to_name(&self) -> Option<String> {
+        self.card().and_then(|_| card::disk_to_name())
+    }
+
     fn root(&self) -> PathBuf {
         self.options.sysroot.clone()
     }

@@ -66,7 +66,7 @@ impl Installer {
     /// The card is there, but cannot be used.
     pub async fn find() -> Result<Option<Self>, SystemError> {
         let test = TestFirmware::find(Path::new("/"));
-        let found = blocking(|| Ok(find::card(&Path::new(MOUNTS).join("look")))).await?;
+        let found = blocking(|| Ok(find::card(&Path::new(MOUNTS).join("look"))?)).await?;
         let disk = match found {
             Some(disk) => disk,
             None => match test.as_ref().and_then(|test| test.join.as_deref()) {
@@ -121,6 +121,23 @@ impl Installer {
             move_to: Mutex::default(),
             log: OwnLog::default(),
         }))
+    }
+
+    /// Restarts an installer on a trial boot, which found no card to work on, into the old system. Returns if it is on no
+    /// trial, which makes this restart the last one, or if the machine stays up.
+    pub fn leave_without_a_card() {
+        let test = TestFirmware::find(Path::new("/"));
+        let booted = test.as_ref().map_or_else(|| board::booted(Path::new("/")), |test| Some(test.booted));
+        if booted.is_none_or(|booted| !booted.tryboot) {
+            return;
+        }
+        tracing::error!("no card to work on, the old system is started again");
+        if let Some(test) = &test {
+            test.announce(Reboot::Plain);
+        }
+        if let Err(error) = rustix::system::reboot(RebootCommand::Restart) {
+            tracing::error!(error = %error, "machine does not restart");
+        }
     }
 
     /// The settings on the card, or the defaults for wrong ones: an installer that ended instead could not say so.
@@ -232,6 +249,10 @@ impl System for Installer {
 
     fn card(&self) -> Option<Card> {
         Some(self.card.clone())
+    }
+
+    fn disk_to_name(&self) -> Option<String> {
+        find::to_be_named(&self.disk)
     }
 
     fn root(&self) -> PathBuf {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use super::plan::Part;
 use super::{Access, Disk, RECOVERY_LABEL, file_system, mount, unmount};
+use crate::bootpart::BootPart;
+use crate::system::{Board, Refusal};
 
 const BLOCK: &str = "/sys/class/block";
 
@@ -60,14 +62,66 @@ pub(super) fn kernel_parts(disk: &str) -> Vec<Part> {
     parts.map(part).collect()
 }
 
-/// The card: the first disk with a FAT as first partition that is labelled RECOVERY or, if no disk has the label, holds
-/// a folder `marco`. `scratch` is a folder to mount a candidate at.
-pub(crate) fn card(scratch: &Path) -> Option<Disk> {
-    let candidates: Vec<Disk> =
-        disks().into_iter().filter(|disk| matches!(file_system(&disk.partition(1)), Ok(Some("vfat")))).collect();
+/// The card: the disk with a FAT as first partition that is labelled RECOVERY or, if no disk has the label, the first that
+/// holds a folder `marco`. `scratch` is a folder to mount a candidate at.
+///
+/// # Errors
+/// Returns an error if several disks have the label, and no job tells for which one this installer was started.
+pub(crate) fn card(scratch: &Path) -> Result<Option<Disk>, Refusal> {
     // Labels first: reading one needs no mount of a stranger's file system.
-    let labelled = candidates.iter().find(|disk| label(&disk.partition(1)).as_deref() == Some(RECOVERY_LABEL));
-    labelled.or_else(|| candidates.iter().find(|disk| has_marco(&disk.partition(1), scratch))).cloned()
+    let mut labelled = labelled();
+    if labelled.len() > 1 {
+        let named = labelled.into_iter().map(|disk| {
+            let named = named_by_job(&disk.partition(1), scratch);
+            (disk, named)
+        });
+        return started_for(named.collect()).map(Some);
+    }
+    Ok(labelled.pop().or_else(|| fats().find(|disk| has_marco(&disk.partition(1), scratch))))
+}
+
+fn fats() -> impl Iterator<Item = Disk> {
+    disks().into_iter().filter(|disk| matches!(file_system(&disk.partition(1)), Ok(Some("vfat"))))
+}
+
+fn labelled() -> Vec<Disk> {
+    fats().filter(|disk| label(&disk.partition(1)).as_deref() == Some(RECOVERY_LABEL)).collect()
+}
+
+/// The signature of this disk, for a job on it, if other disks could be taken for it. `None`: there is no other, and
+/// installers that refuse unknown fields can do the job.
+pub(crate) fn to_be_named(disk: &Disk) -> Option<String> {
+    let mut others = labelled().into_iter().filter(|other| other != disk);
+    others.next().and_then(|_| disk.signature())
+}
+
+/// Selects the one disk whose own job names it. The others may hold stale jobs, and systems that are somebody else's.
+fn started_for(labelled: Vec<(Disk, Option<String>)>) -> Result<Disk, Refusal> {
+    let devices: Vec<String> = labelled.iter().map(|(disk, _)| disk.device.display().to_string()).collect();
+    let ours = |(disk, named): &(Disk, Option<String>)| named.is_some() && *named == disk.signature();
+    let mut found = labelled.into_iter().filter(ours).map(|(disk, _)| disk);
+    match (found.next(), found.next()) {
+        (Some(disk), None) => Ok(disk),
+        _ => {
+            let message = format!(
+                "{} are all labelled {RECOVERY_LABEL}, and no job tells which of them this installer was started for: \
+                 leave only one of them plugged in",
+                devices.join(" and ")
+            );
+            Err(Refusal { reason: "CARD_AMBIGUOUS", message })
+        }
+    }
+}
+
+/// The signature that the job on this recovery partition names. `None`: there is no job, or it names none.
+fn named_by_job(device: &Path, scratch: &Path) -> Option<String> {
+    if let Err(error) = mount(device, scratch, Access::ReadOnly) {
+        tracing::debug!(device = %device.display(), error = %crate::cause::chain(&error), "not mounted for a look");
+        return None;
+    }
+    let job = BootPart::new(scratch, &Board::default()).read_job();
+    let _ = unmount(scratch);
+    job.ok().flatten()?.disk
 }
 
 fn has_marco(device: &Path, scratch: &Path) -> bool {
@@ -127,7 +181,39 @@ fn point(table: &str, device: &str) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::point;
+    use std::path::Path;
+
+    use super::{point, started_for};
+    use crate::settings::Settings;
+    use crate::system::disk::Disk;
+
+    /// A card in a file, and its signature.
+    fn card(folder: &Path, name: &str) -> (Disk, String) {
+        let device = folder.join(name);
+        std::fs::File::create(&device).unwrap().set_len(1 << 30).unwrap();
+        let disk = Disk { device };
+        let settings: Settings = toml::from_str("boot.size = \"64MiB\"").unwrap();
+        disk.partition_resident(&settings).unwrap();
+        let signature = disk.signature().unwrap();
+        (disk, signature)
+    }
+
+    #[test]
+    fn of_several_cards_the_one_that_its_job_names_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let ((old, of_old), (new, of_new)) = (card(dir.path(), "mmcblk0"), card(dir.path(), "sda"));
+        let found = |in_old: Option<&String>, in_new: Option<&String>| {
+            started_for(vec![(old.clone(), in_old.cloned()), (new.clone(), in_new.cloned())])
+        };
+        assert_eq!(found(None, Some(&of_new)).unwrap(), new);
+        // A stale job that was copied along with its card names another disk.
+        assert_eq!(found(Some(&of_new), Some(&of_new)).unwrap(), new);
+        for (in_old, in_new) in [(None, None), (Some(&of_new), None), (Some(&of_old), Some(&of_new))] {
+            let refusal = found(in_old, in_new).unwrap_err();
+            assert_eq!(refusal.reason, "CARD_AMBIGUOUS");
+            assert!(refusal.message.contains("mmcblk0 and ") && refusal.message.contains("sda"), "{}", refusal.message);
+        }
+    }
 
     #[test]
     fn a_mount_point_is_found_by_its_device() {

@@ -79,6 +79,11 @@ fn look(mounts: &Path) -> Result<Option<Card>, SystemError> {
     Ok(Some(Card { recovery: mounted, boot, root: "/".into(), home: "/home".into() }))
 }
 
+/// The signature of the root's disk, if a job for the installer has to name it.
+pub(super) fn disk_to_name() -> Option<String> {
+    find::to_be_named(&find::disk_of_root()?)
+}
+
 /// Refuses an installation that would change anything else on the root's disk.
 pub(super) async fn keeps_the_rest(erase: Erase) -> Result<(), Refusal> {
     match find::partition_of("/") {
