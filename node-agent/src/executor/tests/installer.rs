@@ -9,7 +9,7 @@ use super::{
 use crate::bootpart::DefaultBoot;
 use crate::download::tests::Wrong;
 use crate::executor::{CALLED_OFF, JOURNAL_NOT_WRITABLE, ONLY_IMAGES};
-use crate::job::{Action, Artifact, Failure, State, Update, phase as phases};
+use crate::job::{Action, Artifact, Failure, NEVER_ENDED, State, Update, phase as phases};
 use crate::journal::{Accepted, Confirmation, FILE_NAME, JournalError, REPLACED};
 use crate::system::{Mode, System as _};
 
@@ -344,4 +344,20 @@ async fn installer_that_comes_up_again_after_it_went_back_stays() {
     let journal = bench.journal();
     let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told().first().unwrap(), "reboot Plain idle");
+}
+
+#[tokio::test]
+async fn installation_that_hangs_fifty_boots_is_given_up() {
+    let mut bench = on_broken_card().await;
+    for boot in 0..=50 {
+        bench = bench.reboot(&format!("hung-{boot}"), Mode::Installer);
+        bench.journal().install(ONE).await.unwrap();
+    }
+    let journal = bench.journal();
+    assert_eq!(journal.entries().get(ONE).unwrap().tries.never_ended(), None);
+    let bench = bench.reboot("boot-z", Mode::Installer);
+    let journal = bench.journal();
+    let bench = bench.run(&journal, async |journal, _| reaches(journal, ONE, State::Failed).await).await;
+    assert_eq!(error(&journal, ONE).reason, NEVER_ENDED);
+    assert_eq!(bench.machine.told(), [""; 0], "it was not tried again");
 }

@@ -114,3 +114,31 @@ pub(super) fn can_be_laid_out() -> Result<(), Refusal> {
         Some(Ok(_)) | None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt as _;
+
+    use super::keeps_the_rest_of;
+    use crate::settings::Settings;
+    use crate::system::Erase;
+    use crate::system::disk::tests::{Loop, image};
+
+    const IMAGE: Erase = Erase { root: true, home: false };
+
+    #[tokio::test]
+    async fn encrypted_home_is_refused_while_the_old_system_runs() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let Some(card) = Loop::new(&image(&dir, 1400 << 20)) else { return };
+        card.0.partition_resident(&Settings::default()).unwrap();
+        assert_eq!(keeps_the_rest_of(&card.0, 2, IMAGE).await, Ok(()), "its home is blank");
+        let reason = async |root, erase| keeps_the_rest_of(&card.0, root, erase).await.unwrap_err().reason;
+        assert_eq!(reason(3, IMAGE).await, "LAYOUT_NOT_UNDERSTOOD", "p2 is not the root");
+        let luks = zstd::decode_all(include_bytes!("../disk/probe/superblocks/luks2.zst").as_slice()).unwrap();
+        let home = File::options().write(true).open(card.0.partition(3)).unwrap();
+        home.write_all_at(&luks, 0).and_then(|()| home.sync_all()).unwrap();
+        assert_eq!(reason(2, IMAGE).await, "PARTITION_NOT_UNDERSTOOD");
+        assert_eq!(keeps_the_rest_of(&card.0, 2, Erase { home: true, ..IMAGE }).await, Ok(()));
+    }
+}
