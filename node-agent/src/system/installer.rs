@@ -128,7 +128,7 @@ impl Installer {
     pub fn leave_without_a_card() {
         let test = TestFirmware::find(Path::new("/"));
         let booted = test.as_ref().map_or_else(|| board::booted(Path::new("/")), |test| Some(test.booted));
-        if !booted.is_some_and(|booted| booted.tryboot) {
+        if booted.is_none_or(|booted| !booted.tryboot) {
             return;
         }
         tracing::error!("no card to work on, the old system is started again");
