@@ -22,6 +22,7 @@ pub mod session;
 pub mod settings;
 pub mod simulate;
 pub mod supervise;
+pub mod step;
 pub mod system;
 #[cfg(test)]
 mod testing;

@@ -16,6 +16,7 @@ use crate::durable;
 use crate::install;
 use crate::job::{Artifact, Failure, Kind, Mode, Update, phase};
 use crate::journal::{self, Entry, Progress};
+use crate::step;
 use crate::system::{Erase, Refusal};
 
 /// Name of the folder of downloads beside the journal.
@@ -240,7 +241,7 @@ impl Executor {
                 remove(&folder.join(journal::FILE_NAME));
             }
             recovery.remove_identity()?;
-            if downloads.exists() {
+            if downloads.exists() && step::at("remove", &downloads, &[]).is_ok() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }
             // Leftovers of an installer's download take room from the next set.
@@ -318,7 +319,7 @@ impl std::io::Write for Hashing<'_> {
 
 /// Removes a file that is no longer needed. Best effort: one that stays does no harm.
 fn remove(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path)
+    if let Err(error) = durable::remove(path)
         && error.kind() != std::io::ErrorKind::NotFound
     {
         tracing::debug!(file = %path.display(), error = %error, "file not removed");

@@ -112,6 +112,7 @@ pub(super) fn remove_parameters(file: &Path) -> io::Result<bool> {
     (&opened).take(SECTOR).read_to_end(&mut start)?;
     let Some(changed) = without_parameters(&start) else { return Ok(false) };
     // In place, not a new file that takes the name: a rename writes the FAT, the folder and the file, and each can be torn.
+    crate::step::at("write in place", file, &changed)?;
     opened.write_all_at(&changed, 0)?;
     opened.sync_all()?;
     Ok(true)
