@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model showings bench-install host-test fuzz e2e failures trials powercut record-agent check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes faults model showings bench-install host-test fuzz e2e failures trials powercut record-agent check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -55,6 +55,9 @@ showings: deps ## That the model finds the faults it is there for: one mending a
 record-agent: ## Record the agent of this build (its messages, journal and card) in integration-tests/testdata/agent-N, N its protocol
 	scripts/programs.sh
 	cargo test --workspace --test agents -- --ignored record
+
+faults: ## An update with every fault at every step, and FAULTS (10000) random pairs of them [FAULT_SEED=7 plays one pair, FAULT_ONLY='CutTorn|config.txt' single ones]
+	$(if $(FAULT_SEED),,FAULTS=$(or $(FAULTS),10000)) cargo test --workspace --test faults -- --ignored --exact update_keeps_its_promises_under_faults --nocapture
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins

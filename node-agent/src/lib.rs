@@ -21,8 +21,8 @@ pub mod run;
 pub mod session;
 pub mod settings;
 pub mod simulate;
-pub mod supervise;
 pub mod step;
+pub mod supervise;
 pub mod system;
 #[cfg(test)]
 mod testing;

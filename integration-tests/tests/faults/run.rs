@@ -1,0 +1,345 @@
+//! One run: an update from the template's state to the end of all things, with the faults of a plan.
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use chrono::TimeDelta;
+use integration_tests::fleet::is_final;
+use integration_tests::seconds;
+use marco_controller::clock::ManualClock;
+use marco_proto::v1::execution::State;
+use marco_proto::v1::node_service_client::NodeServiceClient;
+use marco_proto::v1::operation_service_client::OperationServiceClient;
+use marco_proto::v1::{
+    AbandonExecutionRequest, CancelOperationRequest, Execution, GetNodeRequest, ListExecutionsRequest, Node,
+};
+use tokio::sync::mpsc;
+
+use crate::checks;
+use crate::hook::{Point, Recorder};
+use crate::middle::{Middle, Version};
+use crate::pi::PiState;
+use crate::plan::{Event, Plan};
+use crate::template::{BEFORE_BEGIN, BEFORE_CREATION, Template, order};
+use crate::time::VirtualTime;
+use crate::world::{NODE, World, begin, copy, folder};
+
+/// Shortest and longest steps of virtual time.
+const STEP: Duration = Duration::from_millis(100);
+const LONG_STEP: Duration = seconds(2);
+/// Longest step in an outage. A longer one than that breaks the pings of an open connection.
+const OFFLINE_STEP: Duration = seconds(60);
+/// Virtual time in which everything must come to its end after the last thing from outside. Five tries of each cause,
+/// three trial boots of ten minutes and an overdue execution fit in.
+const LIMIT: Duration = seconds(5 * 3600);
+/// An outage that never ends, for an agent: longer than every limit of its own.
+const FOREVER: Duration = seconds(26 * 3600);
+/// Time in which the end must stay as it is, and nothing may go on.
+const REST: Duration = seconds(35);
+/// Pause between two tries of what an operator may not do yet.
+const ASK_AGAIN: Duration = seconds(30);
+
+/// A world in which a plan happens.
+pub(crate) struct Run {
+    pub(crate) world: World,
+    pub(crate) recorder: Arc<Recorder>,
+    pub(crate) operations: Vec<String>,
+    pub(crate) plan: Plan,
+    events: mpsc::UnboundedReceiver<Event>,
+    pending: Vec<(Duration, Due)>,
+    middle: Option<Middle>,
+    /// The network is cut for the agents.
+    pub(crate) offline: bool,
+    /// Virtual time of the last event from outside.
+    pub(crate) last_event: Duration,
+    step: Duration,
+    seen: usize,
+}
+
+/// Something that is due at a later time.
+#[derive(Debug, Clone, Copy)]
+enum Due {
+    Network,
+    Clock(i64),
+    Abandon { and_replace: bool, and_mend: bool },
+}
+
+/// The end of a run.
+pub(crate) struct Outcome {
+    pub(crate) points: Vec<(Point, bool)>,
+    pub(crate) happened: usize,
+    pub(crate) passed: Duration,
+}
+
+/// Runs a plan in a fresh copy of the template. The error says which promise was broken.
+pub(crate) fn play(template: &Template, plan: Plan) -> Result<Outcome> {
+    let clock = Arc::new(ManualClock::new(begin()));
+    let (runtime, time) = VirtualTime::new(clock)?;
+    let outcome = runtime.block_on(Box::pin(run(template, plan, time)));
+    // Threads that a cut left behind must not hold up the test.
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn run(template: &Template, plan: Plan, time: VirtualTime) -> Result<Outcome> {
+    let dir = folder()?;
+    copy(template.dir(), dir.path()).await?;
+    let world = World::open(dir.path(), time).await?;
+    let (sender, events) = mpsc::unbounded_channel();
+    let recorder = Arc::new(Recorder::new(&world.pi_dir(), plan.clone(), sender));
+    let _watch = node_agent::step::watch(&world.pi_dir(), Arc::<Recorder>::clone(&recorder));
+    let mut run = Run {
+        world,
+        recorder: Arc::clone(&recorder),
+        operations: vec![template.operation.clone()],
+        plan,
+        events,
+        pending: Vec::new(),
+        middle: None,
+        offline: false,
+        last_event: Duration::ZERO,
+        step: STEP,
+        seen: 0,
+    };
+    run.world.power(recorder, None)?;
+    let told = run.to_the_end().await;
+    let unplugged = run.world.unplug().await;
+    told?;
+    unplugged?;
+    Ok(Outcome { points: run.recorder.points(), happened: run.recorder.happened(), passed: run.world.time.passed() })
+}
+
+impl Run {
+    async fn to_the_end(&mut self) -> Result<()> {
+        self.settle().await.context("first")?;
+        checks::end(self).await.context("at the first end")?;
+        // What the end is worth shows at the next boot, with a card that works again.
+        self.recorder.heal();
+        let before = self.recorder.count();
+        let seen = self.recorder.counts();
+        self.rest(REST).await?;
+        checks::rest(self, before, &seen)?;
+        let boots = PiState::read(&self.world.pi_dir())?.boots;
+        fs::write(self.world.pi_dir().join("power-cut"), "")?;
+        let mut turns = 0;
+        while PiState::read(&self.world.pi_dir())?.boots <= boots {
+            turns += 1;
+            anyhow::ensure!(turns < 1000, "the machine does not boot again");
+            self.turn().await?;
+        }
+        self.settle().await.context("after another boot")?;
+        checks::end(self).await.context("after another boot")
+    }
+
+    /// Lets time pass, also if nothing happens.
+    async fn rest(&mut self, time: Duration) -> Result<()> {
+        let until = self.world.time.passed() + time;
+        while self.world.time.passed() < until {
+            self.turn().await?;
+        }
+        Ok(())
+    }
+
+    /// One turn: everything does what it can without time, then time passes.
+    async fn turn(&mut self) -> Result<()> {
+        self.world.time.still().await;
+        while let Ok(event) = self.events.try_recv() {
+            self.begin(event).await?;
+            self.last_event = self.world.time.passed();
+            self.step = STEP;
+        }
+        let now = self.world.time.passed();
+        let (due, later) = std::mem::take(&mut self.pending).into_iter().partition(|(at, _)| *at <= now);
+        self.pending = later;
+        let due: Vec<(Duration, Due)> = due;
+        for (_, due) in due {
+            self.finish(due).await?;
+            self.last_event = now;
+        }
+        let count = self.recorder.count();
+        if count != self.seen {
+            (self.seen, self.step) = (count, STEP);
+        } else {
+            let longest = if self.offline { OFFLINE_STEP } else { LONG_STEP };
+            self.step = (self.step * 2).min(longest);
+        }
+        let next = self.pending.iter().map(|(at, _)| at.saturating_sub(now)).min();
+        self.world.time.pass(next.map_or(self.step, |next| self.step.min(next.max(STEP)))).await;
+        Ok(())
+    }
+
+    /// Lets an event happen.
+    async fn begin(&mut self, event: Event) -> Result<()> {
+        let now = self.world.time.passed();
+        match event {
+            Event::NoNetwork(length) => {
+                self.cut_network();
+                self.pending.push((now + length.unwrap_or(FOREVER), Due::Network));
+            }
+            Event::VersionBefore => self.speak(Version::Before).await?,
+            Event::VersionAfter => self.speak(Version::After).await?,
+            Event::RestoredBeforeBegin => self.restore(BEFORE_BEGIN).await?,
+            Event::RestoredBeforeCreation => self.restore(BEFORE_CREATION).await?,
+            Event::Clock(days) => {
+                self.world.time.clock.advance(TimeDelta::days(days));
+                self.pending.push((now + seconds(3600), Due::Clock(-days)));
+            }
+            Event::Cancelled => self.cancel().await?,
+            Event::CancelledWhileAway => {
+                self.cut_network();
+                self.cancel().await?;
+                self.pending.push((now + seconds(120), Due::Network));
+            }
+            Event::Abandoned | Event::Replaced => {
+                self.abandon(event == Event::Replaced, false).await?;
+            }
+            Event::AbandonedWhileAway => {
+                self.cut_network();
+                self.abandon(false, true).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn finish(&mut self, due: Due) -> Result<()> {
+        match due {
+            Due::Network => {
+                // Another outage may still last.
+                if !self.pending.iter().any(|(_, other)| matches!(other, Due::Network)) {
+                    self.offline = false;
+                    self.world.mend_network();
+                }
+                Ok(())
+            }
+            Due::Clock(days) => {
+                self.world.time.clock.advance(TimeDelta::days(days));
+                Ok(())
+            }
+            Due::Abandon { and_replace, and_mend } => self.abandon(and_replace, and_mend).await,
+        }
+    }
+
+    fn cut_network(&mut self) {
+        self.offline = true;
+        self.world.cut_network();
+    }
+
+    async fn speak(&mut self, version: Version) -> Result<()> {
+        let middle = Middle::start(&self.world, version).await?;
+        self.world.agents_talk_to(Some(middle.address()));
+        self.middle = Some(middle);
+        Ok(())
+    }
+
+    async fn restore(&mut self, database: &str) -> Result<()> {
+        self.world.restore(database).await?;
+        if let Some(middle) = &self.middle {
+            middle.retarget(self.world.address());
+            self.world.agents_talk_to(Some(middle.address()));
+        }
+        if database == BEFORE_CREATION {
+            self.operations.clear();
+        } else {
+            self.operations.truncate(1);
+        }
+        Ok(())
+    }
+
+    async fn cancel(&mut self) -> Result<()> {
+        let Some(name) = self.operations.first().cloned() else { return Ok(()) };
+        let mut client = OperationServiceClient::new(self.world.api()?);
+        let cancelled = client.cancel_operation(CancelOperationRequest { name });
+        // Refused if it has ended.
+        drop(self.world.time.drive(cancelled).await);
+        Ok(())
+    }
+
+    /// Tries to abandon, now and until it is allowed or over.
+    async fn abandon(&mut self, and_replace: bool, and_mend: bool) -> Result<()> {
+        let now = self.world.time.passed();
+        // A clock that is wrong takes the operator's certificate for invalid.
+        let known = self.executions().await;
+        let mut over = known.as_ref().is_ok_and(|known| known.iter().all(|execution| is_final(execution.state())));
+        let open = known.unwrap_or_default().into_iter().find(|execution| !is_final(execution.state()));
+        if let Some(execution) = open {
+            let mut client = OperationServiceClient::new(self.world.api()?);
+            let request = AbandonExecutionRequest { name: execution.name };
+            over = self.world.time.drive(client.abandon_execution(request)).await.is_ok();
+            if over && and_replace {
+                let next = order(&mut self.world, "other").await?;
+                self.operations.push(next);
+            }
+        }
+        if !over {
+            self.pending.push((now + ASK_AGAIN, Due::Abandon { and_replace, and_mend }));
+        } else if and_mend {
+            self.pending.push((now + ASK_AGAIN, Due::Network));
+        }
+        Ok(())
+    }
+
+    /// The executions of all operations, oldest first.
+    pub(crate) async fn executions(&mut self) -> Result<Vec<Execution>> {
+        let mut client = OperationServiceClient::new(self.world.api()?);
+        let mut executions = Vec::new();
+        for parent in self.operations.clone() {
+            let request = ListExecutionsRequest { parent, page_size: 10, ..ListExecutionsRequest::default() };
+            executions.extend(self.world.time.drive(client.list_executions(request)).await?.into_inner().executions);
+        }
+        Ok(executions)
+    }
+
+    pub(crate) async fn node(&mut self) -> Result<Node> {
+        let mut client = NodeServiceClient::new(self.world.api()?);
+        let request = GetNodeRequest { name: format!("nodes/{NODE}") };
+        Ok(self.world.time.drive(client.get_node(request)).await?.into_inner())
+    }
+
+    /// Waits until node and controller have nothing more to do.
+    async fn settle(&mut self) -> Result<()> {
+        let mut calm = 0;
+        self.last_event = self.world.time.passed();
+        loop {
+            self.turn().await?;
+            let pi = PiState::read(&self.world.pi_dir())?;
+            let waits = self.offline || self.pending.iter().any(|(_, due)| matches!(due, Due::Clock(_)));
+            let calm_now = pi.is_settled() && !waits && self.is_over().await;
+            calm = if calm_now { calm + 1 } else { 0 };
+            if calm >= 3 {
+                return Ok(());
+            }
+            if self.world.time.passed() > self.last_event + LIMIT && !waits {
+                let executions = self.executions().await?;
+                let states: Vec<&str> = executions.iter().map(|execution| execution.state().as_str_name()).collect();
+                let node = self.node().await?;
+                bail!("no end after {LIMIT:?}: {states:?}, connected {}, {pi:?}", node.connected);
+            }
+        }
+    }
+
+    async fn is_over(&mut self) -> bool {
+        // A controller whose clock was wrong may need a while for certificates that are valid now.
+        let (Ok(executions), Ok(node)) = (self.executions().await, self.node().await) else { return false };
+        executions.iter().all(|execution| is_final(execution.state())) && node.connected
+    }
+
+    /// True if an operator ended an execution in this run.
+    pub(crate) fn was_called_off(&self) -> bool {
+        let calls_off = |event: &Event| event.calls_off();
+        self.plan.iter().any(|(_, fault)| matches!(fault, crate::plan::Fault::Outside(event) if calls_off(event)))
+    }
+
+    /// True if the controller lost what it knew in this run.
+    pub(crate) fn was_restored(&self) -> bool {
+        use crate::plan::Fault::Outside;
+        let restored = |event: &Event| matches!(event, Event::RestoredBeforeBegin | Event::RestoredBeforeCreation);
+        self.plan.iter().any(|(_, fault)| matches!(fault, Outside(event) if restored(event)))
+    }
+}
+
+/// The state's name without its prefix.
+pub(crate) fn word(state: State) -> &'static str {
+    state.as_str_name().trim_start_matches("STATE_")
+}
