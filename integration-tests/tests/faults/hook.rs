@@ -191,7 +191,7 @@ impl Hook for Recorder {
                         death = Some((Death::PowerCut, false));
                     }
                     // The world may be over.
-                    drop(self.events.send(event));
+                    let _ = self.events.send(event);
                 }
             }
         }

@@ -330,13 +330,6 @@ impl Run {
         let calls_off = |event: &Event| event.calls_off();
         self.plan.iter().any(|(_, fault)| matches!(fault, crate::plan::Fault::Outside(event) if calls_off(event)))
     }
-
-    /// True if the controller lost what it knew in this run.
-    pub(crate) fn was_restored(&self) -> bool {
-        use crate::plan::Fault::Outside;
-        let restored = |event: &Event| matches!(event, Event::RestoredBeforeBegin | Event::RestoredBeforeCreation);
-        self.plan.iter().any(|(_, fault)| matches!(fault, Outside(event) if restored(event)))
-    }
 }
 
 /// The state's name without its prefix.
