@@ -56,8 +56,8 @@ record-agent: ## Record the agent of this build (its messages, journal and card)
 	scripts/programs.sh
 	cargo test --workspace --test agents -- --ignored record
 
-faults: ## An update with every fault at every step, and FAULTS (10000) random pairs of them [FAULT_SEED=7 plays one pair, FAULT_ONLY='CutTorn|config.txt' single ones]
-	$(if $(FAULT_SEED),,FAULTS=$(or $(FAULTS),10000)) cargo test --workspace --test faults -- --ignored --exact update_keeps_its_promises_under_faults --nocapture
+faults: ## An update with every fault at every step, and FAULTS (10000) random pairs of them [FAULT_PLAN='Kill at unpack root #1'] [FAULT_ONLY='CutTorn|config.txt'] [FAULT_SEED=7]
+	$(if $(FAULT_SEED)$(FAULT_PLAN),,FAULTS=$(or $(FAULTS),10000)) cargo test --workspace --test faults -- --ignored --exact update_keeps_its_promises_under_faults --nocapture
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins

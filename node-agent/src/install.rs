@@ -13,7 +13,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot, InstallJob, Instruction};
 use crate::download::{self, Download, DownloadError, Downloader};
-use crate::durable;
 use crate::job::{CALLED_OFF, Labels, phase};
 use crate::settings::Settings;
 use crate::system::rooted::Rooted;
@@ -340,7 +339,6 @@ impl Work<'_> {
                 progress(Phase::Unpacking, done, total);
             }
         });
-        crate::step::at("unpack", &self.card.root, &[]).map_err(InstallError::disk("unpack the image"))?;
         unpack::unpack(download, compression, first, into, lease, self.system.as_ref(), tell).await
     }
 
@@ -404,7 +402,7 @@ impl Work<'_> {
         let release = Release { boot_sha256: sha256.to_owned(), ..self.release() };
         self.name(&target, &release).await?;
         self.system.finish_target(target).await?;
-        blocking(move || durable::remove(&zip).map_err(InstallError::disk("remove the boot files' zip"))).await?;
+        blocking(move || crate::durable::remove(&zip).map_err(InstallError::disk("remove the zip"))).await?;
         self.installed(Next::System)
     }
 

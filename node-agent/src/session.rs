@@ -228,7 +228,7 @@ impl Session {
         let mut hello = wire::hello(&facts, &entries, &self.journal.progress().borrow());
         self.add_logs(&entries, &mut hello.executions).await;
         let hello = ConnectRequest { message: Some(connect_request::Message::Hello(hello)) };
-        if step::at("hello", self.journal.path(), &[]).is_err() || outbox.send(hello).await.is_err() {
+        if step::word("hello", self.journal.path()).is_err() || outbox.send(hello).await.is_err() {
             return Ended::before_welcome(SessionError::Stuck);
         }
         let mut client = AgentServiceClient::new(channel);
@@ -475,7 +475,7 @@ impl<'a> Open<'a> {
     }
 
     async fn send(&self, message: connect_request::Message) -> Result<(), SessionError> {
-        step::at(wire::word(&message), self.session.journal.path(), &[]).map_err(|_| SessionError::Stuck)?;
+        step::word(wire::word(&message), self.session.journal.path()).map_err(|_| SessionError::Stuck)?;
         let message = ConnectRequest { message: Some(message) };
         match tokio::time::timeout(SEND_TIMEOUT, self.outbox.send(message)).await {
             Ok(Ok(())) => Ok(()),

@@ -8,11 +8,11 @@
 mod hooks;
 
 #[cfg(feature = "steps")]
-pub use hooks::{Hook, Step, Watch, watch};
+pub use hooks::{Hook, Kind, Step, Watch, watch};
 #[cfg(feature = "steps")]
-pub(crate) use hooks::{at, below, read};
+pub(crate) use hooks::{at, below, read, word};
 #[cfg(not(feature = "steps"))]
-pub(crate) use silent::{at, below, read};
+pub(crate) use silent::{at, below, read, word};
 
 #[cfg(not(feature = "steps"))]
 mod silent {
@@ -29,6 +29,12 @@ mod silent {
     /// Announces a step on a path below an open folder.
     #[inline]
     pub(crate) fn below(_what: &'static str, _folder: &OwnedFd, _path: &Path, _bytes: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    /// Announces a word to a controller.
+    #[inline]
+    pub(crate) fn word(_what: &'static str, _path: &Path) -> Result<()> {
         Ok(())
     }
 

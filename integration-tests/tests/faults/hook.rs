@@ -7,7 +7,7 @@ use std::io::{Error, Result, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use node_agent::step::{Hook, Step};
+use node_agent::step::{Hook, Kind, Step};
 use tokio::sync::{mpsc, watch};
 
 use crate::plan::{Event, Fault};
@@ -45,7 +45,7 @@ struct Seen {
     /// Faults that have not happened yet.
     to_come: Vec<(Point, Fault)>,
     /// Names of steps that fail from now on, with the error's number.
-    failing: BTreeMap<String, i32>,
+    failing: BTreeMap<String, (i32, Kind)>,
     next_read_fails: bool,
     happened: usize,
 }
@@ -103,6 +103,16 @@ impl Recorder {
         self.seen().happened
     }
 
+    /// True if the node's journal cannot be written from now on.
+    pub(crate) fn keeps_no_journal(&self) -> bool {
+        self.seen().failing.iter().any(|(name, (_, kind))| *kind == Kind::Change && name.ends_with("/journal.json"))
+    }
+
+    /// Words reach the controller again.
+    pub(crate) fn heal_words(&self) {
+        self.seen().failing.retain(|_, (_, kind)| *kind != Kind::Word);
+    }
+
     /// Everything can be written and read again.
     pub(crate) fn heal(&self) {
         let mut seen = self.seen();
@@ -158,7 +168,7 @@ impl Hook for Recorder {
             unwind();
         }
         let mut seen = self.seen();
-        if step.reads {
+        if step.kind == Kind::Read {
             return if std::mem::take(&mut seen.next_read_fails) { Err(Error::from_raw_os_error(5)) } else { Ok(()) };
         }
         if step.what == "remove" && fs::symlink_metadata(step.path).is_err() {
@@ -173,7 +183,7 @@ impl Hook for Recorder {
         seen.order.push(point.clone());
         let due: Vec<Fault> = seen.to_come.extract_if(.., |(at, _)| *at == point).map(|(_, fault)| fault).collect();
         seen.happened += due.len();
-        let mut failed = seen.failing.get(&point.name).copied();
+        let mut failed = seen.failing.get(&point.name).map(|(number, _)| *number);
         let mut death = None;
         for fault in due {
             match fault {
@@ -182,7 +192,10 @@ impl Hook for Recorder {
                 Fault::CutTorn => death = Some((Death::PowerCut, true)),
                 Fault::FailsOnce(number) => failed = Some(number),
                 Fault::FailsFromNow(number) => {
-                    seen.failing.insert(point.name.clone(), number);
+                    seen.failing.insert(point.name.clone(), (number, step.kind));
+                    if step.kind == Kind::Word {
+                        let _ = self.events.send(Event::WordsFail);
+                    }
                     failed = Some(number);
                 }
                 Fault::NextReadFails => seen.next_read_fails = true,

@@ -8,8 +8,12 @@ const ENOSPC: i32 = 28;
 const EROFS: i32 = 30;
 const EIO: i32 = 5;
 const ERRORS: [i32; 3] = [ENOSPC, EROFS, EIO];
-/// Steps of one name that get faults of their own; of more, the last one does, too.
-const OF_ONE_NAME: u32 = 3;
+/// Pairs take the steps of one name up to a multiple of this number: a journal that is written 9 times in one recording
+/// and 8 times in the next must give the same pairs.
+const ROUND: u32 = 4;
+
+/// Between the parts of a plan's text.
+const AND: &str = " and ";
 
 /// A fault at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +26,7 @@ pub(crate) enum Fault {
     CutTorn,
     /// The step fails with this error.
     FailsOnce(i32),
-    /// This step fails whenever it is tried.
+    /// This step fails whenever it is tried; a word to the controller, for ten minutes.
     FailsFromNow(i32),
     /// The next read of the card fails.
     NextReadFails,
@@ -55,6 +59,8 @@ pub(crate) enum Event {
     CancelledWhileAway,
     /// The node loses power and network, and the execution is abandoned before it is back.
     AbandonedWhileAway,
+    /// Words to the controller fail for ten minutes. A part of [`Fault::FailsFromNow`].
+    WordsFail,
 }
 
 impl Event {
@@ -92,16 +98,6 @@ const EVENTS: [Event; 14] = [
 /// A plan: faults at steps.
 pub(crate) type Plan = Vec<(Point, Fault)>;
 
-/// The points at which faults are tried: of a step that is done often only some.
-pub(crate) fn chosen(points: &[(Point, bool)]) -> Vec<(Point, bool)> {
-    let last = |name: &str| points.iter().filter(|(point, _)| point.name == name).map(|(point, _)| point.number).max();
-    points
-        .iter()
-        .filter(|(point, _)| point.number <= OF_ONE_NAME || Some(point.number) == last(&point.name))
-        .cloned()
-        .collect()
-}
-
 /// All faults that can happen at a step. `at` numbers the steps, so that each error comes up.
 fn faults(at: usize, writes: bool) -> Vec<Fault> {
     let error = |shift: usize| ERRORS.get((at + shift) % ERRORS.len()).copied().unwrap_or(EIO);
@@ -114,34 +110,87 @@ fn faults(at: usize, writes: bool) -> Vec<Fault> {
     faults
 }
 
-/// Every fault at every chosen step.
+/// Every fault at every step.
 pub(crate) fn singles(points: &[(Point, bool)]) -> Vec<Plan> {
-    chosen(points)
-        .iter()
-        .enumerate()
-        .flat_map(|(at, (point, writes))| {
-            faults(at, *writes).into_iter().map(move |fault| vec![(point.clone(), fault)])
-        })
-        .collect()
+    let faults_at = |(at, (point, writes)): (usize, &(Point, bool))| -> Vec<Plan> {
+        faults(at, *writes).into_iter().map(|fault| vec![(point.clone(), fault)]).collect()
+    };
+    points.iter().enumerate().flat_map(faults_at).collect()
+}
+
+/// The share `turn` of `of` of these plans, in no order: each share has faults of all kinds at steps of all kinds.
+pub(crate) fn share(plans: Vec<Plan>, turn: u64, of: u64) -> Vec<Plan> {
+    let mine = |plan: &Plan| {
+        let name = described(plan);
+        name.bytes().fold(0, |sum: u64, byte| mix(sum ^ u64::from(byte))) % of.max(1) == turn % of.max(1)
+    };
+    plans.into_iter().filter(mine).collect()
+}
+
+/// The steps at which pairs happen.
+fn of_pairs(points: &[(Point, bool)]) -> Vec<(Point, bool)> {
+    let count = |name: &str| points.iter().filter(|(point, _)| point.name == name).count();
+    let most = |name: &str| u32::try_from(count(name)).map_or(ROUND, |count| count / ROUND * ROUND).max(ROUND);
+    points.iter().filter(|(point, _)| point.number <= most(&point.name)).cloned().collect()
+}
+
+/// The text of a plan, by which it is played again.
+pub(crate) fn described(plan: &Plan) -> String {
+    plan.iter().map(|(point, fault)| format!("{fault:?} at {point}")).collect::<Vec<_>>().join(AND)
+}
+
+/// The plan of this text. `None`: there is no such fault.
+pub(crate) fn read(text: &str) -> Option<Plan> {
+    let errors = (0..ERRORS.len()).flat_map(|at| faults(at, true));
+    let all: Vec<Fault> = errors.collect();
+    let one = |part: &str| {
+        let (fault, point) = part.split_once(" at ")?;
+        let (name, number) = point.rsplit_once(" #")?;
+        let fault = all.iter().find(|known| format!("{known:?}") == fault)?;
+        Some((Point { name: name.to_owned(), number: number.parse().ok()? }, *fault))
+    };
+    text.split(AND).map(one).collect()
+}
+
+/// One step of splitmix64.
+fn mix(state: u64) -> u64 {
+    let mut mixed = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }
 
 /// Two random faults at random steps.
 pub(crate) fn pair(points: &[(Point, bool)], seed: u64) -> Plan {
-    let mut state = seed;
+    let points = of_pairs(points);
+    let mut state = mix(seed);
     let mut next = |below: usize| {
-        // splitmix64: each seed gives another sequence.
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = state;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let mixed = mixed ^ (mixed >> 31);
-        usize::try_from(mixed % u64::try_from(below.max(1)).unwrap_or(1)).unwrap_or_default()
+        state = mix(state);
+        usize::try_from(state % u64::try_from(below.max(1)).unwrap_or(1)).unwrap_or_default()
     };
     let mut plan = Vec::new();
     for _ in 0..2 {
         let Some((point, writes)) = points.get(next(points.len())) else { continue };
-        let faults = faults(next(3), *writes);
+        let faults = faults(next(ERRORS.len()), *writes);
         plan.extend(faults.get(next(faults.len())).map(|fault| (point.clone(), *fault)));
     }
     plan
+}
+
+#[test]
+fn plan_is_read_from_its_text() {
+    let point = |name: &str, number| (Point { name: name.to_owned(), number }, true);
+    let points = [point("replace journal.json", 1), point("write in place autoboot.txt", 2)];
+    for plan in singles(&points).into_iter().chain((0..50).map(|seed| pair(&points, seed))) {
+        assert_eq!(read(&described(&plan)), Some(plan));
+    }
+    assert_eq!(read("Kill at nothing"), None);
+}
+
+#[test]
+fn shares_are_the_whole() {
+    let points = [(Point { name: "replace journal.json".to_owned(), number: 1 }, true)];
+    let all = singles(&points);
+    let parts: usize = (0..7).map(|turn| share(all.clone(), turn, 7).len()).sum();
+    assert_eq!(parts, all.len());
 }

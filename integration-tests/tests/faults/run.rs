@@ -13,7 +13,8 @@ use marco_proto::v1::execution::State;
 use marco_proto::v1::node_service_client::NodeServiceClient;
 use marco_proto::v1::operation_service_client::OperationServiceClient;
 use marco_proto::v1::{
-    AbandonExecutionRequest, CancelOperationRequest, Execution, GetNodeRequest, ListExecutionsRequest, Node,
+    AbandonExecutionRequest, CancelOperationRequest, Execution, GetNodeRequest, ListExecutionsRequest,
+    ListOperationsRequest, Node,
 };
 use tokio::sync::mpsc;
 
@@ -29,23 +30,30 @@ use crate::world::{NODE, World, begin, copy, folder};
 /// Shortest and longest steps of virtual time.
 const STEP: Duration = Duration::from_millis(100);
 const LONG_STEP: Duration = seconds(2);
-/// Longest step in an outage. A longer one than that breaks the pings of an open connection.
-const OFFLINE_STEP: Duration = seconds(60);
+/// Longest step in an outage: less than the ten minutes in which a system on trial gives up.
+const OFFLINE_STEP: Duration = seconds(300);
 /// Virtual time in which everything must come to its end after the last thing from outside. Five tries of each cause,
 /// three trial boots of ten minutes and an overdue execution fit in.
 const LIMIT: Duration = seconds(5 * 3600);
 /// An outage that never ends, for an agent: longer than every limit of its own.
 const FOREVER: Duration = seconds(26 * 3600);
+/// An outage in which an execution that was begun becomes overdue, and may be abandoned. One that was not is not.
+const LONG_AWAY: Duration = seconds(3 * 3600);
 /// Time in which the end must stay as it is, and nothing may go on.
 const REST: Duration = seconds(35);
-/// Pause between two tries of what an operator may not do yet.
+/// Shortest stillness that is taken for the end: a controller looks at blank cards and for overdue work every five
+/// seconds.
+const CALM: Duration = seconds(8);
+/// First and longest pause between two tries of what an operator may not do yet.
 const ASK_AGAIN: Duration = seconds(30);
+const LONG_PAUSE: Duration = seconds(15 * 60);
 
 /// A world in which a plan happens.
 pub(crate) struct Run {
     pub(crate) world: World,
     pub(crate) recorder: Arc<Recorder>,
-    pub(crate) operations: Vec<String>,
+    /// The operation of the template.
+    operation: String,
     pub(crate) plan: Plan,
     events: mpsc::UnboundedReceiver<Event>,
     pending: Vec<(Duration, Due)>,
@@ -63,7 +71,8 @@ pub(crate) struct Run {
 enum Due {
     Network,
     Clock(i64),
-    Abandon { and_replace: bool, and_mend: bool },
+    Words,
+    Abandon { and_replace: bool, pause: Duration },
 }
 
 /// The end of a run.
@@ -93,7 +102,7 @@ async fn run(template: &Template, plan: Plan, time: VirtualTime) -> Result<Outco
     let mut run = Run {
         world,
         recorder: Arc::clone(&recorder),
-        operations: vec![template.operation.clone()],
+        operation: template.operation.clone(),
         plan,
         events,
         pending: Vec::new(),
@@ -116,7 +125,12 @@ impl Run {
         self.settle().await.context("first")?;
         checks::end(self).await.context("at the first end")?;
         // What the end is worth shows at the next boot, with a card that works again.
+        let lags = self.recorder.keeps_no_journal();
         self.recorder.heal();
+        if lags {
+            self.settle().await.context("with a journal that can be written again")?;
+            checks::end(self).await.context("with a journal that can be written again")?;
+        }
         let before = self.recorder.count();
         let seen = self.recorder.counts();
         self.rest(REST).await?;
@@ -186,6 +200,7 @@ impl Run {
                 self.world.time.clock.advance(TimeDelta::days(days));
                 self.pending.push((now + seconds(3600), Due::Clock(-days)));
             }
+            Event::WordsFail => self.pending.push((now + seconds(600), Due::Words)),
             Event::Cancelled => self.cancel().await?,
             Event::CancelledWhileAway => {
                 self.cut_network();
@@ -193,11 +208,12 @@ impl Run {
                 self.pending.push((now + seconds(120), Due::Network));
             }
             Event::Abandoned | Event::Replaced => {
-                self.abandon(event == Event::Replaced, false).await?;
+                self.abandon(event == Event::Replaced, ASK_AGAIN).await?;
             }
             Event::AbandonedWhileAway => {
                 self.cut_network();
-                self.abandon(false, true).await?;
+                self.pending.push((now + LONG_AWAY, Due::Network));
+                self.abandon(false, ASK_AGAIN).await?;
             }
         }
         Ok(())
@@ -217,7 +233,11 @@ impl Run {
                 self.world.time.clock.advance(TimeDelta::days(days));
                 Ok(())
             }
-            Due::Abandon { and_replace, and_mend } => self.abandon(and_replace, and_mend).await,
+            Due::Words => {
+                self.recorder.heal_words();
+                Ok(())
+            }
+            Due::Abandon { and_replace, pause } => self.abandon(and_replace, pause).await,
         }
     }
 
@@ -239,25 +259,19 @@ impl Run {
             middle.retarget(self.world.address());
             self.world.agents_talk_to(Some(middle.address()));
         }
-        if database == BEFORE_CREATION {
-            self.operations.clear();
-        } else {
-            self.operations.truncate(1);
-        }
         Ok(())
     }
 
     async fn cancel(&mut self) -> Result<()> {
-        let Some(name) = self.operations.first().cloned() else { return Ok(()) };
         let mut client = OperationServiceClient::new(self.world.api()?);
-        let cancelled = client.cancel_operation(CancelOperationRequest { name });
-        // Refused if it has ended.
+        let cancelled = client.cancel_operation(CancelOperationRequest { name: self.operation.clone() });
+        // Refused if it has ended, or if a backup does not know it.
         drop(self.world.time.drive(cancelled).await);
         Ok(())
     }
 
     /// Tries to abandon, now and until it is allowed or over.
-    async fn abandon(&mut self, and_replace: bool, and_mend: bool) -> Result<()> {
+    async fn abandon(&mut self, and_replace: bool, pause: Duration) -> Result<()> {
         let now = self.world.time.passed();
         // A clock that is wrong takes the operator's certificate for invalid.
         let known = self.executions().await;
@@ -268,23 +282,24 @@ impl Run {
             let request = AbandonExecutionRequest { name: execution.name };
             over = self.world.time.drive(client.abandon_execution(request)).await.is_ok();
             if over && and_replace {
-                let next = order(&mut self.world, "other").await?;
-                self.operations.push(next);
+                order(&mut self.world, "other").await?;
             }
         }
         if !over {
-            self.pending.push((now + ASK_AGAIN, Due::Abandon { and_replace, and_mend }));
-        } else if and_mend {
-            self.pending.push((now + ASK_AGAIN, Due::Network));
+            let pause = pause.min(LONG_PAUSE);
+            self.pending.push((now + pause, Due::Abandon { and_replace, pause: pause * 2 }));
         }
         Ok(())
     }
 
-    /// The executions of all operations, oldest first.
+    /// The executions of all operations, oldest first. The controller has some of its own: a card that was erased and
+    /// whose work was called off is blank, and gets the default image.
     pub(crate) async fn executions(&mut self) -> Result<Vec<Execution>> {
         let mut client = OperationServiceClient::new(self.world.api()?);
+        let request = ListOperationsRequest { page_size: 100, ..ListOperationsRequest::default() };
+        let operations = self.world.time.drive(client.list_operations(request)).await?.into_inner().operations;
         let mut executions = Vec::new();
-        for parent in self.operations.clone() {
+        for parent in operations.into_iter().rev().map(|operation| operation.name) {
             let request = ListExecutionsRequest { parent, page_size: 10, ..ListExecutionsRequest::default() };
             executions.extend(self.world.time.drive(client.list_executions(request)).await?.into_inner().executions);
         }
@@ -299,18 +314,23 @@ impl Run {
 
     /// Waits until node and controller have nothing more to do.
     async fn settle(&mut self) -> Result<()> {
-        let mut calm = 0;
+        let mut calm_since = None;
         self.last_event = self.world.time.passed();
         loop {
             self.turn().await?;
             let pi = PiState::read(&self.world.pi_dir())?;
-            let waits = self.offline || self.pending.iter().any(|(_, due)| matches!(due, Due::Clock(_)));
-            let calm_now = pi.is_settled() && !waits && self.is_over().await;
-            calm = if calm_now { calm + 1 } else { 0 };
-            if calm >= 3 {
+            let waits = self.offline || self.pending.iter().any(|(_, due)| matches!(due, Due::Clock(_) | Due::Words));
+            // A journal that cannot be written stays as it is: the controller has the last word from the node's memory.
+            let settled = pi.is_settled() || pi.is_up && self.recorder.keeps_no_journal();
+            let calm_now = settled && !waits && self.is_over().await;
+            let now = self.world.time.passed();
+            let since = *calm_since.get_or_insert(now);
+            if !calm_now {
+                calm_since = None;
+            } else if now >= since + CALM {
                 return Ok(());
             }
-            if self.world.time.passed() > self.last_event + LIMIT && !waits {
+            if now > self.last_event + LIMIT && !waits {
                 let executions = self.executions().await?;
                 let states: Vec<&str> = executions.iter().map(|execution| execution.state().as_str_name()).collect();
                 let node = self.node().await?;

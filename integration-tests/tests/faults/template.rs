@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, Result, ensure};
 use integration_tests::fleet::update;
-use integration_tests::image::{Compression, lay_out_root, pack};
+use integration_tests::image::{Compression, lay_out_root, make_bootcode, pack};
 use integration_tests::upload::{Artifacts, push};
 use marco_controller::clock::ManualClock;
 use marco_proto::v1::artifact::{Kind, Purpose};
@@ -29,6 +29,8 @@ pub(crate) const BEFORE_BEGIN: &str = "before-begin.db";
 pub(crate) const BEFORE_CREATION: &str = "before-creation.db";
 /// The operation's name.
 const OPERATION: &str = "operation";
+/// Installer of the updates: another one than the card's own, so that it is fetched and staged.
+const SET: &str = "set";
 /// A file of the old system's root that no image has.
 pub(crate) const OLD_ROOT: &str = "root/usr/share/doc/README";
 /// A file of the user's that every run must keep.
@@ -86,6 +88,9 @@ async fn make(dir: &Path, time: VirtualTime) -> Result<Template> {
         let mut artifacts = Artifacts::new(api.clone());
         world.time.drive(push(&mut artifacts, name, Kind::Image, Purpose::Unspecified, &image)).await?;
     }
+    let set = dir.join(format!("{SET}.zip"));
+    fs::write(&set, make_bootcode(SET)?)?;
+    world.time.drive(push(&mut Artifacts::new(api.clone()), SET, Kind::Bootcode, Purpose::Installer, &set)).await?;
     world.unplug().await?;
     fs::write(world.pi_dir().join(KEPT), "the user's\n")?;
     ensure!(world.pi_dir().join(OLD_ROOT).exists(), "the old system is another one");
@@ -109,7 +114,7 @@ async fn make(dir: &Path, time: VirtualTime) -> Result<Template> {
 /// Orders the update to an image, and returns the operation's name.
 pub(crate) async fn order(world: &mut World, image: &str) -> Result<String> {
     let mut operations: OperationServiceClient<Channel> = OperationServiceClient::new(world.api()?);
-    let mut operation: Operation = update(&[NODE], image, "");
+    let mut operation: Operation = update(&[NODE], image, SET);
     if let Some(Action::Update(update)) = &mut operation.action {
         // Long enough for a step of its own.
         update.notice = Some(prost_types::Duration { seconds: 5, nanos: 0 });

@@ -14,8 +14,19 @@ pub struct Step<'a> {
     pub path: &'a Path,
     /// The bytes to write; empty for other steps.
     pub bytes: &'a [u8],
-    /// True for a read. It changes nothing.
-    pub reads: bool,
+    /// Its kind.
+    pub kind: Kind,
+}
+
+/// Kinds of steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A change of the card, or an effect on the machine.
+    Change,
+    /// A word to a controller.
+    Word,
+    /// A read of the card. It changes nothing.
+    Read,
 }
 
 /// A test's hook.
@@ -49,7 +60,11 @@ impl Drop for Watch {
 }
 
 pub(crate) fn at(what: &'static str, path: &Path, bytes: &[u8]) -> Result<()> {
-    announce(what, path, bytes, false)
+    announce(Kind::Change, what, path, bytes)
+}
+
+pub(crate) fn word(what: &'static str, path: &Path) -> Result<()> {
+    announce(Kind::Word, what, path, &[])
 }
 
 pub(crate) fn below(what: &'static str, folder: &OwnedFd, path: &Path, bytes: &[u8]) -> Result<()> {
@@ -57,17 +72,17 @@ pub(crate) fn below(what: &'static str, folder: &OwnedFd, path: &Path, bytes: &[
 }
 
 pub(crate) fn read(path: &Path) -> Result<()> {
-    announce("read", path, &[], true)
+    announce(Kind::Read, "read", path, &[])
 }
 
-fn announce(what: &'static str, path: &Path, bytes: &[u8], reads: bool) -> Result<()> {
+fn announce(kind: Kind, what: &'static str, path: &Path, bytes: &[u8]) -> Result<()> {
     let path = resolved(path);
     let hook = {
         let hooks = HOOKS.read().unwrap_or_else(PoisonError::into_inner);
         hooks.iter().find(|(folder, _)| path.starts_with(folder)).map(|(_, hook)| Arc::clone(hook))
     };
     match hook {
-        Some(hook) => hook.at(&Step { what, path: &path, bytes, reads }),
+        Some(hook) => hook.at(&Step { what, path: &path, bytes, kind }),
         None => Ok(()),
     }
 }
