@@ -33,6 +33,7 @@ pub(crate) async fn end(run: &mut Run) -> Result<()> {
             ensure!(fs::metadata(&path).is_ok_and(|file| file.len() > 0), "the installer has no {name}: {pi:?}");
         }
     }
+    ensure!(!pi.installs || pi.installer_boots, "the installer stays although the old system is whole: {pi:?}");
     ensure!(run.node().await?.connected, "the node is not reachable: {pi:?}");
     ensure!(fs::read_to_string(dir.join(KEPT)).is_ok_and(|text| text == "the user's\n"), "the user's data is gone");
 
@@ -73,22 +74,28 @@ pub(crate) async fn end(run: &mut Run) -> Result<()> {
     if pi.release.is_empty() && !pi.installs && !pi.installer_boots {
         ensure!(pi.old_root, "the old system was touched: {pi:?}");
     }
-    bounds(run)
+    bounds(run, &pi)
 }
 
 fn is_over(state: State) -> bool {
     integration_tests::fleet::is_final(state)
 }
 
+/// Checks that a system that was to wait for a controller's word did not go down without it.
+pub(crate) fn waited(before: usize, pi: &PiState, faults: usize) -> Result<()> {
+    // Each fault of the plan may have cut the power.
+    ensure!(pi.boots <= before + faults, "what nobody confirmed was gone on with: {before} boots before, {pi:?}");
+    Ok(())
+}
+
 /// Nothing repeats without bound.
-fn bounds(run: &Run) -> Result<()> {
+pub(crate) fn bounds(run: &Run, pi: &PiState) -> Result<()> {
     let minutes = u32::try_from(run.world.time.passed().as_secs() / 60).unwrap_or(u32::MAX);
     let allowed = OF_ONE_NAME.saturating_add(A_MINUTE.saturating_mul(minutes));
     for (name, count) in run.recorder.counts() {
         ensure!(count <= allowed, "{name} was done {count} times in {minutes} minutes");
     }
-    let boots = PiState::read(&run.world.pi_dir())?.boots;
-    ensure!(boots <= BOOTS, "the machine booted {boots} times");
+    ensure!(pi.boots <= BOOTS, "the machine booted {} times", pi.boots);
     let wall = fs::read_to_string(run.world.pi_dir().join("wall.log")).unwrap_or_default().lines().count();
     ensure!(wall <= WALL, "users were told {wall} times");
     Ok(())

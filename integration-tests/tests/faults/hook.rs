@@ -15,6 +15,9 @@ use crate::plan::{Event, Fault};
 /// Largest write in place that no power cut tears: a sector.
 const SECTOR: usize = 512;
 
+/// Name of the point that counts all steps since the first fault. Some come only because of that fault.
+pub(crate) const SINCE: &str = "any step since";
+
 /// A step of an update: its name, and its number among those of that name, from 1.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Point {
@@ -48,6 +51,8 @@ struct Seen {
     failing: BTreeMap<String, (i32, Kind)>,
     next_read_fails: bool,
     happened: usize,
+    /// Steps since the first fault.
+    since: u32,
 }
 
 /// Records the steps of one virtual Pi.
@@ -181,7 +186,10 @@ impl Hook for Recorder {
         let point = Point { name, number: *number };
         seen.bytes.insert(point.name.clone(), !step.bytes.is_empty());
         seen.order.push(point.clone());
-        let due: Vec<Fault> = seen.to_come.extract_if(.., |(at, _)| *at == point).map(|(_, fault)| fault).collect();
+        seen.since += u32::from(seen.happened > 0);
+        let since = Point { name: SINCE.to_owned(), number: seen.since };
+        let is_due = |(at, _): &mut (Point, Fault)| *at == point || *at == since;
+        let due: Vec<Fault> = seen.to_come.extract_if(.., is_due).map(|(_, fault)| fault).collect();
         seen.happened += due.len();
         let mut failed = seen.failing.get(&point.name).map(|(number, _)| *number);
         let mut death = None;
@@ -210,7 +218,7 @@ impl Hook for Recorder {
         }
         drop(seen);
         if let Some((death, torn)) = death {
-            if torn {
+            if torn && !step.bytes.is_empty() {
                 self.tear(step);
             }
             self.die(death);

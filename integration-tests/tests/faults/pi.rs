@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::template::OLD_ROOT;
 
+/// A boot in the log of a virtual Pi.
+const BOOT: &str = "\"event\":\"boot\"";
+
 /// A job in the journal.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
@@ -35,6 +38,8 @@ pub(crate) struct PiState {
     /// The installer is what boots next.
     pub(crate) installer_boots: bool,
     pub(crate) old_root: bool,
+    /// The last boot was of the old system.
+    pub(crate) ran_old: bool,
     /// The execution that installed the root; empty: none.
     pub(crate) release: String,
     pub(crate) jobs: Vec<Job>,
@@ -51,10 +56,12 @@ impl PiState {
         let autoboot = fs::read_to_string(dir.join("recovery/autoboot.txt")).unwrap_or_default();
         let partition = ConfigTxt::parse(&autoboot).get("boot_partition", &Conditions::default()).map(str::to_owned);
         let release = Release::read(&dir.join("root"), Some(&dir.join("boot"))).ok().flatten();
+        let last_boot = log.lines().rfind(|line| line.contains(BOOT)).unwrap_or_default();
         Ok(Self {
+            ran_old: last_boot.contains("\"partition\":4") && release.as_ref().is_none_or(|it| it.execution.is_empty()),
             is_up: up.is_some(),
             installs,
-            boots: log.matches("\"event\":\"boot\"").count(),
+            boots: log.matches(BOOT).count(),
             installer_boots: partition.is_none_or(|partition| partition.trim() != "4"),
             old_root: dir.join(OLD_ROOT).exists(),
             release: release.unwrap_or_default().execution,

@@ -1,16 +1,18 @@
 //! Faults, and the plans of all single ones and of random pairs.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::hook::Point;
+use crate::hook::{Point, SINCE};
 
 const ENOSPC: i32 = 28;
 const EROFS: i32 = 30;
 const EIO: i32 = 5;
 const ERRORS: [i32; 3] = [ENOSPC, EROFS, EIO];
-/// Pairs take the steps of one name up to a multiple of this number: a journal that is written 9 times in one recording
-/// and 8 times in the next must give the same pairs.
-const ROUND: u32 = 4;
+/// The steps of one name count for pairs up to a multiple of this number.
+const ROUND: usize = 4;
+/// Steps after the first fault of a pair at which the second one may come: a whole installation.
+const MOST_SINCE: usize = 80;
 
 /// Between the parts of a plan's text.
 const AND: &str = " and ";
@@ -47,7 +49,7 @@ pub(crate) enum Event {
     RestoredBeforeBegin,
     /// The controller is restored from a backup that does not know the operation.
     RestoredBeforeCreation,
-    /// The controller's clock is this many days off, for an hour.
+    /// The controller's clock is this many days off, for ten minutes.
     Clock(i64),
     /// The operation is cancelled.
     Cancelled,
@@ -127,13 +129,6 @@ pub(crate) fn share(plans: Vec<Plan>, turn: u64, of: u64) -> Vec<Plan> {
     plans.into_iter().filter(mine).collect()
 }
 
-/// The steps at which pairs happen.
-fn of_pairs(points: &[(Point, bool)]) -> Vec<(Point, bool)> {
-    let count = |name: &str| points.iter().filter(|(point, _)| point.name == name).count();
-    let most = |name: &str| u32::try_from(count(name)).map_or(ROUND, |count| count / ROUND * ROUND).max(ROUND);
-    points.iter().filter(|(point, _)| point.number <= most(&point.name)).cloned().collect()
-}
-
 /// The text of a plan, by which it is played again.
 pub(crate) fn described(plan: &Plan) -> String {
     plan.iter().map(|(point, fault)| format!("{fault:?} at {point}")).collect::<Vec<_>>().join(AND)
@@ -160,21 +155,30 @@ fn mix(state: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
-/// Two random faults at random steps.
+/// Two random faults: one at a step of the recording, and one at a step after it, which need not be in the recording.
 pub(crate) fn pair(points: &[(Point, bool)], seed: u64) -> Plan {
-    let points = of_pairs(points);
     let mut state = mix(seed);
     let mut next = |below: usize| {
         state = mix(state);
         usize::try_from(state % u64::try_from(below.max(1)).unwrap_or(1)).unwrap_or_default()
     };
-    let mut plan = Vec::new();
-    for _ in 0..2 {
-        let Some((point, writes)) = points.get(next(points.len())) else { continue };
-        let faults = faults(next(ERRORS.len()), *writes);
-        plan.extend(faults.get(next(faults.len())).map(|fault| (point.clone(), *fault)));
+    // By the name first: the number of writes of a journal differs by one from recording to recording, and a seed has to
+    // give the same pair all the same, almost always.
+    let names: BTreeSet<&str> = points.iter().map(|(point, _)| point.name.as_str()).collect();
+    let name = names.iter().nth(next(names.len())).copied().unwrap_or_default();
+    let of_name: Vec<&(Point, bool)> = points.iter().filter(|(point, _)| point.name == name).collect();
+    let rounded = if of_name.len() > ROUND { of_name.len() / ROUND * ROUND } else { of_name.len() };
+    let Some((point, writes)) = of_name.get(next(rounded)) else { return Vec::new() };
+    let first = faults(next(ERRORS.len()), *writes);
+    // Of the second ones half end the agent: what a fault leaves shows when the agent begins again.
+    let mut second = faults(next(ERRORS.len()), true);
+    if next(2) == 0 {
+        second.truncate(3);
     }
-    plan
+    let since = Point { name: SINCE.to_owned(), number: u32::try_from(next(MOST_SINCE)).unwrap_or_default() + 1 };
+    let at = |point: &Point, faults: &[Fault], which| faults.get(which).map(|fault| (point.clone(), *fault));
+    let (first_at, second_at) = (next(first.len()), next(second.len()));
+    at(point, &first, first_at).into_iter().chain(at(&since, &second, second_at)).collect()
 }
 
 #[test]

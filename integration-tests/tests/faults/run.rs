@@ -30,6 +30,8 @@ use crate::world::{NODE, World, begin, copy, folder};
 /// Shortest and longest steps of virtual time.
 const STEP: Duration = Duration::from_millis(100);
 const LONG_STEP: Duration = seconds(2);
+/// Longest step while nothing can come to its end.
+const WAITING_STEP: Duration = seconds(10);
 /// Longest step in an outage: less than the ten minutes in which a system on trial gives up.
 const OFFLINE_STEP: Duration = seconds(300);
 /// Virtual time in which everything must come to its end after the last thing from outside. Five tries of each cause,
@@ -39,6 +41,8 @@ const LIMIT: Duration = seconds(5 * 3600);
 const FOREVER: Duration = seconds(26 * 3600);
 /// An outage in which an execution that was begun becomes overdue, and may be abandoned. One that was not is not.
 const LONG_AWAY: Duration = seconds(3 * 3600);
+/// Length of what goes wrong until an operator mends it: a controller's clock, and words that do not reach it.
+const WRONG: Duration = seconds(600);
 /// Time in which the end must stay as it is, and nothing may go on.
 const REST: Duration = seconds(35);
 /// Shortest stillness that is taken for the end: a controller looks at blank cards and for overdue work every five
@@ -58,6 +62,8 @@ pub(crate) struct Run {
     events: mpsc::UnboundedReceiver<Event>,
     pending: Vec<(Duration, Due)>,
     middle: Option<Middle>,
+    /// Boots of an old system that has to wait for its controller, which called its work off meanwhile.
+    waits_since: Option<usize>,
     /// The network is cut for the agents.
     pub(crate) offline: bool,
     /// Virtual time of the last event from outside.
@@ -107,6 +113,7 @@ async fn run(template: &Template, plan: Plan, time: VirtualTime) -> Result<Outco
         events,
         pending: Vec::new(),
         middle: None,
+        waits_since: None,
         offline: false,
         last_event: Duration::ZERO,
         step: STEP,
@@ -173,10 +180,15 @@ impl Run {
             self.last_event = now;
         }
         let count = self.recorder.count();
-        if count != self.seen {
+        if count != self.seen && (self.offline || !self.waits()) {
             (self.seen, self.step) = (count, STEP);
         } else {
-            let longest = if self.offline { OFFLINE_STEP } else { LONG_STEP };
+            self.seen = count;
+            let longest = match self.waits() {
+                true if self.offline => OFFLINE_STEP,
+                true => WAITING_STEP,
+                false => LONG_STEP,
+            };
             self.step = (self.step * 2).min(longest);
         }
         let next = self.pending.iter().map(|(at, _)| at.saturating_sub(now)).min();
@@ -187,6 +199,10 @@ impl Run {
     /// Lets an event happen.
     async fn begin(&mut self, event: Event) -> Result<()> {
         let now = self.world.time.passed();
+        let pi = PiState::read(&self.world.pi_dir())?;
+        if event.takes_the_power() && pi.ran_old {
+            self.waits_since = Some(pi.boots);
+        }
         match event {
             Event::NoNetwork(length) => {
                 self.cut_network();
@@ -198,9 +214,9 @@ impl Run {
             Event::RestoredBeforeCreation => self.restore(BEFORE_CREATION).await?,
             Event::Clock(days) => {
                 self.world.time.clock.advance(TimeDelta::days(days));
-                self.pending.push((now + seconds(3600), Due::Clock(-days)));
+                self.pending.push((now + WRONG, Due::Clock(-days)));
             }
-            Event::WordsFail => self.pending.push((now + seconds(600), Due::Words)),
+            Event::WordsFail => self.pending.push((now + WRONG, Due::Words)),
             Event::Cancelled => self.cancel().await?,
             Event::CancelledWhileAway => {
                 self.cut_network();
@@ -224,6 +240,9 @@ impl Run {
             Due::Network => {
                 // Another outage may still last.
                 if !self.pending.iter().any(|(_, other)| matches!(other, Due::Network)) {
+                    if let Some(before) = self.waits_since.take() {
+                        checks::waited(before, &PiState::read(&self.world.pi_dir())?, self.plan.len())?;
+                    }
                     self.offline = false;
                     self.world.mend_network();
                 }
@@ -312,6 +331,11 @@ impl Run {
         Ok(self.world.time.drive(client.get_node(request)).await?.into_inner())
     }
 
+    /// True while nothing can come to its end.
+    fn waits(&self) -> bool {
+        self.offline || self.pending.iter().any(|(_, due)| matches!(due, Due::Clock(_) | Due::Words))
+    }
+
     /// Waits until node and controller have nothing more to do.
     async fn settle(&mut self) -> Result<()> {
         let mut calm_since = None;
@@ -319,7 +343,8 @@ impl Run {
         loop {
             self.turn().await?;
             let pi = PiState::read(&self.world.pi_dir())?;
-            let waits = self.offline || self.pending.iter().any(|(_, due)| matches!(due, Due::Clock(_) | Due::Words));
+            checks::bounds(self, &pi)?;
+            let waits = self.waits();
             // A journal that cannot be written stays as it is: the controller has the last word from the node's memory.
             let settled = pi.is_settled() || pi.is_up && self.recorder.keeps_no_journal();
             let calm_now = settled && !waits && self.is_over().await;
