@@ -49,7 +49,7 @@ extremes: deps ## Every field of every request and of every message of a node at
 model: deps ## Random histories against the real store, checked after each step: HISTORIES (10000) [MODEL_SEED]
 	HISTORIES=$(or $(HISTORIES),10000) cargo test --workspace --test store model:: -- --nocapture
 
-showings: deps ## That the model finds the faults it is there for: one mending at a time taken out, in a copy [HISTORIES=1000] [MODEL_SEED=1]
+showings: deps ## That the model and the fault driver find what they are there for: one mending at a time taken out, in a copy [HISTORIES=1000] [MODEL_SEED=1]
 	scripts/showings.sh
 
 record-agent: ## Record the agent of this build (its messages, journal and card) in integration-tests/testdata/agent-N, N its protocol

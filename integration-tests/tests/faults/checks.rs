@@ -44,6 +44,8 @@ pub(crate) async fn end(run: &mut Run) -> Result<()> {
         let job = pi.job(&execution.name);
         let said = || format!("the controller says {} and the node {job:?}: {pi:?}", word(state));
         ensure!(is_over(state), "no end: {}", said());
+        // A root whose trials failed still has the release, but the installer boots.
+        let runs = !pi.installs && !pi.installer_boots && pi.release == execution.name;
         match state {
             State::Succeeded => {
                 ensure!(!pi.installs && !pi.installer_boots, "a success that the installer follows: {}", said());
@@ -51,13 +53,9 @@ pub(crate) async fn end(run: &mut Run) -> Result<()> {
                 let last = executions.last().is_some_and(|last| last.name == execution.name);
                 ensure!(!last || pi.release == execution.name, "a success of another system: {}", said());
             }
-            State::RolledBack | State::Cancelled | State::Expired => {
-                ensure!(pi.release != execution.name, "the new system runs all the same: {}", said());
-            }
-            State::Failed => {
-                let runs = !pi.installs && !pi.installer_boots && pi.release == execution.name;
-                ensure!(!runs || run.was_called_off(), "the new system runs all the same: {}", said());
-            }
+            State::RolledBack | State::Cancelled | State::Expired => ensure!(!runs, "the new system runs: {}", said()),
+            // A failure is also what a controller says of an execution that an operator gave up too late.
+            State::Failed => ensure!(!runs || run.was_called_off(), "the new system runs: {}", said()),
             _ => bail!("no end: {}", said()),
         }
         // A journal that cannot be written lags behind the node's words. It is compared as soon as it can be.

@@ -180,7 +180,9 @@ impl Run {
             self.last_event = now;
         }
         let count = self.recorder.count();
-        if count != self.seen && (self.offline || !self.waits()) {
+        // The first hours of an outage in small steps: trials end in them. Later nothing but tries goes on.
+        let closely = !self.waits() || self.offline && now < self.last_event + LONG_AWAY;
+        if count != self.seen && closely {
             (self.seen, self.step) = (count, STEP);
         } else {
             self.seen = count;
