@@ -27,8 +27,13 @@ pub const MESSAGE_SIZE: usize = 256 * 1024;
 pub const LOG_MAX: usize = 32 * 1024;
 /// `google.rpc.ErrorInfo.domain` of every error.
 pub const ERROR_DOMAIN: &str = "marco.bootstrap";
-/// Version of the session protocol (`Hello.protocol_version`).
-pub const PROTOCOL_VERSION: u32 = 1;
+/// Newest version of the session protocol, and its first with a verdict that is a message of its own.
+pub const PROTOCOL_VERSION: u32 = 2;
+/// Oldest version of the session protocol that is served: in it the acknowledgement of VERIFYING is the verdict. Hello
+/// names it in `protocol_version`, the only field that a controller of that version reads.
+pub const FIRST_PROTOCOL: u32 = 1;
+/// Versions of the session protocol that controller and agent speak, oldest first (`Hello.protocol_versions`).
+pub const SERVED_PROTOCOLS: [u32; 2] = [FIRST_PROTOCOL, PROTOCOL_VERSION];
 /// Time for which a new system waits for the controller's verdict before it gives way to the installer, and the controller
 /// waits for what it then says. Longer than a controller's or a switch's restart, since the installer writes the card again.
 pub const VERDICT_DEADLINE: Duration = Duration::from_secs(10 * 60);

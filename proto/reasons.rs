@@ -38,6 +38,7 @@ pub const REASONS: &[(&str, Healing)] = &[
     ("INSTALL_JOB_LOST", AnotherTry),
     ("INSTALLATION_NEVER_ENDED", ByHand),
     ("INSTALLER_TAKES_ONLY_IMAGES", AnotherTry),
+    ("JOURNAL_LOST", AnotherTry),
     ("JOURNAL_NOT_WRITABLE", ByHand),
     ("LABELS_UNKNOWN", AnotherTry),
     ("LAYOUT_NOT_RESIDENT", ByHand),

@@ -26,8 +26,6 @@ pub enum Command {
     Assign(Box<Assignment>),
     /// Stop this execution, if it is not too late.
     Cancel(ExecutionId),
-    /// Reports of this execution are committed up to this sequence.
-    Ack(ExecutionId, u64),
     /// Report the state of this execution.
     Query(ExecutionId),
 }
@@ -269,6 +267,19 @@ mod tests {
         ExecutionId::parse("operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01").unwrap()
     }
 
+    fn delivery(attempt: u32) -> Command {
+        let notice = Notice { delay: std::time::Duration::ZERO, message: String::new() };
+        Command::Assign(Box::new(Assignment {
+            execution: execution(),
+            attempt,
+            action: Action::Reboot(notice),
+            family: String::new(),
+            known_state: ExecutionState::Assigned,
+            cancel_requested: false,
+            labels: std::collections::BTreeMap::new(),
+        }))
+    }
+
     #[test]
     fn a_second_session_of_a_node_ends_the_first() {
         let sessions = Sessions::default();
@@ -295,10 +306,11 @@ mod tests {
     fn a_session_that_does_not_read_is_cut() {
         let sessions = Sessions::default();
         let handle = sessions.open(&node(), 1, "a").unwrap();
-        for sequence in 0..u64::try_from(QUEUE).unwrap() {
-            assert!(sessions.send(&node(), 1, Command::Ack(execution(), sequence)));
+        // Each delivery has a number of its own, so none is dropped as a repetition.
+        for attempt in 1..=u32::try_from(QUEUE).unwrap() {
+            assert!(sessions.send(&node(), 1, delivery(attempt)));
         }
-        assert!(!sessions.send(&node(), 1, Command::Ack(execution(), 99)));
+        assert!(!sessions.send(&node(), 1, delivery(u32::MAX)));
         assert_eq!(*handle.end.borrow(), Some(End::SlowReader));
         assert!(sessions.live().is_empty());
     }
@@ -317,18 +329,6 @@ mod tests {
     fn a_delivery_is_sent_once_in_a_session() {
         let sessions = Sessions::default();
         let mut handle = sessions.open(&node(), 1, "a").unwrap();
-        let delivery = |attempt| {
-            let notice = Notice { delay: std::time::Duration::ZERO, message: String::new() };
-            Command::Assign(Box::new(Assignment {
-                execution: execution(),
-                attempt,
-                action: Action::Reboot(notice),
-                family: String::new(),
-                known_state: ExecutionState::Assigned,
-                cancel_requested: false,
-                labels: std::collections::BTreeMap::new(),
-            }))
-        };
         for attempt in [1, 1, 2, 2] {
             assert!(sessions.send(&node(), 1, delivery(attempt)));
         }

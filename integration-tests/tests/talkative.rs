@@ -210,6 +210,7 @@ async fn report_whose_commit_was_stored_unanswered_is_acknowledged_once() -> Res
         release: None,
         cancel_refused: false,
         log: SentLog::default(),
+        journal_lost: false,
     };
     let now = store.execution(&execution).await?.context("no execution")?.update_time;
     assert_eq!(store.apply_report(&execution.node, epoch, &stored, now).await?, ReportOutcome::Acked);

@@ -19,7 +19,7 @@ pub mod render;
 mod stock;
 mod writable;
 
-pub(crate) use file::write_whole;
+pub(crate) use file::{read_from_card, write_whole};
 use file::{read_json, remove_file, sha256_of_card, write_json};
 pub use job::{InstallJob, Instruction, JOB_VERSION};
 pub use writable::Writable;
@@ -230,7 +230,7 @@ impl BootPart {
         }
         let path = self.recovery.join("autoboot.txt");
         // Past the page cache: on a failing card the cache may hold what the firmware will not read.
-        let text = file::read_from_card(&path).map_err(BootError::io("read back", path))?.unwrap_or_default();
+        let text = read_from_card(&path).map_err(BootError::io("read back", path))?.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let config = marco_archive::config_txt::ConfigTxt::parse(&text);
         let partition = config.get("boot_partition", &marco_archive::config_txt::Conditions::default());

@@ -302,6 +302,7 @@ impl Executor {
             mode: self.mode(),
             same_boot: entry.boot_id == self.boot_id,
             release_is_ours: self.release().execution == entry.execution,
+            torn: entry.torn,
         })
     }
 
@@ -464,6 +465,10 @@ fn sentence(reason: &str) -> &'static str {
         job::RELEASE_MISMATCH => "the system that came up is not the one that this execution installed",
         job::WRONG_MODE => "the journal holds a state that this role of the agent cannot have",
         job::UNKNOWN_ACTION => "this agent does not know the action",
+        job::JOURNAL_LOST => {
+            "the newest copy of the node's journal was lost and the machine has restarted since, so it is not known \
+             whether this was done"
+        }
         CONSOLE_IN_USE => {
             "the installation before failed, and somebody has a shell on the node's console (policy = \"shell\"): the node \
              takes work again when that shell ends"

@@ -17,6 +17,8 @@ pub enum Ailment {
     Clock,
     /// The power supply is too weak.
     UnderVoltage,
+    /// The journal, or its newest copy, was lost.
+    JournalLost,
 }
 
 /// A problem that the node has now.

@@ -298,6 +298,8 @@ pub const RELEASE_MISMATCH: &str = "RELEASE_MISMATCH";
 pub const WRONG_MODE: &str = "WRONG_MODE";
 /// Reason: this agent does not know the action.
 pub const UNKNOWN_ACTION: &str = "UNKNOWN_ACTION";
+/// Reason: the newest copy of the journal was lost, so it is not known whether the action was done.
+pub const JOURNAL_LOST: &str = "JOURNAL_LOST";
 
 /// Facts by which a starting agent decides about a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -312,16 +314,21 @@ pub struct Found {
     pub same_boot: bool,
     /// The running system's release names this execution.
     pub release_is_ours: bool,
+    /// The state is of an older copy of the journal, and later ones may have been journalled.
+    pub torn: bool,
 }
 
 /// Decides about a job that a starting agent finds.
 pub fn resume(found: Found) -> Resume {
-    let Found { kind, state, mode, same_boot, release_is_ours } = found;
+    let Found { kind, state, mode, same_boot, release_is_ours, torn } = found;
     match (state, kind, mode) {
         (State::Succeeded | State::Failed | State::RolledBack | State::Cancelled, _, _) => Resume::Nothing,
         // The entry of a newer agent. An unknown action that arrives here is journalled as FAILED at once.
         (_, Kind::Unknown, _) => Resume::Fail(UNKNOWN_ACTION),
 
+        // It may have been armed before the restart, and to begin again would do it twice. In the installer nothing is
+        // disturbed by that.
+        (State::Accepted, _, Mode::Running) if torn && !same_boot => Resume::Fail(JOURNAL_LOST),
         (State::Accepted, _, _) => Resume::Begin,
 
         (State::Armed, Kind::Reboot, _) if same_boot => Resume::GoDown,

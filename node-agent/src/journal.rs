@@ -22,10 +22,14 @@ mod confirmation;
 mod entry;
 mod file;
 mod installing;
+mod loss;
+mod verdict;
 
 pub use confirmation::Confirmation;
 pub use entry::{Entries, Entry, new_entry};
 pub use installing::REPLACED;
+use loss::Loss;
+pub use verdict::Verdict;
 
 /// Name of the journal's file in the state directory.
 pub const FILE_NAME: &str = "journal.json";
@@ -121,15 +125,19 @@ pub struct Journal {
     health: Arc<Health>,
     /// By execution. Kept in memory only: the answers to an earlier process may be out of date.
     confirmations: watch::Sender<HashMap<String, Confirmation>>,
+    /// By execution.
+    verdicts: watch::Sender<HashMap<String, Verdict>>,
+    /// The loss of the journal or its newest copy, until it is over.
+    loss: std::sync::Mutex<Option<Loss>>,
 }
 
 impl Journal {
     /// Reads the journal of `directory`, or begins one. A file that cannot be understood is set aside as
-    /// `journal.json.bad-N`: the controller then says what is to become of the jobs that it held.
+    /// `journal.json.bad-N`, and the journal says that it was lost.
     pub fn open(directory: &Path, boot_id: &str) -> Result<Self, JournalError> {
         let path = directory.join(FILE_NAME);
-        let entries = file::load(&path)?;
-        Ok(Self {
+        let file::Contents { entries, loss } = file::load(&path)?;
+        let journal = Self {
             path,
             boot_id: boot_id.to_owned(),
             writer: Mutex::new(()),
@@ -138,7 +146,11 @@ impl Journal {
             powering_off: AtomicBool::new(false),
             health: Arc::default(),
             confirmations: watch::Sender::default(),
-        })
+            verdicts: watch::Sender::default(),
+            loss: std::sync::Mutex::default(),
+        };
+        journal.remember_loss(loss);
+        Ok(journal)
     }
 
     /// The journal's file.
@@ -228,17 +240,6 @@ impl Journal {
         .await
     }
 
-    /// Takes up, in the installer, a job that the running system left on the card; one that is known stays as it is.
-    pub async fn adopt(&self, entry: Entry) -> Result<(), JournalError> {
-        self.change(Needed::InMemory, |entries, _| {
-            if entries.get(&entry.execution).is_none() {
-                entries.0.push(entry);
-            }
-            Ok(())
-        })
-        .await
-    }
-
     /// Notes that a cancel was asked for, or that it came too late. An unknown execution is journalled as cancelled, so
     /// that an assignment that arrives later is answered so, and not begun.
     pub async fn request_cancel(&self, execution: &str) -> Result<(), JournalError> {
@@ -258,22 +259,28 @@ impl Journal {
         .await
     }
 
-    /// Notes that the controller has stored what was reported up to `sequence`, at `now` (its time, microseconds since
-    /// 1970), and drops what was settled long before.
-    pub async fn ack(&self, execution: &str, sequence: u64, now: i64) -> Result<(), JournalError> {
-        self.change(Needed::InMemory, |entries, _| {
-            let entry = entries.get_mut(execution)?;
-            entry.acked = entry.acked.max(sequence.min(entry.sequence));
-            entry.acked_at = Some(now);
-            // A store that lost its last reports may ask for them, but not a month later.
-            entries.0.retain(|entry| {
-                let settled = entry.state.is_final() && entry.is_acked();
-                !(settled && entry.acked_at.is_some_and(|at| now.saturating_sub(at) > KEEP_MICROS))
-            });
-            Ok(())
-        })
-        .await?;
-        self.note_confirmation(execution, Confirmation::Stands);
+    /// Notes that the controller has stored the report with this attempt and sequence, at `now` (its time, microseconds
+    /// since 1970), and drops what was settled long before. An acknowledgement of another report changes nothing.
+    pub async fn ack(&self, execution: &str, attempt: u32, sequence: u64, now: i64) -> Result<(), JournalError> {
+        let taken = self
+            .change(Needed::InMemory, |entries, _| {
+                let entry = entries.get_mut(execution)?;
+                if (entry.attempt, entry.sequence) != (attempt, sequence) {
+                    return Ok(false);
+                }
+                entry.acked = sequence;
+                entry.acked_at = Some(now);
+                // A store that lost its last reports may ask for them, but not a month later.
+                entries.0.retain(|entry| {
+                    let settled = entry.state.is_final() && entry.is_acked();
+                    !(settled && entry.acked_at.is_some_and(|at| now.saturating_sub(at) > KEEP_MICROS))
+                });
+                Ok(true)
+            })
+            .await?;
+        if taken {
+            self.note_confirmation(execution, Confirmation::Stands);
+        }
         Ok(())
     }
 
@@ -405,7 +412,7 @@ impl Journal {
     ) -> Result<Vec<u8>, JournalError> {
         let mut entries = Entries::clone(&self.entries());
         step(entries.get_mut(execution)?, &self.boot_id)?;
-        file::encode(&self.path, &entries)
+        file::encode(&self.path, &entries, self.loss().as_ref())
     }
 
     /// Journals a step that the agent takes only when it is on the disk.
@@ -468,7 +475,7 @@ impl Journal {
 
     /// Replaces the file; the caller holds the writer.
     async fn write(&self, entries: &Entries) -> Result<(), JournalError> {
-        let contents = file::encode(&self.path, entries)?;
+        let contents = file::encode(&self.path, entries, self.loss().as_ref())?;
         let path = self.path.clone();
         let written = tokio::task::spawn_blocking(move || durable::replace(&path, &contents, FILE_MODE)).await;
         let written = written
@@ -488,7 +495,7 @@ fn try_boot(entry: &mut Entry, boot_id: &str) -> Result<(), JournalError> {
 
 /// Reads the failure of an execution in a journal elsewhere on the card; `None`: no failure, or unreadable.
 pub fn noted(directory: &Path, execution: &str) -> Option<Failure> {
-    let entries = Entries(file::read(&directory.join(FILE_NAME)).ok().flatten()?);
+    let entries = Entries(file::read(&directory.join(FILE_NAME)).ok().flatten()?.entries);
     entries.get(execution)?.error.clone()
 }
 

@@ -456,6 +456,7 @@ fn describe(system: &dyn System, facts: &Facts, boot_id: String) -> session::Nod
         },
         image_sha256: release.image_sha256,
         boot_sha256: release.boot_sha256,
+        trial_lacks: system.trial_lacks().unwrap_or_default().to_owned(),
         // Only a blank card gets its board's default image unasked; a system is erased on request only.
         card_is_blank: system.mode() == system::Mode::Installer && !system.holds_system(),
         image: if system.mode() == system::Mode::Installer { image_of_2015(system) } else { String::new() },

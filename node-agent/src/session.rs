@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use marco_proto::names::{FIRST_PROTOCOL, SERVED_PROTOCOLS};
 use marco_proto::v1::agent_service_client::AgentServiceClient;
 use marco_proto::v1::{ConnectRequest, ConnectResponse, Welcome, connect_request, connect_response};
 use tokio::sync::{mpsc, watch};
@@ -24,9 +25,12 @@ use crate::step;
 use crate::system::Refusal;
 
 mod answers;
+mod error;
 mod log;
+mod stored;
 mod wire;
 
+use error::SessionError;
 pub use log::KeptLog;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
@@ -89,6 +93,8 @@ pub struct Node {
     pub image_sha256: String,
     /// SHA-256 of the boot files that run; empty when they are the image's or not known.
     pub boot_sha256: String,
+    /// What the trial of a new system lacks here, as a sentence; empty: nothing is known to be missing.
+    pub trial_lacks: String,
     /// In the installer: the card holds no system.
     pub card_is_blank: bool,
     /// In the installer: the image that a file of the 2015 system on the card names; empty: none.
@@ -112,25 +118,6 @@ pub struct Session {
     pub log: KeptLog,
     /// Receives the node's labels from each Welcome and Assign; `None` before the first.
     pub labels: watch::Sender<Option<Labels>>,
-}
-
-/// Error that ended a session.
-#[derive(Debug, thiserror::Error)]
-enum SessionError {
-    #[error("no controller can be reached")]
-    Connect(#[source] IdentityError),
-    #[error("no controller is known")]
-    NoController,
-    #[error("the controller ended the session")]
-    Status(#[source] Box<tonic::Status>),
-    #[error("this is not its API (port 1346, unless its --listen differs), but perhaps its enrolment listener")]
-    WrongPort,
-    #[error("the controller did not say welcome")]
-    NoWelcome,
-    #[error("the controller reads no more")]
-    Stuck,
-    #[error("the journal cannot be written")]
-    Journal(#[from] JournalError),
 }
 
 /// End of a session.
@@ -223,6 +210,7 @@ impl Session {
             node: &self.node,
             refusal: refusal.borrow_and_update().clone(),
             conditions: health.borrow_and_update().clone(),
+            journal_lost: self.journal.is_lost(),
         };
         let entries = self.journal.entries();
         let mut hello = wire::hello(&facts, &entries, &self.journal.progress().borrow());
@@ -255,6 +243,11 @@ impl Session {
             Ok(Err(error)) => return Ended::before_welcome(error),
             Err(_) => return Ended::before_welcome(SessionError::NoWelcome),
         };
+        // A controller that predates the field speaks the first version.
+        let protocol = welcome.protocol_version.max(FIRST_PROTOCOL);
+        if !SERVED_PROTOCOLS.contains(&protocol) {
+            return Ended::before_welcome(SessionError::OtherProtocol(protocol));
+        }
         // A controller knows the new key, so the pair that was kept for a power cut may go.
         self.identity.accepted();
         if let Some(time) = &welcome.time {
@@ -262,23 +255,13 @@ impl Session {
         }
         self.controllers.learn(address, &welcome.controllers);
         self.labels.send_replace(Some(welcome.labels.clone().into_iter().collect()));
-        tracing::info!(address, session = %welcome.session, held = welcome.held, "session open");
-        let mut open = Open::new(self, outbox, refusal, health, &welcome);
+        tracing::info!(address, session = %welcome.session, held = welcome.held, protocol, "session open");
+        let mut open = Open::new(self, outbox, refusal, health, (protocol, &welcome));
         let (stay_away, error) = match open.serve(answers, stop).await {
             Ok(stay_away) => (stay_away, None),
             Err(error) => (Duration::ZERO, Some(error)),
         };
         Ended { welcomed: true, stay_away, error }
-    }
-}
-
-impl From<tonic::Status> for SessionError {
-    fn from(status: tonic::Status) -> Self {
-        // The enrolment listener has no such service, and speaks the same TLS.
-        if status.code() == tonic::Code::Unimplemented {
-            return Self::WrongPort;
-        }
-        Self::Status(Box::new(status))
     }
 }
 
@@ -299,6 +282,8 @@ impl Said {
 /// An open session.
 struct Open<'a> {
     session: &'a Session,
+    /// Version of the protocol.
+    protocol: u32,
     outbox: mpsc::Sender<ConnectRequest>,
     /// Marked as seen once the value was sent.
     refusal: watch::Receiver<Option<Refusal>>,
@@ -316,11 +301,12 @@ impl<'a> Open<'a> {
         outbox: mpsc::Sender<ConnectRequest>,
         refusal: watch::Receiver<Option<Refusal>>,
         health: watch::Receiver<Vec<Condition>>,
-        welcome: &Welcome,
+        (protocol, welcome): (u32, &Welcome),
     ) -> Self {
         let asked = wire::duration(welcome.progress_interval.as_ref()).filter(|interval| !interval.is_zero());
         Self {
             session,
+            protocol,
             outbox,
             refusal,
             health,
@@ -372,7 +358,10 @@ impl<'a> Open<'a> {
                         tracing::info!(reason = %goodbye.reason, "controller says good-bye");
                         return Ok(wire::duration(goodbye.retry_delay.as_ref()).unwrap_or_default());
                     }
-                    Some(message) => self.obey(message).await?,
+                    Some(message) => {
+                        self.hello_is_stored().await;
+                        self.obey(message).await?;
+                    }
                     None => return Ok(Duration::ZERO),
                 },
                 Event::Progress => to_tell = true,
@@ -439,15 +428,8 @@ impl<'a> Open<'a> {
                 };
                 self.answer(&execution).await?;
             }
-            connect_response::Message::Ack(ack) => {
-                let now = self.session.identity.time().now_micros();
-                match journal.ack(&ack.execution, ack.sequence, now).await {
-                    Err(JournalError::NotFound(_)) => {
-                        tracing::warn!(execution = %ack.execution, "acknowledgement of what is not in the journal");
-                    }
-                    other => other?,
-                }
-            }
+            connect_response::Message::Ack(ack) => self.acknowledged(ack).await?,
+            connect_response::Message::Verdict(verdict) => self.judged(verdict),
             connect_response::Message::Welcome(_) | connect_response::Message::Goodbye(_) => {
                 tracing::warn!("message out of its place");
             }

@@ -9,17 +9,19 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use chrono::{DateTime, Utc};
+use marco_proto::names::PROTOCOL_VERSION;
 use marco_proto::v1::agent_service_server::{AgentService, AgentServiceServer};
 use marco_proto::v1::artifact_service_server::{ArtifactService, ArtifactServiceServer};
 use marco_proto::v1::enrollment_service_server::{EnrollmentService, EnrollmentServiceServer};
+use marco_proto::v1::verdict::Decision;
+use marco_proto::v1::{
+    Ack, ConnectRequest, ConnectResponse, EnrollRequest, EnrollResponse, RenewCertificateRequest,
+    RenewCertificateResponse, Report, Welcome, connect_response,
+};
 use marco_proto::v1::{
     Artifact, Chunk, DeleteArtifactRequest, DeleteArtifactResponse, DownloadArtifactRequest, DownloadArtifactResponse,
     DownloadHeader, GetArtifactRequest, ListArtifactsRequest, ListArtifactsResponse, OpenArtifactRequest,
     SetDefaultArtifactRequest, UploadArtifactRequest, UploadArtifactResponse, download_artifact_response,
-};
-use marco_proto::v1::{
-    ConnectRequest, ConnectResponse, EnrollRequest, EnrollResponse, RenewCertificateRequest, RenewCertificateResponse,
-    Welcome, connect_response,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, DnType,
@@ -65,7 +67,8 @@ impl TestSession {
         let progress_interval = prost_types::Duration { seconds: 0, nanos: 50_000_000 };
         let session = "test".to_owned();
         let (time, progress_interval) = (Some(time), Some(progress_interval));
-        let welcome = Welcome { session, time, progress_interval, ..Welcome::default() };
+        let protocol_version = PROTOCOL_VERSION;
+        let welcome = Welcome { session, time, progress_interval, protocol_version, ..Welcome::default() };
         self.say(connect_response::Message::Welcome(welcome)).await;
     }
 }
@@ -125,6 +128,30 @@ fn params((from, to): (DateTime<Utc>, DateTime<Utc>)) -> CertificateParams {
     params.not_before = epoch + Duration::from_secs(from.timestamp().try_into().unwrap());
     params.not_after = epoch + Duration::from_secs(to.timestamp().try_into().unwrap());
     params
+}
+
+/// Acknowledges a report as a controller of protocol 2 does.
+pub(crate) fn acknowledgement(report: &Report) -> connect_response::Message {
+    connect_response::Message::Ack(Ack {
+        execution: report.execution.clone(),
+        sequence: report.sequence,
+        attempt: report.attempt,
+        state: report.state,
+        boot_id: report.boot_id.clone(),
+        release: report.release.clone(),
+    })
+}
+
+/// Accepts the new system that a report of VERIFYING is about.
+pub(crate) fn acceptance(report: &Report) -> marco_proto::v1::Verdict {
+    marco_proto::v1::Verdict {
+        execution: report.execution.clone(),
+        attempt: report.attempt,
+        boot_id: report.boot_id.clone(),
+        release: report.release.clone(),
+        decision: Decision::Accepted.into(),
+        error: None,
+    }
 }
 
 struct Shared {

@@ -1,5 +1,6 @@
 //! `AgentService`: sessions of nodes.
 
+mod answers;
 mod blank;
 mod ending;
 mod hello;
@@ -29,9 +30,9 @@ use super::status::ApiError;
 use super::{Context, caller, convert};
 use crate::identity::peer_log::{cut, of_peer};
 use crate::identity::tls::PeerInfo;
-use crate::operation::Greeting;
+use crate::operation::{ExecutionState, Greeting};
 use crate::sessions::{Acked, Command, End, Handle};
-use crate::store::{Assignment, Hello, ProgressRow, ReportOutcome, ReportRow, StoreError};
+use crate::store::{Hello, ProgressRow, ReportRow, StoreError};
 use blank::Blank;
 pub(super) use hello::key_held;
 use hello::{Begun, Peer, begin};
@@ -83,6 +84,8 @@ struct Session {
     progress: mpsc::Sender<ProgressRow>,
     node: NodeId,
     epoch: i64,
+    /// Version of the protocol.
+    protocol: u32,
     out: Out,
     /// The node waits in its installer with a card without a system. `None`: any other node.
     blank: Option<Blank>,
@@ -114,18 +117,6 @@ impl Session {
         })
     }
 
-    /// Sends a delivery by way of the registry, which sends each once in a session: the dispatcher may send it too. If
-    /// the session is cut, the next Hello shows that the node lacks it.
-    fn deliver(&self, assignment: Box<Assignment>) {
-        self.context.sessions.send(&self.node, self.epoch, Command::Assign(assignment));
-    }
-
-    /// Acknowledges a sequence, and remembers that.
-    async fn ack(&self, execution: &ExecutionId, attempt: u32, sequence: u64) -> Result<(), Ended> {
-        self.acked.add(execution, attempt, sequence);
-        self.send(ack(execution, sequence)).await
-    }
-
     async fn command(&self, command: Command) -> Result<(), Ended> {
         let message = match command {
             Command::Assign(assignment) => connect_response::Message::Assign(convert::assign(&assignment)),
@@ -133,7 +124,6 @@ impl Session {
                 of_peer!(info, &self.node, %execution, "cancel asked of the node");
                 connect_response::Message::Cancel(v1::Cancel { execution: execution.name() })
             }
-            Command::Ack(execution, sequence) => ack(&execution, sequence),
             Command::Query(execution) => {
                 of_peer!(info, &self.node, %execution, "the node is asked what became of it");
                 connect_response::Message::Query(v1::Query { execution: execution.name() })
@@ -186,39 +176,6 @@ impl Session {
             }
         }
         Ok(())
-    }
-
-    async fn answer(&self, row: ReportRow, outcome: ReportOutcome) -> Result<(), Ended> {
-        let execution = &row.execution;
-        match &outcome {
-            ReportOutcome::Acked => {
-                let state = row.state.as_str();
-                of_peer!(info, &self.node, %execution, state, sequence = row.sequence, "reported");
-            }
-            ReportOutcome::Conflict { why, .. } => {
-                of_peer!(warn, &self.node, %execution, why = %cut(why), "a report is in conflict with what is stored");
-            }
-            ReportOutcome::Refused(reason) => {
-                of_peer!(warn, &self.node, %execution, reason = %cut(reason), "a report was refused");
-            }
-            _ => {}
-        }
-        if outcome.acknowledges(self.acked.has(execution, row.attempt, row.sequence)) {
-            self.ack(execution, row.attempt, row.sequence).await?;
-        }
-        match outcome {
-            ReportOutcome::Progress => {
-                // A full queue means that the store is slow. The next report brings newer progress.
-                outbox::offer(&self.progress, row.into());
-                Ok(())
-            }
-            ReportOutcome::Stale(assignment) => {
-                self.deliver(assignment);
-                Ok(())
-            }
-            ReportOutcome::NotHolder => Err(Ended::ByUs(End::Lost)),
-            _ => Ok(()),
-        }
     }
 
     async fn run(&self, mut handle: Handle, mut messages: Streaming<v1::ConnectRequest>) -> Ended {
@@ -328,10 +285,6 @@ fn unread(status: Status) -> Ended {
     }
 }
 
-fn ack(execution: &ExecutionId, sequence: u64) -> connect_response::Message {
-    connect_response::Message::Ack(v1::Ack { execution: execution.name(), sequence })
-}
-
 /// UNAVAILABLE, so that the node tries another controller.
 fn away() -> Status {
     Status::unavailable("the controller does no work at present")
@@ -370,7 +323,7 @@ async fn session(
         let _ = out.try_send(Err(ApiError::invalid("hello", "must be the first message, within 10 s").into()));
         return;
     };
-    let Begun { epoch, held, labels, handle } = match begin(&context, &peer, &node, &hello, accepted).await {
+    let Begun { epoch, held, labels, handle, protocol } = match begin(&context, &peer, &node, &hello, accepted).await {
         Ok(begun) => begun,
         Err(error) => {
             refused.note(&context, &node, &peer, &error).await;
@@ -388,7 +341,7 @@ async fn session(
     of_peer!(info, &node, session = id, epoch, boot_id = %cut(&hello.boot_id), "session begun");
     let blank = Blank::of(&hello);
     let (acked, leaving) = (Acked::default(), OnceLock::new());
-    let session = Session { context, progress, node, epoch, out, blank, held, acked, leaving };
+    let session = Session { context, progress, node, epoch, protocol, out, blank, held, acked, leaving };
     let ended = match session.welcome(&id, labels, &hello).await {
         Ok(()) => session.run(handle, messages).await,
         Err(ended) => ended,
@@ -410,6 +363,7 @@ impl Session {
             controllers: self.context.live_addresses().await,
             held: self.held,
             labels: labels.into_iter().collect(),
+            protocol_version: self.protocol,
         };
         self.send(connect_response::Message::Welcome(welcome)).await?;
         if self.held {
@@ -420,7 +374,12 @@ impl Session {
             listed.push(convert::report(report.clone(), &self.node).map_err(|error| Ended::Refused(error.into()))?);
         }
         let mode = convert::mode(hello.mode).map_err(|error| Ended::Refused(error.into()))?;
-        let greeting = Greeting { mode, boot_id: &hello.boot_id, answers_queries: hello.answers_queries };
+        let greeting = Greeting {
+            mode,
+            boot_id: &hello.boot_id,
+            answers_queries: hello.answers_queries,
+            journal_lost: hello.journal_lost,
+        };
         let said = Hello { greeting, listed: &listed };
         let now = self.context.clock.now();
         let reconciled = self.context.store.reconcile(&self.node, self.epoch, said, now).await.map_err(store_down)?;
@@ -438,8 +397,16 @@ impl Session {
             self.command(Command::Cancel(execution)).await?;
         }
         for (execution, sequence) in reconciled.acks {
-            let attempt = listed.iter().find(|report| report.execution == execution).map_or(0, |report| report.attempt);
-            self.ack(&execution, attempt, sequence).await?;
+            let row = listed.iter().find(|report| report.execution == execution && report.sequence == sequence);
+            if let Some(row) = row {
+                self.acknowledge(row).await?;
+            }
+        }
+        for (execution, error) in reconciled.rejected {
+            let asks = |report: &&ReportRow| report.execution == execution && report.state == ExecutionState::Verifying;
+            if let Some(row) = listed.iter().find(asks) {
+                self.reject(row, &error).await?;
+            }
         }
         for assignment in reconciled.assigns {
             self.deliver(Box::new(assignment));

@@ -15,7 +15,7 @@ mod operation;
 mod schedule;
 
 pub(super) use access::{api_token, audit_event, certificate, person_role, ttl, user};
-pub(super) use agent::{assign, report};
+pub(super) use agent::{ack, assign, report, verdict};
 pub(super) use artifact::{artifact, facts, kind};
 pub(super) use node::{board, boot_id, join_token, mode, node, node_state, system, token_limits};
 pub(super) use operation::{

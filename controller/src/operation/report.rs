@@ -51,6 +51,8 @@ pub struct Reported {
     pub boot_id: String,
     /// Boot id under which the node accepted the execution; empty if the agent does not report it.
     pub accept_boot_id: String,
+    /// True if the state counts from an older copy of a torn journal. `sequence` then cannot be compared.
+    pub journal_lost: bool,
     /// Execution that installed the running system, from its /etc/marco-release; empty: none.
     pub release_execution: String,
     /// SHA-256 of the image that the running system was installed from, in hex; empty: none.
@@ -64,7 +66,8 @@ pub struct Reported {
 pub enum ReportVerdict {
     /// Store this state and acknowledge.
     Change(ExecutionState, Option<ExecutionError>),
-    /// Store this end. Do not acknowledge: the node would take that for the acceptance of its new system.
+    /// Store this end, and refuse the new system. Do not acknowledge: an agent of protocol 1 would take that for the
+    /// acceptance.
     Reject(ExecutionError),
     /// Nothing new: acknowledge again. VERIFYING gets this verdict only with proof.
     Duplicate,
@@ -105,9 +108,9 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
     if stored.state == ExecutionState::Pending || reported.attempt != stored.attempt {
         return ReportVerdict::Stale;
     }
-    if reported.sequence == stored.sequence && reported.state == stored.state {
+    if reported.state == stored.state && (reported.sequence == stored.sequence || reported.journal_lost) {
         return match reported.state {
-            // The node makes its new system the default once this is acknowledged, and a Hello may have stored
+            // The node makes its new system the default once this is accepted, and a Hello may have stored
             // VERIFYING without proof. So it is proved again each time.
             ExecutionState::Verifying if prove(stored, reported, expected).is_err() => {
                 ReportVerdict::Refuse("what the node runs is not what was asked")
@@ -116,15 +119,17 @@ pub fn on_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) 
             _ => ReportVerdict::Progress,
         };
     }
-    if reported.sequence <= stored.sequence && !was_never_stored(reported.state) {
+    // A report of a lost journal cannot cross with a newer one: the loss is found at a start of the agent, and the
+    // session of that start is the only one that may report.
+    if reported.sequence <= stored.sequence && !reported.journal_lost && !was_never_stored(reported.state) {
         return ReportVerdict::Duplicate;
     }
     judge(stored, reported, expected)
 }
 
 /// True if a report in this state is news even below the stored sequence. A node whose newest journal was torn counts
-/// from an older copy, so only the state tells: an end of an execution that has not ended here was never stored.
-/// VERIFYING asks for a verdict, which its acknowledgement is, so it is proved and stored first, each time.
+/// from an older copy, and agents of protocol 1 do not say so. Then only the state tells: an end of an execution that has
+/// not ended here was never stored. VERIFYING asks for a verdict, so it is proved and stored first, each time.
 fn was_never_stored(state: ExecutionState) -> bool {
     state.is_final() || state == ExecutionState::Verifying
 }
@@ -150,19 +155,22 @@ fn on_later_delivery(stored: &Stored, reported: &Reported, expected: &Expected<'
 /// another end.
 fn on_late_report(stored: &Stored, reported: &Reported, expected: &Expected<'_>) -> ReportVerdict {
     let given_up = stored.error_reason.as_deref() == Some(reason::NEVER_RETURNED);
-    // Attempt 0 is the cancel of an execution that the node never had.
-    let again = reported.attempt == 0 || (reported.attempt == stored.attempt && reported.sequence <= stored.sequence);
+    // Attempt 0 is the cancel of an execution that the node never had. An older copy of a torn journal knows less than
+    // what the whole one told, whatever its sequence.
+    let known = reported.sequence <= stored.sequence || reported.journal_lost;
+    let again = reported.attempt == 0 || (reported.attempt == stored.attempt && known);
     // A success without proof was stored as a failure. That very report must not become a conflict. Any other end
     // contradicts the stored one, also below the stored sequence: the node may count from a torn journal.
     let unproved =
         reported.state == ExecutionState::Succeeded && stored.error_reason.as_deref() == Some(reason::NOT_VERIFIED);
-    let judged = reported.attempt == 0 || (again && unproved);
+    // The older copy does not dispute the end that the whole one told: the node fails by it what it may have done.
+    let judged = reported.attempt == 0 || (again && (unproved || reported.journal_lost));
     // A step that was never stored, of this delivery or a later one: the node goes on with what has ended. A node that
     // was given up is expected to, until it tells its end.
     let goes_on = !again && !given_up && reported.attempt >= stored.attempt;
     match reported.state {
         state if given_up && state.is_final() => judge(stored, reported, expected),
-        // Acknowledging this report accepts the new system, so it needs proof here too.
+        // An acknowledgement of this report accepts the new system, so it needs proof here too.
         ExecutionState::Verifying if given_up || stored.state == ExecutionState::Succeeded => {
             match prove(stored, reported, expected) {
                 Ok(()) => ReportVerdict::Duplicate,
@@ -247,6 +255,8 @@ pub struct Greeting<'a> {
     pub boot_id: &'a str,
     /// True if it answers queries about executions that it does not list. Older agents do not.
     pub answers_queries: bool,
+    /// True if its journal was lost since the last Hello that the controller answered.
+    pub journal_lost: bool,
 }
 
 /// Decides about an active execution after a Hello. If it is `listed`, the caller has applied the Hello's report of it.
@@ -255,6 +265,14 @@ pub fn on_hello(stored: &Stored, action: &Action, listed: bool, greeting: Greeti
     let new_boot = boot_id != stored.assign_boot_id;
     match (stored.state, action, greeting.mode) {
         (ExecutionState::Assigned, ..) if listed => HelloVerdict::Keep,
+        // The lost journal may have held it, so the node may have done it: to assign it again would do it twice.
+        (ExecutionState::Assigned, ..) if greeting.journal_lost => HelloVerdict::Change(
+            ExecutionState::Failed,
+            Some(ExecutionError::new(
+                reason::JOURNAL_LOST,
+                "the node's journal was lost after the assignment, so it is not known whether the node did it",
+            )),
+        ),
         // The node never journalled it, so it can be assigned again or cancelled without harm.
         (ExecutionState::Assigned, ..) if stored.cancel_requested => {
             HelloVerdict::Change(ExecutionState::Cancelled, None)

@@ -57,6 +57,8 @@ pub struct System {
     pub boot_sha256: String,
     /// Reason to refuse an update. `None` if the node would accept one.
     pub update_refusal: Option<UpdateRefusal>,
+    /// What the trial of a new system lacks on the machine, as a sentence; empty: nothing known.
+    pub trial_lacks: String,
     /// Problems that the node reported last.
     pub conditions: Vec<Condition>,
 }
@@ -82,6 +84,8 @@ pub enum Ailment {
     Clock,
     /// The power supply is too weak.
     UnderVoltage,
+    /// The journal, or its newest copy, was lost.
+    JournalLost,
     /// A kind that this controller does not know, from a newer agent or a newer controller.
     #[serde(other)]
     Unknown,

@@ -12,7 +12,7 @@ use super::operations::lock;
 use super::reports::{self, Holder, MAX_CHANGES, ReportOutcome, hold_node};
 use super::sql::sql;
 use super::{Assignment, ReportRow, Store, StoreError};
-use crate::operation::{Conflict, ExecutionState, Greeting, HelloVerdict, on_hello, on_not_held};
+use crate::operation::{Conflict, ExecutionError, ExecutionState, Greeting, HelloVerdict, on_hello, on_not_held};
 
 /// The part of a Hello that concerns the node's executions.
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +37,8 @@ pub struct Reconciled {
     pub queries: Vec<ExecutionId>,
     /// Reports that were not accepted, and why.
     pub refused: Vec<(ExecutionId, String)>,
+    /// New systems that were not accepted, and why.
+    pub rejected: Vec<(ExecutionId, ExecutionError)>,
     /// False if the session is no longer the node's. It has to end.
     pub holder: bool,
 }
@@ -94,6 +96,7 @@ impl Store {
                     answer.refused.push((report.execution.clone(), why));
                 }
                 ReportOutcome::Refused(why) => answer.refused.push((report.execution.clone(), why)),
+                ReportOutcome::Rejected(error) => answer.rejected.push((report.execution.clone(), error)),
                 ReportOutcome::NotHolder => answer.holder = false,
             }
             // Even an accepted report may be of a cancelled execution, so this is checked for each.

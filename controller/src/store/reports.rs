@@ -14,7 +14,8 @@ use super::operations::lock;
 use super::sql::{Row, signed, sql};
 use super::{Assignment, SentLog, Store, StoreError, micros};
 use crate::operation::{
-    Action, Conflict, ExecutionError, ExecutionState, Expected, MAX_ATTEMPT, ReportVerdict, Reported, Stored, on_report,
+    Action, Conflict, ExecutionError, ExecutionState, Expected, MAX_ATTEMPT, ReportVerdict, Reported, Stored,
+    on_report, reason,
 };
 
 /// A report of a node.
@@ -46,6 +47,8 @@ pub struct ReportRow {
     pub cancel_refused: bool,
     /// Last log lines about the execution, if it failed or was rolled back.
     pub log: SentLog,
+    /// The state counts from an older copy of a torn journal.
+    pub journal_lost: bool,
 }
 
 /// Contents of a running system's /etc/marco-release.
@@ -82,6 +85,9 @@ pub enum ReportOutcome {
     NotHolder,
     /// Rejected with a reason. Not acknowledged.
     Refused(String),
+    /// The new system that waits for a verdict is not the one that was asked for, or its execution has ended without
+    /// success. Not acknowledged.
+    Rejected(ExecutionError),
 }
 
 impl ReportOutcome {
@@ -93,7 +99,7 @@ impl ReportOutcome {
             // acknowledgement. Without one the node repeats the report forever.
             Self::Progress => !before,
             Self::Conflict { acknowledge, .. } => *acknowledge,
-            Self::Stale(_) | Self::NotHolder | Self::Refused(_) => false,
+            Self::Stale(_) | Self::NotHolder | Self::Refused(_) | Self::Rejected(_) => false,
         }
     }
 }
@@ -267,7 +273,7 @@ pub(super) async fn apply(
         }
         ReportVerdict::Reject(error) => {
             change(tx, holder, report, &found, ExecutionState::Failed, Some(&error), now).await?;
-            Ok(ReportOutcome::Refused(error.message))
+            Ok(ReportOutcome::Rejected(error))
         }
         ReportVerdict::Duplicate => {
             refuse_cancel(tx, report, &found).await?;
@@ -297,6 +303,9 @@ pub(super) async fn apply(
             let why = conflict.sentence(report.state.as_str(), report.attempt, Some(found.stored.state));
             Ok(ReportOutcome::Conflict { acknowledge: conflict.is_acknowledged(report.state) || given_up, why })
         }
+        ReportVerdict::Refuse(why) if report.state == ExecutionState::Verifying => {
+            Ok(ReportOutcome::Rejected(ExecutionError::new(reason::NOT_VERIFIED, why)))
+        }
         ReportVerdict::Refuse(why) => Ok(ReportOutcome::Refused(why.to_owned())),
     }
 }
@@ -315,6 +324,7 @@ fn reported(report: &ReportRow) -> Reported {
         error: report.error.clone(),
         boot_id: report.boot_id.clone(),
         accept_boot_id: report.accept_boot_id.clone(),
+        journal_lost: report.journal_lost,
         release_execution: release.execution,
         release_image: release.image_sha256,
         release_boot: release.boot_sha256,
@@ -347,7 +357,11 @@ async fn change(
     now: DateTime<Utc>,
 ) -> Result<bool, StoreError> {
     let adopts = (report.attempt > found.stored.attempt && !found.stored.state.is_final()).then_some(report.attempt);
-    let adopted = adopts.map(|attempt| format!("taken from the node, which was given it {attempt} times"));
+    let told = match adopts {
+        Some(attempt) => Some(format!("taken from the node, which was given it {attempt} times")),
+        None if report.journal_lost => Some("told from an older copy, since the node's journal was torn".to_owned()),
+        None => None,
+    };
     let changed = Move {
         id: &report.execution,
         from: found.stored.state,
@@ -356,7 +370,7 @@ async fn change(
         action: &found.action,
         phase: &report.phase,
         actor: &report.execution.node.name(),
-        reason: adopted.as_deref().unwrap_or(&report.phase),
+        reason: told.as_deref().unwrap_or(&report.phase),
         adopts,
     };
     if !moves::apply(tx, &changed, now).await? {

@@ -40,7 +40,7 @@ async fn recorded_journals_are_read_and_gone_on_with() -> Result<()> {
         let entry = entries.iter().next().context(place)?;
         assert_eq!((entries.iter().count(), entry.state), (1, state), "{place}");
         let (kind, same_boot) = (entry.action.kind(), false);
-        assert_eq!(resume(Found { kind, state, mode, same_boot, release_is_ours: true }), next, "{place}");
+        assert_eq!(resume(Found { kind, state, mode, same_boot, release_is_ours: true, torn: false }), next, "{place}");
         // Written as it was, so that the agent before can be put back.
         journal.probe().await?;
         assert_eq!(fs::read(dir.path().join(FILE_NAME))?, contents, "{place}");

@@ -5,3 +5,4 @@ mod card;
 mod played;
 mod recorder;
 mod recording;
+mod spoken;

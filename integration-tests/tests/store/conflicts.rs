@@ -24,6 +24,7 @@ fn done(execution: &ExecutionId, attempt: u32, before: &str, now: &str) -> Repor
         release: None,
         cancel_refused: false,
         log: marco_controller::store::SentLog::default(),
+        journal_lost: false,
     }
 }
 

@@ -93,7 +93,10 @@ on_both!(
         torn_journal_gets_its_verdict_once_that_is_stored,
         torn_journal_gets_no_verdict_without_proof,
         end_told_from_a_torn_journal_is_the_end,
-        step_told_from_a_torn_journal_takes_nothing_back;
+        step_told_from_a_torn_journal_takes_nothing_back,
+        step_of_a_journal_that_says_it_was_torn_is_believed,
+        assignment_that_a_lost_journal_may_have_held_is_not_given_again,
+        older_copy_does_not_dispute_the_end_that_the_whole_one_told;
     power_off:
         goodbye_and_sixty_silent_seconds_prove_it,
         broken_stream_proves_nothing,

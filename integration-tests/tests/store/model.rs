@@ -13,6 +13,7 @@ mod pi;
 mod rest;
 mod session;
 mod step;
+mod torn;
 mod world;
 
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};

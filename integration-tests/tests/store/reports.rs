@@ -56,10 +56,10 @@ pub(crate) async fn an_update_is_accepted_only_when_the_release_is_right(f: Fixt
                 assert_eq!(f.report(epoch, &done, after(2)).await, ReportOutcome::Acked);
                 assert_eq!(f.state(&assignment.execution).await, ExecutionState::Succeeded);
             } else {
-                assert!(matches!(outcome, ReportOutcome::Refused(_)), "an acknowledgement would accept the system");
+                assert!(matches!(outcome, ReportOutcome::Rejected(_)), "an acknowledgement would accept the system");
                 assert!(failed_as(reason::NOT_VERIFIED, &row));
                 let again = f.reconcile(&id, epoch, "boot-2", &[back], 3).await;
-                assert_eq!((again.acks.len(), again.refused.len()), (0, 1));
+                assert_eq!((again.acks.len(), again.rejected.len()), (0, 1));
             }
         }
     }

@@ -207,6 +207,7 @@ pub(crate) fn report(assignment: &Assignment, sequence: u64, state: ExecutionSta
         release: None,
         cancel_refused: false,
         log: SentLog::default(),
+        journal_lost: false,
     }
 }
 
@@ -219,9 +220,13 @@ pub(crate) fn failed_as(reason: &str, row: &ExecutionRow) -> bool {
         && row.deadline.is_none()
 }
 
+fn greeting(boot_id: &str, answers_queries: bool) -> Greeting<'_> {
+    Greeting { mode: NodeMode::Running, boot_id, answers_queries, journal_lost: false }
+}
+
 /// An empty Hello of the running system, from an agent that answers no queries.
 pub(crate) fn said(boot_id: &str) -> Hello<'_> {
-    Hello { greeting: Greeting { mode: NodeMode::Running, boot_id, answers_queries: false }, listed: &[] }
+    Hello { greeting: greeting(boot_id, false), listed: &[] }
 }
 
 impl Fixture {
@@ -374,7 +379,7 @@ impl Fixture {
         answers_queries: bool,
         at: i64,
     ) -> Reconciled {
-        let said = Hello { greeting: Greeting { mode: NodeMode::Running, boot_id, answers_queries }, listed };
+        let said = Hello { greeting: greeting(boot_id, answers_queries), listed };
         self.store.reconcile(id, epoch, said, after(at)).await.unwrap()
     }
 

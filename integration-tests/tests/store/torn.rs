@@ -1,7 +1,7 @@
 //! Torn journals. The node counts from an older copy, so its sequences are below the stored ones.
 
-use marco_controller::operation::{Action, ExecutionState, reason};
-use marco_controller::store::{Assignment, Kind, Purpose, Release, ReportOutcome, ReportRow};
+use marco_controller::operation::{Action, ExecutionState, Greeting, NodeMode, reason};
+use marco_controller::store::{Assignment, Hello, Kind, Purpose, Release, ReportOutcome, ReportRow};
 use marco_proto::names::NodeId;
 
 use crate::support::*;
@@ -69,7 +69,7 @@ pub(crate) async fn torn_journal_gets_no_verdict_without_proof(f: Fixture) {
     says(&f, epoch, &assignment, WAY_DOWN).await;
     let lie = report(&assignment, 2, ExecutionState::Verifying, "boot-1");
     let outcome = f.report(epoch, &lie, after(2)).await;
-    assert!(matches!(outcome, ReportOutcome::Refused(_)), "{outcome:?}");
+    assert!(matches!(outcome, ReportOutcome::Rejected(_)), "{outcome:?}");
     assert!(failed_as(reason::NOT_VERIFIED, &f.execution(&assignment.execution).await));
 }
 
@@ -95,4 +95,51 @@ pub(crate) async fn step_told_from_a_torn_journal_takes_nothing_back(f: Fixture)
     assert_eq!(f.report(epoch, &earlier, after(2)).await, ReportOutcome::Acked);
     let row = f.execution(&assignment.execution).await;
     assert_eq!((row.state, row.sequence), (ExecutionState::Rebooting, 4));
+}
+
+pub(crate) async fn step_of_a_journal_that_says_it_was_torn_is_believed(f: Fixture) {
+    let (_, epoch, assignment) = assigned(&f, "pi-1", reboot()).await;
+    says(&f, epoch, &assignment, WAY_DOWN).await;
+    let execution = &assignment.execution;
+    // The journal lost ARMED, so the node is at work again. Its sequence says nothing.
+    let earlier = ReportRow { journal_lost: true, ..report(&assignment, 2, ExecutionState::Running, "boot-1") };
+    assert_eq!(f.report(epoch, &earlier, after(2)).await, ReportOutcome::Acked);
+    let row = f.execution(execution).await;
+    assert_eq!((row.state, row.sequence), (ExecutionState::Running, 2));
+    let events = f.store.events(&execution.operation, 0, 100).await.unwrap();
+    let told = events.iter().any(|event| event.reason.contains("older copy"));
+    assert!(told, "{events:?}");
+    // A state that is stored under another sequence is no change.
+    let again = ReportRow { sequence: 1, ..earlier };
+    let changes = f.store.operation(&execution.operation).await.unwrap().unwrap().event_count;
+    assert!(matches!(f.report(epoch, &again, after(3)).await, ReportOutcome::Acked | ReportOutcome::Progress));
+    assert_eq!(f.store.operation(&execution.operation).await.unwrap().unwrap().event_count, changes);
+    let armed = ReportRow { sequence: 2, state: ExecutionState::Rebooting, ..again };
+    assert_eq!(f.report(epoch, &armed, after(4)).await, ReportOutcome::Acked);
+    assert_eq!(f.state(execution).await, ExecutionState::Rebooting);
+}
+
+pub(crate) async fn assignment_that_a_lost_journal_may_have_held_is_not_given_again(f: Fixture) {
+    for (node, journal_lost, ends) in [("pi-1", false, ExecutionState::Pending), ("pi-2", true, ExecutionState::Failed)]
+    {
+        let (id, _, assignment) = assigned(&f, node, reboot()).await;
+        let epoch = f.session(&id, "boot-2", after(1)).await;
+        let greeting = Greeting { mode: NodeMode::Running, boot_id: "boot-2", answers_queries: true, journal_lost };
+        f.store.reconcile(&id, epoch, Hello { greeting, listed: &[] }, after(1)).await.unwrap();
+        let row = f.execution(&assignment.execution).await;
+        assert_eq!(row.state, ends, "{node}");
+        assert!(!journal_lost || failed_as(reason::JOURNAL_LOST, &row));
+    }
+}
+
+pub(crate) async fn older_copy_does_not_dispute_the_end_that_the_whole_one_told(f: Fixture) {
+    let (_, epoch, assignment) = assigned(&f, "pi-1", reboot()).await;
+    says(&f, epoch, &assignment, WAY_DOWN).await;
+    let done = report(&assignment, 5, ExecutionState::Succeeded, "boot-2");
+    assert_eq!(f.report(epoch, &done, after(2)).await, ReportOutcome::Acked);
+    // The node counts on from RUNNING and cannot know whether it rebooted. The sequence is higher by chance.
+    let unsure = ReportRow { sequence: 9, state: ExecutionState::Failed, journal_lost: true, ..done };
+    assert_eq!(f.report(epoch, &unsure, after(3)).await, ReportOutcome::Acked);
+    assert_eq!(f.state(&assignment.execution).await, ExecutionState::Succeeded);
+    assert!(f.store.conflict(&assignment.execution).await.unwrap().is_none());
 }

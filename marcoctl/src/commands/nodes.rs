@@ -306,6 +306,7 @@ fn detail(node: &Node, now: DateTime<Utc>) -> String {
             "no update",
             system.update_refusal.map(|refusal| format!("{}: {}", refusal.reason, refusal.message)).unwrap_or_default(),
         ),
+        ("on trial", system.trial_lacks),
         ("trouble", node.trouble.clone()),
         ("boot id", node.boot_id.clone()),
         ("agent", node.agent_version.clone()),

@@ -97,7 +97,7 @@ pub(super) fn remove_file(path: &Path) -> Result<(), BootError> {
 }
 
 /// A file's bytes on the card, past the page cache. `None`: it is missing.
-pub(super) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+pub(crate) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     step::read(path)?;
     let mut file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),

@@ -14,8 +14,9 @@ use crate::system::System;
 /// Tries of the switch to the new system. A card that is busy with itself fails for seconds, not for longer.
 const TRIES: u32 = 5;
 
-/// Ends the supervision of the trial, whose parameters are gone. A failure is only logged: the system is accepted. At worst
-/// the supervisor restarts it once, by default into this very system.
+/// Ends the supervision of the trial, whose parameters are gone. Only after the switch: a card that hangs there must not be
+/// left without a supervisor. A failure is only logged: the system is accepted. At worst the supervisor restarts it once, by
+/// default into this very system.
 fn end_supervision(system: &dyn System) {
     let ended = system.end_supervision().and_then(|()| install::remove_supervisor(&system.root()));
     if let Err(error) = ended {
@@ -37,15 +38,16 @@ impl Executor {
                     let ended = install::end_trial(&card.boot, &board);
                     ended.map_err(BootError::io("end the trial in", &card.boot))?;
                 }
-                end_supervision(system.as_ref());
                 recovery.set_boot_partition(DefaultBoot::System)?;
                 // Read past the page cache: a card may acknowledge a write that it has not kept.
                 match recovery.default_boot()? {
-                    DefaultBoot::System => Ok(()),
+                    DefaultBoot::System => end_supervision(system.as_ref()),
                     DefaultBoot::Installer => {
-                        Err(BootError::NotWritten { path: recovery.marco_dir().with_file_name("autoboot.txt") }.into())
+                        let path = recovery.marco_dir().with_file_name("autoboot.txt");
+                        return Err(BootError::NotWritten { path }.into());
                     }
                 }
+                Ok(())
             });
             match switched.await {
                 Ok(()) => return Ok(()),

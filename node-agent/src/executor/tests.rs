@@ -12,7 +12,7 @@ use super::{Addresses, DID_NOT_REBOOT, Executor, Settings};
 use crate::bootpart::{BootPart, Instruction};
 use crate::download::tests::{Wrong, serve_judged};
 use crate::job::{Action, Artifact, DID_NOT_POWER_OFF, Failure, Notice, RELEASE_MISMATCH, State, Update};
-use crate::journal::{Confirmation, FILE_NAME, Journal};
+use crate::journal::{Confirmation, FILE_NAME, Journal, Verdict};
 use crate::system::virtual_pi::{Options, VirtualPi};
 use crate::system::{Mode, Refusal, Release, System as _};
 use machine::Machine;
@@ -419,13 +419,14 @@ async fn the_new_system_becomes_the_default_only_when_the_controller_has_accepte
             let entry = entries.get(ONE).unwrap();
             assert_eq!((entry.state, entry.sequence), (State::Verifying, 5));
             assert_eq!(entry.release.as_ref().unwrap().image_sha256, image_sha256());
-            // The acknowledgement of TRIAL, an earlier state: no verdict.
-            journal.ack(ONE, 4, 1).await.unwrap();
+            // An acknowledgement is no verdict.
+            journal.ack(ONE, entry.attempt, 5, 1).await.unwrap();
+            assert!(journal.entries().get(ONE).unwrap().is_acked());
             for _ in 0..1000 {
                 tokio::task::yield_now().await;
             }
             assert_eq!(std::fs::read_to_string(&autoboot).unwrap(), before, "confirmed without the controller");
-            journal.ack(ONE, 5, 1).await.unwrap();
+            journal.judge(ONE, Verdict::Accepted);
             reaches(journal, ONE, State::Succeeded).await;
         })
         .await;
@@ -444,6 +445,21 @@ async fn a_new_system_that_is_not_accepted_gives_the_machine_back_to_the_install
     let journal = bench.journal();
     let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
     assert_eq!(bench.machine.told(), ["reboot Plain Verifying"]);
+}
+
+#[tokio::test]
+async fn refused_system_gives_the_machine_back_at_once() {
+    let bench = on_trial(ONE).await;
+    let journal = bench.journal();
+    let bench = bench
+        .run(&journal, async |journal, machine| {
+            phase(journal, "waiting for the controller to accept the new system").await;
+            journal.judge(ONE, Verdict::Refused(Failure::new("NOT_VERIFIED", "it is another one")));
+            goes_down(machine).await;
+        })
+        .await;
+    assert_eq!(bench.machine.told(), ["reboot Plain Verifying"]);
+    assert_eq!(bench.recovery().default_boot().unwrap(), crate::bootpart::DefaultBoot::Installer);
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use crate::download::{self, DownloadError};
 use crate::durable;
 use crate::install;
 use crate::job::{Artifact, Failure, Kind, Mode, Update, phase};
-use crate::journal::{self, Entry, Progress};
+use crate::journal::{self, Entry, Progress, Verdict};
 use crate::step;
 use crate::system::{Erase, Refusal};
 
@@ -182,20 +182,26 @@ impl Executor {
         })
     }
 
-    /// Waits in the new system for the controller's acknowledgement, which is its verdict. Only then makes it the
-    /// default.
+    /// Waits in the new system for the controller's verdict. Only if that accepts the system, makes it the default.
     pub(super) async fn await_verdict(&self, entry: &Entry) -> Result<(), StepError> {
         let execution = entry.execution.as_str();
         self.phase(execution, phase::VERDICT);
-        let mut changes = self.journal.changes();
-        let accepted = changes.wait_for(|entries| entries.get(execution).is_some_and(Entry::is_acked));
         // A raw image boots in any case: there is no installer to go back to.
         let patience = if entry.action.is_raw() { Duration::MAX } else { self.settings.verdict };
-        if tokio::time::timeout(patience, accepted).await.is_err() {
-            // A system that cannot reach its controller, or is the wrong one, is no better than one that does not come
-            // up. The installer is still the default, and counts the trial.
-            tracing::warn!(execution, "controller has not accepted the new system, back to the installer");
-            return self.go_down(entry, WayDown::Reboot).await;
+        // A system that cannot reach its controller, or is the wrong one, is no better than one that does not come up. The
+        // installer is still the default, and counts the trial.
+        match tokio::time::timeout(patience, self.journal.verdict(execution)).await {
+            Ok(Verdict::Accepted) => {}
+            Ok(Verdict::Refused(failure)) if entry.action.is_raw() => return Err(StepError::Failed(failure)),
+            Ok(Verdict::Refused(failure)) => {
+                let (reason, error) = (failure.reason, failure.message);
+                tracing::warn!(execution, reason, error, "controller refuses the new system, back to the installer");
+                return self.go_down(entry, WayDown::Reboot).await;
+            }
+            Err(_) => {
+                tracing::warn!(execution, "controller has not accepted the new system, back to the installer");
+                return self.go_down(entry, WayDown::Reboot).await;
+            }
         }
         // A raw image is the default already.
         if !entry.action.is_raw() {
@@ -226,7 +232,7 @@ impl Executor {
     pub(super) async fn tidy_recovery(&self) {
         let busy = self.journal.entries().unfinished().is_some_and(|entry| entry.action.kind() == Kind::Update);
         let (Some(recovery), Some(folder), false) = (self.recovery(), self.recovery_folder(), busy) else { return };
-        let downloads = self.downloads();
+        let (downloads, root) = (self.downloads(), self.system.root());
         let tidied = off_runtime(move || {
             // A failed switch once left the installer as the default, and this function took its key away.
             if recovery.default_boot()? == DefaultBoot::Installer {
@@ -241,6 +247,10 @@ impl Executor {
                 remove(&folder.join(journal::FILE_NAME));
             }
             recovery.remove_identity()?;
+            // A power cut right after the switch leaves it.
+            if let Err(error) = install::remove_supervisor(&root) {
+                tracing::warn!(error = %error, "supervisor of a trial left in the root");
+            }
             if downloads.exists() && step::at("remove", &downloads, &[]).is_ok() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }

@@ -9,6 +9,8 @@ use std::path::Path;
 
 use crate::system::rooted::Rooted;
 
+pub(super) mod elf;
+
 /// Path of the agent in a root.
 const PROGRAM: &str = "usr/bin/marco-agent";
 /// Its unit, for images that have none.
@@ -40,8 +42,9 @@ pub const LONG_VERSION: &str = concat!(
 /// Installs program and unit. Returns true if the image's own program was kept.
 pub(super) fn install(root: &Rooted, program: &Path) -> Result<bool> {
     let own = root.open_file(PROGRAM).ok().and_then(built);
-    // The image's newer agent must not give way to that of an older installer.
-    let keep = own.is_some_and(|own| Some(own) >= File::open(program).ok().and_then(built));
+    // The image's newer agent must not give way to that of an older installer, and none to one that does not run there.
+    let keep =
+        own.is_some_and(|own| Some(own) >= File::open(program).ok().and_then(built) || !elf::fits(program, root));
     if !keep {
         let mut file = root.create(PROGRAM, 0o755)?;
         std::io::copy(&mut File::open(program)?, &mut file)?;
@@ -113,6 +116,7 @@ fn built(mut program: File) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use crate::install::agent::elf::tests::header;
     use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
 
@@ -176,6 +180,21 @@ mod tests {
             assert_eq!(install(&image.root, &program).unwrap(), kept, "{image_has}");
             assert_eq!(image.read(PROGRAM), if kept { image_has } else { ours });
         }
+    }
+
+    #[test]
+    fn agent_for_another_processor_does_not_replace_the_images_own() {
+        let image = Image::new(false);
+        for folder in ["usr/bin", "sbin"] {
+            fs::create_dir_all(image.dir.path().join(folder)).unwrap();
+        }
+        let own = [header(1, 40), b"marco-agent was built at 1700000000 ".to_vec()].concat();
+        fs::write(image.dir.path().join(PROGRAM), &own).unwrap();
+        fs::write(image.dir.path().join("sbin/init"), header(1, 40)).unwrap();
+        let program = image.dir.path().join("agent");
+        fs::write(&program, [header(2, 183), b"marco-agent was built at 1800000000 ".to_vec()].concat()).unwrap();
+        assert!(install(&image.root, &program).unwrap());
+        assert_eq!(fs::read(image.dir.path().join(PROGRAM)).unwrap(), own);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The system's boot partition (p4): filled from the image's own boot files or from a zip, fitted to the card, checked.
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Result};
+use std::io::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
 
 use marco_archive::firmware::{BootFiles, Tree, lookup, same_on_trial, select};
@@ -83,7 +83,7 @@ fn copy(from: &Rooted, source: &Path, to: &Rooted, dest: &Path, depth: usize) ->
         let (source, dest) = (source.join(&name), dest.join(&name));
         match kind {
             // Bounds the recursion, whatever the image holds.
-            Kind::Folder if depth == 0 => return Err(std::io::Error::new(ErrorKind::InvalidInput, "folders too deep")),
+            Kind::Folder if depth == 0 => return Err(Error::new(ErrorKind::InvalidInput, "folders too deep")),
             Kind::Folder => {
                 to.folder(&dest)?;
                 copy(from, &source, to, &dest, depth - 1)?;
@@ -108,7 +108,7 @@ pub(super) fn fit(
     target: &Target,
     supervision: &Supervision,
 ) -> std::result::Result<(), InstallError> {
-    supervision.install(root).map_err(InstallError::disk("install the supervisor of the trial"))?;
+    let supervised = supervision.install(root).map_err(InstallError::disk("install the supervisor of the trial"))?;
     let files = Folder { root: boot, folder: Path::new("") };
     let file = select(&files, &board.family, tree(board), false).cmdline;
     let lacks = || InstallError::not_a_system(format!("the boot files have no {file}"));
@@ -116,7 +116,7 @@ pub(super) fn fit(
     let text = boot.read(&place).map_err(InstallError::disk("read the command line"))?.ok_or_else(lacks)?;
     let text = plan::cmdline(&String::from_utf8_lossy(&text), &target.root_device, &target.root_type);
     // Not as `[tryboot] cmdline=` in config.txt: firmware that ignores that would boot without the parameters.
-    let text = supervision.add_parameters(&text);
+    let text = supervision.add_parameters(&text, supervised);
     boot.write(&place, text.as_bytes(), 0o755).map_err(InstallError::disk("write the command line"))?;
 
     // Images of Ubuntu name other files in `[tryboot]`, for trial boots of their own. Our trial must try the files that
@@ -141,13 +141,21 @@ pub(super) fn fit(
     boot.write(&place, &config, 0o755).map_err(InstallError::disk("write config.txt"))
 }
 
-/// Ends the trial: removes its parameters from the command line that the firmware reads here. Returns false if there were
-/// none. The partition must be mounted for writing.
-pub(crate) fn end_trial(boot: &Path, board: &Board) -> Result<bool> {
+/// Ends the trial: removes its parameters from the boot files, and returns the number of files that had them. The partition
+/// must be mounted for writing.
+///
+/// # Errors
+/// Returns an error if parameters are left, or the firmware would find no command line: the next boot could fail, and the
+/// installer would no longer be there for it.
+pub(crate) fn end_trial(boot: &Path, board: &Board) -> Result<usize> {
+    let removed = trial::remove_below(boot)?;
     let root = Rooted::open(boot)?;
     let files = Folder { root: &root, folder: Path::new("") };
     let file = select(&files, &board.family, tree(board), false).cmdline;
-    files.path(&file).map_or(Ok(false), |place| trial::remove_parameters(&boot.join(place)))
+    if files.has(&file) {
+        return Ok(removed);
+    }
+    Err(Error::new(ErrorKind::NotFound, format!("the new system has no {file} any more")))
 }
 
 /// Fails if this board cannot boot from these files: a kernel, a command line, `config.txt`, and its device tree.
@@ -244,7 +252,7 @@ mod tests {
             let cmdline = fs::read_to_string(dir.path().join(folder).join("cmdline.txt")).unwrap();
             assert!(cmdline.contains("root=PARTUUID=00-02"), "{line}: {cmdline}");
             assert!(cmdline.contains("panic=10"), "{line}: {cmdline}");
-            assert!(end_trial(dir.path(), &board).unwrap(), "{line}");
+            assert_eq!(end_trial(dir.path(), &board).unwrap(), 1, "{line}");
             let cmdline = fs::read_to_string(dir.path().join(folder).join("cmdline.txt")).unwrap();
             assert!(cmdline.contains("root=PARTUUID=00-02") && !cmdline.contains("panic"), "{line}: {cmdline}");
             assert!(

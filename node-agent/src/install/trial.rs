@@ -4,14 +4,18 @@
 //! fed its watchdog by itself, and an init that hangs is noticed by nobody. Without these parts such a trial never returns
 //! to the installer.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _};
-use std::os::unix::fs::FileExt as _;
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::agent::elf;
 use crate::supervise;
 use crate::system::rooted::{Kind, Rooted};
+
+mod end;
+
+pub(super) use end::remove_below;
 
 /// Begin and end of the trial's parameters. The kernel takes a name with a dot for a module's parameter and passes nothing on
 /// to init.
@@ -24,8 +28,6 @@ const PANIC: &str = "panic=10";
 const OPEN_TIMEOUT: u64 = 600;
 /// Raspberry Pi OS's initramfs stops the firmware's watchdog unless it finds this word.
 const KEEP_ARMED: &str = "watchdog_disarm=0";
-/// The parameters must lie in the first sector of the file: then a power cut leaves the old sector or the new one.
-const SECTOR: u64 = 512;
 /// Seconds that the firmware gives the kernel to take over the watchdog. Longer ones do not fit into its counter.
 const FIRMWARE_TIMEOUT: u64 = 15;
 /// Folder of the kernels' modules, and the driver of a Pi's watchdog.
@@ -43,25 +45,41 @@ pub(super) struct Supervision {
 
 impl Supervision {
     /// Puts the supervisor into the new root. Done before the command line names it: a power cut in between must not leave
-    /// a line whose init does not exist.
-    pub(super) fn install(&self, root: &Rooted) -> io::Result<()> {
+    /// a line whose init does not exist. Returns false if this trial goes without one: a good system is not refused for
+    /// that.
+    pub(super) fn install(&self, root: &Rooted) -> io::Result<bool> {
         // Boot files alone are tried with the old root, which may hold one of an earlier trial.
         root.remove(supervise::RECORD)?;
-        let Some(program) = &self.program else { return Ok(()) };
-        let mut file = root.create(supervise::PROGRAM, 0o755)?;
-        io::copy(&mut File::open(program)?, &mut file)?;
-        rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o755))?;
-        file.sync_all()
+        let Some(program) = &self.program else { return Ok(false) };
+        if !elf::fits(program, root) {
+            // As process 1 it would end the trial by a panic.
+            tracing::warn!("new system is for another processor than this agent, so its trial has no supervisor");
+            return Ok(false);
+        }
+        Self::placed(copy(program, root), root)
+    }
+
+    /// Decides what follows from this result of the copy.
+    fn placed(copied: io::Result<()>, root: &Rooted) -> io::Result<bool> {
+        match copied {
+            Ok(()) => Ok(true),
+            Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+                tracing::warn!(error = %error, "no room for the supervisor in the new system, so its trial has none");
+                root.remove(supervise::PROGRAM)?;
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds the trial's parameters to a command line. The kernel takes the last of several values, so an image's own
     /// `panic=` and `init=` go to the front: they hold again after the trial.
-    pub(super) fn add_parameters(&self, cmdline: &str) -> String {
+    pub(super) fn add_parameters(&self, cmdline: &str, supervised: bool) -> String {
         let own = ["panic=", "watchdog.open_timeout=", "init="];
         let (theirs, rest): (Vec<&str>, Vec<&str>) =
             cmdline.split_whitespace().partition(|word| own.iter().any(|key| word.starts_with(key)));
         let mut words: Vec<String> = [BEGIN, PANIC, KEEP_ARMED].map(str::to_owned).into();
-        if self.program.is_some() {
+        if supervised {
             words.push(format!("watchdog.open_timeout={}", OPEN_TIMEOUT.min(self.limit.as_secs())));
             words.extend(supervise::parameters(self.limit));
         }
@@ -69,6 +87,13 @@ impl Supervision {
         let words = theirs.into_iter().chain(words.iter().map(String::as_str)).chain(rest);
         words.collect::<Vec<_>>().join(" ") + "\n"
     }
+}
+
+fn copy(program: &Path, root: &Rooted) -> io::Result<()> {
+    let mut file = root.create(supervise::PROGRAM, 0o755)?;
+    io::copy(&mut File::open(program)?, &mut file)?;
+    rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o755))?;
+    file.sync_all()
 }
 
 /// Removes the supervisor and its record from an accepted system's root. Its parameters must be gone by then.
@@ -94,43 +119,23 @@ pub(super) fn firmware_lines(root: &Rooted) -> String {
     format!("[tryboot]\nkernel_watchdog_timeout={FIRMWARE_TIMEOUT}\n[all]\n")
 }
 
-/// Replaces the trial's parameters by as many spaces. `None`: it has none.
-fn without_parameters(start: &[u8]) -> Option<Vec<u8>> {
-    let find = |word: &str| start.windows(word.len()).position(|window| window == word.as_bytes());
-    let (from, to) = (find(BEGIN)?, find(END)? + END.len());
-    let mut changed = start.to_owned();
-    // Marks in the wrong order are not ours.
-    changed.get_mut(from..to)?.fill(b' ');
-    Some(changed)
-}
-
-/// Removes the trial's parameters from the command line in this file, by one write of a sector. Returns false if there were
-/// none. The change is on the disk when this returns.
-pub(super) fn remove_parameters(file: &Path) -> io::Result<bool> {
-    let opened = OpenOptions::new().read(true).write(true).open(file)?;
-    let mut start = Vec::new();
-    (&opened).take(SECTOR).read_to_end(&mut start)?;
-    let Some(changed) = without_parameters(&start) else { return Ok(false) };
-    // In place, not a new file that takes the name: a rename writes the FAT, the folder and the file, and each can be torn.
-    crate::step::at("write in place", file, &changed)?;
-    opened.write_all_at(&changed, 0)?;
-    opened.sync_all()?;
-    Ok(true)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::path::PathBuf;
     use std::time::Duration;
+    use std::{fs, io};
 
-    use super::{SECTOR, Supervision, firmware_lines, remove_parameters, remove_supervisor};
+    use super::end::remove_from;
+    use super::{Supervision, firmware_lines, remove_supervisor};
+    use crate::install::agent::elf::tests::header;
     use crate::supervise::{PROGRAM, RECORD};
     use crate::system::rooted::Rooted;
 
     fn supervision(program: Option<PathBuf>) -> Supervision {
         Supervision { program, limit: Duration::from_secs(840) }
     }
+
+    const SECTOR: u64 = 512;
 
     #[test]
     fn parameters_come_and_go_within_the_first_sector() {
@@ -140,7 +145,7 @@ mod tests {
         for (line, panic, init) in
             [("console=tty1 root=/dev/mmcblk0p2\n", "", ""), (long.as_str(), "panic=-1", "init=/own")]
         {
-            let armed = supervision(Some("supervisor".into())).add_parameters(line);
+            let armed = supervision(None).add_parameters(line, true);
             let last = |text: &str, key: &str| {
                 text.split_whitespace().rev().find(|word| word.starts_with(key)).unwrap_or_default().to_owned()
             };
@@ -150,7 +155,9 @@ mod tests {
             assert_eq!(last(&armed, "watchdog.open_timeout="), "watchdog.open_timeout=600");
             assert!(u64::try_from(armed.find("marco.trial=end").unwrap()).unwrap() < SECTOR - 20);
             fs::write(&file, &armed).unwrap();
-            assert!(remove_parameters(&file).unwrap());
+            let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&file).unwrap());
+            assert!(remove_from(&file).unwrap());
+            assert_eq!(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&file).unwrap()), inode, "in place");
             let after = fs::read_to_string(&file).unwrap();
             assert_eq!(after.len(), armed.len());
             let words = |text: &str| {
@@ -160,21 +167,9 @@ mod tests {
             };
             assert_eq!(words(&after), words(line));
             assert_eq!((last(&after, "panic="), last(&after, "init=")), (panic.to_owned(), init.to_owned()));
-            assert!(!remove_parameters(&file).unwrap(), "once is enough");
+            assert!(!remove_from(&file).unwrap(), "once is enough");
             assert_eq!(fs::read_to_string(&file).unwrap(), after);
         }
-    }
-
-    #[test]
-    fn other_files_stay_as_they_are() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("cmdline.txt");
-        for text in ["", "root=/dev/mmcblk0p2", "marco.trial=end marco.trial=begin", "marco.trial=begin panic=10"] {
-            fs::write(&file, text).unwrap();
-            assert!(!remove_parameters(&file).unwrap(), "{text}");
-            assert_eq!(fs::read_to_string(&file).unwrap(), text);
-        }
-        assert!(remove_parameters(&dir.path().join("gone")).is_err());
     }
 
     #[test]
@@ -185,17 +180,34 @@ mod tests {
         fs::create_dir_all(root.join("var/lib/marco-agent")).unwrap();
         fs::write(root.join(RECORD), "800").unwrap();
         let rooted = Rooted::open(&root).unwrap();
-        supervision(Some(program)).install(&rooted).unwrap();
+        assert!(supervision(Some(program.clone())).install(&rooted).unwrap());
         assert!(rooted.is_file(PROGRAM, true));
         assert!(!root.join(RECORD).exists(), "time of an earlier trial");
         fs::write(root.join(RECORD), "30").unwrap();
         remove_supervisor(&root).unwrap();
         assert!(rooted.list("var/lib/marco-agent").unwrap().is_empty());
         // Without a supervisor no command line names one.
-        supervision(None).install(&rooted).unwrap();
+        assert!(!supervision(None).install(&rooted).unwrap());
         assert!(!rooted.is_there(PROGRAM));
-        let line = supervision(None).add_parameters("quiet");
+        let line = supervision(None).add_parameters("quiet", false);
         assert!(!line.contains("init=") && !line.contains("open_timeout") && line.contains("panic=10"), "{line}");
+    }
+
+    #[test]
+    fn system_for_another_processor_or_without_room_is_tried_without_a_supervisor() {
+        let dir = tempfile::tempdir().unwrap();
+        let (program, root) = (dir.path().join("program"), dir.path().join("root"));
+        fs::write(&program, header(2, 183)).unwrap();
+        fs::create_dir_all(root.join("sbin")).unwrap();
+        fs::write(root.join("sbin/init"), header(1, 40)).unwrap();
+        let rooted = Rooted::open(&root).unwrap();
+        assert!(!supervision(Some(program.clone())).install(&rooted).unwrap());
+        assert!(!rooted.is_there(PROGRAM));
+        fs::write(root.join("sbin/init"), header(2, 183)).unwrap();
+        assert!(supervision(Some(program)).install(&rooted).unwrap());
+        assert!(!Supervision::placed(Err(io::ErrorKind::StorageFull.into()), &rooted).unwrap());
+        assert!(!rooted.is_there(PROGRAM), "half a program is left");
+        assert!(Supervision::placed(Err(io::ErrorKind::Other.into()), &rooted).is_err());
     }
 
     #[test]

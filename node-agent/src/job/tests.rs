@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{
-    Action, DID_NOT_POWER_OFF, Found, Kind, Mode, Notice, RELEASE_MISMATCH, Resume, State, UNKNOWN_ACTION, Update,
-    WRONG_MODE, WrongState, resume,
+    Action, DID_NOT_POWER_OFF, Found, JOURNAL_LOST, Kind, Mode, Notice, RELEASE_MISMATCH, Resume, State,
+    UNKNOWN_ACTION, Update, WRONG_MODE, WrongState, resume,
 };
 
 const KINDS: [Kind; 4] = [Kind::Reboot, Kind::PowerOff, Kind::Update, Kind::Unknown];
@@ -49,7 +49,7 @@ fn each_step_follows_only_from_the_states_named_for_it() {
 }
 
 fn found(kind: Kind, state: State, mode: Mode, same_boot: bool, release_is_ours: bool) -> Resume {
-    resume(Found { kind, state, mode, same_boot, release_is_ours })
+    resume(Found { kind, state, mode, same_boot, release_is_ours, torn: false })
 }
 
 #[test]
@@ -135,4 +135,19 @@ fn only_a_raw_update_writes_the_whole_card() {
         |raw| Action::Update(Update { image: None, bootcode: None, notice: notice.clone(), discard_home: false, raw });
     assert!(update(true).is_raw() && !update(false).is_raw());
     assert!(!Action::Reboot(notice.clone()).is_raw() && !Action::Unknown.is_raw());
+}
+
+#[test]
+fn torn_job_that_may_have_been_done_is_not_begun_again() {
+    for (kind, mode, same_boot, next) in [
+        (Kind::Reboot, Mode::Running, false, Resume::Fail(JOURNAL_LOST)),
+        (Kind::PowerOff, Mode::Running, false, Resume::Fail(JOURNAL_LOST)),
+        (Kind::Update, Mode::Running, false, Resume::Fail(JOURNAL_LOST)),
+        // Only the agent restarted, so the command to go down has had no effect.
+        (Kind::Reboot, Mode::Running, true, Resume::Begin),
+        (Kind::Update, Mode::Installer, false, Resume::Begin),
+    ] {
+        let found = Found { kind, state: State::Accepted, mode, same_boot, release_is_ours: false, torn: true };
+        assert_eq!(resume(found), next, "{kind:?} {mode:?} {same_boot}");
+    }
 }

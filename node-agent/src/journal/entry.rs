@@ -48,6 +48,10 @@ pub struct Entry {
     /// A cancel arrived too late.
     #[serde(default)]
     pub cancel_refused: bool,
+    /// It was read from an older copy after the newest one was lost: later states may have been journalled, done and
+    /// reported.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub torn: bool,
 }
 
 impl Entry {
@@ -88,6 +92,11 @@ impl Entries {
         self.0.iter()
     }
 
+    /// True if nothing in it waits for anything.
+    pub(super) fn are_settled(&self) -> bool {
+        self.0.iter().all(|entry| entry.state.is_final() && entry.is_acked())
+    }
+
     pub(super) fn get_mut(&mut self, execution: &str) -> Result<&mut Entry, JournalError> {
         self.0
             .iter_mut()
@@ -114,5 +123,6 @@ pub fn new_entry(execution: &str, attempt: u32, action: Action, state: State, bo
         acked_at: None,
         cancel_requested: false,
         cancel_refused: false,
+        torn: false,
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Accepted, FILE_NAME, Journal, JournalError, KEEP_MICROS};
+use crate::health::Ailment;
 use crate::job::{Action, FORK_LEAP, Failure, Notice, Release, State, UNKNOWN_ACTION, Update};
 
 mod recorded;
@@ -72,8 +73,61 @@ async fn a_torn_journal_is_set_aside_and_not_fatal() {
         std::fs::write(dir.path().join(FILE_NAME), [0_u8; 40]).unwrap();
         let journal = Journal::open(dir.path(), "a").unwrap();
         assert!(journal.entries().iter().next().is_none());
+        assert!(journal.is_lost() && journal.health().has(Ailment::JournalLost));
         assert!(dir.path().join(format!("journal.json.bad-{number}")).exists());
     }
+}
+
+/// A journal in which one job has ended and another is armed, and whose newest copy is torn: the older one still holds
+/// that other job as accepted.
+async fn torn(dir: &std::path::Path) -> Journal {
+    let journal = Journal::open(dir, "a").unwrap();
+    journal.accept(TWO, 1, reboot()).await.unwrap();
+    journal.arm(TWO).await.unwrap();
+    journal.succeed(TWO).await.unwrap();
+    journal.ack(TWO, 1, 3, 1).await.unwrap();
+    journal.accept(ONE, 1, reboot()).await.unwrap();
+    let older = std::fs::read(dir.join(FILE_NAME)).unwrap();
+    journal.arm(ONE).await.unwrap();
+    let whole = std::fs::read(dir.join(FILE_NAME)).unwrap();
+    std::fs::write(dir.join("journal.json.new"), older).unwrap();
+    std::fs::write(dir.join(FILE_NAME), &whole[..whole.len() / 2]).unwrap();
+    Journal::open(dir, "b").unwrap()
+}
+
+#[tokio::test]
+async fn loss_is_told_once_and_shown_until_everything_is_settled() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = torn(dir.path()).await;
+    assert!(journal.entries().iter().all(|entry| entry.torn));
+    // An agent that is killed before it could say so says so after its next start.
+    drop(journal);
+    let journal = Journal::open(dir.path(), "b").unwrap();
+    assert!(journal.is_lost());
+    journal.loss_told().await.unwrap();
+    assert!(!journal.is_lost() && journal.health().has(Ailment::JournalLost));
+    let journal = Journal::open(dir.path(), "b").unwrap();
+    assert!(!journal.is_lost() && journal.health().has(Ailment::JournalLost), "a job still waits");
+    assert!(journal.entries().get(ONE).unwrap().torn, "its sequence still counts from the older copy");
+    journal.fail(ONE, Failure::new("JOURNAL_LOST", "it was")).await.unwrap();
+    let sequence = journal.entries().get(ONE).unwrap().sequence;
+    journal.ack(ONE, 1, sequence, 1).await.unwrap();
+    let journal = Journal::open(dir.path(), "b").unwrap();
+    assert!(!journal.health().has(Ailment::JournalLost));
+}
+
+#[tokio::test]
+async fn acknowledgement_of_another_report_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let journal = Journal::open(dir.path(), "a").unwrap();
+    journal.accept(ONE, 2, reboot()).await.unwrap();
+    journal.arm(ONE).await.unwrap();
+    for (attempt, sequence) in [(1, 2), (2, 1), (2, 3), (3, 2)] {
+        journal.ack(ONE, attempt, sequence, 1).await.unwrap();
+        assert!(!journal.entries().get(ONE).unwrap().is_acked(), "{attempt} {sequence}");
+    }
+    journal.ack(ONE, 2, 2, 1).await.unwrap();
+    assert!(journal.entries().get(ONE).unwrap().is_acked());
 }
 
 #[tokio::test]
@@ -83,7 +137,7 @@ async fn a_known_execution_is_answered_under_the_new_attempt_and_not_begun_again
     journal.accept(ONE, 2, reboot()).await.unwrap();
     journal.arm(ONE).await.unwrap();
     journal.succeed(ONE).await.unwrap();
-    journal.ack(ONE, 3, 1).await.unwrap();
+    journal.ack(ONE, 2, 3, 1).await.unwrap();
 
     // The controller lost the end and delivers again.
     assert_eq!(journal.accept(ONE, 3, reboot()).await.unwrap(), Accepted::Known);
@@ -150,12 +204,12 @@ async fn what_was_settled_thirty_days_ago_is_dropped_and_nothing_else() {
     journal.accept(ONE, 1, reboot()).await.unwrap();
     journal.arm(ONE).await.unwrap();
     journal.succeed(ONE).await.unwrap();
-    journal.ack(ONE, 3, 1000).await.unwrap();
+    journal.ack(ONE, 1, 3, 1000).await.unwrap();
     journal.accept(TWO, 1, reboot()).await.unwrap();
-    journal.ack(TWO, 1, 1000 + KEEP_MICROS).await.unwrap();
+    journal.ack(TWO, 1, 1, 1000 + KEEP_MICROS).await.unwrap();
     assert!(journal.entries().get(ONE).is_some());
     // A microsecond more than thirty days.
-    journal.ack(TWO, 1, 1001 + KEEP_MICROS).await.unwrap();
+    journal.ack(TWO, 1, 1, 1001 + KEEP_MICROS).await.unwrap();
     assert!(journal.entries().get(ONE).is_none());
     assert!(journal.entries().get(TWO).is_some(), "an unfinished job was dropped");
 }

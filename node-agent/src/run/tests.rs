@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use marco_proto::names::PROTOCOL_VERSION;
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Query, Reboot, Report, Update, Welcome, assign,
+    Assign, Cancel, ConnectResponse, Hello, NodeMode, PowerOff, Query, Reboot, Report, Update, Welcome, assign,
     connect_request, connect_response,
 };
 use tokio_util::sync::CancellationToken;
@@ -18,7 +19,7 @@ use crate::identity::JoinToken;
 use crate::simulate::{SimulateError, Simulation};
 use crate::system::System as _;
 use crate::system::virtual_pi::{Options, VirtualPi};
-use crate::testing::{Controller, Pki, TestSession};
+use crate::testing::{Controller, Pki, TestSession, acceptance, acknowledgement};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -100,10 +101,12 @@ async fn assign(session: &TestSession, number: u32, action: assign::Action) {
 }
 
 async fn ack(session: &TestSession, report: &Report) {
-    let ack = Ack { execution: report.execution.clone(), sequence: report.sequence };
-    // The Pi may have gone down meanwhile.
-    let answer = ConnectResponse { message: Some(connect_response::Message::Ack(ack)) };
-    let _ = session.answers.send(Ok(answer)).await;
+    let verdict =
+        (report.state() == WireState::Verifying).then(|| connect_response::Message::Verdict(acceptance(report)));
+    for message in [Some(acknowledgement(report)), verdict].into_iter().flatten() {
+        // The Pi may have gone down meanwhile.
+        let _ = session.answers.send(Ok(ConnectResponse { message: Some(message) })).await;
+    }
 }
 
 /// Acknowledges each report until one has this state.
@@ -367,7 +370,8 @@ async fn controllers_that_were_taught_go_along_into_the_installer() {
     let sha256 = fleet.controller.store(image(true));
     let mut session = fleet.controller.session().await;
     session.next().await.unwrap();
-    let welcome = Welcome { controllers: vec!["127.0.0.1:9".into()], ..Welcome::default() };
+    let protocol_version = PROTOCOL_VERSION;
+    let welcome = Welcome { controllers: vec!["127.0.0.1:9".into()], protocol_version, ..Welcome::default() };
     session.say(connect_response::Message::Welcome(welcome)).await;
     assign(&session, 1, install(&sha256)).await;
     reported(&mut session, WireState::Rebooting).await;

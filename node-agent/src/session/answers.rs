@@ -14,6 +14,7 @@ impl Open<'_> {
             node: &self.session.node,
             refusal: self.refusal.borrow_and_update().clone(),
             conditions: self.health.borrow_and_update().clone(),
+            journal_lost: self.session.journal.is_lost(),
         };
         let status = NodeStatus { system: Some(facts.system()), conditions: facts.conditions() };
         self.send(connect_request::Message::Status(status)).await

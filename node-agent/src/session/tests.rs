@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::{
-    Ack, Assign, Cancel, CardLayout, Goodbye, Hello, NodeMode, NotHeld, Query, Reboot, Report, assign, connect_request,
+    Assign, Cancel, CardLayout, Goodbye, Hello, NodeMode, NotHeld, Query, Reboot, Report, assign, connect_request,
     connect_response, node_condition,
 };
 use tokio::sync::watch;
@@ -18,7 +18,9 @@ use crate::identity::{Board, Enrollment, Identity, JoinToken, TlsTime, enroll};
 use crate::job::{Action, Failure, Labels, Mode, Notice, State};
 use crate::journal::{Journal, Progress};
 use crate::system::Refusal;
-use crate::testing::{Controller, Pki, TestSession};
+use crate::testing::{Controller, Pki, TestSession, acknowledgement};
+
+mod stored;
 
 const ONE: &str = "operations/0198a6e0-0000-7000-8000-000000000001/executions/pi-01";
 
@@ -99,6 +101,7 @@ fn node() -> Node {
         layout: Layout::Resident,
         image_sha256: String::new(),
         boot_sha256: String::new(),
+        trial_lacks: "no watchdog".into(),
         card_is_blank: false,
         image: String::new(),
     }
@@ -122,10 +125,6 @@ fn assign(attempt: u32) -> connect_response::Message {
     })
 }
 
-fn ack(sequence: u64) -> connect_response::Message {
-    connect_response::Message::Ack(Ack { execution: ONE.into(), sequence })
-}
-
 async fn until(journal: &Journal, mut is: impl FnMut(&crate::journal::Entry) -> bool) {
     let mut changes = journal.changes();
     let there = changes.wait_for(|all| all.get(ONE).is_some_and(&mut is));
@@ -136,7 +135,8 @@ async fn until(journal: &Journal, mut is: impl FnMut(&crate::journal::Entry) -> 
 async fn whether_it_could_be_updated_is_said_in_hello_and_when_it_changes() {
     let mut bench = Bench::new().await;
     let (mut session, hello) = bench.welcomed().await;
-    assert_eq!(hello.system.unwrap().update_refusal, None);
+    let system = hello.system.unwrap();
+    assert_eq!((system.update_refusal, system.trial_lacks.as_str()), (None, "no watchdog"));
     let refusal = |message: &str| Some(Refusal { reason: "NOT_WIRED", message: message.into() });
     bench.refusal.send_replace(refusal("the cable is out"));
     let Some(connect_request::Message::Status(status)) = session.next().await.unwrap().message else {
@@ -170,7 +170,7 @@ async fn an_assignment_is_journalled_before_it_is_reported_and_kept_until_acknow
     assert_eq!(hello.executions.len(), 1);
     let again = report(&mut session).await;
     assert_eq!(again, first);
-    session.say(ack(1)).await;
+    session.say(acknowledgement(&again)).await;
     until(&bench.journal, |entry| entry.is_acked()).await;
     assert!(bench.journal.entries().get(ONE).unwrap().acked_at.unwrap() >= 4_000_000_000_000_000);
 }
@@ -183,7 +183,7 @@ async fn what_was_acknowledged_as_final_is_not_told_again_until_it_is_assigned_a
     journal.accept(ONE, 1, action).await.unwrap();
     journal.arm(ONE).await.unwrap();
     journal.succeed(ONE).await.unwrap();
-    journal.ack(ONE, 3, 1).await.unwrap();
+    journal.ack(ONE, 1, 3, 1).await.unwrap();
     let mut bench = Bench::with(dir, journal, Vec::new()).await;
     let (mut session, hello) = bench.welcomed().await;
     assert_eq!(hello.executions, []);
@@ -216,7 +216,7 @@ async fn a_cancel_reaches_the_journal_and_one_that_is_too_late_is_answered() {
     bench.journal.arm(ONE).await.unwrap();
     let armed = report(&mut session).await;
     assert_eq!((armed.state(), armed.sequence), (WireState::Rebooting, 2));
-    session.say(ack(2)).await;
+    session.say(acknowledgement(&armed)).await;
     session.say(connect_response::Message::Cancel(Cancel { execution: ONE.into() })).await;
     let refused = report(&mut session).await;
     assert!(refused.cancel_refused);
@@ -283,7 +283,7 @@ async fn what_was_logged_of_a_job_goes_with_its_failure_and_again_until_it_is_he
     let (mut session, hello) = bench.welcomed().await;
     assert_eq!(hello.executions.iter().map(|report| report.log.as_str()).collect::<Vec<_>>(), [LOG]);
     assert_eq!(report(&mut session).await, failed);
-    session.say(ack(failed.sequence)).await;
+    session.say(acknowledgement(&failed)).await;
     until(&bench.journal, |entry| entry.is_acked()).await;
 }
 
@@ -324,9 +324,9 @@ async fn assignment_that_cannot_be_journalled_ends_with_the_reason() {
         }
         let failed = failed.unwrap();
         assert_eq!((failed.state(), failed.attempt, failed.sequence), (WireState::Failed, attempt, 1));
-        assert_eq!(failed.error.unwrap().reason, "JOURNAL_NOT_WRITABLE");
         // The journal holds no such execution, and the session goes on.
-        session.say(ack(1)).await;
+        session.say(acknowledgement(&failed)).await;
+        assert_eq!(failed.error.unwrap().reason, "JOURNAL_NOT_WRITABLE");
         if let Some(conditions) = conditions {
             assert_eq!(conditions.first().map(|ill| ill.r#type()), Some(node_condition::Type::Journal));
         }
@@ -369,7 +369,7 @@ async fn query_is_answered_from_the_journal_and_changes_nothing() {
     assert_eq!(running.accept_boot_id, "boot-a");
     bench.journal.fail(ONE, Failure::new("X", "y")).await.unwrap();
     let failed = report(&mut session).await;
-    bench.journal.ack(ONE, failed.sequence, 1).await.unwrap();
+    bench.journal.ack(ONE, failed.attempt, failed.sequence, 1).await.unwrap();
     session.say(query(ONE)).await;
     assert_eq!(report(&mut session).await.state(), WireState::Failed);
     // An assignment with a lower attempt is answered with the node's state.

@@ -2,18 +2,19 @@
 
 use std::time::Duration;
 
-use marco_proto::names::{ExecutionId, PROTOCOL_VERSION};
+use marco_proto::names::{ExecutionId, FIRST_PROTOCOL, SERVED_PROTOCOLS};
 use marco_proto::v1::execution::State as WireState;
+use marco_proto::v1::verdict::Decision;
 use marco_proto::v1::{
-    Assign, CardLayout, ExecutionError, Hello, NodeCondition, NodeMode, Release, Report, System, Update as WireUpdate,
-    UpdateRefusal, assign, connect_request, node_condition,
+    Ack, Assign, CardLayout, ExecutionError, Hello, NodeCondition, NodeMode, Release, Report, System,
+    Update as WireUpdate, UpdateRefusal, Verdict, assign, connect_request, node_condition,
 };
 
 use super::{Layout, Node};
 use crate::cause::chain;
 use crate::health::{Ailment, Condition};
-use crate::job::{Action, Artifact, Mode, Notice, State, Update};
-use crate::journal::{Entries, Entry, JournalError, NOT_WRITABLE, Progress};
+use crate::job::{Action, Artifact, Failure, Mode, Notice, State, Update};
+use crate::journal::{self, Entries, Entry, JournalError, NOT_WRITABLE, Progress};
 use crate::system::Refusal;
 
 /// Notice if the operation names none. The controller reckons with the same.
@@ -24,6 +25,7 @@ pub(super) struct Facts<'a> {
     pub(super) node: &'a Node,
     pub(super) refusal: Option<Refusal>,
     pub(super) conditions: Vec<Condition>,
+    pub(super) journal_lost: bool,
 }
 
 impl Facts<'_> {
@@ -47,6 +49,7 @@ impl Facts<'_> {
             image_sha256: node.image_sha256.clone(),
             boot_sha256: node.boot_sha256.clone(),
             update_refusal: self.refusal.as_ref().map(refusal),
+            trial_lacks: node.trial_lacks.clone(),
         }
     }
 
@@ -58,6 +61,7 @@ impl Facts<'_> {
                 Ailment::Disk => node_condition::Type::Disk,
                 Ailment::Clock => node_condition::Type::Clock,
                 Ailment::UnderVoltage => node_condition::Type::UnderVoltage,
+                Ailment::JournalLost => node_condition::Type::JournalLost,
             }
             .into(),
             message: condition.message.clone(),
@@ -72,7 +76,9 @@ pub(super) fn hello(facts: &Facts<'_>, entries: &Entries, progress: &Progress) -
     let open = entries.iter().filter(|entry| !(entry.state.is_final() && entry.is_acked()));
     Hello {
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-        protocol_version: PROTOCOL_VERSION,
+        protocol_version: FIRST_PROTOCOL,
+        protocol_versions: SERVED_PROTOCOLS.to_vec(),
+        journal_lost: facts.journal_lost,
         boot_id: node.boot_id.clone(),
         instance: node.instance.clone(),
         mode: match node.mode {
@@ -123,15 +129,46 @@ pub(super) fn report(entry: &Entry, progress: &Progress, boot_id: &str) -> Repor
             .as_ref()
             .map(|error| ExecutionError { reason: error.reason.clone(), message: error.message.clone() }),
         boot_id: boot_id.to_owned(),
-        release: entry.release.as_ref().map(|release| Release {
-            execution: release.execution.clone(),
-            image_sha256: release.image_sha256.clone(),
-            boot_sha256: release.boot_sha256.clone(),
-        }),
+        release: release(entry),
         cancel_refused: entry.cancel_refused,
         accept_boot_id: entry.accept_boot_id.clone(),
         log: String::new(),
         log_cut: false,
+        journal_lost: entry.torn,
+    }
+}
+
+fn release(entry: &Entry) -> Option<Release> {
+    entry.release.as_ref().map(|release| Release {
+        execution: release.execution.clone(),
+        image_sha256: release.image_sha256.clone(),
+        boot_sha256: release.boot_sha256.clone(),
+    })
+}
+
+/// True if this acknowledgement names the report of the entry as it is now. Another one is of an earlier state or delivery,
+/// or of a copy of the journal that was lost.
+pub(super) fn acknowledges(ack: &Ack, entry: &Entry, boot_id: &str) -> bool {
+    (ack.attempt, ack.sequence, ack.state()) == (entry.attempt, entry.sequence, state(entry.state))
+        && ack.boot_id == boot_id
+        && ack.release == release(entry)
+}
+
+/// Returns the verdict that this message gives about the system that runs now; `None`: it is about another one, or an
+/// unknown one.
+pub(super) fn verdict(message: Verdict, entry: &Entry, boot_id: &str) -> Option<journal::Verdict> {
+    let names = entry.state == State::Verifying
+        && message.attempt == entry.attempt
+        && message.boot_id == boot_id
+        && message.release == release(entry);
+    match message.decision() {
+        _ if !names => None,
+        Decision::Unspecified => None,
+        Decision::Accepted => Some(journal::Verdict::Accepted),
+        Decision::Refused => {
+            let error = message.error.unwrap_or_default();
+            Some(journal::Verdict::Refused(Failure::new(&error.reason, error.message)))
+        }
     }
 }
 

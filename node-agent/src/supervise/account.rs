@@ -6,6 +6,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ const PARAMETER: &str = "run/systemd/reboot-param";
 const TRYBOOT: &str = "0 tryboot";
 /// Pause before the next try to leave the argument.
 const SOON: Duration = Duration::from_secs(2);
+/// Longest wait for a record that is being written, in tries, and the pause between two.
+const TRIES: u32 = 20;
+const TRY: Duration = Duration::from_millis(100);
 /// Interval of records once the argument is left.
 const RECORDS: Duration = Duration::from_secs(15);
 
@@ -36,12 +40,30 @@ fn read(record: &Path) -> Duration {
     }
 }
 
-/// Records the time that the trial has used, again and again. Runs in a thread of its own: a card that hangs stops it.
-pub(super) fn keep(total: impl Fn() -> Duration) -> ! {
+/// True once the trial is over. Held while something is written, so that nothing is written after it.
+#[derive(Clone, Default)]
+pub(super) struct Over(Arc<Mutex<bool>>);
+
+impl Over {
+    /// Ends the records. Waits for one that is being written, but not for a card that hangs.
+    pub(super) fn set(&self) {
+        for _ in 0..TRIES {
+            match self.0.try_lock() {
+                Ok(mut over) => {
+                    *over = true;
+                    return;
+                }
+                Err(_) => sleep(TRY),
+            }
+        }
+    }
+}
+
+/// Records the time that the trial has used, again and again, until it is over. Runs in a thread of its own: a card that
+/// hangs stops it.
+pub(super) fn keep(over: &Over, total: impl Fn() -> Duration) {
     let mut account = Account { root: ROOT.into(), left: false };
-    loop {
-        // Best effort: without it such a restart counts as a failed trial.
-        let _ = account.note(total());
+    while account.note_unless(over, total()) {
         sleep(if account.left { RECORDS } else { SOON });
     }
 }
@@ -53,6 +75,16 @@ struct Account {
 }
 
 impl Account {
+    /// Records the time, unless the trial is over. Returns false then.
+    fn note_unless(&mut self, over: &Over, total: Duration) -> bool {
+        let over = over.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*over {
+            // Best effort: without it a restart that the system asks for counts as a failed trial.
+            let _ = self.note(total);
+        }
+        !*over
+    }
+
     fn note(&mut self, total: Duration) -> io::Result<()> {
         let parameter = self.root.join(PARAMETER);
         if !parameter.parent().is_some_and(Path::is_dir) {
@@ -72,7 +104,7 @@ mod tests {
     use std::fs;
     use std::time::Duration;
 
-    use super::{Account, PARAMETER, RECORD, read};
+    use super::{Account, Over, PARAMETER, RECORD, read};
 
     const MINUTE: Duration = Duration::from_secs(60);
 
@@ -97,6 +129,19 @@ mod tests {
         account.note(MINUTE * 2).unwrap();
         assert!(!parameter.exists());
         assert_eq!(read(&record), MINUTE * 2);
+    }
+
+    #[test]
+    fn nothing_is_written_after_the_acceptance() {
+        let dir = tempfile::tempdir().unwrap();
+        let (parameter, record) = (dir.path().join(PARAMETER), dir.path().join(RECORD));
+        fs::create_dir_all(parameter.parent().unwrap()).unwrap();
+        fs::create_dir_all(record.parent().unwrap()).unwrap();
+        let (mut account, over) = (Account { root: dir.path().to_owned(), left: false }, Over::default());
+        over.set();
+        assert!(!account.note_unless(&over, MINUTE));
+        assert!(!parameter.exists(), "the owner's next restart would be a trial boot");
+        assert!(!record.exists());
     }
 
     #[test]

@@ -59,8 +59,32 @@ pub(super) fn main() -> ! {
 
     let (sender, accepted) = mpsc::channel();
     std::thread::spawn(move || listen(&sender));
-    std::thread::spawn(move || account::keep(move || Duration::from_secs(used).saturating_add(clock.since_boot())));
-    watch(Duration::from_secs(limit.saturating_sub(used)), clock, &accepted)
+    let over = account::Over::default();
+    let kept = over.clone();
+    std::thread::spawn(move || {
+        account::keep(&kept, move || Duration::from_secs(used).saturating_add(clock.since_boot()));
+    });
+    let mut watchdog = Watchdog::new(Path::new("/"));
+    let limit = Duration::from_secs(limit.saturating_sub(used));
+    say(&format!("this system is on trial: {} s are left for its acceptance", left(limit, clock).as_secs()));
+    match watch(limit, clock, &accepted, &mut watchdog) {
+        // Not fed any longer: it resets the machine if nothing else does.
+        Ended::Late => reset(),
+        Ended::Accepted(agent) => {
+            // Before the answer: the agent removes what the records leave.
+            over.set();
+            end(&mut watchdog, agent)
+        }
+    }
+}
+
+/// The end of a trial.
+#[derive(Debug)]
+enum Ended {
+    /// The limit passed without an acceptance.
+    Late,
+    /// The agent that waits for the answer.
+    Accepted(UnixStream),
 }
 
 /// Time since the kernel's start.
@@ -91,10 +115,8 @@ fn leave_console() {
     }
 }
 
-/// Watches the trial until its end. Never returns.
-fn watch(limit: Duration, clock: Clock, accepted: &Receiver<UnixStream>) -> ! {
-    let mut watchdog = Watchdog::new(Path::new("/"));
-    say(&format!("this system is on trial: {} s are left for its acceptance", left(limit, clock).as_secs()));
+/// Watches the trial until its end, and feeds the watchdog meanwhile.
+fn watch(limit: Duration, clock: Clock, accepted: &Receiver<UnixStream>, watchdog: &mut Watchdog) -> Ended {
     let mut warnings = WARNINGS.iter().filter(|warning| **warning < left(limit, clock)).peekable();
     loop {
         if watchdog.feed() {
@@ -102,15 +124,14 @@ fn watch(limit: Duration, clock: Clock, accepted: &Receiver<UnixStream>) -> ! {
         }
         let left = left(limit, clock);
         if left.is_zero() {
-            // Not fed any longer: it resets the machine if nothing else does.
-            reset();
+            return Ended::Late;
         }
         if warnings.next_if(|warning| **warning >= left).is_some() {
             say(&format!("not accepted by the controller yet; in {} s the installer comes back", left.as_secs()));
         }
         let next = warnings.peek().map_or(left, |warning| left.saturating_sub(**warning));
         match accepted.recv_timeout(next.min(FEED)) {
-            Ok(agent) => end(&mut watchdog, agent),
+            Ok(agent) => return Ended::Accepted(agent),
             Err(RecvTimeoutError::Timeout) => {}
             // The listener is gone. The limit still holds.
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left.min(FEED)),
@@ -185,5 +206,66 @@ fn reset() -> ! {
             let _ = std::fs::write("/proc/sysrq-trigger", "b");
         }
         std::thread::sleep(RESTART);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::time::{Duration, Instant};
+
+    use super::{Clock, Ended, FEED, says_accepted, watch};
+    use crate::supervise::watchdog::Watchdog;
+
+    const SHORT: Duration = Duration::from_millis(50);
+
+    fn now() -> Clock {
+        Clock { started: Instant::now(), before: Duration::ZERO }
+    }
+
+    /// A root with a watchdog.
+    fn root() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("dev")).unwrap();
+        std::fs::write(dir.path().join("dev/watchdog"), "").unwrap();
+        dir
+    }
+
+    #[test]
+    fn trial_without_an_acceptance_ends_at_its_limit_and_is_fed_until_then() {
+        let dir = root();
+        let (sender, accepted) = mpsc::channel();
+        let begun = Instant::now();
+        let ended = watch(SHORT, now(), &accepted, &mut Watchdog::new(dir.path()));
+        assert!(matches!(ended, Ended::Late), "{ended:?}");
+        assert!(begun.elapsed() >= SHORT && begun.elapsed() < FEED);
+        assert!(std::fs::read(dir.path().join("dev/watchdog")).unwrap().starts_with(b"\0"));
+        // The limit holds without a listener, too, and counts from the kernel's start.
+        drop(sender);
+        let clock = Clock { before: Duration::from_secs(840), ..now() };
+        let ended = watch(Duration::from_secs(840), clock, &accepted, &mut Watchdog::new(dir.path()));
+        assert!(matches!(ended, Ended::Late), "{ended:?}");
+    }
+
+    #[test]
+    fn acceptance_ends_the_trial_before_its_limit() {
+        let dir = root();
+        let (sender, accepted) = mpsc::channel();
+        let (agent, _other) = UnixStream::pair().unwrap();
+        sender.send(agent).unwrap();
+        let ended = watch(Duration::from_secs(840), now(), &accepted, &mut Watchdog::new(dir.path()));
+        assert!(matches!(ended, Ended::Accepted(_)), "{ended:?}");
+    }
+
+    #[test]
+    fn only_the_word_of_the_acceptance_counts() {
+        for (word, counts) in [("accepted\n", true), ("rejected\n", false), ("acc", false), ("", false)] {
+            let (mut agent, keeper) = UnixStream::pair().unwrap();
+            agent.write_all(word.as_bytes()).unwrap();
+            drop(agent);
+            assert_eq!(says_accepted(&keeper), counts, "{word:?}");
+        }
     }
 }

@@ -45,7 +45,8 @@ impl Watchdog {
 
     /// Gives the device back, so that the system can use it. The kernel goes on feeding one that the firmware started.
     pub(super) fn give_back(&mut self) -> Left {
-        let running = std::fs::read_to_string(&self.nowayout).is_ok_and(|value| value.trim() == "1");
+        // A kernel without these files does not tell, and one that goes on counting would reset an accepted system.
+        let running = std::fs::read_to_string(&self.nowayout).map_or(true, |value| value.trim() != "0");
         if self.device.is_some() && running {
             return Left::Running;
         }
@@ -76,6 +77,10 @@ mod tests {
         fs::write(&device, "").unwrap();
         assert!(watchdog.feed());
         assert!(!watchdog.feed(), "only the first time");
+        assert_eq!(watchdog.give_back(), Left::Running, "nothing tells that it can be stopped");
+        let setting = dir.path().join("sys/class/watchdog/watchdog0");
+        fs::create_dir_all(&setting).unwrap();
+        fs::write(setting.join("nowayout"), "0\n").unwrap();
         assert_eq!(watchdog.give_back(), Left::Still);
         assert_eq!(fs::read(&device).unwrap(), b"\0\0V");
     }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use marco_proto::names::{NodeId, PROTOCOL_VERSION};
+use marco_proto::names::{NodeId, SERVED_PROTOCOLS};
 use marco_proto::v1;
 use tokio::time::Instant;
 
@@ -22,6 +22,8 @@ use crate::store::{AuditRow, Record, SessionOutcome, SessionStart, recorded};
 
 /// Longest `instance` of an agent in bytes. Our agent sends 32.
 const INSTANCE_MAX: usize = 64;
+/// Most versions of the protocol in a Hello.
+const VERSIONS_MAX: usize = 16;
 /// Most executions in a Hello. An honest node lists one at work, and a few that wait for an acknowledgement.
 const EXECUTIONS_MAX: usize = 256;
 
@@ -68,6 +70,32 @@ fn instance(text: &str) -> Result<String, ApiError> {
     Ok(convert::text("hello.instance", text)?.to_owned())
 }
 
+/// Chooses the highest version of the protocol that both sides speak.
+fn protocol(hello: &v1::Hello) -> Result<u32, ApiError> {
+    let spoken = match hello.protocol_versions.as_slice() {
+        [] => std::slice::from_ref(&hello.protocol_version),
+        spoken => spoken,
+    };
+    if spoken.len() > VERSIONS_MAX {
+        return Err(ApiError::invalid("hello.protocol_versions", format!("must be at most {VERSIONS_MAX}")));
+    }
+    SERVED_PROTOCOLS.iter().rev().find(|version| spoken.contains(version)).copied().ok_or_else(|| {
+        ApiError::Precondition {
+            reason: "PROTOCOL_VERSION",
+            message: format!(
+                "the agent speaks version {} of the protocol, this controller {}; update the older one",
+                listed(spoken),
+                listed(&SERVED_PROTOCOLS)
+            ),
+        }
+    })
+}
+
+/// Formats versions for people: `1 or 2`.
+fn listed(versions: &[u32]) -> String {
+    versions.iter().map(u32::to_string).collect::<Vec<_>>().join(" or ")
+}
+
 /// Audit record of an action that the controller takes by itself. The store fills in the method and the reason.
 fn record(context: &Context, node: &NodeId, from: SocketAddr) -> Arc<Record> {
     Record::new(AuditRow {
@@ -92,6 +120,8 @@ pub(super) struct Begun {
     pub(super) labels: BTreeMap<String, String>,
     /// The session's side of its entry in the registry.
     pub(super) handle: Handle,
+    /// Version of the protocol in this session.
+    pub(super) protocol: u32,
 }
 
 /// Begins a session in the store and in the registry.
@@ -107,15 +137,7 @@ pub(super) async fn begin(
         let message = format!("must be at most {EXECUTIONS_MAX}: those that were not acknowledged");
         return Err(ApiError::invalid("hello.executions", message));
     }
-    if hello.protocol_version != PROTOCOL_VERSION {
-        return Err(ApiError::Precondition {
-            reason: "PROTOCOL_VERSION",
-            message: format!(
-                "the agent speaks protocol version {}, this controller {PROTOCOL_VERSION}; update the older one",
-                hello.protocol_version
-            ),
-        });
-    }
+    let protocol = protocol(hello)?;
     // The gate checked the certificate when the call began, but up to 10 s may pass until the Hello.
     let known = context.store.certificate(&peer.certificate).await?;
     let known = known.filter(|known| !known.revoked() && known.certificate.node.as_ref() == Some(node));
@@ -152,7 +174,7 @@ pub(super) async fn begin(
                 reason: "SESSION_SUPERSEDED",
                 message: "the node opened another session, or the controller is stopping".to_owned(),
             })?;
-            Ok(Begun { epoch, held: row.state != NodeState::Approved, labels: row.labels, handle })
+            Ok(Begun { epoch, held: row.state != NodeState::Approved, labels: row.labels, handle, protocol })
         }
         SessionOutcome::KeyHeld { .. } => Err(key_held(node, &start.key_sha256)),
         SessionOutcome::KeyRevoked => Err(revoked()),
@@ -165,5 +187,31 @@ pub(super) async fn begin(
             reason: "NODE_UNKNOWN",
             message: format!("there is no {} any more; it must enrol again with a token", node.name()),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use marco_proto::v1;
+
+    use super::protocol;
+    use crate::api::status::ApiError;
+
+    #[test]
+    fn highest_version_that_both_speak_is_chosen() {
+        let of = |protocol_version, versions: &[u32]| {
+            protocol(&v1::Hello { protocol_version, protocol_versions: versions.to_vec(), ..v1::Hello::default() })
+        };
+        for (single, versions, chosen) in
+            [(1, [].as_slice(), 1), (2, &[2], 2), (1, &[1, 2], 2), (3, &[2, 3], 2), (9, &[9, 1], 1), (2, &[], 2)]
+        {
+            assert_eq!(of(single, versions).unwrap(), chosen, "{single} {versions:?}");
+        }
+        for (single, versions) in [(0, [].as_slice()), (3, &[]), (1, &[3, 4])] {
+            let Err(ApiError::Precondition { reason, message }) = of(single, versions) else { panic!("{versions:?}") };
+            assert_eq!(reason, "PROTOCOL_VERSION");
+            assert!(message.contains("this controller 1 or 2"), "{message}");
+        }
+        assert!(matches!(of(1, &[1; 17]), Err(ApiError::Invalid { .. })));
     }
 }

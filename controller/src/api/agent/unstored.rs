@@ -130,6 +130,7 @@ mod tests {
             release: None,
             cancel_refused: false,
             log: SentLog::default(),
+            journal_lost: false,
         }
     }
 
@@ -172,6 +173,7 @@ mod tests {
             progress: mpsc::channel(1).0,
             node: NodeId::parse("pi-01").unwrap(),
             epoch: 1,
+            protocol: 2,
             out,
             blank: None,
             acked: Acked::default(),

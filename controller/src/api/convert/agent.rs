@@ -68,6 +68,7 @@ pub(in crate::api) fn report(report: v1::Report, node: &NodeId) -> Result<Report
         release,
         cancel_refused: report.cancel_refused,
         log: log(&report.log, report.log_cut),
+        journal_lost: report.journal_lost,
     })
 }
 
@@ -89,6 +90,42 @@ fn newest(text: &str, most: usize) -> &str {
         _ => rest.iter().position(|byte| *byte == b'\n').map_or(rest.len(), |at| at + 1),
     };
     text.get(excess + skipped..).unwrap_or_default()
+}
+
+/// Acknowledges a report, and names it. Agents of protocol 1 read the first two fields.
+pub(in crate::api) fn ack(report: &ReportRow) -> v1::Ack {
+    v1::Ack {
+        execution: report.execution.name(),
+        sequence: report.sequence,
+        attempt: report.attempt,
+        state: state_to_proto(report.state).into(),
+        boot_id: report.boot_id.clone(),
+        release: report.release.as_ref().map(release),
+    }
+}
+
+/// A verdict about the new system that asked for it by this report. `refusal`: the reason; `None`: it is accepted.
+pub(in crate::api) fn verdict(report: &ReportRow, refusal: Option<&ExecutionError>) -> v1::Verdict {
+    v1::Verdict {
+        execution: report.execution.name(),
+        attempt: report.attempt,
+        boot_id: report.boot_id.clone(),
+        release: report.release.as_ref().map(release),
+        decision: match refusal {
+            None => v1::verdict::Decision::Accepted,
+            Some(_) => v1::verdict::Decision::Refused,
+        }
+        .into(),
+        error: refusal.map(|error| v1::ExecutionError { reason: error.reason.clone(), message: error.message.clone() }),
+    }
+}
+
+fn release(release: &Release) -> v1::Release {
+    v1::Release {
+        execution: release.execution.clone(),
+        image_sha256: release.image_sha256.clone(),
+        boot_sha256: release.boot_sha256.clone(),
+    }
 }
 
 pub(in crate::api) fn assign(assignment: &Assignment) -> v1::Assign {

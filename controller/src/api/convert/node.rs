@@ -73,6 +73,7 @@ pub(in crate::api) fn node(row: &NodeRow) -> v1::Node {
                 .update_refusal
                 .as_ref()
                 .map(|refusal| v1::UpdateRefusal { reason: refusal.reason.clone(), message: refusal.message.clone() }),
+            trial_lacks: row.system.trial_lacks.clone(),
         }),
         boot_id: row.boot_id.clone(),
         agent_version: row.agent_version.clone(),
@@ -98,6 +99,7 @@ fn condition(condition: &Condition) -> v1::NodeCondition {
             Ailment::Disk => Type::Disk,
             Ailment::Clock => Type::Clock,
             Ailment::UnderVoltage => Type::UnderVoltage,
+            Ailment::JournalLost => Type::JournalLost,
         }
         .into(),
         message: condition.message.clone(),
@@ -117,6 +119,7 @@ fn conditions(said: Vec<v1::NodeCondition>) -> Result<Vec<Condition>, ApiError> 
             Type::Disk => Ailment::Disk,
             Type::Clock => Ailment::Clock,
             Type::UnderVoltage => Ailment::UnderVoltage,
+            Type::JournalLost => Ailment::JournalLost,
         };
         // It may be an operating system's text about a disk, so it is cut and not refused.
         let clean = said.message.chars().map(|c| if c.is_control() { ' ' } else { c }).take(CONDITION_MAX).collect();
@@ -172,6 +175,7 @@ pub(in crate::api) fn system(system: v1::System, ailing: Vec<v1::NodeCondition>)
         ("system.os", &system.os),
         ("system.image_sha256", &system.image_sha256),
         ("system.boot_sha256", &system.boot_sha256),
+        ("system.trial_lacks", &system.trial_lacks),
     ] {
         text(field, value)?;
     }
@@ -194,6 +198,7 @@ pub(in crate::api) fn system(system: v1::System, ailing: Vec<v1::NodeCondition>)
         update_refusal: system
             .update_refusal
             .map(|refusal| UpdateRefusal { reason: refusal.reason, message: refusal.message }),
+        trial_lacks: system.trial_lacks,
         conditions: conditions(ailing)?,
     })
 }

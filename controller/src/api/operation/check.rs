@@ -51,6 +51,7 @@ impl Operations {
         warnings.extend(far_ahead(asked.schedule_time, now));
         warnings.extend(quarantined(&rows));
         warnings.extend(asked.rollout.and_then(|rollout| without_group(&rollout, &rows)));
+        warnings.extend(unwatched(&action, &rows));
         Ok(v1::CheckOperationResponse { checks, warnings })
     }
 }
@@ -101,6 +102,19 @@ fn without_group(rollout: &Rollout, rows: &[NodeRow]) -> Option<v1::OperationWar
     Some(v1::OperationWarning {
         reason: "NO_GROUP".to_owned(),
         message: format!("without the label {label}, and so one group of which {limit} go at once: {nodes}"),
+        ask: false,
+    })
+}
+
+/// Warns of nodes on which a new system that hangs may not give way by itself. The update is allowed: most systems come up.
+fn unwatched(action: &Action, rows: &[NodeRow]) -> Option<v1::OperationWarning> {
+    let Action::Update(_) = action else { return None };
+    let lacking = |row: &&NodeRow| !row.system.trial_lacks.is_empty();
+    let nodes = named(rows.iter().filter(lacking))?;
+    let lacks = rows.iter().find(lacking).map_or("", |row| row.system.trial_lacks.as_str());
+    Some(v1::OperationWarning {
+        reason: "TRIAL_UNWATCHED".to_owned(),
+        message: format!("{lacks}: {nodes}"),
         ask: false,
     })
 }

@@ -29,6 +29,7 @@ fn reported(state: E, attempt: u32, sequence: u64) -> Reported {
         error: None,
         boot_id: "new".to_owned(),
         accept_boot_id: String::new(),
+        journal_lost: false,
         release_execution: String::new(),
         release_image: String::new(),
         release_boot: String::new(),
@@ -261,7 +262,7 @@ fn a_hello_is_concluded_from_as_the_table_says() {
     for (from, action, listed, mode, boot_id, expected) in cases {
         let expected = expected.map(|(to, why)| (to, why.map(str::to_owned)));
         for answers_queries in [false, true] {
-            let greeting = Greeting { mode, boot_id, answers_queries };
+            let greeting = Greeting { mode, boot_id, answers_queries, journal_lost: false };
             let found = match on_hello(&stored(from), &action, listed, greeting) {
                 HelloVerdict::Change(to, error) => Some((to, error.map(|error| error.reason))),
                 HelloVerdict::Keep => None,
@@ -275,7 +276,12 @@ fn a_hello_is_concluded_from_as_the_table_says() {
         }
     }
     let asked = Stored { cancel_requested: true, ..stored(E::Assigned) };
-    let dropped = on_hello(&asked, &reboot(), false, Greeting { mode: Running, boot_id: "old", answers_queries: true });
+    let dropped = on_hello(
+        &asked,
+        &reboot(),
+        false,
+        Greeting { mode: Running, boot_id: "old", answers_queries: true, journal_lost: false },
+    );
     assert!(matches!(dropped, HelloVerdict::Change(E::Cancelled, None)));
 }
 
@@ -287,7 +293,8 @@ fn every_hello_in_every_active_state_leads_to_a_legal_change_or_to_none() {
             for listed in [false, true] {
                 for mode in NodeMode::ALL.iter().copied() {
                     for boot_id in ["old", "new"] {
-                        let greeting = Greeting { mode, boot_id, answers_queries: boot_id == "new" };
+                        let greeting =
+                            Greeting { mode, boot_id, answers_queries: boot_id == "new", journal_lost: false };
                         match on_hello(&stored(from), &action, listed, greeting) {
                             HelloVerdict::Change(to, _) => assert!(from.change_to(to).is_ok(), "{from} to {to}"),
                             HelloVerdict::Ask => assert!(!listed, "{from}: what is listed is not asked for"),
@@ -297,5 +304,29 @@ fn every_hello_in_every_active_state_leads_to_a_legal_change_or_to_none() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn lost_journal_counts_by_its_states_alone() {
+    let lost = |state, sequence| Reported { journal_lost: true, ..reported(state, 2, sequence) };
+    for sequence in [1, 3, 9] {
+        // Stored is REBOOTING under sequence 3.
+        assert_eq!(
+            verdict(&stored(E::Rebooting), &lost(E::Running, sequence)),
+            ReportVerdict::Change(E::Running, None)
+        );
+        assert_eq!(verdict(&stored(E::Rebooting), &lost(E::Rebooting, sequence)), ReportVerdict::Progress);
+        assert_eq!(verdict(&stored(E::Succeeded), &lost(E::Rebooting, sequence)), ReportVerdict::Duplicate);
+        assert_eq!(verdict(&stored(E::Succeeded), &lost(E::Failed, sequence)), ReportVerdict::Duplicate);
+    }
+    let without = reported(E::Running, 2, 1);
+    assert_eq!(verdict(&stored(E::Rebooting), &without), ReportVerdict::Duplicate);
+    let greeting = Greeting { mode: NodeMode::Running, boot_id: "new", answers_queries: true, journal_lost: true };
+    for cancel_requested in [false, true] {
+        let assigned = Stored { cancel_requested, ..stored(E::Assigned) };
+        let HelloVerdict::Change(to, error) = on_hello(&assigned, &reboot(), false, greeting) else { panic!() };
+        assert_eq!((to, error.unwrap().reason.as_str()), (E::Failed, reason::JOURNAL_LOST));
+        assert_eq!(on_hello(&assigned, &reboot(), true, greeting), HelloVerdict::Keep, "a listed one is not lost");
     }
 }

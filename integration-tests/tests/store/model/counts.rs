@@ -9,7 +9,7 @@ pub(super) struct Counts(BTreeMap<&'static str, usize>);
 
 /// Events that 200 histories have to reach. Without them a change of the generator could make the test pass for
 /// nothing.
-const EXPECTED: [&str; 19] = [
+const EXPECTED: [&str; 21] = [
     "acknowledged",
     "agents restarted",
     "cancelled",
@@ -17,6 +17,7 @@ const EXPECTED: [&str; 19] = [
     "controllers killed",
     "created",
     "deliveries",
+    "journals torn",
     "overdue",
     "paused",
     "paused by itself",
@@ -29,6 +30,7 @@ const EXPECTED: [&str; 19] = [
     "sessions",
     "succeeded",
     "updates accepted",
+    "verdicts",
 ];
 /// The same, for histories on Postgres.
 const ON_POSTGRES: [&str; 2] = ["answers lost", "commits cut"];

@@ -13,6 +13,7 @@ use node_agent::job::{self, Action, Artifact, Failure, Found, Kind, MAX_TRIALS, 
 use node_agent::journal::{Entry, Journal, JournalError};
 
 use super::database::folder;
+use super::torn::Torn;
 
 /// A stream to a controller, with the state of the controller's session.
 pub(super) struct Link {
@@ -55,17 +56,22 @@ pub(super) struct Pi {
     /// Bytes of the present phase that are done.
     bytes: u64,
     pub(super) link: Option<Link>,
-    journal: Journal,
-    folder: tempfile::TempDir,
+    pub(super) journal: Journal,
+    pub(super) folder: tempfile::TempDir,
+    pub(super) torn: Torn,
+    /// Version of the protocol that its agent speaks: half of the nodes have an agent of before.
+    pub(super) protocol: u32,
+    /// The verdict about the new system, since this start of the agent.
+    verdict: Option<(ExecutionId, bool)>,
     /// Executions for which the machine went down. True: by a power-off.
     pub(super) log: Vec<(ExecutionId, bool)>,
     /// Updates whose new system became the default.
     pub(super) accepted: BTreeSet<ExecutionId>,
     /// Executions that failed on the node, with the reason.
-    pub(super) failures: BTreeMap<ExecutionId, String>,
+    pub(super) failures: BTreeMap<ExecutionId, BTreeSet<String>>,
 }
 
-fn wrong(error: JournalError) -> String {
+pub(super) fn wrong(error: JournalError) -> String {
     format!("the journal: {error:?}")
 }
 
@@ -89,6 +95,12 @@ fn action(action: theirs::Action) -> Action {
     }
 }
 
+/// True if the two reports tell the same state and the same proof of it.
+fn is_about(one: &ReportRow, other: &ReportRow) -> bool {
+    let of = |row: &ReportRow| (row.attempt, row.sequence, row.state, row.boot_id.clone(), row.release.clone());
+    of(one) == of(other)
+}
+
 /// Maps a job's state to the reported one, as the agent does.
 pub(super) fn reported(state: State) -> ExecutionState {
     match state {
@@ -103,7 +115,7 @@ pub(super) fn reported(state: State) -> ExecutionState {
 }
 
 impl Pi {
-    pub(super) fn new(id: NodeId, certificate: String) -> Self {
+    pub(super) fn new(id: NodeId, certificate: String, protocol: u32) -> Self {
         let folder = folder();
         let journal = Journal::open(folder.path(), &format!("{id}-boot-1")).unwrap();
         Self {
@@ -121,6 +133,9 @@ impl Pi {
             link: None,
             journal,
             folder,
+            torn: Torn::default(),
+            protocol,
+            verdict: None,
             log: Vec::new(),
             accepted: BTreeSet::new(),
             failures: BTreeMap::new(),
@@ -162,8 +177,43 @@ impl Pi {
         self.entries().iter().filter(|entry| !entry.is_acked()).map(|entry| self.report(entry)).collect()
     }
 
+    /// True if the node has taken the acknowledgement of a report, or has gone on since.
     pub(super) fn is_acked(&self, id: &ExecutionId, attempt: u32, sequence: u64) -> bool {
-        self.entry(id).is_none_or(|entry| entry.attempt != attempt || entry.acked >= sequence)
+        self.entry(id).is_none_or(|entry| (entry.attempt, entry.sequence) != (attempt, sequence) || entry.is_acked())
+    }
+
+    /// Takes the acknowledgement of a report. An agent of protocol 1 is told the sequence only.
+    pub(super) async fn acknowledged(&mut self, report: &ReportRow, sequence: u64, now: DateTime<Utc>) -> Done {
+        // Each acknowledgement answers a Hello or comes after the answer to it.
+        self.heard().await?;
+        let Some(entry) = self.entry(&report.execution) else { return Ok(()) };
+        let is_named = match self.protocol {
+            1 => sequence >= entry.sequence,
+            _ => is_about(report, &self.report(&entry)),
+        };
+        if is_named {
+            let now = now.timestamp_micros();
+            self.journal.ack(&entry.execution, entry.attempt, entry.sequence, now).await.map_err(wrong)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the verdict about a new system.
+    pub(super) fn judged(&mut self, report: &ReportRow, accepted: bool) {
+        let entry = self.entry(&report.execution).filter(|entry| entry.state == State::Verifying);
+        if entry.is_some_and(|entry| is_about(report, &self.report(&entry))) {
+            self.verdict = Some((report.execution.clone(), accepted));
+        }
+    }
+
+    /// Notes that a controller has answered the Hello.
+    async fn heard(&mut self) -> Done {
+        if self.journal.is_lost() { self.journal.loss_told().await.map_err(wrong) } else { Ok(()) }
+    }
+
+    /// True if the Hello says that the journal was lost.
+    pub(super) fn is_lost(&self) -> bool {
+        self.journal.is_lost()
     }
 
     pub(super) fn report(&self, entry: &Entry) -> ReportRow {
@@ -198,6 +248,7 @@ impl Pi {
             }),
             cancel_refused: entry.cancel_refused,
             log: SentLog::default(),
+            journal_lost: entry.torn,
         }
     }
 
@@ -210,7 +261,8 @@ impl Pi {
     }
 
     /// Handles a command. Returns the answer, if there is one.
-    pub(super) async fn hear(&mut self, command: Command, now: DateTime<Utc>) -> Done<Option<Message>> {
+    pub(super) async fn hear(&mut self, command: Command) -> Done<Option<Message>> {
+        self.heard().await?;
         match command {
             Command::Assign(assignment) => {
                 let Assignment { execution: id, attempt, action: asked, .. } = *assignment;
@@ -227,11 +279,6 @@ impl Pi {
             }
             Command::Cancel(id) => self.journal.request_cancel(&id.name()).await.map(|()| None).map_err(wrong),
             Command::Query(id) => Ok(Some(self.answer(&id))),
-            Command::Ack(id, sequence) => match self.journal.ack(&id.name(), sequence, now.timestamp_micros()).await {
-                // A journal forgets settled entries after a while, so an acknowledgement may come too late.
-                Ok(()) | Err(JournalError::NotFound(_)) => Ok(None),
-                Err(error) => Err(wrong(error)),
-            },
         }
     }
 
@@ -247,11 +294,13 @@ impl Pi {
             mode: self.mode,
             same_boot: entry.boot_id == self.boot_id(),
             release_is_ours: self.system.0 == entry.execution,
+            torn: entry.torn,
         })
     }
 
     async fn give_up(&mut self, entry: &Entry, reason: &str) -> Done {
-        self.failures.insert(named(entry), reason.to_owned());
+        // More than one: a torn journal may end the same job again, for another reason.
+        self.failures.entry(named(entry)).or_default().insert(reason.to_owned());
         self.journal.fail(&entry.execution, Failure::new(reason, "it cannot")).await.map_err(wrong)
     }
 
@@ -287,8 +336,8 @@ impl Pi {
                 self.default = Mode::Installer;
                 self.journal.install(name).await.map_err(wrong)?;
             }
-            // The acknowledgement of VERIFYING is the verdict.
-            Resume::AwaitVerdict if entry.is_acked() => {
+            Resume::AwaitVerdict if self.verdict_about(&entry) == Some(false) => return Ok(Some(self.go_down(&entry))),
+            Resume::AwaitVerdict if self.verdict_about(&entry) == Some(true) => {
                 self.default = Mode::Running;
                 self.accepted.insert(named(&entry));
                 self.journal.succeed(name).await.map_err(wrong)?;
@@ -307,6 +356,14 @@ impl Pi {
         Ok(None)
     }
 
+    /// The verdict about the job's system. In protocol 1 it is the acknowledgement of VERIFYING.
+    fn verdict_about(&self, entry: &Entry) -> Option<bool> {
+        match self.protocol {
+            1 => entry.is_acked().then_some(true),
+            _ => self.verdict.as_ref().filter(|(id, _)| *id == named(entry)).map(|(_, accepted)| *accepted),
+        }
+    }
+
     fn go_down(&mut self, entry: &Entry) -> ExecutionId {
         self.is_on = false;
         self.note_down(entry);
@@ -319,12 +376,23 @@ impl Pi {
         if entry.state == State::Armed && self.mode == Mode::Running {
             self.log.push((named(entry), entry.action.kind() == Kind::PowerOff));
         }
+        self.note_forgotten();
+    }
+
+    /// A job that was armed before its journal was torn is done by a restart, too.
+    fn note_forgotten(&mut self) {
+        if let Some((id, off)) = self.torn.armed.take()
+            && self.log.iter().all(|(done, _)| *done != id)
+        {
+            self.log.push((id, off));
+        }
     }
 
     pub(super) fn cut_power(&mut self) {
         if let Some(entry) = self.unfinished() {
             self.note_down(&entry);
         }
+        self.note_forgotten();
         self.is_on = false;
     }
 
@@ -344,6 +412,7 @@ impl Pi {
             return Ok(());
         }
         (self.is_on, self.boot) = (true, self.boot + 1);
+        let before = (self.mode, self.system.clone());
         let update = self.unfinished().filter(|entry| entry.action.kind() == Kind::Update);
         self.mode = match update {
             // A technician writes a system onto a card whose installation failed. Otherwise the node would never
@@ -361,6 +430,11 @@ impl Pi {
             }
             Some(_) => self.default,
         };
+        // Each system has a journal of its own, so no copy of the one before can come back.
+        if before != (self.mode, self.system.clone()) {
+            self.torn.copies.clear();
+            self.remember();
+        }
         self.start(now).await
     }
 
@@ -371,9 +445,12 @@ impl Pi {
 
     async fn start(&mut self, now: DateTime<Utc>) -> Done {
         self.starts += 1;
-        (self.armed_here, self.bytes) = (false, 0);
+        (self.armed_here, self.bytes, self.verdict) = (false, 0, None);
         // Read from the disk again: anything that the agent did not fsync is lost with the process.
         self.journal = Journal::open(self.folder.path(), &self.boot_id()).map_err(wrong)?;
+        if self.mode == Mode::Installer {
+            self.adopt().await?;
+        }
         self.settle(now).await
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use marco_controller::operation::{Greeting, NodeMode};
+use marco_controller::operation::{ExecutionState, Greeting, NodeMode};
 use marco_controller::sessions::{Acked, Command};
 use marco_controller::store::{Hello, ProgressRow, ReportOutcome, ReportRow, SessionOutcome};
 use marco_proto::names::{ExecutionId, NodeId};
@@ -117,7 +117,8 @@ impl World {
             leaving: None,
         });
         let listed = self.pis[number].listed();
-        let greeting = Greeting { mode: said.mode, boot_id: &boot_id, answers_queries: true };
+        let journal_lost = self.pis[number].is_lost();
+        let greeting = Greeting { mode: said.mode, boot_id: &boot_id, answers_queries: true, journal_lost };
         let reconciled = store.reconcile(&node, epoch, Hello { greeting, listed: &listed }, now).await;
         let Some(answer) = self.heard("a hello", reconciled)?.filter(|answer| answer.holder) else {
             // As in the controller, a Hello that cannot be reconciled ends the session.
@@ -130,6 +131,11 @@ impl World {
         for (execution, sequence) in answer.acks {
             if let Some(report) = listed.iter().find(|report| report.execution == execution) {
                 self.acknowledge(number, report, sequence).await?;
+            }
+        }
+        for (execution, _) in answer.rejected {
+            if let Some(report) = listed.iter().find(|report| report.execution == execution) {
+                self.judge(number, report, false);
             }
         }
         for assignment in answer.assigns {
@@ -152,13 +158,25 @@ impl World {
         if report.state.is_final() && report.attempt > 0 {
             self.acked.insert(report.execution.clone(), report.state);
         }
-        self.tell_node(number, Command::Ack(report.execution.clone(), sequence)).await
+        let now = self.now();
+        self.pis[number].acknowledged(report, sequence, now).await?;
+        if report.state == ExecutionState::Verifying {
+            self.judge(number, report, true);
+        }
+        Ok(())
+    }
+
+    /// Delivers a verdict to a node whose agent knows them.
+    fn judge(&mut self, number: usize, report: &ReportRow, accepted: bool) {
+        if self.pis[number].protocol > 1 {
+            self.counts.add(if accepted { "verdicts" } else { "refusals" });
+            self.pis[number].judged(report, accepted);
+        }
     }
 
     /// Delivers a command to the node, and the node's answer to its controller.
     async fn tell_node(&mut self, number: usize, command: Command) -> Outcome {
-        let now = self.now();
-        let answer = self.pis[number].hear(command, now).await?;
+        let answer = self.pis[number].hear(command).await?;
         match answer {
             None => Ok(()),
             // Boxed, because an answer may cause another command, and async recursion needs a bound size.
@@ -251,6 +269,10 @@ impl World {
                 self.counts.add("conflicts");
                 Ok(())
             }
+            ReportOutcome::Rejected(_) => {
+                self.judge(number, &row, false);
+                Ok(())
+            }
             ReportOutcome::Refused(_) => {
                 self.counts.add("refused");
                 Ok(())
@@ -307,6 +329,13 @@ impl World {
         self.cut(number).await?;
         self.counts.add("agents restarted");
         self.pis[number].restart(now).await
+    }
+
+    pub(super) async fn tear(&mut self, number: usize, lost: usize) -> Outcome {
+        let now = self.now();
+        self.cut(number).await?;
+        self.counts.add("journals torn");
+        self.pis[number].tear(lost, now).await
     }
 
     /// Sends a report of each entry that is not acknowledged.

@@ -67,6 +67,8 @@ pub(super) enum Step {
     PowerCut(u8),
     /// Its agent is killed and starts again.
     Restart(u8),
+    /// The last copies of its journal are lost; 0: all. Its agent starts again.
+    Tear(u8, u8),
     /// A controller runs a round, this many seconds later.
     Round(u8, u16),
     /// All controllers run rounds for 91 s, after this many seconds without any.
@@ -152,6 +154,7 @@ fn nodes() -> impl Strategy<Value = Step> {
         10 => (n(), prop::bool::weighted(0.8)).prop_map(|(node, new)| Step::Boot(node, new)),
         1 => n().prop_map(Step::PowerCut),
         1 => n().prop_map(Step::Restart),
+        3 => (n(), 0_u8..4).prop_map(|(node, lost)| Step::Tear(node, lost)),
     ]
 }
 
@@ -206,7 +209,7 @@ fn scene() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// Kinds of steps that a history may leave out. With all kinds of trouble in each history, none gets far.
-const KINDS: usize = 9;
+const KINDS: usize = 10;
 
 fn kind(step: &Step) -> Option<usize> {
     Some(match step {
@@ -218,6 +221,7 @@ fn kind(step: &Step) -> Option<usize> {
         Step::Jump(_) => 5,
         Step::LoseAnswer | Step::CutBefore | Step::Fill | Step::Empty => 6,
         Step::Save | Step::Restore => 7,
+        Step::Tear(..) => 9,
         Step::Push(..) | Step::Name(_) | Step::Delete(..) | Step::Sweep => 8,
         _ => return None,
     })

@@ -109,7 +109,8 @@ impl World {
         }
         // The template of each database was enrolled by itself, and serial numbers are random.
         let serials = if on_postgres { template.serials_in(&first).await } else { template.serials.clone() };
-        let pis = template.nodes.iter().cloned().zip(serials).map(|(id, serial)| Pi::new(id, serial)).collect();
+        let pis = template.nodes.iter().cloned().zip(serials).zip([1, 2].into_iter().cycle());
+        let pis = pis.map(|((id, serial), protocol)| Pi::new(id, serial, protocol)).collect();
         Self {
             database,
             clock,
@@ -186,6 +187,7 @@ impl World {
             }
             Step::PowerCut(node) => self.cut_power(pick(node, PIS)).await,
             Step::Restart(node) => self.restart(pick(node, PIS)).await,
+            Step::Tear(node, lost) => self.tear(pick(node, PIS), lost.into()).await,
             Step::Round(controller, seconds) => {
                 self.clock.advance(TimeDelta::seconds(seconds.into()));
                 self.round(pick(controller, CONTROLLERS)).await
@@ -222,6 +224,7 @@ impl World {
             Step::Delete(name, dies) => self.delete(name, dies).await,
             Step::Sweep => self.sweep().await,
         }?;
+        self.pis.iter_mut().for_each(Pi::remember);
         // Ends of sessions that the database did not take are tried again after each step, as the controller does each
         // second.
         self.store_ends().await
@@ -316,6 +319,9 @@ impl World {
             self.controllers[number] = Controller::new(store.clone(), &self.clock, number, life);
         }
         self.shelf.restore(&saved.shelf);
+        for pi in &mut self.pis {
+            pi.torn.before_a_restore |= pi.torn.ever;
+        }
         // Operations that were settled since the backup may be open again in it.
         self.settled.clear();
         (self.operations, self.ended, self.acked) = (saved.operations, saved.ended, saved.acked);

@@ -314,7 +314,7 @@ async fn installer_whose_own_work_failed_leads_back_to_the_old_system() {
             reaches(journal, ONE, State::Failed).await;
             assert_eq!(machine.told(), [""; 0], "the controller is told first");
             let sequence = journal.entries().get(ONE).unwrap().sequence;
-            journal.ack(ONE, sequence, 1).await.unwrap();
+            journal.ack(ONE, 1, sequence, 1).await.unwrap();
             goes_down(machine).await;
         })
         .await;

@@ -48,7 +48,7 @@ async fn job_of_an_earlier_boot_goes_on_when_it_stands() {
     bench
         .run(&journal, async |journal, _| {
             // The acknowledgement is a repetition and changes nothing in the journal, but it confirms the job.
-            journal.ack(ONE, 1, 1).await.unwrap();
+            journal.ack(ONE, 1, 1, 1).await.unwrap();
             phase(journal, "waiting for the notice to pass").await;
         })
         .await;

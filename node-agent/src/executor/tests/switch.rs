@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Bench, ONE, SHORT, TWO, armed_update, error, goes_down, on_trial, phase, reaches, update};
 use crate::bootpart::DefaultBoot;
 use crate::job::{RELEASE_MISMATCH, State};
-use crate::journal::FILE_NAME;
+use crate::journal::{FILE_NAME, Verdict};
 use crate::system::{Mode, System as _};
 
 /// The files that an installer cannot do without.
@@ -33,8 +33,7 @@ async fn switch_that_fails_leaves_the_installer_all_it_needs() {
     bench = bench
         .run(&journal, async |journal, _| {
             phase(journal, "waiting for the controller to accept the new system").await;
-            let sequence = journal.entries().get(ONE).unwrap().sequence;
-            journal.ack(ONE, sequence, 1).await.unwrap();
+            journal.judge(ONE, Verdict::Accepted);
             reaches(journal, ONE, State::Failed).await;
         })
         .await;
@@ -107,8 +106,7 @@ async fn accepted(mut bench: Bench, end: State) -> Bench {
     bench
         .run(&journal, async |journal, _| {
             phase(journal, "waiting for the controller to accept the new system").await;
-            let sequence = journal.entries().get(ONE).unwrap().sequence;
-            journal.ack(ONE, sequence, 1).await.unwrap();
+            journal.judge(ONE, Verdict::Accepted);
             reaches(journal, ONE, end).await;
         })
         .await
@@ -139,4 +137,48 @@ async fn system_that_keeps_the_parameters_of_its_trial_is_not_the_default() {
     let bench = accepted(bench, State::Failed).await;
     assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::Installer);
     assert_installer_has_everything(&bench);
+}
+
+/// A new system on trial, with the program that supervises it.
+async fn supervised() -> (Bench, std::path::PathBuf) {
+    let bench = on_trial(ONE).await;
+    let supervisor = bench.machine.root().join(crate::supervise::PROGRAM);
+    std::fs::create_dir_all(supervisor.parent().unwrap()).unwrap();
+    std::fs::write(&supervisor, "program").unwrap();
+    (bench, supervisor)
+}
+
+#[tokio::test]
+async fn system_that_would_boot_by_a_missing_init_is_not_the_default() {
+    // A first boot has rewritten its command line, and a part of the trial's words is left.
+    let (bench, supervisor) = supervised().await;
+    std::fs::write(bench.machine.dir.join("boot/cmdline.txt"), "quiet init=/var/lib/marco-agent/supervise\n").unwrap();
+    let bench = accepted(bench, State::Failed).await;
+    assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::Installer);
+    assert!(supervisor.exists(), "the line still names it");
+    assert_installer_has_everything(&bench);
+}
+
+#[tokio::test]
+async fn words_of_the_trial_go_wherever_the_first_boot_has_moved_them() {
+    let (bench, supervisor) = supervised().await;
+    let boot = bench.machine.dir.join("boot");
+    let words = "marco.trial=begin init=/var/lib/marco-agent/supervise marco.trial=end";
+    std::fs::create_dir_all(boot.join("new")).unwrap();
+    std::fs::write(boot.join("cmdline.txt"), format!("{} {words}\n", "x".repeat(600))).unwrap();
+    std::fs::write(boot.join("new/cmdline.txt"), words).unwrap();
+    let bench = accepted(bench, State::Succeeded).await;
+    for file in ["cmdline.txt", "new/cmdline.txt"] {
+        assert!(!std::fs::read_to_string(boot.join(file)).unwrap().contains("init="), "{file}");
+    }
+    assert!(!supervisor.exists());
+    assert_eq!(bench.recovery().default_boot().unwrap(), DefaultBoot::System);
+}
+
+#[tokio::test]
+async fn supervisor_stays_until_the_switch_is_made() {
+    let (bench, supervisor) = supervised().await;
+    break_autoboot(&bench);
+    let _bench = accepted(bench, State::Failed).await;
+    assert!(supervisor.exists(), "a card that hangs in the switch has nobody to reset it");
 }

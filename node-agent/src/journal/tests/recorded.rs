@@ -22,7 +22,7 @@ async fn recorded_journal_is_read_and_written_as_it_was() {
     assert_eq!((entry.execution.as_str(), entry.state, entry.sequence, entry.trials), (ONE, State::Installing, 3, 1));
     assert_eq!(entry.error, Some(Failure::new("DISK_IO", "cannot write")));
     assert_eq!(entry.tries.failed(), 0);
-    let written = file::encode(dir.path(), &entries).unwrap();
+    let written = file::encode(dir.path(), &entries, None).unwrap();
     assert_eq!(String::from_utf8(written).unwrap(), TODAY);
 }
 

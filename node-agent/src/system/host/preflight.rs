@@ -77,11 +77,26 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
     }
 }
 
+/// Driver of a Pi's watchdog, as `modules.builtin` lists it.
+const WATCHDOG_DRIVER: &str = "bcm2835_wdt.ko";
+
 /// Says what a trial needs and the running kernel does not show. The new system's kernel may differ.
 pub(super) fn trial_lacks(sysroot: &Path) -> Option<&'static str> {
     let found = std::fs::read_dir(sysroot.join("sys/class/watchdog")).is_ok_and(|mut devices| devices.next().is_some());
-    (!found)
-        .then_some("no watchdog: a new system whose kernel hangs on trial waits until the power is switched off and on")
+    if !found {
+        return Some(
+            "no watchdog: a new system whose kernel hangs on trial waits until the power is switched off and on",
+        );
+    }
+    let release = std::fs::read_to_string(sysroot.join("proc/sys/kernel/osrelease")).unwrap_or_default();
+    let builtin = sysroot.join("lib/modules").join(release.trim()).join("modules.builtin");
+    // An unreadable list tells nothing.
+    let is_module =
+        std::fs::read_to_string(builtin).is_ok_and(|list| !list.lines().any(|line| line.ends_with(WATCHDOG_DRIVER)));
+    is_module.then_some(
+        "the kernel has the watchdog's driver as a module: a new system with such a kernel that hangs on trial before the \
+         driver is loaded waits until the power is switched off and on",
+    )
 }
 
 /// Bit 0 of the firmware's throttling state means under-voltage at this moment.
@@ -212,6 +227,15 @@ mod tests {
         fs::create_dir_all(root.path().join("sys/class/watchdog")).unwrap();
         assert!(super::trial_lacks(root.path()).is_some(), "no driver is loaded");
         fs::create_dir_all(root.path().join("sys/class/watchdog/watchdog0")).unwrap();
+        assert_eq!(super::trial_lacks(root.path()), None);
+        let modules = root.path().join("lib/modules/6.1-arm64");
+        for folder in [&root.path().join("proc/sys/kernel"), &modules] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        fs::write(root.path().join("proc/sys/kernel/osrelease"), "6.1-arm64\n").unwrap();
+        fs::write(modules.join("modules.builtin"), "kernel/fs/ext4/ext4.ko\n").unwrap();
+        assert!(super::trial_lacks(root.path()).is_some_and(|said| said.contains("as a module")));
+        fs::write(modules.join("modules.builtin"), "kernel/drivers/watchdog/bcm2835_wdt.ko\n").unwrap();
         assert_eq!(super::trial_lacks(root.path()), None);
     }
 }

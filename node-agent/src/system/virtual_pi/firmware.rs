@@ -147,6 +147,11 @@ fn try_boot(model: &Model, partitions: Partitions<'_>, tryboot: bool) -> Result<
     let watchdog =
         get("kernel_watchdog_timeout").and_then(|seconds| seconds.parse().ok()).filter(|seconds| *seconds > 0);
     let watchdog = watchdog.map(Duration::from_secs);
+    // The firmware tells the kernel of it. Its own words come before those of the file.
+    let cmdline = match watchdog {
+        Some(limit) => format!("watchdog.open_timeout={} {cmdline}", limit.as_secs()),
+        None => cmdline,
+    };
     Ok(Boot { partition, tryboot, prefix, kernel, cmdline, device_tree, initramfs, watchdog, mixed })
 }
 

@@ -217,3 +217,16 @@ fn each_board_takes_its_own_kernel_and_device_tree() {
     let Outcome::Booted(boot) = card.boot_on(&zero, false) else { panic!("a Zero boots its own kernel") };
     assert_eq!(boot.kernel.to_str(), Some("kernel.img"));
 }
+
+#[test]
+fn watchdog_of_a_trial_boot_is_told_to_the_kernel_before_its_own_line() {
+    let card = Card::new();
+    card.put("p1/autoboot.txt", "[all]\ntryboot_a_b=1\nboot_partition=1\n[tryboot]\nboot_partition=4\n");
+    card.put("p4/config.txt", "arm_64bit=1\n[tryboot]\nkernel_watchdog_timeout=15\n[all]\n");
+    card.put("p4/cmdline.txt", "watchdog.open_timeout=600 quiet");
+    let boot = card.booted(true);
+    assert_eq!(boot.watchdog.map(|limit| limit.as_secs()), Some(15));
+    assert_eq!(boot.cmdline, "watchdog.open_timeout=15 watchdog.open_timeout=600 quiet", "the kernel takes the last");
+    card.put("p1/autoboot.txt", "[all]\ntryboot_a_b=1\nboot_partition=4\n[tryboot]\nboot_partition=1\n");
+    assert_eq!(card.booted(false).cmdline, "watchdog.open_timeout=600 quiet");
+}
