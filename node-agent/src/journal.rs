@@ -153,11 +153,6 @@ impl Journal {
         Ok(journal)
     }
 
-    /// The journal's file.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The jobs as they are on the disk.
     pub fn entries(&self) -> Arc<Entries> {
         self.entries.borrow().clone()
