@@ -1,5 +1,5 @@
 # One line each: what people run, and what CI runs too.
-.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes model showings bench-install host-test fuzz e2e failures trials powercut record-agent check agent
+.PHONY: help deps build demo test quotas flaky mutants soak chaos extremes faults model showings bench-install host-test fuzz e2e failures trials powercut record-agent check agent
 SHELL := bash
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
@@ -49,12 +49,15 @@ extremes: deps ## Every field of every request and of every message of a node at
 model: deps ## Random histories against the real store, checked after each step: HISTORIES (10000) [MODEL_SEED]
 	HISTORIES=$(or $(HISTORIES),10000) cargo test --workspace --test store model:: -- --nocapture
 
-showings: deps ## That the model finds the faults it is there for: one mending at a time taken out, in a copy [HISTORIES=1000] [MODEL_SEED=1]
+showings: deps ## That the model and the fault driver find what they are there for: one mending at a time taken out, in a copy [HISTORIES=1000] [MODEL_SEED=1]
 	scripts/showings.sh
 
 record-agent: ## Record the agent of this build (its messages, journal and card) in integration-tests/testdata/agent-N, N its protocol
 	scripts/programs.sh
 	cargo test --workspace --test agents -- --ignored record
+
+faults: ## An update with every fault at every step, and FAULTS (10000) random pairs of them [FAULT_PLAN='Kill at unpack root #1'] [FAULT_ONLY='CutTorn|config.txt'] [FAULT_SEED=7]
+	$(if $(FAULT_SEED)$(FAULT_PLAN),,FAULTS=$(or $(FAULTS),10000)) cargo test --workspace --test faults -- --ignored --exact update_keeps_its_promises_under_faults --nocapture
 
 bench-install: deps ## The 2015 steps (wget, gunzip, tar, sync) beside the agent's installation, on tmpfs and at a card's speed
 	cargo build --release --bins

@@ -7,7 +7,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 cargo fmt --all --check
 cargo clippy --quiet --workspace --all-targets -- -D warnings
 # A patch that no longer applies shows nothing any more (make showings).
-for patch in scripts/showings/*.patch; do git apply --check "$patch"; done
+for patch in scripts/showings/*.patch scripts/showings/faults/*.patch; do git apply --check "$patch"; done
 if command -v buf >/dev/null; then buf lint; else echo 'buf is not installed: protos not linted (make deps)' >&2; exit 1; fi
 if ! cargo deny --version >/dev/null 2>&1; then
     echo 'cargo-deny is not installed: dependencies not checked (make deps)' >&2

@@ -13,7 +13,8 @@ use integration_tests::tree::list;
 const ROOTS: [&str; 3] = ["main", "lib", "config"];
 
 /// Modules that depend on no other of ours, and that every module may use.
-const ANYBODYS: [&str; 8] = ["backoff", "calendar", "cause", "durable", "folders", "listen", "notify", "settings"];
+const ANYBODYS: [&str; 9] =
+    ["backoff", "calendar", "cause", "durable", "folders", "listen", "notify", "settings", "step"];
 
 /// Allowed dependencies of the controller's modules.
 const CONTROLLER: [(&str, &[&str]); 15] = [

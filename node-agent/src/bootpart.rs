@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::durable;
+use crate::step;
 use crate::system::Board;
 
 mod file;
@@ -176,11 +177,14 @@ impl BootPart {
         let (folder, record) = (self.recovery.join(prefix.as_str()), self.recovery.join(prefix.record()));
         // A power cut from here on leaves a set without a record, which no one takes for complete.
         remove_file(&record)?;
+        step::at("empty", &folder, &[]).map_err(BootError::io("empty", &folder))?;
         match std::fs::remove_dir_all(&folder) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(BootError::io("empty", &folder)(error)),
             _ => std::fs::create_dir_all(&folder).map_err(BootError::io("make", &folder))?,
         }
+        step::at("unpack", &folder, &[]).map_err(BootError::io("unpack", &folder))?;
         marco_archive::unpack_zip(open()?, &folder).map_err(|error| refused(error, &folder))?;
+        step::at("sync", &folder, &[]).map_err(BootError::io("sync", &folder))?;
         let synced = File::open(&folder).and_then(|folder| Ok(rustix::fs::syncfs(folder)?));
         synced.map_err(BootError::io("sync", &folder))?;
         self.compare(prefix, &files)?;
@@ -245,7 +249,7 @@ impl BootPart {
 
     /// True if this is the only boot partition of a stock card: its `config.txt` is not the agent's.
     pub fn is_stock(&self) -> bool {
-        std::fs::read(self.recovery.join("config.txt")).is_ok_and(|text| !text.starts_with(render::HEAD.as_bytes()))
+        durable::read(&self.recovery.join("config.txt")).is_ok_and(|text| !text.starts_with(render::HEAD.as_bytes()))
     }
 
     /// File for data that outlives an installation. It holds secrets, so it goes with the job.
@@ -270,7 +274,7 @@ impl BootPart {
         let _held = durable::hold(identity_dir).map_err(BootError::io("lock", identity_dir))?;
         for name in IDENTITY {
             let from = identity_dir.join(name);
-            let bytes = std::fs::read(&from).map_err(BootError::io("read", &from))?;
+            let bytes = durable::read(&from).map_err(BootError::io("read", &from))?;
             write_whole(&self.marco_dir().join(name), &bytes)?;
         }
         Ok(())
@@ -303,7 +307,7 @@ impl BootPart {
     /// Folder of the set that every boot of the installer takes. `None`: `config.txt` names no set of the agent's.
     fn default_prefix(&self) -> Result<Option<Prefix>, BootError> {
         let path = self.recovery.join("config.txt");
-        let config = match std::fs::read(&path) {
+        let config = match durable::read(&path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(BootError::io("read", path)(error)),
@@ -318,7 +322,7 @@ impl BootPart {
     fn lines(&self, prefix: Prefix) -> Result<Vec<String>, BootError> {
         let folder = self.recovery.join(prefix.as_str());
         let path = folder.join("config.txt");
-        let config = std::fs::read(&path).map_err(BootError::io("read", path))?;
+        let config = durable::read(&path).map_err(BootError::io("read", path))?;
         let config = String::from_utf8_lossy(&config);
         self.check_board(|name| folder.join(name).is_file(), &config)
     }

@@ -105,7 +105,7 @@ impl Controllers {
     /// The given controllers, and those that this file remembers. An invalid file counts as missing.
     pub fn remembered(given: Discovery, file: PathBuf) -> Self {
         let told: Vec<String> =
-            std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
+            crate::durable::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         Self { given, told: Mutex::new(usable(&told)), file: Some(file) }
     }
 

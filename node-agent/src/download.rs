@@ -50,7 +50,7 @@ pub(crate) fn is_to_sweep(folder: &Path) -> bool {
 /// only takes room.
 pub(crate) fn sweep(folder: &Path, keep: Option<&str>) {
     for path in left_in(folder, keep) {
-        match std::fs::remove_file(&path) {
+        match crate::durable::remove(&path) {
             Ok(()) => tracing::info!(file = %path.display(), "rest of a download removed"),
             Err(error) => tracing::warn!(file = %path.display(), error = %error, "rest of a download not removed"),
         }
@@ -200,6 +200,7 @@ impl Downloader {
         while let Some(chunk) = chunks.recv().await {
             match chunk {
                 Ok(chunk) => {
+                    crate::step::at("append", path, &chunk)?;
                     file.write_all(&chunk).await?;
                     done += u64::try_from(chunk.len()).unwrap_or_default();
                     progress(done, size_bytes);
@@ -216,6 +217,7 @@ impl Downloader {
             }
         }
         file.flush().await?;
+        crate::step::at("sync", path, &[])?;
         file.sync_all().await?;
         if done == size_bytes { Ok(()) } else { Err(DownloadError::Corrupt("the download ended early".into())) }
     }

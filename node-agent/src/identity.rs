@@ -289,7 +289,7 @@ fn credentials(directory: &Path, pair: Pair, time: &Arc<TlsTime>) -> Result<Cred
 }
 
 fn read(path: &Path) -> Result<Option<String>, IdentityError> {
-    match std::fs::read_to_string(path) {
+    match durable::read_text(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(IdentityError::io("read", path)(error)),
@@ -297,7 +297,7 @@ fn read(path: &Path) -> Result<Option<String>, IdentityError> {
 }
 
 fn read_needed(path: &Path) -> Result<String, IdentityError> {
-    std::fs::read_to_string(path).map_err(IdentityError::io("read", path))
+    durable::read_text(path).map_err(IdentityError::io("read", path))
 }
 
 /// The pin of a CA, as in tokens.

@@ -402,7 +402,7 @@ impl Work<'_> {
         let release = Release { boot_sha256: sha256.to_owned(), ..self.release() };
         self.name(&target, &release).await?;
         self.system.finish_target(target).await?;
-        blocking(move || std::fs::remove_file(&zip).map_err(InstallError::disk("remove the boot files' zip"))).await?;
+        blocking(move || crate::durable::remove(&zip).map_err(InstallError::disk("remove the zip"))).await?;
         self.installed(Next::System)
     }
 

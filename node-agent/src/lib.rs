@@ -21,6 +21,7 @@ pub mod run;
 pub mod session;
 pub mod settings;
 pub mod simulate;
+pub mod step;
 pub mod supervise;
 pub mod system;
 #[cfg(test)]

@@ -21,6 +21,7 @@ use crate::health::Condition;
 use crate::identity::{Board, Identity, IdentityError, Purpose};
 use crate::job::{Labels, Mode};
 use crate::journal::{Entries, Entry, Journal, JournalError, Progress};
+use crate::step;
 use crate::system::Refusal;
 
 mod answers;
@@ -34,6 +35,8 @@ pub use log::KeptLog;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const MAX_PAUSE: Duration = Duration::from_secs(60);
+/// Shortest session that shows a controller to be well.
+const STEADY: Duration = Duration::from_secs(10);
 /// Failed rounds over the known controllers, after which the network is asked for others.
 const SEARCH_AFTER: u32 = 2;
 /// Longest pause that a controller may ask for.
@@ -142,6 +145,7 @@ impl Session {
         while !stop.is_cancelled() {
             let mut ended = Ended::before_welcome(SessionError::NoController);
             let mut all_foreign = true;
+            let begun = Instant::now();
             for address in self.controllers.in_order() {
                 // Cancel-safe: everything that a half-open connection was to report is in the journal.
                 ended = tokio::select! {
@@ -173,7 +177,9 @@ impl Session {
             {
                 return Some(error);
             }
-            failures = if ended.welcomed { 0 } else { failures.saturating_add(1) };
+            // One that ends at once may do so each time: without a longer pause it would be opened forever, twice a second.
+            let lasted = ended.welcomed && begun.elapsed() >= STEADY;
+            failures = if lasted { 0 } else { failures.saturating_add(1) };
             // A controller that only restarts is back before the second try.
             if failures >= SEARCH_AFTER || self.controllers.in_order().is_empty() {
                 let ca = self.identity.ca();
@@ -210,7 +216,7 @@ impl Session {
         let mut hello = wire::hello(&facts, &entries, &self.journal.progress().borrow());
         self.add_logs(&entries, &mut hello.executions).await;
         let hello = ConnectRequest { message: Some(connect_request::Message::Hello(hello)) };
-        if outbox.send(hello).await.is_err() {
+        if step::word("hello", self.journal.path()).is_err() || outbox.send(hello).await.is_err() {
             return Ended::before_welcome(SessionError::Stuck);
         }
         let mut client = AgentServiceClient::new(channel);
@@ -451,6 +457,7 @@ impl<'a> Open<'a> {
     }
 
     async fn send(&self, message: connect_request::Message) -> Result<(), SessionError> {
+        step::word(wire::word(&message), self.session.journal.path()).map_err(|_| SessionError::Stuck)?;
         let message = ConnectRequest { message: Some(message) };
         match tokio::time::timeout(SEND_TIMEOUT, self.outbox.send(message)).await {
             Ok(Ok(())) => Ok(()),

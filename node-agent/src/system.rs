@@ -453,7 +453,8 @@ pub trait System: Send + Sync + 'static {
         let kept = std::fs::read(&path).unwrap_or_default();
         let from = kept.len().saturating_sub(LOG_LENGTH);
         let text = [kept.get(from..).unwrap_or_default(), line.as_bytes(), b"\n"].concat();
-        if let Err(error) = std::fs::write(&path, text) {
+        let written = crate::step::at("log", &path, &text).and_then(|()| std::fs::write(&path, text));
+        if let Err(error) = written {
             tracing::warn!(error = %error, "log not kept on the card");
         }
     }

@@ -11,10 +11,12 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::BootError;
+use crate::{durable, step};
 
 /// Overwrites the old contents with one write: the file keeps its sectors, its folder entry and its length.
 pub(super) fn write_in_place(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
     let write = || {
+        step::at("write in place", path, bytes)?;
         // O_SYNC and no truncation: the firmware finds the old text or the new one after a power cut, never an empty
         // file.
         let flags = i32::try_from(OFlags::SYNC.bits()).unwrap_or_default();
@@ -44,7 +46,7 @@ pub(super) fn json(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, BootE
 
 /// Parses a file. `None`: it is missing or torn.
 pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, BootError> {
-    match std::fs::read(path) {
+    match durable::read(path) {
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
         Err(error) if matches!(error.kind(), ErrorKind::NotFound) => Ok(None),
         Err(error) => Err(BootError::io("read", path)(error)),
@@ -53,7 +55,7 @@ pub(super) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<O
 
 /// A file's bytes. `None`: it is missing.
 pub(super) fn read_whole(path: &Path) -> Result<Option<Vec<u8>>, BootError> {
-    match std::fs::read(path) {
+    match durable::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(BootError::io("read", path)(error)),
@@ -64,6 +66,7 @@ pub(super) fn read_whole(path: &Path) -> Result<Option<Vec<u8>>, BootError> {
 /// may leave it torn. Readers treat a torn file as missing.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
     let write = || {
+        step::at("write", path, bytes)?;
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         std::io::Write::write_all(&mut file, bytes)?;
         file.sync_all()?;
@@ -87,7 +90,7 @@ fn check_written(path: &Path, bytes: &[u8]) -> Result<(), BootError> {
 
 /// Removes a file. Does nothing if it is missing.
 pub(super) fn remove_file(path: &Path) -> Result<(), BootError> {
-    match std::fs::remove_file(path) {
+    match durable::remove(path) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(BootError::io("remove", path)(error)),
         _ => Ok(()),
     }
@@ -95,6 +98,7 @@ pub(super) fn remove_file(path: &Path) -> Result<(), BootError> {
 
 /// A file's bytes on the card, past the page cache. `None`: it is missing.
 pub(crate) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
+    step::read(path)?;
     let mut file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         opened => opened?,
@@ -107,6 +111,7 @@ pub(crate) fn read_from_card(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
 
 /// SHA-256 of a file on the card, past the page cache.
 pub(super) fn sha256_of_card(path: &Path) -> std::io::Result<String> {
+    step::read(path)?;
     let mut file = File::open(path)?;
     rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
     let (mut digest, mut buffer) = (Sha256::new(), vec![0; 64 * 1024]);

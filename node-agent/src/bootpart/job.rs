@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::durable;
+
 use super::{BootError, BootPart, Prefix, file, read_json, write_json};
 
 /// Job of an installer.
@@ -90,7 +92,7 @@ impl BootPart {
         let _lock = self.lock()?;
         let Some(job) = self.read_job()?.filter(|job| job.execution == execution) else { return Ok(()) };
         let path = self.job_file();
-        let text = std::fs::read(&path).map_err(BootError::io("read", &path))?;
+        let text = durable::read(&path).map_err(BootError::io("read", &path))?;
         // Other parts of the file may be of a newer agent, and stay as they are.
         let (before, after) = (format!("\"trials\": {}", job.trials), format!("\"trials\": {trials}"));
         let text = match String::from_utf8_lossy(&text).split(&before).collect::<Vec<_>>().as_slice() {

@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 use super::{CALLED_OFF_ON_NODE, Executor, StepError};
 use crate::cause::chain;
 use crate::job::{Failure, Notice, phase};
-use crate::system::{Down, Standing};
+use crate::step;
+use crate::system::{Down, Standing, SystemError};
 
 /// Interval at which the announcement is checked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -36,7 +37,11 @@ impl Executor {
         }
         // Taken before the announcement, which then never ends earlier than the notice.
         let end = Instant::now() + notice.delay;
-        let stands = self.system.announce(down, notice.delay, &notice.message).await.unwrap_or_else(|error| {
+        let announced = match step::at("announce", &self.system.state_dir(), &[]) {
+            Ok(()) => self.system.announce(down, notice.delay, &notice.message).await,
+            Err(error) => Err(SystemError::io("announce it on", self.system.root())(error)),
+        };
+        let stands = announced.unwrap_or_else(|error| {
             // Without a user or a writable terminal the node still does its work.
             tracing::warn!(execution, error = %chain(&error), "users could not be warned");
             false
@@ -68,7 +73,11 @@ impl Executor {
 
     /// Withdraws the agent's own announcement; another user's shutdown stays.
     pub(super) async fn withdraw(&self, execution: &str) {
-        if let Err(error) = self.system.withdraw().await {
+        let withdrawn = match step::at("withdraw", &self.system.state_dir(), &[]) {
+            Ok(()) => self.system.withdraw().await,
+            Err(error) => Err(SystemError::io("withdraw from", self.system.root())(error)),
+        };
+        if let Err(error) = withdrawn {
             tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");
         }
     }

@@ -16,6 +16,7 @@ use crate::durable;
 use crate::install;
 use crate::job::{Artifact, Failure, Kind, Mode, Update, phase};
 use crate::journal::{self, Entry, Progress, Verdict};
+use crate::step;
 use crate::system::{Erase, Refusal};
 
 /// Name of the folder of downloads beside the journal.
@@ -254,7 +255,7 @@ impl Executor {
                 tracing::warn!(error = %error, "supervisor of a trial left in the root");
             }
             recovery.forget_going_back()?;
-            if downloads.exists() {
+            if downloads.exists() && step::at("remove", &downloads, &[]).is_ok() {
                 let _ = std::fs::remove_dir_all(&downloads);
             }
             // Leftovers of an installer's download take room from the next set.
@@ -332,7 +333,7 @@ impl std::io::Write for Hashing<'_> {
 
 /// Removes a file that is no longer needed. Best effort: one that stays does no harm.
 fn remove(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path)
+    if let Err(error) = durable::remove(path)
         && error.kind() != std::io::ErrorKind::NotFound
     {
         tracing::debug!(file = %path.display(), error = %error, "file not removed");

@@ -77,7 +77,7 @@ pub(super) fn install(root: &Rooted, program: &Path) -> Result<bool> {
 pub(super) fn identify(root: &Rooted, identity_dir: &Path) -> Result<()> {
     // These only: the folder may also hold a log and a journal of the installer.
     for (name, mode) in FILES {
-        match std::fs::read(identity_dir.join(name)) {
+        match crate::durable::read(&identity_dir.join(name)) {
             Ok(bytes) => root.write(Path::new(super::STATE_DIR).join(name), &bytes, mode)?,
             // The node never learnt it, for example the time.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -43,7 +43,7 @@ impl Keep {
         job: &InstallJob,
     ) -> std::result::Result<Self, super::InstallError> {
         let path = part.keep_file();
-        let saved = std::fs::read(&path).ok().and_then(|bytes| Self::parse(&bytes));
+        let saved = crate::durable::read(&path).ok().and_then(|bytes| Self::parse(&bytes));
         if let Some(saved) = saved.clone().filter(|saved| saved.execution == job.execution) {
             return Ok(saved);
         }

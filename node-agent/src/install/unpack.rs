@@ -59,6 +59,7 @@ pub(super) async fn unpack(
             Destination::Card(card) => return whole::write(blocks, &card).map(Some),
         };
         let disk = |error| InstallError::disk("write to the card")(error);
+        crate::step::at("unpack", &root, &[]).map_err(disk)?;
         let mut write_back = WriteBack::of_folder(&root).map_err(disk)?;
         let summary = marco_archive::unpack_tar(blocks, &root, &mut |bytes| write_back.unpacked(bytes))?;
         if summary.not_restored > 0 {

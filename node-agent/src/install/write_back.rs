@@ -8,6 +8,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::step;
+
 /// Bytes after which the card is told to write.
 const STEP: u64 = 16 << 20;
 /// Most bytes that are unpacked and not on the card: seconds of work for a slow card.
@@ -37,9 +39,12 @@ impl Shared {
 impl WriteBack {
     /// Starts for the file system that holds this folder.
     pub(super) fn of_folder(folder: &Path) -> Result<Self> {
-        let folder = File::open(folder)?;
+        let (path, folder) = (folder.to_owned(), File::open(folder)?);
         // Not `sync_file_range`: it does not reach metadata, and small files are most of a root.
-        Self::start(move || Ok(rustix::fs::syncfs(&folder)?))
+        Self::start(move || {
+            step::at("sync", &path, &[])?;
+            Ok(rustix::fs::syncfs(&folder)?)
+        })
     }
 
     /// Starts a thread that calls `sync` on request.

@@ -48,7 +48,7 @@ pub(super) fn encode(path: &Path, entries: &Entries, loss: Option<&Loss>) -> Res
 
 /// `None`: there is no such file. Contents that are not a journal are an error of kind `InvalidData`.
 pub(super) fn read(path: &Path) -> io::Result<Option<Contents>> {
-    let contents = match std::fs::read(path) {
+    let contents = match durable::read(path) {
         Ok(contents) => contents,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
@@ -121,6 +121,7 @@ fn set_aside(path: &Path) -> io::Result<PathBuf> {
     for number in 1..=u32::MAX {
         let aside = path.with_file_name(format!("{FILE_NAME}.bad-{number}"));
         if !aside.try_exists()? {
+            crate::step::at("set aside", path, &[])?;
             std::fs::rename(path, &aside)?;
             return Ok(aside);
         }

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use crate::bootpart::{BootError, BootPart, DefaultBoot};
 use crate::cause::chain;
-use crate::system::{self, Board, Down, Force, Reboot, System};
+use crate::step;
+use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
 
 /// Waits for `after`, and then starts the old system if this is an installer on a trial boot. Pends forever otherwise,
 /// and if the machine stays up: an installer on a card without another system goes on trying.
@@ -17,7 +18,11 @@ pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, a
         system.keep_line(why);
         note(system, board).await;
         // Plain: the default is the old system, and a trial boot would start the installer again.
-        if let Err(error) = system.reboot(Reboot::Plain, None, "").await {
+        let ordered = match step::at("go back", &system.state_dir(), &[]) {
+            Ok(()) => system.reboot(Reboot::Plain, None, "").await,
+            Err(error) => Err(SystemError::io("restart", system.root())(error)),
+        };
+        if let Err(error) = ordered {
             tracing::error!(error = %chain(&error), "machine does not restart, forced");
             if let Err(error) = system.force(Down::Reboot, Reboot::Plain, Force::Everything, None).await {
                 tracing::error!(error = %chain(&error), "machine does not restart");

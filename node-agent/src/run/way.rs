@@ -110,7 +110,7 @@ impl LastGood {
     const FILE: &str = "controllers.json";
 
     fn read(system: &dyn System) -> Option<Self> {
-        let contents = std::fs::read(system.identity_dir().join(Self::FILE)).ok()?;
+        let contents = durable::read(&system.identity_dir().join(Self::FILE)).ok()?;
         serde_json::from_slice(&contents).ok()
     }
 

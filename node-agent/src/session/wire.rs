@@ -7,7 +7,7 @@ use marco_proto::v1::execution::State as WireState;
 use marco_proto::v1::verdict::Decision;
 use marco_proto::v1::{
     Ack, Assign, CardLayout, ExecutionError, Hello, NodeCondition, NodeMode, Release, Report, System,
-    Update as WireUpdate, UpdateRefusal, Verdict, assign, node_condition,
+    Update as WireUpdate, UpdateRefusal, Verdict, assign, connect_request, node_condition,
 };
 
 use super::{Layout, Node};
@@ -244,4 +244,15 @@ pub(super) fn duration(duration: Option<&prost_types::Duration>) -> Option<Durat
 /// Microseconds since 1970.
 pub(super) fn micros(time: &prost_types::Timestamp) -> i64 {
     time.seconds.saturating_mul(1_000_000).saturating_add(i64::from(time.nanos) / 1000)
+}
+
+/// The word for a message in the steps of a test.
+pub(super) fn word(message: &connect_request::Message) -> &'static str {
+    match message {
+        connect_request::Message::Hello(_) => "hello",
+        connect_request::Message::Report(_) => "report",
+        connect_request::Message::Status(_) => "status",
+        connect_request::Message::Leaving(_) => "leaving",
+        connect_request::Message::NotHeld(_) => "not held",
+    }
 }

@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::step;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags};
 
 /// Largest file that is read whole, in bytes.
@@ -129,6 +130,7 @@ impl Rooted {
 
     /// Creates an empty file, open for writing, in place of any file or link of that name.
     pub fn create(&self, path: impl AsRef<Path>, mode: u32) -> Result<File> {
+        step::below("write", &self.0, path.as_ref(), &[])?;
         self.remove(path.as_ref())?;
         let (folder, name) = self.parent(path.as_ref())?;
         // O_EXCL never follows a link, whatever appears after the removal.
@@ -162,6 +164,7 @@ impl Rooted {
     /// Replaces any file or link of that name atomically, synced to the disk.
     pub fn write(&self, path: impl AsRef<Path>, bytes: &[u8], mode: u32) -> Result<()> {
         let path = path.as_ref();
+        step::below("replace", &self.0, path, bytes)?;
         let (folder, name) = self.parent(path)?;
         let mut temporary = OsString::from(".marco-");
         temporary.push(name);
@@ -178,6 +181,7 @@ impl Rooted {
 
     /// Creates a symbolic link in place of any file or link of that name.
     pub fn link(&self, path: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<()> {
+        step::below("link", &self.0, path.as_ref(), &[])?;
         self.remove(path.as_ref())?;
         let (folder, name) = self.parent(path.as_ref())?;
         Ok(rustix::fs::symlinkat(to.as_ref(), &folder, name)?)
@@ -187,6 +191,7 @@ impl Rooted {
     pub fn remove(&self, path: impl AsRef<Path>) -> Result<()> {
         let path = path.as_ref();
         let Some(name) = path.file_name() else { return Ok(()) };
+        step::below("remove", &self.0, path, &[])?;
         let removed = self
             .at(path.parent().unwrap_or(Path::new("")), OFlags::DIRECTORY)
             .and_then(|folder| Ok(rustix::fs::unlinkat(&folder, name, AtFlags::empty())?));

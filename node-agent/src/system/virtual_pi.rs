@@ -27,6 +27,7 @@ use state::{Going, Power, State, Up};
 use crate::bootpart::BootPart;
 use crate::health::{Ailment, Condition};
 use crate::settings::Settings;
+use crate::step;
 
 pub mod firmware;
 pub mod log;
@@ -407,7 +408,10 @@ impl System for VirtualPi {
             // The thread goes on if the job is dropped (a power cut), and so keeps the lease.
             let _held = held;
             let folders = [Some(&emptied.boot), root.then_some(&emptied.root), home.then_some(&emptied.home)];
-            folders.into_iter().flatten().try_for_each(|folder| tree::empty(folder))
+            folders.into_iter().flatten().try_for_each(|folder| {
+                step::at("format", folder, &[]).map_err(SystemError::io("format", folder))?;
+                tree::empty(folder)
+            })
         });
         job.await.map_err(|error| SystemError::Invalid(format!("emptying the card did not end: {error}")))??;
         let device = |number| format!("PARTUUID={}-{number:02}", tree::disk_id(&self.id));
@@ -429,6 +433,7 @@ impl System for VirtualPi {
         // `agent`.
         let job = tokio::task::spawn_blocking(move || {
             tree::copy_identity(&from, &to)?;
+            step::at("sync", &target.root, &[]).map_err(SystemError::io("sync", &target.root))?;
             let folder = std::fs::File::open(&target.root).map_err(SystemError::io("open", &target.root))?;
             rustix::fs::syncfs(&folder).map_err(|error| SystemError::io("sync", &target.root)(error.into()))
         });

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::{BEGIN, END};
 use crate::bootpart::read_from_card;
-use crate::supervise;
+use crate::{step, supervise};
 
 /// Largest file that is searched, in bytes. The firmware reads a line of a few KiB, and no device tree holds the words.
 const LARGEST: u64 = 64 * 1024;
@@ -46,9 +46,10 @@ pub(super) fn remove_from(file: &Path) -> io::Result<bool> {
     let opened = OpenOptions::new().write(true).open(file)?;
     while let Some(range) = parameters(&text) {
         let offset = u64::try_from(range.start).map_err(Error::other)?;
-        let Some(words) = text.get_mut(range) else { break };
+        let Some(words) = text.get_mut(range.clone()) else { break };
         words.fill(b' ');
-        opened.write_all_at(words, offset)?;
+        step::at("write in place", file, &text)?;
+        opened.write_all_at(text.get(range).unwrap_or_default(), offset)?;
     }
     opened.sync_all()?;
     // A card may acknowledge a write that it has not kept.
