@@ -120,15 +120,6 @@ pub(crate) fn singles(points: &[(Point, bool)]) -> Vec<Plan> {
     points.iter().enumerate().flat_map(faults_at).collect()
 }
 
-/// The share `turn` of `of` of these plans, in no order: each share has faults of all kinds at steps of all kinds.
-pub(crate) fn share(plans: Vec<Plan>, turn: u64, of: u64) -> Vec<Plan> {
-    let mine = |plan: &Plan| {
-        let name = described(plan);
-        name.bytes().fold(0, |sum: u64, byte| mix(sum ^ u64::from(byte))) % of.max(1) == turn % of.max(1)
-    };
-    plans.into_iter().filter(mine).collect()
-}
-
 /// The text of a plan, by which it is played again.
 pub(crate) fn described(plan: &Plan) -> String {
     plan.iter().map(|(point, fault)| format!("{fault:?} at {point}")).collect::<Vec<_>>().join(AND)
@@ -196,12 +187,4 @@ fn plan_is_read_from_its_text() {
         assert_eq!(read(&described(&plan)), Some(plan));
     }
     assert_eq!(read("Kill at nothing"), None);
-}
-
-#[test]
-fn shares_are_the_whole() {
-    let points = [(Point { name: "replace journal.json".to_owned(), number: 1 }, true)];
-    let all = singles(&points);
-    let parts: usize = (0..7).map(|turn| share(all.clone(), turn, 7).len()).sum();
-    assert_eq!(parts, all.len());
 }

@@ -120,7 +120,7 @@ async fn run(template: &Template, plan: Plan, time: VirtualTime) -> Result<Outco
         seen: 0,
     };
     run.world.power(recorder, None)?;
-    let told = run.to_the_end().await;
+    let told = run.until_its_end().await;
     let unplugged = run.world.unplug().await;
     told?;
     unplugged?;
@@ -128,7 +128,7 @@ async fn run(template: &Template, plan: Plan, time: VirtualTime) -> Result<Outco
 }
 
 impl Run {
-    async fn to_the_end(&mut self) -> Result<()> {
+    async fn until_its_end(&mut self) -> Result<()> {
         self.settle().await.context("first")?;
         checks::end(self).await.context("at the first end")?;
         // What the end is worth shows at the next boot, with a card that works again.

@@ -191,8 +191,8 @@ impl World {
     fn check_nodes(&self) -> Outcome {
         // An agent of protocol 1 does not notice an older copy of its journal. Of what both the journal and a restored
         // database have lost, nobody knows.
-        let remembers = |pi: &&Pi| !(pi.torn.ever && pi.protocol == 1) && !pi.torn.before_a_restore;
-        for pi in self.pis.iter().filter(remembers) {
+        let forgets = |pi: &Pi| pi.torn.before_a_restore || (pi.torn.ever && pi.protocol == 1);
+        for pi in self.pis.iter().filter(|pi| !forgets(pi)) {
             let mut seen = BTreeSet::new();
             if let Some((id, _)) = pi.log.iter().find(|(id, _)| !seen.insert(id)) {
                 return Err(format!("{id} was done twice: {:?}", pi.log));
