@@ -167,10 +167,14 @@ async fn a_node_that_was_off_for_months_comes_back_by_itself_whatever_its_clock_
         })
         .await?;
         assert_eq!((node.state(), node.pending_keys.len()), (node::State::Approved, 0));
-        // The node has a new key, and the previous one is deleted.
-        let key = NodeKey::read(&fleet.pi(&id).path("agent/node.key"))?;
-        assert_eq!(key.fingerprint(), node.key_sha256, "{number}");
-        assert!(!fleet.pi(&id).path("agent/next.key").exists());
+        // The node has a new key, and the previous one is deleted, once it has heard the Welcome of this session.
+        let folder = fleet.pi(&id).path("agent");
+        wait_until(seconds(30), "its new key is its only one", async || {
+            let key = NodeKey::read(&folder.join("node.key"))?;
+            let is_only = key.fingerprint() == node.key_sha256 && !folder.join("next.key").exists();
+            Ok(is_only.then_some(()))
+        })
+        .await?;
     }
     let renewals = events(&fleet, AuditFilter { method: "RenewCertificate".to_owned(), ..AuditFilter::default() });
     let renewals = renewals.await?;
