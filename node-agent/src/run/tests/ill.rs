@@ -9,7 +9,8 @@ use crate::bootpart::{BootPart, DefaultBoot};
 use crate::system::Board;
 
 impl Fleet {
-    /// Boots the Pi again, with what was done to its card.
+    /// Boots the Pi again, with what was done to its card. The caller holds the session before: without it the agent of
+    /// the boot before could open this one.
     async fn after_a_power_cut(&mut self) -> (TestSession, Hello) {
         std::fs::write(self.pi().join("power-cut"), "").unwrap();
         tokio::time::timeout(DEADLINE, self.session()).await.expect("it does not connect")
@@ -28,7 +29,7 @@ fn ails(hello: &Hello) -> Vec<Type> {
 #[tokio::test]
 async fn node_whose_journal_cannot_be_opened_connects_and_takes_no_work() {
     let mut fleet = Fleet::with_token().await;
-    fleet.session().await;
+    let _first = fleet.session().await;
     let journal = fleet.pi().join("root/var/lib/marco-agent/journal.json");
     std::fs::remove_file(&journal).unwrap();
     std::fs::create_dir(&journal).unwrap();
@@ -44,7 +45,7 @@ async fn node_whose_journal_cannot_be_opened_connects_and_takes_no_work() {
 #[tokio::test]
 async fn installer_whose_journal_cannot_be_opened_connects() {
     let mut fleet = Fleet::with_token().await;
-    fleet.session().await;
+    let _first = fleet.session().await;
     fleet.installer_boots();
     std::fs::create_dir(fleet.pi().join("recovery/marco/journal.json")).unwrap();
     let (_session, hello) = fleet.after_a_power_cut().await;
@@ -56,7 +57,7 @@ async fn installer_whose_journal_cannot_be_opened_connects() {
 #[tokio::test]
 async fn update_beside_wrong_settings_is_refused_before_anything_is_armed() {
     let mut fleet = Fleet::with_token().await;
-    fleet.session().await;
+    let _first = fleet.session().await;
     let wrong = "[root]\ntype = \"ntfs\"\n";
     std::fs::write(fleet.pi().join("recovery/marco/install.toml"), wrong).unwrap();
     let (mut session, hello) = fleet.after_a_power_cut().await;
@@ -78,7 +79,7 @@ async fn update_beside_wrong_settings_is_refused_before_anything_is_armed() {
 #[tokio::test]
 async fn installer_that_boots_by_default_never_goes_back() {
     let mut fleet = Fleet::with_token().await;
-    fleet.session().await;
+    let _first = fleet.session().await;
     fleet.installer_boots();
     // With this line the card looks like a stock one, which has nothing but its own system.
     let config = fleet.pi().join("recovery/config.txt");
