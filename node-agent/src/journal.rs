@@ -160,6 +160,11 @@ impl Journal {
         journal
     }
 
+    /// The journal's file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The jobs as they are on the disk.
     pub fn entries(&self) -> Arc<Entries> {
         self.entries.borrow().clone()

@@ -233,7 +233,7 @@ impl Session {
             () = stop.cancelled() => return Ended { welcomed: false, stay_away: Duration::ZERO, error: None },
             opened = tokio::time::timeout(WELCOME_TIMEOUT, opening) => opened,
         };
-        let (welcome, answers) = match opened {
+        let (mut welcome, answers) = match opened {
             Ok(Ok(Ok(opened))) => opened,
             Ok(Ok(Err(goodbye))) => {
                 tracing::info!(address, reason = %goodbye.reason, "controller says good-bye");
@@ -244,7 +244,8 @@ impl Session {
             Err(_) => return Ended::before_welcome(SessionError::NoWelcome),
         };
         // A controller that predates the field speaks the first version.
-        let protocol = welcome.protocol_version.max(FIRST_PROTOCOL);
+        welcome.protocol_version = welcome.protocol_version.max(FIRST_PROTOCOL);
+        let protocol = welcome.protocol_version;
         if !SERVED_PROTOCOLS.contains(&protocol) {
             return Ended::before_welcome(SessionError::OtherProtocol(protocol));
         }
@@ -256,7 +257,7 @@ impl Session {
         self.controllers.learn(address, &welcome.controllers);
         self.labels.send_replace(Some(welcome.labels.clone().into_iter().collect()));
         tracing::info!(address, session = %welcome.session, held = welcome.held, protocol, "session open");
-        let mut open = Open::new(self, outbox, refusal, health, (protocol, &welcome));
+        let mut open = Open::new(self, outbox, refusal, health, &welcome);
         let (stay_away, error) = match open.serve(answers, stop).await {
             Ok(stay_away) => (stay_away, None),
             Err(error) => (Duration::ZERO, Some(error)),
@@ -301,12 +302,12 @@ impl<'a> Open<'a> {
         outbox: mpsc::Sender<ConnectRequest>,
         refusal: watch::Receiver<Option<Refusal>>,
         health: watch::Receiver<Vec<Condition>>,
-        (protocol, welcome): (u32, &Welcome),
+        welcome: &Welcome,
     ) -> Self {
         let asked = wire::duration(welcome.progress_interval.as_ref()).filter(|interval| !interval.is_zero());
         Self {
             session,
-            protocol,
+            protocol: welcome.protocol_version,
             outbox,
             refusal,
             health,

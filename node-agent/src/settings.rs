@@ -14,17 +14,6 @@ pub const FILE: &str = "marco/install.toml";
 pub const FILE_SYSTEMS: [(&str, &str); 4] =
     [("ext4", "/sbin/mke2fs"), ("btrfs", "/sbin/mkfs.btrfs"), ("f2fs", "/sbin/mkfs.f2fs"), ("xfs", "/sbin/mkfs.xfs")];
 
-/// Sections of the file with their keys, and the only key outside of them.
-const SECTIONS: [(&str, &[&str]); 6] = [
-    ("boot", &["size", "mkfs_options"]),
-    ("root", &["size", "type", "mkfs_options"]),
-    ("home", &["size", "type", "mkfs_options"]),
-    ("network", &["interface", "address", "gateway", "dns"]),
-    ("failure", &["policy", "after"]),
-    ("trial", &["limit"]),
-];
-const LOG: &str = "log";
-
 /// Longest trial of a new system. With the restart it stays below 15 minutes. Longer than the wait for the controller's
 /// verdict, after which the new system goes back by itself.
 pub const TRIAL_LIMIT: Duration = Duration::from_secs(14 * 60);
@@ -167,13 +156,20 @@ impl Settings {
     /// Reads the text of a file. A key that is not known here is only warned of: a newer agent may have written it, and
     /// an older installer must still do its job.
     fn parse(text: &str) -> Result<Self, SettingsError> {
-        let wrong = |error: toml::de::Error| SettingsError::Wrong(error.to_string());
-        let table: toml::Table = toml::from_str(text).map_err(wrong)?;
-        let unknown = unknown(&table);
+        let (settings, unknown) = Self::with_unknown_keys(text)?;
         if !unknown.is_empty() {
             tracing::warn!(?unknown, "{FILE} has keys that are not known here");
         }
-        toml::from_str(text).map_err(wrong)
+        Ok(settings)
+    }
+
+    /// Reads the text of a file, and the keys in it that are not known here.
+    fn with_unknown_keys(text: &str) -> Result<(Self, Vec<String>), SettingsError> {
+        let wrong = |error: toml::de::Error| SettingsError::Wrong(error.to_string());
+        let mut unknown = Vec::new();
+        let document = toml::Deserializer::parse(text).map_err(wrong)?;
+        let settings = serde_ignored::deserialize(document, |key| unknown.push(key.to_string())).map_err(wrong)?;
+        Ok((settings, unknown))
     }
 
     /// Reads the file of this recovery partition; the defaults hold for a wrong one, with the error.
@@ -193,24 +189,6 @@ impl Settings {
             Err(error) => Err(SettingsError::Read(error)),
         }
     }
-}
-
-/// Keys of the file that are not known here, each with its section.
-fn unknown(table: &toml::Table) -> Vec<String> {
-    let mut found = Vec::new();
-    for (name, value) in table {
-        match (SECTIONS.iter().find(|(section, _)| section == name), value) {
-            (Some((_, known)), toml::Value::Table(keys)) => {
-                let unknown = keys.keys().filter(|key| !known.contains(&key.as_str()));
-                found.extend(unknown.map(|key| format!("{name}.{key}")));
-            }
-            // A section that is no table is an error, which names it.
-            (Some(_), _) => {}
-            (None, _) if name == LOG => {}
-            (None, _) => found.push(name.clone()),
-        }
-    }
-    found
 }
 
 /// Number of bytes: `512MiB`, `8GiB`, `1TiB`, `4096KiB`, or plain bytes. `M` equals `MiB`, and so on. `None`: not a
@@ -282,7 +260,7 @@ fn file_system<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::
 
 #[cfg(test)]
 mod tests {
-    use super::{Policy, SECTIONS, Settings, size, unknown};
+    use super::{Policy, Settings, size};
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
@@ -314,9 +292,8 @@ mod tests {
     fn file_of_a_newer_agent_is_read() {
         let text = "log = \"debug\"\nspeed = 1\n[boot]\nsize = \"1GiB\"\nquiet = true\n[trial]\nlimit = \"5m\"\nhow = \"x\"\n\
                     [next]\nkey = 1\n";
-        let read = Settings::parse(text).unwrap();
+        let (read, mut unknown) = Settings::with_unknown_keys(text).unwrap();
         assert_eq!((read.boot.size, read.trial.limit.as_secs()), (1 << 30, 300));
-        let mut unknown = unknown(&toml::from_str(text).unwrap());
         unknown.sort();
         assert_eq!(unknown, ["boot.quiet", "next", "speed", "trial.how"]);
     }
@@ -331,12 +308,8 @@ mod tests {
             .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line))
             .map(|line| format!("{line}\n"))
             .collect();
-        let all = Settings::parse(&keys).unwrap();
-        let written: toml::Table = toml::from_str(&keys).unwrap();
-        assert_eq!(unknown(&written), [""; 0]);
-        for (section, keys) in SECTIONS {
-            assert_eq!(written[section].as_table().unwrap().len(), keys.len(), "{section}");
-        }
+        let (all, unknown) = Settings::with_unknown_keys(&keys).unwrap();
+        assert_eq!(unknown, [""; 0]);
         assert_eq!((all.boot.size, all.root.size), (1 << 30, Some(16 << 30)));
         assert!(all.home.size.is_some() && !all.root.mkfs_options.is_empty() && all.root.kind != "ext4");
         assert!(!all.boot.mkfs_options.is_empty() && !all.home.mkfs_options.is_empty());

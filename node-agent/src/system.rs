@@ -13,6 +13,8 @@ use marco_archive::disk::Needs;
 mod ailing;
 pub(crate) mod command;
 mod disk;
+pub(crate) mod drivers;
+mod effect;
 pub mod facts;
 pub mod host;
 pub mod installer;
@@ -26,6 +28,7 @@ pub(crate) use disk::{make_read_only, make_writable};
 
 use crate::health::Condition;
 pub(crate) use ailing::{SETTINGS_WRONG, ailing_disk, check_settings, wrong_settings};
+pub(crate) use effect::effect;
 pub use facts::{Board, Facts, Layout, SystemFacts};
 pub use release::Release;
 use rooted::Rooted;

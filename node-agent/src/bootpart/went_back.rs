@@ -3,9 +3,26 @@
 
 use std::path::PathBuf;
 
-use super::{BootError, BootPart, remove_file, write_whole};
+use super::{BootError, BootPart, DefaultBoot, remove_file, write_whole};
+use crate::durable;
+use crate::system::Booted;
 
 impl BootPart {
+    /// Returns true if a plain restart of this installer leads to the old system. The card's files alone do not tell: an
+    /// owner's line in `config.txt`, or firmware that reads them otherwise, would restart the installer forever.
+    pub fn can_go_back(&self, booted: Option<Booted>, boot_id: &str) -> Result<bool, BootError> {
+        // The same boot without the argument of a trial leads here again.
+        let by_default = booted.is_some_and(|booted| !booted.tryboot);
+        if by_default || self.default_boot()? == DefaultBoot::Installer {
+            return Ok(false);
+        }
+        let went_back = self.went_back(boot_id);
+        if went_back {
+            tracing::error!("installer went back to the old system and came up again: it stays");
+        }
+        Ok(!went_back)
+    }
+
     /// Notes under which boot, and for which job, the installer goes back.
     pub fn note_going_back(&self, boot_id: &str) -> Result<(), BootError> {
         let _lock = self.lock()?;
@@ -14,8 +31,8 @@ impl BootPart {
 
     /// Returns true if an installer went back for the same job under another boot, and no running system has tidied the
     /// card since. Under the same boot it was only killed before it went.
-    pub fn went_back(&self, boot_id: &str) -> bool {
-        let Ok(text) = std::fs::read_to_string(self.mark()) else { return false };
+    fn went_back(&self, boot_id: &str) -> bool {
+        let Ok(text) = durable::read_text(&self.mark()) else { return false };
         let job = |text: &str| text.lines().next().map(str::to_owned);
         text != self.went_back_as(boot_id) && job(&text) == job(&self.went_back_as(boot_id))
     }

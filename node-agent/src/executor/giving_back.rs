@@ -31,21 +31,15 @@ impl Executor {
         self.mode() == Mode::Installer && entry.accept_boot_id != self.boot_id && self.can_go_back().await
     }
 
-    /// Returns true if a plain restart of this installer leads to the old system. The card's files alone do not tell:
-    /// an owner's line in `config.txt`, or a firmware that reads them otherwise, would restart the installer forever.
+    /// Returns true if a plain restart of this installer leads to the old system. Not from a card that cannot be read.
     async fn can_go_back(&self) -> bool {
-        // The same boot without the argument of a trial leads here again.
-        let by_default = self.system.booted().is_some_and(|booted| !booted.tryboot);
-        if by_default || self.installer_boots().await {
-            return false;
+        let (booted, boot_id) = (self.system.booted(), self.boot_id.clone());
+        let Some(recovery) = self.recovery() else { return booted.is_none_or(|booted| booted.tryboot) };
+        let found = off_runtime(move || Ok(recovery.can_go_back(booted, &boot_id)?)).await;
+        if let Err(error) = &found {
+            tracing::warn!(error = %chain(error), "cannot read what boots by default");
         }
-        let Some(recovery) = self.recovery() else { return true };
-        let boot_id = self.boot_id.clone();
-        let went_back = off_runtime(move || Ok(recovery.went_back(&boot_id))).await.unwrap_or(false);
-        if went_back {
-            tracing::error!("installer went back to the old system and came up again: it stays");
-        }
-        !went_back
+        found.unwrap_or(false)
     }
 
     /// Marks the card before the installer goes back. Without the mark it goes, too: the old system is whole.

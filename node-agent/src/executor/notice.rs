@@ -8,8 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::{CALLED_OFF_ON_NODE, Executor, StepError};
 use crate::cause::chain;
 use crate::job::{Failure, Notice, phase};
-use crate::step;
-use crate::system::{Down, Standing, SystemError};
+use crate::system::{Down, Standing, effect};
 
 /// Interval at which the announcement is checked.
 const LOOK: Duration = Duration::from_secs(1);
@@ -37,11 +36,11 @@ impl Executor {
         }
         // Taken before the announcement, which then never ends earlier than the notice.
         let end = Instant::now() + notice.delay;
-        let announced = match step::at("announce", &self.system.state_dir(), &[]) {
-            Ok(()) => self.system.announce(down, notice.delay, &notice.message).await,
-            Err(error) => Err(SystemError::io("announce it on", self.system.root())(error)),
+        let announced = async {
+            effect(self.system.as_ref(), "announce")?;
+            self.system.announce(down, notice.delay, &notice.message).await
         };
-        let stands = announced.unwrap_or_else(|error| {
+        let stands = announced.await.unwrap_or_else(|error| {
             // Without a user or a writable terminal the node still does its work.
             tracing::warn!(execution, error = %chain(&error), "users could not be warned");
             false
@@ -73,11 +72,11 @@ impl Executor {
 
     /// Withdraws the agent's own announcement; another user's shutdown stays.
     pub(super) async fn withdraw(&self, execution: &str) {
-        let withdrawn = match step::at("withdraw", &self.system.state_dir(), &[]) {
-            Ok(()) => self.system.withdraw().await,
-            Err(error) => Err(SystemError::io("withdraw from", self.system.root())(error)),
+        let withdrawn = async {
+            effect(self.system.as_ref(), "withdraw")?;
+            self.system.withdraw().await
         };
-        if let Err(error) = withdrawn {
+        if let Err(error) = withdrawn.await {
             tracing::warn!(execution, error = %chain(&error), "users could not be told that it was called off");
         }
     }

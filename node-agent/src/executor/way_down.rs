@@ -4,8 +4,7 @@ use super::{DID_NOT_REBOOT, Executor, StepError};
 use crate::cause::chain;
 use crate::job::{self, Action, Failure, phase};
 use crate::journal::Entry;
-use crate::step;
-use crate::system::{Down, Force, Reboot, SystemError};
+use crate::system::{Down, Force, Reboot, effect};
 
 /// Commands to go down, each stronger than the one before, until the job fails.
 const MAX_COMMANDS: u32 = 3;
@@ -70,15 +69,16 @@ impl Executor {
             };
             // Before the command: the agent may be told to end before the command returns, and must say `Leaving`.
             self.journal.set_powering_off(way == WayDown::PowerOff);
-            let ready = step::at(way.phase(command), &self.system.state_dir(), &[]);
-            let issued = match (command, down, ready.map_err(SystemError::io("restart", self.system.root()))) {
-                (_, _, Err(error)) => Err(error),
-                (1, Down::Reboot, _) => self.system.reboot(how, execution, message).await,
-                (1, Down::PowerOff, _) => self.system.power_off(execution, message).await,
-                (2, _, _) => self.system.force(down, how, Force::Services, execution).await,
-                _ => self.system.force(down, how, Force::Everything, execution).await,
+            let issued = async {
+                effect(self.system.as_ref(), way.phase(command))?;
+                match (command, down) {
+                    (1, Down::Reboot) => self.system.reboot(how, execution, message).await,
+                    (1, Down::PowerOff) => self.system.power_off(execution, message).await,
+                    (2, _) => self.system.force(down, how, Force::Services, execution).await,
+                    _ => self.system.force(down, how, Force::Everything, execution).await,
+                }
             };
-            if let Err(error) = issued {
+            if let Err(error) = issued.await {
                 // The command had no effect: an agent that ends now must not claim a power-off.
                 self.journal.set_powering_off(false);
                 tracing::error!(execution, error = %chain(&error), "command to go down failed");

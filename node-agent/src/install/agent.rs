@@ -116,12 +116,12 @@ fn built(mut program: File) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use crate::install::agent::elf::tests::header;
     use std::fs;
     use std::os::unix::fs::PermissionsExt as _;
 
     use tempfile::TempDir;
 
+    use super::elf::tests::header;
     use super::{PROGRAM, identify, install};
     use crate::system::rooted::Rooted;
 

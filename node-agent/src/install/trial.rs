@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::agent::elf;
 use crate::supervise;
+use crate::system::drivers;
 use crate::system::rooted::{Kind, Rooted};
 
 mod end;
@@ -30,9 +31,6 @@ const OPEN_TIMEOUT: u64 = 600;
 const KEEP_ARMED: &str = "watchdog_disarm=0";
 /// Seconds that the firmware gives the kernel to take over the watchdog. Longer ones do not fit into its counter.
 const FIRMWARE_TIMEOUT: u64 = 15;
-/// Folder of the kernels' modules, and the driver of a Pi's watchdog.
-const MODULES: &str = "lib/modules";
-const DRIVER: &str = "bcm2835_wdt.ko";
 
 /// Supervision of a new system's trial.
 #[derive(Debug, Clone)]
@@ -107,11 +105,15 @@ pub(crate) fn remove_supervisor(root: &Path) -> io::Result<()> {
 /// loads the watchdog's driver as a module: it might not take over within the few seconds that the counter holds, and each
 /// trial would end by a reset.
 pub(super) fn firmware_lines(root: &Rooted) -> String {
-    let kernels = root.list(MODULES).unwrap_or_default();
+    let kernels = root.list(drivers::MODULES).unwrap_or_default();
     let kernels: Vec<_> = kernels.iter().filter(|(_, kind)| *kind == Kind::Folder).collect();
     let built_in = |name: &std::ffi::OsStr| {
-        let list = root.read(Path::new(MODULES).join(name).join("modules.builtin")).ok().flatten().unwrap_or_default();
-        String::from_utf8_lossy(&list).lines().any(|line| line.ends_with(DRIVER))
+        let list = root
+            .read(Path::new(drivers::MODULES).join(name).join(drivers::BUILT_IN))
+            .ok()
+            .flatten()
+            .unwrap_or_default();
+        drivers::has_watchdog(&String::from_utf8_lossy(&list))
     };
     if kernels.is_empty() || !kernels.iter().all(|(name, _)| built_in(name)) {
         return String::new();
@@ -125,9 +127,9 @@ mod tests {
     use std::time::Duration;
     use std::{fs, io};
 
+    use super::elf::tests::header;
     use super::end::remove_from;
     use super::{Supervision, firmware_lines, remove_supervisor};
-    use crate::install::agent::elf::tests::header;
     use crate::supervise::{PROGRAM, RECORD};
     use crate::system::rooted::Rooted;
 

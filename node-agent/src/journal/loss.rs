@@ -1,7 +1,6 @@
 //! A journal that was lost, or whose newest copy was. The node says so, since it may have done what the journal does not
 //! hold.
 
-use std::path::Path;
 use std::sync::PoisonError;
 
 use serde::{Deserialize, Serialize};
@@ -26,11 +25,6 @@ impl Loss {
 }
 
 impl Journal {
-    /// The journal's file.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub(super) fn loss(&self) -> Option<Loss> {
         self.loss.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use crate::bootpart::{BootError, BootPart, DefaultBoot};
+use crate::bootpart::BootPart;
 use crate::cause::chain;
-use crate::step;
-use crate::system::{self, Board, Down, Force, Reboot, System, SystemError};
+use crate::system::{self, Board, Down, Force, Reboot, System};
 
 /// Waits for `after`, and then starts the old system if this is an installer on a trial boot. Pends forever otherwise,
 /// and if the machine stays up: an installer on a card without another system goes on trying.
@@ -18,11 +17,11 @@ pub(super) async fn when_nobody_lets_it_in(system: &dyn System, board: &Board, a
         system.keep_line(why);
         note(system, board).await;
         // Plain: the default is the old system, and a trial boot would start the installer again.
-        let ordered = match step::at("go back", &system.state_dir(), &[]) {
-            Ok(()) => system.reboot(Reboot::Plain, None, "").await,
-            Err(error) => Err(SystemError::io("restart", system.root())(error)),
+        let ordered = async {
+            system::effect(system, "go back")?;
+            system.reboot(Reboot::Plain, None, "").await
         };
-        if let Err(error) = ordered {
+        if let Err(error) = ordered.await {
             tracing::error!(error = %chain(&error), "machine does not restart, forced");
             if let Err(error) = system.force(Down::Reboot, Reboot::Plain, Force::Everything, None).await {
                 tracing::error!(error = %chain(&error), "machine does not restart");
@@ -43,17 +42,13 @@ async fn note(system: &dyn System, board: &Board) {
     }
 }
 
-/// Returns true for an installer on a card that boots its old system by default. One that came up without a trial boot,
-/// or again after it went back, proves that the card does not do so, whatever its files say.
+/// Returns true for an installer that a plain restart leads to the old system.
 async fn has_old_system(system: &dyn System, board: &Board) -> bool {
     let Some(card) = system.card().filter(|_| system.mode() == system::Mode::Installer) else { return false };
-    if system.booted().is_some_and(|booted| !booted.tryboot) {
-        return false;
-    }
     let (part, boot_id) = (BootPart::new(card.recovery, board), system.boot_id().unwrap_or_default());
-    let found =
-        tokio::task::spawn_blocking(move || Ok::<_, BootError>((part.default_boot()?, part.went_back(&boot_id))));
-    matches!(found.await, Ok(Ok((DefaultBoot::System, false))))
+    let booted = system.booted();
+    let found = tokio::task::spawn_blocking(move || part.can_go_back(booted, &boot_id)).await;
+    matches!(found, Ok(Ok(true)))
 }
 
 #[cfg(test)]

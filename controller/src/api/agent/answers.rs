@@ -1,5 +1,6 @@
 //! Answers to reports: acknowledgements, verdicts and deliveries.
 
+use marco_proto::names::FIRST_PROTOCOL;
 use marco_proto::v1::connect_response;
 
 use super::{Ended, Session};
@@ -8,9 +9,6 @@ use crate::identity::peer_log::{cut, of_peer};
 use crate::operation::{ExecutionError, ExecutionState};
 use crate::sessions::{Command, End};
 use crate::store::{Assignment, ReportOutcome, ReportRow};
-
-/// First version of the protocol in which a verdict is a message of its own.
-const VERDICTS: u32 = 2;
 
 impl Session {
     /// Answers a report by its outcome, which is stored.
@@ -71,7 +69,7 @@ impl Session {
 
     /// Sends a verdict to an agent that knows them.
     async fn judge(&self, row: &ReportRow, refusal: Option<&ExecutionError>) -> Result<(), Ended> {
-        if self.protocol < VERDICTS {
+        if self.protocol == FIRST_PROTOCOL {
             return Ok(());
         }
         self.send(connect_response::Message::Verdict(convert::verdict(row, refusal))).await

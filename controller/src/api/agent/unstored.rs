@@ -173,7 +173,7 @@ mod tests {
             progress: mpsc::channel(1).0,
             node: NodeId::parse("pi-01").unwrap(),
             epoch: 1,
-            protocol: 2,
+            protocol: marco_proto::names::PROTOCOL_VERSION,
             out,
             blank: None,
             acked: Acked::default(),

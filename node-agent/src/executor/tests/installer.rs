@@ -141,14 +141,19 @@ async fn job_that_only_a_newer_installer_can_do_leads_back_to_the_old_system() {
     assert_job_is_lost(bench).await;
 }
 
-#[tokio::test]
-async fn installer_without_journal_and_job_leads_back_to_the_old_system() {
+/// An installer on a trial boot, without its journal and its job, that has given the machine back.
+async fn goes_back_without_a_job() -> Bench {
     let mut bench = on_trial_boot().await;
     bench.machine.patience = SHORT;
     std::fs::remove_file(job_file(&bench)).unwrap();
     std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
     let journal = bench.journal();
-    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    bench.run(&journal, async |_, machine| goes_down(machine).await).await
+}
+
+#[tokio::test]
+async fn installer_without_journal_and_job_leads_back_to_the_old_system() {
+    let bench = goes_back_without_a_job().await;
     assert_eq!(bench.machine.told().first().unwrap(), "reboot Plain idle");
     assert_eq!(given_back(bench).await.reason, "OLD_SYSTEM_CAME_BACK");
 }
@@ -324,12 +329,7 @@ async fn installer_whose_own_work_failed_leads_back_to_the_old_system() {
 
 #[tokio::test]
 async fn installer_that_comes_up_again_after_it_went_back_stays() {
-    let mut bench = on_trial_boot().await;
-    bench.machine.patience = SHORT;
-    std::fs::remove_file(job_file(&bench)).unwrap();
-    std::fs::write(bench.machine.state_dir().join(FILE_NAME), "").unwrap();
-    let journal = bench.journal();
-    let bench = bench.run(&journal, async |_, machine| goes_down(machine).await).await;
+    let bench = goes_back_without_a_job().await;
 
     // The card boots the installer, whatever its files say.
     let bench = bench.reboot("boot-c", Mode::Installer);

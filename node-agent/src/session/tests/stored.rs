@@ -28,6 +28,15 @@ async fn on_trial(dir: &std::path::Path) -> Arc<Journal> {
     Arc::new(journal)
 }
 
+/// The same journal, torn: an older copy of it is left.
+async fn torn(dir: &std::path::Path) -> Arc<Journal> {
+    drop(on_trial(dir).await);
+    let path = dir.join(FILE_NAME);
+    std::fs::copy(&path, dir.join("journal.json.new")).unwrap();
+    std::fs::write(&path, "{").unwrap();
+    Arc::new(Journal::open(dir, "boot-a").unwrap())
+}
+
 /// Waits until the agent has handled everything that was sent to it: it answers in order.
 async fn handled(session: &mut TestSession) {
     let query = Query { execution: ONE.to_owned() };
@@ -100,11 +109,7 @@ async fn verdict_counts_for_the_system_that_it_names() {
 #[tokio::test]
 async fn lost_journal_is_said_until_a_controller_has_answered() {
     let dir = tempfile::tempdir().unwrap();
-    drop(on_trial(dir.path()).await);
-    let path = dir.path().join(FILE_NAME);
-    std::fs::copy(&path, dir.path().join("journal.json.new")).unwrap();
-    std::fs::write(&path, "{").unwrap();
-    let journal = Arc::new(Journal::open(dir.path(), "boot-a").unwrap());
+    let journal = torn(dir.path()).await;
     let mut bench = Bench::with(dir, journal, Vec::new()).await;
     for _ in 0..2 {
         let (mut session, hello) = bench.welcomed().await;
@@ -170,11 +175,7 @@ async fn acknowledgement_of_protocol_1_is_the_verdict() {
 #[tokio::test]
 async fn acknowledgement_of_protocol_1_accepts_nothing_by_a_torn_journal() {
     let dir = tempfile::tempdir().unwrap();
-    drop(on_trial(dir.path()).await);
-    let path = dir.path().join(FILE_NAME);
-    std::fs::copy(&path, dir.path().join("journal.json.new")).unwrap();
-    std::fs::write(&path, "{").unwrap();
-    let journal = Arc::new(Journal::open(dir.path(), "boot-a").unwrap());
+    let journal = torn(dir.path()).await;
     let mut bench = Bench::with(dir, journal, Vec::new()).await;
     let (mut session, said) = welcomed_in_protocol_1(&mut bench).await;
     let ack = Ack { execution: ONE.to_owned(), sequence: said.sequence, ..Ack::default() };

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::board::cell;
-use crate::system::{Board, Card, Refusal};
+use crate::system::{Board, Card, Refusal, drivers};
 
 /// Bytes that must be free on the recovery partition for another installer set.
 const SET_ROOM: u64 = 64 << 20;
@@ -78,9 +78,6 @@ fn firmware(sysroot: &Path, board: &Board) -> Result<(), Refusal> {
     }
 }
 
-/// Driver of a Pi's watchdog, as `modules.builtin` lists it.
-const WATCHDOG_DRIVER: &str = "bcm2835_wdt.ko";
-
 /// Says what a trial needs and the running kernel does not show. The new system's kernel may differ.
 pub(super) fn trial_lacks(sysroot: &Path) -> Option<&'static str> {
     let found = std::fs::read_dir(sysroot.join("sys/class/watchdog")).is_ok_and(|mut devices| devices.next().is_some());
@@ -90,10 +87,9 @@ pub(super) fn trial_lacks(sysroot: &Path) -> Option<&'static str> {
         );
     }
     let release = std::fs::read_to_string(sysroot.join("proc/sys/kernel/osrelease")).unwrap_or_default();
-    let builtin = sysroot.join("lib/modules").join(release.trim()).join("modules.builtin");
+    let built_in = sysroot.join(drivers::MODULES).join(release.trim()).join(drivers::BUILT_IN);
     // An unreadable list tells nothing.
-    let is_module =
-        std::fs::read_to_string(builtin).is_ok_and(|list| !list.lines().any(|line| line.ends_with(WATCHDOG_DRIVER)));
+    let is_module = std::fs::read_to_string(built_in).is_ok_and(|list| !drivers::has_watchdog(&list));
     is_module.then_some(
         "the kernel has the watchdog's driver as a module: a new system with such a kernel that hangs on trial before the \
          driver is loaded waits until the power is switched off and on",
