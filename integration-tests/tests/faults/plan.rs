@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use proptest::prelude::Rng as _;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+
 use crate::hook::{Point, SINCE};
 
 const ENOSPC: i32 = 28;
@@ -138,20 +141,15 @@ pub(crate) fn read(text: &str) -> Option<Plan> {
     text.split(AND).map(one).collect()
 }
 
-/// One step of splitmix64.
-fn mix(state: u64) -> u64 {
-    let mut mixed = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ (mixed >> 31)
-}
-
 /// Two random faults: one at a step of the recording, and one at a step after it, which need not be in the recording.
 pub(crate) fn pair(points: &[(Point, bool)], seed: u64) -> Plan {
-    let mut state = mix(seed);
+    let mut bytes = [0; 32];
+    let (low, _) = bytes.split_at_mut(8);
+    low.copy_from_slice(&seed.to_le_bytes());
+    let mut random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
     let mut next = |below: usize| {
-        state = mix(state);
-        usize::try_from(state % u64::try_from(below.max(1)).unwrap_or(1)).unwrap_or_default()
+        let below = u64::try_from(below.max(1)).unwrap_or(1);
+        usize::try_from(random.next_u64() % below).unwrap_or_default()
     };
     // By the name first: the number of writes of a journal differs by one from recording to recording, and a seed has to
     // give the same pair all the same, almost always.
